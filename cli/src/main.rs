@@ -1,0 +1,3 @@
+//! wh-remote: the command line client.
+
+fn main() {}

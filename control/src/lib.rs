@@ -1,0 +1,1 @@
+//! Handles to running VMs: requests, admission policy, published status.

@@ -1,0 +1,1 @@
+//! The pocket guest: a tiny test kernel for any KVM.

@@ -1,0 +1,1 @@
+//! KVM: virtual machines, vCPUs, memslots, interrupt routes.

@@ -1,0 +1,1 @@
+//! Guest address spaces: region tree, transactions, flat views, listeners, dirty bitmaps.

@@ -1,0 +1,1 @@
+//! Configuration and wire types of the service, and their validation.

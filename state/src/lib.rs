@@ -1,0 +1,1 @@
+//! Saved state: named, versioned, size-capped sections.

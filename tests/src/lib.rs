@@ -1,0 +1,1 @@
+//! Out-of-process tests and benchmarks, through the client only.

@@ -1,0 +1,1 @@
+//! The virtio PCI transport and its devices.

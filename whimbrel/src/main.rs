@@ -1,0 +1,3 @@
+//! A virtual machine monitor whose machines move without noticing.
+
+fn main() {}
