@@ -1,1 +1,59 @@
-//! Guest address spaces: region tree, transactions, flat views, listeners, dirty bitmaps.
+//! Guest address spaces: what is at each address, how that changes, and who is told.
+//!
+//! The model is QEMU's memory API, and so are the terms. A machine has a [`Topology`]: a tree of
+//! *regions* for each of two *address spaces* (memory and port I/O). Containers hold regions,
+//! aliases show parts of others, RAM and ROM show slices of a [`RamBlock`], devices answer
+//! accesses. Rendering the tree gives the [`FlatView`], which is all that guests and devices see.
+//!
+//! ```text
+//!   Topology ── begin ──► Transaction ── commit ──► render ─► difference ─► listeners: prepare
+//!   (the tree)             (edits)                                              │
+//!        ▲                    │ drop: nothing happened                          ▼
+//!        └────────────────────┴─────────────────────────── publish ─► listeners: apply
+//!                                                             │
+//!   vCPUs, queues: AddressSpace::view() ◄── arc-swap ─────────┘
+//! ```
+//!
+//! - A change is a [`Transaction`], a value that borrows the topology. Reading the map while one
+//!   is open does not compile, and nothing of it can be seen before it is whole.
+//! - Readers take the view in force without a lock, and what they hold stays mapped.
+//! - [`MemoryListener`]s are told once a commit what was removed, added and kept.
+//! - [`DirtyBitmap`]s belong to RAM blocks, so no change of the map moves a bit.
+//! - [`RingWindow`]s are translated once and cannot be used when stale.
+//!
+//! [`Topology::transaction`] has an example.
+
+#![expect(unsafe_code, reason = "this is the crate that maps guest memory")]
+
+mod change;
+mod dirty;
+mod dump;
+mod error;
+mod flat_view;
+mod guest_memory;
+pub mod limits;
+mod listener;
+mod ram;
+mod range;
+mod region;
+mod render;
+mod space;
+mod sync;
+mod topology;
+mod transaction;
+mod window;
+
+pub use change::ViewChange;
+pub use dirty::{DirtyBitmap, DirtyPages, PAGE_SIZE};
+pub use dump::{FlatNode, TreeNode};
+pub use error::{CommitError, Refusal, TopologyError};
+pub use flat_view::{FlatIoEventFd, FlatRange, FlatView, Target};
+pub use guest_memory::{DirtySlice, RamRange};
+pub use listener::{ListenerHandle, MemoryListener};
+pub use ram::{RamBlock, RamConfig, RamError};
+pub use range::AddrRange;
+pub use region::{DeviceOps, IoEventFd, RamSlice, RegionId};
+pub use space::{Access, AddressSpace, SpaceKind};
+pub use topology::{Stats, Topology};
+pub use transaction::{Label, Transaction};
+pub use window::{RingWindow, WindowError};

@@ -1,0 +1,82 @@
+//! What a commit changed: the difference of two flat views.
+
+use std::sync::Arc;
+
+use crate::flat_view::{FlatIoEventFd, FlatRange, FlatView};
+
+/// One commit's change of one address space, as listeners are told of it.
+#[derive(Debug)]
+pub struct ViewChange {
+    /// What was in force.
+    pub old: Arc<FlatView>,
+    /// What is from now on.
+    pub new: Arc<FlatView>,
+    /// Ranges of the old view that are not in the new one just so; descending, the reverse of the
+    /// order in which ranges are added.
+    pub removed: Vec<FlatRange>,
+    /// Ranges of the new view that were not in the old one just so; ascending.
+    pub added: Vec<FlatRange>,
+    /// Ranges that both views have; ascending.
+    pub kept: Vec<FlatRange>,
+    /// Doorbells that go; descending.
+    pub removed_ioeventfds: Vec<FlatIoEventFd>,
+    /// Doorbells that come; ascending.
+    pub added_ioeventfds: Vec<FlatIoEventFd>,
+}
+
+impl ViewChange {
+    pub(crate) fn between(old: Arc<FlatView>, new: Arc<FlatView>) -> Self {
+        let (mut removed, added, kept) =
+            difference(old.ranges(), new.ranges(), |flat| flat.range.first());
+        let (mut removed_ioeventfds, added_ioeventfds, _) =
+            difference(old.ioeventfds(), new.ioeventfds(), FlatIoEventFd::key);
+        removed.reverse();
+        removed_ioeventfds.reverse();
+        Self {
+            old,
+            new,
+            removed,
+            added,
+            kept,
+            removed_ioeventfds,
+            added_ioeventfds,
+        }
+    }
+
+    /// Whether the views are the same to a guest.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.removed.is_empty()
+            && self.added.is_empty()
+            && self.removed_ioeventfds.is_empty()
+            && self.added_ioeventfds.is_empty()
+    }
+}
+
+/// What only `old` has, what only `new` has, and what both have; both ascend by `key`.
+fn difference<T: Clone + PartialEq, K: Ord>(
+    old: &[T],
+    new: &[T],
+    key: impl Fn(&T) -> K,
+) -> (Vec<T>, Vec<T>, Vec<T>) {
+    let (mut removed, mut added, mut kept) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut olds, mut news) = (old.iter().peekable(), new.iter().peekable());
+    loop {
+        match (olds.peek(), news.peek()) {
+            (Some(o), Some(n)) if o == n => {
+                kept.push((*o).clone());
+                olds.next();
+                news.next();
+            }
+            (Some(o), n) if n.is_none_or(|n| key(o) <= key(n)) => {
+                removed.push((*o).clone());
+                olds.next();
+            }
+            (_, Some(n)) => {
+                added.push((*n).clone());
+                news.next();
+            }
+            (_, None) => return (removed, added, kept),
+        }
+    }
+}

@@ -1,0 +1,303 @@
+//! Which pages of a RAM block were written.
+//!
+//! Bits belong to the *block*, by offset into it, and not to the memslot or range through which
+//! the block is seen: splitting, merging or moving those moves no bit and can lose none.
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+/// The unit of dirty tracking, in bytes: the x86 base page, whatever backs the block.
+pub const PAGE_SIZE: u64 = 4096;
+
+const BITS: usize = u64::BITS as usize;
+
+/// One bit for each 4 KiB page of a RAM block.
+///
+/// Bits are set by whoever writes to the block (devices through
+/// [`vm_memory::Bytes`], the hypervisor when it harvests the log of a memslot) and taken out by
+/// whoever sends the pages on. Setting is ignored while tracking is [off](Self::set_enabled).
+pub struct DirtyBitmap {
+    words: Box<[AtomicU64]>,
+    pages: usize,
+    enabled: AtomicBool,
+}
+
+impl DirtyBitmap {
+    /// All clean and switched off, for a block of `len` bytes.
+    #[must_use]
+    pub fn new(len: usize) -> Self {
+        let pages = len.div_ceil(PAGE_SIZE as usize);
+        let words = (0..pages.div_ceil(BITS))
+            .map(|_| AtomicU64::new(0))
+            .collect();
+        Self {
+            words,
+            pages,
+            enabled: AtomicBool::new(false),
+        }
+    }
+
+    /// How many pages it covers.
+    #[must_use]
+    pub fn pages(&self) -> usize {
+        self.pages
+    }
+
+    /// Switches tracking on or off. What is marked already stays.
+    pub fn set_enabled(&self, on: bool) {
+        self.enabled.store(on, Ordering::SeqCst);
+    }
+
+    /// Whether writes are tracked.
+    #[must_use]
+    pub fn is_enabled(&self) -> bool {
+        self.enabled.load(Ordering::Relaxed)
+    }
+
+    /// Marks the pages that hold `len` bytes from byte `offset` of the block on, if tracking is
+    /// on; what is past the block's end is ignored.
+    pub fn mark(&self, offset: usize, len: usize) {
+        if len == 0 || !self.is_enabled() {
+            return;
+        }
+        let first = offset / PAGE_SIZE as usize;
+        let last = offset.saturating_add(len - 1) / PAGE_SIZE as usize;
+        for page in first..=last.min(self.pages.saturating_sub(1)) {
+            self.words[page / BITS].fetch_or(1 << (page % BITS), Ordering::Release);
+        }
+    }
+
+    /// Adds `bits` (bit 0 of word 0 is the page `first_page`), tracking on or off: the log of a
+    /// memslot that shows the block from that page on. Bits past the block's end are ignored.
+    pub fn merge(&self, first_page: usize, bits: &[u64]) {
+        let (word, shift) = (first_page / BITS, first_page % BITS);
+        for (i, &bits) in bits.iter().enumerate().filter(|(_, bits)| **bits != 0) {
+            self.set_word(word + i, bits << shift);
+            if shift != 0 {
+                self.set_word(word + i + 1, bits >> (BITS - shift));
+            }
+        }
+    }
+
+    fn set_word(&self, index: usize, bits: u64) {
+        let bits = bits & self.valid(index);
+        if bits != 0
+            && let Some(word) = self.words.get(index)
+        {
+            word.fetch_or(bits, Ordering::Release);
+        }
+    }
+
+    /// The bits of the word that stand for pages of the block.
+    fn valid(&self, index: usize) -> u64 {
+        match self.pages.saturating_sub(index.saturating_mul(BITS)) {
+            0 => 0,
+            left if left >= BITS => u64::MAX,
+            left => (1 << left) - 1,
+        }
+    }
+
+    /// Marks every page, tracking on or off.
+    pub fn mark_all(&self) {
+        for (index, word) in self.words.iter().enumerate() {
+            word.store(self.valid(index), Ordering::Release);
+        }
+    }
+
+    /// Whether the page that holds byte `offset` is marked.
+    #[must_use]
+    pub fn is_dirty(&self, offset: usize) -> bool {
+        let page = offset / PAGE_SIZE as usize;
+        self.words
+            .get(page / BITS)
+            .is_some_and(|word| word.load(Ordering::Acquire) & (1 << (page % BITS)) != 0)
+    }
+
+    /// How many pages are marked.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.words
+            .iter()
+            .map(|word| word.load(Ordering::Relaxed).count_ones() as usize)
+            .sum()
+    }
+
+    /// Takes all marks out and returns them; a mark made meanwhile is either in what is returned
+    /// or still there.
+    #[must_use]
+    pub fn take(&self) -> DirtyPages {
+        let words = self
+            .words
+            .iter()
+            .map(|word| match word.load(Ordering::Relaxed) {
+                0 => 0,
+                _ => word.swap(0, Ordering::AcqRel),
+            });
+        DirtyPages {
+            words: words.collect(),
+        }
+    }
+
+    /// Puts back marks that were [taken](Self::take), because the pages could not be sent.
+    pub fn put_back(&self, pages: &DirtyPages) {
+        self.merge(0, &pages.words);
+    }
+}
+
+impl fmt::Debug for DirtyBitmap {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DirtyBitmap")
+            .field("pages", &self.pages)
+            .field("enabled", &self.is_enabled())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Marks that were taken out of a [`DirtyBitmap`].
+#[derive(Clone, PartialEq, Eq)]
+pub struct DirtyPages {
+    words: Vec<u64>,
+}
+
+impl DirtyPages {
+    /// How many pages are marked.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.words
+            .iter()
+            .map(|word| word.count_ones() as usize)
+            .sum()
+    }
+
+    /// The marked pages as runs of neighbours: `(first page, pages)`, ascending.
+    pub fn runs(&self) -> impl Iterator<Item = (usize, usize)> + '_ {
+        Runs {
+            words: &self.words,
+            at: 0,
+        }
+    }
+}
+
+impl fmt::Debug for DirtyPages {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.runs()).finish()
+    }
+}
+
+/// Walks a bitmap word by word: the cost is that of the runs, not of the bits.
+struct Runs<'a> {
+    words: &'a [u64],
+    at: usize,
+}
+
+impl Runs<'_> {
+    /// The first page from `from` on whose bit is `set`; the end of the bitmap if there is none.
+    fn seek(&self, from: usize, set: bool) -> usize {
+        let mut index = from / BITS;
+        let mut keep = u64::MAX << (from % BITS);
+        while let Some(&word) = self.words.get(index) {
+            let word = if set { word } else { !word } & keep;
+            if word != 0 {
+                return index * BITS + word.trailing_zeros() as usize;
+            }
+            keep = u64::MAX;
+            index += 1;
+        }
+        self.words.len() * BITS
+    }
+}
+
+impl Iterator for Runs<'_> {
+    type Item = (usize, usize);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let first = self.seek(self.at, true);
+        if first == self.words.len() * BITS {
+            return None;
+        }
+        self.at = self.seek(first, false);
+        Some((first, self.at - first))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const PAGES: usize = 300;
+
+    fn pages_of(taken: &DirtyPages) -> BTreeSet<usize> {
+        taken
+            .runs()
+            .flat_map(|(first, n)| first..first + n)
+            .collect()
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Mark(usize, usize),
+        Merge(usize, Vec<u64>),
+        Take,
+        TakeAndPutBack,
+        Enable(bool),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        let bytes = PAGES * PAGE_SIZE as usize;
+        prop_oneof![
+            (0..bytes * 2, 0..bytes).prop_map(|(at, len)| Step::Mark(at, len)),
+            (0..PAGES + 100, prop::collection::vec(any::<u64>(), 0..6))
+                .prop_map(|(at, bits)| Step::Merge(at, bits)),
+            Just(Step::Take),
+            Just(Step::TakeAndPutBack),
+            any::<bool>().prop_map(Step::Enable),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn it_is_a_set_of_pages(steps in prop::collection::vec(step(), 0..40)) {
+            let bitmap = DirtyBitmap::new(PAGES * PAGE_SIZE as usize);
+            let (mut model, mut on) = (BTreeSet::new(), false);
+            for step in steps {
+                match step {
+                    Step::Mark(at, len) => {
+                        bitmap.mark(at, len);
+                        if on && len > 0 {
+                            let page = PAGE_SIZE as usize;
+                            model.extend((at / page..=(at + len - 1) / page).filter(|p| *p < PAGES));
+                        }
+                    }
+                    Step::Merge(at, bits) => {
+                        bitmap.merge(at, &bits);
+                        model.extend((0..bits.len() * BITS)
+                            .filter(|i| bits[i / BITS] >> (i % BITS) & 1 == 1)
+                            .map(|i| at + i)
+                            .filter(|p| *p < PAGES));
+                    }
+                    Step::Take => {
+                        prop_assert_eq!(pages_of(&bitmap.take()), std::mem::take(&mut model));
+                    }
+                    Step::TakeAndPutBack => bitmap.put_back(&bitmap.take()),
+                    Step::Enable(is) => { bitmap.set_enabled(is); on = is; }
+                }
+                prop_assert_eq!(bitmap.count(), model.len());
+                for page in 0..PAGES {
+                    prop_assert_eq!(bitmap.is_dirty(page * PAGE_SIZE as usize), model.contains(&page));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn all_of_a_block_is_all_of_it_and_no_more() {
+        let bitmap = DirtyBitmap::new(65 * PAGE_SIZE as usize);
+        bitmap.mark_all();
+        assert_eq!(bitmap.take().runs().collect::<Vec<_>>(), [(0, 65)]);
+        assert_eq!(bitmap.count(), 0);
+    }
+}

@@ -1,0 +1,145 @@
+//! The map for people: the tree and the flat view as plain data, printed in the manner of QEMU's
+//! `info mtree` and `info mtree -f`.
+
+use std::fmt;
+
+use crate::flat_view::Target;
+use crate::range::AddrRange;
+use crate::region::{Kind, RegionId};
+use crate::space::SpaceKind;
+use crate::topology::Topology;
+
+/// A region and what is in it, as [`Topology::tree`] gives it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TreeNode {
+    /// What it is called.
+    pub name: String,
+    /// Who made it; may be empty.
+    pub owner: String,
+    /// `container`, `ram`, `rom`, `device` or `alias`.
+    pub kind: &'static str,
+    /// The addresses it would have if its containers showed all of it.
+    pub range: AddrRange,
+    /// Among the regions of its container.
+    pub priority: i32,
+    /// Whether it shows at all.
+    pub enabled: bool,
+    /// Of an alias: which part of which region it shows.
+    pub alias_of: Option<(String, AddrRange)>,
+    /// What is in it, from the front to the back.
+    pub children: Vec<TreeNode>,
+}
+
+/// A range of a flat view, as [`Topology::flat`] gives it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FlatNode {
+    /// The addresses.
+    pub range: AddrRange,
+    /// The region that answers.
+    pub name: String,
+    /// Who made the region; may be empty.
+    pub owner: String,
+    /// `ram`, `rom` or `device`.
+    pub kind: &'static str,
+    /// Where in the region the range starts.
+    pub offset: u64,
+}
+
+impl Topology {
+    /// The region tree of a space, with absolute addresses.
+    #[must_use]
+    pub fn tree(&self, space: SpaceKind) -> Option<TreeNode> {
+        self.node(self.spaces[space.index()].root, 0, 0)
+    }
+
+    fn node(&self, id: RegionId, base: u64, priority: i32) -> Option<TreeNode> {
+        let region = self.arena.get(id).ok()?;
+        let at = |base: u64, last: u64| AddrRange::from_bounds(base, base.saturating_add(last));
+        let alias_of = match region.kind {
+            Kind::Alias { target, offset } => {
+                let target = self.arena.get(target).ok()?;
+                Some((target.name.to_string(), at(offset, region.last)?))
+            }
+            _ => None,
+        };
+        let children = region.children.iter().filter_map(|child| {
+            let place = self.arena.get(*child).ok()?.place?;
+            self.node(*child, base.saturating_add(place.offset), place.priority)
+        });
+        Some(TreeNode {
+            name: region.name.to_string(),
+            owner: region.owner.to_string(),
+            kind: region.kind.name(),
+            range: at(base, region.last)?,
+            priority,
+            enabled: region.enabled,
+            alias_of,
+            children: children.collect(),
+        })
+    }
+
+    /// The flat view of a space that is in force, and its generation.
+    #[must_use]
+    pub fn flat(&self, space: SpaceKind) -> (u64, Vec<FlatNode>) {
+        let reader = self.space(space);
+        let view = reader.view();
+        let nodes = view.ranges().iter().map(|flat| {
+            let region = self.arena.get(flat.region).ok();
+            FlatNode {
+                range: flat.range,
+                name: region.map_or_else(String::new, |region| region.name.to_string()),
+                owner: region.map_or_else(String::new, |region| region.owner.to_string()),
+                kind: match flat.target {
+                    Target::Ram(_) => "ram",
+                    Target::Rom(_) => "rom",
+                    Target::Device(_) => "device",
+                },
+                offset: flat.offset,
+            }
+        });
+        (view.generation(), nodes.collect())
+    }
+}
+
+impl TreeNode {
+    fn print(&self, f: &mut fmt::Formatter<'_>, depth: usize) -> fmt::Result {
+        write!(
+            f,
+            "{:indent$}{:#} (prio {}, ",
+            "",
+            self.range,
+            self.priority,
+            indent = depth * 2
+        )?;
+        match &self.alias_of {
+            Some((target, part)) => write!(f, "alias): {} @{target} {part:#}", self.name)?,
+            None => write!(f, "{}): {}", self.kind, self.name)?,
+        }
+        if !self.owner.is_empty() {
+            write!(f, " owner {}", self.owner)?;
+        }
+        writeln!(f, "{}", if self.enabled { "" } else { " [disabled]" })?;
+        self.children
+            .iter()
+            .try_for_each(|child| child.print(f, depth + 1))
+    }
+}
+
+impl fmt::Display for TreeNode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.print(f, 0)
+    }
+}
+
+impl fmt::Display for FlatNode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#} ({}): {}", self.range, self.kind, self.name)?;
+        if self.offset != 0 {
+            write!(f, " @{:#x}", self.offset)?;
+        }
+        if !self.owner.is_empty() {
+            write!(f, " owner {}", self.owner)?;
+        }
+        Ok(())
+    }
+}

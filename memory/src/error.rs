@@ -1,0 +1,106 @@
+//! What a change of the topology may fail with.
+
+use crate::range::AddrRange;
+use crate::region::RegionId;
+
+/// A change that cannot be. The transaction in which it was asked for can go on without it, or be
+/// given up; the map in force is the old one until a commit.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TopologyError {
+    /// The id is not of a region of this topology, or of one that was destroyed.
+    #[error("{0:?} does not exist")]
+    NoSuchRegion(RegionId),
+    /// Zero bytes, or an end past the last 64-bit address.
+    #[error("region {name:?} of {size:#x} bytes at {offset:#x} is not within 64 bits of addresses")]
+    Extent {
+        /// The region's name.
+        name: String,
+        /// Where it was to start.
+        offset: u64,
+        /// Bytes asked for.
+        size: u64,
+    },
+    /// A slice that is not within its RAM block.
+    #[error("{size:#x} bytes from {offset:#x} on are not within a RAM block of {block:#x} bytes")]
+    OutsideBlock {
+        /// Start of the slice.
+        offset: u64,
+        /// Bytes of the slice.
+        size: u64,
+        /// Bytes of the block.
+        block: u64,
+    },
+    /// It stands in a container already.
+    #[error("region {0:?} is in a container already")]
+    AlreadyPlaced(String),
+    /// It stands in no container.
+    #[error("region {0:?} is in no container")]
+    NotPlaced(String),
+    /// Only containers hold others.
+    #[error("region {0:?} is no container")]
+    NotAContainer(String),
+    /// The region would be inside itself, through containers or aliases.
+    #[error("region {0:?} would contain itself")]
+    Cycle(String),
+    /// It is still in a container, holds others, or is what an alias shows.
+    #[error("region {0:?} is in use")]
+    InUse(String),
+    /// Two doorbells of one region that the hypervisor could not tell apart, or one that is not
+    /// within its region or of an odd width.
+    #[error("a doorbell at {offset:#x} of region {name:?} is not possible: {reason}")]
+    Doorbell {
+        /// The region's name.
+        name: String,
+        /// Where it was to be.
+        offset: u64,
+        /// Why not.
+        reason: &'static str,
+    },
+    /// More regions than ids.
+    #[error("the topology is full")]
+    TooMany,
+}
+
+/// A commit that did not take place, or not wholly.
+#[derive(Debug, thiserror::Error)]
+pub enum CommitError {
+    /// The tree is nested too deeply, or aliases make it too large, to be rendered. The old map
+    /// is in force.
+    #[error("the region tree cannot be rendered: {0}")]
+    Render(&'static str),
+    /// A listener cannot do what the change asks for. The old map is in force.
+    #[error("the change was refused: {0}")]
+    Refused(#[source] Refusal),
+    /// A listener failed in the middle of the change. No map is in force that can be relied on;
+    /// the topology takes no further change.
+    #[error("the memory map was left half changed: {0}")]
+    Failed(String),
+}
+
+/// Why a listener cannot take part in a change, and where.
+#[derive(Debug, thiserror::Error)]
+#[error("{reason}{}", at.map_or_else(String::new, |at| format!(" (at {at})")))]
+pub struct Refusal {
+    /// Which addresses it is about, if any.
+    pub at: Option<AddrRange>,
+    /// What is not possible.
+    pub reason: String,
+}
+
+impl Refusal {
+    /// About the map as a whole.
+    pub fn new(reason: impl Into<String>) -> Self {
+        Self {
+            at: None,
+            reason: reason.into(),
+        }
+    }
+
+    /// About these addresses.
+    pub fn at(at: AddrRange, reason: impl Into<String>) -> Self {
+        Self {
+            at: Some(at),
+            reason: reason.into(),
+        }
+    }
+}

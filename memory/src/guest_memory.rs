@@ -1,0 +1,192 @@
+//! Flat views as rust-vmm's guest memory, so that its crates work on them as they are.
+
+use std::sync::Arc;
+
+use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
+use vm_memory::guest_memory::{Error as GuestMemoryError, Result as GuestMemoryResult};
+use vm_memory::{
+    GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestMemoryRegionBytes, GuestUsize,
+    MemoryRegionAddress, VolatileSlice,
+};
+
+use crate::dirty::DirtyBitmap;
+use crate::flat_view::{FlatRange, FlatView, Target};
+use crate::ram::RamBlock;
+use crate::range::AddrRange;
+use crate::region::RamSlice;
+
+/// The part of a block's dirty bitmap that belongs to a slice of it: what a write to the slice
+/// marks.
+#[derive(Clone, Copy, Debug)]
+pub struct DirtySlice<'a> {
+    bitmap: &'a DirtyBitmap,
+    base: usize,
+}
+
+impl<'a> WithBitmapSlice<'a> for DirtySlice<'_> {
+    type S = Self;
+}
+
+impl BitmapSlice for DirtySlice<'_> {}
+
+impl Bitmap for DirtySlice<'_> {
+    fn mark_dirty(&self, offset: usize, len: usize) {
+        self.bitmap.mark(self.base.saturating_add(offset), len);
+    }
+
+    fn dirty_at(&self, offset: usize) -> bool {
+        self.bitmap.is_dirty(self.base.saturating_add(offset))
+    }
+
+    fn slice_at(&self, offset: usize) -> Self {
+        Self {
+            bitmap: self.bitmap,
+            base: self.base.saturating_add(offset),
+        }
+    }
+}
+
+impl<'a> WithBitmapSlice<'a> for DirtyBitmap {
+    type S = DirtySlice<'a>;
+}
+
+impl Bitmap for DirtyBitmap {
+    fn mark_dirty(&self, offset: usize, len: usize) {
+        self.mark(offset, len);
+    }
+
+    fn dirty_at(&self, offset: usize) -> bool {
+        self.is_dirty(offset)
+    }
+
+    fn slice_at(&self, offset: usize) -> DirtySlice<'_> {
+        DirtySlice {
+            bitmap: self,
+            base: offset,
+        }
+    }
+}
+
+impl RamBlock {
+    /// `len` bytes from `offset` on, for volatile access that marks what it writes; `None` where
+    /// they are not all within the block.
+    #[must_use]
+    pub fn slice(&self, offset: usize, len: usize) -> Option<VolatileSlice<'_, DirtySlice<'_>>> {
+        if offset.checked_add(len)? > self.len() {
+            return None;
+        }
+        let bitmap = self.dirty().slice_at(offset);
+        // SAFETY: within the mapping, as just checked, and the mapping lives as long as the
+        // borrow of the block.
+        Some(unsafe { VolatileSlice::with_bitmap(self.host_addr().add(offset), len, bitmap, None) })
+    }
+}
+
+impl RamSlice {
+    /// `len` bytes from `from_start` bytes behind the slice's start on, if the block has them.
+    pub(crate) fn window(
+        &self,
+        from_start: u64,
+        len: usize,
+    ) -> Option<VolatileSlice<'_, DirtySlice<'_>>> {
+        let offset = usize::try_from(self.offset.checked_add(from_start)?).ok()?;
+        self.block.slice(offset, len)
+    }
+}
+
+/// A flat range of RAM, as a region of [`vm_memory`].
+#[derive(Debug)]
+pub struct RamRange {
+    range: AddrRange,
+    slice: RamSlice,
+}
+
+impl RamRange {
+    pub(crate) fn of(flat: &FlatRange) -> Option<Self> {
+        match &flat.target {
+            Target::Ram(slice) => Some(Self {
+                range: flat.range,
+                slice: slice.clone(),
+            }),
+            Target::Rom(_) | Target::Device(_) => None,
+        }
+    }
+
+    pub(crate) fn first(&self) -> u64 {
+        self.range.first()
+    }
+
+    pub(crate) fn last(&self) -> u64 {
+        self.range.last()
+    }
+
+    pub(crate) fn block(&self) -> &Arc<RamBlock> {
+        &self.slice.block
+    }
+
+    /// Where in the block the address is, which the range holds.
+    pub(crate) fn block_offset(&self, addr: u64) -> Option<usize> {
+        let offset = self
+            .slice
+            .offset
+            .checked_add(addr.checked_sub(self.first())?)?;
+        usize::try_from(offset).ok()
+    }
+}
+
+impl GuestMemoryRegion for RamRange {
+    type B = DirtyBitmap;
+
+    fn len(&self) -> GuestUsize {
+        // A range of RAM is within a block, whose length a `usize` holds.
+        self.range.len().unwrap_or(GuestUsize::MAX)
+    }
+
+    fn start_addr(&self) -> GuestAddress {
+        GuestAddress(self.first())
+    }
+
+    fn bitmap(&self) -> DirtySlice<'_> {
+        self.slice
+            .block
+            .dirty()
+            .slice_at(usize::try_from(self.slice.offset).unwrap_or(usize::MAX))
+    }
+
+    fn get_host_address(&self, addr: MemoryRegionAddress) -> GuestMemoryResult<*mut u8> {
+        self.get_slice(addr, 1)
+            .map(|slice| slice.ptr_guard_mut().as_ptr())
+    }
+
+    fn get_slice(
+        &self,
+        offset: MemoryRegionAddress,
+        count: usize,
+    ) -> GuestMemoryResult<VolatileSlice<'_, DirtySlice<'_>>> {
+        let end = offset
+            .0
+            .checked_add(count as u64)
+            .filter(|end| *end <= self.len());
+        end.and_then(|_| self.slice.window(offset.0, count))
+            .ok_or(GuestMemoryError::InvalidBackendAddress)
+    }
+}
+
+impl GuestMemoryRegionBytes for RamRange {}
+
+/// Only RAM: what devices may read and write by DMA.
+impl GuestMemoryBackend for FlatView {
+    type R = RamRange;
+
+    fn num_regions(&self) -> usize {
+        self.ram().len()
+    }
+
+    fn find_region(&self, addr: GuestAddress) -> Option<&RamRange> {
+        self.find_ram(addr.0)
+    }
+
+    fn iter(&self) -> impl Iterator<Item = &RamRange> {
+        self.ram().iter()
+    }
+}

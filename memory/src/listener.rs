@@ -1,0 +1,137 @@
+//! Who is told of changes.
+//!
+//! A subscription is a [`ListenerHandle`]. Dropping it ends the subscription, and returns only
+//! when no commit is calling the listener any more; on the committing thread itself, where that
+//! could never come true, it returns at once and takes effect when the present commit ends. There
+//! is no grace period to remember and nothing that can be used after it is gone.
+
+use std::sync::Arc;
+use std::thread::{self, ThreadId};
+
+use crate::change::ViewChange;
+use crate::error::Refusal;
+use crate::sync::{Condvar, Mutex};
+
+/// Told of each commit that changes an address space, once, on the thread that commits.
+///
+/// The views are arguments: a listener needs, and should have, no other way to look at the map
+/// while it is changing. It may not wait for a thread that could be waiting to commit.
+pub trait MemoryListener: Send + Sync {
+    /// Checks whether the change can be made. Nothing has happened yet, and if any listener
+    /// refuses, nothing will.
+    ///
+    /// # Errors
+    /// A [`Refusal`] that says what is not possible. The commit then fails with it.
+    fn prepare(&self, change: &ViewChange) -> Result<(), Refusal>;
+
+    /// Makes the change. Readers see the new view already.
+    ///
+    /// # Errors
+    /// Only what could not be known before. The topology is failed from then on.
+    fn apply(&self, change: &ViewChange) -> Result<(), Refusal>;
+}
+
+struct State {
+    listener: Option<Arc<dyn MemoryListener>>,
+    closed: bool,
+    /// The thread whose commit is calling the listener.
+    committing: Option<ThreadId>,
+}
+
+/// One subscription, shared by its handle and the topology.
+pub(crate) struct Subscription {
+    state: Mutex<State>,
+    left: Condvar,
+}
+
+impl Subscription {
+    pub(crate) fn new(listener: Arc<dyn MemoryListener>) -> Arc<Self> {
+        let state = State {
+            listener: Some(listener),
+            closed: false,
+            committing: None,
+        };
+        Arc::new(Self {
+            state: Mutex::new(state),
+            left: Condvar::new(),
+        })
+    }
+
+    /// Enters a commit: until the result is dropped, the handle's drop waits (except on this
+    /// thread). `None` when the subscription has ended.
+    pub(crate) fn enter(self: &Arc<Self>) -> Option<Entered> {
+        let mut state = self.state.lock();
+        let listener = state.listener.clone().filter(|_| !state.closed)?;
+        state.committing = Some(thread::current().id());
+        Some(Entered {
+            listener: Some(listener),
+            subscription: Arc::clone(self),
+        })
+    }
+
+    pub(crate) fn is_closed(&self) -> bool {
+        self.state.lock().closed
+    }
+
+    fn close(&self) {
+        let mut state = self.state.lock();
+        state.closed = true;
+        if state.committing == Some(thread::current().id()) {
+            return;
+        }
+        while state.committing.is_some() {
+            self.left.wait(&mut state);
+        }
+        let listener = state.listener.take();
+        drop(state);
+        // Outside the lock: the listener's own drop may do anything.
+        drop(listener);
+    }
+}
+
+/// A listener that is taking part in a commit.
+pub(crate) struct Entered {
+    listener: Option<Arc<dyn MemoryListener>>,
+    subscription: Arc<Subscription>,
+}
+
+impl Entered {
+    pub(crate) fn listener(&self) -> Option<&dyn MemoryListener> {
+        self.listener.as_deref()
+    }
+}
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        // Before anybody who waits for it goes on: then nobody is left that could call it.
+        self.listener = None;
+        let mut state = self.subscription.state.lock();
+        state.committing = None;
+        let ended = if state.closed {
+            state.listener.take()
+        } else {
+            None
+        };
+        self.subscription.left.notify_all();
+        drop(state);
+        drop(ended);
+    }
+}
+
+/// A subscription to the changes of an address space; ends when dropped.
+#[must_use = "dropping the handle ends the subscription"]
+pub struct ListenerHandle {
+    pub(crate) subscription: Arc<Subscription>,
+}
+
+impl Drop for ListenerHandle {
+    fn drop(&mut self) {
+        self.subscription.close();
+    }
+}
+
+impl std::fmt::Debug for ListenerHandle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("ListenerHandle")
+    }
+}

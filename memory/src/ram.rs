@@ -1,0 +1,303 @@
+//! RAM blocks: the host memory behind guest RAM.
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::ptr::NonNull;
+
+use crate::dirty::{DirtyBitmap, PAGE_SIZE};
+
+/// How a RAM block is made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RamConfig {
+    /// Bytes; a multiple of the page size in use.
+    pub size: u64,
+    /// Back it with a memfd mapped shared, so that other processes can be given it; otherwise it
+    /// is private anonymous memory.
+    pub shared: bool,
+    /// Huge pages of this size (bytes, a power of two) from the host's pool.
+    pub hugepage_size: Option<u64>,
+    /// Touch every page now, so that the guest never waits for one.
+    pub prefault: bool,
+    /// Let the host merge equal pages (KSM).
+    pub mergeable: bool,
+    /// Let the host use transparent huge pages.
+    pub thp: bool,
+    /// Count the memory against the host's commit limit now, in place of when it is touched.
+    pub reserve: bool,
+}
+
+impl RamConfig {
+    /// Private anonymous memory of `size` bytes, made of what the host gives by default.
+    #[must_use]
+    pub fn anonymous(size: u64) -> Self {
+        Self {
+            size,
+            shared: false,
+            hugepage_size: None,
+            prefault: false,
+            mergeable: false,
+            thp: true,
+            reserve: false,
+        }
+    }
+}
+
+/// A RAM block could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum RamError {
+    /// Zero bytes, or not a multiple of the page size.
+    #[error("RAM of {size:#x} bytes is not a positive multiple of its page size, {page:#x}")]
+    Size {
+        /// What was asked for.
+        size: u64,
+        /// The page size in use.
+        page: u64,
+    },
+    /// A huge page size that is no power of two above the base page.
+    #[error("{0:#x} bytes is no size of a huge page")]
+    HugePage(u64),
+    /// The host refused a step.
+    #[error("the host refused to {attempt} {size:#x} bytes of guest RAM")]
+    Host {
+        /// What was attempted.
+        attempt: &'static str,
+        /// Bytes asked for.
+        size: u64,
+        /// The host's answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// A piece of host memory that guests see as RAM, whole or in slices.
+///
+/// It is unmapped when the last owner lets go: each flat view that shows it is one, and so is
+/// each reader of such a view. Nothing is unmapped under a reader.
+pub struct RamBlock {
+    host: NonNull<u8>,
+    len: usize,
+    fd: Option<File>,
+    dirty: DirtyBitmap,
+    page_size: u64,
+}
+
+// SAFETY: the block owns its mapping, and shares nothing but its address; all access to the bytes
+// goes through volatile slices, which are made for memory that others write to at any time.
+unsafe impl Send for RamBlock {}
+// SAFETY: as above.
+unsafe impl Sync for RamBlock {}
+
+impl RamBlock {
+    /// Maps host memory as `config` says.
+    ///
+    /// # Errors
+    /// When the size does not fit the page size, or the host refuses.
+    pub fn new(config: &RamConfig) -> Result<Self, RamError> {
+        let page_size = match config.hugepage_size {
+            None => PAGE_SIZE,
+            Some(size) if size.is_power_of_two() && size > PAGE_SIZE => size,
+            Some(size) => return Err(RamError::HugePage(size)),
+        };
+        let size = config.size;
+        let len = usize::try_from(size)
+            .ok()
+            .filter(|len| {
+                *len > 0 && isize::try_from(*len).is_ok() && size.is_multiple_of(page_size)
+            })
+            .ok_or(RamError::Size {
+                size,
+                page: page_size,
+            })?;
+        let host_error = |attempt| {
+            move |source| RamError::Host {
+                attempt,
+                size,
+                source,
+            }
+        };
+
+        let huge = config
+            .hugepage_size
+            .map_or(0, |size| size.trailing_zeros() << libc::MAP_HUGE_SHIFT);
+        let fd = if config.shared {
+            Some(memfd(config.hugepage_size.map(|_| huge), size).map_err(host_error("allocate"))?)
+        } else {
+            None
+        };
+        let mut flags = match (&fd, config.hugepage_size) {
+            (Some(_), _) => libc::MAP_SHARED,
+            (None, None) => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+            (None, Some(_)) => {
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | huge.cast_signed()
+            }
+        };
+        if !config.reserve {
+            flags |= libc::MAP_NORESERVE;
+        }
+        let raw_fd = fd.as_ref().map_or(-1, AsRawFd::as_raw_fd);
+        // SAFETY: a new mapping where the kernel finds room for it, so it replaces nothing.
+        let host = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                flags,
+                raw_fd,
+                0,
+            )
+        };
+        if host == libc::MAP_FAILED {
+            return Err(host_error("map")(io::Error::last_os_error()));
+        }
+        let host = NonNull::new(host.cast::<u8>())
+            .ok_or_else(|| host_error("map")(io::Error::from(io::ErrorKind::InvalidData)))?;
+        let block = Self {
+            host,
+            len,
+            fd,
+            dirty: DirtyBitmap::new(len),
+            page_size,
+        };
+
+        if config.mergeable {
+            block
+                .advise(libc::MADV_MERGEABLE)
+                .map_err(host_error("make mergeable"))?;
+        }
+        if config.hugepage_size.is_none() && config.thp {
+            // Advice: a kernel that is built without it works just as well.
+            let _ = block.advise(libc::MADV_HUGEPAGE);
+        }
+        // A core dump of the VMM is not the place for the guest's memory.
+        let _ = block.advise(libc::MADV_DONTDUMP);
+        if config.prefault {
+            block
+                .advise(libc::MADV_POPULATE_WRITE)
+                .map_err(host_error("populate"))?;
+        }
+        Ok(block)
+    }
+
+    fn advise(&self, advice: libc::c_int) -> io::Result<()> {
+        // SAFETY: the mapping is ours, and none of the advice used here changes its contents.
+        match unsafe { libc::madvise(self.host.as_ptr().cast(), self.len, advice) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    /// Bytes.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Never: a block of no bytes cannot be made.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        false
+    }
+
+    /// Where the block starts in this process (HVA).
+    #[must_use]
+    pub fn host_addr(&self) -> *mut u8 {
+        self.host.as_ptr()
+    }
+
+    /// The memfd behind a shared block, mapped from its start on.
+    #[must_use]
+    pub fn file(&self) -> Option<&File> {
+        self.fd.as_ref()
+    }
+
+    /// The size of the pages behind it, in bytes.
+    #[must_use]
+    pub fn page_size(&self) -> u64 {
+        self.page_size
+    }
+
+    /// Which of its pages were written.
+    #[must_use]
+    pub fn dirty(&self) -> &DirtyBitmap {
+        &self.dirty
+    }
+}
+
+impl Drop for RamBlock {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours, and nobody who could use it is left: they own the block.
+        unsafe { libc::munmap(self.host.as_ptr().cast(), self.len) };
+    }
+}
+
+impl fmt::Debug for RamBlock {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "RamBlock({:#x} bytes at {:p})", self.len, self.host)
+    }
+}
+
+/// A memfd of `size` bytes; with the bits of a huge page size if it is to be made of those.
+fn memfd(huge: Option<u32>, size: u64) -> io::Result<File> {
+    let flags = libc::MFD_CLOEXEC | huge.map_or(0, |size| libc::MFD_HUGETLB | size);
+    // SAFETY: the name is a C string, and the result is checked.
+    let fd = unsafe { libc::memfd_create(c"guest-ram".as_ptr(), flags) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: a new descriptor that nobody else owns.
+    let file = unsafe { File::from_raw_fd(fd) };
+    file.set_len(size)?;
+    Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+
+    #[test]
+    fn sizes_that_are_none_are_refused() {
+        for size in [0, 1, PAGE_SIZE + 1, u64::MAX, u64::MAX - PAGE_SIZE + 1] {
+            let refused = RamBlock::new(&RamConfig::anonymous(size)).unwrap_err();
+            assert!(
+                matches!(refused, RamError::Size { .. }),
+                "{size:#x}: {refused}"
+            );
+        }
+        let odd = RamConfig {
+            hugepage_size: Some(3),
+            ..RamConfig::anonymous(PAGE_SIZE)
+        };
+        assert!(matches!(RamBlock::new(&odd), Err(RamError::HugePage(3))));
+    }
+
+    #[test]
+    fn more_than_the_host_can_map_is_refused_by_the_host() {
+        let refused = RamBlock::new(&RamConfig::anonymous(1 << 60)).unwrap_err();
+        assert!(
+            matches!(refused, RamError::Host { attempt: "map", .. }),
+            "{refused}"
+        );
+    }
+
+    #[test]
+    fn shared_memory_is_what_its_file_holds() {
+        let config = RamConfig {
+            shared: true,
+            prefault: true,
+            ..RamConfig::anonymous(4 * PAGE_SIZE)
+        };
+        let block = RamBlock::new(&config).unwrap();
+        block
+            .file()
+            .unwrap()
+            .write_all_at(b"over the file", PAGE_SIZE)
+            .unwrap();
+        // SAFETY: inside the block, and no one else writes to it.
+        let seen = unsafe { block.host_addr().add(PAGE_SIZE as usize).read() };
+        assert_eq!(seen, b'o');
+    }
+}

@@ -1,0 +1,445 @@
+//! Changing the map: edits that become visible together, or not at all.
+
+use std::sync::Arc;
+
+use crate::error::{CommitError, TopologyError};
+use crate::limits;
+use crate::range::AddrRange;
+use crate::region::{DeviceOps, IoEventFd, Kind, Place, RamSlice, Region, RegionId};
+use crate::space::SpaceKind;
+use crate::topology::Topology;
+
+/// What a region is called, and by whom it was made, for people who look at the map.
+#[derive(Clone, Debug)]
+pub struct Label {
+    name: Arc<str>,
+    owner: Arc<str>,
+}
+
+impl From<&str> for Label {
+    fn from(name: &str) -> Self {
+        Self {
+            name: Arc::from(name),
+            owner: Arc::from(""),
+        }
+    }
+}
+
+/// Name and owner.
+impl From<(&str, &str)> for Label {
+    fn from((name, owner): (&str, &str)) -> Self {
+        Self {
+            name: Arc::from(name),
+            owner: Arc::from(owner),
+        }
+    }
+}
+
+/// An open change of a [`Topology`], which it borrows: a value, not a mode. Code that takes part
+/// in a change takes `&mut Transaction`, and so nests by passing it down.
+///
+/// It has no way to ask what is at an address: in the middle of a change there is no answer.
+#[must_use = "a transaction that is not committed changes nothing"]
+pub struct Transaction<'a> {
+    topology: &'a mut Topology,
+}
+
+impl<'a> Transaction<'a> {
+    pub(crate) fn new(topology: &'a mut Topology) -> Self {
+        Self { topology }
+    }
+
+    /// Makes all edits visible at once: renders each changed space, asks the listeners, publishes
+    /// and tells them. Edits that change nothing cost nothing.
+    ///
+    /// # Errors
+    /// See [`CommitError`]. Unless it is [`CommitError::Failed`], nothing changed.
+    pub fn commit(self) -> Result<(), CommitError> {
+        let touched = self.touched();
+        let result = self.topology.commit(touched);
+        if matches!(result, Ok(()) | Err(CommitError::Failed(_))) {
+            self.topology.arena.keep();
+        }
+        // On the other errors the drop undoes the edits.
+        result
+    }
+
+    /// Gives the edits up.
+    pub fn abort(self) {}
+
+    /// The container that is a whole address space.
+    #[must_use]
+    pub fn root(&self, space: SpaceKind) -> RegionId {
+        self.topology.spaces[space.index()].root
+    }
+
+    /// A region of `size` bytes that shows nothing but the regions that are placed in it.
+    ///
+    /// # Errors
+    /// When the size is none.
+    pub fn container(
+        &mut self,
+        label: impl Into<Label>,
+        size: u64,
+    ) -> Result<RegionId, TopologyError> {
+        self.create(label.into(), size, Kind::Container)
+    }
+
+    /// RAM: `size` bytes of a block.
+    ///
+    /// # Errors
+    /// When the slice is not within its block.
+    pub fn ram(
+        &mut self,
+        label: impl Into<Label>,
+        slice: RamSlice,
+        size: u64,
+    ) -> Result<RegionId, TopologyError> {
+        check_slice(&slice, size)?;
+        self.create(label.into(), size, Kind::Ram(slice))
+    }
+
+    /// Memory that the guest can only read: its writes are lost.
+    ///
+    /// # Errors
+    /// When the slice is not within its block.
+    pub fn rom(
+        &mut self,
+        label: impl Into<Label>,
+        slice: RamSlice,
+        size: u64,
+    ) -> Result<RegionId, TopologyError> {
+        check_slice(&slice, size)?;
+        self.create(label.into(), size, Kind::Rom(slice))
+    }
+
+    /// `size` bytes (or ports) that a device answers.
+    ///
+    /// # Errors
+    /// When the size is none.
+    pub fn device(
+        &mut self,
+        label: impl Into<Label>,
+        size: u64,
+        ops: Arc<dyn DeviceOps>,
+    ) -> Result<RegionId, TopologyError> {
+        self.create(label.into(), size, Kind::Device(ops))
+    }
+
+    /// A window of `size` bytes on another region, from `offset` in it on.
+    ///
+    /// # Errors
+    /// When there is no such target.
+    pub fn alias(
+        &mut self,
+        label: impl Into<Label>,
+        target: RegionId,
+        offset: u64,
+        size: u64,
+    ) -> Result<RegionId, TopologyError> {
+        self.topology.arena.get(target)?;
+        let alias = self.create(label.into(), size, Kind::Alias { target, offset })?;
+        self.topology.arena.get_mut(target)?.aliases += 1;
+        Ok(alias)
+    }
+
+    fn create(&mut self, label: Label, size: u64, kind: Kind) -> Result<RegionId, TopologyError> {
+        let Some(last) = size.checked_sub(1) else {
+            return Err(TopologyError::Extent {
+                name: label.name.to_string(),
+                offset: 0,
+                size,
+            });
+        };
+        self.topology.arena.insert(Region {
+            name: label.name,
+            owner: label.owner,
+            kind,
+            last,
+            enabled: true,
+            place: None,
+            children: Vec::new(),
+            ioeventfds: Vec::new(),
+            aliases: 0,
+        })
+    }
+
+    /// Places a region in a whole space. See [`Transaction::place`].
+    ///
+    /// # Errors
+    /// As [`Transaction::place`].
+    pub fn map(
+        &mut self,
+        space: SpaceKind,
+        addr: u64,
+        region: RegionId,
+        priority: i32,
+    ) -> Result<(), TopologyError> {
+        self.place(region, self.root(space), addr, priority)
+    }
+
+    /// Places a region in a container, `offset` from its start. Where it overlaps others *of the
+    /// same container*, the higher priority is in front, and of the same priority the one that
+    /// was placed last. What is past the container's end does not show.
+    ///
+    /// # Errors
+    /// When it is placed already, the container is none, the region's end would be past the last
+    /// address, or the region would contain itself.
+    pub fn place(
+        &mut self,
+        region: RegionId,
+        container: RegionId,
+        offset: u64,
+        priority: i32,
+    ) -> Result<(), TopologyError> {
+        let placed = self.topology.arena.get(region)?;
+        let name = || placed.name.to_string();
+        if placed.place.is_some()
+            || self
+                .topology
+                .spaces
+                .iter()
+                .any(|space| space.root == region)
+        {
+            return Err(TopologyError::AlreadyPlaced(name()));
+        }
+        check_extent(placed, offset)?;
+        let holder = self.topology.arena.get(container)?;
+        if !matches!(holder.kind, Kind::Container) {
+            return Err(TopologyError::NotAContainer(holder.name.to_string()));
+        }
+        if self.reaches(region, container, 0) {
+            return Err(TopologyError::Cycle(name()));
+        }
+        self.topology.sequence += 1;
+        let sequence = self.topology.sequence;
+        let place = Place {
+            parent: container,
+            offset,
+            priority,
+            sequence,
+        };
+        self.topology.arena.get_mut(region)?.place = Some(place);
+        let front_to_back: Vec<_> =
+            std::mem::take(&mut self.topology.arena.get_mut(container)?.children);
+        let at = front_to_back.partition_point(|child| self.priority(*child) > Some(priority));
+        let children = &mut self.topology.arena.get_mut(container)?.children;
+        *children = front_to_back;
+        children.insert(at, region);
+        Ok(())
+    }
+
+    fn priority(&self, region: RegionId) -> Option<i32> {
+        self.topology
+            .arena
+            .get(region)
+            .ok()?
+            .place
+            .map(|place| place.priority)
+    }
+
+    /// Whether `to` shows in `from`, through containers or aliases; or whether that is too deep
+    /// to tell, which no tree may be.
+    fn reaches(&self, from: RegionId, to: RegionId, depth: usize) -> bool {
+        if from == to || depth > limits::DEPTH {
+            return true;
+        }
+        match self.topology.arena.get(from) {
+            Ok(Region {
+                kind: Kind::Alias { target, .. },
+                ..
+            }) => self.reaches(*target, to, depth + 1),
+            Ok(region) => region
+                .children
+                .iter()
+                .any(|child| self.reaches(*child, to, depth + 1)),
+            Err(_) => false,
+        }
+    }
+
+    /// Takes a region out of its container. It stays to be placed again.
+    ///
+    /// # Errors
+    /// When it is in none.
+    pub fn unplace(&mut self, region: RegionId) -> Result<(), TopologyError> {
+        let placed = self.topology.arena.get_mut(region)?;
+        let name = Arc::clone(&placed.name);
+        let Some(place) = placed.place.take() else {
+            return Err(TopologyError::NotPlaced(name.to_string()));
+        };
+        self.topology
+            .arena
+            .get_mut(place.parent)?
+            .children
+            .retain(|child| *child != region);
+        Ok(())
+    }
+
+    /// Moves a region within its container.
+    ///
+    /// # Errors
+    /// When it is in none, or its end would be past the last address.
+    pub fn move_to(&mut self, region: RegionId, offset: u64) -> Result<(), TopologyError> {
+        let placed = self.topology.arena.get(region)?;
+        check_extent(placed, offset)?;
+        let Some(place) = placed.place else {
+            return Err(TopologyError::NotPlaced(placed.name.to_string()));
+        };
+        if place.offset != offset {
+            self.topology.arena.get_mut(region)?.place = Some(Place { offset, ..place });
+        }
+        Ok(())
+    }
+
+    /// Shows or hides a region and all that is in it.
+    ///
+    /// # Errors
+    /// When there is no such region.
+    pub fn set_enabled(&mut self, region: RegionId, enabled: bool) -> Result<(), TopologyError> {
+        if self.topology.arena.get(region)?.enabled != enabled {
+            self.topology.arena.get_mut(region)?.enabled = enabled;
+        }
+        Ok(())
+    }
+
+    /// Ends a region. Its id names nothing from then on.
+    ///
+    /// # Errors
+    /// When it is in a container, holds others, or an alias shows it.
+    pub fn destroy(&mut self, region: RegionId) -> Result<(), TopologyError> {
+        let going = self.topology.arena.get(region)?;
+        let is_root = self
+            .topology
+            .spaces
+            .iter()
+            .any(|space| space.root == region);
+        if is_root || going.place.is_some() || !going.children.is_empty() || going.aliases > 0 {
+            return Err(TopologyError::InUse(going.name.to_string()));
+        }
+        if let Kind::Alias { target, .. } = going.kind {
+            self.topology.arena.get_mut(target)?.aliases -= 1;
+        }
+        self.topology.arena.remove(region)
+    }
+
+    /// Adds a doorbell to a device region.
+    ///
+    /// # Errors
+    /// When it is not within the region, of an odd width, or cannot be told from one that is
+    /// there.
+    pub fn add_ioeventfd(
+        &mut self,
+        region: RegionId,
+        doorbell: IoEventFd,
+    ) -> Result<(), TopologyError> {
+        let device = self.topology.arena.get_mut(region)?;
+        let refused = |reason| TopologyError::Doorbell {
+            name: device.name.to_string(),
+            offset: doorbell.offset,
+            reason,
+        };
+        if !matches!(device.kind, Kind::Device(_)) {
+            return Err(refused("only devices have doorbells"));
+        }
+        if !matches!(doorbell.width, 0 | 1 | 2 | 4 | 8) {
+            return Err(refused("its width is none of 0, 1, 2, 4 and 8 bytes"));
+        }
+        if doorbell.width == 0 && doorbell.datamatch.is_some() {
+            return Err(refused("one for any width cannot ask for a value"));
+        }
+        let bytes = AddrRange::new(doorbell.offset, u64::from(doorbell.width.max(1)));
+        if !bytes.is_some_and(|bytes| device.extent().covers(bytes)) {
+            return Err(refused("it is not within the region"));
+        }
+        let clashes = device.ioeventfds.iter().any(|other| {
+            other.offset == doorbell.offset
+                && (other.width == doorbell.width || other.width == 0 || doorbell.width == 0)
+                && (other.datamatch == doorbell.datamatch
+                    || other.datamatch.is_none()
+                    || doorbell.datamatch.is_none())
+        });
+        if clashes {
+            return Err(refused("another one answers the same writes"));
+        }
+        device.ioeventfds.push(doorbell);
+        Ok(())
+    }
+
+    /// Removes a doorbell that was added, if it is there.
+    ///
+    /// # Errors
+    /// When there is no such region.
+    pub fn remove_ioeventfd(
+        &mut self,
+        region: RegionId,
+        doorbell: &IoEventFd,
+    ) -> Result<(), TopologyError> {
+        self.topology
+            .arena
+            .get_mut(region)?
+            .ioeventfds
+            .retain(|other| other != doorbell);
+        Ok(())
+    }
+
+    /// In which spaces an edited region may show.
+    fn touched(&self) -> [bool; 2] {
+        let mut spaces = [false; 2];
+        for id in self.topology.arena.touched() {
+            let mut at = Some(id);
+            while let Some(id) = at {
+                if let Some(index) = self
+                    .topology
+                    .spaces
+                    .iter()
+                    .position(|space| space.root == id)
+                {
+                    spaces[index] = true;
+                }
+                at = match self.topology.region(id) {
+                    // Wherever an alias shows it: rendering tells.
+                    Ok(region) if region.aliases > 0 => return [true; 2],
+                    Ok(region) => region.place.map(|place| place.parent),
+                    Err(_) => None,
+                };
+            }
+        }
+        spaces
+    }
+}
+
+impl Drop for Transaction<'_> {
+    fn drop(&mut self) {
+        // After a commit there is nothing left to undo.
+        self.topology.arena.undo();
+    }
+}
+
+impl std::fmt::Debug for Transaction<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Transaction")
+    }
+}
+
+fn check_slice(slice: &RamSlice, size: u64) -> Result<(), TopologyError> {
+    let block = slice.block.len() as u64;
+    match slice.offset.checked_add(size) {
+        Some(end) if end <= block => Ok(()),
+        _ => Err(TopologyError::OutsideBlock {
+            offset: slice.offset,
+            size,
+            block,
+        }),
+    }
+}
+
+fn check_extent(region: &Region, offset: u64) -> Result<(), TopologyError> {
+    match offset.checked_add(region.last) {
+        Some(_) => Ok(()),
+        None => Err(TopologyError::Extent {
+            name: region.name.to_string(),
+            offset,
+            size: region.last.saturating_add(1),
+        }),
+    }
+}

@@ -1,0 +1,157 @@
+//! Telling vCPU threads to run, to park or to end, and knowing when they have.
+//!
+//! One [`RunControl`] a machine. The driver sets what it *wants* and kicks; a vCPU thread looks at
+//! [`RunControl::wanted`] after each exit (one atomic load) and, unless that is [`Want::Run`],
+//! goes to [`RunControl::park`].
+//!
+//! ```text
+//!            want Run                     want Run
+//!   parked ───────────► running ──► ... ◄─────────── parked
+//!     ▲                    │ exit or kick               │ want End
+//!     └────── want Park ───┘                            ▼
+//!                                                     ended
+//! ```
+//!
+//! No wake-up is lost: the wish is stored before the kick, and the kick makes the next or the
+//! present `KVM_RUN` return.
+
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+
+/// What the driver wants of the vCPU threads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Want {
+    /// Be out of `KVM_RUN` and wait.
+    Park = 0,
+    /// Run the guest.
+    Run = 1,
+    /// Return from the thread.
+    End = 2,
+}
+
+/// Shared between the driver and the vCPU threads of one machine.
+pub(crate) struct RunControl {
+    want: AtomicU8,
+    running: Mutex<usize>,
+    changed: Condvar,
+}
+
+/// vCPU threads that did not leave the guest in time.
+#[derive(Debug, thiserror::Error)]
+#[error("{still_running} of the vCPU threads did not leave the guest within {} ms", waited.as_millis())]
+pub(crate) struct NotParked {
+    pub(crate) still_running: usize,
+    pub(crate) waited: Duration,
+}
+
+impl RunControl {
+    /// For this many threads, of which none counts as parked before it called [`Self::park`].
+    pub(crate) fn new(threads: usize) -> Self {
+        Self {
+            want: AtomicU8::new(Want::Park as u8),
+            running: Mutex::new(threads),
+            changed: Condvar::new(),
+        }
+    }
+
+    /// What the driver wants now.
+    pub(crate) fn wanted(&self) -> Want {
+        match self.want.load(Ordering::Acquire) {
+            0 => Want::Park,
+            1 => Want::Run,
+            _ => Want::End,
+        }
+    }
+
+    /// Says what is wanted from now on. [`Want::End`] is final. The caller kicks the vCPUs next,
+    /// where it wants them out.
+    pub(crate) fn want(&self, want: Want) {
+        let _running = self.running.lock();
+        if self.wanted() != Want::End {
+            self.want.store(want as u8, Ordering::Release);
+        }
+        self.changed.notify_all();
+    }
+
+    /// Called by a vCPU thread that is out of the guest: counts it as parked until the driver
+    /// wants it to run (then it counts as running again) or to end.
+    pub(crate) fn park(&self) -> Want {
+        let mut running = self.running.lock();
+        *running -= 1;
+        self.changed.notify_all();
+        self.changed.wait_while(&mut running, |_| self.wanted() == Want::Park);
+        let want = self.wanted();
+        if want == Want::Run {
+            *running += 1;
+        }
+        want
+    }
+
+    /// Waits until every thread is parked or has ended.
+    pub(crate) fn wait_parked(&self, patience: Duration) -> Result<(), NotParked> {
+        let start = Instant::now();
+        let mut running = self.running.lock();
+        while *running > 0 {
+            if self.changed.wait_until(&mut running, start + patience).timed_out() && *running > 0 {
+                return Err(NotParked { still_running: *running, waited: start.elapsed() });
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::AtomicU64;
+    use std::thread;
+
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(10);
+
+    fn spinner(control: &Arc<RunControl>, work: &Arc<AtomicU64>) -> thread::JoinHandle<()> {
+        let (control, work) = (Arc::clone(control), Arc::clone(work));
+        thread::spawn(move || {
+            while control.park() == Want::Run {
+                while control.wanted() == Want::Run {
+                    work.fetch_add(1, Ordering::Relaxed);
+                    thread::yield_now();
+                }
+            }
+        })
+    }
+
+    #[test]
+    fn nobody_works_while_parked_and_everybody_ends() {
+        let (control, work) = (Arc::new(RunControl::new(3)), Arc::new(AtomicU64::new(0)));
+        let threads: Vec<_> = (0..3).map(|_| spinner(&control, &work)).collect();
+        for _ in 0..200 {
+            control.wait_parked(PATIENCE).unwrap();
+            let before = work.load(Ordering::Relaxed);
+            thread::yield_now();
+            assert_eq!(work.load(Ordering::Relaxed), before);
+            control.want(Want::Run);
+            while work.load(Ordering::Relaxed) == before {
+                thread::yield_now();
+            }
+            control.want(Want::Park);
+        }
+        control.want(Want::End);
+        for thread in threads {
+            thread.join().unwrap();
+        }
+        control.want(Want::Run);
+        assert_eq!(control.wanted(), Want::End);
+    }
+
+    #[test]
+    fn waiting_for_a_thread_that_does_not_come_names_it() {
+        let control = RunControl::new(2);
+        let late = control.wait_parked(Duration::from_millis(1)).unwrap_err();
+        assert_eq!(late.still_running, 2);
+    }
+}
