@@ -1,1 +1,48 @@
-//! Handles to running VMs: requests, admission policy, published status.
+//! Handles to running VMs: typed requests in, typed replies and published status out.
+//!
+//! Every VM has one owner, its *driver*. Everybody else holds a [`VmHandle`] and sends requests,
+//! or reads the status that the driver last published. This crate is what both ends agree on; it
+//! knows neither KVM nor HTTP.
+//!
+//! ```text
+//!   VmHandle ── Request ──► Inbox ──► driver ──► StatusPublisher
+//!      ▲                      ▲ guest events,         │
+//!      │                      │ served first          ▼
+//!      └──────────── Reply ───┴──────────── VmStatus (watch, with a generation)
+//! ```
+//!
+//! Whether a request may be asked at all is [`admit`]'s, a pure function of the state:
+//!
+//! ```text
+//!   Created ──boot──► Running ◄──resume── Paused
+//!                      │  ▲  └───pause─────►│
+//!                      │ reboot             │
+//!                      ▼                    ▼
+//!                    Shutdown ◄──shutdown───┘      delete: from everywhere
+//! ```
+//!
+//! ```
+//! use control::{Verb, admit};
+//! use spec::VmState;
+//! assert!(admit(VmState::Created, Verb::Boot).is_ok());
+//! let denied = admit(VmState::Created, Verb::Pause).unwrap_err();
+//! assert_eq!(denied.to_string(), "a VM that is Created cannot be paused: it must be Running");
+//! ```
+
+#![forbid(unsafe_code)]
+
+mod admission;
+mod error;
+mod events;
+#[cfg(feature = "fake")]
+pub mod fake;
+mod handle;
+mod registry;
+mod status;
+
+pub use admission::{Denied, Verb, admit};
+pub use error::{Category, RequestError};
+pub use events::{EventLog, Missed};
+pub use handle::{Ask, EventSender, Inbox, Message, Reply, Request, VmHandle, connect};
+pub use registry::{Registry, Spawn};
+pub use status::{StatusPublisher, VmStatus};

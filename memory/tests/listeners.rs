@@ -1,5 +1,7 @@
 //! Who is told what, when, and when no more.
 
+#![expect(clippy::unwrap_used, reason = "a test that goes wrong panics")]
+
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::thread;
@@ -93,10 +95,10 @@ fn a_refusal_leaves_the_old_map_in_force_and_the_edits_undone() {
     let seen = Arc::default();
     let mut topology = Topology::new();
     let (first, second) = (Notes::new("first", &seen), Notes::new("second", &seen));
-    let _1 = topology
+    let _first = topology
         .register(SPACE, 0, Arc::clone(&first) as _)
         .unwrap();
-    let _2 = topology
+    let _second = topology
         .register(SPACE, 1, Arc::clone(&second) as _)
         .unwrap();
     second.refuse.store(true, Ordering::Relaxed);

@@ -1,5 +1,7 @@
 //! The flat view against a naive model: for each address, walk the tree.
 
+#![expect(clippy::unwrap_used, reason = "a test that goes wrong panics")]
+
 use std::sync::Arc;
 
 use memory::{

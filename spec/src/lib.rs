@@ -1,1 +1,59 @@
-//! Configuration and wire types of the service, and their validation.
+//! Configuration and wire types of the service, and their validation. No behaviour.
+//!
+//! Types that Cloud Hypervisor's API has too are the same on the wire: names, defaults, required
+//! fields. [`parse()`] reads a body and explains what is wrong with one; [`VmConfig::validate`]
+//! says everything that is wrong with a configuration at once, by field.
+//!
+//! ```
+//! let config: spec::VmConfig = spec::parse(br#"{"payload": {"kernel": "/boot/vmlinux"}}"#)?;
+//! let host = spec::HostLimits { max_vcpus: 16, max_memory: 1 << 36 };
+//! assert_eq!(config.validate(&host), Ok(()));
+//! assert_eq!(config.memory.size, 512 << 20);
+//! # Ok::<(), spec::ParseError>(())
+//! ```
+
+#![forbid(unsafe_code)]
+
+mod console;
+mod cpus;
+mod device;
+mod disk;
+pub mod limits;
+mod memory;
+pub mod options;
+mod parse;
+mod platform;
+mod requests;
+mod service;
+mod validate;
+mod vm;
+
+pub use console::{ConsoleConfig, ConsoleMode, DebugConsoleConfig, SerialConfig};
+pub use cpus::{CoreSchedulingMode, CpuAffinity, CpuFeatures, CpuTopology, CpusConfig};
+pub use device::{
+    BalloonConfig, DeviceConfig, FsConfig, GenericVhostUserConfig, NetConfig, PmemConfig,
+    RngConfig, RtcConfig, TpmConfig, UserDeviceConfig, VdpaConfig, VsockConfig,
+};
+pub use disk::{
+    DiskConfig, ImageType, LockGranularity, RateLimitGroupConfig, RateLimiterConfig, TokenBucket,
+    VirtQueueAffinity,
+};
+pub use memory::{MemoryConfig, MemoryZoneConfig};
+pub use parse::{ParseError, nearest, parse};
+pub use platform::{
+    LandlockConfig, NumaConfig, NumaDistance, PayloadConfig, PciSegmentConfig, PlatformConfig,
+};
+pub use requests::{
+    MemoryRestoreMode, MigrationMode, ReceiveMigrationData, RestoreConfig, SendMigrationData,
+    TimeoutStrategy, VmAddUserDevice, VmCoredumpData, VmMemoryZoneUpdateData, VmRemoveDevice,
+    VmResize, VmResizeDisk, VmResizeZone, VmSnapshotConfig,
+};
+pub use service::{
+    CreateVm, Event, FieldProblem, InvalidVmId, MapNode, MapRange, MapSpace, MemoryMap, Problem,
+    VmId, VmSummary,
+};
+pub use validate::{HostLimits, UNSUPPORTED};
+pub use vm::{
+    BootTimeline, DeviceNode, Failure, PciDeviceInfo, VmConfig, VmCounters, VmInfo, VmState,
+    VmmPingResponse,
+};

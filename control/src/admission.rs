@@ -1,0 +1,133 @@
+//! What may be asked of a VM in which state. Pure: no lock, no I/O.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+use spec::VmState;
+
+/// What is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the names are the API's")]
+pub enum Verb {
+    Boot,
+    Pause,
+    Resume,
+    Reboot,
+    Shutdown,
+    Delete,
+    PowerButton,
+    Nmi,
+    Counters,
+    MemoryMap,
+}
+
+impl Verb {
+    /// All of them.
+    pub const ALL: [Self; 10] = [
+        Self::Boot,
+        Self::Pause,
+        Self::Resume,
+        Self::Reboot,
+        Self::Shutdown,
+        Self::Delete,
+        Self::PowerButton,
+        Self::Nmi,
+        Self::Counters,
+        Self::MemoryMap,
+    ];
+
+    /// As in "cannot be ...".
+    fn participle(self) -> &'static str {
+        match self {
+            Self::Boot => "booted",
+            Self::Pause => "paused",
+            Self::Resume => "resumed",
+            Self::Reboot => "rebooted",
+            Self::Shutdown => "shut down",
+            Self::Delete => "deleted",
+            Self::PowerButton => "sent a power button press",
+            Self::Nmi => "sent an NMI",
+            Self::Counters => "asked for counters",
+            Self::MemoryMap => "asked for its memory map",
+        }
+    }
+
+    /// The states in which it may be asked.
+    fn states(self) -> &'static [VmState] {
+        use VmState::{BreakPoint, Created, Paused, Running, Shutdown};
+        match self {
+            Self::Boot => &[Created, Shutdown],
+            Self::Pause | Self::PowerButton => &[Running],
+            Self::Resume => &[Paused],
+            Self::Reboot | Self::Shutdown | Self::Nmi | Self::MemoryMap => &[Running, Paused],
+            Self::Delete | Self::Counters => &[Created, Running, Paused, Shutdown, BreakPoint],
+        }
+    }
+}
+
+/// A request that makes no sense now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Denied {
+    /// Where the VM is in its life.
+    pub state: VmState,
+    /// What was asked.
+    pub verb: Verb,
+}
+
+impl fmt::Display for Denied {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (state, verb) = (self.state, self.verb.participle());
+        write!(f, "a VM that is {state} cannot be {verb}: it must be ")?;
+        for (i, needed) in self.verb.states().iter().enumerate() {
+            write!(f, "{}{needed}", if i == 0 { "" } else { " or " })?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Denied {}
+
+/// Whether `verb` may be asked of a VM in this state.
+///
+/// # Errors
+/// When it makes no sense.
+pub fn admit(state: VmState, verb: Verb) -> Result<(), Denied> {
+    if verb.states().contains(&state) {
+        Ok(())
+    } else {
+        Err(Denied { state, verb })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_verb_in_every_state() {
+        use VmState::{Created, Paused, Running, Shutdown};
+        // One row a verb: Created, Running, Paused, Shutdown.
+        let table = [
+            (Verb::Boot, [true, false, false, true]),
+            (Verb::Pause, [false, true, false, false]),
+            (Verb::Resume, [false, false, true, false]),
+            (Verb::Reboot, [false, true, true, false]),
+            (Verb::Shutdown, [false, true, true, false]),
+            (Verb::Delete, [true, true, true, true]),
+            (Verb::PowerButton, [false, true, false, false]),
+            (Verb::Nmi, [false, true, true, false]),
+            (Verb::Counters, [true, true, true, true]),
+            (Verb::MemoryMap, [false, true, true, false]),
+        ];
+        assert_eq!(table.map(|(verb, _)| verb), Verb::ALL);
+        for (verb, row) in table {
+            for (state, expected) in [Created, Running, Paused, Shutdown].into_iter().zip(row) {
+                assert_eq!(
+                    admit(state, verb).is_ok(),
+                    expected,
+                    "{verb:?} when {state}"
+                );
+            }
+        }
+    }
+}

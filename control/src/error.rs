@@ -1,0 +1,92 @@
+//! Why a request was not done.
+
+use serde::{Deserialize, Serialize};
+use spec::FieldProblem;
+
+use crate::admission::Denied;
+
+/// What kind of error it is; faces map it to their own status codes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Category {
+    /// The thing asked about is not there.
+    NotFound,
+    /// Not in this state, or taken already.
+    Conflict,
+    /// It can be read, and makes no sense.
+    Unprocessable,
+    /// This version cannot do it.
+    Unsupported,
+    /// The host lacks room or permission for it.
+    Host,
+    /// A fault of ours.
+    Internal,
+}
+
+/// Why a request was not done.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{detail}")]
+pub struct RequestError {
+    /// What kind of error it is.
+    pub category: Category,
+    /// Stable, for programs.
+    pub code: String,
+    /// For people.
+    pub detail: String,
+    /// Which fields of the configuration it is about, if it is about fields.
+    pub fields: Vec<FieldProblem>,
+}
+
+impl RequestError {
+    /// An error that is about no field.
+    pub fn new(category: Category, code: &str, detail: impl Into<String>) -> Self {
+        Self {
+            category,
+            code: code.to_owned(),
+            detail: detail.into(),
+            fields: Vec::new(),
+        }
+    }
+
+    /// There is no VM of this name.
+    #[must_use]
+    pub fn no_such_vm(id: &str) -> Self {
+        Self::new(
+            Category::NotFound,
+            "no-such-vm",
+            format!("there is no VM {id:?}"),
+        )
+    }
+
+    /// The driver has ended without an answer.
+    #[must_use]
+    pub fn driver_gone() -> Self {
+        let detail = "the VM's driver has ended; delete the VM and create it again";
+        Self::new(Category::Internal, "driver-gone", detail)
+    }
+
+    /// The configuration has these problems.
+    #[must_use]
+    pub fn invalid(fields: Vec<FieldProblem>) -> Self {
+        let all_unsupported = fields.iter().all(|field| field.code == spec::UNSUPPORTED);
+        let (category, code) = match all_unsupported {
+            true => (Category::Unsupported, "unsupported-configuration"),
+            false => (Category::Unprocessable, "invalid-configuration"),
+        };
+        let detail = match &fields[..] {
+            [only] => format!("the configuration is not possible: {}", only.detail),
+            many => format!("the configuration has {} problems", many.len()),
+        };
+        Self {
+            category,
+            code: code.to_owned(),
+            detail,
+            fields,
+        }
+    }
+}
+
+impl From<Denied> for RequestError {
+    fn from(denied: Denied) -> Self {
+        Self::new(Category::Conflict, "wrong-state", denied.to_string())
+    }
+}

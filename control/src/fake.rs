@@ -1,0 +1,166 @@
+//! Drivers without machines: they answer as [`admit`](crate::admit) says and do nothing else.
+
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+use std::thread;
+use std::time::Duration;
+
+use spec::{HostLimits, MemoryMap, VmConfig, VmCounters, VmId, VmState};
+
+use crate::admission::{Verb, admit};
+use crate::error::{Category, RequestError};
+use crate::events::EventLog;
+use crate::handle::{Message, Reply, VmHandle, connect};
+use crate::registry::Spawn;
+use crate::status::StatusPublisher;
+
+/// How the fake drivers behave.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Fake {
+    /// They think so long about each request.
+    pub delay: Duration,
+    /// Every boot fails.
+    pub fail_boot: bool,
+    /// They panic at an NMI.
+    pub die_at_nmi: bool,
+}
+
+impl Spawn for Fake {
+    fn spawn(
+        &self,
+        id: &VmId,
+        config: Arc<VmConfig>,
+        events: EventLog,
+    ) -> Result<VmHandle, RequestError> {
+        let (wake, woken) = channel();
+        let (handle, mut inbox, _, publisher) = connect::<()>(id, config, events, move || {
+            let _ = wake.send(());
+        });
+        let fake = *self;
+        thread::spawn(move || {
+            while woken.recv().is_ok() {
+                while let Some(message) = inbox.next() {
+                    let Message::Ask(ask) = message else { return };
+                    thread::sleep(fake.delay);
+                    if ask.request.verb == Verb::Nmi && fake.die_at_nmi {
+                        return;
+                    }
+                    let answer = fake.perform(ask.request.verb, &publisher);
+                    let ended = ask.request.verb == Verb::Delete;
+                    ask.answer(answer);
+                    if ended {
+                        return;
+                    }
+                }
+            }
+        });
+        Ok(handle)
+    }
+
+    fn host_limits(&self) -> HostLimits {
+        HostLimits {
+            max_vcpus: 16,
+            max_memory: 1 << 40,
+        }
+    }
+}
+
+impl Fake {
+    fn perform(&self, verb: Verb, publisher: &StatusPublisher) -> Result<Reply, RequestError> {
+        admit(publisher.current().state, verb)?;
+        let become_state = |state| {
+            publisher.update(|status| status.state = state);
+            Ok(Reply::Done)
+        };
+        match verb {
+            Verb::Boot if self.fail_boot => Err(RequestError::new(
+                Category::Unprocessable,
+                "kernel-missing",
+                "no such kernel",
+            )),
+            Verb::Boot | Verb::Resume => become_state(VmState::Running),
+            Verb::Pause => become_state(VmState::Paused),
+            Verb::Shutdown => become_state(VmState::Shutdown),
+            Verb::Reboot => {
+                publisher.update(|status| {
+                    status.state = VmState::Running;
+                    status.reboots += 1;
+                });
+                Ok(Reply::Done)
+            }
+            Verb::Counters => Ok(Reply::Counters(VmCounters::default())),
+            Verb::MemoryMap => Ok(Reply::MemoryMap(MemoryMap { spaces: Vec::new() })),
+            Verb::Delete | Verb::PowerButton | Verb::Nmi => Ok(Reply::Done),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use spec::PayloadConfig;
+
+    use super::*;
+    use crate::registry::Registry;
+
+    fn config() -> VmConfig {
+        VmConfig::with_payload(PayloadConfig {
+            kernel: Some("/k".into()),
+            ..Default::default()
+        })
+    }
+
+    #[tokio::test]
+    async fn a_vm_lives_and_ends() {
+        let registry = Registry::new(Fake::default());
+        let vm = registry.create(None, config()).unwrap();
+        vm.ask(Verb::Boot).await.unwrap();
+        assert_eq!(vm.info().state, VmState::Running);
+        let denied = vm.ask(Verb::Resume).await.unwrap_err();
+        assert_eq!(
+            (denied.category, denied.code.as_str()),
+            (Category::Conflict, "wrong-state")
+        );
+        registry.delete(vm.id().as_str()).await.unwrap();
+        assert_eq!(vm.ask(Verb::Boot).await, Err(RequestError::driver_gone()));
+        assert!(registry.list().is_empty());
+        let events: Vec<_> = registry
+            .events()
+            .after(0)
+            .0
+            .into_iter()
+            .map(|e| e.event)
+            .collect();
+        assert_eq!(events, ["created", "booted", "deleted"]);
+    }
+
+    #[tokio::test]
+    async fn names_are_taken_once_and_bad_configurations_not_at_all() {
+        let registry = Registry::new(Fake::default());
+        let name: VmId = "one".parse().unwrap();
+        registry.create(Some(name.clone()), config()).unwrap();
+        assert_eq!(
+            registry.create(Some(name), config()).unwrap_err().code,
+            "vm-exists"
+        );
+        let mut bad = config();
+        bad.memory.size = 1;
+        assert_eq!(
+            registry.create(None, bad).unwrap_err().code,
+            "invalid-configuration"
+        );
+        assert_eq!(registry.get("two").unwrap_err().code, "no-such-vm");
+        assert_eq!(registry.get("../two").unwrap_err().code, "no-such-vm");
+    }
+
+    #[tokio::test]
+    async fn a_driver_that_dies_is_told_and_its_vm_can_be_deleted() {
+        let registry = Registry::new(Fake {
+            die_at_nmi: true,
+            ..Fake::default()
+        });
+        let vm = registry.create(None, config()).unwrap();
+        assert_eq!(vm.ask(Verb::Nmi).await, Err(RequestError::driver_gone()));
+        assert!(vm.status().ended);
+        registry.delete(vm.id().as_str()).await.unwrap();
+    }
+}

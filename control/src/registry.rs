@@ -1,0 +1,165 @@
+//! The VMs of a service, by name.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use spec::{HostLimits, VmConfig, VmId};
+use tokio::sync::watch;
+
+use crate::admission::Verb;
+use crate::error::{Category, RequestError};
+use crate::events::EventLog;
+use crate::handle::VmHandle;
+
+/// Where drivers come from.
+pub trait Spawn: Send + Sync {
+    /// Starts a driver for a VM that is created and not booted. The configuration is valid.
+    ///
+    /// # Errors
+    /// When the host has no room for another.
+    fn spawn(
+        &self,
+        id: &VmId,
+        config: Arc<VmConfig>,
+        events: EventLog,
+    ) -> Result<VmHandle, RequestError>;
+
+    /// What the host can give a VM.
+    fn host_limits(&self) -> HostLimits;
+}
+
+/// VMs that one service holds at the most.
+const MAX_VMS: usize = 4096;
+
+/// The VMs of a service, by name.
+#[derive(Clone)]
+pub struct Registry(Arc<Shared>);
+
+struct Shared {
+    spawner: Box<dyn Spawn>,
+    vms: Mutex<BTreeMap<VmId, VmHandle>>,
+    events: EventLog,
+    /// Counts creations and deletions.
+    changes: watch::Sender<u64>,
+}
+
+impl Registry {
+    /// An empty one, whose drivers come from `spawner`.
+    pub fn new(spawner: impl Spawn + 'static) -> Self {
+        Self(Arc::new(Shared {
+            spawner: Box::new(spawner),
+            vms: Mutex::default(),
+            events: EventLog::default(),
+            changes: watch::Sender::new(0),
+        }))
+    }
+
+    /// Creates a VM; its name is made up when none is given.
+    ///
+    /// # Errors
+    /// When the configuration is not possible, the name is taken, or there is no room.
+    pub fn create(&self, id: Option<VmId>, config: VmConfig) -> Result<VmHandle, RequestError> {
+        config
+            .validate(&self.0.spawner.host_limits())
+            .map_err(RequestError::invalid)?;
+        let id = id.unwrap_or_else(VmId::unique);
+        let mut vms = self.0.vms.lock();
+        if vms.contains_key(&id) {
+            let detail = format!("there is a VM {:?} already", id.as_str());
+            return Err(RequestError::new(Category::Conflict, "vm-exists", detail));
+        }
+        if vms.len() >= MAX_VMS {
+            let detail = format!("the service holds {MAX_VMS} VMs and takes no more");
+            return Err(RequestError::new(Category::Host, "too-many-vms", detail));
+        }
+        let handle = self
+            .0
+            .spawner
+            .spawn(&id, Arc::new(config), self.0.events.clone())?;
+        vms.insert(id.clone(), handle.clone());
+        drop(vms);
+        self.0.events.record(&id, "created", None);
+        self.0.changes.send_modify(|count| *count += 1);
+        Ok(handle)
+    }
+
+    /// The VM of this name.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn get(&self, id: &str) -> Result<VmHandle, RequestError> {
+        let found = id
+            .parse::<VmId>()
+            .ok()
+            .and_then(|id| self.0.vms.lock().get(&id).cloned());
+        found.ok_or_else(|| RequestError::no_such_vm(id))
+    }
+
+    /// All of them, by name.
+    #[must_use]
+    pub fn list(&self) -> Vec<VmHandle> {
+        self.0.vms.lock().values().cloned().collect()
+    }
+
+    /// Ends a VM and forgets it. A VM whose driver is gone is forgotten too.
+    ///
+    /// # Errors
+    /// When there is none of this name, or its driver refuses.
+    pub async fn delete(&self, id: &str) -> Result<(), RequestError> {
+        let handle = self.get(id)?;
+        match handle.ask(Verb::Delete).await {
+            Ok(_) => {}
+            Err(gone) if gone == RequestError::driver_gone() => {}
+            Err(refused) => return Err(refused),
+        }
+        if self.0.vms.lock().remove(handle.id()).is_some() {
+            self.0.events.record(handle.id(), "deleted", None);
+            self.0.changes.send_modify(|count| *count += 1);
+        }
+        Ok(())
+    }
+
+    /// What happened to the VMs.
+    #[must_use]
+    pub fn events(&self) -> &EventLog {
+        &self.0.events
+    }
+
+    /// Follows creations and deletions: a count of both.
+    #[must_use]
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.0.changes.subscribe()
+    }
+
+    /// What the host can give a VM.
+    #[must_use]
+    pub fn host_limits(&self) -> HostLimits {
+        self.0.spawner.host_limits()
+    }
+
+    /// Ends all VMs. Each driver is asked first and then waited for, so they end side by side.
+    pub async fn delete_all(&self) {
+        let mut ending: Vec<_> = self
+            .list()
+            .into_iter()
+            .map(|vm| (vm.ask_now(Verb::Delete), vm))
+            .collect();
+        for (answer, vm) in ending.drain(..) {
+            if let Err(error) = answer.await {
+                tracing::warn!(vm = %vm.id(), %error, "a VM did not end in order");
+            }
+            if self.0.vms.lock().remove(vm.id()).is_some() {
+                self.0.events.record(vm.id(), "deleted", None);
+            }
+        }
+        self.0.changes.send_modify(|count| *count += 1);
+    }
+}
+
+impl fmt::Debug for Registry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_set().entries(self.0.vms.lock().keys()).finish()
+    }
+}

@@ -1,0 +1,107 @@
+//! What a driver tells of its VM, for everybody to read.
+
+use std::sync::Arc;
+
+use spec::{BootTimeline, Failure, VmConfig, VmId, VmInfo, VmState};
+use tokio::sync::watch;
+
+use crate::events::EventLog;
+
+/// A VM as its driver last published it.
+#[derive(Clone, Debug)]
+pub struct VmStatus {
+    /// Counts the changes.
+    pub generation: u64,
+    /// Where the VM is in its life.
+    pub state: VmState,
+    /// Its configuration; a pseudo terminal's path is filled in.
+    pub config: Arc<VmConfig>,
+    /// Why the guest ended, when it was not asked to.
+    pub failure: Option<Failure>,
+    /// How long the last boot took.
+    pub boot: Option<BootTimeline>,
+    /// Guest resets since it was booted, by itself or by request.
+    pub reboots: u64,
+    /// The driver is gone; nothing will change any more.
+    pub ended: bool,
+}
+
+impl VmStatus {
+    pub(crate) fn created(config: Arc<VmConfig>) -> Self {
+        Self {
+            generation: 0,
+            state: VmState::Created,
+            config,
+            failure: None,
+            boot: None,
+            reboots: 0,
+            ended: false,
+        }
+    }
+
+    /// In the form of the API.
+    #[must_use]
+    pub fn info(&self) -> VmInfo {
+        VmInfo {
+            config: VmConfig::clone(&self.config),
+            state: self.state,
+            memory_actual_size: self.config.memory.size,
+            device_tree: None,
+            failure: self.failure.clone(),
+            boot: self.boot,
+        }
+    }
+}
+
+/// The driver's end of a [`VmStatus`]. Dropping it says that the driver is gone.
+#[derive(Debug)]
+pub struct StatusPublisher {
+    pub(crate) id: VmId,
+    pub(crate) status: watch::Sender<VmStatus>,
+    pub(crate) events: EventLog,
+}
+
+impl StatusPublisher {
+    /// What is published now.
+    #[must_use]
+    pub fn current(&self) -> VmStatus {
+        self.status.borrow().clone()
+    }
+
+    /// Changes what is published, and records what that means as an event.
+    pub fn update(&self, change: impl FnOnce(&mut VmStatus)) {
+        let mut happened = None;
+        self.status.send_modify(|status| {
+            let before = (status.state, status.reboots);
+            change(status);
+            status.generation += 1;
+            happened = event(before, status);
+        });
+        if let Some((event, detail)) = happened {
+            self.events.record(&self.id, event, detail);
+        }
+    }
+}
+
+fn event(before: (VmState, u64), now: &VmStatus) -> Option<(&'static str, Option<String>)> {
+    match (before.0, now.state) {
+        (_, VmState::Shutdown) if before.0 != VmState::Shutdown => match &now.failure {
+            Some(failure) => Some(("failed", Some(failure.detail.clone()))),
+            None => Some(("shutdown", None)),
+        },
+        (VmState::Running, VmState::Paused) => Some(("paused", None)),
+        (VmState::Paused, VmState::Running) if before.1 == now.reboots => Some(("resumed", None)),
+        (VmState::Created | VmState::Shutdown, VmState::Running) => Some(("booted", None)),
+        _ if before.1 != now.reboots => Some(("rebooted", None)),
+        _ => None,
+    }
+}
+
+impl Drop for StatusPublisher {
+    fn drop(&mut self) {
+        self.status.send_modify(|status| {
+            status.generation += 1;
+            status.ended = true;
+        });
+    }
+}

@@ -1,0 +1,145 @@
+//! The gate in front of `KVM_RUN`.
+//!
+//! KVM replaces memslots one by one. A guest that touches memory between the removal of a slot
+//! and the arrival of the ones in its place would see a hole which the map does not have. So
+//! while such a batch runs, the gate is closed: every vCPU is kicked out and none gets in.
+//!
+//! On the normal path a vCPU pays one store and one load to enter and a store and a load to
+//! leave. Each says so *before* it looks at the other's flag, in one total order, so that either
+//! the vCPU sees the closed gate or the closer sees the vCPU inside.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use parking_lot::{Condvar, Mutex, MutexGuard};
+
+use crate::kick::Kicker;
+
+/// One for all vCPUs of a VM.
+#[derive(Debug, Default)]
+pub struct Gate {
+    closed: AtomicBool,
+    /// Held by whoever has the gate closed.
+    closer: Mutex<()>,
+    seats: Mutex<Vec<Arc<Seat>>>,
+    /// Told under `seats` when a vCPU leaves a closed gate and when the gate opens.
+    changed: Condvar,
+}
+
+/// One vCPU's place at the gate.
+#[derive(Debug)]
+pub(crate) struct Seat {
+    inside: AtomicBool,
+    kicker: Kicker,
+}
+
+impl Gate {
+    pub(crate) fn seat(&self, kicker: Kicker) -> Arc<Seat> {
+        let seat = Arc::new(Seat {
+            inside: AtomicBool::new(false),
+            kicker,
+        });
+        self.seats.lock().push(Arc::clone(&seat));
+        seat
+    }
+
+    /// Ends a vCPU's place.
+    pub(crate) fn forget(&self, seat: &Arc<Seat>) {
+        self.seats.lock().retain(|other| !Arc::ptr_eq(other, seat));
+    }
+
+    /// Waits for the gate to be open and goes in.
+    pub(crate) fn enter(&self, seat: &Seat) {
+        loop {
+            seat.inside.store(true, Ordering::SeqCst);
+            if !self.closed.load(Ordering::SeqCst) {
+                return;
+            }
+            self.leave(seat);
+            let mut seats = self.seats.lock();
+            while self.closed.load(Ordering::SeqCst) {
+                self.changed.wait(&mut seats);
+            }
+        }
+    }
+
+    pub(crate) fn leave(&self, seat: &Seat) {
+        seat.inside.store(false, Ordering::SeqCst);
+        if self.closed.load(Ordering::SeqCst) {
+            let _seats = self.seats.lock();
+            self.changed.notify_all();
+        }
+    }
+
+    /// Closes the gate: on return no vCPU is in the guest, until the result is dropped. May be
+    /// called by a vCPU's thread, which is not in the guest when it calls anything.
+    pub fn close(&self) -> Closed<'_> {
+        let closer = self.closer.lock();
+        self.closed.store(true, Ordering::SeqCst);
+        let mut seats = self.seats.lock();
+        for seat in seats
+            .iter()
+            .filter(|seat| seat.inside.load(Ordering::SeqCst))
+        {
+            seat.kicker.kick();
+        }
+        while seats.iter().any(|seat| seat.inside.load(Ordering::SeqCst)) {
+            self.changed.wait(&mut seats);
+        }
+        Closed {
+            gate: self,
+            _closer: closer,
+        }
+    }
+}
+
+/// The gate is closed as long as this lives.
+pub struct Closed<'a> {
+    gate: &'a Gate,
+    _closer: MutexGuard<'a, ()>,
+}
+
+impl Drop for Closed<'_> {
+    fn drop(&mut self) {
+        let _seats = self.gate.seats.lock();
+        self.gate.closed.store(false, Ordering::SeqCst);
+        self.gate.changed.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicUsize;
+    use std::thread;
+
+    use super::*;
+
+    #[test]
+    fn nobody_is_inside_while_it_is_closed() {
+        let gate = Gate::default();
+        let (inside, done) = (AtomicUsize::new(0), AtomicBool::new(false));
+        thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    let seat = gate.seat(Kicker::default());
+                    while !done.load(Ordering::Relaxed) {
+                        gate.enter(&seat);
+                        inside.fetch_add(1, Ordering::SeqCst);
+                        std::hint::spin_loop();
+                        inside.fetch_sub(1, Ordering::SeqCst);
+                        gate.leave(&seat);
+                    }
+                });
+            }
+            for _ in 0..2_000 {
+                let closed = gate.close();
+                for _ in 0..20 {
+                    assert_eq!(inside.load(Ordering::SeqCst), 0);
+                }
+                drop(closed);
+                thread::yield_now();
+            }
+            done.store(true, Ordering::Relaxed);
+        });
+    }
+}

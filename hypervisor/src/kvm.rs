@@ -1,0 +1,162 @@
+//! `/dev/kvm`: opening it, and what the host can do.
+
+use std::io;
+
+use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
+use kvm_ioctls::Cap;
+
+use crate::vm::Vm;
+
+const DEVICE: &str = "/dev/kvm";
+
+/// KVM cannot be used; the text says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// There is no `/dev/kvm`.
+    #[error(
+        "{DEVICE} does not exist: load the module for this CPU (`modprobe kvm_intel` or `modprobe \
+         kvm_amd`), and enable virtualisation in the firmware or nested virtualisation in the host"
+    )]
+    Missing,
+    /// This user may not open it.
+    #[error(
+        "{DEVICE} may not be opened: add this user to the group `kvm` (`usermod -aG kvm $USER`, \
+         then log in again), or run as root"
+    )]
+    NotPermitted,
+    /// It cannot be opened.
+    #[error("{DEVICE} cannot be opened")]
+    Open(#[source] io::Error),
+    /// It speaks another version of the interface.
+    #[error(
+        "{DEVICE} speaks version {0} of its interface, and version {KVM_API_VERSION} is needed"
+    )]
+    Version(i32),
+    /// The host lacks what no VM can do without.
+    #[error("the host's KVM lacks {0}, which is needed")]
+    Lacks(&'static str),
+}
+
+/// KVM refused an operation.
+#[derive(Debug, thiserror::Error)]
+#[error("KVM refused to {attempt}: {source}")]
+pub struct KvmError {
+    attempt: String,
+    source: io::Error,
+}
+
+impl KvmError {
+    pub(crate) fn new(attempt: impl Into<String>) -> impl FnOnce(kvm_ioctls::Error) -> Self {
+        let attempt = attempt.into();
+        move |errno| Self {
+            attempt,
+            source: io::Error::from_raw_os_error(errno.errno()),
+        }
+    }
+
+    pub(crate) fn other(attempt: impl Into<String>, source: io::Error) -> Self {
+        Self {
+            attempt: attempt.into(),
+            source,
+        }
+    }
+}
+
+/// What the host's KVM can do, as it says itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capabilities {
+    /// vCPUs that a VM may have.
+    pub max_vcpus: usize,
+    /// Memslots that a VM may have.
+    pub max_memslots: usize,
+    /// Slots that the guest can read and not write.
+    pub readonly_memory: bool,
+    /// The dirty log can leave the protecting of pages to us (`KVM_CLEAR_DIRTY_LOG`).
+    pub manual_dirty_protect: bool,
+    /// Dirty pages can be reported in rings, one a vCPU, of so many bytes at the most.
+    pub dirty_ring_bytes: usize,
+    /// The guest's TSC can run at a frequency of its own.
+    pub tsc_control: bool,
+    /// Bytes of a vCPU's extended state where it can be more than 4096.
+    pub xsave2_bytes: usize,
+    /// A VM can run VMs of its own, and their state can be saved. (Some hosts list this and then
+    /// answer `EINVAL`; only a vCPU can tell.)
+    pub nested_state: bool,
+}
+
+/// The host's KVM.
+#[derive(Debug)]
+pub struct Kvm {
+    kvm: kvm_ioctls::Kvm,
+    capabilities: Capabilities,
+}
+
+impl Kvm {
+    /// Opens `/dev/kvm` and asks it what it can do.
+    ///
+    /// # Errors
+    /// When it is missing, not permitted, or not what is needed.
+    pub fn open() -> Result<Self, OpenError> {
+        let kvm = kvm_ioctls::Kvm::new().map_err(|errno| match errno.errno() {
+            libc::ENOENT | libc::ENODEV | libc::ENXIO => OpenError::Missing,
+            libc::EACCES | libc::EPERM => OpenError::NotPermitted,
+            other => OpenError::Open(io::Error::from_raw_os_error(other)),
+        })?;
+        let version = kvm.get_api_version();
+        if version != KVM_API_VERSION.cast_signed() {
+            return Err(OpenError::Version(version));
+        }
+        for (needed, name) in [
+            (Cap::UserMemory, "user memory regions"),
+            (Cap::Irqchip, "the in-kernel interrupt controllers"),
+            (Cap::Ioeventfd, "ioeventfd"),
+            (Cap::Irqfd, "irqfd"),
+            (Cap::IrqRouting, "interrupt routing"),
+            (Cap::ImmediateExit, "immediate_exit"),
+            (Cap::ExtCpuid, "extended CPUID"),
+            (Cap::SetTssAddr, "a TSS address"),
+        ] {
+            if !kvm.check_extension(needed) {
+                return Err(OpenError::Lacks(name));
+            }
+        }
+        let bytes = |cap| usize::try_from(kvm.check_extension_int(cap)).unwrap_or(0);
+        let raw = |cap: u32| kvm.check_extension_raw(cap.into()) > 0;
+        let capabilities = Capabilities {
+            max_vcpus: kvm.get_max_vcpus(),
+            max_memslots: kvm.get_nr_memslots(),
+            readonly_memory: kvm.check_extension(Cap::ReadonlyMem),
+            manual_dirty_protect: raw(kvm_bindings::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2),
+            dirty_ring_bytes: bytes(Cap::DirtyLogRing),
+            tsc_control: kvm.check_extension(Cap::TscControl),
+            xsave2_bytes: bytes(Cap::Xsave2),
+            nested_state: kvm.check_extension(Cap::NestedState),
+        };
+        Ok(Self { kvm, capabilities })
+    }
+
+    /// What the host can do.
+    #[must_use]
+    pub fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    /// The CPUID leaves that the host can give a guest.
+    ///
+    /// # Errors
+    /// When KVM does not say.
+    pub fn supported_cpuid(&self) -> Result<CpuId, KvmError> {
+        self.kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(KvmError::new("say which CPUID leaves it supports"))
+    }
+
+    /// A VM without memory and without vCPUs, with interrupt controllers.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn create_vm(&self) -> Result<Vm, KvmError> {
+        let vm = self.kvm.create_vm().map_err(KvmError::new("create a VM"))?;
+        Vm::new(vm, self.capabilities)
+    }
+}

@@ -1,0 +1,264 @@
+//! A virtual CPU.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU8;
+
+use kvm_bindings::{CpuId, Msrs, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_sregs};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+
+use crate::exit::{Exit, ExitHandler, RunFailure};
+use crate::gate::{Gate, Seat};
+use crate::kick::{Kicker, Running};
+use crate::kvm::KvmError;
+
+/// A vCPU; owned by the thread that runs it.
+#[derive(Debug)]
+pub struct Vcpu {
+    fd: VcpuFd,
+    index: u32,
+    kicker: Kicker,
+    gate: Arc<Gate>,
+    seat: Arc<Seat>,
+    adopted: bool,
+}
+
+impl Vcpu {
+    pub(crate) fn new(fd: VcpuFd, index: u32, gate: Arc<Gate>) -> Self {
+        let kicker = Kicker::default();
+        let seat = gate.seat(kicker.clone());
+        Self {
+            fd,
+            index,
+            kicker,
+            gate,
+            seat,
+            adopted: false,
+        }
+    }
+
+    /// Its number in the VM, which is its APIC id.
+    #[must_use]
+    pub fn index(&self) -> u32 {
+        self.index
+    }
+
+    /// What interrupts it.
+    #[must_use]
+    pub fn kicker(&self) -> Kicker {
+        self.kicker.clone()
+    }
+
+    /// Runs the guest until something is to be done, and lets `handler` answer accesses. Always
+    /// called by the same thread, the vCPU's own.
+    ///
+    /// The answer to a read reaches the guest with the next run.
+    pub fn run(&mut self, handler: &mut impl ExitHandler) -> Exit {
+        if !self.adopted {
+            self.kicker.adopt();
+            self.adopted = true;
+        }
+        let immediate_exit = &raw mut self.fd.get_kvm_run().immediate_exit;
+        // SAFETY: the byte is in the vCPU's mapping of `kvm_run`, which lives as long as `fd`;
+        // the kernel and this thread's signal handler are the only ones that share it.
+        let immediate_exit = unsafe { AtomicU8::from_ptr(immediate_exit) };
+        // SAFETY: it is dropped before `fd` is.
+        let running = unsafe { Running::new(immediate_exit) };
+        if self.kicker.take() {
+            return Exit::Interrupted;
+        }
+        self.gate.enter(&self.seat);
+        let left = self.fd.run();
+        self.gate.leave(&self.seat);
+        drop(running);
+
+        let exit = match left {
+            Ok(VcpuExit::IoIn(port, data)) => {
+                handler.io_read(port, data);
+                Exit::Handled
+            }
+            Ok(VcpuExit::IoOut(port, data)) => {
+                handler.io_write(port, data);
+                Exit::Handled
+            }
+            Ok(VcpuExit::MmioRead(addr, data)) => {
+                handler.mmio_read(addr, data);
+                Exit::Handled
+            }
+            Ok(VcpuExit::MmioWrite(addr, data)) => {
+                handler.mmio_write(addr, data);
+                Exit::Handled
+            }
+            Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt) => Exit::Handled,
+            Ok(VcpuExit::Shutdown) => Exit::Shutdown,
+            Ok(VcpuExit::FailEntry(reason, _)) => Exit::Failed(RunFailure::Entry { reason }),
+            Ok(VcpuExit::MemoryFault { gpa, .. }) => Exit::Failed(RunFailure::MemoryFault { gpa }),
+            Ok(VcpuExit::InternalError) => Exit::Failed(self.internal_error()),
+            Ok(other) => Exit::Failed(RunFailure::Unknown(format!("{other:?}"))),
+            Err(errno) if matches!(errno.errno(), libc::EINTR | libc::EAGAIN) => Exit::Interrupted,
+            Err(errno) => Exit::Failed(RunFailure::Run(errno.errno())),
+        };
+        if exit == Exit::Interrupted {
+            self.fd.set_kvm_immediate_exit(0);
+            self.kicker.take();
+        }
+        exit
+    }
+
+    fn internal_error(&mut self) -> RunFailure {
+        let rip = self.fd.get_regs().map_or(0, |regs| regs.rip);
+        let run = self.fd.get_kvm_run();
+        // SAFETY: after this exit the kernel has filled in this member.
+        let internal = unsafe { run.__bindgen_anon_1.internal };
+        if internal.suberror != kvm_bindings::KVM_INTERNAL_ERROR_EMULATION {
+            return RunFailure::Internal {
+                suberror: internal.suberror,
+                rip,
+            };
+        }
+        // SAFETY: this suberror's own layout of the same member.
+        let failure = unsafe { run.__bindgen_anon_1.emulation_failure };
+        let told = failure.ndata > 0
+            && failure.flags
+                & u64::from(kvm_bindings::KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES)
+                != 0;
+        // SAFETY: plain bytes, whatever they are.
+        let instruction = unsafe { failure.__bindgen_anon_1.__bindgen_anon_1 };
+        let len = usize::from(instruction.insn_size).min(instruction.insn_bytes.len());
+        let instruction = if told {
+            instruction.insn_bytes[..len].to_vec()
+        } else {
+            Vec::new()
+        };
+        RunFailure::Emulation { rip, instruction }
+    }
+
+    /// Lets an access that was answered finish inside KVM without running the guest, so that the
+    /// registers are what the guest would see next.
+    pub fn complete_access(&mut self) {
+        self.fd.set_kvm_immediate_exit(1);
+        // It returns EINTR, as asked.
+        let _ = self.fd.run();
+        self.fd.set_kvm_immediate_exit(0);
+    }
+
+    /// Sets what the guest sees with the CPUID instruction.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn set_cpuid(&self, cpuid: &CpuId) -> Result<(), KvmError> {
+        self.fd
+            .set_cpuid2(cpuid)
+            .map_err(KvmError::new("set a vCPU's CPUID"))
+    }
+
+    /// The general registers.
+    ///
+    /// # Errors
+    /// When KVM does not tell.
+    pub fn regs(&self) -> Result<kvm_regs, KvmError> {
+        self.fd
+            .get_regs()
+            .map_err(KvmError::new("read a vCPU's registers"))
+    }
+
+    /// Sets the general registers.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn set_regs(&self, regs: &kvm_regs) -> Result<(), KvmError> {
+        self.fd
+            .set_regs(regs)
+            .map_err(KvmError::new("set a vCPU's registers"))
+    }
+
+    /// The system registers.
+    ///
+    /// # Errors
+    /// When KVM does not tell.
+    pub fn sregs(&self) -> Result<kvm_sregs, KvmError> {
+        self.fd
+            .get_sregs()
+            .map_err(KvmError::new("read a vCPU's system registers"))
+    }
+
+    /// Sets the system registers.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn set_sregs(&self, sregs: &kvm_sregs) -> Result<(), KvmError> {
+        self.fd
+            .set_sregs(sregs)
+            .map_err(KvmError::new("set a vCPU's system registers"))
+    }
+
+    /// Sets model-specific registers.
+    ///
+    /// # Errors
+    /// When KVM refuses one; the text names it.
+    pub fn set_msrs(&self, entries: &[kvm_msr_entry]) -> Result<(), KvmError> {
+        let invalid = || std::io::Error::from(std::io::ErrorKind::InvalidInput);
+        let msrs = Msrs::from_entries(entries)
+            .map_err(|_| KvmError::other("take so many MSRs", invalid()))?;
+        let done = self
+            .fd
+            .set_msrs(&msrs)
+            .map_err(KvmError::new("set a vCPU's MSRs"))?;
+        match entries.get(done) {
+            None => Ok(()),
+            Some(refused) => Err(KvmError::other(
+                format!("set MSR {:#x}", refused.index),
+                invalid(),
+            )),
+        }
+    }
+
+    /// The local APIC's registers.
+    ///
+    /// # Errors
+    /// When KVM does not tell.
+    pub fn lapic(&self) -> Result<kvm_lapic_state, KvmError> {
+        self.fd
+            .get_lapic()
+            .map_err(KvmError::new("read a local APIC"))
+    }
+
+    /// Sets the local APIC's registers.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn set_lapic(&self, lapic: &kvm_lapic_state) -> Result<(), KvmError> {
+        self.fd
+            .set_lapic(lapic)
+            .map_err(KvmError::new("set a local APIC"))
+    }
+
+    /// Injects a non-maskable interrupt.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn nmi(&self) -> Result<(), KvmError> {
+        self.fd.nmi().map_err(KvmError::new("inject an NMI"))
+    }
+
+    /// Tells a guest with a kvmclock that it was stopped, so that its watchdogs do not bark.
+    pub fn forgive_stop(&self) {
+        // EINVAL: this guest uses no kvmclock.
+        let _ = self.fd.kvmclock_ctrl();
+    }
+
+    /// The frequency of the guest's TSC in kHz.
+    ///
+    /// # Errors
+    /// When KVM does not tell.
+    pub fn tsc_khz(&self) -> Result<u32, KvmError> {
+        self.fd
+            .get_tsc_khz()
+            .map_err(KvmError::new("tell a vCPU's TSC frequency"))
+    }
+}
+
+impl Drop for Vcpu {
+    fn drop(&mut self) {
+        self.gate.forget(&self.seat);
+    }
+}

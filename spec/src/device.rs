@@ -1,0 +1,333 @@
+//! Devices other than disks and consoles.
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::disk::RateLimiterConfig;
+
+fn yes() -> bool {
+    true
+}
+
+fn net_queues() -> usize {
+    2
+}
+
+fn net_queue_size() -> u16 {
+    256
+}
+
+fn default_ip() -> String {
+    "192.168.249.1".to_owned()
+}
+
+fn default_mask() -> String {
+    "255.255.255.0".to_owned()
+}
+
+fn client() -> String {
+    "Client".to_owned()
+}
+
+fn one_queue() -> usize {
+    1
+}
+
+fn fs_queue_size() -> u16 {
+    1024
+}
+
+/// A network interface.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NetConfig {
+    /// Tap interface of the host; made when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tap: Option<String>,
+    /// Address of the host on the tap.
+    #[serde(default = "default_ip")]
+    pub ip: String,
+    /// Its netmask.
+    #[serde(default = "default_mask")]
+    pub mask: String,
+    /// Address that the guest sees.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<String>,
+    /// Address of the tap.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host_mac: Option<String>,
+    /// Largest packet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u16>,
+    /// Put it behind a virtual IOMMU.
+    #[serde(default)]
+    pub iommu: bool,
+    /// Virtqueues, two a pair.
+    #[serde(default = "net_queues")]
+    pub num_queues: usize,
+    /// Entries of a virtqueue.
+    #[serde(default = "net_queue_size")]
+    pub queue_size: u16,
+    /// Served by another process.
+    #[serde(default)]
+    pub vhost_user: bool,
+    /// Socket of that process.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vhost_socket: Option<String>,
+    /// `Client` or `Server`.
+    #[serde(default = "client")]
+    pub vhost_mode: String,
+    /// Its name; made up when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// PCI segment to put it on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci_segment: Option<u16>,
+    /// PCI device number to give it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci_device_id: Option<u8>,
+    /// Its limits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limiter_config: Option<RateLimiterConfig>,
+    /// TCP segmentation offload.
+    #[serde(default = "yes")]
+    pub offload_tso: bool,
+    /// UDP fragmentation offload.
+    #[serde(default = "yes")]
+    pub offload_ufo: bool,
+    /// Checksum offload.
+    #[serde(default = "yes")]
+    pub offload_csum: bool,
+}
+
+/// A source of randomness.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RngConfig {
+    /// Its name; made up when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// PCI segment to put it on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci_segment: Option<u16>,
+    /// PCI device number to give it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci_device_id: Option<u8>,
+    /// Put it behind a virtual IOMMU.
+    #[serde(default)]
+    pub iommu: bool,
+    /// File of the host that it comes from.
+    pub src: String,
+}
+
+/// A virtio clock.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RtcConfig {
+    /// Its name; made up when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// PCI segment to put it on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci_segment: Option<u16>,
+    /// PCI device number to give it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci_device_id: Option<u8>,
+    /// Put it behind a virtual IOMMU.
+    #[serde(default)]
+    pub iommu: bool,
+}
+
+/// A memory balloon.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonConfig {
+    /// Its name; made up when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// PCI segment to put it on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci_segment: Option<u16>,
+    /// PCI device number to give it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci_device_id: Option<u8>,
+    /// Put it behind a virtual IOMMU.
+    #[serde(default)]
+    pub iommu: bool,
+    /// Bytes that it takes from the guest.
+    pub size: u64,
+    /// Give back when the guest runs out of memory.
+    #[serde(default)]
+    pub deflate_on_oom: bool,
+    /// Let the guest report free pages.
+    #[serde(default)]
+    pub free_page_reporting: bool,
+}
+
+/// A shared file system (virtio-fs).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct FsConfig {
+    /// Name to mount it by.
+    pub tag: String,
+    /// Socket of the process that serves it.
+    pub socket: String,
+    /// Virtqueues.
+    #[serde(default = "one_queue")]
+    pub num_queues: usize,
+    /// Entries of a virtqueue.
+    #[serde(default = "fs_queue_size")]
+    pub queue_size: u16,
+    /// PCI segment to put it on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci_segment: Option<u16>,
+    /// PCI device number to give it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci_device_id: Option<u8>,
+    /// Its name; made up when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+}
+
+/// A device of any type that another process serves.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct GenericVhostUserConfig {
+    /// Socket of that process.
+    pub socket: String,
+    /// Entries of each virtqueue.
+    pub queue_sizes: Vec<u16>,
+    /// PCI segment to put it on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci_segment: Option<u16>,
+    /// PCI device number to give it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci_device_id: Option<u8>,
+    /// Its name; made up when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// The virtio device type.
+    pub device_type: u32,
+}
+
+/// Persistent memory.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PmemConfig {
+    /// File behind it.
+    pub file: String,
+    /// Bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size: Option<u64>,
+    /// Put it behind a virtual IOMMU.
+    #[serde(default)]
+    pub iommu: bool,
+    /// Forget what the guest writes.
+    #[serde(default)]
+    pub discard_writes: bool,
+    /// PCI segment to put it on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci_segment: Option<u16>,
+    /// PCI device number to give it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci_device_id: Option<u8>,
+    /// Its name; made up when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+}
+
+/// A device of the host (VFIO).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceConfig {
+    /// Its path in sysfs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<String>,
+    /// Put it behind a virtual IOMMU.
+    #[serde(default)]
+    pub iommu: bool,
+    /// PCI segment to put it on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci_segment: Option<u16>,
+    /// PCI device number to give it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci_device_id: Option<u8>,
+    /// Its name; made up when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// Its GPUDirect clique.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub x_nv_gpudirect_clique: Option<u8>,
+    /// BARs not to map.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub x_exclude_mmap_bars: Option<Vec<u64>>,
+}
+
+/// A device that another process serves (vfio-user).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct UserDeviceConfig {
+    /// Socket of that process.
+    pub socket: String,
+    /// Its name; made up when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// PCI segment to put it on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci_segment: Option<u16>,
+    /// PCI device number to give it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci_device_id: Option<u8>,
+}
+
+/// A trusted platform module.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TpmConfig {
+    /// Socket of the process that serves it.
+    pub socket: String,
+}
+
+/// A vDPA device.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VdpaConfig {
+    /// Its path on the host.
+    pub path: String,
+    /// Virtqueues.
+    pub num_queues: usize,
+    /// Put it behind a virtual IOMMU.
+    #[serde(default)]
+    pub iommu: bool,
+    /// PCI segment to put it on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci_segment: Option<u16>,
+    /// PCI device number to give it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci_device_id: Option<u8>,
+    /// Its name; made up when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+}
+
+/// A socket between guest and host.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VsockConfig {
+    /// The address of the guest, 3 or more.
+    pub cid: u64,
+    /// Unix socket that stands for it on the host.
+    pub socket: String,
+    /// Put it behind a virtual IOMMU.
+    #[serde(default)]
+    pub iommu: bool,
+    /// PCI segment to put it on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci_segment: Option<u16>,
+    /// PCI device number to give it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci_device_id: Option<u8>,
+    /// Its name; made up when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+}

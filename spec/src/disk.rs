@@ -1,0 +1,145 @@
+//! Disks and their rate limits.
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// A budget that refills at a steady rate after an initial burst.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TokenBucket {
+    /// Tokens that it holds when full.
+    pub size: u64,
+    /// Tokens beyond `size` that can be spent once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub one_time_burst: Option<u64>,
+    /// Milliseconds to fill it from empty.
+    pub refill_time: u64,
+}
+
+/// Limits of bytes and of operations a second.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RateLimiterConfig {
+    /// Bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bandwidth: Option<TokenBucket>,
+    /// Operations.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ops: Option<TokenBucket>,
+}
+
+/// A limit that several disks share.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RateLimitGroupConfig {
+    /// Its name.
+    pub id: String,
+    /// The limit.
+    pub rate_limiter_config: RateLimiterConfig,
+}
+
+/// Which host CPUs serve a queue.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VirtQueueAffinity {
+    /// The queue.
+    pub queue_index: u16,
+    /// Host CPU numbers.
+    pub host_cpus: Vec<usize>,
+}
+
+/// The format of a disk image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[expect(missing_docs, reason = "the names of the formats say it")]
+pub enum ImageType {
+    FixedVhd,
+    Qcow2,
+    Raw,
+    Vhdx,
+    Unknown,
+}
+
+/// What of an image is locked while it is in use.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub enum LockGranularity {
+    /// The bytes that QEMU's tools lock too.
+    #[default]
+    ByteRange,
+    /// The whole file.
+    Full,
+}
+
+fn one_queue() -> usize {
+    1
+}
+
+fn disk_queue_size() -> u16 {
+    128
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// A disk.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DiskConfig {
+    /// Path of the image or block device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<String>,
+    /// Refuse writes.
+    #[serde(default)]
+    pub readonly: bool,
+    /// Bypass the page cache of the host.
+    #[serde(default)]
+    pub direct: bool,
+    /// Put it behind a virtual IOMMU.
+    #[serde(default)]
+    pub iommu: bool,
+    /// Virtqueues.
+    #[serde(default = "one_queue")]
+    pub num_queues: usize,
+    /// Entries of a virtqueue.
+    #[serde(default = "disk_queue_size")]
+    pub queue_size: u16,
+    /// Served by another process.
+    #[serde(default)]
+    pub vhost_user: bool,
+    /// Socket of that process.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vhost_socket: Option<String>,
+    /// Its own limits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limiter_config: Option<RateLimiterConfig>,
+    /// PCI segment to put it on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci_segment: Option<u16>,
+    /// PCI device number to give it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci_device_id: Option<u8>,
+    /// Its name; made up when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// Serial number that the guest sees.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<String>,
+    /// Shared limits, by name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limit_group: Option<String>,
+    /// Host CPUs that serve its queues.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queue_affinity: Option<Vec<VirtQueueAffinity>>,
+    /// Allow images that build on others.
+    #[serde(default)]
+    pub backing_files: bool,
+    /// Give discarded blocks back to the host.
+    #[serde(default = "yes")]
+    pub sparse: bool,
+    /// Format; found out when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_type: Option<ImageType>,
+    /// What is locked while in use.
+    #[serde(default)]
+    pub lock_granularity: LockGranularity,
+}

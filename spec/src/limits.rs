@@ -1,0 +1,13 @@
+//! Bounds on what a client may send.
+
+/// Bytes of a request's body.
+pub const BODY_LEN: usize = 1 << 20;
+
+/// Bytes of a VM's name.
+pub const VM_ID_LEN: usize = 64;
+
+/// Bytes of a kernel command line, with the NUL at its end (`COMMAND_LINE_SIZE` of Linux on x86).
+pub const CMDLINE_LEN: usize = 2048;
+
+/// The page that memory sizes are multiples of.
+pub const PAGE: u64 = 4096;

@@ -1,0 +1,121 @@
+//! Guest memory.
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+fn acpi() -> String {
+    "Acpi".to_owned()
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// A part of guest memory with settings of its own.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MemoryZoneConfig {
+    /// Its name.
+    pub id: String,
+    /// Bytes.
+    pub size: u64,
+    /// File behind it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<String>,
+    /// Let the host merge equal pages (KSM).
+    #[serde(default)]
+    pub mergeable: bool,
+    /// Memory that other processes can map.
+    #[serde(default)]
+    pub shared: bool,
+    /// Use huge pages of the host.
+    #[serde(default)]
+    pub hugepages: bool,
+    /// Their size in bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hugepage_size: Option<u64>,
+    /// NUMA node of the host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host_numa_node: Option<u32>,
+    /// Bytes that can be added later.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hotplug_size: Option<u64>,
+    /// Bytes of those that are there already.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hotplugged_size: Option<u64>,
+    /// Populate it before boot.
+    #[serde(default)]
+    pub prefault: bool,
+    /// Count it against the host's commit limit.
+    #[serde(default)]
+    pub reserve: bool,
+}
+
+/// Guest memory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MemoryConfig {
+    /// Bytes.
+    pub size: u64,
+    /// Bytes that can be added later.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hotplug_size: Option<u64>,
+    /// Bytes of those that are there already.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hotplugged_size: Option<u64>,
+    /// Let the host merge equal pages (KSM).
+    #[serde(default)]
+    pub mergeable: bool,
+    /// How memory is added: `Acpi` or `VirtioMem`.
+    #[serde(default = "acpi")]
+    pub hotplug_method: String,
+    /// Memory that other processes can map.
+    #[serde(default)]
+    pub shared: bool,
+    /// Use huge pages of the host.
+    #[serde(default)]
+    pub hugepages: bool,
+    /// Their size in bytes; 2 MiB when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hugepage_size: Option<u64>,
+    /// Populate it before boot.
+    #[serde(default)]
+    pub prefault: bool,
+    /// Count it against the host's commit limit.
+    #[serde(default)]
+    pub reserve: bool,
+    /// Let the host use transparent huge pages.
+    #[serde(default = "yes")]
+    pub thp: bool,
+    /// Parts with settings of their own, in place of `size`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub zones: Option<Vec<MemoryZoneConfig>>,
+}
+
+impl MemoryConfig {
+    /// So many bytes, and all else as by default.
+    #[must_use]
+    pub fn with_size(size: u64) -> Self {
+        Self {
+            size,
+            hotplug_size: None,
+            hotplugged_size: None,
+            mergeable: false,
+            hotplug_method: acpi(),
+            shared: false,
+            hugepages: false,
+            hugepage_size: None,
+            prefault: false,
+            reserve: false,
+            thp: true,
+            zones: None,
+        }
+    }
+}
+
+/// 512 MiB.
+impl Default for MemoryConfig {
+    fn default() -> Self {
+        Self::with_size(512 << 20)
+    }
+}

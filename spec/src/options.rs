@@ -1,0 +1,521 @@
+//! The options of Cloud Hypervisor's command line: `--cpus boot=2,max=4` and the like.
+//!
+//! An option is a list of `key=value` pairs. Each becomes a field of the type that a request's
+//! body would have, and is read by the same code: what is wrong in a body is wrong here, and is
+//! said in the same words.
+
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value, json};
+
+use crate::console::{ConsoleConfig, ConsoleMode, SerialConfig};
+use crate::cpus::CpusConfig;
+use crate::memory::MemoryConfig;
+use crate::parse::{ParseError, parse};
+
+/// An option that cannot be read.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{option}: {reason}")]
+pub struct OptionError {
+    option: String,
+    reason: String,
+}
+
+fn error(option: &str, reason: impl Into<String>) -> OptionError {
+    OptionError {
+        option: option.to_owned(),
+        reason: reason.into(),
+    }
+}
+
+/// How a value is written.
+#[derive(Clone, Copy)]
+enum Form {
+    Text,
+    Number,
+    /// A number with `K`, `M`, `G` or `T` behind it, or none.
+    Size,
+    /// `on`, `off`, `true`, `false`.
+    Switch,
+}
+
+/// `(key, field, form)`.
+type Key = (&'static str, &'static str, Form);
+
+const MEMORY: &[Key] = &[
+    ("size", "size", Form::Size),
+    ("mergeable", "mergeable", Form::Switch),
+    ("shared", "shared", Form::Switch),
+    ("hugepages", "hugepages", Form::Switch),
+    ("hugepage_size", "hugepage_size", Form::Size),
+    ("prefault", "prefault", Form::Switch),
+    ("reserve", "reserve", Form::Switch),
+    ("thp", "thp", Form::Switch),
+    ("hotplug_method", "hotplug_method", Form::Text),
+    ("hotplug_size", "hotplug_size", Form::Size),
+    ("hotplugged_size", "hotplugged_size", Form::Size),
+];
+
+const PCI: &[Key] = &[
+    ("iommu", "iommu", Form::Switch),
+    ("id", "id", Form::Text),
+    ("pci_segment", "pci_segment", Form::Number),
+    ("pci_device_id", "pci_device_id", Form::Number),
+];
+
+/// `--disk`.
+pub const DISK: OptionKind = OptionKind {
+    name: "--disk",
+    keys: &[
+        ("path", "path", Form::Text),
+        ("readonly", "readonly", Form::Switch),
+        ("direct", "direct", Form::Switch),
+        ("num_queues", "num_queues", Form::Number),
+        ("queue_size", "queue_size", Form::Number),
+        ("vhost_user", "vhost_user", Form::Switch),
+        ("socket", "vhost_socket", Form::Text),
+        ("serial", "serial", Form::Text),
+        ("rate_limit_group", "rate_limit_group", Form::Text),
+        ("backing_files", "backing_files", Form::Switch),
+        ("sparse", "sparse", Form::Switch),
+    ],
+    pci: true,
+};
+
+/// `--net`.
+pub const NET: OptionKind = OptionKind {
+    name: "--net",
+    keys: &[
+        ("tap", "tap", Form::Text),
+        ("ip", "ip", Form::Text),
+        ("mask", "mask", Form::Text),
+        ("mac", "mac", Form::Text),
+        ("host_mac", "host_mac", Form::Text),
+        ("mtu", "mtu", Form::Number),
+        ("num_queues", "num_queues", Form::Number),
+        ("queue_size", "queue_size", Form::Number),
+        ("vhost_user", "vhost_user", Form::Switch),
+        ("socket", "vhost_socket", Form::Text),
+        ("vhost_mode", "vhost_mode", Form::Text),
+        ("offload_tso", "offload_tso", Form::Switch),
+        ("offload_ufo", "offload_ufo", Form::Switch),
+        ("offload_csum", "offload_csum", Form::Switch),
+    ],
+    pci: true,
+};
+
+/// `--rng`.
+pub const RNG: OptionKind = OptionKind {
+    name: "--rng",
+    keys: &[("src", "src", Form::Text)],
+    pci: true,
+};
+
+/// `--balloon`.
+pub const BALLOON: OptionKind = OptionKind {
+    name: "--balloon",
+    keys: &[
+        ("size", "size", Form::Size),
+        ("deflate_on_oom", "deflate_on_oom", Form::Switch),
+        ("free_page_reporting", "free_page_reporting", Form::Switch),
+    ],
+    pci: true,
+};
+
+/// `--vsock`.
+pub const VSOCK: OptionKind = OptionKind {
+    name: "--vsock",
+    keys: &[
+        ("cid", "cid", Form::Number),
+        ("socket", "socket", Form::Text),
+    ],
+    pci: true,
+};
+
+/// `--fs`.
+pub const FS: OptionKind = OptionKind {
+    name: "--fs",
+    keys: &[
+        ("tag", "tag", Form::Text),
+        ("socket", "socket", Form::Text),
+        ("num_queues", "num_queues", Form::Number),
+        ("queue_size", "queue_size", Form::Number),
+    ],
+    pci: true,
+};
+
+/// `--pmem`.
+pub const PMEM: OptionKind = OptionKind {
+    name: "--pmem",
+    keys: &[
+        ("file", "file", Form::Text),
+        ("size", "size", Form::Size),
+        ("discard_writes", "discard_writes", Form::Switch),
+    ],
+    pci: true,
+};
+
+/// An option whose keys are the fields of a configuration type.
+pub struct OptionKind {
+    name: &'static str,
+    keys: &'static [Key],
+    pci: bool,
+}
+
+impl OptionKind {
+    /// Reads the option's text.
+    ///
+    /// # Errors
+    /// When a key is not known, or a value not possible; the text names it.
+    pub fn read<T: DeserializeOwned>(&self, text: &str) -> Result<T, OptionError> {
+        let keys: Vec<Key> = self
+            .keys
+            .iter()
+            .chain(PCI.iter().filter(|_| self.pci))
+            .copied()
+            .collect();
+        typed(self.name, &Value::Object(fields(self.name, text, &keys)?))
+    }
+}
+
+/// `--cpus boot=2,max=2,topology=1:2:1:1,affinity=[0@[0,1]]`, or just a number.
+///
+/// # Errors
+/// When a key is not known, or a value not possible.
+pub fn cpus(text: &str) -> Result<CpusConfig, OptionError> {
+    const NAME: &str = "--cpus";
+    if let Ok(count) = text.parse() {
+        return Ok(CpusConfig::with_vcpus(count));
+    }
+    let keys: &[Key] = &[
+        ("boot", "boot_vcpus", Form::Number),
+        ("max", "max_vcpus", Form::Number),
+        ("topology", "topology", Form::Text),
+        ("kvm_hyperv", "kvm_hyperv", Form::Switch),
+        ("max_phys_bits", "max_phys_bits", Form::Number),
+        ("nested", "nested", Form::Switch),
+        ("affinity", "affinity", Form::Text),
+        ("features", "features", Form::Text),
+        ("core_scheduling", "core_scheduling", Form::Text),
+    ];
+    let mut fields = fields(NAME, text, keys)?;
+    let boot = fields.entry("boot_vcpus").or_insert(json!(1)).clone();
+    fields.entry("max_vcpus").or_insert(boot);
+    if let Some(Value::String(topology)) = fields.remove("topology") {
+        fields.insert("topology".into(), read_topology(NAME, &topology)?);
+    }
+    if let Some(Value::String(affinity)) = fields.remove("affinity") {
+        fields.insert("affinity".into(), read_affinity(NAME, &affinity)?);
+    }
+    if let Some(Value::String(features)) = fields.remove("features") {
+        let names: Vec<_> = features
+            .split(',')
+            .filter(|name| !name.is_empty())
+            .collect();
+        let features: Map<_, _> = names
+            .iter()
+            .map(|name| ((*name).to_owned(), json!(true)))
+            .collect();
+        fields.insert("features".into(), Value::Object(features));
+    }
+    if let Some(Value::String(mode)) = fields.get_mut("core_scheduling") {
+        let mut letters = mode.chars();
+        let first = letters.next().map(|c| c.to_ascii_uppercase());
+        *mode = first.into_iter().chain(letters).collect();
+    }
+    typed(NAME, &Value::Object(fields))
+}
+
+fn read_topology(option: &str, text: &str) -> Result<Value, OptionError> {
+    let parts: Vec<u32> = text
+        .split(':')
+        .map_while(|part| part.parse().ok())
+        .collect();
+    let [threads, cores, dies, packages] = parts[..] else {
+        return Err(error(
+            option,
+            format!("topology={text} is not threads:cores:dies:packages, four numbers"),
+        ));
+    };
+    Ok(json!({
+        "threads_per_core": threads, "cores_per_die": cores,
+        "dies_per_package": dies, "packages": packages,
+    }))
+}
+
+fn read_affinity(option: &str, text: &str) -> Result<Value, OptionError> {
+    let refused = || {
+        error(
+            option,
+            format!("affinity={text} is not like [0@[0,1],1@[2-3]]"),
+        )
+    };
+    let inner = text
+        .strip_prefix('[')
+        .and_then(|text| text.strip_suffix(']'))
+        .ok_or_else(refused)?;
+    let entries = split(inner).map_err(|reason| error(option, reason))?;
+    let read = entries.iter().map(|entry| {
+        let (vcpu, cpus) = entry.split_once('@').ok_or_else(refused)?;
+        let vcpu: u32 = vcpu.parse().map_err(|_| refused())?;
+        Ok(json!({ "vcpu": vcpu, "host_cpus": numbers(cpus).ok_or_else(refused)? }))
+    });
+    Ok(Value::Array(read.collect::<Result<_, _>>()?))
+}
+
+/// `--memory size=512M,shared=on`.
+///
+/// # Errors
+/// When a key is not known, or a value not possible.
+pub fn memory(text: &str) -> Result<MemoryConfig, OptionError> {
+    const NAME: &str = "--memory";
+    let mut fields = fields(NAME, text, MEMORY)?;
+    fields
+        .entry("size")
+        .or_insert(json!(MemoryConfig::default().size));
+    if let Some(Value::String(method)) = fields.get_mut("hotplug_method") {
+        *method = match method.as_str() {
+            "acpi" => "Acpi".to_owned(),
+            "virtio-mem" => "VirtioMem".to_owned(),
+            other => other.to_owned(),
+        };
+    }
+    typed(NAME, &Value::Object(fields))
+}
+
+/// `--serial off|null|pty|tty|file=PATH|socket=PATH`.
+///
+/// # Errors
+/// When it is none of those.
+pub fn serial(text: &str) -> Result<SerialConfig, OptionError> {
+    let (mode, path) = console_mode("--serial", text)?;
+    let mut config = SerialConfig::with_mode(mode);
+    match mode {
+        ConsoleMode::File => config.file = path,
+        ConsoleMode::Socket => config.socket = path,
+        _ => {}
+    }
+    Ok(config)
+}
+
+/// `--console off|null|pty|tty|file=PATH|socket=PATH`, with `iommu=on` and the like behind it.
+///
+/// # Errors
+/// When it is none of those.
+pub fn console(text: &str) -> Result<ConsoleConfig, OptionError> {
+    const NAME: &str = "--console";
+    let parts = split(text).map_err(|reason| error(NAME, reason))?;
+    let (mode, path) = console_mode(NAME, parts.first().map_or("", String::as_str))?;
+    let mut fields = fields(NAME, &parts.get(1..).unwrap_or_default().join(","), PCI)?;
+    fields.insert("mode".into(), json!(mode));
+    match (mode, path) {
+        (ConsoleMode::File, Some(path)) => fields.insert("file".into(), json!(path)),
+        (ConsoleMode::Socket, Some(path)) => fields.insert("socket".into(), json!(path)),
+        _ => None,
+    };
+    typed(NAME, &Value::Object(fields))
+}
+
+fn console_mode(option: &str, text: &str) -> Result<(ConsoleMode, Option<String>), OptionError> {
+    let (word, path) = match text.split_once('=') {
+        Some((word, path)) => (word, Some(path.to_owned())),
+        None => (text, None),
+    };
+    let mode = match (word, &path) {
+        ("off", None) => ConsoleMode::Off,
+        ("null", None) => ConsoleMode::Null,
+        ("pty", None) => ConsoleMode::Pty,
+        ("tty", None) => ConsoleMode::Tty,
+        ("file", Some(path)) if !path.is_empty() => ConsoleMode::File,
+        ("socket", Some(path)) if !path.is_empty() => ConsoleMode::Socket,
+        _ => {
+            let reason = format!("`{text}` is none of off, null, pty, tty, file=PATH, socket=PATH");
+            return Err(error(option, reason));
+        }
+    };
+    Ok((mode, path))
+}
+
+/// Bytes, with `K`, `M`, `G` or `T` (powers of 1024) behind the number, or none.
+#[must_use]
+pub fn size(text: &str) -> Option<u64> {
+    let (digits, shift) = match text.trim_end_matches(['i', 'B']).char_indices().last()? {
+        (at, 'K' | 'k') => (&text[..at], 10),
+        (at, 'M' | 'm') => (&text[..at], 20),
+        (at, 'G' | 'g') => (&text[..at], 30),
+        (at, 'T' | 't') => (&text[..at], 40),
+        _ => (text, 0),
+    };
+    digits.parse::<u64>().ok()?.checked_mul(1 << shift)
+}
+
+fn fields(option: &str, text: &str, keys: &[Key]) -> Result<Map<String, Value>, OptionError> {
+    let mut fields = Map::new();
+    for part in split(text).map_err(|reason| error(option, reason))? {
+        let Some((key, value)) = part.split_once('=') else {
+            return Err(error(
+                option,
+                format!("`{part}` is not of the form key=value"),
+            ));
+        };
+        let Some((_, field, form)) = keys.iter().find(|(known, _, _)| *known == key) else {
+            let hint = crate::nearest(key, keys.iter().map(|(known, _, _)| *known));
+            let hint = hint.map_or_else(String::new, |near| format!("; did you mean `{near}`?"));
+            return Err(error(option, format!("there is no key `{key}`{hint}")));
+        };
+        let read = read_value(*form, value)
+            .map_err(|expected| error(option, format!("{key}={value} is not {expected}")))?;
+        if fields.insert((*field).to_owned(), read).is_some() {
+            return Err(error(option, format!("`{key}` is there twice")));
+        }
+    }
+    Ok(fields)
+}
+
+fn read_value(form: Form, text: &str) -> Result<Value, &'static str> {
+    match form {
+        Form::Text => Ok(json!(text)),
+        Form::Number => text
+            .parse::<u64>()
+            .map(|n| json!(n))
+            .map_err(|_| "a number"),
+        Form::Size => size(text)
+            .map(|n| json!(n))
+            .ok_or("a size like 4096, 512M or 2G"),
+        Form::Switch => match text {
+            "on" | "true" => Ok(json!(true)),
+            "off" | "false" | "" => Ok(json!(false)),
+            _ => Err("on or off"),
+        },
+    }
+}
+
+/// `[0,2-3]`.
+fn numbers(text: &str) -> Option<Vec<usize>> {
+    const MOST: usize = 1 << 16;
+    let inner = text.strip_prefix('[')?.strip_suffix(']')?;
+    let mut all = Vec::new();
+    for part in inner.split(',').filter(|part| !part.is_empty()) {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let (first, last): (usize, usize) = (first.parse().ok()?, last.parse().ok()?);
+        if first > last || last > MOST {
+            return None;
+        }
+        all.extend(first..=last);
+    }
+    Some(all)
+}
+
+/// At the commas that are in no brackets and no quotes; quotes are taken off.
+fn split(text: &str) -> Result<Vec<String>, String> {
+    let (mut parts, mut part, mut depth, mut quoted) = (Vec::new(), String::new(), 0_u32, false);
+    for c in text.chars() {
+        match c {
+            '"' => quoted = !quoted,
+            ',' if depth == 0 && !quoted => parts.push(std::mem::take(&mut part)),
+            _ => {
+                match c {
+                    '[' if !quoted => depth += 1,
+                    ']' if !quoted => {
+                        depth = depth
+                            .checked_sub(1)
+                            .ok_or_else(|| format!("`{text}` closes a bracket too many"))?;
+                    }
+                    _ => {}
+                }
+                part.push(c);
+            }
+        }
+    }
+    if depth > 0 || quoted {
+        return Err(format!("`{text}` does not close a bracket or a quote"));
+    }
+    parts.push(part);
+    parts.retain(|part| !part.is_empty());
+    Ok(parts)
+}
+
+fn typed<T: DeserializeOwned>(option: &str, value: &Value) -> Result<T, OptionError> {
+    parse(value.to_string().as_bytes()).map_err(|refused| match refused {
+        ParseError::Invalid { reason, pointer } if pointer.is_empty() => error(option, reason),
+        other => error(option, other.to_string()),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{DiskConfig, VsockConfig};
+
+    #[test]
+    fn cpus_in_all_forms() {
+        assert_eq!(cpus("3").unwrap(), CpusConfig::with_vcpus(3));
+        assert_eq!(cpus("boot=2").unwrap(), CpusConfig::with_vcpus(2));
+        let full =
+            cpus("boot=2,max=4,topology=2:1:1:2,affinity=[0@[0,2-3],1@[1]],nested=off").unwrap();
+        assert_eq!(
+            (full.boot_vcpus, full.max_vcpus, full.nested),
+            (2, 4, false)
+        );
+        assert_eq!(full.topology.unwrap().packages, 2);
+        assert_eq!(full.affinity.unwrap()[0].host_cpus, [0, 2, 3]);
+        for (bad, why) in [
+            ("boot=two", "--cpus: boot=two is not a number"),
+            (
+                "bot=2",
+                "--cpus: there is no key `bot`; did you mean `boot`?",
+            ),
+            ("boot=1,boot=2", "--cpus: `boot` is there twice"),
+            (
+                "topology=1:2",
+                "--cpus: topology=1:2 is not threads:cores:dies:packages, four numbers",
+            ),
+            (
+                "affinity=[0@[1",
+                "--cpus: `affinity=[0@[1` does not close a bracket or a quote",
+            ),
+        ] {
+            assert_eq!(cpus(bad).unwrap_err().to_string(), why);
+        }
+    }
+
+    #[test]
+    fn memory_sizes() {
+        assert_eq!(memory("size=2G,shared=on").unwrap().size, 2 << 30);
+        assert_eq!(memory("shared=on").unwrap().size, 512 << 20);
+        assert_eq!(size("512MiB"), Some(512 << 20));
+        assert_eq!(size("17T"), Some(17 << 40));
+        for none in ["", "G", "-1", "99999999999999T", "1.5G"] {
+            assert_eq!(size(none), None, "{none}");
+        }
+        assert!(
+            memory("size=lots")
+                .unwrap_err()
+                .to_string()
+                .contains("a size like")
+        );
+    }
+
+    #[test]
+    fn consoles() {
+        assert_eq!(serial("tty").unwrap().mode, ConsoleMode::Tty);
+        assert_eq!(serial("file=/a,b").unwrap().file.as_deref(), Some("/a,b"));
+        assert_eq!(
+            console("socket=/s,iommu=on").unwrap().socket.as_deref(),
+            Some("/s")
+        );
+        for none in ["", "file", "file=", "tty=1", "telnet"] {
+            assert!(serial(none).is_err(), "{none}");
+        }
+    }
+
+    #[test]
+    fn devices_become_their_types() {
+        let disk: DiskConfig = DISK.read("path=/d,readonly=on,id=root").unwrap();
+        assert_eq!(
+            (disk.path.as_deref(), disk.readonly, disk.num_queues),
+            (Some("/d"), true, 1)
+        );
+        let vsock = VSOCK.read::<VsockConfig>("cid=3").unwrap_err();
+        assert_eq!(vsock.to_string(), "--vsock: missing field `socket`");
+    }
+}

@@ -1,0 +1,178 @@
+//! From bytes to types, with errors that help.
+
+use serde::de::DeserializeOwned;
+
+/// A body that is not what was expected.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ParseError {
+    /// No JSON at all.
+    #[error("the body is not JSON: {reason} at line {line}, column {column}")]
+    Malformed {
+        /// What the parser found.
+        reason: String,
+        /// From 1.
+        line: usize,
+        /// From 1.
+        column: usize,
+    },
+    /// A field that nobody knows.
+    #[error("there is no field `{field}`{}{}", at(pointer), did_you_mean(suggestion.as_ref()))]
+    UnknownField {
+        /// JSON pointer to what it is in.
+        pointer: String,
+        /// Its name.
+        field: String,
+        /// A field of nearly that name.
+        suggestion: Option<String>,
+    },
+    /// A value of the wrong type, or a missing field.
+    #[error("{reason}{}", at(pointer))]
+    Invalid {
+        /// JSON pointer to it.
+        pointer: String,
+        /// What was expected.
+        reason: String,
+    },
+}
+
+fn at(pointer: &str) -> String {
+    if pointer.is_empty() {
+        String::new()
+    } else {
+        format!(" at {pointer}")
+    }
+}
+
+fn did_you_mean(name: Option<&String>) -> String {
+    name.map_or_else(String::new, |name| format!("; did you mean `{name}`?"))
+}
+
+impl ParseError {
+    /// Stable, for programs.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Malformed { .. } => "malformed-json",
+            Self::UnknownField { .. } => "unknown-field",
+            Self::Invalid { .. } => "invalid-field",
+        }
+    }
+
+    /// JSON pointer to what it is about; empty for the whole body.
+    #[must_use]
+    pub fn pointer(&self) -> &str {
+        match self {
+            Self::Malformed { .. } => "",
+            Self::UnknownField { pointer, .. } | Self::Invalid { pointer, .. } => pointer,
+        }
+    }
+}
+
+/// Reads a body.
+///
+/// # Errors
+/// When it is no JSON, holds a field that nobody knows, or a value that is not possible.
+///
+/// ```
+/// let error = spec::parse::<spec::VmConfig>(br#"{"payload": {"kernal": "/k"}}"#).unwrap_err();
+/// assert_eq!(error.to_string(), "there is no field `kernal` at /payload; did you mean `kernel`?");
+/// ```
+pub fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ParseError> {
+    let mut reader = serde_json::Deserializer::from_slice(body);
+    let value = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
+        let pointer = pointer(error.path());
+        explain(pointer, error.inner())
+    })?;
+    reader
+        .end()
+        .map_err(|error| explain(String::new(), &error))?;
+    Ok(value)
+}
+
+fn explain(pointer: String, error: &serde_json::Error) -> ParseError {
+    let text = error.to_string();
+    let reason = text
+        .rfind(" at line ")
+        .map_or(text.as_str(), |end| &text[..end])
+        .to_owned();
+    if !error.is_data() {
+        return ParseError::Malformed {
+            reason,
+            line: error.line(),
+            column: error.column(),
+        };
+    }
+    // serde has no other way to say which field it was.
+    let mut names = reason.split('`').skip(1).step_by(2);
+    match names.next().filter(|_| reason.starts_with("unknown field")) {
+        None => ParseError::Invalid { pointer, reason },
+        Some(field) => ParseError::UnknownField {
+            // The path ends with the field itself.
+            pointer: pointer
+                .strip_suffix(&format!("/{field}"))
+                .unwrap_or(&pointer)
+                .to_owned(),
+            field: field.to_owned(),
+            suggestion: nearest(field, names).map(str::to_owned),
+        },
+    }
+}
+
+/// Of these names, one that could have been meant.
+pub fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    known
+        .map(|known| (strsim::jaro_winkler(name, known), known))
+        .filter(|(likeness, _)| *likeness > 0.8)
+        .max_by(|(a, _), (b, _)| a.total_cmp(b))
+        .map(|(_, known)| known)
+}
+
+/// A JSON pointer (RFC 6901).
+fn pointer(path: &serde_path_to_error::Path) -> String {
+    use serde_path_to_error::Segment;
+    path.iter()
+        .fold(String::new(), |so_far, segment| match segment {
+            Segment::Seq { index } => format!("{so_far}/{index}"),
+            Segment::Map { key } | Segment::Enum { variant: key } => {
+                format!("{so_far}/{}", key.replace('~', "~0").replace('/', "~1"))
+            }
+            Segment::Unknown => so_far,
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::VmConfig;
+
+    fn error(body: &str) -> ParseError {
+        parse::<VmConfig>(body.as_bytes()).unwrap_err()
+    }
+
+    #[test]
+    fn errors_say_what_and_where() {
+        assert!(matches!(
+            error("{"),
+            ParseError::Malformed {
+                line: 1,
+                column: 1,
+                ..
+            }
+        ));
+        assert!(matches!(error("{} x"), ParseError::Invalid { .. }));
+        assert_eq!(error("{}").to_string(), "missing field `payload`");
+        assert_eq!(
+            error(r#"{"payload":{},"cpus":{"boot_vcpus":"2","max_vcpus":2}}"#).to_string(),
+            "invalid type: string \"2\", expected u32 at /cpus/boot_vcpus"
+        );
+        assert_eq!(
+            error(r#"{"payload":{},"disks":[{"path":"/a"},{"path":"/b","read_only":true}]}"#)
+                .to_string(),
+            "there is no field `read_only` at /disks/1; did you mean `readonly`?"
+        );
+        assert!(matches!(
+            error(r#"{"payload":{}} trailing"#),
+            ParseError::Malformed { line: 1, .. }
+        ));
+    }
+}

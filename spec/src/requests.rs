@@ -1,0 +1,200 @@
+//! Bodies of requests about a VM that exists.
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// New sizes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmResize {
+    /// vCPUs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1)]
+    pub desired_vcpus: Option<u32>,
+    /// Bytes of memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub desired_ram: Option<u64>,
+    /// Bytes in the balloon.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub desired_balloon: Option<u64>,
+}
+
+/// A new size of a disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmResizeDisk {
+    /// The disk.
+    pub id: String,
+    /// Bytes.
+    pub desired_size: u64,
+}
+
+/// A new size of a memory zone.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmResizeZone {
+    /// The zone.
+    pub id: String,
+    /// Bytes.
+    pub desired_ram: u64,
+}
+
+/// A device to remove.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmRemoveDevice {
+    /// The device.
+    pub id: String,
+}
+
+/// Where a snapshot goes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmSnapshotConfig {
+    /// `file:///a/directory`.
+    pub destination_url: String,
+}
+
+/// Where a core dump goes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmCoredumpData {
+    /// `file:///a/file`.
+    pub destination_url: String,
+}
+
+/// A vfio-user device to add.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmAddUserDevice {
+    /// Socket of the process that serves it.
+    pub socket: String,
+    /// PCI segment to put it on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci_segment: Option<u16>,
+    /// PCI device number to give it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci_device_id: Option<u8>,
+}
+
+/// How the memory of a snapshot comes back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub enum MemoryRestoreMode {
+    /// All of it before the guest runs.
+    #[default]
+    Copy,
+    /// Page by page, when the guest touches it.
+    OnDemand,
+}
+
+/// A memory zone's new place.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmMemoryZoneUpdateData {
+    /// The zone.
+    #[schema(min_length = 1)]
+    pub id: String,
+    /// NUMA node of the host.
+    pub host_numa_node: u32,
+}
+
+/// Which snapshot to restore, and how.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RestoreConfig {
+    /// `file:///a/directory`.
+    pub source_url: String,
+    /// Populate memory first.
+    #[serde(default)]
+    pub prefault: bool,
+    /// How memory comes back.
+    #[serde(default)]
+    pub memory_restore_mode: MemoryRestoreMode,
+    /// Run the guest when it is done.
+    #[serde(default)]
+    pub resume: bool,
+    /// New places of memory zones.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub zone_updates: Option<Vec<VmMemoryZoneUpdateData>>,
+}
+
+/// When memory moves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub enum MigrationMode {
+    /// Before the guest does.
+    #[default]
+    Precopy,
+    /// After it, when it is touched.
+    Postcopy,
+}
+
+/// What happens when a migration takes too long.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub enum TimeoutStrategy {
+    /// It is given up; the VM runs on where it is.
+    #[default]
+    Cancel,
+    /// It goes on, whatever the downtime.
+    Ignore,
+}
+
+/// Where a migration arrives.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ReceiveMigrationData {
+    /// `unix:/a/socket` or `tcp:host:port`.
+    pub receiver_url: String,
+    /// Directory with certificates and key for TLS.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls_dir: Option<String>,
+    /// When memory moves.
+    #[serde(default)]
+    pub memory_mode: MigrationMode,
+    /// New places of memory zones.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub zone_updates: Option<Vec<VmMemoryZoneUpdateData>>,
+}
+
+fn default_downtime_ms() -> u64 {
+    300
+}
+
+fn default_timeout_s() -> u64 {
+    3600
+}
+
+fn one() -> u32 {
+    1
+}
+
+/// Where a migration goes, and how.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SendMigrationData {
+    /// `unix:/a/socket` or `tcp:host:port`.
+    pub destination_url: String,
+    /// To another process of the same host, which is given the memory itself.
+    #[serde(default)]
+    pub local: bool,
+    /// The stop to aim for, in milliseconds.
+    #[serde(default = "default_downtime_ms")]
+    #[schema(minimum = 1)]
+    pub downtime_ms: u64,
+    /// How long it may take, in seconds.
+    #[serde(default = "default_timeout_s")]
+    #[schema(minimum = 1)]
+    pub timeout_s: u64,
+    /// What happens then.
+    #[serde(default)]
+    pub timeout_strategy: TimeoutStrategy,
+    /// Connections for memory.
+    #[serde(default = "one")]
+    #[schema(minimum = 1, maximum = 128)]
+    pub connections: u32,
+    /// Directory with certificates and key for TLS.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls_dir: Option<String>,
+    /// When memory moves.
+    #[serde(default)]
+    pub memory_mode: MigrationMode,
+}

@@ -1,0 +1,376 @@
+//! Whether a configuration makes sense, and whether this version can do what it says.
+
+use std::collections::HashSet;
+
+use serde_json::Value;
+
+use crate::console::ConsoleMode;
+use crate::limits;
+use crate::service::FieldProblem;
+use crate::vm::VmConfig;
+
+/// What the host can give a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostLimits {
+    /// vCPUs of one VM.
+    pub max_vcpus: u32,
+    /// Bytes of guest memory that its physical addresses can reach.
+    pub max_memory: u64,
+}
+
+/// Fields that are accepted at these values only: the ones that say "not there", and those that
+/// Cloud Hypervisor's clients send without meaning anything by them. A capability that arrives
+/// takes its line out.
+const NOT_YET: &[(&str, &[&str])] = &[
+    ("/cpus/kvm_hyperv", &["false"]),
+    ("/cpus/features/amx", &["false"]),
+    ("/cpus/core_scheduling", &[r#""Vm""#, r#""Off""#]),
+    ("/memory/hotplug_size", &["0"]),
+    ("/memory/hotplugged_size", &["0"]),
+    ("/memory/hotplug_method", &[r#""Acpi""#]),
+    ("/memory/zones", &["[]"]),
+    ("/payload/firmware", &[]),
+    ("/payload/igvm", &[]),
+    ("/payload/host_data", &[]),
+    ("/rate_limit_groups", &["[]"]),
+    ("/disks", &["[]"]),
+    ("/net", &["[]"]),
+    ("/rng/src", &[r#""/dev/urandom""#]),
+    ("/rng/iommu", &["false"]),
+    ("/balloon", &[]),
+    ("/fs", &["[]"]),
+    ("/generic_vhost_user", &["[]"]),
+    ("/pmem", &["[]"]),
+    ("/console/mode", &[r#""Off""#, r#""Null""#, r#""Tty""#]),
+    ("/console/iommu", &["false"]),
+    ("/debug_console/mode", &[r#""Off""#, r#""Null""#]),
+    ("/devices", &["[]"]),
+    ("/user_devices", &["[]"]),
+    ("/vdpa", &["[]"]),
+    ("/vsock", &[]),
+    ("/numa", &["[]"]),
+    ("/iommu", &["false"]),
+    ("/watchdog", &["false"]),
+    ("/rtc", &[]),
+    ("/pvpanic", &["false"]),
+    ("/pci_segments", &["[]"]),
+    ("/platform/num_pci_segments", &["1"]),
+    ("/platform/iommu_segments", &["[]"]),
+    ("/platform/iommu_address_width_bits", &["64"]),
+    ("/platform/system_serial_number", &[]),
+    ("/platform/serial_number", &[]),
+    ("/platform/system_uuid", &[]),
+    ("/platform/uuid", &[]),
+    ("/platform/oem_strings", &["[]"]),
+    ("/platform/system_manufacturer", &[]),
+    ("/platform/system_product_name", &[]),
+    ("/platform/system_version", &[]),
+    ("/platform/system_family", &[]),
+    ("/platform/system_sku_number", &[]),
+    ("/platform/chassis_asset_tag", &[]),
+    ("/platform/tdx", &["false"]),
+    ("/platform/sev_snp", &["false"]),
+    ("/platform/iommufd", &["false"]),
+    ("/tpm", &[]),
+    ("/landlock_enable", &["false"]),
+    ("/landlock_rules", &["[]"]),
+];
+
+/// The code of a problem with a field that this version does not support.
+pub const UNSUPPORTED: &str = "unsupported";
+
+impl VmConfig {
+    /// All that is wrong with it on such a host, or nothing.
+    ///
+    /// # Errors
+    /// A list of problems that is not empty.
+    pub fn validate(&self, host: &HostLimits) -> Result<(), Vec<FieldProblem>> {
+        let mut found = Vec::new();
+        self.check_supported(&mut found);
+        self.check_cpus(host, &mut found);
+        self.check_memory(host, &mut found);
+        self.check_payload(&mut found);
+        self.check_serial(&mut found);
+        if found.is_empty() { Ok(()) } else { Err(found) }
+    }
+
+    fn check_supported(&self, found: &mut Vec<FieldProblem>) {
+        // What was parsed can be written again.
+        let all = serde_json::to_value(self).unwrap_or_default();
+        for (pointer, accepted) in NOT_YET {
+            let Some(value) = all.pointer(pointer) else {
+                continue;
+            };
+            let fine = accepted
+                .iter()
+                .any(|good| serde_json::from_str::<Value>(good).is_ok_and(|good| good == *value));
+            if !fine {
+                let only = match accepted {
+                    [] => String::new(),
+                    accepted => format!("; it can be left out, or be {}", accepted.join(" or ")),
+                };
+                let detail = format!("this version does not support `{}`{only}", name(pointer));
+                found.push(problem(pointer, UNSUPPORTED, detail));
+            }
+        }
+    }
+
+    fn check_cpus(&self, host: &HostLimits, found: &mut Vec<FieldProblem>) {
+        let (boot, max) = (self.cpus.boot_vcpus, self.cpus.max_vcpus);
+        if boot == 0 {
+            found.push(problem(
+                "/cpus/boot_vcpus",
+                "out-of-range",
+                "a VM needs a vCPU at least".into(),
+            ));
+        }
+        if max < boot {
+            let detail = format!("{max} vCPUs at the most are fewer than the {boot} to boot with");
+            found.push(problem("/cpus/max_vcpus", "out-of-range", detail));
+        } else if max > host.max_vcpus {
+            let detail = format!(
+                "{max} vCPUs are more than this host's KVM allows, {}",
+                host.max_vcpus
+            );
+            found.push(problem("/cpus/max_vcpus", "out-of-range", detail));
+        } else if max > boot && boot > 0 {
+            let detail = format!(
+                "this version cannot add vCPUs later: `max_vcpus` must be `boot_vcpus`, {boot}"
+            );
+            found.push(problem("/cpus/max_vcpus", UNSUPPORTED, detail));
+        }
+        if let Some(topology) = &self.cpus.topology
+            && topology.vcpus() != Some(max)
+        {
+            let detail = format!(
+                "{} x {} x {} x {} vCPUs are not the VM's {max}",
+                topology.threads_per_core,
+                topology.cores_per_die,
+                topology.dies_per_package,
+                topology.packages
+            );
+            found.push(problem("/cpus/topology", "inconsistent", detail));
+        }
+        if let Some(bits) = self
+            .cpus
+            .max_phys_bits
+            .filter(|bits| !(32..=52).contains(bits))
+        {
+            let detail = format!("{bits} physical address bits are not between 32 and 52");
+            found.push(problem("/cpus/max_phys_bits", "out-of-range", detail));
+        }
+        let mut seen = HashSet::new();
+        for (i, affinity) in self.cpus.affinity.iter().flatten().enumerate() {
+            let pointer = format!("/cpus/affinity/{i}");
+            if affinity.vcpu >= max {
+                let detail = format!("there is no vCPU {}", affinity.vcpu);
+                found.push(problem(&pointer, "out-of-range", detail));
+            } else if !seen.insert(affinity.vcpu) {
+                let detail = format!("vCPU {} is there twice", affinity.vcpu);
+                found.push(problem(&pointer, "duplicate", detail));
+            } else if affinity.host_cpus.is_empty() {
+                let detail = format!("vCPU {} may run nowhere", affinity.vcpu);
+                found.push(problem(&pointer, "out-of-range", detail));
+            }
+        }
+    }
+
+    fn check_memory(&self, host: &HostLimits, found: &mut Vec<FieldProblem>) {
+        let memory = &self.memory;
+        let page = match (memory.hugepages, memory.hugepage_size) {
+            (true, size) => size.unwrap_or(2 << 20),
+            (false, None) => limits::PAGE,
+            (false, Some(_)) => {
+                let detail = "it says nothing without `hugepages`".to_owned();
+                found.push(problem("/memory/hugepage_size", "inconsistent", detail));
+                limits::PAGE
+            }
+        };
+        if !page.is_power_of_two() || page < limits::PAGE {
+            let detail = format!("{page:#x} bytes is no size of a huge page");
+            found.push(problem("/memory/hugepage_size", "out-of-range", detail));
+        } else if memory.size == 0 {
+            found.push(problem(
+                "/memory/size",
+                "out-of-range",
+                "a VM needs memory".into(),
+            ));
+        } else if !memory.size.is_multiple_of(page) {
+            let detail = format!(
+                "{} bytes are not a multiple of the page size, {page}",
+                memory.size
+            );
+            found.push(problem("/memory/size", "out-of-range", detail));
+        } else if memory.size > host.max_memory {
+            let (size, most) = (memory.size, host.max_memory);
+            let detail =
+                format!("{size} bytes are more than this host can map for a guest, {most}");
+            found.push(problem("/memory/size", "out-of-range", detail));
+        }
+    }
+
+    fn check_payload(&self, found: &mut Vec<FieldProblem>) {
+        let payload = &self.payload;
+        if payload.kernel.is_none() && payload.firmware.is_none() && payload.igvm.is_none() {
+            let detail = "there is nothing to boot: a kernel is needed".to_owned();
+            found.push(problem("/payload/kernel", "missing", detail));
+        }
+        let cmdline = payload.cmdline.as_deref().unwrap_or("");
+        if cmdline.len() >= limits::CMDLINE_LEN {
+            let (len, most) = (cmdline.len(), limits::CMDLINE_LEN - 1);
+            let detail =
+                format!("a command line of {len} bytes is longer than a kernel takes, {most}");
+            found.push(problem("/payload/cmdline", "out-of-range", detail));
+        } else if cmdline.contains('\0') {
+            let detail = "a command line cannot hold a NUL byte".to_owned();
+            found.push(problem("/payload/cmdline", "out-of-range", detail));
+        }
+    }
+
+    fn check_serial(&self, found: &mut Vec<FieldProblem>) {
+        let serial = &self.serial;
+        let mut path = |pointer, given: &Option<String>, needed: bool| match (given, needed) {
+            (None, true) => {
+                let detail = format!("mode {:?} needs a path here", serial.mode);
+                found.push(problem(pointer, "missing", detail));
+            }
+            (Some(path), true) if path.is_empty() => {
+                found.push(problem(pointer, "out-of-range", "the path is empty".into()));
+            }
+            _ => {}
+        };
+        path(
+            "/serial/file",
+            &serial.file,
+            serial.mode == ConsoleMode::File,
+        );
+        path(
+            "/serial/socket",
+            &serial.socket,
+            serial.mode == ConsoleMode::Socket,
+        );
+    }
+}
+
+fn name(pointer: &str) -> String {
+    pointer.trim_start_matches('/').replace('/', ".")
+}
+
+fn problem(pointer: &str, code: &str, detail: String) -> FieldProblem {
+    FieldProblem {
+        pointer: pointer.to_owned(),
+        code: code.to_owned(),
+        detail,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::PayloadConfig;
+
+    const HOST: HostLimits = HostLimits {
+        max_vcpus: 8,
+        max_memory: 1 << 40,
+    };
+
+    fn good() -> VmConfig {
+        VmConfig::with_payload(PayloadConfig {
+            kernel: Some("/k".into()),
+            ..Default::default()
+        })
+    }
+
+    fn found(change: impl FnOnce(&mut VmConfig)) -> Vec<(String, String)> {
+        let mut config = good();
+        change(&mut config);
+        let problems = config.validate(&HOST).err().unwrap_or_default();
+        problems
+            .into_iter()
+            .map(|problem| (problem.pointer, problem.code))
+            .collect()
+    }
+
+    fn one(pointer: &str, code: &str) -> Vec<(String, String)> {
+        vec![(pointer.to_owned(), code.to_owned())]
+    }
+
+    #[test]
+    fn what_a_client_sends_by_default_is_fine() {
+        assert_eq!(good().validate(&HOST), Ok(()));
+        let sent = r#"{"payload":{"kernel":"/k"},"cpus":{"boot_vcpus":2,"max_vcpus":2},
+            "memory":{"size":536870912,"hotplug_method":"Acpi","shared":false,"thp":true},
+            "disks":[],"rng":{"src":"/dev/urandom","iommu":false},"iommu":false,
+            "serial":{"mode":"Null"},"console":{"mode":"Tty"},"watchdog":false,
+            "platform":{"num_pci_segments":1,"tdx":false}}"#;
+        assert_eq!(
+            crate::parse::<VmConfig>(sent.as_bytes())
+                .unwrap()
+                .validate(&HOST),
+            Ok(())
+        );
+    }
+
+    #[test]
+    fn each_problem_names_its_field() {
+        let cpus = |boot, max| found(|c| (c.cpus.boot_vcpus, c.cpus.max_vcpus) = (boot, max));
+        assert_eq!(cpus(0, 1), one("/cpus/boot_vcpus", "out-of-range"));
+        assert_eq!(cpus(2, 1), one("/cpus/max_vcpus", "out-of-range"));
+        assert_eq!(cpus(1, 9), one("/cpus/max_vcpus", "out-of-range"));
+        assert_eq!(cpus(1, 2), one("/cpus/max_vcpus", "unsupported"));
+        for size in [0, 4097, 1 << 50] {
+            assert_eq!(
+                found(|c| c.memory.size = size),
+                one("/memory/size", "out-of-range")
+            );
+        }
+        assert_eq!(
+            found(|c| c.payload.kernel = None),
+            one("/payload/kernel", "missing")
+        );
+        assert_eq!(
+            found(|c| c.payload.cmdline = Some("x".repeat(2048))),
+            one("/payload/cmdline", "out-of-range")
+        );
+        assert_eq!(
+            found(|c| c.serial.mode = ConsoleMode::File),
+            one("/serial/file", "missing")
+        );
+        assert_eq!(
+            found(|c| c.watchdog = true),
+            one("/watchdog", "unsupported")
+        );
+        assert_eq!(
+            found(|c| c.console.mode = ConsoleMode::Pty),
+            one("/console/mode", "unsupported")
+        );
+    }
+
+    #[test]
+    fn all_problems_are_told_at_once() {
+        let all = found(|c| {
+            c.memory.size = 1;
+            c.pvpanic = true;
+            c.payload.kernel = None;
+        });
+        assert_eq!(all.len(), 3);
+    }
+
+    #[test]
+    fn the_table_names_fields_that_exist() {
+        let schema = serde_json::to_value(good()).unwrap();
+        for (pointer, values) in NOT_YET {
+            assert!(
+                values
+                    .iter()
+                    .all(|value| serde_json::from_str::<Value>(value).is_ok())
+            );
+            let top = pointer.split('/').nth(1).unwrap();
+            let body = format!(r#"{{"payload":{{}},"{top}":null}}"#);
+            let unknown = crate::parse::<VmConfig>(body.as_bytes())
+                .err()
+                .is_some_and(|error| error.code() == "unknown-field");
+            assert!(!unknown || schema.get(top).is_some(), "{pointer}");
+        }
+    }
+}

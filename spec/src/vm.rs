@@ -1,0 +1,271 @@
+//! A VM: its configuration, its state, and what is told of it.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::console::{ConsoleConfig, DebugConsoleConfig, SerialConfig};
+use crate::cpus::CpusConfig;
+use crate::device::{
+    BalloonConfig, DeviceConfig, FsConfig, GenericVhostUserConfig, NetConfig, PmemConfig,
+    RngConfig, RtcConfig, TpmConfig, UserDeviceConfig, VdpaConfig, VsockConfig,
+};
+use crate::disk::{DiskConfig, RateLimitGroupConfig};
+use crate::memory::MemoryConfig;
+use crate::platform::{
+    LandlockConfig, NumaConfig, PayloadConfig, PciSegmentConfig, PlatformConfig,
+};
+
+fn default_rng() -> RngConfig {
+    RngConfig {
+        id: None,
+        pci_segment: None,
+        pci_device_id: None,
+        iommu: false,
+        src: "/dev/urandom".to_owned(),
+    }
+}
+
+/// The configuration of a VM.
+///
+/// A field of Cloud Hypervisor's that this version does not support is accepted at its default
+/// value and refused by name otherwise.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmConfig {
+    /// vCPUs; one when absent.
+    #[serde(default)]
+    pub cpus: CpusConfig,
+    /// Memory; 512 MiB when absent.
+    #[serde(default)]
+    pub memory: MemoryConfig,
+    /// What boots.
+    pub payload: PayloadConfig,
+    /// Limits that several disks share.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limit_groups: Option<Vec<RateLimitGroupConfig>>,
+    /// Disks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disks: Option<Vec<DiskConfig>>,
+    /// Network interfaces.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub net: Option<Vec<NetConfig>>,
+    /// A source of randomness.
+    #[serde(default = "default_rng")]
+    pub rng: RngConfig,
+    /// A memory balloon.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<BalloonConfig>,
+    /// Shared file systems.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fs: Option<Vec<FsConfig>>,
+    /// Devices that other processes serve.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub generic_vhost_user: Option<Vec<GenericVhostUserConfig>>,
+    /// Persistent memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pmem: Option<Vec<PmemConfig>>,
+    /// The serial port COM1; `Null` when absent.
+    #[serde(default)]
+    pub serial: SerialConfig,
+    /// The virtio console; `Tty` when absent.
+    #[serde(default)]
+    pub console: ConsoleConfig,
+    /// A port for the log of firmware.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub debug_console: Option<DebugConsoleConfig>,
+    /// Devices of the host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub devices: Option<Vec<DeviceConfig>>,
+    /// Devices that other processes serve over vfio-user.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user_devices: Option<Vec<UserDeviceConfig>>,
+    /// vDPA devices.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vdpa: Option<Vec<VdpaConfig>>,
+    /// A socket between guest and host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<VsockConfig>,
+    /// NUMA nodes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub numa: Option<Vec<NumaConfig>>,
+    /// A virtual IOMMU.
+    #[serde(default)]
+    pub iommu: bool,
+    /// A watchdog device.
+    #[serde(default)]
+    pub watchdog: bool,
+    /// A virtio clock.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rtc: Option<RtcConfig>,
+    /// A device by which the guest tells that it panicked.
+    #[serde(default)]
+    pub pvpanic: bool,
+    /// PCI segments.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci_segments: Option<Vec<PciSegmentConfig>>,
+    /// The platform's identity and extras.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub platform: Option<PlatformConfig>,
+    /// A trusted platform module.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tpm: Option<TpmConfig>,
+    /// Confine the VMM to the paths that the VM needs.
+    #[serde(default)]
+    pub landlock_enable: bool,
+    /// Further paths that it may use.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub landlock_rules: Option<Vec<LandlockConfig>>,
+}
+
+impl VmConfig {
+    /// This payload, and all else as by default.
+    #[must_use]
+    pub fn with_payload(payload: PayloadConfig) -> Self {
+        Self {
+            cpus: CpusConfig::default(),
+            memory: MemoryConfig::default(),
+            payload,
+            rate_limit_groups: None,
+            disks: None,
+            net: None,
+            rng: default_rng(),
+            balloon: None,
+            fs: None,
+            generic_vhost_user: None,
+            pmem: None,
+            serial: SerialConfig::default(),
+            console: ConsoleConfig::default(),
+            debug_console: None,
+            devices: None,
+            user_devices: None,
+            vdpa: None,
+            vsock: None,
+            numa: None,
+            iommu: false,
+            watchdog: false,
+            rtc: None,
+            pvpanic: false,
+            pci_segments: None,
+            platform: None,
+            tpm: None,
+            landlock_enable: false,
+            landlock_rules: None,
+        }
+    }
+}
+
+/// Where a VM is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+pub enum VmState {
+    /// Configured, never booted.
+    Created,
+    /// The guest runs.
+    Running,
+    /// The guest has ended, or was ended; it can be booted again.
+    Shutdown,
+    /// The guest stands still.
+    Paused,
+    /// A debugger holds the guest. (Not reached by this version.)
+    BreakPoint,
+}
+
+impl fmt::Display for VmState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(self, f)
+    }
+}
+
+/// Why a guest ended that was not asked to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Failure {
+    /// Stable, for programs: `triple-fault`, `emulation-failure`, ...
+    pub code: String,
+    /// For people: what happened, and where in the guest.
+    pub detail: String,
+    /// The vCPU on which it happened, where it was one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vcpu: Option<u32>,
+}
+
+/// How long the last boot took, in microseconds from the request on; a step that has not come is
+/// absent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct BootTimeline {
+    /// The machine was built and its payload loaded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub built_us: Option<u64>,
+    /// The guest's first instruction: the first entry into the guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub first_entry_us: Option<u64>,
+    /// The first byte that a guest wrote to port 0x80, as firmware does for its progress.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub first_debug_port_us: Option<u64>,
+    /// The first byte on the serial port.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub first_serial_us: Option<u64>,
+}
+
+/// A device, and where it is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct DeviceNode {
+    /// Its name.
+    pub id: String,
+    /// Addresses and interrupts that it has.
+    pub resources: Vec<serde_json::Value>,
+    /// Devices in it.
+    pub children: Vec<String>,
+    /// Its PCI address.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci_bdf: Option<String>,
+}
+
+/// What is told of a VM.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct VmInfo {
+    /// Its configuration; a pseudo terminal's path is filled in.
+    pub config: VmConfig,
+    /// Where it is in its life.
+    pub state: VmState,
+    /// Bytes of memory that the guest has.
+    pub memory_actual_size: u64,
+    /// Its devices.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device_tree: Option<BTreeMap<String, DeviceNode>>,
+    /// Why the guest ended, when it was not asked to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failure: Option<Failure>,
+    /// How long the last boot took.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boot: Option<BootTimeline>,
+}
+
+/// Counters of each device, by name.
+pub type VmCounters = BTreeMap<String, BTreeMap<String, u64>>;
+
+/// Where a device was put.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PciDeviceInfo {
+    /// Its name.
+    pub id: String,
+    /// Its PCI address.
+    pub bdf: String,
+}
+
+/// What answers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct VmmPingResponse {
+    /// The version, with the commit it was built from where that is known.
+    #[serde(default)]
+    pub build_version: String,
+    /// The version.
+    pub version: String,
+    /// The process.
+    #[serde(default)]
+    pub pid: i64,
+    /// What it was built with.
+    #[serde(default)]
+    pub features: Vec<String>,
+}
