@@ -1,0 +1,47 @@
+//! A page to read the document with, in one file: it needs no network, and can be saved.
+
+use axum::Router;
+use axum::routing::get;
+use http::header::{CONTENT_SECURITY_POLICY, CONTENT_TYPE};
+
+const PAGE: &str = include_str!("docs.html");
+
+/// Where the page has its document.
+const SLOT: &str = "{{document}}";
+
+pub(crate) fn routes(document: &str) -> Router {
+    let page = page(document);
+    let answer = move || {
+        let headers = [
+            (CONTENT_TYPE, "text/html; charset=utf-8"),
+            // Nothing is fetched from anywhere.
+            (
+                CONTENT_SECURITY_POLICY,
+                "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'",
+            ),
+        ];
+        std::future::ready((headers, page.clone()))
+    };
+    Router::new().route("/docs", get(answer))
+}
+
+fn page(document: &str) -> String {
+    // `</script>` and `<!--` inside of the document would end or change the element that holds it.
+    PAGE.replace(SLOT, &document.replace('<', "\\u003c"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_document_cannot_break_out_of_the_page() {
+        let page = page(r#"{"a": "</script><script>alert(1)</script>"}"#);
+        assert_eq!(
+            page.matches("</script>").count(),
+            PAGE.matches("</script>").count()
+        );
+        assert!(page.contains(r"\u003c/script>"));
+        assert!(!page.contains(SLOT));
+    }
+}

@@ -1,0 +1,134 @@
+//! What happens to VMs, as server-sent events (HTML standard, 9.2).
+
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::time::Duration;
+
+use axum::extract::{Query, State};
+use axum::response::Sse;
+use axum::response::sse;
+use control::{EventLog, Missed};
+use futures_util::Stream;
+use futures_util::stream::unfold;
+use http::{HeaderMap, StatusCode};
+use serde::Deserialize;
+use spec::{Event, VmId};
+use utoipa::IntoParams;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use crate::document::SERVICE;
+use crate::problem::Refusal;
+use crate::refusals::NotUnderstood;
+use crate::serve::Shutdown;
+use crate::service::Service;
+
+/// A comment line so often, so that both ends notice a connection that is gone.
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
+
+pub(crate) fn routes() -> OpenApiRouter<Service> {
+    OpenApiRouter::default().routes(routes!(events))
+}
+
+/// Where to begin, and with whom.
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+struct Which {
+    /// Begin after the event with this sequence number; 0 for the oldest that is kept. A `Last-Event-ID` header
+    /// says the same and goes first. Without either: begin with what happens next.
+    after: Option<u64>,
+    /// Only what happens to this VM.
+    vm: Option<VmId>,
+}
+
+/// Follow what happens to the VMs.
+///
+/// A stream of server-sent events: `id` is the sequence number, `event` what happened, `data` an `Event` as
+/// JSON. A client that comes back with the last `id` it saw misses nothing that is still kept; what is not is
+/// told by an event `missed`, whose `data.oldest` is the oldest that is kept. The numbers start again at 1 with
+/// the service: a client that is ahead of it begins with the oldest.
+#[utoipa::path(
+    get, path = "/api/v1/events", operation_id = "events", tag = SERVICE,
+    params(
+        Which,
+        ("Last-Event-ID" = Option<u64>, Header, description = "Begin after this event."),
+    ),
+    responses(
+        (status = 200, description = "Events, until the client or the service ends the stream.",
+         body = Event, content_type = "text/event-stream"),
+        NotUnderstood,
+    ),
+)]
+async fn events(
+    State(service): State<Service>,
+    headers: HeaderMap,
+    which: Result<Query<Which>, axum::extract::rejection::QueryRejection>,
+) -> Result<Sse<impl Stream<Item = Result<sse::Event, Infallible>>>, Refusal> {
+    let Query(which) = which.map_err(|error| bad(error.body_text()))?;
+    let log = service.registry.events().clone();
+    let after = match headers.get("last-event-id") {
+        None => which.after.unwrap_or_else(|| log.last()),
+        Some(id) => id
+            .to_str()
+            .ok()
+            .and_then(|id| id.trim().parse().ok())
+            .ok_or_else(|| bad("Last-Event-ID is not a sequence number".to_owned()))?,
+    };
+    // Ahead of us: the client speaks of the events of a service before this one.
+    let after = if after > log.last() { 0 } else { after };
+    let follower = Follower {
+        log,
+        after,
+        vm: which.vm,
+        shutdown: service.shutdown.clone(),
+        ready: VecDeque::new(),
+    };
+    let stream = unfold(follower, Follower::next);
+    Ok(Sse::new(stream).keep_alive(sse::KeepAlive::new().interval(KEEP_ALIVE)))
+}
+
+fn bad(detail: String) -> Refusal {
+    Refusal::new(StatusCode::BAD_REQUEST, "bad-query", detail)
+}
+
+/// A client that follows, and how far it is.
+struct Follower {
+    log: EventLog,
+    after: u64,
+    vm: Option<VmId>,
+    shutdown: Shutdown,
+    ready: VecDeque<sse::Event>,
+}
+
+impl Follower {
+    async fn next(mut self) -> Option<(Result<sse::Event, Infallible>, Self)> {
+        loop {
+            if let Some(event) = self.ready.pop_front() {
+                return Some((Ok(event), self));
+            }
+            tokio::select! {
+                () = self.log.wait_after(self.after) => self.take(),
+                () = self.shutdown.requested() => return None,
+            }
+        }
+    }
+
+    fn take(&mut self) {
+        let (events, missed) = self.log.after(self.after);
+        if let Some(Missed { oldest }) = missed {
+            let data = format!("{{\"oldest\":{oldest}}}");
+            self.ready
+                .push_back(sse::Event::default().event("missed").data(data));
+        }
+        for event in events {
+            self.after = event.sequence;
+            if self.vm.as_ref().is_none_or(|vm| *vm == event.vm)
+                && let Ok(data) = crate::answer::ascii_json(&event)
+            {
+                let told = sse::Event::default().id(event.sequence.to_string());
+                self.ready.push_back(told.event(&event.event).data(data));
+            }
+        }
+    }
+}

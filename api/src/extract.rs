@@ -1,0 +1,142 @@
+//! From requests to types, with refusals that help.
+
+use axum::body::{Body, Bytes};
+use axum::extract::{FromRequest, FromRequestParts, Path, Request};
+use control::RequestError;
+use http::header::{CONTENT_LENGTH, CONTENT_TYPE};
+use http::request::Parts;
+use http::{HeaderMap, StatusCode};
+use http_body_util::{BodyExt as _, LengthLimitError, Limited};
+use serde::de::DeserializeOwned;
+use spec::limits::BODY_LEN;
+use spec::{FieldProblem, ParseError, VmId};
+
+use crate::limits::BODY_READ_TIMEOUT;
+use crate::problem::Refusal;
+
+/// The body of a request, as JSON.
+pub(crate) struct Json<T>(pub(crate) T);
+
+impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
+    type Rejection = Refusal;
+
+    async fn from_request(request: Request, _state: &S) -> Result<Self, Refusal> {
+        check_content_type(request.headers())?;
+        let body = read(request).await?;
+        if body.is_empty() {
+            return Err(Refusal::new(
+                StatusCode::BAD_REQUEST,
+                "missing-body",
+                "the request has no body; send a JSON object, with its length in Content-Length",
+            ));
+        }
+        spec::parse(&body)
+            .map(Self)
+            .map_err(|error| not_understood(&error))
+    }
+}
+
+/// Clients of Cloud Hypervisor's API send no type at all, and `curl --data` sends that of a form: a type is
+/// refused only when it is certainly something else.
+fn check_content_type(headers: &HeaderMap) -> Result<(), Refusal> {
+    const TAKEN: &[&str] = &[
+        "application/json",
+        "application/x-www-form-urlencoded",
+        "application/octet-stream",
+        "text/plain",
+    ];
+    let Some(sent) = headers.get(CONTENT_TYPE) else {
+        return Ok(());
+    };
+    let sent = sent.to_str().unwrap_or_default();
+    let essence = sent
+        .split(';')
+        .next()
+        .unwrap_or_default()
+        .trim()
+        .to_ascii_lowercase();
+    if essence.is_empty() || TAKEN.contains(&essence.as_str()) || essence.ends_with("+json") {
+        return Ok(());
+    }
+    Err(Refusal::new(
+        StatusCode::UNSUPPORTED_MEDIA_TYPE,
+        "unsupported-media-type",
+        format!(
+            "the body is said to be {sent}; send JSON (Content-Type: application/json, or none)"
+        ),
+    ))
+}
+
+/// The whole body, which may be neither too long nor too slow.
+async fn read(request: Request) -> Result<Bytes, Refusal> {
+    let announced = request
+        .headers()
+        .get(CONTENT_LENGTH)
+        .and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
+    if announced.is_some_and(|length| length > BODY_LEN as u64) {
+        return Err(too_long());
+    }
+    let body: Limited<Body> = Limited::new(request.into_body(), BODY_LEN);
+    match tokio::time::timeout(BODY_READ_TIMEOUT, body.collect()).await {
+        Ok(Ok(body)) => Ok(body.to_bytes()),
+        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_long()),
+        Ok(Err(error)) => Err(Refusal::new(
+            StatusCode::BAD_REQUEST,
+            "incomplete-body",
+            format!("the body did not arrive whole: {error}"),
+        )),
+        Err(_) => Err(Refusal::new(
+            StatusCode::REQUEST_TIMEOUT,
+            "body-timeout",
+            format!(
+                "the body did not arrive within {} s",
+                BODY_READ_TIMEOUT.as_secs()
+            ),
+        )),
+    }
+}
+
+fn too_long() -> Refusal {
+    Refusal::new(
+        StatusCode::PAYLOAD_TOO_LARGE,
+        "body-too-large",
+        format!("the body is longer than {BODY_LEN} bytes, the most that the service reads"),
+    )
+}
+
+/// A body that is no JSON, or not the JSON that was asked for.
+fn not_understood(error: &ParseError) -> Refusal {
+    let fields = match error {
+        ParseError::Malformed { .. } => Vec::new(),
+        ParseError::UnknownField { .. } | ParseError::Invalid { .. } => vec![FieldProblem {
+            pointer: error.pointer().to_owned(),
+            code: error.code().to_owned(),
+            detail: error.to_string(),
+        }],
+    };
+    Refusal::with_fields(
+        StatusCode::BAD_REQUEST,
+        error.code(),
+        error.to_string(),
+        fields,
+    )
+}
+
+/// The VM that a path names.
+pub(crate) struct Named(pub(crate) VmId);
+
+impl<S: Send + Sync> FromRequestParts<S> for Named {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Refusal> {
+        let Path(name) = Path::<String>::from_request_parts(parts, state)
+            .await
+            .map_err(|error| {
+                Refusal::new(StatusCode::BAD_REQUEST, "bad-path", error.body_text())
+            })?;
+        // What cannot be a name is the name of nothing.
+        name.parse()
+            .map(Self)
+            .map_err(|_| RequestError::no_such_vm(&name).into())
+    }
+}

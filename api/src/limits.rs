@@ -1,0 +1,28 @@
+//! What a client may make the service hold or wait for.
+
+use std::time::Duration;
+
+/// Connections of one listener at a time; further ones wait in the kernel's queue.
+pub const CONNECTIONS_MAX: usize = 1024;
+
+/// The kernel's queue of connections that are not accepted yet.
+pub const BACKLOG: i32 = 128;
+
+/// From the first moment that a connection could bring a request to the end of its head. It bounds a
+/// client that trickles its headers, and also an idle connection that is kept alive.
+pub const HEADER_READ_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// From the end of a request's head to the end of its body.
+pub const BODY_READ_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Bytes of a request's head.
+pub const HEAD_BYTES_MAX: usize = 64 << 10;
+
+/// What requests under way get to finish once the service is asked to stop.
+pub const SHUTDOWN_GRACE: Duration = Duration::from_secs(5);
+
+/// Pause after the host ran out of something that accepting a connection needs.
+pub const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+
+/// An `x-request-id` of a client that is taken over into logs and answers.
+pub const REQUEST_ID_BYTES_MAX: usize = 128;

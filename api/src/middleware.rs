@@ -1,0 +1,188 @@
+//! What happens around every request, whatever it asks.
+
+use axum::extract::{Request, State};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use http::header::{ALLOW, CONTENT_TYPE, HOST, HeaderName, ORIGIN};
+use http::uri::Authority;
+use http::{HeaderMap, HeaderValue, StatusCode};
+use tracing::Instrument as _;
+
+use crate::limits::REQUEST_ID_BYTES_MAX;
+use crate::metrics::Requests;
+use crate::problem::Refusal;
+
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// What a request came over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Via {
+    /// A unix socket, which only its owner can open.
+    Unix,
+    /// TCP on loopback, which every program of the host can open, browsers too.
+    Tcp,
+}
+
+/// Runs a request in a task of its own, under a name that its logs and its answer carry.
+///
+/// A panic ends that task alone, and a client that hangs up does not leave a command half way.
+pub(crate) async fn envelope(
+    State(requests): State<Requests>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let id = request_id(request.headers());
+    let method = request.method().clone();
+    let path = request.uri().path().to_owned();
+    let span = tracing::info_span!("request", id = id.to_str().unwrap_or_default(), %method, path);
+    let mut response = match guard(&request) {
+        Err(refusal) => refusal.into_response(),
+        Ok(()) => match tokio::spawn(next.run(request).instrument(span.clone())).await {
+            Ok(response) => response,
+            Err(error) => failed(&error).into_response(),
+        },
+    };
+    // The router refuses a method with the list of those that would do, and no body.
+    if response.status() == StatusCode::METHOD_NOT_ALLOWED
+        && !response.headers().contains_key(CONTENT_TYPE)
+        && let Some(allow) = response.headers_mut().remove(ALLOW)
+    {
+        response = Refusal::method_not_allowed(&method, &path, allow).into_response();
+    }
+    response.headers_mut().insert(REQUEST_ID, id);
+    requests.count(response.status());
+    span.in_scope(|| tracing::debug!(status = response.status().as_u16(), "answered"));
+    response
+}
+
+fn failed(error: &tokio::task::JoinError) -> Refusal {
+    tracing::error!(%error, "a request failed inside the service");
+    Refusal::new(
+        StatusCode::INTERNAL_SERVER_ERROR,
+        "internal-error",
+        "the service failed on this request and goes on with others; its log, under this answer's X-Request-Id, \
+         says more",
+    )
+}
+
+/// The client's own, if it is fit for a log; else a new one.
+fn request_id(headers: &HeaderMap) -> HeaderValue {
+    headers
+        .get(REQUEST_ID)
+        .filter(|id| !id.is_empty() && id.len() <= REQUEST_ID_BYTES_MAX)
+        .filter(|id| id.as_bytes().iter().all(|byte| byte.is_ascii_graphic()))
+        .cloned()
+        .or_else(|| HeaderValue::try_from(uuid::Uuid::new_v4().simple().to_string()).ok())
+        .unwrap_or(HeaderValue::from_static("none"))
+}
+
+/// A web page can make a browser send requests to loopback addresses, also under a name of its own that it lets
+/// resolve to 127.0.0.1. The browser says so, in `Origin` or `Host`.
+fn guard(request: &Request) -> Result<(), Refusal> {
+    if request.extensions().get() != Some(&Via::Tcp) {
+        return Ok(());
+    }
+    let host = authority(request.headers().get(HOST)).filter(|host| is_loopback(host.host()));
+    let Some(host) = host else {
+        return Err(Refusal::new(
+            StatusCode::MISDIRECTED_REQUEST,
+            "foreign-host",
+            "the request's Host is not this host's loopback address; use http://127.0.0.1 or http://localhost",
+        ));
+    };
+    match request.headers().get(ORIGIN) {
+        None => Ok(()),
+        Some(origin) if origin.as_bytes() == format!("http://{host}").as_bytes() => Ok(()),
+        Some(_) => Err(Refusal::new(
+            StatusCode::FORBIDDEN,
+            "foreign-origin",
+            "the request comes from a web page that is not the service's own",
+        )),
+    }
+}
+
+fn authority(host: Option<&HeaderValue>) -> Option<Authority> {
+    host?.to_str().ok()?.parse().ok()
+}
+
+fn is_loopback(host: &str) -> bool {
+    let bare = host.trim_start_matches('[').trim_end_matches(']');
+    bare.eq_ignore_ascii_case("localhost")
+        || bare
+            .parse::<std::net::IpAddr>()
+            .is_ok_and(|address| address.is_loopback())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use axum::body::Body;
+
+    fn sent(via: Via, host: &str, origin: Option<&str>) -> Result<(), StatusCode> {
+        let mut request = Request::builder().header(HOST, host);
+        if let Some(origin) = origin {
+            request = request.header(ORIGIN, origin);
+        }
+        let mut request = request.body(Body::empty()).unwrap();
+        request.extensions_mut().insert(via);
+        guard(&request).map_err(|refusal| refusal.status())
+    }
+
+    #[test]
+    fn web_pages_cannot_drive_the_service() {
+        let (misdirected, forbidden) = (StatusCode::MISDIRECTED_REQUEST, StatusCode::FORBIDDEN);
+        let table = [
+            (Via::Tcp, "127.0.0.1:8080", None, Ok(())),
+            (Via::Tcp, "localhost:8080", None, Ok(())),
+            (Via::Tcp, "[::1]:8080", None, Ok(())),
+            (
+                Via::Tcp,
+                "127.0.0.1:8080",
+                Some("http://127.0.0.1:8080"),
+                Ok(()),
+            ),
+            (
+                Via::Tcp,
+                "127.0.0.1:8080",
+                Some("http://127.0.0.1:3000"),
+                Err(forbidden),
+            ),
+            (
+                Via::Tcp,
+                "127.0.0.1:8080",
+                Some("https://evil.example"),
+                Err(forbidden),
+            ),
+            (Via::Tcp, "127.0.0.1:8080", Some("null"), Err(forbidden)),
+            (
+                Via::Tcp,
+                "evil.example:8080",
+                Some("http://evil.example:8080"),
+                Err(misdirected),
+            ),
+            (Via::Tcp, "", None, Err(misdirected)),
+            (Via::Unix, "anything", None, Ok(())),
+        ];
+        for (via, host, origin, expected) in table {
+            assert_eq!(
+                sent(via, host, origin),
+                expected,
+                "{via:?} {host} {origin:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_request_id_of_a_client_is_kept_only_if_it_is_fit_for_a_log() {
+        let with = |value: &[u8]| {
+            let mut headers = HeaderMap::new();
+            headers.insert(REQUEST_ID, HeaderValue::from_bytes(value).unwrap());
+            request_id(&headers)
+        };
+        assert_eq!(with(b"trace-17"), "trace-17");
+        for unfit in [&b"two words"[..], &[0xfc], b"", &[b'x'; 129]] {
+            assert_ne!(with(unfit).as_bytes(), unfit);
+        }
+        assert_ne!(request_id(&HeaderMap::new()), request_id(&HeaderMap::new()));
+    }
+}

@@ -1,0 +1,91 @@
+//! Refusals: what the service answers when it does not do what was asked (RFC 9457).
+
+use axum::response::{IntoResponse, Response};
+use http::header::{ALLOW, CONTENT_TYPE};
+use http::{HeaderValue, StatusCode};
+use spec::{FieldProblem, Problem};
+
+use crate::answer::ascii_json;
+
+/// An answer that says why something was not done.
+///
+/// The codes that the interface itself uses are here; the others come from the commands.
+#[derive(Clone, Debug)]
+pub(crate) struct Refusal {
+    // Boxed, since it is the error of every handler.
+    problem: Box<Problem>,
+    allow: Option<HeaderValue>,
+}
+
+impl Refusal {
+    pub(crate) fn new(status: StatusCode, code: &str, detail: impl Into<String>) -> Self {
+        let title = status.canonical_reason().unwrap_or("Error");
+        let problem = Box::new(Problem::new(status.as_u16(), title, code, detail));
+        Self {
+            problem,
+            allow: None,
+        }
+    }
+
+    /// As [`new`](Self::new), for these fields of the body.
+    pub(crate) fn with_fields(
+        status: StatusCode,
+        code: &str,
+        detail: impl Into<String>,
+        errors: Vec<FieldProblem>,
+    ) -> Self {
+        let mut refusal = Self::new(status, code, detail);
+        refusal.problem.errors = errors;
+        refusal
+    }
+
+    /// 405 with the methods that would do (RFC 9110, 15.5.6).
+    pub(crate) fn method_not_allowed(
+        method: &http::Method,
+        path: &str,
+        allow: HeaderValue,
+    ) -> Self {
+        let would = allow.to_str().unwrap_or_default().replace(',', ", ");
+        let detail = format!("{path} does not take {method}; use {would}");
+        let mut refusal = Self::new(StatusCode::METHOD_NOT_ALLOWED, "method-not-allowed", detail);
+        refusal.allow = Some(allow);
+        refusal
+    }
+
+    /// 405 for a state in which the resource takes no method: the list of those is empty, as RFC 9110
+    /// (10.2.1) has it for a resource that is out of service for a time.
+    pub(crate) fn not_allowed_now(code: &str, detail: impl Into<String>) -> Self {
+        let mut refusal = Self::new(StatusCode::METHOD_NOT_ALLOWED, code, detail);
+        refusal.allow = Some(HeaderValue::from_static(""));
+        refusal
+    }
+
+    pub(crate) fn not_implemented(what: &str) -> Self {
+        Self::new(
+            StatusCode::NOT_IMPLEMENTED,
+            "not-implemented",
+            format!("this version of the service cannot {what}"),
+        )
+    }
+
+    pub(crate) fn status(&self) -> StatusCode {
+        StatusCode::from_u16(self.problem.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
+    }
+}
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        let status = self.status();
+        let body = ascii_json(self.problem.as_ref()).unwrap_or_default();
+        let mut response = (status, body).into_response();
+        let headers = response.headers_mut();
+        headers.insert(
+            CONTENT_TYPE,
+            HeaderValue::from_static("application/problem+json"),
+        );
+        if let Some(allow) = self.allow {
+            headers.insert(ALLOW, allow);
+        }
+        response
+    }
+}

@@ -1,0 +1,86 @@
+//! The refusals that several operations have in common, as the document describes them, and how errors of
+//! commands become them.
+
+use control::{Category, RequestError, Verb};
+use http::StatusCode;
+use spec::Problem;
+use utoipa::IntoResponses;
+
+use crate::problem::Refusal;
+
+/// How the document describes the refusals of [`one_vm`](crate::one_vm) and [`vms`](crate::vms).
+macro_rules! refusals {
+    ($($(#[$doc:meta])* $name:ident = $status:literal, $description:literal;)*) => {
+        $(
+            $(#[$doc])*
+            #[derive(IntoResponses)]
+            #[response(status = $status, description = $description, content_type = "application/problem+json")]
+            #[expect(dead_code, reason = "the document is made from the type")]
+            pub(crate) struct $name(#[to_schema] Problem);
+        )*
+    };
+}
+
+refusals! {
+    /// A body that is not understood.
+    NotUnderstood = 400, "The body is not JSON, or not the JSON that is asked for: an unknown or missing field, \
+                          a value of the wrong type.";
+    /// One VM a socket.
+    NotCreated = 404, "The VM is not created.";
+    /// Many VMs.
+    NoSuchVm = 404, "There is no VM of this name.";
+    /// Where Cloud Hypervisor's contract says 405.
+    NotAllowedNow = 405, "The VM is not in a state in which this makes sense.";
+    /// Everywhere else.
+    WrongState = 409, "The VM is not in a state in which this makes sense.";
+    /// A create.
+    Exists = 409, "There is such a VM already.";
+    /// A body that is too long.
+    TooLong = 413, "The body is longer than the service reads.";
+    /// A body that is certainly no JSON.
+    NotJson = 415, "The body is said to be something other than JSON.";
+    /// A configuration that makes no sense.
+    NotPossible = 422, "The configuration, or what it names, is not possible; `errors` lists every field that \
+                        is wrong.";
+    /// A fault of the host or of the service.
+    Failed = 500, "The host could not do it, or the service failed.";
+    /// A capability that is not there.
+    Unsupported = 501, "This version of the service cannot do it.";
+}
+
+/// How the service's own face, and everything but the state refusals of the other, says no.
+impl From<RequestError> for Refusal {
+    fn from(error: RequestError) -> Self {
+        let status = match error.category {
+            Category::NotFound => StatusCode::NOT_FOUND,
+            Category::Conflict => StatusCode::CONFLICT,
+            Category::Unprocessable => StatusCode::UNPROCESSABLE_ENTITY,
+            Category::Unsupported => StatusCode::NOT_IMPLEMENTED,
+            Category::Host | Category::Internal => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        Self::with_fields(status, &error.code, error.detail, error.fields)
+    }
+}
+
+/// How Cloud Hypervisor's face says no to `verb`: its contract documents 405 for some state refusals, where 409
+/// would be right.
+pub(crate) fn of_one_vm(verb: Verb, error: RequestError) -> Refusal {
+    let documented = matches!(
+        verb,
+        Verb::Pause | Verb::Resume | Verb::Shutdown | Verb::Reboot | Verb::PowerButton
+    );
+    match error.category {
+        Category::Conflict if documented => Refusal::not_allowed_now(&error.code, error.detail),
+        Category::NotFound => not_created(),
+        _ => error.into(),
+    }
+}
+
+/// The socket's one VM is not there.
+pub(crate) fn not_created() -> Refusal {
+    Refusal::new(
+        StatusCode::NOT_FOUND,
+        "vm-not-created",
+        "the VM is not created; PUT its configuration to /api/v1/vm.create first",
+    )
+}

@@ -1,0 +1,199 @@
+//! Serving a router on a listener until asked to stop.
+
+use std::io;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::Request;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::task::JoinSet;
+use tower::ServiceExt as _;
+
+use crate::limits::{
+    ACCEPT_RETRY, CONNECTIONS_MAX, HEAD_BYTES_MAX, HEADER_READ_TIMEOUT, SHUTDOWN_GRACE,
+};
+use crate::listen::Listener;
+use crate::middleware::Via;
+
+/// The wish that the service stop, which can be uttered once and heard by many.
+///
+/// ```
+/// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+/// let shutdown = api::Shutdown::default();
+/// let heard = shutdown.clone();
+/// let waiting = tokio::spawn(async move { heard.requested().await });
+/// shutdown.request();
+/// waiting.await.unwrap();
+/// # });
+/// ```
+#[derive(Clone, Debug)]
+pub struct Shutdown {
+    requested: watch::Sender<bool>,
+}
+
+impl Default for Shutdown {
+    fn default() -> Self {
+        Self {
+            requested: watch::Sender::new(false),
+        }
+    }
+}
+
+impl Shutdown {
+    /// Asks everything that waits on it to stop.
+    pub fn request(&self) {
+        self.requested.send_replace(true);
+    }
+
+    /// Whether it was asked.
+    #[must_use]
+    pub fn is_requested(&self) -> bool {
+        *self.requested.borrow()
+    }
+
+    /// Waits until it is asked.
+    pub async fn requested(&self) {
+        let mut requested = self.requested.subscribe();
+        // The sender lives in `self`, so this cannot fail.
+        let _ = requested.wait_for(|requested| *requested).await;
+    }
+}
+
+/// Bounds on what a client may take, apart from what the router itself limits.
+#[derive(Clone, Copy, Debug)]
+pub struct Bounds {
+    /// Connections at a time.
+    pub connections: usize,
+    /// For the head of a request to arrive.
+    pub header_read_timeout: Duration,
+    /// For requests under way to finish after a shutdown.
+    pub shutdown_grace: Duration,
+}
+
+/// Those of [`limits`](crate::limits).
+impl Default for Bounds {
+    fn default() -> Self {
+        Self {
+            connections: CONNECTIONS_MAX,
+            header_read_timeout: HEADER_READ_TIMEOUT,
+            shutdown_grace: SHUTDOWN_GRACE,
+        }
+    }
+}
+
+/// Serves `router` on `listener` until `shutdown` is requested; then accepts no more, lets requests under way
+/// finish for [`SHUTDOWN_GRACE`], and lets go of the listener.
+pub async fn serve(listener: Listener, router: Router, shutdown: Shutdown) {
+    serve_within(listener, router, shutdown, Bounds::default()).await;
+}
+
+/// As [`serve`], within other bounds.
+pub async fn serve_within(listener: Listener, router: Router, shutdown: Shutdown, bounds: Bounds) {
+    let room = std::sync::Arc::new(Semaphore::new(bounds.connections));
+    let graceful = GracefulShutdown::new();
+    let mut connections = JoinSet::new();
+    let place = listener.place();
+    tracing::info!(%place, "serving the API");
+    loop {
+        let accepted = tokio::select! {
+            () = shutdown.requested() => break,
+            accepted = accept(&listener, &room) => accepted,
+            Some(_) = connections.join_next(), if !connections.is_empty() => continue,
+        };
+        match accepted {
+            Ok((Stream::Unix(stream), permit)) => {
+                let connection = connection(stream, Via::Unix, &router, &graceful, bounds);
+                connections.spawn(hold(permit, connection));
+            }
+            Ok((Stream::Tcp(stream), permit)) => {
+                let connection = connection(stream, Via::Tcp, &router, &graceful, bounds);
+                connections.spawn(hold(permit, connection));
+            }
+            Err(error) => {
+                // Out of file descriptors or memory: it passes when a connection ends. A client that gave up
+                // before it was accepted costs one pause.
+                tracing::warn!(%place, %error, "cannot accept a connection");
+                tokio::time::sleep(ACCEPT_RETRY).await;
+            }
+        }
+    }
+    if tokio::time::timeout(bounds.shutdown_grace, graceful.shutdown())
+        .await
+        .is_err()
+    {
+        tracing::warn!(%place, connections = connections.len(), "requests did not finish in time");
+    }
+    connections.shutdown().await;
+    drop(listener);
+    tracing::info!(%place, "no longer serving the API");
+}
+
+enum Stream {
+    Unix(tokio::net::UnixStream),
+    Tcp(tokio::net::TcpStream),
+}
+
+/// The next connection, once there is room for it.
+async fn accept(
+    listener: &Listener,
+    room: &std::sync::Arc<Semaphore>,
+) -> io::Result<(Stream, OwnedSemaphorePermit)> {
+    let permit = room
+        .clone()
+        .acquire_owned()
+        .await
+        .map_err(io::Error::other)?;
+    let stream = match listener {
+        Listener::Unix(socket) => Stream::Unix(socket.accept().await?),
+        Listener::Tcp(listener) => {
+            let (stream, _) = listener.accept().await?;
+            // Answers are small, and each is waited for.
+            stream.set_nodelay(true)?;
+            Stream::Tcp(stream)
+        }
+    };
+    Ok((stream, permit))
+}
+
+async fn hold(permit: OwnedSemaphorePermit, connection: impl Future<Output = ()>) {
+    connection.await;
+    drop(permit);
+}
+
+/// Serves one connection to its end, or to the end of its request once a shutdown is under way.
+fn connection<S>(
+    stream: S,
+    via: Via,
+    router: &Router,
+    graceful: &GracefulShutdown,
+    bounds: Bounds,
+) -> impl Future<Output = ()> + Send + 'static
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let service = router.clone().map_request(move |request: Request<_>| {
+        let mut request = request.map(axum::body::Body::new);
+        request.extensions_mut().insert(via);
+        request
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(bounds.header_read_timeout)
+        .max_header_size(HEAD_BYTES_MAX)
+        // Some clients end their side once the request is sent, and still want the answer.
+        .half_close(true)
+        // Some clients look for `Content-Length` in just this spelling.
+        .title_case_headers(true)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(service));
+    let connection = graceful.watch(connection);
+    async move {
+        if let Err(error) = connection.await {
+            tracing::debug!(%error, "a connection ended early");
+        }
+    }
+}

@@ -1,0 +1,68 @@
+//! Operations on the service itself, the same on both faces.
+
+use std::sync::Arc;
+
+use axum::extract::State;
+use control::Registry;
+use http::StatusCode;
+use spec::{VmId, VmmPingResponse};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use crate::answer::Answer;
+use crate::document::SERVICE;
+use crate::problem::Refusal;
+use crate::refusals::Failed;
+use crate::serve::Shutdown;
+
+/// What a socket's client can ping and shut down.
+#[derive(Clone)]
+pub(crate) struct Vmm {
+    pub(crate) about: Arc<VmmPingResponse>,
+    pub(crate) registry: Registry,
+    pub(crate) scope: Scope,
+    pub(crate) shutdown: Shutdown,
+}
+
+/// The VMs that end with it.
+#[derive(Clone)]
+pub(crate) enum Scope {
+    All,
+    One(VmId),
+}
+
+pub(crate) fn routes() -> OpenApiRouter<Vmm> {
+    OpenApiRouter::default()
+        .routes(routes!(ping))
+        .routes(routes!(shut_down))
+}
+
+/// Tell that the service is there, and which it is.
+#[utoipa::path(
+    get, path = "/api/v1/vmm.ping", operation_id = "pingVMM", tag = SERVICE,
+    responses((status = 200, description = "What answers.", body = VmmPingResponse)),
+)]
+async fn ping(State(vmm): State<Vmm>) -> Answer<VmmPingResponse> {
+    Answer(VmmPingResponse::clone(&vmm.about))
+}
+
+/// End what this socket serves.
+///
+/// On the service's socket: every VM, and then the service. On one VM's socket: that VM, and then the socket;
+/// where a program serves nothing else, the program.
+#[utoipa::path(
+    put, path = "/api/v1/vmm.shutdown", operation_id = "shutdownVMM", tag = SERVICE,
+    responses((status = 204, description = "The VMs have ended; the service is about to."), Failed),
+)]
+async fn shut_down(State(vmm): State<Vmm>) -> Result<StatusCode, Refusal> {
+    match &vmm.scope {
+        Scope::All => vmm.registry.delete_all().await,
+        Scope::One(id) => {
+            if vmm.registry.get(id.as_str()).is_ok() {
+                vmm.registry.delete(id.as_str()).await?;
+            }
+        }
+    }
+    vmm.shutdown.request();
+    Ok(StatusCode::NO_CONTENT)
+}

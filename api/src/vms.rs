@@ -1,0 +1,275 @@
+//! The service's own face: many VMs, by name.
+
+use axum::extract::State;
+use axum::response::{IntoResponse as _, Response};
+use control::{Reply, Verb, VmHandle};
+use http::header::LOCATION;
+use http::{HeaderValue, StatusCode};
+use spec::{ConsoleMode, CreateVm, MemoryMap, VmConfig, VmCounters, VmId, VmInfo, VmSummary};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use crate::answer::Answer;
+use crate::document::VMS;
+use crate::extract::{Json, Named};
+use crate::one_vm::{counters_of, memory_map_of};
+use crate::problem::Refusal;
+use crate::refusals::{
+    Exists, Failed, NoSuchVm, NotJson, NotPossible, NotUnderstood, TooLong, Unsupported, WrongState,
+};
+use crate::service::Service;
+
+pub(crate) fn routes() -> OpenApiRouter<Service> {
+    OpenApiRouter::default()
+        .routes(routes!(list, create))
+        .routes(routes!(info, ensure, delete))
+        .routes(routes!(boot))
+        .routes(routes!(pause))
+        .routes(routes!(resume))
+        .routes(routes!(reboot))
+        .routes(routes!(shut_down))
+        .routes(routes!(power_button))
+        .routes(routes!(nmi))
+        .routes(routes!(counters))
+        .routes(routes!(memory_map))
+}
+
+impl Service {
+    async fn order(&self, id: &VmId, verb: Verb) -> Result<StatusCode, Refusal> {
+        self.registry.get(id.as_str())?.ask(verb).await?;
+        Ok(StatusCode::NO_CONTENT)
+    }
+
+    async fn ask(&self, id: &VmId, verb: Verb) -> Result<Reply, Refusal> {
+        Ok(self.registry.get(id.as_str())?.ask(verb).await?)
+    }
+
+    /// Creates a VM with all that belongs to it, or nothing.
+    async fn create(&self, id: Option<VmId>, config: VmConfig) -> Result<Response, Refusal> {
+        let vm = self.registry.create(id, config)?;
+        if let Some(sockets) = &self.sockets
+            && let Err(error) = sockets.open(self, vm.id()).await
+        {
+            self.registry.delete(vm.id().as_str()).await?;
+            return Err(Refusal::new(
+                StatusCode::INTERNAL_SERVER_ERROR,
+                "vm-socket",
+                format!("the VM's own socket could not be opened: {error}"),
+            ));
+        }
+        Ok(created(self.summary(&vm)))
+    }
+}
+
+fn created(summary: VmSummary) -> Response {
+    let location = HeaderValue::try_from(format!("/api/v1/vms/{}", summary.id));
+    let mut response = (StatusCode::CREATED, Answer(summary)).into_response();
+    // A VM's name is made of characters that a header may hold.
+    if let Ok(location) = location {
+        response.headers_mut().insert(LOCATION, location);
+    }
+    response
+}
+
+/// List the VMs.
+#[utoipa::path(
+    get, path = "/api/v1/vms", operation_id = "vmsList", tag = VMS,
+    responses((status = 200, description = "All VMs, by name.", body = [VmSummary])),
+)]
+async fn list(State(service): State<Service>) -> Answer<Vec<VmSummary>> {
+    Answer(
+        service
+            .registry
+            .list()
+            .iter()
+            .map(|vm| service.summary(vm))
+            .collect(),
+    )
+}
+
+/// Create a VM, without booting it.
+#[utoipa::path(
+    post, path = "/api/v1/vms", operation_id = "vmsCreate", tag = VMS, request_body = CreateVm,
+    responses(
+        (status = 201, description = "The VM is created.", body = VmSummary,
+         headers(("Location" = String, description = "Its path."))),
+        NotUnderstood, Exists, TooLong, NotJson, NotPossible, Failed, Unsupported,
+    ),
+)]
+async fn create(
+    State(service): State<Service>,
+    Json(new): Json<CreateVm>,
+) -> Result<Response, Refusal> {
+    service.create(new.id, new.config).await
+}
+
+/// See to it that there is a VM of this name with this configuration.
+///
+/// May be repeated: where there is one already, nothing happens.
+#[utoipa::path(
+    put, path = "/api/v1/vms/{id}", operation_id = "vmsEnsure", tag = VMS, request_body = VmConfig,
+    params(("id" = VmId, Path, description = "The VM's name.")),
+    responses(
+        (status = 200, description = "There is such a VM already.", body = VmSummary),
+        (status = 201, description = "The VM is created.", body = VmSummary,
+         headers(("Location" = String, description = "Its path."))),
+        NotUnderstood, Exists, TooLong, NotJson, NotPossible, Failed, Unsupported,
+    ),
+)]
+async fn ensure(
+    State(service): State<Service>,
+    Named(id): Named,
+    Json(config): Json<VmConfig>,
+) -> Result<Response, Refusal> {
+    match service.registry.get(id.as_str()) {
+        Ok(vm) if is_configured(&vm, &config) => Ok(Answer(service.summary(&vm)).into_response()),
+        _ => service.create(Some(id), config).await,
+    }
+}
+
+/// Whether the VM was created with `config`. What a driver has filled in since does not count.
+fn is_configured(vm: &VmHandle, config: &VmConfig) -> bool {
+    let plain = |config: &VmConfig| {
+        let mut plain = config.clone();
+        if plain.serial.mode == ConsoleMode::Pty {
+            plain.serial.file = None;
+        }
+        if plain.console.mode == ConsoleMode::Pty {
+            plain.console.file = None;
+        }
+        plain
+    };
+    plain(&vm.status().config) == plain(config)
+}
+
+/// Tell a VM's configuration and state.
+#[utoipa::path(
+    get, path = "/api/v1/vms/{id}", operation_id = "vmsInfo", tag = VMS,
+    params(("id" = VmId, Path, description = "The VM's name.")),
+    responses((status = 200, description = "Configuration and state.", body = VmInfo), NoSuchVm, Failed),
+)]
+async fn info(State(service): State<Service>, Named(id): Named) -> Result<Answer<VmInfo>, Refusal> {
+    Ok(Answer(service.registry.get(id.as_str())?.info()))
+}
+
+/// End a VM and forget it.
+#[utoipa::path(
+    delete, path = "/api/v1/vms/{id}", operation_id = "vmsDelete", tag = VMS,
+    params(("id" = VmId, Path, description = "The VM's name.")),
+    responses((status = 204, description = "The VM is no more."), NoSuchVm, WrongState, Failed),
+)]
+async fn delete(State(service): State<Service>, Named(id): Named) -> Result<StatusCode, Refusal> {
+    service.registry.delete(id.as_str()).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Boot a VM.
+#[utoipa::path(
+    put, path = "/api/v1/vms/{id}/boot", operation_id = "vmsBoot", tag = VMS,
+    params(("id" = VmId, Path, description = "The VM's name.")),
+    responses(
+        (status = 204, description = "The guest runs."),
+        NoSuchVm, WrongState, NotPossible, Failed, Unsupported,
+    ),
+)]
+async fn boot(State(service): State<Service>, Named(id): Named) -> Result<StatusCode, Refusal> {
+    service.order(&id, Verb::Boot).await
+}
+
+/// Let a guest stand still.
+#[utoipa::path(
+    put, path = "/api/v1/vms/{id}/pause", operation_id = "vmsPause", tag = VMS,
+    params(("id" = VmId, Path, description = "The VM's name.")),
+    responses((status = 204, description = "The guest stands still."), NoSuchVm, WrongState, Failed),
+)]
+async fn pause(State(service): State<Service>, Named(id): Named) -> Result<StatusCode, Refusal> {
+    service.order(&id, Verb::Pause).await
+}
+
+/// Let a paused guest go on.
+#[utoipa::path(
+    put, path = "/api/v1/vms/{id}/resume", operation_id = "vmsResume", tag = VMS,
+    params(("id" = VmId, Path, description = "The VM's name.")),
+    responses((status = 204, description = "The guest runs."), NoSuchVm, WrongState, Failed),
+)]
+async fn resume(State(service): State<Service>, Named(id): Named) -> Result<StatusCode, Refusal> {
+    service.order(&id, Verb::Resume).await
+}
+
+/// Reset a guest, which starts anew.
+#[utoipa::path(
+    put, path = "/api/v1/vms/{id}/reboot", operation_id = "vmsReboot", tag = VMS,
+    params(("id" = VmId, Path, description = "The VM's name.")),
+    responses((status = 204, description = "The guest starts anew."), NoSuchVm, WrongState, Failed),
+)]
+async fn reboot(State(service): State<Service>, Named(id): Named) -> Result<StatusCode, Refusal> {
+    service.order(&id, Verb::Reboot).await
+}
+
+/// End a guest at once, as by pulling the plug. The VM can be booted again.
+#[utoipa::path(
+    put, path = "/api/v1/vms/{id}/shutdown", operation_id = "vmsShutdown", tag = VMS,
+    params(("id" = VmId, Path, description = "The VM's name.")),
+    responses((status = 204, description = "The guest has ended."), NoSuchVm, WrongState, Failed),
+)]
+async fn shut_down(
+    State(service): State<Service>,
+    Named(id): Named,
+) -> Result<StatusCode, Refusal> {
+    service.order(&id, Verb::Shutdown).await
+}
+
+/// Press the power button. What follows is the guest's choice.
+#[utoipa::path(
+    put, path = "/api/v1/vms/{id}/power-button", operation_id = "vmsPowerButton", tag = VMS,
+    params(("id" = VmId, Path, description = "The VM's name.")),
+    responses((status = 204, description = "The button was pressed."), NoSuchVm, WrongState, Failed),
+)]
+async fn power_button(
+    State(service): State<Service>,
+    Named(id): Named,
+) -> Result<StatusCode, Refusal> {
+    service.order(&id, Verb::PowerButton).await
+}
+
+/// Send a non-maskable interrupt to every vCPU.
+#[utoipa::path(
+    put, path = "/api/v1/vms/{id}/nmi", operation_id = "vmsNmi", tag = VMS,
+    params(("id" = VmId, Path, description = "The VM's name.")),
+    responses((status = 204, description = "The interrupt was sent."), NoSuchVm, WrongState, Failed),
+)]
+async fn nmi(State(service): State<Service>, Named(id): Named) -> Result<StatusCode, Refusal> {
+    service.order(&id, Verb::Nmi).await
+}
+
+/// Tell the counters of a VM's devices.
+#[utoipa::path(
+    get, path = "/api/v1/vms/{id}/counters", operation_id = "vmsCounters", tag = VMS,
+    params(("id" = VmId, Path, description = "The VM's name.")),
+    responses(
+        (status = 200, description = "Counters, by device and name.", body = VmCounters),
+        NoSuchVm, WrongState, Failed,
+    ),
+)]
+async fn counters(
+    State(service): State<Service>,
+    Named(id): Named,
+) -> Result<Answer<VmCounters>, Refusal> {
+    counters_of(service.ask(&id, Verb::Counters).await?)
+}
+
+/// Tell a VM's address spaces: the tree of regions, and what the guest sees of it.
+#[utoipa::path(
+    get, path = "/api/v1/vms/{id}/memory-map", operation_id = "vmsMemoryMap", tag = VMS,
+    params(("id" = VmId, Path, description = "The VM's name.")),
+    responses(
+        (status = 200, description = "Memory and port I/O.", body = MemoryMap),
+        NoSuchVm, WrongState, Failed,
+    ),
+)]
+async fn memory_map(
+    State(service): State<Service>,
+    Named(id): Named,
+) -> Result<Answer<MemoryMap>, Refusal> {
+    memory_map_of(service.ask(&id, Verb::MemoryMap).await?)
+}
