@@ -1,1 +1,42 @@
-//! What all devices share, and the platform's own: interrupts, PCI, serial, power management.
+//! The platform's devices, and what all devices share: interrupts, PCI configuration space.
+//!
+//! A device answers accesses through [`memory::DeviceOps`], raises an [`InterruptLine`], and
+//! tells its owner about what concerns the whole machine through a [`PowerEvents`]. It knows
+//! neither KVM nor virtio, so its tests need neither.
+//!
+//! | device | where on x86 | what for |
+//! |---|---|---|
+//! | [`Serial`] | ports 0x3f8-0x3ff | 16550, the guest's console; its other end is a [`Console`] |
+//! | [`PowerBlock`] | ports 0x600-0x607 | ACPI sleep, reset, and generic events (power button) |
+//! | [`KeyboardReset`] | port 0x64 | the reset line of a PC's keyboard controller, and no more |
+//! | [`DebugPort`] | port 0x80 | progress codes of firmware; tells when the first one came |
+//! | [`pci::Bus`] | ECAM, ports 0xcf8-0xcff | configuration space of PCI devices |
+//!
+//! ```
+//! use devices::{PowerBlock, PowerEvent, power};
+//! use memory::DeviceOps;
+//! use std::sync::{Arc, Mutex};
+//! let seen = Arc::new(Mutex::new(Vec::new()));
+//! let (line, events) = (devices::InterruptLine::new()?, Arc::clone(&seen));
+//! let block = PowerBlock::new(line, move |event| events.lock().unwrap().push(event));
+//! block.write(power::SLEEP_CONTROL, &[power::SLEEP_ENABLE | power::S5 << 2]);
+//! assert_eq!(*seen.lock().unwrap(), [PowerEvent::PowerOff]);
+//! # Ok::<(), std::io::Error>(())
+//! ```
+
+#![forbid(unsafe_code)]
+
+mod console;
+mod debug_port;
+mod interrupt;
+pub mod pci;
+pub mod power;
+mod reset;
+mod serial;
+
+pub use console::{Console, ConsoleError, Watch};
+pub use debug_port::DebugPort;
+pub use interrupt::InterruptLine;
+pub use power::{PowerBlock, PowerEvent, PowerEvents};
+pub use reset::KeyboardReset;
+pub use serial::Serial;

@@ -1,0 +1,127 @@
+//! Power management of a hardware-reduced ACPI platform (ACPI 6.5, 4.8.3.7 and 5.6.9): a sleep
+//! control and a sleep status register, a reset register, and the register in which a generic
+//! event device finds out what happened.
+//!
+//! | port | | |
+//! |---|---|---|
+//! | [`SLEEP_CONTROL`] | write | the sleep type in bits 2 to 4, bit 5 starts it |
+//! | [`SLEEP_STATUS`] | read | 0: nothing woke the guest, for it does not sleep |
+//! | [`RESET`] | write | [`RESET_VALUE`] resets |
+//! | [`EVENTS`] | read | what happened since the last read, a bit each |
+
+use memory::DeviceOps;
+use parking_lot::Mutex;
+
+use crate::interrupt::InterruptLine;
+
+/// Registers of the block.
+pub const LEN: u64 = 8;
+/// The sleep control register's place in the block.
+pub const SLEEP_CONTROL: u64 = 0;
+/// The sleep status register's.
+pub const SLEEP_STATUS: u64 = 1;
+/// The reset register's.
+pub const RESET: u64 = 2;
+/// The event register's.
+pub const EVENTS: u64 = 4;
+/// What the reset register wants.
+pub const RESET_VALUE: u8 = 1;
+/// Starts the sleep whose type is written with it.
+pub const SLEEP_ENABLE: u8 = 1 << 5;
+/// The sleep type of S5, soft off, as `_S5` in the DSDT tells the guest.
+pub const S5: u8 = 5;
+/// The power button was pressed.
+pub const POWER_BUTTON: u8 = 1 << 0;
+
+/// What a guest wants done with its machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PowerEvent {
+    /// Start anew.
+    Reset,
+    /// Be switched off.
+    PowerOff,
+}
+
+/// Who is told.
+pub type PowerEvents = dyn Fn(PowerEvent) + Send + Sync;
+
+/// The registers.
+pub struct PowerBlock {
+    line: InterruptLine,
+    happened: Mutex<u8>,
+    events: Box<PowerEvents>,
+}
+
+impl PowerBlock {
+    /// Raises `line` for generic events, and tells `events` what the guest wants.
+    pub fn new(line: InterruptLine, events: impl Fn(PowerEvent) + Send + Sync + 'static) -> Self {
+        Self {
+            line,
+            happened: Mutex::new(0),
+            events: Box::new(events),
+        }
+    }
+
+    /// Presses the power button. What comes of it is the guest's business.
+    pub fn press_power_button(&self) {
+        *self.happened.lock() |= POWER_BUTTON;
+        self.line.raise();
+    }
+}
+
+impl DeviceOps for PowerBlock {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        if offset == EVENTS
+            && let Some(first) = data.first_mut()
+        {
+            *first = std::mem::take(&mut *self.happened.lock());
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        match (offset, data.first()) {
+            (SLEEP_CONTROL, Some(value))
+                if *value & (SLEEP_ENABLE | 7 << 2) == SLEEP_ENABLE | S5 << 2 =>
+            {
+                (self.events)(PowerEvent::PowerOff);
+            }
+            (RESET, Some(&RESET_VALUE)) => (self.events)(PowerEvent::Reset),
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+
+    #[test]
+    fn registers_do_what_they_say_and_nothing_else() {
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let (line, to) = (InterruptLine::new().unwrap(), Arc::clone(&seen));
+        let block = PowerBlock::new(line.clone(), move |event| to.lock().push(event));
+        for (offset, value) in [
+            (SLEEP_CONTROL, S5 << 2),
+            (SLEEP_CONTROL, SLEEP_ENABLE),
+            (RESET, 6),
+            (7, 1),
+        ] {
+            block.write(offset, &[value]);
+        }
+        assert!(seen.lock().is_empty());
+        block.write(SLEEP_CONTROL, &[SLEEP_ENABLE | S5 << 2]);
+        block.write(RESET, &[RESET_VALUE]);
+        assert_eq!(*seen.lock(), [PowerEvent::PowerOff, PowerEvent::Reset]);
+
+        block.press_power_button();
+        assert_eq!(line.event_fd().read().unwrap(), 1);
+        let mut happened = [0xff];
+        block.read(EVENTS, &mut happened);
+        assert_eq!(happened, [POWER_BUTTON]);
+        block.read(EVENTS, &mut happened);
+        assert_eq!(happened, [0], "reading takes it");
+    }
+}
