@@ -1,0 +1,59 @@
+//! What the guest writes to a page: words that depend on the page's address and on how often it
+//! was written, so that a page that is stale, lost, torn or misplaced cannot pass for the right
+//! one.
+//!
+//! The guest keeps no table of what it wrote. Each vCPU visits its pages in a fixed order, so
+//! *one* counter tells the generation of each page; see [`generation`].
+
+/// Bytes of a page.
+pub const PAGE_SIZE: usize = 4096;
+/// Words of a page.
+pub const WORDS: usize = PAGE_SIZE / 8;
+
+/// A page, as words.
+pub type Page = [u64; WORDS];
+
+/// Writes the page at guest physical address `addr` for the `generation`th time.
+pub fn fill(page: &mut Page, addr: u64, generation: u64) {
+    let seed = seed(addr, generation);
+    for (index, word) in (0_u64..).zip(page.iter_mut()) {
+        *word = seed.wrapping_add(index.wrapping_mul(STEP));
+    }
+    page[0] = generation;
+    page[1] = addr;
+}
+
+/// Whether the page at `addr` is as its `generation`th writing left it.
+#[must_use]
+pub fn matches(page: &Page, addr: u64, generation: u64) -> bool {
+    let seed = seed(addr, generation);
+    let head = page[0] == generation && page[1] == addr;
+    let body = (0_u64..)
+        .zip(page)
+        .skip(2)
+        // Folded, not short-circuited: the loop over a good page is the one that must be fast.
+        .fold(0, |wrong, (index, word)| {
+            wrong | (word ^ seed.wrapping_add(index.wrapping_mul(STEP)))
+        });
+    head && body == 0
+}
+
+/// How often the page in `slot` of `slots` was written when its vCPU has made `writes` writes,
+/// one slot after the other, round and round.
+#[must_use]
+pub fn generation(writes: u64, slot: u64, slots: u64) -> u64 {
+    if slots == 0 {
+        return 0;
+    }
+    writes / slots + u64::from(slot < writes % slots)
+}
+
+const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// The finaliser of SplitMix64 over both.
+fn seed(addr: u64, generation: u64) -> u64 {
+    let mut z = addr ^ generation.wrapping_mul(STEP);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
