@@ -9,7 +9,12 @@ use axum::response::{IntoResponse, Response};
 use http::StatusCode;
 use http::header::CONTENT_TYPE;
 use hyper::ext::ReasonPhrase;
-use utoipa::openapi::{InfoBuilder, LicenseBuilder, OpenApi, OpenApiBuilder, Paths, Tag};
+use spec::{Problem, VmCounters};
+use tower::Layer as _;
+use utoipa::openapi::{
+    ComponentsBuilder, InfoBuilder, LicenseBuilder, OpenApi, OpenApiBuilder, Paths, Tag,
+};
+use utoipa::{PartialSchema as _, ToSchema as _};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
@@ -19,7 +24,7 @@ use crate::one_vm::OneVm;
 use crate::problem::Refusal;
 use crate::service::Service;
 use crate::vmm::Vmm;
-use crate::{docs, events, metrics, not_yet, one_vm, vmm, vms};
+use crate::{docs, events, metrics, not_yet, one_vm, refusals, vmm, vms};
 
 pub(crate) const SERVICE: &str = "Service";
 pub(crate) const VMS: &str = "VMs";
@@ -65,9 +70,17 @@ fn frame() -> OpenApi {
         tag.description = Some((*description).to_owned());
         tag
     });
+    // What the document names and no handler's types lead to.
+    let mut schemas = Vec::new();
+    Problem::schemas(&mut schemas);
+    let components = ComponentsBuilder::new()
+        .schema("Problem", Problem::schema())
+        .schema("VmCounters", VmCounters::schema())
+        .schemas_from_iter(schemas);
     OpenApiBuilder::new()
         .info(info)
         .paths(Paths::new())
+        .components(Some(refusals::describe(components).build()))
         .tags(Some(tags))
         .build()
 }
@@ -105,12 +118,13 @@ pub(crate) fn assemble(face: OpenApiRouter, requests: Requests) -> Router {
     let paths: Arc<[String]> = whole.paths.paths.keys().cloned().collect();
     let json: Arc<str> = whole.to_json().unwrap_or_default().into();
     let (published, _) = published().with_state(Arc::clone(&json)).split_for_parts();
-    router
+    let router = router
         .merge(published)
         .merge(docs::routes(&json))
-        .fallback(move |request: Request| std::future::ready(no_such_path(&request, &paths)))
-        .layer(from_fn_with_state(requests, envelope))
-        .layer(map_response(without_reason))
+        .fallback(move |request: Request| std::future::ready(no_such_path(&request, &paths)));
+    // Around the router and not in its routes: it adds `Allow` after those are done.
+    let service = from_fn_with_state(requests, envelope).layer(router);
+    Router::new().fallback_service(map_response(without_reason).layer(service))
 }
 
 /// Widespread clients of Cloud Hypervisor's API read all that follows the protocol in a status line as a number:
@@ -146,4 +160,28 @@ fn no_such_path(request: &Request, paths: &[String]) -> Refusal {
         "no-such-path",
         format!("there is nothing at {path}{hint}"),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use axum::body::Body;
+    use axum::routing::get;
+    use tower::ServiceExt as _;
+
+    async fn panics() -> StatusCode {
+        panic!("on purpose")
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_an_answer() {
+        let face = OpenApiRouter::default().route("/panics", get(panics));
+        let router = assemble(face, Requests::default());
+        for _ in 0..2 {
+            let request = Request::get("/panics").body(Body::empty()).unwrap();
+            let response = router.clone().oneshot(request).await.unwrap();
+            assert_eq!(response.status(), StatusCode::INTERNAL_SERVER_ERROR);
+            assert!(response.headers().contains_key("x-request-id"));
+        }
+    }
 }

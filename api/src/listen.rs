@@ -164,10 +164,10 @@ impl UnixSocket {
 impl Drop for UnixSocket {
     fn drop(&mut self) {
         // Somebody may have moved the file away and put another there.
-        if identity(&self.path).is_ok_and(|found| found == self.identity) {
-            if let Err(error) = fs::remove_file(&self.path) {
-                tracing::warn!(path = %self.path.display(), %error, "cannot remove the socket");
-            }
+        if identity(&self.path).is_ok_and(|found| found == self.identity)
+            && let Err(error) = fs::remove_file(&self.path)
+        {
+            tracing::warn!(path = %self.path.display(), %error, "cannot remove the socket");
         }
     }
 }

@@ -70,7 +70,7 @@ fn request_id(headers: &HeaderMap) -> HeaderValue {
     headers
         .get(REQUEST_ID)
         .filter(|id| !id.is_empty() && id.len() <= REQUEST_ID_BYTES_MAX)
-        .filter(|id| id.as_bytes().iter().all(|byte| byte.is_ascii_graphic()))
+        .filter(|id| id.as_bytes().iter().all(u8::is_ascii_graphic))
         .cloned()
         .or_else(|| HeaderValue::try_from(uuid::Uuid::new_v4().simple().to_string()).ok())
         .unwrap_or(HeaderValue::from_static("none"))

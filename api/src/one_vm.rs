@@ -169,7 +169,7 @@ async fn info(State(vm): State<OneVm>) -> Result<Answer<VmInfo>, Refusal> {
 #[utoipa::path(
     get, path = "/api/v1/vm.counters", operation_id = "countersVM", tag = ONE_VM,
     responses(
-        (status = 200, description = "Counters, by device and name.", body = VmCounters),
+        (status = 200, description = "Counters, by device and name.", body = ref("#/components/schemas/VmCounters")),
         NotCreated, WrongState, Failed,
     ),
 )]

@@ -1,24 +1,43 @@
 //! The refusals that several operations have in common, as the document describes them, and how errors of
 //! commands become them.
 
+use std::collections::BTreeMap;
+
 use control::{Category, RequestError, Verb};
 use http::StatusCode;
-use spec::Problem;
 use utoipa::IntoResponses;
+use utoipa::openapi::{ComponentsBuilder, Content, Ref, RefOr, Response, ResponseBuilder};
 
 use crate::problem::Refusal;
 
-/// How the document describes the refusals of [`one_vm`](crate::one_vm) and [`vms`](crate::vms).
+/// Each is a type that an operation names among its responses, and a response of the document's components.
 macro_rules! refusals {
     ($($(#[$doc:meta])* $name:ident = $status:literal, $description:literal;)*) => {
         $(
             $(#[$doc])*
-            #[derive(IntoResponses)]
-            #[response(status = $status, description = $description, content_type = "application/problem+json")]
-            #[expect(dead_code, reason = "the document is made from the type")]
-            pub(crate) struct $name(#[to_schema] Problem);
+            pub(crate) struct $name;
+
+            impl IntoResponses for $name {
+                fn responses() -> BTreeMap<String, RefOr<Response>> {
+                    let named = Ref::from_response_name(stringify!($name));
+                    BTreeMap::from([(stringify!($status).to_owned(), named.into())])
+                }
+            }
         )*
+
+        /// What the document's operations refer to.
+        pub(crate) fn describe(components: ComponentsBuilder) -> ComponentsBuilder {
+            components$(.response(stringify!($name), problem($description)))*
+        }
     };
+}
+
+fn problem(description: &str) -> Response {
+    let body = Content::new(Some(Ref::from_schema_name("Problem")));
+    ResponseBuilder::new()
+        .description(description)
+        .content("application/problem+json", body)
+        .build()
 }
 
 refusals! {

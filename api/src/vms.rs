@@ -247,7 +247,7 @@ async fn nmi(State(service): State<Service>, Named(id): Named) -> Result<StatusC
     get, path = "/api/v1/vms/{id}/counters", operation_id = "vmsCounters", tag = VMS,
     params(("id" = VmId, Path, description = "The VM's name.")),
     responses(
-        (status = 200, description = "Counters, by device and name.", body = VmCounters),
+        (status = 200, description = "Counters, by device and name.", body = ref("#/components/schemas/VmCounters")),
         NoSuchVm, WrongState, Failed,
     ),
 )]
