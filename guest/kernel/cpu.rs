@@ -38,14 +38,20 @@ pub struct Block {
     pub verified_first: AtomicU64,
     /// Its finite work is done.
     pub done: AtomicBool,
-    _room: [u8; 0x387],
-    _gdt_and_tss: [u8; 0xc0],
+    _room: [u8; 0x377],
+    _gdt_and_tss: [u8; 0xd0],
     pub clock: clock::KvmClock,
 }
 
+/// Where entry.s keeps its own, from here up to the clock.
+pub const GDTR_OFFSET: usize = 0x3f0;
+/// Where the I/O permission bitmap is. (IOPL 3 would do as well on hardware, but not on hosts that
+/// run ring 3 as their own user mode and look ports up in the bitmap.)
+pub const PORTS_OFFSET: usize = 0x3000;
+
 const _: () = {
     assert!(offset_of!(Block, start_info) == 0x18);
-    assert!(offset_of!(Block, _gdt_and_tss) == 0x400 && offset_of!(Block, clock) == 0x4c0);
+    assert!(offset_of!(Block, _gdt_and_tss) == GDTR_OFFSET && offset_of!(Block, clock) == 0x4c0);
     assert!(size_of::<Block>() == 0x1000);
 };
 

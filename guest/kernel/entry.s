@@ -8,21 +8,24 @@
 .equ BLOCK_NMIS,       0x008
 .equ BLOCK_ENTRY,      0x010
 .equ BLOCK_START_INFO, 0x018
+.equ BLOCK_GDTR,       0x3f0
 .equ BLOCK_GDT,        0x400
-.equ BLOCK_TSS,        0x440
-.equ BLOCK_GDTR,       0x4b0
+.equ BLOCK_TSS,        0x450
 .equ BLOCK_STACK0,     0x2000       # top of ring 0's stack
+.equ BLOCK_PORTS,      0x3000       # the TSS's I/O permission bitmap: ring 3 may use all ports
+.equ BLOCK_PORTS_END,  0x5001
 .equ BLOCK_STACK3,     0x10000      # top of ring 3's
 
+# The selectors are Linux's: a host that runs ring 3 on its own descriptor table has these.
 .equ CODE32, 0x08
 .equ CODE64, 0x10
 .equ DATA0,  0x18
-.equ DATA3,  0x20 | 3
-.equ CODE3,  0x28 | 3
-.equ TSS,    0x30
-.equ GDT_SIZE, 0x40
+.equ DATA3,  0x28 | 3
+.equ CODE3,  0x30 | 3
+.equ TSS,    0x38
+.equ GDT_SIZE, 0x48
 
-.equ RFLAGS3, 0x3202                # IOPL 3, interrupts enabled
+.equ RFLAGS3, 0x202                 # interrupts enabled
 .equ APIC_EOI, 0xfee000b0
 
 # The PVH entry point: note type 18, XEN_ELFNOTE_PHYS32_ENTRY (Xen's public/elfnote.h).
@@ -66,9 +69,10 @@ gdt_template:
     .quad 0x00cf9b000000ffff        # CODE32
     .quad 0x00af9b000000ffff        # CODE64
     .quad 0x00cf93000000ffff        # DATA0
+    .quad 0
     .quad 0x00cff3000000ffff        # DATA3
     .quad 0x00affb000000ffff        # CODE3
-    .quad 0x0000890000000067, 0     # TSS, without its base
+    .quad 0x0000890000000000 + BLOCK_PORTS_END - 1 - BLOCK_TSS, 0   # TSS, without its base
 .balign 16
 idt_pointer:
     .word 256 * 16 - 1
@@ -109,7 +113,7 @@ descend:                            # EBP: this CPU's block
     lea eax, [ebp + BLOCK_STACK0]
     mov dword ptr [ebp + BLOCK_TSS + 4], eax
     mov dword ptr [ebp + BLOCK_TSS + 8], 0
-    mov word ptr [ebp + BLOCK_TSS + 0x66], 0x68
+    mov word ptr [ebp + BLOCK_TSS + 0x66], BLOCK_PORTS - BLOCK_TSS
     mov word ptr [ebp + BLOCK_GDTR], GDT_SIZE - 1
     lea eax, [ebp + BLOCK_GDT]
     mov dword ptr [ebp + BLOCK_GDTR + 2], eax
@@ -137,9 +141,11 @@ long_mode:
     mov ebp, ebp
     mov eax, DATA0
     mov ss, eax
-    mov eax, DATA3
+    xor eax, eax
     mov ds, eax
     mov es, eax
+    mov fs, eax
+    mov gs, eax
     mov eax, TSS
     ltr ax
     lidt [idt_pointer]

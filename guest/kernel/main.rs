@@ -158,7 +158,11 @@ fn start_others(platform: &Platform, cpus: u32, ram: &mut Ram) -> Blocks {
 unsafe fn clear_block(block: *mut Block, index: u32, apic_id: u32) {
     // SAFETY: the caller's promise; all zeros is a valid block.
     unsafe {
-        block.cast::<u8>().write_bytes(0, 0x400);
+        let bytes = block.cast::<u8>();
+        bytes.write_bytes(0, cpu::GDTR_OFFSET);
+        bytes.add(cpu::PORTS_OFFSET).write_bytes(0, 0x10000 / 8);
+        // The processor reads bits by twos of bytes; the last one's second belongs to no port.
+        bytes.add(cpu::PORTS_OFFSET + 0x10000 / 8).write(0xff);
         (&raw mut (*block).clock).write_bytes(0, 1);
         (*block).index = index;
         (*block).apic_id = apic_id;

@@ -35,7 +35,7 @@ static BUSY: AtomicBool = AtomicBool::new(false);
 /// Prints a line, whole.
 pub fn say(line: &Line) {
     // A CPU that has died while it printed must not silence the others.
-    for _ in 0..10_000_000 {
+    for _ in 0..100_000 {
         if BUSY.compare_exchange(false, true, Acquire, Relaxed).is_ok() {
             break;
         }

@@ -1,0 +1,286 @@
+//! A machine of the fewest parts that the guest runs on: RAM, KVM's interrupt controllers, a
+//! serial port, two registers, and ACPI tables that tell of them.
+
+#![expect(
+    clippy::panic,
+    reason = "a test's machine that does not come up ends the test"
+)]
+
+mod firmware;
+mod ports;
+
+use std::io::Cursor;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use guest::{Command, Line, Options};
+use hypervisor::{Exit, Kicker, Kvm, RunFailure, Vcpu};
+use linux_loader::loader::{Elf, KernelLoader, PvhBootCapability};
+use memory::{ListenerHandle, RamBlock, RamConfig, RamSlice, SpaceKind, Topology};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
+use vmm_sys_util::eventfd::EventFd;
+
+pub(crate) use ports::{Ports, RESET_PORT, RESET_VALUE, SLEEP_PORT, SLEEP_VALUE};
+
+const SERIAL_GSI: u32 = 4;
+/// Long, for hosts whose CPU is itself emulated.
+const PATIENCE: Duration = Duration::from_secs(8);
+
+/// How a machine ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum End {
+    /// This value went to the sleep control register.
+    Sleep(u8),
+    /// This value went to the reset register.
+    Reset(u8),
+    /// A triple fault.
+    Shutdown,
+    /// A vCPU could not go on.
+    Failed(RunFailure),
+}
+
+/// What its threads tell.
+pub(crate) enum Event {
+    FirstInstruction(Instant),
+    Line(Instant, Line),
+    End(End),
+}
+
+/// What to build.
+pub(crate) struct Spec {
+    pub(crate) options: Options,
+    pub(crate) ram_mib: u64,
+    /// vCPUs, all of which ACPI tells of.
+    pub(crate) vcpus: u32,
+    /// Whether there are ACPI tables.
+    pub(crate) acpi: bool,
+    /// The command line, in place of the options'.
+    pub(crate) text: Option<&'static str>,
+}
+
+impl Spec {
+    pub(crate) fn new(options: Options) -> Self {
+        Self {
+            options,
+            ram_mib: 64,
+            vcpus: 1,
+            acpi: true,
+            text: None,
+        }
+    }
+}
+
+/// A running machine.
+pub(crate) struct Machine {
+    pub(crate) ram: Arc<RamBlock>,
+    pub(crate) started: Instant,
+    events: Receiver<Event>,
+    seen: Vec<Line>,
+    first_instruction: Option<Instant>,
+    input: Arc<Mutex<ports::Input>>,
+    serial_irq: EventFd,
+    stop: Arc<AtomicBool>,
+    pause: Arc<Mutex<()>>,
+    kickers: Vec<Kicker>,
+    threads: Vec<JoinHandle<()>>,
+    /// Both hold what KVM uses.
+    _vm: (hypervisor::Vm, Vec<ListenerHandle>, Topology),
+}
+
+impl Machine {
+    pub(crate) fn start(spec: &Spec) -> Self {
+        let kvm = Kvm::open().expect("these tests need KVM");
+        let vm = kvm.create_vm().expect("a VM");
+        let mut topology = Topology::new();
+        let size = spec.ram_mib << 20;
+        let block = RamBlock::new(&RamConfig::anonymous(size)).expect("RAM");
+        let ram = Arc::new(block);
+        let mut tx = topology.begin();
+        let slice = RamSlice {
+            block: Arc::clone(&ram),
+            offset: 0,
+        };
+        let region = tx.ram("ram", slice, size).expect("a region");
+        tx.map(SpaceKind::Memory, 0, region, 0).expect("a place");
+        tx.commit().expect("a map");
+        let listener = topology
+            .register(SpaceKind::Memory, 0, vm.memslots())
+            .expect("slots");
+
+        let memory = topology.space(SpaceKind::Memory).memory();
+        let loaded =
+            Elf::load(&*memory, None, &mut Cursor::new(guest::IMAGE), None).expect("an ELF file");
+        let PvhBootCapability::PvhEntryPresent(entry) = loaded.pvh_boot_cap else {
+            panic!("the image has no PVH note");
+        };
+        let put = |addr: u64, bytes: &[u8]| {
+            memory.write_slice(bytes, GuestAddress(addr)).expect("RAM");
+        };
+        firmware::hand_over(spec, &put);
+
+        let serial_irq = EventFd::new(0).expect("an event descriptor");
+        vm.irq_routes()
+            .attach(&serial_irq, SERIAL_GSI)
+            .expect("an interrupt");
+        let cpuid = kvm.supported_cpuid().expect("CPUID");
+        let vcpus: Vec<Vcpu> = (0..spec.vcpus)
+            .map(|index| {
+                let vcpu = vm.create_vcpu(index).expect("a vCPU");
+                vcpu.set_cpuid(&cpuid).expect("CPUID");
+                if index == 0 {
+                    firmware::enter(&vcpu, entry.0);
+                }
+                vcpu
+            })
+            .collect();
+
+        let (sender, events) = mpsc::channel();
+        let input = Arc::new(Mutex::default());
+        let stop = Arc::new(AtomicBool::new(false));
+        let pause = Arc::new(Mutex::new(()));
+        let kickers = vcpus.iter().map(Vcpu::kicker).collect();
+        let line = Arc::new(Mutex::default());
+        let started = Instant::now();
+        let threads = vcpus
+            .into_iter()
+            .map(|vcpu| {
+                let ports = Ports::new(sender.clone(), Arc::clone(&input), Arc::clone(&line));
+                let (stop, pause) = (Arc::clone(&stop), Arc::clone(&pause));
+                let sender = sender.clone();
+                thread::spawn(move || run(vcpu, ports, &stop, &pause, &sender))
+            })
+            .collect();
+        Self {
+            ram,
+            started,
+            events,
+            seen: Vec::new(),
+            first_instruction: None,
+            input,
+            serial_irq,
+            stop,
+            pause,
+            kickers,
+            threads,
+            _vm: (vm, vec![listener], topology),
+        }
+    }
+
+    /// Waits for a line that `wanted` takes.
+    pub(crate) fn expect<T>(&mut self, what: &str, wanted: impl FnMut(&Line) -> Option<T>) -> T {
+        self.expect_at(what, wanted).1
+    }
+
+    /// Waits for a line that `wanted` takes, and says when it was whole.
+    pub(crate) fn expect_at<T>(
+        &mut self,
+        what: &str,
+        mut wanted: impl FnMut(&Line) -> Option<T>,
+    ) -> (Instant, T) {
+        loop {
+            match self.next_event(what) {
+                Event::Line(at, line) => {
+                    if let Some(value) = wanted(&line) {
+                        return (at, value);
+                    }
+                }
+                Event::FirstInstruction(_) => {}
+                Event::End(end) => {
+                    panic!("it ended ({end:?}) before {what}; it said {:#?}", self.seen)
+                }
+            }
+        }
+    }
+
+    /// Waits for the end.
+    pub(crate) fn expect_end(&mut self) -> End {
+        loop {
+            if let Event::End(end) = self.next_event("its end") {
+                return end;
+            }
+        }
+    }
+
+    fn next_event(&mut self, what: &str) -> Event {
+        let event = match self.events.recv_timeout(PATIENCE) {
+            Ok(event) => event,
+            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
+                panic!("it did not come to {what}; it said {:#?}", self.seen)
+            }
+        };
+        match &event {
+            Event::Line(_, line) => self.seen.push(*line),
+            Event::FirstInstruction(at) => self.first_instruction = Some(*at),
+            Event::End(_) => {}
+        }
+        event
+    }
+
+    /// When the first instruction ran, once a later event has been waited for.
+    pub(crate) fn first_instruction(&self) -> Instant {
+        self.first_instruction
+            .expect("no first instruction was seen")
+    }
+
+    /// Sends a command.
+    pub(crate) fn send(&self, command: Command) {
+        self.send_text(&format!("{command}\r"));
+    }
+
+    pub(crate) fn send_text(&self, text: &str) {
+        self.input.lock().expect("no panic").extend(text.bytes());
+        self.serial_irq.write(1).expect("an interrupt");
+    }
+
+    /// Keeps all vCPUs out of the guest for a while, and does something meanwhile.
+    pub(crate) fn while_paused<T>(&self, action: impl FnOnce() -> T) -> T {
+        let _paused = self.pause.lock().expect("no panic");
+        for kicker in &self.kickers {
+            kicker.kick();
+        }
+        // A vCPU that was kicked waits for the lock; there is nothing that tells when it does.
+        thread::sleep(Duration::from_millis(20));
+        action()
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::SeqCst);
+        for kicker in &self.kickers {
+            kicker.kick();
+        }
+        for thread in self.threads.drain(..) {
+            // Its panic is on the test's output already.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn run(
+    mut vcpu: Vcpu,
+    mut ports: Ports,
+    stop: &AtomicBool,
+    pause: &Mutex<()>,
+    events: &Sender<Event>,
+) {
+    while !stop.load(Ordering::SeqCst) {
+        let end = match vcpu.run(&mut ports) {
+            Exit::Handled => ports.end.take(),
+            Exit::Interrupted => {
+                drop(pause.lock());
+                None
+            }
+            Exit::Shutdown => Some(End::Shutdown),
+            Exit::Failed(why) => Some(End::Failed(why)),
+        };
+        if let Some(end) = end {
+            // Nobody may be waiting any more.
+            let _ = events.send(Event::End(end));
+            return;
+        }
+    }
+}
