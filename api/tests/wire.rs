@@ -1,5 +1,11 @@
 //! What is on the wire: clients as they are, clients that misbehave, and the end of the service.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
+
 mod harness;
 
 use std::time::{Duration, Instant};

@@ -1,7 +1,15 @@
 //! A service of fake drivers, and ways to talk to it.
 
-// Each test program uses its own part of this.
-#![allow(dead_code, unreachable_pub, reason = "shared by test programs")]
+#![allow(
+    dead_code,
+    unreachable_pub,
+    reason = "each test program uses its own part of this"
+)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
 
 use std::time::Duration;
 

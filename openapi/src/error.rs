@@ -1,0 +1,83 @@
+//! Why a call brought nothing.
+
+use std::io;
+use std::time::Duration;
+
+use http::StatusCode;
+use spec::Problem;
+
+/// Why a call brought nothing.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ClientError {
+    /// There is nobody at the other end.
+    #[error(
+        "no service answers at {place}: is whimbrel running, and is this its socket? ({source})"
+    )]
+    NoService {
+        /// The socket or address.
+        place: String,
+        /// What the host says.
+        source: io::Error,
+    },
+    /// The socket is somebody else's.
+    #[error("{place} may not be used: the socket belongs to another user")]
+    Forbidden {
+        /// The socket.
+        place: String,
+    },
+    /// The service was there and went, or speaks something else.
+    #[error("the connection to {place} broke during {operation}: {source}")]
+    Broken {
+        /// The socket or address.
+        place: String,
+        /// The name of the operation in the document.
+        operation: &'static str,
+        /// How.
+        source: hyper::Error,
+    },
+    /// No answer came in time. The service may still do what was asked.
+    #[error("{place} did not answer {operation} within {} s; it may still be at it", after.as_secs())]
+    Timeout {
+        /// The socket or address.
+        place: String,
+        /// The name of the operation in the document.
+        operation: &'static str,
+        /// How long was waited.
+        after: Duration,
+    },
+    /// The service says why it was not done.
+    #[error("{0}")]
+    Problem(Box<Problem>),
+    /// The answer is not one that the service gives.
+    #[error("{place} answered {operation} with status {status} and what is not understood: {body}")]
+    NotUnderstood {
+        /// The socket or address.
+        place: String,
+        /// The name of the operation in the document.
+        operation: &'static str,
+        /// The answer's status.
+        status: StatusCode,
+        /// The beginning of its body.
+        body: String,
+    },
+    /// The request cannot be put in HTTP.
+    #[error("{operation} cannot be sent: {reason}")]
+    Unsendable {
+        /// The name of the operation in the document.
+        operation: &'static str,
+        /// Why.
+        reason: String,
+    },
+}
+
+impl ClientError {
+    /// The stable code of the problem, if the service told one.
+    #[must_use]
+    pub fn code(&self) -> Option<&str> {
+        match self {
+            Self::Problem(problem) => Some(&problem.code),
+            _ => None,
+        }
+    }
+}
