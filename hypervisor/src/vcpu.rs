@@ -57,7 +57,9 @@ impl Vcpu {
             self.kicker.adopt();
             self.adopted = true;
         }
-        let immediate_exit = &raw mut self.fd.get_kvm_run().immediate_exit;
+        let run = &raw mut *self.fd.get_kvm_run();
+        // SAFETY: `run` was just made from a reference.
+        let immediate_exit = unsafe { &raw mut (*run).immediate_exit };
         // SAFETY: the byte is in the vCPU's mapping of `kvm_run`, which lives as long as `fd`;
         // the kernel and this thread's signal handler are the only ones that share it.
         let immediate_exit = unsafe { AtomicU8::from_ptr(immediate_exit) };
@@ -73,11 +75,19 @@ impl Vcpu {
 
         let exit = match left {
             Ok(VcpuExit::IoIn(port, data)) => {
-                handler.io_read(port, data);
+                // SAFETY: after this exit the kernel has filled in this member.
+                let width = unsafe { (*run).__bindgen_anon_1.io.size };
+                for part in data.chunks_mut(usize::from(width.max(1))) {
+                    handler.io_read(port, part);
+                }
                 Exit::Handled
             }
             Ok(VcpuExit::IoOut(port, data)) => {
-                handler.io_write(port, data);
+                // SAFETY: after this exit the kernel has filled in this member.
+                let width = unsafe { (*run).__bindgen_anon_1.io.size };
+                for part in data.chunks(usize::from(width.max(1))) {
+                    handler.io_write(port, part);
+                }
                 Exit::Handled
             }
             Ok(VcpuExit::MmioRead(addr, data)) => {

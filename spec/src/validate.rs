@@ -154,9 +154,9 @@ impl VmConfig {
         if let Some(bits) = self
             .cpus
             .max_phys_bits
-            .filter(|bits| !(32..=52).contains(bits))
+            .filter(|bits| !(36..=52).contains(bits))
         {
-            let detail = format!("{bits} physical address bits are not between 32 and 52");
+            let detail = format!("{bits} physical address bits are not between 36 and 52");
             found.push(problem("/cpus/max_phys_bits", "out-of-range", detail));
         }
         let mut seen = HashSet::new();

@@ -1,1 +1,39 @@
-//! A machine: building it from a specification, its driver, vCPU threads and the pool.
+//! A machine: building it from a specification, running it, and the threads that do.
+//!
+//! [`Pool`] is where drivers come from: a fixed number of event-loop threads, on each of which
+//! live the drivers of some VMs. A driver owns its machine outright, takes requests from its
+//! inbox, guest events first, and publishes its status; nobody else touches the machine.
+//!
+//! ```text
+//!   control::VmHandle ──► Inbox ──► Driver ── owns ──► Active machine ──► vCPU threads
+//!                           ▲                              │                  │
+//!                           └── guest events ◄─────────────┴──────────────────┘
+//!
+//!   VmConfig ──► Built (VM, RAM, devices, vCPUs) ── boot ──► Active (payload loaded, parked)
+//! ```
+//!
+//! ```no_run
+//! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+//! use control::{Registry, Verb};
+//! let registry = Registry::new(vmm::Pool::start(&vmm::PoolConfig::default())?);
+//! let config = spec::parse(br#"{"payload": {"kernel": "/boot/vmlinux"}}"#)?;
+//! let vm = registry.create(None, config)?;
+//! vm.ask(Verb::Boot).await?;
+//! # Ok(()) }
+//! ```
+
+#![forbid(unsafe_code)]
+
+mod arch;
+mod boot;
+mod driver;
+mod failure;
+mod machine;
+mod memory_map;
+mod pool;
+mod run_control;
+mod vcpu;
+
+pub use boot::BootError;
+pub use failure::BuildError;
+pub use pool::{Pool, PoolConfig, StartError};

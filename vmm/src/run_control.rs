@@ -82,7 +82,8 @@ impl RunControl {
         let mut running = self.running.lock();
         *running -= 1;
         self.changed.notify_all();
-        self.changed.wait_while(&mut running, |_| self.wanted() == Want::Park);
+        self.changed
+            .wait_while(&mut running, |_| self.wanted() == Want::Park);
         let want = self.wanted();
         if want == Want::Run {
             *running += 1;
@@ -90,13 +91,31 @@ impl RunControl {
         want
     }
 
+    /// Called by a vCPU thread whose guest cannot go on: counts it as parked and waits for the
+    /// end.
+    pub(crate) fn park_for_good(&self) {
+        let mut running = self.running.lock();
+        *running -= 1;
+        self.changed.notify_all();
+        self.changed
+            .wait_while(&mut running, |_| self.wanted() != Want::End);
+    }
+
     /// Waits until every thread is parked or has ended.
     pub(crate) fn wait_parked(&self, patience: Duration) -> Result<(), NotParked> {
         let start = Instant::now();
         let mut running = self.running.lock();
         while *running > 0 {
-            if self.changed.wait_until(&mut running, start + patience).timed_out() && *running > 0 {
-                return Err(NotParked { still_running: *running, waited: start.elapsed() });
+            if self
+                .changed
+                .wait_until(&mut running, start + patience)
+                .timed_out()
+                && *running > 0
+            {
+                return Err(NotParked {
+                    still_running: *running,
+                    waited: start.elapsed(),
+                });
             }
         }
         Ok(())

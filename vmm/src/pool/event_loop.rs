@@ -91,7 +91,10 @@ impl Tokens {
     }
 
     fn token_of(&self, actor: u64, fd: RawFd) -> Option<Token> {
-        let (token, _) = self.by_token.iter().find(|(_, (a, _, f))| (*a, *f) == (actor, fd))?;
+        let (token, _) = self
+            .by_token
+            .iter()
+            .find(|(_, (a, _, f))| (*a, *f) == (actor, fd))?;
         Some(*token)
     }
 
@@ -146,8 +149,21 @@ impl EventLoop {
         let (commands, inbox) = channel();
         let thread = std::thread::Builder::new()
             .name(name.to_owned())
-            .spawn(move || Running { poll, inbox, actors: HashMap::new(), tokens: Tokens::default() }.run())?;
-        Ok(Self { commands, loop_waker, next_actor: Mutex::new(0), thread: Some(thread) })
+            .spawn(move || {
+                Running {
+                    poll,
+                    inbox,
+                    actors: HashMap::new(),
+                    tokens: Tokens::default(),
+                }
+                .run();
+            })?;
+        Ok(Self {
+            commands,
+            loop_waker,
+            next_actor: Mutex::new(0),
+            thread: Some(thread),
+        })
     }
 
     /// Puts an actor on this thread. `make` gets the waker that the actor will hear.
@@ -160,8 +176,11 @@ impl EventLoop {
             *next += 1;
             *next
         };
-        let waker =
-            Waker { actor, commands: self.commands.clone(), loop_waker: Arc::clone(&self.loop_waker) };
+        let waker = Waker {
+            actor,
+            commands: self.commands.clone(),
+            loop_waker: Arc::clone(&self.loop_waker),
+        };
         let (made, result) = make(waker);
         self.send(Command::Adopt(actor, Box::new(made)));
         result
@@ -227,9 +246,14 @@ impl Running {
     }
 
     fn call(&mut self, id: u64, f: impl FnOnce(&mut dyn Actor, &mut Sources<'_>) -> Flow) {
-        let Some(actor) = self.actors.get_mut(&id) else { return };
-        let mut sources =
-            Sources { registry: self.poll.registry(), shared: &mut self.tokens, actor: id };
+        let Some(actor) = self.actors.get_mut(&id) else {
+            return;
+        };
+        let mut sources = Sources {
+            registry: self.poll.registry(),
+            shared: &mut self.tokens,
+            actor: id,
+        };
         let flow = catch_unwind(AssertUnwindSafe(|| f(actor.as_mut(), &mut sources)))
             .unwrap_or_else(|panic| {
                 let message = panic_message(panic.as_ref());
@@ -291,7 +315,9 @@ mod tests {
                 b'!' => panic!("told to"),
                 b'.' => Flow::Leave,
                 other => {
-                    self.reports.send(format!("{key}:{}", other as char)).unwrap();
+                    self.reports
+                        .send(format!("{key}:{}", other as char))
+                        .unwrap();
                     Flow::Stay
                 }
             }
@@ -305,8 +331,16 @@ mod tests {
     fn echo(on: &EventLoop) -> (UnixStream, mpsc::Receiver<String>, Waker) {
         let (near, far) = UnixStream::pair().unwrap();
         let (reports, heard) = mpsc::channel();
-        let waker =
-            on.adopt(|waker| (Echo { socket: far, reports, watching: false }, waker));
+        let waker = on.adopt(|waker| {
+            (
+                Echo {
+                    socket: far,
+                    reports,
+                    watching: false,
+                },
+                waker,
+            )
+        });
         assert_eq!(heard.recv_timeout(PATIENCE).unwrap(), "woken");
         (near, heard, waker)
     }
@@ -327,8 +361,14 @@ mod tests {
         let (mut first, first_heard, waker) = echo(&on);
         let (mut second, second_heard, _) = echo(&on);
         first.write_all(b"!").unwrap();
-        assert_eq!(first_heard.recv_timeout(PATIENCE).unwrap(), "crashed: told to");
-        assert!(first_heard.recv_timeout(PATIENCE).is_err(), "its report channel is dropped");
+        assert_eq!(
+            first_heard.recv_timeout(PATIENCE).unwrap(),
+            "crashed: told to"
+        );
+        assert!(
+            first_heard.recv_timeout(PATIENCE).is_err(),
+            "its report channel is dropped"
+        );
         waker.wake();
         second.write_all(b"b").unwrap();
         assert_eq!(second_heard.recv_timeout(PATIENCE).unwrap(), "7:b");

@@ -1,0 +1,3 @@
+//! What differs between architectures.
+
+pub(crate) mod x86_64;

@@ -1,0 +1,367 @@
+//! ACPI tables (ACPI 6.5): a hardware-reduced platform, which has no fixed hardware but a sleep
+//! and a reset register, and tells events through a generic event device.
+
+use acpi_tables::Aml;
+use acpi_tables::aml::{
+    AddressSpace, AddressSpaceCacheable, And, Device, EISAName, Equal, Field, FieldAccessType,
+    FieldEntry, FieldLockRule, FieldUpdateRule, IO, If, Interrupt, Local, Memory32Fixed, Method,
+    Name, Notify, ONE, OpRegion, OpRegionSpace, Package, Path, ResourceTemplate, Scope, Store,
+    ZERO,
+};
+use acpi_tables::mcfg::MCFG;
+use acpi_tables::rsdp::Rsdp;
+use acpi_tables::sdt::Sdt;
+use acpi_tables::xsdt::XSDT;
+use devices::power;
+
+use super::layout::{self, Layout};
+
+const OEM: [u8; 6] = *b"WHIMBR";
+const TABLE: [u8; 8] = *b"WHIMBREL";
+
+/// All tables, to be loaded at [`layout::ACPI`]; the RSDP is first.
+pub(crate) fn tables(vcpus: u32, layout: &Layout) -> Vec<u8> {
+    let mut placed = Placed::default();
+    // The RSDP's place; what it points to is not known yet.
+    placed.add(&[0; RSDP_LEN]);
+    let dsdt = placed.add(&bytes(&dsdt(vcpus, layout)));
+    let fadt = placed.add(&bytes(&fadt(dsdt)));
+    let madt = placed.add(&bytes(&madt(vcpus)));
+    let mcfg = placed.add(&bytes(&mcfg()));
+    let mut xsdt = XSDT::new(OEM, TABLE, 1);
+    [fadt, madt, mcfg]
+        .into_iter()
+        .for_each(|table| xsdt.add_entry(table));
+    let xsdt = placed.add(&bytes(&xsdt));
+    let rsdp = bytes(&Rsdp::new(OEM, xsdt));
+    placed.bytes[..rsdp.len()].copy_from_slice(&rsdp);
+    placed.bytes
+}
+
+const RSDP_LEN: usize = 36;
+
+fn bytes(table: &dyn Aml) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    table.to_aml_bytes(&mut bytes);
+    bytes
+}
+
+#[derive(Default)]
+struct Placed {
+    bytes: Vec<u8>,
+}
+
+impl Placed {
+    /// Puts a table behind the others and says at which guest address it is.
+    fn add(&mut self, table: &[u8]) -> u64 {
+        self.bytes.resize(self.bytes.len().next_multiple_of(16), 0);
+        let at = layout::ACPI + self.bytes.len() as u64;
+        self.bytes.extend_from_slice(table);
+        at
+    }
+}
+
+/// A generic address structure for a byte register in I/O space (5.2.3.2).
+fn port_register(port: u64) -> [u8; 12] {
+    let mut gas = [1, 8, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0];
+    gas[4..].copy_from_slice(&port.to_le_bytes());
+    gas
+}
+
+/// 5.2.9.
+fn fadt(dsdt: u64) -> Sdt {
+    const IAPC_BOOT_ARCH: usize = 109;
+    const FLAGS: usize = 112;
+    const RESET_REG: usize = 116;
+    const RESET_VALUE: usize = 128;
+    const MINOR_VERSION: usize = 131;
+    const X_DSDT: usize = 140;
+    const SLEEP_CONTROL_REG: usize = 244;
+    const SLEEP_STATUS_REG: usize = 256;
+    const LEN: u32 = 276;
+    // No VGA, no CMOS clock.
+    const BOOT_ARCH: u16 = 1 << 2 | 1 << 5;
+    // WBINVD works, the buttons are devices, there is a reset register, hardware-reduced.
+    const USED_FLAGS: u32 = 1 | 1 << 4 | 1 << 5 | 1 << 10 | 1 << 20;
+
+    let port = u64::from(layout::POWER_PORT);
+    let mut fadt = Sdt::new(*b"FACP", LEN, 6, OEM, TABLE, 1);
+    fadt.write_u16(IAPC_BOOT_ARCH, BOOT_ARCH);
+    fadt.write_u32(FLAGS, USED_FLAGS);
+    fadt.write_bytes(RESET_REG, &port_register(port + power::RESET));
+    fadt.write_u8(RESET_VALUE, power::RESET_VALUE);
+    fadt.write_u8(MINOR_VERSION, 5);
+    fadt.write_u64(X_DSDT, dsdt);
+    fadt.write_bytes(
+        SLEEP_CONTROL_REG,
+        &port_register(port + power::SLEEP_CONTROL),
+    );
+    fadt.write_bytes(SLEEP_STATUS_REG, &port_register(port + power::SLEEP_STATUS));
+    fadt.update_checksum();
+    fadt
+}
+
+/// 5.2.12. APIC ids past 254 need the x2APIC structure.
+fn madt(vcpus: u32) -> Sdt {
+    const ENABLED: u32 = 1;
+    let mut madt = Sdt::new(*b"APIC", 44, 5, OEM, TABLE, 1);
+    madt.write_u32(36, layout::LOCAL_APIC);
+    for id in 0..vcpus {
+        match u8::try_from(id) {
+            Ok(id) if id < 255 => {
+                madt.append_slice(&[0, 8, id, id]);
+                madt.append_slice(&ENABLED.to_le_bytes());
+            }
+            _ => {
+                madt.append_slice(&[9, 16, 0, 0]);
+                madt.append_slice(&id.to_le_bytes());
+                madt.append_slice(&ENABLED.to_le_bytes());
+                madt.append_slice(&id.to_le_bytes());
+            }
+        }
+    }
+    // The I/O APIC, whose id is none of a vCPU's to those who look.
+    madt.append_slice(&[1, 12, 0, 0]);
+    madt.append_slice(&layout::IO_APIC.to_le_bytes());
+    madt.append_slice(&0_u32.to_le_bytes());
+    madt.update_checksum();
+    madt
+}
+
+/// PCI Firmware 3.2, 4.1.2.
+fn mcfg() -> MCFG {
+    let mut mcfg = MCFG::new(OEM, TABLE, 1);
+    mcfg.add_ecam(layout::ECAM, 0, 0, 0);
+    mcfg
+}
+
+fn dsdt(vcpus: u32, layout: &Layout) -> Sdt {
+    let mut dsdt = Sdt::new(*b"DSDT", 36, 6, OEM, TABLE, 1);
+    for part in [power_aml(), pci_aml(layout), serial_aml(), cpus_aml(vcpus)] {
+        dsdt.append_slice(&part);
+    }
+    dsdt.update_checksum();
+    dsdt
+}
+
+/// The sleep type of S5, the power button, and the generic event device that tells of it.
+fn power_aml() -> Vec<u8> {
+    let events = layout::POWER_PORT + power::EVENTS as u16;
+    let mut out = Vec::new();
+    Name::new(
+        "_S5_".into(),
+        &Package::new(vec![&power::S5, &ZERO, &ZERO, &ZERO]),
+    )
+    .to_aml_bytes(&mut out);
+    Scope::new(
+        "_SB_".into(),
+        vec![
+            &Device::new(
+                "PWRB".into(),
+                vec![
+                    &Name::new("_HID".into(), &EISAName::new("PNP0C0C")),
+                    &Name::new("_UID".into(), &ZERO),
+                ],
+            ),
+            &Device::new(
+                "GED_".into(),
+                vec![
+                    &Name::new("_HID".into(), &"ACPI0013"),
+                    &Name::new("_UID".into(), &ZERO),
+                    &Name::new(
+                        "_CRS".into(),
+                        &ResourceTemplate::new(vec![&Interrupt::new(
+                            true,
+                            true,
+                            false,
+                            false,
+                            layout::GED_IRQ,
+                        )]),
+                    ),
+                    &OpRegion::new("EVRG".into(), OpRegionSpace::SystemIO, &events, &ONE),
+                    &Field::new(
+                        "EVRG".into(),
+                        FieldAccessType::Byte,
+                        FieldLockRule::NoLock,
+                        FieldUpdateRule::WriteAsZeroes,
+                        vec![FieldEntry::Named(*b"EVTS", 8)],
+                    ),
+                    &Method::new(
+                        "_EVT".into(),
+                        1,
+                        true,
+                        vec![
+                            // Reading takes the bits, so once is enough and twice too much.
+                            &Store::new(&Local(0), &Path::new("EVTS")),
+                            &And::new(&Local(1), &Local(0), &power::POWER_BUTTON),
+                            &If::new(
+                                &Equal::new(&Local(1), &power::POWER_BUTTON),
+                                vec![&Notify::new(&Path::new("\\_SB_.PWRB"), &0x80_u8)],
+                            ),
+                        ],
+                    ),
+                ],
+            ),
+        ],
+    )
+    .to_aml_bytes(&mut out);
+    out
+}
+
+/// The PCI root, its windows, and the ECAM as a reserved resource of the motherboard.
+fn pci_aml(layout: &Layout) -> Vec<u8> {
+    let window = AddressSpaceCacheable::NotCacheable;
+    // The last bytes of these ranges are within 32 bits: the layout says so.
+    let (first32, last32) = (layout.pci32.first() as u32, layout.pci32.last() as u32);
+    let (first64, last64) = (layout.pci64.first(), layout.pci64.last());
+    let mut out = Vec::new();
+    Scope::new(
+        "_SB_".into(),
+        vec![
+            &Device::new(
+                "PCI0".into(),
+                vec![
+                    &Name::new("_HID".into(), &EISAName::new("PNP0A08")),
+                    &Name::new("_CID".into(), &EISAName::new("PNP0A03")),
+                    &Name::new("_SEG".into(), &ZERO),
+                    &Name::new("_BBN".into(), &ZERO),
+                    &Name::new("_UID".into(), &ZERO),
+                    &Name::new("_CCA".into(), &ONE),
+                    &Name::new(
+                        "_CRS".into(),
+                        &ResourceTemplate::new(vec![
+                            &AddressSpace::new_bus_number(0_u16, 0_u16),
+                            &IO::new(layout::PCI_PORT, layout::PCI_PORT, 1, 8),
+                            &AddressSpace::new_memory(window, true, first32, last32, None),
+                            &AddressSpace::new_memory(
+                                AddressSpaceCacheable::NotCacheable,
+                                true,
+                                first64,
+                                last64,
+                                None,
+                            ),
+                        ]),
+                    ),
+                ],
+            ),
+            &Device::new(
+                "MBRD".into(),
+                vec![
+                    &Name::new("_HID".into(), &EISAName::new("PNP0C02")),
+                    &Name::new("_UID".into(), &ZERO),
+                    &Name::new(
+                        "_CRS".into(),
+                        &ResourceTemplate::new(vec![&Memory32Fixed::new(
+                            true,
+                            layout::ECAM as u32,
+                            devices::pci::ECAM_BUS_LEN as u32,
+                        )]),
+                    ),
+                ],
+            ),
+        ],
+    )
+    .to_aml_bytes(&mut out);
+    out
+}
+
+fn serial_aml() -> Vec<u8> {
+    let mut out = Vec::new();
+    Scope::new(
+        "_SB_".into(),
+        vec![&Device::new(
+            "COM1".into(),
+            vec![
+                &Name::new("_HID".into(), &EISAName::new("PNP0501")),
+                &Name::new("_UID".into(), &ZERO),
+                &Name::new(
+                    "_CRS".into(),
+                    &ResourceTemplate::new(vec![
+                        &Interrupt::new(true, true, false, false, layout::SERIAL_IRQ),
+                        &IO::new(layout::SERIAL_PORT, layout::SERIAL_PORT, 1, 8),
+                    ]),
+                ),
+            ],
+        )],
+    )
+    .to_aml_bytes(&mut out);
+    out
+}
+
+/// A processor device for each vCPU (8.4), whose `_UID` is that of the MADT.
+fn cpus_aml(vcpus: u32) -> Vec<u8> {
+    let mut out = Vec::new();
+    for id in 0..vcpus {
+        Scope::new(
+            "_SB_".into(),
+            vec![&Device::new(
+                Path::new(&format!("C{id:03X}")),
+                vec![
+                    &Name::new("_HID".into(), &"ACPI0007"),
+                    &Name::new("_UID".into(), &id),
+                ],
+            )],
+        )
+        .to_aml_bytes(&mut out);
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn u64_at(bytes: &[u8], at: usize) -> u64 {
+        u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
+    }
+
+    fn table(all: &[u8], addr: u64) -> &[u8] {
+        let at = usize::try_from(addr - layout::ACPI).unwrap();
+        let len = u32::from_le_bytes(all[at + 4..at + 8].try_into().unwrap()) as usize;
+        &all[at..at + len]
+    }
+
+    fn sum(bytes: &[u8]) -> u8 {
+        bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
+    }
+
+    #[test]
+    fn tables_can_be_found_and_add_up() {
+        for vcpus in [1, 2, 255, 300] {
+            let layout = Layout::new(8 << 30, 46).unwrap();
+            let all = tables(vcpus, &layout);
+            assert!(
+                all.len() as u64 <= layout::ACPI_END - layout::ACPI,
+                "{}",
+                all.len()
+            );
+            assert_eq!(
+                (&all[..8], sum(&all[..20]), sum(&all[..36])),
+                (&b"RSD PTR "[..], 0, 0)
+            );
+            let xsdt = table(&all, u64_at(&all, 24));
+            assert_eq!((&xsdt[..4], sum(xsdt)), (&b"XSDT"[..], 0));
+            let names: Vec<_> = xsdt[36..]
+                .chunks(8)
+                .map(|entry| {
+                    let table = table(&all, u64_at(entry, 0));
+                    assert_eq!(sum(table), 0);
+                    String::from_utf8_lossy(&table[..4]).into_owned()
+                })
+                .collect();
+            assert_eq!(names, ["FACP", "APIC", "MCFG"]);
+            let fadt = table(&all, u64_at(&xsdt[36..], 0));
+            let dsdt = table(&all, u64_at(fadt, 140));
+            assert_eq!((fadt.len(), &dsdt[..4], sum(dsdt)), (276, &b"DSDT"[..], 0));
+            if let Ok(dir) = std::env::var("ACPI_DUMP") {
+                std::fs::write(format!("{dir}/dsdt.dat"), dsdt).unwrap();
+                std::fs::write(format!("{dir}/facp.dat"), fadt).unwrap();
+                std::fs::write(
+                    format!("{dir}/apic.dat"),
+                    table(&all, u64_at(&xsdt[44..], 0)),
+                )
+                .unwrap();
+            }
+        }
+    }
+}

@@ -1,0 +1,302 @@
+//! What a vCPU is and where it starts.
+
+use hypervisor::arch::{
+    CpuId, kvm_cpuid_entry2, kvm_dtable, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_segment,
+};
+use hypervisor::{KvmError, Vcpu};
+use memory::FlatView;
+use spec::CpuTopology;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
+
+use super::layout;
+use crate::boot::Entry;
+
+const CR0_PE: u64 = 1;
+const CR0_ET: u64 = 1 << 4;
+const CR0_PG: u64 = 1 << 31;
+const CR4_PAE: u64 = 1 << 5;
+const EFER_LME: u64 = 1 << 8;
+const EFER_LMA: u64 = 1 << 10;
+
+const MSR_MISC_ENABLE: u32 = 0x1a0;
+const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
+
+/// A vCPU cannot be set up.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CpuError {
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    #[error("the vCPU's tables do not fit guest memory: {0}")]
+    Memory(#[from] GuestMemoryError),
+}
+
+/// Physical address bits that a guest has, which are the host's unless the configuration says
+/// fewer.
+pub(crate) fn phys_bits(supported: &CpuId, configured: Option<u8>) -> u8 {
+    let leaf = supported
+        .as_slice()
+        .iter()
+        .find(|entry| entry.function == 0x8000_0008);
+    let host = leaf.map_or(36, |entry| (entry.eax & 0xff) as u8);
+    configured.map_or(host, |bits| bits.min(host))
+}
+
+/// The CPUID of one vCPU: what the host supports, with the vCPU's own numbers in it.
+pub(crate) fn cpuid(
+    supported: &CpuId,
+    index: u32,
+    vcpus: u32,
+    topology: Option<&CpuTopology>,
+    phys_bits: u8,
+) -> CpuId {
+    let mut cpuid = supported.clone();
+    let counts = Counts::new(vcpus, topology);
+    for entry in cpuid.as_mut_slice() {
+        shape(entry, index, &counts, phys_bits);
+    }
+    cpuid
+}
+
+/// Logical processors of a core and of a package.
+struct Counts {
+    core: u32,
+    package: u32,
+}
+
+impl Counts {
+    fn new(vcpus: u32, topology: Option<&CpuTopology>) -> Self {
+        match topology {
+            Some(t) => Self {
+                core: t.threads_per_core.max(1),
+                package: vcpus.checked_div(t.packages).unwrap_or(vcpus).max(1),
+            },
+            // Cores of one package.
+            None => Self {
+                core: 1,
+                package: vcpus.max(1),
+            },
+        }
+    }
+}
+
+/// Bits that number so many things.
+fn bits_for(count: u32) -> u32 {
+    count.next_power_of_two().trailing_zeros()
+}
+
+/// Intel SDM volume 2A, CPUID; AMD APM volume 3, appendix E.
+fn shape(entry: &mut kvm_cpuid_entry2, index: u32, counts: &Counts, phys_bits: u8) {
+    const HYPERVISOR: u32 = 1 << 31;
+    const TSC_DEADLINE: u32 = 1 << 24;
+    const HTT: u32 = 1 << 28;
+    match (entry.function, entry.index) {
+        (1, _) => {
+            let logical = counts.package.next_power_of_two().min(255);
+            entry.ebx = entry.ebx & 0x0000_ffff | logical << 16 | index << 24;
+            entry.ecx |= HYPERVISOR | TSC_DEADLINE;
+            if counts.package > 1 {
+                entry.edx |= HTT;
+            }
+        }
+        // Caches: how many share them is not known; nobody but the core's own threads.
+        (4, _) => {
+            let sharing = (counts.core - 1) << 14;
+            let cores = ((1_u32 << bits_for(counts.package / counts.core)) - 1).min(63) << 26;
+            entry.eax = entry.eax & 0x3fff | sharing | cores;
+        }
+        (0xb | 0x1f, 0) => {
+            (entry.eax, entry.ebx, entry.ecx) = (bits_for(counts.core), counts.core, 1 << 8);
+            entry.edx = index;
+        }
+        (0xb | 0x1f, 1) => {
+            (entry.eax, entry.ebx, entry.ecx) =
+                (bits_for(counts.package), counts.package, 2 << 8 | 1);
+            entry.edx = index;
+        }
+        (0xb | 0x1f, level) => {
+            (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, level & 0xff, index);
+        }
+        (0x8000_0008, _) => {
+            entry.eax = entry.eax & !0xff | u32::from(phys_bits);
+            entry.ecx = entry.ecx & !0xf0ff
+                | bits_for(counts.package) << 12
+                | (counts.package - 1).min(255);
+        }
+        (0x8000_001e, _) => {
+            let core = index / counts.core;
+            (entry.eax, entry.ebx, entry.ecx) = (index, (counts.core - 1) << 8 | core & 0xff, 0);
+        }
+        _ => {}
+    }
+}
+
+/// Gives every vCPU what it has after reset: MSRs, and the local interrupts of its APIC.
+pub(crate) fn set_up(vcpu: &Vcpu) -> Result<(), KvmError> {
+    const FAST_STRINGS: u64 = 1;
+    const MTRR_WRITE_BACK: u64 = 1 << 11 | 6;
+    vcpu.set_msrs(&[
+        kvm_msr_entry {
+            index: MSR_MISC_ENABLE,
+            data: FAST_STRINGS,
+            ..Default::default()
+        },
+        kvm_msr_entry {
+            index: MSR_MTRR_DEF_TYPE,
+            data: MTRR_WRITE_BACK,
+            ..Default::default()
+        },
+    ])?;
+    const LVT_LINT0: usize = 0x350;
+    const LVT_LINT1: usize = 0x360;
+    const EXT_INT: u32 = 7 << 8;
+    const NMI: u32 = 4 << 8;
+    let mut lapic = vcpu.lapic()?;
+    set_register(&mut lapic, LVT_LINT0, EXT_INT);
+    set_register(&mut lapic, LVT_LINT1, NMI);
+    vcpu.set_lapic(&lapic)
+}
+
+fn set_register(lapic: &mut kvm_lapic_state, at: usize, value: u32) {
+    for (register, byte) in lapic.regs[at..at + 4].iter_mut().zip(value.to_le_bytes()) {
+        *register = byte.cast_signed();
+    }
+}
+
+/// Puts the boot vCPU where the payload starts. The others wait for the guest to start them.
+pub(crate) fn enter(vcpu: &Vcpu, memory: &FlatView, entry: &Entry) -> Result<(), CpuError> {
+    match *entry {
+        Entry::Pvh {
+            address,
+            start_info,
+        } => enter_pvh(vcpu, memory, address, start_info),
+        Entry::Linux64 { address, zero_page } => enter_linux(vcpu, memory, address, zero_page),
+    }
+}
+
+/// A flat segment: type, whether it is 64-bit code, and whether it is 32-bit.
+fn segment(selector: u16, kind: u8, long: bool) -> kvm_segment {
+    kvm_segment {
+        base: 0,
+        limit: 0xffff_ffff,
+        selector,
+        type_: kind,
+        present: 1,
+        dpl: 0,
+        db: u8::from(!long),
+        s: 1,
+        l: u8::from(long),
+        g: 1,
+        ..Default::default()
+    }
+}
+
+const CODE: u8 = 0xb;
+const DATA: u8 = 0x3;
+
+/// The descriptor of a flat segment (Intel SDM volume 3A, 3.4.5).
+fn descriptor(kind: u8, long: bool) -> u64 {
+    let flags = 0x8 | if long { 0x2 } else { 0x4 };
+    0x0000_ffff | 0xf << 48 | u64::from(0x90 | kind) << 40 | flags << 52
+}
+
+fn write_gdt(memory: &FlatView, code_long: bool) -> Result<kvm_dtable, CpuError> {
+    let table = [0, 0, descriptor(CODE, code_long), descriptor(DATA, false)];
+    for (at, entry) in (layout::GDT..).step_by(8).zip(table) {
+        memory.write_obj(entry, GuestAddress(at))?;
+    }
+    Ok(kvm_dtable {
+        base: layout::GDT,
+        limit: 4 * 8 - 1,
+        ..Default::default()
+    })
+}
+
+/// The PVH boot ABI: 32-bit protected mode, paging off, `ebx` at the start info.
+fn enter_pvh(
+    vcpu: &Vcpu,
+    memory: &FlatView,
+    address: u64,
+    start_info: u64,
+) -> Result<(), CpuError> {
+    let mut sregs = vcpu.sregs()?;
+    sregs.gdt = write_gdt(memory, false)?;
+    sregs.cs = segment(0x10, CODE, false);
+    let data = segment(0x18, DATA, false);
+    (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
+    // A task segment, busy, of the length of a TSS: VMX wants one.
+    sregs.tr = kvm_segment {
+        limit: 0x67,
+        type_: 0xb,
+        s: 0,
+        db: 0,
+        g: 0,
+        ..segment(0, CODE, false)
+    };
+    sregs.cr0 = CR0_PE | CR0_ET;
+    sregs.cr4 = 0;
+    sregs.efer = 0;
+    vcpu.set_sregs(&sregs)?;
+    vcpu.set_regs(&kvm_regs {
+        rip: address,
+        rbx: start_info,
+        rflags: 2,
+        ..Default::default()
+    })?;
+    Ok(())
+}
+
+/// The 64-bit boot protocol of Linux (Documentation/arch/x86/boot.rst): long mode, memory mapped
+/// as it is, `rsi` at the zero page.
+fn enter_linux(
+    vcpu: &Vcpu,
+    memory: &FlatView,
+    address: u64,
+    zero_page: u64,
+) -> Result<(), CpuError> {
+    const PRESENT_WRITABLE: u64 = 3;
+    const LARGE: u64 = 1 << 7;
+    // 4 GiB in pages of 2 MiB: a level 4 and a level 3 table, and four of level 2.
+    let (pml4, pdpt, pds) = (
+        layout::PAGE_TABLES,
+        layout::PAGE_TABLES + 0x1000,
+        layout::PAGE_TABLES + 0x2000,
+    );
+    memory.write_obj(pdpt | PRESENT_WRITABLE, GuestAddress(pml4))?;
+    for gib in 0..4 {
+        memory.write_obj(
+            (pds + gib * 0x1000) | PRESENT_WRITABLE,
+            GuestAddress(pdpt + gib * 8),
+        )?;
+    }
+    for page in 0..2048 {
+        memory.write_obj(
+            page << 21 | PRESENT_WRITABLE | LARGE,
+            GuestAddress(pds + page * 8),
+        )?;
+    }
+    let mut sregs = vcpu.sregs()?;
+    sregs.gdt = write_gdt(memory, true)?;
+    sregs.cs = segment(0x10, CODE, true);
+    let data = segment(0x18, DATA, false);
+    (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
+    sregs.tr = kvm_segment {
+        limit: 0x67,
+        type_: 0xb,
+        s: 0,
+        db: 0,
+        g: 0,
+        ..segment(0, CODE, false)
+    };
+    sregs.cr3 = pml4;
+    sregs.cr4 |= CR4_PAE;
+    sregs.cr0 |= CR0_PE | CR0_PG | CR0_ET;
+    sregs.efer |= EFER_LME | EFER_LMA;
+    vcpu.set_sregs(&sregs)?;
+    vcpu.set_regs(&kvm_regs {
+        rip: address,
+        rsi: zero_page,
+        rflags: 2,
+        ..Default::default()
+    })?;
+    Ok(())
+}

@@ -1,0 +1,146 @@
+//! Where things are in a guest's physical memory.
+//!
+//! ```text
+//!   0          ┌─────────────────────────────┐
+//!              │ RAM (all of it, if it fits) │  boot structures below 640 KiB, ACPI tables at
+//!   3 GiB      ├─────────────────────────────┤  0xe0000, the kernel from 1 MiB on
+//!              │ PCI window, 32-bit          │
+//!   0xe8000000 │ ECAM, one bus               │
+//!   0xfec00000 │ I/O APIC, local APICs, KVM  │
+//!   4 GiB      ├─────────────────────────────┤
+//!              │ the rest of RAM             │
+//!              ├─────────────────────────────┤
+//!              │ PCI window, 64-bit          │  from the next GiB up, to the last address bit
+//!              └─────────────────────────────┘
+//! ```
+
+use memory::AddrRange;
+
+const GIB: u64 = 1 << 30;
+
+/// Where RAM below 4 GiB ends at the latest.
+pub(crate) const LOW_RAM_END: u64 = 3 * GIB;
+/// PCI Express configuration space, one bus.
+pub(crate) const ECAM: u64 = 0xe800_0000;
+/// The end of the 32-bit PCI window.
+const PCI32_END: u64 = ECAM;
+/// The I/O APIC.
+pub(crate) const IO_APIC: u32 = 0xfec0_0000;
+/// The local APICs.
+pub(crate) const LOCAL_APIC: u32 = 0xfee0_0000;
+
+/// Boot structures.
+pub(crate) const GDT: u64 = 0x500;
+pub(crate) const BOOT_INFO: u64 = 0x6000;
+pub(crate) const ZERO_PAGE: u64 = 0x7000;
+pub(crate) const PAGE_TABLES: u64 = 0x9000;
+pub(crate) const CMDLINE: u64 = 0x2_0000;
+/// The end of memory that a PC's software takes for its own below 1 MiB.
+pub(crate) const LOW_MEMORY_END: u64 = 0xa_0000;
+/// ACPI tables: the RSDP first, where a PC's software looks for it.
+pub(crate) const ACPI: u64 = 0xe_0000;
+pub(crate) const ACPI_END: u64 = 0x10_0000;
+/// Where kernels are loaded.
+pub(crate) const HIGH_MEMORY: u64 = 0x10_0000;
+
+/// Interrupts: pins of the I/O APIC.
+pub(crate) const SERIAL_IRQ: u32 = 4;
+pub(crate) const GED_IRQ: u32 = 5;
+
+/// Ports.
+pub(crate) const SERIAL_PORT: u16 = 0x3f8;
+pub(crate) const KEYBOARD_PORT: u16 = 0x64;
+pub(crate) const DEBUG_PORT: u16 = 0x80;
+pub(crate) const POWER_PORT: u16 = 0x600;
+pub(crate) const PCI_PORT: u16 = 0xcf8;
+
+/// The least memory with which a machine can be built: what is below 1 MiB, and a MiB for a
+/// kernel.
+const MIN_RAM: u64 = 2 << 20;
+
+/// Where a machine's RAM and PCI windows are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Layout {
+    /// RAM, ascending; the block's bytes in order.
+    pub(crate) ram: Vec<AddrRange>,
+    /// The PCI window below 4 GiB.
+    pub(crate) pci32: AddrRange,
+    /// The PCI window above.
+    pub(crate) pci64: AddrRange,
+}
+
+/// Memory that cannot be laid out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum LayoutError {
+    #[error("{0} bytes of memory are too few for a machine, which needs {MIN_RAM} at least")]
+    TooSmall(u64),
+    #[error("{size} bytes of memory do not fit the guest's {bits} physical address bits")]
+    TooLarge { size: u64, bits: u8 },
+}
+
+impl Layout {
+    /// Lays out `size` bytes of RAM for CPUs with so many physical address bits.
+    pub(crate) fn new(size: u64, bits: u8) -> Result<Self, LayoutError> {
+        let too_large = LayoutError::TooLarge { size, bits };
+        if size < MIN_RAM {
+            return Err(LayoutError::TooSmall(size));
+        }
+        let low = size.min(LOW_RAM_END);
+        let high = size - low;
+        let end = (4 * GIB).checked_add(high).ok_or(too_large)?;
+        let space_end = 1_u64.checked_shl(bits.into()).ok_or(too_large)?;
+        let pci64_start = end.checked_next_multiple_of(GIB).ok_or(too_large)?;
+        let pci64_end = space_end.checked_sub(1).ok_or(too_large)?;
+        let ram = [AddrRange::new(0, low), AddrRange::new(4 * GIB, high)];
+        Ok(Self {
+            ram: ram.into_iter().flatten().collect(),
+            pci32: AddrRange::from_bounds(LOW_RAM_END, PCI32_END - 1).ok_or(too_large)?,
+            pci64: AddrRange::from_bounds(pci64_start, pci64_end).ok_or(too_large)?,
+        })
+    }
+
+    /// The end of RAM below 4 GiB.
+    pub(crate) fn low_ram_end(&self) -> u64 {
+        self.ram.first().map_or(0, |low| low.last() + 1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn all_of_ram_is_somewhere_and_nothing_overlaps(mib in 2_u64..(1 << 24), bits in 36_u8..=52) {
+            let size = mib << 20;
+            if let Ok(layout) = Layout::new(size, bits) {
+                let lengths: u64 = layout.ram.iter().filter_map(|range| range.len()).sum();
+                prop_assert_eq!(lengths, size);
+                let mut all = layout.ram.clone();
+                all.extend([layout.pci32, layout.pci64, AddrRange::new(ECAM, 1 << 20).unwrap()]);
+                all.extend(AddrRange::new(IO_APIC.into(), 0x1000));
+                all.extend(AddrRange::new(LOCAL_APIC.into(), 0x1000));
+                all.sort();
+                prop_assert!(all.windows(2).all(|w| w[0].last() < w[1].first()), "{:?}", all);
+                prop_assert!(all.last().unwrap().last() < 1 << bits);
+            } else {
+                prop_assert!(size > (1 << bits) - 6 * GIB);
+            }
+        }
+    }
+
+    #[test]
+    fn too_little_and_too_much() {
+        assert_eq!(Layout::new(4096, 40), Err(LayoutError::TooSmall(4096)));
+        assert_eq!(
+            Layout::new(1 << 40, 40),
+            Err(LayoutError::TooLarge {
+                size: 1 << 40,
+                bits: 40
+            })
+        );
+        assert!(Layout::new(u64::MAX, 52).is_err());
+    }
+}

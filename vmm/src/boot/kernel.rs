@@ -1,0 +1,90 @@
+//! Kernels: what a file holds, and loading it.
+
+use std::fs::File;
+use std::io::{Cursor, Read, Seek};
+use std::path::Path;
+
+use linux_loader::loader::elf::{Elf, PvhBootCapability};
+use linux_loader::loader::{KernelLoader, KernelLoaderResult};
+use memory::FlatView;
+use vm_memory::{GuestAddress, ReadVolatile};
+
+use super::unpack::{BzImage, unpack};
+use super::{BootError, open};
+use crate::arch::x86_64::layout::{self, Layout};
+
+/// A kernel in guest memory.
+#[derive(Debug)]
+pub(super) struct Kernel {
+    /// Where it starts, unless it has another entry for PVH.
+    pub(super) entry: u64,
+    /// Where it starts by the PVH boot ABI, if it knows that.
+    pub(super) pvh_entry: Option<u64>,
+    /// The end of what it takes.
+    pub(super) end: u64,
+}
+
+const ELF_MAGIC: &[u8] = b"\x7fELF";
+
+pub(super) fn load(path: &Path, memory: &FlatView, layout: &Layout) -> Result<Kernel, BootError> {
+    let (mut file, len) = open("kernel", path)?;
+    let refused = |reason: String| BootError::NotAKernel {
+        path: path.to_owned(),
+        reason,
+    };
+    let unreadable = |source| BootError::Unreadable {
+        what: "kernel",
+        path: path.to_owned(),
+        source,
+    };
+    let mut magic = [0; 4];
+    if len < magic.len() as u64 {
+        return Err(refused(format!("it has {len} bytes only")));
+    }
+    file.read_exact(&mut magic).map_err(unreadable)?;
+    file.rewind().map_err(unreadable)?;
+    if magic == ELF_MAGIC {
+        return load_elf(&mut file, memory).map_err(refused);
+    }
+    let image = read_whole(&mut file, len, layout).map_err(refused)?;
+    let image = BzImage::parse(&image).map_err(refused)?;
+    // What the kernel unpacks to has to fit into memory anyway.
+    let unpacked = unpack(image.payload, layout.low_ram_end()).map_err(refused)?;
+    if !unpacked.starts_with(ELF_MAGIC) {
+        return Err(refused(
+            "what is packed in the bzImage is no ELF kernel".to_owned(),
+        ));
+    }
+    load_elf(&mut Cursor::new(unpacked), memory).map_err(refused)
+}
+
+fn read_whole(file: &mut File, len: u64, layout: &Layout) -> Result<Vec<u8>, String> {
+    if len > layout.low_ram_end() {
+        return Err(format!(
+            "its {len} bytes are more than the guest has memory"
+        ));
+    }
+    let mut bytes = Vec::new();
+    file.take(len)
+        .read_to_end(&mut bytes)
+        .map_err(|error| error.to_string())?;
+    Ok(bytes)
+}
+
+fn load_elf<F: Read + ReadVolatile + Seek>(
+    file: &mut F,
+    memory: &FlatView,
+) -> Result<Kernel, String> {
+    let first = GuestAddress(layout::HIGH_MEMORY);
+    let loaded: KernelLoaderResult = Elf::load(memory, None, file, Some(first))
+        .map_err(|error| format!("its ELF file cannot be loaded: {error}"))?;
+    let pvh_entry = match loaded.pvh_boot_cap {
+        PvhBootCapability::PvhEntryPresent(entry) => Some(entry.0),
+        _ => None,
+    };
+    Ok(Kernel {
+        entry: loaded.kernel_load.0,
+        pvh_entry,
+        end: loaded.kernel_end,
+    })
+}

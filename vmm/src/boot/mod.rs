@@ -1,0 +1,195 @@
+//! Loading what the guest boots.
+//!
+//! The guest never runs a decompressor: a bzImage is unpacked here, to the ELF kernel inside it,
+//! which is entered through its PVH note, or by the 64-bit boot protocol where it has none.
+
+mod handover;
+mod kernel;
+mod unpack;
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use memory::FlatView;
+use spec::PayloadConfig;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
+
+use crate::arch::x86_64::acpi;
+use crate::arch::x86_64::layout::{self, Layout};
+
+/// Where the boot vCPU starts, and with what.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Entry {
+    /// The PVH boot ABI.
+    Pvh { address: u64, start_info: u64 },
+    /// The 64-bit boot protocol of Linux.
+    Linux64 { address: u64, zero_page: u64 },
+}
+
+/// A payload cannot be booted.
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    /// The configuration names no kernel.
+    #[error("there is nothing to boot: a kernel is needed")]
+    NoKernel,
+    /// A file cannot be read.
+    #[error("the {what} {} cannot be read: {source}", path.display())]
+    Unreadable {
+        /// `kernel` or `initramfs`.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// It is a directory, a device, or the like.
+    #[error("the {what} {} is not a file", path.display())]
+    NotAFile {
+        /// `kernel` or `initramfs`.
+        what: &'static str,
+        /// What is no file.
+        path: PathBuf,
+    },
+    /// It has no bytes.
+    #[error("the {what} {} is empty", path.display())]
+    Empty {
+        /// `kernel` or `initramfs`.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+    },
+    /// It is neither an ELF kernel nor a bzImage, or a damaged one.
+    #[error("{} is not a kernel that can be booted: {reason}", path.display())]
+    NotAKernel {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The initramfs has no room behind the kernel.
+    #[error(
+        "the initramfs {} ({size} bytes) does not fit into the guest's memory behind the kernel, \
+         where {room} bytes are left", path.display()
+    )]
+    InitramfsTooLarge {
+        /// The file.
+        path: PathBuf,
+        /// Its bytes.
+        size: u64,
+        /// Bytes that there are.
+        room: u64,
+    },
+    /// The boot structures do not fit.
+    #[error("the guest's memory has no room for {what}")]
+    NoRoom {
+        /// What has no room.
+        what: &'static str,
+    },
+    /// Guest memory is not where it should be.
+    #[error("guest memory cannot be written: {0}")]
+    Memory(#[from] GuestMemoryError),
+}
+
+/// Loads the kernel, its initramfs, its command line and all tables into guest memory.
+pub(crate) fn load(
+    payload: &PayloadConfig,
+    memory: &FlatView,
+    layout: &Layout,
+    vcpus: u32,
+) -> Result<Entry, BootError> {
+    let path = Path::new(payload.kernel.as_deref().ok_or(BootError::NoKernel)?);
+    let kernel = kernel::load(path, memory, layout)?;
+    let initramfs = match payload.initramfs.as_deref() {
+        Some(path) => Some(load_initramfs(Path::new(path), memory, layout, kernel.end)?),
+        None => None,
+    };
+    let tables = acpi::tables(vcpus, layout);
+    if tables.len() as u64 > layout::ACPI_END - layout::ACPI {
+        return Err(BootError::NoRoom {
+            what: "the ACPI tables of so many vCPUs",
+        });
+    }
+    memory.write_slice(&tables, GuestAddress(layout::ACPI))?;
+    let cmdline = payload.cmdline.as_deref().unwrap_or("");
+    memory.write_slice(cmdline.as_bytes(), GuestAddress(layout::CMDLINE))?;
+    memory.write_obj(0_u8, GuestAddress(layout::CMDLINE + cmdline.len() as u64))?;
+    let facts = handover::Facts {
+        layout,
+        initramfs,
+        cmdline_len: cmdline.len(),
+    };
+    match kernel.pvh_entry {
+        Some(address) => Ok(Entry::Pvh {
+            address,
+            start_info: handover::write_start_info(memory, &facts)?,
+        }),
+        None => Ok(Entry::Linux64 {
+            address: kernel.entry,
+            zero_page: handover::write_zero_page(memory, &facts)?,
+        }),
+    }
+}
+
+/// Opens a file that there should be, and says how long it is.
+fn open(what: &'static str, path: &Path) -> Result<(File, u64), BootError> {
+    let unreadable = |source| BootError::Unreadable {
+        what,
+        path: path.to_owned(),
+        source,
+    };
+    let metadata = std::fs::metadata(path).map_err(unreadable)?;
+    if !metadata.is_file() {
+        return Err(BootError::NotAFile {
+            what,
+            path: path.to_owned(),
+        });
+    }
+    let file = File::open(path).map_err(unreadable)?;
+    let len = file.metadata().map_err(unreadable)?.len();
+    if len == 0 {
+        return Err(BootError::Empty {
+            what,
+            path: path.to_owned(),
+        });
+    }
+    Ok((file, len))
+}
+
+/// Where an initramfs is, and how long.
+type Placed = (u64, u64);
+
+/// As high as RAM below 4 GiB goes: out of the way of the kernel, which unpacks and grows.
+fn load_initramfs(
+    path: &Path,
+    memory: &FlatView,
+    layout: &Layout,
+    kernel_end: u64,
+) -> Result<Placed, BootError> {
+    const PAGE: u64 = 4096;
+    let (mut file, size) = open("initramfs", path)?;
+    let room = layout
+        .low_ram_end()
+        .saturating_sub(kernel_end.next_multiple_of(PAGE));
+    let too_large = || BootError::InitramfsTooLarge {
+        path: path.to_owned(),
+        size,
+        room,
+    };
+    let padded = size
+        .checked_next_multiple_of(PAGE)
+        .filter(|padded| *padded <= room);
+    let at = layout.low_ram_end() - padded.ok_or_else(too_large)?;
+    let len = usize::try_from(size).map_err(|_| too_large())?;
+    memory
+        .read_exact_volatile_from(GuestAddress(at), &mut file, len)
+        .map_err(|error| {
+            let source = io::Error::other(error);
+            BootError::Unreadable {
+                what: "initramfs",
+                path: path.to_owned(),
+                source,
+            }
+        })?;
+    Ok((at, size))
+}

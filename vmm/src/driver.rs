@@ -1,0 +1,418 @@
+//! The driver: the one owner of a VM.
+//!
+//! It lives on a pool thread and never blocks it for long: building a machine, which reads files
+//! and unpacks kernels, is done by a thread made for it, and what is asked meanwhile waits.
+//!
+//! ```text
+//!            Boot                    built
+//!   Off ──────────────► Building ──────────► On ◄──┐ Pause, Resume
+//!    ▲                   │    ▲              │ └───┘
+//!    │   cannot be built │    └──────────────┤ reset
+//!    └───────────────────┴───────────────────┘ Shutdown, power-off, failure
+//! ```
+
+use std::collections::VecDeque;
+use std::os::fd::RawFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use control::{
+    Ask, Category, EventSender, Inbox, Message, Reply, RequestError, StatusPublisher, Verb, admit,
+};
+use devices::{Console, PowerEvent, Watch};
+use spec::{BootTimeline, ConsoleMode, Failure, SerialConfig, VmConfig, VmState};
+
+use crate::failure::{self, BuildError};
+use crate::machine::{Active, Built, Host};
+use crate::memory_map;
+use crate::pool::event_loop::{Actor, Flow, Sources};
+
+/// Something that happened in a machine.
+#[derive(Debug)]
+pub(crate) enum Happening {
+    Power(PowerEvent),
+    Failed(Failure),
+    FirstEntry(Instant),
+    FirstDebugPort(Instant),
+    FirstSerial(Instant),
+    /// The guest has read all the input that it was given.
+    SerialRoom,
+    Built(Box<Result<Active, BuildError>>),
+}
+
+impl std::fmt::Debug for Active {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Active")
+    }
+}
+
+/// A happening, and the number of the machine in which it was: a VM has a new machine after each
+/// reset, and what the old one still says is of no interest.
+pub(crate) type GuestEvent = (u64, Happening);
+
+/// Tells the driver what happens in one machine.
+#[derive(Clone)]
+pub(crate) struct Reporter {
+    machine: u64,
+    to: EventSender<GuestEvent>,
+}
+
+impl Reporter {
+    pub(crate) fn tell(&self, happening: Happening) {
+        self.to.send((self.machine, happening));
+    }
+}
+
+enum Stage {
+    Off,
+    Building { asked: Option<Ask> },
+    On(Box<Active>),
+}
+
+/// The owner of one VM.
+pub(crate) struct Driver {
+    host: Arc<Host>,
+    config: Arc<VmConfig>,
+    inbox: Inbox<GuestEvent>,
+    reports: EventSender<GuestEvent>,
+    publisher: StatusPublisher,
+    stage: Stage,
+    /// Counts the machines that the VM has had.
+    machine: u64,
+    /// When the boot was asked for that is going on or was the last.
+    asked_at: Instant,
+    console: Option<Console>,
+    watched: Vec<RawFd>,
+    /// Asked while a machine is being built.
+    waiting: VecDeque<Ask>,
+}
+
+impl Driver {
+    pub(crate) fn new(
+        host: Arc<Host>,
+        config: Arc<VmConfig>,
+        inbox: Inbox<GuestEvent>,
+        reports: EventSender<GuestEvent>,
+        publisher: StatusPublisher,
+    ) -> Self {
+        Self {
+            host,
+            config,
+            inbox,
+            reports,
+            publisher,
+            stage: Stage::Off,
+            machine: 0,
+            asked_at: Instant::now(),
+            console: None,
+            watched: Vec::new(),
+            waiting: VecDeque::new(),
+        }
+    }
+
+    /// What to do next: what the guest did first, then what was asked, in its order; nothing that
+    /// is asked while a machine is being built.
+    fn next(&mut self) -> Option<Message<GuestEvent>> {
+        loop {
+            match self.inbox.next() {
+                Some(Message::Ask(ask)) => self.waiting.push_back(ask),
+                Some(other) => return Some(other),
+                None if matches!(self.stage, Stage::Building { .. }) => return None,
+                None => return self.waiting.pop_front().map(Message::Ask),
+            }
+        }
+    }
+
+    fn answer(&mut self, ask: Ask, sources: &mut Sources<'_>) -> Flow {
+        let verb = ask.request.verb;
+        if let Err(denied) = admit(self.publisher.current().state, verb) {
+            ask.answer(Err(denied.into()));
+            return Flow::Stay;
+        }
+        match verb {
+            Verb::Boot => self.boot(ask, sources),
+            Verb::Reboot => self.build(Some(ask)),
+            Verb::Delete => {
+                self.switch_off(None, sources);
+                ask.answer(Ok(Reply::Done));
+                return Flow::Leave;
+            }
+            Verb::Shutdown => {
+                self.switch_off(None, sources);
+                ask.answer(Ok(Reply::Done));
+            }
+            _ => {
+                let answer = self.perform(verb);
+                ask.answer(answer);
+            }
+        }
+        Flow::Stay
+    }
+
+    /// What needs a machine that is on and leaves it on.
+    fn perform(&mut self, verb: Verb) -> Result<Reply, RequestError> {
+        let Stage::On(active) = &mut self.stage else {
+            return match verb {
+                Verb::Counters => Ok(Reply::Counters(spec::VmCounters::new())),
+                _ => Err(internal("there is no machine")),
+            };
+        };
+        match verb {
+            Verb::Pause => {
+                active.pause().map_err(|late| internal(&late))?;
+                self.publisher
+                    .update(|status| status.state = VmState::Paused);
+            }
+            Verb::Resume => {
+                active.resume().map_err(|error| internal(&error))?;
+                self.publisher
+                    .update(|status| status.state = VmState::Running);
+            }
+            Verb::PowerButton => active.press_power_button(),
+            Verb::Nmi => active.nmi(),
+            Verb::Counters => return Ok(Reply::Counters(active.counters())),
+            Verb::MemoryMap => return Ok(Reply::MemoryMap(memory_map::of(active.topology()))),
+            Verb::Boot | Verb::Reboot | Verb::Shutdown | Verb::Delete => {}
+        }
+        Ok(Reply::Done)
+    }
+
+    fn boot(&mut self, ask: Ask, sources: &mut Sources<'_>) {
+        match open_console(&self.config.serial) {
+            Ok(console) => self.attach(console, sources),
+            Err(error) => {
+                ask.answer(Err((&error).into()));
+                return;
+            }
+        }
+        self.build(Some(ask));
+    }
+
+    /// Has a machine built, in place of the one that there is.
+    fn build(&mut self, asked: Option<Ask>) {
+        self.stage = Stage::Building { asked };
+        self.machine += 1;
+        self.asked_at = Instant::now();
+        let reporter = Reporter {
+            machine: self.machine,
+            to: self.reports.clone(),
+        };
+        let (host, config) = (Arc::clone(&self.host), Arc::clone(&self.config));
+        let output = self.console.as_ref().map(Console::output);
+        let back = reporter.clone();
+        let builder = std::thread::Builder::new().name("vm-build".to_owned());
+        let started = builder.spawn(move || {
+            let built = Built::new(&host, &config, output, &reporter)
+                .and_then(|built| built.boot(&config, &reporter));
+            reporter.tell(Happening::Built(Box::new(built)));
+        });
+        if let Err(source) = started {
+            let error = BuildError::host("start a thread")(source);
+            back.tell(Happening::Built(Box::new(Err(error))));
+        }
+    }
+
+    fn built(&mut self, built: Result<Active, BuildError>, sources: &mut Sources<'_>) {
+        let Stage::Building { asked } = std::mem::replace(&mut self.stage, Stage::Off) else {
+            return;
+        };
+        let started = built.and_then(|mut active| {
+            active.resume()?;
+            Ok(active)
+        });
+        let answer = match started {
+            Ok(active) => {
+                self.stage = Stage::On(Box::new(active));
+                let built_us = self.microseconds(Instant::now());
+                self.publisher.update(|status| {
+                    let was_on = matches!(status.state, VmState::Running | VmState::Paused);
+                    status.reboots = if was_on { status.reboots + 1 } else { 0 };
+                    status.state = VmState::Running;
+                    status.failure = None;
+                    status.boot = Some(BootTimeline {
+                        built_us,
+                        ..BootTimeline::default()
+                    });
+                });
+                Ok(Reply::Done)
+            }
+            Err(error) => {
+                tracing::warn!(%error, "a machine cannot be built");
+                let was_on = matches!(
+                    self.publisher.current().state,
+                    VmState::Running | VmState::Paused
+                );
+                if was_on {
+                    self.switch_off(Some(failure::told(&error)), sources);
+                } else {
+                    self.detach(sources);
+                }
+                Err(RequestError::from(&error))
+            }
+        };
+        if let Some(ask) = asked {
+            ask.answer(answer);
+        }
+    }
+
+    /// Ends the machine.
+    fn switch_off(&mut self, why: Option<Failure>, sources: &mut Sources<'_>) {
+        self.stage = Stage::Off;
+        self.machine += 1;
+        self.detach(sources);
+        self.publisher.update(|status| {
+            if status.state != VmState::Created {
+                status.state = VmState::Shutdown;
+            }
+            status.failure = why;
+        });
+    }
+
+    fn attach(&mut self, console: Option<Console>, sources: &mut Sources<'_>) {
+        self.detach(sources);
+        let Some(console) = console else { return };
+        for fd in console.sources() {
+            self.watch(fd, sources);
+        }
+        if let Some(path) = console.pty_path() {
+            let mut config = VmConfig::clone(&self.config);
+            config.serial.file = Some(path.to_string_lossy().into_owned());
+            self.publisher
+                .update(|status| status.config = Arc::new(config));
+        }
+        self.console = Some(console);
+    }
+
+    fn watch(&mut self, fd: RawFd, sources: &mut Sources<'_>) {
+        match sources.watch(fd, 0) {
+            Ok(()) => self.watched.push(fd),
+            // A file as standard input, which has no moment of being ready.
+            Err(error) => tracing::debug!(fd, %error, "this console gives no input"),
+        }
+    }
+
+    fn detach(&mut self, sources: &mut Sources<'_>) {
+        self.watched.drain(..).for_each(|fd| sources.forget(fd));
+        self.console = None;
+    }
+
+    fn take_input(&mut self, sources: &mut Sources<'_>) {
+        let (Stage::On(active), Some(console)) = (&self.stage, &mut self.console) else {
+            return;
+        };
+        let Some(serial) = active.serial() else {
+            return;
+        };
+        let mut watches = console.ready(serial);
+        // A new client may have written before it was watched.
+        if !watches.is_empty() {
+            watches.extend(console.ready(serial));
+        }
+        for watch in watches {
+            match watch {
+                Watch::Begin(fd) => self.watch(fd, sources),
+                Watch::End(fd) => {
+                    sources.forget(fd);
+                    self.watched.retain(|watched| *watched != fd);
+                }
+            }
+        }
+    }
+
+    fn happened(&mut self, happening: Happening, sources: &mut Sources<'_>) {
+        match happening {
+            Happening::Built(built) => self.built(*built, sources),
+            Happening::Power(PowerEvent::PowerOff) => self.switch_off(None, sources),
+            Happening::Power(PowerEvent::Reset) => self.build(None),
+            Happening::Failed(failure) => {
+                tracing::warn!(
+                    code = failure.code,
+                    detail = failure.detail,
+                    "a guest failed"
+                );
+                self.switch_off(Some(failure), sources);
+            }
+            Happening::SerialRoom => {
+                if self.console.as_ref().is_some_and(Console::has_more) {
+                    self.take_input(sources);
+                }
+            }
+            Happening::FirstEntry(at) => self.note(at, |boot, us| boot.first_entry_us = us),
+            Happening::FirstDebugPort(at) => {
+                self.note(at, |boot, us| boot.first_debug_port_us = us);
+            }
+            Happening::FirstSerial(at) => self.note(at, |boot, us| boot.first_serial_us = us),
+        }
+    }
+
+    fn note(&self, at: Instant, set: impl FnOnce(&mut BootTimeline, Option<u64>)) {
+        let us = self.microseconds(at);
+        self.publisher
+            .update(|status| set(status.boot.get_or_insert_default(), us));
+    }
+
+    fn microseconds(&self, at: Instant) -> Option<u64> {
+        u64::try_from(at.checked_duration_since(self.asked_at)?.as_micros()).ok()
+    }
+}
+
+impl Actor for Driver {
+    fn woken(&mut self, sources: &mut Sources<'_>) -> Flow {
+        while let Some(message) = self.next() {
+            match message {
+                Message::Event((machine, happening)) if machine == self.machine => {
+                    self.happened(happening, sources);
+                }
+                // Of a machine that is no more.
+                Message::Event(_) => {}
+                Message::Ask(ask) => {
+                    if self.answer(ask, sources) == Flow::Leave {
+                        return Flow::Leave;
+                    }
+                }
+                Message::Abandoned => {
+                    self.switch_off(None, sources);
+                    return Flow::Leave;
+                }
+            }
+        }
+        Flow::Stay
+    }
+
+    fn ready(&mut self, _: usize, sources: &mut Sources<'_>) -> Flow {
+        self.take_input(sources);
+        Flow::Stay
+    }
+
+    fn crashed(&mut self, message: &str) {
+        let detail = format!("the VM's driver failed: {message}");
+        let failure = Failure {
+            code: "driver-panicked".to_owned(),
+            detail,
+            vcpu: None,
+        };
+        self.stage = Stage::Off;
+        self.publisher.update(|status| {
+            status.state = VmState::Shutdown;
+            status.failure = Some(failure);
+        });
+    }
+}
+
+fn internal(error: &(impl std::fmt::Display + ?Sized)) -> RequestError {
+    RequestError::new(Category::Internal, "machine-fault", error.to_string())
+}
+
+fn open_console(serial: &SerialConfig) -> Result<Option<Console>, BuildError> {
+    // Validation has seen to it that there is a path where one is needed.
+    let path = |path: &Option<String>| Path::new(path.as_deref().unwrap_or_default()).to_owned();
+    Ok(Some(match serial.mode {
+        ConsoleMode::Off => return Ok(None),
+        ConsoleMode::Null => Console::null(),
+        ConsoleMode::File => Console::file(&path(&serial.file))?,
+        ConsoleMode::Tty => Console::tty()?,
+        ConsoleMode::Pty => Console::pty()?,
+        ConsoleMode::Socket => Console::socket(&path(&serial.socket))?,
+    }))
+}

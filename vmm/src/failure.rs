@@ -1,0 +1,146 @@
+//! What can go wrong with a machine, and how it is told.
+
+use control::{Category, RequestError};
+use devices::ConsoleError;
+use hypervisor::{KvmError, RunFailure};
+use memory::{CommitError, RamError, TopologyError};
+use spec::Failure;
+
+use crate::arch::x86_64::cpu::CpuError;
+use crate::arch::x86_64::layout::LayoutError;
+use crate::boot::BootError;
+
+/// A machine cannot be built.
+#[derive(Debug, thiserror::Error)]
+#[error(transparent)]
+pub enum BuildError {
+    /// Its payload cannot be booted.
+    Boot(#[from] BootError),
+    /// Its console cannot be made.
+    Console(#[from] ConsoleError),
+    /// KVM refuses something.
+    Kvm(#[from] KvmError),
+    /// The host has no memory for it.
+    Ram(#[from] RamError),
+    /// Its map cannot be.
+    Topology(#[from] TopologyError),
+    /// Its map cannot be put in force.
+    Commit(#[from] CommitError),
+    /// It cannot be laid out.
+    #[error("{0}")]
+    Layout(String),
+    /// The host has no threads or descriptors for it.
+    #[error("the host refused to {attempt}: {source}")]
+    Host {
+        /// What was attempted.
+        attempt: &'static str,
+        /// The host's answer.
+        source: std::io::Error,
+    },
+}
+
+impl From<LayoutError> for BuildError {
+    fn from(error: LayoutError) -> Self {
+        Self::Layout(error.to_string())
+    }
+}
+
+impl From<CpuError> for BuildError {
+    fn from(error: CpuError) -> Self {
+        match error {
+            CpuError::Kvm(error) => Self::Kvm(error),
+            CpuError::Memory(error) => Self::Boot(BootError::Memory(error)),
+        }
+    }
+}
+
+impl BuildError {
+    pub(crate) fn host(attempt: &'static str) -> impl FnOnce(std::io::Error) -> Self {
+        move |source| Self::Host { attempt, source }
+    }
+
+    /// Stable, for programs.
+    fn code(&self) -> &'static str {
+        match self {
+            Self::Boot(BootError::InitramfsTooLarge { .. }) => "initramfs-too-large",
+            Self::Boot(BootError::NotAKernel { .. }) => "not-a-kernel",
+            Self::Boot(
+                BootError::Unreadable { what, .. }
+                | BootError::NotAFile { what, .. }
+                | BootError::Empty { what, .. },
+            ) => match *what {
+                "initramfs" => "initramfs-unreadable",
+                _ => "kernel-unreadable",
+            },
+            Self::Boot(_) => "payload-unusable",
+            Self::Console(_) => "console-unusable",
+            Self::Kvm(_) => "kvm-refused",
+            Self::Ram(_) => "no-memory",
+            Self::Topology(_) | Self::Commit(_) | Self::Layout(_) => "memory-map-impossible",
+            Self::Host { .. } => "host-refused",
+        }
+    }
+
+    fn category(&self) -> Category {
+        match self {
+            Self::Boot(_) | Self::Console(_) | Self::Layout(_) => Category::Unprocessable,
+            Self::Ram(_) | Self::Host { .. } => Category::Host,
+            Self::Kvm(_) | Self::Topology(_) | Self::Commit(_) => Category::Internal,
+        }
+    }
+
+    /// With the causes behind it, in one line.
+    fn detail(&self) -> String {
+        let mut text = self.to_string();
+        let mut cause = std::error::Error::source(self);
+        while let Some(error) = cause {
+            let more = error.to_string();
+            if !text.contains(&more) {
+                text = format!("{text}: {more}");
+            }
+            cause = error.source();
+        }
+        text
+    }
+}
+
+impl From<&BuildError> for RequestError {
+    fn from(error: &BuildError) -> Self {
+        Self::new(error.category(), error.code(), error.detail())
+    }
+}
+
+/// Why a guest ended, as the API tells it.
+pub(crate) fn told(error: &BuildError) -> Failure {
+    Failure {
+        code: error.code().to_owned(),
+        detail: error.detail(),
+        vcpu: None,
+    }
+}
+
+/// The guest's CPU gave up: an exception in the handler of an exception in a handler.
+pub(crate) fn triple_fault(vcpu: u32) -> Failure {
+    let detail = format!("vCPU {vcpu} shut down: a triple fault, after which a CPU cannot go on");
+    Failure {
+        code: "triple-fault".to_owned(),
+        detail,
+        vcpu: Some(vcpu),
+    }
+}
+
+/// KVM cannot run the guest on.
+pub(crate) fn cannot_run(vcpu: u32, why: &RunFailure) -> Failure {
+    let code = match why {
+        RunFailure::Emulation { .. } => "emulation-failure",
+        RunFailure::Internal { .. } => "kvm-internal-error",
+        RunFailure::Entry { .. } => "invalid-guest-state",
+        RunFailure::MemoryFault { .. } => "guest-memory-fault",
+        RunFailure::Unknown(_) | RunFailure::Run(_) => "kvm-run-failed",
+    };
+    Failure {
+        code: code.to_owned(),
+        detail: format!("vCPU {vcpu}: {why}"),
+        vcpu: Some(vcpu),
+    }
+}

@@ -1,0 +1,357 @@
+//! A machine in its phases: *built*, when all its parts are there, and *active*, when it has
+//! booted. Dropping either takes everything back.
+
+use std::io::Write;
+use std::sync::Arc;
+use std::time::Duration;
+
+use devices::{DebugPort, InterruptLine, KeyboardReset, PowerBlock, Serial, pci, power};
+use hypervisor::arch::CpuId;
+use hypervisor::{ClockState, IrqRoutes, Kvm, KvmError, Vcpu, Vm};
+use memory::{
+    DeviceOps, ListenerHandle, MemoryListener, RamBlock, RamConfig, RamSlice, SpaceKind, Topology,
+    Transaction,
+};
+use spec::{VmConfig, VmCounters};
+
+use crate::arch::x86_64::layout::Layout;
+use crate::arch::x86_64::{cpu, layout};
+use crate::boot;
+use crate::driver::{Happening, Reporter};
+use crate::failure::BuildError;
+use crate::run_control::{NotParked, RunControl, Want};
+use crate::vcpu::VcpuThread;
+
+/// How long vCPUs may take to leave the guest. They take microseconds; only a device that blocks
+/// makes them take longer.
+const PARK_PATIENCE: Duration = Duration::from_secs(5);
+
+/// The host's KVM, and what it supports.
+pub(crate) struct Host {
+    pub(crate) kvm: Kvm,
+    pub(crate) cpuid: CpuId,
+}
+
+/// What makes up a machine, but for its vCPUs.
+struct Parts {
+    // The order of the fields is the order of their end: first nobody is told of the map any
+    // more, then the VM goes, then the map and with it the RAM.
+    _listeners: Vec<ListenerHandle>,
+    _irq_routes: IrqRoutes,
+    vm: Vm,
+    topology: Topology,
+    serial: Option<Arc<Serial>>,
+    power: Arc<PowerBlock>,
+}
+
+/// A machine with all its parts, and nothing to boot.
+pub(crate) struct Built {
+    parts: Parts,
+    layout: Layout,
+    vcpus: Vec<Vcpu>,
+}
+
+/// A machine that has booted; its vCPUs run, or are parked.
+pub(crate) struct Active {
+    parts: Parts,
+    control: Arc<RunControl>,
+    vcpus: Vec<VcpuThread>,
+    /// The guest's clock at the last pause.
+    clock: Option<ClockState>,
+}
+
+impl Built {
+    /// Builds the machine that `config`, which is valid, describes. What the guest writes to its
+    /// serial port goes to `output`, where there is one.
+    pub(crate) fn new(
+        host: &Host,
+        config: &VmConfig,
+        output: Option<Box<dyn Write + Send>>,
+        reporter: &Reporter,
+    ) -> Result<Self, BuildError> {
+        let bits = cpu::phys_bits(&host.cpuid, config.cpus.max_phys_bits);
+        let layout = Layout::new(config.memory.size, bits)?;
+        let vm = host.kvm.create_vm()?;
+        let mut topology = Topology::new();
+        // vCPUs need the interrupt controllers, which need them to be few: APIC ids are indices.
+        let vcpus = make_vcpus(host, &vm, config, bits)?;
+        let mut listeners = Vec::new();
+        let slots: Arc<dyn MemoryListener> = vm.memslots();
+        listeners.push(topology.register(SpaceKind::Memory, 0, slots)?);
+        for space in SpaceKind::ALL {
+            listeners.push(topology.register(space, 10, vm.ioeventfds(space))?);
+        }
+        let ram = Arc::new(RamBlock::new(&ram_config(config))?);
+        let mut irq_routes = vm.irq_routes();
+        irq_routes.commit()?;
+        let (serial, power) = topology.transaction(|tx| -> Result<_, BuildError> {
+            map_ram(tx, &layout, &ram)?;
+            map_platform(tx, reporter)?;
+            let serial = match output {
+                Some(output) => Some(map_serial(tx, &irq_routes, output, reporter)?),
+                None => None,
+            };
+            Ok((serial, map_power(tx, &irq_routes, reporter)?))
+        })?;
+        let parts = Parts {
+            _listeners: listeners,
+            _irq_routes: irq_routes,
+            vm,
+            topology,
+            serial,
+            power,
+        };
+        Ok(Self {
+            parts,
+            layout,
+            vcpus,
+        })
+    }
+
+    /// Loads the payload and points the boot vCPU at it. The vCPUs are parked.
+    pub(crate) fn boot(self, config: &VmConfig, reporter: &Reporter) -> Result<Active, BuildError> {
+        let space = self.parts.topology.space(SpaceKind::Memory);
+        let view = space.view();
+        let entry = boot::load(&config.payload, &view, &self.layout, config.cpus.boot_vcpus)?;
+        for vcpu in &self.vcpus {
+            cpu::set_up(vcpu)?;
+        }
+        if let Some(first) = self.vcpus.first() {
+            cpu::enter(first, &view, &entry)?;
+        }
+        let control = Arc::new(RunControl::new(self.vcpus.len()));
+        let mut active = Active {
+            parts: self.parts,
+            control,
+            vcpus: Vec::new(),
+            clock: None,
+        };
+        for vcpu in self.vcpus {
+            let affinity = config.cpus.affinity.iter().flatten();
+            let host_cpus = affinity.into_iter().find(|a| a.vcpu == vcpu.index());
+            let host_cpus = host_cpus.map(|affinity| affinity.host_cpus.clone());
+            let (topology, control) = (&active.parts.topology, &active.control);
+            let thread = VcpuThread::start(vcpu, topology, control, reporter.clone(), host_cpus)
+                .map_err(BuildError::host("start a vCPU thread"))?;
+            active.vcpus.push(thread);
+        }
+        Ok(active)
+    }
+}
+
+fn make_vcpus(host: &Host, vm: &Vm, config: &VmConfig, bits: u8) -> Result<Vec<Vcpu>, KvmError> {
+    let (count, topology) = (config.cpus.boot_vcpus, config.cpus.topology.as_ref());
+    let make = |index| {
+        let vcpu = vm.create_vcpu(index)?;
+        vcpu.set_cpuid(&cpu::cpuid(&host.cpuid, index, count, topology, bits))?;
+        Ok(vcpu)
+    };
+    (0..count).map(make).collect()
+}
+
+fn ram_config(config: &VmConfig) -> RamConfig {
+    let memory = &config.memory;
+    RamConfig {
+        size: memory.size,
+        shared: memory.shared,
+        hugepage_size: memory
+            .hugepages
+            .then(|| memory.hugepage_size.unwrap_or(2 << 20)),
+        prefault: memory.prefault,
+        mergeable: memory.mergeable,
+        thp: memory.thp,
+        reserve: memory.reserve,
+    }
+}
+
+fn map_ram(
+    tx: &mut Transaction<'_>,
+    layout: &Layout,
+    ram: &Arc<RamBlock>,
+) -> Result<(), BuildError> {
+    let mut offset = 0;
+    for (range, name) in layout.ram.iter().zip(["ram below 4G", "ram above 4G"]) {
+        let size = range.len().unwrap_or(0);
+        let region = tx.ram(
+            name,
+            RamSlice {
+                block: Arc::clone(ram),
+                offset,
+            },
+            size,
+        )?;
+        tx.map(SpaceKind::Memory, range.first(), region, 0)?;
+        offset += size;
+    }
+    Ok(())
+}
+
+fn map_port(
+    tx: &mut Transaction<'_>,
+    name: (&str, &str),
+    port: u16,
+    len: u64,
+    device: Arc<dyn DeviceOps>,
+) -> Result<(), BuildError> {
+    let region = tx.device(name, len, device)?;
+    Ok(tx.map(SpaceKind::PortIo, port.into(), region, 0)?)
+}
+
+/// What a PC's software looks for: PCI, and two ports.
+fn map_platform(tx: &mut Transaction<'_>, reporter: &Reporter) -> Result<(), BuildError> {
+    let bus = pci::Bus::new();
+    let ecam = tx.device(("ecam", "pci"), pci::ECAM_BUS_LEN, bus.ecam())?;
+    tx.map(SpaceKind::Memory, layout::ECAM, ecam, 0)?;
+    map_port(
+        tx,
+        ("configuration", "pci"),
+        layout::PCI_PORT,
+        8,
+        bus.ports(),
+    )?;
+    let to = reporter.clone();
+    let keyboard = KeyboardReset::new(move |event| to.tell(Happening::Power(event)));
+    map_port(
+        tx,
+        ("command", "keyboard"),
+        layout::KEYBOARD_PORT,
+        1,
+        Arc::new(keyboard),
+    )?;
+    let to = reporter.clone();
+    let debug = DebugPort::new(move |when| to.tell(Happening::FirstDebugPort(when)));
+    map_port(
+        tx,
+        ("codes", "debug-port"),
+        layout::DEBUG_PORT,
+        1,
+        Arc::new(debug),
+    )
+}
+
+fn line(routes: &IrqRoutes, gsi: u32) -> Result<InterruptLine, BuildError> {
+    let line = InterruptLine::new().map_err(BuildError::host("make an interrupt line"))?;
+    routes.attach(line.event_fd(), gsi)?;
+    Ok(line)
+}
+
+fn map_serial(
+    tx: &mut Transaction<'_>,
+    routes: &IrqRoutes,
+    output: Box<dyn Write + Send>,
+    reporter: &Reporter,
+) -> Result<Arc<Serial>, BuildError> {
+    let (first, room) = (reporter.clone(), reporter.clone());
+    let serial = Arc::new(Serial::new(
+        line(routes, layout::SERIAL_IRQ)?,
+        output,
+        move |when| first.tell(Happening::FirstSerial(when)),
+        move || room.tell(Happening::SerialRoom),
+    ));
+    map_port(
+        tx,
+        ("registers", "serial"),
+        layout::SERIAL_PORT,
+        8,
+        Arc::clone(&serial) as _,
+    )?;
+    Ok(serial)
+}
+
+fn map_power(
+    tx: &mut Transaction<'_>,
+    routes: &IrqRoutes,
+    reporter: &Reporter,
+) -> Result<Arc<PowerBlock>, BuildError> {
+    let to = reporter.clone();
+    let block = PowerBlock::new(line(routes, layout::GED_IRQ)?, move |event| {
+        to.tell(Happening::Power(event));
+    });
+    let block = Arc::new(block);
+    map_port(
+        tx,
+        ("registers", "power"),
+        layout::POWER_PORT,
+        power::LEN,
+        Arc::clone(&block) as _,
+    )?;
+    Ok(block)
+}
+
+impl Active {
+    /// Lets the guest run.
+    pub(crate) fn resume(&mut self) -> Result<(), KvmError> {
+        if let Some(clock) = self.clock.take() {
+            self.parts.vm.set_clock(clock)?;
+        }
+        self.control.want(Want::Run);
+        Ok(())
+    }
+
+    /// Stops the guest: on return no vCPU runs, and the guest's clock stands.
+    pub(crate) fn pause(&mut self) -> Result<(), NotParked> {
+        self.control.want(Want::Park);
+        self.vcpus.iter().for_each(VcpuThread::kick);
+        self.control.wait_parked(PARK_PATIENCE)?;
+        // A guest without a kvmclock has none to stop.
+        self.clock = self.parts.vm.clock().ok();
+        Ok(())
+    }
+
+    /// Interrupts every vCPU, maskable or not.
+    pub(crate) fn nmi(&self) {
+        self.vcpus.iter().for_each(VcpuThread::inject_nmi);
+    }
+
+    /// Presses the power button.
+    pub(crate) fn press_power_button(&self) {
+        self.parts.power.press_power_button();
+    }
+
+    /// The serial port, where there is one.
+    pub(crate) fn serial(&self) -> Option<&Serial> {
+        self.parts.serial.as_deref()
+    }
+
+    /// The map.
+    pub(crate) fn topology(&self) -> &Topology {
+        &self.parts.topology
+    }
+
+    /// What each device counts.
+    pub(crate) fn counters(&self) -> VmCounters {
+        let named = |counters: &[(&str, u64)]| {
+            counters
+                .iter()
+                .map(|(name, count)| ((*name).to_owned(), *count))
+                .collect()
+        };
+        let (map, slots) = (
+            self.parts.topology.stats(),
+            self.parts.vm.memslots().stats(),
+        );
+        let mut all = VmCounters::new();
+        all.insert(
+            "memory-map".to_owned(),
+            named(&[
+                ("commits", map.commits),
+                ("renders", map.renders),
+                ("listener_calls", map.listener_calls),
+                ("memslot_ioctls", slots.ioctls),
+                ("gate_closings", slots.gate_closings),
+            ]),
+        );
+        if let Some(serial) = &self.parts.serial {
+            all.insert("serial".to_owned(), named(&serial.counters()));
+        }
+        all
+    }
+}
+
+impl Drop for Active {
+    fn drop(&mut self) {
+        self.control.want(Want::End);
+        self.vcpus.iter().for_each(VcpuThread::kick);
+        self.vcpus.drain(..).for_each(VcpuThread::join);
+    }
+}

@@ -1,0 +1,97 @@
+//! The pool: where drivers live.
+
+pub(crate) mod event_loop;
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::available_parallelism;
+
+use control::{EventLog, RequestError, Spawn, VmHandle, connect};
+use hypervisor::{Kvm, KvmError, OpenError};
+use spec::{HostLimits, VmConfig, VmId};
+
+use self::event_loop::EventLoop;
+use crate::arch::x86_64::cpu;
+use crate::driver::Driver;
+use crate::machine::Host;
+
+/// How a pool is made.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct PoolConfig {
+    /// Event-loop threads; as many as the host has CPUs when absent.
+    pub threads: Option<usize>,
+}
+
+/// A pool cannot be started.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// KVM cannot be used; the text says what to do.
+    #[error(transparent)]
+    Kvm(#[from] OpenError),
+    /// KVM does not say what it supports.
+    #[error(transparent)]
+    Host(#[from] KvmError),
+    /// The host gives no thread.
+    #[error("a pool thread cannot be started: {0}")]
+    Thread(#[from] io::Error),
+}
+
+/// Event-loop threads, and the drivers on them. Dropping it ends all VMs.
+pub struct Pool {
+    host: Arc<Host>,
+    loops: Vec<EventLoop>,
+    next: AtomicUsize,
+}
+
+impl Pool {
+    /// Opens KVM and starts the threads.
+    ///
+    /// # Errors
+    /// When KVM cannot be used, or the host gives no threads.
+    pub fn start(config: &PoolConfig) -> Result<Self, StartError> {
+        let kvm = Kvm::open()?;
+        let cpuid = kvm.supported_cpuid()?;
+        let cpus = || available_parallelism().map_or(1, usize::from);
+        let threads = config.threads.unwrap_or_else(cpus).max(1);
+        let loops = (0..threads)
+            .map(|index| EventLoop::start(&format!("pool-{index}")))
+            .collect::<io::Result<_>>()?;
+        Ok(Self {
+            host: Arc::new(Host { kvm, cpuid }),
+            loops,
+            next: AtomicUsize::new(0),
+        })
+    }
+}
+
+impl Spawn for Pool {
+    fn spawn(
+        &self,
+        id: &VmId,
+        config: Arc<VmConfig>,
+        events: EventLog,
+    ) -> Result<VmHandle, RequestError> {
+        let next = self.next.fetch_add(1, Ordering::Relaxed);
+        let Some(thread) = self.loops.get(next % self.loops.len()) else {
+            return Err(RequestError::driver_gone());
+        };
+        Ok(thread.adopt(|waker| {
+            let (handle, inbox, reports, publisher) =
+                connect(id, Arc::clone(&config), events, move || waker.wake());
+            let driver = Driver::new(Arc::clone(&self.host), config, inbox, reports, publisher);
+            (driver, handle)
+        }))
+    }
+
+    fn host_limits(&self) -> HostLimits {
+        /// What is not RAM below 4 GiB, and room for a PCI window above it.
+        const NOT_RAM: u64 = 4 << 30;
+        let bits = cpu::phys_bits(&self.host.cpuid, None);
+        let space = 1_u64.checked_shl(bits.into()).unwrap_or(u64::MAX);
+        HostLimits {
+            max_vcpus: u32::try_from(self.host.kvm.capabilities().max_vcpus).unwrap_or(u32::MAX),
+            max_memory: space.saturating_sub(NOT_RAM).min(1 << 46),
+        }
+    }
+}

@@ -1,0 +1,147 @@
+//! vCPU threads.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{Builder, JoinHandle};
+use std::time::Instant;
+
+use hypervisor::{Exit, ExitHandler, Kicker, Vcpu};
+use memory::{AddressSpace, SpaceKind, Topology};
+use rustix::thread::{CpuSet, sched_setaffinity};
+
+use crate::driver::{Happening, Reporter};
+use crate::failure;
+use crate::run_control::{RunControl, Want};
+
+/// A vCPU's thread, seen from the driver.
+pub(crate) struct VcpuThread {
+    kicker: Kicker,
+    nmi: Arc<AtomicBool>,
+    thread: JoinHandle<()>,
+}
+
+impl VcpuThread {
+    /// Starts the thread, which parks before it runs anything.
+    pub(crate) fn start(
+        vcpu: Vcpu,
+        topology: &Topology,
+        control: &Arc<RunControl>,
+        reporter: Reporter,
+        host_cpus: Option<Vec<usize>>,
+    ) -> std::io::Result<Self> {
+        let (kicker, nmi) = (vcpu.kicker(), Arc::new(AtomicBool::new(false)));
+        let bus = Bus {
+            memory: topology.space(SpaceKind::Memory),
+            io: topology.space(SpaceKind::PortIo),
+        };
+        let (control, nmi_wanted) = (Arc::clone(control), Arc::clone(&nmi));
+        let thread = Builder::new()
+            .name(format!("vcpu-{}", vcpu.index()))
+            .spawn(move || {
+                if let Some(cpus) = host_cpus {
+                    bind(&cpus);
+                }
+                run(vcpu, bus, &control, &reporter, &nmi_wanted);
+            })?;
+        Ok(Self {
+            kicker,
+            nmi,
+            thread,
+        })
+    }
+
+    /// Gets the vCPU out of the guest, to see what is wanted.
+    pub(crate) fn kick(&self) {
+        self.kicker.kick();
+    }
+
+    /// Injects a non-maskable interrupt before the vCPU next runs.
+    pub(crate) fn inject_nmi(&self) {
+        self.nmi.store(true, Ordering::Release);
+        self.kicker.kick();
+    }
+
+    /// Waits for the thread's end, which must be wanted.
+    pub(crate) fn join(self) {
+        if self.thread.join().is_err() {
+            tracing::error!("a vCPU thread panicked");
+        }
+    }
+}
+
+fn bind(cpus: &[usize]) {
+    let mut set = CpuSet::new();
+    cpus.iter()
+        .filter(|cpu| **cpu < CpuSet::MAX_CPU)
+        .for_each(|cpu| set.set(*cpu));
+    if let Err(error) = sched_setaffinity(None, &set) {
+        tracing::warn!(?cpus, %error, "a vCPU cannot be bound to these CPUs of the host");
+    }
+}
+
+fn run(mut vcpu: Vcpu, mut bus: Bus, control: &RunControl, reporter: &Reporter, nmi: &AtomicBool) {
+    let mut first = vcpu.index() == 0;
+    loop {
+        match control.park() {
+            Want::End => return,
+            Want::Park => continue,
+            Want::Run => vcpu.forgive_stop(),
+        }
+        if std::mem::take(&mut first) {
+            reporter.tell(Happening::FirstEntry(Instant::now()));
+        }
+        if let Some(failure) = run_until_wanted(&mut vcpu, &mut bus, control, nmi) {
+            reporter.tell(Happening::Failed(failure));
+            control.park_for_good();
+            return;
+        }
+    }
+}
+
+/// Runs the guest until something else is wanted, or it cannot go on.
+fn run_until_wanted(
+    vcpu: &mut Vcpu,
+    bus: &mut Bus,
+    control: &RunControl,
+    nmi: &AtomicBool,
+) -> Option<spec::Failure> {
+    while control.wanted() == Want::Run {
+        if nmi.swap(false, Ordering::AcqRel)
+            && let Err(error) = vcpu.nmi()
+        {
+            tracing::warn!(%error, "an NMI was lost");
+        }
+        match vcpu.run(bus) {
+            Exit::Handled | Exit::Interrupted => {}
+            Exit::Shutdown => return Some(failure::triple_fault(vcpu.index())),
+            Exit::Failed(why) => return Some(failure::cannot_run(vcpu.index(), &why)),
+        }
+    }
+    // What the guest reads next must not depend on when it runs again.
+    vcpu.complete_access();
+    None
+}
+
+/// Answers a vCPU's accesses with the map in force.
+struct Bus {
+    memory: AddressSpace,
+    io: AddressSpace,
+}
+
+impl ExitHandler for Bus {
+    fn io_read(&mut self, port: u16, data: &mut [u8]) {
+        self.io.view().read(port.into(), data);
+    }
+
+    fn io_write(&mut self, port: u16, data: &[u8]) {
+        self.io.view().write(port.into(), data);
+    }
+
+    fn mmio_read(&mut self, addr: u64, data: &mut [u8]) {
+        self.memory.view().read(addr, data);
+    }
+
+    fn mmio_write(&mut self, addr: u64, data: &[u8]) {
+        self.memory.view().write(addr, data);
+    }
+}

@@ -1,0 +1,212 @@
+//! A whole machine on `/dev/kvm`: the pocket guest, driven through a handle.
+
+#![expect(clippy::unwrap_used, reason = "a test that goes wrong panics")]
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use control::{Registry, Reply, Verb, VmHandle};
+use guest::{After, Crash, Line, Options, Workload};
+use spec::{ConsoleMode, CpusConfig, PayloadConfig, VmConfig, VmState};
+use vmm::{Pool, PoolConfig};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+struct Lab {
+    dir: tempfile::TempDir,
+    registry: Registry,
+}
+
+impl Lab {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("pocket"), guest::IMAGE).unwrap();
+        Self {
+            dir,
+            registry: Registry::new(Pool::start(&PoolConfig::default()).unwrap()),
+        }
+    }
+
+    fn config(&self, name: &str, options: &Options, vcpus: u32) -> (VmConfig, PathBuf) {
+        let log = self.dir.path().join(name);
+        let mut config = VmConfig::with_payload(PayloadConfig {
+            kernel: Some(
+                self.dir
+                    .path()
+                    .join("pocket")
+                    .to_string_lossy()
+                    .into_owned(),
+            ),
+            cmdline: Some(options.to_string()),
+            ..PayloadConfig::default()
+        });
+        config.cpus = CpusConfig::with_vcpus(vcpus);
+        config.memory.size = 64 << 20;
+        config.serial.mode = ConsoleMode::File;
+        config.serial.file = Some(log.to_string_lossy().into_owned());
+        (config, log)
+    }
+
+    async fn boot(&self, name: &str, options: &Options, vcpus: u32) -> (VmHandle, PathBuf) {
+        let (config, log) = self.config(name, options, vcpus);
+        let vm = self.registry.create(None, config).unwrap();
+        vm.ask(Verb::Boot).await.unwrap();
+        (vm, log)
+    }
+}
+
+fn lines(log: &Path) -> Vec<Line> {
+    let text = std::fs::read_to_string(log).unwrap_or_default();
+    text.lines().filter_map(Line::parse).collect()
+}
+
+async fn until(what: &str, mut there: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !there() {
+        assert!(start.elapsed() < PATIENCE, "waited in vain for {what}");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+}
+
+fn beating() -> Options {
+    Options {
+        heartbeat_ms: Some(20),
+        ..Options::default()
+    }
+}
+
+#[tokio::test]
+async fn a_guest_boots_pauses_resumes_reboots_and_ends() {
+    let lab = Lab::new();
+    let (vm, log) = lab.boot("log", &beating(), 2).await;
+    until("a heartbeat", || lines(&log).len() > 3).await;
+    let boot = vm.info().boot.unwrap();
+    assert!(boot.first_debug_port_us.is_some() && boot.first_serial_us > boot.first_debug_port_us);
+
+    vm.ask(Verb::Pause).await.unwrap();
+    let before = lines(&log).len();
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert_eq!(
+        (lines(&log).len(), vm.info().state),
+        (before, VmState::Paused)
+    );
+    let Reply::MemoryMap(map) = vm.ask(Verb::MemoryMap).await.unwrap() else {
+        panic!("no map")
+    };
+    assert!(map.to_string().contains("ram below 4G"), "{map}");
+
+    vm.ask(Verb::Resume).await.unwrap();
+    until("a heartbeat after the pause", || lines(&log).len() > before).await;
+    let hellos = || {
+        lines(&log)
+            .iter()
+            .filter(|line| matches!(line, Line::Hello { .. }))
+            .count()
+    };
+    assert_eq!(hellos(), 1);
+    vm.ask(Verb::Reboot).await.unwrap();
+    assert_eq!(vm.status().reboots, 1);
+    vm.ask(Verb::Shutdown).await.unwrap();
+    assert_eq!(vm.info().state, VmState::Shutdown);
+    vm.ask(Verb::Boot).await.unwrap();
+    until("a hello of the second boot", || hellos() == 1).await;
+    lab.registry.delete(vm.id().as_str()).await.unwrap();
+}
+
+#[tokio::test]
+async fn memory_that_was_written_is_what_is_read() {
+    let lab = Lab::new();
+    let options = Options {
+        workload: Workload::Touch,
+        then: After::PowerOff,
+        ..Options::default()
+    };
+    let (vm, log) = lab.boot("log", &options, 2).await;
+    until("the guest to power off", || {
+        vm.info().state == VmState::Shutdown
+    })
+    .await;
+    assert_eq!(vm.info().failure, None);
+    let verified = lines(&log).into_iter().find_map(|line| match line {
+        Line::Verified { pages, bad, .. } => Some((pages > 0, bad)),
+        _ => None,
+    });
+    assert_eq!(verified, Some((true, 0)), "{:?}", lines(&log));
+}
+
+#[tokio::test]
+async fn a_guest_that_fails_is_explained_and_its_neighbours_live_on() {
+    let lab = Lab::new();
+    let (neighbour, log) = lab.boot("neighbour", &beating(), 1).await;
+    for (crash, code) in [
+        (Crash::TripleFault, "triple-fault"),
+        (Crash::Emulation, "emulation-failure"),
+    ] {
+        let options = Options {
+            workload: Workload::Crash(crash),
+            ..Options::default()
+        };
+        let (vm, _) = lab.boot("failing", &options, 1).await;
+        until("the guest to fail", || vm.info().state != VmState::Running).await;
+        let failure = vm.info().failure;
+        // A host with a complete KVM runs what another cannot emulate.
+        if crash == Crash::TripleFault || failure.is_some() {
+            assert_eq!(failure.unwrap().code, code);
+        }
+    }
+    let before = lines(&log).len();
+    until("a heartbeat of the neighbour", || {
+        lines(&log).len() > before
+    })
+    .await;
+    assert_eq!(neighbour.info().state, VmState::Running);
+}
+
+#[tokio::test]
+async fn payloads_that_cannot_be_booted_are_named_and_nothing_changes() {
+    let lab = Lab::new();
+    let path = |name: &str| lab.dir.path().join(name).to_string_lossy().into_owned();
+    std::fs::write(path("empty"), "").unwrap();
+    std::fs::write(path("text"), "not a kernel, but long enough to look at").unwrap();
+    std::fs::write(path("cut"), &guest::IMAGE[..guest::IMAGE.len() / 3]).unwrap();
+    std::fs::write(path("large"), vec![0; 80 << 20]).unwrap();
+    std::fs::create_dir(path("directory")).unwrap();
+    let (good, _) = lab.config("log", &beating(), 1);
+    let (kernel, none) = (|name: &str| (path(name), None), None::<String>);
+    for ((kernel, initramfs), code, says) in [
+        (kernel("missing"), "kernel-unreadable", "missing"),
+        (kernel("directory"), "kernel-unreadable", "is not a file"),
+        (kernel("empty"), "kernel-unreadable", "is empty"),
+        (
+            kernel("text"),
+            "not-a-kernel",
+            "neither an ELF file nor a bzImage",
+        ),
+        (kernel("cut"), "not-a-kernel", "cut"),
+        (
+            (path("pocket"), Some(path("missing"))),
+            "initramfs-unreadable",
+            "missing",
+        ),
+        (
+            (path("pocket"), Some(path("large"))),
+            "initramfs-too-large",
+            "does not fit",
+        ),
+        ((path("pocket"), none.clone()), "", ""),
+    ] {
+        let mut config = good.clone();
+        config.payload.kernel = Some(kernel);
+        config.payload.initramfs = initramfs;
+        let vm = lab.registry.create(None, config).unwrap();
+        let booted = vm.ask(Verb::Boot).await;
+        if code.is_empty() {
+            booted.unwrap();
+            continue;
+        }
+        let refused = booted.unwrap_err();
+        assert_eq!(refused.code, code, "{refused}");
+        assert!(refused.detail.contains(says), "{refused}");
+        assert_eq!(vm.info().state, VmState::Created);
+    }
+}
