@@ -302,7 +302,7 @@ fn a_byte_that_the_host_changes_is_found() {
     let (ram, page) = (Arc::clone(&machine.ram), 40 << 20);
     let flip = |offset: usize| {
         let slice = ram.slice(offset, 1).expect("RAM");
-        let mut byte = [0];
+        let mut byte = [0_u8];
         slice.copy_to(&mut byte);
         slice.copy_from(&[byte[0] ^ 0x10]);
     };
@@ -311,13 +311,14 @@ fn a_byte_that_the_host_changes_is_found() {
         machine.send(Command::Verify);
         assert_eq!(
             machine.expect("verified", verified),
-            (pages, 1, Some(page as u64))
+            (pages, 1, Some(page as u64)),
+            "byte {offset}"
         );
         machine.while_paused(|| flip(page + offset));
     }
     // A whole page in another one's place, and one that is as it was before.
     machine.while_paused(|| {
-        let mut content = vec![0; PAGE_SIZE];
+        let mut content = vec![0_u8; PAGE_SIZE];
         ram.slice(page, PAGE_SIZE)
             .expect("RAM")
             .copy_to(&mut content);
@@ -326,7 +327,7 @@ fn a_byte_that_the_host_changes_is_found() {
             .copy_from(&content);
         ram.slice(page + 3 * PAGE_SIZE, PAGE_SIZE)
             .expect("RAM")
-            .copy_from(&[0; PAGE_SIZE]);
+            .copy_from(&[0_u8; PAGE_SIZE]);
     });
     machine.send(Command::Verify);
     let first_bad = (page + PAGE_SIZE) as u64;
@@ -347,6 +348,8 @@ fn a_stop_is_seen_as_a_gap() {
     machine.expect("a report", report);
     let stop = Duration::from_millis(700);
     machine.while_paused(|| thread::sleep(stop));
+    // Each vCPU tells what it has seen; let them all see it.
+    thread::sleep(Duration::from_millis(100));
     machine.send(Command::Report);
     let (gap, clock_gap, _) = machine.expect("a report", report);
     assert!(gap >= stop && gap < stop * 4, "{gap:?}");

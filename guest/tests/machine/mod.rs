@@ -27,7 +27,7 @@ pub(crate) use ports::{Ports, RESET_PORT, RESET_VALUE, SLEEP_PORT, SLEEP_VALUE};
 
 const SERIAL_GSI: u32 = 4;
 /// Long, for hosts whose CPU is itself emulated.
-const PATIENCE: Duration = Duration::from_secs(8);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// How a machine ended.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -31,7 +31,11 @@ pub(crate) struct Ports {
 }
 
 impl Ports {
-    pub(crate) fn new(events: Sender<Event>, input: Arc<Mutex<Input>>, line: Arc<Mutex<Vec<u8>>>) -> Self {
+    pub(crate) fn new(
+        events: Sender<Event>,
+        input: Arc<Mutex<Input>>,
+        line: Arc<Mutex<Vec<u8>>>,
+    ) -> Self {
         Self {
             events,
             input,
