@@ -19,7 +19,7 @@ use utoipa_axum::routes;
 
 use crate::document::SERVICE;
 use crate::problem::Refusal;
-use crate::refusals::NotUnderstood;
+use crate::refusals::BadQuery;
 use crate::serve::Shutdown;
 use crate::service::Service;
 
@@ -57,7 +57,7 @@ struct Which {
     responses(
         (status = 200, description = "Events, until the client or the service ends the stream.",
          body = Event, content_type = "text/event-stream"),
-        NotUnderstood,
+        BadQuery,
     ),
 )]
 async fn events(

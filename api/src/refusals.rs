@@ -44,6 +44,8 @@ refusals! {
     /// A body that is not understood.
     NotUnderstood = 400, "The body is not JSON, or not the JSON that is asked for: an unknown or missing field, \
                           a value of the wrong type.";
+    /// A query that is not understood.
+    BadQuery = 400, "The query or `Last-Event-ID` is not understood.";
     /// One VM a socket.
     NotCreated = 404, "The VM is not created.";
     /// Many VMs.

@@ -49,8 +49,8 @@ pub use requests::{
     VmResize, VmResizeDisk, VmResizeZone, VmSnapshotConfig,
 };
 pub use service::{
-    CreateVm, Event, FieldProblem, InvalidVmId, MapNode, MapRange, MapSpace, MemoryMap, Problem,
-    VmId, VmSummary,
+    CreateVm, Event, FieldProblem, InvalidVmId, MapAlias, MapNode, MapRange, MapSpace, MemoryMap,
+    Problem, VmId, VmSummary,
 };
 pub use validate::{HostLimits, UNSUPPORTED};
 pub use vm::{

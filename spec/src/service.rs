@@ -199,11 +199,22 @@ pub struct MapNode {
     pub priority: i32,
     /// Whether it shows.
     pub enabled: bool,
-    /// Of an alias: the region that it shows, and from which offset to which.
+    /// Of an alias: what it shows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub alias_of: Option<(String, u64, u64)>,
+    pub alias_of: Option<MapAlias>,
     /// Regions in it, from the front to the back.
     pub children: Vec<MapNode>,
+}
+
+/// The part of a region that an alias shows.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct MapAlias {
+    /// The region.
+    pub region: String,
+    /// First offset in it.
+    pub first: u64,
+    /// Last offset in it.
+    pub last: u64,
 }
 
 /// A range of the flat view.
@@ -253,8 +264,16 @@ impl MapNode {
             indent = depth * 2
         )?;
         match &self.alias_of {
-            Some((target, from, to)) => {
-                write!(f, "alias): {} @{target} {from:016x}-{to:016x}", self.name)?;
+            Some(MapAlias {
+                region,
+                first,
+                last,
+            }) => {
+                write!(
+                    f,
+                    "alias): {} @{region} {first:016x}-{last:016x}",
+                    self.name
+                )?;
             }
             None => write!(f, "{}): {}", self.kind, self.name)?,
         }

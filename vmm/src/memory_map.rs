@@ -1,7 +1,7 @@
 //! The memory map in the form of the API.
 
 use memory::{FlatNode, SpaceKind, Topology, TreeNode};
-use spec::{MapNode, MapRange, MapSpace, MemoryMap};
+use spec::{MapAlias, MapNode, MapRange, MapSpace, MemoryMap};
 
 pub(crate) fn of(topology: &Topology) -> MemoryMap {
     let space = |kind: SpaceKind| {
@@ -27,9 +27,11 @@ fn node(tree: TreeNode) -> MapNode {
         last: tree.range.last(),
         priority: tree.priority,
         enabled: tree.enabled,
-        alias_of: tree
-            .alias_of
-            .map(|(target, part)| (target, part.first(), part.last())),
+        alias_of: tree.alias_of.map(|(region, part)| MapAlias {
+            region,
+            first: part.first(),
+            last: part.last(),
+        }),
         children: tree.children.into_iter().map(node).collect(),
     }
 }
