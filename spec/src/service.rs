@@ -183,7 +183,6 @@ impl fmt::Display for Problem {
 
 /// A region of the memory map's tree.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[schema(no_recursion)]
 pub struct MapNode {
     /// What it is called.
     pub name: String,
@@ -203,6 +202,7 @@ pub struct MapNode {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub alias_of: Option<MapAlias>,
     /// Regions in it, from the front to the back.
+    #[schema(no_recursion)]
     pub children: Vec<MapNode>,
 }
 
