@@ -110,7 +110,10 @@ impl Ram {
                 continue;
             };
             let end = start.saturating_add(size).min(MAP_LIMIT);
-            ram.total += end.saturating_sub(start);
+            if start >= end {
+                continue;
+            }
+            ram.total += end - start;
             highest = highest.max(end);
             // Below the kernel is what the VMM handed over; it stays as it is.
             let start = if end > image.1 {

@@ -122,7 +122,7 @@ impl Service {
         serial::say(&Line::Heartbeat {
             count: self.beats,
             uptime_ms: clock::uptime_ms(),
-            pages: self.work.pages_written(),
+            writes: self.work.writes(),
         });
     }
 
@@ -151,7 +151,7 @@ impl Service {
         }
         serial::say(&Line::Report {
             uptime_ms: clock::uptime_ms(),
-            pages: self.work.pages_written(),
+            writes: self.work.writes(),
             gap_us: clock::tsc_to_ns(gap) / 1000,
             gap_cpu,
             clock_gap_us: clock_gap_ns / 1000,
@@ -195,7 +195,7 @@ impl Service {
 
     fn tell_done(&mut self, now: u64) {
         let elapsed_us = clock::tsc_to_ns(now.saturating_sub(self.work.began)) / 1000;
-        let written = self.work.pages_written();
+        let written = self.work.writes();
         match self.work.options.workload {
             Workload::Touch => {
                 serial::say(&Line::Touched {

@@ -80,8 +80,8 @@ impl Work {
         }
     }
 
-    /// Pages written so far.
-    pub fn pages_written(&self) -> u64 {
+    /// Writes so far: of pages, or to the port.
+    pub fn writes(&self) -> u64 {
         self.blocks.iter().map(|cpu| cpu.writes.load(Relaxed)).sum()
     }
 }

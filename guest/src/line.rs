@@ -85,8 +85,8 @@ lines! {
         count: u64,
         /// Milliseconds since it started.
         uptime_ms: u64,
-        /// Pages written so far.
-        pages: u64,
+        /// Writes so far: of pages, or to the port, as the workload has it.
+        writes: u64,
     }
     /// The answer to `ping`.
     Alive = "alive" {
@@ -97,8 +97,8 @@ lines! {
     Report = "report" {
         /// Milliseconds since it started.
         uptime_ms: u64,
-        /// Pages written so far.
-        pages: u64,
+        /// Writes so far: of pages, or to the port, as the workload has it.
+        writes: u64,
         /// The largest gap in TSC time that a vCPU saw, in microseconds.
         gap_us: u64,
         /// The vCPU that saw it.

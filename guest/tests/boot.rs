@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use guest::pattern::PAGE_SIZE;
 use guest::{
-    After, Check, Command, Crash, Key, Line, Options, Order, PortValue, Refusal, TscSource,
-    Workload,
+    After, Check, Command, Crash, Key, Line, MAX_CPUS, Options, Order, PortValue, Refusal,
+    TscSource, Workload,
 };
 use hypervisor::RunFailure;
 use machine::{End, Machine, RESET_PORT, RESET_VALUE, SLEEP_PORT, SLEEP_VALUE, Spec};
@@ -72,12 +72,12 @@ fn report(line: &Line) -> Option<(Duration, Duration, u64)> {
         Line::Report {
             gap_us,
             clock_gap_us,
-            pages,
+            writes,
             ..
         } => Some((
             Duration::from_micros(gap_us),
             Duration::from_micros(clock_gap_us),
-            pages,
+            writes,
         )),
         _ => None,
     }
@@ -207,7 +207,7 @@ fn a_command_line_that_is_wrong_is_refused_by_its_key() {
 
 #[test]
 fn counts_with_all_vcpus() {
-    for vcpus in [1, 2, 4] {
+    for vcpus in [1, 2, MAX_CPUS] {
         let mut machine = Machine::start(&Spec {
             vcpus,
             ..Spec::new(options(Workload::Smp))
@@ -403,4 +403,47 @@ fn crashes_as_asked() {
         _ => None,
     });
     assert_eq!((vector, address), (14, 512 << 30));
+}
+
+#[test]
+fn starts_in_memory_that_others_have_left_full() {
+    let spec = Spec {
+        vcpus: 2,
+        rubbish: true,
+        ..Spec::new(options(Workload::Touch))
+    };
+    let mut machine = Machine::start(&spec);
+    assert_eq!(machine.expect("ready", ready), 2);
+    assert_eq!(machine.expect("verified", verified).1, 0);
+    machine.send(Command::PowerOff);
+    assert_eq!(machine.expect_end(), End::Sleep(SLEEP_VALUE));
+}
+
+#[test]
+fn uses_memory_above_4_gib() {
+    let touch = Spec::new(options(Workload::Touch));
+    let low = Machine::start(&touch).expect("verified", verified).0;
+    let mut machine = Machine::start(&Spec {
+        high_mib: 16,
+        ..touch
+    });
+    let (_, ram_mib, ..) = machine.expect("hello", hello);
+    assert_eq!(ram_mib, 63 + 16);
+    let (pages, bad, _) = machine.expect("verified", verified);
+    // Two more directories of page tables are needed to reach it.
+    assert_eq!((pages, bad), (low + 16 * 256 - 2, 0));
+}
+
+#[test]
+fn counts_non_maskable_interrupts() {
+    let mut machine = Machine::start(&Spec::new(options(Workload::Spin)));
+    machine.expect("ready", ready);
+    for expected in 1..4 {
+        machine.inject_nmi();
+        let count = machine.expect("an NMI", |line| match *line {
+            Line::Nmi { count } => Some(count),
+            _ => None,
+        });
+        assert_eq!(count, expected);
+    }
 }

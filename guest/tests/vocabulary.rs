@@ -84,17 +84,17 @@ fn lines() -> impl Strategy<Value = Line> {
             }
         ),
         any::<(u32, u64)>().prop_map(|(cpus, free_mib)| Line::Ready { cpus, free_mib }),
-        any::<(u64, u64, u64)>().prop_map(|(count, uptime_ms, pages)| Line::Heartbeat {
+        any::<(u64, u64, u64)>().prop_map(|(count, uptime_ms, writes)| Line::Heartbeat {
             count,
             uptime_ms,
-            pages
+            writes
         }),
         any::<u64>().prop_map(|uptime_ms| Line::Alive { uptime_ms }),
         any::<([u64; 6], u32)>().prop_map(
-            |([uptime_ms, pages, gap_us, clock_gap_us, interrupts, nmis], gap_cpu)| {
+            |([uptime_ms, writes, gap_us, clock_gap_us, interrupts, nmis], gap_cpu)| {
                 Line::Report {
                     uptime_ms,
-                    pages,
+                    writes,
                     gap_us,
                     gap_cpu,
                     clock_gap_us,

@@ -7,6 +7,9 @@ use hypervisor::arch::{kvm_regs, kvm_segment};
 use super::Spec;
 use super::ports::{RESET_PORT, RESET_VALUE, SLEEP_PORT};
 
+/// Where RAM goes on; 1 GiB above where it could, so that there is a hole.
+pub(crate) const HIGH_RAM: u64 = 5 << 30;
+
 const START_INFO: u64 = 0x6000;
 const MEMORY_MAP: u64 = 0x6100;
 const COMMAND_LINE: u64 = 0x7000;
@@ -22,15 +25,10 @@ pub(crate) fn hand_over(spec: &Spec, put: &impl Fn(u64, &[u8])) {
         .text
         .map_or_else(|| spec.options.to_string(), str::to_owned);
     put(COMMAND_LINE, format!("console=ttyS0 {text}\0").as_bytes());
-    let low = [
-        0,
-        0x9_fc00,
-        1,
-        0x10_0000,
-        (spec.ram_mib << 20) - 0x10_0000,
-        1,
-    ];
-    put(MEMORY_MAP, &words(&low));
+    let mut map = vec![0, 0x9_fc00, 1];
+    map.extend([0x10_0000, (spec.ram_mib << 20) - 0x10_0000, 1]);
+    map.extend([HIGH_RAM, spec.high_mib << 20, 1]);
+    put(MEMORY_MAP, &words(&map));
     let mut info = Vec::new();
     info.extend(
         [0x336e_c578_u32, 1, 0, 0]
@@ -38,7 +36,7 @@ pub(crate) fn hand_over(spec: &Spec, put: &impl Fn(u64, &[u8])) {
             .flat_map(|word| word.to_le_bytes()),
     );
     let rsdp = if spec.acpi { RSDP } else { 0 };
-    info.extend(words(&[0, COMMAND_LINE, rsdp, MEMORY_MAP, 2]));
+    info.extend(words(&[0, COMMAND_LINE, rsdp, MEMORY_MAP, 3]));
     put(START_INFO, &info);
     if spec.acpi {
         put_acpi(spec.vcpus, put);

@@ -53,6 +53,10 @@ pub(crate) enum Event {
 pub(crate) struct Spec {
     pub(crate) options: Options,
     pub(crate) ram_mib: u64,
+    /// RAM above 4 GiB.
+    pub(crate) high_mib: u64,
+    /// Whether RAM is full of rubbish at first.
+    pub(crate) rubbish: bool,
     /// vCPUs, all of which ACPI tells of.
     pub(crate) vcpus: u32,
     /// Whether there are ACPI tables.
@@ -66,11 +70,22 @@ impl Spec {
         Self {
             options,
             ram_mib: 64,
+            high_mib: 0,
+            rubbish: false,
             vcpus: 1,
             acpi: true,
             text: None,
         }
     }
+}
+
+/// What vCPU threads look at when they are kicked.
+#[derive(Default)]
+struct Wishes {
+    stop: AtomicBool,
+    nmi: AtomicBool,
+    /// Held by whoever keeps them out of the guest.
+    pause: Mutex<()>,
 }
 
 /// A running machine.
@@ -82,8 +97,7 @@ pub(crate) struct Machine {
     first_instruction: Option<Instant>,
     input: Arc<Mutex<ports::Input>>,
     serial_irq: EventFd,
-    stop: Arc<AtomicBool>,
-    pause: Arc<Mutex<()>>,
+    wishes: Arc<Wishes>,
     kickers: Vec<Kicker>,
     threads: Vec<JoinHandle<()>>,
     /// Both hold what KVM uses.
@@ -94,18 +108,7 @@ impl Machine {
     pub(crate) fn start(spec: &Spec) -> Self {
         let kvm = Kvm::open().expect("these tests need KVM");
         let vm = kvm.create_vm().expect("a VM");
-        let mut topology = Topology::new();
-        let size = spec.ram_mib << 20;
-        let block = RamBlock::new(&RamConfig::anonymous(size)).expect("RAM");
-        let ram = Arc::new(block);
-        let mut tx = topology.begin();
-        let slice = RamSlice {
-            block: Arc::clone(&ram),
-            offset: 0,
-        };
-        let region = tx.ram("ram", slice, size).expect("a region");
-        tx.map(SpaceKind::Memory, 0, region, 0).expect("a place");
-        tx.commit().expect("a map");
+        let (mut topology, ram) = lay_out_memory(spec);
         let listener = topology
             .register(SpaceKind::Memory, 0, vm.memslots())
             .expect("slots");
@@ -139,8 +142,7 @@ impl Machine {
 
         let (sender, events) = mpsc::channel();
         let input = Arc::new(Mutex::default());
-        let stop = Arc::new(AtomicBool::new(false));
-        let pause = Arc::new(Mutex::new(()));
+        let wishes = Arc::<Wishes>::default();
         let kickers = vcpus.iter().map(Vcpu::kicker).collect();
         let line = Arc::new(Mutex::default());
         let started = Instant::now();
@@ -148,9 +150,8 @@ impl Machine {
             .into_iter()
             .map(|vcpu| {
                 let ports = Ports::new(sender.clone(), Arc::clone(&input), Arc::clone(&line));
-                let (stop, pause) = (Arc::clone(&stop), Arc::clone(&pause));
-                let sender = sender.clone();
-                thread::spawn(move || run(vcpu, ports, &stop, &pause, &sender))
+                let (wishes, sender) = (Arc::clone(&wishes), sender.clone());
+                thread::spawn(move || run(vcpu, ports, &wishes, &sender))
             })
             .collect();
         Self {
@@ -161,8 +162,7 @@ impl Machine {
             first_instruction: None,
             input,
             serial_irq,
-            stop,
-            pause,
+            wishes,
             kickers,
             threads,
             _vm: (vm, vec![listener], topology),
@@ -235,9 +235,15 @@ impl Machine {
         self.serial_irq.write(1).expect("an interrupt");
     }
 
+    /// Gives a vCPU a non-maskable interrupt.
+    pub(crate) fn inject_nmi(&self) {
+        self.wishes.nmi.store(true, Ordering::SeqCst);
+        self.kickers[0].kick();
+    }
+
     /// Keeps all vCPUs out of the guest for a while, and does something meanwhile.
     pub(crate) fn while_paused<T>(&self, action: impl FnOnce() -> T) -> T {
-        let _paused = self.pause.lock().expect("no panic");
+        let _paused = self.wishes.pause.lock().expect("no panic");
         for kicker in &self.kickers {
             kicker.kick();
         }
@@ -249,7 +255,7 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        self.stop.store(true, Ordering::SeqCst);
+        self.wishes.stop.store(true, Ordering::SeqCst);
         for kicker in &self.kickers {
             kicker.kick();
         }
@@ -260,18 +266,40 @@ impl Drop for Machine {
     }
 }
 
-fn run(
-    mut vcpu: Vcpu,
-    mut ports: Ports,
-    stop: &AtomicBool,
-    pause: &Mutex<()>,
-    events: &Sender<Event>,
-) {
-    while !stop.load(Ordering::SeqCst) {
+fn lay_out_memory(spec: &Spec) -> (Topology, Arc<RamBlock>) {
+    let mut topology = Topology::new();
+    let mut tx = topology.begin();
+    let mut put_ram = |addr: u64, size: u64| {
+        let block = Arc::new(RamBlock::new(&RamConfig::anonymous(size)).expect("RAM"));
+        let slice = RamSlice {
+            block: Arc::clone(&block),
+            offset: 0,
+        };
+        let region = tx.ram("ram", slice, size).expect("a region");
+        tx.map(SpaceKind::Memory, addr, region, 0).expect("a place");
+        block
+    };
+    let ram = put_ram(0, spec.ram_mib << 20);
+    if spec.high_mib > 0 {
+        put_ram(firmware::HIGH_RAM, spec.high_mib << 20);
+    }
+    if spec.rubbish {
+        let all = ram.slice(0, ram.len()).expect("RAM");
+        all.copy_from(&vec![0xa5_u8; ram.len()]);
+    }
+    tx.commit().expect("a map");
+    (topology, ram)
+}
+
+fn run(mut vcpu: Vcpu, mut ports: Ports, wishes: &Wishes, events: &Sender<Event>) {
+    while !wishes.stop.load(Ordering::SeqCst) {
         let end = match vcpu.run(&mut ports) {
             Exit::Handled => ports.end.take(),
             Exit::Interrupted => {
-                drop(pause.lock());
+                drop(wishes.pause.lock());
+                if wishes.nmi.swap(false, Ordering::SeqCst) {
+                    vcpu.nmi().expect("an NMI");
+                }
                 None
             }
             Exit::Shutdown => Some(End::Shutdown),
