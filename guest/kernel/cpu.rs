@@ -136,10 +136,15 @@ pub fn emulation_failure() -> ! {
     stop()
 }
 
+/// Halts until an interrupt comes, if none has come since `counted` of them had.
+pub fn halt(counted: u64) {
+    ring0(Ring0::Halt, counted, NONE);
+}
+
 /// Halts for good.
 pub fn stop() -> ! {
     loop {
-        ring0(Ring0::Halt, this().interrupts.load(Relaxed), NONE);
+        halt(this().interrupts.load(Relaxed));
     }
 }
 
@@ -174,7 +179,7 @@ pub fn sleep_until(deadline: u64) {
         return;
     };
     apic::arm_timer(clock::tsc_to_ns(left));
-    ring0(Ring0::Halt, counted, NONE);
+    halt(counted);
     let woken = rdtsc();
     let slept = woken.min(deadline).saturating_sub(now);
     cpu.seen_tsc.store(now + slept, Relaxed);

@@ -33,7 +33,7 @@ pub use line::Line;
 pub use options::Options;
 
 use core::ptr;
-use core::sync::atomic::Ordering::{Acquire, Release};
+use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 use acpi::{Platform, Register};
 use boot::{Handover, Ram};
@@ -183,12 +183,14 @@ extern "C" fn other_cpu() -> ! {
     begin()
 }
 
-/// Works, as soon as there is work.
+/// Works, as soon as there is work. Until then it is halted, so that it does not keep others from
+/// starting where CPUs are few.
 fn begin() -> ! {
     let work = loop {
+        let counted = cpu::this().interrupts.load(Relaxed);
         match work::published() {
             Some(work) => break work,
-            None => core::hint::spin_loop(),
+            None => cpu::halt(counted),
         }
     };
     cpu::start_looking();

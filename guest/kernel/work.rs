@@ -9,6 +9,7 @@ use core::sync::atomic::{
 
 use crate::Blocks;
 use crate::acpi::Platform;
+use crate::apic;
 use crate::boot::Ram;
 use crate::clock;
 use crate::cpu::{self, Block};
@@ -55,6 +56,7 @@ pub fn publish(options: Options, platform: Platform, ram: Ram, blocks: Blocks) {
     // SAFETY: called once, before anybody looks.
     unsafe { store.write(work) };
     WORK.store(store, Release);
+    apic::wake_others();
 }
 
 /// The work, once there is some.
