@@ -22,6 +22,8 @@ pub struct VmStatus {
     pub boot: Option<BootTimeline>,
     /// Guest resets since it was booted, by itself or by request.
     pub reboots: u64,
+    /// The guest ended by itself, and was not ended by a request.
+    pub by_guest: bool,
     /// The driver is gone; nothing will change any more.
     pub ended: bool,
 }
@@ -35,6 +37,7 @@ impl VmStatus {
             failure: None,
             boot: None,
             reboots: 0,
+            by_guest: false,
             ended: false,
         }
     }

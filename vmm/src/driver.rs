@@ -70,6 +70,13 @@ enum Stage {
     On(Box<Active>),
 }
 
+/// Why a machine ends.
+enum End {
+    Requested,
+    PowerOff,
+    Failed(Failure),
+}
+
 /// The owner of one VM.
 pub(crate) struct Driver {
     host: Arc<Host>,
@@ -134,12 +141,12 @@ impl Driver {
             Verb::Boot => self.boot(ask, sources),
             Verb::Reboot => self.build(Some(ask)),
             Verb::Delete => {
-                self.switch_off(None, sources);
+                self.switch_off(End::Requested, sources);
                 ask.answer(Ok(Reply::Done));
                 return Flow::Leave;
             }
             Verb::Shutdown => {
-                self.switch_off(None, sources);
+                self.switch_off(End::Requested, sources);
                 ask.answer(Ok(Reply::Done));
             }
             _ => {
@@ -244,7 +251,7 @@ impl Driver {
                     VmState::Running | VmState::Paused
                 );
                 if was_on {
-                    self.switch_off(Some(failure::told(&error)), sources);
+                    self.switch_off(End::Failed(failure::told(&error)), sources);
                 } else {
                     self.detach(sources);
                 }
@@ -257,7 +264,7 @@ impl Driver {
     }
 
     /// Ends the machine.
-    fn switch_off(&mut self, why: Option<Failure>, sources: &mut Sources<'_>) {
+    fn switch_off(&mut self, by: End, sources: &mut Sources<'_>) {
         self.stage = Stage::Off;
         self.machine += 1;
         self.detach(sources);
@@ -265,7 +272,11 @@ impl Driver {
             if status.state != VmState::Created {
                 status.state = VmState::Shutdown;
             }
-            status.failure = why;
+            status.by_guest = !matches!(by, End::Requested);
+            status.failure = match by {
+                End::Requested | End::PowerOff => None,
+                End::Failed(failure) => Some(failure),
+            };
         });
     }
 
@@ -323,7 +334,7 @@ impl Driver {
     fn happened(&mut self, happening: Happening, sources: &mut Sources<'_>) {
         match happening {
             Happening::Built(built) => self.built(*built, sources),
-            Happening::Power(PowerEvent::PowerOff) => self.switch_off(None, sources),
+            Happening::Power(PowerEvent::PowerOff) => self.switch_off(End::PowerOff, sources),
             Happening::Power(PowerEvent::Reset) => self.build(None),
             Happening::Failed(failure) => {
                 tracing::warn!(
@@ -331,7 +342,7 @@ impl Driver {
                     detail = failure.detail,
                     "a guest failed"
                 );
-                self.switch_off(Some(failure), sources);
+                self.switch_off(End::Failed(failure), sources);
             }
             Happening::SerialRoom => {
                 if self.console.as_ref().is_some_and(Console::has_more) {
@@ -372,7 +383,7 @@ impl Actor for Driver {
                     }
                 }
                 Message::Abandoned => {
-                    self.switch_off(None, sources);
+                    self.switch_off(End::Requested, sources);
                     return Flow::Leave;
                 }
             }

@@ -1,3 +1,40 @@
-//! A virtual machine monitor whose machines move without noticing.
+//! The program: a service for many VMs, one VM in a command, and a demonstration.
 
-fn main() {}
+#![forbid(unsafe_code)]
+
+mod args;
+mod demo;
+mod generate;
+mod logging;
+mod one;
+mod serve;
+mod signals;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::args::{Arguments, Command};
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    if let Err(error) = logging::start(&arguments.logging) {
+        eprintln!("whimbrel: {error:#}");
+        return ExitCode::FAILURE;
+    }
+    let done = match arguments.command {
+        Some(Command::Serve(serve)) => serve::run(&serve),
+        Some(Command::Run(run)) => one::run(&run.vm, run.default_console()),
+        Some(Command::Demo) => demo::run(),
+        Some(Command::Completions { shell }) => {
+            generate::completions(shell);
+            Ok(ExitCode::SUCCESS)
+        }
+        Some(Command::Man { directory }) => generate::man_pages(&directory),
+        None => one::run(&arguments.vm, None),
+    };
+    done.unwrap_or_else(|error| {
+        eprintln!("whimbrel: {error:#}");
+        ExitCode::FAILURE
+    })
+}

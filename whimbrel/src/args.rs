@@ -1,0 +1,329 @@
+//! The command line.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use spec::{ConsoleConfig, ConsoleMode, PayloadConfig, SerialConfig, VmConfig, options};
+
+/// A virtual machine monitor whose machines move between hosts without noticing.
+///
+/// `whimbrel serve` runs a service for many VMs, `whimbrel run` one VM in one command. Without a
+/// subcommand it takes the command line of Cloud Hypervisor, and behaves as that does.
+#[derive(Debug, Parser)]
+#[command(name = "whimbrel", version, args_conflicts_with_subcommands = true)]
+#[command(after_help = "\
+Examples:
+  whimbrel demo                                   see it work; needs /dev/kvm and nothing else
+  whimbrel serve --socket /run/whimbrel.sock      a service; drive it with wh-remote or over REST
+  whimbrel run --kernel vmlinuz --initramfs initrd --cmdline console=ttyS0
+  whimbrel --api-socket /tmp/vm.sock              one VM, created and booted over its API")]
+pub(crate) struct Arguments {
+    #[command(subcommand)]
+    pub(crate) command: Option<Command>,
+    #[command(flatten)]
+    pub(crate) vm: VmArguments,
+    #[command(flatten)]
+    pub(crate) logging: LoggingArguments,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run a service for many VMs, driven over REST.
+    Serve(ServeArguments),
+    /// Run one VM; ends when its guest powers off.
+    Run(Box<RunArguments>),
+    /// Boot a small guest over REST and show what happens. Needs /dev/kvm and nothing else.
+    Demo,
+    /// Print completions for a shell.
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+    /// Write man pages.
+    Man {
+        /// Where to.
+        directory: PathBuf,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LoggingArguments {
+    /// Log more; twice for everything. RUST_LOG says it in detail.
+    #[arg(short, action = clap::ArgAction::Count, global = true)]
+    pub(crate) verbose: u8,
+    /// Log to a file in place of standard error.
+    #[arg(long, value_name = "PATH", global = true)]
+    pub(crate) log_file: Option<PathBuf>,
+    /// How log lines look.
+    #[arg(long, value_name = "FORMAT", default_value = "text", global = true)]
+    pub(crate) log_format: LogFormat,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LogFormat {
+    /// For people.
+    Text,
+    /// A JSON object a line.
+    Json,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ServeArguments {
+    /// Socket of the service. By default whimbrel.sock in $XDG_RUNTIME_DIR, or in /run.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) socket: Option<PathBuf>,
+    /// Serve on this TCP address as well. Loopback only: there is no authentication yet.
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub(crate) tcp: Option<SocketAddr>,
+    /// Where the service keeps its files: for each VM ID, `vms/ID.sock` speaks Cloud Hypervisor's
+    /// API for that VM alone. By default a directory beside the socket, named as it is but for the
+    /// ending.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) state_dir: Option<PathBuf>,
+    /// Threads on which the VMs' drivers live; by default as many as there are CPUs.
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<usize>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RunArguments {
+    #[command(flatten)]
+    pub(crate) vm: VmArguments,
+}
+
+impl RunArguments {
+    /// A person who runs a VM by hand wants to see it.
+    pub(crate) fn default_console(&self) -> Option<ConsoleMode> {
+        Some(ConsoleMode::Tty)
+    }
+}
+
+/// The options of Cloud Hypervisor's command line.
+#[derive(Debug, Default, Args)]
+#[command(next_help_heading = "VM")]
+pub(crate) struct VmArguments {
+    /// Socket on which Cloud Hypervisor's API is spoken for this VM.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) api_socket: Option<String>,
+    /// Kernel to boot: an ELF vmlinux or a bzImage.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) kernel: Option<String>,
+    /// Firmware to boot. (Not supported by this version.)
+    #[arg(long, value_name = "PATH")]
+    pub(crate) firmware: Option<String>,
+    /// The kernel's command line.
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) cmdline: Option<String>,
+    /// Initial RAM file system.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) initramfs: Option<String>,
+    /// vCPUs: a number, or boot=N,max=N,topology=T:C:D:P,affinity=[V@[CPUS]],max_phys_bits=N.
+    #[arg(long, value_name = "OPTIONS", default_value = "boot=1")]
+    pub(crate) cpus: Option<String>,
+    /// Memory: size=SIZE,shared=on,hugepages=on,hugepage_size=SIZE,prefault=on,mergeable=on,thp=off.
+    #[arg(long, value_name = "OPTIONS", default_value = "size=512M")]
+    pub(crate) memory: Option<String>,
+    /// Serial port: off, null, pty, tty, file=PATH or socket=PATH.
+    #[arg(long, value_name = "MODE")]
+    pub(crate) serial: Option<String>,
+    /// Virtio console. (This version has none: off, null and tty are accepted and mean none.)
+    #[arg(long, value_name = "MODE")]
+    pub(crate) console: Option<String>,
+    /// Disks. (Not supported by this version.)
+    #[arg(long, value_name = "OPTIONS", num_args = 1..)]
+    pub(crate) disk: Vec<String>,
+    /// Network interfaces. (Not supported by this version.)
+    #[arg(long, value_name = "OPTIONS", num_args = 1..)]
+    pub(crate) net: Vec<String>,
+    /// Source of randomness. (Only src=/dev/urandom is accepted by this version, and means none.)
+    #[arg(long, value_name = "OPTIONS")]
+    pub(crate) rng: Option<String>,
+    /// Memory balloon. (Not supported by this version.)
+    #[arg(long, value_name = "OPTIONS")]
+    pub(crate) balloon: Option<String>,
+    /// Shared file systems. (Not supported by this version.)
+    #[arg(long, value_name = "OPTIONS", num_args = 1..)]
+    pub(crate) fs: Vec<String>,
+    /// Persistent memory. (Not supported by this version.)
+    #[arg(long, value_name = "OPTIONS", num_args = 1..)]
+    pub(crate) pmem: Vec<String>,
+    /// Socket between guest and host. (Not supported by this version.)
+    #[arg(long, value_name = "OPTIONS")]
+    pub(crate) vsock: Option<String>,
+    /// A watchdog. (Not supported by this version.)
+    #[arg(long)]
+    pub(crate) watchdog: bool,
+    /// A panic notifier. (Not supported by this version.)
+    #[arg(long)]
+    pub(crate) pvpanic: bool,
+    /// System call filter. (This version has none: only false is accepted.)
+    #[arg(long, value_name = "MODE")]
+    pub(crate) seccomp: Option<String>,
+    /// Where events are told. (Not supported by this version; the service has /api/v1/events.)
+    #[arg(long, value_name = "OPTIONS")]
+    pub(crate) event_monitor: Option<String>,
+}
+
+impl VmArguments {
+    /// The API's socket, from `PATH` or `path=PATH`.
+    pub(crate) fn api_socket(&self) -> Result<Option<PathBuf>> {
+        Ok(
+            match self
+                .api_socket
+                .as_deref()
+                .map(|text| (text, text.split_once('=')))
+            {
+                None => None,
+                Some((_, Some(("path", path)))) => Some(PathBuf::from(path)),
+                Some((text, Some(("fd", _)))) => {
+                    bail!("--api-socket {text}: a descriptor is not supported; give a path")
+                }
+                Some((path, _)) => Some(PathBuf::from(path)),
+            },
+        )
+    }
+
+    /// The VM's configuration, if there is something to boot.
+    pub(crate) fn config(&self, serial_mode: Option<ConsoleMode>) -> Result<Option<VmConfig>> {
+        self.refuse_what_is_not_there()?;
+        if self.kernel.is_none() && self.firmware.is_none() {
+            return Ok(None);
+        }
+        let mut config = VmConfig::with_payload(PayloadConfig {
+            firmware: self.firmware.clone(),
+            kernel: self.kernel.clone(),
+            cmdline: self.cmdline.clone(),
+            initramfs: self.initramfs.clone(),
+            ..PayloadConfig::default()
+        });
+        config.serial = match (&self.serial, serial_mode) {
+            (Some(text), _) => options::serial(text)?,
+            (None, Some(mode)) => SerialConfig::with_mode(mode),
+            (None, None) => SerialConfig::default(),
+        };
+        config.console = match &self.console {
+            Some(text) => options::console(text)?,
+            None => ConsoleConfig::default(),
+        };
+        if let Some(text) = &self.cpus {
+            config.cpus = options::cpus(text)?;
+        }
+        if let Some(text) = &self.memory {
+            config.memory = options::memory(text)?;
+        }
+        config.disks = many(&self.disk, &options::DISK)?;
+        config.net = many(&self.net, &options::NET)?;
+        config.fs = many(&self.fs, &options::FS)?;
+        config.pmem = many(&self.pmem, &options::PMEM)?;
+        if let Some(text) = &self.rng {
+            config.rng = options::RNG.read(text)?;
+        }
+        config.balloon = self
+            .balloon
+            .as_deref()
+            .map(|t| options::BALLOON.read(t))
+            .transpose()?;
+        config.vsock = self
+            .vsock
+            .as_deref()
+            .map(|t| options::VSOCK.read(t))
+            .transpose()?;
+        config.watchdog = self.watchdog;
+        config.pvpanic = self.pvpanic;
+        Ok(Some(config))
+    }
+
+    fn refuse_what_is_not_there(&self) -> Result<()> {
+        if let Some(mode) = self.seccomp.as_deref().filter(|mode| *mode != "false") {
+            bail!(
+                "--seccomp {mode}: this version has no system call filter; --seccomp false is accepted"
+            );
+        }
+        if self.event_monitor.is_some() {
+            bail!(
+                "--event-monitor: not supported; `whimbrel serve` tells events at /api/v1/events"
+            );
+        }
+        Ok(())
+    }
+}
+
+fn many<T: serde::de::DeserializeOwned>(
+    texts: &[String],
+    kind: &options::OptionKind,
+) -> Result<Option<Vec<T>>> {
+    if texts.is_empty() {
+        return Ok(None);
+    }
+    let all = texts
+        .iter()
+        .map(|text| kind.read(text))
+        .collect::<Result<_, _>>();
+    all.map(Some).context("the command line cannot be read")
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn config(line: &str) -> Result<Option<VmConfig>> {
+        let words =
+            std::iter::once("whimbrel").chain(line.split(' ').filter(|word| !word.is_empty()));
+        Arguments::try_parse_from(words)?.vm.config(None)
+    }
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn options_of_cloud_hypervisor_mean_the_same() {
+        let config = config(
+            "--kernel /k --initramfs /i --cmdline console=ttyS0 --cpus boot=2 --memory size=1G,shared=on \
+             --serial file=/log --console off --disk path=/a path=/b,readonly=on --disk path=/c",
+        );
+        let config = config.unwrap().unwrap();
+        assert_eq!(config.payload.initramfs.as_deref(), Some("/i"));
+        assert_eq!(
+            (
+                config.cpus.boot_vcpus,
+                config.memory.size,
+                config.memory.shared
+            ),
+            (2, 1 << 30, true)
+        );
+        assert_eq!(
+            (config.serial.mode, config.console.mode),
+            (ConsoleMode::File, ConsoleMode::Off)
+        );
+        assert_eq!(config.disks.unwrap().len(), 3);
+    }
+
+    #[test]
+    fn without_a_payload_there_is_nothing_to_boot() {
+        assert_eq!(config("--api-socket /s").unwrap(), None);
+        assert!(config("--kernel /k --seccomp true").is_err());
+        assert!(config("--kernel /k --cpus boots=2").is_err());
+    }
+
+    #[test]
+    fn sockets_in_both_forms() {
+        for (text, path) in [("/a/b", "/a/b"), ("path=/c", "/c")] {
+            let vm = VmArguments {
+                api_socket: Some(text.into()),
+                ..VmArguments::default()
+            };
+            assert_eq!(vm.api_socket().unwrap(), Some(PathBuf::from(path)));
+        }
+        let fd = VmArguments {
+            api_socket: Some("fd=3".into()),
+            ..VmArguments::default()
+        };
+        assert!(fd.api_socket().is_err());
+    }
+}

@@ -1,0 +1,116 @@
+//! One VM: `whimbrel run`, and the command line of Cloud Hypervisor.
+//!
+//! The program ends when the guest powers off, fails, or a client of the API asks for it. It
+//! stays when a client shuts the VM down, which may boot it again.
+
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+use api::{Listener, Service, serve};
+use control::{Registry, Verb, VmHandle};
+use spec::{ConsoleMode, VmId, VmState};
+use vmm::{Pool, PoolConfig};
+
+use crate::args::VmArguments;
+use crate::serve::{about, runtime};
+use crate::signals::{Signals, unless_interrupted};
+
+pub(crate) fn run(arguments: &VmArguments, serial: Option<ConsoleMode>) -> Result<ExitCode> {
+    let socket = arguments.api_socket()?;
+    let config = arguments.config(serial)?;
+    if socket.is_none() && config.is_none() {
+        bail!(
+            "nothing to do: --kernel boots a VM, --api-socket waits for one over REST, `whimbrel serve` \
+             is a service for many, and `whimbrel demo` shows how it works"
+        );
+    }
+    let pool = Pool::start(&PoolConfig { threads: Some(1) })?;
+    runtime()?.block_on(async {
+        let mut signals = Signals::listen()?;
+        let registry = Registry::new(pool);
+        let id: VmId = "vm".parse()?;
+        let service = Service::new(registry.clone(), about());
+        let shutdown = service.shutdown().clone();
+        let serving = match socket {
+            None => None,
+            Some(path) => {
+                let listener = Listener::unix(path)?;
+                eprintln!("whimbrel: API at {}", listener.place());
+                let router = service.vm_router(&id, &shutdown);
+                Some(tokio::spawn(serve(listener, router, shutdown.clone())))
+            }
+        };
+        let mut booted = Ok(());
+        if let Some(config) = config {
+            let created = registry
+                .create(Some(id), config)
+                .map_err(|error| explained(&error));
+            booted = match created {
+                Ok(vm) => vm
+                    .ask(Verb::Boot)
+                    .await
+                    .map(|_| ())
+                    .map_err(|error| explained(&error)),
+                Err(error) => Err(error),
+            };
+        }
+        let ended = match booted {
+            Err(error) => Err(error),
+            Ok(()) => {
+                let ended = tokio::select! {
+                    () = signals.next() => None,
+                    () = shutdown.requested() => None,
+                    ended = guest_ends(&registry) => Some(ended),
+                };
+                Ok(ended.flatten())
+            }
+        };
+        shutdown.request();
+        unless_interrupted(&mut signals, async {
+            registry.delete_all().await;
+            if let Some(task) = serving {
+                // A panic is in the log already.
+                let _ = task.await;
+            }
+        })
+        .await;
+        match ended? {
+            None => Ok(ExitCode::SUCCESS),
+            Some(failure) => bail!("the guest failed: {} ({})", failure.detail, failure.code),
+        }
+    })
+}
+
+fn explained(error: &control::RequestError) -> anyhow::Error {
+    let fields = error.fields.iter().filter(|_| error.fields.len() > 1);
+    let list: String = fields
+        .map(|field| format!("\n  {}: {}", field.pointer, field.detail))
+        .collect();
+    anyhow::anyhow!("{error}{list}")
+}
+
+/// Waits until the guest ends by itself, however often the VM is deleted and created meanwhile.
+async fn guest_ends(registry: &Registry) -> Option<spec::Failure> {
+    let mut changes = registry.changes();
+    loop {
+        changes.borrow_and_update();
+        let vm = registry.list().into_iter().next();
+        tokio::select! {
+            ended = watch(vm) => return ended,
+            // The registry is there: it is borrowed.
+            _ = changes.changed() => {}
+        }
+    }
+}
+
+async fn watch(vm: Option<VmHandle>) -> Option<spec::Failure> {
+    let Some(vm) = vm else {
+        return std::future::pending().await;
+    };
+    let mut status = vm.watch();
+    let over = |status: &control::VmStatus| status.state == VmState::Shutdown && status.by_guest;
+    match status.wait_for(over).await {
+        Ok(status) => status.failure.clone(),
+        Err(_) => std::future::pending().await,
+    }
+}

@@ -1,0 +1,98 @@
+//! `whimbrel serve`: many VMs.
+
+use std::env;
+use std::fs::DirBuilder;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use api::{Listener, Service, serve};
+use control::Registry;
+use spec::VmmPingResponse;
+use vmm::{Pool, PoolConfig};
+
+use crate::args::ServeArguments;
+use crate::signals::{Signals, unless_interrupted};
+
+/// What this program says of itself.
+pub(crate) fn about() -> VmmPingResponse {
+    let version = env!("CARGO_PKG_VERSION");
+    VmmPingResponse {
+        build_version: format!("v{version}"),
+        version: version.to_owned(),
+        pid: std::process::id().into(),
+        features: vec!["kvm".to_owned()],
+    }
+}
+
+fn default_socket() -> PathBuf {
+    let runtime = env::var_os("XDG_RUNTIME_DIR").filter(|dir| !dir.is_empty());
+    runtime
+        .map_or_else(|| PathBuf::from("/run"), PathBuf::from)
+        .join("whimbrel.sock")
+}
+
+/// A directory that only its owner may look into.
+fn private_directory(path: &Path) -> Result<()> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .with_context(|| format!("cannot make the directory {}", path.display()))
+}
+
+/// A runtime for the service's own threads. They only pass messages: two are enough.
+pub(crate) fn runtime() -> Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("cannot start the service's threads")
+}
+
+pub(crate) fn run(arguments: &ServeArguments) -> Result<ExitCode> {
+    let socket = arguments.socket.clone().unwrap_or_else(default_socket);
+    let state = arguments
+        .state_dir
+        .clone()
+        .unwrap_or_else(|| socket.with_extension(""));
+    let pool = Pool::start(&PoolConfig {
+        threads: arguments.threads,
+    })?;
+    let runtime = runtime()?;
+    runtime.block_on(async {
+        let mut signals = Signals::listen()?;
+        let mut listeners = vec![Listener::unix(&socket)?];
+        if let Some(address) = arguments.tcp {
+            listeners.push(Listener::tcp(address).await?);
+        }
+        let vms = state.join("vms");
+        private_directory(&vms)?;
+        let registry = Registry::new(pool);
+        let service = Service::new(registry.clone(), about()).with_vm_sockets(vms);
+        for listener in &listeners {
+            eprintln!("whimbrel: API at {}", listener.place());
+        }
+        let shutdown = service.shutdown().clone();
+        let serving: Vec<_> = listeners
+            .into_iter()
+            .map(|listener| tokio::spawn(serve(listener, service.router(), shutdown.clone())))
+            .collect();
+        tokio::select! {
+            () = signals.next() => {}
+            () = shutdown.requested() => {}
+        }
+        shutdown.request();
+        unless_interrupted(&mut signals, async {
+            registry.delete_all().await;
+            for task in serving {
+                if task.await.is_err() {
+                    tracing::error!("a listener's task panicked");
+                }
+            }
+        })
+        .await;
+        Ok(ExitCode::SUCCESS)
+    })
+}
