@@ -57,10 +57,13 @@ fn build() -> Result<(), String> {
     let output = rustc
         .output()
         .map_err(|error| format!("the compiler does not start: {error}"))?;
+    let text = String::from_utf8_lossy(&output.stderr);
     if output.status.success() {
+        for line in text.lines() {
+            println!("cargo::warning={line}");
+        }
         Ok(())
     } else {
-        let text = String::from_utf8_lossy(&output.stderr);
         Err(text.lines().collect::<Vec<_>>().join("\ncargo::error="))
     }
 }
