@@ -42,7 +42,7 @@ fn build() -> Result<(), String> {
             ["-nostartfiles", "-nostdlib", "-static", "-no-pie"]
                 .map(|arg| format!("-Clink-arg={arg}")),
         )
-        .arg(format!("-Clink-arg=-Wl,-T,{}", script.display()))
+        .arg(format!("-Clink-arg=-T{}", script.display()))
         .args(
             ["--build-id=none", "-z,max-page-size=4096", "-z,noexecstack"]
                 .map(|arg| format!("-Clink-arg=-Wl,{arg}")),

@@ -88,7 +88,12 @@ pub fn start(apic_id: u32, page: u8, is_up: impl Fn() -> bool) -> bool {
         return true;
     }
     send(STARTUP | u32::from(page));
-    wait(2_000_000, is_up)
+    if wait(5_000_000, is_up) {
+        return true;
+    }
+    // Should it come late, it would take what is given to the next one.
+    send(INIT);
+    false
 }
 
 /// Waits until it is so, at most so many microseconds.

@@ -2,9 +2,7 @@
 
 #![no_std]
 #![no_main]
-// SAFETY comments are kept; the lints of the workspace do not reach a crate that a build script
-// compiles.
-#![warn(unsafe_op_in_unsafe_fn, unused)]
+#![warn(unsafe_op_in_unsafe_fn)]
 
 mod acpi;
 mod apic;
