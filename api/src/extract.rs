@@ -129,14 +129,18 @@ impl<S: Send + Sync> FromRequestParts<S> for Named {
     type Rejection = Refusal;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Refusal> {
-        let Path(name) = Path::<String>::from_request_parts(parts, state)
-            .await
-            .map_err(|error| {
-                Refusal::new(StatusCode::BAD_REQUEST, "bad-path", error.body_text())
-            })?;
         // What cannot be a name is the name of nothing.
-        name.parse()
-            .map(Self)
-            .map_err(|_| RequestError::no_such_vm(&name).into())
+        match Path::<String>::from_request_parts(parts, state).await {
+            Ok(Path(name)) => match name.parse() {
+                Ok(id) => Ok(Self(id)),
+                Err(_) => Err(RequestError::no_such_vm(&excerpt(&name)).into()),
+            },
+            Err(_) => Err(RequestError::no_such_vm(&excerpt(parts.uri.path())).into()),
+        }
     }
+}
+
+/// As much of a client's text as is worth repeating.
+fn excerpt(text: &str) -> String {
+    text.chars().take(spec::limits::VM_ID_LEN).collect()
 }

@@ -308,6 +308,7 @@ fn owner(file: &mut File) -> String {
 mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt as _;
+    use std::sync::Arc;
 
     fn socket() -> (tempfile::TempDir, PathBuf) {
         let directory = tempfile::tempdir().unwrap();
@@ -398,7 +399,7 @@ mod tests {
         for _ in 0..20 {
             let (_directory, path) = socket();
             drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
-            let start = std::sync::Arc::new(tokio::sync::Barrier::new(8));
+            let start = Arc::new(tokio::sync::Barrier::new(8));
             let tries: Vec<_> = (0..8)
                 .map(|_| {
                     let (path, start) = (path.clone(), start.clone());
@@ -415,6 +416,36 @@ mod tests {
             assert_eq!(serving.len(), 1);
             assert!(UnixStream::connect(&path).is_ok());
         }
+    }
+
+    /// Services come and go on one socket, cleanly and as if killed: there are never two.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+    async fn of_many_that_come_and_go_one_serves_at_a_time() {
+        use std::sync::atomic::{AtomicUsize, Ordering};
+
+        let (_directory, path) = socket();
+        let (alive, served) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+        let churn = |killed: bool| {
+            let (path, alive, served) = (path.clone(), alive.clone(), served.clone());
+            tokio::spawn(async move {
+                for _ in 0..200 {
+                    if let Ok(listener) = Listener::unix(&path) {
+                        assert_eq!(alive.fetch_add(1, Ordering::SeqCst), 0);
+                        tokio::task::yield_now().await;
+                        alive.fetch_sub(1, Ordering::SeqCst);
+                        served.fetch_add(1, Ordering::SeqCst);
+                        if let (true, Listener::Unix(mut socket)) = (killed, listener) {
+                            // Its file stays behind.
+                            socket.identity = (0, 0);
+                        }
+                    }
+                }
+            })
+        };
+        for one in [churn(false), churn(true), churn(false), churn(true)] {
+            one.await.unwrap();
+        }
+        assert!(served.load(Ordering::SeqCst) > 0);
     }
 
     #[tokio::test]

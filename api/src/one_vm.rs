@@ -14,7 +14,7 @@ use crate::extract::Json;
 use crate::problem::Refusal;
 use crate::refusals::{
     Exists, Failed, NotAllowedNow, NotCreated, NotJson, NotPossible, NotUnderstood, TooLong,
-    Unsupported, WrongState, not_created, of_one_vm,
+    TooSlow, Unsupported, WrongState, not_created, of_one_vm,
 };
 
 /// The VM of a socket, created or not.
@@ -64,7 +64,7 @@ pub(crate) fn routes() -> OpenApiRouter<OneVm> {
     put, path = "/api/v1/vm.create", operation_id = "createVM", tag = ONE_VM, request_body = VmConfig,
     responses(
         (status = 204, description = "The VM is created."),
-        NotUnderstood, Exists, TooLong, NotJson, NotPossible, Failed, Unsupported,
+        NotUnderstood, TooSlow, Exists, TooLong, NotJson, NotPossible, Failed, Unsupported,
     ),
 )]
 async fn create(

@@ -46,6 +46,8 @@ refusals! {
                           a value of the wrong type.";
     /// A query that is not understood.
     BadQuery = 400, "The query or `Last-Event-ID` is not understood.";
+    /// A body that does not come.
+    TooSlow = 408, "The body did not arrive in time.";
     /// One VM a socket.
     NotCreated = 404, "The VM is not created.";
     /// Many VMs.

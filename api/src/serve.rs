@@ -152,8 +152,10 @@ async fn accept(
         Listener::Unix(socket) => Stream::Unix(socket.accept().await?),
         Listener::Tcp(listener) => {
             let (stream, _) = listener.accept().await?;
-            // Answers are small, and each is waited for.
-            stream.set_nodelay(true)?;
+            // Answers are small, and each is waited for. Without it they come later, no more.
+            if let Err(error) = stream.set_nodelay(true) {
+                tracing::debug!(%error, "cannot turn Nagle's algorithm off");
+            }
             Stream::Tcp(stream)
         }
     };

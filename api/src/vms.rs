@@ -15,7 +15,8 @@ use crate::extract::{Json, Named};
 use crate::one_vm::{counters_of, memory_map_of};
 use crate::problem::Refusal;
 use crate::refusals::{
-    Exists, Failed, NoSuchVm, NotJson, NotPossible, NotUnderstood, TooLong, Unsupported, WrongState,
+    Exists, Failed, NoSuchVm, NotJson, NotPossible, NotUnderstood, TooLong, TooSlow, Unsupported,
+    WrongState,
 };
 use crate::service::Service;
 
@@ -93,7 +94,7 @@ async fn list(State(service): State<Service>) -> Answer<Vec<VmSummary>> {
     responses(
         (status = 201, description = "The VM is created.", body = VmSummary,
          headers(("Location" = String, description = "Its path."))),
-        NotUnderstood, Exists, TooLong, NotJson, NotPossible, Failed, Unsupported,
+        NotUnderstood, TooSlow, Exists, TooLong, NotJson, NotPossible, Failed, Unsupported,
     ),
 )]
 async fn create(
@@ -113,7 +114,7 @@ async fn create(
         (status = 200, description = "There is such a VM already.", body = VmSummary),
         (status = 201, description = "The VM is created.", body = VmSummary,
          headers(("Location" = String, description = "Its path."))),
-        NotUnderstood, Exists, TooLong, NotJson, NotPossible, Failed, Unsupported,
+        NotUnderstood, TooSlow, Exists, TooLong, NotJson, NotPossible, Failed, Unsupported,
     ),
 )]
 async fn ensure(

@@ -11,6 +11,7 @@
     reason = "a test fails by panicking"
 )]
 
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use api::{Bounds, Listener, Service, serve_within};
@@ -77,16 +78,46 @@ impl Answer {
     }
 }
 
-/// Sends a request past all sockets.
+/// Sends a request past all sockets, and checks that the document knows of such an answer.
 pub async fn send(router: &Router, request: Request<Body>) -> Answer {
+    let (method, path) = (
+        request.method().as_str().to_lowercase(),
+        request.uri().path().to_owned(),
+    );
     let response = router.clone().oneshot(request).await.unwrap();
     let (parts, body) = response.into_parts();
     let bytes = body.collect().await.unwrap().to_bytes();
+    let text = String::from_utf8(bytes.into()).unwrap();
+    // The other face has the path.
+    if let Some(answers) = described(&method, &path).filter(|_| !text.contains("no-such-path")) {
+        let status = parts.status.as_str().to_owned();
+        assert!(
+            answers.contains(&status),
+            "{method} {path} is not said to answer {status}"
+        );
+    }
     Answer {
         status: parts.status,
         headers: parts.headers,
-        text: String::from_utf8(bytes.into()).unwrap(),
+        text,
     }
+}
+
+/// The statuses that an operation is said to have; nothing if there is no such operation.
+fn described(method: &str, path: &str) -> Option<Vec<String>> {
+    static DOCUMENT: LazyLock<Value> =
+        LazyLock::new(|| serde_json::to_value(api::document()).unwrap());
+    let fits = |template: &str| {
+        let (given, template) = (path.split('/'), template.split('/'));
+        given.clone().count() == template.clone().count()
+            && given
+                .zip(template)
+                .all(|(given, part)| part == "{id}" || part == given)
+    };
+    let mut paths = DOCUMENT["paths"].as_object().unwrap().iter();
+    let (_, operations) = paths.find(|(template, _)| fits(template))?;
+    let answers = operations.get(method)?["responses"].as_object().unwrap();
+    Some(answers.keys().cloned().collect())
 }
 
 /// The same from the beginning of a request line, `PUT /api/v1/vm.boot`, and a body, which may be empty.
