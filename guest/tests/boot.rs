@@ -4,7 +4,7 @@ mod machine;
 
 use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use guest::pattern::PAGE_SIZE;
 use guest::{
@@ -273,14 +273,17 @@ fn dirties_at_its_rate_and_knows_every_page() {
     });
     machine.expect("ready", ready);
     await_pages(&mut machine, 3000);
-    let since = Instant::now();
-    machine.send(Command::Report);
-    let (_, _, before) = machine.expect("a report", report);
-    thread::sleep(Duration::from_millis(500));
-    machine.send(Command::Report);
-    let (_, _, after) = machine.expect("a report", report);
-    let rate = (after - before) as f64 / since.elapsed().as_secs_f64();
-    assert!(rate > 1000.0 && rate < 6000.0, "{rate} pages/s");
+    for _ in 0..10 {
+        machine.send(Command::Report);
+        let (uptime_ms, writes) = machine.expect("a report", |line| match *line {
+            Line::Report {
+                uptime_ms, writes, ..
+            } => Some((uptime_ms, writes)),
+            _ => None,
+        });
+        // It may be behind, on a busy host, but never ahead.
+        assert!(writes <= uptime_ms * 5 + 64, "{writes} in {uptime_ms} ms");
+    }
     machine.send(Command::Verify);
     assert_eq!(machine.expect("verified", verified), (1024, 0, None));
 }
@@ -352,8 +355,8 @@ fn a_stop_is_seen_as_a_gap() {
     thread::sleep(Duration::from_millis(100));
     machine.send(Command::Report);
     let (gap, clock_gap, _) = machine.expect("a report", report);
-    assert!(gap >= stop && gap < stop * 4, "{gap:?}");
-    assert!(clock_gap >= stop && clock_gap < stop * 4, "{clock_gap:?}");
+    assert!(gap >= stop && gap < stop * 8, "{gap:?}");
+    assert!(clock_gap >= stop && clock_gap < stop * 8, "{clock_gap:?}");
     machine.send(Command::Report);
     let (gap, _, _) = machine.expect("a report", report);
     assert!(gap < stop, "a report starts anew, and yet: {gap:?}");
@@ -372,13 +375,12 @@ fn its_heart_beats() {
         } => Some((count, uptime_ms)),
         _ => None,
     };
-    let (first, first_ms) = machine.expect("a heartbeat", beat);
-    for count in first + 1..first + 6 {
-        assert_eq!(machine.expect("a heartbeat", beat).0, count);
+    for expected in 1..6 {
+        let (count, uptime_ms) = machine.expect("a heartbeat", beat);
+        assert_eq!(count, expected);
+        // It may be late, on a busy host, but never early.
+        assert!(uptime_ms >= 50 * count, "beat {count} at {uptime_ms} ms");
     }
-    let (last, last_ms) = machine.expect("a heartbeat", beat);
-    let period = (last_ms - first_ms) / (last - first);
-    assert!((45..200).contains(&period), "{period} ms");
 }
 
 #[test]
