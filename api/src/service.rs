@@ -52,6 +52,14 @@ impl Service {
         &self.shutdown
     }
 
+    /// Requests the shutdown, and waits until the sockets of VMs are closed and their files gone.
+    pub async fn close(&self) {
+        self.shutdown.request();
+        if let Some(sockets) = &self.sockets {
+            sockets.close().await;
+        }
+    }
+
     /// The VMs.
     #[must_use]
     pub fn registry(&self) -> &Registry {

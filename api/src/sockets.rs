@@ -60,6 +60,18 @@ impl VmSockets {
         open.insert(id.clone(), Open { shutdown, serving });
         Ok(())
     }
+
+    /// Closes all of them, and waits until their files are gone.
+    pub(crate) async fn close(&self) {
+        let open = std::mem::take(&mut *self.open.lock().await);
+        for socket in open.values() {
+            socket.shutdown.request();
+        }
+        for socket in open.into_values() {
+            // A task that panicked has let go of its socket too.
+            let _ = socket.serving.await;
+        }
+    }
 }
 
 /// Requests the socket's shutdown when the VM is no more, or the service stops.

@@ -297,6 +297,20 @@ async fn each_vm_has_a_socket_of_its_own_for_as_long_as_it_lives() {
 }
 
 #[tokio::test]
+async fn a_service_that_closes_leaves_no_socket_behind() {
+    let sockets = tempfile::tempdir().unwrap();
+    let service = service(Fake::default()).with_vm_sockets(sockets.path());
+    for id in ["a", "b", "c"] {
+        let line = format!("PUT /api/v1/vms/{id}");
+        expect(&service.router(), &line, CONFIG, 201).await;
+    }
+    assert_eq!(std::fs::read_dir(sockets.path()).unwrap().count(), 6);
+    service.close().await;
+    assert!(service.shutdown().is_requested());
+    assert_eq!(std::fs::read_dir(sockets.path()).unwrap().count(), 0);
+}
+
+#[tokio::test]
 async fn a_vm_whose_socket_cannot_be_is_not_created() {
     let service = service(Fake::default()).with_vm_sockets("/nowhere/at/all");
     let router = service.router();

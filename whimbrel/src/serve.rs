@@ -86,6 +86,7 @@ pub(crate) fn run(arguments: &ServeArguments) -> Result<ExitCode> {
         shutdown.request();
         unless_interrupted(&mut signals, async {
             registry.delete_all().await;
+            service.close().await;
             for task in serving {
                 if task.await.is_err() {
                     tracing::error!("a listener's task panicked");
