@@ -1,3 +1,52 @@
-//! wh-remote: the command line client.
+//! `wh-remote`: drives a VMM over its socket, as `ch-remote` does, and a service of many VMs.
 
-fn main() {}
+#![forbid(unsafe_code)]
+
+mod args;
+mod print;
+mod remote;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser};
+
+use crate::args::{Arguments, Command};
+use crate::remote::Remote;
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    match &arguments.command {
+        Command::Completions { shell } => {
+            let mut command = Arguments::command();
+            clap_complete::generate(*shell, &mut command, "wh-remote", &mut std::io::stdout());
+            return ExitCode::SUCCESS;
+        }
+        Command::Man { directory } => {
+            let written = std::fs::create_dir_all(directory)
+                .and_then(|()| clap_mangen::generate_to(Arguments::command(), directory));
+            return finish(written.map_err(|error| {
+                anyhow::anyhow!("cannot write man pages to {}: {error}", directory.display())
+            }));
+        }
+        _ => {}
+    }
+    finish(run(arguments))
+}
+
+fn run(arguments: Arguments) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let remote = Remote::new(&arguments)?;
+    runtime.block_on(remote.perform(arguments.command))
+}
+
+fn finish(done: anyhow::Result<()>) -> ExitCode {
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("wh-remote: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

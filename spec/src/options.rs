@@ -36,6 +36,8 @@ enum Form {
     Size,
     /// `on`, `off`, `true`, `false`.
     Switch,
+    /// A word of the API, in the command line's way of writing: `on-demand` for `OnDemand`.
+    Word,
 }
 
 /// `(key, field, form)`.
@@ -50,7 +52,7 @@ const MEMORY: &[Key] = &[
     ("prefault", "prefault", Form::Switch),
     ("reserve", "reserve", Form::Switch),
     ("thp", "thp", Form::Switch),
-    ("hotplug_method", "hotplug_method", Form::Text),
+    ("hotplug_method", "hotplug_method", Form::Word),
     ("hotplug_size", "hotplug_size", Form::Size),
     ("hotplugged_size", "hotplugged_size", Form::Size),
 ];
@@ -154,6 +156,69 @@ pub const PMEM: OptionKind = OptionKind {
     pci: true,
 };
 
+/// A device of the host.
+pub const DEVICE: OptionKind = OptionKind {
+    name: "device",
+    keys: &[("path", "path", Form::Text)],
+    pci: true,
+};
+
+/// A device that another process serves over vfio-user.
+pub const USER_DEVICE: OptionKind = OptionKind {
+    name: "user-device",
+    keys: &[("socket", "socket", Form::Text)],
+    pci: false,
+};
+
+/// A vDPA device.
+pub const VDPA: OptionKind = OptionKind {
+    name: "vdpa",
+    keys: &[
+        ("path", "path", Form::Text),
+        ("num_queues", "num_queues", Form::Number),
+    ],
+    pci: true,
+};
+
+/// What to restore.
+pub const RESTORE: OptionKind = OptionKind {
+    name: "restore",
+    keys: &[
+        ("source_url", "source_url", Form::Text),
+        ("prefault", "prefault", Form::Switch),
+        ("memory_restore_mode", "memory_restore_mode", Form::Word),
+        ("resume", "resume", Form::Switch),
+    ],
+    pci: false,
+};
+
+/// Where a migration goes.
+pub const SEND_MIGRATION: OptionKind = OptionKind {
+    name: "send-migration",
+    keys: &[
+        ("destination_url", "destination_url", Form::Text),
+        ("local", "local", Form::Switch),
+        ("downtime_ms", "downtime_ms", Form::Number),
+        ("timeout_s", "timeout_s", Form::Number),
+        ("timeout_strategy", "timeout_strategy", Form::Word),
+        ("connections", "connections", Form::Number),
+        ("tls_dir", "tls_dir", Form::Text),
+        ("memory_mode", "memory_mode", Form::Word),
+    ],
+    pci: false,
+};
+
+/// Where a migration arrives.
+pub const RECEIVE_MIGRATION: OptionKind = OptionKind {
+    name: "receive-migration",
+    keys: &[
+        ("receiver_url", "receiver_url", Form::Text),
+        ("tls_dir", "tls_dir", Form::Text),
+        ("memory_mode", "memory_mode", Form::Word),
+    ],
+    pci: false,
+};
+
 /// An option whose keys are the fields of a configuration type.
 pub struct OptionKind {
     name: &'static str,
@@ -195,7 +260,7 @@ pub fn cpus(text: &str) -> Result<CpusConfig, OptionError> {
         ("nested", "nested", Form::Switch),
         ("affinity", "affinity", Form::Text),
         ("features", "features", Form::Text),
-        ("core_scheduling", "core_scheduling", Form::Text),
+        ("core_scheduling", "core_scheduling", Form::Word),
     ];
     let mut fields = fields(NAME, text, keys)?;
     let boot = fields.entry("boot_vcpus").or_insert(json!(1)).clone();
@@ -216,11 +281,6 @@ pub fn cpus(text: &str) -> Result<CpusConfig, OptionError> {
             .map(|name| ((*name).to_owned(), json!(true)))
             .collect();
         fields.insert("features".into(), Value::Object(features));
-    }
-    if let Some(Value::String(mode)) = fields.get_mut("core_scheduling") {
-        let mut letters = mode.chars();
-        let first = letters.next().map(|c| c.to_ascii_uppercase());
-        *mode = first.into_iter().chain(letters).collect();
     }
     typed(NAME, &Value::Object(fields))
 }
@@ -272,13 +332,6 @@ pub fn memory(text: &str) -> Result<MemoryConfig, OptionError> {
     fields
         .entry("size")
         .or_insert(json!(MemoryConfig::default().size));
-    if let Some(Value::String(method)) = fields.get_mut("hotplug_method") {
-        *method = match method.as_str() {
-            "acpi" => "Acpi".to_owned(),
-            "virtio-mem" => "VirtioMem".to_owned(),
-            other => other.to_owned(),
-        };
-    }
     typed(NAME, &Value::Object(fields))
 }
 
@@ -374,6 +427,7 @@ fn fields(option: &str, text: &str, keys: &[Key]) -> Result<Map<String, Value>, 
 fn read_value(form: Form, text: &str) -> Result<Value, &'static str> {
     match form {
         Form::Text => Ok(json!(text)),
+        Form::Word => Ok(json!(word(text))),
         Form::Number => text
             .parse::<u64>()
             .map(|n| json!(n))
@@ -387,6 +441,20 @@ fn read_value(form: Form, text: &str) -> Result<Value, &'static str> {
             _ => Err("on or off"),
         },
     }
+}
+
+/// `on-demand` as `OnDemand`.
+fn word(text: &str) -> String {
+    let mut start = true;
+    let mut word = String::new();
+    for c in text.chars() {
+        match c {
+            '-' | '_' => start = true,
+            _ if std::mem::take(&mut start) => word.extend(c.to_uppercase()),
+            _ => word.push(c),
+        }
+    }
+    word
 }
 
 /// `[0,2-3]`.
@@ -457,6 +525,8 @@ mod tests {
             (2, 4, false)
         );
         assert_eq!(full.topology.unwrap().packages, 2);
+        let mode = cpus("core_scheduling=vcpu").unwrap().core_scheduling;
+        assert_eq!(mode, crate::CoreSchedulingMode::Vcpu);
         assert_eq!(full.affinity.unwrap()[0].host_cpus, [0, 2, 3]);
         for (bad, why) in [
             ("boot=two", "--cpus: boot=two is not a number"),

@@ -1,0 +1,201 @@
+//! The command line: `ch-remote`'s, and what is for many VMs.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use spec::VmId;
+
+/// Drives a virtual machine over the REST API.
+///
+/// With --api-socket alone it speaks to a socket that serves one VM, as `ch-remote` does. With
+/// --vm it speaks of one of the VMs of a service.
+#[derive(Debug, Parser)]
+#[command(name = "wh-remote", version)]
+#[command(after_help = "\
+Examples:
+  wh-remote --api-socket /tmp/vm.sock create vm.json      one VM a socket
+  wh-remote --api-socket /tmp/vm.sock boot
+  wh-remote ls                                            the VMs of the service
+  wh-remote --vm web create vm.json                       ... and one of them
+  wh-remote --vm web boot
+  wh-remote --vm web info --json | jq .state")]
+pub(crate) struct Arguments {
+    /// The socket. By default that of the service: whimbrel.sock in $XDG_RUNTIME_DIR, or in /run.
+    #[arg(long, value_name = "PATH", global = true)]
+    pub(crate) api_socket: Option<PathBuf>,
+    /// The VM, on a service's socket.
+    #[arg(long, value_name = "ID", global = true)]
+    pub(crate) vm: Option<VmId>,
+    /// Print JSON. (Standard output that is no terminal gets it anyhow, from what has a body.)
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Ask whether the VMM is there, and which it is.
+    Ping,
+    /// List the VMs of a service.
+    #[command(visible_alias = "list")]
+    Ls,
+    /// Create the VM from a JSON file, without booting it.
+    Create {
+        /// The file; `-` is standard input.
+        #[arg(default_value = "-")]
+        path: String,
+    },
+    /// Boot the VM.
+    Boot,
+    /// Let the guest stand still.
+    Pause,
+    /// Let the paused guest go on.
+    Resume,
+    /// Reset the guest.
+    Reboot,
+    /// End the guest at once; the VM can be booted again.
+    Shutdown,
+    /// End the VM and have it forgotten.
+    Delete,
+    /// Press the power button.
+    PowerButton,
+    /// Send a non-maskable interrupt to every vCPU.
+    Nmi,
+    /// Show the VM's configuration and state.
+    Info,
+    /// Show the counters of the VM's devices.
+    Counters,
+    /// Show the VM's address spaces: the region tree, and what the guest sees.
+    MemoryMap,
+    /// Follow what happens to a service's VMs.
+    Events {
+        /// Start after the event of this number; 0 is from the first that is kept.
+        #[arg(long, value_name = "N")]
+        after: Option<u64>,
+    },
+    /// Describe the API that the socket serves, as OpenAPI.
+    Openapi,
+    /// End the VMM, or the service with all its VMs.
+    ShutdownVmm,
+    /// Resize the VM.
+    Resize(ResizeArguments),
+    /// Resize a disk.
+    ResizeDisk {
+        /// The disk.
+        #[arg(long, value_name = "ID")]
+        disk: String,
+        /// Its new size.
+        #[arg(long, value_name = "SIZE", value_parser = size)]
+        size: u64,
+    },
+    /// Resize a memory zone.
+    ResizeZone {
+        /// The zone.
+        #[arg(long, value_name = "ID")]
+        id: String,
+        /// Its new size.
+        #[arg(long, value_name = "SIZE", value_parser = size)]
+        size: u64,
+    },
+    /// Add a device of the host.
+    AddDevice { options: String },
+    /// Add a disk.
+    AddDisk { options: String },
+    /// Add a shared file system.
+    AddFs { options: String },
+    /// Add a network interface.
+    AddNet { options: String },
+    /// Add persistent memory.
+    AddPmem { options: String },
+    /// Add a device that another process serves.
+    AddUserDevice { options: String },
+    /// Add a vDPA device.
+    AddVdpa { options: String },
+    /// Add a socket between guest and host.
+    AddVsock { options: String },
+    /// Remove a device.
+    RemoveDevice {
+        /// The device.
+        id: String,
+    },
+    /// Take a snapshot.
+    Snapshot {
+        /// Where it goes: file:///a/directory.
+        destination_url: String,
+    },
+    /// Restore a snapshot: source_url=file:///a/directory,prefault=on,resume=on.
+    Restore { options: String },
+    /// Take a core dump.
+    Coredump {
+        /// Where it goes: file:///a/file.
+        destination_url: String,
+    },
+    /// Send the VM to another host: a URL, or destination_url=URL,downtime_ms=N,...
+    SendMigration {
+        /// The other process is on this host, and is given the memory itself.
+        #[arg(long)]
+        local: bool,
+        options: String,
+    },
+    /// Receive a VM from another host: a URL, or receiver_url=URL,...
+    ReceiveMigration { options: String },
+    /// Print completions for a shell.
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+    /// Write man pages.
+    Man {
+        /// Where to.
+        directory: PathBuf,
+    },
+}
+
+#[derive(Debug, Args)]
+#[group(required = true, multiple = true)]
+pub(crate) struct ResizeArguments {
+    /// vCPUs.
+    #[arg(long, value_name = "N")]
+    pub(crate) cpus: Option<u32>,
+    /// Memory.
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub(crate) memory: Option<u64>,
+    /// Memory in the balloon.
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub(crate) balloon: Option<u64>,
+}
+
+fn size(text: &str) -> Result<u64, String> {
+    spec::options::size(text).ok_or_else(|| format!("`{text}` is no size like 4096, 512M or 2G"))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_and_forms_of_ch_remote_are_read() {
+        for line in [
+            "--api-socket /s ping",
+            "--api-socket=/s create -",
+            "--api-socket /s resize --cpus 2 --memory 1G",
+            "--api-socket /s resize-disk --disk d --size 10G",
+            "--api-socket /s add-disk path=/a,readonly=on",
+            "--api-socket /s send-migration --local unix:/m",
+            "create /f --api-socket /s",
+        ] {
+            let words = std::iter::once("wh-remote").chain(line.split(' '));
+            assert!(Arguments::try_parse_from(words).is_ok(), "{line}");
+        }
+        assert!(Arguments::try_parse_from(["wh-remote", "resize"]).is_err());
+        assert!(Arguments::try_parse_from(["wh-remote", "--vm", "a/b", "info"]).is_err());
+    }
+}

@@ -1,0 +1,275 @@
+//! Commands, done.
+
+use std::env;
+use std::io::Read;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+use openapi::{Client, News};
+use spec::{
+    CreateVm, ReceiveMigrationData, SendMigrationData, VmAddUserDevice, VmConfig, VmCoredumpData,
+    VmId, VmRemoveDevice, VmResize, VmResizeDisk, VmResizeZone, VmSnapshotConfig, options,
+};
+
+use crate::args::{Arguments, Command, ResizeArguments};
+use crate::print::{self, Printer};
+
+/// A VMM, and one of its VMs if it has many.
+pub(crate) struct Remote {
+    client: Client,
+    vm: Option<VmId>,
+    printer: Printer,
+}
+
+fn default_socket() -> PathBuf {
+    let runtime = env::var_os("XDG_RUNTIME_DIR").filter(|dir| !dir.is_empty());
+    runtime
+        .map_or_else(|| PathBuf::from("/run"), PathBuf::from)
+        .join("whimbrel.sock")
+}
+
+/// Calls the method for one of many VMs, or that for the socket's own.
+macro_rules! on_vm {
+    ($self:ident, $many:ident, $one:ident) => {
+        match &$self.vm {
+            Some(id) => $self.client.$many(id).await.map_err(anyhow::Error::from),
+            None => $self.client.$one().await.map_err(anyhow::Error::from),
+        }
+    };
+}
+
+impl Remote {
+    pub(crate) fn new(arguments: &Arguments) -> Result<Self> {
+        let socket = arguments.api_socket.clone().unwrap_or_else(default_socket);
+        Ok(Self {
+            client: Client::unix(socket),
+            vm: arguments.vm.clone(),
+            printer: Printer::new(arguments.json),
+        })
+    }
+
+    pub(crate) async fn perform(&self, command: Command) -> Result<()> {
+        match command {
+            Command::Ping => self.printer.show(&self.client.ping().await?, print::ping),
+            Command::Ls => self
+                .printer
+                .show(&self.client.vms_list().await?, |vms| print::list(vms)),
+            Command::Create { path } => self.create(&path).await,
+            Command::Boot => on_vm!(self, vms_boot, vm_boot),
+            Command::Pause => on_vm!(self, vms_pause, vm_pause),
+            Command::Resume => on_vm!(self, vms_resume, vm_resume),
+            Command::Reboot => on_vm!(self, vms_reboot, vm_reboot),
+            Command::Shutdown => on_vm!(self, vms_shutdown, vm_shutdown),
+            Command::Delete => on_vm!(self, vms_delete, vm_delete),
+            Command::PowerButton => on_vm!(self, vms_power_button, vm_power_button),
+            Command::Nmi => on_vm!(self, vms_nmi, vm_nmi),
+            Command::Info => self
+                .printer
+                .show(&on_vm!(self, vms_info, vm_info)?, print::info),
+            Command::Counters => self
+                .printer
+                .show(&on_vm!(self, vms_counters, vm_counters)?, print::counters),
+            Command::MemoryMap => self.printer.show(
+                &on_vm!(self, vms_memory_map, vm_memory_map)?,
+                ToString::to_string,
+            ),
+            Command::Events { after } => self.events(after).await,
+            Command::Openapi => {
+                let document = self.client.openapi().await?;
+                println!("{}", serde_json::to_string_pretty(&document)?);
+                Ok(())
+            }
+            Command::ShutdownVmm => self.client.shut_service_down().await.map_err(Into::into),
+            other => self.perform_on_one(other).await,
+        }
+    }
+
+    async fn create(&self, path: &str) -> Result<()> {
+        let mut text = Vec::new();
+        if path == "-" {
+            std::io::stdin()
+                .read_to_end(&mut text)
+                .context("cannot read standard input")?;
+        } else {
+            text = std::fs::read(path).with_context(|| format!("cannot read {path}"))?;
+        }
+        let name = if path == "-" { "standard input" } else { path };
+        let config: VmConfig = spec::parse(&text).with_context(|| format!("in {name}"))?;
+        match &self.vm {
+            Some(id) => {
+                self.client
+                    .vms_create(&CreateVm {
+                        id: Some(id.clone()),
+                        config,
+                    })
+                    .await?;
+            }
+            None => self.client.vm_create(&config).await?,
+        }
+        Ok(())
+    }
+
+    async fn events(&self, after: Option<u64>) -> Result<()> {
+        let mut events = self.client.events(after, self.vm.as_ref()).await?;
+        while let Some(news) = events.next().await? {
+            match news {
+                News::Happened(event) => self.printer.show_line(&event, print::event)?,
+                News::Missed { oldest } => {
+                    eprintln!("wh-remote: events before {oldest} are no longer known");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What only a socket that serves one VM is asked.
+    async fn perform_on_one(&self, command: Command) -> Result<()> {
+        if let Some(vm) = &self.vm {
+            bail!(
+                "this command is not for a VM of a service: use the VM's own socket, which \
+                 `wh-remote ls` shows for {vm}, and leave --vm out"
+            );
+        }
+        let client = &self.client;
+        let added = match command {
+            Command::Resize(sizes) => {
+                return client.vm_resize(&resize(&sizes)).await.map_err(Into::into);
+            }
+            Command::ResizeDisk { disk, size } => {
+                let body = VmResizeDisk {
+                    id: disk,
+                    desired_size: size,
+                };
+                return client.vm_resize_disk(&body).await.map_err(Into::into);
+            }
+            Command::ResizeZone { id, size } => {
+                let body = VmResizeZone {
+                    id,
+                    desired_ram: size,
+                };
+                return client.vm_resize_zone(&body).await.map_err(Into::into);
+            }
+            Command::RemoveDevice { id } => {
+                return client
+                    .vm_remove_device(&VmRemoveDevice { id })
+                    .await
+                    .map_err(Into::into);
+            }
+            Command::Snapshot { destination_url } => {
+                return client
+                    .vm_snapshot(&VmSnapshotConfig { destination_url })
+                    .await
+                    .map_err(Into::into);
+            }
+            Command::Coredump { destination_url } => {
+                return client
+                    .vm_coredump(&VmCoredumpData { destination_url })
+                    .await
+                    .map_err(Into::into);
+            }
+            Command::Restore { options } => {
+                return client
+                    .vm_restore(&options::RESTORE.read(&options)?)
+                    .await
+                    .map_err(Into::into);
+            }
+            Command::SendMigration { local, options } => {
+                return client
+                    .vm_send_migration(&send(local, &options)?)
+                    .await
+                    .map_err(Into::into);
+            }
+            Command::ReceiveMigration { options } => {
+                return client
+                    .vm_receive_migration(&receive(&options)?)
+                    .await
+                    .map_err(Into::into);
+            }
+            Command::AddDevice { options } => {
+                client
+                    .vm_add_device(&options::DEVICE.read(&options)?)
+                    .await?
+            }
+            Command::AddDisk { options } => {
+                client.vm_add_disk(&options::DISK.read(&options)?).await?
+            }
+            Command::AddFs { options } => client.vm_add_fs(&options::FS.read(&options)?).await?,
+            Command::AddNet { options } => client.vm_add_net(&options::NET.read(&options)?).await?,
+            Command::AddPmem { options } => {
+                client.vm_add_pmem(&options::PMEM.read(&options)?).await?
+            }
+            Command::AddUserDevice { options } => {
+                let body: VmAddUserDevice = options::USER_DEVICE.read(&options)?;
+                client.vm_add_user_device(&body).await?
+            }
+            Command::AddVdpa { options } => {
+                client.vm_add_vdpa(&options::VDPA.read(&options)?).await?
+            }
+            Command::AddVsock { options } => {
+                client.vm_add_vsock(&options::VSOCK.read(&options)?).await?
+            }
+            other => bail!("{other:?} is not for a socket that serves one VM"),
+        };
+        match added {
+            Some(device) => self
+                .printer
+                .show(&device, |device| format!("{} at {}", device.id, device.bdf)),
+            None => Ok(()),
+        }
+    }
+}
+
+fn resize(sizes: &ResizeArguments) -> VmResize {
+    VmResize {
+        desired_vcpus: sizes.cpus,
+        desired_ram: sizes.memory,
+        desired_balloon: sizes.balloon,
+    }
+}
+
+/// A URL alone, or options of which one is the URL.
+fn with_key(key: &str, text: &str) -> String {
+    if text
+        .split(',')
+        .any(|part| part.starts_with(&format!("{key}=")))
+    {
+        text.to_owned()
+    } else {
+        format!("{key}={text}")
+    }
+}
+
+fn send(local: bool, text: &str) -> Result<SendMigrationData> {
+    let mut data: SendMigrationData =
+        options::SEND_MIGRATION.read(&with_key("destination_url", text))?;
+    data.local |= local;
+    Ok(data)
+}
+
+fn receive(text: &str) -> Result<ReceiveMigrationData> {
+    Ok(options::RECEIVE_MIGRATION.read(&with_key("receiver_url", text))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use spec::{MigrationMode, TimeoutStrategy};
+
+    use super::*;
+
+    #[test]
+    fn migrations_in_both_forms() {
+        assert_eq!(
+            send(true, "unix:/m").unwrap(),
+            send(false, "destination_url=unix:/m,local=on").unwrap()
+        );
+        let all =
+            "destination_url=tcp:h:1,downtime_ms=5,timeout_strategy=ignore,memory_mode=postcopy";
+        let all = send(false, all).unwrap();
+        assert_eq!(
+            (all.downtime_ms, all.timeout_strategy),
+            (5, TimeoutStrategy::Ignore)
+        );
+        assert_eq!(all.memory_mode, MigrationMode::Postcopy);
+        assert_eq!(receive("unix:/m").unwrap().receiver_url, "unix:/m");
+    }
+}
