@@ -44,10 +44,9 @@ impl VmSockets {
 
     /// Opens the socket of a VM that has just been created, and serves it until the VM or the service goes.
     pub(crate) async fn open(&self, service: &Service, id: &VmId) -> Result<(), ListenError> {
-        let mut open = self.open.lock().await;
-        open.retain(|_, socket| !socket.serving.is_finished());
         // A VM of the same name that went a moment ago: its last requests may still be answered.
-        if let Some(before) = open.remove(id) {
+        let before = self.open.lock().await.remove(id);
+        if let Some(before) = before {
             before.shutdown.request();
             // A task that panicked has let go of its socket too.
             let _ = before.serving.await;
@@ -57,6 +56,8 @@ impl VmSockets {
         let router = service.vm_router(id, &shutdown);
         tokio::spawn(close_with_vm(service.clone(), id.clone(), shutdown.clone()));
         let serving = tokio::spawn(serve(listener, router, shutdown.clone()));
+        let mut open = self.open.lock().await;
+        open.retain(|_, socket| !socket.serving.is_finished());
         open.insert(id.clone(), Open { shutdown, serving });
         Ok(())
     }
