@@ -1,0 +1,237 @@
+//! From bytes to devices.
+
+use std::collections::BTreeMap;
+
+use crate::error::{LoadError, OpenError};
+use crate::path::{InvalidPath, SectionPath};
+use crate::wire::{self, Cursor};
+use crate::{Saved, limits};
+
+/// Saved state that was checked as a whole and hands each section out once. Bodies stay in the
+/// bytes it was opened on; only the index is held besides.
+#[derive(Debug)]
+pub struct Store<'a> {
+    /// `None` once taken.
+    sections: BTreeMap<SectionPath, Option<(u16, &'a [u8])>>,
+}
+
+impl<'a> Store<'a> {
+    /// Checks header, limits, names and checksums.
+    ///
+    /// # Errors
+    /// When anything of it is wrong; nothing can be loaded then.
+    pub fn open(bytes: &'a [u8]) -> Result<Self, OpenError> {
+        let mut cursor = Cursor(bytes);
+        if cursor.array() != Some(wire::MAGIC) {
+            return Err(OpenError::NotState);
+        }
+        let count = header(&mut cursor)?;
+        let most = limits::SECTIONS;
+        bounded("sections", u64::from(count), most)?;
+        let (mut sections, mut total) = (BTreeMap::new(), 0);
+        for _ in 0..count {
+            let (path, version, body) = section(&mut cursor)?;
+            total += body.len();
+            bounded("bytes in sections", total as u64, limits::TOTAL_LEN)?;
+            if sections
+                .insert(path.clone(), Some((version, body)))
+                .is_some()
+            {
+                return Err(OpenError::Duplicate(path));
+            }
+        }
+        match cursor.0.len() {
+            0 => Ok(Self { sections }),
+            more => Err(OpenError::Trailing(more)),
+        }
+    }
+
+    /// Where the device of this name loads from.
+    ///
+    /// # Errors
+    /// When it is no name.
+    pub fn scope(&mut self, path: &str) -> Result<LoadScope<'_, 'a>, InvalidPath> {
+        Ok(LoadScope {
+            path: SectionPath::new(path)?,
+            store: self,
+        })
+    }
+
+    /// The sections that nobody has taken yet, by name.
+    pub fn remaining(&self) -> impl Iterator<Item = &SectionPath> {
+        let left = self.sections.iter().filter(|(_, body)| body.is_some());
+        left.map(|(path, _)| path)
+    }
+
+    /// Ends the load.
+    ///
+    /// # Errors
+    /// When a section is left over.
+    pub fn finish(self) -> Result<(), LoadError> {
+        let mut left = self.remaining();
+        match left.next() {
+            None => Ok(()),
+            Some(first) => Err(LoadError::LeftOver {
+                first: first.clone(),
+                more: left.count(),
+            }),
+        }
+    }
+
+    fn take(&mut self, path: &SectionPath) -> Result<Section<'a>, LoadError> {
+        let slot = self.sections.get_mut(path);
+        let slot = slot.ok_or_else(|| LoadError::Missing(path.clone()))?;
+        let (version, body) = slot.take().ok_or_else(|| LoadError::Taken(path.clone()))?;
+        Ok(Section {
+            path: path.clone(),
+            version,
+            body,
+        })
+    }
+}
+
+fn bounded(what: &'static str, found: u64, most: usize) -> Result<(), OpenError> {
+    if found > most as u64 {
+        return Err(OpenError::TooMuch { what, found, most });
+    }
+    Ok(())
+}
+
+/// What follows the magic: the number of sections.
+fn header(cursor: &mut Cursor<'_>) -> Result<u32, OpenError> {
+    let truncated = || OpenError::Truncated("the header");
+    let found = cursor.u32().ok_or_else(truncated)?;
+    let known = wire::FORMAT;
+    // Of another format we do not know where a checksum would be.
+    if found != known {
+        return Err(OpenError::Format { found, known });
+    }
+    let count = cursor.u32().ok_or_else(truncated)?;
+    let crc: [u8; 4] = cursor.array().ok_or_else(truncated)?;
+    if !wire::header(count).ends_with(&crc) {
+        return Err(OpenError::Checksum("the header".into()));
+    }
+    Ok(count)
+}
+
+fn section<'a>(cursor: &mut Cursor<'a>) -> Result<(SectionPath, u16, &'a [u8]), OpenError> {
+    let truncated = || OpenError::Truncated("a section");
+    let path_len = cursor.u16().ok_or_else(truncated)?;
+    let version = cursor.u16().ok_or_else(truncated)?;
+    let body_len = cursor.u32().ok_or_else(truncated)?;
+    let crc = cursor.u32().ok_or_else(truncated)?;
+    bounded("bytes of a path", u64::from(path_len), limits::PATH_LEN)?;
+    bounded(
+        "bytes in a section",
+        u64::from(body_len),
+        limits::SECTION_LEN,
+    )?;
+    let path = cursor.bytes(usize::from(path_len)).ok_or_else(truncated)?;
+    let body = cursor.bytes(body_len as usize).ok_or_else(truncated)?;
+    let name = String::from_utf8_lossy(path);
+    if crc != wire::section_crc(version, path, body) {
+        return Err(OpenError::Checksum(format!("section {name:?}")));
+    }
+    Ok((SectionPath::new(&name)?, version, body))
+}
+
+/// A section that was handed out.
+#[derive(Debug)]
+pub struct Section<'a> {
+    path: SectionPath,
+    version: u16,
+    body: &'a [u8],
+}
+
+impl Section<'_> {
+    /// What it is called.
+    #[must_use]
+    pub fn path(&self) -> &SectionPath {
+        &self.path
+    }
+
+    /// Which version wrote it.
+    #[must_use]
+    pub fn version(&self) -> u16 {
+        self.version
+    }
+
+    /// Decodes it, by way of the earlier versions if it is of one.
+    ///
+    /// # Errors
+    /// When the version is not known, or the body is not what the version says.
+    pub fn read<T: Saved>(&self) -> Result<T, LoadError> {
+        if self.version > T::VERSION {
+            return Err(self.unknown_version(T::VERSION));
+        }
+        if self.version < T::VERSION {
+            // An error of the first version speaks of itself as the latest, which it is not.
+            return T::older(self).map_err(|error| match error {
+                LoadError::Version { .. } => self.unknown_version(T::VERSION),
+                other => other,
+            });
+        }
+        let mut rest = self.body;
+        let state = ciborium::de::from_reader_with_recursion_limit(&mut rest, limits::NESTING)
+            .map_err(|error| self.undecodable(error.to_string()))?;
+        match rest.len() {
+            0 => Ok(state),
+            more => Err(self.undecodable(format!("{more} bytes too many"))),
+        }
+    }
+
+    /// The error that this version cannot be read.
+    #[must_use]
+    pub fn unknown_version(&self, latest: u16) -> LoadError {
+        LoadError::Version {
+            path: self.path.clone(),
+            found: self.version,
+            latest,
+        }
+    }
+
+    fn undecodable(&self, reason: String) -> LoadError {
+        LoadError::Decode {
+            path: self.path.clone(),
+            version: self.version,
+            reason,
+        }
+    }
+}
+
+/// A place in a [`Store`] under one name.
+#[derive(Debug)]
+pub struct LoadScope<'s, 'a> {
+    store: &'s mut Store<'a>,
+    path: SectionPath,
+}
+
+impl<'a> LoadScope<'_, 'a> {
+    /// Takes the section of this place and decodes it.
+    ///
+    /// # Errors
+    /// When it is not there, was taken already, or cannot be read.
+    pub fn take<T: Saved>(&mut self) -> Result<T, LoadError> {
+        self.store.take(&self.path)?.read()
+    }
+
+    /// The place of a part.
+    ///
+    /// # Errors
+    /// When it is no name.
+    pub fn child(&mut self, name: &str) -> Result<LoadScope<'_, 'a>, InvalidPath> {
+        Ok(LoadScope {
+            path: self.path.join(name)?,
+            store: self.store,
+        })
+    }
+
+    /// The error that what was taken here makes no sense.
+    #[must_use]
+    pub fn refuse(&self, reason: impl Into<String>) -> LoadError {
+        LoadError::Refused {
+            path: self.path.clone(),
+            reason: reason.into(),
+        }
+    }
+}
