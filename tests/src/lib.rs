@@ -1,1 +1,16 @@
-//! Out-of-process tests and benchmarks, through the client only.
+//! Out-of-process tests and benchmarks: the programs as users start them, through the client only.
+//!
+//! [`Service`] starts `whimbrel` on a socket of its own in a folder of its own, and ends it with
+//! the test. [`Service::boot_pocket`] boots the [pocket guest](guest) in it, whose serial port
+//! goes to a file that [`Serial`] reads.
+//!
+//! The programs are those that were last built beside the tests, or what `WHIMBREL` names:
+//! `ci/test unit` builds them first.
+
+#![forbid(unsafe_code)]
+
+mod serial;
+mod service;
+
+pub use serial::Serial;
+pub use service::{Face, Service};

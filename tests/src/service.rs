@@ -1,0 +1,273 @@
+//! A program that runs for one test.
+
+use std::env;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use guest::Options;
+use openapi::Client;
+use rustix::process::{Pid, Signal, kill_process};
+use spec::{
+    ConsoleConfig, ConsoleMode, CreateVm, PayloadConfig, SerialConfig, VmConfig, VmId, VmInfo,
+    VmState,
+};
+use tempfile::TempDir;
+
+use crate::Serial;
+
+/// How long a service may take to answer its first ping, also where all is emulated.
+const STARTS: Duration = Duration::from_secs(60);
+
+/// How long a state may take to come.
+const CHANGES: Duration = Duration::from_secs(60);
+
+/// What a program serves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Face {
+    /// `whimbrel serve`: many VMs.
+    Many,
+    /// `whimbrel --api-socket`: one VM, as Cloud Hypervisor does.
+    One,
+}
+
+/// A program that serves on a socket. Killed when dropped, by its process id and no other way.
+#[derive(Debug)]
+pub struct Service {
+    child: Child,
+    face: Face,
+    dir: TempDir,
+    client: Client,
+}
+
+impl Service {
+    /// Starts one in a new folder, and waits until it answers.
+    ///
+    /// # Errors
+    /// When the program is not built, or does not answer; says what it logged.
+    pub async fn start(face: Face) -> Result<Self> {
+        let dir = TempDir::with_prefix("whimbrel-test.")?;
+        let child = spawn(face, dir.path())?;
+        let client = Client::unix(dir.path().join("api.sock"));
+        let mut service = Self {
+            child,
+            face,
+            dir,
+            client,
+        };
+        service.answers().await?;
+        Ok(service)
+    }
+
+    /// Starts the program anew, in the same folder and on the same socket, after it has ended.
+    ///
+    /// # Errors
+    /// As for [`start`](Self::start).
+    pub async fn start_again(&mut self) -> Result<()> {
+        self.child = spawn(self.face, self.dir.path())?;
+        self.answers().await
+    }
+
+    async fn answers(&mut self) -> Result<()> {
+        let start = Instant::now();
+        loop {
+            let Err(error) = self.client.ping().await else {
+                return Ok(());
+            };
+            if let Some(status) = self.child.try_wait()? {
+                bail!("whimbrel ended ({status}):\n{}", self.log());
+            }
+            if start.elapsed() > STARTS {
+                bail!("whimbrel does not answer: {error}\n{}", self.log());
+            }
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    }
+
+    /// A client of it.
+    #[must_use]
+    pub fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// Its socket.
+    #[must_use]
+    pub fn socket(&self) -> PathBuf {
+        self.path("api.sock")
+    }
+
+    /// A path in its folder.
+    pub fn path(&self, name: impl AsRef<Path>) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Its process.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// What it has logged.
+    #[must_use]
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.path("log")).unwrap_or_default()
+    }
+
+    /// Sends it a signal.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        let pid = i32::try_from(self.child.id())
+            .ok()
+            .and_then(Pid::from_raw)
+            .context("a child has a process id")?;
+        Ok(kill_process(pid, signal)?)
+    }
+
+    /// Waits until it has ended.
+    ///
+    /// # Errors
+    /// When it does not end within `limit`; says what it logged.
+    pub async fn ended(&mut self, limit: Duration) -> Result<ExitStatus> {
+        let start = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait()? {
+                return Ok(status);
+            }
+            if start.elapsed() > limit {
+                bail!("whimbrel has not ended within {limit:?}:\n{}", self.log());
+            }
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    }
+
+    /// A configuration of the pocket guest, with its serial port on a file named for it.
+    ///
+    /// # Errors
+    /// When the kernel cannot be written to the service's folder.
+    pub fn pocket(&self, name: &str, options: Options) -> Result<(VmConfig, Serial)> {
+        let kernel = self.path("pocket.elf");
+        if !kernel.exists() {
+            fs::write(&kernel, guest::IMAGE)?;
+        }
+        let payload = PayloadConfig {
+            kernel: Some(text(&kernel)),
+            cmdline: Some(options.to_string()),
+            ..PayloadConfig::default()
+        };
+        let serial = Serial::at(self.path(format!("{name}.serial")));
+        Ok((
+            with_serial(VmConfig::with_payload(payload), &serial),
+            serial,
+        ))
+    }
+
+    /// Creates a VM of a [service for many](Face::Many).
+    ///
+    /// # Errors
+    /// When the service refuses.
+    pub async fn create(&self, name: &str, config: VmConfig) -> Result<VmId> {
+        let id: VmId = name.parse()?;
+        let new = CreateVm {
+            id: Some(id.clone()),
+            config,
+        };
+        self.client.vms_create(&new).await?;
+        Ok(id)
+    }
+
+    /// Creates and boots the pocket guest in a [service for many](Face::Many).
+    ///
+    /// # Errors
+    /// When the service refuses.
+    pub async fn boot_pocket(&self, name: &str, options: Options) -> Result<(VmId, Serial)> {
+        let (config, serial) = self.pocket(name, options)?;
+        let id = self.create(name, config).await?;
+        self.client.vms_boot(&id).await?;
+        Ok((id, serial))
+    }
+
+    /// Waits until a VM is in a state.
+    ///
+    /// # Errors
+    /// When that does not come.
+    pub async fn reaches(&self, id: &VmId, state: VmState) -> Result<VmInfo> {
+        let start = Instant::now();
+        loop {
+            let info = self.client.vms_info(id).await?;
+            if info.state == state {
+                return Ok(info);
+            }
+            if start.elapsed() > CHANGES {
+                bail!("{id:?} is {} and not {state}:\n{}", info.state, self.log());
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        // It may have ended by itself: then there is nothing to kill and its status is known.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// The configuration, with the serial port on a file.
+fn with_serial(mut config: VmConfig, serial: &Serial) -> VmConfig {
+    config.serial = SerialConfig {
+        file: Some(text(serial.path())),
+        socket: None,
+        mode: ConsoleMode::File,
+    };
+    config.console = ConsoleConfig::with_mode(ConsoleMode::Off);
+    config
+}
+
+fn text(path: &Path) -> String {
+    path.to_string_lossy().into_owned()
+}
+
+fn spawn(face: Face, dir: &Path) -> Result<Child> {
+    let program = program()?;
+    let log = File::options()
+        .create(true)
+        .append(true)
+        .open(dir.join("log"))?;
+    let mut command = Command::new(&program);
+    let socket = dir.join("api.sock");
+    match face {
+        Face::Many => command.arg("serve").arg("--socket").arg(socket),
+        Face::One => command.arg("--api-socket").arg(socket),
+    };
+    command
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .spawn()
+        .with_context(|| format!("start {}", program.display()))
+}
+
+/// The program: `target/PROFILE/whimbrel` for a test in `target/PROFILE/deps`.
+fn program() -> Result<PathBuf> {
+    if let Some(named) = env::var_os("WHIMBREL") {
+        return Ok(named.into());
+    }
+    let test = env::current_exe()?;
+    let program = test
+        .parent()
+        .and_then(Path::parent)
+        .context("a test is in a folder of target")?
+        .join("whimbrel");
+    if !program.exists() {
+        bail!(
+            "{} is not built: run `cargo build` first",
+            program.display()
+        );
+    }
+    Ok(program)
+}

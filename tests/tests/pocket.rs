@@ -1,0 +1,261 @@
+//! The pocket guest in the service, as a user drives it.
+
+use std::fs;
+use std::time::Duration;
+
+use anyhow::Result;
+use guest::{Crash, Line, Options, Workload};
+use openapi::ClientError;
+use rustix::process::Signal;
+use spec::VmState;
+use tests::{Face, Serial, Service};
+
+const SOON: Duration = Duration::from_secs(30);
+
+fn beating() -> Options {
+    Options {
+        heartbeat_ms: Some(20),
+        ..Options::default()
+    }
+}
+
+async fn beats(serial: &Serial) -> Result<Line> {
+    serial
+        .wait_for_line("heartbeat", SOON, |line| {
+            matches!(line, Line::Heartbeat { .. })
+        })
+        .await
+}
+
+fn heartbeats(serial: &Serial) -> usize {
+    let beat = |line: &Line| matches!(line, Line::Heartbeat { .. });
+    serial.lines().into_iter().filter(beat).count()
+}
+
+fn refused_with(result: Result<(), ClientError>, status: u16) -> String {
+    match result {
+        Err(ClientError::Problem(problem)) => {
+            assert_eq!(problem.status, status, "{problem:?}");
+            problem.detail.clone()
+        }
+        other => panic!("should be refused with {status}: {other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn a_paused_guest_prints_nothing_and_goes_on_when_resumed() -> Result<()> {
+    let service = Service::start(Face::Many).await?;
+    let (vm, serial) = service.boot_pocket("vm", beating()).await?;
+    beats(&serial).await?;
+
+    service.client().vms_pause(&vm).await?;
+    let paused = serial.text();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!(serial.text(), paused);
+    let count = heartbeats(&serial);
+
+    service.client().vms_resume(&vm).await?;
+    serial
+        .wait_for_line(
+            "a later heartbeat",
+            SOON,
+            |line| matches!(line, Line::Heartbeat { count: now, .. } if *now > count as u64 + 1),
+        )
+        .await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn two_vms_run_at_once_and_end_apart() -> Result<()> {
+    let service = Service::start(Face::Many).await?;
+    let (one, one_serial) = service.boot_pocket("one", beating()).await?;
+    let (two, two_serial) = service.boot_pocket("two", beating()).await?;
+    beats(&one_serial).await?;
+    beats(&two_serial).await?;
+
+    service.client().vms_shutdown(&one).await?;
+    service.reaches(&one, VmState::Shutdown).await?;
+    let before = heartbeats(&two_serial);
+    two_serial.wait_for("heartbeat", before + 2, SOON).await?;
+    assert_eq!(
+        service.client().vms_info(&two).await?.state,
+        VmState::Running
+    );
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_reboot_starts_the_guest_anew() -> Result<()> {
+    let service = Service::start(Face::Many).await?;
+    let (vm, serial) = service.boot_pocket("vm", beating()).await?;
+    beats(&serial).await?;
+    service.client().vms_reboot(&vm).await?;
+    serial.wait_for("pocket: hello", 2, SOON).await?;
+    assert_eq!(
+        service.client().vms_info(&vm).await?.state,
+        VmState::Running
+    );
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_crash_is_explained_and_the_others_live_on() -> Result<()> {
+    let service = Service::start(Face::Many).await?;
+    let (other, serial) = service.boot_pocket("other", beating()).await?;
+    beats(&serial).await?;
+    let crash = Options {
+        workload: Workload::Crash(Crash::TripleFault),
+        ..Options::default()
+    };
+    let (vm, _) = service.boot_pocket("crash", crash).await?;
+    let info = service.reaches(&vm, VmState::Shutdown).await?;
+    let failure = info.failure.expect("vm.info explains the end");
+    assert_eq!(failure.code, "triple-fault");
+    assert!(!failure.detail.is_empty());
+
+    let before = heartbeats(&serial);
+    serial.wait_for("heartbeat", before + 2, SOON).await?;
+    assert_eq!(service.client().vms_info(&other).await?.failure, None);
+    Ok(())
+}
+
+/// Every order in every state in which it makes no sense.
+#[tokio::test]
+async fn orders_in_the_wrong_state_are_refused_and_change_nothing() -> Result<()> {
+    let service = Service::start(Face::Many).await?;
+    let client = service.client();
+    let (config, serial) = service.pocket("vm", beating())?;
+    let vm = service.create("vm", config).await?;
+
+    refused_with(client.vms_pause(&vm).await, 409);
+    refused_with(client.vms_resume(&vm).await, 409);
+    refused_with(client.vms_reboot(&vm).await, 409);
+    refused_with(client.vms_power_button(&vm).await, 409);
+    refused_with(client.vms_nmi(&vm).await, 409);
+    assert_eq!(client.vms_info(&vm).await?.state, VmState::Created);
+
+    client.vms_boot(&vm).await?;
+    beats(&serial).await?;
+    refused_with(client.vms_boot(&vm).await, 409);
+    refused_with(client.vms_resume(&vm).await, 409);
+    assert_eq!(client.vms_info(&vm).await?.state, VmState::Running);
+
+    client.vms_pause(&vm).await?;
+    refused_with(client.vms_boot(&vm).await, 409);
+    refused_with(client.vms_pause(&vm).await, 409);
+    assert_eq!(client.vms_info(&vm).await?.state, VmState::Paused);
+
+    client.vms_shutdown(&vm).await?;
+    refused_with(client.vms_pause(&vm).await, 409);
+    refused_with(client.vms_resume(&vm).await, 409);
+    assert_eq!(client.vms_info(&vm).await?.state, VmState::Shutdown);
+
+    client.vms_delete(&vm).await?;
+    refused_with(client.vms_boot(&vm).await, 404);
+    Ok(())
+}
+
+/// A payload that cannot be booted is refused by name, and a good one boots after it.
+#[tokio::test]
+async fn a_bad_kernel_is_named() -> Result<()> {
+    let service = Service::start(Face::Many).await?;
+    let client = service.client();
+    let elf = guest::IMAGE;
+    let bad: [(&str, Option<&[u8]>); 4] = [
+        ("missing", None),
+        ("empty", Some(b"")),
+        ("truncated", Some(&elf[..100])),
+        ("text", Some(b"#!/bin/sh\necho not a kernel\n")),
+    ];
+    for (name, content) in bad {
+        let path = service.path(format!("{name}.kernel"));
+        if let Some(content) = content {
+            fs::write(&path, content)?;
+        }
+        let (mut config, _) = service.pocket(name, Options::default())?;
+        config.payload.kernel = Some(path.to_string_lossy().into_owned());
+        // Whether it is seen when the VM is made or when it is booted, it is refused.
+        let refusal = match service.create(name, config).await {
+            Ok(vm) => {
+                let refusal = client.vms_boot(&vm).await.expect_err(name).to_string();
+                let state = client.vms_info(&vm).await?.state;
+                assert_eq!(state, VmState::Created, "{name}");
+                refusal
+            }
+            Err(error) => error.to_string(),
+        };
+        assert!(refusal.contains(&format!("{name}.kernel")), "{refusal}");
+    }
+    let (_, serial) = service.boot_pocket("good", beating()).await?;
+    beats(&serial).await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_serial_file_that_cannot_be_written_is_named() -> Result<()> {
+    let service = Service::start(Face::Many).await?;
+    let (mut config, _) = service.pocket("vm", Options::default())?;
+    config.serial.file = Some("/nowhere/serial".to_owned());
+    let refusal = match service.create("vm", config).await {
+        Ok(vm) => {
+            let boot = service.client().vms_boot(&vm).await;
+            boot.expect_err("/nowhere is not there").to_string()
+        }
+        Err(error) => error.to_string(),
+    };
+    assert!(refusal.contains("/nowhere/serial"), "{refusal}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn sigterm_ends_the_service_and_its_guests_cleanly() -> Result<()> {
+    let mut service = Service::start(Face::Many).await?;
+    let (_, serial) = service.boot_pocket("vm", beating()).await?;
+    beats(&serial).await?;
+    service.signal(Signal::TERM)?;
+    let status = service.ended(SOON).await?;
+    assert!(status.success(), "{status}: {}", service.log());
+    assert!(!service.socket().exists(), "the socket is left behind");
+    Ok(())
+}
+
+#[tokio::test]
+async fn after_a_kill_the_next_start_takes_the_socket_over() -> Result<()> {
+    let mut service = Service::start(Face::Many).await?;
+    let (_, serial) = service.boot_pocket("vm", beating()).await?;
+    beats(&serial).await?;
+    service.signal(Signal::KILL)?;
+    service.ended(SOON).await?;
+    assert!(
+        service.socket().exists(),
+        "a killed service cleans nothing up"
+    );
+    service.start_again().await?;
+    let (_, serial) = service.boot_pocket("again", beating()).await?;
+    beats(&serial).await?;
+    Ok(())
+}
+
+/// The calls and answers that Cloud Hypervisor's clients make and expect.
+#[tokio::test]
+async fn one_vm_on_a_socket_lives_its_life() -> Result<()> {
+    let mut service = Service::start(Face::One).await?;
+    let (config, serial) = service.pocket("vm", beating())?;
+    let client = service.client().clone();
+    refused_with(client.vm_info().await.map(drop), 404);
+    client.vm_create(&config).await?;
+    assert_eq!(client.vm_info().await?.state, VmState::Created);
+    client.vm_boot().await?;
+    beats(&serial).await?;
+    client.vm_pause().await?;
+    assert_eq!(client.vm_info().await?.state, VmState::Paused);
+    client.vm_resume().await?;
+    client.vm_counters().await?;
+    client.vm_shutdown().await?;
+    assert_eq!(client.vm_info().await?.state, VmState::Shutdown);
+    client.vm_delete().await?;
+    client.shut_service_down().await?;
+    let status = service.ended(SOON).await?;
+    assert!(status.success(), "{status}: {}", service.log());
+    Ok(())
+}
