@@ -23,6 +23,7 @@ pub struct HostLimits {
 /// takes its line out.
 const NOT_YET: &[(&str, &[&str])] = &[
     ("/cpus/kvm_hyperv", &["false"]),
+    ("/cpus/nested", &["true"]),
     ("/cpus/features/amx", &["false"]),
     ("/cpus/core_scheduling", &[r#""Vm""#, r#""Off""#]),
     ("/memory/hotplug_size", &["0"]),
@@ -71,6 +72,7 @@ const NOT_YET: &[(&str, &[&str])] = &[
     ("/platform/tdx", &["false"]),
     ("/platform/sev_snp", &["false"]),
     ("/platform/iommufd", &["false"]),
+    ("/platform/vfio_p2p_dma", &["true"]),
     ("/tpm", &[]),
     ("/landlock_enable", &["false"]),
     ("/landlock_rules", &["[]"]),
