@@ -52,7 +52,7 @@ pub struct Console {
 
 enum End {
     /// Output only.
-    Quiet(Mutex<Option<Box<dyn Write + Send>>>),
+    Quiet(Arc<Mutex<Box<dyn Write + Send>>>),
     Tty {
         _raw: Option<RawMode>,
     },
@@ -88,7 +88,7 @@ impl Console {
 
     fn quiet(output: Box<dyn Write + Send>) -> Self {
         Self {
-            end: End::Quiet(Mutex::new(Some(output))),
+            end: End::Quiet(Arc::new(Mutex::new(output))),
             more: false,
         }
     }
@@ -185,10 +185,11 @@ impl Console {
         }
     }
 
-    /// Where the guest's output goes. A file is given once; ends that can be shared, each time.
+    /// Where the guest's output goes: the same place each time, so that a machine that takes
+    /// another's place goes on where that one ended.
     pub fn output(&self) -> Box<dyn Write + Send> {
         match &self.end {
-            End::Quiet(output) => output.lock().take().unwrap_or_else(|| Box::new(io::sink())),
+            End::Quiet(output) => Box::new(Shared(Arc::clone(output))),
             End::Tty { .. } => Box::new(Flushed(io::stdout())),
             End::Pty { master, .. } => Box::new(Lossy(Arc::clone(master))),
             End::Socket { client, .. } => Box::new(ToClient(Arc::clone(client))),
@@ -363,6 +364,18 @@ impl<W: Write> Write for Flushed<W> {
 
     fn flush(&mut self) -> io::Result<()> {
         self.0.flush()
+    }
+}
+
+struct Shared(Arc<Mutex<Box<dyn Write + Send>>>);
+
+impl Write for Shared {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.lock().flush()
     }
 }
 

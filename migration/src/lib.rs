@@ -1,1 +1,3 @@
 //! The migration engine.
+
+#![forbid(unsafe_code)]

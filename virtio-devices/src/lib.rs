@@ -1,1 +1,3 @@
 //! The virtio PCI transport and its devices.
+
+#![forbid(unsafe_code)]
