@@ -37,7 +37,11 @@ async fn boots_reboots_and_obeys_the_button(vcpus: u32) -> Result<()> {
 
     client.vms_boot(&vm).await?;
     let up = format!("guest: up cpus={vcpus} ");
-    let text = serial.wait_for(&up, 1, BOOTS).await?;
+    serial.wait_for(&up, 1, BOOTS).await?;
+    // The line after it: then this one is whole.
+    let text = serial
+        .wait_for("guest: waiting for the power button", 1, BOOTS)
+        .await?;
     for line in text
         .lines()
         .filter(|line| line.contains("Linux version") || line.contains("guest: up"))
