@@ -33,8 +33,8 @@ fn heartbeats(serial: &Serial) -> usize {
 }
 
 #[track_caller]
-fn refused_with(result: Result<(), ClientError>, status: u16) {
-    let found = match &result {
+fn refused_with(result: &Result<(), ClientError>, status: u16) {
+    let found = match result {
         Err(ClientError::Problem(problem)) => Some(problem.status),
         _ => None,
     };
@@ -126,31 +126,31 @@ async fn orders_in_the_wrong_state_are_refused_and_change_nothing() -> Result<()
     let (config, serial) = service.pocket("vm", beating())?;
     let vm = service.create("vm", config).await?;
 
-    refused_with(client.vms_pause(&vm).await, 409);
-    refused_with(client.vms_resume(&vm).await, 409);
-    refused_with(client.vms_reboot(&vm).await, 409);
-    refused_with(client.vms_power_button(&vm).await, 409);
-    refused_with(client.vms_nmi(&vm).await, 409);
+    refused_with(&client.vms_pause(&vm).await, 409);
+    refused_with(&client.vms_resume(&vm).await, 409);
+    refused_with(&client.vms_reboot(&vm).await, 409);
+    refused_with(&client.vms_power_button(&vm).await, 409);
+    refused_with(&client.vms_nmi(&vm).await, 409);
     assert_eq!(client.vms_info(&vm).await?.state, VmState::Created);
 
     client.vms_boot(&vm).await?;
     beats(&serial).await?;
-    refused_with(client.vms_boot(&vm).await, 409);
-    refused_with(client.vms_resume(&vm).await, 409);
+    refused_with(&client.vms_boot(&vm).await, 409);
+    refused_with(&client.vms_resume(&vm).await, 409);
     assert_eq!(client.vms_info(&vm).await?.state, VmState::Running);
 
     client.vms_pause(&vm).await?;
-    refused_with(client.vms_boot(&vm).await, 409);
-    refused_with(client.vms_pause(&vm).await, 409);
+    refused_with(&client.vms_boot(&vm).await, 409);
+    refused_with(&client.vms_pause(&vm).await, 409);
     assert_eq!(client.vms_info(&vm).await?.state, VmState::Paused);
 
     client.vms_shutdown(&vm).await?;
-    refused_with(client.vms_pause(&vm).await, 409);
-    refused_with(client.vms_resume(&vm).await, 409);
+    refused_with(&client.vms_pause(&vm).await, 409);
+    refused_with(&client.vms_resume(&vm).await, 409);
     assert_eq!(client.vms_info(&vm).await?.state, VmState::Shutdown);
 
     client.vms_delete(&vm).await?;
-    refused_with(client.vms_boot(&vm).await, 404);
+    refused_with(&client.vms_boot(&vm).await, 404);
     Ok(())
 }
 
@@ -241,7 +241,7 @@ async fn one_vm_on_a_socket_lives_its_life() -> Result<()> {
     let mut service = Service::start(Face::One).await?;
     let (config, serial) = service.pocket("vm", beating())?;
     let client = service.client().clone();
-    refused_with(client.vm_info().await.map(drop), 404);
+    refused_with(&client.vm_info().await.map(drop), 404);
     client.vm_create(&config).await?;
     assert_eq!(client.vm_info().await?.state, VmState::Created);
     client.vm_boot().await?;
