@@ -166,9 +166,10 @@ impl RamBlock {
                 .advise(libc::MADV_MERGEABLE)
                 .map_err(host_error("make mergeable"))?;
         }
-        if config.hugepage_size.is_none() && config.thp {
-            // Advice: a kernel that is built without it works just as well.
-            let _ = block.advise(libc::MADV_HUGEPAGE);
+        if config.hugepage_size.is_none() {
+            let thp = if config.thp { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE };
+            // Advice: a kernel that is built without them works just as well.
+            let _ = block.advise(thp);
         }
         // A core dump of the VMM is not the place for the guest's memory.
         let _ = block.advise(libc::MADV_DONTDUMP);
