@@ -16,6 +16,13 @@ use crate::kvm::KvmError;
 thread_local! {
     /// `immediate_exit` of the vCPU that this thread runs.
     static IMMEDIATE_EXIT: Cell<*const AtomicU8> = const { Cell::new(ptr::null()) };
+    /// This thread's number.
+    static THREAD: Cell<i32> = Cell::new(gettid());
+}
+
+fn gettid() -> i32 {
+    // SAFETY: no memory is involved.
+    i32::try_from(unsafe { libc::syscall(libc::SYS_gettid) }).unwrap_or(0)
 }
 
 extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
@@ -64,16 +71,15 @@ impl Kicker {
 
     /// Takes the wish, if there is one.
     pub(crate) fn take(&self) -> bool {
-        self.0.pending.load(Ordering::Relaxed) && self.0.pending.swap(false, Ordering::SeqCst)
+        self.0.pending.load(Ordering::SeqCst) && self.0.pending.swap(false, Ordering::SeqCst)
     }
 
     /// Says which thread runs the vCPU from now on: this one.
     pub(crate) fn adopt(&self) {
-        // SAFETY: no memory is involved.
-        let thread = unsafe { libc::syscall(libc::SYS_gettid) };
-        self.0
-            .thread
-            .store(i32::try_from(thread).unwrap_or(0), Ordering::SeqCst);
+        let thread = THREAD.get();
+        if self.0.thread.load(Ordering::Relaxed) != thread {
+            self.0.thread.store(thread, Ordering::SeqCst);
+        }
     }
 }
 

@@ -182,6 +182,10 @@ impl MemSlots {
     }
 
     fn harvest_slot(&self, number: usize, slot: &Slot) -> Result<(), KvmError> {
+        if slot.readonly {
+            // The guest writes nothing to it, so KVM keeps no log.
+            return Ok(());
+        }
         let len = usize::try_from(slot.range.len().unwrap_or(0)).unwrap_or(0);
         let number = u32::try_from(number).unwrap_or(u32::MAX);
         let bits = self
@@ -234,13 +238,15 @@ impl MemSlots {
         let closed = (!plan.remove.is_empty()).then(|| self.gate.close());
         state.stats.gate_closings += u64::from(closed.is_some());
         for number in plan.remove {
-            let Some(slot) = state.slots.get_mut(number).and_then(Option::take) else {
+            let Some(slot) = state.slots.get(number).cloned().flatten() else {
                 continue;
             };
             if state.log_dirty {
                 self.harvest_slot(number, &slot)?;
             }
             self.set(state, number, None, slot.range)?;
+            // Not before KVM has let go of it: as long as the guest can reach the memory, we own it.
+            state.slots[number] = None;
         }
         for slot in plan.add {
             let number = match state.slots.iter().position(Option::is_none) {

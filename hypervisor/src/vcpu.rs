@@ -10,6 +10,7 @@ use crate::exit::{Exit, ExitHandler, RunFailure};
 use crate::gate::{Gate, Seat};
 use crate::kick::{Kicker, Running};
 use crate::kvm::KvmError;
+use crate::slots::MemSlots;
 
 /// A vCPU; owned by the thread that runs it.
 #[derive(Debug)]
@@ -19,11 +20,12 @@ pub struct Vcpu {
     kicker: Kicker,
     gate: Arc<Gate>,
     seat: Arc<Seat>,
-    adopted: bool,
+    /// They own the memory that the guest can reach, which must be there as long as it can run.
+    _slots: Arc<MemSlots>,
 }
 
 impl Vcpu {
-    pub(crate) fn new(fd: VcpuFd, index: u32, gate: Arc<Gate>) -> Self {
+    pub(crate) fn new(fd: VcpuFd, index: u32, gate: Arc<Gate>, slots: Arc<MemSlots>) -> Self {
         let kicker = Kicker::default();
         let seat = gate.seat(kicker.clone());
         Self {
@@ -32,7 +34,7 @@ impl Vcpu {
             kicker,
             gate,
             seat,
-            adopted: false,
+            _slots: slots,
         }
     }
 
@@ -48,15 +50,23 @@ impl Vcpu {
         self.kicker.clone()
     }
 
-    /// Runs the guest until something is to be done, and lets `handler` answer accesses. Always
-    /// called by the same thread, the vCPU's own.
+    /// Runs the guest until something is to be done, and lets `handler` answer accesses.
     ///
     /// The answer to a read reaches the guest with the next run.
     pub fn run(&mut self, handler: &mut impl ExitHandler) -> Exit {
-        if !self.adopted {
-            self.kicker.adopt();
-            self.adopted = true;
-        }
+        self.kicker.adopt();
+        self.enter(handler, 0)
+    }
+
+    /// Lets an access that was answered finish inside KVM without running the guest, so that the
+    /// registers are what the guest would see next. An access that KVM makes in parts is answered
+    /// to its end.
+    pub fn complete_access(&mut self, handler: &mut impl ExitHandler) {
+        while self.enter(handler, 1) == Exit::Handled {}
+    }
+
+    fn enter(&mut self, handler: &mut impl ExitHandler, immediate_exit_wanted: u8) -> Exit {
+        self.fd.set_kvm_immediate_exit(immediate_exit_wanted);
         let run = &raw mut *self.fd.get_kvm_run();
         // SAFETY: `run` was just made from a reference.
         let immediate_exit = unsafe { &raw mut (*run).immediate_exit };
@@ -65,7 +75,7 @@ impl Vcpu {
         let immediate_exit = unsafe { AtomicU8::from_ptr(immediate_exit) };
         // SAFETY: it is dropped before `fd` is.
         let running = unsafe { Running::new(immediate_exit) };
-        if self.kicker.take() {
+        if immediate_exit_wanted == 0 && self.kicker.take() {
             return Exit::Interrupted;
         }
         self.gate.enter(&self.seat);
@@ -140,15 +150,6 @@ impl Vcpu {
             Vec::new()
         };
         RunFailure::Emulation { rip, instruction }
-    }
-
-    /// Lets an access that was answered finish inside KVM without running the guest, so that the
-    /// registers are what the guest would see next.
-    pub fn complete_access(&mut self) {
-        self.fd.set_kvm_immediate_exit(1);
-        // It returns EINTR, as asked.
-        let _ = self.fd.run();
-        self.fd.set_kvm_immediate_exit(0);
     }
 
     /// Sets what the guest sees with the CPUID instruction.

@@ -91,7 +91,12 @@ impl Vm {
             .fd
             .create_vcpu(index.into())
             .map_err(KvmError::new(format!("create vCPU {index}")))?;
-        Ok(Vcpu::new(fd, index, Arc::clone(&self.gate)))
+        Ok(Vcpu::new(
+            fd,
+            index,
+            Arc::clone(&self.gate),
+            Arc::clone(&self.slots),
+        ))
     }
 
     /// The guest's kvmclock.

@@ -118,7 +118,7 @@ fn run_until_wanted(
         }
     }
     // What the guest reads next must not depend on when it runs again.
-    vcpu.complete_access();
+    vcpu.complete_access(bus);
     None
 }
 
