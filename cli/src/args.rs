@@ -99,21 +99,53 @@ pub(crate) enum Command {
         size: u64,
     },
     /// Add a device of the host.
-    AddDevice { options: String },
+    AddDevice {
+        /// What it is: path=/sys/bus/pci/devices/....
+        #[arg(value_name = "KEY=VALUE,...")]
+        options: String,
+    },
     /// Add a disk.
-    AddDisk { options: String },
+    AddDisk {
+        /// What it is: path=PATH,readonly=on.
+        #[arg(value_name = "KEY=VALUE,...")]
+        options: String,
+    },
     /// Add a shared file system.
-    AddFs { options: String },
+    AddFs {
+        /// What it is: tag=NAME,socket=PATH.
+        #[arg(value_name = "KEY=VALUE,...")]
+        options: String,
+    },
     /// Add a network interface.
-    AddNet { options: String },
+    AddNet {
+        /// What it is: tap=NAME,mac=MAC.
+        #[arg(value_name = "KEY=VALUE,...")]
+        options: String,
+    },
     /// Add persistent memory.
-    AddPmem { options: String },
+    AddPmem {
+        /// What it is: file=PATH,size=SIZE.
+        #[arg(value_name = "KEY=VALUE,...")]
+        options: String,
+    },
     /// Add a device that another process serves.
-    AddUserDevice { options: String },
+    AddUserDevice {
+        /// What it is: socket=PATH.
+        #[arg(value_name = "KEY=VALUE,...")]
+        options: String,
+    },
     /// Add a vDPA device.
-    AddVdpa { options: String },
+    AddVdpa {
+        /// What it is: path=PATH,num_queues=N.
+        #[arg(value_name = "KEY=VALUE,...")]
+        options: String,
+    },
     /// Add a socket between guest and host.
-    AddVsock { options: String },
+    AddVsock {
+        /// What it is: cid=N,socket=PATH.
+        #[arg(value_name = "KEY=VALUE,...")]
+        options: String,
+    },
     /// Remove a device.
     RemoveDevice {
         /// The device.
@@ -125,7 +157,11 @@ pub(crate) enum Command {
         destination_url: String,
     },
     /// Restore a snapshot: source_url=file:///a/directory,prefault=on,resume=on.
-    Restore { options: String },
+    Restore {
+        /// The snapshot, and how.
+        #[arg(value_name = "KEY=VALUE,...")]
+        options: String,
+    },
     /// Take a core dump.
     Coredump {
         /// Where it goes: file:///a/file.
@@ -136,10 +172,16 @@ pub(crate) enum Command {
         /// The other process is on this host, and is given the memory itself.
         #[arg(long)]
         local: bool,
+        /// Where to, and how.
+        #[arg(value_name = "URL|KEY=VALUE,...")]
         options: String,
     },
     /// Receive a VM from another host: a URL, or receiver_url=URL,...
-    ReceiveMigration { options: String },
+    ReceiveMigration {
+        /// Where it arrives, and how.
+        #[arg(value_name = "URL|KEY=VALUE,...")]
+        options: String,
+    },
     /// Print completions for a shell.
     Completions {
         /// The shell.

@@ -79,6 +79,11 @@ impl Remote {
                 println!("{}", serde_json::to_string_pretty(&document)?);
                 Ok(())
             }
+            Command::ShutdownVmm if self.vm.is_some() => {
+                bail!(
+                    "shutdown-vmm ends the service with all its VMs; leave --vm out, or use delete"
+                )
+            }
             Command::ShutdownVmm => self.client.shut_service_down().await.map_err(Into::into),
             other => self.perform_on_one(other).await,
         }

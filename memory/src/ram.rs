@@ -167,7 +167,11 @@ impl RamBlock {
                 .map_err(host_error("make mergeable"))?;
         }
         if config.hugepage_size.is_none() {
-            let thp = if config.thp { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE };
+            let thp = if config.thp {
+                libc::MADV_HUGEPAGE
+            } else {
+                libc::MADV_NOHUGEPAGE
+            };
             // Advice: a kernel that is built without them works just as well.
             let _ = block.advise(thp);
         }

@@ -12,7 +12,7 @@ use spec::Problem;
 pub enum ClientError {
     /// There is nobody at the other end.
     #[error(
-        "no service answers at {place}: is whimbrel running, and is this its socket? ({source})"
+        "no service answers at {place}: is whimbrel running (`whimbrel serve`), and is this its socket?"
     )]
     NoService {
         /// The socket or address.

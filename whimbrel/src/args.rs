@@ -12,7 +12,7 @@ use spec::{ConsoleConfig, ConsoleMode, PayloadConfig, SerialConfig, VmConfig, op
 /// `whimbrel serve` runs a service for many VMs, `whimbrel run` one VM in one command. Without a
 /// subcommand it takes the command line of Cloud Hypervisor, and behaves as that does.
 #[derive(Debug, Parser)]
-#[command(name = "whimbrel", version, args_conflicts_with_subcommands = true)]
+#[command(name = "whimbrel", version)]
 #[command(after_help = "\
 Examples:
   whimbrel demo                                   see it work; needs /dev/kvm and nothing else
@@ -26,6 +26,17 @@ pub(crate) struct Arguments {
     pub(crate) vm: VmArguments,
     #[command(flatten)]
     pub(crate) logging: LoggingArguments,
+}
+
+impl Arguments {
+    /// The options of a VM belong to the program without a subcommand: before one they would say
+    /// nothing.
+    pub(crate) fn check(&self) -> Result<()> {
+        if self.command.is_some() && self.vm.is_given() {
+            bail!("options of a VM stand before a subcommand: they belong behind `run`");
+        }
+        Ok(())
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -101,7 +112,7 @@ impl RunArguments {
 }
 
 /// The options of Cloud Hypervisor's command line.
-#[derive(Debug, Default, Args)]
+#[derive(Debug, Default, PartialEq, Args)]
 #[command(next_help_heading = "VM")]
 pub(crate) struct VmArguments {
     /// Socket on which Cloud Hypervisor's API is spoken for this VM.
@@ -119,11 +130,11 @@ pub(crate) struct VmArguments {
     /// Initial RAM file system.
     #[arg(long, value_name = "PATH")]
     pub(crate) initramfs: Option<String>,
-    /// vCPUs: a number, or boot=N,max=N,topology=T:C:D:P,affinity=[V@[CPUS]],max_phys_bits=N.
-    #[arg(long, value_name = "OPTIONS", default_value = "boot=1")]
+    /// vCPUs, one by default: a number, or boot=N,max=N,topology=T:C:D:P,affinity=[V@[CPUS]],max_phys_bits=N.
+    #[arg(long, value_name = "OPTIONS")]
     pub(crate) cpus: Option<String>,
-    /// Memory: size=SIZE,shared=on,hugepages=on,hugepage_size=SIZE,prefault=on,mergeable=on,thp=off.
-    #[arg(long, value_name = "OPTIONS", default_value = "size=512M")]
+    /// Memory, 512 MiB by default: size=SIZE,shared=on,hugepages=on,hugepage_size=SIZE,prefault=on,mergeable=on,thp=off.
+    #[arg(long, value_name = "OPTIONS")]
     pub(crate) memory: Option<String>,
     /// Serial port: off, null, pty, tty, file=PATH or socket=PATH.
     #[arg(long, value_name = "MODE")]
@@ -167,6 +178,10 @@ pub(crate) struct VmArguments {
 }
 
 impl VmArguments {
+    fn is_given(&self) -> bool {
+        *self != Self::default()
+    }
+
     /// The API's socket, from `PATH` or `path=PATH`.
     pub(crate) fn api_socket(&self) -> Result<Option<PathBuf>> {
         Ok(
@@ -309,6 +324,14 @@ mod tests {
         assert_eq!(config("--api-socket /s").unwrap(), None);
         assert!(config("--kernel /k --seccomp true").is_err());
         assert!(config("--kernel /k --cpus boots=2").is_err());
+    }
+
+    #[test]
+    fn logging_goes_with_every_subcommand_and_options_of_a_vm_do_not() {
+        let check = |line: &str| Arguments::try_parse_from(line.split(' ')).unwrap().check();
+        assert!(check("whimbrel -v serve").is_ok());
+        assert!(check("whimbrel serve -v --log-format json").is_ok());
+        assert!(check("whimbrel --kernel /k serve").is_err());
     }
 
     #[test]

@@ -20,6 +20,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use vmm::{Pool, PoolConfig};
 
 use crate::serve::{about, runtime};
+use crate::signals::Signals;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 const VCPUS: u32 = 2;
@@ -45,7 +46,12 @@ pub(crate) fn run() -> Result<ExitCode> {
             start: Instant::now(),
         };
         demo.say(&format!("a service, with its API at {}", socket.display()));
-        let shown = demo.show(&kernel.to_string_lossy()).await;
+        let mut signals = Signals::listen()?;
+        let kernel = kernel.to_string_lossy();
+        let shown = tokio::select! {
+            shown = demo.show(&kernel) => shown,
+            () = signals.next() => Err(anyhow::anyhow!("interrupted")),
+        };
         shutdown.request();
         registry.delete_all().await;
         serving.await.context("the service failed")?;

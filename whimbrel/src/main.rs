@@ -18,7 +18,10 @@ use crate::args::{Arguments, Command};
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    if let Err(error) = logging::start(&arguments.logging) {
+    if let Err(error) = arguments
+        .check()
+        .and_then(|()| logging::start(&arguments.logging))
+    {
         eprintln!("whimbrel: {error:#}");
         return ExitCode::FAILURE;
     }

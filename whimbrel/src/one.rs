@@ -40,30 +40,21 @@ pub(crate) fn run(arguments: &VmArguments, serial: Option<ConsoleMode>) -> Resul
                 Some(tokio::spawn(serve(listener, router, shutdown.clone())))
             }
         };
-        let mut booted = Ok(());
-        if let Some(config) = config {
-            let created = registry
-                .create(Some(id), config)
-                .map_err(|error| explained(&error));
-            booted = match created {
-                Ok(vm) => vm
-                    .ask(Verb::Boot)
+        let guest = async {
+            if let Some(config) = config {
+                let vm = registry
+                    .create(Some(id), config)
+                    .map_err(|error| explained(&error))?;
+                vm.ask(Verb::Boot)
                     .await
-                    .map(|_| ())
-                    .map_err(|error| explained(&error)),
-                Err(error) => Err(error),
-            };
-        }
-        let ended = match booted {
-            Err(error) => Err(error),
-            Ok(()) => {
-                let ended = tokio::select! {
-                    () = signals.next() => None,
-                    () = shutdown.requested() => None,
-                    ended = guest_ends(&registry) => Some(ended),
-                };
-                Ok(ended.flatten())
+                    .map_err(|error| explained(&error))?;
             }
+            Ok(guest_ends(&registry).await)
+        };
+        let ended: Result<Option<spec::Failure>> = tokio::select! {
+            () = signals.next() => Ok(None),
+            () = shutdown.requested() => Ok(None),
+            ended = guest => ended,
         };
         shutdown.request();
         unless_interrupted(&mut signals, async {

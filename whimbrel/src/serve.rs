@@ -33,6 +33,14 @@ fn default_socket() -> PathBuf {
         .join("whimbrel.sock")
 }
 
+/// A directory beside the socket, named as it is but for the ending, and so that it is another.
+fn beside(socket: &Path) -> PathBuf {
+    match socket.extension() {
+        Some(_) => socket.with_extension(""),
+        None => socket.with_extension("d"),
+    }
+}
+
 /// A directory that only its owner may look into.
 fn private_directory(path: &Path) -> Result<()> {
     DirBuilder::new()
@@ -96,4 +104,21 @@ pub(crate) fn run(arguments: &ServeArguments) -> Result<ExitCode> {
         .await;
         Ok(ExitCode::SUCCESS)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_state_directory_is_never_the_socket() {
+        assert_eq!(
+            beside(Path::new("/run/whimbrel.sock")),
+            Path::new("/run/whimbrel")
+        );
+        assert_eq!(
+            beside(Path::new("/run/whimbrel")),
+            Path::new("/run/whimbrel.d")
+        );
+    }
 }
