@@ -64,7 +64,7 @@ pub(crate) fn run(arguments: &ServeArguments) -> Result<ExitCode> {
     let state = arguments
         .state_dir
         .clone()
-        .unwrap_or_else(|| socket.with_extension(""));
+        .unwrap_or_else(|| beside(&socket));
     let pool = Pool::start(&PoolConfig {
         threads: arguments.threads,
     })?;
