@@ -6,10 +6,10 @@
 //! is no grace period to remember and nothing that can be used after it is gone.
 
 use std::sync::Arc;
-use std::thread::{self, ThreadId};
 
 use crate::change::ViewChange;
 use crate::error::Refusal;
+use crate::sync::thread::{self, ThreadId};
 use crate::sync::{Condvar, Mutex};
 
 /// Told of each commit that changes an address space, once, on the thread that commits.
@@ -133,5 +133,72 @@ impl Drop for ListenerHandle {
 impl std::fmt::Debug for ListenerHandle {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("ListenerHandle")
+    }
+}
+
+#[cfg(all(test, loom))]
+mod model {
+    use loom::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+    use crate::flat_view::FlatView;
+
+    struct Probe {
+        gone: Arc<AtomicBool>,
+    }
+
+    impl MemoryListener for Probe {
+        fn prepare(&self, _: &ViewChange) -> Result<(), Refusal> {
+            Ok(())
+        }
+
+        fn apply(&self, _: &ViewChange) -> Result<(), Refusal> {
+            assert!(
+                !self.gone.load(Ordering::SeqCst),
+                "called after its handle was dropped"
+            );
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn no_callback_after_the_handle_is_dropped() {
+        loom::model(|| {
+            let gone = Arc::new(AtomicBool::new(false));
+            let subscription = Subscription::new(Arc::new(Probe {
+                gone: Arc::clone(&gone),
+            }));
+            let handle = ListenerHandle {
+                subscription: Arc::clone(&subscription),
+            };
+            let committer = loom::thread::spawn(move || {
+                let none = Arc::new(FlatView::empty());
+                let change = ViewChange::between(Arc::clone(&none), none);
+                for _ in 0..2 {
+                    if let Some(entered) = subscription.enter() {
+                        let listener = entered.listener().expect("it is there while a commit is");
+                        listener.apply(&change).expect("it does not refuse");
+                    }
+                }
+            });
+            drop(handle);
+            gone.store(true, Ordering::SeqCst);
+            committer.join().expect("no assertion failed");
+        });
+    }
+
+    #[test]
+    fn a_handle_dropped_by_the_committing_thread_does_not_wait_for_itself() {
+        loom::model(|| {
+            let gone = Arc::new(AtomicBool::new(false));
+            let subscription = Subscription::new(Arc::new(Probe { gone }));
+            let handle = ListenerHandle {
+                subscription: Arc::clone(&subscription),
+            };
+            let entered = subscription.enter();
+            drop(handle);
+            drop(entered);
+            assert!(subscription.enter().is_none());
+        });
     }
 }

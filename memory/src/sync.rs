@@ -2,11 +2,16 @@
 
 #[cfg(not(loom))]
 pub(crate) use parking_lot::{Condvar, Mutex};
+#[cfg(not(loom))]
+pub(crate) use std::thread;
 
 #[cfg(loom)]
 pub(crate) use self::model::{Condvar, Mutex};
+#[cfg(loom)]
+pub(crate) use loom::thread;
 
 #[cfg(loom)]
+#[expect(clippy::unwrap_used, reason = "a lock of a model is never poisoned")]
 mod model {
     pub(crate) struct Mutex<T>(loom::sync::Mutex<T>);
 

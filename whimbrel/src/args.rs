@@ -130,8 +130,13 @@ pub(crate) struct VmArguments {
     /// Initial RAM file system.
     #[arg(long, value_name = "PATH")]
     pub(crate) initramfs: Option<String>,
-    /// vCPUs, one by default: a number, or boot=N,max=N,topology=T:C:D:P,affinity=[V@[CPUS]],max_phys_bits=N.
-    #[arg(long, value_name = "OPTIONS")]
+    // As an attribute: in a comment its brackets would be links.
+    #[arg(
+        long,
+        value_name = "OPTIONS",
+        help = "vCPUs, one by default: a number, or boot=N,max=N,topology=T:C:D:P,affinity=[V@[CPUS]],\
+                max_phys_bits=N"
+    )]
     pub(crate) cpus: Option<String>,
     /// Memory, 512 MiB by default: size=SIZE,shared=on,hugepages=on,hugepage_size=SIZE,prefault=on,mergeable=on,thp=off.
     #[arg(long, value_name = "OPTIONS")]
