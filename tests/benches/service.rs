@@ -1,0 +1,267 @@
+//! What a service costs and how fast it is, as tables.
+//!
+//!     cargo bench -p tests --bench service [-- --peer PROGRAM]
+//!
+//! `PROGRAM` has Cloud Hypervisor's command line and API; it is measured beside us where it can do the same. The
+//! guest is the pocket guest. `whimbrel` must have been built in the same profile: `cargo build --release`.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use guest::Options;
+use openapi::Client;
+use spec::{PayloadConfig, SerialConfig, VmConfig, VmState};
+use tests::{Face, Serial, Service};
+
+const BOOTS: usize = 15;
+const VMS: u64 = 100;
+const MEMORY: u64 = 32 << 20;
+
+#[tokio::main]
+async fn main() -> Result<()> {
+    let mut arguments = std::env::args()
+        .skip(1)
+        .filter(|argument| argument != "--bench");
+    let peer = match (arguments.next().as_deref(), arguments.next()) {
+        (None, _) => None,
+        (Some("--peer"), Some(path)) => Some(PathBuf::from(path)),
+        _ => bail!("the only option is --peer PROGRAM"),
+    };
+    boot(peer.as_deref()).await?;
+    many().await?;
+    requests().await
+}
+
+fn config(kernel: &Path, serial: &Path) -> VmConfig {
+    let mut config = VmConfig::with_payload(PayloadConfig {
+        kernel: Some(kernel.to_string_lossy().into_owned()),
+        cmdline: Some(Options::default().to_string()),
+        ..PayloadConfig::default()
+    });
+    config.memory.size = MEMORY;
+    config.memory.thp = false;
+    config.serial = SerialConfig {
+        mode: spec::ConsoleMode::File,
+        ..SerialConfig::default()
+    };
+    config.serial.file = Some(serial.to_string_lossy().into_owned());
+    config.console.mode = spec::ConsoleMode::Off;
+    config
+}
+
+/// Ends with what it was started for.
+struct Program(Child);
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// From the request to the guest's first line in a file, as a client sees it, for any program with that API.
+async fn boot_of(program: &Path, dir: &Path) -> Result<Duration> {
+    let (kernel, socket, log) = (dir.join("pocket"), dir.join("api.sock"), dir.join("serial"));
+    std::fs::write(&kernel, guest::IMAGE)?;
+    let child = Command::new(program)
+        .arg("--api-socket")
+        .arg(&socket)
+        .stderr(Stdio::null())
+        .spawn()?;
+    let _program = Program(child);
+    let client = Client::unix(&socket);
+    let start = Instant::now();
+    while client.ping().await.is_err() {
+        if start.elapsed() > Duration::from_secs(10) {
+            bail!("{} does not answer", program.display());
+        }
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    client.vm_create(&config(&kernel, &log)).await?;
+    let serial = Serial::at(log);
+    let start = Instant::now();
+    client.vm_boot().await?;
+    while serial.text().is_empty() {
+        if start.elapsed() > Duration::from_secs(10) {
+            bail!("the guest says nothing");
+        }
+        tokio::task::yield_now().await;
+    }
+    Ok(start.elapsed())
+}
+
+fn median<T: Ord + Copy>(mut all: Vec<T>) -> Result<T> {
+    all.sort();
+    all.get(all.len() / 2)
+        .copied()
+        .context("nothing was measured")
+}
+
+async fn boot(peer: Option<&Path>) -> Result<()> {
+    let service = Service::start(Face::Many).await?;
+    let mut steps: [Vec<u64>; 4] = Default::default();
+    for index in 0..BOOTS {
+        let name = format!("boot{index}");
+        let (mut vm, serial) = service.pocket(&name, Options::default())?;
+        (vm.memory.size, vm.memory.thp) = (MEMORY, false);
+        let id = service.create(&name, vm).await?;
+        service.client().vms_boot(&id).await?;
+        let start = Instant::now();
+        while serial.text().is_empty() && start.elapsed() < Duration::from_secs(10) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let boot = service
+            .client()
+            .vms_info(&id)
+            .await?
+            .boot
+            .context("a timeline")?;
+        let all = [
+            boot.built_us,
+            boot.first_entry_us,
+            boot.first_debug_port_us,
+            boot.first_serial_us,
+        ];
+        for (step, us) in steps.iter_mut().zip(all) {
+            step.extend(us);
+        }
+        service.client().vms_delete(&id).await?;
+    }
+    println!(
+        "from the boot request, 1 vCPU, {} MiB, median of {BOOTS} (us)",
+        MEMORY >> 20
+    );
+    for (name, step) in [
+        "machine built",
+        "guest entered",
+        "first instruction",
+        "first serial byte",
+    ]
+    .iter()
+    .zip(steps)
+    {
+        println!("  {name:<28} {:>9}", median(step)?);
+    }
+    let us = std::env::current_exe()?
+        .ancestors()
+        .nth(2)
+        .map(|dir| dir.join("whimbrel"))
+        .context("a target folder")?;
+    println!("to the first line, as a client sees it, median of {BOOTS} (us)");
+    for program in std::iter::once(us.as_path()).chain(peer) {
+        let mut all = Vec::new();
+        for _ in 0..BOOTS {
+            let dir = tempfile::tempdir()?;
+            all.push(boot_of(program, dir.path()).await?);
+        }
+        println!(
+            "  {:<28} {:>9}",
+            program.display().to_string(),
+            median(all)?.as_micros()
+        );
+    }
+    Ok(())
+}
+
+/// Kibibytes that a process has for itself, shared ones by their share; and of those the guests' RAM.
+fn pss(pid: u32) -> Result<(u64, u64)> {
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/smaps"))?;
+    let (mut all, mut ram, mut is_ram) = (0, 0, false);
+    for line in maps.lines() {
+        let mut words = line.split_whitespace();
+        let (name, value) = (
+            words.next().unwrap_or(""),
+            words.next().and_then(|v| v.parse::<u64>().ok()),
+        );
+        match (name, value) {
+            ("Size:", Some(kib)) => is_ram = kib == MEMORY >> 10,
+            ("Pss:", Some(kib)) => {
+                all += kib;
+                ram += if is_ram { kib } else { 0 };
+            }
+            _ => {}
+        }
+    }
+    Ok((all, ram))
+}
+
+async fn many() -> Result<()> {
+    let service = Service::start(Face::Many).await?;
+    let client = service.client();
+    let before = pss(service.pid())?;
+    let mut ids = Vec::new();
+    let start = Instant::now();
+    for index in 0..VMS {
+        let (mut config, _) = service.pocket(&format!("vm{index}"), Options::default())?;
+        (config.memory.size, config.memory.thp) = (MEMORY, false);
+        let id = service.create(&format!("vm{index}"), config).await?;
+        client.vms_boot(&id).await?;
+        client.vms_pause(&id).await?;
+        ids.push(id);
+    }
+    let took = start.elapsed();
+    let after = pss(service.pid())?;
+    let own = (after.0 - after.1).saturating_sub(before.0 - before.1);
+    println!("{VMS} paused VMs in one service");
+    println!(
+        "  {:<28} {:>9.1}",
+        "PSS of each beyond RAM (KiB)",
+        own as f64 / VMS as f64
+    );
+    println!(
+        "  {:<28} {:>9.1}",
+        "create, boot, pause (ms)",
+        took.as_secs_f64() * 1000.0 / VMS as f64
+    );
+    for id in &ids {
+        client.vms_resume(id).await?;
+        if client.vms_info(id).await?.state != VmState::Running {
+            bail!("{id} does not run");
+        }
+    }
+    println!("  all resumed, all answer");
+    Ok(())
+}
+
+async fn requests() -> Result<()> {
+    const EACH: usize = 4_000;
+    let service = Service::start(Face::Many).await?;
+    let (vm, _) = service.boot_pocket("vm", Options::default()).await?;
+    println!("info of a VM over the unix socket, keep-alive");
+    for connections in [1, 8] {
+        let start = Instant::now();
+        let tasks: Vec<_> = (0..connections)
+            .map(|_| {
+                let (client, vm) = (service.client().clone(), vm.clone());
+                tokio::spawn(async move {
+                    let mut all = Vec::with_capacity(EACH);
+                    for _ in 0..EACH {
+                        let start = Instant::now();
+                        client.vms_info(&vm).await?;
+                        all.push(start.elapsed());
+                    }
+                    Ok::<_, anyhow::Error>(all)
+                })
+            })
+            .collect();
+        let mut all = Vec::new();
+        for task in tasks {
+            all.extend(task.await??);
+        }
+        let rate = all.len() as f64 / start.elapsed().as_secs_f64();
+        all.sort();
+        let at = |part: usize| {
+            all.get(all.len() * part / 100)
+                .map_or(0, Duration::as_micros)
+        };
+        println!(
+            "  {connections} connections: {rate:>8.0} requests/s, p50 {} us, p99 {} us",
+            at(50),
+            at(99)
+        );
+    }
+    Ok(())
+}

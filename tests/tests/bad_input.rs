@@ -1,0 +1,168 @@
+//! What a user gets who asks for what cannot be: an error that names the thing, and nothing changed.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use guest::{Crash, Options, Workload};
+use openapi::ClientError;
+use rustix::process::Signal;
+use spec::{Problem, VmConfig, VmState};
+use tests::{Face, Service};
+
+fn problem<T: std::fmt::Debug>(result: Result<T, ClientError>) -> Result<Problem> {
+    match result {
+        Err(ClientError::Problem(problem)) => Ok(*problem),
+        other => anyhow::bail!("not refused by the service: {other:?}"),
+    }
+}
+
+/// Changes a configuration so that it cannot be.
+type Spoil = fn(&mut VmConfig);
+
+#[tokio::test]
+async fn configurations_that_cannot_be_are_refused_by_field() -> Result<()> {
+    let service = Service::start(Face::Many).await?;
+    let (good, _) = service.pocket("vm", Options::default())?;
+    let spoiled: [(&str, u16, Spoil); 9] = [
+        ("/memory/size", 422, |c| c.memory.size = 0),
+        ("/memory/size", 422, |c| c.memory.size = 4097),
+        ("/memory/size", 422, |c| c.memory.size = 1 << 60),
+        ("/cpus/boot_vcpus", 422, |c| c.cpus.boot_vcpus = 0),
+        ("/cpus/max_vcpus", 422, |c| {
+            (c.cpus.boot_vcpus, c.cpus.max_vcpus) = (1 << 20, 1 << 20);
+        }),
+        ("/payload/kernel", 422, |c| c.payload.kernel = None),
+        ("/serial/file", 422, |c| c.serial.file = None),
+        ("/watchdog", 501, |c| c.watchdog = true),
+        ("/payload/firmware", 501, |c| {
+            c.payload.firmware = Some("/f".to_owned());
+        }),
+    ];
+    for (pointer, status, spoil) in spoiled {
+        let mut config = good.clone();
+        spoil(&mut config);
+        let refused = match service.create("vm", config).await {
+            Err(error) => error.downcast::<ClientError>()?,
+            Ok(id) => anyhow::bail!("{id} was created, and {pointer} cannot be"),
+        };
+        let refused = problem::<()>(Err(refused))?;
+        assert_eq!(
+            (refused.status, refused.errors[0].pointer.as_str()),
+            (status, pointer)
+        );
+    }
+    assert!(service.client().vms_list().await?.is_empty());
+    Ok(())
+}
+
+#[tokio::test]
+async fn payloads_that_cannot_be_are_named_at_boot() -> Result<()> {
+    let service = Service::start(Face::Many).await?;
+    let (good, _) = service.pocket("vm", Options::default())?;
+    let path = |name: &str| service.path(name).to_string_lossy().into_owned();
+    fs::write(path("large"), vec![0; 80 << 20])?;
+    for (name, initramfs) in [("missing", path("no-initramfs")), ("large", path("large"))] {
+        let mut config = good.clone();
+        config.memory.size = 64 << 20;
+        config.payload.initramfs = Some(initramfs.clone());
+        let vm = service.create(name, config).await?;
+        let refused = problem(service.client().vms_boot(&vm).await)?;
+        assert_eq!(refused.status, 422);
+        assert!(refused.detail.contains(&initramfs), "{refused}");
+        assert_eq!(
+            service.client().vms_info(&vm).await?.state,
+            VmState::Created
+        );
+    }
+    Ok(())
+}
+
+/// Sends bytes as they are, and reads the answer to its end.
+fn raw(service: &Service, request: &str) -> Result<String> {
+    let mut socket = UnixStream::connect(service.socket())?;
+    socket.set_read_timeout(Some(Duration::from_secs(20)))?;
+    socket.write_all(request.as_bytes())?;
+    socket.shutdown(std::net::Shutdown::Write)?;
+    let mut answer = String::new();
+    socket.read_to_string(&mut answer)?;
+    Ok(answer)
+}
+
+fn put(path: &str, body: &str) -> String {
+    let len = body.len();
+    format!(
+        "PUT /api/v1/{path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len}\r\nConnection: close\r\n\r\n{body}"
+    )
+}
+
+#[tokio::test]
+async fn bodies_that_cannot_be_read_are_explained() -> Result<()> {
+    let service = Service::start(Face::One).await?;
+    let large = format!("\"{}\"", "x".repeat(2 << 20));
+    for (body, status, says) in [
+        ("{", "400", "line 1"),
+        (
+            r#"{"payload": {"kernal": "/k"}}"#,
+            "400",
+            "did you mean `kernel`",
+        ),
+        (r#"{"payload": {"kernel": 7}}"#, "400", "/payload/kernel"),
+        (large.as_str(), "413", ""),
+    ] {
+        let answer = raw(&service, &put("vm.create", body))?;
+        assert!(
+            answer.starts_with(&format!("HTTP/1.1 {status}")) && answer.contains(says),
+            "{answer}"
+        );
+    }
+    let answer = raw(&service, &put("vm.boot", ""))?;
+    assert!(answer.starts_with("HTTP/1.1 404"), "{answer}");
+    let answer = raw(
+        &service,
+        "GET /api/v1/vm.nothing HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+    )?;
+    assert!(answer.starts_with("HTTP/1.1 404"), "{answer}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_guest_that_cannot_be_emulated_is_explained() -> Result<()> {
+    let service = Service::start(Face::Many).await?;
+    let options = Options {
+        workload: Workload::Crash(Crash::TripleFault),
+        ..Options::default()
+    };
+    let (vm, _) = service.boot_pocket("vm", options).await?;
+    let info = service.reaches(&vm, VmState::Shutdown).await?;
+    assert_eq!(info.failure.context("a failure")?.code, "triple-fault");
+    // It can be booted again: what is wrong with it is the guest's business.
+    service.client().vms_boot(&vm).await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_second_service_on_a_live_socket_is_refused_and_the_first_lives_on() -> Result<()> {
+    let mut service = Service::start(Face::Many).await?;
+    let program = std::env::current_exe()?;
+    let program = program
+        .ancestors()
+        .nth(2)
+        .context("a target folder")?
+        .join("whimbrel");
+    let second = Command::new(std::env::var_os("WHIMBREL").map_or(program, Into::into))
+        .args(["serve", "--socket"])
+        .arg(service.socket())
+        .output()?;
+    assert!(!second.status.success());
+    let said = String::from_utf8_lossy(&second.stderr).into_owned();
+    assert!(said.contains(&service.pid().to_string()), "{said}");
+    service.client().ping().await?;
+    service.signal(Signal::INT)?;
+    assert!(service.ended(Duration::from_secs(20)).await?.success());
+    assert!(!service.socket().exists());
+    Ok(())
+}
