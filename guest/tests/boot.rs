@@ -287,8 +287,15 @@ fn dirties_at_its_rate_and_knows_every_page() {
         assert!(before <= uptime_ms * 5 + 64, "{before} in {uptime_ms} ms");
         before = writes;
     }
-    machine.send(Command::Verify);
-    assert_eq!(machine.expect("verified", verified), (1024, 0, None));
+    // On a busy host a vCPU may be late by more than it takes the other to write its part.
+    let every_page = (0..100).any(|_| {
+        machine.send(Command::Verify);
+        let (pages, bad, first_bad) = machine.expect("verified", verified);
+        assert_eq!((bad, first_bad), (0, None));
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        pages == 1024
+    });
+    assert!(every_page, "a part of the region was never written");
 }
 
 #[test]
