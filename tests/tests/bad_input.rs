@@ -85,8 +85,8 @@ async fn payloads_that_cannot_be_are_named_at_boot() -> Result<()> {
 fn raw(service: &Service, request: &str) -> Result<String> {
     let mut socket = UnixStream::connect(service.socket())?;
     socket.set_read_timeout(Some(Duration::from_secs(20)))?;
-    socket.write_all(request.as_bytes())?;
-    socket.shutdown(std::net::Shutdown::Write)?;
+    // A body that is too large is refused before all of it has come.
+    let _ = socket.write_all(request.as_bytes());
     let mut answer = String::new();
     socket.read_to_string(&mut answer)?;
     Ok(answer)
