@@ -4,7 +4,7 @@
 //! fast as the guest reads it, so that it piles up where its sender can see it.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -14,6 +14,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use rustix::io::Errno;
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcsetattr};
 
@@ -219,11 +220,11 @@ impl Console {
         match &mut self.end {
             End::Quiet(_) => Vec::new(),
             End::Tty { .. } => {
-                self.more = pump(rustix::stdio::stdin(), io::stdin(), serial).more;
+                self.more = pump(rustix::stdio::stdin(), serial).more;
                 Vec::new()
             }
             End::Pty { master, .. } => {
-                self.more = pump(master.as_fd(), &**master, serial).more;
+                self.more = pump(&**master, serial).more;
                 Vec::new()
             }
             End::Socket {
@@ -258,7 +259,7 @@ fn serve(listener: &UnixListener, client: &Client, serial: &Serial) -> (Vec<Watc
         .as_ref()
         .and_then(|stream| stream.try_clone().ok());
     if let Some(reader) = reader {
-        let pumped = pump(reader.as_fd(), &reader, serial);
+        let pumped = pump(&reader, serial);
         more = pumped.more;
         if pumped.ended {
             watches.extend(
@@ -286,12 +287,16 @@ struct Pumped {
 }
 
 /// Moves bytes to the guest until there are none, or it has no room.
-fn pump(fd: impl AsFd, mut from: impl Read, serial: &Serial) -> Pumped {
+///
+/// It reads the descriptor itself: a reader with a buffer of its own, as that of the standard
+/// library for standard input, would keep back what the guest has no room for, where no poll of
+/// the descriptor finds it.
+fn pump(from: impl AsFd, serial: &Serial) -> Pumped {
     let mut buffer = [0; 64];
     loop {
         let room = serial.room().min(buffer.len());
         // Standard input may be shared with others, and blocks: ask before reading.
-        let mut asked = [PollFd::new(&fd, PollFlags::IN)];
+        let mut asked = [PollFd::new(&from, PollFlags::IN)];
         if !poll(
             &mut asked,
             Some(&Timespec {
@@ -309,7 +314,7 @@ fn pump(fd: impl AsFd, mut from: impl Read, serial: &Serial) -> Pumped {
                 ended: false,
             };
         }
-        match from.read(&mut buffer[..room]) {
+        match rustix::io::read(&from, &mut buffer[..room]) {
             Ok(0) => {
                 return Pumped {
                     more: false,
@@ -319,9 +324,9 @@ fn pump(fd: impl AsFd, mut from: impl Read, serial: &Serial) -> Pumped {
             Ok(len) => {
                 serial.receive(&buffer[..len]);
             }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(Errno::INTR) => {}
             Err(error) => {
-                let ended = error.kind() != io::ErrorKind::WouldBlock;
+                let ended = error != Errno::WOULDBLOCK;
                 return Pumped { more: false, ended };
             }
         }
@@ -409,6 +414,8 @@ impl Write for ToClient {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read;
+
     use super::*;
     use crate::interrupt::InterruptLine;
 
@@ -460,6 +467,32 @@ mod tests {
         console.ready(&serial);
         console.ready(&serial);
         assert!(console.has_more() && serial.room() == 0);
+    }
+
+    #[test]
+    fn what_the_guest_had_no_room_for_comes_when_it_has() {
+        use memory::DeviceOps;
+        let serial = serial(&Console::null());
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        let sent: Vec<u8> = (0..200).collect();
+        writer.write_all(&sent).unwrap();
+        let mut came = Vec::new();
+        // Nothing more is written: what is left can only come from the descriptor.
+        while pump(&reader, &serial).more {
+            while serial.room() < 64 {
+                let mut byte = [0];
+                serial.read(0, &mut byte);
+                came.extend(byte);
+            }
+        }
+        came.resize_with(sent.len(), || {
+            let mut byte = [0];
+            serial.read(0, &mut byte);
+            byte[0]
+        });
+        assert_eq!(came, sent);
+        drop(writer);
+        assert!(pump(&reader, &serial).ended);
     }
 
     #[test]
