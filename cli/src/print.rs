@@ -1,6 +1,6 @@
 //! What is printed: tables for people, JSON for programs.
 
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write};
 
 use anyhow::Result;
 use comfy_table::Table;
@@ -29,11 +29,10 @@ impl Printer {
         people: impl FnOnce(&T) -> String,
     ) -> Result<()> {
         if self.json {
-            println!("{}", serde_json::to_string_pretty(value)?);
+            line(&serde_json::to_string_pretty(value)?)
         } else {
-            println!("{}", people(value).trim_end());
+            line(people(value).trim_end())
         }
-        Ok(())
     }
 
     /// For what comes piece by piece: a line each.
@@ -43,12 +42,16 @@ impl Printer {
         people: impl FnOnce(&T) -> String,
     ) -> Result<()> {
         if self.json {
-            println!("{}", serde_json::to_string(value)?);
+            line(&serde_json::to_string(value)?)
         } else {
-            println!("{}", people(value));
+            line(&people(value))
         }
-        Ok(())
     }
+}
+
+/// A line on standard output. (`println!` would panic where the reader has gone.)
+pub(crate) fn line(text: &str) -> Result<()> {
+    Ok(writeln!(io::stdout(), "{text}")?)
 }
 
 fn table<const N: usize>(rows: impl IntoIterator<Item = [String; N]>) -> String {

@@ -76,8 +76,7 @@ impl Remote {
             Command::Events { after } => self.events(after).await,
             Command::Openapi => {
                 let document = self.client.openapi().await?;
-                println!("{}", serde_json::to_string_pretty(&document)?);
-                Ok(())
+                print::line(&serde_json::to_string_pretty(&document)?)
             }
             Command::ShutdownVmm if self.vm.is_some() => {
                 bail!(

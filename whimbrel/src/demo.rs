@@ -163,10 +163,8 @@ impl Demo {
         self.say("from the boot request:");
         for (what, us) in steps {
             let us = us.with_context(|| format!("there is no time for: {what}"))?;
-            println!(
-                "             {:>9.3} ms  {what}",
-                f64::from(u32::try_from(us)?) / 1000.0
-            );
+            let ms = f64::from(u32::try_from(us)?) / 1000.0;
+            show_line(&format!("             {ms:>9.3} ms  {what}"));
         }
         Ok(())
     }
@@ -180,7 +178,7 @@ impl Demo {
                 .within(left)
                 .await
                 .context("the guest does not say what it should")?;
-            println!("             {}", self.paint.guest(&text));
+            show_line(&format!("             {}", self.paint.guest(&text)));
             match Line::parse(&text) {
                 Some(line) if wanted(&line) => return Ok(line),
                 Some(Line::Fault { .. } | Line::Panic { .. }) => bail!("the guest failed: {text}"),
@@ -190,16 +188,25 @@ impl Demo {
     }
 
     fn request(&self, request: &str) {
-        println!("{}  {}", self.clock(), self.paint.request(request));
+        show_line(&format!(
+            "{}  {}",
+            self.clock(),
+            self.paint.request(request)
+        ));
     }
 
     fn say(&self, text: &str) {
-        println!("{}  {text}", self.clock());
+        show_line(&format!("{}  {text}", self.clock()));
     }
 
     fn clock(&self) -> String {
         format!("{:>8.1} ms", self.start.elapsed().as_secs_f64() * 1000.0)
     }
+}
+
+/// What is shown may have no reader any more; the demonstration goes on, and its status tells.
+fn show_line(text: &str) {
+    let _ = writeln!(io::stdout(), "{text}");
 }
 
 fn config(kernel: &str) -> VmConfig {

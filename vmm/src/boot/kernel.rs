@@ -9,6 +9,7 @@ use linux_loader::loader::{KernelLoader, KernelLoaderResult};
 use memory::FlatView;
 use vm_memory::{GuestAddress, ReadVolatile};
 
+use super::elf::look_over;
 use super::unpack::{BzImage, unpack};
 use super::{BootError, open};
 use crate::arch::x86_64::layout::{self, Layout};
@@ -44,7 +45,7 @@ pub(super) fn load(path: &Path, memory: &FlatView, layout: &Layout) -> Result<Ke
     file.read_exact(&mut magic).map_err(unreadable)?;
     file.rewind().map_err(unreadable)?;
     if magic == ELF_MAGIC {
-        return load_elf(&mut file, memory).map_err(refused);
+        return load_elf(&mut file, memory, layout).map_err(refused);
     }
     let image = read_whole(&mut file, len, layout).map_err(refused)?;
     let image = BzImage::parse(&image).map_err(refused)?;
@@ -55,7 +56,7 @@ pub(super) fn load(path: &Path, memory: &FlatView, layout: &Layout) -> Result<Ke
             "what is packed in the bzImage is no ELF kernel".to_owned(),
         ));
     }
-    load_elf(&mut Cursor::new(unpacked), memory).map_err(refused)
+    load_elf(&mut Cursor::new(unpacked), memory, layout).map_err(refused)
 }
 
 fn read_whole(file: &mut File, len: u64, layout: &Layout) -> Result<Vec<u8>, String> {
@@ -74,7 +75,9 @@ fn read_whole(file: &mut File, len: u64, layout: &Layout) -> Result<Vec<u8>, Str
 fn load_elf<F: Read + ReadVolatile + Seek>(
     file: &mut F,
     memory: &FlatView,
+    layout: &Layout,
 ) -> Result<Kernel, String> {
+    let segments = look_over(file, layout.low_ram_end())?;
     let first = GuestAddress(layout::HIGH_MEMORY);
     let loaded: KernelLoaderResult = Elf::load(memory, None, file, Some(first))
         .map_err(|error| format!("its ELF file cannot be loaded: {error}"))?;
@@ -82,9 +85,15 @@ fn load_elf<F: Read + ReadVolatile + Seek>(
         PvhBootCapability::PvhEntryPresent(entry) => Some(entry.0),
         _ => None,
     };
-    Ok(Kernel {
+    let kernel = Kernel {
         entry: loaded.kernel_load.0,
         pvh_entry,
-        end: loaded.kernel_end,
-    })
+        end: segments.end(),
+    };
+    let start = pvh_entry.unwrap_or(kernel.entry);
+    if segments.contain(start) {
+        Ok(kernel)
+    } else {
+        Err(format!("it starts at {start:#x}, where it has no code"))
+    }
 }

@@ -3,6 +3,7 @@
 //! The guest never runs a decompressor: a bzImage is unpacked here, to the ELF kernel inside it,
 //! which is entered through its PVH note, or by the 64-bit boot protocol where it has none.
 
+mod elf;
 mod handover;
 mod kernel;
 mod unpack;

@@ -54,6 +54,10 @@ fn field<const N: usize>(image: &[u8], at: usize) -> Option<[u8; N]> {
     image.get(at..at + N)?.try_into().ok()
 }
 
+/// What xz and lzma may take to unpack a kernel: twice the 128 MiB that the kernel's own build asks
+/// for at most. A header could ask for 4 GiB.
+const DICTIONARY: u64 = 256 << 20;
+
 /// Unpacks a kernel to at most `most` bytes.
 pub(super) fn unpack(packed: &[u8], most: u64) -> Result<Vec<u8>, String> {
     let damaged = |format: &str, error: &dyn std::fmt::Display| {
@@ -78,10 +82,15 @@ pub(super) fn unpack(packed: &[u8], most: u64) -> Result<Vec<u8>, String> {
     match packed {
         [0x1f, 0x8b, ..] => reader("gzip", Box::new(flate2::bufread::GzDecoder::new(packed))),
         [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => {
-            reader("xz", Box::new(liblzma::bufread::XzDecoder::new(packed)))
+            let stream = liblzma::stream::Stream::new_stream_decoder(DICTIONARY, 0)
+                .map_err(|error| damaged("xz", &error))?;
+            reader(
+                "xz",
+                Box::new(liblzma::bufread::XzDecoder::new_stream(packed, stream)),
+            )
         }
         [0x5d, 0, 0, ..] => {
-            let stream = liblzma::stream::Stream::new_lzma_decoder(u64::MAX)
+            let stream = liblzma::stream::Stream::new_lzma_decoder(DICTIONARY)
                 .map_err(|error| damaged("lzma", &error))?;
             reader(
                 "lzma",
