@@ -132,6 +132,9 @@ pub struct MemSlots {
     gate: Arc<Gate>,
     capabilities: Capabilities,
     state: Mutex<State>,
+    /// Leaves the gate open, to show what it is for.
+    #[cfg(test)]
+    ungated: std::sync::atomic::AtomicBool,
 }
 
 impl MemSlots {
@@ -141,6 +144,8 @@ impl MemSlots {
             gate,
             capabilities,
             state: Mutex::new(State::default()),
+            #[cfg(test)]
+            ungated: std::sync::atomic::AtomicBool::new(false),
         }
     }
 
@@ -235,7 +240,10 @@ impl MemSlots {
     }
 
     fn apply_plan(&self, state: &mut State, plan: Plan) -> Result<(), KvmError> {
-        let closed = (!plan.remove.is_empty()).then(|| self.gate.close());
+        let gated = !plan.remove.is_empty();
+        #[cfg(test)]
+        let gated = gated && !self.ungated.load(std::sync::atomic::Ordering::Relaxed);
+        let closed = gated.then(|| self.gate.close());
         state.stats.gate_closings += u64::from(closed.is_some());
         for number in plan.remove {
             let Some(slot) = state.slots.get(number).cloned().flatten() else {
@@ -309,3 +317,6 @@ impl fmt::Debug for MemSlots {
             .finish()
     }
 }
+
+#[cfg(test)]
+mod tests;

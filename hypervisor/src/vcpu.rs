@@ -3,7 +3,10 @@
 use std::sync::Arc;
 use std::sync::atomic::AtomicU8;
 
-use kvm_bindings::{CpuId, Msrs, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_sregs};
+use kvm_bindings::{
+    CpuId, KVM_MP_STATE_RUNNABLE, Msrs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs,
+    kvm_sregs,
+};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use crate::exit::{Exit, ExitHandler, RunFailure};
@@ -241,6 +244,19 @@ impl Vcpu {
         self.fd
             .set_lapic(lapic)
             .map_err(KvmError::new("set a local APIC"))
+    }
+
+    /// Lets a vCPU run that would wait for the guest to start it, as all but the first do.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn set_runnable(&self) -> Result<(), KvmError> {
+        let runnable = kvm_mp_state {
+            mp_state: KVM_MP_STATE_RUNNABLE,
+        };
+        self.fd
+            .set_mp_state(runnable)
+            .map_err(KvmError::new("start a vCPU"))
     }
 
     /// Injects a non-maskable interrupt.

@@ -190,6 +190,12 @@ mod tests {
             let cut = unpack(&packed[..packed.len() / 2], len);
             assert!(cut.is_err() || cut.unwrap() != kernel, "{format}");
         }
+        // A dictionary of 3 GiB for nothing.
+        let mut greedy = vec![0x5d, 0, 0, 0, 0xc0];
+        greedy.extend([0xff; 8]);
+        greedy.extend([0; 32]);
+        let refused = unpack(&greedy, 1 << 20).unwrap_err();
+        assert!(refused.contains("memory"), "{refused}");
         assert!(unpack(b"BZh9", 1).unwrap_err().contains("bzip2"));
         assert!(unpack(b"", 1).is_err());
     }

@@ -1,0 +1,328 @@
+//! Memslots under a guest that never stops using them, on `/dev/kvm`, and the planner without.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use memory::{ListenerHandle, RamBlock, RamConfig, RegionId, SpaceKind, Topology};
+use proptest::prelude::*;
+
+use super::*;
+use crate::exit::{Exit, ExitHandler};
+use crate::kvm::Kvm;
+use crate::vcpu::Vcpu;
+use crate::vm::Vm;
+
+/// Real mode, `ds` at [`SHARED`]: for each 256 bytes of 64 KiB, reads a byte, compares it, writes the one
+/// behind it; then tells port 0x98. What is read wrong is told to port 0x99.
+const CODE: &[u8] = &[
+    0x31, 0xdb, // start: xor bx, bx
+    0x8a, 0x07, // next: mov al, [bx]
+    0x3c, 0x5a, // cmp al, 0x5a
+    0x75, 0x0d, // jne wrong
+    0x88, 0x47, 0x01, // mov [bx + 1], al
+    0x81, 0xc3, 0x00, 0x01, // add bx, 0x100
+    0x75, 0xf1, // jnz next
+    0xe6, 0x98, // out 0x98, al
+    0xeb, 0xeb, // jmp start
+    0xe6, 0x99, // wrong: out 0x99, al
+    0xf4, // hlt
+];
+
+/// 16 pages that the guest uses all the time.
+const SHARED: u64 = 0x1_0000;
+const SHARED_LEN: u64 = 0x1_0000;
+/// Behind them, 16 more pages of the same block that come and go: with and without them, the slot is another.
+const TAIL: u64 = 0x2_0000;
+/// And elsewhere, some that move.
+const ELSEWHERE: u64 = 0x10_0000;
+
+struct Lab {
+    topology: Topology,
+    vm: Vm,
+    block: Arc<RamBlock>,
+    tail: RegionId,
+    elsewhere: RegionId,
+    _slots: ListenerHandle,
+}
+
+impl Lab {
+    fn new() -> Self {
+        let vm = Kvm::open()
+            .expect("these tests need /dev/kvm")
+            .create_vm()
+            .unwrap();
+        let mut topology = Topology::new();
+        let slots = topology
+            .register(SpaceKind::Memory, 0, vm.memslots())
+            .unwrap();
+        let code = Arc::new(RamBlock::new(&RamConfig::anonymous(PAGE_SIZE)).unwrap());
+        let block = Arc::new(RamBlock::new(&RamConfig::anonymous(3 * SHARED_LEN)).unwrap());
+        let len = usize::try_from(SHARED_LEN).unwrap();
+        code.slice(0, CODE.len()).unwrap().copy_from(CODE);
+        block.slice(0, len).unwrap().copy_from(&vec![0x5a_u8; len]);
+
+        let mut tx = topology.begin();
+        let code = tx
+            .ram(
+                "code",
+                RamSlice {
+                    block: code,
+                    offset: 0,
+                },
+                PAGE_SIZE,
+            )
+            .unwrap();
+        tx.map(SpaceKind::Memory, 0, code, 0).unwrap();
+        let mut part = |name: &str, at: u64, offset: u64| {
+            let slice = RamSlice {
+                block: Arc::clone(&block),
+                offset,
+            };
+            let region = tx.ram(name, slice, SHARED_LEN).unwrap();
+            tx.map(SpaceKind::Memory, at, region, 0).unwrap();
+            region
+        };
+        part("shared", SHARED, 0);
+        let tail = part("tail", TAIL, SHARED_LEN);
+        let elsewhere = part("elsewhere", ELSEWHERE, 2 * SHARED_LEN);
+        tx.commit().unwrap();
+        Self {
+            topology,
+            vm,
+            block,
+            tail,
+            elsewhere,
+            _slots: slots,
+        }
+    }
+
+    fn vcpu(&self, index: u32) -> Vcpu {
+        let vcpu = self.vm.create_vcpu(index).unwrap();
+        let mut sregs = vcpu.sregs().unwrap();
+        (sregs.cs.base, sregs.cs.selector) = (0, 0);
+        (sregs.ds.base, sregs.ds.selector) = (SHARED, 0x1000);
+        vcpu.set_sregs(&sregs).unwrap();
+        let regs = kvm_bindings::kvm_regs {
+            rip: 0,
+            rflags: 2,
+            ..Default::default()
+        };
+        vcpu.set_regs(&regs).unwrap();
+        vcpu.set_runnable().unwrap();
+        vcpu
+    }
+
+    /// Changes the slots `times` times while two vCPUs use them, or until one of them saw a hole.
+    fn churn(&mut self, times: u64) -> Seen {
+        let seen = Arc::new(Seen::default());
+        let vcpus: Vec<_> = (0..2).map(|index| self.vcpu(index)).collect();
+        let kickers: Vec<_> = vcpus.iter().map(Vcpu::kicker).collect();
+        let done = Arc::new(AtomicBool::new(false));
+        let threads: Vec<_> = vcpus
+            .into_iter()
+            .map(|mut vcpu| {
+                let (mut seen, done) = (Watch(Arc::clone(&seen)), Arc::clone(&done));
+                thread::spawn(move || {
+                    while !done.load(Ordering::SeqCst) {
+                        match vcpu.run(&mut seen) {
+                            Exit::Handled | Exit::Interrupted => {}
+                            other => {
+                                seen.0.ends.fetch_add(1, Ordering::SeqCst);
+                                return Some(other);
+                            }
+                        }
+                    }
+                    None
+                })
+            })
+            .collect();
+        for step in 0..times {
+            let mut tx = self.topology.begin();
+            tx.set_enabled(self.tail, step % 2 == 0).unwrap();
+            if step % 3 == 0 {
+                tx.move_to(self.elsewhere, ELSEWHERE + (step % 5) * SHARED_LEN)
+                    .unwrap();
+            }
+            tx.commit().unwrap();
+            if seen.holes() > 0 {
+                break;
+            }
+        }
+        let enough = Instant::now() + Duration::from_secs(20);
+        while seen.holes() == 0 && seen.rounds.load(Ordering::SeqCst) < 4 && Instant::now() < enough
+        {
+            thread::sleep(Duration::from_millis(1));
+        }
+        done.store(true, Ordering::SeqCst);
+        for thread in threads {
+            while !thread.is_finished() {
+                kickers.iter().for_each(crate::kick::Kicker::kick);
+                thread::sleep(Duration::from_millis(1));
+            }
+            if let Some(end) = thread.join().unwrap() {
+                eprintln!("a vCPU ended: {end:?}");
+            }
+        }
+        Arc::into_inner(seen).unwrap()
+    }
+}
+
+#[derive(Debug, Default)]
+struct Seen {
+    rounds: AtomicU64,
+    wrong: AtomicU64,
+    exits: AtomicU64,
+    ends: AtomicU64,
+}
+
+impl Seen {
+    fn holes(&self) -> u64 {
+        [&self.wrong, &self.exits, &self.ends]
+            .iter()
+            .map(|n| n.load(Ordering::SeqCst))
+            .sum()
+    }
+}
+
+struct Watch(Arc<Seen>);
+
+impl ExitHandler for Watch {
+    fn io_read(&mut self, _: u16, _: &mut [u8]) {}
+
+    fn io_write(&mut self, port: u16, _: &[u8]) {
+        let counter = if port == 0x98 {
+            &self.0.rounds
+        } else {
+            &self.0.wrong
+        };
+        counter.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn mmio_read(&mut self, _: u64, data: &mut [u8]) {
+        data.fill(0xff);
+        self.0.exits.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn mmio_write(&mut self, _: u64, _: &[u8]) {
+        self.0.exits.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn a_guest_sees_no_hole_while_its_slots_are_replaced() {
+    let mut lab = Lab::new();
+    let seen = lab.churn(3_000);
+    assert_eq!(seen.holes(), 0, "{seen:?}");
+    assert!(seen.rounds.load(Ordering::SeqCst) >= 4, "{seen:?}");
+    assert!(lab.vm.memslots().stats().gate_closings >= 2_999);
+}
+
+#[test]
+fn without_the_gate_it_does() {
+    let mut lab = Lab::new();
+    lab.vm.memslots().ungated.store(true, Ordering::Relaxed);
+    let seen = lab.churn(200_000);
+    assert!(seen.holes() > 0, "{seen:?}");
+}
+
+#[test]
+fn what_was_written_to_slots_that_went_is_known() {
+    let mut lab = Lab::new();
+    let slots = lab.vm.memslots();
+    slots.log_dirty(true).unwrap();
+    let seen = lab.churn(501);
+    assert_eq!(seen.holes(), 0, "{seen:?}");
+    slots.harvest().unwrap();
+    let pages: Vec<_> = lab.block.dirty().take().runs().collect();
+    assert_eq!(
+        pages,
+        [(0, 16)],
+        "the guest wrote to all of the shared pages and to no others"
+    );
+}
+
+#[test]
+fn rom_has_no_log_and_can_go_while_there_is_one() {
+    let mut lab = Lab::new();
+    let block = Arc::new(RamBlock::new(&RamConfig::anonymous(PAGE_SIZE)).unwrap());
+    let mut tx = lab.topology.begin();
+    let rom = tx
+        .rom("rom", RamSlice { block, offset: 0 }, PAGE_SIZE)
+        .unwrap();
+    tx.map(SpaceKind::Memory, 0x20_0000, rom, 0).unwrap();
+    tx.commit().unwrap();
+    let slots = lab.vm.memslots();
+    slots.log_dirty(true).unwrap();
+    slots.harvest().unwrap();
+    let mut tx = lab.topology.begin();
+    tx.unplace(rom).unwrap();
+    tx.commit().unwrap();
+    assert_eq!(lab.topology.failure(), None);
+}
+
+#[test]
+fn what_kvm_cannot_map_is_refused_and_the_old_map_stays() {
+    let mut lab = Lab::new();
+    let mut tx = lab.topology.begin();
+    let slice = RamSlice {
+        block: Arc::clone(&lab.block),
+        offset: 0,
+    };
+    let odd = tx.ram("odd", slice, 0x1800).unwrap();
+    tx.map(SpaceKind::Memory, 0x30_0000, odd, 0).unwrap();
+    let refused = tx.commit().unwrap_err().to_string();
+    assert!(
+        refused.contains("page boundaries") && refused.contains("0x300000"),
+        "{refused}"
+    );
+    assert_eq!(lab.topology.failure(), None);
+    assert!(
+        lab.topology
+            .space(SpaceKind::Memory)
+            .view()
+            .find(0x30_0000)
+            .is_none()
+    );
+}
+
+/// Slots for each page of 16 that is there, all from one block.
+fn slots_of(block: &Arc<RamBlock>, there: u16) -> Vec<Slot> {
+    let page = |index: u64| Slot {
+        range: AddrRange::new(index * PAGE_SIZE, PAGE_SIZE).unwrap(),
+        slice: RamSlice {
+            block: Arc::clone(block),
+            offset: index * PAGE_SIZE,
+        },
+        readonly: false,
+    };
+    let mut slots: Vec<Slot> = Vec::new();
+    for next in (0..16).filter(|index| there >> index & 1 == 1).map(page) {
+        match slots.last_mut() {
+            Some(last) if last.is_continued_by(&next) => *last = last.joined(&next).unwrap(),
+            _ => slots.push(next),
+        }
+    }
+    slots
+}
+
+proptest! {
+    #[test]
+    fn a_plan_leads_from_one_map_to_the_next_and_touches_nothing_else(maps in prop::collection::vec(any::<u16>(), 1..20)) {
+        let block = Arc::new(RamBlock::new(&RamConfig::anonymous(16 * PAGE_SIZE)).unwrap());
+        let mut in_force: Vec<Option<Slot>> = Vec::new();
+        for there in maps {
+            let wanted = slots_of(&block, there);
+            let plan = plan(&in_force, &wanted);
+            for number in plan.remove {
+                let gone = in_force[number].take().unwrap();
+                prop_assert!(!wanted.contains(&gone), "what both maps have stays");
+            }
+            in_force.extend(plan.add.into_iter().map(Some));
+            let mut now: Vec<_> = in_force.iter().flatten().cloned().collect();
+            now.sort_by_key(|slot| slot.range);
+            prop_assert_eq!(now, wanted);
+        }
+    }
+}
