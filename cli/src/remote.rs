@@ -1,8 +1,6 @@
 //! Commands, done.
 
-use std::env;
 use std::io::Read;
-use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use openapi::{Client, News};
@@ -21,13 +19,6 @@ pub(crate) struct Remote {
     printer: Printer,
 }
 
-fn default_socket() -> PathBuf {
-    let runtime = env::var_os("XDG_RUNTIME_DIR").filter(|dir| !dir.is_empty());
-    runtime
-        .map_or_else(|| PathBuf::from("/run"), PathBuf::from)
-        .join("whimbrel.sock")
-}
-
 /// Calls the method for one of many VMs, or that for the socket's own.
 macro_rules! on_vm {
     ($self:ident, $many:ident, $one:ident) => {
@@ -40,7 +31,10 @@ macro_rules! on_vm {
 
 impl Remote {
     pub(crate) fn new(arguments: &Arguments) -> Result<Self> {
-        let socket = arguments.api_socket.clone().unwrap_or_else(default_socket);
+        let socket = arguments
+            .api_socket
+            .clone()
+            .unwrap_or_else(openapi::default_socket);
         Ok(Self {
             client: Client::unix(socket),
             vm: arguments.vm.clone(),

@@ -1,7 +1,4 @@
-//! The map for people: the tree and the flat view as plain data, printed in the manner of QEMU's
-//! `info mtree` and `info mtree -f`.
-
-use std::fmt;
+//! The map for people, as plain data: the tree and the flat view, what QEMU's `info mtree` and `info mtree -f` show.
 
 use crate::flat_view::Target;
 use crate::range::AddrRange;
@@ -98,48 +95,5 @@ impl Topology {
             }
         });
         (view.generation(), nodes.collect())
-    }
-}
-
-impl TreeNode {
-    fn print(&self, f: &mut fmt::Formatter<'_>, depth: usize) -> fmt::Result {
-        write!(
-            f,
-            "{:indent$}{:#} (prio {}, ",
-            "",
-            self.range,
-            self.priority,
-            indent = depth * 2
-        )?;
-        match &self.alias_of {
-            Some((target, part)) => write!(f, "alias): {} @{target} {part:#}", self.name)?,
-            None => write!(f, "{}): {}", self.kind, self.name)?,
-        }
-        if !self.owner.is_empty() {
-            write!(f, " owner {}", self.owner)?;
-        }
-        writeln!(f, "{}", if self.enabled { "" } else { " [disabled]" })?;
-        self.children
-            .iter()
-            .try_for_each(|child| child.print(f, depth + 1))
-    }
-}
-
-impl fmt::Display for TreeNode {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.print(f, 0)
-    }
-}
-
-impl fmt::Display for FlatNode {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:#} ({}): {}", self.range, self.kind, self.name)?;
-        if self.offset != 0 {
-            write!(f, " @{:#x}", self.offset)?;
-        }
-        if !self.owner.is_empty() {
-            write!(f, " owner {}", self.owner)?;
-        }
-        Ok(())
     }
 }

@@ -39,6 +39,15 @@ enum Place {
     Tcp(SocketAddr),
 }
 
+/// The service's socket when none is named: `whimbrel.sock` in `$XDG_RUNTIME_DIR`, or in `/run`.
+#[must_use]
+pub fn default_socket() -> PathBuf {
+    let runtime = std::env::var_os("XDG_RUNTIME_DIR").filter(|dir| !dir.is_empty());
+    runtime
+        .map_or_else(|| PathBuf::from("/run"), PathBuf::from)
+        .join("whimbrel.sock")
+}
+
 /// A service, for those who use it. Cheap to clone; calls at a time have a connection each.
 ///
 /// There is a method for each operation of the [document](crate::DOCUMENT): those that begin with `vms_` speak

@@ -26,7 +26,7 @@ mod error;
 mod events;
 mod operations;
 
-pub use client::{Client, DEFAULT_TIMEOUT};
+pub use client::{Client, DEFAULT_TIMEOUT, default_socket};
 pub use error::ClientError;
 pub use events::{Events, News};
 pub use operations::{OPERATIONS, Operation};

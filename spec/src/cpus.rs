@@ -3,6 +3,8 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::defaults;
+
 /// How vCPUs are arranged in cores, dies and packages, as the guest sees it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -58,10 +60,6 @@ pub enum CoreSchedulingMode {
     Off,
 }
 
-fn yes() -> bool {
-    true
-}
-
 /// vCPUs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -82,7 +80,7 @@ pub struct CpusConfig {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_phys_bits: Option<u8>,
     /// Let the guest run VMs of its own, where the host can.
-    #[serde(default = "yes")]
+    #[serde(default = "defaults::yes")]
     pub nested: bool,
     /// On which CPUs of the host each vCPU may run.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -3,11 +3,8 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::defaults;
 use crate::disk::RateLimiterConfig;
-
-fn yes() -> bool {
-    true
-}
 
 fn net_queues() -> usize {
     2
@@ -27,10 +24,6 @@ fn default_mask() -> String {
 
 fn client() -> String {
     "Client".to_owned()
-}
-
-fn one_queue() -> usize {
-    1
 }
 
 fn fs_queue_size() -> u16 {
@@ -90,13 +83,13 @@ pub struct NetConfig {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rate_limiter_config: Option<RateLimiterConfig>,
     /// TCP segmentation offload.
-    #[serde(default = "yes")]
+    #[serde(default = "defaults::yes")]
     pub offload_tso: bool,
     /// UDP fragmentation offload.
-    #[serde(default = "yes")]
+    #[serde(default = "defaults::yes")]
     pub offload_ufo: bool,
     /// Checksum offload.
-    #[serde(default = "yes")]
+    #[serde(default = "defaults::yes")]
     pub offload_csum: bool,
 }
 
@@ -173,7 +166,7 @@ pub struct FsConfig {
     /// Socket of the process that serves it.
     pub socket: String,
     /// Virtqueues.
-    #[serde(default = "one_queue")]
+    #[serde(default = "defaults::one_queue")]
     pub num_queues: usize,
     /// Entries of a virtqueue.
     #[serde(default = "fs_queue_size")]

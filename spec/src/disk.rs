@@ -3,6 +3,8 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::defaults;
+
 /// A budget that refills at a steady rate after an initial burst.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -69,16 +71,8 @@ pub enum LockGranularity {
     Full,
 }
 
-fn one_queue() -> usize {
-    1
-}
-
 fn disk_queue_size() -> u16 {
     128
-}
-
-fn yes() -> bool {
-    true
 }
 
 /// A disk.
@@ -98,7 +92,7 @@ pub struct DiskConfig {
     #[serde(default)]
     pub iommu: bool,
     /// Virtqueues.
-    #[serde(default = "one_queue")]
+    #[serde(default = "defaults::one_queue")]
     pub num_queues: usize,
     /// Entries of a virtqueue.
     #[serde(default = "disk_queue_size")]
@@ -134,7 +128,7 @@ pub struct DiskConfig {
     #[serde(default)]
     pub backing_files: bool,
     /// Give discarded blocks back to the host.
-    #[serde(default = "yes")]
+    #[serde(default = "defaults::yes")]
     pub sparse: bool,
     /// Format; found out when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]

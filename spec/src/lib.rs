@@ -16,6 +16,7 @@
 
 mod console;
 mod cpus;
+mod defaults;
 mod device;
 mod disk;
 pub mod limits;

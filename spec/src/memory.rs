@@ -3,12 +3,10 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::defaults;
+
 fn acpi() -> String {
     "Acpi".to_owned()
-}
-
-fn yes() -> bool {
-    true
 }
 
 /// A part of guest memory with settings of its own.
@@ -85,7 +83,7 @@ pub struct MemoryConfig {
     #[serde(default)]
     pub reserve: bool,
     /// Let the host use transparent huge pages.
-    #[serde(default = "yes")]
+    #[serde(default = "defaults::yes")]
     pub thp: bool,
     /// Parts with settings of their own, in place of `size`.
     #[serde(default, skip_serializing_if = "Option::is_none")]

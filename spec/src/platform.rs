@@ -3,6 +3,8 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::defaults;
+
 /// What the guest boots.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -25,10 +27,6 @@ pub struct PayloadConfig {
     /// Data for the attestation of a confidential guest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host_data: Option<String>,
-}
-
-fn yes() -> bool {
-    true
 }
 
 /// The platform's identity and extras. All absent or off by default.
@@ -89,7 +87,7 @@ pub struct PlatformConfig {
     #[serde(default)]
     pub iommufd: bool,
     /// Let devices of the host reach one another.
-    #[serde(default = "yes")]
+    #[serde(default = "defaults::yes")]
     pub vfio_p2p_dma: bool,
 }
 

@@ -1,6 +1,5 @@
 //! `whimbrel serve`: many VMs.
 
-use std::env;
 use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -24,13 +23,6 @@ pub(crate) fn about() -> VmmPingResponse {
         pid: std::process::id().into(),
         features: vec!["kvm".to_owned()],
     }
-}
-
-fn default_socket() -> PathBuf {
-    let runtime = env::var_os("XDG_RUNTIME_DIR").filter(|dir| !dir.is_empty());
-    runtime
-        .map_or_else(|| PathBuf::from("/run"), PathBuf::from)
-        .join("whimbrel.sock")
 }
 
 /// A directory beside the socket, named as it is but for the ending, and so that it is another.
@@ -60,7 +52,10 @@ pub(crate) fn runtime() -> Result<tokio::runtime::Runtime> {
 }
 
 pub(crate) fn run(arguments: &ServeArguments) -> Result<ExitCode> {
-    let socket = arguments.socket.clone().unwrap_or_else(default_socket);
+    let socket = arguments
+        .socket
+        .clone()
+        .unwrap_or_else(openapi::default_socket);
     let state = arguments
         .state_dir
         .clone()
