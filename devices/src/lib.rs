@@ -28,6 +28,7 @@
 
 mod console;
 mod debug_port;
+pub mod event_loop;
 mod interrupt;
 pub mod pci;
 pub mod power;

@@ -20,13 +20,13 @@ use std::time::Instant;
 use control::{
     Ask, Category, EventSender, Inbox, Message, Reply, RequestError, StatusPublisher, Verb, admit,
 };
+use devices::event_loop::{Actor, Flow, Interest, Sources};
 use devices::{Console, PowerEvent, Watch};
 use spec::{BootTimeline, ConsoleMode, Failure, SerialConfig, VmConfig, VmState};
 
 use crate::failure::{self, BuildError};
 use crate::machine::{Active, Built, Host};
 use crate::memory_map;
-use crate::pool::event_loop::{Actor, Flow, Sources};
 
 /// Something that happened in a machine.
 #[derive(Debug)]
@@ -296,7 +296,7 @@ impl Driver {
     }
 
     fn watch(&mut self, fd: RawFd, sources: &mut Sources<'_>) {
-        match sources.watch(fd, 0) {
+        match sources.watch(fd, 0, Interest::Read) {
             Ok(()) => self.watched.push(fd),
             // A file as standard input, which has no moment of being ready.
             Err(error) => tracing::debug!(fd, %error, "this console gives no input"),

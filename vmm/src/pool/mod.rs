@@ -1,17 +1,15 @@
 //! The pool: where drivers live.
 
-pub(crate) mod event_loop;
-
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::available_parallelism;
 
 use control::{EventLog, RequestError, Spawn, VmHandle, connect};
+use devices::event_loop::EventLoop;
 use hypervisor::{Kvm, KvmError, OpenError};
 use spec::{HostLimits, VmConfig, VmId};
 
-use self::event_loop::EventLoop;
 use crate::arch::x86_64::cpu;
 use crate::driver::Driver;
 use crate::machine::Host;
@@ -76,7 +74,7 @@ impl Spawn for Pool {
         let Some(thread) = self.loops.get(next % self.loops.len()) else {
             return Err(RequestError::driver_gone());
         };
-        Ok(thread.adopt(|waker| {
+        Ok(thread.handle().adopt(|waker| {
             let (handle, inbox, reports, publisher) =
                 connect(id, Arc::clone(&config), events, move || waker.wake());
             let driver = Driver::new(Arc::clone(&self.host), config, inbox, reports, publisher);

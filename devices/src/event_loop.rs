@@ -1,29 +1,50 @@
-//! One pool thread: an epoll loop that serves many actors.
+//! An epoll loop on a thread of its own that serves many actors.
 //!
-//! An [`Actor`] is whatever lives on the loop: today a VM's driver. It is called when somebody
-//! woke it through its [`Waker`], and when a file descriptor that it registered becomes ready.
-//! An actor never blocks for long: all the VMs of the thread wait behind it. A panic in an actor
-//! ends that actor (it is told through [`Actor::crashed`]) and nobody else.
+//! An [`Actor`] is whatever lives on the loop: a VM's driver, a queue of a device. It is called
+//! when somebody woke it through its [`Waker`], and when a file descriptor that it registered
+//! becomes ready. An actor never blocks for long: all others of the thread wait behind it. A panic
+//! in an actor ends that actor (it is told through [`Actor::crashed`]) and nobody else.
 
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::RawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
 use mio::unix::SourceFd;
-use mio::{Events, Interest, Poll, Registry, Token};
-use parking_lot::Mutex;
+use mio::{Events, Poll, Registry, Token};
 
 /// Events taken from the kernel in one go.
 const EVENTS_PER_POLL: usize = 64;
 const WAKER: Token = Token(0);
 
+/// What a descriptor is watched for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Interest {
+    /// That there is something to read.
+    Read,
+    /// That there is room to write.
+    Write,
+    /// Either.
+    Both,
+}
+
+impl From<Interest> for mio::Interest {
+    fn from(interest: Interest) -> Self {
+        match interest {
+            Interest::Read => Self::READABLE,
+            Interest::Write => Self::WRITABLE,
+            Interest::Both => Self::READABLE | Self::WRITABLE,
+        }
+    }
+}
+
 /// Whether an actor stays on its loop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Flow {
+pub enum Flow {
     /// Keep the actor.
     Stay,
     /// The actor is done: drop it, with whatever it registered.
@@ -31,7 +52,7 @@ pub(crate) enum Flow {
 }
 
 /// Something that lives on a pool thread.
-pub(crate) trait Actor: Send {
+pub trait Actor: Send {
     /// Its waker was used, or it has just been adopted by the loop.
     fn woken(&mut self, sources: &mut Sources<'_>) -> Flow;
     /// The descriptor that it registered as `key` is ready to be read.
@@ -41,27 +62,30 @@ pub(crate) trait Actor: Send {
 }
 
 /// What an actor may do to the loop that it is called from: watch descriptors.
-pub(crate) struct Sources<'a> {
+pub struct Sources<'a> {
     registry: &'a Registry,
     shared: &'a mut Tokens,
     actor: u64,
 }
 
 impl Sources<'_> {
-    /// Watches `fd` for reading; [`Actor::ready`] is called with `key` when it is ready (edge
-    /// triggered: read until it would block).
+    /// Watches `fd`; [`Actor::ready`] is called with `key` when it becomes ready (edge triggered:
+    /// go on until it would block).
     ///
     /// The descriptor stays the actor's and must be given to [`Sources::forget`] before it is
     /// closed.
-    pub(crate) fn watch(&mut self, fd: RawFd, key: usize) -> io::Result<()> {
+    ///
+    /// # Errors
+    /// When the host cannot watch it, as it is with a regular file.
+    pub fn watch(&mut self, fd: RawFd, key: usize, interest: Interest) -> io::Result<()> {
         let token = self.shared.issue(self.actor, key, fd);
         self.registry
-            .register(&mut SourceFd(&fd), token, Interest::READABLE)
+            .register(&mut SourceFd(&fd), token, interest.into())
             .inspect_err(|_| self.shared.withdraw(token))
     }
 
     /// Ends the watch on `fd`, if there is one.
-    pub(crate) fn forget(&mut self, fd: RawFd) {
+    pub fn forget(&mut self, fd: RawFd) {
         if let Some(token) = self.shared.token_of(self.actor, fd) {
             self.shared.withdraw(token);
             // The descriptor may be closed already; then the kernel has forgotten it by itself.
@@ -116,66 +140,40 @@ enum Command {
 
 /// Wakes one actor, from any thread; cheap to call when it is awake already.
 #[derive(Clone)]
-pub(crate) struct Waker {
+pub struct Waker {
     actor: u64,
     commands: Sender<Command>,
     loop_waker: Arc<mio::Waker>,
 }
 
 impl Waker {
-    pub(crate) fn wake(&self) {
+    /// Has [`Actor::woken`] called, soon.
+    pub fn wake(&self) {
         // A loop that has ended has no actors left that could miss this.
         if self.commands.send(Command::Wake(self.actor)).is_ok()
             && let Err(error) = self.loop_waker.wake()
         {
-            tracing::error!(%error, "a pool thread cannot be woken");
+            tracing::error!(%error, "an event loop cannot be woken");
         }
     }
 }
 
-/// The other end of a pool thread. Dropping it ends the thread with its actors.
-pub(crate) struct EventLoop {
+/// Puts actors on a loop, from any thread.
+#[derive(Clone)]
+pub struct LoopHandle {
     commands: Sender<Command>,
     loop_waker: Arc<mio::Waker>,
-    next_actor: Mutex<u64>,
-    thread: Option<JoinHandle<()>>,
+    next_actor: Arc<AtomicU64>,
 }
 
-impl EventLoop {
-    /// Starts a pool thread with this name.
-    pub(crate) fn start(name: &str) -> io::Result<Self> {
-        let poll = Poll::new()?;
-        let loop_waker = Arc::new(mio::Waker::new(poll.registry(), WAKER)?);
-        let (commands, inbox) = channel();
-        let thread = std::thread::Builder::new()
-            .name(name.to_owned())
-            .spawn(move || {
-                Running {
-                    poll,
-                    inbox,
-                    actors: HashMap::new(),
-                    tokens: Tokens::default(),
-                }
-                .run();
-            })?;
-        Ok(Self {
-            commands,
-            loop_waker,
-            next_actor: Mutex::new(0),
-            thread: Some(thread),
-        })
-    }
-
-    /// Puts an actor on this thread. `make` gets the waker that the actor will hear.
-    pub(crate) fn adopt<A, R>(&self, make: impl FnOnce(Waker) -> (A, R)) -> R
+impl LoopHandle {
+    /// Puts an actor on the loop. `make` gets the waker that the actor will hear. If the loop has
+    /// ended the actor is dropped.
+    pub fn adopt<A, R>(&self, make: impl FnOnce(Waker) -> (A, R)) -> R
     where
         A: Actor + 'static,
     {
-        let actor = {
-            let mut next = self.next_actor.lock();
-            *next += 1;
-            *next
-        };
+        let actor = self.next_actor.fetch_add(1, Ordering::Relaxed);
         let waker = Waker {
             actor,
             commands: self.commands.clone(),
@@ -190,14 +188,54 @@ impl EventLoop {
         if self.commands.send(command).is_ok()
             && let Err(error) = self.loop_waker.wake()
         {
-            tracing::error!(%error, "a pool thread cannot be woken");
+            tracing::error!(%error, "an event loop cannot be woken");
         }
+    }
+}
+
+/// A loop and its thread. Dropping it ends the thread with its actors.
+pub struct EventLoop {
+    handle: LoopHandle,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl EventLoop {
+    /// Starts a loop on a thread with this name.
+    ///
+    /// # Errors
+    /// When the host gives no thread or no descriptors.
+    pub fn start(name: &str) -> io::Result<Self> {
+        let poll = Poll::new()?;
+        let loop_waker = Arc::new(mio::Waker::new(poll.registry(), WAKER)?);
+        let (commands, inbox) = channel();
+        let running = Running {
+            poll,
+            inbox,
+            actors: HashMap::new(),
+            tokens: Tokens::default(),
+        };
+        let builder = std::thread::Builder::new().name(name.to_owned());
+        let thread = builder.spawn(move || running.run())?;
+        Ok(Self {
+            handle: LoopHandle {
+                commands,
+                loop_waker,
+                next_actor: Arc::default(),
+            },
+            thread: Some(thread),
+        })
+    }
+
+    /// By which actors come to this loop.
+    #[must_use]
+    pub fn handle(&self) -> &LoopHandle {
+        &self.handle
     }
 }
 
 impl Drop for EventLoop {
     fn drop(&mut self) {
-        self.send(Command::End);
+        self.handle.send(Command::End);
         if let Some(thread) = self.thread.take() {
             // Actors' panics are caught on the thread; there is nothing left to report here.
             let _ = thread.join();
@@ -220,7 +258,7 @@ impl Running {
                 Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => {
-                    tracing::error!(%error, "a pool thread cannot wait for events and ends");
+                    tracing::error!(%error, "an event loop cannot wait for events and ends");
                     return;
                 }
             }
@@ -257,7 +295,7 @@ impl Running {
         let flow = catch_unwind(AssertUnwindSafe(|| f(actor.as_mut(), &mut sources)))
             .unwrap_or_else(|panic| {
                 let message = panic_message(panic.as_ref());
-                tracing::error!(message, "a driver panicked");
+                tracing::error!(message, "an actor panicked");
                 // A second panic while telling it would say nothing new.
                 let _ = catch_unwind(AssertUnwindSafe(|| actor.crashed(message)));
                 Flow::Leave
@@ -271,7 +309,8 @@ impl Running {
 }
 
 /// The text of a panic, where it has one.
-pub(crate) fn panic_message(panic: &(dyn std::any::Any + Send)) -> &str {
+#[must_use]
+pub fn panic_message(panic: &(dyn std::any::Any + Send)) -> &str {
     panic
         .downcast_ref::<&str>()
         .copied()
@@ -302,7 +341,9 @@ mod tests {
         fn woken(&mut self, sources: &mut Sources<'_>) -> Flow {
             if !self.watching {
                 self.watching = true;
-                sources.watch(self.socket.as_raw_fd(), 7).unwrap();
+                sources
+                    .watch(self.socket.as_raw_fd(), 7, Interest::Read)
+                    .unwrap();
             }
             self.reports.send("woken".into()).unwrap();
             Flow::Stay
@@ -331,7 +372,7 @@ mod tests {
     fn echo(on: &EventLoop) -> (UnixStream, mpsc::Receiver<String>, Waker) {
         let (near, far) = UnixStream::pair().unwrap();
         let (reports, heard) = mpsc::channel();
-        let waker = on.adopt(|waker| {
+        let waker = on.handle().adopt(|waker| {
             (
                 Echo {
                     socket: far,
