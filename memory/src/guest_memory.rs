@@ -14,6 +14,7 @@ use crate::flat_view::{FlatRange, FlatView, Target};
 use crate::ram::RamBlock;
 use crate::range::AddrRange;
 use crate::region::RamSlice;
+use crate::window::WindowError;
 
 /// The part of a block's dirty bitmap that belongs to a slice of it: what a write to the slice
 /// marks.
@@ -112,25 +113,22 @@ impl RamRange {
         }
     }
 
+    pub(crate) fn range(&self) -> AddrRange {
+        self.range
+    }
+
+    /// Whether the address is in it.
+    #[must_use]
+    pub fn contains(&self, addr: u64) -> bool {
+        self.first() <= addr && addr <= self.last()
+    }
+
     pub(crate) fn first(&self) -> u64 {
         self.range.first()
     }
 
     pub(crate) fn last(&self) -> u64 {
         self.range.last()
-    }
-
-    pub(crate) fn block(&self) -> &Arc<RamBlock> {
-        &self.slice.block
-    }
-
-    /// Where in the block the address is, which the range holds.
-    pub(crate) fn block_offset(&self, addr: u64) -> Option<usize> {
-        let offset = self
-            .slice
-            .offset
-            .checked_add(addr.checked_sub(self.first())?)?;
-        usize::try_from(offset).ok()
     }
 }
 
@@ -173,6 +171,26 @@ impl GuestMemoryRegion for RamRange {
 }
 
 impl GuestMemoryRegionBytes for RamRange {}
+
+impl FlatView {
+    /// `range` alone, which must be within one range of RAM.
+    pub(crate) fn one_ram(&self, range: AddrRange) -> Result<RamRange, WindowError> {
+        let refused = WindowError::NotRam(range);
+        let whole = self
+            .find_ram(range.first())
+            .filter(|ram| range.last() <= ram.last());
+        let whole = whole.ok_or(refused)?;
+        let offset = range.first() - whole.first();
+        let offset = whole.slice.offset.checked_add(offset).ok_or(refused)?;
+        Ok(RamRange {
+            range,
+            slice: RamSlice {
+                block: Arc::clone(&whole.slice.block),
+                offset,
+            },
+        })
+    }
+}
 
 /// Only RAM: what devices may read and write by DMA.
 impl GuestMemoryBackend for FlatView {

@@ -5,13 +5,10 @@
 //! generation of the view that it was made from, and [`RingWindow::slice`] compares generations,
 //! one atomic load, before it hands out memory: there is no way to use a stale one.
 
-use std::sync::Arc;
-
-use vm_memory::VolatileSlice;
+use vm_memory::{GuestMemoryRegion, MemoryRegionAddress, VolatileSlice};
 
 use crate::flat_view::FlatView;
-use crate::guest_memory::DirtySlice;
-use crate::ram::RamBlock;
+use crate::guest_memory::{DirtySlice, RamRange};
 use crate::range::AddrRange;
 use crate::space::AddressSpace;
 
@@ -34,11 +31,8 @@ pub enum WindowError {
 /// A piece of guest RAM that is used again and again.
 #[derive(Debug)]
 pub struct RingWindow {
-    range: AddrRange,
+    ram: RamRange,
     generation: u64,
-    block: Arc<RamBlock>,
-    offset: usize,
-    len: usize,
 }
 
 impl RingWindow {
@@ -47,50 +41,60 @@ impl RingWindow {
     /// # Errors
     /// When they are not all in one range of RAM.
     pub fn new(space: &AddressSpace, addr: u64, len: u64) -> Result<Self, WindowError> {
-        let range = AddrRange::new(addr, len).ok_or(WindowError::Range { addr, len })?;
-        Self::in_view(&space.view(), range)
+        Self::of(&space.view(), addr, len)
     }
 
-    fn in_view(view: &FlatView, range: AddrRange) -> Result<Self, WindowError> {
-        let refused = WindowError::NotRam(range);
-        let ram = view
-            .find_ram(range.first())
-            .filter(|ram| range.last() <= ram.last());
-        let ram = ram.ok_or(refused)?;
-        let offset = ram.block_offset(range.first()).ok_or(refused)?;
-        let len = range
-            .len()
-            .and_then(|len| usize::try_from(len).ok())
-            .ok_or(refused)?;
+    /// Translates the `len` bytes at guest address `addr` as they are in `view`.
+    ///
+    /// # Errors
+    /// When they are not all in one range of RAM.
+    pub fn of(view: &FlatView, addr: u64, len: u64) -> Result<Self, WindowError> {
+        let range = AddrRange::new(addr, len).ok_or(WindowError::Range { addr, len })?;
         Ok(Self {
-            range,
+            ram: view.one_ram(range)?,
             generation: view.generation(),
-            block: Arc::clone(ram.block()),
-            offset,
-            len,
         })
     }
 
     /// The guest addresses it shows.
     #[must_use]
     pub fn range(&self) -> AddrRange {
-        self.range
+        self.ram.range()
+    }
+
+    /// Makes the window one of `view`, if it is not yet.
+    ///
+    /// # Errors
+    /// When the addresses are no longer all in one range of RAM. The window stays, and may be
+    /// good again after another commit.
+    pub fn refresh(&mut self, view: &FlatView) -> Result<(), WindowError> {
+        if self.generation != view.generation() {
+            self.ram = view.one_ram(self.range())?;
+            self.generation = view.generation();
+        }
+        Ok(())
+    }
+
+    /// The memory, if the window is of `view`; `None` if it is stale.
+    #[must_use]
+    pub fn within(&self, view: &FlatView) -> Option<&RamRange> {
+        (self.generation == view.generation()).then_some(&self.ram)
     }
 
     /// The memory, translated anew if a commit has come in between.
     ///
     /// # Errors
-    /// When the addresses are no longer all in one range of RAM. The window stays, and may be
-    /// good again after another commit.
+    /// As [`RingWindow::refresh`].
     pub fn slice(
         &mut self,
         space: &AddressSpace,
     ) -> Result<VolatileSlice<'_, DirtySlice<'_>>, WindowError> {
         if self.generation != space.generation() {
-            *self = Self::in_view(&space.view(), self.range)?;
+            self.refresh(&space.view())?;
         }
-        self.block
-            .slice(self.offset, self.len)
-            .ok_or(WindowError::NotRam(self.range))
+        let whole = usize::try_from(self.ram.len()).ok();
+        whole
+            .and_then(|len| self.ram.get_slice(MemoryRegionAddress(0), len).ok())
+            .ok_or(WindowError::NotRam(self.range()))
     }
 }
