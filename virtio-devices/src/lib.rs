@@ -1,6 +1,40 @@
-//! The virtio PCI transport and its devices: empty so far.
+//! The virtio PCI transport, and each device in a folder of its own (virtio 1.3).
 //!
-//! Their room is drawn so that nothing else moves in: it may use `devices`, `memory` and `state`, and will know
-//! neither KVM nor the API nor how a VM migrates.
+//! ```text
+//!   guest's driver                                                    what is behind it
+//!        │ configuration space, MSI-X    ┌───────────────┐ config    ┌──────────────┐
+//!        ├──────────────────────────────►│ transport     ├──────────►│ VirtioDevice │
+//!        │                               │ negotiation,  │ activate  │ block, net,  │
+//!        │                               │ status, reset │ start/    │ console, …   │
+//!        │                               └───────▲───────┘ stop_queue└──────┬───────┘
+//!        │ doorbell (ioeventfd)                  │ needs reset              │ Running
+//!        └─────────────────────────► kick ───────┼──────────────────► ┌─────▼─────┐
+//!        ◄──────────────── interrupt ◄───────────┴─── Queue::push ────┤ QueueTask │ on an event loop
+//!                                                                     └───────────┘
+//! ```
+//!
+//! - A [`VirtioDevice`] says what it is and what it can do. It owns nothing of the guest until
+//!   [`VirtioDevice::start_queue`] hands it a [`Queue`], and gives it back as a [`QueueState`]
+//!   when [`VirtioDevice::stop_queue`] asks: a paused device holds no reader of guest memory.
+//! - A [`Queue`] is a split virtqueue. Its rings are translated once, to ring windows that no
+//!   commit can make stale unseen; what it pops is a [`Chain`], all of whose buffers have been
+//!   checked.
+//! - A [`QueueTask`] does the work, on an event loop that it shares with others. An error of the
+//!   guest's ends it, and tells the driver by `DEVICE_NEEDS_RESET`; nobody else is harmed.
+//!
+//! Nothing here knows KVM, the API, or how a VM migrates.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
+
+mod device;
+pub mod limits;
+mod queue;
+#[cfg(feature = "testing")]
+pub mod testing;
+mod transport;
+mod worker;
+
+pub use device::{DeviceError, DeviceId, VirtioDevice};
+pub use queue::{Chain, Queue, QueueError, QueueMemory, QueueSetup, QueueState, Rings};
+pub use transport::{Interrupts, Transport, TransportEvent};
+pub use worker::{QueueTask, Running, TaskEvent, TaskFlow, TaskSources, Workers};

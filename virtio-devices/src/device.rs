@@ -1,0 +1,146 @@
+//! What a device is to the transport.
+
+use std::fmt;
+use std::sync::Arc;
+
+use state::{LoadError, LoadScope, SaveError, Scope};
+
+use crate::queue::{Queue, QueueError, QueueState};
+use crate::transport::Transport;
+
+/// What kind of device it is (virtio 1.3, section 5).
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct DeviceId(pub u16);
+
+impl DeviceId {
+    /// Network device (5.1).
+    pub const NET: Self = Self(1);
+    /// Block device (5.2).
+    pub const BLOCK: Self = Self(2);
+    /// Console device (5.3).
+    pub const CONSOLE: Self = Self(3);
+    /// Entropy device (5.4).
+    pub const RNG: Self = Self(4);
+    /// Memory balloon device (5.5).
+    pub const BALLOON: Self = Self(5);
+    /// Socket device (5.10).
+    pub const VSOCK: Self = Self(19);
+
+    /// As logs and the API name it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::NET => "net",
+            Self::BLOCK => "block",
+            Self::CONSOLE => "console",
+            Self::RNG => "rng",
+            Self::BALLOON => "balloon",
+            Self::VSOCK => "vsock",
+            _ => "unknown",
+        }
+    }
+}
+
+impl fmt::Debug for DeviceId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "virtio-{} ({})", self.name(), self.0)
+    }
+}
+
+/// A device cannot do what the transport asked of it.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// The queue, as the guest has set it up, cannot be used.
+    #[error(transparent)]
+    Queue(#[from] QueueError),
+    /// The device has no queue of this index.
+    #[error("there is no queue {0}")]
+    NoSuchQueue(u16),
+    /// The host refused something.
+    #[error("the host refused to {attempt}: {source}")]
+    Host {
+        /// What was attempted.
+        attempt: &'static str,
+        /// The host's answer.
+        source: std::io::Error,
+    },
+}
+
+impl DeviceError {
+    /// For `map_err` on what the host answers.
+    pub fn host(attempt: &'static str) -> impl FnOnce(std::io::Error) -> Self {
+        move |source| Self::Host { attempt, source }
+    }
+}
+
+/// A virtio device, without its transport.
+///
+/// The transport calls it one call at a time, on whichever thread the guest's access or the
+/// machine's request comes by, and expects it back within microseconds: the work on queues is done
+/// by [`QueueTask`](crate::QueueTask)s.
+///
+/// ```text
+///             activate          start_queue, each        stop_queue, each
+///   inactive ──────────► active ──────────────► running ──────────────────► active (paused)
+///       ▲                                          │                           │
+///       └──────────────── reset ◄──────────────────┴───────────────────────────┘
+/// ```
+pub trait VirtioDevice: Send {
+    /// Its kind.
+    fn id(&self) -> DeviceId;
+
+    /// The feature bits of its own that it offers (0 to 23 and 50 on; 24 to 49 are the
+    /// transport's and the rings', which the transport offers).
+    fn features(&self) -> u64;
+
+    /// The greatest size of each queue, a power of two each: as many as there are queues.
+    fn queue_sizes(&self) -> Vec<u16>;
+
+    /// Fills `data` with the device configuration space from `offset` on; zeros where there is
+    /// nothing.
+    fn read_config(&self, offset: usize, data: &mut [u8]);
+
+    /// Takes what the guest writes to device configuration space, any width at any offset.
+    fn write_config(&mut self, offset: usize, data: &[u8]) {
+        let _ = (offset, data);
+    }
+
+    /// The driver is ready (`DRIVER_OK`): `features` were negotiated, all bits included, and
+    /// `transport` reaches the driver until [`VirtioDevice::reset`]. Also called on a device that
+    /// was loaded, before its queues start.
+    ///
+    /// # Errors
+    /// When the host refuses what is needed; the device then needs a reset.
+    fn activate(&mut self, features: u64, transport: &Arc<Transport>) -> Result<(), DeviceError>;
+
+    /// Begins to serve a queue, at the point where its state says.
+    ///
+    /// # Errors
+    /// When the host refuses what is needed; the device then needs a reset.
+    fn start_queue(&mut self, queue: Queue) -> Result<(), DeviceError>;
+
+    /// Ends to serve a queue: on return no request of it is in flight and its memory has been let
+    /// go. `None` if it was not being served.
+    fn stop_queue(&mut self, index: u16) -> Option<QueueState>;
+
+    /// Where a queue that is being served is at this moment; it may go on at once.
+    fn queue_state(&self, index: u16) -> Option<QueueState>;
+
+    /// Forgets the driver: as after power-on. All queues have been stopped.
+    fn reset(&mut self);
+
+    /// Saves what is the device's own, next to what the transport saves of it.
+    ///
+    /// # Errors
+    /// When it does not fit.
+    fn save(&self, to: &mut Scope<'_>) -> Result<(), SaveError>;
+
+    /// Goes on from what was saved. Not active; no queue is being served.
+    ///
+    /// # Errors
+    /// When it cannot be read or makes no sense here.
+    fn load(&mut self, from: &mut LoadScope<'_, '_>) -> Result<(), LoadError>;
+
+    /// What it counts, by the names that the API shows.
+    fn counters(&self) -> Vec<(&'static str, u64)>;
+}

@@ -1,0 +1,193 @@
+//! A request: the buffers that the driver made available together.
+
+use std::sync::Arc;
+
+use memory::{DirtySlice, FlatView};
+use virtio_queue::DescriptorChain;
+use vm_memory::bitmap::Bitmap;
+use vm_memory::{GuestAddress, GuestMemoryBackend, VolatileSlice};
+
+use super::{QueueError, QueueMemory};
+use crate::limits::MAX_CHAIN;
+
+/// A piece of guest memory, all of it RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Buffer {
+    addr: u64,
+    len: usize,
+}
+
+/// A descriptor chain, checked: every buffer is in RAM, those that the device reads come before
+/// those that it writes (virtio 1.3, 2.7.4.2), and the sum of their lengths is below 4 GiB.
+///
+/// It keeps the memory mapped that it names, whatever becomes of the guest's map meanwhile, so
+/// that it may be given to the kernel for as long as an I/O takes.
+#[derive(Debug)]
+pub struct Chain {
+    head: u16,
+    view: Arc<FlatView>,
+    readable: Vec<Buffer>,
+    writable: Vec<Buffer>,
+}
+
+impl Chain {
+    pub(super) fn new(
+        chain: DescriptorChain<&QueueMemory>,
+        view: &Arc<FlatView>,
+    ) -> Result<Self, QueueError> {
+        let head = chain.head_index();
+        let broken = |why| QueueError::Chain { head, why };
+        let mut parsed = Self {
+            head,
+            view: Arc::clone(view),
+            readable: Vec::new(),
+            writable: Vec::new(),
+        };
+        let mut complete = false;
+        for descriptor in chain {
+            if parsed.readable.len() + parsed.writable.len() == MAX_CHAIN {
+                return Err(broken("has too many buffers"));
+            }
+            let buffer = Buffer {
+                addr: descriptor.addr().0,
+                len: usize::try_from(descriptor.len()).map_err(|_| broken("is too long"))?,
+            };
+            if !view.check_range(descriptor.addr(), buffer.len) {
+                return Err(broken("has a buffer that is not RAM"));
+            }
+            if descriptor.is_write_only() {
+                parsed.writable.push(buffer);
+            } else if parsed.writable.is_empty() {
+                parsed.readable.push(buffer);
+            } else {
+                return Err(broken("has a readable buffer behind a writable one"));
+            }
+            complete = !descriptor.has_next();
+        }
+        // The iterator ends where it cannot go on: a loop, an index past the table, an indirect
+        // table within another, 4 GiB.
+        if complete {
+            Ok(parsed)
+        } else {
+            Err(broken("does not end as it should"))
+        }
+    }
+
+    /// The index of its first descriptor, by which the driver knows it.
+    #[must_use]
+    pub fn head(&self) -> u16 {
+        self.head
+    }
+
+    /// Bytes that the device may read.
+    #[must_use]
+    pub fn readable_len(&self) -> usize {
+        self.readable.iter().map(|buffer| buffer.len).sum()
+    }
+
+    /// Bytes that the device may write.
+    #[must_use]
+    pub fn writable_len(&self) -> usize {
+        self.writable.iter().map(|buffer| buffer.len).sum()
+    }
+
+    /// Fills `data` from what the driver wrote, `offset` bytes into it.
+    ///
+    /// # Errors
+    /// When the driver's buffers are shorter.
+    pub fn read(&self, offset: usize, data: &mut [u8]) -> Result<(), QueueError> {
+        let mut done = 0;
+        for slice in self.readable(offset, data.len())? {
+            done += slice.copy_to(data.get_mut(done..).unwrap_or_default());
+        }
+        Ok(())
+    }
+
+    /// Puts `data` where the driver reads, `offset` bytes into it.
+    ///
+    /// # Errors
+    /// When the driver's buffers are shorter.
+    pub fn write(&self, offset: usize, data: &[u8]) -> Result<(), QueueError> {
+        let mut done = 0;
+        for slice in self.writable(offset, data.len())? {
+            let part = data.get(done..).unwrap_or_default();
+            let part = part.get(..slice.len()).unwrap_or(part);
+            slice.copy_from(part);
+            done += part.len();
+        }
+        Ok(())
+    }
+
+    /// `len` bytes of what the driver wrote, `offset` bytes into it, where they are.
+    ///
+    /// # Errors
+    /// When the driver's buffers are shorter.
+    pub fn readable(
+        &self,
+        offset: usize,
+        len: usize,
+    ) -> Result<Vec<VolatileSlice<'_, DirtySlice<'_>>>, QueueError> {
+        self.slices(&self.readable, offset, len)
+    }
+
+    /// `len` bytes of where the driver reads, `offset` bytes into it. What is written other than
+    /// through the slices' methods must be told to [`Chain::mark_written`].
+    ///
+    /// # Errors
+    /// When the driver's buffers are shorter.
+    pub fn writable(
+        &self,
+        offset: usize,
+        len: usize,
+    ) -> Result<Vec<VolatileSlice<'_, DirtySlice<'_>>>, QueueError> {
+        self.slices(&self.writable, offset, len)
+    }
+
+    /// The kernel has written these bytes of where the driver reads: their pages are dirty.
+    ///
+    /// # Errors
+    /// When the driver's buffers are shorter.
+    pub fn mark_written(&self, offset: usize, len: usize) -> Result<(), QueueError> {
+        for slice in self.writable(offset, len)? {
+            slice.bitmap().mark_dirty(0, slice.len());
+        }
+        Ok(())
+    }
+
+    fn slices(
+        &self,
+        buffers: &[Buffer],
+        mut offset: usize,
+        len: usize,
+    ) -> Result<Vec<VolatileSlice<'_, DirtySlice<'_>>>, QueueError> {
+        let mut left = len;
+        let mut slices = Vec::with_capacity(buffers.len());
+        for buffer in buffers {
+            if left == 0 {
+                break;
+            }
+            let Some(there) = buffer.len.checked_sub(offset).filter(|there| *there > 0) else {
+                offset = offset.saturating_sub(buffer.len);
+                continue;
+            };
+            let take = there.min(left);
+            // Within the buffer, whose addresses were checked.
+            let addr = GuestAddress(buffer.addr.wrapping_add(offset as u64));
+            for slice in GuestMemoryBackend::get_slices(&*self.view, addr, take) {
+                slices.push(slice.map_err(|_| QueueError::Chain {
+                    head: self.head,
+                    why: "has a buffer that is not RAM",
+                })?);
+            }
+            (offset, left) = (0, left - take);
+        }
+        if left == 0 {
+            Ok(slices)
+        } else {
+            Err(QueueError::Chain {
+                head: self.head,
+                why: "is too short for its request",
+            })
+        }
+    }
+}

@@ -1,0 +1,311 @@
+//! Split virtqueues (virtio 1.3, 2.7).
+
+mod chain;
+mod memory;
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use ::memory::{AddressSpace, WindowError};
+use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_queue::{Queue as Split, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::EventFd;
+
+pub use self::chain::Chain;
+pub use self::memory::QueueMemory;
+use crate::limits::MAX_QUEUE_SIZE;
+use crate::transport::Transport;
+
+/// The guest broke the rules of the rings: the device needs a reset.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum QueueError {
+    /// The rings are not where rings can be.
+    #[error("the rings of queue {queue} cannot be used: {source}")]
+    Rings {
+        /// Which.
+        queue: u16,
+        /// What is wrong.
+        source: WindowError,
+    },
+    /// The rings' addresses or size are none.
+    #[error("queue {queue} cannot be used: {why}")]
+    Setup {
+        /// Which.
+        queue: u16,
+        /// What is wrong.
+        why: &'static str,
+    },
+    /// The ring of available chains makes no sense.
+    #[error("the available ring of queue {queue} is broken: {why}")]
+    Available {
+        /// Which.
+        queue: u16,
+        /// What is wrong.
+        why: String,
+    },
+    /// A chain of descriptors makes no sense.
+    #[error("the descriptor chain at {head} {why}")]
+    Chain {
+        /// The index of its first descriptor.
+        head: u16,
+        /// What is wrong.
+        why: &'static str,
+    },
+}
+
+/// How a driver has set a queue up: what the guest wrote, not checked yet.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rings {
+    /// Entries.
+    pub size: u16,
+    /// Guest address of the descriptor table.
+    pub descriptors: u64,
+    /// Guest address of the ring of available chains.
+    pub available: u64,
+    /// Guest address of the ring of used chains.
+    pub used: u64,
+}
+
+impl Rings {
+    /// Address and length of the descriptor table, the available ring and the used ring, with the
+    /// fields for `EVENT_IDX` (virtio 1.3, 2.7).
+    fn extents(&self) -> [(u64, u64); 3] {
+        let size = u64::from(self.size);
+        [
+            (self.descriptors, 16 * size),
+            (self.available, 6 + 2 * size),
+            (self.used, 6 + 8 * size),
+        ]
+    }
+}
+
+/// Where a queue is that is not being served: all that a device must keep of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct QueueState {
+    /// Of the available ring, the next index to take.
+    pub next_avail: u16,
+    /// Of the used ring, the next index to fill.
+    pub next_used: u16,
+}
+
+/// What a queue is made of.
+#[derive(Debug)]
+pub struct QueueSetup {
+    /// Which of the device's queues.
+    pub index: u16,
+    /// Where its rings are.
+    pub rings: Rings,
+    /// Where to go on.
+    pub state: QueueState,
+    /// Whether `VIRTIO_RING_F_EVENT_IDX` was negotiated.
+    pub event_idx: bool,
+    /// The guest's memory.
+    pub space: AddressSpace,
+    /// What tells that the driver made chains available.
+    pub kick: Arc<EventFd>,
+    /// What interrupts the driver.
+    pub transport: Arc<Transport>,
+}
+
+/// A virtqueue that is being served.
+pub struct Queue {
+    index: u16,
+    split: Split,
+    memory: QueueMemory,
+    kick: Arc<EventFd>,
+    transport: Arc<Transport>,
+}
+
+impl Queue {
+    /// A queue over rings that are in RAM.
+    ///
+    /// # Errors
+    /// When size, alignment or addresses are not what virtio 1.3, 2.7 asks for.
+    pub fn new(setup: QueueSetup) -> Result<Self, QueueError> {
+        let queue = setup.index;
+        let refused = |why| QueueError::Setup { queue, why };
+        let Rings { size, .. } = setup.rings;
+        if !size.is_power_of_two() || size > MAX_QUEUE_SIZE {
+            return Err(refused("its size is not a power of two within limits"));
+        }
+        let mut split = Split::new(size).map_err(|_| refused("its size is none"))?;
+        split
+            .try_set_desc_table_address(GuestAddress(setup.rings.descriptors))
+            .map_err(|_| refused("its descriptor table is not aligned to 16 bytes"))?;
+        split
+            .try_set_avail_ring_address(GuestAddress(setup.rings.available))
+            .map_err(|_| refused("its available ring is not aligned to 2 bytes"))?;
+        split
+            .try_set_used_ring_address(GuestAddress(setup.rings.used))
+            .map_err(|_| refused("its used ring is not aligned to 4 bytes"))?;
+        split.set_next_avail(setup.state.next_avail);
+        split.set_next_used(setup.state.next_used);
+        split.set_event_idx(setup.event_idx);
+        split.set_ready(true);
+        let memory = QueueMemory::new(setup.space, &setup.rings)
+            .map_err(|source| QueueError::Rings { queue, source })?;
+        Ok(Self {
+            index: queue,
+            split,
+            memory,
+            kick: setup.kick,
+            transport: setup.transport,
+        })
+    }
+
+    /// Which of the device's queues it is.
+    #[must_use]
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+
+    /// Entries.
+    #[must_use]
+    pub fn size(&self) -> u16 {
+        self.split.size()
+    }
+
+    /// What tells that the driver made chains available.
+    #[must_use]
+    pub fn kick(&self) -> &Arc<EventFd> {
+        &self.kick
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn state(&self) -> QueueState {
+        QueueState {
+            next_avail: self.split.next_avail(),
+            next_used: self.split.next_used(),
+        }
+    }
+
+    /// The next chain, if the driver has made one available.
+    ///
+    /// # Errors
+    /// When the driver broke the rules.
+    pub fn pop(&mut self) -> Result<Option<Chain>, QueueError> {
+        let queue = self.index;
+        self.memory
+            .refresh()
+            .map_err(|source| QueueError::Rings { queue, source })?;
+        let before = self.split.next_avail();
+        let available = |error: virtio_queue::Error| QueueError::Available {
+            queue,
+            why: error.to_string(),
+        };
+        let memory = &self.memory;
+        let mut chains = self.split.iter(memory).map_err(available)?;
+        match chains.next() {
+            Some(chain) => Chain::new(chain, memory.view()).map(Some),
+            // The iterator steps over what it cannot read.
+            None if self.split.next_avail() == before => Ok(None),
+            None => Err(QueueError::Available {
+                queue,
+                why: "an entry cannot be read".to_owned(),
+            }),
+        }
+    }
+
+    /// Puts the chain that was popped last back: the next [`Queue::pop`] gives it again.
+    pub fn unpop(&mut self) {
+        self.split.go_to_previous_position();
+    }
+
+    /// Gives a chain back to the driver, `written` bytes of it filled. [`Queue::notify`] tells the
+    /// driver.
+    ///
+    /// # Errors
+    /// When the used ring is no longer in RAM.
+    pub fn push(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
+        let queue = self.index;
+        self.memory
+            .refresh()
+            .map_err(|source| QueueError::Rings { queue, source })?;
+        let memory = &self.memory;
+        self.split
+            .add_used(memory, head, written)
+            .map_err(|error| QueueError::Available {
+                queue,
+                why: error.to_string(),
+            })
+    }
+
+    /// Interrupts the driver, if it wants to know of what was pushed since the last time.
+    ///
+    /// # Errors
+    /// When the available ring is no longer in RAM.
+    pub fn notify(&mut self) -> Result<(), QueueError> {
+        if self.wants_interrupt()? {
+            self.transport.used(self.index);
+        }
+        Ok(())
+    }
+
+    fn wants_interrupt(&mut self) -> Result<bool, QueueError> {
+        let queue = self.index;
+        let memory = &self.memory;
+        let broken = |why: String| QueueError::Available { queue, why };
+        if !self.split.event_idx_enabled() {
+            std::sync::atomic::fence(Ordering::SeqCst);
+            let flags: u16 = memory
+                .load(GuestAddress(self.split.avail_ring()), Ordering::Relaxed)
+                .map_err(|error| broken(error.to_string()))?;
+            return Ok(u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0);
+        }
+        self.split
+            .needs_notification(memory)
+            .map_err(|error| broken(error.to_string()))
+    }
+
+    /// Asks the driver for no kicks while its chains are being taken.
+    ///
+    /// # Errors
+    /// When the used ring is no longer in RAM.
+    pub fn disable_kicks(&mut self) -> Result<(), QueueError> {
+        let (queue, memory) = (self.index, &self.memory);
+        self.split
+            .disable_notification(memory)
+            .map_err(|error| QueueError::Available {
+                queue,
+                why: error.to_string(),
+            })
+    }
+
+    /// Asks the driver for kicks again. True when chains came meanwhile, of which no kick will
+    /// tell: go on popping.
+    ///
+    /// # Errors
+    /// When the rings are no longer in RAM.
+    pub fn enable_kicks(&mut self) -> Result<bool, QueueError> {
+        let (queue, memory) = (self.index, &self.memory);
+        self.split
+            .enable_notification(memory)
+            .map_err(|error| QueueError::Available {
+                queue,
+                why: error.to_string(),
+            })
+    }
+
+    /// Tells the driver and the owner of the machine that the device needs a reset, as an error of
+    /// the guest's demands.
+    pub fn broken(&self, why: &QueueError) {
+        self.transport.needs_reset(&why.to_string());
+    }
+}
+
+impl fmt::Debug for Queue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Queue")
+            .field("index", &self.index)
+            .field("size", &self.split.size())
+            .field("state", &self.state())
+            .finish_non_exhaustive()
+    }
+}
+

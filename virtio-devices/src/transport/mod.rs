@@ -1,0 +1,117 @@
+//! Between a driver and its device: negotiation, status, interrupts.
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
+
+use crate::limits::MAX_QUEUES;
+
+/// "No vector" (virtio 1.3, 4.1.5.1.2.2: `VIRTIO_MSI_NO_VECTOR`).
+pub(crate) const NO_VECTOR: u16 = 0xffff;
+
+/// `ISR` bits (virtio 1.3, 4.1.4.5).
+const ISR_QUEUE: u8 = 1;
+const ISR_CONFIG: u8 = 2;
+
+/// Interrupts the guest by MSI-X.
+pub trait Interrupts: Send + Sync {
+    /// Raises this vector, which the guest may have chosen at will.
+    fn raise(&self, vector: u16);
+}
+
+/// What the owner of the machine is told of a device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TransportEvent {
+    /// The driver is ready, and uses the device from now on.
+    Activated,
+    /// The guest broke the rules, or the device cannot go on: it stands until the driver resets
+    /// it.
+    NeedsReset(
+        /// Why.
+        String,
+    ),
+    /// The driver has reset it.
+    Reset,
+}
+
+/// How a device reaches its driver, from any thread and without a lock.
+pub struct Transport {
+    interrupts: Box<dyn Interrupts>,
+    tell: Box<dyn Fn(TransportEvent) + Send + Sync>,
+    config_vector: AtomicU16,
+    queue_vectors: [AtomicU16; MAX_QUEUES],
+    isr: AtomicU8,
+    needs_reset: AtomicBool,
+    driver_ok: AtomicBool,
+    config_generation: AtomicU8,
+}
+
+impl Transport {
+    /// A transport to a driver that has not said anything yet.
+    pub fn new(
+        interrupts: Box<dyn Interrupts>,
+        tell: impl Fn(TransportEvent) + Send + Sync + 'static,
+    ) -> Self {
+        Self {
+            interrupts,
+            tell: Box::new(tell),
+            config_vector: AtomicU16::new(NO_VECTOR),
+            queue_vectors: [const { AtomicU16::new(NO_VECTOR) }; MAX_QUEUES],
+            isr: AtomicU8::new(0),
+            needs_reset: AtomicBool::new(false),
+            driver_ok: AtomicBool::new(false),
+            config_generation: AtomicU8::new(0),
+        }
+    }
+
+    /// Interrupts the driver for a queue.
+    pub fn used(&self, queue: u16) {
+        self.isr.fetch_or(ISR_QUEUE, Ordering::AcqRel);
+        let vector = self.queue_vectors.get(usize::from(queue));
+        self.raise(vector.map_or(NO_VECTOR, |vector| vector.load(Ordering::Acquire)));
+    }
+
+    /// Tells the driver that device configuration space has changed.
+    pub fn config_changed(&self) {
+        self.config_generation.fetch_add(1, Ordering::AcqRel);
+        if self.driver_ok.load(Ordering::Acquire) {
+            self.isr.fetch_or(ISR_CONFIG, Ordering::AcqRel);
+            self.raise(self.config_vector.load(Ordering::Acquire));
+        }
+    }
+
+    /// Sets `DEVICE_NEEDS_RESET`, tells the driver, and the owner of the machine once.
+    pub fn needs_reset(&self, why: &str) {
+        if !self.needs_reset.swap(true, Ordering::AcqRel) {
+            tracing::warn!(why, "a virtio device needs a reset");
+            (self.tell)(TransportEvent::NeedsReset(why.to_owned()));
+            self.config_changed();
+        }
+    }
+
+    fn raise(&self, vector: u16) {
+        if vector != NO_VECTOR {
+            self.interrupts.raise(vector);
+        }
+    }
+}
+
+impl fmt::Debug for Transport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Transport")
+            .field("needs_reset", &self.needs_reset)
+            .field("driver_ok", &self.driver_ok)
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(feature = "testing")]
+impl Transport {
+    /// As if a driver had chosen its vectors and were ready: queue `i` has the vector `i`.
+    pub(crate) fn connect_for_test(&self, config_vector: u16) {
+        self.config_vector.store(config_vector, Ordering::Release);
+        for (vector, i) in self.queue_vectors.iter().zip(0..) {
+            vector.store(i, Ordering::Release);
+        }
+        self.driver_ok.store(true, Ordering::Release);
+    }
+}

@@ -1,0 +1,248 @@
+//! Where the work on queues is done: tasks on event loops.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use devices::event_loop::{Actor, Flow, Interest, LoopHandle, Sources, Waker};
+use parking_lot::Mutex;
+
+use crate::queue::QueueError;
+use crate::transport::Transport;
+
+/// The event loops among which tasks are spread.
+#[derive(Clone)]
+pub struct Workers {
+    shared: Arc<(Vec<LoopHandle>, AtomicUsize)>,
+}
+
+impl Workers {
+    /// Spreads tasks among these loops; `None` when there are none.
+    #[must_use]
+    pub fn new(loops: Vec<LoopHandle>) -> Option<Self> {
+        (!loops.is_empty()).then(|| Self {
+            shared: Arc::new((loops, AtomicUsize::new(0))),
+        })
+    }
+
+    /// How many loops there are.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.shared.0.len()
+    }
+
+    /// One loop after the other.
+    fn next(&self) -> &LoopHandle {
+        let (loops, next) = &*self.shared;
+        &loops[next.fetch_add(1, Ordering::Relaxed) % loops.len()]
+    }
+}
+
+impl fmt::Debug for Workers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Workers({})", self.count())
+    }
+}
+
+/// Why a task is called.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TaskEvent {
+    /// For the first time: what its queue holds already is told by no kick.
+    Started,
+    /// What it watches as this key is ready (edge triggered: go on until it would block).
+    Ready(usize),
+    /// It asked for it with [`TaskFlow::Again`], or somebody used [`Running::wake`].
+    Again,
+}
+
+/// What a task wants next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TaskFlow {
+    /// To hear of what it watches.
+    Wait,
+    /// There is more to do. It is called again when the others on its loop have had their turn:
+    /// no guest may keep a loop to itself.
+    Again,
+}
+
+/// Serves one queue or several.
+pub trait QueueTask: Send + 'static {
+    /// Begins to watch what tells of work. Called before anything else.
+    ///
+    /// # Errors
+    /// When the host cannot watch something; the device then needs a reset.
+    fn watch(&mut self, sources: &mut TaskSources<'_, '_>) -> io::Result<()>;
+
+    /// Does what there is to do, for some tens of requests at most.
+    ///
+    /// # Errors
+    /// When the guest broke the rules: the device needs a reset and the task is called no more.
+    fn call(
+        &mut self,
+        event: TaskEvent,
+        sources: &mut TaskSources<'_, '_>,
+    ) -> Result<TaskFlow, QueueError>;
+}
+
+/// What a task may do to the loop that it is called from: watch descriptors.
+pub struct TaskSources<'a, 'b> {
+    sources: &'a mut Sources<'b>,
+    watched: &'a mut HashMap<usize, OwnedFd>,
+}
+
+impl TaskSources<'_, '_> {
+    /// Watches `fd`, in place of what was watched as `key` before. It may be closed at any time.
+    ///
+    /// # Errors
+    /// When the host cannot watch it, as it is with a regular file.
+    pub fn watch(&mut self, fd: BorrowedFd<'_>, key: usize, interest: Interest) -> io::Result<()> {
+        self.forget(key);
+        // A descriptor of the loop's own: the number of one that is closed may come to mean
+        // another while it is still being watched.
+        let own = fd.try_clone_to_owned()?;
+        self.sources.watch(own.as_raw_fd(), key, interest)?;
+        self.watched.insert(key, own);
+        Ok(())
+    }
+
+    /// Ends the watch, if there is one.
+    pub fn forget(&mut self, key: usize) {
+        if let Some(own) = self.watched.remove(&key) {
+            self.sources.forget(own.as_raw_fd());
+        }
+    }
+}
+
+/// A task that has been started, seen by its device.
+pub struct Running<T: QueueTask> {
+    slot: Arc<Mutex<Option<T>>>,
+    waker: Waker,
+}
+
+impl<T: QueueTask> Running<T> {
+    /// Starts `task` on one of the loops.
+    pub fn start(workers: &Workers, transport: &Arc<Transport>, task: T) -> Self {
+        let slot = Arc::new(Mutex::new(Some(task)));
+        workers.next().adopt(|waker| {
+            let actor = TaskActor {
+                slot: Arc::clone(&slot),
+                transport: Arc::clone(transport),
+                waker: waker.clone(),
+                stage: Stage::New,
+                watched: HashMap::new(),
+            };
+            (actor, Self { slot, waker })
+        })
+    }
+
+    /// Takes the task from its loop. If it is being called on another thread this waits for the
+    /// end of that call.
+    #[must_use]
+    pub fn stop(self) -> Option<T> {
+        self.slot.lock().take()
+        // Dropping `self` tells the loop.
+    }
+
+    /// Looks at the task, or changes it, between two of its calls.
+    pub fn with<R>(&self, f: impl FnOnce(&mut T) -> R) -> Option<R> {
+        self.slot.lock().as_mut().map(f)
+    }
+
+    /// Has the task called with [`TaskEvent::Again`].
+    pub fn wake(&self) {
+        self.waker.wake();
+    }
+}
+
+impl<T: QueueTask> Drop for Running<T> {
+    fn drop(&mut self) {
+        self.slot.lock().take();
+        self.waker.wake();
+    }
+}
+
+impl<T: QueueTask> fmt::Debug for Running<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Running")
+    }
+}
+
+enum Stage {
+    New,
+    Started,
+    /// It is called no more; its owner may still take it.
+    Ended,
+}
+
+/// A task, seen by its loop.
+struct TaskActor<T> {
+    slot: Arc<Mutex<Option<T>>>,
+    transport: Arc<Transport>,
+    waker: Waker,
+    stage: Stage,
+    watched: HashMap<usize, OwnedFd>,
+}
+
+impl<T: QueueTask> TaskActor<T> {
+    fn call(&mut self, event: TaskEvent, sources: &mut Sources<'_>) -> Flow {
+        let mut slot = self.slot.lock();
+        let Some(task) = slot.as_mut() else {
+            drop(slot);
+            self.forget_all(sources);
+            return Flow::Leave;
+        };
+        let mut own = TaskSources {
+            sources,
+            watched: &mut self.watched,
+        };
+        let outcome = match self.stage {
+            Stage::Ended => return Flow::Stay,
+            Stage::New => {
+                self.stage = Stage::Started;
+                match task.watch(&mut own) {
+                    Ok(()) => task.call(TaskEvent::Started, &mut own),
+                    Err(error) => {
+                        self.stage = Stage::Ended;
+                        let why = format!("the host cannot watch for work: {error}");
+                        self.transport.needs_reset(&why);
+                        return Flow::Stay;
+                    }
+                }
+            }
+            Stage::Started => task.call(event, &mut own),
+        };
+        match outcome {
+            Ok(TaskFlow::Wait) => {}
+            Ok(TaskFlow::Again) => self.waker.wake(),
+            Err(error) => {
+                self.stage = Stage::Ended;
+                self.transport.needs_reset(&error.to_string());
+            }
+        }
+        Flow::Stay
+    }
+
+    fn forget_all(&mut self, sources: &mut Sources<'_>) {
+        for (_, own) in self.watched.drain() {
+            sources.forget(own.as_raw_fd());
+        }
+    }
+}
+
+impl<T: QueueTask> Actor for TaskActor<T> {
+    fn woken(&mut self, sources: &mut Sources<'_>) -> Flow {
+        self.call(TaskEvent::Again, sources)
+    }
+
+    fn ready(&mut self, key: usize, sources: &mut Sources<'_>) -> Flow {
+        self.call(TaskEvent::Ready(key), sources)
+    }
+
+    fn crashed(&mut self, message: &str) {
+        self.transport
+            .needs_reset(&format!("the device failed: {message}"));
+    }
+}
