@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -87,24 +87,29 @@ pub trait QueueTask: Send + 'static {
     ) -> Result<TaskFlow, QueueError>;
 }
 
+/// What holds the watched descriptors open, by their keys.
+type Watched = HashMap<usize, Box<dyn AsRawFd + Send>>;
+
 /// What a task may do to the loop that it is called from: watch descriptors.
 pub struct TaskSources<'a, 'b> {
     sources: &'a mut Sources<'b>,
-    watched: &'a mut HashMap<usize, OwnedFd>,
+    watched: &'a mut Watched,
 }
 
 impl TaskSources<'_, '_> {
-    /// Watches `fd`, in place of what was watched as `key` before. It may be closed at any time.
+    /// Watches a descriptor, in place of what was watched as `key` before. What holds it open
+    /// (a shared one, or a duplicate) is kept for as long: the number of a descriptor that is
+    /// closed may come to mean another while it is still being watched.
     ///
     /// # Errors
     /// When the host cannot watch it, as it is with a regular file.
-    pub fn watch(&mut self, fd: BorrowedFd<'_>, key: usize, interest: Interest) -> io::Result<()> {
+    pub fn watch<F>(&mut self, fd: F, key: usize, interest: Interest) -> io::Result<()>
+    where
+        F: AsRawFd + Send + 'static,
+    {
         self.forget(key);
-        // A descriptor of the loop's own: the number of one that is closed may come to mean
-        // another while it is still being watched.
-        let own = fd.try_clone_to_owned()?;
-        self.sources.watch(own.as_raw_fd(), key, interest)?;
-        self.watched.insert(key, own);
+        self.sources.watch(fd.as_raw_fd(), key, interest)?;
+        self.watched.insert(key, Box::new(fd));
         Ok(())
     }
 
@@ -183,7 +188,7 @@ struct TaskActor<T> {
     transport: Arc<Transport>,
     waker: Waker,
     stage: Stage,
-    watched: HashMap<usize, OwnedFd>,
+    watched: Watched,
 }
 
 impl<T: QueueTask> TaskActor<T> {

@@ -308,4 +308,3 @@ impl fmt::Debug for Queue {
             .finish_non_exhaustive()
     }
 }
-

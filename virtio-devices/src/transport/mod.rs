@@ -1,5 +1,8 @@
 //! Between a driver and its device: negotiation, status, interrupts.
 
+mod common;
+mod saved;
+
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
 
