@@ -1,0 +1,237 @@
+//! A function with BARs and MSI-X.
+
+use std::sync::Arc;
+
+use memory::Transaction;
+use parking_lot::Mutex;
+use state::{LoadError, LoadScope, Save, SaveError, Scope};
+
+use super::bar::{Bar, BarMap, BarRequest, place_bar};
+use super::msix::{self, MsiTarget, Msix};
+use super::registers::Registers;
+use super::saved;
+use super::{BarError, ConfigSpace, Identity};
+
+/// Puts an endpoint together.
+pub struct EndpointBuilder {
+    identity: Identity,
+    registers: Registers,
+    bars: Vec<Bar>,
+    msix: Option<(usize, Arc<Msix>)>,
+}
+
+impl EndpointBuilder {
+    /// With neither BARs nor capabilities.
+    #[must_use]
+    pub fn new(identity: Identity) -> Self {
+        Self {
+            identity,
+            registers: Registers::new(identity),
+            bars: Vec::new(),
+            msix: None,
+        }
+    }
+
+    /// Adds a BAR. Its region is shown nowhere until the guest, or the machine, enables
+    /// memory decoding.
+    ///
+    /// # Errors
+    /// When its register is not free, or its size is none.
+    pub fn bar(&mut self, request: &BarRequest) -> Result<(), BarError> {
+        let bar = Bar::new(&mut self.registers, request, &self.bars)?;
+        self.bars.push(bar);
+        Ok(())
+    }
+
+    /// Adds a capability: the body behind its two-byte header, and its bits that the guest may
+    /// write. Gives its offset; `None` when there is no room.
+    #[must_use]
+    pub fn capability(&mut self, id: u8, body: &[u8], writable: &[u8]) -> Option<usize> {
+        self.registers.add_capability(id, body, writable)
+    }
+
+    /// Adds MSI-X with so many vectors. Table and pending bits are at these offsets of this BAR,
+    /// where the caller shows [`Msix::table`] and [`Msix::pba`]. `None` when there is no room for
+    /// the capability.
+    #[must_use]
+    pub fn msix(
+        &mut self,
+        vectors: u16,
+        bar: u8,
+        (table, pba): (u32, u32),
+        target: Arc<dyn MsiTarget>,
+    ) -> Option<Arc<Msix>> {
+        let msix = Msix::new(vectors, target);
+        let mut body = [0; 10];
+        body[..2].copy_from_slice(&(msix.count() - 1).to_le_bytes());
+        body[2..6].copy_from_slice(&(table & !7 | u32::from(bar & 7)).to_le_bytes());
+        body[6..].copy_from_slice(&(pba & !7 | u32::from(bar & 7)).to_le_bytes());
+        let writable = msix::CONTROL_WRITABLE.to_le_bytes();
+        let at = self.capability(msix::CAPABILITY, &body, &writable)?;
+        self.msix = Some((at + 2, Arc::clone(&msix)));
+        Some(msix)
+    }
+
+    /// The endpoint, whose BARs `map` shows.
+    #[must_use]
+    pub fn build(self, map: Arc<dyn BarMap>) -> Endpoint {
+        Endpoint {
+            identity: self.identity,
+            power_on: self.registers.clone(),
+            msix: self.msix,
+            map,
+            state: Mutex::new(State {
+                registers: self.registers,
+                bars: self.bars,
+            }),
+        }
+    }
+}
+
+struct State {
+    registers: Registers,
+    bars: Vec<Bar>,
+}
+
+/// A function of type 0.
+pub struct Endpoint {
+    identity: Identity,
+    /// The registers as they are after power-on.
+    power_on: Registers,
+    /// Where its message control is, and its vectors.
+    msix: Option<(usize, Arc<Msix>)>,
+    map: Arc<dyn BarMap>,
+    state: Mutex<State>,
+}
+
+impl Endpoint {
+    /// What it is.
+    #[must_use]
+    pub fn identity(&self) -> Identity {
+        self.identity
+    }
+
+    /// Its vectors, if it has any.
+    #[must_use]
+    pub fn msix(&self) -> Option<&Arc<Msix>> {
+        self.msix.as_ref().map(|(_, msix)| msix)
+    }
+
+    /// Takes its BARs from the map, as when the function goes.
+    ///
+    /// # Errors
+    /// As [`place_bar`].
+    pub fn withdraw(&self, tx: &mut Transaction<'_>) -> Result<(), memory::TopologyError> {
+        let mut state = self.state.lock();
+        for bar in &mut state.bars {
+            if bar.shown.take().is_some() {
+                place_bar(tx, bar.region, None)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// As after power-on: no BAR is shown, all vectors are masked, addresses are the first ones.
+    pub fn reset(&self) {
+        let mut state = self.state.lock();
+        state.registers = self.power_on.clone();
+        if let Some((_, msix)) = &self.msix {
+            msix.reset();
+        }
+        self.follow_bars(&mut state);
+    }
+
+    fn follow_bars(&self, state: &mut State) {
+        let State { registers, bars } = state;
+        for bar in bars {
+            let wanted = bar.wanted(registers);
+            if wanted != bar.shown {
+                bar.shown = wanted;
+                self.map.place(bar.region, wanted);
+            }
+        }
+    }
+
+    /// Goes on from what was saved. The BARs move by `tx`, to be shown with everything else.
+    /// The machine stands still.
+    ///
+    /// # Errors
+    /// When it was another function, or what was saved makes no sense.
+    pub fn load(
+        &self,
+        from: &mut LoadScope<'_, '_>,
+        tx: &mut Transaction<'_>,
+    ) -> Result<(), LoadError> {
+        let saved: saved::V1 = from.take()?;
+        let header = <[u8; 256]>::try_from(saved.header)
+            .map_err(|header| from.refuse(format!("{} bytes are no header", header.len())))?;
+        let mut state = self.state.lock();
+        let mut registers = self.power_on.clone();
+        registers
+            .restore(&header)
+            .map_err(|at| from.refuse(format!("it was another function: see register {at:#x}")))?;
+        match (&self.msix, saved.msix) {
+            (Some((control, msix)), Some(saved)) => {
+                let (entries, pending) = msix.save();
+                if (entries.len(), pending.len()) != (saved.entries.len(), saved.pending.len()) {
+                    let (was, is) = (saved.entries.len(), entries.len());
+                    return Err(from.refuse(format!("it had {was} vectors, and has {is} here")));
+                }
+                msix.restore(&saved.entries, &saved.pending, registers.get_u16(*control));
+            }
+            (None, None) => {}
+            (is, _) => {
+                let what = if is.is_some() { "had no" } else { "had" };
+                return Err(from.refuse(format!("it {what} MSI-X vectors")));
+            }
+        }
+        state.registers = registers;
+        let State { registers, bars } = &mut *state;
+        for bar in bars {
+            let wanted = bar.wanted(registers);
+            if wanted != bar.shown {
+                place_bar(tx, bar.region, wanted)
+                    .map_err(|error| from.refuse(error.to_string()))?;
+                bar.shown = wanted;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Save for Endpoint {
+    fn save(&self, to: &mut Scope<'_>) -> Result<(), SaveError> {
+        let state = self.state.lock();
+        let msix = self.msix.as_ref().map(|(_, msix)| {
+            let (entries, pending) = msix.save();
+            saved::Msix { entries, pending }
+        });
+        to.put(&saved::V1 {
+            header: state.registers.header().to_vec(),
+            msix,
+        })
+    }
+}
+
+impl ConfigSpace for Endpoint {
+    fn read(&self, at: usize, data: &mut [u8]) {
+        self.state.lock().registers.read(at, data);
+    }
+
+    fn write(&self, at: usize, data: &[u8]) {
+        let mut state = self.state.lock();
+        state.registers.write(at, data);
+        if let Some((control, msix)) = &self.msix {
+            msix.set_control(state.registers.get_u16(*control));
+        }
+        self.follow_bars(&mut state);
+    }
+}
+
+impl std::fmt::Debug for Endpoint {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Endpoint")
+            .field("identity", &self.identity)
+            .finish_non_exhaustive()
+    }
+}
