@@ -29,6 +29,7 @@
 mod device;
 pub mod limits;
 mod queue;
+pub mod rng;
 #[cfg(feature = "testing")]
 pub mod testing;
 mod transport;
@@ -36,5 +37,7 @@ mod worker;
 
 pub use device::{DeviceError, DeviceId, VirtioDevice};
 pub use queue::{Chain, Queue, QueueError, QueueMemory, QueueSetup, QueueState, Rings};
-pub use transport::{Interrupts, Transport, TransportEvent};
+pub use transport::{
+    BAR_LEN, Interrupts, Slot, Transport, TransportEvent, VirtioPci, VirtioPciError, vectors,
+};
 pub use worker::{QueueTask, Running, TaskEvent, TaskFlow, TaskSources, Workers};

@@ -30,7 +30,7 @@ pub const PATIENCE: Duration = Duration::from_secs(10);
 /// A guest without CPUs.
 pub struct TestGuest {
     /// Its map: one range of RAM from address 0 on.
-    pub topology: Topology,
+    pub topology: Arc<Mutex<Topology>>,
     /// Its RAM.
     pub ram: Arc<RamBlock>,
     next: u64,
@@ -48,7 +48,7 @@ impl TestGuest {
         tx.map(SpaceKind::Memory, 0, region, 0).unwrap();
         tx.commit().unwrap();
         Self {
-            topology,
+            topology: Arc::new(Mutex::new(topology)),
             ram,
             next: 0x1000,
         }
@@ -57,7 +57,7 @@ impl TestGuest {
     /// Its address space.
     #[must_use]
     pub fn space(&self) -> AddressSpace {
-        self.topology.space(SpaceKind::Memory)
+        self.topology.lock().space(SpaceKind::Memory)
     }
 
     /// The address of `len` bytes that nobody else uses.

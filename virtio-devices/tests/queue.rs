@@ -105,6 +105,9 @@ fn a_driver_that_wants_no_interrupts_gets_none() {
     assert_eq!(heard.raised(0), 0);
     guest.write(driver.rings.available, &0_u16.to_le_bytes());
     queue.notify().unwrap();
+    assert_eq!(heard.raised(0), 0, "there is nothing new to tell");
+    queue.push(chain.head(), 0).unwrap();
+    queue.notify().unwrap();
     assert_eq!(heard.raised(0), 1);
 }
 
@@ -259,13 +262,15 @@ fn a_queue_follows_the_map() {
     let mut driver = TestQueue::new(&mut guest, 0, 8);
     let mut queue = driver.device_side(&transport, QueueState::default());
     let other = Arc::new(RamBlock::new(&RamConfig::anonymous(1 << 20)).unwrap());
-    let mut tx = guest.topology.begin();
+    let mut topology = guest.topology.lock();
+    let mut tx = topology.begin();
     let block = Arc::clone(&other);
     let region = tx
         .ram("other", RamSlice { block, offset: 0 }, 1 << 20)
         .unwrap();
     tx.map(SpaceKind::Memory, 0, region, 1).unwrap();
     tx.commit().unwrap();
+    drop(topology);
     // The same addresses are other memory now, and the driver offers a chain there.
     driver.send(&[buffer(0x4000, 1, true)]);
     let chain = queue.pop().unwrap().unwrap();
@@ -278,12 +283,14 @@ fn a_queue_follows_the_map() {
         fn read(&self, _: u64, _: &mut [u8]) {}
         fn write(&self, _: u64, _: &[u8]) {}
     }
-    let mut tx = guest.topology.begin();
+    let mut topology = guest.topology.lock();
+    let mut tx = topology.begin();
     let registers = tx
         .device("registers", 1 << 20, Arc::new(Registers))
         .unwrap();
     tx.map(SpaceKind::Memory, 0, registers, 2).unwrap();
     tx.commit().unwrap();
+    drop(topology);
     let refused = queue.pop().unwrap_err();
     assert!(matches!(refused, QueueError::Rings { queue: 0, .. }));
     assert!(queue.push(0, 1).is_err());

@@ -119,6 +119,8 @@ pub struct Queue {
     memory: QueueMemory,
     kick: Arc<EventFd>,
     transport: Arc<Transport>,
+    /// Something was pushed of which the driver has not been told.
+    untold: bool,
 }
 
 impl Queue {
@@ -155,6 +157,7 @@ impl Queue {
             memory,
             kick: setup.kick,
             transport: setup.transport,
+            untold: false,
         })
     }
 
@@ -227,6 +230,7 @@ impl Queue {
         self.memory
             .refresh()
             .map_err(|source| QueueError::Rings { queue, source })?;
+        self.untold = true;
         let memory = &self.memory;
         self.split
             .add_used(memory, head, written)
@@ -241,7 +245,7 @@ impl Queue {
     /// # Errors
     /// When the available ring is no longer in RAM.
     pub fn notify(&mut self) -> Result<(), QueueError> {
-        if self.wants_interrupt()? {
+        if std::mem::take(&mut self.untold) && self.wants_interrupt()? {
             self.transport.used(self.index);
         }
         Ok(())

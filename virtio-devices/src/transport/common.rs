@@ -124,8 +124,8 @@ impl CommonConfig {
         &self.queues
     }
 
-    pub(super) fn queue_mut(&mut self, index: u16) -> Option<&mut QueueRegisters> {
-        self.queues.get_mut(usize::from(index))
+    pub(super) fn queues_mut(&mut self) -> impl Iterator<Item = &mut QueueRegisters> {
+        self.queues.iter_mut()
     }
 
     pub(super) fn config_vector(&self) -> u16 {
@@ -338,7 +338,7 @@ impl CommonConfig {
     /// Takes what was saved, checked against what this device offers and has.
     pub(super) fn load(
         &mut self,
-        saved: saved::Common,
+        saved: &saved::Common,
         refuse: impl Fn(String) -> LoadError,
     ) -> Result<(), LoadError> {
         let agreed = saved.status & FEATURES_OK != 0;
@@ -507,7 +507,7 @@ mod tests {
                 prop_assert!(fits);
             }
             let mut loaded = self::config();
-            loaded.load(config.save(), |why| panic!("{why}")).unwrap();
+            loaded.load(&config.save(), |why| panic!("{why}")).unwrap();
             prop_assert_eq!(loaded, config);
         }
     }

@@ -1,11 +1,14 @@
 //! Between a driver and its device: negotiation, status, interrupts.
 
 mod common;
+mod function;
+mod pci;
 mod saved;
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
 
+pub use self::pci::{BAR_LEN, Slot, VirtioPci, VirtioPciError, vectors};
 use crate::limits::MAX_QUEUES;
 
 /// "No vector" (virtio 1.3, 4.1.5.1.2.2: `VIRTIO_MSI_NO_VECTOR`).
@@ -86,9 +89,38 @@ impl Transport {
     pub fn needs_reset(&self, why: &str) {
         if !self.needs_reset.swap(true, Ordering::AcqRel) {
             tracing::warn!(why, "a virtio device needs a reset");
-            (self.tell)(TransportEvent::NeedsReset(why.to_owned()));
+            self.tell(TransportEvent::NeedsReset(why.to_owned()));
             self.config_changed();
         }
+    }
+
+    fn is_broken(&self) -> bool {
+        self.needs_reset.load(Ordering::Acquire)
+    }
+
+    fn tell(&self, event: TransportEvent) {
+        (self.tell)(event);
+    }
+
+    fn set_config_vector(&self, vector: u16) {
+        self.config_vector.store(vector, Ordering::Release);
+    }
+
+    fn set_queue_vector(&self, queue: u16, vector: u16) {
+        if let Some(register) = self.queue_vectors.get(usize::from(queue)) {
+            register.store(vector, Ordering::Release);
+        }
+    }
+
+    /// The driver has forgotten everything, and so does its side of the transport.
+    fn reset(&self) {
+        self.driver_ok.store(false, Ordering::Release);
+        self.needs_reset.store(false, Ordering::Release);
+        self.set_config_vector(NO_VECTOR);
+        (0..)
+            .take(MAX_QUEUES)
+            .for_each(|queue| self.set_queue_vector(queue, NO_VECTOR));
+        self.isr.store(0, Ordering::Release);
     }
 
     fn raise(&self, vector: u16) {

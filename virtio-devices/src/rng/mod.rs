@@ -1,0 +1,185 @@
+//! Entropy device (virtio 1.3, 5.4): fills the guest's buffers from a file of the host.
+
+mod saved;
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use devices::event_loop::Interest;
+use state::{LoadError, LoadScope, SaveError, Scope};
+
+use crate::device::{DeviceError, DeviceId, VirtioDevice};
+use crate::queue::{Queue, QueueError, QueueState};
+use crate::transport::Transport;
+use crate::worker::{QueueTask, Running, TaskEvent, TaskFlow, TaskSources, Workers};
+
+const QUEUE_SIZE: u16 = 256;
+/// Requests that are served before others on the loop have their turn.
+const BUDGET: usize = 16;
+/// Bytes that one request is given at most: a driver asks again for what it still wants.
+const MOST: usize = 64 << 10;
+
+/// The source of entropy cannot be opened.
+#[derive(Debug, thiserror::Error)]
+#[error("the source of random numbers {} cannot be opened: {source}", path.display())]
+pub struct RngError {
+    path: PathBuf,
+    source: io::Error,
+}
+
+/// An entropy device.
+pub struct Rng {
+    source: Arc<File>,
+    workers: Workers,
+    transport: Option<Arc<Transport>>,
+    running: Option<Running<Fill>>,
+    counters: Arc<Counters>,
+}
+
+#[derive(Default)]
+struct Counters {
+    bytes: AtomicU64,
+    requests: AtomicU64,
+}
+
+impl Rng {
+    /// With random numbers from this file, as a rule `/dev/urandom`. One that blocks, such as a
+    /// hardware generator, makes other devices wait for it.
+    ///
+    /// # Errors
+    /// When the file cannot be opened.
+    pub fn new(source: &Path, workers: Workers) -> Result<Self, RngError> {
+        let opened = File::open(source).map_err(|error| RngError {
+            path: source.to_owned(),
+            source: error,
+        })?;
+        Ok(Self {
+            source: Arc::new(opened),
+            workers,
+            transport: None,
+            running: None,
+            counters: Arc::default(),
+        })
+    }
+}
+
+impl VirtioDevice for Rng {
+    fn id(&self) -> DeviceId {
+        DeviceId::RNG
+    }
+
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        vec![QUEUE_SIZE]
+    }
+
+    fn read_config(&self, _: usize, _: &mut [u8]) {}
+
+    fn activate(&mut self, _: u64, transport: &Arc<Transport>) -> Result<(), DeviceError> {
+        self.transport = Some(Arc::clone(transport));
+        Ok(())
+    }
+
+    fn start_queue(&mut self, queue: Queue) -> Result<(), DeviceError> {
+        let index = queue.index();
+        let transport = self.transport.as_ref().filter(|_| index == 0);
+        let transport = transport.ok_or(DeviceError::NoSuchQueue(index))?;
+        let task = Fill {
+            queue,
+            source: Arc::clone(&self.source),
+            buffer: vec![0; MOST],
+            counters: Arc::clone(&self.counters),
+        };
+        self.running = Some(Running::start(&self.workers, transport, task));
+        Ok(())
+    }
+
+    fn stop_queue(&mut self, _: u16) -> Option<QueueState> {
+        let stopped = self.running.take()?.stop()?;
+        Some(stopped.queue.state())
+    }
+
+    fn queue_state(&self, _: u16) -> Option<QueueState> {
+        self.running.as_ref()?.with(|task| task.queue.state())
+    }
+
+    fn reset(&mut self) {
+        self.transport = None;
+    }
+
+    fn save(&self, to: &mut Scope<'_>) -> Result<(), SaveError> {
+        to.put(&saved::V1 {})
+    }
+
+    fn load(&mut self, from: &mut LoadScope<'_, '_>) -> Result<(), LoadError> {
+        let saved::V1 {} = from.take()?;
+        Ok(())
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        vec![
+            ("bytes", self.counters.bytes.load(Ordering::Relaxed)),
+            ("requests", self.counters.requests.load(Ordering::Relaxed)),
+        ]
+    }
+}
+
+/// Fills what the driver makes available.
+struct Fill {
+    queue: Queue,
+    source: Arc<File>,
+    buffer: Vec<u8>,
+    counters: Arc<Counters>,
+}
+
+impl Fill {
+    /// Serves one request; false when there is none.
+    fn serve(&mut self) -> Result<bool, QueueError> {
+        let Some(chain) = self.queue.pop()? else {
+            return Ok(false);
+        };
+        let wanted = chain.writable_len().min(MOST);
+        let buffer = self.buffer.get_mut(..wanted).unwrap_or_default();
+        // A source that fails gives nothing: the driver asks again.
+        let got = (&*self.source).read(buffer).unwrap_or_else(|error| {
+            tracing::warn!(%error, "the source of random numbers cannot be read");
+            0
+        });
+        chain.write(0, buffer.get(..got).unwrap_or_default())?;
+        let written = u32::try_from(got).unwrap_or(u32::MAX);
+        self.queue.push(chain.head(), written)?;
+        self.counters
+            .bytes
+            .fetch_add(written.into(), Ordering::Relaxed);
+        self.counters.requests.fetch_add(1, Ordering::Relaxed);
+        Ok(true)
+    }
+}
+
+impl QueueTask for Fill {
+    fn watch(&mut self, sources: &mut TaskSources<'_, '_>) -> io::Result<()> {
+        sources.watch(Arc::clone(self.queue.kick()), 0, Interest::Read)
+    }
+
+    fn call(&mut self, _: TaskEvent, _: &mut TaskSources<'_, '_>) -> Result<TaskFlow, QueueError> {
+        // Kicks are counted together; it is empty when somebody else's turn came first.
+        let _ = self.queue.kick().read();
+        for _ in 0..BUDGET {
+            if !self.serve()? {
+                self.queue.notify()?;
+                return Ok(match self.queue.enable_kicks()? {
+                    true => TaskFlow::Again,
+                    false => TaskFlow::Wait,
+                });
+            }
+        }
+        self.queue.notify()?;
+        Ok(TaskFlow::Again)
+    }
+}

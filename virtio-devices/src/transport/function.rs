@@ -1,0 +1,318 @@
+//! A device with its driver's side: what the guest's accesses and the machine's requests come to.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use ::memory::{AddressSpace, DeviceOps};
+use ::state::{LoadError, LoadScope, SaveError, Scope};
+use parking_lot::Mutex;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::common::{self, CommonConfig, Effect};
+use super::{Transport, TransportEvent, saved};
+use crate::device::{DeviceError, DeviceId, VirtioDevice};
+use crate::limits::MAX_QUEUES;
+use crate::queue::{Queue, QueueSetup};
+
+/// Bytes from one queue's doorbell to the next: `notify_off_multiplier` (virtio 1.3, 4.1.4.4).
+pub(super) const DOORBELL_STRIDE: u64 = 4;
+
+/// What a lock guards: negotiation, and the device.
+struct State {
+    common: CommonConfig,
+    device: Box<dyn VirtioDevice>,
+    /// The machine stands: no queue is being served, whatever the driver says.
+    paused: bool,
+}
+
+/// A virtio device, and what its driver has made of it. A transport's registers lead here.
+pub(super) struct Function {
+    id: DeviceId,
+    transport: Arc<Transport>,
+    space: AddressSpace,
+    kicks: Vec<Arc<EventFd>>,
+    state: Mutex<State>,
+}
+
+impl Function {
+    /// # Errors
+    /// When the host gives no event descriptors.
+    pub(super) fn new(
+        device: Box<dyn VirtioDevice>,
+        transport: Arc<Transport>,
+        space: AddressSpace,
+        vectors: u16,
+    ) -> Result<Self, DeviceError> {
+        let sizes = device.queue_sizes();
+        if sizes.len() > MAX_QUEUES {
+            let index = u16::try_from(sizes.len()).unwrap_or(u16::MAX);
+            return Err(DeviceError::NoSuchQueue(index));
+        }
+        let kick = |_| {
+            let made = EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK);
+            made.map(Arc::new)
+                .map_err(DeviceError::host("make an event descriptor"))
+        };
+        Ok(Self {
+            id: device.id(),
+            transport,
+            space,
+            kicks: sizes.iter().map(kick).collect::<Result<_, _>>()?,
+            state: Mutex::new(State {
+                common: CommonConfig::new(device.features(), &sizes, vectors),
+                device,
+                paused: false,
+            }),
+        })
+    }
+
+    pub(super) fn id(&self) -> DeviceId {
+        self.id
+    }
+
+    /// What the driver writes to tell of each queue's chains.
+    pub(super) fn kicks(&self) -> &[Arc<EventFd>] {
+        &self.kicks
+    }
+
+    /// No queue is served any more, on return; each can go on where it is.
+    pub(super) fn pause(&self) {
+        let mut state = self.state.lock();
+        state.paused = true;
+        state.stop_queues();
+    }
+
+    /// Undoes [`Function::pause`], and serves a device that was loaded.
+    pub(super) fn resume(&self) {
+        let mut state = self.state.lock();
+        state.paused = false;
+        if state.common.driver_ok() && !self.transport.is_broken() {
+            self.serve(&mut state);
+        }
+    }
+
+    /// As after power-on.
+    pub(super) fn reset(&self) {
+        self.state.lock().reset(&self.transport);
+    }
+
+    pub(super) fn counters(&self) -> Vec<(&'static str, u64)> {
+        self.state.lock().device.counters()
+    }
+
+    /// Saves the transport's part and the device's. A device that is being served is saved as it
+    /// is at this moment: of use only as a first guess.
+    pub(super) fn save(&self, to: &mut Scope<'_>) -> Result<(), SaveError> {
+        let mut state = self.state.lock();
+        let State { common, device, .. } = &mut *state;
+        for (index, queue) in (0_u16..).zip(common.queues_mut()) {
+            if let Some(live) = device.queue_state(index) {
+                queue.state = live;
+            }
+        }
+        to.put(&saved::V1 {
+            device: self.id.0,
+            common: common.save(),
+            isr: self.transport.isr.load(Ordering::Acquire),
+            needs_reset: self.transport.is_broken(),
+            config_generation: self.transport.config_generation.load(Ordering::Acquire),
+        })?;
+        device.save(&mut to.child("device")?)
+    }
+
+    /// Loads what [`Function::save`] saved. The device is paused, before and after, and has no
+    /// queue in hand: its rings are looked up by [`Function::resume`], behind the one commit.
+    pub(super) fn load(&self, from: &mut LoadScope<'_, '_>) -> Result<(), LoadError> {
+        let saved: saved::V1 = from.take()?;
+        let mut state = self.state.lock();
+        state.paused = true;
+        state.reset(&self.transport);
+        if saved.device != self.id.0 {
+            let (was, is) = (DeviceId(saved.device), self.id);
+            return Err(from.refuse(format!("it was a {was:?}, and is a {is:?} here")));
+        }
+        state.common.load(&saved.common, |why| from.refuse(why))?;
+        let transport = &self.transport;
+        transport.isr.store(saved.isr, Ordering::Release);
+        transport
+            .needs_reset
+            .store(saved.needs_reset, Ordering::Release);
+        let generation = saved.config_generation;
+        transport
+            .config_generation
+            .store(generation, Ordering::Release);
+        transport.set_config_vector(state.common.config_vector());
+        for (index, queue) in (0_u16..).zip(state.common.queues()) {
+            transport.set_queue_vector(index, queue.vector);
+        }
+        let driver_ok = state.common.driver_ok();
+        transport.driver_ok.store(driver_ok, Ordering::Release);
+        state.device.load(&mut from.child("device")?)
+    }
+
+    /// Activates the device and starts the queues that are enabled.
+    fn serve(&self, state: &mut State) {
+        let features = state.common.features();
+        if let Err(error) = state.device.activate(features, &self.transport) {
+            self.transport.needs_reset(&error.to_string());
+            return;
+        }
+        for index in (0..).take(state.common.queues().len()) {
+            self.start_queue(state, index);
+        }
+    }
+
+    fn start_queue(&self, state: &mut State, index: u16) {
+        let at = usize::from(index);
+        let (Some(queue), Some(kick)) = (state.common.queues().get(at), self.kicks.get(at)) else {
+            return;
+        };
+        if !queue.enabled || state.paused {
+            return;
+        }
+        let setup = QueueSetup {
+            index,
+            rings: queue.rings,
+            state: queue.state,
+            event_idx: state.common.event_idx(),
+            space: self.space.clone(),
+            kick: Arc::clone(kick),
+            transport: Arc::clone(&self.transport),
+        };
+        let started = Queue::new(setup).map_err(DeviceError::from);
+        if let Err(error) = started.and_then(|queue| state.device.start_queue(queue)) {
+            self.transport.needs_reset(&error.to_string());
+        }
+    }
+
+    fn write_common(&self, at: usize, data: &[u8]) {
+        let mut state = self.state.lock();
+        match state.common.write(at, data) {
+            Effect::None => {}
+            Effect::Reset => {
+                let was_used = state.common.driver_ok();
+                state.reset(&self.transport);
+                if was_used {
+                    self.transport.tell(TransportEvent::Reset);
+                }
+            }
+            Effect::DriverOk => {
+                self.transport.driver_ok.store(true, Ordering::Release);
+                self.serve(&mut state);
+                self.transport.tell(TransportEvent::Activated);
+            }
+            Effect::StartQueue(index) => self.start_queue(&mut state, index),
+            Effect::ResetQueue(index) => {
+                // What it had in hand is done; where it was is of no interest.
+                let _ = state.device.stop_queue(index);
+            }
+            Effect::ConfigVector(vector) => self.transport.set_config_vector(vector),
+            Effect::QueueVector(queue, vector) => self.transport.set_queue_vector(queue, vector),
+            Effect::Broken(why) => {
+                state.stop_queues();
+                self.transport.needs_reset(why);
+            }
+        }
+    }
+
+    fn read_common(&self, at: usize, data: &mut [u8]) {
+        let needs_reset = if self.transport.is_broken() {
+            common::NEEDS_RESET
+        } else {
+            0
+        };
+        let generation = self.transport.config_generation.load(Ordering::Acquire);
+        let image = self.state.lock().common.image(needs_reset, generation);
+        for (byte, from) in data.iter_mut().zip(at..) {
+            *byte = image.get(from).copied().unwrap_or(0);
+        }
+    }
+}
+
+impl State {
+    fn stop_queues(&mut self) {
+        for (index, queue) in (0_u16..).zip(self.common.queues_mut()) {
+            if let Some(stopped) = self.device.stop_queue(index) {
+                queue.state = stopped;
+            }
+        }
+    }
+
+    fn reset(&mut self, transport: &Transport) {
+        self.stop_queues();
+        self.device.reset();
+        self.common.reset();
+        transport.reset();
+    }
+}
+
+impl fmt::Debug for Function {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Function")
+            .field("id", &self.id)
+            .finish_non_exhaustive()
+    }
+}
+
+fn offset(offset: u64) -> usize {
+    usize::try_from(offset).unwrap_or(usize::MAX)
+}
+
+/// The registers of the common configuration structure.
+pub(super) struct CommonRegisters(pub(super) Arc<Function>);
+
+impl DeviceOps for CommonRegisters {
+    fn read(&self, at: u64, data: &mut [u8]) {
+        self.0.read_common(offset(at), data);
+    }
+
+    fn write(&self, at: u64, data: &[u8]) {
+        self.0.write_common(offset(at), data);
+    }
+}
+
+/// The ISR status (virtio 1.3, 4.1.4.5): reading clears it.
+pub(super) struct IsrRegister(pub(super) Arc<Function>);
+
+impl DeviceOps for IsrRegister {
+    fn read(&self, at: u64, data: &mut [u8]) {
+        data.fill(0);
+        if let (0, Some(first)) = (at, data.first_mut()) {
+            *first = self.0.transport.isr.swap(0, Ordering::AcqRel);
+        }
+    }
+
+    fn write(&self, _: u64, _: &[u8]) {}
+}
+
+/// Device configuration space.
+pub(super) struct DeviceRegisters(pub(super) Arc<Function>);
+
+impl DeviceOps for DeviceRegisters {
+    fn read(&self, at: u64, data: &mut [u8]) {
+        data.fill(0);
+        self.0.state.lock().device.read_config(offset(at), data);
+    }
+
+    fn write(&self, at: u64, data: &[u8]) {
+        self.0.state.lock().device.write_config(offset(at), data);
+    }
+}
+
+/// The doorbells, where the hypervisor does not take the write for us: one of an odd width.
+pub(super) struct Doorbells(pub(super) Arc<Function>);
+
+impl DeviceOps for Doorbells {
+    fn read(&self, _: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
+
+    fn write(&self, at: u64, _: &[u8]) {
+        let queue = offset(at / DOORBELL_STRIDE);
+        if let Some(kick) = self.0.kicks.get(queue) {
+            // It can only be full of kicks that nobody took: one more says nothing new.
+            let _ = kick.write(1);
+        }
+    }
+}
