@@ -8,7 +8,8 @@ use kvm_bindings::{
     kvm_irq_routing_entry,
 };
 use kvm_ioctls::VmFd;
-use vmm_sys_util::eventfd::EventFd;
+use parking_lot::Mutex;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::kvm::KvmError;
 
@@ -32,64 +33,99 @@ pub enum Route {
     },
 }
 
-/// The routes of a VM: changed at will, and given to KVM together, once.
-#[derive(Debug)]
+/// The routes of a VM, shared by all who change them, from any thread: each change, of however
+/// many routes, is one call to KVM.
+#[derive(Clone, Debug)]
 pub struct IrqRoutes {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
     vm: Arc<VmFd>,
+    table: Mutex<Table>,
+}
+
+#[derive(Debug)]
+struct Table {
     routes: BTreeMap<u32, Route>,
-    changed: bool,
+    /// GSIs that were handed out and given back.
+    spare: Vec<u32>,
+    /// The first GSI that was never handed out.
+    fresh: u32,
+    calls: u64,
 }
 
 impl IrqRoutes {
-    pub(crate) fn new(vm: Arc<VmFd>) -> Self {
-        let routes = (0..IOAPIC_PINS)
-            .map(|pin| (pin, Route::IoApic { pin }))
-            .collect();
-        Self {
-            vm,
-            routes,
-            changed: true,
-        }
-    }
-
-    /// Routes a GSI, or with `None` no longer; in force from the next [`IrqRoutes::commit`] on.
-    pub fn set(&mut self, gsi: u32, route: Option<Route>) {
-        let old = match route {
-            Some(route) => self.routes.insert(gsi, route),
-            None => self.routes.remove(&gsi),
+    /// All pins of the I/O APIC, and nothing else.
+    pub(crate) fn new(vm: Arc<VmFd>) -> Result<Self, KvmError> {
+        let pins = (0..IOAPIC_PINS).map(|pin| (pin, Route::IoApic { pin }));
+        let table = Table {
+            routes: pins.collect(),
+            spare: Vec::new(),
+            fresh: IOAPIC_PINS,
+            calls: 0,
         };
-        self.changed |= old != route;
+        let routes = Self {
+            shared: Arc::new(Shared {
+                vm,
+                table: Mutex::new(table),
+            }),
+        };
+        let mut table = routes.shared.table.lock();
+        routes.give(&mut table)?;
+        drop(table);
+        Ok(routes)
     }
 
-    /// A GSI that is not routed, past the I/O APIC's pins.
-    #[must_use]
-    pub fn free_gsi(&self) -> Option<u32> {
-        (IOAPIC_PINS..kvm_bindings::KVM_MAX_IRQ_ROUTES.try_into().unwrap_or(4096))
-            .find(|gsi| !self.routes.contains_key(gsi))
-    }
-
-    /// Gives KVM all routes in one call, if any has changed.
+    /// Routes GSIs, or with `None` no longer, all at once.
     ///
     /// # Errors
-    /// When KVM refuses; then the old ones are in force.
-    pub fn commit(&mut self) -> Result<(), KvmError> {
-        if !self.changed {
+    /// When KVM refuses; then the old routes are in force.
+    pub fn set(&self, changes: &[(u32, Option<Route>)]) -> Result<(), KvmError> {
+        let mut table = self.shared.table.lock();
+        let mut undo = Vec::with_capacity(changes.len());
+        for (gsi, route) in changes {
+            let old = match route {
+                Some(route) => table.routes.insert(*gsi, *route),
+                None => table.routes.remove(gsi),
+            };
+            if old != *route {
+                undo.push((*gsi, old));
+            }
+        }
+        if undo.is_empty() {
             return Ok(());
         }
-        let entries: Vec<_> = self
+        self.give(&mut table).inspect_err(|_| {
+            for (gsi, old) in undo.into_iter().rev() {
+                match old {
+                    Some(route) => table.routes.insert(gsi, route),
+                    None => table.routes.remove(&gsi),
+                };
+            }
+        })
+    }
+
+    /// How often KVM was given the routes.
+    #[must_use]
+    pub fn calls(&self) -> u64 {
+        self.shared.table.lock().calls
+    }
+
+    fn give(&self, table: &mut Table) -> Result<(), KvmError> {
+        let entries: Vec<_> = table
             .routes
             .iter()
             .map(|(gsi, route)| entry(*gsi, *route))
             .collect();
-        let table = KvmIrqRouting::from_entries(&entries).map_err(|_| {
+        let all = KvmIrqRouting::from_entries(&entries).map_err(|_| {
             let invalid = std::io::Error::from(std::io::ErrorKind::InvalidInput);
             KvmError::other("take so many interrupt routes", invalid)
         })?;
-        self.vm
-            .set_gsi_routing(&table)
-            .map_err(KvmError::new("route interrupts"))?;
-        self.changed = false;
-        Ok(())
+        table.calls += 1;
+        let given = self.shared.vm.set_gsi_routing(&all);
+        given.map_err(KvmError::new("route interrupts"))
     }
 
     /// Lets `fd` raise this GSI.
@@ -98,7 +134,8 @@ impl IrqRoutes {
     /// When KVM refuses.
     pub fn attach(&self, fd: &EventFd, gsi: u32) -> Result<(), KvmError> {
         let attempt = format!("attach an event descriptor to GSI {gsi}");
-        self.vm
+        self.shared
+            .vm
             .register_irqfd(fd, gsi)
             .map_err(KvmError::new(attempt))
     }
@@ -109,9 +146,99 @@ impl IrqRoutes {
     /// When KVM refuses.
     pub fn detach(&self, fd: &EventFd, gsi: u32) -> Result<(), KvmError> {
         let attempt = format!("detach an event descriptor from GSI {gsi}");
-        self.vm
+        self.shared
+            .vm
             .unregister_irqfd(fd, gsi)
             .map_err(KvmError::new(attempt))
+    }
+
+    /// So many vectors of a device, each with a GSI of its own and no message yet.
+    ///
+    /// # Errors
+    /// When KVM has no more of them.
+    pub fn vectors(&self, count: u16) -> Result<MsiVectors, KvmError> {
+        let mut vectors = MsiVectors {
+            routes: self.clone(),
+            vectors: Vec::with_capacity(count.into()),
+        };
+        for _ in 0..count {
+            let fd = EventFd::new(EFD_NONBLOCK)
+                .map_err(|error| KvmError::other("make an event descriptor", error))?;
+            let gsi = self.take_gsi()?;
+            // Given back with the others, also when this attempt fails.
+            vectors.vectors.push((gsi, fd));
+            if let Some((gsi, fd)) = vectors.vectors.last() {
+                self.attach(fd, *gsi)?;
+            }
+        }
+        Ok(vectors)
+    }
+
+    fn take_gsi(&self) -> Result<u32, KvmError> {
+        let mut table = self.shared.table.lock();
+        if let Some(gsi) = table.spare.pop() {
+            return Ok(gsi);
+        }
+        let gsi = table.fresh;
+        if gsi as usize >= kvm_bindings::KVM_MAX_IRQ_ROUTES {
+            let full = std::io::Error::from(std::io::ErrorKind::StorageFull);
+            return Err(KvmError::other("route so many interrupts", full));
+        }
+        table.fresh += 1;
+        Ok(gsi)
+    }
+}
+
+/// A device's message-signalled interrupts: each vector is an event descriptor that KVM turns into
+/// the vector's message. A vector without a message raises nothing; whoever raises keeps count of
+/// what a masked vector missed, since KVM does not.
+#[derive(Debug)]
+pub struct MsiVectors {
+    routes: IrqRoutes,
+    vectors: Vec<(u32, EventFd)>,
+}
+
+impl MsiVectors {
+    /// Gives vectors messages (address and data), or takes them away, in one call to KVM. Those
+    /// that are not there are ignored.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn route(
+        &self,
+        changes: impl IntoIterator<Item = (u16, Option<(u64, u32)>)>,
+    ) -> Result<(), KvmError> {
+        let changes: Vec<_> = changes
+            .into_iter()
+            .filter_map(|(vector, message)| {
+                let (gsi, _) = self.vectors.get(usize::from(vector))?;
+                let route = message.map(|(address, data)| Route::Msi { address, data });
+                Some((*gsi, route))
+            })
+            .collect();
+        self.routes.set(&changes)
+    }
+
+    /// Interrupts the guest.
+    pub fn raise(&self, vector: u16) {
+        if let Some((_, fd)) = self.vectors.get(usize::from(vector)) {
+            // It can only be full, of messages that nobody took: one more says nothing new.
+            let _ = fd.write(1);
+        }
+    }
+}
+
+impl Drop for MsiVectors {
+    fn drop(&mut self) {
+        let gone: Vec<_> = self.vectors.iter().map(|(gsi, _)| (*gsi, None)).collect();
+        for (gsi, fd) in &self.vectors {
+            // One that was never attached, when it failed half-way: there is nothing to end.
+            let _ = self.routes.detach(fd, *gsi);
+        }
+        // A route to which nothing is attached raises nothing, should KVM keep it.
+        let _ = self.routes.set(&gone);
+        let mut table = self.routes.shared.table.lock();
+        table.spare.extend(gone.iter().map(|(gsi, _)| *gsi));
     }
 }
 
@@ -134,4 +261,48 @@ fn entry(gsi: u32, route: Route) -> kvm_irq_routing_entry {
         }
     }
     entry
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kvm::Kvm;
+
+    #[test]
+    fn a_change_of_many_routes_is_one_call_and_none_is_none() {
+        let vm = Kvm::open().unwrap().create_vm().unwrap();
+        let routes = vm.irq_routes();
+        let before = routes.calls();
+        let vectors = routes.vectors(300).unwrap();
+        assert_eq!(routes.calls(), before, "vectors have no messages at first");
+        let message = |vector: u16| (0xfee0_0000, u32::from(vector % 200) + 32);
+        let all = || (0..300).map(|vector| (vector, Some(message(vector))));
+        vectors.route(all()).unwrap();
+        assert_eq!(routes.calls(), before + 1);
+        vectors.route(all()).unwrap();
+        assert_eq!(routes.calls(), before + 1, "nothing changed");
+        vectors.route([(7, None), (300, Some((1, 2)))]).unwrap();
+        assert_eq!(routes.calls(), before + 2, "and there is no vector 300");
+        drop(vectors);
+        assert_eq!(routes.calls(), before + 3);
+    }
+
+    #[test]
+    fn gsis_are_given_back_and_run_out() {
+        let vm = Kvm::open().unwrap().create_vm().unwrap();
+        let routes = vm.irq_routes();
+        for _ in 0..100 {
+            let vectors = routes.vectors(100).unwrap();
+            vectors.route([(99, Some((0xfee0_0000, 33)))]).unwrap();
+        }
+        let mut held = Vec::new();
+        let refused = loop {
+            match routes.vectors(500) {
+                Ok(vectors) => held.push(vectors),
+                Err(refused) => break refused,
+            }
+        };
+        assert_eq!(held.len(), 8, "of 4096, 24 are pins");
+        assert!(refused.to_string().contains("so many"), "{refused}");
+    }
 }

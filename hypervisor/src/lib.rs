@@ -39,7 +39,7 @@ mod vm;
 pub use exit::{Exit, ExitHandler, RunFailure};
 pub use gate::Gate;
 pub use ioevent::IoEventFds;
-pub use irq::{IrqRoutes, Route};
+pub use irq::{IrqRoutes, MsiVectors, Route};
 pub use kick::Kicker;
 pub use kvm::{Capabilities, Kvm, KvmError, OpenError};
 pub use slots::{MemSlots, SlotStats};

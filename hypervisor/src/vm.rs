@@ -32,6 +32,7 @@ pub struct Vm {
     fd: Arc<VmFd>,
     gate: Arc<Gate>,
     slots: Arc<MemSlots>,
+    routes: IrqRoutes,
 }
 
 impl Vm {
@@ -55,7 +56,13 @@ impl Vm {
             Arc::clone(&gate),
             capabilities,
         ));
-        Ok(Self { fd, gate, slots })
+        let routes = IrqRoutes::new(Arc::clone(&fd))?;
+        Ok(Self {
+            fd,
+            gate,
+            slots,
+            routes,
+        })
     }
 
     /// The listener that gives the guest its RAM.
@@ -70,10 +77,10 @@ impl Vm {
         Arc::new(IoEventFds::new(Arc::clone(&self.fd), space))
     }
 
-    /// The VM's interrupt routes, all pins of the I/O APIC at first. One owner.
+    /// The VM's interrupt routes, all pins of the I/O APIC at first.
     #[must_use]
-    pub fn irq_routes(&self) -> IrqRoutes {
-        IrqRoutes::new(Arc::clone(&self.fd))
+    pub fn irq_routes(&self) -> &IrqRoutes {
+        &self.routes
     }
 
     /// What keeps the vCPUs out of the guest.

@@ -37,7 +37,6 @@ struct Parts {
     // The order of the fields is the order of their end: first nobody is told of the map any
     // more, then the VM goes, then the map and with it the RAM.
     _listeners: Vec<ListenerHandle>,
-    _irq_routes: IrqRoutes,
     vm: Vm,
     topology: Topology,
     serial: Option<Arc<Serial>>,
@@ -82,20 +81,18 @@ impl Built {
             listeners.push(topology.register(space, 10, vm.ioeventfds(space))?);
         }
         let ram = Arc::new(RamBlock::new(&ram_config(config))?);
-        let mut irq_routes = vm.irq_routes();
-        irq_routes.commit()?;
+        let irq_routes = vm.irq_routes();
         let (serial, power) = topology.transaction(|tx| -> Result<_, BuildError> {
             map_ram(tx, &layout, &ram)?;
             map_platform(tx, reporter)?;
             let serial = match output {
-                Some(output) => Some(map_serial(tx, &irq_routes, output, reporter)?),
+                Some(output) => Some(map_serial(tx, irq_routes, output, reporter)?),
                 None => None,
             };
-            Ok((serial, map_power(tx, &irq_routes, reporter)?))
+            Ok((serial, map_power(tx, irq_routes, reporter)?))
         })?;
         let parts = Parts {
             _listeners: listeners,
-            _irq_routes: irq_routes,
             vm,
             topology,
             serial,
