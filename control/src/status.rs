@@ -1,8 +1,9 @@
 //! What a driver tells of its VM, for everybody to read.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use spec::{BootTimeline, Failure, VmConfig, VmId, VmInfo, VmState};
+use spec::{BootTimeline, DeviceNode, Failure, VmConfig, VmId, VmInfo, VmState};
 use tokio::sync::watch;
 
 use crate::events::EventLog;
@@ -16,6 +17,8 @@ pub struct VmStatus {
     pub state: VmState,
     /// Its configuration; a pseudo terminal's path is filled in.
     pub config: Arc<VmConfig>,
+    /// Its devices, while it is on.
+    pub devices: BTreeMap<String, DeviceNode>,
     /// Why the guest ended, when it was not asked to.
     pub failure: Option<Failure>,
     /// How long the last boot took.
@@ -34,6 +37,7 @@ impl VmStatus {
             generation: 0,
             state: VmState::Created,
             config,
+            devices: BTreeMap::new(),
             failure: None,
             boot: None,
             reboots: 0,
@@ -49,7 +53,7 @@ impl VmStatus {
             config: VmConfig::clone(&self.config),
             state: self.state,
             memory_actual_size: self.config.memory.size,
-            device_tree: None,
+            device_tree: (!self.devices.is_empty()).then(|| self.devices.clone()),
             failure: self.failure.clone(),
             boot: self.boot,
         }
@@ -69,6 +73,11 @@ impl StatusPublisher {
     #[must_use]
     pub fn current(&self) -> VmStatus {
         self.status.borrow().clone()
+    }
+
+    /// Records something that happened to the VM and changes nothing of its status.
+    pub fn record(&self, event: &str, detail: Option<String>) {
+        self.events.record(&self.id, event, detail);
     }
 
     /// Changes what is published, and records what that means as an event.

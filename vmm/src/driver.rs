@@ -24,6 +24,8 @@ use devices::event_loop::{Actor, Flow, Interest, Sources};
 use devices::{Console, PowerEvent, Watch};
 use spec::{BootTimeline, ConsoleMode, Failure, SerialConfig, VmConfig, VmState};
 
+use virtio_devices::TransportEvent;
+
 use crate::failure::{self, BuildError};
 use crate::machine::{Active, Built, Host};
 use crate::memory_map;
@@ -39,6 +41,8 @@ pub(crate) enum Happening {
     /// The guest has read all the input that it was given.
     SerialRoom,
     Built(Box<Result<Active, BuildError>>),
+    /// To the device of this name.
+    Device(String, TransportEvent),
 }
 
 impl std::fmt::Debug for Active {
@@ -179,7 +183,7 @@ impl Driver {
             Verb::PowerButton => active.press_power_button(),
             Verb::Nmi => active.nmi(),
             Verb::Counters => return Ok(Reply::Counters(active.counters())),
-            Verb::MemoryMap => return Ok(Reply::MemoryMap(memory_map::of(active.topology()))),
+            Verb::MemoryMap => return Ok(Reply::MemoryMap(memory_map::of(&active.topology()))),
             Verb::Boot | Verb::Reboot | Verb::Shutdown | Verb::Delete => {}
         }
         Ok(Reply::Done)
@@ -230,12 +234,14 @@ impl Driver {
         });
         let answer = match started {
             Ok(active) => {
+                let devices = active.devices().tree();
                 self.stage = Stage::On(Box::new(active));
                 let built_us = self.microseconds(Instant::now());
                 self.publisher.update(|status| {
                     let was_on = matches!(status.state, VmState::Running | VmState::Paused);
                     status.reboots = if was_on { status.reboots + 1 } else { 0 };
                     status.state = VmState::Running;
+                    status.devices = devices;
                     status.failure = None;
                     status.boot = Some(BootTimeline {
                         built_us,
@@ -272,6 +278,7 @@ impl Driver {
             if status.state != VmState::Created {
                 status.state = VmState::Shutdown;
             }
+            status.devices.clear();
             status.by_guest = !matches!(by, End::Requested);
             status.failure = match by {
                 End::Requested | End::PowerOff => None,
@@ -349,6 +356,11 @@ impl Driver {
                     self.take_input(sources);
                 }
             }
+            Happening::Device(id, TransportEvent::NeedsReset(why)) => {
+                self.publisher
+                    .record("device-needs-reset", Some(format!("{id}: {why}")));
+            }
+            Happening::Device(id, event) => tracing::debug!(id, ?event, "a device"),
             Happening::FirstEntry(at) => self.note(at, |boot, us| boot.first_entry_us = us),
             Happening::FirstDebugPort(at) => {
                 self.note(at, |boot, us| boot.first_debug_port_us = us);

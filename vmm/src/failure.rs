@@ -2,9 +2,12 @@
 
 use control::{Category, RequestError};
 use devices::ConsoleError;
+use devices::pci::{BarError, BusError};
 use hypervisor::{KvmError, RunFailure};
 use memory::{CommitError, RamError, TopologyError};
 use spec::Failure;
+use virtio_devices::VirtioPciError;
+use virtio_devices::rng::RngError;
 
 use crate::arch::x86_64::cpu::CpuError;
 use crate::arch::x86_64::layout::LayoutError;
@@ -26,6 +29,14 @@ pub enum BuildError {
     Topology(#[from] TopologyError),
     /// Its map cannot be put in force.
     Commit(#[from] CommitError),
+    /// A device cannot be put on the bus.
+    Bus(#[from] BusError),
+    /// A device's registers do not fit where they belong.
+    Bar(#[from] BarError),
+    /// A device cannot be made.
+    Device(#[from] VirtioPciError),
+    /// There is no entropy.
+    Rng(#[from] RngError),
     /// It cannot be laid out.
     #[error("{0}")]
     Layout(String),
@@ -77,15 +88,25 @@ impl BuildError {
             Self::Kvm(_) => "kvm-refused",
             Self::Ram(_) => "no-memory",
             Self::Topology(_) | Self::Commit(_) | Self::Layout(_) => "memory-map-impossible",
+            Self::Bus(_) | Self::Bar(_) => "no-free-slot",
+            Self::Device(_) => "device-impossible",
+            Self::Rng(_) => "rng-unusable",
             Self::Host { .. } => "host-refused",
         }
     }
 
     fn category(&self) -> Category {
         match self {
-            Self::Boot(_) | Self::Console(_) | Self::Layout(_) => Category::Unprocessable,
+            Self::Boot(_)
+            | Self::Console(_)
+            | Self::Layout(_)
+            | Self::Bus(_)
+            | Self::Bar(_)
+            | Self::Rng(_) => Category::Unprocessable,
             Self::Ram(_) | Self::Host { .. } => Category::Host,
-            Self::Kvm(_) | Self::Topology(_) | Self::Commit(_) => Category::Internal,
+            Self::Kvm(_) | Self::Topology(_) | Self::Commit(_) | Self::Device(_) => {
+                Category::Internal
+            }
         }
     }
 

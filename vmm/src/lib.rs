@@ -30,9 +30,11 @@ mod driver;
 mod failure;
 mod machine;
 mod memory_map;
+mod pci;
 mod pool;
 mod run_control;
 mod vcpu;
+mod virtio;
 
 pub use boot::BootError;
 pub use failure::BuildError;

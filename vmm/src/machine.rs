@@ -12,15 +12,19 @@ use memory::{
     DeviceOps, ListenerHandle, MemoryListener, RamBlock, RamConfig, RamSlice, SpaceKind, Topology,
     Transaction,
 };
+use parking_lot::{Mutex, MutexGuard};
 use spec::{VmConfig, VmCounters};
+use virtio_devices::Workers;
 
 use crate::arch::x86_64::layout::Layout;
 use crate::arch::x86_64::{cpu, layout};
 use crate::boot;
 use crate::driver::{Happening, Reporter};
 use crate::failure::BuildError;
+use crate::pci::{PciHost, SharedTopology};
 use crate::run_control::{NotParked, RunControl, Want};
 use crate::vcpu::VcpuThread;
+use crate::virtio::Devices;
 
 /// How long vCPUs may take to leave the guest. They take microseconds; only a device that blocks
 /// makes them take longer.
@@ -30,15 +34,19 @@ const PARK_PATIENCE: Duration = Duration::from_secs(5);
 pub(crate) struct Host {
     pub(crate) kvm: Kvm,
     pub(crate) cpuid: CpuId,
+    /// Where devices do their work.
+    pub(crate) workers: Workers,
 }
 
 /// What makes up a machine, but for its vCPUs.
 struct Parts {
-    // The order of the fields is the order of their end: first nobody is told of the map any
-    // more, then the VM goes, then the map and with it the RAM.
+    // The order of the fields is the order of their end: first devices let go of the guest's
+    // memory, then nobody is told of the map any more, then the VM goes, then the map and with it
+    // the RAM.
+    devices: Devices,
     _listeners: Vec<ListenerHandle>,
     vm: Vm,
-    topology: Topology,
+    topology: SharedTopology,
     serial: Option<Arc<Serial>>,
     power: Arc<PowerBlock>,
 }
@@ -82,16 +90,23 @@ impl Built {
         }
         let ram = Arc::new(RamBlock::new(&ram_config(config))?);
         let irq_routes = vm.irq_routes();
-        let (serial, power) = topology.transaction(|tx| -> Result<_, BuildError> {
+        let space = topology.space(SpaceKind::Memory);
+        let topology = Arc::new(Mutex::new(topology));
+        let host_bridge = PciHost::new(&topology, space, layout.pci64, irq_routes.clone());
+        let build = |tx: &mut Transaction<'_>| -> Result<_, BuildError> {
             map_ram(tx, &layout, &ram)?;
-            map_platform(tx, reporter)?;
+            map_platform(tx, host_bridge.bus(), reporter)?;
             let serial = match output {
                 Some(output) => Some(map_serial(tx, irq_routes, output, reporter)?),
                 None => None,
             };
-            Ok((serial, map_power(tx, irq_routes, reporter)?))
-        })?;
+            let power = map_power(tx, irq_routes, reporter)?;
+            let devices = Devices::build(host_bridge, tx, config, &host.workers, reporter)?;
+            Ok((serial, power, devices))
+        };
+        let (serial, power, devices) = topology.lock().transaction(build)?;
         let parts = Parts {
+            devices,
             _listeners: listeners,
             vm,
             topology,
@@ -107,7 +122,7 @@ impl Built {
 
     /// Loads the payload and points the boot vCPU at it. The vCPUs are parked.
     pub(crate) fn boot(self, config: &VmConfig, reporter: &Reporter) -> Result<Active, BuildError> {
-        let space = self.parts.topology.space(SpaceKind::Memory);
+        let space = self.parts.topology.lock().space(SpaceKind::Memory);
         let view = space.view();
         let entry = boot::load(&config.payload, &view, &self.layout, config.cpus.boot_vcpus)?;
         for vcpu in &self.vcpus {
@@ -127,8 +142,8 @@ impl Built {
             let affinity = config.cpus.affinity.iter().flatten();
             let host_cpus = affinity.into_iter().find(|a| a.vcpu == vcpu.index());
             let host_cpus = host_cpus.map(|affinity| affinity.host_cpus.clone());
-            let (topology, control) = (&active.parts.topology, &active.control);
-            let thread = VcpuThread::start(vcpu, topology, control, reporter.clone(), host_cpus)
+            let (topology, control) = (active.parts.topology.lock(), &active.control);
+            let thread = VcpuThread::start(vcpu, &topology, control, reporter.clone(), host_cpus)
                 .map_err(BuildError::host("start a vCPU thread"))?;
             active.vcpus.push(thread);
         }
@@ -195,8 +210,11 @@ fn map_port(
 }
 
 /// What a PC's software looks for: PCI, and two ports.
-fn map_platform(tx: &mut Transaction<'_>, reporter: &Reporter) -> Result<(), BuildError> {
-    let bus = pci::Bus::new();
+fn map_platform(
+    tx: &mut Transaction<'_>,
+    bus: &Arc<pci::Bus>,
+    reporter: &Reporter,
+) -> Result<(), BuildError> {
     let ecam = tx.device(("ecam", "pci"), pci::ECAM_BUS_LEN, bus.ecam())?;
     tx.map(SpaceKind::Memory, layout::ECAM, ecam, 0)?;
     map_port(
@@ -281,6 +299,7 @@ impl Active {
         if let Some(clock) = self.clock.take() {
             self.parts.vm.set_clock(clock)?;
         }
+        self.parts.devices.resume();
         self.control.want(Want::Run);
         Ok(())
     }
@@ -290,6 +309,7 @@ impl Active {
         self.control.want(Want::Park);
         self.vcpus.iter().for_each(VcpuThread::kick);
         self.control.wait_parked(PARK_PATIENCE)?;
+        self.parts.devices.pause();
         // A guest without a kvmclock has none to stop.
         self.clock = self.parts.vm.clock().ok();
         Ok(())
@@ -311,8 +331,13 @@ impl Active {
     }
 
     /// The map.
-    pub(crate) fn topology(&self) -> &Topology {
-        &self.parts.topology
+    pub(crate) fn topology(&self) -> MutexGuard<'_, Topology> {
+        self.parts.topology.lock()
+    }
+
+    /// The devices on the PCI bus.
+    pub(crate) fn devices(&self) -> &Devices {
+        &self.parts.devices
     }
 
     /// What each device counts.
@@ -324,7 +349,7 @@ impl Active {
                 .collect()
         };
         let (map, slots) = (
-            self.parts.topology.stats(),
+            self.parts.topology.lock().stats(),
             self.parts.vm.memslots().stats(),
         );
         let mut all = VmCounters::new();
@@ -336,8 +361,12 @@ impl Active {
                 ("listener_calls", map.listener_calls),
                 ("memslot_ioctls", slots.ioctls),
                 ("gate_closings", slots.gate_closings),
+                ("irq_routings", self.parts.vm.irq_routes().calls()),
             ]),
         );
+        for (id, counters) in self.parts.devices.counters() {
+            all.insert(id.clone(), named(&counters));
+        }
         if let Some(serial) = &self.parts.serial {
             all.insert("serial".to_owned(), named(&serial.counters()));
         }

@@ -9,6 +9,7 @@ use control::{EventLog, RequestError, Spawn, VmHandle, connect};
 use devices::event_loop::EventLoop;
 use hypervisor::{Kvm, KvmError, OpenError};
 use spec::{HostLimits, VmConfig, VmId};
+use virtio_devices::Workers;
 
 use crate::arch::x86_64::cpu;
 use crate::driver::Driver;
@@ -54,9 +55,15 @@ impl Pool {
         let threads = config.threads.unwrap_or_else(cpus).max(1);
         let loops = (0..threads)
             .map(|index| EventLoop::start(&format!("pool-{index}")))
-            .collect::<io::Result<_>>()?;
+            .collect::<io::Result<Vec<EventLoop>>>()?;
+        let handles = loops.iter().map(|on| on.handle().clone()).collect();
+        let workers = Workers::new(handles).ok_or(io::Error::from(io::ErrorKind::InvalidInput))?;
         Ok(Self {
-            host: Arc::new(Host { kvm, cpuid }),
+            host: Arc::new(Host {
+                kvm,
+                cpuid,
+                workers,
+            }),
             loops,
             next: AtomicUsize::new(0),
         })

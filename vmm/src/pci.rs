@@ -1,0 +1,141 @@
+//! The PCI bus of a machine: where its devices are, and how their BARs and interrupts reach KVM.
+
+use std::sync::Arc;
+
+use devices::pci::{BarAllocator, BarMap, Bdf, Bus, ConfigSpace, MsiMessage, MsiTarget, place_bar};
+use hypervisor::{IrqRoutes, MsiVectors};
+use memory::{AddrRange, AddressSpace, CommitError, RegionId, Topology, Transaction};
+use parking_lot::Mutex;
+use virtio_devices::{BAR_LEN, Slot, VirtioDevice, VirtioPci, vectors};
+
+use crate::driver::{Happening, Reporter};
+use crate::failure::BuildError;
+
+/// A machine's map. vCPU threads take the lock when their guest moves a BAR, and nothing else
+/// while they hold it.
+pub(crate) type SharedTopology = Arc<Mutex<Topology>>;
+
+/// What PCI devices need of the machine.
+pub(crate) struct PciHost {
+    bus: Arc<Bus>,
+    window: BarAllocator,
+    map: Arc<dyn BarMap>,
+    space: AddressSpace,
+    routes: IrqRoutes,
+}
+
+/// A device on the bus.
+pub(crate) struct Plugged {
+    pub(crate) id: String,
+    pub(crate) bdf: Bdf,
+    pub(crate) device: Arc<VirtioPci>,
+    bar: AddrRange,
+}
+
+impl PciHost {
+    /// A bus of which nothing but the host bridge is taken, and a window for BARs.
+    pub(crate) fn new(
+        topology: &SharedTopology,
+        space: AddressSpace,
+        window: AddrRange,
+        routes: IrqRoutes,
+    ) -> Self {
+        Self {
+            bus: Bus::new(),
+            window: BarAllocator::new(window),
+            map: Arc::new(InTopology(Arc::clone(topology))),
+            space,
+            routes,
+        }
+    }
+
+    pub(crate) fn bus(&self) -> &Arc<Bus> {
+        &self.bus
+    }
+
+    /// Puts a device in the first free slot, as part of a change of the map.
+    pub(crate) fn plug(
+        &mut self,
+        tx: &mut Transaction<'_>,
+        id: &str,
+        device: Box<dyn VirtioDevice>,
+        reporter: &Reporter,
+    ) -> Result<Plugged, BuildError> {
+        let bdf = self.bus.free_slot()?;
+        let vectors = self.routes.vectors(vectors(&*device))?;
+        let bar = self.window.allocate(BAR_LEN)?;
+        let (to, name) = (reporter.clone(), id.to_owned());
+        let slot = Slot {
+            tx,
+            space: self.space.clone(),
+            bar,
+            map: Arc::clone(&self.map),
+            msi: Arc::new(ByRoutes(vectors)),
+            tell: Box::new(move |event| to.tell(Happening::Device(name.clone(), event))),
+        };
+        let plugged = VirtioPci::new(id, device, slot)
+            .inspect_err(|_| self.window.free(bar))
+            .map(|device| Plugged {
+                id: id.to_owned(),
+                bdf,
+                device,
+                bar,
+            })?;
+        self.bus
+            .attach(bdf, Arc::clone(&plugged.device) as Arc<dyn ConfigSpace>)?;
+        Ok(plugged)
+    }
+
+    /// Takes a device from the bus and the map. Nobody in the guest uses it any more.
+    pub(crate) fn unplug(
+        &mut self,
+        tx: &mut Transaction<'_>,
+        plugged: &Plugged,
+    ) -> Result<(), BuildError> {
+        self.bus.detach(plugged.bdf);
+        plugged.device.remove(tx)?;
+        self.window.free(plugged.bar);
+        Ok(())
+    }
+}
+
+/// Moves BARs in the machine's map, a commit each.
+struct InTopology(SharedTopology);
+
+impl BarMap for InTopology {
+    fn place(&self, region: RegionId, at: Option<u64>) {
+        let mut topology = self.0.lock();
+        let moved = topology.transaction(|tx| -> Result<(), CommitError> {
+            if let Err(error) = place_bar(tx, region, at) {
+                tracing::debug!(%error, "a guest moves a BAR where it cannot be");
+                // Shown nowhere.
+                if let Err(error) = place_bar(tx, region, None) {
+                    tracing::debug!(%error, "a BAR is gone");
+                }
+            }
+            Ok(())
+        });
+        if let Err(error) = moved {
+            tracing::warn!(%error, "a BAR cannot be moved");
+        }
+    }
+}
+
+/// Interrupts through KVM.
+struct ByRoutes(MsiVectors);
+
+impl MsiTarget for ByRoutes {
+    fn route(&self, changes: &[(u16, Option<MsiMessage>)]) {
+        let changes = changes.iter().map(|(vector, message)| {
+            let message = message.map(|message| (message.address, message.data));
+            (*vector, message)
+        });
+        if let Err(error) = self.0.route(changes) {
+            tracing::warn!(%error, "interrupts of a device are lost");
+        }
+    }
+
+    fn raise(&self, vector: u16) {
+        self.0.raise(vector);
+    }
+}
