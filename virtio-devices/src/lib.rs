@@ -26,9 +26,11 @@
 
 #![deny(unsafe_code)]
 
+pub mod block;
 mod device;
 pub mod limits;
 mod queue;
+pub mod rate_limiter;
 pub mod rng;
 #[cfg(feature = "testing")]
 pub mod testing;

@@ -1,6 +1,6 @@
 //! A device behind the PCI transport, and a driver that finds its way from configuration space.
 
-#![allow(clippy::unwrap_used, reason = "tests")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
 
 use std::path::Path;
 use std::sync::Arc;

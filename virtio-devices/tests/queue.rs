@@ -1,6 +1,6 @@
 //! Queues, with a driver of ours at the other end that need not keep to the rules.
 
-#![allow(clippy::unwrap_used, reason = "tests")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
 
 use std::sync::Arc;
 use std::sync::mpsc;

@@ -1,0 +1,378 @@
+//! Disk images: raw files and block devices, and qcow2 with its backing files.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use imago::file::File as Storage;
+use imago::format::gate::ImplicitOpenGate;
+use imago::qcow2::Qcow2;
+use imago::{FormatAccess, FormatDriverBuilder, Storage as _, StorageOpenOptions};
+use parking_lot::RwLock;
+use rustix::fs::{FallocateFlags, fallocate};
+
+use super::lock::{self, LockError, LockMode};
+
+/// Bytes of a sector, the unit of virtio-blk (virtio 1.3, 5.2.4).
+pub(super) const SECTOR: u64 = 512;
+/// Images under an image, at most.
+const MAX_BACKING: usize = 32;
+const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
+
+/// The format of an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ImageFormat {
+    /// The disk's bytes, one after the other.
+    Raw,
+    /// QEMU's copy-on-write format, version 2 or 3.
+    Qcow2,
+}
+
+/// An image that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// It cannot be opened.
+    #[error("{} cannot be opened: {source}", path.display())]
+    Open {
+        /// The image.
+        path: PathBuf,
+        /// The host's answer.
+        source: io::Error,
+    },
+    /// It is neither a file nor a block device.
+    #[error("{} is {what}, which is no disk image", path.display())]
+    NotAnImage {
+        /// The image.
+        path: PathBuf,
+        /// What it is.
+        what: &'static str,
+    },
+    /// A disk has whole sectors, and one at least.
+    #[error("{} has {size} bytes, which is no size of a disk: a multiple of {SECTOR} above 0", path.display())]
+    Size {
+        /// The image.
+        path: PathBuf,
+        /// Its size.
+        size: u64,
+    },
+    /// Said to be raw by nobody, and it begins like an image of another format, or the other way
+    /// round. A guest could write such a beginning to a raw disk.
+    #[error("{} {why}", path.display())]
+    Format {
+        /// The image.
+        path: PathBuf,
+        /// What is wrong.
+        why: String,
+    },
+    /// It builds on another image, which was not allowed.
+    #[error("{} builds on another image; that is allowed by `backing_files`", path.display())]
+    Backing {
+        /// The image.
+        path: PathBuf,
+    },
+    /// Somebody else uses it.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+}
+
+/// An image, opened and locked.
+pub(super) struct Image {
+    pub(super) kind: Kind,
+    pub(super) readonly: bool,
+    path: PathBuf,
+    /// What is locked; for a raw image it is the image.
+    lock: File,
+    lock_mode: LockMode,
+    direct: bool,
+}
+
+pub(super) enum Kind {
+    Raw(File),
+    Qcow2(Box<RwLock<FormatAccess<Storage>>>),
+}
+
+/// How an image is opened.
+#[derive(Clone, Debug)]
+pub(super) struct Opening<'a> {
+    pub(super) path: &'a Path,
+    pub(super) readonly: bool,
+    pub(super) direct: bool,
+    pub(super) format: Option<ImageFormat>,
+    pub(super) backing_files: bool,
+    pub(super) lock: LockMode,
+}
+
+impl Image {
+    pub(super) fn open(how: &Opening<'_>) -> Result<Self, ImageError> {
+        let path = how.path.to_owned();
+        let failed = |source| ImageError::Open {
+            path: path.clone(),
+            source,
+        };
+        check_kind(&path)?;
+        let mut options = OpenOptions::new();
+        options.read(true).write(!how.readonly);
+        let format = format(options.open(&path).map_err(failed)?, how)?;
+        let direct = if how.direct && format == ImageFormat::Raw {
+            libc::O_DIRECT
+        } else {
+            0
+        };
+        options.custom_flags(direct | libc::O_CLOEXEC);
+        let file = options.open(&path).map_err(failed)?;
+        lock::take(&file, &path, how.readonly, how.lock)?;
+        let kind = match format {
+            ImageFormat::Raw => Kind::Raw(file.try_clone().map_err(failed)?),
+            ImageFormat::Qcow2 => Kind::Qcow2(Box::new(RwLock::new(open_qcow2(how)?))),
+        };
+        let image = Self {
+            kind,
+            readonly: how.readonly,
+            path: path.clone(),
+            lock: file,
+            lock_mode: how.lock,
+            direct: how.direct,
+        };
+        let size = image.size().map_err(failed)?;
+        if size == 0 || !size.is_multiple_of(SECTOR) {
+            return Err(ImageError::Size { path, size });
+        }
+        Ok(image)
+    }
+
+    /// Whether buffers and lengths must be aligned.
+    pub(super) fn is_direct(&self) -> bool {
+        self.direct
+    }
+
+    /// Bytes of the disk.
+    pub(super) fn size(&self) -> io::Result<u64> {
+        match &self.kind {
+            // A block device's size is where its end is; its metadata do not say.
+            Kind::Raw(file) => (&mut &*file).seek(SeekFrom::End(0)),
+            Kind::Qcow2(image) => Ok(image.read().size()),
+        }
+    }
+
+    /// Gives the disk so many bytes, if it is an image that can grow.
+    pub(super) fn resize(&self, size: u64) -> io::Result<()> {
+        match &self.kind {
+            Kind::Raw(file) if file.metadata()?.is_file() => file.set_len(size),
+            // The host's administrator resizes it; the guest is told the new size.
+            Kind::Raw(_) => Ok(()),
+            Kind::Qcow2(image) => {
+                let now = image.read().size();
+                if size < now {
+                    let why = "a qcow2 image cannot shrink while it is in use";
+                    return Err(io::Error::new(io::ErrorKind::Unsupported, why));
+                }
+                image
+                    .read()
+                    .resize_grow(size, imago::format::PreallocateMode::Zero)
+            }
+        }
+    }
+
+    /// Lets another process take the image over.
+    pub(super) fn release_lock(&self) {
+        lock::release(&self.lock);
+    }
+
+    /// Takes the image back.
+    pub(super) fn take_lock(&self) -> Result<(), LockError> {
+        lock::take(&self.lock, &self.path, self.readonly, self.lock_mode)
+    }
+
+    pub(super) fn read_at(&self, data: &mut [u8], offset: u64) -> io::Result<()> {
+        match &self.kind {
+            Kind::Raw(file) => file.read_exact_at(data, offset),
+            Kind::Qcow2(image) => image.read().read(data, offset),
+        }
+    }
+
+    pub(super) fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
+        match &self.kind {
+            Kind::Raw(file) => file.write_all_at(data, offset),
+            Kind::Qcow2(image) => image.read().write(data, offset),
+        }
+    }
+
+    pub(super) fn flush(&self) -> io::Result<()> {
+        match &self.kind {
+            Kind::Raw(file) => file.sync_data(),
+            Kind::Qcow2(image) => {
+                let image = image.read();
+                image.flush()?;
+                image.sync()
+            }
+        }
+    }
+
+    pub(super) fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        match &self.kind {
+            Kind::Raw(file) => {
+                let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+                Ok(fallocate(file, how, offset, len)?)
+            }
+            Kind::Qcow2(image) => image.write().discard_to_any(offset, len),
+        }
+    }
+
+    pub(super) fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        match &self.kind {
+            Kind::Raw(file) => {
+                let how = if unmap {
+                    FallocateFlags::PUNCH_HOLE
+                } else {
+                    FallocateFlags::ZERO_RANGE
+                };
+                Ok(fallocate(
+                    file,
+                    how | FallocateFlags::KEEP_SIZE,
+                    offset,
+                    len,
+                )?)
+            }
+            Kind::Qcow2(image) => image.read().write_zeroes(offset, len),
+        }
+    }
+}
+
+/// Before it is opened: a pipe would wait for its other end.
+fn check_kind(path: &Path) -> Result<(), ImageError> {
+    let metadata = path.metadata().map_err(|source| ImageError::Open {
+        path: path.to_owned(),
+        source,
+    })?;
+    let kind = metadata.file_type();
+    let what = match kind {
+        kind if kind.is_file() || kind.is_block_device() => return Ok(()),
+        kind if kind.is_dir() => "a directory",
+        kind if kind.is_char_device() => "a character device",
+        kind if kind.is_fifo() => "a pipe",
+        _ => "something else",
+    };
+    Err(ImageError::NotAnImage {
+        path: path.to_owned(),
+        what,
+    })
+}
+
+/// What the image is said to be, if it can be that; found out where nothing is said.
+fn format(mut file: File, how: &Opening<'_>) -> Result<ImageFormat, ImageError> {
+    let mut magic = [0; 4];
+    // A shorter one is told by its size.
+    let begins = file.read_exact(&mut magic).map(|()| magic).ok();
+    let is_qcow2 = begins == Some(QCOW2_MAGIC);
+    let refused = |why: &str| ImageError::Format {
+        path: how.path.to_owned(),
+        why: why.to_owned(),
+    };
+    match (how.format, is_qcow2) {
+        (Some(ImageFormat::Qcow2), false) => Err(refused("is said to be qcow2, and is not")),
+        (Some(format), _) => Ok(format),
+        (None, true) => Ok(ImageFormat::Qcow2),
+        (None, false) if begins == Some(*b"KDMV") => Err(refused("is a VMDK image")),
+        (None, false) => Ok(ImageFormat::Raw),
+    }
+}
+
+fn open_qcow2(how: &Opening<'_>) -> Result<FormatAccess<Storage>, ImageError> {
+    let failed = |source: io::Error| ImageError::Format {
+        path: how.path.to_owned(),
+        why: format!("cannot be used as qcow2: {source}"),
+    };
+    let options = StorageOpenOptions::new()
+        .filename(how.path)
+        .write(!how.readonly)
+        .direct(how.direct);
+    not_encrypted(how.path).map_err(failed)?;
+    let storage = Storage::open(options).map_err(failed)?;
+    let builder = Qcow2::<Storage>::builder(storage).write(!how.readonly);
+    let gate = Below {
+        allowed: how.backing_files,
+        seen: vec![
+            how.path
+                .canonicalize()
+                .unwrap_or_else(|_| how.path.to_owned()),
+        ],
+    };
+    let opened = builder.open(gate).map_err(|error| match error.kind() {
+        io::ErrorKind::PermissionDenied if !how.backing_files => ImageError::Backing {
+            path: how.path.to_owned(),
+        },
+        _ => failed(error),
+    })?;
+    Ok(FormatAccess::new(opened))
+}
+
+/// The library takes an encrypted image for one that is not, and its bytes for the disk's.
+fn not_encrypted(path: &Path) -> io::Result<()> {
+    /// `crypt_method` in the header (QEMU's docs/interop/qcow2.rst).
+    const CRYPT_METHOD: usize = 32;
+    let mut header = [0; CRYPT_METHOD + 4];
+    match File::open(path)?.read_exact_at(&mut header, 0) {
+        Ok(()) if header.starts_with(&QCOW2_MAGIC) && header[CRYPT_METHOD..] != [0; 4] => {
+            let why = format!("{} is encrypted", path.display());
+            Err(io::Error::new(io::ErrorKind::Unsupported, why))
+        }
+        // What is no header is told by whoever reads all of it.
+        _ => Ok(()),
+    }
+}
+
+/// Opens the images on which an image builds, if that is allowed, and follows no circle.
+struct Below {
+    allowed: bool,
+    seen: Vec<PathBuf>,
+}
+
+impl Below {
+    fn pass(&self, path: Option<PathBuf>) -> io::Result<Self> {
+        let denied = |why: String| io::Error::new(io::ErrorKind::InvalidData, why);
+        if !self.allowed {
+            let why = "it builds on another image";
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
+        }
+        let path = path.ok_or_else(|| denied("an image below it has no name".to_owned()))?;
+        let path = path.canonicalize().unwrap_or(path);
+        if self.seen.contains(&path) {
+            return Err(denied(format!("{} builds on itself", path.display())));
+        }
+        if self.seen.len() >= MAX_BACKING {
+            return Err(denied(format!(
+                "more than {MAX_BACKING} images are below it"
+            )));
+        }
+        let mut seen = self.seen.clone();
+        seen.push(path);
+        Ok(Self {
+            allowed: true,
+            seen,
+        })
+    }
+}
+
+impl ImplicitOpenGate<Storage> for Below {
+    fn open_format<F: FormatDriverBuilder<Storage>>(
+        &mut self,
+        builder: F,
+    ) -> io::Result<FormatAccess<Storage>> {
+        let path = builder.get_image_path();
+        if let Some(path) = &path {
+            not_encrypted(path)?;
+        }
+        let below = self.pass(path)?;
+        Ok(FormatAccess::new(builder.open(below)?))
+    }
+
+    fn open_storage(&mut self, options: StorageOpenOptions) -> io::Result<Storage> {
+        // The file of an image that was let pass, or an external data file: as dangerous.
+        if !self.allowed {
+            let why = "it keeps its data in another file";
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
+        }
+        Storage::open(options)
+    }
+}

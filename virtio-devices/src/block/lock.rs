@@ -1,0 +1,179 @@
+//! Who may use an image: advisory locks that QEMU and its tools honour, too.
+//!
+//! QEMU describes what a user does with an image by *permissions*, each a bit. For each bit `i`
+//! that it uses it holds a shared lock on byte 100 + i, and for each bit that it does not let
+//! others use a shared lock on byte 200 + i. A newcomer whose bit is refused by somebody, or who
+//! refuses a bit that somebody uses, finds the byte locked. The locks belong to the open file
+//! description (fcntl(2), "open file description locks"), and end with it.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{FcntlArg, fcntl};
+
+/// Bytes of permissions in use, and of permissions denied to others.
+const USED: i64 = 100;
+const DENIED: i64 = 200;
+/// Permissions, as bits.
+const CONSISTENT_READ: u8 = 0;
+const WRITE: u8 = 1;
+const RESIZE: u8 = 3;
+
+/// What of an image is locked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LockMode {
+    /// The bytes that QEMU's tools lock.
+    #[default]
+    ByteRange,
+    /// The whole file, which works on file systems that lock nothing less.
+    Full,
+}
+
+/// An image that somebody else uses, or that cannot be locked.
+#[derive(Debug, thiserror::Error)]
+pub enum LockError {
+    /// Somebody else uses it in a way that excludes this one.
+    #[error("{} is in use by {holder}", path.display())]
+    Held {
+        /// The image.
+        path: PathBuf,
+        /// By whom, as far as can be told.
+        holder: String,
+    },
+    /// The file system does not lock.
+    #[error("{} cannot be locked: {source}", path.display())]
+    Host {
+        /// The image.
+        path: PathBuf,
+        /// The host's answer.
+        source: io::Error,
+    },
+}
+
+/// Locks `file` for one who reads, and writes unless `readonly`. What it held before is changed to
+/// that.
+pub(super) fn take(
+    file: &File,
+    path: &Path,
+    readonly: bool,
+    mode: LockMode,
+) -> Result<(), LockError> {
+    let host = |source| LockError::Host {
+        path: path.to_owned(),
+        source,
+    };
+    let taken = match mode {
+        LockMode::Full => whole(file, readonly).map_err(host)?,
+        LockMode::ByteRange => bytes(file, readonly).map_err(host)?,
+    };
+    if taken {
+        return Ok(());
+    }
+    release(file);
+    Err(LockError::Held {
+        path: path.to_owned(),
+        holder: holder(file).unwrap_or_else(|| "another process".to_owned()),
+    })
+}
+
+/// Lets others use the image.
+pub(super) fn release(file: &File) {
+    // Of the whole file. What was never locked is unlocked with success.
+    let _ = set(file, libc::F_UNLCK, 0, 0);
+}
+
+fn whole(file: &File, readonly: bool) -> io::Result<bool> {
+    let kind = if readonly {
+        libc::F_RDLCK
+    } else {
+        libc::F_WRLCK
+    };
+    set(file, kind, 0, 0)
+}
+
+fn bytes(file: &File, readonly: bool) -> io::Result<bool> {
+    let (used, denied): (&[u8], &[u8]) = match readonly {
+        true => (&[CONSISTENT_READ], &[WRITE, RESIZE]),
+        false => (&[CONSISTENT_READ, WRITE, RESIZE], &[WRITE, RESIZE]),
+    };
+    let at = |base: i64, bit: u8| base + i64::from(bit);
+    let ours = used.iter().map(|bit| at(USED, *bit));
+    let ours = ours.chain(denied.iter().map(|bit| at(DENIED, *bit)));
+    for byte in ours {
+        // Shared with all who say the same: this fails only for one who locks otherwise.
+        if !set(file, libc::F_RDLCK, byte, 1)? {
+            return Ok(false);
+        }
+    }
+    // In this order two who come at once see each other, and at least one gives up.
+    let theirs = used.iter().map(|bit| at(DENIED, *bit));
+    let theirs = theirs.chain(denied.iter().map(|bit| at(USED, *bit)));
+    for byte in theirs {
+        if is_locked(file, byte)? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+fn region(kind: i32, start: i64, len: i64) -> libc::flock {
+    libc::flock {
+        // The constants are small; the field is narrower than they are.
+        l_type: i16::try_from(kind).unwrap_or(i16::MAX),
+        l_whence: 0,
+        l_start: start,
+        l_len: len,
+        l_pid: 0,
+    }
+}
+
+/// False when somebody else's lock is in the way.
+fn set(file: &File, kind: i32, start: i64, len: i64) -> io::Result<bool> {
+    match fcntl(file, FcntlArg::F_OFD_SETLK(&region(kind, start, len))) {
+        Ok(_) => Ok(true),
+        Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EACCES) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Whether anybody else holds a lock on this byte.
+fn is_locked(file: &File, byte: i64) -> io::Result<bool> {
+    let mut found = region(libc::F_WRLCK, byte, 1);
+    fcntl(file, FcntlArg::F_OFD_GETLK(&mut found))?;
+    Ok(i32::from(found.l_type) != libc::F_UNLCK)
+}
+
+/// A process that has the file open, other than this one's descriptor. The kernel does not say
+/// whose an open file description lock is.
+fn holder(file: &File) -> Option<String> {
+    let own = file.metadata().ok()?;
+    let is_it = |path: &Path| {
+        fs::metadata(path).is_ok_and(|other| (other.dev(), other.ino()) == (own.dev(), own.ino()))
+    };
+    let mut this_one = None;
+    for process in fs::read_dir("/proc").ok()?.flatten() {
+        let name = process.file_name();
+        let Some(pid) = name.to_str().and_then(|name| name.parse::<u32>().ok()) else {
+            continue;
+        };
+        let Ok(descriptors) = fs::read_dir(process.path().join("fd")) else {
+            continue;
+        };
+        let own =
+            |path: &Path| path.ends_with(format!("{}/fd/{}", std::process::id(), file.as_raw_fd()));
+        let mut open = descriptors.flatten().map(|entry| entry.path());
+        if open.any(|path| !own(&path) && is_it(&path)) {
+            let name = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
+            let found = format!("process {pid} ({})", name.trim_end());
+            if pid != std::process::id() {
+                return Some(found);
+            }
+            // Another VM of this process, unless somebody else has it open, too.
+            this_one = Some(found);
+        }
+    }
+    this_one
+}

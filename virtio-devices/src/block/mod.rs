@@ -1,0 +1,370 @@
+//! Block device (virtio 1.3, 5.2): disks.
+//!
+//! ```text
+//!   queue ─► BlockTask ─► Request ─┬─► Uring    raw images, the guest's own buffers
+//!            (one a queue)         └─► Threads  qcow2, unaligned buffers, hosts without io_uring
+//!                                          └───► Image (locked, so that nobody else writes to it)
+//! ```
+
+mod image;
+mod lock;
+mod request;
+mod saved;
+mod task;
+mod threads;
+mod uring;
+
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+use state::{LoadError, LoadScope, SaveError, Scope};
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
+    VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY,
+    VIRTIO_BLK_F_WRITE_ZEROES,
+};
+
+use self::image::{Image, Kind, Opening, SECTOR};
+pub use self::image::{ImageError, ImageFormat};
+pub use self::lock::{LockError, LockMode};
+use self::request::Op;
+use self::task::BlockTask;
+use crate::device::{DeviceError, DeviceId, VirtioDevice};
+use crate::limits::MAX_QUEUES;
+use crate::queue::{Queue, QueueState};
+use crate::rate_limiter::RateLimits;
+use crate::transport::Transport;
+use crate::worker::{Running, Workers};
+
+/// Sectors of one request to discard or to zero: 1 GiB.
+const MAX_SEGMENT_SECTORS: u32 = 1 << 21;
+/// Bytes of device configuration space.
+const CONFIG_LEN: usize = 60;
+/// Where in it the driver chooses whether writes are cached.
+const WRITEBACK_AT: usize = 32;
+
+/// A disk, as it is wanted.
+#[derive(Clone, Debug)]
+pub struct BlockConfig {
+    /// Its image: a file or a block device.
+    pub path: PathBuf,
+    /// Refuse writes.
+    pub readonly: bool,
+    /// Bypass the page cache of the host.
+    pub direct: bool,
+    /// Format; found out when absent.
+    pub format: Option<ImageFormat>,
+    /// Allow an image that builds on others.
+    pub backing_files: bool,
+    /// Queues, 1 to 32.
+    pub queues: u16,
+    /// Entries of each, a power of two.
+    pub queue_size: u16,
+    /// Serial number, of which the guest sees 20 bytes.
+    pub serial: String,
+    /// Give discarded blocks back to the host.
+    pub sparse: bool,
+    /// What of the image is locked.
+    pub lock: LockMode,
+    /// Limits of each queue.
+    pub limits: RateLimits,
+}
+
+#[derive(Default)]
+struct Counters {
+    read_bytes: AtomicU64,
+    read_ops: AtomicU64,
+    write_bytes: AtomicU64,
+    write_ops: AtomicU64,
+    flushes: AtomicU64,
+    discards: AtomicU64,
+    errors: AtomicU64,
+}
+
+impl Counters {
+    fn count(&self, op: Op) {
+        let add = |counter: &AtomicU64, n| counter.fetch_add(n, Ordering::Relaxed);
+        match op {
+            Op::Read { len, .. } => {
+                add(&self.read_bytes, len as u64);
+                add(&self.read_ops, 1);
+            }
+            Op::Write { len, .. } => {
+                add(&self.write_bytes, len as u64);
+                add(&self.write_ops, 1);
+            }
+            Op::Flush => drop(add(&self.flushes, 1)),
+            Op::Discard { .. } | Op::WriteZeroes { .. } => drop(add(&self.discards, 1)),
+        }
+    }
+}
+
+/// What the queues of a disk share.
+struct Shared {
+    image: Arc<Image>,
+    /// Bytes that the guest sees.
+    capacity: AtomicU64,
+    /// Writes are done when the host has cached them; a flush makes them durable.
+    writeback: AtomicBool,
+    serial: String,
+    sparse: bool,
+    limits: RateLimits,
+    counters: Counters,
+    /// Set while a driver uses the disk.
+    transport: Mutex<Option<Arc<Transport>>>,
+}
+
+/// A disk.
+pub struct Block {
+    shared: Arc<Shared>,
+    queues: u16,
+    queue_size: u16,
+    workers: Workers,
+    flushes: bool,
+    running: Vec<Option<Running<BlockTask>>>,
+}
+
+impl Block {
+    /// Opens and locks the image.
+    ///
+    /// # Errors
+    /// When it cannot be used as a disk, or somebody else uses it.
+    pub fn new(config: &BlockConfig, workers: Workers) -> Result<(Self, BlockHandle), ImageError> {
+        let image = Image::open(&Opening {
+            path: &config.path,
+            readonly: config.readonly,
+            direct: config.direct,
+            format: config.format,
+            backing_files: config.backing_files,
+            lock: config.lock,
+        })?;
+        let capacity = image.size().map_err(|source| ImageError::Open {
+            path: config.path.clone(),
+            source,
+        })?;
+        let shared = Arc::new(Shared {
+            image: Arc::new(image),
+            capacity: AtomicU64::new(capacity),
+            writeback: AtomicBool::new(true),
+            serial: config.serial.clone(),
+            sparse: config.sparse,
+            limits: config.limits,
+            counters: Counters::default(),
+            transport: Mutex::new(None),
+        });
+        let queues = config.queues.clamp(1, MAX_QUEUES as u16);
+        let device = Self {
+            shared: Arc::clone(&shared),
+            queues,
+            queue_size: config.queue_size,
+            workers,
+            flushes: false,
+            running: (0..queues).map(|_| None).collect(),
+        };
+        Ok((device, BlockHandle { shared }))
+    }
+
+    fn config_space(&self) -> [u8; CONFIG_LEN] {
+        let mut space = [0; CONFIG_LEN];
+        let mut put = |at: usize, bytes: &[u8]| {
+            if let Some(field) = space.get_mut(at..at + bytes.len()) {
+                field.copy_from_slice(bytes);
+            }
+        };
+        let sectors = self.shared.capacity.load(Ordering::Acquire) / SECTOR;
+        put(0, &sectors.to_le_bytes());
+        // seg_max: what fits in a queue beside header and status.
+        put(
+            12,
+            &u32::from(self.queue_size.saturating_sub(2).clamp(1, 1022)).to_le_bytes(),
+        );
+        put(20, &(SECTOR as u32).to_le_bytes());
+        // Physical blocks of 8 sectors, and the optimal size of a transfer, one of them.
+        put(24, &[3, 0]);
+        put(26, &8_u16.to_le_bytes());
+        put(28, &8_u32.to_le_bytes());
+        put(
+            WRITEBACK_AT,
+            &[self.shared.writeback.load(Ordering::Acquire).into()],
+        );
+        put(34, &self.queues.to_le_bytes());
+        put(36, &MAX_SEGMENT_SECTORS.to_le_bytes());
+        put(40, &1_u32.to_le_bytes());
+        put(44, &8_u32.to_le_bytes());
+        put(48, &MAX_SEGMENT_SECTORS.to_le_bytes());
+        put(52, &1_u32.to_le_bytes());
+        put(56, &[self.shared.sparse.into()]);
+        space
+    }
+}
+
+impl VirtioDevice for Block {
+    fn id(&self) -> DeviceId {
+        DeviceId::BLOCK
+    }
+
+    fn features(&self) -> u64 {
+        let mut bits = vec![
+            VIRTIO_BLK_F_SEG_MAX,
+            VIRTIO_BLK_F_BLK_SIZE,
+            VIRTIO_BLK_F_FLUSH,
+            VIRTIO_BLK_F_TOPOLOGY,
+            VIRTIO_BLK_F_CONFIG_WCE,
+        ];
+        if self.queues > 1 {
+            bits.push(VIRTIO_BLK_F_MQ);
+        }
+        if self.shared.image.readonly {
+            bits.push(VIRTIO_BLK_F_RO);
+        } else {
+            bits.push(VIRTIO_BLK_F_WRITE_ZEROES);
+            if self.shared.sparse {
+                bits.push(VIRTIO_BLK_F_DISCARD);
+            }
+        }
+        bits.into_iter().fold(0, |all, bit| all | 1 << bit)
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        vec![self.queue_size; self.queues.into()]
+    }
+
+    fn read_config(&self, offset: usize, data: &mut [u8]) {
+        let space = self.config_space();
+        for (byte, at) in data.iter_mut().zip(offset..) {
+            *byte = space.get(at).copied().unwrap_or(0);
+        }
+    }
+
+    fn write_config(&mut self, offset: usize, data: &[u8]) {
+        if let (WRITEBACK_AT, [mode]) = (offset, data) {
+            self.shared
+                .writeback
+                .store(*mode & 1 != 0, Ordering::Release);
+        }
+    }
+
+    fn activate(&mut self, features: u64, transport: &Arc<Transport>) -> Result<(), DeviceError> {
+        self.flushes = features & 1 << VIRTIO_BLK_F_FLUSH != 0;
+        *self.shared.transport.lock() = Some(Arc::clone(transport));
+        Ok(())
+    }
+
+    fn start_queue(&mut self, queue: Queue) -> Result<(), DeviceError> {
+        let index = queue.index();
+        let transport = self.shared.transport.lock().clone();
+        let slot = self.running.get_mut(usize::from(index));
+        let (Some(slot), Some(transport)) = (slot, transport) else {
+            return Err(DeviceError::NoSuchQueue(index));
+        };
+        let task = BlockTask::new(queue, &self.shared, self.flushes)
+            .map_err(DeviceError::host("prepare a disk's queue"))?;
+        *slot = Some(Running::start(&self.workers, &transport, task));
+        Ok(())
+    }
+
+    fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
+        let running = self.running.get_mut(usize::from(index))?.take()?;
+        Some(running.stop()?.finish())
+    }
+
+    fn queue_state(&self, index: u16) -> Option<QueueState> {
+        let running = self.running.get(usize::from(index))?.as_ref()?;
+        running.with(|task| task.state())
+    }
+
+    fn reset(&mut self) {
+        *self.shared.transport.lock() = None;
+        self.shared.writeback.store(true, Ordering::Release);
+        self.flushes = false;
+    }
+
+    fn save(&self, to: &mut Scope<'_>) -> Result<(), SaveError> {
+        to.put(&saved::V1 {
+            capacity: self.shared.capacity.load(Ordering::Acquire),
+            writeback: self.shared.writeback.load(Ordering::Acquire),
+        })
+    }
+
+    fn load(&mut self, from: &mut LoadScope<'_, '_>) -> Result<(), LoadError> {
+        let saved: saved::V1 = from.take()?;
+        let here = self.shared.capacity.load(Ordering::Acquire);
+        if saved.capacity != here {
+            let was = saved.capacity;
+            return Err(from.refuse(format!("the disk had {was} bytes, and has {here} here")));
+        }
+        self.shared
+            .writeback
+            .store(saved.writeback, Ordering::Release);
+        Ok(())
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let counters = &self.shared.counters;
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        vec![
+            ("read_bytes", get(&counters.read_bytes)),
+            ("read_ops", get(&counters.read_ops)),
+            ("write_bytes", get(&counters.write_bytes)),
+            ("write_ops", get(&counters.write_ops)),
+            ("flushes", get(&counters.flushes)),
+            ("discards", get(&counters.discards)),
+            ("errors", get(&counters.errors)),
+        ]
+    }
+}
+
+/// A disk, seen by the owner of the machine.
+#[derive(Clone)]
+pub struct BlockHandle {
+    shared: Arc<Shared>,
+}
+
+impl BlockHandle {
+    /// Gives the disk another size, in bytes, and tells the guest.
+    ///
+    /// # Errors
+    /// When it is no size of a disk, or the image cannot have it.
+    pub fn resize(&self, size: u64) -> io::Result<()> {
+        let refused = |why| Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+        if size == 0 || !size.is_multiple_of(SECTOR) {
+            return refused(format!("{size} bytes are no size of a disk"));
+        }
+        if self.shared.image.readonly {
+            return refused("the disk is read-only".to_owned());
+        }
+        self.shared.image.resize(size)?;
+        let there = self.shared.image.size()?;
+        if there != size {
+            return refused(format!("the disk has {there} bytes and keeps them"));
+        }
+        self.shared.capacity.store(size, Ordering::Release);
+        if let Some(transport) = &*self.shared.transport.lock() {
+            transport.config_changed();
+        }
+        Ok(())
+    }
+
+    /// Lets another process use the image: it is another's now to write.
+    pub fn release_lock(&self) {
+        self.shared.image.release_lock();
+    }
+
+    /// Takes the image back.
+    ///
+    /// # Errors
+    /// When somebody uses it.
+    pub fn take_lock(&self) -> Result<(), LockError> {
+        self.shared.image.take_lock()
+    }
+}
+
+impl fmt::Debug for BlockHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("BlockHandle")
+    }
+}

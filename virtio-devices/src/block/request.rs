@@ -1,0 +1,188 @@
+//! What a driver asks of a disk (virtio 1.3, 5.2.6).
+
+use super::image::SECTOR;
+use crate::queue::{Chain, QueueError};
+
+/// Bytes of a request's header.
+const HEADER: usize = 16;
+/// Bytes of a segment to discard or to zero.
+const SEGMENT: usize = 16;
+/// Bytes of a disk's serial number.
+pub(super) const ID_LEN: usize = 20;
+/// Pieces of memory in one transfer: what the kernel takes in one call (`UIO_MAXIOV`).
+const MAX_PIECES: usize = 1024;
+
+const T_IN: u32 = 0;
+const T_OUT: u32 = 1;
+const T_FLUSH: u32 = 4;
+const T_GET_ID: u32 = 8;
+const T_DISCARD: u32 = 11;
+const T_WRITE_ZEROES: u32 = 13;
+/// Of a segment: the blocks may be unmapped.
+const FLAG_UNMAP: u32 = 1;
+
+/// How a request ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(super) enum Status {
+    Ok = 0,
+    IoError = 1,
+    Unsupported = 2,
+}
+
+/// What is to be done, of a disk that has these bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Op {
+    Read { offset: u64, len: usize },
+    Write { offset: u64, len: usize },
+    Flush,
+    Discard { offset: u64, len: u64 },
+    WriteZeroes { offset: u64, len: u64, unmap: bool },
+}
+
+impl Op {
+    /// Bytes that it moves.
+    pub(super) fn bytes(self) -> u64 {
+        match self {
+            Self::Read { len, .. } | Self::Write { len, .. } => len as u64,
+            Self::Flush | Self::Discard { .. } | Self::WriteZeroes { .. } => 0,
+        }
+    }
+}
+
+/// A request, understood.
+#[derive(Debug)]
+pub(super) struct Request {
+    pub(super) chain: Chain,
+    pub(super) what: What,
+    /// Where in the writable part its status goes.
+    status_at: usize,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum What {
+    /// For the image.
+    Io(Op),
+    /// The serial number.
+    Id,
+    /// Nothing to do but to say so.
+    Refused(Status),
+}
+
+/// What requests are checked against.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    pub(super) capacity: u64,
+    pub(super) readonly: bool,
+    /// Whether blocks may be given back to the host.
+    pub(super) sparse: bool,
+}
+
+impl Request {
+    /// # Errors
+    /// When the chain is too short for a header and a status.
+    pub(super) fn parse(chain: Chain, limits: Limits) -> Result<Self, QueueError> {
+        let mut header = [0; HEADER];
+        chain.read(0, &mut header)?;
+        let writable = chain.writable_len();
+        // The status is the last byte.
+        let Some(status_at) = writable.checked_sub(1) else {
+            return Err(QueueError::Chain {
+                head: chain.head(),
+                why: "has no room for a status",
+            });
+        };
+        let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = header;
+        let sector = u64::from_le_bytes(sector);
+        let readable = chain.readable_len().saturating_sub(HEADER);
+        let what = match u32::from_le_bytes([t0, t1, t2, t3]) {
+            T_IN => transfer(limits, sector, status_at, |offset, len| Op::Read {
+                offset,
+                len,
+            }),
+            T_OUT if limits.readonly => What::Refused(Status::IoError),
+            T_OUT => transfer(limits, sector, readable, |offset, len| Op::Write {
+                offset,
+                len,
+            }),
+            T_FLUSH => What::Io(Op::Flush),
+            T_GET_ID if status_at < ID_LEN => What::Refused(Status::IoError),
+            T_GET_ID => What::Id,
+            T_DISCARD | T_WRITE_ZEROES if limits.readonly => What::Refused(Status::IoError),
+            T_DISCARD => segment(&chain, limits, readable, |offset, len, _| Op::Discard {
+                offset,
+                len,
+            })?,
+            T_WRITE_ZEROES => segment(&chain, limits, readable, |offset, len, unmap| {
+                Op::WriteZeroes { offset, len, unmap }
+            })?,
+            _ => What::Refused(Status::Unsupported),
+        };
+        Ok(Self {
+            chain,
+            what,
+            status_at,
+        })
+    }
+
+    /// Where in the readable part the data to write begin.
+    pub(super) const DATA: usize = HEADER;
+
+    /// Says how it ended, and how many bytes were written in all.
+    pub(super) fn finish(&self, status: Status, data: usize) -> Result<u32, QueueError> {
+        self.chain.write(self.status_at, &[status as u8])?;
+        // The used length is of what was written from the start on: of a part of the data nothing
+        // can be said, and the status is behind all of it.
+        let whole = data >= self.status_at;
+        let written = if whole { self.status_at + 1 } else { data };
+        Ok(u32::try_from(written).unwrap_or(u32::MAX))
+    }
+}
+
+fn transfer(limits: Limits, sector: u64, len: usize, op: impl Fn(u64, usize) -> Op) -> What {
+    let range = sector
+        .checked_mul(SECTOR)
+        .and_then(|offset| Some((offset, offset.checked_add(len as u64)?)));
+    match range {
+        Some((offset, end))
+            if end <= limits.capacity && (len as u64).is_multiple_of(SECTOR) && len > 0 =>
+        {
+            What::Io(op(offset, len))
+        }
+        _ => What::Refused(Status::IoError),
+    }
+}
+
+/// One segment is what the device says it takes (`max_discard_seg`, `max_write_zeroes_seg`).
+fn segment(
+    chain: &Chain,
+    limits: Limits,
+    len: usize,
+    op: impl Fn(u64, u64, bool) -> Op,
+) -> Result<What, QueueError> {
+    if len != SEGMENT {
+        return Ok(What::Refused(Status::IoError));
+    }
+    let mut raw = [0; SEGMENT];
+    chain.read(HEADER, &mut raw)?;
+    let [s0, s1, s2, s3, s4, s5, s6, s7, n0, n1, n2, n3, flags @ ..] = raw;
+    let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
+    let count = u64::from(u32::from_le_bytes([n0, n1, n2, n3]));
+    let flags = u32::from_le_bytes(flags);
+    let range = sector
+        .checked_mul(SECTOR)
+        .and_then(|offset| Some((offset, offset.checked_add(count * SECTOR)?)));
+    Ok(match range {
+        _ if flags & !FLAG_UNMAP != 0 => What::Refused(Status::Unsupported),
+        Some((offset, end)) if end <= limits.capacity && count > 0 => {
+            let unmap = flags & FLAG_UNMAP != 0 && limits.sparse;
+            What::Io(op(offset, count * SECTOR, unmap))
+        }
+        _ => What::Refused(Status::IoError),
+    })
+}
+
+/// Whether the kernel takes so many pieces of memory in one call.
+pub(super) fn fits(pieces: usize) -> bool {
+    pieces <= MAX_PIECES
+}

@@ -1,0 +1,328 @@
+//! The work on one queue of a disk.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use super::request::{ID_LEN, Limits, Op, Request, Status, What};
+use super::threads::Threads;
+use super::uring::Uring;
+use super::{Kind, Shared};
+use crate::queue::{Chain, Queue, QueueError, QueueState};
+use crate::rate_limiter::{RateLimiter, Timer};
+use crate::worker::{QueueTask, TaskEvent, TaskFlow, TaskSources};
+use devices::event_loop::Interest;
+
+/// Requests that are taken before others on the loop have their turn.
+const BUDGET: usize = 64;
+
+const KICK: usize = 0;
+const URING: usize = 1;
+const THREADS: usize = 2;
+const TIMER: usize = 3;
+
+pub(super) struct BlockTask {
+    queue: Queue,
+    shared: Arc<Shared>,
+    /// Where the image is raw and the host has it.
+    uring: Option<Uring>,
+    /// Made when it is first needed.
+    threads: Option<Threads>,
+    limiter: RateLimiter,
+    timer: Timer,
+    /// Waiting for the limiter. It was popped last, so that it can be put back.
+    waiting: Option<Chain>,
+    /// What is written is durable when it is done: the driver cannot flush, or does not want to.
+    writethrough: bool,
+}
+
+impl BlockTask {
+    pub(super) fn new(queue: Queue, shared: &Arc<Shared>, flushes: bool) -> io::Result<Self> {
+        let uring = match &shared.image.kind {
+            Kind::Raw(file) => match Uring::new(Arc::new(file.try_clone()?), queue.size()) {
+                Ok(uring) => Some(uring),
+                Err(error) => {
+                    tracing::warn!(%error, "the host has no io_uring; disks are served by threads");
+                    None
+                }
+            },
+            Kind::Qcow2(_) => None,
+        };
+        Ok(Self {
+            queue,
+            uring,
+            threads: None,
+            limiter: RateLimiter::new(shared.limits, Instant::now()),
+            timer: Timer::new()?,
+            waiting: None,
+            writethrough: !flushes,
+            shared: Arc::clone(shared),
+        })
+    }
+
+    pub(super) fn state(&self) -> QueueState {
+        let mut state = self.queue.state();
+        if self.waiting.is_some() {
+            state.next_avail = state.next_avail.wrapping_sub(1);
+        }
+        state
+    }
+
+    /// Waits for what is in flight, puts back what waits, and says where the queue is.
+    pub(super) fn finish(mut self) -> QueueState {
+        if self.waiting.take().is_some() {
+            self.queue.unpop();
+        }
+        if let Err(error) = self.drain() {
+            // The rings are gone: what was done cannot be told.
+            self.queue.broken(&error);
+        }
+        self.queue.state()
+    }
+
+    fn drain(&mut self) -> Result<(), QueueError> {
+        while let Some(uring) = self.uring.as_mut().filter(|uring| uring.in_flight() > 0) {
+            if let Err(error) = uring.wait() {
+                tracing::error!(%error, "disk operations cannot be waited for");
+                break;
+            }
+            self.collect_uring()?;
+        }
+        while let Some((request, result)) = self.threads.as_mut().and_then(Threads::wait) {
+            self.complete(request, result)?;
+        }
+        self.queue.notify()
+    }
+
+    /// Takes requests; true when there may be more.
+    fn take(&mut self) -> Result<bool, QueueError> {
+        for _ in 0..BUDGET {
+            if !self.has_room() {
+                // Whatever is done next comes back here.
+                return Ok(false);
+            }
+            let chain = match self.waiting.take() {
+                Some(chain) => chain,
+                None => match self.queue.pop()? {
+                    Some(chain) => chain,
+                    None => return self.queue.enable_kicks(),
+                },
+            };
+            if let Some(wait) = self.limit(&chain) {
+                self.waiting = Some(chain);
+                // A timer that cannot be set would stop the queue for good.
+                if let Err(error) = self.timer.set(wait) {
+                    tracing::error!(%error, "a rate limit cannot be kept");
+                    return Ok(true);
+                }
+                return Ok(false);
+            }
+            self.begin(chain)?;
+        }
+        Ok(true)
+    }
+
+    fn has_room(&self) -> bool {
+        let busy =
+            |room: bool, in_flight: usize| !room || in_flight >= usize::from(self.queue.size());
+        let uring = self.uring.as_ref();
+        let threads = self.threads.as_ref();
+        !uring.is_some_and(|u| busy(u.has_room(), u.in_flight()))
+            && !threads.is_some_and(|t| busy(t.has_room(), t.in_flight()))
+    }
+
+    fn limit(&mut self, chain: &Chain) -> Option<Duration> {
+        if !self.limiter.is_limiting() {
+            return None;
+        }
+        let bytes = chain.readable_len().max(chain.writable_len()) as u64;
+        self.limiter.begin(bytes, Instant::now()).err()
+    }
+
+    fn begin(&mut self, chain: Chain) -> Result<(), QueueError> {
+        let limits = Limits {
+            capacity: self.shared.capacity.load(Ordering::Acquire),
+            readonly: self.shared.image.readonly,
+            sparse: self.shared.sparse,
+        };
+        let request = Request::parse(chain, limits)?;
+        match request.what {
+            What::Refused(status) => self.answer(&request, status, 0),
+            What::Id => {
+                let mut id = [0; ID_LEN];
+                let given = self.shared.serial.as_bytes();
+                id.iter_mut().zip(given).for_each(|(to, from)| *to = *from);
+                request.chain.write(0, &id)?;
+                self.answer(&request, Status::Ok, ID_LEN)
+            }
+            What::Io(op) => self.start(request, op),
+        }
+    }
+
+    /// Whether what is written must be on the disk when the driver hears of it.
+    fn is_durable(&self) -> bool {
+        self.writethrough || !self.shared.writeback.load(Ordering::Acquire)
+    }
+
+    fn start(&mut self, request: Request, op: Op) -> Result<(), QueueError> {
+        let durable = self.is_durable();
+        let aligned = !self.shared.image.is_direct() || is_aligned(&request, op)?;
+        let mut request = request;
+        if let Some(uring) = self.uring.as_mut().filter(|_| aligned) {
+            match uring.push(request, op, durable) {
+                Ok(()) => return Ok(()),
+                Err((back, _)) => request = back,
+            }
+        }
+        self.start_on_threads(request, op)
+    }
+
+    fn start_on_threads(&mut self, request: Request, op: Op) -> Result<(), QueueError> {
+        let durable = self.is_durable();
+        if self.threads.is_none() {
+            match Threads::new(&self.shared.image, self.queue.size()) {
+                Ok(threads) => self.threads = Some(threads),
+                Err(error) => {
+                    tracing::error!(%error, "a disk has no threads");
+                    return self.answer(&request, Status::IoError, 0);
+                }
+            }
+        }
+        let threads = self.threads.as_mut();
+        match threads.map(|threads| threads.push(request, op, durable)) {
+            Some(Err(back)) => self.answer(&back, Status::IoError, 0),
+            _ => Ok(()),
+        }
+    }
+
+    fn collect_uring(&mut self) -> Result<(), QueueError> {
+        while let Some((request, result)) = self.uring.as_mut().and_then(Uring::next_done) {
+            self.complete(request, result)?;
+        }
+        Ok(())
+    }
+
+    fn collect(&mut self) -> Result<(), QueueError> {
+        self.collect_uring()?;
+        while let Some((request, result)) = self.threads.as_mut().and_then(Threads::next_done) {
+            self.complete(request, result)?;
+        }
+        Ok(())
+    }
+
+    /// An operation is done.
+    fn complete(&mut self, request: Request, result: io::Result<usize>) -> Result<(), QueueError> {
+        let What::Io(op) = request.what else {
+            return self.answer(&request, Status::IoError, 0);
+        };
+        let bytes = op.bytes();
+        match result {
+            Ok(done) if done as u64 >= bytes => {
+                self.shared.counters.count(op);
+                let read = match op {
+                    Op::Read { len, .. } => {
+                        request.chain.mark_written(0, len)?;
+                        len
+                    }
+                    _ => 0,
+                };
+                self.answer(&request, Status::Ok, read)
+            }
+            // The kernel moved a part of it: the rest, and the reason, are the threads' to find.
+            Ok(done) if done > 0 => self.start_on_threads(request, op),
+            Ok(_) => self.failed(&request, op, &io::ErrorKind::UnexpectedEof.into()),
+            Err(error) => self.failed(&request, op, &error),
+        }
+    }
+
+    fn failed(&mut self, request: &Request, op: Op, error: &io::Error) -> Result<(), QueueError> {
+        // Hosts and file systems differ in what they can give back or zero.
+        let cannot = matches!(op, Op::Discard { .. } | Op::WriteZeroes { .. })
+            && matches!(
+                error.kind(),
+                io::ErrorKind::Unsupported | io::ErrorKind::InvalidInput
+            );
+        if cannot {
+            return self.answer(request, Status::Unsupported, 0);
+        }
+        self.shared.counters.errors.fetch_add(1, Ordering::Relaxed);
+        tracing::warn!(?op, %error, "a disk operation failed");
+        self.answer(request, Status::IoError, 0)
+    }
+
+    fn answer(&mut self, request: &Request, status: Status, data: usize) -> Result<(), QueueError> {
+        let written = request.finish(status, data)?;
+        self.queue.push(request.chain.head(), written)
+    }
+}
+
+/// Whether direct I/O takes the guest's buffers as they are: addresses and lengths in whole
+/// blocks, of the largest size that disks have.
+fn is_aligned(request: &Request, op: Op) -> Result<bool, QueueError> {
+    const BLOCK: usize = 4096;
+    let slices = match op {
+        Op::Read { len, .. } => request.chain.writable(0, len)?,
+        Op::Write { len, .. } => request.chain.readable(Request::DATA, len)?,
+        _ => return Ok(true),
+    };
+    let aligned = |at: usize| at.is_multiple_of(BLOCK);
+    let pieces = slices
+        .iter()
+        .all(|slice| aligned(slice.ptr_guard().as_ptr().addr()) && aligned(slice.len()));
+    let offset = match op {
+        Op::Read { offset, .. } | Op::Write { offset, .. } => offset,
+        _ => 0,
+    };
+    Ok(pieces && offset.is_multiple_of(BLOCK as u64))
+}
+
+impl QueueTask for BlockTask {
+    fn watch(&mut self, sources: &mut TaskSources<'_, '_>) -> io::Result<()> {
+        sources.watch(Arc::clone(self.queue.kick()), KICK, Interest::Read)?;
+        if let Some(uring) = &self.uring {
+            sources.watch(Arc::clone(uring.done()), URING, Interest::Read)?;
+        }
+        if self.limiter.is_limiting() {
+            sources.watch(self.timer.descriptor(), TIMER, Interest::Read)?;
+        }
+        Ok(())
+    }
+
+    fn call(
+        &mut self,
+        _: TaskEvent,
+        sources: &mut TaskSources<'_, '_>,
+    ) -> Result<TaskFlow, QueueError> {
+        let had_threads = self.threads.is_some();
+        // Whatever woke us: all that can be done is done, and counters of events start anew.
+        let _ = self.queue.kick().read();
+        if let Some(uring) = &self.uring {
+            let _ = uring.done().read();
+        }
+        if let Some(threads) = &self.threads {
+            let _ = threads.done().read();
+        }
+        self.timer.clear();
+        self.collect()?;
+        let more = self.take()?;
+        if let Some(uring) = &mut self.uring
+            && let Err(error) = uring.submit()
+        {
+            // Too much in flight for the kernel: it is tried again with the next completion.
+            tracing::debug!(%error, "io_uring takes no more for now");
+        }
+        if let (false, Some(threads)) = (had_threads, &self.threads) {
+            let watched = sources.watch(Arc::clone(threads.done()), THREADS, Interest::Read);
+            if let Err(error) = watched {
+                tracing::error!(%error, "a disk's threads cannot be heard");
+            }
+        }
+        self.queue.notify()?;
+        Ok(if more {
+            TaskFlow::Again
+        } else {
+            TaskFlow::Wait
+        })
+    }
+}

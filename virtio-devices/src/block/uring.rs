@@ -1,0 +1,198 @@
+//! Raw images through io_uring(7): the guest's own buffers, and no thread in between.
+
+#![expect(
+    unsafe_code,
+    reason = "the kernel is given addresses of the guest's memory"
+)]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+use io_uring::{IoUring, opcode, squeue, types};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::request::{Op, Request, fits};
+
+/// A submitted operation: it keeps the memory that the kernel was given.
+struct Pending {
+    request: Request,
+    /// What the kernel reads while it submits; kept for kernels that read it later.
+    _pieces: Box<[libc::iovec]>,
+}
+
+// SAFETY: the pieces name memory that the request's chain keeps mapped, wherever it moves.
+unsafe impl Send for Pending {}
+
+/// A ring of operations on one file.
+pub(super) struct Uring {
+    ring: IoUring,
+    file: Arc<File>,
+    done: Arc<EventFd>,
+    pending: Vec<Option<Pending>>,
+    free: Vec<usize>,
+}
+
+impl Uring {
+    /// With room for so many operations at once.
+    pub(super) fn new(file: Arc<File>, entries: u16) -> io::Result<Self> {
+        let ring = IoUring::new(entries.into())?;
+        let done = EventFd::new(EFD_NONBLOCK)?;
+        ring.submitter().register_eventfd(done.as_raw_fd())?;
+        Ok(Self {
+            ring,
+            file,
+            done: Arc::new(done),
+            pending: (0..entries).map(|_| None).collect(),
+            free: (0..usize::from(entries)).collect(),
+        })
+    }
+
+    /// Becomes ready when operations are done.
+    pub(super) fn done(&self) -> &Arc<EventFd> {
+        &self.done
+    }
+
+    pub(super) fn in_flight(&self) -> usize {
+        self.pending.len() - self.free.len()
+    }
+
+    pub(super) fn has_room(&self) -> bool {
+        !self.free.is_empty()
+    }
+
+    /// Takes an operation, to be given to the kernel by [`Uring::submit`]. With `durable`, what is
+    /// written is on the disk when it is done. The request comes back when it cannot be taken.
+    pub(super) fn push(
+        &mut self,
+        request: Request,
+        op: Op,
+        durable: bool,
+    ) -> Result<(), (Request, io::Error)> {
+        let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
+        let Some(&index) = self.free.last() else {
+            return Err((request, io::ErrorKind::WouldBlock.into()));
+        };
+        let slices = match op {
+            Op::Read { len, .. } => request.chain.writable(0, len),
+            Op::Write { len, .. } => request.chain.readable(Request::DATA, len),
+            _ => Ok(Vec::new()),
+        };
+        let pieces: Box<[libc::iovec]> = match slices {
+            Ok(slices) => slices
+                .iter()
+                .map(|slice| libc::iovec {
+                    iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+                    iov_len: slice.len(),
+                })
+                .collect(),
+            Err(_) => return Err((request, invalid())),
+        };
+        if !fits(pieces.len()) {
+            return Err((request, invalid()));
+        }
+        let fd = types::Fd(self.file.as_raw_fd());
+        let count = u32::try_from(pieces.len()).unwrap_or(u32::MAX);
+        let entry = match op {
+            Op::Read { offset, .. } => opcode::Readv::new(fd, pieces.as_ptr(), count)
+                .offset(offset)
+                .build(),
+            Op::Write { offset, .. } => {
+                let flags = if durable { libc::RWF_DSYNC } else { 0 };
+                opcode::Writev::new(fd, pieces.as_ptr(), count)
+                    .offset(offset)
+                    .rw_flags(flags)
+                    .build()
+            }
+            Op::Flush => opcode::Fsync::new(fd)
+                .flags(types::FsyncFlags::DATASYNC)
+                .build(),
+            Op::Discard { offset, len } => {
+                let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+                allocate(fd, offset, len, mode)
+            }
+            Op::WriteZeroes { offset, len, unmap } => {
+                let how = if unmap {
+                    libc::FALLOC_FL_PUNCH_HOLE
+                } else {
+                    libc::FALLOC_FL_ZERO_RANGE
+                };
+                allocate(fd, offset, len, how | libc::FALLOC_FL_KEEP_SIZE)
+            }
+        };
+        let entry = entry.user_data(index as u64);
+        // SAFETY: the file stays open and the memory mapped until the operation is done: `pending`
+        // keeps the chain, whose view keeps the mapping, and the pieces; `Drop` waits for all.
+        let pushed = unsafe { self.ring.submission().push(&entry) };
+        if pushed.is_err() {
+            return Err((request, io::ErrorKind::WouldBlock.into()));
+        }
+        self.free.pop();
+        if let Some(slot) = self.pending.get_mut(index) {
+            *slot = Some(Pending {
+                request,
+                _pieces: pieces,
+            });
+        }
+        Ok(())
+    }
+
+    /// Gives the kernel what was pushed.
+    pub(super) fn submit(&mut self) -> io::Result<()> {
+        self.wait_for(0)
+    }
+
+    /// Gives the kernel what was pushed, and waits until one operation is done, if there is one.
+    pub(super) fn wait(&mut self) -> io::Result<()> {
+        self.wait_for(usize::from(self.in_flight() > 0))
+    }
+
+    fn wait_for(&mut self, count: usize) -> io::Result<()> {
+        loop {
+            match self.ring.submitter().submit_and_wait(count) {
+                Ok(_) => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// The next operation that is done: its request, and bytes moved or the error.
+    pub(super) fn next_done(&mut self) -> Option<(Request, io::Result<usize>)> {
+        loop {
+            let entry = self.ring.completion().next()?;
+            let index = usize::try_from(entry.user_data()).ok()?;
+            let Some(pending) = self.pending.get_mut(index).and_then(Option::take) else {
+                continue;
+            };
+            self.free.push(index);
+            let result = match usize::try_from(entry.result()) {
+                Ok(bytes) => Ok(bytes),
+                Err(_) => Err(io::Error::from_raw_os_error(-entry.result())),
+            };
+            return Some((pending.request, result));
+        }
+    }
+}
+
+impl Drop for Uring {
+    fn drop(&mut self) {
+        // The kernel may write to the guest's memory until it says that it is done.
+        while self.in_flight() > 0 {
+            if self.wait().is_err() {
+                // It cannot be waited for: the memory is left mapped for good.
+                self.pending.drain(..).flatten().for_each(std::mem::forget);
+                return;
+            }
+            while self.next_done().is_some() {}
+        }
+    }
+}
+
+fn allocate(fd: types::Fd, offset: u64, len: u64, mode: i32) -> squeue::Entry {
+    opcode::Fallocate::new(fd, len)
+        .offset(offset)
+        .mode(mode)
+        .build()
+}

@@ -1,0 +1,243 @@
+//! Limits of bytes and operations a second: token buckets.
+//!
+//! A bucket holds up to `size` tokens and is filled from empty in `refill_time`. A request takes
+//! its tokens when it begins. One that is larger than the bucket may begin when the bucket is
+//! full, and the debt is paid before the next one.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
+    timerfd_settime,
+};
+
+/// Makes a task's loop call it after a while.
+#[derive(Debug)]
+pub struct Timer(Arc<OwnedFd>);
+
+impl Timer {
+    /// One that is not set.
+    ///
+    /// # Errors
+    /// When the host gives no descriptor.
+    pub fn new() -> io::Result<Self> {
+        let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
+        Ok(Self(Arc::new(timerfd_create(
+            TimerfdClockId::Monotonic,
+            flags,
+        )?)))
+    }
+
+    /// What becomes ready when it is time.
+    #[must_use]
+    pub fn descriptor(&self) -> Arc<OwnedFd> {
+        Arc::clone(&self.0)
+    }
+
+    /// Becomes ready after `wait`, once, and not before.
+    ///
+    /// # Errors
+    /// When the host refuses.
+    pub fn set(&self, wait: Duration) -> io::Result<()> {
+        // A timer of zero would never be ready.
+        let wait = wait.clamp(Duration::from_nanos(1), Duration::from_secs(3600));
+        let value = Timespec {
+            tv_sec: i64::try_from(wait.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: i64::from(wait.subsec_nanos()),
+        };
+        let zero = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        let once = Itimerspec {
+            it_interval: zero,
+            it_value: value,
+        };
+        timerfd_settime(&self.0, TimerfdTimerFlags::empty(), &once)?;
+        Ok(())
+    }
+
+    /// Takes note that it was ready, if it was.
+    pub fn clear(&self) {
+        let _ = rustix::io::read(&self.0, &mut [0; 8]);
+    }
+}
+
+/// One bucket, as the API describes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BucketConfig {
+    /// Tokens it holds.
+    pub size: u64,
+    /// Tokens beyond these that can be spent once.
+    pub one_time_burst: u64,
+    /// How long it takes to fill it from empty.
+    pub refill_time: Duration,
+}
+
+/// Limits of a device or of one queue of it; none of either where it is absent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RateLimits {
+    /// Of bytes.
+    pub bandwidth: Option<BucketConfig>,
+    /// Of operations.
+    pub ops: Option<BucketConfig>,
+}
+
+#[derive(Clone, Debug)]
+struct Bucket {
+    config: BucketConfig,
+    burst: u64,
+    /// Negative while a debt is being paid.
+    tokens: f64,
+    at: Instant,
+}
+
+impl Bucket {
+    fn new(config: BucketConfig, now: Instant) -> Self {
+        Self {
+            config,
+            burst: config.one_time_burst,
+            tokens: config.size as f64,
+            at: now,
+        }
+    }
+
+    fn rate(&self) -> f64 {
+        self.config.size as f64 / self.config.refill_time.as_secs_f64().max(1e-9)
+    }
+
+    fn refill(&mut self, now: Instant) {
+        let passed = now.saturating_duration_since(self.at).as_secs_f64();
+        self.tokens = (self.tokens + passed * self.rate()).min(self.config.size as f64);
+        self.at = now;
+    }
+
+    /// How long until this many tokens can be taken.
+    fn wait(&self, want: u64) -> Duration {
+        let want = want.saturating_sub(self.burst).min(self.config.size) as f64;
+        let missing = want - self.tokens;
+        if missing <= 0.0 {
+            return Duration::ZERO;
+        }
+        Duration::try_from_secs_f64(missing / self.rate()).unwrap_or(Duration::MAX)
+    }
+
+    fn take(&mut self, want: u64) {
+        let from_burst = want.min(self.burst);
+        self.burst -= from_burst;
+        self.tokens -= (want - from_burst) as f64;
+    }
+}
+
+/// Keeps to [`RateLimits`].
+#[derive(Clone, Debug)]
+pub struct RateLimiter {
+    bandwidth: Option<Bucket>,
+    ops: Option<Bucket>,
+}
+
+impl RateLimiter {
+    /// With full buckets. A bucket of no size limits nothing.
+    #[must_use]
+    pub fn new(limits: RateLimits, now: Instant) -> Self {
+        let bucket = |config: Option<BucketConfig>| {
+            let config = config.filter(|config| config.size > 0);
+            config.map(|config| Bucket::new(config, now))
+        };
+        Self {
+            bandwidth: bucket(limits.bandwidth),
+            ops: bucket(limits.ops),
+        }
+    }
+
+    /// Whether there is a limit at all.
+    #[must_use]
+    pub fn is_limiting(&self) -> bool {
+        self.bandwidth.is_some() || self.ops.is_some()
+    }
+
+    /// Takes the tokens of an operation of `bytes`, or says how long it has to wait.
+    ///
+    /// # Errors
+    /// The time after which to try again.
+    pub fn begin(&mut self, bytes: u64, now: Instant) -> Result<(), Duration> {
+        let mut buckets = [(&mut self.bandwidth, bytes), (&mut self.ops, 1)];
+        let mut wait = Duration::ZERO;
+        for (bucket, want) in &mut buckets {
+            if let Some(bucket) = bucket {
+                bucket.refill(now);
+                wait = wait.max(bucket.wait(*want));
+            }
+        }
+        if !wait.is_zero() {
+            return Err(wait);
+        }
+        for (bucket, want) in buckets {
+            if let Some(bucket) = bucket {
+                bucket.take(want);
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn limits(size: u64, burst: u64) -> RateLimits {
+        RateLimits {
+            bandwidth: Some(BucketConfig {
+                size,
+                one_time_burst: burst,
+                refill_time: Duration::from_secs(1),
+            }),
+            ops: None,
+        }
+    }
+
+    #[test]
+    fn a_burst_is_spent_once_and_a_large_request_pays_later() {
+        let start = Instant::now();
+        let mut limiter = RateLimiter::new(limits(100, 50), start);
+        limiter.begin(150, start).unwrap();
+        let wait = limiter.begin(50, start).unwrap_err();
+        assert!((wait.as_secs_f64() - 0.5).abs() < 0.01, "{wait:?}");
+        limiter.begin(50, start + wait).unwrap();
+        let later = start + Duration::from_secs(60);
+        limiter.begin(1000, later).unwrap();
+        let wait = limiter.begin(1, later).unwrap_err();
+        assert!((wait.as_secs_f64() - 9.01).abs() < 0.01, "{wait:?}");
+    }
+
+    #[test]
+    fn no_limit_never_waits() {
+        let now = Instant::now();
+        let mut limiter = RateLimiter::new(limits(0, 0), now);
+        assert!(!limiter.is_limiting());
+        limiter.begin(u64::MAX, now).unwrap();
+    }
+
+    proptest! {
+        #[test]
+        fn over_time_no_more_passes_than_the_limit(requests in prop::collection::vec(1_u64..500, 1..200)) {
+            let start = Instant::now();
+            let mut now = start;
+            let mut limiter = RateLimiter::new(limits(1000, 0), start);
+            let mut passed = 0;
+            for bytes in requests {
+                while let Err(wait) = limiter.begin(bytes, now) {
+                    now += wait + Duration::from_nanos(1);
+                }
+                passed += bytes;
+                let allowed = 1000.0 * (1.0 + (now - start).as_secs_f64());
+                prop_assert!(passed as f64 <= allowed + 1.0, "{passed} in {:?}", now - start);
+            }
+        }
+    }
+}

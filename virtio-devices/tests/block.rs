@@ -1,0 +1,590 @@
+//! Disks, driven over their queues, with real images behind them.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+use devices::event_loop::EventLoop;
+use proptest::prelude::*;
+use state::{Store, Writer};
+use virtio_devices::block::{Block, BlockConfig, BlockHandle, ImageError, LockMode};
+use virtio_devices::rate_limiter::{BucketConfig, RateLimits};
+use virtio_devices::testing::{Heard, TestBuffer, TestGuest, TestQueue, transport, workers};
+use virtio_devices::{QueueState, Transport, VirtioDevice};
+
+const MIB: usize = 1 << 20;
+const FLUSH: u64 = 1 << 9;
+
+const IN: u32 = 0;
+const OUT: u32 = 1;
+const SYNC: u32 = 4;
+const GET_ID: u32 = 8;
+const DISCARD: u32 = 11;
+const WRITE_ZEROES: u32 = 13;
+
+fn config(path: &Path) -> BlockConfig {
+    BlockConfig {
+        path: path.to_owned(),
+        readonly: false,
+        direct: false,
+        format: None,
+        backing_files: false,
+        queues: 1,
+        queue_size: 64,
+        serial: "whimbrel-test-disk-0".to_owned(),
+        sparse: true,
+        lock: LockMode::ByteRange,
+        limits: RateLimits::default(),
+    }
+}
+
+/// A guest with one disk, which its driver uses.
+struct Machine {
+    guest: TestGuest,
+    device: Block,
+    handle: BlockHandle,
+    queue: TestQueue,
+    transport: Arc<Transport>,
+    heard: Heard,
+    data: u64,
+    header: u64,
+    status: u64,
+    _event_loop: EventLoop,
+}
+
+fn machine(config: &BlockConfig) -> Machine {
+    let (event_loop, workers) = workers();
+    let (device, handle) = Block::new(config, workers).unwrap();
+    let mut guest = TestGuest::new(8 << 20);
+    let queue = TestQueue::new(&mut guest, 0, 64);
+    let (transport, heard) = transport();
+    let data = 4 << 20;
+    let (header, status) = (guest.alloc(16), guest.alloc(1));
+    let mut machine = Machine {
+        guest,
+        device,
+        handle,
+        queue,
+        transport,
+        heard,
+        data,
+        header,
+        status,
+        _event_loop: event_loop,
+    };
+    machine.start(QueueState::default());
+    machine
+}
+
+fn header(kind: u32, sector: u64) -> [u8; 16] {
+    let mut header = [0; 16];
+    header[..4].copy_from_slice(&kind.to_le_bytes());
+    header[8..].copy_from_slice(&sector.to_le_bytes());
+    header
+}
+
+impl Machine {
+    fn start(&mut self, state: QueueState) {
+        self.device.activate(FLUSH, &self.transport).unwrap();
+        let queue = self.queue.device_side(&self.transport, state);
+        self.device.start_queue(queue).unwrap();
+    }
+
+    /// Sends a request with this much data at `self.data`, and waits for its status.
+    fn request(&mut self, kind: u32, sector: u64, len: u32, device_writes: bool) -> u8 {
+        self.guest.write(self.header, &header(kind, sector));
+        self.guest.write(self.status, &[0xff]);
+        let buffer = |addr, len, writable| TestBuffer {
+            addr,
+            len,
+            writable,
+        };
+        let mut chain = vec![buffer(self.header, 16, false)];
+        if len > 0 {
+            chain.push(buffer(self.data, len, device_writes));
+        }
+        chain.push(buffer(self.status, 1, true));
+        let head = self.queue.send(&chain);
+        assert_eq!(self.queue.wait_used().0, head);
+        self.guest.read(self.status, 1)[0]
+    }
+
+    fn write(&mut self, sector: u64, data: &[u8]) -> u8 {
+        self.guest.write(self.data, data);
+        self.request(OUT, sector, u32::try_from(data.len()).unwrap(), false)
+    }
+
+    fn read(&mut self, sector: u64, len: usize) -> (u8, Vec<u8>) {
+        self.guest.write(self.data, &vec![0xee; len]);
+        let status = self.request(IN, sector, u32::try_from(len).unwrap(), true);
+        (status, self.guest.read(self.data, len))
+    }
+}
+
+fn pattern(seed: u8, len: usize) -> Vec<u8> {
+    (0..len)
+        .map(|i| (i / 512) as u8 ^ (i as u8) ^ seed)
+        .collect()
+}
+
+fn raw(dir: &tempfile::TempDir, size: u64) -> PathBuf {
+    let path = dir.path().join("disk.raw");
+    File::create(&path).unwrap().set_len(size).unwrap();
+    path
+}
+
+fn qemu_img(arguments: &[&str]) -> String {
+    let run = Command::new("qemu-img").args(arguments).output();
+    let run = run.expect("qemu-img, of the package qemu-utils");
+    let text = String::from_utf8_lossy(&run.stdout).into_owned();
+    let errors = String::from_utf8_lossy(&run.stderr);
+    assert!(
+        run.status.success(),
+        "qemu-img {arguments:?}: {text}{errors}"
+    );
+    text
+}
+
+#[test]
+fn what_is_written_is_read_and_is_in_the_image() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = raw(&dir, 4 << 20);
+    for direct in [false, true] {
+        let mut machine = machine(&BlockConfig {
+            direct,
+            ..config(&path)
+        });
+        let data = pattern(u8::from(direct), MIB);
+        assert_eq!(machine.write(8, &data), 0, "direct: {direct}");
+        assert_eq!(machine.request(SYNC, 0, 0, false), 0);
+        assert_eq!(machine.read(8, MIB), (0, data.clone()));
+        // What direct I/O does not take as it is: one sector, at an odd place.
+        assert_eq!(machine.read(9, 512), (0, data[512..1024].to_vec()));
+        assert_eq!(machine.write(9, &[7; 512]), 0);
+        let state = machine.device.stop_queue(0).unwrap();
+        assert_eq!((state.next_avail, state.next_used), (5, 5));
+        drop(machine);
+        let image = fs::read(&path).unwrap();
+        assert_eq!(image[4096..4608], data[..512]);
+        assert_eq!(image[4608..5120], [7; 512]);
+        assert_eq!(image[5120..4096 + MIB], data[1024..]);
+    }
+}
+
+#[test]
+fn each_kind_of_request_has_its_answer() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = raw(&dir, 4 << 20);
+    let mut machine = machine(&config(&path));
+    machine.write(0, &pattern(1, MIB));
+    assert_eq!(machine.request(GET_ID, 0, 20, true), 0);
+    assert_eq!(
+        machine.guest.read(machine.data, 20),
+        b"whimbrel-test-disk-0"
+    );
+    let segment = |sector: u64, sectors: u32, flags: u32| {
+        let mut raw = sector.to_le_bytes().to_vec();
+        raw.extend(sectors.to_le_bytes());
+        raw.extend(flags.to_le_bytes());
+        raw
+    };
+    machine.guest.write(machine.data, &segment(8, 8, 0));
+    assert_eq!(machine.request(WRITE_ZEROES, 0, 16, false), 0);
+    machine.guest.write(machine.data, &segment(16, 8, 0));
+    assert_eq!(machine.request(DISCARD, 0, 16, false), 0);
+    let (status, data) = machine.read(0, 24 * 512);
+    assert_eq!(status, 0);
+    assert_eq!(data[..4096], pattern(1, 4096));
+    assert_eq!(data[4096..], [0; 8192]);
+    for (name, expected, kind, sector, len, device_writes) in [
+        ("past the end", 1, IN, 8191, 1024, true),
+        ("far past the end", 1, IN, u64::MAX, 512, true),
+        ("no whole sectors", 1, IN, 0, 100, true),
+        ("nothing to write", 1, OUT, 0, 0, false),
+        ("too short for an id", 1, GET_ID, 0, 19, true),
+        ("a segment cut short", 1, DISCARD, 0, 15, false),
+        ("unknown", 2, 77, 0, 512, true),
+    ] {
+        assert_eq!(
+            machine.request(kind, sector, len, device_writes),
+            expected,
+            "{name}"
+        );
+    }
+    machine.guest.write(machine.data, &segment(8000, 4000, 0));
+    assert_eq!(machine.request(DISCARD, 0, 16, false), 1, "past the end");
+    machine.guest.write(machine.data, &segment(0, 8, 6));
+    assert_eq!(
+        machine.request(WRITE_ZEROES, 0, 16, false),
+        2,
+        "unknown flags"
+    );
+    let counters = machine.device.counters();
+    assert!(counters.contains(&("discards", 2)), "{counters:?}");
+    assert!(machine.heard.events().is_empty());
+}
+
+#[test]
+fn a_read_only_disk_stays_as_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = raw(&dir, 1 << 20);
+    fs::write(&path, pattern(9, MIB)).unwrap();
+    let mut machine = machine(&BlockConfig {
+        readonly: true,
+        ..config(&path)
+    });
+    assert_eq!(machine.write(0, &[0; 512]), 1);
+    assert_eq!(machine.request(DISCARD, 0, 16, false), 1);
+    assert_eq!(machine.read(0, MIB), (0, pattern(9, MIB)));
+    assert_eq!(fs::read(&path).unwrap(), pattern(9, MIB));
+}
+
+#[test]
+fn a_chain_without_room_for_a_status_breaks_the_rules() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut machine = machine(&config(&raw(&dir, 1 << 20)));
+    machine.guest.write(machine.header, &header(OUT, 0));
+    machine.queue.send(&[TestBuffer {
+        addr: machine.header,
+        len: 16,
+        writable: false,
+    }]);
+    let from = std::time::Instant::now();
+    while machine.heard.events().is_empty() && from.elapsed() < Duration::from_secs(10) {
+        std::thread::yield_now();
+    }
+    let events = format!("{:?}", machine.heard.events());
+    assert!(events.contains("no room for a status"), "{events}");
+    assert!(machine.device.stop_queue(0).is_some());
+}
+
+/// The pulse: under load the disk is stopped, saved, reset, loaded and started again and again.
+#[test]
+fn no_request_is_lost_or_doubled_by_a_pulse() {
+    let dir = tempfile::tempdir().unwrap();
+    let qcow2 = dir.path().join("disk.qcow2");
+    qemu_img(&["create", "-q", "-f", "qcow2", qcow2.to_str().unwrap(), "8M"]);
+    for path in [raw(&dir, 8 << 20), qcow2.clone()] {
+        let mut machine = machine(&config(&path));
+        let headers = machine.guest.alloc(16 * 16);
+        let statuses = machine.guest.alloc(16);
+        let mut seed = 0_u8;
+        for round in 0..40 {
+            // Sixteen writes of 16 KiB each, to places of their own.
+            seed = seed.wrapping_add(1);
+            let mut heads = Vec::new();
+            for i in 0..16_u64 {
+                let (header_at, status) = (headers + 16 * i, statuses + i);
+                let data = machine.data + i * 16384;
+                machine
+                    .guest
+                    .write(header_at, &header(OUT, (round % 4) * 512 + i * 32));
+                machine.guest.write(data, &pattern(seed ^ i as u8, 16384));
+                machine.guest.write(status, &[0xff]);
+                let buffer = |addr, len, writable| TestBuffer {
+                    addr,
+                    len,
+                    writable,
+                };
+                heads.push(machine.queue.send(&[
+                    buffer(header_at, 16, false),
+                    buffer(data, 16384, false),
+                    buffer(status, 1, true),
+                ]));
+            }
+            let state = machine.device.stop_queue(0).unwrap();
+            assert_eq!(state.next_avail, state.next_used, "nothing is in flight");
+            let mut writer = Writer::default();
+            machine
+                .device
+                .save(&mut writer.scope("disk").unwrap())
+                .unwrap();
+            let bytes = writer.finish();
+            machine.device.reset();
+            let mut store = Store::open(&bytes).unwrap();
+            let mut scope = store.scope("disk").unwrap();
+            machine.device.load(&mut scope).unwrap();
+            machine.start(state);
+            machine.queue.kick.write(1).unwrap();
+            let mut used: Vec<u16> = (0..16).map(|_| machine.queue.wait_used().0).collect();
+            used.sort_unstable();
+            heads.sort_unstable();
+            assert_eq!(used, heads, "round {round}");
+            assert_eq!(machine.guest.read(statuses, 16), [0; 16]);
+            for i in 0..16_u64 {
+                let (status, data) = machine.read((round % 4) * 512 + i * 32, 16384);
+                assert_eq!(status, 0);
+                assert!(data == pattern(seed ^ i as u8, 16384), "round {round}, {i}");
+            }
+        }
+        assert_eq!(machine.queue.take_used(), None);
+        machine.device.stop_queue(0);
+    }
+    qemu_img(&["check", "-q", qcow2.to_str().unwrap()]);
+}
+
+#[test]
+fn a_qcow2_image_is_what_qemu_says_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = dir.path().join("base.raw");
+    fs::write(&base, pattern(3, 4 * MIB)).unwrap();
+    let top = dir.path().join("top.qcow2");
+    let (base_str, top_str) = (base.to_str().unwrap(), top.to_str().unwrap());
+    qemu_img(&[
+        "create", "-q", "-f", "qcow2", "-F", "raw", "-b", base_str, top_str,
+    ]);
+    let (_event_loop, workers) = workers();
+    let refused = Block::new(&config(&top), workers).err().unwrap();
+    assert!(matches!(refused, ImageError::Backing { .. }), "{refused}");
+
+    let mut machine = machine(&BlockConfig {
+        backing_files: true,
+        ..config(&top)
+    });
+    assert_eq!(
+        machine.read(100, 4096),
+        (0, pattern(3, 4 * MIB)[51200..55296].to_vec())
+    );
+    assert_eq!(machine.write(100, &[0x55; 4096]), 0);
+    assert_eq!(machine.request(SYNC, 0, 0, false), 0);
+    machine.device.stop_queue(0);
+    drop(machine);
+    qemu_img(&["check", "-q", top_str]);
+    let flat = dir.path().join("flat.raw");
+    qemu_img(&["convert", "-O", "raw", top_str, flat.to_str().unwrap()]);
+    let mut expected = pattern(3, 4 * MIB);
+    expected[51200..55296].fill(0x55);
+    assert!(fs::read(&flat).unwrap() == expected);
+    assert!(
+        fs::read(&base).unwrap() == pattern(3, 4 * MIB),
+        "the base is untouched"
+    );
+}
+
+fn refusal(config: &BlockConfig) -> String {
+    let (_event_loop, workers) = workers();
+    Block::new(config, workers)
+        .err()
+        .unwrap_or_else(|| panic!("{} is taken", config.path.display()))
+        .to_string()
+}
+
+#[test]
+fn what_is_no_disk_image_is_refused_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    fs::write(path("odd"), [0; 1000]).unwrap();
+    fs::write(path("empty"), []).unwrap();
+    fs::write(path("truncated.qcow2"), b"QFI\xfb\0\0\0\x03").unwrap();
+    let encrypted = path("encrypted.qcow2");
+    let name = encrypted.to_str().unwrap();
+    qemu_img(&["create", "-q", "-f", "qcow2", name, "1M"]);
+    let mut bytes = fs::read(&encrypted).unwrap();
+    bytes[35] = 1; // crypt_method: AES
+    fs::write(&encrypted, bytes).unwrap();
+    let unknown = path("unknown.qcow2");
+    qemu_img(&[
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        unknown.to_str().unwrap(),
+        "1M",
+    ]);
+    let mut bytes = fs::read(&unknown).unwrap();
+    bytes[72] |= 0x80; // incompatible feature 63
+    fs::write(&unknown, bytes).unwrap();
+    let circle = path("circle.qcow2");
+    let name = circle.to_str().unwrap();
+    qemu_img(&["create", "-q", "-f", "qcow2", name, "1M"]);
+    qemu_img(&[
+        "rebase", "-q", "-u", "-f", "qcow2", "-F", "qcow2", "-b", name, name,
+    ]);
+    let made = Command::new("mkfifo").arg(path("pipe")).status().unwrap();
+    assert!(made.success());
+    for (name, expected) in [
+        ("missing", "cannot be opened"),
+        (".", "is a directory"),
+        ("pipe", "is a pipe"),
+        ("odd", "no size of a disk"),
+        ("empty", "no size of a disk"),
+        ("truncated.qcow2", "cannot be used as qcow2"),
+        ("encrypted.qcow2", "cannot be used as qcow2"),
+        ("unknown.qcow2", "cannot be used as qcow2"),
+        ("circle.qcow2", "builds on itself"),
+    ] {
+        let told = refusal(&BlockConfig {
+            backing_files: true,
+            ..config(&path(name))
+        });
+        assert!(told.contains(expected), "{name}: {told}");
+        assert!(told.contains(name), "{name}: {told}");
+    }
+}
+
+#[test]
+fn an_image_has_one_writer_also_among_qemus_tools() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = raw(&dir, 1 << 20);
+    let first = machine(&config(&path));
+    let told = refusal(&config(&path));
+    let own = format!("process {}", std::process::id());
+    assert!(
+        told.contains("is in use by") && told.contains(&own),
+        "{told}"
+    );
+    let readonly = BlockConfig {
+        readonly: true,
+        ..config(&path)
+    };
+    assert!(refusal(&readonly).contains("is in use by"));
+    let write = |path: &Path| {
+        let mut qemu_io = Command::new("qemu-io");
+        qemu_io.args(["-f", "raw", "-c", "write 0 512"]).arg(path);
+        let run = qemu_io.stdout(Stdio::null()).output();
+        run.expect("qemu-io, of the package qemu-utils")
+    };
+    let run = write(&path);
+    let told = String::from_utf8_lossy(&run.stderr);
+    assert!(!run.status.success() && told.contains("lock"), "{told}");
+
+    // Ownership moves, and comes back.
+    first.handle.release_lock();
+    let second = machine(&config(&path));
+    assert!(first.handle.take_lock().is_err());
+    drop(second);
+    first.handle.take_lock().unwrap();
+    drop(first);
+    assert!(write(&path).status.success());
+    // Readers share.
+    let _one = machine(&readonly);
+    let _two = machine(&readonly);
+    assert!(!write(&path).status.success());
+    // The other way round: QEMU has it.
+    drop((_one, _two));
+    let mut qemu_io = Command::new("qemu-io");
+    let held = qemu_io.args(["-f", "raw"]).arg(&path);
+    let mut held = held
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // Its prompt comes when it has opened the image.
+    let mut prompt = [0; 8];
+    held.stdout
+        .as_mut()
+        .unwrap()
+        .read_exact(&mut prompt)
+        .unwrap();
+    let told = refusal(&config(&path));
+    let expected = format!("process {} (qemu-io)", held.id());
+    assert!(told.contains(&expected), "{told}");
+    drop(held.stdin.take());
+    held.wait().unwrap();
+}
+
+#[test]
+fn a_disk_grows_and_its_guest_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = raw(&dir, 1 << 20);
+    let mut machine = machine(&config(&path));
+    let capacity = |machine: &Machine| {
+        let mut data = [0; 8];
+        machine.device.read_config(0, &mut data);
+        u64::from_le_bytes(data)
+    };
+    assert_eq!(capacity(&machine), 2048);
+    assert_eq!(machine.read(2048, 512).0, 1);
+    machine.handle.resize(2 << 20).unwrap();
+    assert_eq!(capacity(&machine), 4096);
+    assert_eq!(
+        machine.heard.raised(virtio_devices::testing::CONFIG_VECTOR),
+        1
+    );
+    assert_eq!(machine.read(2048, 512).0, 0);
+    machine.handle.resize(1000).unwrap_err();
+    machine.handle.resize(0).unwrap_err();
+}
+
+#[test]
+fn a_rate_limit_is_kept_and_a_stop_does_not_wait_for_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = raw(&dir, 1 << 20);
+    let limit = |refill_time| BucketConfig {
+        size: 10,
+        one_time_burst: 0,
+        refill_time,
+    };
+    let limited = |refill_time| BlockConfig {
+        limits: RateLimits {
+            bandwidth: None,
+            ops: Some(limit(refill_time)),
+        },
+        ..config(&path)
+    };
+    let mut quick = machine(&limited(Duration::from_millis(100)));
+    let from = std::time::Instant::now();
+    for _ in 0..25 {
+        assert_eq!(quick.read(0, 512).0, 0);
+    }
+    assert!(
+        from.elapsed() >= Duration::from_millis(140),
+        "{:?}",
+        from.elapsed()
+    );
+    quick.device.stop_queue(0);
+    drop(quick);
+
+    let mut slow = machine(&limited(Duration::from_secs(10_000)));
+    for _ in 0..10 {
+        assert_eq!(slow.read(0, 512).0, 0);
+    }
+    slow.guest.write(slow.header, &header(SYNC, 0));
+    let buffer = |addr, len, writable| TestBuffer {
+        addr,
+        len,
+        writable,
+    };
+    slow.queue
+        .send(&[buffer(slow.header, 16, false), buffer(slow.status, 1, true)]);
+    std::thread::sleep(Duration::from_millis(20));
+    let state = slow.device.stop_queue(0).unwrap();
+    assert_eq!(
+        (state.next_avail, state.next_used),
+        (10, 10),
+        "it was put back"
+    );
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+    /// Whatever a driver sends, the disk answers or says that it needs a reset, and stops.
+    #[test]
+    fn any_chain_is_answered(
+        headers in prop::collection::vec(prop::collection::vec(any::<u8>(), 16), 1..6),
+        chains in prop::collection::vec(
+            prop::collection::vec((0_u64..0x90_0000, prop_oneof![0_u32..64, 500_u32..5000, any::<u32>()], any::<bool>()), 1..6),
+            1..20,
+        )
+    ) {
+        let dir = tempfile::tempdir().unwrap();
+        let mut machine = machine(&config(&raw(&dir, 1 << 20)));
+        for (i, chain) in chains.iter().enumerate() {
+            let mut raw = headers[i % headers.len()].clone();
+            raw[0] %= 16;
+            raw[1..4].fill(0);
+            raw[10..].fill(0);
+            machine.guest.write(machine.header, &raw);
+            let mut buffers = vec![TestBuffer { addr: machine.header, len: 16, writable: false }];
+            buffers.extend(chain.iter().map(|&(addr, len, writable)| TestBuffer { addr, len, writable }));
+            machine.queue.send(&buffers);
+        }
+        let state = machine.device.stop_queue(0);
+        prop_assert!(state.is_some());
+    }
+}
