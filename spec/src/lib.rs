@@ -18,6 +18,7 @@ mod console;
 mod cpus;
 mod defaults;
 mod device;
+mod devices;
 mod disk;
 pub mod limits;
 mod memory;

@@ -11,3 +11,12 @@ pub const CMDLINE_LEN: usize = 2048;
 
 /// The page that memory sizes are multiples of.
 pub const PAGE: u64 = 4096;
+
+/// Queues of a device.
+pub const QUEUES: usize = 32;
+
+/// Entries of a queue.
+pub const QUEUE_SIZE: u16 = 4096;
+
+/// Bytes of a disk's serial number (virtio 1.3, 5.2.6).
+pub const DISK_SERIAL_LEN: usize = 20;

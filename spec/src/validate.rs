@@ -5,6 +5,7 @@ use std::collections::HashSet;
 use serde_json::Value;
 
 use crate::console::ConsoleMode;
+use crate::devices;
 use crate::limits;
 use crate::service::FieldProblem;
 use crate::vm::VmConfig;
@@ -34,9 +35,7 @@ const NOT_YET: &[(&str, &[&str])] = &[
     ("/payload/igvm", &[]),
     ("/payload/host_data", &[]),
     ("/rate_limit_groups", &["[]"]),
-    ("/disks", &["[]"]),
     ("/net", &["[]"]),
-    ("/rng/src", &[r#""/dev/urandom""#]),
     ("/rng/iommu", &["false"]),
     ("/balloon", &[]),
     ("/fs", &["[]"]),
@@ -93,6 +92,7 @@ impl VmConfig {
         self.check_memory(host, &mut found);
         self.check_payload(&mut found);
         self.check_serial(&mut found);
+        devices::check(self, &mut found);
         if found.is_empty() { Ok(()) } else { Err(found) }
     }
 
@@ -254,11 +254,11 @@ impl VmConfig {
     }
 }
 
-fn name(pointer: &str) -> String {
+pub(crate) fn name(pointer: &str) -> String {
     pointer.trim_start_matches('/').replace('/', ".")
 }
 
-fn problem(pointer: &str, code: &str, detail: String) -> FieldProblem {
+pub(crate) fn problem(pointer: &str, code: &str, detail: String) -> FieldProblem {
     FieldProblem {
         pointer: pointer.to_owned(),
         code: code.to_owned(),

@@ -84,7 +84,6 @@ fn every_device_is_read_and_refused_by_name() {
         "/balloon",
         "/cpus/max_vcpus",
         "/devices",
-        "/disks",
         "/fs",
         "/landlock_rules",
         "/memory/zones",

@@ -7,6 +7,7 @@ use hypervisor::{KvmError, RunFailure};
 use memory::{CommitError, RamError, TopologyError};
 use spec::Failure;
 use virtio_devices::VirtioPciError;
+use virtio_devices::block::ImageError;
 use virtio_devices::rng::RngError;
 
 use crate::arch::x86_64::cpu::CpuError;
@@ -37,6 +38,8 @@ pub enum BuildError {
     Device(#[from] VirtioPciError),
     /// There is no entropy.
     Rng(#[from] RngError),
+    /// A disk's image cannot be used.
+    Image(#[from] ImageError),
     /// It cannot be laid out.
     #[error("{0}")]
     Layout(String),
@@ -91,6 +94,8 @@ impl BuildError {
             Self::Bus(_) | Self::Bar(_) => "no-free-slot",
             Self::Device(_) => "device-impossible",
             Self::Rng(_) => "rng-unusable",
+            Self::Image(ImageError::Lock(_)) => "disk-in-use",
+            Self::Image(_) => "disk-unusable",
             Self::Host { .. } => "host-refused",
         }
     }
@@ -102,7 +107,8 @@ impl BuildError {
             | Self::Layout(_)
             | Self::Bus(_)
             | Self::Bar(_)
-            | Self::Rng(_) => Category::Unprocessable,
+            | Self::Rng(_)
+            | Self::Image(_) => Category::Unprocessable,
             Self::Ram(_) | Self::Host { .. } => Category::Host,
             Self::Kvm(_) | Self::Topology(_) | Self::Commit(_) | Self::Device(_) => {
                 Category::Internal

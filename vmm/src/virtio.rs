@@ -2,9 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::time::Duration;
 
 use memory::Transaction;
-use spec::{DeviceNode, VmConfig};
+use spec::{
+    DeviceNode, DiskConfig, ImageType, LockGranularity, RateLimiterConfig, TokenBucket, VmConfig,
+};
+use virtio_devices::block::{Block, BlockConfig, BlockHandle, ImageFormat, LockMode};
+use virtio_devices::rate_limiter::{BucketConfig, RateLimits};
 use virtio_devices::rng::Rng;
 use virtio_devices::{VirtioDevice, Workers};
 
@@ -18,7 +23,13 @@ const RNG: &str = "__rng";
 /// The devices on a machine's PCI bus.
 pub(crate) struct Devices {
     host: PciHost,
-    plugged: BTreeMap<String, Plugged>,
+    plugged: BTreeMap<String, (Plugged, Control)>,
+}
+
+/// What a device can be asked while it runs.
+enum Control {
+    None,
+    Disk(BlockHandle),
 }
 
 impl Devices {
@@ -31,9 +42,14 @@ impl Devices {
         reporter: &Reporter,
     ) -> Result<Self, BuildError> {
         let mut plugged = BTreeMap::new();
-        for (id, device) in wanted(config, workers)? {
+        for Wanted {
+            id,
+            device,
+            control,
+        } in wanted(config, workers)?
+        {
             let device = host.plug(tx, &id, device, reporter)?;
-            plugged.insert(id, device);
+            plugged.insert(id, (device, control));
         }
         Ok(Self { host, plugged })
     }
@@ -42,25 +58,25 @@ impl Devices {
     pub(crate) fn pause(&self) {
         self.plugged
             .values()
-            .for_each(|plugged| plugged.device.pause());
+            .for_each(|(plugged, _)| plugged.device.pause());
     }
 
     /// Lets the devices go on.
     pub(crate) fn resume(&self) {
         self.plugged
             .values()
-            .for_each(|plugged| plugged.device.resume());
+            .for_each(|(plugged, _)| plugged.device.resume());
     }
 
     /// What each device counts.
     pub(crate) fn counters(&self) -> impl Iterator<Item = (&String, Vec<(&'static str, u64)>)> {
-        let counted = |(id, plugged): (_, &Plugged)| (id, plugged.device.counters());
+        let counted = |(id, (plugged, _)): (_, &(Plugged, _))| (id, plugged.device.counters());
         self.plugged.iter().map(counted)
     }
 
     /// As the API shows them.
     pub(crate) fn tree(&self) -> BTreeMap<String, DeviceNode> {
-        let node = |(id, plugged): (&String, &Plugged)| {
+        let node = |(id, (plugged, _)): (&String, &(Plugged, _))| {
             let node = DeviceNode {
                 id: id.clone(),
                 resources: Vec::new(),
@@ -80,13 +96,67 @@ impl Drop for Devices {
     }
 }
 
-type Named = (String, Box<dyn VirtioDevice>);
+/// A device that is wanted, and by what it is controlled.
+struct Wanted {
+    id: String,
+    device: Box<dyn VirtioDevice>,
+    control: Control,
+}
 
 /// The devices of a specification, in the order in which they are put on the bus.
-fn wanted(config: &VmConfig, workers: &Workers) -> Result<Vec<Named>, BuildError> {
-    let name = |given: &Option<String>, default: &str| given.clone().unwrap_or(default.to_owned());
-    let mut all: Vec<Named> = Vec::new();
+fn wanted(config: &VmConfig, workers: &Workers) -> Result<Vec<Wanted>, BuildError> {
+    let mut all = Vec::new();
+    for (i, disk) in config.disks.iter().flatten().enumerate() {
+        let id = disk.id.clone().unwrap_or_else(|| format!("_disk{i}"));
+        all.push(self::disk(id, disk, workers)?);
+    }
     let rng = Rng::new(Path::new(&config.rng.src), workers.clone())?;
-    all.push((name(&config.rng.id, RNG), Box::new(rng)));
+    all.push(Wanted {
+        id: config.rng.id.clone().unwrap_or_else(|| RNG.to_owned()),
+        device: Box::new(rng),
+        control: Control::None,
+    });
     Ok(all)
+}
+
+fn disk(id: String, disk: &DiskConfig, workers: &Workers) -> Result<Wanted, BuildError> {
+    let config = BlockConfig {
+        // Validation has seen to it that there is one.
+        path: disk.path.clone().unwrap_or_default().into(),
+        readonly: disk.readonly,
+        direct: disk.direct,
+        format: disk.image_type.and_then(|kind| match kind {
+            ImageType::Raw => Some(ImageFormat::Raw),
+            ImageType::Qcow2 => Some(ImageFormat::Qcow2),
+            ImageType::FixedVhd | ImageType::Vhdx | ImageType::Unknown => None,
+        }),
+        backing_files: disk.backing_files,
+        queues: u16::try_from(disk.num_queues).unwrap_or(1),
+        queue_size: disk.queue_size,
+        serial: disk.serial.clone().unwrap_or_else(|| id.clone()),
+        sparse: disk.sparse,
+        lock: match disk.lock_granularity {
+            LockGranularity::ByteRange => LockMode::ByteRange,
+            LockGranularity::Full => LockMode::Full,
+        },
+        limits: rate_limits(disk.rate_limiter_config.as_ref()),
+    };
+    let (device, handle) = Block::new(&config, workers.clone())?;
+    Ok(Wanted {
+        id,
+        device: Box::new(device),
+        control: Control::Disk(handle),
+    })
+}
+
+fn rate_limits(config: Option<&RateLimiterConfig>) -> RateLimits {
+    let bucket = |bucket: &TokenBucket| BucketConfig {
+        size: bucket.size,
+        one_time_burst: bucket.one_time_burst.unwrap_or(0),
+        refill_time: Duration::from_millis(bucket.refill_time),
+    };
+    RateLimits {
+        bandwidth: config.and_then(|config| config.bandwidth.as_ref().map(bucket)),
+        ops: config.and_then(|config| config.ops.as_ref().map(bucket)),
+    }
 }
