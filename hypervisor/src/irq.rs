@@ -265,7 +265,6 @@ fn entry(gsi: u32, route: Route) -> kvm_irq_routing_entry {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use crate::kvm::Kvm;
 
     #[test]

@@ -2,9 +2,13 @@
 
 use std::io;
 
-use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
+use kvm_bindings::{
+    CpuId, KVM_API_VERSION, KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL,
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_MAX_CPUID_ENTRIES,
+};
 use kvm_ioctls::Cap;
 
+use crate::dirty::DirtyBackend;
 use crate::vm::Vm;
 
 const DEVICE: &str = "/dev/kvm";
@@ -71,10 +75,14 @@ pub struct Capabilities {
     pub max_memslots: usize,
     /// Slots that the guest can read and not write.
     pub readonly_memory: bool,
-    /// The dirty log can leave the protecting of pages to us (`KVM_CLEAR_DIRTY_LOG`).
-    pub manual_dirty_protect: bool,
+    /// How far the dirty log can leave the protecting of pages to us: the flags of
+    /// `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`.
+    pub manual_dirty_protect: u32,
     /// Dirty pages can be reported in rings, one a vCPU, of so many bytes at the most.
     pub dirty_ring_bytes: usize,
+    /// The rings are for hosts whose CPUs order memory weakly, too; the name by which newer
+    /// kernels know them.
+    pub dirty_ring_acq_rel: bool,
     /// The guest's TSC can run at a frequency of its own.
     pub tsc_control: bool,
     /// Bytes of a vCPU's extended state where it can be more than 4096.
@@ -121,13 +129,16 @@ impl Kvm {
             }
         }
         let bytes = |cap| usize::try_from(kvm.check_extension_int(cap)).unwrap_or(0);
-        let raw = |cap: u32| kvm.check_extension_raw(cap.into()) > 0;
+        let raw = |cap: u32| u32::try_from(kvm.check_extension_raw(cap.into())).unwrap_or(0);
+        let ring = raw(KVM_CAP_DIRTY_LOG_RING);
+        let acq_rel = raw(KVM_CAP_DIRTY_LOG_RING_ACQ_REL);
         let capabilities = Capabilities {
             max_vcpus: kvm.get_max_vcpus(),
             max_memslots: kvm.get_nr_memslots(),
             readonly_memory: kvm.check_extension(Cap::ReadonlyMem),
-            manual_dirty_protect: raw(kvm_bindings::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2),
-            dirty_ring_bytes: bytes(Cap::DirtyLogRing),
+            manual_dirty_protect: raw(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2),
+            dirty_ring_bytes: ring.max(acq_rel) as usize,
+            dirty_ring_acq_rel: acq_rel > 0,
             tsc_control: kvm.check_extension(Cap::TscControl),
             xsave2_bytes: bytes(Cap::Xsave2),
             nested_state: kvm.check_extension(Cap::NestedState),
@@ -151,12 +162,21 @@ impl Kvm {
             .map_err(KvmError::new("say which CPUID leaves it supports"))
     }
 
-    /// A VM without memory and without vCPUs, with interrupt controllers.
+    /// A VM without memory and without vCPUs, with interrupt controllers, whose dirty pages are
+    /// told by a log.
     ///
     /// # Errors
     /// When KVM refuses.
     pub fn create_vm(&self) -> Result<Vm, KvmError> {
+        self.create_vm_with(DirtyBackend::Log)
+    }
+
+    /// A VM as by [`Kvm::create_vm`], whose dirty pages are told as `dirty` says.
+    ///
+    /// # Errors
+    /// When KVM refuses, as a host without dirty rings does.
+    pub fn create_vm_with(&self, dirty: DirtyBackend) -> Result<Vm, KvmError> {
         let vm = self.kvm.create_vm().map_err(KvmError::new("create a VM"))?;
-        Vm::new(vm, self.capabilities)
+        Vm::new(vm, self.capabilities, dirty)
     }
 }

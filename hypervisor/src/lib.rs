@@ -26,6 +26,7 @@
     reason = "memslots hand host memory to KVM, and kvm_run is shared with it"
 )]
 
+mod dirty;
 mod exit;
 mod gate;
 mod ioevent;
@@ -36,6 +37,7 @@ mod slots;
 mod vcpu;
 mod vm;
 
+pub use dirty::DirtyBackend;
 pub use exit::{Exit, ExitHandler, RunFailure};
 pub use gate::Gate;
 pub use ioevent::IoEventFds;

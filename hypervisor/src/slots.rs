@@ -10,13 +10,14 @@ use std::fmt;
 use std::sync::Arc;
 
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_userspace_memory_region};
-use kvm_ioctls::VmFd;
+use kvm_ioctls::{VcpuFd, VmFd};
 use memory::{
     AddrRange, FlatRange, FlatView, MemoryListener, PAGE_SIZE, RamSlice, Refusal, Target,
     ViewChange,
 };
 use parking_lot::Mutex;
 
+use crate::dirty::{Rings, Tracking, Written, clear_log};
 use crate::gate::Gate;
 use crate::kvm::{Capabilities, KvmError};
 
@@ -91,21 +92,26 @@ struct Plan {
 }
 
 fn plan(in_force: &[Option<Slot>], wanted: &[Slot]) -> Plan {
+    let mut numbers: Vec<(usize, &Slot)> = in_force
+        .iter()
+        .enumerate()
+        .filter_map(|(number, slot)| Some((number, slot.as_ref()?)))
+        .collect();
+    numbers.sort_unstable_by_key(|(_, slot)| slot.range);
     let stays = |slot: &Slot| {
         wanted
             .binary_search_by_key(&slot.range, |w| w.range)
             .is_ok_and(|i| wanted[i] == *slot)
     };
-    let remove = (0..in_force.len())
-        .filter(|&i| in_force[i].as_ref().is_some_and(|slot| !stays(slot)))
-        .collect();
-    let add = wanted
-        .iter()
-        .filter(|w| !in_force.iter().flatten().any(|slot| slot == *w))
-        .cloned();
+    let is_there = |slot: &&Slot| {
+        numbers
+            .binary_search_by_key(&slot.range, |(_, there)| there.range)
+            .is_ok_and(|i| numbers[i].1 == *slot)
+    };
+    let goes = numbers.iter().filter(|(_, slot)| !stays(slot));
     Plan {
-        remove,
-        add: add.collect(),
+        remove: goes.map(|(number, _)| *number).collect(),
+        add: wanted.iter().filter(|w| !is_there(w)).cloned().collect(),
     }
 }
 
@@ -116,12 +122,16 @@ pub struct SlotStats {
     pub ioctls: u64,
     /// Batches for which the gate was closed.
     pub gate_closings: u64,
+    /// Calls by which KVM told what was written, and was asked to tell of it again.
+    pub dirty_ioctls: u64,
 }
 
 #[derive(Default)]
 struct State {
     /// By slot number.
     slots: Vec<Option<Slot>>,
+    /// Numbers of slots that went.
+    free: Vec<usize>,
     log_dirty: bool,
     stats: SlotStats,
 }
@@ -131,6 +141,7 @@ pub struct MemSlots {
     vm: Arc<VmFd>,
     gate: Arc<Gate>,
     capabilities: Capabilities,
+    tracking: Tracking,
     state: Mutex<State>,
     /// Leaves the gate open, to show what it is for.
     #[cfg(test)]
@@ -138,11 +149,17 @@ pub struct MemSlots {
 }
 
 impl MemSlots {
-    pub(crate) fn new(vm: Arc<VmFd>, gate: Arc<Gate>, capabilities: Capabilities) -> Self {
+    pub(crate) fn new(
+        vm: Arc<VmFd>,
+        gate: Arc<Gate>,
+        capabilities: Capabilities,
+        tracking: Tracking,
+    ) -> Self {
         Self {
             vm,
             gate,
             capabilities,
+            tracking,
             state: Mutex::new(State::default()),
             #[cfg(test)]
             ungated: std::sync::atomic::AtomicBool::new(false),
@@ -154,55 +171,149 @@ impl MemSlots {
         self.state.lock().stats
     }
 
-    /// Starts or stops the logging of what the guest writes. The bits arrive in the RAM blocks'
-    /// dirty bitmaps by [`MemSlots::harvest`], and by themselves when a slot goes.
+    /// Starts or stops the tracking of what the guest writes. When it starts, every page counts as
+    /// written; from then on what is written arrives in the RAM blocks' dirty bitmaps by
+    /// [`MemSlots::harvest`], and by itself when a slot goes. Stopping harvests once more.
     ///
     /// # Errors
-    /// When KVM refuses for a slot; those before it are switched.
-    pub fn log_dirty(&self, on: bool) -> Result<(), KvmError> {
+    /// When KVM refuses; then it is as it was.
+    pub fn track_dirty(&self, on: bool) -> Result<(), KvmError> {
+        if !on {
+            self.harvest()?;
+        }
         let mut state = self.state.lock();
+        if state.log_dirty == on {
+            return Ok(());
+        }
+        let switched = self.switch(&mut state, on);
+        if switched.is_err() {
+            // Those that were switched go back; the one that refused never was.
+            let _ = self.switch(&mut state, !on);
+        }
+        switched
+    }
+
+    fn switch(&self, state: &mut State, on: bool) -> Result<(), KvmError> {
         state.log_dirty = on;
         for number in 0..state.slots.len() {
-            if let Some(slot) = state.slots[number].clone() {
-                slot.slice.block.dirty().set_enabled(on);
-                self.set(&mut state, number, Some(&slot), slot.range)?;
+            let Some(slot) = state.slots[number].clone() else {
+                continue;
+            };
+            let dirty = slot.slice.block.dirty();
+            if on && !dirty.is_enabled() {
+                dirty.set_enabled(true);
+                dirty.mark_all();
+            }
+            self.set(state, number, Some(&slot), slot.range)?;
+            if !on {
+                dirty.set_enabled(false);
             }
         }
         Ok(())
     }
 
-    /// Takes what the guest wrote since the last time to the RAM blocks' dirty bitmaps.
+    /// Takes what the guest wrote since the last time to the RAM blocks' dirty bitmaps. A page
+    /// whose bit is set there may have been written again by the time it is read; then the next
+    /// harvest has it once more.
     ///
     /// # Errors
     /// When KVM does not tell.
     pub fn harvest(&self) -> Result<(), KvmError> {
-        let state = self.state.lock();
-        let logged = || state.slots.iter().enumerate().filter(|_| state.log_dirty);
-        for (number, slot) in logged() {
-            if let Some(slot) = slot {
-                self.harvest_slot(number, slot)?;
+        let count = self.state.lock().slots.len();
+        match &self.tracking {
+            Tracking::Ring(rings) => {
+                let mut state = self.state.lock();
+                self.harvest_rings(&mut state, rings)
+            }
+            // One slot after the other, so that a commit need not wait for all of them.
+            Tracking::Log { .. } => (0..count).try_for_each(|number| {
+                let mut state = self.state.lock();
+                if state.log_dirty
+                    && let Some(Some(slot)) = state.slots.get(number).cloned()
+                {
+                    self.harvest_log(&mut state, number, &slot)?;
+                }
+                Ok(())
+            }),
+        }
+    }
+
+    /// A vCPU's ring is full.
+    pub(crate) fn empty_rings(&self) -> Result<(), KvmError> {
+        match &self.tracking {
+            Tracking::Ring(rings) => self.harvest_rings(&mut self.state.lock(), rings),
+            Tracking::Log { .. } => Ok(()),
+        }
+    }
+
+    /// Prepares for a new vCPU.
+    pub(crate) fn add_vcpu(&self, vcpu: &VcpuFd) -> Result<(), KvmError> {
+        match &self.tracking {
+            Tracking::Ring(rings) => rings.add(vcpu),
+            Tracking::Log { .. } => Ok(()),
+        }
+    }
+
+    /// Slots change only under the lock, and rings are emptied before one goes: what the entries
+    /// say of slots is said of those in force.
+    fn harvest_rings(&self, state: &mut State, rings: &Rings) -> Result<(), KvmError> {
+        let written = rings.take()?;
+        state.stats.dirty_ioctls += u64::from(!written.is_empty());
+        for Written { slot, page } in written {
+            let slot = usize::try_from(slot)
+                .ok()
+                .and_then(|slot| state.slots.get(slot));
+            let Some(Some(Slot { slice, .. })) = slot else {
+                continue;
+            };
+            let page = page.saturating_add(slice.offset / PAGE_SIZE);
+            let offset = page.saturating_mul(PAGE_SIZE);
+            if let Ok(offset) = usize::try_from(offset) {
+                slice.block.dirty().mark(offset, 1);
             }
         }
         Ok(())
     }
 
-    fn harvest_slot(&self, number: usize, slot: &Slot) -> Result<(), KvmError> {
+    fn harvest_log(&self, state: &mut State, number: usize, slot: &Slot) -> Result<(), KvmError> {
         if slot.readonly {
             // The guest writes nothing to it, so KVM keeps no log.
             return Ok(());
         }
+        let attempt = || format!("tell what was written at {}", slot.range);
         let len = usize::try_from(slot.range.len().unwrap_or(0)).unwrap_or(0);
         let number = u32::try_from(number).unwrap_or(u32::MAX);
-        let bits = self
-            .vm
-            .get_dirty_log(number, len)
-            .map_err(KvmError::new(format!(
-                "tell what was written at {}",
-                slot.range
-            )))?;
+        state.stats.dirty_ioctls += 1;
+        let bits = self.vm.get_dirty_log(number, len);
+        let mut bits = bits.map_err(KvmError::new(attempt()))?;
         let first = usize::try_from(slot.slice.offset / PAGE_SIZE).unwrap_or(usize::MAX);
         slot.slice.block.dirty().merge(first, &bits);
+        if matches!(self.tracking, Tracking::Log { manual: true, .. }) {
+            state.stats.dirty_ioctls += 1;
+            let pages = len / PAGE_SIZE as usize;
+            clear_log(&self.vm, number, pages, &mut bits).map_err(KvmError::new(attempt()))?;
+        }
         Ok(())
+    }
+
+    /// A slot that is new while the gate is closed, and shows memory of which all that was written
+    /// is known, need not begin with every page written.
+    fn begin_log(&self, number: usize, slot: &Slot) -> Result<(), KvmError> {
+        let all_set = matches!(
+            self.tracking,
+            Tracking::Log {
+                initially_set: true,
+                ..
+            }
+        );
+        if !all_set || slot.readonly {
+            return Ok(());
+        }
+        let len = usize::try_from(slot.range.len().unwrap_or(0)).unwrap_or(0);
+        let pages = len / PAGE_SIZE as usize;
+        let number = u32::try_from(number).unwrap_or(u32::MAX);
+        clear_log(&self.vm, number, pages, &mut vec![!0; pages.div_ceil(64)])
+            .map_err(KvmError::new(format!("begin the log of {}", slot.range)))
     }
 
     /// Sets or, with `None`, removes the slot of this number.
@@ -245,29 +356,38 @@ impl MemSlots {
         let gated = gated && !self.ungated.load(std::sync::atomic::Ordering::Relaxed);
         let closed = gated.then(|| self.gate.close());
         state.stats.gate_closings += u64::from(closed.is_some());
+        if let (Tracking::Ring(rings), true, true) =
+            (&self.tracking, state.log_dirty, !plan.remove.is_empty())
+        {
+            self.harvest_rings(state, rings)?;
+        }
         for number in plan.remove {
             let Some(slot) = state.slots.get(number).cloned().flatten() else {
                 continue;
             };
-            if state.log_dirty {
-                self.harvest_slot(number, &slot)?;
+            if state.log_dirty && matches!(self.tracking, Tracking::Log { .. }) {
+                self.harvest_log(state, number, &slot)?;
             }
             self.set(state, number, None, slot.range)?;
             // Not before KVM has let go of it: as long as the guest can reach the memory, we own it.
             state.slots[number] = None;
+            state.free.push(number);
         }
         for slot in plan.add {
-            let number = match state.slots.iter().position(Option::is_none) {
-                Some(free) => free,
-                None => {
-                    state.slots.push(None);
-                    state.slots.len() - 1
-                }
-            };
-            if state.log_dirty {
-                slot.slice.block.dirty().set_enabled(true);
+            let number = state.free.pop().unwrap_or(state.slots.len());
+            if number == state.slots.len() {
+                state.slots.push(None);
+            }
+            let dirty = slot.slice.block.dirty();
+            if state.log_dirty && !dirty.is_enabled() {
+                // Memory that nobody has seen yet.
+                dirty.set_enabled(true);
+                dirty.mark_all();
             }
             self.set(state, number, Some(&slot), slot.range)?;
+            if state.log_dirty && closed.is_some() {
+                self.begin_log(number, &slot)?;
+            }
             state.slots[number] = Some(slot);
         }
         Ok(())

@@ -15,6 +15,9 @@ use crate::kick::{Kicker, Running};
 use crate::kvm::KvmError;
 use crate::slots::MemSlots;
 
+/// `KVM_EXIT_DIRTY_RING_FULL`.
+const DIRTY_RING_FULL: u32 = 31;
+
 /// A vCPU; owned by the thread that runs it.
 #[derive(Debug)]
 pub struct Vcpu {
@@ -24,7 +27,7 @@ pub struct Vcpu {
     gate: Arc<Gate>,
     seat: Arc<Seat>,
     /// They own the memory that the guest can reach, which must be there as long as it can run.
-    _slots: Arc<MemSlots>,
+    slots: Arc<MemSlots>,
 }
 
 impl Vcpu {
@@ -37,7 +40,7 @@ impl Vcpu {
             kicker,
             gate,
             seat,
-            _slots: slots,
+            slots,
         }
     }
 
@@ -112,6 +115,10 @@ impl Vcpu {
                 Exit::Handled
             }
             Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt) => Exit::Handled,
+            Ok(VcpuExit::Unsupported(DIRTY_RING_FULL)) => match self.slots.empty_rings() {
+                Ok(()) => Exit::Handled,
+                Err(error) => Exit::Failed(RunFailure::Unknown(error.to_string())),
+            },
             Ok(VcpuExit::Shutdown) => Exit::Shutdown,
             Ok(VcpuExit::FailEntry(reason, _)) => Exit::Failed(RunFailure::Entry { reason }),
             Ok(VcpuExit::MemoryFault { gpa, .. }) => Exit::Failed(RunFailure::MemoryFault { gpa }),

@@ -6,6 +6,7 @@ use kvm_bindings::{KVM_CLOCK_TSC_STABLE, KVM_PIT_SPEAKER_DUMMY, kvm_clock_data, 
 use kvm_ioctls::VmFd;
 use memory::SpaceKind;
 
+use crate::dirty::{DirtyBackend, Tracking};
 use crate::gate::Gate;
 use crate::ioevent::IoEventFds;
 use crate::irq::IrqRoutes;
@@ -36,7 +37,11 @@ pub struct Vm {
 }
 
 impl Vm {
-    pub(crate) fn new(fd: VmFd, capabilities: Capabilities) -> Result<Self, KvmError> {
+    pub(crate) fn new(
+        fd: VmFd,
+        capabilities: Capabilities,
+        dirty: DirtyBackend,
+    ) -> Result<Self, KvmError> {
         kick::install_handler()?;
         fd.set_identity_map_address(IDENTITY_MAP)
             .map_err(KvmError::new("place its identity map"))?;
@@ -51,10 +56,12 @@ impl Vm {
         fd.create_pit2(pit)
             .map_err(KvmError::new("create the interval timer"))?;
         let (fd, gate) = (Arc::new(fd), Arc::new(Gate::default()));
+        let tracking = Tracking::enable(&fd, dirty, &capabilities)?;
         let slots = Arc::new(MemSlots::new(
             Arc::clone(&fd),
             Arc::clone(&gate),
             capabilities,
+            tracking,
         ));
         let routes = IrqRoutes::new(Arc::clone(&fd))?;
         Ok(Self {
@@ -98,6 +105,7 @@ impl Vm {
             .fd
             .create_vcpu(index.into())
             .map_err(KvmError::new(format!("create vCPU {index}")))?;
+        self.slots.add_vcpu(&fd)?;
         Ok(Vcpu::new(
             fd,
             index,

@@ -9,19 +9,20 @@ use memory::{ListenerHandle, RamBlock, RamConfig, RegionId, SpaceKind, Topology}
 use proptest::prelude::*;
 
 use super::*;
+use crate::dirty::DirtyBackend;
 use crate::exit::{Exit, ExitHandler};
 use crate::kvm::Kvm;
 use crate::vcpu::Vcpu;
 use crate::vm::Vm;
 
-/// Real mode, `ds` at [`SHARED`]: for each 256 bytes of 64 KiB, reads a byte, compares it, writes the one
-/// behind it; then tells port 0x98. What is read wrong is told to port 0x99.
+/// Real mode, `ds` at [`SHARED`]: for each 256 bytes of 64 KiB, reads a byte, compares it, counts the one
+/// behind it up; then tells port 0x98. What is read wrong is told to port 0x99.
 const CODE: &[u8] = &[
     0x31, 0xdb, // start: xor bx, bx
     0x8a, 0x07, // next: mov al, [bx]
     0x3c, 0x5a, // cmp al, 0x5a
     0x75, 0x0d, // jne wrong
-    0x88, 0x47, 0x01, // mov [bx + 1], al
+    0xfe, 0x47, 0x01, // inc byte [bx + 1]
     0x81, 0xc3, 0x00, 0x01, // add bx, 0x100
     0x75, 0xf1, // jnz next
     0xe6, 0x98, // out 0x98, al
@@ -44,15 +45,22 @@ struct Lab {
     block: Arc<RamBlock>,
     tail: RegionId,
     elsewhere: RegionId,
+    /// A page of other memory in the midst of the shared pages.
+    patch: RegionId,
+    other: Arc<RamBlock>,
+    /// What a destination would have of both blocks.
+    copies: [Vec<u8>; 2],
     _slots: ListenerHandle,
 }
 
 impl Lab {
     fn new() -> Self {
-        let vm = Kvm::open()
-            .expect("these tests need /dev/kvm")
-            .create_vm()
-            .unwrap();
+        Self::with(DirtyBackend::Log)
+    }
+
+    fn with(dirty: DirtyBackend) -> Self {
+        let kvm = Kvm::open().expect("these tests need /dev/kvm");
+        let vm = kvm.create_vm_with(dirty).unwrap();
         let mut topology = Topology::new();
         let slots = topology
             .register(SpaceKind::Memory, 0, vm.memslots())
@@ -87,15 +95,49 @@ impl Lab {
         part("shared", SHARED, 0);
         let tail = part("tail", TAIL, SHARED_LEN);
         let elsewhere = part("elsewhere", ELSEWHERE, 2 * SHARED_LEN);
+        let other = Arc::new(RamBlock::new(&RamConfig::anonymous(PAGE_SIZE)).unwrap());
+        other.slice(0, 4096).unwrap().copy_from(&[0x5a_u8; 4096]);
+        let slice = RamSlice {
+            block: Arc::clone(&other),
+            offset: 0,
+        };
+        let patch = tx.ram("patch", slice, PAGE_SIZE).unwrap();
+        tx.map(SpaceKind::Memory, SHARED + 5 * PAGE_SIZE, patch, 1)
+            .unwrap();
+        tx.set_enabled(patch, false).unwrap();
         tx.commit().unwrap();
+        let copies = [&block, &other].map(|block| vec![0; block.len()]);
         Self {
             topology,
             vm,
             block,
             tail,
             elsewhere,
+            patch,
+            other,
+            copies,
             _slots: slots,
         }
+    }
+
+    /// Takes what is dirty to the copies, as a migration does.
+    fn copy_dirty(&mut self) {
+        self.vm.memslots().harvest().unwrap();
+        for (block, copy) in [&self.block, &self.other].into_iter().zip(&mut self.copies) {
+            for (first, count) in block.dirty().take().runs() {
+                let (at, len) = (first * 4096, count * 4096);
+                let slice = block.slice(at, len).unwrap();
+                slice.copy_to(&mut copy[at..at + len]);
+            }
+        }
+    }
+
+    fn contents(&self) -> [Vec<u8>; 2] {
+        [&self.block, &self.other].map(|block| {
+            let mut bytes = vec![0_u8; block.len()];
+            block.slice(0, bytes.len()).unwrap().copy_to(&mut bytes);
+            bytes
+        })
     }
 
     fn vcpu(&self, index: u32) -> Vcpu {
@@ -114,7 +156,9 @@ impl Lab {
         vcpu
     }
 
-    /// Changes the slots `times` times while two vCPUs use them, or until one of them saw a hole.
+    /// Changes the slots `times` times while two vCPUs use them, or until one of them saw a hole:
+    /// splits and merges them, takes some and moves some. Where dirty pages are tracked, takes them
+    /// from time to time.
     fn churn(&mut self, times: u64) -> Seen {
         let seen = Arc::new(Seen::default());
         let vcpus: Vec<_> = (0..2).map(|index| self.vcpu(index)).collect();
@@ -141,6 +185,7 @@ impl Lab {
         for step in 0..times {
             let mut tx = self.topology.begin();
             tx.set_enabled(self.tail, step % 2 == 0).unwrap();
+            tx.set_enabled(self.patch, step % 7 < 3).unwrap();
             if step % 3 == 0 {
                 tx.move_to(self.elsewhere, ELSEWHERE + (step % 5) * SHARED_LEN)
                     .unwrap();
@@ -148,6 +193,9 @@ impl Lab {
             tx.commit().unwrap();
             if seen.holes() > 0 {
                 break;
+            }
+            if step % 16 == 0 && self.block.dirty().is_enabled() {
+                self.copy_dirty();
             }
         }
         let enough = Instant::now() + Duration::from_secs(20);
@@ -210,13 +258,16 @@ impl ExitHandler for Watch {
     }
 }
 
+/// Replacements in the long tests.
+const MANY: u64 = 20_000;
+
 #[test]
 fn a_guest_sees_no_hole_while_its_slots_are_replaced() {
     let mut lab = Lab::new();
-    let seen = lab.churn(3_000);
+    let seen = lab.churn(MANY);
     assert_eq!(seen.holes(), 0, "{seen:?}");
     assert!(seen.rounds.load(Ordering::SeqCst) >= 4, "{seen:?}");
-    assert!(lab.vm.memslots().stats().gate_closings >= 2_999);
+    assert!(lab.vm.memslots().stats().gate_closings >= MANY - 1);
 }
 
 #[test]
@@ -227,20 +278,117 @@ fn without_the_gate_it_does() {
     assert!(seen.holes() > 0, "{seen:?}");
 }
 
-#[test]
-fn what_was_written_to_slots_that_went_is_known() {
-    let mut lab = Lab::new();
-    let slots = lab.vm.memslots();
-    slots.log_dirty(true).unwrap();
-    let seen = lab.churn(501);
+fn no_dirty_page_is_lost(dirty: DirtyBackend) {
+    let mut lab = Lab::with(dirty);
+    lab.vm.memslots().track_dirty(true).unwrap();
+    lab.copy_dirty();
+    // What the map does not show is dirty when it comes to be shown.
+    let (copies, contents) = (&lab.copies, lab.contents());
+    assert!(copies[0] == contents[0], "all is dirty at first");
+    assert!(copies[1] != contents[1]);
+    let seen = lab.churn(MANY);
     assert_eq!(seen.holes(), 0, "{seen:?}");
+    assert!(seen.rounds.load(Ordering::SeqCst) >= 4, "{seen:?}");
+    // The vCPUs stand: what is dirty now is the last of it.
+    lab.copy_dirty();
+    let (copies, contents) = (&lab.copies, lab.contents());
+    for (copy, block) in copies.iter().zip(&contents) {
+        let differs = |page: &usize| copy[page * 4096..][..4096] != block[page * 4096..][..4096];
+        let lost: Vec<usize> = (0..copy.len() / 4096).filter(differs).collect();
+        assert_eq!(
+            lost, [0_usize; 0],
+            "pages that were written and are not dirty"
+        );
+    }
+    lab.vm.memslots().track_dirty(false).unwrap();
+    assert_eq!(lab.block.dirty().count(), 0, "nobody wrote since");
+    let memslots = lab.vm.memslots();
+    assert!(!lab.block.dirty().is_enabled() && memslots.stats().dirty_ioctls > 0);
+}
+
+#[test]
+fn no_dirty_page_is_lost_by_the_log() {
+    no_dirty_page_is_lost(DirtyBackend::Log);
+}
+
+#[test]
+fn no_dirty_page_is_lost_by_the_rings() {
+    no_dirty_page_is_lost(DirtyBackend::Ring { entries: 1024 });
+}
+
+/// A guest that writes more pages than a ring has entries: its vCPU leaves, and comes back.
+#[test]
+fn a_ring_that_is_full_is_emptied() {
+    let kvm = Kvm::open().expect("these tests need /dev/kvm");
+    let vm = kvm
+        .create_vm_with(DirtyBackend::Ring { entries: 1024 })
+        .unwrap();
+    let mut topology = Topology::new();
+    let _slots = topology
+        .register(SpaceKind::Memory, 0, vm.memslots())
+        .unwrap();
+    let len: u64 = 16 << 20;
+    let block = Arc::new(RamBlock::new(&RamConfig::anonymous(len)).unwrap());
+    // Protected mode, flat: writes to each page from 64 KiB on, and tells port 0x98 of each: KVM
+    // looks at its rings before it enters the guest, and some emulate much of a guest in one go.
+    let code: &[u8] = &[
+        0xbb, 0x00, 0x00, 0x01, 0x00, // mov ebx, 0x10000
+        0xfe, 0x03, // next: inc byte [ebx]
+        0xe6, 0x98, // out 0x98, al
+        0x81, 0xc3, 0x00, 0x10, 0x00, 0x00, // add ebx, 0x1000
+        0x81, 0xfb, 0x00, 0x00, 0x00, 0x01, // cmp ebx, 0x1000000
+        0x72, 0xee, // jb next
+        0xf4, // hlt
+    ];
+    block.slice(0, code.len()).unwrap().copy_from(code);
+    let mut tx = topology.begin();
+    let slice = RamSlice {
+        block: Arc::clone(&block),
+        offset: 0,
+    };
+    let ram = tx.ram("ram", slice, len).unwrap();
+    tx.map(SpaceKind::Memory, 0, ram, 0).unwrap();
+    tx.commit().unwrap();
+    let slots = vm.memslots();
+    slots.track_dirty(true).unwrap();
+    drop(block.dirty().take());
+
+    let mut vcpu = vm.create_vcpu(0).unwrap();
+    let mut sregs = vcpu.sregs().unwrap();
+    for segment in [&mut sregs.cs, &mut sregs.ds] {
+        (segment.base, segment.limit, segment.g, segment.db) = (0, 0xffff_ffff, 1, 1);
+        segment.selector = 8;
+    }
+    sregs.cr0 |= 1;
+    vcpu.set_sregs(&sregs).unwrap();
+    vcpu.set_regs(&kvm_bindings::kvm_regs {
+        rip: 0,
+        rflags: 2,
+        ..Default::default()
+    })
+    .unwrap();
+    let seen = Arc::new(Seen::default());
+    let mut watch = Watch(Arc::clone(&seen));
+    while seen.rounds.load(Ordering::SeqCst) < 4096 - 16 {
+        assert_eq!(vcpu.run(&mut watch), Exit::Handled);
+    }
+    assert_eq!(seen.holes(), 0);
     slots.harvest().unwrap();
-    let pages: Vec<_> = lab.block.dirty().take().runs().collect();
-    assert_eq!(
-        pages,
-        [(0, 16)],
-        "the guest wrote to all of the shared pages and to no others"
-    );
+    // A CPU may mark its code as used, too.
+    let dirty = (16..4096).filter(|page| block.dirty().is_dirty(page * 4096));
+    assert_eq!(dirty.count(), 4096 - 16);
+    assert!(slots.stats().dirty_ioctls >= 4);
+}
+
+#[test]
+fn rings_of_a_size_that_cannot_be_are_refused() {
+    let kvm = Kvm::open().expect("these tests need /dev/kvm");
+    for entries in [0, 1000, 1 << 30] {
+        let refused = kvm
+            .create_vm_with(DirtyBackend::Ring { entries })
+            .unwrap_err();
+        assert!(refused.to_string().contains("power of two"), "{refused}");
+    }
 }
 
 #[test]
@@ -254,7 +402,7 @@ fn rom_has_no_log_and_can_go_while_there_is_one() {
     tx.map(SpaceKind::Memory, 0x20_0000, rom, 0).unwrap();
     tx.commit().unwrap();
     let slots = lab.vm.memslots();
-    slots.log_dirty(true).unwrap();
+    slots.track_dirty(true).unwrap();
     slots.harvest().unwrap();
     let mut tx = lab.topology.begin();
     tx.unplace(rom).unwrap();
