@@ -4,14 +4,15 @@
 //! and the arrival of the ones in its place would see a hole which the map does not have. So
 //! while such a batch runs, the gate is closed: every vCPU is kicked out and none gets in.
 //!
-//! On the normal path a vCPU pays one store and one load to enter and a store and a load to
-//! leave. Each says so *before* it looks at the other's flag, in one total order, so that either
-//! the vCPU sees the closed gate or the closer sees the vCPU inside.
+//! On the normal path a vCPU pays a store, a fence and a load to enter, and the same to leave. Each
+//! side says what it does *before* it looks at the other's flag, with a fence in between, so that
+//! either the vCPU sees the closed gate or the closer sees the vCPU inside. `gate::model` checks
+//! all orders.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
-use parking_lot::{Condvar, Mutex, MutexGuard};
+use memory::sync::atomic::{AtomicBool, Ordering, fence};
+use memory::sync::{Condvar, Mutex, MutexGuard};
 
 use crate::kick::Kicker;
 
@@ -51,21 +52,25 @@ impl Gate {
     /// Waits for the gate to be open and goes in.
     pub(crate) fn enter(&self, seat: &Seat) {
         loop {
-            seat.inside.store(true, Ordering::SeqCst);
-            if !self.closed.load(Ordering::SeqCst) {
+            seat.inside.store(true, Ordering::Relaxed);
+            fence(Ordering::SeqCst);
+            // What the closer did before it opened the gate is seen inside.
+            if !self.closed.load(Ordering::Acquire) {
                 return;
             }
             self.leave(seat);
             let mut seats = self.seats.lock();
-            while self.closed.load(Ordering::SeqCst) {
+            while self.closed.load(Ordering::Acquire) {
                 self.changed.wait(&mut seats);
             }
         }
     }
 
     pub(crate) fn leave(&self, seat: &Seat) {
-        seat.inside.store(false, Ordering::SeqCst);
-        if self.closed.load(Ordering::SeqCst) {
+        // What was done inside is seen by whoever finds nobody there.
+        seat.inside.store(false, Ordering::Release);
+        fence(Ordering::SeqCst);
+        if self.closed.load(Ordering::Relaxed) {
             let _seats = self.seats.lock();
             self.changed.notify_all();
         }
@@ -75,15 +80,16 @@ impl Gate {
     /// called by a vCPU's thread, which is not in the guest when it calls anything.
     pub fn close(&self) -> Closed<'_> {
         let closer = self.closer.lock();
-        self.closed.store(true, Ordering::SeqCst);
+        self.closed.store(true, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
         let mut seats = self.seats.lock();
         for seat in seats
             .iter()
-            .filter(|seat| seat.inside.load(Ordering::SeqCst))
+            .filter(|seat| seat.inside.load(Ordering::Acquire))
         {
             seat.kicker.kick();
         }
-        while seats.iter().any(|seat| seat.inside.load(Ordering::SeqCst)) {
+        while seats.iter().any(|seat| seat.inside.load(Ordering::Acquire)) {
             self.changed.wait(&mut seats);
         }
         Closed {
@@ -102,12 +108,73 @@ pub struct Closed<'a> {
 impl Drop for Closed<'_> {
     fn drop(&mut self) {
         let _seats = self.gate.seats.lock();
-        self.gate.closed.store(false, Ordering::SeqCst);
+        self.gate.closed.store(false, Ordering::Release);
         self.gate.changed.notify_all();
     }
 }
 
-#[cfg(test)]
+/// `RUSTFLAGS="--cfg loom" cargo test -p hypervisor --lib model`
+#[cfg(all(test, loom))]
+mod model {
+    use loom::cell::UnsafeCell;
+
+    use super::*;
+
+    /// What vCPUs use inside, and the closer changes: loom tells when both do so at once.
+    struct Slots(UnsafeCell<u32>);
+
+    // SAFETY: that it is shared rightly is what the model checks.
+    #[expect(unsafe_code, reason = "the model's own cell")]
+    unsafe impl Sync for Slots {}
+
+    #[test]
+    fn a_vcpu_inside_and_a_batch_exclude_each_other() {
+        loom::model(|| {
+            let gate = Arc::new(Gate::default());
+            let slots = Arc::new(Slots(UnsafeCell::new(0)));
+            let seat = gate.seat(Kicker::default());
+            let vcpu = {
+                let (gate, slots) = (Arc::clone(&gate), Arc::clone(&slots));
+                loom::thread::spawn(move || {
+                    for _ in 0..2 {
+                        gate.enter(&seat);
+                        slots.0.with(|_| {});
+                        gate.leave(&seat);
+                    }
+                })
+            };
+            let closed = gate.close();
+            slots.0.with_mut(|_| {});
+            drop(closed);
+            vcpu.join().unwrap();
+        });
+    }
+
+    #[test]
+    fn two_batches_come_one_after_the_other() {
+        loom::model(|| {
+            let gate = Arc::new(Gate::default());
+            let slots = Arc::new(Slots(UnsafeCell::new(0)));
+            let seat = gate.seat(Kicker::default());
+            let other = {
+                let (gate, slots) = (Arc::clone(&gate), Arc::clone(&slots));
+                loom::thread::spawn(move || {
+                    let _closed = gate.close();
+                    slots.0.with_mut(|_| {});
+                })
+            };
+            gate.enter(&seat);
+            slots.0.with(|_| {});
+            gate.leave(&seat);
+            let closed = gate.close();
+            slots.0.with_mut(|_| {});
+            drop(closed);
+            other.join().unwrap();
+        });
+    }
+}
+
+#[cfg(all(test, not(loom)))]
 mod tests {
     use std::sync::atomic::AtomicUsize;
     use std::thread;

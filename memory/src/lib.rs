@@ -38,7 +38,8 @@ mod range;
 mod region;
 mod render;
 mod space;
-mod sync;
+#[doc(hidden)]
+pub mod sync;
 mod topology;
 mod transaction;
 mod window;
@@ -53,7 +54,7 @@ pub use listener::{ListenerHandle, MemoryListener};
 pub use ram::{RamBlock, RamConfig, RamError};
 pub use range::AddrRange;
 pub use region::{DeviceOps, IoEventFd, RamSlice, RegionId};
-pub use space::{Access, AddressSpace, SpaceKind};
+pub use space::{Access, AddressSpace, CachedView, SpaceKind};
 pub use topology::{Stats, Topology};
 pub use transaction::{Label, Transaction};
 pub use window::{RingWindow, WindowError};

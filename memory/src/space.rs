@@ -86,6 +86,35 @@ impl AddressSpace {
     }
 }
 
+/// A reader that keeps the view it read last, for a thread that reads all the time: a lookup costs
+/// one load more than in a map that never changes.
+///
+/// Between two reads it keeps mapped what that view shows: memory that was taken from the guest
+/// goes with the next read.
+#[derive(Clone, Debug)]
+pub struct CachedView {
+    space: AddressSpace,
+    view: Arc<FlatView>,
+}
+
+impl CachedView {
+    /// A reader of `space`.
+    #[must_use]
+    pub fn new(space: AddressSpace) -> Self {
+        let view = space.memory();
+        Self { space, view }
+    }
+
+    /// The view in force.
+    #[inline]
+    pub fn view(&mut self) -> &Arc<FlatView> {
+        if self.view.generation() != self.space.generation() {
+            self.view = self.space.memory();
+        }
+        &self.view
+    }
+}
+
 impl fmt::Debug for AddressSpace {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "AddressSpace(generation {})", self.generation())

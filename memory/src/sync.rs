@@ -1,31 +1,34 @@
-//! The locks of the listener gate, or the model checker's stand-ins for them (`--cfg loom`).
+//! The locks and atomics of what is model-checked, here and in `hypervisor`, or the model checker's
+//! stand-ins for them (`--cfg loom`).
+#![allow(missing_docs, reason = "the names are the standard ones")]
 
 #[cfg(not(loom))]
-pub(crate) use parking_lot::{Condvar, Mutex};
+pub use parking_lot::{Condvar, Mutex, MutexGuard};
 #[cfg(not(loom))]
-pub(crate) use std::thread;
+pub use std::{sync::atomic, thread};
 
 #[cfg(loom)]
-pub(crate) use self::model::{Condvar, Mutex};
+pub use self::model::{Condvar, Guard as MutexGuard, Mutex};
 #[cfg(loom)]
-pub(crate) use loom::thread;
+pub use loom::{sync::atomic, thread};
 
 #[cfg(loom)]
 #[expect(clippy::unwrap_used, reason = "a lock of a model is never poisoned")]
 mod model {
-    pub(crate) struct Mutex<T>(loom::sync::Mutex<T>);
+    #[derive(Debug)]
+    pub struct Mutex<T>(loom::sync::Mutex<T>);
 
     impl<T> Mutex<T> {
-        pub(crate) fn new(value: T) -> Self {
+        pub fn new(value: T) -> Self {
             Self(loom::sync::Mutex::new(value))
         }
 
-        pub(crate) fn lock(&self) -> Guard<'_, T> {
+        pub fn lock(&self) -> Guard<'_, T> {
             Guard(Some(self.0.lock().unwrap()))
         }
     }
 
-    pub(crate) struct Guard<'a, T>(Option<loom::sync::MutexGuard<'a, T>>);
+    pub struct Guard<'a, T>(Option<loom::sync::MutexGuard<'a, T>>);
 
     impl<T> std::ops::Deref for Guard<'_, T> {
         type Target = T;
@@ -40,19 +43,32 @@ mod model {
         }
     }
 
-    pub(crate) struct Condvar(loom::sync::Condvar);
+    #[derive(Debug)]
+    pub struct Condvar(loom::sync::Condvar);
+
+    impl<T: Default> Default for Mutex<T> {
+        fn default() -> Self {
+            Self::new(T::default())
+        }
+    }
+
+    impl Default for Condvar {
+        fn default() -> Self {
+            Self::new()
+        }
+    }
 
     impl Condvar {
-        pub(crate) fn new() -> Self {
+        pub fn new() -> Self {
             Self(loom::sync::Condvar::new())
         }
 
-        pub(crate) fn wait<T>(&self, guard: &mut Guard<'_, T>) {
+        pub fn wait<T>(&self, guard: &mut Guard<'_, T>) {
             let held = guard.0.take().unwrap();
             guard.0 = Some(self.0.wait(held).unwrap());
         }
 
-        pub(crate) fn notify_all(&self) {
+        pub fn notify_all(&self) {
             self.0.notify_all();
         }
     }

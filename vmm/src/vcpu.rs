@@ -6,7 +6,7 @@ use std::thread::{Builder, JoinHandle};
 use std::time::Instant;
 
 use hypervisor::{Exit, ExitHandler, Kicker, Vcpu};
-use memory::{AddressSpace, SpaceKind, Topology};
+use memory::{CachedView, SpaceKind, Topology};
 use rustix::thread::{CpuSet, sched_setaffinity};
 
 use crate::driver::{Happening, Reporter};
@@ -31,8 +31,8 @@ impl VcpuThread {
     ) -> std::io::Result<Self> {
         let (kicker, nmi) = (vcpu.kicker(), Arc::new(AtomicBool::new(false)));
         let bus = Bus {
-            memory: topology.space(SpaceKind::Memory),
-            io: topology.space(SpaceKind::PortIo),
+            memory: CachedView::new(topology.space(SpaceKind::Memory)),
+            io: CachedView::new(topology.space(SpaceKind::PortIo)),
         };
         let (control, nmi_wanted) = (Arc::clone(control), Arc::clone(&nmi));
         let thread = Builder::new()
@@ -124,8 +124,8 @@ fn run_until_wanted(
 
 /// Answers a vCPU's accesses with the map in force.
 struct Bus {
-    memory: AddressSpace,
-    io: AddressSpace,
+    memory: CachedView,
+    io: CachedView,
 }
 
 impl ExitHandler for Bus {
