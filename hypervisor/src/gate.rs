@@ -29,13 +29,14 @@ pub struct Gate {
 
 /// One vCPU's place at the gate.
 #[derive(Debug)]
-pub(crate) struct Seat {
+pub struct Seat {
     inside: AtomicBool,
     kicker: Kicker,
 }
 
 impl Gate {
-    pub(crate) fn seat(&self, kicker: Kicker) -> Arc<Seat> {
+    /// A place for a vCPU that `kicker` gets out of the guest.
+    pub fn seat(&self, kicker: Kicker) -> Arc<Seat> {
         let seat = Arc::new(Seat {
             inside: AtomicBool::new(false),
             kicker,
@@ -45,12 +46,12 @@ impl Gate {
     }
 
     /// Ends a vCPU's place.
-    pub(crate) fn forget(&self, seat: &Arc<Seat>) {
+    pub fn forget(&self, seat: &Arc<Seat>) {
         self.seats.lock().retain(|other| !Arc::ptr_eq(other, seat));
     }
 
     /// Waits for the gate to be open and goes in.
-    pub(crate) fn enter(&self, seat: &Seat) {
+    pub fn enter(&self, seat: &Seat) {
         loop {
             seat.inside.store(true, Ordering::Relaxed);
             fence(Ordering::SeqCst);
@@ -66,7 +67,8 @@ impl Gate {
         }
     }
 
-    pub(crate) fn leave(&self, seat: &Seat) {
+    /// Goes out, and tells a closer that waits.
+    pub fn leave(&self, seat: &Seat) {
         // What was done inside is seen by whoever finds nobody there.
         seat.inside.store(false, Ordering::Release);
         fence(Ordering::SeqCst);

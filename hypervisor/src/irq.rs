@@ -107,6 +107,22 @@ impl IrqRoutes {
         })
     }
 
+    /// Gives vectors of several devices messages (address and data), or takes them away, in one
+    /// call to KVM.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn batch<'a>(
+        &self,
+        changes: impl IntoIterator<Item = (&'a MsiVectors, (u16, Option<(u64, u32)>))>,
+    ) -> Result<(), KvmError> {
+        let changes: Vec<_> = changes
+            .into_iter()
+            .filter_map(|(device, (vector, message))| device.change(vector, message))
+            .collect();
+        self.set(&changes)
+    }
+
     /// How often KVM was given the routes.
     #[must_use]
     pub fn calls(&self) -> u64 {
@@ -208,15 +224,14 @@ impl MsiVectors {
         &self,
         changes: impl IntoIterator<Item = (u16, Option<(u64, u32)>)>,
     ) -> Result<(), KvmError> {
-        let changes: Vec<_> = changes
-            .into_iter()
-            .filter_map(|(vector, message)| {
-                let (gsi, _) = self.vectors.get(usize::from(vector))?;
-                let route = message.map(|(address, data)| Route::Msi { address, data });
-                Some((*gsi, route))
-            })
-            .collect();
-        self.routes.set(&changes)
+        self.routes
+            .batch(changes.into_iter().map(|change| (self, change)))
+    }
+
+    fn change(&self, vector: u16, message: Option<(u64, u32)>) -> Option<(u32, Option<Route>)> {
+        let (gsi, _) = self.vectors.get(usize::from(vector))?;
+        let route = message.map(|(address, data)| Route::Msi { address, data });
+        Some((*gsi, route))
     }
 
     /// Interrupts the guest.

@@ -39,7 +39,7 @@ mod vm;
 
 pub use dirty::DirtyBackend;
 pub use exit::{Exit, ExitHandler, RunFailure};
-pub use gate::Gate;
+pub use gate::{Closed, Gate, Seat};
 pub use ioevent::IoEventFds;
 pub use irq::{IrqRoutes, MsiVectors, Route};
 pub use kick::Kicker;

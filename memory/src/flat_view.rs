@@ -120,7 +120,9 @@ pub struct FlatView {
     firsts: Box<[u64]>,
     ranges: Box<[FlatRange]>,
     ioeventfds: Box<[FlatIoEventFd]>,
+    /// First and last addresses of `ram`, apart from it as `firsts` are.
     ram_firsts: Box<[u64]>,
+    ram_lasts: Box<[u64]>,
     ram: Box<[RamRange]>,
 }
 
@@ -142,6 +144,7 @@ impl FlatView {
             generation,
             firsts: ranges.iter().map(|flat| flat.range.first()).collect(),
             ram_firsts: ram.iter().map(RamRange::first).collect(),
+            ram_lasts: ram.iter().map(RamRange::last).collect(),
             ranges,
             ioeventfds: rendered.ioeventfds.into_boxed_slice(),
             ram,
@@ -149,6 +152,7 @@ impl FlatView {
     }
 
     /// Counts the commits that changed this address space.
+    #[inline]
     #[must_use]
     pub fn generation(&self) -> u64 {
         self.generation
@@ -181,9 +185,13 @@ impl FlatView {
         &self.ram
     }
 
+    #[inline]
     pub(crate) fn find_ram(&self, addr: u64) -> Option<&RamRange> {
-        let ram = self.ram.get(last_not_above(&self.ram_firsts, addr)?)?;
-        (addr <= ram.last()).then_some(ram)
+        let index = last_not_above(&self.ram_firsts, addr)?;
+        match self.ram_lasts.get(index) {
+            Some(last) if addr <= *last => self.ram.get(index),
+            _ => None,
+        }
     }
 }
 

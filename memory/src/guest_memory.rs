@@ -200,6 +200,7 @@ impl GuestMemoryBackend for FlatView {
         self.ram().len()
     }
 
+    #[inline]
     fn find_region(&self, addr: GuestAddress) -> Option<&RamRange> {
         self.find_ram(addr.0)
     }

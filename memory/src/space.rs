@@ -72,6 +72,7 @@ impl AddressSpace {
     }
 
     /// The generation of the view in force.
+    #[inline]
     #[must_use]
     pub fn generation(&self) -> u64 {
         self.published.generation.load(Ordering::Acquire)

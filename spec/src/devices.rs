@@ -62,7 +62,7 @@ impl Below<'_> {
             let detail = format!("{count} queues are not between 1 and {most}");
             self.add("num_queues", "out-of-range", detail);
         }
-        if !size.is_power_of_two() || size > limits::QUEUE_SIZE || size < 2 {
+        if !size.is_power_of_two() || !(2..=limits::QUEUE_SIZE).contains(&size) {
             let detail = format!(
                 "{size} entries are no size of a queue: a power of two from 2 to {}",
                 limits::QUEUE_SIZE

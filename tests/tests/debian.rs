@@ -54,6 +54,13 @@ async fn boots_reboots_and_obeys_the_button(vcpus: u32) -> Result<()> {
         "{text}"
     );
 
+    let map = client.vms_memory_map(&vm).await?;
+    if vcpus == 1 {
+        println!("{map}");
+    }
+    let flat = map.to_string();
+    assert!(flat.contains("ram below 4G") && flat.contains("msix-table"), "{flat}");
+
     client.vms_reboot(&vm).await?;
     let text = serial.wait_for(&up, 2, BOOTS).await?;
     assert_eq!(text.matches("Linux version").count(), 2, "{text}");

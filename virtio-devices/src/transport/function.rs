@@ -9,7 +9,7 @@ use ::state::{LoadError, LoadScope, SaveError, Scope};
 use parking_lot::Mutex;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::common::{self, CommonConfig, Effect};
+use super::negotiation::{self, CommonConfig, Effect};
 use super::{Transport, TransportEvent, saved};
 use crate::device::{DeviceError, DeviceId, VirtioDevice};
 use crate::limits::MAX_QUEUES;
@@ -218,7 +218,7 @@ impl Function {
 
     fn read_common(&self, at: usize, data: &mut [u8]) {
         let needs_reset = if self.transport.is_broken() {
-            common::NEEDS_RESET
+            negotiation::NEEDS_RESET
         } else {
             0
         };

@@ -1,7 +1,7 @@
 //! Between a driver and its device: negotiation, status, interrupts.
 
-mod common;
 mod function;
+mod negotiation;
 mod pci;
 mod saved;
 

@@ -19,10 +19,10 @@ use devices::pci::{
     BarError, BarMap, BarRequest, ConfigSpace, Endpoint, EndpointBuilder, Identity, MsiTarget, Msix,
 };
 
-use super::common;
 use super::function::{
     CommonRegisters, DOORBELL_STRIDE, DeviceRegisters, Doorbells, Function, IsrRegister,
 };
+use super::negotiation;
 use super::{Interrupts, Transport, TransportEvent};
 use crate::device::{DeviceError, DeviceId, VirtioDevice};
 use crate::limits::MAX_QUEUES;
@@ -337,7 +337,7 @@ fn identity(id: DeviceId) -> Identity {
 fn capabilities(builder: &mut EndpointBuilder) -> Option<usize> {
     let at = |offset: u64, len: u64| (offset as u32, len as u32);
     let structures = [
-        (CFG_COMMON, at(COMMON, common::LEN as u64), None),
+        (CFG_COMMON, at(COMMON, negotiation::LEN as u64), None),
         (
             CFG_NOTIFY,
             at(NOTIFY, NOTIFY_LEN),
@@ -378,7 +378,7 @@ fn structures(function: &Arc<Function>, msix: &Arc<Msix>) -> Vec<Structure> {
     let table = u64::from(msix.count()) * 16;
     let pending = u64::from(msix.count()).div_ceil(64) * 8;
     let of = || Arc::clone(function);
-    let common = common::LEN as u64;
+    let common = negotiation::LEN as u64;
     [
         part("common", COMMON, common, Arc::new(CommonRegisters(of()))),
         part("isr", ISR, 4, Arc::new(IsrRegister(of()))),
