@@ -29,6 +29,7 @@
 pub mod block;
 mod device;
 pub mod limits;
+pub mod net;
 mod queue;
 pub mod rate_limiter;
 pub mod rng;

@@ -1,0 +1,124 @@
+//! The queue for control (virtio 1.3, 5.1.6.5).
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use devices::event_loop::Interest;
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK, VIRTIO_NET_CTRL_GUEST_OFFLOADS,
+    VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET, VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET,
+    VIRTIO_NET_ERR, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
+    VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_OK,
+};
+
+use super::Shared;
+use crate::queue::{Chain, Queue, QueueError, QueueState};
+use crate::worker::{QueueTask, TaskEvent, TaskFlow, TaskSources};
+
+const BUDGET: usize = 16;
+
+/// `TUN_F_*`: what the reader of a tap understands.
+const TUN_F_CSUM: u32 = 0x01;
+const TUN_F_TSO4: u32 = 0x02;
+const TUN_F_TSO6: u32 = 0x04;
+const TUN_F_TSO_ECN: u32 = 0x08;
+pub(super) const ALL_OFFLOADS: u32 = TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN;
+
+/// What a guest that has these features takes.
+pub(super) fn offloads(features: u64) -> u32 {
+    let pairs = [
+        (VIRTIO_NET_F_GUEST_CSUM, TUN_F_CSUM),
+        (VIRTIO_NET_F_GUEST_TSO4, TUN_F_TSO4),
+        (VIRTIO_NET_F_GUEST_TSO6, TUN_F_TSO6),
+        (VIRTIO_NET_F_GUEST_ECN, TUN_F_TSO_ECN),
+    ];
+    let has = |bit: u32| features & 1 << bit != 0;
+    let wanted = pairs.into_iter().filter(|(bit, _)| has(*bit));
+    let flags = wanted.fold(0, |all, (_, flag)| all | flag);
+    // The host refuses segments to one who does not take frames without checksums.
+    if flags & TUN_F_CSUM == 0 { 0 } else { flags }
+}
+
+/// Serves the queue for control.
+pub(super) struct Control {
+    queue: Queue,
+    shared: Arc<Shared>,
+}
+
+impl Control {
+    pub(super) fn new(queue: Queue, shared: &Arc<Shared>) -> Self {
+        Self {
+            queue,
+            shared: Arc::clone(shared),
+        }
+    }
+
+    pub(super) fn state(&self) -> QueueState {
+        self.queue.state()
+    }
+
+    fn obey(&self, chain: &Chain) -> Result<bool, QueueError> {
+        let mut head = [0; 2];
+        chain.read(0, &mut head)?;
+        let [class, command] = head.map(u32::from);
+        Ok(match (class, command) {
+            (VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK) => {
+                self.shared.announce.store(false, Ordering::Release);
+                true
+            }
+            (VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET) => {
+                let mut pairs = [0; 2];
+                chain.read(2, &mut pairs)?;
+                let pairs = u16::from_le_bytes(pairs);
+                let there = pairs > 0 && usize::from(pairs) <= self.shared.taps.len();
+                if there {
+                    self.shared.set_pairs(pairs);
+                }
+                there
+            }
+            (VIRTIO_NET_CTRL_GUEST_OFFLOADS, VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET) => {
+                let mut wanted = [0; 8];
+                chain.read(2, &mut wanted)?;
+                let wanted = u64::from_le_bytes(wanted);
+                let driver = self.shared.driver.lock();
+                let negotiated = driver
+                    .as_ref()
+                    .is_some_and(|(_, features)| wanted & !features == 0);
+                drop(driver);
+                negotiated && self.shared.set_offloads(offloads(wanted))
+            }
+            _ => false,
+        })
+    }
+}
+
+impl QueueTask for Control {
+    fn watch(&mut self, sources: &mut TaskSources<'_, '_>) -> io::Result<()> {
+        sources.watch(Arc::clone(self.queue.kick()), 0, Interest::Read)
+    }
+
+    fn call(&mut self, _: TaskEvent, _: &mut TaskSources<'_, '_>) -> Result<TaskFlow, QueueError> {
+        let _ = self.queue.kick().read();
+        for _ in 0..BUDGET {
+            let Some(chain) = self.queue.pop()? else {
+                self.queue.notify()?;
+                return Ok(match self.queue.enable_kicks()? {
+                    true => TaskFlow::Again,
+                    false => TaskFlow::Wait,
+                });
+            };
+            let answer = match self.obey(&chain)? {
+                true => VIRTIO_NET_OK,
+                false => VIRTIO_NET_ERR,
+            };
+            // The answer is the last byte.
+            let room = chain.writable_len();
+            chain.write(room.saturating_sub(1), &[answer as u8])?;
+            self.queue
+                .push(chain.head(), u32::try_from(room).unwrap_or(u32::MAX))?;
+        }
+        self.queue.notify()?;
+        Ok(TaskFlow::Again)
+    }
+}

@@ -1,0 +1,418 @@
+//! Network device (virtio 1.3, 5.1), on a tap of the host.
+//!
+//! Each pair of queues has a queue of the tap: frames to the guest are copied once, to where the
+//! driver has room; frames from the guest are sent from where they are.
+
+mod control;
+mod saved;
+mod tap;
+mod transfer;
+
+use std::fmt;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+use state::{LoadError, LoadScope, SaveError, Scope};
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_CTRL_VQ,
+    VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN,
+    VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_HOST_ECN,
+    VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ,
+    VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_ANNOUNCE,
+    VIRTIO_NET_S_LINK_UP,
+};
+
+use self::control::Control;
+use self::tap::{HEADER_LEN, Tap};
+pub use self::tap::{TapAddress, TapError};
+use self::transfer::{Receive, Send};
+use crate::device::{DeviceError, DeviceId, VirtioDevice};
+use crate::queue::{Queue, QueueState};
+use crate::rate_limiter::RateLimits;
+use crate::transport::Transport;
+use crate::worker::{Running, Workers};
+
+/// Pairs of queues; with the queue for control they are the queues that a device can have.
+pub const MAX_PAIRS: u16 = 15;
+const CONTROL_SIZE: u16 = 64;
+/// Bytes of device configuration space.
+const CONFIG_LEN: usize = 12;
+
+/// The tap of a network interface.
+#[derive(Debug)]
+pub enum TapSource {
+    /// One of this name, made if there is none.
+    Name(String),
+    /// Queues of one that somebody else opened, one a pair.
+    Descriptors(Vec<OwnedFd>),
+}
+
+/// A network interface, as it is wanted.
+#[derive(Debug)]
+pub struct NetConfig {
+    /// The host's side.
+    pub tap: TapSource,
+    /// What the host's side is set to.
+    pub address: TapAddress,
+    /// The guest's hardware address.
+    pub mac: [u8; 6],
+    /// The largest packet that the guest should send.
+    pub mtu: Option<u16>,
+    /// Pairs of queues, 1 to 15.
+    pub pairs: u16,
+    /// Entries of each queue, a power of two.
+    pub queue_size: u16,
+    /// The guest may leave checksums to the host, and takes frames without them.
+    pub offload_csum: bool,
+    /// The guest may leave the cutting of segments to the host, and takes uncut ones.
+    pub offload_tso: bool,
+    /// Limits of each queue.
+    pub limits: RateLimits,
+}
+
+#[derive(Default)]
+struct Counters {
+    rx_bytes: AtomicU64,
+    rx_frames: AtomicU64,
+    rx_drops: AtomicU64,
+    tx_bytes: AtomicU64,
+    tx_frames: AtomicU64,
+    tx_drops: AtomicU64,
+}
+
+/// What the queues of an interface share.
+struct Shared {
+    taps: Vec<Arc<Tap>>,
+    mac: Mutex<[u8; 6]>,
+    /// Pairs that the driver uses.
+    pairs: AtomicU16,
+    offloads: AtomicU32,
+    announce: AtomicBool,
+    limits: RateLimits,
+    counters: Counters,
+    /// Set while a driver uses the interface, with what was negotiated.
+    driver: Mutex<Option<(Arc<Transport>, u64)>>,
+}
+
+impl Shared {
+    /// Frames come to the queues of the first `pairs` pairs.
+    fn set_pairs(&self, pairs: u16) {
+        self.pairs.store(pairs, Ordering::Release);
+        for (index, tap) in (0_u16..).zip(&self.taps) {
+            if let Err(error) = tap.attach(index < pairs) {
+                tracing::warn!(%error, tap = tap.name(), "a queue of a tap cannot be switched");
+            }
+        }
+    }
+
+    fn set_offloads(&self, flags: u32) -> bool {
+        let set = |tap: &Arc<Tap>| match tap.set_offloads(flags) {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::warn!(%error, "a tap keeps its offloads");
+                false
+            }
+        };
+        self.offloads.store(flags, Ordering::Release);
+        self.taps.iter().all(set)
+    }
+}
+
+enum Task {
+    Receive(Running<Receive>),
+    Send(Running<Send>),
+    Control(Running<Control>),
+}
+
+/// A network interface.
+pub struct Net {
+    shared: Arc<Shared>,
+    first_mac: [u8; 6],
+    mtu: Option<u16>,
+    queue_size: u16,
+    offload_csum: bool,
+    offload_tso: bool,
+    workers: Workers,
+    tasks: Vec<Option<Task>>,
+}
+
+impl Net {
+    /// Opens the tap and brings it up.
+    ///
+    /// # Errors
+    /// When the tap cannot be used.
+    pub fn new(config: NetConfig, workers: Workers) -> Result<(Self, NetHandle), TapError> {
+        let taps = match config.tap {
+            TapSource::Name(name) => Tap::open(&name, config.pairs.clamp(1, MAX_PAIRS))?,
+            TapSource::Descriptors(descriptors) => Tap::adopt(descriptors)?,
+        };
+        if let Some(first) = taps.first() {
+            first.set_up(&config.address)?;
+        }
+        let queues = taps.len() * 2 + 1;
+        let shared = Arc::new(Shared {
+            taps: taps.into_iter().map(Arc::new).collect(),
+            mac: Mutex::new(config.mac),
+            pairs: AtomicU16::new(1),
+            offloads: AtomicU32::new(0),
+            announce: AtomicBool::new(false),
+            limits: config.limits,
+            counters: Counters::default(),
+            driver: Mutex::new(None),
+        });
+        shared.set_pairs(1);
+        let device = Self {
+            shared: Arc::clone(&shared),
+            first_mac: config.mac,
+            mtu: config.mtu,
+            queue_size: config.queue_size,
+            offload_csum: config.offload_csum,
+            offload_tso: config.offload_tso,
+            workers,
+            tasks: (0..queues).map(|_| None).collect(),
+        };
+        Ok((device, NetHandle { shared }))
+    }
+
+    fn config_space(&self) -> [u8; CONFIG_LEN] {
+        let mut space = [0; CONFIG_LEN];
+        let announce = self.shared.announce.load(Ordering::Acquire);
+        let status = VIRTIO_NET_S_LINK_UP | if announce { VIRTIO_NET_S_ANNOUNCE } else { 0 };
+        let pairs = u16::try_from(self.shared.taps.len()).unwrap_or(1);
+        space[..6].copy_from_slice(&*self.shared.mac.lock());
+        space[6..8].copy_from_slice(&(status as u16).to_le_bytes());
+        space[8..10].copy_from_slice(&pairs.to_le_bytes());
+        space[10..].copy_from_slice(&self.mtu.unwrap_or(0).to_le_bytes());
+        space
+    }
+}
+
+impl VirtioDevice for Net {
+    fn id(&self) -> DeviceId {
+        DeviceId::NET
+    }
+
+    fn features(&self) -> u64 {
+        let mut bits = vec![
+            VIRTIO_NET_F_MAC,
+            VIRTIO_NET_F_MRG_RXBUF,
+            VIRTIO_NET_F_STATUS,
+            VIRTIO_NET_F_CTRL_VQ,
+            VIRTIO_NET_F_GUEST_ANNOUNCE,
+        ];
+        if self.offload_csum {
+            bits.extend([
+                VIRTIO_NET_F_CSUM,
+                VIRTIO_NET_F_GUEST_CSUM,
+                VIRTIO_NET_F_CTRL_GUEST_OFFLOADS,
+            ]);
+        }
+        // 5.1.3.1: without checksums there is no segmentation.
+        if self.offload_csum && self.offload_tso {
+            bits.extend([
+                VIRTIO_NET_F_HOST_TSO4,
+                VIRTIO_NET_F_HOST_TSO6,
+                VIRTIO_NET_F_HOST_ECN,
+                VIRTIO_NET_F_GUEST_TSO4,
+                VIRTIO_NET_F_GUEST_TSO6,
+                VIRTIO_NET_F_GUEST_ECN,
+            ]);
+        }
+        if self.mtu.is_some() {
+            bits.push(VIRTIO_NET_F_MTU);
+        }
+        if self.shared.taps.len() > 1 {
+            bits.push(VIRTIO_NET_F_MQ);
+        }
+        bits.into_iter().fold(0, |all, bit| all | 1 << bit)
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        let mut sizes = vec![self.queue_size; self.shared.taps.len() * 2];
+        sizes.push(CONTROL_SIZE);
+        sizes
+    }
+
+    fn read_config(&self, offset: usize, data: &mut [u8]) {
+        let space = self.config_space();
+        for (byte, at) in data.iter_mut().zip(offset..) {
+            *byte = space.get(at).copied().unwrap_or(0);
+        }
+    }
+
+    fn activate(&mut self, features: u64, transport: &Arc<Transport>) -> Result<(), DeviceError> {
+        let was = self
+            .shared
+            .driver
+            .lock()
+            .replace((Arc::clone(transport), features));
+        if was.is_none() && self.shared.offloads.load(Ordering::Acquire) == 0 {
+            self.shared.set_offloads(control::offloads(features));
+        }
+        Ok(())
+    }
+
+    fn start_queue(&mut self, queue: Queue) -> Result<(), DeviceError> {
+        let index = queue.index();
+        let Some((transport, features)) = self.shared.driver.lock().clone() else {
+            return Err(DeviceError::NoSuchQueue(index));
+        };
+        let mergeable = features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0;
+        let host = DeviceError::host;
+        let (workers, shared) = (&self.workers, &self.shared);
+        let tap = shared.taps.get(usize::from(index / 2)).map(Arc::clone);
+        // Without several pairs in use the queue for control is the third (5.1.2).
+        let one_pair = features & 1 << VIRTIO_NET_F_MQ == 0;
+        let is_control = usize::from(index) == shared.taps.len() * 2 || one_pair && index == 2;
+        let task = match (tap, index % 2) {
+            _ if is_control => {
+                let task = Control::new(queue, shared);
+                Task::Control(Running::start(workers, &transport, task))
+            }
+            (Some(tap), 0) => {
+                let task = Receive::new(queue, tap, shared, mergeable);
+                let task = task.map_err(host("prepare an interface's queue"))?;
+                Task::Receive(Running::start(workers, &transport, task))
+            }
+            (Some(tap), _) => {
+                let task = Send::new(queue, tap, shared);
+                let task = task.map_err(host("prepare an interface's queue"))?;
+                Task::Send(Running::start(workers, &transport, task))
+            }
+            (None, _) => return Err(DeviceError::NoSuchQueue(index)),
+        };
+        match self.tasks.get_mut(usize::from(index)) {
+            Some(slot) => *slot = Some(task),
+            None => return Err(DeviceError::NoSuchQueue(index)),
+        }
+        Ok(())
+    }
+
+    fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
+        match self.tasks.get_mut(usize::from(index))?.take()? {
+            Task::Receive(running) => Some(running.stop()?.state()),
+            Task::Send(running) => Some(running.stop()?.state()),
+            Task::Control(running) => Some(running.stop()?.state()),
+        }
+    }
+
+    fn queue_state(&self, index: u16) -> Option<QueueState> {
+        match self.tasks.get(usize::from(index))?.as_ref()? {
+            Task::Receive(running) => running.with(|task| task.state()),
+            Task::Send(running) => running.with(|task| task.state()),
+            Task::Control(running) => running.with(|task| task.state()),
+        }
+    }
+
+    fn reset(&mut self) {
+        *self.shared.driver.lock() = None;
+        *self.shared.mac.lock() = self.first_mac;
+        self.shared.announce.store(false, Ordering::Release);
+        self.shared.set_pairs(1);
+        self.shared.set_offloads(0);
+    }
+
+    fn save(&self, to: &mut Scope<'_>) -> Result<(), SaveError> {
+        to.put(&saved::V1 {
+            mac: *self.shared.mac.lock(),
+            pairs: self.shared.pairs.load(Ordering::Acquire),
+            offloads: self.shared.offloads.load(Ordering::Acquire),
+            announce: self.shared.announce.load(Ordering::Acquire),
+        })
+    }
+
+    fn load(&mut self, from: &mut LoadScope<'_, '_>) -> Result<(), LoadError> {
+        let saved: saved::V1 = from.take()?;
+        let here = self.shared.taps.len();
+        if saved.pairs == 0 || usize::from(saved.pairs) > here {
+            let was = saved.pairs;
+            return Err(from.refuse(format!(
+                "{was} pairs of queues were in use; here are {here}"
+            )));
+        }
+        if saved.offloads & !control::ALL_OFFLOADS != 0 {
+            return Err(from.refuse(format!("there are no offloads {:#x}", saved.offloads)));
+        }
+        *self.shared.mac.lock() = saved.mac;
+        self.shared
+            .announce
+            .store(saved.announce, Ordering::Release);
+        self.shared.set_pairs(saved.pairs);
+        if !self.shared.set_offloads(saved.offloads) {
+            return Err(from.refuse("the tap cannot do what the guest's driver relies on"));
+        }
+        Ok(())
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let counters = &self.shared.counters;
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        vec![
+            ("rx_bytes", get(&counters.rx_bytes)),
+            ("rx_frames", get(&counters.rx_frames)),
+            ("rx_drops", get(&counters.rx_drops)),
+            ("tx_bytes", get(&counters.tx_bytes)),
+            ("tx_frames", get(&counters.tx_frames)),
+            ("tx_drops", get(&counters.tx_drops)),
+        ]
+    }
+}
+
+/// A network interface, seen by the owner of the machine.
+#[derive(Clone)]
+pub struct NetHandle {
+    shared: Arc<Shared>,
+}
+
+impl NetHandle {
+    /// The name of the tap.
+    #[must_use]
+    pub fn tap(&self) -> Option<&str> {
+        self.shared.taps.first().map(|tap| tap.name())
+    }
+
+    /// Tells the network where the guest is now, as after a migration: by a frame of ours (RARP,
+    /// RFC 903), and by asking the driver to announce its addresses, if it can.
+    pub fn announce(&self) {
+        let mac = *self.shared.mac.lock();
+        if let Some(tap) = self.shared.taps.first()
+            && let Err(error) = tap.write_bytes(&rarp(mac))
+        {
+            tracing::warn!(%error, "a guest cannot be announced");
+        }
+        if let Some((transport, features)) = &*self.shared.driver.lock()
+            && features & 1 << VIRTIO_NET_F_GUEST_ANNOUNCE != 0
+        {
+            self.shared.announce.store(true, Ordering::Release);
+            transport.config_changed();
+        }
+    }
+}
+
+impl fmt::Debug for NetHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "NetHandle({:?})", self.tap())
+    }
+}
+
+/// A broadcast from the guest that teaches switches its port, behind an empty header.
+fn rarp(mac: [u8; 6]) -> [u8; HEADER_LEN + 60] {
+    let mut frame = [0; HEADER_LEN + 60];
+    let mut at = HEADER_LEN;
+    let mut put = |bytes: &[u8]| {
+        if let Some(field) = frame.get_mut(at..at + bytes.len()) {
+            field.copy_from_slice(bytes);
+        }
+        at += bytes.len();
+    };
+    put(&[0xff; 6]);
+    put(&mac);
+    // RARP; Ethernet, IPv4, their lengths; "request reverse".
+    put(&[0x80, 0x35, 0, 1, 8, 0, 6, 4, 0, 3]);
+    put(&mac);
+    put(&[0; 4]);
+    put(&mac);
+    frame
+}

@@ -1,0 +1,354 @@
+//! Tap interfaces (Linux, Documentation/networking/tuntap.rst), with virtio-net's own header before
+//! each frame.
+
+#![expect(
+    unsafe_code,
+    reason = "ioctls of network interfaces, and the guest's memory"
+)]
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::net::{Ipv4Addr, UdpSocket};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::OpenOptionsExt;
+
+use memory::DirtySlice;
+use vm_memory::VolatileSlice;
+use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
+
+const DEVICE: &str = "/dev/net/tun";
+
+const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
+const TUNGETIFF: libc::c_ulong = 0x8004_54d2;
+const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
+const TUNSETVNETHDRSZ: libc::c_ulong = 0x4004_54d8;
+const TUNSETQUEUE: libc::c_ulong = 0x4004_54d9;
+
+/// Bytes of `virtio_net_hdr` with its `num_buffers` (virtio 1.3, 5.1.6).
+pub(super) const HEADER_LEN: usize = 12;
+
+/// A tap that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum TapError {
+    /// It cannot be opened or made.
+    #[error("the tap `{name}` cannot be used: {}", reason(source))]
+    Open {
+        /// Its name, or what stands for one.
+        name: String,
+        /// The host's answer.
+        source: io::Error,
+    },
+    /// Its name is none.
+    #[error("`{0}` is no name of an interface: 1 to 15 bytes without `/` and spaces")]
+    Name(String),
+    /// It is there and cannot be set up.
+    #[error("the host refused to {attempt} of the tap `{name}`: {source}")]
+    SetUp {
+        /// What was attempted.
+        attempt: &'static str,
+        /// Its name.
+        name: String,
+        /// The host's answer.
+        source: io::Error,
+    },
+}
+
+fn reason(error: &io::Error) -> String {
+    match error.raw_os_error() {
+        Some(libc::EBUSY) => "another program uses it".to_owned(),
+        Some(libc::EPERM) => {
+            format!("{error}: it wants CAP_NET_ADMIN, or a tap that was made for this user")
+        }
+        Some(libc::EINVAL) => {
+            format!("{error}: it is another kind of interface, or has another number of queues")
+        }
+        Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
+            format!("{error}: {DEVICE} is missing; load the module `tun`")
+        }
+        _ => error.to_string(),
+    }
+}
+
+/// How the host's side of a tap is set up; what is absent is left as it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TapAddress {
+    /// Address and netmask.
+    pub ip: Option<(Ipv4Addr, Ipv4Addr)>,
+    /// Hardware address.
+    pub mac: Option<[u8; 6]>,
+    /// Largest packet.
+    pub mtu: Option<u16>,
+}
+
+/// One queue of a tap.
+#[derive(Debug)]
+pub(super) struct Tap {
+    file: File,
+    name: String,
+    multi_queue: bool,
+}
+
+/// `struct ifreq` with the given name.
+fn request(name: &str) -> Result<libc::ifreq, TapError> {
+    let bad = name.is_empty()
+        || name.len() >= libc::IFNAMSIZ
+        || name.contains(|c: char| c == '/' || c.is_ascii_whitespace() || c == '\0');
+    if bad {
+        return Err(TapError::Name(name.to_owned()));
+    }
+    // SAFETY: plain bytes, for which zeros are a value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from.cast_signed();
+    }
+    Ok(request)
+}
+
+fn name_of(request: &libc::ifreq) -> String {
+    let bytes = request.ifr_name.iter().map(|c| c.cast_unsigned());
+    let bytes: Vec<u8> = bytes.take_while(|c| *c != 0).collect();
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+fn last_error(result: i32) -> io::Result<()> {
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+impl Tap {
+    /// So many queues of the interface of this name, which is made if there is none (in the name
+    /// of a new one `%d` is a number of the host's choice), and goes with its last queue then.
+    pub(super) fn open(name: &str, queues: u16) -> Result<Vec<Self>, TapError> {
+        let mut taps: Vec<Self> = Vec::new();
+        let multi_queue = queues > 1;
+        for _ in 0..queues {
+            let name = taps.first().map_or(name, |first| &first.name);
+            let mut request = request(name)?;
+            let mut flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+            if multi_queue {
+                flags |= libc::IFF_MULTI_QUEUE;
+            }
+            request.ifr_ifru.ifru_flags = flags as i16;
+            let failed = |source| TapError::Open {
+                name: name.to_owned(),
+                source,
+            };
+            let mut options = OpenOptions::new();
+            options.read(true).write(true);
+            options.custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC);
+            let file = options.open(DEVICE).map_err(failed)?;
+            // SAFETY: takes and gives an `ifreq`.
+            let made = unsafe { ioctl_with_mut_ref(&file, TUNSETIFF, &mut request) };
+            last_error(made).map_err(failed)?;
+            let tap = Self {
+                file,
+                name: name_of(&request),
+                multi_queue,
+            };
+            tap.set_header()?;
+            taps.push(tap);
+        }
+        Ok(taps)
+    }
+
+    /// Queues that somebody else opened, one a descriptor.
+    pub(super) fn adopt(descriptors: Vec<OwnedFd>) -> Result<Vec<Self>, TapError> {
+        let multi_queue = descriptors.len() > 1;
+        let adopt = |fd: OwnedFd| {
+            let file = File::from(fd);
+            let failed = |source| TapError::Open {
+                name: format!("descriptor {}", file.as_raw_fd()),
+                source,
+            };
+            // SAFETY: plain bytes, for which zeros are a value.
+            let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+            // SAFETY: gives an `ifreq`.
+            let told = unsafe { ioctl_with_mut_ref(&file, TUNGETIFF, &mut request) };
+            last_error(told).map_err(failed)?;
+            let flags = rustix::fs::fcntl_getfl(&file).map_err(|error| failed(error.into()))?;
+            rustix::fs::fcntl_setfl(&file, flags | rustix::fs::OFlags::NONBLOCK)
+                .map_err(|error| failed(error.into()))?;
+            let tap = Self {
+                name: name_of(&request),
+                file,
+                multi_queue,
+            };
+            tap.set_header()?;
+            Ok(tap)
+        };
+        descriptors.into_iter().map(adopt).collect()
+    }
+
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub(super) fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self {
+            file: self.file.try_clone()?,
+            name: self.name.clone(),
+            multi_queue: self.multi_queue,
+        })
+    }
+
+    fn failed(&self, attempt: &'static str) -> impl FnOnce(io::Error) -> TapError {
+        let name = self.name.clone();
+        move |source| TapError::SetUp {
+            attempt,
+            name,
+            source,
+        }
+    }
+
+    fn set_header(&self) -> Result<(), TapError> {
+        let len = HEADER_LEN as i32;
+        // SAFETY: takes a number.
+        let set = unsafe { ioctl_with_ref(&self.file, TUNSETVNETHDRSZ, &len) };
+        last_error(set).map_err(self.failed("set the header's length"))
+    }
+
+    /// Which offloads the one who reads frames understands (`TUN_F_*`).
+    pub(super) fn set_offloads(&self, flags: u32) -> Result<(), TapError> {
+        // SAFETY: takes a number by value.
+        let set = unsafe { ioctl_with_val(&self.file, TUNSETOFFLOAD, flags.into()) };
+        last_error(set).map_err(self.failed("set the offloads"))
+    }
+
+    /// Whether frames come to this queue. An interface of one queue has no choice.
+    pub(super) fn attach(&self, on: bool) -> io::Result<()> {
+        if !self.multi_queue {
+            return Ok(());
+        }
+        // SAFETY: plain bytes, for which zeros are a value.
+        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        let flag = if on {
+            libc::IFF_ATTACH_QUEUE
+        } else {
+            libc::IFF_DETACH_QUEUE
+        };
+        request.ifr_ifru.ifru_flags = flag as i16;
+        // SAFETY: takes an `ifreq`.
+        let set = unsafe { ioctl_with_ref(&self.file, TUNSETQUEUE, &request) };
+        match last_error(set) {
+            // It is so already.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Sets the host's side up, and brings it up.
+    pub(super) fn set_up(&self, address: &TapAddress) -> Result<(), TapError> {
+        // Any socket will do to talk about interfaces.
+        let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0));
+        let socket = socket.map_err(self.failed("open a socket to set up the address"))?;
+        let fd = socket.as_raw_fd();
+        if let Some(mac) = address.mac {
+            let mut request = request(&self.name)?;
+            let mut data = [0; 14];
+            data.iter_mut()
+                .zip(mac)
+                .for_each(|(to, from)| *to = from.cast_signed());
+            request.ifr_ifru.ifru_hwaddr = libc::sockaddr {
+                sa_family: libc::ARPHRD_ETHER,
+                sa_data: data,
+            };
+            self.change(
+                fd,
+                libc::SIOCSIFHWADDR,
+                &request,
+                "set the hardware address",
+            )?;
+        }
+        if let Some(mtu) = address.mtu {
+            let mut request = request(&self.name)?;
+            request.ifr_ifru.ifru_mtu = mtu.into();
+            self.change(fd, libc::SIOCSIFMTU, &request, "set the MTU")?;
+        }
+        if let Some((ip, mask)) = address.ip {
+            for (kind, value, attempt) in [
+                (libc::SIOCSIFADDR, ip, "set the address"),
+                (libc::SIOCSIFNETMASK, mask, "set the netmask"),
+            ] {
+                let mut request = request(&self.name)?;
+                request.ifr_ifru.ifru_addr = socket_address(value);
+                self.change(fd, kind, &request, attempt)?;
+            }
+        }
+        let mut request = request(&self.name)?;
+        // SAFETY: takes and gives an `ifreq`.
+        let told = unsafe { libc::ioctl(fd, libc::SIOCGIFFLAGS, &raw mut request) };
+        last_error(told).map_err(self.failed("read the flags"))?;
+        // SAFETY: this member was just filled in.
+        let flags = unsafe { request.ifr_ifru.ifru_flags };
+        request.ifr_ifru.ifru_flags = flags | (libc::IFF_UP | libc::IFF_RUNNING) as i16;
+        self.change(fd, libc::SIOCSIFFLAGS, &request, "bring up the interface")
+    }
+
+    fn change(
+        &self,
+        socket: RawFd,
+        kind: libc::Ioctl,
+        request: &libc::ifreq,
+        attempt: &'static str,
+    ) -> Result<(), TapError> {
+        // SAFETY: takes an `ifreq`.
+        let done = unsafe { libc::ioctl(socket, kind, std::ptr::from_ref(request)) };
+        last_error(done).map_err(self.failed(attempt))
+    }
+
+    /// The next frame, with its header; `None` when there is none.
+    pub(super) fn read(&self, frame: &mut [u8]) -> io::Result<Option<usize>> {
+        match rustix::io::read(&self.file, frame) {
+            Ok(len) => Ok(Some(len)),
+            Err(rustix::io::Errno::AGAIN) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Sends a frame, with its header, from where it is. False when the host has no room now.
+    pub(super) fn write(&self, frame: &[VolatileSlice<'_, DirtySlice<'_>>]) -> io::Result<bool> {
+        let pieces: Vec<libc::iovec> = frame
+            .iter()
+            .map(|slice| libc::iovec {
+                iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+                iov_len: slice.len(),
+            })
+            .collect();
+        let count = i32::try_from(pieces.len()).unwrap_or(i32::MAX);
+        // SAFETY: the pieces are within guest memory that the caller keeps mapped, and are read.
+        let sent = unsafe { libc::writev(self.file.as_raw_fd(), pieces.as_ptr(), count) };
+        if sent >= 0 {
+            return Ok(true);
+        }
+        match io::Error::last_os_error() {
+            error if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
+            error => Err(error),
+        }
+    }
+
+    /// Sends a frame of our own, with its header.
+    pub(super) fn write_bytes(&self, frame: &[u8]) -> io::Result<()> {
+        rustix::io::write(&self.file, frame)?;
+        Ok(())
+    }
+}
+
+impl AsRawFd for Tap {
+    fn as_raw_fd(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
+}
+
+fn socket_address(ip: Ipv4Addr) -> libc::sockaddr {
+    let mut data = [0; 14];
+    // `sockaddr_in`: a port, then the address.
+    for (to, from) in data[2..6].iter_mut().zip(ip.octets()) {
+        *to = from.cast_signed();
+    }
+    libc::sockaddr {
+        sa_family: libc::AF_INET as u16,
+        sa_data: data,
+    }
+}
