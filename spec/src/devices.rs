@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 
+use crate::device::NetConfig;
 use crate::disk::{DiskConfig, ImageType, RateLimiterConfig};
 use crate::limits;
 use crate::service::FieldProblem;
@@ -12,6 +13,9 @@ use crate::vm::VmConfig;
 pub(crate) fn check(config: &VmConfig, found: &mut Vec<FieldProblem>) {
     for (i, disk) in config.disks.iter().flatten().enumerate() {
         disk.check(&format!("/disks/{i}"), found);
+    }
+    for (i, net) in config.net.iter().flatten().enumerate() {
+        net.check(&format!("/net/{i}"), found);
     }
     let mut names = HashSet::new();
     for (pointer, id) in ids(config) {
@@ -30,8 +34,11 @@ pub(crate) fn check(config: &VmConfig, found: &mut Vec<FieldProblem>) {
 fn ids(config: &VmConfig) -> impl Iterator<Item = (String, &str)> {
     let disks = config.disks.iter().flatten().enumerate();
     let disks = disks.map(|(i, disk)| (format!("/disks/{i}"), disk.id.as_deref()));
+    let net = config.net.iter().flatten().enumerate();
+    let net = net.map(|(i, net)| (format!("/net/{i}"), net.id.as_deref()));
     let rng = [("/rng".to_owned(), config.rng.id.as_deref())];
     disks
+        .chain(net)
         .chain(rng)
         .filter_map(|(pointer, id)| Some((pointer, id?)))
 }
@@ -134,6 +141,78 @@ impl DiskConfig {
     }
 }
 
+/// An Ethernet address in the usual form: six bytes in hexadecimal with colons.
+#[must_use]
+pub fn parse_mac(text: &str) -> Option<[u8; 6]> {
+    let mut parts = text.split(':');
+    let mut mac = [0; 6];
+    for byte in &mut mac {
+        let part = parts.next().filter(|part| part.len() == 2)?;
+        *byte = u8::from_str_radix(part, 16).ok()?;
+    }
+    parts.next().is_none().then_some(mac)
+}
+
+impl NetConfig {
+    /// All that is wrong with an interface that is to be added.
+    #[must_use]
+    pub fn problems(&self) -> Vec<FieldProblem> {
+        let mut found = Vec::new();
+        self.check("", &mut found);
+        found
+    }
+
+    fn check(&self, pointer: &str, found: &mut Vec<FieldProblem>) {
+        let mut below = Below { pointer, found };
+        if self.tap.as_deref() == Some("") {
+            below.add("tap", "out-of-range", "the name is empty");
+        }
+        for (field, mac) in [("mac", &self.mac), ("host_mac", &self.host_mac)] {
+            let Some(text) = mac else { continue };
+            match parse_mac(text) {
+                None => below.add(
+                    field,
+                    "out-of-range",
+                    format!("`{text}` is no Ethernet address"),
+                ),
+                // The lowest bit of the first byte says that it is of a group.
+                Some([first, ..]) if first & 1 != 0 => {
+                    let detail = format!("`{text}` is the address of a group, not of an interface");
+                    below.add(field, "out-of-range", detail);
+                }
+                Some(_) => {}
+            }
+        }
+        for (field, ip) in [("ip", &self.ip), ("mask", &self.mask)] {
+            if ip.parse::<std::net::Ipv4Addr>().is_err() {
+                below.add(field, "out-of-range", format!("`{ip}` is no IPv4 address"));
+            }
+        }
+        if let Some(mtu) = self.mtu.filter(|mtu| *mtu < limits::MIN_MTU) {
+            let least = limits::MIN_MTU;
+            below.add(
+                "mtu",
+                "out-of-range",
+                format!("{mtu} bytes are fewer than {least}"),
+            );
+        }
+        below.queues(self.num_queues, self.queue_size, 2 * limits::NET_PAIRS);
+        if !self.num_queues.is_multiple_of(2) {
+            let detail = format!("{} queues are no pairs", self.num_queues);
+            below.add("num_queues", "out-of-range", detail);
+        }
+        below.rate_limiter(self.rate_limiter_config.as_ref());
+        below.unsupported("vhost_user", self.vhost_user);
+        below.unsupported("vhost_socket", self.vhost_socket.is_some());
+        below.unsupported("iommu", self.iommu);
+        below.unsupported(
+            "pci_segment",
+            self.pci_segment.is_some_and(|segment| segment != 0),
+        );
+        below.unsupported("pci_device_id", self.pci_device_id.is_some());
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -215,6 +294,35 @@ mod tests {
         ] {
             let expected = (format!("/disks/0/{field}"), code.to_owned());
             assert_eq!(found(&format!("[{disk}]")), [expected], "{disk}");
+        }
+    }
+
+    #[test]
+    fn each_problem_of_an_interface_names_its_field() {
+        let found = |json: &str| {
+            let net: NetConfig = serde_json::from_str(json).unwrap();
+            let problems = net.problems().into_iter();
+            problems.map(|p| (p.pointer, p.code)).collect::<Vec<_>>()
+        };
+        assert_eq!(
+            found(r#"{"tap":"t","mac":"52:54:00:12:34:56","num_queues":4}"#),
+            []
+        );
+        for (net, field, code) in [
+            (r#"{"tap":""}"#, "tap", "out-of-range"),
+            (r#"{"mac":"52:54:00:12:34"}"#, "mac", "out-of-range"),
+            (r#"{"mac":"53:54:00:12:34:56"}"#, "mac", "out-of-range"),
+            (r#"{"ip":"1.2.3"}"#, "ip", "out-of-range"),
+            (r#"{"mtu":100}"#, "mtu", "out-of-range"),
+            (r#"{"num_queues":3}"#, "num_queues", "out-of-range"),
+            (r#"{"num_queues":32}"#, "num_queues", "out-of-range"),
+            (r#"{"vhost_user":true}"#, "vhost_user", "unsupported"),
+        ] {
+            assert_eq!(
+                found(net),
+                [(format!("/{field}"), code.to_owned())],
+                "{net}"
+            );
         }
     }
 

@@ -36,6 +36,7 @@ pub use device::{
     BalloonConfig, DeviceConfig, FsConfig, GenericVhostUserConfig, NetConfig, PmemConfig,
     RngConfig, RtcConfig, TpmConfig, UserDeviceConfig, VdpaConfig, VsockConfig,
 };
+pub use devices::parse_mac;
 pub use disk::{
     DiskConfig, ImageType, LockGranularity, RateLimitGroupConfig, RateLimiterConfig, TokenBucket,
     VirtQueueAffinity,

@@ -20,3 +20,10 @@ pub const QUEUE_SIZE: u16 = 4096;
 
 /// Bytes of a disk's serial number (virtio 1.3, 5.2.6).
 pub const DISK_SERIAL_LEN: usize = 20;
+
+/// Pairs of queues of a network interface: with the queue for control they are all that a device
+/// can have.
+pub const NET_PAIRS: usize = 15;
+
+/// The least MTU that a network interface may have: that of IPv6.
+pub const MIN_MTU: u16 = 1280;

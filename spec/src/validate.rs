@@ -35,7 +35,6 @@ const NOT_YET: &[(&str, &[&str])] = &[
     ("/payload/igvm", &[]),
     ("/payload/host_data", &[]),
     ("/rate_limit_groups", &["[]"]),
-    ("/net", &["[]"]),
     ("/rng/iommu", &["false"]),
     ("/balloon", &[]),
     ("/fs", &["[]"]),

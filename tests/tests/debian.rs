@@ -59,7 +59,10 @@ async fn boots_reboots_and_obeys_the_button(vcpus: u32) -> Result<()> {
         println!("{map}");
     }
     let flat = map.to_string();
-    assert!(flat.contains("ram below 4G") && flat.contains("msix-table"), "{flat}");
+    assert!(
+        flat.contains("ram below 4G") && flat.contains("msix-table"),
+        "{flat}"
+    );
 
     client.vms_reboot(&vm).await?;
     let text = serial.wait_for(&up, 2, BOOTS).await?;

@@ -8,6 +8,7 @@ use memory::{CommitError, RamError, TopologyError};
 use spec::Failure;
 use virtio_devices::VirtioPciError;
 use virtio_devices::block::ImageError;
+use virtio_devices::net::TapError;
 use virtio_devices::rng::RngError;
 
 use crate::arch::x86_64::cpu::CpuError;
@@ -38,6 +39,8 @@ pub enum BuildError {
     Device(#[from] VirtioPciError),
     /// There is no entropy.
     Rng(#[from] RngError),
+    /// A network interface's tap cannot be used.
+    Tap(#[from] TapError),
     /// A disk's image cannot be used.
     Image(#[from] ImageError),
     /// It cannot be laid out.
@@ -94,6 +97,7 @@ impl BuildError {
             Self::Bus(_) | Self::Bar(_) => "no-free-slot",
             Self::Device(_) => "device-impossible",
             Self::Rng(_) => "rng-unusable",
+            Self::Tap(_) => "tap-unusable",
             Self::Image(ImageError::Lock(_)) => "disk-in-use",
             Self::Image(_) => "disk-unusable",
             Self::Host { .. } => "host-refused",
@@ -108,6 +112,7 @@ impl BuildError {
             | Self::Bus(_)
             | Self::Bar(_)
             | Self::Rng(_)
+            | Self::Tap(_)
             | Self::Image(_) => Category::Unprocessable,
             Self::Ram(_) | Self::Host { .. } => Category::Host,
             Self::Kvm(_) | Self::Topology(_) | Self::Commit(_) | Self::Device(_) => {

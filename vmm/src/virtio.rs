@@ -1,14 +1,18 @@
 //! The virtio devices of a machine: what a specification asks for, built and plugged in.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 use std::time::Duration;
 
 use memory::Transaction;
 use spec::{
-    DeviceNode, DiskConfig, ImageType, LockGranularity, RateLimiterConfig, TokenBucket, VmConfig,
+    DeviceNode, DiskConfig, ImageType, LockGranularity, NetConfig, RateLimiterConfig, TokenBucket,
+    VmConfig,
 };
 use virtio_devices::block::{Block, BlockConfig, BlockHandle, ImageFormat, LockMode};
+use virtio_devices::net::{Net, NetHandle, TapAddress, TapSource};
 use virtio_devices::rate_limiter::{BucketConfig, RateLimits};
 use virtio_devices::rng::Rng;
 use virtio_devices::{VirtioDevice, Workers};
@@ -16,6 +20,9 @@ use virtio_devices::{VirtioDevice, Workers};
 use crate::driver::Reporter;
 use crate::failure::BuildError;
 use crate::pci::{PciHost, Plugged};
+
+/// The name of a tap that is made; `%d` is a number of the host's choice.
+const NEW_TAP: &str = "vmtap%d";
 
 /// As Cloud Hypervisor names the one of a VM.
 const RNG: &str = "__rng";
@@ -30,6 +37,7 @@ pub(crate) struct Devices {
 enum Control {
     None,
     Disk(BlockHandle),
+    Net(NetHandle),
 }
 
 impl Devices {
@@ -110,6 +118,10 @@ fn wanted(config: &VmConfig, workers: &Workers) -> Result<Vec<Wanted>, BuildErro
         let id = disk.id.clone().unwrap_or_else(|| format!("_disk{i}"));
         all.push(self::disk(id, disk, workers)?);
     }
+    for (i, net) in config.net.iter().flatten().enumerate() {
+        let id = net.id.clone().unwrap_or_else(|| format!("_net{i}"));
+        all.push(self::net(id, net, workers)?);
+    }
     let rng = Rng::new(Path::new(&config.rng.src), workers.clone())?;
     all.push(Wanted {
         id: config.rng.id.clone().unwrap_or_else(|| RNG.to_owned()),
@@ -147,6 +159,47 @@ fn disk(id: String, disk: &DiskConfig, workers: &Workers) -> Result<Wanted, Buil
         device: Box::new(device),
         control: Control::Disk(handle),
     })
+}
+
+fn net(id: String, net: &NetConfig, workers: &Workers) -> Result<Wanted, BuildError> {
+    // Validation has seen to it that addresses are addresses.
+    let mac = |text: &Option<String>| text.as_deref().and_then(spec::parse_mac);
+    let name = net.tap.clone().unwrap_or_else(|| NEW_TAP.to_owned());
+    // One that is there has been set up by somebody who knows why.
+    let is_there = Path::new("/sys/class/net").join(&name).exists();
+    let ip = net.ip.parse().ok().zip(net.mask.parse().ok());
+    let config = virtio_devices::net::NetConfig {
+        tap: TapSource::Name(name),
+        address: TapAddress {
+            ip: ip.filter(|_| !is_there),
+            mac: mac(&net.host_mac),
+            mtu: net.mtu,
+        },
+        mac: match mac(&net.mac) {
+            Some(mac) => mac,
+            None => random_mac().map_err(BuildError::host("give random numbers"))?,
+        },
+        mtu: net.mtu,
+        pairs: u16::try_from(net.num_queues / 2).unwrap_or(1),
+        queue_size: net.queue_size,
+        offload_csum: net.offload_csum,
+        offload_tso: net.offload_tso,
+        limits: rate_limits(net.rate_limiter_config.as_ref()),
+    };
+    let (device, handle) = Net::new(config, workers.clone())?;
+    Ok(Wanted {
+        id,
+        device: Box::new(device),
+        control: Control::Net(handle),
+    })
+}
+
+/// An address of nobody's: locally administered (IEEE 802, 8.2).
+fn random_mac() -> std::io::Result<[u8; 6]> {
+    let mut mac = [0; 6];
+    File::open("/dev/urandom")?.read_exact(&mut mac)?;
+    mac[0] = mac[0] & 0xfc | 0x02;
+    Ok(mac)
 }
 
 fn rate_limits(config: Option<&RateLimiterConfig>) -> RateLimits {
