@@ -160,7 +160,8 @@ mod tests {
         });
         let vm = registry.create(None, config()).unwrap();
         assert_eq!(vm.ask(Verb::Nmi).await, Err(RequestError::driver_gone()));
-        assert!(vm.status().ended);
+        // Its inbox goes first, and its status says so a moment later.
+        vm.watch().wait_for(|status| status.ended).await.unwrap();
         registry.delete(vm.id().as_str()).await.unwrap();
     }
 }

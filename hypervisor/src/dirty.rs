@@ -20,7 +20,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use kvm_bindings::{
     KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
@@ -91,6 +91,7 @@ impl Tracking {
                     vm: Arc::clone(vm),
                     entries,
                     rings: Mutex::default(),
+                    overrun: AtomicBool::new(false),
                 }))
             }
         }
@@ -224,15 +225,16 @@ impl Ring {
         })
     }
 
-    /// Takes all entries that are there.
-    fn take(&self, written: &mut Vec<Written>) {
+    /// Takes all entries that are there. False when they are so many that KVM may have written some
+    /// over others: it keeps a few free, unless it emulates a guest for long stretches.
+    fn take(&self, written: &mut Vec<Written>) -> bool {
         let mut next = self.next.lock();
-        loop {
+        for _ in 0..self.len {
             let index = (*next & (self.len - 1)) as usize;
             // SAFETY: the index is below `len`, which is what is mapped.
             let entry = unsafe { self.entries.add(index).as_ref() };
             if entry.flags.load(Ordering::Acquire) != DIRTY {
-                return;
+                return true;
             }
             let [low, high] = [0, 1].map(|half: usize| entry.page[half].load(Ordering::Relaxed));
             written.push(Written {
@@ -243,6 +245,7 @@ impl Ring {
             entry.flags.store(HARVESTED, Ordering::Release);
             *next = next.wrapping_add(1);
         }
+        false
     }
 }
 
@@ -264,6 +267,8 @@ pub(crate) struct Rings {
     vm: Arc<VmFd>,
     entries: u32,
     rings: Mutex<Vec<Ring>>,
+    /// A ring was written over: nobody knows any more what is dirty.
+    overrun: AtomicBool,
 }
 
 impl Rings {
@@ -276,10 +281,21 @@ impl Rings {
     }
 
     /// Empties all rings, and lets KVM hear of the next write to what was in them.
+    ///
+    /// # Errors
+    /// When KVM lost entries, from then on: whoever counts on the rings must give up.
     pub(crate) fn take(&self) -> Result<Vec<Written>, KvmError> {
         let mut written = Vec::new();
         let rings = self.rings.lock();
-        rings.iter().for_each(|ring| ring.take(&mut written));
+        for ring in rings.iter() {
+            if !ring.take(&mut written) {
+                self.overrun.store(true, Ordering::Relaxed);
+            }
+        }
+        if self.overrun.load(Ordering::Relaxed) {
+            let lost = io::Error::other("a ring overran, and what is dirty is not known any more");
+            return Err(KvmError::other("take dirty pages from the rings", lost));
+        }
         if !written.is_empty() {
             // SAFETY: takes no argument.
             let reset = unsafe { ioctl(&*self.vm, KVM_RESET_DIRTY_RINGS()) };
