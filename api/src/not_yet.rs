@@ -2,10 +2,9 @@
 //! document with their bodies, and each is refused by name.
 
 use spec::{
-    DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, PmemConfig,
-    ReceiveMigrationData, RestoreConfig, SendMigrationData, VdpaConfig, VmAddUserDevice,
-    VmCoredumpData, VmRemoveDevice, VmResize, VmResizeDisk, VmResizeZone, VmSnapshotConfig,
-    VsockConfig,
+    DeviceConfig, FsConfig, GenericVhostUserConfig, PmemConfig, ReceiveMigrationData,
+    RestoreConfig, SendMigrationData, VdpaConfig, VmAddUserDevice, VmCoredumpData, VmResizeZone,
+    VmSnapshotConfig,
 };
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -36,18 +35,12 @@ macro_rules! not_yet {
 }
 
 not_yet! {
-    resize "/api/v1/vm.resize" "resizeVM" VmResize, "resize a VM";
-    resize_disk "/api/v1/vm.resize-disk" "resizeDiskVM" VmResizeDisk, "resize a disk";
     resize_zone "/api/v1/vm.resize-zone" "resizeZoneVM" VmResizeZone, "resize a memory zone";
     add_device "/api/v1/vm.add-device" "addDeviceVM" DeviceConfig, "give a VM a device of the host";
-    remove_device "/api/v1/vm.remove-device" "removeDeviceVM" VmRemoveDevice, "take a device from a VM";
-    add_disk "/api/v1/vm.add-disk" "addDiskVM" DiskConfig, "give a VM a disk";
     add_fs "/api/v1/vm.add-fs" "addFsVM" FsConfig, "give a VM a shared file system";
     add_generic_vhost_user "/api/v1/vm.add-generic-vhost-user" "addGenericVhostUserVM" GenericVhostUserConfig,
         "give a VM a vhost-user device";
     add_pmem "/api/v1/vm.add-pmem" "addPmemVM" PmemConfig, "give a VM persistent memory";
-    add_net "/api/v1/vm.add-net" "addNetVM" NetConfig, "give a VM a network interface";
-    add_vsock "/api/v1/vm.add-vsock" "addVsockVM" VsockConfig, "give a VM a vsock device";
     add_vdpa "/api/v1/vm.add-vdpa" "addVdpaVM" VdpaConfig, "give a VM a vDPA device";
     add_user_device "/api/v1/vm.add-user-device" "addUserDeviceVM" VmAddUserDevice,
         "give a VM a vfio-user device";

@@ -2,9 +2,13 @@
 //! where that is silent, the code is what HTTP has for the case.
 
 use axum::extract::State;
-use control::{Registry, Reply, Verb, VmHandle};
+use axum::response::{IntoResponse as _, Response};
+use control::{NewDevice, Registry, Reply, Request, Verb, VmHandle};
 use http::StatusCode;
-use spec::{MemoryMap, VmConfig, VmCounters, VmId, VmInfo};
+use spec::{
+    DiskConfig, MemoryMap, NetConfig, PciDeviceInfo, VmConfig, VmCounters, VmId, VmInfo,
+    VmRemoveDevice, VmResize, VmResizeDisk, VsockConfig,
+};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
@@ -13,7 +17,7 @@ use crate::document::ONE_VM;
 use crate::extract::Json;
 use crate::problem::Refusal;
 use crate::refusals::{
-    Exists, Failed, NotAllowedNow, NotCreated, NotJson, NotPossible, NotUnderstood, TooLong,
+    Exists, Failed, NoSuchDevice, NotAllowedNow, NotCreated, NotJson, NotPossible, NotUnderstood, TooLong,
     TooSlow, Unsupported, WrongState, not_created, of_one_vm,
 };
 
@@ -31,15 +35,20 @@ impl OneVm {
             .map_err(|_| not_created())
     }
 
-    async fn ask(&self, verb: Verb) -> Result<Reply, Refusal> {
+    async fn ask(&self, request: Request) -> Result<Reply, Refusal> {
+        let verb = request.verb();
         self.handle()?
-            .ask(verb)
+            .ask(request)
             .await
             .map_err(|error| of_one_vm(verb, error))
     }
 
-    async fn order(&self, verb: Verb) -> Result<StatusCode, Refusal> {
-        self.ask(verb).await.map(|_| StatusCode::NO_CONTENT)
+    async fn order(&self, request: Request) -> Result<StatusCode, Refusal> {
+        self.ask(request).await.map(|_| StatusCode::NO_CONTENT)
+    }
+
+    async fn add(&self, device: NewDevice) -> Result<Response, Refusal> {
+        Ok(added(self.ask(Request::AddDevice(device)).await?))
     }
 }
 
@@ -57,6 +66,12 @@ pub(crate) fn routes() -> OpenApiRouter<OneVm> {
         .routes(routes!(info))
         .routes(routes!(counters))
         .routes(routes!(memory_map))
+        .routes(routes!(resize))
+        .routes(routes!(resize_disk))
+        .routes(routes!(add_disk))
+        .routes(routes!(add_net))
+        .routes(routes!(add_vsock))
+        .routes(routes!(remove_device))
 }
 
 /// Create the VM, without booting it.
@@ -99,7 +114,7 @@ async fn delete(State(vm): State<OneVm>) -> Result<StatusCode, Refusal> {
     ),
 )]
 async fn boot(State(vm): State<OneVm>) -> Result<StatusCode, Refusal> {
-    vm.order(Verb::Boot).await
+    vm.order(Request::Boot).await
 }
 
 /// Let the guest stand still.
@@ -108,7 +123,7 @@ async fn boot(State(vm): State<OneVm>) -> Result<StatusCode, Refusal> {
     responses((status = 204, description = "The guest stands still."), NotCreated, NotAllowedNow, Failed),
 )]
 async fn pause(State(vm): State<OneVm>) -> Result<StatusCode, Refusal> {
-    vm.order(Verb::Pause).await
+    vm.order(Request::Pause).await
 }
 
 /// Let a paused guest go on.
@@ -117,7 +132,7 @@ async fn pause(State(vm): State<OneVm>) -> Result<StatusCode, Refusal> {
     responses((status = 204, description = "The guest runs."), NotCreated, NotAllowedNow, Failed),
 )]
 async fn resume(State(vm): State<OneVm>) -> Result<StatusCode, Refusal> {
-    vm.order(Verb::Resume).await
+    vm.order(Request::Resume).await
 }
 
 /// Reset the guest, which starts anew.
@@ -126,7 +141,7 @@ async fn resume(State(vm): State<OneVm>) -> Result<StatusCode, Refusal> {
     responses((status = 204, description = "The guest starts anew."), NotCreated, NotAllowedNow, Failed),
 )]
 async fn reboot(State(vm): State<OneVm>) -> Result<StatusCode, Refusal> {
-    vm.order(Verb::Reboot).await
+    vm.order(Request::Reboot).await
 }
 
 /// End the guest at once, as by pulling the plug. The VM can be booted again.
@@ -135,7 +150,7 @@ async fn reboot(State(vm): State<OneVm>) -> Result<StatusCode, Refusal> {
     responses((status = 204, description = "The guest has ended."), NotCreated, NotAllowedNow, Failed),
 )]
 async fn shut_down(State(vm): State<OneVm>) -> Result<StatusCode, Refusal> {
-    vm.order(Verb::Shutdown).await
+    vm.order(Request::Shutdown).await
 }
 
 /// Press the power button. What follows is the guest's choice.
@@ -144,7 +159,7 @@ async fn shut_down(State(vm): State<OneVm>) -> Result<StatusCode, Refusal> {
     responses((status = 204, description = "The button was pressed."), NotCreated, NotAllowedNow, Failed),
 )]
 async fn power_button(State(vm): State<OneVm>) -> Result<StatusCode, Refusal> {
-    vm.order(Verb::PowerButton).await
+    vm.order(Request::PowerButton).await
 }
 
 /// Send a non-maskable interrupt to every vCPU.
@@ -153,7 +168,7 @@ async fn power_button(State(vm): State<OneVm>) -> Result<StatusCode, Refusal> {
     responses((status = 204, description = "The interrupt was sent."), NotCreated, WrongState, Failed),
 )]
 async fn nmi(State(vm): State<OneVm>) -> Result<StatusCode, Refusal> {
-    vm.order(Verb::Nmi).await
+    vm.order(Request::Nmi).await
 }
 
 /// Tell the VM's configuration and state.
@@ -174,7 +189,7 @@ async fn info(State(vm): State<OneVm>) -> Result<Answer<VmInfo>, Refusal> {
     ),
 )]
 async fn counters(State(vm): State<OneVm>) -> Result<Answer<VmCounters>, Refusal> {
-    counters_of(vm.ask(Verb::Counters).await?)
+    counters_of(vm.ask(Request::Counters).await?)
 }
 
 /// Tell the VM's address spaces: the tree of regions, and what the guest sees of it.
@@ -188,20 +203,124 @@ async fn counters(State(vm): State<OneVm>) -> Result<Answer<VmCounters>, Refusal
     ),
 )]
 async fn memory_map(State(vm): State<OneVm>) -> Result<Answer<MemoryMap>, Refusal> {
-    memory_map_of(vm.ask(Verb::MemoryMap).await?)
+    memory_map_of(vm.ask(Request::MemoryMap).await?)
+}
+
+/// Ask the guest for memory through its balloon, or give it back.
+///
+/// vCPUs and memory cannot be changed in this version: only what the VM has is accepted.
+#[utoipa::path(
+    put, path = "/api/v1/vm.resize", operation_id = "resizeVM", tag = ONE_VM, request_body = VmResize,
+    responses(
+        (status = 204, description = "The guest was asked."),
+        NotUnderstood, NotCreated, TooSlow, WrongState, TooLong, NotJson, NotPossible, Failed, Unsupported,
+    ),
+)]
+async fn resize(
+    State(vm): State<OneVm>,
+    Json(sizes): Json<VmResize>,
+) -> Result<StatusCode, Refusal> {
+    vm.order(Request::Resize(sizes)).await
+}
+
+/// Give a disk another size.
+#[utoipa::path(
+    put, path = "/api/v1/vm.resize-disk", operation_id = "resizeDiskVM", tag = ONE_VM, request_body = VmResizeDisk,
+    responses(
+        (status = 204, description = "The disk has its new size, and the guest was told."),
+        NotUnderstood, NoSuchDevice, TooSlow, WrongState, TooLong, NotJson, NotPossible, Failed,
+    ),
+)]
+async fn resize_disk(
+    State(vm): State<OneVm>,
+    Json(disk): Json<VmResizeDisk>,
+) -> Result<StatusCode, Refusal> {
+    vm.order(Request::ResizeDisk(disk)).await
+}
+
+/// Give the VM a disk.
+#[utoipa::path(
+    put, path = "/api/v1/vm.add-disk", operation_id = "addDiskVM", tag = ONE_VM, request_body = DiskConfig,
+    responses(
+        (status = 200, description = "The running guest has it.", body = PciDeviceInfo),
+        (status = 204, description = "It will be there at the next boot."),
+        NotUnderstood, NotCreated, TooSlow, WrongState, TooLong, NotJson, NotPossible, Failed, Unsupported,
+    ),
+)]
+async fn add_disk(
+    State(vm): State<OneVm>,
+    Json(disk): Json<DiskConfig>,
+) -> Result<Response, Refusal> {
+    vm.add(NewDevice::Disk(Box::new(disk))).await
+}
+
+/// Give the VM a network interface.
+#[utoipa::path(
+    put, path = "/api/v1/vm.add-net", operation_id = "addNetVM", tag = ONE_VM, request_body = NetConfig,
+    responses(
+        (status = 200, description = "The running guest has it.", body = PciDeviceInfo),
+        (status = 204, description = "It will be there at the next boot."),
+        NotUnderstood, NotCreated, TooSlow, WrongState, TooLong, NotJson, NotPossible, Failed, Unsupported,
+    ),
+)]
+async fn add_net(State(vm): State<OneVm>, Json(net): Json<NetConfig>) -> Result<Response, Refusal> {
+    vm.add(NewDevice::Net(Box::new(net))).await
+}
+
+/// Give the VM a socket between guest and host.
+#[utoipa::path(
+    put, path = "/api/v1/vm.add-vsock", operation_id = "addVsockVM", tag = ONE_VM, request_body = VsockConfig,
+    responses(
+        (status = 200, description = "The running guest has it.", body = PciDeviceInfo),
+        (status = 204, description = "It will be there at the next boot."),
+        NotUnderstood, NotCreated, TooSlow, WrongState, TooLong, NotJson, NotPossible, Failed, Unsupported,
+    ),
+)]
+async fn add_vsock(
+    State(vm): State<OneVm>,
+    Json(vsock): Json<VsockConfig>,
+) -> Result<Response, Refusal> {
+    vm.add(NewDevice::Vsock(vsock)).await
+}
+
+/// Ask the guest to let go of a device; when it has, the device is gone.
+///
+/// The event `device-removed` tells when, and `device_tree` of the VM's information until then that it is
+/// leaving. It is not there at the next boot, whatever the guest does.
+#[utoipa::path(
+    put, path = "/api/v1/vm.remove-device", operation_id = "removeDeviceVM", tag = ONE_VM,
+    request_body = VmRemoveDevice,
+    responses(
+        (status = 204, description = "The guest was asked."),
+        NotUnderstood, NoSuchDevice, TooSlow, WrongState, TooLong, NotJson, NotPossible, Failed,
+    ),
+)]
+async fn remove_device(
+    State(vm): State<OneVm>,
+    Json(device): Json<VmRemoveDevice>,
+) -> Result<StatusCode, Refusal> {
+    vm.order(Request::RemoveDevice(device)).await
+}
+
+/// 200 for what a running guest was given, and 204 for what it will find at its next boot.
+pub(crate) fn added(reply: Reply) -> Response {
+    match reply {
+        Reply::Added(device) => Answer::<PciDeviceInfo>(device).into_response(),
+        _ => StatusCode::NO_CONTENT.into_response(),
+    }
 }
 
 pub(crate) fn counters_of(reply: Reply) -> Result<Answer<VmCounters>, Refusal> {
     match reply {
         Reply::Counters(counters) => Ok(Answer(counters)),
-        Reply::Done | Reply::MemoryMap(_) => Err(answered_beside_the_point()),
+        _ => Err(answered_beside_the_point()),
     }
 }
 
 pub(crate) fn memory_map_of(reply: Reply) -> Result<Answer<MemoryMap>, Refusal> {
     match reply {
         Reply::MemoryMap(map) => Ok(Answer(map)),
-        Reply::Done | Reply::Counters(_) => Err(answered_beside_the_point()),
+        _ => Err(answered_beside_the_point()),
     }
 }
 

@@ -50,6 +50,8 @@ refusals! {
     TooSlow = 408, "The body did not arrive in time.";
     /// One VM a socket.
     NotCreated = 404, "The VM is not created.";
+    /// One VM a socket, and a device of it.
+    NoSuchDevice = 404, "The VM is not created, or has no such device.";
     /// Many VMs.
     NoSuchVm = 404, "There is no VM of this name.";
     /// Where Cloud Hypervisor's contract says 405.
@@ -94,7 +96,7 @@ pub(crate) fn of_one_vm(verb: Verb, error: RequestError) -> Refusal {
     );
     match error.category {
         Category::Conflict if documented => Refusal::not_allowed_now(&error.code, error.detail),
-        Category::NotFound => not_created(),
+        Category::NotFound if error.code == "no-such-vm" => not_created(),
         _ => error.into(),
     }
 }

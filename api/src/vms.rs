@@ -2,17 +2,20 @@
 
 use axum::extract::State;
 use axum::response::{IntoResponse as _, Response};
-use control::{Reply, Verb, VmHandle};
+use control::{NewDevice, Reply, Request, VmHandle};
 use http::header::LOCATION;
 use http::{HeaderValue, StatusCode};
-use spec::{ConsoleMode, CreateVm, MemoryMap, VmConfig, VmCounters, VmId, VmInfo, VmSummary};
+use spec::{
+    ConsoleMode, CreateVm, DiskConfig, MemoryMap, NetConfig, PciDeviceInfo, VmConfig, VmCounters,
+    VmId, VmInfo, VmRemoveDevice, VmResize, VmResizeDisk, VmSummary, VsockConfig,
+};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::answer::Answer;
 use crate::document::VMS;
 use crate::extract::{Json, Named};
-use crate::one_vm::{counters_of, memory_map_of};
+use crate::one_vm::{added, counters_of, memory_map_of};
 use crate::problem::Refusal;
 use crate::refusals::{
     Exists, Failed, NoSuchVm, NotJson, NotPossible, NotUnderstood, TooLong, TooSlow, Unsupported,
@@ -33,16 +36,22 @@ pub(crate) fn routes() -> OpenApiRouter<Service> {
         .routes(routes!(nmi))
         .routes(routes!(counters))
         .routes(routes!(memory_map))
+        .routes(routes!(resize))
+        .routes(routes!(resize_disk))
+        .routes(routes!(add_disk))
+        .routes(routes!(add_net))
+        .routes(routes!(add_vsock))
+        .routes(routes!(remove_device))
 }
 
 impl Service {
-    async fn order(&self, id: &VmId, verb: Verb) -> Result<StatusCode, Refusal> {
-        self.registry.get(id.as_str())?.ask(verb).await?;
+    async fn order(&self, id: &VmId, request: Request) -> Result<StatusCode, Refusal> {
+        self.registry.get(id.as_str())?.ask(request).await?;
         Ok(StatusCode::NO_CONTENT)
     }
 
-    async fn ask(&self, id: &VmId, verb: Verb) -> Result<Reply, Refusal> {
-        Ok(self.registry.get(id.as_str())?.ask(verb).await?)
+    async fn ask(&self, id: &VmId, request: Request) -> Result<Reply, Refusal> {
+        Ok(self.registry.get(id.as_str())?.ask(request).await?)
     }
 
     /// Creates a VM with all that belongs to it, or nothing.
@@ -132,6 +141,7 @@ async fn ensure(
 fn is_configured(vm: &VmHandle, config: &VmConfig) -> bool {
     let plain = |config: &VmConfig| {
         let mut plain = config.clone();
+        plain.name_devices();
         if plain.serial.mode == ConsoleMode::Pty {
             plain.serial.file = None;
         }
@@ -140,7 +150,15 @@ fn is_configured(vm: &VmHandle, config: &VmConfig) -> bool {
         }
         plain
     };
-    plain(&vm.status().config) == plain(config)
+    let (mut is, wanted) = (plain(&vm.status().config), plain(config));
+    let nets = is.net.iter_mut().flatten();
+    for (is, wanted) in nets.zip(wanted.net.iter().flatten()) {
+        // The name of a tap that was made.
+        if wanted.tap.is_none() {
+            is.tap = None;
+        }
+    }
+    is == wanted
 }
 
 /// Tell a VM's configuration and state.
@@ -174,7 +192,7 @@ async fn delete(State(service): State<Service>, Named(id): Named) -> Result<Stat
     ),
 )]
 async fn boot(State(service): State<Service>, Named(id): Named) -> Result<StatusCode, Refusal> {
-    service.order(&id, Verb::Boot).await
+    service.order(&id, Request::Boot).await
 }
 
 /// Let a guest stand still.
@@ -184,7 +202,7 @@ async fn boot(State(service): State<Service>, Named(id): Named) -> Result<Status
     responses((status = 204, description = "The guest stands still."), NoSuchVm, WrongState, Failed),
 )]
 async fn pause(State(service): State<Service>, Named(id): Named) -> Result<StatusCode, Refusal> {
-    service.order(&id, Verb::Pause).await
+    service.order(&id, Request::Pause).await
 }
 
 /// Let a paused guest go on.
@@ -194,7 +212,7 @@ async fn pause(State(service): State<Service>, Named(id): Named) -> Result<Statu
     responses((status = 204, description = "The guest runs."), NoSuchVm, WrongState, Failed),
 )]
 async fn resume(State(service): State<Service>, Named(id): Named) -> Result<StatusCode, Refusal> {
-    service.order(&id, Verb::Resume).await
+    service.order(&id, Request::Resume).await
 }
 
 /// Reset a guest, which starts anew.
@@ -204,7 +222,7 @@ async fn resume(State(service): State<Service>, Named(id): Named) -> Result<Stat
     responses((status = 204, description = "The guest starts anew."), NoSuchVm, WrongState, Failed),
 )]
 async fn reboot(State(service): State<Service>, Named(id): Named) -> Result<StatusCode, Refusal> {
-    service.order(&id, Verb::Reboot).await
+    service.order(&id, Request::Reboot).await
 }
 
 /// End a guest at once, as by pulling the plug. The VM can be booted again.
@@ -217,7 +235,7 @@ async fn shut_down(
     State(service): State<Service>,
     Named(id): Named,
 ) -> Result<StatusCode, Refusal> {
-    service.order(&id, Verb::Shutdown).await
+    service.order(&id, Request::Shutdown).await
 }
 
 /// Press the power button. What follows is the guest's choice.
@@ -230,7 +248,7 @@ async fn power_button(
     State(service): State<Service>,
     Named(id): Named,
 ) -> Result<StatusCode, Refusal> {
-    service.order(&id, Verb::PowerButton).await
+    service.order(&id, Request::PowerButton).await
 }
 
 /// Send a non-maskable interrupt to every vCPU.
@@ -240,7 +258,7 @@ async fn power_button(
     responses((status = 204, description = "The interrupt was sent."), NoSuchVm, WrongState, Failed),
 )]
 async fn nmi(State(service): State<Service>, Named(id): Named) -> Result<StatusCode, Refusal> {
-    service.order(&id, Verb::Nmi).await
+    service.order(&id, Request::Nmi).await
 }
 
 /// Tell the counters of a VM's devices.
@@ -256,7 +274,7 @@ async fn counters(
     State(service): State<Service>,
     Named(id): Named,
 ) -> Result<Answer<VmCounters>, Refusal> {
-    counters_of(service.ask(&id, Verb::Counters).await?)
+    counters_of(service.ask(&id, Request::Counters).await?)
 }
 
 /// Tell a VM's address spaces: the tree of regions, and what the guest sees of it.
@@ -272,5 +290,116 @@ async fn memory_map(
     State(service): State<Service>,
     Named(id): Named,
 ) -> Result<Answer<MemoryMap>, Refusal> {
-    memory_map_of(service.ask(&id, Verb::MemoryMap).await?)
+    memory_map_of(service.ask(&id, Request::MemoryMap).await?)
+}
+
+/// Ask a guest for memory through its balloon, or give it back.
+#[utoipa::path(
+    put, path = "/api/v1/vms/{id}/resize", operation_id = "vmsResize", tag = VMS, request_body = VmResize,
+    params(("id" = VmId, Path, description = "The VM's name.")),
+    responses(
+        (status = 204, description = "The guest was asked."),
+        NotUnderstood, NoSuchVm, TooSlow, WrongState, TooLong, NotJson, NotPossible, Failed, Unsupported,
+    ),
+)]
+async fn resize(
+    State(service): State<Service>,
+    Named(id): Named,
+    Json(body): Json<VmResize>,
+) -> Result<StatusCode, Refusal> {
+    service.order(&id, Request::Resize(body)).await
+}
+
+/// Give a disk another size.
+#[utoipa::path(
+    put, path = "/api/v1/vms/{id}/resize-disk", operation_id = "vmsResizeDisk", tag = VMS, request_body = VmResizeDisk,
+    params(("id" = VmId, Path, description = "The VM's name.")),
+    responses(
+        (status = 204, description = "The disk has its new size, and the guest was told."),
+        NotUnderstood, NoSuchVm, TooSlow, WrongState, TooLong, NotJson, NotPossible, Failed, Unsupported,
+    ),
+)]
+async fn resize_disk(
+    State(service): State<Service>,
+    Named(id): Named,
+    Json(body): Json<VmResizeDisk>,
+) -> Result<StatusCode, Refusal> {
+    service.order(&id, Request::ResizeDisk(body)).await
+}
+
+/// Give a VM a disk.
+#[utoipa::path(
+    put, path = "/api/v1/vms/{id}/add-disk", operation_id = "vmsAddDisk", tag = VMS, request_body = DiskConfig,
+    params(("id" = VmId, Path, description = "The VM's name.")),
+    responses(
+        (status = 200, description = "The running guest has it.", body = PciDeviceInfo),
+        (status = 204, description = "It will be there at the next boot."),
+        NotUnderstood, NoSuchVm, TooSlow, WrongState, TooLong, NotJson, NotPossible, Failed, Unsupported,
+    ),
+)]
+async fn add_disk(
+    State(service): State<Service>,
+    Named(id): Named,
+    Json(body): Json<DiskConfig>,
+) -> Result<Response, Refusal> {
+    Ok(added(
+        service.ask(&id, Request::AddDevice(NewDevice::Disk(Box::new(body)))).await?,
+    ))
+}
+
+/// Give a VM a network interface.
+#[utoipa::path(
+    put, path = "/api/v1/vms/{id}/add-net", operation_id = "vmsAddNet", tag = VMS, request_body = NetConfig,
+    params(("id" = VmId, Path, description = "The VM's name.")),
+    responses(
+        (status = 200, description = "The running guest has it.", body = PciDeviceInfo),
+        (status = 204, description = "It will be there at the next boot."),
+        NotUnderstood, NoSuchVm, TooSlow, WrongState, TooLong, NotJson, NotPossible, Failed, Unsupported,
+    ),
+)]
+async fn add_net(
+    State(service): State<Service>,
+    Named(id): Named,
+    Json(body): Json<NetConfig>,
+) -> Result<Response, Refusal> {
+    Ok(added(
+        service.ask(&id, Request::AddDevice(NewDevice::Net(Box::new(body)))).await?,
+    ))
+}
+
+/// Give a VM a socket between guest and host.
+#[utoipa::path(
+    put, path = "/api/v1/vms/{id}/add-vsock", operation_id = "vmsAddVsock", tag = VMS, request_body = VsockConfig,
+    params(("id" = VmId, Path, description = "The VM's name.")),
+    responses(
+        (status = 200, description = "The running guest has it.", body = PciDeviceInfo),
+        (status = 204, description = "It will be there at the next boot."),
+        NotUnderstood, NoSuchVm, TooSlow, WrongState, TooLong, NotJson, NotPossible, Failed, Unsupported,
+    ),
+)]
+async fn add_vsock(
+    State(service): State<Service>,
+    Named(id): Named,
+    Json(body): Json<VsockConfig>,
+) -> Result<Response, Refusal> {
+    Ok(added(
+        service.ask(&id, Request::AddDevice(NewDevice::Vsock(body))).await?,
+    ))
+}
+
+/// Ask a guest to let go of a device; the event `device-removed` tells when it has.
+#[utoipa::path(
+    put, path = "/api/v1/vms/{id}/remove-device", operation_id = "vmsRemoveDevice", tag = VMS, request_body = VmRemoveDevice,
+    params(("id" = VmId, Path, description = "The VM's name.")),
+    responses(
+        (status = 204, description = "The guest was asked."),
+        NotUnderstood, NoSuchVm, TooSlow, WrongState, TooLong, NotJson, NotPossible, Failed, Unsupported,
+    ),
+)]
+async fn remove_device(
+    State(service): State<Service>,
+    Named(id): Named,
+    Json(body): Json<VmRemoveDevice>,
+) -> Result<StatusCode, Refusal> {
+    service.order(&id, Request::RemoveDevice(body)).await
 }

@@ -5,7 +5,7 @@ use std::io::Read;
 use anyhow::{Context, Result, bail};
 use openapi::{Client, News};
 use spec::{
-    CreateVm, ReceiveMigrationData, SendMigrationData, VmAddUserDevice, VmConfig, VmCoredumpData,
+    CreateVm, PciDeviceInfo, ReceiveMigrationData, SendMigrationData, VmAddUserDevice, VmConfig, VmCoredumpData,
     VmId, VmRemoveDevice, VmResize, VmResizeDisk, VmResizeZone, VmSnapshotConfig, options,
 };
 
@@ -21,10 +21,10 @@ pub(crate) struct Remote {
 
 /// Calls the method for one of many VMs, or that for the socket's own.
 macro_rules! on_vm {
-    ($self:ident, $many:ident, $one:ident) => {
+    ($self:ident, $many:ident, $one:ident $(, $body:expr)?) => {
         match &$self.vm {
-            Some(id) => $self.client.$many(id).await.map_err(anyhow::Error::from),
-            None => $self.client.$one().await.map_err(anyhow::Error::from),
+            Some(id) => $self.client.$many(id $(, $body)?).await.map_err(anyhow::Error::from),
+            None => $self.client.$one($($body)?).await.map_err(anyhow::Error::from),
         }
     };
 }
@@ -67,6 +67,30 @@ impl Remote {
                 &on_vm!(self, vms_memory_map, vm_memory_map)?,
                 ToString::to_string,
             ),
+            Command::Resize(sizes) => on_vm!(self, vms_resize, vm_resize, &resize(&sizes)),
+            Command::ResizeDisk { disk, size } => {
+                let body = VmResizeDisk {
+                    id: disk,
+                    desired_size: size,
+                };
+                on_vm!(self, vms_resize_disk, vm_resize_disk, &body)
+            }
+            Command::AddDisk { options } => {
+                let body = options::DISK.read(&options)?;
+                self.added(on_vm!(self, vms_add_disk, vm_add_disk, &body)?)
+            }
+            Command::AddNet { options } => {
+                let body = options::NET.read(&options)?;
+                self.added(on_vm!(self, vms_add_net, vm_add_net, &body)?)
+            }
+            Command::AddVsock { options } => {
+                let body = options::VSOCK.read(&options)?;
+                self.added(on_vm!(self, vms_add_vsock, vm_add_vsock, &body)?)
+            }
+            Command::RemoveDevice { id } => {
+                let body = VmRemoveDevice { id };
+                on_vm!(self, vms_remove_device, vm_remove_device, &body)
+            }
             Command::Events { after } => self.events(after).await,
             Command::Openapi => {
                 let document = self.client.openapi().await?;
@@ -130,28 +154,12 @@ impl Remote {
         }
         let client = &self.client;
         let added = match command {
-            Command::Resize(sizes) => {
-                return client.vm_resize(&resize(&sizes)).await.map_err(Into::into);
-            }
-            Command::ResizeDisk { disk, size } => {
-                let body = VmResizeDisk {
-                    id: disk,
-                    desired_size: size,
-                };
-                return client.vm_resize_disk(&body).await.map_err(Into::into);
-            }
             Command::ResizeZone { id, size } => {
                 let body = VmResizeZone {
                     id,
                     desired_ram: size,
                 };
                 return client.vm_resize_zone(&body).await.map_err(Into::into);
-            }
-            Command::RemoveDevice { id } => {
-                return client
-                    .vm_remove_device(&VmRemoveDevice { id })
-                    .await
-                    .map_err(Into::into);
             }
             Command::Snapshot { destination_url } => {
                 return client
@@ -188,11 +196,7 @@ impl Remote {
                     .vm_add_device(&options::DEVICE.read(&options)?)
                     .await?
             }
-            Command::AddDisk { options } => {
-                client.vm_add_disk(&options::DISK.read(&options)?).await?
-            }
             Command::AddFs { options } => client.vm_add_fs(&options::FS.read(&options)?).await?,
-            Command::AddNet { options } => client.vm_add_net(&options::NET.read(&options)?).await?,
             Command::AddPmem { options } => {
                 client.vm_add_pmem(&options::PMEM.read(&options)?).await?
             }
@@ -203,12 +207,13 @@ impl Remote {
             Command::AddVdpa { options } => {
                 client.vm_add_vdpa(&options::VDPA.read(&options)?).await?
             }
-            Command::AddVsock { options } => {
-                client.vm_add_vsock(&options::VSOCK.read(&options)?).await?
-            }
             other => bail!("{other:?} is not for a socket that serves one VM"),
         };
-        match added {
+        self.added(added)
+    }
+
+    fn added(&self, device: Option<PciDeviceInfo>) -> Result<()> {
+        match device {
             Some(device) => self
                 .printer
                 .show(&device, |device| format!("{} at {}", device.id, device.bdf)),

@@ -19,11 +19,15 @@ pub enum Verb {
     Nmi,
     Counters,
     MemoryMap,
+    AddDevice,
+    RemoveDevice,
+    Resize,
+    ResizeDisk,
 }
 
 impl Verb {
     /// All of them.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 14] = [
         Self::Boot,
         Self::Pause,
         Self::Resume,
@@ -34,6 +38,10 @@ impl Verb {
         Self::Nmi,
         Self::Counters,
         Self::MemoryMap,
+        Self::AddDevice,
+        Self::RemoveDevice,
+        Self::Resize,
+        Self::ResizeDisk,
     ];
 
     /// As in "cannot be ...".
@@ -49,6 +57,10 @@ impl Verb {
             Self::Nmi => "sent an NMI",
             Self::Counters => "asked for counters",
             Self::MemoryMap => "asked for its memory map",
+            Self::AddDevice => "given a device",
+            Self::RemoveDevice => "asked for a device back",
+            Self::Resize => "resized",
+            Self::ResizeDisk => "given a disk of another size",
         }
     }
 
@@ -59,7 +71,12 @@ impl Verb {
             Self::Boot => &[Created, Shutdown],
             Self::Pause | Self::PowerButton => &[Running],
             Self::Resume => &[Paused],
-            Self::Reboot | Self::Shutdown | Self::Nmi | Self::MemoryMap => &[Running, Paused],
+            Self::Reboot | Self::Shutdown | Self::Nmi | Self::MemoryMap | Self::ResizeDisk => {
+                &[Running, Paused]
+            }
+            Self::AddDevice | Self::RemoveDevice | Self::Resize => {
+                &[Created, Running, Paused, Shutdown]
+            }
             Self::Delete | Self::Counters => &[Created, Running, Paused, Shutdown, BreakPoint],
         }
     }
@@ -118,6 +135,10 @@ mod tests {
             (Verb::Nmi, [false, true, true, false]),
             (Verb::Counters, [true, true, true, true]),
             (Verb::MemoryMap, [false, true, true, false]),
+            (Verb::AddDevice, [true, true, true, true]),
+            (Verb::RemoveDevice, [true, true, true, true]),
+            (Verb::Resize, [true, true, true, true]),
+            (Verb::ResizeDisk, [false, true, true, false]),
         ];
         assert_eq!(table.map(|(verb, _)| verb), Verb::ALL);
         for (verb, row) in table {

@@ -7,11 +7,12 @@ use std::time::Duration;
 
 use spec::{HostLimits, MemoryMap, VmConfig, VmCounters, VmId, VmState};
 
-use crate::admission::{Verb, admit};
+use crate::admission::admit;
 use crate::error::{Category, RequestError};
 use crate::events::EventLog;
 use crate::handle::{Message, Reply, VmHandle, connect};
 use crate::registry::Spawn;
+use crate::request::Request;
 use crate::status::StatusPublisher;
 
 /// How the fake drivers behave.
@@ -42,11 +43,11 @@ impl Spawn for Fake {
                 while let Some(message) = inbox.next() {
                     let Message::Ask(ask) = message else { return };
                     thread::sleep(fake.delay);
-                    if ask.request.verb == Verb::Nmi && fake.die_at_nmi {
+                    if ask.request == Request::Nmi && fake.die_at_nmi {
                         return;
                     }
-                    let answer = fake.perform(ask.request.verb, &publisher);
-                    let ended = ask.request.verb == Verb::Delete;
+                    let answer = fake.perform(&ask.request, &publisher);
+                    let ended = ask.request == Request::Delete;
                     ask.answer(answer);
                     if ended {
                         return;
@@ -66,31 +67,37 @@ impl Spawn for Fake {
 }
 
 impl Fake {
-    fn perform(&self, verb: Verb, publisher: &StatusPublisher) -> Result<Reply, RequestError> {
-        admit(publisher.current().state, verb)?;
+    fn perform(&self, request: &Request, publisher: &StatusPublisher) -> Result<Reply, RequestError> {
+        admit(publisher.current().state, request.verb())?;
         let become_state = |state| {
             publisher.update(|status| status.state = state);
             Ok(Reply::Done)
         };
-        match verb {
-            Verb::Boot if self.fail_boot => Err(RequestError::new(
+        match request {
+            Request::Boot if self.fail_boot => Err(RequestError::new(
                 Category::Unprocessable,
                 "kernel-missing",
                 "no such kernel",
             )),
-            Verb::Boot | Verb::Resume => become_state(VmState::Running),
-            Verb::Pause => become_state(VmState::Paused),
-            Verb::Shutdown => become_state(VmState::Shutdown),
-            Verb::Reboot => {
+            Request::Boot | Request::Resume => become_state(VmState::Running),
+            Request::Pause => become_state(VmState::Paused),
+            Request::Shutdown => become_state(VmState::Shutdown),
+            Request::Reboot => {
                 publisher.update(|status| {
                     status.state = VmState::Running;
                     status.reboots += 1;
                 });
                 Ok(Reply::Done)
             }
-            Verb::Counters => Ok(Reply::Counters(VmCounters::default())),
-            Verb::MemoryMap => Ok(Reply::MemoryMap(MemoryMap { spaces: Vec::new() })),
-            Verb::Delete | Verb::PowerButton | Verb::Nmi => Ok(Reply::Done),
+            Request::Counters => Ok(Reply::Counters(VmCounters::default())),
+            Request::MemoryMap => Ok(Reply::MemoryMap(MemoryMap { spaces: Vec::new() })),
+            Request::AddDevice(_)
+            | Request::RemoveDevice(_)
+            | Request::Resize(_)
+            | Request::ResizeDisk(_)
+            | Request::Delete
+            | Request::PowerButton
+            | Request::Nmi => Ok(Reply::Done),
         }
     }
 }
@@ -113,15 +120,15 @@ mod tests {
     async fn a_vm_lives_and_ends() {
         let registry = Registry::new(Fake::default());
         let vm = registry.create(None, config()).unwrap();
-        vm.ask(Verb::Boot).await.unwrap();
+        vm.ask(Request::Boot).await.unwrap();
         assert_eq!(vm.info().state, VmState::Running);
-        let denied = vm.ask(Verb::Resume).await.unwrap_err();
+        let denied = vm.ask(Request::Resume).await.unwrap_err();
         assert_eq!(
             (denied.category, denied.code.as_str()),
             (Category::Conflict, "wrong-state")
         );
         registry.delete(vm.id().as_str()).await.unwrap();
-        assert_eq!(vm.ask(Verb::Boot).await, Err(RequestError::driver_gone()));
+        assert_eq!(vm.ask(Request::Boot).await, Err(RequestError::driver_gone()));
         assert!(registry.list().is_empty());
         let events: Vec<_> = registry
             .events()
@@ -159,7 +166,7 @@ mod tests {
             ..Fake::default()
         });
         let vm = registry.create(None, config()).unwrap();
-        assert_eq!(vm.ask(Verb::Nmi).await, Err(RequestError::driver_gone()));
+        assert_eq!(vm.ask(Request::Nmi).await, Err(RequestError::driver_gone()));
         // Its inbox goes first, and its status says so a moment later.
         vm.watch().wait_for(|status| status.ended).await.unwrap();
         registry.delete(vm.id().as_str()).await.unwrap();

@@ -6,20 +6,14 @@ use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
-use spec::{MemoryMap, VmConfig, VmCounters, VmId, VmInfo};
+use spec::{MemoryMap, PciDeviceInfo, VmConfig, VmCounters, VmId, VmInfo};
 use tokio::sync::{oneshot, watch};
 
 use crate::admission::{Verb, admit};
 use crate::error::RequestError;
 use crate::events::EventLog;
+use crate::request::Request;
 use crate::status::{StatusPublisher, VmStatus};
-
-/// What is asked of a driver. (Bodies come with the verbs that have them.)
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Request {
-    /// What is asked.
-    pub verb: Verb,
-}
 
 /// What it answers.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -30,6 +24,8 @@ pub enum Reply {
     Counters(VmCounters),
     /// The address spaces.
     MemoryMap(MemoryMap),
+    /// A device that was added to a running guest, and where it is.
+    Added(PciDeviceInfo),
 }
 
 /// A request, and the way back.
@@ -240,8 +236,8 @@ impl VmHandle {
     ///
     /// # Errors
     /// When it makes no sense now, cannot be done, or the driver is gone.
-    pub async fn ask(&self, verb: Verb) -> Result<Reply, RequestError> {
-        self.ask_now(verb).await
+    pub async fn ask(&self, request: Request) -> Result<Reply, RequestError> {
+        self.ask_now(request).await
     }
 
     /// Asks the driver at once, and gives what its answer will be. The answer need not be waited
@@ -251,13 +247,10 @@ impl VmHandle {
     /// As [`VmHandle::ask`].
     pub fn ask_now(
         &self,
-        verb: Verb,
+        request: Request,
     ) -> impl Future<Output = Result<Reply, RequestError>> + Send + use<> {
         let (reply, answer) = oneshot::channel();
-        self.line.0.ask(Ask {
-            request: Request { verb },
-            reply,
-        });
+        self.line.0.ask(Ask { request, reply });
         async move {
             answer
                 .await

@@ -38,11 +38,13 @@ mod events;
 pub mod fake;
 mod handle;
 mod registry;
+mod request;
 mod status;
 
 pub use admission::{Denied, Verb, admit};
 pub use error::{Category, RequestError};
 pub use events::{EventLog, Missed};
-pub use handle::{Ask, EventSender, Inbox, Message, Reply, Request, VmHandle, connect};
+pub use handle::{Ask, EventSender, Inbox, Message, Reply, VmHandle, connect};
 pub use registry::{Registry, Spawn};
+pub use request::{NewDevice, Request};
 pub use status::{StatusPublisher, VmStatus};

@@ -8,7 +8,7 @@ use parking_lot::Mutex;
 use spec::{HostLimits, VmConfig, VmId};
 use tokio::sync::watch;
 
-use crate::admission::Verb;
+use crate::request::Request;
 use crate::error::{Category, RequestError};
 use crate::events::EventLog;
 use crate::handle::VmHandle;
@@ -109,7 +109,7 @@ impl Registry {
     /// When there is none of this name, or its driver refuses.
     pub async fn delete(&self, id: &str) -> Result<(), RequestError> {
         let handle = self.get(id)?;
-        match handle.ask(Verb::Delete).await {
+        match handle.ask(Request::Delete).await {
             Ok(_) => {}
             Err(gone) if gone == RequestError::driver_gone() => {}
             Err(refused) => return Err(refused),
@@ -144,7 +144,7 @@ impl Registry {
         let mut ending: Vec<_> = self
             .list()
             .into_iter()
-            .map(|vm| (vm.ask_now(Verb::Delete), vm))
+            .map(|vm| (vm.ask_now(Request::Delete), vm))
             .collect();
         for (answer, vm) in ending.drain(..) {
             if let Err(error) = answer.await {

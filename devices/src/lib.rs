@@ -29,6 +29,7 @@
 mod console;
 mod debug_port;
 pub mod event_loop;
+pub mod hotplug;
 mod interrupt;
 pub mod pci;
 pub mod power;
@@ -37,6 +38,7 @@ mod serial;
 
 pub use console::{Console, ConsoleError, Watch};
 pub use debug_port::DebugPort;
+pub use hotplug::HotplugBlock;
 pub use interrupt::InterruptLine;
 pub use power::{PowerBlock, PowerEvent, PowerEvents};
 pub use reset::KeyboardReset;

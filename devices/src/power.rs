@@ -11,6 +11,8 @@
 
 use memory::DeviceOps;
 use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+use state::{Load, LoadError, LoadScope, Save, SaveError, Saved, Scope};
 
 use crate::interrupt::InterruptLine;
 
@@ -32,6 +34,9 @@ pub const SLEEP_ENABLE: u8 = 1 << 5;
 pub const S5: u8 = 5;
 /// The power button was pressed.
 pub const POWER_BUTTON: u8 = 1 << 0;
+
+/// Devices came, or should go: the registers of [`hotplug`](crate::hotplug) say which.
+pub const PCI_HOTPLUG: u8 = 1 << 1;
 
 /// What a guest wants done with its machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,7 +69,16 @@ impl PowerBlock {
 
     /// Presses the power button. What comes of it is the guest's business.
     pub fn press_power_button(&self) {
-        *self.happened.lock() |= POWER_BUTTON;
+        self.tell(POWER_BUTTON);
+    }
+
+    /// Has the guest look at the hotplug registers.
+    pub fn announce_hotplug(&self) {
+        self.tell(PCI_HOTPLUG);
+    }
+
+    fn tell(&self, event: u8) {
+        *self.happened.lock() |= event;
         self.line.raise();
     }
 }
@@ -89,6 +103,32 @@ impl DeviceOps for PowerBlock {
             (RESET, Some(&RESET_VALUE)) => (self.events)(PowerEvent::Reset),
             _ => {}
         }
+    }
+}
+
+/// What is saved: frozen.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct V1 {
+    happened: u8,
+}
+
+impl Saved for V1 {
+    const VERSION: u16 = 1;
+}
+
+impl Save for PowerBlock {
+    fn save(&self, to: &mut Scope<'_>) -> Result<(), SaveError> {
+        let happened = *self.happened.lock();
+        to.put(&V1 { happened })
+    }
+}
+
+impl Load for &PowerBlock {
+    fn load(&mut self, from: &mut LoadScope<'_, '_>, _: &mut ()) -> Result<(), LoadError> {
+        let V1 { happened } = from.take()?;
+        *self.happened.lock() = happened;
+        Ok(())
     }
 }
 
@@ -123,5 +163,17 @@ mod tests {
         assert_eq!(happened, [POWER_BUTTON]);
         block.read(EVENTS, &mut happened);
         assert_eq!(happened, [0], "reading takes it");
+
+        block.announce_hotplug();
+        let mut writer = state::Writer::default();
+        block.save(&mut writer.scope("power").unwrap()).unwrap();
+        let bytes = writer.finish();
+        let other = PowerBlock::new(line, |_| {});
+        let mut store = state::Store::open(&bytes).unwrap();
+        (&other)
+            .load(&mut store.scope("power").unwrap(), &mut ())
+            .unwrap();
+        other.read(EVENTS, &mut happened);
+        assert_eq!(happened, [PCI_HOTPLUG], "what was not heard of yet is kept");
     }
 }

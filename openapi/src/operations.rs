@@ -133,6 +133,18 @@ operations! {
     vms_counters(id): GET "/api/v1/vms/{id}/counters" "vmsCounters" -> VmCounters;
     /// Asks for a VM's address spaces.
     vms_memory_map(id): GET "/api/v1/vms/{id}/memory-map" "vmsMemoryMap" -> MemoryMap;
+    /// Asks a guest for memory through its balloon, or gives it back.
+    vms_resize(id)[VmResize]: PUT "/api/v1/vms/{id}/resize" "vmsResize";
+    /// Gives a disk another size.
+    vms_resize_disk(id)[VmResizeDisk]: PUT "/api/v1/vms/{id}/resize-disk" "vmsResizeDisk";
+    /// Gives a VM a disk.
+    vms_add_disk(id)[DiskConfig]: PUT "/api/v1/vms/{id}/add-disk" "vmsAddDisk" -> Option<PciDeviceInfo>;
+    /// Gives a VM a network interface.
+    vms_add_net(id)[NetConfig]: PUT "/api/v1/vms/{id}/add-net" "vmsAddNet" -> Option<PciDeviceInfo>;
+    /// Gives a VM a socket between guest and host.
+    vms_add_vsock(id)[VsockConfig]: PUT "/api/v1/vms/{id}/add-vsock" "vmsAddVsock" -> Option<PciDeviceInfo>;
+    /// Asks a guest to let go of a device.
+    vms_remove_device(id)[VmRemoveDevice]: PUT "/api/v1/vms/{id}/remove-device" "vmsRemoveDevice";
 
     /// Creates the socket's VM, without booting it.
     vm_create[VmConfig]: PUT "/api/v1/vm.create" "createVM";
@@ -159,17 +171,17 @@ operations! {
     /// Asks for the VM's address spaces.
     vm_memory_map: GET "/api/v1/vm.memory-map" "memoryMapVM" -> MemoryMap;
 
-    /// Resizes the VM. (Refused by services of this version.)
+    /// Resizes the VM.
     vm_resize[VmResize]: PUT "/api/v1/vm.resize" "resizeVM";
-    /// Resizes a disk. (Refused by services of this version.)
+    /// Resizes a disk.
     vm_resize_disk[VmResizeDisk]: PUT "/api/v1/vm.resize-disk" "resizeDiskVM";
     /// Resizes a memory zone. (Refused by services of this version.)
     vm_resize_zone[VmResizeZone]: PUT "/api/v1/vm.resize-zone" "resizeZoneVM";
     /// Adds a device of the host. (Refused by services of this version.)
     vm_add_device[DeviceConfig]: PUT "/api/v1/vm.add-device" "addDeviceVM" -> Option<PciDeviceInfo>;
-    /// Removes a device. (Refused by services of this version.)
+    /// Removes a device.
     vm_remove_device[VmRemoveDevice]: PUT "/api/v1/vm.remove-device" "removeDeviceVM";
-    /// Adds a disk. (Refused by services of this version.)
+    /// Adds a disk.
     vm_add_disk[DiskConfig]: PUT "/api/v1/vm.add-disk" "addDiskVM" -> Option<PciDeviceInfo>;
     /// Adds a shared file system. (Refused by services of this version.)
     vm_add_fs[FsConfig]: PUT "/api/v1/vm.add-fs" "addFsVM" -> Option<PciDeviceInfo>;
@@ -178,9 +190,9 @@ operations! {
         PUT "/api/v1/vm.add-generic-vhost-user" "addGenericVhostUserVM" -> Option<PciDeviceInfo>;
     /// Adds persistent memory. (Refused by services of this version.)
     vm_add_pmem[PmemConfig]: PUT "/api/v1/vm.add-pmem" "addPmemVM" -> Option<PciDeviceInfo>;
-    /// Adds a network interface. (Refused by services of this version.)
+    /// Adds a network interface.
     vm_add_net[NetConfig]: PUT "/api/v1/vm.add-net" "addNetVM" -> Option<PciDeviceInfo>;
-    /// Adds a vsock device. (Refused by services of this version.)
+    /// Adds a vsock device.
     vm_add_vsock[VsockConfig]: PUT "/api/v1/vm.add-vsock" "addVsockVM" -> Option<PciDeviceInfo>;
     /// Adds a vDPA device. (Refused by services of this version.)
     vm_add_vdpa[VdpaConfig]: PUT "/api/v1/vm.add-vdpa" "addVdpaVM" -> Option<PciDeviceInfo>;

@@ -2,9 +2,10 @@
 
 use std::collections::HashSet;
 
-use crate::device::NetConfig;
+use crate::device::{NetConfig, VsockConfig};
 use crate::disk::{DiskConfig, ImageType, RateLimiterConfig};
 use crate::limits;
+use crate::names;
 use crate::service::FieldProblem;
 use crate::validate::{UNSUPPORTED, name, problem};
 use crate::vm::VmConfig;
@@ -17,30 +18,36 @@ pub(crate) fn check(config: &VmConfig, found: &mut Vec<FieldProblem>) {
     for (i, net) in config.net.iter().flatten().enumerate() {
         net.check(&format!("/net/{i}"), found);
     }
+    if let Some(vsock) = &config.vsock {
+        vsock.check("/vsock", found);
+    }
+    if let Some(balloon) = &config.balloon {
+        let mut below = Below {
+            pointer: "/balloon",
+            found,
+        };
+        if balloon.size > config.memory.size {
+            let (size, all) = (balloon.size, config.memory.size);
+            let detail = format!("{size} bytes are more than the {all} that the guest has");
+            below.add("size", "out-of-range", detail);
+        }
+        below.placed_elsewhere(balloon.iommu, balloon.pci_segment, balloon.pci_device_id);
+    }
+    let console = &config.console;
+    Below {
+        pointer: "/console",
+        found,
+    }
+    .placed_elsewhere(console.iommu, console.pci_segment, console.pci_device_id);
     let mut names = HashSet::new();
-    for (pointer, id) in ids(config) {
-        let pointer = format!("{pointer}/id");
-        if id.is_empty() || id.starts_with("__") {
-            let detail = format!("`{id}` is no name for a device");
-            found.push(problem(&pointer, "out-of-range", detail));
+    for (pointer, id) in names::given(config) {
+        if let Some(wrong) = names::check_device_name(&pointer, id) {
+            found.push(wrong);
         } else if !names.insert(id) {
             let detail = format!("there is another device of the name `{id}`");
-            found.push(problem(&pointer, "duplicate", detail));
+            found.push(problem(&format!("{pointer}/id"), "duplicate", detail));
         }
     }
-}
-
-/// The names that were given, with the devices that have them.
-fn ids(config: &VmConfig) -> impl Iterator<Item = (String, &str)> {
-    let disks = config.disks.iter().flatten().enumerate();
-    let disks = disks.map(|(i, disk)| (format!("/disks/{i}"), disk.id.as_deref()));
-    let net = config.net.iter().flatten().enumerate();
-    let net = net.map(|(i, net)| (format!("/net/{i}"), net.id.as_deref()));
-    let rng = [("/rng".to_owned(), config.rng.id.as_deref())];
-    disks
-        .chain(net)
-        .chain(rng)
-        .filter_map(|(pointer, id)| Some((pointer, id?)))
 }
 
 /// Adds problems with fields below one pointer.
@@ -62,6 +69,13 @@ impl Below<'_> {
             let detail = format!("this version does not support `{}`", name(&whole));
             self.add(field, UNSUPPORTED, detail);
         }
+    }
+
+    /// Refuses places on the bus that this version cannot give.
+    fn placed_elsewhere(&mut self, iommu: bool, segment: Option<u16>, device: Option<u8>) {
+        self.unsupported("iommu", iommu);
+        self.unsupported("pci_segment", segment.is_some_and(|segment| segment != 0));
+        self.unsupported("pci_device_id", device.is_some());
     }
 
     fn queues(&mut self, count: usize, size: u16, most: usize) {
@@ -130,12 +144,7 @@ impl DiskConfig {
         below.unsupported("image_type", other);
         below.unsupported("vhost_user", self.vhost_user);
         below.unsupported("vhost_socket", self.vhost_socket.is_some());
-        below.unsupported("iommu", self.iommu);
-        below.unsupported(
-            "pci_segment",
-            self.pci_segment.is_some_and(|segment| segment != 0),
-        );
-        below.unsupported("pci_device_id", self.pci_device_id.is_some());
+        below.placed_elsewhere(self.iommu, self.pci_segment, self.pci_device_id);
         below.unsupported("rate_limit_group", self.rate_limit_group.is_some());
         below.unsupported("queue_affinity", self.queue_affinity.is_some());
     }
@@ -204,12 +213,32 @@ impl NetConfig {
         below.rate_limiter(self.rate_limiter_config.as_ref());
         below.unsupported("vhost_user", self.vhost_user);
         below.unsupported("vhost_socket", self.vhost_socket.is_some());
-        below.unsupported("iommu", self.iommu);
-        below.unsupported(
-            "pci_segment",
-            self.pci_segment.is_some_and(|segment| segment != 0),
-        );
-        below.unsupported("pci_device_id", self.pci_device_id.is_some());
+        below.placed_elsewhere(self.iommu, self.pci_segment, self.pci_device_id);
+    }
+}
+
+impl VsockConfig {
+    /// All that is wrong with a socket that is to be added.
+    #[must_use]
+    pub fn problems(&self) -> Vec<FieldProblem> {
+        let mut found = Vec::new();
+        self.check("", &mut found);
+        found
+    }
+
+    fn check(&self, pointer: &str, found: &mut Vec<FieldProblem>) {
+        let mut below = Below { pointer, found };
+        // 0 to 2 are the hypervisor's, the guest's own and the host's; the last is "any".
+        if !(3..u64::from(u32::MAX)).contains(&self.cid) {
+            let detail = format!("{} is no address of a guest: the first is 3", self.cid);
+            below.add("cid", "out-of-range", detail);
+        }
+        if self.socket.is_empty() || self.socket.len() > limits::SOCKET_PATH_LEN {
+            let most = limits::SOCKET_PATH_LEN;
+            let detail = format!("the path of a socket has 1 to {most} bytes");
+            below.add("socket", "out-of-range", detail);
+        }
+        below.placed_elsewhere(self.iommu, self.pci_segment, self.pci_device_id);
     }
 }
 
@@ -323,6 +352,24 @@ mod tests {
                 [(format!("/{field}"), code.to_owned())],
                 "{net}"
             );
+        }
+    }
+
+    #[test]
+    fn each_problem_of_a_socket_names_its_field() {
+        let found = |json: &str| {
+            let vsock: VsockConfig = serde_json::from_str(json).unwrap();
+            let problems = vsock.problems().into_iter();
+            problems.map(|p| (p.pointer, p.code)).collect::<Vec<_>>()
+        };
+        assert_eq!(found(r#"{"cid":3,"socket":"/s"}"#), []);
+        for (vsock, field) in [
+            (r#"{"cid":2,"socket":"/s"}"#, "cid"),
+            (r#"{"cid":4294967295,"socket":"/s"}"#, "cid"),
+            (r#"{"cid":3,"socket":""}"#, "socket"),
+        ] {
+            let expected = (format!("/{field}"), "out-of-range".to_owned());
+            assert_eq!(found(vsock), [expected], "{vsock}");
         }
     }
 

@@ -22,6 +22,7 @@ mod devices;
 mod disk;
 pub mod limits;
 mod memory;
+mod names;
 pub mod options;
 mod parse;
 mod platform;
@@ -42,6 +43,7 @@ pub use disk::{
     VirtQueueAffinity,
 };
 pub use memory::{MemoryConfig, MemoryZoneConfig};
+pub use names::{check_device_name, free_name};
 pub use parse::{ParseError, nearest, parse};
 pub use platform::{
     LandlockConfig, NumaConfig, NumaDistance, PayloadConfig, PciSegmentConfig, PlatformConfig,
@@ -57,6 +59,6 @@ pub use service::{
 };
 pub use validate::{HostLimits, UNSUPPORTED};
 pub use vm::{
-    BootTimeline, DeviceNode, Failure, PciDeviceInfo, VmConfig, VmCounters, VmInfo, VmState,
+    BootTimeline, DeviceNode, DeviceState, Failure, PciDeviceInfo, VmConfig, VmCounters, VmInfo, VmState,
     VmmPingResponse,
 };

@@ -27,3 +27,9 @@ pub const NET_PAIRS: usize = 15;
 
 /// The least MTU that a network interface may have: that of IPv6.
 pub const MIN_MTU: u16 = 1280;
+
+/// Bytes of the path of a unix socket (`sun_path` of `unix(7)`, without the NUL).
+pub const SOCKET_PATH_LEN: usize = 107;
+
+/// Bytes of a device's name.
+pub const DEVICE_NAME_LEN: usize = 64;

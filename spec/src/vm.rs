@@ -220,6 +220,25 @@ pub struct DeviceNode {
     /// Its PCI address.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pci_bdf: Option<String>,
+    /// `Leaving` when the guest was asked to let go of it and has not yet.
+    #[serde(default, skip_serializing_if = "DeviceState::is_present")]
+    pub state: DeviceState,
+}
+
+/// Whether a device stays.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub enum DeviceState {
+    /// It is there.
+    #[default]
+    Present,
+    /// The guest was asked to let go of it.
+    Leaving,
+}
+
+impl DeviceState {
+    fn is_present(&self) -> bool {
+        *self == Self::Present
+    }
 }
 
 /// What is told of a VM.

@@ -20,7 +20,7 @@ impl SectionPath {
     /// # Errors
     /// When a name is empty, a character is not allowed, or the whole is too long.
     pub fn new(path: &str) -> Result<Self, InvalidPath> {
-        let allowed = |c: u8| matches!(c, b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b':');
+        let allowed = |c: u8| c.is_ascii_alphanumeric() || b"-_.:".contains(&c);
         let good = path.len() <= limits::PATH_LEN
             && path
                 .split('/')

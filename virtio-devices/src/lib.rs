@@ -41,6 +41,6 @@ mod worker;
 pub use device::{DeviceError, DeviceId, VirtioDevice};
 pub use queue::{Chain, Queue, QueueError, QueueMemory, QueueSetup, QueueState, Rings};
 pub use transport::{
-    BAR_LEN, Interrupts, Slot, Transport, TransportEvent, VirtioPci, VirtioPciError, vectors,
+    BAR_LEN, Interrupts, Retired, Slot, Transport, TransportEvent, VirtioPci, VirtioPciError, vectors,
 };
 pub use worker::{QueueTask, Running, TaskEvent, TaskFlow, TaskSources, Workers};

@@ -255,9 +255,10 @@ fn what_is_removed_leaves_nothing_in_the_map() {
     machine.device.write(4, &[6, 0]);
     let space = machine.topology.lock().space(SpaceKind::Memory);
     assert!(space.view().find(BAR).is_some());
+    let retired = Arc::clone(&machine.device).retire();
     let mut topology = machine.topology.lock();
     let mut tx = topology.begin();
-    machine.device.remove(&mut tx).unwrap();
+    retired.remove(&mut tx).unwrap();
     tx.commit().unwrap();
     assert!(space.view().find(BAR).is_none());
     let tree = topology.tree(SpaceKind::Memory).unwrap();

@@ -11,17 +11,20 @@
 //!    └───────────────────┴───────────────────┘ Shutdown, power-off, failure
 //! ```
 
-use std::collections::VecDeque;
+mod devices;
+
+use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::RawFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
 use control::{
-    Ask, Category, EventSender, Inbox, Message, Reply, RequestError, StatusPublisher, Verb, admit,
+    Ask, Category, EventSender, Inbox, Message, NewDevice, Reply, Request, RequestError,
+    StatusPublisher, admit,
 };
-use devices::event_loop::{Actor, Flow, Interest, Sources};
-use devices::{Console, PowerEvent, Watch};
+use ::devices::event_loop::{Actor, Flow, Interest, Sources};
+use ::devices::{Console, PowerEvent, Watch};
 use spec::{BootTimeline, ConsoleMode, Failure, SerialConfig, VmConfig, VmState};
 
 use virtio_devices::TransportEvent;
@@ -29,6 +32,7 @@ use virtio_devices::TransportEvent;
 use crate::failure::{self, BuildError};
 use crate::machine::{Active, Built, Host};
 use crate::memory_map;
+use crate::open::Opened;
 
 /// Something that happened in a machine.
 #[derive(Debug)]
@@ -43,6 +47,16 @@ pub(crate) enum Happening {
     Built(Box<Result<Active, BuildError>>),
     /// To the device of this name.
     Device(String, TransportEvent),
+    /// A device that is to be added, or why it cannot be.
+    Opened(String, Box<Result<Opened, BuildError>>),
+    /// The guest let go of what is in this PCI slot.
+    Ejected(u8),
+}
+
+impl std::fmt::Debug for Opened {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Opened({})", self.id)
+    }
 }
 
 impl std::fmt::Debug for Active {
@@ -97,6 +111,8 @@ pub(crate) struct Driver {
     watched: Vec<RawFd>,
     /// Asked while a machine is being built.
     waiting: VecDeque<Ask>,
+    /// Devices that are being opened, by their names.
+    opening: BTreeMap<String, (Ask, NewDevice)>,
 }
 
 impl Driver {
@@ -119,6 +135,7 @@ impl Driver {
             console: None,
             watched: Vec::new(),
             waiting: VecDeque::new(),
+            opening: BTreeMap::new(),
         }
     }
 
@@ -136,55 +153,73 @@ impl Driver {
     }
 
     fn answer(&mut self, ask: Ask, sources: &mut Sources<'_>) -> Flow {
-        let verb = ask.request.verb;
+        let verb = ask.request.verb();
         if let Err(denied) = admit(self.publisher.current().state, verb) {
             ask.answer(Err(denied.into()));
             return Flow::Stay;
         }
-        match verb {
-            Verb::Boot => self.boot(ask, sources),
-            Verb::Reboot => self.build(Some(ask)),
-            Verb::Delete => {
+        let answer = match &ask.request {
+            Request::Boot => {
+                self.boot(ask, sources);
+                return Flow::Stay;
+            }
+            Request::Reboot => {
+                self.build(Some(ask));
+                return Flow::Stay;
+            }
+            Request::AddDevice(new) => {
+                let new = new.clone();
+                self.add_device(ask, new);
+                return Flow::Stay;
+            }
+            Request::Delete => {
                 self.switch_off(End::Requested, sources);
                 ask.answer(Ok(Reply::Done));
                 return Flow::Leave;
             }
-            Verb::Shutdown => {
+            Request::Shutdown => {
                 self.switch_off(End::Requested, sources);
-                ask.answer(Ok(Reply::Done));
+                Ok(Reply::Done)
             }
-            _ => {
-                let answer = self.perform(verb);
-                ask.answer(answer);
-            }
-        }
+            Request::RemoveDevice(device) => self.remove_device(&device.id),
+            Request::Resize(sizes) => self.resize(sizes),
+            Request::Pause
+            | Request::Resume
+            | Request::PowerButton
+            | Request::Nmi
+            | Request::Counters
+            | Request::MemoryMap
+            | Request::ResizeDisk(_) => self.perform(&ask.request),
+        };
+        ask.answer(answer);
         Flow::Stay
     }
 
     /// What needs a machine that is on and leaves it on.
-    fn perform(&mut self, verb: Verb) -> Result<Reply, RequestError> {
+    fn perform(&mut self, request: &Request) -> Result<Reply, RequestError> {
         let Stage::On(active) = &mut self.stage else {
-            return match verb {
-                Verb::Counters => Ok(Reply::Counters(spec::VmCounters::new())),
+            return match request {
+                Request::Counters => Ok(Reply::Counters(spec::VmCounters::new())),
                 _ => Err(internal("there is no machine")),
             };
         };
-        match verb {
-            Verb::Pause => {
+        match request {
+            Request::Pause => {
                 active.pause().map_err(|late| internal(&late))?;
                 self.publisher
                     .update(|status| status.state = VmState::Paused);
             }
-            Verb::Resume => {
+            Request::Resume => {
                 active.resume().map_err(|error| internal(&error))?;
                 self.publisher
                     .update(|status| status.state = VmState::Running);
             }
-            Verb::PowerButton => active.press_power_button(),
-            Verb::Nmi => active.nmi(),
-            Verb::Counters => return Ok(Reply::Counters(active.counters())),
-            Verb::MemoryMap => return Ok(Reply::MemoryMap(memory_map::of(&active.topology()))),
-            Verb::Boot | Verb::Reboot | Verb::Shutdown | Verb::Delete => {}
+            Request::PowerButton => active.press_power_button(),
+            Request::Nmi => active.nmi(),
+            Request::Counters => return Ok(Reply::Counters(active.counters())),
+            Request::MemoryMap => return Ok(Reply::MemoryMap(memory_map::of(&active.topology()))),
+            Request::ResizeDisk(disk) => devices::resize_disk(active.devices(), disk)?,
+            _ => {}
         }
         Ok(Reply::Done)
     }
@@ -203,12 +238,9 @@ impl Driver {
     /// Has a machine built, in place of the one that there is.
     fn build(&mut self, asked: Option<Ask>) {
         self.stage = Stage::Building { asked };
-        self.machine += 1;
+        self.next_machine();
         self.asked_at = Instant::now();
-        let reporter = Reporter {
-            machine: self.machine,
-            to: self.reports.clone(),
-        };
+        let reporter = self.reporter();
         let (host, config) = (Arc::clone(&self.host), Arc::clone(&self.config));
         let output = self.console.as_ref().map(Console::output);
         let back = reporter.clone();
@@ -236,6 +268,7 @@ impl Driver {
             Ok(active) => {
                 let devices = active.devices().tree();
                 self.stage = Stage::On(Box::new(active));
+                self.set_config(Arc::clone(&self.config));
                 let built_us = self.microseconds(Instant::now());
                 self.publisher.update(|status| {
                     let was_on = matches!(status.state, VmState::Running | VmState::Paused);
@@ -269,10 +302,23 @@ impl Driver {
         }
     }
 
+    /// What the machine that there was still has to say is of no interest.
+    fn next_machine(&mut self) {
+        self.machine += 1;
+        self.give_up_additions();
+    }
+
+    fn reporter(&self) -> Reporter {
+        Reporter {
+            machine: self.machine,
+            to: self.reports.clone(),
+        }
+    }
+
     /// Ends the machine.
     fn switch_off(&mut self, by: End, sources: &mut Sources<'_>) {
         self.stage = Stage::Off;
-        self.machine += 1;
+        self.next_machine();
         self.detach(sources);
         self.publisher.update(|status| {
             if status.state != VmState::Created {
@@ -293,13 +339,22 @@ impl Driver {
         for fd in console.sources() {
             self.watch(fd, sources);
         }
-        if let Some(path) = console.pty_path() {
-            let mut config = VmConfig::clone(&self.config);
-            config.serial.file = Some(path.to_string_lossy().into_owned());
-            self.publisher
-                .update(|status| status.config = Arc::new(config));
-        }
         self.console = Some(console);
+        self.set_config(Arc::clone(&self.config));
+    }
+
+    /// What the next machine is built from, and what is shown: with the names of pseudo terminals
+    /// and taps that were made for this one.
+    fn set_config(&mut self, config: Arc<VmConfig>) {
+        let mut shown = Arc::clone(&config);
+        if let Some(path) = self.console.as_ref().and_then(Console::pty_path) {
+            Arc::make_mut(&mut shown).serial.file = Some(path.to_string_lossy().into_owned());
+        }
+        if let Stage::On(active) = &self.stage {
+            devices::show_taps(active.devices(), &mut shown);
+        }
+        self.config = config;
+        self.publisher.update(|status| status.config = shown);
     }
 
     fn watch(&mut self, fd: RawFd, sources: &mut Sources<'_>) {
@@ -361,6 +416,8 @@ impl Driver {
                     .record("device-needs-reset", Some(format!("{id}: {why}")));
             }
             Happening::Device(id, event) => tracing::debug!(id, ?event, "a device"),
+            Happening::Opened(id, opened) => self.opened(&id, *opened),
+            Happening::Ejected(slot) => self.ejected(slot),
             Happening::FirstEntry(at) => self.note(at, |boot, us| boot.first_entry_us = us),
             Happening::FirstDebugPort(at) => {
                 self.note(at, |boot, us| boot.first_debug_port_us = us);

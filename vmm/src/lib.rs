@@ -14,11 +14,11 @@
 //!
 //! ```no_run
 //! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
-//! use control::{Registry, Verb};
+//! use control::{Registry, Request};
 //! let registry = Registry::new(vmm::Pool::start(&vmm::PoolConfig::default())?);
 //! let config = spec::parse(br#"{"payload": {"kernel": "/boot/vmlinux"}}"#)?;
 //! let vm = registry.create(None, config)?;
-//! vm.ask(Verb::Boot).await?;
+//! vm.ask(Request::Boot).await?;
 //! # Ok(()) }
 //! ```
 
@@ -30,6 +30,7 @@ mod driver;
 mod failure;
 mod machine;
 mod memory_map;
+mod open;
 mod pci;
 mod pool;
 mod run_control;

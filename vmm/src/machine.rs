@@ -5,7 +5,9 @@ use std::io::Write;
 use std::sync::Arc;
 use std::time::Duration;
 
-use devices::{DebugPort, InterruptLine, KeyboardReset, PowerBlock, Serial, pci, power};
+use devices::{
+    DebugPort, HotplugBlock, InterruptLine, KeyboardReset, PowerBlock, Serial, hotplug, pci, power,
+};
 use hypervisor::arch::CpuId;
 use hypervisor::{ClockState, IrqRoutes, Kvm, KvmError, Vcpu, Vm};
 use memory::{
@@ -13,7 +15,7 @@ use memory::{
     Transaction,
 };
 use parking_lot::{Mutex, MutexGuard};
-use spec::{VmConfig, VmCounters};
+use spec::{PciDeviceInfo, VmConfig, VmCounters};
 use virtio_devices::Workers;
 
 use crate::arch::x86_64::layout::Layout;
@@ -21,6 +23,7 @@ use crate::arch::x86_64::{cpu, layout};
 use crate::boot;
 use crate::driver::{Happening, Reporter};
 use crate::failure::BuildError;
+use crate::open::Opened;
 use crate::pci::{PciHost, SharedTopology};
 use crate::run_control::{NotParked, RunControl, Want};
 use crate::vcpu::VcpuThread;
@@ -49,6 +52,7 @@ struct Parts {
     topology: SharedTopology,
     serial: Option<Arc<Serial>>,
     power: Arc<PowerBlock>,
+    hotplug: Arc<HotplugBlock>,
 }
 
 /// A machine with all its parts, and nothing to boot.
@@ -101,10 +105,11 @@ impl Built {
                 None => None,
             };
             let power = map_power(tx, irq_routes, reporter)?;
+            let hotplug = map_hotplug(tx, reporter)?;
             let devices = Devices::build(host_bridge, tx, config, &host.workers, reporter)?;
-            Ok((serial, power, devices))
+            Ok((serial, power, hotplug, devices))
         };
-        let (serial, power, devices) = topology.lock().transaction(build)?;
+        let (serial, power, hotplug, devices) = topology.lock().transaction(build)?;
         let parts = Parts {
             devices,
             _listeners: listeners,
@@ -112,6 +117,7 @@ impl Built {
             topology,
             serial,
             power,
+            hotplug,
         };
         Ok(Self {
             parts,
@@ -293,7 +299,71 @@ fn map_power(
     Ok(block)
 }
 
+fn map_hotplug(
+    tx: &mut Transaction<'_>,
+    reporter: &Reporter,
+) -> Result<Arc<HotplugBlock>, BuildError> {
+    let to = reporter.clone();
+    let block = Arc::new(HotplugBlock::new(move |slot| {
+        to.tell(Happening::Ejected(slot));
+    }));
+    map_port(
+        tx,
+        ("registers", "hotplug"),
+        layout::HOTPLUG_PORT,
+        hotplug::LEN,
+        Arc::clone(&block) as _,
+    )?;
+    Ok(block)
+}
+
 impl Active {
+    /// Plugs a device in and tells the guest.
+    pub(crate) fn add_device(
+        &mut self,
+        opened: Opened,
+        reporter: &Reporter,
+    ) -> Result<PciDeviceInfo, BuildError> {
+        let id = opened.id.clone();
+        let devices = &mut self.parts.devices;
+        let plugged = self
+            .parts
+            .topology
+            .lock()
+            .transaction(|tx| devices.plug(tx, opened, reporter));
+        if let Err(error) = plugged {
+            devices.forget(&id);
+            return Err(error);
+        }
+        if self.control.wanted() != Want::Run {
+            devices.pause();
+        }
+        let device = devices.place(&id);
+        let slot = device.map(|bdf| bdf.device());
+        slot.into_iter().for_each(|slot| self.parts.hotplug.insert(slot));
+        self.parts.power.announce_hotplug();
+        Ok(PciDeviceInfo {
+            id,
+            bdf: device.map(|bdf| bdf.to_string()).unwrap_or_default(),
+        })
+    }
+
+    /// Asks the guest to let go of a device; false if there is none of this name. It may be asked
+    /// again: a guest that boots does not listen yet.
+    pub(crate) fn want_device_back(&mut self, id: &str) -> bool {
+        let Some(slot) = self.parts.devices.leave(id) else {
+            return false;
+        };
+        self.parts.hotplug.want_back(slot);
+        self.parts.power.announce_hotplug();
+        true
+    }
+
+    /// The guest has let go of what is in a slot. Gives the name of the device that went.
+    pub(crate) fn ejected(&mut self, slot: u8) -> Option<(String, Result<(), BuildError>)> {
+        self.parts.devices.ejected(slot, &self.parts.topology)
+    }
+
     /// Lets the guest run.
     pub(crate) fn resume(&mut self) -> Result<(), KvmError> {
         if let Some(clock) = self.clock.take() {

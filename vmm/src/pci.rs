@@ -25,9 +25,7 @@ pub(crate) struct PciHost {
 }
 
 /// A device on the bus.
-#[expect(dead_code, reason = "devices do not leave yet")]
 pub(crate) struct Plugged {
-    pub(crate) id: String,
     pub(crate) bdf: Bdf,
     pub(crate) device: Arc<VirtioPci>,
     bar: AddrRange,
@@ -76,28 +74,33 @@ impl PciHost {
         };
         let plugged = VirtioPci::new(id, device, slot)
             .inspect_err(|_| self.window.free(bar))
-            .map(|device| Plugged {
-                id: id.to_owned(),
-                bdf,
-                device,
-                bar,
-            })?;
+            .map(|device| Plugged { bdf, device, bar })?;
         self.bus
             .attach(bdf, Arc::clone(&plugged.device) as Arc<dyn ConfigSpace>)?;
         Ok(plugged)
     }
 
-    #[expect(dead_code, reason = "devices do not leave yet")]
     /// Takes a device from the bus and the map. Nobody in the guest uses it any more.
     pub(crate) fn unplug(
         &mut self,
-        tx: &mut Transaction<'_>,
-        plugged: &Plugged,
+        topology: &SharedTopology,
+        plugged: Plugged,
     ) -> Result<(), BuildError> {
         self.bus.detach(plugged.bdf);
-        plugged.device.remove(tx)?;
+        let retired = plugged.device.retire();
+        topology.lock().transaction(|tx| -> Result<_, BuildError> {
+            retired.remove(tx)?;
+            Ok(())
+        })?;
         self.window.free(plugged.bar);
         Ok(())
+    }
+
+    /// Undoes [`Self::plug`] where the change of the map that it was a part of came to nothing.
+    pub(crate) fn forget(&mut self, plugged: Plugged) {
+        self.bus.detach(plugged.bdf);
+        drop(plugged.device.retire());
+        self.window.free(plugged.bar);
     }
 }
 

@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use control::{Registry, Reply, Verb, VmHandle};
+use control::{Registry, Reply, Request, VmHandle};
 use guest::{After, Crash, Line, Options, Workload};
 use spec::{ConsoleMode, CpusConfig, PayloadConfig, VmConfig, VmState};
 use vmm::{Pool, PoolConfig};
@@ -50,7 +50,7 @@ impl Lab {
     async fn boot(&self, name: &str, options: &Options, vcpus: u32) -> (VmHandle, PathBuf) {
         let (config, log) = self.config(name, options, vcpus);
         let vm = self.registry.create(None, config).unwrap();
-        vm.ask(Verb::Boot).await.unwrap();
+        vm.ask(Request::Boot).await.unwrap();
         (vm, log)
     }
 }
@@ -83,19 +83,19 @@ async fn a_guest_boots_pauses_resumes_reboots_and_ends() {
     let boot = vm.info().boot.unwrap();
     assert!(boot.first_debug_port_us.is_some() && boot.first_serial_us > boot.first_debug_port_us);
 
-    vm.ask(Verb::Pause).await.unwrap();
+    vm.ask(Request::Pause).await.unwrap();
     let before = lines(&log).len();
     tokio::time::sleep(Duration::from_millis(200)).await;
     assert_eq!(
         (lines(&log).len(), vm.info().state),
         (before, VmState::Paused)
     );
-    let Reply::MemoryMap(map) = vm.ask(Verb::MemoryMap).await.unwrap() else {
+    let Reply::MemoryMap(map) = vm.ask(Request::MemoryMap).await.unwrap() else {
         panic!("no map")
     };
     assert!(map.to_string().contains("ram below 4G"), "{map}");
 
-    vm.ask(Verb::Resume).await.unwrap();
+    vm.ask(Request::Resume).await.unwrap();
     until("a heartbeat after the pause", || lines(&log).len() > before).await;
     let hellos = || {
         lines(&log)
@@ -104,11 +104,11 @@ async fn a_guest_boots_pauses_resumes_reboots_and_ends() {
             .count()
     };
     assert_eq!(hellos(), 1);
-    vm.ask(Verb::Reboot).await.unwrap();
+    vm.ask(Request::Reboot).await.unwrap();
     assert_eq!(vm.status().reboots, 1);
-    vm.ask(Verb::Shutdown).await.unwrap();
+    vm.ask(Request::Shutdown).await.unwrap();
     assert_eq!(vm.info().state, VmState::Shutdown);
-    vm.ask(Verb::Boot).await.unwrap();
+    vm.ask(Request::Boot).await.unwrap();
     until("a hello of the second boot", || hellos() == 1).await;
     lab.registry.delete(vm.id().as_str()).await.unwrap();
 }
@@ -199,7 +199,7 @@ async fn payloads_that_cannot_be_booted_are_named_and_nothing_changes() {
         config.payload.kernel = Some(kernel);
         config.payload.initramfs = initramfs;
         let vm = lab.registry.create(None, config).unwrap();
-        let booted = vm.ask(Verb::Boot).await;
+        let booted = vm.ask(Request::Boot).await;
         if code.is_empty() {
             booted.unwrap();
             continue;

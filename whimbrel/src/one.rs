@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use anyhow::{Result, bail};
 use api::{Listener, Service, serve};
-use control::{Registry, Verb, VmHandle};
+use control::{Registry, Request, VmHandle};
 use spec::{ConsoleMode, VmId, VmState};
 use vmm::{Pool, PoolConfig};
 
@@ -45,7 +45,7 @@ pub(crate) fn run(arguments: &VmArguments, serial: Option<ConsoleMode>) -> Resul
                 let vm = registry
                     .create(Some(id), config)
                     .map_err(|error| explained(&error))?;
-                vm.ask(Verb::Boot)
+                vm.ask(Request::Boot)
                     .await
                     .map_err(|error| explained(&error))?;
             }

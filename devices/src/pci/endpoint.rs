@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use memory::Transaction;
+use memory::{RegionId, Transaction};
 use parking_lot::Mutex;
 use state::{LoadError, LoadScope, Save, SaveError, Scope};
 
@@ -117,18 +117,13 @@ impl Endpoint {
         self.msix.as_ref().map(|(_, msix)| msix)
     }
 
-    /// Takes its BARs from the map, as when the function goes.
-    ///
-    /// # Errors
-    /// As [`place_bar`].
-    pub fn withdraw(&self, tx: &mut Transaction<'_>) -> Result<(), memory::TopologyError> {
-        let mut state = self.state.lock();
-        for bar in &mut state.bars {
-            if bar.shown.take().is_some() {
-                place_bar(tx, bar.region, None)?;
-            }
-        }
-        Ok(())
+    /// The function goes: its BARs move no more. Gives those that are shown, for the caller to take
+    /// from the map. (It cannot be done here: who moves a BAR holds this function and waits for the
+    /// map.)
+    pub fn withdraw(&self) -> Vec<RegionId> {
+        let bars = std::mem::take(&mut self.state.lock().bars);
+        let shown = bars.iter().filter(|bar| bar.shown.is_some());
+        shown.map(|bar| bar.region).collect()
     }
 
     /// As after power-on: no BAR is shown, all vectors are masked, addresses are the first ones.

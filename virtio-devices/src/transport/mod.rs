@@ -8,7 +8,7 @@ mod saved;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
 
-pub use self::pci::{BAR_LEN, Slot, VirtioPci, VirtioPciError, vectors};
+pub use self::pci::{BAR_LEN, Retired, Slot, VirtioPci, VirtioPciError, vectors};
 use crate::limits::MAX_QUEUES;
 
 /// "No vector" (virtio 1.3, 4.1.5.1.2.2: `VIRTIO_MSI_NO_VECTOR`).

@@ -16,7 +16,8 @@ use ::memory::{
 };
 use ::state::{LoadError, LoadScope, Save, SaveError, Scope};
 use devices::pci::{
-    BarError, BarMap, BarRequest, ConfigSpace, Endpoint, EndpointBuilder, Identity, MsiTarget, Msix,
+    BarError, BarMap, BarRequest, ConfigSpace, Endpoint, EndpointBuilder, Identity, MsiTarget,
+    Msix, place_bar,
 };
 
 use super::function::{
@@ -210,19 +211,15 @@ impl VirtioPci {
         self.function.counters()
     }
 
-    /// Takes the device from the map, for good.
-    ///
-    /// # Errors
-    /// When it is not in this map.
-    pub fn remove(&self, tx: &mut Transaction<'_>) -> Result<(), TopologyError> {
+    /// The device goes: on return it has nothing in flight, and nothing that the guest does makes
+    /// it start again. The caller takes it off the bus before, and from the map after.
+    pub fn retire(self: Arc<Self>) -> Retired {
+        self.function.pause();
         self.function.reset();
-        self.endpoint.withdraw(tx)?;
-        let bar = self.regions.last();
-        for region in self.regions.iter().filter(|region| Some(*region) != bar) {
-            tx.unplace(*region)?;
-            tx.destroy(*region)?;
+        Retired {
+            shown: self.endpoint.withdraw(),
+            regions: self.regions.clone(),
         }
-        bar.map_or(Ok(()), |bar| tx.destroy(*bar))
     }
 
     /// Goes on from what was saved: registers now, queues with [`VirtioPci::resume`]. `tx` is all
@@ -273,6 +270,31 @@ impl VirtioPci {
 
     fn is_window(&self, at: usize) -> bool {
         at == self.window + WINDOW_DATA
+    }
+}
+
+/// What is left of a device that has been retired.
+#[must_use]
+pub struct Retired {
+    shown: Vec<RegionId>,
+    regions: Vec<RegionId>,
+}
+
+impl Retired {
+    /// Takes the device from the map.
+    ///
+    /// # Errors
+    /// When it is not in this map.
+    pub fn remove(self, tx: &mut Transaction<'_>) -> Result<(), TopologyError> {
+        for region in self.shown {
+            place_bar(tx, region, None)?;
+        }
+        let bar = self.regions.last();
+        for region in self.regions.iter().filter(|region| Some(*region) != bar) {
+            tx.unplace(*region)?;
+            tx.destroy(*region)?;
+        }
+        bar.map_or(Ok(()), |bar| tx.destroy(*bar))
     }
 }
 

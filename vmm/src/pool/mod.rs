@@ -81,6 +81,9 @@ impl Spawn for Pool {
         let Some(thread) = self.loops.get(next % self.loops.len()) else {
             return Err(RequestError::driver_gone());
         };
+        let mut config = VmConfig::clone(&config);
+        config.name_devices();
+        let config = Arc::new(config);
         Ok(thread.handle().adopt(|waker| {
             let (handle, inbox, reports, publisher) =
                 connect(id, Arc::clone(&config), events, move || waker.wake());

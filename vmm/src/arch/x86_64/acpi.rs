@@ -3,16 +3,16 @@
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
-    AddressSpace, AddressSpaceCacheable, And, Device, EISAName, Equal, Field, FieldAccessType,
+    AddressSpace, AddressSpaceCacheable, And, Arg, Device, EISAName, Equal, Field, FieldAccessType,
     FieldEntry, FieldLockRule, FieldUpdateRule, IO, If, Interrupt, Local, Memory32Fixed, Method,
-    Name, Notify, ONE, OpRegion, OpRegionSpace, Package, Path, ResourceTemplate, Scope, Store,
-    ZERO,
+    MethodCall, Name, Notify, ONE, OpRegion, OpRegionSpace, Package, Path, ResourceTemplate, Scope,
+    Store, ZERO,
 };
 use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
-use devices::power;
+use devices::{hotplug, power};
 
 use super::layout::{self, Layout};
 
@@ -137,7 +137,14 @@ fn mcfg() -> MCFG {
 
 fn dsdt(vcpus: u32, layout: &Layout) -> Sdt {
     let mut dsdt = Sdt::new(*b"DSDT", 36, 6, OEM, TABLE, 1);
-    for part in [power_aml(), pci_aml(layout), serial_aml(), cpus_aml(vcpus)] {
+    let parts = [
+        power_aml(),
+        pci_aml(layout),
+        hotplug_aml(),
+        serial_aml(),
+        cpus_aml(vcpus),
+    ];
+    for part in parts {
         dsdt.append_slice(&part);
     }
     dsdt.update_checksum();
@@ -197,6 +204,11 @@ fn power_aml() -> Vec<u8> {
                             &If::new(
                                 &Equal::new(&Local(1), &power::POWER_BUTTON),
                                 vec![&Notify::new(&Path::new("\\_SB_.PWRB"), &0x80_u8)],
+                            ),
+                            &And::new(&Local(1), &Local(0), &power::PCI_HOTPLUG),
+                            &If::new(
+                                &Equal::new(&Local(1), &power::PCI_HOTPLUG),
+                                vec![&MethodCall::new("\\_SB_.PCI0.PCNT".into(), vec![])],
                             ),
                         ],
                     ),
@@ -263,6 +275,90 @@ fn pci_aml(layout: &Layout) -> Vec<u8> {
     )
     .to_aml_bytes(&mut out);
     out
+}
+
+/// Slots whose devices come and go (6.3): each has its number and a method by which the guest lets
+/// go of what is in it, and `PCNT` notifies those that the registers name.
+fn hotplug_aml() -> Vec<u8> {
+    const DEVICE_CHECK: u8 = 1;
+    const EJECT_REQUEST: u8 = 3;
+    let port = layout::HOTPLUG_PORT;
+    let mut out = Vec::new();
+    let mut notices = Vec::new();
+    for slot in 1..32_u8 {
+        let (name, bit) = (format!("S{slot:03X}"), 1_u32 << slot);
+        Scope::new(
+            "\\_SB_.PCI0".into(),
+            vec![&Device::new(
+                Path::new(&name),
+                vec![
+                    &Name::new("_SUN".into(), &slot),
+                    &Name::new("_ADR".into(), &(u32::from(slot) << 16)),
+                    &Method::new(
+                        "_EJ0".into(),
+                        1,
+                        true,
+                        vec![&Store::new(&Path::new("\\_SB_.PCI0.PHEJ"), &bit)],
+                    ),
+                ],
+            )],
+        )
+        .to_aml_bytes(&mut out);
+        And::new(&Local(0), &Arg(0), &bit).to_aml_bytes(&mut notices);
+        If::new(
+            &Equal::new(&Local(0), &bit),
+            vec![&Notify::new(&Path::new(&name), &Arg(1))],
+        )
+        .to_aml_bytes(&mut notices);
+    }
+    // The field below names the registers in this order, without gaps.
+    const _: () = assert!(hotplug::INSERTED == 0 && hotplug::WANTED_BACK == 4 && hotplug::EJECT == 8);
+    Scope::new(
+        "\\_SB_.PCI0".into(),
+        vec![
+            &OpRegion::new(
+                "PHRG".into(),
+                OpRegionSpace::SystemIO,
+                &port,
+                &(hotplug::LEN as u8),
+            ),
+            &Field::new(
+                "PHRG".into(),
+                FieldAccessType::DWord,
+                FieldLockRule::NoLock,
+                FieldUpdateRule::WriteAsZeroes,
+                vec![
+                    FieldEntry::Named(*b"PHIN", 32),
+                    FieldEntry::Named(*b"PHOT", 32),
+                    FieldEntry::Named(*b"PHEJ", 32),
+                ],
+            ),
+            &Method::new("PNTF".into(), 2, true, vec![&Bytes(notices)]),
+            &Method::new(
+                "PCNT".into(),
+                0,
+                true,
+                vec![
+                    // Reading takes the bits.
+                    &Store::new(&Local(0), &Path::new("PHIN")),
+                    &MethodCall::new("PNTF".into(), vec![&Local(0), &DEVICE_CHECK]),
+                    &Store::new(&Local(0), &Path::new("PHOT")),
+                    &MethodCall::new("PNTF".into(), vec![&Local(0), &EJECT_REQUEST]),
+                ],
+            ),
+        ],
+    )
+    .to_aml_bytes(&mut out);
+    out
+}
+
+/// AML that is there already.
+struct Bytes(Vec<u8>);
+
+impl Aml for Bytes {
+    fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
+        sink.vec(&self.0);
+    }
 }
 
 fn serial_aml() -> Vec<u8> {

@@ -52,6 +52,7 @@ pub(crate) const SERIAL_PORT: u16 = 0x3f8;
 pub(crate) const KEYBOARD_PORT: u16 = 0x64;
 pub(crate) const DEBUG_PORT: u16 = 0x80;
 pub(crate) const POWER_PORT: u16 = 0x600;
+pub(crate) const HOTPLUG_PORT: u16 = 0x620;
 pub(crate) const PCI_PORT: u16 = 0xcf8;
 
 /// The least memory with which a machine can be built: what is below 1 MiB, and a MiB for a

@@ -1,0 +1,106 @@
+//! What may be asked, with all that it takes to do it.
+
+use serde::{Deserialize, Serialize};
+use spec::{
+    DiskConfig, FieldProblem, NetConfig, VmConfig, VmRemoveDevice, VmResize, VmResizeDisk,
+    VsockConfig,
+};
+
+use crate::admission::Verb;
+
+/// What is asked of a driver.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the names are the API's")]
+pub enum Request {
+    Boot,
+    Pause,
+    Resume,
+    Reboot,
+    Shutdown,
+    Delete,
+    PowerButton,
+    Nmi,
+    Counters,
+    MemoryMap,
+    AddDevice(NewDevice),
+    RemoveDevice(VmRemoveDevice),
+    Resize(VmResize),
+    ResizeDisk(VmResizeDisk),
+}
+
+impl Request {
+    /// What it is, without the details.
+    #[must_use]
+    pub fn verb(&self) -> Verb {
+        match self {
+            Self::Boot => Verb::Boot,
+            Self::Pause => Verb::Pause,
+            Self::Resume => Verb::Resume,
+            Self::Reboot => Verb::Reboot,
+            Self::Shutdown => Verb::Shutdown,
+            Self::Delete => Verb::Delete,
+            Self::PowerButton => Verb::PowerButton,
+            Self::Nmi => Verb::Nmi,
+            Self::Counters => Verb::Counters,
+            Self::MemoryMap => Verb::MemoryMap,
+            Self::AddDevice(_) => Verb::AddDevice,
+            Self::RemoveDevice(_) => Verb::RemoveDevice,
+            Self::Resize(_) => Verb::Resize,
+            Self::ResizeDisk(_) => Verb::ResizeDisk,
+        }
+    }
+}
+
+/// A device that a VM is given while it is there.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum NewDevice {
+    /// A disk.
+    Disk(Box<DiskConfig>),
+    /// A network interface.
+    Net(Box<NetConfig>),
+    /// A socket between guest and host, of which a VM has one at most.
+    Vsock(VsockConfig),
+}
+
+impl NewDevice {
+    /// The name that it was given.
+    #[must_use]
+    pub fn id(&self) -> Option<&str> {
+        match self {
+            Self::Disk(disk) => disk.id.as_deref(),
+            Self::Net(net) => net.id.as_deref(),
+            Self::Vsock(vsock) => vsock.id.as_deref(),
+        }
+    }
+
+    /// Gives it a name that is not `taken`.
+    pub fn name(&mut self, taken: impl Fn(&str) -> bool) {
+        let (id, kind) = match self {
+            Self::Disk(disk) => (&mut disk.id, "disk"),
+            Self::Net(net) => (&mut net.id, "net"),
+            Self::Vsock(vsock) => (&mut vsock.id, "vsock"),
+        };
+        *id = spec::free_name(kind, taken);
+    }
+
+    /// All that is wrong with it by itself.
+    #[must_use]
+    pub fn problems(&self) -> Vec<FieldProblem> {
+        let mut problems = match self {
+            Self::Disk(disk) => disk.problems(),
+            Self::Net(net) => net.problems(),
+            Self::Vsock(vsock) => vsock.problems(),
+        };
+        problems.extend(self.id().and_then(|id| spec::check_device_name("", id)));
+        problems
+    }
+
+    /// Makes it part of a configuration, behind the devices of its kind that are there.
+    pub fn add_to(self, config: &mut VmConfig) {
+        match self {
+            Self::Disk(disk) => config.disks.get_or_insert_default().push(*disk),
+            Self::Net(net) => config.net.get_or_insert_default().push(*net),
+            Self::Vsock(vsock) => config.vsock = Some(vsock),
+        }
+    }
+}

@@ -1,0 +1,245 @@
+//! Requests that change a VM's devices.
+//!
+//! Opening what a new device stands on may take a while, as a file on a network does: it is done by
+//! a thread made for it, and the request is answered when it is through.
+
+use std::io;
+use std::sync::Arc;
+
+use control::{Ask, Category, NewDevice, Reply, RequestError};
+use spec::{NetConfig, PciDeviceInfo, VmConfig, VmResize, VmResizeDisk};
+
+use super::{Driver, Happening, Stage};
+use crate::failure::BuildError;
+use crate::open::{self, Control, Opened};
+use crate::virtio::Devices;
+
+impl Driver {
+    /// Gives the guest a device, or the machine of the next boot.
+    pub(super) fn add_device(&mut self, ask: Ask, mut new: NewDevice) {
+        if let Err(refused) = self.check_new(&mut new) {
+            ask.answer(Err(refused));
+            return;
+        }
+        if !matches!(self.stage, Stage::On(_)) {
+            self.keep(new);
+            ask.answer(Ok(Reply::Done));
+            return;
+        }
+        let id = new.id().unwrap_or_default().to_owned();
+        self.opening.insert(id.clone(), (ask, new.clone()));
+        let (reporter, workers, name) =
+            (self.reporter(), self.host.workers.clone(), id.clone());
+        let builder = std::thread::Builder::new().name("vm-device".to_owned());
+        let started = builder.spawn(move || {
+            let opened = open::one(&new, &workers);
+            reporter.tell(Happening::Opened(name, Box::new(opened)));
+        });
+        if let Err(source) = started {
+            self.opened(&id, Err(BuildError::host("start a thread")(source)));
+        }
+    }
+
+    /// Whether it can be, and be told from the others; gives it a name if it has none.
+    fn check_new(&self, new: &mut NewDevice) -> Result<(), RequestError> {
+        let problems = new.problems();
+        if !problems.is_empty() {
+            return Err(RequestError::invalid(problems));
+        }
+        let opening = self.opening.values();
+        let is_vsock = |new: &NewDevice| matches!(new, NewDevice::Vsock(_));
+        if is_vsock(new)
+            && (self.config.vsock.is_some() || opening.into_iter().any(|(_, new)| is_vsock(new)))
+        {
+            let detail = "the VM has a vsock device already, and a guest uses but one";
+            return Err(RequestError::new(Category::Conflict, "vsock-exists", detail));
+        }
+        let names = self.config.device_names();
+        let on = match &self.stage {
+            Stage::On(active) => Some(active.devices()),
+            _ => None,
+        };
+        let taken = |id: &str| {
+            names.contains(id)
+                || self.opening.contains_key(id)
+                || on.is_some_and(|devices| devices.contains(id))
+        };
+        match new.id() {
+            Some(id) if taken(id) => {
+                let detail = format!("there is another device of the name `{id}`");
+                Err(RequestError::new(Category::Conflict, "device-exists", detail))
+            }
+            Some(_) => Ok(()),
+            None => {
+                new.name(taken);
+                Ok(())
+            }
+        }
+    }
+
+    /// Makes it part of the configuration.
+    fn keep(&mut self, new: NewDevice) {
+        let mut config = VmConfig::clone(&self.config);
+        new.add_to(&mut config);
+        self.set_config(Arc::new(config));
+    }
+
+    /// What a new device stands on has been opened, or could not be.
+    pub(super) fn opened(&mut self, id: &str, opened: Result<Opened, BuildError>) {
+        let Some((ask, new)) = self.opening.remove(id) else {
+            return;
+        };
+        let answer = opened.and_then(|opened| self.plug(opened));
+        if let Ok(device) = &answer {
+            self.keep(new);
+            self.show_devices();
+            let at = format!("{} at {}", device.id, device.bdf);
+            self.publisher.record("device-added", Some(at));
+        }
+        ask.answer(answer.map(Reply::Added).map_err(|error| (&error).into()));
+    }
+
+    fn plug(&mut self, opened: Opened) -> Result<PciDeviceInfo, BuildError> {
+        let reporter = self.reporter();
+        match &mut self.stage {
+            Stage::On(active) => active.add_device(opened, &reporter),
+            _ => Err(BuildError::host("plug a device in")(
+                io::ErrorKind::NotFound.into(),
+            )),
+        }
+    }
+
+    /// The machine for which devices are being opened is no more.
+    pub(super) fn give_up_additions(&mut self) {
+        for (_, (ask, _)) in std::mem::take(&mut self.opening) {
+            let detail = "the VM was switched off or reset before the device was there";
+            let ended = RequestError::new(Category::Conflict, "machine-ended", detail);
+            ask.answer(Err(ended));
+        }
+    }
+
+    /// Takes a device from the configuration, and asks a running guest to let go of it.
+    pub(super) fn remove_device(&mut self, id: &str) -> Result<Reply, RequestError> {
+        let mut config = VmConfig::clone(&self.config);
+        let is_configured = config.remove_device(id);
+        if !is_configured && self.config.device_names().contains(id) {
+            let detail = format!("`{id}` is part of the machine, which cannot do without it");
+            return Err(RequestError::new(
+                Category::Unprocessable,
+                "device-fixed",
+                detail,
+            ));
+        }
+        let is_on = match &mut self.stage {
+            Stage::On(active) => active.want_device_back(id),
+            _ => false,
+        };
+        if !is_configured && !is_on {
+            return Err(no_such_device(id));
+        }
+        if is_configured {
+            self.set_config(Arc::new(config));
+        }
+        if is_on {
+            self.show_devices();
+            self.publisher
+                .record("device-removal-requested", Some(id.to_owned()));
+        }
+        Ok(Reply::Done)
+    }
+
+    /// The guest has let go of what is in a slot.
+    pub(super) fn ejected(&mut self, slot: u8) {
+        let Stage::On(active) = &mut self.stage else {
+            return;
+        };
+        let Some((id, removed)) = active.ejected(slot) else {
+            return;
+        };
+        if let Err(error) = removed {
+            tracing::error!(id, %error, "a device cannot be taken from the map");
+        }
+        self.show_devices();
+        self.publisher.record("device-removed", Some(id));
+    }
+
+    fn show_devices(&self) {
+        if let Stage::On(active) = &self.stage {
+            let devices = active.devices().tree();
+            self.publisher.update(|status| status.devices = devices);
+        }
+    }
+
+    /// Gives the balloon another size. What else there is to resize must be what it is.
+    pub(super) fn resize(&mut self, sizes: &VmResize) -> Result<Reply, RequestError> {
+        let unsupported = |what| {
+            let detail = format!("this version cannot change {what} of a VM");
+            Err(RequestError::new(
+                Category::Unsupported,
+                "unsupported-resize",
+                detail,
+            ))
+        };
+        let config = &self.config;
+        if sizes.desired_vcpus.is_some_and(|n| n != config.cpus.boot_vcpus) {
+            return unsupported("the vCPUs");
+        }
+        if sizes.desired_ram.is_some_and(|size| size != config.memory.size) {
+            return unsupported("the memory");
+        }
+        if let Some(size) = sizes.desired_balloon {
+            self.resize_balloon(size)?;
+        }
+        Ok(Reply::Done)
+    }
+
+    fn resize_balloon(&mut self, size: u64) -> Result<(), RequestError> {
+        let refused = |code, detail: String| {
+            Err(RequestError::new(Category::Unprocessable, code, detail))
+        };
+        let all = self.config.memory.size;
+        if size > all {
+            let detail = format!("{size} bytes are more than the {all} that the guest has");
+            return refused("balloon-too-large", detail);
+        }
+        let mut config = VmConfig::clone(&self.config);
+        let Some(balloon) = &mut config.balloon else {
+            let detail = "the VM has no balloon: create it with one, of size 0";
+            return refused("no-balloon", detail.to_owned());
+        };
+        balloon.size = size;
+        self.set_config(Arc::new(config));
+        Ok(())
+    }
+}
+
+/// Fills in the names of taps that were made.
+pub(super) fn show_taps(devices: &Devices, config: &mut Arc<VmConfig>) {
+    let unnamed = |net: &NetConfig| net.tap.is_none();
+    if !config.net.iter().flatten().any(unnamed) {
+        return;
+    }
+    for net in Arc::make_mut(config).net.iter_mut().flatten() {
+        let control = net.id.as_deref().and_then(|id| devices.control(id));
+        if let (None, Some(Control::Net(handle))) = (&net.tap, control) {
+            net.tap = handle.tap().map(str::to_owned);
+        }
+    }
+}
+
+/// Gives a disk of a machine another size.
+pub(super) fn resize_disk(devices: &Devices, disk: &VmResizeDisk) -> Result<(), RequestError> {
+    let refused = |detail| RequestError::new(Category::Unprocessable, "disk-size", detail);
+    match devices.control(&disk.id) {
+        None => Err(no_such_device(&disk.id)),
+        Some(Control::Disk(handle)) => handle
+            .resize(disk.desired_size)
+            .map_err(|error| refused(format!("`{}` keeps its size: {error}", disk.id))),
+        Some(_) => Err(refused(format!("`{}` is no disk", disk.id))),
+    }
+}
+
+fn no_such_device(id: &str) -> RequestError {
+    let detail = format!("the VM has no device of the name `{id}`");
+    RequestError::new(Category::NotFound, "no-such-device", detail)
+}

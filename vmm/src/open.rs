@@ -1,0 +1,156 @@
+//! Opening what virtio devices stand on: images, taps, sockets.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+use std::time::Duration;
+
+use control::NewDevice;
+use spec::{
+    DiskConfig, ImageType, LockGranularity, NetConfig, RateLimiterConfig, RngConfig, TokenBucket,
+    VmConfig,
+};
+use virtio_devices::block::{Block, BlockConfig, BlockHandle, ImageFormat, LockMode};
+use virtio_devices::net::{Net, NetHandle, TapAddress, TapSource};
+use virtio_devices::rate_limiter::{BucketConfig, RateLimits};
+use virtio_devices::rng::Rng;
+use virtio_devices::{VirtioDevice, Workers};
+
+use crate::failure::BuildError;
+
+/// The name of a tap that is made; `%d` is a number of the host's choice.
+const NEW_TAP: &str = "vmtap%d";
+
+/// A device that is ready to be plugged in, and by what it is controlled.
+pub(crate) struct Opened {
+    pub(crate) id: String,
+    pub(crate) device: Box<dyn VirtioDevice>,
+    pub(crate) control: Control,
+}
+
+/// What a device can be asked while it runs.
+pub(crate) enum Control {
+    None,
+    Disk(BlockHandle),
+    Net(NetHandle),
+}
+
+/// The devices of a specification in which they all have names, in the order in which they are put
+/// on the bus.
+pub(crate) fn all(config: &VmConfig, workers: &Workers) -> Result<Vec<Opened>, BuildError> {
+    let mut all = Vec::new();
+    for new in config.disks.iter().flatten() {
+        all.push(disk(new, workers)?);
+    }
+    for new in config.net.iter().flatten() {
+        all.push(net(new, workers)?);
+    }
+    all.push(rng(&config.rng, workers)?);
+    Ok(all)
+}
+
+/// A device that comes later, and has a name.
+pub(crate) fn one(new: &NewDevice, workers: &Workers) -> Result<Opened, BuildError> {
+    match new {
+        NewDevice::Disk(new) => disk(new, workers),
+        NewDevice::Net(new) => net(new, workers),
+        NewDevice::Vsock(_) => todo!(),
+    }
+}
+
+/// The name, which [`VmConfig::name_devices`] has given.
+fn name(id: Option<&String>) -> String {
+    id.cloned().unwrap_or_default()
+}
+
+fn rng(config: &RngConfig, workers: &Workers) -> Result<Opened, BuildError> {
+    Ok(Opened {
+        id: name(config.id.as_ref()),
+        device: Box::new(Rng::new(Path::new(&config.src), workers.clone())?),
+        control: Control::None,
+    })
+}
+
+fn disk(disk: &DiskConfig, workers: &Workers) -> Result<Opened, BuildError> {
+    let id = name(disk.id.as_ref());
+    let config = BlockConfig {
+        // Validation has seen to it that there is one.
+        path: disk.path.clone().unwrap_or_default().into(),
+        readonly: disk.readonly,
+        direct: disk.direct,
+        format: disk.image_type.and_then(|kind| match kind {
+            ImageType::Raw => Some(ImageFormat::Raw),
+            ImageType::Qcow2 => Some(ImageFormat::Qcow2),
+            ImageType::FixedVhd | ImageType::Vhdx | ImageType::Unknown => None,
+        }),
+        backing_files: disk.backing_files,
+        queues: u16::try_from(disk.num_queues).unwrap_or(1),
+        queue_size: disk.queue_size,
+        serial: disk.serial.clone().unwrap_or_else(|| id.clone()),
+        sparse: disk.sparse,
+        lock: match disk.lock_granularity {
+            LockGranularity::ByteRange => LockMode::ByteRange,
+            LockGranularity::Full => LockMode::Full,
+        },
+        limits: rate_limits(disk.rate_limiter_config.as_ref()),
+    };
+    let (device, handle) = Block::new(&config, workers.clone())?;
+    Ok(Opened {
+        id,
+        device: Box::new(device),
+        control: Control::Disk(handle),
+    })
+}
+
+fn net(net: &NetConfig, workers: &Workers) -> Result<Opened, BuildError> {
+    // Validation has seen to it that addresses are addresses.
+    let mac = |text: &Option<String>| text.as_deref().and_then(spec::parse_mac);
+    let tap = net.tap.clone().unwrap_or_else(|| NEW_TAP.to_owned());
+    // One that is there has been set up by somebody who knows why.
+    let is_there = Path::new("/sys/class/net").join(&tap).exists();
+    let ip = net.ip.parse().ok().zip(net.mask.parse().ok());
+    let config = virtio_devices::net::NetConfig {
+        tap: TapSource::Name(tap),
+        address: TapAddress {
+            ip: ip.filter(|_| !is_there),
+            mac: mac(&net.host_mac),
+            mtu: net.mtu,
+        },
+        mac: match mac(&net.mac) {
+            Some(mac) => mac,
+            None => random_mac().map_err(BuildError::host("give random numbers"))?,
+        },
+        mtu: net.mtu,
+        pairs: u16::try_from(net.num_queues / 2).unwrap_or(1),
+        queue_size: net.queue_size,
+        offload_csum: net.offload_csum,
+        offload_tso: net.offload_tso,
+        limits: rate_limits(net.rate_limiter_config.as_ref()),
+    };
+    let (device, handle) = Net::new(config, workers.clone())?;
+    Ok(Opened {
+        id: name(net.id.as_ref()),
+        device: Box::new(device),
+        control: Control::Net(handle),
+    })
+}
+
+/// An address of nobody's: locally administered (IEEE 802, 8.2).
+fn random_mac() -> std::io::Result<[u8; 6]> {
+    let mut mac = [0; 6];
+    File::open("/dev/urandom")?.read_exact(&mut mac)?;
+    mac[0] = mac[0] & 0xfc | 0x02;
+    Ok(mac)
+}
+
+fn rate_limits(config: Option<&RateLimiterConfig>) -> RateLimits {
+    let bucket = |bucket: &TokenBucket| BucketConfig {
+        size: bucket.size,
+        one_time_burst: bucket.one_time_burst.unwrap_or(0),
+        refill_time: Duration::from_millis(bucket.refill_time),
+    };
+    RateLimits {
+        bandwidth: config.and_then(|config| config.bandwidth.as_ref().map(bucket)),
+        ops: config.and_then(|config| config.ops.as_ref().map(bucket)),
+    }
+}
