@@ -6,7 +6,6 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -18,7 +17,8 @@ use rustix::io::Errno;
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcsetattr};
 
-use crate::serial::{Serial, write_or_lose};
+use crate::serial::write_or_lose;
+use crate::unix::bind_socket;
 
 /// A console's other end could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +42,14 @@ pub enum ConsoleError {
     /// No pseudo terminal, or no terminal settings.
     #[error("the console's terminal cannot be set up: {0}")]
     Terminal(#[source] io::Error),
+}
+
+/// What takes a console's input: a serial port, or a virtio console.
+pub trait ConsoleInput {
+    /// Bytes that the guest has room for.
+    fn room(&self) -> usize;
+    /// Gives the guest as many of these as it has room for, and tells how many.
+    fn receive(&self, bytes: &[u8]) -> usize;
 }
 
 /// Where what the guest writes goes, and where what it reads comes from.
@@ -161,14 +169,7 @@ impl Console {
             path: path.to_owned(),
             source,
         };
-        let is_socket = path
-            .symlink_metadata()
-            .is_ok_and(|meta| meta.file_type().is_socket());
-        if is_socket && UnixStream::connect(path).is_err() {
-            std::fs::remove_file(path).map_err(refused)?;
-        }
-        let listener = UnixListener::bind(path).map_err(refused)?;
-        listener.set_nonblocking(true).map_err(refused)?;
+        let listener = bind_socket(path).map_err(refused)?;
         let end = End::Socket {
             listener,
             path: path.to_owned(),
@@ -215,22 +216,22 @@ impl Console {
 
     /// Takes what there is: input to the guest, a new client. Call it when a watched descriptor is
     /// ready, and when the guest has room again.
-    pub fn ready(&mut self, serial: &Serial) -> Vec<Watch> {
+    pub fn ready(&mut self, to: &dyn ConsoleInput) -> Vec<Watch> {
         self.more = false;
         match &mut self.end {
             End::Quiet(_) => Vec::new(),
             End::Tty { .. } => {
-                self.more = pump(rustix::stdio::stdin(), serial).more;
+                self.more = pump(rustix::stdio::stdin(), to).more;
                 Vec::new()
             }
             End::Pty { master, .. } => {
-                self.more = pump(&**master, serial).more;
+                self.more = pump(&**master, to).more;
                 Vec::new()
             }
             End::Socket {
                 listener, client, ..
             } => {
-                let (watches, more) = serve(listener, client, serial);
+                let (watches, more) = serve(listener, client, to);
                 self.more = more;
                 watches
             }
@@ -252,14 +253,14 @@ impl Drop for Console {
     }
 }
 
-fn serve(listener: &UnixListener, client: &Client, serial: &Serial) -> (Vec<Watch>, bool) {
+fn serve(listener: &UnixListener, client: &Client, to: &dyn ConsoleInput) -> (Vec<Watch>, bool) {
     let (mut watches, mut more) = (Vec::new(), false);
     let reader = client
         .lock()
         .as_ref()
         .and_then(|stream| stream.try_clone().ok());
     if let Some(reader) = reader {
-        let pumped = pump(&reader, serial);
+        let pumped = pump(&reader, to);
         more = pumped.more;
         if pumped.ended {
             watches.extend(
@@ -291,10 +292,10 @@ struct Pumped {
 /// It reads the descriptor itself: a reader with a buffer of its own, as that of the standard
 /// library for standard input, would keep back what the guest has no room for, where no poll of
 /// the descriptor finds it.
-fn pump(from: impl AsFd, serial: &Serial) -> Pumped {
+fn pump(from: impl AsFd, to: &dyn ConsoleInput) -> Pumped {
     let mut buffer = [0; 64];
     loop {
-        let room = serial.room().min(buffer.len());
+        let room = to.room().min(buffer.len());
         // Standard input may be shared with others, and blocks: ask before reading.
         let mut asked = [PollFd::new(&from, PollFlags::IN)];
         if !poll(
@@ -322,7 +323,7 @@ fn pump(from: impl AsFd, serial: &Serial) -> Pumped {
                 };
             }
             Ok(len) => {
-                serial.receive(&buffer[..len]);
+                to.receive(&buffer[..len]);
             }
             Err(Errno::INTR) => {}
             Err(error) => {
@@ -428,7 +429,7 @@ mod tests {
         )
     }
 
-    fn guest_writes(serial: &Serial, text: &[u8]) {
+    fn guest_writes(to: &dyn ConsoleInput, text: &[u8]) {
         use memory::DeviceOps;
         text.iter().for_each(|byte| serial.write(0, &[*byte]));
     }
@@ -466,7 +467,7 @@ mod tests {
         client.write_all(&[1; 100]).unwrap();
         console.ready(&serial);
         console.ready(&serial);
-        assert!(console.has_more() && serial.room() == 0);
+        assert!(console.has_more() && to.room() == 0);
     }
 
     #[test]
@@ -479,7 +480,7 @@ mod tests {
         let mut came = Vec::new();
         // Nothing more is written: what is left can only come from the descriptor.
         while pump(&reader, &serial).more {
-            while serial.room() < 64 {
+            while to.room() < 64 {
                 let mut byte = [0];
                 serial.read(0, &mut byte);
                 came.extend(byte);

@@ -35,11 +35,13 @@ pub mod pci;
 pub mod power;
 mod reset;
 mod serial;
+mod unix;
 
-pub use console::{Console, ConsoleError, Watch};
+pub use console::{Console, ConsoleError, ConsoleInput, Watch};
 pub use debug_port::DebugPort;
 pub use hotplug::HotplugBlock;
 pub use interrupt::InterruptLine;
 pub use power::{PowerBlock, PowerEvent, PowerEvents};
 pub use reset::KeyboardReset;
 pub use serial::Serial;
+pub use unix::bind_socket;

@@ -10,6 +10,7 @@ use parking_lot::Mutex;
 use vm_superio::serial::SerialEvents;
 
 use crate::debug_port::OnFirst;
+use crate::console::ConsoleInput;
 use crate::interrupt::InterruptLine;
 
 /// What happened on the port so far.
@@ -78,17 +79,6 @@ impl Serial {
         }
     }
 
-    /// How many bytes can be given to the guest now.
-    #[must_use]
-    pub fn room(&self) -> usize {
-        self.uart.lock().fifo_capacity()
-    }
-
-    /// Gives the guest bytes to read, and says how many it took.
-    pub fn receive(&self, bytes: &[u8]) -> usize {
-        self.uart.lock().enqueue_raw_bytes(bytes).unwrap_or(0)
-    }
-
     /// `bytes_out`, `bytes_in` and `bytes_lost` so far.
     #[must_use]
     pub fn counters(&self) -> [(&'static str, u64); 3] {
@@ -98,6 +88,16 @@ impl Serial {
             ("bytes_in", count(&self.counts.bytes_in)),
             ("bytes_lost", count(&self.counts.bytes_lost)),
         ]
+    }
+}
+
+impl ConsoleInput for Serial {
+    fn room(&self) -> usize {
+        self.uart.lock().fifo_capacity()
+    }
+
+    fn receive(&self, bytes: &[u8]) -> usize {
+        self.uart.lock().enqueue_raw_bytes(bytes).unwrap_or(0)
     }
 }
 

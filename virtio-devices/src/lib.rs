@@ -36,6 +36,7 @@ pub mod rng;
 #[cfg(feature = "testing")]
 pub mod testing;
 mod transport;
+pub mod vsock;
 mod worker;
 
 pub use device::{DeviceError, DeviceId, VirtioDevice};

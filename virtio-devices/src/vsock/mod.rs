@@ -1,0 +1,219 @@
+//! Socket device (virtio 1.3, 5.10): streams between ports of the guest and unix sockets of the
+//! host.
+//!
+//! The device listens on a socket of the host. Who connects to it says `CONNECT port` and a line
+//! feed; when the guest accepts on that port, the answer is `OK port`, and from there on the
+//! connection is the stream. A guest that connects to a port of the host (CID 2) reaches whoever
+//! listens on the socket of the same name with `_port` at its end. (The convention of Firecracker
+//! and Cloud Hypervisor.)
+
+mod connection;
+mod muxer;
+mod packet;
+mod saved;
+
+use std::io;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use state::{LoadError, LoadScope, SaveError, Scope};
+
+use self::muxer::Muxer;
+use crate::device::{DeviceError, DeviceId, VirtioDevice};
+use crate::queue::{Queue, QueueState};
+use crate::transport::Transport;
+use crate::worker::{Running, Workers};
+
+const QUEUE_SIZE: u16 = 256;
+const RX: usize = 0;
+const TX: usize = 1;
+const EVENT: usize = 2;
+const QUEUES: usize = 3;
+
+/// The device's socket cannot be made.
+#[derive(Debug, thiserror::Error)]
+#[error("the socket {} cannot be made: {source}", path.display())]
+pub struct VsockError {
+    path: PathBuf,
+    source: io::Error,
+}
+
+#[derive(Default)]
+struct Counters {
+    rx_packets: AtomicU64,
+    rx_bytes: AtomicU64,
+    tx_packets: AtomicU64,
+    tx_bytes: AtomicU64,
+}
+
+enum Task {
+    Idle(Box<Muxer>),
+    Running(Running<Muxer>),
+    /// The loop that it ran on has dropped it.
+    Gone,
+}
+
+/// A vsock device.
+pub struct Vsock {
+    cid: u64,
+    path: PathBuf,
+    listener: Arc<UnixListener>,
+    workers: Workers,
+    transport: Option<Arc<Transport>>,
+    task: Task,
+    counters: Arc<Counters>,
+}
+
+impl Vsock {
+    /// For the guest with this address, which the host reaches by a socket at `path`. One that
+    /// nobody listens on any more is replaced.
+    ///
+    /// # Errors
+    /// When the socket cannot be made.
+    pub fn new(cid: u64, path: &Path, workers: Workers) -> Result<Self, VsockError> {
+        let listener = devices::bind_socket(path).map_err(|source| VsockError {
+            path: path.to_owned(),
+            source,
+        })?;
+        let (listener, counters) = (Arc::new(listener), Arc::<Counters>::default());
+        let muxer = Muxer::new(cid, path, Arc::clone(&listener), Arc::clone(&counters));
+        Ok(Self {
+            cid,
+            path: path.to_owned(),
+            listener,
+            workers,
+            transport: None,
+            task: Task::Idle(Box::new(muxer)),
+            counters,
+        })
+    }
+
+    /// A muxer in which no connection is.
+    fn fresh(&self) -> Box<Muxer> {
+        let (listener, counters) = (Arc::clone(&self.listener), Arc::clone(&self.counters));
+        Box::new(Muxer::new(self.cid, &self.path, listener, counters))
+    }
+
+    /// The muxer, taken from its loop if it has no queue any more.
+    fn rest(&mut self) {
+        if let Task::Running(running) = &self.task
+            && running.with(|muxer| muxer.is_idle()) != Some(false)
+            && let Task::Running(running) = std::mem::replace(&mut self.task, Task::Gone)
+            && let Some(muxer) = running.stop()
+        {
+            self.task = Task::Idle(Box::new(muxer));
+        }
+    }
+}
+
+impl VirtioDevice for Vsock {
+    fn id(&self) -> DeviceId {
+        DeviceId::VSOCK
+    }
+
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        vec![QUEUE_SIZE; QUEUES]
+    }
+
+    fn read_config(&self, offset: usize, data: &mut [u8]) {
+        let cid = self.cid.to_le_bytes();
+        for (byte, at) in data.iter_mut().zip(offset..) {
+            *byte = cid.get(at).copied().unwrap_or(0);
+        }
+    }
+
+    fn activate(&mut self, _: u64, transport: &Arc<Transport>) -> Result<(), DeviceError> {
+        self.transport = Some(Arc::clone(transport));
+        Ok(())
+    }
+
+    fn start_queue(&mut self, queue: Queue) -> Result<(), DeviceError> {
+        let index = queue.index();
+        let missing = || DeviceError::NoSuchQueue(index);
+        let transport = self.transport.clone().ok_or_else(missing)?;
+        match &self.task {
+            Task::Running(running) => {
+                let there = running.with(|muxer| muxer.put(queue));
+                running.wake();
+                there.filter(|there| *there).ok_or_else(missing)?;
+            }
+            Task::Idle(_) | Task::Gone => {
+                let mut muxer = match std::mem::replace(&mut self.task, Task::Gone) {
+                    Task::Idle(muxer) => muxer,
+                    _ => self.fresh(),
+                };
+                if !muxer.put(queue) {
+                    self.task = Task::Idle(muxer);
+                    return Err(missing());
+                }
+                self.task = Task::Running(Running::start(&self.workers, &transport, *muxer));
+            }
+        }
+        Ok(())
+    }
+
+    fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
+        let Task::Running(running) = &self.task else {
+            return None;
+        };
+        let state = running.with(|muxer| muxer.take(index)).flatten();
+        self.rest();
+        state
+    }
+
+    fn queue_state(&self, index: u16) -> Option<QueueState> {
+        match &self.task {
+            Task::Running(running) => running.with(|muxer| muxer.state(index)).flatten(),
+            Task::Idle(_) | Task::Gone => None,
+        }
+    }
+
+    fn reset(&mut self) {
+        self.transport = None;
+        match &mut self.task {
+            Task::Idle(muxer) => {
+                muxer.forget_all();
+                muxer.reset_guest = false;
+            }
+            Task::Running(_) | Task::Gone => self.task = Task::Idle(self.fresh()),
+        }
+    }
+
+    fn save(&self, to: &mut Scope<'_>) -> Result<(), SaveError> {
+        to.put(&saved::V1 { cid: self.cid })
+    }
+
+    fn load(&mut self, from: &mut LoadScope<'_, '_>) -> Result<(), LoadError> {
+        let saved::V1 { cid } = from.take()?;
+        if cid != self.cid {
+            let here = self.cid;
+            return Err(from.refuse(format!("the guest's address was {cid}, and is {here} here")));
+        }
+        let mut muxer = self.fresh();
+        muxer.reset_guest = true;
+        self.task = Task::Idle(muxer);
+        Ok(())
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        vec![
+            ("rx_packets", get(&self.counters.rx_packets)),
+            ("rx_bytes", get(&self.counters.rx_bytes)),
+            ("tx_packets", get(&self.counters.tx_packets)),
+            ("tx_bytes", get(&self.counters.tx_bytes)),
+        ]
+    }
+}
+
+impl Drop for Vsock {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+}

@@ -1,0 +1,554 @@
+//! All connections of a guest, and the queues that they share.
+
+use std::collections::{HashMap, VecDeque};
+use std::io::{self, Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use devices::event_loop::Interest;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+
+use super::connection::{Connection, Notice, Over, Stage};
+use super::packet::{HEADER_LEN, HOST_CID, Header, Op, Ports, STREAM};
+use super::{Counters, EVENT, QUEUES, RX, TX};
+use crate::queue::{Chain, Queue, QueueError, QueueState};
+use crate::worker::{QueueTask, TaskEvent, TaskFlow, TaskSources};
+
+/// Packets that are served before others on the loop have their turn.
+const BUDGET: usize = 64;
+/// Connections at a time, established or not.
+const MAX_CONNECTIONS: usize = 1024;
+/// Answers that wait for the guest to make room; while there are so many, none of its packets is
+/// taken.
+const MAX_REPLIES: usize = 256;
+/// Bytes of data of one packet.
+const MAX_DATA: usize = 64 << 10;
+/// The longest `CONNECT port\n`.
+const MAX_COMMAND: usize = 32;
+/// The first port that is given to a connection of the host's: far from those that services use.
+const FIRST_PORT: u32 = 1 << 30;
+/// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`.
+const TRANSPORT_RESET: [u8; 4] = [0; 4];
+
+/// Keys of the event loop: the queues' kicks are 0 to 2.
+const LISTENER: usize = 3;
+const FIRST_STREAM: usize = 4;
+
+/// A connection of the host's that has not said yet where it wants to go.
+struct Undecided {
+    stream: Arc<UnixStream>,
+    command: Vec<u8>,
+}
+
+/// The task that serves all three queues.
+pub(super) struct Muxer {
+    cid: u64,
+    path: PathBuf,
+    listener: Arc<UnixListener>,
+    counters: Arc<Counters>,
+    queues: [Option<Queue>; QUEUES],
+    /// A queue was put in that is not watched yet.
+    unwatched: bool,
+    connections: HashMap<Ports, Connection>,
+    streams: HashMap<usize, Ports>,
+    undecided: HashMap<usize, Undecided>,
+    replies: VecDeque<Header>,
+    /// None of the guest's packets is taken before it makes room for answers.
+    stalled: bool,
+    /// Connections that have something for the guest.
+    ready: VecDeque<Ports>,
+    /// The guest must hear that all its connections are gone.
+    pub(super) reset_guest: bool,
+    next_key: usize,
+    next_port: u32,
+    scratch: Vec<u8>,
+}
+
+impl Muxer {
+    pub(super) fn new(
+        cid: u64,
+        path: &Path,
+        listener: Arc<UnixListener>,
+        counters: Arc<Counters>,
+    ) -> Self {
+        Self {
+            cid,
+            path: path.to_owned(),
+            listener,
+            counters,
+            queues: [const { None }; QUEUES],
+            unwatched: false,
+            connections: HashMap::new(),
+            streams: HashMap::new(),
+            undecided: HashMap::new(),
+            replies: VecDeque::new(),
+            stalled: false,
+            ready: VecDeque::new(),
+            reset_guest: false,
+            next_key: FIRST_STREAM,
+            next_port: FIRST_PORT,
+            scratch: vec![0; MAX_DATA],
+        }
+    }
+
+    /// Puts a queue in.
+    pub(super) fn put(&mut self, queue: Queue) -> bool {
+        let slot = self.queues.get_mut(usize::from(queue.index()));
+        let there = slot.is_some();
+        if let Some(slot) = slot {
+            *slot = Some(queue);
+            self.unwatched = true;
+        }
+        there
+    }
+
+    /// Takes a queue out.
+    pub(super) fn take(&mut self, index: u16) -> Option<QueueState> {
+        let queue = self.queues.get_mut(usize::from(index))?.take()?;
+        Some(queue.state())
+    }
+
+    pub(super) fn state(&self, index: u16) -> Option<QueueState> {
+        Some(self.queues.get(usize::from(index))?.as_ref()?.state())
+    }
+
+    pub(super) fn is_idle(&self) -> bool {
+        self.queues.iter().all(Option::is_none)
+    }
+
+    /// Ends all connections, of which the guest knows nothing any more.
+    pub(super) fn forget_all(&mut self) {
+        self.connections.clear();
+        self.streams.clear();
+        self.undecided.clear();
+        self.replies.clear();
+        self.ready.clear();
+    }
+
+    fn watch_queues(&mut self, sources: &mut TaskSources<'_, '_>) -> io::Result<()> {
+        self.unwatched = false;
+        for (key, queue) in self.queues.iter().enumerate() {
+            if let Some(queue) = queue {
+                sources.watch(Arc::clone(queue.kick()), key, Interest::Read)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A key for a new stream, which is watched from now on.
+    fn watch_stream(
+        &mut self,
+        stream: &Arc<UnixStream>,
+        sources: &mut TaskSources<'_, '_>,
+    ) -> io::Result<usize> {
+        let key = self.next_key;
+        sources.watch(Arc::clone(stream), key, Interest::Both)?;
+        self.next_key += 1;
+        Ok(key)
+    }
+
+    // From the host.
+
+    fn accept(&mut self, sources: &mut TaskSources<'_, '_>) {
+        while let Ok((stream, _)) = self.listener.accept() {
+            if self.connections.len() + self.undecided.len() >= MAX_CONNECTIONS
+                || stream.set_nonblocking(true).is_err()
+            {
+                continue;
+            }
+            let stream = Arc::new(stream);
+            let Ok(key) = self.watch_stream(&stream, sources) else {
+                continue;
+            };
+            let command = Vec::new();
+            self.undecided.insert(key, Undecided { stream, command });
+            self.listen_to(key, sources);
+        }
+    }
+
+    /// Reads where a connection of the host's wants to go, byte by byte: what is behind the line is
+    /// for the guest.
+    fn listen_to(&mut self, key: usize, sources: &mut TaskSources<'_, '_>) {
+        let Some(undecided) = self.undecided.get_mut(&key) else {
+            return;
+        };
+        let mut byte = [0];
+        loop {
+            match (&*undecided.stream).read(&mut byte) {
+                Ok(1) if byte == *b"\n" => break,
+                Ok(1) if undecided.command.len() < MAX_COMMAND => {
+                    undecided.command.push(byte[0]);
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                // It went away, or talks of something else.
+                _ => {
+                    self.undecided.remove(&key);
+                    sources.forget(key);
+                    return;
+                }
+            }
+        }
+        let Some(Undecided { stream, command }) = self.undecided.remove(&key) else {
+            return;
+        };
+        let (Some(guest), Some(host)) = (port(&command), self.free_port()) else {
+            sources.forget(key);
+            return;
+        };
+        let ports = Ports { host, guest };
+        let connection = Connection::new(stream, key, Stage::Requested);
+        self.streams.insert(key, ports);
+        self.connections.insert(ports, connection);
+        self.queue(ports);
+    }
+
+    fn free_port(&mut self) -> Option<u32> {
+        for _ in 0..=MAX_CONNECTIONS {
+            let port = self.next_port;
+            self.next_port = port.checked_add(1).unwrap_or(FIRST_PORT);
+            if !self.connections.keys().any(|ports| ports.host == port) {
+                return Some(port);
+            }
+        }
+        None
+    }
+
+    // To the guest.
+
+    fn queue(&mut self, ports: Ports) {
+        if let Some(connection) = self.connections.get_mut(&ports)
+            && !connection.queued
+            && connection.has_more()
+        {
+            connection.queued = true;
+            self.ready.push_back(ports);
+        }
+    }
+
+    fn header(&self, ports: Ports, notice: Notice, len: usize, room: (u32, u32)) -> Header {
+        Header {
+            src_cid: HOST_CID,
+            dst_cid: self.cid,
+            src_port: ports.host,
+            dst_port: ports.guest,
+            len: u32::try_from(len).unwrap_or(u32::MAX),
+            kind: STREAM,
+            op: Some(notice.op),
+            flags: notice.flags,
+            buf_alloc: room.0,
+            fwd_cnt: room.1,
+        }
+    }
+
+    fn reset(&mut self, ports: Ports, sources: &mut TaskSources<'_, '_>) {
+        if let Some(gone) = self.connections.remove(&ports) {
+            self.streams.remove(&gone.key);
+            sources.forget(gone.key);
+        }
+        let reset = self.header(ports, Notice::plain(Op::Reset), 0, (0, 0));
+        self.replies.push_back(reset);
+    }
+
+    /// The next packet for the guest, of at most so many bytes of data, which are in `scratch`.
+    fn next_packet(&mut self, most: usize, sources: &mut TaskSources<'_, '_>) -> Option<Header> {
+        if let Some(reply) = self.replies.pop_front() {
+            return Some(reply);
+        }
+        while let Some(ports) = self.ready.pop_front() {
+            let Some(connection) = self.connections.get_mut(&ports) else {
+                continue;
+            };
+            connection.queued = false;
+            let data = self.scratch.get_mut(..most.min(MAX_DATA));
+            match connection.produce(data.unwrap_or_default()) {
+                Ok(Some((notice, len))) => {
+                    let room = connection.room();
+                    let header = self.header(ports, notice, len, room);
+                    // Behind the others: none keeps the queue to itself.
+                    self.queue(ports);
+                    return Some(header);
+                }
+                Ok(None) => {}
+                Err(Over) => {
+                    self.reset(ports, sources);
+                    return self.replies.pop_front();
+                }
+            }
+        }
+        None
+    }
+
+    /// Sends packets to the guest while there are both packets and room. False when the budget came
+    /// to its end first.
+    fn send(&mut self, sources: &mut TaskSources<'_, '_>) -> Result<bool, QueueError> {
+        let Some(mut queue) = self.queues[RX].take() else {
+            return Ok(true);
+        };
+        let sent = self.send_to(&mut queue, sources);
+        let told = queue.notify();
+        self.queues[RX] = Some(queue);
+        let sent = sent?;
+        told.map(|()| sent)
+    }
+
+    fn send_to(
+        &mut self,
+        queue: &mut Queue,
+        sources: &mut TaskSources<'_, '_>,
+    ) -> Result<bool, QueueError> {
+        for _ in 0..BUDGET {
+            if self.replies.is_empty() && self.ready.is_empty() {
+                return Ok(true);
+            }
+            let Some(chain) = queue.pop()? else {
+                // The kick tells of more.
+                return queue.enable_kicks().map(|more| !more);
+            };
+            let most = chain.writable_len().saturating_sub(HEADER_LEN);
+            let Some(header) = self.next_packet(most, sources) else {
+                queue.unpop();
+                return Ok(true);
+            };
+            chain.write(0, &header.bytes())?;
+            let len = header.len as usize;
+            chain.write(HEADER_LEN, self.scratch.get(..len).unwrap_or_default())?;
+            queue.push(chain.head(), header.len.saturating_add(HEADER_LEN as u32))?;
+            let counters = &self.counters;
+            counters.rx_packets.fetch_add(1, Ordering::Relaxed);
+            counters.rx_bytes.fetch_add(len as u64, Ordering::Relaxed);
+        }
+        Ok(false)
+    }
+
+    // From the guest.
+
+    /// Takes packets from the guest. False when there may be more.
+    fn receive(&mut self, sources: &mut TaskSources<'_, '_>) -> Result<bool, QueueError> {
+        let Some(mut queue) = self.queues[TX].take() else {
+            return Ok(true);
+        };
+        let received = self.receive_from(&mut queue, sources);
+        let told = queue.notify();
+        self.queues[TX] = Some(queue);
+        let received = received?;
+        told.map(|()| received)
+    }
+
+    fn receive_from(
+        &mut self,
+        queue: &mut Queue,
+        sources: &mut TaskSources<'_, '_>,
+    ) -> Result<bool, QueueError> {
+        for _ in 0..BUDGET {
+            self.stalled = self.replies.len() >= MAX_REPLIES;
+            if self.stalled {
+                // Until the guest takes some: its kick of the other queue tells.
+                return Ok(true);
+            }
+            let Some(chain) = queue.pop()? else {
+                return queue.enable_kicks().map(|more| !more);
+            };
+            self.packet(&chain, sources)?;
+            queue.push(chain.head(), 0)?;
+        }
+        Ok(false)
+    }
+
+    fn packet(
+        &mut self,
+        chain: &Chain,
+        sources: &mut TaskSources<'_, '_>,
+    ) -> Result<(), QueueError> {
+        let mut raw = [0; HEADER_LEN];
+        chain.read(0, &mut raw)?;
+        let header = Header::parse(&raw);
+        let mut data = vec![0; (header.len as usize).min(MAX_DATA)];
+        chain.read(HEADER_LEN, &mut data)?;
+        self.counters.tx_packets.fetch_add(1, Ordering::Relaxed);
+        let bytes = data.len() as u64;
+        self.counters.tx_bytes.fetch_add(bytes, Ordering::Relaxed);
+        let ports = header.ports();
+        let addressed = header.src_cid == self.cid
+            && header.dst_cid == HOST_CID
+            && header.kind == STREAM
+            && header.len as usize <= MAX_DATA;
+        match header.op {
+            Some(Op::Reset) => {
+                if let Some(gone) = self.connections.remove(&ports) {
+                    self.streams.remove(&gone.key);
+                    sources.forget(gone.key);
+                }
+                return Ok(());
+            }
+            Some(Op::Request) if addressed => {
+                self.connect(ports, &header, sources);
+                return Ok(());
+            }
+            Some(op) if addressed => {
+                let heard = match self.connections.get_mut(&ports) {
+                    Some(connection) => {
+                        connection.hear(&header);
+                        obey(connection, op, &header, &data, ports)
+                    }
+                    None => Err(Over),
+                };
+                match heard {
+                    Ok(()) => self.queue(ports),
+                    Err(Over) => self.reset(ports, sources),
+                }
+            }
+            _ => self.reset(ports, sources),
+        }
+        Ok(())
+    }
+
+    /// The guest wants to reach a port of the host: a socket beside ours, with the port at the end
+    /// of its name.
+    fn connect(&mut self, ports: Ports, header: &Header, sources: &mut TaskSources<'_, '_>) {
+        let room = self.connections.len() + self.undecided.len() < MAX_CONNECTIONS;
+        let stream = if room && !self.connections.contains_key(&ports) {
+            dial(&self.path, ports.host)
+        } else {
+            None
+        };
+        let stream = stream.map(Arc::new);
+        let watched = stream.and_then(|stream| {
+            let key = self.watch_stream(&stream, sources).ok()?;
+            Some((stream, key))
+        });
+        let Some((stream, key)) = watched else {
+            self.reset(ports, sources);
+            return;
+        };
+        let mut connection = Connection::new(stream, key, Stage::Established);
+        connection.hear(header);
+        self.streams.insert(key, ports);
+        self.connections.insert(ports, connection);
+        self.queue(ports);
+    }
+
+    /// Tells the guest that all that it knew of connections is no more.
+    fn tell_reset(&mut self) -> Result<(), QueueError> {
+        let Some(queue) = self.queues[EVENT].as_mut().filter(|_| self.reset_guest) else {
+            return Ok(());
+        };
+        if let Some(chain) = queue.pop()? {
+            chain.write(0, &TRANSPORT_RESET)?;
+            queue.push(chain.head(), TRANSPORT_RESET.len() as u32)?;
+            queue.notify()?;
+            self.reset_guest = false;
+        }
+        Ok(())
+    }
+}
+
+/// What a packet says of a connection that there is.
+fn obey(
+    connection: &mut Connection,
+    op: Op,
+    header: &Header,
+    data: &[u8],
+    ports: Ports,
+) -> Result<(), Over> {
+    match op {
+        Op::Response if connection.stage == Stage::Requested => {
+            connection.establish();
+            // Who asked learns that it is through, and the port that it was given.
+            let answer = format!("OK {}\n", ports.host);
+            match (&*connection.stream).write(answer.as_bytes()) {
+                Ok(len) if len == answer.len() => Ok(()),
+                _ => Err(Over),
+            }
+        }
+        Op::Data => connection.receive(data),
+        Op::CreditUpdate => Ok(()),
+        Op::CreditRequest => {
+            connection.tell_credit();
+            Ok(())
+        }
+        Op::Shutdown => connection.shut_down(header.flags),
+        Op::Request | Op::Response | Op::Reset => Err(Over),
+    }
+}
+
+/// `CONNECT port`.
+fn port(command: &[u8]) -> Option<u32> {
+    let text = std::str::from_utf8(command).ok()?;
+    let mut words = text.split_ascii_whitespace();
+    let is_connect = words.next()?.eq_ignore_ascii_case("connect");
+    let port = words.next()?.parse().ok()?;
+    (is_connect && words.next().is_none()).then_some(port)
+}
+
+/// Connects to `path_port`, without waiting for anybody.
+fn dial(path: &Path, port: u32) -> Option<UnixStream> {
+    let mut name = path.as_os_str().to_owned();
+    name.push(format!("_{port}"));
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).ok()?;
+    connect(&socket, &SocketAddrUnix::new(Path::new(&name)).ok()?).ok()?;
+    Some(UnixStream::from(socket))
+}
+
+impl QueueTask for Muxer {
+    fn watch(&mut self, sources: &mut TaskSources<'_, '_>) -> io::Result<()> {
+        self.watch_queues(sources)?;
+        sources.watch(Arc::clone(&self.listener), LISTENER, Interest::Read)?;
+        let connected = self.connections.values();
+        for connection in connected {
+            sources.watch(
+                Arc::clone(&connection.stream),
+                connection.key,
+                Interest::Both,
+            )?;
+        }
+        for (key, undecided) in &self.undecided {
+            sources.watch(Arc::clone(&undecided.stream), *key, Interest::Both)?;
+        }
+        Ok(())
+    }
+
+    fn call(
+        &mut self,
+        event: TaskEvent,
+        sources: &mut TaskSources<'_, '_>,
+    ) -> Result<TaskFlow, QueueError> {
+        if self.unwatched
+            && let Err(error) = self.watch_queues(sources)
+        {
+            tracing::warn!(%error, "a queue of a vsock device cannot be watched");
+        }
+        match event {
+            TaskEvent::Ready(key) if key < QUEUES => {
+                if let Some(queue) = self.queues.get(key).and_then(Option::as_ref) {
+                    // Kicks are counted together.
+                    let _ = queue.kick().read();
+                }
+            }
+            TaskEvent::Ready(LISTENER) => self.accept(sources),
+            TaskEvent::Ready(key) => match self.streams.get(&key).copied() {
+                None => self.listen_to(key, sources),
+                Some(ports) => {
+                    let connection = self.connections.get_mut(&ports);
+                    match connection.map_or(Ok(()), Connection::ready) {
+                        Ok(()) => self.queue(ports),
+                        Err(Over) => self.reset(ports, sources),
+                    }
+                }
+            },
+            TaskEvent::Started | TaskEvent::Again => {}
+        }
+        self.tell_reset()?;
+        let received = self.receive(sources)?;
+        let sent = self.send(sources)?;
+        let may_go_on = self.stalled && self.replies.len() < MAX_REPLIES;
+        Ok(if received && sent && !may_go_on {
+            TaskFlow::Wait
+        } else {
+            TaskFlow::Again
+        })
+    }
+}
