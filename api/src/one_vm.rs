@@ -17,8 +17,8 @@ use crate::document::ONE_VM;
 use crate::extract::Json;
 use crate::problem::Refusal;
 use crate::refusals::{
-    Exists, Failed, NoSuchDevice, NotAllowedNow, NotCreated, NotJson, NotPossible, NotUnderstood, TooLong,
-    TooSlow, Unsupported, WrongState, not_created, of_one_vm,
+    Exists, Failed, NoSuchDevice, NotAllowedNow, NotCreated, NotJson, NotPossible, NotUnderstood,
+    TooLong, TooSlow, Unsupported, WrongState, not_created, of_one_vm,
 };
 
 /// The VM of a socket, created or not.

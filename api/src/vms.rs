@@ -343,7 +343,9 @@ async fn add_disk(
     Json(body): Json<DiskConfig>,
 ) -> Result<Response, Refusal> {
     Ok(added(
-        service.ask(&id, Request::AddDevice(NewDevice::Disk(Box::new(body)))).await?,
+        service
+            .ask(&id, Request::AddDevice(NewDevice::Disk(Box::new(body))))
+            .await?,
     ))
 }
 
@@ -363,7 +365,9 @@ async fn add_net(
     Json(body): Json<NetConfig>,
 ) -> Result<Response, Refusal> {
     Ok(added(
-        service.ask(&id, Request::AddDevice(NewDevice::Net(Box::new(body)))).await?,
+        service
+            .ask(&id, Request::AddDevice(NewDevice::Net(Box::new(body))))
+            .await?,
     ))
 }
 
@@ -383,7 +387,9 @@ async fn add_vsock(
     Json(body): Json<VsockConfig>,
 ) -> Result<Response, Refusal> {
     Ok(added(
-        service.ask(&id, Request::AddDevice(NewDevice::Vsock(body))).await?,
+        service
+            .ask(&id, Request::AddDevice(NewDevice::Vsock(body)))
+            .await?,
     ))
 }
 

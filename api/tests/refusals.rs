@@ -270,17 +270,11 @@ async fn capabilities_that_are_not_there_are_501() {
     let service = service(Fake::default());
     let router = one_vm(&service);
     let paths = [
-        "resize",
-        "resize-disk",
         "resize-zone",
         "add-device",
-        "remove-device",
-        "add-disk",
         "add-fs",
         "add-generic-vhost-user",
         "add-pmem",
-        "add-net",
-        "add-vsock",
         "add-vdpa",
         "add-user-device",
         "snapshot",

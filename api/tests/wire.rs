@@ -85,9 +85,13 @@ async fn ch_remote_is_understood_and_understands() {
             .contains("a VM that is Shutdown cannot be paused")
     );
     assert_eq!(
-        ask("PUT", "vm.resize", Some(r#"{"desired_vcpus": 2}"#))
-            .await
-            .0,
+        ask(
+            "PUT",
+            "vm.snapshot",
+            Some(r#"{"destination_url": "file:///a"}"#)
+        )
+        .await
+        .0,
         501
     );
     assert_eq!(ask("PUT", "vm.delete", None).await, (204, None));

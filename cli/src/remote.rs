@@ -5,8 +5,9 @@ use std::io::Read;
 use anyhow::{Context, Result, bail};
 use openapi::{Client, News};
 use spec::{
-    CreateVm, PciDeviceInfo, ReceiveMigrationData, SendMigrationData, VmAddUserDevice, VmConfig, VmCoredumpData,
-    VmId, VmRemoveDevice, VmResize, VmResizeDisk, VmResizeZone, VmSnapshotConfig, options,
+    CreateVm, PciDeviceInfo, ReceiveMigrationData, SendMigrationData, VmAddUserDevice, VmConfig,
+    VmCoredumpData, VmId, VmRemoveDevice, VmResize, VmResizeDisk, VmResizeZone, VmSnapshotConfig,
+    options,
 };
 
 use crate::args::{Arguments, Command, ResizeArguments};

@@ -5,7 +5,7 @@ use std::sync::mpsc::channel;
 use std::thread;
 use std::time::Duration;
 
-use spec::{HostLimits, MemoryMap, VmConfig, VmCounters, VmId, VmState};
+use spec::{HostLimits, MemoryMap, PciDeviceInfo, VmConfig, VmCounters, VmId, VmState};
 
 use crate::admission::admit;
 use crate::error::{Category, RequestError};
@@ -67,7 +67,11 @@ impl Spawn for Fake {
 }
 
 impl Fake {
-    fn perform(&self, request: &Request, publisher: &StatusPublisher) -> Result<Reply, RequestError> {
+    fn perform(
+        &self,
+        request: &Request,
+        publisher: &StatusPublisher,
+    ) -> Result<Reply, RequestError> {
         admit(publisher.current().state, request.verb())?;
         let become_state = |state| {
             publisher.update(|status| status.state = state);
@@ -91,6 +95,12 @@ impl Fake {
             }
             Request::Counters => Ok(Reply::Counters(VmCounters::default())),
             Request::MemoryMap => Ok(Reply::MemoryMap(MemoryMap { spaces: Vec::new() })),
+            Request::AddDevice(new) if publisher.current().state != VmState::Shutdown => {
+                Ok(Reply::Added(PciDeviceInfo {
+                    id: new.id().unwrap_or("_new0").to_owned(),
+                    bdf: "0000:00:05.0".to_owned(),
+                }))
+            }
             Request::AddDevice(_)
             | Request::RemoveDevice(_)
             | Request::Resize(_)
@@ -128,7 +138,10 @@ mod tests {
             (Category::Conflict, "wrong-state")
         );
         registry.delete(vm.id().as_str()).await.unwrap();
-        assert_eq!(vm.ask(Request::Boot).await, Err(RequestError::driver_gone()));
+        assert_eq!(
+            vm.ask(Request::Boot).await,
+            Err(RequestError::driver_gone())
+        );
         assert!(registry.list().is_empty());
         let events: Vec<_> = registry
             .events()

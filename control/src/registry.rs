@@ -8,10 +8,10 @@ use parking_lot::Mutex;
 use spec::{HostLimits, VmConfig, VmId};
 use tokio::sync::watch;
 
-use crate::request::Request;
 use crate::error::{Category, RequestError};
 use crate::events::EventLog;
 use crate::handle::VmHandle;
+use crate::request::Request;
 
 /// Where drivers come from.
 pub trait Spawn: Send + Sync {

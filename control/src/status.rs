@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use spec::{BootTimeline, DeviceNode, Failure, VmConfig, VmId, VmInfo, VmState};
 use tokio::sync::watch;
@@ -19,6 +20,8 @@ pub struct VmStatus {
     pub config: Arc<VmConfig>,
     /// Its devices, while it is on.
     pub devices: BTreeMap<String, DeviceNode>,
+    /// Bytes that the guest has given back through a balloon, as it goes.
+    pub balloon: Option<Arc<AtomicU64>>,
     /// Why the guest ended, when it was not asked to.
     pub failure: Option<Failure>,
     /// How long the last boot took.
@@ -38,6 +41,7 @@ impl VmStatus {
             state: VmState::Created,
             config,
             devices: BTreeMap::new(),
+            balloon: None,
             failure: None,
             boot: None,
             reboots: 0,
@@ -49,10 +53,11 @@ impl VmStatus {
     /// In the form of the API.
     #[must_use]
     pub fn info(&self) -> VmInfo {
+        let ballooned = self.balloon.iter().map(|b| b.load(Ordering::Relaxed)).sum();
         VmInfo {
             config: VmConfig::clone(&self.config),
             state: self.state,
-            memory_actual_size: self.config.memory.size,
+            memory_actual_size: self.config.memory.size.saturating_sub(ballooned),
             device_tree: (!self.devices.is_empty()).then(|| self.devices.clone()),
             failure: self.failure.clone(),
             boot: self.boot,

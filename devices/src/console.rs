@@ -418,6 +418,7 @@ mod tests {
     use std::io::Read;
 
     use super::*;
+    use crate::Serial;
     use crate::interrupt::InterruptLine;
 
     fn serial(console: &Console) -> Serial {
@@ -429,7 +430,7 @@ mod tests {
         )
     }
 
-    fn guest_writes(to: &dyn ConsoleInput, text: &[u8]) {
+    fn guest_writes(serial: &Serial, text: &[u8]) {
         use memory::DeviceOps;
         text.iter().for_each(|byte| serial.write(0, &[*byte]));
     }
@@ -467,7 +468,7 @@ mod tests {
         client.write_all(&[1; 100]).unwrap();
         console.ready(&serial);
         console.ready(&serial);
-        assert!(console.has_more() && to.room() == 0);
+        assert!(console.has_more() && serial.room() == 0);
     }
 
     #[test]
@@ -480,7 +481,7 @@ mod tests {
         let mut came = Vec::new();
         // Nothing more is written: what is left can only come from the descriptor.
         while pump(&reader, &serial).more {
-            while to.room() < 64 {
+            while serial.room() < 64 {
                 let mut byte = [0];
                 serial.read(0, &mut byte);
                 came.extend(byte);

@@ -9,8 +9,8 @@ use memory::DeviceOps;
 use parking_lot::Mutex;
 use vm_superio::serial::SerialEvents;
 
-use crate::debug_port::OnFirst;
 use crate::console::ConsoleInput;
+use crate::debug_port::OnFirst;
 use crate::interrupt::InterruptLine;
 
 /// What happened on the port so far.

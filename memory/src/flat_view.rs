@@ -1,6 +1,7 @@
 //! The flat view: the tree as the guest sees it, sorted by address.
 
 use std::fmt;
+use std::io;
 use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
@@ -175,6 +176,24 @@ impl FlatView {
     pub fn find(&self, addr: u64) -> Option<&FlatRange> {
         let range = self.ranges.get(last_not_above(&self.firsts, addr)?)?;
         (addr <= range.range.last()).then_some(range)
+    }
+
+    /// Gives the whole pages of RAM among `len` bytes from `addr` on back to the host, as
+    /// [`RamBlock::discard`](crate::RamBlock::discard) does. What is not RAM is left alone.
+    ///
+    /// # Errors
+    /// When the host refuses.
+    pub fn discard(&self, addr: u64, len: u64) -> io::Result<u64> {
+        let Some(wanted) = AddrRange::new(addr, len) else {
+            return Ok(0);
+        };
+        let mut freed = 0;
+        for ram in self.ram.iter().filter(|ram| ram.first() <= wanted.last()) {
+            if let Some(part) = ram.range().intersection(wanted) {
+                freed += ram.discard(part)?;
+            }
+        }
+        Ok(freed)
     }
 
     pub(crate) fn index_after(&self, addr: u64) -> usize {

@@ -117,6 +117,17 @@ impl RamRange {
         self.range
     }
 
+    /// Gives the whole pages of a part of it back to the host.
+    pub(crate) fn discard(&self, part: AddrRange) -> std::io::Result<u64> {
+        let from_start = part.first() - self.range.first();
+        let offset = usize::try_from(self.slice.offset.saturating_add(from_start));
+        let len = part.len().and_then(|len| usize::try_from(len).ok());
+        match (offset, len) {
+            (Ok(offset), Some(len)) => self.slice.block.discard(offset, len),
+            _ => Ok(0),
+        }
+    }
+
     /// Whether the address is in it.
     #[must_use]
     pub fn contains(&self, addr: u64) -> bool {

@@ -193,6 +193,33 @@ impl RamBlock {
         }
     }
 
+    /// Gives the pages that are wholly among `len` bytes from `offset` on back to the host; they read
+    /// as zeros from now on, and count as written. Returns how many bytes they are.
+    ///
+    /// # Errors
+    /// When the host refuses.
+    pub fn discard(&self, offset: usize, len: usize) -> io::Result<u64> {
+        let page = usize::try_from(self.page_size).unwrap_or(usize::MAX);
+        let end = offset.saturating_add(len).min(self.len);
+        let first = offset.checked_next_multiple_of(page).unwrap_or(end);
+        let last = end - end % page;
+        let Some(len) = last.checked_sub(first).filter(|len| *len > 0) else {
+            return Ok(0);
+        };
+        let advice = match &self.fd {
+            Some(_) => libc::MADV_REMOVE,
+            None => libc::MADV_DONTNEED,
+        };
+        // SAFETY: whole pages of our mapping. What others read or write there meanwhile is what a
+        // guest may do to its memory at any time: all access is volatile.
+        let refused = unsafe { libc::madvise(self.host.as_ptr().add(first).cast(), len, advice) };
+        if refused != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        self.dirty.mark(first, len);
+        Ok(len as u64)
+    }
+
     /// Bytes.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -286,6 +313,35 @@ mod tests {
             matches!(refused, RamError::Host { attempt: "map", .. }),
             "{refused}"
         );
+    }
+
+    #[test]
+    fn what_is_discarded_reads_as_zeros_and_counts_as_written() {
+        for shared in [false, true] {
+            let config = RamConfig {
+                shared,
+                ..RamConfig::anonymous(8 * PAGE_SIZE)
+            };
+            let block = RamBlock::new(&config).unwrap();
+            let page = PAGE_SIZE as usize;
+            let fill = block.slice(0, block.len()).unwrap();
+            fill.copy_from(&vec![7_u8; block.len()]);
+            block.dirty().set_enabled(true);
+            drop(block.dirty().take());
+            // Of the second page and the fifth only a part.
+            assert_eq!(block.discard(page + 1, 3 * page).unwrap(), 2 * PAGE_SIZE);
+            assert_eq!(block.discard(7 * page, 99 * page).unwrap(), PAGE_SIZE);
+            assert_eq!(block.discard(usize::MAX, usize::MAX).unwrap(), 0);
+            let mut seen = vec![0_u8; block.len()];
+            block.slice(0, block.len()).unwrap().copy_to(&mut seen);
+            let gone: Vec<_> = (0..8).filter(|i| seen[i * page] == 0).collect();
+            assert_eq!(gone, [2, 3, 7]);
+            assert!(seen.iter().filter(|byte| **byte == 7).count() == 5 * page);
+            let dirty: Vec<_> = (0..8)
+                .filter(|i| block.dirty().is_dirty(i * page))
+                .collect();
+            assert_eq!(dirty, gone);
+        }
     }
 
     #[test]

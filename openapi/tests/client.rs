@@ -13,7 +13,9 @@ use api::{Bounds, Listener, Service, serve_within};
 use control::Registry;
 use control::fake::Fake;
 use openapi::{Client, ClientError, News};
-use spec::{CreateVm, PayloadConfig, VmConfig, VmId, VmResize, VmState, VmmPingResponse};
+use spec::{
+    CreateVm, DiskConfig, PayloadConfig, VmConfig, VmId, VmSnapshotConfig, VmState, VmmPingResponse,
+};
 use tokio::task::JoinHandle;
 
 struct Served {
@@ -122,12 +124,19 @@ async fn a_vm_lives_and_ends_on_its_own_socket() {
         Some("wrong-state")
     );
     assert_eq!(client.vm_info().await.unwrap().state, VmState::Paused);
-    let resize = VmResize {
-        desired_vcpus: Some(2),
-        ..VmResize::default()
+    let disk: DiskConfig = serde_json::from_str(r#"{"path":"/d","id":"data"}"#).unwrap();
+    let added = client.vm_add_disk(&disk).await.unwrap().unwrap();
+    assert_eq!(
+        (added.id.as_str(), added.bdf.as_str()),
+        ("data", "0000:00:05.0")
+    );
+    client.vm_shutdown().await.unwrap();
+    assert_eq!(client.vm_add_disk(&disk).await.unwrap(), None);
+    let snapshot = VmSnapshotConfig {
+        destination_url: "file:///a".to_owned(),
     };
     assert_eq!(
-        client.vm_resize(&resize).await.unwrap_err().code(),
+        client.vm_snapshot(&snapshot).await.unwrap_err().code(),
         Some("not-implemented")
     );
     client.vm_delete().await.unwrap();

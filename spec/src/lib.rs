@@ -59,6 +59,6 @@ pub use service::{
 };
 pub use validate::{HostLimits, UNSUPPORTED};
 pub use vm::{
-    BootTimeline, DeviceNode, DeviceState, Failure, PciDeviceInfo, VmConfig, VmCounters, VmInfo, VmState,
-    VmmPingResponse,
+    BootTimeline, DeviceNode, DeviceState, Failure, PciDeviceInfo, VmConfig, VmCounters, VmInfo,
+    VmState, VmmPingResponse,
 };

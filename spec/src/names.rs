@@ -136,7 +136,14 @@ mod tests {
         let mut names: Vec<_> = config.device_names().into_iter().collect();
         names.sort();
         let expected = [
-            "__balloon", "__console", "__rng", "_disk0", "_disk1", "_disk2", "_net0", "_vsock0",
+            "__balloon",
+            "__console",
+            "__rng",
+            "_disk0",
+            "_disk1",
+            "_disk2",
+            "_net0",
+            "_vsock0",
         ];
         assert_eq!(names, expected);
         let once = config.clone();

@@ -4,9 +4,16 @@
 //! body would have, and is read by the same code: what is wrong in a body is wrong here, and is
 //! said in the same words.
 
+mod kinds;
+
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
+use self::kinds::PCI;
+pub use self::kinds::{
+    BALLOON, DEVICE, DISK, FS, NET, PMEM, RECEIVE_MIGRATION, RESTORE, RNG, SEND_MIGRATION,
+    USER_DEVICE, VDPA, VSOCK,
+};
 use crate::console::{ConsoleConfig, ConsoleMode, SerialConfig};
 use crate::cpus::CpusConfig;
 use crate::memory::MemoryConfig;
@@ -57,173 +64,12 @@ const MEMORY: &[Key] = &[
     ("hotplugged_size", "hotplugged_size", Form::Size),
 ];
 
-const PCI: &[Key] = &[
-    ("iommu", "iommu", Form::Switch),
-    ("id", "id", Form::Text),
-    ("pci_segment", "pci_segment", Form::Number),
-    ("pci_device_id", "pci_device_id", Form::Number),
-];
-
-/// `--disk`.
-pub const DISK: OptionKind = OptionKind {
-    name: "--disk",
-    keys: &[
-        ("path", "path", Form::Text),
-        ("readonly", "readonly", Form::Switch),
-        ("direct", "direct", Form::Switch),
-        ("num_queues", "num_queues", Form::Number),
-        ("queue_size", "queue_size", Form::Number),
-        ("vhost_user", "vhost_user", Form::Switch),
-        ("socket", "vhost_socket", Form::Text),
-        ("serial", "serial", Form::Text),
-        ("rate_limit_group", "rate_limit_group", Form::Text),
-        ("backing_files", "backing_files", Form::Switch),
-        ("sparse", "sparse", Form::Switch),
-    ],
-    pci: true,
-};
-
-/// `--net`.
-pub const NET: OptionKind = OptionKind {
-    name: "--net",
-    keys: &[
-        ("tap", "tap", Form::Text),
-        ("ip", "ip", Form::Text),
-        ("mask", "mask", Form::Text),
-        ("mac", "mac", Form::Text),
-        ("host_mac", "host_mac", Form::Text),
-        ("mtu", "mtu", Form::Number),
-        ("num_queues", "num_queues", Form::Number),
-        ("queue_size", "queue_size", Form::Number),
-        ("vhost_user", "vhost_user", Form::Switch),
-        ("socket", "vhost_socket", Form::Text),
-        ("vhost_mode", "vhost_mode", Form::Text),
-        ("offload_tso", "offload_tso", Form::Switch),
-        ("offload_ufo", "offload_ufo", Form::Switch),
-        ("offload_csum", "offload_csum", Form::Switch),
-    ],
-    pci: true,
-};
-
-/// `--rng`.
-pub const RNG: OptionKind = OptionKind {
-    name: "--rng",
-    keys: &[("src", "src", Form::Text)],
-    pci: true,
-};
-
-/// `--balloon`.
-pub const BALLOON: OptionKind = OptionKind {
-    name: "--balloon",
-    keys: &[
-        ("size", "size", Form::Size),
-        ("deflate_on_oom", "deflate_on_oom", Form::Switch),
-        ("free_page_reporting", "free_page_reporting", Form::Switch),
-    ],
-    pci: true,
-};
-
-/// `--vsock`.
-pub const VSOCK: OptionKind = OptionKind {
-    name: "--vsock",
-    keys: &[
-        ("cid", "cid", Form::Number),
-        ("socket", "socket", Form::Text),
-    ],
-    pci: true,
-};
-
-/// `--fs`.
-pub const FS: OptionKind = OptionKind {
-    name: "--fs",
-    keys: &[
-        ("tag", "tag", Form::Text),
-        ("socket", "socket", Form::Text),
-        ("num_queues", "num_queues", Form::Number),
-        ("queue_size", "queue_size", Form::Number),
-    ],
-    pci: true,
-};
-
-/// `--pmem`.
-pub const PMEM: OptionKind = OptionKind {
-    name: "--pmem",
-    keys: &[
-        ("file", "file", Form::Text),
-        ("size", "size", Form::Size),
-        ("discard_writes", "discard_writes", Form::Switch),
-    ],
-    pci: true,
-};
-
-/// A device of the host.
-pub const DEVICE: OptionKind = OptionKind {
-    name: "device",
-    keys: &[("path", "path", Form::Text)],
-    pci: true,
-};
-
-/// A device that another process serves over vfio-user.
-pub const USER_DEVICE: OptionKind = OptionKind {
-    name: "user-device",
-    keys: &[("socket", "socket", Form::Text)],
-    pci: false,
-};
-
-/// A vDPA device.
-pub const VDPA: OptionKind = OptionKind {
-    name: "vdpa",
-    keys: &[
-        ("path", "path", Form::Text),
-        ("num_queues", "num_queues", Form::Number),
-    ],
-    pci: true,
-};
-
-/// What to restore.
-pub const RESTORE: OptionKind = OptionKind {
-    name: "restore",
-    keys: &[
-        ("source_url", "source_url", Form::Text),
-        ("prefault", "prefault", Form::Switch),
-        ("memory_restore_mode", "memory_restore_mode", Form::Word),
-        ("resume", "resume", Form::Switch),
-    ],
-    pci: false,
-};
-
-/// Where a migration goes.
-pub const SEND_MIGRATION: OptionKind = OptionKind {
-    name: "send-migration",
-    keys: &[
-        ("destination_url", "destination_url", Form::Text),
-        ("local", "local", Form::Switch),
-        ("downtime_ms", "downtime_ms", Form::Number),
-        ("timeout_s", "timeout_s", Form::Number),
-        ("timeout_strategy", "timeout_strategy", Form::Word),
-        ("connections", "connections", Form::Number),
-        ("tls_dir", "tls_dir", Form::Text),
-        ("memory_mode", "memory_mode", Form::Word),
-    ],
-    pci: false,
-};
-
-/// Where a migration arrives.
-pub const RECEIVE_MIGRATION: OptionKind = OptionKind {
-    name: "receive-migration",
-    keys: &[
-        ("receiver_url", "receiver_url", Form::Text),
-        ("tls_dir", "tls_dir", Form::Text),
-        ("memory_mode", "memory_mode", Form::Word),
-    ],
-    pci: false,
-};
-
 /// An option whose keys are the fields of a configuration type.
 pub struct OptionKind {
     name: &'static str,
     keys: &'static [Key],
-    pci: bool,
+    /// Keys that it has in common with others.
+    also: &'static [&'static [Key]],
 }
 
 impl OptionKind {
@@ -235,7 +81,7 @@ impl OptionKind {
         let keys: Vec<Key> = self
             .keys
             .iter()
-            .chain(PCI.iter().filter(|_| self.pci))
+            .chain(self.also.iter().copied().flatten())
             .copied()
             .collect();
         typed(self.name, &Value::Object(fields(self.name, text, &keys)?))
@@ -417,11 +263,22 @@ fn fields(option: &str, text: &str, keys: &[Key]) -> Result<Map<String, Value>, 
         };
         let read = read_value(*form, value)
             .map_err(|expected| error(option, format!("{key}={value} is not {expected}")))?;
-        if fields.insert((*field).to_owned(), read).is_some() {
+        if insert(&mut fields, field, read).is_some() {
             return Err(error(option, format!("`{key}` is there twice")));
         }
     }
     Ok(fields)
+}
+
+/// Puts a value where `field` says, a path of names, and gives what was there.
+fn insert(fields: &mut Map<String, Value>, field: &str, value: Value) -> Option<Value> {
+    match field.split_once('/') {
+        None => fields.insert(field.to_owned(), value),
+        Some((outer, inner)) => {
+            let outer = fields.entry(outer).or_insert_with(|| json!({}));
+            insert(outer.as_object_mut()?, inner, value)
+        }
+    }
 }
 
 fn read_value(form: Form, text: &str) -> Result<Value, &'static str> {
@@ -563,6 +420,19 @@ mod tests {
                 .to_string()
                 .contains("a size like")
         );
+    }
+
+    #[test]
+    fn limits_of_a_disk() {
+        let text = "path=/a,image_type=qcow2,bw_size=1M,bw_refill_time=100,ops_size=7,ops_refill_time=1000";
+        let disk: DiskConfig = DISK.read(text).unwrap();
+        assert_eq!(disk.image_type, Some(crate::ImageType::Qcow2));
+        let limits = disk.rate_limiter_config.unwrap();
+        let (bandwidth, ops) = (limits.bandwidth.unwrap(), limits.ops.unwrap());
+        assert_eq!((bandwidth.size, bandwidth.refill_time), (1 << 20, 100));
+        assert_eq!((ops.size, ops.one_time_burst), (7, None));
+        let half = DISK.read::<DiskConfig>("path=/a,bw_size=1").unwrap_err();
+        assert!(half.to_string().contains("refill_time"), "{half}");
     }
 
     #[test]

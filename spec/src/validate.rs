@@ -86,7 +86,7 @@ impl VmConfig {
         self.check_cpus(host, &mut found);
         self.check_memory(host, &mut found);
         self.check_payload(&mut found);
-        self.check_serial(&mut found);
+        self.check_consoles(&mut found);
         devices::check(self, &mut found);
         if found.is_empty() { Ok(()) } else { Err(found) }
     }
@@ -224,28 +224,34 @@ impl VmConfig {
         }
     }
 
-    fn check_serial(&self, found: &mut Vec<FieldProblem>) {
-        let serial = &self.serial;
-        let mut path = |pointer, given: &Option<String>, needed: bool| match (given, needed) {
-            (None, true) => {
-                let detail = format!("mode {:?} needs a path here", serial.mode);
-                found.push(problem(pointer, "missing", detail));
+    fn check_consoles(&self, found: &mut Vec<FieldProblem>) {
+        let (serial, console) = (&self.serial, &self.console);
+        let all = [
+            ("/serial", serial.mode, &serial.file, &serial.socket),
+            ("/console", console.mode, &console.file, &console.socket),
+        ];
+        for (pointer, mode, file, socket) in all {
+            let (field, path) = match mode {
+                ConsoleMode::File => ("file", file),
+                ConsoleMode::Socket => ("socket", socket),
+                _ => continue,
+            };
+            let pointer = format!("{pointer}/{field}");
+            match path.as_deref() {
+                None => {
+                    let detail = format!("mode {mode:?} needs a path here");
+                    found.push(problem(&pointer, "missing", detail));
+                }
+                Some("") => {
+                    found.push(problem(
+                        &pointer,
+                        "out-of-range",
+                        "the path is empty".into(),
+                    ));
+                }
+                Some(_) => {}
             }
-            (Some(path), true) if path.is_empty() => {
-                found.push(problem(pointer, "out-of-range", "the path is empty".into()));
-            }
-            _ => {}
-        };
-        path(
-            "/serial/file",
-            &serial.file,
-            serial.mode == ConsoleMode::File,
-        );
-        path(
-            "/serial/socket",
-            &serial.socket,
-            serial.mode == ConsoleMode::Socket,
-        );
+        }
     }
 }
 
@@ -338,8 +344,8 @@ mod tests {
             one("/watchdog", "unsupported")
         );
         assert_eq!(
-            found(|c| c.console.mode = ConsoleMode::Pty),
-            one("/console/mode", "unsupported")
+            found(|c| c.console.mode = ConsoleMode::Socket),
+            one("/console/socket", "missing")
         );
     }
 

@@ -190,7 +190,7 @@ fn a_writer_obeys_the_limits_that_a_store_checks() {
 
 #[test]
 fn names_are_checked() {
-    for bad in ["", "/a", "a/", "a//b", "A", "a b", "ä", &"a".repeat(129)] {
+    for bad in ["", "/a", "a/", "a//b", "a b", "ä", &"a".repeat(129)] {
         assert!(Writer::default().scope(bad).is_err(), "{bad:?}");
     }
     let mut writer = Writer::default();

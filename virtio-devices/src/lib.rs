@@ -26,7 +26,9 @@
 
 #![deny(unsafe_code)]
 
+pub mod balloon;
 pub mod block;
+pub mod console;
 mod device;
 pub mod limits;
 pub mod net;
@@ -42,6 +44,7 @@ mod worker;
 pub use device::{DeviceError, DeviceId, VirtioDevice};
 pub use queue::{Chain, Queue, QueueError, QueueMemory, QueueSetup, QueueState, Rings};
 pub use transport::{
-    BAR_LEN, Interrupts, Retired, Slot, Transport, TransportEvent, VirtioPci, VirtioPciError, vectors,
+    BAR_LEN, Interrupts, Retired, Slot, Transport, TransportEvent, VirtioPci, VirtioPciError,
+    vectors,
 };
 pub use worker::{QueueTask, Running, TaskEvent, TaskFlow, TaskSources, Workers};

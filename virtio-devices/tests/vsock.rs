@@ -244,7 +244,12 @@ fn who_is_not_there_cannot_be_reached() {
     let request = machine.receive();
     machine.send(&from(&request, RST));
     assert_eq!(stream.read(&mut [0]).unwrap(), 0);
-    for talk in [&b"GET / HTTP/1.1\n"[..], b"CONNECT\n", b"CONNECT 1 2\n", &[b'x'; 100]] {
+    for talk in [
+        &b"GET / HTTP/1.1\n"[..],
+        b"CONNECT\n",
+        b"CONNECT 1 2\n",
+        &[b'x'; 100],
+    ] {
         let mut stream = UnixStream::connect(&machine.path).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream.write_all(talk).unwrap();
@@ -358,7 +363,10 @@ fn a_guest_that_lies_about_its_packets_breaks_the_device_and_nothing_else() {
             assert!(from.elapsed() < PATIENCE);
             std::thread::yield_now();
         }
-        assert!(matches!(&machine.heard.events()[..], [TransportEvent::NeedsReset(_)]));
+        assert!(matches!(
+            &machine.heard.events()[..],
+            [TransportEvent::NeedsReset(_)]
+        ));
         machine.stop();
         machine.device.reset();
     }
@@ -371,11 +379,17 @@ fn a_guest_that_moved_hears_that_its_connections_are_gone() {
     let (mut stream, _) = machine.accept(7);
     let states = machine.stop();
     let mut writer = Writer::default();
-    machine.device.save(&mut writer.scope("vsock").unwrap()).unwrap();
+    machine
+        .device
+        .save(&mut writer.scope("vsock").unwrap())
+        .unwrap();
     let bytes = writer.finish();
     machine.device.reset();
     let mut store = Store::open(&bytes).unwrap();
-    machine.device.load(&mut store.scope("vsock").unwrap()).unwrap();
+    machine
+        .device
+        .load(&mut store.scope("vsock").unwrap())
+        .unwrap();
     machine.start(states);
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     assert_eq!(stream.read(&mut [0]).unwrap(), 0);
@@ -395,7 +409,9 @@ fn a_guest_that_moved_hears_that_its_connections_are_gone() {
 fn a_socket_in_use_is_not_taken_and_a_dead_one_is() {
     let machine = machine();
     let (_other, workers) = workers();
-    let refused = Vsock::new(CID, &machine.path, workers.clone()).err().unwrap();
+    let refused = Vsock::new(CID, &machine.path, workers.clone())
+        .err()
+        .unwrap();
     assert!(refused.to_string().contains("vsock"), "{refused}");
     let path = machine.path.clone();
     let dir = machine._dir;

@@ -11,24 +11,25 @@
 //!    └───────────────────┴───────────────────┘ Shutdown, power-off, failure
 //! ```
 
+mod consoles;
 mod devices;
 
 use std::collections::{BTreeMap, VecDeque};
-use std::os::fd::RawFd;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
+use ::devices::PowerEvent;
+use ::devices::event_loop::{Actor, Flow, Sources};
 use control::{
     Ask, Category, EventSender, Inbox, Message, NewDevice, Reply, Request, RequestError,
     StatusPublisher, admit,
 };
-use ::devices::event_loop::{Actor, Flow, Interest, Sources};
-use ::devices::{Console, PowerEvent, Watch};
-use spec::{BootTimeline, ConsoleMode, Failure, SerialConfig, VmConfig, VmState};
+use spec::{BootTimeline, Failure, VmConfig, VmState};
 
 use virtio_devices::TransportEvent;
 
+use self::consoles::Consoles;
+pub(crate) use self::consoles::{Outputs, Port};
 use crate::failure::{self, BuildError};
 use crate::machine::{Active, Built, Host};
 use crate::memory_map;
@@ -43,7 +44,7 @@ pub(crate) enum Happening {
     FirstDebugPort(Instant),
     FirstSerial(Instant),
     /// The guest has read all the input that it was given.
-    SerialRoom,
+    Room(Port),
     Built(Box<Result<Active, BuildError>>),
     /// To the device of this name.
     Device(String, TransportEvent),
@@ -107,8 +108,7 @@ pub(crate) struct Driver {
     machine: u64,
     /// When the boot was asked for that is going on or was the last.
     asked_at: Instant,
-    console: Option<Console>,
-    watched: Vec<RawFd>,
+    consoles: Consoles,
     /// Asked while a machine is being built.
     waiting: VecDeque<Ask>,
     /// Devices that are being opened, by their names.
@@ -132,8 +132,7 @@ impl Driver {
             stage: Stage::Off,
             machine: 0,
             asked_at: Instant::now(),
-            console: None,
-            watched: Vec::new(),
+            consoles: Consoles::default(),
             waiting: VecDeque::new(),
             opening: BTreeMap::new(),
         }
@@ -225,13 +224,16 @@ impl Driver {
     }
 
     fn boot(&mut self, ask: Ask, sources: &mut Sources<'_>) {
-        match open_console(&self.config.serial) {
-            Ok(console) => self.attach(console, sources),
+        self.consoles.close(sources);
+        match Consoles::open(&self.config, self.host.terminal) {
+            Ok(consoles) => self.consoles = consoles,
             Err(error) => {
                 ask.answer(Err((&error).into()));
                 return;
             }
         }
+        self.consoles.watch_all(sources);
+        self.set_config(Arc::clone(&self.config));
         self.build(Some(ask));
     }
 
@@ -242,11 +244,11 @@ impl Driver {
         self.asked_at = Instant::now();
         let reporter = self.reporter();
         let (host, config) = (Arc::clone(&self.host), Arc::clone(&self.config));
-        let output = self.console.as_ref().map(Console::output);
+        let outputs = self.consoles.outputs();
         let back = reporter.clone();
         let builder = std::thread::Builder::new().name("vm-build".to_owned());
         let started = builder.spawn(move || {
-            let built = Built::new(&host, &config, output, &reporter)
+            let built = Built::new(&host, &config, outputs, &reporter)
                 .and_then(|built| built.boot(&config, &reporter));
             reporter.tell(Happening::Built(Box::new(built)));
         });
@@ -267,6 +269,7 @@ impl Driver {
         let answer = match started {
             Ok(active) => {
                 let devices = active.devices().tree();
+                let balloon = active.devices().balloon();
                 self.stage = Stage::On(Box::new(active));
                 self.set_config(Arc::clone(&self.config));
                 let built_us = self.microseconds(Instant::now());
@@ -275,6 +278,7 @@ impl Driver {
                     status.reboots = if was_on { status.reboots + 1 } else { 0 };
                     status.state = VmState::Running;
                     status.devices = devices;
+                    status.balloon = balloon;
                     status.failure = None;
                     status.boot = Some(BootTimeline {
                         built_us,
@@ -292,7 +296,7 @@ impl Driver {
                 if was_on {
                     self.switch_off(End::Failed(failure::told(&error)), sources);
                 } else {
-                    self.detach(sources);
+                    self.consoles.close(sources);
                 }
                 Err(RequestError::from(&error))
             }
@@ -319,12 +323,13 @@ impl Driver {
     fn switch_off(&mut self, by: End, sources: &mut Sources<'_>) {
         self.stage = Stage::Off;
         self.next_machine();
-        self.detach(sources);
+        self.consoles.close(sources);
         self.publisher.update(|status| {
             if status.state != VmState::Created {
                 status.state = VmState::Shutdown;
             }
             status.devices.clear();
+            status.balloon = None;
             status.by_guest = !matches!(by, End::Requested);
             status.failure = match by {
                 End::Requested | End::PowerOff => None,
@@ -333,23 +338,11 @@ impl Driver {
         });
     }
 
-    fn attach(&mut self, console: Option<Console>, sources: &mut Sources<'_>) {
-        self.detach(sources);
-        let Some(console) = console else { return };
-        for fd in console.sources() {
-            self.watch(fd, sources);
-        }
-        self.console = Some(console);
-        self.set_config(Arc::clone(&self.config));
-    }
-
     /// What the next machine is built from, and what is shown: with the names of pseudo terminals
     /// and taps that were made for this one.
     fn set_config(&mut self, config: Arc<VmConfig>) {
         let mut shown = Arc::clone(&config);
-        if let Some(path) = self.console.as_ref().and_then(Console::pty_path) {
-            Arc::make_mut(&mut shown).serial.file = Some(path.to_string_lossy().into_owned());
-        }
+        self.consoles.show(Arc::make_mut(&mut shown));
         if let Stage::On(active) = &self.stage {
             devices::show_taps(active.devices(), &mut shown);
         }
@@ -357,39 +350,11 @@ impl Driver {
         self.publisher.update(|status| status.config = shown);
     }
 
-    fn watch(&mut self, fd: RawFd, sources: &mut Sources<'_>) {
-        match sources.watch(fd, 0, Interest::Read) {
-            Ok(()) => self.watched.push(fd),
-            // A file as standard input, which has no moment of being ready.
-            Err(error) => tracing::debug!(fd, %error, "this console gives no input"),
-        }
-    }
-
-    fn detach(&mut self, sources: &mut Sources<'_>) {
-        self.watched.drain(..).for_each(|fd| sources.forget(fd));
-        self.console = None;
-    }
-
-    fn take_input(&mut self, sources: &mut Sources<'_>) {
-        let (Stage::On(active), Some(console)) = (&self.stage, &mut self.console) else {
-            return;
-        };
-        let Some(serial) = active.serial() else {
-            return;
-        };
-        let mut watches = console.ready(serial);
-        // A new client may have written before it was watched.
-        if !watches.is_empty() {
-            watches.extend(console.ready(serial));
-        }
-        for watch in watches {
-            match watch {
-                Watch::Begin(fd) => self.watch(fd, sources),
-                Watch::End(fd) => {
-                    sources.forget(fd);
-                    self.watched.retain(|watched| *watched != fd);
-                }
-            }
+    fn take_input(&mut self, port: Port, sources: &mut Sources<'_>) {
+        if let Stage::On(active) = &self.stage
+            && let Some(input) = active.input(port)
+        {
+            self.consoles.take_input(port, input, sources);
         }
     }
 
@@ -406,9 +371,9 @@ impl Driver {
                 );
                 self.switch_off(End::Failed(failure), sources);
             }
-            Happening::SerialRoom => {
-                if self.console.as_ref().is_some_and(Console::has_more) {
-                    self.take_input(sources);
+            Happening::Room(port) => {
+                if self.consoles.has_more(port) {
+                    self.take_input(port, sources);
                 }
             }
             Happening::Device(id, TransportEvent::NeedsReset(why)) => {
@@ -460,8 +425,10 @@ impl Actor for Driver {
         Flow::Stay
     }
 
-    fn ready(&mut self, _: usize, sources: &mut Sources<'_>) -> Flow {
-        self.take_input(sources);
+    fn ready(&mut self, key: usize, sources: &mut Sources<'_>) -> Flow {
+        if let Some(port) = Port::BOTH.get(key) {
+            self.take_input(*port, sources);
+        }
         Flow::Stay
     }
 
@@ -482,17 +449,4 @@ impl Actor for Driver {
 
 fn internal(error: &(impl std::fmt::Display + ?Sized)) -> RequestError {
     RequestError::new(Category::Internal, "machine-fault", error.to_string())
-}
-
-fn open_console(serial: &SerialConfig) -> Result<Option<Console>, BuildError> {
-    // Validation has seen to it that there is a path where one is needed.
-    let path = |path: &Option<String>| Path::new(path.as_deref().unwrap_or_default()).to_owned();
-    Ok(Some(match serial.mode {
-        ConsoleMode::Off => return Ok(None),
-        ConsoleMode::Null => Console::null(),
-        ConsoleMode::File => Console::file(&path(&serial.file))?,
-        ConsoleMode::Tty => Console::tty()?,
-        ConsoleMode::Pty => Console::pty()?,
-        ConsoleMode::Socket => Console::socket(&path(&serial.socket))?,
-    }))
 }

@@ -10,6 +10,7 @@ use virtio_devices::VirtioPciError;
 use virtio_devices::block::ImageError;
 use virtio_devices::net::TapError;
 use virtio_devices::rng::RngError;
+use virtio_devices::vsock::VsockError;
 
 use crate::arch::x86_64::cpu::CpuError;
 use crate::arch::x86_64::layout::LayoutError;
@@ -43,6 +44,8 @@ pub enum BuildError {
     Tap(#[from] TapError),
     /// A disk's image cannot be used.
     Image(#[from] ImageError),
+    /// A vsock device's socket cannot be made.
+    Vsock(#[from] VsockError),
     /// It cannot be laid out.
     #[error("{0}")]
     Layout(String),
@@ -100,6 +103,7 @@ impl BuildError {
             Self::Tap(_) => "tap-unusable",
             Self::Image(ImageError::Lock(_)) => "disk-in-use",
             Self::Image(_) => "disk-unusable",
+            Self::Vsock(_) => "vsock-unusable",
             Self::Host { .. } => "host-refused",
         }
     }
@@ -113,6 +117,7 @@ impl BuildError {
             | Self::Bar(_)
             | Self::Rng(_)
             | Self::Tap(_)
+            | Self::Vsock(_)
             | Self::Image(_) => Category::Unprocessable,
             Self::Ram(_) | Self::Host { .. } => Category::Host,
             Self::Kvm(_) | Self::Topology(_) | Self::Commit(_) | Self::Device(_) => {

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use devices::{
-    DebugPort, HotplugBlock, InterruptLine, KeyboardReset, PowerBlock, Serial, hotplug, pci, power,
+    ConsoleInput, DebugPort, HotplugBlock, InterruptLine, KeyboardReset, PowerBlock, Serial,
+    hotplug, pci, power,
 };
 use hypervisor::arch::CpuId;
 use hypervisor::{ClockState, IrqRoutes, Kvm, KvmError, Vcpu, Vm};
@@ -21,9 +22,9 @@ use virtio_devices::Workers;
 use crate::arch::x86_64::layout::Layout;
 use crate::arch::x86_64::{cpu, layout};
 use crate::boot;
-use crate::driver::{Happening, Reporter};
+use crate::driver::{Happening, Outputs, Port, Reporter};
 use crate::failure::BuildError;
-use crate::open::Opened;
+use crate::open::{ConsoleEnd, Control, Opened};
 use crate::pci::{PciHost, SharedTopology};
 use crate::run_control::{NotParked, RunControl, Want};
 use crate::vcpu::VcpuThread;
@@ -39,6 +40,8 @@ pub(crate) struct Host {
     pub(crate) cpuid: CpuId,
     /// Where devices do their work.
     pub(crate) workers: Workers,
+    /// The one VM that there is has the terminal to itself.
+    pub(crate) terminal: bool,
 }
 
 /// What makes up a machine, but for its vCPUs.
@@ -73,11 +76,11 @@ pub(crate) struct Active {
 
 impl Built {
     /// Builds the machine that `config`, which is valid, describes. What the guest writes to its
-    /// serial port goes to `output`, where there is one.
+    /// serial port and console goes to `outputs`.
     pub(crate) fn new(
         host: &Host,
         config: &VmConfig,
-        output: Option<Box<dyn Write + Send>>,
+        outputs: Outputs,
         reporter: &Reporter,
     ) -> Result<Self, BuildError> {
         let bits = cpu::phys_bits(&host.cpuid, config.cpus.max_phys_bits);
@@ -100,13 +103,19 @@ impl Built {
         let build = |tx: &mut Transaction<'_>| -> Result<_, BuildError> {
             map_ram(tx, &layout, &ram)?;
             map_platform(tx, host_bridge.bus(), reporter)?;
-            let serial = match output {
+            let serial = match outputs.serial {
                 Some(output) => Some(map_serial(tx, irq_routes, output, reporter)?),
                 None => None,
             };
             let power = map_power(tx, irq_routes, reporter)?;
             let hotplug = map_hotplug(tx, reporter)?;
-            let devices = Devices::build(host_bridge, tx, config, &host.workers, reporter)?;
+            let to = reporter.clone();
+            let console = outputs.console.map(|output| ConsoleEnd {
+                output,
+                on_room: Box::new(move || to.tell(Happening::Room(Port::Console))),
+            });
+            let devices =
+                Devices::build(host_bridge, tx, config, console, &host.workers, reporter)?;
             Ok((serial, power, hotplug, devices))
         };
         let (serial, power, hotplug, devices) = topology.lock().transaction(build)?;
@@ -267,7 +276,7 @@ fn map_serial(
         line(routes, layout::SERIAL_IRQ)?,
         output,
         move |when| first.tell(Happening::FirstSerial(when)),
-        move || room.tell(Happening::SerialRoom),
+        move || room.tell(Happening::Room(Port::Serial)),
     ));
     map_port(
         tx,
@@ -339,8 +348,9 @@ impl Active {
             devices.pause();
         }
         let device = devices.place(&id);
-        let slot = device.map(|bdf| bdf.device());
-        slot.into_iter().for_each(|slot| self.parts.hotplug.insert(slot));
+        let slot = device.map(pci::Bdf::device);
+        slot.into_iter()
+            .for_each(|slot| self.parts.hotplug.insert(slot));
         self.parts.power.announce_hotplug();
         Ok(PciDeviceInfo {
             id,
@@ -395,9 +405,18 @@ impl Active {
         self.parts.power.press_power_button();
     }
 
-    /// The serial port, where there is one.
-    pub(crate) fn serial(&self) -> Option<&Serial> {
-        self.parts.serial.as_deref()
+    /// What takes input, where there is such a device.
+    pub(crate) fn input(&self, port: Port) -> Option<&dyn ConsoleInput> {
+        fn console(control: &Control) -> Option<&dyn ConsoleInput> {
+            match control {
+                Control::Console(handle) => Some(handle),
+                _ => None,
+            }
+        }
+        match port {
+            Port::Serial => self.parts.serial.as_deref().map(|serial| serial as _),
+            Port::Console => self.parts.devices.controls().find_map(console),
+        }
     }
 
     /// The map.

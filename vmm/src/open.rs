@@ -1,19 +1,22 @@
 //! Opening what virtio devices stand on: images, taps, sockets.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::path::Path;
 use std::time::Duration;
 
 use control::NewDevice;
 use spec::{
     DiskConfig, ImageType, LockGranularity, NetConfig, RateLimiterConfig, RngConfig, TokenBucket,
-    VmConfig,
+    VmConfig, VsockConfig,
 };
+use virtio_devices::balloon::{Balloon, BalloonConfig, BalloonHandle};
 use virtio_devices::block::{Block, BlockConfig, BlockHandle, ImageFormat, LockMode};
+use virtio_devices::console::{Console, ConsoleHandle};
 use virtio_devices::net::{Net, NetHandle, TapAddress, TapSource};
 use virtio_devices::rate_limiter::{BucketConfig, RateLimits};
 use virtio_devices::rng::Rng;
+use virtio_devices::vsock::Vsock;
 use virtio_devices::{VirtioDevice, Workers};
 
 use crate::failure::BuildError;
@@ -33,17 +36,44 @@ pub(crate) enum Control {
     None,
     Disk(BlockHandle),
     Net(NetHandle),
+    Balloon(BalloonHandle),
+    Console(ConsoleHandle),
+}
+
+/// Where a console's output goes, and who hears that there is room for input.
+pub(crate) struct ConsoleEnd {
+    pub(crate) output: Box<dyn Write + Send>,
+    pub(crate) on_room: Box<dyn Fn() + Send + Sync>,
 }
 
 /// The devices of a specification in which they all have names, in the order in which they are put
 /// on the bus.
-pub(crate) fn all(config: &VmConfig, workers: &Workers) -> Result<Vec<Opened>, BuildError> {
+pub(crate) fn all(
+    config: &VmConfig,
+    console: Option<ConsoleEnd>,
+    workers: &Workers,
+) -> Result<Vec<Opened>, BuildError> {
     let mut all = Vec::new();
     for new in config.disks.iter().flatten() {
         all.push(disk(new, workers)?);
     }
     for new in config.net.iter().flatten() {
         all.push(net(new, workers)?);
+    }
+    if let Some(new) = &config.vsock {
+        all.push(vsock(new, workers)?);
+    }
+    if let Some(new) = &config.balloon {
+        all.push(balloon(new, workers));
+    }
+    if let Some(end) = console {
+        let id = name(config.console.id.as_ref());
+        let (device, handle) = Console::new(end.output, end.on_room, workers.clone());
+        all.push(Opened {
+            id,
+            device: Box::new(device),
+            control: Control::Console(handle),
+        });
     }
     all.push(rng(&config.rng, workers)?);
     Ok(all)
@@ -54,7 +84,7 @@ pub(crate) fn one(new: &NewDevice, workers: &Workers) -> Result<Opened, BuildErr
     match new {
         NewDevice::Disk(new) => disk(new, workers),
         NewDevice::Net(new) => net(new, workers),
-        NewDevice::Vsock(_) => todo!(),
+        NewDevice::Vsock(new) => vsock(new, workers),
     }
 }
 
@@ -69,6 +99,29 @@ fn rng(config: &RngConfig, workers: &Workers) -> Result<Opened, BuildError> {
         device: Box::new(Rng::new(Path::new(&config.src), workers.clone())?),
         control: Control::None,
     })
+}
+
+fn vsock(new: &VsockConfig, workers: &Workers) -> Result<Opened, BuildError> {
+    let device = Vsock::new(new.cid, Path::new(&new.socket), workers.clone())?;
+    Ok(Opened {
+        id: name(new.id.as_ref()),
+        device: Box::new(device),
+        control: Control::None,
+    })
+}
+
+fn balloon(new: &spec::BalloonConfig, workers: &Workers) -> Opened {
+    let config = BalloonConfig {
+        size: new.size,
+        deflate_on_oom: new.deflate_on_oom,
+        free_page_reporting: new.free_page_reporting,
+    };
+    let (device, handle) = Balloon::new(&config, workers.clone());
+    Opened {
+        id: name(new.id.as_ref()),
+        device: Box::new(device),
+        control: Control::Balloon(handle),
+    }
 }
 
 fn disk(disk: &DiskConfig, workers: &Workers) -> Result<Opened, BuildError> {

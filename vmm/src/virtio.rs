@@ -1,6 +1,8 @@
 //! The virtio devices of a machine: plugged in, asked for things, and taken out again.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use devices::pci::Bdf;
 use memory::Transaction;
@@ -9,7 +11,7 @@ use virtio_devices::Workers;
 
 use crate::driver::Reporter;
 use crate::failure::BuildError;
-use crate::open::{self, Control, Opened};
+use crate::open::{self, ConsoleEnd, Control, Opened};
 use crate::pci::{PciHost, Plugged, SharedTopology};
 
 /// A device in its slot.
@@ -31,6 +33,7 @@ impl Devices {
         host: PciHost,
         tx: &mut Transaction<'_>,
         config: &VmConfig,
+        console: Option<ConsoleEnd>,
         workers: &Workers,
         reporter: &Reporter,
     ) -> Result<Self, BuildError> {
@@ -38,7 +41,7 @@ impl Devices {
             host,
             entries: BTreeMap::new(),
         };
-        for opened in open::all(config, workers)? {
+        for opened in open::all(config, console, workers)? {
             devices.plug(tx, opened, reporter)?;
         }
         Ok(devices)
@@ -81,6 +84,19 @@ impl Devices {
     /// What the device of this name can be asked.
     pub(crate) fn control(&self, id: &str) -> Option<&Control> {
         self.entries.get(id).map(|entry| &entry.control)
+    }
+
+    /// What all devices can be asked.
+    pub(crate) fn controls(&self) -> impl Iterator<Item = &Control> {
+        self.entries.values().map(|entry| &entry.control)
+    }
+
+    /// Bytes that the guest has given back, as they go.
+    pub(crate) fn balloon(&self) -> Option<Arc<AtomicU64>> {
+        self.controls().find_map(|control| match control {
+            Control::Balloon(handle) => Some(Arc::clone(handle.actual())),
+            _ => None,
+        })
     }
 
     /// Notes that the guest is asked to let go of a device, and says in which slot it is.

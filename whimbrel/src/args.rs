@@ -144,19 +144,22 @@ pub(crate) struct VmArguments {
     /// Serial port: off, null, pty, tty, file=PATH or socket=PATH.
     #[arg(long, value_name = "MODE")]
     pub(crate) serial: Option<String>,
-    /// Virtio console. (This version has none: off, null and tty are accepted and mean none.)
+    /// Virtio console, hvc0 in a Linux guest: off, null, tty, pty, file=PATH or socket=PATH. The
+    /// terminal is the serial port's if both want it.
     #[arg(long, value_name = "MODE")]
     pub(crate) console: Option<String>,
-    /// Disks. (Not supported by this version.)
+    /// Disks: path=PATH,readonly=on,direct=on,image_type=qcow2,backing_files=on,num_queues=N,queue_size=N,
+    /// serial=TEXT,id=NAME,bw_size=BYTES,bw_refill_time=MS,ops_size=N,ops_refill_time=MS.
     #[arg(long, value_name = "OPTIONS", num_args = 1..)]
     pub(crate) disk: Vec<String>,
-    /// Network interfaces. (Not supported by this version.)
+    /// Network interfaces: tap=NAME,mac=MAC,ip=ADDRESS,mask=MASK,mtu=N,num_queues=N,queue_size=N,id=NAME. A
+    /// tap that is not there is made.
     #[arg(long, value_name = "OPTIONS", num_args = 1..)]
     pub(crate) net: Vec<String>,
-    /// Source of randomness. (Only src=/dev/urandom is accepted by this version, and means none.)
+    /// Source of random numbers: src=PATH, /dev/urandom by default.
     #[arg(long, value_name = "OPTIONS")]
     pub(crate) rng: Option<String>,
-    /// Memory balloon. (Not supported by this version.)
+    /// Memory balloon: size=SIZE,deflate_on_oom=on,free_page_reporting=on.
     #[arg(long, value_name = "OPTIONS")]
     pub(crate) balloon: Option<String>,
     /// Shared file systems. (Not supported by this version.)
@@ -165,7 +168,7 @@ pub(crate) struct VmArguments {
     /// Persistent memory. (Not supported by this version.)
     #[arg(long, value_name = "OPTIONS", num_args = 1..)]
     pub(crate) pmem: Vec<String>,
-    /// Socket between guest and host. (Not supported by this version.)
+    /// Socket between guest and host: cid=N,socket=PATH.
     #[arg(long, value_name = "OPTIONS")]
     pub(crate) vsock: Option<String>,
     /// A watchdog. (Not supported by this version.)

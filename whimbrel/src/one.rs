@@ -24,7 +24,10 @@ pub(crate) fn run(arguments: &VmArguments, serial: Option<ConsoleMode>) -> Resul
              is a service for many, and `whimbrel demo` shows how it works"
         );
     }
-    let pool = Pool::start(&PoolConfig { threads: Some(1) })?;
+    let pool = Pool::start(&PoolConfig {
+        threads: Some(1),
+        terminal: true,
+    })?;
     runtime()?.block_on(async {
         let mut signals = Signals::listen()?;
         let registry = Registry::new(pool);

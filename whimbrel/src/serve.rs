@@ -62,6 +62,7 @@ pub(crate) fn run(arguments: &ServeArguments) -> Result<ExitCode> {
         .unwrap_or_else(|| beside(&socket));
     let pool = Pool::start(&PoolConfig {
         threads: arguments.threads,
+        terminal: false,
     })?;
     let runtime = runtime()?;
     runtime.block_on(async {

@@ -91,6 +91,16 @@ impl Chain {
         self.writable.iter().map(|buffer| buffer.len).sum()
     }
 
+    /// The memory that it is in.
+    pub(crate) fn memory(&self) -> &FlatView {
+        &self.view
+    }
+
+    /// Guest addresses and lengths of what the device may write.
+    pub(crate) fn writable_ranges(&self) -> impl Iterator<Item = (u64, usize)> {
+        self.writable.iter().map(|buffer| (buffer.addr, buffer.len))
+    }
+
     /// Fills `data` from what the driver wrote, `offset` bytes into it.
     ///
     /// # Errors

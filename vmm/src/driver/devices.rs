@@ -28,8 +28,7 @@ impl Driver {
         }
         let id = new.id().unwrap_or_default().to_owned();
         self.opening.insert(id.clone(), (ask, new.clone()));
-        let (reporter, workers, name) =
-            (self.reporter(), self.host.workers.clone(), id.clone());
+        let (reporter, workers, name) = (self.reporter(), self.host.workers.clone(), id.clone());
         let builder = std::thread::Builder::new().name("vm-device".to_owned());
         let started = builder.spawn(move || {
             let opened = open::one(&new, &workers);
@@ -52,7 +51,11 @@ impl Driver {
             && (self.config.vsock.is_some() || opening.into_iter().any(|(_, new)| is_vsock(new)))
         {
             let detail = "the VM has a vsock device already, and a guest uses but one";
-            return Err(RequestError::new(Category::Conflict, "vsock-exists", detail));
+            return Err(RequestError::new(
+                Category::Conflict,
+                "vsock-exists",
+                detail,
+            ));
         }
         let names = self.config.device_names();
         let on = match &self.stage {
@@ -67,7 +70,11 @@ impl Driver {
         match new.id() {
             Some(id) if taken(id) => {
                 let detail = format!("there is another device of the name `{id}`");
-                Err(RequestError::new(Category::Conflict, "device-exists", detail))
+                Err(RequestError::new(
+                    Category::Conflict,
+                    "device-exists",
+                    detail,
+                ))
             }
             Some(_) => Ok(()),
             None => {
@@ -181,10 +188,16 @@ impl Driver {
             ))
         };
         let config = &self.config;
-        if sizes.desired_vcpus.is_some_and(|n| n != config.cpus.boot_vcpus) {
+        if sizes
+            .desired_vcpus
+            .is_some_and(|n| n != config.cpus.boot_vcpus)
+        {
             return unsupported("the vCPUs");
         }
-        if sizes.desired_ram.is_some_and(|size| size != config.memory.size) {
+        if sizes
+            .desired_ram
+            .is_some_and(|size| size != config.memory.size)
+        {
             return unsupported("the memory");
         }
         if let Some(size) = sizes.desired_balloon {
@@ -194,9 +207,8 @@ impl Driver {
     }
 
     fn resize_balloon(&mut self, size: u64) -> Result<(), RequestError> {
-        let refused = |code, detail: String| {
-            Err(RequestError::new(Category::Unprocessable, code, detail))
-        };
+        let refused =
+            |code, detail: String| Err(RequestError::new(Category::Unprocessable, code, detail));
         let all = self.config.memory.size;
         if size > all {
             let detail = format!("{size} bytes are more than the {all} that the guest has");
@@ -208,6 +220,13 @@ impl Driver {
             return refused("no-balloon", detail.to_owned());
         };
         balloon.size = size;
+        if let Stage::On(active) = &self.stage {
+            for control in active.devices().controls() {
+                if let Control::Balloon(handle) = control {
+                    handle.resize(size);
+                }
+            }
+        }
         self.set_config(Arc::new(config));
         Ok(())
     }

@@ -20,6 +20,8 @@ use crate::machine::Host;
 pub struct PoolConfig {
     /// Event-loop threads; as many as the host has CPUs when absent.
     pub threads: Option<usize>,
+    /// There is one VM, which has this program's terminal to itself if its console wants it.
+    pub terminal: bool,
 }
 
 /// A pool cannot be started.
@@ -63,6 +65,7 @@ impl Pool {
                 kvm,
                 cpuid,
                 workers,
+                terminal: config.terminal,
             }),
             loops,
             next: AtomicUsize::new(0),

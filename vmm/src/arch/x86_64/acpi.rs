@@ -312,7 +312,8 @@ fn hotplug_aml() -> Vec<u8> {
         .to_aml_bytes(&mut notices);
     }
     // The field below names the registers in this order, without gaps.
-    const _: () = assert!(hotplug::INSERTED == 0 && hotplug::WANTED_BACK == 4 && hotplug::EJECT == 8);
+    const _: () =
+        assert!(hotplug::INSERTED == 0 && hotplug::WANTED_BACK == 4 && hotplug::EJECT == 8);
     Scope::new(
         "\\_SB_.PCI0".into(),
         vec![

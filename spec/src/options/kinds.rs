@@ -1,0 +1,193 @@
+//! The keys of each option whose value is a configuration type.
+
+use super::{Form, Key, OptionKind};
+
+pub(super) const PCI: &[Key] = &[
+    ("iommu", "iommu", Form::Switch),
+    ("id", "id", Form::Text),
+    ("pci_segment", "pci_segment", Form::Number),
+    ("pci_device_id", "pci_device_id", Form::Number),
+];
+
+/// A field of a field of a field.
+const LIMITS: &[Key] = &[
+    ("bw_size", "rate_limiter_config/bandwidth/size", Form::Size),
+    (
+        "bw_one_time_burst",
+        "rate_limiter_config/bandwidth/one_time_burst",
+        Form::Size,
+    ),
+    (
+        "bw_refill_time",
+        "rate_limiter_config/bandwidth/refill_time",
+        Form::Number,
+    ),
+    ("ops_size", "rate_limiter_config/ops/size", Form::Number),
+    (
+        "ops_one_time_burst",
+        "rate_limiter_config/ops/one_time_burst",
+        Form::Number,
+    ),
+    (
+        "ops_refill_time",
+        "rate_limiter_config/ops/refill_time",
+        Form::Number,
+    ),
+];
+
+/// `--disk`.
+pub const DISK: OptionKind = OptionKind {
+    name: "--disk",
+    keys: &[
+        ("path", "path", Form::Text),
+        ("readonly", "readonly", Form::Switch),
+        ("direct", "direct", Form::Switch),
+        ("num_queues", "num_queues", Form::Number),
+        ("queue_size", "queue_size", Form::Number),
+        ("vhost_user", "vhost_user", Form::Switch),
+        ("socket", "vhost_socket", Form::Text),
+        ("serial", "serial", Form::Text),
+        ("rate_limit_group", "rate_limit_group", Form::Text),
+        ("backing_files", "backing_files", Form::Switch),
+        ("sparse", "sparse", Form::Switch),
+        ("image_type", "image_type", Form::Word),
+        ("lock_granularity", "lock_granularity", Form::Word),
+    ],
+    also: &[LIMITS, PCI],
+};
+
+/// `--net`.
+pub const NET: OptionKind = OptionKind {
+    name: "--net",
+    keys: &[
+        ("tap", "tap", Form::Text),
+        ("ip", "ip", Form::Text),
+        ("mask", "mask", Form::Text),
+        ("mac", "mac", Form::Text),
+        ("host_mac", "host_mac", Form::Text),
+        ("mtu", "mtu", Form::Number),
+        ("num_queues", "num_queues", Form::Number),
+        ("queue_size", "queue_size", Form::Number),
+        ("vhost_user", "vhost_user", Form::Switch),
+        ("socket", "vhost_socket", Form::Text),
+        ("vhost_mode", "vhost_mode", Form::Text),
+        ("offload_tso", "offload_tso", Form::Switch),
+        ("offload_ufo", "offload_ufo", Form::Switch),
+        ("offload_csum", "offload_csum", Form::Switch),
+    ],
+    also: &[LIMITS, PCI],
+};
+
+/// `--rng`.
+pub const RNG: OptionKind = OptionKind {
+    name: "--rng",
+    keys: &[("src", "src", Form::Text)],
+    also: &[PCI],
+};
+
+/// `--balloon`.
+pub const BALLOON: OptionKind = OptionKind {
+    name: "--balloon",
+    keys: &[
+        ("size", "size", Form::Size),
+        ("deflate_on_oom", "deflate_on_oom", Form::Switch),
+        ("free_page_reporting", "free_page_reporting", Form::Switch),
+    ],
+    also: &[PCI],
+};
+
+/// `--vsock`.
+pub const VSOCK: OptionKind = OptionKind {
+    name: "--vsock",
+    keys: &[
+        ("cid", "cid", Form::Number),
+        ("socket", "socket", Form::Text),
+    ],
+    also: &[PCI],
+};
+
+/// `--fs`.
+pub const FS: OptionKind = OptionKind {
+    name: "--fs",
+    keys: &[
+        ("tag", "tag", Form::Text),
+        ("socket", "socket", Form::Text),
+        ("num_queues", "num_queues", Form::Number),
+        ("queue_size", "queue_size", Form::Number),
+    ],
+    also: &[PCI],
+};
+
+/// `--pmem`.
+pub const PMEM: OptionKind = OptionKind {
+    name: "--pmem",
+    keys: &[
+        ("file", "file", Form::Text),
+        ("size", "size", Form::Size),
+        ("discard_writes", "discard_writes", Form::Switch),
+    ],
+    also: &[PCI],
+};
+
+/// A device of the host.
+pub const DEVICE: OptionKind = OptionKind {
+    name: "device",
+    keys: &[("path", "path", Form::Text)],
+    also: &[PCI],
+};
+
+/// A device that another process serves over vfio-user.
+pub const USER_DEVICE: OptionKind = OptionKind {
+    name: "user-device",
+    keys: &[("socket", "socket", Form::Text)],
+    also: &[],
+};
+
+/// A vDPA device.
+pub const VDPA: OptionKind = OptionKind {
+    name: "vdpa",
+    keys: &[
+        ("path", "path", Form::Text),
+        ("num_queues", "num_queues", Form::Number),
+    ],
+    also: &[PCI],
+};
+
+/// What to restore.
+pub const RESTORE: OptionKind = OptionKind {
+    name: "restore",
+    keys: &[
+        ("source_url", "source_url", Form::Text),
+        ("prefault", "prefault", Form::Switch),
+        ("memory_restore_mode", "memory_restore_mode", Form::Word),
+        ("resume", "resume", Form::Switch),
+    ],
+    also: &[],
+};
+
+/// Where a migration goes.
+pub const SEND_MIGRATION: OptionKind = OptionKind {
+    name: "send-migration",
+    keys: &[
+        ("destination_url", "destination_url", Form::Text),
+        ("local", "local", Form::Switch),
+        ("downtime_ms", "downtime_ms", Form::Number),
+        ("timeout_s", "timeout_s", Form::Number),
+        ("timeout_strategy", "timeout_strategy", Form::Word),
+        ("connections", "connections", Form::Number),
+        ("tls_dir", "tls_dir", Form::Text),
+        ("memory_mode", "memory_mode", Form::Word),
+    ],
+    also: &[],
+};
+
+/// Where a migration arrives.
+pub const RECEIVE_MIGRATION: OptionKind = OptionKind {
+    name: "receive-migration",
+    keys: &[
+        ("receiver_url", "receiver_url", Form::Text),
+        ("tls_dir", "tls_dir", Form::Text),
+        ("memory_mode", "memory_mode", Form::Word),
+    ],
+    also: &[],
+};

@@ -1,0 +1,212 @@
+//! The work on a balloon's queues.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use devices::event_loop::Interest;
+
+use super::{PAGE_SHIFT, Shared};
+use crate::queue::{Chain, Queue, QueueError, QueueState};
+use crate::worker::{QueueTask, TaskEvent, TaskFlow, TaskSources};
+
+/// Requests that are served before others on the loop have their turn: each may be for 1 MiB of
+/// the guest's memory or more.
+const BUDGET: usize = 8;
+const PAGE: u64 = 1 << PAGE_SHIFT;
+/// Bytes of the list of a request: Linux's have 1 KiB.
+const MAX_LIST: usize = 1 << 20;
+/// Bytes of a statistic: a tag and a value (5.5.6.3).
+const STATISTIC: usize = 10;
+/// Statistics that one request tells at most.
+const MAX_STATISTICS: usize = 64;
+
+/// What a queue is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Role {
+    Inflate,
+    Deflate,
+    Statistics,
+    Reporting,
+}
+
+/// Serves one queue.
+pub(super) struct BalloonTask {
+    queue: Queue,
+    role: Role,
+    shared: Arc<Shared>,
+    /// The driver's request for statistics, kept until they are wanted (5.5.6.3.1).
+    kept: Option<Chain>,
+    wanted: bool,
+}
+
+impl BalloonTask {
+    pub(super) fn new(queue: Queue, role: Role, shared: &Arc<Shared>) -> Self {
+        Self {
+            queue,
+            role,
+            shared: Arc::clone(shared),
+            kept: None,
+            wanted: false,
+        }
+    }
+
+    /// Where the queue is. A request that is kept counts as not taken: who goes on takes it again.
+    pub(super) fn finish(mut self) -> QueueState {
+        if self.kept.take().is_some() {
+            self.queue.unpop();
+        }
+        self.queue.state()
+    }
+
+    pub(super) fn state(&self) -> QueueState {
+        let mut state = self.queue.state();
+        if self.kept.is_some() {
+            state.next_avail = state.next_avail.wrapping_sub(1);
+        }
+        state
+    }
+
+    /// Notes that the guest should tell its statistics anew; true if it can be asked.
+    pub(super) fn asks_again(&mut self) -> bool {
+        self.wanted = self.role == Role::Statistics;
+        self.wanted
+    }
+
+    fn serve(&mut self, chain: Chain) -> Result<(), QueueError> {
+        match self.role {
+            Role::Inflate => self.inflate(&chain)?,
+            // What comes back is touched, and there again.
+            Role::Deflate => {}
+            Role::Reporting => self.report(&chain),
+            Role::Statistics => {
+                self.note(&chain)?;
+                // A driver that gives two has the first one back.
+                if let Some(before) = self.kept.replace(chain) {
+                    self.queue.push(before.head(), 0)?;
+                }
+                return Ok(());
+            }
+        }
+        self.queue.push(chain.head(), 0)
+    }
+
+    /// Gives the pages that the driver names back to the host, in runs as long as they are.
+    fn inflate(&self, chain: &Chain) -> Result<(), QueueError> {
+        let whole = chain.readable_len();
+        if whole > MAX_LIST {
+            return Err(QueueError::Chain {
+                head: chain.head(),
+                why: "names more pages than a balloon takes at once",
+            });
+        }
+        let mut raw = vec![0; whole];
+        chain.read(0, &mut raw)?;
+        let mut run: Option<(u64, u64)> = None;
+        for entry in raw.chunks_exact(4) {
+            let addr = number(entry) << PAGE_SHIFT;
+            run = Some(match run {
+                Some((first, len)) if first + len == addr => (first, len + PAGE),
+                // Linux names them from the last to the first.
+                Some((first, len)) if addr + PAGE == first => (addr, len + PAGE),
+                Some((first, len)) => {
+                    self.give_back(chain, first, len);
+                    (addr, PAGE)
+                }
+                None => (addr, PAGE),
+            });
+        }
+        if let Some((first, len)) = run {
+            self.give_back(chain, first, len);
+        }
+        Ok(())
+    }
+
+    fn give_back(&self, chain: &Chain, addr: u64, len: u64) {
+        match chain.memory().discard(addr, len) {
+            Ok(freed) => drop(
+                self.shared
+                    .inflated_bytes
+                    .fetch_add(freed, Ordering::Relaxed),
+            ),
+            // It stays with the guest, which does not use it.
+            Err(error) => tracing::debug!(addr, len, %error, "memory cannot be given back"),
+        }
+    }
+
+    fn report(&self, chain: &Chain) {
+        for (addr, len) in chain.writable_ranges() {
+            match chain.memory().discard(addr, len as u64) {
+                Ok(freed) => drop(
+                    self.shared
+                        .reported_bytes
+                        .fetch_add(freed, Ordering::Relaxed),
+                ),
+                Err(error) => tracing::debug!(addr, len, %error, "memory cannot be given back"),
+            }
+        }
+    }
+
+    fn note(&self, chain: &Chain) -> Result<(), QueueError> {
+        let mut raw = vec![0; chain.readable_len().min(STATISTIC * MAX_STATISTICS)];
+        chain.read(0, &mut raw)?;
+        let mut statistics = self.shared.statistics.lock();
+        for entry in raw.chunks_exact(STATISTIC) {
+            let (tag, value) = entry.split_at(2);
+            if let Some(name) = name(number(tag)) {
+                statistics.insert(name, number(value));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Of up to eight bytes, the lowest first.
+fn number(bytes: &[u8]) -> u64 {
+    let bytes = bytes.iter().rev();
+    bytes.fold(0, |number, byte| number << 8 | u64::from(*byte))
+}
+
+/// `VIRTIO_BALLOON_S_*`.
+fn name(tag: u64) -> Option<&'static str> {
+    const NAMES: [&str; 10] = [
+        "guest_swapped_in_bytes",
+        "guest_swapped_out_bytes",
+        "guest_major_faults",
+        "guest_minor_faults",
+        "guest_free_bytes",
+        "guest_total_bytes",
+        "guest_available_bytes",
+        "guest_caches_bytes",
+        "guest_hugetlb_allocations",
+        "guest_hugetlb_failures",
+    ];
+    NAMES.get(usize::try_from(tag).ok()?).copied()
+}
+
+impl QueueTask for BalloonTask {
+    fn watch(&mut self, sources: &mut TaskSources<'_, '_>) -> io::Result<()> {
+        sources.watch(Arc::clone(self.queue.kick()), 0, Interest::Read)
+    }
+
+    fn call(&mut self, _: TaskEvent, _: &mut TaskSources<'_, '_>) -> Result<TaskFlow, QueueError> {
+        // Kicks are counted together; it is empty when somebody else's turn came first.
+        let _ = self.queue.kick().read();
+        for _ in 0..BUDGET {
+            let Some(chain) = self.queue.pop()? else {
+                if let Some(chain) = self.kept.take_if(|_| self.wanted) {
+                    self.wanted = false;
+                    self.queue.push(chain.head(), 0)?;
+                }
+                self.queue.notify()?;
+                return Ok(match self.queue.enable_kicks()? {
+                    true => TaskFlow::Again,
+                    false => TaskFlow::Wait,
+                });
+            };
+            self.serve(chain)?;
+        }
+        self.queue.notify()?;
+        Ok(TaskFlow::Again)
+    }
+}

@@ -1,0 +1,290 @@
+//! Console device (virtio 1.3, 5.3), with one port.
+
+mod saved;
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::io::{self, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use devices::ConsoleInput;
+use devices::event_loop::Interest;
+use parking_lot::Mutex;
+use state::{LoadError, LoadScope, SaveError, Scope};
+
+use crate::device::{DeviceError, DeviceId, VirtioDevice};
+use crate::queue::{Queue, QueueError, QueueState};
+use crate::transport::Transport;
+use crate::worker::{QueueTask, Running, TaskEvent, TaskFlow, TaskSources, Workers};
+
+const QUEUE_SIZE: u16 = 256;
+/// `receiveq(port0)` and `transmitq(port0)`.
+const RX: u16 = 0;
+const TX: u16 = 1;
+/// Requests that are served before others on the loop have their turn.
+const BUDGET: usize = 16;
+/// Bytes of a request that are written in one go.
+const PIECE: usize = 4096;
+/// Bytes of input that are kept for a guest that does not read.
+const INPUT: usize = 4096;
+
+struct Shared {
+    input: Mutex<VecDeque<u8>>,
+    output: Mutex<Box<dyn Write + Send>>,
+    /// Called when the guest has read all that it was given.
+    on_room: Box<dyn Fn() + Send + Sync>,
+    receive: Mutex<Option<Running<Receive>>>,
+    bytes_in: AtomicU64,
+    bytes_out: AtomicU64,
+    bytes_lost: AtomicU64,
+}
+
+/// A console.
+pub struct Console {
+    shared: Arc<Shared>,
+    workers: Workers,
+    transport: Option<Arc<Transport>>,
+    send: Option<Running<Transmit>>,
+}
+
+impl Console {
+    /// Writes what the guest says to `output`, which should not block; what it does not take is
+    /// lost and counted. `on_room` is called when the guest has read all that it was given.
+    #[must_use]
+    pub fn new(
+        output: Box<dyn Write + Send>,
+        on_room: impl Fn() + Send + Sync + 'static,
+        workers: Workers,
+    ) -> (Self, ConsoleHandle) {
+        let shared = Arc::new(Shared {
+            input: Mutex::default(),
+            output: Mutex::new(output),
+            on_room: Box::new(on_room),
+            receive: Mutex::new(None),
+            bytes_in: AtomicU64::new(0),
+            bytes_out: AtomicU64::new(0),
+            bytes_lost: AtomicU64::new(0),
+        });
+        let device = Self {
+            shared: Arc::clone(&shared),
+            workers,
+            transport: None,
+            send: None,
+        };
+        (device, ConsoleHandle { shared })
+    }
+}
+
+impl VirtioDevice for Console {
+    fn id(&self) -> DeviceId {
+        DeviceId::CONSOLE
+    }
+
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        vec![QUEUE_SIZE; 2]
+    }
+
+    fn read_config(&self, _: usize, _: &mut [u8]) {}
+
+    fn activate(&mut self, _: u64, transport: &Arc<Transport>) -> Result<(), DeviceError> {
+        self.transport = Some(Arc::clone(transport));
+        Ok(())
+    }
+
+    fn start_queue(&mut self, queue: Queue) -> Result<(), DeviceError> {
+        let index = queue.index();
+        let missing = || DeviceError::NoSuchQueue(index);
+        let transport = self.transport.as_ref().ok_or_else(missing)?;
+        let shared = Arc::clone(&self.shared);
+        match index {
+            RX => {
+                let task = Receive { queue, shared };
+                let running = Running::start(&self.workers, transport, task);
+                *self.shared.receive.lock() = Some(running);
+            }
+            TX => {
+                let task = Transmit { queue, shared };
+                self.send = Some(Running::start(&self.workers, transport, task));
+            }
+            _ => return Err(missing()),
+        }
+        Ok(())
+    }
+
+    fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
+        match index {
+            RX => {
+                let running = self.shared.receive.lock().take()?;
+                Some(running.stop()?.queue.state())
+            }
+            TX => Some(self.send.take()?.stop()?.queue.state()),
+            _ => None,
+        }
+    }
+
+    fn queue_state(&self, index: u16) -> Option<QueueState> {
+        match index {
+            RX => self
+                .shared
+                .receive
+                .lock()
+                .as_ref()?
+                .with(|task| task.queue.state()),
+            TX => self.send.as_ref()?.with(|task| task.queue.state()),
+            _ => None,
+        }
+    }
+
+    fn reset(&mut self) {
+        self.transport = None;
+        self.shared.input.lock().clear();
+    }
+
+    fn save(&self, to: &mut Scope<'_>) -> Result<(), SaveError> {
+        let input = self.shared.input.lock().iter().copied().collect();
+        to.put(&saved::V1 { input })
+    }
+
+    fn load(&mut self, from: &mut LoadScope<'_, '_>) -> Result<(), LoadError> {
+        let saved::V1 { input } = from.take()?;
+        if input.len() > INPUT {
+            let len = input.len();
+            return Err(from.refuse(format!("{len} bytes of input are more than {INPUT}")));
+        }
+        *self.shared.input.lock() = input.into();
+        Ok(())
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        vec![
+            ("bytes_in", get(&self.shared.bytes_in)),
+            ("bytes_lost", get(&self.shared.bytes_lost)),
+            ("bytes_out", get(&self.shared.bytes_out)),
+        ]
+    }
+}
+
+/// Gives the guest its input.
+struct Receive {
+    queue: Queue,
+    shared: Arc<Shared>,
+}
+
+impl QueueTask for Receive {
+    fn watch(&mut self, sources: &mut TaskSources<'_, '_>) -> io::Result<()> {
+        sources.watch(Arc::clone(self.queue.kick()), 0, Interest::Read)
+    }
+
+    fn call(&mut self, _: TaskEvent, _: &mut TaskSources<'_, '_>) -> Result<TaskFlow, QueueError> {
+        // Kicks are counted together; it is empty when somebody else's turn came first.
+        let _ = self.queue.kick().read();
+        let shared = Arc::clone(&self.shared);
+        let mut input = shared.input.lock();
+        let had_some = !input.is_empty();
+        while !input.is_empty() {
+            let Some(chain) = self.queue.pop()? else {
+                if self.queue.enable_kicks()? {
+                    continue;
+                }
+                break;
+            };
+            let len = chain.writable_len().min(input.len());
+            let bytes: Vec<u8> = input.drain(..len).collect();
+            chain.write(0, &bytes)?;
+            // Of a buffer of a known size.
+            self.queue.push(chain.head(), len as u32)?;
+            shared.bytes_in.fetch_add(len as u64, Ordering::Relaxed);
+        }
+        self.queue.notify()?;
+        let all_read = had_some && input.is_empty();
+        drop(input);
+        if all_read {
+            (shared.on_room)();
+        }
+        Ok(TaskFlow::Wait)
+    }
+}
+
+/// Passes on what the guest writes.
+struct Transmit {
+    queue: Queue,
+    shared: Arc<Shared>,
+}
+
+impl Transmit {
+    fn pass_on(&self, bytes: &[u8]) {
+        let count = |counter: &AtomicU64| counter.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        match self.shared.output.lock().write_all(bytes) {
+            Ok(()) => count(&self.shared.bytes_out),
+            Err(_) => count(&self.shared.bytes_lost),
+        };
+    }
+}
+
+impl QueueTask for Transmit {
+    fn watch(&mut self, sources: &mut TaskSources<'_, '_>) -> io::Result<()> {
+        sources.watch(Arc::clone(self.queue.kick()), 0, Interest::Read)
+    }
+
+    fn call(&mut self, _: TaskEvent, _: &mut TaskSources<'_, '_>) -> Result<TaskFlow, QueueError> {
+        let _ = self.queue.kick().read();
+        let mut piece = [0; PIECE];
+        for _ in 0..BUDGET {
+            let Some(chain) = self.queue.pop()? else {
+                self.queue.notify()?;
+                return Ok(match self.queue.enable_kicks()? {
+                    true => TaskFlow::Again,
+                    false => TaskFlow::Wait,
+                });
+            };
+            let whole = chain.readable_len();
+            let mut at = 0;
+            while at < whole {
+                let len = PIECE.min(whole - at);
+                let bytes = piece.get_mut(..len).unwrap_or_default();
+                chain.read(at, bytes)?;
+                self.pass_on(bytes);
+                at += len;
+            }
+            self.queue.push(chain.head(), 0)?;
+        }
+        self.queue.notify()?;
+        Ok(TaskFlow::Again)
+    }
+}
+
+/// A console, seen by the owner of the machine: what takes its input.
+#[derive(Clone)]
+pub struct ConsoleHandle {
+    shared: Arc<Shared>,
+}
+
+impl ConsoleInput for ConsoleHandle {
+    fn room(&self) -> usize {
+        INPUT.saturating_sub(self.shared.input.lock().len())
+    }
+
+    fn receive(&self, bytes: &[u8]) -> usize {
+        let mut input = self.shared.input.lock();
+        let room = INPUT.saturating_sub(input.len());
+        let taken = bytes.get(..room).unwrap_or(bytes);
+        input.extend(taken);
+        drop(input);
+        if let Some(running) = &*self.shared.receive.lock() {
+            running.wake();
+        }
+        taken.len()
+    }
+}
+
+impl fmt::Debug for ConsoleHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ConsoleHandle")
+    }
+}

@@ -1,0 +1,148 @@
+//! The other ends of a VM's serial port and console. They outlive its machines: a guest that
+//! starts anew goes on where it ended.
+
+use std::io::Write;
+use std::os::fd::RawFd;
+use std::path::Path;
+
+use ::devices::event_loop::{Interest, Sources};
+use ::devices::{Console, ConsoleInput, Watch};
+use spec::{ConsoleMode, VmConfig};
+
+use crate::failure::BuildError;
+
+/// One of the two, and the key by which the event loop knows its descriptors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Port {
+    Serial = 0,
+    Console = 1,
+}
+
+impl Port {
+    pub(super) const BOTH: [Self; 2] = [Self::Serial, Self::Console];
+}
+
+/// Where the guest's output goes; absent where there is no such device.
+#[derive(Default)]
+pub(crate) struct Outputs {
+    pub(crate) serial: Option<Box<dyn Write + Send>>,
+    pub(crate) console: Option<Box<dyn Write + Send>>,
+}
+
+/// The ends that are open.
+#[derive(Default)]
+pub(super) struct Consoles {
+    ends: [Option<Console>; 2],
+    watched: Vec<RawFd>,
+}
+
+impl Consoles {
+    /// Opens both. The terminal is the serial port's, if it wants it, and else the console's if
+    /// this VM has the terminal `to_itself`; a console without it says nothing.
+    pub(super) fn open(config: &VmConfig, to_itself: bool) -> Result<Self, BuildError> {
+        let (serial, console) = (&config.serial, &config.console);
+        let mode = match console.mode {
+            ConsoleMode::Tty if serial.mode == ConsoleMode::Tty || !to_itself => ConsoleMode::Null,
+            mode => mode,
+        };
+        Ok(Self {
+            ends: [
+                open(serial.mode, serial.file.as_ref(), serial.socket.as_ref())?,
+                open(mode, console.file.as_ref(), console.socket.as_ref())?,
+            ],
+            watched: Vec::new(),
+        })
+    }
+
+    fn end(&self, port: Port) -> Option<&Console> {
+        self.ends[port as usize].as_ref()
+    }
+
+    pub(super) fn outputs(&self) -> Outputs {
+        Outputs {
+            serial: self.end(Port::Serial).map(Console::output),
+            console: self.end(Port::Console).map(Console::output),
+        }
+    }
+
+    /// Fills in the paths of pseudo terminals.
+    pub(super) fn show(&self, config: &mut VmConfig) {
+        let fields = [&mut config.serial.file, &mut config.console.file];
+        for (file, end) in fields.into_iter().zip(&self.ends) {
+            if let Some(path) = end.as_ref().and_then(Console::pty_path) {
+                *file = Some(path.to_string_lossy().into_owned());
+            }
+        }
+    }
+
+    pub(super) fn watch_all(&mut self, sources: &mut Sources<'_>) {
+        for port in Port::BOTH {
+            let fds = self.end(port).map(Console::sources);
+            for fd in fds.into_iter().flatten() {
+                self.watch(port, fd, sources);
+            }
+        }
+    }
+
+    fn watch(&mut self, port: Port, fd: RawFd, sources: &mut Sources<'_>) {
+        match sources.watch(fd, port as usize, Interest::Read) {
+            Ok(()) => self.watched.push(fd),
+            // A file as standard input, which has no moment of being ready.
+            Err(error) => tracing::debug!(fd, %error, "this console gives no input"),
+        }
+    }
+
+    /// Closes both.
+    pub(super) fn close(&mut self, sources: &mut Sources<'_>) {
+        self.watched.drain(..).for_each(|fd| sources.forget(fd));
+        self.ends = [None, None];
+    }
+
+    /// Passes on what there is, as far as the guest has room.
+    pub(super) fn take_input(
+        &mut self,
+        port: Port,
+        to: &dyn ConsoleInput,
+        sources: &mut Sources<'_>,
+    ) {
+        let Some(end) = &mut self.ends[port as usize] else {
+            return;
+        };
+        let mut watches = end.ready(to);
+        // A new client may have written before it was watched.
+        if !watches.is_empty() {
+            watches.extend(end.ready(to));
+        }
+        for watch in watches {
+            match watch {
+                Watch::Begin(fd) => self.watch(port, fd, sources),
+                Watch::End(fd) => {
+                    sources.forget(fd);
+                    self.watched.retain(|watched| *watched != fd);
+                }
+            }
+        }
+    }
+
+    /// Whether there is input for which the guest had no room.
+    pub(super) fn has_more(&self, port: Port) -> bool {
+        self.end(port).is_some_and(Console::has_more)
+    }
+}
+
+fn open(
+    mode: ConsoleMode,
+    file: Option<&String>,
+    socket: Option<&String>,
+) -> Result<Option<Console>, BuildError> {
+    // Validation has seen to it that there is a path where one is needed.
+    let path = |path: Option<&String>| Path::new(path.map_or("", String::as_str)).to_owned();
+    Ok(Some(match mode {
+        ConsoleMode::Off => return Ok(None),
+        ConsoleMode::Null => Console::null(),
+        ConsoleMode::File => Console::file(&path(file))?,
+        ConsoleMode::Tty => Console::tty()?,
+        ConsoleMode::Pty => Console::pty()?,
+        ConsoleMode::Socket => Console::socket(&path(socket))?,
+    }))
+}
