@@ -18,7 +18,7 @@ use crate::extract::Json;
 use crate::problem::Refusal;
 use crate::refusals::{
     Exists, Failed, NoSuchDevice, NotAllowedNow, NotCreated, NotJson, NotPossible, NotUnderstood,
-    TooLong, TooSlow, Unsupported, WrongState, not_created, of_one_vm,
+    Pending, TooLong, TooSlow, Unsupported, WrongState, not_created, of_one_vm,
 };
 
 /// The VM of a socket, created or not.
@@ -213,7 +213,7 @@ async fn memory_map(State(vm): State<OneVm>) -> Result<Answer<MemoryMap>, Refusa
     put, path = "/api/v1/vm.resize", operation_id = "resizeVM", tag = ONE_VM, request_body = VmResize,
     responses(
         (status = 204, description = "The guest was asked."),
-        NotUnderstood, NotCreated, TooSlow, WrongState, TooLong, NotJson, NotPossible, Failed, Unsupported,
+        NotUnderstood, NotCreated, TooSlow, WrongState, TooLong, NotJson, NotPossible, Pending, Failed, Unsupported,
     ),
 )]
 async fn resize(

@@ -64,6 +64,8 @@ refusals! {
     TooLong = 413, "The body is longer than the service reads.";
     /// A body that is certainly no JSON.
     NotJson = 415, "The body is said to be something other than JSON.";
+    /// Cloud Hypervisor's contract has it for resizes.
+    Pending = 429, "An earlier resize has not come to its end. (None of this version takes any time.)";
     /// A configuration that makes no sense.
     NotPossible = 422, "The configuration, or what it names, is not possible; `errors` lists every field that \
                         is wrong.";
