@@ -8,7 +8,7 @@ use crate::flat_view::FlatView;
 use crate::limits;
 use crate::listener::{Entered, ListenerHandle, MemoryListener, Subscription};
 use crate::region::{Arena, Kind, Region, RegionId};
-use crate::render::render;
+use crate::render::{Rendered, render};
 use crate::space::{AddressSpace, SpaceKind};
 use crate::transaction::Transaction;
 
@@ -56,6 +56,21 @@ pub struct Topology {
 impl Default for Topology {
     fn default() -> Self {
         Self::new()
+    }
+}
+
+/// A map that is gone shows nothing. Devices may hold readers of the spaces that show them: without
+/// this they would hold each other for ever.
+impl Drop for Topology {
+    fn drop(&mut self) {
+        for space in &self.spaces {
+            let after = space.reader.generation().saturating_add(1);
+            let empty = Rendered {
+                ranges: Vec::new(),
+                ioeventfds: Vec::new(),
+            };
+            space.reader.publish(Arc::new(FlatView::new(after, empty)));
+        }
     }
 }
 

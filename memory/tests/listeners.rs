@@ -8,8 +8,8 @@ use std::thread;
 use std::time::Duration;
 
 use memory::{
-    CommitError, DeviceOps, ListenerHandle, MemoryListener, RamBlock, RamConfig, RamSlice, Refusal,
-    RegionId, RingWindow, SpaceKind, Topology, ViewChange, WindowError,
+    AddressSpace, CommitError, DeviceOps, ListenerHandle, MemoryListener, RamBlock, RamConfig,
+    RamSlice, Refusal, RegionId, RingWindow, SpaceKind, Topology, ViewChange, WindowError,
 };
 use parking_lot::Mutex;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
@@ -231,6 +231,31 @@ fn ram_is_unmapped_when_the_last_reader_lets_go() {
     assert_eq!(alive.strong_count(), 2, "the view's range and its RAM");
     drop(reader);
     assert_eq!(alive.strong_count(), 0);
+}
+
+/// A device that reads the space in which it is.
+struct Reader(#[expect(dead_code, reason = "it is held")] AddressSpace);
+
+impl DeviceOps for Reader {
+    fn read(&self, _: u64, _: &mut [u8]) {}
+    fn write(&self, _: u64, _: &[u8]) {}
+}
+
+#[test]
+fn a_map_that_is_gone_holds_no_device_that_reads_it() {
+    let mut topology = Topology::new();
+    let device = Arc::new(Reader(topology.space(SpaceKind::Memory)));
+    let watched = Arc::downgrade(&device);
+    let mut tx = topology.begin();
+    let region = tx.device("reader", 0x1000, device).unwrap();
+    tx.map(SpaceKind::Memory, 0, region, 0).unwrap();
+    tx.commit().unwrap();
+    let space = topology.space(SpaceKind::Memory);
+    let generation = space.generation();
+    assert!(watched.upgrade().is_some());
+    drop(topology);
+    assert!(watched.upgrade().is_none());
+    assert!(space.view().ranges().is_empty() && space.generation() > generation);
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //!
 //! [`Service`] starts `whimbrel` on a socket of its own in a folder of its own, and ends it with
 //! the test. [`Service::boot_pocket`] boots the [pocket guest](guest) in it, whose serial port
-//! goes to a file that [`Serial`] reads.
+//! goes to a file that [`Serial`] reads; [`Shell`] logs in to a Debian guest.
 //!
 //! The programs are those that were last built beside the tests, or what `WHIMBREL` names:
 //! `ci/test unit` builds them first.
@@ -11,6 +11,8 @@
 
 mod serial;
 mod service;
+mod shell;
 
 pub use serial::Serial;
 pub use service::{Face, Service};
+pub use shell::Shell;

@@ -1,6 +1,6 @@
 //! The PCI bus of a machine: where its devices are, and how their BARs and interrupts reach KVM.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use devices::pci::{BarAllocator, BarMap, Bdf, Bus, ConfigSpace, MsiMessage, MsiTarget, place_bar};
 use hypervisor::{IrqRoutes, MsiVectors};
@@ -42,7 +42,7 @@ impl PciHost {
         Self {
             bus: Bus::new(),
             window: BarAllocator::new(window),
-            map: Arc::new(InTopology(Arc::clone(topology))),
+            map: Arc::new(InTopology(Arc::downgrade(topology))),
             space,
             routes,
         }
@@ -104,12 +104,16 @@ impl PciHost {
     }
 }
 
-/// Moves BARs in the machine's map, a commit each.
-struct InTopology(SharedTopology);
+/// Moves BARs in the machine's map, a commit each. The map holds the devices' registers, and so the
+/// devices do not hold the map.
+struct InTopology(Weak<Mutex<Topology>>);
 
 impl BarMap for InTopology {
     fn place(&self, region: RegionId, at: Option<u64>) {
-        let mut topology = self.0.lock();
+        let Some(topology) = self.0.upgrade() else {
+            return;
+        };
+        let mut topology = topology.lock();
         let moved = topology.transaction(|tx| -> Result<(), CommitError> {
             if let Err(error) = place_bar(tx, region, at) {
                 tracing::debug!(%error, "a guest moves a BAR where it cannot be");

@@ -1,0 +1,94 @@
+//! A shell in a guest, over its serial port.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::UnixStream;
+use tokio::time::timeout;
+
+/// Where what a command printed ends. It is written in two parts, so that an echo of the command is
+/// not taken for it.
+const END: &str = "END-OF-COMMAND";
+
+/// A login on a serial port that is a unix socket.
+#[derive(Debug)]
+pub struct Shell {
+    stream: UnixStream,
+    /// What came and has not been looked at.
+    seen: String,
+}
+
+impl Shell {
+    /// Waits for the prompt of a guest whose `root` has no password, and logs in.
+    ///
+    /// # Errors
+    /// When there is none within `limit`; says what the guest printed.
+    pub async fn login(socket: &Path, limit: Duration) -> Result<Self> {
+        let stream = UnixStream::connect(socket)
+            .await
+            .with_context(|| format!("connect to {}", socket.display()))?;
+        let mut shell = Self {
+            stream,
+            seen: String::new(),
+        };
+        shell.until("login: ", limit).await?;
+        shell.type_in("root\n").await?;
+        shell.until("# ", limit).await?;
+        // What is typed is not shown, nor anything for the eye.
+        shell.type_in("stty -echo; PS1= exec sh\n").await?;
+        shell.run("true", limit).await?;
+        Ok(shell)
+    }
+
+    /// Runs a command, and gives what it printed.
+    ///
+    /// # Errors
+    /// When it fails, or does not end within `limit`; says what it printed.
+    pub async fn run(&mut self, command: &str, limit: Duration) -> Result<String> {
+        let (first, last) = END.split_at(3);
+        let line = format!("{command}\necho \"{first}\"\"{last} $?\"\n");
+        self.type_in(&line).await?;
+        let printed = self.until(END, limit).await?;
+        let status = self.until("\n", limit).await?;
+        if status.trim() != "0" {
+            bail!("`{command}` ended with {}: {printed}", status.trim());
+        }
+        Ok(printed.replace('\r', "").trim().to_owned())
+    }
+
+    /// Types, and waits for nothing.
+    ///
+    /// # Errors
+    /// When the port is gone.
+    pub async fn type_in(&mut self, text: &str) -> Result<()> {
+        Ok(self.stream.write_all(text.as_bytes()).await?)
+    }
+
+    /// What the guest prints before `needle`.
+    ///
+    /// # Errors
+    /// When that does not come within `limit`; says what came.
+    pub async fn until(&mut self, needle: &str, limit: Duration) -> Result<String> {
+        let start = Instant::now();
+        let mut buffer = [0; 4096];
+        loop {
+            if let Some(at) = self.seen.find(needle) {
+                let rest = self.seen.split_off(at + needle.len());
+                let mut before = std::mem::replace(&mut self.seen, rest);
+                before.truncate(at);
+                return Ok(before);
+            }
+            let left = limit.saturating_sub(start.elapsed());
+            match timeout(left, self.stream.read(&mut buffer)).await {
+                Ok(Ok(0)) => bail!("the guest's port is closed; it printed:\n{}", self.seen),
+                Ok(read) => self.seen += &String::from_utf8_lossy(&buffer[..read?]),
+                Err(_) => bail!(
+                    "no {needle:?} within {limit:?}; the guest printed:\n{}",
+                    self.seen
+                ),
+            }
+        }
+    }
+}

@@ -1,0 +1,352 @@
+//! An unmodified Debian system on a disk, with its devices, driven over REST. Wants a complete KVM,
+//! and the disks of `ci/debian-disk`: `ci/test e2e` runs it in the rig.
+
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+use std::env;
+use std::fs;
+use std::io::{Read as _, Write as _};
+use std::net::TcpListener;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use openapi::Client;
+use sha2::{Digest as _, Sha256};
+use spec::{
+    BalloonConfig, ConsoleConfig, ConsoleMode, CpusConfig, DeviceState, DiskConfig, NetConfig,
+    PayloadConfig, SerialConfig, VmConfig, VmId, VmRemoveDevice, VmResize, VmResizeDisk, VmState,
+    VsockConfig,
+};
+use tests::{Face, Service, Shell};
+
+/// Booting takes seconds on silicon, and a minute or two where the host is emulated.
+const BOOTS: Duration = Duration::from_secs(300);
+/// So may a command that moves some megabytes.
+const RUNS: Duration = Duration::from_secs(120);
+
+const MIB: u64 = 1 << 20;
+
+fn json<T: serde::de::DeserializeOwned>(text: &str) -> Result<T> {
+    Ok(serde_json::from_str(text)?)
+}
+
+/// A machine that boots from a disk, and a shell in it.
+struct Machine {
+    service: Service,
+    vm: VmId,
+    shell: Shell,
+}
+
+impl Machine {
+    async fn boot(disk: &str, change: impl FnOnce(&Service, &mut VmConfig)) -> Result<Self> {
+        let guest = env::var("WHIMBREL_DEBIAN_DISK")
+            .context("WHIMBREL_DEBIAN_DISK names the folder that ci/debian-disk made")?;
+        let service = Service::start(Face::Many).await?;
+        let serial = service.path("serial.sock");
+        let mut config = VmConfig::with_payload(PayloadConfig {
+            kernel: Some(format!("{guest}/vmlinuz")),
+            initramfs: Some(format!("{guest}/initramfs")),
+            cmdline: Some("console=ttyS0 root=/dev/vda rw quiet".to_owned()),
+            ..PayloadConfig::default()
+        });
+        config.cpus = CpusConfig::with_vcpus(2);
+        config.memory.size = 768 * MIB;
+        config.serial = SerialConfig {
+            file: None,
+            socket: Some(serial.to_string_lossy().into_owned()),
+            mode: ConsoleMode::Socket,
+        };
+        config.console = ConsoleConfig::with_mode(ConsoleMode::Off);
+        config.disks = Some(vec![json(disk)?]);
+        change(&service, &mut config);
+        let vm = service.create("debian", config).await?;
+        service.client().vms_boot(&vm).await?;
+        let shell = Shell::login(&serial, BOOTS).await?;
+        Ok(Self { service, vm, shell })
+    }
+
+    fn client(&self) -> &Client {
+        self.service.client()
+    }
+
+    async fn run(&mut self, command: &str) -> Result<String> {
+        self.shell.run(command, RUNS).await
+    }
+
+    /// Presses the power button, and waits for the end.
+    async fn power_off(&mut self) -> Result<()> {
+        self.client().vms_power_button(&self.vm).await?;
+        let info = self.service.reaches(&self.vm, VmState::Shutdown).await?;
+        ensure!(info.failure.is_none(), "{:?}", info.failure);
+        Ok(())
+    }
+
+    async fn counter(&self, device: &str, name: &str) -> Result<i64> {
+        let counters = self.client().vms_counters(&self.vm).await?;
+        let value = counters.get(device).and_then(|device| device.get(name));
+        Ok(i64::try_from(
+            *value.with_context(|| format!("{device} counts no {name}"))?,
+        )?)
+    }
+
+    /// Waits until a balloon holds so many bytes, and gives the guest's memory then, in KiB.
+    async fn balloon_holds(&mut self, bytes: u64) -> Result<i64> {
+        let size = VmResize {
+            desired_balloon: Some(bytes),
+            ..VmResize::default()
+        };
+        self.client().vms_resize(&self.vm, &size).await?;
+        let start = Instant::now();
+        while self.counter("__balloon", "actual_bytes").await? != i64::try_from(bytes)? {
+            ensure!(
+                start.elapsed() < RUNS,
+                "the balloon does not come to {bytes} bytes"
+            );
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        let info = self.client().vms_info(&self.vm).await?;
+        ensure!(info.memory_actual_size == 768 * MIB - bytes);
+        let total = self.run("awk '/MemTotal/{print $2}' /proc/meminfo").await?;
+        Ok(total.parse()?)
+    }
+}
+
+fn sha256(data: &[u8]) -> String {
+    let digest = Sha256::digest(data);
+    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The first word of what `sha256sum` prints.
+fn sum(printed: &str) -> &str {
+    printed.split(' ').next().unwrap_or_default()
+}
+
+fn host(program: &str, arguments: &[&str]) -> Result<String> {
+    let output = Command::new(program).args(arguments).output();
+    let output = output.with_context(|| format!("run {program}"))?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let error = String::from_utf8_lossy(&output.stderr);
+    ensure!(
+        output.status.success(),
+        "{program} {arguments:?}: {text}{error}"
+    );
+    Ok(text)
+}
+
+async fn network(machine: &mut Machine) -> Result<()> {
+    machine.run("ping -c 3 192.168.249.1").await?;
+    // From the guest to the host.
+    let listener = TcpListener::bind("192.168.249.1:5000")?;
+    let taken = thread::spawn(move || -> Result<Vec<u8>> {
+        let (mut stream, _) = listener.accept()?;
+        let mut data = Vec::new();
+        stream.read_to_end(&mut data)?;
+        Ok(data)
+    });
+    let send = "head -c 8000000 /dev/urandom >/tmp/out; sha256sum /tmp/out; \
+                socat -u FILE:/tmp/out TCP:192.168.249.1:5000";
+    let sent = machine.run(send).await?;
+    let data = taken.join().unwrap()?;
+    ensure!(data.len() == 8_000_000 && sha256(&data) == sum(&sent));
+    // And back.
+    let listener = TcpListener::bind("192.168.249.1:5001")?;
+    let given = thread::spawn(move || -> Result<()> {
+        let (mut stream, _) = listener.accept()?;
+        Ok(stream.write_all(&data)?)
+    });
+    let got = machine
+        .run("socat -u TCP:192.168.249.1:5001 CREATE:/tmp/in; sha256sum /tmp/in")
+        .await?;
+    given.join().unwrap()?;
+    ensure!(sum(&got) == sum(&sent));
+    println!("network: 3 pings, 8 MB there and back by TCP, sums agree");
+    Ok(())
+}
+
+async fn vsock(machine: &mut Machine, socket: &Path) -> Result<()> {
+    machine
+        .run("(socat VSOCK-LISTEN:1234,fork EXEC:cat >/dev/null 2>&1 &) ; sleep 1")
+        .await?;
+    let socket = socket.to_owned();
+    let echoed = {
+        let socket = socket.clone();
+        tokio::task::spawn_blocking(move || -> Result<bool> {
+            let mut stream = UnixStream::connect(&socket)?;
+            stream.set_read_timeout(Some(RUNS))?;
+            stream.write_all(b"CONNECT 1234\n")?;
+            let mut answer = Vec::new();
+            while answer.last() != Some(&b'\n') {
+                let mut byte = [0];
+                stream.read_exact(&mut byte)?;
+                answer.push(byte[0]);
+            }
+            ensure!(answer.starts_with(b"OK "), "{answer:?}");
+            let data: Vec<u8> = (0..300_000_u32).map(|i| (i % 253) as u8).collect();
+            let mut reader = stream.try_clone()?;
+            let copy = data.clone();
+            let writer = thread::spawn(move || stream.write_all(&copy));
+            let mut back = vec![0; data.len()];
+            reader.read_exact(&mut back)?;
+            writer.join().unwrap()?;
+            Ok(back == data)
+        })
+        .await??
+    };
+    ensure!(echoed);
+    let listener = UnixListener::bind(format!("{}_52", socket.display()))?;
+    let heard = thread::spawn(move || -> Result<String> {
+        let (mut stream, _) = listener.accept()?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text)?;
+        Ok(text)
+    });
+    machine
+        .run("echo from the guest | socat -u STDIN VSOCK-CONNECT:2:52")
+        .await?;
+    ensure!(heard.join().unwrap()? == "from the guest\n");
+    println!("vsock: 300 kB echoed by the guest, and a line from it");
+    Ok(())
+}
+
+async fn hot_disk(machine: &mut Machine) -> Result<()> {
+    let image = machine.service.path("hot.qcow2");
+    let image = image.to_str().context("a path in UTF-8")?.to_owned();
+    host("qemu-img", &["create", "-q", "-f", "qcow2", &image, "64M"])?;
+    let disk: DiskConfig = json(&format!(
+        r#"{{"path":"{image}","id":"hot","image_type":"Qcow2"}}"#
+    ))?;
+    let start = Instant::now();
+    let (client, vm) = (machine.client(), &machine.vm);
+    let added = client.vms_add_disk(vm, &disk).await?.context("a device")?;
+    let again = client.vms_add_disk(vm, &disk).await.unwrap_err();
+    ensure!(again.code() == Some("device-exists"), "{again}");
+    let wait = "for i in $(seq 300); do [ -b /dev/vdb ] && break; sleep 0.1; done; cat /sys/block/vdb/size";
+    ensure!(machine.run(wait).await? == "131072");
+    let usable = start.elapsed();
+    let resize = VmResizeDisk {
+        id: "hot".to_owned(),
+        desired_size: 96 * MIB,
+    };
+    machine
+        .client()
+        .vms_resize_disk(&machine.vm, &resize)
+        .await?;
+    let wait = "for i in $(seq 300); do [ $(cat /sys/block/vdb/size) = 196608 ] && break; sleep 0.1; done; \
+                cat /sys/block/vdb/size";
+    ensure!(machine.run(wait).await? == "196608");
+    let fill = "mkfs.ext4 -q /dev/vdb && mount /dev/vdb /mnt && head -c 20000000 /dev/urandom >/mnt/data && \
+                sha256sum /mnt/data && umount /mnt";
+    let filled = machine.run(fill).await?;
+
+    let remove = VmRemoveDevice {
+        id: "hot".to_owned(),
+    };
+    let (client, vm) = (machine.client(), &machine.vm);
+    client.vms_remove_device(vm, &remove).await?;
+    let start = Instant::now();
+    loop {
+        let tree = client.vms_info(vm).await?.device_tree.unwrap_or_default();
+        match tree.get("hot").map(|device| device.state) {
+            None => break,
+            Some(DeviceState::Leaving) if start.elapsed() < RUNS => {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            Some(state) => bail!("the device is {state:?} after {:?}", start.elapsed()),
+        }
+    }
+    ensure!(
+        machine
+            .run("ls /sys/block")
+            .await?
+            .split_whitespace()
+            .all(|name| name != "vdb")
+    );
+    let gone = machine
+        .client()
+        .vms_remove_device(&machine.vm, &remove)
+        .await;
+    ensure!(gone.unwrap_err().code() == Some("no-such-device"));
+
+    host("qemu-img", &["check", &image])?;
+    let raw = format!("{image}.raw");
+    host("qemu-img", &["convert", "-O", "raw", &image, &raw])?;
+    let data = format!("{image}.data");
+    host("debugfs", &["-R", &format!("dump /data {data}"), &raw])?;
+    ensure!(sha256(&fs::read(&data)?) == sum(&filled));
+    println!(
+        "hot disk: {} in the guest after {} ms, resized, formatted, filled, removed; contents verified from the host",
+        added.bdf,
+        usable.as_millis()
+    );
+    Ok(())
+}
+
+async fn balloon(machine: &mut Machine) -> Result<()> {
+    let all = machine.balloon_holds(0).await?;
+    let less = machine.balloon_holds(256 * MIB).await?;
+    ensure!(all - less == 256 * 1024, "{all} KiB, then {less} KiB");
+    ensure!(machine.counter("__balloon", "inflated_bytes").await? >= 256 << 20);
+    ensure!(machine.balloon_holds(0).await? == all);
+    println!(
+        "balloon: the guest has {all} KiB, {less} KiB with 256 MiB in it, and {all} KiB again"
+    );
+    Ok(())
+}
+
+#[tokio::test]
+#[ignore = "wants a complete KVM: ci/test e2e runs it in the rig"]
+async fn debian_on_a_raw_disk_uses_every_device() -> Result<()> {
+    let mut socket = None;
+    let disk = r#"{"path":"/dev/vda","image_type":"Raw","num_queues":2}"#;
+    let mut machine = Machine::boot(disk, |service, config| {
+        let path = service.path("vsock.sock");
+        let text = path.to_string_lossy().into_owned();
+        socket = Some(path);
+        config.vsock = json::<VsockConfig>(&format!(r#"{{"cid":3,"socket":"{text}"}}"#)).ok();
+        config.net = json::<NetConfig>(r#"{"num_queues":4}"#)
+            .ok()
+            .map(|net| vec![net]);
+        config.balloon = json::<BalloonConfig>(r#"{"size":0}"#).ok();
+    })
+    .await?;
+    println!(
+        "raw: {}",
+        machine
+            .run("uname -v; findmnt -no SOURCE /")
+            .await?
+            .replace('\n', ", ")
+    );
+    network(&mut machine).await?;
+    vsock(&mut machine, &socket.context("a socket")?).await?;
+    hot_disk(&mut machine).await?;
+    balloon(&mut machine).await?;
+    // All of it works across a pause.
+    let (client, vm) = (machine.client(), &machine.vm);
+    client.vms_pause(vm).await?;
+    client.vms_resume(vm).await?;
+    machine
+        .run("dd if=/dev/vda of=/dev/null bs=1M count=64 iflag=direct && ping -c 1 192.168.249.1")
+        .await?;
+    ensure!(machine.counter("_disk0", "errors").await? == 0);
+    machine.power_off().await
+}
+
+#[tokio::test]
+#[ignore = "wants a complete KVM: ci/test e2e runs it in the rig"]
+async fn debian_on_a_qcow2_disk_boots_and_keeps_what_it_wrote() -> Result<()> {
+    let disk = r#"{"path":"/dev/vdb","image_type":"Qcow2"}"#;
+    let mut machine = Machine::boot(disk, |_, _| {}).await?;
+    let write = "head -c 20000000 /dev/urandom >/root/kept && sha256sum /root/kept && sync";
+    let written = machine.run(write).await?;
+    machine.power_off().await?;
+    machine.client().vms_boot(&machine.vm).await?;
+    machine.shell = Shell::login(&machine.service.path("serial.sock"), BOOTS).await?;
+    let kept = machine.run("sha256sum /root/kept").await?;
+    ensure!(sum(&kept) == sum(&written), "{written} {kept}");
+    println!("qcow2: {kept}, after another boot");
+    machine.power_off().await
+}

@@ -1,0 +1,216 @@
+//! The devices of a machine on `/dev/kvm`, as its owner sees them: the pocket guest runs and uses
+//! none of them.
+
+#![expect(clippy::unwrap_used, reason = "a test that goes wrong panics")]
+
+use control::{NewDevice, Registry, Reply, Request, RequestError, VmHandle};
+use guest::Options;
+use spec::{DeviceState, PayloadConfig, VmConfig, VmRemoveDevice, VmResize, VmResizeDisk, VmState};
+use vmm::{Pool, PoolConfig};
+
+struct Lab {
+    dir: tempfile::TempDir,
+    registry: Registry,
+}
+
+impl Lab {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("pocket"), guest::IMAGE).unwrap();
+        let registry = Registry::new(Pool::start(&PoolConfig::default()).unwrap());
+        Self { dir, registry }
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.dir.path().join(name).to_string_lossy().into_owned()
+    }
+
+    fn image(&self, name: &str, size: u64) -> String {
+        let file = std::fs::File::create(self.path(name)).unwrap();
+        file.set_len(size).unwrap();
+        self.path(name)
+    }
+
+    fn create(&self, change: impl FnOnce(&mut VmConfig)) -> VmHandle {
+        let mut config = VmConfig::with_payload(PayloadConfig {
+            kernel: Some(self.path("pocket")),
+            cmdline: Some(Options::default().to_string()),
+            ..PayloadConfig::default()
+        });
+        config.memory.size = 64 << 20;
+        change(&mut config);
+        self.registry.create(None, config).unwrap()
+    }
+}
+
+fn disk(path: &str, id: Option<&str>) -> NewDevice {
+    let disk = serde_json::json!({ "path": path, "id": id });
+    NewDevice::Disk(serde_json::from_value(disk).unwrap())
+}
+
+fn vsock(socket: &str) -> NewDevice {
+    let vsock = serde_json::json!({ "cid": 3, "socket": socket });
+    NewDevice::Vsock(serde_json::from_value(vsock).unwrap())
+}
+
+async fn add(vm: &VmHandle, device: NewDevice) -> Result<Reply, RequestError> {
+    vm.ask(Request::AddDevice(device)).await
+}
+
+async fn remove(vm: &VmHandle, id: &str) -> Result<Reply, RequestError> {
+    let id = id.to_owned();
+    vm.ask(Request::RemoveDevice(VmRemoveDevice { id })).await
+}
+
+async fn refused(asked: impl Future<Output = Result<Reply, RequestError>>) -> String {
+    asked.await.unwrap_err().code
+}
+
+/// Mappings of the shared memory of guests in this process.
+fn guests_memory() -> usize {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    maps.matches("guest-ram").count()
+}
+
+#[tokio::test]
+async fn devices_come_and_go_and_nothing_is_left_of_a_machine() {
+    let lab = Lab::new();
+    let (first, second) = (
+        lab.image("first.raw", 1 << 20),
+        lab.image("second.raw", 1 << 20),
+    );
+    let socket = lab.path("vsock");
+    let vm = lab.create(|config| {
+        config.memory.shared = true;
+        config.disks = serde_json::from_value(serde_json::json!([{ "path": first }])).unwrap();
+        config.balloon = serde_json::from_str(r#"{"size":0}"#).unwrap();
+    });
+    // Before it boots, what is added is a part of what will be built.
+    assert_eq!(add(&vm, vsock(&socket)).await.unwrap(), Reply::Done);
+    assert_eq!(refused(add(&vm, vsock(&socket))).await, "vsock-exists");
+    for _ in 0..3 {
+        vm.ask(Request::Boot).await.unwrap();
+        assert_eq!(guests_memory(), 1);
+        let devices = vm.status().devices;
+        let names: Vec<_> = devices.keys().map(String::as_str).collect();
+        let all = ["__balloon", "__console", "__rng", "_disk0", "_vsock0"];
+        assert_eq!(names, all);
+        assert!(std::path::Path::new(&socket).exists());
+
+        let Reply::Added(added) = add(&vm, disk(&second, None)).await.unwrap() else {
+            unreachable!("a running guest is given devices");
+        };
+        assert_eq!(added.id, "_disk1");
+        assert_eq!(vm.status().devices["_disk1"].pci_bdf, Some(added.bdf));
+        assert_eq!(vm.status().config.disks.as_ref().unwrap().len(), 2);
+        vm.ask(Request::Pause).await.unwrap();
+        vm.ask(Request::Resume).await.unwrap();
+        // The guest does not listen: the device stays, and is not there at the next boot.
+        remove(&vm, "_disk1").await.unwrap();
+        assert_eq!(vm.status().devices["_disk1"].state, DeviceState::Leaving);
+        assert_eq!(vm.status().config.disks.as_ref().unwrap().len(), 1);
+        assert_eq!(
+            refused(add(&vm, disk(&second, Some("_disk1")))).await,
+            "device-exists"
+        );
+        vm.ask(Request::Shutdown).await.unwrap();
+        assert_eq!(guests_memory(), 0, "nothing holds a machine that has ended");
+        assert!(vm.status().devices.is_empty());
+        assert!(!std::path::Path::new(&socket).exists());
+    }
+
+    vm.ask(Request::Boot).await.unwrap();
+    vm.ask(Request::Reboot).await.unwrap();
+    assert_eq!((vm.status().state, guests_memory()), (VmState::Running, 1));
+    let events = lab.registry.events().after(0).0;
+    let count = |name: &str| events.iter().filter(|event| event.event == name).count();
+    assert_eq!(
+        (count("device-added"), count("device-removal-requested")),
+        (3, 3)
+    );
+
+    // What cannot be leaves everything as it is.
+    let other = lab.create(|_| {});
+    other.ask(Request::Boot).await.unwrap();
+    assert_eq!(
+        refused(add(&other, disk(&first, None))).await,
+        "disk-in-use"
+    );
+    assert_eq!(
+        refused(add(&other, disk(&lab.path("none"), None))).await,
+        "disk-unusable"
+    );
+    let dir = lab.dir.path().to_string_lossy().into_owned();
+    assert_eq!(
+        refused(add(&other, disk(&dir, None))).await,
+        "disk-unusable"
+    );
+    assert_eq!(
+        refused(add(&other, disk(&second, Some("__rng")))).await,
+        "invalid-configuration"
+    );
+    assert_eq!(refused(add(&other, vsock(&socket))).await, "vsock-unusable");
+    assert_eq!(refused(remove(&other, "none")).await, "no-such-device");
+    assert_eq!(refused(remove(&other, "__rng")).await, "device-fixed");
+    assert_eq!(other.status().devices.len(), 2);
+    // All slots of the bus.
+    let mut added = 0;
+    let full = loop {
+        let path = lab.image(&format!("{added}.raw"), 512);
+        match add(&other, disk(&path, None)).await {
+            Ok(_) => added += 1,
+            Err(error) => break error,
+        }
+    };
+    assert_eq!((added, full.code.as_str()), (29, "no-free-slot"));
+    assert_eq!(other.status().devices.len(), 31);
+    assert_eq!(other.status().state, VmState::Running);
+}
+
+#[tokio::test]
+async fn sizes_that_can_be_are_taken_and_others_are_not() {
+    let lab = Lab::new();
+    let image = lab.image("disk.raw", 1 << 20);
+    let vm = lab.create(|config| {
+        config.disks = serde_json::from_value(serde_json::json!([{ "path": image }])).unwrap();
+        config.balloon = serde_json::from_str(r#"{"size":4096,"id":"air"}"#).unwrap();
+    });
+    let resize = |size: VmResize| vm.ask(Request::Resize(size));
+    let balloon = |bytes| VmResize {
+        desired_balloon: Some(bytes),
+        ..VmResize::default()
+    };
+    resize(balloon(1 << 20)).await.unwrap();
+    vm.ask(Request::Boot).await.unwrap();
+    resize(balloon(2 << 20)).await.unwrap();
+    assert_eq!(vm.status().config.balloon.as_ref().unwrap().size, 2 << 20);
+    let Reply::Counters(counters) = vm.ask(Request::Counters).await.unwrap() else {
+        unreachable!("counters are asked for");
+    };
+    assert_eq!(counters["air"]["wanted_bytes"], 2 << 20);
+    assert_eq!(
+        refused(resize(balloon(65 << 20))).await,
+        "balloon-too-large"
+    );
+    let vcpus = VmResize {
+        desired_vcpus: Some(2),
+        ..VmResize::default()
+    };
+    assert_eq!(refused(resize(vcpus)).await, "unsupported-resize");
+    let same = VmResize {
+        desired_vcpus: Some(1),
+        desired_ram: Some(64 << 20),
+        ..VmResize::default()
+    };
+    resize(same).await.unwrap();
+
+    let disk = |id: &str, desired_size| {
+        let id = id.to_owned();
+        vm.ask(Request::ResizeDisk(VmResizeDisk { id, desired_size }))
+    };
+    disk("_disk0", 2 << 20).await.unwrap();
+    assert_eq!(std::fs::metadata(&image).unwrap().len(), 2 << 20);
+    assert_eq!(refused(disk("_disk0", 1000)).await, "disk-size");
+    assert_eq!(refused(disk("air", 1 << 20)).await, "disk-size");
+    assert_eq!(refused(disk("none", 1 << 20)).await, "no-such-device");
+}
