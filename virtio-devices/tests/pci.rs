@@ -12,7 +12,8 @@ use proptest::prelude::*;
 use state::{Save, Store, Writer};
 use virtio_devices::rng::Rng;
 use virtio_devices::testing::{PATIENCE, TestBuffer, TestGuest, TestQueue, workers};
-use virtio_devices::{BAR_LEN, Slot, TransportEvent, VirtioPci};
+use virtio_devices::vsock::Vsock;
+use virtio_devices::{BAR_LEN, Slot, TransportEvent, VirtioDevice, VirtioPci, Workers};
 
 const BAR: u64 = 0xc000_0000;
 
@@ -51,6 +52,10 @@ struct Machine {
 }
 
 fn machine() -> Machine {
+    machine_with(|workers| Box::new(Rng::new(Path::new("/dev/urandom"), workers).unwrap()))
+}
+
+fn machine_with(device: impl FnOnce(Workers) -> Box<dyn VirtioDevice>) -> Machine {
     let guest = TestGuest::new(1 << 20);
     let space = guest.space();
     let (event_loop, workers) = workers();
@@ -59,7 +64,6 @@ fn machine() -> Machine {
     let heard = Arc::clone(&events);
     let shared = Arc::clone(&guest.topology);
     let mut topology = shared.lock();
-    let rng = Rng::new(Path::new("/dev/urandom"), workers).unwrap();
     let mut tx = topology.begin();
     let slot = Slot {
         tx: &mut tx,
@@ -69,7 +73,7 @@ fn machine() -> Machine {
         msi: Arc::clone(&target) as Arc<dyn MsiTarget>,
         tell: Box::new(move |event| heard.lock().push(event)),
     };
-    let device = VirtioPci::new("_rng0", Box::new(rng), slot).unwrap();
+    let device = VirtioPci::new("_rng0", device(workers), slot).unwrap();
     tx.commit().unwrap();
     drop(topology);
     Machine {
@@ -263,6 +267,24 @@ fn what_is_removed_leaves_nothing_in_the_map() {
     assert!(space.view().find(BAR).is_none());
     let tree = topology.tree(SpaceKind::Memory).unwrap();
     assert_eq!(tree.children.len(), 1, "the RAM");
+}
+
+/// Readers of the map may still have it as it was, with the device's registers.
+#[test]
+fn what_a_device_holds_is_given_back_when_it_is_retired() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("vsock");
+    let machine = machine_with(|workers| Box::new(Vsock::new(3, &socket, workers).unwrap()));
+    machine.device.write(4, &[6, 0]);
+    let view = vm_memory::GuestAddressSpace::memory(&machine.guest.space());
+    assert!(socket.exists());
+    drop(Arc::clone(&machine.device).retire());
+    assert!(!socket.exists());
+    let mut data = [0xff; 8];
+    view.read(BAR + 0x2000, &mut data);
+    assert_eq!(data, [0; 8], "there is no address of a guest any more");
+    view.write(BAR + 0x14, &[0xf]);
+    assert!(machine.events.lock().is_empty());
 }
 
 proptest! {

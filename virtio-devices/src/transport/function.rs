@@ -13,7 +13,7 @@ use super::negotiation::{self, CommonConfig, Effect};
 use super::{Transport, TransportEvent, saved};
 use crate::device::{DeviceError, DeviceId, VirtioDevice};
 use crate::limits::MAX_QUEUES;
-use crate::queue::{Queue, QueueSetup};
+use crate::queue::{Queue, QueueSetup, QueueState};
 
 /// Bytes from one queue's doorbell to the next: `notify_off_multiplier` (virtio 1.3, 4.1.4.4).
 pub(super) const DOORBELL_STRIDE: u64 = 4;
@@ -95,6 +95,15 @@ impl Function {
     /// As after power-on.
     pub(super) fn reset(&self) {
         self.state.lock().reset(&self.transport);
+    }
+
+    /// The device goes, with all that it holds. Views of the map in which its registers still are may
+    /// live on for a while: what reads them finds nothing there.
+    pub(super) fn retire(&self) {
+        let mut state = self.state.lock();
+        state.paused = true;
+        state.reset(&self.transport);
+        state.device = Box::new(Gone(self.id));
     }
 
     pub(super) fn counters(&self) -> Vec<(&'static str, u64)> {
@@ -244,6 +253,57 @@ impl State {
         self.device.reset();
         self.common.reset();
         transport.reset();
+    }
+}
+
+/// In the place of a device that went.
+struct Gone(DeviceId);
+
+impl VirtioDevice for Gone {
+    fn id(&self) -> DeviceId {
+        self.0
+    }
+
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        Vec::new()
+    }
+
+    fn read_config(&self, _: usize, data: &mut [u8]) {
+        data.fill(0);
+    }
+
+    fn activate(&mut self, _: u64, _: &Arc<Transport>) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    fn start_queue(&mut self, queue: Queue) -> Result<(), DeviceError> {
+        Err(DeviceError::NoSuchQueue(queue.index()))
+    }
+
+    fn stop_queue(&mut self, _: u16) -> Option<QueueState> {
+        None
+    }
+
+    fn queue_state(&self, _: u16) -> Option<QueueState> {
+        None
+    }
+
+    fn reset(&mut self) {}
+
+    fn save(&self, _: &mut Scope<'_>) -> Result<(), SaveError> {
+        Ok(())
+    }
+
+    fn load(&mut self, _: &mut LoadScope<'_, '_>) -> Result<(), LoadError> {
+        Ok(())
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        Vec::new()
     }
 }
 

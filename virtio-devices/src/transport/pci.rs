@@ -214,8 +214,7 @@ impl VirtioPci {
     /// The device goes: on return it has nothing in flight, and nothing that the guest does makes
     /// it start again. The caller takes it off the bus before, and from the map after.
     pub fn retire(self: Arc<Self>) -> Retired {
-        self.function.pause();
-        self.function.reset();
+        self.function.retire();
         Retired {
             shown: self.endpoint.withdraw(),
             regions: self.regions.clone(),
