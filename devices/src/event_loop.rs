@@ -135,6 +135,7 @@ impl Tokens {
 enum Command {
     Adopt(u64, Box<dyn Actor>),
     Wake(u64),
+    Dismiss(u64),
     End,
 }
 
@@ -149,12 +150,17 @@ pub struct Waker {
 impl Waker {
     /// Has [`Actor::woken`] called, soon.
     pub fn wake(&self) {
-        // A loop that has ended has no actors left that could miss this.
-        if self.commands.send(Command::Wake(self.actor)).is_ok()
-            && let Err(error) = self.loop_waker.wake()
-        {
-            tracing::error!(%error, "an event loop cannot be woken");
-        }
+        self.send(Command::Wake(self.actor));
+    }
+
+    /// Has the actor dropped, soon, with whatever it registered. If it is being called it ends
+    /// that call first.
+    pub fn dismiss(&self) {
+        self.send(Command::Dismiss(self.actor));
+    }
+
+    fn send(&self, command: Command) {
+        send(&self.commands, &self.loop_waker, command);
     }
 }
 
@@ -185,11 +191,16 @@ impl LoopHandle {
     }
 
     fn send(&self, command: Command) {
-        if self.commands.send(command).is_ok()
-            && let Err(error) = self.loop_waker.wake()
-        {
-            tracing::error!(%error, "an event loop cannot be woken");
-        }
+        send(&self.commands, &self.loop_waker, command);
+    }
+}
+
+/// A loop that has ended has no actors left that could miss this.
+fn send(to: &Sender<Command>, loop_waker: &mio::Waker, command: Command) {
+    if to.send(command).is_ok()
+        && let Err(error) = loop_waker.wake()
+    {
+        tracing::error!(%error, "an event loop cannot be woken");
     }
 }
 
@@ -277,6 +288,7 @@ impl Running {
                         self.call(id, |a, sources| a.woken(sources));
                     }
                     Command::Wake(id) => self.call(id, |a, sources| a.woken(sources)),
+                    Command::Dismiss(id) => self.drop_actor(id),
                     Command::End => return,
                 }
             }
@@ -301,10 +313,14 @@ impl Running {
                 Flow::Leave
             });
         if flow == Flow::Leave {
-            self.tokens.forget_actor(id, self.poll.registry());
-            let actor = self.actors.remove(&id);
-            let _ = catch_unwind(AssertUnwindSafe(|| drop(actor)));
+            self.drop_actor(id);
         }
+    }
+
+    fn drop_actor(&mut self, id: u64) {
+        self.tokens.forget_actor(id, self.poll.registry());
+        let actor = self.actors.remove(&id);
+        let _ = catch_unwind(AssertUnwindSafe(|| drop(actor)));
     }
 }
 
@@ -425,5 +441,15 @@ mod tests {
         drop(on);
         assert!(stayer_heard.try_recv().is_err());
         waker.wake();
+    }
+
+    #[test]
+    fn an_actor_that_is_dismissed_hears_no_more() {
+        let on = EventLoop::start("test").unwrap();
+        let (mut near, heard, waker) = echo(&on);
+        waker.dismiss();
+        assert!(heard.recv_timeout(PATIENCE).is_err(), "it is dropped");
+        assert!(near.write_all(b"a").is_err() || near.read(&mut [0]).is_ok_and(|len| len == 0));
+        waker.dismiss();
     }
 }

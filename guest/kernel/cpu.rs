@@ -202,6 +202,18 @@ pub fn out16(port: u16, value: u16) {
     unsafe { asm!("out dx, ax", in("dx") port, in("ax") value, options(nostack, nomem)) };
 }
 
+pub fn out32(port: u16, value: u32) {
+    // SAFETY: ports do not touch memory.
+    unsafe { asm!("out dx, eax", in("dx") port, in("eax") value, options(nostack, nomem)) };
+}
+
+pub fn in32(port: u16) -> u32 {
+    let value;
+    // SAFETY: as above.
+    unsafe { asm!("in eax, dx", in("dx") port, out("eax") value, options(nostack, nomem)) };
+    value
+}
+
 pub fn in8(port: u16) -> u8 {
     let value;
     // SAFETY: as above.

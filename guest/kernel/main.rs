@@ -9,10 +9,12 @@ mod apic;
 mod boot;
 mod clock;
 mod cpu;
+mod io;
 mod runtime;
 mod selftest;
 mod serial;
 mod service;
+mod virtio;
 mod work;
 
 #[allow(dead_code, reason = "the host's half of the vocabulary")]

@@ -5,6 +5,7 @@ use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use crate::apic;
 use crate::clock;
 use crate::cpu;
+use crate::io;
 use crate::line::{Address, Line, Parting, Refusal};
 use crate::options::{After, Command, Crash, Workload};
 use crate::serial::{self, Input};
@@ -102,6 +103,7 @@ impl Service {
                 uptime_ms: clock::uptime_ms(),
             }),
             Command::Report => self.report(),
+            Command::Io => serial::say(&io::COUNTS.line()),
             Command::Verify => self.verify(),
             Command::PowerOff => self.power_off(),
             Command::Reset => self.reset(),
@@ -220,6 +222,7 @@ impl Service {
             // It has told itself, or has no end.
             Workload::SelfTest
             | Workload::Idle
+            | Workload::Io
             | Workload::Spin
             | Workload::Dirty { .. }
             | Workload::Crash(_) => {}

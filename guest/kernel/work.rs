@@ -13,6 +13,7 @@ use crate::apic;
 use crate::boot::Ram;
 use crate::clock;
 use crate::cpu::{self, Block};
+use crate::io::Io;
 use crate::line::{Line, Refusal};
 use crate::options::{Options, Order, Workload};
 use crate::pattern::{self, PAGE_SIZE, Page};
@@ -124,6 +125,7 @@ struct Worker {
     stride: u64,
     /// From when on it keeps its rate, and how many writes it had made then.
     paced_from: (u64, u64),
+    io: Option<Io>,
 }
 
 impl Worker {
@@ -153,6 +155,7 @@ impl Worker {
             slots,
             stride,
             paced_from,
+            io: None,
         }
     }
 
@@ -185,6 +188,7 @@ impl Worker {
                 }
                 self.finish_if(true)
             }
+            Workload::Io => self.drive_devices(now),
             Workload::SelfTest => {
                 if self.cpu.index == 0 {
                     serial::say(&Line::SelfTest {
@@ -193,6 +197,19 @@ impl Worker {
                 }
                 self.finish_if(true)
             }
+        }
+    }
+
+    fn drive_devices(&mut self, now: u64) -> Step {
+        if self.cpu.index != 0 {
+            return Step::Idle;
+        }
+        let work = self.work;
+        let io = self.io.get_or_insert_with(|| Io::start(&work.ram));
+        if io.step() {
+            Step::Busy
+        } else {
+            Step::Until(now + clock::us_to_tsc(50))
         }
     }
 

@@ -142,6 +142,19 @@ lines! {
         /// What they should have counted to.
         expected: u64,
     }
+    /// The answer to `io`: how far [`Workload::Io`](crate::Workload::Io) is.
+    Io = "io" {
+        /// Bytes of entropy.
+        random: u64,
+        /// Pages that were written to the disk, and read back as they were written.
+        blocks: u64,
+        /// Frames that were answered.
+        frames: u64,
+        /// Characters that came by the console and were sent back.
+        chars: u64,
+        /// What was not as it should be.
+        bad: u64,
+    }
     /// The self-test has run.
     SelfTest = "selftest" {
         /// What failed.

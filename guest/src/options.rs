@@ -56,6 +56,11 @@ pub enum Workload {
     },
     /// Counting with all vCPUs on one counter: [`Line::Smp`](crate::Line::Smp).
     Smp,
+    /// Driving the first virtio device of each kind on the first PCI bus, on the first vCPU, without
+    /// end: entropy, a disk (whose first MiB it writes over), a network interface that answers ARP
+    /// and sends UDP datagrams back, and a console that sends back what is typed. The
+    /// [command](Command::Io) `io` asks how far it is.
+    Io,
     /// Exceptions, floating point, interrupts and clocks: [`Line::SelfTest`](crate::Line::SelfTest).
     SelfTest,
     /// Crashing.
@@ -112,7 +117,7 @@ named! {
 named! {
     /// What a word of the command line sets.
     pub enum Key {
-        /// [`Options::workload`]: `idle`, `spin`, `dirty`, `touch`, `exits`, `smp`, `selftest` or
+        /// [`Options::workload`]: `idle`, `spin`, `dirty`, `touch`, `exits`, `smp`, `io`, `selftest` or
         /// `crash`.
         Workload = "workload",
         /// Of [`Workload::Dirty`].
@@ -206,6 +211,7 @@ impl Options {
             "touch" => Workload::Touch,
             "exits" => Workload::Exits { port, count },
             "smp" => Workload::Smp,
+            "io" => Workload::Io,
             "selftest" => Workload::SelfTest,
             "crash" => Workload::Crash(crash),
             _ => return Err(OptionError(Key::Workload)),
@@ -251,6 +257,7 @@ impl fmt::Display for Workload {
                 word(f, Key::Count, Some(count))
             }
             Self::Smp => f.write_str("smp"),
+            Self::Io => f.write_str("io"),
             Self::SelfTest => f.write_str("selftest"),
             Self::Crash(crash) => {
                 f.write_str("crash")?;
@@ -306,6 +313,8 @@ pub enum Command {
     Ping,
     /// Answer [`Line::Report`](crate::Line::Report), and start looking for gaps anew.
     Report,
+    /// Answer [`Line::Io`](crate::Line::Io).
+    Io,
     /// Check all memory that was written: [`Line::Verified`](crate::Line::Verified).
     Verify,
     /// Power off.
@@ -323,6 +332,7 @@ impl Command {
         match line.trim() {
             "ping" => Some(Self::Ping),
             "report" => Some(Self::Report),
+            "io" => Some(Self::Io),
             "verify" => Some(Self::Verify),
             "poweroff" => Some(Self::PowerOff),
             "reset" | "reboot" => Some(Self::Reset),
@@ -339,6 +349,7 @@ impl fmt::Display for Command {
         match self {
             Self::Ping => f.write_str("ping"),
             Self::Report => f.write_str("report"),
+            Self::Io => f.write_str("io"),
             Self::Verify => f.write_str("verify"),
             Self::PowerOff => f.write_str("poweroff"),
             Self::Reset => f.write_str("reset"),

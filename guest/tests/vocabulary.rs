@@ -20,6 +20,7 @@ fn workloads() -> impl Strategy<Value = Workload> {
             Workload::Spin,
             Workload::Touch,
             Workload::Smp,
+            Workload::Io,
             Workload::SelfTest
         ]),
         (some(), some(), select(Order::ALL)).prop_map(|(region_mib, rate, order)| {
@@ -117,6 +118,13 @@ fn lines() -> impl Strategy<Value = Line> {
             count,
             expected
         }),
+        any::<[u64; 5]>().prop_map(|[random, blocks, frames, chars, bad]| Line::Io {
+            random,
+            blocks,
+            frames,
+            chars,
+            bad
+        }),
         failures.prop_map(|failed| Line::SelfTest { failed }),
         any::<u64>().prop_map(|count| Line::Nmi { count }),
         (any::<(u32, u64)>(), addresses(), addresses(), addresses()).prop_map(
@@ -212,6 +220,7 @@ fn commands_survive_the_serial_port() {
     let others = [
         Command::Ping,
         Command::Report,
+        Command::Io,
         Command::Verify,
         Command::PowerOff,
         Command::Reset,

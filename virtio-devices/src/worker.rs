@@ -164,8 +164,9 @@ impl<T: QueueTask> Running<T> {
 
 impl<T: QueueTask> Drop for Running<T> {
     fn drop(&mut self) {
-        self.slot.lock().take();
-        self.waker.wake();
+        // Without a lock: a task may be what drops its own device, when it lets go of the last
+        // view of a map that is gone. It then ends with its call.
+        self.waker.dismiss();
     }
 }
 
@@ -195,8 +196,6 @@ impl<T: QueueTask> TaskActor<T> {
     fn call(&mut self, event: TaskEvent, sources: &mut Sources<'_>) -> Flow {
         let mut slot = self.slot.lock();
         let Some(task) = slot.as_mut() else {
-            drop(slot);
-            self.forget_all(sources);
             return Flow::Leave;
         };
         let mut own = TaskSources {
@@ -228,12 +227,6 @@ impl<T: QueueTask> TaskActor<T> {
             }
         }
         Flow::Stay
-    }
-
-    fn forget_all(&mut self, sources: &mut Sources<'_>) {
-        for (_, own) in self.watched.drain() {
-            sources.forget(own.as_raw_fd());
-        }
     }
 }
 

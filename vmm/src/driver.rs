@@ -285,6 +285,10 @@ impl Driver {
                         ..BootTimeline::default()
                     });
                 });
+                // What came while there was no machine.
+                for port in Port::BOTH {
+                    self.take_input(port, sources);
+                }
                 Ok(Reply::Done)
             }
             Err(error) => {

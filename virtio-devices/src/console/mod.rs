@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::io::{self, Write};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use devices::ConsoleInput;
 use devices::event_loop::Interest;
@@ -32,8 +32,10 @@ const INPUT: usize = 4096;
 struct Shared {
     input: Mutex<VecDeque<u8>>,
     output: Mutex<Box<dyn Write + Send>>,
-    /// Called when the guest has read all that it was given.
+    /// Called when there is room for input where there was none.
     on_room: Box<dyn Fn() + Send + Sync>,
+    /// There is a driver, which can be given input.
+    is_driven: AtomicBool,
     receive: Mutex<Option<Running<Receive>>>,
     bytes_in: AtomicU64,
     bytes_out: AtomicU64,
@@ -50,7 +52,8 @@ pub struct Console {
 
 impl Console {
     /// Writes what the guest says to `output`, which should not block; what it does not take is
-    /// lost and counted. `on_room` is called when the guest has read all that it was given.
+    /// lost and counted. `on_room` is called when the guest has read all that it was given, and
+    /// when its driver is ready: until then there is no room, and input stays where it comes from.
     #[must_use]
     pub fn new(
         output: Box<dyn Write + Send>,
@@ -61,6 +64,7 @@ impl Console {
             input: Mutex::default(),
             output: Mutex::new(output),
             on_room: Box::new(on_room),
+            is_driven: AtomicBool::new(false),
             receive: Mutex::new(None),
             bytes_in: AtomicU64::new(0),
             bytes_out: AtomicU64::new(0),
@@ -103,9 +107,17 @@ impl VirtioDevice for Console {
         let shared = Arc::clone(&self.shared);
         match index {
             RX => {
-                let task = Receive { queue, shared };
-                let running = Running::start(&self.workers, transport, task);
-                *self.shared.receive.lock() = Some(running);
+                let task = Receive {
+                    queue,
+                    shared: Arc::clone(&shared),
+                };
+                // Locked meanwhile: input finds either no task, and is there when it starts, or one.
+                let mut receive = shared.receive.lock();
+                *receive = Some(Running::start(&self.workers, transport, task));
+                drop(receive);
+                if !shared.is_driven.swap(true, Ordering::AcqRel) {
+                    (shared.on_room)();
+                }
             }
             TX => {
                 let task = Transmit { queue, shared };
@@ -142,6 +154,7 @@ impl VirtioDevice for Console {
 
     fn reset(&mut self) {
         self.transport = None;
+        self.shared.is_driven.store(false, Ordering::Release);
         self.shared.input.lock().clear();
     }
 
@@ -267,12 +280,16 @@ pub struct ConsoleHandle {
 
 impl ConsoleInput for ConsoleHandle {
     fn room(&self) -> usize {
+        if !self.shared.is_driven.load(Ordering::Acquire) {
+            return 0;
+        }
         INPUT.saturating_sub(self.shared.input.lock().len())
     }
 
     fn receive(&self, bytes: &[u8]) -> usize {
         let mut input = self.shared.input.lock();
-        let room = INPUT.saturating_sub(input.len());
+        let is_driven = self.shared.is_driven.load(Ordering::Acquire);
+        let room = if is_driven { INPUT } else { 0 }.saturating_sub(input.len());
         let taken = bytes.get(..room).unwrap_or(bytes);
         input.extend(taken);
         drop(input);

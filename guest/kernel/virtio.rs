@@ -1,0 +1,210 @@
+//! Virtio devices (virtio 1.3) on the first PCI bus: found, started, and their queues. Everything is
+//! polled; no interrupt is wanted.
+
+use core::ptr;
+use core::sync::atomic::{Ordering::SeqCst, fence};
+
+use crate::cpu;
+
+const CONFIG_ADDRESS: u16 = 0xcf8;
+const CONFIG_DATA: u16 = 0xcfc;
+const VIRTIO_VENDOR: u32 = 0x1af4;
+const FIRST_DEVICE: u32 = 0x1040;
+
+/// Where BARs are put, so that they are in the identity map: a window of the PCI root.
+const BARS: u64 = 0xc000_0000;
+const BAR_SPACING: u64 = 0x10_0000;
+
+const STATUS_ACKNOWLEDGE: u8 = 1;
+const STATUS_DRIVER: u8 = 2;
+const STATUS_DRIVER_OK: u8 = 4;
+const STATUS_FEATURES_OK: u8 = 8;
+const F_VERSION_1_HIGH: u32 = 1;
+
+/// Entries of each queue: so few that its rings fit in one page.
+const SIZE: u16 = 16;
+/// Descriptors that belong to each chain.
+const PER_CHAIN: u16 = 4;
+/// Chains that can be with the device at a time.
+pub const CHAINS: u16 = SIZE / PER_CHAIN;
+const AVAILABLE: u64 = 0x200;
+const USED: u64 = 0x400;
+
+fn config_read(slot: u8, at: u8) -> u32 {
+    cpu::out32(
+        CONFIG_ADDRESS,
+        1 << 31 | u32::from(slot) << 11 | u32::from(at & 0xfc),
+    );
+    cpu::in32(CONFIG_DATA)
+}
+
+fn config_write(slot: u8, at: u8, value: u32) {
+    config_read(slot, at);
+    cpu::out32(CONFIG_DATA, value);
+}
+
+/// Reads a register or a word that a device writes.
+pub fn read<T: Copy>(addr: u64) -> T {
+    // SAFETY: the address is of a device's registers, or of memory that is given to devices alone;
+    // T is a plain integer.
+    unsafe { ptr::with_exposed_provenance::<T>(addr as usize).read_volatile() }
+}
+
+/// Writes a register or a word that a device reads.
+pub fn write<T: Copy>(addr: u64, value: T) {
+    // SAFETY: as for `read`.
+    unsafe { ptr::with_exposed_provenance_mut::<T>(addr as usize).write_volatile(value) }
+}
+
+/// A device that was found.
+#[derive(Clone, Copy)]
+pub struct Device {
+    /// What kind of device it is (virtio 1.3, section 5).
+    pub kind: u32,
+    common: u64,
+    notify: u64,
+    notify_multiplier: u32,
+    /// Its configuration space.
+    pub config: u64,
+}
+
+impl Device {
+    /// The device in a slot, if there is one. Its BAR is moved to where it can be reached.
+    pub fn find(slot: u8) -> Option<Self> {
+        let id = config_read(slot, 0);
+        let kind = (id >> 16).checked_sub(FIRST_DEVICE)?;
+        if id & 0xffff != VIRTIO_VENDOR || kind > 63 {
+            return None;
+        }
+        let bar = BARS + u64::from(slot) * BAR_SPACING;
+        config_write(slot, 4, 0);
+        config_write(slot, 0x10, bar as u32);
+        config_write(slot, 0x14, (bar >> 32) as u32);
+        // Memory space and bus mastering.
+        config_write(slot, 4, 6);
+        let mut device = Self {
+            kind,
+            common: 0,
+            notify: 0,
+            notify_multiplier: 0,
+            config: 0,
+        };
+        let mut at = (config_read(slot, 0x34) & 0xfc) as u8;
+        // As many as fit in configuration space.
+        for _ in 0..48 {
+            if at == 0 {
+                break;
+            }
+            let head = config_read(slot, at);
+            if head & 0xff == 9 {
+                let place = bar + u64::from(config_read(slot, at + 8));
+                match head >> 24 {
+                    1 => device.common = place,
+                    2 => {
+                        device.notify = place;
+                        device.notify_multiplier = config_read(slot, at + 16);
+                    }
+                    4 => device.config = place,
+                    _ => {}
+                }
+            }
+            at = (head >> 8 & 0xfc) as u8;
+        }
+        (device.common != 0 && device.notify != 0).then_some(device)
+    }
+
+    /// Resets it, and agrees on nothing but virtio 1.0. False if it does not.
+    pub fn begin(&self) -> bool {
+        write::<u8>(self.common + 20, 0);
+        while read::<u8>(self.common + 20) != 0 {}
+        let mut status = STATUS_ACKNOWLEDGE | STATUS_DRIVER;
+        write(self.common + 20, status);
+        for (half, bits) in [(0_u32, 0_u32), (1, F_VERSION_1_HIGH)] {
+            write(self.common + 8, half);
+            write(self.common + 12, bits);
+        }
+        status |= STATUS_FEATURES_OK;
+        write(self.common + 20, status);
+        read::<u8>(self.common + 20) & STATUS_FEATURES_OK != 0
+    }
+
+    /// A queue, in a page that is the device's from now on.
+    pub fn queue(&self, index: u16, page: u64) -> Queue {
+        for offset in (0..4096).step_by(8) {
+            write::<u64>(page + offset, 0);
+        }
+        // The driver wants no interrupts.
+        write::<u16>(page + AVAILABLE, 1);
+        let common = self.common;
+        write(common + 22, index);
+        write(common + 24, SIZE);
+        let rings = [(32, page), (40, page + AVAILABLE), (48, page + USED)];
+        for (register, ring) in rings {
+            write(common + register, ring as u32);
+            write(common + register + 4, (ring >> 32) as u32);
+        }
+        write::<u16>(common + 28, 1);
+        let doorbell = u64::from(read::<u16>(common + 30)) * u64::from(self.notify_multiplier);
+        Queue {
+            index,
+            page,
+            doorbell: self.notify + doorbell,
+            available: 0,
+            used: 0,
+        }
+    }
+
+    /// It may use its queues.
+    pub fn go(&self) {
+        let status = read::<u8>(self.common + 20);
+        write(self.common + 20, status | STATUS_DRIVER_OK);
+    }
+}
+
+/// A buffer: address, length, and whether the device writes it.
+pub type Buffer = (u64, u32, bool);
+
+/// A queue with [`CHAINS`] chains of up to four buffers.
+pub struct Queue {
+    index: u16,
+    page: u64,
+    doorbell: u64,
+    available: u16,
+    used: u16,
+}
+
+impl Queue {
+    /// Gives the device a chain, which must not be with it.
+    pub fn send(&mut self, chain: u16, buffers: &[Buffer]) {
+        let head = chain * PER_CHAIN;
+        let last = buffers.len().saturating_sub(1);
+        for ((index, (addr, len, writable)), place) in
+            buffers.iter().enumerate().zip(head..head + PER_CHAIN)
+        {
+            let flags = u16::from(index != last) | u16::from(*writable) << 1;
+            let at = self.page + 16 * u64::from(place);
+            write(at, *addr);
+            write(at + 8, *len);
+            write(at + 12, flags);
+            write(at + 14, place + 1);
+        }
+        let slot = u64::from(self.available % SIZE);
+        write(self.page + AVAILABLE + 4 + 2 * slot, head);
+        self.available = self.available.wrapping_add(1);
+        fence(SeqCst);
+        write(self.page + AVAILABLE + 2, self.available);
+        fence(SeqCst);
+        write(self.doorbell, self.index);
+    }
+
+    /// A chain that the device is done with, and how many bytes it wrote.
+    pub fn done(&mut self) -> Option<(u16, u32)> {
+        if read::<u16>(self.page + USED + 2) == self.used {
+            return None;
+        }
+        fence(SeqCst);
+        let at = self.page + USED + 4 + 8 * u64::from(self.used % SIZE);
+        self.used = self.used.wrapping_add(1);
+        Some((read::<u32>(at) as u16 / PER_CHAIN, read(at + 4)))
+    }
+}
