@@ -561,6 +561,27 @@ fn a_rate_limit_is_kept_and_a_stop_does_not_wait_for_it() {
     );
 }
 
+/// A header extension that reaches past the header, of which the library's parser panics.
+#[test]
+fn a_damaged_image_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("damaged");
+    let made = Command::new("qemu-img")
+        .args(["create", "-q", "-f", "qcow2", "-o", "cluster_size=512"])
+        .args([&path, Path::new("64K")])
+        .status();
+    assert!(made.unwrap().success());
+    let mut image = fs::read(&path).unwrap();
+    // The first extension (docs/interop/qcow2.rst): the table of features' names, an entry of one byte.
+    let at = u32::from_be_bytes(image[100..104].try_into().unwrap()) as usize;
+    image[at..at + 4].copy_from_slice(&0x6803_f857_u32.to_be_bytes());
+    image[at + 4..at + 8].copy_from_slice(&1_u32.to_be_bytes());
+    fs::write(&path, image).unwrap();
+    let (_event_loop, workers) = workers();
+    let refused = Block::new(&config(&path), workers).err().unwrap();
+    assert!(refused.to_string().contains("damaged"), "{refused}");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
     /// Whatever a driver sends, the disk answers or says that it needs a reset, and stops.

@@ -3,8 +3,10 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
+use devices::event_loop::panic_message;
 use imago::file::File as Storage;
 use imago::format::gate::ImplicitOpenGate;
 use imago::qcow2::Qcow2;
@@ -298,13 +300,23 @@ fn open_qcow2(how: &Opening<'_>) -> Result<FormatAccess<Storage>, ImageError> {
                 .unwrap_or_else(|_| how.path.to_owned()),
         ],
     };
-    let opened = builder.open(gate).map_err(|error| match error.kind() {
+    let opened = contained(|| builder.open(gate)).map_err(|error| match error.kind() {
         io::ErrorKind::PermissionDenied if !how.backing_files => ImageError::Backing {
             path: how.path.to_owned(),
         },
         _ => failed(error),
     })?;
     Ok(FormatAccess::new(opened))
+}
+
+/// Does something to an image of which the library may think that it is sound: a damaged one can
+/// make it panic.
+pub(super) fn contained<T>(f: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|panic| {
+        let why = panic_message(panic.as_ref());
+        let why = format!("the image is damaged: {why}");
+        Err(io::Error::new(io::ErrorKind::InvalidData, why))
+    })
 }
 
 /// The library takes an encrypted image for one that is not, and its bytes for the disk's.

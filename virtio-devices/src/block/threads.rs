@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 use parking_lot::Mutex;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::image::Image;
+use super::image::{Image, contained};
 use super::request::{Op, Request};
 
 /// Threads of one queue.
@@ -115,7 +115,7 @@ fn work(image: &Image, to_do: &Mutex<Receiver<Job>>, finish: &Sender<Done>, done
         let Ok((request, op, durable)) = job else {
             return;
         };
-        let result = perform(image, &request, op, durable, buffer.bytes());
+        let result = contained(|| perform(image, &request, op, durable, buffer.bytes()));
         if finish.send((request, result)).is_err() {
             return;
         }
