@@ -18,7 +18,7 @@ use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcsetattr};
 
 use crate::serial::write_or_lose;
-use crate::unix::bind_socket;
+use crate::unix::Listening;
 
 /// A console's other end could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -70,8 +70,7 @@ enum End {
         path: PathBuf,
     },
     Socket {
-        listener: UnixListener,
-        path: PathBuf,
+        listener: Listening,
         client: Client,
     },
 }
@@ -107,7 +106,20 @@ impl Console {
     /// # Errors
     /// When it cannot be written.
     pub fn file(path: &Path) -> Result<Self, ConsoleError> {
-        let file = File::create(path).map_err(|source| ConsoleError::File {
+        Self::to_file(File::create(path), path)
+    }
+
+    /// As [`Console::file`], behind what is in the file.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn more_of_file(path: &Path) -> Result<Self, ConsoleError> {
+        let opened = OpenOptions::new().append(true).create(true).open(path);
+        Self::to_file(opened, path)
+    }
+
+    fn to_file(opened: io::Result<File>, path: &Path) -> Result<Self, ConsoleError> {
+        let file = opened.map_err(|source| ConsoleError::File {
             path: path.to_owned(),
             source,
         })?;
@@ -165,17 +177,39 @@ impl Console {
     /// # Errors
     /// When it cannot be made.
     pub fn socket(path: &Path) -> Result<Self, ConsoleError> {
+        Self::on_socket(Listening::bind(path), path)
+    }
+
+    /// As [`Console::socket`], beside the one that another program has there until
+    /// [`Console::take_over`].
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn next_socket(path: &Path) -> Result<Self, ConsoleError> {
+        Self::on_socket(Listening::bind_beside(path), path)
+    }
+
+    fn on_socket(bound: io::Result<Listening>, path: &Path) -> Result<Self, ConsoleError> {
         let refused = |source| ConsoleError::Socket {
             path: path.to_owned(),
             source,
         };
-        let listener = bind_socket(path).map_err(refused)?;
         let end = End::Socket {
-            listener,
-            path: path.to_owned(),
+            listener: bound.map_err(refused)?,
             client: Client::default(),
         };
         Ok(Self { end, more: false })
+    }
+
+    /// Takes the path of its socket from the program that had it.
+    ///
+    /// # Errors
+    /// When the host refuses.
+    pub fn take_over(&mut self) -> io::Result<()> {
+        match &mut self.end {
+            End::Socket { listener, .. } => listener.take_over(),
+            _ => Ok(()),
+        }
     }
 
     /// The path of a pseudo terminal.
@@ -205,9 +239,7 @@ impl Console {
             End::Quiet(_) => Vec::new(),
             End::Tty { .. } => vec![rustix::stdio::stdin().as_raw_fd()],
             End::Pty { master, .. } => vec![master.as_raw_fd()],
-            End::Socket {
-                listener, client, ..
-            } => {
+            End::Socket { listener, client } => {
                 let client = client.lock().as_ref().map(AsRawFd::as_raw_fd);
                 client.into_iter().chain([listener.as_raw_fd()]).collect()
             }
@@ -228,10 +260,8 @@ impl Console {
                 self.more = pump(&**master, to).more;
                 Vec::new()
             }
-            End::Socket {
-                listener, client, ..
-            } => {
-                let (watches, more) = serve(listener, client, to);
+            End::Socket { listener, client } => {
+                let (watches, more) = serve(listener.listener(), client, to);
                 self.more = more;
                 watches
             }
@@ -242,14 +272,6 @@ impl Console {
     #[must_use]
     pub fn has_more(&self) -> bool {
         self.more
-    }
-}
-
-impl Drop for Console {
-    fn drop(&mut self) {
-        if let End::Socket { path, .. } = &self.end {
-            let _ = std::fs::remove_file(path);
-        }
     }
 }
 

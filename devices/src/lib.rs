@@ -44,4 +44,4 @@ pub use interrupt::InterruptLine;
 pub use power::{PowerBlock, PowerEvent, PowerEvents};
 pub use reset::KeyboardReset;
 pub use serial::Serial;
-pub use unix::bind_socket;
+pub use unix::Listening;

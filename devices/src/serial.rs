@@ -7,7 +7,9 @@ use std::time::Instant;
 
 use memory::DeviceOps;
 use parking_lot::Mutex;
-use vm_superio::serial::SerialEvents;
+use serde::{Deserialize, Serialize};
+use state::{Load, LoadError, LoadScope, Save, SaveError, Saved, Scope};
+use vm_superio::serial::{SerialEvents, SerialState};
 
 use crate::console::ConsoleInput;
 use crate::debug_port::OnFirst;
@@ -49,11 +51,14 @@ impl SerialEvents for Hooks {
     }
 }
 
-type Uart = vm_superio::Serial<InterruptLine, Hooks, Box<dyn Write + Send>>;
+type Output = Box<dyn Write + Send>;
+type Uart = vm_superio::Serial<InterruptLine, Arc<Hooks>, Output>;
 
 /// A 16550A: eight registers, a receive buffer of 64 bytes.
 pub struct Serial {
     uart: Mutex<Uart>,
+    line: InterruptLine,
+    hooks: Arc<Hooks>,
     counts: Arc<Counts>,
 }
 
@@ -73,8 +78,12 @@ impl Serial {
             on_first_byte: Mutex::new(Some(Box::new(on_first_byte))),
             on_room: Box::new(on_room),
         };
+        let hooks = Arc::new(hooks);
+        let uart = Uart::with_events(line.clone(), Arc::clone(&hooks), output);
         Self {
-            uart: Mutex::new(Uart::with_events(line, hooks, output)),
+            uart: Mutex::new(uart),
+            line,
+            hooks,
             counts,
         }
     }
@@ -115,6 +124,71 @@ impl DeviceOps for Serial {
             // It fails when the output does, and then counts a lost byte.
             let _ = self.uart.lock().write(offset, *first);
         }
+    }
+}
+
+/// What is saved of the port: frozen. Registers by their names in the 16550A's data sheet.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct V1 {
+    divisor: [u8; 2],
+    ier: u8,
+    iir: u8,
+    lcr: u8,
+    lsr: u8,
+    mcr: u8,
+    msr: u8,
+    scr: u8,
+    /// Received and not read yet.
+    received: Vec<u8>,
+}
+
+impl Saved for V1 {
+    const VERSION: u16 = 1;
+}
+
+impl Save for Serial {
+    fn save(&self, to: &mut Scope<'_>) -> Result<(), SaveError> {
+        let state = self.uart.lock().state();
+        to.put(&V1 {
+            divisor: [state.baud_divisor_low, state.baud_divisor_high],
+            ier: state.interrupt_enable,
+            iir: state.interrupt_identification,
+            lcr: state.line_control,
+            lsr: state.line_status,
+            mcr: state.modem_control,
+            msr: state.modem_status,
+            scr: state.scratch,
+            received: state.in_buffer,
+        })
+    }
+}
+
+impl Load for &Serial {
+    fn load(&mut self, from: &mut LoadScope<'_, '_>, _: &mut ()) -> Result<(), LoadError> {
+        let saved: V1 = from.take()?;
+        let state = SerialState {
+            baud_divisor_low: saved.divisor[0],
+            baud_divisor_high: saved.divisor[1],
+            interrupt_enable: saved.ier,
+            interrupt_identification: saved.iir,
+            line_control: saved.lcr,
+            line_status: saved.lsr,
+            modem_control: saved.mcr,
+            modem_status: saved.msr,
+            scratch: saved.scr,
+            in_buffer: saved.received,
+        };
+        let make = |state: &SerialState, output: Output| {
+            Uart::from_state(state, self.line.clone(), Arc::clone(&self.hooks), output)
+        };
+        let trial = make(&state, Box::new(io::sink()));
+        let trial = trial.map_err(|error| from.refuse(format!("{error:?}")))?;
+        // It makes sense: the output moves over.
+        let mut uart = self.uart.lock();
+        let output = std::mem::replace(&mut *uart, trial).into_writer();
+        *uart = make(&state, output).map_err(|error| from.refuse(format!("{error:?}")))?;
+        Ok(())
     }
 }
 
@@ -180,6 +254,34 @@ mod tests {
             serial.counters(),
             [("bytes_out", 2), ("bytes_in", 64), ("bytes_lost", 0)]
         );
+    }
+
+    #[test]
+    fn a_port_goes_on_where_it_was() {
+        let serial = |sink: &Sink| {
+            let line = InterruptLine::new().unwrap();
+            Serial::new(line, Box::new(sink.clone()), |_| {}, || {})
+        };
+        let save = |serial: &Serial| {
+            let mut writer = state::Writer::default();
+            serial.save(&mut writer.scope("serial").unwrap()).unwrap();
+            writer.finish()
+        };
+        let sink = Sink::default();
+        let (here, there) = (serial(&sink), serial(&sink));
+        here.write(7, b"s");
+        here.write(1, &[1]);
+        here.receive(b"half a line");
+        let saved = save(&here);
+        let mut store = state::Store::open(&saved).unwrap();
+        let mut scope = store.scope("serial").unwrap();
+        (&there).load(&mut scope, &mut ()).unwrap();
+        assert_eq!(save(&there), saved);
+        let mut byte = [0];
+        there.read(0, &mut byte);
+        assert_eq!(byte, *b"h");
+        there.write(0, b"!");
+        assert_eq!(*sink.0.lock(), b"!");
     }
 
     #[test]

@@ -1,23 +1,124 @@
 //! Unix sockets on which the host reaches a device.
 
+use std::fs;
 use std::io;
-use std::os::unix::fs::FileTypeExt;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-/// Listens on a unix socket, without blocking. A socket that nobody listens on any more is
-/// replaced.
-///
-/// # Errors
-/// When the socket cannot be made: because somebody listens there, or something else is in the way.
-pub fn bind_socket(path: &Path) -> io::Result<UnixListener> {
-    let is_socket = path
-        .symlink_metadata()
-        .is_ok_and(|meta| meta.file_type().is_socket());
-    if is_socket && UnixStream::connect(path).is_err() {
-        std::fs::remove_file(path)?;
+/// A socket that is listened on, without blocking. Its path goes with it, unless another socket
+/// has taken the path over.
+#[derive(Debug)]
+pub struct Listening {
+    listener: UnixListener,
+    path: PathBuf,
+    /// Where it is until it takes its path over.
+    beside: Option<PathBuf>,
+    inode: (u64, u64),
+}
+
+impl Listening {
+    /// Listens at `path`. A socket that nobody listens on any more is replaced.
+    ///
+    /// # Errors
+    /// When the socket cannot be made: because somebody listens there, or something else is in the
+    /// way.
+    pub fn bind(path: &Path) -> io::Result<Self> {
+        Self::at(path, None)
     }
-    let listener = UnixListener::bind(path)?;
-    listener.set_nonblocking(true)?;
-    Ok(listener)
+
+    /// Listens beside `path`, whoever has that, until [`Listening::take_over`].
+    ///
+    /// # Errors
+    /// As for [`Listening::bind`].
+    pub fn bind_beside(path: &Path) -> io::Result<Self> {
+        let mut beside = path.as_os_str().to_owned();
+        beside.push(".incoming");
+        Self::at(path, Some(beside.into()))
+    }
+
+    fn at(path: &Path, beside: Option<PathBuf>) -> io::Result<Self> {
+        let at = beside.as_deref().unwrap_or(path);
+        let is_socket = at
+            .symlink_metadata()
+            .is_ok_and(|meta| meta.file_type().is_socket());
+        if is_socket && UnixStream::connect(at).is_err() {
+            fs::remove_file(at)?;
+        }
+        let listener = UnixListener::bind(at)?;
+        listener.set_nonblocking(true)?;
+        let made = at.symlink_metadata()?;
+        Ok(Self {
+            listener,
+            path: path.to_owned(),
+            beside,
+            inode: (made.dev(), made.ino()),
+        })
+    }
+
+    /// Takes the path from whoever had it: who connects from now on reaches this one.
+    ///
+    /// # Errors
+    /// When the host refuses.
+    pub fn take_over(&mut self) -> io::Result<()> {
+        if let Some(beside) = &self.beside {
+            fs::rename(beside, &self.path)?;
+            self.beside = None;
+        }
+        Ok(())
+    }
+
+    /// What accepts connections.
+    #[must_use]
+    pub fn listener(&self) -> &UnixListener {
+        &self.listener
+    }
+
+    /// The path that it has, or will have.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl AsRawFd for Listening {
+    fn as_raw_fd(&self) -> RawFd {
+        self.listener.as_raw_fd()
+    }
+}
+
+impl Drop for Listening {
+    fn drop(&mut self) {
+        let at = self.beside.as_deref().unwrap_or(&self.path);
+        let there = at.symlink_metadata();
+        if there.is_ok_and(|there| (there.dev(), there.ino()) == self.inode) {
+            let _ = fs::remove_file(at);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_passes_from_one_to_the_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let first = Listening::bind(&path).unwrap();
+        assert!(Listening::bind(&path).is_err(), "somebody listens there");
+        let mut second = Listening::bind_beside(&path).unwrap();
+        UnixStream::connect(&path).unwrap();
+        first.listener().accept().unwrap();
+        second.take_over().unwrap();
+        UnixStream::connect(&path).unwrap();
+        second.listener().accept().unwrap();
+        drop(first);
+        assert!(path.exists(), "it is the second's");
+        let third = Listening::bind_beside(&path).unwrap();
+        drop(third);
+        drop(second);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
 }

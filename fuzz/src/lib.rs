@@ -186,6 +186,7 @@ pub fn disk_config(path: &Path) -> BlockConfig {
         serial: String::new(),
         sparse: true,
         lock: LockMode::ByteRange,
+        is_incoming: false,
         limits: RateLimits::default(),
     }
 }

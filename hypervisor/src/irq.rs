@@ -54,6 +54,39 @@ struct Table {
     /// The first GSI that was never handed out.
     fresh: u32,
     calls: u64,
+    /// Changes are collected until [`Held`] is dropped or finished.
+    held: bool,
+}
+
+/// Routes that are changed and not given to KVM yet: as devices are loaded, one after the other.
+#[must_use]
+#[derive(Debug)]
+pub struct Held(IrqRoutes);
+
+impl Held {
+    /// Gives KVM all that was changed, in one call.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn finish(self) -> Result<(), KvmError> {
+        self.give()
+    }
+
+    fn give(&self) -> Result<(), KvmError> {
+        let mut table = self.0.shared.table.lock();
+        if !std::mem::take(&mut table.held) {
+            return Ok(());
+        }
+        self.0.give(&mut table)
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        if let Err(error) = self.give() {
+            tracing::warn!(%error, "interrupts may be lost");
+        }
+    }
 }
 
 impl IrqRoutes {
@@ -65,6 +98,7 @@ impl IrqRoutes {
             spare: Vec::new(),
             fresh: IOAPIC_PINS,
             calls: 0,
+            held: false,
         };
         let routes = Self {
             shared: Arc::new(Shared {
@@ -94,7 +128,7 @@ impl IrqRoutes {
                 undo.push((*gsi, old));
             }
         }
-        if undo.is_empty() {
+        if undo.is_empty() || table.held {
             return Ok(());
         }
         self.give(&mut table).inspect_err(|_| {
@@ -121,6 +155,12 @@ impl IrqRoutes {
             .filter_map(|(device, (vector, message))| device.change(vector, message))
             .collect();
         self.set(&changes)
+    }
+
+    /// Collects changes, by whomever, until what this returns is finished.
+    pub fn hold(&self) -> Held {
+        self.shared.table.lock().held = true;
+        Held(self.clone())
     }
 
     /// How often KVM was given the routes.

@@ -1,6 +1,7 @@
 //! `/dev/kvm`: opening it, and what the host can do.
 
 use std::io;
+use std::sync::Arc;
 
 use kvm_bindings::{
     CpuId, KVM_API_VERSION, KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL,
@@ -97,6 +98,8 @@ pub struct Capabilities {
 pub struct Kvm {
     kvm: kvm_ioctls::Kvm,
     capabilities: Capabilities,
+    /// The MSRs that make up a vCPU's state.
+    msr_indices: Arc<[u32]>,
 }
 
 impl Kvm {
@@ -143,7 +146,14 @@ impl Kvm {
             xsave2_bytes: bytes(Cap::Xsave2),
             nested_state: kvm.check_extension(Cap::NestedState),
         };
-        Ok(Self { kvm, capabilities })
+        let listed = kvm
+            .get_msr_index_list()
+            .map_err(|errno| OpenError::Open(io::Error::from_raw_os_error(errno.errno())))?;
+        Ok(Self {
+            kvm,
+            capabilities,
+            msr_indices: listed.as_slice().into(),
+        })
     }
 
     /// What the host can do.
@@ -177,6 +187,6 @@ impl Kvm {
     /// When KVM refuses, as a host without dirty rings does.
     pub fn create_vm_with(&self, dirty: DirtyBackend) -> Result<Vm, KvmError> {
         let vm = self.kvm.create_vm().map_err(KvmError::new("create a VM"))?;
-        Vm::new(vm, self.capabilities, dirty)
+        Vm::new(vm, Arc::clone(&self.msr_indices), self.capabilities, dirty)
     }
 }

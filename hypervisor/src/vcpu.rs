@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicU8;
 
 use kvm_bindings::{
     CpuId, KVM_MP_STATE_RUNNABLE, Msrs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs,
-    kvm_sregs,
+    kvm_sregs, kvm_xsave,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
@@ -28,10 +28,18 @@ pub struct Vcpu {
     seat: Arc<Seat>,
     /// They own the memory that the guest can reach, which must be there as long as it can run.
     slots: Arc<MemSlots>,
+    /// The MSRs that KVM lists.
+    msr_indices: Arc<[u32]>,
 }
 
 impl Vcpu {
-    pub(crate) fn new(fd: VcpuFd, index: u32, gate: Arc<Gate>, slots: Arc<MemSlots>) -> Self {
+    pub(crate) fn new(
+        fd: VcpuFd,
+        index: u32,
+        gate: Arc<Gate>,
+        slots: Arc<MemSlots>,
+        msr_indices: Arc<[u32]>,
+    ) -> Self {
         let kicker = Kicker::default();
         let seat = gate.seat(kicker.clone());
         Self {
@@ -41,7 +49,22 @@ impl Vcpu {
             gate,
             seat,
             slots,
+            msr_indices,
         }
+    }
+
+    pub(crate) fn fd(&self) -> &VcpuFd {
+        &self.fd
+    }
+
+    pub(crate) fn msr_indices(&self) -> &[u32] {
+        &self.msr_indices
+    }
+
+    pub(crate) fn set_xsave(&self, xsave: &kvm_xsave) -> Result<(), kvm_ioctls::Error> {
+        // SAFETY: KVM reads as many bytes as it has state for, and no more than the structure has:
+        // nobody asks the kernel for features whose state is longer (`ARCH_REQ_XCOMP_GUEST_PERM`).
+        unsafe { self.fd.set_xsave(xsave) }
     }
 
     /// Its number in the VM, which is its APIC id.

@@ -34,11 +34,13 @@ pub struct Vm {
     gate: Arc<Gate>,
     slots: Arc<MemSlots>,
     routes: IrqRoutes,
+    msr_indices: Arc<[u32]>,
 }
 
 impl Vm {
     pub(crate) fn new(
         fd: VmFd,
+        msr_indices: Arc<[u32]>,
         capabilities: Capabilities,
         dirty: DirtyBackend,
     ) -> Result<Self, KvmError> {
@@ -69,7 +71,12 @@ impl Vm {
             gate,
             slots,
             routes,
+            msr_indices,
         })
+    }
+
+    pub(crate) fn fd(&self) -> &VmFd {
+        &self.fd
     }
 
     /// The listener that gives the guest its RAM.
@@ -111,6 +118,7 @@ impl Vm {
             index,
             Arc::clone(&self.gate),
             Arc::clone(&self.slots),
+            Arc::clone(&self.msr_indices),
         ))
     }
 

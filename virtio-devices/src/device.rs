@@ -64,6 +64,9 @@ pub enum DeviceError {
         /// The host's answer.
         source: std::io::Error,
     },
+    /// Somebody else has what only one may have.
+    #[error("{0}")]
+    Taken(String),
 }
 
 impl DeviceError {
@@ -128,6 +131,25 @@ pub trait VirtioDevice: Send {
 
     /// Forgets the driver: as after power-on. All queues have been stopped.
     fn reset(&mut self);
+
+    /// Lets go of what only one machine may have at a time, such as the lock of an image: the guest
+    /// moves to another machine. No queue is being served, and what the guest was told is durable
+    /// is so.
+    ///
+    /// # Errors
+    /// When the host refuses what must be done before.
+    fn hand_over(&mut self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    /// Takes what only one machine may have at a time: of a device that was made for a guest that
+    /// moves here, or handed one over that does not move after all.
+    ///
+    /// # Errors
+    /// When somebody else has it, or the host refuses.
+    fn take_over(&mut self) -> Result<(), DeviceError> {
+        Ok(())
+    }
 
     /// Saves what is the device's own, next to what the transport saves of it.
     ///

@@ -39,6 +39,7 @@ fn config(path: &Path) -> BlockConfig {
         serial: "whimbrel-test-disk-0".to_owned(),
         sparse: true,
         lock: LockMode::ByteRange,
+        is_incoming: false,
         limits: RateLimits::default(),
     }
 }
@@ -454,11 +455,11 @@ fn an_image_has_one_writer_also_among_qemus_tools() {
     assert!(!run.status.success() && told.contains("lock"), "{told}");
 
     // Ownership moves, and comes back.
-    first.handle.release_lock();
+    first.device.hand_over().unwrap();
     let second = machine(&config(&path));
-    assert!(first.handle.take_lock().is_err());
+    assert!(first.device.take_over().is_err());
     drop(second);
-    first.handle.take_lock().unwrap();
+    first.device.take_over().unwrap();
     drop(first);
     assert!(write(&path).status.success());
     // Readers share.

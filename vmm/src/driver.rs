@@ -34,6 +34,7 @@ use crate::failure::{self, BuildError};
 use crate::machine::{Active, Built, Host};
 use crate::memory_map;
 use crate::open::Opened;
+use crate::virtio::Places;
 
 /// Something that happened in a machine.
 #[derive(Debug)]
@@ -248,7 +249,7 @@ impl Driver {
         let back = reporter.clone();
         let builder = std::thread::Builder::new().name("vm-build".to_owned());
         let started = builder.spawn(move || {
-            let built = Built::new(&host, &config, outputs, &reporter)
+            let built = Built::new(&host, &config, outputs, &Places::default(), &reporter)
                 .and_then(|built| built.boot(&config, &reporter));
             reporter.tell(Happening::Built(Box::new(built)));
         });

@@ -10,7 +10,7 @@ use devices::{
     hotplug, pci, power,
 };
 use hypervisor::arch::CpuId;
-use hypervisor::{ClockState, IrqRoutes, Kvm, KvmError, Vcpu, Vm};
+use hypervisor::{ClockState, IrqRoutes, Kvm, KvmError, StandingClock, Vcpu, Vm};
 use memory::{
     DeviceOps, ListenerHandle, MemoryListener, RamBlock, RamConfig, RamSlice, SpaceKind, Topology,
     Transaction,
@@ -28,7 +28,7 @@ use crate::open::{ConsoleEnd, Control, Opened};
 use crate::pci::{PciHost, SharedTopology};
 use crate::run_control::{NotParked, RunControl, Want};
 use crate::vcpu::VcpuThread;
-use crate::virtio::Devices;
+use crate::virtio::{Devices, Places};
 
 /// How long vCPUs may take to leave the guest. They take microseconds; only a device that blocks
 /// makes them take longer.
@@ -45,17 +45,18 @@ pub(crate) struct Host {
 }
 
 /// What makes up a machine, but for its vCPUs.
-struct Parts {
+pub(crate) struct Parts {
     // The order of the fields is the order of their end: first devices let go of the guest's
     // memory, then nobody is told of the map any more, then the VM goes, then the map and with it
     // the RAM.
-    devices: Devices,
+    pub(crate) devices: Devices,
     _listeners: Vec<ListenerHandle>,
-    vm: Vm,
-    topology: SharedTopology,
-    serial: Option<Arc<Serial>>,
-    power: Arc<PowerBlock>,
-    hotplug: Arc<HotplugBlock>,
+    pub(crate) vm: Vm,
+    pub(crate) topology: SharedTopology,
+    pub(crate) ram: Arc<RamBlock>,
+    pub(crate) serial: Option<Arc<Serial>>,
+    pub(crate) power: Arc<PowerBlock>,
+    pub(crate) hotplug: Arc<HotplugBlock>,
 }
 
 /// A machine with all its parts, and nothing to boot.
@@ -67,11 +68,13 @@ pub(crate) struct Built {
 
 /// A machine that has booted; its vCPUs run, or are parked.
 pub(crate) struct Active {
-    parts: Parts,
-    control: Arc<RunControl>,
-    vcpus: Vec<VcpuThread>,
+    pub(crate) parts: Parts,
+    pub(crate) control: Arc<RunControl>,
+    pub(crate) vcpus: Vec<VcpuThread>,
     /// The guest's clock at the last pause.
-    clock: Option<ClockState>,
+    pub(crate) clock: Option<ClockState>,
+    /// The vCPUs' clocks, of a machine that was loaded.
+    pub(crate) standing: Vec<StandingClock>,
 }
 
 impl Built {
@@ -81,6 +84,7 @@ impl Built {
         host: &Host,
         config: &VmConfig,
         outputs: Outputs,
+        places: &Places,
         reporter: &Reporter,
     ) -> Result<Self, BuildError> {
         let bits = cpu::phys_bits(&host.cpuid, config.cpus.max_phys_bits);
@@ -114,8 +118,9 @@ impl Built {
                 output,
                 on_room: Box::new(move || to.tell(Happening::Room(Port::Console))),
             });
+            let workers = &host.workers;
             let devices =
-                Devices::build(host_bridge, tx, config, console, &host.workers, reporter)?;
+                Devices::build(host_bridge, tx, config, console, workers, places, reporter)?;
             Ok((serial, power, hotplug, devices))
         };
         let (serial, power, hotplug, devices) = topology.lock().transaction(build)?;
@@ -124,6 +129,7 @@ impl Built {
             _listeners: listeners,
             vm,
             topology,
+            ram,
             serial,
             power,
             hotplug,
@@ -146,12 +152,30 @@ impl Built {
         if let Some(first) = self.vcpus.first() {
             cpu::enter(first, &view, &entry)?;
         }
+        self.start(config, reporter)
+    }
+
+    /// A machine for a guest that comes from elsewhere: its vCPUs are parked, and it has nothing to
+    /// run until it is loaded.
+    pub(crate) fn expect_guest(
+        self,
+        config: &VmConfig,
+        reporter: &Reporter,
+    ) -> Result<Active, BuildError> {
+        let active = self.start(config, reporter)?;
+        active.parts.devices.pause();
+        Ok(active)
+    }
+
+    /// Starts the vCPUs' threads, which are parked.
+    fn start(self, config: &VmConfig, reporter: &Reporter) -> Result<Active, BuildError> {
         let control = Arc::new(RunControl::new(self.vcpus.len()));
         let mut active = Active {
             parts: self.parts,
             control,
             vcpus: Vec::new(),
             clock: None,
+            standing: Vec::new(),
         };
         for vcpu in self.vcpus {
             let affinity = config.cpus.affinity.iter().flatten();
@@ -339,7 +363,7 @@ impl Active {
             .parts
             .topology
             .lock()
-            .transaction(|tx| devices.plug(tx, opened, reporter));
+            .transaction(|tx| devices.plug(tx, opened, None, reporter));
         if let Err(error) = plugged {
             devices.forget(&id);
             return Err(error);

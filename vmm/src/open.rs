@@ -40,6 +40,15 @@ pub(crate) enum Control {
     Console(ConsoleHandle),
 }
 
+/// Who has what only one machine may have at a time: locks of images, paths of sockets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Whose {
+    /// The machine that is being built.
+    Ours,
+    /// Another machine, from which the guest moves here: devices take over when it has.
+    Theirs,
+}
+
 /// Where a console's output goes, and who hears that there is room for input.
 pub(crate) struct ConsoleEnd {
     pub(crate) output: Box<dyn Write + Send>,
@@ -52,16 +61,17 @@ pub(crate) fn all(
     config: &VmConfig,
     console: Option<ConsoleEnd>,
     workers: &Workers,
+    whose: Whose,
 ) -> Result<Vec<Opened>, BuildError> {
     let mut all = Vec::new();
     for new in config.disks.iter().flatten() {
-        all.push(disk(new, workers)?);
+        all.push(disk(new, workers, whose)?);
     }
     for new in config.net.iter().flatten() {
         all.push(net(new, workers)?);
     }
     if let Some(new) = &config.vsock {
-        all.push(vsock(new, workers)?);
+        all.push(vsock(new, workers, whose)?);
     }
     if let Some(new) = &config.balloon {
         all.push(balloon(new, workers));
@@ -82,9 +92,9 @@ pub(crate) fn all(
 /// A device that comes later, and has a name.
 pub(crate) fn one(new: &NewDevice, workers: &Workers) -> Result<Opened, BuildError> {
     match new {
-        NewDevice::Disk(new) => disk(new, workers),
+        NewDevice::Disk(new) => disk(new, workers, Whose::Ours),
         NewDevice::Net(new) => net(new, workers),
-        NewDevice::Vsock(new) => vsock(new, workers),
+        NewDevice::Vsock(new) => vsock(new, workers, Whose::Ours),
     }
 }
 
@@ -101,8 +111,12 @@ fn rng(config: &RngConfig, workers: &Workers) -> Result<Opened, BuildError> {
     })
 }
 
-fn vsock(new: &VsockConfig, workers: &Workers) -> Result<Opened, BuildError> {
-    let device = Vsock::new(new.cid, Path::new(&new.socket), workers.clone())?;
+fn vsock(new: &VsockConfig, workers: &Workers, whose: Whose) -> Result<Opened, BuildError> {
+    let (path, workers) = (Path::new(&new.socket), workers.clone());
+    let device = match whose {
+        Whose::Ours => Vsock::new(new.cid, path, workers)?,
+        Whose::Theirs => Vsock::incoming(new.cid, path, workers)?,
+    };
     Ok(Opened {
         id: name(new.id.as_ref()),
         device: Box::new(device),
@@ -124,7 +138,7 @@ fn balloon(new: &spec::BalloonConfig, workers: &Workers) -> Opened {
     }
 }
 
-fn disk(disk: &DiskConfig, workers: &Workers) -> Result<Opened, BuildError> {
+fn disk(disk: &DiskConfig, workers: &Workers, whose: Whose) -> Result<Opened, BuildError> {
     let id = name(disk.id.as_ref());
     let config = BlockConfig {
         // Validation has seen to it that there is one.
@@ -145,6 +159,7 @@ fn disk(disk: &DiskConfig, workers: &Workers) -> Result<Opened, BuildError> {
             LockGranularity::ByteRange => LockMode::ByteRange,
             LockGranularity::Full => LockMode::Full,
         },
+        is_incoming: whose == Whose::Theirs,
         limits: rate_limits(disk.rate_limiter_config.as_ref()),
     };
     let (device, handle) = Block::new(&config, workers.clone())?;

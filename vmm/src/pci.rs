@@ -52,15 +52,20 @@ impl PciHost {
         &self.bus
     }
 
-    /// Puts a device in the first free slot, as part of a change of the map.
+    /// Puts a device in this slot, or the first that is free, as part of a change of the map.
     pub(crate) fn plug(
         &mut self,
         tx: &mut Transaction<'_>,
         id: &str,
         device: Box<dyn VirtioDevice>,
+        slot: Option<u8>,
         reporter: &Reporter,
     ) -> Result<Plugged, BuildError> {
-        let bdf = self.bus.free_slot()?;
+        let wanted = slot.and_then(|slot| Bdf::new(slot, 0));
+        let bdf = match wanted.filter(|bdf| self.bus.is_free(*bdf)) {
+            Some(bdf) => bdf,
+            None => self.bus.free_slot()?,
+        };
         let vectors = self.routes.vectors(vectors(&*device))?;
         let bar = self.window.allocate(BAR_LEN)?;
         let (to, name) = (reporter.clone(), id.to_owned());

@@ -15,10 +15,10 @@
 //! No wake-up is lost: the wish is stored before the kick, and the kick makes the next or the
 //! present `KVM_RUN` return.
 
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 /// What the driver wants of the vCPU threads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +36,8 @@ pub(crate) enum Want {
 pub(crate) struct RunControl {
     want: AtomicU8,
     running: Mutex<usize>,
+    /// Counts the calls of [`Self::nudge`].
+    nudges: AtomicU64,
     changed: Condvar,
 }
 
@@ -53,6 +55,7 @@ impl RunControl {
         Self {
             want: AtomicU8::new(Want::Park as u8),
             running: Mutex::new(threads),
+            nudges: AtomicU64::new(0),
             changed: Condvar::new(),
         }
     }
@@ -76,29 +79,44 @@ impl RunControl {
         self.changed.notify_all();
     }
 
-    /// Called by a vCPU thread that is out of the guest: counts it as parked until the driver
-    /// wants it to run (then it counts as running again) or to end.
-    pub(crate) fn park(&self) -> Want {
-        let mut running = self.running.lock();
-        *running -= 1;
+    /// Has parked threads look for work.
+    pub(crate) fn nudge(&self) {
+        let _running = self.running.lock();
+        self.nudges.fetch_add(1, Ordering::Relaxed);
         self.changed.notify_all();
-        self.changed
-            .wait_while(&mut running, |_| self.wanted() == Want::Park);
-        let want = self.wanted();
-        if want == Want::Run {
-            *running += 1;
-        }
-        want
+    }
+
+    /// Called by a vCPU thread that is out of the guest: counts it as parked until the driver
+    /// wants it to run (then it counts as running again) or to end. While it is parked it does
+    /// `work`, at first and after each nudge.
+    pub(crate) fn park(&self, work: impl FnMut()) -> Want {
+        self.rest(work, |want| want != Want::Park)
     }
 
     /// Called by a vCPU thread whose guest cannot go on: counts it as parked and waits for the
     /// end.
-    pub(crate) fn park_for_good(&self) {
+    pub(crate) fn park_for_good(&self, work: impl FnMut()) {
+        self.rest(work, |want| want == Want::End);
+    }
+
+    fn rest(&self, mut work: impl FnMut(), is_over: impl Fn(Want) -> bool) -> Want {
         let mut running = self.running.lock();
         *running -= 1;
         self.changed.notify_all();
-        self.changed
-            .wait_while(&mut running, |_| self.wanted() != Want::End);
+        loop {
+            let nudges = self.nudges.load(Ordering::Relaxed);
+            MutexGuard::unlocked(&mut running, &mut work);
+            self.changed.wait_while(&mut running, |_| {
+                !is_over(self.wanted()) && self.nudges.load(Ordering::Relaxed) == nudges
+            });
+            let want = self.wanted();
+            if is_over(want) {
+                if want == Want::Run {
+                    *running += 1;
+                }
+                return want;
+            }
+        }
     }
 
     /// Waits until every thread is parked or has ended.
@@ -135,7 +153,7 @@ mod tests {
     fn spinner(control: &Arc<RunControl>, work: &Arc<AtomicU64>) -> thread::JoinHandle<()> {
         let (control, work) = (Arc::clone(control), Arc::clone(work));
         thread::spawn(move || {
-            while control.park() == Want::Run {
+            while control.park(|| {}) == Want::Run {
                 while control.wanted() == Want::Run {
                     work.fetch_add(1, Ordering::Relaxed);
                     thread::yield_now();
@@ -165,6 +183,25 @@ mod tests {
         }
         control.want(Want::Run);
         assert_eq!(control.wanted(), Want::End);
+    }
+
+    #[test]
+    fn who_is_parked_does_what_it_is_nudged_for() {
+        let control = Arc::new(RunControl::new(1));
+        let (orders, inbox) = std::sync::mpsc::channel::<u64>();
+        let (done, answers) = std::sync::mpsc::channel();
+        let shared = Arc::clone(&control);
+        let thread = thread::spawn(move || {
+            let work = || inbox.try_iter().for_each(|order| done.send(order).unwrap());
+            shared.park(work)
+        });
+        for order in 0..1000 {
+            orders.send(order).unwrap();
+            control.nudge();
+            assert_eq!(answers.recv_timeout(PATIENCE).unwrap(), order);
+        }
+        control.want(Want::End);
+        assert_eq!(thread.join().unwrap(), Want::End);
     }
 
     #[test]

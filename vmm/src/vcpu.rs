@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{Builder, JoinHandle};
 use std::time::Instant;
 
@@ -17,8 +18,12 @@ use crate::run_control::{RunControl, Want};
 pub(crate) struct VcpuThread {
     kicker: Kicker,
     nmi: Arc<AtomicBool>,
+    jobs: Sender<Job>,
     thread: JoinHandle<()>,
 }
+
+/// What is done to a vCPU on its own thread, while it is parked.
+type Job = Box<dyn FnOnce(&mut Vcpu) + Send>;
 
 impl VcpuThread {
     /// Starts the thread, which parks before it runs anything.
@@ -35,19 +40,37 @@ impl VcpuThread {
             io: CachedView::new(topology.space(SpaceKind::PortIo)),
         };
         let (control, nmi_wanted) = (Arc::clone(control), Arc::clone(&nmi));
+        let (jobs, inbox) = channel();
         let thread = Builder::new()
             .name(format!("vcpu-{}", vcpu.index()))
             .spawn(move || {
                 if let Some(cpus) = host_cpus {
                     bind(&cpus);
                 }
-                run(vcpu, bus, &control, &reporter, &nmi_wanted);
+                run(vcpu, bus, &control, &reporter, &nmi_wanted, &inbox);
             })?;
         Ok(Self {
             kicker,
             nmi,
+            jobs,
             thread,
         })
+    }
+
+    /// Has something done to the vCPU, which is parked, on its own thread. The answer comes by the
+    /// channel, which ends without one when the thread has. The caller nudges the threads next.
+    pub(crate) fn ask<R: Send + 'static>(
+        &self,
+        job: impl FnOnce(&mut Vcpu) -> R + Send + 'static,
+    ) -> Receiver<R> {
+        let (answer, answers) = channel();
+        let job = move |vcpu: &mut Vcpu| {
+            // Whoever asked may have gone.
+            let _ = answer.send(job(vcpu));
+        };
+        // A thread that has ended drops the job, and with it the other end of the channel.
+        let _ = self.jobs.send(Box::new(job));
+        answers
     }
 
     /// Gets the vCPU out of the guest, to see what is wanted.
@@ -79,10 +102,17 @@ fn bind(cpus: &[usize]) {
     }
 }
 
-fn run(mut vcpu: Vcpu, mut bus: Bus, control: &RunControl, reporter: &Reporter, nmi: &AtomicBool) {
+fn run(
+    mut vcpu: Vcpu,
+    mut bus: Bus,
+    control: &RunControl,
+    reporter: &Reporter,
+    nmi: &AtomicBool,
+    jobs: &Receiver<Job>,
+) {
     let mut first = vcpu.index() == 0;
     loop {
-        match control.park() {
+        match control.park(|| jobs.try_iter().for_each(|job| job(&mut vcpu))) {
             Want::End => return,
             Want::Park => continue,
             Want::Run => vcpu.forgive_stop(),
@@ -92,7 +122,7 @@ fn run(mut vcpu: Vcpu, mut bus: Bus, control: &RunControl, reporter: &Reporter, 
         }
         if let Some(failure) = run_until_wanted(&mut vcpu, &mut bus, control, nmi) {
             reporter.tell(Happening::Failed(failure));
-            control.park_for_good();
+            control.park_for_good(|| jobs.try_iter().for_each(|job| job(&mut vcpu)));
             return;
         }
     }

@@ -7,11 +7,12 @@ use std::sync::atomic::AtomicU64;
 use devices::pci::Bdf;
 use memory::Transaction;
 use spec::{DeviceNode, DeviceState, VmConfig};
-use virtio_devices::Workers;
+use state::{Load as _, LoadError, Save as _, SaveError, Store, Writer};
+use virtio_devices::{DeviceError, Workers};
 
 use crate::driver::Reporter;
 use crate::failure::BuildError;
-use crate::open::{self, ConsoleEnd, Control, Opened};
+use crate::open::{self, ConsoleEnd, Control, Opened, Whose};
 use crate::pci::{PciHost, Plugged, SharedTopology};
 
 /// A device in its slot.
@@ -19,6 +20,23 @@ struct Entry {
     plugged: Plugged,
     control: Control,
     state: DeviceState,
+}
+
+/// Where a machine's devices are to be, and whose what they stand on is.
+#[derive(Clone, Debug)]
+pub(crate) struct Places {
+    /// Slots by the devices' names; for those that are not in it, the first that are free.
+    pub(crate) slots: BTreeMap<String, u8>,
+    pub(crate) whose: Whose,
+}
+
+impl Default for Places {
+    fn default() -> Self {
+        Self {
+            slots: BTreeMap::new(),
+            whose: Whose::Ours,
+        }
+    }
 }
 
 /// The devices on a machine's PCI bus.
@@ -35,23 +53,26 @@ impl Devices {
         config: &VmConfig,
         console: Option<ConsoleEnd>,
         workers: &Workers,
+        places: &Places,
         reporter: &Reporter,
     ) -> Result<Self, BuildError> {
         let mut devices = Self {
             host,
             entries: BTreeMap::new(),
         };
-        for opened in open::all(config, console, workers)? {
-            devices.plug(tx, opened, reporter)?;
+        for opened in open::all(config, console, workers, places.whose)? {
+            let slot = places.slots.get(&opened.id).copied();
+            devices.plug(tx, opened, slot, reporter)?;
         }
         Ok(devices)
     }
 
-    /// Puts a device in the first free slot, as part of a change of the map.
+    /// Puts a device in this slot, or the first that is free, as part of a change of the map.
     pub(crate) fn plug(
         &mut self,
         tx: &mut Transaction<'_>,
         opened: Opened,
+        slot: Option<u8>,
         reporter: &Reporter,
     ) -> Result<(), BuildError> {
         let Opened {
@@ -59,7 +80,7 @@ impl Devices {
             device,
             control,
         } = opened;
-        let plugged = self.host.plug(tx, &id, device, reporter)?;
+        let plugged = self.host.plug(tx, &id, device, slot, reporter)?;
         let entry = Entry {
             plugged,
             control,
@@ -145,6 +166,53 @@ impl Devices {
     /// Where a device is.
     pub(crate) fn place(&self, id: &str) -> Option<Bdf> {
         self.entries.get(id).map(|entry| entry.plugged.bdf)
+    }
+
+    /// The slots of all devices.
+    pub(crate) fn slots(&self) -> BTreeMap<String, u8> {
+        let slot = |(id, entry): (&String, &Entry)| (id.clone(), entry.plugged.bdf.device());
+        self.entries.iter().map(slot).collect()
+    }
+
+    /// Each device lets go of what only one machine may have. They are paused.
+    pub(crate) fn hand_over(&self) -> Result<(), DeviceError> {
+        let mut all = self.entries.values();
+        all.try_for_each(|entry| entry.plugged.device.hand_over())
+    }
+
+    /// Each device takes what only one machine may have. They are paused.
+    pub(crate) fn take_over(&self) -> Result<(), DeviceError> {
+        let mut all = self.entries.values();
+        all.try_for_each(|entry| entry.plugged.device.take_over())
+    }
+
+    /// For devices that were loaded, and resumed: an interrupt too many is better than one too few.
+    pub(crate) fn repeat_interrupts(&self) {
+        let all = self.entries.values();
+        all.for_each(|entry| entry.plugged.device.repeat_interrupts());
+    }
+
+    pub(crate) fn save(&self, to: &mut Writer) -> Result<(), SaveError> {
+        self.host.bus().save(&mut to.scope("pci")?)?;
+        for (id, entry) in &self.entries {
+            let mut scope = to.scope("devices")?;
+            entry.plugged.device.save(&mut scope.child(id)?)?;
+        }
+        Ok(())
+    }
+
+    /// Goes on from what was saved, as part of a change of the map. They are paused.
+    pub(crate) fn load(
+        &self,
+        from: &mut Store<'_>,
+        tx: &mut Transaction<'_>,
+    ) -> Result<(), LoadError> {
+        (&**self.host.bus()).load(&mut from.scope("pci")?, &mut ())?;
+        for (id, entry) in &self.entries {
+            let mut scope = from.scope("devices")?;
+            entry.plugged.device.load(&mut scope.child(id)?, tx)?;
+        }
+        Ok(())
     }
 
     /// As the API shows them.

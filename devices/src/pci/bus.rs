@@ -5,6 +5,8 @@ use std::sync::Arc;
 
 use memory::DeviceOps;
 use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+use state::{Load, LoadError, LoadScope, Save, SaveError, Saved, Scope};
 
 use super::{Bdf, ConfigSpace, ECAM_BUS_LEN, HOST_BRIDGE, Registers};
 
@@ -95,6 +97,14 @@ impl Bus {
             .ok_or(BusError::Full)
     }
 
+    /// Whether there is nothing at any function of a slot.
+    #[must_use]
+    pub fn is_free(&self, slot: Bdf) -> bool {
+        let state = self.state.lock();
+        let there = |bdf: &Bdf| bdf.device() == slot.device();
+        !state.functions.keys().any(there)
+    }
+
     /// What answers in the ECAM window of this bus.
     pub fn ecam(self: &Arc<Self>) -> Arc<dyn DeviceOps> {
         Arc::new(Ecam(Arc::clone(self)))
@@ -124,6 +134,32 @@ impl Bus {
         if let Some(function) = self.function(bdf) {
             function.write(at, data);
         }
+    }
+}
+
+/// What is saved of the bus itself: frozen.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct V1 {
+    address: u32,
+}
+
+impl Saved for V1 {
+    const VERSION: u16 = 1;
+}
+
+impl Save for Bus {
+    fn save(&self, to: &mut Scope<'_>) -> Result<(), SaveError> {
+        let address = self.state.lock().address;
+        to.put(&V1 { address })
+    }
+}
+
+impl Load for &Bus {
+    fn load(&mut self, from: &mut LoadScope<'_, '_>, _: &mut ()) -> Result<(), LoadError> {
+        let V1 { address } = from.take()?;
+        self.state.lock().address = address;
+        Ok(())
     }
 }
 

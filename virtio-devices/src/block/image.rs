@@ -87,6 +87,7 @@ pub(super) struct Image {
     lock: File,
     lock_mode: LockMode,
     direct: bool,
+    backing_files: bool,
 }
 
 pub(super) enum Kind {
@@ -103,6 +104,8 @@ pub(super) struct Opening<'a> {
     pub(super) format: Option<ImageFormat>,
     pub(super) backing_files: bool,
     pub(super) lock: LockMode,
+    /// Somebody else has it still; [`Image::take_over`] comes later.
+    pub(super) is_incoming: bool,
 }
 
 impl Image {
@@ -123,7 +126,9 @@ impl Image {
         };
         options.custom_flags(direct | libc::O_CLOEXEC);
         let file = options.open(&path).map_err(failed)?;
-        lock::take(&file, &path, how.readonly, how.lock)?;
+        if !how.is_incoming {
+            lock::take(&file, &path, how.readonly, how.lock)?;
+        }
         let kind = match format {
             ImageFormat::Raw => Kind::Raw(file.try_clone().map_err(failed)?),
             ImageFormat::Qcow2 => Kind::Qcow2(Box::new(RwLock::new(open_qcow2(how)?))),
@@ -135,6 +140,7 @@ impl Image {
             lock: file,
             lock_mode: how.lock,
             direct: how.direct,
+            backing_files: how.backing_files,
         };
         let size = image.size().map_err(failed)?;
         if size == 0 || !size.is_multiple_of(SECTOR) {
@@ -176,14 +182,33 @@ impl Image {
         }
     }
 
-    /// Lets another process take the image over.
-    pub(super) fn release_lock(&self) {
+    /// Lets another machine take the image over, with all that was written to it. Nothing is in
+    /// flight.
+    pub(super) fn hand_over(&self) -> io::Result<()> {
+        if !self.readonly {
+            self.flush()?;
+        }
         lock::release(&self.lock);
+        Ok(())
     }
 
-    /// Takes the image back.
-    pub(super) fn take_lock(&self) -> Result<(), LockError> {
-        lock::take(&self.lock, &self.path, self.readonly, self.lock_mode)
+    /// Takes the image, as it was left by whoever had it. Nothing is in flight.
+    pub(super) fn take_over(&self) -> Result<(), ImageError> {
+        lock::take(&self.lock, &self.path, self.readonly, self.lock_mode)?;
+        if let Kind::Qcow2(image) = &self.kind {
+            // What it knew of the image's tables may be wrong by now.
+            let opened = open_qcow2(&Opening {
+                path: &self.path,
+                readonly: self.readonly,
+                direct: self.direct,
+                format: Some(ImageFormat::Qcow2),
+                backing_files: self.backing_files,
+                lock: self.lock_mode,
+                is_incoming: false,
+            })?;
+            *image.write() = opened;
+        }
+        Ok(())
     }
 
     pub(super) fn read_at(&self, data: &mut [u8], offset: u64) -> io::Result<()> {

@@ -28,7 +28,7 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_WRITE_ZEROES,
 };
 
-use self::image::{Image, Kind, Opening, SECTOR};
+use self::image::{Image, Kind, Opening, SECTOR, contained};
 pub use self::image::{ImageError, ImageFormat};
 pub use self::lock::{LockError, LockMode};
 use self::request::Op;
@@ -70,6 +70,8 @@ pub struct BlockConfig {
     pub sparse: bool,
     /// What of the image is locked.
     pub lock: LockMode,
+    /// The guest is still elsewhere, and so is the lock.
+    pub is_incoming: bool,
     /// Limits of each queue.
     pub limits: RateLimits,
 }
@@ -141,6 +143,7 @@ impl Block {
             format: config.format,
             backing_files: config.backing_files,
             lock: config.lock,
+            is_incoming: config.is_incoming,
         })?;
         let capacity = image.size().map_err(|source| ImageError::Open {
             path: config.path.clone(),
@@ -283,6 +286,24 @@ impl VirtioDevice for Block {
         self.flushes = false;
     }
 
+    fn hand_over(&mut self) -> Result<(), DeviceError> {
+        let image = &self.shared.image;
+        contained(|| image.hand_over()).map_err(DeviceError::host("make a disk's image durable"))
+    }
+
+    fn take_over(&mut self) -> Result<(), DeviceError> {
+        let taken = |error: ImageError| DeviceError::Taken(error.to_string());
+        self.shared.image.take_over().map_err(taken)?;
+        let capacity = self.shared.image.size();
+        let capacity = capacity.map_err(DeviceError::host("tell the size of an image"))?;
+        if self.shared.capacity.swap(capacity, Ordering::AcqRel) != capacity
+            && let Some(transport) = &*self.shared.transport.lock()
+        {
+            transport.config_changed();
+        }
+        Ok(())
+    }
+
     fn save(&self, to: &mut Scope<'_>) -> Result<(), SaveError> {
         to.put(&saved::V1 {
             capacity: self.shared.capacity.load(Ordering::Acquire),
@@ -347,19 +368,6 @@ impl BlockHandle {
             transport.config_changed();
         }
         Ok(())
-    }
-
-    /// Lets another process use the image: it is another's now to write.
-    pub fn release_lock(&self) {
-        self.shared.image.release_lock();
-    }
-
-    /// Takes the image back.
-    ///
-    /// # Errors
-    /// When somebody uses it.
-    pub fn take_lock(&self) -> Result<(), LockError> {
-        self.shared.image.take_lock()
     }
 }
 

@@ -106,6 +106,25 @@ impl Function {
         state.device = Box::new(Gone(self.id));
     }
 
+    pub(super) fn hand_over(&self) -> Result<(), DeviceError> {
+        self.state.lock().device.hand_over()
+    }
+
+    pub(super) fn take_over(&self) -> Result<(), DeviceError> {
+        self.state.lock().device.take_over()
+    }
+
+    /// Interrupts the driver for each queue, as it may for nothing: what was raised where the
+    /// device was saved may not have reached the guest.
+    pub(super) fn repeat_interrupts(&self) {
+        let state = self.state.lock();
+        if state.common.driver_ok() && !self.transport.is_broken() {
+            let queues = (0..).zip(state.common.queues());
+            let enabled = queues.filter(|(_, queue)| queue.enabled);
+            enabled.for_each(|(index, _)| self.transport.used(index));
+        }
+    }
+
     pub(super) fn counters(&self) -> Vec<(&'static str, u64)> {
         self.state.lock().device.counters()
     }

@@ -205,6 +205,29 @@ impl VirtioPci {
         self.endpoint.reset();
     }
 
+    /// Lets go of what only one machine may have at a time: the guest moves to another. It is
+    /// paused.
+    ///
+    /// # Errors
+    /// When the host refuses what must be done before.
+    pub fn hand_over(&self) -> Result<(), DeviceError> {
+        self.function.hand_over()
+    }
+
+    /// Takes what only one machine may have at a time. It is paused.
+    ///
+    /// # Errors
+    /// When somebody else has it.
+    pub fn take_over(&self) -> Result<(), DeviceError> {
+        self.function.take_over()
+    }
+
+    /// Interrupts the driver for each queue, whether there is news or not: for a device that was
+    /// loaded, and resumed.
+    pub fn repeat_interrupts(&self) {
+        self.function.repeat_interrupts();
+    }
+
     /// What it counts.
     #[must_use]
     pub fn counters(&self) -> Vec<(&'static str, u64)> {

@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use devices::Listening;
 use state::{LoadError, LoadScope, SaveError, Scope};
 
 use self::muxer::Muxer;
@@ -58,7 +59,7 @@ enum Task {
 /// A vsock device.
 pub struct Vsock {
     cid: u64,
-    path: PathBuf,
+    socket: Listening,
     listener: Arc<UnixListener>,
     workers: Workers,
     transport: Option<Arc<Transport>>,
@@ -73,15 +74,35 @@ impl Vsock {
     /// # Errors
     /// When the socket cannot be made.
     pub fn new(cid: u64, path: &Path, workers: Workers) -> Result<Self, VsockError> {
-        let listener = devices::bind_socket(path).map_err(|source| VsockError {
+        Self::on(cid, Listening::bind(path), path, workers)
+    }
+
+    /// As [`Vsock::new`], for a guest that is still elsewhere: whoever has the path keeps it until
+    /// the device takes over.
+    ///
+    /// # Errors
+    /// When the socket cannot be made.
+    pub fn incoming(cid: u64, path: &Path, workers: Workers) -> Result<Self, VsockError> {
+        Self::on(cid, Listening::bind_beside(path), path, workers)
+    }
+
+    fn on(
+        cid: u64,
+        bound: io::Result<Listening>,
+        path: &Path,
+        workers: Workers,
+    ) -> Result<Self, VsockError> {
+        let refused = |source| VsockError {
             path: path.to_owned(),
             source,
-        })?;
+        };
+        let socket = bound.map_err(refused)?;
+        let listener = socket.listener().try_clone().map_err(refused)?;
         let (listener, counters) = (Arc::new(listener), Arc::<Counters>::default());
         let muxer = Muxer::new(cid, path, Arc::clone(&listener), Arc::clone(&counters));
         Ok(Self {
             cid,
-            path: path.to_owned(),
+            socket,
             listener,
             workers,
             transport: None,
@@ -93,7 +114,7 @@ impl Vsock {
     /// A muxer in which no connection is.
     fn fresh(&self) -> Box<Muxer> {
         let (listener, counters) = (Arc::clone(&self.listener), Arc::clone(&self.counters));
-        Box::new(Muxer::new(self.cid, &self.path, listener, counters))
+        Box::new(Muxer::new(self.cid, self.socket.path(), listener, counters))
     }
 
     /// The muxer, taken from its loop if it has no queue any more.
@@ -185,6 +206,11 @@ impl VirtioDevice for Vsock {
         }
     }
 
+    fn take_over(&mut self) -> Result<(), DeviceError> {
+        let taken = self.socket.take_over();
+        taken.map_err(DeviceError::host("give a vsock device's socket its path"))
+    }
+
     fn save(&self, to: &mut Scope<'_>) -> Result<(), SaveError> {
         to.put(&saved::V1 { cid: self.cid })
     }
@@ -209,11 +235,5 @@ impl VirtioDevice for Vsock {
             ("tx_packets", get(&self.counters.tx_packets)),
             ("tx_bytes", get(&self.counters.tx_bytes)),
         ]
-    }
-}
-
-impl Drop for Vsock {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
     }
 }
