@@ -1,0 +1,206 @@
+//! What each side writes down of a hand-over, so that it is known after a crash.
+//!
+//! One file a migration and side, in the service's state directory; a line of JSON a step. The first
+//! is made durable before the guest stops; later ones need not be, to be there after the death of
+//! the process, and after that of the host the first tells that the host was another then.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+/// A side.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Side {
+    /// From where the guest moves.
+    Source,
+    /// Where it moves to.
+    Destination,
+}
+
+/// A step of a hand-over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Step {
+    /// It has begun.
+    Prepare,
+    /// The destination could let the guest run. (Destination.)
+    Ready,
+    /// The guest is given away: from now on it does not go on at the source. (Source.)
+    Commit,
+    /// The guest goes on at the destination. (Both: the source when it hears of it.)
+    Running,
+    /// The guest stays at the source, and never ran at the destination.
+    Aborted,
+}
+
+/// A line.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// What happened.
+    pub step: Step,
+    /// When, in milliseconds since 1970.
+    pub time_ms: u64,
+    /// Of which VM.
+    pub vm: String,
+    /// The boot of the host in which it happened.
+    pub boot: String,
+}
+
+/// Where steps are written down.
+pub trait Journal: Send {
+    /// Writes a step down. [`Step::Prepare`] is durable on return.
+    ///
+    /// # Errors
+    /// When it cannot be written; then the step must not be taken.
+    fn record(&mut self, step: Step) -> io::Result<()>;
+}
+
+/// In a file.
+#[derive(Debug)]
+pub struct FileJournal {
+    file: File,
+    vm: String,
+    boot: String,
+}
+
+fn path(dir: &Path, migration: Uuid, side: Side) -> PathBuf {
+    let side = match side {
+        Side::Source => "source",
+        Side::Destination => "destination",
+    };
+    dir.join(format!("{migration}.{side}.journal"))
+}
+
+fn boot_id() -> String {
+    let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    id.trim().to_owned()
+}
+
+impl FileJournal {
+    /// Begins one in `dir`, which is made if need be.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn create(dir: &Path, migration: Uuid, side: Side, vm: &str) -> io::Result<Self> {
+        fs::create_dir_all(dir)?;
+        let file = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(path(dir, migration, side))?;
+        File::open(dir)?.sync_all()?;
+        Ok(Self {
+            file,
+            vm: vm.to_owned(),
+            boot: boot_id(),
+        })
+    }
+
+    /// All that are in `dir`: each side of each migration, with its steps. A line that was cut short
+    /// by a crash, and what follows it, is left out.
+    ///
+    /// # Errors
+    /// When the directory cannot be read.
+    pub fn list(dir: &Path) -> io::Result<Vec<(Uuid, Side, Vec<Entry>)>> {
+        let mut found = Vec::new();
+        let files = match fs::read_dir(dir) {
+            Ok(files) => files,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(found),
+            Err(error) => return Err(error),
+        };
+        for file in files {
+            let name = file?.file_name();
+            let name = name.to_string_lossy();
+            let mut parts = name.split('.');
+            let id = parts.next().and_then(|id| id.parse().ok());
+            let side = match parts.next() {
+                Some("source") => Side::Source,
+                Some("destination") => Side::Destination,
+                _ => continue,
+            };
+            let Some(id) = id else { continue };
+            let text = fs::read_to_string(path(dir, id, side))?;
+            let lines = text.split_inclusive('\n');
+            let entries = lines.map_while(|line| serde_json::from_str(line).ok());
+            found.push((id, side, entries.collect()));
+        }
+        Ok(found)
+    }
+
+    /// Forgets one that is over.
+    ///
+    /// # Errors
+    /// When it cannot be removed.
+    pub fn remove(dir: &Path, migration: Uuid, side: Side) -> io::Result<()> {
+        fs::remove_file(path(dir, migration, side))
+    }
+
+    /// Whether the host has been started anew since these steps.
+    #[must_use]
+    pub fn is_of_an_earlier_boot(entries: &[Entry]) -> bool {
+        let now = boot_id();
+        entries.iter().any(|entry| entry.boot != now)
+    }
+}
+
+impl Journal for FileJournal {
+    fn record(&mut self, step: Step) -> io::Result<()> {
+        let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH);
+        let entry = Entry {
+            step,
+            time_ms: u64::try_from(since_1970.unwrap_or_default().as_millis()).unwrap_or(u64::MAX),
+            vm: self.vm.clone(),
+            boot: self.boot.clone(),
+        };
+        let mut line = serde_json::to_vec(&entry)?;
+        line.push(b'\n');
+        self.file.write_all(&line)?;
+        if step == Step::Prepare {
+            self.file.sync_all()?;
+        }
+        Ok(())
+    }
+}
+
+/// Nowhere: for hand-overs whose outcome nobody will ask for.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NoJournal;
+
+impl Journal for NoJournal {
+    fn record(&mut self, _: Step) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_are_there_after_a_crash_and_a_line_cut_short_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().join("migrations");
+        assert!(FileJournal::list(&dir).unwrap().is_empty());
+        let id = Uuid::from_u128(7);
+        let mut journal = FileJournal::create(&dir, id, Side::Source, "vm").unwrap();
+        journal.record(Step::Prepare).unwrap();
+        journal.record(Step::Commit).unwrap();
+        journal.file.write_all(b"{\"step\":\"runn").unwrap();
+        let listed = FileJournal::list(&dir).unwrap();
+        let [(found, Side::Source, entries)] = &listed[..] else {
+            unreachable!("{listed:?}");
+        };
+        let steps: Vec<_> = entries.iter().map(|entry| entry.step).collect();
+        assert_eq!(
+            (*found, &steps[..]),
+            (id, &[Step::Prepare, Step::Commit][..])
+        );
+        assert!(!FileJournal::is_of_an_earlier_boot(entries));
+        FileJournal::remove(&dir, id, Side::Source).unwrap();
+        assert!(FileJournal::list(&dir).unwrap().is_empty());
+    }
+}

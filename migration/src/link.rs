@@ -1,0 +1,309 @@
+//! Connections between two sides: unix sockets and TCP.
+
+use std::fmt;
+use std::fs;
+use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+/// How long a connection may take to be made.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
+
+/// A connection.
+pub trait Stream: Read + Write + Send {
+    /// How long a read or a write may make no progress; then it fails.
+    ///
+    /// # Errors
+    /// When the host refuses.
+    fn set_patience(&self, patience: Duration) -> io::Result<()>;
+
+    /// What ends the connection from another thread.
+    ///
+    /// # Errors
+    /// When the host refuses.
+    fn closer(&self) -> io::Result<Closer>;
+}
+
+/// Ends a connection, from any thread: whoever reads or writes it fails at once.
+pub struct Closer(Box<dyn Fn() + Send + Sync>);
+
+impl Closer {
+    /// What ends a connection by calling `close`.
+    pub fn new(close: impl Fn() + Send + Sync + 'static) -> Self {
+        Self(Box::new(close))
+    }
+
+    /// Ends it.
+    pub fn close(&self) {
+        (self.0)();
+    }
+}
+
+impl fmt::Debug for Closer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Closer")
+    }
+}
+
+impl Stream for UnixStream {
+    fn set_patience(&self, patience: Duration) -> io::Result<()> {
+        self.set_read_timeout(Some(patience))?;
+        self.set_write_timeout(Some(patience))
+    }
+
+    fn closer(&self) -> io::Result<Closer> {
+        let stream = self.try_clone()?;
+        Ok(Closer::new(move || {
+            // It may have ended already.
+            let _ = stream.shutdown(std::net::Shutdown::Both);
+        }))
+    }
+}
+
+impl Stream for TcpStream {
+    fn set_patience(&self, patience: Duration) -> io::Result<()> {
+        self.set_read_timeout(Some(patience))?;
+        self.set_write_timeout(Some(patience))
+    }
+
+    fn closer(&self) -> io::Result<Closer> {
+        let stream = self.try_clone()?;
+        Ok(Closer::new(move || {
+            let _ = stream.shutdown(std::net::Shutdown::Both);
+        }))
+    }
+}
+
+/// Makes connections to the other side.
+pub trait Dial: Send + Sync {
+    /// A new connection.
+    ///
+    /// # Errors
+    /// When the other side cannot be reached.
+    fn dial(&self) -> io::Result<Box<dyn Stream>>;
+}
+
+/// Takes connections from the other side.
+pub trait Accept: Send {
+    /// The next connection; `None` when there was none for so long.
+    ///
+    /// # Errors
+    /// When no more can come.
+    fn accept(&mut self, patience: Duration) -> io::Result<Option<Box<dyn Stream>>>;
+}
+
+/// Where a side listens: `unix:PATH` or `tcp:HOST:PORT`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Endpoint {
+    /// A unix socket.
+    Unix(PathBuf),
+    /// A host and a port, as in `10.0.0.1:7000`, `[::1]:7000` or `host:7000`.
+    Tcp(String),
+}
+
+/// It is no place to listen.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is neither `unix:PATH` nor `tcp:HOST:PORT`")]
+pub struct InvalidEndpoint(String);
+
+impl FromStr for Endpoint {
+    type Err = InvalidEndpoint;
+
+    fn from_str(text: &str) -> Result<Self, InvalidEndpoint> {
+        let invalid = || InvalidEndpoint(text.to_owned());
+        match text.split_once(':') {
+            Some(("unix", path)) if !path.is_empty() => Ok(Self::Unix(path.into())),
+            Some(("tcp", place)) => {
+                // `tcp://host:port` means the same.
+                let place = place.strip_prefix("//").unwrap_or(place);
+                let (host, port) = place.rsplit_once(':').ok_or_else(invalid)?;
+                let is_port = port.parse::<u16>().is_ok();
+                (is_port && !host.is_empty())
+                    .then(|| Self::Tcp(place.to_owned()))
+                    .ok_or_else(invalid)
+            }
+            _ => Err(invalid()),
+        }
+    }
+}
+
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+            Self::Tcp(place) => write!(f, "tcp:{place}"),
+        }
+    }
+}
+
+impl Dial for Endpoint {
+    fn dial(&self) -> io::Result<Box<dyn Stream>> {
+        match self {
+            Self::Unix(path) => Ok(Box::new(UnixStream::connect(path)?)),
+            Self::Tcp(place) => {
+                let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
+                for address in place.to_socket_addrs()? {
+                    match TcpStream::connect_timeout(&address, CONNECT_PATIENCE) {
+                        Ok(stream) => {
+                            // Small messages wait for nobody.
+                            stream.set_nodelay(true)?;
+                            return Ok(Box::new(stream));
+                        }
+                        Err(error) => last = error,
+                    }
+                }
+                Err(last)
+            }
+        }
+    }
+}
+
+/// Listens for the other side. A unix socket's path goes with it.
+#[derive(Debug)]
+pub enum Listener {
+    /// On a unix socket.
+    Unix(UnixListener, PathBuf),
+    /// On a TCP port.
+    Tcp(TcpListener),
+}
+
+impl Listener {
+    /// Listens. A unix socket that nobody listens on any more is replaced.
+    ///
+    /// # Errors
+    /// When somebody else listens there, or the host refuses.
+    pub fn bind(endpoint: &Endpoint) -> io::Result<Self> {
+        match endpoint {
+            Endpoint::Unix(path) => {
+                let is_socket = path
+                    .symlink_metadata()
+                    .is_ok_and(|meta| meta.file_type().is_socket());
+                if is_socket && UnixStream::connect(path).is_err() {
+                    fs::remove_file(path)?;
+                }
+                let listener = UnixListener::bind(path)?;
+                listener.set_nonblocking(true)?;
+                Ok(Self::Unix(listener, path.clone()))
+            }
+            Endpoint::Tcp(place) => {
+                let addresses: Vec<SocketAddr> = place.to_socket_addrs()?.collect();
+                let listener = TcpListener::bind(&addresses[..])?;
+                listener.set_nonblocking(true)?;
+                Ok(Self::Tcp(listener))
+            }
+        }
+    }
+
+    /// Where it listens: with the port that the host chose where none was given.
+    ///
+    /// # Errors
+    /// When the host does not say.
+    pub fn endpoint(&self) -> io::Result<Endpoint> {
+        match self {
+            Self::Unix(_, path) => Ok(Endpoint::Unix(path.clone())),
+            Self::Tcp(listener) => Ok(Endpoint::Tcp(listener.local_addr()?.to_string())),
+        }
+    }
+}
+
+impl Accept for Listener {
+    fn accept(&mut self, patience: Duration) -> io::Result<Option<Box<dyn Stream>>> {
+        let fd = match &*self {
+            Self::Unix(listener, _) => listener.as_fd(),
+            Self::Tcp(listener) => listener.as_fd(),
+        };
+        let timeout = Timespec {
+            tv_sec: i64::try_from(patience.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: patience.subsec_nanos().into(),
+        };
+        match poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&timeout)) {
+            Ok(0) | Err(rustix::io::Errno::INTR) => return Ok(None),
+            Ok(_) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let accepted: io::Result<Box<dyn Stream>> = match self {
+            Self::Unix(listener, _) => listener.accept().and_then(|(stream, _)| {
+                stream.set_nonblocking(false)?;
+                Ok(Box::new(stream) as _)
+            }),
+            Self::Tcp(listener) => listener.accept().and_then(|(stream, _)| {
+                stream.set_nonblocking(false)?;
+                stream.set_nodelay(true)?;
+                Ok(Box::new(stream) as _)
+            }),
+        };
+        match accepted {
+            Ok(stream) => Ok(Some(stream)),
+            // It went before it was taken.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Self::Unix(_, path) = self {
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn endpoints_are_read_and_written() {
+        for text in [
+            "unix:/run/m",
+            "tcp:10.0.0.1:7000",
+            "tcp:[::1]:7000",
+            "tcp:host:1",
+        ] {
+            assert_eq!(text.parse::<Endpoint>().unwrap().to_string(), text);
+        }
+        assert_eq!("tcp://h:1".parse(), Ok(Endpoint::Tcp("h:1".to_owned())));
+        for text in [
+            "",
+            "unix:",
+            "tcp:",
+            "tcp:host",
+            "tcp:host:port",
+            "tcp::7",
+            "udp:h:1",
+            "/run/m",
+        ] {
+            assert!(text.parse::<Endpoint>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn both_kinds_connect_and_are_closed_from_elsewhere() {
+        let dir = tempfile::tempdir().unwrap();
+        let unix = Endpoint::Unix(dir.path().join("m"));
+        for endpoint in [unix, Endpoint::Tcp("127.0.0.1:0".to_owned())] {
+            let mut listener = Listener::bind(&endpoint).unwrap();
+            assert!(listener.accept(Duration::ZERO).unwrap().is_none());
+            let mut near = listener.endpoint().unwrap().dial().unwrap();
+            let mut far = listener.accept(Duration::from_secs(5)).unwrap().unwrap();
+            near.write_all(b"ping").unwrap();
+            let mut read = [0; 4];
+            far.read_exact(&mut read).unwrap();
+            assert_eq!(&read, b"ping");
+            let closer = far.closer().unwrap();
+            let reader = std::thread::spawn(move || far.read(&mut [0]).unwrap_or(0));
+            closer.close();
+            assert_eq!(reader.join().unwrap(), 0);
+        }
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+}

@@ -1,0 +1,271 @@
+//! What the two sides say to each other on the control channel, as CBOR.
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_bytes::ByteBuf;
+use uuid::Uuid;
+
+use crate::link::Stream;
+use crate::wire::{self, Kind, Reader, WireError};
+
+/// Says that it is us, and nobody who came by mistake.
+const MAGIC: &str = "whimbrel-migration";
+/// The versions of the protocol that this program speaks.
+pub(crate) const VERSIONS: (u32, u32) = (1, 1);
+
+/// What a connection is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Channel {
+    /// Messages both ways.
+    Control,
+    /// Control of a migration that lost its connection: who comes wants to know how it stands.
+    Again,
+    /// Pages, from the source to the destination.
+    Ram {
+        /// Which of them.
+        index: u16,
+    },
+    /// Pages that are waited for, from the destination to the source.
+    Faults,
+}
+
+/// The first frame on each connection, from the source.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Hello {
+    magic: String,
+    /// The least and the greatest version that it speaks.
+    versions: (u32, u32),
+    pub(crate) migration: Uuid,
+    pub(crate) channel: Channel,
+}
+
+impl Hello {
+    pub(crate) fn new(migration: Uuid, channel: Channel) -> Self {
+        Self {
+            magic: MAGIC.to_owned(),
+            versions: VERSIONS,
+            migration,
+            channel,
+        }
+    }
+
+    /// The version that both speak.
+    pub(crate) fn version(&self) -> Result<u32, Refusal> {
+        let refused = |code: &str, detail| Err(Refusal::new(code, detail));
+        if self.magic != MAGIC {
+            return refused("not-a-migration", "this is not a migration".to_owned());
+        }
+        let (least, most) = self.versions;
+        let common = most.min(VERSIONS.1);
+        if common < least.max(VERSIONS.0) {
+            let (ours_least, ours_most) = VERSIONS;
+            let detail = format!(
+                "the source speaks the versions {least} to {most} of the protocol, the destination {ours_least} to {ours_most}"
+            );
+            return refused("protocol-version", detail);
+        }
+        Ok(common)
+    }
+}
+
+/// Why one side will not: told to the users of both.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[serde(deny_unknown_fields)]
+#[error("{detail}")]
+pub struct Refusal {
+    /// Stable, for programs.
+    pub code: String,
+    /// For people.
+    pub detail: String,
+}
+
+impl Refusal {
+    /// Refuses.
+    pub fn new(code: impl Into<String>, detail: impl Into<String>) -> Self {
+        Self {
+            code: code.into(),
+            detail: detail.into(),
+        }
+    }
+}
+
+/// A block of memory, as it is agreed on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BlockInfo {
+    /// Its name.
+    pub name: String,
+    /// Its bytes.
+    pub size: u64,
+}
+
+/// What is to move.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Offer {
+    /// The VM's name.
+    pub vm: String,
+    /// The machine, in a form that is the machines' affair.
+    pub machine: ByteBuf,
+    /// Its memory.
+    pub blocks: Vec<BlockInfo>,
+    /// RAM channels that the source would like to have.
+    pub connections: u16,
+    /// Pages may come after the guest.
+    pub postcopy: bool,
+}
+
+/// From the source.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum ToDestination {
+    /// To be answered with [`ToSource::Pong`].
+    Ping(u64),
+    /// Make room for this.
+    Prepare(Box<Offer>),
+    /// A round has been sent: it ended on each RAM channel with an `End` of this number.
+    Round(u32),
+    /// A frame with saved state follows: a first guess, to be loaded now.
+    Guess,
+    /// A frame with saved state follows, and the last round, this one, has been sent.
+    State { round: u32 },
+    /// The guest is yours: it stood for so long when this was sent, and stays paused if it was.
+    Commit { stood_for_ns: u64, paused: bool },
+    /// It stays here.
+    Abort(Refusal),
+    /// All pages have been sent.
+    Complete,
+}
+
+/// From the destination.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum ToSource {
+    Pong(u64),
+    /// The connection is taken; this version is spoken.
+    Welcome {
+        version: u32,
+    },
+    Refused(Refusal),
+    /// There is room, and so many RAM channels may come.
+    Prepared {
+        connections: u16,
+        postcopy: bool,
+    },
+    /// All pages of this round are in memory.
+    RoundDone(u32),
+    /// The guess was loaded in so long.
+    GuessLoaded {
+        us: u64,
+    },
+    /// The guest can go on here at once; nobody but the source decides that.
+    Ready {
+        load_us: u64,
+    },
+    /// The guest goes on here, so long after the order came.
+    Running {
+        us: u64,
+    },
+    /// The guest never ran here, and will not.
+    NotHere(Refusal),
+    /// The order is awaited.
+    Waiting,
+    /// It ran here, and is no more.
+    Ended,
+    /// All pages are there.
+    Completed,
+}
+
+fn decode<T: DeserializeOwned>(body: &[u8]) -> Result<T, WireError> {
+    let mut rest = body;
+    let message = ciborium::de::from_reader_with_recursion_limit(&mut rest, 16)
+        .map_err(|error| WireError::damaged(format!("a message cannot be read: {error}")))?;
+    if rest.is_empty() {
+        Ok(message)
+    } else {
+        Err(WireError::damaged("a message is longer than it should be"))
+    }
+}
+
+fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, WireError> {
+    let mut body = Vec::new();
+    ciborium::into_writer(message, &mut body)
+        .map_err(|error| WireError::damaged(format!("a message cannot be written: {error}")))?;
+    Ok(body)
+}
+
+pub(crate) fn say_hello(to: &mut dyn Stream, hello: &Hello) -> Result<(), WireError> {
+    wire::write(to, Kind::Hello, &[&encode(hello)?])
+}
+
+pub(crate) fn hear_hello(from: &mut dyn Stream) -> Result<Hello, WireError> {
+    let mut reader = Reader::default();
+    let (_, body) = reader.read(from, &[Kind::Hello])?;
+    decode(body)
+}
+
+/// The control channel: messages, and saved state.
+pub(crate) struct Control {
+    pub(crate) stream: Box<dyn Stream>,
+    reader: Reader,
+}
+
+impl Control {
+    pub(crate) fn new(stream: Box<dyn Stream>) -> Self {
+        Self {
+            stream,
+            reader: Reader::default(),
+        }
+    }
+
+    pub(crate) fn say<T: Serialize>(&mut self, message: &T) -> Result<(), WireError> {
+        wire::write(&mut *self.stream, Kind::Control, &[&encode(message)?])
+    }
+
+    /// A message, and the saved state that belongs to it, in one go.
+    pub(crate) fn say_with_state<T: Serialize>(
+        &mut self,
+        message: &T,
+        state: &[u8],
+    ) -> Result<(), WireError> {
+        self.say(message)?;
+        wire::write(&mut *self.stream, Kind::State, &[state])
+    }
+
+    pub(crate) fn hear<T: DeserializeOwned>(&mut self) -> Result<T, WireError> {
+        let (_, body) = self.reader.read(&mut *self.stream, &[Kind::Control])?;
+        decode(body)
+    }
+
+    pub(crate) fn hear_state(&mut self) -> Result<Vec<u8>, WireError> {
+        let (_, body) = self.reader.read(&mut *self.stream, &[Kind::State])?;
+        Ok(body.to_vec())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn versions_meet_or_are_refused() {
+        let mut hello = Hello::new(Uuid::nil(), Channel::Control);
+        assert_eq!(hello.version(), Ok(1));
+        hello.versions = (1, 9);
+        assert_eq!(hello.version(), Ok(1));
+        hello.versions = (2, 9);
+        assert_eq!(hello.version().unwrap_err().code, "protocol-version");
+        hello.magic = "http".to_owned();
+        assert_eq!(hello.version().unwrap_err().code, "not-a-migration");
+    }
+
+    proptest! {
+        #[test]
+        fn no_body_makes_it_panic(body in prop::collection::vec(any::<u8>(), 0..100)) {
+            let _ = decode::<Hello>(&body);
+            let _ = decode::<ToDestination>(&body);
+            let _ = decode::<ToSource>(&body);
+        }
+    }
+}

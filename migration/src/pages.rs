@@ -1,0 +1,316 @@
+//! What RAM channels carry: batches of pages.
+//!
+//! ```text
+//!   block u32 | runs u32 | each run: first page u64, pages u32 | for `Pages`: the pages' bytes
+//! ```
+
+use std::sync::Arc;
+
+use memory::{PAGE_SIZE, RamBlock};
+use vm_memory::Bytes as _;
+
+use crate::wire::WireError;
+
+/// Bytes of a page.
+pub(crate) const PAGE: usize = PAGE_SIZE as usize;
+/// Pages of a batch at the most.
+pub(crate) const BATCH: usize = 64;
+const HEAD: usize = 8;
+const RUN: usize = 12;
+/// Bytes of a batch at the most.
+pub(crate) const MOST: usize = HEAD + BATCH * (RUN + PAGE);
+
+/// Memory of the guest, which has a name of its own in its machine.
+#[derive(Clone, Debug)]
+pub struct Block {
+    /// Its name.
+    pub name: String,
+    /// The memory.
+    pub ram: Arc<RamBlock>,
+}
+
+/// Neighbouring pages of a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Run {
+    pub(crate) block: u32,
+    pub(crate) first: u64,
+    pub(crate) pages: u32,
+}
+
+/// A batch that is being put together: pages with something in them, and pages of zeros.
+#[derive(Default)]
+pub(crate) struct Batch {
+    block: u32,
+    full: Vec<Run>,
+    data: Vec<u8>,
+    zeros: Vec<Run>,
+}
+
+/// Frames' bodies of a batch.
+pub(crate) struct Encoded<'a> {
+    pub(crate) pages: Option<(Vec<u8>, &'a [u8])>,
+    pub(crate) zeros: Option<Vec<u8>>,
+    pub(crate) full_pages: u64,
+    pub(crate) zero_pages: u64,
+}
+
+impl Batch {
+    /// Reads a run of pages, [`BATCH`] at most, as they are at this moment.
+    pub(crate) fn fill(&mut self, block: &Block, run: Run) -> Encoded<'_> {
+        self.block = run.block;
+        self.full.clear();
+        self.zeros.clear();
+        self.data.clear();
+        self.data.resize(run.pages as usize * PAGE, 0);
+        let offset = usize::try_from(run.first)
+            .unwrap_or(usize::MAX)
+            .saturating_mul(PAGE);
+        if let Some(slice) = block.ram.slice(offset, self.data.len()) {
+            slice.copy_to(&mut self.data[..]);
+        }
+        let mut kept = 0;
+        for index in 0..run.pages as usize {
+            let from = index * PAGE;
+            let is_zero = self.data.get(from..from + PAGE).is_some_and(is_zero);
+            let runs = if is_zero {
+                &mut self.zeros
+            } else {
+                &mut self.full
+            };
+            push(runs, run.block, run.first + index as u64);
+            if !is_zero {
+                if kept != from {
+                    self.data.copy_within(from..from + PAGE, kept);
+                }
+                kept += PAGE;
+            }
+        }
+        self.data.truncate(kept);
+        let count = |runs: &[Run]| runs.iter().map(|run| u64::from(run.pages)).sum();
+        Encoded {
+            full_pages: count(&self.full),
+            zero_pages: count(&self.zeros),
+            pages: (!self.full.is_empty()).then(|| (head(self.block, &self.full), &self.data[..])),
+            zeros: (!self.zeros.is_empty()).then(|| head(self.block, &self.zeros)),
+        }
+    }
+}
+
+fn push(runs: &mut Vec<Run>, block: u32, page: u64) {
+    match runs.last_mut() {
+        Some(last) if last.first + u64::from(last.pages) == page => last.pages += 1,
+        _ => runs.push(Run {
+            block,
+            first: page,
+            pages: 1,
+        }),
+    }
+}
+
+/// Whether there is nothing in a page.
+fn is_zero(page: &[u8]) -> bool {
+    let (chunks, rest) = page.as_chunks::<64>();
+    rest.iter().all(|byte| *byte == 0) && chunks.iter().all(|chunk| *chunk == [0; 64])
+}
+
+fn head(block: u32, runs: &[Run]) -> Vec<u8> {
+    let mut head = Vec::with_capacity(HEAD + runs.len() * RUN);
+    head.extend(block.to_le_bytes());
+    // A batch has few.
+    head.extend((runs.len() as u32).to_le_bytes());
+    for run in runs {
+        head.extend(run.first.to_le_bytes());
+        head.extend(run.pages.to_le_bytes());
+    }
+    head
+}
+
+/// The body of a frame, checked against the memory that there is.
+pub(crate) struct Decoded<'a> {
+    pub(crate) block: usize,
+    pub(crate) runs: Vec<(usize, usize)>,
+    pub(crate) data: &'a [u8],
+}
+
+/// Reads the body of a frame of pages.
+pub(crate) fn decode<'a>(
+    body: &'a [u8],
+    blocks: &[Block],
+    has_data: bool,
+) -> Result<Decoded<'a>, WireError> {
+    let short = || WireError::damaged("a batch of pages is cut short");
+    let (head, mut rest) = body.split_first_chunk::<HEAD>().ok_or_else(short)?;
+    let [b0, b1, b2, b3, r0, r1, r2, r3] = *head;
+    let index = u32::from_le_bytes([b0, b1, b2, b3]) as usize;
+    let block = blocks
+        .get(index)
+        .ok_or_else(|| WireError::damaged(format!("there is no block {index} of memory")))?;
+    let count = u32::from_le_bytes([r0, r1, r2, r3]) as usize;
+    if count > BATCH {
+        return Err(WireError::damaged("a batch has too many runs of pages"));
+    }
+    let there = block.ram.len() / PAGE;
+    let (mut runs, mut total) = (Vec::with_capacity(count), 0);
+    for _ in 0..count {
+        let (run, more) = rest.split_first_chunk::<RUN>().ok_or_else(short)?;
+        rest = more;
+        let [f0, f1, f2, f3, f4, f5, f6, f7, n0, n1, n2, n3] = *run;
+        let first = u64::from_le_bytes([f0, f1, f2, f3, f4, f5, f6, f7]);
+        let pages = u32::from_le_bytes([n0, n1, n2, n3]) as usize;
+        let end = usize::try_from(first)
+            .ok()
+            .and_then(|first| first.checked_add(pages));
+        if end.is_none_or(|end| end > there) {
+            let name = &block.name;
+            return Err(WireError::damaged(format!(
+                "page {first} and so on is not in {name}"
+            )));
+        }
+        total += pages;
+        // Within the block, whose length is a `usize`.
+        runs.push((first as usize, pages));
+    }
+    let wanted = if has_data { total * PAGE } else { 0 };
+    if total > BATCH || rest.len() != wanted {
+        return Err(WireError::damaged(
+            "a batch of pages has more or less than it says",
+        ));
+    }
+    Ok(Decoded {
+        block: index,
+        runs,
+        data: rest,
+    })
+}
+
+impl Decoded<'_> {
+    /// How many pages they are.
+    pub(crate) fn count(&self) -> u64 {
+        self.runs.iter().map(|(_, pages)| *pages as u64).sum()
+    }
+
+    /// Writes the pages where they belong. `touched` tells of each page whether anything was written
+    /// there before: what never was is zero already.
+    pub(crate) fn apply(&self, blocks: &[Block], touched: &[memory::DirtyBitmap]) {
+        let (Some(block), Some(touched)) = (blocks.get(self.block), touched.get(self.block)) else {
+            return;
+        };
+        let mut data = self.data;
+        for &(first, pages) in &self.runs {
+            let len = pages * PAGE;
+            let Some(slice) = block.ram.slice(first * PAGE, len) else {
+                continue;
+            };
+            match data.split_at_checked(len) {
+                Some((here, rest)) if !self.data.is_empty() => {
+                    slice.copy_from(here);
+                    touched.mark(first * PAGE, len);
+                    data = rest;
+                }
+                _ => {
+                    for page in 0..pages {
+                        if touched.is_dirty((first + page) * PAGE) {
+                            let _ = slice.write_slice(&[0; PAGE], page * PAGE);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use memory::{DirtyBitmap, RamConfig};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn block(pages: usize) -> Block {
+        let size = (pages * PAGE) as u64;
+        Block {
+            name: "ram".to_owned(),
+            ram: Arc::new(RamBlock::new(&RamConfig::anonymous(size)).unwrap()),
+        }
+    }
+
+    fn write(block: &Block, page: usize, byte: u8) {
+        let slice = block.ram.slice(page * PAGE, PAGE).unwrap();
+        slice.copy_from(&[byte; PAGE]);
+    }
+
+    fn read(block: &Block) -> Vec<u8> {
+        let mut all = vec![0; block.ram.len()];
+        block.ram.slice(0, all.len()).unwrap().copy_to(&mut all[..]);
+        all
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_sent_arrives(
+            before in prop::collection::vec(0_u8..3, 40),
+            after in prop::collection::vec(0_u8..3, 40),
+        ) {
+            let (here, there) = (block(40), [block(40)]);
+            let touched = [DirtyBitmap::new(40 * PAGE)];
+            touched[0].set_enabled(true);
+            let mut batch = Batch::default();
+            for round in [before, after] {
+                for (page, byte) in round.iter().enumerate() {
+                    write(&here, page, *byte);
+                }
+                let encoded = batch.fill(&here, Run { block: 0, first: 0, pages: 40 });
+                prop_assert_eq!(encoded.full_pages + encoded.zero_pages, 40);
+                if let Some((head, data)) = encoded.pages {
+                    let body = [&head, data].concat();
+                    decode(&body, &there, true).unwrap().apply(&there, &touched);
+                }
+                if let Some(body) = encoded.zeros {
+                    decode(&body, &there, false).unwrap().apply(&there, &touched);
+                }
+                prop_assert!(read(&there[0]) == read(&here));
+            }
+        }
+
+        #[test]
+        fn nothing_is_written_outside_and_nothing_panics(
+            block_index in prop_oneof![Just(0_u32), any::<u32>()],
+            count in prop_oneof![0_u32..3, any::<u32>()],
+            body in prop::collection::vec(prop_oneof![Just(0_u8), any::<u8>()], 0..60),
+            has_data in any::<bool>(),
+        ) {
+            let there = [block(4)];
+            let touched = [DirtyBitmap::new(4 * PAGE)];
+            let raw = [&block_index.to_le_bytes()[..], &count.to_le_bytes(), &body].concat();
+            if let Ok(decoded) = decode(&raw, &there, has_data) {
+                decoded.apply(&there, &touched);
+            }
+        }
+    }
+
+    #[test]
+    fn what_reaches_outside_is_refused() {
+        let there = [block(4)];
+        let run = |block, first, pages| {
+            head(
+                block,
+                &[Run {
+                    block,
+                    first,
+                    pages,
+                }],
+            )
+        };
+        for body in [
+            run(1, 0, 1),
+            run(0, 4, 1),
+            run(0, 3, 2),
+            run(0, u64::MAX, 2),
+            run(0, 0, u32::MAX),
+        ] {
+            assert!(decode(&body, &there, false).is_err());
+        }
+        assert!(decode(&run(0, 0, 4), &there, false).is_ok());
+        assert!(decode(&run(0, 0, 4), &there, true).is_err());
+    }
+}

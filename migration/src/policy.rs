@@ -1,0 +1,203 @@
+//! What a migration is to strive for, and when it is time to stop the guest.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+/// What happens at the deadline to a migration whose guest writes faster than its memory can be
+/// copied.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AtDeadline {
+    /// It is called off; the guest stays.
+    #[default]
+    Cancel,
+    /// The vCPUs are slowed down more and more, until it can be done.
+    Throttle,
+    /// The guest is moved, and its pages follow.
+    Postcopy,
+    /// The guest is stopped for as long as it takes.
+    Stop,
+}
+
+/// When pages go.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// All before the guest.
+    #[default]
+    Precopy,
+    /// In some rounds before the guest, and the rest after it.
+    Hybrid,
+    /// All after it.
+    Postcopy,
+}
+
+/// What a migration is to strive for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Policy {
+    /// How long the guest may stand.
+    pub max_downtime: Duration,
+    /// When it is to be over, since it began; never when absent.
+    pub deadline: Option<Duration>,
+    /// What happens then.
+    pub at_deadline: AtDeadline,
+    /// When pages go.
+    pub mode: Mode,
+    /// RAM channels, 1 to [`MAX_CONNECTIONS`]; chosen when absent.
+    pub connections: Option<u16>,
+    /// Bytes that may be sent in a second, all channels together; as many as there can when absent.
+    pub max_bandwidth: Option<u64>,
+    /// How long the other side may be silent.
+    pub patience: Duration,
+}
+
+/// RAM channels that a migration has at the most.
+pub const MAX_CONNECTIONS: u16 = 16;
+
+impl Default for Policy {
+    fn default() -> Self {
+        Self {
+            max_downtime: Duration::from_millis(300),
+            deadline: None,
+            at_deadline: AtDeadline::Cancel,
+            mode: Mode::Precopy,
+            connections: None,
+            max_bandwidth: None,
+            patience: Duration::from_secs(10),
+        }
+    }
+}
+
+/// What is known after a round.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Situation {
+    pub(crate) round: u32,
+    /// Pages to be sent.
+    pub(crate) dirty: u64,
+    /// As many as there were a round before.
+    pub(crate) dirty_before: u64,
+    /// How long the stop would be now.
+    pub(crate) predicted: Duration,
+    pub(crate) elapsed: Duration,
+    /// Percent.
+    pub(crate) throttle: u8,
+}
+
+/// What to do next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Next {
+    /// Another round, with vCPUs slowed down by so many percent.
+    Round { throttle: u8 },
+    /// Stop the guest: what is left goes in the stop.
+    Stop,
+    /// Stop the guest: what is left goes after it.
+    Postcopy,
+    /// Give up.
+    GiveUp,
+}
+
+/// Pages that are not worth another round: a batch or two.
+const FEW: u64 = 128;
+/// Rounds before pages follow the guest in [`Mode::Hybrid`], if it does not converge before.
+const HYBRID_ROUNDS: u32 = 3;
+/// The most that vCPUs are slowed down, in percent.
+const MAX_THROTTLE: u8 = 99;
+
+impl Policy {
+    /// Decides after a round.
+    pub(crate) fn next(&self, now: &Situation) -> Next {
+        let shrinks = now.dirty.saturating_mul(2) < now.dirty_before;
+        let fits = now.predicted <= self.max_downtime;
+        // It would do, but less is better as long as a round costs little and gains much.
+        if fits && (now.dirty <= FEW || !shrinks) {
+            return Next::Stop;
+        }
+        if self.mode == Mode::Hybrid && now.round >= HYBRID_ROUNDS && !shrinks {
+            return Next::Postcopy;
+        }
+        let is_late = self
+            .deadline
+            .is_some_and(|deadline| now.elapsed >= deadline);
+        let throttle = now.throttle;
+        if !is_late {
+            return Next::Round { throttle };
+        }
+        match self.at_deadline {
+            _ if fits => Next::Stop,
+            AtDeadline::Cancel => Next::GiveUp,
+            AtDeadline::Stop => Next::Stop,
+            AtDeadline::Postcopy => Next::Postcopy,
+            AtDeadline::Throttle if shrinks => Next::Round { throttle },
+            AtDeadline::Throttle => Next::Round {
+                throttle: match throttle {
+                    0 => 20,
+                    some => some.saturating_add(20).min(MAX_THROTTLE),
+                },
+            },
+        }
+    }
+
+    /// RAM channels to ask for.
+    pub(crate) fn connections(&self, memory: u64) -> u16 {
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        let useful = match memory >> 30 {
+            0 => 1,
+            1..4 => 2,
+            _ => 4,
+        };
+        let auto = u16::try_from(cpus.min(useful)).unwrap_or(1);
+        self.connections.unwrap_or(auto).clamp(1, MAX_CONNECTIONS)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn situation() -> Situation {
+        Situation {
+            round: 5,
+            dirty: 10_000,
+            dirty_before: 10_000,
+            predicted: Duration::from_secs(1),
+            elapsed: Duration::from_secs(5),
+            throttle: 0,
+        }
+    }
+
+    fn policy(at_deadline: AtDeadline) -> Policy {
+        Policy {
+            deadline: Some(Duration::from_secs(4)),
+            at_deadline,
+            ..Policy::default()
+        }
+    }
+
+    #[test]
+    fn the_deadline_ends_as_the_policy_says() {
+        let next = |at| policy(at).next(&situation());
+        assert_eq!(next(AtDeadline::Cancel), Next::GiveUp);
+        assert_eq!(next(AtDeadline::Stop), Next::Stop);
+        assert_eq!(next(AtDeadline::Postcopy), Next::Postcopy);
+        assert_eq!(next(AtDeadline::Throttle), Next::Round { throttle: 20 });
+        let never = Policy::default().next(&situation());
+        assert_eq!(never, Next::Round { throttle: 0 });
+    }
+
+    #[test]
+    fn a_stop_that_fits_waits_only_for_what_another_round_gains() {
+        let fits = Situation {
+            predicted: Duration::from_millis(100),
+            ..situation()
+        };
+        assert_eq!(Policy::default().next(&fits), Next::Stop);
+        let gains = Situation {
+            dirty: 4_000,
+            ..fits
+        };
+        assert_eq!(Policy::default().next(&gains), Next::Round { throttle: 0 });
+        let few = Situation { dirty: 12, ..fits };
+        assert_eq!(Policy::default().next(&few), Next::Stop);
+    }
+}

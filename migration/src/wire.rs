@@ -1,0 +1,208 @@
+//! Frames: what every channel is made of (docs/migration-protocol.md).
+//!
+//! ```text
+//!   kind u16 | 0 u16 | length of the body u32 | CRC-32 of the eight bytes before and the body u32 | body
+//! ```
+//!
+//! Little endian. A frame that is longer than its kind may be, of a kind that does not belong on its
+//! channel, or whose checksum is wrong ends the migration.
+
+use std::io::{self, Read, Write};
+
+/// Bytes in front of a body.
+pub(crate) const HEADER_LEN: usize = 12;
+
+/// Bytes of a frame that are worth a copy.
+const IN_ONE_PIECE: usize = 16 << 10;
+
+/// Kinds of frames.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u16)]
+pub(crate) enum Kind {
+    /// The first on every channel: which it is.
+    Hello = 1,
+    /// A message of the control channel.
+    Control = 2,
+    /// Saved state, on the control channel.
+    State = 3,
+    /// Pages and what is in them.
+    Pages = 16,
+    /// Pages of zeros.
+    Zeros = 17,
+    /// A RAM channel has sent all of a round.
+    End = 18,
+    /// A page that is waited for.
+    Fault = 32,
+}
+
+impl Kind {
+    fn of(raw: u16) -> Option<Self> {
+        [
+            Self::Hello,
+            Self::Control,
+            Self::State,
+            Self::Pages,
+            Self::Zeros,
+            Self::End,
+            Self::Fault,
+        ]
+        .into_iter()
+        .find(|kind| *kind as u16 == raw)
+    }
+
+    /// Bytes that the body of such a frame has at the most.
+    fn most(self) -> usize {
+        match self {
+            Self::Hello => 4 << 10,
+            Self::Control => 1 << 20,
+            // What saved state may have, and its checksums.
+            Self::State => 80 << 20,
+            Self::Pages => crate::pages::MOST,
+            Self::Zeros | Self::End | Self::Fault => 64 << 10,
+        }
+    }
+}
+
+/// A frame cannot be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum WireError {
+    /// The connection is gone.
+    #[error("the connection failed: {0}")]
+    Connection(io::Error),
+    /// Nothing came, or went, for longer than one has patience.
+    #[error("the other side has been silent for too long")]
+    Silent,
+    /// It was ended in order.
+    #[error("the other side closed the connection")]
+    Closed,
+    /// What came is no frame, or one that cannot be here.
+    #[error("the stream is damaged: {0}")]
+    Damaged(String),
+}
+
+impl From<io::Error> for WireError {
+    fn from(error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => Self::Silent,
+            _ => Self::Connection(error),
+        }
+    }
+}
+
+impl WireError {
+    pub(crate) fn damaged(why: impl Into<String>) -> Self {
+        Self::Damaged(why.into())
+    }
+}
+
+fn checksum(head: &[u8], parts: &[&[u8]]) -> u32 {
+    let mut crc = crc32fast::Hasher::new();
+    crc.update(head);
+    parts.iter().for_each(|part| crc.update(part));
+    crc.finalize()
+}
+
+/// Writes a frame, whose body is given in parts.
+pub(crate) fn write(to: &mut dyn Write, kind: Kind, parts: &[&[u8]]) -> Result<(), WireError> {
+    let len: usize = parts.iter().map(|part| part.len()).sum();
+    if len > kind.most() {
+        let why = format!("a frame of {len} bytes is too long to be sent");
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, why).into());
+    }
+    let mut header = [0; HEADER_LEN];
+    header[..2].copy_from_slice(&(kind as u16).to_le_bytes());
+    // Below the limits of the kinds, which fit.
+    header[4..8].copy_from_slice(&(len as u32).to_le_bytes());
+    let crc = checksum(&header[..8], parts);
+    header[8..].copy_from_slice(&crc.to_le_bytes());
+    if len > IN_ONE_PIECE {
+        to.write_all(&header)?;
+        parts.iter().try_for_each(|part| to.write_all(part))?;
+    } else {
+        // The other side need not wait for a second packet.
+        let mut whole = Vec::with_capacity(HEADER_LEN + len);
+        whole.extend_from_slice(&header);
+        parts.iter().for_each(|part| whole.extend_from_slice(part));
+        to.write_all(&whole)?;
+    }
+    to.flush()?;
+    Ok(())
+}
+
+/// Reads frames into a buffer that is used again.
+#[derive(Default)]
+pub(crate) struct Reader {
+    body: Vec<u8>,
+}
+
+impl Reader {
+    /// The next frame, which must be one of `allowed`.
+    pub(crate) fn read(
+        &mut self,
+        from: &mut dyn Read,
+        allowed: &[Kind],
+    ) -> Result<(Kind, &[u8]), WireError> {
+        let mut header = [0; HEADER_LEN];
+        match from.read(&mut header)? {
+            0 => return Err(WireError::Closed),
+            some => from.read_exact(header.get_mut(some..).unwrap_or_default())?,
+        }
+        let [k0, k1, r0, r1, l0, l1, l2, l3, c0, c1, c2, c3] = header;
+        let raw = u16::from_le_bytes([k0, k1]);
+        let kind = Kind::of(raw).filter(|kind| allowed.contains(kind) && (r0, r1) == (0, 0));
+        let kind = kind.ok_or_else(|| {
+            WireError::damaged(format!("a frame of the kind {raw:#x} cannot be here"))
+        })?;
+        let len = u32::from_le_bytes([l0, l1, l2, l3]) as usize;
+        if len > kind.most() {
+            let why = format!("a frame says that it has {len} bytes: more than it may");
+            return Err(WireError::Damaged(why));
+        }
+        // What is not sent is not allocated: a length alone costs nothing.
+        self.body.clear();
+        let got = from.take(len as u64).read_to_end(&mut self.body)?;
+        if got < len {
+            return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+        }
+        if checksum(&header[..8], &[&self.body]) != u32::from_le_bytes([c0, c1, c2, c3]) {
+            return Err(WireError::damaged("a checksum is wrong"));
+        }
+        Ok((kind, &self.body))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_frame_has_these_bytes_for_ever() {
+        let mut bytes = Vec::new();
+        write(&mut bytes, Kind::End, &[&[1, 2], &[3]]).unwrap();
+        assert_eq!(bytes, [18, 0, 0, 0, 3, 0, 0, 0, 116, 143, 8, 6, 1, 2, 3]);
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_written_is_read_and_no_bit_is_lost_unseen(
+            body in prop::collection::vec(any::<u8>(), 0..200),
+            bit in any::<prop::sample::Index>(),
+        ) {
+            let mut bytes = Vec::new();
+            write(&mut bytes, Kind::Control, &[&body]).unwrap();
+            let mut reader = Reader::default();
+            let (kind, read) = reader.read(&mut &bytes[..], &[Kind::Control]).unwrap();
+            prop_assert_eq!((kind, read), (Kind::Control, &body[..]));
+            let bit = bit.index(bytes.len() * 8);
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            prop_assert!(reader.read(&mut &bytes[..], &[Kind::Control, Kind::End]).is_err());
+        }
+
+        #[test]
+        fn no_bytes_make_it_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+            let _ = Reader::default().read(&mut &bytes[..], &[Kind::Pages, Kind::Control]);
+        }
+    }
+}
