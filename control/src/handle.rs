@@ -113,6 +113,13 @@ impl<E> Clone for EventSender<E> {
 }
 
 impl<E> EventSender<E> {
+    /// Whether there still is an inbox.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        let shared = self.0.upgrade();
+        shared.is_some_and(|shared| !shared.queue.lock().closed)
+    }
+
     /// Puts an event in the inbox, if there still is one.
     pub fn send(&self, event: E) {
         let Some(shared) = self.0.upgrade() else {

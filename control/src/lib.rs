@@ -37,6 +37,7 @@ mod events;
 #[cfg(feature = "fake")]
 pub mod fake;
 mod handle;
+mod migrations;
 mod registry;
 mod request;
 mod status;
@@ -45,6 +46,7 @@ pub use admission::{Denied, Verb, admit};
 pub use error::{Category, RequestError};
 pub use events::{EventLog, Missed};
 pub use handle::{Ask, EventSender, Inbox, Message, Reply, VmHandle, connect};
+pub use migrations::{Migrate, Migration};
 pub use registry::{Registry, Spawn};
 pub use request::{NewDevice, Request};
 pub use status::{StatusPublisher, VmStatus};

@@ -5,12 +5,13 @@ use std::fmt;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use spec::{HostLimits, VmConfig, VmId};
+use spec::{AwaitMigration, HostLimits, StartMigration, VmConfig, VmId};
 use tokio::sync::watch;
 
 use crate::error::{Category, RequestError};
 use crate::events::EventLog;
 use crate::handle::VmHandle;
+use crate::migrations::{Migrate, Migration, Migrations};
 use crate::request::Request;
 
 /// Where drivers come from.
@@ -28,6 +29,11 @@ pub trait Spawn: Send + Sync {
 
     /// What the host can give a VM.
     fn host_limits(&self) -> HostLimits;
+
+    /// What moves guests, if it can.
+    fn mover(&self) -> Option<&dyn Migrate> {
+        None
+    }
 }
 
 /// VMs that one service holds at the most.
@@ -41,6 +47,7 @@ struct Shared {
     spawner: Box<dyn Spawn>,
     vms: Mutex<BTreeMap<VmId, VmHandle>>,
     events: EventLog,
+    migrations: Migrations,
     /// Counts creations and deletions.
     changes: watch::Sender<u64>,
 }
@@ -52,6 +59,7 @@ impl Registry {
             spawner: Box::new(spawner),
             vms: Mutex::default(),
             events: EventLog::default(),
+            migrations: Migrations::default(),
             changes: watch::Sender::new(0),
         }))
     }
@@ -121,6 +129,63 @@ impl Registry {
         Ok(())
     }
 
+    /// Forgets a VM, which `event` has happened to. Its driver ends it when nobody has a handle any
+    /// more. Nothing if there is none of this name.
+    pub fn forget(&self, id: &VmId, event: &str, detail: Option<String>) {
+        let forgotten = self.0.vms.lock().remove(id);
+        if forgotten.is_some() {
+            self.0.events.record(id, event, detail);
+            self.0.changes.send_modify(|count| *count += 1);
+        }
+    }
+
+    fn mover(&self) -> Result<&dyn Migrate, RequestError> {
+        self.0.spawner.mover().ok_or_else(|| {
+            let detail = "these VMs cannot be moved";
+            RequestError::new(Category::Unsupported, "not-supported", detail)
+        })
+    }
+
+    /// Begins to move a guest to another service.
+    ///
+    /// # Errors
+    /// When there is no VM of this name, it makes no sense, or it cannot be moved now.
+    pub fn send_migration(
+        &self,
+        id: &str,
+        what: &StartMigration,
+    ) -> Result<Arc<dyn Migration>, RequestError> {
+        let vm = self.get(id)?;
+        let migration = self.mover()?.send(self, &vm, what)?;
+        Ok(self.0.migrations.add(migration))
+    }
+
+    /// Begins to wait for a guest from another service.
+    ///
+    /// # Errors
+    /// When it makes no sense, or nobody can wait there.
+    pub fn receive_migration(
+        &self,
+        what: &AwaitMigration,
+    ) -> Result<Arc<dyn Migration>, RequestError> {
+        let migration = self.mover()?.receive(self, what)?;
+        Ok(self.0.migrations.add(migration))
+    }
+
+    /// The migrations that go on, and the last that are over, oldest first.
+    #[must_use]
+    pub fn migrations(&self) -> Vec<Arc<dyn Migration>> {
+        self.0.migrations.list()
+    }
+
+    /// The migration of this name.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn migration(&self, id: &str) -> Result<Arc<dyn Migration>, RequestError> {
+        self.0.migrations.get(id)
+    }
+
     /// What happened to the VMs.
     #[must_use]
     pub fn events(&self) -> &EventLog {
@@ -139,8 +204,12 @@ impl Registry {
         self.0.spawner.host_limits()
     }
 
-    /// Ends all VMs. Each driver is asked first and then waited for, so they end side by side.
+    /// Calls off all migrations and ends all VMs. Each driver is asked first and then waited for, so they end side by side.
     pub async fn delete_all(&self) {
+        for migration in self.migrations() {
+            // One that is over, or whose guest is gone already, is not ours to end.
+            let _ = migration.cancel();
+        }
         let mut ending: Vec<_> = self
             .list()
             .into_iter()

@@ -30,6 +30,8 @@ pub struct VmStatus {
     pub reboots: u64,
     /// The guest ended by itself, and was not ended by a request.
     pub by_guest: bool,
+    /// The guest came from elsewhere, and did not boot here.
+    pub arrived: bool,
     /// The driver is gone; nothing will change any more.
     pub ended: bool,
 }
@@ -46,6 +48,7 @@ impl VmStatus {
             boot: None,
             reboots: 0,
             by_guest: false,
+            arrived: false,
             ended: false,
         }
     }
@@ -108,6 +111,9 @@ fn event(before: (VmState, u64), now: &VmStatus) -> Option<(&'static str, Option
         },
         (VmState::Running, VmState::Paused) => Some(("paused", None)),
         (VmState::Paused, VmState::Running) if before.1 == now.reboots => Some(("resumed", None)),
+        (VmState::Created, VmState::Running | VmState::Paused) if now.arrived => {
+            Some(("arrived", None))
+        }
         (VmState::Created | VmState::Shutdown, VmState::Running) => Some(("booted", None)),
         _ if before.1 != now.reboots => Some(("rebooted", None)),
         _ => None,

@@ -1,6 +1,6 @@
 //! What a migration is to strive for, and when it is time to stop the guest.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -136,6 +136,12 @@ impl Policy {
                 },
             },
         }
+    }
+
+    /// When a round that began earlier is cut short: at the deadline, unless rounds go on behind it.
+    pub(crate) fn cut(&self, begun: Instant) -> Option<Instant> {
+        let deadline = self.deadline?;
+        (self.at_deadline != AtDeadline::Throttle).then(|| begun + deadline)
     }
 
     /// RAM channels to ask for.

@@ -327,12 +327,13 @@ impl Engine<'_, '_> {
         let progress = self.sending.progress.clone();
         progress.enter(Phase::Precopy);
         let begun = Instant::now();
+        let cut = self.sending.policy.cut(begun);
         let mut harvested = begun;
         let mut pending = self.take_dirty();
         let (mut before, mut throttle) = (count(&pending), 0);
         for round in 1.. {
             self.check()?;
-            self.round(round, &pending)?;
+            self.round(round, &pending, cut)?;
             self.source.harvest().map_err(Trouble::Here)?;
             pending = self.take_dirty();
             let dirty = count(&pending);
@@ -389,10 +390,16 @@ impl Engine<'_, '_> {
         }
     }
 
-    /// Sends pages, and waits until they are in the destination's memory.
-    fn round(&mut self, round: u32, pending: &[DirtyPages]) -> Result<(), Trouble> {
+    /// Sends pages, and waits until they are in the destination's memory. What was not sent when the
+    /// round was `cut` short is dirty still.
+    fn round(
+        &mut self,
+        round: u32,
+        pending: &[DirtyPages],
+        cut: Option<Instant>,
+    ) -> Result<(), Trouble> {
         let start = Instant::now();
-        let sent = self.send_pages(round, pending)?;
+        let sent = self.send_pages(round, pending, cut)?;
         self.say(&ToDestination::Round(round))?;
         self.expect(|answer| (*answer == ToSource::RoundDone(round)).then_some(()))?;
         let span = start.elapsed();
@@ -408,7 +415,12 @@ impl Engine<'_, '_> {
     }
 
     /// Sends pages over all channels, and the end of the round over each. Gives the bytes.
-    fn send_pages(&mut self, round: u32, pending: &[DirtyPages]) -> Result<u64, Trouble> {
+    fn send_pages(
+        &mut self,
+        round: u32,
+        pending: &[DirtyPages],
+        cut: Option<Instant>,
+    ) -> Result<u64, Trouble> {
         let pages = count(pending);
         let progress = self.sending.progress.clone();
         progress.update(|report| {
@@ -427,17 +439,25 @@ impl Engine<'_, '_> {
                 &progress,
             );
         }
-        let batches = Mutex::new(batches);
+        let work = Work {
+            blocks: &self.blocks,
+            batches: Mutex::new(batches),
+            pacer,
+            cut,
+            round,
+            progress: progress.clone(),
+        };
+        let work = &work;
         let heartbeat_every = self.sending.policy.patience / SIGNS;
-        let (blocks, rams) = (&self.blocks, &mut self.rams);
+        let rams = &mut self.rams;
         let control = self.control.as_mut().ok_or_else(gone)?;
-        thread::scope(|scope| {
+        let sent = thread::scope(|scope| {
             let (done, ended) = mpsc::channel();
             let count = rams.len();
             for ram in rams {
-                let (done, batches, pacer, progress) = (done.clone(), &batches, &pacer, &progress);
+                let done = done.clone();
                 scope.spawn(move || {
-                    let sent = ram.send(blocks, batches, pacer, progress, round);
+                    let sent = ram.send(work);
                     // The receiver waits for all of us.
                     let _ = done.send(sent);
                 });
@@ -466,7 +486,9 @@ impl Engine<'_, '_> {
                 Some(trouble) => Err(trouble),
                 None => Ok(sent),
             }
-        })
+        })?;
+        work.put_back();
+        Ok(sent)
     }
 
     /// Stops the guest and sends what is left of it. On return the destination is ready, and the
@@ -485,7 +507,7 @@ impl Engine<'_, '_> {
         let round = progress.report().rounds + 1;
         let saving = Instant::now();
         let state = if self.downtime.pages <= INLINE {
-            self.send_pages(round, &pending)?;
+            self.send_pages(round, &pending, None)?;
             self.source.save().map_err(Trouble::Here)?
         } else {
             self.send_and_save(round, &pending)?
@@ -510,16 +532,19 @@ impl Engine<'_, '_> {
 
     /// Many pages: they go while the machine is saved.
     fn send_and_save(&mut self, round: u32, pending: &[DirtyPages]) -> Result<Vec<u8>, Trouble> {
-        let progress = &self.sending.progress.clone();
-        let batches = Mutex::new(batches(pending));
-        let pacer = Pacer::new(self.sending.policy.max_bandwidth);
-        let (blocks, rams, source) = (&self.blocks, &mut self.rams, &mut *self.source);
+        let work = Work {
+            blocks: &self.blocks,
+            batches: Mutex::new(batches(pending)),
+            pacer: Pacer::new(self.sending.policy.max_bandwidth),
+            cut: None,
+            round,
+            progress: self.sending.progress.clone(),
+        };
+        let (work, rams, source) = (&work, &mut self.rams, &mut *self.source);
         let (sent, saved) = thread::scope(|scope| {
-            let (batches, pacer) = (&batches, &pacer);
-            let send = |ram: &mut Ram| ram.send(blocks, batches, pacer, progress, round);
             let senders: Vec<_> = rams
                 .iter_mut()
-                .map(|ram| scope.spawn(move || send(ram)))
+                .map(|ram| scope.spawn(move || ram.send(work)))
                 .collect();
             let saved = source.save();
             let sent: Result<Vec<u64>, Trouble> = senders
@@ -697,6 +722,33 @@ fn batches(pending: &[DirtyPages]) -> impl Iterator<Item = Run> + Send + '_ {
     })
 }
 
+/// A round that several channels share.
+struct Work<'a, I> {
+    blocks: &'a [Block],
+    batches: Mutex<I>,
+    pacer: Pacer,
+    /// It ends then, whatever is left.
+    cut: Option<Instant>,
+    round: u32,
+    progress: Progress,
+}
+
+impl<I: Iterator<Item = Run>> Work<'_, I> {
+    /// What was not sent is dirty still.
+    fn put_back(&self) {
+        for run in self.batches.lock().by_ref() {
+            if let Some(block) = self.blocks.get(run.block as usize) {
+                // Within the block.
+                let first = run.first as usize;
+                block
+                    .ram
+                    .dirty()
+                    .mark(first * PAGE, run.pages as usize * PAGE);
+            }
+        }
+    }
+}
+
 /// Few pages, over the first channel, on this thread.
 fn send_inline(
     rams: &mut [Ram],
@@ -721,26 +773,19 @@ fn send_inline(
 
 impl Ram {
     /// Sends batches as long as there are some, and the end of the round.
-    fn send(
-        &mut self,
-        blocks: &[Block],
-        batches: &Mutex<impl Iterator<Item = Run>>,
-        pacer: &Pacer,
-        progress: &Progress,
-        round: u32,
-    ) -> Result<u64, Trouble> {
+    fn send(&mut self, work: &Work<'_, impl Iterator<Item = Run>>) -> Result<u64, Trouble> {
         let mut sent = 0;
-        loop {
-            let next = batches.lock().next();
+        while work.cut.is_none_or(|cut| Instant::now() < cut) {
+            let next = work.batches.lock().next();
             let Some(run) = next else { break };
-            if progress.is_canceled() {
+            if work.progress.is_canceled() {
                 return Err(Trouble::Canceled);
             }
-            let bytes = self.send_batch(blocks, run, progress)?;
+            let bytes = self.send_batch(work.blocks, run, &work.progress)?;
             sent += bytes;
-            pacer.wait(bytes);
+            work.pacer.wait(bytes);
         }
-        self.end(round)?;
+        self.end(work.round)?;
         Ok(sent)
     }
 

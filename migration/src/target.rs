@@ -100,6 +100,9 @@ pub struct Receiving<'a> {
     pub progress: &'a Progress,
     /// How long the source may be silent.
     pub patience: Duration,
+    /// Called when the guest runs here, and [`receive`] does not return yet: a source that did not
+    /// hear of it may ask.
+    pub lingers: &'a (dyn Fn() + Sync),
 }
 
 /// Waits for one guest, and takes it. Returns when it is certain whether it runs here.
@@ -112,6 +115,7 @@ pub fn receive(receiving: Receiving<'_>) -> Result<(), Refusal> {
         host,
         progress,
         patience,
+        lingers,
     } = receiving;
     let (over, strangers) = (AtomicBool::new(false), AtomicUsize::new(0));
     thread::scope(|scope| {
@@ -159,6 +163,7 @@ pub fn receive(receiving: Receiving<'_>) -> Result<(), Refusal> {
             }
         });
         if let Ok(Ended::Unheard(id)) = &outcome {
+            lingers();
             session.linger(*id);
         }
         over.store(true, Ordering::Release);

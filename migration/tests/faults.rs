@@ -503,6 +503,7 @@ fn destination(host: TestHost, from: Receiver<UnixStream>, progress: &Progress) 
             host: &host,
             progress,
             patience: PATIENCE,
+            lingers: &|| {},
         };
         let received = receive(receiving);
         if !host.life.is_dead() {

@@ -22,6 +22,7 @@ mod devices;
 mod disk;
 pub mod limits;
 mod memory;
+mod migration;
 mod names;
 pub mod options;
 mod parse;
@@ -43,6 +44,10 @@ pub use disk::{
     VirtQueueAffinity,
 };
 pub use memory::{MemoryConfig, MemoryZoneConfig};
+pub use migration::{
+    AtDeadline, AwaitMigration, MemoryMode, MigrationDowntime, MigrationError, MigrationInfo,
+    MigrationOutcome, MigrationPhase, MigrationSide, ResolveMigration, StartMigration,
+};
 pub use names::{check_device_name, free_name};
 pub use parse::{ParseError, nearest, parse};
 pub use platform::{

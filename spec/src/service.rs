@@ -111,7 +111,8 @@ pub struct Event {
     pub time_ms: u64,
     /// To which VM.
     pub vm: VmId,
-    /// What: `created`, `booted`, `rebooted`, `paused`, `resumed`, `shutdown`, `failed`, `deleted`.
+    /// What: `created`, `booted`, `rebooted`, `paused`, `resumed`, `shutdown`, `failed`, `deleted`,
+    /// `arrived`, `migrated`.
     pub event: String,
     /// More, where there is more to say.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -10,9 +10,12 @@
 //!    │   cannot be built │    └──────────────┤ reset
 //!    └───────────────────┴───────────────────┘ Shutdown, power-off, failure
 //! ```
+//!
+//! A guest that comes from elsewhere goes from `Off` to `Expecting` and then to `On` (`moving`).
 
 mod consoles;
 mod devices;
+mod moving;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -30,6 +33,8 @@ use virtio_devices::TransportEvent;
 
 use self::consoles::Consoles;
 pub(crate) use self::consoles::{Outputs, Port};
+pub(crate) use self::moving::{Arrival, Caller, Departure};
+use self::moving::{Call, Expected, Leaving};
 use crate::failure::{self, BuildError};
 use crate::machine::{Active, Built, Host};
 use crate::memory_map;
@@ -53,6 +58,8 @@ pub(crate) enum Happening {
     Opened(String, Box<Result<Opened, BuildError>>),
     /// The guest let go of what is in this PCI slot.
     Ejected(u8),
+    /// Something is to be done, for a migration.
+    Call(Call),
 }
 
 impl std::fmt::Debug for Opened {
@@ -86,8 +93,12 @@ impl Reporter {
 
 enum Stage {
     Off,
-    Building { asked: Option<Ask> },
+    Building {
+        asked: Option<Ask>,
+    },
     On(Box<Active>),
+    /// A guest is to come from elsewhere.
+    Expecting(Expected),
 }
 
 /// Why a machine ends.
@@ -114,6 +125,8 @@ pub(crate) struct Driver {
     waiting: VecDeque<Ask>,
     /// Devices that are being opened, by their names.
     opening: BTreeMap<String, (Ask, NewDevice)>,
+    /// The guest is moving away.
+    leaving: Option<Leaving>,
 }
 
 impl Driver {
@@ -136,6 +149,7 @@ impl Driver {
             consoles: Consoles::default(),
             waiting: VecDeque::new(),
             opening: BTreeMap::new(),
+            leaving: None,
         }
     }
 
@@ -156,6 +170,10 @@ impl Driver {
         let verb = ask.request.verb();
         if let Err(denied) = admit(self.publisher.current().state, verb) {
             ask.answer(Err(denied.into()));
+            return Flow::Stay;
+        }
+        if let Some(refused) = self.refused_while_moving(verb) {
+            ask.answer(Err(refused));
             return Flow::Stay;
         }
         let answer = match &ask.request {
@@ -264,7 +282,7 @@ impl Driver {
             return;
         };
         let started = built.and_then(|mut active| {
-            active.resume()?;
+            active.resume().map_err(BuildError::from)?;
             Ok(active)
         });
         let answer = match started {
@@ -314,6 +332,8 @@ impl Driver {
     /// What the machine that there was still has to say is of no interest.
     fn next_machine(&mut self) {
         self.machine += 1;
+        // Of that one, its guest will not hear any more.
+        self.leaving = None;
         self.give_up_additions();
     }
 
@@ -388,6 +408,7 @@ impl Driver {
             Happening::Device(id, event) => tracing::debug!(id, ?event, "a device"),
             Happening::Opened(id, opened) => self.opened(&id, *opened),
             Happening::Ejected(slot) => self.ejected(slot),
+            Happening::Call(call) => call.answer(self, sources),
             Happening::FirstEntry(at) => self.note(at, |boot, us| boot.first_entry_us = us),
             Happening::FirstDebugPort(at) => {
                 self.note(at, |boot, us| boot.first_debug_port_us = us);
@@ -411,7 +432,9 @@ impl Actor for Driver {
     fn woken(&mut self, sources: &mut Sources<'_>) -> Flow {
         while let Some(message) = self.next() {
             match message {
-                Message::Event((machine, happening)) if machine == self.machine => {
+                Message::Event((machine, happening))
+                    if machine == self.machine || machine == moving::ANY_MACHINE =>
+                {
                     self.happened(happening, sources);
                 }
                 // Of a machine that is no more.

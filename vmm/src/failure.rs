@@ -15,6 +15,7 @@ use virtio_devices::vsock::VsockError;
 use crate::arch::x86_64::cpu::CpuError;
 use crate::arch::x86_64::layout::LayoutError;
 use crate::boot::BootError;
+use crate::moving::MoveError;
 
 /// A machine cannot be built.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +47,8 @@ pub enum BuildError {
     Image(#[from] ImageError),
     /// A vsock device's socket cannot be made.
     Vsock(#[from] VsockError),
+    /// It does not begin to run.
+    Move(#[from] MoveError),
     /// It cannot be laid out.
     #[error("{0}")]
     Layout(String),
@@ -104,6 +107,7 @@ impl BuildError {
             Self::Image(ImageError::Lock(_)) => "disk-in-use",
             Self::Image(_) => "disk-unusable",
             Self::Vsock(_) => "vsock-unusable",
+            Self::Move(_) => "cannot-go-on",
             Self::Host { .. } => "host-refused",
         }
     }
@@ -120,9 +124,11 @@ impl BuildError {
             | Self::Vsock(_)
             | Self::Image(_) => Category::Unprocessable,
             Self::Ram(_) | Self::Host { .. } => Category::Host,
-            Self::Kvm(_) | Self::Topology(_) | Self::Commit(_) | Self::Device(_) => {
-                Category::Internal
-            }
+            Self::Kvm(_)
+            | Self::Topology(_)
+            | Self::Commit(_)
+            | Self::Device(_)
+            | Self::Move(_) => Category::Internal,
         }
     }
 

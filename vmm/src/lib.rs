@@ -30,6 +30,7 @@ mod driver;
 mod failure;
 mod machine;
 mod memory_map;
+mod migrate;
 mod moving;
 mod open;
 mod pci;

@@ -24,10 +24,11 @@ use crate::arch::x86_64::{cpu, layout};
 use crate::boot;
 use crate::driver::{Happening, Outputs, Port, Reporter};
 use crate::failure::BuildError;
+use crate::moving::MoveError;
 use crate::open::{ConsoleEnd, Control, Opened};
 use crate::pci::{PciHost, SharedTopology};
 use crate::run_control::{NotParked, RunControl, Want};
-use crate::vcpu::VcpuThread;
+use crate::vcpu::{Throttle, VcpuThread};
 use crate::virtio::{Devices, Places};
 
 /// How long vCPUs may take to leave the guest. They take microseconds; only a device that blocks
@@ -53,6 +54,9 @@ pub(crate) struct Parts {
     _listeners: Vec<ListenerHandle>,
     pub(crate) vm: Vm,
     pub(crate) topology: SharedTopology,
+    /// What the guest's CPUs are, before they have numbers: the host's, or those of the host from
+    /// which the guest came.
+    pub(crate) cpuid: CpuId,
     pub(crate) ram: Arc<RamBlock>,
     pub(crate) serial: Option<Arc<Serial>>,
     pub(crate) power: Arc<PowerBlock>,
@@ -87,12 +91,13 @@ impl Built {
         places: &Places,
         reporter: &Reporter,
     ) -> Result<Self, BuildError> {
-        let bits = cpu::phys_bits(&host.cpuid, config.cpus.max_phys_bits);
+        let cpuid = places.cpuid.as_ref().unwrap_or(&host.cpuid);
+        let bits = cpu::phys_bits(cpuid, config.cpus.max_phys_bits);
         let layout = Layout::new(config.memory.size, bits)?;
         let vm = host.kvm.create_vm()?;
         let mut topology = Topology::new();
         // vCPUs need the interrupt controllers, which need them to be few: APIC ids are indices.
-        let vcpus = make_vcpus(host, &vm, config, bits)?;
+        let vcpus = make_vcpus(cpuid, &vm, config, bits)?;
         let mut listeners = Vec::new();
         let slots: Arc<dyn MemoryListener> = vm.memslots();
         listeners.push(topology.register(SpaceKind::Memory, 0, slots)?);
@@ -129,6 +134,7 @@ impl Built {
             _listeners: listeners,
             vm,
             topology,
+            cpuid: cpuid.clone(),
             ram,
             serial,
             power,
@@ -190,11 +196,11 @@ impl Built {
     }
 }
 
-fn make_vcpus(host: &Host, vm: &Vm, config: &VmConfig, bits: u8) -> Result<Vec<Vcpu>, KvmError> {
+fn make_vcpus(cpuid: &CpuId, vm: &Vm, config: &VmConfig, bits: u8) -> Result<Vec<Vcpu>, KvmError> {
     let (count, topology) = (config.cpus.boot_vcpus, config.cpus.topology.as_ref());
     let make = |index| {
         let vcpu = vm.create_vcpu(index)?;
-        vcpu.set_cpuid(&cpu::cpuid(&host.cpuid, index, count, topology, bits))?;
+        vcpu.set_cpuid(&cpu::cpuid(cpuid, index, count, topology, bits))?;
         Ok(vcpu)
     };
     (0..count).map(make).collect()
@@ -399,12 +405,18 @@ impl Active {
     }
 
     /// Lets the guest run.
-    pub(crate) fn resume(&mut self) -> Result<(), KvmError> {
+    pub(crate) fn resume(&mut self) -> Result<(), MoveError> {
+        // Of a guest that came, and stood until now.
+        let has_come = !self.standing.is_empty();
+        self.start_clocks(0)?;
         if let Some(clock) = self.clock.take() {
             self.parts.vm.set_clock(clock)?;
         }
         self.parts.devices.resume();
         self.control.want(Want::Run);
+        if has_come {
+            self.parts.devices.repeat_interrupts();
+        }
         Ok(())
     }
 
@@ -417,6 +429,12 @@ impl Active {
         // A guest without a kvmclock has none to stop.
         self.clock = self.parts.vm.clock().ok();
         Ok(())
+    }
+
+    /// What slows the guest down.
+    pub(crate) fn throttle(&self) -> Throttle {
+        let kickers = self.vcpus.iter().map(|vcpu| vcpu.kicker.clone());
+        Throttle::new(Arc::clone(&self.control), kickers.collect())
     }
 
     /// Interrupts every vCPU, maskable or not.

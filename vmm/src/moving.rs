@@ -144,6 +144,9 @@ impl Active {
 
     /// Lets the guest run, which stood for so long.
     pub(crate) fn go(&mut self, stood_for_ns: u64) -> Result<(), MoveError> {
+        if let Some(clock) = &mut self.clock {
+            clock.nanoseconds = clock.nanoseconds.saturating_add(stood_for_ns);
+        }
         self.start_clocks(stood_for_ns)?;
         self.resume()?;
         self.parts.devices.repeat_interrupts();
@@ -152,9 +155,6 @@ impl Active {
 
     /// Lets the clocks of a machine that was loaded go on.
     pub(crate) fn start_clocks(&mut self, stood_for_ns: u64) -> Result<(), MoveError> {
-        if let Some(clock) = &mut self.clock {
-            clock.nanoseconds = clock.nanoseconds.saturating_add(stood_for_ns);
-        }
         let standing = std::mem::take(&mut self.standing);
         if standing.is_empty() {
             return Ok(());

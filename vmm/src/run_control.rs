@@ -38,6 +38,8 @@ pub(crate) struct RunControl {
     running: Mutex<usize>,
     /// Counts the calls of [`Self::nudge`].
     nudges: AtomicU64,
+    /// vCPUs that are interrupted wait until then.
+    throttled: Mutex<Option<Instant>>,
     changed: Condvar,
 }
 
@@ -56,6 +58,7 @@ impl RunControl {
             want: AtomicU8::new(Want::Park as u8),
             running: Mutex::new(threads),
             nudges: AtomicU64::new(0),
+            throttled: Mutex::new(None),
             changed: Condvar::new(),
         }
     }
@@ -77,6 +80,23 @@ impl RunControl {
             self.want.store(want as u8, Ordering::Release);
         }
         self.changed.notify_all();
+    }
+
+    /// Has vCPUs that are interrupted wait until then, before they run again.
+    pub(crate) fn throttle_until(&self, then: Instant) {
+        *self.throttled.lock() = Some(then);
+    }
+
+    /// Called by a vCPU thread that was interrupted: waits as it is told, or until it is not to run
+    /// any more.
+    pub(crate) fn rest_if_throttled(&self) {
+        let Some(until) = *self.throttled.lock() else {
+            return;
+        };
+        let mut running = self.running.lock();
+        while self.wanted() == Want::Run
+            && !self.changed.wait_until(&mut running, until).timed_out()
+        {}
     }
 
     /// Has parked threads look for work.

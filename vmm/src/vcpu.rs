@@ -1,10 +1,10 @@
 //! vCPU threads.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{Builder, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use hypervisor::{Exit, ExitHandler, Kicker, Vcpu};
 use memory::{CachedView, SpaceKind, Topology};
@@ -16,7 +16,7 @@ use crate::run_control::{RunControl, Want};
 
 /// A vCPU's thread, seen from the driver.
 pub(crate) struct VcpuThread {
-    kicker: Kicker,
+    pub(crate) kicker: Kicker,
     nmi: Arc<AtomicBool>,
     jobs: Sender<Job>,
     thread: JoinHandle<()>,
@@ -142,7 +142,8 @@ fn run_until_wanted(
             tracing::warn!(%error, "an NMI was lost");
         }
         match vcpu.run(bus) {
-            Exit::Handled | Exit::Interrupted => {}
+            Exit::Handled => {}
+            Exit::Interrupted => control.rest_if_throttled(),
             Exit::Shutdown => return Some(failure::triple_fault(vcpu.index())),
             Exit::Failed(why) => return Some(failure::cannot_run(vcpu.index(), &why)),
         }
@@ -173,5 +174,56 @@ impl ExitHandler for Bus {
 
     fn mmio_write(&mut self, addr: u64, data: &[u8]) {
         self.memory.view().write(addr, data);
+    }
+}
+
+/// From one moment at which throttled vCPUs may begin to run to the next.
+const THROTTLE_PERIOD: Duration = Duration::from_millis(10);
+
+/// Keeps a machine's vCPUs from running for a part of the time.
+pub(crate) struct Throttle {
+    control: Arc<RunControl>,
+    kickers: Vec<Kicker>,
+    percent: Arc<AtomicU8>,
+    ticker: Option<JoinHandle<()>>,
+}
+
+impl Throttle {
+    pub(crate) fn new(control: Arc<RunControl>, kickers: Vec<Kicker>) -> Self {
+        Self {
+            control,
+            kickers,
+            percent: Arc::default(),
+            ticker: None,
+        }
+    }
+
+    /// For so many percent of the time; not at all with 0.
+    pub(crate) fn set(&mut self, percent: u8) {
+        let percent = percent.min(99);
+        self.percent.store(percent, Ordering::Release);
+        let is_over = self.ticker.as_ref().is_none_or(JoinHandle::is_finished);
+        if percent == 0 || !is_over {
+            return;
+        }
+        let (percent, control) = (Arc::clone(&self.percent), Arc::clone(&self.control));
+        let kickers = self.kickers.clone();
+        let tick = move || {
+            while let part @ 1.. = u32::from(percent.load(Ordering::Acquire)) {
+                control.throttle_until(Instant::now() + THROTTLE_PERIOD * part / 100);
+                kickers.iter().for_each(Kicker::kick);
+                std::thread::sleep(THROTTLE_PERIOD);
+            }
+        };
+        match Builder::new().name("throttle".to_owned()).spawn(tick) {
+            Ok(ticker) => self.ticker = Some(ticker),
+            Err(error) => tracing::warn!(%error, "vCPUs are not slowed down"),
+        }
+    }
+}
+
+impl Drop for Throttle {
+    fn drop(&mut self) {
+        self.percent.store(0, Ordering::Release);
     }
 }

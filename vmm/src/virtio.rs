@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use devices::pci::Bdf;
+use hypervisor::arch::CpuId;
 use memory::Transaction;
 use spec::{DeviceNode, DeviceState, VmConfig};
 use state::{Load as _, LoadError, Save as _, SaveError, Store, Writer};
@@ -22,9 +23,12 @@ struct Entry {
     state: DeviceState,
 }
 
-/// Where a machine's devices are to be, and whose what they stand on is.
+/// What of a machine is not in its specification: as it was elsewhere, for a guest that comes from
+/// there.
 #[derive(Clone, Debug)]
 pub(crate) struct Places {
+    /// The CPUs; the host's when absent.
+    pub(crate) cpuid: Option<CpuId>,
     /// Slots by the devices' names; for those that are not in it, the first that are free.
     pub(crate) slots: BTreeMap<String, u8>,
     pub(crate) whose: Whose,
@@ -33,6 +37,7 @@ pub(crate) struct Places {
 impl Default for Places {
     fn default() -> Self {
         Self {
+            cpuid: None,
             slots: BTreeMap::new(),
             whose: Whose::Ours,
         }

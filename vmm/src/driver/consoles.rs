@@ -40,6 +40,22 @@ impl Consoles {
     /// Opens both. The terminal is the serial port's, if it wants it, and else the console's if
     /// this VM has the terminal `to_itself`; a console without it says nothing.
     pub(super) fn open(config: &VmConfig, to_itself: bool) -> Result<Self, BuildError> {
+        Self::open_by(config, to_itself, open)
+    }
+
+    /// As [`Self::open`], for a guest that is still elsewhere: files go on where they end, and
+    /// sockets have their paths when [`Self::take_over`] says so.
+    pub(super) fn open_next(config: &VmConfig, to_itself: bool) -> Result<Self, BuildError> {
+        Self::open_by(config, to_itself, open_next)
+    }
+
+    /// Takes the paths of sockets from the machine in which the guest was.
+    pub(super) fn take_over(&mut self) -> std::io::Result<()> {
+        let mut ends = self.ends.iter_mut().flatten();
+        ends.try_for_each(Console::take_over)
+    }
+
+    fn open_by(config: &VmConfig, to_itself: bool, open: Open) -> Result<Self, BuildError> {
         let (serial, console) = (&config.serial, &config.console);
         let mode = match console.mode {
             ConsoleMode::Tty if serial.mode == ConsoleMode::Tty || !to_itself => ConsoleMode::Null,
@@ -127,6 +143,21 @@ impl Consoles {
     /// Whether there is input for which the guest had no room.
     pub(super) fn has_more(&self, port: Port) -> bool {
         self.end(port).is_some_and(Console::has_more)
+    }
+}
+
+type Open =
+    fn(ConsoleMode, Option<&String>, Option<&String>) -> Result<Option<Console>, BuildError>;
+
+fn open_next(
+    mode: ConsoleMode,
+    file: Option<&String>,
+    socket: Option<&String>,
+) -> Result<Option<Console>, BuildError> {
+    match (mode, file, socket) {
+        (ConsoleMode::File, Some(path), _) => Ok(Some(Console::more_of_file(Path::new(path))?)),
+        (ConsoleMode::Socket, _, Some(path)) => Ok(Some(Console::next_socket(Path::new(path))?)),
+        _ => open(mode, file, socket),
     }
 }
 

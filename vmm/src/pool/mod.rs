@@ -1,19 +1,23 @@
 //! The pool: where drivers live.
 
+use std::collections::HashMap;
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::available_parallelism;
 
-use control::{EventLog, RequestError, Spawn, VmHandle, connect};
+use control::{EventLog, Migrate, RequestError, Spawn, VmHandle, connect};
 use devices::event_loop::EventLoop;
 use hypervisor::{Kvm, KvmError, OpenError};
+use parking_lot::Mutex;
 use spec::{HostLimits, VmConfig, VmId};
 use virtio_devices::Workers;
 
 use crate::arch::x86_64::cpu;
-use crate::driver::Driver;
+use crate::driver::{Caller, Driver};
 use crate::machine::Host;
+use crate::migrate::Journals;
 
 /// How a pool is made.
 #[derive(Clone, Copy, Debug, Default)]
@@ -43,6 +47,25 @@ pub struct Pool {
     host: Arc<Host>,
     loops: Vec<EventLoop>,
     next: AtomicUsize,
+    callers: Callers,
+    journals: Journals,
+}
+
+/// Asks the drivers of VMs, by their names.
+#[derive(Clone, Default)]
+pub(crate) struct Callers(Arc<Mutex<HashMap<VmId, Caller>>>);
+
+impl Callers {
+    pub(crate) fn get(&self, vm: &VmId) -> Option<Caller> {
+        self.0.lock().get(vm).cloned()
+    }
+
+    /// A new VM, in the place of one of that name that is gone; those that are gone are forgotten.
+    fn put(&self, vm: &VmId, caller: Caller) {
+        let mut all = self.0.lock();
+        all.retain(|_, caller| caller.is_there());
+        all.insert(vm.clone(), caller);
+    }
 }
 
 impl Pool {
@@ -69,7 +92,29 @@ impl Pool {
             }),
             loops,
             next: AtomicUsize::new(0),
+            callers: Callers::default(),
+            journals: Journals(None),
         })
+    }
+
+    /// Has the steps of migrations written down in this directory, so that they are known after a
+    /// crash.
+    #[must_use]
+    pub fn with_journals(mut self, directory: PathBuf) -> Self {
+        self.journals = Journals(Some(directory));
+        self
+    }
+
+    pub(crate) fn caller(&self, vm: &VmId) -> Option<Caller> {
+        self.callers.get(vm)
+    }
+
+    pub(crate) fn callers(&self) -> &Callers {
+        &self.callers
+    }
+
+    pub(crate) fn journals(&self) -> &Journals {
+        &self.journals
     }
 }
 
@@ -90,9 +135,14 @@ impl Spawn for Pool {
         Ok(thread.handle().adopt(|waker| {
             let (handle, inbox, reports, publisher) =
                 connect(id, Arc::clone(&config), events, move || waker.wake());
+            self.callers.put(id, Caller::new(reports.clone()));
             let driver = Driver::new(Arc::clone(&self.host), config, inbox, reports, publisher);
             (driver, handle)
         }))
+    }
+
+    fn mover(&self) -> Option<&dyn Migrate> {
+        Some(self)
     }
 
     fn host_limits(&self) -> HostLimits {

@@ -41,6 +41,51 @@ pub(crate) fn phys_bits(supported: &CpuId, configured: Option<u8>) -> u8 {
     configured.map_or(host, |bits| bits.min(host))
 }
 
+/// Features of `wanted` CPUs that these lack: a guest that has seen them relies on them.
+pub(crate) fn lacking(here: &CpuId, wanted: &CpuId) -> Vec<String> {
+    type Register = fn(&kvm_cpuid_entry2) -> u32;
+    const A: (&str, Register) = ("EAX", |entry| entry.eax);
+    const B: (&str, Register) = ("EBX", |entry| entry.ebx);
+    const C: (&str, Register) = ("ECX", |entry| entry.ecx);
+    const D: (&str, Register) = ("EDX", |entry| entry.edx);
+    let of = |cpuid: &CpuId, function, index, register: Register| {
+        let mut entries = cpuid.as_slice().iter();
+        let found = entries.find(|entry| (entry.function, entry.index) == (function, index));
+        found.map_or(0, register)
+    };
+    let vendor = |cpuid: &CpuId| [B, D, C].map(|(_, register)| of(cpuid, 0, 0, register));
+    let mut lacking = Vec::new();
+    if vendor(here) != vendor(wanted) {
+        let name = |cpuid: &CpuId| {
+            let bytes = vendor(cpuid).map(u32::to_le_bytes).concat();
+            String::from_utf8_lossy(&bytes).into_owned()
+        };
+        lacking.push(format!(
+            "a CPU of {} ({} is here)",
+            name(wanted),
+            name(here)
+        ));
+    }
+    // Features, and the parts of extended state.
+    let words: [(u32, u32, &[(&str, Register)]); 6] = [
+        (1, 0, &[C, D]),
+        (7, 0, &[B, C, D]),
+        (7, 1, &[A]),
+        (0xd, 0, &[A]),
+        (0xd, 1, &[A]),
+        (0x8000_0001, 0, &[C, D]),
+    ];
+    for (function, index, registers) in words {
+        for (name, register) in registers {
+            let there = of(wanted, function, index, *register);
+            let missing = there & !of(here, function, index, *register);
+            let bits = (0..32).filter(|bit| missing & 1 << bit != 0);
+            lacking.extend(bits.map(|bit| format!("CPUID.{function:X}H:{index}.{name}[{bit}]")));
+        }
+    }
+    lacking
+}
+
 /// The CPUID of one vCPU: what the host supports, with the vCPU's own numbers in it.
 pub(crate) fn cpuid(
     supported: &CpuId,

@@ -1,0 +1,92 @@
+//! The migrations of a service: those that go on, and the last that are over.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use spec::{AwaitMigration, MigrationInfo, MigrationOutcome, StartMigration};
+use tokio::sync::watch;
+
+use crate::error::{Category, RequestError};
+use crate::handle::VmHandle;
+use crate::registry::Registry;
+
+/// Migrations that are over and still told of.
+const KEPT: usize = 256;
+
+/// A migration, as one side sees it.
+pub trait Migration: Send + Sync {
+    /// How it is going at this moment; never waits.
+    fn info(&self) -> MigrationInfo;
+
+    /// Calls it off.
+    ///
+    /// # Errors
+    /// When the guest has been handed over, or it is over.
+    fn cancel(&self) -> Result<(), RequestError>;
+
+    /// Decides what becomes of the guest.
+    ///
+    /// # Errors
+    /// When it is not in doubt.
+    fn resolve(&self, outcome: MigrationOutcome) -> Result<(), RequestError>;
+
+    /// True once it is over.
+    fn over(&self) -> watch::Receiver<bool>;
+}
+
+/// Moves guests.
+pub trait Migrate: Send + Sync {
+    /// Begins to move a guest away.
+    ///
+    /// # Errors
+    /// When it makes no sense, or the VM cannot be moved now.
+    fn send(
+        &self,
+        registry: &Registry,
+        vm: &VmHandle,
+        what: &StartMigration,
+    ) -> Result<Arc<dyn Migration>, RequestError>;
+
+    /// Begins to wait for a guest.
+    ///
+    /// # Errors
+    /// When it makes no sense, or nobody can wait there.
+    fn receive(
+        &self,
+        registry: &Registry,
+        what: &AwaitMigration,
+    ) -> Result<Arc<dyn Migration>, RequestError>;
+}
+
+/// The migrations of a service.
+#[derive(Default)]
+pub(crate) struct Migrations {
+    all: Mutex<VecDeque<Arc<dyn Migration>>>,
+}
+
+impl Migrations {
+    pub(crate) fn add(&self, migration: Arc<dyn Migration>) -> Arc<dyn Migration> {
+        let mut all = self.all.lock();
+        if all.len() >= KEPT
+            && let Some(oldest) = all.iter().position(|one| *one.over().borrow())
+        {
+            all.remove(oldest);
+        }
+        all.push_back(Arc::clone(&migration));
+        migration
+    }
+
+    pub(crate) fn list(&self) -> Vec<Arc<dyn Migration>> {
+        self.all.lock().iter().cloned().collect()
+    }
+
+    pub(crate) fn get(&self, id: &str) -> Result<Arc<dyn Migration>, RequestError> {
+        let all = self.all.lock();
+        let found = all.iter().find(|one| one.info().id == id).cloned();
+        found.ok_or_else(|| {
+            let detail = format!("there is no migration {id:?}");
+            RequestError::new(Category::NotFound, "no-such-migration", detail)
+        })
+    }
+}

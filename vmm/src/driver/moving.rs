@@ -1,0 +1,385 @@
+//! A guest that moves away, or comes: what the driver does for the migration's engine, which has
+//! threads of its own and asks for each step.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::mpsc;
+
+use ::devices::event_loop::Sources;
+use control::{Category, EventSender, RequestError, Verb};
+use hypervisor::MemSlots;
+use memory::RamBlock;
+use migration::{Progress, Refusal};
+use spec::{VmConfig, VmState};
+
+use super::consoles::Consoles;
+use super::{Driver, End, GuestEvent, Happening, Outputs, Port, Reporter, Stage};
+use crate::machine::{Active, Host};
+use crate::moving::{Extent, MoveError};
+use crate::open::Control;
+
+/// For the machine that there is, whichever it is.
+pub(super) const ANY_MACHINE: u64 = u64::MAX;
+
+/// Something that is done on the driver's thread.
+pub(crate) struct Call(Box<dyn FnOnce(&mut Driver, &mut Sources<'_>) + Send>);
+
+impl Call {
+    pub(super) fn answer(self, driver: &mut Driver, sources: &mut Sources<'_>) {
+        (self.0)(driver, sources);
+    }
+}
+
+impl fmt::Debug for Call {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Call")
+    }
+}
+
+/// Asks a driver, from the engine's threads.
+#[derive(Clone)]
+pub(crate) struct Caller {
+    /// Once the machine has been replaced or is gone, nothing is done any more.
+    machine: u64,
+    to: EventSender<GuestEvent>,
+}
+
+impl Caller {
+    pub(crate) fn new(to: EventSender<GuestEvent>) -> Self {
+        Self {
+            machine: ANY_MACHINE,
+            to,
+        }
+    }
+
+    /// Whether the driver is still there.
+    pub(crate) fn is_there(&self) -> bool {
+        self.to.is_open()
+    }
+
+    /// Has something done, and waits for it.
+    pub(crate) fn call<R: Send + 'static>(
+        &self,
+        f: impl FnOnce(&mut Driver, &mut Sources<'_>) -> R + Send + 'static,
+    ) -> Result<R, Refusal> {
+        let (answer, answers) = mpsc::channel();
+        let call = Call(Box::new(move |driver, sources| {
+            // Whoever asked may have gone.
+            let _ = answer.send(f(driver, sources));
+        }));
+        self.to.send((self.machine, Happening::Call(call)));
+        let gone = |_| Refusal::new("machine-gone", "the guest was reset or has ended");
+        answers.recv().map_err(gone)
+    }
+
+    /// As [`Caller::call`], of what can fail.
+    pub(crate) fn attempt<R: Send + 'static>(
+        &self,
+        f: impl FnOnce(&mut Driver) -> Result<R, Refusal> + Send + 'static,
+    ) -> Result<R, Refusal> {
+        self.call(move |driver, _| f(driver))?
+    }
+}
+
+/// A guest that is moving away.
+pub(super) struct Leaving {
+    progress: Progress,
+    /// It stands because it moves.
+    is_stopped: bool,
+    handed_over: bool,
+}
+
+/// What the engine needs of a machine whose guest leaves.
+pub(crate) struct Departure {
+    pub(crate) caller: Caller,
+    pub(crate) config: Arc<VmConfig>,
+    pub(crate) slots: std::collections::BTreeMap<String, u8>,
+    pub(crate) ram: Arc<RamBlock>,
+    pub(crate) memslots: Arc<MemSlots>,
+    pub(crate) throttle: crate::vcpu::Throttle,
+}
+
+/// What it takes to build a machine for a guest that comes.
+pub(crate) struct Arrival {
+    pub(crate) caller: Caller,
+    pub(crate) host: Arc<Host>,
+    pub(crate) config: Arc<VmConfig>,
+    pub(crate) outputs: Outputs,
+    pub(crate) reporter: Reporter,
+}
+
+fn refused(code: &str) -> impl FnOnce(MoveError) -> Refusal {
+    move |error| Refusal::new(code, error.to_string())
+}
+
+fn no_machine() -> Refusal {
+    Refusal::new("machine-gone", "there is no machine")
+}
+
+impl Driver {
+    /// Why a request cannot be done while a guest moves, if it cannot.
+    pub(super) fn refused_while_moving(&mut self, verb: Verb) -> Option<RequestError> {
+        let refuse = |detail: &str| {
+            Some(RequestError::new(
+                Category::Conflict,
+                "vm-migrating",
+                detail,
+            ))
+        };
+        if matches!(verb, Verb::Counters) {
+            return None;
+        }
+        if let Stage::Expecting(expected) = &self.stage {
+            return match verb {
+                // The engine finds that the machine is gone.
+                Verb::Delete if expected.progress.cancel().is_ok() => None,
+                _ => refuse("its guest has not arrived yet"),
+            };
+        }
+        let leaving = self.leaving.as_ref()?;
+        match verb {
+            Verb::MemoryMap => None,
+            Verb::Reboot | Verb::Shutdown | Verb::Delete => match leaving.progress.cancel() {
+                Ok(()) if !leaving.is_stopped => None,
+                _ => refuse("its guest is being handed over to another service"),
+            },
+            _ if leaving.is_stopped => refuse("its guest is being handed over to another service"),
+            Verb::AddDevice | Verb::RemoveDevice | Verb::Resize | Verb::ResizeDisk => {
+                refuse("its guest is moving to another service; call the migration off first")
+            }
+            _ => None,
+        }
+    }
+
+    /// A guest begins to move away.
+    pub(crate) fn depart(&mut self, progress: &Progress) -> Result<Departure, RequestError> {
+        let conflict =
+            |code: &str, detail: &str| Err(RequestError::new(Category::Conflict, code, detail));
+        if self.leaving.is_some() {
+            return conflict("vm-migrating", "its guest is moving already");
+        }
+        if !self.opening.is_empty() {
+            return conflict("vm-busy", "a device is being added to it");
+        }
+        let Stage::On(active) = &self.stage else {
+            let detail = "a VM that is not running cannot be moved: it must be Running or Paused";
+            return conflict("wrong-state", detail);
+        };
+        let (ram, memslots) = active.memory();
+        let departure = Departure {
+            caller: Caller {
+                machine: self.machine,
+                to: self.reports.clone(),
+            },
+            config: Arc::clone(&self.config),
+            slots: active.devices().slots(),
+            ram,
+            memslots,
+            throttle: active.throttle(),
+        };
+        self.leaving = Some(Leaving {
+            progress: progress.clone(),
+            is_stopped: false,
+            handed_over: false,
+        });
+        Ok(departure)
+    }
+
+    fn on(&mut self) -> Result<&mut Active, Refusal> {
+        match &mut self.stage {
+            Stage::On(active) => Ok(active),
+            _ => Err(no_machine()),
+        }
+    }
+
+    /// The guest's CPUs, before they have numbers.
+    pub(crate) fn cpuid(&mut self) -> Result<hypervisor::arch::CpuId, Refusal> {
+        Ok(self.on()?.parts.cpuid.clone())
+    }
+
+    /// Tells of something that happened to the VM.
+    pub(crate) fn record(&self, event: &str, detail: String) {
+        self.publisher.record(event, Some(detail));
+    }
+
+    pub(crate) fn save_guess(&mut self) -> Result<Vec<u8>, Refusal> {
+        self.on()?
+            .save(Extent::Guess)
+            .map_err(refused("cannot-be-saved"))
+    }
+
+    /// Stops the guest. True if it stood already.
+    pub(crate) fn stop_to_move(&mut self) -> Result<bool, Refusal> {
+        let was_paused = self.publisher.current().state == VmState::Paused;
+        let active = self.on()?;
+        if !was_paused {
+            active
+                .pause()
+                .map_err(|late| Refusal::new("does-not-stop", late.to_string()))?;
+        }
+        if let Some(leaving) = &mut self.leaving {
+            leaving.is_stopped = true;
+        }
+        Ok(was_paused)
+    }
+
+    pub(crate) fn save_whole(&mut self) -> Result<Vec<u8>, Refusal> {
+        self.on()?
+            .save(Extent::Whole)
+            .map_err(refused("cannot-be-saved"))
+    }
+
+    pub(crate) fn hand_over(&mut self) -> Result<(), Refusal> {
+        if let Some(leaving) = &mut self.leaving {
+            leaving.handed_over = true;
+        }
+        self.on()?
+            .hand_over()
+            .map_err(refused("cannot-be-handed-over"))
+    }
+
+    /// The guest stays, and goes on if it did before.
+    pub(crate) fn stay(&mut self) -> Result<(), Refusal> {
+        let Some(leaving) = self.leaving.take() else {
+            return Ok(());
+        };
+        let was_paused = self.publisher.current().state == VmState::Paused;
+        let active = self.on()?;
+        if leaving.handed_over {
+            active
+                .take_over()
+                .map_err(refused("cannot-be-taken-back"))?;
+        }
+        if leaving.is_stopped && !was_paused {
+            active
+                .resume()
+                .map_err(|error| Refusal::new("cannot-go-on", error.to_string()))?;
+        }
+        Ok(())
+    }
+
+    /// The guest is elsewhere.
+    pub(crate) fn left(&mut self, sources: &mut Sources<'_>) {
+        self.leaving = None;
+        self.switch_off(End::Requested, sources);
+    }
+
+    /// A guest is to come: nothing is done with this VM until it has.
+    pub(crate) fn expect(&mut self, progress: &Progress) -> Result<Arrival, Refusal> {
+        if !matches!(self.stage, Stage::Off) {
+            return Err(Refusal::new("vm-exists", "this VM has a guest already"));
+        }
+        self.consoles = Consoles::open_next(&self.config, self.host.terminal)
+            .map_err(|error| Refusal::new("console-unusable", error.to_string()))?;
+        self.next_machine();
+        self.stage = Stage::Expecting(Expected {
+            progress: progress.clone(),
+            active: None,
+        });
+        Ok(Arrival {
+            caller: Caller {
+                machine: self.machine,
+                to: self.reports.clone(),
+            },
+            host: Arc::clone(&self.host),
+            config: Arc::clone(&self.config),
+            outputs: self.consoles.outputs(),
+            reporter: self.reporter(),
+        })
+    }
+
+    /// The machine for the guest that is to come.
+    pub(crate) fn provide(&mut self, active: Active) {
+        if let Stage::Expecting(expected) = &mut self.stage {
+            expected.active = Some(Box::new(active));
+        }
+    }
+
+    fn expecting(&mut self) -> Result<&mut Active, Refusal> {
+        match &mut self.stage {
+            Stage::Expecting(Expected {
+                active: Some(active),
+                ..
+            }) => Ok(active),
+            _ => Err(no_machine()),
+        }
+    }
+
+    pub(crate) fn load_guess(&mut self, state: &[u8]) -> Result<(), Refusal> {
+        self.expecting()?
+            .load(state, Extent::Guess)
+            .map_err(refused("cannot-be-loaded"))
+    }
+
+    pub(crate) fn load_whole(&mut self, state: &[u8]) -> Result<(), Refusal> {
+        self.expecting()?
+            .load(state, Extent::Whole)
+            .map_err(refused("cannot-be-loaded"))
+    }
+
+    pub(crate) fn take_over(&mut self) -> Result<(), Refusal> {
+        self.consoles
+            .take_over()
+            .map_err(|error| Refusal::new("console-unusable", error.to_string()))?;
+        self.expecting()?
+            .take_over()
+            .map_err(refused("cannot-be-taken-over"))
+    }
+
+    /// Lets the guest run that came, or stand if it is to.
+    pub(crate) fn arrive(
+        &mut self,
+        stood_for_ns: u64,
+        paused: bool,
+        sources: &mut Sources<'_>,
+    ) -> Result<(), Refusal> {
+        let active = self.expecting()?;
+        if !paused {
+            active.go(stood_for_ns).map_err(refused("cannot-go-on"))?;
+        }
+        let Stage::Expecting(expected) = std::mem::replace(&mut self.stage, Stage::Off) else {
+            return Err(no_machine());
+        };
+        let Some(active) = expected.active else {
+            return Err(no_machine());
+        };
+        for control in active.devices().controls() {
+            if let Control::Net(net) = control {
+                net.announce();
+            }
+        }
+        let (devices, balloon) = (active.devices().tree(), active.devices().balloon());
+        self.stage = Stage::On(active);
+        self.consoles.watch_all(sources);
+        self.set_config(Arc::clone(&self.config));
+        self.publisher.update(|status| {
+            status.state = if paused {
+                VmState::Paused
+            } else {
+                VmState::Running
+            };
+            status.arrived = true;
+            status.devices = devices;
+            status.balloon = balloon;
+        });
+        for port in Port::BOTH {
+            self.take_input(port, sources);
+        }
+        Ok(())
+    }
+
+    /// The guest does not come.
+    pub(crate) fn give_up_expecting(&mut self, sources: &mut Sources<'_>) {
+        if matches!(self.stage, Stage::Expecting(_)) {
+            self.stage = Stage::Off;
+            self.next_machine();
+            self.consoles.close(sources);
+        }
+    }
+}
+
+/// A guest that is coming.
+pub(super) struct Expected {
+    progress: Progress,
+    active: Option<Box<Active>>,
+}

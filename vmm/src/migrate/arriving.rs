@@ -1,0 +1,243 @@
+//! A VM to which a guest moves, as the engine sees it.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use control::Registry;
+use memory::RamBlock;
+use migration::{Block, Fate, FileJournal, Host, Journal, Offer, Refusal, Side, Step, Target};
+use parking_lot::Mutex;
+use spec::{VmConfig, VmId};
+use uuid::Uuid;
+
+use super::{Journals, MachineOffer, Moving, OFFER_VERSION, RAM, cpuid};
+use crate::arch::x86_64::cpu;
+use crate::driver::{Arrival, Caller};
+use crate::failure;
+use crate::machine::Built;
+use crate::open::Whose;
+use crate::pool::Callers;
+use crate::virtio::Places;
+
+/// Makes a VM for the guest that comes.
+pub(super) struct ArrivingHost {
+    registry: Registry,
+    callers: Callers,
+    journals: Journals,
+    moving: Arc<Moving>,
+}
+
+impl ArrivingHost {
+    pub(super) fn new(
+        registry: Registry,
+        callers: Callers,
+        journals: Journals,
+        moving: Arc<Moving>,
+    ) -> Self {
+        Self {
+            registry,
+            callers,
+            journals,
+            moving,
+        }
+    }
+
+    fn create(&self, vm: &VmId, config: VmConfig) -> Result<Caller, Refusal> {
+        let created = self.registry.create(Some(vm.clone()), config);
+        created.map_err(|error| {
+            let mut detail = error.detail;
+            for field in &error.fields {
+                detail = format!("{detail}; {}: {}", field.pointer, field.detail);
+            }
+            Refusal::new(error.code, detail)
+        })?;
+        let gone = || Refusal::new("machine-gone", "the VM is gone");
+        self.callers.get(vm).ok_or_else(gone)
+    }
+}
+
+/// What the guest would need to start anew is there.
+fn payload_is_there(config: &VmConfig) -> Result<(), Refusal> {
+    let payload = &config.payload;
+    let files = [
+        ("kernel", &payload.kernel),
+        ("firmware", &payload.firmware),
+        ("initramfs", &payload.initramfs),
+    ];
+    for (what, path) in files {
+        if let Some(path) = path
+            && let Err(error) = std::fs::File::open(Path::new(path))
+        {
+            let detail = format!(
+                "the guest's {what} {path} cannot be opened at the destination, so that it could not be rebooted: {error}"
+            );
+            return Err(Refusal::new("payload-missing", detail));
+        }
+    }
+    Ok(())
+}
+
+impl Host for ArrivingHost {
+    fn prepare(&self, _: Uuid, offer: &Offer) -> Result<Box<dyn Target>, Refusal> {
+        let unreadable = |why: String| Refusal::new("offer-unreadable", why);
+        let machine: MachineOffer = serde_json::from_slice(&offer.machine).map_err(|error| {
+            unreadable(format!("the offer of a machine cannot be read: {error}"))
+        })?;
+        if machine.version != OFFER_VERSION {
+            return Err(unreadable(
+                "the offer of a machine is of another version".to_owned(),
+            ));
+        }
+        let wanted = cpuid(&machine.cpuid)
+            .ok_or_else(|| unreadable("the CPUs have too many CPUID leaves".to_owned()))?;
+        payload_is_there(&machine.config)?;
+        let vm = self.moving.vm.lock().clone();
+        let vm = match vm {
+            Some(vm) => vm,
+            None => offer
+                .vm
+                .parse::<VmId>()
+                .map_err(|error| unreadable(error.to_string()))?,
+        };
+        let size = machine.config.memory.size;
+        if offer.blocks.len() != 1 || offer.blocks.iter().any(|block| block.size != size) {
+            let why = "the memory is not what the configuration says";
+            return Err(unreadable(why.to_owned()));
+        }
+        let caller = self.create(&vm, machine.config)?;
+        let give_up = |why: Refusal| {
+            self.registry
+                .forget(&vm, "migration-failed", Some(why.detail.clone()));
+            why
+        };
+        let progress = self.moving.progress.clone();
+        let arrival = caller
+            .attempt(move |driver| driver.expect(&progress))
+            .map_err(give_up)?;
+        let places = Places {
+            cpuid: Some(wanted),
+            slots: machine.slots,
+            whose: Whose::Theirs,
+        };
+        let built = ArrivingVm::build(&self.registry, vm.clone(), arrival, &places);
+        let target = built.map_err(give_up)?;
+        *self.moving.vm.lock() = Some(vm);
+        Ok(Box::new(target))
+    }
+
+    fn journal(&self, migration: Uuid, vm: &str) -> std::io::Result<Box<dyn Journal>> {
+        self.journals.open(migration, Side::Destination, vm)
+    }
+
+    fn fate(&self, migration: Uuid) -> Fate {
+        let listed = self.journals.0.as_deref().map(FileJournal::list);
+        let Some(Ok(listed)) = listed else {
+            return Fate::Unknown;
+        };
+        let found = listed
+            .into_iter()
+            .find(|(id, side, _)| (*id, *side) == (migration, Side::Destination));
+        match found {
+            None => Fate::Unknown,
+            Some((_, _, steps)) if steps.iter().any(|entry| entry.step == Step::Running) => {
+                Fate::Ran
+            }
+            // What was written last may not have reached the disk.
+            Some((_, _, steps)) if FileJournal::is_of_an_earlier_boot(&steps) => Fate::Unknown,
+            Some(_) => Fate::NeverRan,
+        }
+    }
+}
+
+struct ArrivingVm {
+    registry: Registry,
+    vm: VmId,
+    caller: Caller,
+    ram: Arc<RamBlock>,
+    /// The guest runs here, and the VM is not to be forgotten.
+    has_arrived: Mutex<bool>,
+}
+
+impl ArrivingVm {
+    fn build(
+        registry: &Registry,
+        vm: VmId,
+        arrival: Arrival,
+        places: &Places,
+    ) -> Result<Self, Refusal> {
+        let Arrival {
+            caller,
+            host,
+            config,
+            outputs,
+            reporter,
+        } = arrival;
+        let wanted = places.cpuid.as_ref();
+        let lacking = wanted.map(|wanted| cpu::lacking(&host.cpuid, wanted));
+        if let Some(lacking) = lacking.filter(|lacking| !lacking.is_empty()) {
+            let detail = format!(
+                "the CPUs of the destination lack what the guest uses: {}",
+                lacking.join(", ")
+            );
+            return Err(Refusal::new("cpu-lacks-features", detail));
+        }
+        let built = Built::new(&host, &config, outputs, places, &reporter)
+            .and_then(|built| built.expect_guest(&config, &reporter));
+        let active = built.map_err(|error| {
+            let told = failure::told(&error);
+            Refusal::new(told.code, format!("at the destination: {}", told.detail))
+        })?;
+        let (ram, _) = active.memory();
+        caller.call(move |driver, _| driver.provide(active))?;
+        Ok(Self {
+            registry: registry.clone(),
+            vm,
+            caller,
+            ram,
+            has_arrived: Mutex::new(false),
+        })
+    }
+}
+
+impl Target for ArrivingVm {
+    fn blocks(&self) -> Vec<Block> {
+        vec![Block {
+            name: RAM.to_owned(),
+            ram: Arc::clone(&self.ram),
+        }]
+    }
+
+    fn guess(&mut self, state: &[u8]) -> Result<(), Refusal> {
+        let state = state.to_vec();
+        self.caller.attempt(move |driver| driver.load_guess(&state))
+    }
+
+    fn load(&mut self, state: &[u8]) -> Result<(), Refusal> {
+        let state = state.to_vec();
+        self.caller.attempt(move |driver| driver.load_whole(&state))
+    }
+
+    fn take_over(&mut self) -> Result<(), Refusal> {
+        self.caller.attempt(|driver| driver.take_over())
+    }
+
+    fn start(&mut self, stood_for: Duration, paused: bool) -> Result<(), Refusal> {
+        let stood = u64::try_from(stood_for.as_nanos()).unwrap_or(u64::MAX);
+        self.caller
+            .call(move |driver, sources| driver.arrive(stood, paused, sources))??;
+        *self.has_arrived.lock() = true;
+        Ok(())
+    }
+
+    fn discard(&mut self) {
+        if *self.has_arrived.lock() {
+            return;
+        }
+        // If the machine is gone already, so much the better.
+        let _ = self
+            .caller
+            .call(|driver, sources| driver.give_up_expecting(sources));
+        self.registry.forget(&self.vm, "migration-failed", None);
+    }
+}

@@ -1,0 +1,121 @@
+//! A VM whose guest moves away, as the engine sees it.
+
+use migration::{Block, BlockInfo, Offer, Refusal, Source};
+use spec::VmId;
+
+use super::{MachineOffer, OFFER_VERSION, RAM, rows};
+use crate::driver::Departure;
+
+pub(super) struct LeavingVm {
+    vm: VmId,
+    departure: Departure,
+    tracking: bool,
+}
+
+impl LeavingVm {
+    pub(super) fn new(vm: VmId, departure: Departure) -> Self {
+        Self {
+            vm,
+            departure,
+            tracking: false,
+        }
+    }
+
+    /// The guest stays: it can be moved again, and its owner may read why it was not.
+    pub(super) fn stayed(&self, why: Refusal) {
+        // If the machine is gone, so is what there would be to tidy up.
+        let _ = self.departure.caller.attempt(move |driver| {
+            let stayed = driver.stay();
+            driver.record("migration-failed", why.detail);
+            stayed
+        });
+    }
+}
+
+fn kvm(error: hypervisor::KvmError) -> Refusal {
+    Refusal::new("kvm-refused", error.to_string())
+}
+
+impl Source for LeavingVm {
+    fn offer(&mut self) -> Result<Offer, Refusal> {
+        let cpuid = self.departure.caller.attempt(|driver| driver.cpuid())?;
+        let machine = MachineOffer {
+            version: OFFER_VERSION,
+            config: spec::VmConfig::clone(&self.departure.config),
+            slots: self.departure.slots.clone(),
+            cpuid: rows(&cpuid),
+        };
+        let machine = serde_json::to_vec(&machine)
+            .map_err(|error| Refusal::new("cannot-be-saved", error.to_string()))?;
+        Ok(Offer {
+            vm: self.vm.as_str().to_owned(),
+            machine: machine.into(),
+            blocks: vec![BlockInfo {
+                name: RAM.to_owned(),
+                size: self.departure.ram.len() as u64,
+            }],
+            connections: 1,
+            postcopy: false,
+        })
+    }
+
+    fn blocks(&self) -> Vec<Block> {
+        vec![Block {
+            name: RAM.to_owned(),
+            ram: self.departure.ram.clone(),
+        }]
+    }
+
+    fn track(&mut self, on: bool) -> Result<(), Refusal> {
+        self.tracking = on;
+        self.departure.memslots.track_dirty(on).map_err(kvm)
+    }
+
+    fn harvest(&mut self) -> Result<(), Refusal> {
+        self.departure.memslots.harvest().map_err(kvm)
+    }
+
+    fn throttle(&mut self, percent: u8) {
+        self.departure.throttle.set(percent);
+    }
+
+    fn guess(&mut self) -> Result<Vec<u8>, Refusal> {
+        self.departure.caller.attempt(|driver| driver.save_guess())
+    }
+
+    fn stop(&mut self) -> Result<bool, Refusal> {
+        self.departure
+            .caller
+            .attempt(|driver| driver.stop_to_move())
+    }
+
+    fn save(&mut self) -> Result<Vec<u8>, Refusal> {
+        self.departure.caller.attempt(|driver| driver.save_whole())
+    }
+
+    fn hand_over(&mut self) -> Result<(), Refusal> {
+        self.departure.caller.attempt(|driver| driver.hand_over())
+    }
+
+    fn go_on(&mut self) -> Result<(), Refusal> {
+        self.departure.caller.attempt(|driver| driver.stay())
+    }
+
+    fn gone(&mut self) {
+        // If the machine is gone already, so much the better.
+        let _ = self
+            .departure
+            .caller
+            .call(|driver, sources| driver.left(sources));
+    }
+}
+
+impl Drop for LeavingVm {
+    fn drop(&mut self) {
+        if self.tracking
+            && let Err(error) = self.departure.memslots.track_dirty(false)
+        {
+            tracing::debug!(%error, "dirty pages of a machine are still being tracked");
+        }
+    }
+}

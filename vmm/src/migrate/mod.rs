@@ -1,0 +1,366 @@
+//! Migrations: the engine's threads, and what is told of them.
+
+mod arriving;
+mod leaving;
+
+use std::path::PathBuf;
+use std::str::FromStr as _;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use control::{Category, Migrate, Migration, Registry, RequestError, VmHandle};
+use hypervisor::arch::{CpuId, kvm_cpuid_entry2};
+use migration::{
+    Endpoint, FileJournal, Journal, Listener, NoJournal, Outcome, Phase, Policy, Progress,
+    Receiving, Report, Resolution, Sending, Side, receive, send,
+};
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+use spec::{
+    AwaitMigration, FieldProblem, MemoryMode, MigrationDowntime, MigrationError, MigrationInfo,
+    MigrationOutcome, MigrationPhase, MigrationSide, StartMigration, VmConfig, VmId,
+};
+use tokio::sync::watch;
+
+use self::arriving::ArrivingHost;
+use self::leaving::LeavingVm;
+use crate::pool::Pool;
+
+/// The name of a machine's memory.
+const RAM: &str = "ram";
+
+/// What one side tells the other of a machine, before anything moves.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct MachineOffer {
+    /// Of the form of this.
+    version: u32,
+    config: VmConfig,
+    /// Where its devices are on the bus.
+    slots: std::collections::BTreeMap<String, u8>,
+    /// Function, index, flags, EAX, EBX, ECX, EDX.
+    cpuid: Vec<[u32; 7]>,
+}
+
+const OFFER_VERSION: u32 = 1;
+
+fn rows(cpuid: &CpuId) -> Vec<[u32; 7]> {
+    let row = |e: &kvm_cpuid_entry2| [e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx];
+    cpuid.as_slice().iter().map(row).collect()
+}
+
+fn cpuid(rows: &[[u32; 7]]) -> Option<CpuId> {
+    let entry = |&[function, index, flags, eax, ebx, ecx, edx]: &[u32; 7]| kvm_cpuid_entry2 {
+        function,
+        index,
+        flags,
+        eax,
+        ebx,
+        ecx,
+        edx,
+        ..Default::default()
+    };
+    let entries: Vec<_> = rows.iter().map(entry).collect();
+    CpuId::from_entries(&entries).ok()
+}
+
+/// A migration, as this side sees it.
+struct Moving {
+    id: uuid::Uuid,
+    side: MigrationSide,
+    vm: Mutex<Option<VmId>>,
+    endpoint: String,
+    started_ms: u64,
+    progress: Progress,
+    over: watch::Sender<bool>,
+}
+
+impl Moving {
+    fn new(side: MigrationSide, vm: Option<VmId>, endpoint: String) -> Self {
+        let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH);
+        let started = since_1970.unwrap_or_default().as_millis();
+        Self {
+            id: uuid::Uuid::new_v4(),
+            side,
+            vm: Mutex::new(vm),
+            endpoint,
+            started_ms: u64::try_from(started).unwrap_or(u64::MAX),
+            progress: Progress::default(),
+            over: watch::Sender::new(false),
+        }
+    }
+}
+
+fn phase(phase: Phase) -> MigrationPhase {
+    match phase {
+        Phase::Connecting => MigrationPhase::Connecting,
+        Phase::Preparing => MigrationPhase::Preparing,
+        Phase::Precopy => MigrationPhase::Precopy,
+        Phase::Stopped => MigrationPhase::Stopped,
+        Phase::HandingOver => MigrationPhase::HandingOver,
+        Phase::Postcopy => MigrationPhase::Postcopy,
+        Phase::PostcopyPaused => MigrationPhase::PostcopyPaused,
+        Phase::InDoubt => MigrationPhase::InDoubt,
+        Phase::Completed => MigrationPhase::Completed,
+        Phase::Canceled => MigrationPhase::Canceled,
+        Phase::Failed => MigrationPhase::Failed,
+    }
+}
+
+impl Migration for Moving {
+    fn info(&self) -> MigrationInfo {
+        let report: Report = self.progress.report();
+        let eta = (report.bytes_per_second > 0 && !report.phase.is_over()).then(|| {
+            let bytes = u128::from(report.remaining_pages) * 4096;
+            let us = bytes * 1_000_000 / u128::from(report.bytes_per_second);
+            u64::try_from(us).unwrap_or(u64::MAX)
+        });
+        MigrationInfo {
+            id: self.id.to_string(),
+            side: self.side,
+            vm: self.vm.lock().clone(),
+            endpoint: self.endpoint.clone(),
+            started_ms: self.started_ms,
+            elapsed_us: report.elapsed_us,
+            phase: phase(report.phase),
+            memory_bytes: report.memory_bytes,
+            sent_bytes: report.sent_bytes,
+            pages: report.pages,
+            zero_pages: report.zero_pages,
+            remaining_pages: report.remaining_pages,
+            rounds: report.rounds,
+            dirty_pages_per_second: report.dirty_pages_per_second,
+            bytes_per_second: report.bytes_per_second,
+            throttle_percent: report.throttle_percent,
+            connections: report.connections,
+            eta_us: eta,
+            predicted_downtime_us: report.predicted_downtime_us,
+            downtime: report.downtime.map(|downtime| MigrationDowntime {
+                total_us: downtime.total_us,
+                pause_us: downtime.pause_us,
+                save_us: downtime.save_us,
+                transfer_us: downtime.transfer_us,
+                load_us: downtime.load_us,
+                hand_over_us: downtime.hand_over_us,
+                pages: downtime.pages,
+            }),
+            faults: report.faults,
+            fault_p50_us: report.fault_p50_us,
+            fault_p99_us: report.fault_p99_us,
+            error: report.error.map(|error| MigrationError {
+                code: error.code,
+                detail: error.detail,
+            }),
+        }
+    }
+
+    fn cancel(&self) -> Result<(), RequestError> {
+        if self.progress.report().phase.is_over() {
+            let detail = "the migration is over";
+            return Err(RequestError::new(
+                Category::Conflict,
+                "migration-over",
+                detail,
+            ));
+        }
+        self.progress.cancel().map_err(|late| {
+            RequestError::new(Category::Conflict, "migration-committed", late.to_string())
+        })
+    }
+
+    fn resolve(&self, outcome: MigrationOutcome) -> Result<(), RequestError> {
+        let resolution = match outcome {
+            MigrationOutcome::Run => Resolution::Run,
+            MigrationOutcome::Discard => Resolution::Discard,
+        };
+        if self.progress.resolve(resolution) {
+            return Ok(());
+        }
+        let detail = "the migration is not in doubt";
+        Err(RequestError::new(
+            Category::Conflict,
+            "migration-not-in-doubt",
+            detail,
+        ))
+    }
+
+    fn over(&self) -> watch::Receiver<bool> {
+        self.over.subscribe()
+    }
+}
+
+fn endpoint(field: &str, text: &str) -> Result<Endpoint, RequestError> {
+    Endpoint::from_str(text).map_err(|error| invalid(field, error.to_string()))
+}
+
+fn invalid(field: &str, detail: String) -> RequestError {
+    RequestError::invalid(vec![FieldProblem {
+        pointer: format!("/{field}"),
+        code: "invalid".to_owned(),
+        detail,
+    }])
+}
+
+fn policy(what: &StartMigration) -> Result<Policy, RequestError> {
+    let positive = |field: &str, value: u64| match value {
+        0 => Err(invalid(field, "must be at least 1".to_owned())),
+        some => Ok(some),
+    };
+    if let Some(connections @ (0 | 17..)) = what.connections {
+        let detail = format!("{connections} connections are none, or more than 16");
+        return Err(invalid("connections", detail));
+    }
+    if let Some(bandwidth) = what.max_bandwidth {
+        positive("max_bandwidth", bandwidth)?;
+    }
+    Ok(Policy {
+        max_downtime: Duration::from_millis(positive("max_downtime_ms", what.max_downtime_ms)?),
+        deadline: Some(Duration::from_secs(positive(
+            "deadline_s",
+            what.deadline_s,
+        )?)),
+        at_deadline: match what.at_deadline {
+            spec::AtDeadline::Cancel => migration::AtDeadline::Cancel,
+            spec::AtDeadline::Throttle => migration::AtDeadline::Throttle,
+            spec::AtDeadline::Postcopy => migration::AtDeadline::Postcopy,
+            spec::AtDeadline::Stop => migration::AtDeadline::Stop,
+        },
+        mode: match what.mode {
+            MemoryMode::Precopy => migration::Mode::Precopy,
+            MemoryMode::Hybrid => migration::Mode::Hybrid,
+            MemoryMode::Postcopy => migration::Mode::Postcopy,
+        },
+        connections: what.connections,
+        max_bandwidth: what.max_bandwidth,
+        ..Policy::default()
+    })
+}
+
+/// Where journals are, and those who write them.
+#[derive(Clone, Debug)]
+pub(crate) struct Journals(pub(crate) Option<PathBuf>);
+
+impl Journals {
+    fn open(&self, id: uuid::Uuid, side: Side, vm: &str) -> std::io::Result<Box<dyn Journal>> {
+        match &self.0 {
+            Some(dir) => Ok(Box::new(FileJournal::create(dir, id, side, vm)?)),
+            None => Ok(Box::new(NoJournal)),
+        }
+    }
+
+    fn host(error: std::io::Error) -> RequestError {
+        let detail = format!("the migration's journal cannot be written: {error}");
+        RequestError::new(Category::Host, "journal", detail)
+    }
+}
+
+fn start(name: &str, run: impl FnOnce() + Send + 'static) -> Result<(), RequestError> {
+    let started = thread::Builder::new().name(name.to_owned()).spawn(run);
+    started.map(|_| ()).map_err(|error| {
+        let detail = format!("the host gives no thread: {error}");
+        RequestError::new(Category::Host, "host-refused", detail)
+    })
+}
+
+impl Migrate for Pool {
+    fn send(
+        &self,
+        registry: &Registry,
+        vm: &VmHandle,
+        what: &StartMigration,
+    ) -> Result<Arc<dyn Migration>, RequestError> {
+        let policy = policy(what)?;
+        let dial = endpoint("destination", &what.destination)?;
+        let id = vm.id().clone();
+        let moving = Moving::new(MigrationSide::Source, Some(id.clone()), dial.to_string());
+        let moving = Arc::new(moving);
+        let caller = self.caller(&id).ok_or_else(RequestError::driver_gone)?;
+        let progress = moving.progress.clone();
+        let departure = caller.call(move |driver, _| driver.depart(&progress));
+        let departure = departure.map_err(|_| RequestError::driver_gone())??;
+        let journals = self.journals().clone();
+        let mut journal = journals
+            .open(moving.id, Side::Source, id.as_str())
+            .map_err(Journals::host)?;
+        let (registry, ours) = (registry.clone(), Arc::clone(&moving));
+        start("migrate-out", move || {
+            let mut leaving = LeavingVm::new(id.clone(), departure);
+            let sending = Sending {
+                id: ours.id,
+                policy: &policy,
+                dial: &dial,
+                journal: &mut *journal,
+                progress: &ours.progress,
+            };
+            match send(sending, &mut leaving) {
+                Outcome::Moved => {
+                    let detail = format!("to {}", ours.endpoint);
+                    registry.forget(&id, "migrated", Some(detail));
+                }
+                Outcome::Stayed(why) => leaving.stayed(why),
+            }
+            journals.forget(ours.id, Side::Source);
+            ours.over.send_replace(true);
+        })?;
+        Ok(moving)
+    }
+
+    fn receive(
+        &self,
+        registry: &Registry,
+        what: &AwaitMigration,
+    ) -> Result<Arc<dyn Migration>, RequestError> {
+        let wanted = endpoint("listen", &what.listen)?;
+        let unusable = |error: std::io::Error| {
+            let detail = format!("nobody can wait at {wanted}: {error}");
+            RequestError::new(Category::Unprocessable, "endpoint-unusable", detail)
+        };
+        if let Some(vm) = &what.vm
+            && registry.get(vm.as_str()).is_ok()
+        {
+            let detail = format!("there is a VM {:?} already", vm.as_str());
+            return Err(RequestError::new(Category::Conflict, "vm-exists", detail));
+        }
+        let mut listener = Listener::bind(&wanted).map_err(unusable)?;
+        let bound = listener.endpoint().map_err(unusable)?;
+        let moving = Moving::new(
+            MigrationSide::Destination,
+            what.vm.clone(),
+            bound.to_string(),
+        );
+        let moving = Arc::new(moving);
+        let ours = Arc::clone(&moving);
+        let (registry, callers) = (registry.clone(), self.callers().clone());
+        let journals = self.journals().clone();
+        start("migrate-in", move || {
+            let host = ArrivingHost::new(registry, callers, journals, Arc::clone(&ours));
+            let receiving = Receiving {
+                accept: &mut listener,
+                host: &host,
+                progress: &ours.progress,
+                patience: Policy::default().patience,
+                lingers: &|| {
+                    ours.over.send_replace(true);
+                },
+            };
+            // What went wrong is in the report.
+            let _ = receive(receiving);
+            // Whoever waits may want to wait for another guest at the same place.
+            drop(listener);
+            ours.over.send_replace(true);
+        })?;
+        Ok(moving)
+    }
+}
+
+impl Journals {
+    /// It is over, and nobody will ask.
+    fn forget(&self, id: uuid::Uuid, side: Side) {
+        if let Some(dir) = &self.0
+            && let Err(error) = FileJournal::remove(dir, id, side)
+        {
+            tracing::warn!(%error, "a journal cannot be removed");
+        }
+    }
+}

@@ -1,0 +1,318 @@
+//! The pocket guest moves between two pools on `/dev/kvm`, while it writes to its memory. It checks
+//! every page afterwards, and tells which stop it saw.
+
+#![expect(clippy::unwrap_used, reason = "a test that goes wrong panics")]
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+
+use control::{Migration, Registry, Request};
+use guest::{Command, Line, Options, Order, Workload};
+use spec::{
+    AtDeadline, AwaitMigration, MigrationInfo, MigrationPhase, PayloadConfig, StartMigration,
+    VmConfig, VmState,
+};
+use vmm::{Pool, PoolConfig};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+struct Stage {
+    dir: tempfile::TempDir,
+    here: Registry,
+    there: Registry,
+}
+
+/// What the guest says is read at once: what nobody reads is lost.
+struct Console {
+    stream: UnixStream,
+    lines: Receiver<String>,
+}
+
+impl Console {
+    fn connect(path: &Path) -> Self {
+        let start = Instant::now();
+        let stream = loop {
+            match UnixStream::connect(path) {
+                Ok(stream) => break stream,
+                Err(error) => assert!(start.elapsed() < PATIENCE, "{error}"),
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        };
+        let reader = BufReader::new(stream.try_clone().unwrap());
+        let (sender, lines) = channel();
+        // It ends with the console.
+        std::thread::spawn(move || {
+            let mut lines = reader.lines().map_while(Result::ok);
+            lines.try_for_each(|line| sender.send(line))
+        });
+        Self { stream, lines }
+    }
+
+    fn until<R>(&mut self, pick: impl Fn(&Line) -> Option<R>) -> R {
+        loop {
+            let text = self.lines.recv_timeout(PATIENCE).unwrap();
+            if let Some(line) = Line::parse(&text) {
+                assert!(
+                    !matches!(line, Line::Fault { .. } | Line::Panic { .. }),
+                    "{text}"
+                );
+                if let Some(picked) = pick(&line) {
+                    return picked;
+                }
+            }
+        }
+    }
+
+    fn ask<R>(&mut self, command: Command, pick: impl Fn(&Line) -> Option<R>) -> R {
+        self.stream
+            .write_all(format!("{command}\n").as_bytes())
+            .unwrap();
+        self.until(pick)
+    }
+
+    /// Pages that were checked; all are as they were written.
+    fn verify(&mut self) -> u64 {
+        let (pages, bad) = self.ask(Command::Verify, |line| match line {
+            Line::Verified { pages, bad, .. } => Some((*pages, *bad)),
+            _ => None,
+        });
+        assert_eq!(bad, 0, "of {pages} pages");
+        pages
+    }
+
+    /// The longest gap in TSC time since it was asked the last time, in microseconds.
+    fn gap(&mut self) -> u64 {
+        self.ask(Command::Report, |line| match line {
+            Line::Report { gap_us, .. } => Some(*gap_us),
+            _ => None,
+        })
+    }
+}
+
+fn registry() -> Registry {
+    Registry::new(Pool::start(&PoolConfig::default()).unwrap())
+}
+
+impl Stage {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("pocket"), guest::IMAGE).unwrap();
+        Self {
+            dir,
+            here: registry(),
+            there: registry(),
+        }
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.dir.path().join(name).to_string_lossy().into_owned()
+    }
+
+    fn config(&self, rate: u64, vcpus: u32) -> VmConfig {
+        let workload = Workload::Dirty {
+            region_mib: Some(32),
+            rate: Some(rate),
+            order: Order::Linear,
+        };
+        let options = Options {
+            workload,
+            heartbeat_ms: Some(20),
+            ..Options::default()
+        };
+        let mut config = VmConfig::with_payload(PayloadConfig {
+            kernel: Some(self.path("pocket")),
+            cmdline: Some(options.to_string()),
+            ..PayloadConfig::default()
+        });
+        config.cpus = spec::CpusConfig::with_vcpus(vcpus);
+        config.memory.size = 64 << 20;
+        let serial = serde_json::json!({ "mode": "Socket", "socket": self.path("serial") });
+        config.serial = serde_json::from_value(serial).unwrap();
+        config
+    }
+
+    async fn boot(&self, config: VmConfig) -> Console {
+        let vm = self
+            .here
+            .create(Some("pocket".parse().unwrap()), config)
+            .unwrap();
+        vm.ask(Request::Boot).await.unwrap();
+        let mut console = Console::connect(Path::new(&self.path("serial")));
+        console.until(|line| matches!(line, Line::Heartbeat { .. }).then_some(()));
+        console
+    }
+
+    /// Both sides of a migration, begun.
+    fn begin(&self, with: impl FnOnce(&mut StartMigration)) -> [Arc<dyn Migration>; 2] {
+        let listen = format!("unix:{}", self.path("migration"));
+        let awaiting = AwaitMigration { listen, vm: None };
+        let receive = self.there.receive_migration(&awaiting).unwrap();
+        let mut what = StartMigration::to(receive.info().endpoint);
+        with(&mut what);
+        let send = self.here.send_migration("pocket", &what).unwrap();
+        [send, receive]
+    }
+
+    async fn migrate(&self, with: impl FnOnce(&mut StartMigration)) -> [MigrationInfo; 2] {
+        let both = self.begin(with);
+        for side in &both {
+            over(&**side).await;
+        }
+        both.map(|side| side.info())
+    }
+}
+
+async fn over(migration: &dyn Migration) {
+    let mut over = migration.over();
+    let waited = tokio::time::timeout(PATIENCE, over.wait_for(|over| *over)).await;
+    waited
+        .unwrap_or_else(|_| unreachable!("{:?}", migration.info()))
+        .unwrap();
+}
+
+#[tokio::test]
+async fn a_guest_moves_and_finds_every_page_as_it_left_it() {
+    for (rate, vcpus) in [(100, 1), (20_000, 2)] {
+        let stage = Stage::new();
+        let mut console = stage.boot(stage.config(rate, vcpus)).await;
+        console.gap();
+        let [sent, received] = stage.migrate(|_| {}).await;
+        assert_eq!(sent.phase, MigrationPhase::Completed, "{sent:?}");
+        assert_eq!(received.phase, MigrationPhase::Completed, "{received:?}");
+        assert!(stage.here.list().is_empty(), "it is no longer here");
+        let vm = stage.there.get("pocket").unwrap();
+        assert_eq!(vm.status().state, VmState::Running);
+        let mut console = Console::connect(Path::new(&stage.path("serial")));
+        let pages = console.verify();
+        assert!(pages > 0);
+        let gap = console.gap();
+        let downtime = sent.downtime.unwrap();
+        println!(
+            "{rate} pages/s, {vcpus} vCPUs: {downtime:?}, predicted {:?}; the guest saw {gap} us; {pages} pages are as they were",
+            sent.predicted_downtime_us
+        );
+        // It goes on, and can be moved back.
+        console.until(|line| matches!(line, Line::Heartbeat { .. }).then_some(()));
+        vm.ask(Request::Shutdown).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_guest_goes_there_and_back() {
+    let stage = Stage::new();
+    drop(stage.boot(stage.config(2_000, 2)).await);
+    let (mut from, mut to) = (&stage.here, &stage.there);
+    for turn in 0..6 {
+        let listen = format!("tcp:127.0.0.1:{}", 0);
+        let receive = to
+            .receive_migration(&AwaitMigration { listen, vm: None })
+            .unwrap();
+        let what = StartMigration {
+            connections: Some(1 + turn % 3),
+            ..StartMigration::to(receive.info().endpoint)
+        };
+        let send = from.send_migration("pocket", &what).unwrap();
+        over(&*send).await;
+        over(&*receive).await;
+        assert_eq!(
+            send.info().phase,
+            MigrationPhase::Completed,
+            "{:?}",
+            send.info()
+        );
+        (from, to) = (to, from);
+    }
+    let mut console = Console::connect(Path::new(&stage.path("serial")));
+    assert!(console.verify() > 100);
+}
+
+#[tokio::test]
+async fn a_paused_guest_moves_and_stays_paused() {
+    let stage = Stage::new();
+    drop(stage.boot(stage.config(1_000, 1)).await);
+    stage
+        .here
+        .get("pocket")
+        .unwrap()
+        .ask(Request::Pause)
+        .await
+        .unwrap();
+    let [sent, _] = stage.migrate(|_| {}).await;
+    assert_eq!(sent.phase, MigrationPhase::Completed, "{sent:?}");
+    let vm = stage.there.get("pocket").unwrap();
+    assert_eq!(vm.status().state, VmState::Paused);
+    vm.ask(Request::Resume).await.unwrap();
+    let mut console = Console::connect(Path::new(&stage.path("serial")));
+    console.verify();
+}
+
+#[tokio::test]
+async fn what_is_called_off_or_cannot_be_leaves_the_guest_where_it_is() {
+    let stage = Stage::new();
+    let mut console = stage.boot(stage.config(2_000, 1)).await;
+    // Slow enough to be called off.
+    let both = stage.begin(|what| what.max_bandwidth = Some(2 << 20));
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let busy = stage
+        .here
+        .send_migration("pocket", &StartMigration::to("unix:/nowhere"));
+    assert_eq!(busy.err().unwrap().code, "vm-migrating");
+    let vm = stage.here.get("pocket").unwrap();
+    let refused = vm.ask(Request::Resize(spec::VmResize::default())).await;
+    assert_eq!(refused.unwrap_err().code, "vm-migrating");
+    both[0].cancel().unwrap();
+    for side in &both {
+        over(&**side).await;
+    }
+    assert_eq!(both[0].info().phase, MigrationPhase::Canceled);
+    assert_eq!(both[1].info().phase, MigrationPhase::Failed);
+    assert_eq!(vm.status().state, VmState::Running);
+    assert!(stage.there.list().is_empty());
+    assert!(both[0].cancel().is_err());
+    console.verify();
+
+    // Nobody is there.
+    let what = StartMigration::to(format!("unix:{}", stage.path("nobody")));
+    let send = stage.here.send_migration("pocket", &what).unwrap();
+    over(&*send).await;
+    assert_eq!(send.info().error.unwrap().code, "unreachable");
+
+    // It cannot be in time, and is not to take longer.
+    let [sent, _] = stage
+        .migrate(|what| {
+            what.max_bandwidth = Some(1 << 20);
+            what.max_downtime_ms = 1;
+            what.deadline_s = 1;
+        })
+        .await;
+    assert_eq!(
+        sent.error.clone().unwrap().code,
+        "does-not-converge",
+        "{sent:?}"
+    );
+
+    // The destination does not have what the guest needs.
+    std::fs::rename(stage.path("pocket"), stage.path("elsewhere")).unwrap();
+    let [sent, received] = stage.migrate(|_| {}).await;
+    for side in [sent, received] {
+        assert_eq!(
+            side.error.clone().unwrap().code,
+            "payload-missing",
+            "{side:?}"
+        );
+    }
+    console.verify();
+
+    // And when all is well, it goes.
+    std::fs::rename(stage.path("elsewhere"), stage.path("pocket")).unwrap();
+    let [sent, _] = stage
+        .migrate(|what| what.at_deadline = AtDeadline::Stop)
+        .await;
+    assert_eq!(sent.phase, MigrationPhase::Completed, "{sent:?}");
+    let mut console = Console::connect(Path::new(&stage.path("serial")));
+    console.verify();
+}
