@@ -24,15 +24,20 @@ use crate::one_vm::OneVm;
 use crate::problem::Refusal;
 use crate::service::Service;
 use crate::vmm::Vmm;
-use crate::{docs, events, metrics, not_yet, one_vm, refusals, vmm, vms};
+use crate::{docs, events, metrics, migrations, not_yet, one_vm, refusals, vmm, vms};
 
 pub(crate) const SERVICE: &str = "Service";
 pub(crate) const VMS: &str = "VMs";
+pub(crate) const MIGRATIONS: &str = "Migrations";
 pub(crate) const ONE_VM: &str = "One VM";
 
 const TAGS: &[(&str, &str)] = &[
     (SERVICE, "The service itself."),
     (VMS, "Many VMs, by name: on the service's socket."),
+    (
+        MIGRATIONS,
+        "Moving VMs between services while they run. One side waits, the other starts.",
+    ),
     (
         ONE_VM,
         "Cloud Hypervisor's API, as its clients speak it: on a socket that serves one VM.",
@@ -87,12 +92,15 @@ fn frame() -> OpenApi {
 
 fn own() -> OpenApiRouter<Service> {
     vms::routes()
+        .merge(migrations::routes())
         .merge(events::routes())
         .merge(metrics::routes())
 }
 
 fn of_one_vm() -> OpenApiRouter<OneVm> {
-    one_vm::routes().merge(not_yet::routes())
+    one_vm::routes()
+        .merge(migrations::one_vm_routes())
+        .merge(not_yet::routes())
 }
 
 /// The service's own face.

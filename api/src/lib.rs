@@ -45,6 +45,7 @@ pub mod limits;
 mod listen;
 mod metrics;
 mod middleware;
+mod migrations;
 mod not_yet;
 mod one_vm;
 mod problem;

@@ -2,9 +2,8 @@
 //! document with their bodies, and each is refused by name.
 
 use spec::{
-    DeviceConfig, FsConfig, GenericVhostUserConfig, PmemConfig, ReceiveMigrationData,
-    RestoreConfig, SendMigrationData, VdpaConfig, VmAddUserDevice, VmCoredumpData, VmResizeZone,
-    VmSnapshotConfig,
+    DeviceConfig, FsConfig, GenericVhostUserConfig, PmemConfig, RestoreConfig, VdpaConfig,
+    VmAddUserDevice, VmCoredumpData, VmResizeZone, VmSnapshotConfig,
 };
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -47,8 +46,4 @@ not_yet! {
     snapshot "/api/v1/vm.snapshot" "snapshotVM" VmSnapshotConfig, "take a snapshot";
     coredump "/api/v1/vm.coredump" "coredumpVM" VmCoredumpData, "take a core dump";
     restore "/api/v1/vm.restore" "restoreVM" RestoreConfig, "restore a snapshot";
-    receive_migration "/api/v1/vm.receive-migration" "receiveMigrationVM" ReceiveMigrationData,
-        "receive a VM from another host";
-    send_migration "/api/v1/vm.send-migration" "sendMigrationVM" SendMigrationData,
-        "send a VM to another host";
 }

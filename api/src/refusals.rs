@@ -54,6 +54,8 @@ refusals! {
     NoSuchDevice = 404, "The VM is not created, or has no such device.";
     /// Many VMs.
     NoSuchVm = 404, "There is no VM of this name.";
+    /// A migration.
+    NoSuchMigration = 404, "There is no migration of this name.";
     /// Where Cloud Hypervisor's contract says 405.
     NotAllowedNow = 405, "The VM is not in a state in which this makes sense.";
     /// Everywhere else.

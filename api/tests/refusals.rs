@@ -280,8 +280,6 @@ async fn capabilities_that_are_not_there_are_501() {
         "snapshot",
         "coredump",
         "restore",
-        "receive-migration",
-        "send-migration",
     ];
     for path in paths {
         let answer = expect(&router, &format!("PUT /api/v1/vm.{path}"), "{}", 501).await;

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use spec::VmId;
 
+use crate::migrate::{MigrateArguments, ReceiveArguments};
+
 /// Drives a virtual machine over the REST API.
 ///
 /// With --api-socket alone it speaks to a socket that serves one VM, as `ch-remote` does. With
@@ -18,6 +20,8 @@ Examples:
   wh-remote ls                                            the VMs of the service
   wh-remote --vm web create vm.json                       ... and one of them
   wh-remote --vm web boot
+  wh-remote --api-socket /run/b.sock receive tcp:0.0.0.0:7000 --detach
+  wh-remote --vm web migrate tcp:host-b:7000              ... which moves there
   wh-remote --vm web info --json | jq .state")]
 pub(crate) struct Arguments {
     /// The socket. By default that of the service: whimbrel.sock in $XDG_RUNTIME_DIR, or in /run.
@@ -167,6 +171,31 @@ pub(crate) enum Command {
         /// Where it goes: file:///a/file.
         destination_url: String,
     },
+    /// Move the VM to another service, and wait until it is there. Ctrl-C calls it off.
+    Migrate(MigrateArguments),
+    /// Wait for a VM that another service moves here; --vm gives it another name.
+    Receive(ReceiveArguments),
+    /// List migrations: those that go on, and the last that are over.
+    Migrations,
+    /// Show how a migration is going.
+    Migration {
+        /// Its name.
+        id: VmId,
+    },
+    /// Call a migration off; the guest stays where it was.
+    CancelMigration {
+        /// Its name.
+        id: VmId,
+    },
+    /// Decide what becomes of the guest of a migration that is in doubt. Before it is run here, see to
+    /// it that it runs nowhere else.
+    ResolveMigration {
+        /// Its name.
+        id: VmId,
+        /// What becomes of the guest at this side.
+        #[arg(value_parser = ["run", "discard"])]
+        outcome: String,
+    },
     /// Send the VM to another host: a URL, or destination_url=URL,downtime_ms=N,...
     SendMigration {
         /// The other process is on this host, and is given the memory itself.
@@ -208,7 +237,7 @@ pub(crate) struct ResizeArguments {
     pub(crate) balloon: Option<u64>,
 }
 
-fn size(text: &str) -> Result<u64, String> {
+pub(crate) fn size(text: &str) -> Result<u64, String> {
     spec::options::size(text).ok_or_else(|| format!("`{text}` is no size like 4096, 512M or 2G"))
 }
 

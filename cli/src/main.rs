@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod migrate;
 mod print;
 mod remote;
 

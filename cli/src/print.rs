@@ -6,7 +6,7 @@ use anyhow::Result;
 use comfy_table::Table;
 use comfy_table::presets::NOTHING;
 use serde::Serialize;
-use spec::{VmCounters, VmInfo, VmSummary, VmmPingResponse};
+use spec::{MigrationInfo, MigrationSide, VmCounters, VmInfo, VmSummary, VmmPingResponse};
 
 /// Which of the two.
 #[derive(Clone, Copy, Debug)]
@@ -52,6 +52,29 @@ impl Printer {
 /// A line on standard output. (`println!` would panic where the reader has gone.)
 pub(crate) fn line(text: &str) -> Result<()> {
     Ok(writeln!(io::stdout(), "{text}")?)
+}
+
+/// A line each.
+pub(crate) fn migrations(all: &[MigrationInfo]) -> String {
+    let head = ["ID", "VM", "SIDE", "ENDPOINT", "PHASE", "SENT"].map(str::to_owned);
+    let rows = all.iter().map(|info| {
+        let side = match info.side {
+            MigrationSide::Source => "source",
+            MigrationSide::Destination => "destination",
+        };
+        [
+            info.id.clone(),
+            info.vm
+                .as_ref()
+                .map(ToString::to_string)
+                .unwrap_or_default(),
+            side.to_owned(),
+            info.endpoint.clone(),
+            info.phase.to_string(),
+            format!("{} MiB", info.sent_bytes >> 20),
+        ]
+    });
+    table(std::iter::once(head).chain(rows))
 }
 
 fn table<const N: usize>(rows: impl IntoIterator<Item = [String; N]>) -> String {

@@ -1,16 +1,18 @@
 //! Commands, done.
 
 use std::io::Read;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use openapi::{Client, News};
 use spec::{
-    CreateVm, PciDeviceInfo, ReceiveMigrationData, SendMigrationData, VmAddUserDevice, VmConfig,
-    VmCoredumpData, VmId, VmRemoveDevice, VmResize, VmResizeDisk, VmResizeZone, VmSnapshotConfig,
-    options,
+    CreateVm, MigrationOutcome, PciDeviceInfo, ReceiveMigrationData, ResolveMigration,
+    SendMigrationData, VmAddUserDevice, VmConfig, VmCoredumpData, VmId, VmRemoveDevice, VmResize,
+    VmResizeDisk, VmResizeZone, VmSnapshotConfig, options,
 };
 
 use crate::args::{Arguments, Command, ResizeArguments};
+use crate::migrate;
 use crate::print::{self, Printer};
 
 /// A VMM, and one of its VMs if it has many.
@@ -18,6 +20,13 @@ pub(crate) struct Remote {
     client: Client,
     vm: Option<VmId>,
     printer: Printer,
+}
+
+/// For what is answered when it is done, which may take hours.
+fn patient(client: &Client) -> Client {
+    client
+        .clone()
+        .with_timeout(Duration::from_secs(7 * 24 * 3600))
 }
 
 /// Calls the method for one of many VMs, or that for the socket's own.
@@ -91,6 +100,32 @@ impl Remote {
             Command::RemoveDevice { id } => {
                 let body = VmRemoveDevice { id };
                 on_vm!(self, vms_remove_device, vm_remove_device, &body)
+            }
+            Command::Migrate(arguments) => {
+                migrate::migrate(&self.client, self.vm.as_ref(), &arguments, self.printer).await
+            }
+            Command::Receive(arguments) => {
+                migrate::receive(&self.client, self.vm.as_ref(), &arguments, self.printer).await
+            }
+            Command::Migrations => self
+                .printer
+                .show(&self.client.migrations_list().await?, |all| {
+                    print::migrations(all)
+                }),
+            Command::Migration { id } => self
+                .printer
+                .show(&self.client.migrations_info(&id).await?, migrate::summary),
+            Command::CancelMigration { id } => {
+                self.client.migrations_cancel(&id).await.map_err(Into::into)
+            }
+            Command::ResolveMigration { id, outcome } => {
+                let outcome = match outcome.as_str() {
+                    "run" => MigrationOutcome::Run,
+                    _ => MigrationOutcome::Discard,
+                };
+                let body = ResolveMigration { outcome };
+                let resolved = self.client.migrations_resolve(&id, &body).await;
+                resolved.map_err(Into::into)
             }
             Command::Events { after } => self.events(after).await,
             Command::Openapi => {
@@ -181,13 +216,13 @@ impl Remote {
                     .map_err(Into::into);
             }
             Command::SendMigration { local, options } => {
-                return client
+                return patient(client)
                     .vm_send_migration(&send(local, &options)?)
                     .await
                     .map_err(Into::into);
             }
             Command::ReceiveMigration { options } => {
-                return client
+                return patient(client)
                     .vm_receive_migration(&receive(&options)?)
                     .await
                     .map_err(Into::into);

@@ -30,6 +30,7 @@ mod message;
 mod pages;
 mod policy;
 mod progress;
+mod sender;
 mod source;
 mod target;
 mod wire;

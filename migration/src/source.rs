@@ -1,5 +1,7 @@
 //! The side from which the guest moves.
 
+mod hand_over;
+
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -12,20 +14,16 @@ use crate::Trouble;
 use crate::journal::{Journal, Step};
 use crate::link::{Dial, Stream};
 use crate::message::{self, Channel, Control, Hello, Offer, Refusal, ToDestination, ToSource};
-use crate::pages::{BATCH, Batch, Block, PAGE, Run};
+use crate::pages::{BATCH, Batch, Block, PAGE};
 use crate::policy::{Mode, Next, Policy, Situation};
-use crate::progress::{Downtime, Phase, Progress, Resolution, micros};
-use crate::wire::{self, Kind, WireError};
+use crate::progress::{Downtime, Phase, Progress, micros};
+use crate::sender::{Pacer, Ram, Work, batches, count, per_second, send_inline};
+use crate::wire::WireError;
 
 /// How long the destination may take to make a machine.
 const PREPARE_PATIENCE: Duration = Duration::from_secs(120);
 /// Signs of life that are given within the patience that the other side has.
 const SIGNS: u32 = 8;
-/// The longest that one waits in one go to keep to a bandwidth.
-const LONGEST_WAIT: Duration = Duration::from_millis(100);
-/// As often as this, within the patience that one has with the other side, one tries to reach a
-/// destination that may have the guest.
-const ATTEMPTS: u32 = 30;
 /// Rounds of pages so few that threads are not worth their while.
 const INLINE: u64 = 2 * BATCH as u64;
 
@@ -144,12 +142,6 @@ pub fn send(mut sending: Sending<'_>, source: &mut dyn Source) -> Outcome {
         }
     });
     outcome
-}
-
-/// A RAM channel.
-struct Ram {
-    stream: Box<dyn Stream>,
-    batch: Batch,
 }
 
 /// What the stop will cost, as far as it is known.
@@ -403,10 +395,12 @@ impl Engine<'_, '_> {
         self.say(&ToDestination::Round(round))?;
         self.expect(|answer| (*answer == ToSource::RoundDone(round)).then_some(()))?;
         let span = start.elapsed();
-        // What little there was says nothing of how fast much would be.
-        if sent > 1 << 20 || self.measured.per_second == 0 {
-            self.measured.per_second = per_second(sent, span).max(1 << 20);
-            let speed = self.measured.per_second;
+        let speed = per_second(sent, span).max(1 << 20);
+        // What little there was, or the looking for zeros, says nothing of how fast much would be;
+        // but it was as fast as that.
+        let pages = count(pending) * PAGE as u64;
+        if sent > 1 << 20 && sent > pages / 2 || speed > self.measured.per_second {
+            self.measured.per_second = speed;
             self.sending
                 .progress
                 .update(|report| report.bytes_per_second = speed);
@@ -556,138 +550,6 @@ impl Engine<'_, '_> {
         sent?;
         saved.map_err(Trouble::Here)
     }
-
-    /// The guest stays: it goes on if it was stopped, and the destination hears of it.
-    fn stay(&mut self, trouble: Trouble) -> Outcome {
-        let trouble = match trouble {
-            // Of the many ways in which it shows that connections were closed.
-            Trouble::Wire(_) if self.sending.progress.is_canceled() => Trouble::Canceled,
-            other => other,
-        };
-        let mut why = trouble.refusal();
-        tracing::info!(migration = %self.sending.id, %why, "a guest stays where it is");
-        if self.stopped.is_some()
-            && let Err(error) = self.source.go_on()
-        {
-            why.detail = format!("{}; and the guest cannot go on: {error}", why.detail);
-        }
-        self.source.throttle(0);
-        if self.tracking
-            && let Err(error) = self.source.track(false)
-        {
-            tracing::warn!(%error, "dirty pages are still being tracked");
-        }
-        // Best effort: a destination that does not hear it asks, or is told when it meets us again.
-        let abort = ToDestination::Abort(why.clone());
-        if let Some(control) = &mut self.control
-            && control.say(&abort).is_err()
-            && self.stopped.is_some()
-        {
-            self.tell_again(&abort);
-        }
-        if let Err(error) = self.sending.journal.record(Step::Aborted) {
-            tracing::warn!(%error, "a journal cannot be written");
-        }
-        Outcome::Stayed(why)
-    }
-
-    /// Tells a destination that may be waiting for an order, over a new connection.
-    fn tell_again(&self, what: &ToDestination) {
-        let tell = || -> Result<(), Trouble> {
-            let dialed = self.sending.dial.dial();
-            let mut stream = dialed.map_err(|error| Trouble::here("unreachable", error))?;
-            let patience = stream.set_patience(self.sending.policy.patience / 4);
-            patience.map_err(|error| Trouble::Wire(error.into()))?;
-            message::say_hello(&mut *stream, &Hello::new(self.sending.id, Channel::Again))?;
-            let mut control = Control::new(stream);
-            if control.hear::<ToSource>()? == ToSource::Waiting {
-                control.say(what)?;
-            }
-            Ok(())
-        };
-        if let Err(trouble) = tell() {
-            tracing::info!(%trouble, "the destination was not told");
-        }
-    }
-
-    /// The guest is given away: this ends when it is certain that it runs there, or that it never
-    /// did and never will.
-    fn after_commit(&mut self) -> Outcome {
-        let progress = self.sending.progress.clone();
-        progress.enter(Phase::HandingOver);
-        let (since, paused) = self.stopped.unwrap_or((Instant::now(), false));
-        let order = Instant::now();
-        let mut answer = self.order(since, paused);
-        loop {
-            match answer {
-                Ok(ToSource::Running { us }) => {
-                    let there = Duration::from_micros(us);
-                    let (all, handing) = (since.elapsed(), order.elapsed());
-                    // The answer's way back is no longer part of the stop.
-                    let back = handing.saturating_sub(there) / 2;
-                    self.downtime.hand_over_us = micros(handing.saturating_sub(back));
-                    self.downtime.total_us = micros(all.saturating_sub(back));
-                    let downtime = self.downtime;
-                    progress.update(|report| report.downtime = Some(downtime));
-                    // So that it need not wait for us to ask again.
-                    let _ = self.say(&ToDestination::Complete);
-                    return self.moved();
-                }
-                Ok(ToSource::Ended) => return self.moved(),
-                Ok(ToSource::NotHere(why)) => return self.stay(Trouble::There(why)),
-                Ok(other) => {
-                    let why = WireError::damaged(format!("{other:?} is no answer to an order"));
-                    self.doubt(&why.into());
-                }
-                Err(trouble) => self.doubt(&trouble),
-            }
-            match progress.wait_resolution(self.sending.policy.patience / ATTEMPTS) {
-                Some(Resolution::Run) => {
-                    let why = "somebody decided that the guest goes on here";
-                    return self.stay(Trouble::here("resolved", why));
-                }
-                Some(Resolution::Discard) => return self.moved(),
-                None => answer = self.order_again(since, paused),
-            }
-        }
-    }
-
-    fn doubt(&mut self, trouble: &Trouble) {
-        self.control = None;
-        self.sending.progress.update(|report| {
-            report.phase = Phase::InDoubt;
-            report.error = Some(trouble.refusal());
-        });
-    }
-
-    fn order(&mut self, since: Instant, paused: bool) -> Result<ToSource, Trouble> {
-        let stood = u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        self.say(&ToDestination::Commit {
-            stood_for_ns: stood,
-            paused,
-        })?;
-        Ok(self.control.as_mut().ok_or_else(gone)?.hear()?)
-    }
-
-    /// Over a new connection.
-    fn order_again(&mut self, since: Instant, paused: bool) -> Result<ToSource, Trouble> {
-        let stream = self.connect(Channel::Again)?;
-        self.control = Some(Control::new(stream));
-        match self.control.as_mut().ok_or_else(gone)?.hear()? {
-            ToSource::Waiting => self.order(since, paused),
-            // It does not know of this migration. That is no answer.
-            ToSource::Refused(why) => Err(Trouble::There(why)),
-            other => Ok(other),
-        }
-    }
-
-    fn moved(&mut self) -> Outcome {
-        if let Err(error) = self.sending.journal.record(Step::Running) {
-            tracing::warn!(%error, "a journal cannot be written");
-        }
-        self.source.gone();
-        Outcome::Moved
-    }
 }
 
 fn heartbeat(control: &mut Control) -> Result<(), Trouble> {
@@ -696,163 +558,5 @@ fn heartbeat(control: &mut Control) -> Result<(), Trouble> {
         ToSource::Pong(1) => Ok(()),
         ToSource::Refused(why) => Err(Trouble::There(why)),
         other => Err(WireError::damaged(format!("{other:?} is no sign of life")).into()),
-    }
-}
-
-fn count(pages: &[DirtyPages]) -> u64 {
-    pages.iter().map(|pages| pages.count() as u64).sum()
-}
-
-fn per_second(count: u64, span: Duration) -> u64 {
-    let us = span.as_micros().max(1);
-    u64::try_from(u128::from(count) * 1_000_000 / us).unwrap_or(u64::MAX)
-}
-
-/// Pages in runs of a batch at most.
-fn batches(pending: &[DirtyPages]) -> impl Iterator<Item = Run> + Send + '_ {
-    (0_u32..).zip(pending).flat_map(|(block, pages)| {
-        pages.runs().flat_map(move |(first, pages)| {
-            (0..pages).step_by(BATCH).map(move |at| Run {
-                block,
-                first: (first + at) as u64,
-                // A batch has few.
-                pages: BATCH.min(pages - at) as u32,
-            })
-        })
-    })
-}
-
-/// A round that several channels share.
-struct Work<'a, I> {
-    blocks: &'a [Block],
-    batches: Mutex<I>,
-    pacer: Pacer,
-    /// It ends then, whatever is left.
-    cut: Option<Instant>,
-    round: u32,
-    progress: Progress,
-}
-
-impl<I: Iterator<Item = Run>> Work<'_, I> {
-    /// What was not sent is dirty still.
-    fn put_back(&self) {
-        for run in self.batches.lock().by_ref() {
-            if let Some(block) = self.blocks.get(run.block as usize) {
-                // Within the block.
-                let first = run.first as usize;
-                block
-                    .ram
-                    .dirty()
-                    .mark(first * PAGE, run.pages as usize * PAGE);
-            }
-        }
-    }
-}
-
-/// Few pages, over the first channel, on this thread.
-fn send_inline(
-    rams: &mut [Ram],
-    blocks: &[Block],
-    batches: impl Iterator<Item = Run>,
-    pacer: &Pacer,
-    round: u32,
-    progress: &Progress,
-) -> Result<u64, Trouble> {
-    let mut sent = 0;
-    if let Some(first) = rams.first_mut() {
-        for run in batches {
-            sent += first.send_batch(blocks, run, progress)?;
-            pacer.wait(sent);
-        }
-    }
-    for ram in rams {
-        ram.end(round)?;
-    }
-    Ok(sent)
-}
-
-impl Ram {
-    /// Sends batches as long as there are some, and the end of the round.
-    fn send(&mut self, work: &Work<'_, impl Iterator<Item = Run>>) -> Result<u64, Trouble> {
-        let mut sent = 0;
-        while work.cut.is_none_or(|cut| Instant::now() < cut) {
-            let next = work.batches.lock().next();
-            let Some(run) = next else { break };
-            if work.progress.is_canceled() {
-                return Err(Trouble::Canceled);
-            }
-            let bytes = self.send_batch(work.blocks, run, &work.progress)?;
-            sent += bytes;
-            work.pacer.wait(bytes);
-        }
-        self.end(work.round)?;
-        Ok(sent)
-    }
-
-    fn end(&mut self, round: u32) -> Result<(), Trouble> {
-        Ok(wire::write(
-            &mut *self.stream,
-            Kind::End,
-            &[&round.to_le_bytes()],
-        )?)
-    }
-
-    fn send_batch(
-        &mut self,
-        blocks: &[Block],
-        run: Run,
-        progress: &Progress,
-    ) -> Result<u64, Trouble> {
-        let Some(block) = blocks.get(run.block as usize) else {
-            return Ok(0);
-        };
-        let batch = self.batch.fill(block, run);
-        let mut sent = 0;
-        if let Some((head, data)) = &batch.pages {
-            wire::write(&mut *self.stream, Kind::Pages, &[head, data])?;
-            sent += (wire::HEADER_LEN + head.len() + data.len()) as u64;
-        }
-        if let Some(head) = &batch.zeros {
-            wire::write(&mut *self.stream, Kind::Zeros, &[head])?;
-            sent += (wire::HEADER_LEN + head.len()) as u64;
-        }
-        let (full, zero) = (batch.full_pages, batch.zero_pages);
-        progress.update(|report| {
-            report.sent_bytes += sent;
-            report.pages += full;
-            report.zero_pages += zero;
-            report.remaining_pages = report.remaining_pages.saturating_sub(full + zero);
-        });
-        Ok(sent)
-    }
-}
-
-/// Keeps to a bandwidth, all channels together.
-struct Pacer {
-    limit: Option<u64>,
-    begun: Instant,
-    sent: std::sync::atomic::AtomicU64,
-}
-
-impl Pacer {
-    fn new(limit: Option<u64>) -> Self {
-        Self {
-            limit,
-            begun: Instant::now(),
-            sent: std::sync::atomic::AtomicU64::new(0),
-        }
-    }
-
-    /// So many bytes more were sent: waits until they may have been.
-    fn wait(&self, bytes: u64) {
-        let Some(limit) = self.limit else { return };
-        let before = self
-            .sent
-            .fetch_add(bytes, std::sync::atomic::Ordering::Relaxed);
-        let due = Duration::from_micros((before + bytes).saturating_mul(1_000_000) / limit.max(1));
-        let ahead = due.saturating_sub(self.begun.elapsed());
-        if ahead > Duration::from_millis(1) {
-            thread::sleep(ahead.min(LONGEST_WAIT));
-        }
     }
 }

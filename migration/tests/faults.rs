@@ -3,6 +3,8 @@
 //! outcome is the one that docs/migration.md promises. A run is its seed: `SEED=17 cargo test ...`
 //! shows it again.
 
+// LONG: a world in which two sides, a link and an operator meet; each needs the others.
+
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
 
 use std::collections::BTreeMap;

@@ -1,8 +1,9 @@
 //! The operations of the document, each a method of [`Client`].
 
 use spec::{
-    CreateVm, DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, MemoryMap, NetConfig,
-    PciDeviceInfo, PmemConfig, ReceiveMigrationData, RestoreConfig, SendMigrationData, VdpaConfig,
+    AwaitMigration, CreateVm, DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig,
+    MemoryMap, MigrationInfo, NetConfig, PciDeviceInfo, PmemConfig, ReceiveMigrationData,
+    ResolveMigration, RestoreConfig, SendMigrationData, StartMigration, VdpaConfig,
     VmAddUserDevice, VmConfig, VmCoredumpData, VmCounters, VmId, VmInfo, VmRemoveDevice, VmResize,
     VmResizeDisk, VmResizeZone, VmSnapshotConfig, VmSummary, VmmPingResponse, VsockConfig,
 };
@@ -145,6 +146,18 @@ operations! {
     vms_add_vsock(id)[VsockConfig]: PUT "/api/v1/vms/{id}/add-vsock" "vmsAddVsock" -> Option<PciDeviceInfo>;
     /// Asks a guest to let go of a device.
     vms_remove_device(id)[VmRemoveDevice]: PUT "/api/v1/vms/{id}/remove-device" "vmsRemoveDevice";
+    /// Begins to move a VM to another service, which waits for it.
+    vms_migrate(id)[StartMigration]: POST "/api/v1/vms/{id}/migrations" "vmsMigrate" -> MigrationInfo;
+    /// Begins to wait for a VM from another service.
+    migrations_receive[AwaitMigration]: POST "/api/v1/migrations" "migrationsReceive" -> MigrationInfo;
+    /// Lists migrations: those that go on, and the last that are over.
+    migrations_list: GET "/api/v1/migrations" "migrationsList" -> Vec<MigrationInfo>;
+    /// Tells how a migration is going.
+    migrations_info(id): GET "/api/v1/migrations/{id}" "migrationsInfo" -> MigrationInfo;
+    /// Calls a migration off.
+    migrations_cancel(id): DELETE "/api/v1/migrations/{id}" "migrationsCancel";
+    /// Decides what becomes of the guest of a migration that is in doubt.
+    migrations_resolve(id)[ResolveMigration]: POST "/api/v1/migrations/{id}/resolve" "migrationsResolve";
 
     /// Creates the socket's VM, without booting it.
     vm_create[VmConfig]: PUT "/api/v1/vm.create" "createVM";
@@ -205,9 +218,9 @@ operations! {
     vm_coredump[VmCoredumpData]: PUT "/api/v1/vm.coredump" "coredumpVM";
     /// Restores a snapshot. (Refused by services of this version.)
     vm_restore[RestoreConfig]: PUT "/api/v1/vm.restore" "restoreVM";
-    /// Receives a VM from another host. (Refused by services of this version.)
+    /// Receives a VM from another host. The answer comes when it has arrived: give the client time.
     vm_receive_migration[ReceiveMigrationData]: PUT "/api/v1/vm.receive-migration" "receiveMigrationVM";
-    /// Sends the VM to another host. (Refused by services of this version.)
+    /// Sends the VM to another host. The answer comes when it has moved: give the client time.
     vm_send_migration[SendMigrationData]: PUT "/api/v1/vm.send-migration" "sendMigrationVM";
 }
 

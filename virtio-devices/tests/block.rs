@@ -1,5 +1,7 @@
 //! Disks, driven over their queues, with real images behind them.
 
+// LONG: each kind of request, image and damage is a few lines, on one machine.
+
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
 
 use std::fs::{self, File};
@@ -432,7 +434,7 @@ fn what_is_no_disk_image_is_refused_by_name() {
 fn an_image_has_one_writer_also_among_qemus_tools() {
     let dir = tempfile::tempdir().unwrap();
     let path = raw(&dir, 1 << 20);
-    let first = machine(&config(&path));
+    let mut first = machine(&config(&path));
     let told = refusal(&config(&path));
     let own = format!("process {}", std::process::id());
     assert!(

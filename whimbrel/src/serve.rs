@@ -63,7 +63,8 @@ pub(crate) fn run(arguments: &ServeArguments) -> Result<ExitCode> {
     let pool = Pool::start(&PoolConfig {
         threads: arguments.threads,
         terminal: false,
-    })?;
+    })?
+    .with_journals(state.join("migrations"));
     let runtime = runtime()?;
     runtime.block_on(async {
         let mut signals = Signals::listen()?;

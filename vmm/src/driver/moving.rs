@@ -22,7 +22,9 @@ use crate::open::Control;
 pub(super) const ANY_MACHINE: u64 = u64::MAX;
 
 /// Something that is done on the driver's thread.
-pub(crate) struct Call(Box<dyn FnOnce(&mut Driver, &mut Sources<'_>) + Send>);
+pub(crate) struct Call(Job);
+
+type Job = Box<dyn FnOnce(&mut Driver, &mut Sources<'_>) + Send>;
 
 impl Call {
     pub(super) fn answer(self, driver: &mut Driver, sources: &mut Sources<'_>) {

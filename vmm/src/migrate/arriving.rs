@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use super::{Journals, MachineOffer, Moving, OFFER_VERSION, RAM, cpuid};
 use crate::arch::x86_64::cpu;
-use crate::driver::{Arrival, Caller};
+use crate::driver::{Arrival, Caller, Driver};
 use crate::failure;
 use crate::machine::Built;
 use crate::open::Whose;
@@ -219,7 +219,7 @@ impl Target for ArrivingVm {
     }
 
     fn take_over(&mut self) -> Result<(), Refusal> {
-        self.caller.attempt(|driver| driver.take_over())
+        self.caller.attempt(Driver::take_over)
     }
 
     fn start(&mut self, stood_for: Duration, paused: bool) -> Result<(), Refusal> {
@@ -235,9 +235,7 @@ impl Target for ArrivingVm {
             return;
         }
         // If the machine is gone already, so much the better.
-        let _ = self
-            .caller
-            .call(|driver, sources| driver.give_up_expecting(sources));
+        let _ = self.caller.call(Driver::give_up_expecting);
         self.registry.forget(&self.vm, "migration-failed", None);
     }
 }

@@ -4,7 +4,7 @@ use migration::{Block, BlockInfo, Offer, Refusal, Source};
 use spec::VmId;
 
 use super::{MachineOffer, OFFER_VERSION, RAM, rows};
-use crate::driver::Departure;
+use crate::driver::{Departure, Driver};
 
 pub(super) struct LeavingVm {
     vm: VmId,
@@ -32,13 +32,13 @@ impl LeavingVm {
     }
 }
 
-fn kvm(error: hypervisor::KvmError) -> Refusal {
+fn kvm(error: &hypervisor::KvmError) -> Refusal {
     Refusal::new("kvm-refused", error.to_string())
 }
 
 impl Source for LeavingVm {
     fn offer(&mut self) -> Result<Offer, Refusal> {
-        let cpuid = self.departure.caller.attempt(|driver| driver.cpuid())?;
+        let cpuid = self.departure.caller.attempt(Driver::cpuid)?;
         let machine = MachineOffer {
             version: OFFER_VERSION,
             config: spec::VmConfig::clone(&self.departure.config),
@@ -68,11 +68,17 @@ impl Source for LeavingVm {
 
     fn track(&mut self, on: bool) -> Result<(), Refusal> {
         self.tracking = on;
-        self.departure.memslots.track_dirty(on).map_err(kvm)
+        self.departure
+            .memslots
+            .track_dirty(on)
+            .map_err(|error| kvm(&error))
     }
 
     fn harvest(&mut self) -> Result<(), Refusal> {
-        self.departure.memslots.harvest().map_err(kvm)
+        self.departure
+            .memslots
+            .harvest()
+            .map_err(|error| kvm(&error))
     }
 
     fn throttle(&mut self, percent: u8) {
@@ -80,33 +86,28 @@ impl Source for LeavingVm {
     }
 
     fn guess(&mut self) -> Result<Vec<u8>, Refusal> {
-        self.departure.caller.attempt(|driver| driver.save_guess())
+        self.departure.caller.attempt(Driver::save_guess)
     }
 
     fn stop(&mut self) -> Result<bool, Refusal> {
-        self.departure
-            .caller
-            .attempt(|driver| driver.stop_to_move())
+        self.departure.caller.attempt(Driver::stop_to_move)
     }
 
     fn save(&mut self) -> Result<Vec<u8>, Refusal> {
-        self.departure.caller.attempt(|driver| driver.save_whole())
+        self.departure.caller.attempt(Driver::save_whole)
     }
 
     fn hand_over(&mut self) -> Result<(), Refusal> {
-        self.departure.caller.attempt(|driver| driver.hand_over())
+        self.departure.caller.attempt(Driver::hand_over)
     }
 
     fn go_on(&mut self) -> Result<(), Refusal> {
-        self.departure.caller.attempt(|driver| driver.stay())
+        self.departure.caller.attempt(Driver::stay)
     }
 
     fn gone(&mut self) {
         // If the machine is gone already, so much the better.
-        let _ = self
-            .departure
-            .caller
-            .call(|driver, sources| driver.left(sources));
+        let _ = self.departure.caller.call(Driver::left);
     }
 }
 

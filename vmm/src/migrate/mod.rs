@@ -249,7 +249,7 @@ impl Journals {
         }
     }
 
-    fn host(error: std::io::Error) -> RequestError {
+    fn host(error: &std::io::Error) -> RequestError {
         let detail = format!("the migration's journal cannot be written: {error}");
         RequestError::new(Category::Host, "journal", detail)
     }
@@ -282,7 +282,7 @@ impl Migrate for Pool {
         let journals = self.journals().clone();
         let mut journal = journals
             .open(moving.id, Side::Source, id.as_str())
-            .map_err(Journals::host)?;
+            .map_err(|error| Journals::host(&error))?;
         let (registry, ours) = (registry.clone(), Arc::clone(&moving));
         start("migrate-out", move || {
             let mut leaving = LeavingVm::new(id.clone(), departure);

@@ -44,6 +44,7 @@ pub(crate) fn phys_bits(supported: &CpuId, configured: Option<u8>) -> u8 {
 /// Features of `wanted` CPUs that these lack: a guest that has seen them relies on them.
 pub(crate) fn lacking(here: &CpuId, wanted: &CpuId) -> Vec<String> {
     type Register = fn(&kvm_cpuid_entry2) -> u32;
+    type Word = (u32, u32, &'static [(&'static str, Register)]);
     const A: (&str, Register) = ("EAX", |entry| entry.eax);
     const B: (&str, Register) = ("EBX", |entry| entry.ebx);
     const C: (&str, Register) = ("ECX", |entry| entry.ecx);
@@ -67,7 +68,7 @@ pub(crate) fn lacking(here: &CpuId, wanted: &CpuId) -> Vec<String> {
         ));
     }
     // Features, and the parts of extended state.
-    let words: [(u32, u32, &[(&str, Register)]); 6] = [
+    let words: [Word; 6] = [
         (1, 0, &[C, D]),
         (7, 0, &[B, C, D]),
         (7, 1, &[A]),

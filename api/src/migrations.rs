@@ -1,0 +1,285 @@
+//! Moving VMs between services.
+
+use std::sync::Arc;
+
+use axum::extract::{Path, State};
+use axum::response::{IntoResponse as _, Response};
+use control::{Category, Migration, RequestError};
+use http::header::LOCATION;
+use http::{HeaderValue, StatusCode};
+use spec::{
+    AtDeadline, AwaitMigration, MemoryMode, MigrationInfo, MigrationMode, MigrationPhase,
+    ReceiveMigrationData, ResolveMigration, SendMigrationData, StartMigration, TimeoutStrategy,
+    VmId,
+};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use crate::answer::Answer;
+use crate::document::{MIGRATIONS, ONE_VM};
+use crate::extract::{Json, Named};
+use crate::one_vm::OneVm;
+use crate::problem::Refusal;
+use crate::refusals::{
+    Exists, Failed, NoSuchMigration, NoSuchVm, NotCreated, NotJson, NotPossible, NotUnderstood,
+    TooLong, TooSlow, Unsupported, WrongState,
+};
+use crate::service::Service;
+
+pub(crate) fn routes() -> OpenApiRouter<Service> {
+    OpenApiRouter::default()
+        .routes(routes!(start))
+        .routes(routes!(list, receive))
+        .routes(routes!(info, cancel))
+        .routes(routes!(resolve))
+}
+
+pub(crate) fn one_vm_routes() -> OpenApiRouter<OneVm> {
+    OpenApiRouter::default()
+        .routes(routes!(send_one))
+        .routes(routes!(receive_one))
+}
+
+type Begun = Result<Arc<dyn Migration>, RequestError>;
+
+/// Begins one. The machine's driver is asked, which is a matter of microseconds but for its being busy.
+async fn begin(
+    begin: impl FnOnce() -> Begun + Send + 'static,
+) -> Result<Arc<dyn Migration>, Refusal> {
+    let begun = tokio::task::spawn_blocking(begin).await;
+    let failed = |_| {
+        Refusal::new(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "internal",
+            "the service failed to begin the migration",
+        )
+    };
+    Ok(begun.map_err(failed)??)
+}
+
+fn created(info: MigrationInfo) -> Response {
+    let location = HeaderValue::try_from(format!("/api/v1/migrations/{}", info.id));
+    let mut response = (StatusCode::CREATED, Answer(info)).into_response();
+    // It is made of characters that a header may hold.
+    if let Ok(location) = location {
+        response.headers_mut().insert(LOCATION, location);
+    }
+    response
+}
+
+/// Begin to move a VM to another service, which waits for it.
+#[utoipa::path(
+    post, path = "/api/v1/vms/{id}/migrations", operation_id = "vmsMigrate", tag = MIGRATIONS, request_body = StartMigration,
+    params(("id" = VmId, Path, description = "The VM's name.")),
+    responses(
+        (status = 201, description = "It has begun.", body = MigrationInfo,
+         headers(("Location" = String, description = "Its path."))),
+        NotUnderstood, NoSuchVm, TooSlow, WrongState, TooLong, NotJson, NotPossible, Failed, Unsupported,
+    ),
+)]
+async fn start(
+    State(service): State<Service>,
+    Named(id): Named,
+    Json(body): Json<StartMigration>,
+) -> Result<Response, Refusal> {
+    let registry = service.registry.clone();
+    let begun = begin(move || registry.send_migration(id.as_str(), &body)).await?;
+    Ok(created(begun.info()))
+}
+
+/// Begin to wait for a VM from another service.
+#[utoipa::path(
+    post, path = "/api/v1/migrations", operation_id = "migrationsReceive", tag = MIGRATIONS, request_body = AwaitMigration,
+    responses(
+        (status = 201, description = "It is waited for.", body = MigrationInfo,
+         headers(("Location" = String, description = "Its path."))),
+        NotUnderstood, TooSlow, Exists, TooLong, NotJson, NotPossible, Failed, Unsupported,
+    ),
+)]
+async fn receive(
+    State(service): State<Service>,
+    Json(body): Json<AwaitMigration>,
+) -> Result<Response, Refusal> {
+    let registry = service.registry.clone();
+    let begun = begin(move || registry.receive_migration(&body)).await?;
+    let info = begun.info();
+    tokio::spawn(give_socket(service, begun));
+    Ok(created(info))
+}
+
+/// A VM that came gets a socket of its own, as one that is created does.
+async fn give_socket(service: Service, migration: Arc<dyn Migration>) {
+    // It lives as long as the migration.
+    let _ = migration.over().wait_for(|over| *over).await;
+    let info = migration.info();
+    if let (MigrationPhase::Completed, Some(vm), Some(sockets)) =
+        (info.phase, info.vm, &service.sockets)
+        && let Err(error) = sockets.open(&service, &vm).await
+    {
+        tracing::warn!(%vm, %error, "a VM that came has no socket of its own");
+    }
+}
+
+/// List migrations: those that go on, and the last that are over.
+#[utoipa::path(
+    get, path = "/api/v1/migrations", operation_id = "migrationsList", tag = MIGRATIONS,
+    responses((status = 200, description = "Oldest first.", body = [MigrationInfo])),
+)]
+async fn list(State(service): State<Service>) -> Answer<Vec<MigrationInfo>> {
+    let all = service.registry.migrations();
+    Answer(all.iter().map(|migration| migration.info()).collect())
+}
+
+/// Tell how a migration is going.
+#[utoipa::path(
+    get, path = "/api/v1/migrations/{id}", operation_id = "migrationsInfo", tag = MIGRATIONS,
+    params(("id" = String, Path, description = "The migration's name.")),
+    responses(
+        (status = 200, description = "How it is going at this moment.", body = MigrationInfo),
+        NoSuchMigration,
+    ),
+)]
+async fn info(
+    State(service): State<Service>,
+    Path(id): Path<String>,
+) -> Result<Answer<MigrationInfo>, Refusal> {
+    Ok(Answer(service.registry.migration(&id)?.info()))
+}
+
+/// Call a migration off. The guest stays where it was.
+#[utoipa::path(
+    delete, path = "/api/v1/migrations/{id}", operation_id = "migrationsCancel", tag = MIGRATIONS,
+    params(("id" = String, Path, description = "The migration's name.")),
+    responses(
+        (status = 204, description = "It is called off, and ends at its next step."),
+        NoSuchMigration, WrongState,
+    ),
+)]
+async fn cancel(
+    State(service): State<Service>,
+    Path(id): Path<String>,
+) -> Result<StatusCode, Refusal> {
+    service.registry.migration(&id)?.cancel()?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Decide what becomes of the guest of a migration that is in doubt.
+///
+/// Whoever decides that it runs here sees to it that it runs nowhere else.
+#[utoipa::path(
+    post, path = "/api/v1/migrations/{id}/resolve", operation_id = "migrationsResolve", tag = MIGRATIONS, request_body = ResolveMigration,
+    params(("id" = String, Path, description = "The migration's name.")),
+    responses(
+        (status = 204, description = "So it will be."),
+        NotUnderstood, NoSuchMigration, TooSlow, WrongState, TooLong, NotJson,
+    ),
+)]
+async fn resolve(
+    State(service): State<Service>,
+    Path(id): Path<String>,
+    Json(body): Json<ResolveMigration>,
+) -> Result<StatusCode, Refusal> {
+    service.registry.migration(&id)?.resolve(body.outcome)?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Waits until it is over, and says how it ended.
+async fn wait(migration: &dyn Migration) -> Result<StatusCode, Refusal> {
+    // Held by us, so it does not go.
+    let _ = migration.over().wait_for(|over| *over).await;
+    let info = migration.info();
+    if info.phase == MigrationPhase::Completed {
+        return Ok(StatusCode::NO_CONTENT);
+    }
+    let error = info.error;
+    let (code, detail) = error.map_or_else(
+        || ("failed".to_owned(), "the migration failed".to_owned()),
+        |error| (error.code, error.detail),
+    );
+    Err(Refusal::new(
+        StatusCode::INTERNAL_SERVER_ERROR,
+        &code,
+        detail,
+    ))
+}
+
+fn without_tls(tls_dir: Option<&String>) -> Result<(), Refusal> {
+    match tls_dir {
+        Some(_) => Err(Refusal::not_implemented(
+            "encrypt a migration with TLS (`tls_dir`)",
+        )),
+        None => Ok(()),
+    }
+}
+
+/// Send the VM to where it is waited for. The answer comes when it has moved.
+#[utoipa::path(
+    put, path = "/api/v1/vm.send-migration", operation_id = "sendMigrationVM", tag = ONE_VM, request_body = SendMigrationData,
+    responses(
+        (status = 204, description = "The VM has moved."),
+        NotUnderstood, NotCreated, TooSlow, WrongState, TooLong, NotJson, NotPossible, Failed, Unsupported,
+    ),
+)]
+async fn send_one(
+    State(vm): State<OneVm>,
+    Json(body): Json<SendMigrationData>,
+) -> Result<StatusCode, Refusal> {
+    without_tls(body.tls_dir.as_ref())?;
+    let what = StartMigration {
+        mode: match body.memory_mode {
+            MigrationMode::Precopy => MemoryMode::Precopy,
+            MigrationMode::Postcopy => MemoryMode::Postcopy,
+        },
+        max_downtime_ms: body.downtime_ms,
+        deadline_s: body.timeout_s,
+        at_deadline: match body.timeout_strategy {
+            TimeoutStrategy::Cancel => AtDeadline::Cancel,
+            TimeoutStrategy::Ignore => AtDeadline::Stop,
+        },
+        // The contract allows more than are of use.
+        connections: u16::try_from(body.connections).ok().map(|n| n.min(16)),
+        ..StartMigration::to(body.destination_url)
+    };
+    let registry = vm.registry.clone();
+    let begun = begin(move || {
+        registry
+            .send_migration(vm.id.as_str(), &what)
+            .map_err(|error| match error.category {
+                Category::NotFound => RequestError::new(
+                    Category::NotFound,
+                    "vm-not-created",
+                    "the VM is not created",
+                ),
+                _ => error,
+            })
+    });
+    let begun = begun.await?;
+    wait(&*begun).await
+}
+
+/// Wait for a VM that is sent here. The answer comes when it has arrived.
+#[utoipa::path(
+    put, path = "/api/v1/vm.receive-migration", operation_id = "receiveMigrationVM", tag = ONE_VM, request_body = ReceiveMigrationData,
+    responses(
+        (status = 204, description = "The VM has arrived."),
+        NotUnderstood, TooSlow, Exists, TooLong, NotJson, NotPossible, Failed, Unsupported,
+    ),
+)]
+async fn receive_one(
+    State(vm): State<OneVm>,
+    Json(body): Json<ReceiveMigrationData>,
+) -> Result<StatusCode, Refusal> {
+    without_tls(body.tls_dir.as_ref())?;
+    if body.zone_updates.is_some() {
+        return Err(Refusal::not_implemented(
+            "move memory zones (`zone_updates`)",
+        ));
+    }
+    let what = AwaitMigration {
+        listen: body.receiver_url,
+        vm: Some(vm.id.clone()),
+    };
+    let registry = vm.registry.clone();
+    let begun = begin(move || registry.receive_migration(&what)).await?;
+    wait(&*begun).await
+}

@@ -1,0 +1,261 @@
+//! Migrations: begun, followed with a progress bar, and summed up.
+
+use std::io::{IsTerminal, stderr};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
+use openapi::Client;
+use spec::{
+    AtDeadline, AwaitMigration, MemoryMode, MigrationInfo, MigrationPhase, MigrationSide,
+    StartMigration, VmId,
+};
+
+use crate::args::size;
+use crate::print::Printer;
+
+/// From one look to the next.
+const TICK: Duration = Duration::from_millis(100);
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum Mode {
+    /// All memory goes before the guest.
+    Precopy,
+    /// In some rounds before the guest, and the rest after it.
+    Hybrid,
+    /// All after it.
+    Postcopy,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum Deadline {
+    /// The migration is called off.
+    Cancel,
+    /// The vCPUs are slowed down more and more, until it can be done.
+    Throttle,
+    /// The guest is moved, and its pages follow.
+    Postcopy,
+    /// The guest is stopped for as long as it takes.
+    Stop,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct MigrateArguments {
+    /// Where the other service waits: unix:PATH or tcp:HOST:PORT.
+    #[arg(value_name = "URL")]
+    destination: String,
+    /// When memory goes.
+    #[arg(long, value_enum, default_value = "precopy")]
+    mode: Mode,
+    /// How long the guest may stand.
+    #[arg(long, value_name = "MS", default_value_t = 300)]
+    max_downtime_ms: u64,
+    /// How long it may take.
+    #[arg(long, value_name = "S", default_value_t = 3600)]
+    deadline_s: u64,
+    /// What happens then.
+    #[arg(long, value_enum, default_value = "cancel")]
+    at_deadline: Deadline,
+    /// Connections for memory. [default: chosen]
+    #[arg(long, value_name = "N")]
+    connections: Option<u16>,
+    /// Bytes that may be sent in a second. [default: as many as can be]
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    max_bandwidth: Option<u64>,
+    /// Begin, print the migration's name, and do not wait.
+    #[arg(long)]
+    detach: bool,
+}
+
+impl MigrateArguments {
+    fn body(&self) -> StartMigration {
+        StartMigration {
+            destination: self.destination.clone(),
+            mode: match self.mode {
+                Mode::Precopy => MemoryMode::Precopy,
+                Mode::Hybrid => MemoryMode::Hybrid,
+                Mode::Postcopy => MemoryMode::Postcopy,
+            },
+            max_downtime_ms: self.max_downtime_ms,
+            deadline_s: self.deadline_s,
+            at_deadline: match self.at_deadline {
+                Deadline::Cancel => AtDeadline::Cancel,
+                Deadline::Throttle => AtDeadline::Throttle,
+                Deadline::Postcopy => AtDeadline::Postcopy,
+                Deadline::Stop => AtDeadline::Stop,
+            },
+            connections: self.connections,
+            max_bandwidth: self.max_bandwidth,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ReceiveArguments {
+    /// Where to wait: unix:PATH or tcp:HOST:PORT.
+    #[arg(value_name = "URL")]
+    listen: String,
+    /// Wait in the background: print the migration's name, and where it is waited for.
+    #[arg(long)]
+    detach: bool,
+}
+
+/// Moves a VM away, and waits until it is there.
+pub(crate) async fn migrate(
+    client: &Client,
+    vm: Option<&VmId>,
+    arguments: &MigrateArguments,
+    printer: Printer,
+) -> Result<()> {
+    let vm =
+        vm.context("say which VM with --vm (a socket that serves one VM has send-migration)")?;
+    let begun = client.vms_migrate(vm, &arguments.body()).await?;
+    if arguments.detach {
+        return printer.show(&begun, |info| info.id.clone());
+    }
+    follow(client, begun, printer).await
+}
+
+/// Waits for a VM.
+pub(crate) async fn receive(
+    client: &Client,
+    vm: Option<&VmId>,
+    arguments: &ReceiveArguments,
+    printer: Printer,
+) -> Result<()> {
+    let body = AwaitMigration {
+        listen: arguments.listen.clone(),
+        vm: vm.cloned(),
+    };
+    let begun = client.migrations_receive(&body).await?;
+    if arguments.detach {
+        return printer.show(&begun, |info| format!("{} at {}", info.id, info.endpoint));
+    }
+    follow(client, begun, printer).await
+}
+
+async fn follow(client: &Client, begun: MigrationInfo, printer: Printer) -> Result<()> {
+    let id: VmId = begun.id.parse()?;
+    let bar = bar(&begun);
+    let mut info = begun;
+    while !info.phase.is_over() {
+        tokio::select! {
+            () = tokio::time::sleep(TICK) => {}
+            interrupted = tokio::signal::ctrl_c() => {
+                interrupted?;
+                bar.set_message("calling it off");
+                // Where it is too late, it goes on, and is followed on.
+                if let Err(error) = client.migrations_cancel(&id).await {
+                    bar.suspend(|| eprintln!("wh-remote: {error}"));
+                }
+            }
+        }
+        info = client.migrations_info(&id).await?;
+        show(&bar, &info);
+    }
+    bar.finish_and_clear();
+    printer.show(&info, summary)?;
+    match (info.phase, info.error) {
+        (MigrationPhase::Completed, _) => Ok(()),
+        (phase, Some(error)) => bail!(
+            "the migration is {phase}: {} ({})",
+            error.detail,
+            error.code
+        ),
+        (phase, None) => bail!("the migration is {phase}"),
+    }
+}
+
+fn bar(info: &MigrationInfo) -> ProgressBar {
+    if !stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let bar = ProgressBar::new(info.memory_bytes.max(1));
+    let style = "{prefix:>12} [{bar:32}] {bytes}/{total_bytes} {msg}";
+    if let Ok(style) = ProgressStyle::with_template(style) {
+        bar.set_style(style.progress_chars("=> "));
+    }
+    bar
+}
+
+fn show(bar: &ProgressBar, info: &MigrationInfo) {
+    let left = info.remaining_pages.saturating_mul(4096);
+    bar.set_length(info.memory_bytes.max(1));
+    bar.set_position(info.memory_bytes.saturating_sub(left));
+    bar.set_prefix(info.phase.to_string());
+    let mut message = format!("round {}", info.rounds);
+    if info.bytes_per_second > 0 {
+        message.push_str(&format!(", {} MiB/s", info.bytes_per_second >> 20));
+    }
+    if info.dirty_pages_per_second > 0 {
+        message.push_str(&format!(", {} dirty pages/s", info.dirty_pages_per_second));
+    }
+    if let Some(us) = info.predicted_downtime_us {
+        message.push_str(&format!(", stop of {}", ms(us)));
+    }
+    if info.throttle_percent > 0 {
+        message.push_str(&format!(", slowed down by {} %", info.throttle_percent));
+    }
+    bar.set_message(message);
+}
+
+/// Milliseconds, of microseconds.
+fn ms(us: u64) -> String {
+    format!("{}.{:01} ms", us / 1000, us % 1000 / 100)
+}
+
+/// What became of it, for people.
+pub(crate) fn summary(info: &MigrationInfo) -> String {
+    let vm = info.vm.as_ref().map_or("a VM", VmId::as_str);
+    let how = match info.side {
+        MigrationSide::Source => format!("{vm} to {}", info.endpoint),
+        MigrationSide::Destination => format!("{vm} at {}", info.endpoint),
+    };
+    let mut lines = vec![format!("{}: {how}", info.phase)];
+    let mut line = |name: &str, value: String| lines.push(format!("  {name:<12} {value}"));
+    line("took", ms(info.elapsed_us));
+    line(
+        "memory",
+        format!(
+            "{} MiB; {} pages sent, {} of zeros, in {} rounds over {} connections: {} MiB",
+            info.memory_bytes >> 20,
+            info.pages,
+            info.zero_pages,
+            info.rounds,
+            info.connections,
+            info.sent_bytes >> 20,
+        ),
+    );
+    if let Some(stop) = info.downtime {
+        let predicted = info.predicted_downtime_us.map(ms);
+        line(
+            "stop",
+            format!(
+                "{} (predicted {}): pause {}, last {} pages and save {}, transfer and load {}, hand-over {}",
+                ms(stop.total_us),
+                predicted.unwrap_or_else(|| "nothing".to_owned()),
+                ms(stop.pause_us),
+                stop.pages,
+                ms(stop.save_us),
+                ms(stop.transfer_us),
+                ms(stop.hand_over_us),
+            ),
+        );
+    }
+    if info.faults > 0 {
+        line(
+            "faults",
+            format!(
+                "{}, half of them within {}, 99 % within {}",
+                info.faults,
+                ms(info.fault_p50_us),
+                ms(info.fault_p99_us)
+            ),
+        );
+    }
+    if let Some(error) = &info.error {
+        line("why", format!("{} ({})", error.detail, error.code));
+    }
+    lines.join("\n")
+}

@@ -1,0 +1,182 @@
+//! Sending pages: over all RAM channels at once, within a bandwidth.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use memory::DirtyPages;
+use parking_lot::Mutex;
+
+use crate::Trouble;
+use crate::link::Stream;
+use crate::pages::{BATCH, Batch, Block, PAGE, Run};
+use crate::progress::Progress;
+use crate::wire::{self, Kind};
+
+/// The longest that one waits in one go to keep to a bandwidth.
+const LONGEST_WAIT: Duration = Duration::from_millis(100);
+
+/// A RAM channel.
+pub(crate) struct Ram {
+    pub(crate) stream: Box<dyn Stream>,
+    pub(crate) batch: Batch,
+}
+
+pub(crate) fn count(pages: &[DirtyPages]) -> u64 {
+    pages.iter().map(|pages| pages.count() as u64).sum()
+}
+
+pub(crate) fn per_second(count: u64, span: Duration) -> u64 {
+    let us = span.as_micros().max(1);
+    u64::try_from(u128::from(count) * 1_000_000 / us).unwrap_or(u64::MAX)
+}
+
+/// Pages in runs of a batch at most.
+pub(crate) fn batches(pending: &[DirtyPages]) -> impl Iterator<Item = Run> + Send + '_ {
+    (0_u32..).zip(pending).flat_map(|(block, pages)| {
+        pages.runs().flat_map(move |(first, pages)| {
+            (0..pages).step_by(BATCH).map(move |at| Run {
+                block,
+                first: (first + at) as u64,
+                // A batch has few.
+                pages: BATCH.min(pages - at) as u32,
+            })
+        })
+    })
+}
+
+/// A round that several channels share.
+pub(crate) struct Work<'a, I> {
+    pub(crate) blocks: &'a [Block],
+    pub(crate) batches: Mutex<I>,
+    pub(crate) pacer: Pacer,
+    /// It ends then, whatever is left.
+    pub(crate) cut: Option<Instant>,
+    pub(crate) round: u32,
+    pub(crate) progress: Progress,
+}
+
+impl<I: Iterator<Item = Run>> Work<'_, I> {
+    /// What was not sent is dirty still.
+    pub(crate) fn put_back(&self) {
+        for run in self.batches.lock().by_ref() {
+            if let Some(block) = self.blocks.get(run.block as usize) {
+                // Within the block.
+                let first = run.first as usize;
+                block
+                    .ram
+                    .dirty()
+                    .mark(first * PAGE, run.pages as usize * PAGE);
+            }
+        }
+    }
+}
+
+/// Few pages, over the first channel, on this thread.
+pub(crate) fn send_inline(
+    rams: &mut [Ram],
+    blocks: &[Block],
+    batches: impl Iterator<Item = Run>,
+    pacer: &Pacer,
+    round: u32,
+    progress: &Progress,
+) -> Result<u64, Trouble> {
+    let mut sent = 0;
+    if let Some(first) = rams.first_mut() {
+        for run in batches {
+            sent += first.send_batch(blocks, run, progress)?;
+            pacer.wait(sent);
+        }
+    }
+    for ram in rams {
+        ram.end(round)?;
+    }
+    Ok(sent)
+}
+
+impl Ram {
+    /// Sends batches as long as there are some, and the end of the round.
+    pub(crate) fn send(
+        &mut self,
+        work: &Work<'_, impl Iterator<Item = Run>>,
+    ) -> Result<u64, Trouble> {
+        let mut sent = 0;
+        while work.cut.is_none_or(|cut| Instant::now() < cut) {
+            let next = work.batches.lock().next();
+            let Some(run) = next else { break };
+            if work.progress.is_canceled() {
+                return Err(Trouble::Canceled);
+            }
+            let bytes = self.send_batch(work.blocks, run, &work.progress)?;
+            sent += bytes;
+            work.pacer.wait(bytes);
+        }
+        self.end(work.round)?;
+        Ok(sent)
+    }
+
+    fn end(&mut self, round: u32) -> Result<(), Trouble> {
+        Ok(wire::write(
+            &mut *self.stream,
+            Kind::End,
+            &[&round.to_le_bytes()],
+        )?)
+    }
+
+    fn send_batch(
+        &mut self,
+        blocks: &[Block],
+        run: Run,
+        progress: &Progress,
+    ) -> Result<u64, Trouble> {
+        let Some(block) = blocks.get(run.block as usize) else {
+            return Ok(0);
+        };
+        let batch = self.batch.fill(block, run);
+        let mut sent = 0;
+        if let Some((head, data)) = &batch.pages {
+            wire::write(&mut *self.stream, Kind::Pages, &[head, data])?;
+            sent += (wire::HEADER_LEN + head.len() + data.len()) as u64;
+        }
+        if let Some(head) = &batch.zeros {
+            wire::write(&mut *self.stream, Kind::Zeros, &[head])?;
+            sent += (wire::HEADER_LEN + head.len()) as u64;
+        }
+        let (full, zero) = (batch.full_pages, batch.zero_pages);
+        progress.update(|report| {
+            report.sent_bytes += sent;
+            report.pages += full;
+            report.zero_pages += zero;
+            report.remaining_pages = report.remaining_pages.saturating_sub(full + zero);
+        });
+        Ok(sent)
+    }
+}
+
+/// Keeps to a bandwidth, all channels together.
+pub(crate) struct Pacer {
+    limit: Option<u64>,
+    begun: Instant,
+    sent: AtomicU64,
+}
+
+impl Pacer {
+    pub(crate) fn new(limit: Option<u64>) -> Self {
+        Self {
+            limit,
+            begun: Instant::now(),
+            sent: AtomicU64::new(0),
+        }
+    }
+
+    /// So many bytes more were sent: waits until they may have been.
+    fn wait(&self, bytes: u64) {
+        let Some(limit) = self.limit else { return };
+        let before = self.sent.fetch_add(bytes, Ordering::Relaxed);
+        let due = Duration::from_micros((before + bytes).saturating_mul(1_000_000) / limit.max(1));
+        let ahead = due.saturating_sub(self.begun.elapsed());
+        if ahead > Duration::from_millis(1) {
+            thread::sleep(ahead.min(LONGEST_WAIT));
+        }
+    }
+}

@@ -1,0 +1,227 @@
+//! Guests move between services that are processes of their own, over REST; and services are killed
+//! on the way.
+
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use guest::{Command, Line, Options, Workload};
+use rustix::process::Signal;
+use spec::{
+    AwaitMigration, MigrationInfo, MigrationOutcome, MigrationPhase, ReceiveMigrationData,
+    ResolveMigration, SendMigrationData, StartMigration, VmId, VmState,
+};
+use tests::{Face, Service};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn options() -> Options {
+    Options {
+        workload: Workload::Dirty {
+            region_mib: Some(16),
+            rate: Some(1000),
+            order: guest::Order::Scattered,
+        },
+        heartbeat_ms: Some(100),
+        ..Options::default()
+    }
+}
+
+async fn pair() -> [Service; 2] {
+    let (a, b) = tokio::join!(Service::start(Face::Many), Service::start(Face::Many));
+    [a.unwrap(), b.unwrap()]
+}
+
+async fn kill(service: &mut Service) {
+    service.signal(Signal::KILL).unwrap();
+    service.ended(PATIENCE).await.unwrap();
+}
+
+fn name(info: &MigrationInfo) -> VmId {
+    info.id.parse().unwrap()
+}
+
+async fn receive(at: &Service) -> MigrationInfo {
+    let listen = "tcp:127.0.0.1:0".to_owned();
+    let body = AwaitMigration { listen, vm: None };
+    at.client().migrations_receive(&body).await.unwrap()
+}
+
+async fn until(at: &Service, id: &VmId, wanted: impl Fn(&MigrationInfo) -> bool) -> MigrationInfo {
+    let start = Instant::now();
+    loop {
+        let info = at.client().migrations_info(id).await.unwrap();
+        if wanted(&info) {
+            return info;
+        }
+        assert!(start.elapsed() < PATIENCE, "{info:?}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// A guest whose serial port is a socket, at a path that stays where the guest goes.
+async fn boot(at: &Service) -> (VmId, PathBuf) {
+    let (mut config, serial) = at.pocket("guest", options()).unwrap();
+    let path = serial.path().to_owned();
+    let port = serde_json::json!({ "mode": "Socket", "socket": path });
+    config.serial = serde_json::from_value(port).unwrap();
+    let vm: VmId = match at.client().vms_list().await {
+        Ok(_) => {
+            let vm = at.create("guest", config).await.unwrap();
+            at.client().vms_boot(&vm).await.unwrap();
+            vm
+        }
+        Err(_) => {
+            at.client().vm_create(&config).await.unwrap();
+            at.client().vm_boot().await.unwrap();
+            "guest".parse().unwrap()
+        }
+    };
+    check(&path);
+    (vm, path)
+}
+
+/// Asks the guest to check its memory.
+fn check(port: &Path) {
+    let mut stream = UnixStream::connect(port).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
+    // It is up, and looks at its port.
+    let heartbeat = lines
+        .by_ref()
+        .map(Result::unwrap)
+        .find(|line| matches!(Line::parse(line), Some(Line::Heartbeat { .. })));
+    assert!(heartbeat.is_some());
+    writeln!(stream, "{}", Command::Verify).unwrap();
+    let verified = lines
+        .map(Result::unwrap)
+        .find_map(|line| match Line::parse(&line) {
+            Some(Line::Verified { pages, bad, .. }) => Some((pages, bad)),
+            _ => None,
+        });
+    let (pages, bad) = verified.unwrap();
+    assert!(pages > 0 && bad == 0, "{bad} of {pages}");
+}
+
+#[tokio::test]
+async fn a_guest_moves_between_two_services_and_back() {
+    let services = pair().await;
+    let (vm, port) = boot(&services[0]).await;
+    for turn in 0..2 {
+        let (from, to) = (&services[turn % 2], &services[(turn + 1) % 2]);
+        let waiting = receive(to).await;
+        assert_eq!(waiting.phase, MigrationPhase::Connecting);
+        let what = StartMigration::to(waiting.endpoint.clone());
+        let begun = from.client().vms_migrate(&vm, &what).await.unwrap();
+        let sent = until(from, &name(&begun), |info| info.phase.is_over()).await;
+        assert_eq!(sent.phase, MigrationPhase::Completed, "{sent:?}");
+        let received = until(to, &name(&waiting), |info| info.phase.is_over()).await;
+        assert_eq!(received.phase, MigrationPhase::Completed, "{received:?}");
+        assert_eq!(received.vm.as_ref(), Some(&vm));
+        assert!(from.client().vms_list().await.unwrap().is_empty());
+        let there = to.client().vms_info(&vm).await.unwrap();
+        assert_eq!(there.state, VmState::Running);
+        println!(
+            "{:?}, predicted {:?} us",
+            sent.downtime.unwrap(),
+            sent.predicted_downtime_us
+        );
+    }
+    check(&port);
+    let info = services[0].client().migrations_list().await.unwrap();
+    assert_eq!(info.len(), 2, "its history");
+}
+
+#[tokio::test]
+async fn one_vm_a_socket_moves_as_cloud_hypervisors_clients_ask() {
+    let (a, b) = tokio::join!(Service::start(Face::One), Service::start(Face::One));
+    let (a, b) = (a.unwrap(), b.unwrap());
+    let (_, port) = boot(&a).await;
+    let url = format!("unix:{}", b.path("migration").display());
+    let receiving = async {
+        let body = serde_json::json!({ "receiver_url": url });
+        let body: ReceiveMigrationData = serde_json::from_value(body).unwrap();
+        b.client().vm_receive_migration(&body).await
+    };
+    let sending = async {
+        while !b.path("migration").exists() {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        let body = serde_json::json!({ "destination_url": url, "local": true, "downtime_ms": 200 });
+        let body: SendMigrationData = serde_json::from_value(body).unwrap();
+        a.client().vm_send_migration(&body).await
+    };
+    let (received, sent) = tokio::join!(receiving, sending);
+    received.unwrap();
+    sent.unwrap();
+    assert_eq!(b.client().vm_info().await.unwrap().state, VmState::Running);
+    assert!(a.client().vm_info().await.is_err(), "it is no longer there");
+    check(&port);
+    let body = serde_json::json!({ "destination_url": "unix:/nowhere", "tls_dir": "/x" });
+    let refused = b
+        .client()
+        .vm_send_migration(&serde_json::from_value(body).unwrap())
+        .await;
+    assert!(refused.unwrap_err().to_string().contains("tls_dir"));
+}
+
+/// The destination dies while memory is copied: the guest runs on, and moves with the next attempt.
+#[tokio::test]
+async fn a_destination_that_dies_costs_nothing() {
+    let mut services = pair().await;
+    let (vm, port) = boot(&services[0]).await;
+    let waiting = receive(&services[1]).await;
+    let what = StartMigration {
+        max_bandwidth: Some(2 << 20),
+        ..StartMigration::to(waiting.endpoint)
+    };
+    let begun = services[0].client().vms_migrate(&vm, &what).await.unwrap();
+    until(&services[0], &name(&begun), |info| {
+        info.phase == MigrationPhase::Precopy
+    })
+    .await;
+    kill(&mut services[1]).await;
+    let failed = until(&services[0], &name(&begun), |info| info.phase.is_over()).await;
+    assert_eq!(failed.phase, MigrationPhase::Failed, "{failed:?}");
+    let info = services[0].client().vms_info(&vm).await.unwrap();
+    assert_eq!(info.state, VmState::Running);
+    services[1].start_again().await.unwrap();
+    let waiting = receive(&services[1]).await;
+    let what = StartMigration::to(waiting.endpoint);
+    let begun = services[0].client().vms_migrate(&vm, &what).await.unwrap();
+    let sent = until(&services[0], &name(&begun), |info| info.phase.is_over()).await;
+    assert_eq!(sent.phase, MigrationPhase::Completed, "{sent:?}");
+    check(&port);
+}
+
+/// The source dies while memory is copied: nothing is left at the destination.
+#[tokio::test]
+async fn a_source_that_dies_leaves_nothing_half_done() {
+    let mut services = pair().await;
+    let (vm, _) = boot(&services[0]).await;
+    let waiting = receive(&services[1]).await;
+    let what = StartMigration {
+        max_bandwidth: Some(2 << 20),
+        ..StartMigration::to(waiting.endpoint.clone())
+    };
+    let begun = services[0].client().vms_migrate(&vm, &what).await.unwrap();
+    until(&services[0], &name(&begun), |info| {
+        info.phase == MigrationPhase::Precopy
+    })
+    .await;
+    kill(&mut services[0]).await;
+    let failed = until(&services[1], &name(&waiting), |info| info.phase.is_over()).await;
+    assert_eq!(failed.phase, MigrationPhase::Failed, "{failed:?}");
+    assert!(services[1].client().vms_list().await.unwrap().is_empty());
+    let body = ResolveMigration {
+        outcome: MigrationOutcome::Run,
+    };
+    let refused = services[1]
+        .client()
+        .migrations_resolve(&name(&waiting), &body)
+        .await;
+    assert!(refused.unwrap_err().to_string().contains("not in doubt"));
+}
