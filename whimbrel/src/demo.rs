@@ -1,22 +1,27 @@
-//! `whimbrel demo`: a guest that boots, stands still, goes on and checks its memory, over REST.
+//! `whimbrel demo`: a guest that boots, stands still, goes on, and moves between two services while
+//! it writes to its memory, over REST; it checks its memory after each move.
 //!
-//! The service runs in this process, and all that is done to it is done by a client through its
-//! socket.
+//! Both services run in this process, and all that is done to them is done by clients through their
+//! sockets.
 
-use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, BufReader, IsTerminal, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use api::{Listener, Service, serve};
+use api::{Listener, Service, Shutdown, serve};
 use control::Registry;
 use guest::{After, Command, Line, Options, Order, Workload};
+use indicatif::{ProgressBar, ProgressStyle};
 use openapi::Client;
 use spec::{
-    ConsoleMode, CpusConfig, CreateVm, MemoryConfig, PayloadConfig, VmConfig, VmId, VmState,
+    AwaitMigration, ConsoleMode, CpusConfig, CreateVm, MemoryConfig, MigrationInfo, MigrationPhase,
+    PayloadConfig, StartMigration, VmConfig, VmId, VmState,
 };
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+use tokio::task::JoinHandle;
 use vmm::{Pool, PoolConfig};
 
 use crate::serve::{about, runtime};
@@ -26,43 +31,81 @@ const PATIENCE: Duration = Duration::from_secs(20);
 const VCPUS: u32 = 2;
 const MEMORY: u64 = 128 << 20;
 const REGION_MIB: u64 = 32;
+const MOVES: usize = 2;
 
 pub(crate) fn run() -> Result<ExitCode> {
-    let pool = Pool::start(&PoolConfig::default())?;
     runtime()?.block_on(async {
         let directory = tempfile::tempdir().context("cannot make a temporary directory")?;
-        let socket = directory.path().join("whimbrel.sock");
-        let registry = Registry::new(pool);
-        let service = Service::new(registry.clone(), about());
-        let shutdown = service.shutdown().clone();
-        let listener = Listener::unix(&socket)?;
-        let serving = tokio::spawn(serve(listener, service.router(), shutdown.clone()));
-        let kernel = directory.path().join("pocket-guest");
+        let directory = directory.path();
+        let services = [One::start(directory, "a")?, One::start(directory, "b")?];
+        let kernel = directory.join("pocket-guest");
         std::fs::write(&kernel, guest::IMAGE).context("cannot write the guest's kernel")?;
 
         let mut demo = Demo {
-            client: Client::unix(&socket),
+            clients: services.each_ref().map(|one| Client::unix(&one.socket)),
+            here: 0,
+            console: directory.join("console"),
             paint: Paint::new(),
             start: Instant::now(),
         };
-        demo.say(&format!("a service, with its API at {}", socket.display()));
+        for one in &services {
+            demo.say(&format!(
+                "a service, with its API at {}",
+                one.socket.display()
+            ));
+        }
         let mut signals = Signals::listen()?;
         let kernel = kernel.to_string_lossy();
         let shown = tokio::select! {
             shown = demo.show(&kernel) => shown,
             () = signals.next() => Err(anyhow::anyhow!("interrupted")),
         };
-        shutdown.request();
-        registry.delete_all().await;
-        serving.await.context("the service failed")?;
+        for one in services {
+            one.end().await?;
+        }
         shown?;
-        demo.say("the service has ended: all held");
+        demo.say("both services have ended: all held");
         Ok(ExitCode::SUCCESS)
     })
 }
 
+/// A service of this process.
+struct One {
+    socket: PathBuf,
+    registry: Registry,
+    shutdown: Shutdown,
+    serving: JoinHandle<()>,
+}
+
+impl One {
+    fn start(directory: &Path, name: &str) -> Result<Self> {
+        let pool = Pool::start(&PoolConfig::default())?;
+        let socket = directory.join(format!("{name}.sock"));
+        let registry = Registry::new(pool.with_journals(directory.join(name)));
+        let service = Service::new(registry.clone(), about());
+        let shutdown = service.shutdown().clone();
+        let listener = Listener::unix(&socket)?;
+        let serving = tokio::spawn(serve(listener, service.router(), shutdown.clone()));
+        Ok(Self {
+            socket,
+            registry,
+            shutdown,
+            serving,
+        })
+    }
+
+    async fn end(self) -> Result<()> {
+        self.shutdown.request();
+        self.registry.delete_all().await;
+        self.serving.await.context("a service failed")
+    }
+}
+
 struct Demo {
-    client: Client,
+    clients: [Client; 2],
+    /// Where the guest is.
+    here: usize,
+    console: PathBuf,
     paint: Paint,
     start: Instant,
 }
@@ -71,10 +114,10 @@ impl Demo {
     async fn show(&mut self, kernel: &str) -> Result<()> {
         let id: VmId = "demo".parse()?;
         self.request("POST /api/v1/vms");
-        self.client
+        self.client()
             .vms_create(&CreateVm {
                 id: Some(id.clone()),
-                config: config(kernel),
+                config: config(kernel, &self.console)?,
             })
             .await?;
         self.say(&format!(
@@ -83,8 +126,8 @@ impl Demo {
         ));
 
         self.request("PUT /api/v1/vms/demo/boot");
-        self.client.vms_boot(&id).await?;
-        let mut console = Console::open(&self.client, &id).await?;
+        self.client().vms_boot(&id).await?;
+        let mut console = Console::open(&self.console).await?;
         self.until(&mut console, |line| matches!(line, Line::Ready { .. }))
             .await?;
         self.timeline(&id).await?;
@@ -95,6 +138,68 @@ impl Demo {
 
         self.pause(&id, &mut console).await?;
 
+        for _ in 0..MOVES {
+            console = self.migrate(&id, console).await?;
+        }
+
+        self.request("PUT /api/v1/vms/demo/shutdown");
+        self.client().vms_shutdown(&id).await?;
+        let state = self.client().vms_info(&id).await?.state;
+        ensure!(
+            state == VmState::Shutdown,
+            "the VM is {state} after a shutdown"
+        );
+        self.request("DELETE /api/v1/vms/demo");
+        self.client().vms_delete(&id).await?;
+        Ok(())
+    }
+
+    /// The service at which the guest is.
+    fn client(&self) -> &Client {
+        &self.clients[self.here]
+    }
+
+    /// Moves the guest to the other service, over loopback, and has it check its memory there.
+    async fn migrate(&mut self, id: &VmId, mut before: Console) -> Result<Console> {
+        before.send(Command::Report)?;
+        self.until(&mut before, |line| matches!(line, Line::Report { .. }))
+            .await?;
+        let (from, to) = (self.here, 1 - self.here);
+        self.request("POST /api/v1/migrations        (to the service to which it moves)");
+        let listen = "tcp:127.0.0.1:0".to_owned();
+        let waiting = self.clients[to]
+            .migrations_receive(&AwaitMigration { listen, vm: None })
+            .await?;
+        self.request("POST /api/v1/vms/demo/migrations");
+        let what = StartMigration {
+            max_downtime_ms: 10,
+            ..StartMigration::to(waiting.endpoint)
+        };
+        let begun = self.clients[from].vms_migrate(id, &what).await?;
+        let moved = self.follow(&begun).await?;
+        self.here = to;
+        let stop = moved.downtime.context("a guest that moved was stopped")?;
+        self.say(&format!(
+            "moved: {} pages and {} of zeros in {} rounds, {} MiB; stopped for {:.1} ms ({:.1} ms predicted), {} pages of it in the stop",
+            moved.pages,
+            moved.zero_pages,
+            moved.rounds,
+            moved.sent_bytes >> 20,
+            ms(stop.total_us),
+            ms(moved.predicted_downtime_us.unwrap_or(0)),
+            stop.pages,
+        ));
+        // What it said while it moved went to the service that it left.
+        let mut console = Console::open(&self.console).await?;
+        self.until(&mut console, |line| matches!(line, Line::Heartbeat { .. }))
+            .await?;
+        console.send(Command::Report)?;
+        let report = self
+            .until(&mut console, |line| matches!(line, Line::Report { .. }))
+            .await?;
+        if let Line::Report { gap_us, .. } = report {
+            self.say(&format!("the guest saw a gap of {:.1} ms", ms(gap_us)));
+        }
         self.say("the guest is asked to check every page that it wrote");
         console.send(Command::Verify)?;
         let verified = self
@@ -108,29 +213,59 @@ impl Demo {
             "{bad} of {pages} pages are not as they were written"
         );
         self.say(&format!("{pages} pages are as they were written"));
+        Ok(console)
+    }
 
-        self.request("PUT /api/v1/vms/demo/shutdown");
-        self.client.vms_shutdown(&id).await?;
-        let state = self.client.vms_info(&id).await?.state;
-        ensure!(
-            state == VmState::Shutdown,
-            "the VM is {state} after a shutdown"
-        );
-        self.request("DELETE /api/v1/vms/demo");
-        self.client.vms_delete(&id).await?;
-        Ok(())
+    /// Waits until a migration is over, with a progress bar on a terminal.
+    async fn follow(&self, begun: &MigrationInfo) -> Result<MigrationInfo> {
+        let bar = if io::stderr().is_terminal() {
+            ProgressBar::new(MEMORY)
+        } else {
+            ProgressBar::hidden()
+        };
+        let style = "{prefix:>14} [{bar:32}] {bytes}/{total_bytes} {msg}";
+        bar.set_style(ProgressStyle::with_template(style)?.progress_chars("=> "));
+        let name: VmId = begun.id.parse()?;
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let info = self.client().migrations_info(&name).await?;
+            bar.set_position(
+                info.memory_bytes
+                    .saturating_sub(info.remaining_pages * 4096),
+            );
+            bar.set_prefix(info.phase.to_string());
+            bar.set_message(format!(
+                "round {}, {} dirty pages/s",
+                info.rounds, info.dirty_pages_per_second
+            ));
+            if info.phase.is_over() {
+                bar.finish_and_clear();
+                ensure!(
+                    info.phase == MigrationPhase::Completed,
+                    "the migration is {}: {:?}",
+                    info.phase,
+                    info.error
+                );
+                return Ok(info);
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "the migration does not end: {info:?}"
+            );
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
     }
 
     async fn pause(&mut self, id: &VmId, console: &mut Console) -> Result<()> {
         self.request("PUT /api/v1/vms/demo/pause");
-        self.client.vms_pause(id).await?;
+        self.client().vms_pause(id).await?;
         // What the guest had written before.
         while console.within(Duration::from_millis(50)).await.is_some() {}
         let still = console.within(Duration::from_millis(400)).await;
         ensure!(still.is_none(), "a paused guest wrote {still:?}");
         self.say("paused: no heartbeat in 400 ms");
         self.request("PUT /api/v1/vms/demo/resume");
-        self.client.vms_resume(id).await?;
+        self.client().vms_resume(id).await?;
         self.until(console, |line| matches!(line, Line::Heartbeat { .. }))
             .await?;
         console.send(Command::Report)?;
@@ -149,7 +284,7 @@ impl Demo {
     async fn timeline(&self, id: &VmId) -> Result<()> {
         self.request("GET /api/v1/vms/demo");
         let boot = self
-            .client
+            .client()
             .vms_info(id)
             .await?
             .boot
@@ -209,7 +344,12 @@ fn show_line(text: &str) {
     let _ = writeln!(io::stdout(), "{text}");
 }
 
-fn config(kernel: &str) -> VmConfig {
+/// Milliseconds, of microseconds.
+fn ms(us: u64) -> f64 {
+    f64::from(u32::try_from(us).unwrap_or(u32::MAX)) / 1000.0
+}
+
+fn config(kernel: &str, console: &Path) -> Result<VmConfig> {
     let workload = Workload::Dirty {
         region_mib: Some(REGION_MIB),
         rate: Some(2000),
@@ -228,25 +368,24 @@ fn config(kernel: &str) -> VmConfig {
     });
     config.cpus = CpusConfig::with_vcpus(VCPUS);
     config.memory = MemoryConfig::with_size(MEMORY);
-    config.serial.mode = ConsoleMode::Pty;
-    config
+    config.serial.mode = ConsoleMode::Socket;
+    config.serial.socket = Some(console.to_string_lossy().into_owned());
+    Ok(config)
 }
 
-/// The guest's console, a pseudo terminal.
+/// The guest's console, a socket whose path goes with it from service to service.
 struct Console {
-    terminal: File,
+    socket: UnixStream,
     lines: UnboundedReceiver<String>,
 }
 
 impl Console {
-    async fn open(client: &Client, id: &VmId) -> Result<Self> {
-        let path = client.vms_info(id).await?.config.serial.file;
-        let path = path.context("the VM's pseudo terminal has no path")?;
-        let terminal = OpenOptions::new().read(true).write(true).open(&path);
-        let terminal = terminal.with_context(|| format!("cannot open the console {path}"))?;
-        let reader = BufReader::new(terminal.try_clone()?);
+    async fn open(path: &Path) -> Result<Self> {
+        let socket = UnixStream::connect(path)
+            .with_context(|| format!("cannot open the console {}", path.display()))?;
+        let reader = BufReader::new(socket.try_clone()?);
         let (sender, lines) = unbounded_channel();
-        // It ends with the terminal, which goes with the VM.
+        // It ends with the socket, which goes with the VM.
         std::thread::spawn(move || {
             for line in reader.lines().map_while(Result::ok) {
                 if sender.send(line.trim_end().to_owned()).is_err() {
@@ -254,7 +393,7 @@ impl Console {
                 }
             }
         });
-        Ok(Self { terminal, lines })
+        Ok(Self { socket, lines })
     }
 
     async fn within(&mut self, patience: Duration) -> Option<String> {
@@ -265,7 +404,7 @@ impl Console {
     }
 
     fn send(&mut self, command: Command) -> Result<()> {
-        writeln!(self.terminal, "{command}").context("the console takes no input")
+        writeln!(self.socket, "{command}").context("the console takes no input")
     }
 }
 
