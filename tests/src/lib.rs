@@ -2,17 +2,20 @@
 //!
 //! [`Service`] starts `whimbrel` on a socket of its own in a folder of its own, and ends it with
 //! the test. [`Service::boot_pocket`] boots the [pocket guest](guest) in it, whose serial port
-//! goes to a file that [`Serial`] reads; [`Shell`] logs in to a Debian guest.
+//! goes to a file that [`Serial`] reads; [`Shell`] logs in to a Debian guest, and
+//! [`Machine`] is a whole Debian system that can be moved.
 //!
 //! The programs are those that were last built beside the tests, or what `WHIMBREL` names:
 //! `ci/test unit` builds them first.
 
 #![forbid(unsafe_code)]
 
+mod machine;
 mod serial;
 mod service;
 mod shell;
 
+pub use machine::{BOOTS, Machine, RUNS};
 pub use serial::Serial;
 pub use service::{Face, Service};
 pub use shell::Shell;

@@ -42,6 +42,22 @@ impl Shell {
         Ok(shell)
     }
 
+    /// Goes on with the shell of a guest that came from elsewhere, on the port that it has here.
+    ///
+    /// # Errors
+    /// When it does not answer within `limit`.
+    pub async fn attach(socket: &Path, limit: Duration) -> Result<Self> {
+        let stream = UnixStream::connect(socket)
+            .await
+            .with_context(|| format!("connect to {}", socket.display()))?;
+        let mut shell = Self {
+            stream,
+            seen: String::new(),
+        };
+        shell.run("true", limit).await?;
+        Ok(shell)
+    }
+
     /// Runs a command, and gives what it printed.
     ///
     /// # Errors

@@ -1,0 +1,165 @@
+//! An unmodified Debian system on a disk, and a shell in it.
+
+use std::env;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use openapi::Client;
+use spec::{
+    AwaitMigration, ConsoleConfig, ConsoleMode, CpusConfig, MigrationInfo, PayloadConfig,
+    SerialConfig, StartMigration, VmConfig, VmId, VmResize, VmState,
+};
+
+use crate::{Face, Service, Shell};
+
+/// Booting takes seconds on silicon, and a minute or two where the host is emulated.
+pub const BOOTS: Duration = Duration::from_secs(300);
+/// So may a command that moves some megabytes.
+pub const RUNS: Duration = Duration::from_secs(120);
+
+const MIB: u64 = 1 << 20;
+
+/// A machine that boots from a disk, and a shell in it.
+#[derive(Debug)]
+pub struct Machine {
+    /// The service at which it is.
+    pub service: Service,
+    /// Its name.
+    pub vm: VmId,
+    shell: Shell,
+    serial: std::path::PathBuf,
+}
+
+impl Machine {
+    /// Boots it, with this disk as its first.
+    ///
+    /// # Errors
+    /// When it does not come to a login; says what the guest printed.
+    pub async fn boot(disk: &str, change: impl FnOnce(&Service, &mut VmConfig)) -> Result<Self> {
+        let guest = env::var("WHIMBREL_DEBIAN_DISK")
+            .context("WHIMBREL_DEBIAN_DISK names the folder that ci/debian-disk made")?;
+        let service = Service::start(Face::Many).await?;
+        let serial = service.path("serial.sock");
+        let mut config = VmConfig::with_payload(PayloadConfig {
+            kernel: Some(format!("{guest}/vmlinuz")),
+            initramfs: Some(format!("{guest}/initramfs")),
+            cmdline: Some("console=ttyS0 root=/dev/vda rw quiet".to_owned()),
+            ..PayloadConfig::default()
+        });
+        config.cpus = CpusConfig::with_vcpus(2);
+        config.memory.size = 768 * MIB;
+        config.serial = SerialConfig {
+            file: None,
+            socket: Some(serial.to_string_lossy().into_owned()),
+            mode: ConsoleMode::Socket,
+        };
+        config.console = ConsoleConfig::with_mode(ConsoleMode::Off);
+        config.disks = Some(vec![serde_json::from_str(disk)?]);
+        change(&service, &mut config);
+        let vm = service.create("debian", config).await?;
+        service.client().vms_boot(&vm).await?;
+        let shell = Shell::login(&serial, BOOTS).await?;
+        Ok(Self {
+            service,
+            vm,
+            shell,
+            serial,
+        })
+    }
+
+    /// A client of its service.
+    #[must_use]
+    pub fn client(&self) -> &Client {
+        self.service.client()
+    }
+
+    /// Runs a command in it, and gives what it printed.
+    ///
+    /// # Errors
+    /// When it fails.
+    pub async fn run(&mut self, command: &str) -> Result<String> {
+        self.shell.run(command, RUNS).await
+    }
+
+    /// Boots it again, after it was powered off.
+    ///
+    /// # Errors
+    /// As for [`Machine::boot`].
+    pub async fn boot_again(&mut self) -> Result<()> {
+        self.client().vms_boot(&self.vm).await?;
+        self.shell = Shell::login(&self.serial, BOOTS).await?;
+        Ok(())
+    }
+
+    /// Presses the power button, and waits for the end.
+    ///
+    /// # Errors
+    /// When it does not come.
+    pub async fn power_off(&mut self) -> Result<()> {
+        self.client().vms_power_button(&self.vm).await?;
+        let info = self.service.reaches(&self.vm, VmState::Shutdown).await?;
+        ensure!(info.failure.is_none(), "{:?}", info.failure);
+        Ok(())
+    }
+
+    /// What a device counts.
+    ///
+    /// # Errors
+    /// When it counts no such thing.
+    pub async fn counter(&self, device: &str, name: &str) -> Result<i64> {
+        let counters = self.client().vms_counters(&self.vm).await?;
+        let value = counters.get(device).and_then(|device| device.get(name));
+        Ok(i64::try_from(
+            *value.with_context(|| format!("{device} counts no {name}"))?,
+        )?)
+    }
+
+    /// Waits until a balloon holds so many bytes, and gives the guest's memory then, in KiB.
+    ///
+    /// # Errors
+    /// When it does not come to that.
+    pub async fn balloon_holds(&mut self, bytes: u64) -> Result<i64> {
+        let size = VmResize {
+            desired_balloon: Some(bytes),
+            ..VmResize::default()
+        };
+        self.client().vms_resize(&self.vm, &size).await?;
+        let start = Instant::now();
+        while self.counter("__balloon", "actual_bytes").await? != i64::try_from(bytes)? {
+            ensure!(
+                start.elapsed() < RUNS,
+                "the balloon does not come to {bytes} bytes"
+            );
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        let info = self.client().vms_info(&self.vm).await?;
+        ensure!(info.memory_actual_size == 768 * MIB - bytes);
+        let total = self.run("awk '/MemTotal/{print $2}' /proc/meminfo").await?;
+        Ok(total.parse()?)
+    }
+
+    /// Moves it to another service, and gives the one that it left with what is told of the migration.
+    ///
+    /// # Errors
+    /// When it does not move.
+    pub async fn move_to(&mut self, there: Service) -> Result<(Service, MigrationInfo)> {
+        let listen = "tcp:127.0.0.1:0".to_owned();
+        let body = AwaitMigration { listen, vm: None };
+        let waiting = there.client().migrations_receive(&body).await?;
+        let what = StartMigration::to(waiting.endpoint);
+        let begun = self.client().vms_migrate(&self.vm, &what).await?;
+        let (name, start) = (begun.id.parse()?, Instant::now());
+        let info = loop {
+            let info = self.client().migrations_info(&name).await?;
+            if info.phase.is_over() {
+                break info;
+            }
+            ensure!(start.elapsed() < BOOTS, "it does not end: {info:?}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        };
+        ensure!(info.error.is_none(), "{info:?}\n{}", there.log());
+        there.reaches(&self.vm, VmState::Running).await?;
+        self.shell = Shell::attach(&self.serial, RUNS).await?;
+        Ok((std::mem::replace(&mut self.service, there), info))
+    }
+}
