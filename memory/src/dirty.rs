@@ -138,6 +138,23 @@ impl DirtyBitmap {
         }
     }
 
+    /// Takes the mark of one page out; false when it has none.
+    #[must_use]
+    pub fn take_page(&self, page: usize) -> bool {
+        let bit = 1 << (page % BITS);
+        let word = self.words.get(page / BITS);
+        word.is_some_and(|word| word.fetch_and(!bit, Ordering::AcqRel) & bit != 0)
+    }
+
+    /// All marks, which stay.
+    #[must_use]
+    pub fn snapshot(&self) -> DirtyPages {
+        let words = self.words.iter().map(|word| word.load(Ordering::Acquire));
+        DirtyPages {
+            words: words.collect(),
+        }
+    }
+
     /// Puts back marks that were [taken](Self::take), because the pages could not be sent.
     pub fn put_back(&self, pages: &DirtyPages) {
         self.merge(0, &pages.words);
@@ -167,6 +184,12 @@ impl DirtyPages {
             .iter()
             .map(|word| word.count_ones() as usize)
             .sum()
+    }
+
+    /// The marks: bit 0 of the first word is page 0.
+    #[must_use]
+    pub fn words(&self) -> &[u64] {
+        &self.words
     }
 
     /// The marked pages as runs of neighbours: `(first page, pages)`, ascending.

@@ -42,6 +42,7 @@ mod space;
 pub mod sync;
 mod topology;
 mod transaction;
+mod userfault;
 mod window;
 
 pub use change::ViewChange;
@@ -57,4 +58,5 @@ pub use region::{DeviceOps, IoEventFd, RamSlice, RegionId};
 pub use space::{Access, AddressSpace, CachedView, SpaceKind};
 pub use topology::{Stats, Topology};
 pub use transaction::{Label, Transaction};
+pub use userfault::{Fault, UserFaults};
 pub use window::{RingWindow, WindowError};

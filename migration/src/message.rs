@@ -127,14 +127,17 @@ pub(crate) enum ToDestination {
     Round(u32),
     /// A frame with saved state follows: a first guess, to be loaded now.
     Guess,
-    /// A frame with saved state follows, and the last round, this one, has been sent.
-    State { round: u32 },
+    /// A frame with saved state follows, and the last round before it, this one, has been sent. With
+    /// `postcopy` it told which pages come after the guest.
+    State { round: u32, postcopy: bool },
     /// The guest is yours: it stood for so long when this was sent, and stays paused if it was.
     Commit { stood_for_ns: u64, paused: bool },
     /// It stays here.
     Abort(Refusal),
-    /// All pages have been sent.
+    /// It was heard that the guest runs there.
     Complete,
+    /// All pages that were missing have been sent: it ended on each RAM channel with this number.
+    PagesSent { round: u32 },
 }
 
 /// From the destination.
@@ -171,6 +174,13 @@ pub(crate) enum ToSource {
     Waiting,
     /// It ran here, and is no more.
     Ended,
+    /// Of these pages of a block (bit 0 of the first word is the page `first`) those are missing still
+    /// whose bits are set. After these comes `Prepared`.
+    StillMissing {
+        block: u32,
+        first: u64,
+        bits: Vec<u64>,
+    },
     /// All pages are there.
     Completed,
 }

@@ -96,7 +96,7 @@ impl Batch {
     }
 }
 
-fn push(runs: &mut Vec<Run>, block: u32, page: u64) {
+pub(crate) fn push(runs: &mut Vec<Run>, block: u32, page: u64) {
     match runs.last_mut() {
         Some(last) if last.first + u64::from(last.pages) == page => last.pages += 1,
         _ => runs.push(Run {
@@ -132,11 +132,46 @@ pub(crate) struct Decoded<'a> {
     pub(crate) data: &'a [u8],
 }
 
+/// The body of a frame that tells which pages are missing.
+pub(crate) fn encode_missing(block: u32, runs: &[Run]) -> Vec<u8> {
+    head(block, runs)
+}
+
+/// The body of a frame that asks for a page: block u32, page u64.
+pub(crate) fn encode_fault(block: u32, page: u64) -> [u8; 12] {
+    let mut body = [0; 12];
+    body[..4].copy_from_slice(&block.to_le_bytes());
+    body[4..].copy_from_slice(&page.to_le_bytes());
+    body
+}
+
+/// The page that is asked for, which may be none.
+pub(crate) fn decode_fault(body: &[u8]) -> Result<(u32, u64), WireError> {
+    match *body {
+        [b0, b1, b2, b3, p0, p1, p2, p3, p4, p5, p6, p7] => Ok((
+            u32::from_le_bytes([b0, b1, b2, b3]),
+            u64::from_le_bytes([p0, p1, p2, p3, p4, p5, p6, p7]),
+        )),
+        _ => Err(WireError::damaged("a page is asked for in another form")),
+    }
+}
+
+/// What a frame of pages, or of missing ones, tells of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Content {
+    /// What is in them.
+    Data,
+    /// Nothing is in them.
+    Zeros,
+    /// They come later: runs of any length.
+    Later,
+}
+
 /// Reads the body of a frame of pages.
 pub(crate) fn decode<'a>(
     body: &'a [u8],
     blocks: &[Block],
-    has_data: bool,
+    content: Content,
 ) -> Result<Decoded<'a>, WireError> {
     let short = || WireError::damaged("a batch of pages is cut short");
     let (head, mut rest) = body.split_first_chunk::<HEAD>().ok_or_else(short)?;
@@ -150,7 +185,7 @@ pub(crate) fn decode<'a>(
         return Err(WireError::damaged("a batch has too many runs of pages"));
     }
     let there = block.ram.len() / PAGE;
-    let (mut runs, mut total) = (Vec::with_capacity(count), 0);
+    let (mut runs, mut total) = (Vec::with_capacity(count), 0_usize);
     for _ in 0..count {
         let (run, more) = rest.split_first_chunk::<RUN>().ok_or_else(short)?;
         rest = more;
@@ -166,12 +201,16 @@ pub(crate) fn decode<'a>(
                 "page {first} and so on is not in {name}"
             )));
         }
-        total += pages;
+        total = total.saturating_add(pages);
         // Within the block, whose length is a `usize`.
         runs.push((first as usize, pages));
     }
-    let wanted = if has_data { total * PAGE } else { 0 };
-    if total > BATCH || rest.len() != wanted {
+    let wanted = if content == Content::Data {
+        total.saturating_mul(PAGE)
+    } else {
+        0
+    };
+    if content != Content::Later && total > BATCH || rest.len() != wanted {
         return Err(WireError::damaged(
             "a batch of pages has more or less than it says",
         ));
@@ -187,6 +226,25 @@ impl Decoded<'_> {
     /// How many pages they are.
     pub(crate) fn count(&self) -> u64 {
         self.runs.iter().map(|(_, pages)| *pages as u64).sum()
+    }
+
+    /// Each page, and what is in it unless it is zeros.
+    pub(crate) fn pages(&self) -> impl Iterator<Item = (usize, Option<&[u8; PAGE]>)> {
+        let numbers = self
+            .runs
+            .iter()
+            .flat_map(|&(first, pages)| first..first + pages);
+        let mut data = self.data.as_chunks::<PAGE>().0.iter();
+        numbers.map(move |page| (page, data.next()))
+    }
+
+    /// Marks the pages.
+    pub(crate) fn mark(&self, bitmaps: &[memory::DirtyBitmap]) {
+        if let Some(bitmap) = bitmaps.get(self.block) {
+            for &(first, pages) in &self.runs {
+                bitmap.mark(first * PAGE, pages * PAGE);
+            }
+        }
     }
 
     /// Writes the pages where they belong. `touched` tells of each page whether anything was written
@@ -263,10 +321,10 @@ mod tests {
                 prop_assert_eq!(encoded.full_pages + encoded.zero_pages, 40);
                 if let Some((head, data)) = encoded.pages {
                     let body = [&head, data].concat();
-                    decode(&body, &there, true).unwrap().apply(&there, &touched);
+                    decode(&body, &there, Content::Data).unwrap().apply(&there, &touched);
                 }
                 if let Some(body) = encoded.zeros {
-                    decode(&body, &there, false).unwrap().apply(&there, &touched);
+                    decode(&body, &there, Content::Zeros).unwrap().apply(&there, &touched);
                 }
                 prop_assert!(read(&there[0]) == read(&here));
             }
@@ -277,14 +335,16 @@ mod tests {
             block_index in prop_oneof![Just(0_u32), any::<u32>()],
             count in prop_oneof![0_u32..3, any::<u32>()],
             body in prop::collection::vec(prop_oneof![Just(0_u8), any::<u8>()], 0..60),
-            has_data in any::<bool>(),
+            content in prop::sample::select(vec![Content::Data, Content::Zeros, Content::Later]),
         ) {
             let there = [block(4)];
             let touched = [DirtyBitmap::new(4 * PAGE)];
             let raw = [&block_index.to_le_bytes()[..], &count.to_le_bytes(), &body].concat();
-            if let Ok(decoded) = decode(&raw, &there, has_data) {
+            if let Ok(decoded) = decode(&raw, &there, content) {
                 decoded.apply(&there, &touched);
+                decoded.mark(&touched);
             }
+            let _ = decode_fault(&raw);
         }
     }
 
@@ -308,9 +368,9 @@ mod tests {
             run(0, u64::MAX, 2),
             run(0, 0, u32::MAX),
         ] {
-            assert!(decode(&body, &there, false).is_err());
+            assert!(decode(&body, &there, Content::Zeros).is_err());
         }
-        assert!(decode(&run(0, 0, 4), &there, false).is_ok());
-        assert!(decode(&run(0, 0, 4), &there, true).is_err());
+        assert!(decode(&run(0, 0, 4), &there, Content::Zeros).is_ok());
+        assert!(decode(&run(0, 0, 4), &there, Content::Data).is_err());
     }
 }

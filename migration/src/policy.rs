@@ -144,7 +144,12 @@ impl Policy {
         (self.at_deadline != AtDeadline::Throttle).then(|| begun + deadline)
     }
 
-    /// RAM channels to ask for.
+    /// Whether pages may come to follow the guest.
+    pub(crate) fn may_postcopy(&self) -> bool {
+        self.mode != Mode::Precopy || self.at_deadline == AtDeadline::Postcopy
+    }
+
+    /// RAM channels to ask for: one more where pages may be waited for.
     pub(crate) fn connections(&self, memory: u64) -> u16 {
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
         let useful = match memory >> 30 {
@@ -153,7 +158,9 @@ impl Policy {
             _ => 4,
         };
         let auto = u16::try_from(cpus.min(useful)).unwrap_or(1);
-        self.connections.unwrap_or(auto).clamp(1, MAX_CONNECTIONS)
+        let wanted = self.connections.unwrap_or(auto).max(1);
+        let urgent = u16::from(self.may_postcopy());
+        wanted.saturating_add(urgent).min(MAX_CONNECTIONS)
     }
 }
 

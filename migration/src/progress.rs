@@ -201,7 +201,13 @@ impl Progress {
     #[must_use]
     pub fn resolve(&self, resolution: Resolution) -> bool {
         let mut state = self.0.0.lock();
-        if state.report.phase != Phase::InDoubt {
+        let may_be = match state.report.phase {
+            Phase::InDoubt => true,
+            // Half of its memory is elsewhere.
+            Phase::PostcopyPaused => resolution == Resolution::Discard,
+            _ => false,
+        };
+        if !may_be {
             return false;
         }
         state.resolution = Some(resolution);

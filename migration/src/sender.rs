@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 
 use crate::Trouble;
 use crate::link::Stream;
-use crate::pages::{BATCH, Batch, Block, PAGE, Run};
+use crate::pages::{self, BATCH, Batch, Block, PAGE, Run};
 use crate::progress::Progress;
 use crate::wire::{self, Kind};
 
@@ -95,6 +95,48 @@ pub(crate) fn send_inline(
 }
 
 impl Ram {
+    pub(crate) fn new(stream: Box<dyn Stream>) -> Self {
+        Self {
+            stream,
+            batch: Batch::default(),
+        }
+    }
+
+    /// Tells of pages that come after the guest.
+    pub(crate) fn send_missing(&mut self, block: u32, runs: &[Run]) -> Result<(), Trouble> {
+        let body = pages::encode_missing(block, runs);
+        Ok(wire::write(&mut *self.stream, Kind::Missing, &[&body])?)
+    }
+
+    /// Sends what nobody has sent yet of these batches. The end of the round is the caller's to send.
+    pub(crate) fn push(
+        &mut self,
+        blocks: &[Block],
+        batches: &Mutex<impl Iterator<Item = Run>>,
+        pacer: &Pacer,
+        progress: &Progress,
+    ) -> Result<u64, Trouble> {
+        let mut sent = 0;
+        loop {
+            let next = batches.lock().next();
+            let Some(batch) = next else { return Ok(sent) };
+            let Some(block) = blocks.get(batch.block as usize) else {
+                continue;
+            };
+            let pages = batch.first..batch.first + u64::from(batch.pages);
+            let mut runs: Vec<Run> = Vec::new();
+            // Within the block.
+            for page in pages.filter(|page| block.ram.dirty().take_page(*page as usize)) {
+                pages::push(&mut runs, batch.block, page);
+            }
+            for run in runs {
+                let bytes = self.send_batch(blocks, run, progress)?;
+                sent += bytes;
+                pacer.wait(bytes);
+            }
+        }
+    }
+
     /// Sends batches as long as there are some, and the end of the round.
     pub(crate) fn send(
         &mut self,
@@ -115,7 +157,7 @@ impl Ram {
         Ok(sent)
     }
 
-    fn end(&mut self, round: u32) -> Result<(), Trouble> {
+    pub(crate) fn end(&mut self, round: u32) -> Result<(), Trouble> {
         Ok(wire::write(
             &mut *self.stream,
             Kind::End,
@@ -123,7 +165,7 @@ impl Ram {
         )?)
     }
 
-    fn send_batch(
+    pub(crate) fn send_batch(
         &mut self,
         blocks: &[Block],
         run: Run,
@@ -170,7 +212,7 @@ impl Pacer {
     }
 
     /// So many bytes more were sent: waits until they may have been.
-    fn wait(&self, bytes: u64) {
+    pub(crate) fn wait(&self, bytes: u64) {
         let Some(limit) = self.limit else { return };
         let before = self.sent.fetch_add(bytes, Ordering::Relaxed);
         let due = Duration::from_micros((before + bytes).saturating_mul(1_000_000) / limit.max(1));

@@ -1,6 +1,7 @@
 //! The side from which the guest moves.
 
 mod hand_over;
+mod postcopy;
 
 use std::sync::mpsc;
 use std::thread;
@@ -10,11 +11,12 @@ use memory::DirtyPages;
 use parking_lot::Mutex;
 use uuid::Uuid;
 
+use self::postcopy::Urgent;
 use crate::Trouble;
 use crate::journal::{Journal, Step};
 use crate::link::{Dial, Stream};
 use crate::message::{self, Channel, Control, Hello, Offer, Refusal, ToDestination, ToSource};
-use crate::pages::{BATCH, Batch, Block, PAGE};
+use crate::pages::{BATCH, Block, PAGE};
 use crate::policy::{Mode, Next, Policy, Situation};
 use crate::progress::{Downtime, Phase, Progress, micros};
 use crate::sender::{Pacer, Ram, Work, batches, count, per_second, send_inline};
@@ -125,6 +127,8 @@ pub fn send(mut sending: Sending<'_>, source: &mut dyn Source) -> Outcome {
         stopped: None,
         measured: Measured::default(),
         downtime: Downtime::default(),
+        can_postcopy: false,
+        urgent: None,
     };
     let outcome = match engine.until_commit() {
         Ok(()) => engine.after_commit(),
@@ -183,6 +187,10 @@ struct Engine<'a, 'b> {
     stopped: Option<(Instant, bool)>,
     measured: Measured,
     downtime: Downtime,
+    /// The destination can take pages after the guest.
+    can_postcopy: bool,
+    /// Who answers for pages that are waited for: pages follow the guest.
+    urgent: Option<Urgent>,
 }
 
 fn gone() -> Trouble {
@@ -249,11 +257,11 @@ impl Engine<'_, '_> {
             Mode::Postcopy => true,
             Mode::Precopy | Mode::Hybrid => self.precopy()?,
         };
-        if postcopy {
-            let why = "the destination does not take pages after the guest";
+        if postcopy && !self.can_postcopy {
+            let why = "the destination cannot take pages after the guest: it has no userfaultfd, or memory of huge pages";
             return Err(Trouble::here("no-postcopy", why));
         }
-        self.stop()
+        self.stop(postcopy)
     }
 
     fn prepare(&mut self) -> Result<(), Trouble> {
@@ -264,25 +272,28 @@ impl Engine<'_, '_> {
         let mut offer = self.source.offer().map_err(Trouble::Here)?;
         let memory = self.blocks.iter().map(|block| block.ram.len() as u64).sum();
         let policy = self.sending.policy;
-        offer.connections = policy.connections(memory);
+        let wanted = policy.connections(memory);
+        offer.connections = wanted;
+        offer.postcopy = policy.may_postcopy();
         self.sending
             .progress
             .update(|report| report.memory_bytes = memory);
         self.patience(PREPARE_PATIENCE.max(policy.patience))?;
         self.say(&ToDestination::Prepare(Box::new(offer)))?;
-        let connections = self.expect(|answer| match answer {
-            ToSource::Prepared { connections, .. } => Some(*connections),
+        let (connections, postcopy) = self.expect(|answer| match answer {
+            ToSource::Prepared {
+                connections,
+                postcopy,
+            } => Some((*connections, *postcopy)),
             _ => None,
         })?;
+        self.can_postcopy = postcopy && policy.may_postcopy();
         self.patience(policy.patience)?;
         let prepared = self.sending.journal.record(Step::Prepare);
         prepared.map_err(|error| Trouble::here("journal", error))?;
-        for index in 0..connections.clamp(1, policy.connections(memory)) {
+        for index in 0..connections.clamp(1, wanted) {
             let stream = self.connect(Channel::Ram { index })?;
-            self.rams.push(Ram {
-                stream,
-                batch: Batch::default(),
-            });
+            self.rams.push(Ram::new(stream));
         }
         let count = self.rams.len() as u16;
         self.sending
@@ -487,7 +498,7 @@ impl Engine<'_, '_> {
 
     /// Stops the guest and sends what is left of it. On return the destination is ready, and the
     /// guest has been given away on paper.
-    fn stop(&mut self) -> Result<(), Trouble> {
+    fn stop(&mut self, postcopy: bool) -> Result<(), Trouble> {
         self.check()?;
         let progress = self.sending.progress.clone();
         progress.enter(Phase::Stopped);
@@ -496,11 +507,20 @@ impl Engine<'_, '_> {
         self.stopped = Some((start, was_paused));
         self.downtime.pause_us = micros(start.elapsed());
         self.source.harvest().map_err(Trouble::Here)?;
-        let pending = self.take_dirty();
-        self.downtime.pages = count(&pending);
         let round = progress.report().rounds + 1;
         let saving = Instant::now();
-        let state = if self.downtime.pages <= INLINE {
+        let pending = if postcopy {
+            Vec::new()
+        } else {
+            self.take_dirty()
+        };
+        self.downtime.pages = count(&pending);
+        let state = if postcopy {
+            progress.update(|report| report.rounds = round);
+            self.tell_missing(round)?;
+            self.serve_faults()?;
+            self.source.save().map_err(Trouble::Here)?
+        } else if self.downtime.pages <= INLINE {
             self.send_pages(round, &pending, None)?;
             self.source.save().map_err(Trouble::Here)?
         } else {
@@ -509,7 +529,7 @@ impl Engine<'_, '_> {
         self.downtime.save_us = micros(saving.elapsed());
         let sending = Instant::now();
         let control = self.control.as_mut().ok_or_else(gone)?;
-        control.say_with_state(&ToDestination::State { round }, &state)?;
+        control.say_with_state(&ToDestination::State { round, postcopy }, &state)?;
         // While the destination loads.
         self.source.hand_over().map_err(Trouble::Here)?;
         self.downtime.load_us = self.expect(|answer| match answer {

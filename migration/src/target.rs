@@ -1,15 +1,19 @@
 //! The side to which the guest moves.
 
+mod postcopy;
 mod taking;
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use memory::DirtyBitmap;
+use parking_lot::Mutex;
 use uuid::Uuid;
 
+use self::postcopy::Late;
 use self::taking::{Taking, take_pages};
 use crate::Trouble;
 use crate::journal::{Journal, Step};
@@ -174,6 +178,36 @@ pub fn receive(receiving: Receiving<'_>) -> Result<(), Refusal> {
     })
 }
 
+/// The memory to which pages come.
+struct Arriving {
+    blocks: Vec<Block>,
+    /// Pages that were written here, block by block: all others are zeros.
+    touched: Vec<DirtyBitmap>,
+    /// Pages that come after the guest, as far as was told.
+    missing: Mutex<Vec<DirtyBitmap>>,
+    /// Set from when the guest may go on without them.
+    late: OnceLock<Late>,
+}
+
+impl Arriving {
+    fn new(blocks: Vec<Block>) -> Self {
+        let bitmaps = || -> Vec<DirtyBitmap> {
+            let bitmaps = blocks.iter().map(|block| {
+                let bitmap = DirtyBitmap::new(block.ram.len());
+                bitmap.set_enabled(true);
+                bitmap
+            });
+            bitmaps.collect()
+        };
+        Self {
+            touched: bitmaps(),
+            missing: Mutex::new(bitmaps()),
+            late: OnceLock::new(),
+            blocks,
+        }
+    }
+}
+
 /// A machine for the guest, and where its steps are written down.
 type Prepared = (Box<dyn Target>, Box<dyn Journal>);
 
@@ -289,16 +323,13 @@ impl Session<'_> {
             }
         };
         let blocks = target.blocks();
-        let touched: Vec<_> = blocks
-            .iter()
-            .map(|block| {
-                let touched = DirtyBitmap::new(block.ram.len());
-                touched.set_enabled(true);
-                touched
-            })
-            .collect();
+        let memory_here = Arriving::new(blocks);
         let connections = offer.connections.clamp(1, MAX_CONNECTIONS);
-        let memory = blocks.iter().map(|block| block.ram.len() as u64).sum();
+        let sizes = memory_here
+            .blocks
+            .iter()
+            .map(|block| block.ram.len() as u64);
+        let memory = sizes.sum();
         self.progress.update(|report| {
             report.memory_bytes = memory;
             report.connections = connections;
@@ -316,18 +347,31 @@ impl Session<'_> {
                 rounds: vec![0; connections.into()],
                 open: vec![false; connections.into()],
                 is_ready: false,
+                memory: &memory_here,
+                faults: None,
+                start_watch: &mut || {
+                    scope.spawn(|| {
+                        if let Some(late) = memory_here.late.get() {
+                            late.watch(self.progress);
+                        }
+                    });
+                },
                 closers: Vec::new(),
                 start_channel: &mut |index, stream: Box<dyn Stream>| {
-                    let (ends, blocks, touched, progress) =
-                        (ends.clone(), &blocks, &touched, self.progress.clone());
+                    let (ends, memory, progress) =
+                        (ends.clone(), &memory_here, self.progress.clone());
                     scope.spawn(move || {
-                        take_pages(index, stream, blocks, touched, &ends, &progress);
+                        take_pages(index, stream, memory, &ends, &progress);
                     });
                 },
             };
             let outcome = taking.run();
             // The channels' threads end with their connections.
             taking.closers.iter().for_each(Closer::close);
+            // Nobody is to wait for a page that does not come.
+            if let Some(late) = memory_here.late.get() {
+                late.end(self.progress);
+            }
             outcome
         });
         if let Err(Failed::Trouble(trouble)) = &outcome {

@@ -31,6 +31,8 @@ pub(crate) enum Kind {
     Zeros = 17,
     /// A RAM channel has sent all of a round.
     End = 18,
+    /// Pages that come after the guest.
+    Missing = 19,
     /// A page that is waited for.
     Fault = 32,
 }
@@ -44,6 +46,7 @@ impl Kind {
             Self::Pages,
             Self::Zeros,
             Self::End,
+            Self::Missing,
             Self::Fault,
         ]
         .into_iter()
@@ -58,7 +61,7 @@ impl Kind {
             // What saved state may have, and its checksums.
             Self::State => 80 << 20,
             Self::Pages => crate::pages::MOST,
-            Self::Zeros | Self::End | Self::Fault => 64 << 10,
+            Self::Zeros | Self::End | Self::Missing | Self::Fault => 64 << 10,
         }
     }
 }

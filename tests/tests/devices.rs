@@ -107,7 +107,10 @@ async fn vsock(machine: &mut Machine, socket: &Path) -> Result<()> {
         .await??
     };
     ensure!(echoed);
-    let listener = UnixListener::bind(format!("{}_52", socket.display()))?;
+    let path = format!("{}_52", socket.display());
+    // Of the last time.
+    let _ = fs::remove_file(&path);
+    let listener = UnixListener::bind(path)?;
     let heard = thread::spawn(move || -> Result<String> {
         let (mut stream, _) = listener.accept()?;
         let mut text = String::new();

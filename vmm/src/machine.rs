@@ -5,6 +5,7 @@ use std::io::Write;
 use std::sync::Arc;
 use std::time::Duration;
 
+use devices::event_loop::EventLoop;
 use devices::{
     ConsoleInput, DebugPort, HotplugBlock, InterruptLine, KeyboardReset, PowerBlock, Serial,
     hotplug, pci, power,
@@ -58,6 +59,8 @@ pub(crate) struct Parts {
     /// which the guest came.
     pub(crate) cpuid: CpuId,
     pub(crate) ram: Arc<RamBlock>,
+    /// Where devices do their work, if not where those of other machines do.
+    _loops: Vec<EventLoop>,
     pub(crate) serial: Option<Arc<Serial>>,
     pub(crate) power: Arc<PowerBlock>,
     pub(crate) hotplug: Arc<HotplugBlock>,
@@ -106,6 +109,9 @@ impl Built {
         }
         let ram = Arc::new(RamBlock::new(&ram_config(config))?);
         let irq_routes = vm.irq_routes();
+        let loops = own_loops(places)?;
+        let workers = Workers::new(loops.iter().map(|own| own.handle().clone()).collect());
+        let workers = workers.as_ref().unwrap_or(&host.workers);
         let space = topology.space(SpaceKind::Memory);
         let topology = Arc::new(Mutex::new(topology));
         let host_bridge = PciHost::new(&topology, space, layout.pci64, irq_routes.clone());
@@ -123,7 +129,6 @@ impl Built {
                 output,
                 on_room: Box::new(move || to.tell(Happening::Room(Port::Console))),
             });
-            let workers = &host.workers;
             let devices =
                 Devices::build(host_bridge, tx, config, console, workers, places, reporter)?;
             Ok((serial, power, hotplug, devices))
@@ -135,6 +140,7 @@ impl Built {
             vm,
             topology,
             cpuid: cpuid.clone(),
+            _loops: loops,
             ram,
             serial,
             power,
@@ -194,6 +200,15 @@ impl Built {
         }
         Ok(active)
     }
+}
+
+/// Threads for the devices of a machine that may wait for its memory.
+fn own_loops(places: &Places) -> Result<Vec<EventLoop>, BuildError> {
+    const LOOPS: usize = 2;
+    let count = if places.may_wait { LOOPS } else { 0 };
+    let own = (0..count).map(|index| EventLoop::start(&format!("devices-{index}")));
+    own.collect::<Result<_, _>>()
+        .map_err(BuildError::host("start a thread"))
 }
 
 fn make_vcpus(cpuid: &CpuId, vm: &Vm, config: &VmConfig, bits: u8) -> Result<Vec<Vcpu>, KvmError> {

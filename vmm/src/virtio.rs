@@ -32,6 +32,9 @@ pub(crate) struct Places {
     /// Slots by the devices' names; for those that are not in it, the first that are free.
     pub(crate) slots: BTreeMap<String, u8>,
     pub(crate) whose: Whose,
+    /// Pages may come after the guest: a device that waits for one must make nobody else's wait. Its
+    /// machine has threads of its own.
+    pub(crate) may_wait: bool,
 }
 
 impl Default for Places {
@@ -40,6 +43,7 @@ impl Default for Places {
             cpuid: None,
             slots: BTreeMap::new(),
             whose: Whose::Ours,
+            may_wait: false,
         }
     }
 }

@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use control::{Migration, Registry, Request};
 use guest::{Command, Line, Options, Order, Workload};
 use spec::{
-    AtDeadline, AwaitMigration, MigrationInfo, MigrationPhase, PayloadConfig, StartMigration,
-    VmConfig, VmState,
+    AtDeadline, AwaitMigration, MemoryMode, MigrationInfo, MigrationPhase, PayloadConfig,
+    StartMigration, VmConfig, VmState,
 };
 use vmm::{Pool, PoolConfig};
 
@@ -198,6 +198,34 @@ async fn a_guest_moves_and_finds_every_page_as_it_left_it() {
         // It goes on, and can be moved back.
         console.until(|line| matches!(line, Line::Heartbeat { .. }).then_some(()));
         vm.ask(Request::Shutdown).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn pages_follow_the_guest() {
+    for (mode, rate) in [(MemoryMode::Postcopy, 1_000), (MemoryMode::Hybrid, 50_000)] {
+        let stage = Stage::new();
+        let mut console = stage.boot(stage.config(rate, 2)).await;
+        console.gap();
+        let [sent, received] = stage
+            .migrate(|what| {
+                what.mode = mode;
+                what.max_downtime_ms = 1;
+            })
+            .await;
+        assert_eq!(sent.phase, MigrationPhase::Completed, "{sent:?}");
+        assert_eq!(received.phase, MigrationPhase::Completed, "{received:?}");
+        let mut console = Console::connect(Path::new(&stage.path("serial")));
+        let pages = console.verify();
+        println!(
+            "{mode:?}, {rate} pages/s: {:?}; {} faults, {} us, 99 % within {} us; the guest saw {} us; {pages} pages are as they were",
+            sent.downtime.unwrap(),
+            received.faults,
+            received.fault_p50_us,
+            received.fault_p99_us,
+            console.gap(),
+        );
+        assert!(received.faults > 0);
     }
 }
 

@@ -21,6 +21,9 @@ impl Engine<'_, '_> {
             Trouble::Wire(_) if self.sending.progress.is_canceled() => Trouble::Canceled,
             other => other,
         };
+        if let Some(urgent) = self.urgent.take() {
+            drop(urgent.end());
+        }
         let mut why = trouble.refusal();
         tracing::info!(migration = %self.sending.id, %why, "a guest stays where it is");
         if self.stopped.is_some()
@@ -87,10 +90,24 @@ impl Engine<'_, '_> {
                     let downtime = self.downtime;
                     progress.update(|report| report.downtime = Some(downtime));
                     // So that it need not wait for us to ask again.
-                    let _ = self.say(&ToDestination::Complete);
+                    let told = self.say(&ToDestination::Complete);
+                    if self.urgent.is_some() {
+                        if told.is_err() {
+                            self.control = None;
+                        }
+                        self.follow_with_pages();
+                    }
                     return self.moved();
                 }
                 Ok(ToSource::Ended) => return self.moved(),
+                // It runs there, we did not hear of it, and it waits for pages.
+                Ok(ToSource::StillMissing { .. } | ToSource::Prepared { .. })
+                    if self.urgent.is_some() =>
+                {
+                    self.control = None;
+                    self.follow_with_pages();
+                    return self.moved();
+                }
                 Ok(ToSource::NotHere(why)) => return self.stay(Trouble::There(why)),
                 Ok(other) => {
                     let why = WireError::damaged(format!("{other:?} is no answer to an order"));

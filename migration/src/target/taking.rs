@@ -3,17 +3,19 @@
 use std::sync::mpsc::{Receiver, Sender};
 use std::time::{Duration, Instant};
 
-use memory::DirtyBitmap;
+use memory::UserFaults;
 use uuid::Uuid;
 
+use super::postcopy::Late;
 use super::{
-    Arrival, Ended, Failed, LOOKS, RoundEnd, Session, Target, answer_ping, busy, turn_away,
+    Arrival, Arriving, Ended, Failed, LOOKS, RoundEnd, Session, Target, answer_ping, busy,
+    turn_away,
 };
 use crate::Trouble;
 use crate::journal::{Journal, Step};
 use crate::link::{Closer, Stream};
 use crate::message::{Channel, Control, Refusal, ToDestination, ToSource};
-use crate::pages::{self, Block};
+use crate::pages::{self, Content};
 use crate::progress::{Phase, Progress, Resolution, micros};
 use crate::wire::{Kind, Reader, WireError};
 
@@ -30,6 +32,10 @@ pub(super) struct Taking<'a, 'b> {
     pub(super) rounds: Vec<u32>,
     pub(super) open: Vec<bool>,
     pub(super) is_ready: bool,
+    pub(super) memory: &'a Arriving,
+    /// Where pages are asked for that come after the guest.
+    pub(super) faults: Option<Box<dyn Stream>>,
+    pub(super) start_watch: &'b mut dyn FnMut(),
     pub(super) closers: Vec<Closer>,
     pub(super) start_channel: &'b mut dyn FnMut(u16, Box<dyn Stream>),
 }
@@ -49,7 +55,7 @@ impl Taking<'_, '_> {
         let connections = self.connections;
         self.say(&ToSource::Prepared {
             connections,
-            postcopy: false,
+            postcopy: UserFaults::is_possible(),
         })?;
         self.session.progress.enter(Phase::Precopy);
         let outcome = self.until_ready();
@@ -108,12 +114,16 @@ impl Taking<'_, '_> {
                     let us = micros(start.elapsed());
                     self.say(&ToSource::GuessLoaded { us })?;
                 }
-                ToDestination::State { round } => {
+                ToDestination::State { round, postcopy } => {
                     self.session.progress.enter(Phase::Stopped);
                     let state = self.control()?.hear_state().map_err(Trouble::from)?;
                     self.wait_round(round)?;
                     let start = Instant::now();
+                    if postcopy {
+                        self.expect_late()?;
+                    }
                     self.target.load(&state)?;
+                    self.check_late()?;
                     let load_us = micros(start.elapsed());
                     let written = self.journal.record(Step::Ready);
                     written.map_err(|error| Trouble::here("journal", error))?;
@@ -187,6 +197,14 @@ impl Taking<'_, '_> {
                     self.session.progress.close_on_cancel(other);
                     (self.start_channel)(index, stream);
                 }
+                Channel::Faults if self.faults.is_none() => {
+                    let prepared = stream.set_patience(self.session.patience);
+                    prepared.and_then(|()| stream.closer()).map_or_else(
+                        |error| tracing::info!(%error, "a channel ended at once"),
+                        |closer| self.closers.push(closer),
+                    );
+                    self.faults = Some(stream);
+                }
                 Channel::Again if self.is_ready => {
                     return Ok(Some(self.session.adopt(stream)?));
                 }
@@ -252,6 +270,130 @@ impl Taking<'_, '_> {
         }
     }
 
+    /// The guest goes on before all its pages are there: who touches one that is missing waits.
+    fn expect_late(&mut self) -> Result<(), Trouble> {
+        let deadline = Instant::now() + self.session.patience;
+        let ask = loop {
+            if let Some(ask) = self.faults.take() {
+                break ask;
+            }
+            self.take_arrivals(self.session.patience / LOOKS)?;
+            if Instant::now() > deadline {
+                return Err(WireError::Silent.into());
+            }
+        };
+        let missing = std::mem::take(&mut *self.memory.missing.lock());
+        let patience = self.session.patience;
+        let late = Late::new(&self.memory.blocks, missing, ask, patience)
+            .map_err(|error| Trouble::here("no-postcopy", error))?;
+        if self.memory.late.set(late).is_ok() {
+            (self.start_watch)();
+        }
+        Ok(())
+    }
+
+    /// What was loaded is nothing where pages did not come that it needed.
+    fn check_late(&self) -> Result<(), Trouble> {
+        match self.memory.late.get() {
+            Some(late) if !late.is_whole() => Err(WireError::Closed.into()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes the pages that come after the guest. A connection that is lost is awaited again, for as
+    /// long as it takes: the guest waits only where it needs what is not there.
+    fn take_late(&mut self, late: &Late, mut connected: bool) -> Result<(), Failed> {
+        let progress = self.session.progress;
+        progress.enter(Phase::Postcopy);
+        loop {
+            let taken = if connected {
+                self.until_pages_are_there(late)
+            } else {
+                Err(WireError::Closed.into())
+            };
+            let trouble = match taken {
+                Ok(()) => {
+                    late.end(progress);
+                    let _ = self.say(&ToSource::Completed);
+                    progress.update(|report| report.error = None);
+                    return Ok(());
+                }
+                Err(trouble) => trouble,
+            };
+            tracing::warn!(migration = %self.id, %trouble, left = late.left(), "pages of a guest do not come");
+            late.disconnect();
+            self.closers.drain(..).for_each(|closer| closer.close());
+            self.control = None;
+            progress.update(|report| {
+                report.phase = Phase::PostcopyPaused;
+                report.error = Some(trouble.refusal());
+            });
+            connected = self.meet_again(late)?;
+        }
+    }
+
+    fn until_pages_are_there(&mut self, late: &Late) -> Result<(), Trouble> {
+        loop {
+            match self.hear()? {
+                ToDestination::PagesSent { round } => {
+                    self.wait_round(round)?;
+                    return match late.left() {
+                        0 => Ok(()),
+                        left => {
+                            let why = format!("{left} pages were not sent");
+                            Err(WireError::damaged(why).into())
+                        }
+                    };
+                }
+                ToDestination::Complete => {}
+                other => answer_ping(self.control()?, &other)?,
+            }
+        }
+    }
+
+    /// Waits for the source, and tells it what is missing. False if it went again.
+    fn meet_again(&mut self, late: &Late) -> Result<bool, Failed> {
+        let tick = self.session.patience / LOOKS;
+        let mut control = loop {
+            if self.session.progress.wait_resolution(tick) == Some(Resolution::Discard) {
+                late.end(self.session.progress);
+                let why = "somebody decided that the guest does not go on here";
+                return Err(Failed::Trouble(Trouble::here("resolved", why)));
+            }
+            if let Some(control) = self.take_arrivals(tick)? {
+                break control;
+            }
+        };
+        // What ended with the channels that there were is of no interest.
+        while self.ended.try_recv().is_ok() {}
+        self.open.fill(false);
+        self.rounds.fill(0);
+        self.faults = None;
+        let told = late
+            .still_missing()
+            .into_iter()
+            .map(|(block, first, bits)| ToSource::StillMissing { block, first, bits })
+            .chain([ToSource::Prepared {
+                connections: self.connections,
+                postcopy: true,
+            }])
+            .try_for_each(|message| control.say(&message));
+        self.control = Some(control);
+        if told.is_err() || self.wait_channels().is_err() {
+            return Ok(false);
+        }
+        let deadline = Instant::now() + self.session.patience;
+        while self.faults.is_none() && Instant::now() < deadline {
+            self.take_arrivals(tick)?;
+        }
+        let Some(ask) = self.faults.take() else {
+            return Ok(false);
+        };
+        late.connect(ask);
+        self.session.progress.enter(Phase::Postcopy);
+        Ok(true)
+    }
+
     /// The order came. From when it is written down on, the guest runs here and nowhere else.
     fn start(&mut self, stood_for: Duration, paused: bool) -> Result<Ended, Failed> {
         let start = Instant::now();
@@ -261,6 +403,10 @@ impl Taking<'_, '_> {
                 let us = micros(start.elapsed());
                 let told = self.say(&ToSource::Running { us });
                 let heard = told.is_ok() && matches!(self.hear(), Ok(ToDestination::Complete));
+                if let Some(late) = self.memory.late.get() {
+                    self.take_late(late, heard)?;
+                    return Ok(Ended::Heard);
+                }
                 Ok(if heard {
                     Ended::Heard
                 } else {
@@ -283,6 +429,14 @@ impl Taking<'_, '_> {
         since: Instant,
     ) -> Result<(), Refusal> {
         self.target.take_over()?;
+        if let Some(late) = self.memory.late.get()
+            && !late.start()
+        {
+            return Err(Refusal::new(
+                "connection-lost",
+                "pages did not come that were needed",
+            ));
+        }
         let written = self.journal.record(Step::Running);
         written.map_err(|error| Refusal::new("journal", error.to_string()))?;
         self.target.start(stood_for + since.elapsed(), paused)
@@ -296,14 +450,13 @@ const RAM_PATIENCE: Duration = Duration::from_secs(3600);
 pub(super) fn take_pages(
     index: u16,
     mut stream: Box<dyn Stream>,
-    blocks: &[Block],
-    touched: &[DirtyBitmap],
+    memory: &Arriving,
     ends: &Sender<RoundEnd>,
     progress: &Progress,
 ) {
     let mut reader = Reader::default();
     let mut take = || -> Result<Option<u32>, WireError> {
-        let allowed = [Kind::Pages, Kind::Zeros, Kind::End];
+        let allowed = [Kind::Pages, Kind::Zeros, Kind::Missing, Kind::End];
         let (kind, body) = reader.read(&mut *stream, &allowed)?;
         if kind == Kind::End {
             let round = <[u8; 4]>::try_from(body);
@@ -311,8 +464,23 @@ pub(super) fn take_pages(
                 round.map_err(|_| WireError::damaged("the end of a round has no number"))?;
             return Ok(Some(u32::from_le_bytes(round)));
         }
-        let decoded = pages::decode(body, blocks, kind == Kind::Pages)?;
-        decoded.apply(blocks, touched);
+        let content = match kind {
+            Kind::Pages => Content::Data,
+            Kind::Missing => Content::Later,
+            _ => Content::Zeros,
+        };
+        let decoded = pages::decode(body, &memory.blocks, content)?;
+        match (content, memory.late.get()) {
+            (Content::Later, None) => {
+                decoded.mark(&memory.missing.lock());
+                return Ok(None);
+            }
+            (Content::Later, Some(_)) => {
+                return Err(WireError::damaged("pages are told missing that were not"));
+            }
+            (_, Some(late)) => late.fill(&decoded)?,
+            (_, None) => decoded.apply(&memory.blocks, &memory.touched),
+        }
         let (count, bytes) = (decoded.count(), body.len() as u64);
         progress.update(|report| {
             report.sent_bytes += bytes;
@@ -332,6 +500,9 @@ pub(super) fn take_pages(
                 }
             }
             Err(error) => {
+                if let Some(late) = memory.late.get() {
+                    late.give_up();
+                }
                 let _ = ends.send((index, Err(error.into())));
                 return;
             }

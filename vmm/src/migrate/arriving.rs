@@ -119,6 +119,7 @@ impl Host for ArrivingHost {
             cpuid: Some(wanted),
             slots: machine.slots,
             whose: Whose::Theirs,
+            may_wait: offer.postcopy,
         };
         let built = ArrivingVm::build(&self.registry, vm.clone(), arrival, &places);
         let target = built.map_err(give_up)?;

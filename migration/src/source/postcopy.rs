@@ -1,0 +1,252 @@
+//! Pages that follow the guest: those that it waits for first.
+
+use std::thread::{self, JoinHandle};
+use std::time::Instant;
+
+use parking_lot::Mutex;
+
+use super::{Engine, gone, heartbeat};
+use crate::Trouble;
+use crate::link::{Closer, Stream};
+use crate::message::{self, Channel, Control, Hello, ToDestination, ToSource};
+use crate::pages::{self, BATCH, Block, Run};
+use crate::progress::{Phase, Progress, Resolution};
+use crate::sender::{Pacer, Ram, batches, count};
+use crate::wire::{Kind, Reader, WireError};
+
+/// As often as this, within the patience that one has with the other side, one tries to reach it.
+const ATTEMPTS: u32 = 30;
+
+/// Whom one met who looked for the destination again.
+enum Met {
+    /// The destination, which said what it has not got.
+    Again,
+    /// One that knows that the guest ran there, and is no more.
+    Nobody,
+}
+
+/// Serves the pages that the guest waits for, on a channel of their own.
+pub(super) struct Urgent {
+    thread: JoinHandle<Ram>,
+    closer: Closer,
+}
+
+impl Urgent {
+    /// `faults` tells which pages are waited for, `ram` carries them.
+    pub(super) fn start(
+        mut faults: Box<dyn Stream>,
+        mut ram: Ram,
+        blocks: Vec<Block>,
+        progress: Progress,
+    ) -> Result<Self, Trouble> {
+        let closer = faults.closer().map_err(WireError::from)?;
+        let serve = move || {
+            let mut reader = Reader::default();
+            // It ends with the channel; whoever closed it knows why.
+            while let Ok((_, body)) = reader.read(&mut *faults, &[Kind::Fault]) {
+                let Ok((block, page)) = pages::decode_fault(body) else {
+                    break;
+                };
+                let found = blocks.get(block as usize);
+                // One that is no page, or on its way already.
+                let is_ours = found.is_some_and(|found| {
+                    usize::try_from(page).is_ok_and(|page| found.ram.dirty().take_page(page))
+                });
+                let run = Run {
+                    block,
+                    first: page,
+                    pages: 1,
+                };
+                if is_ours && ram.send_batch(&blocks, run, &progress).is_err() {
+                    break;
+                }
+            }
+            ram
+        };
+        let thread = thread::Builder::new()
+            .name("migrate-urgent".to_owned())
+            .spawn(serve)
+            .map_err(|error| Trouble::here("host-refused", error))?;
+        Ok(Self { thread, closer })
+    }
+
+    /// Ends it, and gives the channel back.
+    pub(super) fn end(self) -> Option<Ram> {
+        self.closer.close();
+        self.thread.join().ok()
+    }
+}
+
+impl Engine<'_, '_> {
+    /// Tells the destination which pages it does not have, or has as they were.
+    pub(super) fn tell_missing(&mut self, round: u32) -> Result<(), Trouble> {
+        let missing: Vec<_> = self
+            .blocks
+            .iter()
+            .map(|b| b.ram.dirty().snapshot())
+            .collect();
+        self.downtime.pages = 0;
+        let first = self.rams.first_mut().ok_or_else(gone)?;
+        for (block, pages) in (0..).zip(&missing) {
+            let runs: Vec<Run> = pages
+                .runs()
+                .map(|(first, pages)| Run {
+                    block,
+                    first: first as u64,
+                    pages: u32::try_from(pages).unwrap_or(u32::MAX),
+                })
+                .collect();
+            for runs in runs.chunks(BATCH) {
+                first.send_missing(block, runs)?;
+            }
+        }
+        self.rams.iter_mut().try_for_each(|ram| ram.end(round))
+    }
+
+    /// From before the guest goes on there until all pages are there, there is somebody who answers
+    /// for those that are waited for.
+    pub(super) fn serve_faults(&mut self) -> Result<(), Trouble> {
+        let faults = self.connect(Channel::Faults)?;
+        let ram = self.rams.pop().ok_or_else(gone)?;
+        let urgent = Urgent::start(
+            faults,
+            ram,
+            self.blocks.clone(),
+            self.sending.progress.clone(),
+        )?;
+        self.urgent = Some(urgent);
+        Ok(())
+    }
+
+    /// The guest runs there: sends all that is left. A connection that is lost is made again, for as
+    /// long as it takes: there is no way back.
+    pub(super) fn follow_with_pages(&mut self) {
+        let progress = self.sending.progress.clone();
+        let mut attempt = self.push(&progress);
+        while let Err(trouble) = attempt {
+            tracing::warn!(migration = %self.sending.id, %trouble, "pages cannot follow their guest");
+            self.disconnect();
+            progress.update(|report| {
+                report.phase = Phase::PostcopyPaused;
+                report.error = Some(trouble.refusal());
+            });
+            let wait = self.sending.policy.patience / ATTEMPTS;
+            if progress.wait_resolution(wait) == Some(Resolution::Discard) {
+                return;
+            }
+            attempt = match self.meet_again() {
+                Ok(Met::Again) => self.push(&progress),
+                // It took the guest with it: there is nobody any more who would need the pages.
+                Ok(Met::Nobody) => return,
+                Err(trouble) => Err(trouble),
+            };
+        }
+        progress.update(|report| report.error = None);
+    }
+
+    fn disconnect(&mut self) {
+        self.control = None;
+        drop(self.urgent.take().and_then(Urgent::end));
+        self.rams.clear();
+        self.sending.progress.forget_connections();
+    }
+
+    fn push(&mut self, progress: &Progress) -> Result<(), Trouble> {
+        progress.enter(Phase::Postcopy);
+        let left: Vec<_> = self
+            .blocks
+            .iter()
+            .map(|b| b.ram.dirty().snapshot())
+            .collect();
+        let round = progress.report().rounds + 1;
+        progress.update(|report| {
+            report.rounds = round;
+            report.remaining_pages = count(&left);
+        });
+        let batches = Mutex::new(batches(&left));
+        let pacer = Pacer::new(self.sending.policy.max_bandwidth);
+        let every = self.sending.policy.patience / super::SIGNS;
+        let (blocks, rams) = (&self.blocks, &mut self.rams);
+        let control = self.control.as_mut().ok_or_else(gone)?;
+        let start = Instant::now();
+        let sent = thread::scope(|scope| {
+            let (done, ended) = std::sync::mpsc::channel();
+            let mut running = rams.len();
+            for ram in rams {
+                let (done, batches, pacer) = (done.clone(), &batches, &pacer);
+                scope.spawn(move || {
+                    let pushed = ram.push(blocks, batches, pacer, progress);
+                    // The receiver waits for all of us.
+                    let _ = done.send(pushed);
+                });
+            }
+            let (mut sent, mut trouble) = (0, None);
+            while running > 0 {
+                match ended.recv_timeout(every) {
+                    Ok(pushed) => {
+                        running -= 1;
+                        match pushed {
+                            Ok(bytes) => sent += bytes,
+                            Err(error) => drop(trouble.get_or_insert(error)),
+                        }
+                    }
+                    Err(_) if trouble.is_none() => trouble = heartbeat(control).err(),
+                    Err(_) => {}
+                }
+            }
+            trouble.map_or(Ok(sent), Err)
+        })?;
+        // Nobody takes pages any more but who is in the middle of it.
+        let urgent = self.urgent.take().and_then(Urgent::end);
+        self.rams.push(urgent.ok_or_else(gone)?);
+        self.rams.iter_mut().try_for_each(|ram| ram.end(round))?;
+        let speed = crate::sender::per_second(sent, start.elapsed());
+        progress.update(|report| report.bytes_per_second = report.bytes_per_second.max(speed));
+        self.say(&ToDestination::PagesSent { round })?;
+        self.expect(|answer| matches!(answer, ToSource::Completed).then_some(()))
+    }
+
+    /// New connections to the destination, which says what it has not got.
+    fn meet_again(&mut self) -> Result<Met, Trouble> {
+        let id = self.sending.id;
+        let patience = self.sending.policy.patience;
+        let dial = |channel| -> Result<Box<dyn Stream>, Trouble> {
+            let dialed = self.sending.dial.dial();
+            let mut stream = dialed.map_err(|error| Trouble::here("unreachable", error))?;
+            stream.set_patience(patience).map_err(WireError::from)?;
+            message::say_hello(&mut *stream, &Hello::new(id, channel))?;
+            Ok(stream)
+        };
+        let mut control = Control::new(dial(Channel::Again)?);
+        for block in &self.blocks {
+            // What is not there is known to the destination alone.
+            drop(block.ram.dirty().take());
+        }
+        let connections = loop {
+            match control.hear()? {
+                ToSource::StillMissing { block, first, bits } => {
+                    let block = self.blocks.get(block as usize);
+                    let block = block.ok_or_else(|| WireError::damaged("no such block"))?;
+                    let first = usize::try_from(first).unwrap_or(usize::MAX);
+                    block.ram.dirty().merge(first, &bits);
+                }
+                ToSource::Prepared { connections, .. } => break connections,
+                ToSource::Refused(why) => return Err(Trouble::There(why)),
+                ToSource::Ended => return Ok(Met::Nobody),
+                other => {
+                    let why = format!("{other:?} does not say what is missing");
+                    return Err(WireError::damaged(why).into());
+                }
+            }
+        };
+        for index in 0..connections {
+            self.rams.push(Ram::new(dial(Channel::Ram { index })?));
+        }
+        let faults = dial(Channel::Faults)?;
+        let ram = self.rams.pop().ok_or_else(gone)?;
+        let progress = self.sending.progress.clone();
+        self.urgent = Some(Urgent::start(faults, ram, self.blocks.clone(), progress)?);
+        self.control = Some(control);
+        Ok(Met::Again)
+    }
+}

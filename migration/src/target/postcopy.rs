@@ -1,0 +1,231 @@
+//! Pages that come after the guest.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use memory::{DirtyBitmap, Fault, UserFaults};
+use parking_lot::Mutex;
+
+use crate::link::Stream;
+use crate::pages::{self, Block, Decoded, PAGE};
+use crate::progress::{Progress, micros};
+use crate::wire::{self, Kind, WireError};
+
+/// From one look whether it is over to the next.
+const LOOK: Duration = Duration::from_millis(50);
+/// Waits of which the lengths are kept, the last ones.
+const KEPT: usize = 1 << 16;
+
+/// Memory of which pages are still at the source.
+pub(super) struct Late {
+    faults: UserFaults,
+    /// What is not there yet, block by block.
+    missing: Vec<DirtyBitmap>,
+    /// Pages that somebody waits for, and since when.
+    waited: Mutex<HashMap<(usize, usize), Instant>>,
+    /// Where they are asked for; absent while there is no connection.
+    ask: Mutex<Option<Box<dyn Stream>>>,
+    /// How long pages were waited for, in microseconds.
+    latencies: Mutex<Vec<u64>>,
+    over: AtomicBool,
+    /// The guest runs here: pages are waited for, however long it takes.
+    started: AtomicBool,
+    /// How long is waited for a page before.
+    patience: Duration,
+}
+
+impl Late {
+    /// `missing` is what the source has still. What this side has of it is of an earlier time, and
+    /// thrown away.
+    pub(super) fn new(
+        blocks: &[Block],
+        missing: Vec<DirtyBitmap>,
+        ask: Box<dyn Stream>,
+        patience: Duration,
+    ) -> std::io::Result<Self> {
+        for (block, missing) in blocks.iter().zip(&missing) {
+            for (first, pages) in missing.snapshot().runs() {
+                block.ram.discard(first * PAGE, pages * PAGE)?;
+            }
+        }
+        let blocks = blocks.iter().map(|block| block.ram.clone()).collect();
+        Ok(Self {
+            faults: UserFaults::new(blocks)?,
+            missing,
+            waited: Mutex::default(),
+            ask: Mutex::new(Some(ask)),
+            latencies: Mutex::default(),
+            over: AtomicBool::new(false),
+            started: AtomicBool::new(false),
+            patience,
+        })
+    }
+
+    /// Asks for what is touched, until it is over. On a thread of its own, which touches no guest
+    /// memory.
+    pub(super) fn watch(&self, progress: &Progress) {
+        while !self.over.load(Ordering::Acquire) {
+            match self.faults.wait(LOOK) {
+                Ok(faults) => faults.into_iter().for_each(|fault| self.handle(fault)),
+                Err(error) => {
+                    tracing::error!(%error, "pages that a guest waits for are not told");
+                    return;
+                }
+            }
+            let is_late = |since: &Instant| since.elapsed() > self.patience;
+            if self.waited.lock().values().any(is_late) {
+                self.give_up();
+            }
+            self.tell(progress);
+        }
+    }
+
+    /// The guest runs here from now on. False if pages did not come that were waited for before.
+    pub(super) fn start(&self) -> bool {
+        self.started.store(true, Ordering::Release);
+        !self.over.load(Ordering::Acquire)
+    }
+
+    /// The source is gone: while the guest does not run here yet, nobody is to wait for it.
+    pub(super) fn give_up(&self) {
+        if self.started.load(Ordering::Acquire) || self.over.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        if let Err(error) = self.faults.end() {
+            tracing::error!(%error, "missing pages cannot be given up");
+        }
+    }
+
+    /// Whether all that was waited for so far has come.
+    pub(super) fn is_whole(&self) -> bool {
+        !self.over.load(Ordering::Acquire)
+    }
+
+    fn handle(&self, fault: Fault) {
+        match fault {
+            Fault::Missing(block, page) => {
+                let missing = self.missing.get(block);
+                if !missing.is_some_and(|missing| missing.is_dirty(page * PAGE)) {
+                    // It was never written, or given back, or it has come by now.
+                    if let Err(error) = self.faults.zero(block, page) {
+                        tracing::error!(%error, "a page cannot be filled");
+                    }
+                    return;
+                }
+                self.waited
+                    .lock()
+                    .entry((block, page))
+                    .or_insert_with(Instant::now);
+                self.ask_for(block, page);
+            }
+            Fault::Removed(block, first, pages) => {
+                if let Some(missing) = self.missing.get(block) {
+                    for page in first..first + pages {
+                        let _ = missing.take_page(page);
+                    }
+                }
+            }
+        }
+    }
+
+    fn ask_for(&self, block: usize, page: usize) {
+        let mut ask = self.ask.lock();
+        let Some(stream) = &mut *ask else { return };
+        let body = pages::encode_fault(block as u32, page as u64);
+        if wire::write(&mut **stream, Kind::Fault, &[&body]).is_err() {
+            // It is asked for again over the next connection.
+            *ask = None;
+        }
+    }
+
+    /// Pages came. Some may have been given back meanwhile.
+    pub(super) fn fill(&self, came: &Decoded<'_>) -> Result<(), WireError> {
+        let Some(missing) = self.missing.get(came.block) else {
+            return Ok(());
+        };
+        for (page, data) in came.pages() {
+            if !missing.is_dirty(page * PAGE) {
+                continue;
+            }
+            match data {
+                Some(data) => self.faults.fill(came.block, page, data)?,
+                None => self.faults.zero(came.block, page)?,
+            }
+            // Behind the filling: who finds a page that is not missing takes it for one of zeros.
+            let _ = missing.take_page(page);
+            if let Some(since) = self.waited.lock().remove(&(came.block, page)) {
+                let mut latencies = self.latencies.lock();
+                if latencies.len() == KEPT {
+                    latencies.clear();
+                }
+                latencies.push(micros(since.elapsed()));
+            }
+        }
+        Ok(())
+    }
+
+    /// How many pages are missing.
+    pub(super) fn left(&self) -> usize {
+        self.missing.iter().map(DirtyBitmap::count).sum()
+    }
+
+    /// Bits of what is missing, in pieces: block, first page, words.
+    pub(super) fn still_missing(&self) -> Vec<(u32, u64, Vec<u64>)> {
+        const WORDS: usize = 4096;
+        let mut all = Vec::new();
+        for (block, missing) in (0..).zip(&self.missing) {
+            let words = missing.snapshot().words().to_vec();
+            for (index, piece) in words.chunks(WORDS).enumerate() {
+                if piece.iter().any(|word| *word != 0) {
+                    all.push((block, (index * WORDS * 64) as u64, piece.to_vec()));
+                }
+            }
+        }
+        all
+    }
+
+    /// There is no connection; what is waited for waits.
+    pub(super) fn disconnect(&self) {
+        *self.ask.lock() = None;
+    }
+
+    /// There is one again: what is waited for is asked for again.
+    pub(super) fn connect(&self, ask: Box<dyn Stream>) {
+        *self.ask.lock() = Some(ask);
+        let waited: Vec<_> = self.waited.lock().keys().copied().collect();
+        for (block, page) in waited {
+            self.ask_for(block, page);
+        }
+    }
+
+    fn tell(&self, progress: &Progress) {
+        let mut sorted = self.latencies.lock().clone();
+        if sorted.is_empty() {
+            return;
+        }
+        sorted.sort_unstable();
+        let at = |percent: usize| sorted.get(sorted.len() * percent / 100).copied();
+        let last = sorted.last().copied().unwrap_or(0);
+        progress.update(|report| {
+            report.faults = sorted.len() as u64;
+            report.fault_p50_us = at(50).unwrap_or(last);
+            report.fault_p99_us = at(99).unwrap_or(last);
+        });
+    }
+
+    /// All pages are there, or none will come any more: nobody waits.
+    pub(super) fn end(&self, progress: &Progress) {
+        self.over.store(true, Ordering::Release);
+        self.tell(progress);
+        if let Err(error) = self.faults.end() {
+            tracing::error!(%error, "missing pages cannot be given up");
+        }
+    }
+}
+
+impl Drop for Late {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::Release);
+    }
+}
