@@ -18,6 +18,16 @@ pub enum MemoryMode {
     Postcopy,
 }
 
+impl std::fmt::Display for MemoryMode {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Precopy => "precopy",
+            Self::Hybrid => "hybrid",
+            Self::Postcopy => "postcopy",
+        })
+    }
+}
+
 /// What happens at the deadline to a migration whose guest writes faster than its memory can be copied.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]

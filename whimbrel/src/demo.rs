@@ -17,8 +17,8 @@ use guest::{After, Command, Line, Options, Order, Workload};
 use indicatif::{ProgressBar, ProgressStyle};
 use openapi::Client;
 use spec::{
-    AwaitMigration, ConsoleMode, CpusConfig, CreateVm, MemoryConfig, MigrationInfo, MigrationPhase,
-    PayloadConfig, StartMigration, VmConfig, VmId, VmState,
+    AwaitMigration, ConsoleMode, CpusConfig, CreateVm, MemoryConfig, MemoryMode, MigrationInfo,
+    MigrationPhase, PayloadConfig, StartMigration, VmConfig, VmId, VmState,
 };
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::task::JoinHandle;
@@ -31,7 +31,8 @@ const PATIENCE: Duration = Duration::from_secs(20);
 const VCPUS: u32 = 2;
 const MEMORY: u64 = 128 << 20;
 const REGION_MIB: u64 = 32;
-const MOVES: usize = 2;
+/// There and back: memory before the guest, and after it.
+const MOVES: [MemoryMode; 2] = [MemoryMode::Precopy, MemoryMode::Postcopy];
 
 pub(crate) fn run() -> Result<ExitCode> {
     runtime()?.block_on(async {
@@ -138,8 +139,8 @@ impl Demo {
 
         self.pause(&id, &mut console).await?;
 
-        for _ in 0..MOVES {
-            console = self.migrate(&id, console).await?;
+        for mode in MOVES {
+            console = self.migrate(&id, mode, console).await?;
         }
 
         self.request("PUT /api/v1/vms/demo/shutdown");
@@ -160,7 +161,12 @@ impl Demo {
     }
 
     /// Moves the guest to the other service, over loopback, and has it check its memory there.
-    async fn migrate(&mut self, id: &VmId, mut before: Console) -> Result<Console> {
+    async fn migrate(
+        &mut self,
+        id: &VmId,
+        mode: MemoryMode,
+        mut before: Console,
+    ) -> Result<Console> {
         before.send(Command::Report)?;
         self.until(&mut before, |line| matches!(line, Line::Report { .. }))
             .await?;
@@ -170,8 +176,9 @@ impl Demo {
         let waiting = self.clients[to]
             .migrations_receive(&AwaitMigration { listen, vm: None })
             .await?;
-        self.request("POST /api/v1/vms/demo/migrations");
+        self.request(&format!("POST /api/v1/vms/demo/migrations  ({mode})"));
         let what = StartMigration {
+            mode,
             max_downtime_ms: 10,
             ..StartMigration::to(waiting.endpoint)
         };
@@ -179,16 +186,26 @@ impl Demo {
         let moved = self.follow(&begun).await?;
         self.here = to;
         let stop = moved.downtime.context("a guest that moved was stopped")?;
+        let predicted = moved
+            .predicted_downtime_us
+            .map(|us| format!(" ({:.1} ms predicted)", ms(us)));
         self.say(&format!(
-            "moved: {} pages and {} of zeros in {} rounds, {} MiB; stopped for {:.1} ms ({:.1} ms predicted), {} pages of it in the stop",
+            "moved: {} pages and {} of zeros, {} MiB; stopped for {:.1} ms{}",
             moved.pages,
             moved.zero_pages,
-            moved.rounds,
             moved.sent_bytes >> 20,
             ms(stop.total_us),
-            ms(moved.predicted_downtime_us.unwrap_or(0)),
-            stop.pages,
+            predicted.unwrap_or_default(),
         ));
+        if mode == MemoryMode::Postcopy {
+            let name: VmId = waiting.id.parse()?;
+            let there = self.clients[to].migrations_info(&name).await?;
+            self.say(&format!(
+                "it went on before its memory was there, and waited for {} pages, half of them within {:.2} ms",
+                there.faults,
+                ms(there.fault_p50_us),
+            ));
+        }
         // What it said while it moved went to the service that it left.
         let mut console = Console::open(&self.console).await?;
         self.until(&mut console, |line| matches!(line, Line::Heartbeat { .. }))

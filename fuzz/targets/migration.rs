@@ -1,0 +1,171 @@
+//! What a source sends, at will: hellos, messages, pages, saved state.
+
+#![no_main]
+
+use std::io::{self, Read, Write};
+use std::sync::Arc;
+use std::time::Duration;
+
+use arbitrary::Unstructured;
+use libfuzzer_sys::fuzz_target;
+use memory::{RamBlock, RamConfig};
+use migration::{
+    Accept, Block, Closer, Fate, Host, Journal, NoJournal, Offer, Progress, Receiving, Refusal,
+    Stream, Target, receive,
+};
+
+/// What was said before, and nothing more. What is answered is of no interest.
+struct Said(io::Cursor<Vec<u8>>);
+
+impl Read for Said {
+    fn read(&mut self, data: &mut [u8]) -> io::Result<usize> {
+        self.0.read(data)
+    }
+}
+
+impl Write for Said {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        Ok(data.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Stream for Said {
+    fn set_patience(&self, _: Duration) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn closer(&self) -> io::Result<Closer> {
+        Ok(Closer::new(|| {}))
+    }
+}
+
+struct Connections(Vec<Vec<u8>>);
+
+impl Accept for Connections {
+    fn accept(&mut self, _: Duration) -> io::Result<Option<Box<dyn Stream>>> {
+        match self.0.pop() {
+            Some(said) => Ok(Some(Box::new(Said(io::Cursor::new(said))))),
+            None => Err(io::ErrorKind::NotConnected.into()),
+        }
+    }
+}
+
+struct Machine(Arc<RamBlock>);
+
+impl Target for Machine {
+    fn blocks(&self) -> Vec<Block> {
+        vec![Block {
+            name: "ram".to_owned(),
+            ram: Arc::clone(&self.0),
+        }]
+    }
+
+    fn guess(&mut self, _: &[u8]) -> Result<(), Refusal> {
+        Ok(())
+    }
+
+    fn load(&mut self, _: &[u8]) -> Result<(), Refusal> {
+        Ok(())
+    }
+
+    fn take_over(&mut self) -> Result<(), Refusal> {
+        Ok(())
+    }
+
+    fn start(&mut self, _: Duration, _: bool) -> Result<(), Refusal> {
+        Ok(())
+    }
+
+    fn discard(&mut self) {}
+}
+
+struct Machines;
+
+impl Host for Machines {
+    fn prepare(&self, _: uuid::Uuid, _: &Offer) -> Result<Box<dyn Target>, Refusal> {
+        let ram = RamBlock::new(&RamConfig::anonymous(64 << 10)).expect("memory");
+        Ok(Box::new(Machine(Arc::new(ram))))
+    }
+
+    fn journal(&self, _: uuid::Uuid, _: &str) -> io::Result<Box<dyn Journal>> {
+        Ok(Box::new(NoJournal))
+    }
+
+    fn fate(&self, _: uuid::Uuid) -> Fate {
+        Fate::Unknown
+    }
+}
+
+/// A frame whose checksum is right, so that what is in it is read.
+fn frame(bytes: &mut Unstructured<'_>) -> arbitrary::Result<Vec<u8>> {
+    let kind: u16 = *bytes.choose(&[1, 2, 3, 16, 17, 18, 19, 32, 77])?;
+    let mut body: Vec<u8> = match bytes.int_in_range(0_u8..=3)? {
+        // Whole messages, which are hard to hit upon.
+        0 => bytes.choose(MESSAGES)?.to_vec(),
+        _ => bytes.arbitrary()?,
+    };
+    if bytes.ratio(1_u8, 8_u8)? && !body.is_empty() {
+        let at = bytes.choose_index(body.len())?;
+        body[at] ^= bytes.arbitrary::<u8>()?;
+    }
+    let mut frame = kind.to_le_bytes().to_vec();
+    frame.extend([0, 0]);
+    frame.extend((body.len() as u32).to_le_bytes());
+    let mut crc = crc32fast::Hasher::new();
+    crc.update(&frame);
+    crc.update(&body);
+    frame.extend(crc.finalize().to_le_bytes());
+    frame.extend(body);
+    Ok(frame)
+}
+
+/// CBOR: a hello of the control channel, an offer of one block, and what follows.
+const MESSAGES: &[&[u8]] = &[
+    b"\xa4\x65magic\x72whimbrel-migration\x68versions\x82\x01\x01\x69migration\x50aaaaaaaaaaaaaaaa\x67channel\x67Control",
+    b"\xa4\x65magic\x72whimbrel-migration\x68versions\x82\x01\x01\x69migration\x50aaaaaaaaaaaaaaaa\x67channel\xa1\x63Ram\xa1\x65index\x00",
+    b"\xa1\x67Prepare\xa5\x62vm\x61v\x67machine\x40\x66blocks\x81\xa2\x64name\x63ram\x64size\x1a\x00\x01\x00\x00\x6bconnections\x01\x68postcopy\xf4",
+    b"\xa1\x65Round\x01",
+    b"\x65Guess",
+    b"\xa1\x65State\xa2\x65round\x01\x68postcopy\xf4",
+    b"\xa1\x66Commit\xa2\x6cstood_for_ns\x01\x66paused\xf4",
+    b"\xa1\x64Ping\x01",
+    b"\x01\x00\x00\x00",
+];
+
+fuzz_target!(|input: &[u8]| {
+    let mut bytes = Unstructured::new(input);
+    let mut connections = Vec::new();
+    while let Ok(count) = bytes.int_in_range(0_u8..=8) {
+        let mut said = Vec::new();
+        for _ in 0..count {
+            let Ok(frame) = frame(&mut bytes) else { break };
+            said.extend(frame);
+        }
+        connections.push(said);
+        if bytes.is_empty() || connections.len() == 4 {
+            break;
+        }
+    }
+    let progress = Progress::default();
+    let canceler = progress.clone();
+    // Where it waits for a decision, it is over.
+    let watch = std::thread::spawn(move || {
+        while !canceler.report().phase.is_over() {
+            let _ = canceler.resolve(migration::Resolution::Discard);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    });
+    let receiving = Receiving {
+        accept: &mut Connections(connections),
+        host: &Machines,
+        progress: &progress,
+        patience: Duration::from_millis(20),
+        lingers: &|| {},
+    };
+    let _ = receive(receiving);
+    watch.join().expect("a thread that ends");
+});
