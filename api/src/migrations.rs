@@ -203,15 +203,6 @@ async fn wait(migration: &dyn Migration) -> Result<StatusCode, Refusal> {
     ))
 }
 
-fn without_tls(tls_dir: Option<&String>) -> Result<(), Refusal> {
-    match tls_dir {
-        Some(_) => Err(Refusal::not_implemented(
-            "encrypt a migration with TLS (`tls_dir`)",
-        )),
-        None => Ok(()),
-    }
-}
-
 /// Send the VM to where it is waited for. The answer comes when it has moved.
 #[utoipa::path(
     put, path = "/api/v1/vm.send-migration", operation_id = "sendMigrationVM", tag = ONE_VM, request_body = SendMigrationData,
@@ -224,7 +215,6 @@ async fn send_one(
     State(vm): State<OneVm>,
     Json(body): Json<SendMigrationData>,
 ) -> Result<StatusCode, Refusal> {
-    without_tls(body.tls_dir.as_ref())?;
     let what = StartMigration {
         mode: match body.memory_mode {
             MigrationMode::Precopy => MemoryMode::Precopy,
@@ -238,6 +228,7 @@ async fn send_one(
         },
         // The contract allows more than are of use.
         connections: u16::try_from(body.connections).ok().map(|n| n.min(16)),
+        tls_dir: body.tls_dir,
         ..StartMigration::to(body.destination_url)
     };
     let registry = vm.registry.clone();
@@ -269,7 +260,6 @@ async fn receive_one(
     State(vm): State<OneVm>,
     Json(body): Json<ReceiveMigrationData>,
 ) -> Result<StatusCode, Refusal> {
-    without_tls(body.tls_dir.as_ref())?;
     if body.zone_updates.is_some() {
         return Err(Refusal::not_implemented(
             "move memory zones (`zone_updates`)",
@@ -278,6 +268,7 @@ async fn receive_one(
     let what = AwaitMigration {
         listen: body.receiver_url,
         vm: Some(vm.id.clone()),
+        tls_dir: body.tls_dir,
     };
     let registry = vm.registry.clone();
     let begun = begin(move || registry.receive_migration(&what)).await?;

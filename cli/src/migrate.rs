@@ -63,6 +63,10 @@ pub(crate) struct MigrateArguments {
     /// Bytes that may be sent in a second. [default: as many as can be]
     #[arg(long, value_name = "SIZE", value_parser = size)]
     max_bandwidth: Option<u64>,
+    /// Encrypt with TLS, by ca-cert.pem, client-cert.pem and client-key.pem of this directory (of the
+    /// service's host).
+    #[arg(long, value_name = "DIR")]
+    tls_dir: Option<String>,
     /// Begin, print the migration's name, and do not wait.
     #[arg(long)]
     detach: bool,
@@ -87,6 +91,7 @@ impl MigrateArguments {
             },
             connections: self.connections,
             max_bandwidth: self.max_bandwidth,
+            tls_dir: self.tls_dir.clone(),
         }
     }
 }
@@ -96,6 +101,10 @@ pub(crate) struct ReceiveArguments {
     /// Where to wait: unix:PATH or tcp:HOST:PORT.
     #[arg(value_name = "URL")]
     listen: String,
+    /// Encrypt with TLS, by ca-cert.pem, server-cert.pem and server-key.pem of this directory (of the
+    /// service's host).
+    #[arg(long, value_name = "DIR")]
+    tls_dir: Option<String>,
     /// Wait in the background: print the migration's name, and where it is waited for.
     #[arg(long)]
     detach: bool,
@@ -127,6 +136,7 @@ pub(crate) async fn receive(
     let body = AwaitMigration {
         listen: arguments.listen.clone(),
         vm: vm.cloned(),
+        tls_dir: arguments.tls_dir.clone(),
     };
     let begun = client.migrations_receive(&body).await?;
     if arguments.detach {

@@ -33,6 +33,7 @@ mod progress;
 mod sender;
 mod source;
 mod target;
+mod tls;
 mod wire;
 
 use std::fmt;
@@ -45,6 +46,7 @@ pub use policy::{AtDeadline, MAX_CONNECTIONS, Mode, Policy};
 pub use progress::{Downtime, Phase, Progress, Report, Resolution, TooLate};
 pub use source::{Outcome, Sending, Source, send};
 pub use target::{Fate, Host, Receiving, Target, receive};
+pub use tls::{TlsDial, TlsError, TlsListener};
 pub use wire::WireError;
 
 /// Why a migration does not go on.

@@ -79,6 +79,9 @@ pub struct StartMigration {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1)]
     pub max_bandwidth: Option<u64>,
+    /// Encrypt with TLS, by the files of this directory: `ca-cert.pem`, `client-cert.pem`, `client-key.pem`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls_dir: Option<String>,
 }
 
 impl StartMigration {
@@ -93,6 +96,7 @@ impl StartMigration {
             at_deadline: AtDeadline::default(),
             connections: None,
             max_bandwidth: None,
+            tls_dir: None,
         }
     }
 }
@@ -106,6 +110,21 @@ pub struct AwaitMigration {
     /// The name that the VM gets here; the one that it has at the source when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vm: Option<VmId>,
+    /// Encrypt with TLS, by the files of this directory: `ca-cert.pem`, `server-cert.pem`, `server-key.pem`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls_dir: Option<String>,
+}
+
+impl AwaitMigration {
+    /// At this place, and all else as it is by default.
+    #[must_use]
+    pub fn at(listen: impl Into<String>) -> Self {
+        Self {
+            listen: listen.into(),
+            vm: None,
+            tls_dir: None,
+        }
+    }
 }
 
 /// What is decided of a migration that is in doubt.

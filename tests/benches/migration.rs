@@ -152,9 +152,7 @@ async fn over(client: &Client, begun: &MigrationInfo) -> Result<MigrationInfo> {
 
 async fn receive(at: &Client) -> Result<MigrationInfo> {
     let listen = "tcp:127.0.0.1:0".to_owned();
-    Ok(at
-        .migrations_receive(&AwaitMigration { listen, vm: None })
-        .await?)
+    Ok(at.migrations_receive(&AwaitMigration::at(listen)).await?)
 }
 
 /// One VM in two services of ours, moved to and fro.

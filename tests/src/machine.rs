@@ -144,7 +144,7 @@ impl Machine {
     /// When it does not move.
     pub async fn move_to(&mut self, there: Service) -> Result<(Service, MigrationInfo)> {
         let listen = "tcp:127.0.0.1:0".to_owned();
-        let body = AwaitMigration { listen, vm: None };
+        let body = AwaitMigration::at(listen);
         let waiting = there.client().migrations_receive(&body).await?;
         let what = StartMigration::to(waiting.endpoint);
         let begun = self.client().vms_migrate(&self.vm, &what).await?;

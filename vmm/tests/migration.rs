@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use control::{Migration, Registry, Request};
 use guest::{Command, Line, Options, Order, Workload};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use spec::{
     AtDeadline, AwaitMigration, MemoryMode, MigrationInfo, MigrationPhase, PayloadConfig,
     StartMigration, VmConfig, VmState,
@@ -149,7 +150,7 @@ impl Stage {
     /// Both sides of a migration, begun.
     fn begin(&self, with: impl FnOnce(&mut StartMigration)) -> [Arc<dyn Migration>; 2] {
         let listen = format!("unix:{}", self.path("migration"));
-        let awaiting = AwaitMigration { listen, vm: None };
+        let awaiting = AwaitMigration::at(listen);
         let receive = self.there.receive_migration(&awaiting).unwrap();
         let mut what = StartMigration::to(receive.info().endpoint);
         with(&mut what);
@@ -236,9 +237,7 @@ async fn a_guest_goes_there_and_back() {
     let (mut from, mut to) = (&stage.here, &stage.there);
     for turn in 0..6 {
         let listen = format!("tcp:127.0.0.1:{}", 0);
-        let receive = to
-            .receive_migration(&AwaitMigration { listen, vm: None })
-            .unwrap();
+        let receive = to.receive_migration(&AwaitMigration::at(listen)).unwrap();
         let what = StartMigration {
             connections: Some(1 + turn % 3),
             ..StartMigration::to(receive.info().endpoint)
@@ -256,6 +255,62 @@ async fn a_guest_goes_there_and_back() {
     }
     let mut console = Console::connect(Path::new(&stage.path("serial")));
     assert!(console.verify() > 100);
+}
+
+/// Certificates for both sides, of one issuer.
+fn certificates(dir: &Path) {
+    let mut params = CertificateParams::new(Vec::new()).unwrap();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
+    std::fs::write(dir.join("ca-cert.pem"), issuer.pem()).unwrap();
+    for side in ["server", "client"] {
+        let key = KeyPair::generate().unwrap();
+        let params = CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
+        let certificate = params.signed_by(&key, &issuer).unwrap();
+        std::fs::write(dir.join(format!("{side}-cert.pem")), certificate.pem()).unwrap();
+        std::fs::write(dir.join(format!("{side}-key.pem")), key.serialize_pem()).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_guest_moves_over_tls_with_its_pages_before_and_after_it() {
+    for mode in [MemoryMode::Precopy, MemoryMode::Postcopy] {
+        let stage = Stage::new();
+        certificates(stage.dir.path());
+        drop(stage.boot(stage.config(2_000, 1)).await);
+        let tls_dir = Some(stage.dir.path().to_string_lossy().into_owned());
+        let waiting = AwaitMigration {
+            tls_dir: tls_dir.clone(),
+            ..AwaitMigration::at("tcp:127.0.0.1:0")
+        };
+        let receive = stage.there.receive_migration(&waiting).unwrap();
+        let mut what = StartMigration {
+            mode,
+            connections: Some(2),
+            ..StartMigration::to(receive.info().endpoint)
+        };
+        // Without, it is not understood, and nothing happens.
+        let send = stage.here.send_migration("pocket", &what).unwrap();
+        over(&*send).await;
+        assert_eq!(
+            send.info().phase,
+            MigrationPhase::Failed,
+            "{:?}",
+            send.info()
+        );
+        what.tls_dir = tls_dir;
+        let send = stage.here.send_migration("pocket", &what).unwrap();
+        over(&*send).await;
+        over(&*receive).await;
+        assert_eq!(
+            send.info().phase,
+            MigrationPhase::Completed,
+            "{:?}",
+            send.info()
+        );
+        let mut console = Console::connect(Path::new(&stage.path("serial")));
+        console.verify();
+    }
 }
 
 #[tokio::test]

@@ -174,7 +174,7 @@ impl Demo {
         self.request("POST /api/v1/migrations        (to the service to which it moves)");
         let listen = "tcp:127.0.0.1:0".to_owned();
         let waiting = self.clients[to]
-            .migrations_receive(&AwaitMigration { listen, vm: None })
+            .migrations_receive(&AwaitMigration::at(listen))
             .await?;
         self.request(&format!("POST /api/v1/vms/demo/migrations  ({mode})"));
         let what = StartMigration {

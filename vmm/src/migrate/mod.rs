@@ -3,7 +3,7 @@
 mod arriving;
 mod leaving;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr as _;
 use std::sync::Arc;
 use std::thread;
@@ -12,8 +12,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use control::{Category, Migrate, Migration, Registry, RequestError, VmHandle};
 use hypervisor::arch::{CpuId, kvm_cpuid_entry2};
 use migration::{
-    Endpoint, FileJournal, Journal, Listener, NoJournal, Outcome, Phase, Policy, Progress,
-    Receiving, Report, Resolution, Sending, Side, receive, send,
+    Accept, Dial, Endpoint, FileJournal, Journal, Listener, NoJournal, Outcome, Phase, Policy,
+    Progress, Receiving, Report, Resolution, Sending, Side, TlsDial, TlsListener, receive, send,
 };
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
@@ -271,9 +271,17 @@ impl Migrate for Pool {
         what: &StartMigration,
     ) -> Result<Arc<dyn Migration>, RequestError> {
         let policy = policy(what)?;
-        let dial = endpoint("destination", &what.destination)?;
+        let place = endpoint("destination", &what.destination)?;
+        let shown = place.to_string();
+        let dial: Box<dyn Dial> = match &what.tls_dir {
+            None => Box::new(place),
+            Some(dir) => {
+                let dial = TlsDial::new(place, Path::new(dir));
+                Box::new(dial.map_err(|error| invalid("tls_dir", error.to_string()))?)
+            }
+        };
         let id = vm.id().clone();
-        let moving = Moving::new(MigrationSide::Source, Some(id.clone()), dial.to_string());
+        let moving = Moving::new(MigrationSide::Source, Some(id.clone()), shown);
         let moving = Arc::new(moving);
         let caller = self.caller(&id).ok_or_else(RequestError::driver_gone)?;
         let progress = moving.progress.clone();
@@ -289,7 +297,7 @@ impl Migrate for Pool {
             let sending = Sending {
                 id: ours.id,
                 policy: &policy,
-                dial: &dial,
+                dial: &*dial,
                 journal: &mut *journal,
                 progress: &ours.progress,
             };
@@ -322,8 +330,15 @@ impl Migrate for Pool {
             let detail = format!("there is a VM {:?} already", vm.as_str());
             return Err(RequestError::new(Category::Conflict, "vm-exists", detail));
         }
-        let mut listener = Listener::bind(&wanted).map_err(unusable)?;
+        let listener = Listener::bind(&wanted).map_err(unusable)?;
         let bound = listener.endpoint().map_err(unusable)?;
+        let mut accept: Box<dyn Accept> = match &what.tls_dir {
+            None => Box::new(listener),
+            Some(dir) => {
+                let listener = TlsListener::new(listener, Path::new(dir));
+                Box::new(listener.map_err(|error| invalid("tls_dir", error.to_string()))?)
+            }
+        };
         let moving = Moving::new(
             MigrationSide::Destination,
             what.vm.clone(),
@@ -336,7 +351,7 @@ impl Migrate for Pool {
         start("migrate-in", move || {
             let host = ArrivingHost::new(registry, callers, journals, Arc::clone(&ours));
             let receiving = Receiving {
-                accept: &mut listener,
+                accept: &mut *accept,
                 host: &host,
                 progress: &ours.progress,
                 patience: Policy::default().patience,
@@ -347,7 +362,7 @@ impl Migrate for Pool {
             // What went wrong is in the report.
             let _ = receive(receiving);
             // Whoever waits may want to wait for another guest at the same place.
-            drop(listener);
+            drop(accept);
             ours.over.send_replace(true);
         })?;
         Ok(moving)
