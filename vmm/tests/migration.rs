@@ -257,6 +257,77 @@ async fn a_guest_goes_there_and_back() {
     assert!(console.verify() > 100);
 }
 
+/// What ends or replaces the machine ends its migration, whoever asks for it; the destination keeps
+/// nothing.
+#[tokio::test]
+async fn a_guest_that_resets_or_ends_calls_its_migration_off() {
+    type End = (Option<Command>, Option<Request>, Option<VmState>);
+    let ends: [End; 5] = [
+        (Some(Command::Reset), None, Some(VmState::Running)),
+        (Some(Command::PowerOff), None, Some(VmState::Shutdown)),
+        (None, Some(Request::Reboot), Some(VmState::Running)),
+        (None, Some(Request::Shutdown), Some(VmState::Shutdown)),
+        (None, Some(Request::Delete), None),
+    ];
+    for (command, request, state) in ends {
+        let stage = Stage::new();
+        let mut console = stage.boot(stage.config(1_000, 1)).await;
+        let both = stage.begin(|what| what.max_bandwidth = Some(4 << 20));
+        while both[0].info().phase != MigrationPhase::Precopy {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        let vm = stage.here.get("pocket").unwrap();
+        if let Some(command) = command {
+            let text = format!("{command}\n");
+            console.stream.write_all(text.as_bytes()).unwrap();
+        }
+        if let Some(request) = request.clone() {
+            vm.ask(request).await.unwrap();
+        }
+        for side in &both {
+            over(&**side).await;
+            let info = side.info();
+            assert!(
+                info.phase.is_over() && info.error.is_some(),
+                "{command:?} {request:?} {info:?}"
+            );
+            assert_ne!(info.phase, MigrationPhase::Completed);
+        }
+        assert!(stage.there.list().is_empty());
+        if let Some(state) = state {
+            let start = Instant::now();
+            while vm.status().state != state {
+                assert!(start.elapsed() < PATIENCE, "{command:?} {request:?}");
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+        }
+    }
+}
+
+/// A guest whose vCPUs write faster than its memory can be copied is slowed down until it can.
+#[tokio::test]
+async fn a_guest_that_writes_too_much_is_slowed_down_and_moves() {
+    let stage = Stage::new();
+    drop(stage.boot(stage.config(1_000_000, 1)).await);
+    let [sent, _] = stage
+        .migrate(|what| {
+            what.max_bandwidth = Some(64 << 20);
+            what.max_downtime_ms = 30;
+            what.deadline_s = 1;
+            what.at_deadline = AtDeadline::Throttle;
+        })
+        .await;
+    assert_eq!(sent.phase, MigrationPhase::Completed, "{sent:?}");
+    assert!(sent.throttle_percent > 0, "{sent:?}");
+    let mut console = Console::connect(Path::new(&stage.path("serial")));
+    console.verify();
+    println!(
+        "slowed down by {} %: {:?}",
+        sent.throttle_percent,
+        sent.downtime.unwrap()
+    );
+}
+
 /// Certificates for both sides, of one issuer.
 fn certificates(dir: &Path) {
     let mut params = CertificateParams::new(Vec::new()).unwrap();
