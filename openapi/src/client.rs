@@ -4,7 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use http::header::{ACCEPT, CONTENT_TYPE, HOST};
 use http::{Request, Response, StatusCode};
@@ -27,6 +27,10 @@ const ANSWER_LEN: usize = 64 << 20;
 
 /// Connections that are kept for later.
 const IDLE: usize = 8;
+
+/// For how long: a service closes those that are not used for half a minute, and one that is about to be closed
+/// may take a request and not answer it.
+const IDLE_TIME: Duration = Duration::from_secs(10);
 
 /// Characters of an answer that is not understood which are shown.
 const EXCERPT: usize = 200;
@@ -57,7 +61,8 @@ pub fn default_socket() -> PathBuf {
 pub struct Client {
     place: Place,
     timeout: Duration,
-    idle: Arc<Mutex<Vec<Connection>>>,
+    /// And since when.
+    idle: Arc<Mutex<Vec<(Instant, Connection)>>>,
 }
 
 impl Client {
@@ -246,17 +251,16 @@ impl Client {
     }
 
     fn kept(&self) -> Option<Connection> {
-        self.idle
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .pop()
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        idle.retain(|(since, _)| since.elapsed() < IDLE_TIME);
+        idle.pop().map(|(_, kept)| kept)
     }
 
     fn keep(&self, connection: Connection) {
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        idle.retain(|kept| !kept.is_closed());
+        idle.retain(|(_, kept)| !kept.is_closed());
         if idle.len() < IDLE && !connection.is_closed() {
-            idle.push(connection);
+            idle.push((Instant::now(), connection));
         }
     }
 

@@ -15,11 +15,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use sha2::{Digest as _, Sha256};
 use spec::{
-    BalloonConfig, DeviceState, DiskConfig, NetConfig, VmRemoveDevice, VmResizeDisk, VsockConfig,
+    BalloonConfig, DeviceState, DiskConfig, NetConfig, VmConfig, VmRemoveDevice, VmResizeDisk,
+    VsockConfig,
 };
 use tests::{Face, Machine, RUNS, Service};
 
 const MIB: u64 = 1 << 20;
+/// What moves takes its time where all is emulated.
+const SMALL: u64 = 384 * MIB;
 
 fn json<T: serde::de::DeserializeOwned>(text: &str) -> Result<T> {
     Ok(serde_json::from_str(text)?)
@@ -252,7 +255,8 @@ async fn debian_on_a_raw_disk_uses_every_device() -> Result<()> {
 #[ignore = "wants a complete KVM: ci/test e2e runs it in the rig"]
 async fn debian_on_a_qcow2_disk_boots_and_keeps_what_it_wrote() -> Result<()> {
     let disk = r#"{"path":"/dev/vdb","image_type":"Qcow2"}"#;
-    let mut machine = Machine::boot(disk, |_, _| {}).await?;
+    let small = |_: &Service, config: &mut VmConfig| config.memory.size = SMALL;
+    let mut machine = Machine::boot(disk, small).await?;
     let write = "head -c 20000000 /dev/urandom >/root/kept && sha256sum /root/kept && sync";
     let written = machine.run(write).await?;
     machine.power_off().await?;
@@ -285,6 +289,7 @@ async fn debian_moves_while_it_works() -> Result<()> {
     const LINES: usize = 400;
     let disk = r#"{"path":"/dev/vda","image_type":"Raw"}"#;
     let mut machine = Machine::boot(disk, |service, config| {
+        config.memory.size = SMALL;
         config.net = Some(vec![json("{}").unwrap()]);
         let socket = service.path("vsock").to_string_lossy().into_owned();
         config.vsock = Some(json(&format!(r#"{{"cid":7,"socket":"{socket}"}}"#)).unwrap());
