@@ -1,0 +1,56 @@
+//! The bytes of each section's first version, which are read for ever. A section that changes gets a
+//! new version and a new file; these stay. `UPDATE_GOLDEN=1` writes those that are missing.
+
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+use std::fs;
+use std::path::Path;
+
+use devices::pci::Bus;
+use devices::{ConsoleInput as _, HotplugBlock, InterruptLine, PowerBlock, Serial};
+use memory::DeviceOps as _;
+use state::{Load, Save, Store, Writer};
+
+fn check<D: Save>(name: &str, device: &D, load: impl FnOnce(&mut state::LoadScope<'_, '_>)) {
+    let save = || {
+        let mut writer = Writer::default();
+        device.save(&mut writer.scope(name).unwrap()).unwrap();
+        writer.finish()
+    };
+    let saved = save();
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/golden/{name}.v1"));
+    if !path.exists() && std::env::var_os("UPDATE_GOLDEN").is_some() {
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(&path, &saved).unwrap();
+    }
+    let golden = fs::read(&path).unwrap();
+    let mut store = Store::open(&golden).unwrap();
+    load(&mut store.scope(name).unwrap());
+    store.finish().unwrap();
+    assert!(saved == golden && save() == golden, "{name}");
+}
+
+#[test]
+fn each_is_saved_and_loaded_as_ever() {
+    let line = || InterruptLine::new().unwrap();
+    let serial = Serial::new(line(), Box::new(std::io::sink()), |_| {}, || {});
+    serial.write(7, &[0x5a]);
+    serial.receive(b"typed");
+    check("serial", &serial, |from| {
+        (&serial).load(from, &mut ()).unwrap()
+    });
+    let power = PowerBlock::new(line(), |_| {});
+    power.press_power_button();
+    check("power", &power, |from| {
+        (&power).load(from, &mut ()).unwrap()
+    });
+    let hotplug = HotplugBlock::new(|_| {});
+    hotplug.insert(3);
+    hotplug.want_back(5);
+    check("hotplug", &hotplug, |from| {
+        (&hotplug).load(from, &mut ()).unwrap()
+    });
+    let bus = Bus::new();
+    bus.ports().write(0, &0x8000_0800_u32.to_le_bytes());
+    check("pci", &*bus, |from| (&*bus).load(from, &mut ()).unwrap());
+}

@@ -1,0 +1,144 @@
+//! The bytes of each section's first version, which are read for ever. A section that changes gets a
+//! new version and a new file; these stay. `UPDATE_GOLDEN=1` writes those that are missing.
+
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use devices::pci::{BarMap, ConfigSpace, MsiMessage, MsiTarget};
+use memory::{AddrRange, RegionId};
+use state::{Save, Store, Writer};
+use virtio_devices::balloon::{Balloon, BalloonConfig};
+use virtio_devices::block::{Block, BlockConfig, LockMode};
+use virtio_devices::console::Console;
+use virtio_devices::rate_limiter::RateLimits;
+use virtio_devices::rng::Rng;
+use virtio_devices::testing::{TestGuest, workers};
+use virtio_devices::vsock::Vsock;
+use virtio_devices::{BAR_LEN, Slot, VirtioDevice, VirtioPci, Workers};
+
+fn file(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/golden/{name}.v1"))
+}
+
+/// What was written once.
+fn golden(name: &str, saved: &[u8]) -> Vec<u8> {
+    let path = file(name);
+    if !path.exists() && std::env::var_os("UPDATE_GOLDEN").is_some() {
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(&path, saved).unwrap();
+    }
+    fs::read(&path).unwrap()
+}
+
+fn save(device: &dyn VirtioDevice) -> Vec<u8> {
+    let mut writer = Writer::default();
+    device.save(&mut writer.scope("device").unwrap()).unwrap();
+    writer.finish()
+}
+
+/// Saves as it did, and loads what was saved then.
+fn check(name: &str, make: impl FnOnce(Workers) -> Box<dyn VirtioDevice>) {
+    let (_event_loop, workers) = workers();
+    let mut device = make(workers);
+    let saved = save(&*device);
+    let golden = golden(name, &saved);
+    let mut store = Store::open(&golden).unwrap();
+    device.load(&mut store.scope("device").unwrap()).unwrap();
+    store.finish().unwrap();
+    assert!(save(&*device) == golden, "{name} goes on from it as it was");
+    assert!(saved == golden, "{name} is saved as it was");
+}
+
+#[test]
+fn each_device_is_saved_and_loaded_as_ever() {
+    check("rng", |workers| {
+        Box::new(Rng::new(Path::new("/dev/urandom"), workers).unwrap())
+    });
+    check("console", |workers| {
+        let (device, _) = Console::new(Box::new(std::io::sink()), || {}, workers);
+        Box::new(device)
+    });
+    check("balloon", |workers| {
+        let config = BalloonConfig {
+            size: 3 << 20,
+            deflate_on_oom: true,
+            free_page_reporting: true,
+        };
+        Box::new(Balloon::new(&config, workers).0)
+    });
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("vsock");
+    check("vsock", |workers| {
+        Box::new(Vsock::new(42, &socket, workers).unwrap())
+    });
+    let disk = dir.path().join("disk");
+    fs::File::create(&disk).unwrap().set_len(5 << 20).unwrap();
+    check("block", |workers| {
+        let config = BlockConfig {
+            path: disk,
+            readonly: false,
+            direct: false,
+            format: None,
+            backing_files: false,
+            queues: 1,
+            queue_size: 64,
+            serial: String::new(),
+            sparse: true,
+            lock: LockMode::ByteRange,
+            is_incoming: false,
+            limits: RateLimits::default(),
+        };
+        Box::new(Block::new(&config, workers).unwrap().0)
+    });
+}
+
+struct Nothing;
+
+impl MsiTarget for Nothing {
+    fn route(&self, _: &[(u16, Option<MsiMessage>)]) {}
+    fn raise(&self, _: u16) {}
+}
+
+impl BarMap for Nothing {
+    fn place(&self, _: RegionId, _: Option<u64>) {}
+}
+
+#[test]
+fn the_transport_is_saved_and_loaded_as_ever() {
+    let guest = TestGuest::new(1 << 20);
+    let (_event_loop, workers) = workers();
+    let space = guest.space();
+    let mut topology = guest.topology.lock();
+    let mut tx = topology.begin();
+    let slot = Slot {
+        tx: &mut tx,
+        space: space.clone(),
+        bar: AddrRange::new(0xc000_0000, BAR_LEN).unwrap(),
+        map: Arc::new(Nothing),
+        msi: Arc::new(Nothing),
+        tell: Box::new(|_| {}),
+    };
+    let rng = Rng::new(Path::new("/dev/urandom"), workers).unwrap();
+    let device = VirtioPci::new("_rng0", Box::new(rng), slot).unwrap();
+    tx.commit().unwrap();
+    device.pause();
+    device.write(4, &[6, 0]);
+    let save = || {
+        let mut writer = Writer::default();
+        device.save(&mut writer.scope("_rng0").unwrap()).unwrap();
+        writer.finish()
+    };
+    let saved = save();
+    let golden = golden("virtio-pci", &saved);
+    let mut store = Store::open(&golden).unwrap();
+    let mut tx = topology.begin();
+    device
+        .load(&mut store.scope("_rng0").unwrap(), &mut tx)
+        .unwrap();
+    tx.commit().unwrap();
+    store.finish().unwrap();
+    assert!(save() == golden && saved == golden);
+}
