@@ -25,7 +25,7 @@ use spec::{
 use tempfile::TempDir;
 use tests::{Face, Service};
 
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(60);
 const MIB: u64 = 1 << 20;
 
 #[tokio::main]
@@ -114,11 +114,18 @@ impl Terminal {
         Ok(Self { terminal, lines })
     }
 
+    async fn of(client: &Client, vm: &VmId) -> Result<Self> {
+        let port = client.vms_info(vm).await?.config.serial.file;
+        Self::open(&port.context("no terminal")?)
+    }
+
     fn until(&self, wanted: impl Fn(&Line) -> bool) -> Result<Line> {
+        let deadline = Instant::now() + PATIENCE;
         loop {
+            let left = deadline.saturating_duration_since(Instant::now());
             let text = self
                 .lines
-                .recv_timeout(PATIENCE)
+                .recv_timeout(left)
                 .context("the guest is silent")?;
             match Line::parse(&text) {
                 Some(line) if wanted(&line) => return Ok(line),
@@ -166,19 +173,13 @@ async fn ours(case: Case, times: usize) -> Result<Vec<Seen>> {
     let vm = services[0].create("bench", config(case, &kernel)).await?;
     services[0].client().vms_boot(&vm).await?;
     let mut all = Vec::new();
+    // One reader a terminal: two would take lines from each other.
+    let mut terminal = Terminal::of(services[0].client(), &vm).await?;
     for turn in 0..times {
         let (from, to) = (
             services[turn % 2].client(),
             services[(turn + 1) % 2].client(),
         );
-        let port = from
-            .vms_info(&vm)
-            .await?
-            .config
-            .serial
-            .file
-            .context("no terminal")?;
-        let mut terminal = Terminal::open(&port)?;
         terminal.until(|line| matches!(line, Line::Heartbeat { .. }))?;
         // So that what it writes is written everywhere.
         tokio::time::sleep(Duration::from_millis(500)).await;
@@ -194,16 +195,10 @@ async fn ours(case: Case, times: usize) -> Result<Vec<Seen>> {
         let begun = from.vms_migrate(&vm, &what).await?;
         let sent = over(from, &begun).await?;
         let received = over(to, &waiting).await?;
-        let port = to
-            .vms_info(&vm)
-            .await?
-            .config
-            .serial
-            .file
-            .context("no terminal")?;
+        terminal = Terminal::of(to, &vm).await?;
         let stop = sent.downtime.unwrap_or_default();
         all.push(Seen {
-            gap: Terminal::open(&port)?.gap()?,
+            gap: terminal.gap()?,
             stop: stop.total_us,
             predicted: sent.predicted_downtime_us.unwrap_or(0),
             load: stop.load_us,
