@@ -37,6 +37,11 @@ pub trait Migration: Send + Sync {
 
 /// Moves guests.
 pub trait Migrate: Send + Sync {
+    /// What is known of the migrations of an earlier process of this service.
+    fn recalled(&self) -> Vec<Arc<dyn Migration>> {
+        Vec::new()
+    }
+
     /// Begins to move a guest away.
     ///
     /// # Errors

@@ -55,11 +55,15 @@ struct Shared {
 impl Registry {
     /// An empty one, whose drivers come from `spawner`.
     pub fn new(spawner: impl Spawn + 'static) -> Self {
+        let migrations = Migrations::default();
+        for migration in spawner.mover().into_iter().flat_map(Migrate::recalled) {
+            migrations.add(migration);
+        }
         Self(Arc::new(Shared {
             spawner: Box::new(spawner),
             vms: Mutex::default(),
             events: EventLog::default(),
-            migrations: Migrations::default(),
+            migrations,
             changes: watch::Sender::new(0),
         }))
     }

@@ -37,20 +37,22 @@ fn each_is_saved_and_loaded_as_ever() {
     serial.write(7, &[0x5a]);
     serial.receive(b"typed");
     check("serial", &serial, |from| {
-        (&serial).load(from, &mut ()).unwrap()
+        (&serial).load(from, &mut ()).unwrap();
     });
     let power = PowerBlock::new(line(), |_| {});
     power.press_power_button();
     check("power", &power, |from| {
-        (&power).load(from, &mut ()).unwrap()
+        (&power).load(from, &mut ()).unwrap();
     });
     let hotplug = HotplugBlock::new(|_| {});
     hotplug.insert(3);
     hotplug.want_back(5);
     check("hotplug", &hotplug, |from| {
-        (&hotplug).load(from, &mut ()).unwrap()
+        (&hotplug).load(from, &mut ()).unwrap();
     });
     let bus = Bus::new();
     bus.ports().write(0, &0x8000_0800_u32.to_le_bytes());
-    check("pci", &*bus, |from| (&*bus).load(from, &mut ()).unwrap());
+    check("pci", &*bus, |from| {
+        (&*bus).load(from, &mut ()).unwrap();
+    });
 }

@@ -62,8 +62,18 @@ impl DirtyBitmap {
         }
         let first = offset / PAGE_SIZE as usize;
         let last = offset.saturating_add(len - 1) / PAGE_SIZE as usize;
-        for page in first..=last.min(self.pages.saturating_sub(1)) {
-            self.words[page / BITS].fetch_or(1 << (page % BITS), Ordering::Release);
+        let last = last.min(self.pages.saturating_sub(1));
+        if first > last {
+            return;
+        }
+        // Word by word: a device's write is one page or two, and a migration's news many.
+        for index in first / BITS..=last / BITS {
+            let from = first.saturating_sub(index * BITS).min(BITS - 1);
+            let to = (last - index * BITS).min(BITS - 1);
+            let bits = u64::MAX << from & u64::MAX >> (BITS - 1 - to);
+            if let Some(word) = self.words.get(index) {
+                word.fetch_or(bits, Ordering::Release);
+            }
         }
     }
 
@@ -190,6 +200,15 @@ impl DirtyPages {
     #[must_use]
     pub fn words(&self) -> &[u64] {
         &self.words
+    }
+
+    /// What is marked in both, which are of bitmaps of the same length.
+    #[must_use]
+    pub fn and(&self, other: &Self) -> Self {
+        let words = self.words.iter().zip(&other.words);
+        Self {
+            words: words.map(|(one, other)| one & other).collect(),
+        }
     }
 
     /// The marked pages as runs of neighbours: `(first page, pages)`, ascending.

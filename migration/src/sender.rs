@@ -114,10 +114,12 @@ impl Ram {
         blocks: &[Block],
         batches: &Mutex<impl Iterator<Item = Run>>,
         pacer: &Pacer,
+        haste: &Haste,
         progress: &Progress,
     ) -> Result<u64, Trouble> {
         let mut sent = 0;
         loop {
+            haste.give_way();
             let next = batches.lock().next();
             let Some(batch) = next else { return Ok(sent) };
             let Some(block) = blocks.get(batch.block as usize) else {
@@ -192,6 +194,44 @@ impl Ram {
             report.remaining_pages = report.remaining_pages.saturating_sub(full + zero);
         });
         Ok(sent)
+    }
+}
+
+/// When a page was last waited for: what nobody waits for gives way for a moment.
+pub(crate) struct Haste {
+    begun: Instant,
+    /// Microseconds since then.
+    last: AtomicU64,
+}
+
+impl Default for Haste {
+    fn default() -> Self {
+        Self {
+            begun: Instant::now(),
+            last: AtomicU64::new(0),
+        }
+    }
+}
+
+impl Haste {
+    /// Who waits for one page waits for the next, soon.
+    const SOON: u64 = 1_000;
+    const WAY: Duration = Duration::from_micros(400);
+
+    fn now(&self) -> u64 {
+        crate::progress::micros(self.begun.elapsed())
+    }
+
+    /// Somebody waits for a page.
+    pub(crate) fn is_needed(&self) {
+        self.last.store(self.now().max(1), Ordering::Relaxed);
+    }
+
+    fn give_way(&self) {
+        let last = self.last.load(Ordering::Relaxed);
+        if last != 0 && self.now().saturating_sub(last) < Self::SOON {
+            thread::sleep(Self::WAY);
+        }
     }
 }
 

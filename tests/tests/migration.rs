@@ -189,6 +189,13 @@ async fn a_destination_that_dies_costs_nothing() {
     let info = services[0].client().vms_info(&vm).await.unwrap();
     assert_eq!(info.state, VmState::Running);
     services[1].start_again().await.unwrap();
+    // It knows what it was about.
+    let known = services[1].client().migrations_list().await.unwrap();
+    let [recalled] = &known[..] else {
+        unreachable!("{known:?}");
+    };
+    assert_eq!(recalled.phase, MigrationPhase::Failed);
+    assert_eq!(recalled.error.as_ref().unwrap().code, "service-ended");
     let waiting = receive(&services[1]).await;
     let what = StartMigration::to(waiting.endpoint);
     let begun = services[0].client().vms_migrate(&vm, &what).await.unwrap();

@@ -1,5 +1,6 @@
 //! Pages that follow the guest: those that it waits for first.
 
+use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
@@ -11,7 +12,7 @@ use crate::link::{Closer, Stream};
 use crate::message::{self, Channel, Control, Hello, ToDestination, ToSource};
 use crate::pages::{self, BATCH, Block, Run};
 use crate::progress::{Phase, Progress, Resolution};
-use crate::sender::{Pacer, Ram, batches, count};
+use crate::sender::{Haste, Pacer, Ram, batches, count};
 use crate::wire::{Kind, Reader, WireError};
 
 /// As often as this, within the patience that one has with the other side, one tries to reach it.
@@ -29,6 +30,7 @@ enum Met {
 pub(super) struct Urgent {
     thread: JoinHandle<Ram>,
     closer: Closer,
+    haste: Arc<Haste>,
 }
 
 impl Urgent {
@@ -40,6 +42,8 @@ impl Urgent {
         progress: Progress,
     ) -> Result<Self, Trouble> {
         let closer = faults.closer().map_err(WireError::from)?;
+        let haste = Arc::new(Haste::default());
+        let hurry = Arc::clone(&haste);
         let serve = move || {
             let mut reader = Reader::default();
             // It ends with the channel; whoever closed it knows why.
@@ -47,6 +51,7 @@ impl Urgent {
                 let Ok((block, page)) = pages::decode_fault(body) else {
                     break;
                 };
+                hurry.is_needed();
                 let found = blocks.get(block as usize);
                 // One that is no page, or on its way already.
                 let is_ours = found.is_some_and(|found| {
@@ -67,7 +72,11 @@ impl Urgent {
             .name("migrate-urgent".to_owned())
             .spawn(serve)
             .map_err(|error| Trouble::here("host-refused", error))?;
-        Ok(Self { thread, closer })
+        Ok(Self {
+            thread,
+            closer,
+            haste,
+        })
     }
 
     /// Ends it, and gives the channel back.
@@ -164,6 +173,8 @@ impl Engine<'_, '_> {
             report.remaining_pages = count(&left);
         });
         let batches = Mutex::new(batches(&left));
+        let haste = self.urgent.as_ref().map(|urgent| Arc::clone(&urgent.haste));
+        let haste = &*haste.unwrap_or_default();
         let pacer = Pacer::new(self.sending.policy.max_bandwidth);
         let every = self.sending.policy.patience / super::SIGNS;
         let (blocks, rams) = (&self.blocks, &mut self.rams);
@@ -175,7 +186,7 @@ impl Engine<'_, '_> {
             for ram in rams {
                 let (done, batches, pacer) = (done.clone(), &batches, &pacer);
                 scope.spawn(move || {
-                    let pushed = ram.push(blocks, batches, pacer, progress);
+                    let pushed = ram.push(blocks, batches, pacer, haste, progress);
                     // The receiver waits for all of us.
                     let _ = done.send(pushed);
                 });

@@ -40,12 +40,14 @@ impl Late {
     /// thrown away.
     pub(super) fn new(
         blocks: &[Block],
+        touched: &[DirtyBitmap],
         missing: Vec<DirtyBitmap>,
         ask: Box<dyn Stream>,
         patience: Duration,
     ) -> std::io::Result<Self> {
-        for (block, missing) in blocks.iter().zip(&missing) {
-            for (first, pages) in missing.snapshot().runs() {
+        for ((block, touched), missing) in blocks.iter().zip(touched).zip(&missing) {
+            let both = touched.snapshot().and(&missing.snapshot());
+            for (first, pages) in both.runs() {
                 block.ram.discard(first * PAGE, pages * PAGE)?;
             }
         }

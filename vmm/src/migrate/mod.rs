@@ -2,6 +2,7 @@
 
 mod arriving;
 mod leaving;
+mod recalled;
 
 use std::path::{Path, PathBuf};
 use std::str::FromStr as _;
@@ -264,6 +265,14 @@ fn start(name: &str, run: impl FnOnce() + Send + 'static) -> Result<(), RequestE
 }
 
 impl Migrate for Pool {
+    fn recalled(&self) -> Vec<Arc<dyn Migration>> {
+        self.journals()
+            .0
+            .as_deref()
+            .map(recalled::all)
+            .unwrap_or_default()
+    }
+
     fn send(
         &self,
         registry: &Registry,

@@ -1,0 +1,133 @@
+//! Migrations of an earlier process, as far as they were written down: told of, and nothing more. Their
+//! guests ended with it, or are elsewhere.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use control::{Category, Migration, RequestError};
+use migration::{Entry, FileJournal, Side, Step};
+use spec::{MigrationError, MigrationInfo, MigrationOutcome, MigrationPhase, MigrationSide, VmId};
+use tokio::sync::watch;
+use uuid::Uuid;
+
+/// Journals are kept for so long: by then nobody asks any more.
+const KEPT: Duration = Duration::from_secs(7 * 24 * 3600);
+
+struct Recalled {
+    info: MigrationInfo,
+    over: watch::Sender<bool>,
+}
+
+/// What the journals in a directory tell. Those that nobody will ask for are removed.
+pub(super) fn all(dir: &Path) -> Vec<Arc<dyn Migration>> {
+    let listed = FileJournal::list(dir).unwrap_or_else(|error| {
+        tracing::warn!(%error, "the journals of migrations cannot be read");
+        Vec::new()
+    });
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    let mut recalled: Vec<Arc<dyn Migration>> = Vec::new();
+    for (id, side, steps) in listed {
+        let Some(last) = steps.last() else { continue };
+        if now.saturating_sub(Duration::from_millis(last.time_ms)) > KEPT {
+            if let Err(error) = FileJournal::remove(dir, id, side) {
+                tracing::warn!(%error, "an old journal cannot be removed");
+            }
+            continue;
+        }
+        recalled.push(Arc::new(Recalled {
+            info: info(id, side, &steps, last),
+            over: watch::Sender::new(true),
+        }));
+    }
+    recalled
+}
+
+fn info(id: Uuid, side: Side, steps: &[Entry], last: &Entry) -> MigrationInfo {
+    let started = steps.first().map_or(last.time_ms, |first| first.time_ms);
+    let (phase, code, detail) = match (side, last.step) {
+        (Side::Source, Step::Commit) => (
+            MigrationPhase::Failed,
+            "service-ended",
+            "the service ended after the guest was given away and before it was heard that it runs: look at the destination",
+        ),
+        (Side::Destination, Step::Running) => (
+            MigrationPhase::Completed,
+            "service-ended",
+            "the guest ran here, and ended with the service",
+        ),
+        (_, Step::Running) => (MigrationPhase::Completed, "moved", "the guest moved"),
+        (Side::Destination, Step::Ready) => (
+            MigrationPhase::Failed,
+            "service-ended",
+            "the service ended before the order came that the guest runs here: it never ran here",
+        ),
+        (_, Step::Aborted) => (
+            MigrationPhase::Failed,
+            "aborted",
+            "the guest stayed at the source",
+        ),
+        _ => (
+            MigrationPhase::Failed,
+            "service-ended",
+            "the service ended before anything was handed over",
+        ),
+    };
+    MigrationInfo {
+        id: id.to_string(),
+        side: match side {
+            Side::Source => MigrationSide::Source,
+            Side::Destination => MigrationSide::Destination,
+        },
+        vm: last.vm.parse::<VmId>().ok(),
+        endpoint: String::new(),
+        started_ms: started,
+        elapsed_us: last.time_ms.saturating_sub(started).saturating_mul(1000),
+        phase,
+        memory_bytes: 0,
+        sent_bytes: 0,
+        pages: 0,
+        zero_pages: 0,
+        remaining_pages: 0,
+        rounds: 0,
+        dirty_pages_per_second: 0,
+        bytes_per_second: 0,
+        throttle_percent: 0,
+        connections: 0,
+        eta_us: None,
+        predicted_downtime_us: None,
+        downtime: None,
+        faults: 0,
+        fault_p50_us: 0,
+        fault_p99_us: 0,
+        error: Some(MigrationError {
+            code: code.to_owned(),
+            detail: detail.to_owned(),
+        }),
+    }
+}
+
+fn is_over() -> RequestError {
+    let detail = "the migration is over: it was an earlier process's";
+    RequestError::new(Category::Conflict, "migration-over", detail)
+}
+
+impl Migration for Recalled {
+    fn info(&self) -> MigrationInfo {
+        self.info.clone()
+    }
+
+    fn cancel(&self) -> Result<(), RequestError> {
+        Err(is_over())
+    }
+
+    fn resolve(&self, _: MigrationOutcome) -> Result<(), RequestError> {
+        Err(is_over())
+    }
+
+    fn over(&self) -> watch::Receiver<bool> {
+        self.over.subscribe()
+    }
+}
