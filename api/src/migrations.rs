@@ -228,6 +228,7 @@ async fn send_one(
         },
         // The contract allows more than are of use.
         connections: u16::try_from(body.connections).ok().map(|n| n.min(16)),
+        local: body.local,
         tls_dir: body.tls_dir,
         ..StartMigration::to(body.destination_url)
     };

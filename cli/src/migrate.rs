@@ -63,6 +63,9 @@ pub(crate) struct MigrateArguments {
     /// Bytes that may be sent in a second. [default: as many as can be]
     #[arg(long, value_name = "SIZE", value_parser = size)]
     max_bandwidth: Option<u64>,
+    /// The other service is on this host: it is given the memory itself, if that is shared.
+    #[arg(long)]
+    local: bool,
     /// Encrypt with TLS, by ca-cert.pem, client-cert.pem and client-key.pem of this directory (of the
     /// service's host).
     #[arg(long, value_name = "DIR")]
@@ -91,6 +94,7 @@ impl MigrateArguments {
             },
             connections: self.connections,
             max_bandwidth: self.max_bandwidth,
+            local: self.local,
             tls_dir: self.tls_dir.clone(),
         }
     }

@@ -2,6 +2,7 @@
 
 #![no_main]
 
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::sync::Arc;
 use std::time::Duration;
@@ -86,7 +87,7 @@ impl Target for Machine {
 struct Machines;
 
 impl Host for Machines {
-    fn prepare(&self, _: uuid::Uuid, _: &Offer) -> Result<Box<dyn Target>, Refusal> {
+    fn prepare(&self, _: uuid::Uuid, _: &Offer, _: Vec<File>) -> Result<Box<dyn Target>, Refusal> {
         let ram = RamBlock::new(&RamConfig::anonymous(64 << 10)).expect("memory");
         Ok(Box::new(Machine(Arc::new(ram))))
     }
@@ -127,7 +128,7 @@ fn frame(bytes: &mut Unstructured<'_>) -> arbitrary::Result<Vec<u8>> {
 const MESSAGES: &[&[u8]] = &[
     b"\xa4\x65magic\x72whimbrel-migration\x68versions\x82\x01\x01\x69migration\x50aaaaaaaaaaaaaaaa\x67channel\x67Control",
     b"\xa4\x65magic\x72whimbrel-migration\x68versions\x82\x01\x01\x69migration\x50aaaaaaaaaaaaaaaa\x67channel\xa1\x63Ram\xa1\x65index\x00",
-    b"\xa1\x67Prepare\xa5\x62vm\x61v\x67machine\x40\x66blocks\x81\xa2\x64name\x63ram\x64size\x1a\x00\x01\x00\x00\x6bconnections\x01\x68postcopy\xf4",
+    b"\xa1\x67Prepare\xa6\x62vm\x61v\x67machine\x40\x66blocks\x81\xa2\x64name\x63ram\x64size\x1a\x00\x01\x00\x00\x6bconnections\x01\x68postcopy\xf4\x65given\xf4",
     b"\xa1\x65Round\x01",
     b"\x65Guess",
     b"\xa1\x65State\xa2\x65round\x01\x68postcopy\xf4",

@@ -95,6 +95,37 @@ impl RamBlock {
     /// # Errors
     /// When the size does not fit the page size, or the host refuses.
     pub fn new(config: &RamConfig) -> Result<Self, RamError> {
+        Self::map(config, None)
+    }
+
+    /// Maps memory that another process has, and gave: the [file](Self::file) of a block that it made
+    /// with the same `config`, with all that is in it.
+    ///
+    /// # Errors
+    /// When it is no such memory, or the host refuses.
+    pub fn of_file(config: &RamConfig, file: File) -> Result<Self, RamError> {
+        let refused = |why: &str| RamError::Host {
+            attempt: "take over",
+            size: config.size,
+            source: io::Error::new(io::ErrorKind::InvalidInput, why),
+        };
+        if !config.shared {
+            return Err(refused("memory that is not shared cannot be given"));
+        }
+        let size = file.metadata().map_or(0, |metadata| metadata.len());
+        if size != config.size {
+            return Err(refused("it is of another size"));
+        }
+        // Who gave it could pull it from under our feet otherwise.
+        // SAFETY: takes no argument beyond the command.
+        let seals = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GET_SEALS) };
+        if seals < 0 || seals & libc::F_SEAL_SHRINK == 0 {
+            return Err(refused("it can shrink"));
+        }
+        Self::map(config, Some(file))
+    }
+
+    fn map(config: &RamConfig, given: Option<File>) -> Result<Self, RamError> {
         let page_size = match config.hugepage_size {
             None => PAGE_SIZE,
             Some(size) if size.is_power_of_two() && size > PAGE_SIZE => size,
@@ -121,7 +152,9 @@ impl RamBlock {
         let huge = config
             .hugepage_size
             .map_or(0, |size| size.trailing_zeros() << libc::MAP_HUGE_SHIFT);
-        let fd = if config.shared {
+        let fd = if given.is_some() {
+            given
+        } else if config.shared {
             Some(memfd(config.hugepage_size.map(|_| huge), size).map_err(host_error("allocate"))?)
         } else {
             None
@@ -272,7 +305,9 @@ impl fmt::Debug for RamBlock {
 
 /// A memfd of `size` bytes; with the bits of a huge page size if it is to be made of those.
 fn memfd(huge: Option<u32>, size: u64) -> io::Result<File> {
-    let flags = libc::MFD_CLOEXEC | huge.map_or(0, |size| libc::MFD_HUGETLB | size);
+    let flags = libc::MFD_CLOEXEC
+        | libc::MFD_ALLOW_SEALING
+        | huge.map_or(0, |size| libc::MFD_HUGETLB | size);
     // SAFETY: the name is a C string, and the result is checked.
     let fd = unsafe { libc::memfd_create(c"guest-ram".as_ptr(), flags) };
     if fd < 0 {
@@ -281,6 +316,12 @@ fn memfd(huge: Option<u32>, size: u64) -> io::Result<File> {
     // SAFETY: a new descriptor that nobody else owns.
     let file = unsafe { File::from_raw_fd(fd) };
     file.set_len(size)?;
+    // Whoever it is given to can rely on its being there.
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    // SAFETY: takes a number.
+    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
     Ok(file)
 }
 
@@ -342,6 +383,35 @@ mod tests {
                 .collect();
             assert_eq!(dirty, gone);
         }
+    }
+
+    #[test]
+    fn memory_passes_from_one_block_to_the_other() {
+        let config = RamConfig {
+            shared: true,
+            ..RamConfig::anonymous(4 * PAGE_SIZE)
+        };
+        let first = RamBlock::new(&config).unwrap();
+        first.slice(0, 4).unwrap().copy_from(b"kept");
+        let file = || first.file().unwrap().try_clone().unwrap();
+        let second = RamBlock::of_file(&config, file()).unwrap();
+        let mut seen = [0_u8; 4];
+        second.slice(0, 4).unwrap().copy_to(&mut seen[..]);
+        assert_eq!(&seen, b"kept");
+        let larger = RamConfig {
+            size: 8 * PAGE_SIZE,
+            ..config.clone()
+        };
+        assert!(RamBlock::of_file(&larger, file()).is_err());
+        let other = tempfile::tempfile().unwrap();
+        other.set_len(config.size).unwrap();
+        let refused = RamBlock::of_file(&config, other).unwrap_err();
+        assert!(
+            std::error::Error::source(&refused)
+                .unwrap()
+                .to_string()
+                .contains("shrink")
+        );
     }
 
     #[test]

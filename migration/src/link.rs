@@ -1,8 +1,9 @@
 //! Connections between two sides: unix sockets and TCP.
 
 use std::fmt;
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, Read, Write};
+use std::mem::MaybeUninit;
 use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileTypeExt;
@@ -12,6 +13,13 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
+
+/// Files that are given at a time.
+const MOST_FILES: usize = 16;
 
 /// How long a connection may take to be made.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
@@ -29,6 +37,24 @@ pub trait Stream: Read + Write + Send {
     /// # Errors
     /// When the host refuses.
     fn closer(&self) -> io::Result<Closer>;
+
+    /// Gives open files to the other side, with a byte.
+    ///
+    /// # Errors
+    /// When the connection carries none: only unix sockets do.
+    fn give_files(&self, files: &[File]) -> io::Result<()> {
+        let _ = files;
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Takes the files that were given: so many at most.
+    ///
+    /// # Errors
+    /// When the connection carries none, or none come.
+    fn take_files(&self, most: usize) -> io::Result<Vec<File>> {
+        let _ = most;
+        Err(io::ErrorKind::Unsupported.into())
+    }
 }
 
 /// Ends a connection, from any thread: whoever reads or writes it fails at once.
@@ -64,6 +90,39 @@ impl Stream for UnixStream {
             // It may have ended already.
             let _ = stream.shutdown(std::net::Shutdown::Both);
         }))
+    }
+
+    fn give_files(&self, files: &[File]) -> io::Result<()> {
+        let fds: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+        let mut space = vec![MaybeUninit::uninit(); SendAncillaryMessage::ScmRights(&fds).size()];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        if !ancillary.push(SendAncillaryMessage::ScmRights(&fds)) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let byte = [io::IoSlice::new(&[0])];
+        sendmsg(self, &byte, &mut ancillary, SendFlags::NOSIGNAL)?;
+        Ok(())
+    }
+
+    fn take_files(&self, most: usize) -> io::Result<Vec<File>> {
+        let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FILES))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let mut byte = [0];
+        let mut slices = [io::IoSliceMut::new(&mut byte)];
+        let got = recvmsg(self, &mut slices, &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
+        if got.bytes == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let mut files = Vec::new();
+        for message in ancillary.drain() {
+            if let RecvAncillaryMessage::ScmRights(fds) = message {
+                files.extend(fds.map(File::from));
+            }
+        }
+        if files.is_empty() || files.len() > most {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        Ok(files)
     }
 }
 
@@ -284,6 +343,23 @@ mod tests {
         ] {
             assert!(text.parse::<Endpoint>().is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn files_pass_over_a_unix_socket() {
+        let (near, far) = UnixStream::pair().unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        fs::write(&path, "inside").unwrap();
+        near.give_files(&[File::open(&path).unwrap()]).unwrap();
+        let mut files = far.take_files(1).unwrap();
+        let mut text = String::new();
+        files[0].read_to_string(&mut text).unwrap();
+        assert_eq!(text, "inside");
+        (&near).write_all(b"x").unwrap();
+        assert!(far.take_files(1).is_err(), "a byte and no file");
+        drop(near);
+        assert!(far.take_files(1).is_err());
     }
 
     #[test]

@@ -114,6 +114,9 @@ pub struct Offer {
     pub connections: u16,
     /// Pages may come after the guest.
     pub postcopy: bool,
+    /// The memory itself is given to the destination, which is another process of the same host: files
+    /// of the blocks follow, in their order.
+    pub given: bool,
 }
 
 /// From the source.

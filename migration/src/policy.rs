@@ -48,6 +48,9 @@ pub struct Policy {
     pub connections: Option<u16>,
     /// Bytes that may be sent in a second, all channels together; as many as there can when absent.
     pub max_bandwidth: Option<u64>,
+    /// The destination is another process of this host, and is given the memory itself, where it is of
+    /// a kind that can be.
+    pub local: bool,
     /// How long the other side may be silent.
     pub patience: Duration,
 }
@@ -64,6 +67,7 @@ impl Default for Policy {
             mode: Mode::Precopy,
             connections: None,
             max_bandwidth: None,
+            local: false,
             patience: Duration::from_secs(10),
         }
     }

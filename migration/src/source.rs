@@ -3,6 +3,7 @@
 mod hand_over;
 mod postcopy;
 
+use std::fs::File;
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -128,6 +129,7 @@ pub fn send(mut sending: Sending<'_>, source: &mut dyn Source) -> Outcome {
         measured: Measured::default(),
         downtime: Downtime::default(),
         can_postcopy: false,
+        is_given: false,
         urgent: None,
     };
     let outcome = match engine.until_commit() {
@@ -189,6 +191,8 @@ struct Engine<'a, 'b> {
     downtime: Downtime,
     /// The destination can take pages after the guest.
     can_postcopy: bool,
+    /// The destination has the memory itself.
+    is_given: bool,
     /// Who answers for pages that are waited for: pages follow the guest.
     urgent: Option<Urgent>,
 }
@@ -250,6 +254,11 @@ impl Engine<'_, '_> {
     fn until_commit(&mut self) -> Result<(), Trouble> {
         self.check()?;
         self.prepare()?;
+        if self.is_given {
+            // The destination has it already.
+            self.measure()?;
+            return self.stop(false);
+        }
         self.source.track(true).map_err(Trouble::Here)?;
         self.tracking = true;
         self.measure()?;
@@ -275,11 +284,18 @@ impl Engine<'_, '_> {
         let wanted = policy.connections(memory);
         offer.connections = wanted;
         offer.postcopy = policy.may_postcopy();
+        let files = if policy.local { self.files() } else { None };
+        self.is_given = files.is_some();
+        offer.given = self.is_given;
         self.sending
             .progress
             .update(|report| report.memory_bytes = memory);
         self.patience(PREPARE_PATIENCE.max(policy.patience))?;
         self.say(&ToDestination::Prepare(Box::new(offer)))?;
+        if let Some(files) = files {
+            let control = self.control.as_ref().ok_or_else(gone)?;
+            control.stream.give_files(&files).map_err(WireError::from)?;
+        }
         let (connections, postcopy) = self.expect(|answer| match answer {
             ToSource::Prepared {
                 connections,
@@ -300,6 +316,12 @@ impl Engine<'_, '_> {
             .progress
             .update(|report| report.connections = count);
         Ok(())
+    }
+
+    /// The files of all blocks, if they have some.
+    fn files(&self) -> Option<Vec<File>> {
+        let file = |block: &Block| block.ram.file()?.try_clone().ok();
+        self.blocks.iter().map(file).collect()
     }
 
     fn patience(&self, patience: Duration) -> Result<(), Trouble> {
@@ -506,10 +528,12 @@ impl Engine<'_, '_> {
         let was_paused = self.source.stop().map_err(Trouble::Here)?;
         self.stopped = Some((start, was_paused));
         self.downtime.pause_us = micros(start.elapsed());
-        self.source.harvest().map_err(Trouble::Here)?;
+        if self.tracking {
+            self.source.harvest().map_err(Trouble::Here)?;
+        }
         let round = progress.report().rounds + 1;
         let saving = Instant::now();
-        let pending = if postcopy {
+        let pending = if postcopy || self.is_given {
             Vec::new()
         } else {
             self.take_dirty()

@@ -3,6 +3,7 @@
 mod postcopy;
 mod taking;
 
+use std::fs::File;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
@@ -81,11 +82,16 @@ pub enum Fate {
 
 /// Makes machines for guests that come.
 pub trait Host: Send + Sync {
-    /// Makes one.
+    /// Makes one. `files` are the memory, block by block, where it is given.
     ///
     /// # Errors
     /// When it cannot be; the text is told to the users of both sides.
-    fn prepare(&self, migration: Uuid, offer: &Offer) -> Result<Box<dyn Target>, Refusal>;
+    fn prepare(
+        &self,
+        migration: Uuid,
+        offer: &Offer,
+        files: Vec<File>,
+    ) -> Result<Box<dyn Target>, Refusal>;
 
     /// Where the steps of a migration are written down.
     ///
@@ -314,7 +320,13 @@ impl Session<'_> {
                 other => answer_ping(&mut control, &other)?,
             }
         };
-        let prepared = self.prepare(id, &offer);
+        let files = if offer.given {
+            let taken = control.stream.take_files(offer.blocks.len());
+            taken.map_err(WireError::from)?
+        } else {
+            Vec::new()
+        };
+        let prepared = self.prepare(id, &offer, files);
         let (mut target, journal) = match prepared {
             Ok(prepared) => prepared,
             Err(why) => {
@@ -392,11 +404,11 @@ impl Session<'_> {
         Ok(Control::new(stream))
     }
 
-    fn prepare(&self, id: Uuid, offer: &Offer) -> Result<Prepared, Refusal> {
+    fn prepare(&self, id: Uuid, offer: &Offer, files: Vec<File>) -> Result<Prepared, Refusal> {
         let journal = |error: std::io::Error| {
             Refusal::new("journal", format!("the journal cannot be written: {error}"))
         };
-        let target = self.host.prepare(id, offer)?;
+        let target = self.host.prepare(id, offer, files)?;
         let agreed = |target: &dyn Target| -> Result<Box<dyn Journal>, Refusal> {
             let blocks = target.blocks();
             let here: Vec<_> = blocks

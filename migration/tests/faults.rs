@@ -8,6 +8,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -161,6 +162,7 @@ impl Source for TestSource {
             }],
             connections: 1,
             postcopy: false,
+            given: false,
         })
     }
 
@@ -313,7 +315,7 @@ struct TestHost {
 }
 
 impl Host for TestHost {
-    fn prepare(&self, _: Uuid, _: &Offer) -> Result<Box<dyn Target>, Refusal> {
+    fn prepare(&self, _: Uuid, _: &Offer, _: Vec<File>) -> Result<Box<dyn Target>, Refusal> {
         self.life.step()?;
         Ok(Box::new(TestTarget {
             ram: ram(),

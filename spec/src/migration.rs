@@ -79,6 +79,10 @@ pub struct StartMigration {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1)]
     pub max_bandwidth: Option<u64>,
+    /// To another process of this host, over a unix socket: it is given the memory itself where that is shared
+    /// (`memory.shared`), and nothing is copied.
+    #[serde(default)]
+    pub local: bool,
     /// Encrypt with TLS, by the files of this directory: `ca-cert.pem`, `client-cert.pem`, `client-key.pem`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tls_dir: Option<String>,
@@ -96,6 +100,7 @@ impl StartMigration {
             at_deadline: AtDeadline::default(),
             connections: None,
             max_bandwidth: None,
+            local: false,
             tls_dir: None,
         }
     }

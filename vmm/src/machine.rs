@@ -107,7 +107,15 @@ impl Built {
         for space in SpaceKind::ALL {
             listeners.push(topology.register(space, 10, vm.ioeventfds(space))?);
         }
-        let ram = Arc::new(RamBlock::new(&ram_config(config))?);
+        let ram = match &places.memory {
+            None => RamBlock::new(&ram_config(config))?,
+            Some(given) => {
+                let given = given.try_clone();
+                let given = given.map_err(BuildError::host("keep a guest's memory"))?;
+                RamBlock::of_file(&ram_config(config), given)?
+            }
+        };
+        let ram = Arc::new(ram);
         let irq_routes = vm.irq_routes();
         let loops = own_loops(places)?;
         let workers = Workers::new(loops.iter().map(|own| own.handle().clone()).collect());

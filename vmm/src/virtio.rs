@@ -1,6 +1,7 @@
 //! The virtio devices of a machine: plugged in, asked for things, and taken out again.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
@@ -35,6 +36,8 @@ pub(crate) struct Places {
     /// Pages may come after the guest: a device that waits for one must make nobody else's wait. Its
     /// machine has threads of its own.
     pub(crate) may_wait: bool,
+    /// The memory, with all that is in it; made anew when absent.
+    pub(crate) memory: Option<Arc<File>>,
 }
 
 impl Default for Places {
@@ -44,6 +47,7 @@ impl Default for Places {
             slots: BTreeMap::new(),
             whose: Whose::Ours,
             may_wait: false,
+            memory: None,
         }
     }
 }

@@ -328,6 +328,29 @@ async fn a_guest_that_writes_too_much_is_slowed_down_and_moves() {
     );
 }
 
+/// Memory that is shared is given to another process of the host, and nothing is copied.
+#[tokio::test]
+async fn a_guest_moves_with_its_memory_as_it_is() {
+    let stage = Stage::new();
+    let mut config = stage.config(2_000, 2);
+    config.memory.shared = true;
+    drop(stage.boot(config).await);
+    let mut what = StartMigration::to("tcp:127.0.0.1:1");
+    what.local = true;
+    let refused = stage.here.send_migration("pocket", &what).err().unwrap();
+    assert_eq!(refused.fields[0].pointer, "/local");
+    let [sent, _] = stage.migrate(|what| what.local = true).await;
+    assert_eq!(sent.phase, MigrationPhase::Completed, "{sent:?}");
+    assert_eq!((sent.pages, sent.zero_pages), (0, 0), "{sent:?}");
+    let mut console = Console::connect(Path::new(&stage.path("serial")));
+    assert!(console.verify() > 0);
+    println!(
+        "local: {:?}, in {} us",
+        sent.downtime.unwrap(),
+        sent.elapsed_us
+    );
+}
+
 /// Certificates for both sides, of one issuer.
 fn certificates(dir: &Path) {
     let mut params = CertificateParams::new(Vec::new()).unwrap();

@@ -1,5 +1,6 @@
 //! A VM to which a guest moves, as the engine sees it.
 
+use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -79,7 +80,12 @@ fn payload_is_there(config: &VmConfig) -> Result<(), Refusal> {
 }
 
 impl Host for ArrivingHost {
-    fn prepare(&self, _: Uuid, offer: &Offer) -> Result<Box<dyn Target>, Refusal> {
+    fn prepare(
+        &self,
+        _: Uuid,
+        offer: &Offer,
+        files: Vec<File>,
+    ) -> Result<Box<dyn Target>, Refusal> {
         let unreadable = |why: String| Refusal::new("offer-unreadable", why);
         let machine: MachineOffer = serde_json::from_slice(&offer.machine).map_err(|error| {
             unreadable(format!("the offer of a machine cannot be read: {error}"))
@@ -120,6 +126,7 @@ impl Host for ArrivingHost {
             slots: machine.slots,
             whose: Whose::Theirs,
             may_wait: offer.postcopy,
+            memory: files.into_iter().next().map(Arc::new),
         };
         let built = ArrivingVm::build(&self.registry, vm.clone(), arrival, &places);
         let target = built.map_err(give_up)?;

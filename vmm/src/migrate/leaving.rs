@@ -56,6 +56,7 @@ impl Source for LeavingVm {
             }],
             connections: 1,
             postcopy: false,
+            given: false,
         })
     }
 

@@ -212,6 +212,10 @@ fn policy(what: &StartMigration) -> Result<Policy, RequestError> {
         let detail = format!("{connections} connections are none, or more than 16");
         return Err(invalid("connections", detail));
     }
+    if what.local && !what.destination.starts_with("unix:") {
+        let detail = "only who listens on a unix socket of this host can be given memory";
+        return Err(invalid("local", detail.to_owned()));
+    }
     if let Some(bandwidth) = what.max_bandwidth {
         positive("max_bandwidth", bandwidth)?;
     }
@@ -234,6 +238,7 @@ fn policy(what: &StartMigration) -> Result<Policy, RequestError> {
         },
         connections: what.connections,
         max_bandwidth: what.max_bandwidth,
+        local: what.local,
         ..Policy::default()
     })
 }
