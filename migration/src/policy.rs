@@ -4,6 +4,8 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+use crate::pages::PAGE;
+
 /// What happens at the deadline to a migration whose guest writes faster than its memory can be
 /// copied.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -70,6 +72,34 @@ impl Default for Policy {
             local: false,
             patience: Duration::from_secs(10),
         }
+    }
+}
+
+/// What the stop will cost, as far as it is known.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Measured {
+    /// There and back.
+    pub(crate) round_trip: Duration,
+    pub(crate) save: Duration,
+    pub(crate) load: Duration,
+    /// Bytes.
+    pub(crate) per_second: u64,
+}
+
+impl Measured {
+    /// A stop costs this beside what was measured: vCPUs leave the guest, and a thread wakes up at
+    /// each step.
+    const BASE: Duration = Duration::from_micros(400);
+
+    pub(crate) fn downtime(&self, pages: u64) -> Duration {
+        let bytes = pages * PAGE as u64;
+        let transfer = bytes.saturating_mul(1_000_000) / self.per_second.max(1);
+        let transfer = if pages == 0 { 0 } else { transfer };
+        // State and answer, order.
+        self.round_trip * 3 / 2
+            + self.save.max(Duration::from_micros(transfer))
+            + self.load
+            + Self::BASE
     }
 }
 

@@ -18,7 +18,7 @@ use crate::journal::{Journal, Step};
 use crate::link::{Dial, Stream};
 use crate::message::{self, Channel, Control, Hello, Offer, Refusal, ToDestination, ToSource};
 use crate::pages::{BATCH, Block, PAGE};
-use crate::policy::{Mode, Next, Policy, Situation};
+use crate::policy::{Measured, Mode, Next, Policy, Situation};
 use crate::progress::{Downtime, Phase, Progress, micros};
 use crate::sender::{Pacer, Ram, Work, batches, count, per_second, send_inline};
 use crate::wire::WireError;
@@ -148,34 +148,6 @@ pub fn send(mut sending: Sending<'_>, source: &mut dyn Source) -> Outcome {
         }
     });
     outcome
-}
-
-/// What the stop will cost, as far as it is known.
-#[derive(Clone, Copy, Default)]
-struct Measured {
-    /// There and back.
-    round_trip: Duration,
-    save: Duration,
-    load: Duration,
-    /// Bytes.
-    per_second: u64,
-}
-
-impl Measured {
-    /// A stop costs this beside what was measured: vCPUs leave the guest, and a thread wakes up at
-    /// each step.
-    const BASE: Duration = Duration::from_micros(400);
-
-    fn downtime(&self, pages: u64) -> Duration {
-        let bytes = pages * PAGE as u64;
-        let transfer = bytes.saturating_mul(1_000_000) / self.per_second.max(1);
-        let transfer = if pages == 0 { 0 } else { transfer };
-        // State and answer, order.
-        self.round_trip * 3 / 2
-            + self.save.max(Duration::from_micros(transfer))
-            + self.load
-            + Self::BASE
-    }
 }
 
 struct Engine<'a, 'b> {
