@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use openapi::Client;
 use spec::{
-    AwaitMigration, ConsoleConfig, ConsoleMode, CpusConfig, MigrationInfo, PayloadConfig,
-    SerialConfig, StartMigration, VmConfig, VmId, VmResize, VmState,
+    AwaitMigration, ConsoleConfig, ConsoleMode, CpusConfig, MemoryMode, MigrationInfo,
+    PayloadConfig, SerialConfig, StartMigration, VmConfig, VmId, VmResize, VmState,
 };
 
 use crate::{Face, Service, Shell};
@@ -142,11 +142,20 @@ impl Machine {
     ///
     /// # Errors
     /// When it does not move.
-    pub async fn move_to(&mut self, there: Service) -> Result<(Service, MigrationInfo)> {
+    pub async fn move_to(
+        &mut self,
+        there: Service,
+        mode: MemoryMode,
+    ) -> Result<(Service, MigrationInfo)> {
         let listen = "tcp:127.0.0.1:0".to_owned();
         let body = AwaitMigration::at(listen);
         let waiting = there.client().migrations_receive(&body).await?;
-        let what = StartMigration::to(waiting.endpoint);
+        let what = StartMigration {
+            mode,
+            // So that pages are left to follow.
+            max_downtime_ms: if mode == MemoryMode::Hybrid { 1 } else { 300 },
+            ..StartMigration::to(waiting.endpoint)
+        };
         let begun = self.client().vms_migrate(&self.vm, &what).await?;
         let (name, start) = (begun.id.parse()?, Instant::now());
         let info = loop {

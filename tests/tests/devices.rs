@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use sha2::{Digest as _, Sha256};
 use spec::{
-    BalloonConfig, DeviceState, DiskConfig, NetConfig, VmConfig, VmRemoveDevice, VmResizeDisk,
-    VsockConfig,
+    BalloonConfig, DeviceState, DiskConfig, MemoryMode, NetConfig, VmConfig, VmRemoveDevice,
+    VmResizeDisk, VsockConfig,
 };
 use tests::{Face, Machine, RUNS, Service};
 
@@ -267,7 +267,9 @@ async fn debian_on_a_qcow2_disk_boots_and_keeps_what_it_wrote() -> Result<()> {
     // The image's tables are another's to change now.
     let write = "head -c 20000000 /dev/urandom >/root/more && sha256sum /root/more";
     let written = machine.run(write).await?;
-    let (_left, _) = machine.move_to(Service::start(Face::Many).await?).await?;
+    let (_left, _) = machine
+        .move_to(Service::start(Face::Many).await?, MemoryMode::Precopy)
+        .await?;
     let check = "sync; echo 3 >/proc/sys/vm/drop_caches; sha256sum /root/more /root/kept";
     let there = machine.run(check).await?;
     ensure!(
@@ -313,14 +315,14 @@ async fn debian_moves_while_it_works() -> Result<()> {
         ))
         .await?;
     let mut left = Vec::new();
-    for _ in 0..2 {
+    for mode in [MemoryMode::Precopy, MemoryMode::Hybrid] {
         tokio::time::sleep(Duration::from_secs(2)).await;
         let there = Service::start(Face::Many).await?;
-        let (before, info) = machine.move_to(there).await?;
+        let (before, info) = machine.move_to(there, mode).await?;
         ensure!(before.client().vms_list().await?.is_empty());
         let stop = info.downtime.context("a guest that moved was stopped")?;
         println!(
-            "moved in {} ms, {} rounds: {stop:?}, predicted {:?} us",
+            "{mode}: moved in {} ms, {} rounds: {stop:?}, predicted {:?} us",
             info.elapsed_us / 1000,
             info.rounds,
             info.predicted_downtime_us
