@@ -204,6 +204,15 @@ impl fmt::Display for Endpoint {
 
 impl Dial for Endpoint {
     fn dial(&self) -> io::Result<Box<dyn Stream>> {
+        self.connect().map_err(|error| {
+            let why = format!("nobody can be reached at {self}: {error}");
+            io::Error::new(error.kind(), why)
+        })
+    }
+}
+
+impl Endpoint {
+    fn connect(&self) -> io::Result<Box<dyn Stream>> {
         match self {
             Self::Unix(path) => Ok(Box::new(UnixStream::connect(path)?)),
             Self::Tcp(place) => {

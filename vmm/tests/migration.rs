@@ -456,7 +456,12 @@ async fn what_is_called_off_or_cannot_be_leaves_the_guest_where_it_is() {
     let what = StartMigration::to(format!("unix:{}", stage.path("nobody")));
     let send = stage.here.send_migration("pocket", &what).unwrap();
     over(&*send).await;
-    assert_eq!(send.info().error.unwrap().code, "unreachable");
+    let error = send.info().error.unwrap();
+    assert_eq!(error.code, "unreachable");
+    assert!(
+        error.detail.contains("nobody can be reached at unix:"),
+        "{error:?}"
+    );
 
     // It cannot be in time, and is not to take longer.
     let [sent, _] = stage
