@@ -3,6 +3,7 @@
 //! Output never waits for a reader: a vCPU is on the other side of it. Input is taken only as
 //! fast as the guest reads it, so that it piles up where its sender can see it.
 
+use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
@@ -76,7 +77,46 @@ enum End {
 }
 
 /// The one client of a socket.
-type Client = Arc<Mutex<Option<UnixStream>>>;
+type Client = Arc<Mutex<Option<Connected>>>;
+
+/// Bytes that are kept for a client that does not read them at once. A guest writes byte by byte, of
+/// which a socket holds but some hundred.
+const UNREAD: usize = 256 << 10;
+
+struct Connected {
+    stream: UnixStream,
+    /// Written by the guest and not taken by the socket.
+    unread: VecDeque<u8>,
+}
+
+impl Connected {
+    /// Passes on what the socket takes now.
+    fn flush(&mut self) -> io::Result<()> {
+        while !self.unread.is_empty() {
+            match self.stream.write(self.unread.as_slices().0) {
+                Ok(0) => break,
+                Ok(taken) => drop(self.unread.drain(..taken)),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.unread.len() + bytes.len() > UNREAD {
+            return Err(unread());
+        }
+        self.unread.extend(bytes);
+        self.flush()?;
+        Ok(bytes.len())
+    }
+}
+
+fn unread() -> io::Error {
+    io::Error::new(io::ErrorKind::BrokenPipe, "nobody reads the console")
+}
 
 /// What a descriptor is to be done with after [`Console::ready`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -240,7 +280,8 @@ impl Console {
             End::Tty { .. } => vec![rustix::stdio::stdin().as_raw_fd()],
             End::Pty { master, .. } => vec![master.as_raw_fd()],
             End::Socket { listener, client } => {
-                let client = client.lock().as_ref().map(AsRawFd::as_raw_fd);
+                let client = client.lock();
+                let client = client.as_ref().map(|client| client.stream.as_raw_fd());
                 client.into_iter().chain([listener.as_raw_fd()]).collect()
             }
         }
@@ -277,27 +318,27 @@ impl Console {
 
 fn serve(listener: &UnixListener, client: &Client, to: &dyn ConsoleInput) -> (Vec<Watch>, bool) {
     let (mut watches, mut more) = (Vec::new(), false);
-    let reader = client
-        .lock()
-        .as_ref()
-        .and_then(|stream| stream.try_clone().ok());
+    let reader = client.lock().as_mut().and_then(|client| {
+        // There may be room for what was not taken before. Whether the client is gone shows next.
+        let _ = client.flush();
+        client.stream.try_clone().ok()
+    });
     if let Some(reader) = reader {
         let pumped = pump(&reader, to);
         more = pumped.more;
         if pumped.ended {
-            watches.extend(
-                client
-                    .lock()
-                    .take()
-                    .map(|gone| Watch::End(gone.as_raw_fd())),
-            );
+            let gone = client.lock().take();
+            watches.extend(gone.map(|gone| Watch::End(gone.stream.as_raw_fd())));
         }
     }
     while let Ok((stream, _)) = listener.accept() {
         let mut client = client.lock();
         if client.is_none() && stream.set_nonblocking(true).is_ok() {
             watches.push(Watch::Begin(stream.as_raw_fd()));
-            *client = Some(stream);
+            *client = Some(Connected {
+                stream,
+                unread: VecDeque::new(),
+            });
         }
     }
     (watches, more)
@@ -424,7 +465,7 @@ struct ToClient(Client);
 impl Write for ToClient {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         match &mut *self.0.lock() {
-            Some(stream) => write_or_lose(stream, bytes),
+            Some(client) => client.write(bytes),
             // Nobody listens, which is not a fault.
             None => Ok(bytes.len()),
         }
@@ -455,6 +496,34 @@ mod tests {
     fn guest_writes(serial: &Serial, text: &[u8]) {
         use memory::DeviceOps;
         text.iter().for_each(|byte| serial.write(0, &[*byte]));
+    }
+
+    #[test]
+    fn a_client_that_reads_late_reads_all() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("console");
+        let mut console = Console::socket(&path).unwrap();
+        let serial = serial(&console);
+        let mut client = UnixStream::connect(&path).unwrap();
+        assert_eq!(console.ready(&serial).len(), 1);
+        let text: Vec<u8> = (0..20_000_u32).map(|i| (i % 251) as u8).collect();
+        guest_writes(&serial, &text);
+        let mut read = vec![0; text.len()];
+        let mut at = 0;
+        client.set_nonblocking(true).unwrap();
+        while at < read.len() {
+            match client.read(&mut read[at..]) {
+                Ok(len) => at += len,
+                // The loop finds that there is room.
+                Err(_) => assert!(console.ready(&serial).is_empty()),
+            }
+        }
+        assert!(read == text);
+        assert_eq!(serial.counters()[2], ("bytes_lost", 0));
+        // What nobody reads at all is lost, and counted.
+        let much = vec![0; UNREAD + 300_000];
+        guest_writes(&serial, &much);
+        assert!(serial.counters()[2].1 > 0);
     }
 
     #[test]

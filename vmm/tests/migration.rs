@@ -226,7 +226,8 @@ async fn pages_follow_the_guest() {
             received.fault_p99_us,
             console.gap(),
         );
-        assert!(received.faults > 0);
+        // In rounds it may all have been sent before.
+        assert!(received.faults > 0 || mode == MemoryMode::Hybrid);
     }
 }
 

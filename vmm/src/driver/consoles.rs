@@ -101,7 +101,8 @@ impl Consoles {
     }
 
     fn watch(&mut self, port: Port, fd: RawFd, sources: &mut Sources<'_>) {
-        match sources.watch(fd, port as usize, Interest::Read) {
+        // A client that reads makes room for what it had not read before.
+        match sources.watch(fd, port as usize, Interest::Both) {
             Ok(()) => self.watched.push(fd),
             // A file as standard input, which has no moment of being ready.
             Err(error) => tracing::debug!(fd, %error, "this console gives no input"),
