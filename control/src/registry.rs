@@ -5,7 +5,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use spec::{AwaitMigration, HostLimits, StartMigration, VmConfig, VmId};
+use spec::{AwaitMigration, HostLimits, MigrationSide, StartMigration, VmConfig, VmId};
 use tokio::sync::watch;
 
 use crate::error::{Category, RequestError};
@@ -208,11 +208,15 @@ impl Registry {
         self.0.spawner.host_limits()
     }
 
-    /// Calls off all migrations and ends all VMs. Each driver is asked first and then waited for, so they end side by side.
+    /// Calls off all migrations, or waits for those that cannot be any more, and ends all VMs. Each driver is asked first and then waited for, so they end side by side.
     pub async fn delete_all(&self) {
         for migration in self.migrations() {
-            // One that is over, or whose guest is gone already, is not ours to end.
-            let _ = migration.cancel();
+            let is_leaving = migration.info().side == MigrationSide::Source;
+            if migration.cancel().is_err() && is_leaving && !*migration.over().borrow() {
+                // The guest is given away, and may wait for memory that we have.
+                tracing::info!("waiting for a guest's memory to follow it");
+                let _ = migration.over().wait_for(|over| *over).await;
+            }
         }
         let mut ending: Vec<_> = self
             .list()
