@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use openapi::Client;
 use spec::{
-    AwaitMigration, ConsoleConfig, ConsoleMode, CpusConfig, MemoryMode, MigrationInfo,
+    AtDeadline, AwaitMigration, ConsoleConfig, ConsoleMode, CpusConfig, MemoryMode, MigrationInfo,
     PayloadConfig, SerialConfig, StartMigration, VmConfig, VmId, VmResize, VmState,
 };
 
@@ -154,6 +154,9 @@ impl Machine {
             mode,
             // So that pages are left to follow.
             max_downtime_ms: if mode == MemoryMode::Hybrid { 1 } else { 300 },
+            // Where all is emulated a guest may write as fast as its memory can be copied.
+            deadline_s: 60,
+            at_deadline: AtDeadline::Stop,
             ..StartMigration::to(waiting.endpoint)
         };
         let begun = self.client().vms_migrate(&self.vm, &what).await?;

@@ -288,7 +288,8 @@ async fn debian_on_a_qcow2_disk_boots_and_keeps_what_it_wrote() -> Result<()> {
 #[tokio::test]
 #[ignore = "wants a complete KVM: ci/test e2e runs it in the rig"]
 async fn debian_moves_while_it_works() -> Result<()> {
-    const LINES: usize = 400;
+    const LINES: usize = 300;
+    const PIECES: usize = 150;
     let disk = r#"{"path":"/dev/vda","image_type":"Raw"}"#;
     let mut machine = Machine::boot(disk, |service, config| {
         config.memory.size = SMALL;
@@ -308,10 +309,10 @@ async fn debian_moves_while_it_works() -> Result<()> {
     });
     machine
         .run(&format!(
-            "(for i in $(seq {LINES}); do echo line $i; sleep 0.05; done | \
+            "(for i in $(seq {LINES}); do echo line $i; sleep 0.1; done | \
              socat -u - TCP:192.168.249.1:5002; echo stream $? >/tmp/streamed) >/dev/null 2>&1 & \
-             (for i in $(seq {LINES}); do head -c 50000 /dev/urandom | tee -a /root/file | sha256sum >>/tmp/sums; \
-             done; touch /tmp/written) >/dev/null 2>&1 & true"
+             (for i in $(seq {PIECES}); do head -c 50000 /dev/urandom | tee -a /root/file | sha256sum >>/tmp/sums; \
+             sleep 0.2; done; touch /tmp/written) >/dev/null 2>&1 & true"
         ))
         .await?;
     let mut left = Vec::new();
@@ -341,10 +342,10 @@ async fn debian_moves_while_it_works() -> Result<()> {
     let check = format!(
         "sync; echo 3 >/proc/sys/vm/drop_caches; for i in $(seq 0 {}); do \
          dd if=/root/file bs=50000 skip=$i count=1 2>/dev/null | sha256sum; done | cmp - /tmp/sums && wc -c </root/file",
-        LINES - 1
+        PIECES - 1
     );
     let written = machine.run(&check).await?;
-    ensure!(written == (LINES * 50_000).to_string(), "{written}");
+    ensure!(written == (PIECES * 50_000).to_string(), "{written}");
     let log = machine
         .run("dmesg | grep -ci 'rcu.*stall\\|clocksource.*unstable\\|i/o error' || true")
         .await?;
