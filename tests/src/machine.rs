@@ -153,7 +153,7 @@ impl Machine {
         let what = StartMigration {
             mode,
             // So that pages are left to follow.
-            max_downtime_ms: if mode == MemoryMode::Hybrid { 1 } else { 300 },
+            max_downtime_ms: if mode == MemoryMode::Hybrid { 1 } else { 2000 },
             // Where all is emulated a guest may write as fast as its memory can be copied.
             deadline_s: 60,
             at_deadline: AtDeadline::Stop,
