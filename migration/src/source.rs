@@ -233,6 +233,8 @@ impl Engine<'_, '_> {
         }
         self.source.track(true).map_err(Trouble::Here)?;
         self.tracking = true;
+        // All counts as written now, also in what is harvested first: which is not to be sent twice.
+        self.source.harvest().map_err(Trouble::Here)?;
         self.measure()?;
         let postcopy = match self.sending.policy.mode {
             Mode::Postcopy => true,

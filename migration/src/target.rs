@@ -387,7 +387,7 @@ impl Session<'_> {
             outcome
         });
         if let Err(Failed::Trouble(trouble)) = &outcome {
-            tracing::info!(migration = %id, %trouble, "a guest does not come");
+            tracing::warn!(migration = %id, %trouble, "a guest does not come");
         }
         if outcome.is_err() {
             target.discard();

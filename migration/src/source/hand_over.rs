@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use super::{Engine, Outcome, gone};
 use crate::Trouble;
 use crate::journal::Step;
-use crate::message::{self, Channel, Control, Hello, ToDestination, ToSource};
+use crate::message::{self, Channel, Control, Hello, Refusal, ToDestination, ToSource};
 use crate::progress::{Phase, Resolution, micros};
 use crate::wire::WireError;
 
@@ -19,13 +19,16 @@ impl Engine<'_, '_> {
         let trouble = match trouble {
             // Of the many ways in which it shows that connections were closed.
             Trouble::Wire(_) if self.sending.progress.is_canceled() => Trouble::Canceled,
+            Trouble::Wire(error) => self
+                .last_words()
+                .map_or(Trouble::Wire(error), Trouble::There),
             other => other,
         };
         if let Some(urgent) = self.urgent.take() {
             drop(urgent.end());
         }
         let mut why = trouble.refusal();
-        tracing::info!(migration = %self.sending.id, %why, "a guest stays where it is");
+        tracing::warn!(migration = %self.sending.id, %why, "a guest stays where it is");
         if self.stopped.is_some()
             && let Err(error) = self.source.go_on()
         {
@@ -49,6 +52,21 @@ impl Engine<'_, '_> {
             tracing::warn!(%error, "a journal cannot be written");
         }
         Outcome::Stayed(why)
+    }
+
+    /// Why the destination closed its connections, if it said so.
+    fn last_words(&mut self) -> Option<Refusal> {
+        let patience = self.sending.policy.patience / ATTEMPTS;
+        let control = self.control.as_mut()?;
+        control.stream.set_patience(patience).ok()?;
+        loop {
+            match control.hear().ok()? {
+                ToSource::Refused(why) => return Some(why),
+                // Answers to what was said before.
+                ToSource::Pong(_) | ToSource::RoundDone(_) => {}
+                _ => return None,
+            }
+        }
     }
 
     /// Tells a destination that may be waiting for an order, over a new connection.
