@@ -157,6 +157,8 @@ pub(crate) enum ToSource {
         connections: u16,
         postcopy: bool,
     },
+    /// Pages are still arriving: the answer comes when they have.
+    Busy,
     /// All pages of this round are in memory.
     RoundDone(u32),
     /// The guess was loaded in so long.

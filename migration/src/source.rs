@@ -193,9 +193,12 @@ impl Engine<'_, '_> {
 
     /// The answer of the destination.
     fn hear(&mut self) -> Result<ToSource, Trouble> {
-        match self.control.as_mut().ok_or_else(gone)?.hear()? {
-            ToSource::Refused(why) => Err(Trouble::There(why)),
-            other => Ok(other),
+        loop {
+            match self.control.as_mut().ok_or_else(gone)?.hear()? {
+                ToSource::Refused(why) => return Err(Trouble::There(why)),
+                ToSource::Busy => self.check()?,
+                other => return Ok(other),
+            }
         }
     }
 

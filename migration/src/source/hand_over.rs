@@ -63,7 +63,7 @@ impl Engine<'_, '_> {
             match control.hear().ok()? {
                 ToSource::Refused(why) => return Some(why),
                 // Answers to what was said before.
-                ToSource::Pong(_) | ToSource::RoundDone(_) => {}
+                ToSource::Pong(_) | ToSource::RoundDone(_) | ToSource::Busy => {}
                 _ => return None,
             }
         }

@@ -140,21 +140,17 @@ impl Taking<'_, '_> {
         }
     }
 
-    /// Waits until each RAM channel has ended this round.
+    /// Waits until each RAM channel has ended this round. A way that is slow and holds much may take
+    /// long: as long as pages come, the source hears that they do.
     fn wait_round(&mut self, round: u32) -> Result<(), Trouble> {
-        let deadline = Instant::now() + self.session.patience;
+        let patience = self.session.patience;
+        let arrived = || self.session.progress.report().sent_bytes;
+        let (mut last, mut since, mut told) = (arrived(), Instant::now(), Instant::now());
         loop {
-            self.take_arrivals(Duration::ZERO)?;
-            if self.open.iter().all(|open| *open) && self.rounds.iter().all(|ended| *ended >= round)
-            {
+            if self.rounds.iter().all(|ended| *ended >= round) {
                 return Ok(());
             }
-            let tick = self.session.patience / LOOKS;
-            let all_open = self.open.iter().all(|open| *open);
-            match self
-                .ended
-                .recv_timeout(if all_open { tick } else { tick / 50 })
-            {
+            match self.ended.recv_timeout(patience / LOOKS) {
                 Ok((index, Ok(ended))) => {
                     if let Some(last) = self.rounds.get_mut(usize::from(index)) {
                         *last = ended;
@@ -162,8 +158,18 @@ impl Taking<'_, '_> {
                 }
                 Ok((_, Err(trouble))) => return Err(trouble),
                 Err(_) if self.session.progress.is_canceled() => return Err(Trouble::Canceled),
-                Err(_) if Instant::now() > deadline => return Err(WireError::Silent.into()),
                 Err(_) => {}
+            }
+            let now = arrived();
+            if now != last {
+                (last, since) = (now, Instant::now());
+            }
+            if since.elapsed() > patience {
+                return Err(WireError::Silent.into());
+            }
+            if told.elapsed() > patience / SIGNS {
+                told = Instant::now();
+                self.say(&ToSource::Busy)?;
             }
         }
     }
@@ -448,6 +454,9 @@ impl Taking<'_, '_> {
         self.target.start(stood_for + since.elapsed(), paused)
     }
 }
+
+/// Signs of life that are given within the patience that the other side has.
+const SIGNS: u32 = 8;
 
 /// How long a RAM channel may be silent: the control channel tells whether the source lives.
 const RAM_PATIENCE: Duration = Duration::from_secs(3600);
