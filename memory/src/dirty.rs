@@ -202,15 +202,6 @@ impl DirtyPages {
         &self.words
     }
 
-    /// What is marked in both, which are of bitmaps of the same length.
-    #[must_use]
-    pub fn and(&self, other: &Self) -> Self {
-        let words = self.words.iter().zip(&other.words);
-        Self {
-            words: words.map(|(one, other)| one & other).collect(),
-        }
-    }
-
     /// The marked pages as runs of neighbours: `(first page, pages)`, ascending.
     pub fn runs(&self) -> impl Iterator<Item = (usize, usize)> + '_ {
         Runs {

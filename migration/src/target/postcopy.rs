@@ -40,14 +40,14 @@ impl Late {
     /// thrown away.
     pub(super) fn new(
         blocks: &[Block],
-        touched: &[DirtyBitmap],
         missing: Vec<DirtyBitmap>,
         ask: Box<dyn Stream>,
         patience: Duration,
     ) -> std::io::Result<Self> {
-        for ((block, touched), missing) in blocks.iter().zip(touched).zip(&missing) {
-            let both = touched.snapshot().and(&missing.snapshot());
-            for (first, pages) in both.runs() {
+        for (block, missing) in blocks.iter().zip(&missing) {
+            // Also pages that were never written here: a neighbour that was may have brought the whole
+            // huge page, and what is there already is not missed.
+            for (first, pages) in missing.snapshot().runs() {
                 block.ram.discard(first * PAGE, pages * PAGE)?;
             }
         }
@@ -229,5 +229,56 @@ impl Late {
 impl Drop for Late {
     fn drop(&mut self) {
         self.over.store(true, Ordering::Release);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+    use std::sync::Arc;
+
+    use memory::{RamBlock, RamConfig};
+
+    use super::*;
+
+    /// The host may back a page that is written with a huge page, of which all others are there, too.
+    #[test]
+    fn neighbours_of_what_came_are_missing() {
+        const PAGES: usize = 4096;
+        let config = RamConfig::anonymous((PAGES * PAGE) as u64);
+        let ram = Arc::new(RamBlock::new(&config).unwrap());
+        for page in (0..PAGES).step_by(64) {
+            ram.slice(page * PAGE, PAGE)
+                .unwrap()
+                .copy_from(&[7_u8; PAGE]);
+        }
+        let missing = DirtyBitmap::new(ram.len());
+        missing.set_enabled(true);
+        for page in (0..PAGES).filter(|page| page % 64 != 0) {
+            missing.mark(page * PAGE, PAGE);
+        }
+        let blocks = [Block {
+            name: "ram".to_owned(),
+            ram: Arc::clone(&ram),
+        }];
+        let (near, _far) = UnixStream::pair().unwrap();
+        let patience = Duration::from_secs(10);
+        let late = Late::new(&blocks, vec![missing], Box::new(near), patience).unwrap();
+        for page in [1, 63, 65, 1000, PAGES - 1] {
+            let reader = Arc::clone(&ram);
+            let read = std::thread::spawn(move || {
+                let mut byte = [9_u8];
+                reader.slice(page * PAGE, 1).unwrap().copy_to(&mut byte[..]);
+                byte[0]
+            });
+            let faults = late.faults.wait(patience).unwrap();
+            assert_eq!(faults, [Fault::Missing(0, page)]);
+            late.faults.fill(0, page, &[3; PAGE]).unwrap();
+            assert_eq!(read.join().unwrap(), 3);
+        }
+        let mut byte = [9_u8];
+        ram.slice(64 * PAGE, 1).unwrap().copy_to(&mut byte[..]);
+        assert_eq!(byte, [7], "what came is there");
+        late.faults.end().unwrap();
     }
 }

@@ -290,14 +290,8 @@ impl Taking<'_, '_> {
         };
         let missing = std::mem::take(&mut *self.memory.missing.lock());
         let patience = self.session.patience;
-        let late = Late::new(
-            &self.memory.blocks,
-            &self.memory.touched,
-            missing,
-            ask,
-            patience,
-        )
-        .map_err(|error| Trouble::here("no-postcopy", error))?;
+        let late = Late::new(&self.memory.blocks, missing, ask, patience)
+            .map_err(|error| Trouble::here("no-postcopy", error))?;
         if self.memory.late.set(late).is_ok() {
             (self.start_watch)();
         }
