@@ -300,6 +300,10 @@ async fn debian_moves_while_it_works() -> Result<()> {
     .await?;
     let socket = machine.service.path("vsock");
     vsock(&mut machine, &socket).await?;
+    // A login comes before the network does.
+    machine
+        .run("until ping -c 1 -W 1 192.168.249.1 >/dev/null 2>&1; do sleep 0.5; done")
+        .await?;
     let listener = TcpListener::bind("0.0.0.0:5002")?;
     let stream = thread::spawn(move || -> Result<String> {
         let (mut stream, _) = listener.accept()?;
@@ -310,7 +314,7 @@ async fn debian_moves_while_it_works() -> Result<()> {
     machine
         .run(&format!(
             "(for i in $(seq {LINES}); do echo line $i; sleep 0.1; done | \
-             socat -u - TCP:192.168.249.1:5002; echo stream $? >/tmp/streamed) >/dev/null 2>&1 & \
+             socat -d -d -u - TCP:192.168.249.1:5002 2>/tmp/socat; echo stream $? >/tmp/streamed) >/dev/null 2>&1 & \
              (for i in $(seq {PIECES}); do head -c 50000 /dev/urandom | tee -a /root/file | sha256sum >>/tmp/sums; \
              sleep 0.2; done; touch /tmp/written) >/dev/null 2>&1 & true"
         ))
@@ -334,8 +338,10 @@ async fn debian_moves_while_it_works() -> Result<()> {
     }
     vsock(&mut machine, &socket).await?;
     machine
-        .run("until [ -e /tmp/written ] && [ -e /tmp/streamed ]; do sleep 0.2; done; grep -q 'stream 0' /tmp/streamed")
+        .run("until [ -e /tmp/written ] && [ -e /tmp/streamed ]; do sleep 0.2; done")
         .await?;
+    let ended = machine.run("cat /tmp/streamed; tail -5 /tmp/socat").await?;
+    ensure!(ended.starts_with("stream 0"), "{ended}");
     let text = stream.join().unwrap()?;
     let expected: String = (1..=LINES).map(|i| format!("line {i}\n")).collect();
     ensure!(text == expected, "the stream has {} bytes", text.len());
