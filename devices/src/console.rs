@@ -3,11 +3,10 @@
 //! Output never waits for a reader: a vCPU is on the other side of it. Input is taken only as
 //! fast as the guest reads it, so that it piles up where its sender can see it.
 
-use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -18,6 +17,7 @@ use rustix::io::Errno;
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcsetattr};
 
+use crate::client::Connected;
 use crate::serial::write_or_lose;
 use crate::unix::Listening;
 
@@ -78,45 +78,6 @@ enum End {
 
 /// The one client of a socket.
 type Client = Arc<Mutex<Option<Connected>>>;
-
-/// Bytes that are kept for a client that does not read them at once. A guest writes byte by byte, of
-/// which a socket holds but some hundred.
-const UNREAD: usize = 256 << 10;
-
-struct Connected {
-    stream: UnixStream,
-    /// Written by the guest and not taken by the socket.
-    unread: VecDeque<u8>,
-}
-
-impl Connected {
-    /// Passes on what the socket takes now.
-    fn flush(&mut self) -> io::Result<()> {
-        while !self.unread.is_empty() {
-            match self.stream.write(self.unread.as_slices().0) {
-                Ok(0) => break,
-                Ok(taken) => drop(self.unread.drain(..taken)),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
-    }
-
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if self.unread.len() + bytes.len() > UNREAD {
-            return Err(unread());
-        }
-        self.unread.extend(bytes);
-        self.flush()?;
-        Ok(bytes.len())
-    }
-}
-
-fn unread() -> io::Error {
-    io::Error::new(io::ErrorKind::BrokenPipe, "nobody reads the console")
-}
 
 /// What a descriptor is to be done with after [`Console::ready`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -335,10 +296,7 @@ fn serve(listener: &UnixListener, client: &Client, to: &dyn ConsoleInput) -> (Ve
         let mut client = client.lock();
         if client.is_none() && stream.set_nonblocking(true).is_ok() {
             watches.push(Watch::Begin(stream.as_raw_fd()));
-            *client = Some(Connected {
-                stream,
-                unread: VecDeque::new(),
-            });
+            *client = Some(Connected::new(stream));
         }
     }
     (watches, more)
@@ -479,9 +437,11 @@ impl Write for ToClient {
 #[cfg(test)]
 mod tests {
     use std::io::Read;
+    use std::os::unix::net::UnixStream;
 
     use super::*;
     use crate::Serial;
+    use crate::client::UNREAD;
     use crate::interrupt::InterruptLine;
 
     fn serial(console: &Console) -> Serial {

@@ -26,6 +26,7 @@
 
 #![forbid(unsafe_code)]
 
+mod client;
 mod console;
 mod debug_port;
 pub mod event_loop;
