@@ -11,11 +11,13 @@
 #![forbid(unsafe_code)]
 
 mod machine;
+mod network;
 mod serial;
 mod service;
 mod shell;
 
 pub use machine::{BOOTS, Machine, RUNS};
+pub use network::{Network, ROUTER};
 pub use serial::Serial;
 pub use service::{Face, Service};
 pub use shell::Shell;

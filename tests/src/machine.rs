@@ -10,7 +10,7 @@ use spec::{
     PayloadConfig, SerialConfig, StartMigration, VmConfig, VmId, VmResize, VmState,
 };
 
-use crate::{Face, Service, Shell};
+use crate::{Service, Shell};
 
 /// Booting takes seconds on silicon, and a minute or two where the host is emulated.
 pub const BOOTS: Duration = Duration::from_secs(300);
@@ -31,14 +31,17 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Boots it, with this disk as its first.
+    /// Boots it at a service, with this disk as its first.
     ///
     /// # Errors
     /// When it does not come to a login; says what the guest printed.
-    pub async fn boot(disk: &str, change: impl FnOnce(&Service, &mut VmConfig)) -> Result<Self> {
+    pub async fn boot(
+        service: Service,
+        disk: &str,
+        change: impl FnOnce(&Service, &mut VmConfig),
+    ) -> Result<Self> {
         let guest = env::var("WHIMBREL_DEBIAN_DISK")
             .context("WHIMBREL_DEBIAN_DISK names the folder that ci/debian-disk made")?;
-        let service = Service::start(Face::Many).await?;
         let serial = service.path("serial.sock");
         let mut config = VmConfig::with_payload(PayloadConfig {
             kernel: Some(format!("{guest}/vmlinuz")),
@@ -138,16 +141,18 @@ impl Machine {
         Ok(total.parse()?)
     }
 
-    /// Moves it to another service, and gives the one that it left with what is told of the migration.
+    /// Moves it to another service, which is at this address, and gives the one that it left with what
+    /// is told of the migration.
     ///
     /// # Errors
     /// When it does not move.
     pub async fn move_to(
         &mut self,
         there: Service,
+        address: &str,
         mode: MemoryMode,
     ) -> Result<(Service, MigrationInfo)> {
-        let listen = "tcp:127.0.0.1:0".to_owned();
+        let listen = format!("tcp:{address}:0");
         let body = AwaitMigration::at(listen);
         let waiting = there.client().migrations_receive(&body).await?;
         let what = StartMigration {

@@ -38,6 +38,7 @@ pub enum Face {
 pub struct Service {
     child: Child,
     face: Face,
+    host: Option<&'static str>,
     dir: TempDir,
     client: Client,
 }
@@ -48,12 +49,25 @@ impl Service {
     /// # Errors
     /// When the program is not built, or does not answer; says what it logged.
     pub async fn start(face: Face) -> Result<Self> {
+        Self::start_in(face, None).await
+    }
+
+    /// Starts one for many VMs on a host of a [`Network`](crate::Network).
+    ///
+    /// # Errors
+    /// As for [`start`](Self::start); when there is no such host.
+    pub async fn start_on(host: &'static str) -> Result<Self> {
+        Self::start_in(Face::Many, Some(host)).await
+    }
+
+    async fn start_in(face: Face, host: Option<&'static str>) -> Result<Self> {
         let dir = TempDir::with_prefix("whimbrel-test.")?;
-        let child = spawn(face, dir.path())?;
+        let child = spawn(face, host, dir.path())?;
         let client = Client::unix(dir.path().join("api.sock"));
         let mut service = Self {
             child,
             face,
+            host,
             dir,
             client,
         };
@@ -66,7 +80,7 @@ impl Service {
     /// # Errors
     /// As for [`start`](Self::start).
     pub async fn start_again(&mut self) -> Result<()> {
-        self.child = spawn(self.face, self.dir.path())?;
+        self.child = spawn(self.face, self.host, self.dir.path())?;
         self.answers().await
     }
 
@@ -232,13 +246,21 @@ fn text(path: &Path) -> String {
     path.to_string_lossy().into_owned()
 }
 
-fn spawn(face: Face, dir: &Path) -> Result<Child> {
+fn spawn(face: Face, host: Option<&str>, dir: &Path) -> Result<Child> {
     let program = program()?;
     let log = File::options()
         .create(true)
         .append(true)
         .open(dir.join("log"))?;
-    let mut command = Command::new(&program);
+    let mut command = match host {
+        // Becomes the program: the child's process id is the program's.
+        Some(host) => {
+            let mut command = Command::new("ip");
+            command.args(["netns", "exec", host]).arg(&program);
+            command
+        }
+        None => Command::new(&program),
+    };
     let socket = dir.join("api.sock");
     match face {
         Face::Many => command.arg("serve").arg("--socket").arg(socket),

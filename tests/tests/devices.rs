@@ -18,7 +18,7 @@ use spec::{
     BalloonConfig, DeviceState, DiskConfig, MemoryMode, NetConfig, VmConfig, VmRemoveDevice,
     VmResizeDisk, VsockConfig,
 };
-use tests::{Face, Machine, RUNS, Service};
+use tests::{Face, Machine, Network, ROUTER, RUNS, Service};
 
 const MIB: u64 = 1 << 20;
 /// What moves takes its time where all is emulated.
@@ -218,7 +218,8 @@ async fn balloon(machine: &mut Machine) -> Result<()> {
 async fn debian_on_a_raw_disk_uses_every_device() -> Result<()> {
     let mut socket = None;
     let disk = r#"{"path":"/dev/vda","image_type":"Raw","num_queues":2}"#;
-    let mut machine = Machine::boot(disk, |service, config| {
+    let service = Service::start(Face::Many).await?;
+    let mut machine = Machine::boot(service, disk, |service, config| {
         let path = service.path("vsock.sock");
         let text = path.to_string_lossy().into_owned();
         socket = Some(path);
@@ -256,7 +257,8 @@ async fn debian_on_a_raw_disk_uses_every_device() -> Result<()> {
 async fn debian_on_a_qcow2_disk_boots_and_keeps_what_it_wrote() -> Result<()> {
     let disk = r#"{"path":"/dev/vdb","image_type":"Qcow2"}"#;
     let small = |_: &Service, config: &mut VmConfig| config.memory.size = SMALL;
-    let mut machine = Machine::boot(disk, small).await?;
+    let service = Service::start(Face::Many).await?;
+    let mut machine = Machine::boot(service, disk, small).await?;
     let write = "head -c 20000000 /dev/urandom >/root/kept && sha256sum /root/kept && sync";
     let written = machine.run(write).await?;
     machine.power_off().await?;
@@ -268,7 +270,11 @@ async fn debian_on_a_qcow2_disk_boots_and_keeps_what_it_wrote() -> Result<()> {
     let write = "head -c 20000000 /dev/urandom >/root/more && sha256sum /root/more";
     let written = machine.run(write).await?;
     let (_left, _) = machine
-        .move_to(Service::start(Face::Many).await?, MemoryMode::Precopy)
+        .move_to(
+            Service::start(Face::Many).await?,
+            "127.0.0.1",
+            MemoryMode::Precopy,
+        )
         .await?;
     let check = "sync; echo 3 >/proc/sys/vm/drop_caches; sha256sum /root/more /root/kept";
     let there = machine.run(check).await?;
@@ -283,17 +289,19 @@ async fn debian_on_a_qcow2_disk_boots_and_keeps_what_it_wrote() -> Result<()> {
     machine.power_off().await
 }
 
-/// The guest moves to another service and back, while it writes a file and sends a stream of lines to
-/// the host: both come out whole.
+/// The guest moves from one host to another and back, each with a network of its own, while it writes a
+/// file and sends a stream of lines: both come out whole.
 #[tokio::test]
 #[ignore = "wants a complete KVM: ci/test e2e runs it in the rig"]
 async fn debian_moves_while_it_works() -> Result<()> {
     const LINES: usize = 300;
     const PIECES: usize = 150;
     let disk = r#"{"path":"/dev/vda","image_type":"Raw"}"#;
-    let mut machine = Machine::boot(disk, |service, config| {
+    let network = Network::with_hosts(&["north", "south"])?;
+    let service = Service::start_on("north").await?;
+    let mut machine = Machine::boot(service, disk, |service, config| {
         config.memory.size = SMALL;
-        config.net = Some(vec![json("{}").unwrap()]);
+        config.net = Some(vec![json(r#"{"tap":"tap0"}"#).unwrap()]);
         let socket = service.path("vsock").to_string_lossy().into_owned();
         config.vsock = Some(json(&format!(r#"{{"cid":7,"socket":"{socket}"}}"#)).unwrap());
     })
@@ -302,9 +310,11 @@ async fn debian_moves_while_it_works() -> Result<()> {
     vsock(&mut machine, &socket).await?;
     // A login comes before the network does.
     machine
-        .run("until ping -c 1 -W 1 192.168.249.1 >/dev/null 2>&1; do sleep 0.5; done")
+        .run(&format!(
+            "(for i in $(seq 60); do ping -c 1 -W 1 {ROUTER} >/dev/null 2>&1 && exit 0; sleep 0.5; done; ip addr; false)"
+        ))
         .await?;
-    let listener = TcpListener::bind("0.0.0.0:5002")?;
+    let listener = TcpListener::bind((ROUTER, 5002))?;
     let stream = thread::spawn(move || -> Result<String> {
         let (mut stream, _) = listener.accept()?;
         let mut text = String::new();
@@ -314,20 +324,24 @@ async fn debian_moves_while_it_works() -> Result<()> {
     machine
         .run(&format!(
             "(for i in $(seq {LINES}); do echo line $i; sleep 0.1; done | \
-             socat -d -d -u - TCP:192.168.249.1:5002 2>/tmp/socat; echo stream $? >/tmp/streamed) >/dev/null 2>&1 & \
+             socat -d -d -u - TCP:{ROUTER}:5002 2>/tmp/socat; echo stream $? >/tmp/streamed) >/dev/null 2>&1 & \
              (for i in $(seq {PIECES}); do head -c 50000 /dev/urandom | tee -a /root/file | sha256sum >>/tmp/sums; \
              sleep 0.2; done; touch /tmp/written) >/dev/null 2>&1 & true"
         ))
         .await?;
     let mut left = Vec::new();
-    for mode in [MemoryMode::Precopy, MemoryMode::Hybrid] {
+    for (host, mode) in [
+        ("south", MemoryMode::Precopy),
+        ("north", MemoryMode::Hybrid),
+    ] {
         tokio::time::sleep(Duration::from_secs(2)).await;
-        let there = Service::start(Face::Many).await?;
-        let (before, info) = machine.move_to(there, mode).await?;
+        let there = Service::start_on(host).await?;
+        let address = network.address(host)?;
+        let (before, info) = machine.move_to(there, &address, mode).await?;
         ensure!(before.client().vms_list().await?.is_empty());
         let stop = info.downtime.context("a guest that moved was stopped")?;
         println!(
-            "{mode}: moved in {} ms, {} rounds: {stop:?}, predicted {:?} us",
+            "{mode} to {host}: moved in {} ms, {} rounds: {stop:?}, predicted {:?} us",
             info.elapsed_us / 1000,
             info.rounds,
             info.predicted_downtime_us
@@ -338,7 +352,10 @@ async fn debian_moves_while_it_works() -> Result<()> {
     }
     vsock(&mut machine, &socket).await?;
     machine
-        .run("until [ -e /tmp/written ] && [ -e /tmp/streamed ]; do sleep 0.2; done")
+        .run(
+            "(for i in $(seq 300); do [ -e /tmp/written ] && [ -e /tmp/streamed ] && exit 0; sleep 0.2; done; \
+             ls /tmp; tail -5 /tmp/socat; ip neigh; ss -tno; false)",
+        )
         .await?;
     let ended = machine.run("cat /tmp/streamed; tail -5 /tmp/socat").await?;
     ensure!(ended.starts_with("stream 0"), "{ended}");
