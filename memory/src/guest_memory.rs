@@ -11,7 +11,7 @@ use vm_memory::{
 
 use crate::dirty::DirtyBitmap;
 use crate::flat_view::{FlatRange, FlatView, Target};
-use crate::ram::RamBlock;
+use crate::ram::{Pages, RamBlock};
 use crate::range::AddrRange;
 use crate::region::RamSlice;
 use crate::window::WindowError;
@@ -126,6 +126,12 @@ impl RamRange {
             (Ok(offset), Some(len)) => self.slice.block.discard(offset, len),
             _ => Ok(0),
         }
+    }
+
+    /// Whether the pages of the block behind it are there.
+    #[must_use]
+    pub fn pages(&self) -> Pages {
+        self.slice.block.pages()
     }
 
     /// Whether the address is in it.

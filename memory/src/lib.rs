@@ -52,7 +52,7 @@ pub use error::{CommitError, Refusal, TopologyError};
 pub use flat_view::{FlatIoEventFd, FlatRange, FlatView, Target};
 pub use guest_memory::{DirtySlice, RamRange};
 pub use listener::{ListenerHandle, MemoryListener};
-pub use ram::{RamBlock, RamConfig, RamError};
+pub use ram::{Pages, RamBlock, RamConfig, RamError};
 pub use range::AddrRange;
 pub use region::{DeviceOps, IoEventFd, RamSlice, RegionId};
 pub use space::{Access, AddressSpace, CachedView, SpaceKind};

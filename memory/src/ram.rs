@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use crate::dirty::{DirtyBitmap, PAGE_SIZE};
 
@@ -81,6 +82,21 @@ pub struct RamBlock {
     fd: Option<File>,
     dirty: DirtyBitmap,
     page_size: u64,
+    /// A [`Pages`].
+    pages: AtomicU8,
+}
+
+/// Whether the pages of a block are there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Pages {
+    /// All are.
+    There = 0,
+    /// Some may come later: who touches them waits ([`UserFaults`](crate::UserFaults)).
+    Awaited = 1,
+    /// Those that are missing do not come any more. What is found in their place is not what the
+    /// guest wrote, and must not get out of its machine.
+    Lost = 2,
 }
 
 // SAFETY: the block owns its mapping, and shares nothing but its address; all access to the bytes
@@ -192,6 +208,7 @@ impl RamBlock {
             fd,
             dirty: DirtyBitmap::new(len),
             page_size,
+            pages: AtomicU8::new(Pages::There as u8),
         };
 
         if config.mergeable {
@@ -287,6 +304,30 @@ impl RamBlock {
     #[must_use]
     pub fn dirty(&self) -> &DirtyBitmap {
         &self.dirty
+    }
+
+    /// Whether all its pages are there.
+    #[must_use]
+    pub fn pages(&self) -> Pages {
+        match self.pages.load(Ordering::Acquire) {
+            0 => Pages::There,
+            1 => Pages::Awaited,
+            _ => Pages::Lost,
+        }
+    }
+
+    /// The machine ends: pages that are awaited are lost. Who waits for one goes on soon, and finds
+    /// that they are.
+    pub fn lose_awaited(&self) {
+        self.turn(Pages::Awaited, Pages::Lost);
+    }
+
+    pub(crate) fn turn(&self, from: Pages, to: Pages) {
+        let (from, to) = (from as u8, to as u8);
+        // Otherwise it is as it was.
+        let _ = self
+            .pages
+            .compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire);
     }
 }
 

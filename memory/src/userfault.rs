@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::dirty::PAGE_SIZE;
-use crate::ram::RamBlock;
+use crate::ram::{Pages, RamBlock};
 
 const API: u64 = 0xaa;
 const FEATURE_EVENT_REMOVE: u64 = 1 << 3;
@@ -113,6 +113,7 @@ impl UserFaults {
                 ioctls: 0,
             };
             faults.call(UFFDIO_REGISTER, &mut register)?;
+            block.turn(Pages::There, Pages::Awaited);
         }
         Ok(faults)
     }
@@ -274,6 +275,12 @@ impl UserFaults {
         Ok(range(found, page * PAGE_SIZE as usize, PAGE_SIZE as usize))
     }
 
+    /// Whether the machine ended whose memory it is: nobody needs the pages.
+    #[must_use]
+    pub fn is_lost(&self) -> bool {
+        self.blocks.iter().any(|block| block.pages() == Pages::Lost)
+    }
+
     /// No page is missing any more: who touches one that nobody filled finds zeros.
     ///
     /// # Errors
@@ -281,7 +288,9 @@ impl UserFaults {
     pub fn end(&self) -> io::Result<()> {
         self.blocks.iter().try_for_each(|block| {
             let mut all = range(block, 0, block.len());
-            self.call(UFFDIO_UNREGISTER, &mut all)
+            self.call(UFFDIO_UNREGISTER, &mut all)?;
+            block.turn(Pages::Awaited, Pages::There);
+            Ok(())
         })
     }
 }

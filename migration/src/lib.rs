@@ -44,10 +44,14 @@ pub use message::{BlockInfo, Offer, Refusal};
 pub use pages::Block;
 pub use policy::{AtDeadline, MAX_CONNECTIONS, Mode, Policy};
 pub use progress::{Downtime, Phase, Progress, Report, Resolution, TooLate};
-pub use source::{Outcome, Sending, Source, send};
+pub use source::{Outcome, Sending, Source, Untold, send};
 pub use target::{Fate, Host, Receiving, Target, receive};
 pub use tls::{TlsDial, TlsError, TlsListener};
 pub use wire::WireError;
+
+/// Who knows more than the other side tells it, or answers when it asks, for so many times the
+/// patience that one has with the other side.
+pub(crate) const LINGER: u32 = 6;
 
 /// Why a migration does not go on.
 #[derive(Debug, thiserror::Error)]

@@ -12,6 +12,7 @@ use memory::DirtyPages;
 use parking_lot::Mutex;
 use uuid::Uuid;
 
+pub use self::hand_over::Untold;
 use self::postcopy::Urgent;
 use crate::Trouble;
 use crate::journal::{Journal, Step};
@@ -82,6 +83,9 @@ pub trait Source: Send {
     /// When the host refuses what must be done before.
     fn hand_over(&mut self) -> Result<(), Refusal>;
 
+    /// It is not certain where the guest is: it stands until it is.
+    fn doubt(&mut self);
+
     /// Undoes [`Source::stop`] and [`Source::hand_over`]: the guest stays.
     ///
     /// # Errors
@@ -111,8 +115,13 @@ pub struct Sending<'a> {
 pub enum Outcome {
     /// It runs at the destination.
     Moved,
-    /// It runs on here, for this reason.
-    Stayed(Refusal),
+    /// It runs on here.
+    Stayed {
+        /// For this reason.
+        why: Refusal,
+        /// Who is to be told so still.
+        untold: Option<Untold>,
+    },
 }
 
 /// Moves a guest. Returns when it is certain where it is.
@@ -138,7 +147,7 @@ pub fn send(mut sending: Sending<'_>, source: &mut dyn Source) -> Outcome {
     };
     progress.update(|report| match &outcome {
         Outcome::Moved => report.phase = Phase::Completed,
-        Outcome::Stayed(why) => {
+        Outcome::Stayed { why, .. } => {
             report.phase = if why.code == "canceled" {
                 Phase::Canceled
             } else {

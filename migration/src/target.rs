@@ -16,7 +16,6 @@ use uuid::Uuid;
 
 use self::postcopy::Late;
 use self::taking::{Taking, take_pages};
-use crate::Trouble;
 use crate::journal::{Journal, Step};
 use crate::link::{Accept, Closer, Stream};
 use crate::message::{self, Channel, Control, Hello, Offer, Refusal, ToDestination, ToSource};
@@ -24,6 +23,7 @@ use crate::pages::Block;
 use crate::policy::MAX_CONNECTIONS;
 use crate::progress::{Phase, Progress};
 use crate::wire::WireError;
+use crate::{LINGER, Trouble};
 
 /// How long who connects may take to say who it is.
 const HELLO_PATIENCE: Duration = Duration::from_secs(5);
@@ -32,9 +32,6 @@ const STRANGERS: usize = 64;
 /// As often as this, within the patience that one has with the other side, one looks for a decision
 /// or a connection.
 const LOOKS: u32 = 100;
-/// A destination whose guest runs answers a source that did not hear of it for so many times the
-/// patience that one has with the other side.
-const LINGER: u32 = 6;
 
 /// A machine to which a guest moves. It stands until it is started.
 pub trait Target: Send {
@@ -65,7 +62,8 @@ pub trait Target: Send {
     /// When it cannot; then nothing of it has run.
     fn start(&mut self, stood_for: Duration, paused: bool) -> Result<(), Refusal>;
 
-    /// The guest does not come.
+    /// The guest does not come; or it runs here already, and the rest of it does not come: then it
+    /// ends at once.
     fn discard(&mut self);
 }
 
@@ -175,9 +173,9 @@ pub fn receive(receiving: Receiving<'_>) -> Result<(), Refusal> {
                 report.error = Some(why.clone());
             }
         });
-        if let Ok(Ended::Unheard(id)) = &outcome {
+        if let Ok(Ended::Unheard(id, answer)) = &outcome {
             lingers();
-            session.linger(*id);
+            session.linger(*id, answer);
         }
         over.store(true, Ordering::Release);
         outcome.map(|_| ())
@@ -243,8 +241,8 @@ fn turn_away(stream: Box<dyn Stream>, why: Refusal) {
 enum Ended {
     /// The source knows.
     Heard,
-    /// The source may not know yet.
-    Unheard(Uuid),
+    /// The source may not know yet, and is told so when it asks.
+    Unheard(Uuid, ToSource),
 }
 
 /// A channel's round has ended, or the channel has.
@@ -378,6 +376,10 @@ impl Session<'_> {
                 },
             };
             let outcome = taking.run();
+            if outcome.is_err() {
+                // Before anybody finds zeros where pages are missing.
+                taking.target.discard();
+            }
             // The channels' threads end with their connections.
             taking.closers.iter().for_each(Closer::close);
             // Nobody is to wait for a page that does not come.
@@ -388,9 +390,6 @@ impl Session<'_> {
         });
         if let Err(Failed::Trouble(trouble)) = &outcome {
             tracing::warn!(migration = %id, %trouble, "a guest does not come");
-        }
-        if outcome.is_err() {
-            target.discard();
         }
         outcome
     }
@@ -439,8 +438,8 @@ impl Session<'_> {
         }
     }
 
-    /// Answers a source that did not hear that its guest runs here.
-    fn linger(&self, id: Uuid) {
+    /// Answers a source that did not hear that its guest runs here, or that all of it is here.
+    fn linger(&self, id: Uuid, answer: &ToSource) {
         let until = Instant::now() + self.patience * LINGER;
         while Instant::now() < until {
             let Ok(arrival) = self.arrivals.recv_timeout(self.patience / LOOKS) else {
@@ -451,7 +450,7 @@ impl Session<'_> {
                 continue;
             }
             let mut control = Control::new(arrival.stream);
-            let told = control.say(&ToSource::Running { us: 0 });
+            let told = control.say(answer);
             if told.is_ok() && matches!(control.hear(), Ok(ToDestination::Complete)) {
                 return;
             }

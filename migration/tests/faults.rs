@@ -233,6 +233,10 @@ impl Source for TestSource {
         Ok(())
     }
 
+    fn doubt(&mut self) {
+        assert!(!self.world.at_source.load(Ordering::SeqCst));
+    }
+
     fn gone(&mut self) {}
 }
 
@@ -289,6 +293,7 @@ impl Target for TestTarget {
         if *lock == Some("destination") {
             *lock = None;
         }
+        self.world.at_destination.store(false, Ordering::SeqCst);
     }
 }
 
@@ -635,16 +640,17 @@ fn run(seed: u64, script: Script) -> (Ending, Arc<World>) {
     };
     let outcome = send(sending, &mut source);
     let took = start.elapsed();
-    if let Outcome::Stayed(_) = outcome {
-        // A destination that is ready and was not told waits for us to come back, or for somebody.
-        let until = Instant::now() + PATIENCE;
-        while !receiver.is_finished() && Instant::now() < until {
+    if let Outcome::Stayed { untold, .. } = &outcome {
+        if let Some(untold) = untold {
+            untold.tell(&dial);
+        }
+        // It finds its end by itself; one that never heard of the guest, or began anew, waits for another.
+        let waits = |phase: Phase| phase == Phase::Connecting || phase.is_over();
+        while !receiver.is_finished() && !waits(there.report().phase) {
+            assert!(start.elapsed() < BOUND, "SEED={seed}: {:?}", there.report());
             thread::sleep(Duration::from_micros(200));
         }
-        if !source_life.is_dead() {
-            let _ = there.resolve(Resolution::Discard);
-            let _ = there.cancel();
-        }
+        let _ = there.cancel();
     }
     drop(dial);
     let destination = receiver.join().unwrap();

@@ -10,14 +10,17 @@
 
 #![forbid(unsafe_code)]
 
+pub mod dirtier;
 mod machine;
 mod network;
+mod proxy;
 mod serial;
 mod service;
 mod shell;
 
 pub use machine::{BOOTS, Machine, RUNS};
 pub use network::{Network, ROUTER};
+pub use proxy::{Frame, Proxy, Side, Verdict};
 pub use serial::Serial;
 pub use service::{Face, Service};
 pub use shell::Shell;

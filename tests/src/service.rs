@@ -106,6 +106,12 @@ impl Service {
         &self.client
     }
 
+    /// What it serves.
+    #[must_use]
+    pub fn face(&self) -> Face {
+        self.face
+    }
+
     /// Its socket.
     #[must_use]
     pub fn socket(&self) -> PathBuf {

@@ -3,32 +3,16 @@
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use guest::{Command, Line, Options, Workload};
 use rustix::process::Signal;
 use spec::{
     AwaitMigration, MigrationInfo, MigrationOutcome, MigrationPhase, ReceiveMigrationData,
     ResolveMigration, SendMigrationData, StartMigration, VmId, VmState,
 };
-use tests::{Face, Service};
+use tests::{Face, Service, dirtier};
 
 const PATIENCE: Duration = Duration::from_secs(60);
-
-fn options() -> Options {
-    Options {
-        workload: Workload::Dirty {
-            region_mib: Some(16),
-            rate: Some(1000),
-            order: guest::Order::Scattered,
-        },
-        heartbeat_ms: Some(100),
-        ..Options::default()
-    }
-}
 
 async fn pair() -> [Service; 2] {
     let (a, b) = tokio::join!(Service::start(Face::Many), Service::start(Face::Many));
@@ -62,54 +46,10 @@ async fn until(at: &Service, id: &VmId, wanted: impl Fn(&MigrationInfo) -> bool)
     }
 }
 
-/// A guest whose serial port is a socket, at a path that stays where the guest goes.
-async fn boot(at: &Service) -> (VmId, PathBuf) {
-    let (mut config, serial) = at.pocket("guest", options()).unwrap();
-    let path = serial.path().to_owned();
-    let port = serde_json::json!({ "mode": "Socket", "socket": path });
-    config.serial = serde_json::from_value(port).unwrap();
-    let vm: VmId = match at.client().vms_list().await {
-        Ok(_) => {
-            let vm = at.create("guest", config).await.unwrap();
-            at.client().vms_boot(&vm).await.unwrap();
-            vm
-        }
-        Err(_) => {
-            at.client().vm_create(&config).await.unwrap();
-            at.client().vm_boot().await.unwrap();
-            "guest".parse().unwrap()
-        }
-    };
-    check(&path);
-    (vm, path)
-}
-
-/// Asks the guest to check its memory.
-fn check(port: &Path) {
-    let mut stream = UnixStream::connect(port).unwrap();
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
-    let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
-    // It is up, and looks at its port.
-    let heartbeat = lines
-        .by_ref()
-        .map(Result::unwrap)
-        .find(|line| matches!(Line::parse(line), Some(Line::Heartbeat { .. })));
-    assert!(heartbeat.is_some());
-    writeln!(stream, "{}", Command::Verify).unwrap();
-    let verified = lines
-        .map(Result::unwrap)
-        .find_map(|line| match Line::parse(&line) {
-            Some(Line::Verified { pages, bad, .. }) => Some((pages, bad)),
-            _ => None,
-        });
-    let (pages, bad) = verified.unwrap();
-    assert!(pages > 0 && bad == 0, "{bad} of {pages}");
-}
-
 #[tokio::test]
 async fn a_guest_moves_between_two_services_and_back() {
     let services = pair().await;
-    let (vm, port) = boot(&services[0]).await;
+    let (vm, port) = dirtier::boot(&services[0]).await.unwrap();
     for turn in 0..2 {
         let (from, to) = (&services[turn % 2], &services[(turn + 1) % 2]);
         let waiting = receive(to).await;
@@ -130,7 +70,7 @@ async fn a_guest_moves_between_two_services_and_back() {
             sent.predicted_downtime_us
         );
     }
-    check(&port);
+    dirtier::check(&port).await.unwrap();
     let info = services[0].client().migrations_list().await.unwrap();
     assert_eq!(info.len(), 2, "its history");
 }
@@ -139,7 +79,7 @@ async fn a_guest_moves_between_two_services_and_back() {
 async fn one_vm_a_socket_moves_as_cloud_hypervisors_clients_ask() {
     let (a, b) = tokio::join!(Service::start(Face::One), Service::start(Face::One));
     let (a, b) = (a.unwrap(), b.unwrap());
-    let (_, port) = boot(&a).await;
+    let (_, port) = dirtier::boot(&a).await.unwrap();
     let url = format!("unix:{}", b.path("migration").display());
     let receiving = async {
         let body = serde_json::json!({ "receiver_url": url });
@@ -159,7 +99,7 @@ async fn one_vm_a_socket_moves_as_cloud_hypervisors_clients_ask() {
     sent.unwrap();
     assert_eq!(b.client().vm_info().await.unwrap().state, VmState::Running);
     assert!(a.client().vm_info().await.is_err(), "it is no longer there");
-    check(&port);
+    dirtier::check(&port).await.unwrap();
     let body = serde_json::json!({ "destination_url": "tcp:127.0.0.1:1", "tls_dir": "/nowhere" });
     let refused = b
         .client()
@@ -172,7 +112,7 @@ async fn one_vm_a_socket_moves_as_cloud_hypervisors_clients_ask() {
 #[tokio::test]
 async fn a_destination_that_dies_costs_nothing() {
     let mut services = pair().await;
-    let (vm, port) = boot(&services[0]).await;
+    let (vm, port) = dirtier::boot(&services[0]).await.unwrap();
     let waiting = receive(&services[1]).await;
     let what = StartMigration {
         max_bandwidth: Some(2 << 20),
@@ -201,14 +141,14 @@ async fn a_destination_that_dies_costs_nothing() {
     let begun = services[0].client().vms_migrate(&vm, &what).await.unwrap();
     let sent = until(&services[0], &name(&begun), |info| info.phase.is_over()).await;
     assert_eq!(sent.phase, MigrationPhase::Completed, "{sent:?}");
-    check(&port);
+    dirtier::check(&port).await.unwrap();
 }
 
 /// The source dies while memory is copied: nothing is left at the destination.
 #[tokio::test]
 async fn a_source_that_dies_leaves_nothing_half_done() {
     let mut services = pair().await;
-    let (vm, _) = boot(&services[0]).await;
+    let (vm, _) = dirtier::boot(&services[0]).await.unwrap();
     let waiting = receive(&services[1]).await;
     let what = StartMigration {
         max_bandwidth: Some(2 << 20),

@@ -12,12 +12,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use devices::event_loop::EventLoop;
+use memory::{Fault, UserFaults};
 use proptest::prelude::*;
 use state::{Store, Writer};
 use virtio_devices::block::{Block, BlockConfig, BlockHandle, ImageError, LockMode};
 use virtio_devices::rate_limiter::{BucketConfig, RateLimits};
 use virtio_devices::testing::{Heard, TestBuffer, TestGuest, TestQueue, transport, workers};
-use virtio_devices::{QueueState, Transport, VirtioDevice};
+use virtio_devices::{QueueState, Transport, TransportEvent, VirtioDevice};
 
 const MIB: usize = 1 << 20;
 const FLUSH: u64 = 1 << 9;
@@ -489,6 +490,46 @@ fn an_image_has_one_writer_also_among_qemus_tools() {
     assert!(told.contains(&expected), "{told}");
     drop(held.stdin.take());
     held.wait().unwrap();
+}
+
+/// A guest that has moved may write what has not come yet; and if it never comes, the disk is to keep
+/// what it has.
+#[test]
+fn pages_that_are_lost_do_not_get_to_the_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = raw(&dir, MIB as u64);
+    fs::write(&path, pattern(7, MIB)).unwrap();
+    let mut machine = machine(&config(&path));
+    let data = usize::try_from(machine.data).unwrap();
+    let ram = Arc::clone(&machine.guest.ram);
+    machine.guest.write(machine.header, &header(OUT, 8));
+    machine.guest.write(machine.data, &pattern(8, 8192));
+    ram.discard(data + 4096, 4096).unwrap();
+    let faults = UserFaults::new(vec![Arc::clone(&ram)]).unwrap();
+    let buffer = |addr, len, writable| TestBuffer {
+        addr,
+        len,
+        writable,
+    };
+    machine.queue.send(&[
+        buffer(machine.header, 16, false),
+        buffer(machine.data, 8192, false),
+        buffer(machine.status, 1, true),
+    ]);
+    let awaited = faults.wait(Duration::from_secs(10)).unwrap();
+    assert_eq!(awaited, [Fault::Missing(0, data / 4096 + 1)]);
+    ram.lose_awaited();
+    faults.end().unwrap();
+    let start = std::time::Instant::now();
+    while machine.heard.events().is_empty() && start.elapsed() < Duration::from_secs(10) {
+        std::thread::yield_now();
+    }
+    let [TransportEvent::NeedsReset(why)] = &machine.heard.events()[..] else {
+        panic!("{:?}", machine.heard.events());
+    };
+    assert!(why.contains("is lost"), "{why}");
+    assert_eq!(machine.queue.take_used(), None);
+    assert_eq!(fs::read(&path).unwrap(), pattern(7, MIB));
 }
 
 #[test]

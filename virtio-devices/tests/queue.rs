@@ -369,8 +369,8 @@ fn a_task_whose_guest_breaks_the_rules_ends_and_tells() {
     let queue = driver.device_side(&transport, QueueState::default());
     let running = Running::start(&workers, &transport, Stamp { queue, calls });
     assert_eq!(called.recv_timeout(PATIENCE).unwrap(), TaskEvent::Started);
+    // Found by the call that tells of its start, if it comes as that one begins, or by the next.
     driver.send(&[buffer(0x4000, 2, true)]); // too short for the stamp
-    assert_eq!(called.recv_timeout(PATIENCE).unwrap(), TaskEvent::Ready(1));
     let from = std::time::Instant::now();
     while heard.events().is_empty() && from.elapsed() < PATIENCE {
         std::thread::yield_now();

@@ -532,6 +532,8 @@ impl Drop for Active {
     fn drop(&mut self) {
         self.control.want(Want::End);
         self.vcpus.iter().for_each(VcpuThread::kick);
+        // Who waits for a page goes on now: vCPUs to their end, and devices find that it is lost.
+        self.parts.ram.lose_awaited();
         self.vcpus.drain(..).for_each(VcpuThread::join);
     }
 }

@@ -2,16 +2,78 @@
 
 use std::time::{Duration, Instant};
 
+use uuid::Uuid;
+
 use super::{Engine, Outcome, gone};
-use crate::Trouble;
 use crate::journal::Step;
+use crate::link::Dial;
 use crate::message::{self, Channel, Control, Hello, Refusal, ToDestination, ToSource};
 use crate::progress::{Phase, Resolution, micros};
 use crate::wire::WireError;
+use crate::{LINGER, Trouble};
 
 /// As often as this, within the patience that one has with the other side, one tries to reach a
 /// destination that may have the guest.
 const ATTEMPTS: u32 = 30;
+
+/// A destination that may be ready for a guest that stays, and was not told so.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Untold {
+    id: Uuid,
+    why: Refusal,
+    patience: Duration,
+}
+
+impl Untold {
+    /// Tells it, as soon as it can be reached, and gives up after a while: then it stands in doubt until
+    /// somebody decides. Whether it was told.
+    pub fn tell(&self, dial: &dyn Dial) -> bool {
+        let until = Instant::now() + self.patience * LINGER;
+        loop {
+            match self.try_to_tell(dial) {
+                Ok(()) => return true,
+                Err(trouble) if Instant::now() > until => {
+                    tracing::warn!(migration = %self.id, %trouble, "the destination was not told that its guest stays");
+                    return false;
+                }
+                Err(_) => std::thread::sleep(self.patience / ATTEMPTS),
+            }
+        }
+    }
+
+    fn try_to_tell(&self, dial: &dyn Dial) -> Result<(), Trouble> {
+        let dialed = dial.dial();
+        let mut stream = dialed.map_err(|error| Trouble::here("unreachable", error))?;
+        let patience = stream.set_patience(self.patience);
+        patience.map_err(|error| Trouble::Wire(error.into()))?;
+        message::say_hello(&mut *stream, &Hello::new(self.id, Channel::Again))?;
+        let mut control = Control::new(stream);
+        match control.hear()? {
+            ToSource::Waiting => {
+                control.say(&ToDestination::Abort(self.why.clone()))?;
+                hears_of_abort(&mut control).then_some(()).ok_or_else(gone)
+            }
+            ToSource::Running { .. } => {
+                tracing::error!(migration = %self.id, "somebody decided that a guest runs at its destination, and it runs here, too");
+                Ok(())
+            }
+            // It knows, or knows nothing of it any more.
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Whether the destination says that it will not run the guest.
+fn hears_of_abort(control: &mut Control) -> bool {
+    loop {
+        match control.hear() {
+            Ok(ToSource::NotHere(_) | ToSource::Refused(_)) => return true,
+            // Answers to what was said before.
+            Ok(_) => {}
+            Err(_) => return false,
+        }
+    }
+}
 
 impl Engine<'_, '_> {
     /// The guest stays: it goes on if it was stopped, and the destination hears of it.
@@ -27,6 +89,7 @@ impl Engine<'_, '_> {
         if let Some(urgent) = self.urgent.take() {
             drop(urgent.end());
         }
+        let is_theirs = matches!(trouble, Trouble::There(_));
         let mut why = trouble.refusal();
         tracing::warn!(migration = %self.sending.id, %why, "a guest stays where it is");
         if self.stopped.is_some()
@@ -40,18 +103,29 @@ impl Engine<'_, '_> {
         {
             tracing::warn!(%error, "dirty pages are still being tracked");
         }
-        // Best effort: a destination that does not hear it asks, or is told when it meets us again.
-        let abort = ToDestination::Abort(why.clone());
-        if let Some(control) = &mut self.control
-            && control.say(&abort).is_err()
-            && self.stopped.is_some()
-        {
-            self.tell_again(&abort);
-        }
+        let knows = is_theirs || self.abort(&why);
         if let Err(error) = self.sending.journal.record(Step::Aborted) {
             tracing::warn!(%error, "a journal cannot be written");
         }
-        Outcome::Stayed(why)
+        // One that did not hear it, and may be ready, waits for us.
+        let untold = (!knows && self.stopped.is_some()).then(|| Untold {
+            id: self.sending.id,
+            why: why.clone(),
+            patience: self.sending.policy.patience,
+        });
+        Outcome::Stayed { why, untold }
+    }
+
+    /// Tells the destination that the guest stays. Whether it is certain that it knows.
+    fn abort(&mut self, why: &Refusal) -> bool {
+        let patience = self.sending.policy.patience / ATTEMPTS;
+        let Some(control) = &mut self.control else {
+            return false;
+        };
+        control.say(&ToDestination::Abort(why.clone())).is_ok()
+            && self.stopped.is_some()
+            && control.stream.set_patience(patience).is_ok()
+            && hears_of_abort(control)
     }
 
     /// Why the destination closed its connections, if it said so.
@@ -66,25 +140,6 @@ impl Engine<'_, '_> {
                 ToSource::Pong(_) | ToSource::RoundDone(_) | ToSource::Busy => {}
                 _ => return None,
             }
-        }
-    }
-
-    /// Tells a destination that may be waiting for an order, over a new connection.
-    fn tell_again(&self, what: &ToDestination) {
-        let tell = || -> Result<(), Trouble> {
-            let dialed = self.sending.dial.dial();
-            let mut stream = dialed.map_err(|error| Trouble::here("unreachable", error))?;
-            let patience = stream.set_patience(self.sending.policy.patience / 4);
-            patience.map_err(|error| Trouble::Wire(error.into()))?;
-            message::say_hello(&mut *stream, &Hello::new(self.sending.id, Channel::Again))?;
-            let mut control = Control::new(stream);
-            if control.hear::<ToSource>()? == ToSource::Waiting {
-                control.say(what)?;
-            }
-            Ok(())
-        };
-        if let Err(trouble) = tell() {
-            tracing::info!(%trouble, "the destination was not told");
         }
     }
 
@@ -146,6 +201,9 @@ impl Engine<'_, '_> {
 
     fn doubt(&mut self, trouble: &Trouble) {
         self.control = None;
+        if self.sending.progress.report().phase != Phase::InDoubt {
+            self.source.doubt();
+        }
         self.sending.progress.update(|report| {
             report.phase = Phase::InDoubt;
             report.error = Some(trouble.refusal());

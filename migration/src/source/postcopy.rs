@@ -22,8 +22,8 @@ const ATTEMPTS: u32 = 30;
 enum Met {
     /// The destination, which said what it has not got.
     Again,
-    /// One that knows that the guest ran there, and is no more.
-    Nobody,
+    /// One that needs nothing more: all pages are there, or the guest is no more.
+    Over,
 }
 
 /// Serves the pages that the guest waits for, on a channel of their own.
@@ -133,7 +133,12 @@ impl Engine<'_, '_> {
         let progress = self.sending.progress.clone();
         let mut attempt = self.push(&progress);
         while let Err(trouble) = attempt {
-            tracing::warn!(migration = %self.sending.id, %trouble, "pages cannot follow their guest");
+            let (id, was) = (self.sending.id, progress.report().phase);
+            if was == Phase::PostcopyPaused {
+                tracing::debug!(migration = %id, %trouble, "the destination was not met again");
+            } else {
+                tracing::warn!(migration = %id, %trouble, "pages cannot follow their guest; trying again");
+            }
             self.disconnect();
             progress.update(|report| {
                 report.phase = Phase::PostcopyPaused;
@@ -145,8 +150,7 @@ impl Engine<'_, '_> {
             }
             attempt = match self.meet_again() {
                 Ok(Met::Again) => self.push(&progress),
-                // It took the guest with it: there is nobody any more who would need the pages.
-                Ok(Met::Nobody) => return,
+                Ok(Met::Over) => break,
                 Err(trouble) => Err(trouble),
             };
         }
@@ -214,7 +218,10 @@ impl Engine<'_, '_> {
         let speed = crate::sender::per_second(sent, start.elapsed());
         progress.update(|report| report.bytes_per_second = report.bytes_per_second.max(speed));
         self.say(&ToDestination::PagesSent { round })?;
-        self.expect(|answer| matches!(answer, ToSource::Completed).then_some(()))
+        self.expect(|answer| matches!(answer, ToSource::Completed).then_some(()))?;
+        // So that it need not wait for us to ask again.
+        let _ = self.say(&ToDestination::Complete);
+        Ok(())
     }
 
     /// New connections to the destination, which says what it has not got.
@@ -243,7 +250,11 @@ impl Engine<'_, '_> {
                 }
                 ToSource::Prepared { connections, .. } => break connections,
                 ToSource::Refused(why) => return Err(Trouble::There(why)),
-                ToSource::Ended => return Ok(Met::Nobody),
+                ToSource::Ended => return Ok(Met::Over),
+                ToSource::Completed => {
+                    let _ = control.say(&ToDestination::Complete);
+                    return Ok(Met::Over);
+                }
                 other => {
                     let why = format!("{other:?} does not say what is missing");
                     return Err(WireError::damaged(why).into());

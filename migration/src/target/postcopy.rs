@@ -75,6 +75,10 @@ impl Late {
                     return;
                 }
             }
+            if self.faults.is_lost() {
+                self.end(progress);
+                return;
+            }
             let is_late = |since: &Instant| since.elapsed() > self.patience;
             if self.waited.lock().values().any(is_late) {
                 self.give_up();
@@ -146,6 +150,10 @@ impl Late {
         let Some(missing) = self.missing.get(came.block) else {
             return Ok(());
         };
+        if self.over.load(Ordering::Acquire) {
+            // Nobody needs them: the machine has ended.
+            return Ok(());
+        }
         for (page, data) in came.pages() {
             if !missing.is_dirty(page * PAGE) {
                 continue;
@@ -165,6 +173,11 @@ impl Late {
             }
         }
         Ok(())
+    }
+
+    /// The machine has ended, and needs no pages.
+    pub(super) fn is_lost(&self) -> bool {
+        self.faults.is_lost()
     }
 
     /// How many pages are missing.

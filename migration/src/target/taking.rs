@@ -97,6 +97,11 @@ impl Taking<'_, '_> {
         Ok(())
     }
 
+    /// Whether the source heard what it was told last.
+    fn hears_complete(&mut self) -> bool {
+        matches!(self.hear(), Ok(ToDestination::Complete))
+    }
+
     /// Memory and devices; on return the guest can go on.
     fn until_ready(&mut self) -> Result<(), Failed> {
         self.wait_channels()?;
@@ -245,6 +250,8 @@ impl Taking<'_, '_> {
                     }
                     Ok(ToDestination::Abort(why)) => {
                         self.aborted();
+                        // A source that does not hear it asks again.
+                        let _ = self.say(&ToSource::NotHere(why.clone()));
                         return Err(Failed::Trouble(Trouble::There(why)));
                     }
                     Ok(other) => {
@@ -307,8 +314,9 @@ impl Taking<'_, '_> {
     }
 
     /// Takes the pages that come after the guest. A connection that is lost is awaited again, for as
-    /// long as it takes: the guest waits only where it needs what is not there.
-    fn take_late(&mut self, late: &Late, mut connected: bool) -> Result<(), Failed> {
+    /// long as it takes: the guest waits only where it needs what is not there. Returns whether the
+    /// source heard that no more are needed.
+    fn take_late(&mut self, late: &Late, mut connected: bool) -> Result<bool, Failed> {
         let progress = self.session.progress;
         progress.enter(Phase::Postcopy);
         loop {
@@ -320,9 +328,9 @@ impl Taking<'_, '_> {
             let trouble = match taken {
                 Ok(()) => {
                     late.end(progress);
-                    let _ = self.say(&ToSource::Completed);
                     progress.update(|report| report.error = None);
-                    return Ok(());
+                    let told = self.say(&ToSource::Completed);
+                    return Ok(told.is_ok() && self.hears_complete());
                 }
                 Err(trouble) => trouble,
             };
@@ -334,6 +342,9 @@ impl Taking<'_, '_> {
                 report.phase = Phase::PostcopyPaused;
                 report.error = Some(trouble.refusal());
             });
+            if late.is_lost() {
+                return Ok(false);
+            }
             connected = self.meet_again(late)?;
         }
     }
@@ -344,6 +355,7 @@ impl Taking<'_, '_> {
                 ToDestination::PagesSent { round } => {
                     self.wait_round(round)?;
                     return match late.left() {
+                        _ if late.is_lost() => Ok(()),
                         0 => Ok(()),
                         left => {
                             let why = format!("{left} pages were not sent");
@@ -362,11 +374,14 @@ impl Taking<'_, '_> {
         let tick = self.session.patience / LOOKS;
         let mut control = loop {
             if self.session.progress.wait_resolution(tick) == Some(Resolution::Discard) {
-                late.end(self.session.progress);
                 let why = "somebody decided that the guest does not go on here";
                 return Err(Failed::Trouble(Trouble::here("resolved", why)));
             }
-            if let Some(control) = self.take_arrivals(tick)? {
+            if late.is_lost() {
+                return Ok(false);
+            }
+            // A connection that ends as it comes is none.
+            if let Ok(Some(control)) = self.take_arrivals(tick) {
                 break control;
             }
         };
@@ -390,7 +405,9 @@ impl Taking<'_, '_> {
         }
         let deadline = Instant::now() + self.session.patience;
         while self.faults.is_none() && Instant::now() < deadline {
-            self.take_arrivals(tick)?;
+            if self.take_arrivals(tick).is_err() {
+                return Ok(false);
+            }
         }
         let Some(ask) = self.faults.take() else {
             return Ok(false);
@@ -408,15 +425,17 @@ impl Taking<'_, '_> {
             Ok(()) => {
                 let us = micros(start.elapsed());
                 let told = self.say(&ToSource::Running { us });
-                let heard = told.is_ok() && matches!(self.hear(), Ok(ToDestination::Complete));
+                let mut heard = told.is_ok() && self.hears_complete();
+                // What a source is told that asks again.
+                let mut answer = ToSource::Running { us: 0 };
                 if let Some(late) = self.memory.late.get() {
-                    self.take_late(late, heard)?;
-                    return Ok(Ended::Heard);
+                    heard = self.take_late(late, heard)?;
+                    answer = ToSource::Completed;
                 }
                 Ok(if heard {
                     Ended::Heard
                 } else {
-                    Ended::Unheard(self.id)
+                    Ended::Unheard(self.id, answer)
                 })
             }
             Err(why) => {

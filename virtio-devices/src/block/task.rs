@@ -166,6 +166,9 @@ impl BlockTask {
     }
 
     fn start(&mut self, request: Request, op: Op) -> Result<(), QueueError> {
+        if let Op::Write { len, .. } = op {
+            request.chain.wait_readable(Request::DATA, len)?;
+        }
         let durable = self.is_durable();
         let aligned = !self.shared.image.is_direct() || is_aligned(&request, op)?;
         let mut request = request;

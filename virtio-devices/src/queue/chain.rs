@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use memory::{DirtySlice, FlatView};
+use memory::{DirtySlice, FlatView, Pages};
 use virtio_queue::DescriptorChain;
 use vm_memory::bitmap::Bitmap;
-use vm_memory::{GuestAddress, GuestMemoryBackend, VolatileSlice};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
 
 use super::{QueueError, QueueMemory};
 use crate::limits::MAX_CHAIN;
@@ -151,6 +151,29 @@ impl Chain {
         len: usize,
     ) -> Result<Vec<VolatileSlice<'_, DirtySlice<'_>>>, QueueError> {
         self.slices(&self.writable, offset, len)
+    }
+
+    /// Waits until `len` bytes of what the driver wrote, `offset` bytes into it, are there: pages of a
+    /// guest that has just moved may come after it. Whoever hands them on to what outlives the machine
+    /// asks this first.
+    ///
+    /// # Errors
+    /// When they do not come any more, or the driver's buffers are shorter.
+    pub fn wait_readable(&self, offset: usize, len: usize) -> Result<(), QueueError> {
+        const PAGE: usize = 4096;
+        let is = |pages| GuestMemoryBackend::iter(&*self.view).any(|ram| ram.pages() == pages);
+        if is(Pages::Awaited) {
+            for slice in self.readable(offset, len)? {
+                for at in (0..slice.len()).step_by(PAGE).chain([slice.len() - 1]) {
+                    // Within the slice: who reads a byte has the page brought.
+                    let _ = slice.read_obj::<u8>(at);
+                }
+            }
+        }
+        if is(Pages::Lost) {
+            return Err(QueueError::Lost { head: self.head });
+        }
+        Ok(())
     }
 
     /// The kernel has written these bytes of where the driver reads: their pages are dirty.

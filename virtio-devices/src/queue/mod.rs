@@ -54,6 +54,12 @@ pub enum QueueError {
         /// What is wrong.
         why: &'static str,
     },
+    /// The guest's memory was at another host, which is gone.
+    #[error("the memory of the descriptor chain at {head} is lost")]
+    Lost {
+        /// The index of its first descriptor.
+        head: u16,
+    },
 }
 
 /// How a driver has set a queue up: what the guest wrote, not checked yet.

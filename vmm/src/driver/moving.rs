@@ -86,8 +86,9 @@ impl Caller {
 /// A guest that is moving away.
 pub(super) struct Leaving {
     progress: Progress,
-    /// It stands because it moves.
+    /// It stands because it moves; it ran before if this says so.
     is_stopped: bool,
+    ran: bool,
     handed_over: bool,
 }
 
@@ -182,6 +183,7 @@ impl Driver {
         self.leaving = Some(Leaving {
             progress: progress.clone(),
             is_stopped: false,
+            ran: false,
             handed_over: false,
         });
         Ok(departure)
@@ -221,6 +223,7 @@ impl Driver {
         }
         if let Some(leaving) = &mut self.leaving {
             leaving.is_stopped = true;
+            leaving.ran = !was_paused;
         }
         Ok(was_paused)
     }
@@ -245,19 +248,30 @@ impl Driver {
         let Some(leaving) = self.leaving.take() else {
             return Ok(());
         };
-        let was_paused = self.publisher.current().state == VmState::Paused;
         let active = self.on()?;
         if leaving.handed_over {
             active
                 .take_over()
                 .map_err(refused("cannot-be-taken-back"))?;
         }
-        if leaving.is_stopped && !was_paused {
+        if leaving.is_stopped && leaving.ran {
             active
                 .resume()
                 .map_err(|error| Refusal::new("cannot-go-on", error.to_string()))?;
+            if self.publisher.current().state == VmState::Paused {
+                self.publisher
+                    .update(|status| status.state = VmState::Running);
+            }
         }
         Ok(())
+    }
+
+    /// Nobody knows whether the guest runs elsewhere; here it stands, for as long as that takes.
+    pub(crate) fn doubt(&mut self) {
+        if self.leaving.is_some() && self.publisher.current().state == VmState::Running {
+            self.publisher
+                .update(|status| status.state = VmState::Paused);
+        }
     }
 
     /// The guest is elsewhere.

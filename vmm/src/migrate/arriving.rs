@@ -163,7 +163,7 @@ struct ArrivingVm {
     vm: VmId,
     caller: Caller,
     ram: Arc<RamBlock>,
-    /// The guest runs here, and the VM is not to be forgotten.
+    /// The guest runs here.
     has_arrived: Mutex<bool>,
 }
 
@@ -239,11 +239,12 @@ impl Target for ArrivingVm {
     }
 
     fn discard(&mut self) {
-        if *self.has_arrived.lock() {
-            return;
-        }
         // If the machine is gone already, so much the better.
-        let _ = self.caller.call(Driver::give_up_expecting);
+        let _ = if *self.has_arrived.lock() {
+            self.caller.call(Driver::left)
+        } else {
+            self.caller.call(Driver::give_up_expecting)
+        };
         self.registry.forget(&self.vm, "migration-failed", None);
     }
 }

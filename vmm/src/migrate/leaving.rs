@@ -102,6 +102,11 @@ impl Source for LeavingVm {
         self.departure.caller.attempt(Driver::hand_over)
     }
 
+    fn doubt(&mut self) {
+        // If the machine is gone, there is nothing to show.
+        let _ = self.departure.caller.call(|driver, _| driver.doubt());
+    }
+
     fn go_on(&mut self) -> Result<(), Refusal> {
         self.departure.caller.attempt(Driver::stay)
     }

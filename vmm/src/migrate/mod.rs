@@ -320,7 +320,14 @@ impl Migrate for Pool {
                     let detail = format!("to {}", ours.endpoint);
                     registry.forget(&id, "migrated", Some(detail));
                 }
-                Outcome::Stayed(why) => leaving.stayed(why),
+                Outcome::Stayed { why, untold } => {
+                    leaving.stayed(why);
+                    drop(leaving);
+                    ours.over.send_replace(true);
+                    untold.inspect(|untold| {
+                        untold.tell(&*dial);
+                    });
+                }
             }
             journals.forget(ours.id, Side::Source);
             ours.over.send_replace(true);

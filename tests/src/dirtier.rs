@@ -1,0 +1,74 @@
+//! A pocket guest that writes to its memory all the time, and can be asked whether it is whole.
+
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use guest::{Command, Line, Options, Order, Workload};
+use spec::VmId;
+
+use crate::{Face, Service};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Boots one. Gives its name, and its serial port: a socket, at a path that stays where the guest goes.
+///
+/// # Errors
+/// When it does not come up whole.
+pub async fn boot(at: &Service) -> Result<(VmId, PathBuf)> {
+    let options = Options {
+        workload: Workload::Dirty {
+            region_mib: Some(16),
+            rate: Some(1000),
+            order: Order::Scattered,
+        },
+        heartbeat_ms: Some(100),
+        ..Options::default()
+    };
+    let (mut config, serial) = at.pocket("guest", options)?;
+    let path = serial.path().to_owned();
+    let port = serde_json::json!({ "mode": "Socket", "socket": path });
+    config.serial = serde_json::from_value(port)?;
+    let vm: VmId = if at.face() == Face::Many {
+        let vm = at.create("guest", config).await?;
+        at.client().vms_boot(&vm).await?;
+        vm
+    } else {
+        at.client().vm_create(&config).await?;
+        at.client().vm_boot().await?;
+        "guest".parse()?
+    };
+    check(&path).await?;
+    Ok((vm, path))
+}
+
+/// Asks it, over its serial port, to check its memory.
+///
+/// # Errors
+/// When it does not answer, or a page is not what it wrote.
+pub async fn check(port: &Path) -> Result<()> {
+    let port = port.to_owned();
+    tokio::task::spawn_blocking(move || check_now(&port)).await?
+}
+
+fn check_now(port: &Path) -> Result<()> {
+    let mut stream = UnixStream::connect(port)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    let lines = BufReader::new(stream.try_clone()?).lines();
+    let mut lines = lines.map_while(Result::ok);
+    // It is up, and looks at its port.
+    lines
+        .find(|line| matches!(Line::parse(line), Some(Line::Heartbeat { .. })))
+        .context("the guest is silent")?;
+    writeln!(stream, "{}", Command::Verify)?;
+    let (pages, bad) = lines
+        .find_map(|line| match Line::parse(&line) {
+            Some(Line::Verified { pages, bad, .. }) => Some((pages, bad)),
+            _ => None,
+        })
+        .context("the guest does not check its memory")?;
+    ensure!(pages > 0 && bad == 0, "{bad} of {pages} pages are bad");
+    Ok(())
+}

@@ -1,0 +1,521 @@
+//! What docs/migration.md promises when something fails, row by row: between two services that are
+//! processes stands a [`Proxy`], which kills one of them, or harms the stream, at a frame that the case
+//! names. Whatever happens, at most one copy of the guest runs, and its memory is whole.
+//! `CASE='Kill(Source)' cargo test ...` runs the cases that have this in what is printed of them.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use spec::{
+    AwaitMigration, MemoryMode, MigrationInfo, MigrationOutcome, MigrationPhase, ResolveMigration,
+    StartMigration, VmId, VmState,
+};
+use tests::{Face, Frame, Proxy, Service, Side, Verdict, dirtier};
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+
+/// How many at once: a guest's ring 0 takes a core while it boots.
+const AT_ONCE: usize = 3;
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Where the guest is in the end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ends {
+    /// It runs on where it was.
+    AtSource,
+    /// It runs where it was to go.
+    AtDestination,
+    /// It stands at the destination until somebody decides; who decides `run` has it whole.
+    InDoubtAtDestination,
+    /// The source holds it, and lets it run on when the destination, which died, is there again.
+    AtSourceOnceAsked,
+    /// It runs on where it was, unless that died; the other never heard of it.
+    Unheard,
+    /// It is gone with the process that ran it, and the other says so once it knows.
+    Lost,
+    /// As [`Lost`](Self::Lost), after somebody decided: half of its memory was in the process that died.
+    LostInHalves,
+}
+
+/// What the proxy does at the frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Blow {
+    /// Kills a side; the frame is lost.
+    Kill(Side),
+    /// Kills a side; the frame arrives.
+    KillAfter(Side),
+    Fault(Verdict),
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    mode: MemoryMode,
+    from: Side,
+    name: &'static str,
+    /// The how-manieth of its name, from 0.
+    nth: usize,
+    blow: Blow,
+    ends: Ends,
+    /// Half of a guest is not given up, but deleted.
+    is_deleted: bool,
+}
+
+fn kill(pid: u32) {
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).unwrap();
+    kill_process(pid, Signal::KILL).unwrap();
+    // Long enough for it to be gone, with its connections.
+    thread::sleep(Duration::from_millis(30));
+}
+
+/// Lets a case's blow fall once.
+fn judge(case: Case, pids: [u32; 2], fell: Arc<AtomicBool>) -> impl Fn(&Frame) -> Verdict {
+    move |frame| {
+        let here =
+            (frame.from, frame.name.as_str(), frame.before) == (case.from, case.name, case.nth);
+        if !here || fell.swap(true, Ordering::SeqCst) {
+            return Verdict::Pass;
+        }
+        let pid = |side| pids[usize::from(side == Side::Destination)];
+        match case.blow {
+            Blow::Kill(side) => {
+                kill(pid(side));
+                Verdict::Cut
+            }
+            // It has sent it, and is dead when it arrives.
+            Blow::KillAfter(side) => {
+                kill(pid(side));
+                Verdict::Pass
+            }
+            Blow::Fault(verdict) => verdict,
+        }
+    }
+}
+
+struct Trial {
+    source: Service,
+    destination: Service,
+    sockets: [PathBuf; 2],
+    vm: VmId,
+    port: PathBuf,
+    sent: VmId,
+    received: VmId,
+}
+
+fn name(info: &MigrationInfo) -> VmId {
+    info.id.parse().unwrap()
+}
+
+/// Waits for a migration to come to something.
+async fn until(at: &Service, id: &VmId, wanted: impl Fn(&MigrationInfo) -> bool) -> MigrationInfo {
+    let start = Instant::now();
+    loop {
+        let info = at.client().migrations_info(id).await.unwrap();
+        if wanted(&info) {
+            return info;
+        }
+        assert!(start.elapsed() < PATIENCE, "{info:#?}\n{}", at.log());
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+async fn over(at: &Service, id: &VmId) -> MigrationPhase {
+    until(at, id, |info| info.phase.is_over()).await.phase
+}
+
+async fn reaches(at: &Service, id: &VmId, phase: MigrationPhase) {
+    until(at, id, |info| info.phase == phase).await;
+}
+
+async fn resolve(at: &Service, id: &VmId, outcome: MigrationOutcome) {
+    let body = ResolveMigration { outcome };
+    at.client().migrations_resolve(id, &body).await.unwrap();
+}
+
+async fn runs(at: &Service, vm: &VmId) -> bool {
+    matches!(at.client().vms_info(vm).await, Ok(info) if info.state == VmState::Running)
+}
+
+async fn has(at: &Service, vm: &VmId) -> bool {
+    at.client().vms_info(vm).await.is_ok()
+}
+
+async fn await_at(at: &Service, socket: &std::path::Path) -> MigrationInfo {
+    let body = AwaitMigration::at(format!("unix:{}", socket.display()));
+    at.client().migrations_receive(&body).await.unwrap()
+}
+
+async fn begin(case: &Case) -> (Trial, Arc<AtomicBool>) {
+    let (source, destination) =
+        tokio::join!(Service::start(Face::Many), Service::start(Face::Many));
+    let (source, destination) = (source.unwrap(), destination.unwrap());
+    let (vm, port) = dirtier::boot(&source).await.unwrap();
+    let sockets = [source.path("to"), source.path("at")];
+    let received = name(&await_at(&destination, &sockets[1]).await);
+    let fell = Arc::new(AtomicBool::new(false));
+    let pids = [source.pid(), destination.pid()];
+    let judge = judge(*case, pids, fell.clone());
+    Proxy::between(&sockets[0], &sockets[1], judge).unwrap();
+    let what = StartMigration {
+        mode: case.mode,
+        connections: Some(1),
+        ..StartMigration::to(format!("unix:{}", sockets[0].display()))
+    };
+    let sent = name(&source.client().vms_migrate(&vm, &what).await.unwrap());
+    let trial = Trial {
+        source,
+        destination,
+        sockets,
+        vm,
+        port,
+        sent,
+        received,
+    };
+    (trial, fell)
+}
+
+/// Waits for the death of a side, which comes at a frame that the migration sends, if it does.
+async fn dies(service: &mut Service, migration: &VmId) {
+    if let Err(error) = service.ended(PATIENCE).await {
+        panic!(
+            "{error:#}\n{:#?}",
+            service.client().migrations_info(migration).await
+        );
+    }
+}
+
+async fn at_destination(trial: &Trial) {
+    let Trial {
+        destination,
+        vm,
+        received,
+        ..
+    } = trial;
+    assert_eq!(over(destination, received).await, MigrationPhase::Completed);
+    assert!(runs(destination, vm).await);
+    dirtier::check(&trial.port).await.unwrap();
+}
+
+async fn at_source(trial: &Trial) {
+    assert_eq!(
+        over(&trial.source, &trial.sent).await,
+        MigrationPhase::Failed
+    );
+    assert!(runs(&trial.source, &trial.vm).await);
+    dirtier::check(&trial.port).await.unwrap();
+}
+
+async fn run(case: Case) {
+    let (mut trial, fell) = begin(&case).await;
+    let victim = match case.blow {
+        Blow::Kill(side) | Blow::KillAfter(side) => Some(side),
+        Blow::Fault(_) => None,
+    };
+    // What kills a side happens after the order to migrate was answered.
+    match victim {
+        Some(Side::Source) => dies(&mut trial.source, &trial.sent).await,
+        Some(Side::Destination) => dies(&mut trial.destination, &trial.received).await,
+        None => {}
+    }
+    let vm = &trial.vm.clone();
+    match case.ends {
+        Ends::AtSource => {
+            at_source(&trial).await;
+            if victim.is_none() {
+                let phase = over(&trial.destination, &trial.received).await;
+                assert_eq!(phase, MigrationPhase::Failed);
+                assert!(!has(&trial.destination, vm).await);
+            }
+        }
+        Ends::AtDestination => {
+            at_destination(&trial).await;
+            if victim.is_none() {
+                let phase = over(&trial.source, &trial.sent).await;
+                assert_eq!(phase, MigrationPhase::Completed);
+                assert!(!has(&trial.source, vm).await);
+            }
+        }
+        Ends::InDoubtAtDestination => {
+            reaches(&trial.destination, &trial.received, MigrationPhase::InDoubt).await;
+            assert!(!runs(&trial.destination, vm).await);
+            resolve(&trial.destination, &trial.received, MigrationOutcome::Run).await;
+            at_destination(&trial).await;
+        }
+        Ends::AtSourceOnceAsked => {
+            reaches(&trial.source, &trial.sent, MigrationPhase::InDoubt).await;
+            assert!(!runs(&trial.source, vm).await);
+            trial.destination.start_again().await.unwrap();
+            await_at(&trial.destination, &trial.sockets[1]).await;
+            at_source(&trial).await;
+            assert!(!has(&trial.destination, vm).await);
+        }
+        Ends::Unheard => {
+            // Whoever connects and says nothing sensible does not use the waiting up.
+            if victim.is_none() {
+                at_source(&trial).await;
+            }
+            let waits = MigrationPhase::Connecting;
+            reaches(&trial.destination, &trial.received, waits).await;
+            assert!(!has(&trial.destination, vm).await);
+        }
+        Ends::Lost if victim == Some(Side::Destination) => {
+            trial.destination.start_again().await.unwrap();
+            await_at(&trial.destination, &trial.sockets[1]).await;
+            let phase = over(&trial.source, &trial.sent).await;
+            assert_eq!(phase, MigrationPhase::Completed);
+            assert!(!has(&trial.source, vm).await);
+            assert!(!has(&trial.destination, vm).await);
+        }
+        Ends::Lost => {
+            let phase = over(&trial.destination, &trial.received).await;
+            assert_eq!(phase, MigrationPhase::Failed);
+            assert!(!has(&trial.destination, vm).await);
+        }
+        Ends::LostInHalves => {
+            let (left, id) = match victim {
+                Some(Side::Source) => (&trial.destination, &trial.received),
+                _ => (&trial.source, &trial.sent),
+            };
+            // A source that did not hear that the guest runs there does not know where it is.
+            let stands = [MigrationPhase::PostcopyPaused, MigrationPhase::InDoubt];
+            until(left, id, |info| stands.contains(&info.phase)).await;
+            if case.is_deleted {
+                left.client().vms_delete(vm).await.unwrap();
+            } else {
+                resolve(left, id, MigrationOutcome::Discard).await;
+            }
+            until(left, id, |info| info.phase.is_over()).await;
+            assert!(!has(left, vm).await);
+        }
+    }
+    assert!(fell.load(Ordering::SeqCst), "no such frame came: {case:?}");
+}
+
+async fn all(cases: Vec<Case>) {
+    let room = Arc::new(Semaphore::new(AT_ONCE));
+    let mut trials = JoinSet::new();
+    let only = std::env::var("CASE").unwrap_or_default();
+    let is_asked_for = |case: &Case| format!("{case:?}").contains(&only);
+    for case in cases.into_iter().filter(is_asked_for) {
+        let room = room.clone();
+        trials.spawn(async move {
+            let _room = room.acquire().await.unwrap();
+            let told = format!("{case:?}");
+            let trial = tokio::spawn(run(case)).await;
+            println!("{} {told}", if trial.is_ok() { "ok    " } else { "FAILED" });
+            trial.is_ok()
+        });
+    }
+    let outcomes = trials.join_all().await;
+    let failed = outcomes.iter().filter(|ok| !**ok).count();
+    assert!(failed == 0, "{failed} of {} cases failed", outcomes.len());
+}
+
+fn case(from: Side, name: &'static str, nth: usize, blow: Blow, ends: Ends) -> Case {
+    Case {
+        mode: MemoryMode::Precopy,
+        from,
+        name,
+        nth,
+        blow,
+        ends,
+        is_deleted: false,
+    }
+}
+
+use Side::{Destination, Source};
+
+/// The frames of a precopy between the greeting and the answer to the last state.
+const BEFORE_READY: [(Side, &str, usize); 9] = [
+    (Destination, "Welcome", 0),
+    (Source, "Prepare", 0),
+    (Destination, "Prepared", 0),
+    (Source, "Pages", 0),
+    (Source, "Round", 0),
+    (Destination, "RoundDone", 0),
+    (Source, "SavedState", 0),
+    (Destination, "GuessLoaded", 0),
+    (Source, "SavedState", 1),
+];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_that_is_killed_at_any_step() {
+    let early =
+        BEFORE_READY.map(|(from, name, nth)| case(from, name, nth, Blow::Kill(Source), Ends::Lost));
+    let late = [
+        case(Source, "Hello", 0, Blow::Kill(Source), Ends::Unheard),
+        // It has all that it needs.
+        case(
+            Source,
+            "SavedState",
+            1,
+            Blow::KillAfter(Source),
+            Ends::InDoubtAtDestination,
+        ),
+        case(
+            Destination,
+            "Ready",
+            0,
+            Blow::Kill(Source),
+            Ends::InDoubtAtDestination,
+        ),
+        case(
+            Source,
+            "Commit",
+            0,
+            Blow::Kill(Source),
+            Ends::InDoubtAtDestination,
+        ),
+        case(
+            Source,
+            "Commit",
+            0,
+            Blow::KillAfter(Source),
+            Ends::AtDestination,
+        ),
+        case(
+            Destination,
+            "Running",
+            0,
+            Blow::Kill(Source),
+            Ends::AtDestination,
+        ),
+        case(
+            Source,
+            "Complete",
+            0,
+            Blow::Kill(Source),
+            Ends::AtDestination,
+        ),
+    ];
+    all(early.into_iter().chain(late).collect()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_destination_that_is_killed_at_any_step() {
+    let early = BEFORE_READY
+        .map(|(from, name, nth)| case(from, name, nth, Blow::Kill(Destination), Ends::AtSource));
+    let late = [
+        case(Source, "Hello", 0, Blow::Kill(Destination), Ends::AtSource),
+        case(
+            Destination,
+            "Ready",
+            0,
+            Blow::Kill(Destination),
+            Ends::AtSource,
+        ),
+        // The source has given the guest away to who is not there.
+        case(
+            Destination,
+            "Ready",
+            0,
+            Blow::KillAfter(Destination),
+            Ends::AtSourceOnceAsked,
+        ),
+        case(
+            Source,
+            "Commit",
+            0,
+            Blow::Kill(Destination),
+            Ends::AtSourceOnceAsked,
+        ),
+        case(
+            Destination,
+            "Running",
+            0,
+            Blow::Kill(Destination),
+            Ends::Lost,
+        ),
+        case(
+            Destination,
+            "Running",
+            0,
+            Blow::KillAfter(Destination),
+            Ends::Lost,
+        ),
+    ];
+    all(early.into_iter().chain(late).collect()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_side_that_is_killed_while_pages_follow() {
+    let half = |from, name, nth, blow| Case {
+        mode: MemoryMode::Postcopy,
+        ..case(from, name, nth, blow, Ends::LostInHalves)
+    };
+    all(vec![
+        Case {
+            is_deleted: true,
+            ..half(Source, "Pages", 5, Blow::Kill(Source))
+        },
+        half(Source, "Pages", 5, Blow::Kill(Source)),
+        half(Source, "Pages", 5, Blow::Kill(Destination)),
+        half(Source, "PagesSent", 0, Blow::Kill(Destination)),
+    ])
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_that_is_harmed_at_any_step() {
+    let harms = [Verdict::Cut, Verdict::Truncate, Verdict::Corrupt];
+    let early = BEFORE_READY.into_iter().chain([(Destination, "Ready", 0)]);
+    let early = early.map(|(from, name, nth)| (from, name, nth, Ends::AtSource));
+    let late = [
+        (Source, "Commit", 0, Ends::AtDestination),
+        (Destination, "Running", 0, Ends::AtDestination),
+        (Source, "Complete", 0, Ends::AtDestination),
+    ];
+    let first = [(Source, "Hello", 0, Ends::Unheard)];
+    let precopy = first
+        .into_iter()
+        .chain(early)
+        .chain(late)
+        .flat_map(|(from, name, nth, ends)| {
+            harms.map(|harm| case(from, name, nth, Blow::Fault(harm), ends))
+        });
+    let later = [
+        (Source, "Missing", 0, Ends::AtSource),
+        (Source, "Pages", 5, Ends::AtDestination),
+        // The devices' state is loaded where rings are missing.
+        (Destination, "Fault", 0, Ends::AtSource),
+        (Destination, "Fault", 6, Ends::AtDestination),
+        (Source, "PagesSent", 0, Ends::AtDestination),
+        (Destination, "Completed", 0, Ends::AtDestination),
+    ];
+    let postcopy = later.into_iter().flat_map(|(from, name, nth, ends)| {
+        harms.map(|harm| Case {
+            mode: MemoryMode::Postcopy,
+            ..case(from, name, nth, Blow::Fault(harm), ends)
+        })
+    });
+    all(precopy.chain(postcopy).collect()).await;
+}
+
+/// Silence is a lost connection, after ten seconds; slowness is not.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_that_stalls_and_one_that_is_slow() {
+    let stall = Blow::Fault(Verdict::Stall);
+    let late = Blow::Fault(Verdict::Late(Duration::from_secs(3)));
+    let mut cases = vec![
+        case(Destination, "Prepared", 0, stall, Ends::AtSource),
+        case(Source, "Pages", 0, stall, Ends::AtSource),
+        case(Destination, "Ready", 0, stall, Ends::AtSource),
+        case(Source, "Commit", 0, stall, Ends::AtDestination),
+        case(Destination, "Running", 0, stall, Ends::AtDestination),
+        case(Destination, "Prepared", 0, late, Ends::AtDestination),
+        case(Source, "Pages", 0, late, Ends::AtDestination),
+        case(Source, "Commit", 0, late, Ends::AtDestination),
+    ];
+    for blow in [stall, late] {
+        cases.push(Case {
+            mode: MemoryMode::Postcopy,
+            ..case(Source, "Pages", 5, blow, Ends::AtDestination)
+        });
+    }
+    all(cases).await;
+}
