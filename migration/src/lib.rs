@@ -33,6 +33,8 @@ mod progress;
 mod sender;
 mod source;
 mod target;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod tls;
 mod wire;
 

@@ -237,30 +237,12 @@ impl Accept for TlsListener {
 mod tests {
     use std::thread;
 
-    use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
-
     use super::*;
+    use crate::testing::Issuer;
 
-    type Issuer = CertifiedIssuer<'static, KeyPair>;
-
-    fn issuer() -> Issuer {
-        let mut params = CertificateParams::new(Vec::new()).unwrap();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap()
-    }
-
-    /// A directory as Cloud Hypervisor's users have it.
     fn directory(trusted: &Issuer, signed_by: &Issuer, host: &str) -> tempfile::TempDir {
         let dir = tempfile::tempdir().unwrap();
-        let write = |name: &str, text: String| fs::write(dir.path().join(name), text).unwrap();
-        write("ca-cert.pem", trusted.pem());
-        for side in ["server", "client"] {
-            let key = KeyPair::generate().unwrap();
-            let params = CertificateParams::new(vec![host.to_owned()]).unwrap();
-            let certificate = params.signed_by(&key, signed_by).unwrap();
-            write(&format!("{side}-cert.pem"), certificate.pem());
-            write(&format!("{side}-key.pem"), key.serialize_pem());
-        }
+        trusted.equip(dir.path(), host, signed_by);
         dir
     }
 
@@ -288,7 +270,7 @@ mod tests {
 
     #[test]
     fn those_who_know_each_other_talk_and_nobody_else() {
-        let (ours, theirs) = (issuer(), issuer());
+        let (ours, theirs) = (Issuer::new(), Issuer::new());
         let good = directory(&ours, &ours, "127.0.0.1");
         let (said, heard) = say(good.path(), good.path());
         said.unwrap();
@@ -309,7 +291,7 @@ mod tests {
 
     #[test]
     fn files_that_cannot_be_used_are_named() {
-        let ours = issuer();
+        let ours = Issuer::new();
         let dir = directory(&ours, &ours, "127.0.0.1");
         let endpoint = || Endpoint::Tcp("127.0.0.1:1".to_owned());
         fs::write(dir.path().join("client-key.pem"), "no key").unwrap();

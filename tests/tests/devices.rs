@@ -80,24 +80,36 @@ async fn network(machine: &mut Machine) -> Result<()> {
     Ok(())
 }
 
+/// A connection to a port of the guest, as soon as somebody listens there.
+fn connect(socket: &Path, port: u32) -> Result<UnixStream> {
+    let start = Instant::now();
+    loop {
+        let mut stream = UnixStream::connect(socket)?;
+        stream.set_read_timeout(Some(RUNS))?;
+        writeln!(stream, "CONNECT {port}")?;
+        let mut answer = Vec::new();
+        let mut byte = [0];
+        while answer.last() != Some(&b'\n') && stream.read(&mut byte)? == 1 {
+            answer.push(byte[0]);
+        }
+        if answer.starts_with(b"OK ") {
+            return Ok(stream);
+        }
+        // Refused: the connection ended without a word.
+        ensure!(answer.is_empty() && start.elapsed() < RUNS, "{answer:?}");
+        thread::sleep(Duration::from_millis(200));
+    }
+}
+
 async fn vsock(machine: &mut Machine, socket: &Path) -> Result<()> {
     machine
-        .run("(socat VSOCK-LISTEN:1234,fork EXEC:cat >/dev/null 2>&1 &) ; sleep 1")
+        .run("(socat VSOCK-LISTEN:1234,fork EXEC:cat >/dev/null 2>&1 &)")
         .await?;
     let socket = socket.to_owned();
     let echoed = {
         let socket = socket.clone();
         tokio::task::spawn_blocking(move || -> Result<bool> {
-            let mut stream = UnixStream::connect(&socket)?;
-            stream.set_read_timeout(Some(RUNS))?;
-            stream.write_all(b"CONNECT 1234\n")?;
-            let mut answer = Vec::new();
-            while answer.last() != Some(&b'\n') {
-                let mut byte = [0];
-                stream.read_exact(&mut byte)?;
-                answer.push(byte[0]);
-            }
-            ensure!(answer.starts_with(b"OK "), "{answer:?}");
+            let mut stream = connect(&socket, 1234)?;
             let data: Vec<u8> = (0..300_000_u32).map(|i| (i % 253) as u8).collect();
             let mut reader = stream.try_clone()?;
             let copy = data.clone();

@@ -73,13 +73,24 @@ fn kill(pid: u32) {
     thread::sleep(Duration::from_millis(30));
 }
 
+/// How far a trial is.
+#[derive(Default)]
+struct Marks {
+    /// The order to migrate was answered: before that nobody is killed.
+    begun: AtomicBool,
+    fell: AtomicBool,
+}
+
 /// Lets a case's blow fall once.
-fn judge(case: Case, pids: [u32; 2], fell: Arc<AtomicBool>) -> impl Fn(&Frame) -> Verdict {
+fn judge(case: Case, pids: [u32; 2], marks: Arc<Marks>) -> impl Fn(&Frame) -> Verdict {
     move |frame| {
         let here =
             (frame.from, frame.name.as_str(), frame.before) == (case.from, case.name, case.nth);
-        if !here || fell.swap(true, Ordering::SeqCst) {
+        if !here || marks.fell.swap(true, Ordering::SeqCst) {
             return Verdict::Pass;
+        }
+        while !marks.begun.load(Ordering::SeqCst) {
+            thread::sleep(Duration::from_millis(1));
         }
         let pid = |side| pids[usize::from(side == Side::Destination)];
         match case.blow {
@@ -150,16 +161,16 @@ async fn await_at(at: &Service, socket: &std::path::Path) -> MigrationInfo {
     at.client().migrations_receive(&body).await.unwrap()
 }
 
-async fn begin(case: &Case) -> (Trial, Arc<AtomicBool>) {
+async fn begin(case: &Case) -> (Trial, Arc<Marks>) {
     let (source, destination) =
         tokio::join!(Service::start(Face::Many), Service::start(Face::Many));
     let (source, destination) = (source.unwrap(), destination.unwrap());
     let (vm, port) = dirtier::boot(&source).await.unwrap();
     let sockets = [source.path("to"), source.path("at")];
     let received = name(&await_at(&destination, &sockets[1]).await);
-    let fell = Arc::new(AtomicBool::new(false));
+    let marks = Arc::new(Marks::default());
     let pids = [source.pid(), destination.pid()];
-    let judge = judge(*case, pids, fell.clone());
+    let judge = judge(*case, pids, marks.clone());
     Proxy::between(&sockets[0], &sockets[1], judge).unwrap();
     let what = StartMigration {
         mode: case.mode,
@@ -167,6 +178,7 @@ async fn begin(case: &Case) -> (Trial, Arc<AtomicBool>) {
         ..StartMigration::to(format!("unix:{}", sockets[0].display()))
     };
     let sent = name(&source.client().vms_migrate(&vm, &what).await.unwrap());
+    marks.begun.store(true, Ordering::SeqCst);
     let trial = Trial {
         source,
         destination,
@@ -176,7 +188,7 @@ async fn begin(case: &Case) -> (Trial, Arc<AtomicBool>) {
         sent,
         received,
     };
-    (trial, fell)
+    (trial, marks)
 }
 
 /// Waits for the death of a side, which comes at a frame that the migration sends, if it does.
@@ -211,12 +223,11 @@ async fn at_source(trial: &Trial) {
 }
 
 async fn run(case: Case) {
-    let (mut trial, fell) = begin(&case).await;
+    let (mut trial, marks) = begin(&case).await;
     let victim = match case.blow {
         Blow::Kill(side) | Blow::KillAfter(side) => Some(side),
         Blow::Fault(_) => None,
     };
-    // What kills a side happens after the order to migrate was answered.
     match victim {
         Some(Side::Source) => dies(&mut trial.source, &trial.sent).await,
         Some(Side::Destination) => dies(&mut trial.destination, &trial.received).await,
@@ -293,7 +304,10 @@ async fn run(case: Case) {
             assert!(!has(left, vm).await);
         }
     }
-    assert!(fell.load(Ordering::SeqCst), "no such frame came: {case:?}");
+    assert!(
+        marks.fell.load(Ordering::SeqCst),
+        "no such frame came: {case:?}"
+    );
 }
 
 async fn all(cases: Vec<Case>) {

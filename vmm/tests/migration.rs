@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use control::{Migration, Registry, Request};
 use guest::{Command, Line, Options, Order, Workload};
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use migration::testing::Issuer;
 use spec::{
     AtDeadline, AwaitMigration, MemoryMode, MigrationInfo, MigrationPhase, PayloadConfig,
     StartMigration, VmConfig, VmState,
@@ -352,26 +352,12 @@ async fn a_guest_moves_with_its_memory_as_it_is() {
     );
 }
 
-/// Certificates for both sides, of one issuer.
-fn certificates(dir: &Path) {
-    let mut params = CertificateParams::new(Vec::new()).unwrap();
-    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
-    std::fs::write(dir.join("ca-cert.pem"), issuer.pem()).unwrap();
-    for side in ["server", "client"] {
-        let key = KeyPair::generate().unwrap();
-        let params = CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
-        let certificate = params.signed_by(&key, &issuer).unwrap();
-        std::fs::write(dir.join(format!("{side}-cert.pem")), certificate.pem()).unwrap();
-        std::fs::write(dir.join(format!("{side}-key.pem")), key.serialize_pem()).unwrap();
-    }
-}
-
 #[tokio::test]
 async fn a_guest_moves_over_tls_with_its_pages_before_and_after_it() {
     for mode in [MemoryMode::Precopy, MemoryMode::Postcopy] {
         let stage = Stage::new();
-        certificates(stage.dir.path());
+        let issuer = Issuer::new();
+        issuer.equip(stage.dir.path(), "127.0.0.1", &issuer);
         drop(stage.boot(stage.config(2_000, 1)).await);
         let tls_dir = Some(stage.dir.path().to_string_lossy().into_owned());
         let waiting = AwaitMigration {

@@ -1,0 +1,276 @@
+//! What a migration costs the guest, as tables.
+//!
+//!     cargo bench -p tests --bench migration [-- [--quick] [--peer PROGRAM]]
+//!
+//! The pocket guest writes to its memory at a given rate and moves between two services over loopback
+//! TCP; it tells itself the longest gap that it saw. `PROGRAM` has Cloud Hypervisor's command line and
+//! API, and is measured beside us through that; so is QEMU, if it is installed. `whimbrel` must have been
+//! built in the same profile: `cargo build --release`.
+
+mod faults;
+mod peer;
+mod qemu;
+mod terminal;
+mod throughput;
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use guest::{Line, Options, Order, Workload};
+use openapi::Client;
+use spec::{
+    AtDeadline, AwaitMigration, ConsoleMode, CpusConfig, MemoryMode, MigrationInfo, PayloadConfig,
+    StartMigration, VmConfig, VmId,
+};
+use tests::{Face, Service};
+
+use crate::terminal::Terminal;
+
+const PATIENCE: Duration = Duration::from_secs(60);
+const MIB: u64 = 1 << 20;
+
+#[tokio::main]
+async fn main() -> Result<()> {
+    let (mut quick, mut peer) = (false, None);
+    let mut arguments = std::env::args().skip(1);
+    while let Some(argument) = arguments.next() {
+        match argument.as_str() {
+            "--bench" => {}
+            "--quick" => quick = true,
+            "--peer" => peer = Some(PathBuf::from(arguments.next().context("--peer PROGRAM")?)),
+            other => bail!("unknown argument {other}: there are --quick and --peer PROGRAM"),
+        }
+    }
+    let times = if quick { 3 } else { 5 };
+    stops(times, quick, peer.as_deref()).await?;
+    let (p50, p99) = faults::bare()?;
+    println!(
+        "\nA page that another thread of the process fills is there after (us): p50 {p50}, p99 {p99}."
+    );
+    throughput::pages(times).await?;
+    throughput::zeros(times).await
+}
+
+/// A guest, and how it is to move.
+#[derive(Clone, Copy)]
+struct Case {
+    memory: u64,
+    vcpus: u32,
+    /// Pages that it writes in a second.
+    rate: u64,
+    mode: MemoryMode,
+}
+
+/// What one move came to.
+#[derive(Clone, Copy, Default)]
+struct Seen {
+    /// The gap that the guest saw, in microseconds.
+    gap: u64,
+    /// The stop as measured, and as predicted.
+    stop: u64,
+    predicted: u64,
+    load: u64,
+    total: u64,
+    fault_p50: u64,
+    fault_p99: u64,
+}
+
+fn config(case: Case, kernel: &Path) -> VmConfig {
+    let workload = match case.rate {
+        0 => Workload::Idle,
+        rate => Workload::Dirty {
+            region_mib: Some(128),
+            rate: Some(rate),
+            order: Order::Scattered,
+        },
+    };
+    let options = Options {
+        workload,
+        heartbeat_ms: Some(1000),
+        ..Options::default()
+    };
+    guest_config(&options, case.memory, case.vcpus, kernel)
+}
+
+fn guest_config(options: &Options, memory: u64, vcpus: u32, kernel: &Path) -> VmConfig {
+    let mut config = VmConfig::with_payload(PayloadConfig {
+        kernel: Some(kernel.to_string_lossy().into_owned()),
+        cmdline: Some(options.to_string()),
+        ..PayloadConfig::default()
+    });
+    config.cpus = CpusConfig::with_vcpus(vcpus);
+    config.memory.size = memory;
+    config.serial.mode = ConsoleMode::Pty;
+    config.console.mode = ConsoleMode::Off;
+    config
+}
+
+async fn over(client: &Client, begun: &MigrationInfo) -> Result<MigrationInfo> {
+    let (id, start): (VmId, _) = (begun.id.parse()?, Instant::now());
+    loop {
+        let info = client.migrations_info(&id).await?;
+        if info.phase.is_over() {
+            ensure!(info.error.is_none(), "{info:?}");
+            return Ok(info);
+        }
+        ensure!(start.elapsed() < PATIENCE, "{info:?}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+async fn receive(at: &Client) -> Result<MigrationInfo> {
+    let listen = "tcp:127.0.0.1:0".to_owned();
+    Ok(at.migrations_receive(&AwaitMigration::at(listen)).await?)
+}
+
+/// One VM in two services of ours, moved to and fro.
+async fn ours(case: Case, times: usize) -> Result<Vec<Seen>> {
+    let services = [
+        Service::start(Face::Many).await?,
+        Service::start(Face::Many).await?,
+    ];
+    let kernel = services[0].path("pocket.elf");
+    std::fs::write(&kernel, guest::IMAGE)?;
+    let vm = services[0].create("bench", config(case, &kernel)).await?;
+    services[0].client().vms_boot(&vm).await?;
+    let mut all = Vec::new();
+    // One reader a terminal: two would take lines from each other.
+    let mut terminal = Terminal::of(services[0].client(), &vm).await?;
+    for turn in 0..times {
+        let (from, to) = (
+            services[turn % 2].client(),
+            services[(turn + 1) % 2].client(),
+        );
+        terminal.until(|line| matches!(line, Line::Heartbeat { .. }))?;
+        // So that what it writes is written everywhere.
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        terminal.gap()?;
+        let waiting = receive(to).await?;
+        let what = StartMigration {
+            mode: case.mode,
+            max_downtime_ms: 20,
+            deadline_s: 20,
+            at_deadline: AtDeadline::Stop,
+            ..StartMigration::to(waiting.endpoint.clone())
+        };
+        let begun = from.vms_migrate(&vm, &what).await?;
+        let sent = over(from, &begun).await?;
+        let received = over(to, &waiting).await?;
+        terminal = Terminal::of(to, &vm).await?;
+        let stop = sent.downtime.unwrap_or_default();
+        all.push(Seen {
+            gap: terminal.gap()?,
+            stop: stop.total_us,
+            predicted: sent.predicted_downtime_us.unwrap_or(0),
+            load: stop.load_us,
+            total: sent.elapsed_us,
+            fault_p50: received.fault_p50_us,
+            fault_p99: received.fault_p99_us,
+        });
+    }
+    Ok(all)
+}
+
+fn median_of(mut values: Vec<u64>) -> u64 {
+    values.sort_unstable();
+    values.get(values.len() / 2).copied().unwrap_or(0)
+}
+
+fn median(all: &[Seen], pick: impl Fn(&Seen) -> u64) -> u64 {
+    median_of(all.iter().map(pick).collect())
+}
+
+/// Milliseconds, of microseconds.
+fn ms(us: u64) -> String {
+    format!(
+        "{:.1}",
+        f64::from(u32::try_from(us).unwrap_or(u32::MAX)) / 1000.0
+    )
+}
+
+async fn stops(times: usize, quick: bool, peer: Option<&Path>) -> Result<()> {
+    println!("\nThe stop, in ms: medians of {times}. The guest writes pages of 128 MiB.\n");
+    let qemu = qemu::version();
+    if let Some(qemu) = &qemu {
+        println!("Beside us: {qemu}.\n");
+    }
+    println!(
+        "| memory | vCPUs | pages/s | mode | guest saw | measured | predicted | of it load | all of it | faults p50, p99 (us) | peer: guest saw | QEMU: guest saw, measured, all of it |"
+    );
+    println!("|---|---|---|---|---|---|---|---|---|---|---|---|");
+    let case = |memory, vcpus, rate, mode| Case {
+        memory: memory * MIB,
+        vcpus,
+        rate,
+        mode,
+    };
+    let (pre, hybrid, post) = (
+        MemoryMode::Precopy,
+        MemoryMode::Hybrid,
+        MemoryMode::Postcopy,
+    );
+    let mut cases = vec![
+        case(256, 1, 0, pre),
+        case(256, 1, 1_000, pre),
+        case(256, 1, 10_000, pre),
+        case(256, 1, 50_000, pre),
+        case(256, 2, 10_000, pre),
+        case(256, 1, 10_000, hybrid),
+        case(256, 1, 10_000, post),
+        case(2048, 1, 0, pre),
+        case(2048, 1, 10_000, post),
+    ];
+    if !quick {
+        cases.extend([
+            case(256, 1, 50_000, hybrid),
+            case(256, 1, 50_000, post),
+            case(2048, 2, 10_000, pre),
+            case(8192, 1, 0, pre),
+            case(8192, 1, 0, post),
+        ]);
+    }
+    for case in cases {
+        let seen = ours(case, times).await?;
+        let theirs = match peer {
+            None => "-".to_owned(),
+            Some(program) => match peer::moves(program, case, times).await {
+                Ok(seen) => ms(median(&seen, |seen| seen.gap)),
+                Err(error) => format!("{error:#}"),
+            },
+        };
+        let qemus = match &qemu {
+            None => "-".to_owned(),
+            Some(_) => match tokio::task::spawn_blocking(move || qemu::moves(case, times)).await? {
+                Ok(seen) => format!(
+                    "{}, {}, {}",
+                    ms(median(&seen, |seen| seen.gap)),
+                    ms(median(&seen, |seen| seen.stop)),
+                    ms(median(&seen, |seen| seen.total))
+                ),
+                Err(error) => format!("{error:#}"),
+            },
+        };
+        let faults = match case.mode {
+            MemoryMode::Precopy => "-".to_owned(),
+            _ => format!(
+                "{}, {}",
+                median(&seen, |seen| seen.fault_p50),
+                median(&seen, |seen| seen.fault_p99)
+            ),
+        };
+        println!(
+            "| {} MiB | {} | {} | {} | {} | {} | {} | {} | {} | {faults} | {theirs} | {qemus} |",
+            case.memory / MIB,
+            case.vcpus,
+            case.rate,
+            case.mode,
+            ms(median(&seen, |seen| seen.gap)),
+            ms(median(&seen, |seen| seen.stop)),
+            ms(median(&seen, |seen| seen.predicted)),
+            ms(median(&seen, |seen| seen.load)),
+            ms(median(&seen, |seen| seen.total)),
+        );
+    }
+    Ok(())
+}
