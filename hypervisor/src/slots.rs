@@ -183,6 +183,10 @@ impl MemSlots {
         }
         let mut state = self.state.lock();
         if state.log_dirty == on {
+            if on {
+                let slots = state.slots.iter().flatten();
+                slots.for_each(|slot| slot.slice.block.dirty().mark_all());
+            }
             return Ok(());
         }
         let switched = self.switch(&mut state, on);

@@ -82,6 +82,8 @@ pub struct RamBlock {
     fd: Option<File>,
     dirty: DirtyBitmap,
     page_size: u64,
+    /// It may be made of transparent huge pages.
+    thp: bool,
     /// A [`Pages`].
     pages: AtomicU8,
 }
@@ -208,6 +210,7 @@ impl RamBlock {
             fd,
             dirty: DirtyBitmap::new(len),
             page_size,
+            thp: config.thp && config.hugepage_size.is_none(),
             pages: AtomicU8::new(Pages::There as u8),
         };
 
@@ -240,6 +243,26 @@ impl RamBlock {
         match unsafe { libc::madvise(self.host.as_ptr().cast(), self.len, advice) } {
             0 => Ok(()),
             _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    /// From now on the host makes no huge pages of it, in which pages would be that nobody wrote.
+    ///
+    /// # Errors
+    /// When the host refuses.
+    pub fn refuse_huge_pages(&self) -> io::Result<()> {
+        match self.advise(libc::MADV_NOHUGEPAGE) {
+            // A kernel that is built without them makes none.
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput => Ok(()),
+            done => done,
+        }
+    }
+
+    /// The host may make huge pages of it, if it was made so.
+    pub(crate) fn permit_huge_pages(&self) {
+        if self.thp {
+            // Advice, as it was when the block was made.
+            let _ = self.advise(libc::MADV_HUGEPAGE);
         }
     }
 

@@ -211,7 +211,8 @@ impl UserFaults {
     /// Fills a page, if it is missing still, and lets go on who waits for it.
     ///
     /// # Errors
-    /// When there is no such page, or the host refuses.
+    /// When there is no such page, or the host refuses. `WouldBlock`: memory is being given back, which
+    /// goes on when [`UserFaults::wait`] has told of it; who calls that must not try again before.
     pub fn fill(
         &self,
         block: usize,
@@ -226,7 +227,7 @@ impl UserFaults {
             mode: 0,
             copied: 0,
         };
-        let filled = self.again(UFFDIO_COPY, &mut copy);
+        let filled = self.call(UFFDIO_COPY, &mut copy);
         self.there(filled, range)
     }
 
@@ -242,20 +243,8 @@ impl UserFaults {
             mode: 0,
             zeroed: 0,
         };
-        let filled = self.again(UFFDIO_ZEROPAGE, &mut zero);
+        let filled = self.call(UFFDIO_ZEROPAGE, &mut zero);
         self.there(filled, range)
-    }
-
-    /// `EAGAIN`: the map of the process is being changed.
-    fn again<T>(&self, request: u64, argument: &mut T) -> io::Result<()> {
-        loop {
-            match self.call(request, argument) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    std::thread::yield_now();
-                }
-                done => return done,
-            }
-        }
     }
 
     /// A page that was there already may have somebody who does not know it.
@@ -290,6 +279,7 @@ impl UserFaults {
             let mut all = range(block, 0, block.len());
             self.call(UFFDIO_UNREGISTER, &mut all)?;
             block.turn(Pages::Awaited, Pages::There);
+            block.permit_huge_pages();
             Ok(())
         })
     }

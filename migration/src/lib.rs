@@ -39,6 +39,7 @@ mod tls;
 mod wire;
 
 use std::fmt;
+use std::time::Duration;
 
 pub use journal::{Entry, FileJournal, Journal, NoJournal, Side, Step};
 pub use link::{Accept, Closer, Dial, Endpoint, InvalidEndpoint, Listener, Stream};
@@ -54,6 +55,15 @@ pub use wire::WireError;
 /// Who knows more than the other side tells it, or answers when it asks, for so many times the
 /// patience that one has with the other side.
 pub(crate) const LINGER: u32 = 6;
+
+/// As often as this, within the patience that one has with the other side, one tries to reach it.
+pub(crate) const ATTEMPTS: u32 = 30;
+
+/// Signs of life that are given within the patience that the other side has.
+pub(crate) const SIGNS: u32 = 8;
+
+/// How long a channel for pages may be silent: the control channel tells whether the other side lives.
+pub(crate) const PAGES_PATIENCE: Duration = Duration::from_secs(3600);
 
 /// Why a migration does not go on.
 #[derive(Debug, thiserror::Error)]

@@ -131,8 +131,13 @@ pub(crate) enum ToDestination {
     /// A frame with saved state follows: a first guess, to be loaded now.
     Guess,
     /// A frame with saved state follows, and the last round before it, this one, has been sent. With
-    /// `postcopy` it told which pages come after the guest.
-    State { round: u32, postcopy: bool },
+    /// `postcopy` it told which pages come after the guest. The guest stands, and did before the migration
+    /// if it was `paused`.
+    State {
+        round: u32,
+        postcopy: bool,
+        paused: bool,
+    },
     /// The guest is yours: it stood for so long when this was sent, and stays paused if it was.
     Commit { stood_for_ns: u64, paused: bool },
     /// It stays here.

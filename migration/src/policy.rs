@@ -163,6 +163,9 @@ impl Policy {
             AtDeadline::Stop => Next::Stop,
             AtDeadline::Postcopy => Next::Postcopy,
             AtDeadline::Throttle if shrinks => Next::Round { throttle },
+            // It does not run as good as at all, and still writes too much, or the stop is too long
+            // without a page: more rounds change nothing.
+            AtDeadline::Throttle if throttle == MAX_THROTTLE => Next::Stop,
             AtDeadline::Throttle => Next::Round {
                 throttle: match throttle {
                     0 => 20,
@@ -228,6 +231,11 @@ mod tests {
         assert_eq!(next(AtDeadline::Stop), Next::Stop);
         assert_eq!(next(AtDeadline::Postcopy), Next::Postcopy);
         assert_eq!(next(AtDeadline::Throttle), Next::Round { throttle: 20 });
+        let slowest = Situation {
+            throttle: MAX_THROTTLE,
+            ..situation()
+        };
+        assert_eq!(policy(AtDeadline::Throttle).next(&slowest), Next::Stop);
         let never = Policy::default().next(&situation());
         assert_eq!(never, Next::Round { throttle: 0 });
     }

@@ -234,6 +234,8 @@ impl Progress {
         let before = state.report.phase;
         change(&mut state.report);
         if state.report.phase != before {
+            // What was decided of one doubt decides nothing of another.
+            state.resolution = None;
             if state.report.phase.is_over() {
                 state.report.elapsed_us = micros(state.begun.elapsed());
                 state.closers.clear();
@@ -257,7 +259,14 @@ impl Progress {
             return false;
         }
         state.committed = true;
+        // There is nothing to be closed any more.
+        state.closers.clear();
         true
+    }
+
+    /// Ends all connections: who sends over one of them does not wait any longer.
+    pub(crate) fn close_all(&self) {
+        self.0.0.lock().closers.iter().for_each(Closer::close);
     }
 
     /// Has this closed when the migration is called off, or at once if it was.
@@ -266,12 +275,9 @@ impl Progress {
         if state.canceled {
             closer.close();
         }
-        state.closers.push(closer);
-    }
-
-    /// Forgets the connections that there were.
-    pub(crate) fn forget_connections(&self) {
-        self.0.0.lock().closers.clear();
+        if !state.committed {
+            state.closers.push(closer);
+        }
     }
 
     /// What was decided, when something was within this time.

@@ -1,6 +1,7 @@
 //! Sending pages: over all RAM channels at once, within a bandwidth.
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -72,6 +73,47 @@ impl<I: Iterator<Item = Run>> Work<'_, I> {
     }
 }
 
+/// Has each channel's thread send, and meanwhile does something else; as long as they take, `sign` is
+/// called so often. Gives the bytes that were sent, and what the other thing came to.
+pub(crate) fn on_all<R>(
+    rams: &mut [Ram],
+    send: impl Fn(&mut Ram) -> Result<u64, Trouble> + Sync,
+    every: Duration,
+    mut sign: impl FnMut() -> Result<(), Trouble>,
+    meanwhile: impl FnOnce() -> R,
+) -> Result<(u64, R), Trouble> {
+    thread::scope(|scope| {
+        let (done, ended) = mpsc::channel();
+        let (mut running, mut sent, mut trouble) = (0, 0, None);
+        for ram in rams {
+            let (done, send) = (done.clone(), &send);
+            let work = move || {
+                // The receiver waits for all of us.
+                let _ = done.send(send(ram));
+            };
+            match thread::Builder::new().spawn_scoped(scope, work) {
+                Ok(_) => running += 1,
+                Err(error) => trouble = Some(Trouble::here("host-refused", error)),
+            }
+        }
+        let result = meanwhile();
+        while running > 0 {
+            match ended.recv_timeout(every) {
+                Ok(one) => {
+                    running -= 1;
+                    match one {
+                        Ok(bytes) => sent += bytes,
+                        Err(error) => drop(trouble.get_or_insert(error)),
+                    }
+                }
+                Err(_) if trouble.is_none() => trouble = sign().err(),
+                Err(_) => {}
+            }
+        }
+        trouble.map_or(Ok((sent, result)), Err)
+    })
+}
+
 /// Few pages, over the first channel, on this thread.
 pub(crate) fn send_inline(
     rams: &mut [Ram],
@@ -84,8 +126,9 @@ pub(crate) fn send_inline(
     let mut sent = 0;
     if let Some(first) = rams.first_mut() {
         for run in batches {
-            sent += first.send_batch(blocks, run, progress)?;
-            pacer.wait(sent);
+            let bytes = first.send_batch(blocks, run, progress)?;
+            sent += bytes;
+            pacer.wait(bytes);
         }
     }
     for ram in rams {

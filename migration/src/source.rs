@@ -14,20 +14,18 @@ use uuid::Uuid;
 
 pub use self::hand_over::Untold;
 use self::postcopy::Urgent;
-use crate::Trouble;
 use crate::journal::{Journal, Step};
 use crate::link::{Dial, Stream};
 use crate::message::{self, Channel, Control, Hello, Offer, Refusal, ToDestination, ToSource};
 use crate::pages::{BATCH, Block, PAGE};
 use crate::policy::{Measured, Mode, Next, Policy, Situation};
 use crate::progress::{Downtime, Phase, Progress, micros};
-use crate::sender::{Pacer, Ram, Work, batches, count, per_second, send_inline};
+use crate::sender::{Pacer, Ram, Work, batches, count, on_all, per_second, send_inline};
 use crate::wire::WireError;
+use crate::{SIGNS, Trouble};
 
 /// How long the destination may take to make a machine.
 const PREPARE_PATIENCE: Duration = Duration::from_secs(120);
-/// Signs of life that are given within the patience that the other side has.
-const SIGNS: u32 = 8;
 /// Rounds of pages so few that threads are not worth their while.
 const INLINE: u64 = 2 * BATCH as u64;
 
@@ -63,6 +61,9 @@ pub trait Source: Send {
     /// # Errors
     /// When they cannot be saved, or the machine is gone.
     fn guess(&mut self) -> Result<Vec<u8>, Refusal>;
+
+    /// The guest will be stopped soon: does what would take long then, while it runs.
+    fn settle(&mut self);
 
     /// Stops the guest. True if it stood already, by its owner's wish, and is to stand at the
     /// destination.
@@ -460,53 +461,44 @@ impl Engine<'_, '_> {
             round,
             progress: progress.clone(),
         };
-        let work = &work;
-        let heartbeat_every = self.sending.policy.patience / SIGNS;
-        let rams = &mut self.rams;
+        let every = self.sending.policy.patience / SIGNS;
         let control = self.control.as_mut().ok_or_else(gone)?;
-        let sent = thread::scope(|scope| {
-            let (done, ended) = mpsc::channel();
-            let count = rams.len();
-            for ram in rams {
-                let done = done.clone();
-                scope.spawn(move || {
-                    let sent = ram.send(work);
-                    // The receiver waits for all of us.
-                    let _ = done.send(sent);
-                });
-            }
-            let (mut sent, mut trouble) = (0, None);
-            let mut running = count;
-            while running > 0 {
-                match ended.recv_timeout(heartbeat_every) {
-                    Ok(Ok(bytes)) => (sent, running) = (sent + bytes, running - 1),
-                    Ok(Err(error)) => {
-                        trouble.get_or_insert(error);
-                        running -= 1;
-                    }
-                    // The destination hears from us while a round takes its time.
-                    Err(_) if trouble.is_none() => {
-                        if let Err(error) = heartbeat(control) {
-                            trouble = Some(error);
-                            progress.forget_connections();
-                        }
-                    }
-                    Err(_) => {}
-                }
-            }
-            match trouble {
-                Some(_) if progress.is_canceled() => Err(Trouble::Canceled),
-                Some(trouble) => Err(trouble),
-                None => Ok(sent),
-            }
+        // The destination hears from us while a round takes its time. Whoever sends to one that does not
+        // answer does not hear of it by itself.
+        let sign = || heartbeat(control).inspect_err(|_| progress.close_all());
+        let sent = on_all(&mut self.rams, |ram| ram.send(&work), every, sign, || ());
+        let (sent, ()) = sent.map_err(|trouble| match trouble {
+            _ if progress.is_canceled() => Trouble::Canceled,
+            trouble => trouble,
         })?;
         work.put_back();
         Ok(sent)
     }
 
+    /// What takes long, the destination hears of.
+    fn settle(&mut self) -> Result<(), Trouble> {
+        let every = self.sending.policy.patience / SIGNS;
+        let (control, source) = (self.control.as_mut().ok_or_else(gone)?, &mut *self.source);
+        thread::scope(|scope| {
+            let (done, settled) = mpsc::channel();
+            let settle = move || {
+                source.settle();
+                // The receiver waits for it.
+                let _ = done.send(());
+            };
+            let started = thread::Builder::new().spawn_scoped(scope, settle);
+            started.map_err(|error| Trouble::here("host-refused", error))?;
+            while settled.recv_timeout(every).is_err() {
+                heartbeat(control)?;
+            }
+            Ok(())
+        })
+    }
+
     /// Stops the guest and sends what is left of it. On return the destination is ready, and the
     /// guest has been given away on paper.
     fn stop(&mut self, postcopy: bool) -> Result<(), Trouble> {
+        self.settle()?;
         self.check()?;
         let progress = self.sending.progress.clone();
         progress.enter(Phase::Stopped);
@@ -539,7 +531,12 @@ impl Engine<'_, '_> {
         self.downtime.save_us = micros(saving.elapsed());
         let sending = Instant::now();
         let control = self.control.as_mut().ok_or_else(gone)?;
-        control.say_with_state(&ToDestination::State { round, postcopy }, &state)?;
+        let message = ToDestination::State {
+            round,
+            postcopy,
+            paused: was_paused,
+        };
+        control.say_with_state(&message, &state)?;
         // While the destination loads.
         self.source.hand_over().map_err(Trouble::Here)?;
         self.downtime.load_us = self.expect(|answer| match answer {
@@ -564,20 +561,11 @@ impl Engine<'_, '_> {
             round,
             progress: self.sending.progress.clone(),
         };
-        let (work, rams, source) = (&work, &mut self.rams, &mut *self.source);
-        let (sent, saved) = thread::scope(|scope| {
-            let senders: Vec<_> = rams
-                .iter_mut()
-                .map(|ram| scope.spawn(move || ram.send(work)))
-                .collect();
-            let saved = source.save();
-            let sent: Result<Vec<u64>, Trouble> = senders
-                .into_iter()
-                .map(|sender| sender.join().unwrap_or_else(|_| Err(gone())))
-                .collect();
-            (sent, saved)
-        });
-        sent?;
+        let every = self.sending.policy.patience / SIGNS;
+        let (control, source) = (self.control.as_mut().ok_or_else(gone)?, &mut *self.source);
+        let sign = || heartbeat(control);
+        let save = || source.save();
+        let (_, saved) = on_all(&mut self.rams, |ram| ram.send(&work), every, sign, save)?;
         saved.map_err(Trouble::Here)
     }
 }

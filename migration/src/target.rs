@@ -1,11 +1,12 @@
 //! The side to which the guest moves.
 
 mod postcopy;
+mod strangers;
 mod taking;
 
 use std::fs::File;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -15,20 +16,17 @@ use parking_lot::Mutex;
 use uuid::Uuid;
 
 use self::postcopy::Late;
+use self::strangers::Strangers;
 use self::taking::{Taking, take_pages};
 use crate::journal::{Journal, Step};
 use crate::link::{Accept, Closer, Stream};
-use crate::message::{self, Channel, Control, Hello, Offer, Refusal, ToDestination, ToSource};
+use crate::message::{Channel, Control, Hello, Offer, Refusal, ToDestination, ToSource};
 use crate::pages::Block;
 use crate::policy::MAX_CONNECTIONS;
 use crate::progress::{Phase, Progress};
 use crate::wire::WireError;
 use crate::{LINGER, Trouble};
 
-/// How long who connects may take to say who it is.
-const HELLO_PATIENCE: Duration = Duration::from_secs(5);
-/// Connections that may be about to say it.
-const STRANGERS: usize = 64;
 /// As often as this, within the patience that one has with the other side, one looks for a decision
 /// or a connection.
 const LOOKS: u32 = 100;
@@ -111,8 +109,8 @@ pub struct Receiving<'a> {
     pub progress: &'a Progress,
     /// How long the source may be silent.
     pub patience: Duration,
-    /// Called when the guest runs here, and [`receive`] does not return yet: a source that did not
-    /// hear of it may ask.
+    /// Called when it is certain whether the guest runs here, and [`receive`] does not return yet: a
+    /// source that did not hear of it may ask.
     pub lingers: &'a (dyn Fn() + Sync),
 }
 
@@ -128,43 +126,23 @@ pub fn receive(receiving: Receiving<'_>) -> Result<(), Refusal> {
         patience,
         lingers,
     } = receiving;
-    let (over, strangers) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let (over, strangers) = (AtomicBool::new(false), Strangers::default());
     thread::scope(|scope| {
         let (arrive, arrivals) = mpsc::channel();
         let (over, strangers) = (&over, &strangers);
-        scope.spawn(move || {
-            while !over.load(Ordering::Acquire) {
-                let stream = match accept.accept(patience / LOOKS) {
-                    Ok(Some(stream)) => stream,
-                    Ok(None) => continue,
-                    Err(error) => {
-                        tracing::warn!(%error, "no more connections can come");
-                        return;
-                    }
-                };
-                if strangers.fetch_add(1, Ordering::AcqRel) >= STRANGERS {
-                    strangers.fetch_sub(1, Ordering::AcqRel);
-                    continue;
-                }
-                let arrive = arrive.clone();
-                scope.spawn(move || {
-                    if let Some(arrival) = greet(stream) {
-                        // The session may be over.
-                        let _ = arrive.send(arrival);
-                    }
-                    strangers.fetch_sub(1, Ordering::AcqRel);
-                });
-            }
-        });
+        let tick = patience / LOOKS;
+        let accepting = move || strangers.receive(scope, accept, tick, over, &arrive);
+        let started = thread::Builder::new().spawn_scoped(scope, accepting);
+        started.map_err(|error| Refusal::new("host-refused", error.to_string()))?;
         let mut session = Session {
             host,
             progress,
             patience,
             arrivals: &arrivals,
         };
-        let outcome = session.run();
+        let (outcome, untold) = session.run();
         progress.update(|report| match &outcome {
-            Ok(_) => report.phase = Phase::Completed,
+            Ok(()) => report.phase = Phase::Completed,
             Err(why) => {
                 report.phase = match why.code.as_str() {
                     "canceled" => Phase::Canceled,
@@ -173,12 +151,12 @@ pub fn receive(receiving: Receiving<'_>) -> Result<(), Refusal> {
                 report.error = Some(why.clone());
             }
         });
-        if let Ok(Ended::Unheard(id, answer)) = &outcome {
+        if let Some((id, answer)) = untold {
             lingers();
-            session.linger(*id, answer);
+            session.linger(id, &answer);
         }
         over.store(true, Ordering::Release);
-        outcome.map(|_| ())
+        outcome
     })
 }
 
@@ -221,17 +199,6 @@ struct Arrival {
     stream: Box<dyn Stream>,
 }
 
-fn greet(mut stream: Box<dyn Stream>) -> Option<Arrival> {
-    stream.set_patience(HELLO_PATIENCE).ok()?;
-    match message::hear_hello(&mut *stream) {
-        Ok(hello) => Some(Arrival { hello, stream }),
-        Err(error) => {
-            tracing::info!(%error, "somebody connected who does not migrate a guest");
-            None
-        }
-    }
-}
-
 fn turn_away(stream: Box<dyn Stream>, why: Refusal) {
     // It learns it, or sees that the connection ends.
     let _ = Control::new(stream).say(&ToSource::Refused(why));
@@ -242,7 +209,7 @@ enum Ended {
     /// The source knows.
     Heard,
     /// The source may not know yet, and is told so when it asks.
-    Unheard(Uuid, ToSource),
+    Unheard(ToSource),
 }
 
 /// A channel's round has ended, or the channel has.
@@ -256,17 +223,24 @@ struct Session<'a> {
 }
 
 impl Session<'_> {
-    fn run(&mut self) -> Result<Ended, Refusal> {
-        let Arrival { hello, stream } = self.first()?;
-        self.migrate(hello.migration, stream)
-            .map_err(|failed| match failed {
-                // The source was told the same.
-                Failed::Refused(why) => why,
-                Failed::Trouble(Trouble::Wire(_)) if self.progress.is_canceled() => {
-                    Trouble::Canceled.refusal()
-                }
-                Failed::Trouble(trouble) => trouble.refusal(),
-            })
+    /// What became of it, and what a source is told that does not know it.
+    fn run(&mut self) -> (Result<(), Refusal>, Option<(Uuid, ToSource)>) {
+        let Arrival { hello, stream } = match self.first() {
+            Ok(arrival) => arrival,
+            Err(why) => return (Err(why), None),
+        };
+        let id = hello.migration;
+        match self.migrate(id, stream) {
+            Ok(Ended::Heard) => (Ok(()), None),
+            Ok(Ended::Unheard(answer)) => (Ok(()), Some((id, answer))),
+            // The source was told the same.
+            Err(Failed::Refused(why)) => (Err(why), None),
+            Err(Failed::Unheard(why, answer)) => (Err(why), Some((id, answer))),
+            Err(Failed::Trouble(Trouble::Wire(_))) if self.progress.is_canceled() => {
+                (Err(Trouble::Canceled.refusal()), None)
+            }
+            Err(Failed::Trouble(trouble)) => (Err(trouble.refusal()), None),
+        }
     }
 
     /// The first control connection.
@@ -356,23 +330,26 @@ impl Session<'_> {
                 ended: &ended,
                 rounds: vec![0; connections.into()],
                 open: vec![false; connections.into()],
-                is_ready: false,
+                ready: None,
+                again: None,
                 memory: &memory_here,
                 faults: None,
                 start_watch: &mut || {
-                    scope.spawn(|| {
+                    let watch = || {
                         if let Some(late) = memory_here.late.get() {
                             late.watch(self.progress);
                         }
-                    });
+                    };
+                    let started = thread::Builder::new().spawn_scoped(scope, watch);
+                    started.map(|_| ())
                 },
                 closers: Vec::new(),
                 start_channel: &mut |index, stream: Box<dyn Stream>| {
                     let (ends, memory, progress) =
                         (ends.clone(), &memory_here, self.progress.clone());
-                    scope.spawn(move || {
-                        take_pages(index, stream, memory, &ends, &progress);
-                    });
+                    let take = move || take_pages(index, stream, memory, &ends, &progress);
+                    let started = thread::Builder::new().spawn_scoped(scope, take);
+                    started.map(|_| ())
                 },
             };
             let outcome = taking.run();
@@ -451,7 +428,13 @@ impl Session<'_> {
             }
             let mut control = Control::new(arrival.stream);
             let told = control.say(answer);
-            if told.is_ok() && matches!(control.hear(), Ok(ToDestination::Complete)) {
+            let knows = |heard: Result<ToDestination, WireError>| match heard {
+                Ok(ToDestination::Complete) => true,
+                // It says nothing more.
+                Err(WireError::Closed) => matches!(answer, ToSource::NotHere(_)),
+                _ => false,
+            };
+            if told.is_ok() && knows(control.hear()) {
                 return;
             }
         }
@@ -474,6 +457,8 @@ fn answer_ping(control: &mut Control, message: &ToDestination) -> Result<(), Tro
 enum Failed {
     /// Before anything moved; the source was told.
     Refused(Refusal),
+    /// When the order had come; the source may not know it yet, and is told so when it asks.
+    Unheard(Refusal, ToSource),
     Trouble(Trouble),
 }
 

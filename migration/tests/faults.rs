@@ -202,6 +202,8 @@ impl Source for TestSource {
         Ok(vec![1; 100])
     }
 
+    fn settle(&mut self) {}
+
     fn stop(&mut self) -> Result<bool, Refusal> {
         self.life.step()?;
         self.scribble();
@@ -343,7 +345,7 @@ impl Host for TestHost {
     fn fate(&self, migration: Uuid) -> Fate {
         match self.papers.lock().unwrap().get(&migration) {
             None => Fate::Unknown,
-            Some(paper) if paper.0.lock().unwrap().contains(&Step::Running) => Fate::Ran,
+            Some(paper) if paper.0.lock().unwrap().last() == Some(&Step::Running) => Fate::Ran,
             Some(_) => Fate::NeverRan,
         }
     }
@@ -490,6 +492,8 @@ struct Script {
     source_dies_at: Option<u64>,
     destination_dies_at: Option<u64>,
     cancel_after_us: Option<u64>,
+    /// At the destination, which it is not asked for once it is ready.
+    refuse_after_us: Option<u64>,
 }
 
 impl Script {
@@ -606,6 +610,13 @@ fn run(seed: u64, script: Script) -> (Ending, Arc<World>) {
             progress.cancel()
         })
     });
+    let refuser = script.refuse_after_us.map(|us| {
+        let progress = there.clone();
+        thread::spawn(move || {
+            thread::sleep(Duration::from_micros(us));
+            progress.cancel()
+        })
+    });
     // Somebody decides where a side cannot: a source whose destination is not to be reached has the
     // guest; so has a destination whose source is dead.
     let (watched, other) = (here.clone(), there.clone());
@@ -656,7 +667,7 @@ fn run(seed: u64, script: Script) -> (Ending, Arc<World>) {
     let destination = receiver.join().unwrap();
     stop.store(true, Ordering::SeqCst);
     operator.join().unwrap();
-    if let Some(canceler) = canceler {
+    for canceler in canceler.into_iter().chain(refuser) {
         let _ = canceler.join().unwrap();
     }
     let ending = Ending {
@@ -763,6 +774,53 @@ fn whatever_fails_at_most_one_copy_runs_and_none_is_lost() {
     );
 }
 
+/// Whoever connects and says nothing, or too slowly, keeps nobody from coming or from ending.
+#[test]
+fn strangers_hold_nobody_up() {
+    let (to, from) = mpsc::channel();
+    let life = life(None);
+    let mut accept = TestAccept {
+        from,
+        life: Arc::clone(&life),
+    };
+    let host = TestHost {
+        world: Arc::default(),
+        life,
+        papers: Mutex::default(),
+    };
+    let progress = Progress::default();
+    let receiving = Receiving {
+        accept: &mut accept,
+        host: &host,
+        progress: &progress,
+        patience: LONG_PATIENCE,
+        lingers: &|| {},
+    };
+    let (mut near, far) = UnixStream::pair().unwrap();
+    to.send(far).unwrap();
+    let canceler = {
+        let progress = progress.clone();
+        thread::spawn(move || {
+            // The beginning of a greeting that is as long as one may be.
+            near.write_all(&[1, 0, 0, 0, 0, 16, 0, 0]).unwrap();
+            thread::sleep(Duration::from_millis(200));
+            progress.cancel().unwrap();
+            // It says the rest byte by byte, as long as it is listened to.
+            while near.write_all(&[0]).is_ok() {
+                thread::sleep(Duration::from_millis(100));
+            }
+        })
+    };
+    let start = Instant::now();
+    assert_eq!(receive(receiving).unwrap_err().code, "canceled");
+    assert!(
+        start.elapsed() < Duration::from_secs(2),
+        "{:?}",
+        start.elapsed()
+    );
+    canceler.join().unwrap();
+}
+
 /// Ends the tests when a migration does not end, and says which.
 struct Watch(Arc<AtomicBool>);
 
@@ -798,7 +856,7 @@ fn script_of(seed: u64) -> Script {
         writes: [0, 10, 100][dice.roll(3) as usize],
         ..Script::default()
     };
-    match dice.roll(5) {
+    match dice.roll(6) {
         0 | 1 => {
             // Early bytes are hellos and small messages, late ones the hand-over.
             let range = [200, 2_000, 1_400_000][dice.roll(3) as usize];
@@ -811,7 +869,8 @@ fn script_of(seed: u64) -> Script {
         }
         2 => script.source_dies_at = Some(dice.roll(25)),
         3 => script.destination_dies_at = Some(dice.roll(12)),
-        _ => script.cancel_after_us = Some(dice.roll(6_000)),
+        4 => script.cancel_after_us = Some(dice.roll(6_000)),
+        _ => script.refuse_after_us = Some(dice.roll(6_000)),
     }
     script
 }

@@ -227,6 +227,11 @@ impl Driver {
                 self.publisher
                     .update(|status| status.state = VmState::Paused);
             }
+            Request::Resume if self.leaving.as_ref().is_some_and(Leaving::is_stranded) => {
+                self.stay().map_err(|why| {
+                    RequestError::new(Category::Conflict, "vm-migrating", why.detail)
+                })?;
+            }
             Request::Resume => {
                 active.resume().map_err(|error| internal(&error))?;
                 self.publisher

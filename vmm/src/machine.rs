@@ -11,7 +11,7 @@ use devices::{
     hotplug, pci, power,
 };
 use hypervisor::arch::CpuId;
-use hypervisor::{ClockState, IrqRoutes, Kvm, KvmError, StandingClock, Vcpu, Vm};
+use hypervisor::{ClockState, IrqRoutes, Kicker, Kvm, KvmError, StandingClock, Vcpu, Vm};
 use memory::{
     DeviceOps, ListenerHandle, MemoryListener, RamBlock, RamConfig, RamSlice, SpaceKind, Topology,
     Transaction,
@@ -29,7 +29,7 @@ use crate::moving::MoveError;
 use crate::open::{ConsoleEnd, Control, Opened};
 use crate::pci::{PciHost, SharedTopology};
 use crate::run_control::{NotParked, RunControl, Want};
-use crate::vcpu::{Throttle, VcpuThread};
+use crate::vcpu::{Halter, Throttle, VcpuThread};
 use crate::virtio::{Devices, Places};
 
 /// How long vCPUs may take to leave the guest. They take microseconds; only a device that blocks
@@ -443,11 +443,14 @@ impl Active {
         Ok(())
     }
 
-    /// Stops the guest: on return no vCPU runs, and the guest's clock stands.
+    /// Stops the guest: on return no vCPU runs, and the guest's clock stands. If a vCPU does not stop in
+    /// time, all run on.
     pub(crate) fn pause(&mut self) -> Result<(), NotParked> {
         self.control.want(Want::Park);
         self.vcpus.iter().for_each(VcpuThread::kick);
-        self.control.wait_parked(PARK_PATIENCE)?;
+        self.control
+            .wait_parked(PARK_PATIENCE)
+            .inspect_err(|_| self.control.want(Want::Run))?;
         self.parts.devices.pause();
         // A guest without a kvmclock has none to stop.
         self.clock = self.parts.vm.clock().ok();
@@ -456,8 +459,17 @@ impl Active {
 
     /// What slows the guest down.
     pub(crate) fn throttle(&self) -> Throttle {
+        Throttle::new(Arc::clone(&self.control), self.kickers())
+    }
+
+    /// What ends the guest, whoever waits for what.
+    pub(crate) fn halter(&self) -> Halter {
+        Halter::new(Arc::clone(&self.control), self.kickers())
+    }
+
+    fn kickers(&self) -> Vec<Kicker> {
         let kickers = self.vcpus.iter().map(|vcpu| vcpu.kicker.clone());
-        Throttle::new(Arc::clone(&self.control), kickers.collect())
+        kickers.collect()
     }
 
     /// Interrupts every vCPU, maskable or not.

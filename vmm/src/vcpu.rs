@@ -180,6 +180,24 @@ impl ExitHandler for Bus {
 /// From one moment at which throttled vCPUs may begin to run to the next.
 const THROTTLE_PERIOD: Duration = Duration::from_millis(10);
 
+/// Ends a machine's vCPUs, from any thread, whatever its driver waits for.
+pub(crate) struct Halter {
+    control: Arc<RunControl>,
+    kickers: Vec<Kicker>,
+}
+
+impl Halter {
+    pub(crate) fn new(control: Arc<RunControl>, kickers: Vec<Kicker>) -> Self {
+        Self { control, kickers }
+    }
+
+    /// From now on the guest executes nothing any more. Does not wait for the threads.
+    pub(crate) fn halt(&self) {
+        self.control.want(Want::End);
+        self.kickers.iter().for_each(Kicker::kick);
+    }
+}
+
 /// Keeps a machine's vCPUs from running for a part of the time.
 pub(crate) struct Throttle {
     control: Arc<RunControl>,

@@ -140,6 +140,13 @@ impl Devices {
         Some(entry.plugged.bdf.device())
     }
 
+    /// A device that the guest was asked to let go of, and has not yet.
+    pub(crate) fn leaving(&self) -> Option<&str> {
+        let mut all = self.entries.iter();
+        let leaving = all.find(|(_, entry)| entry.state == DeviceState::Leaving);
+        leaving.map(|(id, _)| id.as_str())
+    }
+
     /// The guest has let go of what is in a slot: if it was asked to, the device goes. Gives its
     /// name.
     pub(crate) fn ejected(

@@ -485,3 +485,21 @@ async fn what_is_called_off_or_cannot_be_leaves_the_guest_where_it_is() {
     let mut console = Console::connect(Path::new(&stage.path("serial")));
     console.verify();
 }
+
+#[tokio::test]
+async fn a_destination_without_the_memory_says_so() {
+    let stage = Stage::new();
+    let told = std::fs::read_to_string("/proc/meminfo").unwrap();
+    let total: u64 = told.split_whitespace().nth(1).unwrap().parse().unwrap();
+    let mut config = stage.config(100, 1);
+    config.memory.size = (2 * total) << 10 & !((1 << 21) - 1);
+    drop(stage.boot(config).await);
+    for side in stage.migrate(|_| {}).await {
+        let error = side.error.clone().unwrap();
+        assert_eq!(error.code, "memory-short", "{side:?}");
+        assert!(error.detail.contains("MiB to give"), "{error:?}");
+    }
+    let vm = stage.here.get("pocket").unwrap();
+    assert_eq!(vm.status().state, VmState::Running);
+    assert!(stage.there.list().is_empty());
+}

@@ -10,11 +10,7 @@ use crate::link::Dial;
 use crate::message::{self, Channel, Control, Hello, Refusal, ToDestination, ToSource};
 use crate::progress::{Phase, Resolution, micros};
 use crate::wire::WireError;
-use crate::{LINGER, Trouble};
-
-/// As often as this, within the patience that one has with the other side, one tries to reach a
-/// destination that may have the guest.
-const ATTEMPTS: u32 = 30;
+use crate::{ATTEMPTS, LINGER, Trouble};
 
 /// A destination that may be ready for a guest that stays, and was not told so.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -93,7 +89,7 @@ impl Engine<'_, '_> {
         let mut why = trouble.refusal();
         tracing::warn!(migration = %self.sending.id, %why, "a guest stays where it is");
         if self.stopped.is_some()
-            && let Err(error) = self.source.go_on()
+            && let Err(error) = self.take_back()
         {
             why.detail = format!("{}; and the guest cannot go on: {error}", why.detail);
         }
@@ -114,6 +110,20 @@ impl Engine<'_, '_> {
             patience: self.sending.policy.patience,
         });
         Outcome::Stayed { why, untold }
+    }
+
+    /// What was handed over may be held for a moment by who was to have it.
+    fn take_back(&mut self) -> Result<(), Refusal> {
+        let patience = self.sending.policy.patience;
+        let until = Instant::now() + patience;
+        loop {
+            match self.source.go_on() {
+                Err(why) if why.code != "machine-gone" && Instant::now() < until => {
+                    std::thread::sleep(patience / ATTEMPTS);
+                }
+                done => return done,
+            }
+        }
     }
 
     /// Tells the destination that the guest stays. Whether it is certain that it knows.

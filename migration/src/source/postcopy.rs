@@ -7,16 +7,13 @@ use std::time::Instant;
 use parking_lot::Mutex;
 
 use super::{Engine, gone, heartbeat};
-use crate::Trouble;
 use crate::link::{Closer, Stream};
 use crate::message::{self, Channel, Control, Hello, ToDestination, ToSource};
 use crate::pages::{self, BATCH, Block, Run};
 use crate::progress::{Phase, Progress, Resolution};
-use crate::sender::{Haste, Pacer, Ram, batches, count};
+use crate::sender::{Haste, Pacer, Ram, batches, count, on_all};
 use crate::wire::{Kind, Reader, WireError};
-
-/// As often as this, within the patience that one has with the other side, one tries to reach it.
-const ATTEMPTS: u32 = 30;
+use crate::{ATTEMPTS, PAGES_PATIENCE, SIGNS, Trouble};
 
 /// Whom one met who looked for the destination again.
 enum Met {
@@ -41,6 +38,10 @@ impl Urgent {
         blocks: Vec<Block>,
         progress: Progress,
     ) -> Result<Self, Trouble> {
+        // A guest that misses nothing is silent.
+        faults
+            .set_patience(PAGES_PATIENCE)
+            .map_err(WireError::from)?;
         let closer = faults.closer().map_err(WireError::from)?;
         let haste = Arc::new(Haste::default());
         let hurry = Arc::clone(&haste);
@@ -161,7 +162,6 @@ impl Engine<'_, '_> {
         self.control = None;
         drop(self.urgent.take().and_then(Urgent::end));
         self.rams.clear();
-        self.sending.progress.forget_connections();
     }
 
     fn push(&mut self, progress: &Progress) -> Result<(), Trouble> {
@@ -180,37 +180,12 @@ impl Engine<'_, '_> {
         let haste = self.urgent.as_ref().map(|urgent| Arc::clone(&urgent.haste));
         let haste = &*haste.unwrap_or_default();
         let pacer = Pacer::new(self.sending.policy.max_bandwidth);
-        let every = self.sending.policy.patience / super::SIGNS;
+        let every = self.sending.policy.patience / SIGNS;
         let (blocks, rams) = (&self.blocks, &mut self.rams);
         let control = self.control.as_mut().ok_or_else(gone)?;
         let start = Instant::now();
-        let sent = thread::scope(|scope| {
-            let (done, ended) = std::sync::mpsc::channel();
-            let mut running = rams.len();
-            for ram in rams {
-                let (done, batches, pacer) = (done.clone(), &batches, &pacer);
-                scope.spawn(move || {
-                    let pushed = ram.push(blocks, batches, pacer, haste, progress);
-                    // The receiver waits for all of us.
-                    let _ = done.send(pushed);
-                });
-            }
-            let (mut sent, mut trouble) = (0, None);
-            while running > 0 {
-                match ended.recv_timeout(every) {
-                    Ok(pushed) => {
-                        running -= 1;
-                        match pushed {
-                            Ok(bytes) => sent += bytes,
-                            Err(error) => drop(trouble.get_or_insert(error)),
-                        }
-                    }
-                    Err(_) if trouble.is_none() => trouble = heartbeat(control).err(),
-                    Err(_) => {}
-                }
-            }
-            trouble.map_or(Ok(sent), Err)
-        })?;
+        let push = |ram: &mut Ram| ram.push(blocks, &batches, &pacer, haste, progress);
+        let (sent, ()) = on_all(rams, push, every, || heartbeat(control), || ())?;
         // Nobody takes pages any more but who is in the middle of it.
         let urgent = self.urgent.take().and_then(Urgent::end);
         self.rams.push(urgent.ok_or_else(gone)?);

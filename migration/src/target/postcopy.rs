@@ -1,7 +1,8 @@
 //! Pages that come after the guest.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::io::ErrorKind;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
 use memory::{DirtyBitmap, Fault, UserFaults};
@@ -14,8 +15,21 @@ use crate::wire::{self, Kind, WireError};
 
 /// From one look whether it is over to the next.
 const LOOK: Duration = Duration::from_millis(50);
+/// Before a page that could not be filled is tried again.
+const AGAIN: Duration = Duration::from_millis(1);
 /// Waits of which the lengths are kept, the last ones.
 const KEPT: usize = 1 << 16;
+
+/// How far a guest is whose pages come late.
+#[repr(u8)]
+enum Stage {
+    /// It does not run here yet: if pages do not come, it does not come either.
+    Before = 0,
+    /// It runs here: pages are waited for, however long it takes.
+    Started = 1,
+    /// No pages are waited for any more.
+    Over = 2,
+}
 
 /// Memory of which pages are still at the source.
 pub(super) struct Late {
@@ -28,9 +42,8 @@ pub(super) struct Late {
     ask: Mutex<Option<Box<dyn Stream>>>,
     /// How long pages were waited for, in microseconds.
     latencies: Mutex<Vec<u64>>,
-    over: AtomicBool,
-    /// The guest runs here: pages are waited for, however long it takes.
-    started: AtomicBool,
+    /// A [`Stage`].
+    stage: AtomicU8,
     /// How long is waited for a page before.
     patience: Duration,
 }
@@ -45,6 +58,8 @@ impl Late {
         patience: Duration,
     ) -> std::io::Result<Self> {
         for (block, missing) in blocks.iter().zip(&missing) {
+            // Or the host fills holes with zeros, to make a huge page, before anybody watches them.
+            block.ram.refuse_huge_pages()?;
             // Also pages that were never written here: a neighbour that was may have brought the whole
             // huge page, and what is there already is not missed.
             for (first, pages) in missing.snapshot().runs() {
@@ -58,8 +73,7 @@ impl Late {
             waited: Mutex::default(),
             ask: Mutex::new(Some(ask)),
             latencies: Mutex::default(),
-            over: AtomicBool::new(false),
-            started: AtomicBool::new(false),
+            stage: AtomicU8::new(Stage::Before as u8),
             patience,
         })
     }
@@ -67,14 +81,35 @@ impl Late {
     /// Asks for what is touched, until it is over. On a thread of its own, which touches no guest
     /// memory.
     pub(super) fn watch(&self, progress: &Progress) {
-        while !self.over.load(Ordering::Acquire) {
-            match self.faults.wait(LOOK) {
-                Ok(faults) => faults.into_iter().for_each(|fault| self.handle(fault)),
+        let mut later = Vec::new();
+        while self.is_whole() {
+            let look = if later.is_empty() { LOOK } else { AGAIN };
+            let faults = match self.faults.wait(look) {
+                Ok(faults) => faults,
                 Err(error) => {
                     tracing::error!(%error, "pages that a guest waits for are not told");
                     return;
                 }
+            };
+            for fault in faults {
+                match fault {
+                    Fault::Missing(block, page) if self.is_missing(block, page) => {
+                        self.expect(block, page);
+                    }
+                    // It was never written, or given back, or it has come by now.
+                    Fault::Missing(block, page) => later.push((block, page)),
+                    Fault::Removed(block, first, pages) => self.removed(block, first, pages),
+                }
             }
+            later.retain(|(block, page)| match self.faults.zero(*block, *page) {
+                // Memory is being given back, which waits for us to hear of it.
+                Err(error) if error.kind() == ErrorKind::WouldBlock => true,
+                Err(error) => {
+                    tracing::error!(%error, "a page cannot be filled");
+                    false
+                }
+                Ok(()) => false,
+            });
             if self.faults.is_lost() {
                 self.end(progress);
                 return;
@@ -87,15 +122,22 @@ impl Late {
         }
     }
 
+    fn turn(&self, from: Stage, to: Stage) -> bool {
+        let (from, to) = (from as u8, to as u8);
+        let turned = self
+            .stage
+            .compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire);
+        turned.is_ok()
+    }
+
     /// The guest runs here from now on. False if pages did not come that were waited for before.
     pub(super) fn start(&self) -> bool {
-        self.started.store(true, Ordering::Release);
-        !self.over.load(Ordering::Acquire)
+        self.turn(Stage::Before, Stage::Started)
     }
 
     /// The source is gone: while the guest does not run here yet, nobody is to wait for it.
     pub(super) fn give_up(&self) {
-        if self.started.load(Ordering::Acquire) || self.over.swap(true, Ordering::AcqRel) {
+        if !self.turn(Stage::Before, Stage::Over) {
             return;
         }
         if let Err(error) = self.faults.end() {
@@ -105,32 +147,26 @@ impl Late {
 
     /// Whether all that was waited for so far has come.
     pub(super) fn is_whole(&self) -> bool {
-        !self.over.load(Ordering::Acquire)
+        self.stage.load(Ordering::Acquire) != Stage::Over as u8
     }
 
-    fn handle(&self, fault: Fault) {
-        match fault {
-            Fault::Missing(block, page) => {
-                let missing = self.missing.get(block);
-                if !missing.is_some_and(|missing| missing.is_dirty(page * PAGE)) {
-                    // It was never written, or given back, or it has come by now.
-                    if let Err(error) = self.faults.zero(block, page) {
-                        tracing::error!(%error, "a page cannot be filled");
-                    }
-                    return;
-                }
-                self.waited
-                    .lock()
-                    .entry((block, page))
-                    .or_insert_with(Instant::now);
-                self.ask_for(block, page);
-            }
-            Fault::Removed(block, first, pages) => {
-                if let Some(missing) = self.missing.get(block) {
-                    for page in first..first + pages {
-                        let _ = missing.take_page(page);
-                    }
-                }
+    fn is_missing(&self, block: usize, page: usize) -> bool {
+        let missing = self.missing.get(block);
+        missing.is_some_and(|missing| missing.is_dirty(page * PAGE))
+    }
+
+    fn expect(&self, block: usize, page: usize) {
+        self.waited
+            .lock()
+            .entry((block, page))
+            .or_insert_with(Instant::now);
+        self.ask_for(block, page);
+    }
+
+    fn removed(&self, block: usize, first: usize, pages: usize) {
+        if let Some(missing) = self.missing.get(block) {
+            for page in first..first.saturating_add(pages) {
+                let _ = missing.take_page(page);
             }
         }
     }
@@ -150,7 +186,7 @@ impl Late {
         let Some(missing) = self.missing.get(came.block) else {
             return Ok(());
         };
-        if self.over.load(Ordering::Acquire) {
+        if !self.is_whole() {
             // Nobody needs them: the machine has ended.
             return Ok(());
         }
@@ -158,9 +194,18 @@ impl Late {
             if !missing.is_dirty(page * PAGE) {
                 continue;
             }
-            match data {
-                Some(data) => self.faults.fill(came.block, page, data)?,
-                None => self.faults.zero(came.block, page)?,
+            let fill = || match data {
+                Some(data) => self.faults.fill(came.block, page, data),
+                None => self.faults.zero(came.block, page),
+            };
+            loop {
+                match fill() {
+                    // Memory is being given back, of which the watch is to hear.
+                    Err(error) if error.kind() == ErrorKind::WouldBlock && self.is_whole() => {
+                        std::thread::yield_now();
+                    }
+                    filled => break filled?,
+                }
             }
             // Behind the filling: who finds a page that is not missing takes it for one of zeros.
             let _ = missing.take_page(page);
@@ -231,7 +276,7 @@ impl Late {
 
     /// All pages are there, or none will come any more: nobody waits.
     pub(super) fn end(&self, progress: &Progress) {
-        self.over.store(true, Ordering::Release);
+        self.stage.store(Stage::Over as u8, Ordering::Release);
         self.tell(progress);
         if let Err(error) = self.faults.end() {
             tracing::error!(%error, "missing pages cannot be given up");
@@ -241,7 +286,7 @@ impl Late {
 
 impl Drop for Late {
     fn drop(&mut self) {
-        self.over.store(true, Ordering::Release);
+        self.stage.store(Stage::Over as u8, Ordering::Release);
     }
 }
 
@@ -253,6 +298,54 @@ mod tests {
     use memory::{RamBlock, RamConfig};
 
     use super::*;
+
+    /// Who gives memory back waits until the watch has heard of it, which must not wait for that itself.
+    #[test]
+    fn memory_is_given_back_while_pages_are_filled() {
+        const PAGES: usize = 512;
+        let config = RamConfig::anonymous((PAGES * PAGE) as u64);
+        let ram = Arc::new(RamBlock::new(&config).unwrap());
+        let (near, _far) = UnixStream::pair().unwrap();
+        let blocks = [Block {
+            name: "ram".to_owned(),
+            ram: Arc::clone(&ram),
+        }];
+        let missing = vec![DirtyBitmap::new(ram.len())];
+        let patience = Duration::from_secs(10);
+        let late = Late::new(&blocks, missing, Box::new(near), patience).unwrap();
+        assert!(late.start());
+        let progress = Progress::default();
+        std::thread::scope(|scope| {
+            scope.spawn(|| late.watch(&progress));
+            let (done, over) = std::sync::mpsc::channel();
+            for first in 0..2 {
+                let (done, ram) = (done.clone(), Arc::clone(&ram));
+                scope.spawn(move || {
+                    for round in 0..4_000 {
+                        let at = (first + round * 2) % PAGES * PAGE;
+                        if first == 0 {
+                            ram.discard(at, PAGE).unwrap();
+                        } else {
+                            // Of the other's, too.
+                            let at = round * 7 % PAGES * PAGE;
+                            ram.slice(at, 1).unwrap().copy_from(&[1_u8]);
+                            ram.discard(at, PAGE).unwrap();
+                        }
+                    }
+                    done.send(()).unwrap();
+                });
+            }
+            for _ in 0..2 {
+                let waited = over.recv_timeout(Duration::from_secs(60));
+                if waited.is_err() {
+                    // The threads cannot be joined.
+                    eprintln!("memory is not given back");
+                    std::process::abort();
+                }
+            }
+            late.end(&progress);
+        });
+    }
 
     /// The host may back a page that is written with a huge page, of which all others are there, too.
     #[test]

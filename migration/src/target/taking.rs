@@ -11,13 +11,13 @@ use super::{
     Arrival, Arriving, Ended, Failed, LOOKS, RoundEnd, Session, Target, answer_ping, busy,
     turn_away,
 };
-use crate::Trouble;
 use crate::journal::{Journal, Step};
 use crate::link::{Closer, Stream};
 use crate::message::{Channel, Control, Refusal, ToDestination, ToSource};
 use crate::pages::{self, Content};
 use crate::progress::{Phase, Progress, Resolution, micros};
 use crate::wire::{Kind, Reader, WireError};
+use crate::{PAGES_PATIENCE, SIGNS, Trouble};
 
 /// A guest that is coming.
 pub(super) struct Taking<'a, 'b> {
@@ -31,13 +31,16 @@ pub(super) struct Taking<'a, 'b> {
     /// The last round that ended, by channel.
     pub(super) rounds: Vec<u32>,
     pub(super) open: Vec<bool>,
-    pub(super) is_ready: bool,
+    /// Since when the guest could go on here, and whether it is to stay paused.
+    pub(super) ready: Option<(Instant, bool)>,
+    /// A source that asks again, and was not answered yet.
+    pub(super) again: Option<Control>,
     pub(super) memory: &'a Arriving,
     /// Where pages are asked for that come after the guest.
     pub(super) faults: Option<Box<dyn Stream>>,
-    pub(super) start_watch: &'b mut dyn FnMut(),
+    pub(super) start_watch: &'b mut dyn FnMut() -> std::io::Result<()>,
     pub(super) closers: Vec<Closer>,
-    pub(super) start_channel: &'b mut dyn FnMut(u16, Box<dyn Stream>),
+    pub(super) start_channel: &'b mut dyn FnMut(u16, Box<dyn Stream>) -> std::io::Result<()>,
 }
 
 impl Taking<'_, '_> {
@@ -86,7 +89,11 @@ impl Taking<'_, '_> {
     fn wait_channels(&mut self) -> Result<(), Trouble> {
         let deadline = Instant::now() + self.session.patience;
         while !self.open.iter().all(|open| *open) {
-            self.take_arrivals(self.session.patience / LOOKS)?;
+            self.again = self.take_arrivals(self.session.patience / LOOKS)?;
+            if self.again.is_some() {
+                // It has given these up.
+                return Err(WireError::Closed.into());
+            }
             if self.session.progress.is_canceled() {
                 return Err(Trouble::Canceled);
             }
@@ -119,7 +126,12 @@ impl Taking<'_, '_> {
                     let us = micros(start.elapsed());
                     self.say(&ToSource::GuessLoaded { us })?;
                 }
-                ToDestination::State { round, postcopy } => {
+                ToDestination::State {
+                    round,
+                    postcopy,
+                    paused,
+                } => {
+                    let since = Instant::now();
                     self.session.progress.enter(Phase::Stopped);
                     let state = self.control()?.hear_state().map_err(Trouble::from)?;
                     self.wait_round(round)?;
@@ -130,9 +142,13 @@ impl Taking<'_, '_> {
                     self.target.load(&state)?;
                     self.check_late()?;
                     let load_us = micros(start.elapsed());
+                    // From here on it is the source's to decide, or somebody's who resolves it.
+                    if !self.session.progress.commit() {
+                        return Err(Trouble::Canceled.into());
+                    }
                     let written = self.journal.record(Step::Ready);
                     written.map_err(|error| Trouble::here("journal", error))?;
-                    self.is_ready = true;
+                    self.ready = Some((since, paused));
                     self.session.progress.enter(Phase::HandingOver);
                     // Whether it arrives is known when the order comes.
                     if let Err(trouble) = self.say(&ToSource::Ready { load_us }) {
@@ -201,12 +217,13 @@ impl Taking<'_, '_> {
                     };
                     *open = true;
                     let prepared = stream
-                        .set_patience(RAM_PATIENCE)
+                        .set_patience(PAGES_PATIENCE)
                         .and_then(|()| Ok((stream.closer()?, stream.closer()?)));
                     let (ours, other) = prepared.map_err(|error| Trouble::Wire(error.into()))?;
                     self.closers.push(ours);
                     self.session.progress.close_on_cancel(other);
-                    (self.start_channel)(index, stream);
+                    let started = (self.start_channel)(index, stream);
+                    started.map_err(|error| Trouble::here("host-refused", error))?;
                 }
                 Channel::Faults if self.faults.is_none() => {
                     let prepared = stream.set_patience(self.session.patience);
@@ -216,7 +233,7 @@ impl Taking<'_, '_> {
                     );
                     self.faults = Some(stream);
                 }
-                Channel::Again if self.is_ready => {
+                Channel::Again if self.ready.is_some() => {
                     return Ok(Some(self.session.adopt(stream)?));
                 }
                 Channel::Again | Channel::Control | Channel::Faults => {
@@ -266,7 +283,8 @@ impl Taking<'_, '_> {
             }
             match self.session.progress.wait_resolution(tick) {
                 Some(Resolution::Run) => {
-                    return self.start(Duration::ZERO, false);
+                    let (since, paused) = self.ready.unwrap_or((Instant::now(), false));
+                    return self.start(since.elapsed(), paused);
                 }
                 Some(Resolution::Discard) => {
                     self.aborted();
@@ -300,7 +318,8 @@ impl Taking<'_, '_> {
         let late = Late::new(&self.memory.blocks, missing, ask, patience)
             .map_err(|error| Trouble::here("no-postcopy", error))?;
         if self.memory.late.set(late).is_ok() {
-            (self.start_watch)();
+            let started = (self.start_watch)();
+            started.map_err(|error| Trouble::here("host-refused", error))?;
         }
         Ok(())
     }
@@ -373,6 +392,9 @@ impl Taking<'_, '_> {
     fn meet_again(&mut self, late: &Late) -> Result<bool, Failed> {
         let tick = self.session.patience / LOOKS;
         let mut control = loop {
+            if let Some(control) = self.again.take() {
+                break control;
+            }
             if self.session.progress.wait_resolution(tick) == Some(Resolution::Discard) {
                 let why = "somebody decided that the guest does not go on here";
                 return Err(Failed::Trouble(Trouble::here("resolved", why)));
@@ -405,8 +427,13 @@ impl Taking<'_, '_> {
         }
         let deadline = Instant::now() + self.session.patience;
         while self.faults.is_none() && Instant::now() < deadline {
-            if self.take_arrivals(tick).is_err() {
-                return Ok(false);
+            match self.take_arrivals(tick) {
+                Ok(None) => {}
+                Ok(again) => {
+                    self.again = again;
+                    return Ok(false);
+                }
+                Err(_) => return Ok(false),
             }
         }
         let Some(ask) = self.faults.take() else {
@@ -435,13 +462,17 @@ impl Taking<'_, '_> {
                 Ok(if heard {
                     Ended::Heard
                 } else {
-                    Ended::Unheard(self.id, answer)
+                    Ended::Unheard(answer)
                 })
             }
             Err(why) => {
                 self.aborted();
-                // It asks again if it does not hear it.
-                let _ = self.say(&ToSource::NotHere(why.clone()));
+                // Before the source hears of it, and takes back what it handed over.
+                self.target.discard();
+                let answer = ToSource::NotHere(why.clone());
+                if self.say(&answer).is_err() {
+                    return Err(Failed::Unheard(why, answer));
+                }
                 Err(Failed::Trouble(Trouble::Here(why)))
             }
         }
@@ -467,12 +498,6 @@ impl Taking<'_, '_> {
         self.target.start(stood_for + since.elapsed(), paused)
     }
 }
-
-/// Signs of life that are given within the patience that the other side has.
-const SIGNS: u32 = 8;
-
-/// How long a RAM channel may be silent: the control channel tells whether the source lives.
-const RAM_PATIENCE: Duration = Duration::from_secs(3600);
 
 /// Takes pages until the channel ends.
 pub(super) fn take_pages(

@@ -8,7 +8,7 @@ use std::sync::mpsc;
 use ::devices::event_loop::Sources;
 use control::{Category, EventSender, RequestError, Verb};
 use hypervisor::MemSlots;
-use memory::RamBlock;
+use memory::{Pages, RamBlock};
 use migration::{Progress, Refusal};
 use spec::{VmConfig, VmState};
 
@@ -90,6 +90,15 @@ pub(super) struct Leaving {
     is_stopped: bool,
     ran: bool,
     handed_over: bool,
+    /// It stays, and what it needs to go on could not be taken back.
+    is_stranded: bool,
+}
+
+impl Leaving {
+    /// It stays, and does not run, because it lacks what it needs.
+    pub(super) fn is_stranded(&self) -> bool {
+        self.is_stranded
+    }
 }
 
 /// What the engine needs of a machine whose guest leaves.
@@ -110,6 +119,9 @@ pub(crate) struct Arrival {
     pub(crate) outputs: Outputs,
     pub(crate) reporter: Reporter,
 }
+
+const PAGES_ARRIVING: &str =
+    "pages of its memory are still arriving from the service that it came from";
 
 fn refused(code: &str) -> impl FnOnce(MoveError) -> Refusal {
     move |error| Refusal::new(code, error.to_string())
@@ -139,13 +151,31 @@ impl Driver {
                 _ => refuse("its guest has not arrived yet"),
             };
         }
+        if let (
+            Stage::On(active),
+            Verb::Pause | Verb::AddDevice | Verb::RemoveDevice | Verb::Resize | Verb::ResizeDisk,
+        ) = (&self.stage, verb)
+            && active.memory().0.pages() != Pages::There
+        {
+            // A device may be waiting for one, and we would wait for the device.
+            return Some(RequestError::new(
+                Category::Conflict,
+                "pages-arriving",
+                PAGES_ARRIVING,
+            ));
+        }
         let leaving = self.leaving.as_ref()?;
         match verb {
             Verb::MemoryMap => None,
-            Verb::Reboot | Verb::Shutdown | Verb::Delete => match leaving.progress.cancel() {
-                Ok(()) if !leaving.is_stopped => None,
-                _ => refuse("its guest is being handed over to another service"),
-            },
+            Verb::Reboot | Verb::Shutdown | Verb::Delete if !leaving.is_stopped => {
+                match leaving.progress.cancel() {
+                    Ok(()) => None,
+                    Err(late) => refuse(&late.to_string()),
+                }
+            }
+            // It is over, and could not be taken back: this may work by now.
+            Verb::Resume if leaving.is_stranded => None,
+            Verb::Shutdown | Verb::Delete if leaving.is_stranded => None,
             _ if leaving.is_stopped => refuse("its guest is being handed over to another service"),
             Verb::AddDevice | Verb::RemoveDevice | Verb::Resize | Verb::ResizeDisk => {
                 refuse("its guest is moving to another service; call the migration off first")
@@ -168,7 +198,16 @@ impl Driver {
             let detail = "a VM that is not running cannot be moved: it must be Running or Paused";
             return conflict("wrong-state", detail);
         };
+        if let Some(id) = active.devices().leaving() {
+            let detail = format!(
+                "its guest has not let go of the device {id} yet, which it was asked for; a reboot takes it away"
+            );
+            return conflict("vm-busy", &detail);
+        }
         let (ram, memslots) = active.memory();
+        if ram.pages() != Pages::There {
+            return conflict("pages-arriving", PAGES_ARRIVING);
+        }
         let departure = Departure {
             caller: Caller {
                 machine: self.machine,
@@ -185,6 +224,7 @@ impl Driver {
             is_stopped: false,
             ran: false,
             handed_over: false,
+            is_stranded: false,
         });
         Ok(departure)
     }
@@ -243,34 +283,50 @@ impl Driver {
             .map_err(refused("cannot-be-handed-over"))
     }
 
-    /// The guest stays, and goes on if it did before.
+    /// The guest stays, and goes on if it did before. If it cannot, it stands, and this may be tried again.
     pub(crate) fn stay(&mut self) -> Result<(), Refusal> {
-        let Some(leaving) = self.leaving.take() else {
+        let Some(mut leaving) = self.leaving.take() else {
             return Ok(());
         };
+        let stayed = self.take_back(&mut leaving);
+        match &stayed {
+            Ok(()) if leaving.is_stopped && leaving.ran => self.show(VmState::Running),
+            Ok(()) => {}
+            Err(_) => {
+                leaving.is_stranded = true;
+                self.leaving = Some(leaving);
+                self.show(VmState::Paused);
+            }
+        }
+        stayed
+    }
+
+    fn take_back(&mut self, leaving: &mut Leaving) -> Result<(), Refusal> {
         let active = self.on()?;
         if leaving.handed_over {
             active
                 .take_over()
                 .map_err(refused("cannot-be-taken-back"))?;
+            leaving.handed_over = false;
         }
         if leaving.is_stopped && leaving.ran {
             active
                 .resume()
                 .map_err(|error| Refusal::new("cannot-go-on", error.to_string()))?;
-            if self.publisher.current().state == VmState::Paused {
-                self.publisher
-                    .update(|status| status.state = VmState::Running);
-            }
         }
         Ok(())
     }
 
+    fn show(&self, state: VmState) {
+        if self.publisher.current().state != state {
+            self.publisher.update(|status| status.state = state);
+        }
+    }
+
     /// Nobody knows whether the guest runs elsewhere; here it stands, for as long as that takes.
     pub(crate) fn doubt(&mut self) {
-        if self.leaving.is_some() && self.publisher.current().state == VmState::Running {
-            self.publisher
-                .update(|status| status.state = VmState::Paused);
+        if self.leaving.is_some() {
+            self.show(VmState::Paused);
         }
     }
 

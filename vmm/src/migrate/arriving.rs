@@ -8,7 +8,6 @@ use std::time::Duration;
 use control::Registry;
 use memory::RamBlock;
 use migration::{Block, Fate, FileJournal, Host, Journal, Offer, Refusal, Side, Step, Target};
-use parking_lot::Mutex;
 use spec::{VmConfig, VmId};
 use uuid::Uuid;
 
@@ -19,6 +18,7 @@ use crate::failure;
 use crate::machine::Built;
 use crate::open::Whose;
 use crate::pool::Callers;
+use crate::vcpu::Halter;
 use crate::virtio::Places;
 
 /// Makes a VM for the guest that comes.
@@ -79,6 +79,33 @@ fn payload_is_there(config: &VmConfig) -> Result<(), Refusal> {
     Ok(())
 }
 
+/// The host has room for the guest's memory. Huge pages are reserved when the machine is made.
+fn memory_is_there(config: &VmConfig) -> Result<(), Refusal> {
+    if config.memory.hugepages {
+        return Ok(());
+    }
+    let told = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    // KiB.
+    let field = |name: &str| -> Option<u64> {
+        let line = told.lines().find_map(|line| line.strip_prefix(name))?;
+        line.split_whitespace().next()?.parse().ok()
+    };
+    // A host that does not tell is not in the way.
+    let Some(available) = field("MemAvailable:") else {
+        return Ok(());
+    };
+    let available = available.saturating_add(field("SwapFree:").unwrap_or(0)) << 10;
+    if config.memory.size > available {
+        let detail = format!(
+            "the guest has {} MiB of memory, and the destination has {} MiB to give",
+            config.memory.size >> 20,
+            available >> 20
+        );
+        return Err(Refusal::new("memory-short", detail));
+    }
+    Ok(())
+}
+
 impl Host for ArrivingHost {
     fn prepare(
         &self,
@@ -98,6 +125,9 @@ impl Host for ArrivingHost {
         let wanted = cpuid(&machine.cpuid)
             .ok_or_else(|| unreadable("the CPUs have too many CPUID leaves".to_owned()))?;
         payload_is_there(&machine.config)?;
+        if !offer.given {
+            memory_is_there(&machine.config)?;
+        }
         let vm = self.moving.vm.lock().clone();
         let vm = match vm {
             Some(vm) => vm,
@@ -148,7 +178,8 @@ impl Host for ArrivingHost {
             .find(|(id, side, _)| (*id, *side) == (migration, Side::Destination));
         match found {
             None => Fate::Unknown,
-            Some((_, _, steps)) if steps.iter().any(|entry| entry.step == Step::Running) => {
+            // It may have been about to run, and could not.
+            Some((_, _, steps)) if steps.last().is_some_and(|last| last.step == Step::Running) => {
                 Fate::Ran
             }
             // What was written last may not have reached the disk.
@@ -163,8 +194,16 @@ struct ArrivingVm {
     vm: VmId,
     caller: Caller,
     ram: Arc<RamBlock>,
-    /// The guest runs here.
-    has_arrived: Mutex<bool>,
+    halter: Halter,
+    stage: Stage,
+}
+
+/// How far the guest is.
+enum Stage {
+    Coming,
+    Arrived,
+    /// The VM is no more.
+    Gone,
 }
 
 impl ArrivingVm {
@@ -197,13 +236,15 @@ impl ArrivingVm {
             Refusal::new(told.code, format!("at the destination: {}", told.detail))
         })?;
         let (ram, _) = active.memory();
+        let halter = active.halter();
         caller.call(move |driver, _| driver.provide(active))?;
         Ok(Self {
             registry: registry.clone(),
             vm,
             caller,
             ram,
-            has_arrived: Mutex::new(false),
+            halter,
+            stage: Stage::Coming,
         })
     }
 }
@@ -234,17 +275,28 @@ impl Target for ArrivingVm {
         let stood = u64::try_from(stood_for.as_nanos()).unwrap_or(u64::MAX);
         self.caller
             .call(move |driver, sources| driver.arrive(stood, paused, sources))??;
-        *self.has_arrived.lock() = true;
+        self.stage = Stage::Arrived;
         Ok(())
     }
 
     fn discard(&mut self) {
-        // If the machine is gone already, so much the better.
-        let _ = if *self.has_arrived.lock() {
-            self.caller.call(Driver::left)
-        } else {
-            self.caller.call(Driver::give_up_expecting)
+        let gone = match std::mem::replace(&mut self.stage, Stage::Gone) {
+            Stage::Coming => self.caller.call(Driver::give_up_expecting),
+            Stage::Arrived => {
+                // The driver may be waiting for a device that waits for a page: which is lost, as the
+                // guest is, which must not see what is there in its place.
+                self.halter.halt();
+                self.ram.lose_awaited();
+                self.caller.call(Driver::left)
+            }
+            Stage::Gone => return,
         };
+        if gone.is_err() {
+            tracing::debug!(
+                vm = self.vm.as_str(),
+                "the machine of a guest that did not come was gone already"
+            );
+        }
         self.registry.forget(&self.vm, "migration-failed", None);
     }
 }

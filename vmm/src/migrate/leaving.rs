@@ -1,5 +1,7 @@
 //! A VM whose guest moves away, as the engine sees it.
 
+use std::fs::File;
+
 use migration::{Block, BlockInfo, Offer, Refusal, Source};
 use spec::VmId;
 
@@ -68,11 +70,10 @@ impl Source for LeavingVm {
     }
 
     fn track(&mut self, on: bool) -> Result<(), Refusal> {
+        let memslots = &self.departure.memslots;
+        memslots.track_dirty(on).map_err(|error| kvm(&error))?;
         self.tracking = on;
-        self.departure
-            .memslots
-            .track_dirty(on)
-            .map_err(|error| kvm(&error))
+        Ok(())
     }
 
     fn harvest(&mut self) -> Result<(), Refusal> {
@@ -88,6 +89,18 @@ impl Source for LeavingVm {
 
     fn guess(&mut self) -> Result<Vec<u8>, Refusal> {
         self.departure.caller.attempt(Driver::save_guess)
+    }
+
+    fn settle(&mut self) {
+        // What is in the host's page cache of the disks' images has to be on the storage when the guest is
+        // handed over: the most of it is written now.
+        for disk in self.departure.config.disks.iter().flatten() {
+            let path = disk.path.as_deref().filter(|_| !disk.readonly);
+            let synced = path.map(|path| File::open(path).and_then(|file| file.sync_data()));
+            if let Some(Err(error)) = synced {
+                tracing::debug!(%error, "a disk's image cannot be written back beforehand");
+            }
+        }
     }
 
     fn stop(&mut self) -> Result<bool, Refusal> {

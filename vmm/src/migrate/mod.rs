@@ -13,8 +13,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use control::{Category, Migrate, Migration, Registry, RequestError, VmHandle};
 use hypervisor::arch::{CpuId, kvm_cpuid_entry2};
 use migration::{
-    Accept, Dial, Endpoint, FileJournal, Journal, Listener, NoJournal, Outcome, Phase, Policy,
-    Progress, Receiving, Report, Resolution, Sending, Side, TlsDial, TlsListener, receive, send,
+    Accept, Dial, Endpoint, FileJournal, Journal, Listener, MAX_CONNECTIONS, NoJournal, Outcome,
+    Phase, Policy, Progress, Receiving, Report, Resolution, Sending, Side, TlsDial, TlsListener,
+    receive, send,
 };
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
@@ -208,8 +209,10 @@ fn policy(what: &StartMigration) -> Result<Policy, RequestError> {
         0 => Err(invalid(field, "must be at least 1".to_owned())),
         some => Ok(some),
     };
-    if let Some(connections @ (0 | 17..)) = what.connections {
-        let detail = format!("{connections} connections are none, or more than 16");
+    if let Some(connections) = what.connections
+        && !(1..=MAX_CONNECTIONS).contains(&connections)
+    {
+        let detail = format!("{connections} connections are none, or more than {MAX_CONNECTIONS}");
         return Err(invalid("connections", detail));
     }
     if what.local && !what.destination.starts_with("unix:") {
