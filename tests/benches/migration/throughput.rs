@@ -162,7 +162,7 @@ fn copy(connections: u16, bytes: u64) -> Result<u64> {
             }));
         }
         let failed = |_| anyhow::anyhow!("a copy failed");
-        let mut ends = threads.into_iter().map(|thread| thread.join());
+        let mut ends = threads.into_iter().map(thread::ScopedJoinHandle::join);
         ends.try_for_each(|end| end.map_err(failed)?)
     })?;
     let us = u64::try_from(start.elapsed().as_micros())?.max(1);
