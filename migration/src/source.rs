@@ -4,7 +4,7 @@ mod hand_over;
 mod postcopy;
 
 use std::fs::File;
-use std::sync::mpsc;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -235,6 +235,31 @@ impl Engine<'_, '_> {
         Ok(start.elapsed())
     }
 
+    /// Has the machine do what may take long while its guest runs; the destination hears that we live.
+    fn patiently<R: Send>(
+        &mut self,
+        work: impl FnOnce(&mut dyn Source) -> Result<R, Refusal> + Send,
+    ) -> Result<R, Trouble> {
+        let every = self.sending.policy.patience / SIGNS;
+        let (control, source) = (self.control.as_mut().ok_or_else(gone)?, &mut *self.source);
+        thread::scope(|scope| {
+            let (done, results) = mpsc::channel();
+            let worker = move || {
+                // The receiver waits for it, unless the destination is gone.
+                let _ = done.send(work(source));
+            };
+            let started = thread::Builder::new().spawn_scoped(scope, worker);
+            started.map_err(|error| Trouble::here("host-refused", error))?;
+            loop {
+                match results.recv_timeout(every) {
+                    Ok(result) => return result.map_err(Trouble::Here),
+                    Err(RecvTimeoutError::Timeout) => heartbeat(control)?,
+                    Err(RecvTimeoutError::Disconnected) => return Err(gone()),
+                }
+            }
+        })
+    }
+
     /// All that leads to the point of no return.
     fn until_commit(&mut self) -> Result<(), Trouble> {
         self.check()?;
@@ -244,10 +269,12 @@ impl Engine<'_, '_> {
             self.measure()?;
             return self.stop(false);
         }
-        self.source.track(true).map_err(Trouble::Here)?;
         self.tracking = true;
-        // All counts as written now, also in what is harvested first: which is not to be sent twice.
-        self.source.harvest().map_err(Trouble::Here)?;
+        self.patiently(|source| {
+            source.track(true)?;
+            // All counts as written now, also in what is harvested first: which is not to be sent twice.
+            source.harvest()
+        })?;
         self.measure()?;
         let postcopy = match self.sending.policy.mode {
             Mode::Postcopy => true,
@@ -322,7 +349,7 @@ impl Engine<'_, '_> {
         let round_trips = [self.ping()?, self.ping()?, self.ping()?];
         self.measured.round_trip = round_trips.into_iter().min().unwrap_or_default();
         let start = Instant::now();
-        let guess = self.source.guess().map_err(Trouble::Here)?;
+        let guess = self.patiently(|source| source.guess())?;
         self.measured.save = start.elapsed();
         let control = self.control.as_mut().ok_or_else(gone)?;
         control.say_with_state(&ToDestination::Guess, &guess)?;
@@ -346,7 +373,7 @@ impl Engine<'_, '_> {
         for round in 1.. {
             self.check()?;
             self.round(round, &pending, cut)?;
-            self.source.harvest().map_err(Trouble::Here)?;
+            self.patiently(|source| source.harvest())?;
             pending = self.take_dirty();
             let dirty = count(&pending);
             let span = harvested.elapsed();
@@ -475,30 +502,13 @@ impl Engine<'_, '_> {
         Ok(sent)
     }
 
-    /// What takes long, the destination hears of.
-    fn settle(&mut self) -> Result<(), Trouble> {
-        let every = self.sending.policy.patience / SIGNS;
-        let (control, source) = (self.control.as_mut().ok_or_else(gone)?, &mut *self.source);
-        thread::scope(|scope| {
-            let (done, settled) = mpsc::channel();
-            let settle = move || {
-                source.settle();
-                // The receiver waits for it.
-                let _ = done.send(());
-            };
-            let started = thread::Builder::new().spawn_scoped(scope, settle);
-            started.map_err(|error| Trouble::here("host-refused", error))?;
-            while settled.recv_timeout(every).is_err() {
-                heartbeat(control)?;
-            }
-            Ok(())
-        })
-    }
-
     /// Stops the guest and sends what is left of it. On return the destination is ready, and the
     /// guest has been given away on paper.
     fn stop(&mut self, postcopy: bool) -> Result<(), Trouble> {
-        self.settle()?;
+        self.patiently(|source| {
+            source.settle();
+            Ok(())
+        })?;
         self.check()?;
         let progress = self.sending.progress.clone();
         progress.enter(Phase::Stopped);
