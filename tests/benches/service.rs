@@ -31,6 +31,7 @@ async fn main() -> Result<()> {
     };
     boot(peer.as_deref()).await?;
     many().await?;
+    hot_add(peer.as_deref()).await?;
     requests().await
 }
 
@@ -62,8 +63,8 @@ impl Drop for Program {
     }
 }
 
-/// From the request to the guest's first line in a file, as a client sees it, for any program with that API.
-async fn boot_of(program: &Path, dir: &Path) -> Result<Duration> {
+/// Any program with that API, with a VM that is not booted yet; and where its serial port goes.
+async fn start(program: &Path, dir: &Path) -> Result<(Program, Client, PathBuf)> {
     let (kernel, socket, log) = (dir.join("pocket"), dir.join("api.sock"), dir.join("serial"));
     std::fs::write(&kernel, guest::IMAGE)?;
     let child = Command::new(program)
@@ -71,8 +72,7 @@ async fn boot_of(program: &Path, dir: &Path) -> Result<Duration> {
         .arg(&socket)
         .stderr(Stdio::null())
         .spawn()?;
-    let _program = Program(child);
-    let client = Client::unix(&socket);
+    let (process, client) = (Program(child), Client::unix(&socket));
     let start = Instant::now();
     while client.ping().await.is_err() {
         if start.elapsed() > Duration::from_secs(10) {
@@ -81,6 +81,12 @@ async fn boot_of(program: &Path, dir: &Path) -> Result<Duration> {
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
     client.vm_create(&config(&kernel, &log)).await?;
+    Ok((process, client, log))
+}
+
+/// From the request to the guest's first line in a file, as a client sees it.
+async fn boot_of(program: &Path, dir: &Path) -> Result<Duration> {
+    let (_process, client, log) = start(program, dir).await?;
     let serial = Serial::at(log);
     let start = Instant::now();
     client.vm_boot().await?;
@@ -145,11 +151,7 @@ async fn boot(peer: Option<&Path>) -> Result<()> {
     {
         println!("  {name:<28} {:>9}", median(step)?);
     }
-    let us = std::env::current_exe()?
-        .ancestors()
-        .nth(2)
-        .map(|dir| dir.join("whimbrel"))
-        .context("a target folder")?;
+    let us = ours()?;
     println!("to the first line, as a client sees it, median of {BOOTS} (us)");
     for program in std::iter::once(us.as_path()).chain(peer) {
         let mut all = Vec::new();
@@ -223,6 +225,49 @@ async fn many() -> Result<()> {
         }
     }
     println!("  all resumed, all answer");
+    Ok(())
+}
+
+/// The program that was built with us.
+fn ours() -> Result<PathBuf> {
+    let us = std::env::current_exe()?;
+    let dir = us.ancestors().nth(2).context("a target folder")?;
+    Ok(dir.join("whimbrel"))
+}
+
+/// Disks that are added to a running VM: how long an answer takes, and what each costs.
+async fn hot_add(peer: Option<&Path>) -> Result<()> {
+    const ADDED: u32 = 24;
+    let us = ours()?;
+    println!("{ADDED} raw disks added to a running VM");
+    for program in std::iter::once(us.as_path()).chain(peer) {
+        let dir = tempfile::tempdir()?;
+        let (process, client, log) = start(program, dir.path()).await?;
+        client.vm_boot().await?;
+        let (serial, begun) = (Serial::at(log), Instant::now());
+        while serial.text().is_empty() && begun.elapsed() < Duration::from_secs(10) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let before = pss(process.0.id())?;
+        let mut all = Vec::new();
+        for index in 0..ADDED {
+            let image = dir.path().join(format!("disk{index}"));
+            std::fs::File::create(&image)?.set_len(64 << 20)?;
+            let disk = serde_json::json!({ "path": image, "image_type": "Raw" });
+            let disk = serde_json::from_value(disk)?;
+            let start = Instant::now();
+            client.vm_add_disk(&disk).await?;
+            all.push(start.elapsed());
+        }
+        let after = pss(process.0.id())?;
+        let own = (after.0 - after.1).saturating_sub(before.0 - before.1);
+        println!(
+            "  {}: answer {} us, PSS of each {:.1} KiB",
+            program.display(),
+            median(all)?.as_micros(),
+            own as f64 / f64::from(ADDED)
+        );
+    }
     Ok(())
 }
 
