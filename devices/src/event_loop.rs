@@ -13,12 +13,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use mio::unix::SourceFd;
 use mio::{Events, Poll, Registry, Token};
 
 /// Events taken from the kernel in one go.
 const EVENTS_PER_POLL: usize = 64;
+/// Commands that are obeyed before the kernel is asked for events again.
+const COMMANDS_PER_ROUND: usize = 1024;
 const WAKER: Token = Token(0);
 
 /// What a descriptor is watched for.
@@ -264,8 +267,12 @@ struct Running {
 impl Running {
     fn run(mut self) {
         let mut events = Events::with_capacity(EVENTS_PER_POLL);
+        let mut commands = Vec::new();
+        // There may be commands of which the loop's waker has told already.
+        let mut left = false;
         loop {
-            match self.poll.poll(&mut events, None) {
+            let wait = left.then_some(Duration::ZERO);
+            match self.poll.poll(&mut events, wait) {
                 Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => {
@@ -281,7 +288,11 @@ impl Running {
                     self.call(actor, |a, sources| a.ready(key, sources));
                 }
             }
-            while let Ok(command) = self.inbox.try_recv() {
+            // Those that are there now: an actor that wakes itself is called again when the kernel has
+            // been asked for everybody's events. What comes from here on wakes the loop again.
+            commands.extend(self.inbox.try_iter().take(COMMANDS_PER_ROUND));
+            left = commands.len() == COMMANDS_PER_ROUND;
+            for command in commands.drain(..) {
                 match command {
                     Command::Adopt(id, actor) => {
                         self.actors.insert(id, actor);
@@ -340,7 +351,6 @@ mod tests {
     use std::os::fd::AsRawFd;
     use std::os::unix::net::UnixStream;
     use std::sync::mpsc;
-    use std::time::Duration;
 
     use super::*;
 
@@ -441,6 +451,34 @@ mod tests {
         drop(on);
         assert!(stayer_heard.try_recv().is_err());
         waker.wake();
+    }
+
+    /// Wakes itself whenever it is called.
+    struct Restless(Waker);
+
+    impl Actor for Restless {
+        fn woken(&mut self, _: &mut Sources<'_>) -> Flow {
+            self.0.wake();
+            Flow::Stay
+        }
+
+        fn ready(&mut self, _: usize, _: &mut Sources<'_>) -> Flow {
+            Flow::Stay
+        }
+
+        fn crashed(&mut self, _: &str) {}
+    }
+
+    #[test]
+    fn an_actor_that_always_wants_its_turn_leaves_the_others_theirs() {
+        let on = EventLoop::start("test").unwrap();
+        let (mut near, heard, _) = echo(&on);
+        let restless = on.handle().adopt(|waker| (Restless(waker.clone()), waker));
+        for _ in 0..100 {
+            near.write_all(b"a").unwrap();
+            assert_eq!(heard.recv_timeout(PATIENCE).unwrap(), "7:a");
+        }
+        restless.dismiss();
     }
 
     #[test]
