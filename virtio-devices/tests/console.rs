@@ -104,3 +104,72 @@ fn what_is_typed_is_read_and_what_is_written_is_seen() {
     assert_eq!(guest.read(at, 64), [b'y'; 64]);
     assert!(heard.events().is_empty());
 }
+
+/// One request over the same RAM again and again, of which each turn takes a part: others have their
+/// turn in between, and a stop in the middle of it neither loses nor repeats a byte of the next.
+#[test]
+fn a_request_of_gigabytes_is_passed_on_in_turns() {
+    let (event_loop, workers) = workers();
+    let paper = Paper::default();
+    let (mut device, handle) = Console::new(Box::new(paper.clone()), || {}, workers);
+    let mut guest = TestGuest::new(4 << 20);
+    let (transport, heard) = transport();
+    let mut queues = [0, 1].map(|index| TestQueue::new(&mut guest, index, 256));
+    device.activate(0, &transport).unwrap();
+    for queue in &queues {
+        let side = queue.device_side(&transport, QueueState::default());
+        device.start_queue(side).unwrap();
+    }
+    let data = guest.put(&[b'x'; 1 << 20]);
+    let (at, last) = (guest.alloc(16), guest.put(b"end"));
+    let endless = queues[1].send(&[buffer(data, 1 << 20, false); 250]);
+    let end = queues[1].send(&[buffer(last, 3, false)]);
+    // Somebody else on the loop: the other queue.
+    queues[0].send(&[buffer(at, 16, true)]);
+    assert_eq!(handle.receive(b"typed"), 5);
+    assert_eq!(queues[0].wait_used().1, 5);
+    assert!(paper.0.lock().len() < 250 << 20, "nobody else had a turn");
+    assert_eq!(queues[1].take_used(), None);
+
+    let state = device.stop_queue(1).unwrap();
+    assert_eq!((state.next_avail, state.next_used), (1, 1), "it is done");
+    assert_eq!(queues[1].take_used(), Some((endless, 0)));
+    let seen = paper.0.lock().len() as u64;
+    let count = |device: &Console, name| {
+        let counters = device.counters().into_iter();
+        counters
+            .filter(|(n, _)| *n == name)
+            .map(|(_, v)| v)
+            .sum::<u64>()
+    };
+    assert_eq!(count(&device, "bytes_out"), seen);
+    assert_eq!(seen + count(&device, "bytes_lost"), 250 << 20);
+    let side = queues[1].device_side(&transport, state);
+    device.start_queue(side).unwrap();
+    assert_eq!(queues[1].wait_used(), (end, 0));
+    assert!(paper.0.lock().ends_with(b"xend"));
+    assert!(heard.events().is_empty());
+    drop((device, event_loop));
+}
+
+#[test]
+fn buffers_without_room_do_not_keep_the_loop() {
+    let (_event_loop, workers) = workers();
+    let (mut device, handle) = Console::new(Box::new(io::sink()), || {}, workers);
+    let mut guest = TestGuest::new(1 << 20);
+    let (transport, _heard) = transport();
+    let mut queue = TestQueue::new(&mut guest, 0, 256);
+    device.activate(0, &transport).unwrap();
+    let side = queue.device_side(&transport, QueueState::default());
+    device.start_queue(side).unwrap();
+    let at = guest.alloc(16);
+    for _ in 0..100 {
+        queue.send(&[buffer(at, 0, true)]);
+    }
+    queue.send(&[buffer(at, 16, true)]);
+    assert_eq!(handle.receive(b"typed"), 5);
+    for _ in 0..100 {
+        assert_eq!(queue.wait_used().1, 0);
+    }
+    assert_eq!(queue.wait_used().1, 5);
+}
