@@ -4,12 +4,13 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use devices::event_loop::EventLoop;
 use state::{Store, Writer};
 use virtio_devices::balloon::{Balloon, BalloonConfig, BalloonHandle};
 use virtio_devices::testing::{
-    CONFIG_VECTOR, Heard, TestBuffer, TestGuest, TestQueue, transport, workers,
+    CONFIG_VECTOR, Heard, PATIENCE, TestBuffer, TestGuest, TestQueue, transport, workers,
 };
 use virtio_devices::{QueueState, Transport, VirtioDevice};
 
@@ -200,4 +201,25 @@ fn a_balloon_goes_on_from_what_was_saved() {
         .load(&mut store.scope("balloon").unwrap())
         .unwrap();
     assert_eq!(machine.config(), [768, 99]);
+}
+
+#[test]
+fn a_list_that_is_longer_than_any_drivers_breaks_the_rules() {
+    let mut machine = machine(STATS);
+    machine.guest.write(4 * MIB, &[7; 2]);
+    machine.name_pages(0, 1024..2048);
+    assert_eq!(machine.guest.read(4 * MIB, 2), [0; 2]);
+    let raw: Vec<u8> = (1024..2049_u32).flat_map(u32::to_le_bytes).collect();
+    let buffer = TestBuffer {
+        addr: machine.guest.put(&raw),
+        len: 4100,
+        writable: false,
+    };
+    machine.queues[0].send(&[buffer]);
+    let from = Instant::now();
+    while machine.heard.events().is_empty() && from.elapsed() < PATIENCE {
+        std::thread::yield_now();
+    }
+    let events = format!("{:?}", machine.heard.events());
+    assert!(events.contains("more pages"), "{events}");
 }

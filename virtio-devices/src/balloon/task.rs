@@ -10,12 +10,14 @@ use super::{PAGE_SHIFT, Shared};
 use crate::queue::{Chain, Queue, QueueError, QueueState};
 use crate::worker::{QueueTask, TaskEvent, TaskFlow, TaskSources};
 
-/// Requests that are served before others on the loop have their turn: each may be for 1 MiB of
-/// the guest's memory or more.
+/// Requests that are served before others on the loop have their turn.
 const BUDGET: usize = 8;
+/// Pages and ranges that are given back before others on the loop have their turn: each may be a
+/// call of the host. Linux's requests name 256 pages.
+const PIECES_BUDGET: usize = 1024;
 const PAGE: u64 = 1 << PAGE_SHIFT;
 /// Bytes of the list of a request: Linux's have 1 KiB.
-const MAX_LIST: usize = 1 << 20;
+const MAX_LIST: usize = 4 << 10;
 /// Bytes of a statistic: a tag and a value (5.5.6.3).
 const STATISTIC: usize = 10;
 /// Statistics that one request tells at most.
@@ -192,7 +194,11 @@ impl QueueTask for BalloonTask {
     fn call(&mut self, _: TaskEvent, _: &mut TaskSources<'_, '_>) -> Result<TaskFlow, QueueError> {
         // Kicks are counted together; it is empty when somebody else's turn came first.
         let _ = self.queue.kick().read();
+        let mut pieces = 0;
         for _ in 0..BUDGET {
+            if pieces >= PIECES_BUDGET {
+                break;
+            }
             let Some(chain) = self.queue.pop()? else {
                 if let Some(chain) = self.kept.take_if(|_| self.wanted) {
                     self.wanted = false;
@@ -203,6 +209,11 @@ impl QueueTask for BalloonTask {
                     true => TaskFlow::Again,
                     false => TaskFlow::Wait,
                 });
+            };
+            pieces += match self.role {
+                Role::Inflate => chain.readable_len() / 4,
+                Role::Reporting => chain.writable_ranges().count(),
+                Role::Deflate | Role::Statistics => 0,
             };
             self.serve(chain)?;
         }
