@@ -9,10 +9,14 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
     timerfd_settime,
 };
+
+/// When one that stands behind another in a limiter's line looks again.
+const BEHIND_ANOTHER: Duration = Duration::from_millis(1);
 
 /// Makes a task's loop call it after a while.
 #[derive(Debug)]
@@ -77,7 +81,7 @@ pub struct BucketConfig {
     pub refill_time: Duration,
 }
 
-/// Limits of a device or of one queue of it; none of either where it is absent.
+/// Limits of a device, or of one direction of it; none of either where it is absent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RateLimits {
     /// Of bytes.
@@ -184,6 +188,91 @@ impl RateLimiter {
     }
 }
 
+/// A limiter that the queues of a device share. It is the device's and not the driver's: who starts
+/// a queue anew finds the buckets as they were left.
+#[derive(Clone, Debug)]
+pub struct SharedLimiter(Option<Arc<Mutex<Line>>>);
+
+/// Who waits for a limiter.
+#[derive(Debug)]
+struct Line {
+    limiter: RateLimiter,
+    /// Borrowers so far.
+    borrowers: u64,
+    /// The borrower that waits first. Others do not pass it: a request that wants a full bucket
+    /// would never find one.
+    first: Option<u64>,
+}
+
+impl SharedLimiter {
+    /// With full buckets.
+    #[must_use]
+    pub fn new(limits: RateLimits) -> Self {
+        let limiter = RateLimiter::new(limits, Instant::now());
+        Self(limiter.is_limiting().then(|| {
+            Arc::new(Mutex::new(Line {
+                limiter,
+                borrowers: 0,
+                first: None,
+            }))
+        }))
+    }
+
+    /// Lends it to a queue.
+    #[must_use]
+    pub fn lend(&self) -> LentLimiter {
+        let id = self.0.as_ref().map_or(0, |line| {
+            let mut line = line.lock();
+            line.borrowers = line.borrowers.wrapping_add(1);
+            line.borrowers
+        });
+        LentLimiter {
+            line: self.0.clone(),
+            id,
+        }
+    }
+}
+
+/// A [`SharedLimiter`], as one queue has it.
+#[derive(Debug)]
+pub struct LentLimiter {
+    line: Option<Arc<Mutex<Line>>>,
+    id: u64,
+}
+
+impl LentLimiter {
+    /// Whether there is a limit at all.
+    #[must_use]
+    pub fn is_limiting(&self) -> bool {
+        self.line.is_some()
+    }
+
+    /// Takes the tokens of an operation of `bytes`, or says how long it has to wait.
+    ///
+    /// # Errors
+    /// The time after which to try again.
+    pub fn begin(&self, bytes: u64) -> Result<(), Duration> {
+        let Some(line) = &self.line else {
+            return Ok(());
+        };
+        let mut line = line.lock();
+        if line.first.is_some_and(|first| first != self.id) {
+            return Err(BEHIND_ANOTHER);
+        }
+        let begun = line.limiter.begin(bytes, Instant::now());
+        line.first = begun.is_err().then_some(self.id);
+        begun
+    }
+}
+
+impl Drop for LentLimiter {
+    fn drop(&mut self) {
+        if let Some(line) = &self.line {
+            line.lock().first.take_if(|first| *first == self.id);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -221,6 +310,55 @@ mod tests {
         let mut limiter = RateLimiter::new(limits(0, 0), now);
         assert!(!limiter.is_limiting());
         limiter.begin(u64::MAX, now).unwrap();
+    }
+
+    #[test]
+    fn queues_share_a_limit_and_who_comes_again_does_not_find_it_new() {
+        let slow = RateLimits {
+            ops: Some(BucketConfig {
+                size: 3,
+                one_time_burst: 1,
+                refill_time: Duration::from_secs(10_000),
+            }),
+            bandwidth: None,
+        };
+        let shared = SharedLimiter::new(slow);
+        let (one, other) = (shared.lend(), shared.lend());
+        for queue in [&one, &other, &one] {
+            queue.begin(1).unwrap();
+        }
+        drop(one);
+        let again = shared.lend();
+        again.begin(1).unwrap();
+        assert!(again.begin(1).unwrap_err() > BEHIND_ANOTHER);
+        // It stands behind, until the first one goes.
+        assert_eq!(other.begin(1), Err(BEHIND_ANOTHER));
+        drop(again);
+        assert!(other.begin(1).unwrap_err() > BEHIND_ANOTHER);
+        assert!(
+            !SharedLimiter::new(RateLimits::default())
+                .lend()
+                .is_limiting()
+        );
+    }
+
+    #[test]
+    fn a_request_that_wants_a_full_bucket_is_not_passed_by_small_ones() {
+        let shared = SharedLimiter::new(RateLimits {
+            bandwidth: Some(BucketConfig {
+                size: 1000,
+                one_time_burst: 0,
+                refill_time: Duration::from_millis(50),
+            }),
+            ops: None,
+        });
+        let (large, small) = (shared.lend(), shared.lend());
+        small.begin(500).unwrap();
+        let from = Instant::now();
+        while large.begin(2000).is_err() {
+            assert!(from.elapsed() < Duration::from_secs(10), "it never passes");
+            while small.begin(1).is_ok() {}
+        }
     }
 
     proptest! {

@@ -603,6 +603,13 @@ fn a_rate_limit_is_kept_and_a_stop_does_not_wait_for_it() {
         (10, 10),
         "it was put back"
     );
+    // Who starts the queue anew, or resets the disk, has no more than before.
+    slow.device.reset();
+    slow.start(state);
+    std::thread::sleep(Duration::from_millis(20));
+    assert_eq!(slow.queue.take_used(), None);
+    let state = slow.device.stop_queue(0).unwrap();
+    assert_eq!((state.next_avail, state.next_used), (10, 10));
 }
 
 /// A header extension that reaches past the header, of which the library's parser panics.

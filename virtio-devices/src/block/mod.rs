@@ -36,7 +36,7 @@ use self::task::BlockTask;
 use crate::device::{DeviceError, DeviceId, VirtioDevice};
 use crate::limits::MAX_QUEUES;
 use crate::queue::{Queue, QueueState};
-use crate::rate_limiter::RateLimits;
+use crate::rate_limiter::{RateLimits, SharedLimiter};
 use crate::transport::Transport;
 use crate::worker::{Running, Workers};
 
@@ -72,7 +72,7 @@ pub struct BlockConfig {
     pub lock: LockMode,
     /// The guest is still elsewhere, and so is the lock.
     pub is_incoming: bool,
-    /// Limits of each queue.
+    /// Limits of the whole disk.
     pub limits: RateLimits,
 }
 
@@ -114,7 +114,7 @@ struct Shared {
     writeback: AtomicBool,
     serial: String,
     sparse: bool,
-    limits: RateLimits,
+    limiter: SharedLimiter,
     counters: Counters,
     /// Set while a driver uses the disk.
     transport: Mutex<Option<Arc<Transport>>>,
@@ -155,7 +155,7 @@ impl Block {
             writeback: AtomicBool::new(true),
             serial: config.serial.clone(),
             sparse: config.sparse,
-            limits: config.limits,
+            limiter: SharedLimiter::new(config.limits),
             counters: Counters::default(),
             transport: Mutex::new(None),
         });

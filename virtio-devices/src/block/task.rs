@@ -3,14 +3,14 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::request::{ID_LEN, Limits, Op, Request, Status, What};
 use super::threads::Threads;
 use super::uring::Uring;
 use super::{Kind, Shared};
 use crate::queue::{Chain, Queue, QueueError, QueueState};
-use crate::rate_limiter::{RateLimiter, Timer};
+use crate::rate_limiter::{LentLimiter, Timer};
 use crate::worker::{QueueTask, TaskEvent, TaskFlow, TaskSources};
 use devices::event_loop::Interest;
 
@@ -29,7 +29,7 @@ pub(super) struct BlockTask {
     uring: Option<Uring>,
     /// Made when it is first needed.
     threads: Option<Threads>,
-    limiter: RateLimiter,
+    limiter: LentLimiter,
     timer: Timer,
     /// Waiting for the limiter. It was popped last, so that it can be put back.
     waiting: Option<Chain>,
@@ -53,7 +53,7 @@ impl BlockTask {
             queue,
             uring,
             threads: None,
-            limiter: RateLimiter::new(shared.limits, Instant::now()),
+            limiter: shared.limiter.lend(),
             timer: Timer::new()?,
             waiting: None,
             writethrough: !flushes,
@@ -132,12 +132,12 @@ impl BlockTask {
             && !threads.is_some_and(|t| busy(t.has_room(), t.in_flight()))
     }
 
-    fn limit(&mut self, chain: &Chain) -> Option<Duration> {
+    fn limit(&self, chain: &Chain) -> Option<Duration> {
         if !self.limiter.is_limiting() {
             return None;
         }
         let bytes = chain.readable_len().max(chain.writable_len()) as u64;
-        self.limiter.begin(bytes, Instant::now()).err()
+        self.limiter.begin(bytes).err()
     }
 
     fn begin(&mut self, chain: Chain) -> Result<(), QueueError> {

@@ -30,7 +30,7 @@ pub use self::tap::{TapAddress, TapError};
 use self::transfer::{Receive, Send};
 use crate::device::{DeviceError, DeviceId, VirtioDevice};
 use crate::queue::{Queue, QueueState};
-use crate::rate_limiter::RateLimits;
+use crate::rate_limiter::{RateLimits, SharedLimiter};
 use crate::transport::Transport;
 use crate::worker::{Running, Workers};
 
@@ -68,7 +68,7 @@ pub struct NetConfig {
     pub offload_csum: bool,
     /// The guest may leave the cutting of segments to the host, and takes uncut ones.
     pub offload_tso: bool,
-    /// Limits of each queue.
+    /// Limits of each direction.
     pub limits: RateLimits,
 }
 
@@ -90,7 +90,8 @@ struct Shared {
     pairs: AtomicU16,
     offloads: AtomicU32,
     announce: AtomicBool,
-    limits: RateLimits,
+    rx_limiter: SharedLimiter,
+    tx_limiter: SharedLimiter,
     counters: Counters,
     /// Set while a driver uses the interface, with what was negotiated.
     driver: Mutex<Option<(Arc<Transport>, u64)>>,
@@ -158,7 +159,8 @@ impl Net {
             pairs: AtomicU16::new(1),
             offloads: AtomicU32::new(0),
             announce: AtomicBool::new(false),
-            limits: config.limits,
+            rx_limiter: SharedLimiter::new(config.limits),
+            tx_limiter: SharedLimiter::new(config.limits),
             counters: Counters::default(),
             driver: Mutex::new(None),
         });

@@ -3,14 +3,13 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
 
 use devices::event_loop::Interest;
 
 use super::Shared;
 use super::tap::{HEADER_LEN, Tap};
 use crate::queue::{Chain, Queue, QueueError, QueueState};
-use crate::rate_limiter::{RateLimiter, Timer};
+use crate::rate_limiter::{LentLimiter, SharedLimiter, Timer};
 use crate::worker::{QueueTask, TaskEvent, TaskFlow, TaskSources};
 
 /// Frames that are moved before others on the loop have their turn.
@@ -28,21 +27,21 @@ const TIMER: usize = 2;
 
 /// Keeps a rate, and says when to go on.
 struct Pace {
-    limiter: RateLimiter,
+    limiter: LentLimiter,
     timer: Timer,
 }
 
 impl Pace {
-    fn new(shared: &Shared) -> io::Result<Self> {
+    fn new(limiter: &SharedLimiter) -> io::Result<Self> {
         Ok(Self {
-            limiter: RateLimiter::new(shared.limits, Instant::now()),
+            limiter: limiter.lend(),
             timer: Timer::new()?,
         })
     }
 
     /// Whether a frame may pass now; if not, the timer says when to ask again.
     fn pass(&mut self, bytes: usize) -> bool {
-        match self.limiter.begin(bytes as u64, Instant::now()) {
+        match self.limiter.begin(bytes as u64) {
             Ok(()) => true,
             Err(wait) => match self.timer.set(wait) {
                 Ok(()) => false,
@@ -80,7 +79,7 @@ impl Receive {
         Ok(Self {
             queue,
             tap,
-            pace: Pace::new(shared)?,
+            pace: Pace::new(&shared.rx_limiter)?,
             shared: Arc::clone(shared),
             mergeable,
             frame: vec![0; MAX_FRAME],
@@ -214,7 +213,7 @@ impl Send {
         Ok(Self {
             queue,
             tap,
-            pace: Pace::new(shared)?,
+            pace: Pace::new(&shared.tx_limiter)?,
             shared: Arc::clone(shared),
             passed: false,
         })
