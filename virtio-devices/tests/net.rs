@@ -19,6 +19,8 @@ use virtio_devices::{QueueState, Transport, VirtioDevice};
 const HEADER: usize = 12;
 const MAC: [u8; 6] = [0x02, 0x57, 0x68, 0x69, 0x6d, 0x01];
 const MRG_RXBUF: u64 = 1 << 15;
+/// Checksums, and that they can be turned off later.
+const GUEST_CSUM: u64 = 1 << 1 | 1 << 2;
 const ANNOUNCE: u64 = 1 << 21;
 const RX_BUFFERS: u16 = 64;
 const RX_LEN: u32 = 1024;
@@ -36,6 +38,7 @@ struct Machine {
     ours: Ipv4Addr,
     rx_at: u64,
     tx_at: u64,
+    features: u64,
     _event_loop: EventLoop,
 }
 
@@ -79,6 +82,7 @@ fn machine(net: u8) -> Machine {
         ours: Ipv4Addr::new(10, 213, net, 2),
         rx_at: 1 << 20,
         tx_at: 4 << 20,
+        features: MRG_RXBUF | ANNOUNCE,
         _event_loop: event_loop,
     };
     for index in 0..RX_BUFFERS {
@@ -90,8 +94,9 @@ fn machine(net: u8) -> Machine {
 
 impl Machine {
     fn start(&mut self, states: [QueueState; 3]) {
-        let features = MRG_RXBUF | ANNOUNCE;
-        self.device.activate(features, &self.transport).unwrap();
+        self.device
+            .activate(self.features, &self.transport)
+            .unwrap();
         for (queue, state) in [&self.rx, &self.tx, &self.control].into_iter().zip(states) {
             let side = queue.device_side(&self.transport, state);
             self.device.start_queue(side).unwrap();
@@ -312,6 +317,51 @@ fn a_guest_is_announced_and_says_that_it_heard() {
         std::thread::sleep(Duration::from_millis(1));
     }
     assert!(format!("{:?}", machine.heard.events()).contains("too short"));
+}
+
+#[test]
+fn offloads_that_the_guest_turned_off_stay_off_where_it_goes() {
+    let mut machine = machine(5);
+    let save = |machine: &Machine| {
+        let mut writer = Writer::default();
+        let mut scope = writer.scope("net").unwrap();
+        machine.device.save(&mut scope).unwrap();
+        writer.finish()
+    };
+    machine.stop();
+    machine.device.reset();
+    machine.features |= GUEST_CSUM;
+    let mut states = [QueueState::default(); 3];
+    machine.start(states);
+    let with_checksums = save(&machine);
+    let request = machine.guest.put(&[5, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    let answer = machine.guest.put(&[0xff]);
+    let buffer = |addr, len, writable| TestBuffer {
+        addr,
+        len,
+        writable,
+    };
+    machine
+        .control
+        .send(&[buffer(request, 10, false), buffer(answer, 1, true)]);
+    machine.control.wait_used();
+    assert_eq!(machine.guest.read(answer, 1), [0]);
+    let without = save(&machine);
+    assert!(without != with_checksums);
+    for saved in [&without, &with_checksums] {
+        states = machine.stop();
+        machine.device.reset();
+        let mut store = Store::open(saved).unwrap();
+        let mut scope = store.scope("net").unwrap();
+        machine.device.load(&mut scope).unwrap();
+        machine.start(states);
+        assert!(save(&machine) == *saved);
+    }
+    // Another driver says anew what it takes.
+    machine.stop();
+    machine.device.reset();
+    machine.start(states);
+    assert!(save(&machine) == with_checksums);
 }
 
 #[test]

@@ -11,7 +11,7 @@ mod transfer;
 use std::fmt;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 use state::{LoadError, LoadScope, SaveError, Scope};
@@ -88,7 +88,8 @@ struct Shared {
     mac: Mutex<[u8; 6]>,
     /// Pairs that the driver uses.
     pairs: AtomicU16,
-    offloads: AtomicU32,
+    /// What the driver takes, once it or a saved state has said so: to take nothing is to say so, too.
+    offloads: Mutex<Option<u32>>,
     announce: AtomicBool,
     rx_limiter: SharedLimiter,
     tx_limiter: SharedLimiter,
@@ -116,7 +117,8 @@ impl Shared {
                 false
             }
         };
-        self.offloads.store(flags, Ordering::Release);
+        let mut offloads = self.offloads.lock();
+        *offloads = Some(flags);
         self.taps.iter().all(set)
     }
 }
@@ -157,7 +159,7 @@ impl Net {
             taps: taps.into_iter().map(Arc::new).collect(),
             mac: Mutex::new(config.mac),
             pairs: AtomicU16::new(1),
-            offloads: AtomicU32::new(0),
+            offloads: Mutex::new(None),
             announce: AtomicBool::new(false),
             rx_limiter: SharedLimiter::new(config.limits),
             tx_limiter: SharedLimiter::new(config.limits),
@@ -250,7 +252,7 @@ impl VirtioDevice for Net {
             .driver
             .lock()
             .replace((Arc::clone(transport), features));
-        if was.is_none() && self.shared.offloads.load(Ordering::Acquire) == 0 {
+        if was.is_none() && self.shared.offloads.lock().is_none() {
             self.shared.set_offloads(control::offloads(features));
         }
         Ok(())
@@ -314,13 +316,14 @@ impl VirtioDevice for Net {
         self.shared.announce.store(false, Ordering::Release);
         self.shared.set_pairs(1);
         self.shared.set_offloads(0);
+        *self.shared.offloads.lock() = None;
     }
 
     fn save(&self, to: &mut Scope<'_>) -> Result<(), SaveError> {
         to.put(&saved::V1 {
             mac: *self.shared.mac.lock(),
             pairs: self.shared.pairs.load(Ordering::Acquire),
-            offloads: self.shared.offloads.load(Ordering::Acquire),
+            offloads: self.shared.offloads.lock().unwrap_or(0),
             announce: self.shared.announce.load(Ordering::Acquire),
         })
     }
