@@ -234,6 +234,22 @@ fn each_kind_of_request_has_its_answer() {
 }
 
 #[test]
+fn a_disk_that_is_not_sparse_keeps_its_blocks() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = raw(&dir, 1 << 20);
+    fs::write(&path, pattern(9, MIB)).unwrap();
+    let mut machine = machine(&BlockConfig {
+        sparse: false,
+        ..config(&path)
+    });
+    assert_eq!(machine.device.features() & 1 << 13, 0);
+    let segment = [[8, 0, 0, 0, 0, 0, 0, 0], [8, 0, 0, 0, 0, 0, 0, 0]].concat();
+    machine.guest.write(machine.data, &segment);
+    assert_eq!(machine.request(DISCARD, 0, 16, false), 2);
+    assert_eq!(machine.read(0, MIB), (0, pattern(9, MIB)));
+}
+
+#[test]
 fn a_read_only_disk_stays_as_it_is() {
     let dir = tempfile::tempdir().unwrap();
     let path = raw(&dir, 1 << 20);

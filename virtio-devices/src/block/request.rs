@@ -109,6 +109,8 @@ impl Request {
             T_GET_ID if status_at < ID_LEN => What::Refused(Status::IoError),
             T_GET_ID => What::Id,
             T_DISCARD | T_WRITE_ZEROES if limits.readonly => What::Refused(Status::IoError),
+            // It is not offered then, and blocks are not to be given back.
+            T_DISCARD if !limits.sparse => What::Refused(Status::Unsupported),
             T_DISCARD => segment(&chain, limits, readable, |offset, len, _| Op::Discard {
                 offset,
                 len,

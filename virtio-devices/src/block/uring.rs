@@ -63,7 +63,8 @@ impl Uring {
     }
 
     /// Takes an operation, to be given to the kernel by [`Uring::submit`]. With `durable`, what is
-    /// written is on the disk when it is done. The request comes back when it cannot be taken.
+    /// written is on the disk when it is done. The request comes back when it cannot be taken, as one
+    /// that zeroes durably: that is two operations for the kernel.
     pub(super) fn push(
         &mut self,
         request: Request,
@@ -71,6 +72,9 @@ impl Uring {
         durable: bool,
     ) -> Result<(), (Request, io::Error)> {
         let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
+        if durable && matches!(op, Op::WriteZeroes { .. }) {
+            return Err((request, io::ErrorKind::Unsupported.into()));
+        }
         let Some(&index) = self.free.last() else {
             return Err((request, io::ErrorKind::WouldBlock.into()));
         };
@@ -195,4 +199,46 @@ fn allocate(fd: types::Fd, offset: u64, len: u64, mode: i32) -> squeue::Entry {
         .offset(offset)
         .mode(mode)
         .build()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block::request::{Limits, What};
+    use crate::queue::QueueState;
+    use crate::testing::{TestBuffer, TestGuest, TestQueue, transport};
+
+    #[test]
+    fn what_is_zeroed_durably_is_not_left_to_one_operation() {
+        let mut guest = TestGuest::new(1 << 20);
+        let (transport, _) = transport();
+        let mut driver = TestQueue::new(&mut guest, 0, 4);
+        let mut header = vec![13, 0, 0, 0];
+        header.extend([0; 12 + 8]);
+        header.extend([8, 0, 0, 0, 0, 0, 0, 0]);
+        let (header, status) = (guest.put(&header), guest.alloc(1));
+        let buffer = |addr, len, writable| TestBuffer {
+            addr,
+            len,
+            writable,
+        };
+        driver.send(&[buffer(header, 32, false), buffer(status, 1, true)]);
+        let mut queue = driver.device_side(&transport, QueueState::default());
+        let chain = queue.pop().unwrap().unwrap();
+        let limits = Limits {
+            capacity: 4096,
+            readonly: false,
+            sparse: true,
+        };
+        let request = Request::parse(chain, limits).unwrap();
+        let What::Io(op) = request.what else {
+            panic!("{:?}", request.what);
+        };
+        let mut uring = Uring::new(Arc::new(tempfile::tempfile().unwrap()), 4).unwrap();
+        let (request, error) = uring.push(request, op, true).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::Unsupported);
+        uring.push(request, op, false).unwrap();
+        uring.wait().unwrap();
+        assert!(uring.next_done().unwrap().1.is_ok());
+    }
 }
