@@ -17,6 +17,10 @@ use devices::event_loop::Interest;
 /// Requests that are taken before others on the loop have their turn.
 const BUDGET: usize = 64;
 
+/// When the kernel is asked again after it took no operations, and how often before threads do them.
+const RETRY: Duration = Duration::from_millis(10);
+const MOST_FAILURES: u32 = 100;
+
 const KICK: usize = 0;
 const URING: usize = 1;
 const THREADS: usize = 2;
@@ -27,6 +31,8 @@ pub(super) struct BlockTask {
     shared: Arc<Shared>,
     /// Where the image is raw and the host has it.
     uring: Option<Uring>,
+    /// How often, one after the other, the kernel would not take operations.
+    failures: u32,
     /// Made when it is first needed.
     threads: Option<Threads>,
     limiter: LentLimiter,
@@ -52,6 +58,7 @@ impl BlockTask {
         Ok(Self {
             queue,
             uring,
+            failures: 0,
             threads: None,
             limiter: shared.limiter.lend(),
             timer: Timer::new()?,
@@ -83,9 +90,12 @@ impl BlockTask {
 
     fn drain(&mut self) -> Result<(), QueueError> {
         while let Some(uring) = self.uring.as_mut().filter(|uring| uring.in_flight() > 0) {
-            if let Err(error) = uring.wait() {
-                tracing::error!(%error, "disk operations cannot be waited for");
-                break;
+            match uring.wait() {
+                Ok(()) => self.failures = 0,
+                Err(error) => {
+                    self.not_taken(&error)?;
+                    std::thread::sleep(RETRY);
+                }
             }
             self.collect_uring()?;
         }
@@ -199,6 +209,46 @@ impl BlockTask {
         }
     }
 
+    /// Gives the kernel what was begun.
+    fn submit(&mut self) -> Result<(), QueueError> {
+        let Some(uring) = &mut self.uring else {
+            return Ok(());
+        };
+        match uring.submit() {
+            Ok(()) => self.failures = 0,
+            Err(error) => {
+                self.not_taken(&error)?;
+                if let Err(error) = self.timer.set(RETRY) {
+                    tracing::error!(%error, "io_uring cannot be asked again");
+                    self.leave_uring()?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The kernel took no operations: it is short of something, or has no io_uring for us any more.
+    fn not_taken(&mut self, error: &io::Error) -> Result<(), QueueError> {
+        self.failures = self.failures.saturating_add(1);
+        if self.failures < MOST_FAILURES {
+            tracing::debug!(%error, "io_uring takes no more for now");
+            return Ok(());
+        }
+        tracing::warn!(%error, "io_uring takes no more; a disk's queue is served by threads");
+        self.leave_uring()
+    }
+
+    /// Has threads do what the kernel did not take, and all that comes.
+    fn leave_uring(&mut self) -> Result<(), QueueError> {
+        for request in self.uring.as_mut().map(Uring::give_up).unwrap_or_default() {
+            match request.what {
+                What::Io(op) => self.start_on_threads(request, op)?,
+                _ => self.answer(&request, Status::IoError, 0)?,
+            }
+        }
+        Ok(())
+    }
+
     fn collect_uring(&mut self) -> Result<(), QueueError> {
         while let Some((request, result)) = self.uring.as_mut().and_then(Uring::next_done) {
             self.complete(request, result)?;
@@ -286,10 +336,7 @@ impl QueueTask for BlockTask {
         if let Some(uring) = &self.uring {
             sources.watch(Arc::clone(uring.done()), URING, Interest::Read)?;
         }
-        if self.limiter.is_limiting() {
-            sources.watch(self.timer.descriptor(), TIMER, Interest::Read)?;
-        }
-        Ok(())
+        sources.watch(self.timer.descriptor(), TIMER, Interest::Read)
     }
 
     fn call(
@@ -309,12 +356,7 @@ impl QueueTask for BlockTask {
         self.timer.clear();
         self.collect()?;
         let more = self.take()?;
-        if let Some(uring) = &mut self.uring
-            && let Err(error) = uring.submit()
-        {
-            // Too much in flight for the kernel: it is tried again with the next completion.
-            tracing::debug!(%error, "io_uring takes no more for now");
-        }
+        self.submit()?;
         if let (false, Some(threads)) = (had_threads, &self.threads) {
             let watched = sources.watch(Arc::clone(threads.done()), THREADS, Interest::Read);
             if let Err(error) = watched {
@@ -327,5 +369,82 @@ impl QueueTask for BlockTask {
         } else {
             TaskFlow::Wait
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{self, File};
+
+    use super::super::{Block, BlockConfig, LockMode};
+    use super::*;
+    use crate::rate_limiter::RateLimits;
+    use crate::testing::{TestBuffer, TestGuest, TestQueue, transport, workers};
+    use crate::worker::Running;
+
+    /// A kernel that takes no operations for a while, or not at all: each request is answered.
+    #[test]
+    fn what_io_uring_does_not_take_is_done_all_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        fs::write(&path, [7; 4096]).unwrap();
+        let config = BlockConfig {
+            path: path.clone(),
+            readonly: false,
+            direct: false,
+            format: None,
+            backing_files: false,
+            queues: 1,
+            queue_size: 16,
+            serial: String::new(),
+            sparse: true,
+            lock: LockMode::ByteRange,
+            is_incoming: false,
+            limits: RateLimits::default(),
+        };
+        let (_event_loop, workers) = workers();
+        let (device, _) = Block::new(&config, workers.clone()).unwrap();
+        let mut guest = TestGuest::new(1 << 20);
+        let (transport, heard) = transport();
+        let mut driver = TestQueue::new(&mut guest, 0, 16);
+        let (header, at) = (guest.put(&[0; 16]), guest.alloc(513));
+        let buffer = |addr, len, writable| TestBuffer {
+            addr,
+            len,
+            writable,
+        };
+        let request = [buffer(header, 16, false), buffer(at, 513, true)];
+        let file = Arc::new(File::open(&path).unwrap());
+        let mut state = QueueState::default();
+        for (name, comes_back, runs) in [
+            ("it takes them later", true, true),
+            ("it never does", false, true),
+            ("it does not when the queue stops", false, false),
+        ] {
+            guest.write(at, &[0xff; 513]);
+            let queue = driver.device_side(&transport, state);
+            let mut task = BlockTask::new(queue, &device.shared, true).unwrap();
+            task.uring = Some(Uring::disabled(Arc::clone(&file), 16).unwrap());
+            let head = driver.send(&request);
+            if runs {
+                let running = Running::start(&workers, &transport, task);
+                std::thread::sleep(RETRY * 3);
+                assert_eq!(driver.take_used(), None, "{name}");
+                if comes_back {
+                    running.with(|task| task.uring.as_ref().unwrap().enable().unwrap());
+                }
+                assert_eq!(driver.wait_used(), (head, 513), "{name}");
+                state = running.stop().unwrap().finish();
+            } else {
+                task.take().unwrap();
+                assert_eq!(driver.take_used(), None, "{name}");
+                state = task.finish();
+                assert_eq!(driver.take_used(), Some((head, 513)), "{name}");
+            }
+            assert_eq!(guest.read(at, 512), [7; 512], "{name}");
+            assert_eq!(guest.read(at + 512, 1), [0], "{name}");
+            assert_eq!(state.next_avail, state.next_used, "{name}");
+        }
+        assert!(heard.events().is_empty());
     }
 }

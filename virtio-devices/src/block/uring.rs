@@ -5,15 +5,21 @@
     reason = "the kernel is given addresses of the guest's memory"
 )]
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use io_uring::{IoUring, opcode, squeue, types};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::request::{Op, Request, fits};
+
+/// How often a ring that cannot be entered is looked at, and for how long by one who goes.
+const LOOK_AGAIN: Duration = Duration::from_millis(1);
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A submitted operation: it keeps the memory that the kernel was given.
 struct Pending {
@@ -32,12 +38,19 @@ pub(super) struct Uring {
     done: Arc<EventFd>,
     pending: Vec<Option<Pending>>,
     free: Vec<usize>,
+    /// Of `pending`, what the kernel has not taken yet, in the order in which it will.
+    unsent: VecDeque<usize>,
+    /// The kernel is given no more.
+    given_up: bool,
 }
 
 impl Uring {
     /// With room for so many operations at once.
     pub(super) fn new(file: Arc<File>, entries: u16) -> io::Result<Self> {
-        let ring = IoUring::new(entries.into())?;
+        Self::on(IoUring::new(entries.into())?, file, entries)
+    }
+
+    fn on(ring: IoUring, file: Arc<File>, entries: u16) -> io::Result<Self> {
         let done = EventFd::new(EFD_NONBLOCK)?;
         ring.submitter().register_eventfd(done.as_raw_fd())?;
         Ok(Self {
@@ -46,6 +59,8 @@ impl Uring {
             done: Arc::new(done),
             pending: (0..entries).map(|_| None).collect(),
             free: (0..usize::from(entries)).collect(),
+            unsent: VecDeque::new(),
+            given_up: false,
         })
     }
 
@@ -72,6 +87,9 @@ impl Uring {
         durable: bool,
     ) -> Result<(), (Request, io::Error)> {
         let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
+        if self.given_up {
+            return Err((request, io::ErrorKind::Unsupported.into()));
+        }
         if durable && matches!(op, Op::WriteZeroes { .. }) {
             return Err((request, io::ErrorKind::Unsupported.into()));
         }
@@ -133,6 +151,7 @@ impl Uring {
             return Err((request, io::ErrorKind::WouldBlock.into()));
         }
         self.free.pop();
+        self.unsent.push_back(index);
         if let Some(slot) = self.pending.get_mut(index) {
             *slot = Some(Pending {
                 request,
@@ -142,24 +161,50 @@ impl Uring {
         Ok(())
     }
 
-    /// Gives the kernel what was pushed.
+    /// Gives the kernel what was pushed. What it does not take it can be given again.
     pub(super) fn submit(&mut self) -> io::Result<()> {
-        self.wait_for(0)
+        if self.unsent.is_empty() {
+            return Ok(());
+        }
+        self.enter(0)
     }
 
     /// Gives the kernel what was pushed, and waits until one operation is done, if there is one.
     pub(super) fn wait(&mut self) -> io::Result<()> {
-        self.wait_for(usize::from(self.in_flight() > 0))
+        self.enter(usize::from(self.in_flight() > 0))
     }
 
-    fn wait_for(&mut self, count: usize) -> io::Result<()> {
+    fn enter(&mut self, count: usize) -> io::Result<()> {
+        if self.given_up {
+            // What is in flight gets done without being asked for.
+            std::thread::sleep(LOOK_AGAIN);
+            return Ok(());
+        }
         loop {
             match self.ring.submitter().submit_and_wait(count) {
-                Ok(_) => return Ok(()),
+                Ok(taken) => {
+                    self.unsent.drain(..taken.min(self.unsent.len()));
+                    return Ok(());
+                }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }
         }
+    }
+
+    /// Takes back what the kernel has not taken, and gives it no more: what is in flight remains to
+    /// be collected.
+    pub(super) fn give_up(&mut self) -> Vec<Request> {
+        // What was pushed stays in the ring, of which the kernel takes nothing unless it is entered.
+        self.given_up = true;
+        let mut back = Vec::new();
+        for index in self.unsent.drain(..) {
+            if let Some(pending) = self.pending.get_mut(index).and_then(Option::take) {
+                self.free.push(index);
+                back.push(pending.request);
+            }
+        }
+        back
     }
 
     /// The next operation that is done: its request, and bytes moved or the error.
@@ -183,8 +228,15 @@ impl Uring {
 impl Drop for Uring {
     fn drop(&mut self) {
         // The kernel may write to the guest's memory until it says that it is done.
+        let mut patience = PATIENCE.as_millis() / LOOK_AGAIN.as_millis();
         while self.in_flight() > 0 {
             if self.wait().is_err() {
+                drop(self.give_up());
+            }
+            if self.given_up {
+                patience = patience.saturating_sub(1);
+            }
+            if patience == 0 {
                 // It cannot be waited for: the memory is left mapped for good.
                 self.pending.drain(..).flatten().for_each(std::mem::forget);
                 return;
@@ -199,6 +251,21 @@ fn allocate(fd: types::Fd, offset: u64, len: u64, mode: i32) -> squeue::Entry {
         .offset(offset)
         .mode(mode)
         .build()
+}
+
+/// A ring that the kernel refuses to look at until it is enabled.
+#[cfg(test)]
+impl Uring {
+    pub(super) fn disabled(file: Arc<File>, entries: u16) -> io::Result<Self> {
+        let ring = IoUring::builder()
+            .setup_r_disabled()
+            .build(entries.into())?;
+        Self::on(ring, file, entries)
+    }
+
+    pub(super) fn enable(&self) -> io::Result<()> {
+        self.ring.submitter().register_enable_rings()
+    }
 }
 
 #[cfg(test)]
