@@ -15,7 +15,7 @@ use devices::event_loop::EventLoop;
 use memory::{Fault, UserFaults};
 use proptest::prelude::*;
 use state::{Store, Writer};
-use virtio_devices::block::{Block, BlockConfig, BlockHandle, ImageError, LockMode};
+use virtio_devices::block::{Block, BlockConfig, BlockHandle, ImageError, ImageFormat, LockMode};
 use virtio_devices::rate_limiter::{BucketConfig, RateLimits};
 use virtio_devices::testing::{Heard, TestBuffer, TestGuest, TestQueue, transport, workers};
 use virtio_devices::{QueueState, Transport, TransportEvent, VirtioDevice};
@@ -425,12 +425,26 @@ fn what_is_no_disk_image_is_refused_by_name() {
     qemu_img(&[
         "rebase", "-q", "-u", "-f", "qcow2", "-F", "qcow2", "-b", name, name,
     ]);
+    for (name, format, options) in [
+        ("disk.vmdk", "vmdk", "subformat=monolithicSparse"),
+        ("disk.vhdx", "vhdx", "subformat=fixed"),
+        ("dynamic.vhd", "vpc", "subformat=dynamic"),
+        ("fixed.vhd", "vpc", "subformat=fixed"),
+    ] {
+        let name = path(name);
+        let name = name.to_str().unwrap();
+        qemu_img(&["create", "-q", "-f", format, "-o", options, name, "2M"]);
+    }
     let made = Command::new("mkfifo").arg(path("pipe")).status().unwrap();
     assert!(made.success());
     for (name, expected) in [
         ("missing", "cannot be opened"),
         (".", "is a directory"),
         ("pipe", "is a pipe"),
+        ("disk.vmdk", "is a VMDK image"),
+        ("disk.vhdx", "is a VHDX image"),
+        ("dynamic.vhd", "is a VHD image"),
+        ("fixed.vhd", "is a VHD image"),
         ("odd", "no size of a disk"),
         ("empty", "no size of a disk"),
         ("truncated.qcow2", "cannot be used as qcow2"),
@@ -445,6 +459,13 @@ fn what_is_no_disk_image_is_refused_by_name() {
         assert!(told.contains(expected), "{name}: {told}");
         assert!(told.contains(name), "{name}: {told}");
     }
+    // Who says that it is raw, has it so.
+    let (_event_loop, workers) = workers();
+    let raw = BlockConfig {
+        format: Some(ImageFormat::Raw),
+        ..config(&path("fixed.vhd"))
+    };
+    Block::new(&raw, workers).unwrap();
 }
 
 #[test]

@@ -21,6 +21,13 @@ pub(super) const SECTOR: u64 = 512;
 /// Images under an image, at most.
 const MAX_BACKING: usize = 32;
 const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
+/// How images of formats that are not served are known: a VHD of a fixed size by its footer.
+const OTHER_FORMATS: [(SeekFrom, &[u8], &str); 4] = [
+    (SeekFrom::Start(0), b"KDMV", "VMDK"),
+    (SeekFrom::Start(0), b"vhdxfile", "VHDX"),
+    (SeekFrom::Start(0), b"conectix", "VHD"),
+    (SeekFrom::End(-(SECTOR as i64)), b"conectix", "VHD"),
+];
 
 /// The format of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -288,10 +295,7 @@ fn check_kind(path: &Path) -> Result<(), ImageError> {
 
 /// What the image is said to be, if it can be that; found out where nothing is said.
 fn format(mut file: File, how: &Opening<'_>) -> Result<ImageFormat, ImageError> {
-    let mut magic = [0; 4];
-    // A shorter one is told by its size.
-    let begins = file.read_exact(&mut magic).map(|()| magic).ok();
-    let is_qcow2 = begins == Some(QCOW2_MAGIC);
+    let is_qcow2 = has(&mut file, SeekFrom::Start(0), &QCOW2_MAGIC);
     let refused = |why: &str| ImageError::Format {
         path: how.path.to_owned(),
         why: why.to_owned(),
@@ -300,9 +304,20 @@ fn format(mut file: File, how: &Opening<'_>) -> Result<ImageFormat, ImageError> 
         (Some(ImageFormat::Qcow2), false) => Err(refused("is said to be qcow2, and is not")),
         (Some(format), _) => Ok(format),
         (None, true) => Ok(ImageFormat::Qcow2),
-        (None, false) if begins == Some(*b"KDMV") => Err(refused("is a VMDK image")),
-        (None, false) => Ok(ImageFormat::Raw),
+        (None, false) => {
+            let mut others = OTHER_FORMATS.iter();
+            match others.find(|(at, magic, _)| has(&mut file, *at, magic)) {
+                Some((_, _, name)) => Err(refused(&format!("is a {name} image"))),
+                None => Ok(ImageFormat::Raw),
+            }
+        }
     }
+}
+
+/// Whether these bytes are there. An image that is too short for them is told by its size.
+fn has(file: &mut File, at: SeekFrom, magic: &[u8]) -> bool {
+    let mut there = vec![0; magic.len()];
+    file.seek(at).is_ok() && file.read_exact(&mut there).is_ok() && there == magic
 }
 
 fn open_qcow2(how: &Opening<'_>) -> Result<FormatAccess<Storage>, ImageError> {
