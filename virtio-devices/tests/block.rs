@@ -529,6 +529,72 @@ fn an_image_has_one_writer_also_among_qemus_tools() {
     held.wait().unwrap();
 }
 
+/// Nobody writes to what an image builds on, while it is used: neither QEMU's tools nor we.
+#[test]
+fn what_is_below_an_image_is_locked_for_all_who_read_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let (base, middle, top) = (path("base.raw"), path("middle.qcow2"), path("top.qcow2"));
+    let (other, data) = (path("other.qcow2"), path("data.raw"));
+    fs::write(&base, pattern(3, MIB)).unwrap();
+    let create = |format, below: &str, image: &str| {
+        let on = ["-F", format, "-b", below, image];
+        qemu_img(&[&["create", "-q", "-f", "qcow2"][..], &on].concat());
+    };
+    create("raw", &base, &middle);
+    create("qcow2", &middle, &top);
+    create("qcow2", &middle, &other);
+    let on = |image: &str| BlockConfig {
+        backing_files: true,
+        ..config(Path::new(image))
+    };
+    let writes = |image: &str, format: &str| {
+        let mut qemu_io = Command::new("qemu-io");
+        qemu_io.args(["-f", format, "-c", "write 0 512", image]);
+        let run = qemu_io.stdout(Stdio::null()).stderr(Stdio::null()).status();
+        run.expect("qemu-io, of the package qemu-utils").success()
+    };
+    let mut first = machine(&on(&top));
+    let second = machine(&on(&other));
+    assert!(!writes(&base, "raw") && !writes(&middle, "qcow2"));
+    assert!(refusal(&config(Path::new(&base))).contains("is in use by"));
+    drop(second);
+    // The locks go with the guest, and come back with it.
+    first.device.hand_over().unwrap();
+    assert!(writes(&base, "raw"));
+    let waits = BlockConfig {
+        is_incoming: true,
+        ..on(&other)
+    };
+    let mut incoming = machine(&waits);
+    assert!(writes(&base, "raw"));
+    incoming.device.take_over().unwrap();
+    assert!(!writes(&base, "raw"));
+    drop(incoming);
+    let writer = machine(&config(Path::new(&base)));
+    let told = refusal(&on(&top));
+    assert!(
+        told.contains(&base) && told.contains("is in use by"),
+        "{told}"
+    );
+    assert!(first.device.take_over().is_err());
+    drop(writer);
+    assert!(writes(&top, "qcow2"), "nothing is kept of it");
+    first.device.take_over().unwrap();
+    assert!(!writes(&base, "raw"));
+    drop(first);
+
+    // A file that keeps an image's data has one writer, as the image has.
+    let with_data = path("with_data.qcow2");
+    let file = format!("data_file={data}");
+    qemu_img(&["create", "-q", "-f", "qcow2", "-o", &file, &with_data, "1M"]);
+    let mut machine = machine(&on(&with_data));
+    assert_eq!(machine.write(0, &[5; 512]), 0);
+    assert!(!writes(&data, "raw"));
+    drop(machine);
+    assert!(writes(&data, "raw"));
+}
+
 /// A guest that has moved may write what has not come yet; and if it never comes, the disk is to keep
 /// what it has.
 #[test]

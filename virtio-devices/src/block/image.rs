@@ -5,13 +5,14 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use devices::event_loop::panic_message;
 use imago::file::File as Storage;
 use imago::format::gate::ImplicitOpenGate;
 use imago::qcow2::Qcow2;
 use imago::{FormatAccess, FormatDriverBuilder, Storage as _, StorageOpenOptions};
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use rustix::fs::{FallocateFlags, fallocate};
 
 use super::lock::{self, LockError, LockMode};
@@ -93,6 +94,8 @@ pub(super) struct Image {
     /// What is locked; for a raw image it is the image.
     lock: File,
     lock_mode: LockMode,
+    /// What it builds on, locked for as long as these are open.
+    below: Mutex<Vec<File>>,
     direct: bool,
     backing_files: bool,
 }
@@ -136,9 +139,12 @@ impl Image {
         if !how.is_incoming {
             lock::take(&file, &path, how.readonly, how.lock)?;
         }
-        let kind = match format {
-            ImageFormat::Raw => Kind::Raw(file.try_clone().map_err(failed)?),
-            ImageFormat::Qcow2 => Kind::Qcow2(Box::new(RwLock::new(open_qcow2(how)?))),
+        let (kind, below) = match format {
+            ImageFormat::Raw => (Kind::Raw(file.try_clone().map_err(failed)?), Vec::new()),
+            ImageFormat::Qcow2 => {
+                let (image, below) = open_qcow2(how)?;
+                (Kind::Qcow2(Box::new(RwLock::new(image))), below)
+            }
         };
         let image = Self {
             kind,
@@ -146,6 +152,7 @@ impl Image {
             path: path.clone(),
             lock: file,
             lock_mode: how.lock,
+            below: Mutex::new(below),
             direct: how.direct,
             backing_files: how.backing_files,
         };
@@ -195,6 +202,7 @@ impl Image {
         if !self.readonly {
             self.flush()?;
         }
+        self.below.lock().clear();
         lock::release(&self.lock);
         Ok(())
     }
@@ -212,8 +220,10 @@ impl Image {
                 backing_files: self.backing_files,
                 lock: self.lock_mode,
                 is_incoming: false,
-            })?;
+            });
+            let (opened, below) = opened.inspect_err(|_| lock::release(&self.lock))?;
             *image.write() = opened;
+            *self.below.lock() = below;
         }
         Ok(())
     }
@@ -320,7 +330,8 @@ fn has(file: &mut File, at: SeekFrom, magic: &[u8]) -> bool {
     file.seek(at).is_ok() && file.read_exact(&mut there).is_ok() && there == magic
 }
 
-fn open_qcow2(how: &Opening<'_>) -> Result<FormatAccess<Storage>, ImageError> {
+/// Opens an image, and locks what is below it, unless somebody else has it still.
+fn open_qcow2(how: &Opening<'_>) -> Result<(FormatAccess<Storage>, Vec<File>), ImageError> {
     let failed = |source: io::Error| ImageError::Format {
         path: how.path.to_owned(),
         why: format!("cannot be used as qcow2: {source}"),
@@ -332,21 +343,33 @@ fn open_qcow2(how: &Opening<'_>) -> Result<FormatAccess<Storage>, ImageError> {
     not_encrypted(how.path).map_err(failed)?;
     let storage = Storage::open(options).map_err(failed)?;
     let builder = Qcow2::<Storage>::builder(storage).write(!how.readonly);
+    let locks = Arc::new(Mutex::new(Locks {
+        mode: (!how.is_incoming).then_some(how.lock),
+        taken: Vec::new(),
+        refused: None,
+    }));
     let gate = Below {
         allowed: how.backing_files,
+        readonly: how.readonly,
+        locks: Arc::clone(&locks),
         seen: vec![
             how.path
                 .canonicalize()
                 .unwrap_or_else(|_| how.path.to_owned()),
         ],
     };
-    let opened = contained(|| builder.open(gate)).map_err(|error| match error.kind() {
+    let opened = contained(|| builder.open(gate));
+    let mut locks = locks.lock();
+    if let Some(refused) = locks.refused.take() {
+        return Err(refused.into());
+    }
+    let opened = opened.map_err(|error| match error.kind() {
         io::ErrorKind::PermissionDenied if !how.backing_files => ImageError::Backing {
             path: how.path.to_owned(),
         },
         _ => failed(error),
     })?;
-    Ok(FormatAccess::new(opened))
+    Ok((FormatAccess::new(opened), std::mem::take(&mut locks.taken)))
 }
 
 /// Does something to an image of which the library may think that it is sound: a damaged one can
@@ -377,10 +400,45 @@ fn not_encrypted(path: &Path) -> io::Result<()> {
 /// Opens the images on which an image builds, if that is allowed, and follows no circle.
 struct Below {
     allowed: bool,
+    /// The one above is not written to, nor is what keeps its data.
+    readonly: bool,
+    locks: Arc<Mutex<Locks>>,
     seen: Vec<PathBuf>,
 }
 
+/// The locks of what is below an image.
+struct Locks {
+    /// How they are taken, if they are.
+    mode: Option<LockMode>,
+    taken: Vec<File>,
+    refused: Option<LockError>,
+}
+
+impl Locks {
+    fn take(&mut self, path: &Path, readonly: bool) -> io::Result<()> {
+        let Some(mode) = self.mode else {
+            return Ok(());
+        };
+        let file = OpenOptions::new().read(true).write(!readonly).open(path)?;
+        if let Err(refused) = lock::take(&file, path, readonly, mode) {
+            let error = io::Error::other(refused.to_string());
+            self.refused = Some(refused);
+            return Err(error);
+        }
+        self.taken.push(file);
+        Ok(())
+    }
+}
+
 impl Below {
+    fn not_seen(&self, path: &Path) -> io::Result<()> {
+        if self.seen.iter().any(|seen| seen == path) {
+            let why = format!("{} builds on itself", path.display());
+            return Err(io::Error::new(io::ErrorKind::InvalidData, why));
+        }
+        Ok(())
+    }
+
     fn pass(&self, path: Option<PathBuf>) -> io::Result<Self> {
         let denied = |why: String| io::Error::new(io::ErrorKind::InvalidData, why);
         if !self.allowed {
@@ -389,9 +447,7 @@ impl Below {
         }
         let path = path.ok_or_else(|| denied("an image below it has no name".to_owned()))?;
         let path = path.canonicalize().unwrap_or(path);
-        if self.seen.contains(&path) {
-            return Err(denied(format!("{} builds on itself", path.display())));
-        }
+        self.not_seen(&path)?;
         if self.seen.len() >= MAX_BACKING {
             return Err(denied(format!(
                 "more than {MAX_BACKING} images are below it"
@@ -401,6 +457,8 @@ impl Below {
         seen.push(path);
         Ok(Self {
             allowed: true,
+            readonly: true,
+            locks: Arc::clone(&self.locks),
             seen,
         })
     }
@@ -425,6 +483,13 @@ impl ImplicitOpenGate<Storage> for Below {
             let why = "it keeps its data in another file";
             return Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
         }
-        Storage::open(options)
+        let readonly = self.readonly || !options.get_writable();
+        if let Some(path) = options.get_filename() {
+            // Before it is locked: the one above it holds the lock.
+            self.not_seen(&path.canonicalize().unwrap_or_else(|_| path.to_owned()))?;
+            check_kind(path).map_err(|error| io::Error::other(error.to_string()))?;
+            self.locks.lock().take(path, readonly)?;
+        }
+        Storage::open(options.write(!readonly))
     }
 }
