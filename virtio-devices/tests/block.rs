@@ -180,6 +180,67 @@ fn what_is_written_is_read_and_is_in_the_image() {
     }
 }
 
+/// A disk of the host for as long as a test wants it.
+struct Loop(PathBuf);
+
+impl Loop {
+    fn new(image: &Path, block: u32) -> Self {
+        let mut losetup = Command::new("losetup");
+        let run = losetup.args(["--find", "--show", "-b", &block.to_string()]);
+        let run = run.arg(image).output().unwrap();
+        let told = String::from_utf8_lossy(&run.stderr).into_owned();
+        assert!(run.status.success(), "losetup: {told}");
+        Self(String::from_utf8(run.stdout).unwrap().trim().into())
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").arg("-d").arg(&self.0).status();
+    }
+}
+
+/// Wants `/dev/loop-control` and CAP_SYS_ADMIN.
+#[test]
+fn a_guest_sees_the_blocks_that_direct_io_takes() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = raw(&dir, 4 << 20);
+    let blocks = |machine: &Machine| {
+        let mut raw = [0; 12];
+        machine.device.read_config(20, &mut raw);
+        let word = |at: usize| u32::from_le_bytes(raw[at..at + 4].try_into().unwrap());
+        (
+            word(0),
+            raw[4],
+            u16::from_le_bytes([raw[6], raw[7]]),
+            word(8),
+        )
+    };
+    for (block, expected) in [(4096, (4096, 0, 1, 1)), (512, (512, 0, 1, 1))] {
+        let disk = Loop::new(&image, block);
+        let direct = BlockConfig {
+            direct: true,
+            ..config(&disk.0)
+        };
+        let mut machine = machine(&direct);
+        assert_eq!(blocks(&machine), expected);
+        let sector = u64::from(block / 512);
+        let data = pattern(block as u8, 3 * block as usize);
+        assert_eq!(machine.write(sector, &data), 0);
+        assert_eq!(machine.read(sector, data.len()), (0, data));
+        // Less than a block, and between two.
+        let bad = u8::from(block > 512);
+        assert_eq!(machine.read(0, 512).0, bad);
+        assert_eq!(machine.read(1, 4096).0, bad);
+        machine.handle.resize(512 * 9).unwrap_err();
+    }
+    // The host's page cache takes anything.
+    let disk = Loop::new(&image, 4096);
+    let mut cached = machine(&config(&disk.0));
+    assert_eq!(blocks(&cached), (512, 3, 8, 8));
+    assert_eq!(cached.read(1, 512).0, 0);
+}
+
 #[test]
 fn each_kind_of_request_has_its_answer() {
     let dir = tempfile::tempdir().unwrap();

@@ -15,6 +15,7 @@ use imago::{FormatAccess, FormatDriverBuilder, Storage as _, StorageOpenOptions}
 use parking_lot::{Mutex, RwLock};
 use rustix::fs::{FallocateFlags, fallocate};
 
+use super::geometry::Geometry;
 use super::lock::{self, LockError, LockMode};
 
 /// Bytes of a sector, the unit of virtio-blk (virtio 1.3, 5.2.4).
@@ -58,13 +59,15 @@ pub enum ImageError {
         /// What it is.
         what: &'static str,
     },
-    /// A disk has whole sectors, and one at least.
-    #[error("{} has {size} bytes, which is no size of a disk: a multiple of {SECTOR} above 0", path.display())]
+    /// A disk has whole blocks, and one at least.
+    #[error("{} has {size} bytes, which is no size of a disk: a multiple of {block} above 0", path.display())]
     Size {
         /// The image.
         path: PathBuf,
         /// Its size.
         size: u64,
+        /// The size of a block.
+        block: u64,
     },
     /// Said to be raw by nobody, and it begins like an image of another format, or the other way
     /// round. A guest could write such a beginning to a raw disk.
@@ -90,6 +93,7 @@ pub enum ImageError {
 pub(super) struct Image {
     pub(super) kind: Kind,
     pub(super) readonly: bool,
+    pub(super) geometry: Geometry,
     path: PathBuf,
     /// What is locked; for a raw image it is the image.
     lock: File,
@@ -146,8 +150,13 @@ impl Image {
                 (Kind::Qcow2(Box::new(RwLock::new(image))), below)
             }
         };
+        let geometry = match &kind {
+            Kind::Raw(file) if how.direct => Geometry::of(file).map_err(failed)?,
+            _ => Geometry::ANY,
+        };
         let image = Self {
             kind,
+            geometry,
             readonly: how.readonly,
             path: path.clone(),
             lock: file,
@@ -157,8 +166,9 @@ impl Image {
             backing_files: how.backing_files,
         };
         let size = image.size().map_err(failed)?;
-        if size == 0 || !size.is_multiple_of(SECTOR) {
-            return Err(ImageError::Size { path, size });
+        let block = geometry.logical;
+        if size == 0 || !size.is_multiple_of(block) {
+            return Err(ImageError::Size { path, size, block });
         }
         Ok(image)
     }

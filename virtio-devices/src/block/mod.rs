@@ -6,6 +6,7 @@
 //!                                          └───► Image (locked, so that nobody else writes to it)
 //! ```
 
+mod geometry;
 mod image;
 mod lock;
 mod request;
@@ -185,11 +186,14 @@ impl Block {
             12,
             &u32::from(self.queue_size.saturating_sub(2).clamp(1, 1022)).to_le_bytes(),
         );
-        put(20, &(SECTOR as u32).to_le_bytes());
-        // Physical blocks of 8 sectors, and the optimal size of a transfer, one of them.
-        put(24, &[3, 0]);
-        put(26, &8_u16.to_le_bytes());
-        put(28, &8_u32.to_le_bytes());
+        // Logical blocks; physical ones of so many, and the optimal size of a transfer, one of them.
+        let geometry = self.shared.image.geometry;
+        let in_physical = 1_u32.checked_shl(geometry.exponent().into()).unwrap_or(1);
+        put(20, &(geometry.logical as u32).to_le_bytes());
+        put(24, &[geometry.exponent(), 0]);
+        let smallest = u16::try_from(in_physical).unwrap_or(u16::MAX);
+        put(26, &smallest.to_le_bytes());
+        put(28, &in_physical.to_le_bytes());
         put(
             WRITEBACK_AT,
             &[self.shared.writeback.load(Ordering::Acquire).into()],
@@ -197,7 +201,8 @@ impl Block {
         put(34, &self.queues.to_le_bytes());
         put(36, &MAX_SEGMENT_SECTORS.to_le_bytes());
         put(40, &1_u32.to_le_bytes());
-        put(44, &8_u32.to_le_bytes());
+        // Blocks are given back by the largest logical ones, in sectors.
+        put(44, &((geometry::USUAL / SECTOR) as u32).to_le_bytes());
         put(48, &MAX_SEGMENT_SECTORS.to_le_bytes());
         put(52, &1_u32.to_le_bytes());
         put(56, &[self.shared.sparse.into()]);
@@ -352,7 +357,7 @@ impl BlockHandle {
     /// When it is no size of a disk, or the image cannot have it.
     pub fn resize(&self, size: u64) -> io::Result<()> {
         let refused = |why| Err(io::Error::new(io::ErrorKind::InvalidInput, why));
-        if size == 0 || !size.is_multiple_of(SECTOR) {
+        if size == 0 || !size.is_multiple_of(self.shared.image.geometry.logical) {
             return refused(format!("{size} bytes are no size of a disk"));
         }
         if self.shared.image.readonly {

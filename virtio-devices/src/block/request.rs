@@ -74,6 +74,8 @@ pub(super) enum What {
 pub(super) struct Limits {
     pub(super) capacity: u64,
     pub(super) readonly: bool,
+    /// The smallest transfer, in bytes.
+    pub(super) block: u64,
     /// Whether blocks may be given back to the host.
     pub(super) sparse: bool,
 }
@@ -147,7 +149,10 @@ fn transfer(limits: Limits, sector: u64, len: usize, op: impl Fn(u64, usize) -> 
         .and_then(|offset| Some((offset, offset.checked_add(len as u64)?)));
     match range {
         Some((offset, end))
-            if end <= limits.capacity && (len as u64).is_multiple_of(SECTOR) && len > 0 =>
+            if end <= limits.capacity
+                && len > 0
+                && (len as u64).is_multiple_of(limits.block)
+                && offset.is_multiple_of(limits.block) =>
         {
             What::Io(op(offset, len))
         }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use super::geometry::Geometry;
 use super::request::{ID_LEN, Limits, Op, Request, Status, What};
 use super::threads::Threads;
 use super::uring::Uring;
@@ -154,6 +155,7 @@ impl BlockTask {
         let limits = Limits {
             capacity: self.shared.capacity.load(Ordering::Acquire),
             readonly: self.shared.image.readonly,
+            block: self.shared.image.geometry.logical,
             sparse: self.shared.sparse,
         };
         let request = Request::parse(chain, limits)?;
@@ -180,7 +182,8 @@ impl BlockTask {
             request.chain.wait_readable(Request::DATA, len)?;
         }
         let durable = self.is_durable();
-        let aligned = !self.shared.image.is_direct() || is_aligned(&request, op)?;
+        let image = &self.shared.image;
+        let aligned = !image.is_direct() || is_aligned(&request, op, image.geometry)?;
         let mut request = request;
         if let Some(uring) = self.uring.as_mut().filter(|_| aligned) {
             match uring.push(request, op, durable) {
@@ -310,16 +313,15 @@ impl BlockTask {
     }
 }
 
-/// Whether direct I/O takes the guest's buffers as they are: addresses and lengths in whole
-/// blocks, of the largest size that disks have.
-fn is_aligned(request: &Request, op: Op) -> Result<bool, QueueError> {
-    const BLOCK: usize = 4096;
+/// Whether direct I/O takes the guest's buffers as they are: what it asks of addresses also of
+/// lengths, since one buffer follows the other.
+fn is_aligned(request: &Request, op: Op, geometry: Geometry) -> Result<bool, QueueError> {
     let slices = match op {
         Op::Read { len, .. } => request.chain.writable(0, len)?,
         Op::Write { len, .. } => request.chain.readable(Request::DATA, len)?,
         _ => return Ok(true),
     };
-    let aligned = |at: usize| at.is_multiple_of(BLOCK);
+    let aligned = |at: usize| (at as u64).is_multiple_of(geometry.align);
     let pieces = slices
         .iter()
         .all(|slice| aligned(slice.ptr_guard().as_ptr().addr()) && aligned(slice.len()));
@@ -327,7 +329,7 @@ fn is_aligned(request: &Request, op: Op) -> Result<bool, QueueError> {
         Op::Read { offset, .. } | Op::Write { offset, .. } => offset,
         _ => 0,
     };
-    Ok(pieces && offset.is_multiple_of(BLOCK as u64))
+    Ok(pieces && offset.is_multiple_of(geometry.logical))
 }
 
 impl QueueTask for BlockTask {

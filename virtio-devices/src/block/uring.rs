@@ -295,6 +295,7 @@ mod tests {
         let limits = Limits {
             capacity: 4096,
             readonly: false,
+            block: 512,
             sparse: true,
         };
         let request = Request::parse(chain, limits).unwrap();
