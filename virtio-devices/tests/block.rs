@@ -180,6 +180,78 @@ fn what_is_written_is_read_and_is_in_the_image() {
     }
 }
 
+/// However a guest asks, a queue that stops waits for no more than some tens of MiB: over the same
+/// RAM requests could have gigabytes.
+#[test]
+fn what_a_stop_waits_for_is_bounded() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut machine = machine(&config(&raw(&dir, 64 << 20)));
+    assert_ne!(machine.device.features() & 1 << 1, 0);
+    let mut config = [0; 8];
+    machine.device.read_config(8, &mut config);
+    let [size_max, seg_max] = [0, 4].map(|at| {
+        let word: [u8; 4] = config[at..at + 4].try_into().unwrap();
+        u32::from_le_bytes(word)
+    });
+    assert_eq!((size_max, seg_max), (512 << 10, 62));
+    let buffer = |addr, len, writable| TestBuffer {
+        addr,
+        len,
+        writable,
+    };
+    let (header_at, status) = (machine.header, machine.status);
+    machine.guest.write(header_at, &header(IN, 0));
+    let data = buffer(machine.data, MIB as u32, true);
+    let mut read = |pieces: usize| {
+        let mut chain = vec![buffer(header_at, 16, false)];
+        chain.extend(vec![data; pieces]);
+        chain.push(buffer(status, 1, true));
+        machine.queue.send(&chain);
+        machine.queue.wait_used();
+        machine.guest.read(status, 1)[0]
+    };
+    assert_eq!((read(32), read(33)), (0, 1));
+
+    // Of sixty-two of 32 MiB, those that are taken when the queue stops are done, and no others. Their
+    // chains share descriptors.
+    let piece = 1 << 20;
+    for index in 0..34_u16 {
+        let more = u16::from(index < 33);
+        let (addr, len, flags) = match index {
+            0 => (header_at, 16, more),
+            33 => (status, 1, 2),
+            _ => (machine.data, piece, 3),
+        };
+        machine
+            .queue
+            .set_descriptor(index, addr, len, flags, index + 1);
+    }
+    let first = QueueState {
+        next_avail: 2,
+        next_used: 2,
+    };
+    assert_eq!(machine.device.stop_queue(0), Some(first));
+    (0..60).for_each(|_| machine.queue.offer(0));
+    machine.start(first);
+    machine.queue.wait_used();
+    let state = machine.device.stop_queue(0).unwrap();
+    assert_eq!(state.next_avail, state.next_used);
+    assert!(state.next_avail < 62, "{state:?}");
+}
+
+#[test]
+fn a_segment_is_no_longer_than_the_disk_says() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut machine = machine(&config(&raw(&dir, 2 << 30)));
+    for (sectors, expected) in [(1_u32 << 21, 0), ((1 << 21) + 1, 1)] {
+        for kind in [DISCARD, WRITE_ZEROES] {
+            let segment = [[0; 8], (u64::from(sectors)).to_le_bytes()].concat();
+            machine.guest.write(machine.data, &segment);
+            assert_eq!(machine.request(kind, 0, 16, false), expected, "{sectors}");
+        }
+    }
+}
+
 /// A disk of the host for as long as a test wants it.
 struct Loop(PathBuf);
 

@@ -25,8 +25,8 @@ use parking_lot::Mutex;
 use state::{LoadError, LoadScope, SaveError, Scope};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
-    VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY,
-    VIRTIO_BLK_F_WRITE_ZEROES,
+    VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX,
+    VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 
 use self::image::{Image, Kind, Opening, SECTOR, contained};
@@ -41,6 +41,9 @@ use crate::rate_limiter::{RateLimits, SharedLimiter};
 use crate::transport::Transport;
 use crate::worker::{Running, Workers};
 
+/// Bytes that one request may move. With [`task::MAX_IN_FLIGHT`] it bounds how long a queue takes to
+/// stop.
+const MAX_REQUEST: usize = 32 << 20;
 /// Sectors of one request to discard or to zero: 1 GiB.
 const MAX_SEGMENT_SECTORS: u32 = 1 << 21;
 /// Bytes of device configuration space.
@@ -181,11 +184,12 @@ impl Block {
         };
         let sectors = self.shared.capacity.load(Ordering::Acquire) / SECTOR;
         put(0, &sectors.to_le_bytes());
-        // seg_max: what fits in a queue beside header and status.
-        put(
-            12,
-            &u32::from(self.queue_size.saturating_sub(2).clamp(1, 1022)).to_le_bytes(),
-        );
+        // seg_max: what fits in a queue beside header and status; size_max, so that a request of
+        // that many is none that is refused.
+        let segments = u32::from(self.queue_size.saturating_sub(2).clamp(1, 1022));
+        let most = MAX_REQUEST as u32 / segments.next_power_of_two();
+        put(8, &most.to_le_bytes());
+        put(12, &segments.to_le_bytes());
         // Logical blocks; physical ones of so many, and the optimal size of a transfer, one of them.
         let geometry = self.shared.image.geometry;
         let in_physical = 1_u32.checked_shl(geometry.exponent().into()).unwrap_or(1);
@@ -217,6 +221,7 @@ impl VirtioDevice for Block {
 
     fn features(&self) -> u64 {
         let mut bits = vec![
+            VIRTIO_BLK_F_SIZE_MAX,
             VIRTIO_BLK_F_SEG_MAX,
             VIRTIO_BLK_F_BLK_SIZE,
             VIRTIO_BLK_F_FLUSH,

@@ -1,6 +1,7 @@
 //! What a driver asks of a disk (virtio 1.3, 5.2.6).
 
 use super::image::SECTOR;
+use super::{MAX_REQUEST, MAX_SEGMENT_SECTORS};
 use crate::queue::{Chain, QueueError};
 
 /// Bytes of a request's header.
@@ -46,6 +47,14 @@ impl Op {
         match self {
             Self::Read { len, .. } | Self::Write { len, .. } => len as u64,
             Self::Flush | Self::Discard { .. } | Self::WriteZeroes { .. } => 0,
+        }
+    }
+
+    /// Bytes that the host may have to move for it: some disks are zeroed by writing.
+    pub(super) fn weight(self) -> u64 {
+        match self {
+            Self::WriteZeroes { len, .. } => len,
+            _ => self.bytes(),
         }
     }
 }
@@ -150,7 +159,7 @@ fn transfer(limits: Limits, sector: u64, len: usize, op: impl Fn(u64, usize) -> 
     match range {
         Some((offset, end))
             if end <= limits.capacity
-                && len > 0
+                && (1..=MAX_REQUEST).contains(&len)
                 && (len as u64).is_multiple_of(limits.block)
                 && offset.is_multiple_of(limits.block) =>
         {
@@ -160,7 +169,8 @@ fn transfer(limits: Limits, sector: u64, len: usize, op: impl Fn(u64, usize) -> 
     }
 }
 
-/// One segment is what the device says it takes (`max_discard_seg`, `max_write_zeroes_seg`).
+/// One segment is what the device says it takes (`max_discard_seg`, `max_write_zeroes_seg`), and
+/// no longer than it says.
 fn segment(
     chain: &Chain,
     limits: Limits,
@@ -176,12 +186,13 @@ fn segment(
     let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
     let count = u64::from(u32::from_le_bytes([n0, n1, n2, n3]));
     let flags = u32::from_le_bytes(flags);
+    let counts = 1..=u64::from(MAX_SEGMENT_SECTORS);
     let range = sector
         .checked_mul(SECTOR)
         .and_then(|offset| Some((offset, offset.checked_add(count * SECTOR)?)));
     Ok(match range {
         _ if flags & !FLAG_UNMAP != 0 => What::Refused(Status::Unsupported),
-        Some((offset, end)) if end <= limits.capacity && count > 0 => {
+        Some((offset, end)) if end <= limits.capacity && counts.contains(&count) => {
             let unmap = flags & FLAG_UNMAP != 0 && limits.sparse;
             What::Io(op(offset, count * SECTOR, unmap))
         }

@@ -18,6 +18,8 @@ use devices::event_loop::Interest;
 /// Requests that are taken before others on the loop have their turn.
 const BUDGET: usize = 64;
 
+/// Bytes that are being moved when no more requests are taken: a queue that stops waits for them.
+pub(super) const MAX_IN_FLIGHT: u64 = 64 << 20;
 /// When the kernel is asked again after it took no operations, and how often before threads do them.
 const RETRY: Duration = Duration::from_millis(10);
 const MOST_FAILURES: u32 = 100;
@@ -34,6 +36,8 @@ pub(super) struct BlockTask {
     uring: Option<Uring>,
     /// How often, one after the other, the kernel would not take operations.
     failures: u32,
+    /// Bytes that are being moved.
+    in_flight: u64,
     /// Made when it is first needed.
     threads: Option<Threads>,
     limiter: LentLimiter,
@@ -60,6 +64,7 @@ impl BlockTask {
             queue,
             uring,
             failures: 0,
+            in_flight: 0,
             threads: None,
             limiter: shared.limiter.lend(),
             timer: Timer::new()?,
@@ -139,7 +144,8 @@ impl BlockTask {
             |room: bool, in_flight: usize| !room || in_flight >= usize::from(self.queue.size());
         let uring = self.uring.as_ref();
         let threads = self.threads.as_ref();
-        !uring.is_some_and(|u| busy(u.has_room(), u.in_flight()))
+        self.in_flight < MAX_IN_FLIGHT
+            && !uring.is_some_and(|u| busy(u.has_room(), u.in_flight()))
             && !threads.is_some_and(|t| busy(t.has_room(), t.in_flight()))
     }
 
@@ -187,7 +193,10 @@ impl BlockTask {
         let mut request = request;
         if let Some(uring) = self.uring.as_mut().filter(|_| aligned) {
             match uring.push(request, op, durable) {
-                Ok(()) => return Ok(()),
+                Ok(()) => {
+                    self.in_flight += op.weight();
+                    return Ok(());
+                }
                 Err((back, _)) => request = back,
             }
         }
@@ -208,7 +217,10 @@ impl BlockTask {
         let threads = self.threads.as_mut();
         match threads.map(|threads| threads.push(request, op, durable)) {
             Some(Err(back)) => self.answer(&back, Status::IoError, 0),
-            _ => Ok(()),
+            _ => {
+                self.in_flight += op.weight();
+                Ok(())
+            }
         }
     }
 
@@ -245,7 +257,10 @@ impl BlockTask {
     fn leave_uring(&mut self) -> Result<(), QueueError> {
         for request in self.uring.as_mut().map(Uring::give_up).unwrap_or_default() {
             match request.what {
-                What::Io(op) => self.start_on_threads(request, op)?,
+                What::Io(op) => {
+                    self.in_flight = self.in_flight.saturating_sub(op.weight());
+                    self.start_on_threads(request, op)?;
+                }
                 _ => self.answer(&request, Status::IoError, 0)?,
             }
         }
@@ -273,6 +288,7 @@ impl BlockTask {
             return self.answer(&request, Status::IoError, 0);
         };
         let bytes = op.bytes();
+        self.in_flight = self.in_flight.saturating_sub(op.weight());
         match result {
             Ok(done) if done as u64 >= bytes => {
                 self.shared.counters.count(op);
