@@ -35,21 +35,17 @@ impl Geometry {
     /// # Errors
     /// When it has blocks that no guest takes.
     pub(super) fn of(file: &File) -> io::Result<Self> {
-        if file.metadata()?.file_type().is_block_device() {
-            let logical = u64::from(ioctl_blksszget(file)?);
-            return Self::new(logical, ioctl_blkpbszget(file)?.into(), logical);
-        }
         let asked = StatxFlags::DIOALIGN;
-        let told = statx(file, c"", AtFlags::EMPTY_PATH, asked);
-        match told.ok().filter(|told| told.stx_mask & asked.bits() != 0) {
-            Some(told) if told.stx_dio_offset_align > 0 => Self::new(
-                told.stx_dio_offset_align.into(),
-                USUAL,
-                told.stx_dio_mem_align.into(),
-            ),
-            // A kernel before 6.1, or a file system that does not say.
-            _ => Ok(Self::ANY),
+        let told = statx(file, c"", AtFlags::EMPTY_PATH, asked).ok();
+        // A kernel before 6.1, or a file system that does not say, tells nothing.
+        let told = told.filter(|told| told.stx_mask & asked.bits() != 0);
+        let align = told.map_or(0, |told| told.stx_dio_mem_align.into());
+        if file.metadata()?.file_type().is_block_device() {
+            let (logical, physical) = (ioctl_blksszget(file)?, ioctl_blkpbszget(file)?);
+            return Self::new(logical.into(), physical.into(), align);
         }
+        let logical = told.map_or(0, |told| told.stx_dio_offset_align.into());
+        Self::new(logical, USUAL, align)
     }
 
     fn new(logical: u64, physical: u64, align: u64) -> io::Result<Self> {
@@ -86,6 +82,8 @@ mod tests {
             (4096, 512, 4096, Some((4096, 0, 4096))),
             (512, 3000, 0, Some((512, 3, 4096))),
             (1, 1 << 16, 1, Some((512, 7, 512))),
+            // It says nothing.
+            (0, USUAL, 0, Some((512, 3, 4096))),
             (3000, 4096, 512, None),
             (1 << 16, 1 << 16, 512, None),
         ] {
