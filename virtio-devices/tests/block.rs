@@ -9,6 +9,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use devices::event_loop::EventLoop;
@@ -660,6 +661,27 @@ fn an_image_has_one_writer_also_among_qemus_tools() {
     assert!(told.contains(&expected), "{told}");
     drop(held.stdin.take());
     held.wait().unwrap();
+}
+
+/// Programs that are started meanwhile have the image open, for a moment.
+#[test]
+fn a_disk_that_is_gone_is_free_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = raw(&dir, 1 << 20);
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                assert!(Command::new("true").status().unwrap().success());
+            }
+        });
+        let taken = (0..300).try_for_each(|_| {
+            let (_event_loop, workers) = workers();
+            Block::new(&config(&path), workers).map(drop)
+        });
+        done.store(true, Ordering::Relaxed);
+        taken.unwrap();
+    });
 }
 
 /// Nobody writes to what an image builds on, while it is used: neither QEMU's tools nor we.

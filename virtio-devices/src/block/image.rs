@@ -16,7 +16,7 @@ use parking_lot::{Mutex, RwLock};
 use rustix::fs::{FallocateFlags, fallocate};
 
 use super::geometry::Geometry;
-use super::lock::{self, LockError, LockMode};
+use super::lock::{self, LockError, LockMode, Lockable};
 
 /// Bytes of a sector, the unit of virtio-blk (virtio 1.3, 5.2.4).
 pub(super) const SECTOR: u64 = 512;
@@ -95,11 +95,11 @@ pub(super) struct Image {
     pub(super) readonly: bool,
     pub(super) geometry: Geometry,
     path: PathBuf,
-    /// What is locked; for a raw image it is the image.
-    lock: File,
+    /// What is locked; for a raw image it is the image. Behind it: the locks end last.
+    lock: Lockable,
     lock_mode: LockMode,
     /// What it builds on, locked for as long as these are open.
-    below: Mutex<Vec<File>>,
+    below: Mutex<Vec<Lockable>>,
     direct: bool,
     backing_files: bool,
 }
@@ -139,12 +139,12 @@ impl Image {
             0
         };
         options.custom_flags(direct | libc::O_CLOEXEC);
-        let file = options.open(&path).map_err(failed)?;
+        let file = Lockable(options.open(&path).map_err(failed)?);
         if !how.is_incoming {
-            lock::take(&file, &path, how.readonly, how.lock)?;
+            lock::take(&file.0, &path, how.readonly, how.lock)?;
         }
         let (kind, below) = match format {
-            ImageFormat::Raw => (Kind::Raw(file.try_clone().map_err(failed)?), Vec::new()),
+            ImageFormat::Raw => (Kind::Raw(file.0.try_clone().map_err(failed)?), Vec::new()),
             ImageFormat::Qcow2 => {
                 let (image, below) = open_qcow2(how)?;
                 (Kind::Qcow2(Box::new(RwLock::new(image))), below)
@@ -213,13 +213,13 @@ impl Image {
             self.flush()?;
         }
         self.below.lock().clear();
-        lock::release(&self.lock);
+        lock::release(&self.lock.0);
         Ok(())
     }
 
     /// Takes the image, as it was left by whoever had it. Nothing is in flight.
     pub(super) fn take_over(&self) -> Result<(), ImageError> {
-        lock::take(&self.lock, &self.path, self.readonly, self.lock_mode)?;
+        lock::take(&self.lock.0, &self.path, self.readonly, self.lock_mode)?;
         if let Kind::Qcow2(image) = &self.kind {
             // What it knew of the image's tables may be wrong by now.
             let opened = open_qcow2(&Opening {
@@ -231,7 +231,7 @@ impl Image {
                 lock: self.lock_mode,
                 is_incoming: false,
             });
-            let (opened, below) = opened.inspect_err(|_| lock::release(&self.lock))?;
+            let (opened, below) = opened.inspect_err(|_| lock::release(&self.lock.0))?;
             *image.write() = opened;
             *self.below.lock() = below;
         }
@@ -341,7 +341,7 @@ fn has(file: &mut File, at: SeekFrom, magic: &[u8]) -> bool {
 }
 
 /// Opens an image, and locks what is below it, unless somebody else has it still.
-fn open_qcow2(how: &Opening<'_>) -> Result<(FormatAccess<Storage>, Vec<File>), ImageError> {
+fn open_qcow2(how: &Opening<'_>) -> Result<(FormatAccess<Storage>, Vec<Lockable>), ImageError> {
     let failed = |source: io::Error| ImageError::Format {
         path: how.path.to_owned(),
         why: format!("cannot be used as qcow2: {source}"),
@@ -420,7 +420,7 @@ struct Below {
 struct Locks {
     /// How they are taken, if they are.
     mode: Option<LockMode>,
-    taken: Vec<File>,
+    taken: Vec<Lockable>,
     refused: Option<LockError>,
 }
 
@@ -429,8 +429,9 @@ impl Locks {
         let Some(mode) = self.mode else {
             return Ok(());
         };
-        let file = OpenOptions::new().read(true).write(!readonly).open(path)?;
-        if let Err(refused) = lock::take(&file, path, readonly, mode) {
+        let mut options = OpenOptions::new();
+        let file = Lockable(options.read(true).write(!readonly).open(path)?);
+        if let Err(refused) = lock::take(&file.0, path, readonly, mode) {
             let error = io::Error::other(refused.to_string());
             self.refused = Some(refused);
             return Err(error);

@@ -53,6 +53,16 @@ pub enum LockError {
     },
 }
 
+/// A file whose locks end with it. Closing it would not always do: a process that is just being started
+/// has it, too, until it becomes another program.
+pub(super) struct Lockable(pub(super) File);
+
+impl Drop for Lockable {
+    fn drop(&mut self) {
+        release(&self.0);
+    }
+}
+
 /// Locks `file` for one who reads, and writes unless `readonly`. What it held before is changed to
 /// that.
 pub(super) fn take(

@@ -31,7 +31,6 @@ const TIMER: usize = 3;
 
 pub(super) struct BlockTask {
     queue: Queue,
-    shared: Arc<Shared>,
     /// Where the image is raw and the host has it.
     uring: Option<Uring>,
     /// How often, one after the other, the kernel would not take operations.
@@ -46,6 +45,8 @@ pub(super) struct BlockTask {
     waiting: Option<Chain>,
     /// What is written is durable when it is done: the driver cannot flush, or does not want to.
     writethrough: bool,
+    /// Behind what is in flight: the image is locked for as long.
+    shared: Arc<Shared>,
 }
 
 impl BlockTask {
