@@ -150,12 +150,19 @@ fn is_configured(vm: &VmHandle, config: &VmConfig) -> bool {
         }
         plain
     };
-    let (mut is, wanted) = (plain(&vm.status().config), plain(config));
-    let nets = is.net.iter_mut().flatten();
-    for (is, wanted) in nets.zip(wanted.net.iter().flatten()) {
-        // The name of a tap that was made.
-        if wanted.tap.is_none() {
+    let (mut is, mut wanted) = (plain(&vm.status().config), plain(config));
+    let both = is
+        .net
+        .iter_mut()
+        .flatten()
+        .zip(wanted.net.iter_mut().flatten());
+    for ((is, wanted), asked) in both.zip(config.net.iter().flatten()) {
+        // The name of a tap that was made, and an address.
+        if asked.tap.is_none() {
             is.tap = None;
+        }
+        if asked.mac.is_none() {
+            (is.mac, wanted.mac) = (None, None);
         }
     }
     is == wanted

@@ -237,6 +237,18 @@ async fn ensuring_a_vm_may_be_repeated() {
     );
 }
 
+/// An address that was made up is not asked for again; one that was asked for is.
+#[tokio::test]
+async fn ensuring_a_vm_with_an_interface_may_be_repeated() {
+    let with = |net: &str| format!(r#"{{"payload": {{"kernel": "/k"}}, "net": [{net}]}}"#);
+    let router = service(Fake::default()).router();
+    let line = "PUT /api/v1/vms/vm";
+    expect(&router, line, &with("{}"), 201).await;
+    expect(&router, line, &with("{}"), 200).await;
+    let other = with(r#"{"mac": "52:54:00:12:34:56"}"#);
+    expect(&router, line, &other, 409).await;
+}
+
 #[tokio::test]
 async fn shutting_the_service_down_ends_its_vms() {
     let service = service(Fake::default());

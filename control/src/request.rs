@@ -73,14 +73,19 @@ impl NewDevice {
         }
     }
 
-    /// Gives it a name that is not `taken`.
-    pub fn name(&mut self, taken: impl Fn(&str) -> bool) {
+    /// Makes up what it was not given: a name that is not `taken`, and an interface's address.
+    pub fn fill_in(&mut self, taken: impl Fn(&str) -> bool) {
         let (id, kind) = match self {
             Self::Disk(disk) => (&mut disk.id, "disk"),
-            Self::Net(net) => (&mut net.id, "net"),
+            Self::Net(net) => {
+                net.give_mac();
+                (&mut net.id, "net")
+            }
             Self::Vsock(vsock) => (&mut vsock.id, "vsock"),
         };
-        *id = spec::free_name(kind, taken);
+        if id.is_none() {
+            *id = spec::free_name(kind, taken);
+        }
     }
 
     /// All that is wrong with it by itself.
@@ -101,6 +106,25 @@ impl NewDevice {
             Self::Disk(disk) => config.disks.get_or_insert_default().push(*disk),
             Self::Net(net) => config.net.get_or_insert_default().push(*net),
             Self::Vsock(vsock) => config.vsock = Some(vsock),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_an_interface_was_not_given_is_made_up_once() {
+        for (given, name) in [("{}", "_net1"), (r#"{"id":"lan"}"#, "lan")] {
+            let mut new = NewDevice::Net(Box::new(spec::parse(given.as_bytes()).unwrap()));
+            new.fill_in(|taken| taken == "_net0");
+            let once = new.clone();
+            new.fill_in(|_| false);
+            assert_eq!(new, once);
+            let NewDevice::Net(net) = new else { return };
+            assert_eq!(net.id.as_deref(), Some(name));
+            assert!(net.mac.as_deref().and_then(spec::parse_mac).is_some());
         }
     }
 }

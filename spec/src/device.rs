@@ -43,7 +43,7 @@ pub struct NetConfig {
     /// Its netmask.
     #[serde(default = "default_mask")]
     pub mask: String,
-    /// Address that the guest sees.
+    /// Address that the guest sees; made up when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mac: Option<String>,
     /// Address of the tap.

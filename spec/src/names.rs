@@ -1,7 +1,8 @@
-//! The names of devices.
+//! What devices are told apart by: their names, and the addresses of interfaces.
 
 use std::collections::HashSet;
 
+use crate::device::NetConfig;
 use crate::limits;
 use crate::service::FieldProblem;
 use crate::validate::problem;
@@ -62,6 +63,21 @@ pub fn free_name(kind: &str, taken: impl Fn(&str) -> bool) -> Option<String> {
     names.into_iter().find(|name| !taken(name))
 }
 
+impl NetConfig {
+    /// Makes up the address that the guest sees, if none is given: one of nobody's, locally
+    /// administered (IEEE 802, 8.2). As a part of the configuration it stays what it is over
+    /// reboots, and goes along when the guest moves.
+    pub fn give_mac(&mut self) {
+        self.mac.get_or_insert_with(|| {
+            let random = uuid::Uuid::new_v4();
+            // The last six bytes of the sixteen are random all through.
+            let [.., a, b, c, d, e, f] = random.into_bytes();
+            let a = a & 0xfc | 0x02;
+            format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}")
+        });
+    }
+}
+
 impl VmConfig {
     /// The names that its devices have.
     #[must_use]
@@ -70,7 +86,8 @@ impl VmConfig {
     }
 
     /// Gives every device that has no name one that no other has: `_disk0`, `_net0`, `_vsock0` and
-    /// so on, and those of which there is one at most `__rng`, `__console` and `__balloon`.
+    /// so on, and those of which there is one at most `__rng`, `__console` and `__balloon`. An
+    /// interface without an address is given one too.
     pub fn name_devices(&mut self) {
         let mut taken = self.device_names();
         let mut name = |id: &mut Option<String>, kind: &str| {
@@ -84,6 +101,7 @@ impl VmConfig {
         }
         for net in self.net.iter_mut().flatten() {
             name(&mut net.id, "net");
+            net.give_mac();
         }
         if let Some(vsock) = &mut self.vsock {
             name(&mut vsock.id, "vsock");
@@ -155,5 +173,22 @@ mod tests {
         assert!(config.remove_device("_net0") && config.net.is_none());
         assert!(!config.remove_device("__rng"));
         assert_eq!(config.disks.unwrap().len(), 2);
+    }
+
+    #[test]
+    fn an_interface_has_an_address_of_its_own_and_keeps_it() {
+        let mut config: VmConfig = serde_json::from_str(
+            r#"{"payload":{"kernel":"/k"},"net":[{},{"mac":"52:54:00:12:34:56"},{}]}"#,
+        )
+        .unwrap();
+        config.name_devices();
+        let all = config.net.clone().unwrap();
+        let macs: Vec<_> = all.into_iter().filter_map(|net| net.mac).collect();
+        assert_eq!(macs[1], "52:54:00:12:34:56");
+        assert_ne!(macs[0], macs[2]);
+        for made in [&macs[0], &macs[2]] {
+            let [first, ..] = crate::parse_mac(made).unwrap();
+            assert_eq!(first & 3, 2, "{made} is of one interface, and of no maker");
+        }
     }
 }

@@ -1,7 +1,6 @@
 //! Opening what virtio devices stand on: images, taps, sockets.
 
-use std::fs::File;
-use std::io::{Read, Write};
+use std::io::Write;
 use std::path::Path;
 use std::time::Duration;
 
@@ -171,7 +170,7 @@ fn disk(disk: &DiskConfig, workers: &Workers, whose: Whose) -> Result<Opened, Bu
 }
 
 fn net(net: &NetConfig, workers: &Workers) -> Result<Opened, BuildError> {
-    // Validation has seen to it that addresses are addresses.
+    // Validation has seen to it that addresses are addresses, and naming that the guest's is there.
     let mac = |text: &Option<String>| text.as_deref().and_then(spec::parse_mac);
     let tap = net.tap.clone().unwrap_or_else(|| NEW_TAP.to_owned());
     // One that is there has been set up by somebody who knows why.
@@ -184,10 +183,7 @@ fn net(net: &NetConfig, workers: &Workers) -> Result<Opened, BuildError> {
             mac: mac(&net.host_mac),
             mtu: net.mtu,
         },
-        mac: match mac(&net.mac) {
-            Some(mac) => mac,
-            None => random_mac().map_err(BuildError::host("give random numbers"))?,
-        },
+        mac: mac(&net.mac).unwrap_or_default(),
         mtu: net.mtu,
         pairs: u16::try_from(net.num_queues / 2).unwrap_or(1),
         queue_size: net.queue_size,
@@ -201,14 +197,6 @@ fn net(net: &NetConfig, workers: &Workers) -> Result<Opened, BuildError> {
         device: Box::new(device),
         control: Control::Net(handle),
     })
-}
-
-/// An address of nobody's: locally administered (IEEE 802, 8.2).
-fn random_mac() -> std::io::Result<[u8; 6]> {
-    let mut mac = [0; 6];
-    File::open("/dev/urandom")?.read_exact(&mut mac)?;
-    mac[0] = mac[0] & 0xfc | 0x02;
-    Ok(mac)
 }
 
 fn rate_limits(config: Option<&RateLimiterConfig>) -> RateLimits {

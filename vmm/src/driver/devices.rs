@@ -39,7 +39,7 @@ impl Driver {
         }
     }
 
-    /// Whether it can be, and be told from the others; gives it a name if it has none.
+    /// Whether it can be, and be told from the others; makes up what it was not given for that.
     fn check_new(&self, new: &mut NewDevice) -> Result<(), RequestError> {
         let problems = new.problems();
         if !problems.is_empty() {
@@ -76,9 +76,8 @@ impl Driver {
                     detail,
                 ))
             }
-            Some(_) => Ok(()),
-            None => {
-                new.name(taken);
+            _ => {
+                new.fill_in(taken);
                 Ok(())
             }
         }
