@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use axum::extract::{Path, State};
 use axum::response::{IntoResponse as _, Response};
-use control::{Category, Migration, RequestError};
+use control::{Migration, RequestError};
 use http::header::LOCATION;
 use http::{HeaderValue, StatusCode};
 use spec::{
@@ -21,8 +21,8 @@ use crate::extract::{Json, Named};
 use crate::one_vm::OneVm;
 use crate::problem::Refusal;
 use crate::refusals::{
-    Exists, Failed, NoSuchMigration, NoSuchVm, NotCreated, NotJson, NotPossible, NotUnderstood,
-    TooLong, TooSlow, Unsupported, WrongState,
+    Exists, Failed, NoSuchMigration, NoSuchVm, NotCreated, NotDone, NotJson, NotPossible,
+    NotUnderstood, TooLong, TooSlow, Unsupported, WrongState, of_one_vms_migration,
 };
 use crate::service::Service;
 
@@ -45,6 +45,7 @@ type Begun = Result<Arc<dyn Migration>, RequestError>;
 /// Begins one. The machine's driver is asked, which is a matter of microseconds but for its being busy.
 async fn begin(
     begin: impl FnOnce() -> Begun + Send + 'static,
+    refuse: fn(RequestError) -> Refusal,
 ) -> Result<Arc<dyn Migration>, Refusal> {
     let begun = tokio::task::spawn_blocking(begin).await;
     let failed = |_| {
@@ -54,7 +55,7 @@ async fn begin(
             "the service failed to begin the migration",
         )
     };
-    Ok(begun.map_err(failed)??)
+    begun.map_err(failed)?.map_err(refuse)
 }
 
 fn created(info: MigrationInfo) -> Response {
@@ -83,7 +84,11 @@ async fn start(
     Json(body): Json<StartMigration>,
 ) -> Result<Response, Refusal> {
     let registry = service.registry.clone();
-    let begun = begin(move || registry.send_migration(id.as_str(), &body)).await?;
+    let begun = begin(
+        move || registry.send_migration(id.as_str(), &body),
+        Refusal::from,
+    )
+    .await?;
     Ok(created(begun.info()))
 }
 
@@ -101,7 +106,7 @@ async fn receive(
     Json(body): Json<AwaitMigration>,
 ) -> Result<Response, Refusal> {
     let registry = service.registry.clone();
-    let begun = begin(move || registry.receive_migration(&body)).await?;
+    let begun = begin(move || registry.receive_migration(&body), Refusal::from).await?;
     let info = begun.info();
     tokio::spawn(give_socket(service, begun));
     Ok(created(info))
@@ -208,7 +213,7 @@ async fn wait(migration: &dyn Migration) -> Result<StatusCode, Refusal> {
     put, path = "/api/v1/vm.send-migration", operation_id = "sendMigrationVM", tag = ONE_VM, request_body = SendMigrationData,
     responses(
         (status = 204, description = "The VM has moved."),
-        NotUnderstood, NotCreated, TooSlow, WrongState, TooLong, NotJson, NotPossible, Failed, Unsupported,
+        NotUnderstood, NotCreated, TooSlow, WrongState, TooLong, NotJson, NotDone, Unsupported,
     ),
 )]
 async fn send_one(
@@ -233,18 +238,10 @@ async fn send_one(
         ..StartMigration::to(body.destination_url)
     };
     let registry = vm.registry.clone();
-    let begun = begin(move || {
-        registry
-            .send_migration(vm.id.as_str(), &what)
-            .map_err(|error| match error.category {
-                Category::NotFound => RequestError::new(
-                    Category::NotFound,
-                    "vm-not-created",
-                    "the VM is not created",
-                ),
-                _ => error,
-            })
-    });
+    let begun = begin(
+        move || registry.send_migration(vm.id.as_str(), &what),
+        of_one_vms_migration,
+    );
     let begun = begun.await?;
     wait(&*begun).await
 }
@@ -254,7 +251,7 @@ async fn send_one(
     put, path = "/api/v1/vm.receive-migration", operation_id = "receiveMigrationVM", tag = ONE_VM, request_body = ReceiveMigrationData,
     responses(
         (status = 204, description = "The VM has arrived."),
-        NotUnderstood, TooSlow, Exists, TooLong, NotJson, NotPossible, Failed, Unsupported,
+        NotUnderstood, TooSlow, Exists, TooLong, NotJson, NotDone, Unsupported,
     ),
 )]
 async fn receive_one(
@@ -272,6 +269,10 @@ async fn receive_one(
         tls_dir: body.tls_dir,
     };
     let registry = vm.registry.clone();
-    let begun = begin(move || registry.receive_migration(&what)).await?;
+    let begun = begin(
+        move || registry.receive_migration(&what),
+        of_one_vms_migration,
+    )
+    .await?;
     wait(&*begun).await
 }

@@ -17,8 +17,9 @@ use crate::document::ONE_VM;
 use crate::extract::Json;
 use crate::problem::Refusal;
 use crate::refusals::{
-    Exists, Failed, NoSuchDevice, NotAllowedNow, NotCreated, NotJson, NotPossible, NotUnderstood,
-    Pending, TooLong, TooSlow, Unsupported, WrongState, not_created, of_one_vm,
+    Exists, Failed, NoSuchDevice, NoSuchDisk, NotAllowedNow, NotCreated, NotDone, NotJson,
+    NotPossible, NotUnderstood, NotValid, Pending, TooLong, TooSlow, Unsupported, WrongState,
+    not_created, of_one_vm,
 };
 
 /// The VM of a socket, created or not.
@@ -228,7 +229,7 @@ async fn resize(
     put, path = "/api/v1/vm.resize-disk", operation_id = "resizeDiskVM", tag = ONE_VM, request_body = VmResizeDisk,
     responses(
         (status = 204, description = "The disk has its new size, and the guest was told."),
-        NotUnderstood, NoSuchDevice, TooSlow, WrongState, TooLong, NotJson, NotPossible, Failed,
+        NotUnderstood, NoSuchDisk, TooSlow, WrongState, TooLong, NotJson, NotDone,
     ),
 )]
 async fn resize_disk(
@@ -244,7 +245,7 @@ async fn resize_disk(
     responses(
         (status = 200, description = "The running guest has it.", body = PciDeviceInfo),
         (status = 204, description = "It will be there at the next boot."),
-        NotUnderstood, NotCreated, TooSlow, WrongState, TooLong, NotJson, NotPossible, Failed, Unsupported,
+        NotValid, NotCreated, TooSlow, WrongState, TooLong, NotJson, NotDone, Unsupported,
     ),
 )]
 async fn add_disk(
@@ -260,7 +261,7 @@ async fn add_disk(
     responses(
         (status = 200, description = "The running guest has it.", body = PciDeviceInfo),
         (status = 204, description = "It will be there at the next boot."),
-        NotUnderstood, NotCreated, TooSlow, WrongState, TooLong, NotJson, NotPossible, Failed, Unsupported,
+        NotValid, NotCreated, TooSlow, WrongState, TooLong, NotJson, NotDone, Unsupported,
     ),
 )]
 async fn add_net(State(vm): State<OneVm>, Json(net): Json<NetConfig>) -> Result<Response, Refusal> {
@@ -273,7 +274,7 @@ async fn add_net(State(vm): State<OneVm>, Json(net): Json<NetConfig>) -> Result<
     responses(
         (status = 200, description = "The running guest has it.", body = PciDeviceInfo),
         (status = 204, description = "It will be there at the next boot."),
-        NotUnderstood, NotCreated, TooSlow, WrongState, TooLong, NotJson, NotPossible, Failed, Unsupported,
+        NotValid, NotCreated, TooSlow, WrongState, TooLong, NotJson, NotDone, Unsupported,
     ),
 )]
 async fn add_vsock(

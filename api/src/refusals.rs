@@ -44,6 +44,9 @@ refusals! {
     /// A body that is not understood.
     NotUnderstood = 400, "The body is not JSON, or not the JSON that is asked for: an unknown or missing field, \
                           a value of the wrong type.";
+    /// A device that Cloud Hypervisor's contract calls not valid.
+    NotValid = 400, "The body is not understood, or the configuration is not possible; `errors` lists every field \
+                     that is wrong.";
     /// A query that is not understood.
     BadQuery = 400, "The query or `Last-Event-ID` is not understood.";
     /// A body that does not come.
@@ -52,6 +55,8 @@ refusals! {
     NotCreated = 404, "The VM is not created.";
     /// One VM a socket, and a device of it.
     NoSuchDevice = 404, "The VM is not created, or has no such device.";
+    /// One VM a socket, and a disk of it.
+    NoSuchDisk = 404, "The VM is not created, or has no disk of this name.";
     /// Many VMs.
     NoSuchVm = 404, "There is no VM of this name.";
     /// A migration.
@@ -73,6 +78,8 @@ refusals! {
                         is wrong.";
     /// A fault of the host or of the service.
     Failed = 500, "The host could not do it, or the service failed.";
+    /// Where Cloud Hypervisor's contract has it for all that can come in between.
+    NotDone = 500, "It cannot be done with what the request names, the host could not do it, or the service failed.";
     /// A capability that is not there.
     Unsupported = 501, "This version of the service cannot do it.";
 }
@@ -92,17 +99,39 @@ impl From<RequestError> for Refusal {
 }
 
 /// How Cloud Hypervisor's face says no to `verb`: its contract documents 405 for some state refusals, where 409
-/// would be right.
+/// would be right, and 400 and 500 for some of what is 422 elsewhere.
 pub(crate) fn of_one_vm(verb: Verb, error: RequestError) -> Refusal {
-    let documented = matches!(
-        verb,
-        Verb::Pause | Verb::Resume | Verb::Shutdown | Verb::Reboot | Verb::PowerButton
-    );
-    match error.category {
-        Category::Conflict if documented => Refusal::not_allowed_now(&error.code, error.detail),
-        Category::NotFound if error.code == "no-such-vm" => not_created(),
+    let is_of_a_device = matches!(verb, Verb::AddDevice | Verb::ResizeDisk);
+    match (verb, error.category) {
+        (_, Category::NotFound) if error.code == "no-such-vm" => not_created(),
+        (
+            Verb::Pause | Verb::Resume | Verb::Shutdown | Verb::Reboot | Verb::PowerButton,
+            Category::Conflict,
+        ) => Refusal::not_allowed_now(&error.code, error.detail),
+        (Verb::AddDevice, Category::Unprocessable) if !error.fields.is_empty() => {
+            with_status(StatusCode::BAD_REQUEST, error)
+        }
+        (Verb::ResizeDisk, Category::Unprocessable) if error.code == "not-a-disk" => {
+            with_status(StatusCode::NOT_FOUND, error)
+        }
+        (_, Category::Unprocessable) if is_of_a_device => {
+            with_status(StatusCode::INTERNAL_SERVER_ERROR, error)
+        }
         _ => error.into(),
     }
+}
+
+/// The same for a migration: the contract has 500 for one that cannot be, whatever the reason.
+pub(crate) fn of_one_vms_migration(error: RequestError) -> Refusal {
+    match error.category {
+        Category::NotFound => not_created(),
+        Category::Unprocessable => with_status(StatusCode::INTERNAL_SERVER_ERROR, error),
+        _ => error.into(),
+    }
+}
+
+fn with_status(status: StatusCode, error: RequestError) -> Refusal {
+    Refusal::with_fields(status, &error.code, error.detail, error.fields)
 }
 
 /// The socket's one VM is not there.
@@ -112,4 +141,62 @@ pub(crate) fn not_created() -> Refusal {
         "vm-not-created",
         "the VM is not created; PUT its configuration to /api/v1/vm.create first",
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_contracts_statuses_are_those_of_its_face() {
+        let of = |category, code: &str| RequestError::new(category, code, "it cannot be");
+        let field = spec::FieldProblem {
+            pointer: "/path".to_owned(),
+            code: "missing".to_owned(),
+            detail: "a disk needs an image".to_owned(),
+        };
+        let invalid = || RequestError::invalid(vec![field.clone()]);
+        let unusable = || of(Category::Unprocessable, "disk-unusable");
+        for (verb, error, status) in [
+            (Verb::AddDevice, invalid(), 400),
+            (Verb::AddDevice, unusable(), 500),
+            (
+                Verb::AddDevice,
+                of(Category::Conflict, "device-exists"),
+                409,
+            ),
+            (
+                Verb::AddDevice,
+                of(Category::Unsupported, "unsupported"),
+                501,
+            ),
+            (
+                Verb::ResizeDisk,
+                of(Category::Unprocessable, "disk-size"),
+                500,
+            ),
+            (
+                Verb::ResizeDisk,
+                of(Category::Unprocessable, "not-a-disk"),
+                404,
+            ),
+            (
+                Verb::ResizeDisk,
+                of(Category::NotFound, "no-such-device"),
+                404,
+            ),
+            (Verb::ResizeDisk, of(Category::Conflict, "wrong-state"), 409),
+            (Verb::Resize, of(Category::Unprocessable, "no-balloon"), 422),
+            (Verb::Boot, unusable(), 422),
+            (Verb::Boot, of(Category::Conflict, "wrong-state"), 409),
+            (Verb::Pause, of(Category::Conflict, "wrong-state"), 405),
+        ] {
+            let told = format!("{verb:?} {error:?}");
+            assert_eq!(of_one_vm(verb, error).status(), status, "{told}");
+        }
+        let told = of_one_vms_migration(of(Category::Unprocessable, "endpoint-unusable"));
+        assert_eq!(told.status(), 500);
+        let own = Refusal::from(invalid());
+        assert_eq!(own.status(), 422, "the service's own face");
+    }
 }

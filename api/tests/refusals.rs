@@ -310,6 +310,57 @@ async fn what_the_driver_refuses_is_told() {
     );
 }
 
+/// What is 422 on the service's own face is what the contract says on the other.
+#[tokio::test]
+async fn a_device_that_cannot_be_is_told_as_the_contract_has_it() {
+    let service = service(Fake {
+        fail_devices: true,
+        ..Fake::default()
+    });
+    let (contract, own) = (one_vm(&service), service.router());
+    expect(&contract, "PUT /api/v1/vm.create", CONFIG, 204).await;
+    expect(&contract, "PUT /api/v1/vm.boot", "", 204).await;
+    for (verb, body, status, code) in [
+        ("add-disk", "{}", 400, "invalid-configuration"),
+        ("add-net", r#"{"mtu": 1}"#, 400, "invalid-configuration"),
+        (
+            "add-vsock",
+            r#"{"cid": 1, "socket": "/s"}"#,
+            400,
+            "invalid-configuration",
+        ),
+        ("add-disk", r#"{"path": "/a"}"#, 500, "disk-unusable"),
+        ("add-net", "{}", 500, "disk-unusable"),
+        (
+            "add-vsock",
+            r#"{"cid": 3, "socket": "/s"}"#,
+            500,
+            "disk-unusable",
+        ),
+        (
+            "resize-disk",
+            r#"{"id": "a", "desired_size": 1}"#,
+            500,
+            "disk-unusable",
+        ),
+    ] {
+        let line = format!("PUT /api/v1/vm.{verb}");
+        assert_eq!(expect(&contract, &line, body, status).await.code(), code);
+        let line = format!("PUT /api/v1/vms/vm/{verb}");
+        assert_eq!(expect(&own, &line, body, 422).await.code(), code);
+    }
+    // What this version cannot do is the same on both.
+    for line in ["PUT /api/v1/vm.add-disk", "PUT /api/v1/vms/vm/add-disk"] {
+        let router = if line.contains("vms") {
+            &own
+        } else {
+            &contract
+        };
+        let body = r#"{"path": "/a", "vhost_user": true}"#;
+        expect(router, line, body, 501).await;
+    }
+}
+
 #[tokio::test]
 async fn answers_carry_the_request_id() {
     let service = service(Fake::default());

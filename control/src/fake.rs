@@ -22,6 +22,8 @@ pub struct Fake {
     pub delay: Duration,
     /// Every boot fails.
     pub fail_boot: bool,
+    /// What devices stand on cannot be used.
+    pub fail_devices: bool,
     /// They panic at an NMI.
     pub die_at_nmi: bool,
 }
@@ -77,7 +79,16 @@ impl Fake {
             publisher.update(|status| status.state = state);
             Ok(Reply::Done)
         };
+        if let Request::AddDevice(new) = request {
+            let problems = new.problems();
+            if !problems.is_empty() {
+                return Err(RequestError::invalid(problems));
+            }
+        }
         match request {
+            Request::AddDevice(_) | Request::ResizeDisk(_) if self.fail_devices => Err(
+                RequestError::new(Category::Unprocessable, "disk-unusable", "no such image"),
+            ),
             Request::Boot if self.fail_boot => Err(RequestError::new(
                 Category::Unprocessable,
                 "kernel-missing",

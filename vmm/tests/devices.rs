@@ -211,6 +211,6 @@ async fn sizes_that_can_be_are_taken_and_others_are_not() {
     disk("_disk0", 2 << 20).await.unwrap();
     assert_eq!(std::fs::metadata(&image).unwrap().len(), 2 << 20);
     assert_eq!(refused(disk("_disk0", 1000)).await, "disk-size");
-    assert_eq!(refused(disk("air", 1 << 20)).await, "disk-size");
+    assert_eq!(refused(disk("air", 1 << 20)).await, "not-a-disk");
     assert_eq!(refused(disk("none", 1 << 20)).await, "no-such-device");
 }

@@ -253,7 +253,14 @@ pub(super) fn resize_disk(devices: &Devices, disk: &VmResizeDisk) -> Result<(), 
         Some(Control::Disk(handle)) => handle
             .resize(disk.desired_size)
             .map_err(|error| refused(format!("`{}` keeps its size: {error}", disk.id))),
-        Some(_) => Err(refused(format!("`{}` is no disk", disk.id))),
+        Some(_) => {
+            let detail = format!("`{}` is no disk", disk.id);
+            Err(RequestError::new(
+                Category::Unprocessable,
+                "not-a-disk",
+                detail,
+            ))
+        }
     }
 }
 
