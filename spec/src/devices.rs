@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use crate::device::{NetConfig, VsockConfig};
-use crate::disk::{DiskConfig, ImageType, RateLimiterConfig};
+use crate::disk::{DiskConfig, ImageType};
 use crate::limits;
 use crate::names;
 use crate::service::FieldProblem;
@@ -91,19 +91,6 @@ impl Below<'_> {
             self.add("queue_size", "out-of-range", detail);
         }
     }
-
-    fn rate_limiter(&mut self, config: Option<&RateLimiterConfig>) {
-        let buckets = config.map(|config| [("bandwidth", &config.bandwidth), ("ops", &config.ops)]);
-        for (kind, bucket) in buckets.into_iter().flatten() {
-            if bucket
-                .as_ref()
-                .is_some_and(|bucket| bucket.refill_time == 0)
-            {
-                let field = format!("rate_limiter_config/{kind}/refill_time");
-                self.add(&field, "out-of-range", "a bucket takes some time to fill");
-            }
-        }
-    }
 }
 
 impl DiskConfig {
@@ -124,7 +111,6 @@ impl DiskConfig {
             Some(_) => {}
         }
         below.queues(self.num_queues, self.queue_size, limits::QUEUES);
-        below.rate_limiter(self.rate_limiter_config.as_ref());
         if self
             .serial
             .as_ref()
@@ -210,7 +196,6 @@ impl NetConfig {
             let detail = format!("{} queues are no pairs", self.num_queues);
             below.add("num_queues", "out-of-range", detail);
         }
-        below.rate_limiter(self.rate_limiter_config.as_ref());
         below.unsupported("vhost_user", self.vhost_user);
         below.unsupported("vhost_socket", self.vhost_socket.is_some());
         below.placed_elsewhere(self.iommu, self.pci_segment, self.pci_device_id);
@@ -270,6 +255,11 @@ mod tests {
             found(r#"[{"path":"/a"},{"path":"/b","id":"b","queue_size":256}]"#),
             []
         );
+        let off = r#"{"bandwidth":{"size":0,"refill_time":1},"ops":{"size":1,"refill_time":0}}"#;
+        assert_eq!(
+            found(&format!(r#"[{{"path":"/a","rate_limiter_config":{off}}}]"#)),
+            []
+        );
         for (disk, field, code) in [
             (r#"{}"#, "path", "missing"),
             (r#"{"path":""}"#, "path", "out-of-range"),
@@ -315,11 +305,6 @@ mod tests {
                 "unsupported",
             ),
             (r#"{"path":"/a","id":"__rng"}"#, "id", "out-of-range"),
-            (
-                r#"{"path":"/a","rate_limiter_config":{"ops":{"size":1,"refill_time":0}}}"#,
-                "rate_limiter_config/ops/refill_time",
-                "out-of-range",
-            ),
         ] {
             let expected = (format!("/disks/0/{field}"), code.to_owned());
             assert_eq!(found(&format!("[{disk}]")), [expected], "{disk}");

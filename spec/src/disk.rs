@@ -5,7 +5,8 @@ use utoipa::ToSchema;
 
 use crate::defaults;
 
-/// A budget that refills at a steady rate after an initial burst.
+/// A budget that refills at a steady rate after an initial burst. One of no size, or that fills in
+/// no time, limits nothing.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TokenBucket {

@@ -200,13 +200,39 @@ fn net(net: &NetConfig, workers: &Workers) -> Result<Opened, BuildError> {
 }
 
 fn rate_limits(config: Option<&RateLimiterConfig>) -> RateLimits {
-    let bucket = |bucket: &TokenBucket| BucketConfig {
-        size: bucket.size,
-        one_time_burst: bucket.one_time_burst.unwrap_or(0),
-        refill_time: Duration::from_millis(bucket.refill_time),
+    // As in Cloud Hypervisor, a bucket of no size or that fills in no time is off.
+    let bucket = |bucket: &TokenBucket| {
+        let is_on = bucket.size > 0 && bucket.refill_time > 0;
+        is_on.then(|| BucketConfig {
+            size: bucket.size,
+            one_time_burst: bucket.one_time_burst.unwrap_or(0),
+            refill_time: Duration::from_millis(bucket.refill_time),
+        })
     };
     RateLimits {
-        bandwidth: config.and_then(|config| config.bandwidth.as_ref().map(bucket)),
-        ops: config.and_then(|config| config.ops.as_ref().map(bucket)),
+        bandwidth: config.and_then(|config| config.bandwidth.as_ref().and_then(bucket)),
+        ops: config.and_then(|config| config.ops.as_ref().and_then(bucket)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bucket_of_no_size_or_that_fills_in_no_time_limits_nothing() {
+        let bucket = |size, refill_time| TokenBucket {
+            size,
+            one_time_burst: None,
+            refill_time,
+        };
+        let limits = |bandwidth, ops| {
+            let (bandwidth, ops) = (Some(bandwidth), Some(ops));
+            rate_limits(Some(&RateLimiterConfig { bandwidth, ops }))
+        };
+        let off = limits(bucket(0, 100), bucket(100, 0));
+        assert_eq!(off, RateLimits::default());
+        let on = limits(bucket(1, 1), bucket(0, 0));
+        assert!(on.bandwidth.is_some() && on.ops.is_none());
     }
 }
