@@ -1,6 +1,7 @@
 //! Whether the devices of a configuration make sense, alone and together.
 
 use std::collections::HashSet;
+use std::net::IpAddr;
 
 use crate::device::{NetConfig, VsockConfig};
 use crate::disk::{DiskConfig, ImageType};
@@ -33,12 +34,18 @@ pub(crate) fn check(config: &VmConfig, found: &mut Vec<FieldProblem>) {
         }
         below.placed_elsewhere(balloon.iommu, balloon.pci_segment, balloon.pci_device_id);
     }
-    let console = &config.console;
-    Below {
-        pointer: "/console",
-        found,
+    let (console, rng) = (&config.console, &config.rng);
+    for (pointer, iommu, segment, device) in [
+        (
+            "/console",
+            console.iommu,
+            console.pci_segment,
+            console.pci_device_id,
+        ),
+        ("/rng", rng.iommu, rng.pci_segment, rng.pci_device_id),
+    ] {
+        Below { pointer, found }.placed_elsewhere(iommu, segment, device);
     }
-    .placed_elsewhere(console.iommu, console.pci_segment, console.pci_device_id);
     let mut names = HashSet::new();
     for (pointer, id) in names::given(config) {
         if let Some(wrong) = names::check_device_name(&pointer, id) {
@@ -179,8 +186,13 @@ impl NetConfig {
             }
         }
         for (field, ip) in [("ip", &self.ip), ("mask", &self.mask)] {
-            if ip.parse::<std::net::Ipv4Addr>().is_err() {
-                below.add(field, "out-of-range", format!("`{ip}` is no IPv4 address"));
+            match ip.parse() {
+                Ok(IpAddr::V4(_)) => {}
+                Ok(IpAddr::V6(_)) => {
+                    let detail = format!("this version does not give a tap `{ip}`: IPv4 only");
+                    below.add(field, UNSUPPORTED, detail);
+                }
+                Err(_) => below.add(field, "out-of-range", format!("`{ip}` is no IP address")),
             }
         }
         if let Some(mtu) = self.mtu.filter(|mtu| *mtu < limits::MIN_MTU) {
@@ -198,6 +210,7 @@ impl NetConfig {
         }
         below.unsupported("vhost_user", self.vhost_user);
         below.unsupported("vhost_socket", self.vhost_socket.is_some());
+        below.unsupported("vhost_mode", self.vhost_mode != "Client");
         below.placed_elsewhere(self.iommu, self.pci_segment, self.pci_device_id);
     }
 }
@@ -327,6 +340,8 @@ mod tests {
             (r#"{"mac":"52:54:00:12:34"}"#, "mac", "out-of-range"),
             (r#"{"mac":"53:54:00:12:34:56"}"#, "mac", "out-of-range"),
             (r#"{"ip":"1.2.3"}"#, "ip", "out-of-range"),
+            (r#"{"ip":"fd00::1"}"#, "ip", "unsupported"),
+            (r#"{"mask":"ffff::"}"#, "mask", "unsupported"),
             (r#"{"mtu":100}"#, "mtu", "out-of-range"),
             (r#"{"num_queues":3}"#, "num_queues", "out-of-range"),
             (r#"{"num_queues":32}"#, "num_queues", "out-of-range"),

@@ -35,7 +35,6 @@ const NOT_YET: &[(&str, &[&str])] = &[
     ("/payload/igvm", &[]),
     ("/payload/host_data", &[]),
     ("/rate_limit_groups", &["[]"]),
-    ("/rng/iommu", &["false"]),
     ("/fs", &["[]"]),
     ("/generic_vhost_user", &["[]"]),
     ("/pmem", &["[]"]),
