@@ -1,5 +1,7 @@
 //! From requests to types, with refusals that help.
 
+use std::os::fd::OwnedFd;
+
 use axum::body::{Body, Bytes};
 use axum::extract::{FromRequest, FromRequestParts, Path, Request};
 use control::RequestError;
@@ -9,8 +11,9 @@ use http::{HeaderMap, StatusCode};
 use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use serde::de::DeserializeOwned;
 use spec::limits::BODY_LEN;
-use spec::{FieldProblem, ParseError, VmId};
+use spec::{Descriptors, FieldProblem, NetConfig, ParseError, VmId};
 
+use crate::descriptors::Enclosed;
 use crate::limits::BODY_READ_TIMEOUT;
 use crate::problem::Refusal;
 
@@ -21,19 +24,49 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
     type Rejection = Refusal;
 
     async fn from_request(request: Request, _state: &S) -> Result<Self, Refusal> {
-        check_content_type(request.headers())?;
-        let body = read(request).await?;
-        if body.is_empty() {
+        let (body, descriptors) = parsed(request).await?;
+        if !descriptors.is_empty() {
             return Err(Refusal::new(
                 StatusCode::BAD_REQUEST,
-                "missing-body",
-                "the request has no body; send a JSON object, with its length in Content-Length",
+                "unexpected-descriptors",
+                "descriptors came along with the request, which takes none: a network interface that is added \
+                 does, for the queues of its tap",
             ));
         }
-        spec::parse(&body)
-            .map(Self)
-            .map_err(|error| not_understood(&error))
+        Ok(Self(body))
     }
+}
+
+/// A network interface as JSON, with its tap if that came along.
+pub(crate) struct JsonAndTap(pub(crate) NetConfig);
+
+impl<S: Send + Sync> FromRequest<S> for JsonAndTap {
+    type Rejection = Refusal;
+
+    async fn from_request(request: Request, _state: &S) -> Result<Self, Refusal> {
+        let (mut net, descriptors) = parsed::<NetConfig>(request).await?;
+        // As in Cloud Hypervisor, numbers in the body say nothing beside them.
+        if !descriptors.is_empty() {
+            net.fds = Some(Descriptors::new(descriptors));
+        }
+        Ok(Self(net))
+    }
+}
+
+async fn parsed<T: DeserializeOwned>(request: Request) -> Result<(T, Vec<OwnedFd>), Refusal> {
+    check_content_type(request.headers())?;
+    let enclosed = request.extensions().get::<Enclosed>().cloned();
+    let body = read(request).await?;
+    let descriptors = enclosed.map(|enclosed| enclosed.take());
+    if body.is_empty() {
+        return Err(Refusal::new(
+            StatusCode::BAD_REQUEST,
+            "missing-body",
+            "the request has no body; send a JSON object, with its length in Content-Length",
+        ));
+    }
+    let body = spec::parse(&body).map_err(|error| not_understood(&error))?;
+    Ok((body, descriptors.unwrap_or_default()))
 }
 
 /// Clients of Cloud Hypervisor's API send no type at all, and `curl --data` sends that of a form: a type is

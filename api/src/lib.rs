@@ -37,6 +37,7 @@
 #![forbid(unsafe_code)]
 
 mod answer;
+mod descriptors;
 mod docs;
 mod document;
 mod events;

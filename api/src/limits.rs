@@ -26,3 +26,6 @@ pub const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
 /// An `x-request-id` of a client that is taken over into logs and answers.
 pub const REQUEST_ID_BYTES_MAX: usize = 128;
+
+/// Descriptors that wait on one connection for the request that they belong to.
+pub const DESCRIPTORS_MAX: usize = 64;

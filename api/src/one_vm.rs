@@ -14,7 +14,7 @@ use utoipa_axum::routes;
 
 use crate::answer::Answer;
 use crate::document::ONE_VM;
-use crate::extract::Json;
+use crate::extract::{Json, JsonAndTap};
 use crate::problem::Refusal;
 use crate::refusals::{
     Exists, Failed, NoSuchDevice, NoSuchDisk, NotAllowedNow, NotCreated, NotDone, NotJson,
@@ -256,6 +256,9 @@ async fn add_disk(
 }
 
 /// Give the VM a network interface.
+///
+/// Over a unix socket descriptors may come along with the request (`SCM_RIGHTS`): those of its tap's queues, one a
+/// pair.
 #[utoipa::path(
     put, path = "/api/v1/vm.add-net", operation_id = "addNetVM", tag = ONE_VM, request_body = NetConfig,
     responses(
@@ -264,7 +267,10 @@ async fn add_disk(
         NotValid, NotCreated, TooSlow, WrongState, TooLong, NotJson, NotDone, Unsupported,
     ),
 )]
-async fn add_net(State(vm): State<OneVm>, Json(net): Json<NetConfig>) -> Result<Response, Refusal> {
+async fn add_net(
+    State(vm): State<OneVm>,
+    JsonAndTap(net): JsonAndTap,
+) -> Result<Response, Refusal> {
     vm.add(NewDevice::Net(Box::new(net))).await
 }
 

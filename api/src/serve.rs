@@ -14,6 +14,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 use tower::ServiceExt as _;
 
+use crate::descriptors::{Arrived, Receiving};
 use crate::limits::{
     ACCEPT_RETRY, CONNECTIONS_MAX, HEAD_BYTES_MAX, HEADER_READ_TIMEOUT, SHUTDOWN_GRACE,
 };
@@ -107,11 +108,14 @@ pub async fn serve_within(listener: Listener, router: Router, shutdown: Shutdown
         };
         match accepted {
             Ok((Stream::Unix(stream), permit)) => {
-                let connection = connection(stream, Via::Unix, &router, &graceful, bounds);
+                let stream = Receiving::new(stream);
+                let via = (Via::Unix, Some(stream.arrived()));
+                let connection = connection(stream, via, &router, &graceful, bounds);
                 connections.spawn(hold(permit, connection));
             }
             Ok((Stream::Tcp(stream), permit)) => {
-                let connection = connection(stream, Via::Tcp, &router, &graceful, bounds);
+                let via = (Via::Tcp, None);
+                let connection = connection(stream, via, &router, &graceful, bounds);
                 connections.spawn(hold(permit, connection));
             }
             Err(error) => {
@@ -167,10 +171,11 @@ async fn hold(permit: OwnedSemaphorePermit, connection: impl Future<Output = ()>
     drop(permit);
 }
 
-/// Serves one connection to its end, or to the end of its request once a shutdown is under way.
+/// Serves one connection to its end, or to the end of its request once a shutdown is under way. Each request is
+/// told what it came over, and has what came along.
 fn connection<S>(
     stream: S,
-    via: Via,
+    (via, arrived): (Via, Option<Arrived>),
     router: &Router,
     graceful: &GracefulShutdown,
     bounds: Bounds,
@@ -181,6 +186,9 @@ where
     let service = router.clone().map_request(move |request: Request<_>| {
         let mut request = request.map(axum::body::Body::new);
         request.extensions_mut().insert(via);
+        if let Some(arrived) = &arrived {
+            request.extensions_mut().insert(arrived.enclose());
+        }
         request
     });
     let connection = http1::Builder::new()

@@ -14,7 +14,7 @@ use utoipa_axum::routes;
 
 use crate::answer::Answer;
 use crate::document::VMS;
-use crate::extract::{Json, Named};
+use crate::extract::{Json, JsonAndTap, Named};
 use crate::one_vm::{added, counters_of, memory_map_of};
 use crate::problem::Refusal;
 use crate::refusals::{
@@ -357,6 +357,9 @@ async fn add_disk(
 }
 
 /// Give a VM a network interface.
+///
+/// Over a unix socket descriptors may come along with the request (`SCM_RIGHTS`): those of its tap's queues, one a
+/// pair.
 #[utoipa::path(
     put, path = "/api/v1/vms/{id}/add-net", operation_id = "vmsAddNet", tag = VMS, request_body = NetConfig,
     params(("id" = VmId, Path, description = "The VM's name.")),
@@ -369,7 +372,7 @@ async fn add_disk(
 async fn add_net(
     State(service): State<Service>,
     Named(id): Named,
-    Json(body): Json<NetConfig>,
+    JsonAndTap(body): JsonAndTap,
 ) -> Result<Response, Refusal> {
     Ok(added(
         service

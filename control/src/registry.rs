@@ -160,6 +160,22 @@ impl Registry {
         what: &StartMigration,
     ) -> Result<Arc<dyn Migration>, RequestError> {
         let vm = self.get(id)?;
+        if let Some(net) = vm
+            .status()
+            .config
+            .net
+            .iter()
+            .flatten()
+            .find(|net| net.tap_descriptors().is_some())
+        {
+            let detail = format!(
+                "the tap of `{}` came as descriptors, which no other service has: remove the \
+                 interface first, or add one by the name of its tap",
+                net.id.as_deref().unwrap_or_default()
+            );
+            let code = "tap-by-descriptors";
+            return Err(RequestError::new(Category::Unprocessable, code, detail));
+        }
         let migration = self.mover()?.send(self, &vm, what)?;
         Ok(self.0.migrations.add(migration))
     }

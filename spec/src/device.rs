@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::defaults;
+use crate::descriptors::Descriptors;
 use crate::disk::RateLimiterConfig;
 
 fn net_queues() -> usize {
@@ -37,6 +38,11 @@ pub struct NetConfig {
     /// Tap interface of the host; made when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tap: Option<String>,
+    /// Its queues, one a pair, where it is made by somebody else who sends their descriptors along
+    /// with the request, over a unix socket. In a body they say nothing: there they are -1 each.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Vec<i32>>)]
+    pub fds: Option<Descriptors>,
     /// Address of the host on the tap.
     #[serde(default = "default_ip")]
     pub ip: String,

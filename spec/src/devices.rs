@@ -169,6 +169,21 @@ impl NetConfig {
         if self.tap.as_deref() == Some("") {
             below.add("tap", "out-of-range", "the name is empty");
         }
+        if let Some(fds) = self.tap_descriptors() {
+            if !fds.are_here() {
+                let detail = "descriptors are of one process: send them along with the request that \
+                              adds the interface, over a unix socket";
+                below.add("fds", UNSUPPORTED, detail);
+            } else if self.tap.is_some() {
+                let detail = "the tap comes as descriptors, and has a name already";
+                below.add("tap", "inconsistent", detail);
+            } else if fds.count().checked_mul(2) != Some(self.num_queues) {
+                let (count, queues) = (fds.count(), self.num_queues);
+                let detail =
+                    format!("{queues} queues want a descriptor a pair, and {count} came along");
+                below.add("num_queues", "inconsistent", detail);
+            }
+        }
         for (field, mac) in [("mac", &self.mac), ("host_mac", &self.host_mac)] {
             let Some(text) = mac else { continue };
             match parse_mac(text) {
@@ -243,7 +258,7 @@ impl VsockConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{HostLimits, PayloadConfig};
+    use crate::{Descriptors, HostLimits, PayloadConfig};
 
     fn found(disks: &str) -> Vec<(String, String)> {
         let mut config = VmConfig::with_payload(PayloadConfig {
@@ -352,6 +367,33 @@ mod tests {
                 [(format!("/{field}"), code.to_owned())],
                 "{net}"
             );
+        }
+    }
+
+    #[test]
+    fn a_tap_by_descriptors_has_one_a_pair_and_no_other_name() {
+        let found = |json: &str, count: usize| {
+            let open = || std::fs::File::open("/dev/null").unwrap().into();
+            let mut net: NetConfig = serde_json::from_str(json).unwrap();
+            net.fds = Some(Descriptors::new((0..count).map(|_| open()).collect()));
+            let problems = net.problems().into_iter();
+            problems.map(|p| (p.pointer, p.code)).collect::<Vec<_>>()
+        };
+        let problem = |field: &str, code: &str| [(format!("/{field}"), code.to_owned())];
+        assert_eq!(found("{}", 1), []);
+        assert_eq!(found(r#"{"num_queues":4}"#, 2), []);
+        assert_eq!(found("{}", 2), problem("num_queues", "inconsistent"));
+        assert_eq!(found(r#"{"tap":"t"}"#, 1), problem("tap", "inconsistent"));
+        // What a body has of them.
+        for (body, expected) in [
+            (r#"{"fds":null}"#, vec![]),
+            (r#"{"fds":[]}"#, vec![]),
+            (r#"{"fds":[7]}"#, problem("fds", UNSUPPORTED).to_vec()),
+        ] {
+            let net: NetConfig = serde_json::from_str(body).unwrap();
+            let problems = net.problems().into_iter();
+            let problems: Vec<_> = problems.map(|p| (p.pointer, p.code)).collect();
+            assert_eq!(problems, expected, "{body}");
         }
     }
 

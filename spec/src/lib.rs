@@ -17,6 +17,7 @@
 mod console;
 mod cpus;
 mod defaults;
+mod descriptors;
 mod device;
 mod devices;
 mod disk;
@@ -34,6 +35,7 @@ mod vm;
 
 pub use console::{ConsoleConfig, ConsoleMode, DebugConsoleConfig, SerialConfig};
 pub use cpus::{CoreSchedulingMode, CpuAffinity, CpuFeatures, CpuTopology, CpusConfig};
+pub use descriptors::Descriptors;
 pub use device::{
     BalloonConfig, DeviceConfig, FsConfig, GenericVhostUserConfig, NetConfig, PmemConfig,
     RngConfig, RtcConfig, TpmConfig, UserDeviceConfig, VdpaConfig, VsockConfig,

@@ -130,7 +130,7 @@ fn full() -> Value {
             "sparse": false, "image_type": "Qcow2", "lock_granularity": "Full",
         }],
         "net": [{
-            "tap": "t", "ip": "10.0.0.1", "mask": "255.0.0.0", "mac": "52:54:00:00:00:01",
+            "tap": "t", "fds": [3, 4], "ip": "10.0.0.1", "mask": "255.0.0.0", "mac": "52:54:00:00:00:01",
             "host_mac": "52:54:00:00:00:02", "mtu": 9000, "iommu": true, "num_queues": 4,
             "queue_size": 64, "vhost_user": true, "vhost_socket": "/s", "vhost_mode": "Server",
             "id": "n", "pci_segment": 1, "pci_device_id": 3, "rate_limiter_config": limits,

@@ -172,12 +172,23 @@ fn disk(disk: &DiskConfig, workers: &Workers, whose: Whose) -> Result<Opened, Bu
 fn net(net: &NetConfig, workers: &Workers) -> Result<Opened, BuildError> {
     // Validation has seen to it that addresses are addresses, and naming that the guest's is there.
     let mac = |text: &Option<String>| text.as_deref().and_then(spec::parse_mac);
-    let tap = net.tap.clone().unwrap_or_else(|| NEW_TAP.to_owned());
     // One that is there has been set up by somebody who knows why.
-    let is_there = Path::new("/sys/class/net").join(&tap).exists();
+    let (tap, is_there) = match net.tap_descriptors() {
+        Some(fds) => {
+            // The configuration keeps its own, for the next machine.
+            let ours = fds.duplicate();
+            let ours = ours.map_err(BuildError::host("duplicate the descriptors of a tap"))?;
+            (TapSource::Descriptors(ours), true)
+        }
+        None => {
+            let name = net.tap.clone().unwrap_or_else(|| NEW_TAP.to_owned());
+            let is_there = Path::new("/sys/class/net").join(&name).exists();
+            (TapSource::Name(name), is_there)
+        }
+    };
     let ip = net.ip.parse().ok().zip(net.mask.parse().ok());
     let config = virtio_devices::net::NetConfig {
-        tap: TapSource::Name(tap),
+        tap,
         address: TapAddress {
             ip: ip.filter(|_| !is_there),
             mac: mac(&net.host_mac),

@@ -48,6 +48,14 @@ fn disk(path: &str, id: Option<&str>) -> NewDevice {
     NewDevice::Disk(serde_json::from_value(disk).unwrap())
 }
 
+/// By descriptors, which are of this file.
+fn net(path: &str) -> NewDevice {
+    let mut net: spec::NetConfig = serde_json::from_str("{}").unwrap();
+    let file = std::fs::File::open(path).unwrap();
+    net.fds = Some(spec::Descriptors::new(vec![file.into()]));
+    NewDevice::Net(Box::new(net))
+}
+
 fn vsock(socket: &str) -> NewDevice {
     let vsock = serde_json::json!({ "cid": 3, "socket": socket });
     NewDevice::Vsock(serde_json::from_value(vsock).unwrap())
@@ -152,6 +160,11 @@ async fn devices_come_and_go_and_nothing_is_left_of_a_machine() {
     assert_eq!(refused(add(&other, vsock(&socket))).await, "vsock-unusable");
     assert_eq!(refused(remove(&other, "none")).await, "no-such-device");
     assert_eq!(refused(remove(&other, "__rng")).await, "device-fixed");
+    // For descriptors that are of no tap none is made in their place.
+    let unusable = add(&other, net("/dev/null")).await.unwrap_err();
+    assert_eq!(unusable.code, "tap-unusable");
+    assert!(unusable.detail.contains("descriptor"), "{unusable}");
+    assert_eq!(other.status().config.net, None);
     assert_eq!(other.status().devices.len(), 2);
     // All slots of the bus.
     let mut added = 0;

@@ -1,0 +1,157 @@
+//! Descriptors that clients send along with their requests over a unix socket (`SCM_RIGHTS`, unix(7)).
+//!
+//! They come with a byte of the request, as a rule its first. A stream that is read without asking for them loses
+//! them, and nobody is told.
+//!
+//! ```text
+//!  socket ── Receiving ──► bytes ──► HTTP ──► request, with Enclosed ──► body read, descriptors taken
+//!                │                                  ▲
+//!                └── Arrived: descriptors ──────────┘
+//! ```
+
+use std::io::{self, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use parking_lot::Mutex;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
+use tokio::net::UnixStream;
+
+use crate::limits::DESCRIPTORS_MAX;
+
+/// As many as one message can bring (`SCM_MAX_FD`).
+const OF_ONE_MESSAGE: usize = 253;
+/// Bytes to read at a time.
+const PIECE: usize = 64 << 10;
+
+/// Descriptors that came over a connection and that no request has taken yet.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Arrived(Arc<Mutex<Vec<OwnedFd>>>);
+
+impl Arrived {
+    /// For a request whose head has just been read.
+    pub(crate) fn enclose(&self) -> Enclosed {
+        Enclosed {
+            with_head: Self(Arc::new(Mutex::new(self.take()))),
+            later: self.clone(),
+        }
+    }
+
+    fn take(&self) -> Vec<OwnedFd> {
+        std::mem::take(&mut *self.0.lock())
+    }
+}
+
+/// What came along with a request. What nobody takes is closed with it.
+#[derive(Clone, Debug)]
+pub(crate) struct Enclosed {
+    with_head: Arrived,
+    later: Arrived,
+}
+
+impl Enclosed {
+    /// All of them, once the body has been read.
+    pub(crate) fn take(&self) -> Vec<OwnedFd> {
+        let mut all = self.with_head.take();
+        all.append(&mut self.later.take());
+        all
+    }
+}
+
+/// A connection that keeps the descriptors that come over it.
+#[derive(Debug)]
+pub(crate) struct Receiving {
+    stream: UnixStream,
+    arrived: Arrived,
+}
+
+impl Receiving {
+    pub(crate) fn new(stream: UnixStream) -> Self {
+        let arrived = Arrived::default();
+        Self { stream, arrived }
+    }
+
+    pub(crate) fn arrived(&self) -> Arrived {
+        self.arrived.clone()
+    }
+
+    fn receive(&self, to: &mut ReadBuf<'_>) -> io::Result<()> {
+        let room = to.remaining().min(PIECE);
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(OF_ONE_MESSAGE))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let mut pieces = [IoSliceMut::new(to.initialize_unfilled_to(room))];
+        let flags = RecvFlags::CMSG_CLOEXEC;
+        let received = recvmsg(&self.stream, &mut pieces, &mut ancillary, flags)?;
+        let mut arrived = self.arrived.0.lock();
+        for message in ancillary.drain() {
+            if let RecvAncillaryMessage::ScmRights(descriptors) = message {
+                arrived.extend(descriptors);
+            }
+        }
+        if received.flags.contains(ReturnFlags::CTRUNC) {
+            let reason = "the host gave fewer descriptors than were sent";
+            return Err(io::Error::other(reason));
+        }
+        if arrived.len() > DESCRIPTORS_MAX {
+            let reason = "more descriptors were sent than any request takes";
+            return Err(io::Error::other(reason));
+        }
+        to.advance(received.bytes);
+        Ok(())
+    }
+}
+
+impl AsyncRead for Receiving {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if buf.remaining() == 0 {
+            return Poll::Ready(Ok(()));
+        }
+        loop {
+            ready!(self.stream.poll_read_ready(cx))?;
+            let tried = self.stream.try_io(Interest::READABLE, || self.receive(buf));
+            match tried {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                done => return Poll::Ready(done),
+            }
+        }
+    }
+}
+
+impl AsyncWrite for Receiving {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.get_mut().stream).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.get_mut().stream).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_shutdown(cx)
+    }
+}

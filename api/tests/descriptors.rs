@@ -1,0 +1,138 @@
+//! Descriptors that come along with requests.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
+
+mod harness;
+
+use std::fs::File;
+use std::io::{IoSlice, Read as _};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use api::Bounds;
+use control::fake::Fake;
+use harness::{CONFIG, Served, expect, one_vm, read_for, service};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use tokio::io::AsyncWriteExt as _;
+use tokio::net::UnixStream;
+
+/// Cloud Hypervisor's face of a VM that runs.
+async fn served() -> Served {
+    let service = service(Fake::default());
+    let router = one_vm(&service);
+    expect(&router, "PUT /api/v1/vm.create", CONFIG, 204).await;
+    expect(&router, "PUT /api/v1/vm.boot", "", 204).await;
+    Served::start(&service, router, Bounds::default())
+}
+
+fn open(count: usize) -> Vec<OwnedFd> {
+    let open = |_| File::open("/dev/null").unwrap().into();
+    (0..count).map(open).collect()
+}
+
+/// Writes these bytes with these descriptors, in one message.
+async fn send(stream: &UnixStream, bytes: &str, descriptors: &[OwnedFd]) {
+    stream.writable().await.unwrap();
+    let descriptors: Vec<BorrowedFd<'_>> = descriptors.iter().map(|fd| fd.as_fd()).collect();
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(200))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    if !descriptors.is_empty() {
+        assert!(ancillary.push(SendAncillaryMessage::ScmRights(&descriptors)));
+    }
+    let pieces = [IoSlice::new(bytes.as_bytes())];
+    let sent = sendmsg(stream, &pieces, &mut ancillary, SendFlags::empty()).unwrap();
+    assert_eq!(sent, bytes.len());
+}
+
+fn head(verb: &str, body: &str) -> String {
+    let length = body.len();
+    format!("PUT /api/v1/{verb} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n")
+}
+
+async fn status(stream: &mut UnixStream) -> (u16, String) {
+    let answer = read_for(stream, Duration::from_millis(200)).await;
+    let status = answer.strip_prefix("HTTP/1.1 ").map(|rest| &rest[..3]);
+    (status.unwrap_or("0").parse().unwrap(), answer)
+}
+
+/// Whatever piece of the request they come with. A body that wants two is refused without two.
+#[tokio::test]
+async fn a_tap_comes_along_with_the_interface() {
+    let served = served().await;
+    let body = r#"{"num_queues": 4, "fds": null}"#;
+    let head = head("vm.add-net", body);
+    let two = open(2);
+
+    // As ch-remote does it: the beginning of the head has them.
+    let mut stream = served.connect().await;
+    let (first, rest) = head.split_once("Content-Length").unwrap();
+    send(&stream, first, &two).await;
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let rest = format!("Content-Length{rest}{body}");
+    stream.write_all(rest.as_bytes()).await.unwrap();
+    let (code, answer) = status(&mut stream).await;
+    assert_eq!(code, 200, "{answer}");
+
+    // All in one message, on the same connection.
+    send(&stream, &format!("{head}{body}"), &two).await;
+    let (code, answer) = status(&mut stream).await;
+    assert_eq!(code, 200, "{answer}");
+
+    // With the body.
+    send(&stream, &head, &[]).await;
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    send(&stream, body, &two).await;
+    let (code, answer) = status(&mut stream).await;
+    assert_eq!(code, 200, "{answer}");
+
+    // Those of one request are not the next one's, and the count is looked at.
+    for count in [1, 3] {
+        send(&stream, &format!("{head}{body}"), &open(count)).await;
+        let (code, answer) = status(&mut stream).await;
+        assert_eq!(code, 400, "{answer}");
+        let told = format!("{count} came along");
+        assert!(answer.contains(&told), "{answer}");
+    }
+}
+
+/// Those that nobody wants are not dropped without a word, and not kept.
+#[tokio::test]
+async fn descriptors_that_nobody_wants_are_refused_and_closed() {
+    let served = served().await;
+    let mut stream = served.connect().await;
+    let (mut reader, writer) = std::io::pipe().unwrap();
+    let disk = r#"{"path": "/srv/web.raw"}"#;
+    let request = format!("{}{disk}", head("vm.add-disk", disk));
+    send(&stream, &request, &[writer.into()]).await;
+    let (code, answer) = status(&mut stream).await;
+    assert_eq!(code, 400, "{answer}");
+    assert!(answer.contains("unexpected-descriptors"), "{answer}");
+    // The last writer has gone: ours went into the message.
+    assert_eq!(reader.read(&mut [0]).unwrap(), 0);
+
+    // A request that has no body.
+    let ping = "GET /api/v1/vmm.ping HTTP/1.1\r\nHost: localhost\r\n\r\n";
+    send(&stream, ping, &open(1)).await;
+    assert_eq!(status(&mut stream).await.0, 200);
+    let net = format!("{}{{}}", head("vm.add-net", "{}"));
+    send(&stream, &net, &[]).await;
+    let (code, answer) = status(&mut stream).await;
+    assert_eq!(code, 200, "{answer}");
+
+    // In a body they are numbers of another process.
+    let numbers = r#"{"fds": [7]}"#;
+    let request = format!("{}{numbers}", head("vm.add-net", numbers));
+    send(&stream, &request, &[]).await;
+    let (code, answer) = status(&mut stream).await;
+    assert_eq!(code, 501, "{answer}");
+
+    // More than any request takes.
+    send(&stream, &net, &open(65)).await;
+    let (code, answer) = status(&mut stream).await;
+    assert_eq!(code, 0, "the connection ends: {answer}");
+}
