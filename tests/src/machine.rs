@@ -3,7 +3,7 @@
 use std::env;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use openapi::Client;
 use spec::{
     AtDeadline, AwaitMigration, ConsoleConfig, ConsoleMode, CpusConfig, MemoryMode, MigrationInfo,
@@ -174,7 +174,16 @@ impl Machine {
             ensure!(start.elapsed() < BOOTS, "it does not end: {info:?}");
             tokio::time::sleep(Duration::from_millis(20)).await;
         };
-        ensure!(info.error.is_none(), "{info:?}\n{}", there.log());
+        if info.error.is_some() {
+            let left = self.client().vms_info(&self.vm).await;
+            // What it said last.
+            let said = self.shell.until("\0", Duration::from_secs(1)).await;
+            bail!(
+                "{info:?}\nit left: {left:?}\n{}\nand comes to: {}\n{said:?}",
+                self.service.log(),
+                there.log()
+            );
+        }
         there.reaches(&self.vm, VmState::Running).await?;
         self.shell = Shell::attach(&self.serial, RUNS).await?;
         Ok((std::mem::replace(&mut self.service, there), info))
