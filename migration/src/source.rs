@@ -179,21 +179,26 @@ struct Engine<'a, 'b> {
     urgent: Option<Urgent>,
 }
 
+/// A connection that has said what it is for.
+fn reach(dial: &dyn Dial, patience: Duration, hello: &Hello) -> Result<Box<dyn Stream>, Trouble> {
+    let dialed = dial.dial();
+    let mut stream = dialed.map_err(|error| Trouble::here("unreachable", error))?;
+    stream.set_patience(patience).map_err(WireError::from)?;
+    message::say_hello(&mut *stream, hello)?;
+    Ok(stream)
+}
+
 fn gone() -> Trouble {
     Trouble::Wire(WireError::Closed)
 }
 
 impl Engine<'_, '_> {
     fn connect(&self, channel: Channel) -> Result<Box<dyn Stream>, Trouble> {
-        let dialed = self.sending.dial.dial();
-        let mut stream = dialed.map_err(|error| Trouble::here("unreachable", error))?;
-        let prepare = || -> std::io::Result<()> {
-            stream.set_patience(self.sending.policy.patience)?;
-            self.sending.progress.close_on_cancel(stream.closer()?);
-            Ok(())
-        };
-        prepare().map_err(|error| Trouble::Wire(error.into()))?;
-        message::say_hello(&mut *stream, &Hello::new(self.sending.id, channel))?;
+        let sending = &self.sending;
+        let hello = Hello::new(sending.id, channel);
+        let stream = reach(sending.dial, sending.policy.patience, &hello)?;
+        let closer = stream.closer().map_err(WireError::from)?;
+        sending.progress.close_on_cancel(closer);
         Ok(stream)
     }
 

@@ -4,10 +4,10 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
-use super::{Engine, Outcome, gone};
+use super::{Engine, Outcome, gone, reach};
 use crate::journal::Step;
 use crate::link::Dial;
-use crate::message::{self, Channel, Control, Hello, Refusal, ToDestination, ToSource};
+use crate::message::{Channel, Control, Hello, Refusal, ToDestination, ToSource};
 use crate::progress::{Phase, Resolution, micros};
 use crate::wire::WireError;
 use crate::{ATTEMPTS, LINGER, Trouble};
@@ -38,12 +38,8 @@ impl Untold {
     }
 
     fn try_to_tell(&self, dial: &dyn Dial) -> Result<(), Trouble> {
-        let dialed = dial.dial();
-        let mut stream = dialed.map_err(|error| Trouble::here("unreachable", error))?;
-        let patience = stream.set_patience(self.patience);
-        patience.map_err(|error| Trouble::Wire(error.into()))?;
-        message::say_hello(&mut *stream, &Hello::new(self.id, Channel::Again))?;
-        let mut control = Control::new(stream);
+        let again = Hello::new(self.id, Channel::Again);
+        let mut control = Control::new(reach(dial, self.patience, &again)?);
         match control.hear()? {
             ToSource::Waiting => {
                 control.say(&ToDestination::Abort(self.why.clone()))?;

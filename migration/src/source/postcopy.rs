@@ -6,9 +6,9 @@ use std::time::Instant;
 
 use parking_lot::Mutex;
 
-use super::{Engine, gone, heartbeat};
+use super::{Engine, gone, heartbeat, reach};
 use crate::link::{Closer, Stream};
-use crate::message::{self, Channel, Control, Hello, ToDestination, ToSource};
+use crate::message::{Channel, Control, Hello, ToDestination, ToSource};
 use crate::pages::{self, BATCH, Block, Run};
 use crate::progress::{Phase, Progress, Resolution};
 use crate::sender::{Haste, Pacer, Ram, batches, count, on_all};
@@ -203,13 +203,7 @@ impl Engine<'_, '_> {
     fn meet_again(&mut self) -> Result<Met, Trouble> {
         let id = self.sending.id;
         let patience = self.sending.policy.patience;
-        let dial = |channel| -> Result<Box<dyn Stream>, Trouble> {
-            let dialed = self.sending.dial.dial();
-            let mut stream = dialed.map_err(|error| Trouble::here("unreachable", error))?;
-            stream.set_patience(patience).map_err(WireError::from)?;
-            message::say_hello(&mut *stream, &Hello::new(id, channel))?;
-            Ok(stream)
-        };
+        let dial = |channel| reach(self.sending.dial, patience, &Hello::new(id, channel));
         let mut control = Control::new(dial(Channel::Again)?);
         for block in &self.blocks {
             // What is not there is known to the destination alone.

@@ -98,7 +98,9 @@ impl Late {
                     }
                     // It was never written, or given back, or it has come by now.
                     Fault::Missing(block, page) => later.push((block, page)),
-                    Fault::Removed(block, first, pages) => self.removed(block, first, pages),
+                    Fault::Removed(block, first, pages) => {
+                        later.extend(self.removed(block, first, pages));
+                    }
                 }
             }
             later.retain(|(block, page)| match self.faults.zero(*block, *page) {
@@ -163,12 +165,17 @@ impl Late {
         self.ask_for(block, page);
     }
 
-    fn removed(&self, block: usize, first: usize, pages: usize) {
-        if let Some(missing) = self.missing.get(block) {
-            for page in first..first.saturating_add(pages) {
-                let _ = missing.take_page(page);
-            }
-        }
+    /// Pages that were given back do not come any more: gives those that somebody waits for all the same.
+    fn removed(&self, block: usize, first: usize, pages: usize) -> Vec<(usize, usize)> {
+        let Some(missing) = self.missing.get(block) else {
+            return Vec::new();
+        };
+        let mut waited = self.waited.lock();
+        let removed = (first..first.saturating_add(pages)).filter(|page| missing.take_page(*page));
+        removed
+            .filter(|page| waited.remove(&(block, *page)).is_some())
+            .map(|page| (block, page))
+            .collect()
     }
 
     fn ask_for(&self, block: usize, page: usize) {
