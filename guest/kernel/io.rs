@@ -78,6 +78,27 @@ impl Pages<'_> {
     }
 }
 
+/// Starts all devices with all their queues.
+pub fn start_all(ram: &Ram) -> Line {
+    let mut pages = Pages { ram, next: 0 };
+    let (mut devices, mut queues) = (0, 0);
+    for device in (1..32).filter_map(Device::find) {
+        if !device.begin() {
+            continue;
+        }
+        let count = device.queues();
+        device.interrupt();
+        for index in 0..count {
+            device.interrupt_for(index);
+            device.queue(index, pages.take());
+        }
+        device.go();
+        devices += 1;
+        queues += u64::from(count);
+    }
+    Line::Queues { devices, queues }
+}
+
 impl Io {
     pub fn start(ram: &Ram) -> Self {
         let mut io = Self {

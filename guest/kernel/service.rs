@@ -223,6 +223,7 @@ impl Service {
             Workload::SelfTest
             | Workload::Idle
             | Workload::Io
+            | Workload::Queues
             | Workload::Spin
             | Workload::Dirty { .. }
             | Workload::Crash(_) => {}

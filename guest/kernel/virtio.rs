@@ -66,6 +66,9 @@ pub struct Device {
     notify_multiplier: u32,
     /// Its configuration space.
     pub config: u64,
+    /// Where in which slot its MSI-X capability is.
+    msix: Option<(u8, u8)>,
+    bar: u64,
 }
 
 impl Device {
@@ -88,6 +91,8 @@ impl Device {
             notify: 0,
             notify_multiplier: 0,
             config: 0,
+            msix: None,
+            bar,
         };
         let mut at = (config_read(slot, 0x34) & 0xfc) as u8;
         // As many as fit in configuration space.
@@ -107,6 +112,9 @@ impl Device {
                     4 => device.config = place,
                     _ => {}
                 }
+            }
+            if head & 0xff == 0x11 {
+                device.msix = Some((slot, at));
             }
             at = (head >> 8 & 0xfc) as u8;
         }
@@ -152,6 +160,32 @@ impl Device {
             available: 0,
             used: 0,
         }
+    }
+
+    /// How many queues it has.
+    pub fn queues(&self) -> u16 {
+        read(self.common + 18)
+    }
+
+    /// Has all its interrupts sent to the first CPU (PCI Local Bus 3.0, 6.8.2).
+    pub fn interrupt(&self) {
+        let Some((slot, at)) = self.msix else { return };
+        let control = config_read(slot, at);
+        let table = self.bar + u64::from(config_read(slot, at + 4) & !7);
+        for entry in 0..=u64::from(control >> 16 & 0x7ff) {
+            let entry = table + 16 * entry;
+            write::<u32>(entry, 0xfee0_0000);
+            write::<u32>(entry + 4, 0);
+            write::<u32>(entry + 8, cpu::VECTOR.into());
+            write::<u32>(entry + 12, 0);
+        }
+        config_write(slot, at, control | 1 << 31);
+    }
+
+    /// Gives a queue the interrupt behind the one for changes.
+    pub fn interrupt_for(&self, queue: u16) {
+        write(self.common + 22, queue);
+        write(self.common + 26, queue + 1);
     }
 
     /// It may use its queues.

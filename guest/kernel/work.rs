@@ -13,7 +13,7 @@ use crate::apic;
 use crate::boot::Ram;
 use crate::clock;
 use crate::cpu::{self, Block};
-use crate::io::Io;
+use crate::io::{self, Io};
 use crate::line::{Line, Refusal};
 use crate::options::{Options, Order, Workload};
 use crate::pattern::{self, PAGE_SIZE, Page};
@@ -189,6 +189,12 @@ impl Worker {
                 self.finish_if(true)
             }
             Workload::Io => self.drive_devices(now),
+            Workload::Queues => {
+                if self.cpu.index == 0 {
+                    serial::say(&io::start_all(&self.work.ram));
+                }
+                self.finish_if(true)
+            }
             Workload::SelfTest => {
                 if self.cpu.index == 0 {
                     serial::say(&Line::SelfTest {

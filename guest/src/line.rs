@@ -155,6 +155,13 @@ lines! {
         /// What was not as it should be.
         bad: u64,
     }
+    /// All virtio devices have been started.
+    Queues = "queues" {
+        /// Devices.
+        devices: u64,
+        /// Queues, of all together.
+        queues: u64,
+    }
     /// The self-test has run.
     SelfTest = "selftest" {
         /// What failed.

@@ -61,6 +61,9 @@ pub enum Workload {
     /// and sends UDP datagrams back, and a console that sends back what is typed. The
     /// [command](Command::Io) `io` asks how far it is.
     Io,
+    /// Starting every virtio device on the first PCI bus with all its queues, each with an interrupt of its
+    /// own, and nothing more: [`Line::Queues`](crate::Line::Queues).
+    Queues,
     /// Exceptions, floating point, interrupts and clocks: [`Line::SelfTest`](crate::Line::SelfTest).
     SelfTest,
     /// Crashing.
@@ -212,6 +215,7 @@ impl Options {
             "exits" => Workload::Exits { port, count },
             "smp" => Workload::Smp,
             "io" => Workload::Io,
+            "queues" => Workload::Queues,
             "selftest" => Workload::SelfTest,
             "crash" => Workload::Crash(crash),
             _ => return Err(OptionError(Key::Workload)),
@@ -258,6 +262,7 @@ impl fmt::Display for Workload {
             }
             Self::Smp => f.write_str("smp"),
             Self::Io => f.write_str("io"),
+            Self::Queues => f.write_str("queues"),
             Self::SelfTest => f.write_str("selftest"),
             Self::Crash(crash) => {
                 f.write_str("crash")?;

@@ -21,6 +21,7 @@ fn workloads() -> impl Strategy<Value = Workload> {
             Workload::Touch,
             Workload::Smp,
             Workload::Io,
+            Workload::Queues,
             Workload::SelfTest
         ]),
         (some(), some(), select(Order::ALL)).prop_map(|(region_mib, rate, order)| {

@@ -7,6 +7,7 @@
 //! API, and is measured beside us through that; so is QEMU, if it is installed. `whimbrel` must have been
 //! built in the same profile: `cargo build --release`.
 
+mod devices;
 mod faults;
 mod peer;
 mod qemu;
@@ -44,6 +45,7 @@ async fn main() -> Result<()> {
     }
     let times = if quick { 3 } else { 5 };
     stops(times, quick, peer.as_deref()).await?;
+    devices::stops(times).await?;
     let (p50, p99) = faults::bare()?;
     println!(
         "\nA page that another thread of the process fills is there after (us): p50 {p50}, p99 {p99}."
