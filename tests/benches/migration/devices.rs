@@ -17,9 +17,9 @@ const DISK_QUEUES: u16 = 4;
 pub(crate) async fn stops(times: usize) -> Result<()> {
     println!("\nDevices in the stop of a guest with 256 MiB, in ms: medians of {times}.\n");
     println!(
-        "| interfaces, each of {PAIRS} queue pairs | disks, each of {DISK_QUEUES} queues | queues in all | measured | of it save | of it load |"
+        "| interfaces, each of {PAIRS} queue pairs | disks, each of {DISK_QUEUES} queues | queues in all | measured | of it pause | save | state there and ready | of that load | order |"
     );
-    println!("|---|---|---|---|---|---|");
+    println!("|---|---|---|---|---|---|---|---|---|");
     for (nets, disks) in [(0, 0), (1, 1), (8, 16)] {
         let services = [
             Service::start(Face::Many).await?,
@@ -35,7 +35,7 @@ pub(crate) async fn stops(times: usize) -> Result<()> {
         };
         // Beside entropy.
         ensure!(devices == nets + disks + 1, "the guest started {devices}");
-        let mut stops = [const { Vec::new() }; 3];
+        let mut stops = [const { Vec::new() }; 6];
         for turn in 0..times {
             let (from, to) = (&services[turn % 2], &services[(turn + 1) % 2]);
             let waiting = receive(to.client()).await?;
@@ -44,14 +44,21 @@ pub(crate) async fn stops(times: usize) -> Result<()> {
             let sent = over(from.client(), &begun).await?;
             over(to.client(), &waiting).await?;
             let stop = sent.downtime.context("a guest that moved was stopped")?;
-            let parts = [stop.total_us, stop.save_us, stop.load_us];
+            let parts = [
+                stop.total_us,
+                stop.pause_us,
+                stop.save_us,
+                stop.transfer_us,
+                stop.load_us,
+                stop.hand_over_us,
+            ];
             stops
                 .iter_mut()
                 .zip(parts)
                 .for_each(|(all, us)| all.push(us));
         }
-        let [total, save, load] = stops.map(|all| ms(median_of(all)));
-        println!("| {nets} | {disks} | {queues} | {total} | {save} | {load} |");
+        let parts = stops.map(|all| ms(median_of(all))).join(" | ");
+        println!("| {nets} | {disks} | {queues} | {parts} |");
     }
     Ok(())
 }
