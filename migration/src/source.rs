@@ -383,6 +383,10 @@ impl Engine<'_, '_> {
             let dirty = count(&pending);
             let span = harvested.elapsed();
             harvested = Instant::now();
+            if self.measured.downtime(0) > self.sending.policy.max_downtime {
+                // No round would change that; but what was busy when it was measured may be no longer.
+                self.measure()?;
+            }
             let predicted = self.measured.downtime(dirty);
             progress.update(|report| {
                 report.dirty_pages_per_second = per_second(dirty, span);
