@@ -1,6 +1,7 @@
 //! The root bus.
 
 use std::collections::BTreeMap;
+use std::ops::Bound;
 use std::sync::Arc;
 
 use memory::DeviceOps;
@@ -8,6 +9,7 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use state::{Load, LoadError, LoadScope, Save, SaveError, Saved, Scope};
 
+use super::registers::{HEADER_TYPE, MULTI_FUNCTION};
 use super::{Bdf, ConfigSpace, ECAM_BUS_LEN, HOST_BRIDGE, Registers};
 
 /// A function cannot be put on the bus.
@@ -16,6 +18,9 @@ pub enum BusError {
     /// Another one is there.
     #[error("there is a function at {0} already")]
     Occupied(Bdf),
+    /// Its slot has no function 0, without which nobody looks for others.
+    #[error("there cannot be a function at {0} without function 0 of its slot")]
+    NoFirst(Bdf),
     /// No device number is free.
     #[error("all 31 slots of the bus are taken")]
     Full,
@@ -66,14 +71,18 @@ impl Bus {
         self.state.lock().functions.keys().copied().collect()
     }
 
-    /// Puts a function on the bus.
+    /// Puts a function on the bus: into a slot of its own, or behind function 0 of a slot that it
+    /// shares.
     ///
     /// # Errors
-    /// When there is one at that place.
+    /// When there is one at that place, or no function 0 of the slot.
     pub fn attach(&self, bdf: Bdf, function: Arc<dyn ConfigSpace>) -> Result<(), BusError> {
         let mut state = self.state.lock();
         if state.functions.contains_key(&bdf) {
             return Err(BusError::Occupied(bdf));
+        }
+        if bdf.function() != 0 && !state.functions.contains_key(&bdf.first()) {
+            return Err(BusError::NoFirst(bdf));
         }
         state.functions.insert(bdf, function);
         Ok(())
@@ -97,14 +106,6 @@ impl Bus {
             .ok_or(BusError::Full)
     }
 
-    /// Whether there is nothing at any function of a slot.
-    #[must_use]
-    pub fn is_free(&self, slot: Bdf) -> bool {
-        let state = self.state.lock();
-        let there = |bdf: &Bdf| bdf.device() == slot.device();
-        !state.functions.keys().any(there)
-    }
-
     /// What answers in the ECAM window of this bus.
     pub fn ecam(self: &Arc<Self>) -> Arc<dyn DeviceOps> {
         Arc::new(Ecam(Arc::clone(self)))
@@ -116,23 +117,56 @@ impl Bus {
     }
 }
 
+/// A function that answers an access.
+struct Answering {
+    function: Arc<dyn ConfigSpace>,
+    /// It is function 0 of a slot that has others.
+    is_first_of_several: bool,
+}
+
+impl State {
+    /// Who answers, if there is anybody. A slot without function 0 is an empty one.
+    fn answering(&self, bdf: Bdf) -> Option<Answering> {
+        let function = self.functions.get(&bdf)?;
+        if bdf.function() != 0 && !self.functions.contains_key(&bdf.first()) {
+            return None;
+        }
+        let next = (Bound::Excluded(bdf), Bound::Unbounded);
+        let next = self.functions.range(next).next();
+        let is_of_several = next.is_some_and(|(next, _)| next.device() == bdf.device());
+        Some(Answering {
+            function: Arc::clone(function),
+            is_first_of_several: bdf.function() == 0 && is_of_several,
+        })
+    }
+}
+
 impl Bus {
     /// The function that answers. The bus is not locked while it does: an access may move a BAR.
-    fn function(&self, bdf: Option<Bdf>) -> Option<Arc<dyn ConfigSpace>> {
-        self.state.lock().functions.get(&bdf?).cloned()
+    fn answering(&self, bdf: Option<Bdf>) -> Option<Answering> {
+        self.state.lock().answering(bdf?)
     }
 
     fn read(&self, bdf: Option<Bdf>, at: usize, data: &mut [u8]) {
-        match self.function(bdf) {
-            Some(function) => function.read(at, data),
+        let Some(answering) = self.answering(bdf) else {
             // Nobody there: the bus floats.
-            None => data.fill(0xff),
+            data.fill(0xff);
+            return;
+        };
+        answering.function.read(at, data);
+        if answering.is_first_of_several {
+            // PCI Local Bus 3.0, 6.2.1. Where functions are is the bus's to know, and no part of
+            // what they save.
+            let header_type = HEADER_TYPE.checked_sub(at);
+            if let Some(byte) = header_type.and_then(|byte| data.get_mut(byte)) {
+                *byte |= MULTI_FUNCTION;
+            }
         }
     }
 
     fn write(&self, bdf: Option<Bdf>, at: usize, data: &[u8]) {
-        if let Some(function) = self.function(bdf) {
-            function.write(at, data);
+        if let Some(answering) = self.answering(bdf) {
+            answering.function.write(at, data);
         }
     }
 }
@@ -234,7 +268,7 @@ impl DeviceOps for Ports {
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::CONFIG_LEN;
+    use super::super::{CONFIG_LEN, Identity};
     use super::*;
 
     fn read_u32(ops: &dyn DeviceOps, offset: u64) -> u32 {
@@ -255,6 +289,107 @@ mod tests {
         assert_eq!(read_u32(&*ports, 4), 0x0600_0000);
         ports.write(0, &(ENABLE | 1 << 16).to_le_bytes());
         assert_eq!(read_u32(&*ports, 4), u32::MAX, "bus 1 is not there");
+    }
+
+    fn at(device: u8, function: u8) -> Bdf {
+        Bdf::new(device, function).unwrap()
+    }
+
+    /// A function that is told by its device id.
+    fn function(id: u16) -> Arc<dyn ConfigSpace> {
+        Arc::new(Fixed(Registers::new(Identity {
+            device: id,
+            ..HOST_BRIDGE
+        })))
+    }
+
+    /// The first register of a function, both ways.
+    fn ids(bus: &Arc<Bus>, bdf: Bdf) -> [u32; 2] {
+        let devfn = u32::from(bdf.devfn());
+        let (ecam, ports) = (bus.ecam(), bus.ports());
+        ports.write(0, &(ENABLE | devfn << 8).to_le_bytes());
+        [
+            read_u32(&*ecam, u64::from(devfn) << 12),
+            read_u32(&*ports, 4),
+        ]
+    }
+
+    #[test]
+    fn functions_share_a_slot_and_those_that_are_absent_read_as_ones() {
+        let bus = Bus::new();
+        assert_eq!(
+            bus.attach(at(3, 1), function(1)),
+            Err(BusError::NoFirst(at(3, 1)))
+        );
+        for (bdf, id) in [
+            (at(3, 0), 30),
+            (at(3, 2), 32),
+            (at(3, 7), 37),
+            (at(5, 0), 50),
+        ] {
+            bus.attach(bdf, function(id)).unwrap();
+        }
+        assert_eq!(
+            bus.attach(at(3, 2), function(1)),
+            Err(BusError::Occupied(at(3, 2)))
+        );
+        assert_eq!(bus.free_slot(), Ok(at(1, 0)));
+        for device in 1..32 {
+            for number in 0..8 {
+                let id = match (device, number) {
+                    (3, 0 | 2 | 7) | (5, 0) => 10 * u32::from(device) + u32::from(number),
+                    _ => u32::from(u16::MAX),
+                };
+                let seen = if id == 0xffff {
+                    u32::MAX
+                } else {
+                    id << 16 | 0x8086
+                };
+                let bdf = at(device, number);
+                assert_eq!(ids(&bus, bdf), [seen; 2], "{bdf}");
+            }
+        }
+        // What is behind function 0 is there no more without it.
+        let first = bus.detach(at(3, 0)).unwrap();
+        assert_eq!(ids(&bus, at(3, 2)), [u32::MAX; 2]);
+        bus.ecam()
+            .write(u64::from(at(3, 2).devfn()) << 12 | 4, &[7, 0]);
+        bus.attach(at(3, 0), first).unwrap();
+        assert_eq!(ids(&bus, at(3, 2)), [32 << 16 | 0x8086; 2]);
+    }
+
+    #[test]
+    fn function_0_says_that_there_are_others_however_it_is_read() {
+        let bus = Bus::new();
+        for bdf in [at(3, 0), at(3, 1), at(4, 0)] {
+            bus.attach(bdf, function(1)).unwrap();
+        }
+        let ecam = bus.ecam();
+        let header_type = |bdf: Bdf, from: u64, len: u64| {
+            let mut data = vec![0; len as usize];
+            ecam.read((u64::from(bdf.devfn()) << 12) + from, &mut data);
+            data[(0x0e - from) as usize]
+        };
+        for (from, len) in [
+            (0x0e, 1),
+            (0x0e, 2),
+            (0x0d, 2),
+            (0x0c, 4),
+            (0x08, 8),
+            (0, 64),
+        ] {
+            let seen =
+                [at(3, 0), at(3, 1), at(4, 0), at(0, 0)].map(|bdf| header_type(bdf, from, len));
+            assert_eq!(seen, [0x80, 0, 0, 0], "{len} bytes from {from:#x}");
+        }
+        // Its neighbours are as they were.
+        for (from, len) in [(0x0c, 2), (0x0f, 1), (0x10, 4)] {
+            let mut data = vec![0; len];
+            ecam.read((u64::from(at(3, 0).devfn()) << 12) + from, &mut data);
+            assert!(data.iter().all(|byte| *byte == 0), "{from:#x}");
+        }
+        bus.detach(at(3, 1));
+        assert_eq!(header_type(at(3, 0), 0x0e, 1), 0);
     }
 
     proptest! {

@@ -52,6 +52,31 @@ impl Bdf {
         }
     }
 
+    /// From both in a byte, as PCI writes them: the device number above the three bits of the
+    /// function number.
+    #[must_use]
+    pub const fn from_devfn(devfn: u8) -> Self {
+        Self {
+            device: devfn >> 3,
+            function: devfn & 7,
+        }
+    }
+
+    /// Both in a byte.
+    #[must_use]
+    pub const fn devfn(self) -> u8 {
+        self.device << 3 | self.function
+    }
+
+    /// Function 0 of the same slot.
+    #[must_use]
+    pub const fn first(self) -> Self {
+        Self {
+            device: self.device,
+            function: 0,
+        }
+    }
+
     /// The device number, 0 to 31.
     #[must_use]
     pub const fn device(self) -> u8 {

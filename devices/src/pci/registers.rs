@@ -14,8 +14,10 @@ const STATUS: usize = 0x06;
 const STATUS_CAPABILITIES: u16 = 1 << 4;
 const REVISION: usize = 0x08;
 const CLASS: usize = 0x09;
-const HEADER_TYPE: usize = 0x0e;
-const MULTI_FUNCTION: u8 = 1 << 7;
+/// What kind of header it is.
+pub(super) const HEADER_TYPE: usize = 0x0e;
+/// Of the header type of a function 0: there are other functions in its slot.
+pub(super) const MULTI_FUNCTION: u8 = 1 << 7;
 /// The first of six BARs.
 pub(super) const BARS: usize = 0x10;
 const SUBSYSTEM_VENDOR: usize = 0x2c;
@@ -111,11 +113,6 @@ impl Registers {
         let status = self.get_u16(STATUS) | STATUS_CAPABILITIES;
         self.set(STATUS, &status.to_le_bytes());
         Some(free)
-    }
-
-    /// Says that other functions share this one's device number.
-    pub fn set_multi_function(&mut self) {
-        self.bytes[HEADER_TYPE] |= MULTI_FUNCTION;
     }
 
     pub(super) fn get_u16(&self, at: usize) -> u16 {
