@@ -8,7 +8,7 @@ use core::sync::atomic::{
 use crate::boot::Ram;
 use crate::line::Line;
 use crate::pattern::{self, PAGE_SIZE, Page};
-use crate::virtio::{Buffer, CHAINS, Device, Queue, read, write};
+use crate::virtio::{Buffer, CHAINS, Device, Queue, devices, read, write};
 
 const NET: u32 = 1;
 const BLOCK: u32 = 2;
@@ -26,6 +26,7 @@ const BUFFER: u64 = 2048;
 /// What was done so far. One CPU writes.
 #[derive(Default)]
 pub struct Counts {
+    devices: AtomicU64,
     random: AtomicU64,
     blocks: AtomicU64,
     frames: AtomicU64,
@@ -34,6 +35,7 @@ pub struct Counts {
 }
 
 pub static COUNTS: Counts = Counts {
+    devices: AtomicU64::new(0),
     random: AtomicU64::new(0),
     blocks: AtomicU64::new(0),
     frames: AtomicU64::new(0),
@@ -48,6 +50,7 @@ fn add(counter: &AtomicU64, count: u64) {
 impl Counts {
     pub fn line(&self) -> Line {
         Line::Io {
+            devices: self.devices.load(Acquire),
             random: self.random.load(Acquire),
             blocks: self.blocks.load(Acquire),
             frames: self.frames.load(Acquire),
@@ -108,7 +111,8 @@ impl Io {
             console: None,
         };
         let mut pages = Pages { ram, next: 0 };
-        for device in (1..32).filter_map(Device::find) {
+        for device in devices() {
+            add(&COUNTS.devices, 1);
             if !device.begin() {
                 add(&COUNTS.bad, 1);
                 continue;

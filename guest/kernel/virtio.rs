@@ -10,6 +10,10 @@ const CONFIG_ADDRESS: u16 = 0xcf8;
 const CONFIG_DATA: u16 = 0xcfc;
 const VIRTIO_VENDOR: u32 = 0x1af4;
 const FIRST_DEVICE: u32 = 0x1040;
+/// The register of which the third byte is the header type, and the bit that says that the slot has
+/// more functions than this.
+const HEADER_TYPE: u8 = 0x0c;
+const MULTI_FUNCTION: u32 = 1 << 7;
 
 /// Where BARs are put, so that they are in the identity map: a window of the PCI root.
 const BARS: u64 = 0xc000_0000;
@@ -30,17 +34,44 @@ pub const CHAINS: u16 = SIZE / PER_CHAIN;
 const AVAILABLE: u64 = 0x200;
 const USED: u64 = 0x400;
 
-fn config_read(slot: u8, at: u8) -> u32 {
-    cpu::out32(
-        CONFIG_ADDRESS,
-        1 << 31 | u32::from(slot) << 11 | u32::from(at & 0xfc),
-    );
-    cpu::in32(CONFIG_DATA)
+/// Where a function is: device and function number.
+#[derive(Clone, Copy)]
+struct Place {
+    slot: u8,
+    function: u8,
 }
 
-fn config_write(slot: u8, at: u8, value: u32) {
-    config_read(slot, at);
-    cpu::out32(CONFIG_DATA, value);
+impl Place {
+    fn devfn(self) -> u32 {
+        u32::from(self.slot) << 3 | u32::from(self.function)
+    }
+
+    fn read(self, at: u8) -> u32 {
+        cpu::out32(
+            CONFIG_ADDRESS,
+            1 << 31 | self.devfn() << 8 | u32::from(at & 0xfc),
+        );
+        cpu::in32(CONFIG_DATA)
+    }
+
+    fn write(self, at: u8, value: u32) {
+        self.read(at);
+        cpu::out32(CONFIG_DATA, value);
+    }
+}
+
+/// All devices of the bus. Behind function 0 others are looked for where it says that there are
+/// some (PCI Local Bus 3.0, 6.2.1).
+pub fn devices() -> impl Iterator<Item = Device> {
+    (1..32).flat_map(|slot| {
+        let first = Place { slot, function: 0 };
+        let is_there = first.read(0) & 0xffff != 0xffff;
+        let count = match is_there && first.read(HEADER_TYPE) >> 16 & MULTI_FUNCTION != 0 {
+            true => 8,
+            false => 1,
+        };
+        (0..count).filter_map(move |function| Device::find(Place { slot, function }))
+    })
 }
 
 /// Reads a register or a word that a device writes.
@@ -72,19 +103,19 @@ pub struct Device {
 }
 
 impl Device {
-    /// The device in a slot, if there is one. Its BAR is moved to where it can be reached.
-    pub fn find(slot: u8) -> Option<Self> {
-        let id = config_read(slot, 0);
+    /// The device at a place, if there is one. Its BAR is moved to where it can be reached.
+    fn find(place: Place) -> Option<Self> {
+        let id = place.read(0);
         let kind = (id >> 16).checked_sub(FIRST_DEVICE)?;
         if id & 0xffff != VIRTIO_VENDOR || kind > 63 {
             return None;
         }
-        let bar = BARS + u64::from(slot) * BAR_SPACING;
-        config_write(slot, 4, 0);
-        config_write(slot, 0x10, bar as u32);
-        config_write(slot, 0x14, (bar >> 32) as u32);
+        let bar = BARS + u64::from(place.devfn()) * BAR_SPACING;
+        place.write(4, 0);
+        place.write(0x10, bar as u32);
+        place.write(0x14, (bar >> 32) as u32);
         // Memory space and bus mastering.
-        config_write(slot, 4, 6);
+        place.write(4, 6);
         let mut device = Self {
             kind,
             common: 0,
@@ -94,22 +125,22 @@ impl Device {
             msix: None,
             bar,
         };
-        let mut at = (config_read(slot, 0x34) & 0xfc) as u8;
+        let mut at = (place.read(0x34) & 0xfc) as u8;
         // As many as fit in configuration space.
         for _ in 0..48 {
             if at == 0 {
                 break;
             }
-            let head = config_read(slot, at);
+            let head = place.read(at);
             if head & 0xff == 9 {
-                let place = bar + u64::from(config_read(slot, at + 8));
+                let structure = bar + u64::from(place.read(at + 8));
                 match head >> 24 {
-                    1 => device.common = place,
+                    1 => device.common = structure,
                     2 => {
-                        device.notify = place;
-                        device.notify_multiplier = config_read(slot, at + 16);
+                        device.notify = structure;
+                        device.notify_multiplier = place.read(at + 16);
                     }
-                    4 => device.config = place,
+                    4 => device.config = structure,
                     _ => {}
                 }
             }

@@ -144,6 +144,8 @@ lines! {
     }
     /// The answer to `io`: how far [`Workload::Io`](crate::Workload::Io) is.
     Io = "io" {
+        /// Devices that were found on the bus.
+        devices: u64,
         /// Bytes of entropy.
         random: u64,
         /// Pages that were written to the disk, and read back as they were written.

@@ -119,7 +119,8 @@ fn lines() -> impl Strategy<Value = Line> {
             count,
             expected
         }),
-        any::<[u64; 5]>().prop_map(|[random, blocks, frames, chars, bad]| Line::Io {
+        any::<[u64; 6]>().prop_map(|[devices, random, blocks, frames, chars, bad]| Line::Io {
+            devices,
             random,
             blocks,
             frames,
