@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::net::IpAddr;
 
+use crate::console::ConsoleMode;
 use crate::device::{NetConfig, VsockConfig};
 use crate::disk::{DiskConfig, ImageType};
 use crate::limits;
@@ -46,6 +47,7 @@ pub(crate) fn check(config: &VmConfig, found: &mut Vec<FieldProblem>) {
     ] {
         Below { pointer, found }.placed_elsewhere(iommu, segment, device);
     }
+    check_count(config, found);
     let mut names = HashSet::new();
     for (pointer, id) in names::given(config) {
         if let Some(wrong) = names::check_device_name(&pointer, id) {
@@ -54,6 +56,38 @@ pub(crate) fn check(config: &VmConfig, found: &mut Vec<FieldProblem>) {
             let detail = format!("there is another device of the name `{id}`");
             found.push(problem(&format!("{pointer}/id"), "duplicate", detail));
         }
+    }
+}
+
+fn check_count(config: &VmConfig, found: &mut Vec<FieldProblem>) {
+    let (count, most) = (config.device_count(), limits::DEVICES);
+    if count > most {
+        let disks = config.disks.iter().flatten().count();
+        let net = config.net.iter().flatten().count();
+        let pointer = if disks < net { "/net" } else { "/disks" };
+        let detail = format!(
+            "{count} devices are more than the {most} that a VM can have (disks: {disks}, network \
+             interfaces: {net}, others: {})",
+            count.saturating_sub(disks).saturating_sub(net)
+        );
+        found.push(problem(pointer, "out-of-range", detail));
+    }
+}
+
+impl VmConfig {
+    /// The devices that it puts on the bus, with the console and the source of entropy.
+    #[must_use]
+    pub fn device_count(&self) -> usize {
+        let others = [
+            self.vsock.is_some(),
+            self.balloon.is_some(),
+            self.console.mode != ConsoleMode::Off,
+            // The source of entropy.
+            true,
+        ];
+        let others = others.into_iter().filter(|is_there| *is_there).count();
+        let lists = self.disks.iter().flatten().count() + self.net.iter().flatten().count();
+        lists.saturating_add(others)
     }
 }
 
@@ -413,6 +447,34 @@ mod tests {
             let expected = (format!("/{field}"), "out-of-range".to_owned());
             assert_eq!(found(vsock), [expected], "{vsock}");
         }
+    }
+
+    #[test]
+    fn more_devices_than_a_vm_can_have_are_refused_with_their_number() {
+        let disks = |count| format!("[{}]", vec![r#"{"path":"/a"}"#; count].join(","));
+        assert_eq!(found(&disks(62)), []);
+        let of_disks = ("/disks".to_owned(), "out-of-range".to_owned());
+        assert_eq!(found(&disks(63)), [of_disks]);
+
+        let mut config: VmConfig = serde_json::from_str(&format!(
+            r#"{{"payload":{{"kernel":"/k"}},"net":[{}],"vsock":{{"cid":3,"socket":"/s"}},
+                "balloon":{{"size":0}},"console":{{"mode":"Off"}},"disks":[{{"path":"/a"}}]}}"#,
+            vec!["{}"; 61].join(",")
+        ))
+        .unwrap();
+        let mut problems = Vec::new();
+        check(&config, &mut problems);
+        let [problem] = &problems[..] else {
+            unreachable!("{problems:?}")
+        };
+        assert_eq!(problem.pointer, "/net");
+        let detail = "65 devices are more than the 64 that a VM can have (disks: 1, network \
+                      interfaces: 61, others: 3)";
+        assert_eq!(problem.detail, detail);
+        config.balloon = None;
+        problems.clear();
+        check(&config, &mut problems);
+        assert_eq!((config.device_count(), problems.len()), (64, 0));
     }
 
     #[test]

@@ -12,6 +12,9 @@ pub const CMDLINE_LEN: usize = 2048;
 /// The page that memory sizes are multiples of.
 pub const PAGE: u64 = 4096;
 
+/// Devices of a VM, with its console and its source of entropy.
+pub const DEVICES: usize = 64;
+
 /// Queues of a device.
 pub const QUEUES: usize = 32;
 
