@@ -263,6 +263,14 @@ impl Driver {
 
     /// Has a machine built, in place of the one that there is.
     fn build(&mut self, asked: Option<Ask>) {
+        let places = Places {
+            on_bus: match &self.stage {
+                // Over a reset they stay where they are.
+                Stage::On(active) => active.devices().places(),
+                _ => BTreeMap::new(),
+            },
+            ..Places::default()
+        };
         self.stage = Stage::Building { asked };
         self.next_machine();
         self.asked_at = Instant::now();
@@ -272,7 +280,7 @@ impl Driver {
         let back = reporter.clone();
         let builder = std::thread::Builder::new().name("vm-build".to_owned());
         let started = builder.spawn(move || {
-            let built = Built::new(&host, &config, outputs, &Places::default(), &reporter)
+            let built = Built::new(&host, &config, outputs, &places, &reporter)
                 .and_then(|built| built.boot(&config, &reporter));
             reporter.tell(Happening::Built(Box::new(built)));
         });

@@ -34,6 +34,7 @@ mod migrate;
 mod moving;
 mod open;
 mod pci;
+mod places;
 mod pool;
 mod run_control;
 mod vcpu;

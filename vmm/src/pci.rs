@@ -52,17 +52,17 @@ impl PciHost {
         &self.bus
     }
 
-    /// Puts a device in this slot, or the first that is free, as part of a change of the map.
+    /// Puts a device at this place, or in the first slot that is free, as part of a change of the
+    /// map.
     pub(crate) fn plug(
         &mut self,
         tx: &mut Transaction<'_>,
         id: &str,
         device: Box<dyn VirtioDevice>,
-        slot: Option<u8>,
+        at: Option<Bdf>,
         reporter: &Reporter,
     ) -> Result<Plugged, BuildError> {
-        let wanted = slot.and_then(|slot| Bdf::new(slot, 0));
-        let bdf = match wanted.filter(|bdf| self.bus.is_free(*bdf)) {
+        let bdf = match at {
             Some(bdf) => bdf,
             None => self.bus.free_slot()?,
         };

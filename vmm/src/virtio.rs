@@ -16,8 +16,9 @@ use crate::driver::Reporter;
 use crate::failure::BuildError;
 use crate::open::{self, ConsoleEnd, Control, Opened, Whose};
 use crate::pci::{PciHost, Plugged, SharedTopology};
+use crate::places;
 
-/// A device in its slot.
+/// A device in its place.
 struct Entry {
     plugged: Plugged,
     control: Control,
@@ -30,8 +31,8 @@ struct Entry {
 pub(crate) struct Places {
     /// The CPUs; the host's when absent.
     pub(crate) cpuid: Option<CpuId>,
-    /// Slots by the devices' names; for those that are not in it, the first that are free.
-    pub(crate) slots: BTreeMap<String, u8>,
+    /// Where devices are, by their names; where those of a new machine usually are when it is empty.
+    pub(crate) on_bus: BTreeMap<String, Bdf>,
     pub(crate) whose: Whose,
     /// Pages may come after the guest: a device that waits for one must make nobody else's wait. Its
     /// machine has threads of its own.
@@ -44,7 +45,7 @@ impl Default for Places {
     fn default() -> Self {
         Self {
             cpuid: None,
-            slots: BTreeMap::new(),
+            on_bus: BTreeMap::new(),
             whose: Whose::Ours,
             may_wait: false,
             memory: None,
@@ -73,19 +74,26 @@ impl Devices {
             host,
             entries: BTreeMap::new(),
         };
-        for opened in open::all(config, console, workers, places.whose)? {
-            let slot = places.slots.get(&opened.id).copied();
-            devices.plug(tx, opened, slot, reporter)?;
+        let opened = open::all(config, console, workers, places.whose)?;
+        let ids = opened.iter().map(|opened| opened.id.as_str());
+        let at = places::assign(ids, &places.on_bus);
+        let mut all: Vec<_> = at.into_iter().zip(opened).collect();
+        // Function 0 of a slot before its others, and those that have a place before those that
+        // take any.
+        all.sort_by_key(|(at, _)| (at.is_none(), *at));
+        for (at, opened) in all {
+            devices.plug(tx, opened, at, reporter)?;
         }
         Ok(devices)
     }
 
-    /// Puts a device in this slot, or the first that is free, as part of a change of the map.
+    /// Puts a device at this place, or in the first slot that is free, as part of a change of the
+    /// map.
     pub(crate) fn plug(
         &mut self,
         tx: &mut Transaction<'_>,
         opened: Opened,
-        slot: Option<u8>,
+        at: Option<Bdf>,
         reporter: &Reporter,
     ) -> Result<(), BuildError> {
         let Opened {
@@ -93,7 +101,7 @@ impl Devices {
             device,
             control,
         } = opened;
-        let plugged = self.host.plug(tx, &id, device, slot, reporter)?;
+        let plugged = self.host.plug(tx, &id, device, at, reporter)?;
         let entry = Entry {
             plugged,
             control,
@@ -188,10 +196,18 @@ impl Devices {
         self.entries.get(id).map(|entry| entry.plugged.bdf)
     }
 
-    /// The slots of all devices.
-    pub(crate) fn slots(&self) -> BTreeMap<String, u8> {
-        let slot = |(id, entry): (&String, &Entry)| (id.clone(), entry.plugged.bdf.device());
-        self.entries.iter().map(slot).collect()
+    /// Where all devices are.
+    pub(crate) fn places(&self) -> BTreeMap<String, Bdf> {
+        let place = |(id, entry): (&String, &Entry)| (id.clone(), entry.plugged.bdf);
+        self.entries.iter().map(place).collect()
+    }
+
+    /// Where the device of this name is, if others are in the same slot.
+    pub(crate) fn shared_place(&self, id: &str) -> Option<Bdf> {
+        let at = self.place(id)?;
+        let mut others = self.entries.values().map(|entry| entry.plugged.bdf);
+        let is_shared = others.any(|other| other != at && other.device() == at.device());
+        is_shared.then_some(at)
     }
 
     /// Each device lets go of what only one machine may have. They are paused.

@@ -1,11 +1,19 @@
-//! The devices of a machine on `/dev/kvm`, as its owner sees them: the pocket guest runs and uses
-//! none of them.
+//! The devices of a machine on `/dev/kvm`, as its owner sees them: the pocket guest runs and, but
+//! where there are many, uses none of them.
 
 #![expect(clippy::unwrap_used, reason = "a test that goes wrong panics")]
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
 use control::{NewDevice, Registry, Reply, Request, RequestError, VmHandle};
-use guest::Options;
-use spec::{DeviceState, PayloadConfig, VmConfig, VmRemoveDevice, VmResize, VmResizeDisk, VmState};
+use guest::{Command, Line, Options, Workload};
+use spec::{
+    DeviceNode, DeviceState, PayloadConfig, VmConfig, VmRemoveDevice, VmResize, VmResizeDisk,
+    VmState,
+};
 use vmm::{Pool, PoolConfig};
 
 struct Lab {
@@ -31,13 +39,18 @@ impl Lab {
         self.path(name)
     }
 
-    fn create(&self, change: impl FnOnce(&mut VmConfig)) -> VmHandle {
+    fn config(&self) -> VmConfig {
         let mut config = VmConfig::with_payload(PayloadConfig {
             kernel: Some(self.path("pocket")),
             cmdline: Some(Options::default().to_string()),
             ..PayloadConfig::default()
         });
         config.memory.size = 64 << 20;
+        config
+    }
+
+    fn create(&self, change: impl FnOnce(&mut VmConfig)) -> VmHandle {
+        let mut config = self.config();
         change(&mut config);
         self.registry.create(None, config).unwrap()
     }
@@ -178,6 +191,136 @@ async fn devices_come_and_go_and_nothing_is_left_of_a_machine() {
     assert_eq!((added, full.code.as_str()), (29, "no-free-slot"));
     assert_eq!(other.status().devices.len(), 31);
     assert_eq!(other.status().state, VmState::Running);
+}
+
+/// The devices that a guest finds on its bus, of which it drives a disk and the source of entropy.
+fn found_by_guest(serial: &UnixStream) -> u64 {
+    let patience = Duration::from_secs(30);
+    serial.set_read_timeout(Some(patience)).unwrap();
+    let mut lines = BufReader::new(serial);
+    let start = Instant::now();
+    loop {
+        let mut serial = serial;
+        let asked = format!("{}\n", Command::Io);
+        serial.write_all(asked.as_bytes()).unwrap();
+        let (devices, is_going) = loop {
+            let mut text = String::new();
+            assert!(lines.read_line(&mut text).unwrap() > 0);
+            if let Some(Line::Io {
+                devices,
+                random,
+                blocks,
+                bad,
+                ..
+            }) = Line::parse(&text)
+            {
+                assert_eq!(bad, 0, "{text}");
+                break (devices, random > 1000 && blocks > 10);
+            }
+        };
+        if is_going {
+            return devices;
+        }
+        assert!(start.elapsed() < patience, "{devices} were found");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn places(vm: &VmHandle) -> BTreeMap<String, String> {
+    let devices = vm.status().devices.into_values();
+    let place = |device: DeviceNode| (device.id, device.pci_bdf.unwrap());
+    devices.map(place).collect()
+}
+
+#[tokio::test]
+async fn as_many_devices_as_a_vm_can_have_share_slots() {
+    let lab = Lab::new();
+    let disks = |count: usize| -> Vec<spec::DiskConfig> {
+        let path = |i| lab.image(&format!("{i}.raw"), 1 << 20);
+        let disk = |i| serde_json::from_value(serde_json::json!({ "path": path(i) })).unwrap();
+        (0..count).map(disk).collect()
+    };
+    let with = |count: usize| {
+        let serial = serde_json::json!({ "mode": "Socket", "socket": lab.path("serial") });
+        let options = Options {
+            workload: Workload::Io,
+            ..Options::default()
+        };
+        let mut config = lab.config();
+        config.payload.cmdline = Some(options.to_string());
+        config.serial = serde_json::from_value(serial).unwrap();
+        config.disks = Some(disks(count));
+        config
+    };
+    let refusal = lab.registry.create(None, with(63)).err().unwrap();
+    assert_eq!(refusal.code, "invalid-configuration");
+    let detail = &refusal.fields[0].detail;
+    assert!(
+        detail.starts_with("65 devices are more than the 64"),
+        "{detail}"
+    );
+
+    let vm = lab.registry.create(None, with(62)).unwrap();
+    let next = || disk(&lab.image("next.raw", 1 << 20), None);
+    assert_eq!(refused(add(&vm, next())).await, "too-many-devices");
+    vm.ask(Request::Boot).await.unwrap();
+    let serial = UnixStream::connect(lab.path("serial")).unwrap();
+    assert_eq!(found_by_guest(&serial), 64);
+    let first = places(&vm);
+    assert_eq!(first.values().collect::<BTreeSet<_>>().len(), 64);
+    for (id, place) in [
+        ("_disk0", "0000:00:01.0"),
+        ("_disk20", "0000:00:15.0"),
+        ("_disk21", "0000:00:16.0"),
+        ("_disk28", "0000:00:16.7"),
+        ("__console", "0000:00:1b.1"),
+        ("__rng", "0000:00:1b.2"),
+    ] {
+        assert_eq!(first[id], place, "{id}");
+    }
+
+    // One that shares its slot stays, with all that is said of it.
+    let before = vm.status();
+    for id in ["_disk21", "_disk28", "_disk61"] {
+        let refusal = remove(&vm, id).await.unwrap_err();
+        assert_eq!(refusal.code, "device-shares-slot");
+        assert!(refusal.detail.contains(&first[id]), "{refusal}");
+    }
+    assert_eq!(vm.status().config, before.config);
+    assert_eq!(vm.status().devices, before.devices);
+    assert_eq!(refused(add(&vm, next())).await, "too-many-devices");
+
+    // What comes later has a slot of its own, of which there are four.
+    for id in ["_disk1", "_disk2", "_disk3", "_disk4", "_disk5"] {
+        remove(&vm, id).await.unwrap();
+    }
+    for slot in 0x1c..0x20 {
+        let image = lab.image(&format!("slot{slot}.raw"), 512);
+        let id = format!("new{slot}");
+        let Reply::Added(added) = add(&vm, disk(&image, Some(&id))).await.unwrap() else {
+            unreachable!("a running guest is given devices");
+        };
+        assert_eq!(added.bdf, format!("0000:00:{slot:02x}.0"));
+    }
+    assert_eq!(refused(add(&vm, next())).await, "no-free-slot");
+
+    // A reset takes away what was to go, and leaves everything else where it is.
+    let mut expected = places(&vm);
+    expected
+        .retain(|id, _| !["_disk1", "_disk2", "_disk3", "_disk4", "_disk5"].contains(&id.as_str()));
+    vm.ask(Request::Reboot).await.unwrap();
+    assert_eq!(places(&vm), expected);
+    assert_eq!(found_by_guest(&serial), 63);
+    let Reply::Added(added) = add(&vm, next()).await.unwrap() else {
+        unreachable!("a running guest is given devices");
+    };
+    assert_eq!(added.bdf, "0000:00:02.0");
+
+    // One that is off can do without any.
+    vm.ask(Request::Shutdown).await.unwrap();
+    remove(&vm, "_disk21").await.unwrap();
+    vm.ask(Request::Boot).await.unwrap();
+    assert_eq!(vm.status().devices.len(), 63);
 }
 
 #[tokio::test]

@@ -394,6 +394,65 @@ async fn a_guest_moves_over_tls_with_its_pages_before_and_after_it() {
     }
 }
 
+/// How many devices the guest has found, and what it has done with those that it drives.
+fn driven(console: &mut Console) -> [u64; 3] {
+    console.ask(Command::Io, |line| match line {
+        Line::Io {
+            devices,
+            random,
+            blocks,
+            bad,
+            ..
+        } => {
+            assert_eq!(*bad, 0, "{line}");
+            Some([*devices, *random, *blocks])
+        }
+        _ => None,
+    })
+}
+
+#[tokio::test]
+async fn a_guest_finds_as_many_devices_as_it_can_have_where_they_were() {
+    let stage = Stage::new();
+    let mut config = stage.config(1, 1);
+    let options = Options {
+        workload: Workload::Io,
+        heartbeat_ms: Some(20),
+        ..Options::default()
+    };
+    config.payload.cmdline = Some(options.to_string());
+    let disk = |i: usize| {
+        let path = stage.path(&format!("{i}.raw"));
+        std::fs::File::create(&path)
+            .unwrap()
+            .set_len(1 << 20)
+            .unwrap();
+        serde_json::from_value(serde_json::json!({ "path": path })).unwrap()
+    };
+    config.disks = Some((0..62).map(disk).collect());
+    let mut console = stage.boot(config).await;
+    let before = driven(&mut console);
+    assert_eq!(before[0], 64);
+    let places = stage.here.get("pocket").unwrap().status().devices;
+    let [sent, _] = stage.migrate(|_| {}).await;
+    assert_eq!(sent.phase, MigrationPhase::Completed, "{sent:?}");
+    let vm = stage.there.get("pocket").unwrap();
+    assert_eq!(vm.status().devices, places);
+    println!("64 devices: {:?}", sent.downtime.unwrap());
+    let mut console = Console::connect(Path::new(&stage.path("serial")));
+    let start = Instant::now();
+    loop {
+        let [_, random, blocks] = driven(&mut console);
+        if random > before[1] + 1000 && blocks > before[2] + 10 {
+            break;
+        }
+        assert!(start.elapsed() < PATIENCE, "{random}, {blocks}");
+    }
+    // And also after a reset.
+    vm.ask(Request::Reboot).await.unwrap();
+    assert_eq!(vm.status().devices, places);
+}
+
 #[tokio::test]
 async fn a_paused_guest_moves_and_stays_paused() {
     let stage = Stage::new();

@@ -7,7 +7,7 @@ use std::io;
 use std::sync::Arc;
 
 use control::{Ask, Category, NewDevice, Reply, RequestError};
-use spec::{NetConfig, PciDeviceInfo, VmConfig, VmResize, VmResizeDisk};
+use spec::{NetConfig, PciDeviceInfo, VmConfig, VmResize, VmResizeDisk, limits};
 
 use super::{Driver, Happening, Stage};
 use crate::failure::BuildError;
@@ -44,6 +44,15 @@ impl Driver {
         let problems = new.problems();
         if !problems.is_empty() {
             return Err(RequestError::invalid(problems));
+        }
+        let count = self.config.device_count();
+        if count.saturating_add(self.opening.len()) >= limits::DEVICES {
+            let detail = format!("the VM has {} devices, as many as it can", limits::DEVICES);
+            return Err(RequestError::new(
+                Category::Conflict,
+                "too-many-devices",
+                detail,
+            ));
         }
         let opening = self.opening.values();
         let is_vsock = |new: &NewDevice| matches!(new, NewDevice::Vsock(_));
@@ -133,6 +142,19 @@ impl Driver {
             return Err(RequestError::new(
                 Category::Unprocessable,
                 "device-fixed",
+                detail,
+            ));
+        }
+        if let Stage::On(active) = &self.stage
+            && let Some(at) = active.devices().shared_place(id)
+        {
+            let detail = format!(
+                "`{id}` is at {at} and shares that slot, of which a guest lets go as a whole: it can be \
+                 removed while the VM is switched off"
+            );
+            return Err(RequestError::new(
+                Category::Conflict,
+                "device-shares-slot",
                 detail,
             ));
         }

@@ -1,11 +1,13 @@
 //! A guest that moves away, or comes: what the driver does for the migration's engine, which has
 //! threads of its own and asks for each step.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::mpsc;
 
 use ::devices::event_loop::Sources;
+use ::devices::pci::Bdf;
 use control::{Category, EventSender, RequestError, Verb};
 use hypervisor::MemSlots;
 use memory::{Pages, RamBlock};
@@ -105,7 +107,7 @@ impl Leaving {
 pub(crate) struct Departure {
     pub(crate) caller: Caller,
     pub(crate) config: Arc<VmConfig>,
-    pub(crate) slots: std::collections::BTreeMap<String, u8>,
+    pub(crate) places: BTreeMap<String, Bdf>,
     pub(crate) ram: Arc<RamBlock>,
     pub(crate) memslots: Arc<MemSlots>,
     pub(crate) throttle: crate::vcpu::Throttle,
@@ -214,7 +216,7 @@ impl Driver {
                 to: self.reports.clone(),
             },
             config: Arc::clone(&self.config),
-            slots: active.devices().slots(),
+            places: active.devices().places(),
             ram,
             memslots,
             throttle: active.throttle(),

@@ -17,6 +17,7 @@ use crate::driver::{Arrival, Caller, Driver};
 use crate::failure;
 use crate::machine::Built;
 use crate::open::Whose;
+use crate::places;
 use crate::pool::Callers;
 use crate::vcpu::Halter;
 use crate::virtio::Places;
@@ -124,6 +125,8 @@ impl Host for ArrivingHost {
         }
         let wanted = cpuid(&machine.cpuid)
             .ok_or_else(|| unreadable("the CPUs have too many CPUID leaves".to_owned()))?;
+        let on_bus = places::told(&machine.config, &machine.places)
+            .map_err(|error| unreadable(error.to_string()))?;
         payload_is_there(&machine.config)?;
         if !offer.given {
             memory_is_there(&machine.config)?;
@@ -153,7 +156,7 @@ impl Host for ArrivingHost {
             .map_err(give_up)?;
         let places = Places {
             cpuid: Some(wanted),
-            slots: machine.slots,
+            on_bus,
             whose: Whose::Theirs,
             may_wait: offer.postcopy,
             memory: files.into_iter().next().map(Arc::new),

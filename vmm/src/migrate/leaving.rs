@@ -1,5 +1,6 @@
 //! A VM whose guest moves away, as the engine sees it.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 
 use migration::{Block, BlockInfo, Offer, Refusal, Source};
@@ -15,6 +16,11 @@ pub(super) struct LeavingVm {
 }
 
 impl LeavingVm {
+    fn places(&self) -> BTreeMap<String, u8> {
+        let all = self.departure.places.iter();
+        all.map(|(id, at)| (id.clone(), at.devfn())).collect()
+    }
+
     pub(super) fn new(vm: VmId, departure: Departure) -> Self {
         Self {
             vm,
@@ -44,7 +50,7 @@ impl Source for LeavingVm {
         let machine = MachineOffer {
             version: OFFER_VERSION,
             config: spec::VmConfig::clone(&self.departure.config),
-            slots: self.departure.slots.clone(),
+            places: self.places(),
             cpuid: rows(&cpuid),
         };
         let machine = serde_json::to_vec(&machine)

@@ -39,8 +39,8 @@ struct MachineOffer {
     /// Of the form of this.
     version: u32,
     config: VmConfig,
-    /// Where its devices are on the bus.
-    slots: std::collections::BTreeMap<String, u8>,
+    /// Where its devices are on the bus: device and function number in a byte.
+    places: std::collections::BTreeMap<String, u8>,
     /// Function, index, flags, EAX, EBX, ECX, EDX.
     cpuid: Vec<[u32; 7]>,
 }

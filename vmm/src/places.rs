@@ -1,0 +1,188 @@
+//! Where the devices of a machine are on its bus.
+//!
+//! A guest lets go of whole slots: a device that can be removed while it runs has one of its own.
+//! Where there are more devices than slots, the last of them share some, eight to a slot at the
+//! most, and as few of them as can be; and some slots stay free for devices that come later.
+
+use std::collections::BTreeMap;
+
+use devices::pci::Bdf;
+use spec::{ConsoleMode, VmConfig};
+
+/// Slots behind the host bridge's.
+const SLOTS: usize = 31;
+/// Of them, those that stay free when a machine is built.
+const KEPT_FREE: usize = 4;
+/// Functions of a slot.
+const FUNCTIONS: usize = 8;
+
+/// Places for devices, in their order: those that are known, or, if none is, those that so many are
+/// given. `None` says that the first slot that is free will do.
+pub(crate) fn assign<'a>(
+    ids: impl ExactSizeIterator<Item = &'a str>,
+    known: &BTreeMap<String, Bdf>,
+) -> Vec<Option<Bdf>> {
+    let count = ids.len();
+    ids.enumerate()
+        .map(|(index, id)| {
+            if known.is_empty() {
+                usual(index, count)
+            } else {
+                known.get(id).copied()
+            }
+        })
+        .collect()
+}
+
+/// The place of one of so many devices. A slot that is shared holds all the devices of a slot of
+/// one's own and seven more.
+fn usual(index: usize, count: usize) -> Option<Bdf> {
+    let used = SLOTS - KEPT_FREE;
+    let shared = count.saturating_sub(used).div_ceil(FUNCTIONS - 1);
+    let own = used.saturating_sub(shared);
+    let (slot, function) = match index.checked_sub(own) {
+        Some(index) => (own.checked_add(index / FUNCTIONS)?, index % FUNCTIONS),
+        None => (index, 0),
+    };
+    let slot = u8::try_from(slot.checked_add(1)?).ok()?;
+    Bdf::new(slot, u8::try_from(function).ok()?)
+}
+
+/// Places as another service tells them, device and function number in a byte, do not make sense.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum PlaceError {
+    #[error("the device `{0}` is in slot 0, which is the host bridge's")]
+    HostBridge(String),
+    #[error("the devices `{0}` and `{1}` are both at {2}")]
+    Twice(String, String, Bdf),
+    #[error("the device `{0}` is at {1}, and none is at function 0 of that slot")]
+    NoFirst(String, Bdf),
+    #[error("the device `{0}` is nowhere")]
+    Nowhere(String),
+    #[error("at {1} is a device `{0}`, which the VM does not have")]
+    Unknown(String, Bdf),
+}
+
+/// Where all devices of a VM are, as another service tells it.
+pub(crate) fn told(
+    config: &VmConfig,
+    devfns: &BTreeMap<String, u8>,
+) -> Result<BTreeMap<String, Bdf>, PlaceError> {
+    let mut config = config.clone();
+    // Also for one that came without.
+    config.name_devices();
+    let mut names = config.device_names();
+    if let (ConsoleMode::Off, Some(id)) = (config.console.mode, &config.console.id) {
+        names.remove(id);
+    }
+    let mut there: BTreeMap<Bdf, &String> = BTreeMap::new();
+    for (id, devfn) in devfns {
+        let at = Bdf::from_devfn(*devfn);
+        if at.device() == 0 {
+            return Err(PlaceError::HostBridge(id.clone()));
+        }
+        if !names.remove(id) {
+            return Err(PlaceError::Unknown(id.clone(), at));
+        }
+        if let Some(other) = there.insert(at, id) {
+            return Err(PlaceError::Twice(other.clone(), id.clone(), at));
+        }
+    }
+    if let Some(id) = names.into_iter().min() {
+        return Err(PlaceError::Nowhere(id));
+    }
+    let alone = there
+        .iter()
+        .find(|(at, _)| !there.contains_key(&at.first()));
+    match alone {
+        Some((at, id)) => Err(PlaceError::NoFirst((*id).clone(), *at)),
+        None => Ok(there.into_iter().map(|(at, id)| (id.clone(), at)).collect()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn assigned(count: usize, known: &BTreeMap<String, Bdf>) -> Vec<Option<Bdf>> {
+        let ids: Vec<String> = (0..count).map(|i| format!("d{i}")).collect();
+        assign(ids.iter().map(String::as_str), known)
+    }
+
+    #[test]
+    fn as_many_as_can_have_a_slot_of_their_own_and_four_slots_stay_free() {
+        for count in 1..=spec::limits::DEVICES {
+            let all: Vec<Bdf> = assigned(count, &BTreeMap::new())
+                .into_iter()
+                .map(Option::unwrap)
+                .collect();
+            assert_eq!(all.len(), count);
+            assert!(all.is_sorted_by(|a, b| a < b), "{all:?}");
+            assert!(all.iter().all(|at| (1..=27).contains(&at.device())));
+            let first_of = |at: &Bdf| all.contains(&at.first());
+            assert!(all.iter().all(first_of), "{all:?}");
+            let sharing = |at: &&Bdf| {
+                let same = all.iter().filter(|other| other.device() == at.device());
+                same.count() > 1
+            };
+            let shared = all.iter().filter(sharing).count();
+            let expected = match count {
+                ..=27 => 0,
+                28 => 2,
+                34 => 8,
+                35 => 10,
+                64 => 43,
+                _ => continue,
+            };
+            assert_eq!(shared, expected, "of {count}");
+        }
+    }
+
+    #[test]
+    fn what_is_known_stays_and_others_take_what_is_free() {
+        let at = |slot, function| Bdf::new(slot, function).unwrap();
+        let known = BTreeMap::from([("d0".to_owned(), at(9, 0)), ("d2".to_owned(), at(9, 3))]);
+        assert_eq!(assigned(3, &known), [Some(at(9, 0)), None, Some(at(9, 3))]);
+    }
+
+    #[test]
+    fn places_that_cannot_be_are_refused() {
+        let mut config: VmConfig = serde_json::from_str(
+            r#"{"payload":{"kernel":"/k"},"disks":[{"path":"/a"},{"path":"/b"}],
+                "console":{"mode":"Off"}}"#,
+        )
+        .unwrap();
+        config.name_devices();
+        let told = |places: &[(&str, u8)]| {
+            let places = places.iter().map(|(id, at)| ((*id).to_owned(), *at));
+            told(&config, &places.collect())
+        };
+        let (a, b, rng) = ("_disk0", "_disk1", "__rng");
+        let good = told(&[(a, 2 << 3 | 1), (b, 31 << 3), (rng, 2 << 3)]).unwrap();
+        assert_eq!(good[a].to_string(), "0000:00:02.1");
+        assert_eq!(good.len(), 3);
+        let bdf = |devfn| Bdf::from_devfn(devfn);
+        let owned = str::to_owned;
+        for (places, error) in [
+            (
+                vec![(a, 8), (b, 16), (rng, 1)],
+                PlaceError::HostBridge(owned(rng)),
+            ),
+            (
+                vec![(a, 8), (b, 16), (rng, 8)],
+                PlaceError::Twice(owned(rng), owned(a), bdf(8)),
+            ),
+            (
+                vec![(a, 8), (b, 17), (rng, 9)],
+                PlaceError::NoFirst(owned(b), bdf(17)),
+            ),
+            (vec![(a, 8), (rng, 16)], PlaceError::Nowhere(owned(b))),
+            (
+                vec![(a, 8), (b, 16), (rng, 24), ("__console", 32)],
+                PlaceError::Unknown(owned("__console"), bdf(32)),
+            ),
+        ] {
+            assert_eq!(told(&places), Err(error));
+        }
+    }
+}
