@@ -2,21 +2,24 @@
 //! runs it in the rig.
 
 use std::env;
-use std::time::Duration;
+use std::fs::File;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
+use serde_json::json;
 use spec::{
-    ConsoleConfig, ConsoleMode, CpusConfig, PayloadConfig, SerialConfig, VmConfig, VmState,
+    ConsoleConfig, ConsoleMode, CpusConfig, DiskConfig, PayloadConfig, SerialConfig, VmConfig,
+    VmRemoveDevice, VmState,
 };
 use tests::{Face, Serial, Service};
 
 /// Booting takes seconds on silicon, and a minute or two where the host is emulated.
 const BOOTS: Duration = Duration::from_secs(300);
 
-async fn boots_reboots_and_obeys_the_button(vcpus: u32) -> Result<()> {
+/// Debian, with neither disks nor a console, and its serial port.
+fn debian(service: &Service, vcpus: u32) -> Result<(VmConfig, Serial)> {
     let guest = env::var("WHIMBREL_DEBIAN_GUEST")
         .context("WHIMBREL_DEBIAN_GUEST names the folder that ci/debian-guest made")?;
-    let service = Service::start(Face::Many).await?;
     let serial = Serial::at(service.path("debian.serial"));
     let mut config = VmConfig::with_payload(PayloadConfig {
         kernel: Some(format!("{guest}/vmlinuz")),
@@ -32,6 +35,12 @@ async fn boots_reboots_and_obeys_the_button(vcpus: u32) -> Result<()> {
         mode: ConsoleMode::File,
     };
     config.console = ConsoleConfig::with_mode(ConsoleMode::Off);
+    Ok((config, serial))
+}
+
+async fn boots_reboots_and_obeys_the_button(vcpus: u32) -> Result<()> {
+    let service = Service::start(Face::Many).await?;
+    let (config, serial) = debian(&service, vcpus)?;
     let vm = service.create("debian", config).await?;
     let client = service.client();
 
@@ -91,4 +100,53 @@ async fn debian_boots_with_one_vcpu() -> Result<()> {
 #[ignore = "wants a complete KVM: ci/test e2e runs it in the rig"]
 async fn debian_boots_with_two_vcpus() -> Result<()> {
     boots_reboots_and_obeys_the_button(2).await
+}
+
+/// As many devices as a VM can have: a kernel finds those that share slots, and lets go of one that
+/// does not.
+#[tokio::test]
+#[ignore = "wants a complete KVM: ci/test e2e runs it in the rig"]
+async fn debian_finds_64_devices() -> Result<()> {
+    const DISKS: usize = 63;
+    const USED: &str = "512-byte logical blocks";
+    let service = Service::start(Face::Many).await?;
+    let (mut config, serial) = debian(&service, 1)?;
+    let disk = |i| -> Result<DiskConfig> {
+        let path = service.path(format!("{i}.raw"));
+        File::create(&path)?.set_len(1 << 20)?;
+        Ok(serde_json::from_value(
+            json!({ "path": path, "id": format!("disk{i}") }),
+        )?)
+    };
+    config.disks = Some((0..DISKS).map(disk).collect::<Result<_>>()?);
+    let vm = service.create("debian", config).await?;
+    let client = service.client();
+    client.vms_boot(&vm).await?;
+    serial.wait_for(USED, DISKS, BOOTS).await?;
+    serial
+        .wait_for("guest: waiting for the power button", 1, BOOTS)
+        .await?;
+
+    let remove = |id: &str| VmRemoveDevice { id: id.to_owned() };
+    let shared = client.vms_remove_device(&vm, &remove("disk62")).await;
+    assert_eq!(shared.unwrap_err().code(), Some("device-shares-slot"));
+    client.vms_remove_device(&vm, &remove("disk1")).await?;
+    let start = Instant::now();
+    loop {
+        let tree = client.vms_info(&vm).await?.device_tree.unwrap_or_default();
+        if !tree.contains_key("disk1") {
+            assert_eq!(tree.len(), 63);
+            break;
+        }
+        assert!(start.elapsed() < BOOTS, "{}", serial.text());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let added = client.vms_add_disk(&vm, &disk(DISKS)?).await?;
+    let added = added.context("a device of a running guest")?;
+    serial.wait_for(USED, DISKS + 1, BOOTS).await?;
+    println!(
+        "64 devices: all found, one removed, another added at {}",
+        added.bdf
+    );
+    Ok(())
 }
