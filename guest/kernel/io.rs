@@ -84,8 +84,8 @@ impl Pages<'_> {
 /// Starts all devices with all their queues.
 pub fn start_all(ram: &Ram) -> Line {
     let mut pages = Pages { ram, next: 0 };
-    let (mut devices, mut queues) = (0, 0);
-    for device in (1..32).filter_map(Device::find) {
+    let (mut started, mut queues) = (0, 0);
+    for device in devices() {
         if !device.begin() {
             continue;
         }
@@ -96,10 +96,13 @@ pub fn start_all(ram: &Ram) -> Line {
             device.queue(index, pages.take());
         }
         device.go();
-        devices += 1;
+        started += 1;
         queues += u64::from(count);
     }
-    Line::Queues { devices, queues }
+    Line::Queues {
+        devices: started,
+        queues,
+    }
 }
 
 impl Io {

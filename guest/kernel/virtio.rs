@@ -97,8 +97,9 @@ pub struct Device {
     notify_multiplier: u32,
     /// Its configuration space.
     pub config: u64,
-    /// Where in which slot its MSI-X capability is.
-    msix: Option<(u8, u8)>,
+    place: Place,
+    /// Where its MSI-X capability is.
+    msix: Option<u8>,
     bar: u64,
 }
 
@@ -122,6 +123,7 @@ impl Device {
             notify: 0,
             notify_multiplier: 0,
             config: 0,
+            place,
             msix: None,
             bar,
         };
@@ -145,7 +147,7 @@ impl Device {
                 }
             }
             if head & 0xff == 0x11 {
-                device.msix = Some((slot, at));
+                device.msix = Some(at);
             }
             at = (head >> 8 & 0xfc) as u8;
         }
@@ -200,9 +202,9 @@ impl Device {
 
     /// Has all its interrupts sent to the first CPU (PCI Local Bus 3.0, 6.8.2).
     pub fn interrupt(&self) {
-        let Some((slot, at)) = self.msix else { return };
-        let control = config_read(slot, at);
-        let table = self.bar + u64::from(config_read(slot, at + 4) & !7);
+        let Some(at) = self.msix else { return };
+        let control = self.place.read(at);
+        let table = self.bar + u64::from(self.place.read(at + 4) & !7);
         for entry in 0..=u64::from(control >> 16 & 0x7ff) {
             let entry = table + 16 * entry;
             write::<u32>(entry, 0xfee0_0000);
@@ -210,7 +212,7 @@ impl Device {
             write::<u32>(entry + 8, cpu::VECTOR.into());
             write::<u32>(entry + 12, 0);
         }
-        config_write(slot, at, control | 1 << 31);
+        self.place.write(at, control | 1 << 31);
     }
 
     /// Gives a queue the interrupt behind the one for changes.
