@@ -6,7 +6,7 @@ use std::sync::mpsc;
 
 use arbitrary::{Result, Unstructured};
 use devices::event_loop::{Actor, EventLoop, Flow, Sources};
-use virtio_devices::block::{BlockConfig, LockMode};
+use virtio_devices::block::{BlockConfig, LockMode, OnError};
 use virtio_devices::rate_limiter::RateLimits;
 use virtio_devices::testing::{Heard, TestBuffer, TestGuest, TestQueue, transport, workers};
 use virtio_devices::{QueueState, Transport, TransportEvent, VirtioDevice, Workers};
@@ -188,5 +188,6 @@ pub fn disk_config(path: &Path) -> BlockConfig {
         lock: LockMode::ByteRange,
         is_incoming: false,
         limits: RateLimits::default(),
+        on_error: OnError::Report,
     }
 }

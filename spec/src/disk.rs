@@ -72,6 +72,24 @@ pub enum LockGranularity {
     Full,
 }
 
+/// What becomes of a request of the guest at which the host fails, as for want of space.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub enum OnError {
+    /// The guest is told.
+    #[default]
+    #[serde(alias = "report")]
+    Report,
+    /// The request is kept and the VM paused. It is tried again when the VM is resumed.
+    #[serde(alias = "pause")]
+    Pause,
+}
+
+impl OnError {
+    fn is_report(&self) -> bool {
+        *self == Self::Report
+    }
+}
+
 fn disk_queue_size() -> u16 {
     128
 }
@@ -137,4 +155,7 @@ pub struct DiskConfig {
     /// What is locked while in use.
     #[serde(default)]
     pub lock_granularity: LockGranularity,
+    /// What becomes of requests at which the host fails.
+    #[serde(default, skip_serializing_if = "OnError::is_report")]
+    pub on_error: OnError,
 }

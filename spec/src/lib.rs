@@ -42,8 +42,8 @@ pub use device::{
 };
 pub use devices::parse_mac;
 pub use disk::{
-    DiskConfig, ImageType, LockGranularity, RateLimitGroupConfig, RateLimiterConfig, TokenBucket,
-    VirtQueueAffinity,
+    DiskConfig, ImageType, LockGranularity, OnError, RateLimitGroupConfig, RateLimiterConfig,
+    TokenBucket, VirtQueueAffinity,
 };
 pub use memory::{MemoryConfig, MemoryZoneConfig};
 pub use migration::{

@@ -436,6 +436,23 @@ mod tests {
     }
 
     #[test]
+    fn errors_of_a_disk() {
+        let given = |text: &str| DISK.read::<DiskConfig>(text).unwrap();
+        let json = |text: &str| serde_json::from_str::<DiskConfig>(text).unwrap();
+        let pauses = given("path=/a,on_error=pause");
+        assert_eq!(pauses.on_error, crate::OnError::Pause);
+        assert_eq!(json(r#"{"path":"/a","on_error":"pause"}"#), pauses);
+        assert_eq!(json(r#"{"path":"/a","on_error":"Pause"}"#), pauses);
+        // Who does not know of it is not told of it.
+        let reports = given("path=/a,on_error=report");
+        assert_eq!(reports, given("path=/a"));
+        let written = serde_json::to_value(&reports).unwrap();
+        assert_eq!(written.get("on_error"), None);
+        DISK.read::<DiskConfig>("path=/a,on_error=stop")
+            .unwrap_err();
+    }
+
+    #[test]
     fn consoles() {
         assert_eq!(serial("tty").unwrap().mode, ConsoleMode::Tty);
         assert_eq!(serial("file=/a,b").unwrap().file.as_deref(), Some("/a,b"));

@@ -51,6 +51,7 @@ const EFFECTIVE: &[&str] = &[
     "/disks/0/sparse",
     "/disks/0/image_type",
     "/disks/0/lock_granularity",
+    "/disks/0/on_error",
     "/net/0/tap",
     "/net/0/ip",
     "/net/0/mask",
@@ -128,6 +129,7 @@ fn full() -> Value {
             "pci_segment": 1, "pci_device_id": 3, "id": "d", "serial": "s", "rate_limit_group": "g",
             "queue_affinity": [{"queue_index": 0, "host_cpus": [1]}], "backing_files": true,
             "sparse": false, "image_type": "Qcow2", "lock_granularity": "Full",
+            "on_error": "Pause",
         }],
         "net": [{
             "tap": "t", "fds": [3, 4], "ip": "10.0.0.1", "mask": "255.0.0.0", "mac": "52:54:00:00:00:01",

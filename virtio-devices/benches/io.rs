@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use devices::event_loop::EventLoop;
-use virtio_devices::block::{Block, BlockConfig, LockMode};
+use virtio_devices::block::{Block, BlockConfig, LockMode, OnError};
 use virtio_devices::rate_limiter::RateLimits;
 use virtio_devices::testing::{TestBuffer, TestGuest, TestQueue, transport};
 use virtio_devices::{QueueState, VirtioDevice, Workers};
@@ -131,6 +131,7 @@ fn device(path: &Path, queues: u16, load: Load) -> (f64, f64) {
         lock: LockMode::ByteRange,
         is_incoming: false,
         limits: RateLimits::default(),
+        on_error: OnError::Report,
     };
     let (mut disk, _) = Block::new(&config, workers).unwrap();
     let mut guest = TestGuest::new(64 * MIB);

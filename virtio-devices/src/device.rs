@@ -126,6 +126,12 @@ pub trait VirtioDevice: Send {
     /// go. `None` if it was not being served.
     fn stop_queue(&mut self, index: u16) -> Option<QueueState>;
 
+    /// The driver forgets a queue, and sets it up anew before it is started again. What was in hand is
+    /// done; where it was is of no interest.
+    fn reset_queue(&mut self, index: u16) {
+        let _ = self.stop_queue(index);
+    }
+
     /// Where a queue that is being served is at this moment; it may go on at once.
     fn queue_state(&self, index: u16) -> Option<QueueState>;
 

@@ -5,20 +5,25 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
 
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use devices::event_loop::EventLoop;
 use memory::{Fault, UserFaults};
 use proptest::prelude::*;
-use state::{Store, Writer};
-use virtio_devices::block::{Block, BlockConfig, BlockHandle, ImageError, ImageFormat, LockMode};
+use serde::{Deserialize, Serialize};
+use state::{LoadError, Saved, Store, Writer};
+use virtio_devices::block::{
+    Block, BlockConfig, BlockHandle, ImageError, ImageFormat, LockMode, OnError,
+};
 use virtio_devices::rate_limiter::{BucketConfig, RateLimits};
-use virtio_devices::testing::{Heard, TestBuffer, TestGuest, TestQueue, transport, workers};
+use virtio_devices::testing::{
+    Heard, PATIENCE, TestBuffer, TestGuest, TestQueue, transport, workers,
+};
 use virtio_devices::{QueueState, Transport, TransportEvent, VirtioDevice};
 
 const MIB: usize = 1 << 20;
@@ -45,6 +50,7 @@ fn config(path: &Path) -> BlockConfig {
         lock: LockMode::ByteRange,
         is_incoming: false,
         limits: RateLimits::default(),
+        on_error: OnError::Report,
     }
 }
 
@@ -98,6 +104,21 @@ impl Machine {
         self.device.activate(FLUSH, &self.transport).unwrap();
         let queue = self.queue.device_side(&self.transport, state);
         self.device.start_queue(queue).unwrap();
+    }
+
+    fn save(&self) -> Vec<u8> {
+        let mut writer = Writer::default();
+        let mut scope = writer.scope("disk").unwrap();
+        self.device.save(&mut scope).unwrap();
+        writer.finish()
+    }
+
+    /// Stops the queue, forgets all, and loads.
+    fn load(&mut self, saved: &[u8]) -> Result<(), LoadError> {
+        self.device.stop_queue(0);
+        self.device.reset();
+        let mut store = Store::open(saved).unwrap();
+        self.device.load(&mut store.scope("disk").unwrap())
     }
 
     /// Sends a request with this much data at `self.data`, and waits for its status.
@@ -312,6 +333,20 @@ fn a_guest_sees_the_blocks_that_direct_io_takes() {
     let mut cached = machine(&config(&disk.0));
     assert_eq!(blocks(&cached), (512, 3, 8, 8));
     assert_eq!(cached.read(1, 512).0, 0);
+    // A guest that was told so does not go on where less is taken.
+    cached.device.stop_queue(0);
+    let saved = cached.save();
+    drop(cached);
+    let mut direct = machine(&BlockConfig {
+        direct: true,
+        ..config(&disk.0)
+    });
+    let refused = direct.load(&saved).unwrap_err().to_string();
+    assert!(
+        refused.contains("blocks of 512 bytes") && refused.contains("takes 4096"),
+        "{refused}"
+    );
+    direct.load(&direct.save()).unwrap();
 }
 
 #[test]
@@ -871,6 +906,297 @@ fn a_rate_limit_is_kept_and_a_stop_does_not_wait_for_it() {
 }
 
 /// A header extension that reaches past the header, of which the library's parser panics.
+/// What is saved of a disk, for tests that write it themselves.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+struct SavedDisk {
+    capacity: u64,
+    writeback: bool,
+    block: Option<u64>,
+    kept: Vec<Vec<u16>>,
+}
+
+impl Saved for SavedDisk {
+    const VERSION: u16 = 2;
+}
+
+impl SavedDisk {
+    fn of(bytes: &[u8]) -> Self {
+        let mut store = Store::open(bytes).unwrap();
+        store.scope("disk").unwrap().take().unwrap()
+    }
+
+    fn bytes(&self) -> Vec<u8> {
+        let mut writer = Writer::default();
+        writer.scope("disk").unwrap().put(self).unwrap();
+        writer.finish()
+    }
+}
+
+impl Machine {
+    /// Makes so many requests of 16 KiB available together, each with memory of its own, and kicks.
+    /// Gives their heads; the statuses are from `self.status` on.
+    fn send_together(&mut self, kind: u32, count: u64) -> Vec<u16> {
+        self.status = self.guest.alloc(count);
+        let mut heads = Vec::new();
+        for i in 0..count {
+            let header_at = self.guest.put(&header(kind, i * 32));
+            self.guest.write(self.status + i, &[0xff]);
+            let buffer = |addr, len, writable| TestBuffer {
+                addr,
+                len,
+                writable,
+            };
+            let head = self.queue.describe(&[
+                buffer(header_at, 16, false),
+                buffer(self.data + i * 16384, 16384, kind == IN),
+                buffer(self.status + i, 1, true),
+            ]);
+            self.queue.offer(head);
+            heads.push(head);
+        }
+        self.queue.kick.write(1).unwrap();
+        heads
+    }
+
+    /// Waits until the owner has been told so often that the disk waits for the host, and of nothing
+    /// else. Gives what was said the last time.
+    fn wait_stalled(&self, times: usize) -> String {
+        let from = Instant::now();
+        while self.heard.events().len() < times {
+            assert!(from.elapsed() < PATIENCE, "{:?}", self.heard.events());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let events = self.heard.events();
+        assert_eq!(events.len(), times, "{events:?}");
+        match events.last() {
+            Some(TransportEvent::Stalled(why)) => why.clone(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// The pulse: the queue stops, and the device is saved, reset and loaded.
+    fn pulse(&mut self) -> QueueState {
+        let state = self.device.stop_queue(0).unwrap();
+        let saved = self.save();
+        self.load(&saved).unwrap();
+        assert_eq!(self.save(), saved);
+        state
+    }
+
+    fn wait_all_used(&mut self, mut heads: Vec<u16>) {
+        let mut used: Vec<u16> = heads.iter().map(|_| self.queue.wait_used().0).collect();
+        used.sort_unstable();
+        heads.sort_unstable();
+        assert_eq!(used, heads);
+        let statuses = self.guest.read(self.status, heads.len());
+        assert!(statuses.iter().all(|status| *status == 0), "{statuses:?}");
+        assert_eq!(self.queue.take_used(), None);
+    }
+}
+
+/// A file system of 1 MiB for as long as a test wants it.
+struct SmallDisk(tempfile::TempDir);
+
+impl SmallDisk {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let mut mount = Command::new("mount");
+        let run = mount.args(["-t", "tmpfs", "-o", "size=1m", "whimbrel-test"]);
+        let run = run.arg(dir.path()).output().unwrap();
+        let told = String::from_utf8_lossy(&run.stderr).into_owned();
+        assert!(run.status.success(), "mount: {told}");
+        Self(dir)
+    }
+
+    fn filler(&self) -> PathBuf {
+        self.0.path().join("filler")
+    }
+
+    /// Leaves no room.
+    fn fill(&self) {
+        let mut file = File::create(self.filler()).unwrap();
+        while file.write_all(&[1; 4096]).is_ok() {}
+    }
+
+    fn make_room(&self) {
+        fs::remove_file(self.filler()).unwrap();
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(self.0.path()).status();
+    }
+}
+
+/// Wants CAP_SYS_ADMIN.
+#[test]
+fn what_finds_no_room_is_kept_and_is_written_when_there_is_some() {
+    for format in ["raw", "qcow2"] {
+        let host = SmallDisk::new();
+        let path = host.0.path().join("disk");
+        qemu_img(&["create", "-q", "-f", format, path.to_str().unwrap(), "4M"]);
+        let mut machine = machine(&BlockConfig {
+            on_error: OnError::Pause,
+            ..config(&path)
+        });
+        let data = pattern(3, 5 * 16384);
+        machine.guest.write(machine.data, &data);
+        host.fill();
+        let heads = machine.send_together(OUT, 5);
+        let why = machine.wait_stalled(1);
+        assert!(
+            why.contains("to write") && why.contains("No space"),
+            "{why}"
+        );
+        // Whatever happens meanwhile, it waits.
+        for times in 2..4 {
+            let state = machine.pulse();
+            machine.start(state);
+            machine.wait_stalled(times);
+        }
+        let state = machine.pulse();
+        assert_eq!(machine.queue.take_used(), None, "{format}");
+        assert_eq!(machine.guest.read(machine.status, 5), [0xff; 5]);
+        host.make_room();
+        machine.start(state);
+        machine.wait_all_used(heads);
+        machine.wait_stalled(3);
+        for i in 0..5_usize {
+            let read = machine.read(i as u64 * 32, 16384);
+            assert!(read == (0, data[i * 16384..][..16384].to_vec()), "{format}");
+        }
+        // What is the request's own fault is told.
+        assert_eq!(machine.read(4 << 11, 512).0, 1);
+        let count = machine.device.counters();
+        assert!(count.contains(&("write_ops", 5)), "{count:?}");
+        let state = machine.device.stop_queue(0).unwrap();
+        assert_eq!(state.next_avail, state.next_used);
+    }
+}
+
+#[test]
+fn kept_requests_keep_their_order_until_the_driver_forgets_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = raw(&dir, 4 << 20);
+    let truncate = |len| {
+        let file = File::options().write(true).open(&path).unwrap();
+        file.set_len(len).unwrap();
+    };
+    let pauses = BlockConfig {
+        on_error: OnError::Pause,
+        ..config(&path)
+    };
+    let kept = |machine: &Machine| SavedDisk::of(&machine.save()).kept;
+    let mut machine = machine(&pauses);
+    truncate(0);
+    let heads = machine.send_together(IN, 8);
+    machine.wait_stalled(1);
+    // What comes behind is not taken, until the disk has been started again.
+    let more = machine.send_together(IN, 1);
+    let mut all = heads.clone();
+    for times in 2..6 {
+        let state = machine.pulse();
+        assert_eq!(usize::from(state.next_avail), all.len());
+        assert_eq!(kept(&machine), [&all[..]]);
+        machine.start(state);
+        machine.wait_stalled(times);
+        all = [&heads[..], &more[..]].concat();
+    }
+    // It grows: the first of them can be read, and the others are kept.
+    let state = machine.pulse();
+    truncate(4 * 16384);
+    machine.start(state);
+    machine.wait_stalled(6);
+    let mut used: Vec<u16> = (0..5).map(|_| machine.queue.wait_used().0).collect();
+    used.sort_unstable();
+    assert_eq!(used, [&heads[..4], &more[..]].concat());
+    let state = machine.pulse();
+    assert_eq!(kept(&machine), [&heads[4..]]);
+    truncate(4 << 20);
+    machine.start(state);
+    let mut used: Vec<u16> = (0..4).map(|_| machine.queue.wait_used().0).collect();
+    used.sort_unstable();
+    assert_eq!(used, heads[4..]);
+    assert_eq!(kept(&machine), [Vec::<u16>::new()]);
+
+    // A driver that forgets its queue, or its device, has them forgotten.
+    type Forget = fn(&mut Block);
+    let forgets: [Forget; 2] = [
+        |device| device.reset_queue(0),
+        |device| {
+            device.stop_queue(0);
+            device.reset();
+        },
+    ];
+    for (forget, times) in forgets.into_iter().zip(7..) {
+        truncate(0);
+        let [head] = machine.send_together(IN, 1)[..] else {
+            panic!("it sends one");
+        };
+        machine.wait_stalled(times);
+        assert_eq!(kept(&machine), [[head]]);
+        let state = machine.device.queue_state(0).unwrap();
+        forget(&mut machine.device);
+        assert_eq!(kept(&machine), [Vec::<u16>::new()]);
+        truncate(4 << 20);
+        machine.start(state);
+        assert_eq!(machine.read(0, 512).0, 0);
+    }
+    // Nor does a disk wait for them when it goes.
+    truncate(0);
+    machine.send_together(IN, 3);
+    machine.wait_stalled(9);
+}
+
+#[test]
+fn an_error_is_told_where_nothing_else_is_said() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = raw(&dir, 4 << 20);
+    let mut machine = machine(&config(&path));
+    File::create(&path).unwrap();
+    assert_eq!(machine.read(0, 512).0, 1);
+    assert!(machine.heard.events().is_empty());
+    assert!(machine.device.counters().contains(&("errors", 1)));
+}
+
+#[test]
+fn kept_requests_that_cannot_be_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut machine = machine(&config(&raw(&dir, 4 << 20)));
+    let good = SavedDisk::of(&machine.save());
+    assert_eq!(good.kept, [Vec::<u16>::new()]);
+    for (kept, expected) in [
+        (vec![vec![], vec![]], "requests of 2 queues"),
+        (vec![vec![63, 64]], "the chain at 64"),
+        (
+            vec![vec![3, 7, 3]],
+            "the chain at 3 is to be tried again twice",
+        ),
+    ] {
+        let bad = SavedDisk { kept, ..good };
+        let refused = machine.load(&bad.bytes()).unwrap_err().to_string();
+        assert!(refused.contains(expected), "{refused}");
+    }
+    // It may be, and there is no chain.
+    machine.queue.set_descriptor(5, 1 << 40, 16, 0, 0);
+    let bad = SavedDisk {
+        kept: vec![vec![5]],
+        ..good
+    };
+    machine.load(&bad.bytes()).unwrap();
+    machine.start(QueueState::default());
+    let from = Instant::now();
+    while machine.heard.events().is_empty() && from.elapsed() < PATIENCE {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let events = format!("{:?}", machine.heard.events());
+    assert!(
+        events.contains("the descriptor chain at 5 has a buffer that is not RAM"),
+        "{events}"
+    );
+}
+
 #[test]
 fn a_damaged_image_is_refused() {
     let dir = tempfile::tempdir().unwrap();

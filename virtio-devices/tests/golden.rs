@@ -1,4 +1,4 @@
-//! The bytes of each section's first version, which are read for ever. A section that changes gets a
+//! The bytes of each version of a section, which are read for ever. A section that changes gets a
 //! new version and a new file; these stay. `UPDATE_GOLDEN=1` writes those that are missing.
 
 #![allow(clippy::unwrap_used, reason = "tests")]
@@ -11,7 +11,7 @@ use devices::pci::{BarMap, ConfigSpace, MsiMessage, MsiTarget};
 use memory::{AddrRange, RegionId};
 use state::{Save, Store, Writer};
 use virtio_devices::balloon::{Balloon, BalloonConfig};
-use virtio_devices::block::{Block, BlockConfig, LockMode};
+use virtio_devices::block::{Block, BlockConfig, LockMode, OnError};
 use virtio_devices::console::Console;
 use virtio_devices::rate_limiter::RateLimits;
 use virtio_devices::rng::Rng;
@@ -19,13 +19,13 @@ use virtio_devices::testing::{TestGuest, workers};
 use virtio_devices::vsock::Vsock;
 use virtio_devices::{BAR_LEN, Slot, VirtioDevice, VirtioPci, Workers};
 
-fn file(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/golden/{name}.v1"))
+fn file(name: &str, version: u16) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/golden/{name}.v{version}"))
 }
 
 /// What was written once.
-fn golden(name: &str, saved: &[u8]) -> Vec<u8> {
-    let path = file(name);
+fn golden(name: &str, version: u16, saved: &[u8]) -> Vec<u8> {
+    let path = file(name, version);
     if !path.exists() && std::env::var_os("UPDATE_GOLDEN").is_some() {
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         fs::write(&path, saved).unwrap();
@@ -39,29 +39,37 @@ fn save(device: &dyn VirtioDevice) -> Vec<u8> {
     writer.finish()
 }
 
-/// Saves as it did, and loads what was saved then.
-fn check(name: &str, make: impl FnOnce(Workers) -> Box<dyn VirtioDevice>) {
+fn load(device: &mut dyn VirtioDevice, saved: &[u8]) {
+    let mut store = Store::open(saved).unwrap();
+    device.load(&mut store.scope("device").unwrap()).unwrap();
+    store.finish().unwrap();
+}
+
+/// Saves as it did, in this version, and loads what was saved then and before.
+fn check(name: &str, version: u16, make: impl FnOnce(Workers) -> Box<dyn VirtioDevice>) {
     let (_event_loop, workers) = workers();
     let mut device = make(workers);
     let saved = save(&*device);
-    let golden = golden(name, &saved);
-    let mut store = Store::open(&golden).unwrap();
-    device.load(&mut store.scope("device").unwrap()).unwrap();
-    store.finish().unwrap();
+    let golden = golden(name, version, &saved);
+    for earlier in 1..version {
+        load(&mut *device, &fs::read(file(name, earlier)).unwrap());
+        assert!(save(&*device) == golden, "{name} goes on from {earlier}");
+    }
+    load(&mut *device, &golden);
     assert!(save(&*device) == golden, "{name} goes on from it as it was");
     assert!(saved == golden, "{name} is saved as it was");
 }
 
 #[test]
 fn each_device_is_saved_and_loaded_as_ever() {
-    check("rng", |workers| {
+    check("rng", 1, |workers| {
         Box::new(Rng::new(Path::new("/dev/urandom"), workers).unwrap())
     });
-    check("console", |workers| {
+    check("console", 1, |workers| {
         let (device, _) = Console::new(Box::new(std::io::sink()), || {}, workers);
         Box::new(device)
     });
-    check("balloon", |workers| {
+    check("balloon", 1, |workers| {
         let config = BalloonConfig {
             size: 3 << 20,
             deflate_on_oom: true,
@@ -71,12 +79,12 @@ fn each_device_is_saved_and_loaded_as_ever() {
     });
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("vsock");
-    check("vsock", |workers| {
+    check("vsock", 1, |workers| {
         Box::new(Vsock::new(42, &socket, workers).unwrap())
     });
     let disk = dir.path().join("disk");
     fs::File::create(&disk).unwrap().set_len(5 << 20).unwrap();
-    check("block", |workers| {
+    check("block", 2, |workers| {
         let config = BlockConfig {
             path: disk,
             readonly: false,
@@ -90,6 +98,7 @@ fn each_device_is_saved_and_loaded_as_ever() {
             lock: LockMode::ByteRange,
             is_incoming: false,
             limits: RateLimits::default(),
+            on_error: OnError::Report,
         };
         Box::new(Block::new(&config, workers).unwrap().0)
     });
@@ -132,7 +141,7 @@ fn the_transport_is_saved_and_loaded_as_ever() {
         writer.finish()
     };
     let saved = save();
-    let golden = golden("virtio-pci", &saved);
+    let golden = golden("virtio-pci", 1, &saved);
     let mut store = Store::open(&golden).unwrap();
     let mut tx = topology.begin();
     device

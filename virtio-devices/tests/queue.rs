@@ -140,11 +140,14 @@ fn chains_that_break_the_rules_are_refused_by_name() {
             driver.set_descriptor(*index, *addr, *len, *flags, *next);
         }
         driver.offer(0);
-        let refused = queue.pop().expect_err(name);
-        assert!(
-            matches!(refused, QueueError::Chain { head: 0, .. }),
-            "{name}: {refused}"
-        );
+        // So are those that are said to have been popped.
+        for refused in [queue.again(0), queue.pop().map(Option::unwrap)] {
+            let refused = refused.expect_err(name);
+            assert!(
+                matches!(refused, QueueError::Chain { head: 0, .. }),
+                "{name}: {refused}"
+            );
+        }
     }
 }
 
@@ -168,11 +171,38 @@ fn an_indirect_table_is_followed_and_one_within_it_is_not() {
     driver.offer(0);
     let chain = queue.pop().unwrap().unwrap();
     assert_eq!((chain.readable_len(), chain.writable_len()), (8, 24));
+    let again = queue.again(0).unwrap();
+    assert_eq!(again.head(), 0);
+    assert_eq!((again.readable_len(), again.writable_len()), (8, 24));
+    queue.again(8).unwrap_err();
 
     let nested = guest.put(&entry(good, 32, INDIRECT, 0));
     driver.set_descriptor(1, nested, 16, INDIRECT, 0);
     driver.offer(1);
+    queue.again(1).unwrap_err();
     queue.pop().unwrap_err();
+}
+
+#[test]
+fn a_chain_that_was_popped_is_found_again_when_the_ring_has_forgotten_it() {
+    let mut guest = TestGuest::new(1 << 20);
+    let (transport, _) = transport();
+    let mut driver = TestQueue::new(&mut guest, 0, 4);
+    let mut queue = driver.device_side(&transport, QueueState::default());
+    let text = guest.put(b"first");
+    let first = driver.send(&[buffer(text, 5, false)]);
+    assert_eq!(queue.pop().unwrap().unwrap().head(), first);
+    let other = driver.describe(&[buffer(text, 1, false)]);
+    for _ in 0..4 {
+        driver.offer(other);
+        assert_eq!(queue.pop().unwrap().unwrap().head(), other);
+    }
+    let mut queue = driver.device_side(&transport, queue.state());
+    let chain = queue.again(first).unwrap();
+    let mut read = [0; 5];
+    chain.read(0, &mut read).unwrap();
+    assert_eq!((chain.head(), &read), (first, b"first"));
+    assert!(queue.pop().unwrap().is_none());
 }
 
 #[test]

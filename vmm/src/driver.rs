@@ -418,6 +418,7 @@ impl Driver {
                 self.publisher
                     .record("device-needs-reset", Some(format!("{id}: {why}")));
             }
+            Happening::Device(id, TransportEvent::Stalled(why)) => self.stalled(id, why),
             Happening::Device(id, event) => tracing::debug!(id, ?event, "a device"),
             Happening::Opened(id, opened) => self.opened(&id, *opened),
             Happening::Ejected(slot) => self.ejected(slot),

@@ -10,7 +10,7 @@ use spec::{
     VmConfig, VsockConfig,
 };
 use virtio_devices::balloon::{Balloon, BalloonConfig, BalloonHandle};
-use virtio_devices::block::{Block, BlockConfig, BlockHandle, ImageFormat, LockMode};
+use virtio_devices::block::{Block, BlockConfig, BlockHandle, ImageFormat, LockMode, OnError};
 use virtio_devices::console::{Console, ConsoleHandle};
 use virtio_devices::net::{Net, NetHandle, TapAddress, TapSource};
 use virtio_devices::rate_limiter::{BucketConfig, RateLimits};
@@ -160,6 +160,10 @@ fn disk(disk: &DiskConfig, workers: &Workers, whose: Whose) -> Result<Opened, Bu
         },
         is_incoming: whose == Whose::Theirs,
         limits: rate_limits(disk.rate_limiter_config.as_ref()),
+        on_error: match disk.on_error {
+            spec::OnError::Report => OnError::Report,
+            spec::OnError::Pause => OnError::Pause,
+        },
     };
     let (device, handle) = Block::new(&config, workers.clone())?;
     Ok(Opened {

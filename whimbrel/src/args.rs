@@ -149,7 +149,7 @@ pub(crate) struct VmArguments {
     #[arg(long, value_name = "MODE")]
     pub(crate) console: Option<String>,
     /// Disks: path=PATH,readonly=on,direct=on,image_type=qcow2,backing_files=on,num_queues=N,queue_size=N,
-    /// serial=TEXT,id=NAME,bw_size=BYTES,bw_refill_time=MS,ops_size=N,ops_refill_time=MS.
+    /// serial=TEXT,id=NAME,on_error=pause,bw_size=BYTES,bw_refill_time=MS,ops_size=N,ops_refill_time=MS.
     #[arg(long, value_name = "OPTIONS", num_args = 1..)]
     pub(crate) disk: Vec<String>,
     /// Network interfaces: tap=NAME,mac=MAC,ip=ADDRESS,mask=MASK,mtu=N,num_queues=N,queue_size=N,id=NAME. A

@@ -52,6 +52,7 @@ pub const DISK: OptionKind = OptionKind {
         ("sparse", "sparse", Form::Switch),
         ("image_type", "image_type", Form::Word),
         ("lock_granularity", "lock_granularity", Form::Word),
+        ("on_error", "on_error", Form::Word),
     ],
     also: &[LIMITS, PCI],
 };

@@ -15,6 +15,7 @@ mod task;
 mod threads;
 mod uring;
 
+use std::collections::HashSet;
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
@@ -51,6 +52,17 @@ const CONFIG_LEN: usize = 60;
 /// Where in it the driver chooses whether writes are cached.
 const WRITEBACK_AT: usize = 32;
 
+/// What becomes of a request at which the host fails.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnError {
+    /// The guest is told.
+    #[default]
+    Report,
+    /// It is kept, the owner of the machine is told, and it is tried again when its queue is started
+    /// the next time.
+    Pause,
+}
+
 /// A disk, as it is wanted.
 #[derive(Clone, Debug)]
 pub struct BlockConfig {
@@ -78,6 +90,8 @@ pub struct BlockConfig {
     pub is_incoming: bool,
     /// Limits of the whole disk.
     pub limits: RateLimits,
+    /// What the guest hears of errors of the host.
+    pub on_error: OnError,
 }
 
 #[derive(Default)]
@@ -120,8 +134,22 @@ struct Shared {
     sparse: bool,
     limiter: SharedLimiter,
     counters: Counters,
+    on_error: OnError,
+    /// The owner of the machine has been told that a request waits for the host.
+    is_stalled: AtomicBool,
     /// Set while a driver uses the disk.
     transport: Mutex<Option<Arc<Transport>>>,
+}
+
+impl Shared {
+    /// A request waits for the host: one is enough to be told of, until the disk is started again.
+    fn stalled(&self, why: &str) {
+        if !self.is_stalled.swap(true, Ordering::AcqRel)
+            && let Some(transport) = &*self.transport.lock()
+        {
+            transport.stalled(why);
+        }
+    }
 }
 
 /// A disk.
@@ -132,6 +160,8 @@ pub struct Block {
     workers: Workers,
     flushes: bool,
     running: Vec<Option<Running<BlockTask>>>,
+    /// Of each queue that is not being served: the heads of the chains that are to be tried again.
+    kept: Vec<Vec<u16>>,
 }
 
 impl Block {
@@ -161,6 +191,8 @@ impl Block {
             sparse: config.sparse,
             limiter: SharedLimiter::new(config.limits),
             counters: Counters::default(),
+            on_error: config.on_error,
+            is_stalled: AtomicBool::new(false),
             transport: Mutex::new(None),
         });
         let queues = config.queues.clamp(1, MAX_QUEUES as u16);
@@ -171,6 +203,7 @@ impl Block {
             workers,
             flushes: false,
             running: (0..queues).map(|_| None).collect(),
+            kept: vec![Vec::new(); queues.into()],
         };
         Ok((device, BlockHandle { shared }))
     }
@@ -263,6 +296,7 @@ impl VirtioDevice for Block {
 
     fn activate(&mut self, features: u64, transport: &Arc<Transport>) -> Result<(), DeviceError> {
         self.flushes = features & 1 << VIRTIO_BLK_F_FLUSH != 0;
+        self.shared.is_stalled.store(false, Ordering::Release);
         *self.shared.transport.lock() = Some(Arc::clone(transport));
         Ok(())
     }
@@ -270,19 +304,33 @@ impl VirtioDevice for Block {
     fn start_queue(&mut self, queue: Queue) -> Result<(), DeviceError> {
         let index = queue.index();
         let transport = self.shared.transport.lock().clone();
-        let slot = self.running.get_mut(usize::from(index));
-        let (Some(slot), Some(transport)) = (slot, transport) else {
+        let at = usize::from(index);
+        let (slot, kept) = (self.running.get_mut(at), self.kept.get_mut(at));
+        let (Some(slot), Some(kept), Some(transport)) = (slot, kept, transport) else {
             return Err(DeviceError::NoSuchQueue(index));
         };
-        let task = BlockTask::new(queue, &self.shared, self.flushes)
+        let mut task = BlockTask::new(queue, &self.shared, self.flushes)
             .map_err(DeviceError::host("prepare a disk's queue"))?;
+        task.try_again(std::mem::take(kept));
         *slot = Some(Running::start(&self.workers, &transport, task));
         Ok(())
     }
 
     fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
-        let running = self.running.get_mut(usize::from(index))?.take()?;
-        Some(running.stop()?.finish())
+        let at = usize::from(index);
+        let running = self.running.get_mut(at)?.take()?;
+        let (state, kept) = running.stop()?.finish();
+        if let Some(slot) = self.kept.get_mut(at) {
+            *slot = kept;
+        }
+        Some(state)
+    }
+
+    fn reset_queue(&mut self, index: u16) {
+        let _ = self.stop_queue(index);
+        if let Some(kept) = self.kept.get_mut(usize::from(index)) {
+            kept.clear();
+        }
     }
 
     fn queue_state(&self, index: u16) -> Option<QueueState> {
@@ -294,6 +342,7 @@ impl VirtioDevice for Block {
         *self.shared.transport.lock() = None;
         self.shared.writeback.store(true, Ordering::Release);
         self.flushes = false;
+        self.kept.iter_mut().for_each(Vec::clear);
     }
 
     fn hand_over(&mut self) -> Result<(), DeviceError> {
@@ -315,19 +364,38 @@ impl VirtioDevice for Block {
     }
 
     fn save(&self, to: &mut Scope<'_>) -> Result<(), SaveError> {
-        to.put(&saved::V1 {
+        let kept = self.running.iter().zip(&self.kept);
+        let kept = kept.map(|(running, kept)| {
+            let live = running
+                .as_ref()
+                .and_then(|running| running.with(|task| task.kept()));
+            live.unwrap_or_else(|| kept.clone())
+        });
+        to.put(&saved::V2 {
             capacity: self.shared.capacity.load(Ordering::Acquire),
             writeback: self.shared.writeback.load(Ordering::Acquire),
+            block: Some(self.shared.image.geometry.logical),
+            kept: kept.collect(),
         })
     }
 
     fn load(&mut self, from: &mut LoadScope<'_, '_>) -> Result<(), LoadError> {
-        let saved: saved::V1 = from.take()?;
+        let saved: saved::V2 = from.take()?;
         let here = self.shared.capacity.load(Ordering::Acquire);
         if saved.capacity != here {
             let was = saved.capacity;
             return Err(from.refuse(format!("the disk had {was} bytes, and has {here} here")));
         }
+        let here = self.shared.image.geometry.logical;
+        if let Some(was) = saved.block.filter(|was| *was < here) {
+            return Err(from.refuse(format!(
+                "the guest uses blocks of {was} bytes, and direct I/O takes {here} here"
+            )));
+        }
+        let mut kept = saved.kept;
+        check_kept(&kept, self.queues, self.queue_size).map_err(|why| from.refuse(why))?;
+        kept.resize(self.queues.into(), Vec::new());
+        self.kept = kept;
         self.shared
             .writeback
             .store(saved.writeback, Ordering::Release);
@@ -347,6 +415,30 @@ impl VirtioDevice for Block {
             ("errors", get(&counters.errors)),
         ]
     }
+}
+
+/// Whether requests can have been kept like that; their chains are read when their queue is started.
+fn check_kept(kept: &[Vec<u16>], queues: u16, entries: u16) -> Result<(), String> {
+    if kept.len() > queues.into() {
+        let count = kept.len();
+        return Err(format!(
+            "requests of {count} queues are to be tried again, and it has {queues}"
+        ));
+    }
+    for heads in kept {
+        let mut seen = HashSet::new();
+        for head in heads {
+            if *head >= entries {
+                return Err(format!(
+                    "the chain at {head} is to be tried again, of a queue of {entries} entries"
+                ));
+            }
+            if !seen.insert(head) {
+                return Err(format!("the chain at {head} is to be tried again twice"));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// A disk, seen by the owner of the machine.

@@ -1,5 +1,7 @@
 //! What a driver asks of a disk (virtio 1.3, 5.2.6).
 
+use std::fmt;
+
 use super::image::SECTOR;
 use super::{MAX_REQUEST, MAX_SEGMENT_SECTORS};
 use crate::queue::{Chain, QueueError};
@@ -59,11 +61,25 @@ impl Op {
     }
 }
 
+impl fmt::Display for Op {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Read { offset, len } => write!(f, "to read {len} bytes at {offset}"),
+            Self::Write { offset, len } => write!(f, "to write {len} bytes at {offset}"),
+            Self::Flush => f.write_str("to flush"),
+            Self::Discard { offset, len } => write!(f, "to discard {len} bytes at {offset}"),
+            Self::WriteZeroes { offset, len, .. } => write!(f, "to zero {len} bytes at {offset}"),
+        }
+    }
+}
+
 /// A request, understood.
 #[derive(Debug)]
 pub(super) struct Request {
     pub(super) chain: Chain,
     pub(super) what: What,
+    /// Which of its queue's requests it is, counted since that was started.
+    pub(super) turn: u64,
     /// Where in the writable part its status goes.
     status_at: usize,
 }
@@ -92,7 +108,7 @@ pub(super) struct Limits {
 impl Request {
     /// # Errors
     /// When the chain is too short for a header and a status.
-    pub(super) fn parse(chain: Chain, limits: Limits) -> Result<Self, QueueError> {
+    pub(super) fn parse(chain: Chain, limits: Limits, turn: u64) -> Result<Self, QueueError> {
         let mut header = [0; HEADER];
         chain.read(0, &mut header)?;
         let writable = chain.writable_len();
@@ -134,6 +150,7 @@ impl Request {
         Ok(Self {
             chain,
             what,
+            turn,
             status_at,
         })
     }

@@ -1,7 +1,7 @@
 //! What is saved of a disk: frozen.
 
 use serde::{Deserialize, Serialize};
-use state::Saved;
+use state::{LoadError, Saved, Section};
 
 /// The first version.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -14,4 +14,30 @@ pub(super) struct V1 {
 
 impl Saved for V1 {
     const VERSION: u16 = 1;
+}
+
+/// With what the guest knows of blocks, and what it waits for.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct V2 {
+    /// Bytes, which the image must have where it is loaded.
+    pub(super) capacity: u64,
+    pub(super) writeback: bool,
+    /// Bytes of the smallest transfer, as the guest was told. Nobody knows of the first version.
+    pub(super) block: Option<u64>,
+    /// By queue, the heads of the chains whose requests are to be tried again, in this order.
+    pub(super) kept: Vec<Vec<u16>>,
+}
+
+impl Saved for V2 {
+    const VERSION: u16 = 2;
+
+    fn older(section: &Section<'_>) -> Result<Self, LoadError> {
+        section.read::<V1>().map(|v1| Self {
+            capacity: v1.capacity,
+            writeback: v1.writeback,
+            block: None,
+            kept: Vec::new(),
+        })
+    }
 }

@@ -1,5 +1,6 @@
 //! The work on one queue of a disk.
 
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -9,7 +10,7 @@ use super::geometry::Geometry;
 use super::request::{ID_LEN, Limits, Op, Request, Status, What};
 use super::threads::Threads;
 use super::uring::Uring;
-use super::{Kind, Shared};
+use super::{Kind, OnError, Shared};
 use crate::queue::{Chain, Queue, QueueError, QueueState};
 use crate::rate_limiter::{LentLimiter, Timer};
 use crate::worker::{QueueTask, TaskEvent, TaskFlow, TaskSources};
@@ -43,6 +44,13 @@ pub(super) struct BlockTask {
     timer: Timer,
     /// Waiting for the limiter. It was popped last, so that it can be put back.
     waiting: Option<Chain>,
+    /// Heads of chains that failed before the queue was started, and come before all others.
+    again: VecDeque<u16>,
+    /// By their turns, the heads of those that have failed since. While there is one nothing more is
+    /// begun: the machine is about to stand.
+    kept: BTreeMap<u64, u16>,
+    /// Requests that were begun.
+    turn: u64,
     /// What is written is durable when it is done: the driver cannot flush, or does not want to.
     writethrough: bool,
     /// Behind what is in flight: the image is locked for as long.
@@ -70,9 +78,22 @@ impl BlockTask {
             limiter: shared.limiter.lend(),
             timer: Timer::new()?,
             waiting: None,
+            again: VecDeque::new(),
+            kept: BTreeMap::new(),
+            turn: 0,
             writethrough: !flushes,
             shared: Arc::clone(shared),
         })
+    }
+
+    /// Begins with these chains, which were popped before the queue was started.
+    pub(super) fn try_again(&mut self, heads: Vec<u16>) {
+        self.again = heads.into();
+    }
+
+    /// The heads of the chains that are to be tried again, in their order.
+    pub(super) fn kept(&self) -> Vec<u16> {
+        self.kept.values().chain(&self.again).copied().collect()
     }
 
     pub(super) fn state(&self) -> QueueState {
@@ -83,8 +104,9 @@ impl BlockTask {
         state
     }
 
-    /// Waits for what is in flight, puts back what waits, and says where the queue is.
-    pub(super) fn finish(mut self) -> QueueState {
+    /// Waits for what is in flight, puts back what waits, and says where the queue is and which chains
+    /// are to be tried again.
+    pub(super) fn finish(mut self) -> (QueueState, Vec<u16>) {
         if self.waiting.take().is_some() {
             self.queue.unpop();
         }
@@ -92,7 +114,7 @@ impl BlockTask {
             // The rings are gone: what was done cannot be told.
             self.queue.broken(&error);
         }
-        self.queue.state()
+        (self.queue.state(), self.kept())
     }
 
     fn drain(&mut self) -> Result<(), QueueError> {
@@ -115,9 +137,15 @@ impl BlockTask {
     /// Takes requests; true when there may be more.
     fn take(&mut self) -> Result<bool, QueueError> {
         for _ in 0..BUDGET {
-            if !self.has_room() {
-                // Whatever is done next comes back here.
+            if !self.has_room() || !self.kept.is_empty() {
+                // Whatever is done next comes back here, or the queue is started again.
                 return Ok(false);
+            }
+            if let Some(head) = self.again.pop_front() {
+                // It has been limited already.
+                let chain = self.queue.again(head)?;
+                self.begin(chain)?;
+                continue;
             }
             let chain = match self.waiting.take() {
                 Some(chain) => chain,
@@ -165,7 +193,8 @@ impl BlockTask {
             block: self.shared.image.geometry.logical,
             sparse: self.shared.sparse,
         };
-        let request = Request::parse(chain, limits)?;
+        self.turn = self.turn.wrapping_add(1);
+        let request = Request::parse(chain, limits, self.turn)?;
         match request.what {
             What::Refused(status) => self.answer(&request, status, 0),
             What::Id => {
@@ -211,13 +240,13 @@ impl BlockTask {
                 Ok(threads) => self.threads = Some(threads),
                 Err(error) => {
                     tracing::error!(%error, "a disk has no threads");
-                    return self.answer(&request, Status::IoError, 0);
+                    return self.failed(&request, op, &error);
                 }
             }
         }
         let threads = self.threads.as_mut();
         match threads.map(|threads| threads.push(request, op, durable)) {
-            Some(Err(back)) => self.answer(&back, Status::IoError, 0),
+            Some(Err(back)) => self.failed(&back, op, &io::ErrorKind::BrokenPipe.into()),
             _ => {
                 self.in_flight += op.weight();
                 Ok(())
@@ -321,6 +350,11 @@ impl BlockTask {
         }
         self.shared.counters.errors.fetch_add(1, Ordering::Relaxed);
         tracing::warn!(?op, %error, "a disk operation failed");
+        if self.shared.on_error == OnError::Pause {
+            self.kept.insert(request.turn, request.chain.head());
+            self.shared.stalled(&format!("{op}: {error}"));
+            return Ok(());
+        }
         self.answer(request, Status::IoError, 0)
     }
 
@@ -420,6 +454,7 @@ mod tests {
             lock: LockMode::ByteRange,
             is_incoming: false,
             limits: RateLimits::default(),
+            on_error: OnError::Report,
         };
         let (_event_loop, workers) = workers();
         let (device, _) = Block::new(&config, workers.clone()).unwrap();
@@ -453,11 +488,11 @@ mod tests {
                     running.with(|task| task.uring.as_ref().unwrap().enable().unwrap());
                 }
                 assert_eq!(driver.wait_used(), (head, 513), "{name}");
-                state = running.stop().unwrap().finish();
+                state = running.stop().unwrap().finish().0;
             } else {
                 task.take().unwrap();
                 assert_eq!(driver.take_used(), None, "{name}");
-                state = task.finish();
+                state = task.finish().0;
                 assert_eq!(driver.take_used(), Some((head, 513)), "{name}");
             }
             assert_eq!(guest.read(at, 512), [7; 512], "{name}");

@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use memory::{DirtySlice, FlatView, Pages};
 use virtio_queue::DescriptorChain;
+use virtio_queue::desc::split::Descriptor;
 use vm_memory::bitmap::Bitmap;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
 
 use super::{QueueError, QueueMemory};
 use crate::limits::MAX_CHAIN;
@@ -15,6 +16,57 @@ use crate::limits::MAX_CHAIN;
 struct Buffer {
     addr: u64,
     len: usize,
+}
+
+/// The descriptors of a chain, one after the other (virtio 1.3, 2.7.5): ends where it cannot go on.
+struct Walk<'a> {
+    memory: &'a QueueMemory,
+    table: GuestAddress,
+    entries: u16,
+    next: Option<u16>,
+    /// How many there can be: more are a loop.
+    left: u16,
+    is_indirect: bool,
+}
+
+impl Walk<'_> {
+    /// Goes on in an indirect table, of which there is one, and in it no other.
+    fn enter(&mut self, indirect: Descriptor) -> Option<()> {
+        const LEN: u32 = size_of::<Descriptor>() as u32;
+        if self.is_indirect || !indirect.len().is_multiple_of(LEN) {
+            return None;
+        }
+        self.table = indirect.addr();
+        self.entries = u16::try_from(indirect.len() / LEN).ok()?;
+        self.left = self.entries;
+        self.next = Some(0);
+        self.is_indirect = true;
+        Some(())
+    }
+
+    fn read(&mut self) -> Option<Descriptor> {
+        let index = self.next.take().filter(|index| *index < self.entries)?;
+        self.left = self.left.checked_sub(1)?;
+        let offset = u64::from(index) * size_of::<Descriptor>() as u64;
+        self.memory.read_obj(self.table.checked_add(offset)?).ok()
+    }
+}
+
+impl Iterator for Walk<'_> {
+    type Item = Descriptor;
+
+    fn next(&mut self) -> Option<Descriptor> {
+        let mut descriptor = self.read()?;
+        if descriptor.refers_to_indirect_table() {
+            self.enter(descriptor)?;
+            descriptor = self.read()?;
+            if descriptor.refers_to_indirect_table() {
+                return None;
+            }
+        }
+        self.next = descriptor.has_next().then(|| descriptor.next());
+        Some(descriptor)
+    }
 }
 
 /// A descriptor chain, checked: every buffer is in RAM, those that the device reads come before
@@ -35,7 +87,33 @@ impl Chain {
         chain: DescriptorChain<&QueueMemory>,
         view: &Arc<FlatView>,
     ) -> Result<Self, QueueError> {
-        let head = chain.head_index();
+        Self::parse(chain.head_index(), chain, view)
+    }
+
+    /// The chain that begins at `head` of a table of so many `entries`, which the device has had since
+    /// before: the available ring may no longer name it.
+    pub(super) fn at(
+        head: u16,
+        table: GuestAddress,
+        entries: u16,
+        memory: &QueueMemory,
+    ) -> Result<Self, QueueError> {
+        let walk = Walk {
+            memory,
+            table,
+            entries,
+            next: Some(head),
+            left: entries,
+            is_indirect: false,
+        };
+        Self::parse(head, walk, memory.view())
+    }
+
+    fn parse(
+        head: u16,
+        chain: impl Iterator<Item = Descriptor>,
+        view: &Arc<FlatView>,
+    ) -> Result<Self, QueueError> {
         let broken = |why| QueueError::Chain { head, why };
         let mut parsed = Self {
             head,
@@ -44,6 +122,7 @@ impl Chain {
             writable: Vec::new(),
         };
         let mut complete = false;
+        let mut bytes = 0_u32;
         for descriptor in chain {
             if parsed.readable.len() + parsed.writable.len() == MAX_CHAIN {
                 return Err(broken("has too many buffers"));
@@ -52,6 +131,9 @@ impl Chain {
                 addr: descriptor.addr().0,
                 len: usize::try_from(descriptor.len()).map_err(|_| broken("is too long"))?,
             };
+            bytes = bytes
+                .checked_add(descriptor.len())
+                .ok_or_else(|| broken("is too long"))?;
             if !view.check_range(descriptor.addr(), buffer.len) {
                 return Err(broken("has a buffer that is not RAM"));
             }

@@ -221,6 +221,20 @@ impl Queue {
         }
     }
 
+    /// The chain that begins at `head`: one that was popped before and never given back, be it by the
+    /// device from whose saved state this one goes on.
+    ///
+    /// # Errors
+    /// When there is none that could have been popped.
+    pub fn again(&mut self, head: u16) -> Result<Chain, QueueError> {
+        let queue = self.index;
+        self.memory
+            .refresh()
+            .map_err(|source| QueueError::Rings { queue, source })?;
+        let table = GuestAddress(self.split.desc_table());
+        Chain::at(head, table, self.split.size(), &self.memory)
+    }
+
     /// Puts the chain that was popped last back: the next [`Queue::pop`] gives it again.
     pub fn unpop(&mut self) {
         self.split.go_to_previous_position();

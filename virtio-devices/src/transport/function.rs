@@ -232,8 +232,7 @@ impl Function {
             }
             Effect::StartQueue(index) => self.start_queue(&mut state, index),
             Effect::ResetQueue(index) => {
-                // What it had in hand is done; where it was is of no interest.
-                let _ = state.device.stop_queue(index);
+                state.device.reset_queue(index);
             }
             Effect::ConfigVector(vector) => self.transport.set_config_vector(vector),
             Effect::QueueVector(queue, vector) => self.transport.set_queue_vector(queue, vector),

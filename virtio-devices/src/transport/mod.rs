@@ -35,6 +35,12 @@ pub enum TransportEvent {
         /// Why.
         String,
     ),
+    /// The host failed at what the guest asked for. The guest is not told: the device tries it again
+    /// when it is started the next time, and the machine should stand until then.
+    Stalled(
+        /// Why.
+        String,
+    ),
     /// The driver has reset it.
     Reset,
 }
@@ -92,6 +98,12 @@ impl Transport {
             self.tell(TransportEvent::NeedsReset(why.to_owned()));
             self.config_changed();
         }
+    }
+
+    /// Tells the owner of the machine that the device waits for the host.
+    pub fn stalled(&self, why: &str) {
+        tracing::warn!(why, "a virtio device waits for the host");
+        self.tell(TransportEvent::Stalled(why.to_owned()));
     }
 
     fn is_broken(&self) -> bool {

@@ -5,14 +5,21 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use control::{Ask, Category, NewDevice, Reply, RequestError};
-use spec::{NetConfig, PciDeviceInfo, VmConfig, VmResize, VmResizeDisk, limits};
+use memory::Pages;
+use spec::{NetConfig, PciDeviceInfo, VmConfig, VmResize, VmResizeDisk, VmState, limits};
+use virtio_devices::TransportEvent;
 
+use super::moving::Leaving;
 use super::{Driver, Happening, Stage};
 use crate::failure::BuildError;
 use crate::open::{self, Control, Opened};
 use crate::virtio::Devices;
+
+/// How often it is looked whether all pages of a guest that came are there.
+const PAGES_PATIENCE: Duration = Duration::from_millis(20);
 
 impl Driver {
     /// Gives the guest a device, or the machine of the next boot.
@@ -189,6 +196,47 @@ impl Driver {
         }
         self.show_devices();
         self.publisher.record("device-removed", Some(id));
+    }
+
+    /// A disk keeps requests at which the host failed: the guest stands until somebody resumes it, and
+    /// then they are tried again.
+    pub(super) fn stalled(&mut self, id: String, why: String) {
+        let reporter = self.reporter();
+        let Stage::On(active) = &mut self.stage else {
+            return;
+        };
+        if !active.devices().contains(&id) {
+            return;
+        }
+        let (ram, _) = active.memory();
+        if ram.pages() == Pages::Awaited {
+            // Devices that wait for pages do not stop before those are there.
+            let wait = move || {
+                while ram.pages() == Pages::Awaited {
+                    std::thread::sleep(PAGES_PATIENCE);
+                }
+                drop(ram);
+                reporter.tell(Happening::Device(id, TransportEvent::Stalled(why)));
+            };
+            let builder = std::thread::Builder::new().name("vm-stalled".to_owned());
+            if let Err(error) = builder.spawn(wait) {
+                tracing::error!(%error, "a guest whose disk fails is not paused");
+            }
+            return;
+        }
+        let mut told = format!("{id}: {why}");
+        let stands = self.publisher.current().state == VmState::Paused
+            || self.leaving.as_ref().is_some_and(Leaving::is_stopped);
+        let paused = if stands { None } else { Some(active.pause()) };
+        if let Some(Err(late)) = &paused {
+            tracing::error!(id, %late, "a guest whose disk fails is not paused");
+            told = format!("{told}; the VM is not paused: {late}");
+        }
+        self.publisher.record("disk-error", Some(told));
+        if let Some(Ok(())) = paused {
+            self.publisher
+                .update(|status| status.state = VmState::Paused);
+        }
     }
 
     fn show_devices(&self) {

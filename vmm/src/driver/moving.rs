@@ -97,6 +97,11 @@ pub(super) struct Leaving {
 }
 
 impl Leaving {
+    /// It stands because it moves.
+    pub(super) fn is_stopped(&self) -> bool {
+        self.is_stopped
+    }
+
     /// It stays, and does not run, because it lacks what it needs.
     pub(super) fn is_stranded(&self) -> bool {
         self.is_stranded
