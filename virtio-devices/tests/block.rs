@@ -1090,7 +1090,10 @@ fn kept_requests_keep_their_order_until_the_driver_forgets_them() {
     let kept = |machine: &Machine| SavedDisk::of(&machine.save()).kept;
     let mut machine = machine(&pauses);
     truncate(0);
+    // All of them are there when the queue starts.
+    let state = machine.device.stop_queue(0).unwrap();
     let heads = machine.send_together(IN, 8);
+    machine.start(state);
     machine.wait_stalled(1);
     // What comes behind is not taken, until the disk has been started again.
     let more = machine.send_together(IN, 1);

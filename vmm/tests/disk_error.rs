@@ -12,7 +12,10 @@ use std::time::{Duration, Instant};
 
 use control::{Registry, Request, VmHandle};
 use guest::{Line, Options, Workload};
-use spec::{PayloadConfig, VmConfig, VmRemoveDevice, VmState};
+use spec::{
+    AwaitMigration, MigrationPhase, PayloadConfig, StartMigration, VmConfig, VmRemoveDevice,
+    VmState,
+};
 use vmm::{Pool, PoolConfig};
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -22,6 +25,10 @@ const DISK: u64 = 1 << 20;
 struct Lab {
     dir: tempfile::TempDir,
     registry: Registry,
+}
+
+fn registry() -> Registry {
+    Registry::new(Pool::start(&PoolConfig::default()).unwrap())
 }
 
 impl Lab {
@@ -35,8 +42,10 @@ impl Lab {
         let run = run.arg(&small).output().unwrap();
         let told = String::from_utf8_lossy(&run.stderr).into_owned();
         assert!(run.status.success(), "mount: {told}");
-        let registry = Registry::new(Pool::start(&PoolConfig::default()).unwrap());
-        let lab = Self { dir, registry };
+        let lab = Self {
+            dir,
+            registry: registry(),
+        };
         let disk = File::create(lab.path("small/disk")).unwrap();
         disk.set_len(DISK).unwrap();
         lab
@@ -124,23 +133,11 @@ fn ask(serial: &mut BufReader<UnixStream>) -> (u64, u64) {
     }
 }
 
-#[tokio::test]
-async fn a_vm_whose_disk_is_full_stands_until_there_is_room_and_misses_nothing() {
-    let lab = Lab::new();
-    lab.fill();
-    let vm = lab.create();
-    vm.ask(Request::Boot).await.unwrap();
+/// Until the guest has written and read its disk twice.
+async fn goes_on(lab: &Lab) {
     let serial = UnixStream::connect(lab.path("serial")).unwrap();
     serial.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut serial = BufReader::new(serial);
-    lab.wait_paused(&vm, 1).await;
-    // Nobody has made room.
-    for times in 2..5 {
-        vm.ask(Request::Resume).await.unwrap();
-        lab.wait_paused(&vm, times).await;
-    }
-    lab.make_room();
-    vm.ask(Request::Resume).await.unwrap();
     let start = Instant::now();
     loop {
         let (blocks, bad) = ask(&mut serial);
@@ -151,6 +148,23 @@ async fn a_vm_whose_disk_is_full_stands_until_there_is_room_and_misses_nothing()
         assert!(start.elapsed() < PATIENCE, "{blocks} blocks");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
+}
+
+#[tokio::test]
+async fn a_vm_whose_disk_is_full_stands_until_there_is_room_and_misses_nothing() {
+    let lab = Lab::new();
+    lab.fill();
+    let vm = lab.create();
+    vm.ask(Request::Boot).await.unwrap();
+    lab.wait_paused(&vm, 1).await;
+    // Nobody has made room.
+    for times in 2..5 {
+        vm.ask(Request::Resume).await.unwrap();
+        lab.wait_paused(&vm, times).await;
+    }
+    lab.make_room();
+    vm.ask(Request::Resume).await.unwrap();
+    goes_on(&lab).await;
     assert_eq!(vm.status().state, VmState::Running);
     assert_eq!(lab.errors().len(), 4);
     vm.ask(Request::Delete).await.unwrap();
@@ -181,4 +195,39 @@ async fn a_vm_that_stands_for_its_disk_is_reset_and_ends_as_any_other() {
         lab.wait_paused(&vm, before + 1).await;
         vm.ask(end).await.unwrap();
     }
+}
+
+#[tokio::test]
+async fn what_waits_for_room_moves_with_its_guest() {
+    let mut lab = Lab::new();
+    lab.fill();
+    let vm = lab.create();
+    let id = vm.id().clone();
+    vm.ask(Request::Boot).await.unwrap();
+    lab.wait_paused(&vm, 1).await;
+    let there = registry();
+    let listen = format!("unix:{}", lab.path("migration").display());
+    let receive = there
+        .receive_migration(&AwaitMigration::at(listen))
+        .unwrap();
+    let to = StartMigration::to(receive.info().endpoint);
+    let send = lab.registry.send_migration(id.as_str(), &to).unwrap();
+    let mut over = send.over();
+    let waited = tokio::time::timeout(PATIENCE, over.wait_for(|over| *over)).await;
+    waited.unwrap().unwrap();
+    let told = send.info();
+    assert_eq!(told.phase, MigrationPhase::Completed, "{told:?}");
+    let mut over = receive.over();
+    let waited = tokio::time::timeout(PATIENCE, over.wait_for(|over| *over)).await;
+    waited.unwrap().unwrap();
+
+    lab.registry = there;
+    let vm = lab.registry.get(id.as_str()).unwrap();
+    assert_eq!(vm.status().state, VmState::Paused);
+    vm.ask(Request::Resume).await.unwrap();
+    lab.wait_paused(&vm, 1).await;
+    lab.make_room();
+    vm.ask(Request::Resume).await.unwrap();
+    goes_on(&lab).await;
+    assert_eq!(lab.errors().len(), 1);
 }
