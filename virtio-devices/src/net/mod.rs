@@ -142,16 +142,19 @@ pub struct Net {
 }
 
 impl Net {
-    /// Opens the tap and brings it up.
+    /// Opens the tap and brings it up. One that somebody else opened is left as it is, but for what is
+    /// to be set.
     ///
     /// # Errors
     /// When the tap cannot be used.
     pub fn new(config: NetConfig, workers: Workers) -> Result<(Self, NetHandle), TapError> {
-        let taps = match config.tap {
-            TapSource::Name(name) => Tap::open(&name, config.pairs.clamp(1, MAX_PAIRS))?,
-            TapSource::Descriptors(descriptors) => Tap::adopt(descriptors)?,
+        let (taps, is_ours) = match config.tap {
+            TapSource::Name(name) => (Tap::open(&name, config.pairs.clamp(1, MAX_PAIRS))?, true),
+            TapSource::Descriptors(descriptors) => (Tap::adopt(descriptors)?, false),
         };
-        if let Some(first) = taps.first() {
+        if let Some(first) = taps.first()
+            && (is_ours || config.address.is_given())
+        {
             first.set_up(&config.address)?;
         }
         let queues = taps.len() * 2 + 1;

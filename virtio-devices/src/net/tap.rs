@@ -9,12 +9,12 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::net::{Ipv4Addr, UdpSocket};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 
 use memory::DirtySlice;
 use vm_memory::VolatileSlice;
-use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
+use vmm_sys_util::ioctl::{ioctl, ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
 
 const DEVICE: &str = "/dev/net/tun";
 
@@ -23,6 +23,7 @@ const TUNGETIFF: libc::c_ulong = 0x8004_54d2;
 const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
 const TUNSETVNETHDRSZ: libc::c_ulong = 0x4004_54d8;
 const TUNSETQUEUE: libc::c_ulong = 0x4004_54d9;
+const TUNGETDEVNETNS: libc::c_ulong = 0x54e3;
 
 /// Bytes of `virtio_net_hdr` with its `num_buffers` (virtio 1.3, 5.1.6).
 pub(super) const HEADER_LEN: usize = 12;
@@ -41,6 +42,14 @@ pub enum TapError {
     /// Its name is none.
     #[error("`{0}` is no name of an interface: 1 to 15 bytes without `/` and spaces")]
     Name(String),
+    /// Somebody else opened it, and not as it is needed.
+    #[error("the tap `{name}`, which came as descriptors, cannot be used: {why}")]
+    Adopted {
+        /// Its name.
+        name: String,
+        /// What is wrong.
+        why: &'static str,
+    },
     /// It is there and cannot be set up.
     #[error("the host refused to {attempt} of the tap `{name}`: {source}")]
     SetUp {
@@ -65,6 +74,8 @@ fn reason(error: &io::Error) -> String {
         Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
             format!("{error}: {DEVICE} is missing; load the module `tun`")
         }
+        Some(libc::ENOTTY) => format!("{error}: it is no tap"),
+        Some(libc::EBADFD) => format!("{error}: it belongs to no interface"),
         _ => error.to_string(),
     }
 }
@@ -78,6 +89,13 @@ pub struct TapAddress {
     pub mac: Option<[u8; 6]>,
     /// Largest packet.
     pub mtu: Option<u16>,
+}
+
+impl TapAddress {
+    /// Whether anything is to be set.
+    pub(super) fn is_given(&self) -> bool {
+        *self != Self::default()
+    }
 }
 
 /// One queue of a tap.
@@ -122,38 +140,42 @@ impl Tap {
     /// of a new one `%d` is a number of the host's choice), and goes with its last queue then.
     pub(super) fn open(name: &str, queues: u16) -> Result<Vec<Self>, TapError> {
         let mut taps: Vec<Self> = Vec::new();
-        let multi_queue = queues > 1;
+        let mut flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+        if queues > 1 {
+            flags |= libc::IFF_MULTI_QUEUE;
+        }
         for _ in 0..queues {
             let name = taps.first().map_or(name, |first| &first.name);
-            let mut request = request(name)?;
-            let mut flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
-            if multi_queue {
-                flags |= libc::IFF_MULTI_QUEUE;
-            }
-            request.ifr_ifru.ifru_flags = flags as i16;
-            let failed = |source| TapError::Open {
-                name: name.to_owned(),
-                source,
-            };
-            let mut options = OpenOptions::new();
-            options.read(true).write(true);
-            options.custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC);
-            let file = options.open(DEVICE).map_err(failed)?;
-            // SAFETY: takes and gives an `ifreq`.
-            let made = unsafe { ioctl_with_mut_ref(&file, TUNSETIFF, &mut request) };
-            last_error(made).map_err(failed)?;
-            let tap = Self {
-                file,
-                name: name_of(&request),
-                multi_queue,
-            };
+            let tap = Self::make(name, flags)?;
             tap.set_header()?;
             taps.push(tap);
         }
         Ok(taps)
     }
 
-    /// Queues that somebody else opened, one a descriptor.
+    fn make(name: &str, flags: libc::c_int) -> Result<Self, TapError> {
+        let mut request = request(name)?;
+        request.ifr_ifru.ifru_flags = flags as i16;
+        let failed = |source| TapError::Open {
+            name: name.to_owned(),
+            source,
+        };
+        let mut options = OpenOptions::new();
+        options.read(true).write(true);
+        options.custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC);
+        let file = options.open(DEVICE).map_err(failed)?;
+        // SAFETY: takes and gives an `ifreq`.
+        let made = unsafe { ioctl_with_mut_ref(&file, TUNSETIFF, &mut request) };
+        last_error(made).map_err(failed)?;
+        Ok(Self {
+            file,
+            name: name_of(&request),
+            multi_queue: flags & libc::IFF_MULTI_QUEUE != 0,
+        })
+    }
+
+    /// Queues of one interface that somebody else opened, one a descriptor. It may be anywhere, and we
+    /// may be nobody to it: it is used as it is.
     pub(super) fn adopt(descriptors: Vec<OwnedFd>) -> Result<Vec<Self>, TapError> {
         let multi_queue = descriptors.len() > 1;
         let adopt = |fd: OwnedFd| {
@@ -167,6 +189,26 @@ impl Tap {
             // SAFETY: gives an `ifreq`.
             let told = unsafe { ioctl_with_mut_ref(&file, TUNGETIFF, &mut request) };
             last_error(told).map_err(failed)?;
+            // SAFETY: this member was just filled in.
+            let is = libc::c_int::from(unsafe { request.ifr_ifru.ifru_flags });
+            let several = if multi_queue {
+                libc::IFF_MULTI_QUEUE
+            } else {
+                0
+            };
+            // IFF_NO_PI is not told: its bit means IFF_NOFILTER here.
+            let wanted = [
+                (libc::IFF_TAP, "it is a tun, which has no Ethernet frames"),
+                (libc::IFF_VNET_HDR, "it was made without IFF_VNET_HDR"),
+                (
+                    several,
+                    "it has several pairs of queues and was made without IFF_MULTI_QUEUE",
+                ),
+            ];
+            if let Some((_, why)) = wanted.iter().find(|(flag, _)| is & flag != *flag) {
+                let name = name_of(&request);
+                return Err(TapError::Adopted { name, why });
+            }
             let flags = rustix::fs::fcntl_getfl(&file).map_err(|error| failed(error.into()))?;
             rustix::fs::fcntl_setfl(&file, flags | rustix::fs::OFlags::NONBLOCK)
                 .map_err(|error| failed(error.into()))?;
@@ -178,7 +220,21 @@ impl Tap {
             tap.set_header()?;
             Ok(tap)
         };
-        descriptors.into_iter().map(adopt).collect()
+        let taps: Vec<Self> = descriptors
+            .into_iter()
+            .map(adopt)
+            .collect::<Result<_, _>>()?;
+        if let Some(first) = taps.first()
+            && taps.iter().any(|tap| tap.name != first.name)
+        {
+            return Err(first.unfit("the descriptors are of several interfaces"));
+        }
+        Ok(taps)
+    }
+
+    fn unfit(&self, why: &'static str) -> TapError {
+        let name = self.name.clone();
+        TapError::Adopted { name, why }
     }
 
     pub(super) fn name(&self) -> &str {
@@ -238,8 +294,28 @@ impl Tap {
         }
     }
 
+    /// Whether the interface is in another network namespace than we are, as far as the host tells.
+    fn is_elsewhere(&self) -> bool {
+        // SAFETY: takes nothing.
+        let theirs = unsafe { ioctl(&self.file, TUNGETDEVNETNS) };
+        if theirs < 0 {
+            return false;
+        }
+        // SAFETY: a new descriptor, which is ours alone.
+        let theirs = unsafe { OwnedFd::from_raw_fd(theirs) };
+        let id = |stat: rustix::fs::Stat| (stat.st_dev, stat.st_ino);
+        let theirs = rustix::fs::fstat(theirs).map(id);
+        let ours = rustix::fs::stat("/proc/thread-self/ns/net").map(id);
+        matches!((ours, theirs), (Ok(ours), Ok(theirs)) if ours != theirs)
+    }
+
     /// Sets the host's side up, and brings it up.
     pub(super) fn set_up(&self, address: &TapAddress) -> Result<(), TapError> {
+        if self.is_elsewhere() {
+            // There may be another of its name here.
+            let why = "it is in another network namespace, where nothing of it can be set";
+            return Err(self.unfit(why));
+        }
         // Any socket will do to talk about interfaces.
         let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0));
         let socket = socket.map_err(self.failed("open a socket to set up the address"))?;
@@ -282,6 +358,10 @@ impl Tap {
         last_error(told).map_err(self.failed("read the flags"))?;
         // SAFETY: this member was just filled in.
         let flags = unsafe { request.ifr_ifru.ifru_flags };
+        if flags & libc::IFF_UP as i16 != 0 {
+            // Whoever made it may have left us no right to say so again.
+            return Ok(());
+        }
         request.ifr_ifru.ifru_flags = flags | (libc::IFF_UP | libc::IFF_RUNNING) as i16;
         self.change(fd, libc::SIOCSIFFLAGS, &request, "bring up the interface")
     }
@@ -350,5 +430,144 @@ fn socket_address(ip: Ipv4Addr) -> libc::sockaddr {
     libc::sockaddr {
         sa_family: libc::AF_INET as u16,
         sa_data: data,
+    }
+}
+
+/// Of real interfaces: they want `/dev/net/tun`, CAP_NET_ADMIN and CAP_SYS_ADMIN.
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use rustix::thread::{CapabilitySet, UnshareFlags, capabilities, set_capabilities};
+
+    use super::super::{Net, NetConfig, TapSource};
+    use super::*;
+    use crate::rate_limiter::RateLimits;
+    use crate::testing::{PATIENCE, workers};
+
+    const USUAL: libc::c_int = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    const SEVERAL: libc::c_int = USUAL | libc::IFF_MULTI_QUEUE;
+
+    fn used(tap: TapSource, pairs: u16, address: TapAddress) -> Result<String, String> {
+        let config = NetConfig {
+            tap,
+            address,
+            mac: [2, 0, 0, 0, 0, 1],
+            mtu: None,
+            pairs,
+            queue_size: 64,
+            offload_csum: true,
+            offload_tso: true,
+            limits: RateLimits::default(),
+        };
+        let (_event_loop, workers) = workers();
+        match Net::new(config, workers) {
+            Ok((_, handle)) => Ok(handle.tap().unwrap().to_owned()),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    fn fd(tap: &Tap) -> OwnedFd {
+        tap.file.try_clone().unwrap().into()
+    }
+
+    fn adopted(taps: &[&Tap]) -> Result<String, String> {
+        let fds: Vec<OwnedFd> = taps.iter().map(|tap| fd(tap)).collect();
+        let pairs = u16::try_from(fds.len()).unwrap();
+        used(TapSource::Descriptors(fds), pairs, TapAddress::default())
+    }
+
+    #[test]
+    fn descriptors_that_are_not_of_a_tap_as_it_must_be_are_refused_with_the_reason() {
+        let make = |flags| Tap::make("wbadopt%d", flags).unwrap();
+        let good = make(USUAL);
+        assert_eq!(adopted(&[&good]), Ok(good.name.clone()));
+        let first = make(SEVERAL);
+        let second = Tap::make(&first.name, SEVERAL).unwrap();
+        assert_eq!(adopted(&[&first]), Ok(first.name.clone()));
+        assert_eq!(adopted(&[&first, &second]), Ok(first.name.clone()));
+        let other = make(SEVERAL);
+        for (taps, why) in [
+            (vec![&make(USUAL & !libc::IFF_VNET_HDR)], "IFF_VNET_HDR"),
+            (vec![&make(USUAL ^ libc::IFF_TAP ^ libc::IFF_TUN)], "a tun"),
+            (vec![&good, &good], "IFF_MULTI_QUEUE"),
+            (vec![&first, &other], "several interfaces"),
+        ] {
+            let told = adopted(&taps).unwrap_err();
+            let name = &taps[0].name;
+            assert!(told.contains(why) && told.contains(name), "{told}");
+        }
+        for (path, why) in [("/dev/null", "no tap"), (DEVICE, "no interface")] {
+            let file = File::options().read(true).write(true).open(path).unwrap();
+            let source = TapSource::Descriptors(vec![file.into()]);
+            let told = used(source, 1, TapAddress::default()).unwrap_err();
+            assert!(told.contains(why), "{told}");
+        }
+    }
+
+    #[test]
+    fn a_tap_of_another_network_namespace_is_used_as_it_is() {
+        let ip = |last| Ipv4Addr::new(10, 213, 77, last);
+        let there = std::thread::spawn(move || {
+            // SAFETY: no descriptors are unshared.
+            unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET) }.unwrap();
+            let tap = Tap::open("wbelsewhere", 1).unwrap().remove(0);
+            tap.set_up(&TapAddress {
+                ip: Some((ip(1), Ipv4Addr::new(255, 255, 255, 0))),
+                ..TapAddress::default()
+            })
+            .unwrap();
+            (tap, UdpSocket::bind((ip(1), 0)).unwrap())
+        });
+        let (tap, socket) = there.join().unwrap();
+        assert_eq!(adopted(&[&tap]), Ok("wbelsewhere".to_owned()));
+        // What is asked for that cannot be done there is refused, and not done to one of its name here.
+        let _here = Tap::open("wbelsewhere", 1).unwrap();
+        let mtu = TapAddress {
+            mtu: Some(9000),
+            ..TapAddress::default()
+        };
+        let source = TapSource::Descriptors(vec![fd(&tap)]);
+        let told = used(source, 1, mtu).unwrap_err();
+        assert!(told.contains("another network namespace"), "{told}");
+        let mtu = std::fs::read_to_string("/sys/class/net/wbelsewhere/mtu").unwrap();
+        assert_eq!(mtu.trim(), "1500");
+        // Frames come: it is asked for who has the address.
+        socket.send_to(b"who", (ip(2), 9)).unwrap();
+        let (tap, from) = (
+            Tap::adopt(vec![fd(&tap)]).unwrap().remove(0),
+            Instant::now(),
+        );
+        loop {
+            assert!(from.elapsed() < PATIENCE, "no frame came");
+            let mut frame = [0; 2000];
+            match tap.read(&mut frame).unwrap() {
+                Some(_) if frame[HEADER_LEN + 12..][..2] == [8, 6] => break,
+                _ => std::thread::yield_now(),
+            }
+        }
+    }
+
+    #[test]
+    fn a_tap_that_is_up_wants_no_rights() {
+        let taps = Tap::open("wbup%d", 2).unwrap();
+        let name = taps[0].name.clone();
+        taps[0].set_up(&TapAddress::default()).unwrap();
+        let up = [taps[0].try_clone().unwrap(), taps[1].try_clone().unwrap()];
+        let unprivileged = std::thread::spawn(move || {
+            let mut sets = capabilities(None).unwrap();
+            sets.effective.remove(CapabilitySet::NET_ADMIN);
+            set_capabilities(None, sets).unwrap();
+            let source = TapSource::Name(name.clone());
+            assert_eq!(used(source, 2, TapAddress::default()), Ok(name.clone()));
+            assert_eq!(adopted(&[&up[0], &up[1]]), Ok(name.clone()));
+            let mtu = TapAddress {
+                mtu: Some(9000),
+                ..TapAddress::default()
+            };
+            let told = used(TapSource::Name(name), 2, mtu).unwrap_err();
+            assert!(told.contains("set the MTU"), "{told}");
+        });
+        unprivileged.join().unwrap();
     }
 }
