@@ -1153,6 +1153,31 @@ fn kept_requests_keep_their_order_until_the_driver_forgets_them() {
 }
 
 #[test]
+fn a_chain_that_is_available_twice_is_not_kept_twice() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = raw(&dir, 4 << 20);
+    let mut machine = machine(&BlockConfig {
+        on_error: OnError::Pause,
+        ..config(&path)
+    });
+    File::create(&path).unwrap();
+    let state = machine.device.stop_queue(0).unwrap();
+    let [head] = machine.send_together(IN, 1)[..] else {
+        panic!("it sends one");
+    };
+    machine.queue.offer(head);
+    machine.start(state);
+    let from = Instant::now();
+    while machine.heard.events().len() < 2 && from.elapsed() < PATIENCE {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let events = format!("{:?}", machine.heard.events());
+    assert!(events.contains("was made available twice"), "{events}");
+    machine.device.stop_queue(0).unwrap();
+    assert_eq!(SavedDisk::of(&machine.save()).kept, [[head]]);
+}
+
+#[test]
 fn an_error_is_told_where_nothing_else_is_said() {
     let dir = tempfile::tempdir().unwrap();
     let path = raw(&dir, 4 << 20);

@@ -351,7 +351,18 @@ impl BlockTask {
         self.shared.counters.errors.fetch_add(1, Ordering::Relaxed);
         tracing::warn!(?op, %error, "a disk operation failed");
         if self.shared.on_error == OnError::Pause {
-            self.kept.insert(request.turn, request.chain.head());
+            let head = request.chain.head();
+            // It is known by its head alone, to which only one can be.
+            if self
+                .kept
+                .values()
+                .chain(&self.again)
+                .any(|kept| *kept == head)
+            {
+                let why = "was made available twice";
+                return Err(QueueError::Chain { head, why });
+            }
+            self.kept.insert(request.turn, head);
             self.shared.stalled(&format!("{op}: {error}"));
             return Ok(());
         }

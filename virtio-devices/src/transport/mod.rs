@@ -102,7 +102,6 @@ impl Transport {
 
     /// Tells the owner of the machine that the device waits for the host.
     pub fn stalled(&self, why: &str) {
-        tracing::warn!(why, "a virtio device waits for the host");
         self.tell(TransportEvent::Stalled(why.to_owned()));
     }
 

@@ -224,6 +224,7 @@ impl Driver {
             }
             return;
         }
+        tracing::warn!(id, why, "the host fails at what a guest asks of a disk");
         let mut told = format!("{id}: {why}");
         let stands = self.publisher.current().state == VmState::Paused
             || self.leaving.as_ref().is_some_and(Leaving::is_stopped);
