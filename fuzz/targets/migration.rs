@@ -5,7 +5,7 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use arbitrary::Unstructured;
 use libfuzzer_sys::fuzz_target;
@@ -77,8 +77,8 @@ impl Target for Machine {
         Ok(())
     }
 
-    fn start(&mut self, _: Duration, _: bool) -> Result<(), Refusal> {
-        Ok(())
+    fn start(&mut self, _: Duration, _: bool) -> Result<Instant, Refusal> {
+        Ok(Instant::now())
     }
 
     fn discard(&mut self) {}

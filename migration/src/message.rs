@@ -174,9 +174,10 @@ pub(crate) enum ToSource {
     Ready {
         load_us: u64,
     },
-    /// The guest goes on here, so long after the order came.
+    /// The guest goes on here, so long after the order came; this is told so long after it.
     Running {
         us: u64,
+        told_us: u64,
     },
     /// The guest never ran here, and will not.
     NotHere(Refusal),

@@ -54,11 +54,12 @@ pub trait Target: Send {
     /// When somebody else has it.
     fn take_over(&mut self) -> Result<(), Refusal>;
 
-    /// Lets the guest run, which stood for so long; or not yet, if it is to stay paused.
+    /// Lets the guest run, which stood for so long; or not yet, if it is to stay paused. Gives since when
+    /// it does: what is done behind that is not part of the stop.
     ///
     /// # Errors
     /// When it cannot; then nothing of it has run.
-    fn start(&mut self, stood_for: Duration, paused: bool) -> Result<(), Refusal>;
+    fn start(&mut self, stood_for: Duration, paused: bool) -> Result<Instant, Refusal>;
 
     /// The guest does not come; or it runs here already, and the rest of it does not come: then it
     /// ends at once.

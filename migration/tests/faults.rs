@@ -280,14 +280,14 @@ impl Target for TestTarget {
         Ok(())
     }
 
-    fn start(&mut self, _: Duration, paused: bool) -> Result<(), Refusal> {
+    fn start(&mut self, _: Duration, paused: bool) -> Result<Instant, Refusal> {
         self.life.step()?;
         self.world.ran_at_destination.store(true, Ordering::SeqCst);
         if !paused {
             self.world
                 .run(&self.world.at_destination, &self.world.at_source);
         }
-        Ok(())
+        Ok(Instant::now())
     }
 
     fn discard(&mut self) {

@@ -3,7 +3,7 @@
 
 use std::io::Write;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use devices::event_loop::EventLoop;
 use devices::{
@@ -427,20 +427,22 @@ impl Active {
         self.parts.devices.ejected(slot, &self.parts.topology)
     }
 
-    /// Lets the guest run.
-    pub(crate) fn resume(&mut self) -> Result<(), MoveError> {
+    /// Lets the guest run. On return it has, since the time that is given, and its devices work.
+    pub(crate) fn resume(&mut self) -> Result<Instant, MoveError> {
         // Of a guest that came, and stood until now.
         let has_come = !self.standing.is_empty();
         self.start_clocks(0)?;
         if let Some(clock) = self.clock.take() {
             self.parts.vm.set_clock(clock)?;
         }
-        self.parts.devices.resume();
         self.control.want(Want::Run);
+        let runs = Instant::now();
+        // Behind the guest: what it asks of them meanwhile waits in their doorbells.
+        self.parts.devices.resume();
         if has_come {
             self.parts.devices.repeat_interrupts();
         }
-        Ok(())
+        Ok(runs)
     }
 
     /// Stops the guest: on return no vCPU runs, and the guest's clock stands. If a vCPU does not stop in

@@ -9,6 +9,7 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
+use std::time::Instant;
 
 use hypervisor::{KvmError, MemSlots, StateError, VcpuState, VmState};
 use memory::{CommitError, RamBlock};
@@ -142,15 +143,15 @@ impl Active {
         Ok(held.finish()?)
     }
 
-    /// Lets the guest run, which stood for so long.
-    pub(crate) fn go(&mut self, stood_for_ns: u64) -> Result<(), MoveError> {
+    /// Lets the guest run, which stood for so long. Gives since when it does.
+    pub(crate) fn go(&mut self, stood_for_ns: u64) -> Result<Instant, MoveError> {
         if let Some(clock) = &mut self.clock {
             clock.nanoseconds = clock.nanoseconds.saturating_add(stood_for_ns);
         }
         self.start_clocks(stood_for_ns)?;
-        self.resume()?;
+        let runs = self.resume()?;
         self.parts.devices.repeat_interrupts();
-        Ok(())
+        Ok(runs)
     }
 
     /// Lets the clocks of a machine that was loaded go on.

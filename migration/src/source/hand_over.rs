@@ -159,13 +159,14 @@ impl Engine<'_, '_> {
         let mut answer = self.order(since, paused);
         loop {
             match answer {
-                Ok(ToSource::Running { us }) => {
-                    let there = Duration::from_micros(us);
+                Ok(ToSource::Running { us, told_us }) => {
                     let (all, handing) = (since.elapsed(), order.elapsed());
-                    // The answer's way back is no longer part of the stop.
-                    let back = handing.saturating_sub(there) / 2;
-                    self.downtime.hand_over_us = micros(handing.saturating_sub(back));
-                    self.downtime.total_us = micros(all.saturating_sub(back));
+                    // What came behind the guest, and the answer's way back, are no part of the stop.
+                    let told = Duration::from_micros(told_us);
+                    let behind = Duration::from_micros(told_us.saturating_sub(us));
+                    let no_part = behind + handing.saturating_sub(told) / 2;
+                    self.downtime.hand_over_us = micros(handing.saturating_sub(no_part));
+                    self.downtime.total_us = micros(all.saturating_sub(no_part));
                     let downtime = self.downtime;
                     progress.update(|report| report.downtime = Some(downtime));
                     // So that it need not wait for us to ask again.

@@ -449,12 +449,13 @@ impl Taking<'_, '_> {
         let start = Instant::now();
         let started = self.take_over_and_start(stood_for, paused, start);
         match started {
-            Ok(()) => {
-                let us = micros(start.elapsed());
-                let told = self.say(&ToSource::Running { us });
+            Ok(runs) => {
+                let us = micros(runs.saturating_duration_since(start));
+                let told_us = micros(start.elapsed());
+                let told = self.say(&ToSource::Running { us, told_us });
                 let mut heard = told.is_ok() && self.hears_complete();
                 // What a source is told that asks again.
-                let mut answer = ToSource::Running { us: 0 };
+                let mut answer = ToSource::Running { us: 0, told_us: 0 };
                 if let Some(late) = self.memory.late.get() {
                     heard = self.take_late(late, heard)?;
                     answer = ToSource::Completed;
@@ -483,7 +484,7 @@ impl Taking<'_, '_> {
         stood_for: Duration,
         paused: bool,
         since: Instant,
-    ) -> Result<(), Refusal> {
+    ) -> Result<Instant, Refusal> {
         self.target.take_over()?;
         if let Some(late) = self.memory.late.get()
             && !late.start()

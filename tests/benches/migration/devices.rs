@@ -77,7 +77,7 @@ fn machine(service: &Service, nets: u64, disks: u64) -> Result<VmConfig> {
     config.net = Some(nets.collect::<Result<_, _>>()?);
     let mut all = Vec::new();
     for index in 0..disks {
-        let path = service.path(&format!("disk{index}"));
+        let path = service.path(format!("disk{index}"));
         std::fs::File::create(&path)?.set_len(MIB)?;
         let disk = json!({ "path": path, "image_type": "Raw", "num_queues": DISK_QUEUES });
         all.push(serde_json::from_value(disk)?);

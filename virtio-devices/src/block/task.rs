@@ -59,19 +59,9 @@ pub(super) struct BlockTask {
 
 impl BlockTask {
     pub(super) fn new(queue: Queue, shared: &Arc<Shared>, flushes: bool) -> io::Result<Self> {
-        let uring = match &shared.image.kind {
-            Kind::Raw(file) => match Uring::new(Arc::new(file.try_clone()?), queue.size()) {
-                Ok(uring) => Some(uring),
-                Err(error) => {
-                    tracing::warn!(%error, "the host has no io_uring; disks are served by threads");
-                    None
-                }
-            },
-            Kind::Qcow2(_) => None,
-        };
         Ok(Self {
             queue,
-            uring,
+            uring: None,
             failures: 0,
             in_flight: 0,
             threads: None,
@@ -397,6 +387,15 @@ fn is_aligned(request: &Request, op: Op, geometry: Geometry) -> Result<bool, Que
 impl QueueTask for BlockTask {
     fn watch(&mut self, sources: &mut TaskSources<'_, '_>) -> io::Result<()> {
         sources.watch(Arc::clone(self.queue.kick()), KICK, Interest::Read)?;
+        // Here and not when the queue starts: that is in the stop of a guest that moves.
+        if let (None, Kind::Raw(file)) = (&self.uring, &self.shared.image.kind) {
+            match Uring::new(Arc::new(file.try_clone()?), self.queue.size()) {
+                Ok(uring) => self.uring = Some(uring),
+                Err(error) => {
+                    tracing::warn!(%error, "the host has no io_uring; disks are served by threads");
+                }
+            }
+        }
         if let Some(uring) = &self.uring {
             sources.watch(Arc::clone(uring.done()), URING, Interest::Read)?;
         }

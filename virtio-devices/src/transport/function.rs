@@ -227,7 +227,10 @@ impl Function {
             }
             Effect::DriverOk => {
                 self.transport.driver_ok.store(true, Ordering::Release);
-                self.serve(&mut state);
+                // One that is paused is served when it goes on.
+                if !state.paused {
+                    self.serve(&mut state);
+                }
                 self.transport.tell(TransportEvent::Activated);
             }
             Effect::StartQueue(index) => self.start_queue(&mut state, index),

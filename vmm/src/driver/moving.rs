@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::mpsc;
+use std::time::Instant;
 
 use ::devices::event_loop::Sources;
 use ::devices::pci::Bdf;
@@ -405,17 +406,19 @@ impl Driver {
             .map_err(refused("cannot-be-taken-over"))
     }
 
-    /// Lets the guest run that came, or stand if it is to.
+    /// Lets the guest run that came, or stand if it is to. Gives since when it does.
     pub(crate) fn arrive(
         &mut self,
         stood_for_ns: u64,
         paused: bool,
         sources: &mut Sources<'_>,
-    ) -> Result<(), Refusal> {
+    ) -> Result<Instant, Refusal> {
         let active = self.expecting()?;
-        if !paused {
-            active.go(stood_for_ns).map_err(refused("cannot-go-on"))?;
-        }
+        let runs = if paused {
+            Instant::now()
+        } else {
+            active.go(stood_for_ns).map_err(refused("cannot-go-on"))?
+        };
         let Stage::Expecting(expected) = std::mem::replace(&mut self.stage, Stage::Off) else {
             return Err(no_machine());
         };
@@ -444,7 +447,7 @@ impl Driver {
         for port in Port::BOTH {
             self.take_input(port, sources);
         }
-        Ok(())
+        Ok(runs)
     }
 
     /// The guest does not come.

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use control::Registry;
 use memory::RamBlock;
@@ -274,12 +274,14 @@ impl Target for ArrivingVm {
         self.caller.attempt(Driver::take_over)
     }
 
-    fn start(&mut self, stood_for: Duration, paused: bool) -> Result<(), Refusal> {
+    fn start(&mut self, stood_for: Duration, paused: bool) -> Result<Instant, Refusal> {
         let stood = u64::try_from(stood_for.as_nanos()).unwrap_or(u64::MAX);
-        self.caller
-            .call(move |driver, sources| driver.arrive(stood, paused, sources))??;
+        let arrived = self
+            .caller
+            .call(move |driver, sources| driver.arrive(stood, paused, sources))?;
+        let runs = arrived?;
         self.stage = Stage::Arrived;
-        Ok(())
+        Ok(runs)
     }
 
     fn discard(&mut self) {
