@@ -61,7 +61,13 @@ impl Machine {
         change(&service, &mut config);
         let vm = service.create("debian", config).await?;
         service.client().vms_boot(&vm).await?;
-        let shell = Shell::login(&serial, BOOTS).await?;
+        let shell = match Shell::login(&serial, BOOTS).await {
+            Ok(shell) => shell,
+            Err(error) => {
+                let info = service.client().vms_info(&vm).await;
+                bail!("{error:#}\n{info:?}\n{}", service.log());
+            }
+        };
         Ok(Self {
             service,
             vm,
