@@ -11,8 +11,8 @@ use guest::Options;
 use openapi::Client;
 use rustix::process::{Pid, Signal, kill_process};
 use spec::{
-    ConsoleConfig, ConsoleMode, CreateVm, PayloadConfig, SerialConfig, VmConfig, VmId, VmInfo,
-    VmState,
+    ConsoleConfig, ConsoleMode, CreateVm, MigrationInfo, PayloadConfig, SerialConfig, VmConfig,
+    VmId, VmInfo, VmState,
 };
 use tempfile::TempDir;
 
@@ -223,6 +223,29 @@ impl Service {
             }
             if start.elapsed() > CHANGES {
                 bail!("{id:?} is {} and not {state}:\n{}", info.state, self.log());
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    /// Waits until a migration is as it is wanted.
+    ///
+    /// # Errors
+    /// When it does not come to that within `limit`; says what it came to.
+    pub async fn until(
+        &self,
+        migration: &VmId,
+        limit: Duration,
+        wanted: impl Fn(&MigrationInfo) -> bool,
+    ) -> Result<MigrationInfo> {
+        let start = Instant::now();
+        loop {
+            let info = self.client.migrations_info(migration).await?;
+            if wanted(&info) {
+                return Ok(info);
+            }
+            if start.elapsed() > limit {
+                bail!("{info:#?}\n{}", self.log());
             }
             tokio::time::sleep(Duration::from_millis(5)).await;
         }

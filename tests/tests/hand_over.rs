@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 use spec::{
@@ -124,15 +124,7 @@ fn name(info: &MigrationInfo) -> VmId {
 
 /// Waits for a migration to come to something.
 async fn until(at: &Service, id: &VmId, wanted: impl Fn(&MigrationInfo) -> bool) -> MigrationInfo {
-    let start = Instant::now();
-    loop {
-        let info = at.client().migrations_info(id).await.unwrap();
-        if wanted(&info) {
-            return info;
-        }
-        assert!(start.elapsed() < PATIENCE, "{info:#?}\n{}", at.log());
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    at.until(id, PATIENCE, wanted).await.unwrap()
 }
 
 async fn over(at: &Service, id: &VmId) -> MigrationPhase {

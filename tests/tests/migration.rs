@@ -3,7 +3,7 @@
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::process::Signal;
 use spec::{
@@ -35,15 +35,7 @@ async fn receive(at: &Service) -> MigrationInfo {
 }
 
 async fn until(at: &Service, id: &VmId, wanted: impl Fn(&MigrationInfo) -> bool) -> MigrationInfo {
-    let start = Instant::now();
-    loop {
-        let info = at.client().migrations_info(id).await.unwrap();
-        if wanted(&info) {
-            return info;
-        }
-        assert!(start.elapsed() < PATIENCE, "{info:?}");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    at.until(id, PATIENCE, wanted).await.unwrap()
 }
 
 #[tokio::test]

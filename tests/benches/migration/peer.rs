@@ -42,6 +42,13 @@ impl Peer {
     }
 }
 
+impl Peer {
+    async fn terminal(&self) -> Result<Terminal> {
+        let port = self.client.vm_info().await?.config.serial.file;
+        Terminal::open(&port.context("no terminal")?)
+    }
+}
+
 impl Drop for Peer {
     fn drop(&mut self) {
         // It may have ended by itself.
@@ -61,15 +68,7 @@ pub(crate) async fn moves(program: &Path, case: Case, times: usize) -> Result<Ve
         let to = Peer::start(program, dir.path(), "to").await?;
         from.client.vm_create(&config(case, &kernel)).await?;
         from.client.vm_boot().await?;
-        let port = from
-            .client
-            .vm_info()
-            .await?
-            .config
-            .serial
-            .file
-            .context("no terminal")?;
-        let mut terminal = Terminal::open(&port)?;
+        let mut terminal = from.terminal().await?;
         terminal.until(|line| matches!(line, Line::Heartbeat { .. }))?;
         tokio::time::sleep(Duration::from_millis(500)).await;
         terminal.gap()?;
@@ -98,16 +97,8 @@ pub(crate) async fn moves(program: &Path, case: Case, times: usize) -> Result<Ve
         let (received, sent): (_, Result<()>) = tokio::join!(receiving, sending);
         received?;
         sent?;
-        let port = to
-            .client
-            .vm_info()
-            .await?
-            .config
-            .serial
-            .file
-            .context("no terminal")?;
         all.push(Seen {
-            gap: Terminal::open(&port)?.gap()?,
+            gap: to.terminal().await?.gap()?,
             total: u64::try_from(start.elapsed().as_micros())?,
             ..Seen::default()
         });
