@@ -327,9 +327,9 @@ impl Migrate for Pool {
                     leaving.stayed(why);
                     drop(leaving);
                     ours.over.send_replace(true);
-                    untold.inspect(|untold| {
+                    if let Some(untold) = untold {
                         untold.tell(&*dial);
-                    });
+                    }
                 }
             }
             journals.forget(ours.id, Side::Source);
