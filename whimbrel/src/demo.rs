@@ -129,8 +129,11 @@ impl Demo {
         self.request("PUT /api/v1/vms/demo/boot");
         self.client().vms_boot(&id).await?;
         let mut console = Console::open(&self.console).await?;
-        self.until(&mut console, |line| matches!(line, Line::Ready { .. }))
-            .await?;
+        // It may have said that it is ready before anybody listened.
+        self.until(&mut console, |line| {
+            matches!(line, Line::Ready { .. } | Line::Heartbeat { .. })
+        })
+        .await?;
         self.timeline(&id).await?;
         self.until(&mut console, |line| {
             matches!(line, Line::Heartbeat { count: 3, .. })
