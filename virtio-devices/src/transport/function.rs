@@ -27,7 +27,7 @@ struct State {
 }
 
 /// A virtio device, and what its driver has made of it. A transport's registers lead here.
-pub(super) struct Function {
+pub(super) struct VirtioFunction {
     id: DeviceId,
     transport: Arc<Transport>,
     space: AddressSpace,
@@ -35,7 +35,7 @@ pub(super) struct Function {
     state: Mutex<State>,
 }
 
-impl Function {
+impl VirtioFunction {
     /// # Errors
     /// When the host gives no event descriptors.
     pub(super) fn new(
@@ -83,7 +83,7 @@ impl Function {
         state.stop_queues();
     }
 
-    /// Undoes [`Function::pause`], and serves a device that was loaded.
+    /// Undoes [`VirtioFunction::pause`], and serves a device that was loaded.
     pub(super) fn resume(&self) {
         let mut state = self.state.lock();
         state.paused = false;
@@ -149,8 +149,8 @@ impl Function {
         device.save(&mut to.child("device")?)
     }
 
-    /// Loads what [`Function::save`] saved. The device is paused, before and after, and has no
-    /// queue in hand: its rings are looked up by [`Function::resume`], behind the one commit.
+    /// Loads what [`VirtioFunction::save`] saved. The device is paused, before and after, and has no
+    /// queue in hand: its rings are looked up by [`VirtioFunction::resume`], behind the one commit.
     pub(super) fn load(&self, from: &mut LoadScope<'_, '_>) -> Result<(), LoadError> {
         let saved: saved::V1 = from.take()?;
         let mut state = self.state.lock();
@@ -328,9 +328,9 @@ impl VirtioDevice for Gone {
     }
 }
 
-impl fmt::Debug for Function {
+impl fmt::Debug for VirtioFunction {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Function")
+        f.debug_struct("VirtioFunction")
             .field("id", &self.id)
             .finish_non_exhaustive()
     }
@@ -341,7 +341,7 @@ fn offset(offset: u64) -> usize {
 }
 
 /// The registers of the common configuration structure.
-pub(super) struct CommonRegisters(pub(super) Arc<Function>);
+pub(super) struct CommonRegisters(pub(super) Arc<VirtioFunction>);
 
 impl DeviceOps for CommonRegisters {
     fn read(&self, at: u64, data: &mut [u8]) {
@@ -354,7 +354,7 @@ impl DeviceOps for CommonRegisters {
 }
 
 /// The ISR status (virtio 1.3, 4.1.4.5): reading clears it.
-pub(super) struct IsrRegister(pub(super) Arc<Function>);
+pub(super) struct IsrRegister(pub(super) Arc<VirtioFunction>);
 
 impl DeviceOps for IsrRegister {
     fn read(&self, at: u64, data: &mut [u8]) {
@@ -368,7 +368,7 @@ impl DeviceOps for IsrRegister {
 }
 
 /// Device configuration space.
-pub(super) struct DeviceRegisters(pub(super) Arc<Function>);
+pub(super) struct DeviceRegisters(pub(super) Arc<VirtioFunction>);
 
 impl DeviceOps for DeviceRegisters {
     fn read(&self, at: u64, data: &mut [u8]) {
@@ -382,7 +382,7 @@ impl DeviceOps for DeviceRegisters {
 }
 
 /// The doorbells, where the hypervisor does not take the write for us: one of an odd width.
-pub(super) struct Doorbells(pub(super) Arc<Function>);
+pub(super) struct Doorbells(pub(super) Arc<VirtioFunction>);
 
 impl DeviceOps for Doorbells {
     fn read(&self, _: u64, data: &mut [u8]) {

@@ -21,7 +21,7 @@ use devices::pci::{
 };
 
 use super::function::{
-    CommonRegisters, DOORBELL_STRIDE, DeviceRegisters, Doorbells, Function, IsrRegister,
+    CommonRegisters, DOORBELL_STRIDE, DeviceRegisters, Doorbells, IsrRegister, VirtioFunction,
 };
 use super::negotiation;
 use super::{Interrupts, Transport, TransportEvent};
@@ -94,7 +94,7 @@ pub fn vectors(device: &dyn VirtioDevice) -> u16 {
 
 /// A virtio device on the PCI bus.
 pub struct VirtioPci {
-    function: Arc<Function>,
+    function: Arc<VirtioFunction>,
     endpoint: Endpoint,
     /// Where the capability is by which configuration space reaches the BAR (4.1.4.9).
     window: usize,
@@ -129,7 +129,7 @@ impl VirtioPci {
         let id = device.id();
         let interrupts = Arc::new(ByMsix(std::sync::OnceLock::new()));
         let transport = Transport::new(Box::new(Arc::clone(&interrupts)), slot.tell);
-        let function = Function::new(device, Arc::new(transport), slot.space, vectors)?;
+        let function = VirtioFunction::new(device, Arc::new(transport), slot.space, vectors)?;
         let function = Arc::new(function);
 
         let bar = slot.tx.container((label, id.name()), BAR_LEN)?;
@@ -415,7 +415,7 @@ fn structure(kind: u8, bar: u8, offset: u32, len: u32, extra: Option<u32>) -> Ve
 type Structure = (&'static str, AddrRange, Arc<dyn DeviceOps>);
 
 /// What is where in the BAR.
-fn structures(function: &Arc<Function>, msix: &Arc<Msix>) -> Vec<Structure> {
+fn structures(function: &Arc<VirtioFunction>, msix: &Arc<Msix>) -> Vec<Structure> {
     let part = |name, first: u64, len: u64, ops: Arc<dyn DeviceOps>| {
         AddrRange::new(first, len).map(|range| (name, range, ops))
     };
