@@ -1,7 +1,7 @@
 //! The migration engine: moves a guest from one process to another.
 //!
 //! It knows memory, frames and the order in which things must happen, and neither KVM nor devices nor
-//! HTTP: a machine is a [`Source`] here and a [`Target`] there.
+//! HTTP: a machine is a [`Source`] at one side and a [`Destination`] at the other.
 //!
 //! ```text
 //!   source                                destination
@@ -24,6 +24,7 @@
 
 #![forbid(unsafe_code)]
 
+mod destination;
 mod journal;
 mod link;
 mod message;
@@ -32,7 +33,6 @@ mod policy;
 mod progress;
 mod sender;
 mod source;
-mod target;
 #[cfg(feature = "testing")]
 pub mod testing;
 mod tls;
@@ -41,53 +41,55 @@ mod wire;
 use std::fmt;
 use std::time::Duration;
 
+pub use destination::{Destination, Fate, Host, Receiving, receive};
 pub use journal::{Entry, FileJournal, Journal, NoJournal, Side, Step};
 pub use link::{Accept, Closer, Dial, Endpoint, InvalidEndpoint, Listener, Stream};
 pub use message::{BlockInfo, Offer, Refusal};
 pub use pages::Block;
 pub use policy::{AtDeadline, MAX_CONNECTIONS, Mode, Policy};
 pub use progress::{Downtime, Phase, Progress, Report, Resolution, TooLate};
-pub use source::{Outcome, Sending, Source, Untold, send};
-pub use target::{Fate, Host, Receiving, Target, receive};
+pub use source::{Outcome, PendingAbort, Sending, Source, send};
+
 pub use tls::{TlsDial, TlsError, TlsListener};
 pub use wire::WireError;
 
-/// Who knows more than the other side tells it, or answers when it asks, for so many times the
-/// patience that one has with the other side.
+/// How long a finished side keeps answering a peer that missed the outcome, in multiples of
+/// `patience`.
 pub(crate) const LINGER: u32 = 6;
 
-/// As often as this, within the patience that one has with the other side, one tries to reach it.
+/// Attempts to reach the other side again within one `patience`.
 pub(crate) const ATTEMPTS: u32 = 30;
 
-/// Signs of life that are given within the patience that the other side has.
-pub(crate) const SIGNS: u32 = 8;
+/// Keepalives that a busy side sends within one `patience`.
+pub(crate) const KEEPALIVES: u32 = 8;
 
-/// How long a channel for pages may be silent: the control channel tells whether the other side lives.
+/// How long a RAM or faults channel may be silent. Those have no keepalives: the control channel
+/// shows whether the other side lives.
 pub(crate) const PAGES_PATIENCE: Duration = Duration::from_secs(3600);
 
-/// Why a migration does not go on.
+/// Why a migration fails.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum Trouble {
-    /// The connection, or what came over it.
+pub(crate) enum MigrationError {
+    /// The connection failed, or carried something that the protocol does not allow.
     #[error(transparent)]
     Wire(#[from] WireError),
-    /// The machine at this side, or this side's policy.
+    /// This side's machine or policy refuses.
     #[error(transparent)]
     Here(Refusal),
-    /// The other side.
+    /// The other side refuses.
     #[error("the other side says: {0}")]
     There(Refusal),
-    /// It was called off.
+    /// The operator canceled the migration.
     #[error("the migration was called off")]
     Canceled,
 }
 
-impl Trouble {
+impl MigrationError {
     pub(crate) fn here(code: &str, error: impl fmt::Display) -> Self {
         Self::Here(Refusal::new(code, error.to_string()))
     }
 
-    /// As it is told.
+    /// Returns the error in the form that the report and the peer get.
     pub(crate) fn refusal(&self) -> Refusal {
         let code = match self {
             Self::Wire(WireError::Damaged(_)) => "stream-damaged",

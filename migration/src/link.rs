@@ -42,7 +42,7 @@ pub trait Stream: Read + Write + Send {
     ///
     /// # Errors
     /// When the connection carries none: only unix sockets do.
-    fn give_files(&self, files: &[File]) -> io::Result<()> {
+    fn send_files(&self, files: &[File]) -> io::Result<()> {
         let _ = files;
         Err(io::ErrorKind::Unsupported.into())
     }
@@ -51,7 +51,7 @@ pub trait Stream: Read + Write + Send {
     ///
     /// # Errors
     /// When the connection carries none, or none come.
-    fn take_files(&self, most: usize) -> io::Result<Vec<File>> {
+    fn recv_files(&self, most: usize) -> io::Result<Vec<File>> {
         let _ = most;
         Err(io::ErrorKind::Unsupported.into())
     }
@@ -92,7 +92,7 @@ impl Stream for UnixStream {
         }))
     }
 
-    fn give_files(&self, files: &[File]) -> io::Result<()> {
+    fn send_files(&self, files: &[File]) -> io::Result<()> {
         let fds: Vec<_> = files.iter().map(AsFd::as_fd).collect();
         let mut space = vec![MaybeUninit::uninit(); SendAncillaryMessage::ScmRights(&fds).size()];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
@@ -104,7 +104,7 @@ impl Stream for UnixStream {
         Ok(())
     }
 
-    fn take_files(&self, most: usize) -> io::Result<Vec<File>> {
+    fn recv_files(&self, most: usize) -> io::Result<Vec<File>> {
         let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FILES))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let mut byte = [0];
@@ -360,15 +360,15 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("file");
         fs::write(&path, "inside").unwrap();
-        near.give_files(&[File::open(&path).unwrap()]).unwrap();
-        let mut files = far.take_files(1).unwrap();
+        near.send_files(&[File::open(&path).unwrap()]).unwrap();
+        let mut files = far.recv_files(1).unwrap();
         let mut text = String::new();
         files[0].read_to_string(&mut text).unwrap();
         assert_eq!(text, "inside");
         (&near).write_all(b"x").unwrap();
-        assert!(far.take_files(1).is_err(), "a byte and no file");
+        assert!(far.recv_files(1).is_err(), "a byte and no file");
         drop(near);
-        assert!(far.take_files(1).is_err());
+        assert!(far.recv_files(1).is_err());
     }
 
     #[test]

@@ -214,11 +214,11 @@ fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, WireError> {
     Ok(body)
 }
 
-pub(crate) fn say_hello(to: &mut dyn Stream, hello: &Hello) -> Result<(), WireError> {
+pub(crate) fn send_hello(to: &mut dyn Stream, hello: &Hello) -> Result<(), WireError> {
     wire::write(to, Kind::Hello, &[&encode(hello)?])
 }
 
-pub(crate) fn hear_hello(from: &mut dyn Stream) -> Result<Hello, WireError> {
+pub(crate) fn recv_hello(from: &mut dyn Stream) -> Result<Hello, WireError> {
     let mut reader = Reader::default();
     let (_, body) = reader.read(from, &[Kind::Hello])?;
     decode(body)
@@ -238,26 +238,26 @@ impl Control {
         }
     }
 
-    pub(crate) fn say<T: Serialize>(&mut self, message: &T) -> Result<(), WireError> {
+    pub(crate) fn send<T: Serialize>(&mut self, message: &T) -> Result<(), WireError> {
         wire::write(&mut *self.stream, Kind::Control, &[&encode(message)?])
     }
 
     /// A message, and the saved state that belongs to it, in one go.
-    pub(crate) fn say_with_state<T: Serialize>(
+    pub(crate) fn send_with_state<T: Serialize>(
         &mut self,
         message: &T,
         state: &[u8],
     ) -> Result<(), WireError> {
-        self.say(message)?;
+        self.send(message)?;
         wire::write(&mut *self.stream, Kind::State, &[state])
     }
 
-    pub(crate) fn hear<T: DeserializeOwned>(&mut self) -> Result<T, WireError> {
+    pub(crate) fn recv<T: DeserializeOwned>(&mut self) -> Result<T, WireError> {
         let (_, body) = self.reader.read(&mut *self.stream, &[Kind::Control])?;
         decode(body)
     }
 
-    pub(crate) fn hear_state(&mut self) -> Result<Vec<u8>, WireError> {
+    pub(crate) fn recv_state(&mut self) -> Result<Vec<u8>, WireError> {
         let (_, body) = self.reader.read(&mut *self.stream, &[Kind::State])?;
         Ok(body.to_vec())
     }

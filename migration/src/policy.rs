@@ -196,8 +196,8 @@ impl Policy {
         };
         let auto = u16::try_from(cpus.min(useful)).unwrap_or(1);
         let wanted = self.connections.unwrap_or(auto).max(1);
-        let urgent = u16::from(self.may_postcopy());
-        wanted.saturating_add(urgent).min(MAX_CONNECTIONS)
+        let fault_server = u16::from(self.may_postcopy());
+        wanted.saturating_add(fault_server).min(MAX_CONNECTIONS)
     }
 }
 

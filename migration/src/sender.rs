@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use memory::DirtyPages;
 use parking_lot::Mutex;
 
-use crate::Trouble;
+use crate::MigrationError;
 use crate::link::Stream;
 use crate::pages::{self, BATCH, Batch, Block, PAGE, Run};
 use crate::progress::Progress;
@@ -77,14 +77,14 @@ impl<I: Iterator<Item = Run>> Work<'_, I> {
 /// called so often. Gives the bytes that were sent, and what the other thing came to.
 pub(crate) fn on_all<R>(
     rams: &mut [Ram],
-    send: impl Fn(&mut Ram) -> Result<u64, Trouble> + Sync,
+    send: impl Fn(&mut Ram) -> Result<u64, MigrationError> + Sync,
     every: Duration,
-    mut sign: impl FnMut() -> Result<(), Trouble>,
+    mut sign: impl FnMut() -> Result<(), MigrationError>,
     meanwhile: impl FnOnce() -> R,
-) -> Result<(u64, R), Trouble> {
+) -> Result<(u64, R), MigrationError> {
     thread::scope(|scope| {
         let (done, ended) = mpsc::channel();
-        let (mut running, mut sent, mut trouble) = (0, 0, None);
+        let (mut running, mut sent, mut failed) = (0, 0, None);
         for ram in rams {
             let (done, send) = (done.clone(), &send);
             let work = move || {
@@ -93,7 +93,7 @@ pub(crate) fn on_all<R>(
             };
             match thread::Builder::new().spawn_scoped(scope, work) {
                 Ok(_) => running += 1,
-                Err(error) => trouble = Some(Trouble::here("host-refused", error)),
+                Err(error) => failed = Some(MigrationError::here("host-refused", error)),
             }
         }
         let result = meanwhile();
@@ -103,14 +103,14 @@ pub(crate) fn on_all<R>(
                     running -= 1;
                     match one {
                         Ok(bytes) => sent += bytes,
-                        Err(error) => drop(trouble.get_or_insert(error)),
+                        Err(error) => drop(failed.get_or_insert(error)),
                     }
                 }
-                Err(_) if trouble.is_none() => trouble = sign().err(),
+                Err(_) if failed.is_none() => failed = sign().err(),
                 Err(_) => {}
             }
         }
-        trouble.map_or(Ok((sent, result)), Err)
+        failed.map_or(Ok((sent, result)), Err)
     })
 }
 
@@ -122,7 +122,7 @@ pub(crate) fn send_inline(
     pacer: &Pacer,
     round: u32,
     progress: &Progress,
-) -> Result<u64, Trouble> {
+) -> Result<u64, MigrationError> {
     let mut sent = 0;
     if let Some(first) = rams.first_mut() {
         for run in batches {
@@ -146,7 +146,7 @@ impl Ram {
     }
 
     /// Tells of pages that come after the guest.
-    pub(crate) fn send_missing(&mut self, block: u32, runs: &[Run]) -> Result<(), Trouble> {
+    pub(crate) fn send_missing(&mut self, block: u32, runs: &[Run]) -> Result<(), MigrationError> {
         let body = pages::encode_missing(block, runs);
         Ok(wire::write(&mut *self.stream, Kind::Missing, &[&body])?)
     }
@@ -157,12 +157,12 @@ impl Ram {
         blocks: &[Block],
         batches: &Mutex<impl Iterator<Item = Run>>,
         pacer: &Pacer,
-        haste: &Haste,
+        priority: &FaultPriority,
         progress: &Progress,
-    ) -> Result<u64, Trouble> {
+    ) -> Result<u64, MigrationError> {
         let mut sent = 0;
         loop {
-            haste.give_way();
+            priority.give_way();
             let next = batches.lock().next();
             let Some(batch) = next else { return Ok(sent) };
             let Some(block) = blocks.get(batch.block as usize) else {
@@ -186,13 +186,13 @@ impl Ram {
     pub(crate) fn send(
         &mut self,
         work: &Work<'_, impl Iterator<Item = Run>>,
-    ) -> Result<u64, Trouble> {
+    ) -> Result<u64, MigrationError> {
         let mut sent = 0;
         while work.cut.is_none_or(|cut| Instant::now() < cut) {
             let next = work.batches.lock().next();
             let Some(run) = next else { break };
             if work.progress.is_canceled() {
-                return Err(Trouble::Canceled);
+                return Err(MigrationError::Canceled);
             }
             let bytes = self.send_batch(work.blocks, run, &work.progress)?;
             sent += bytes;
@@ -202,7 +202,7 @@ impl Ram {
         Ok(sent)
     }
 
-    pub(crate) fn end(&mut self, round: u32) -> Result<(), Trouble> {
+    pub(crate) fn end(&mut self, round: u32) -> Result<(), MigrationError> {
         Ok(wire::write(
             &mut *self.stream,
             Kind::End,
@@ -215,7 +215,7 @@ impl Ram {
         blocks: &[Block],
         run: Run,
         progress: &Progress,
-    ) -> Result<u64, Trouble> {
+    ) -> Result<u64, MigrationError> {
         let Some(block) = blocks.get(run.block as usize) else {
             return Ok(0);
         };
@@ -241,13 +241,13 @@ impl Ram {
 }
 
 /// When a page was last waited for: what nobody waits for gives way for a moment.
-pub(crate) struct Haste {
+pub(crate) struct FaultPriority {
     begun: Instant,
     /// Microseconds since then.
     last: AtomicU64,
 }
 
-impl Default for Haste {
+impl Default for FaultPriority {
     fn default() -> Self {
         Self {
             begun: Instant::now(),
@@ -256,7 +256,7 @@ impl Default for Haste {
     }
 }
 
-impl Haste {
+impl FaultPriority {
     /// Who waits for one page waits for the next, soon.
     const SOON: u64 = 1_000;
     const WAY: Duration = Duration::from_micros(400);

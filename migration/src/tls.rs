@@ -247,7 +247,7 @@ mod tests {
     }
 
     /// What came over, if anything did.
-    fn say(client: &Path, server: &Path) -> (io::Result<()>, io::Result<[u8; 5]>) {
+    fn send(client: &Path, server: &Path) -> (io::Result<()>, io::Result<[u8; 5]>) {
         let listener = Listener::bind(&Endpoint::Tcp("127.0.0.1:0".to_owned())).unwrap();
         let endpoint = listener.endpoint().unwrap();
         let mut listener = TlsListener::new(listener, server).unwrap();
@@ -272,20 +272,20 @@ mod tests {
     fn those_who_know_each_other_talk_and_nobody_else() {
         let (ours, theirs) = (Issuer::new(), Issuer::new());
         let good = directory(&ours, &ours, "127.0.0.1");
-        let (said, heard) = say(good.path(), good.path());
+        let (said, heard) = send(good.path(), good.path());
         said.unwrap();
         assert_eq!(&heard.unwrap(), b"hello");
         // Another issuer's certificate, at either side.
         let stranger = directory(&ours, &theirs, "127.0.0.1");
-        let (said, heard) = say(good.path(), stranger.path());
+        let (said, heard) = send(good.path(), stranger.path());
         assert!(said.unwrap_err().to_string().contains("certificate"));
         assert!(heard.is_err());
-        let (said, heard) = say(stranger.path(), good.path());
+        let (said, heard) = send(stranger.path(), good.path());
         assert!(said.is_err());
         assert!(heard.unwrap_err().to_string().contains("certificate"));
         // Another host's.
         let elsewhere = directory(&ours, &ours, "host.example");
-        let (said, _) = say(good.path(), elsewhere.path());
+        let (said, _) = send(good.path(), elsewhere.path());
         assert!(said.unwrap_err().to_string().contains("certificate"));
     }
 

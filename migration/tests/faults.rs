@@ -19,8 +19,8 @@ use std::time::{Duration, Instant};
 
 use memory::{RamBlock, RamConfig};
 use migration::{
-    Accept, Block, BlockInfo, Closer, Dial, Fate, Host, Journal, Mode, Offer, Outcome, Phase,
-    Policy, Progress, Receiving, Refusal, Resolution, Sending, Source, Step, Stream, Target,
+    Accept, Block, BlockInfo, Closer, Destination, Dial, Fate, Host, Journal, Mode, Offer, Outcome,
+    Phase, Policy, Progress, Receiving, Refusal, Resolution, Sending, Source, Step, Stream,
     receive, send,
 };
 use uuid::Uuid;
@@ -175,13 +175,18 @@ impl Source for TestSource {
         }]
     }
 
-    fn track(&mut self, on: bool) -> Result<(), Refusal> {
+    fn start_tracking(&mut self) -> Result<(), Refusal> {
         self.life.step()?;
-        self.tracked = on;
-        self.ram.dirty().set_enabled(on);
-        if on {
-            self.ram.dirty().mark_all();
-        }
+        self.tracked = true;
+        self.ram.dirty().set_enabled(true);
+        self.ram.dirty().mark_all();
+        Ok(())
+    }
+
+    fn stop_tracking(&mut self) -> Result<(), Refusal> {
+        self.life.step()?;
+        self.tracked = false;
+        self.ram.dirty().set_enabled(false);
         Ok(())
     }
 
@@ -197,12 +202,12 @@ impl Source for TestSource {
         }
     }
 
-    fn guess(&mut self) -> Result<Vec<u8>, Refusal> {
+    fn dry_run(&mut self) -> Result<Vec<u8>, Refusal> {
         self.life.step()?;
         Ok(vec![1; 100])
     }
 
-    fn settle(&mut self) {}
+    fn pre_sync(&mut self) {}
 
     fn stop(&mut self) -> Result<bool, Refusal> {
         self.life.step()?;
@@ -223,7 +228,7 @@ impl Source for TestSource {
         Ok(())
     }
 
-    fn go_on(&mut self) -> Result<(), Refusal> {
+    fn resume(&mut self) -> Result<(), Refusal> {
         if self.life.is_dead() {
             return Err(Refusal::new("dead", "the process is dead"));
         }
@@ -248,7 +253,7 @@ struct TestTarget {
     life: Arc<Life>,
 }
 
-impl Target for TestTarget {
+impl Destination for TestTarget {
     fn blocks(&self) -> Vec<Block> {
         vec![Block {
             name: "ram".to_owned(),
@@ -256,7 +261,7 @@ impl Target for TestTarget {
         }]
     }
 
-    fn guess(&mut self, state: &[u8]) -> Result<(), Refusal> {
+    fn dry_run(&mut self, state: &[u8]) -> Result<(), Refusal> {
         self.life.step()?;
         assert_eq!(state, [1; 100]);
         Ok(())
@@ -324,7 +329,7 @@ struct TestHost {
 }
 
 impl Host for TestHost {
-    fn prepare(&self, _: Uuid, _: &Offer, _: Vec<File>) -> Result<Box<dyn Target>, Refusal> {
+    fn prepare(&self, _: Uuid, _: &Offer, _: Vec<File>) -> Result<Box<dyn Destination>, Refusal> {
         self.life.step()?;
         Ok(Box::new(TestTarget {
             ram: ram(),
@@ -651,9 +656,9 @@ fn run(seed: u64, script: Script) -> (Ending, Arc<World>) {
     };
     let outcome = send(sending, &mut source);
     let took = start.elapsed();
-    if let Outcome::Stayed { untold, .. } = &outcome {
-        if let Some(untold) = untold {
-            untold.tell(&dial);
+    if let Outcome::Stayed { pending_abort, .. } = &outcome {
+        if let Some(pending_abort) = pending_abort {
+            pending_abort.send(&dial);
         }
         // It finds its end by itself; one that never heard of the guest, or began anew, waits for another.
         let waits = |phase: Phase| phase == Phase::Connecting || phase.is_over();

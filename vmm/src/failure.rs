@@ -1,21 +1,21 @@
-//! What can go wrong with a machine, and how it is told.
+//! Errors of building, saving and loading a machine, and the failures that a VM's status shows.
 
 use control::{Category, RequestError};
 use devices::ConsoleError;
 use devices::pci::{BarError, BusError};
-use hypervisor::{KvmError, RunFailure};
+use hypervisor::{KvmError, RunFailure, StateError};
 use memory::{CommitError, RamError, TopologyError};
 use spec::Failure;
-use virtio_devices::VirtioPciError;
+use state::{InvalidPath, LoadError, OpenError, SaveError};
 use virtio_devices::block::ImageError;
 use virtio_devices::net::TapError;
 use virtio_devices::rng::RngError;
 use virtio_devices::vsock::VsockError;
+use virtio_devices::{DeviceError, VirtioPciError};
 
 use crate::arch::x86_64::cpu::CpuError;
 use crate::arch::x86_64::layout::LayoutError;
 use crate::boot::BootError;
-use crate::moving::MoveError;
 
 /// A machine cannot be built.
 #[derive(Debug, thiserror::Error)]
@@ -60,6 +60,34 @@ pub enum BuildError {
         /// The host's answer.
         source: std::io::Error,
     },
+}
+
+/// A machine's state cannot be saved or loaded.
+#[derive(Debug, thiserror::Error)]
+#[error(transparent)]
+pub enum MoveError {
+    /// A KVM ioctl failed.
+    Kvm(#[from] KvmError),
+    /// The saved state of a vCPU or of the VM is inconsistent.
+    State(#[from] StateError),
+    /// A section of saved state cannot be written.
+    Save(#[from] SaveError),
+    /// A section does not fit this machine.
+    Load(#[from] LoadError),
+    /// The saved state is not readable as a whole.
+    Open(#[from] OpenError),
+    /// A device's name cannot name a section.
+    Name(#[from] InvalidPath),
+    /// The memory map cannot be committed.
+    Commit(#[from] CommitError),
+    /// A device cannot release or acquire its host resources.
+    Device(#[from] DeviceError),
+    /// A vCPU did not leave `KVM_RUN` in time.
+    #[error("{0}")]
+    NotParked(String),
+    /// A vCPU thread has ended.
+    #[error("a vCPU thread has ended")]
+    VcpuGone,
 }
 
 impl From<LayoutError> for BuildError {

@@ -26,19 +26,13 @@
 
 mod arch;
 mod boot;
+mod devices;
 mod driver;
 mod failure;
+mod guest_event;
 mod machine;
-mod memory_map;
 mod migrate;
-mod moving;
-mod open;
-mod pci;
-mod places;
 mod pool;
-mod run_control;
-mod vcpu;
-mod virtio;
 
 pub use boot::BootError;
 pub use failure::BuildError;

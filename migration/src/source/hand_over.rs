@@ -4,32 +4,32 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
-use super::{Engine, Outcome, gone, reach};
+use super::{Engine, Outcome, dial_channel, disconnected};
 use crate::journal::Step;
 use crate::link::Dial;
 use crate::message::{Channel, Control, Hello, Refusal, ToDestination, ToSource};
 use crate::progress::{Phase, Resolution, micros};
 use crate::wire::WireError;
-use crate::{ATTEMPTS, LINGER, Trouble};
+use crate::{ATTEMPTS, LINGER, MigrationError};
 
 /// A destination that may be ready for a guest that stays, and was not told so.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Untold {
+pub struct PendingAbort {
     id: Uuid,
     why: Refusal,
     patience: Duration,
 }
 
-impl Untold {
+impl PendingAbort {
     /// Tells it, as soon as it can be reached, and gives up after a while: then it stands in doubt until
     /// somebody decides. Whether it was told.
-    pub fn tell(&self, dial: &dyn Dial) -> bool {
+    pub fn send(&self, dial: &dyn Dial) -> bool {
         let until = Instant::now() + self.patience * LINGER;
         loop {
-            match self.try_to_tell(dial) {
+            match self.try_send(dial) {
                 Ok(()) => return true,
-                Err(trouble) if Instant::now() > until => {
-                    tracing::warn!(migration = %self.id, %trouble, "the destination was not told that its guest stays");
+                Err(error) if Instant::now() > until => {
+                    tracing::warn!(migration = %self.id, %error, "the destination was not told that its guest stays");
                     return false;
                 }
                 Err(_) => std::thread::sleep(self.patience / ATTEMPTS),
@@ -37,13 +37,15 @@ impl Untold {
         }
     }
 
-    fn try_to_tell(&self, dial: &dyn Dial) -> Result<(), Trouble> {
+    fn try_send(&self, dial: &dyn Dial) -> Result<(), MigrationError> {
         let again = Hello::new(self.id, Channel::Again);
-        let mut control = Control::new(reach(dial, self.patience, &again)?);
-        match control.hear()? {
+        let mut control = Control::new(dial_channel(dial, self.patience, &again)?);
+        match control.recv()? {
             ToSource::Waiting => {
-                control.say(&ToDestination::Abort(self.why.clone()))?;
-                hears_of_abort(&mut control).then_some(()).ok_or_else(gone)
+                control.send(&ToDestination::Abort(self.why.clone()))?;
+                recv_abort_ack(&mut control)
+                    .then_some(())
+                    .ok_or_else(disconnected)
             }
             ToSource::Running { .. } => {
                 tracing::error!(migration = %self.id, "somebody decided that a guest runs at its destination, and it runs here, too");
@@ -56,9 +58,9 @@ impl Untold {
 }
 
 /// Whether the destination says that it will not run the guest.
-fn hears_of_abort(control: &mut Control) -> bool {
+fn recv_abort_ack(control: &mut Control) -> bool {
     loop {
-        match control.hear() {
+        match control.recv() {
             Ok(ToSource::NotHere(_) | ToSource::Refused(_)) => return true,
             // Answers to what was said before.
             Ok(_) => {}
@@ -69,20 +71,22 @@ fn hears_of_abort(control: &mut Control) -> bool {
 
 impl Engine<'_, '_> {
     /// The guest stays: it goes on if it was stopped, and the destination hears of it.
-    pub(super) fn stay(&mut self, trouble: Trouble) -> Outcome {
-        let trouble = match trouble {
+    pub(super) fn stay(&mut self, error: MigrationError) -> Outcome {
+        let error = match error {
             // Of the many ways in which it shows that connections were closed.
-            Trouble::Wire(_) if self.sending.progress.is_canceled() => Trouble::Canceled,
-            Trouble::Wire(error) => self
+            MigrationError::Wire(_) if self.sending.progress.is_canceled() => {
+                MigrationError::Canceled
+            }
+            MigrationError::Wire(error) => self
                 .last_words()
-                .map_or(Trouble::Wire(error), Trouble::There),
+                .map_or(MigrationError::Wire(error), MigrationError::There),
             other => other,
         };
-        if let Some(urgent) = self.urgent.take() {
-            drop(urgent.end());
+        if let Some(fault_server) = self.fault_server.take() {
+            drop(fault_server.end());
         }
-        let is_theirs = matches!(trouble, Trouble::There(_));
-        let mut why = trouble.refusal();
+        let is_theirs = matches!(error, MigrationError::There(_));
+        let mut why = error.refusal();
         tracing::warn!(migration = %self.sending.id, %why, "a guest stays where it is");
         if self.stopped.is_some()
             && let Err(error) = self.take_back()
@@ -91,7 +95,7 @@ impl Engine<'_, '_> {
         }
         self.source.throttle(0);
         if self.tracking
-            && let Err(error) = self.source.track(false)
+            && let Err(error) = self.source.stop_tracking()
         {
             tracing::warn!(%error, "dirty pages are still being tracked");
         }
@@ -100,12 +104,12 @@ impl Engine<'_, '_> {
             tracing::warn!(%error, "a journal cannot be written");
         }
         // One that did not hear it, and may be ready, waits for us.
-        let untold = (!knows && self.stopped.is_some()).then(|| Untold {
+        let pending_abort = (!knows && self.stopped.is_some()).then(|| PendingAbort {
             id: self.sending.id,
             why: why.clone(),
             patience: self.sending.policy.patience,
         });
-        Outcome::Stayed { why, untold }
+        Outcome::Stayed { why, pending_abort }
     }
 
     /// What was handed over may be held for a moment by who was to have it.
@@ -113,7 +117,7 @@ impl Engine<'_, '_> {
         let patience = self.sending.policy.patience;
         let until = Instant::now() + patience;
         loop {
-            match self.source.go_on() {
+            match self.source.resume() {
                 Err(why) if why.code != "machine-gone" && Instant::now() < until => {
                     std::thread::sleep(patience / ATTEMPTS);
                 }
@@ -128,10 +132,10 @@ impl Engine<'_, '_> {
         let Some(control) = &mut self.control else {
             return false;
         };
-        control.say(&ToDestination::Abort(why.clone())).is_ok()
+        control.send(&ToDestination::Abort(why.clone())).is_ok()
             && self.stopped.is_some()
             && control.stream.set_patience(patience).is_ok()
-            && hears_of_abort(control)
+            && recv_abort_ack(control)
     }
 
     /// Why the destination closed its connections, if it said so.
@@ -140,7 +144,7 @@ impl Engine<'_, '_> {
         let control = self.control.as_mut()?;
         control.stream.set_patience(patience).ok()?;
         loop {
-            match control.hear().ok()? {
+            match control.recv().ok()? {
                 ToSource::Refused(why) => return Some(why),
                 // Answers to what was said before.
                 ToSource::Pong(_) | ToSource::RoundDone(_) | ToSource::Busy => {}
@@ -156,7 +160,7 @@ impl Engine<'_, '_> {
         progress.enter(Phase::HandingOver);
         let (since, paused) = self.stopped.unwrap_or((Instant::now(), false));
         let order = Instant::now();
-        let mut answer = self.order(since, paused);
+        let mut answer = self.send_commit(since, paused);
         loop {
             match answer {
                 Ok(ToSource::Running { us, told_us }) => {
@@ -170,8 +174,8 @@ impl Engine<'_, '_> {
                     let downtime = self.downtime;
                     progress.update(|report| report.downtime = Some(downtime));
                     // So that it need not wait for us to ask again.
-                    let told = self.say(&ToDestination::Complete);
-                    if self.urgent.is_some() {
+                    let told = self.send(&ToDestination::Complete);
+                    if self.fault_server.is_some() {
                         if told.is_err() {
                             self.control = None;
                         }
@@ -182,58 +186,58 @@ impl Engine<'_, '_> {
                 Ok(ToSource::Ended) => return self.moved(),
                 // It runs there, we did not hear of it, and it waits for pages.
                 Ok(ToSource::StillMissing { .. } | ToSource::Prepared { .. })
-                    if self.urgent.is_some() =>
+                    if self.fault_server.is_some() =>
                 {
                     self.control = None;
                     self.follow_with_pages();
                     return self.moved();
                 }
-                Ok(ToSource::NotHere(why)) => return self.stay(Trouble::There(why)),
+                Ok(ToSource::NotHere(why)) => return self.stay(MigrationError::There(why)),
                 Ok(other) => {
-                    let why = WireError::damaged(format!("{other:?} is no answer to an order"));
-                    self.doubt(&why.into());
+                    let why = WireError::damaged(format!("{other:?} is not an answer to Commit"));
+                    self.enter_doubt(&why.into());
                 }
-                Err(trouble) => self.doubt(&trouble),
+                Err(error) => self.enter_doubt(&error),
             }
             match progress.wait_resolution(self.sending.policy.patience / ATTEMPTS) {
                 Some(Resolution::Run) => {
                     let why = "somebody decided that the guest goes on here";
-                    return self.stay(Trouble::here("resolved", why));
+                    return self.stay(MigrationError::here("resolved", why));
                 }
                 Some(Resolution::Discard) => return self.moved(),
-                None => answer = self.order_again(since, paused),
+                None => answer = self.retry_commit(since, paused),
             }
         }
     }
 
-    fn doubt(&mut self, trouble: &Trouble) {
+    fn enter_doubt(&mut self, error: &MigrationError) {
         self.control = None;
         if self.sending.progress.report().phase != Phase::InDoubt {
             self.source.doubt();
         }
         self.sending.progress.update(|report| {
             report.phase = Phase::InDoubt;
-            report.error = Some(trouble.refusal());
+            report.error = Some(error.refusal());
         });
     }
 
-    fn order(&mut self, since: Instant, paused: bool) -> Result<ToSource, Trouble> {
+    fn send_commit(&mut self, since: Instant, paused: bool) -> Result<ToSource, MigrationError> {
         let stood = u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        self.say(&ToDestination::Commit {
+        self.send(&ToDestination::Commit {
             stood_for_ns: stood,
             paused,
         })?;
-        Ok(self.control.as_mut().ok_or_else(gone)?.hear()?)
+        Ok(self.control.as_mut().ok_or_else(disconnected)?.recv()?)
     }
 
     /// Over a new connection.
-    fn order_again(&mut self, since: Instant, paused: bool) -> Result<ToSource, Trouble> {
+    fn retry_commit(&mut self, since: Instant, paused: bool) -> Result<ToSource, MigrationError> {
         let stream = self.connect(Channel::Again)?;
         self.control = Some(Control::new(stream));
-        match self.control.as_mut().ok_or_else(gone)?.hear()? {
-            ToSource::Waiting => self.order(since, paused),
+        match self.control.as_mut().ok_or_else(disconnected)?.recv()? {
+            ToSource::Waiting => self.send_commit(since, paused),
             // It does not know of this migration. That is no answer.
-            ToSource::Refused(why) => Err(Trouble::There(why)),
+            ToSource::Refused(why) => Err(MigrationError::There(why)),
             other => Ok(other),
         }
     }

@@ -6,17 +6,17 @@ use std::time::Instant;
 
 use parking_lot::Mutex;
 
-use super::{Engine, gone, heartbeat, reach};
+use super::{Engine, dial_channel, disconnected, keepalive};
 use crate::link::{Closer, Stream};
 use crate::message::{Channel, Control, Hello, ToDestination, ToSource};
 use crate::pages::{self, BATCH, Block, Run};
 use crate::progress::{Phase, Progress, Resolution};
-use crate::sender::{Haste, Pacer, Ram, batches, count, on_all};
+use crate::sender::{FaultPriority, Pacer, Ram, batches, count, on_all};
 use crate::wire::{Kind, Reader, WireError};
-use crate::{ATTEMPTS, PAGES_PATIENCE, SIGNS, Trouble};
+use crate::{ATTEMPTS, KEEPALIVES, MigrationError, PAGES_PATIENCE};
 
 /// Whom one met who looked for the destination again.
-enum Met {
+enum Reconnect {
     /// The destination, which said what it has not got.
     Again,
     /// One that needs nothing more: all pages are there, or the guest is no more.
@@ -24,27 +24,27 @@ enum Met {
 }
 
 /// Serves the pages that the guest waits for, on a channel of their own.
-pub(super) struct Urgent {
+pub(super) struct FaultServer {
     thread: JoinHandle<Ram>,
     closer: Closer,
-    haste: Arc<Haste>,
+    priority: Arc<FaultPriority>,
 }
 
-impl Urgent {
+impl FaultServer {
     /// `faults` tells which pages are waited for, `ram` carries them.
     pub(super) fn start(
         mut faults: Box<dyn Stream>,
         mut ram: Ram,
         blocks: Vec<Block>,
         progress: Progress,
-    ) -> Result<Self, Trouble> {
+    ) -> Result<Self, MigrationError> {
         // A guest that misses nothing is silent.
         faults
             .set_patience(PAGES_PATIENCE)
             .map_err(WireError::from)?;
         let closer = faults.closer().map_err(WireError::from)?;
-        let haste = Arc::new(Haste::default());
-        let hurry = Arc::clone(&haste);
+        let priority = Arc::new(FaultPriority::default());
+        let hurry = Arc::clone(&priority);
         let serve = move || {
             let mut reader = Reader::default();
             // It ends with the channel; whoever closed it knows why.
@@ -70,13 +70,13 @@ impl Urgent {
             ram
         };
         let thread = thread::Builder::new()
-            .name("migrate-urgent".to_owned())
+            .name("migrate-fault_server".to_owned())
             .spawn(serve)
-            .map_err(|error| Trouble::here("host-refused", error))?;
+            .map_err(|error| MigrationError::here("host-refused", error))?;
         Ok(Self {
             thread,
             closer,
-            haste,
+            priority,
         })
     }
 
@@ -89,14 +89,14 @@ impl Urgent {
 
 impl Engine<'_, '_> {
     /// Tells the destination which pages it does not have, or has as they were.
-    pub(super) fn tell_missing(&mut self, round: u32) -> Result<(), Trouble> {
+    pub(super) fn announce_missing(&mut self, round: u32) -> Result<(), MigrationError> {
         let missing: Vec<_> = self
             .blocks
             .iter()
             .map(|b| b.ram.dirty().snapshot())
             .collect();
         self.downtime.pages = 0;
-        let first = self.rams.first_mut().ok_or_else(gone)?;
+        let first = self.rams.first_mut().ok_or_else(disconnected)?;
         for (block, pages) in (0..).zip(&missing) {
             let runs: Vec<Run> = pages
                 .runs()
@@ -115,16 +115,16 @@ impl Engine<'_, '_> {
 
     /// From before the guest goes on there until all pages are there, there is somebody who answers
     /// for those that are waited for.
-    pub(super) fn serve_faults(&mut self) -> Result<(), Trouble> {
+    pub(super) fn serve_faults(&mut self) -> Result<(), MigrationError> {
         let faults = self.connect(Channel::Faults)?;
-        let ram = self.rams.pop().ok_or_else(gone)?;
-        let urgent = Urgent::start(
+        let ram = self.rams.pop().ok_or_else(disconnected)?;
+        let fault_server = FaultServer::start(
             faults,
             ram,
             self.blocks.clone(),
             self.sending.progress.clone(),
         )?;
-        self.urgent = Some(urgent);
+        self.fault_server = Some(fault_server);
         Ok(())
     }
 
@@ -133,26 +133,26 @@ impl Engine<'_, '_> {
     pub(super) fn follow_with_pages(&mut self) {
         let progress = self.sending.progress.clone();
         let mut attempt = self.push(&progress);
-        while let Err(trouble) = attempt {
+        while let Err(error) = attempt {
             let (id, was) = (self.sending.id, progress.report().phase);
             if was == Phase::PostcopyPaused {
-                tracing::debug!(migration = %id, %trouble, "the destination was not met again");
+                tracing::debug!(migration = %id, %error, "the destination was not met again");
             } else {
-                tracing::warn!(migration = %id, %trouble, "pages cannot follow their guest; trying again");
+                tracing::warn!(migration = %id, %error, "pages cannot follow their guest; trying again");
             }
             self.disconnect();
             progress.update(|report| {
                 report.phase = Phase::PostcopyPaused;
-                report.error = Some(trouble.refusal());
+                report.error = Some(error.refusal());
             });
             let wait = self.sending.policy.patience / ATTEMPTS;
             if progress.wait_resolution(wait) == Some(Resolution::Discard) {
                 return;
             }
-            attempt = match self.meet_again() {
-                Ok(Met::Again) => self.push(&progress),
-                Ok(Met::Over) => break,
-                Err(trouble) => Err(trouble),
+            attempt = match self.reconnect() {
+                Ok(Reconnect::Again) => self.push(&progress),
+                Ok(Reconnect::Over) => break,
+                Err(error) => Err(error),
             };
         }
         progress.update(|report| report.error = None);
@@ -160,11 +160,11 @@ impl Engine<'_, '_> {
 
     fn disconnect(&mut self) {
         self.control = None;
-        drop(self.urgent.take().and_then(Urgent::end));
+        drop(self.fault_server.take().and_then(FaultServer::end));
         self.rams.clear();
     }
 
-    fn push(&mut self, progress: &Progress) -> Result<(), Trouble> {
+    fn push(&mut self, progress: &Progress) -> Result<(), MigrationError> {
         progress.enter(Phase::Postcopy);
         let left: Vec<_> = self
             .blocks
@@ -177,40 +177,43 @@ impl Engine<'_, '_> {
             report.remaining_pages = count(&left);
         });
         let batches = Mutex::new(batches(&left));
-        let haste = self.urgent.as_ref().map(|urgent| Arc::clone(&urgent.haste));
-        let haste = &*haste.unwrap_or_default();
+        let priority = self
+            .fault_server
+            .as_ref()
+            .map(|fault_server| Arc::clone(&fault_server.priority));
+        let priority = &*priority.unwrap_or_default();
         let pacer = Pacer::new(self.sending.policy.max_bandwidth);
-        let every = self.sending.policy.patience / SIGNS;
+        let every = self.sending.policy.patience / KEEPALIVES;
         let (blocks, rams) = (&self.blocks, &mut self.rams);
-        let control = self.control.as_mut().ok_or_else(gone)?;
+        let control = self.control.as_mut().ok_or_else(disconnected)?;
         let start = Instant::now();
-        let push = |ram: &mut Ram| ram.push(blocks, &batches, &pacer, haste, progress);
-        let (sent, ()) = on_all(rams, push, every, || heartbeat(control), || ())?;
+        let push = |ram: &mut Ram| ram.push(blocks, &batches, &pacer, priority, progress);
+        let (sent, ()) = on_all(rams, push, every, || keepalive(control), || ())?;
         // Nobody takes pages any more but who is in the middle of it.
-        let urgent = self.urgent.take().and_then(Urgent::end);
-        self.rams.push(urgent.ok_or_else(gone)?);
+        let fault_server = self.fault_server.take().and_then(FaultServer::end);
+        self.rams.push(fault_server.ok_or_else(disconnected)?);
         self.rams.iter_mut().try_for_each(|ram| ram.end(round))?;
         let speed = crate::sender::per_second(sent, start.elapsed());
         progress.update(|report| report.bytes_per_second = report.bytes_per_second.max(speed));
-        self.say(&ToDestination::PagesSent { round })?;
+        self.send(&ToDestination::PagesSent { round })?;
         self.expect(|answer| matches!(answer, ToSource::Completed).then_some(()))?;
         // So that it need not wait for us to ask again.
-        let _ = self.say(&ToDestination::Complete);
+        let _ = self.send(&ToDestination::Complete);
         Ok(())
     }
 
     /// New connections to the destination, which says what it has not got.
-    fn meet_again(&mut self) -> Result<Met, Trouble> {
+    fn reconnect(&mut self) -> Result<Reconnect, MigrationError> {
         let id = self.sending.id;
         let patience = self.sending.policy.patience;
-        let dial = |channel| reach(self.sending.dial, patience, &Hello::new(id, channel));
+        let dial = |channel| dial_channel(self.sending.dial, patience, &Hello::new(id, channel));
         let mut control = Control::new(dial(Channel::Again)?);
         for block in &self.blocks {
             // What is not there is known to the destination alone.
             drop(block.ram.dirty().take());
         }
         let connections = loop {
-            match control.hear()? {
+            match control.recv()? {
                 ToSource::StillMissing { block, first, bits } => {
                     let block = self.blocks.get(block as usize);
                     let block = block.ok_or_else(|| WireError::damaged("no such block"))?;
@@ -218,11 +221,11 @@ impl Engine<'_, '_> {
                     block.ram.dirty().merge(first, &bits);
                 }
                 ToSource::Prepared { connections, .. } => break connections,
-                ToSource::Refused(why) => return Err(Trouble::There(why)),
-                ToSource::Ended => return Ok(Met::Over),
+                ToSource::Refused(why) => return Err(MigrationError::There(why)),
+                ToSource::Ended => return Ok(Reconnect::Over),
                 ToSource::Completed => {
-                    let _ = control.say(&ToDestination::Complete);
-                    return Ok(Met::Over);
+                    let _ = control.send(&ToDestination::Complete);
+                    return Ok(Reconnect::Over);
                 }
                 other => {
                     let why = format!("{other:?} does not say what is missing");
@@ -234,10 +237,15 @@ impl Engine<'_, '_> {
             self.rams.push(Ram::new(dial(Channel::Ram { index })?));
         }
         let faults = dial(Channel::Faults)?;
-        let ram = self.rams.pop().ok_or_else(gone)?;
+        let ram = self.rams.pop().ok_or_else(disconnected)?;
         let progress = self.sending.progress.clone();
-        self.urgent = Some(Urgent::start(faults, ram, self.blocks.clone(), progress)?);
+        self.fault_server = Some(FaultServer::start(
+            faults,
+            ram,
+            self.blocks.clone(),
+            progress,
+        )?);
         self.control = Some(control);
-        Ok(Met::Again)
+        Ok(Reconnect::Again)
     }
 }

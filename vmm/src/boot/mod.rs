@@ -17,16 +17,8 @@ use spec::PayloadConfig;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use crate::arch::x86_64::acpi;
+use crate::arch::x86_64::cpu::Entry;
 use crate::arch::x86_64::layout::{self, Layout};
-
-/// Where the boot vCPU starts, and with what.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Entry {
-    /// The PVH boot ABI.
-    Pvh { address: u64, start_info: u64 },
-    /// The 64-bit boot protocol of Linux.
-    Linux64 { address: u64, zero_page: u64 },
-}
 
 /// A payload cannot be booted.
 #[derive(Debug, thiserror::Error)]

@@ -1,7 +1,6 @@
 //! The other ends of a VM's serial port and console. They outlive its machines: a guest that
 //! starts anew goes on where it ended.
 
-use std::io::Write;
 use std::os::fd::RawFd;
 use std::path::Path;
 
@@ -10,24 +9,7 @@ use ::devices::{Console, ConsoleInput, Watch};
 use spec::{ConsoleMode, VmConfig};
 
 use crate::failure::BuildError;
-
-/// One of the two, and the key by which the event loop knows its descriptors.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Port {
-    Serial = 0,
-    Console = 1,
-}
-
-impl Port {
-    pub(super) const BOTH: [Self; 2] = [Self::Serial, Self::Console];
-}
-
-/// Where the guest's output goes; absent where there is no such device.
-#[derive(Default)]
-pub(crate) struct Outputs {
-    pub(crate) serial: Option<Box<dyn Write + Send>>,
-    pub(crate) console: Option<Box<dyn Write + Send>>,
-}
+use crate::guest_event::{Outputs, Port};
 
 /// The ends that are open.
 #[derive(Default)]

@@ -12,11 +12,11 @@ use memory::Pages;
 use spec::{NetConfig, PciDeviceInfo, VmConfig, VmResize, VmResizeDisk, VmState, limits};
 use virtio_devices::TransportEvent;
 
-use super::moving::Leaving;
-use super::{Driver, Happening, Stage};
+use super::migration::Leaving;
+use super::{Driver, DriverEvent, Stage};
+use crate::devices::{Control, Devices, Opened, open};
 use crate::failure::BuildError;
-use crate::open::{self, Control, Opened};
-use crate::virtio::Devices;
+use crate::guest_event::GuestEvent;
 
 /// How often it is looked whether all pages of a guest that came are there.
 const PAGES_PATIENCE: Duration = Duration::from_millis(20);
@@ -35,11 +35,12 @@ impl Driver {
         }
         let id = new.id().unwrap_or_default().to_owned();
         self.opening.insert(id.clone(), (ask, new.clone()));
-        let (reporter, workers, name) = (self.reporter(), self.host.workers.clone(), id.clone());
+        let (number, reports) = (self.machine, self.reports.clone());
+        let (workers, name) = (self.host.workers.clone(), id.clone());
         let builder = std::thread::Builder::new().name("vm-device".to_owned());
         let started = builder.spawn(move || {
             let opened = open::one(&new, &workers);
-            reporter.tell(Happening::Opened(name, Box::new(opened)));
+            reports.send((number, DriverEvent::Opened(name, Box::new(opened))));
         });
         if let Err(source) = started {
             self.opened(&id, Err(BuildError::host("start a thread")(source)));
@@ -216,7 +217,7 @@ impl Driver {
                     std::thread::sleep(PAGES_PATIENCE);
                 }
                 drop(ram);
-                reporter.tell(Happening::Device(id, TransportEvent::Stalled(why)));
+                reporter.report(GuestEvent::Device(id, TransportEvent::Stalled(why)));
             };
             let builder = std::thread::Builder::new().name("vm-stalled".to_owned());
             if let Err(error) = builder.spawn(wait) {

@@ -1,10 +1,11 @@
-//! Migrations: the engine's threads, and what is told of them.
+//! Migrations: starts the engine's threads and shows them to the API.
 
-mod arriving;
-mod leaving;
-mod recalled;
+mod destination;
+mod history;
+mod journals;
+mod source;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::str::FromStr as _;
 use std::sync::Arc;
 use std::thread;
@@ -13,9 +14,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use control::{Category, Migrate, Migration, Registry, RequestError, VmHandle};
 use hypervisor::arch::{CpuId, kvm_cpuid_entry2};
 use migration::{
-    Accept, Dial, Endpoint, FileJournal, Journal, Listener, MAX_CONNECTIONS, NoJournal, Outcome,
-    Phase, Policy, Progress, Receiving, Report, Resolution, Sending, Side, TlsDial, TlsListener,
-    receive, send,
+    Accept, Dial, Endpoint, Listener, MAX_CONNECTIONS, Outcome, Phase, Policy, Progress, Receiving,
+    Report, Resolution, Sending, Side, TlsDial, TlsListener, receive, send,
 };
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
@@ -25,8 +25,9 @@ use spec::{
 };
 use tokio::sync::watch;
 
-use self::arriving::ArrivingHost;
-use self::leaving::LeavingVm;
+use self::destination::DestinationHost;
+use self::journals::Journals;
+use self::source::SourceVm;
 use crate::pool::Pool;
 
 /// The name of a machine's memory.
@@ -68,7 +69,7 @@ fn cpuid(rows: &[[u32; 7]]) -> Option<CpuId> {
 }
 
 /// A migration, as this side sees it.
-struct Moving {
+struct ActiveMigration {
     id: uuid::Uuid,
     side: MigrationSide,
     vm: Mutex<Option<VmId>>,
@@ -78,7 +79,7 @@ struct Moving {
     over: watch::Sender<bool>,
 }
 
-impl Moving {
+impl ActiveMigration {
     fn new(side: MigrationSide, vm: Option<VmId>, endpoint: String) -> Self {
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH);
         let started = since_1970.unwrap_or_default().as_millis();
@@ -110,7 +111,7 @@ fn phase(phase: Phase) -> MigrationPhase {
     }
 }
 
-impl Migration for Moving {
+impl Migration for ActiveMigration {
     fn info(&self) -> MigrationInfo {
         let report: Report = self.progress.report();
         let eta = (report.bytes_per_second > 0 && !report.phase.is_over()).then(|| {
@@ -246,24 +247,6 @@ fn policy(what: &StartMigration) -> Result<Policy, RequestError> {
     })
 }
 
-/// Where journals are, and those who write them.
-#[derive(Clone, Debug)]
-pub(crate) struct Journals(pub(crate) Option<PathBuf>);
-
-impl Journals {
-    fn open(&self, id: uuid::Uuid, side: Side, vm: &str) -> std::io::Result<Box<dyn Journal>> {
-        match &self.0 {
-            Some(dir) => Ok(Box::new(FileJournal::create(dir, id, side, vm)?)),
-            None => Ok(Box::new(NoJournal)),
-        }
-    }
-
-    fn host(error: &std::io::Error) -> RequestError {
-        let detail = format!("the migration's journal cannot be written: {error}");
-        RequestError::new(Category::Host, "journal", detail)
-    }
-}
-
 fn start(name: &str, run: impl FnOnce() + Send + 'static) -> Result<(), RequestError> {
     let started = thread::Builder::new().name(name.to_owned()).spawn(run);
     started.map(|_| ()).map_err(|error| {
@@ -274,11 +257,7 @@ fn start(name: &str, run: impl FnOnce() + Send + 'static) -> Result<(), RequestE
 
 impl Migrate for Pool {
     fn recalled(&self) -> Vec<Arc<dyn Migration>> {
-        self.journals()
-            .0
-            .as_deref()
-            .map(recalled::all)
-            .unwrap_or_default()
+        history::all(&Journals::new(self.journals()))
     }
 
     fn send(
@@ -298,19 +277,19 @@ impl Migrate for Pool {
             }
         };
         let id = vm.id().clone();
-        let moving = Moving::new(MigrationSide::Source, Some(id.clone()), shown);
+        let moving = ActiveMigration::new(MigrationSide::Source, Some(id.clone()), shown);
         let moving = Arc::new(moving);
         let caller = self.caller(&id).ok_or_else(RequestError::driver_gone)?;
         let progress = moving.progress.clone();
         let departure = caller.call(move |driver, _| driver.depart(&progress));
         let departure = departure.map_err(|_| RequestError::driver_gone())??;
-        let journals = self.journals().clone();
+        let journals = Journals::new(self.journals());
         let mut journal = journals
             .open(moving.id, Side::Source, id.as_str())
-            .map_err(|error| Journals::host(&error))?;
+            .map_err(|error| Journals::unwritable(&error))?;
         let (registry, ours) = (registry.clone(), Arc::clone(&moving));
         start("migrate-out", move || {
-            let mut leaving = LeavingVm::new(id.clone(), departure);
+            let mut leaving = SourceVm::new(id.clone(), departure);
             let sending = Sending {
                 id: ours.id,
                 policy: &policy,
@@ -323,12 +302,12 @@ impl Migrate for Pool {
                     let detail = format!("to {}", ours.endpoint);
                     registry.forget(&id, "migrated", Some(detail));
                 }
-                Outcome::Stayed { why, untold } => {
+                Outcome::Stayed { why, pending_abort } => {
                     leaving.stayed(why);
                     drop(leaving);
                     ours.over.send_replace(true);
-                    if let Some(untold) = untold {
-                        untold.tell(&*dial);
+                    if let Some(pending_abort) = pending_abort {
+                        pending_abort.send(&*dial);
                     }
                 }
             }
@@ -363,7 +342,7 @@ impl Migrate for Pool {
                 Box::new(listener.map_err(|error| invalid("tls_dir", error.to_string()))?)
             }
         };
-        let moving = Moving::new(
+        let moving = ActiveMigration::new(
             MigrationSide::Destination,
             what.vm.clone(),
             bound.to_string(),
@@ -371,9 +350,9 @@ impl Migrate for Pool {
         let moving = Arc::new(moving);
         let ours = Arc::clone(&moving);
         let (registry, callers) = (registry.clone(), self.callers().clone());
-        let journals = self.journals().clone();
+        let journals = Journals::new(self.journals());
         start("migrate-in", move || {
-            let host = ArrivingHost::new(registry, callers, journals, Arc::clone(&ours));
+            let host = DestinationHost::new(registry, callers, journals, Arc::clone(&ours));
             let receiving = Receiving {
                 accept: &mut *accept,
                 host: &host,
@@ -390,16 +369,5 @@ impl Migrate for Pool {
             ours.over.send_replace(true);
         })?;
         Ok(moving)
-    }
-}
-
-impl Journals {
-    /// It is over, and nobody will ask.
-    fn forget(&self, id: uuid::Uuid, side: Side) {
-        if let Some(dir) = &self.0
-            && let Err(error) = FileJournal::remove(dir, id, side)
-        {
-            tracing::warn!(%error, "a journal cannot be removed");
-        }
     }
 }

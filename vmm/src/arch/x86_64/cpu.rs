@@ -9,7 +9,6 @@ use spec::CpuTopology;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::layout;
-use crate::boot::Entry;
 
 const CR0_PE: u64 = 1;
 const CR0_ET: u64 = 1 << 4;
@@ -206,6 +205,15 @@ fn set_register(lapic: &mut kvm_lapic_state, at: usize, value: u32) {
     for (register, byte) in lapic.regs[at..at + 4].iter_mut().zip(value.to_le_bytes()) {
         *register = byte.cast_signed();
     }
+}
+
+/// Where the boot vCPU starts, and with what.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Entry {
+    /// The PVH boot ABI.
+    Pvh { address: u64, start_info: u64 },
+    /// The 64-bit boot protocol of Linux.
+    Linux64 { address: u64, zero_page: u64 },
 }
 
 /// Puts the boot vCPU where the payload starts. The others wait for the guest to start them.

@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 use memory::UserFaults;
 use uuid::Uuid;
 
-use super::postcopy::Late;
+use super::postcopy::PostcopyReceiver;
 use super::{
-    Arrival, Arriving, Ended, Failed, LOOKS, RoundEnd, Session, Target, answer_ping, busy,
-    turn_away,
+    Connection, Destination, Ended, Failed, IncomingMemory, POLLS, RoundEnd, Session, answer_ping,
+    busy, refuse,
 };
 use crate::journal::{Journal, Step};
 use crate::link::{Closer, Stream};
@@ -17,14 +17,14 @@ use crate::message::{Channel, Control, Refusal, ToDestination, ToSource};
 use crate::pages::{self, Content};
 use crate::progress::{Phase, Progress, Resolution, micros};
 use crate::wire::{Kind, Reader, WireError};
-use crate::{PAGES_PATIENCE, SIGNS, Trouble};
+use crate::{KEEPALIVES, MigrationError, PAGES_PATIENCE};
 
 /// A guest that is coming.
-pub(super) struct Taking<'a, 'b> {
+pub(super) struct Incoming<'a, 'b> {
     pub(super) session: &'a Session<'a>,
     pub(super) id: Uuid,
     pub(super) control: Option<Control>,
-    pub(super) target: &'a mut dyn Target,
+    pub(super) target: &'a mut dyn Destination,
     pub(super) journal: Box<dyn Journal>,
     pub(super) connections: u16,
     pub(super) ended: &'a Receiver<RoundEnd>,
@@ -35,7 +35,7 @@ pub(super) struct Taking<'a, 'b> {
     pub(super) ready: Option<(Instant, bool)>,
     /// A source that asks again, and was not answered yet.
     pub(super) again: Option<Control>,
-    pub(super) memory: &'a Arriving,
+    pub(super) memory: &'a IncomingMemory,
     /// Where pages are asked for that come after the guest.
     pub(super) faults: Option<Box<dyn Stream>>,
     pub(super) start_watch: &'b mut dyn FnMut() -> std::io::Result<()>,
@@ -43,32 +43,32 @@ pub(super) struct Taking<'a, 'b> {
     pub(super) start_channel: &'b mut dyn FnMut(u16, Box<dyn Stream>) -> std::io::Result<()>,
 }
 
-impl Taking<'_, '_> {
-    fn control(&mut self) -> Result<&mut Control, Trouble> {
+impl Incoming<'_, '_> {
+    fn control(&mut self) -> Result<&mut Control, MigrationError> {
         self.control
             .as_mut()
-            .ok_or(Trouble::Wire(WireError::Closed))
+            .ok_or(MigrationError::Wire(WireError::Closed))
     }
 
-    fn say(&mut self, message: &ToSource) -> Result<(), Trouble> {
-        Ok(self.control()?.say(message)?)
+    fn send(&mut self, message: &ToSource) -> Result<(), MigrationError> {
+        Ok(self.control()?.send(message)?)
     }
 
     pub(super) fn run(&mut self) -> Result<Ended, Failed> {
         let connections = self.connections;
-        self.say(&ToSource::Prepared {
+        self.send(&ToSource::Prepared {
             connections,
             postcopy: UserFaults::is_possible(),
         })?;
         self.session.progress.enter(Phase::Precopy);
         let outcome = self.until_ready();
-        if let Err(Failed::Trouble(trouble)) = &outcome {
-            let why = match trouble {
-                Trouble::Here(why) => why.clone(),
+        if let Err(Failed::MigrationError(error)) = &outcome {
+            let why = match error {
+                MigrationError::Here(why) => why.clone(),
                 other => other.refusal(),
             };
             // So that both sides know. A source that does not hear it sees that the connection ends.
-            let _ = self.say(&ToSource::Refused(why));
+            let _ = self.send(&ToSource::Refused(why));
             self.aborted();
         }
         outcome?;
@@ -81,21 +81,21 @@ impl Taking<'_, '_> {
         }
     }
 
-    fn hear(&mut self) -> Result<ToDestination, Trouble> {
-        Ok(self.control()?.hear()?)
+    fn recv(&mut self) -> Result<ToDestination, MigrationError> {
+        Ok(self.control()?.recv()?)
     }
 
     /// Waits until all RAM channels are there, which the source makes next.
-    fn wait_channels(&mut self) -> Result<(), Trouble> {
+    fn wait_channels(&mut self) -> Result<(), MigrationError> {
         let deadline = Instant::now() + self.session.patience;
         while !self.open.iter().all(|open| *open) {
-            self.again = self.take_arrivals(self.session.patience / LOOKS)?;
+            self.again = self.take_arrivals(self.session.patience / POLLS)?;
             if self.again.is_some() {
                 // It has given these up.
                 return Err(WireError::Closed.into());
             }
             if self.session.progress.is_canceled() {
-                return Err(Trouble::Canceled);
+                return Err(MigrationError::Canceled);
             }
             if Instant::now() > deadline {
                 return Err(WireError::Silent.into());
@@ -105,26 +105,26 @@ impl Taking<'_, '_> {
     }
 
     /// Whether the source heard what it was told last.
-    fn hears_complete(&mut self) -> bool {
-        matches!(self.hear(), Ok(ToDestination::Complete))
+    fn recv_complete(&mut self) -> bool {
+        matches!(self.recv(), Ok(ToDestination::Complete))
     }
 
     /// Memory and devices; on return the guest can go on.
     fn until_ready(&mut self) -> Result<(), Failed> {
         self.wait_channels()?;
         loop {
-            match self.hear()? {
+            match self.recv()? {
                 ToDestination::Round(round) => {
                     self.wait_round(round)?;
                     self.session.progress.update(|report| report.rounds = round);
-                    self.say(&ToSource::RoundDone(round))?;
+                    self.send(&ToSource::RoundDone(round))?;
                 }
                 ToDestination::Guess => {
-                    let state = self.control()?.hear_state().map_err(Trouble::from)?;
+                    let state = self.control()?.recv_state().map_err(MigrationError::from)?;
                     let start = Instant::now();
-                    self.target.guess(&state)?;
+                    self.target.dry_run(&state)?;
                     let us = micros(start.elapsed());
-                    self.say(&ToSource::GuessLoaded { us })?;
+                    self.send(&ToSource::GuessLoaded { us })?;
                 }
                 ToDestination::State {
                     round,
@@ -133,26 +133,26 @@ impl Taking<'_, '_> {
                 } => {
                     let since = Instant::now();
                     self.session.progress.enter(Phase::Stopped);
-                    let state = self.control()?.hear_state().map_err(Trouble::from)?;
+                    let state = self.control()?.recv_state().map_err(MigrationError::from)?;
                     self.wait_round(round)?;
                     let start = Instant::now();
                     if postcopy {
-                        self.expect_late()?;
+                        self.expect_postcopy()?;
                     }
                     self.target.load(&state)?;
-                    self.check_late()?;
+                    self.check_postcopy()?;
                     let load_us = micros(start.elapsed());
                     // From here on it is the source's to decide, or somebody's who resolves it.
                     if !self.session.progress.commit() {
-                        return Err(Trouble::Canceled.into());
+                        return Err(MigrationError::Canceled.into());
                     }
                     let written = self.journal.record(Step::Ready);
-                    written.map_err(|error| Trouble::here("journal", error))?;
+                    written.map_err(|error| MigrationError::here("journal", error))?;
                     self.ready = Some((since, paused));
                     self.session.progress.enter(Phase::HandingOver);
                     // Whether it arrives is known when the order comes.
-                    if let Err(trouble) = self.say(&ToSource::Ready { load_us }) {
-                        self.doubt(&trouble);
+                    if let Err(error) = self.send(&ToSource::Ready { load_us }) {
+                        self.enter_doubt(&error);
                     }
                     return Ok(());
                 }
@@ -163,7 +163,7 @@ impl Taking<'_, '_> {
 
     /// Waits until each RAM channel has ended this round. A way that is slow and holds much may take
     /// long: as long as pages come, the source hears that they do.
-    fn wait_round(&mut self, round: u32) -> Result<(), Trouble> {
+    fn wait_round(&mut self, round: u32) -> Result<(), MigrationError> {
         let patience = self.session.patience;
         let arrived = || self.session.progress.report().sent_bytes;
         let (mut last, mut since, mut told) = (arrived(), Instant::now(), Instant::now());
@@ -171,14 +171,16 @@ impl Taking<'_, '_> {
             if self.rounds.iter().all(|ended| *ended >= round) {
                 return Ok(());
             }
-            match self.ended.recv_timeout(patience / LOOKS) {
+            match self.ended.recv_timeout(patience / POLLS) {
                 Ok((index, Ok(ended))) => {
                     if let Some(last) = self.rounds.get_mut(usize::from(index)) {
                         *last = ended;
                     }
                 }
-                Ok((_, Err(trouble))) => return Err(trouble),
-                Err(_) if self.session.progress.is_canceled() => return Err(Trouble::Canceled),
+                Ok((_, Err(error))) => return Err(error),
+                Err(_) if self.session.progress.is_canceled() => {
+                    return Err(MigrationError::Canceled);
+                }
                 Err(_) => {}
             }
             let now = arrived();
@@ -188,23 +190,23 @@ impl Taking<'_, '_> {
             if since.elapsed() > patience {
                 return Err(WireError::Silent.into());
             }
-            if told.elapsed() > patience / SIGNS {
+            if told.elapsed() > patience / KEEPALIVES {
                 told = Instant::now();
-                self.say(&ToSource::Busy)?;
+                self.send(&ToSource::Busy)?;
             }
         }
     }
 
     /// Connections that came meanwhile. Gives one that asks how it stands.
-    fn take_arrivals(&mut self, patience: Duration) -> Result<Option<Control>, Trouble> {
+    fn take_arrivals(&mut self, patience: Duration) -> Result<Option<Control>, MigrationError> {
         let mut wait = patience;
-        while let Ok(arrival) = self.session.arrivals.recv_timeout(wait) {
+        while let Ok(connection) = self.session.connections_in.recv_timeout(wait) {
             wait = Duration::ZERO;
-            let Arrival { hello, stream } = arrival;
+            let Connection { hello, stream } = connection;
             if hello.migration != self.id {
                 match hello.channel {
-                    Channel::Again => self.session.tell_fate(Arrival { hello, stream }),
-                    _ => turn_away(stream, busy()),
+                    Channel::Again => self.session.answer_query(Connection { hello, stream }),
+                    _ => refuse(stream, busy()),
                 }
                 continue;
             }
@@ -212,18 +214,19 @@ impl Taking<'_, '_> {
                 Channel::Ram { index } => {
                     let Some(open) = self.open.get_mut(usize::from(index)).filter(|open| !**open)
                     else {
-                        turn_away(stream, Refusal::new("out-of-order", "a channel too many"));
+                        refuse(stream, Refusal::new("out-of-order", "a channel too many"));
                         continue;
                     };
                     *open = true;
                     let prepared = stream
                         .set_patience(PAGES_PATIENCE)
                         .and_then(|()| Ok((stream.closer()?, stream.closer()?)));
-                    let (ours, other) = prepared.map_err(|error| Trouble::Wire(error.into()))?;
+                    let (ours, other) =
+                        prepared.map_err(|error| MigrationError::Wire(error.into()))?;
                     self.closers.push(ours);
                     self.session.progress.close_on_cancel(other);
                     let started = (self.start_channel)(index, stream);
-                    started.map_err(|error| Trouble::here("host-refused", error))?;
+                    started.map_err(|error| MigrationError::here("host-refused", error))?;
                 }
                 Channel::Faults if self.faults.is_none() => {
                     let prepared = stream.set_patience(self.session.patience);
@@ -237,28 +240,28 @@ impl Taking<'_, '_> {
                     return Ok(Some(self.session.adopt(stream)?));
                 }
                 Channel::Again | Channel::Control | Channel::Faults => {
-                    turn_away(stream, Refusal::new("out-of-order", "it cannot be now"));
+                    refuse(stream, Refusal::new("out-of-order", "it cannot be now"));
                 }
             }
         }
         Ok(None)
     }
 
-    fn doubt(&mut self, trouble: &Trouble) {
+    fn enter_doubt(&mut self, error: &MigrationError) {
         self.control = None;
         self.session.progress.update(|report| {
             report.phase = Phase::InDoubt;
-            report.error = Some(trouble.refusal());
+            report.error = Some(error.refusal());
         });
     }
 
     /// The guest can go on, and the source decides whether it does. Who lost the source waits for it,
     /// or for somebody to decide: nothing else is certain.
     fn until_decided(&mut self) -> Result<Ended, Failed> {
-        let tick = self.session.patience / LOOKS;
+        let tick = self.session.patience / POLLS;
         loop {
             if self.control.is_some() {
-                match self.hear() {
+                match self.recv() {
                     Ok(ToDestination::Commit {
                         stood_for_ns,
                         paused,
@@ -268,16 +271,16 @@ impl Taking<'_, '_> {
                     Ok(ToDestination::Abort(why)) => {
                         self.aborted();
                         // A source that does not hear it asks again.
-                        let _ = self.say(&ToSource::NotHere(why.clone()));
-                        return Err(Failed::Trouble(Trouble::There(why)));
+                        let _ = self.send(&ToSource::NotHere(why.clone()));
+                        return Err(Failed::MigrationError(MigrationError::There(why)));
                     }
                     Ok(other) => {
                         let answered = answer_ping(self.control()?, &other);
-                        if let Err(trouble) = answered {
-                            self.doubt(&trouble);
+                        if let Err(error) = answered {
+                            self.enter_doubt(&error);
                         }
                     }
-                    Err(trouble) => self.doubt(&trouble),
+                    Err(error) => self.enter_doubt(&error),
                 }
                 continue;
             }
@@ -289,12 +292,14 @@ impl Taking<'_, '_> {
                 Some(Resolution::Discard) => {
                     self.aborted();
                     let why = "somebody decided that the guest does not go on here";
-                    return Err(Failed::Trouble(Trouble::here("resolved", why)));
+                    return Err(Failed::MigrationError(MigrationError::here(
+                        "resolved", why,
+                    )));
                 }
                 None => {}
             }
             if let Some(mut control) = self.take_arrivals(tick)?
-                && control.say(&ToSource::Waiting).is_ok()
+                && control.send(&ToSource::Waiting).is_ok()
             {
                 self.control = Some(control);
             }
@@ -302,32 +307,32 @@ impl Taking<'_, '_> {
     }
 
     /// The guest goes on before all its pages are there: who touches one that is missing waits.
-    fn expect_late(&mut self) -> Result<(), Trouble> {
+    fn expect_postcopy(&mut self) -> Result<(), MigrationError> {
         let deadline = Instant::now() + self.session.patience;
         let ask = loop {
             if let Some(ask) = self.faults.take() {
                 break ask;
             }
-            self.take_arrivals(self.session.patience / LOOKS)?;
+            self.take_arrivals(self.session.patience / POLLS)?;
             if Instant::now() > deadline {
                 return Err(WireError::Silent.into());
             }
         };
         let missing = std::mem::take(&mut *self.memory.missing.lock());
         let patience = self.session.patience;
-        let late = Late::new(&self.memory.blocks, missing, ask, patience)
-            .map_err(|error| Trouble::here("no-postcopy", error))?;
-        if self.memory.late.set(late).is_ok() {
+        let receiver = PostcopyReceiver::new(&self.memory.blocks, missing, ask, patience)
+            .map_err(|error| MigrationError::here("no-postcopy", error))?;
+        if self.memory.receiver.set(receiver).is_ok() {
             let started = (self.start_watch)();
-            started.map_err(|error| Trouble::here("host-refused", error))?;
+            started.map_err(|error| MigrationError::here("host-refused", error))?;
         }
         Ok(())
     }
 
     /// What was loaded is nothing where pages did not come that it needed.
-    fn check_late(&self) -> Result<(), Trouble> {
-        match self.memory.late.get() {
-            Some(late) if !late.is_whole() => Err(WireError::Closed.into()),
+    fn check_postcopy(&self) -> Result<(), MigrationError> {
+        match self.memory.receiver.get() {
+            Some(receiver) if !receiver.is_whole() => Err(WireError::Closed.into()),
             _ => Ok(()),
         }
     }
@@ -335,46 +340,50 @@ impl Taking<'_, '_> {
     /// Takes the pages that come after the guest. A connection that is lost is awaited again, for as
     /// long as it takes: the guest waits only where it needs what is not there. Returns whether the
     /// source heard that no more are needed.
-    fn take_late(&mut self, late: &Late, mut connected: bool) -> Result<bool, Failed> {
+    fn receive_missing(
+        &mut self,
+        receiver: &PostcopyReceiver,
+        mut connected: bool,
+    ) -> Result<bool, Failed> {
         let progress = self.session.progress;
         progress.enter(Phase::Postcopy);
         loop {
             let taken = if connected {
-                self.until_pages_are_there(late)
+                self.until_pages_are_there(receiver)
             } else {
                 Err(WireError::Closed.into())
             };
-            let trouble = match taken {
+            let error = match taken {
                 Ok(()) => {
-                    late.end(progress);
+                    receiver.end(progress);
                     progress.update(|report| report.error = None);
-                    let told = self.say(&ToSource::Completed);
-                    return Ok(told.is_ok() && self.hears_complete());
+                    let told = self.send(&ToSource::Completed);
+                    return Ok(told.is_ok() && self.recv_complete());
                 }
-                Err(trouble) => trouble,
+                Err(error) => error,
             };
-            tracing::warn!(migration = %self.id, %trouble, left = late.left(), "pages of a guest do not come");
-            late.disconnect();
+            tracing::warn!(migration = %self.id, %error, left = receiver.left(), "pages of a guest do not come");
+            receiver.disconnect();
             self.closers.drain(..).for_each(|closer| closer.close());
             self.control = None;
             progress.update(|report| {
                 report.phase = Phase::PostcopyPaused;
-                report.error = Some(trouble.refusal());
+                report.error = Some(error.refusal());
             });
-            if late.is_lost() {
+            if receiver.is_lost() {
                 return Ok(false);
             }
-            connected = self.meet_again(late)?;
+            connected = self.reconnect(receiver)?;
         }
     }
 
-    fn until_pages_are_there(&mut self, late: &Late) -> Result<(), Trouble> {
+    fn until_pages_are_there(&mut self, receiver: &PostcopyReceiver) -> Result<(), MigrationError> {
         loop {
-            match self.hear()? {
+            match self.recv()? {
                 ToDestination::PagesSent { round } => {
                     self.wait_round(round)?;
-                    return match late.left() {
-                        _ if late.is_lost() => Ok(()),
+                    return match receiver.left() {
+                        _ if receiver.is_lost() => Ok(()),
                         0 => Ok(()),
                         left => {
                             let why = format!("{left} pages were not sent");
@@ -389,17 +398,19 @@ impl Taking<'_, '_> {
     }
 
     /// Waits for the source, and tells it what is missing. False if it went again.
-    fn meet_again(&mut self, late: &Late) -> Result<bool, Failed> {
-        let tick = self.session.patience / LOOKS;
+    fn reconnect(&mut self, receiver: &PostcopyReceiver) -> Result<bool, Failed> {
+        let tick = self.session.patience / POLLS;
         let mut control = loop {
             if let Some(control) = self.again.take() {
                 break control;
             }
             if self.session.progress.wait_resolution(tick) == Some(Resolution::Discard) {
                 let why = "somebody decided that the guest does not go on here";
-                return Err(Failed::Trouble(Trouble::here("resolved", why)));
+                return Err(Failed::MigrationError(MigrationError::here(
+                    "resolved", why,
+                )));
             }
-            if late.is_lost() {
+            if receiver.is_lost() {
                 return Ok(false);
             }
             // A connection that ends as it comes is none.
@@ -412,7 +423,7 @@ impl Taking<'_, '_> {
         self.open.fill(false);
         self.rounds.fill(0);
         self.faults = None;
-        let told = late
+        let told = receiver
             .still_missing()
             .into_iter()
             .map(|(block, first, bits)| ToSource::StillMissing { block, first, bits })
@@ -420,7 +431,7 @@ impl Taking<'_, '_> {
                 connections: self.connections,
                 postcopy: true,
             }])
-            .try_for_each(|message| control.say(&message));
+            .try_for_each(|message| control.send(&message));
         self.control = Some(control);
         if told.is_err() || self.wait_channels().is_err() {
             return Ok(false);
@@ -439,7 +450,7 @@ impl Taking<'_, '_> {
         let Some(ask) = self.faults.take() else {
             return Ok(false);
         };
-        late.connect(ask);
+        receiver.connect(ask);
         self.session.progress.enter(Phase::Postcopy);
         Ok(true)
     }
@@ -452,12 +463,12 @@ impl Taking<'_, '_> {
             Ok(runs) => {
                 let us = micros(runs.saturating_duration_since(start));
                 let told_us = micros(start.elapsed());
-                let told = self.say(&ToSource::Running { us, told_us });
-                let mut heard = told.is_ok() && self.hears_complete();
+                let told = self.send(&ToSource::Running { us, told_us });
+                let mut heard = told.is_ok() && self.recv_complete();
                 // What a source is told that asks again.
                 let mut answer = ToSource::Running { us: 0, told_us: 0 };
-                if let Some(late) = self.memory.late.get() {
-                    heard = self.take_late(late, heard)?;
+                if let Some(receiver) = self.memory.receiver.get() {
+                    heard = self.receive_missing(receiver, heard)?;
                     answer = ToSource::Completed;
                 }
                 Ok(if heard {
@@ -471,10 +482,10 @@ impl Taking<'_, '_> {
                 // Before the source hears of it, and takes back what it handed over.
                 self.target.discard();
                 let answer = ToSource::NotHere(why.clone());
-                if self.say(&answer).is_err() {
+                if self.send(&answer).is_err() {
                     return Err(Failed::Unheard(why, answer));
                 }
-                Err(Failed::Trouble(Trouble::Here(why)))
+                Err(Failed::MigrationError(MigrationError::Here(why)))
             }
         }
     }
@@ -486,8 +497,8 @@ impl Taking<'_, '_> {
         since: Instant,
     ) -> Result<Instant, Refusal> {
         self.target.take_over()?;
-        if let Some(late) = self.memory.late.get()
-            && !late.start()
+        if let Some(receiver) = self.memory.receiver.get()
+            && !receiver.start()
         {
             return Err(Refusal::new(
                 "connection-lost",
@@ -504,7 +515,7 @@ impl Taking<'_, '_> {
 pub(super) fn take_pages(
     index: u16,
     mut stream: Box<dyn Stream>,
-    memory: &Arriving,
+    memory: &IncomingMemory,
     ends: &Sender<RoundEnd>,
     progress: &Progress,
 ) {
@@ -524,7 +535,7 @@ pub(super) fn take_pages(
             _ => Content::Zeros,
         };
         let decoded = pages::decode(body, &memory.blocks, content)?;
-        match (content, memory.late.get()) {
+        match (content, memory.receiver.get()) {
             (Content::Later, None) => {
                 decoded.mark(&memory.missing.lock());
                 return Ok(None);
@@ -532,7 +543,7 @@ pub(super) fn take_pages(
             (Content::Later, Some(_)) => {
                 return Err(WireError::damaged("pages are told missing that were not"));
             }
-            (_, Some(late)) => late.fill(&decoded)?,
+            (_, Some(receiver)) => receiver.fill(&decoded)?,
             (_, None) => decoded.apply(&memory.blocks, &memory.touched),
         }
         let (count, bytes) = (decoded.count(), body.len() as u64);
@@ -554,8 +565,8 @@ pub(super) fn take_pages(
                 }
             }
             Err(error) => {
-                if let Some(late) = memory.late.get() {
-                    late.give_up();
+                if let Some(receiver) = memory.receiver.get() {
+                    receiver.give_up();
                 }
                 let _ = ends.send((index, Err(error.into())));
                 return;

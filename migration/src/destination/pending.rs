@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use super::Arrival;
+use super::Connection;
 use crate::link::{Accept, Closer, Stream};
 use crate::message;
 
@@ -17,7 +17,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// Connections that may be about to say it.
 const MOST: usize = 64;
 
-struct Stranger {
+struct PendingConnection {
     number: u64,
     since: Instant,
     closer: Closer,
@@ -25,11 +25,11 @@ struct Stranger {
 
 /// Those who connected and have not said yet who they are.
 #[derive(Default)]
-pub(super) struct Strangers {
-    all: Mutex<Vec<Stranger>>,
+pub(super) struct PendingConnections {
+    all: Mutex<Vec<PendingConnection>>,
 }
 
-impl Strangers {
+impl PendingConnections {
     /// Takes connections until it is `over`, and hands on those who say who they are.
     pub(super) fn receive<'scope>(
         &'scope self,
@@ -37,7 +37,7 @@ impl Strangers {
         accept: &mut dyn Accept,
         tick: Duration,
         over: &AtomicBool,
-        arrive: &Sender<Arrival>,
+        arrive: &Sender<Connection>,
     ) {
         for number in 0.. {
             if over.load(Ordering::Acquire) {
@@ -65,9 +65,9 @@ impl Strangers {
                 let greeted = greet(stream);
                 // Nobody ends it any more.
                 self.forget(number);
-                if let Some(arrival) = greeted {
+                if let Some(connection) = greeted {
                     // The session may be over.
-                    let _ = arrive.send(arrival);
+                    let _ = arrive.send(connection);
                 }
             };
             if let Err(error) = thread::Builder::new().spawn_scoped(scope, greeting) {
@@ -85,7 +85,7 @@ impl Strangers {
         let mut all = self.all.lock();
         let has_room = all.len() < MOST;
         if has_room {
-            all.push(Stranger {
+            all.push(PendingConnection {
                 number,
                 since: Instant::now(),
                 closer,
@@ -98,10 +98,10 @@ impl Strangers {
         self.all.lock().retain(|stranger| stranger.number != number);
     }
 
-    fn end(&self, which: impl Fn(&Stranger) -> bool) {
+    fn end(&self, which: impl Fn(&PendingConnection) -> bool) {
         let all = self.all.lock();
-        let late = all.iter().filter(|stranger| which(stranger));
-        late.for_each(|stranger| stranger.closer.close());
+        let expired = all.iter().filter(|pending| which(pending));
+        expired.for_each(|pending| pending.closer.close());
     }
 }
 
@@ -114,10 +114,10 @@ fn is_passing(error: &io::Error) -> bool {
         .any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
 }
 
-fn greet(mut stream: Box<dyn Stream>) -> Option<Arrival> {
+fn greet(mut stream: Box<dyn Stream>) -> Option<Connection> {
     stream.set_patience(PATIENCE).ok()?;
-    match message::hear_hello(&mut *stream) {
-        Ok(hello) => Some(Arrival { hello, stream }),
+    match message::recv_hello(&mut *stream) {
+        Ok(hello) => Some(Connection { hello, stream }),
         Err(error) => {
             tracing::info!(%error, "somebody connected who does not migrate a guest");
             None

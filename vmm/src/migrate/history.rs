@@ -1,27 +1,28 @@
-//! Migrations of an earlier process, as far as they were written down: told of, and nothing more. Their
-//! guests ended with it, or are elsewhere.
+//! Migrations of an earlier process, as read from their journals. They can only be listed: their
+//! guests ended with that process, or run elsewhere.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use control::{Category, Migration, RequestError};
-use migration::{Entry, FileJournal, Side, Step};
+use migration::{Entry, Side, Step};
 use spec::{MigrationError, MigrationInfo, MigrationOutcome, MigrationPhase, MigrationSide, VmId};
 use tokio::sync::watch;
 use uuid::Uuid;
 
+use super::journals::Journals;
+
 /// Journals are kept for so long: by then nobody asks any more.
 const KEPT: Duration = Duration::from_secs(7 * 24 * 3600);
 
-struct Recalled {
+struct PastMigration {
     info: MigrationInfo,
     over: watch::Sender<bool>,
 }
 
 /// What the journals in a directory tell. Those that nobody will ask for are removed.
-pub(super) fn all(dir: &Path) -> Vec<Arc<dyn Migration>> {
-    let listed = FileJournal::list(dir).unwrap_or_else(|error| {
+pub(super) fn all(journals: &Journals) -> Vec<Arc<dyn Migration>> {
+    let listed = journals.list().unwrap_or_else(|error| {
         tracing::warn!(%error, "the journals of migrations cannot be read");
         Vec::new()
     });
@@ -32,12 +33,10 @@ pub(super) fn all(dir: &Path) -> Vec<Arc<dyn Migration>> {
     for (id, side, steps) in listed {
         let Some(last) = steps.last() else { continue };
         if now.saturating_sub(Duration::from_millis(last.time_ms)) > KEPT {
-            if let Err(error) = FileJournal::remove(dir, id, side) {
-                tracing::warn!(%error, "an old journal cannot be removed");
-            }
+            journals.forget(id, side);
             continue;
         }
-        recalled.push(Arc::new(Recalled {
+        recalled.push(Arc::new(PastMigration {
             info: info(id, side, &steps, last),
             over: watch::Sender::new(true),
         }));
@@ -114,7 +113,7 @@ fn is_over() -> RequestError {
     RequestError::new(Category::Conflict, "migration-over", detail)
 }
 
-impl Migration for Recalled {
+impl Migration for PastMigration {
     fn info(&self) -> MigrationInfo {
         self.info.clone()
     }

@@ -64,7 +64,7 @@ pub(crate) enum PlaceError {
 }
 
 /// Where all devices of a VM are, as another service tells it.
-pub(crate) fn told(
+pub(crate) fn from_offer(
     config: &VmConfig,
     devfns: &BTreeMap<String, u8>,
 ) -> Result<BTreeMap<String, Bdf>, PlaceError> {
@@ -153,12 +153,12 @@ mod tests {
         )
         .unwrap();
         config.name_devices();
-        let told = |places: &[(&str, u8)]| {
+        let offered = |places: &[(&str, u8)]| {
             let places = places.iter().map(|(id, at)| ((*id).to_owned(), *at));
-            told(&config, &places.collect())
+            from_offer(&config, &places.collect())
         };
         let (a, b, rng) = ("_disk0", "_disk1", "__rng");
-        let good = told(&[(a, 2 << 3 | 1), (b, 31 << 3), (rng, 2 << 3)]).unwrap();
+        let good = offered(&[(a, 2 << 3 | 1), (b, 31 << 3), (rng, 2 << 3)]).unwrap();
         assert_eq!(good[a].to_string(), "0000:00:02.1");
         assert_eq!(good.len(), 3);
         let bdf = |devfn| Bdf::from_devfn(devfn);
@@ -182,7 +182,7 @@ mod tests {
                 PlaceError::Unknown(owned("__console"), bdf(32)),
             ),
         ] {
-            assert_eq!(told(&places), Err(error));
+            assert_eq!(offered(&places), Err(error));
         }
     }
 }

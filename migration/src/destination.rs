@@ -1,8 +1,8 @@
-//! The side to which the guest moves.
+//! The destination: the side to which the guest moves.
 
+mod incoming;
+mod pending;
 mod postcopy;
-mod strangers;
-mod taking;
 
 use std::fs::File;
 use std::sync::OnceLock;
@@ -15,9 +15,9 @@ use memory::DirtyBitmap;
 use parking_lot::Mutex;
 use uuid::Uuid;
 
-use self::postcopy::Late;
-use self::strangers::Strangers;
-use self::taking::{Taking, take_pages};
+use self::incoming::{Incoming, take_pages};
+use self::pending::PendingConnections;
+use self::postcopy::PostcopyReceiver;
 use crate::journal::{Journal, Step};
 use crate::link::{Accept, Closer, Stream};
 use crate::message::{Channel, Control, Hello, Offer, Refusal, ToDestination, ToSource};
@@ -25,14 +25,14 @@ use crate::pages::Block;
 use crate::policy::MAX_CONNECTIONS;
 use crate::progress::{Phase, Progress};
 use crate::wire::WireError;
-use crate::{LINGER, Trouble};
+use crate::{LINGER, MigrationError};
 
 /// As often as this, within the patience that one has with the other side, one looks for a decision
 /// or a connection.
-const LOOKS: u32 = 100;
+const POLLS: u32 = 100;
 
 /// A machine to which a guest moves. It stands until it is started.
-pub trait Target: Send {
+pub trait Destination: Send {
     /// Its memory, in the order of [`Offer::blocks`].
     fn blocks(&self) -> Vec<Block>;
 
@@ -40,7 +40,7 @@ pub trait Target: Send {
     ///
     /// # Errors
     /// When it cannot.
-    fn guess(&mut self, state: &[u8]) -> Result<(), Refusal>;
+    fn dry_run(&mut self, state: &[u8]) -> Result<(), Refusal>;
 
     /// Goes on from what was saved, in one commit. All memory is there.
     ///
@@ -88,7 +88,7 @@ pub trait Host: Send + Sync {
         migration: Uuid,
         offer: &Offer,
         files: Vec<File>,
-    ) -> Result<Box<dyn Target>, Refusal>;
+    ) -> Result<Box<dyn Destination>, Refusal>;
 
     /// Where the steps of a migration are written down.
     ///
@@ -127,21 +127,21 @@ pub fn receive(receiving: Receiving<'_>) -> Result<(), Refusal> {
         patience,
         lingers,
     } = receiving;
-    let (over, strangers) = (AtomicBool::new(false), Strangers::default());
+    let (over, pending) = (AtomicBool::new(false), PendingConnections::default());
     thread::scope(|scope| {
-        let (arrive, arrivals) = mpsc::channel();
-        let (over, strangers) = (&over, &strangers);
-        let tick = patience / LOOKS;
-        let accepting = move || strangers.receive(scope, accept, tick, over, &arrive);
+        let (arrive, connections_in) = mpsc::channel();
+        let (over, pending) = (&over, &pending);
+        let tick = patience / POLLS;
+        let accepting = move || pending.receive(scope, accept, tick, over, &arrive);
         let started = thread::Builder::new().spawn_scoped(scope, accepting);
         started.map_err(|error| Refusal::new("host-refused", error.to_string()))?;
         let mut session = Session {
             host,
             progress,
             patience,
-            arrivals: &arrivals,
+            connections_in: &connections_in,
         };
-        let (outcome, untold) = session.run();
+        let (outcome, pending_abort) = session.run();
         progress.update(|report| match &outcome {
             Ok(()) => report.phase = Phase::Completed,
             Err(why) => {
@@ -152,7 +152,7 @@ pub fn receive(receiving: Receiving<'_>) -> Result<(), Refusal> {
                 report.error = Some(why.clone());
             }
         });
-        if let Some((id, answer)) = untold {
+        if let Some((id, answer)) = pending_abort {
             lingers();
             session.linger(id, &answer);
         }
@@ -162,17 +162,17 @@ pub fn receive(receiving: Receiving<'_>) -> Result<(), Refusal> {
 }
 
 /// The memory to which pages come.
-struct Arriving {
+struct IncomingMemory {
     blocks: Vec<Block>,
     /// Pages that were written here, block by block: all others are zeros.
     touched: Vec<DirtyBitmap>,
     /// Pages that come after the guest, as far as was told.
     missing: Mutex<Vec<DirtyBitmap>>,
     /// Set from when the guest may go on without them.
-    late: OnceLock<Late>,
+    receiver: OnceLock<PostcopyReceiver>,
 }
 
-impl Arriving {
+impl IncomingMemory {
     fn new(blocks: Vec<Block>) -> Self {
         let bitmaps = || -> Vec<DirtyBitmap> {
             let bitmaps = blocks.iter().map(|block| {
@@ -185,24 +185,24 @@ impl Arriving {
         Self {
             touched: bitmaps(),
             missing: Mutex::new(bitmaps()),
-            late: OnceLock::new(),
+            receiver: OnceLock::new(),
             blocks,
         }
     }
 }
 
 /// A machine for the guest, and where its steps are written down.
-type Prepared = (Box<dyn Target>, Box<dyn Journal>);
+type Prepared = (Box<dyn Destination>, Box<dyn Journal>);
 
 /// Who connected, and what for.
-struct Arrival {
+struct Connection {
     hello: Hello,
     stream: Box<dyn Stream>,
 }
 
-fn turn_away(stream: Box<dyn Stream>, why: Refusal) {
+fn refuse(stream: Box<dyn Stream>, why: Refusal) {
     // It learns it, or sees that the connection ends.
-    let _ = Control::new(stream).say(&ToSource::Refused(why));
+    let _ = Control::new(stream).send(&ToSource::Refused(why));
 }
 
 /// How a guest that runs here came.
@@ -214,20 +214,20 @@ enum Ended {
 }
 
 /// A channel's round has ended, or the channel has.
-type RoundEnd = (u16, Result<u32, Trouble>);
+type RoundEnd = (u16, Result<u32, MigrationError>);
 
 struct Session<'a> {
     host: &'a dyn Host,
     progress: &'a Progress,
     patience: Duration,
-    arrivals: &'a Receiver<Arrival>,
+    connections_in: &'a Receiver<Connection>,
 }
 
 impl Session<'_> {
     /// What became of it, and what a source is told that does not know it.
     fn run(&mut self) -> (Result<(), Refusal>, Option<(Uuid, ToSource)>) {
-        let Arrival { hello, stream } = match self.first() {
-            Ok(arrival) => arrival,
+        let Connection { hello, stream } = match self.first() {
+            Ok(connection) => connection,
             Err(why) => return (Err(why), None),
         };
         let id = hello.migration;
@@ -237,42 +237,42 @@ impl Session<'_> {
             // The source was told the same.
             Err(Failed::Refused(why)) => (Err(why), None),
             Err(Failed::Unheard(why, answer)) => (Err(why), Some((id, answer))),
-            Err(Failed::Trouble(Trouble::Wire(_))) if self.progress.is_canceled() => {
-                (Err(Trouble::Canceled.refusal()), None)
+            Err(Failed::MigrationError(MigrationError::Wire(_))) if self.progress.is_canceled() => {
+                (Err(MigrationError::Canceled.refusal()), None)
             }
-            Err(Failed::Trouble(trouble)) => (Err(trouble.refusal()), None),
+            Err(Failed::MigrationError(error)) => (Err(error.refusal()), None),
         }
     }
 
     /// The first control connection.
-    fn first(&self) -> Result<Arrival, Refusal> {
+    fn first(&self) -> Result<Connection, Refusal> {
         loop {
             if self.progress.is_canceled() {
-                return Err(Trouble::Canceled.refusal());
+                return Err(MigrationError::Canceled.refusal());
             }
-            let arrival = match self.arrivals.recv_timeout(self.patience / LOOKS) {
-                Ok(arrival) => arrival,
+            let connection = match self.connections_in.recv_timeout(self.patience / POLLS) {
+                Ok(connection) => connection,
                 Err(RecvTimeoutError::Timeout) => continue,
                 Err(RecvTimeoutError::Disconnected) => {
                     return Err(Refusal::new("connection-lost", "no connection can come"));
                 }
             };
-            match (arrival.hello.version(), arrival.hello.channel) {
-                (Err(why), _) => turn_away(arrival.stream, why),
-                (Ok(_), Channel::Control) => return Ok(arrival),
-                (Ok(_), Channel::Again) => self.tell_fate(arrival),
+            match (connection.hello.version(), connection.hello.channel) {
+                (Err(why), _) => refuse(connection.stream, why),
+                (Ok(_), Channel::Control) => return Ok(connection),
+                (Ok(_), Channel::Again) => self.answer_query(connection),
                 (Ok(_), _) => {
                     let why = "pages without a migration";
-                    turn_away(arrival.stream, Refusal::new("out-of-order", why));
+                    refuse(connection.stream, Refusal::new("out-of-order", why));
                 }
             }
         }
     }
 
     /// Answers who asks for an earlier migration.
-    fn tell_fate(&self, arrival: Arrival) {
+    fn answer_query(&self, connection: Connection) {
         let why = || Refusal::new("never-ran", "the destination lost the guest before it ran");
-        let answer = match self.host.fate(arrival.hello.migration) {
+        let answer = match self.host.fate(connection.hello.migration) {
             Fate::Ran => ToSource::Ended,
             Fate::NeverRan => ToSource::NotHere(why()),
             Fate::Unknown => ToSource::Refused(Refusal::new(
@@ -280,21 +280,21 @@ impl Session<'_> {
                 "the destination knows nothing of this migration",
             )),
         };
-        let _ = Control::new(arrival.stream).say(&answer);
+        let _ = Control::new(connection.stream).send(&answer);
     }
 
     fn migrate(&mut self, id: Uuid, stream: Box<dyn Stream>) -> Result<Ended, Failed> {
-        let mut control = self.adopt(stream).map_err(Failed::Trouble)?;
-        control.say(&ToSource::Welcome { version: 1 })?;
+        let mut control = self.adopt(stream).map_err(Failed::MigrationError)?;
+        control.send(&ToSource::Welcome { version: 1 })?;
         self.progress.enter(Phase::Preparing);
         let offer = loop {
-            match control.hear()? {
+            match control.recv()? {
                 ToDestination::Prepare(offer) => break offer,
                 other => answer_ping(&mut control, &other)?,
             }
         };
         let files = if offer.given {
-            let taken = control.stream.take_files(offer.blocks.len());
+            let taken = control.stream.recv_files(offer.blocks.len());
             taken.map_err(WireError::from)?
         } else {
             Vec::new()
@@ -303,12 +303,12 @@ impl Session<'_> {
         let (mut target, journal) = match prepared {
             Ok(prepared) => prepared,
             Err(why) => {
-                control.say(&ToSource::Refused(why.clone()))?;
+                control.send(&ToSource::Refused(why.clone()))?;
                 return Err(Failed::Refused(why));
             }
         };
         let blocks = target.blocks();
-        let memory_here = Arriving::new(blocks);
+        let memory_here = IncomingMemory::new(blocks);
         let connections = offer.connections.clamp(1, MAX_CONNECTIONS);
         let sizes = memory_here
             .blocks
@@ -321,7 +321,7 @@ impl Session<'_> {
         });
         let outcome = thread::scope(|scope| {
             let (ends, ended) = mpsc::channel();
-            let mut taking = Taking {
+            let mut incoming = Incoming {
                 session: self,
                 id,
                 control: Some(control),
@@ -337,8 +337,8 @@ impl Session<'_> {
                 faults: None,
                 start_watch: &mut || {
                     let watch = || {
-                        if let Some(late) = memory_here.late.get() {
-                            late.watch(self.progress);
+                        if let Some(receiver) = memory_here.receiver.get() {
+                            receiver.watch(self.progress);
                         }
                     };
                     let started = thread::Builder::new().spawn_scoped(scope, watch);
@@ -353,30 +353,30 @@ impl Session<'_> {
                     started.map(|_| ())
                 },
             };
-            let outcome = taking.run();
+            let outcome = incoming.run();
             if outcome.is_err() {
                 // Before anybody finds zeros where pages are missing.
-                taking.target.discard();
+                incoming.target.discard();
             }
             // The channels' threads end with their connections.
-            taking.closers.iter().for_each(Closer::close);
+            incoming.closers.iter().for_each(Closer::close);
             // Nobody is to wait for a page that does not come.
-            if let Some(late) = memory_here.late.get() {
-                late.end(self.progress);
+            if let Some(receiver) = memory_here.receiver.get() {
+                receiver.end(self.progress);
             }
             outcome
         });
-        if let Err(Failed::Trouble(trouble)) = &outcome {
-            tracing::warn!(migration = %id, %trouble, "a guest does not come");
+        if let Err(Failed::MigrationError(error)) = &outcome {
+            tracing::warn!(migration = %id, %error, "a guest does not come");
         }
         outcome
     }
 
-    fn adopt(&self, stream: Box<dyn Stream>) -> Result<Control, Trouble> {
+    fn adopt(&self, stream: Box<dyn Stream>) -> Result<Control, MigrationError> {
         let adopted = stream
             .set_patience(self.patience)
             .and_then(|()| stream.closer());
-        let closer = adopted.map_err(|error| Trouble::Wire(error.into()))?;
+        let closer = adopted.map_err(|error| MigrationError::Wire(error.into()))?;
         self.progress.close_on_cancel(closer);
         Ok(Control::new(stream))
     }
@@ -386,7 +386,7 @@ impl Session<'_> {
             Refusal::new("journal", format!("the journal cannot be written: {error}"))
         };
         let target = self.host.prepare(id, offer, files)?;
-        let agreed = |target: &dyn Target| -> Result<Box<dyn Journal>, Refusal> {
+        let agreed = |target: &dyn Destination| -> Result<Box<dyn Journal>, Refusal> {
             let blocks = target.blocks();
             let here: Vec<_> = blocks
                 .iter()
@@ -420,22 +420,22 @@ impl Session<'_> {
     fn linger(&self, id: Uuid, answer: &ToSource) {
         let until = Instant::now() + self.patience * LINGER;
         while Instant::now() < until {
-            let Ok(arrival) = self.arrivals.recv_timeout(self.patience / LOOKS) else {
+            let Ok(connection) = self.connections_in.recv_timeout(self.patience / POLLS) else {
                 continue;
             };
-            if arrival.hello.migration != id || arrival.hello.channel != Channel::Again {
-                turn_away(arrival.stream, busy());
+            if connection.hello.migration != id || connection.hello.channel != Channel::Again {
+                refuse(connection.stream, busy());
                 continue;
             }
-            let mut control = Control::new(arrival.stream);
-            let told = control.say(answer);
+            let mut control = Control::new(connection.stream);
+            let told = control.send(answer);
             let knows = |heard: Result<ToDestination, WireError>| match heard {
                 Ok(ToDestination::Complete) => true,
                 // It says nothing more.
                 Err(WireError::Closed) => matches!(answer, ToSource::NotHere(_)),
                 _ => false,
             };
-            if told.is_ok() && knows(control.hear()) {
+            if told.is_ok() && knows(control.recv()) {
                 return;
             }
         }
@@ -447,10 +447,10 @@ fn busy() -> Refusal {
 }
 
 /// Answers a sign of life; anything else cannot be here.
-fn answer_ping(control: &mut Control, message: &ToDestination) -> Result<(), Trouble> {
+fn answer_ping(control: &mut Control, message: &ToDestination) -> Result<(), MigrationError> {
     match message {
-        ToDestination::Ping(number) => Ok(control.say(&ToSource::Pong(*number))?),
-        ToDestination::Abort(why) => Err(Trouble::There(why.clone())),
+        ToDestination::Ping(number) => Ok(control.send(&ToSource::Pong(*number))?),
+        ToDestination::Abort(why) => Err(MigrationError::There(why.clone())),
         other => Err(WireError::damaged(format!("{other:?} cannot be here")).into()),
     }
 }
@@ -460,23 +460,23 @@ enum Failed {
     Refused(Refusal),
     /// When the order had come; the source may not know it yet, and is told so when it asks.
     Unheard(Refusal, ToSource),
-    Trouble(Trouble),
+    MigrationError(MigrationError),
 }
 
-impl From<Trouble> for Failed {
-    fn from(trouble: Trouble) -> Self {
-        Self::Trouble(trouble)
+impl From<MigrationError> for Failed {
+    fn from(error: MigrationError) -> Self {
+        Self::MigrationError(error)
     }
 }
 
 impl From<WireError> for Failed {
     fn from(error: WireError) -> Self {
-        Self::Trouble(error.into())
+        Self::MigrationError(error.into())
     }
 }
 
 impl From<Refusal> for Failed {
     fn from(why: Refusal) -> Self {
-        Self::Trouble(Trouble::Here(why))
+        Self::MigrationError(MigrationError::Here(why))
     }
 }

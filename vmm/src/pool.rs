@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::available_parallelism;
@@ -17,7 +17,6 @@ use virtio_devices::Workers;
 use crate::arch::x86_64::cpu;
 use crate::driver::{Caller, Driver};
 use crate::machine::Host;
-use crate::migrate::Journals;
 
 /// How a pool is made.
 #[derive(Clone, Copy, Debug, Default)]
@@ -48,7 +47,7 @@ pub struct Pool {
     loops: Vec<EventLoop>,
     next: AtomicUsize,
     callers: Callers,
-    journals: Journals,
+    journals: Option<PathBuf>,
 }
 
 /// Asks the drivers of VMs, by their names.
@@ -93,7 +92,7 @@ impl Pool {
             loops,
             next: AtomicUsize::new(0),
             callers: Callers::default(),
-            journals: Journals(None),
+            journals: None,
         })
     }
 
@@ -101,7 +100,7 @@ impl Pool {
     /// crash.
     #[must_use]
     pub fn with_journals(mut self, directory: PathBuf) -> Self {
-        self.journals = Journals(Some(directory));
+        self.journals = Some(directory);
         self
     }
 
@@ -113,8 +112,9 @@ impl Pool {
         &self.callers
     }
 
-    pub(crate) fn journals(&self) -> &Journals {
-        &self.journals
+    /// The directory of the migrations' journals, if they are kept.
+    pub(crate) fn journals(&self) -> Option<&Path> {
+        self.journals.as_deref()
     }
 }
 

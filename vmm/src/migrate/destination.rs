@@ -1,4 +1,4 @@
-//! A VM to which a guest moves, as the engine sees it.
+//! The destination's VM, as the migration engine sees it.
 
 use std::fs::File;
 use std::path::Path;
@@ -7,35 +7,33 @@ use std::time::{Duration, Instant};
 
 use control::Registry;
 use memory::RamBlock;
-use migration::{Block, Fate, FileJournal, Host, Journal, Offer, Refusal, Side, Step, Target};
+use migration::{Block, Destination, Fate, FileJournal, Host, Journal, Offer, Refusal, Side, Step};
 use spec::{VmConfig, VmId};
 use uuid::Uuid;
 
-use super::{Journals, MachineOffer, Moving, OFFER_VERSION, RAM, cpuid};
+use super::{ActiveMigration, Journals, MachineOffer, OFFER_VERSION, RAM, cpuid};
 use crate::arch::x86_64::cpu;
+use crate::devices::{MachineOrigin, ResourceOwner, slots};
 use crate::driver::{Arrival, Caller, Driver};
 use crate::failure;
 use crate::machine::Built;
-use crate::open::Whose;
-use crate::places;
+use crate::machine::Halter;
 use crate::pool::Callers;
-use crate::vcpu::Halter;
-use crate::virtio::Places;
 
 /// Makes a VM for the guest that comes.
-pub(super) struct ArrivingHost {
+pub(super) struct DestinationHost {
     registry: Registry,
     callers: Callers,
     journals: Journals,
-    moving: Arc<Moving>,
+    moving: Arc<ActiveMigration>,
 }
 
-impl ArrivingHost {
+impl DestinationHost {
     pub(super) fn new(
         registry: Registry,
         callers: Callers,
         journals: Journals,
-        moving: Arc<Moving>,
+        moving: Arc<ActiveMigration>,
     ) -> Self {
         Self {
             registry,
@@ -107,13 +105,13 @@ fn memory_is_there(config: &VmConfig) -> Result<(), Refusal> {
     Ok(())
 }
 
-impl Host for ArrivingHost {
+impl Host for DestinationHost {
     fn prepare(
         &self,
         _: Uuid,
         offer: &Offer,
         files: Vec<File>,
-    ) -> Result<Box<dyn Target>, Refusal> {
+    ) -> Result<Box<dyn Destination>, Refusal> {
         let unreadable = |why: String| Refusal::new("offer-unreadable", why);
         let machine: MachineOffer = serde_json::from_slice(&offer.machine).map_err(|error| {
             unreadable(format!("the offer of a machine cannot be read: {error}"))
@@ -125,7 +123,7 @@ impl Host for ArrivingHost {
         }
         let wanted = cpuid(&machine.cpuid)
             .ok_or_else(|| unreadable("the CPUs have too many CPUID leaves".to_owned()))?;
-        let on_bus = places::told(&machine.config, &machine.places)
+        let on_bus = slots::from_offer(&machine.config, &machine.places)
             .map_err(|error| unreadable(error.to_string()))?;
         payload_is_there(&machine.config)?;
         if !offer.given {
@@ -154,14 +152,14 @@ impl Host for ArrivingHost {
         let arrival = caller
             .attempt(move |driver| driver.expect(&progress))
             .map_err(give_up)?;
-        let places = Places {
+        let origin = MachineOrigin {
             cpuid: Some(wanted),
             on_bus,
-            whose: Whose::Theirs,
+            owner: ResourceOwner::Source,
             may_wait: offer.postcopy,
             memory: files.into_iter().next().map(Arc::new),
         };
-        let built = ArrivingVm::build(&self.registry, vm.clone(), arrival, &places);
+        let built = DestinationVm::build(&self.registry, vm.clone(), arrival, &origin);
         let target = built.map_err(give_up)?;
         *self.moving.vm.lock() = Some(vm);
         Ok(Box::new(target))
@@ -172,8 +170,7 @@ impl Host for ArrivingHost {
     }
 
     fn fate(&self, migration: Uuid) -> Fate {
-        let listed = self.journals.0.as_deref().map(FileJournal::list);
-        let Some(Ok(listed)) = listed else {
+        let Ok(listed) = self.journals.list() else {
             return Fate::Unknown;
         };
         let found = listed
@@ -192,7 +189,7 @@ impl Host for ArrivingHost {
     }
 }
 
-struct ArrivingVm {
+struct DestinationVm {
     registry: Registry,
     vm: VmId,
     caller: Caller,
@@ -209,12 +206,12 @@ enum Stage {
     Gone,
 }
 
-impl ArrivingVm {
+impl DestinationVm {
     fn build(
         registry: &Registry,
         vm: VmId,
         arrival: Arrival,
-        places: &Places,
+        origin: &MachineOrigin,
     ) -> Result<Self, Refusal> {
         let Arrival {
             caller,
@@ -223,7 +220,7 @@ impl ArrivingVm {
             outputs,
             reporter,
         } = arrival;
-        let wanted = places.cpuid.as_ref();
+        let wanted = origin.cpuid.as_ref();
         let lacking = wanted.map(|wanted| cpu::lacking(&host.cpuid, wanted));
         if let Some(lacking) = lacking.filter(|lacking| !lacking.is_empty()) {
             let detail = format!(
@@ -232,7 +229,7 @@ impl ArrivingVm {
             );
             return Err(Refusal::new("cpu-lacks-features", detail));
         }
-        let built = Built::new(&host, &config, outputs, places, &reporter)
+        let built = Built::new(&host, &config, outputs, origin, &reporter)
             .and_then(|built| built.expect_guest(&config, &reporter));
         let active = built.map_err(|error| {
             let told = failure::told(&error);
@@ -252,7 +249,7 @@ impl ArrivingVm {
     }
 }
 
-impl Target for ArrivingVm {
+impl Destination for DestinationVm {
     fn blocks(&self) -> Vec<Block> {
         vec![Block {
             name: RAM.to_owned(),
@@ -260,9 +257,10 @@ impl Target for ArrivingVm {
         }]
     }
 
-    fn guess(&mut self, state: &[u8]) -> Result<(), Refusal> {
+    fn dry_run(&mut self, state: &[u8]) -> Result<(), Refusal> {
         let state = state.to_vec();
-        self.caller.attempt(move |driver| driver.load_guess(&state))
+        self.caller
+            .attempt(move |driver| driver.load_dry_run(&state))
     }
 
     fn load(&mut self, state: &[u8]) -> Result<(), Refusal> {

@@ -1,4 +1,4 @@
-//! A VM whose guest moves away, as the engine sees it.
+//! The source's VM, as the migration engine sees it.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -9,13 +9,13 @@ use spec::VmId;
 use super::{MachineOffer, OFFER_VERSION, RAM, rows};
 use crate::driver::{Departure, Driver};
 
-pub(super) struct LeavingVm {
+pub(super) struct SourceVm {
     vm: VmId,
     departure: Departure,
     tracking: bool,
 }
 
-impl LeavingVm {
+impl SourceVm {
     fn places(&self) -> BTreeMap<String, u8> {
         let all = self.departure.places.iter();
         all.map(|(id, at)| (id.clone(), at.devfn())).collect()
@@ -44,7 +44,7 @@ fn kvm(error: &hypervisor::KvmError) -> Refusal {
     Refusal::new("kvm-refused", error.to_string())
 }
 
-impl Source for LeavingVm {
+impl Source for SourceVm {
     fn offer(&mut self) -> Result<Offer, Refusal> {
         let cpuid = self.departure.caller.attempt(Driver::cpuid)?;
         let machine = MachineOffer {
@@ -75,10 +75,17 @@ impl Source for LeavingVm {
         }]
     }
 
-    fn track(&mut self, on: bool) -> Result<(), Refusal> {
+    fn start_tracking(&mut self) -> Result<(), Refusal> {
         let memslots = &self.departure.memslots;
-        memslots.track_dirty(on).map_err(|error| kvm(&error))?;
-        self.tracking = on;
+        memslots.track_dirty(true).map_err(|error| kvm(&error))?;
+        self.tracking = true;
+        Ok(())
+    }
+
+    fn stop_tracking(&mut self) -> Result<(), Refusal> {
+        let memslots = &self.departure.memslots;
+        memslots.track_dirty(false).map_err(|error| kvm(&error))?;
+        self.tracking = false;
         Ok(())
     }
 
@@ -93,11 +100,11 @@ impl Source for LeavingVm {
         self.departure.throttle.set(percent);
     }
 
-    fn guess(&mut self) -> Result<Vec<u8>, Refusal> {
-        self.departure.caller.attempt(Driver::save_guess)
+    fn dry_run(&mut self) -> Result<Vec<u8>, Refusal> {
+        self.departure.caller.attempt(Driver::save_dry_run)
     }
 
-    fn settle(&mut self) {
+    fn pre_sync(&mut self) {
         // What is in the host's page cache of the disks' images has to be on the storage when the guest is
         // handed over: the most of it is written now.
         for disk in self.departure.config.disks.iter().flatten() {
@@ -126,7 +133,7 @@ impl Source for LeavingVm {
         let _ = self.departure.caller.call(|driver, _| driver.doubt());
     }
 
-    fn go_on(&mut self) -> Result<(), Refusal> {
+    fn resume(&mut self) -> Result<(), Refusal> {
         self.departure.caller.attempt(Driver::stay)
     }
 
@@ -136,7 +143,7 @@ impl Source for LeavingVm {
     }
 }
 
-impl Drop for LeavingVm {
+impl Drop for SourceVm {
     fn drop(&mut self) {
         if self.tracking
             && let Err(error) = self.departure.memslots.track_dirty(false)

@@ -39,13 +39,14 @@ pub(crate) enum Control {
     Console(ConsoleHandle),
 }
 
-/// Who has what only one machine may have at a time: locks of images, paths of sockets.
+/// The owner of resources that only one machine may hold at a time: locks of images, paths of
+/// sockets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Whose {
-    /// The machine that is being built.
-    Ours,
-    /// Another machine, from which the guest moves here: devices take over when it has.
-    Theirs,
+pub(crate) enum ResourceOwner {
+    /// The machine that is being built takes them as it opens its devices.
+    ThisMachine,
+    /// The migration's source holds them: devices take them over at the hand-over.
+    Source,
 }
 
 /// Where a console's output goes, and who hears that there is room for input.
@@ -60,17 +61,17 @@ pub(crate) fn all(
     config: &VmConfig,
     console: Option<ConsoleEnd>,
     workers: &Workers,
-    whose: Whose,
+    owner: ResourceOwner,
 ) -> Result<Vec<Opened>, BuildError> {
     let mut all = Vec::new();
     for new in config.disks.iter().flatten() {
-        all.push(disk(new, workers, whose)?);
+        all.push(disk(new, workers, owner)?);
     }
     for new in config.net.iter().flatten() {
         all.push(net(new, workers)?);
     }
     if let Some(new) = &config.vsock {
-        all.push(vsock(new, workers, whose)?);
+        all.push(vsock(new, workers, owner)?);
     }
     if let Some(new) = &config.balloon {
         all.push(balloon(new, workers));
@@ -91,9 +92,9 @@ pub(crate) fn all(
 /// A device that comes later, and has a name.
 pub(crate) fn one(new: &NewDevice, workers: &Workers) -> Result<Opened, BuildError> {
     match new {
-        NewDevice::Disk(new) => disk(new, workers, Whose::Ours),
+        NewDevice::Disk(new) => disk(new, workers, ResourceOwner::ThisMachine),
         NewDevice::Net(new) => net(new, workers),
-        NewDevice::Vsock(new) => vsock(new, workers, Whose::Ours),
+        NewDevice::Vsock(new) => vsock(new, workers, ResourceOwner::ThisMachine),
     }
 }
 
@@ -110,11 +111,11 @@ fn rng(config: &RngConfig, workers: &Workers) -> Result<Opened, BuildError> {
     })
 }
 
-fn vsock(new: &VsockConfig, workers: &Workers, whose: Whose) -> Result<Opened, BuildError> {
+fn vsock(new: &VsockConfig, workers: &Workers, owner: ResourceOwner) -> Result<Opened, BuildError> {
     let (path, workers) = (Path::new(&new.socket), workers.clone());
-    let device = match whose {
-        Whose::Ours => Vsock::new(new.cid, path, workers)?,
-        Whose::Theirs => Vsock::incoming(new.cid, path, workers)?,
+    let device = match owner {
+        ResourceOwner::ThisMachine => Vsock::new(new.cid, path, workers)?,
+        ResourceOwner::Source => Vsock::incoming(new.cid, path, workers)?,
     };
     Ok(Opened {
         id: name(new.id.as_ref()),
@@ -137,7 +138,7 @@ fn balloon(new: &spec::BalloonConfig, workers: &Workers) -> Opened {
     }
 }
 
-fn disk(disk: &DiskConfig, workers: &Workers, whose: Whose) -> Result<Opened, BuildError> {
+fn disk(disk: &DiskConfig, workers: &Workers, owner: ResourceOwner) -> Result<Opened, BuildError> {
     let id = name(disk.id.as_ref());
     let config = BlockConfig {
         // Validation has seen to it that there is one.
@@ -158,7 +159,7 @@ fn disk(disk: &DiskConfig, workers: &Workers, whose: Whose) -> Result<Opened, Bu
             LockGranularity::ByteRange => LockMode::ByteRange,
             LockGranularity::Full => LockMode::Full,
         },
-        is_incoming: whose == Whose::Theirs,
+        is_incoming: owner == ResourceOwner::Source,
         limits: rate_limits(disk.rate_limiter_config.as_ref()),
         on_error: match disk.on_error {
             spec::OnError::Report => OnError::Report,

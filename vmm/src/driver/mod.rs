@@ -11,11 +11,11 @@
 //!    └───────────────────┴───────────────────┘ Shutdown, power-off, failure
 //! ```
 //!
-//! A guest that comes from elsewhere goes from `Off` to `Expecting` and then to `On` (`moving`).
+//! A guest that comes from elsewhere goes from `Off` to `Expecting` and then to `On` (`migration`).
 
 mod consoles;
 mod devices;
-mod moving;
+mod migration;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -32,64 +32,29 @@ use spec::{BootTimeline, Failure, VmConfig, VmState};
 use virtio_devices::TransportEvent;
 
 use self::consoles::Consoles;
-pub(crate) use self::consoles::{Outputs, Port};
-pub(crate) use self::moving::{Arrival, Caller, Departure};
-use self::moving::{Call, Expected, Leaving};
+pub(crate) use self::migration::{Arrival, Caller, Departure};
+use self::migration::{Call, Expected, Leaving};
+use crate::devices::{MachineOrigin, Opened};
 use crate::failure::{self, BuildError};
-use crate::machine::{Active, Built, Host};
-use crate::memory_map;
-use crate::open::Opened;
-use crate::virtio::Places;
+use crate::guest_event::{GuestEvent, Port, Reporter};
+use crate::machine::{self, Active, Built, Host};
 
-/// Something that happened in a machine.
-#[derive(Debug)]
-pub(crate) enum Happening {
-    Power(PowerEvent),
-    Failed(Failure),
-    FirstEntry(Instant),
-    FirstDebugPort(Instant),
-    FirstSerial(Instant),
-    /// The guest has read all the input that it was given.
-    Room(Port),
+/// An event that the driver receives: from its machine, from a thread that it started, or from the
+/// migration engine.
+pub(crate) enum DriverEvent {
+    /// The machine reports an event.
+    Guest(GuestEvent),
+    /// A machine was built, or could not be.
     Built(Box<Result<Active, BuildError>>),
-    /// To the device of this name.
-    Device(String, TransportEvent),
-    /// A device that is to be added, or why it cannot be.
+    /// The host resources of a device to hot-add were opened, or could not be.
     Opened(String, Box<Result<Opened, BuildError>>),
-    /// The guest let go of what is in this PCI slot.
-    Ejected(u8),
-    /// Something is to be done, for a migration.
+    /// The migration engine calls the driver.
     Call(Call),
 }
 
-impl std::fmt::Debug for Opened {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Opened({})", self.id)
-    }
-}
-
-impl std::fmt::Debug for Active {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Active")
-    }
-}
-
-/// A happening, and the number of the machine in which it was: a VM has a new machine after each
-/// reset, and what the old one still says is of no interest.
-pub(crate) type GuestEvent = (u64, Happening);
-
-/// Tells the driver what happens in one machine.
-#[derive(Clone)]
-pub(crate) struct Reporter {
-    machine: u64,
-    to: EventSender<GuestEvent>,
-}
-
-impl Reporter {
-    pub(crate) fn tell(&self, happening: Happening) {
-        self.to.send((self.machine, happening));
-    }
-}
+/// An event, and the number of the machine that it belongs to. A VM gets a new machine at each
+/// reset; events of an earlier one are ignored.
+pub(crate) type Numbered = (u64, DriverEvent);
 
 enum Stage {
     Off,
@@ -112,8 +77,8 @@ enum End {
 pub(crate) struct Driver {
     host: Arc<Host>,
     config: Arc<VmConfig>,
-    inbox: Inbox<GuestEvent>,
-    reports: EventSender<GuestEvent>,
+    inbox: Inbox<Numbered>,
+    reports: EventSender<Numbered>,
     publisher: StatusPublisher,
     stage: Stage,
     /// Counts the machines that the VM has had.
@@ -133,8 +98,8 @@ impl Driver {
     pub(crate) fn new(
         host: Arc<Host>,
         config: Arc<VmConfig>,
-        inbox: Inbox<GuestEvent>,
-        reports: EventSender<GuestEvent>,
+        inbox: Inbox<Numbered>,
+        reports: EventSender<Numbered>,
         publisher: StatusPublisher,
     ) -> Self {
         Self {
@@ -155,7 +120,7 @@ impl Driver {
 
     /// What to do next: what the guest did first, then what was asked, in its order; nothing that
     /// is asked while a machine is being built.
-    fn next(&mut self) -> Option<Message<GuestEvent>> {
+    fn next(&mut self) -> Option<Message<Numbered>> {
         loop {
             match self.inbox.next() {
                 Some(Message::Ask(ask)) => self.waiting.push_back(ask),
@@ -240,7 +205,9 @@ impl Driver {
             Request::PowerButton => active.press_power_button(),
             Request::Nmi => active.nmi(),
             Request::Counters => return Ok(Reply::Counters(active.counters())),
-            Request::MemoryMap => return Ok(Reply::MemoryMap(memory_map::of(&active.topology()))),
+            Request::MemoryMap => {
+                return Ok(Reply::MemoryMap(machine::memory_map(&active.topology())));
+            }
             Request::ResizeDisk(disk) => devices::resize_disk(active.devices(), disk)?,
             _ => {}
         }
@@ -263,13 +230,13 @@ impl Driver {
 
     /// Has a machine built, in place of the one that there is.
     fn build(&mut self, asked: Option<Ask>) {
-        let places = Places {
+        let origin = MachineOrigin {
             on_bus: match &self.stage {
                 // Over a reset they stay where they are.
                 Stage::On(active) => active.devices().places(),
                 _ => BTreeMap::new(),
             },
-            ..Places::default()
+            ..MachineOrigin::default()
         };
         self.stage = Stage::Building { asked };
         self.next_machine();
@@ -277,16 +244,17 @@ impl Driver {
         let reporter = self.reporter();
         let (host, config) = (Arc::clone(&self.host), Arc::clone(&self.config));
         let outputs = self.consoles.outputs();
-        let back = reporter.clone();
+        let (number, reports) = (self.machine, self.reports.clone());
         let builder = std::thread::Builder::new().name("vm-build".to_owned());
         let started = builder.spawn(move || {
-            let built = Built::new(&host, &config, outputs, &places, &reporter)
+            let built = Built::new(&host, &config, outputs, &origin, &reporter)
                 .and_then(|built| built.boot(&config, &reporter));
-            reporter.tell(Happening::Built(Box::new(built)));
+            reports.send((number, DriverEvent::Built(Box::new(built))));
         });
         if let Err(source) = started {
             let error = BuildError::host("start a thread")(source);
-            back.tell(Happening::Built(Box::new(Err(error))));
+            let built = Box::new(Err(error));
+            self.reports.send((number, DriverEvent::Built(built)));
         }
     }
 
@@ -350,11 +318,10 @@ impl Driver {
         self.give_up_additions();
     }
 
+    /// Returns a reporter for the machine in force: its events carry that machine's number.
     fn reporter(&self) -> Reporter {
-        Reporter {
-            machine: self.machine,
-            to: self.reports.clone(),
-        }
+        let (number, reports) = (self.machine, self.reports.clone());
+        Reporter::new(move |event| reports.send((number, DriverEvent::Guest(event))))
     }
 
     /// Ends the machine.
@@ -396,12 +363,20 @@ impl Driver {
         }
     }
 
-    fn happened(&mut self, happening: Happening, sources: &mut Sources<'_>) {
-        match happening {
-            Happening::Built(built) => self.built(*built, sources),
-            Happening::Power(PowerEvent::PowerOff) => self.switch_off(End::PowerOff, sources),
-            Happening::Power(PowerEvent::Reset) => self.build(None),
-            Happening::Failed(failure) => {
+    fn event(&mut self, event: DriverEvent, sources: &mut Sources<'_>) {
+        match event {
+            DriverEvent::Guest(event) => self.guest_event(event, sources),
+            DriverEvent::Built(built) => self.built(*built, sources),
+            DriverEvent::Opened(id, opened) => self.opened(&id, *opened),
+            DriverEvent::Call(call) => call.answer(self, sources),
+        }
+    }
+
+    fn guest_event(&mut self, event: GuestEvent, sources: &mut Sources<'_>) {
+        match event {
+            GuestEvent::Power(PowerEvent::PowerOff) => self.switch_off(End::PowerOff, sources),
+            GuestEvent::Power(PowerEvent::Reset) => self.build(None),
+            GuestEvent::Failed(failure) => {
                 tracing::warn!(
                     code = failure.code,
                     detail = failure.detail,
@@ -409,25 +384,23 @@ impl Driver {
                 );
                 self.switch_off(End::Failed(failure), sources);
             }
-            Happening::Room(port) => {
+            GuestEvent::Room(port) => {
                 if self.consoles.has_more(port) {
                     self.take_input(port, sources);
                 }
             }
-            Happening::Device(id, TransportEvent::NeedsReset(why)) => {
+            GuestEvent::Device(id, TransportEvent::NeedsReset(why)) => {
                 self.publisher
                     .record("device-needs-reset", Some(format!("{id}: {why}")));
             }
-            Happening::Device(id, TransportEvent::Stalled(why)) => self.stalled(id, why),
-            Happening::Device(id, event) => tracing::debug!(id, ?event, "a device"),
-            Happening::Opened(id, opened) => self.opened(&id, *opened),
-            Happening::Ejected(slot) => self.ejected(slot),
-            Happening::Call(call) => call.answer(self, sources),
-            Happening::FirstEntry(at) => self.note(at, |boot, us| boot.first_entry_us = us),
-            Happening::FirstDebugPort(at) => {
+            GuestEvent::Device(id, TransportEvent::Stalled(why)) => self.stalled(id, why),
+            GuestEvent::Device(id, event) => tracing::debug!(id, ?event, "a device"),
+            GuestEvent::Ejected(slot) => self.ejected(slot),
+            GuestEvent::FirstEntry(at) => self.note(at, |boot, us| boot.first_entry_us = us),
+            GuestEvent::FirstDebugPort(at) => {
                 self.note(at, |boot, us| boot.first_debug_port_us = us);
             }
-            Happening::FirstSerial(at) => self.note(at, |boot, us| boot.first_serial_us = us),
+            GuestEvent::FirstSerial(at) => self.note(at, |boot, us| boot.first_serial_us = us),
         }
     }
 
@@ -446,10 +419,10 @@ impl Actor for Driver {
     fn woken(&mut self, sources: &mut Sources<'_>) -> Flow {
         while let Some(message) = self.next() {
             match message {
-                Message::Event((machine, happening))
-                    if machine == self.machine || machine == moving::ANY_MACHINE =>
+                Message::Event((machine, event))
+                    if machine == self.machine || machine == migration::ANY_MACHINE =>
                 {
-                    self.happened(happening, sources);
+                    self.event(event, sources);
                 }
                 // Of a machine that is no more.
                 Message::Event(_) => {}

@@ -16,10 +16,11 @@ use migration::{Progress, Refusal};
 use spec::{VmConfig, VmState};
 
 use super::consoles::Consoles;
-use super::{Driver, End, GuestEvent, Happening, Outputs, Port, Reporter, Stage};
-use crate::machine::{Active, Host};
-use crate::moving::{Extent, MoveError};
-use crate::open::Control;
+use super::{Driver, DriverEvent, End, Numbered, Stage};
+use crate::devices::Control;
+use crate::failure::MoveError;
+use crate::guest_event::{Outputs, Port, Reporter};
+use crate::machine::{Active, Extent, Host};
 
 /// For the machine that there is, whichever it is.
 pub(super) const ANY_MACHINE: u64 = u64::MAX;
@@ -46,11 +47,11 @@ impl fmt::Debug for Call {
 pub(crate) struct Caller {
     /// Once the machine has been replaced or is gone, nothing is done any more.
     machine: u64,
-    to: EventSender<GuestEvent>,
+    to: EventSender<Numbered>,
 }
 
 impl Caller {
-    pub(crate) fn new(to: EventSender<GuestEvent>) -> Self {
+    pub(crate) fn new(to: EventSender<Numbered>) -> Self {
         Self {
             machine: ANY_MACHINE,
             to,
@@ -72,7 +73,7 @@ impl Caller {
             // Whoever asked may have gone.
             let _ = answer.send(f(driver, sources));
         }));
-        self.to.send((self.machine, Happening::Call(call)));
+        self.to.send((self.machine, DriverEvent::Call(call)));
         let gone = |_| Refusal::new("machine-gone", "the guest was reset or has ended");
         answers.recv().map_err(gone)
     }
@@ -116,7 +117,7 @@ pub(crate) struct Departure {
     pub(crate) places: BTreeMap<String, Bdf>,
     pub(crate) ram: Arc<RamBlock>,
     pub(crate) memslots: Arc<MemSlots>,
-    pub(crate) throttle: crate::vcpu::Throttle,
+    pub(crate) throttle: crate::machine::Throttle,
 }
 
 /// What it takes to build a machine for a guest that comes.
@@ -254,9 +255,9 @@ impl Driver {
         self.publisher.record(event, Some(detail));
     }
 
-    pub(crate) fn save_guess(&mut self) -> Result<Vec<u8>, Refusal> {
+    pub(crate) fn save_dry_run(&mut self) -> Result<Vec<u8>, Refusal> {
         self.on()?
-            .save(Extent::Guess)
+            .save(Extent::DryRun)
             .map_err(refused("cannot-be-saved"))
     }
 
@@ -385,9 +386,9 @@ impl Driver {
         }
     }
 
-    pub(crate) fn load_guess(&mut self, state: &[u8]) -> Result<(), Refusal> {
+    pub(crate) fn load_dry_run(&mut self, state: &[u8]) -> Result<(), Refusal> {
         self.expecting()?
-            .load(state, Extent::Guess)
+            .load(state, Extent::DryRun)
             .map_err(refused("cannot-be-loaded"))
     }
 

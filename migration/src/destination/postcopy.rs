@@ -20,19 +20,19 @@ const AGAIN: Duration = Duration::from_millis(1);
 /// Waits of which the lengths are kept, the last ones.
 const KEPT: usize = 1 << 16;
 
-/// How far a guest is whose pages come late.
+/// How far the hand-over of a guest with missing pages has come.
 #[repr(u8)]
 enum Stage {
-    /// It does not run here yet: if pages do not come, it does not come either.
+    /// The guest does not run here yet: if pages fail to arrive, the migration is given up.
     Before = 0,
-    /// It runs here: pages are waited for, however long it takes.
+    /// The guest runs here: missing pages are awaited without a time limit.
     Started = 1,
     /// No pages are waited for any more.
     Over = 2,
 }
 
 /// Memory of which pages are still at the source.
-pub(super) struct Late {
+pub(super) struct PostcopyReceiver {
     faults: UserFaults,
     /// What is not there yet, block by block.
     missing: Vec<DirtyBitmap>,
@@ -48,7 +48,7 @@ pub(super) struct Late {
     patience: Duration,
 }
 
-impl Late {
+impl PostcopyReceiver {
     /// `missing` is what the source has still. What this side has of it is of an earlier time, and
     /// thrown away.
     pub(super) fn new(
@@ -120,7 +120,7 @@ impl Late {
             if self.waited.lock().values().any(is_late) {
                 self.give_up();
             }
-            self.tell(progress);
+            self.report_faults(progress);
         }
     }
 
@@ -266,7 +266,7 @@ impl Late {
         }
     }
 
-    fn tell(&self, progress: &Progress) {
+    fn report_faults(&self, progress: &Progress) {
         let mut sorted = self.latencies.lock().clone();
         if sorted.is_empty() {
             return;
@@ -284,14 +284,14 @@ impl Late {
     /// All pages are there, or none will come any more: nobody waits.
     pub(super) fn end(&self, progress: &Progress) {
         self.stage.store(Stage::Over as u8, Ordering::Release);
-        self.tell(progress);
+        self.report_faults(progress);
         if let Err(error) = self.faults.end() {
             tracing::error!(%error, "missing pages cannot be given up");
         }
     }
 }
 
-impl Drop for Late {
+impl Drop for PostcopyReceiver {
     fn drop(&mut self) {
         self.stage.store(Stage::Over as u8, Ordering::Release);
     }
@@ -319,11 +319,11 @@ mod tests {
         }];
         let missing = vec![DirtyBitmap::new(ram.len())];
         let patience = Duration::from_secs(10);
-        let late = Late::new(&blocks, missing, Box::new(near), patience).unwrap();
-        assert!(late.start());
+        let receiver = PostcopyReceiver::new(&blocks, missing, Box::new(near), patience).unwrap();
+        assert!(receiver.start());
         let progress = Progress::default();
         std::thread::scope(|scope| {
-            scope.spawn(|| late.watch(&progress));
+            scope.spawn(|| receiver.watch(&progress));
             let (done, over) = std::sync::mpsc::channel();
             for first in 0..2 {
                 let (done, ram) = (done.clone(), Arc::clone(&ram));
@@ -350,7 +350,7 @@ mod tests {
                     std::process::abort();
                 }
             }
-            late.end(&progress);
+            receiver.end(&progress);
         });
     }
 
@@ -376,7 +376,8 @@ mod tests {
         }];
         let (near, _far) = UnixStream::pair().unwrap();
         let patience = Duration::from_secs(10);
-        let late = Late::new(&blocks, vec![missing], Box::new(near), patience).unwrap();
+        let receiver =
+            PostcopyReceiver::new(&blocks, vec![missing], Box::new(near), patience).unwrap();
         for page in [1, 63, 65, 1000, PAGES - 1] {
             let reader = Arc::clone(&ram);
             let read = std::thread::spawn(move || {
@@ -384,14 +385,14 @@ mod tests {
                 reader.slice(page * PAGE, 1).unwrap().copy_to(&mut byte[..]);
                 byte[0]
             });
-            let faults = late.faults.wait(patience).unwrap();
+            let faults = receiver.faults.wait(patience).unwrap();
             assert_eq!(faults, [Fault::Missing(0, page)]);
-            late.faults.fill(0, page, &[3; PAGE]).unwrap();
+            receiver.faults.fill(0, page, &[3; PAGE]).unwrap();
             assert_eq!(read.join().unwrap(), 3);
         }
         let mut byte = [9_u8];
         ram.slice(64 * PAGE, 1).unwrap().copy_to(&mut byte[..]);
         assert_eq!(byte, [7], "what came is there");
-        late.faults.end().unwrap();
+        receiver.faults.end().unwrap();
     }
 }

@@ -1,12 +1,17 @@
-//! A machine in its phases: *built*, when all its parts are there, and *active*, when it has
-//! booted. Dropping either takes everything back.
+//! A machine in its phases: *built*, when all its parts exist, and *active*, when it has booted.
+//! Dropping either gives all its resources back.
+
+mod memory_map;
+mod run_control;
+mod save;
+mod vcpu;
 
 use std::io::Write;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use devices::event_loop::EventLoop;
-use devices::{
+use ::devices::event_loop::EventLoop;
+use ::devices::{
     ConsoleInput, DebugPort, HotplugBlock, InterruptLine, KeyboardReset, PowerBlock, Serial,
     hotplug, pci, power,
 };
@@ -23,14 +28,17 @@ use virtio_devices::Workers;
 use crate::arch::x86_64::layout::Layout;
 use crate::arch::x86_64::{cpu, layout};
 use crate::boot;
-use crate::driver::{Happening, Outputs, Port, Reporter};
-use crate::failure::BuildError;
-use crate::moving::MoveError;
-use crate::open::{ConsoleEnd, Control, Opened};
-use crate::pci::{PciHost, SharedTopology};
-use crate::run_control::{NotParked, RunControl, Want};
-use crate::vcpu::{Halter, Throttle, VcpuThread};
-use crate::virtio::{Devices, Places};
+use crate::devices::{
+    ConsoleEnd, Control, Devices, MachineOrigin, Opened, PciHost, SharedTopology,
+};
+use crate::failure::{BuildError, MoveError};
+use crate::guest_event::{GuestEvent, Outputs, Port, Reporter};
+
+pub(crate) use self::memory_map::of as memory_map;
+use self::run_control::{NotParked, RunControl, Want};
+pub(crate) use self::save::Extent;
+use self::vcpu::VcpuThread;
+pub(crate) use self::vcpu::{Halter, Throttle};
 
 /// How long vCPUs may take to leave the guest. They take microseconds; only a device that blocks
 /// makes them take longer.
@@ -91,10 +99,10 @@ impl Built {
         host: &Host,
         config: &VmConfig,
         outputs: Outputs,
-        places: &Places,
+        origin: &MachineOrigin,
         reporter: &Reporter,
     ) -> Result<Self, BuildError> {
-        let cpuid = places.cpuid.as_ref().unwrap_or(&host.cpuid);
+        let cpuid = origin.cpuid.as_ref().unwrap_or(&host.cpuid);
         let bits = cpu::phys_bits(cpuid, config.cpus.max_phys_bits);
         let layout = Layout::new(config.memory.size, bits)?;
         let vm = host.kvm.create_vm()?;
@@ -107,7 +115,7 @@ impl Built {
         for space in SpaceKind::ALL {
             listeners.push(topology.register(space, 10, vm.ioeventfds(space))?);
         }
-        let ram = match &places.memory {
+        let ram = match &origin.memory {
             None => RamBlock::new(&ram_config(config))?,
             Some(given) => {
                 let given = given.try_clone();
@@ -117,7 +125,7 @@ impl Built {
         };
         let ram = Arc::new(ram);
         let irq_routes = vm.irq_routes();
-        let loops = own_loops(places)?;
+        let loops = own_loops(origin)?;
         let workers = Workers::new(loops.iter().map(|own| own.handle().clone()).collect());
         let workers = workers.as_ref().unwrap_or(&host.workers);
         let space = topology.space(SpaceKind::Memory);
@@ -135,10 +143,10 @@ impl Built {
             let to = reporter.clone();
             let console = outputs.console.map(|output| ConsoleEnd {
                 output,
-                on_room: Box::new(move || to.tell(Happening::Room(Port::Console))),
+                on_room: Box::new(move || to.report(GuestEvent::Room(Port::Console))),
             });
             let devices =
-                Devices::build(host_bridge, tx, config, console, workers, places, reporter)?;
+                Devices::build(host_bridge, tx, config, console, workers, origin, reporter)?;
             Ok((serial, power, hotplug, devices))
         };
         let (serial, power, hotplug, devices) = topology.lock().transaction(build)?;
@@ -211,9 +219,9 @@ impl Built {
 }
 
 /// Threads for the devices of a machine that may wait for its memory.
-fn own_loops(places: &Places) -> Result<Vec<EventLoop>, BuildError> {
+fn own_loops(origin: &MachineOrigin) -> Result<Vec<EventLoop>, BuildError> {
     const LOOPS: usize = 2;
-    let count = if places.may_wait { LOOPS } else { 0 };
+    let count = if origin.may_wait { LOOPS } else { 0 };
     let own = (0..count).map(|index| EventLoop::start(&format!("devices-{index}")));
     own.collect::<Result<_, _>>()
         .map_err(BuildError::host("start a thread"))
@@ -293,7 +301,7 @@ fn map_platform(
         bus.ports(),
     )?;
     let to = reporter.clone();
-    let keyboard = KeyboardReset::new(move |event| to.tell(Happening::Power(event)));
+    let keyboard = KeyboardReset::new(move |event| to.report(GuestEvent::Power(event)));
     map_port(
         tx,
         ("command", "keyboard"),
@@ -302,7 +310,7 @@ fn map_platform(
         Arc::new(keyboard),
     )?;
     let to = reporter.clone();
-    let debug = DebugPort::new(move |when| to.tell(Happening::FirstDebugPort(when)));
+    let debug = DebugPort::new(move |when| to.report(GuestEvent::FirstDebugPort(when)));
     map_port(
         tx,
         ("codes", "debug-port"),
@@ -328,8 +336,8 @@ fn map_serial(
     let serial = Arc::new(Serial::new(
         line(routes, layout::SERIAL_IRQ)?,
         output,
-        move |when| first.tell(Happening::FirstSerial(when)),
-        move || room.tell(Happening::Room(Port::Serial)),
+        move |when| first.report(GuestEvent::FirstSerial(when)),
+        move || room.report(GuestEvent::Room(Port::Serial)),
     ));
     map_port(
         tx,
@@ -348,7 +356,7 @@ fn map_power(
 ) -> Result<Arc<PowerBlock>, BuildError> {
     let to = reporter.clone();
     let block = PowerBlock::new(line(routes, layout::GED_IRQ)?, move |event| {
-        to.tell(Happening::Power(event));
+        to.report(GuestEvent::Power(event));
     });
     let block = Arc::new(block);
     map_port(
@@ -367,7 +375,7 @@ fn map_hotplug(
 ) -> Result<Arc<HotplugBlock>, BuildError> {
     let to = reporter.clone();
     let block = Arc::new(HotplugBlock::new(move |slot| {
-        to.tell(Happening::Ejected(slot));
+        to.report(GuestEvent::Ejected(slot));
     }));
     map_port(
         tx,

@@ -8,8 +8,8 @@ use memory::{AddrRange, AddressSpace, CommitError, RegionId, Topology, Transacti
 use parking_lot::Mutex;
 use virtio_devices::{BAR_LEN, Slot, VirtioDevice, VirtioPci, vectors};
 
-use crate::driver::{Happening, Reporter};
 use crate::failure::BuildError;
+use crate::guest_event::{GuestEvent, Reporter};
 
 /// A machine's map. vCPU threads take the lock when their guest moves a BAR, and nothing else
 /// while they hold it.
@@ -75,7 +75,7 @@ impl PciHost {
             bar,
             map: Arc::clone(&self.map),
             msi: Arc::new(ByRoutes(vectors)),
-            tell: Box::new(move |event| to.tell(Happening::Device(name.clone(), event))),
+            tell: Box::new(move |event| to.report(GuestEvent::Device(name.clone(), event))),
         };
         let plugged = VirtioPci::new(id, device, slot)
             .inspect_err(|_| self.window.free(bar))

@@ -1,22 +1,27 @@
-//! The virtio devices of a machine: plugged in, asked for things, and taken out again.
+//! The virtio devices of a machine: opening them, placing them on the PCI bus, plugging and
+//! unplugging them.
+
+pub(crate) mod open;
+mod pci;
+pub(crate) mod slots;
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
-use devices::pci::Bdf;
+use ::devices::pci::Bdf;
 use hypervisor::arch::CpuId;
 use memory::Transaction;
 use spec::{DeviceNode, DeviceState, VmConfig};
 use state::{Load as _, LoadError, Save as _, SaveError, Store, Writer};
 use virtio_devices::{DeviceError, Workers};
 
-use crate::driver::Reporter;
+pub(crate) use self::open::{ConsoleEnd, Control, Opened, ResourceOwner};
+use self::pci::Plugged;
+pub(crate) use self::pci::{PciHost, SharedTopology};
 use crate::failure::BuildError;
-use crate::open::{self, ConsoleEnd, Control, Opened, Whose};
-use crate::pci::{PciHost, Plugged, SharedTopology};
-use crate::places;
+use crate::guest_event::Reporter;
 
 /// A device in its place.
 struct Entry {
@@ -25,28 +30,29 @@ struct Entry {
     state: DeviceState,
 }
 
-/// What of a machine is not in its specification: as it was elsewhere, for a guest that comes from
-/// there.
+/// Properties of a machine that its configuration does not hold: those of the machine that it
+/// replaces after a reset, or from which its guest migrates.
 #[derive(Clone, Debug)]
-pub(crate) struct Places {
-    /// The CPUs; the host's when absent.
+pub(crate) struct MachineOrigin {
+    /// The guest's CPUID; the host's when absent.
     pub(crate) cpuid: Option<CpuId>,
-    /// Where devices are, by their names; where those of a new machine usually are when it is empty.
+    /// The PCI addresses of devices, by their names. When empty, devices get the addresses that
+    /// [`slots::assign`] chooses for a new machine.
     pub(crate) on_bus: BTreeMap<String, Bdf>,
-    pub(crate) whose: Whose,
-    /// Pages may come after the guest: a device that waits for one must make nobody else's wait. Its
-    /// machine has threads of its own.
+    pub(crate) owner: ResourceOwner,
+    /// Postcopy is possible. A device that waits for a missing page blocks its thread, so the
+    /// machine gets event loops of its own and other VMs' devices do not wait with it.
     pub(crate) may_wait: bool,
-    /// The memory, with all that is in it; made anew when absent.
+    /// The guest's memory with its contents, from a local migration; allocated when absent.
     pub(crate) memory: Option<Arc<File>>,
 }
 
-impl Default for Places {
+impl Default for MachineOrigin {
     fn default() -> Self {
         Self {
             cpuid: None,
             on_bus: BTreeMap::new(),
-            whose: Whose::Ours,
+            owner: ResourceOwner::ThisMachine,
             may_wait: false,
             memory: None,
         }
@@ -67,16 +73,16 @@ impl Devices {
         config: &VmConfig,
         console: Option<ConsoleEnd>,
         workers: &Workers,
-        places: &Places,
+        origin: &MachineOrigin,
         reporter: &Reporter,
     ) -> Result<Self, BuildError> {
         let mut devices = Self {
             host,
             entries: BTreeMap::new(),
         };
-        let opened = open::all(config, console, workers, places.whose)?;
+        let opened = open::all(config, console, workers, origin.owner)?;
         let ids = opened.iter().map(|opened| opened.id.as_str());
-        let at = places::assign(ids, &places.on_bus);
+        let at = slots::assign(ids, &origin.on_bus);
         let mut all: Vec<_> = at.into_iter().zip(opened).collect();
         // Function 0 of a slot before its others, and those that have a place before those that
         // take any.

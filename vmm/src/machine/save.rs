@@ -11,41 +11,13 @@ use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::Instant;
 
-use hypervisor::{KvmError, MemSlots, StateError, VcpuState, VmState};
-use memory::{CommitError, RamBlock};
-use state::{InvalidPath, Load as _, LoadError, OpenError, Save as _, SaveError, Store, Writer};
-use virtio_devices::DeviceError;
+use hypervisor::{MemSlots, StateError, VcpuState, VmState};
+use memory::RamBlock;
+use state::{Load as _, Save as _, Store, Writer};
 
-use crate::machine::Active;
-use crate::run_control::NotParked;
-
-/// A machine cannot be saved, or cannot go on from what was saved.
-#[derive(Debug, thiserror::Error)]
-#[error(transparent)]
-pub enum MoveError {
-    /// KVM refuses something.
-    Kvm(#[from] KvmError),
-    /// What was saved of a vCPU or the VM makes no sense.
-    State(#[from] StateError),
-    /// Something does not fit.
-    Save(#[from] SaveError),
-    /// What was saved is not what this machine can go on from.
-    Load(#[from] LoadError),
-    /// What was saved cannot be read at all.
-    Open(#[from] OpenError),
-    /// A device has no name by which it could be saved.
-    Name(#[from] InvalidPath),
-    /// The map cannot be put in force.
-    Commit(#[from] CommitError),
-    /// A device cannot let go, or take over.
-    Device(#[from] DeviceError),
-    /// A vCPU does not stop.
-    #[error("{0}")]
-    NotParked(String),
-    /// A vCPU has ended.
-    #[error("a vCPU has ended")]
-    VcpuGone,
-}
+use super::Active;
+use super::run_control::NotParked;
+use crate::failure::MoveError;
 
 impl From<NotParked> for MoveError {
     fn from(late: NotParked) -> Self {
@@ -58,7 +30,7 @@ impl From<NotParked> for MoveError {
 pub(crate) enum Extent {
     /// Devices as they are while the guest runs: a first guess, from which the other side can tell
     /// whether it can go on at all, and do most of the work.
-    Guess,
+    DryRun,
     /// Everything, of a guest that stands.
     Whole,
 }
@@ -95,7 +67,7 @@ impl Active {
     pub(crate) fn load(&mut self, saved: &[u8], extent: Extent) -> Result<(), MoveError> {
         let mut store = Store::open(saved)?;
         let vcpus = match extent {
-            Extent::Guess => Vec::new(),
+            Extent::DryRun => Vec::new(),
             Extent::Whole => self.load_vcpus(&mut store)?,
         };
         // Beside the vCPUs.

@@ -10,9 +10,9 @@ use hypervisor::{Exit, ExitHandler, Kicker, Vcpu};
 use memory::{CachedView, SpaceKind, Topology};
 use rustix::thread::{CpuSet, sched_setaffinity};
 
-use crate::driver::{Happening, Reporter};
+use super::run_control::{RunControl, Want};
 use crate::failure;
-use crate::run_control::{RunControl, Want};
+use crate::guest_event::{GuestEvent, Reporter};
 
 /// A vCPU's thread, seen from the driver.
 pub(crate) struct VcpuThread {
@@ -118,10 +118,10 @@ fn run(
             Want::Run => vcpu.forgive_stop(),
         }
         if std::mem::take(&mut first) {
-            reporter.tell(Happening::FirstEntry(Instant::now()));
+            reporter.report(GuestEvent::FirstEntry(Instant::now()));
         }
         if let Some(failure) = run_until_wanted(&mut vcpu, &mut bus, control, nmi) {
-            reporter.tell(Happening::Failed(failure));
+            reporter.report(GuestEvent::Failed(failure));
             control.park_for_good(|| jobs.try_iter().for_each(|job| job(&mut vcpu)));
             return;
         }

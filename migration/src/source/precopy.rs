@@ -1,0 +1,161 @@
+//! Precopy: rounds of dirty pages while the guest runs.
+
+use std::time::Instant;
+
+use memory::DirtyPages;
+use parking_lot::Mutex;
+
+use super::{Engine, INLINE, disconnected, keepalive};
+use crate::message::{ToDestination, ToSource};
+use crate::pages::PAGE;
+use crate::policy::{Next, Situation};
+use crate::progress::{Phase, micros};
+use crate::sender::{Pacer, Work, batches, count, on_all, per_second, send_inline};
+use crate::{KEEPALIVES, MigrationError};
+
+impl Engine<'_, '_> {
+    /// Runs precopy rounds until the policy stops the guest. Returns true for a switch to postcopy.
+    pub(super) fn precopy(&mut self) -> Result<bool, MigrationError> {
+        let progress = self.sending.progress.clone();
+        progress.enter(Phase::Precopy);
+        let begun = Instant::now();
+        let cut = self.sending.policy.cut(begun);
+        let mut harvested = begun;
+        let mut pending = self.take_dirty();
+        let (mut before, mut throttle) = (count(&pending), 0);
+        for round in 1.. {
+            self.check()?;
+            self.round(round, &pending, cut)?;
+            self.with_keepalive(|source| source.harvest())?;
+            pending = self.take_dirty();
+            let dirty = count(&pending);
+            let span = harvested.elapsed();
+            harvested = Instant::now();
+            if self.measured.downtime(0) > self.sending.policy.max_downtime {
+                // No round would change that; but what was busy when it was measured may be no longer.
+                self.measure()?;
+            }
+            let predicted = self.measured.downtime(dirty);
+            progress.update(|report| {
+                report.dirty_pages_per_second = per_second(dirty, span);
+                report.predicted_downtime_us = Some(micros(predicted));
+            });
+            let situation = Situation {
+                round,
+                dirty,
+                dirty_before: before,
+                predicted,
+                elapsed: begun.elapsed(),
+                throttle,
+            };
+            before = dirty;
+            match self.sending.policy.next(&situation) {
+                Next::Round { throttle: wanted } => {
+                    if wanted != throttle {
+                        throttle = wanted;
+                        self.source.throttle(throttle);
+                        progress.update(|report| report.throttle_percent = throttle);
+                    }
+                }
+                next @ (Next::Stop | Next::Postcopy) => {
+                    self.put_back(&pending);
+                    return Ok(next == Next::Postcopy);
+                }
+                Next::GiveUp => {
+                    self.put_back(&pending);
+                    let why = format!(
+                        "the guest writes {dirty} pages while its memory is copied once: the stop would be {} ms, and may be {} ms",
+                        predicted.as_millis(),
+                        self.sending.policy.max_downtime.as_millis(),
+                    );
+                    return Err(MigrationError::here("does-not-converge", why));
+                }
+            }
+        }
+        Ok(false)
+    }
+
+    pub(super) fn take_dirty(&self) -> Vec<DirtyPages> {
+        let blocks = self.blocks.iter();
+        blocks.map(|block| block.ram.dirty().take()).collect()
+    }
+
+    fn put_back(&self, pages: &[DirtyPages]) {
+        for (block, pages) in self.blocks.iter().zip(pages) {
+            block.ram.dirty().put_back(pages);
+        }
+    }
+
+    /// Sends pages, and waits until they are in the destination's memory. What was not sent when the
+    /// round was `cut` short is dirty still.
+    fn round(
+        &mut self,
+        round: u32,
+        pending: &[DirtyPages],
+        cut: Option<Instant>,
+    ) -> Result<(), MigrationError> {
+        let start = Instant::now();
+        let sent = self.send_pages(round, pending, cut)?;
+        self.send(&ToDestination::Round(round))?;
+        self.expect(|answer| (*answer == ToSource::RoundDone(round)).then_some(()))?;
+        let span = start.elapsed();
+        let speed = per_second(sent, span).max(1 << 20);
+        // What little there was, or the looking for zeros, says nothing of how fast much would be;
+        // but it was as fast as that.
+        let pages = count(pending) * PAGE as u64;
+        if sent > 1 << 20 && sent > pages / 2 || speed > self.measured.per_second {
+            self.measured.per_second = speed;
+            self.sending
+                .progress
+                .update(|report| report.bytes_per_second = speed);
+        }
+        Ok(())
+    }
+
+    /// Sends pages over all channels, and the end of the round over each. Gives the bytes.
+    pub(super) fn send_pages(
+        &mut self,
+        round: u32,
+        pending: &[DirtyPages],
+        cut: Option<Instant>,
+    ) -> Result<u64, MigrationError> {
+        let pages = count(pending);
+        let progress = self.sending.progress.clone();
+        progress.update(|report| {
+            report.rounds = round;
+            report.remaining_pages = pages;
+        });
+        let batches = batches(pending);
+        let pacer = Pacer::new(self.sending.policy.max_bandwidth);
+        if pages <= INLINE {
+            return send_inline(
+                &mut self.rams,
+                &self.blocks,
+                batches,
+                &pacer,
+                round,
+                &progress,
+            );
+        }
+        let work = Work {
+            blocks: &self.blocks,
+            batches: Mutex::new(batches),
+            pacer,
+            cut,
+            round,
+            progress: progress.clone(),
+        };
+        let every = self.sending.policy.patience / KEEPALIVES;
+        let control = self.control.as_mut().ok_or_else(disconnected)?;
+        // The destination hears from us while a round takes its time. Whoever sends to one that does not
+        // answer does not hear of it by itself.
+        let sign = || keepalive(control).inspect_err(|_| progress.close_all());
+        let sent = on_all(&mut self.rams, |ram| ram.send(&work), every, sign, || ());
+        let (sent, ()) = sent.map_err(|error| match error {
+            _ if progress.is_canceled() => MigrationError::Canceled,
+            error => error,
+        })?;
+        work.put_back();
+        Ok(sent)
+    }
+}

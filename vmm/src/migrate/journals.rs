@@ -1,0 +1,50 @@
+//! The journals of hand-overs: one file for each side of a migration, in the state directory.
+
+use std::path::{Path, PathBuf};
+
+use control::{Category, RequestError};
+use migration::{FileJournal, Journal, NoJournal, Side};
+
+/// Opens and removes journals.
+#[derive(Clone, Debug)]
+pub(crate) struct Journals(Option<PathBuf>);
+
+impl Journals {
+    /// Keeps journals in `directory`; in none, migrations do not survive the process.
+    pub(super) fn new(directory: Option<&Path>) -> Self {
+        Self(directory.map(Path::to_owned))
+    }
+
+    /// Lists the journals on disk, with their steps.
+    pub(super) fn list(&self) -> std::io::Result<Vec<(uuid::Uuid, Side, Vec<migration::Entry>)>> {
+        self.0
+            .as_deref()
+            .map_or_else(|| Ok(Vec::new()), FileJournal::list)
+    }
+
+    pub(super) fn open(
+        &self,
+        id: uuid::Uuid,
+        side: Side,
+        vm: &str,
+    ) -> std::io::Result<Box<dyn Journal>> {
+        match &self.0 {
+            Some(dir) => Ok(Box::new(FileJournal::create(dir, id, side, vm)?)),
+            None => Ok(Box::new(NoJournal)),
+        }
+    }
+
+    /// Removes the journal of a migration that is over and about which no peer will ask.
+    pub(super) fn forget(&self, id: uuid::Uuid, side: Side) {
+        if let Some(dir) = &self.0
+            && let Err(error) = FileJournal::remove(dir, id, side)
+        {
+            tracing::warn!(%error, "a journal cannot be removed");
+        }
+    }
+
+    pub(super) fn unwritable(error: &std::io::Error) -> RequestError {
+        let detail = format!("the migration's journal cannot be written: {error}");
+        RequestError::new(Category::Host, "journal", detail)
+    }
+}
