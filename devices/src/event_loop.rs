@@ -1,19 +1,19 @@
 //! An epoll loop on a thread of its own that serves many actors.
 //!
-//! An [`Actor`] is whatever lives on the loop: a VM's driver, a queue of a device. It is called
-//! when somebody woke it through its [`Waker`], and when a file descriptor that it registered
-//! becomes ready. An actor never blocks for long: all others of the thread wait behind it. A panic
-//! in an actor ends that actor (it is told through [`Actor::crashed`]) and nobody else.
+//! An [`Actor`] is whatever lives on the loop: a VM's driver, a queue of a device. The loop calls an
+//! actor when its [`Waker`] was used, when a file descriptor that it registered becomes ready, and
+//! when its timer expires. An actor never blocks for long: all others of the thread wait behind it.
+//! A panic in an actor ends that actor ([`Actor::crashed`] is called) and no other.
 
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::RawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mio::unix::SourceFd;
 use mio::{Events, Poll, Registry, Token};
@@ -56,7 +56,7 @@ pub enum Flow {
 
 /// Something that lives on a pool thread.
 pub trait Actor: Send {
-    /// Its waker was used, or it has just been adopted by the loop.
+    /// Its waker was used, its timer expired, or the loop has just adopted it.
     fn woken(&mut self, sources: &mut Sources<'_>) -> Flow;
     /// The descriptor that it registered as `key` is ready to be read.
     fn ready(&mut self, key: usize, sources: &mut Sources<'_>) -> Flow;
@@ -64,10 +64,11 @@ pub trait Actor: Send {
     fn crashed(&mut self, message: &str);
 }
 
-/// What an actor may do to the loop that it is called from: watch descriptors.
+/// What an actor may do to the loop that it is called from: watch descriptors, and set its timer.
 pub struct Sources<'a> {
     registry: &'a Registry,
     shared: &'a mut Tokens,
+    timers: &'a mut HashMap<u64, Instant>,
     actor: u64,
 }
 
@@ -85,6 +86,15 @@ impl Sources<'_> {
         self.registry
             .register(&mut SourceFd(&fd), token, interest.into())
             .inspect_err(|_| self.shared.withdraw(token))
+    }
+
+    /// Sets the actor's only timer: [`Actor::woken`] is called at `when` or soon after it. `None`
+    /// stops the timer.
+    pub fn wake_at(&mut self, when: Option<Instant>) {
+        match when {
+            Some(when) => self.timers.insert(self.actor, when),
+            None => self.timers.remove(&self.actor),
+        };
     }
 
     /// Ends the watch on `fd`, if there is one.
@@ -136,16 +146,24 @@ impl Tokens {
 }
 
 enum Command {
-    Adopt(u64, Box<dyn Actor>),
+    Adopt(u64, Adopted),
     Wake(u64),
     Dismiss(u64),
     End,
 }
 
-/// Wakes one actor, from any thread; cheap to call when it is awake already.
+/// An actor, and whether a command to wake it is under way.
+struct Adopted {
+    actor: Box<dyn Actor>,
+    waking: Arc<AtomicBool>,
+}
+
+/// Wakes one actor, from any thread. Wakes that the actor has not seen yet are one: however often a
+/// guest causes one, at most one command of an actor is in the loop's queue.
 #[derive(Clone)]
 pub struct Waker {
     actor: u64,
+    waking: Arc<AtomicBool>,
     commands: Sender<Command>,
     loop_waker: Arc<mio::Waker>,
 }
@@ -153,7 +171,9 @@ pub struct Waker {
 impl Waker {
     /// Has [`Actor::woken`] called, soon.
     pub fn wake(&self) {
-        self.send(Command::Wake(self.actor));
+        if !self.waking.swap(true, Ordering::AcqRel) {
+            self.send(Command::Wake(self.actor));
+        }
     }
 
     /// Has the actor dropped, soon, with whatever it registered. If it is being called it ends
@@ -183,13 +203,19 @@ impl LoopHandle {
         A: Actor + 'static,
     {
         let actor = self.next_actor.fetch_add(1, Ordering::Relaxed);
+        let waking = Arc::new(AtomicBool::new(false));
         let waker = Waker {
             actor,
+            waking: Arc::clone(&waking),
             commands: self.commands.clone(),
             loop_waker: Arc::clone(&self.loop_waker),
         };
         let (made, result) = make(waker);
-        self.send(Command::Adopt(actor, Box::new(made)));
+        let adopted = Adopted {
+            actor: Box::new(made),
+            waking,
+        };
+        self.send(Command::Adopt(actor, adopted));
         result
     }
 
@@ -227,6 +253,7 @@ impl EventLoop {
             inbox,
             actors: HashMap::new(),
             tokens: Tokens::default(),
+            timers: HashMap::new(),
         };
         let builder = std::thread::Builder::new().name(name.to_owned());
         let thread = builder.spawn(move || running.run())?;
@@ -260,8 +287,10 @@ impl Drop for EventLoop {
 struct Running {
     poll: Poll,
     inbox: Receiver<Command>,
-    actors: HashMap<u64, Box<dyn Actor>>,
+    actors: HashMap<u64, Adopted>,
     tokens: Tokens,
+    /// When actors want to be woken. There are few: each poll looks at all.
+    timers: HashMap<u64, Instant>,
 }
 
 impl Running {
@@ -271,7 +300,11 @@ impl Running {
         // There may be commands of which the loop's waker has told already.
         let mut left = false;
         loop {
-            let wait = left.then_some(Duration::ZERO);
+            let wait = if left {
+                Some(Duration::ZERO)
+            } else {
+                self.until_next_timer()
+            };
             match self.poll.poll(&mut events, wait) {
                 Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
@@ -288,6 +321,7 @@ impl Running {
                     self.call(actor, |a, sources| a.ready(key, sources));
                 }
             }
+            self.expire_timers();
             // Those that are there now: an actor that wakes itself is called again when the kernel has
             // been asked for everybody's events. What comes from here on wakes the loop again.
             commands.extend(self.inbox.try_iter().take(COMMANDS_PER_ROUND));
@@ -296,9 +330,9 @@ impl Running {
                 match command {
                     Command::Adopt(id, actor) => {
                         self.actors.insert(id, actor);
-                        self.call(id, |a, sources| a.woken(sources));
+                        self.wake(id);
                     }
-                    Command::Wake(id) => self.call(id, |a, sources| a.woken(sources)),
+                    Command::Wake(id) => self.wake(id),
                     Command::Dismiss(id) => self.drop_actor(id),
                     Command::End => return,
                 }
@@ -306,13 +340,41 @@ impl Running {
         }
     }
 
+    fn until_next_timer(&self) -> Option<Duration> {
+        let next = self.timers.values().min()?;
+        Some(next.saturating_duration_since(Instant::now()))
+    }
+
+    fn expire_timers(&mut self) {
+        if self.timers.is_empty() {
+            return;
+        }
+        let now = Instant::now();
+        let expired = self.timers.iter().filter(|(_, when)| **when <= now);
+        let expired: Vec<u64> = expired.map(|(id, _)| *id).collect();
+        for id in expired {
+            self.timers.remove(&id);
+            self.wake(id);
+        }
+    }
+
+    fn wake(&mut self, id: u64) {
+        if let Some(actor) = self.actors.get(&id) {
+            // Before the call: what happens during it needs another. A swap, so that the call sees
+            // what was written before the wakes that this one stands for.
+            actor.waking.swap(false, Ordering::AcqRel);
+        }
+        self.call(id, |a, sources| a.woken(sources));
+    }
+
     fn call(&mut self, id: u64, f: impl FnOnce(&mut dyn Actor, &mut Sources<'_>) -> Flow) {
-        let Some(actor) = self.actors.get_mut(&id) else {
+        let Some(Adopted { actor, .. }) = self.actors.get_mut(&id) else {
             return;
         };
         let mut sources = Sources {
             registry: self.poll.registry(),
             shared: &mut self.tokens,
+            timers: &mut self.timers,
             actor: id,
         };
         let flow = catch_unwind(AssertUnwindSafe(|| f(actor.as_mut(), &mut sources)))
@@ -330,6 +392,7 @@ impl Running {
 
     fn drop_actor(&mut self, id: u64) {
         self.tokens.forget_actor(id, self.poll.registry());
+        self.timers.remove(&id);
         let actor = self.actors.remove(&id);
         let _ = catch_unwind(AssertUnwindSafe(|| drop(actor)));
     }
@@ -346,148 +409,4 @@ pub fn panic_message(panic: &(dyn std::any::Any + Send)) -> &str {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::io::{Read, Write};
-    use std::os::fd::AsRawFd;
-    use std::os::unix::net::UnixStream;
-    use std::sync::mpsc;
-
-    use super::*;
-
-    const PATIENCE: Duration = Duration::from_secs(10);
-
-    /// Reports each call; panics or leaves when told so over its socket.
-    struct Echo {
-        socket: UnixStream,
-        reports: mpsc::Sender<String>,
-        watching: bool,
-    }
-
-    impl Actor for Echo {
-        fn woken(&mut self, sources: &mut Sources<'_>) -> Flow {
-            if !self.watching {
-                self.watching = true;
-                sources
-                    .watch(self.socket.as_raw_fd(), 7, Interest::Read)
-                    .unwrap();
-            }
-            self.reports.send("woken".into()).unwrap();
-            Flow::Stay
-        }
-
-        fn ready(&mut self, key: usize, _: &mut Sources<'_>) -> Flow {
-            let mut byte = [0];
-            self.socket.read_exact(&mut byte).unwrap();
-            match byte[0] {
-                b'!' => panic!("told to"),
-                b'.' => Flow::Leave,
-                other => {
-                    self.reports
-                        .send(format!("{key}:{}", other as char))
-                        .unwrap();
-                    Flow::Stay
-                }
-            }
-        }
-
-        fn crashed(&mut self, message: &str) {
-            self.reports.send(format!("crashed: {message}")).unwrap();
-        }
-    }
-
-    fn echo(on: &EventLoop) -> (UnixStream, mpsc::Receiver<String>, Waker) {
-        let (near, far) = UnixStream::pair().unwrap();
-        let (reports, heard) = mpsc::channel();
-        let waker = on.handle().adopt(|waker| {
-            (
-                Echo {
-                    socket: far,
-                    reports,
-                    watching: false,
-                },
-                waker,
-            )
-        });
-        assert_eq!(heard.recv_timeout(PATIENCE).unwrap(), "woken");
-        (near, heard, waker)
-    }
-
-    #[test]
-    fn actors_hear_their_wakers_and_their_descriptors() {
-        let on = EventLoop::start("test").unwrap();
-        let (mut near, heard, waker) = echo(&on);
-        near.write_all(b"a").unwrap();
-        assert_eq!(heard.recv_timeout(PATIENCE).unwrap(), "7:a");
-        waker.wake();
-        assert_eq!(heard.recv_timeout(PATIENCE).unwrap(), "woken");
-    }
-
-    #[test]
-    fn a_panic_ends_one_actor_and_no_other() {
-        let on = EventLoop::start("test").unwrap();
-        let (mut first, first_heard, waker) = echo(&on);
-        let (mut second, second_heard, _) = echo(&on);
-        first.write_all(b"!").unwrap();
-        assert_eq!(
-            first_heard.recv_timeout(PATIENCE).unwrap(),
-            "crashed: told to"
-        );
-        assert!(
-            first_heard.recv_timeout(PATIENCE).is_err(),
-            "its report channel is dropped"
-        );
-        waker.wake();
-        second.write_all(b"b").unwrap();
-        assert_eq!(second_heard.recv_timeout(PATIENCE).unwrap(), "7:b");
-    }
-
-    #[test]
-    fn an_actor_that_leaves_is_dropped_and_so_is_everything_when_the_loop_ends() {
-        let on = EventLoop::start("test").unwrap();
-        let (mut leaver, leaver_heard, _) = echo(&on);
-        let (_near, stayer_heard, waker) = echo(&on);
-        leaver.write_all(b".").unwrap();
-        assert!(leaver_heard.recv_timeout(PATIENCE).is_err());
-        drop(on);
-        assert!(stayer_heard.try_recv().is_err());
-        waker.wake();
-    }
-
-    /// Wakes itself whenever it is called.
-    struct Restless(Waker);
-
-    impl Actor for Restless {
-        fn woken(&mut self, _: &mut Sources<'_>) -> Flow {
-            self.0.wake();
-            Flow::Stay
-        }
-
-        fn ready(&mut self, _: usize, _: &mut Sources<'_>) -> Flow {
-            Flow::Stay
-        }
-
-        fn crashed(&mut self, _: &str) {}
-    }
-
-    #[test]
-    fn an_actor_that_always_wants_its_turn_leaves_the_others_theirs() {
-        let on = EventLoop::start("test").unwrap();
-        let (mut near, heard, _) = echo(&on);
-        let restless = on.handle().adopt(|waker| (Restless(waker.clone()), waker));
-        for _ in 0..100 {
-            near.write_all(b"a").unwrap();
-            assert_eq!(heard.recv_timeout(PATIENCE).unwrap(), "7:a");
-        }
-        restless.dismiss();
-    }
-
-    #[test]
-    fn an_actor_that_is_dismissed_hears_no_more() {
-        let on = EventLoop::start("test").unwrap();
-        let (mut near, heard, waker) = echo(&on);
-        waker.dismiss();
-        assert!(heard.recv_timeout(PATIENCE).is_err(), "it is dropped");
-        assert!(near.write_all(b"a").is_err() || near.read(&mut [0]).is_ok_and(|len| len == 0));
-        waker.dismiss();
-    }
-}
+mod tests;

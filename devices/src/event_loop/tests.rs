@@ -1,0 +1,213 @@
+use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc;
+
+use super::*;
+
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Reports each call; panics or leaves when told so over its socket.
+struct Echo {
+    socket: UnixStream,
+    reports: mpsc::Sender<String>,
+    watching: bool,
+}
+
+impl Actor for Echo {
+    fn woken(&mut self, sources: &mut Sources<'_>) -> Flow {
+        if !self.watching {
+            self.watching = true;
+            sources
+                .watch(self.socket.as_raw_fd(), 7, Interest::Read)
+                .unwrap();
+        }
+        self.reports.send("woken".into()).unwrap();
+        Flow::Stay
+    }
+
+    fn ready(&mut self, key: usize, _: &mut Sources<'_>) -> Flow {
+        let mut byte = [0];
+        self.socket.read_exact(&mut byte).unwrap();
+        match byte[0] {
+            b'!' => panic!("told to"),
+            b'.' => Flow::Leave,
+            other => {
+                self.reports
+                    .send(format!("{key}:{}", other as char))
+                    .unwrap();
+                Flow::Stay
+            }
+        }
+    }
+
+    fn crashed(&mut self, message: &str) {
+        self.reports.send(format!("crashed: {message}")).unwrap();
+    }
+}
+
+fn echo(on: &EventLoop) -> (UnixStream, mpsc::Receiver<String>, Waker) {
+    let (near, far) = UnixStream::pair().unwrap();
+    let (reports, heard) = mpsc::channel();
+    let waker = on.handle().adopt(|waker| {
+        (
+            Echo {
+                socket: far,
+                reports,
+                watching: false,
+            },
+            waker,
+        )
+    });
+    assert_eq!(heard.recv_timeout(PATIENCE).unwrap(), "woken");
+    (near, heard, waker)
+}
+
+#[test]
+fn actors_hear_their_wakers_and_their_descriptors() {
+    let on = EventLoop::start("test").unwrap();
+    let (mut near, heard, waker) = echo(&on);
+    near.write_all(b"a").unwrap();
+    assert_eq!(heard.recv_timeout(PATIENCE).unwrap(), "7:a");
+    waker.wake();
+    assert_eq!(heard.recv_timeout(PATIENCE).unwrap(), "woken");
+}
+
+#[test]
+fn a_panic_ends_one_actor_and_no_other() {
+    let on = EventLoop::start("test").unwrap();
+    let (mut first, first_heard, waker) = echo(&on);
+    let (mut second, second_heard, _) = echo(&on);
+    first.write_all(b"!").unwrap();
+    assert_eq!(
+        first_heard.recv_timeout(PATIENCE).unwrap(),
+        "crashed: told to"
+    );
+    assert!(
+        first_heard.recv_timeout(PATIENCE).is_err(),
+        "its report channel is dropped"
+    );
+    waker.wake();
+    second.write_all(b"b").unwrap();
+    assert_eq!(second_heard.recv_timeout(PATIENCE).unwrap(), "7:b");
+}
+
+#[test]
+fn an_actor_that_leaves_is_dropped_and_so_is_everything_when_the_loop_ends() {
+    let on = EventLoop::start("test").unwrap();
+    let (mut leaver, leaver_heard, _) = echo(&on);
+    let (_near, stayer_heard, waker) = echo(&on);
+    leaver.write_all(b".").unwrap();
+    assert!(leaver_heard.recv_timeout(PATIENCE).is_err());
+    drop(on);
+    assert!(stayer_heard.try_recv().is_err());
+    waker.wake();
+}
+
+/// Wakes itself whenever it is called.
+struct Restless(Waker);
+
+impl Actor for Restless {
+    fn woken(&mut self, _: &mut Sources<'_>) -> Flow {
+        self.0.wake();
+        Flow::Stay
+    }
+
+    fn ready(&mut self, _: usize, _: &mut Sources<'_>) -> Flow {
+        Flow::Stay
+    }
+
+    fn crashed(&mut self, _: &str) {}
+}
+
+#[test]
+fn an_actor_that_always_wants_its_turn_leaves_the_others_theirs() {
+    let on = EventLoop::start("test").unwrap();
+    let (mut near, heard, _) = echo(&on);
+    let restless = on.handle().adopt(|waker| (Restless(waker.clone()), waker));
+    for _ in 0..100 {
+        near.write_all(b"a").unwrap();
+        assert_eq!(heard.recv_timeout(PATIENCE).unwrap(), "7:a");
+    }
+    restless.dismiss();
+}
+
+#[test]
+fn an_actor_that_is_dismissed_hears_no_more() {
+    let on = EventLoop::start("test").unwrap();
+    let (mut near, heard, waker) = echo(&on);
+    waker.dismiss();
+    assert!(heard.recv_timeout(PATIENCE).is_err(), "it is dropped");
+    assert!(near.write_all(b"a").is_err() || near.read(&mut [0]).is_ok_and(|len| len == 0));
+    waker.dismiss();
+}
+
+/// Counts its calls, and sets its timer at the first.
+struct Timed {
+    calls: mpsc::Sender<Instant>,
+    after: Option<Duration>,
+}
+
+impl Actor for Timed {
+    fn woken(&mut self, sources: &mut Sources<'_>) -> Flow {
+        sources.wake_at(self.after.take().map(|after| Instant::now() + after));
+        self.calls.send(Instant::now()).unwrap();
+        Flow::Stay
+    }
+
+    fn ready(&mut self, _: usize, _: &mut Sources<'_>) -> Flow {
+        Flow::Stay
+    }
+
+    fn crashed(&mut self, _: &str) {}
+}
+
+#[test]
+fn a_timer_expires_once_and_not_before_its_time() {
+    const AFTER: Duration = Duration::from_millis(30);
+    let on = EventLoop::start("test").unwrap();
+    let (calls, called) = mpsc::channel();
+    let after = Some(AFTER);
+    on.handle().adopt(|_| (Timed { calls, after }, ()));
+    let adopted = called.recv_timeout(PATIENCE).unwrap();
+    let expired = called.recv_timeout(PATIENCE).unwrap();
+    assert!(expired - adopted >= AFTER, "{:?}", expired - adopted);
+    assert!(called.recv_timeout(2 * AFTER).is_err(), "it expires once");
+}
+
+#[test]
+fn wakes_that_were_not_seen_yet_are_one() {
+    let on = EventLoop::start("test").unwrap();
+    let (calls, called) = mpsc::channel();
+    let waker = on
+        .handle()
+        .adopt(|waker| (Timed { calls, after: None }, waker));
+    called.recv_timeout(PATIENCE).unwrap();
+    // Keeps the loop's thread while the other actor is woken over and over.
+    let (go, held) = mpsc::channel::<()>();
+    on.handle().adopt(|_| (Holder(held), ()));
+    (0..10_000).for_each(|_| waker.wake());
+    go.send(()).unwrap();
+    called.recv_timeout(PATIENCE).unwrap();
+    drop(on);
+    assert!(
+        called.try_iter().count() <= 1,
+        "a wake before and one after the holder came"
+    );
+}
+
+/// Waits, on the loop's thread, until the test lets it go.
+struct Holder(mpsc::Receiver<()>);
+
+impl Actor for Holder {
+    fn woken(&mut self, _: &mut Sources<'_>) -> Flow {
+        self.0.recv().unwrap();
+        Flow::Leave
+    }
+
+    fn ready(&mut self, _: usize, _: &mut Sources<'_>) -> Flow {
+        Flow::Stay
+    }
+
+    fn crashed(&mut self, _: &str) {}
+}
