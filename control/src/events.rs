@@ -1,6 +1,9 @@
-//! What happened to VMs, in order, for those who want to follow.
+//! The service's event log: numbered events, with a history of its own for each VM.
+//!
+//! A VM whose guest causes many events pushes out its own history and no other VM's. Histories of
+//! VMs that are gone share one ring.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -8,57 +11,106 @@ use parking_lot::Mutex;
 use spec::{Event, VmId};
 use tokio::sync::watch;
 
-/// Events that are kept for those who come late.
-const KEPT: usize = 1024;
+use crate::limits::{DETAIL_BYTES_MAX, EVENTS_KEPT_AFTER_VMS, EVENTS_KEPT_PER_VM};
 
 #[derive(Debug)]
 struct Shared {
-    kept: Mutex<VecDeque<Event>>,
+    kept: Mutex<Kept>,
     /// The sequence number of the last event; 0 before the first.
     last: watch::Sender<u64>,
 }
 
-/// The service's events: the last ones are kept, each has a sequence number, and a reader picks
-/// up where it left off.
+/// The events that are kept, by sequence number, and the order in which each VM's go.
+#[derive(Debug, Default)]
+struct Kept {
+    events: BTreeMap<u64, Event>,
+    by_vm: HashMap<VmId, History>,
+    /// Of VMs that are gone.
+    of_gone: History,
+}
+
+/// Sequence numbers of events that are kept, oldest first.
+#[derive(Debug, Default)]
+struct History {
+    kept: VecDeque<u64>,
+    /// The last event that was pushed out; 0 when none was.
+    dropped: u64,
+}
+
+impl History {
+    fn push(&mut self, sequence: u64, max: usize, events: &mut BTreeMap<u64, Event>) {
+        if self.kept.len() >= max
+            && let Some(oldest) = self.kept.pop_front()
+        {
+            events.remove(&oldest);
+            self.dropped = self.dropped.max(oldest);
+        }
+        self.kept.push_back(sequence);
+    }
+}
+
+/// The service's events. A reader that knows the number of the last event it saw resumes behind
+/// it, and learns when events in between are gone.
 #[derive(Clone, Debug)]
 pub struct EventLog(Arc<Shared>);
 
-/// Events between the number asked for and the oldest that is kept are gone.
+/// Events between the number asked for and the newest are gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Missed {
-    /// The oldest that is kept.
+    /// The oldest event behind the number asked for that is kept; the next to come when none is.
     pub oldest: u64,
 }
 
 impl Default for EventLog {
     fn default() -> Self {
-        let kept = Mutex::new(VecDeque::with_capacity(KEPT));
         Self(Arc::new(Shared {
-            kept,
+            kept: Mutex::default(),
             last: watch::Sender::new(0),
         }))
     }
 }
 
 impl EventLog {
-    /// Adds an event.
+    /// Adds an event. A detail of more than [`DETAIL_BYTES_MAX`] bytes is cut.
     pub fn record(&self, vm: &VmId, event: &str, detail: Option<String>) {
+        self.record_in(&mut self.0.kept.lock(), vm, event, detail);
+    }
+
+    /// Adds the last event of a VM, and moves the VM's history to that of VMs that are gone.
+    pub fn record_last(&self, vm: &VmId, event: &str, detail: Option<String>) {
+        let mut kept = self.0.kept.lock();
+        self.record_in(&mut kept, vm, event, detail);
+        kept.retire(vm);
+    }
+
+    /// Moves a VM's history to that of VMs that are gone.
+    pub(crate) fn retire(&self, vm: &VmId) {
+        self.0.kept.lock().retire(vm);
+    }
+
+    fn record_in(&self, kept: &mut Kept, vm: &VmId, event: &str, detail: Option<String>) {
         let since_1970 = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default();
         let time_ms = u64::try_from(since_1970.as_millis()).unwrap_or(u64::MAX);
-        let mut kept = self.0.kept.lock();
+        // Under the lock of `kept`, so numbers are given in the order in which events are kept.
         let sequence = *self.0.last.borrow() + 1;
-        if kept.len() == KEPT {
-            kept.pop_front();
-        }
-        kept.push_back(Event {
-            sequence,
-            time_ms,
-            vm: vm.clone(),
-            event: event.to_owned(),
-            detail,
+        let detail = detail.map(|mut detail| {
+            detail.truncate(detail.floor_char_boundary(DETAIL_BYTES_MAX));
+            detail
         });
+        let history = kept.by_vm.entry(vm.clone()).or_default();
+        history.push(sequence, EVENTS_KEPT_PER_VM, &mut kept.events);
+        kept.events.insert(
+            sequence,
+            Event {
+                sequence,
+                time_ms,
+                vm: vm.clone(),
+                event: event.to_owned(),
+                detail,
+            },
+        );
         self.0.last.send_replace(sequence);
     }
 
@@ -68,23 +120,24 @@ impl EventLog {
         *self.0.last.borrow()
     }
 
-    /// The events after number `after` that are kept, and whether some are gone.
+    /// Returns the events after number `after` that are kept, of one VM or of all, and whether
+    /// some are gone.
     #[must_use]
-    pub fn after(&self, after: u64) -> (Vec<Event>, Option<Missed>) {
+    pub fn after(&self, after: u64, vm: Option<&VmId>) -> (Vec<Event>, Option<Missed>) {
         let kept = self.0.kept.lock();
-        let missed = kept
-            .front()
-            .filter(|first| first.sequence > after.saturating_add(1));
-        let missed = missed.map(|first| Missed {
-            oldest: first.sequence,
-        });
-        (
-            kept.iter()
-                .filter(|event| event.sequence > after)
-                .cloned()
-                .collect(),
-            missed,
-        )
+        let behind = after.saturating_add(1);
+        let events: Vec<Event> = kept
+            .events
+            .range(behind..)
+            .map(|(_, event)| event)
+            .filter(|event| vm.is_none_or(|vm| event.vm == *vm))
+            .cloned()
+            .collect();
+        let oldest = events
+            .first()
+            .map_or(self.last() + 1, |first| first.sequence);
+        let missed = (kept.dropped(vm) > after).then_some(Missed { oldest });
+        (events, missed)
     }
 
     /// Waits until there is an event after number `after`.
@@ -92,6 +145,29 @@ impl EventLog {
         let mut last = self.0.last.subscribe();
         // The sender is in `self`, so it does not go while we wait.
         let _ = last.wait_for(|last| *last > after).await;
+    }
+}
+
+impl Kept {
+    fn retire(&mut self, vm: &VmId) {
+        let Some(history) = self.by_vm.remove(vm) else {
+            return;
+        };
+        self.of_gone.dropped = self.of_gone.dropped.max(history.dropped);
+        for sequence in history.kept {
+            self.of_gone
+                .push(sequence, EVENTS_KEPT_AFTER_VMS, &mut self.events);
+        }
+    }
+
+    /// The last event that was pushed out of a VM's history, or of any. An event of a VM that is
+    /// gone counts for every VM: the name may have been used again.
+    fn dropped(&self, vm: Option<&VmId>) -> u64 {
+        let histories = match vm {
+            Some(vm) => self.by_vm.get(vm).map(|history| history.dropped),
+            None => self.by_vm.values().map(|history| history.dropped).max(),
+        };
+        histories.unwrap_or(0).max(self.of_gone.dropped)
     }
 }
 
@@ -105,12 +181,54 @@ mod tests {
         log.record(&vm, "created", None);
         log.wait_after(0).await;
         log.record(&vm, "booted", None);
-        let (events, missed) = log.after(1);
+        let (events, missed) = log.after(1, None);
         assert_eq!((events.len(), events[0].sequence, missed), (1, 2, None));
-        for _ in 0..KEPT {
+        for _ in 0..EVENTS_KEPT_PER_VM {
             log.record(&vm, "paused", None);
         }
-        assert_eq!(log.after(1).1, Some(Missed { oldest: 3 }));
-        assert_eq!(log.after(2).1, None);
+        assert_eq!(log.after(1, None).1, Some(Missed { oldest: 3 }));
+        assert_eq!(log.after(2, None).1, None);
+    }
+
+    #[test]
+    fn a_noisy_vm_pushes_out_its_own_events_only() {
+        let log = EventLog::default();
+        let (quiet, noisy) = (VmId::unique(), VmId::unique());
+        log.record(&quiet, "created", None);
+        for _ in 0..10 * EVENTS_KEPT_PER_VM {
+            log.record(&noisy, "device-needs-reset", None);
+        }
+        log.record(&quiet, "booted", None);
+        let (events, missed) = log.after(0, Some(&quiet));
+        assert_eq!((events.len(), missed), (2, None));
+        let (events, missed) = log.after(0, Some(&noisy));
+        assert_eq!(events.len(), EVENTS_KEPT_PER_VM);
+        assert!(missed.is_some());
+        let (all, missed) = log.after(0, None);
+        assert_eq!(all.len(), EVENTS_KEPT_PER_VM + 2);
+        assert_eq!(missed, Some(Missed { oldest: 1 }));
+        assert!(all.is_sorted_by_key(|event| event.sequence));
+    }
+
+    #[test]
+    fn vms_that_are_gone_keep_a_bounded_history() {
+        let log = EventLog::default();
+        for _ in 0..2 * EVENTS_KEPT_AFTER_VMS {
+            let vm = VmId::unique();
+            log.record(&vm, "created", None);
+            log.record_last(&vm, "deleted", None);
+        }
+        let (events, missed) = log.after(0, None);
+        assert_eq!(events.len(), EVENTS_KEPT_AFTER_VMS);
+        assert!(missed.is_some());
+        assert!(log.0.kept.lock().by_vm.is_empty());
+    }
+
+    #[test]
+    fn a_detail_is_cut_between_characters() {
+        let (log, vm) = (EventLog::default(), VmId::unique());
+        log.record(&vm, "failed", Some("ü".repeat(DETAIL_BYTES_MAX)));
+        let detail = log.after(0, None).0.remove(0).detail.unwrap();
+        assert!(detail.len() <= DETAIL_BYTES_MAX && detail.len() > DETAIL_BYTES_MAX - 4);
     }
 }

@@ -156,7 +156,7 @@ mod tests {
         assert!(registry.list().is_empty());
         let events: Vec<_> = registry
             .events()
-            .after(0)
+            .after(0, None)
             .0
             .into_iter()
             .map(|e| e.event)

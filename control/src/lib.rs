@@ -37,6 +37,7 @@ mod events;
 #[cfg(feature = "fake")]
 pub mod fake;
 mod handle;
+pub mod limits;
 mod migrations;
 mod registry;
 mod request;

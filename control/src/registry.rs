@@ -127,7 +127,7 @@ impl Registry {
             Err(refused) => return Err(refused),
         }
         if self.0.vms.lock().remove(handle.id()).is_some() {
-            self.0.events.record(handle.id(), "deleted", None);
+            self.0.events.record_last(handle.id(), "deleted", None);
             self.0.changes.send_modify(|count| *count += 1);
         }
         Ok(())
@@ -138,7 +138,7 @@ impl Registry {
     pub fn forget(&self, id: &VmId, event: &str, detail: Option<String>) {
         let forgotten = self.0.vms.lock().remove(id);
         if forgotten.is_some() {
-            self.0.events.record(id, event, detail);
+            self.0.events.record_last(id, event, detail);
             self.0.changes.send_modify(|count| *count += 1);
         }
     }
@@ -244,7 +244,7 @@ impl Registry {
                 tracing::warn!(vm = %vm.id(), %error, "a VM did not end in order");
             }
             if self.0.vms.lock().remove(vm.id()).is_some() {
-                self.0.events.record(vm.id(), "deleted", None);
+                self.0.events.record_last(vm.id(), "deleted", None);
             }
         }
         self.0.changes.send_modify(|count| *count += 1);

@@ -126,5 +126,7 @@ impl Drop for StatusPublisher {
             status.generation += 1;
             status.ended = true;
         });
+        // A VM that was forgotten may have ended later than that.
+        self.events.retire(&self.id);
     }
 }

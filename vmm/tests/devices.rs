@@ -143,7 +143,7 @@ async fn devices_come_and_go_and_nothing_is_left_of_a_machine() {
     vm.ask(Request::Boot).await.unwrap();
     vm.ask(Request::Reboot).await.unwrap();
     assert_eq!((vm.status().state, guests_memory()), (VmState::Running, 1));
-    let events = lab.registry.events().after(0).0;
+    let events = lab.registry.events().after(0, None).0;
     let count = |name: &str| events.iter().filter(|event| event.event == name).count();
     assert_eq!(
         (count("device-added"), count("device-removal-requested")),

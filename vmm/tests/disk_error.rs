@@ -89,7 +89,7 @@ impl Lab {
 
     /// What has been told of disks.
     fn errors(&self) -> Vec<String> {
-        let (events, _) = self.registry.events().after(0);
+        let (events, _) = self.registry.events().after(0, None);
         let errors = events
             .into_iter()
             .filter(|event| event.event == "disk-error");
