@@ -14,14 +14,14 @@ use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 
 use parking_lot::Mutex;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg};
-use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
-use tokio::net::UnixStream;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::limits::DESCRIPTORS_MAX;
+use crate::peer::Peer;
 
 /// As many as one message can bring (`SCM_MAX_FD`).
 const OF_ONE_MESSAGE: usize = 253;
@@ -65,14 +65,14 @@ impl Enclosed {
 /// A connection that keeps the descriptors that come over it.
 #[derive(Debug)]
 pub(crate) struct Receiving {
-    stream: UnixStream,
+    peer: Peer,
     arrived: Arrived,
 }
 
 impl Receiving {
-    pub(crate) fn new(stream: UnixStream) -> Self {
+    pub(crate) fn new(peer: Peer) -> Self {
         let arrived = Arrived::default();
-        Self { stream, arrived }
+        Self { peer, arrived }
     }
 
     pub(crate) fn arrived(&self) -> Arrived {
@@ -85,7 +85,7 @@ impl Receiving {
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let mut pieces = [IoSliceMut::new(to.initialize_unfilled_to(room))];
         let flags = RecvFlags::CMSG_CLOEXEC;
-        let received = recvmsg(&self.stream, &mut pieces, &mut ancillary, flags)?;
+        let received = recvmsg(&self.peer, &mut pieces, &mut ancillary, flags)?;
         let mut arrived = self.arrived.0.lock();
         for message in ancillary.drain() {
             if let RecvAncillaryMessage::ScmRights(descriptors) = message {
@@ -114,15 +114,7 @@ impl AsyncRead for Receiving {
         if buf.remaining() == 0 {
             return Poll::Ready(Ok(()));
         }
-        loop {
-            ready!(self.stream.poll_read_ready(cx))?;
-            let tried = self.stream.try_io(Interest::READABLE, || self.receive(buf));
-            match tried {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                done => return Poll::Ready(done),
-            }
-        }
+        self.peer.poll_read(cx, || self.receive(buf))
     }
 }
 
@@ -132,7 +124,7 @@ impl AsyncWrite for Receiving {
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.get_mut().stream).poll_write(cx, buf)
+        self.peer.poll_write(cx, &[io::IoSlice::new(buf)])
     }
 
     fn poll_write_vectored(
@@ -140,18 +132,19 @@ impl AsyncWrite for Receiving {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.get_mut().stream).poll_write_vectored(cx, bufs)
+        self.peer.poll_write(cx, bufs)
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
+        true
     }
 
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().stream).poll_flush(cx)
+    /// Sockets keep nothing back.
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
     }
 
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().stream).poll_shutdown(cx)
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(self.peer.end_output())
     }
 }

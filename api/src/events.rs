@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::time::Duration;
 
+use axum::Extension;
 use axum::extract::{Query, State};
 use axum::response::Sse;
 use axum::response::sse;
@@ -18,6 +19,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::document::SERVICE;
+use crate::peer::Peer;
 use crate::problem::Refusal;
 use crate::refusals::BadQuery;
 use crate::serve::Shutdown;
@@ -45,8 +47,9 @@ struct Which {
 /// Follow what happens to the VMs.
 ///
 /// A stream of server-sent events: `id` is the sequence number, `event` what happened, `data` an `Event` as
-/// JSON. A client that comes back with the last `id` it saw misses nothing that is still kept; what is not is
-/// told by an event `missed`, whose `data.oldest` is the oldest that is kept. The numbers start again at 1 with
+/// JSON. The service keeps the last 128 events of each VM, and the last 1024 of VMs that are gone. A client that
+/// comes back with the last `id` it saw gets all later events that are kept; if some are gone, an event `missed`
+/// comes first, whose `data.oldest` is the number of the oldest that is kept. The numbers start again at 1 with
 /// the service: a client that is ahead of it begins with the oldest.
 #[utoipa::path(
     get, path = "/api/v1/events", operation_id = "events", tag = SERVICE,
@@ -62,6 +65,7 @@ struct Which {
 )]
 async fn events(
     State(service): State<Service>,
+    peer: Option<Extension<Peer>>,
     headers: HeaderMap,
     which: Result<Query<Which>, axum::extract::rejection::QueryRejection>,
 ) -> Result<Sse<impl Stream<Item = Result<sse::Event, Infallible>>>, Refusal> {
@@ -83,6 +87,7 @@ async fn events(
         vm: which.vm,
         shutdown: service.shutdown.clone(),
         ready: VecDeque::new(),
+        client: peer.map_or(Client::Unknown, |Extension(peer)| Client::There(peer)),
     };
     let stream = unfold(follower, Follower::next);
     Ok(Sse::new(stream).keep_alive(sse::KeepAlive::new().interval(KEEP_ALIVE)))
@@ -99,6 +104,28 @@ struct Follower {
     vm: Option<VmId>,
     shutdown: Shutdown,
     ready: VecDeque<sse::Event>,
+    client: Client,
+}
+
+/// The client of a stream.
+enum Client {
+    /// It may still send something.
+    There(Peer),
+    /// It sends nothing any more: it waits for events, or is gone.
+    Listening(Peer),
+    /// The request came over no connection of [`serve`](crate::serve).
+    Unknown,
+}
+
+impl Client {
+    /// Waits until the client does what brings it to the next state.
+    async fn moves(&self) {
+        match self {
+            Self::There(peer) => peer.sent_all().await,
+            Self::Listening(peer) => peer.gone().await,
+            Self::Unknown => std::future::pending().await,
+        }
+    }
 }
 
 impl Follower {
@@ -110,22 +137,31 @@ impl Follower {
             tokio::select! {
                 () = self.log.wait_after(self.after) => self.take(),
                 () = self.shutdown.requested() => return None,
+                () = self.client.moves() => match self.client {
+                    Client::There(peer) => {
+                        // A TCP client that is gone answers the next bytes with a reset.
+                        self.ready.push_back(sse::Event::default().comment(""));
+                        self.client = Client::Listening(peer);
+                    }
+                    // Its slot is free as soon as the stream ends.
+                    Client::Listening(_) | Client::Unknown => return None,
+                },
             }
         }
     }
 
     fn take(&mut self) {
-        let (events, missed) = self.log.after(self.after);
+        // Before the events are looked at: what comes meanwhile is looked at next.
+        let last = self.log.last();
+        let (events, missed) = self.log.after(self.after, self.vm.as_ref());
         if let Some(Missed { oldest }) = missed {
             let data = format!("{{\"oldest\":{oldest}}}");
             self.ready
                 .push_back(sse::Event::default().event("missed").data(data));
         }
+        self.after = last.max(events.last().map_or(0, |event| event.sequence));
         for event in events {
-            self.after = event.sequence;
-            if self.vm.as_ref().is_none_or(|vm| *vm == event.vm)
-                && let Ok(data) = crate::answer::ascii_json(&event)
-            {
+            if let Ok(data) = crate::answer::ascii_json(&event) {
                 let told = sse::Event::default().id(event.sequence.to_string());
                 self.ready.push_back(told.event(&event.event).data(data));
             }

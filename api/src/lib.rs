@@ -49,6 +49,7 @@ mod middleware;
 mod migrations;
 mod not_yet;
 mod one_vm;
+mod peer;
 mod problem;
 mod refusals;
 mod serve;

@@ -1,6 +1,7 @@
 //! Serving a router on a listener until asked to stop.
 
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
@@ -9,17 +10,17 @@ use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 use tower::ServiceExt as _;
 
-use crate::descriptors::{Arrived, Receiving};
+use crate::descriptors::Receiving;
 use crate::limits::{
     ACCEPT_RETRY, CONNECTIONS_MAX, HEAD_BYTES_MAX, HEADER_READ_TIMEOUT, SHUTDOWN_GRACE,
 };
 use crate::listen::Listener;
 use crate::middleware::Via;
+use crate::peer::Peer;
 
 /// The wish that the service stop, which can be uttered once and heard by many.
 ///
@@ -95,7 +96,7 @@ pub async fn serve(listener: Listener, router: Router, shutdown: Shutdown) {
 
 /// As [`serve`], within other bounds.
 pub async fn serve_within(listener: Listener, router: Router, shutdown: Shutdown, bounds: Bounds) {
-    let room = std::sync::Arc::new(Semaphore::new(bounds.connections));
+    let room = Arc::new(Semaphore::new(bounds.connections));
     let graceful = GracefulShutdown::new();
     let mut connections = JoinSet::new();
     let place = listener.place();
@@ -107,15 +108,8 @@ pub async fn serve_within(listener: Listener, router: Router, shutdown: Shutdown
             Some(_) = connections.join_next(), if !connections.is_empty() => continue,
         };
         match accepted {
-            Ok((Stream::Unix(stream), permit)) => {
-                let stream = Receiving::new(stream);
-                let via = (Via::Unix, Some(stream.arrived()));
-                let connection = connection(stream, via, &router, &graceful, bounds);
-                connections.spawn(hold(permit, connection));
-            }
-            Ok((Stream::Tcp(stream), permit)) => {
-                let via = (Via::Tcp, None);
-                let connection = connection(stream, via, &router, &graceful, bounds);
+            Ok((peer, permit)) => {
+                let connection = connection(peer, &router, &graceful, bounds);
                 connections.spawn(hold(permit, connection));
             }
             Err(error) => {
@@ -137,33 +131,28 @@ pub async fn serve_within(listener: Listener, router: Router, shutdown: Shutdown
     tracing::info!(%place, "no longer serving the API");
 }
 
-enum Stream {
-    Unix(tokio::net::UnixStream),
-    Tcp(tokio::net::TcpStream),
-}
-
 /// The next connection, once there is room for it.
 async fn accept(
     listener: &Listener,
-    room: &std::sync::Arc<Semaphore>,
-) -> io::Result<(Stream, OwnedSemaphorePermit)> {
+    room: &Arc<Semaphore>,
+) -> io::Result<(Peer, OwnedSemaphorePermit)> {
     let permit = room
         .clone()
         .acquire_owned()
         .await
         .map_err(io::Error::other)?;
-    let stream = match listener {
-        Listener::Unix(socket) => Stream::Unix(socket.accept().await?),
+    let peer = match listener {
+        Listener::Unix(socket) => Peer::Unix(Arc::new(socket.accept().await?)),
         Listener::Tcp(listener) => {
             let (stream, _) = listener.accept().await?;
             // Answers are small, and each is waited for. Without it they come later, no more.
             if let Err(error) = stream.set_nodelay(true) {
                 tracing::debug!(%error, "cannot turn Nagle's algorithm off");
             }
-            Stream::Tcp(stream)
+            Peer::Tcp(Arc::new(stream))
         }
     };
-    Ok((stream, permit))
+    Ok((peer, permit))
 }
 
 async fn hold(permit: OwnedSemaphorePermit, connection: impl Future<Output = ()>) {
@@ -171,24 +160,25 @@ async fn hold(permit: OwnedSemaphorePermit, connection: impl Future<Output = ()>
     drop(permit);
 }
 
-/// Serves one connection to its end, or to the end of its request once a shutdown is under way. Each request is
-/// told what it came over, and has what came along.
-fn connection<S>(
-    stream: S,
-    (via, arrived): (Via, Option<Arrived>),
+/// Serves one connection to its end, or to the end of its request once a shutdown is under way. Each
+/// request carries the transport that it came over, the descriptors that came along, and its client.
+fn connection(
+    peer: Peer,
     router: &Router,
     graceful: &GracefulShutdown,
     bounds: Bounds,
-) -> impl Future<Output = ()> + Send + 'static
-where
-    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-{
+) -> impl Future<Output = ()> + Send + 'static {
+    let via = match peer {
+        Peer::Unix(_) => Via::Unix,
+        Peer::Tcp(_) => Via::Tcp,
+    };
+    let stream = Receiving::new(peer.clone());
+    let arrived = stream.arrived();
     let service = router.clone().map_request(move |request: Request<_>| {
         let mut request = request.map(axum::body::Body::new);
         request.extensions_mut().insert(via);
-        if let Some(arrived) = &arrived {
-            request.extensions_mut().insert(arrived.enclose());
-        }
+        request.extensions_mut().insert(arrived.enclose());
+        request.extensions_mut().insert(peer.clone());
         request
     });
     let connection = http1::Builder::new()
