@@ -96,7 +96,11 @@ impl EventLog {
         // Under the lock of `kept`, so numbers are given in the order in which events are kept.
         let sequence = *self.0.last.borrow() + 1;
         let detail = detail.map(|mut detail| {
-            detail.truncate(detail.floor_char_boundary(DETAIL_BYTES_MAX));
+            let mut len = detail.len().min(DETAIL_BYTES_MAX);
+            while !detail.is_char_boundary(len) {
+                len -= 1;
+            }
+            detail.truncate(len);
             detail
         });
         let history = kept.by_vm.entry(vm.clone()).or_default();
