@@ -1,15 +1,16 @@
-//! Bodies of answers.
-
-use std::fmt::Write as _;
+//! Bodies of answers, and the answers that commands on both faces share.
 
 use axum::response::{IntoResponse, Response};
+use control::Reply;
 use http::header::CONTENT_TYPE;
 use http::{HeaderValue, StatusCode};
 use serde::Serialize;
+use spec::PciDeviceInfo;
 
+use crate::json::ascii_json;
 use crate::problem::Refusal;
 
-/// A value as JSON.
+/// A value to answer with, as JSON.
 pub(crate) struct Answer<T>(pub(crate) T);
 
 impl<T: Serialize> IntoResponse for Answer<T> {
@@ -29,38 +30,41 @@ impl<T: Serialize> IntoResponse for Answer<T> {
     }
 }
 
-/// JSON in ASCII. Widespread clients of Cloud Hypervisor's API read an answer in pieces of 256 bytes, each of
-/// which must be valid UTF-8: a character of several bytes across two pieces ends them.
-pub(crate) fn ascii_json<T: Serialize + ?Sized>(value: &T) -> serde_json::Result<String> {
-    let json = serde_json::to_string(value)?;
-    if json.is_ascii() {
-        return Ok(json);
-    }
-    let mut ascii = String::with_capacity(json.len() * 2);
-    for character in json.chars() {
-        // Outside of strings JSON is ASCII anyway.
-        if character.is_ascii() {
-            ascii.push(character);
-        } else {
-            for unit in character.encode_utf16(&mut [0; 2]) {
-                // Writing to a string cannot fail.
-                let _ = write!(ascii, "\\u{unit:04x}");
-            }
-        }
-    }
-    Ok(ascii)
+/// Answers 204: the command was done.
+pub(crate) fn done(_: Reply) -> Result<Response, Refusal> {
+    Ok(StatusCode::NO_CONTENT.into_response())
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn json_is_ascii_and_means_the_same() {
-        for text in ["plain", "Gerät \"ü\"", "😀 \u{7f}\u{80}", "日本\n"] {
-            let json = ascii_json(text).unwrap();
-            assert!(json.is_ascii(), "{json}");
-            assert_eq!(serde_json::from_str::<String>(&json).unwrap(), text);
-        }
+/// Answers 200 with the device's address if a running guest got it, and 204 if the VM gets it at its
+/// next boot.
+pub(crate) fn added(reply: Reply) -> Result<Response, Refusal> {
+    match reply {
+        Reply::Added(device) => Ok(Answer::<PciDeviceInfo>(device).into_response()),
+        Reply::Done => done(reply),
+        Reply::Counters(_) | Reply::MemoryMap(_) => Err(unexpected_reply()),
     }
+}
+
+/// Answers 200 with the counters of the VM's devices.
+pub(crate) fn counters(reply: Reply) -> Result<Response, Refusal> {
+    match reply {
+        Reply::Counters(counters) => Ok(Answer(counters).into_response()),
+        Reply::Done | Reply::Added(_) | Reply::MemoryMap(_) => Err(unexpected_reply()),
+    }
+}
+
+/// Answers 200 with the VM's address spaces.
+pub(crate) fn memory_map(reply: Reply) -> Result<Response, Refusal> {
+    match reply {
+        Reply::MemoryMap(map) => Ok(Answer(map).into_response()),
+        Reply::Done | Reply::Added(_) | Reply::Counters(_) => Err(unexpected_reply()),
+    }
+}
+
+fn unexpected_reply() -> Refusal {
+    Refusal::new(
+        StatusCode::INTERNAL_SERVER_ERROR,
+        "internal-error",
+        "the VM's driver sent a reply that does not belong to the request",
+    )
 }

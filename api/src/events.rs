@@ -18,12 +18,12 @@ use utoipa::IntoParams;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use crate::document::SERVICE;
 use crate::peer::Peer;
 use crate::problem::Refusal;
 use crate::refusals::BadQuery;
 use crate::serve::Shutdown;
 use crate::service::Service;
+use crate::tags::SERVICE;
 
 /// A comment line so often, so that both ends notice a connection that is gone.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
@@ -161,7 +161,7 @@ impl Follower {
         }
         self.after = last.max(events.last().map_or(0, |event| event.sequence));
         for event in events {
-            if let Ok(data) = crate::answer::ascii_json(&event) {
+            if let Ok(data) = crate::json::ascii_json(&event) {
                 let told = sse::Event::default().id(event.sequence.to_string());
                 self.ready.push_back(told.event(&event.event).data(data));
             }

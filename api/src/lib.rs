@@ -37,11 +37,13 @@
 #![forbid(unsafe_code)]
 
 mod answer;
+mod commands;
 mod descriptors;
 mod docs;
 mod document;
 mod events;
 mod extract;
+mod json;
 pub mod limits;
 mod listen;
 mod metrics;
@@ -52,13 +54,16 @@ mod one_vm;
 mod peer;
 mod problem;
 mod refusals;
+mod request_counts;
+mod routers;
 mod serve;
 mod service;
 mod sockets;
+mod tags;
 mod vmm;
 mod vms;
 
-pub use document::document;
 pub use listen::{ListenError, Listener, UnixSocket};
+pub use routers::document;
 pub use serve::{Bounds, Shutdown, serve, serve_within};
 pub use service::Service;

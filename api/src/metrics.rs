@@ -2,38 +2,16 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use axum::extract::State;
 use axum::response::IntoResponse;
-use http::StatusCode;
 use http::header::CONTENT_TYPE;
 use spec::VmState;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use crate::document::SERVICE;
 use crate::service::Service;
-
-/// Answers so far, by the class of their status.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Requests(Arc<[AtomicU64; 3]>);
-
-impl Requests {
-    const CLASSES: [&str; 3] = ["ok", "refused", "failed"];
-
-    pub(crate) fn count(&self, status: StatusCode) {
-        let class = match status.as_u16() {
-            ..400 => 0,
-            400..500 => 1,
-            500.. => 2,
-        };
-        if let Some(counter) = self.0.get(class) {
-            counter.fetch_add(1, Ordering::Relaxed);
-        }
-    }
-}
+use crate::tags::SERVICE;
 
 pub(crate) fn routes() -> OpenApiRouter<Service> {
     OpenApiRouter::default().routes(routes!(metrics))
@@ -117,8 +95,7 @@ fn render(service: &Service) -> String {
         "counter",
         "Requests answered.",
     );
-    for (class, count) in Requests::CLASSES.into_iter().zip(service.requests.0.iter()) {
-        let count = count.load(Ordering::Relaxed);
+    for (class, count) in service.requests.by_class() {
         line(
             &mut text,
             "whimbrel_api_requests_total",

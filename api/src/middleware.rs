@@ -9,8 +9,8 @@ use http::{HeaderMap, HeaderValue, StatusCode};
 use tracing::Instrument as _;
 
 use crate::limits::REQUEST_ID_BYTES_MAX;
-use crate::metrics::Requests;
 use crate::problem::Refusal;
+use crate::request_counts::Requests;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 

@@ -16,7 +16,6 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::answer::Answer;
-use crate::document::{MIGRATIONS, ONE_VM};
 use crate::extract::{Json, Named};
 use crate::one_vm::OneVm;
 use crate::problem::Refusal;
@@ -25,6 +24,7 @@ use crate::refusals::{
     NotUnderstood, TooLong, TooSlow, Unsupported, WrongState, of_one_vms_migration,
 };
 use crate::service::Service;
+use crate::tags::{MIGRATIONS, ONE_VM};
 
 pub(crate) fn routes() -> OpenApiRouter<Service> {
     OpenApiRouter::default()
@@ -119,7 +119,7 @@ async fn give_socket(service: Service, migration: Arc<dyn Migration>) {
     let info = migration.info();
     if let (MigrationPhase::Completed, Some(vm), Some(sockets)) =
         (info.phase, info.vm, &service.sockets)
-        && let Err(error) = sockets.open(&service, &vm).await
+        && let Err(error) = sockets.open(&vm).await
     {
         tracing::warn!(%vm, %error, "a VM that came has no socket of its own");
     }

@@ -8,10 +8,10 @@ use spec::{
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use crate::document::ONE_VM;
 use crate::one_vm::OneVm;
 use crate::problem::Refusal;
 use crate::refusals::Unsupported;
+use crate::tags::ONE_VM;
 
 /// One handler each: its name, path, operation, body, and how it goes on after "this version cannot".
 macro_rules! not_yet {

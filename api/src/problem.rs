@@ -5,7 +5,7 @@ use http::header::{ALLOW, CONTENT_TYPE};
 use http::{HeaderValue, StatusCode};
 use spec::{FieldProblem, Problem};
 
-use crate::answer::ascii_json;
+use crate::json::ascii_json;
 
 /// An answer that says why something was not done.
 ///

@@ -1,18 +1,13 @@
-//! What the faces share.
+//! The state that all handlers of a service share.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
-use axum::Router;
 use control::{Registry, VmHandle};
-use spec::{VmId, VmSummary, VmmPingResponse};
+use spec::{VmSummary, VmmPingResponse};
 
-use crate::document::{self, assemble};
-use crate::metrics::Requests;
-use crate::one_vm::OneVm;
+use crate::request_counts::Requests;
 use crate::serve::Shutdown;
 use crate::sockets::VmSockets;
-use crate::vmm::{Scope, Vmm};
 
 /// A service: its VMs, and what it says about itself. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -37,14 +32,6 @@ impl Service {
         }
     }
 
-    /// Also gives each VM that is created through [`router`](Self::router) a socket `<id>.sock` of its own in
-    /// `directory`, on which Cloud Hypervisor's API is spoken.
-    #[must_use]
-    pub fn with_vm_sockets(mut self, directory: impl Into<PathBuf>) -> Self {
-        self.sockets = Some(Arc::new(VmSockets::new(directory.into())));
-        self
-    }
-
     /// Requested when a client asks the service to stop; whoever wants it to stop requests it too. VMs that are
     /// still there are the program's to end.
     #[must_use]
@@ -64,38 +51,6 @@ impl Service {
     #[must_use]
     pub fn registry(&self) -> &Registry {
         &self.registry
-    }
-
-    /// The service's own face. To be served by [`serve`](crate::serve), which tells it what a request came
-    /// over: over TCP, requests that a web page makes a browser send are refused.
-    pub fn router(&self) -> Router {
-        let vmm = Vmm {
-            about: Arc::clone(&self.about),
-            registry: self.registry.clone(),
-            scope: Scope::All,
-            shutdown: self.shutdown.clone(),
-        };
-        assemble(
-            document::service_face(self.clone(), vmm),
-            self.requests.clone(),
-        )
-    }
-
-    /// Cloud Hypervisor's face of the VM `id`, whether it is created yet or not. `shutdown` is requested when a
-    /// client asks this VMM to end; for a program that is nothing else, that is
-    /// [`shutdown`](Self::shutdown).
-    pub fn vm_router(&self, id: &VmId, shutdown: &Shutdown) -> Router {
-        let vmm = Vmm {
-            about: Arc::clone(&self.about),
-            registry: self.registry.clone(),
-            scope: Scope::One(id.clone()),
-            shutdown: shutdown.clone(),
-        };
-        let vm = OneVm {
-            registry: self.registry.clone(),
-            id: id.clone(),
-        };
-        assemble(document::vm_face(vm, vmm), self.requests.clone())
     }
 
     pub(crate) fn summary(&self, vm: &VmHandle) -> VmSummary {

@@ -1,20 +1,28 @@
 //! A socket for each VM, on which Cloud Hypervisor's API is spoken.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::PathBuf;
 
+use axum::Router;
+use control::Registry;
 use spec::VmId;
 use tokio::sync::Mutex;
 use tokio::task::JoinHandle;
 
 use crate::listen::{ListenError, Listener};
 use crate::serve::{Shutdown, serve};
-use crate::service::Service;
+
+/// Makes the router of one VM's socket. The [`Shutdown`] is that socket's.
+pub(crate) type MakeRouter = Box<dyn Fn(&VmId, &Shutdown) -> Router + Send + Sync>;
 
 /// The sockets of a service's VMs. Each lives as long as its VM.
-#[derive(Debug)]
 pub(crate) struct VmSockets {
     directory: PathBuf,
+    registry: Registry,
+    /// Requested when the service stops.
+    service: Shutdown,
+    router: MakeRouter,
     open: Mutex<BTreeMap<VmId, Open>>,
 }
 
@@ -25,9 +33,17 @@ struct Open {
 }
 
 impl VmSockets {
-    pub(crate) fn new(directory: PathBuf) -> Self {
+    pub(crate) fn new(
+        directory: PathBuf,
+        registry: Registry,
+        service: Shutdown,
+        router: MakeRouter,
+    ) -> Self {
         Self {
             directory,
+            registry,
+            service,
+            router,
             open: Mutex::default(),
         }
     }
@@ -36,25 +52,32 @@ impl VmSockets {
         self.directory.join(format!("{id}.sock"))
     }
 
-    /// Where this VM's socket is, if it is there.
+    /// Returns the path of this VM's socket, if it exists.
     pub(crate) fn of(&self, id: &VmId) -> Option<String> {
         let path = self.path(id);
         path.exists().then(|| path.display().to_string())
     }
 
-    /// Opens the socket of a VM that has just been created, and serves it until the VM or the service goes.
-    pub(crate) async fn open(&self, service: &Service, id: &VmId) -> Result<(), ListenError> {
-        // A VM of the same name that went a moment ago: its last requests may still be answered.
+    /// Opens the socket of a VM that has just been created, and serves it until the VM or the service
+    /// ends.
+    pub(crate) async fn open(&self, id: &VmId) -> Result<(), ListenError> {
+        // A VM of the same name may have ended a moment ago, with its last requests still open.
         let before = self.open.lock().await.remove(id);
         if let Some(before) = before {
             before.shutdown.request();
-            // A task that panicked has let go of its socket too.
+            // A task that panicked has closed its socket too.
             let _ = before.serving.await;
         }
         let listener = Listener::unix(self.path(id))?;
         let shutdown = Shutdown::default();
-        let router = service.vm_router(id, &shutdown);
-        tokio::spawn(close_with_vm(service.clone(), id.clone(), shutdown.clone()));
+        let router = (self.router)(id, &shutdown);
+        let (registry, service) = (self.registry.clone(), self.service.clone());
+        tokio::spawn(close_with_vm(
+            registry,
+            service,
+            id.clone(),
+            shutdown.clone(),
+        ));
         let serving = tokio::spawn(serve(listener, router, shutdown.clone()));
         let mut open = self.open.lock().await;
         open.retain(|_, socket| !socket.serving.is_finished());
@@ -69,23 +92,31 @@ impl VmSockets {
             socket.shutdown.request();
         }
         for socket in open.into_values() {
-            // A task that panicked has let go of its socket too.
+            // A task that panicked has closed its socket too.
             let _ = socket.serving.await;
         }
     }
 }
 
-/// Requests the socket's shutdown when the VM is no more, or the service stops.
-async fn close_with_vm(service: Service, id: VmId, shutdown: Shutdown) {
-    let mut changes = service.registry.changes();
+impl fmt::Debug for VmSockets {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VmSockets")
+            .field("directory", &self.directory)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Requests the socket's shutdown when the VM has been deleted, or the service stops.
+async fn close_with_vm(registry: Registry, service: Shutdown, id: VmId, shutdown: Shutdown) {
+    let mut changes = registry.changes();
     loop {
         changes.borrow_and_update();
-        if service.registry.get(id.as_str()).is_err() {
+        if registry.get(id.as_str()).is_err() {
             break;
         }
         tokio::select! {
             changed = changes.changed() => if changed.is_err() { break },
-            () = service.shutdown.requested() => break,
+            () = service.requested() => break,
             () = shutdown.requested() => break,
         }
     }

@@ -10,10 +10,10 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::answer::Answer;
-use crate::document::SERVICE;
 use crate::problem::Refusal;
 use crate::refusals::Failed;
 use crate::serve::Shutdown;
+use crate::tags::SERVICE;
 
 /// What a socket's client can ping and shut down.
 #[derive(Clone)]

@@ -1,0 +1,263 @@
+//! The commands that both faces have. A row of [`commands!`] declares a command once: its texts and
+//! its request are shared, and each face adds its path, its operation id and its refusals.
+
+use axum::extract::State;
+use axum::response::Response;
+use control::{NewDevice, Request};
+use spec::{
+    DiskConfig, MemoryMap, NetConfig, PciDeviceInfo, VmId, VmRemoveDevice, VmResize, VmResizeDisk,
+    VsockConfig,
+};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use crate::answer::{added, counters, done, memory_map};
+use crate::extract::{Json, JsonAndTap, Named};
+use crate::one_vm::OneVm;
+use crate::problem::Refusal;
+use crate::refusals::{
+    Failed, NoSuchDevice, NoSuchDisk, NoSuchVm, NotAllowedNow, NotCreated, NotDone, NotJson,
+    NotPossible, NotUnderstood, NotValid, Pending, TooLong, TooSlow, Unsupported, WrongState,
+};
+use crate::service::Service;
+use crate::tags::{ONE_VM, VMS};
+
+/// Declares the handlers of both faces, and the routers that hold them.
+///
+/// The handlers must be functions of their own, as `#[utoipa::path]` describes one function at one
+/// path. A command with a body names the extractor's pattern and the body's type.
+macro_rules! commands {
+    ($(
+        $(#[$doc:meta])*
+        $method:ident $(($body:pat, $extract:ty, $type:ty))? {
+            $service:ident at $path:literal as $operation:literal, refuses [$($refusal:ident)*];
+            $vm:ident at $vm_path:literal as $vm_operation:literal, refuses [$($vm_refusal:ident)*];
+            $(answers $answers:tt;)+
+            asks $request:expr => $reply:ident
+        }
+    )*) => {
+        $(
+            $(#[$doc])*
+            #[utoipa::path(
+                $method, path = $path, operation_id = $operation, tag = VMS,
+                $(request_body = $type,)?
+                params(("id" = VmId, Path, description = "The VM's name.")),
+                responses($($answers,)+ $($refusal,)*),
+            )]
+            async fn $service(
+                State(service): State<Service>,
+                Named(id): Named,
+                $($body: $extract,)?
+            ) -> Result<Response, Refusal> {
+                $reply(service.ask(&id, $request).await?)
+            }
+
+            $(#[$doc])*
+            #[utoipa::path(
+                $method, path = $vm_path, operation_id = $vm_operation, tag = ONE_VM,
+                $(request_body = $type,)?
+                responses($($answers,)+ $($vm_refusal,)*),
+            )]
+            async fn $vm(
+                State(vm): State<OneVm>,
+                $($body: $extract,)?
+            ) -> Result<Response, Refusal> {
+                $reply(vm.ask($request).await?)
+            }
+        )*
+
+        /// The commands on the service's own face.
+        pub(crate) fn service_routes() -> OpenApiRouter<Service> {
+            OpenApiRouter::default()$(.routes(routes!($service)))*
+        }
+
+        /// The commands on Cloud Hypervisor's face.
+        pub(crate) fn vm_routes() -> OpenApiRouter<OneVm> {
+            OpenApiRouter::default()$(.routes(routes!($vm)))*
+        }
+    };
+}
+
+commands! {
+    /// Boot the VM.
+    put {
+        boot at "/api/v1/vms/{id}/boot" as "vmsBoot",
+            refuses [NoSuchVm WrongState NotPossible Failed Unsupported];
+        boot_vm at "/api/v1/vm.boot" as "bootVM",
+            refuses [NotCreated WrongState NotPossible Failed Unsupported];
+        answers (status = 204, description = "The guest runs.");
+        asks Request::Boot => done
+    }
+
+    /// Pause the guest: its vCPUs and devices stop until it is resumed.
+    put {
+        pause at "/api/v1/vms/{id}/pause" as "vmsPause", refuses [NoSuchVm WrongState Failed];
+        pause_vm at "/api/v1/vm.pause" as "pauseVM", refuses [NotCreated NotAllowedNow Failed];
+        answers (status = 204, description = "The guest is paused.");
+        asks Request::Pause => done
+    }
+
+    /// Resume a paused guest.
+    put {
+        resume at "/api/v1/vms/{id}/resume" as "vmsResume", refuses [NoSuchVm WrongState Failed];
+        resume_vm at "/api/v1/vm.resume" as "resumeVM", refuses [NotCreated NotAllowedNow Failed];
+        answers (status = 204, description = "The guest runs.");
+        asks Request::Resume => done
+    }
+
+    /// Reset the guest, as by a reset button.
+    put {
+        reboot at "/api/v1/vms/{id}/reboot" as "vmsReboot", refuses [NoSuchVm WrongState Failed];
+        reboot_vm at "/api/v1/vm.reboot" as "rebootVM", refuses [NotCreated NotAllowedNow Failed];
+        answers (status = 204, description = "The guest boots again.");
+        asks Request::Reboot => done
+    }
+
+    /// End the guest at once, as by pulling the plug. The VM can be booted again.
+    put {
+        shut_down at "/api/v1/vms/{id}/shutdown" as "vmsShutdown",
+            refuses [NoSuchVm WrongState Failed];
+        shut_down_vm at "/api/v1/vm.shutdown" as "shutdownVM",
+            refuses [NotCreated NotAllowedNow Failed];
+        answers (status = 204, description = "The guest has ended.");
+        asks Request::Shutdown => done
+    }
+
+    /// Press the power button. The guest decides what follows.
+    put {
+        power_button at "/api/v1/vms/{id}/power-button" as "vmsPowerButton",
+            refuses [NoSuchVm WrongState Failed];
+        power_button_vm at "/api/v1/vm.power-button" as "power-buttonVM",
+            refuses [NotCreated NotAllowedNow Failed];
+        answers (status = 204, description = "The button was pressed.");
+        asks Request::PowerButton => done
+    }
+
+    /// Send a non-maskable interrupt to every vCPU.
+    put {
+        nmi at "/api/v1/vms/{id}/nmi" as "vmsNmi", refuses [NoSuchVm WrongState Failed];
+        nmi_vm at "/api/v1/vm.nmi" as "nmiVM", refuses [NotCreated WrongState Failed];
+        answers (status = 204, description = "The interrupt was sent.");
+        asks Request::Nmi => done
+    }
+
+    /// Return the counters of the VM's devices.
+    get {
+        device_counters at "/api/v1/vms/{id}/counters" as "vmsCounters",
+            refuses [NoSuchVm WrongState Failed];
+        device_counters_vm at "/api/v1/vm.counters" as "countersVM",
+            refuses [NotCreated WrongState Failed];
+        answers (
+            status = 200, description = "Counters, by device and name.",
+            body = ref("#/components/schemas/VmCounters")
+        );
+        asks Request::Counters => counters
+    }
+
+    /// Return the VM's address spaces: the tree of memory regions, and the flat view of it.
+    ///
+    /// Not in Cloud Hypervisor's contract.
+    get {
+        address_spaces at "/api/v1/vms/{id}/memory-map" as "vmsMemoryMap",
+            refuses [NoSuchVm WrongState Failed];
+        address_spaces_vm at "/api/v1/vm.memory-map" as "memoryMapVM",
+            refuses [NotCreated WrongState Failed];
+        answers (status = 200, description = "Memory and port I/O.", body = MemoryMap);
+        asks Request::MemoryMap => memory_map
+    }
+
+    /// Change the size of the VM's balloon.
+    ///
+    /// This version cannot change vCPUs and memory: only the values that the VM has are accepted.
+    put (Json(sizes), Json<VmResize>, VmResize) {
+        resize at "/api/v1/vms/{id}/resize" as "vmsResize",
+            refuses [
+                NotUnderstood NoSuchVm TooSlow WrongState TooLong NotJson NotPossible Failed
+                Unsupported
+            ];
+        resize_vm at "/api/v1/vm.resize" as "resizeVM",
+            refuses [
+                NotUnderstood NotCreated TooSlow WrongState TooLong NotJson NotPossible Pending
+                Failed Unsupported
+            ];
+        answers (status = 204, description = "The guest was asked.");
+        asks Request::Resize(sizes) => done
+    }
+
+    /// Change the size of a disk.
+    put (Json(disk), Json<VmResizeDisk>, VmResizeDisk) {
+        resize_disk at "/api/v1/vms/{id}/resize-disk" as "vmsResizeDisk",
+            refuses [
+                NotUnderstood NoSuchVm TooSlow WrongState TooLong NotJson NotPossible Failed
+                Unsupported
+            ];
+        resize_disk_vm at "/api/v1/vm.resize-disk" as "resizeDiskVM",
+            refuses [NotUnderstood NoSuchDisk TooSlow WrongState TooLong NotJson NotDone];
+        answers (status = 204, description = "The disk has its new size, and the guest was notified.");
+        asks Request::ResizeDisk(disk) => done
+    }
+
+    /// Add a disk.
+    put (Json(disk), Json<DiskConfig>, DiskConfig) {
+        add_disk at "/api/v1/vms/{id}/add-disk" as "vmsAddDisk",
+            refuses [
+                NotUnderstood NoSuchVm TooSlow WrongState TooLong NotJson NotPossible Failed
+                Unsupported
+            ];
+        add_disk_vm at "/api/v1/vm.add-disk" as "addDiskVM",
+            refuses [NotValid NotCreated TooSlow WrongState TooLong NotJson NotDone Unsupported];
+        answers (status = 200, description = "The running guest has it.", body = PciDeviceInfo);
+        answers (status = 204, description = "The VM gets it at the next boot.");
+        asks Request::AddDevice(NewDevice::Disk(Box::new(disk))) => added
+    }
+
+    /// Add a network interface.
+    ///
+    /// Over a unix socket the request may carry descriptors (`SCM_RIGHTS`): those of its tap's queues,
+    /// one for each queue pair.
+    put (JsonAndTap(net), JsonAndTap, NetConfig) {
+        add_net at "/api/v1/vms/{id}/add-net" as "vmsAddNet",
+            refuses [
+                NotUnderstood NoSuchVm TooSlow WrongState TooLong NotJson NotPossible Failed
+                Unsupported
+            ];
+        add_net_vm at "/api/v1/vm.add-net" as "addNetVM",
+            refuses [NotValid NotCreated TooSlow WrongState TooLong NotJson NotDone Unsupported];
+        answers (status = 200, description = "The running guest has it.", body = PciDeviceInfo);
+        answers (status = 204, description = "The VM gets it at the next boot.");
+        asks Request::AddDevice(NewDevice::Net(Box::new(net))) => added
+    }
+
+    /// Add a vsock device.
+    put (Json(vsock), Json<VsockConfig>, VsockConfig) {
+        add_vsock at "/api/v1/vms/{id}/add-vsock" as "vmsAddVsock",
+            refuses [
+                NotUnderstood NoSuchVm TooSlow WrongState TooLong NotJson NotPossible Failed
+                Unsupported
+            ];
+        add_vsock_vm at "/api/v1/vm.add-vsock" as "addVsockVM",
+            refuses [NotValid NotCreated TooSlow WrongState TooLong NotJson NotDone Unsupported];
+        answers (status = 200, description = "The running guest has it.", body = PciDeviceInfo);
+        answers (status = 204, description = "The VM gets it at the next boot.");
+        asks Request::AddDevice(NewDevice::Vsock(vsock)) => added
+    }
+
+    /// Remove a device: the guest is asked to eject it.
+    ///
+    /// The event `device-removed` follows when the guest has ejected the device; until then
+    /// `device_tree` in the VM's information shows that it is leaving. The next boot is without the
+    /// device, whatever the guest does.
+    put (Json(device), Json<VmRemoveDevice>, VmRemoveDevice) {
+        remove_device at "/api/v1/vms/{id}/remove-device" as "vmsRemoveDevice",
+            refuses [
+                NotUnderstood NoSuchVm TooSlow WrongState TooLong NotJson NotPossible Failed
+                Unsupported
+            ];
+        remove_device_vm at "/api/v1/vm.remove-device" as "removeDeviceVM",
+            refuses [
+                NotUnderstood NoSuchDevice TooSlow WrongState TooLong NotJson NotPossible Failed
+            ];
+        answers (status = 204, description = "The guest was asked.");
+        asks Request::RemoveDevice(device) => done
+    }
+}

@@ -1,0 +1,192 @@
+//! The routers of both faces, and the document that describes them.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use axum::Router;
+use axum::extract::{Request, State};
+use axum::middleware::{from_fn_with_state, map_response};
+use axum::response::{IntoResponse, Response};
+use http::StatusCode;
+use http::header::CONTENT_TYPE;
+use hyper::ext::ReasonPhrase;
+use spec::VmId;
+use tower::Layer as _;
+use utoipa::openapi::OpenApi;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use crate::document::frame;
+use crate::middleware::envelope;
+use crate::one_vm::OneVm;
+use crate::problem::Refusal;
+use crate::request_counts::Requests;
+use crate::serve::Shutdown;
+use crate::service::Service;
+use crate::sockets::VmSockets;
+use crate::tags::SERVICE;
+use crate::vmm::{Scope, Vmm};
+use crate::{commands, docs, events, metrics, migrations, not_yet, one_vm, vmm, vms};
+
+impl Service {
+    /// Also gives each VM that is created through [`router`](Self::router) a socket `<id>.sock` of its own in
+    /// `directory`, on which Cloud Hypervisor's API is spoken.
+    #[must_use]
+    pub fn with_vm_sockets(mut self, directory: impl Into<PathBuf>) -> Self {
+        let service = self.clone();
+        self.sockets = Some(Arc::new(VmSockets::new(
+            directory.into(),
+            self.registry.clone(),
+            self.shutdown.clone(),
+            Box::new(move |id, shutdown| service.vm_router(id, shutdown)),
+        )));
+        self
+    }
+
+    /// The service's own face. To be served by [`serve`](crate::serve), which tells it what a request came
+    /// over: over TCP, requests that a web page makes a browser send are refused.
+    pub fn router(&self) -> Router {
+        let vmm = Vmm {
+            about: Arc::clone(&self.about),
+            registry: self.registry.clone(),
+            scope: Scope::All,
+            shutdown: self.shutdown.clone(),
+        };
+        assemble(service_face(self.clone(), vmm), self.requests.clone())
+    }
+
+    /// Cloud Hypervisor's face of the VM `id`, whether it is created yet or not. `shutdown` is requested when a
+    /// client asks this VMM to end; for a program that is nothing else, that is
+    /// [`shutdown`](Self::shutdown).
+    pub fn vm_router(&self, id: &VmId, shutdown: &Shutdown) -> Router {
+        let vmm = Vmm {
+            about: Arc::clone(&self.about),
+            registry: self.registry.clone(),
+            scope: Scope::One(id.clone()),
+            shutdown: shutdown.clone(),
+        };
+        let vm = OneVm {
+            registry: self.registry.clone(),
+            id: id.clone(),
+        };
+        assemble(vm_face(vm, vmm), self.requests.clone())
+    }
+}
+
+/// The whole interface, both faces, as OpenAPI 3.1. A socket serves the part of it that it has, at
+/// `/api/v1/openapi.json`.
+#[must_use]
+pub fn document() -> OpenApi {
+    let mut whole = frame();
+    whole.merge(vmm::routes().into_openapi());
+    whole.merge(own().into_openapi());
+    whole.merge(of_one_vm().into_openapi());
+    whole.merge(published().into_openapi());
+    whole
+}
+
+fn own() -> OpenApiRouter<Service> {
+    vms::routes()
+        .merge(commands::service_routes())
+        .merge(migrations::routes())
+        .merge(events::routes())
+        .merge(metrics::routes())
+}
+
+fn of_one_vm() -> OpenApiRouter<OneVm> {
+    one_vm::routes()
+        .merge(commands::vm_routes())
+        .merge(migrations::one_vm_routes())
+        .merge(not_yet::routes())
+}
+
+/// The service's own face.
+fn service_face(service: Service, vmm: Vmm) -> OpenApiRouter {
+    own()
+        .with_state(service)
+        .merge(vmm::routes().with_state(vmm))
+}
+
+/// Cloud Hypervisor's face.
+fn vm_face(vm: OneVm, vmm: Vmm) -> OpenApiRouter {
+    of_one_vm()
+        .with_state(vm)
+        .merge(vmm::routes().with_state(vmm))
+}
+
+/// A face, with what every face has: its document, a page to read it, and an answer to every other path.
+fn assemble(face: OpenApiRouter, requests: Requests) -> Router {
+    let (router, mut described) = face.split_for_parts();
+    let mut whole = frame();
+    described.merge(published().into_openapi());
+    whole.merge(described);
+    let paths: Arc<[String]> = whole.paths.paths.keys().cloned().collect();
+    let json: Arc<str> = whole.to_json().unwrap_or_default().into();
+    let (published, _) = published().with_state(Arc::clone(&json)).split_for_parts();
+    let router = router
+        .merge(published)
+        .merge(docs::routes(&json))
+        .fallback(move |request: Request| std::future::ready(no_such_path(&request, &paths)));
+    // Around the router and not in its routes: it adds `Allow` after those are done.
+    let service = from_fn_with_state(requests, envelope).layer(router);
+    Router::new().fallback_service(map_response(without_reason).layer(service))
+}
+
+/// Widespread clients of Cloud Hypervisor's API read all that follows the protocol in a status line as a number:
+/// "200" is one to them and "200 OK" is not. HTTP allows the reason to be empty (RFC 9112, section 4).
+async fn without_reason(mut response: Response) -> Response {
+    response
+        .extensions_mut()
+        .insert(const { ReasonPhrase::from_static(b"") });
+    response
+}
+
+fn published() -> OpenApiRouter<Arc<str>> {
+    OpenApiRouter::default().routes(routes!(openapi))
+}
+
+/// Describe what this socket serves.
+#[utoipa::path(
+    get, path = "/api/v1/openapi.json", operation_id = "openapi", tag = SERVICE,
+    responses((status = 200, description = "An OpenAPI 3.1 document.", body = serde_json::Value)),
+)]
+async fn openapi(State(json): State<Arc<str>>) -> impl IntoResponse {
+    ([(CONTENT_TYPE, "application/json")], json.to_string())
+}
+
+fn no_such_path(request: &Request, paths: &[String]) -> Refusal {
+    let path: String = request.uri().path().chars().take(128).collect();
+    let hint = match spec::nearest(&path, paths.iter().map(String::as_str)) {
+        Some(near) => format!("; did you mean {near}?"),
+        None => "; GET /api/v1/openapi.json describes what there is".to_owned(),
+    };
+    Refusal::new(
+        StatusCode::NOT_FOUND,
+        "no-such-path",
+        format!("there is nothing at {path}{hint}"),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use axum::body::Body;
+    use axum::routing::get;
+    use tower::ServiceExt as _;
+
+    async fn panics() -> StatusCode {
+        panic!("on purpose")
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_an_answer() {
+        let face = OpenApiRouter::default().route("/panics", get(panics));
+        let router = assemble(face, Requests::default());
+        for _ in 0..2 {
+            let request = Request::get("/panics").body(Body::empty()).unwrap();
+            let response = router.clone().oneshot(request).await.unwrap();
+            assert_eq!(response.status(), StatusCode::INTERNAL_SERVER_ERROR);
+            assert!(response.headers().contains_key("x-request-id"));
+        }
+    }
+}
