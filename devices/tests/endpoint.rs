@@ -43,28 +43,45 @@ impl BarMap for Map {
     }
 }
 
+/// As KVM's: a vector without a message remembers that it was raised.
 #[derive(Default)]
-struct Target {
-    routes: Mutex<Vec<Option<MsiMessage>>>,
-    raised: Mutex<Vec<u16>>,
+struct Target(Mutex<Vectors>);
+
+#[derive(Default)]
+struct Vectors {
+    routes: [Option<MsiMessage>; 3],
+    pending: [bool; 3],
+    raised: Vec<u16>,
 }
 
 impl MsiTarget for Target {
     fn route(&self, changes: &[(u16, Option<MsiMessage>)]) {
-        let mut routes = self.routes.lock();
+        let mut vectors = self.0.lock();
         for (vector, message) in changes {
             let at = usize::from(*vector);
-            let len = routes.len().max(at + 1);
-            routes.resize(len, None);
-            routes[at] = *message;
+            vectors.routes[at] = *message;
+            if message.is_some() && std::mem::take(&mut vectors.pending[at]) {
+                vectors.raised.push(*vector);
+            }
         }
     }
 
     fn raise(&self, vector: u16) {
-        let routes = self.routes.lock();
-        let routed = routes.get(usize::from(vector)).copied().flatten();
-        assert!(routed.is_some(), "vector {vector} has no message");
-        self.raised.lock().push(vector);
+        let mut vectors = self.0.lock();
+        match vectors.routes[usize::from(vector)] {
+            Some(_) => vectors.raised.push(vector),
+            None => vectors.pending[usize::from(vector)] = true,
+        }
+    }
+
+    fn take_pending(&self, vector: u16) -> bool {
+        std::mem::take(&mut self.0.lock().pending[usize::from(vector)])
+    }
+}
+
+impl Target {
+    fn raised(&self) -> Vec<u16> {
+        self.0.lock().raised.clone()
     }
 }
 
@@ -181,15 +198,16 @@ fn a_bar_is_sized_shown_and_moved() {
 #[test]
 fn a_vector_that_is_masked_waits() {
     let machine = machine();
+    machine.endpoint.write(4, &[6]);
     let msix = machine.endpoint.msix().unwrap();
     machine.entry(1, MESSAGE, false);
     msix.raise(1);
-    assert!(machine.target.raised.lock().is_empty(), "MSI-X is off");
+    assert!(machine.target.raised().is_empty(), "MSI-X is off");
     machine.endpoint.write(0x46, &0x8000_u16.to_le_bytes());
-    assert_eq!(*machine.target.raised.lock(), [1], "it was pending");
-    assert_eq!(machine.target.routes.lock()[1], Some(MESSAGE));
+    assert_eq!(machine.target.raised(), [1], "it was pending");
+    assert_eq!(machine.target.0.lock().routes[1], Some(MESSAGE));
     msix.raise(1);
-    assert_eq!(*machine.target.raised.lock(), [1, 1]);
+    assert_eq!(machine.target.raised(), [1, 1]);
     // Masked alone, then all together.
     machine.entry(1, MESSAGE, true);
     msix.raise(1);
@@ -198,11 +216,35 @@ fn a_vector_that_is_masked_waits() {
     assert_eq!(pending, [2, 0, 0, 0, 0, 0, 0, 0]);
     machine.endpoint.write(0x46, &0xc000_u16.to_le_bytes());
     machine.entry(1, MESSAGE, false);
-    assert_eq!(machine.target.raised.lock().len(), 2);
+    assert_eq!(machine.target.raised().len(), 2);
     machine.endpoint.write(0x46, &0x8000_u16.to_le_bytes());
-    assert_eq!(*machine.target.raised.lock(), [1, 1, 1]);
+    assert_eq!(machine.target.raised(), [1, 1, 1]);
     msix.raise(3); // there are three
     msix.raise(u16::MAX);
+}
+
+/// A function that is no bus master cannot write to memory, and a message is a write.
+#[test]
+fn no_message_without_bus_mastering() {
+    let machine = machine();
+    let msix = machine.endpoint.msix().unwrap();
+    machine.entry(1, MESSAGE, false);
+    machine.endpoint.write(0x46, &0x8000_u16.to_le_bytes());
+    msix.raise(1);
+    assert!(!machine.endpoint.is_bus_master() && machine.target.raised().is_empty());
+    machine.endpoint.write(4, &[6]);
+    assert!(machine.endpoint.is_bus_master());
+    assert_eq!(machine.target.raised(), [1], "it was pending");
+    machine.endpoint.write(4, &[2]);
+    msix.raise(1);
+    assert_eq!(machine.target.raised(), [1]);
+    // A guest of a version that did not honour the bit.
+    machine.endpoint.assume_bus_master();
+    assert_eq!(machine.target.raised(), [1, 1]);
+    machine.endpoint.write(0x3c, &[7]);
+    assert!(machine.endpoint.is_bus_master());
+    machine.endpoint.write(4, &[2]);
+    assert!(!machine.endpoint.is_bus_master());
 }
 
 #[test]
@@ -231,9 +273,9 @@ fn what_is_saved_goes_on_elsewhere() {
     store.finish().unwrap();
     assert!(target.answers(0x9000_0000));
     target.endpoint.msix().unwrap().raise(0);
-    assert_eq!(*target.target.raised.lock(), [0]);
+    assert_eq!(target.target.raised(), [0]);
     target.entry(2, MESSAGE, false);
-    assert_eq!(*target.target.raised.lock(), [0, 2]);
+    assert_eq!(target.target.raised(), [0, 2]);
     for at in (0..256).step_by(4) {
         assert_eq!(source.read(at), target.read(at), "register {at:#x}");
     }

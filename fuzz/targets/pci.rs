@@ -21,6 +21,9 @@ struct Quiet;
 impl MsiTarget for Quiet {
     fn route(&self, _: &[(u16, Option<MsiMessage>)]) {}
     fn raise(&self, _: u16) {}
+    fn take_pending(&self, _: u16) -> bool {
+        false
+    }
 }
 
 struct Map(Arc<Mutex<Topology>>);

@@ -1,6 +1,6 @@
 //! Interrupt routes: which event descriptor raises what in the guest.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use kvm_bindings::{
@@ -56,6 +56,10 @@ struct Table {
     calls: u64,
     /// Changes are collected until [`Held`] is dropped or finished.
     held: bool,
+    /// GSIs of vectors whose event descriptors KVM listens to.
+    attached: BTreeSet<u32>,
+    /// Descriptors to attach once KVM has been given the routes that are held back.
+    waiting: BTreeMap<u32, Arc<EventFd>>,
 }
 
 /// Routes that are changed and not given to KVM yet: as devices are loaded, one after the other.
@@ -77,7 +81,10 @@ impl Held {
         if !std::mem::take(&mut table.held) {
             return Ok(());
         }
-        self.0.give(&mut table)
+        self.0.give(&mut table)?;
+        let waiting = std::mem::take(&mut table.waiting);
+        let mut vectors = waiting.iter();
+        vectors.try_for_each(|(gsi, fd)| self.0.listen(&mut table, *gsi, fd))
     }
 }
 
@@ -99,6 +106,8 @@ impl IrqRoutes {
             fresh: IOAPIC_PINS,
             calls: 0,
             held: false,
+            attached: BTreeSet::new(),
+            waiting: BTreeMap::new(),
         };
         let routes = Self {
             shared: Arc::new(Shared {
@@ -117,7 +126,10 @@ impl IrqRoutes {
     /// # Errors
     /// When KVM refuses; then the old routes are in force.
     pub fn set(&self, changes: &[(u32, Option<Route>)]) -> Result<(), KvmError> {
-        let mut table = self.shared.table.lock();
+        self.change(&mut self.shared.table.lock(), changes)
+    }
+
+    fn change(&self, table: &mut Table, changes: &[(u32, Option<Route>)]) -> Result<(), KvmError> {
         let mut undo = Vec::with_capacity(changes.len());
         for (gsi, route) in changes {
             let old = match route {
@@ -131,7 +143,7 @@ impl IrqRoutes {
         if undo.is_empty() || table.held {
             return Ok(());
         }
-        self.give(&mut table).inspect_err(|_| {
+        self.give(table).inspect_err(|_| {
             for (gsi, old) in undo.into_iter().rev() {
                 match old {
                     Some(route) => table.routes.insert(gsi, route),
@@ -142,7 +154,7 @@ impl IrqRoutes {
     }
 
     /// Gives vectors of several devices messages (address and data), or takes them away, in one
-    /// call to KVM.
+    /// call to KVM for all routes. See [`MsiVectors`] for a vector without a message.
     ///
     /// # Errors
     /// When KVM refuses.
@@ -150,11 +162,48 @@ impl IrqRoutes {
         &self,
         changes: impl IntoIterator<Item = (&'a MsiVectors, (u16, Option<(u64, u32)>))>,
     ) -> Result<(), KvmError> {
-        let changes: Vec<_> = changes
-            .into_iter()
-            .filter_map(|(device, (vector, message))| device.change(vector, message))
-            .collect();
-        self.set(&changes)
+        let mut table = self.shared.table.lock();
+        let (mut routes, mut listening) = (Vec::new(), Vec::new());
+        for (device, (vector, message)) in changes {
+            let Some((gsi, fd)) = device.vectors.get(usize::from(vector)) else {
+                continue;
+            };
+            match message {
+                Some((address, data)) => {
+                    routes.push((*gsi, Some(Route::Msi { address, data })));
+                    listening.push((*gsi, fd));
+                }
+                // The route stays: with the descriptor detached nothing uses it, and a vector that
+                // is unmasked with the same message needs no new one.
+                None => self.ignore(&mut table, *gsi, fd)?,
+            }
+        }
+        self.change(&mut table, &routes)?;
+        // Only now: KVM injects at once what the descriptors have counted, by the routes in force.
+        let mut listening = listening.into_iter();
+        listening.try_for_each(|(gsi, fd)| self.listen(&mut table, gsi, fd))
+    }
+
+    /// Has KVM raise a vector's GSI for each write to its descriptor, and for those before.
+    fn listen(&self, table: &mut Table, gsi: u32, fd: &Arc<EventFd>) -> Result<(), KvmError> {
+        if table.held {
+            table.waiting.insert(gsi, Arc::clone(fd));
+        } else if !table.attached.contains(&gsi) {
+            self.attach(fd, gsi)?;
+            table.attached.insert(gsi);
+        }
+        Ok(())
+    }
+
+    /// Ends that: on return KVM has injected what was written before, and the descriptor counts
+    /// what is written from now on.
+    fn ignore(&self, table: &mut Table, gsi: u32, fd: &EventFd) -> Result<(), KvmError> {
+        table.waiting.remove(&gsi);
+        if table.attached.contains(&gsi) {
+            self.detach(fd, gsi)?;
+            table.attached.remove(&gsi);
+        }
+        Ok(())
     }
 
     /// Collects changes, by whomever, until what this returns is finished.
@@ -220,12 +269,7 @@ impl IrqRoutes {
         for _ in 0..count {
             let fd = EventFd::new(EFD_NONBLOCK)
                 .map_err(|error| KvmError::other("make an event descriptor", error))?;
-            let gsi = self.take_gsi()?;
-            // Given back with the others, also when this attempt fails.
-            vectors.vectors.push((gsi, fd));
-            if let Some((gsi, fd)) = vectors.vectors.last() {
-                self.attach(fd, *gsi)?;
-            }
+            vectors.vectors.push((self.take_gsi()?, Arc::new(fd)));
         }
         Ok(vectors)
     }
@@ -245,13 +289,17 @@ impl IrqRoutes {
     }
 }
 
-/// A device's message-signalled interrupts: each vector is an event descriptor that KVM turns into
-/// the vector's message. A vector without a message raises nothing; whoever raises keeps count of
-/// what a masked vector missed, since KVM does not.
+/// The message-signalled interrupts of a device. Each vector is an event descriptor that KVM turns
+/// into the vector's message.
+///
+/// KVM listens to the descriptor only while the vector has a message. Without one (the guest has
+/// masked the vector) the descriptor counts: when the vector gets a message again KVM finds the
+/// count and injects the message, and [`MsiVectors::take_pending`] tells of the count until then.
+/// So there is no moment at which an interrupt can be lost, whoever writes to the descriptor.
 #[derive(Debug)]
 pub struct MsiVectors {
     routes: IrqRoutes,
-    vectors: Vec<(u32, EventFd)>,
+    vectors: Vec<(u32, Arc<EventFd>)>,
 }
 
 impl MsiVectors {
@@ -268,31 +316,38 @@ impl MsiVectors {
             .batch(changes.into_iter().map(|change| (self, change)))
     }
 
-    fn change(&self, vector: u16, message: Option<(u64, u32)>) -> Option<(u32, Option<Route>)> {
-        let (gsi, _) = self.vectors.get(usize::from(vector))?;
-        let route = message.map(|(address, data)| Route::Msi { address, data });
-        Some((*gsi, route))
-    }
-
-    /// Interrupts the guest.
+    /// Interrupts the guest: now, or when the vector gets a message.
     pub fn raise(&self, vector: u16) {
         if let Some((_, fd)) = self.vectors.get(usize::from(vector)) {
-            // It can only be full, of messages that nobody took: one more says nothing new.
+            // A write fails only if the counter is full: one more says nothing new.
             let _ = fd.write(1);
         }
+    }
+
+    /// Returns whether a vector without a message was raised since it lost the message, and forgets
+    /// that it was. False for a vector that has a message: KVM has taken all.
+    #[must_use]
+    pub fn take_pending(&self, vector: u16) -> bool {
+        let Some((gsi, fd)) = self.vectors.get(usize::from(vector)) else {
+            return false;
+        };
+        // Locked, so that KVM is not made to listen meanwhile.
+        let table = self.routes.shared.table.lock();
+        !table.attached.contains(gsi) && !table.waiting.contains_key(gsi) && fd.read().is_ok()
     }
 }
 
 impl Drop for MsiVectors {
     fn drop(&mut self) {
         let gone: Vec<_> = self.vectors.iter().map(|(gsi, _)| (*gsi, None)).collect();
+        let mut table = self.routes.shared.table.lock();
         for (gsi, fd) in &self.vectors {
-            // One that was never attached, when it failed half-way: there is nothing to end.
-            let _ = self.routes.detach(fd, *gsi);
+            // A descriptor that KVM does not let go of is closed with the last reference.
+            let _ = self.routes.ignore(&mut table, *gsi, fd);
+            table.attached.remove(gsi);
         }
         // A route to which nothing is attached raises nothing, should KVM keep it.
-        let _ = self.routes.set(&gone);
-        let mut table = self.routes.shared.table.lock();
+        let _ = self.routes.change(&mut table, &gone);
         table.spare.extend(gone.iter().map(|(gsi, _)| *gsi));
     }
 }
@@ -320,7 +375,76 @@ fn entry(gsi: u32, route: Route) -> kvm_irq_routing_entry {
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, Instant};
+
     use crate::kvm::Kvm;
+    use crate::vcpu::Vcpu;
+
+    const VECTOR: u8 = 0x41;
+    const MESSAGE: (u64, u32) = (0xfee0_0000, VECTOR as u32);
+
+    /// Offsets of local APIC registers (SDM, 3A, table 12-1).
+    const SPURIOUS: usize = 0xf0;
+    const REQUESTS: usize = 0x200;
+
+    /// Whether the vector waits in the local APIC, where it is forgotten.
+    fn take_request(vcpu: &Vcpu) -> bool {
+        let mut lapic = vcpu.lapic().unwrap();
+        let byte = REQUESTS + usize::from(VECTOR) / 32 * 16 + usize::from(VECTOR) % 32 / 8;
+        let bit = 1 << (VECTOR % 8);
+        let is_there = lapic.regs[byte] & bit != 0;
+        lapic.regs[byte] &= !bit;
+        vcpu.set_lapic(&lapic).unwrap();
+        is_there
+    }
+
+    /// KVM may inject on a kernel thread.
+    fn wait_for_request(vcpu: &Vcpu, what: &str) {
+        let from = Instant::now();
+        while !take_request(vcpu) {
+            assert!(from.elapsed() < Duration::from_secs(10), "{what}");
+            std::thread::yield_now();
+        }
+    }
+
+    /// Whoever writes to the descriptor, and whenever: a device on another thread, or the kernel.
+    #[test]
+    fn masked_vector_keeps_its_interrupt() {
+        let vm = Kvm::open().unwrap().create_vm().unwrap();
+        let vcpu = vm.create_vcpu(0).unwrap();
+        let mut lapic = vcpu.lapic().unwrap();
+        lapic.regs[SPURIOUS] = -1;
+        lapic.regs[SPURIOUS + 1] = 1;
+        vcpu.set_lapic(&lapic).unwrap();
+        let routes = vm.irq_routes();
+        let vectors = routes.vectors(1).unwrap();
+        vectors.raise(0);
+        vectors.route([(0, Some(MESSAGE))]).unwrap();
+        wait_for_request(&vcpu, "raised before there was a message");
+        vectors.raise(0);
+        wait_for_request(&vcpu, "raised with a message");
+        vectors.route([(0, None)]).unwrap();
+        assert!(!vectors.take_pending(0), "KVM had both");
+        vectors.raise(0);
+        vectors.raise(0);
+        assert!(!take_request(&vcpu), "it is masked");
+        vectors.route([(0, Some(MESSAGE))]).unwrap();
+        wait_for_request(&vcpu, "raised while it was masked");
+        // Routes that are held back: a device that is loaded.
+        vectors.route([(0, None)]).unwrap();
+        let held = routes.hold();
+        vectors.route([(0, Some((0xfee0_0000, 0x42)))]).unwrap();
+        vectors.route([(0, Some(MESSAGE))]).unwrap();
+        vectors.raise(0);
+        assert!(!take_request(&vcpu), "KVM does not know the message");
+        held.finish().unwrap();
+        wait_for_request(&vcpu, "raised while routes were held back");
+        vectors.route([(0, None)]).unwrap();
+        vectors.raise(0);
+        assert!(vectors.take_pending(0) && !vectors.take_pending(0));
+        vectors.route([(0, Some(MESSAGE))]).unwrap();
+        assert!(!take_request(&vcpu), "it was taken back");
+    }
 
     #[test]
     fn a_change_of_many_routes_is_one_call_and_none_is_none() {
@@ -336,7 +460,11 @@ mod tests {
         vectors.route(all()).unwrap();
         assert_eq!(routes.calls(), before + 1, "nothing changed");
         vectors.route([(7, None), (300, Some((1, 2)))]).unwrap();
-        assert_eq!(routes.calls(), before + 2, "and there is no vector 300");
+        vectors.route([(7, Some(message(7)))]).unwrap();
+        assert_eq!(routes.calls(), before + 1, "a mask changes no route");
+        vectors.route([(7, None)]).unwrap();
+        vectors.route([(7, Some(message(8)))]).unwrap();
+        assert_eq!(routes.calls(), before + 2);
         drop(vectors);
         assert_eq!(routes.calls(), before + 3);
     }

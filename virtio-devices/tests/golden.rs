@@ -109,6 +109,9 @@ struct Nothing;
 impl MsiTarget for Nothing {
     fn route(&self, _: &[(u16, Option<MsiMessage>)]) {}
     fn raise(&self, _: u16) {}
+    fn take_pending(&self, _: u16) -> bool {
+        false
+    }
 }
 
 impl BarMap for Nothing {

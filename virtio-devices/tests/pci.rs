@@ -28,6 +28,10 @@ impl MsiTarget for Target {
     fn raise(&self, vector: u16) {
         self.raised.lock().push(vector);
     }
+
+    fn take_pending(&self, _: u16) -> bool {
+        false
+    }
 }
 
 struct Map(Arc<Mutex<Topology>>);

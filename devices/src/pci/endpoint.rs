@@ -8,7 +8,7 @@ use state::{LoadError, LoadScope, Save, SaveError, Scope};
 
 use super::bar::{Bar, BarMap, BarRequest, place_bar};
 use super::msix::{self, MsiTarget, Msix};
-use super::registers::Registers;
+use super::registers::{COMMAND, Registers};
 use super::saved;
 use super::{BarError, ConfigSpace, Identity};
 
@@ -83,6 +83,7 @@ impl EndpointBuilder {
             state: Mutex::new(State {
                 registers: self.registers,
                 bars: self.bars,
+                assumed_master: false,
             }),
         }
     }
@@ -91,6 +92,14 @@ impl EndpointBuilder {
 struct State {
     registers: Registers,
     bars: Vec<Bar>,
+    /// See [`Endpoint::assume_bus_master`].
+    assumed_master: bool,
+}
+
+impl State {
+    fn is_master(&self) -> bool {
+        self.assumed_master || self.registers.is_master()
+    }
 }
 
 /// A function of type 0.
@@ -117,6 +126,32 @@ impl Endpoint {
         self.msix.as_ref().map(|(_, msix)| msix)
     }
 
+    /// Whether the function may read and write memory and send messages (PCI Local Bus 3.0, 6.2.2).
+    #[must_use]
+    pub fn is_bus_master(&self) -> bool {
+        self.state.lock().is_master()
+    }
+
+    /// Whether bus mastering is only assumed: see [`Endpoint::assume_bus_master`].
+    #[must_use]
+    pub fn assumes_bus_master(&self) -> bool {
+        self.state.lock().assumed_master
+    }
+
+    /// Takes bus mastering to be on until the guest writes the command register or resets the
+    /// machine: for a guest that was saved where the bit was not honoured, and runs without it.
+    pub fn assume_bus_master(&self) {
+        let mut state = self.state.lock();
+        state.assumed_master = true;
+        self.follow_control(&state);
+    }
+
+    fn follow_control(&self, state: &State) {
+        if let Some((control, msix)) = &self.msix {
+            msix.set_control(state.registers.get_u16(*control), state.is_master());
+        }
+    }
+
     /// The function goes: its BARs move no more. Gives those that are shown, for the caller to take
     /// from the map. (It cannot be done here: who moves a BAR holds this function and waits for the
     /// map.)
@@ -130,6 +165,7 @@ impl Endpoint {
     pub fn reset(&self) {
         let mut state = self.state.lock();
         state.registers = self.power_on.clone();
+        state.assumed_master = false;
         if let Some((_, msix)) = &self.msix {
             msix.reset();
         }
@@ -137,7 +173,9 @@ impl Endpoint {
     }
 
     fn follow_bars(&self, state: &mut State) {
-        let State { registers, bars } = state;
+        let State {
+            registers, bars, ..
+        } = state;
         for bar in bars {
             let wanted = bar.wanted(registers);
             if wanted != bar.shown {
@@ -172,7 +210,13 @@ impl Endpoint {
                     let (was, is) = (saved.entries.len(), entries.len());
                     return Err(from.refuse(format!("it had {was} vectors, and has {is} here")));
                 }
-                msix.restore(&saved.entries, &saved.pending, registers.get_u16(*control));
+                let control = registers.get_u16(*control);
+                msix.restore(
+                    &saved.entries,
+                    &saved.pending,
+                    control,
+                    registers.is_master(),
+                );
             }
             (None, None) => {}
             (is, _) => {
@@ -181,7 +225,10 @@ impl Endpoint {
             }
         }
         state.registers = registers;
-        let State { registers, bars } = &mut *state;
+        state.assumed_master = false;
+        let State {
+            registers, bars, ..
+        } = &mut *state;
         for bar in bars {
             let wanted = bar.wanted(registers);
             if wanted != bar.shown {
@@ -216,9 +263,10 @@ impl ConfigSpace for Endpoint {
     fn write(&self, at: usize, data: &[u8]) {
         let mut state = self.state.lock();
         state.registers.write(at, data);
-        if let Some((control, msix)) = &self.msix {
-            msix.set_control(state.registers.get_u16(*control));
+        if (at..at.saturating_add(data.len())).contains(&COMMAND) {
+            state.assumed_master = false;
         }
+        self.follow_control(&state);
         self.follow_bars(&mut state);
     }
 }

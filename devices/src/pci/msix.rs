@@ -1,10 +1,14 @@
 //! MSI-X: interrupts that are messages (PCI Local Bus 3.0, 6.8.2).
+//!
+//! A device raises a vector by a call of its [`MsiTarget`] alone, whatever the guest does to the
+//! vector meanwhile. The target has two states for a vector, with a message and without, and
+//! *counts* what is raised while there is none. A flag here that said which is the case would be
+//! out of date when the device acts on it, and its interrupt lost: a queue then waits for good.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use memory::DeviceOps;
-use parking_lot::Mutex;
+use memory::sync::Mutex;
 
 /// Bytes of a table entry.
 const ENTRY_LEN: usize = 16;
@@ -28,19 +32,19 @@ pub struct MsiMessage {
     pub data: u32,
 }
 
-/// Delivers a function's messages.
+/// Delivers a function's messages. No vector has a message at first.
 pub trait MsiTarget: Send + Sync {
     /// From now on each of these vectors means this message, or none while it is masked.
     /// Called together for all vectors that one access of the guest changes.
+    ///
+    /// A vector that gets a message, and was raised while it had none, is raised again. A vector
+    /// that loses its message has sent, on return, what was raised before.
     fn route(&self, changes: &[(u16, Option<MsiMessage>)]);
-    /// Sends the message of a vector that has one, from any thread.
+    /// Sends the vector's message, from any thread; without one, remembers that it should.
     fn raise(&self, vector: u16);
-}
-
-#[derive(Debug)]
-struct Vector {
-    /// It has a message.
-    routed: AtomicBool,
+    /// Returns whether a vector without a message remembers that it was raised, and makes it
+    /// forget. False for a vector with a message.
+    fn take_pending(&self, vector: u16) -> bool;
 }
 
 /// What a guest writes.
@@ -48,13 +52,15 @@ struct Vector {
 struct Table {
     entries: Vec<[u8; ENTRY_LEN]>,
     control: u16,
+    /// The function may write to memory, and so send messages: bus mastering is on.
+    is_master: bool,
     /// What the target knows.
     routed: Vec<Option<MsiMessage>>,
 }
 
 impl Table {
     fn wanted(&self, vector: usize) -> Option<MsiMessage> {
-        if self.control & (ENABLE | FUNCTION_MASK) != ENABLE {
+        if !self.is_master || self.control & (ENABLE | FUNCTION_MASK) != ENABLE {
             return None;
         }
         let [a0, a1, a2, a3, a4, a5, a6, a7, d0, d1, d2, d3, masked, ..] =
@@ -69,32 +75,28 @@ impl Table {
 /// A function's vectors.
 ///
 /// A vector that is raised while it is masked becomes *pending*, and is delivered when the guest
-/// unmasks it.
+/// unmasks it. So does one that is raised while MSI-X or bus mastering is off.
 pub struct Msix {
     table: Mutex<Table>,
-    vectors: Vec<Vector>,
-    pending: Vec<AtomicU64>,
+    count: u16,
     target: Arc<dyn MsiTarget>,
 }
 
 impl Msix {
     /// So many vectors, all masked; 2048 at most.
     pub(super) fn new(vectors: u16, target: Arc<dyn MsiTarget>) -> Arc<Self> {
-        let count = usize::from(vectors.clamp(1, MAX_VECTORS));
+        let vectors = vectors.clamp(1, MAX_VECTORS);
+        let count = usize::from(vectors);
         let mut entry = [0; ENTRY_LEN];
         entry[12] = 1;
         Arc::new(Self {
             table: Mutex::new(Table {
                 entries: vec![entry; count],
                 control: 0,
+                is_master: false,
                 routed: vec![None; count],
             }),
-            vectors: (0..count)
-                .map(|_| Vector {
-                    routed: AtomicBool::new(false),
-                })
-                .collect(),
-            pending: (0..count.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
+            count: vectors,
             target,
         })
     }
@@ -102,49 +104,43 @@ impl Msix {
     /// How many vectors there are.
     #[must_use]
     pub fn count(&self) -> u16 {
-        u16::try_from(self.vectors.len()).unwrap_or(MAX_VECTORS)
+        self.count
     }
 
     /// Interrupts the guest, now or as soon as it unmasks the vector. One that is not there is
     /// ignored.
     pub fn raise(&self, vector: u16) {
-        let Some(state) = self.vectors.get(usize::from(vector)) else {
-            return;
-        };
-        if state.routed.load(Ordering::SeqCst) {
-            self.target.raise(vector);
-            return;
-        }
-        self.pend(vector);
-        // Unmasked in between: whoever takes the pending bit delivers it.
-        if state.routed.load(Ordering::SeqCst) && self.take_pending(vector) {
+        if vector < self.count {
             self.target.raise(vector);
         }
     }
 
-    fn pend(&self, vector: u16) {
-        if let Some(word) = self.pending.get(usize::from(vector / 64)) {
-            word.fetch_or(1 << (vector % 64), Ordering::SeqCst);
-        }
+    /// The pending bits of 64 vectors from `first` on. The table is locked, so that no vector gets
+    /// a message between the two calls of the target, of which the second sets the bit again.
+    fn pending(&self, table: &Table, first: u16) -> u64 {
+        let vectors = (first..self.count).take(64);
+        let masked =
+            vectors.filter(|vector| matches!(table.routed.get(usize::from(*vector)), Some(None)));
+        masked.fold(0, |bits, vector| {
+            if !self.target.take_pending(vector) {
+                return bits;
+            }
+            self.target.raise(vector);
+            bits | 1 << (vector - first)
+        })
     }
 
-    fn take_pending(&self, vector: u16) -> bool {
-        let bit = 1 << (vector % 64);
-        let word = self.pending.get(usize::from(vector / 64));
-        word.is_some_and(|word| word.fetch_and(!bit, Ordering::SeqCst) & bit != 0)
-    }
-
-    /// The guest wrote message control.
-    pub(super) fn set_control(&self, control: u16) {
+    /// The guest wrote message control, or the command register.
+    pub(super) fn set_control(&self, control: u16, is_master: bool) {
         let mut table = self.table.lock();
-        if table.control != control {
-            table.control = control;
+        if (table.control, table.is_master) != (control, is_master) {
+            (table.control, table.is_master) = (control, is_master);
             let all = 0..table.entries.len();
             self.follow(&mut table, all);
         }
     }
 
-    /// Tells the target of these vectors, and delivers what was pending.
+    /// Tells the target of these vectors, which delivers what was pending.
     fn follow(&self, table: &mut Table, vectors: std::ops::Range<usize>) {
         let mut changes = Vec::new();
         for vector in vectors {
@@ -158,24 +154,8 @@ impl Msix {
                 changes.push((index, wanted));
             }
         }
-        if changes.is_empty() {
-            return;
-        }
-        let routed = |vector: u16, is: bool| {
-            if let Some(state) = self.vectors.get(usize::from(vector)) {
-                state.routed.store(is, Ordering::SeqCst);
-            }
-        };
-        // A vector that is being masked is marked first, and one that is unmasked last, so that
-        // nobody raises what the target does not have.
-        let masked = changes.iter().filter(|(_, message)| message.is_none());
-        masked.for_each(|(vector, _)| routed(*vector, false));
-        self.target.route(&changes);
-        for (vector, _) in changes.iter().filter(|(_, message)| message.is_some()) {
-            routed(*vector, true);
-            if self.take_pending(*vector) {
-                self.target.raise(*vector);
-            }
+        if !changes.is_empty() {
+            self.target.route(&changes);
         }
     }
 
@@ -193,37 +173,53 @@ impl Msix {
 
     /// As after power-on.
     pub(super) fn reset(&self) {
-        let count = self.vectors.len();
         let mut entry = [0; ENTRY_LEN];
         entry[12] = 1;
-        self.restore(&vec![entry; count], &vec![0; self.pending.len()], 0);
+        self.restore(&vec![entry; self.count.into()], &[], 0, false);
     }
 
     /// Table and pending bits as they are.
     pub(super) fn save(&self) -> (Vec<[u8; ENTRY_LEN]>, Vec<u64>) {
         let table = self.table.lock();
-        let pending = self.pending.iter().map(|word| word.load(Ordering::SeqCst));
+        let firsts = (0..self.count).step_by(64);
+        let pending = firsts.map(|first| self.pending(&table, first));
         (table.entries.clone(), pending.collect())
     }
 
-    /// Table, pending bits and control as they were; of the right lengths.
-    pub(super) fn restore(&self, entries: &[[u8; ENTRY_LEN]], pending: &[u64], control: u16) {
+    /// Table, pending bits, control and bus mastering as they were.
+    pub(super) fn restore(
+        &self,
+        entries: &[[u8; ENTRY_LEN]],
+        pending: &[u64],
+        control: u16,
+        is_master: bool,
+    ) {
         let mut table = self.table.lock();
         for (entry, was) in table.entries.iter_mut().zip(entries) {
             *entry = *was;
         }
-        for (word, was) in self.pending.iter().zip(pending) {
-            word.store(*was, Ordering::SeqCst);
+        // What is pending here is another guest's, or of a trial.
+        for vector in 0..self.count {
+            self.target.take_pending(vector);
         }
-        table.control = control;
+        (table.control, table.is_master) = (control, is_master);
         let all = 0..table.entries.len();
         self.follow(&mut table, all);
+        for (vector, word, bit) in (0..self.count).map(|vector| (vector, vector / 64, vector % 64))
+        {
+            if pending
+                .get(usize::from(word))
+                .is_some_and(|word| word >> bit & 1 != 0)
+            {
+                self.target.raise(vector);
+            }
+        }
     }
 }
 
 impl std::fmt::Debug for Msix {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Msix({} vectors)", self.vectors.len())
+        write!(f, "Msix({} vectors)", self.count)
     }
 }
 
@@ -269,14 +265,126 @@ pub struct MsixPba(Arc<Msix>);
 
 impl DeviceOps for MsixPba {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        for (byte, at) in data
-            .iter_mut()
-            .zip(usize::try_from(offset).unwrap_or(usize::MAX)..)
-        {
-            let word = self.0.pending.get(at / 8);
-            *byte = word.map_or(0, |word| word.load(Ordering::SeqCst).to_le_bytes()[at % 8]);
+        let table = self.0.table.lock();
+        // The bits of the word that was looked at last.
+        let mut word = (u16::MAX, [0; 8]);
+        for (byte, at) in data.iter_mut().zip(offset..) {
+            let first = u16::try_from(at / 8 * 64).unwrap_or(u16::MAX);
+            if word.0 != first {
+                word = (first, self.0.pending(&table, first).to_le_bytes());
+            }
+            *byte = word.1[(at % 8) as usize];
         }
     }
 
     fn write(&self, _: u64, _: &[u8]) {}
+}
+
+/// `RUSTFLAGS="--cfg loom" cargo test -p devices --lib model`
+#[cfg(all(test, loom))]
+mod model {
+    use loom::thread;
+
+    use super::*;
+
+    const CONTROL: u16 = ENABLE;
+
+    /// KVM's irqfd: a counter that raises the vector while it is attached. The injection may come
+    /// later, on a kernel thread, and by the message of that moment; a detach waits for it.
+    #[derive(Default)]
+    struct Irqfd {
+        has_message: bool,
+        count: u32,
+        to_inject: bool,
+        injected: u32,
+        lost: u32,
+    }
+
+    impl Irqfd {
+        fn inject(&mut self) {
+            if std::mem::take(&mut self.to_inject) {
+                match self.has_message {
+                    true => self.injected += 1,
+                    false => self.lost += 1,
+                }
+            }
+        }
+    }
+
+    #[derive(Default)]
+    struct Target(Mutex<Irqfd>);
+
+    impl MsiTarget for Target {
+        fn route(&self, changes: &[(u16, Option<MsiMessage>)]) {
+            for (_, message) in changes {
+                let mut irqfd = self.0.lock();
+                if message.is_none() {
+                    irqfd.inject();
+                }
+                irqfd.has_message = message.is_some();
+                if irqfd.has_message && irqfd.count > 0 {
+                    irqfd.count = 0;
+                    irqfd.to_inject = true;
+                }
+            }
+        }
+
+        fn raise(&self, _: u16) {
+            let mut irqfd = self.0.lock();
+            match irqfd.has_message {
+                true => irqfd.to_inject = true,
+                false => irqfd.count += 1,
+            }
+        }
+
+        fn take_pending(&self, _: u16) -> bool {
+            let mut irqfd = self.0.lock();
+            !irqfd.has_message && std::mem::take(&mut irqfd.count) > 0
+        }
+    }
+
+    fn unmasked() -> (Arc<Target>, Arc<Msix>) {
+        let target = Arc::new(Target::default());
+        let msix = Msix::new(1, Arc::clone(&target) as Arc<dyn MsiTarget>);
+        msix.restore(&[[0; ENTRY_LEN]], &[], CONTROL, true);
+        (target, msix)
+    }
+
+    /// A guest that moves an interrupt to another CPU: mask, unmask. The device raises it once,
+    /// and the guest looks for pending bits.
+    #[test]
+    fn interrupt_survives_mask_and_unmask() {
+        loom::model(|| {
+            let (target, msix) = unmasked();
+            let device = {
+                let msix = Arc::clone(&msix);
+                thread::spawn(move || msix.raise(0))
+            };
+            msix.set_control(CONTROL | FUNCTION_MASK, true);
+            msix.pba().read(0, &mut [0; 8]);
+            msix.set_control(CONTROL, true);
+            device.join().unwrap();
+            let mut irqfd = target.0.lock();
+            irqfd.inject();
+            assert_eq!((irqfd.injected > 0, irqfd.lost), (true, 0));
+        });
+    }
+
+    /// A device that is raised while its registers are saved: the interrupt was sent, or the saved
+    /// state or a later one has it.
+    #[test]
+    fn interrupt_survives_save() {
+        loom::model(|| {
+            let (target, msix) = unmasked();
+            msix.set_control(CONTROL | FUNCTION_MASK, true);
+            let device = {
+                let msix = Arc::clone(&msix);
+                thread::spawn(move || msix.raise(0))
+            };
+            drop(msix.save());
+            device.join().unwrap();
+            assert_eq!(msix.save().1, [1]);
+            assert_eq!(target.0.lock().injected, 0);
+        });
+    }
 }

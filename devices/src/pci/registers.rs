@@ -10,6 +10,8 @@ const DEVICE: usize = 0x02;
 pub(super) const COMMAND: usize = 0x04;
 /// Of the command register: memory BARs answer.
 pub(super) const COMMAND_MEMORY: u16 = 1 << 1;
+/// Of the command register: the function may read and write memory, and send messages.
+pub(super) const COMMAND_MASTER: u16 = 1 << 2;
 const STATUS: usize = 0x06;
 const STATUS_CAPABILITIES: u16 = 1 << 4;
 const REVISION: usize = 0x08;
@@ -113,6 +115,10 @@ impl Registers {
         let status = self.get_u16(STATUS) | STATUS_CAPABILITIES;
         self.set(STATUS, &status.to_le_bytes());
         Some(free)
+    }
+
+    pub(super) fn is_master(&self) -> bool {
+        self.get_u16(COMMAND) & COMMAND_MASTER != 0
     }
 
     pub(super) fn get_u16(&self, at: usize) -> u16 {

@@ -152,4 +152,8 @@ impl MsiTarget for ByRoutes {
     fn raise(&self, vector: u16) {
         self.0.raise(vector);
     }
+
+    fn take_pending(&self, vector: u16) -> bool {
+        self.0.take_pending(vector)
+    }
 }
