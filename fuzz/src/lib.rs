@@ -2,13 +2,14 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::mpsc;
 
 use arbitrary::{Result, Unstructured};
-use devices::event_loop::{Actor, EventLoop, Flow, Sources};
+use devices::event_loop::EventLoop;
 use virtio_devices::block::{BlockConfig, LockMode, OnError};
 use virtio_devices::rate_limiter::RateLimits;
-use virtio_devices::testing::{Heard, TestBuffer, TestGuest, TestQueue, transport, workers};
+use virtio_devices::testing::{
+    Heard, TestBuffer, TestGuest, TestQueue, settle, transport, workers,
+};
 use virtio_devices::{QueueState, Transport, TransportEvent, VirtioDevice, Workers};
 
 /// Entries of each queue.
@@ -81,7 +82,7 @@ impl Machine {
             // A queue that was not negotiated is refused.
             let _ = self.device.start_queue(side);
         }
-        self.settle();
+        settle(&self.event_loop);
         for _ in 0..bytes.int_in_range(0..=3)? {
             let offset = bytes.int_in_range(0..=80)?;
             let data: [u8; 8] = bytes.arbitrary()?;
@@ -91,7 +92,7 @@ impl Machine {
             let index = bytes.int_in_range(0..=self.queues.len() - 1)?;
             self.lay_out(index, bytes)?;
             let _ = self.queues[index].kick.write(1);
-            self.settle();
+            settle(&self.event_loop);
         }
         Ok(())
     }
@@ -121,26 +122,6 @@ impl Machine {
             queue.offer(bytes.int_in_range(0..=SIZE)?);
         }
         Ok(())
-    }
-
-    /// Waits until the loop has done what it was asked so far.
-    fn settle(&self) {
-        struct Mark(mpsc::Sender<()>);
-        impl Actor for Mark {
-            fn woken(&mut self, _: &mut Sources<'_>) -> Flow {
-                let _ = self.0.send(());
-                Flow::Leave
-            }
-
-            fn ready(&mut self, _: usize, _: &mut Sources<'_>) -> Flow {
-                Flow::Leave
-            }
-
-            fn crashed(&mut self, _: &str) {}
-        }
-        let (reached, wait) = mpsc::channel();
-        self.event_loop.handle().adopt(|_| (Mark(reached), ()));
-        let _ = wait.recv();
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use state::{LoadError, LoadScope, SaveError, Scope};
 
 use crate::queue::{Queue, QueueError, QueueState};
-use crate::transport::Transport;
+use crate::transport::{Transport, copy};
 
 /// What kind of device it is (virtio 1.3, section 5).
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -99,9 +99,13 @@ pub trait VirtioDevice: Send {
     /// The greatest size of each queue, a power of two each: as many as there are queues.
     fn queue_sizes(&self) -> Vec<u16>;
 
-    /// Fills `data` with the device configuration space from `offset` on; zeros where there is
-    /// nothing.
-    fn read_config(&self, offset: usize, data: &mut [u8]);
+    /// Returns device configuration space as it is now.
+    fn config_space(&self) -> Vec<u8>;
+
+    /// Fills `data` with device configuration space from `offset` on; zeros past its end.
+    fn read_config(&self, offset: usize, data: &mut [u8]) {
+        copy(&self.config_space(), offset, data);
+    }
 
     /// Takes what the guest writes to device configuration space, any width at any offset.
     fn write_config(&mut self, offset: usize, data: &[u8]) {

@@ -10,11 +10,11 @@
     reason = "a test's helper fails the test"
 )]
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use devices::event_loop::EventLoop;
+use devices::event_loop::{Actor, EventLoop, Flow, Sources};
 use memory::{AddressSpace, RamBlock, RamConfig, RamSlice, SpaceKind, Topology};
 use parking_lot::Mutex;
 use vm_memory::{Bytes, GuestAddress};
@@ -132,6 +132,29 @@ pub fn transport() -> (Arc<Transport>, Heard) {
     });
     transport.connect_for_test(CONFIG_VECTOR);
     (Arc::new(transport), heard)
+}
+
+/// Waits until the loop has done all that it was woken for so far.
+pub fn settle(event_loop: &EventLoop) {
+    struct Mark(mpsc::Sender<()>);
+    impl Actor for Mark {
+        fn woken(&mut self, _: &mut Sources<'_>) -> Flow {
+            let _ = self.0.send(());
+            Flow::Leave
+        }
+
+        fn ready(&mut self, _: usize, _: &mut Sources<'_>) -> Flow {
+            Flow::Leave
+        }
+
+        fn crashed(&mut self, _: &str) {}
+    }
+    // Twice: a loop asks the kernel for events first, and then does what it was asked directly.
+    for _ in 0..2 {
+        let (reached, wait) = mpsc::channel();
+        event_loop.handle().adopt(|_| (Mark(reached), ()));
+        wait.recv_timeout(PATIENCE).unwrap();
+    }
 }
 
 /// One event loop of its own, and the way to it. The loop ends with the first value.

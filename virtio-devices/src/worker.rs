@@ -198,6 +198,11 @@ impl<T: QueueTask> TaskActor<T> {
         let Some(task) = slot.as_mut() else {
             return Flow::Leave;
         };
+        if self.transport.is_broken() {
+            // A queue beside this one broke the rules: nothing of the device is served until its
+            // driver resets it, which stops this task.
+            self.stage = Stage::Ended;
+        }
         let mut own = TaskSources {
             sources,
             watched: &mut self.watched,

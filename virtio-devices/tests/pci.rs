@@ -4,18 +4,25 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
+use devices::event_loop::EventLoop;
 use devices::pci::{BarMap, ConfigSpace, MsiMessage, MsiTarget, place_bar};
 use memory::{AddrRange, RegionId, SpaceKind, Topology};
 use parking_lot::Mutex;
 use proptest::prelude::*;
-use state::{Save, Store, Writer};
+use state::{LoadError, LoadScope, Save, SaveError, Scope, Store, Writer};
 use virtio_devices::rng::Rng;
-use virtio_devices::testing::{PATIENCE, TestBuffer, TestGuest, TestQueue, workers};
+use virtio_devices::testing::{PATIENCE, TestBuffer, TestGuest, TestQueue, settle, workers};
 use virtio_devices::vsock::Vsock;
-use virtio_devices::{BAR_LEN, Slot, TransportEvent, VirtioDevice, VirtioPci, Workers};
+use virtio_devices::{
+    BAR_LEN, DeviceError, DeviceId, Queue, QueueState, Slot, Transport, TransportEvent,
+    VirtioDevice, VirtioPci, Workers,
+};
 
 const BAR: u64 = 0xc000_0000;
+/// `VIRTIO_F_RING_RESET`, of the high half of the features.
+const RING_RESET_HIGH: u32 = 1 << 8;
 
 #[derive(Default)]
 struct Target {
@@ -52,7 +59,7 @@ struct Machine {
     target: Arc<Target>,
     events: Arc<Mutex<Vec<TransportEvent>>>,
     device: Arc<VirtioPci>,
-    _event_loop: devices::event_loop::EventLoop,
+    event_loop: EventLoop,
 }
 
 fn machine() -> Machine {
@@ -86,7 +93,7 @@ fn machine_with(device: impl FnOnce(Workers) -> Box<dyn VirtioDevice>) -> Machin
         target,
         events,
         device,
-        _event_loop: event_loop,
+        event_loop,
     }
 }
 
@@ -134,16 +141,10 @@ impl Machine {
         set(20, &[1]);
         set(20, &[3]);
         set(8, &1_u32.to_le_bytes());
-        set(12, &1_u32.to_le_bytes());
+        set(12, &(1_u32 | RING_RESET_HIGH).to_le_bytes());
         set(20, &[11]);
         assert_eq!(self.status(), 11, "features are accepted");
-        set(22, &0_u16.to_le_bytes());
-        set(24, &queue.rings.size.to_le_bytes());
-        set(26, &1_u16.to_le_bytes());
-        set(32, &queue.rings.descriptors.to_le_bytes());
-        set(40, &queue.rings.available.to_le_bytes());
-        set(48, &queue.rings.used.to_le_bytes());
-        set(28, &1_u16.to_le_bytes());
+        self.enable(queue);
         let table = 0x4000;
         self.write(table + 16, &0xfee0_0000_u64.to_le_bytes());
         self.write(table + 24, &0x31_u32.to_le_bytes());
@@ -157,8 +158,51 @@ impl Machine {
         set(20, &[15]);
     }
 
+    /// Sets queue 0 up and enables it.
+    fn enable(&self, queue: &TestQueue) {
+        let common = self.structure(1);
+        let set = |at: u64, data: &[u8]| self.write(common + at, data);
+        set(22, &0_u16.to_le_bytes());
+        set(24, &queue.rings.size.to_le_bytes());
+        set(26, &1_u16.to_le_bytes());
+        set(32, &queue.rings.descriptors.to_le_bytes());
+        set(40, &queue.rings.available.to_le_bytes());
+        set(48, &queue.rings.used.to_le_bytes());
+        set(28, &1_u16.to_le_bytes());
+    }
+
     fn kick(&self) {
         self.write(self.structure(2), &0_u32.to_le_bytes());
+    }
+
+    /// A buffer of the guest's for the device to fill.
+    fn send(&mut self, queue: &mut TestQueue) -> u16 {
+        let buffer = TestBuffer {
+            addr: self.guest.alloc(8),
+            len: 8,
+            writable: true,
+        };
+        let head = queue.describe(&[buffer]);
+        queue.offer(head);
+        self.kick();
+        head
+    }
+
+    fn save(&self) -> Vec<u8> {
+        let mut writer = Writer::default();
+        let mut scope = writer.scope("rng").unwrap();
+        self.device.save(&mut scope).unwrap();
+        writer.finish()
+    }
+
+    fn load(&self, saved: &[u8]) {
+        let mut store = Store::open(saved).unwrap();
+        let mut topology = self.topology.lock();
+        let mut tx = topology.begin();
+        let mut scope = store.scope("rng").unwrap();
+        self.device.load(&mut scope, &mut tx).unwrap();
+        tx.commit().unwrap();
+        store.finish().unwrap();
     }
 }
 
@@ -188,20 +232,9 @@ fn a_driver_finds_negotiates_and_is_served() {
         assert_eq!(*machine.target.raised.lock(), vec![1; round]);
         // Paused, saved, forgotten, loaded: the driver does not notice.
         machine.device.pause();
-        let mut writer = Writer::default();
-        let mut scope = writer.scope("rng").unwrap();
-        machine.device.save(&mut scope).unwrap();
-        let bytes = writer.finish();
+        let saved = machine.save();
         machine.device.reset();
-        let mut store = Store::open(&bytes).unwrap();
-        {
-            let mut topology = machine.topology.lock();
-            let mut tx = topology.begin();
-            let mut scope = store.scope("rng").unwrap();
-            machine.device.load(&mut scope, &mut tx).unwrap();
-            tx.commit().unwrap();
-        }
-        store.finish().unwrap();
+        machine.load(&saved);
         machine.device.resume();
     }
     assert_ne!(machine.guest.read(at, 64), [0; 64]);
@@ -228,16 +261,173 @@ fn a_guest_that_breaks_the_rules_stops_its_device_and_can_start_again() {
         [TransportEvent::Activated, TransportEvent::NeedsReset(why)] if why.contains("not RAM")));
     let mut queue = TestQueue::new(&mut machine.guest, 0, 16);
     machine.drive(&queue);
-    let at = machine.guest.alloc(8);
-    let buffer = TestBuffer {
-        addr: at,
-        len: 8,
-        writable: true,
-    };
-    let head = queue.describe(&[buffer]);
-    queue.offer(head);
-    machine.kick();
+    let head = machine.send(&mut queue);
     assert_eq!(queue.wait_used(), (head, 8));
+}
+
+/// A device that is no bus master cannot reach guest memory (PCI Local Bus 3.0, 6.2.2). Requests
+/// wait, as they do while the machine is paused.
+#[test]
+fn queues_wait_for_bus_mastering() {
+    let mut machine = machine();
+    machine.device.write(4, &[2, 0]);
+    let mut queue = TestQueue::new(&mut machine.guest, 0, 16);
+    machine.drive(&queue);
+    let head = machine.send(&mut queue);
+    settle(&machine.event_loop);
+    assert_eq!(queue.take_used(), None);
+    machine.device.write(4, &[6, 0]);
+    assert_eq!(queue.wait_used(), (head, 8));
+    // Off, through a migration, and on again.
+    machine.device.write(4, &[2, 0]);
+    let head = machine.send(&mut queue);
+    machine.device.pause();
+    let saved = machine.save();
+    machine.device.reset();
+    machine.load(&saved);
+    machine.device.resume();
+    settle(&machine.event_loop);
+    assert_eq!(queue.take_used(), None);
+    machine.device.write(4, &[6, 0]);
+    assert_eq!(queue.wait_used(), (head, 8));
+}
+
+/// The first version of saved state is of a program that did not look at the bit. Its guests go
+/// on, until they write the command register.
+#[test]
+fn old_guest_without_bus_mastering_is_served() {
+    let mut machine = machine();
+    // The same layout as that of the guest that was saved.
+    let mut queue = TestQueue::new(&mut machine.guest, 0, 16);
+    machine.load(include_bytes!("golden/virtio-pci-running.v1"));
+    for _ in 0..2 {
+        machine.device.resume();
+        let head = machine.send(&mut queue);
+        assert_eq!(queue.wait_used(), (head, 8));
+        // Still so when it moves on.
+        machine.device.pause();
+        let saved = machine.save();
+        machine.load(&saved);
+    }
+    machine.device.resume();
+    machine.device.write(4, &[2, 0]);
+    machine.send(&mut queue);
+    settle(&machine.event_loop);
+    assert_eq!(queue.take_used(), None);
+}
+
+#[test]
+fn broken_device_starts_no_queue() {
+    let plain = Plain::default();
+    let started = Arc::clone(&plain.started);
+    let mut machine = machine_with(|_| Box::new(plain));
+    machine.device.write(4, &[6, 0]);
+    let queue = TestQueue::new(&mut machine.guest, 0, 16);
+    machine.drive(&queue);
+    assert_eq!(started.load(Ordering::Relaxed), 1);
+    let common = machine.structure(1);
+    let set = |at: u64, data: &[u8]| machine.write(common + at, data);
+    // A queue that is moved while it is enabled.
+    set(32, &0x8000_u64.to_le_bytes());
+    assert_eq!(machine.status(), 15 | 0x40, "DEVICE_NEEDS_RESET");
+    // The queue is reset alone and enabled again; then bus mastering and a pause come and go.
+    set(58, &1_u16.to_le_bytes());
+    machine.enable(&queue);
+    machine.device.write(4, &[2, 0]);
+    machine.device.write(4, &[6, 0]);
+    machine.device.pause();
+    machine.device.resume();
+    // After a reset: ready before features were agreed upon, then ready as it should be.
+    set(20, &[0]);
+    set(20, &[4]);
+    assert_eq!(machine.status() & 0x40, 0x40);
+    set(8, &1_u32.to_le_bytes());
+    set(12, &1_u32.to_le_bytes());
+    machine.enable(&queue);
+    set(20, &[11]);
+    set(20, &[15]);
+    assert_eq!(started.load(Ordering::Relaxed), 1);
+    machine.drive(&queue);
+    assert_eq!(started.load(Ordering::Relaxed), 2, "a reset helps");
+}
+
+/// A device of one 64-bit field, which changes without telling, and a queue that it does not serve.
+#[derive(Default)]
+struct Plain {
+    config: Arc<AtomicU64>,
+    started: Arc<AtomicU64>,
+}
+
+impl VirtioDevice for Plain {
+    fn id(&self) -> DeviceId {
+        DeviceId::BLOCK
+    }
+
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        vec![16]
+    }
+
+    fn config_space(&self) -> Vec<u8> {
+        self.config.load(Ordering::Relaxed).to_le_bytes().to_vec()
+    }
+
+    fn activate(&mut self, _: u64, _: &Arc<Transport>) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    fn start_queue(&mut self, _: Queue) -> Result<(), DeviceError> {
+        self.started.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn stop_queue(&mut self, _: u16) -> Option<QueueState> {
+        None
+    }
+
+    fn queue_state(&self, _: u16) -> Option<QueueState> {
+        None
+    }
+
+    fn reset(&mut self) {}
+
+    fn save(&self, _: &mut Scope<'_>) -> Result<(), SaveError> {
+        Ok(())
+    }
+
+    fn load(&mut self, _: &mut LoadScope<'_, '_>) -> Result<(), LoadError> {
+        Ok(())
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        Vec::new()
+    }
+}
+
+/// A driver that reads a field in two halves finds out that they are not of the same value (virtio
+/// 1.3, 4.1.4.3.1), however little time has passed since the change.
+#[test]
+fn torn_read_of_config_space_changes_generation() {
+    let plain = Plain::default();
+    let value = Arc::clone(&plain.config);
+    value.store(0x1111_1111_1111_1111, Ordering::Relaxed);
+    let machine = machine_with(|_| Box::new(plain));
+    machine.device.write(4, &[6, 0]);
+    let generation = || machine.read(machine.structure(1) + 21, 1);
+    let config = machine.structure(4);
+    let before = generation();
+    assert_eq!(machine.read(config, 8), [0x11; 8]);
+    assert_eq!(generation(), before, "nothing has changed");
+    assert_eq!(machine.read(config, 4), [0x11; 4]);
+    value.store(0x2222_2222_2222_2222, Ordering::Relaxed);
+    assert_eq!(machine.read(config + 4, 4), [0x22; 4]);
+    let after = generation();
+    assert_ne!(after, before);
+    value.store(0x3333_3333_3333_3333, Ordering::Relaxed);
+    assert_ne!(generation(), after);
 }
 
 #[test]

@@ -28,7 +28,6 @@ const PAGE_SHIFT: u32 = 12;
 
 const QUEUE_SIZE: u16 = 128;
 /// Device configuration space: `num_pages` and `actual` (5.5.4).
-const CONFIG_LEN: usize = 8;
 const ACTUAL_AT: usize = 4;
 /// Inflate, deflate, statistics, reporting.
 const MAX_QUEUES: usize = 4;
@@ -135,14 +134,10 @@ impl VirtioDevice for Balloon {
         vec![QUEUE_SIZE; 3 + usize::from(self.free_page_reporting)]
     }
 
-    fn read_config(&self, offset: usize, data: &mut [u8]) {
-        let mut space = [0; CONFIG_LEN];
-        let (wanted, actual) = space.split_at_mut(ACTUAL_AT);
-        wanted.copy_from_slice(&self.shared.wanted.load(Ordering::Acquire).to_le_bytes());
-        actual.copy_from_slice(&pages(self.shared.actual.load(Ordering::Acquire)).to_le_bytes());
-        for (byte, at) in data.iter_mut().zip(offset..) {
-            *byte = space.get(at).copied().unwrap_or(0);
-        }
+    fn config_space(&self) -> Vec<u8> {
+        let wanted = self.shared.wanted.load(Ordering::Acquire);
+        let actual = pages(self.shared.actual.load(Ordering::Acquire));
+        [wanted.to_le_bytes(), actual.to_le_bytes()].concat()
     }
 
     fn write_config(&mut self, offset: usize, data: &[u8]) {

@@ -208,7 +208,7 @@ impl Block {
         Ok((device, BlockHandle { shared }))
     }
 
-    fn config_space(&self) -> [u8; CONFIG_LEN] {
+    fn config(&self) -> [u8; CONFIG_LEN] {
         let mut space = [0; CONFIG_LEN];
         let mut put = |at: usize, bytes: &[u8]| {
             if let Some(field) = space.get_mut(at..at + bytes.len()) {
@@ -279,11 +279,8 @@ impl VirtioDevice for Block {
         vec![self.queue_size; self.queues.into()]
     }
 
-    fn read_config(&self, offset: usize, data: &mut [u8]) {
-        let space = self.config_space();
-        for (byte, at) in data.iter_mut().zip(offset..) {
-            *byte = space.get(at).copied().unwrap_or(0);
-        }
+    fn config_space(&self) -> Vec<u8> {
+        self.config().to_vec()
     }
 
     fn write_config(&mut self, offset: usize, data: &[u8]) {

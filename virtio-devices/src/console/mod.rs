@@ -99,7 +99,9 @@ impl VirtioDevice for Console {
         vec![QUEUE_SIZE; 2]
     }
 
-    fn read_config(&self, _: usize, _: &mut [u8]) {}
+    fn config_space(&self) -> Vec<u8> {
+        Vec::new()
+    }
 
     fn activate(&mut self, _: u64, transport: &Arc<Transport>) -> Result<(), DeviceError> {
         self.transport = Some(Arc::clone(transport));

@@ -183,7 +183,7 @@ impl Net {
         Ok((device, NetHandle { shared }))
     }
 
-    fn config_space(&self) -> [u8; CONFIG_LEN] {
+    fn config(&self) -> [u8; CONFIG_LEN] {
         let mut space = [0; CONFIG_LEN];
         let announce = self.shared.announce.load(Ordering::Acquire);
         let status = VIRTIO_NET_S_LINK_UP | if announce { VIRTIO_NET_S_ANNOUNCE } else { 0 };
@@ -242,11 +242,8 @@ impl VirtioDevice for Net {
         sizes
     }
 
-    fn read_config(&self, offset: usize, data: &mut [u8]) {
-        let space = self.config_space();
-        for (byte, at) in data.iter_mut().zip(offset..) {
-            *byte = space.get(at).copied().unwrap_or(0);
-        }
+    fn config_space(&self) -> Vec<u8> {
+        self.config().to_vec()
     }
 
     fn activate(&mut self, features: u64, transport: &Arc<Transport>) -> Result<(), DeviceError> {

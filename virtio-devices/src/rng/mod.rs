@@ -79,7 +79,9 @@ impl VirtioDevice for Rng {
         vec![QUEUE_SIZE]
     }
 
-    fn read_config(&self, _: usize, _: &mut [u8]) {}
+    fn config_space(&self) -> Vec<u8> {
+        Vec::new()
+    }
 
     fn activate(&mut self, _: u64, transport: &Arc<Transport>) -> Result<(), DeviceError> {
         self.transport = Some(Arc::clone(transport));

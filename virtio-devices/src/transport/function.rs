@@ -22,8 +22,12 @@ pub(super) const DOORBELL_STRIDE: u64 = 4;
 struct State {
     common: CommonConfig,
     device: Box<dyn VirtioDevice>,
-    /// The machine stands: no queue is being served, whatever the driver says.
+    /// The machine is paused: no queue is served, whatever the driver says.
     paused: bool,
+    /// The device may read and write guest memory: without bus mastering no queue is served.
+    is_bus_master: bool,
+    /// Device configuration space as the driver last saw a part of it.
+    seen_config: Option<Vec<u8>>,
 }
 
 /// A virtio device, and what its driver has made of it. A transport's registers lead here.
@@ -63,6 +67,8 @@ impl VirtioFunction {
                 common: CommonConfig::new(device.features(), &sizes, vectors),
                 device,
                 paused: false,
+                is_bus_master: false,
+                seen_config: None,
             }),
         })
     }
@@ -87,8 +93,23 @@ impl VirtioFunction {
     pub(super) fn resume(&self) {
         let mut state = self.state.lock();
         state.paused = false;
-        if state.common.driver_ok() && !self.transport.is_broken() {
+        self.serve(&mut state);
+    }
+
+    /// The guest may have turned bus mastering on or off. Without it the queues stop where they are.
+    pub(super) fn follow_bus_master(&self, is_on: impl FnOnce() -> bool) {
+        let mut state = self.state.lock();
+        // Asked under the lock: of two vCPUs that change the bit, the later call finds the later
+        // value.
+        let is_on = is_on();
+        if state.is_bus_master == is_on {
+            return;
+        }
+        state.is_bus_master = is_on;
+        if is_on {
             self.serve(&mut state);
+        } else {
+            state.stop_queues();
         }
     }
 
@@ -131,7 +152,11 @@ impl VirtioFunction {
 
     /// Saves the transport's part and the device's. A device that is being served is saved as it
     /// is at this moment: of use only as a first guess.
-    pub(super) fn save(&self, to: &mut Scope<'_>) -> Result<(), SaveError> {
+    pub(super) fn save(
+        &self,
+        to: &mut Scope<'_>,
+        assumes_bus_master: bool,
+    ) -> Result<(), SaveError> {
         let mut state = self.state.lock();
         let State { common, device, .. } = &mut *state;
         for (index, queue) in (0_u16..).zip(common.queues_mut()) {
@@ -139,20 +164,22 @@ impl VirtioFunction {
                 queue.state = live;
             }
         }
-        to.put(&saved::V1 {
+        to.put(&saved::V2 {
             device: self.id.0,
             common: common.save(),
             isr: self.transport.isr.load(Ordering::Acquire),
             needs_reset: self.transport.is_broken(),
             config_generation: self.transport.config_generation.load(Ordering::Acquire),
+            assumes_bus_master,
         })?;
         device.save(&mut to.child("device")?)
     }
 
     /// Loads what [`VirtioFunction::save`] saved. The device is paused, before and after, and has no
     /// queue in hand: its rings are looked up by [`VirtioFunction::resume`], behind the one commit.
-    pub(super) fn load(&self, from: &mut LoadScope<'_, '_>) -> Result<(), LoadError> {
-        let saved: saved::V1 = from.take()?;
+    /// Returns whether bus mastering is to be assumed of a driver that is ready.
+    pub(super) fn load(&self, from: &mut LoadScope<'_, '_>) -> Result<bool, LoadError> {
+        let saved: saved::V2 = from.take()?;
         let mut state = self.state.lock();
         state.paused = true;
         state.reset(&self.transport);
@@ -176,11 +203,22 @@ impl VirtioFunction {
         }
         let driver_ok = state.common.driver_ok();
         transport.driver_ok.store(driver_ok, Ordering::Release);
-        state.device.load(&mut from.child("device")?)
+        state.device.load(&mut from.child("device")?)?;
+        Ok(saved.assumes_bus_master && driver_ok)
     }
 
-    /// Activates the device and starts the queues that are enabled.
+    /// Whether queues may be served. A device that needs a reset is not, whatever its driver
+    /// enables: its rings and requests are in a state that neither side knows (virtio 1.3, 2.1.2).
+    fn may_serve(&self, state: &State) -> bool {
+        let is_wanted = state.common.driver_ok() && !self.transport.is_broken();
+        is_wanted && state.is_bus_master && !state.paused
+    }
+
+    /// Activates the device and starts the queues that are enabled, if it may.
     fn serve(&self, state: &mut State) {
+        if !self.may_serve(state) {
+            return;
+        }
         let features = state.common.features();
         if let Err(error) = state.device.activate(features, &self.transport) {
             self.transport.needs_reset(&error.to_string());
@@ -196,7 +234,7 @@ impl VirtioFunction {
         let (Some(queue), Some(kick)) = (state.common.queues().get(at), self.kicks.get(at)) else {
             return;
         };
-        if !queue.enabled || state.paused {
+        if !queue.enabled || !self.may_serve(state) {
             return;
         }
         let setup = QueueSetup {
@@ -227,10 +265,8 @@ impl VirtioFunction {
             }
             Effect::DriverOk => {
                 self.transport.driver_ok.store(true, Ordering::Release);
-                // One that is paused is served when it goes on.
-                if !state.paused {
-                    self.serve(&mut state);
-                }
+                // A paused device is served when it is resumed.
+                self.serve(&mut state);
                 self.transport.tell(TransportEvent::Activated);
             }
             Effect::StartQueue(index) => self.start_queue(&mut state, index),
@@ -252,11 +288,21 @@ impl VirtioFunction {
         } else {
             0
         };
-        let generation = self.transport.config_generation.load(Ordering::Acquire);
-        let image = self.state.lock().common.image(needs_reset, generation);
-        for (byte, from) in data.iter_mut().zip(at..) {
-            *byte = image.get(from).copied().unwrap_or(0);
+        let mut state = self.state.lock();
+        let (_, generation) = self.config(&mut state);
+        copy(&state.common.image(needs_reset, generation), at, data);
+    }
+
+    /// Device configuration space and its generation, which is another whenever the driver could
+    /// see a change: also one that the device makes without telling, between two reads of a field
+    /// that is wider than the driver's accesses (virtio 1.3, 4.1.4.3.1).
+    fn config<'a>(&self, state: &'a mut State) -> (&'a [u8], u8) {
+        let now = state.device.config_space();
+        if state.seen_config.as_ref().is_some_and(|seen| *seen != now) {
+            self.transport.next_generation();
         }
+        let generation = self.transport.config_generation.load(Ordering::Acquire);
+        (state.seen_config.insert(now), generation)
     }
 }
 
@@ -293,8 +339,8 @@ impl VirtioDevice for Gone {
         Vec::new()
     }
 
-    fn read_config(&self, _: usize, data: &mut [u8]) {
-        data.fill(0);
+    fn config_space(&self) -> Vec<u8> {
+        Vec::new()
     }
 
     fn activate(&mut self, _: u64, _: &Arc<Transport>) -> Result<(), DeviceError> {
@@ -336,6 +382,13 @@ impl fmt::Debug for VirtioFunction {
     }
 }
 
+/// Fills `data` with a register file from `at` on; past its end, with zeros.
+pub(crate) fn copy(registers: &[u8], at: usize, data: &mut [u8]) {
+    for (byte, at) in data.iter_mut().zip(at..) {
+        *byte = registers.get(at).copied().unwrap_or(0);
+    }
+}
+
 fn offset(offset: u64) -> usize {
     usize::try_from(offset).unwrap_or(usize::MAX)
 }
@@ -372,8 +425,9 @@ pub(super) struct DeviceRegisters(pub(super) Arc<VirtioFunction>);
 
 impl DeviceOps for DeviceRegisters {
     fn read(&self, at: u64, data: &mut [u8]) {
-        data.fill(0);
-        self.0.state.lock().device.read_config(offset(at), data);
+        let mut state = self.0.state.lock();
+        let (space, _) = self.0.config(&mut state);
+        copy(space, offset(at), data);
     }
 
     fn write(&self, at: u64, data: &[u8]) {

@@ -8,6 +8,7 @@ mod saved;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
 
+pub(crate) use self::function::copy;
 pub use self::pci::{BAR_LEN, Retired, Slot, VirtioPci, VirtioPciError, vectors};
 use crate::limits::MAX_QUEUES;
 
@@ -84,7 +85,7 @@ impl Transport {
 
     /// Tells the driver that device configuration space has changed.
     pub fn config_changed(&self) {
-        self.config_generation.fetch_add(1, Ordering::AcqRel);
+        self.next_generation();
         if self.driver_ok.load(Ordering::Acquire) {
             self.isr.fetch_or(ISR_CONFIG, Ordering::AcqRel);
             self.raise(self.config_vector.load(Ordering::Acquire));
@@ -105,7 +106,12 @@ impl Transport {
         self.tell(TransportEvent::Stalled(why.to_owned()));
     }
 
-    fn is_broken(&self) -> bool {
+    fn next_generation(&self) {
+        self.config_generation.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// Whether the device needs a reset: none of its queues is served until then.
+    pub(crate) fn is_broken(&self) -> bool {
         self.needs_reset.load(Ordering::Acquire)
     }
 

@@ -203,6 +203,12 @@ impl VirtioPci {
     pub fn reset(&self) {
         self.function.reset();
         self.endpoint.reset();
+        self.follow_bus_master();
+    }
+
+    fn follow_bus_master(&self) {
+        self.function
+            .follow_bus_master(|| self.endpoint.is_bus_master());
     }
 
     /// Lets go of what only one machine may have at a time: the guest moves to another. It is
@@ -255,7 +261,13 @@ impl VirtioPci {
         tx: &mut Transaction<'_>,
     ) -> Result<(), LoadError> {
         self.endpoint.load(&mut from.child("pci")?, tx)?;
-        self.function.load(&mut from.child("virtio")?)
+        let is_old = self.function.load(&mut from.child("virtio")?)?;
+        // A guest that was saved before the bit was honoured may run without it, and must go on.
+        if is_old && !self.endpoint.is_bus_master() {
+            self.endpoint.assume_bus_master();
+        }
+        self.follow_bus_master();
+        Ok(())
     }
 
     /// An access through configuration space (4.1.4.9): offset and length are in the capability.
@@ -338,6 +350,7 @@ impl ConfigSpace for VirtioPci {
 
     fn write(&self, at: usize, data: &[u8]) {
         self.endpoint.write(at, data);
+        self.follow_bus_master();
         if self.is_window(at) {
             self.through_window(Access::Write(data));
         }
@@ -347,7 +360,8 @@ impl ConfigSpace for VirtioPci {
 impl Save for VirtioPci {
     fn save(&self, to: &mut Scope<'_>) -> Result<(), SaveError> {
         self.endpoint.save(&mut to.child("pci")?)?;
-        self.function.save(&mut to.child("virtio")?)
+        let assumed = self.endpoint.assumes_bus_master();
+        self.function.save(&mut to.child("virtio")?, assumed)
     }
 }
 

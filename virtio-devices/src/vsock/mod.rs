@@ -142,11 +142,8 @@ impl VirtioDevice for Vsock {
         vec![QUEUE_SIZE; QUEUES]
     }
 
-    fn read_config(&self, offset: usize, data: &mut [u8]) {
-        let cid = self.cid.to_le_bytes();
-        for (byte, at) in data.iter_mut().zip(offset..) {
-            *byte = cid.get(at).copied().unwrap_or(0);
-        }
+    fn config_space(&self) -> Vec<u8> {
+        self.cid.to_le_bytes().to_vec()
     }
 
     fn activate(&mut self, _: u64, transport: &Arc<Transport>) -> Result<(), DeviceError> {
