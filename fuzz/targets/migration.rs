@@ -11,8 +11,8 @@ use arbitrary::Unstructured;
 use libfuzzer_sys::fuzz_target;
 use memory::{RamBlock, RamConfig};
 use migration::{
-    Accept, Block, Closer, Fate, Host, Journal, NoJournal, Offer, Progress, Receiving, Refusal,
-    Stream, Target, receive,
+    Accept, Block, Closer, Decision, Destination, Fate, Host, Journal, NoJournal, Offer, Progress,
+    Receiving, Refusal, Stream, receive,
 };
 
 /// What was said before, and nothing more. What is answered is of no interest.
@@ -57,7 +57,7 @@ impl Accept for Connections {
 
 struct Machine(Arc<RamBlock>);
 
-impl Target for Machine {
+impl Destination for Machine {
     fn blocks(&self) -> Vec<Block> {
         vec![Block {
             name: "ram".to_owned(),
@@ -65,7 +65,7 @@ impl Target for Machine {
         }]
     }
 
-    fn guess(&mut self, _: &[u8]) -> Result<(), Refusal> {
+    fn dry_run(&mut self, _: &[u8]) -> Result<(), Refusal> {
         Ok(())
     }
 
@@ -87,7 +87,7 @@ impl Target for Machine {
 struct Machines;
 
 impl Host for Machines {
-    fn prepare(&self, _: uuid::Uuid, _: &Offer, _: Vec<File>) -> Result<Box<dyn Target>, Refusal> {
+    fn prepare(&self, _: uuid::Uuid, _: &Offer, _: Vec<File>) -> Result<Box<dyn Destination>, Refusal> {
         let ram = RamBlock::new(&RamConfig::anonymous(64 << 10)).expect("memory");
         Ok(Box::new(Machine(Arc::new(ram))))
     }
@@ -152,11 +152,12 @@ fuzz_target!(|input: &[u8]| {
         }
     }
     let progress = Progress::default();
-    let canceler = progress.clone();
+    let decision = Decision::default();
+    let (watched, decides) = (progress.clone(), decision.clone());
     // Where it waits for a decision, it is over.
     let watch = std::thread::spawn(move || {
-        while !canceler.report().phase.is_over() {
-            let _ = canceler.resolve(migration::Resolution::Discard);
+        while !watched.report().phase.is_over() {
+            let _ = decides.resolve(migration::Resolution::Discard);
             std::thread::sleep(Duration::from_millis(1));
         }
     });
@@ -164,6 +165,7 @@ fuzz_target!(|input: &[u8]| {
         accept: &mut Connections(connections),
         host: &Machines,
         progress: &progress,
+        decision: &decision,
         patience: Duration::from_millis(20),
         lingers: &|| {},
     };

@@ -18,6 +18,7 @@ use uuid::Uuid;
 use self::incoming::{Incoming, take_pages};
 use self::pending::PendingConnections;
 use self::postcopy::PostcopyReceiver;
+use crate::decision::Decision;
 use crate::journal::{Journal, Step};
 use crate::link::{Accept, Closer, Stream};
 use crate::message::{Channel, Control, Hello, Offer, Refusal, ToDestination, ToSource};
@@ -108,6 +109,8 @@ pub struct Receiving<'a> {
     pub host: &'a dyn Host,
     /// Where it is told how it goes.
     pub progress: &'a Progress,
+    /// Carries cancel requests and resolutions.
+    pub decision: &'a Decision,
     /// How long the source may be silent.
     pub patience: Duration,
     /// Called when it is certain whether the guest runs here, and [`receive`] does not return yet: a
@@ -124,6 +127,7 @@ pub fn receive(receiving: Receiving<'_>) -> Result<(), Refusal> {
         accept,
         host,
         progress,
+        decision,
         patience,
         lingers,
     } = receiving;
@@ -138,6 +142,7 @@ pub fn receive(receiving: Receiving<'_>) -> Result<(), Refusal> {
         let mut session = Session {
             host,
             progress,
+            decision,
             patience,
             connections_in: &connections_in,
         };
@@ -152,6 +157,7 @@ pub fn receive(receiving: Receiving<'_>) -> Result<(), Refusal> {
                 report.error = Some(why.clone());
             }
         });
+        decision.release_connections();
         if let Some((id, answer)) = pending_abort {
             lingers();
             session.linger(id, &answer);
@@ -219,6 +225,7 @@ type RoundEnd = (u16, Result<u32, MigrationError>);
 struct Session<'a> {
     host: &'a dyn Host,
     progress: &'a Progress,
+    decision: &'a Decision,
     patience: Duration,
     connections_in: &'a Receiver<Connection>,
 }
@@ -237,7 +244,7 @@ impl Session<'_> {
             // The source was told the same.
             Err(Failed::Refused(why)) => (Err(why), None),
             Err(Failed::Unheard(why, answer)) => (Err(why), Some((id, answer))),
-            Err(Failed::MigrationError(MigrationError::Wire(_))) if self.progress.is_canceled() => {
+            Err(Failed::MigrationError(MigrationError::Wire(_))) if self.decision.is_canceled() => {
                 (Err(MigrationError::Canceled.refusal()), None)
             }
             Err(Failed::MigrationError(error)) => (Err(error.refusal()), None),
@@ -247,7 +254,7 @@ impl Session<'_> {
     /// The first control connection.
     fn first(&self) -> Result<Connection, Refusal> {
         loop {
-            if self.progress.is_canceled() {
+            if self.decision.is_canceled() {
                 return Err(MigrationError::Canceled.refusal());
             }
             let connection = match self.connections_in.recv_timeout(self.patience / POLLS) {
@@ -335,6 +342,7 @@ impl Session<'_> {
                 again: None,
                 memory: &memory_here,
                 faults: None,
+                question: None,
                 start_watch: &mut || {
                     let watch = || {
                         if let Some(receiver) = memory_here.receiver.get() {
@@ -377,7 +385,7 @@ impl Session<'_> {
             .set_patience(self.patience)
             .and_then(|()| stream.closer());
         let closer = adopted.map_err(|error| MigrationError::Wire(error.into()))?;
-        self.progress.close_on_cancel(closer);
+        self.decision.close_on_cancel(closer);
         Ok(Control::new(stream))
     }
 

@@ -19,11 +19,12 @@
 //!
 //! The source lets the guest run again if anything fails before it has written `Commit`, and never
 //! after; the destination never before it has got it. Who does not know how it stands asks, or waits
-//! for somebody to decide ([`Progress::resolve`]). docs/migration.md has the table of what happens
+//! for somebody to decide ([`Decision::resolve`]). docs/migration.md has the table of what happens
 //! when.
 
 #![forbid(unsafe_code)]
 
+mod decision;
 mod destination;
 mod journal;
 mod link;
@@ -41,13 +42,14 @@ mod wire;
 use std::fmt;
 use std::time::Duration;
 
+pub use decision::{Decision, Resolution, TooLate};
 pub use destination::{Destination, Fate, Host, Receiving, receive};
 pub use journal::{Entry, FileJournal, Journal, NoJournal, Side, Step};
 pub use link::{Accept, Closer, Dial, Endpoint, InvalidEndpoint, Listener, Stream};
 pub use message::{BlockInfo, Offer, Refusal};
 pub use pages::Block;
 pub use policy::{AtDeadline, MAX_CONNECTIONS, Mode, Policy};
-pub use progress::{Downtime, Phase, Progress, Report, Resolution, TooLate};
+pub use progress::{Downtime, Phase, Progress, Report};
 pub use source::{Outcome, PendingAbort, Sending, Source, send};
 
 pub use tls::{TlsDial, TlsError, TlsListener};

@@ -4,10 +4,9 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
-use crate::link::Closer;
 use crate::message::Refusal;
 
 /// Where a migration is.
@@ -108,33 +107,14 @@ pub struct Report {
     pub error: Option<Refusal>,
 }
 
-/// What somebody decides of a migration that is in doubt.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Resolution {
-    /// The guest goes on here.
-    Run,
-    /// It does not, and is forgotten here.
-    Discard,
-}
-
-/// It is too late: the guest has been given away.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the guest has been handed over; the migration can no longer be called off")]
-pub struct TooLate;
-
 struct State {
     report: Report,
     begun: Instant,
-    committed: bool,
-    canceled: bool,
-    resolution: Option<Resolution>,
-    closers: Vec<Closer>,
 }
 
-/// Shared by a migration's engine and those who watch it.
+/// The report of a migration: written by its engine, read by anyone. Clones share it.
 #[derive(Clone)]
-pub struct Progress(Arc<(Mutex<State>, Condvar)>);
+pub struct Progress(Arc<Mutex<State>>);
 
 impl Default for Progress {
     fn default() -> Self {
@@ -161,12 +141,8 @@ impl Default for Progress {
         let state = State {
             report,
             begun: Instant::now(),
-            committed: false,
-            canceled: false,
-            resolution: None,
-            closers: Vec::new(),
         };
-        Self(Arc::new((Mutex::new(state), Condvar::new())))
+        Self(Arc::new(Mutex::new(state)))
     }
 }
 
@@ -174,7 +150,7 @@ impl Progress {
     /// How it is going at this moment.
     #[must_use]
     pub fn report(&self) -> Report {
-        let state = self.0.0.lock();
+        let state = self.0.lock();
         let mut report = state.report.clone();
         if !report.phase.is_over() {
             report.elapsed_us = micros(state.begun.elapsed());
@@ -182,117 +158,23 @@ impl Progress {
         report
     }
 
-    /// Calls it off: the engine ends it at its next step, and the guest stays where it was.
-    ///
-    /// # Errors
-    /// When the guest has been given away already.
-    pub fn cancel(&self) -> Result<(), TooLate> {
-        let mut state = self.0.0.lock();
-        if state.committed {
-            return Err(TooLate);
-        }
-        state.canceled = true;
-        state.closers.iter().for_each(Closer::close);
-        self.0.1.notify_all();
-        Ok(())
-    }
-
-    /// Decides what becomes of the guest where it is in doubt. False if it is not.
-    #[must_use]
-    pub fn resolve(&self, resolution: Resolution) -> bool {
-        let mut state = self.0.0.lock();
-        let may_be = match state.report.phase {
-            Phase::InDoubt => true,
-            // Half of its memory is elsewhere.
-            Phase::PostcopyPaused => resolution == Resolution::Discard,
-            _ => false,
-        };
-        if !may_be {
-            return false;
-        }
-        state.resolution = Some(resolution);
-        self.0.1.notify_all();
-        true
-    }
-
-    /// Waits until it is over, for so long at most.
-    #[must_use]
-    pub fn wait_over(&self, patience: Duration) -> Report {
-        let deadline = Instant::now() + patience;
-        let mut state = self.0.0.lock();
-        while !state.report.phase.is_over() {
-            if self.0.1.wait_until(&mut state, deadline).timed_out() {
-                break;
-            }
-        }
-        drop(state);
-        self.report()
-    }
-
     pub(crate) fn update(&self, change: impl FnOnce(&mut Report)) {
-        let mut state = self.0.0.lock();
+        let mut state = self.0.lock();
         let before = state.report.phase;
         change(&mut state.report);
-        if state.report.phase != before {
-            // What was decided of one doubt decides nothing of another.
-            state.resolution = None;
-            if state.report.phase.is_over() {
-                state.report.elapsed_us = micros(state.begun.elapsed());
-                state.closers.clear();
-            }
-            self.0.1.notify_all();
+        if state.report.phase != before && state.report.phase.is_over() {
+            state.report.elapsed_us = micros(state.begun.elapsed());
         }
     }
 
     pub(crate) fn enter(&self, phase: Phase) {
         self.update(|report| report.phase = phase);
     }
-
-    pub(crate) fn is_canceled(&self) -> bool {
-        self.0.0.lock().canceled
-    }
-
-    /// The point of no return. False if it was called off before.
-    pub(crate) fn commit(&self) -> bool {
-        let mut state = self.0.0.lock();
-        if state.canceled {
-            return false;
-        }
-        state.committed = true;
-        // There is nothing to be closed any more.
-        state.closers.clear();
-        true
-    }
-
-    /// Ends all connections: who sends over one of them does not wait any longer.
-    pub(crate) fn close_all(&self) {
-        self.0.0.lock().closers.iter().for_each(Closer::close);
-    }
-
-    /// Has this closed when the migration is called off, or at once if it was.
-    pub(crate) fn close_on_cancel(&self, closer: Closer) {
-        let mut state = self.0.0.lock();
-        if state.canceled {
-            closer.close();
-        }
-        if !state.committed {
-            state.closers.push(closer);
-        }
-    }
-
-    /// What was decided, when something was within this time.
-    pub(crate) fn wait_resolution(&self, patience: Duration) -> Option<Resolution> {
-        let mut state = self.0.0.lock();
-        if state.resolution.is_none() {
-            self.0.1.wait_for(&mut state, patience);
-        }
-        state.resolution.take()
-    }
 }
 
 impl fmt::Debug for Progress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Progress({:?})", self.0.0.lock().report.phase)
+        write!(f, "Progress({:?})", self.0.lock().report.phase)
     }
 }
 

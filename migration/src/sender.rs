@@ -9,6 +9,7 @@ use memory::DirtyPages;
 use parking_lot::Mutex;
 
 use crate::MigrationError;
+use crate::decision::Decision;
 use crate::link::Stream;
 use crate::pages::{self, BATCH, Batch, Block, PAGE, Run};
 use crate::progress::Progress;
@@ -55,6 +56,7 @@ pub(crate) struct Work<'a, I> {
     pub(crate) cut: Option<Instant>,
     pub(crate) round: u32,
     pub(crate) progress: Progress,
+    pub(crate) decision: Decision,
 }
 
 impl<I: Iterator<Item = Run>> Work<'_, I> {
@@ -191,7 +193,7 @@ impl Ram {
         while work.cut.is_none_or(|cut| Instant::now() < cut) {
             let next = work.batches.lock().next();
             let Some(run) = next else { break };
-            if work.progress.is_canceled() {
+            if work.decision.is_canceled() {
                 return Err(MigrationError::Canceled);
             }
             let bytes = self.send_batch(work.blocks, run, &work.progress)?;

@@ -15,6 +15,7 @@ use uuid::Uuid;
 
 pub use self::hand_over::PendingAbort;
 use self::postcopy::FaultServer;
+use crate::decision::Decision;
 use crate::journal::{Journal, Step};
 use crate::link::{Dial, Stream};
 use crate::message::{self, Channel, Control, Hello, Offer, Refusal, ToDestination, ToSource};
@@ -114,8 +115,10 @@ pub struct Sending<'a> {
     pub dial: &'a dyn Dial,
     /// Records the steps of the hand-over.
     pub journal: &'a mut dyn Journal,
-    /// Receives the progress report, and carries cancel requests.
+    /// Receives the progress report.
     pub progress: &'a Progress,
+    /// Carries cancel requests and resolutions.
+    pub decision: &'a Decision,
 }
 
 /// The result of an outgoing migration.
@@ -164,6 +167,7 @@ pub fn send(mut sending: Sending<'_>, source: &mut dyn Source) -> Outcome {
             report.error = Some(why.clone());
         }
     });
+    sending.decision.release_connections();
     outcome
 }
 
@@ -209,7 +213,7 @@ impl Engine<'_, '_> {
         let hello = Hello::new(sending.id, channel);
         let stream = dial_channel(sending.dial, sending.policy.patience, &hello)?;
         let closer = stream.closer().map_err(WireError::from)?;
-        sending.progress.close_on_cancel(closer);
+        sending.decision.close_on_cancel(closer);
         Ok(stream)
     }
 
@@ -244,7 +248,7 @@ impl Engine<'_, '_> {
     }
 
     fn check(&self) -> Result<(), MigrationError> {
-        if self.sending.progress.is_canceled() {
+        if self.sending.decision.is_canceled() {
             Err(MigrationError::Canceled)
         } else {
             Ok(())
@@ -440,7 +444,7 @@ impl Engine<'_, '_> {
             _ => None,
         })?;
         self.downtime.transfer_us = micros(sending.elapsed());
-        if !progress.commit() {
+        if !self.sending.decision.commit() {
             return Err(MigrationError::Canceled);
         }
         let given = self.sending.journal.record(Step::Commit);
@@ -460,6 +464,7 @@ impl Engine<'_, '_> {
             cut: None,
             round,
             progress: self.sending.progress.clone(),
+            decision: self.sending.decision.clone(),
         };
         let every = self.sending.policy.patience / KEEPALIVES;
         let (control, source) = (

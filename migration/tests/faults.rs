@@ -19,9 +19,9 @@ use std::time::{Duration, Instant};
 
 use memory::{RamBlock, RamConfig};
 use migration::{
-    Accept, Block, BlockInfo, Closer, Destination, Dial, Fate, Host, Journal, Mode, Offer, Outcome,
-    Phase, Policy, Progress, Receiving, Refusal, Resolution, Sending, Source, Step, Stream,
-    receive, send,
+    Accept, Block, BlockInfo, Closer, Decision, Destination, Dial, Fate, Host, Journal, Mode,
+    Offer, Outcome, Phase, Policy, Progress, Receiving, Refusal, Resolution, Sending, Source, Step,
+    Stream, receive, send,
 };
 use uuid::Uuid;
 
@@ -531,6 +531,7 @@ fn destination(
     host: TestHost,
     from: Receiver<UnixStream>,
     progress: &Progress,
+    decision: &Decision,
     patience: Duration,
 ) -> Phase {
     let (mut host, mut from) = (host, from);
@@ -543,6 +544,7 @@ fn destination(
             accept: &mut accept,
             host: &host,
             progress,
+            decision,
             patience,
             lingers: &|| {},
         };
@@ -588,8 +590,9 @@ fn run(seed: u64, script: Script) -> (Ending, Arc<World>) {
         papers: Mutex::default(),
     };
     let (here, there) = (Progress::default(), Progress::default());
-    let (far, patience) = (there.clone(), script.patience());
-    let receiver = thread::spawn(move || destination(host, from, &far, patience));
+    let (decide_here, decide_there) = (Decision::default(), Decision::default());
+    let (far, decide_far, patience) = (there.clone(), decide_there.clone(), script.patience());
+    let receiver = thread::spawn(move || destination(host, from, &far, &decide_far, patience));
     let mut source = TestSource {
         ram: ram(),
         world: Arc::clone(&world),
@@ -609,22 +612,22 @@ fn run(seed: u64, script: Script) -> (Ending, Arc<World>) {
         ..Policy::default()
     };
     let canceler = script.cancel_after_us.map(|us| {
-        let progress = here.clone();
+        let decision = decide_here.clone();
         thread::spawn(move || {
             thread::sleep(Duration::from_micros(us));
-            progress.cancel()
+            decision.cancel()
         })
     });
     let refuser = script.refuse_after_us.map(|us| {
-        let progress = there.clone();
+        let decision = decide_there.clone();
         thread::spawn(move || {
             thread::sleep(Duration::from_micros(us));
-            progress.cancel()
+            decision.cancel()
         })
     });
     // Somebody decides where a side cannot: a source whose destination is not to be reached has the
     // guest; so has a destination whose source is dead.
-    let (watched, other) = (here.clone(), there.clone());
+    let (watched, other) = (decide_here.clone(), decide_there.clone());
     let (dead, stop) = (Arc::clone(&source_life), Arc::new(AtomicBool::new(false)));
     let (ended, mourned) = (Arc::clone(&stop), Arc::clone(&world));
     let operator = thread::spawn(move || {
@@ -653,6 +656,7 @@ fn run(seed: u64, script: Script) -> (Ending, Arc<World>) {
         dial: &dial,
         journal: &mut journal,
         progress: &here,
+        decision: &decide_here,
     };
     let outcome = send(sending, &mut source);
     let took = start.elapsed();
@@ -666,7 +670,7 @@ fn run(seed: u64, script: Script) -> (Ending, Arc<World>) {
             assert!(start.elapsed() < BOUND, "SEED={seed}: {:?}", there.report());
             thread::sleep(Duration::from_micros(200));
         }
-        let _ = there.cancel();
+        let _ = decide_there.cancel();
     }
     drop(dial);
     let destination = receiver.join().unwrap();
@@ -793,23 +797,24 @@ fn strangers_hold_nobody_up() {
         life,
         papers: Mutex::default(),
     };
-    let progress = Progress::default();
+    let (progress, decision) = (Progress::default(), Decision::default());
     let receiving = Receiving {
         accept: &mut accept,
         host: &host,
         progress: &progress,
+        decision: &decision,
         patience: LONG_PATIENCE,
         lingers: &|| {},
     };
     let (mut near, far) = UnixStream::pair().unwrap();
     to.send(far).unwrap();
     let canceler = {
-        let progress = progress.clone();
+        let decision = decision.clone();
         thread::spawn(move || {
             // The beginning of a greeting that is as long as one may be.
             near.write_all(&[1, 0, 0, 0, 0, 16, 0, 0]).unwrap();
             thread::sleep(Duration::from_millis(200));
-            progress.cancel().unwrap();
+            decision.cancel().unwrap();
             // It says the rest byte by byte, as long as it is listened to.
             while near.write_all(&[0]).is_ok() {
                 thread::sleep(Duration::from_millis(100));

@@ -11,11 +11,12 @@ use super::{
     Connection, Destination, Ended, Failed, IncomingMemory, POLLS, RoundEnd, Session, answer_ping,
     busy, refuse,
 };
+use crate::decision::{Doubt, Question, Resolution};
 use crate::journal::{Journal, Step};
 use crate::link::{Closer, Stream};
 use crate::message::{Channel, Control, Refusal, ToDestination, ToSource};
 use crate::pages::{self, Content};
-use crate::progress::{Phase, Progress, Resolution, micros};
+use crate::progress::{Phase, Progress, micros};
 use crate::wire::{Kind, Reader, WireError};
 use crate::{KEEPALIVES, MigrationError, PAGES_PATIENCE};
 
@@ -38,6 +39,8 @@ pub(super) struct Incoming<'a, 'b> {
     pub(super) memory: &'a IncomingMemory,
     /// Where pages are asked for that come after the guest.
     pub(super) faults: Option<Box<dyn Stream>>,
+    /// Open while no source is connected that could decide.
+    pub(super) question: Option<Question>,
     pub(super) start_watch: &'b mut dyn FnMut() -> std::io::Result<()>,
     pub(super) closers: Vec<Closer>,
     pub(super) start_channel: &'b mut dyn FnMut(u16, Box<dyn Stream>) -> std::io::Result<()>,
@@ -94,7 +97,7 @@ impl Incoming<'_, '_> {
                 // It has given these up.
                 return Err(WireError::Closed.into());
             }
-            if self.session.progress.is_canceled() {
+            if self.session.decision.is_canceled() {
                 return Err(MigrationError::Canceled);
             }
             if Instant::now() > deadline {
@@ -143,7 +146,7 @@ impl Incoming<'_, '_> {
                     self.check_postcopy()?;
                     let load_us = micros(start.elapsed());
                     // From here on it is the source's to decide, or somebody's who resolves it.
-                    if !self.session.progress.commit() {
+                    if !self.session.decision.commit() {
                         return Err(MigrationError::Canceled.into());
                     }
                     let written = self.journal.record(Step::Ready);
@@ -178,7 +181,7 @@ impl Incoming<'_, '_> {
                     }
                 }
                 Ok((_, Err(error))) => return Err(error),
-                Err(_) if self.session.progress.is_canceled() => {
+                Err(_) if self.session.decision.is_canceled() => {
                     return Err(MigrationError::Canceled);
                 }
                 Err(_) => {}
@@ -224,7 +227,7 @@ impl Incoming<'_, '_> {
                     let (ours, other) =
                         prepared.map_err(|error| MigrationError::Wire(error.into()))?;
                     self.closers.push(ours);
-                    self.session.progress.close_on_cancel(other);
+                    self.session.decision.close_on_cancel(other);
                     let started = (self.start_channel)(index, stream);
                     started.map_err(|error| MigrationError::here("host-refused", error))?;
                 }
@@ -249,6 +252,10 @@ impl Incoming<'_, '_> {
 
     fn enter_doubt(&mut self, error: &MigrationError) {
         self.control = None;
+        // Before the report shows the doubt: an operator who sees it can resolve it.
+        let decision = self.session.decision;
+        self.question
+            .get_or_insert_with(|| decision.ask(Doubt::HandOver));
         self.session.progress.update(|report| {
             report.phase = Phase::InDoubt;
             report.error = Some(error.refusal());
@@ -284,7 +291,8 @@ impl Incoming<'_, '_> {
                 }
                 continue;
             }
-            match self.session.progress.wait_resolution(tick) {
+            let decided = self.question.as_ref().and_then(|open| open.wait(tick));
+            match decided {
                 Some(Resolution::Run) => {
                     let (since, paused) = self.ready.unwrap_or((Instant::now(), false));
                     return self.start(since.elapsed(), paused);
@@ -364,6 +372,9 @@ impl Incoming<'_, '_> {
             };
             tracing::warn!(migration = %self.id, %error, left = receiver.left(), "pages of a guest do not come");
             receiver.disconnect();
+            let decision = self.session.decision;
+            self.question
+                .get_or_insert_with(|| decision.ask(Doubt::Postcopy));
             self.closers.drain(..).for_each(|closer| closer.close());
             self.control = None;
             progress.update(|report| {
@@ -404,7 +415,8 @@ impl Incoming<'_, '_> {
             if let Some(control) = self.again.take() {
                 break control;
             }
-            if self.session.progress.wait_resolution(tick) == Some(Resolution::Discard) {
+            let decided = self.question.as_ref().and_then(|open| open.wait(tick));
+            if decided == Some(Resolution::Discard) {
                 let why = "somebody decided that the guest does not go on here";
                 return Err(Failed::MigrationError(MigrationError::here(
                     "resolved", why,
@@ -451,6 +463,7 @@ impl Incoming<'_, '_> {
             return Ok(false);
         };
         receiver.connect(ask);
+        self.question = None;
         self.session.progress.enter(Phase::Postcopy);
         Ok(true)
     }
@@ -458,6 +471,7 @@ impl Incoming<'_, '_> {
     /// The order came. From when it is written down on, the guest runs here and nowhere else.
     fn start(&mut self, stood_for: Duration, paused: bool) -> Result<Ended, Failed> {
         let start = Instant::now();
+        self.question = None;
         let started = self.take_over_and_start(stood_for, paused, start);
         match started {
             Ok(runs) => {

@@ -5,10 +5,11 @@ use std::time::{Duration, Instant};
 use uuid::Uuid;
 
 use super::{Engine, Outcome, dial_channel, disconnected};
+use crate::decision::{Doubt, Question, Resolution};
 use crate::journal::Step;
 use crate::link::Dial;
 use crate::message::{Channel, Control, Hello, Refusal, ToDestination, ToSource};
-use crate::progress::{Phase, Resolution, micros};
+use crate::progress::{Phase, micros};
 use crate::wire::WireError;
 use crate::{ATTEMPTS, LINGER, MigrationError};
 
@@ -74,7 +75,7 @@ impl Engine<'_, '_> {
     pub(super) fn stay(&mut self, error: MigrationError) -> Outcome {
         let error = match error {
             // Of the many ways in which it shows that connections were closed.
-            MigrationError::Wire(_) if self.sending.progress.is_canceled() => {
+            MigrationError::Wire(_) if self.sending.decision.is_canceled() => {
                 MigrationError::Canceled
             }
             MigrationError::Wire(error) => self
@@ -161,8 +162,10 @@ impl Engine<'_, '_> {
         let (since, paused) = self.stopped.unwrap_or((Instant::now(), false));
         let order = Instant::now();
         let mut answer = self.send_commit(since, paused);
+        // Open from the first loss of the destination until an answer settles where the guest runs.
+        let mut question: Option<Question> = None;
         loop {
-            match answer {
+            let error = match answer {
                 Ok(ToSource::Running { us, told_us }) => {
                     let (all, handing) = (since.elapsed(), order.elapsed());
                     // What came behind the guest, and the answer's way back, are no part of the stop.
@@ -176,6 +179,7 @@ impl Engine<'_, '_> {
                     // So that it need not wait for us to ask again.
                     let told = self.send(&ToDestination::Complete);
                     if self.fault_server.is_some() {
+                        drop(question);
                         if told.is_err() {
                             self.control = None;
                         }
@@ -189,17 +193,22 @@ impl Engine<'_, '_> {
                     if self.fault_server.is_some() =>
                 {
                     self.control = None;
+                    drop(question);
                     self.follow_with_pages();
                     return self.moved();
                 }
                 Ok(ToSource::NotHere(why)) => return self.stay(MigrationError::There(why)),
                 Ok(other) => {
                     let why = WireError::damaged(format!("{other:?} is not an answer to Commit"));
-                    self.enter_doubt(&why.into());
+                    why.into()
                 }
-                Err(error) => self.enter_doubt(&error),
-            }
-            match progress.wait_resolution(self.sending.policy.patience / ATTEMPTS) {
+                Err(error) => error,
+            };
+            // Before the report shows the doubt: an operator who sees it can resolve it.
+            let open = question.get_or_insert_with(|| self.sending.decision.ask(Doubt::HandOver));
+            let wait = self.sending.policy.patience / ATTEMPTS;
+            self.enter_doubt(&error);
+            match open.wait(wait) {
                 Some(Resolution::Run) => {
                     let why = "somebody decided that the guest goes on here";
                     return self.stay(MigrationError::here("resolved", why));

@@ -7,10 +7,11 @@ use std::time::Instant;
 use parking_lot::Mutex;
 
 use super::{Engine, dial_channel, disconnected, keepalive};
+use crate::decision::{Doubt, Question, Resolution};
 use crate::link::{Closer, Stream};
 use crate::message::{Channel, Control, Hello, ToDestination, ToSource};
 use crate::pages::{self, BATCH, Block, Run};
-use crate::progress::{Phase, Progress, Resolution};
+use crate::progress::{Phase, Progress};
 use crate::sender::{FaultPriority, Pacer, Ram, batches, count, on_all};
 use crate::wire::{Kind, Reader, WireError};
 use crate::{ATTEMPTS, KEEPALIVES, MigrationError, PAGES_PATIENCE};
@@ -133,6 +134,7 @@ impl Engine<'_, '_> {
     pub(super) fn follow_with_pages(&mut self) {
         let progress = self.sending.progress.clone();
         let mut attempt = self.push(&progress);
+        let mut question: Option<Question> = None;
         while let Err(error) = attempt {
             let (id, was) = (self.sending.id, progress.report().phase);
             if was == Phase::PostcopyPaused {
@@ -141,16 +143,20 @@ impl Engine<'_, '_> {
                 tracing::warn!(migration = %id, %error, "pages cannot follow their guest; trying again");
             }
             self.disconnect();
+            let open = question.get_or_insert_with(|| self.sending.decision.ask(Doubt::Postcopy));
             progress.update(|report| {
                 report.phase = Phase::PostcopyPaused;
                 report.error = Some(error.refusal());
             });
             let wait = self.sending.policy.patience / ATTEMPTS;
-            if progress.wait_resolution(wait) == Some(Resolution::Discard) {
+            if open.wait(wait) == Some(Resolution::Discard) {
                 return;
             }
             attempt = match self.reconnect() {
-                Ok(Reconnect::Again) => self.push(&progress),
+                Ok(Reconnect::Again) => {
+                    question = None;
+                    self.push(&progress)
+                }
                 Ok(Reconnect::Over) => break,
                 Err(error) => Err(error),
             };

@@ -143,16 +143,17 @@ impl Engine<'_, '_> {
             pacer,
             cut,
             round,
-            progress: progress.clone(),
+            progress,
+            decision: self.sending.decision.clone(),
         };
         let every = self.sending.policy.patience / KEEPALIVES;
         let control = self.control.as_mut().ok_or_else(disconnected)?;
         // The destination hears from us while a round takes its time. Whoever sends to one that does not
         // answer does not hear of it by itself.
-        let sign = || keepalive(control).inspect_err(|_| progress.close_all());
+        let sign = || keepalive(control).inspect_err(|_| work.decision.close_all());
         let sent = on_all(&mut self.rams, |ram| ram.send(&work), every, sign, || ());
         let (sent, ()) = sent.map_err(|error| match error {
-            _ if progress.is_canceled() => MigrationError::Canceled,
+            _ if work.decision.is_canceled() => MigrationError::Canceled,
             error => error,
         })?;
         work.put_back();

@@ -12,7 +12,7 @@ use ::devices::pci::Bdf;
 use control::{Category, EventSender, RequestError, Verb};
 use hypervisor::MemSlots;
 use memory::{Pages, RamBlock};
-use migration::{Progress, Refusal};
+use migration::{Decision, Refusal};
 use spec::{VmConfig, VmState};
 
 use super::consoles::Consoles;
@@ -89,7 +89,7 @@ impl Caller {
 
 /// A guest that is moving away.
 pub(super) struct Leaving {
-    progress: Progress,
+    decision: Decision,
     /// It stands because it moves; it ran before if this says so.
     is_stopped: bool,
     ran: bool,
@@ -156,7 +156,7 @@ impl Driver {
         if let Stage::Expecting(expected) = &self.stage {
             return match verb {
                 // The engine finds that the machine is gone.
-                Verb::Delete if expected.progress.cancel().is_ok() => None,
+                Verb::Delete if expected.decision.cancel().is_ok() => None,
                 _ => refuse("its guest has not arrived yet"),
             };
         }
@@ -177,7 +177,7 @@ impl Driver {
         match verb {
             Verb::MemoryMap => None,
             Verb::Reboot | Verb::Shutdown | Verb::Delete if !leaving.is_stopped => {
-                match leaving.progress.cancel() {
+                match leaving.decision.cancel() {
                     Ok(()) => None,
                     Err(late) => refuse(&late.to_string()),
                 }
@@ -194,7 +194,7 @@ impl Driver {
     }
 
     /// A guest begins to move away.
-    pub(crate) fn depart(&mut self, progress: &Progress) -> Result<Departure, RequestError> {
+    pub(crate) fn depart(&mut self, decision: &Decision) -> Result<Departure, RequestError> {
         let conflict =
             |code: &str, detail: &str| Err(RequestError::new(Category::Conflict, code, detail));
         if self.leaving.is_some() {
@@ -229,7 +229,7 @@ impl Driver {
             throttle: active.throttle(),
         };
         self.leaving = Some(Leaving {
-            progress: progress.clone(),
+            decision: decision.clone(),
             is_stopped: false,
             ran: false,
             handed_over: false,
@@ -346,7 +346,7 @@ impl Driver {
     }
 
     /// A guest is to come: nothing is done with this VM until it has.
-    pub(crate) fn expect(&mut self, progress: &Progress) -> Result<Arrival, Refusal> {
+    pub(crate) fn expect(&mut self, decision: &Decision) -> Result<Arrival, Refusal> {
         if !matches!(self.stage, Stage::Off) {
             return Err(Refusal::new("vm-exists", "this VM has a guest already"));
         }
@@ -354,7 +354,7 @@ impl Driver {
             .map_err(|error| Refusal::new("console-unusable", error.to_string()))?;
         self.next_machine();
         self.stage = Stage::Expecting(Expected {
-            progress: progress.clone(),
+            decision: decision.clone(),
             active: None,
         });
         Ok(Arrival {
@@ -463,6 +463,6 @@ impl Driver {
 
 /// A guest that is coming.
 pub(super) struct Expected {
-    progress: Progress,
+    decision: Decision,
     active: Option<Box<Active>>,
 }

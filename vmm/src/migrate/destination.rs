@@ -148,9 +148,9 @@ impl Host for DestinationHost {
                 .forget(&vm, "migration-failed", Some(why.detail.clone()));
             why
         };
-        let progress = self.moving.progress.clone();
+        let decision = self.moving.decision.clone();
         let arrival = caller
-            .attempt(move |driver| driver.expect(&progress))
+            .attempt(move |driver| driver.expect(&decision))
             .map_err(give_up)?;
         let origin = MachineOrigin {
             cpuid: Some(wanted),

@@ -14,8 +14,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use control::{Category, Migrate, Migration, Registry, RequestError, VmHandle};
 use hypervisor::arch::{CpuId, kvm_cpuid_entry2};
 use migration::{
-    Accept, Dial, Endpoint, Listener, MAX_CONNECTIONS, Outcome, Phase, Policy, Progress, Receiving,
-    Report, Resolution, Sending, Side, TlsDial, TlsListener, receive, send,
+    Accept, Decision, Dial, Endpoint, Listener, MAX_CONNECTIONS, Outcome, Phase, Policy, Progress,
+    Receiving, Report, Resolution, Sending, Side, TlsDial, TlsListener, receive, send,
 };
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
@@ -76,6 +76,7 @@ struct ActiveMigration {
     endpoint: String,
     started_ms: u64,
     progress: Progress,
+    decision: Decision,
     over: watch::Sender<bool>,
 }
 
@@ -90,6 +91,7 @@ impl ActiveMigration {
             endpoint,
             started_ms: u64::try_from(started).unwrap_or(u64::MAX),
             progress: Progress::default(),
+            decision: Decision::default(),
             over: watch::Sender::new(false),
         }
     }
@@ -167,7 +169,7 @@ impl Migration for ActiveMigration {
                 detail,
             ));
         }
-        self.progress.cancel().map_err(|late| {
+        self.decision.cancel().map_err(|late| {
             RequestError::new(Category::Conflict, "migration-committed", late.to_string())
         })
     }
@@ -177,7 +179,7 @@ impl Migration for ActiveMigration {
             MigrationOutcome::Run => Resolution::Run,
             MigrationOutcome::Discard => Resolution::Discard,
         };
-        if self.progress.resolve(resolution) {
+        if self.decision.resolve(resolution) {
             return Ok(());
         }
         let detail = "the migration is not in doubt";
@@ -280,8 +282,8 @@ impl Migrate for Pool {
         let moving = ActiveMigration::new(MigrationSide::Source, Some(id.clone()), shown);
         let moving = Arc::new(moving);
         let caller = self.caller(&id).ok_or_else(RequestError::driver_gone)?;
-        let progress = moving.progress.clone();
-        let departure = caller.call(move |driver, _| driver.depart(&progress));
+        let decision = moving.decision.clone();
+        let departure = caller.call(move |driver, _| driver.depart(&decision));
         let departure = departure.map_err(|_| RequestError::driver_gone())??;
         let journals = Journals::new(self.journals());
         let mut journal = journals
@@ -296,6 +298,7 @@ impl Migrate for Pool {
                 dial: &*dial,
                 journal: &mut *journal,
                 progress: &ours.progress,
+                decision: &ours.decision,
             };
             match send(sending, &mut leaving) {
                 Outcome::Moved => {
@@ -357,6 +360,7 @@ impl Migrate for Pool {
                 accept: &mut *accept,
                 host: &host,
                 progress: &ours.progress,
+                decision: &ours.decision,
                 patience: Policy::default().patience,
                 lingers: &|| {
                     ours.over.send_replace(true);

@@ -1,0 +1,207 @@
+//! Decisions that come from outside the engine: cancel, and how to resolve a doubt.
+//!
+//! The [report](crate::Progress) says how a migration is going. A [`Decision`] says what the operator
+//! wants of it, and is where the engine and the operator agree on who was first: a cancel that comes
+//! after the commit point is refused, and a resolution counts only while the engine asks for one.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+use serde::{Deserialize, Serialize};
+
+use crate::link::Closer;
+
+/// An operator's decision about a guest whose migration is in doubt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Resolution {
+    /// The guest runs at this side.
+    Run,
+    /// The guest does not run at this side, which forgets the VM.
+    Discard,
+}
+
+/// A cancel that came after the commit point.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the guest has been handed over; the migration can no longer be canceled")]
+pub struct TooLate;
+
+/// Something that only an operator can decide while the sides cannot reach each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Doubt {
+    /// The connection was lost in the hand-over: the guest is whole at this side.
+    HandOver,
+    /// The connection was lost in postcopy: half of the memory is at the other side, so that the
+    /// guest can be discarded and nothing else.
+    Postcopy,
+}
+
+impl Doubt {
+    fn admits(self, resolution: Resolution) -> bool {
+        self == Self::HandOver || resolution == Resolution::Discard
+    }
+}
+
+/// How far the migration can still be stopped.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Course {
+    #[default]
+    Open,
+    Canceled,
+    /// Past the commit point.
+    Committed,
+}
+
+#[derive(Default)]
+struct State {
+    course: Course,
+    /// Connections to close at a cancel, which wakes up whoever reads or writes them.
+    closers: Vec<Closer>,
+    doubt: Option<Doubt>,
+    resolution: Option<Resolution>,
+}
+
+/// Cancel switch, commit point and resolution of one migration. Clones share them.
+#[derive(Clone, Default)]
+pub struct Decision(Arc<(Mutex<State>, Condvar)>);
+
+impl Decision {
+    /// Cancels the migration: the engine ends it at its next step, and the guest stays at the source.
+    ///
+    /// # Errors
+    /// The commit point has passed.
+    pub fn cancel(&self) -> Result<(), TooLate> {
+        let mut state = self.0.0.lock();
+        if state.course == Course::Committed {
+            return Err(TooLate);
+        }
+        state.course = Course::Canceled;
+        state.closers.iter().for_each(Closer::close);
+        self.0.1.notify_all();
+        Ok(())
+    }
+
+    /// Decides where the guest runs. Returns false, and changes nothing, unless the engine waits for
+    /// this decision.
+    #[must_use]
+    pub fn resolve(&self, resolution: Resolution) -> bool {
+        let mut state = self.0.0.lock();
+        if !state.doubt.is_some_and(|doubt| doubt.admits(resolution)) {
+            return false;
+        }
+        state.resolution = Some(resolution);
+        self.0.1.notify_all();
+        true
+    }
+
+    pub(crate) fn is_canceled(&self) -> bool {
+        self.0.0.lock().course == Course::Canceled
+    }
+
+    /// Passes the commit point, unless the migration was canceled before: then returns false.
+    pub(crate) fn commit(&self) -> bool {
+        let mut state = self.0.0.lock();
+        if state.course == Course::Canceled {
+            return false;
+        }
+        state.course = Course::Committed;
+        // No cancel closes connections any more.
+        state.closers.clear();
+        true
+    }
+
+    /// Closes all connections of the migration: a thread that sends over one stops waiting.
+    pub(crate) fn close_all(&self) {
+        self.0.0.lock().closers.iter().for_each(Closer::close);
+    }
+
+    /// Closes a connection when the migration is canceled, or at once if it was.
+    pub(crate) fn close_on_cancel(&self, closer: Closer) {
+        let mut state = self.0.0.lock();
+        match state.course {
+            Course::Open => state.closers.push(closer),
+            Course::Canceled => closer.close(),
+            Course::Committed => {}
+        }
+    }
+
+    /// Forgets the connections that a cancel would close: they have ended.
+    pub(crate) fn release_connections(&self) {
+        self.0.0.lock().closers.clear();
+    }
+
+    /// Asks the operator to resolve a doubt, until the returned question is dropped.
+    pub(crate) fn ask(&self, doubt: Doubt) -> Question {
+        self.0.0.lock().doubt = Some(doubt);
+        Question(self.clone())
+    }
+}
+
+impl fmt::Debug for Decision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Decision({:?})", self.0.0.lock().course)
+    }
+}
+
+/// A doubt that waits for the operator. Dropping it withdraws the question, so that an answer to one
+/// doubt never decides another.
+pub(crate) struct Question(Decision);
+
+impl Question {
+    /// Waits up to `patience` for the operator's decision.
+    pub(crate) fn wait(&self, patience: Duration) -> Option<Resolution> {
+        let deadline = Instant::now() + patience;
+        let (state, changed) = &*self.0.0;
+        let mut state = state.lock();
+        while state.resolution.is_none() {
+            if changed.wait_until(&mut state, deadline).timed_out() {
+                break;
+            }
+        }
+        state.resolution
+    }
+}
+
+impl Drop for Question {
+    fn drop(&mut self) {
+        let mut state = self.0.0.0.lock();
+        (state.doubt, state.resolution) = (None, None);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cancel_and_commit_exclude_each_other() {
+        let decision = Decision::default();
+        assert!(decision.commit());
+        assert_eq!(decision.cancel(), Err(TooLate));
+        let decision = Decision::default();
+        assert_eq!(decision.cancel(), Ok(()));
+        assert!(!decision.commit() && decision.is_canceled());
+    }
+
+    #[test]
+    fn a_resolution_counts_only_while_it_is_asked_for() {
+        let decision = Decision::default();
+        assert!(!decision.resolve(Resolution::Run), "there is no doubt");
+        let question = decision.ask(Doubt::HandOver);
+        assert_eq!(question.wait(Duration::ZERO), None);
+        assert!(decision.resolve(Resolution::Run));
+        assert_eq!(question.wait(Duration::ZERO), Some(Resolution::Run));
+        drop(question);
+        assert!(!decision.resolve(Resolution::Discard));
+        let question = decision.ask(Doubt::Postcopy);
+        assert!(
+            !decision.resolve(Resolution::Run),
+            "half of it is elsewhere"
+        );
+        assert_eq!(question.wait(Duration::ZERO), None, "of an earlier doubt");
+        assert!(decision.resolve(Resolution::Discard));
+        assert_eq!(question.wait(Duration::ZERO), Some(Resolution::Discard));
+    }
+}
