@@ -273,6 +273,68 @@ impl Drop for LentLimiter {
     }
 }
 
+/// A limiter as a task has it: the request at the front passes when it may, and the timer calls the
+/// task again if it may not yet.
+#[derive(Debug)]
+pub struct Gate {
+    limiter: LentLimiter,
+    timer: Timer,
+    /// The request at the front has its tokens.
+    is_open: bool,
+}
+
+impl Gate {
+    /// Keeps to a device's limits.
+    ///
+    /// # Errors
+    /// When the host gives no timer.
+    pub fn new(limiter: &SharedLimiter) -> io::Result<Self> {
+        Ok(Self {
+            limiter: limiter.lend(),
+            timer: Timer::new()?,
+            is_open: false,
+        })
+    }
+
+    /// What becomes ready when a request that had to wait may pass.
+    #[must_use]
+    pub fn descriptor(&self) -> Arc<OwnedFd> {
+        self.timer.descriptor()
+    }
+
+    /// Takes note of that.
+    pub fn clear(&self) {
+        self.timer.clear();
+    }
+
+    /// Whether the request at the front, of so many bytes, may pass now. Its tokens are taken once,
+    /// however often it comes, until [`Gate::close`].
+    pub fn pass(&mut self, bytes: u64) -> bool {
+        if !self.is_open {
+            self.is_open = match self.limiter.begin(bytes) {
+                Ok(()) => true,
+                Err(wait) => self.wakes_after(wait).is_err(),
+            };
+        }
+        self.is_open
+    }
+
+    /// The request at the front has gone through: the next one needs tokens of its own.
+    pub fn close(&mut self) {
+        self.is_open = false;
+    }
+
+    /// Has the task called after `wait`.
+    ///
+    /// # Errors
+    /// When the host refuses. A limit is then not kept: a queue that waited would wait for good.
+    pub fn wakes_after(&self, wait: Duration) -> io::Result<()> {
+        self.timer.set(wait).inspect_err(|error| {
+            tracing::error!(%error, "a timer of a device cannot be set");
+        })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

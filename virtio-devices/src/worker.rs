@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
 
 use devices::event_loop::{Actor, Flow, Interest, LoopHandle, Sources, Waker};
 use parking_lot::Mutex;
@@ -54,7 +55,7 @@ pub enum TaskEvent {
     Started,
     /// What it watches as this key is ready (edge triggered: go on until it would block).
     Ready(usize),
-    /// It asked for it with [`TaskFlow::Again`], or somebody used [`Running::wake`].
+    /// It asked for it with [`TaskFlow::Again`], its timer expired, or [`Running::wake`] was used.
     Again,
 }
 
@@ -111,6 +112,11 @@ impl TaskSources<'_, '_> {
         self.sources.watch(fd.as_raw_fd(), key, interest)?;
         self.watched.insert(key, Box::new(fd));
         Ok(())
+    }
+
+    /// Sets the task's only timer: it is called with [`TaskEvent::Again`] at `when` or soon after.
+    pub fn wake_at(&mut self, when: Option<Instant>) {
+        self.sources.wake_at(when);
     }
 
     /// Ends the watch, if there is one.

@@ -8,7 +8,9 @@ use std::sync::mpsc;
 use devices::event_loop::Interest;
 use memory::{DeviceOps, RamBlock, RamConfig, RamSlice, SpaceKind};
 use proptest::prelude::*;
-use virtio_devices::testing::{PATIENCE, TestBuffer, TestGuest, TestQueue, transport, workers};
+use virtio_devices::testing::{
+    PATIENCE, TestBuffer, TestGuest, TestQueue, settle, transport, workers,
+};
 use virtio_devices::{
     Queue, QueueError, QueueSetup, QueueState, QueueTask, Rings, Running, TaskEvent, TaskFlow,
     TaskSources, TransportEvent,
@@ -181,6 +183,52 @@ fn an_indirect_table_is_followed_and_one_within_it_is_not() {
     driver.offer(1);
     queue.again(1).unwrap_err();
     queue.pop().unwrap_err();
+}
+
+/// A table may have more entries than the queue (virtio 1.3, 2.7.5.3.1), but not in one chain.
+#[test]
+fn chain_longer_than_its_queue_is_refused() {
+    for (len, fits) in [(8_u16, true), (9, false), (4096, false)] {
+        let mut guest = TestGuest::new(1 << 20);
+        let (transport, _) = transport();
+        let mut driver = TestQueue::new(&mut guest, 0, 8);
+        let mut queue = driver.device_side(&transport, QueueState::default());
+        let mut table = Vec::new();
+        for next in 1..=len {
+            table.extend(0x4000_u64.to_le_bytes());
+            table.extend(0_u32.to_le_bytes());
+            table.extend((if next < len { NEXT } else { 0 }).to_le_bytes());
+            table.extend(next.to_le_bytes());
+        }
+        let at = guest.put(&table);
+        driver.set_descriptor(0, at, u32::from(len) * 16, INDIRECT, 0);
+        driver.offer(0);
+        for chain in [queue.again(0), queue.pop().map(Option::unwrap)] {
+            match chain {
+                Ok(chain) => assert_eq!((fits, chain.descriptors()), (true, usize::from(len))),
+                Err(refused) => {
+                    assert!(!fits, "{len}: {refused}");
+                    assert!(refused.to_string().contains("longer than"), "{refused}");
+                }
+            }
+        }
+    }
+}
+
+/// A driver that takes back what it made available: without an end, "there is more" would have the
+/// task called for ever.
+#[test]
+fn retracted_index_breaks_the_queue() {
+    let mut guest = TestGuest::new(1 << 20);
+    let (transport, _) = transport();
+    let mut driver = TestQueue::new(&mut guest, 0, 8);
+    let mut queue = driver.device_side(&transport, QueueState::default());
+    driver.send(&[buffer(0x4000, 1, true)]);
+    queue.pop().unwrap().unwrap();
+    assert!(!queue.enable_kicks().unwrap());
+    guest.write(driver.rings.available + 2, &0_u16.to_le_bytes());
+    let refused = queue.enable_kicks().unwrap_err();
+    assert!(matches!(refused, QueueError::Available { queue: 0, .. }));
 }
 
 #[test]
@@ -415,6 +463,35 @@ fn a_task_whose_guest_breaks_the_rules_ends_and_tells() {
     running.wake();
     assert!(running.stop().is_some());
     assert_eq!(driver.take_used(), None);
+}
+
+/// One queue of a device breaks the rules; the other has work all the time.
+#[test]
+fn broken_device_serves_no_other_queue() {
+    let mut guest = TestGuest::new(1 << 20);
+    let (transport, heard) = transport();
+    let (event_loop, workers) = workers();
+    let mut drivers = [0, 1].map(|index| TestQueue::new(&mut guest, index, 8));
+    let (calls, _called) = mpsc::channel();
+    let _running = [0, 1].map(|index| {
+        let queue = drivers[index].device_side(&transport, QueueState::default());
+        let calls = calls.clone();
+        Running::start(&workers, &transport, Stamp { queue, calls })
+    });
+    drivers[1].send(&[buffer(0x4000, 8, true)]);
+    assert_eq!(drivers[1].wait_used().1, 5);
+    drivers[0].send(&[buffer(0x4000, 2, true)]); // too short for the stamp
+    let from = std::time::Instant::now();
+    while heard.events().is_empty() && from.elapsed() < PATIENCE {
+        std::thread::yield_now();
+    }
+    assert!(matches!(
+        &heard.events()[..],
+        [TransportEvent::NeedsReset(_)]
+    ));
+    drivers[1].send(&[buffer(0x4000, 8, true)]);
+    settle(&event_loop);
+    assert_eq!(drivers[1].take_used(), None);
 }
 
 proptest! {

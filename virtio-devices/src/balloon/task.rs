@@ -7,14 +7,15 @@ use std::sync::atomic::Ordering;
 use devices::event_loop::Interest;
 
 use super::{PAGE_SHIFT, Shared};
-use crate::queue::{Chain, Queue, QueueError, QueueState};
+use crate::limits::TURN_BYTES;
+use crate::queue::{Budget, Chain, Queue, QueueError, QueueState, Served};
 use crate::worker::{QueueTask, TaskEvent, TaskFlow, TaskSources};
 
-/// Requests that are served before others on the loop have their turn.
-const BUDGET: usize = 8;
-/// Pages and ranges that are given back before others on the loop have their turn: each may be a
-/// call of the host. Linux's requests name 256 pages.
-const PIECES_BUDGET: usize = 1024;
+/// Requests of one turn.
+const CHAINS: usize = 8;
+/// What a page or range that is given back costs of a turn's budget of bytes: 1024 of them are a
+/// turn. Linux's requests name 256 pages.
+const COST: u64 = TURN_BYTES / 1024;
 const PAGE: u64 = 1 << PAGE_SHIFT;
 /// Bytes of the list of a request: Linux's have 1 KiB.
 const MAX_LIST: usize = 4 << 10;
@@ -35,6 +36,11 @@ pub(super) enum Role {
 /// Serves one queue.
 pub(super) struct BalloonTask {
     queue: Queue,
+    work: Work,
+}
+
+/// What is done with the chains of the queue.
+struct Work {
     role: Role,
     shared: Arc<Shared>,
     /// The driver's request for statistics, kept until they are wanted (5.5.6.3.1).
@@ -44,18 +50,18 @@ pub(super) struct BalloonTask {
 
 impl BalloonTask {
     pub(super) fn new(queue: Queue, role: Role, shared: &Arc<Shared>) -> Self {
-        Self {
-            queue,
+        let work = Work {
             role,
             shared: Arc::clone(shared),
             kept: None,
             wanted: false,
-        }
+        };
+        Self { queue, work }
     }
 
     /// Where the queue is. A request that is kept counts as not taken: who goes on takes it again.
     pub(super) fn finish(mut self) -> QueueState {
-        if self.kept.take().is_some() {
+        if self.work.kept.take().is_some() {
             self.queue.unpop();
         }
         self.queue.state()
@@ -63,7 +69,7 @@ impl BalloonTask {
 
     pub(super) fn state(&self) -> QueueState {
         let mut state = self.queue.state();
-        if self.kept.is_some() {
+        if self.work.kept.is_some() {
             state.next_avail = state.next_avail.wrapping_sub(1);
         }
         state
@@ -71,11 +77,15 @@ impl BalloonTask {
 
     /// Notes that the guest should tell its statistics anew; true if it can be asked.
     pub(super) fn asks_again(&mut self) -> bool {
-        self.wanted = self.role == Role::Statistics;
-        self.wanted
+        self.work.wanted = self.work.role == Role::Statistics;
+        self.work.wanted
     }
+}
 
-    fn serve(&mut self, chain: Chain) -> Result<(), QueueError> {
+impl Work {
+    /// Does what the chain asks for, and returns the one that the driver gets back: this one, or of
+    /// two requests for statistics the earlier one.
+    fn serve(&mut self, chain: Chain) -> Result<Option<Chain>, QueueError> {
         match self.role {
             Role::Inflate => self.inflate(&chain)?,
             // What comes back is touched, and there again.
@@ -83,14 +93,10 @@ impl BalloonTask {
             Role::Reporting => self.report(&chain),
             Role::Statistics => {
                 self.note(&chain)?;
-                // A driver that gives two has the first one back.
-                if let Some(before) = self.kept.replace(chain) {
-                    self.queue.push(before.head(), 0)?;
-                }
-                return Ok(());
+                return Ok(self.kept.replace(chain));
             }
         }
-        self.queue.push(chain.head(), 0)
+        Ok(Some(chain))
     }
 
     /// Gives the pages that the driver names back to the host, in runs as long as they are.
@@ -192,32 +198,22 @@ impl QueueTask for BalloonTask {
     }
 
     fn call(&mut self, _: TaskEvent, _: &mut TaskSources<'_, '_>) -> Result<TaskFlow, QueueError> {
-        // Kicks are counted together; it is empty when somebody else's turn came first.
-        let _ = self.queue.kick().read();
-        let mut pieces = 0;
-        for _ in 0..BUDGET {
-            if pieces >= PIECES_BUDGET {
-                break;
-            }
-            let Some(chain) = self.queue.pop()? else {
-                if let Some(chain) = self.kept.take_if(|_| self.wanted) {
-                    self.wanted = false;
-                    self.queue.push(chain.head(), 0)?;
-                }
-                self.queue.notify()?;
-                return Ok(match self.queue.enable_kicks()? {
-                    true => TaskFlow::Again,
-                    false => TaskFlow::Wait,
-                });
-            };
-            pieces += match self.role {
+        let Self { queue, work } = self;
+        if let Some(chain) = work.kept.take_if(|_| work.wanted) {
+            work.wanted = false;
+            queue.push(chain.head(), 0)?;
+        }
+        queue.turn(Budget::new(CHAINS), |queue, chain| {
+            // A page or a range may be a call of the host each.
+            let pieces = match work.role {
                 Role::Inflate => chain.readable_len() / 4,
-                Role::Reporting => chain.writable_ranges().count(),
+                Role::Reporting => chain.descriptors(),
                 Role::Deflate | Role::Statistics => 0,
             };
-            self.serve(chain)?;
-        }
-        self.queue.notify()?;
-        Ok(TaskFlow::Again)
+            if let Some(done) = work.serve(chain)? {
+                queue.push(done.head(), 0)?;
+            }
+            Ok(Served::Bytes(pieces as u64 * COST))
+        })
     }
 }

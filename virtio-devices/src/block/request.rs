@@ -4,6 +4,7 @@ use std::fmt;
 
 use super::image::SECTOR;
 use super::{MAX_REQUEST, MAX_SEGMENT_SECTORS};
+use crate::limits::MAX_PIECES;
 use crate::queue::{Chain, QueueError};
 
 /// Bytes of a request's header.
@@ -12,8 +13,6 @@ const HEADER: usize = 16;
 const SEGMENT: usize = 16;
 /// Bytes of a disk's serial number.
 pub(super) const ID_LEN: usize = 20;
-/// Pieces of memory in one transfer: what the kernel takes in one call (`UIO_MAXIOV`).
-const MAX_PIECES: usize = 1024;
 
 const T_IN: u32 = 0;
 const T_OUT: u32 = 1;
@@ -21,6 +20,8 @@ const T_FLUSH: u32 = 4;
 const T_GET_ID: u32 = 8;
 const T_DISCARD: u32 = 11;
 const T_WRITE_ZEROES: u32 = 13;
+/// Bytes to discard that weigh as much as one to write.
+const DISCARD_RATIO: u64 = 16;
 /// Of a segment: the blocks may be unmapped.
 const FLAG_UNMAP: u32 = 1;
 
@@ -52,10 +53,12 @@ impl Op {
         }
     }
 
-    /// Bytes that the host may have to move for it: some disks are zeroed by writing.
+    /// Bytes that the host may have to move for it. Some disks are zeroed by writing; to discard is
+    /// to change the map of a file, for which a sixteenth is ample.
     pub(super) fn weight(self) -> u64 {
         match self {
             Self::WriteZeroes { len, .. } => len,
+            Self::Discard { len, .. } => len / DISCARD_RATIO,
             _ => self.bytes(),
         }
     }
@@ -78,10 +81,10 @@ impl fmt::Display for Op {
 pub(super) struct Request {
     pub(super) chain: Chain,
     pub(super) what: What,
-    /// Which of its queue's requests it is, counted since that was started.
-    pub(super) turn: u64,
     /// Where in the writable part its status goes.
     status_at: usize,
+    /// Which of its queue's requests it is, counted since the queue was started.
+    pub(super) turn: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -108,7 +111,7 @@ pub(super) struct Limits {
 impl Request {
     /// # Errors
     /// When the chain is too short for a header and a status.
-    pub(super) fn parse(chain: Chain, limits: Limits, turn: u64) -> Result<Self, QueueError> {
+    pub(super) fn parse(chain: Chain, limits: Limits) -> Result<Self, QueueError> {
         let mut header = [0; HEADER];
         chain.read(0, &mut header)?;
         let writable = chain.writable_len();
@@ -138,21 +141,34 @@ impl Request {
             T_DISCARD | T_WRITE_ZEROES if limits.readonly => What::Refused(Status::IoError),
             // It is not offered then, and blocks are not to be given back.
             T_DISCARD if !limits.sparse => What::Refused(Status::Unsupported),
-            T_DISCARD => segment(&chain, limits, readable, |offset, len, _| Op::Discard {
+            // To unmap is what a discard is for, and not a flag of it (5.2.6.2).
+            T_DISCARD => segment(&chain, limits, readable, 0, |offset, len, _| Op::Discard {
                 offset,
                 len,
             })?,
-            T_WRITE_ZEROES => segment(&chain, limits, readable, |offset, len, unmap| {
-                Op::WriteZeroes { offset, len, unmap }
-            })?,
+            T_WRITE_ZEROES => segment(
+                &chain,
+                limits,
+                readable,
+                FLAG_UNMAP,
+                |offset, len, unmap| Op::WriteZeroes { offset, len, unmap },
+            )?,
             _ => What::Refused(Status::Unsupported),
         };
         Ok(Self {
             chain,
             what,
-            turn,
             status_at,
+            turn: 0,
         })
+    }
+
+    /// See [`Op::weight`].
+    pub(super) fn weight(&self) -> u64 {
+        match self.what {
+            What::Io(op) => op.weight(),
+            What::Id | What::Refused(_) => 0,
+        }
     }
 
     /// Where in the readable part the data to write begin.
@@ -192,6 +208,7 @@ fn segment(
     chain: &Chain,
     limits: Limits,
     len: usize,
+    known_flags: u32,
     op: impl Fn(u64, u64, bool) -> Op,
 ) -> Result<What, QueueError> {
     if len != SEGMENT {
@@ -208,7 +225,7 @@ fn segment(
         .checked_mul(SECTOR)
         .and_then(|offset| Some((offset, offset.checked_add(count * SECTOR)?)));
     Ok(match range {
-        _ if flags & !FLAG_UNMAP != 0 => What::Refused(Status::Unsupported),
+        _ if flags & !known_flags != 0 => What::Refused(Status::Unsupported),
         Some((offset, end)) if end <= limits.capacity && counts.contains(&count) => {
             let unmap = flags & FLAG_UNMAP != 0 && limits.sparse;
             What::Io(op(offset, count * SECTOR, unmap))

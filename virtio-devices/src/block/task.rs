@@ -10,14 +10,14 @@ use super::geometry::Geometry;
 use super::request::{ID_LEN, Limits, Op, Request, Status, What};
 use super::threads::Threads;
 use super::uring::Uring;
-use super::{Kind, OnError, Shared};
-use crate::queue::{Chain, Queue, QueueError, QueueState};
-use crate::rate_limiter::{LentLimiter, Timer};
+use super::{Kind, MAX_REQUEST, OnError, Shared};
+use crate::queue::{Budget, Chain, Queue, QueueError, QueueState};
+use crate::rate_limiter::Gate;
 use crate::worker::{QueueTask, TaskEvent, TaskFlow, TaskSources};
 use devices::event_loop::Interest;
 
-/// Requests that are taken before others on the loop have their turn.
-const BUDGET: usize = 64;
+/// Requests of one turn.
+const CHAINS: usize = 64;
 
 /// Bytes that are being moved when no more requests are taken: a queue that stops waits for them.
 pub(super) const MAX_IN_FLIGHT: u64 = 64 << 20;
@@ -40,10 +40,9 @@ pub(super) struct BlockTask {
     in_flight: u64,
     /// Made when it is first needed.
     threads: Option<Threads>,
-    limiter: LentLimiter,
-    timer: Timer,
-    /// Waiting for the limiter. It was popped last, so that it can be put back.
-    waiting: Option<Chain>,
+    gate: Gate,
+    /// Waiting for the rate limit. It was popped last, so that it can be put back.
+    waiting: Option<Request>,
     /// Heads of chains that failed before the queue was started, and come before all others.
     again: VecDeque<u16>,
     /// By their turns, the heads of those that have failed since. While there is one nothing more is
@@ -65,8 +64,7 @@ impl BlockTask {
             failures: 0,
             in_flight: 0,
             threads: None,
-            limiter: shared.limiter.lend(),
-            timer: Timer::new()?,
+            gate: Gate::new(&shared.limiter)?,
             waiting: None,
             again: VecDeque::new(),
             kept: BTreeMap::new(),
@@ -126,7 +124,8 @@ impl BlockTask {
 
     /// Takes requests; true when there may be more.
     fn take(&mut self) -> Result<bool, QueueError> {
-        for _ in 0..BUDGET {
+        let mut budget = Budget::new(CHAINS);
+        while !budget.is_spent() {
             if !self.has_room() || !self.kept.is_empty() {
                 // Whatever is done next comes back here, or the queue is started again.
                 return Ok(false);
@@ -134,26 +133,31 @@ impl BlockTask {
             if let Some(head) = self.again.pop_front() {
                 // It has been limited already.
                 let chain = self.queue.again(head)?;
-                self.begin(chain)?;
+                budget.spend_chain(chain.descriptors());
+                let request = self.parse(chain)?;
+                budget.spend_bytes(request.weight());
+                self.begin(request)?;
                 continue;
             }
-            let chain = match self.waiting.take() {
-                Some(chain) => chain,
+            let request = match self.waiting.take() {
+                Some(request) => request,
                 None => match self.queue.pop()? {
-                    Some(chain) => chain,
+                    Some(chain) => {
+                        budget.spend_chain(chain.descriptors());
+                        self.parse(chain)?
+                    }
                     None => return self.queue.enable_kicks(),
                 },
             };
-            if let Some(wait) = self.limit(&chain) {
-                self.waiting = Some(chain);
-                // A timer that cannot be set would stop the queue for good.
-                if let Err(error) = self.timer.set(wait) {
-                    tracing::error!(%error, "a rate limit cannot be kept");
-                    return Ok(true);
-                }
+            // What is zeroed or discarded counts as the largest transfer at most: a limit that is
+            // paid for gigabytes would stop the disk for minutes.
+            if !self.gate.pass(request.weight().min(MAX_REQUEST as u64)) {
+                self.waiting = Some(request);
                 return Ok(false);
             }
-            self.begin(chain)?;
+            self.gate.close();
+            budget.spend_bytes(request.weight());
+            self.begin(request)?;
         }
         Ok(true)
     }
@@ -168,23 +172,19 @@ impl BlockTask {
             && !threads.is_some_and(|t| busy(t.has_room(), t.in_flight()))
     }
 
-    fn limit(&self, chain: &Chain) -> Option<Duration> {
-        if !self.limiter.is_limiting() {
-            return None;
-        }
-        let bytes = chain.readable_len().max(chain.writable_len()) as u64;
-        self.limiter.begin(bytes).err()
-    }
-
-    fn begin(&mut self, chain: Chain) -> Result<(), QueueError> {
+    fn parse(&self, chain: Chain) -> Result<Request, QueueError> {
         let limits = Limits {
             capacity: self.shared.capacity.load(Ordering::Acquire),
             readonly: self.shared.image.readonly,
             block: self.shared.image.geometry.logical,
             sparse: self.shared.sparse,
         };
+        Request::parse(chain, limits)
+    }
+
+    fn begin(&mut self, mut request: Request) -> Result<(), QueueError> {
         self.turn = self.turn.wrapping_add(1);
-        let request = Request::parse(chain, limits, self.turn)?;
+        request.turn = self.turn;
         match request.what {
             What::Refused(status) => self.answer(&request, status, 0),
             What::Id => {
@@ -253,8 +253,7 @@ impl BlockTask {
             Ok(()) => self.failures = 0,
             Err(error) => {
                 self.not_taken(&error)?;
-                if let Err(error) = self.timer.set(RETRY) {
-                    tracing::error!(%error, "io_uring cannot be asked again");
+                if self.gate.wakes_after(RETRY).is_err() {
                     self.leave_uring()?;
                 }
             }
@@ -399,7 +398,7 @@ impl QueueTask for BlockTask {
         if let Some(uring) = &self.uring {
             sources.watch(Arc::clone(uring.done()), URING, Interest::Read)?;
         }
-        sources.watch(self.timer.descriptor(), TIMER, Interest::Read)
+        sources.watch(self.gate.descriptor(), TIMER, Interest::Read)
     }
 
     fn call(
@@ -416,7 +415,7 @@ impl QueueTask for BlockTask {
         if let Some(threads) = &self.threads {
             let _ = threads.done().read();
         }
-        self.timer.clear();
+        self.gate.clear();
         self.collect()?;
         let more = self.take()?;
         self.submit()?;
@@ -438,6 +437,7 @@ impl QueueTask for BlockTask {
 #[cfg(test)]
 mod tests {
     use std::fs::{self, File};
+    use std::path::Path;
 
     use super::super::{Block, BlockConfig, LockMode};
     use super::*;
@@ -445,14 +445,9 @@ mod tests {
     use crate::testing::{TestBuffer, TestGuest, TestQueue, transport, workers};
     use crate::worker::Running;
 
-    /// A kernel that takes no operations for a while, or not at all: each request is answered.
-    #[test]
-    fn what_io_uring_does_not_take_is_done_all_the_same() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("disk");
-        fs::write(&path, [7; 4096]).unwrap();
-        let config = BlockConfig {
-            path: path.clone(),
+    fn config(path: &Path) -> BlockConfig {
+        BlockConfig {
+            path: path.to_owned(),
             readonly: false,
             direct: false,
             format: None,
@@ -465,9 +460,17 @@ mod tests {
             is_incoming: false,
             limits: RateLimits::default(),
             on_error: OnError::Report,
-        };
+        }
+    }
+
+    /// A kernel that takes no operations for a while, or not at all: each request is answered.
+    #[test]
+    fn what_io_uring_does_not_take_is_done_all_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        fs::write(&path, [7; 4096]).unwrap();
         let (_event_loop, workers) = workers();
-        let (device, _) = Block::new(&config, workers.clone()).unwrap();
+        let (device, _) = Block::new(&config(&path), workers.clone()).unwrap();
         let mut guest = TestGuest::new(1 << 20);
         let (transport, heard) = transport();
         let mut driver = TestQueue::new(&mut guest, 0, 16);
@@ -510,5 +513,40 @@ mod tests {
             assert_eq!(state.next_avail, state.next_used, "{name}");
         }
         assert!(heard.events().is_empty());
+    }
+
+    /// A queue that stops waits for all that is in flight: of discards of 1 GiB that is one.
+    #[test]
+    fn discards_have_a_weight() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        File::create(&path).unwrap().set_len(2 << 30).unwrap();
+        let (_event_loop, workers) = workers();
+        let (device, _) = Block::new(&config(&path), workers).unwrap();
+        let mut guest = TestGuest::new(1 << 20);
+        let (transport, _) = transport();
+        let mut driver = TestQueue::new(&mut guest, 0, 16);
+        let mut request = vec![11, 0, 0, 0];
+        request.extend([0; 12 + 8]);
+        request.extend((1_u32 << 21).to_le_bytes());
+        request.extend([0; 4]);
+        let (header, status) = (guest.put(&request), guest.alloc(1));
+        let buffer = |addr, len, writable| TestBuffer {
+            addr,
+            len,
+            writable,
+        };
+        for _ in 0..8 {
+            let head = driver.describe(&[buffer(header, 32, false), buffer(status, 1, true)]);
+            driver.offer(head);
+        }
+        let queue = driver.device_side(&transport, QueueState::default());
+        let mut task = BlockTask::new(queue, &device.shared, true).unwrap();
+        let file = File::options().write(true).open(&path).unwrap();
+        task.uring = Some(Uring::disabled(Arc::new(file), 16).unwrap());
+        task.take().unwrap();
+        assert_eq!(task.uring.as_ref().unwrap().in_flight(), 1);
+        task.uring.as_ref().unwrap().enable().unwrap();
+        assert_eq!(task.finish().0.next_used, 1);
     }
 }

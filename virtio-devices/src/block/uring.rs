@@ -298,7 +298,7 @@ mod tests {
             block: 512,
             sparse: true,
         };
-        let request = Request::parse(chain, limits, 1).unwrap();
+        let request = Request::parse(chain, limits).unwrap();
         let What::Io(op) = request.what else {
             panic!("{:?}", request.what);
         };

@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 use state::{LoadError, LoadScope, SaveError, Scope};
 
 use crate::device::{DeviceError, DeviceId, VirtioDevice};
-use crate::queue::{Chain, Queue, QueueError, QueueState};
+use crate::queue::{Budget, Chain, Queue, QueueError, QueueState};
 use crate::transport::Transport;
 use crate::worker::{QueueTask, Running, TaskEvent, TaskFlow, TaskSources, Workers};
 
@@ -22,11 +22,11 @@ const QUEUE_SIZE: u16 = 256;
 /// `receiveq(port0)` and `transmitq(port0)`.
 const RX: u16 = 0;
 const TX: u16 = 1;
-/// Requests that are served before others on the loop have their turn.
-const BUDGET: usize = 16;
-/// Bytes that are passed on before others on the loop have their turn. Linux's requests have 32 KiB
-/// at most; one that is longer is passed on in several turns.
-const BYTES_BUDGET: usize = 64 << 10;
+/// Requests of one turn.
+const CHAINS: usize = 16;
+/// Bytes that are passed on in one turn: a write may be a call of the host for each piece. Linux's
+/// requests have 32 KiB at most; a longer one is passed on in several turns.
+const TURN_OUTPUT: usize = 64 << 10;
 /// Bytes of a request that are written in one go.
 const PIECE: usize = 4096;
 /// Bytes of an unfinished request that are passed on when its queue stops. What is beyond is lost,
@@ -213,18 +213,19 @@ impl QueueTask for Receive {
         let mut input = shared.input.lock();
         let had_some = !input.is_empty();
         let mut flow = TaskFlow::Again;
-        for _ in 0..BUDGET {
+        let mut budget = Budget::new(CHAINS);
+        while !budget.is_spent() {
             if input.is_empty() {
                 flow = TaskFlow::Wait;
                 break;
             }
             let Some(chain) = self.queue.pop()? else {
-                if self.queue.enable_kicks()? {
-                    continue;
+                if !self.queue.enable_kicks()? {
+                    flow = TaskFlow::Wait;
                 }
-                flow = TaskFlow::Wait;
                 break;
             };
+            budget.spend_chain(chain.descriptors());
             let len = chain.writable_len().min(input.len());
             let bytes: Vec<u8> = input.drain(..len).collect();
             chain.write(0, &bytes)?;
@@ -251,31 +252,26 @@ struct Transmit {
 }
 
 impl Transmit {
-    /// Passes on up to `budget` bytes of a request; false when there is none.
-    fn step(&mut self, budget: &mut usize) -> Result<bool, QueueError> {
-        let (chain, mut at) = match self.current.take() {
-            Some(current) => current,
-            None => match self.queue.pop()? {
-                Some(chain) => (chain, 0),
-                None => return Ok(false),
-            },
+    /// Passes on up to `left` bytes of the request in hand, if there is one.
+    fn step(&mut self, left: &mut usize) -> Result<(), QueueError> {
+        let Some((chain, mut at)) = self.current.take() else {
+            return Ok(());
         };
         let mut piece = [0; PIECE];
         let whole = chain.readable_len();
         while at < whole {
-            if *budget == 0 {
+            if *left == 0 {
                 self.current = Some((chain, at));
-                return Ok(true);
+                return Ok(());
             }
-            let len = PIECE.min(whole - at).min(*budget);
+            let len = PIECE.min(whole - at).min(*left);
             let bytes = piece.get_mut(..len).unwrap_or_default();
             chain.read(at, bytes)?;
             self.pass_on(bytes);
             at += len;
-            *budget -= len;
+            *left -= len;
         }
-        self.queue.push(chain.head(), 0)?;
-        Ok(true)
+        self.queue.push(chain.head(), 0)
     }
 
     /// Ends the request that was begun, and says where the queue is.
@@ -289,8 +285,8 @@ impl Transmit {
     }
 
     fn end_current(&mut self) -> Result<(), QueueError> {
-        let mut budget = STOP_BYTES;
-        self.step(&mut budget)?;
+        let mut left = STOP_BYTES;
+        self.step(&mut left)?;
         if let Some((chain, at)) = self.current.take() {
             let lost = chain.readable_len().saturating_sub(at);
             let counter = &self.shared.bytes_lost;
@@ -316,18 +312,20 @@ impl QueueTask for Transmit {
 
     fn call(&mut self, _: TaskEvent, _: &mut TaskSources<'_, '_>) -> Result<TaskFlow, QueueError> {
         let _ = self.queue.kick().read();
-        let mut budget = BYTES_BUDGET;
-        for _ in 0..BUDGET {
-            if budget == 0 {
-                break;
+        let (mut budget, mut left) = (Budget::new(CHAINS), TURN_OUTPUT);
+        while !budget.is_spent() && left > 0 {
+            if self.current.is_none() {
+                let Some(chain) = self.queue.pop()? else {
+                    self.queue.notify()?;
+                    return Ok(match self.queue.enable_kicks()? {
+                        true => TaskFlow::Again,
+                        false => TaskFlow::Wait,
+                    });
+                };
+                budget.spend_chain(chain.descriptors());
+                self.current = Some((chain, 0));
             }
-            if !self.step(&mut budget)? {
-                self.queue.notify()?;
-                return Ok(match self.queue.enable_kicks()? {
-                    true => TaskFlow::Again,
-                    false => TaskFlow::Wait,
-                });
-            }
+            self.step(&mut left)?;
         }
         self.queue.notify()?;
         Ok(TaskFlow::Again)

@@ -13,10 +13,11 @@ use virtio_bindings::virtio_net::{
 };
 
 use super::Shared;
-use crate::queue::{Chain, Queue, QueueError, QueueState};
+use crate::queue::{Budget, Chain, Queue, QueueError, QueueState, Served};
 use crate::worker::{QueueTask, TaskEvent, TaskFlow, TaskSources};
 
-const BUDGET: usize = 16;
+/// Commands of one turn: each may be a call of the host for every queue of the tap.
+const CHAINS: usize = 16;
 
 /// `TUN_F_*`: what the reader of a tap understands.
 const TUN_F_CSUM: u32 = 0x01;
@@ -43,21 +44,29 @@ pub(super) fn offloads(features: u64) -> u32 {
 /// Serves the queue for control.
 pub(super) struct Control {
     queue: Queue,
-    shared: Arc<Shared>,
+    commands: Commands,
 }
 
 impl Control {
     pub(super) fn new(queue: Queue, shared: &Arc<Shared>) -> Self {
+        let shared = Arc::clone(shared);
         Self {
             queue,
-            shared: Arc::clone(shared),
+            commands: Commands { shared },
         }
     }
 
     pub(super) fn state(&self) -> QueueState {
         self.queue.state()
     }
+}
 
+/// What the driver can ask for.
+struct Commands {
+    shared: Arc<Shared>,
+}
+
+impl Commands {
     fn obey(&self, chain: &Chain) -> Result<bool, QueueError> {
         let mut head = [0; 2];
         chain.read(0, &mut head)?;
@@ -99,26 +108,17 @@ impl QueueTask for Control {
     }
 
     fn call(&mut self, _: TaskEvent, _: &mut TaskSources<'_, '_>) -> Result<TaskFlow, QueueError> {
-        let _ = self.queue.kick().read();
-        for _ in 0..BUDGET {
-            let Some(chain) = self.queue.pop()? else {
-                self.queue.notify()?;
-                return Ok(match self.queue.enable_kicks()? {
-                    true => TaskFlow::Again,
-                    false => TaskFlow::Wait,
-                });
-            };
-            let answer = match self.obey(&chain)? {
+        let Self { queue, commands } = self;
+        queue.turn(Budget::new(CHAINS), |queue, chain| {
+            let answer = match commands.obey(&chain)? {
                 true => VIRTIO_NET_OK,
                 false => VIRTIO_NET_ERR,
             };
             // The answer is the last byte.
             let room = chain.writable_len();
             chain.write(room.saturating_sub(1), &[answer as u8])?;
-            self.queue
-                .push(chain.head(), u32::try_from(room).unwrap_or(u32::MAX))?;
-        }
-        self.queue.notify()?;
-        Ok(TaskFlow::Again)
+            queue.push(chain.head(), u32::try_from(room).unwrap_or(u32::MAX))?;
+            Ok(Served::Bytes(0))
+        })
     }
 }

@@ -27,7 +27,7 @@ use virtio_bindings::virtio_net::{
 use self::control::Control;
 use self::tap::{HEADER_LEN, Tap};
 pub use self::tap::{TapAddress, TapError};
-use self::transfer::{Receive, Send};
+use self::transfer::{Receive, Send, Takes};
 use crate::device::{DeviceError, DeviceId, VirtioDevice};
 use crate::queue::{Queue, QueueState};
 use crate::rate_limiter::{RateLimits, SharedLimiter};
@@ -263,12 +263,16 @@ impl VirtioDevice for Net {
         let Some((transport, features)) = self.shared.driver.lock().clone() else {
             return Err(DeviceError::NoSuchQueue(index));
         };
-        let mergeable = features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0;
+        let has = |bit: u32| features & 1 << bit != 0;
+        let takes = Takes {
+            mergeable: has(VIRTIO_NET_F_MRG_RXBUF),
+            checksums: has(VIRTIO_NET_F_GUEST_CSUM),
+        };
         let host = DeviceError::host;
         let (workers, shared) = (&self.workers, &self.shared);
         let tap = shared.taps.get(usize::from(index / 2)).map(Arc::clone);
         // Without several pairs in use the queue for control is the third (5.1.2).
-        let one_pair = features & 1 << VIRTIO_NET_F_MQ == 0;
+        let one_pair = !has(VIRTIO_NET_F_MQ);
         let is_control = usize::from(index) == shared.taps.len() * 2 || one_pair && index == 2;
         let task = match (tap, index % 2) {
             _ if is_control => {
@@ -276,7 +280,7 @@ impl VirtioDevice for Net {
                 Task::Control(Running::start(workers, &transport, task))
             }
             (Some(tap), 0) => {
-                let task = Receive::new(queue, tap, shared, mergeable);
+                let task = Receive::new(queue, tap, shared, takes);
                 let task = task.map_err(host("prepare an interface's queue"))?;
                 Task::Receive(Running::start(workers, &transport, task))
             }

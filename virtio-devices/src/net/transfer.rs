@@ -8,65 +8,44 @@ use devices::event_loop::Interest;
 
 use super::Shared;
 use super::tap::{HEADER_LEN, Tap};
-use crate::queue::{Chain, Queue, QueueError, QueueState};
-use crate::rate_limiter::{LentLimiter, SharedLimiter, Timer};
+use crate::limits::MAX_PIECES;
+use crate::queue::{Budget, Chain, Queue, QueueError, QueueState, Served};
+use crate::rate_limiter::Gate;
 use crate::worker::{QueueTask, TaskEvent, TaskFlow, TaskSources};
 
-/// Frames that are moved before others on the loop have their turn.
-const BUDGET: usize = 64;
+/// Frames of one turn.
+const CHAINS: usize = 64;
 /// The largest frame, with its header: a segment that the guest or the host cuts up.
 const MAX_FRAME: usize = HEADER_LEN + 65_550;
-/// Where in the header the number of buffers is.
+/// Where in the header the flags and the number of buffers are.
+const FLAGS: usize = 0;
 const NUM_BUFFERS: usize = 10;
-/// Buffers of one frame: what the kernel takes in one call (`UIO_MAXIOV`).
-const MAX_PIECES: usize = 1024;
 
 const KICK: usize = 0;
 const TAP: usize = 1;
 const TIMER: usize = 2;
-
-/// Keeps a rate, and says when to go on.
-struct Pace {
-    limiter: LentLimiter,
-    timer: Timer,
-}
-
-impl Pace {
-    fn new(limiter: &SharedLimiter) -> io::Result<Self> {
-        Ok(Self {
-            limiter: limiter.lend(),
-            timer: Timer::new()?,
-        })
-    }
-
-    /// Whether a frame may pass now; if not, the timer says when to ask again.
-    fn pass(&mut self, bytes: usize) -> bool {
-        match self.limiter.begin(bytes as u64) {
-            Ok(()) => true,
-            Err(wait) => match self.timer.set(wait) {
-                Ok(()) => false,
-                Err(error) => {
-                    tracing::error!(%error, "a rate limit cannot be kept");
-                    true
-                }
-            },
-        }
-    }
-}
 
 /// Frames to the guest.
 pub(super) struct Receive {
     queue: Queue,
     tap: Arc<Tap>,
     shared: Arc<Shared>,
-    /// The driver takes a frame in several buffers.
-    mergeable: bool,
-    pace: Pace,
+    /// What was negotiated.
+    takes: Takes,
+    gate: Gate,
     /// A frame that was read and waits for room, or for its turn. When the queue stops it is lost,
     /// as frames may be.
     frame: Vec<u8>,
     len: usize,
-    passed: bool,
+}
+
+/// What the driver takes of frames.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Takes {
+    /// A frame in several buffers.
+    pub(super) mergeable: bool,
+    /// Frames whose checksum the host has checked, or left out.
+    pub(super) checksums: bool,
 }
 
 impl Receive {
@@ -74,17 +53,16 @@ impl Receive {
         queue: Queue,
         tap: Arc<Tap>,
         shared: &Arc<Shared>,
-        mergeable: bool,
+        takes: Takes,
     ) -> io::Result<Self> {
         Ok(Self {
             queue,
             tap,
-            pace: Pace::new(&shared.rx_limiter)?,
+            gate: Gate::new(&shared.rx_limiter)?,
             shared: Arc::clone(shared),
-            mergeable,
+            takes,
             frame: vec![0; MAX_FRAME],
             len: 0,
-            passed: false,
         })
     }
 
@@ -93,11 +71,14 @@ impl Receive {
     }
 
     /// Moves a frame; false when there is none, or no room for it.
-    fn step(&mut self) -> Result<bool, QueueError> {
+    fn step(&mut self, budget: &mut Budget) -> Result<bool, QueueError> {
         if self.len == 0 {
             match self.tap.read(&mut self.frame) {
-                Ok(Some(len)) if len >= HEADER_LEN => (self.len, self.passed) = (len, false),
-                Ok(Some(_)) => return Ok(true),
+                Ok(Some(len)) if len >= HEADER_LEN => self.len = len,
+                Ok(Some(_)) => {
+                    budget.spend_chain(0);
+                    return Ok(true);
+                }
                 Ok(None) => return Ok(false),
                 Err(error) => {
                     // The interface is down, or gone: the guest hears nothing from it.
@@ -106,56 +87,64 @@ impl Receive {
                 }
             }
         }
-        if !self.passed {
-            self.passed = self.pace.pass(self.len);
-            if !self.passed {
-                return Ok(false);
-            }
-        }
-        if !self.deliver()? {
+        if !self.gate.pass(self.len as u64) || !self.deliver(budget)? {
             return Ok(false);
         }
-        let counters = &self.shared.counters;
-        counters.rx_frames.fetch_add(1, Ordering::Relaxed);
-        let bytes = self.len - HEADER_LEN;
-        counters.rx_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        budget.spend_bytes(self.len as u64);
+        self.gate.close();
         self.len = 0;
         Ok(true)
     }
 
-    /// Gives the frame to the driver; false when it has not made enough room available.
-    fn deliver(&mut self) -> Result<bool, QueueError> {
+    /// Chains for the frame, as many as a frame can have; `None` when the driver has not made enough
+    /// of them available.
+    fn room(&mut self, budget: &mut Budget) -> Result<Option<Vec<Chain>>, QueueError> {
         let mut chains: Vec<Chain> = Vec::new();
         let mut room = 0;
         while room < self.len {
-            let chain = match self.queue.pop()? {
-                Some(chain) => chain,
-                // Room that came meanwhile is told by no kick: look again.
-                None if self.queue.enable_kicks()? => continue,
-                None => {
-                    chains.iter().for_each(|_| self.queue.unpop());
-                    return Ok(false);
-                }
+            let Some(chain) = self.queue.pop()? else {
+                chains.iter().for_each(|_| self.queue.unpop());
+                return Ok(None);
             };
+            budget.spend_chain(chain.descriptors());
             room += chain.writable_len();
-            let more = self.mergeable || chains.is_empty();
             chains.push(chain);
-            if !more || chains.len() > usize::from(self.queue.size()) {
+            if !self.takes.mergeable || chains.len() >= usize::from(self.queue.size()) {
                 break;
             }
-            if !self.mergeable && room < self.len {
-                // The driver said that its buffers are large enough.
-                self.shared
-                    .counters
-                    .rx_drops
-                    .fetch_add(1, Ordering::Relaxed);
-                self.queue.unpop();
-                return Ok(true);
-            }
+        }
+        Ok(Some(chains))
+    }
+
+    /// Gives the frame to the driver, or drops it if the driver's buffers are too short; false when
+    /// the driver has not made enough room available.
+    fn deliver(&mut self, budget: &mut Budget) -> Result<bool, QueueError> {
+        let chains = match self.room(budget)? {
+            Some(chains) => chains,
+            // Once more, for room that came meanwhile is told by no kick. Only once: a driver that
+            // makes room and takes it back all the time would keep the loop here.
+            None if self.queue.enable_kicks()? => match self.room(budget)? {
+                Some(chains) => chains,
+                None => return Ok(false),
+            },
+            None => return Ok(false),
+        };
+        let counters = &self.shared.counters;
+        let room: usize = chains.iter().map(Chain::writable_len).sum();
+        if room < self.len {
+            // The driver said that its buffers are large enough (5.1.6.3.1).
+            counters.rx_drops.fetch_add(1, Ordering::Relaxed);
+            chains.iter().for_each(|_| self.queue.unpop());
+            return Ok(true);
         }
         let count = u16::try_from(chains.len()).unwrap_or(u16::MAX);
         if let Some(field) = self.frame.get_mut(NUM_BUFFERS..HEADER_LEN) {
             field.copy_from_slice(&count.to_le_bytes());
+        }
+        if let (false, Some(flags)) = (self.takes.checksums, self.frame.get_mut(FLAGS)) {
+            // The tap says that a checksum is known to be right (`DATA_VALID`). A driver that did
+            // not negotiate that gets no flags (virtio 1.3, 5.1.6.4.1).
+            *flags = 0;
         }
         let mut rest = self.frame.get(..self.len).unwrap_or_default();
         for chain in chains {
@@ -165,6 +154,9 @@ impl Receive {
             self.queue.push(chain.head(), len)?;
             rest = after;
         }
+        counters.rx_frames.fetch_add(1, Ordering::Relaxed);
+        let bytes = (self.len - HEADER_LEN) as u64;
+        counters.rx_bytes.fetch_add(bytes, Ordering::Relaxed);
         Ok(true)
     }
 }
@@ -172,75 +164,67 @@ impl Receive {
 impl QueueTask for Receive {
     fn watch(&mut self, sources: &mut TaskSources<'_, '_>) -> io::Result<()> {
         sources.watch(Arc::clone(self.queue.kick()), KICK, Interest::Read)?;
-        sources.watch(self.pace.timer.descriptor(), TIMER, Interest::Read)?;
+        sources.watch(self.gate.descriptor(), TIMER, Interest::Read)?;
         // A duplicate: the sender watches the same interface.
         sources.watch(self.tap.try_clone()?, TAP, Interest::Read)
     }
 
     fn call(&mut self, _: TaskEvent, _: &mut TaskSources<'_, '_>) -> Result<TaskFlow, QueueError> {
         let _ = self.queue.kick().read();
-        self.pace.timer.clear();
-        for _ in 0..BUDGET {
-            if !self.step()? {
-                self.queue.notify()?;
-                return Ok(TaskFlow::Wait);
+        self.gate.clear();
+        let mut budget = Budget::new(CHAINS);
+        let mut flow = TaskFlow::Again;
+        while !budget.is_spent() {
+            if !self.step(&mut budget)? {
+                flow = TaskFlow::Wait;
+                break;
             }
         }
         self.queue.notify()?;
-        Ok(TaskFlow::Again)
+        Ok(flow)
     }
 }
 
 /// Frames from the guest.
 pub(super) struct Send {
     queue: Queue,
-    tap: Arc<Tap>,
-    shared: Arc<Shared>,
-    pace: Pace,
-    /// The frame at the front has its turn.
-    passed: bool,
+    out: Out,
 }
 
-/// What became of one step.
-enum Step {
-    Sent,
-    Idle,
-    Waits,
+/// Where frames from the guest go.
+struct Out {
+    tap: Arc<Tap>,
+    shared: Arc<Shared>,
+    gate: Gate,
 }
 
 impl Send {
     pub(super) fn new(queue: Queue, tap: Arc<Tap>, shared: &Arc<Shared>) -> io::Result<Self> {
+        let gate = Gate::new(&shared.tx_limiter)?;
+        let shared = Arc::clone(shared);
         Ok(Self {
             queue,
-            tap,
-            pace: Pace::new(&shared.tx_limiter)?,
-            shared: Arc::clone(shared),
-            passed: false,
+            out: Out { tap, shared, gate },
         })
     }
 
     pub(super) fn state(&self) -> QueueState {
         self.queue.state()
     }
+}
 
-    fn step(&mut self) -> Result<Step, QueueError> {
-        let Some(chain) = self.queue.pop()? else {
-            return Ok(Step::Idle);
-        };
+impl Out {
+    /// Sends a frame; `None` when the tap has no room, or the rate limit does not allow it yet.
+    fn send(&mut self, chain: &Chain) -> Result<Option<u64>, QueueError> {
         let len = chain.readable_len();
         let counters = &self.shared.counters;
         let pieces = chain.readable(0, len)?;
         if !(HEADER_LEN..=MAX_FRAME).contains(&len) || pieces.len() > MAX_PIECES {
             counters.tx_drops.fetch_add(1, Ordering::Relaxed);
-            self.queue.push(chain.head(), 0)?;
-            return Ok(Step::Sent);
+            return Ok(Some(0));
         }
-        if !self.passed {
-            self.passed = self.pace.pass(len);
-        }
-        if !self.passed {
-            self.queue.unpop();
-            return Ok(Step::Waits);
+        if !self.gate.pass(len as u64) {
+            return Ok(None);
         }
         match self.tap.write(&pieces) {
             Ok(true) => {
@@ -248,49 +232,90 @@ impl Send {
                 let bytes = (len - HEADER_LEN) as u64;
                 counters.tx_bytes.fetch_add(bytes, Ordering::Relaxed);
             }
-            Ok(false) => {
-                self.queue.unpop();
-                return Ok(Step::Waits);
-            }
+            Ok(false) => return Ok(None),
             Err(error) => {
                 // A header that makes no sense to the host, or an interface that is down.
                 tracing::debug!(%error, "a frame cannot be sent");
                 counters.tx_drops.fetch_add(1, Ordering::Relaxed);
             }
         }
-        self.passed = false;
-        self.queue.push(chain.head(), 0)?;
-        Ok(Step::Sent)
+        self.gate.close();
+        Ok(Some(len as u64))
     }
 }
 
 impl QueueTask for Send {
     fn watch(&mut self, sources: &mut TaskSources<'_, '_>) -> io::Result<()> {
         sources.watch(Arc::clone(self.queue.kick()), KICK, Interest::Read)?;
-        sources.watch(self.pace.timer.descriptor(), TIMER, Interest::Read)?;
-        sources.watch(self.tap.try_clone()?, TAP, Interest::Write)
+        sources.watch(self.out.gate.descriptor(), TIMER, Interest::Read)?;
+        sources.watch(self.out.tap.try_clone()?, TAP, Interest::Write)
     }
 
     fn call(&mut self, _: TaskEvent, _: &mut TaskSources<'_, '_>) -> Result<TaskFlow, QueueError> {
-        let _ = self.queue.kick().read();
-        self.pace.timer.clear();
-        for _ in 0..BUDGET {
-            match self.step()? {
-                Step::Sent => {}
-                Step::Waits => {
-                    self.queue.notify()?;
-                    return Ok(TaskFlow::Wait);
+        let Self { queue, out } = self;
+        out.gate.clear();
+        queue.turn(Budget::new(CHAINS), |queue, chain| {
+            match out.send(&chain)? {
+                Some(bytes) => {
+                    queue.push(chain.head(), 0)?;
+                    Ok(Served::Bytes(bytes))
                 }
-                Step::Idle => {
-                    self.queue.notify()?;
-                    return Ok(match self.queue.enable_kicks()? {
-                        true => TaskFlow::Again,
-                        false => TaskFlow::Wait,
-                    });
-                }
+                // The timer or the tap tells when to go on.
+                None => Ok(Served::NotYet),
             }
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, AtomicU16};
+
+    use parking_lot::Mutex;
+
+    use super::*;
+    use crate::net::Counters;
+    use crate::rate_limiter::{RateLimits, SharedLimiter};
+    use crate::testing::{TestBuffer, TestGuest, TestQueue, transport};
+
+    const DATA_VALID: u8 = 2;
+
+    /// Wants `/dev/net/tun` and CAP_NET_ADMIN.
+    #[test]
+    fn flags_of_a_frame_are_for_who_negotiated_them() {
+        let tap = Arc::new(Tap::open("wbtest%d", 1).unwrap().remove(0));
+        let shared = Arc::new(Shared {
+            taps: vec![Arc::clone(&tap)],
+            mac: Mutex::default(),
+            pairs: AtomicU16::new(1),
+            offloads: Mutex::default(),
+            announce: AtomicBool::new(false),
+            rx_limiter: SharedLimiter::new(RateLimits::default()),
+            tx_limiter: SharedLimiter::new(RateLimits::default()),
+            counters: Counters::default(),
+            driver: Mutex::default(),
+        });
+        for (checksums, seen) in [(true, DATA_VALID), (false, 0)] {
+            let mut guest = TestGuest::new(1 << 20);
+            let (transport, _) = transport();
+            let mut driver = TestQueue::new(&mut guest, 0, 8);
+            let at = guest.alloc(128);
+            driver.send(&[TestBuffer {
+                addr: at,
+                len: 128,
+                writable: true,
+            }]);
+            let queue = driver.device_side(&transport, QueueState::default());
+            let takes = Takes {
+                mergeable: true,
+                checksums,
+            };
+            let mut task = Receive::new(queue, Arc::clone(&tap), &shared, takes).unwrap();
+            // As the tap gives it, of a packet that the host has checked.
+            task.frame[FLAGS] = DATA_VALID;
+            task.len = HEADER_LEN + 60;
+            assert!(task.deliver(&mut Budget::new(1)).unwrap());
+            assert_eq!(guest.read(at, 1), [seen]);
         }
-        self.queue.notify()?;
-        Ok(TaskFlow::Again)
     }
 }

@@ -9,7 +9,6 @@ use vm_memory::bitmap::Bitmap;
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
 
 use super::{QueueError, QueueMemory};
-use crate::limits::MAX_CHAIN;
 
 /// A piece of guest memory, all of it RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,7 +68,7 @@ impl Iterator for Walk<'_> {
     }
 }
 
-/// A descriptor chain, checked: every buffer is in RAM, those that the device reads come before
+/// A descriptor chain, checked: it is no longer than its queue, every buffer is in RAM, those that the device reads come before
 /// those that it writes (virtio 1.3, 2.7.4.2), and the sum of their lengths is below 4 GiB.
 ///
 /// It keeps the memory mapped that it names, whatever becomes of the guest's map meanwhile, so
@@ -85,9 +84,10 @@ pub struct Chain {
 impl Chain {
     pub(super) fn new(
         chain: DescriptorChain<&QueueMemory>,
+        entries: u16,
         view: &Arc<FlatView>,
     ) -> Result<Self, QueueError> {
-        Self::parse(chain.head_index(), chain, view)
+        Self::parse(chain.head_index(), chain, entries, view)
     }
 
     /// The chain that begins at `head` of a table of so many `entries`, which the device has had since
@@ -106,12 +106,13 @@ impl Chain {
             left: entries,
             is_indirect: false,
         };
-        Self::parse(head, walk, memory.view())
+        Self::parse(head, walk, entries, memory.view())
     }
 
     fn parse(
         head: u16,
         chain: impl Iterator<Item = Descriptor>,
+        entries: u16,
         view: &Arc<FlatView>,
     ) -> Result<Self, QueueError> {
         let broken = |why| QueueError::Chain { head, why };
@@ -124,8 +125,8 @@ impl Chain {
         let mut complete = false;
         let mut bytes = 0_u32;
         for descriptor in chain {
-            if parsed.readable.len() + parsed.writable.len() == MAX_CHAIN {
-                return Err(broken("has too many buffers"));
+            if parsed.descriptors() == usize::from(entries) {
+                return Err(broken("is longer than its queue"));
             }
             let buffer = Buffer {
                 addr: descriptor.addr().0,
@@ -159,6 +160,12 @@ impl Chain {
     #[must_use]
     pub fn head(&self) -> u16 {
         self.head
+    }
+
+    /// How many descriptors it has, at most as many as its queue has entries.
+    #[must_use]
+    pub fn descriptors(&self) -> usize {
+        self.readable.len() + self.writable.len()
     }
 
     /// Bytes that the device may read.

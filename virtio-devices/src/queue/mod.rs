@@ -1,7 +1,10 @@
 //! Split virtqueues (virtio 1.3, 2.7).
 
+mod budget;
 mod chain;
 mod memory;
+#[cfg(test)]
+mod tests;
 
 use std::fmt;
 use std::sync::Arc;
@@ -14,10 +17,12 @@ use virtio_queue::{Queue as Split, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
+pub(crate) use self::budget::Budget;
 pub use self::chain::Chain;
 pub use self::memory::QueueMemory;
 use crate::limits::MAX_QUEUE_SIZE;
 use crate::transport::Transport;
+use crate::worker::TaskFlow;
 
 /// The guest broke the rules of the rings: the device needs a reset.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -118,6 +123,14 @@ pub struct QueueSetup {
     pub transport: Arc<Transport>,
 }
 
+/// What became of a chain in [`Queue::turn`].
+pub(crate) enum Served {
+    /// It was served, and so many bytes were moved for it.
+    Bytes(u64),
+    /// It waits for something other than a kick, and was not kept.
+    NotYet,
+}
+
 /// A virtqueue that is being served.
 pub struct Queue {
     index: u16,
@@ -208,10 +221,10 @@ impl Queue {
             queue,
             why: error.to_string(),
         };
-        let memory = &self.memory;
+        let (memory, size) = (&self.memory, self.split.size());
         let mut chains = self.split.iter(memory).map_err(available)?;
         match chains.next() {
-            Some(chain) => Chain::new(chain, memory.view()).map(Some),
+            Some(chain) => Chain::new(chain, size, memory.view()).map(Some),
             // The iterator steps over what it cannot read.
             None if self.split.next_avail() == before => Ok(None),
             None => Err(QueueError::Available {
@@ -305,15 +318,58 @@ impl Queue {
     /// tell: go on popping.
     ///
     /// # Errors
-    /// When the rings are no longer in RAM.
+    /// When the rings are no longer in RAM, or the driver took back what it made available.
     pub fn enable_kicks(&mut self) -> Result<bool, QueueError> {
         let (queue, memory) = (self.index, &self.memory);
-        self.split
-            .enable_notification(memory)
-            .map_err(|error| QueueError::Available {
-                queue,
-                why: error.to_string(),
-            })
+        let broken = |why: String| QueueError::Available { queue, why };
+        let more = self.split.enable_notification(memory);
+        if !more.map_err(|error| broken(error.to_string()))? {
+            return Ok(false);
+        }
+        // An index behind ours would be "more" for ever, without a chain to take.
+        let index = self.split.avail_idx(memory, Ordering::Acquire);
+        let index = index.map_err(|error| broken(error.to_string()))?.0;
+        let ahead = index.wrapping_sub(self.split.next_avail());
+        if ahead > self.split.size() {
+            return Err(broken(format!("its index went to {index}")));
+        }
+        Ok(ahead > 0)
+    }
+
+    /// One turn of a task that serves this queue alone: takes the kick, serves chains until there
+    /// are none or the budget is spent, interrupts the driver, and asks it for kicks again.
+    ///
+    /// `serve` gives the chain back, or keeps it, and returns what became of it.
+    ///
+    /// # Errors
+    /// When the driver broke the rules.
+    pub(crate) fn turn(
+        &mut self,
+        mut budget: Budget,
+        mut serve: impl FnMut(&mut Self, Chain) -> Result<Served, QueueError>,
+    ) -> Result<TaskFlow, QueueError> {
+        // Kicks are counted together; the count is zero when another event came first.
+        let _ = self.kick.read();
+        while !budget.is_spent() {
+            let Some(chain) = self.pop()? else {
+                self.notify()?;
+                return Ok(match self.enable_kicks()? {
+                    true => TaskFlow::Again,
+                    false => TaskFlow::Wait,
+                });
+            };
+            budget.spend_chain(chain.descriptors());
+            match serve(self, chain)? {
+                Served::Bytes(bytes) => budget.spend_bytes(bytes),
+                Served::NotYet => {
+                    self.unpop();
+                    self.notify()?;
+                    return Ok(TaskFlow::Wait);
+                }
+            }
+        }
+        self.notify()?;
+        Ok(TaskFlow::Again)
     }
 
     /// Tells the driver and the owner of the machine that the device needs a reset, as an error of

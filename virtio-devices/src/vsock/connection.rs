@@ -6,6 +6,7 @@ use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::packet::{Header, NO_RECEIVE, NO_SEND, Op};
 
@@ -15,8 +16,11 @@ pub(super) const BUFFER: u32 = 256 << 10;
 /// Where a connection is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stage {
-    /// The host asked, and the guest has not answered.
-    Requested,
+    /// The host asked, and the guest has until then to answer.
+    Requested {
+        /// When the connection is given up.
+        until: Instant,
+    },
     /// Both sides may send.
     Established,
 }
@@ -68,7 +72,7 @@ pub(super) struct Connection {
 impl Connection {
     pub(super) fn new(stream: Arc<UnixStream>, key: usize, stage: Stage) -> Self {
         let first = match stage {
-            Stage::Requested => Op::Request,
+            Stage::Requested { .. } => Op::Request,
             Stage::Established => Op::Response,
         };
         Self {
@@ -201,7 +205,8 @@ impl Connection {
     }
 
     /// The next that the guest should get, if there is something: a notice, or data, which is put
-    /// into `data` as far as it goes.
+    /// into `data` as far as it goes. Where `data` has no room the packet has no data, and what
+    /// there is to read is left for the next buffer.
     ///
     /// # Errors
     /// When the socket is gone.
@@ -216,6 +221,10 @@ impl Connection {
         if room == 0 {
             self.asked_for_credit = true;
             return Ok(Some((Notice::plain(Op::CreditRequest), 0)));
+        }
+        if data.is_empty() {
+            // A read of no bytes would look like the end of the stream.
+            return Ok(Some((Notice::plain(Op::Data), 0)));
         }
         let room = room.min(data.len());
         match (&*self.stream).read(data.get_mut(..room).unwrap_or_default()) {

@@ -17,6 +17,7 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use devices::Listening;
 use state::{LoadError, LoadScope, SaveError, Scope};
@@ -39,6 +40,25 @@ const QUEUES: usize = 3;
 pub struct VsockError {
     path: PathBuf,
     source: io::Error,
+}
+
+/// What a guest and its clients may have of the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct VsockLimits {
+    /// Connections at a time, established or not. Each holds a descriptor of the process.
+    connections: usize,
+    /// How long a client may take to say where it wants to go, and the guest to accept it. Linux
+    /// waits 2 s itself (`VSOCK_DEFAULT_CONNECT_TIMEOUT`).
+    handshake: Duration,
+}
+
+impl Default for VsockLimits {
+    fn default() -> Self {
+        Self {
+            connections: 256,
+            handshake: Duration::from_secs(10),
+        }
+    }
 }
 
 #[derive(Default)]
@@ -99,7 +119,9 @@ impl Vsock {
         let socket = bound.map_err(refused)?;
         let listener = socket.listener().try_clone().map_err(refused)?;
         let (listener, counters) = (Arc::new(listener), Arc::<Counters>::default());
-        let muxer = Muxer::new(cid, path, Arc::clone(&listener), Arc::clone(&counters));
+        let limits = VsockLimits::default();
+        let (near, counted) = (Arc::clone(&listener), Arc::clone(&counters));
+        let muxer = Muxer::new(cid, path, near, counted, limits);
         Ok(Self {
             cid,
             socket,
@@ -114,7 +136,14 @@ impl Vsock {
     /// A muxer in which no connection is.
     fn fresh(&self) -> Box<Muxer> {
         let (listener, counters) = (Arc::clone(&self.listener), Arc::clone(&self.counters));
-        Box::new(Muxer::new(self.cid, self.socket.path(), listener, counters))
+        let limits = VsockLimits::default();
+        Box::new(Muxer::new(
+            self.cid,
+            self.socket.path(),
+            listener,
+            counters,
+            limits,
+        ))
     }
 
     /// The muxer, taken from its loop if it has no queue any more.

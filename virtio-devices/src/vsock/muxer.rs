@@ -1,34 +1,34 @@
 //! All connections of a guest, and the queues that they share.
 
+mod clients;
+#[cfg(test)]
+mod tests;
+
 use std::collections::{HashMap, VecDeque};
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use devices::event_loop::Interest;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
+use self::clients::{FIRST_PORT, Undecided};
 use super::connection::{Connection, Notice, Over, Stage};
 use super::packet::{HEADER_LEN, HOST_CID, Header, Op, Ports, STREAM};
-use super::{Counters, EVENT, QUEUES, RX, TX};
-use crate::queue::{Chain, Queue, QueueError, QueueState};
+use super::{Counters, EVENT, QUEUES, RX, TX, VsockLimits};
+use crate::queue::{Budget, Chain, Queue, QueueError, QueueState};
 use crate::worker::{QueueTask, TaskEvent, TaskFlow, TaskSources};
 
-/// Packets that are served before others on the loop have their turn.
-const BUDGET: usize = 64;
-/// Connections at a time, established or not.
-const MAX_CONNECTIONS: usize = 1024;
+/// Packets of one turn in each direction, and clients that are accepted in one.
+const CHAINS: usize = 64;
 /// Answers that wait for the guest to make room; while there are so many, none of its packets is
 /// taken.
 const MAX_REPLIES: usize = 256;
 /// Bytes of data of one packet.
 const MAX_DATA: usize = 64 << 10;
-/// The longest `CONNECT port\n`.
-const MAX_COMMAND: usize = 32;
-/// The first port that is given to a connection of the host's: far from those that services use.
-const FIRST_PORT: u32 = 1 << 30;
 /// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`.
 const TRANSPORT_RESET: [u8; 4] = [0; 4];
 
@@ -36,28 +36,27 @@ const TRANSPORT_RESET: [u8; 4] = [0; 4];
 const LISTENER: usize = 3;
 const FIRST_STREAM: usize = 4;
 
-/// A connection of the host's that has not said yet where it wants to go.
-struct Undecided {
-    stream: Arc<UnixStream>,
-    command: Vec<u8>,
-}
-
 /// The task that serves all three queues.
 pub(super) struct Muxer {
     cid: u64,
     path: PathBuf,
     listener: Arc<UnixListener>,
     counters: Arc<Counters>,
+    limits: VsockLimits,
     queues: [Option<Queue>; QUEUES],
     /// A queue was put in that is not watched yet.
     unwatched: bool,
     connections: HashMap<Ports, Connection>,
     streams: HashMap<usize, Ports>,
     undecided: HashMap<usize, Undecided>,
+    /// When the first of those that wait for an answer is given up, or earlier.
+    next_expiry: Option<Instant>,
+    /// There may be clients that were not accepted yet.
+    accepting: bool,
     replies: VecDeque<Header>,
     /// None of the guest's packets is taken before it makes room for answers.
     stalled: bool,
-    /// Connections that have something for the guest.
+    /// Connections that have something for the guest, each once.
     ready: VecDeque<Ports>,
     /// The guest must hear that all its connections are gone.
     pub(super) reset_guest: bool,
@@ -72,17 +71,21 @@ impl Muxer {
         path: &Path,
         listener: Arc<UnixListener>,
         counters: Arc<Counters>,
+        limits: VsockLimits,
     ) -> Self {
         Self {
             cid,
             path: path.to_owned(),
             listener,
             counters,
+            limits,
             queues: [const { None }; QUEUES],
             unwatched: false,
             connections: HashMap::new(),
             streams: HashMap::new(),
             undecided: HashMap::new(),
+            next_expiry: None,
+            accepting: false,
             replies: VecDeque::new(),
             stalled: false,
             ready: VecDeque::new(),
@@ -149,73 +152,6 @@ impl Muxer {
         Ok(key)
     }
 
-    // From the host.
-
-    fn accept(&mut self, sources: &mut TaskSources<'_, '_>) {
-        while let Ok((stream, _)) = self.listener.accept() {
-            if self.connections.len() + self.undecided.len() >= MAX_CONNECTIONS
-                || stream.set_nonblocking(true).is_err()
-            {
-                continue;
-            }
-            let stream = Arc::new(stream);
-            let Ok(key) = self.watch_stream(&stream, sources) else {
-                continue;
-            };
-            let command = Vec::new();
-            self.undecided.insert(key, Undecided { stream, command });
-            self.listen_to(key, sources);
-        }
-    }
-
-    /// Reads where a connection of the host's wants to go, byte by byte: what is behind the line is
-    /// for the guest.
-    fn listen_to(&mut self, key: usize, sources: &mut TaskSources<'_, '_>) {
-        let Some(undecided) = self.undecided.get_mut(&key) else {
-            return;
-        };
-        let mut byte = [0];
-        loop {
-            match (&*undecided.stream).read(&mut byte) {
-                Ok(1) if byte == *b"\n" => break,
-                Ok(1) if undecided.command.len() < MAX_COMMAND => {
-                    undecided.command.push(byte[0]);
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                // It went away, or talks of something else.
-                _ => {
-                    self.undecided.remove(&key);
-                    sources.forget(key);
-                    return;
-                }
-            }
-        }
-        let Some(Undecided { stream, command }) = self.undecided.remove(&key) else {
-            return;
-        };
-        let (Some(guest), Some(host)) = (port(&command), self.free_port()) else {
-            sources.forget(key);
-            return;
-        };
-        let ports = Ports { host, guest };
-        let connection = Connection::new(stream, key, Stage::Requested);
-        self.streams.insert(key, ports);
-        self.connections.insert(ports, connection);
-        self.queue(ports);
-    }
-
-    fn free_port(&mut self) -> Option<u32> {
-        for _ in 0..=MAX_CONNECTIONS {
-            let port = self.next_port;
-            self.next_port = port.checked_add(1).unwrap_or(FIRST_PORT);
-            if !self.connections.keys().any(|ports| ports.host == port) {
-                return Some(port);
-            }
-        }
-        None
-    }
-
     // To the guest.
 
     fn queue(&mut self, ports: Ports) {
@@ -243,11 +179,19 @@ impl Muxer {
         }
     }
 
-    fn reset(&mut self, ports: Ports, sources: &mut TaskSources<'_, '_>) {
+    fn forget(&mut self, ports: Ports, sources: &mut TaskSources<'_, '_>) {
         if let Some(gone) = self.connections.remove(&ports) {
             self.streams.remove(&gone.key);
             sources.forget(gone.key);
+            if gone.queued {
+                // Another connection may have the same ports soon, and an entry of its own.
+                self.ready.retain(|ready| *ready != ports);
+            }
         }
+    }
+
+    fn reset(&mut self, ports: Ports, sources: &mut TaskSources<'_, '_>) {
+        self.forget(ports, sources);
         let reset = self.header(ports, Notice::plain(Op::Reset), 0, (0, 0));
         self.replies.push_back(reset);
     }
@@ -299,7 +243,8 @@ impl Muxer {
         queue: &mut Queue,
         sources: &mut TaskSources<'_, '_>,
     ) -> Result<bool, QueueError> {
-        for _ in 0..BUDGET {
+        let mut budget = Budget::new(CHAINS);
+        while !budget.is_spent() {
             if self.replies.is_empty() && self.ready.is_empty() {
                 return Ok(true);
             }
@@ -307,6 +252,7 @@ impl Muxer {
                 // The kick tells of more.
                 return queue.enable_kicks().map(|more| !more);
             };
+            budget.spend_chain(chain.descriptors());
             let most = chain.writable_len().saturating_sub(HEADER_LEN);
             let Some(header) = self.next_packet(most, sources) else {
                 queue.unpop();
@@ -314,6 +260,7 @@ impl Muxer {
             };
             chain.write(0, &header.bytes())?;
             let len = header.len as usize;
+            budget.spend_bytes(len as u64);
             chain.write(HEADER_LEN, self.scratch.get(..len).unwrap_or_default())?;
             queue.push(chain.head(), header.len.saturating_add(HEADER_LEN as u32))?;
             let counters = &self.counters;
@@ -342,7 +289,8 @@ impl Muxer {
         queue: &mut Queue,
         sources: &mut TaskSources<'_, '_>,
     ) -> Result<bool, QueueError> {
-        for _ in 0..BUDGET {
+        let mut budget = Budget::new(CHAINS);
+        while !budget.is_spent() {
             self.stalled = self.replies.len() >= MAX_REPLIES;
             if self.stalled {
                 // Until the guest takes some: its kick of the other queue tells.
@@ -351,6 +299,8 @@ impl Muxer {
             let Some(chain) = queue.pop()? else {
                 return queue.enable_kicks().map(|more| !more);
             };
+            budget.spend_chain(chain.descriptors());
+            budget.spend_bytes(chain.readable_len() as u64);
             self.packet(&chain, sources)?;
             queue.push(chain.head(), 0)?;
         }
@@ -377,10 +327,7 @@ impl Muxer {
             && header.len as usize <= MAX_DATA;
         match header.op {
             Some(Op::Reset) => {
-                if let Some(gone) = self.connections.remove(&ports) {
-                    self.streams.remove(&gone.key);
-                    sources.forget(gone.key);
-                }
+                self.forget(ports, sources);
                 return Ok(());
             }
             Some(Op::Request) if addressed => {
@@ -408,8 +355,7 @@ impl Muxer {
     /// The guest wants to reach a port of the host: a socket beside ours, with the port at the end
     /// of its name.
     fn connect(&mut self, ports: Ports, header: &Header, sources: &mut TaskSources<'_, '_>) {
-        let room = self.connections.len() + self.undecided.len() < MAX_CONNECTIONS;
-        let stream = if room && !self.connections.contains_key(&ports) {
+        let stream = if self.has_room() && !self.connections.contains_key(&ports) {
             dial(&self.path, ports.host)
         } else {
             None
@@ -454,7 +400,7 @@ fn obey(
     ports: Ports,
 ) -> Result<(), Over> {
     match op {
-        Op::Response if connection.stage == Stage::Requested => {
+        Op::Response if matches!(connection.stage, Stage::Requested { .. }) => {
             connection.establish();
             // Who asked learns that it is through, and the port that it was given.
             let answer = format!("OK {}\n", ports.host);
@@ -474,15 +420,6 @@ fn obey(
     }
 }
 
-/// `CONNECT port`.
-fn port(command: &[u8]) -> Option<u32> {
-    let text = std::str::from_utf8(command).ok()?;
-    let mut words = text.split_ascii_whitespace();
-    let is_connect = words.next()?.eq_ignore_ascii_case("connect");
-    let port = words.next()?.parse().ok()?;
-    (is_connect && words.next().is_none()).then_some(port)
-}
-
 /// Connects to `path_port`, without waiting for anybody.
 fn dial(path: &Path, port: u32) -> Option<UnixStream> {
     let mut name = path.as_os_str().to_owned();
@@ -496,6 +433,8 @@ fn dial(path: &Path, port: u32) -> Option<UnixStream> {
 impl QueueTask for Muxer {
     fn watch(&mut self, sources: &mut TaskSources<'_, '_>) -> io::Result<()> {
         self.watch_queues(sources)?;
+        self.renew_deadlines();
+        self.accepting = true;
         sources.watch(Arc::clone(&self.listener), LISTENER, Interest::Read)?;
         let connected = self.connections.values();
         for connection in connected {
@@ -528,7 +467,7 @@ impl QueueTask for Muxer {
                     let _ = queue.kick().read();
                 }
             }
-            TaskEvent::Ready(LISTENER) => self.accept(sources),
+            TaskEvent::Ready(LISTENER) => self.accepting = true,
             TaskEvent::Ready(key) => match self.streams.get(&key).copied() {
                 None => self.listen_to(key, sources),
                 Some(ports) => {
@@ -541,11 +480,15 @@ impl QueueTask for Muxer {
             },
             TaskEvent::Started | TaskEvent::Again => {}
         }
+        if self.accepting {
+            self.accept(sources);
+        }
+        self.expire(sources);
         self.tell_reset()?;
         let received = self.receive(sources)?;
         let sent = self.send(sources)?;
         let may_go_on = self.stalled && self.replies.len() < MAX_REPLIES;
-        Ok(if received && sent && !may_go_on {
+        Ok(if received && sent && !may_go_on && !self.accepting {
             TaskFlow::Wait
         } else {
             TaskFlow::Again
