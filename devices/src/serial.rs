@@ -2,7 +2,7 @@
 
 use std::io::{self, Write};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
 use memory::DeviceOps;
@@ -27,6 +27,9 @@ struct Hooks {
     counts: Arc<Counts>,
     on_first_byte: OnFirst,
     on_room: Box<dyn Fn() + Send + Sync>,
+    /// The guest was given input, or had no room for it, since `on_room` was last called. A guest may read the empty
+    /// buffer a million times a second: only a read that takes the last byte is news.
+    has_input: AtomicBool,
 }
 
 impl SerialEvents for Hooks {
@@ -47,7 +50,9 @@ impl SerialEvents for Hooks {
     }
 
     fn in_buffer_empty(&self) {
-        (self.on_room)();
+        if self.has_input.swap(false, Ordering::AcqRel) {
+            (self.on_room)();
+        }
     }
 }
 
@@ -77,6 +82,7 @@ impl Serial {
             counts: Arc::clone(&counts),
             on_first_byte: Mutex::new(Some(Box::new(on_first_byte))),
             on_room: Box::new(on_room),
+            has_input: AtomicBool::new(false),
         };
         let hooks = Arc::new(hooks);
         let uart = Uart::with_events(line.clone(), Arc::clone(&hooks), output);
@@ -102,11 +108,23 @@ impl Serial {
 
 impl ConsoleInput for Serial {
     fn room(&self) -> usize {
-        self.uart.lock().fifo_capacity()
+        let uart = self.uart.lock();
+        let room = uart.fifo_capacity();
+        if room == 0 {
+            // Full of input, or of what the guest sent itself in loopback mode: the caller waits.
+            self.hooks.has_input.store(true, Ordering::Release);
+        }
+        room
     }
 
     fn receive(&self, bytes: &[u8]) -> usize {
-        self.uart.lock().enqueue_raw_bytes(bytes).unwrap_or(0)
+        let mut uart = self.uart.lock();
+        let taken = uart.enqueue_raw_bytes(bytes).unwrap_or(0);
+        if taken > 0 {
+            // Under the lock: the guest has not read them yet.
+            self.hooks.has_input.store(true, Ordering::Release);
+        }
+        taken
     }
 }
 
@@ -167,6 +185,7 @@ impl Save for Serial {
 impl Load for &Serial {
     fn load(&mut self, from: &mut LoadScope<'_, '_>, _: &mut ()) -> Result<(), LoadError> {
         let saved: V1 = from.take()?;
+        let has_input = !saved.received.is_empty();
         let state = SerialState {
             baud_divisor_low: saved.divisor[0],
             baud_divisor_high: saved.divisor[1],
@@ -188,6 +207,7 @@ impl Load for &Serial {
         let mut uart = self.uart.lock();
         let output = std::mem::replace(&mut *uart, trial).into_writer();
         *uart = make(&state, output).map_err(|error| from.refuse(format!("{error:?}")))?;
+        self.hooks.has_input.store(has_input, Ordering::Release);
         Ok(())
     }
 }
@@ -254,6 +274,36 @@ mod tests {
             serial.counters(),
             [("bytes_out", 2), ("bytes_in", 64), ("bytes_lost", 0)]
         );
+    }
+
+    /// Each call may be an event for the owner of the machine.
+    #[test]
+    fn empty_reads_tell_of_no_room() {
+        let rooms = Arc::new(AtomicU64::new(0));
+        let (line, told) = (InterruptLine::new().unwrap(), Arc::clone(&rooms));
+        let on_room = move || {
+            told.fetch_add(1, Ordering::Relaxed);
+        };
+        let serial = Serial::new(line, Box::new(io::sink()), |_| {}, on_room);
+        let read = |count| {
+            for _ in 0..count {
+                serial.read(0, &mut [0]);
+            }
+            rooms.load(Ordering::Relaxed)
+        };
+        assert_eq!(read(1000), 0, "nothing was there to be read");
+        serial.receive(b"two");
+        assert_eq!(read(2), 0);
+        assert_eq!(read(1000), 1);
+        serial.receive(b"x");
+        let mut writer = state::Writer::default();
+        serial.save(&mut writer.scope("serial").unwrap()).unwrap();
+        let saved = writer.finish();
+        read(1);
+        let mut store = state::Store::open(&saved).unwrap();
+        let mut scope = store.scope("serial").unwrap();
+        (&serial).load(&mut scope, &mut ()).unwrap();
+        assert_eq!(read(1000), 3, "once each");
     }
 
     #[test]

@@ -7,6 +7,14 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{Mode, fchmod};
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with,
+};
+
+/// Clients that the kernel keeps until they are accepted.
+const BACKLOG: i32 = 128;
+
 /// A socket that is listened on, without blocking. Its path goes with it, unless another socket
 /// has taken the path over.
 #[derive(Debug)]
@@ -46,8 +54,7 @@ impl Listening {
         if is_socket && UnixStream::connect(at).is_err() {
             fs::remove_file(at)?;
         }
-        let listener = UnixListener::bind(at)?;
-        listener.set_nonblocking(true)?;
+        let listener = bind_private(at)?;
         let made = at.symlink_metadata()?;
         Ok(Self {
             listener,
@@ -82,6 +89,19 @@ impl Listening {
     }
 }
 
+/// Listens at `path`, which only the owner of this process may use (mode 0600), whatever the umask:
+/// who reaches a console or a vsock of a guest has the rights of its operator.
+fn bind_private(path: &Path) -> io::Result<UnixListener> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    // Linux gives the file the mode of the socket less the umask (unix_bind_bsd). Set before
+    // `bind`, so that there is no moment at which others can connect.
+    fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+    bind(&socket, &SocketAddrUnix::new(path)?)?;
+    listen(&socket, BACKLOG)?;
+    Ok(socket.into())
+}
+
 impl AsRawFd for Listening {
     fn as_raw_fd(&self) -> RawFd {
         self.listener.as_raw_fd()
@@ -100,7 +120,23 @@ impl Drop for Listening {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
+
+    /// The usual umask (022) would leave them open to read and execute, and some others to write.
+    #[test]
+    fn socket_is_its_owners() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let mode = |path: &Path| path.metadata().unwrap().permissions().mode() & 0o777;
+        let _first = Listening::bind(&path).unwrap();
+        assert_eq!(mode(&path), 0o600);
+        let mut second = Listening::bind_beside(&path).unwrap();
+        second.take_over().unwrap();
+        assert_eq!(mode(&path), 0o600);
+        UnixStream::connect(&path).unwrap();
+    }
 
     #[test]
     fn a_path_passes_from_one_to_the_other() {
