@@ -17,6 +17,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use parking_lot::Mutex;
+use rustix::io::retry_on_intr;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
@@ -85,7 +86,7 @@ impl Receiving {
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let mut pieces = [IoSliceMut::new(to.initialize_unfilled_to(room))];
         let flags = RecvFlags::CMSG_CLOEXEC;
-        let received = recvmsg(&self.peer, &mut pieces, &mut ancillary, flags)?;
+        let received = retry_on_intr(|| recvmsg(&self.peer, &mut pieces, &mut ancillary, flags))?;
         let mut arrived = self.arrived.0.lock();
         for message in ancillary.drain() {
             if let RecvAncillaryMessage::ScmRights(descriptors) = message {

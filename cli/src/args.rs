@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use spec::VmId;
 
-use crate::migrate::{MigrateArguments, ReceiveArguments};
+use crate::migrate::{MigrateArguments, Outcome, ReceiveArguments};
 
 /// Drives a virtual machine over the REST API.
 ///
@@ -193,8 +193,8 @@ pub(crate) enum Command {
         /// Its name.
         id: VmId,
         /// What becomes of the guest at this side.
-        #[arg(value_parser = ["run", "discard"])]
-        outcome: String,
+        #[arg(value_enum)]
+        outcome: Outcome,
     },
     /// Send the VM to another host: a URL, or destination_url=URL,downtime_ms=N,...
     SendMigration {

@@ -8,8 +8,8 @@ use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use openapi::Client;
 use spec::{
-    AtDeadline, AwaitMigration, MemoryMode, MigrationInfo, MigrationPhase, MigrationSide,
-    StartMigration, VmId,
+    AtDeadline, AwaitMigration, MemoryMode, MigrationInfo, MigrationOutcome, MigrationPhase,
+    MigrationSide, StartMigration, VmId,
 };
 
 use crate::args::size;
@@ -38,6 +38,24 @@ pub(crate) enum Deadline {
     Postcopy,
     /// The guest is stopped for as long as it takes.
     Stop,
+}
+
+/// How a migration in doubt is resolved at one side.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum Outcome {
+    /// The guest runs at this side.
+    Run,
+    /// The guest does not run at this side, which forgets the VM.
+    Discard,
+}
+
+impl From<Outcome> for MigrationOutcome {
+    fn from(outcome: Outcome) -> Self {
+        match outcome {
+            Outcome::Run => Self::Run,
+            Outcome::Discard => Self::Discard,
+        }
+    }
 }
 
 #[derive(Debug, Args)]

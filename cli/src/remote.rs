@@ -6,9 +6,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use openapi::{Client, News};
 use spec::{
-    CreateVm, MigrationOutcome, PciDeviceInfo, ReceiveMigrationData, ResolveMigration,
-    SendMigrationData, VmAddUserDevice, VmConfig, VmCoredumpData, VmId, VmRemoveDevice, VmResize,
-    VmResizeDisk, VmResizeZone, VmSnapshotConfig, options,
+    CreateVm, PciDeviceInfo, ReceiveMigrationData, ResolveMigration, SendMigrationData,
+    VmAddUserDevice, VmConfig, VmCoredumpData, VmId, VmRemoveDevice, VmResize, VmResizeDisk,
+    VmResizeZone, VmSnapshotConfig, options,
 };
 
 use crate::args::{Arguments, Command, ResizeArguments};
@@ -119,11 +119,9 @@ impl Remote {
                 self.client.migrations_cancel(&id).await.map_err(Into::into)
             }
             Command::ResolveMigration { id, outcome } => {
-                let outcome = match outcome.as_str() {
-                    "run" => MigrationOutcome::Run,
-                    _ => MigrationOutcome::Discard,
+                let body = ResolveMigration {
+                    outcome: outcome.into(),
                 };
-                let body = ResolveMigration { outcome };
                 let resolved = self.client.migrations_resolve(&id, &body).await;
                 resolved.map_err(Into::into)
             }

@@ -186,7 +186,13 @@ impl Kvm {
     /// # Errors
     /// When KVM refuses, as a host without dirty rings does.
     pub fn create_vm_with(&self, dirty: DirtyBackend) -> Result<Vm, KvmError> {
-        let vm = self.kvm.create_vm().map_err(KvmError::new("create a VM"))?;
+        let vm = loop {
+            match self.kvm.create_vm() {
+                // Registering the MMU notifier fails when a signal is pending, SIGSTOP included.
+                Err(error) if error.errno() == libc::EINTR => {}
+                made => break made.map_err(KvmError::new("create a VM"))?,
+            }
+        };
         Vm::new(vm, Arc::clone(&self.msr_indices), self.capabilities, dirty)
     }
 }

@@ -52,6 +52,15 @@ struct UffdioZeropage {
     zeroed: i64,
 }
 
+/// No faults, if the error says that the call was interrupted or has nothing to give: the caller waits
+/// again. A watch that gave up after SIGSTOP and SIGCONT would leave the guest waiting for ever.
+fn nothing_yet(error: io::Error) -> io::Result<Vec<Fault>> {
+    match error.kind() {
+        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => Ok(Vec::new()),
+        _ => Err(error),
+    }
+}
+
 /// `_IOWR(0xAA, number, size)`, and `_IOR` where `dir` is 2.
 const fn request(dir: u64, number: u64, size: usize) -> u64 {
     dir << 30 | (size as u64) << 16 | 0xaa << 8 | number
@@ -148,7 +157,10 @@ impl UserFaults {
         let ms = i32::try_from(patience.as_millis()).unwrap_or(i32::MAX);
         // SAFETY: one structure, and it is told that there is one.
         let ready = unsafe { libc::poll(&raw mut asked, 1, ms) };
-        if ready <= 0 {
+        if ready < 0 {
+            return nothing_yet(io::Error::last_os_error());
+        }
+        if ready == 0 {
             return Ok(Vec::new());
         }
         let mut buffer = [0_u8; 16 * MESSAGE];
@@ -168,10 +180,7 @@ impl UserFaults {
                     .filter_map(|message| self.fault(message))
                     .collect())
             }
-            Err(_) => match io::Error::last_os_error() {
-                error if error.kind() == io::ErrorKind::WouldBlock => Ok(Vec::new()),
-                error => Err(error),
-            },
+            Err(_) => nothing_yet(io::Error::last_os_error()),
         }
     }
 

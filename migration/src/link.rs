@@ -13,6 +13,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::retry_on_intr;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
@@ -100,7 +101,8 @@ impl Stream for UnixStream {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         let byte = [io::IoSlice::new(&[0])];
-        sendmsg(self, &byte, &mut ancillary, SendFlags::NOSIGNAL)?;
+        // Not sent when it is interrupted: the one byte goes with its files, or neither does.
+        retry_on_intr(|| sendmsg(self, &byte, &mut ancillary, SendFlags::NOSIGNAL))?;
         Ok(())
     }
 
@@ -109,7 +111,8 @@ impl Stream for UnixStream {
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let mut byte = [0];
         let mut slices = [io::IoSliceMut::new(&mut byte)];
-        let got = recvmsg(self, &mut slices, &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
+        let flags = RecvFlags::CMSG_CLOEXEC;
+        let got = retry_on_intr(|| recvmsg(self, &mut slices, &mut ancillary, flags))?;
         if got.bytes == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }

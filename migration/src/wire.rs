@@ -128,8 +128,23 @@ pub(crate) fn write(to: &mut dyn Write, kind: Kind, parts: &[&[u8]]) -> Result<(
         parts.iter().for_each(|part| whole.extend_from_slice(part));
         to.write_all(&whole)?;
     }
-    to.flush()?;
+    uninterrupted(|| to.flush())?;
     Ok(())
+}
+
+/// Repeats an operation that a signal interrupts.
+///
+/// A socket with a timeout (`SO_RCVTIMEO`) fails with `EINTR` when its process is stopped and
+/// continued (SIGSTOP, SIGCONT; signal(7)), also where no signal handler is installed: a suspended
+/// service or a debugger must not look like a lost connection. `read_exact`, `read_to_end` and
+/// `write_all` repeat by themselves; a bare `read` or `flush` does not.
+fn uninterrupted<T>(mut operation: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match operation() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            done => return done,
+        }
+    }
 }
 
 /// Reads frames into a buffer that is used again.
@@ -146,7 +161,7 @@ impl Reader {
         allowed: &[Kind],
     ) -> Result<(Kind, &[u8]), WireError> {
         let mut header = [0; HEADER_LEN];
-        match from.read(&mut header)? {
+        match uninterrupted(|| from.read(&mut header))? {
             0 => return Err(WireError::Closed),
             some => from.read_exact(header.get_mut(some..).unwrap_or_default())?,
         }
@@ -185,6 +200,56 @@ mod tests {
         let mut bytes = Vec::new();
         write(&mut bytes, Kind::End, &[&[1, 2], &[3]]).unwrap();
         assert_eq!(bytes, [18, 0, 0, 0, 3, 0, 0, 0, 116, 143, 8, 6, 1, 2, 3]);
+    }
+
+    /// A stream on which a signal interrupts every second call.
+    #[derive(Default)]
+    struct Interrupted {
+        bytes: std::collections::VecDeque<u8>,
+        calls: u32,
+    }
+
+    impl Interrupted {
+        fn call(&mut self) -> io::Result<()> {
+            self.calls += 1;
+            if self.calls % 2 == 1 {
+                return Err(io::ErrorKind::Interrupted.into());
+            }
+            Ok(())
+        }
+    }
+
+    impl Read for Interrupted {
+        fn read(&mut self, data: &mut [u8]) -> io::Result<usize> {
+            self.call()?;
+            // Few at a time, so that each frame needs many calls.
+            let few = data.len().min(5);
+            self.bytes.read(&mut data[..few])
+        }
+    }
+
+    impl Write for Interrupted {
+        fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+            self.call()?;
+            let few = data.len().min(5);
+            self.bytes.write(&data[..few])
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            self.call()
+        }
+    }
+
+    #[test]
+    fn an_interrupted_call_is_repeated() {
+        let mut stream = Interrupted::default();
+        for len in [0, 1, 100, IN_ONE_PIECE + 1] {
+            let body = vec![7; len];
+            write(&mut stream, Kind::State, &[&body]).unwrap();
+            let mut reader = Reader::default();
+            let (_, read) = reader.read(&mut stream, &[Kind::State]).unwrap();
+            assert!(read == body);
+        }
     }
 
     proptest! {

@@ -23,6 +23,8 @@ use tokio::task::JoinSet;
 /// How many at once: a guest's ring 0 takes a core while it boots.
 const AT_ONCE: usize = 3;
 const PATIENCE: Duration = Duration::from_secs(60);
+/// How long a frozen process stays stopped: less than the patience of the other side.
+const FROZEN: Duration = Duration::from_secs(2);
 
 /// Where the guest is in the end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,6 +52,8 @@ enum Blow {
     Kill(Side),
     /// Kills a side; the frame arrives.
     KillAfter(Side),
+    /// Stops a side's process (SIGSTOP) and continues it 2 seconds later; the frame arrives meanwhile.
+    Freeze(Side),
     Fault(Verdict),
 }
 
@@ -66,9 +70,13 @@ struct Case {
     is_deleted: bool,
 }
 
-fn kill(pid: u32) {
+fn signal(pid: u32, signal: Signal) {
     let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).unwrap();
-    kill_process(pid, Signal::KILL).unwrap();
+    kill_process(pid, signal).unwrap();
+}
+
+fn kill(pid: u32) {
+    signal(pid, Signal::KILL);
     // Long enough for it to be gone, with its connections.
     thread::sleep(Duration::from_millis(30));
 }
@@ -101,6 +109,15 @@ fn judge(case: Case, pids: [u32; 2], marks: Arc<Marks>) -> impl Fn(&Frame) -> Ve
             // It has sent it, and is dead when it arrives.
             Blow::KillAfter(side) => {
                 kill(pid(side));
+                Verdict::Pass
+            }
+            Blow::Freeze(side) => {
+                let frozen = pid(side);
+                signal(frozen, Signal::STOP);
+                thread::spawn(move || {
+                    thread::sleep(FROZEN);
+                    signal(frozen, Signal::CONT);
+                });
                 Verdict::Pass
             }
             Blow::Fault(verdict) => verdict,
@@ -218,7 +235,7 @@ async fn run(case: Case) {
     let (mut trial, marks) = begin(&case).await;
     let victim = match case.blow {
         Blow::Kill(side) | Blow::KillAfter(side) => Some(side),
-        Blow::Fault(_) => None,
+        Blow::Freeze(_) | Blow::Fault(_) => None,
     };
     match victim {
         Some(Side::Source) => dies(&mut trial.source, &trial.sent).await,
@@ -522,6 +539,38 @@ async fn a_stream_that_stalls_and_one_that_is_slow() {
             mode: MemoryMode::Postcopy,
             ..case(Source, "Pages", 5, blow, Ends::AtDestination)
         });
+    }
+    all(cases).await;
+}
+
+/// A service that is stopped and continued (SIGSTOP, SIGCONT) finds its blocking calls interrupted
+/// (`EINTR`). That is no reason for a migration to fail, in any phase and at either side.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_side_that_is_frozen_at_any_step() {
+    let hand_over = [
+        (Destination, "Ready", 0),
+        (Source, "Commit", 0),
+        (Destination, "Running", 0),
+        (Source, "Complete", 0),
+    ];
+    let postcopy = [
+        (Source, "Missing", 0),
+        (Source, "Pages", 5),
+        (Destination, "Fault", 6),
+        (Source, "PagesSent", 0),
+    ];
+    let mut cases = Vec::new();
+    for side in [Source, Destination] {
+        for (from, name, nth) in BEFORE_READY.into_iter().chain(hand_over) {
+            let blow = Blow::Freeze(side);
+            cases.push(case(from, name, nth, blow, Ends::AtDestination));
+        }
+        for (from, name, nth) in postcopy {
+            cases.push(Case {
+                mode: MemoryMode::Postcopy,
+                ..case(from, name, nth, Blow::Freeze(side), Ends::AtDestination)
+            });
+        }
     }
     all(cases).await;
 }

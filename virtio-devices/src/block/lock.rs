@@ -144,6 +144,8 @@ fn region(kind: i32, start: i64, len: i64) -> libc::flock {
 fn set(file: &File, kind: i32, start: i64, len: i64) -> io::Result<bool> {
     match fcntl(file, FcntlArg::F_OFD_SETLK(&region(kind, start, len))) {
         Ok(_) => Ok(true),
+        // A file system on the network may wait for its server.
+        Err(nix::errno::Errno::EINTR) => set(file, kind, start, len),
         Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EACCES) => Ok(false),
         Err(error) => Err(error.into()),
     }
