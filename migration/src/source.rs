@@ -86,10 +86,19 @@ pub trait Source: Send {
     /// The state cannot be saved.
     fn save(&mut self) -> Result<Vec<u8>, Refusal>;
 
-    /// Releases the resources that only one machine may hold (image locks, socket paths).
+    /// Makes durable all that the guest wrote to its disks. The guest is paused and saved; its
+    /// resources stay here.
     ///
     /// # Errors
-    /// The host refuses, for instance a flush of a disk fails.
+    /// The host cannot write.
+    fn flush(&mut self) -> Result<(), Refusal>;
+
+    /// Releases the resources that only one machine may hold (image locks). Called behind the journal's
+    /// [`Step::Commit`] and before the destination is told: until then no other program can take
+    /// them, however long the destination stays silent.
+    ///
+    /// # Errors
+    /// The machine is gone.
     fn hand_over(&mut self) -> Result<(), Refusal>;
 
     /// Shows the VM as paused while it is unknown whether the guest runs at the destination.
@@ -438,7 +447,7 @@ impl Engine<'_, '_> {
         };
         control.send_with_state(&message, &state)?;
         // While the destination loads.
-        self.source.hand_over().map_err(MigrationError::Here)?;
+        self.source.flush().map_err(MigrationError::Here)?;
         self.downtime.load_us = self.expect(|answer| match answer {
             ToSource::Ready { load_us } => Some(*load_us),
             _ => None,
@@ -448,7 +457,11 @@ impl Engine<'_, '_> {
             return Err(MigrationError::Canceled);
         }
         let given = self.sending.journal.record(Step::Commit);
-        given.map_err(|error| MigrationError::here("journal", error))
+        given.map_err(|error| MigrationError::here("journal", error))?;
+        // Behind the journal's line, and not before the destination is ready: a destination that is
+        // lost until here costs the guest nothing, and its disks were never free for a third program.
+        // In front of the commit message: the destination takes the locks as soon as it reads that.
+        self.source.hand_over().map_err(MigrationError::Here)
     }
 
     /// Many pages: they go while the machine is saved.

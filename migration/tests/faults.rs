@@ -131,6 +131,8 @@ struct TestSource {
     ram: Arc<RamBlock>,
     world: Arc<World>,
     life: Arc<Life>,
+    /// Its journal.
+    paper: Paper,
     dice: Dice,
     /// Pages that the guest writes from harvest to harvest.
     writes: u64,
@@ -222,8 +224,17 @@ impl Source for TestSource {
         Ok(sum(&self.ram).to_le_bytes().to_vec())
     }
 
+    fn flush(&mut self) -> Result<(), Refusal> {
+        self.life.step()?;
+        assert_eq!(*self.world.lock.lock().unwrap(), Some("source"));
+        Ok(())
+    }
+
     fn hand_over(&mut self) -> Result<(), Refusal> {
         self.life.step()?;
+        // Until the guest is given away on paper, no third program may find its disk free.
+        let given = self.paper.0.lock().unwrap().last() == Some(&Step::Commit);
+        assert!(given, "the disk is free and the guest is not given away");
         *self.world.lock.lock().unwrap() = None;
         Ok(())
     }
@@ -593,10 +604,12 @@ fn run(seed: u64, script: Script) -> (Ending, Arc<World>) {
     let (decide_here, decide_there) = (Decision::default(), Decision::default());
     let (far, decide_far, patience) = (there.clone(), decide_there.clone(), script.patience());
     let receiver = thread::spawn(move || destination(host, from, &far, &decide_far, patience));
+    let paper = Paper::default();
     let mut source = TestSource {
         ram: ram(),
         world: Arc::clone(&world),
         life: Arc::clone(&source_life),
+        paper: paper.clone(),
         dice: Dice(seed),
         writes: script.writes,
         paused: false,
@@ -647,7 +660,7 @@ fn run(seed: u64, script: Script) -> (Ending, Arc<World>) {
     });
     let start = Instant::now();
     let mut journal = TestJournal {
-        paper: Paper::default(),
+        paper,
         life: Arc::clone(&source_life),
     };
     let sending = Sending {

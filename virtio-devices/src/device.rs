@@ -142,15 +142,18 @@ pub trait VirtioDevice: Send {
     /// Forgets the driver: as after power-on. All queues have been stopped.
     fn reset(&mut self);
 
-    /// Lets go of what only one machine may have at a time, such as the lock of an image: the guest
-    /// moves to another machine. No queue is being served, and what the guest was told is durable
-    /// is so.
+    /// Makes durable all that the guest wrote, before the guest moves to another machine. No queue is
+    /// being served. What only one machine may have stays here until [`VirtioDevice::hand_over`].
     ///
     /// # Errors
-    /// When the host refuses what must be done before.
-    fn hand_over(&mut self) -> Result<(), DeviceError> {
+    /// When the host cannot write.
+    fn flush(&mut self) -> Result<(), DeviceError> {
         Ok(())
     }
+
+    /// Releases what only one machine may have at a time, such as the lock of an image: the guest is
+    /// given to another machine. No queue is being served, and [`VirtioDevice::flush`] succeeded.
+    fn hand_over(&mut self) {}
 
     /// Takes what only one machine may have at a time: of a device that was made for a guest that
     /// moves here, or handed one over that does not move after all.

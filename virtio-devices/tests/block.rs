@@ -667,7 +667,9 @@ fn an_image_has_one_writer_also_among_qemus_tools() {
     assert!(!run.status.success() && told.contains("lock"), "{told}");
 
     // Ownership moves, and comes back.
-    first.device.hand_over().unwrap();
+    first.device.flush().unwrap();
+    assert!(!write(&path).status.success(), "a flush releases nothing");
+    first.device.hand_over();
     let second = machine(&config(&path));
     assert!(first.device.take_over().is_err());
     drop(second);
@@ -753,7 +755,9 @@ fn what_is_below_an_image_is_locked_for_all_who_read_it() {
     assert!(refusal(&config(Path::new(&base))).contains("is in use by"));
     drop(second);
     // The locks go with the guest, and come back with it.
-    first.device.hand_over().unwrap();
+    first.device.flush().unwrap();
+    assert!(!writes(&base, "raw"));
+    first.device.hand_over();
     assert!(writes(&base, "raw"));
     let waits = BlockConfig {
         is_incoming: true,

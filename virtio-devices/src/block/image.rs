@@ -206,15 +206,11 @@ impl Image {
         }
     }
 
-    /// Lets another machine take the image over, with all that was written to it. Nothing is in
-    /// flight.
-    pub(super) fn hand_over(&self) -> io::Result<()> {
-        if !self.readonly {
-            self.flush()?;
-        }
+    /// Lets another machine take the image over. Nothing is in flight, and nothing was written since
+    /// the image was flushed.
+    pub(super) fn hand_over(&self) {
         self.below.lock().clear();
         lock::release(&self.lock.0);
-        Ok(())
     }
 
     /// Takes the image, as it was left by whoever had it. Nothing is in flight.

@@ -342,9 +342,16 @@ impl VirtioDevice for Block {
         self.kept.iter_mut().for_each(Vec::clear);
     }
 
-    fn hand_over(&mut self) -> Result<(), DeviceError> {
+    fn flush(&mut self) -> Result<(), DeviceError> {
         let image = &self.shared.image;
-        contained(|| image.hand_over()).map_err(DeviceError::host("make a disk's image durable"))
+        if image.readonly {
+            return Ok(());
+        }
+        contained(|| image.flush()).map_err(DeviceError::host("make a disk's image durable"))
+    }
+
+    fn hand_over(&mut self) {
+        self.shared.image.hand_over();
     }
 
     fn take_over(&mut self) -> Result<(), DeviceError> {

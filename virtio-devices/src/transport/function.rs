@@ -127,8 +127,12 @@ impl VirtioFunction {
         state.device = Box::new(Gone(self.id));
     }
 
-    pub(super) fn hand_over(&self) -> Result<(), DeviceError> {
-        self.state.lock().device.hand_over()
+    pub(super) fn flush(&self) -> Result<(), DeviceError> {
+        self.state.lock().device.flush()
+    }
+
+    pub(super) fn hand_over(&self) {
+        self.state.lock().device.hand_over();
     }
 
     pub(super) fn take_over(&self) -> Result<(), DeviceError> {

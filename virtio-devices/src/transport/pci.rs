@@ -211,13 +211,18 @@ impl VirtioPci {
             .follow_bus_master(|| self.endpoint.is_bus_master());
     }
 
-    /// Lets go of what only one machine may have at a time: the guest moves to another. It is
-    /// paused.
+    /// Makes durable all that the guest wrote. The device is paused.
     ///
     /// # Errors
-    /// When the host refuses what must be done before.
-    pub fn hand_over(&self) -> Result<(), DeviceError> {
-        self.function.hand_over()
+    /// When the host cannot write.
+    pub fn flush(&self) -> Result<(), DeviceError> {
+        self.function.flush()
+    }
+
+    /// Releases what only one machine may have at a time: the guest is given to another. The device is
+    /// paused and flushed.
+    pub fn hand_over(&self) {
+        self.function.hand_over();
     }
 
     /// Takes what only one machine may have at a time. It is paused.

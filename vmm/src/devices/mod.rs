@@ -216,10 +216,16 @@ impl Devices {
         is_shared.then_some(at)
     }
 
-    /// Each device lets go of what only one machine may have. They are paused.
-    pub(crate) fn hand_over(&self) -> Result<(), DeviceError> {
+    /// Makes durable all that the guest wrote. The devices are paused.
+    pub(crate) fn flush(&self) -> Result<(), DeviceError> {
         let mut all = self.entries.values();
-        all.try_for_each(|entry| entry.plugged.device.hand_over())
+        all.try_for_each(|entry| entry.plugged.device.flush())
+    }
+
+    /// Each device releases what only one machine may have. They are paused and flushed.
+    pub(crate) fn hand_over(&self) {
+        let all = self.entries.values();
+        all.for_each(|entry| entry.plugged.device.hand_over());
     }
 
     /// Each device takes what only one machine may have. They are paused.

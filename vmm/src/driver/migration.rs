@@ -283,13 +283,18 @@ impl Driver {
             .map_err(refused("cannot-be-saved"))
     }
 
+    /// Makes durable all that the guest wrote. The locks of its disks stay here.
+    pub(crate) fn flush(&mut self) -> Result<(), Refusal> {
+        self.on()?.flush().map_err(refused("cannot-be-handed-over"))
+    }
+
+    /// Releases the locks: the guest is given away.
     pub(crate) fn hand_over(&mut self) -> Result<(), Refusal> {
         if let Some(leaving) = &mut self.leaving {
             leaving.handed_over = true;
         }
-        self.on()?
-            .hand_over()
-            .map_err(refused("cannot-be-handed-over"))
+        self.on()?.hand_over();
+        Ok(())
     }
 
     /// The guest stays, and goes on if it did before. If it cannot, it stands, and this may be tried again.

@@ -145,9 +145,14 @@ impl Active {
         Ok(())
     }
 
-    /// Lets go of what only one machine may have. It is paused.
-    pub(crate) fn hand_over(&self) -> Result<(), MoveError> {
-        Ok(self.parts.devices.hand_over()?)
+    /// Makes durable all that the guest wrote to its disks. The machine is paused.
+    pub(crate) fn flush(&self) -> Result<(), MoveError> {
+        Ok(self.parts.devices.flush()?)
+    }
+
+    /// Releases what only one machine may have. The machine is paused and flushed.
+    pub(crate) fn hand_over(&self) {
+        self.parts.devices.hand_over();
     }
 
     /// Takes what only one machine may have. It is paused.

@@ -124,6 +124,10 @@ impl Source for SourceVm {
         self.departure.caller.attempt(Driver::save_whole)
     }
 
+    fn flush(&mut self) -> Result<(), Refusal> {
+        self.departure.caller.attempt(Driver::flush)
+    }
+
     fn hand_over(&mut self) -> Result<(), Refusal> {
         self.departure.caller.attempt(Driver::hand_over)
     }
