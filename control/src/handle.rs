@@ -9,7 +9,6 @@ use serde::{Deserialize, Serialize};
 use spec::{MemoryMap, PciDeviceInfo, VmConfig, VmCounters, VmId, VmInfo};
 use tokio::sync::{oneshot, watch};
 
-use crate::admission::{Verb, admit};
 use crate::error::RequestError;
 use crate::events::EventLog;
 use crate::request::Request;
@@ -263,14 +262,6 @@ impl VmHandle {
                 .await
                 .unwrap_or_else(|_| Err(RequestError::driver_gone()))
         }
-    }
-
-    /// Whether the request makes sense now, as far as is published. The driver decides.
-    ///
-    /// # Errors
-    /// When it makes none.
-    pub fn admits(&self, verb: Verb) -> Result<(), RequestError> {
-        Ok(admit(self.status.borrow().state, verb)?)
     }
 }
 

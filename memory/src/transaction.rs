@@ -365,23 +365,6 @@ impl<'a> Transaction<'a> {
         Ok(())
     }
 
-    /// Removes a doorbell that was added, if it is there.
-    ///
-    /// # Errors
-    /// When there is no such region.
-    pub fn remove_ioeventfd(
-        &mut self,
-        region: RegionId,
-        doorbell: &IoEventFd,
-    ) -> Result<(), TopologyError> {
-        self.topology
-            .arena
-            .get_mut(region)?
-            .ioeventfds
-            .retain(|other| other != doorbell);
-        Ok(())
-    }
-
     /// In which spaces an edited region may show.
     fn touched(&self) -> [bool; 2] {
         let mut spaces = [false; 2];

@@ -1,161 +1,80 @@
-//! Pages that come when they are touched: userfaultfd (Linux, Documentation/admin-guide/mm/userfaultfd.rst).
+//! Missing pages, served on demand: userfaultfd (Linux, Documentation/admin-guide/mm/userfaultfd.rst).
+//!
+//! The crate `userfaultfd` makes the system calls. [`by_system_call`] adds what it lacks: a descriptor
+//! for a process that may not open `/dev/userfaultfd` but may use the system call.
 
-use std::fs::File;
+use std::ffi::c_void;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
+
+use userfaultfd::{Error, Event, EventBuffer, FeatureFlags, Uffd, UffdBuilder};
 
 use crate::dirty::PAGE_SIZE;
 use crate::ram::{Pages, RamBlock};
 
-const API: u64 = 0xaa;
-const FEATURE_EVENT_REMOVE: u64 = 1 << 3;
-const FEATURE_MISSING_SHMEM: u64 = 1 << 5;
-const MODE_MISSING: u64 = 1;
-const EVENT_PAGEFAULT: u8 = 0x12;
-const EVENT_REMOVE: u8 = 0x15;
+/// Events that one [`UserFaults::wait`] reads at most.
+const EVENTS: usize = 16;
 
-#[repr(C)]
-struct UffdioApi {
-    api: u64,
-    features: u64,
-    ioctls: u64,
-}
+const PAGE: usize = PAGE_SIZE as usize;
 
-#[repr(C)]
-struct UffdioRange {
-    start: u64,
-    len: u64,
-}
-
-#[repr(C)]
-struct UffdioRegister {
-    range: UffdioRange,
-    mode: u64,
-    ioctls: u64,
-}
-
-#[repr(C)]
-struct UffdioCopy {
-    dst: u64,
-    src: u64,
-    len: u64,
-    mode: u64,
-    copied: i64,
-}
-
-#[repr(C)]
-struct UffdioZeropage {
-    range: UffdioRange,
-    mode: u64,
-    zeroed: i64,
-}
-
-/// No faults, if the error says that the call was interrupted or has nothing to give: the caller waits
-/// again. A watch that gave up after SIGSTOP and SIGCONT would leave the guest waiting for ever.
-fn nothing_yet(error: io::Error) -> io::Result<Vec<Fault>> {
-    match error.kind() {
-        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => Ok(Vec::new()),
-        _ => Err(error),
-    }
-}
-
-/// `_IOWR(0xAA, number, size)`, and `_IOR` where `dir` is 2.
-const fn request(dir: u64, number: u64, size: usize) -> u64 {
-    dir << 30 | (size as u64) << 16 | 0xaa << 8 | number
-}
-
-const UFFDIO_API: u64 = request(3, 0x3f, size_of::<UffdioApi>());
-const UFFDIO_REGISTER: u64 = request(3, 0x00, size_of::<UffdioRegister>());
-const UFFDIO_UNREGISTER: u64 = request(2, 0x01, size_of::<UffdioRange>());
-const UFFDIO_WAKE: u64 = request(2, 0x02, size_of::<UffdioRange>());
-const UFFDIO_COPY: u64 = request(3, 0x03, size_of::<UffdioCopy>());
-const UFFDIO_ZEROPAGE: u64 = request(3, 0x04, size_of::<UffdioZeropage>());
-/// `USERFAULTFD_IOC_NEW` of /dev/userfaultfd.
-const NEW: u64 = 0xaa << 8;
-/// Bytes of a `struct uffd_msg`.
-const MESSAGE: usize = 32;
-
-/// What happens to memory of which pages are missing.
+/// An event of memory in which pages are missing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// Somebody waits for this page of a block: the block's number, and the page's.
+    /// A thread waits for a page: the block's index, and the page's.
     Missing(usize, usize),
-    /// These pages of a block have been given back to the host: the block's number, the first page
-    /// and how many. They are zero from now on.
+    /// Pages were given back to the host, and are zero from now on: the block's index, the first
+    /// page, and the number of pages.
     Removed(usize, usize, usize),
 }
 
-/// RAM blocks of which pages are missing: who touches one waits until it is filled, whether that is
-/// the guest, a device or the kernel.
+/// RAM blocks in which pages are missing. A thread that touches a missing page waits until it is
+/// filled, be it a vCPU, a device or the kernel.
 #[derive(Debug)]
 pub struct UserFaults {
-    fd: OwnedFd,
+    uffd: Uffd,
     blocks: Vec<Arc<RamBlock>>,
 }
 
 impl UserFaults {
-    /// For these blocks, whole. Pages that have something in them already are not missing.
+    /// Registers the blocks as a whole. Pages that have content already are not missing.
     ///
     /// # Errors
-    /// When the host has no userfaultfd or does not permit it, or a block is made of huge pages.
+    /// The host has no userfaultfd or does not permit it, or a block is made of huge pages.
     pub fn new(blocks: Vec<Arc<RamBlock>>) -> io::Result<Self> {
         if blocks.iter().any(|block| block.page_size() != PAGE_SIZE) {
             let why = "memory of huge pages cannot be filled page by page";
             return Err(io::Error::new(io::ErrorKind::Unsupported, why));
         }
-        let faults = Self {
-            fd: open()?,
-            blocks,
-        };
-        let mut api = UffdioApi {
-            api: API,
-            features: FEATURE_EVENT_REMOVE | FEATURE_MISSING_SHMEM,
-            ioctls: 0,
-        };
-        faults.call(UFFDIO_API, &mut api)?;
-        for block in &faults.blocks {
-            let mut register = UffdioRegister {
-                range: range(block, 0, block.len()),
-                mode: MODE_MISSING,
-                ioctls: 0,
-            };
-            faults.call(UFFDIO_REGISTER, &mut register)?;
+        let uffd = open()?;
+        for block in &blocks {
+            uffd.register(address(block, 0), block.len())
+                .map_err(into_io)?;
             block.turn(Pages::There, Pages::Awaited);
         }
-        Ok(faults)
+        Ok(Self { uffd, blocks })
     }
 
-    /// Whether this host can do it at all.
+    /// Returns whether this host and this process can use userfaultfd.
     #[must_use]
     pub fn is_possible() -> bool {
         open().is_ok()
     }
 
-    fn call<T>(&self, request: u64, argument: &mut T) -> io::Result<()> {
-        // SAFETY: each request is called with the structure that it is defined for, which lives
-        // through the call.
-        let done =
-            unsafe { libc::ioctl(self.fd.as_raw_fd(), request, std::ptr::from_mut(argument)) };
-        if done < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(())
-    }
-
-    /// What happened, one after the other: all that did, once something has, within this time.
+    /// Waits at most `patience` for an event, and returns those that are pending, in their order. The
+    /// result is empty when the time is over.
     ///
     /// # Errors
-    /// When the host does not tell.
+    /// The descriptor cannot be read.
     pub fn wait(&self, patience: Duration) -> io::Result<Vec<Fault>> {
         let mut asked = libc::pollfd {
-            fd: self.fd.as_raw_fd(),
+            fd: self.uffd.as_raw_fd(),
             events: libc::POLLIN,
             revents: 0,
         };
         let ms = i32::try_from(patience.as_millis()).unwrap_or(i32::MAX);
-        // SAFETY: one structure, and it is told that there is one.
+        // SAFETY: one `pollfd`, which lives through the call.
         let ready = unsafe { libc::poll(&raw mut asked, 1, ms) };
         if ready < 0 {
             return nothing_yet(io::Error::last_os_error());
@@ -163,130 +82,102 @@ impl UserFaults {
         if ready == 0 {
             return Ok(Vec::new());
         }
-        let mut buffer = [0_u8; 16 * MESSAGE];
-        // SAFETY: into a buffer of that length.
-        let read = unsafe {
-            libc::read(
-                self.fd.as_raw_fd(),
-                buffer.as_mut_ptr().cast(),
-                buffer.len(),
-            )
+        let mut buffer = EventBuffer::new(EVENTS);
+        let events = match self.uffd.read_events(&mut buffer) {
+            Ok(events) => events,
+            Err(error) => return nothing_yet(into_io(error)),
         };
-        match usize::try_from(read) {
-            Ok(read) => {
-                let (messages, _) = buffer[..read].as_chunks::<MESSAGE>();
-                Ok(messages
-                    .iter()
-                    .filter_map(|message| self.fault(message))
-                    .collect())
-            }
-            Err(_) => nothing_yet(io::Error::last_os_error()),
+        let mut faults = Vec::new();
+        for event in events {
+            faults.extend(self.fault(&event.map_err(into_io)?));
         }
+        Ok(faults)
     }
 
-    /// `struct uffd_msg`.
-    fn fault(&self, message: &[u8; MESSAGE]) -> Option<Fault> {
-        let word = |at: usize| {
-            let bytes = message
-                .get(at..at + 8)
-                .and_then(|bytes| bytes.try_into().ok());
-            bytes.map_or(0, u64::from_ne_bytes)
-        };
-        match message[0] {
-            EVENT_PAGEFAULT => {
-                let (block, page) = self.find(word(16))?;
+    fn fault(&self, event: &Event) -> Option<Fault> {
+        match *event {
+            Event::Pagefault { addr, .. } => {
+                let (block, page) = self.find(addr.addr())?;
                 Some(Fault::Missing(block, page))
             }
-            EVENT_REMOVE => {
-                let (start, end) = (word(8), word(16));
-                let (block, first) = self.find(start)?;
-                let pages = end.saturating_sub(start).div_ceil(PAGE_SIZE);
-                Some(Fault::Removed(block, first, usize::try_from(pages).ok()?))
+            Event::Remove { start, end } => {
+                let (block, first) = self.find(start.addr())?;
+                let pages = end.addr().saturating_sub(start.addr()).div_ceil(PAGE);
+                Some(Fault::Removed(block, first, pages))
             }
-            _ => None,
+            Event::Fork { .. } | Event::Remap { .. } | Event::Unmap { .. } => None,
         }
     }
 
-    fn find(&self, address: u64) -> Option<(usize, usize)> {
+    fn find(&self, address: usize) -> Option<(usize, usize)> {
         let within = |block: &Arc<RamBlock>| {
-            let offset = address.checked_sub(block.host_addr() as u64)?;
-            let page = usize::try_from(offset / PAGE_SIZE).ok()?;
-            (page < block.len() / PAGE_SIZE as usize).then_some(page)
+            let page = address.checked_sub(block.host_addr().addr())? / PAGE;
+            (page < block.len() / PAGE).then_some(page)
         };
         let mut blocks = self.blocks.iter().enumerate();
         blocks.find_map(|(index, block)| Some((index, within(block)?)))
     }
 
-    /// Fills a page, if it is missing still, and lets go on who waits for it.
+    /// Fills a page if it is still missing, and wakes the threads that wait for it.
     ///
     /// # Errors
-    /// When there is no such page, or the host refuses. `WouldBlock`: memory is being given back, which
-    /// goes on when [`UserFaults::wait`] has told of it; who calls that must not try again before.
-    pub fn fill(
-        &self,
-        block: usize,
-        page: usize,
-        data: &[u8; PAGE_SIZE as usize],
-    ) -> io::Result<()> {
-        let range = self.page(block, page)?;
-        let mut copy = UffdioCopy {
-            dst: range.start,
-            src: data.as_ptr() as u64,
-            len: PAGE_SIZE,
-            mode: 0,
-            copied: 0,
-        };
-        let filled = self.call(UFFDIO_COPY, &mut copy);
-        self.there(filled, range)
+    /// There is no such page, or the host refuses. `WouldBlock`: a thread is giving memory back to
+    /// the host and waits until [`UserFaults::wait`] has returned that event. The caller must not
+    /// try again before.
+    pub fn fill(&self, block: usize, page: usize, data: &[u8; PAGE]) -> io::Result<()> {
+        let to = self.page(block, page)?;
+        // SAFETY: the kernel copies from `data`, of a page's length, to a page of a block that is
+        // registered and mapped: `self.blocks` keeps it. It writes only pages that are missing, of
+        // which no reference can exist.
+        let filled = unsafe { self.uffd.copy(data.as_ptr().cast(), to, PAGE, true) };
+        self.there(filled, to)
     }
 
-    /// As [`UserFaults::fill`], with zeros.
+    /// Fills a page with zeros, as [`UserFaults::fill`] does.
     ///
     /// # Errors
     /// As for [`UserFaults::fill`].
     pub fn zero(&self, block: usize, page: usize) -> io::Result<()> {
-        let range = self.page(block, page)?;
-        let UffdioRange { start, len } = range;
-        let mut zero = UffdioZeropage {
-            range: UffdioRange { start, len },
-            mode: 0,
-            zeroed: 0,
-        };
-        let filled = self.call(UFFDIO_ZEROPAGE, &mut zero);
-        self.there(filled, range)
+        let to = self.page(block, page)?;
+        // SAFETY: as for `copy` in `fill`.
+        let filled = unsafe { self.uffd.zeropage(to, PAGE, true) };
+        self.there(filled, to)
     }
 
-    /// A page that was there already may have somebody who does not know it.
-    fn there(&self, filled: io::Result<()>, mut range: UffdioRange) -> io::Result<()> {
-        match filled {
+    /// Completes a fill. A page that exists already needs a wake: a thread may have begun to wait
+    /// just before it was filled.
+    fn there(&self, filled: Result<usize, Error>, page: *mut c_void) -> io::Result<()> {
+        match filled.map_err(into_io) {
+            Ok(_) => Ok(()),
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                self.call(UFFDIO_WAKE, &mut range)
+                self.uffd.wake(page, PAGE).map_err(into_io)
             }
-            other => other,
+            Err(error) => Err(error),
         }
     }
 
-    fn page(&self, block: usize, page: usize) -> io::Result<UffdioRange> {
+    fn page(&self, block: usize, page: usize) -> io::Result<*mut c_void> {
         let found = self.blocks.get(block);
-        let found = found.filter(|found| page < found.len() / PAGE_SIZE as usize);
+        let found = found.filter(|found| page < found.len() / PAGE);
         let found = found.ok_or(io::ErrorKind::InvalidInput)?;
-        Ok(range(found, page * PAGE_SIZE as usize, PAGE_SIZE as usize))
+        Ok(address(found, page * PAGE))
     }
 
-    /// Whether the machine ended whose memory it is: nobody needs the pages.
+    /// Returns whether the machine that owns the memory has ended, so that its pages are not needed.
     #[must_use]
     pub fn is_lost(&self) -> bool {
         self.blocks.iter().any(|block| block.pages() == Pages::Lost)
     }
 
-    /// No page is missing any more: who touches one that nobody filled finds zeros.
+    /// Ends the service: no page is missing any more. A thread that touches a page that was never
+    /// filled finds zeros.
     ///
     /// # Errors
-    /// When the host refuses.
+    /// The host refuses.
     pub fn end(&self) -> io::Result<()> {
         self.blocks.iter().try_for_each(|block| {
-            let mut all = range(block, 0, block.len());
-            self.call(UFFDIO_UNREGISTER, &mut all)?;
+            let unregistered = self.uffd.unregister(address(block, 0), block.len());
+            unregistered.map_err(into_io)?;
             block.turn(Pages::Awaited, Pages::There);
             block.permit_huge_pages();
             Ok(())
@@ -294,34 +185,84 @@ impl UserFaults {
     }
 }
 
-fn range(block: &RamBlock, offset: usize, len: usize) -> UffdioRange {
-    UffdioRange {
-        start: block.host_addr() as u64 + offset as u64,
-        len: len as u64,
+/// Returns no faults if a signal interrupted the wait: the caller waits again. A thread that gave up
+/// after SIGSTOP and SIGCONT would leave its guest waiting for ever.
+fn nothing_yet(error: io::Error) -> io::Result<Vec<Fault>> {
+    match error.kind() {
+        io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock => Ok(Vec::new()),
+        _ => Err(error),
     }
 }
 
-/// By the device, which an administrator can give to others, or else by the system call.
-fn open() -> io::Result<OwnedFd> {
-    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
-    if let Ok(device) = File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/userfaultfd")
-    {
-        // SAFETY: the request takes flags, and gives a descriptor or an error.
-        let fd = unsafe { libc::ioctl(device.as_raw_fd(), NEW, flags) };
-        if fd >= 0 {
-            // SAFETY: a new descriptor that nobody else owns.
-            return Ok(unsafe { OwnedFd::from_raw_fd(fd) });
-        }
+/// The host address of a byte of a block.
+fn address(block: &RamBlock, offset: usize) -> *mut c_void {
+    block.host_addr().wrapping_add(offset).cast()
+}
+
+fn features() -> FeatureFlags {
+    FeatureFlags::EVENT_REMOVE | FeatureFlags::MISSING_SHMEM
+}
+
+/// Opens a descriptor through `/dev/userfaultfd`, which an administrator can give to others, or else
+/// through the system call.
+fn open() -> io::Result<Uffd> {
+    let opened = UffdBuilder::new()
+        .close_on_exec(true)
+        .non_blocking(true)
+        // Devices and KVM touch guest memory from kernel mode, too.
+        .user_mode_only(false)
+        .require_features(features())
+        .create();
+    match opened {
+        // The crate gives up here; the sysctl vm.unprivileged_userfaultfd may permit the call.
+        Err(Error::OpenDevUserfaultfd(_)) => by_system_call(),
+        other => other.map_err(into_io),
     }
-    // SAFETY: takes flags, and gives a descriptor or an error.
+}
+
+/// Opens a descriptor by the system call alone.
+fn by_system_call() -> io::Result<Uffd> {
+    /// `struct uffdio_api` of linux/userfaultfd.h.
+    #[repr(C)]
+    struct UffdioApi {
+        api: u64,
+        features: u64,
+        ioctls: u64,
+    }
+    /// `_IOWR(UFFDIO, 0x3f, struct uffdio_api)`.
+    const UFFDIO_API: u64 = 3 << 30 | (size_of::<UffdioApi>() as u64) << 16 | 0xaa << 8 | 0x3f;
+
+    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
+    // SAFETY: takes flags, and returns a descriptor or an error.
     let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
-    match RawFd::try_from(fd) {
-        // SAFETY: a new descriptor that nobody else owns.
-        Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
-        _ => Err(io::Error::last_os_error()),
+    let fd = match RawFd::try_from(fd) {
+        // SAFETY: a new descriptor without another owner.
+        Ok(fd) if fd >= 0 => unsafe { OwnedFd::from_raw_fd(fd) },
+        _ => return Err(io::Error::last_os_error()),
+    };
+    let mut api = UffdioApi {
+        api: 0xaa,
+        features: features().bits(),
+        ioctls: 0,
+    };
+    // SAFETY: the request is defined for this structure, which lives through the call.
+    if unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_API, &raw mut api) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is a userfaultfd with its API negotiated, and changes its owner.
+    Ok(unsafe { Uffd::from_raw_fd(fd.into_raw_fd()) })
+}
+
+/// The error of the system call behind an error of the crate.
+fn into_io(error: Error) -> io::Error {
+    match error {
+        Error::CopyFailed(errno) | Error::ZeropageFailed(errno) | Error::SystemError(errno) => {
+            io::Error::from_raw_os_error(errno as i32)
+        }
+        // UFFDIO_COPY of one page fails with EAGAIN while memory is being given back.
+        Error::PartiallyCopied(_) => io::ErrorKind::WouldBlock.into(),
+        Error::OpenDevUserfaultfd(error) => error,
+        other => io::Error::other(other),
     }
 }
 
@@ -329,8 +270,6 @@ fn open() -> io::Result<OwnedFd> {
 mod tests {
     use super::*;
     use crate::ram::RamConfig;
-
-    const PAGE: usize = PAGE_SIZE as usize;
 
     #[test]
     fn a_page_comes_when_it_is_touched() {

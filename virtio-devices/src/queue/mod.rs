@@ -300,20 +300,6 @@ impl Queue {
             .map_err(|error| broken(error.to_string()))
     }
 
-    /// Asks the driver for no kicks while its chains are being taken.
-    ///
-    /// # Errors
-    /// When the used ring is no longer in RAM.
-    pub fn disable_kicks(&mut self) -> Result<(), QueueError> {
-        let (queue, memory) = (self.index, &self.memory);
-        self.split
-            .disable_notification(memory)
-            .map_err(|error| QueueError::Available {
-                queue,
-                why: error.to_string(),
-            })
-    }
-
     /// Asks the driver for kicks again. True when chains came meanwhile, of which no kick will
     /// tell: go on popping.
     ///
