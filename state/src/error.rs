@@ -1,130 +1,130 @@
-//! What goes wrong with saved state.
+//! Errors of saving and loading state.
 
 use crate::limits;
 use crate::path::{InvalidPath, SectionPath};
 
-/// State could not be saved.
+/// State cannot be saved.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SaveError {
-    /// A device named itself or a part of itself so.
+    /// A device uses a name that is not a valid path.
     #[error(transparent)]
     Path(#[from] InvalidPath),
-    /// Two devices save in the same place.
+    /// Two devices save to the same section.
     #[error("section {0} was saved already")]
     Duplicate(SectionPath),
-    /// The state cannot be put in CBOR.
+    /// The state cannot be encoded as CBOR.
     #[error("section {path} cannot be encoded: {reason}")]
     Encode {
-        /// Where it was to go.
+        /// The section.
         path: SectionPath,
-        /// What the encoder said.
+        /// The encoder's error.
         reason: String,
     },
-    /// A device has more state than a section takes.
+    /// A section is longer than [`limits::SECTION_LEN`].
     #[error("section {path} is longer than {} bytes", limits::SECTION_LEN)]
     TooLong {
-        /// Where it was to go.
+        /// The section.
         path: SectionPath,
     },
-    /// The whole is too much.
+    /// All sections together exceed [`limits::SECTIONS`] or [`limits::TOTAL_LEN`].
     #[error(
         "section {path} would be more than {} sections or {} bytes of state",
         limits::SECTIONS,
         limits::TOTAL_LEN
     )]
     TooMuch {
-        /// The first that has no room.
+        /// The first section that does not fit.
         path: SectionPath,
     },
 }
 
-/// The bytes are not saved state.
+/// Bytes that are not valid saved state.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum OpenError {
-    /// Something else altogether.
-    #[error("this is not saved state: it does not start as such")]
+    /// The bytes do not start with the magic number.
+    #[error("this is not saved state: the magic number is missing")]
     NotState,
-    /// Written by a later program.
-    #[error("saved state of format {found} cannot be read, only of format {known}")]
+    /// The format is not the one that this program reads.
+    #[error("saved state has format {found}; this program reads format {known}")]
     Format {
-        /// What the bytes say.
+        /// The value in the bytes.
         found: u32,
-        /// What this program knows.
+        /// The value that this program supports.
         known: u32,
     },
-    /// The end came early.
+    /// The bytes end early.
     #[error("the saved state ends within {0}")]
     Truncated(&'static str),
-    /// Bytes after the end.
+    /// Bytes follow the last section.
     #[error("{0} bytes follow the last section of the saved state")]
     Trailing(usize),
-    /// Bits were lost.
+    /// A checksum does not match.
     #[error("the checksum of {0} is wrong")]
     Checksum(String),
-    /// A count or length beyond its limit.
+    /// A count or length exceeds its limit.
     #[error("{found} {what} are more than the {most} that saved state may have")]
     TooMuch {
-        /// Of what.
+        /// The counted items.
         what: &'static str,
-        /// What the bytes say.
+        /// The value in the bytes.
         found: u64,
         /// The limit.
         most: usize,
     },
-    /// A section's name is no path.
+    /// A section's name is not a valid path.
     #[error(transparent)]
     Path(#[from] InvalidPath),
-    /// Two sections of one name.
-    #[error("section {0} is there twice")]
+    /// Two sections have the same name.
+    #[error("section {0} occurs twice")]
     Duplicate(SectionPath),
 }
 
-/// State could not be loaded.
+/// State cannot be loaded.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LoadError {
-    /// A device named itself or a part of itself so.
+    /// A device uses a name that is not a valid path.
     #[error(transparent)]
     Path(#[from] InvalidPath),
-    /// The machine has a device that the state knows nothing of.
+    /// A device of the machine has no section.
     #[error("there is no section {0} in the saved state")]
     Missing(SectionPath),
-    /// Two devices ask for the same.
+    /// Two devices ask for the same section.
     #[error("section {0} was taken already")]
     Taken(SectionPath),
-    /// Too old, or too new.
-    #[error("section {path} is of version {found}, and the latest that can be read is {latest}")]
+    /// The section's version is not supported.
+    #[error("section {path} has version {found}; the latest supported version is {latest}")]
     Version {
-        /// Which section.
+        /// The section.
         path: SectionPath,
-        /// What it says.
+        /// The version in the section.
         found: u16,
-        /// What this program knows.
+        /// The value that this program supports.
         latest: u16,
     },
-    /// Not what its version says.
+    /// The body does not match the section's version.
     #[error("section {path} of version {version} cannot be decoded: {reason}")]
     Decode {
-        /// Which section.
+        /// The section.
         path: SectionPath,
-        /// What it says.
+        /// The version in the section.
         version: u16,
-        /// What the decoder said.
+        /// The decoder's error.
         reason: String,
     },
-    /// It can be read, and the device will have none of it.
-    #[error("section {path} makes no sense: {reason}")]
+    /// The section can be decoded, but its values are not valid for the device.
+    #[error("section {path} is invalid: {reason}")]
     Refused {
-        /// Which section.
+        /// The section.
         path: SectionPath,
-        /// Why.
+        /// The reason.
         reason: String,
     },
-    /// The state knows of devices that the machine does not have.
-    #[error("nobody took section {first}, nor {more} more")]
+    /// Sections belong to no device of the machine.
+    #[error("unexpected section {first} (and {more} more): the machine has no such device")]
     LeftOver {
-        /// The first of them by name.
+        /// The first of them, by name.
         first: SectionPath,
-        /// How many there are besides.
+        /// The number of further sections.
         more: usize,
     },
 }

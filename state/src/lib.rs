@@ -1,17 +1,17 @@
 //! Saved state of a VM: named, versioned sections of a bounded size.
 //!
-//! What a device saves is not the device. It is a plain type of its own, frozen once it was
-//! released and never trusted when read: a [`Saved`] with a version. A later version is another
-//! type, which reads the earlier one through [`Saved::older`].
+//! A device does not serialize itself. It saves a plain type of its own, a [`Saved`] with a version.
+//! That type is frozen once released, and is not trusted when read. A later version is another type,
+//! which reads the earlier one through [`Saved::older`].
 //!
 //! ```text
 //!   device ── Save ──► Scope ──► Writer ══ bytes ══► Store ──► LoadScope ── Load ──► device
 //!                    path, V2   checksums           checks    V1 ─older─► V2
 //! ```
 //!
-//! A [`Store`] checks the whole before anybody reads of it, hands each section out once, and
-//! [`finish`](Store::finish) refuses what nobody asked for: state that would be dropped in silence
-//! is a guest that breaks later.
+//! A [`Store`] checks all bytes before any section is read, and hands each section out once.
+//! [`finish`](Store::finish) fails if a section was not asked for: state that is dropped in silence
+//! shows up later as a broken guest.
 //!
 //! ```
 //! use serde::{Deserialize, Serialize};
@@ -77,38 +77,38 @@ pub use writer::{Scope, Writer};
 
 use serde::{Serialize, de::DeserializeOwned};
 
-/// One version of what a device saves, frozen once it was released.
+/// One version of a device's saved state, frozen once released.
 ///
-/// Fields are named on the wire. Derive it with `deny_unknown_fields`, and without defaults: a
-/// field that comes or goes is another version.
+/// Fields are named on the wire. Derive it with `deny_unknown_fields` and without defaults: a type
+/// with other fields is another version.
 pub trait Saved: Serialize + DeserializeOwned {
-    /// From 1, and up by one with each type that follows.
+    /// The version: 1 for the first type, one more for each that follows.
     const VERSION: u16;
 
-    /// Reads an earlier version and makes this one of it. The first version knows none.
+    /// Reads an earlier version and converts it to this one. The default knows no earlier version.
     ///
     /// # Errors
-    /// When the section is of no version that is known, or not what that version says.
+    /// The section's version is not supported, or its body does not match its version.
     fn older(section: &Section<'_>) -> Result<Self, LoadError> {
         Err(section.unknown_version(Self::VERSION))
     }
 }
 
-/// Something whose state can be saved. It stands still while it is.
+/// A device whose state can be saved. The caller pauses the device first.
 pub trait Save {
-    /// Puts all that is needed to go on from here.
+    /// Writes all state that the device needs to continue from here.
     ///
     /// # Errors
-    /// When it does not fit.
+    /// The state exceeds a limit.
     fn save(&self, to: &mut Scope<'_>) -> Result<(), SaveError>;
 }
 
-/// Something that goes on from saved state. `Context` is all that it can reach meanwhile.
+/// A device that continues from saved state. It can reach nothing but `Context` meanwhile.
 pub trait Load<Context: ?Sized = ()> {
-    /// Takes what [`Save::save`] put, and checks it: whoever wrote it is not trusted.
+    /// Reads the state that [`Save::save`] wrote, and checks it: the writer is not trusted.
     ///
     /// # Errors
-    /// When it is not there, cannot be read, or makes no sense; what loads is then of no use.
+    /// The state is missing, cannot be decoded, or is invalid. The device is then unusable.
     fn load(
         &mut self,
         from: &mut LoadScope<'_, '_>,

@@ -4,21 +4,21 @@ use std::fmt;
 
 use crate::limits;
 
-/// The name of a section: names with slashes between, from the machine down to the part of a
-/// device, as in `pci/disk-0/queue-1`. Names are of small letters, digits, `-`, `_`, `.` and `:`.
+/// The path of a section: names separated by slashes, from the machine down to a part of a device,
+/// as in `pci/disk-0/queue-1`. A name consists of ASCII letters, digits, `-`, `_`, `.` and `:`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SectionPath(String);
 
-/// It is no name of a section.
+/// A string that is not a valid section path.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is no path of a section")]
+#[error("{0:?} is not a valid section path")]
 pub struct InvalidPath(pub(crate) String);
 
 impl SectionPath {
     /// Checks a path.
     ///
     /// # Errors
-    /// When a name is empty, a character is not allowed, or the whole is too long.
+    /// A name is empty, a character is not allowed, or the path is longer than [`limits::PATH_LEN`].
     pub fn new(path: &str) -> Result<Self, InvalidPath> {
         let allowed = |c: u8| c.is_ascii_alphanumeric() || b"-_.:".contains(&c);
         let good = path.len() <= limits::PATH_LEN
@@ -28,12 +28,12 @@ impl SectionPath {
         if good {
             Ok(Self(path.to_owned()))
         } else {
-            // It may be anybody's, and of any length.
+            // The path may come from a peer and have any length: the error keeps only its start.
             Err(InvalidPath(path.chars().take(limits::PATH_LEN).collect()))
         }
     }
 
-    /// The path of a part of this.
+    /// Returns the path of a part of this section's device.
     ///
     /// # Errors
     /// As for [`SectionPath::new`].
@@ -41,7 +41,7 @@ impl SectionPath {
         Self::new(&format!("{self}/{name}"))
     }
 
-    /// As it is written.
+    /// Returns the path as a string.
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0

@@ -1,4 +1,4 @@
-//! From bytes to devices.
+//! Reading: from bytes to devices.
 
 use std::collections::BTreeMap;
 
@@ -7,11 +7,11 @@ use crate::path::{InvalidPath, SectionPath};
 use crate::wire::{self, Cursor};
 use crate::{Saved, limits};
 
-/// Saved state that was checked as a whole and hands each section out once. Bodies stay in the
-/// bytes it was opened on; only the index is held besides.
+/// Saved state that was checked as a whole and hands each section out once. It borrows the bytes and
+/// holds only an index of them.
 #[derive(Debug)]
 pub struct Store<'a> {
-    /// `None` once taken.
+    /// Version and body; `None` once the section was taken.
     sections: BTreeMap<SectionPath, Option<(u16, &'a [u8])>>,
 }
 
@@ -19,7 +19,7 @@ impl<'a> Store<'a> {
     /// Checks header, limits, names and checksums.
     ///
     /// # Errors
-    /// When anything of it is wrong; nothing can be loaded then.
+    /// One of them is wrong. Nothing can be loaded then.
     pub fn open(bytes: &'a [u8]) -> Result<Self, OpenError> {
         let mut cursor = Cursor(bytes);
         if cursor.array() != Some(wire::MAGIC) {
@@ -46,10 +46,10 @@ impl<'a> Store<'a> {
         }
     }
 
-    /// Where the device of this name loads from.
+    /// Returns the scope from which the device of this name loads.
     ///
     /// # Errors
-    /// When it is no name.
+    /// `path` is not a valid path.
     pub fn scope(&mut self, path: &str) -> Result<LoadScope<'_, 'a>, InvalidPath> {
         Ok(LoadScope {
             path: SectionPath::new(path)?,
@@ -57,7 +57,7 @@ impl<'a> Store<'a> {
         })
     }
 
-    /// The sections that nobody has taken yet, by name.
+    /// Returns the paths of sections that have not been taken, in their order.
     pub fn remaining(&self) -> impl Iterator<Item = &SectionPath> {
         let left = self.sections.iter().filter(|(_, body)| body.is_some());
         left.map(|(path, _)| path)
@@ -66,7 +66,7 @@ impl<'a> Store<'a> {
     /// Ends the load.
     ///
     /// # Errors
-    /// When a section is left over.
+    /// A section was not taken.
     pub fn finish(self) -> Result<(), LoadError> {
         let mut left = self.remaining();
         match left.next() {
@@ -97,12 +97,12 @@ fn bounded(what: &'static str, found: u64, most: usize) -> Result<(), OpenError>
     Ok(())
 }
 
-/// What follows the magic: the number of sections.
+/// Reads the header behind the magic number, and returns the number of sections.
 fn header(cursor: &mut Cursor<'_>) -> Result<u32, OpenError> {
     let truncated = || OpenError::Truncated("the header");
     let found = cursor.u32().ok_or_else(truncated)?;
     let known = wire::FORMAT;
-    // Of another format we do not know where a checksum would be.
+    // Checked before the checksum: another format may have it elsewhere.
     if found != known {
         return Err(OpenError::Format { found, known });
     }
@@ -135,7 +135,7 @@ fn section<'a>(cursor: &mut Cursor<'a>) -> Result<(SectionPath, u16, &'a [u8]), 
     Ok((SectionPath::new(&name)?, version, body))
 }
 
-/// A section that was handed out.
+/// A section that was taken from a [`Store`].
 #[derive(Debug)]
 pub struct Section<'a> {
     path: SectionPath,
@@ -144,28 +144,28 @@ pub struct Section<'a> {
 }
 
 impl Section<'_> {
-    /// What it is called.
+    /// Returns the section's path.
     #[must_use]
     pub fn path(&self) -> &SectionPath {
         &self.path
     }
 
-    /// Which version wrote it.
+    /// Returns the version of the type that was saved.
     #[must_use]
     pub fn version(&self) -> u16 {
         self.version
     }
 
-    /// Decodes it, by way of the earlier versions if it is of one.
+    /// Decodes the section, and converts it from an earlier version if it has one.
     ///
     /// # Errors
-    /// When the version is not known, or the body is not what the version says.
+    /// The version is not supported, or the body does not match it.
     pub fn read<T: Saved>(&self) -> Result<T, LoadError> {
         if self.version > T::VERSION {
             return Err(self.unknown_version(T::VERSION));
         }
         if self.version < T::VERSION {
-            // An error of the first version speaks of itself as the latest, which it is not.
+            // The first version reports itself as the latest supported one: correct that here.
             return T::older(self).map_err(|error| match error {
                 LoadError::Version { .. } => self.unknown_version(T::VERSION),
                 other => other,
@@ -176,11 +176,11 @@ impl Section<'_> {
             .map_err(|error| self.undecodable(error.to_string()))?;
         match rest.len() {
             0 => Ok(state),
-            more => Err(self.undecodable(format!("{more} bytes too many"))),
+            more => Err(self.undecodable(format!("{more} bytes follow the state"))),
         }
     }
 
-    /// The error that this version cannot be read.
+    /// Returns the error for a version later than `latest`.
     #[must_use]
     pub fn unknown_version(&self, latest: u16) -> LoadError {
         LoadError::Version {
@@ -199,7 +199,7 @@ impl Section<'_> {
     }
 }
 
-/// A place in a [`Store`] under one name.
+/// The part of a [`Store`] below one path.
 #[derive(Debug)]
 pub struct LoadScope<'s, 'a> {
     store: &'s mut Store<'a>,
@@ -207,18 +207,18 @@ pub struct LoadScope<'s, 'a> {
 }
 
 impl<'a> LoadScope<'_, 'a> {
-    /// Takes the section of this place and decodes it.
+    /// Takes the section at this path and decodes it.
     ///
     /// # Errors
-    /// When it is not there, was taken already, or cannot be read.
+    /// The section is missing, was taken already, or cannot be decoded.
     pub fn take<T: Saved>(&mut self) -> Result<T, LoadError> {
         self.store.take(&self.path)?.read()
     }
 
-    /// The place of a part.
+    /// Returns the scope of a part.
     ///
     /// # Errors
-    /// When it is no name.
+    /// `path` is not a valid path.
     pub fn child(&mut self, name: &str) -> Result<LoadScope<'_, 'a>, InvalidPath> {
         Ok(LoadScope {
             path: self.path.join(name)?,
@@ -226,7 +226,7 @@ impl<'a> LoadScope<'_, 'a> {
         })
     }
 
-    /// The error that what was taken here makes no sense.
+    /// Returns the error for a section at this path whose values are invalid.
     #[must_use]
     pub fn refuse(&self, reason: impl Into<String>) -> LoadError {
         LoadError::Refused {

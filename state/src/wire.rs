@@ -5,13 +5,13 @@
 //!   section:  path length: u16 | version: u16 | body length: u32 | crc of all else: u32 | path | body
 //! ```
 
-/// What saved state starts with.
+/// The magic number at the start of saved state.
 pub(crate) const MAGIC: [u8; 8] = *b"WHSTATE\0";
 
-/// The layout described here.
+/// The number of the format that this module describes.
 pub(crate) const FORMAT: u32 = 1;
 
-/// The bytes of a header.
+/// Returns the bytes of a header.
 pub(crate) fn header(sections: u32) -> Vec<u8> {
     let mut bytes = MAGIC.to_vec();
     bytes.extend(FORMAT.to_le_bytes());
@@ -20,10 +20,10 @@ pub(crate) fn header(sections: u32) -> Vec<u8> {
     bytes
 }
 
-/// The checksum of a section.
+/// Returns the checksum of a section.
 pub(crate) fn section_crc(version: u16, path: &[u8], body: &[u8]) -> u32 {
     let mut crc = crc32fast::Hasher::new();
-    // The lengths are what makes it one path and body out of many with the same bytes.
+    // With the lengths, no other split of the same bytes into path and body has this checksum.
     crc.update(&(path.len() as u64).to_le_bytes());
     crc.update(&(body.len() as u64).to_le_bytes());
     crc.update(&version.to_le_bytes());
@@ -32,18 +32,18 @@ pub(crate) fn section_crc(version: u16, path: &[u8], body: &[u8]) -> u32 {
     crc.finalize()
 }
 
-/// Bytes that are read from their front.
+/// A reader that consumes bytes from the front.
 pub(crate) struct Cursor<'a>(pub(crate) &'a [u8]);
 
 impl<'a> Cursor<'a> {
-    /// The next bytes, if there are so many.
+    /// Returns the next `len` bytes, if there are so many.
     pub(crate) fn bytes(&mut self, len: usize) -> Option<&'a [u8]> {
         let (taken, rest) = self.0.split_at_checked(len)?;
         self.0 = rest;
         Some(taken)
     }
 
-    /// The next bytes, as many as the array has.
+    /// Returns the next `N` bytes, if there are so many.
     pub(crate) fn array<const N: usize>(&mut self) -> Option<[u8; N]> {
         let (taken, rest) = self.0.split_first_chunk()?;
         self.0 = rest;

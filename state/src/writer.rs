@@ -1,4 +1,4 @@
-//! From devices to bytes.
+//! Writing: from devices to bytes.
 
 use std::collections::BTreeMap;
 
@@ -6,7 +6,7 @@ use crate::error::SaveError;
 use crate::path::{InvalidPath, SectionPath};
 use crate::{Saved, limits, wire};
 
-/// Collects sections. The same sections give the same bytes, in whatever order they came.
+/// Collects sections. The same sections give the same bytes in any order of writing.
 #[derive(Debug, Default)]
 pub struct Writer {
     sections: BTreeMap<SectionPath, (u16, Vec<u8>)>,
@@ -14,10 +14,10 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Where the device of this name saves.
+    /// Returns the scope to which the device of this name saves.
     ///
     /// # Errors
-    /// When it is no name.
+    /// `path` is not a valid path.
     pub fn scope(&mut self, path: &str) -> Result<Scope<'_>, InvalidPath> {
         Ok(Scope {
             path: SectionPath::new(path)?,
@@ -46,7 +46,7 @@ impl Writer {
         Ok(())
     }
 
-    /// The bytes of all sections.
+    /// Returns the bytes of all sections.
     #[must_use]
     #[expect(
         clippy::cast_possible_truncation,
@@ -67,7 +67,7 @@ impl Writer {
     }
 }
 
-/// A place in a [`Writer`] under one name.
+/// The part of a [`Writer`] below one path.
 #[derive(Debug)]
 pub struct Scope<'a> {
     writer: &'a mut Writer,
@@ -75,18 +75,18 @@ pub struct Scope<'a> {
 }
 
 impl Scope<'_> {
-    /// Puts the section of this place.
+    /// Writes the section at this path.
     ///
     /// # Errors
-    /// When there is one already, or it does not fit.
+    /// The section exists already, or exceeds a limit.
     pub fn put<T: Saved>(&mut self, state: &T) -> Result<(), SaveError> {
         self.writer.put(&self.path, state)
     }
 
-    /// The place of a part.
+    /// Returns the scope of a part.
     ///
     /// # Errors
-    /// When it is no name.
+    /// `path` is not a valid path.
     pub fn child(&mut self, name: &str) -> Result<Scope<'_>, InvalidPath> {
         Ok(Scope {
             path: self.path.join(name)?,

@@ -1,4 +1,4 @@
-//! What is saved can be loaded, once and whole; anything else is refused by name.
+//! Saved state loads once and as a whole; invalid state is refused by name.
 
 #![expect(clippy::unwrap_used, reason = "a test that fails here says where")]
 
@@ -90,7 +90,7 @@ fn each_section_is_handed_out_once() {
 }
 
 #[test]
-fn what_nobody_took_ends_the_load() {
+fn rejects_leftover_sections() {
     let mut writer = Writer::default();
     for path in ["c", "a", "b"] {
         writer.scope(path).unwrap().put(&V1 { count: 0 }).unwrap();
@@ -100,20 +100,19 @@ fn what_nobody_took_ends_the_load() {
     store.scope("a").unwrap().take::<V1>().unwrap();
     assert_eq!(
         store.finish().unwrap_err().to_string(),
-        "nobody took section b, nor 1 more"
+        "unexpected section b (and 1 more): the machine has no such device"
     );
 }
 
 #[test]
-fn versions_that_are_not_known_are_refused() {
+fn rejects_unknown_versions() {
     let version = |found, latest, bytes: Vec<u8>| {
         let error = match latest {
             1 => load::<V1>(&bytes, "timer").unwrap_err(),
             _ => load::<V2>(&bytes, "timer").unwrap_err(),
         };
-        let expected = format!(
-            "section timer is of version {found}, and the latest that can be read is {latest}"
-        );
+        let expected =
+            format!("section timer has version {found}; the latest supported version is {latest}");
         assert_eq!(error.to_string(), expected);
     };
     version(
@@ -225,7 +224,7 @@ fn forged(body: &[u8]) -> Vec<u8> {
 }
 
 #[test]
-fn bytes_that_are_not_saved_state_say_why() {
+fn rejects_malformed_bytes() {
     let open = |bytes: &[u8]| Store::open(bytes).unwrap_err();
     assert_eq!(open(b"{}"), OpenError::NotState);
     assert_eq!(open(&GOLDEN[..12]), OpenError::Truncated("the header"));
@@ -264,11 +263,11 @@ fn bytes_that_are_not_saved_state_say_why() {
         bytes[12] = 2;
         bytes.extend_from_within(20..);
     });
-    assert_eq!(open(&twice).to_string(), "section timer is there twice");
+    assert_eq!(open(&twice).to_string(), "section timer occurs twice");
 }
 
 #[test]
-fn no_bit_is_lost_unseen() {
+fn detects_every_flipped_bit_and_truncation() {
     for bit in 0..GOLDEN.len() * 8 {
         let mut bytes = GOLDEN.to_vec();
         bytes[bit / 8] ^= 1 << (bit % 8);
@@ -281,7 +280,7 @@ fn no_bit_is_lost_unseen() {
 
 proptest! {
     #[test]
-    fn what_is_saved_is_loaded(
+    fn round_trip(
         sections in prop::collection::btree_map("[a-z0-9]{1,8}(/[a-z0-9-]{1,8}){0,3}", (any::<u32>(), any::<Vec<u8>>()), 0..20),
     ) {
         let sections: BTreeMap<String, V2> = sections
