@@ -1,5 +1,7 @@
 //! What the fuzz targets have in common: a guest without CPUs whose driver does what the bytes say.
 
+pub mod pci;
+
 use std::path::Path;
 use std::sync::Arc;
 

@@ -2,63 +2,15 @@
 
 #![no_main]
 
-use std::sync::Arc;
-
 use arbitrary::Unstructured;
-use devices::pci::{BarMap, ConfigSpace, MsiMessage, MsiTarget, place_bar};
+use devices::pci::ConfigSpace;
 use libfuzzer_sys::fuzz_target;
-use memory::{AddrRange, RegionId, Topology};
-use parking_lot::Mutex;
-use state::{Save, Store, Writer};
-use virtio_devices::rng::Rng;
-use virtio_devices::testing::{TestGuest, workers};
-use virtio_devices::{BAR_LEN, Slot, VirtioPci};
-
-const BAR: u64 = 0xc000_0000;
-
-struct Quiet;
-
-impl MsiTarget for Quiet {
-    fn route(&self, _: &[(u16, Option<MsiMessage>)]) {}
-    fn raise(&self, _: u16) {}
-    fn take_pending(&self, _: u16) -> bool {
-        false
-    }
-}
-
-struct Map(Arc<Mutex<Topology>>);
-
-impl BarMap for Map {
-    fn place(&self, region: RegionId, at: Option<u64>) {
-        let mut topology = self.0.lock();
-        let mut tx = topology.begin();
-        if place_bar(&mut tx, region, at).is_ok() {
-            tx.commit().expect("a map that can be");
-        }
-    }
-}
+use virtio_devices::BAR_LEN;
+use whimbrel_fuzz::pci::{BAR, PciMachine};
 
 fuzz_target!(|input: &[u8]| {
-    let guest = TestGuest::new(1 << 20);
-    let (_event_loop, workers) = workers();
-    let space = guest.space();
-    let shared = Arc::clone(&guest.topology);
-    let device = {
-        let mut topology = shared.lock();
-        let mut tx = topology.begin();
-        let slot = Slot {
-            tx: &mut tx,
-            space: space.clone(),
-            bar: AddrRange::new(BAR, BAR_LEN).expect("a range"),
-            map: Arc::new(Map(Arc::clone(&shared))),
-            msi: Arc::new(Quiet),
-            tell: Box::new(|_| {}),
-        };
-        let rng = Rng::new("/dev/urandom".as_ref(), workers).expect("a source of entropy");
-        let device = VirtioPci::new("_rng0", Box::new(rng), slot).expect("a device");
-        tx.commit().expect("a map that can be");
-        device
-    };
+    let machine = PciMachine::new();
+    let (device, space) = (&machine.device, &machine.space);
     device.write(4, &[6, 0]);
     let mut bytes = Unstructured::new(input);
     while let (Ok(kind), Ok(at), Ok(mut data), Ok(len)) = (
@@ -84,17 +36,5 @@ fuzz_target!(|input: &[u8]| {
             break;
         }
     }
-    // What it has come to can be saved and loaded.
-    device.pause();
-    let mut writer = Writer::default();
-    let mut scope = writer.scope("rng").expect("a section");
-    device.save(&mut scope).expect("saved state");
-    let saved = writer.finish();
-    device.reset();
-    let mut store = Store::open(&saved).expect("what was saved");
-    let mut topology = shared.lock();
-    let mut tx = topology.begin();
-    let mut scope = store.scope("rng").expect("a section");
-    device.load(&mut scope, &mut tx).expect("what was saved");
-    tx.commit().expect("a map that can be");
+    machine.finish();
 });
