@@ -215,6 +215,18 @@ impl<'a> LoadScope<'_, 'a> {
         self.store.take(&self.path)?.read()
     }
 
+    /// Takes the section of this place if there is one: for state that not every VM has, or that
+    /// earlier versions did not save.
+    ///
+    /// # Errors
+    /// Fails if the section was taken already or cannot be read.
+    pub fn take_if_there<T: Saved>(&mut self) -> Result<Option<T>, LoadError> {
+        if !self.store.sections.contains_key(&self.path) {
+            return Ok(None);
+        }
+        self.take().map(Some)
+    }
+
     /// Returns the scope of a part.
     ///
     /// # Errors

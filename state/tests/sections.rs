@@ -105,6 +105,19 @@ fn rejects_leftover_sections() {
 }
 
 #[test]
+fn take_if_there_accepts_missing_section() {
+    let bytes = saved("a", &V1 { count: 3 });
+    let mut store = Store::open(&bytes).unwrap();
+    let absent = store.scope("b").unwrap().take_if_there::<V1>();
+    assert_eq!(absent.unwrap(), None);
+    let found = store.scope("a").unwrap().take_if_there::<V1>();
+    assert_eq!(found.unwrap(), Some(V1 { count: 3 }));
+    let again = store.scope("a").unwrap().take_if_there::<V1>();
+    assert!(matches!(again.unwrap_err(), LoadError::Taken(_)));
+    store.finish().unwrap();
+}
+
+#[test]
 fn rejects_unknown_versions() {
     let version = |found, latest, bytes: Vec<u8>| {
         let error = match latest {
