@@ -77,6 +77,13 @@ impl PowerBlock {
         self.tell(PCI_HOTPLUG);
     }
 
+    /// Raises the interrupt again if an event was not read yet, for a guest that was loaded.
+    pub fn repeat_interrupt(&self) {
+        if *self.happened.lock() != 0 {
+            self.line.raise();
+        }
+    }
+
     fn tell(&self, event: u8) {
         *self.happened.lock() |= event;
         self.line.raise();
@@ -173,7 +180,21 @@ mod tests {
         (&other)
             .load(&mut store.scope("power").unwrap(), &mut ())
             .unwrap();
+        let line = &other.line;
+        line.event_fd().read().unwrap();
+        other.repeat_interrupt();
+        assert_eq!(
+            line.event_fd().read().unwrap(),
+            1,
+            "the interrupt is raised again"
+        );
         other.read(EVENTS, &mut happened);
-        assert_eq!(happened, [PCI_HOTPLUG], "what was not heard of yet is kept");
+        assert_eq!(
+            happened,
+            [PCI_HOTPLUG],
+            "an event that was not read is kept"
+        );
+        other.repeat_interrupt();
+        assert!(line.event_fd().read().is_err(), "nothing is pending");
     }
 }

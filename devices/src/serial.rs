@@ -94,6 +94,16 @@ impl Serial {
         }
     }
 
+    /// Raises the interrupt again if the port says that one is pending, for a guest that was
+    /// loaded.
+    pub fn repeat_interrupt(&self) {
+        /// Bit 0 of the interrupt identification register is 0 while an interrupt is pending.
+        const NONE_PENDING: u8 = 1;
+        if self.uart.lock().state().interrupt_identification & NONE_PENDING == 0 {
+            self.line.raise();
+        }
+    }
+
     /// `bytes_out`, `bytes_in` and `bytes_lost` so far.
     #[must_use]
     pub fn counters(&self) -> [(&'static str, u64); 3] {
@@ -327,9 +337,16 @@ mod tests {
         let mut scope = store.scope("serial").unwrap();
         (&there).load(&mut scope, &mut ()).unwrap();
         assert_eq!(save(&there), saved);
+        // Whatever loading raised was raised before the guest's interrupt controllers were loaded.
+        there.line.event_fd().read().unwrap();
+        there.repeat_interrupt();
+        assert_eq!(there.line.event_fd().read().unwrap(), 1, "input is waiting");
         let mut byte = [0];
         there.read(0, &mut byte);
         assert_eq!(byte, *b"h");
+        (0..10).for_each(|_| there.read(0, &mut byte));
+        there.repeat_interrupt();
+        assert!(there.line.event_fd().read().is_err(), "nothing is pending");
         there.write(0, b"!");
         assert_eq!(*sink.0.lock(), b"!");
     }
