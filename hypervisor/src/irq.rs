@@ -411,7 +411,7 @@ mod tests {
     #[test]
     fn masked_vector_keeps_its_interrupt() {
         let vm = Kvm::open().unwrap().create_vm().unwrap();
-        let vcpu = vm.create_vcpu(0).unwrap();
+        let vcpu = vm.create_vcpu(0, 0).unwrap();
         let mut lapic = vcpu.lapic().unwrap();
         lapic.regs[SPURIOUS] = -1;
         lapic.regs[SPURIOUS + 1] = 1;

@@ -26,6 +26,7 @@
     reason = "memslots hand host memory to KVM, and kvm_run is shared with it"
 )]
 
+mod clock;
 mod dirty;
 mod exit;
 mod gate;
@@ -33,11 +34,13 @@ mod ioevent;
 mod irq;
 mod kick;
 mod kvm;
+mod nested;
 mod saved;
 mod slots;
 mod vcpu;
 mod vm;
 
+pub use clock::{ClockSample, SaveClock, StoppedClock};
 pub use dirty::DirtyBackend;
 pub use exit::{Exit, ExitHandler, RunFailure};
 pub use gate::{Closed, Gate, Seat};
@@ -45,10 +48,11 @@ pub use ioevent::IoEventFds;
 pub use irq::{Held, IrqRoutes, MsiVectors, Route};
 pub use kick::Kicker;
 pub use kvm::{Capabilities, Kvm, KvmError, OpenError};
-pub use saved::{StandingClock, StateError, VcpuState, VmState};
+pub use nested::NestedState;
+pub use saved::{StateError, VcpuState, VmState};
 pub use slots::{MemSlots, SlotStats};
 pub use vcpu::Vcpu;
-pub use vm::{ClockState, Vm};
+pub use vm::Vm;
 
 /// The structures of KVM's interface that describe a vCPU.
 pub mod arch {

@@ -1,10 +1,10 @@
-//! What is saved of vCPUs and of the VM's interrupt controllers, timer and clock.
+//! Saved state of vCPUs, and of the VM's interrupt controllers, timer and clock.
 //!
 //! KVM's structures are its stable interface: they are kept as the bytes that KVM gives and takes.
 
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, Msrs, kvm_irqchip,
-    kvm_msr_entry,
+    kvm_lapic_state, kvm_msr_entry, kvm_sregs,
 };
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
@@ -12,32 +12,67 @@ use serde_bytes::ByteBuf;
 use state::Saved;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
+use crate::clock::{IA32_TSC, IA32_TSC_DEADLINE, SaveClock, StoppedClock};
 use crate::kvm::KvmError;
+use crate::nested::NestedState;
 use crate::vcpu::Vcpu;
-use crate::vm::{ClockState, Vm};
+use crate::vm::Vm;
 
-const IA32_TSC: u32 = 0x10;
-const IA32_TSC_DEADLINE: u32 = 0x6e0;
-
-/// What was saved of a vCPU or a VM cannot be loaded.
+/// State of a vCPU or a VM cannot be saved or loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
     /// KVM refused.
     #[error(transparent)]
     Kvm(#[from] KvmError),
-    /// It makes no sense.
-    #[error("{what} of {found} bytes was saved, and it has {wanted}")]
+    /// A saved structure has another size than KVM's.
+    #[error("the saved {what} has {found} bytes; this host's KVM has {wanted}")]
     Length {
-        /// Of what.
+        /// The structure.
         what: &'static str,
         /// Bytes that were saved.
         found: usize,
-        /// Bytes that it has.
+        /// Bytes that KVM takes.
         wanted: usize,
     },
-    /// It makes no sense.
-    #[error("the saved interrupt controllers are not the three that there are")]
+    /// The saved state has other interrupt controllers.
+    #[error("the saved interrupt controllers are not the two 8259As and the I/O APIC")]
     Chips,
+    /// Nested state cannot be saved.
+    #[error(
+        "the guest can run VMs of its own ({switch} is set), and this host's KVM does not give \
+         their state: {source}"
+    )]
+    Nested {
+        /// The switch that is on.
+        switch: &'static str,
+        /// KVM's answer.
+        source: std::io::Error,
+    },
+    /// Nested state cannot be loaded.
+    #[error("the guest runs VMs of its own, and this host's KVM refuses their state: {source}")]
+    NestedRefused {
+        /// KVM's answer.
+        source: std::io::Error,
+    },
+    /// The guest's vCPU has another APIC id than the vCPU here.
+    #[error(
+        "the guest's vCPU has APIC id {saved}, and the CPU topology gives it {here} here: a service \
+         before this version numbered vCPUs of such a topology differently"
+    )]
+    ApicId {
+        /// The low eight bits of the saved id.
+        saved: u32,
+        /// The low eight bits of the id here.
+        here: u32,
+    },
+    /// The guest uses an MSR that the host does not have.
+    #[error("the guest has {value:#x} in MSR {index:#x}, which this host does not have")]
+    Msr {
+        /// The MSR.
+        index: u32,
+        /// The guest's value.
+        value: u64,
+    },
 }
 
 fn bytes<T: IntoBytes + Immutable>(value: &T) -> ByteBuf {
@@ -52,7 +87,7 @@ fn whole<T: FromBytes>(bytes: &ByteBuf, what: &'static str) -> Result<T, StateEr
     })
 }
 
-/// All that a guest has in a vCPU: what is saved, frozen as version 1.
+/// Saved state of a vCPU, but for nested state. Frozen as version 1.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VcpuState {
@@ -73,7 +108,7 @@ impl Saved for VcpuState {
     const VERSION: u16 = 1;
 }
 
-/// Interrupt controllers, timer and clock: what is saved, frozen as version 1.
+/// Saved state of interrupt controllers, timer and clock. Frozen as version 1.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VmState {
@@ -88,112 +123,182 @@ impl Saved for VmState {
     const VERSION: u16 = 1;
 }
 
-/// The clock of a vCPU that was loaded, which stands until [`Vcpu::start_clock`].
-#[derive(Clone, Copy, Debug)]
-pub struct StandingClock {
-    tsc: u64,
-    deadline: Option<u64>,
-    khz: u32,
+/// How much of a vCPU's state is loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Extent {
+    /// Only what neither reads nor writes the guest's memory, which is still arriving.
+    DryRun,
+    Whole,
+}
+
+/// Whether KVM touches guest memory when this MSR is set: the paravirtual MSRs of KVM and Hyper-V,
+/// which hold guest addresses.
+fn touches_memory(index: u32) -> bool {
+    matches!(index, 0x11 | 0x12 | 0x4b56_4d00..=0x4b56_4dff | 0x4000_0000..=0x4000_ffff)
+}
+
+/// Whether setting these registers makes KVM read the guest's page table: it does for the four
+/// directory pointers of 32-bit PAE paging.
+fn reads_page_table(sregs: &kvm_sregs) -> bool {
+    const CR0_PG: u64 = 1 << 31;
+    const CR4_PAE: u64 = 1 << 5;
+    const EFER_LMA: u64 = 1 << 10;
+    sregs.cr0 & CR0_PG != 0 && sregs.cr4 & CR4_PAE != 0 && sregs.efer & EFER_LMA == 0
+}
+
+impl VcpuState {
+    fn msr(&self, index: u32) -> Option<u64> {
+        let found = self.msrs.iter().find(|msr| msr.0 == index);
+        found.map(|msr| msr.1)
+    }
 }
 
 impl Vcpu {
-    /// Saves all that the guest has in this vCPU. It is not in `KVM_RUN`, and no access of it is
-    /// unfinished ([`Vcpu::complete_access`]).
+    /// Saves the vCPU's state, but for [nested state](Vcpu::save_nested).
+    ///
+    /// The vCPU is not in `KVM_RUN`. For a whole load, no access is unfinished
+    /// ([`Vcpu::complete_access`]).
     ///
     /// # Errors
-    /// When KVM does not tell.
-    pub fn save(&self) -> Result<VcpuState, KvmError> {
-        let told = |what: &str| KvmError::new(format!("tell a vCPU's {what}"));
+    /// Fails if KVM does not give a part of the state.
+    pub fn save(&self, clock: SaveClock<'_>) -> Result<VcpuState, KvmError> {
+        let failed = |what: &str| KvmError::new(format!("give a vCPU's {what}"));
         let fd = self.fd();
-        // First: reading it settles events that are pending in it.
-        let mp_state = fd.get_mp_state().map_err(told("state"))?.mp_state;
+        // Two of these reads change what others return, so the order matters. Reading the events
+        // delivers the payload of a pending exception into CR2 or DR6. Reading the MP state
+        // accepts a pending INIT or SIPI, which sets CS and RIP, and resets the local APIC.
+        let events = bytes(&fd.get_vcpu_events().map_err(failed("pending events"))?);
+        let mp_state = fd.get_mp_state().map_err(failed("MP state"))?.mp_state;
+        let tsc_khz = fd.get_tsc_khz().unwrap_or(0);
+        let mut msrs = self.msrs()?;
+        self.adjust_clock(&mut msrs, clock, tsc_khz)?;
         Ok(VcpuState {
-            regs: bytes(&fd.get_regs().map_err(told("registers"))?),
-            sregs: bytes(&fd.get_sregs().map_err(told("system registers"))?),
-            xsave: bytes(&fd.get_xsave().map_err(told("extended state"))?),
-            xcrs: bytes(&fd.get_xcrs().map_err(told("extended control registers"))?),
-            debug_regs: bytes(&fd.get_debug_regs().map_err(told("debug registers"))?),
-            lapic: bytes(&fd.get_lapic().map_err(told("local APIC"))?),
-            events: bytes(&fd.get_vcpu_events().map_err(told("pending events"))?),
+            regs: bytes(&fd.get_regs().map_err(failed("registers"))?),
+            sregs: bytes(&fd.get_sregs().map_err(failed("system registers"))?),
+            xsave: bytes(&fd.get_xsave().map_err(failed("extended state"))?),
+            xcrs: bytes(
+                &fd.get_xcrs()
+                    .map_err(failed("extended control registers"))?,
+            ),
+            debug_regs: bytes(&fd.get_debug_regs().map_err(failed("debug registers"))?),
+            lapic: bytes(&fd.get_lapic().map_err(failed("local APIC"))?),
+            events,
             mp_state,
-            tsc_khz: fd.get_tsc_khz().unwrap_or(0),
-            msrs: self.msrs()?,
+            tsc_khz,
+            msrs,
         })
     }
 
-    /// Goes on from what was saved. The clock stands.
+    /// Loads the state. The TSC does not count until [`Vcpu::start_clock`].
     ///
     /// # Errors
-    /// When what was saved makes no sense, or KVM refuses it.
-    pub fn load(&self, saved: &VcpuState) -> Result<StandingClock, StateError> {
-        let take = |what: &str| KvmError::new(format!("take a vCPU's {what}"));
+    /// Fails if a structure has the wrong size or KVM refuses a part.
+    pub fn load(
+        &self,
+        saved: &VcpuState,
+        nested: Option<&NestedState>,
+    ) -> Result<StoppedClock, StateError> {
+        let khz = self.load_parts(saved, nested, Extent::Whole)?;
+        Ok(StoppedClock {
+            tsc: saved.msr(IA32_TSC).unwrap_or(0),
+            deadline: saved.msr(IA32_TSC_DEADLINE).filter(|at| *at != 0),
+            khz,
+        })
+    }
+
+    /// Loads the state of a running guest to find out whether this host can take it: its MSRs, its
+    /// extended state, its TSC frequency. Leaves the guest's memory alone. [`Vcpu::load`] replaces
+    /// all of it later.
+    ///
+    /// # Errors
+    /// As [`Vcpu::load`].
+    pub fn dry_run(&self, saved: &VcpuState) -> Result<(), StateError> {
+        self.load_parts(saved, None, Extent::DryRun).map(|_| ())
+    }
+
+    /// Returns the guest's TSC frequency in kHz.
+    fn load_parts(
+        &self,
+        saved: &VcpuState,
+        nested: Option<&NestedState>,
+        extent: Extent,
+    ) -> Result<u32, StateError> {
+        let refused = |what: &str| KvmError::new(format!("take a vCPU's {what}"));
         let fd = self.fd();
-        let khz = fd.get_tsc_khz().unwrap_or(0);
-        if saved.tsc_khz != 0 && khz.abs_diff(saved.tsc_khz) > khz / 4000 {
-            // Beyond 250 ppm, which is what hardware counters differ among themselves.
-            fd.set_tsc_khz(saved.tsc_khz)
-                .map_err(take("TSC frequency, which this host does not have"))?;
-        }
+        let khz = self.load_tsc_khz(saved.tsc_khz)?;
         let mut mp_state = kvm_bindings::kvm_mp_state::default();
         mp_state.mp_state = saved.mp_state;
-        fd.set_mp_state(mp_state).map_err(take("state"))?;
+        fd.set_mp_state(mp_state).map_err(refused("MP state"))?;
         fd.set_regs(&whole(&saved.regs, "register block")?)
-            .map_err(take("registers"))?;
-        fd.set_sregs(&whole(&saved.sregs, "system register block")?)
-            .map_err(take("system registers"))?;
+            .map_err(refused("registers"))?;
+        let sregs = whole(&saved.sregs, "system register block")?;
+        if extent == Extent::Whole || !reads_page_table(&sregs) {
+            fd.set_sregs(&sregs).map_err(refused("system registers"))?;
+        }
+        if let Some(nested) = nested {
+            // KVM checks nested state against the feature MSRs as well as against EFER and CR4.
+            self.load_msrs(saved, is_vmx_feature)?;
+            self.load_nested(nested)?;
+        }
         let xsave = whole(&saved.xsave, "extended state")?;
-        self.set_xsave(&xsave).map_err(take("extended state"))?;
+        self.set_xsave(&xsave).map_err(refused("extended state"))?;
         fd.set_xcrs(&whole(&saved.xcrs, "extended control registers")?)
-            .map_err(take("extended control registers"))?;
+            .map_err(refused("extended control registers"))?;
         fd.set_debug_regs(&whole(&saved.debug_regs, "debug registers")?)
-            .map_err(take("debug registers"))?;
-        fd.set_lapic(&whole(&saved.lapic, "local APIC")?)
-            .map_err(take("local APIC"))?;
-        let is_clock = |(index, _): &&(u32, u64)| matches!(*index, IA32_TSC | IA32_TSC_DEADLINE);
-        let entries: Vec<_> = saved
-            .msrs
-            .iter()
-            .filter(|msr| !is_clock(msr))
-            .map(|(index, data)| entry(*index, *data))
-            .collect();
-        self.load_msrs(&entries)?;
+            .map_err(refused("debug registers"))?;
+        let lapic = whole(&saved.lapic, "local APIC")?;
+        self.check_apic_id(&lapic)?;
+        fd.set_lapic(&lapic).map_err(refused("local APIC"))?;
+        self.load_msrs(saved, |index| match extent {
+            Extent::Whole => true,
+            Extent::DryRun => !touches_memory(index),
+        })?;
         fd.set_vcpu_events(&whole(&saved.events, "pending events")?)
-            .map_err(take("pending events"))?;
-        let value = |index| {
-            saved
-                .msrs
-                .iter()
-                .find(|msr| msr.0 == index)
-                .map(|msr| msr.1)
-        };
-        Ok(StandingClock {
-            tsc: value(IA32_TSC).unwrap_or(0),
-            deadline: value(IA32_TSC_DEADLINE).filter(|deadline| *deadline != 0),
-            khz: if saved.tsc_khz == 0 {
-                khz
-            } else {
-                saved.tsc_khz
-            },
-        })
+            .map_err(refused("pending events"))?;
+        Ok(khz)
     }
 
-    /// Lets the vCPU's TSC go on: from where it was, and so many nanoseconds later.
-    ///
-    /// # Errors
-    /// When KVM refuses.
-    pub fn start_clock(&self, clock: &StandingClock, stood_for_ns: u64) -> Result<(), KvmError> {
-        let ticks = u128::from(stood_for_ns) * u128::from(clock.khz) / 1_000_000;
-        let tsc = clock.tsc.wrapping_add(u64::try_from(ticks).unwrap_or(0));
-        let mut entries = vec![entry(IA32_TSC, tsc)];
-        // Behind the TSC, by which the timer is set.
-        entries.extend(clock.deadline.map(|at| entry(IA32_TSC_DEADLINE, at)));
-        self.set_msrs(&entries)
+    /// KVM would take another id, and the guest's interrupts would go astray.
+    fn check_apic_id(&self, lapic: &kvm_lapic_state) -> Result<(), StateError> {
+        /// The highest byte of the id register, which has the id in both modes of the APIC.
+        const ID: usize = 0x23;
+        let (saved, here) = (lapic.regs[ID].cast_unsigned(), self.apic_id() & 0xff);
+        if u32::from(saved) != here {
+            return Err(StateError::ApicId {
+                saved: saved.into(),
+                here,
+            });
+        }
+        Ok(())
     }
 
-    /// All MSRs that KVM lists and can tell.
+    fn load_tsc_khz(&self, saved: u32) -> Result<u32, KvmError> {
+        let khz = self.fd().get_tsc_khz().unwrap_or(0);
+        if saved == 0 {
+            return Ok(khz);
+        }
+        // Within 250 ppm, by which hardware counters differ among themselves, nothing is set.
+        if khz.abs_diff(saved) > khz / 4000 {
+            let attempt = format!("run a vCPU's TSC at {saved} kHz (the host's has {khz} kHz)");
+            self.fd()
+                .set_tsc_khz(saved)
+                .map_err(KvmError::new(attempt))?;
+        }
+        Ok(saved)
+    }
+
+    /// Reads an MSR; `None` if the vCPU does not have it.
+    pub(crate) fn msr(&self, index: u32) -> Result<Option<u64>, KvmError> {
+        Ok(self.read_msrs(&[index])?.first().map(|msr| msr.1))
+    }
+
+    /// All MSRs that KVM lists and the vCPU has.
     fn msrs(&self) -> Result<Vec<(u32, u64)>, KvmError> {
-        let mut left: &[u32] = self.msr_indices();
-        let mut told = Vec::with_capacity(left.len());
+        self.read_msrs(self.msr_indices())
+    }
+
+    fn read_msrs(&self, mut left: &[u32]) -> Result<Vec<(u32, u64)>, KvmError> {
+        let mut read = Vec::with_capacity(left.len());
         while !left.is_empty() {
             let entries: Vec<_> = left.iter().map(|index| entry(*index, 0)).collect();
             let mut msrs = Msrs::from_entries(&entries).map_err(|_| {
@@ -202,18 +307,25 @@ impl Vcpu {
             let count = self
                 .fd()
                 .get_msrs(&mut msrs)
-                .map_err(KvmError::new("tell a vCPU's MSRs"))?;
+                .map_err(KvmError::new("give a vCPU's MSRs"))?;
             let got = msrs.as_slice().iter().take(count);
-            told.extend(got.map(|msr| (msr.index, msr.data)));
-            // One that is listed and that this vCPU does not have.
+            read.extend(got.map(|msr| (msr.index, msr.data)));
+            // KVM stops at one that is listed and that this vCPU does not have.
             left = left.get(count + 1..).unwrap_or_default();
         }
-        Ok(told)
+        Ok(read)
     }
 
-    /// Sets MSRs. One that this host does not have may be left out where it says nothing.
-    fn load_msrs(&self, entries: &[kvm_msr_entry]) -> Result<(), KvmError> {
-        let mut left = entries;
+    /// Sets the MSRs that are wanted, but for the clock's. A host need not have one that is 0.
+    fn load_msrs(&self, saved: &VcpuState, wanted: impl Fn(u32) -> bool) -> Result<(), StateError> {
+        let is_clock = |index| matches!(index, IA32_TSC | IA32_TSC_DEADLINE);
+        let entries: Vec<_> = saved
+            .msrs
+            .iter()
+            .filter(|(index, _)| !is_clock(*index) && wanted(*index))
+            .map(|(index, data)| entry(*index, *data))
+            .collect();
+        let mut left = &entries[..];
         while !left.is_empty() {
             let msrs = Msrs::from_entries(left).map_err(|_| {
                 KvmError::other("take so many MSRs", std::io::ErrorKind::InvalidData.into())
@@ -224,17 +336,21 @@ impl Vcpu {
                 .map_err(KvmError::new("take a vCPU's MSRs"))?;
             match left.get(count) {
                 Some(refused) if refused.data != 0 => {
-                    let attempt = format!("take {:#x} in MSR {:#x}", refused.data, refused.index);
-                    return Err(KvmError::other(
-                        attempt,
-                        std::io::ErrorKind::InvalidInput.into(),
-                    ));
+                    return Err(StateError::Msr {
+                        index: refused.index,
+                        value: refused.data,
+                    });
                 }
                 _ => left = left.get(count + 1..).unwrap_or_default(),
             }
         }
         Ok(())
     }
+}
+
+/// `IA32_FEATURE_CONTROL`, and the MSRs that say what VMX can do.
+fn is_vmx_feature(index: u32) -> bool {
+    matches!(index, 0x3a | 0x480..=0x493)
 }
 
 fn entry(index: u32, data: u64) -> kvm_msr_entry {
@@ -257,34 +373,35 @@ fn irqchip(fd: &VmFd, chip_id: u32) -> Result<kvm_irqchip, KvmError> {
         ..Default::default()
     };
     fd.get_irqchip(&mut chip)
-        .map_err(KvmError::new("tell an interrupt controller's state"))?;
+        .map_err(KvmError::new("give an interrupt controller's state"))?;
     Ok(chip)
 }
 
 impl Vm {
-    /// Saves interrupt controllers, timer and clock. No vCPU is in `KVM_RUN`. `clock` is where the
-    /// clock stood when the guest did.
+    /// Saves interrupt controllers and timer, and the nanoseconds of kvmclock when the guest
+    /// stopped. No vCPU is in `KVM_RUN`.
     ///
     /// # Errors
-    /// When KVM does not tell.
-    pub fn save(&self, clock: Option<ClockState>) -> Result<VmState, KvmError> {
+    /// Fails if KVM does not give a part of the state.
+    pub fn save(&self, kvmclock_ns: Option<u64>) -> Result<VmState, KvmError> {
         let fd = self.fd();
         let chips = CHIPS.map(|id| irqchip(fd, id).map(|chip| bytes(&chip)));
         let pit = fd
             .get_pit2()
-            .map_err(KvmError::new("tell the interval timer's state"))?;
+            .map_err(KvmError::new("give the interval timer's state"))?;
         Ok(VmState {
             irqchips: chips.into_iter().collect::<Result<_, _>>()?,
             pit: bytes(&pit),
-            clock: clock.map(|clock| clock.nanoseconds),
+            clock: kvmclock_ns,
         })
     }
 
-    /// Goes on from what was saved; gives where the clock stood. No vCPU is in `KVM_RUN`.
+    /// Loads the state, and returns the nanoseconds of kvmclock when the guest stopped. No vCPU is
+    /// in `KVM_RUN`.
     ///
     /// # Errors
-    /// When what was saved makes no sense, or KVM refuses it.
-    pub fn load(&self, saved: &VmState) -> Result<Option<ClockState>, StateError> {
+    /// Fails if a structure has the wrong size or KVM refuses a part.
+    pub fn load(&self, saved: &VmState) -> Result<Option<u64>, StateError> {
         let fd = self.fd();
         if saved.irqchips.len() != CHIPS.len() {
             return Err(StateError::Chips);
@@ -300,6 +417,9 @@ impl Vm {
         let pit = whole(&saved.pit, "interval timer")?;
         fd.set_pit2(&pit)
             .map_err(KvmError::new("take the interval timer's state"))?;
-        Ok(saved.clock.map(|nanoseconds| ClockState { nanoseconds }))
+        Ok(saved.clock)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -23,6 +23,7 @@ const DIRTY_RING_FULL: u32 = 31;
 pub struct Vcpu {
     fd: VcpuFd,
     index: u32,
+    apic_id: u32,
     kicker: Kicker,
     gate: Arc<Gate>,
     seat: Arc<Seat>,
@@ -35,7 +36,7 @@ pub struct Vcpu {
 impl Vcpu {
     pub(crate) fn new(
         fd: VcpuFd,
-        index: u32,
+        (index, apic_id): (u32, u32),
         gate: Arc<Gate>,
         slots: Arc<MemSlots>,
         msr_indices: Arc<[u32]>,
@@ -45,6 +46,7 @@ impl Vcpu {
         Self {
             fd,
             index,
+            apic_id,
             kicker,
             gate,
             seat,
@@ -67,10 +69,14 @@ impl Vcpu {
         unsafe { self.fd.set_xsave(xsave) }
     }
 
-    /// Its number in the VM, which is its APIC id.
+    /// Its number among the VM's vCPUs.
     #[must_use]
     pub fn index(&self) -> u32 {
         self.index
+    }
+
+    pub(crate) fn apic_id(&self) -> u32 {
+        self.apic_id
     }
 
     /// What interrupts it.

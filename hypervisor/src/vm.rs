@@ -1,11 +1,13 @@
 //! A virtual machine, as KVM has it.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use kvm_bindings::{KVM_CLOCK_TSC_STABLE, KVM_PIT_SPEAKER_DUMMY, kvm_clock_data, kvm_pit_config};
+use kvm_bindings::{KVM_CLOCK_HOST_TSC, KVM_PIT_SPEAKER_DUMMY, kvm_clock_data, kvm_pit_config};
 use kvm_ioctls::VmFd;
 use memory::SpaceKind;
 
+use crate::clock::{ClockSample, host_tsc};
 use crate::dirty::{DirtyBackend, Tracking};
 use crate::gate::Gate;
 use crate::ioevent::IoEventFds;
@@ -19,13 +21,6 @@ use crate::vcpu::Vcpu;
 /// be: page tables for real mode, and three for a TSS.
 const IDENTITY_MAP: u64 = 0xfffb_c000;
 const TSS: usize = 0xfffb_d000;
-
-/// Nanoseconds of a guest's kvmclock.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ClockState {
-    /// Nanoseconds.
-    pub nanoseconds: u64,
-}
 
 /// A VM with its in-kernel interrupt controllers and timer.
 #[derive(Debug)]
@@ -103,49 +98,66 @@ impl Vm {
         &self.gate
     }
 
-    /// A vCPU with this number, which is its APIC id.
+    /// Creates the vCPU with this number among the VM's vCPUs. Its APIC id, by which interrupts
+    /// reach it, depends on the CPU topology.
     ///
     /// # Errors
-    /// When KVM refuses, as it does for a number that is taken or too high.
-    pub fn create_vcpu(&self, index: u32) -> Result<Vcpu, KvmError> {
+    /// Fails if KVM refuses, as it does for an APIC id that is taken or too high.
+    pub fn create_vcpu(&self, index: u32, apic_id: u32) -> Result<Vcpu, KvmError> {
         let fd = self
             .fd
-            .create_vcpu(index.into())
-            .map_err(KvmError::new(format!("create vCPU {index}")))?;
+            .create_vcpu(apic_id.into())
+            .map_err(KvmError::new(format!(
+                "create vCPU {index} (APIC id {apic_id})"
+            )))?;
         self.slots.add_vcpu(&fd)?;
         Ok(Vcpu::new(
             fd,
-            index,
+            (index, apic_id),
             Arc::clone(&self.gate),
             Arc::clone(&self.slots),
             Arc::clone(&self.msr_indices),
         ))
     }
 
-    /// The guest's kvmclock.
-    ///
-    /// # Errors
-    /// When KVM does not tell.
-    pub fn clock(&self) -> Result<ClockState, KvmError> {
-        let data = self
-            .fd
-            .get_clock()
-            .map_err(KvmError::new("tell a VM's clock"))?;
-        Ok(ClockState {
-            nanoseconds: data.clock,
-        })
+    /// Reads the guest's and the host's clocks in one moment.
+    #[must_use]
+    pub fn sample_clocks(&self) -> ClockSample {
+        // A thread that loses its CPU between the reads makes them disagree. Of a few attempts the
+        // shortest is the one that was not interrupted.
+        let (mut shortest, mut sample) = self.sample_once();
+        for (took, other) in [self.sample_once(), self.sample_once()] {
+            if took < shortest {
+                (shortest, sample) = (took, other);
+            }
+        }
+        sample
     }
 
-    /// Lets the guest's kvmclock go on from here.
+    fn sample_once(&self) -> (Duration, ClockSample) {
+        let taken_at = Instant::now();
+        let tsc = host_tsc();
+        let clock = self.fd.get_clock().ok();
+        let took = taken_at.elapsed();
+        // KVM says at which TSC it read kvmclock, where it derives kvmclock from the TSC.
+        let with_tsc = clock.filter(|clock| clock.flags & KVM_CLOCK_HOST_TSC != 0);
+        let sample = ClockSample {
+            kvmclock_ns: clock.map(|clock| clock.clock),
+            host_tsc: with_tsc.map_or(tsc, |clock| clock.host_tsc),
+            taken_at,
+        };
+        (took, sample)
+    }
+
+    /// Sets the guest's kvmclock, in nanoseconds.
     ///
     /// # Errors
-    /// When KVM refuses.
-    pub fn set_clock(&self, clock: ClockState) -> Result<(), KvmError> {
+    /// Fails if KVM refuses.
+    pub fn set_kvmclock(&self, nanoseconds: u64) -> Result<(), KvmError> {
         let data = kvm_clock_data {
-            clock: clock.nanoseconds,
+            clock: nanoseconds,
             ..Default::default()
         };
-        debug_assert_eq!(data.flags & KVM_CLOCK_TSC_STABLE, 0);
         self.fd
             .set_clock(&data)
             .map_err(KvmError::new("set a VM's clock"))

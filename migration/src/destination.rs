@@ -55,12 +55,12 @@ pub trait Destination: Send {
     /// When somebody else has it.
     fn take_over(&mut self) -> Result<(), Refusal>;
 
-    /// Lets the guest run, which stood for so long; or not yet, if it is to stay paused. Gives since when
-    /// it does: what is done behind that is not part of the stop.
+    /// Resumes the guest, unless it stays paused. Its clocks have been stopped for `stopped_for`.
+    /// Returns the time since which it runs: whatever is done later is not part of the stop.
     ///
     /// # Errors
-    /// When it cannot; then nothing of it has run.
-    fn start(&mut self, stood_for: Duration, paused: bool) -> Result<Instant, Refusal>;
+    /// The guest cannot resume; then nothing of it has run.
+    fn start(&mut self, stopped_for: Duration, paused: bool) -> Result<Instant, Refusal>;
 
     /// The guest does not come; or it runs here already, and the rest of it does not come: then it
     /// ends at once.

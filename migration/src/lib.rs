@@ -50,7 +50,7 @@ pub use message::{BlockInfo, Offer, Refusal};
 pub use pages::Block;
 pub use policy::{AtDeadline, MAX_CONNECTIONS, Mode, Policy};
 pub use progress::{Downtime, Phase, Progress, Report};
-pub use source::{Outcome, PendingAbort, Sending, Source, send};
+pub use source::{Outcome, PendingAbort, Sending, Source, Stopped, send};
 
 pub use tls::{TlsDial, TlsError, TlsListener};
 pub use wire::WireError;

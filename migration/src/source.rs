@@ -73,12 +73,11 @@ pub trait Source: Send {
     /// Prepares for a stop that is near: writes dirty disk caches back while the guest runs.
     fn pre_sync(&mut self);
 
-    /// Pauses the guest. Returns true if its owner had paused it before: it then stays paused at the
-    /// destination.
+    /// Pauses the guest.
     ///
     /// # Errors
     /// The vCPUs do not stop in time, or the machine is gone. The guest then continues.
-    fn stop(&mut self) -> Result<bool, Refusal>;
+    fn stop(&mut self) -> Result<Stopped, Refusal>;
 
     /// Saves vCPU and device state. The guest is paused.
     ///
@@ -112,6 +111,16 @@ pub trait Source: Send {
 
     /// Ends the machine: the guest runs at the destination.
     fn gone(&mut self);
+}
+
+/// A guest that was paused.
+#[derive(Clone, Copy, Debug)]
+pub struct Stopped {
+    /// Its owner had paused it before: it stays paused at the destination.
+    pub was_paused: bool,
+    /// When its clocks were read. The destination adds the time since then, and no more: a value
+    /// that is read after the stop began contains a part of the stop already.
+    pub clocks_at: Instant,
 }
 
 /// Parameters of an outgoing migration.
@@ -187,8 +196,8 @@ struct Engine<'a, 'b> {
     control: Option<Control>,
     rams: Vec<Ram>,
     tracking: bool,
-    /// When the guest was paused, and whether its owner had paused it before.
-    stopped: Option<(Instant, bool)>,
+    /// When the stop began, and the guest that is stopped.
+    stopped: Option<(Instant, Stopped)>,
     measured: Measured,
     downtime: Downtime,
     /// The destination supports postcopy.
@@ -412,8 +421,8 @@ impl Engine<'_, '_> {
         let progress = self.sending.progress.clone();
         progress.enter(Phase::Stopped);
         let start = Instant::now();
-        let was_paused = self.source.stop().map_err(MigrationError::Here)?;
-        self.stopped = Some((start, was_paused));
+        let stopped = self.source.stop().map_err(MigrationError::Here)?;
+        self.stopped = Some((start, stopped));
         self.downtime.pause_us = micros(start.elapsed());
         if self.tracking {
             self.source.harvest().map_err(MigrationError::Here)?;
@@ -443,7 +452,7 @@ impl Engine<'_, '_> {
         let message = ToDestination::State {
             round,
             postcopy,
-            paused: was_paused,
+            paused: stopped.was_paused,
         };
         control.send_with_state(&message, &state)?;
         // While the destination loads.

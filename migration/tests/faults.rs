@@ -21,7 +21,7 @@ use memory::{RamBlock, RamConfig};
 use migration::{
     Accept, Block, BlockInfo, Closer, Decision, Destination, Dial, Fate, Host, Journal, Mode,
     Offer, Outcome, Phase, Policy, Progress, Receiving, Refusal, Resolution, Sending, Source, Step,
-    Stream, receive, send,
+    Stopped, Stream, receive, send,
 };
 use uuid::Uuid;
 
@@ -34,6 +34,9 @@ const PATIENCE: Duration = Duration::from_millis(250);
 /// Where nothing is to fail, on a machine that has other things to do.
 const LONG_PATIENCE: Duration = Duration::from_secs(8);
 /// No migration takes longer, whatever fails.
+/// So much before the stop, in the source's opinion: the destination is to hear the source's
+/// opinion and not the engine's.
+const CLOCKS_STOPPED_BEFORE: Duration = Duration::from_secs(100);
 const BOUND: Duration = Duration::from_secs(10);
 
 /// SplitMix64.
@@ -105,6 +108,10 @@ struct World {
     /// Memory was not what it should have been when it was loaded.
     differed: AtomicBool,
     lock: Mutex<Option<&'static str>>,
+    /// When the guest's clocks were read.
+    clocks_at: Mutex<Option<Instant>>,
+    /// The time that the destination adds to the clocks.
+    stopped_for: Mutex<Duration>,
 }
 
 impl World {
@@ -211,11 +218,16 @@ impl Source for TestSource {
 
     fn pre_sync(&mut self) {}
 
-    fn stop(&mut self) -> Result<bool, Refusal> {
+    fn stop(&mut self) -> Result<Stopped, Refusal> {
         self.life.step()?;
         self.scribble();
         self.world.at_source.store(false, Ordering::SeqCst);
-        Ok(self.paused)
+        let clocks_at = Instant::now() - CLOCKS_STOPPED_BEFORE;
+        *self.world.clocks_at.lock().unwrap() = Some(clocks_at);
+        Ok(Stopped {
+            was_paused: self.paused,
+            clocks_at,
+        })
     }
 
     fn save(&mut self) -> Result<Vec<u8>, Refusal> {
@@ -296,8 +308,14 @@ impl Destination for TestTarget {
         Ok(())
     }
 
-    fn start(&mut self, _: Duration, paused: bool) -> Result<Instant, Refusal> {
+    fn start(&mut self, stopped_for: Duration, paused: bool) -> Result<Instant, Refusal> {
         self.life.step()?;
+        let clocks_at = self.world.clocks_at.lock().unwrap().unwrap();
+        assert!(
+            stopped_for <= clocks_at.elapsed(),
+            "{stopped_for:?} is more than the time since the clocks were read"
+        );
+        *self.world.stopped_for.lock().unwrap() = stopped_for;
         self.world.ran_at_destination.store(true, Ordering::SeqCst);
         if !paused {
             self.world
@@ -703,6 +721,10 @@ fn run(seed: u64, script: Script) -> (Ending, Arc<World>) {
 
 /// What holds whatever happens.
 fn check(seed: u64, script: &Script) -> Ending {
+    check_world(seed, script).0
+}
+
+fn check_world(seed: u64, script: &Script) -> (Ending, Arc<World>) {
     let (ending, world) = run(seed, *script);
     let (at_source, at_destination) = (
         world.at_source.load(Ordering::SeqCst),
@@ -728,7 +750,7 @@ fn check(seed: u64, script: &Script) -> Ending {
     if script.source_dies_at.is_none() && ending.outcome != Outcome::Moved {
         assert!(at_source, "it stayed, and is lost: {told}");
     }
-    ending
+    (ending, world)
 }
 
 #[test]
@@ -748,7 +770,9 @@ fn a_guest_moves_when_nothing_fails() {
                 writes,
                 ..Script::default()
             };
-            let ending = check(u64::from(connections), &script);
+            let (ending, world) = check_world(u64::from(connections), &script);
+            let stopped_for = *world.stopped_for.lock().unwrap();
+            assert!(stopped_for >= CLOCKS_STOPPED_BEFORE, "{stopped_for:?}");
             assert_eq!(ending.outcome, Outcome::Moved, "{script:?} {ending:?}");
             assert_eq!(ending.destination, Phase::Completed);
         }

@@ -27,6 +27,38 @@ impl CpuTopology {
             .into_iter()
             .try_fold(self.threads_per_core, u32::checked_mul)
     }
+
+    /// The bits of an APIC id that number the threads of a core, the cores of a die, and the dies
+    /// of a package. Each level has bits of its own, so that software finds a vCPU's core, die and
+    /// package by shifting; with a count that is not a power of two, some ids stay unused.
+    #[must_use]
+    pub fn apic_id_bits(&self) -> [u32; 3] {
+        let bits = |count: u32| u32::BITS - count.saturating_sub(1).leading_zeros();
+        [
+            bits(self.threads_per_core),
+            bits(self.cores_per_die),
+            bits(self.dies_per_package),
+        ]
+    }
+
+    /// The APIC id of a vCPU, or `None` if it has more than 32 bits.
+    #[must_use]
+    pub fn apic_id(&self, vcpu: u32) -> Option<u32> {
+        let counts = [
+            self.threads_per_core,
+            self.cores_per_die,
+            self.dies_per_package,
+        ];
+        let (mut id, mut shift, mut rest) = (0_u128, 0, vcpu);
+        for (count, bits) in counts.into_iter().zip(self.apic_id_bits()) {
+            // At most 32 bits, shifted by at most 96.
+            id |= u128::from(rest.checked_rem(count)?) << shift;
+            rest = rest.checked_div(count)?;
+            shift += bits;
+        }
+        // The rest is the package's number.
+        u32::try_from(id | u128::from(rest) << shift).ok()
+    }
 }
 
 /// On which CPUs of the host a vCPU may run.
@@ -70,7 +102,7 @@ pub struct CpusConfig {
     /// vCPUs that there can ever be.
     #[schema(minimum = 1)]
     pub max_vcpus: u32,
-    /// How they are arranged; each a package of its own when absent.
+    /// How they are arranged; as cores of one package when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub topology: Option<CpuTopology>,
     /// Offer the interfaces of Hyper-V.
@@ -109,11 +141,66 @@ impl CpusConfig {
             core_scheduling: CoreSchedulingMode::Vm,
         }
     }
+
+    /// How the vCPUs are arranged: as configured, or as cores of one package.
+    #[must_use]
+    pub fn arrangement(&self) -> CpuTopology {
+        self.topology.clone().unwrap_or(CpuTopology {
+            threads_per_core: 1,
+            cores_per_die: self.max_vcpus,
+            dies_per_package: 1,
+            packages: 1,
+        })
+    }
 }
 
 /// One.
 impl Default for CpusConfig {
     fn default() -> Self {
         Self::with_vcpus(1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ids(counts: [u32; 4]) -> Vec<Option<u32>> {
+        let [threads_per_core, cores_per_die, dies_per_package, packages] = counts;
+        let topology = CpuTopology {
+            threads_per_core,
+            cores_per_die,
+            dies_per_package,
+            packages,
+        };
+        let vcpus = 0..topology.vcpus().unwrap_or(1);
+        vcpus.map(|vcpu| topology.apic_id(vcpu)).collect()
+    }
+
+    #[test]
+    fn apic_ids_have_bits_for_each_level() {
+        assert_eq!(ids([1, 4, 1, 1]), [0, 1, 2, 3].map(Some));
+        assert_eq!(ids([2, 2, 1, 2]), [0, 1, 2, 3, 4, 5, 6, 7].map(Some));
+        // Three cores take two bits: id 3 does not exist.
+        assert_eq!(ids([1, 3, 1, 2]), [0, 1, 2, 4, 5, 6].map(Some));
+        assert_eq!(ids([3, 1, 3, 1]), [0, 1, 2, 4, 5, 6, 8, 9, 10].map(Some));
+    }
+
+    #[test]
+    fn an_apic_id_that_is_too_long_or_of_nothing_is_none() {
+        let huge = CpuTopology {
+            threads_per_core: u32::MAX,
+            cores_per_die: u32::MAX,
+            dies_per_package: u32::MAX,
+            packages: u32::MAX,
+        };
+        assert_eq!(huge.apic_id(5), Some(5));
+        assert_eq!(huge.apic_id(u32::MAX), None);
+        assert_eq!(ids([0, 1, 1, 1]), []);
+        let none = CpuTopology {
+            threads_per_core: 0,
+            ..huge
+        };
+        assert_eq!(none.apic_id(0), None);
     }
 }

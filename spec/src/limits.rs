@@ -31,6 +31,10 @@ pub const NET_PAIRS: usize = 15;
 /// The least MTU that a network interface may have: that of IPv6.
 pub const MIN_MTU: u16 = 1280;
 
+/// The highest APIC id of a vCPU. Id 255 is the broadcast address of the xAPIC, and what is above it
+/// needs an x2APIC with 32-bit ids, and interrupts that can be sent to them.
+pub const APIC_ID: u32 = 254;
+
 /// Bytes of the path of a unix socket (`sun_path` of `unix(7)`, without the NUL).
 pub const SOCKET_PATH_LEN: usize = 107;
 

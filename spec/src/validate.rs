@@ -117,15 +117,15 @@ impl VmConfig {
             found.push(problem(
                 "/cpus/boot_vcpus",
                 "out-of-range",
-                "a VM needs a vCPU at least".into(),
+                "`boot_vcpus` must be at least 1".into(),
             ));
         }
         if max < boot {
-            let detail = format!("{max} vCPUs at the most are fewer than the {boot} to boot with");
+            let detail = format!("`max_vcpus` ({max}) is less than `boot_vcpus` ({boot})");
             found.push(problem("/cpus/max_vcpus", "out-of-range", detail));
         } else if max > host.max_vcpus {
             let detail = format!(
-                "{max} vCPUs are more than this host's KVM allows, {}",
+                "`max_vcpus` ({max}) is more than this host's KVM allows, {}",
                 host.max_vcpus
             );
             found.push(problem("/cpus/max_vcpus", "out-of-range", detail));
@@ -135,6 +135,8 @@ impl VmConfig {
             );
             found.push(problem("/cpus/max_vcpus", UNSUPPORTED, detail));
         }
+        let arrangement = self.cpus.arrangement();
+        let highest = max.checked_sub(1).map(|last| arrangement.apic_id(last));
         if let Some(topology) = &self.cpus.topology
             && topology.vcpus() != Some(max)
         {
@@ -146,6 +148,20 @@ impl VmConfig {
                 topology.packages
             );
             found.push(problem("/cpus/topology", "inconsistent", detail));
+        } else if let Some(highest) = highest
+            && highest.is_none_or(|id| id > limits::APIC_ID)
+        {
+            let highest = highest.map_or("more than 32 bits".to_owned(), |id| id.to_string());
+            let detail = format!(
+                "these vCPUs need APIC ids up to {highest}, and this version gives ids up to {}: \
+                 have fewer vCPUs, or counts of threads, cores and dies that are powers of two",
+                limits::APIC_ID
+            );
+            let field = match self.cpus.topology {
+                Some(_) => "/cpus/topology",
+                None => "/cpus/max_vcpus",
+            };
+            found.push(problem(field, UNSUPPORTED, detail));
         }
         if let Some(bits) = self
             .cpus
@@ -271,6 +287,8 @@ mod tests {
     use super::*;
     use crate::PayloadConfig;
 
+    use crate::cpus::CpuTopology;
+
     const HOST: HostLimits = HostLimits {
         max_vcpus: 8,
         max_memory: 1 << 40,
@@ -320,6 +338,31 @@ mod tests {
         assert_eq!(cpus(2, 1), one("/cpus/max_vcpus", "out-of-range"));
         assert_eq!(cpus(1, 9), one("/cpus/max_vcpus", "out-of-range"));
         assert_eq!(cpus(1, 2), one("/cpus/max_vcpus", "unsupported"));
+        let large = HostLimits {
+            max_vcpus: 4096,
+            ..HOST
+        };
+        let on_large = |vcpus, topology: Option<[u32; 4]>| {
+            let mut config = good();
+            config.cpus = crate::CpusConfig::with_vcpus(vcpus);
+            config.cpus.topology = topology.map(|[threads, cores, dies, packages]| CpuTopology {
+                threads_per_core: threads,
+                cores_per_die: cores,
+                dies_per_package: dies,
+                packages,
+            });
+            let problems = config.validate(&large).err().unwrap_or_default();
+            let named = |problem: FieldProblem| (problem.pointer, problem.code);
+            problems.into_iter().map(named).collect::<Vec<_>>()
+        };
+        assert_eq!(on_large(255, None), []);
+        assert_eq!(on_large(256, None), one("/cpus/max_vcpus", "unsupported"));
+        assert_eq!(on_large(252, Some([2, 63, 1, 2])), []);
+        // 33 cores take as many ids as 64.
+        assert_eq!(
+            on_large(198, Some([1, 33, 1, 6])),
+            one("/cpus/topology", "unsupported")
+        );
         for size in [0, 4097, 1 << 50] {
             assert_eq!(
                 found(|c| c.memory.size = size),

@@ -101,6 +101,7 @@ impl From<CpuError> for BuildError {
         match error {
             CpuError::Kvm(error) => Self::Kvm(error),
             CpuError::Memory(error) => Self::Boot(BootError::Memory(error)),
+            CpuError::TooManyLeaves(_) | CpuError::NoApicId(_) => Self::Layout(error.to_string()),
         }
     }
 }

@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 use spec::{HostLimits, VmConfig, VmId};
 use virtio_devices::Workers;
 
-use crate::arch::x86_64::cpu;
+use crate::arch::x86_64::{cpu, features};
 use crate::driver::{Caller, Driver};
 use crate::machine::Host;
 
@@ -74,7 +74,7 @@ impl Pool {
     /// When KVM cannot be used, or the host gives no threads.
     pub fn start(config: &PoolConfig) -> Result<Self, StartError> {
         let kvm = Kvm::open()?;
-        let cpuid = kvm.supported_cpuid()?;
+        let cpuid = features::offered(kvm.supported_cpuid()?);
         let cpus = || available_parallelism().map_or(1, usize::from);
         let threads = config.threads.unwrap_or_else(cpus).max(1);
         let loops = (0..threads)

@@ -131,7 +131,7 @@ impl Machine {
         let cpuid = kvm.supported_cpuid().expect("CPUID");
         let vcpus: Vec<Vcpu> = (0..spec.vcpus)
             .map(|index| {
-                let vcpu = vm.create_vcpu(index).expect("a vCPU");
+                let vcpu = vm.create_vcpu(index, index).expect("a vCPU");
                 vcpu.set_cpuid(&cpuid).expect("CPUID");
                 if index == 0 {
                     firmware::enter(&vcpu, entry.0);

@@ -141,7 +141,7 @@ impl Lab {
     }
 
     fn vcpu(&self, index: u32) -> Vcpu {
-        let vcpu = self.vm.create_vcpu(index).unwrap();
+        let vcpu = self.vm.create_vcpu(index, index).unwrap();
         let mut sregs = vcpu.sregs().unwrap();
         (sregs.cs.base, sregs.cs.selector) = (0, 0);
         (sregs.ds.base, sregs.ds.selector) = (SHARED, 0x1000);
@@ -354,7 +354,7 @@ fn a_ring_that_is_full_is_emptied() {
     slots.track_dirty(true).unwrap();
     drop(block.dirty().take());
 
-    let mut vcpu = vm.create_vcpu(0).unwrap();
+    let mut vcpu = vm.create_vcpu(0, 0).unwrap();
     let mut sregs = vcpu.sregs().unwrap();
     for segment in [&mut sregs.cs, &mut sregs.ds] {
         (segment.base, segment.limit, segment.g, segment.db) = (0, 0xffff_ffff, 1, 1);

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
-use super::{Engine, Outcome, dial_channel, disconnected};
+use super::{Engine, Outcome, Stopped, dial_channel, disconnected};
 use crate::decision::{Doubt, Question, Resolution};
 use crate::journal::Step;
 use crate::link::Dial;
@@ -159,9 +159,15 @@ impl Engine<'_, '_> {
     pub(super) fn after_commit(&mut self) -> Outcome {
         let progress = self.sending.progress.clone();
         progress.enter(Phase::HandingOver);
-        let (since, paused) = self.stopped.unwrap_or((Instant::now(), false));
         let order = Instant::now();
-        let mut answer = self.send_commit(since, paused);
+        let (since, stopped) = self.stopped.unwrap_or((
+            order,
+            Stopped {
+                was_paused: false,
+                clocks_at: order,
+            },
+        ));
+        let mut answer = self.send_commit(stopped);
         // Open from the first loss of the destination until an answer settles where the guest runs.
         let mut question: Option<Question> = None;
         loop {
@@ -214,7 +220,7 @@ impl Engine<'_, '_> {
                     return self.stay(MigrationError::here("resolved", why));
                 }
                 Some(Resolution::Discard) => return self.moved(),
-                None => answer = self.retry_commit(since, paused),
+                None => answer = self.retry_commit(stopped),
             }
         }
     }
@@ -230,21 +236,21 @@ impl Engine<'_, '_> {
         });
     }
 
-    fn send_commit(&mut self, since: Instant, paused: bool) -> Result<ToSource, MigrationError> {
-        let stood = u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX);
+    fn send_commit(&mut self, stopped: Stopped) -> Result<ToSource, MigrationError> {
+        let stopped_for = stopped.clocks_at.elapsed().as_nanos();
         self.send(&ToDestination::Commit {
-            stood_for_ns: stood,
-            paused,
+            stood_for_ns: u64::try_from(stopped_for).unwrap_or(u64::MAX),
+            paused: stopped.was_paused,
         })?;
         Ok(self.control.as_mut().ok_or_else(disconnected)?.recv()?)
     }
 
     /// Over a new connection.
-    fn retry_commit(&mut self, since: Instant, paused: bool) -> Result<ToSource, MigrationError> {
+    fn retry_commit(&mut self, stopped: Stopped) -> Result<ToSource, MigrationError> {
         let stream = self.connect(Channel::Again)?;
         self.control = Some(Control::new(stream));
         match self.control.as_mut().ok_or_else(disconnected)?.recv()? {
-            ToSource::Waiting => self.send_commit(since, paused),
+            ToSource::Waiting => self.send_commit(stopped),
             // It does not know of this migration. That is no answer.
             ToSource::Refused(why) => Err(MigrationError::There(why)),
             other => Ok(other),

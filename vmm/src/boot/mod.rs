@@ -13,7 +13,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use memory::FlatView;
-use spec::PayloadConfig;
+use spec::{CpusConfig, PayloadConfig};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use crate::arch::x86_64::acpi;
@@ -89,7 +89,7 @@ pub(crate) fn load(
     payload: &PayloadConfig,
     memory: &FlatView,
     layout: &Layout,
-    vcpus: u32,
+    cpus: &CpusConfig,
 ) -> Result<Entry, BootError> {
     let path = Path::new(payload.kernel.as_deref().ok_or(BootError::NoKernel)?);
     let kernel = kernel::load(path, memory, layout)?;
@@ -97,7 +97,7 @@ pub(crate) fn load(
         Some(path) => Some(load_initramfs(Path::new(path), memory, layout, kernel.end)?),
         None => None,
     };
-    let tables = acpi::tables(vcpus, layout);
+    let tables = acpi::tables(cpus, layout);
     if tables.len() as u64 > layout::ACPI_END - layout::ACPI {
         return Err(BootError::NoRoom {
             what: "the ACPI tables of so many vCPUs",

@@ -5,14 +5,14 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::mpsc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ::devices::event_loop::Sources;
 use ::devices::pci::Bdf;
 use control::{Category, EventSender, RequestError, Verb};
 use hypervisor::MemSlots;
 use memory::{Pages, RamBlock};
-use migration::{Decision, Refusal};
+use migration::{Decision, Refusal, Stopped};
 use spec::{VmConfig, VmState};
 
 use super::consoles::Consoles;
@@ -262,7 +262,7 @@ impl Driver {
     }
 
     /// Stops the guest. True if it stood already.
-    pub(crate) fn stop_to_move(&mut self) -> Result<bool, Refusal> {
+    pub(crate) fn stop_to_move(&mut self) -> Result<Stopped, Refusal> {
         let was_paused = self.publisher.current().state == VmState::Paused;
         let active = self.on()?;
         if !was_paused {
@@ -270,11 +270,16 @@ impl Driver {
                 .pause()
                 .map_err(|late| Refusal::new("does-not-stop", late.to_string()))?;
         }
+        // A guest that came and never ran has clocks that were never started.
+        let clocks_at = active.clocks_stopped_at().unwrap_or_else(Instant::now);
         if let Some(leaving) = &mut self.leaving {
             leaving.is_stopped = true;
             leaving.ran = !was_paused;
         }
-        Ok(was_paused)
+        Ok(Stopped {
+            was_paused,
+            clocks_at,
+        })
     }
 
     pub(crate) fn save_whole(&mut self) -> Result<Vec<u8>, Refusal> {
@@ -412,10 +417,12 @@ impl Driver {
             .map_err(refused("cannot-be-taken-over"))
     }
 
-    /// Lets the guest run that came, or stand if it is to. Gives since when it does.
+    /// Resumes the guest that came, unless it stays paused. At the moment `as_of` it had been
+    /// stopped for `stopped_for`. Returns the time since which it runs.
     pub(crate) fn arrive(
         &mut self,
-        stood_for_ns: u64,
+        stopped_for: Duration,
+        as_of: Instant,
         paused: bool,
         sources: &mut Sources<'_>,
     ) -> Result<Instant, Refusal> {
@@ -423,7 +430,9 @@ impl Driver {
         let runs = if paused {
             Instant::now()
         } else {
-            active.go(stood_for_ns).map_err(refused("cannot-go-on"))?
+            active
+                .resume_after(stopped_for, as_of)
+                .map_err(refused("cannot-go-on"))?
         };
         let Stage::Expecting(expected) = std::mem::replace(&mut self.stage, Stage::Off) else {
             return Err(no_machine());

@@ -16,7 +16,7 @@ use ::devices::{
     hotplug, pci, power,
 };
 use hypervisor::arch::CpuId;
-use hypervisor::{ClockState, IrqRoutes, Kicker, Kvm, KvmError, StandingClock, Vcpu, Vm};
+use hypervisor::{IrqRoutes, Kicker, Kvm, Vcpu, Vm};
 use memory::{
     DeviceOps, ListenerHandle, MemoryListener, RamBlock, RamConfig, RamSlice, SpaceKind, Topology,
     Transaction,
@@ -25,6 +25,7 @@ use parking_lot::{Mutex, MutexGuard};
 use spec::{PciDeviceInfo, VmConfig, VmCounters};
 use virtio_devices::Workers;
 
+use crate::arch::x86_64::cpu::CpuError;
 use crate::arch::x86_64::layout::Layout;
 use crate::arch::x86_64::{cpu, layout};
 use crate::boot;
@@ -36,6 +37,7 @@ use crate::guest_event::{GuestEvent, Outputs, Port, Reporter};
 
 pub(crate) use self::memory_map::of as memory_map;
 use self::run_control::{NotParked, RunControl, Want};
+use self::save::Clocks;
 pub(crate) use self::save::Extent;
 use self::vcpu::VcpuThread;
 pub(crate) use self::vcpu::{Halter, Throttle};
@@ -86,10 +88,7 @@ pub(crate) struct Active {
     pub(crate) parts: Parts,
     pub(crate) control: Arc<RunControl>,
     pub(crate) vcpus: Vec<VcpuThread>,
-    /// The guest's clock at the last pause.
-    pub(crate) clock: Option<ClockState>,
-    /// The vCPUs' clocks, of a machine that was loaded.
-    pub(crate) standing: Vec<StandingClock>,
+    pub(crate) clocks: Clocks,
 }
 
 impl Built {
@@ -107,7 +106,6 @@ impl Built {
         let layout = Layout::new(config.memory.size, bits)?;
         let vm = host.kvm.create_vm()?;
         let mut topology = Topology::new();
-        // vCPUs need the interrupt controllers, which need them to be few: APIC ids are indices.
         let vcpus = make_vcpus(cpuid, &vm, config, bits)?;
         let mut listeners = Vec::new();
         let slots: Arc<dyn MemoryListener> = vm.memslots();
@@ -173,7 +171,7 @@ impl Built {
     pub(crate) fn boot(self, config: &VmConfig, reporter: &Reporter) -> Result<Active, BuildError> {
         let space = self.parts.topology.lock().space(SpaceKind::Memory);
         let view = space.view();
-        let entry = boot::load(&config.payload, &view, &self.layout, config.cpus.boot_vcpus)?;
+        let entry = boot::load(&config.payload, &view, &self.layout, &config.cpus)?;
         for vcpu in &self.vcpus {
             cpu::set_up(vcpu)?;
         }
@@ -202,8 +200,7 @@ impl Built {
             parts: self.parts,
             control,
             vcpus: Vec::new(),
-            clock: None,
-            standing: Vec::new(),
+            clocks: Clocks::Running,
         };
         for vcpu in self.vcpus {
             let affinity = config.cpus.affinity.iter().flatten();
@@ -227,14 +224,15 @@ fn own_loops(origin: &MachineOrigin) -> Result<Vec<EventLoop>, BuildError> {
         .map_err(BuildError::host("start a thread"))
 }
 
-fn make_vcpus(cpuid: &CpuId, vm: &Vm, config: &VmConfig, bits: u8) -> Result<Vec<Vcpu>, KvmError> {
-    let (count, topology) = (config.cpus.boot_vcpus, config.cpus.topology.as_ref());
+fn make_vcpus(cpuid: &CpuId, vm: &Vm, config: &VmConfig, bits: u8) -> Result<Vec<Vcpu>, CpuError> {
+    let topology = config.cpus.arrangement();
     let make = |index| {
-        let vcpu = vm.create_vcpu(index)?;
-        vcpu.set_cpuid(&cpu::cpuid(cpuid, index, count, topology, bits))?;
+        let apic_id = topology.apic_id(index).ok_or(CpuError::NoApicId(index))?;
+        let vcpu = vm.create_vcpu(index, apic_id)?;
+        vcpu.set_cpuid(&cpu::cpuid(cpuid, &topology, apic_id, bits)?)?;
         Ok(vcpu)
     };
-    (0..count).map(make).collect()
+    (0..config.cpus.boot_vcpus).map(make).collect()
 }
 
 fn ram_config(config: &VmConfig) -> RamConfig {
@@ -435,36 +433,64 @@ impl Active {
         self.parts.devices.ejected(slot, &self.parts.topology)
     }
 
-    /// Lets the guest run. On return it has, since the time that is given, and its devices work.
+    /// Resumes the guest, and returns the time since which it runs.
     pub(crate) fn resume(&mut self) -> Result<Instant, MoveError> {
-        // Of a guest that came, and stood until now.
-        let has_come = !self.standing.is_empty();
-        self.start_clocks(0)?;
-        if let Some(clock) = self.clock.take() {
-            self.parts.vm.set_clock(clock)?;
-        }
+        self.resume_after(Duration::ZERO, Instant::now())
+    }
+
+    /// Resumes a guest that, at the moment `as_of`, had been stopped for `stopped_for`; a guest
+    /// that came from elsewhere sees that time pass. Returns the time since which the guest runs.
+    pub(crate) fn resume_after(
+        &mut self,
+        stopped_for: Duration,
+        as_of: Instant,
+    ) -> Result<Instant, MoveError> {
+        let has_come = matches!(self.clocks, Clocks::Loaded { .. });
+        self.start_clocks(stopped_for, as_of)?;
         self.control.want(Want::Run);
         let runs = Instant::now();
-        // Behind the guest: what it asks of them meanwhile waits in their doorbells.
+        // After the guest, for a shorter stop: its doorbells keep what it asks meanwhile.
         self.parts.devices.resume();
         if has_come {
-            self.parts.devices.repeat_interrupts();
+            self.repeat_interrupts();
         }
         Ok(runs)
     }
 
-    /// Stops the guest: on return no vCPU runs, and the guest's clock stands. If a vCPU does not stop in
-    /// time, all run on.
+    /// Raises every interrupt that a device's state says is pending. An edge that was on its way
+    /// when the guest was saved, in an event descriptor, is in nothing that was saved. An
+    /// interrupt too many is harmless: the driver reads the device's registers and finds nothing.
+    fn repeat_interrupts(&self) {
+        self.parts.devices.repeat_interrupts();
+        self.parts.power.repeat_interrupt();
+        if let Some(serial) = &self.parts.serial {
+            serial.repeat_interrupt();
+        }
+    }
+
+    /// Pauses the guest: on return no vCPU runs, and the devices do nothing. Fails if a vCPU does
+    /// not stop in time; then all continue.
     pub(crate) fn pause(&mut self) -> Result<(), NotParked> {
         self.control.want(Want::Park);
         self.vcpus.iter().for_each(VcpuThread::kick);
         self.control
             .wait_parked(PARK_PATIENCE)
             .inspect_err(|_| self.control.want(Want::Run))?;
+        // Before the devices, which may take long to finish: the guest's time ends here. Clocks
+        // that were loaded and never started keep their values.
+        if matches!(self.clocks, Clocks::Running) {
+            self.clocks = Clocks::Paused(self.parts.vm.sample_clocks());
+        }
         self.parts.devices.pause();
-        // A guest without a kvmclock has none to stop.
-        self.clock = self.parts.vm.clock().ok();
         Ok(())
+    }
+
+    /// The moment since which the guest's clocks do not count.
+    pub(crate) fn clocks_stopped_at(&self) -> Option<Instant> {
+        match &self.clocks {
+            Clocks::Paused(sample) => Some(sample.taken_at()),
+            Clocks::Running | Clocks::Loaded { .. } => None,
+        }
     }
 
     /// What slows the guest down.

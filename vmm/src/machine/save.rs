@@ -1,22 +1,30 @@
-//! Saving what a machine is, and going on from it elsewhere.
+//! Saving a machine, and loading it elsewhere.
 //!
 //! ```text
-//!   Active (paused) ── save ──► sections ──► load ── Active (expecting) ── go ──► running
+//!   Active (paused) ── save ──► sections ──► load ── Active (expecting) ── resume_after ──► running
 //! ```
 //!
 //! A load changes the map in one transaction, whatever the number of devices and queues, and gives
-//! KVM the interrupt routes once; rings are looked up when the devices go on, behind the commit.
+//! KVM the interrupt routes once; rings are looked up when the devices resume, after the commit.
+//!
+//! A dry run saves and loads the same sections while the guest runs: each vCPU leaves the guest for
+//! the moment that reading its state takes. Whatever the destination's host cannot take is refused
+//! then, and not in the stop.
 
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use hypervisor::{MemSlots, StateError, VcpuState, VmState};
+use hypervisor::{
+    ClockSample, MemSlots, NestedState, SaveClock, StateError, StoppedClock, Vcpu, VcpuState,
+    VmState,
+};
 use memory::RamBlock;
 use state::{Load as _, Save as _, Store, Writer};
 
-use super::Active;
 use super::run_control::NotParked;
+use super::vcpu::VcpuThread;
+use super::{Active, PARK_PATIENCE};
 use crate::failure::MoveError;
 
 impl From<NotParked> for MoveError {
@@ -28,12 +36,62 @@ impl From<NotParked> for MoveError {
 /// How much is saved, or loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Extent {
-    /// Devices as they are while the guest runs: a first guess, from which the other side can tell
-    /// whether it can go on at all, and do most of the work.
+    /// The state of a guest that runs, by which the destination finds out whether it can take it,
+    /// and does most of the work.
     DryRun,
-    /// Everything, of a guest that stands.
+    /// Everything, of a paused guest.
     Whole,
 }
+
+/// The guest's clocks.
+pub(crate) enum Clocks {
+    /// They count.
+    Running,
+    /// The guest was paused here, when they had these values.
+    Paused(ClockSample),
+    /// They were loaded, and count from the next [`Active::resume`] on.
+    Loaded {
+        kvmclock_ns: Option<u64>,
+        vcpus: Vec<StoppedClock>,
+    },
+}
+
+impl Clocks {
+    fn kvmclock_ns(&self) -> Option<u64> {
+        match self {
+            Self::Running => None,
+            Self::Paused(sample) => sample.kvmclock_ns(),
+            Self::Loaded { kvmclock_ns, .. } => *kvmclock_ns,
+        }
+    }
+
+    /// The clock values that vCPU `index` is saved with, as a job for its thread.
+    fn save_vcpu(
+        &self,
+        index: usize,
+    ) -> impl FnOnce(&mut Vcpu) -> Result<SavedVcpu, StateError> + Send + use<> {
+        let loaded = match self {
+            Self::Loaded { vcpus, .. } => vcpus.get(index).copied(),
+            _ => None,
+        };
+        let sample = match self {
+            Self::Paused(sample) => Some(*sample),
+            _ => None,
+        };
+        move |vcpu: &mut Vcpu| {
+            let clock = match (&loaded, &sample) {
+                (Some(loaded), _) => SaveClock::Loaded(loaded),
+                (None, Some(sample)) => SaveClock::At(sample),
+                (None, None) => SaveClock::Now,
+            };
+            // First, for it is refused most often.
+            let nested = vcpu.save_nested()?;
+            Ok((vcpu.save(clock)?, nested))
+        }
+    }
+}
+
+type SavedVcpu = (VcpuState, Option<NestedState>);
 
 impl Active {
     /// The guest's memory, and what tells of what is written to it.
@@ -41,17 +99,25 @@ impl Active {
         (Arc::clone(&self.parts.ram), self.parts.vm.memslots())
     }
 
-    /// Saves what the machine is, but for its RAM. For [`Extent::Whole`] it is paused.
+    /// Saves the machine, but for its RAM. For [`Extent::Whole`] it is paused.
     pub(crate) fn save(&self, extent: Extent) -> Result<Vec<u8>, MoveError> {
         let mut writer = Writer::default();
+        let vcpus = self.on_vcpus(|index| self.clocks.save_vcpu(index));
         if extent == Extent::Whole {
-            let vcpus: Vec<_> = self.on_vcpus(|_| |vcpu| vcpu.save());
-            // Beside the vCPUs.
-            let vm = self.parts.vm.save(self.clock)?;
+            // At the same time as the vCPUs.
+            let vm = self.parts.vm.save(self.clocks.kvmclock_ns())?;
             writer.scope("vm")?.put(&vm)?;
-            for (index, state) in vcpus.into_iter().enumerate() {
-                let state = answer(&state)??;
-                writer.scope(&format!("vcpus/{index}"))?.put(&state)?;
+        }
+        for (index, state) in vcpus.into_iter().enumerate() {
+            // A vCPU whose guest runs may be in a device that blocks, which is no reason to wait
+            // for longer than a pause would.
+            let (state, nested) = state
+                .recv_timeout(PARK_PATIENCE)
+                .map_err(|_| MoveError::VcpuGone)??;
+            let mut scope = writer.scope(&format!("vcpus/{index}"))?;
+            scope.put(&state)?;
+            if let Some(nested) = nested {
+                scope.child("nested")?.put(&nested)?;
             }
         }
         if let Some(serial) = &self.parts.serial {
@@ -63,39 +129,73 @@ impl Active {
         Ok(writer.finish())
     }
 
-    /// Goes on from what was saved; it stands until [`Active::go`]. May be done again.
+    /// Loads what was saved. The guest does not run until [`Active::resume_after`]. May be called
+    /// again: a later load replaces all of an earlier one.
     pub(crate) fn load(&mut self, saved: &[u8], extent: Extent) -> Result<(), MoveError> {
         let mut store = Store::open(saved)?;
-        let vcpus = match extent {
-            Extent::DryRun => Vec::new(),
-            Extent::Whole => self.load_vcpus(&mut store)?,
-        };
-        // Beside the vCPUs.
-        self.load_devices(&mut store)?;
-        store.finish()?;
-        self.standing = vcpus
-            .iter()
-            .map(|answers| Ok::<_, MoveError>(answer(answers)??))
-            .collect::<Result<_, _>>()?;
+        match extent {
+            Extent::DryRun => {
+                let vcpus = self.dry_run_vcpus(&mut store)?;
+                self.load_devices(&mut store)?;
+                store.finish()?;
+                for vcpu in &vcpus {
+                    answer(vcpu)??;
+                }
+            }
+            Extent::Whole => {
+                // Before the vCPUs: a local APIC depends on the interrupt controllers.
+                let vm: VmState = store.scope("vm")?.take()?;
+                let kvmclock_ns = self.parts.vm.load(&vm)?;
+                let vcpus = self.load_vcpus(&mut store)?;
+                // At the same time as the vCPUs.
+                self.load_devices(&mut store)?;
+                store.finish()?;
+                let clocks = vcpus.iter().map(|vcpu| Ok::<_, MoveError>(answer(vcpu)??));
+                self.clocks = Clocks::Loaded {
+                    kvmclock_ns,
+                    vcpus: clocks.collect::<Result<_, _>>()?,
+                };
+            }
+        }
         Ok(())
     }
 
-    fn load_vcpus(
-        &mut self,
+    /// Gives each vCPU the state that its guest had a moment ago. Sources before this version send
+    /// none.
+    fn dry_run_vcpus(
+        &self,
         store: &mut Store<'_>,
-    ) -> Result<Vec<Receiver<Result<hypervisor::StandingClock, StateError>>>, MoveError> {
-        // First, and not beside: a vCPU's local APIC is the interrupt controllers' affair.
-        let vm: VmState = store.scope("vm")?.take()?;
-        self.clock = self.parts.vm.load(&vm)?;
+    ) -> Result<Vec<Receiver<Result<(), StateError>>>, MoveError> {
         let mut states = Vec::new();
         for index in 0..self.vcpus.len() {
-            let state: VcpuState = store.scope(&format!("vcpus/{index}"))?.take()?;
-            states.push(Some(state));
+            let mut scope = store.scope(&format!("vcpus/{index}"))?;
+            states.push(scope.take_if_there::<VcpuState>()?);
+            // KVM could not load it yet: it belongs to the whole state of a vCPU.
+            scope.child("nested")?.take_if_there::<NestedState>()?;
         }
-        Ok(self.on_vcpus(|index| {
-            let state = states.get_mut(index).and_then(Option::take);
-            move |vcpu: &mut hypervisor::Vcpu| match state {
-                Some(state) => vcpu.load(&state),
+        let mut states = states.into_iter();
+        Ok(self.on_vcpus(|_| {
+            let state = states.next().flatten();
+            move |vcpu: &mut Vcpu| state.map_or(Ok(()), |state| vcpu.dry_run(&state))
+        }))
+    }
+
+    fn load_vcpus(
+        &self,
+        store: &mut Store<'_>,
+    ) -> Result<Vec<Receiver<Result<StoppedClock, StateError>>>, MoveError> {
+        let mut states = Vec::new();
+        for index in 0..self.vcpus.len() {
+            let mut scope = store.scope(&format!("vcpus/{index}"))?;
+            let state: VcpuState = scope.take()?;
+            let nested: Option<NestedState> = scope.child("nested")?.take_if_there()?;
+            states.push((state, nested));
+        }
+        let mut states = states.into_iter();
+        Ok(self.on_vcpus(|_| {
+            let state = states.next();
+            move |vcpu: &mut Vcpu| match state {
+                Some((state, nested)) => vcpu.load(&state, nested.as_ref()),
                 None => Err(StateError::Chips),
             }
         }))
@@ -115,33 +215,44 @@ impl Active {
         Ok(held.finish()?)
     }
 
-    /// Lets the guest run, which stood for so long. Gives since when it does.
-    pub(crate) fn go(&mut self, stood_for_ns: u64) -> Result<Instant, MoveError> {
-        if let Some(clock) = &mut self.clock {
-            clock.nanoseconds = clock.nanoseconds.saturating_add(stood_for_ns);
-        }
-        self.start_clocks(stood_for_ns)?;
-        let runs = self.resume()?;
-        self.parts.devices.repeat_interrupts();
-        Ok(runs)
-    }
-
-    /// Lets the clocks of a machine that was loaded go on.
-    pub(crate) fn start_clocks(&mut self, stood_for_ns: u64) -> Result<(), MoveError> {
-        let standing = std::mem::take(&mut self.standing);
-        if standing.is_empty() {
-            return Ok(());
-        }
-        let started = self.on_vcpus(|index| {
-            let clock = standing.get(index).copied();
-            move |vcpu: &mut hypervisor::Vcpu| match clock {
-                Some(clock) => vcpu.start_clock(&clock, stood_for_ns),
-                None => Ok(()),
+    /// Starts the clocks again. At the moment `as_of`, the guest had been stopped for
+    /// `stopped_for`, which a loaded guest's clocks count as time that passed. A guest that was
+    /// paused here finds its kvmclock as it left it.
+    pub(super) fn start_clocks(
+        &mut self,
+        stopped_for: Duration,
+        as_of: Instant,
+    ) -> Result<(), MoveError> {
+        match &self.clocks {
+            Clocks::Running => {}
+            Clocks::Paused(sample) => {
+                if let Some(ns) = sample.kvmclock_ns() {
+                    self.parts.vm.set_kvmclock(ns)?;
+                }
             }
-        });
-        for started in &started {
-            answer(started)??;
+            Clocks::Loaded { kvmclock_ns, vcpus } => {
+                // One sample for all clocks, so that they agree with each other.
+                let now = self.parts.vm.sample_clocks();
+                let stopped_for = stopped_for + now.taken_at().saturating_duration_since(as_of);
+                let started = self.on_vcpus(|index| {
+                    let clock = vcpus.get(index).copied();
+                    move |vcpu: &mut Vcpu| match clock {
+                        Some(clock) => vcpu.start_clock(&clock, &now, stopped_for),
+                        None => Ok(()),
+                    }
+                });
+                for started in &started {
+                    answer(started)??;
+                }
+                // After the TSCs, which KVM derives kvmclock from.
+                if let Some(ns) = kvmclock_ns {
+                    let passed = stopped_for + now.taken_at().elapsed();
+                    let passed = u64::try_from(passed.as_nanos()).unwrap_or(u64::MAX);
+                    self.parts.vm.set_kvmclock(ns.saturating_add(passed))?;
+                }
+            }
         }
+        self.clocks = Clocks::Running;
         Ok(())
     }
 
@@ -160,15 +271,17 @@ impl Active {
         Ok(self.parts.devices.take_over()?)
     }
 
-    /// Has a job done on each vCPU's own thread, side by side.
+    /// Has a job done on each vCPU's own thread, in parallel. A vCPU that runs leaves the guest
+    /// for it.
     fn on_vcpus<R, J>(&self, mut job: impl FnMut(usize) -> J) -> Vec<Receiver<R>>
     where
         R: Send + 'static,
-        J: FnOnce(&mut hypervisor::Vcpu) -> R + Send + 'static,
+        J: FnOnce(&mut Vcpu) -> R + Send + 'static,
     {
         let vcpus = self.vcpus.iter().enumerate();
         let asked = vcpus.map(|(index, vcpu)| vcpu.ask(job(index))).collect();
         self.control.nudge();
+        self.vcpus.iter().for_each(VcpuThread::kick);
         asked
     }
 }

@@ -22,7 +22,7 @@ pub(crate) struct VcpuThread {
     thread: JoinHandle<()>,
 }
 
-/// What is done to a vCPU on its own thread, while it is parked.
+/// A job for a vCPU's own thread, while the vCPU is out of the guest.
 type Job = Box<dyn FnOnce(&mut Vcpu) + Send>;
 
 impl VcpuThread {
@@ -57,15 +57,15 @@ impl VcpuThread {
         })
     }
 
-    /// Has something done to the vCPU, which is parked, on its own thread. The answer comes by the
-    /// channel, which ends without one when the thread has. The caller nudges the threads next.
+    /// Has a job done on the vCPU's own thread. The result comes over the channel, which ends
+    /// without one when the thread has ended. The caller nudges and kicks the threads next.
     pub(crate) fn ask<R: Send + 'static>(
         &self,
         job: impl FnOnce(&mut Vcpu) -> R + Send + 'static,
     ) -> Receiver<R> {
         let (answer, answers) = channel();
         let job = move |vcpu: &mut Vcpu| {
-            // Whoever asked may have gone.
+            // The caller may have stopped waiting.
             let _ = answer.send(job(vcpu));
         };
         // A thread that has ended drops the job, and with it the other end of the channel.
@@ -120,7 +120,7 @@ fn run(
         if std::mem::take(&mut first) {
             reporter.report(GuestEvent::FirstEntry(Instant::now()));
         }
-        if let Some(failure) = run_until_wanted(&mut vcpu, &mut bus, control, nmi) {
+        if let Some(failure) = run_until_wanted(&mut vcpu, &mut bus, control, nmi, jobs) {
             reporter.report(GuestEvent::Failed(failure));
             control.park_for_good(|| jobs.try_iter().for_each(|job| job(&mut vcpu)));
             return;
@@ -134,6 +134,7 @@ fn run_until_wanted(
     bus: &mut Bus,
     control: &RunControl,
     nmi: &AtomicBool,
+    jobs: &Receiver<Job>,
 ) -> Option<spec::Failure> {
     while control.wanted() == Want::Run {
         if nmi.swap(false, Ordering::AcqRel)
@@ -143,7 +144,10 @@ fn run_until_wanted(
         }
         match vcpu.run(bus) {
             Exit::Handled => {}
-            Exit::Interrupted => control.rest_if_throttled(),
+            Exit::Interrupted => {
+                jobs.try_iter().for_each(|job| job(vcpu));
+                control.rest_if_throttled();
+            }
             Exit::Shutdown => return Some(failure::triple_fault(vcpu.index())),
             Exit::Failed(why) => return Some(failure::cannot_run(vcpu.index(), &why)),
         }

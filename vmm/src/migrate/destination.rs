@@ -12,7 +12,7 @@ use spec::{VmConfig, VmId};
 use uuid::Uuid;
 
 use super::{ActiveMigration, Journals, MachineOffer, OFFER_VERSION, RAM, cpuid};
-use crate::arch::x86_64::cpu;
+use crate::arch::x86_64::features;
 use crate::devices::{MachineOrigin, ResourceOwner, slots};
 use crate::driver::{Arrival, Caller, Driver};
 use crate::failure;
@@ -221,7 +221,7 @@ impl DestinationVm {
             reporter,
         } = arrival;
         let wanted = origin.cpuid.as_ref();
-        let lacking = wanted.map(|wanted| cpu::lacking(&host.cpuid, wanted));
+        let lacking = wanted.map(|wanted| features::lacking(&host.cpuid, wanted));
         if let Some(lacking) = lacking.filter(|lacking| !lacking.is_empty()) {
             let detail = format!(
                 "the CPUs of the destination lack what the guest uses: {}",
@@ -272,11 +272,11 @@ impl Destination for DestinationVm {
         self.caller.attempt(Driver::take_over)
     }
 
-    fn start(&mut self, stood_for: Duration, paused: bool) -> Result<Instant, Refusal> {
-        let stood = u64::try_from(stood_for.as_nanos()).unwrap_or(u64::MAX);
+    fn start(&mut self, stopped_for: Duration, paused: bool) -> Result<Instant, Refusal> {
+        let as_of = Instant::now();
         let arrived = self
             .caller
-            .call(move |driver, sources| driver.arrive(stood, paused, sources))?;
+            .call(move |driver, sources| driver.arrive(stopped_for, as_of, paused, sources))?;
         let runs = arrived?;
         self.stage = Stage::Arrived;
         Ok(runs)

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 
-use migration::{Block, BlockInfo, Offer, Refusal, Source};
+use migration::{Block, BlockInfo, Offer, Refusal, Source, Stopped};
 use spec::VmId;
 
 use super::{MachineOffer, OFFER_VERSION, RAM, rows};
@@ -116,7 +116,7 @@ impl Source for SourceVm {
         }
     }
 
-    fn stop(&mut self) -> Result<bool, Refusal> {
+    fn stop(&mut self) -> Result<Stopped, Refusal> {
         self.departure.caller.attempt(Driver::stop_to_move)
     }
 

@@ -13,6 +13,7 @@ use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use devices::{hotplug, power};
+use spec::CpusConfig;
 
 use super::layout::{self, Layout};
 
@@ -20,13 +21,14 @@ const OEM: [u8; 6] = *b"WHIMBR";
 const TABLE: [u8; 8] = *b"WHIMBREL";
 
 /// All tables, to be loaded at [`layout::ACPI`]; the RSDP is first.
-pub(crate) fn tables(vcpus: u32, layout: &Layout) -> Vec<u8> {
+pub(crate) fn tables(cpus: &CpusConfig, layout: &Layout) -> Vec<u8> {
+    let vcpus = cpus.boot_vcpus;
     let mut placed = Placed::default();
     // The RSDP's place; what it points to is not known yet.
     placed.add(&[0; RSDP_LEN]);
     let dsdt = placed.add(&bytes(&dsdt(vcpus, layout)));
     let fadt = placed.add(&bytes(&fadt(dsdt)));
-    let madt = placed.add(&bytes(&madt(vcpus)));
+    let madt = placed.add(&bytes(&madt(cpus)));
     let mcfg = placed.add(&bytes(&mcfg()));
     let mut xsdt = XSDT::new(OEM, TABLE, 1);
     [fadt, madt, mcfg]
@@ -101,22 +103,25 @@ fn fadt(dsdt: u64) -> Sdt {
     fadt
 }
 
-/// 5.2.12. APIC ids past 254 need the x2APIC structure.
-fn madt(vcpus: u32) -> Sdt {
+/// 5.2.12. A processor's unique id is its `_UID`, which is the vCPU's index. APIC ids past 254 need
+/// the x2APIC structure.
+fn madt(cpus: &CpusConfig) -> Sdt {
     const ENABLED: u32 = 1;
     let mut madt = Sdt::new(*b"APIC", 44, 5, OEM, TABLE, 1);
     madt.write_u32(36, layout::LOCAL_APIC);
-    for id in 0..vcpus {
-        match u8::try_from(id) {
-            Ok(id) if id < 255 => {
-                madt.append_slice(&[0, 8, id, id]);
+    let arrangement = cpus.arrangement();
+    let vcpus = (0..cpus.boot_vcpus).filter_map(|vcpu| Some((vcpu, arrangement.apic_id(vcpu)?)));
+    for (uid, apic_id) in vcpus {
+        match (u8::try_from(uid), u8::try_from(apic_id)) {
+            (Ok(uid), Ok(apic_id)) if apic_id < 255 => {
+                madt.append_slice(&[0, 8, uid, apic_id]);
                 madt.append_slice(&ENABLED.to_le_bytes());
             }
             _ => {
                 madt.append_slice(&[9, 16, 0, 0]);
-                madt.append_slice(&id.to_le_bytes());
+                madt.append_slice(&apic_id.to_le_bytes());
                 madt.append_slice(&ENABLED.to_le_bytes());
-                madt.append_slice(&id.to_le_bytes());
+                madt.append_slice(&uid.to_le_bytes());
             }
         }
     }
@@ -424,9 +429,9 @@ mod tests {
 
     #[test]
     fn tables_can_be_found_and_add_up() {
-        for vcpus in [1, 2, 255, 300] {
+        for vcpus in [1, 2, 255] {
             let layout = Layout::new(8 << 30, 46).unwrap();
-            let all = tables(vcpus, &layout);
+            let all = tables(&CpusConfig::with_vcpus(vcpus), &layout);
             assert!(
                 all.len() as u64 <= layout::ACPI_END - layout::ACPI,
                 "{}",
@@ -460,5 +465,22 @@ mod tests {
                 .unwrap();
             }
         }
+    }
+
+    #[test]
+    fn processors_have_the_apic_ids_of_the_topology() {
+        let mut cpus = CpusConfig::with_vcpus(6);
+        cpus.topology = Some(spec::CpuTopology {
+            threads_per_core: 1,
+            cores_per_die: 3,
+            dies_per_package: 1,
+            packages: 2,
+        });
+        let madt = bytes(&madt(&cpus));
+        let local = madt[44..]
+            .chunks(8)
+            .take_while(|entry| entry[..2] == [0, 8]);
+        let ids: Vec<_> = local.map(|entry| (entry[2], entry[3])).collect();
+        assert_eq!(ids, [(0, 0), (1, 1), (2, 2), (3, 4), (4, 5), (5, 6)]);
     }
 }

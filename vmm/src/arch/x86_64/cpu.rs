@@ -1,14 +1,13 @@
 //! What a vCPU is and where it starts.
 
-use hypervisor::arch::{
-    CpuId, kvm_cpuid_entry2, kvm_dtable, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_segment,
-};
+use hypervisor::arch::{CpuId, kvm_dtable, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_segment};
 use hypervisor::{KvmError, Vcpu};
 use memory::FlatView;
 use spec::CpuTopology;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::layout;
+use super::topology::Place;
 
 const CR0_PE: u64 = 1;
 const CR0_ET: u64 = 1 << 4;
@@ -25,6 +24,10 @@ const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
 pub(crate) enum CpuError {
     #[error(transparent)]
     Kvm(#[from] KvmError),
+    #[error("the vCPUs have {0} CPUID leaves, which is more than KVM takes")]
+    TooManyLeaves(usize),
+    #[error("vCPU {0} has no APIC id: it is not in the CPU topology")]
+    NoApicId(u32),
     #[error("the vCPU's tables do not fit guest memory: {0}")]
     Memory(#[from] GuestMemoryError),
 }
@@ -40,139 +43,28 @@ pub(crate) fn phys_bits(supported: &CpuId, configured: Option<u8>) -> u8 {
     configured.map_or(host, |bits| bits.min(host))
 }
 
-/// Features of `wanted` CPUs that these lack: a guest that has seen them relies on them.
-pub(crate) fn lacking(here: &CpuId, wanted: &CpuId) -> Vec<String> {
-    type Register = fn(&kvm_cpuid_entry2) -> u32;
-    type Word = (u32, u32, &'static [(&'static str, Register)]);
-    const A: (&str, Register) = ("EAX", |entry| entry.eax);
-    const B: (&str, Register) = ("EBX", |entry| entry.ebx);
-    const C: (&str, Register) = ("ECX", |entry| entry.ecx);
-    const D: (&str, Register) = ("EDX", |entry| entry.edx);
-    let of = |cpuid: &CpuId, function, index, register: Register| {
-        let mut entries = cpuid.as_slice().iter();
-        let found = entries.find(|entry| (entry.function, entry.index) == (function, index));
-        found.map_or(0, register)
-    };
-    let vendor = |cpuid: &CpuId| [B, D, C].map(|(_, register)| of(cpuid, 0, 0, register));
-    let mut lacking = Vec::new();
-    if vendor(here) != vendor(wanted) {
-        let name = |cpuid: &CpuId| {
-            let bytes = vendor(cpuid).map(u32::to_le_bytes).concat();
-            String::from_utf8_lossy(&bytes).into_owned()
-        };
-        lacking.push(format!(
-            "a CPU of {} ({} is here)",
-            name(wanted),
-            name(here)
-        ));
-    }
-    // Features, and the parts of extended state.
-    let words: [Word; 6] = [
-        (1, 0, &[C, D]),
-        (7, 0, &[B, C, D]),
-        (7, 1, &[A]),
-        (0xd, 0, &[A]),
-        (0xd, 1, &[A]),
-        (0x8000_0001, 0, &[C, D]),
-    ];
-    for (function, index, registers) in words {
-        for (name, register) in registers {
-            let there = of(wanted, function, index, *register);
-            let missing = there & !of(here, function, index, *register);
-            let bits = (0..32).filter(|bit| missing & 1 << bit != 0);
-            lacking.extend(bits.map(|bit| format!("CPUID.{function:X}H:{index}.{name}[{bit}]")));
-        }
-    }
-    lacking
-}
-
-/// The CPUID of one vCPU: what the host supports, with the vCPU's own numbers in it.
+/// The CPUID of one vCPU: the machine's, with the vCPU's own numbers and its place in the topology.
+///
+/// # Errors
+/// Fails if these are more leaves than KVM takes.
 pub(crate) fn cpuid(
-    supported: &CpuId,
-    index: u32,
-    vcpus: u32,
-    topology: Option<&CpuTopology>,
+    machine: &CpuId,
+    topology: &CpuTopology,
+    apic_id: u32,
     phys_bits: u8,
-) -> CpuId {
-    let mut cpuid = supported.clone();
-    let counts = Counts::new(vcpus, topology);
-    for entry in cpuid.as_mut_slice() {
-        shape(entry, index, &counts, phys_bits);
-    }
-    cpuid
-}
-
-/// Logical processors of a core and of a package.
-struct Counts {
-    core: u32,
-    package: u32,
-}
-
-impl Counts {
-    fn new(vcpus: u32, topology: Option<&CpuTopology>) -> Self {
-        match topology {
-            Some(t) => Self {
-                core: t.threads_per_core.max(1),
-                package: vcpus.checked_div(t.packages).unwrap_or(vcpus).max(1),
-            },
-            // Cores of one package.
-            None => Self {
-                core: 1,
-                package: vcpus.max(1),
-            },
-        }
-    }
-}
-
-/// Bits that number so many things.
-fn bits_for(count: u32) -> u32 {
-    count.next_power_of_two().trailing_zeros()
-}
-
-/// Intel SDM volume 2A, CPUID; AMD APM volume 3, appendix E.
-fn shape(entry: &mut kvm_cpuid_entry2, index: u32, counts: &Counts, phys_bits: u8) {
+) -> Result<CpuId, CpuError> {
     const HYPERVISOR: u32 = 1 << 31;
     const TSC_DEADLINE: u32 = 1 << 24;
-    const HTT: u32 = 1 << 28;
-    match (entry.function, entry.index) {
-        (1, _) => {
-            let logical = counts.package.next_power_of_two().min(255);
-            entry.ebx = entry.ebx & 0x0000_ffff | logical << 16 | index << 24;
-            entry.ecx |= HYPERVISOR | TSC_DEADLINE;
-            if counts.package > 1 {
-                entry.edx |= HTT;
-            }
+    let mut entries = machine.as_slice().to_vec();
+    for entry in &mut entries {
+        match entry.function {
+            1 => entry.ecx |= HYPERVISOR | TSC_DEADLINE,
+            0x8000_0008 => entry.eax = entry.eax & !0xff | u32::from(phys_bits),
+            _ => {}
         }
-        // Caches: how many share them is not known; nobody but the core's own threads.
-        (4, _) => {
-            let sharing = (counts.core - 1) << 14;
-            let cores = ((1_u32 << bits_for(counts.package / counts.core)) - 1).min(63) << 26;
-            entry.eax = entry.eax & 0x3fff | sharing | cores;
-        }
-        (0xb | 0x1f, 0) => {
-            (entry.eax, entry.ebx, entry.ecx) = (bits_for(counts.core), counts.core, 1 << 8);
-            entry.edx = index;
-        }
-        (0xb | 0x1f, 1) => {
-            (entry.eax, entry.ebx, entry.ecx) =
-                (bits_for(counts.package), counts.package, 2 << 8 | 1);
-            entry.edx = index;
-        }
-        (0xb | 0x1f, level) => {
-            (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, level & 0xff, index);
-        }
-        (0x8000_0008, _) => {
-            entry.eax = entry.eax & !0xff | u32::from(phys_bits);
-            entry.ecx = entry.ecx & !0xf0ff
-                | bits_for(counts.package) << 12
-                | (counts.package - 1).min(255);
-        }
-        (0x8000_001e, _) => {
-            let core = index / counts.core;
-            (entry.eax, entry.ebx, entry.ecx) = (index, (counts.core - 1) << 8 | core & 0xff, 0);
-        }
-        _ => {}
     }
+    Place::new(topology, apic_id).shape(&mut entries);
+    CpuId::from_entries(&entries).map_err(|_| CpuError::TooManyLeaves(entries.len()))
 }
 
 /// Gives every vCPU what it has after reset: MSRs, and the local interrupts of its APIC.

@@ -6,4 +6,6 @@
 
 pub(crate) mod acpi;
 pub(crate) mod cpu;
+pub(crate) mod features;
 pub(crate) mod layout;
+mod topology;
