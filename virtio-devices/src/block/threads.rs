@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
+use memory::PAGE_SIZE;
 use parking_lot::Mutex;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -172,7 +173,7 @@ struct Aligned {
 }
 
 impl Aligned {
-    const ALIGN: usize = 4096;
+    const ALIGN: usize = PAGE_SIZE as usize;
 
     fn new(len: usize) -> Self {
         let memory = vec![0; len + Self::ALIGN];

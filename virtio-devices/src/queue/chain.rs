@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use memory::{DirtySlice, FlatView, Pages};
+use memory::{DirtySlice, FlatView, PAGE_SIZE, Pages};
 use virtio_queue::DescriptorChain;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::bitmap::Bitmap;
@@ -249,11 +249,13 @@ impl Chain {
     /// # Errors
     /// When they do not come any more, or the driver's buffers are shorter.
     pub fn wait_readable(&self, offset: usize, len: usize) -> Result<(), QueueError> {
-        const PAGE: usize = 4096;
         let is = |pages| GuestMemoryBackend::iter(&*self.view).any(|ram| ram.pages() == pages);
         if is(Pages::Awaited) {
             for slice in self.readable(offset, len)? {
-                for at in (0..slice.len()).step_by(PAGE).chain([slice.len() - 1]) {
+                for at in (0..slice.len())
+                    .step_by(PAGE_SIZE as usize)
+                    .chain([slice.len() - 1])
+                {
                     // Within the slice: who reads a byte has the page brought.
                     let _ = slice.read_obj::<u8>(at);
                 }

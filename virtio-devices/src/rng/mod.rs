@@ -174,6 +174,12 @@ impl QueueTask for FillTask {
     }
 
     fn call(&mut self, _: TaskEvent, _: &mut TaskSources<'_, '_>) -> Result<TaskFlow, QueueError> {
+        self.turn()
+    }
+}
+
+impl FillTask {
+    fn turn(&mut self) -> Result<TaskFlow, QueueError> {
         let Self { queue, fill } = self;
         queue.turn(Budget::new(CHAINS), |queue, chain| {
             let written = fill.fill(&chain)?;
@@ -181,5 +187,41 @@ impl QueueTask for FillTask {
             // Random numbers cost far more than copies: the generator of Linux makes some 300 MB/s.
             Ok(Served::Bytes(u64::from(written) * COST))
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::limits::TURN_BYTES;
+    use crate::testing::{TestBuffer, TestGuest, TestQueue, transport};
+
+    /// A guest that wants megabytes at once has the generator for a fraction of a millisecond.
+    #[test]
+    fn entropy_has_a_budget() {
+        let mut guest = TestGuest::new(4 << 20);
+        let (transport, _) = transport();
+        let mut driver = TestQueue::new(&mut guest, 0, 64);
+        let addr = guest.alloc(1 << 20);
+        for _ in 0..64 {
+            driver.send(&[TestBuffer {
+                addr,
+                len: 1 << 20,
+                writable: true,
+            }]);
+        }
+        let counters = Arc::<Counters>::default();
+        let mut task = FillTask {
+            queue: driver.device_side(&transport, QueueState::default()),
+            fill: Fill {
+                source: Arc::new(File::open("/dev/urandom").unwrap()),
+                buffer: vec![0; MOST],
+                counters: Arc::clone(&counters),
+            },
+        };
+        assert_eq!(task.turn().unwrap(), TaskFlow::Again);
+        let bytes = counters.bytes.load(Ordering::Relaxed);
+        assert!((1..=TURN_BYTES / COST).contains(&bytes), "{bytes}");
+        assert_eq!(driver.take_used(), Some((0, MOST as u32)));
     }
 }

@@ -12,7 +12,8 @@ use std::fmt;
 use std::sync::Arc;
 
 use ::memory::{
-    AddrRange, AddressSpace, DeviceOps, IoEventFd, RegionId, TopologyError, Transaction,
+    AddrRange, AddressSpace, DeviceOps, IoEventFd, PAGE_SIZE as PAGE, RegionId, TopologyError,
+    Transaction,
 };
 use ::state::{LoadError, LoadScope, Save, SaveError, Scope};
 use devices::pci::{
@@ -35,7 +36,6 @@ const FIRST_DEVICE: u16 = 0x1040;
 /// Bytes of the BAR.
 pub const BAR_LEN: u64 = 0x8000;
 const BAR: u8 = 0;
-const PAGE: u64 = 0x1000;
 const COMMON: u64 = 0;
 const ISR: u64 = PAGE;
 const DEVICE: u64 = 2 * PAGE;
