@@ -43,7 +43,7 @@ impl BarMap for Map {
     }
 }
 
-/// As KVM's: a vector without a message remembers that it was raised.
+/// Keeps the contract as KVM does: a vector without a message remembers that it was raised.
 #[derive(Default)]
 struct Target(Mutex<Vectors>);
 

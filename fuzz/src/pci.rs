@@ -11,7 +11,7 @@ use virtio_devices::rng::Rng;
 use virtio_devices::testing::{TestGuest, workers};
 use virtio_devices::{BAR_LEN, Slot, TransportEvent, VirtioPci};
 
-/// Where the BAR is at first.
+/// The BAR's first address.
 pub const BAR: u64 = 0xc000_0000;
 
 struct Quiet;
@@ -38,9 +38,9 @@ impl BarMap for Map {
 
 /// An entropy device on the bus of a guest of 1 MiB.
 pub struct PciMachine {
-    /// What the driver reads and writes configuration space of.
+    /// The device, whose configuration space the driver reads and writes.
     pub device: Arc<VirtioPci>,
-    /// Where the driver finds the BAR, if it is shown.
+    /// The address space in which the driver finds the BAR, if it is shown.
     pub space: AddressSpace,
     /// The guest's memory.
     pub guest: TestGuest,
@@ -50,7 +50,7 @@ pub struct PciMachine {
 }
 
 impl PciMachine {
-    /// As after power-on.
+    /// Builds the machine, as after power-on.
     pub fn new() -> Self {
         let guest = TestGuest::new(1 << 20);
         let (event_loop, workers) = workers();

@@ -37,7 +37,7 @@ const OTHERS: [u32; 6] = [0x1000, 0x2000, 0x3000, 0x4000, 0x400c, 0x7000];
 struct Driver {
     machine: PciMachine,
     queue: TestQueue,
-    /// Where the capabilities of the window and of MSI-X are.
+    /// Offsets of the capabilities of the window and of MSI-X.
     window: usize,
     msix: usize,
 }
@@ -131,7 +131,7 @@ impl Driver {
                     let offset = bytes.choose(&OTHERS)? + bytes.int_in_range(0..=16)?;
                     self.set(offset, *bytes.choose(&[1, 2, 4])?, bytes.arbitrary()?);
                 }
-                // What no driver does: any bar, place and length, any width of the data.
+                // No driver does this: any bar, place and length, any width of the data.
                 2 => {
                     self.aim(bytes.arbitrary()?, bytes.arbitrary()?, bytes.arbitrary()?);
                     let mut data: [u8; 8] = bytes.arbitrary()?;

@@ -295,7 +295,7 @@ impl IrqRoutes {
 /// KVM listens to the descriptor only while the vector has a message. Without one (the guest has
 /// masked the vector) the descriptor counts: when the vector gets a message again KVM finds the
 /// count and injects the message, and [`MsiVectors::take_pending`] tells of the count until then.
-/// So there is no moment at which an interrupt can be lost, whoever writes to the descriptor.
+/// No interrupt can be lost, whichever thread, or the kernel, writes to the descriptor.
 #[derive(Debug)]
 pub struct MsiVectors {
     routes: IrqRoutes,

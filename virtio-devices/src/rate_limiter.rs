@@ -290,13 +290,13 @@ impl Gate {
         })
     }
 
-    /// What becomes ready when a request that had to wait may pass.
+    /// Returns the descriptor that becomes ready when a request that had to wait may pass.
     #[must_use]
     pub fn descriptor(&self) -> Arc<OwnedFd> {
         self.timer.descriptor()
     }
 
-    /// Takes note of that.
+    /// Clears the descriptor.
     pub fn clear(&self) {
         self.timer.clear();
     }

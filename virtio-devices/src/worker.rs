@@ -55,7 +55,8 @@ pub enum TaskEvent {
     Started,
     /// What it watches as this key is ready (edge triggered: go on until it would block).
     Ready(usize),
-    /// It asked for it with [`TaskFlow::Again`], its timer expired, or [`Running::wake`] was used.
+    /// The task asked for it with [`TaskFlow::Again`], its timer expired, or [`Running::wake`] was
+    /// used.
     Again,
 }
 

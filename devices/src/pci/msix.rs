@@ -198,7 +198,7 @@ impl Msix {
         for (entry, was) in table.entries.iter_mut().zip(entries) {
             *entry = *was;
         }
-        // What is pending here is another guest's, or of a trial.
+        // Interrupts that are pending here belong to another guest, or to a trial load.
         for vector in 0..self.count {
             self.target.take_pending(vector);
         }

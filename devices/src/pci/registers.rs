@@ -10,7 +10,7 @@ const DEVICE: usize = 0x02;
 pub(super) const COMMAND: usize = 0x04;
 /// Of the command register: memory BARs answer.
 pub(super) const COMMAND_MEMORY: u16 = 1 << 1;
-/// Of the command register: the function may read and write memory, and send messages.
+/// Bit of the command register: the function may read and write memory, and send messages.
 pub(super) const COMMAND_MASTER: u16 = 1 << 2;
 const STATUS: usize = 0x06;
 const STATUS_CAPABILITIES: u16 = 1 << 4;

@@ -13,7 +13,7 @@ use crate::worker::{QueueTask, TaskEvent, TaskFlow, TaskSources};
 
 /// Requests of one turn.
 const CHAINS: usize = 8;
-/// What a page or range that is given back costs of a turn's budget of bytes: 1024 of them are a
+/// Bytes of a turn's budget that a page or range costs that is given back: 1024 of them are a
 /// turn. Linux's requests name 256 pages.
 const COST: u64 = TURN_BYTES / 1024;
 const PAGE: u64 = 1 << PAGE_SHIFT;
@@ -39,7 +39,7 @@ pub(super) struct BalloonTask {
     work: Work,
 }
 
-/// What is done with the chains of the queue.
+/// The work that the chains of the queue ask for.
 struct Work {
     role: Role,
     shared: Arc<Shared>,

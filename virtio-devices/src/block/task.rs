@@ -149,8 +149,8 @@ impl BlockTask {
                     None => return self.queue.enable_kicks(),
                 },
             };
-            // What is zeroed or discarded counts as the largest transfer at most: a limit that is
-            // paid for gigabytes would stop the disk for minutes.
+            // Zeroes and discards count as the largest transfer at most: the debt of gigabytes
+            // would stop the disk for minutes.
             if !self.gate.pass(request.weight().min(MAX_REQUEST as u64)) {
                 self.waiting = Some(request);
                 return Ok(false);

@@ -61,7 +61,7 @@ impl Control {
     }
 }
 
-/// What the driver can ask for.
+/// The commands that the driver can give.
 struct Commands {
     shared: Arc<Shared>,
 }

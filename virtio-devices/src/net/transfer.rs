@@ -17,7 +17,7 @@ use crate::worker::{QueueTask, TaskEvent, TaskFlow, TaskSources};
 const CHAINS: usize = 64;
 /// The largest frame, with its header: a segment that the guest or the host cuts up.
 const MAX_FRAME: usize = HEADER_LEN + 65_550;
-/// Where in the header the flags and the number of buffers are.
+/// Offsets of the flags and of the number of buffers in the header.
 const FLAGS: usize = 0;
 const NUM_BUFFERS: usize = 10;
 
@@ -30,7 +30,7 @@ pub(super) struct Receive {
     queue: Queue,
     tap: Arc<Tap>,
     shared: Arc<Shared>,
-    /// What was negotiated.
+    /// The features that the driver negotiated for frames.
     takes: Takes,
     gate: Gate,
     /// A frame that was read and waits for room, or for its turn. When the queue stops it is lost,
@@ -39,12 +39,12 @@ pub(super) struct Receive {
     len: usize,
 }
 
-/// What the driver takes of frames.
+/// Features of frames that the driver negotiated.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Takes {
-    /// A frame in several buffers.
+    /// A frame may be in several buffers.
     pub(super) mergeable: bool,
-    /// Frames whose checksum the host has checked, or left out.
+    /// A frame may have a checksum that the host has checked, or left out.
     pub(super) checksums: bool,
 }
 
@@ -121,7 +121,7 @@ impl Receive {
     fn deliver(&mut self, budget: &mut Budget) -> Result<bool, QueueError> {
         let chains = match self.room(budget)? {
             Some(chains) => chains,
-            // Once more, for room that came meanwhile is told by no kick. Only once: a driver that
+            // Room that came meanwhile causes no kick: look once more. Only once, as a driver that
             // makes room and takes it back all the time would keep the loop here.
             None if self.queue.enable_kicks()? => match self.room(budget)? {
                 Some(chains) => chains,
@@ -191,7 +191,7 @@ pub(super) struct Send {
     out: Out,
 }
 
-/// Where frames from the guest go.
+/// The way of frames from the guest to the tap.
 struct Out {
     tap: Arc<Tap>,
     shared: Arc<Shared>,
@@ -311,7 +311,7 @@ mod tests {
                 checksums,
             };
             let mut task = Receive::new(queue, Arc::clone(&tap), &shared, takes).unwrap();
-            // As the tap gives it, of a packet that the host has checked.
+            // The tap gives this header to a packet that the host has checked.
             task.frame[FLAGS] = DATA_VALID;
             task.len = HEADER_LEN + 60;
             assert!(task.deliver(&mut Budget::new(1)).unwrap());

@@ -123,11 +123,11 @@ pub struct QueueSetup {
     pub transport: Arc<Transport>,
 }
 
-/// What became of a chain in [`Queue::turn`].
+/// Result of serving one chain in [`Queue::turn`].
 pub(crate) enum Served {
-    /// It was served, and so many bytes were moved for it.
+    /// The chain was served, or kept, and so many bytes were moved for it.
     Bytes(u64),
-    /// It waits for something other than a kick, and was not kept.
+    /// The chain waits for something other than a kick, and goes back to the queue.
     NotYet,
 }
 

@@ -22,7 +22,7 @@ const CHAINS: usize = 16;
 /// Bytes that one request is given at most: a driver asks again for what it still wants. Linux asks
 /// for 64 bytes, or a page at boot.
 const MOST: usize = 16 << 10;
-/// What a byte costs of a turn's budget.
+/// Bytes of a turn's budget that a byte of entropy costs.
 const COST: u64 = 16;
 
 /// The source of entropy cannot be opened.
@@ -135,7 +135,7 @@ impl VirtioDevice for Rng {
     }
 }
 
-/// What the task fills buffers from.
+/// The source that the task fills buffers from.
 struct Fill {
     source: Arc<File>,
     buffer: Vec<u8>,

@@ -181,7 +181,7 @@ impl VirtioFunction {
 
     /// Loads what [`VirtioFunction::save`] saved. The device is paused, before and after, and has no
     /// queue in hand: its rings are looked up by [`VirtioFunction::resume`], behind the one commit.
-    /// Returns whether bus mastering is to be assumed of a driver that is ready.
+    /// Returns whether bus mastering must be assumed, of a driver that is ready.
     pub(super) fn load(&self, from: &mut LoadScope<'_, '_>) -> Result<bool, LoadError> {
         let saved: saved::V2 = from.take()?;
         let mut state = self.state.lock();

@@ -42,7 +42,7 @@ pub struct VsockError {
     source: io::Error,
 }
 
-/// What a guest and its clients may have of the host.
+/// Limits of a guest and its clients together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct VsockLimits {
     /// Connections at a time, established or not. Each holds a descriptor of the process.

@@ -127,7 +127,7 @@ impl Muxer {
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                // It went away, or talks of something else.
+                // The client went away, or speaks another protocol.
                 _ => {
                     self.undecided.remove(&key);
                     sources.forget(key);
