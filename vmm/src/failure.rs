@@ -3,7 +3,7 @@
 use control::{Category, RequestError};
 use devices::ConsoleError;
 use devices::pci::{BarError, BusError};
-use hypervisor::{KvmError, RunFailure, StateError};
+use hypervisor::{KvmError, RunFailure, StateError, Vcpu};
 use memory::{CommitError, RamError, TopologyError};
 use spec::Failure;
 use state::{InvalidPath, LoadError, OpenError, SaveError};
@@ -191,13 +191,31 @@ pub(crate) fn told(error: &BuildError) -> Failure {
     }
 }
 
-/// The guest's CPU gave up: an exception in the handler of an exception in a handler.
-pub(crate) fn triple_fault(vcpu: u32) -> Failure {
-    let detail = format!("vCPU {vcpu} shut down: a triple fault, after which a CPU cannot go on");
+/// Where an x86 CPU starts after a reset.
+const RESET_RIP: u64 = 0xfff0;
+const RESET_CS_BASE: u64 = 0xffff_0000;
+
+/// Describes a triple fault, an exception that the guest could not even deliver, with the registers of its vCPU.
+pub(crate) fn triple_fault(vcpu: &Vcpu) -> Failure {
+    let index = vcpu.index();
+    let registers = match (vcpu.regs(), vcpu.sregs()) {
+        (Ok(regs), Ok(sregs)) => {
+            let mut text = format!(
+                "RIP {:#x}, RSP {:#x}, CR2 {:#x}, CR3 {:#x}",
+                regs.rip, regs.rsp, sregs.cr2, sregs.cr3
+            );
+            // On AMD a shutdown leaves the VMCB undefined, and KVM resets the vCPU before it reports one.
+            if regs.rip == RESET_RIP && sregs.cs.base == RESET_CS_BASE {
+                text += " (after a reset by KVM: where the guest was is lost)";
+            }
+            text
+        }
+        (Err(error), _) | (_, Err(error)) => error.to_string(),
+    };
     Failure {
         code: "triple-fault".to_owned(),
-        detail,
-        vcpu: Some(vcpu),
+        detail: format!("vCPU {index} shut down after a triple fault: {registers}"),
+        vcpu: Some(index),
     }
 }
 

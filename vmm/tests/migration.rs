@@ -11,7 +11,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use control::{Migration, Registry, Request};
-use guest::{Command, Line, Options, Order, Workload};
+use guest::{Command, Crash, Line, Options, Order, Workload};
 use migration::testing::Issuer;
 use spec::{
     AtDeadline, AwaitMigration, MemoryMode, MigrationInfo, MigrationPhase, PayloadConfig,
@@ -302,6 +302,34 @@ async fn a_guest_that_resets_or_ends_calls_its_migration_off() {
                 tokio::time::sleep(Duration::from_millis(2)).await;
             }
         }
+    }
+}
+
+/// The failure of a guest names its registers, and where its migration was.
+#[tokio::test]
+async fn failure_names_registers_and_migration() {
+    let stage = Stage::new();
+    let mut console = stage.boot(stage.config(1_000, 1)).await;
+    let both = stage.begin(|what| what.max_bandwidth = Some(4 << 20));
+    while both[0].info().phase != MigrationPhase::Precopy || both[0].info().rounds == 0 {
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    let crash = format!("{}\n", Command::Crash(Crash::TripleFault));
+    console.stream.write_all(crash.as_bytes()).unwrap();
+    for side in &both {
+        over(&**side).await;
+    }
+    let vm = stage.here.get("pocket").unwrap();
+    let failure = vm.status().failure.clone().unwrap();
+    assert_eq!(failure.code, "triple-fault");
+    for part in [
+        "RIP 0x",
+        "RSP 0x",
+        "CR2 0x",
+        "CR3 0x",
+        "in phase precopy, round 1",
+    ] {
+        assert!(failure.detail.contains(part), "{part}: {}", failure.detail);
     }
 }
 

@@ -12,8 +12,8 @@ use ::devices::pci::Bdf;
 use control::{Category, EventSender, RequestError, Verb};
 use hypervisor::MemSlots;
 use memory::{Pages, RamBlock};
-use migration::{Decision, Refusal, Stopped};
-use spec::{VmConfig, VmState};
+use migration::{Decision, Progress, Refusal, Stopped};
+use spec::{Failure, VmConfig, VmState};
 
 use super::consoles::Consoles;
 use super::{Driver, DriverEvent, End, Numbered, Stage};
@@ -194,7 +194,11 @@ impl Driver {
     }
 
     /// A guest begins to move away.
-    pub(crate) fn depart(&mut self, decision: &Decision) -> Result<Departure, RequestError> {
+    pub(crate) fn depart(
+        &mut self,
+        decision: &Decision,
+        progress: &Progress,
+    ) -> Result<Departure, RequestError> {
         let conflict =
             |code: &str, detail: &str| Err(RequestError::new(Category::Conflict, code, detail));
         if self.leaving.is_some() {
@@ -228,6 +232,7 @@ impl Driver {
             memslots,
             throttle: active.throttle(),
         };
+        self.progress = Some(progress.clone());
         self.leaving = Some(Leaving {
             decision: decision.clone(),
             is_stopped: false,
@@ -349,6 +354,20 @@ impl Driver {
         }
     }
 
+    /// Adds to the failure of a guest which phase and round its migration is in, if one is in progress.
+    pub(super) fn add_progress(&self, failure: &mut Failure) {
+        let Some(report) = self.progress.as_ref().map(Progress::report) else {
+            return;
+        };
+        if !report.phase.is_over() {
+            let phase = crate::migrate::phase(report.phase);
+            failure.detail = format!(
+                "{}; its migration is in phase {phase}, round {}",
+                failure.detail, report.rounds
+            );
+        }
+    }
+
     /// The guest is elsewhere.
     pub(crate) fn left(&mut self, sources: &mut Sources<'_>) {
         self.leaving = None;
@@ -356,13 +375,18 @@ impl Driver {
     }
 
     /// A guest is to come: nothing is done with this VM until it has.
-    pub(crate) fn expect(&mut self, decision: &Decision) -> Result<Arrival, Refusal> {
+    pub(crate) fn expect(
+        &mut self,
+        decision: &Decision,
+        progress: &Progress,
+    ) -> Result<Arrival, Refusal> {
         if !matches!(self.stage, Stage::Off) {
             return Err(Refusal::new("vm-exists", "this VM has a guest already"));
         }
         self.consoles = Consoles::open_next(&self.config, self.host.terminal)
             .map_err(|error| Refusal::new("console-unusable", error.to_string()))?;
         self.next_machine();
+        self.progress = Some(progress.clone());
         self.stage = Stage::Expecting(Expected {
             decision: decision.clone(),
             active: None,

@@ -23,6 +23,7 @@ use std::time::Instant;
 
 use ::devices::PowerEvent;
 use ::devices::event_loop::{Actor, Flow, Sources};
+use ::migration::Progress;
 use control::{
     Ask, Category, EventSender, Inbox, Message, NewDevice, Reply, Request, RequestError,
     StatusPublisher, admit,
@@ -92,6 +93,8 @@ pub(crate) struct Driver {
     opening: BTreeMap<String, (Ask, NewDevice)>,
     /// The guest is moving away.
     leaving: Option<Leaving>,
+    /// The latest migration, of which the failure of a guest tells.
+    progress: Option<Progress>,
 }
 
 impl Driver {
@@ -115,6 +118,7 @@ impl Driver {
             waiting: VecDeque::new(),
             opening: BTreeMap::new(),
             leaving: None,
+            progress: None,
         }
     }
 
@@ -384,7 +388,8 @@ impl Driver {
         match event {
             GuestEvent::Power(PowerEvent::PowerOff) => self.switch_off(End::PowerOff, sources),
             GuestEvent::Power(PowerEvent::Reset) => self.build(None),
-            GuestEvent::Failed(failure) => {
+            GuestEvent::Failed(mut failure) => {
+                self.add_progress(&mut failure);
                 tracing::warn!(
                     code = failure.code,
                     detail = failure.detail,

@@ -148,7 +148,7 @@ fn run_until_wanted(
                 jobs.try_iter().for_each(|job| job(vcpu));
                 control.rest_if_throttled();
             }
-            Exit::Shutdown => return Some(failure::triple_fault(vcpu.index())),
+            Exit::Shutdown => return Some(failure::triple_fault(vcpu)),
             Exit::Failed(why) => return Some(failure::cannot_run(vcpu.index(), &why)),
         }
     }

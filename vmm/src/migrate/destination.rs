@@ -148,9 +148,9 @@ impl Host for DestinationHost {
                 .forget(&vm, "migration-failed", Some(why.detail.clone()));
             why
         };
-        let decision = self.moving.decision.clone();
+        let (decision, progress) = (self.moving.decision.clone(), self.moving.progress.clone());
         let arrival = caller
-            .attempt(move |driver| driver.expect(&decision))
+            .attempt(move |driver| driver.expect(&decision, &progress))
             .map_err(give_up)?;
         let origin = MachineOrigin {
             cpuid: Some(wanted),

@@ -97,7 +97,7 @@ impl ActiveMigration {
     }
 }
 
-fn phase(phase: Phase) -> MigrationPhase {
+pub(crate) fn phase(phase: Phase) -> MigrationPhase {
     match phase {
         Phase::Connecting => MigrationPhase::Connecting,
         Phase::Preparing => MigrationPhase::Preparing,
@@ -282,8 +282,8 @@ impl Migrate for Pool {
         let moving = ActiveMigration::new(MigrationSide::Source, Some(id.clone()), shown);
         let moving = Arc::new(moving);
         let caller = self.caller(&id).ok_or_else(RequestError::driver_gone)?;
-        let decision = moving.decision.clone();
-        let departure = caller.call(move |driver, _| driver.depart(&decision));
+        let (decision, progress) = (moving.decision.clone(), moving.progress.clone());
+        let departure = caller.call(move |driver, _| driver.depart(&decision, &progress));
         let departure = departure.map_err(|_| RequestError::driver_gone())??;
         let journals = Journals::new(self.journals());
         let mut journal = journals
