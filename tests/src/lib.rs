@@ -17,6 +17,7 @@ mod proxy;
 mod serial;
 mod service;
 mod shell;
+mod vsock;
 
 pub use machine::{BOOTS, Machine, RUNS};
 pub use network::{Network, ROUTER};
@@ -24,3 +25,4 @@ pub use proxy::{Frame, Proxy, Side, Verdict};
 pub use serial::Serial;
 pub use service::{Face, Service};
 pub use shell::Shell;
+pub use vsock::vsock_echo;

@@ -3,7 +3,7 @@
 use std::env;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Error, Result, anyhow, bail, ensure};
 use openapi::Client;
 use spec::{
     AtDeadline, AwaitMigration, ConsoleConfig, ConsoleMode, CpusConfig, MemoryMode, MigrationInfo,
@@ -63,10 +63,7 @@ impl Machine {
         service.client().vms_boot(&vm).await?;
         let shell = match Shell::login(&serial, BOOTS).await {
             Ok(shell) => shell,
-            Err(error) => {
-                let info = service.client().vms_info(&vm).await;
-                bail!("{error:#}\n{info:?}\n{}", service.log());
-            }
+            Err(error) => return Err(explain(error, &service, &vm).await),
         };
         Ok(Self {
             service,
@@ -82,12 +79,15 @@ impl Machine {
         self.service.client()
     }
 
-    /// Runs a command in it, and gives what it printed.
+    /// Runs a command in it, and returns what it printed.
     ///
     /// # Errors
-    /// When it fails.
+    /// When it fails; says how the VM is.
     pub async fn run(&mut self, command: &str) -> Result<String> {
-        self.shell.run(command, RUNS).await
+        match self.shell.run(command, RUNS).await {
+            Ok(printed) => Ok(printed),
+            Err(error) => Err(explain(error, &self.service, &self.vm).await),
+        }
     }
 
     /// Boots it again, after it was powered off.
@@ -147,8 +147,8 @@ impl Machine {
         Ok(total.parse()?)
     }
 
-    /// Moves it to another service, which is at this address, and gives the one that it left with what
-    /// is told of the migration.
+    /// Moves it to another service, which is at this address, and returns the service that it left with the
+    /// facts of the migration.
     ///
     /// # Errors
     /// When it does not move.
@@ -158,6 +158,28 @@ impl Machine {
         address: &str,
         mode: MemoryMode,
     ) -> Result<(Service, MigrationInfo)> {
+        let info = self.migrate(&there, address, mode).await?;
+        if info.error.is_some() {
+            // What it said last.
+            let said = self.shell.until("\0", Duration::from_secs(1)).await;
+            let error = anyhow!("{info:?}\n{said:?}");
+            let error = explain(error, &self.service, &self.vm).await;
+            bail!("{error:#}\nand the destination:\n{}", there.log());
+        }
+        Ok((self.arrive(there).await?, info))
+    }
+
+    /// Migrates it to another service, which is at this address, and waits until the migration is over,
+    /// whether it moved or not.
+    ///
+    /// # Errors
+    /// When the migration cannot be started or does not end.
+    pub async fn migrate(
+        &mut self,
+        there: &Service,
+        address: &str,
+        mode: MemoryMode,
+    ) -> Result<MigrationInfo> {
         let listen = format!("tcp:{address}:0");
         let body = AwaitMigration::at(listen);
         let waiting = there.client().migrations_receive(&body).await?;
@@ -172,26 +194,48 @@ impl Machine {
         };
         let begun = self.client().vms_migrate(&self.vm, &what).await?;
         let (name, start) = (begun.id.parse()?, Instant::now());
-        let info = loop {
+        loop {
             let info = self.client().migrations_info(&name).await?;
             if info.phase.is_over() {
-                break info;
+                return Ok(info);
             }
-            ensure!(start.elapsed() < BOOTS, "it does not end: {info:?}");
+            if start.elapsed() > BOOTS {
+                let error = anyhow!("the migration does not end: {info:?}");
+                let error = explain(error, &self.service, &self.vm).await;
+                bail!(
+                    "{error:#}\nand the destination:\n{}threads:\n{}",
+                    there.log(),
+                    there.threads()
+                );
+            }
             tokio::time::sleep(Duration::from_millis(20)).await;
-        };
-        if info.error.is_some() {
-            let left = self.client().vms_info(&self.vm).await;
-            // What it said last.
-            let said = self.shell.until("\0", Duration::from_secs(1)).await;
-            bail!(
-                "{info:?}\nit left: {left:?}\n{}\nand comes to: {}\n{said:?}",
-                self.service.log(),
-                there.log()
-            );
         }
-        there.reaches(&self.vm, VmState::Running).await?;
-        self.shell = Shell::attach(&self.serial, RUNS).await?;
-        Ok((std::mem::replace(&mut self.service, there), info))
     }
+
+    /// Follows it to the service that it moved to, and returns the one that it left.
+    ///
+    /// # Errors
+    /// When it does not run there, or its shell does not answer.
+    pub async fn arrive(&mut self, there: Service) -> Result<Service> {
+        let left = std::mem::replace(&mut self.service, there);
+        self.service.reaches(&self.vm, VmState::Running).await?;
+        match Shell::attach(&self.serial, RUNS).await {
+            Ok(shell) => self.shell = shell,
+            Err(error) => return Err(explain(error, &self.service, &self.vm).await),
+        }
+        Ok(left)
+    }
+}
+
+/// Adds to an error how the VM is, above all why its guest failed, and what its service logged.
+async fn explain(error: Error, service: &Service, vm: &VmId) -> Error {
+    let vm = match service.client().vms_info(vm).await {
+        Ok(info) => format!("the VM is {}, failure: {:?}", info.state, info.failure),
+        Err(error) => format!("the VM cannot be asked: {error}"),
+    };
+    anyhow!(
+        "{error:#}\n{vm}\n{}threads:\n{}",
+        service.log(),
+        service.threads()
+    )
 }

@@ -135,6 +135,27 @@ impl Service {
         fs::read_to_string(self.path("log")).unwrap_or_default()
     }
 
+    /// Its threads: the name, the state and where in the host's kernel each waits.
+    #[must_use]
+    pub fn threads(&self) -> String {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.pid()));
+        let line = |task: PathBuf| {
+            let read = |name| fs::read_to_string(task.join(name)).unwrap_or_default();
+            let stat = read("stat");
+            // The state is behind the name, which may hold anything but ends with the last parenthesis.
+            let state = stat.rsplit(')').next().unwrap_or_default().trim();
+            let state = state.split(' ').next().unwrap_or_default().to_owned();
+            let (name, place) = (read("comm"), read("wchan"));
+            format!("  {} {state} {place}\n", name.trim())
+        };
+        tasks
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|task| line(task.path()))
+            .collect()
+    }
+
     /// Sends it a signal.
     ///
     /// # Errors

@@ -6,7 +6,7 @@
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::TcpListener;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::Command;
 use std::thread;
@@ -18,7 +18,7 @@ use spec::{
     BalloonConfig, CpusConfig, DeviceState, DiskConfig, MemoryMode, NetConfig, VmConfig,
     VmRemoveDevice, VmResizeDisk, VsockConfig,
 };
-use tests::{Face, Machine, Network, ROUTER, RUNS, Service};
+use tests::{Face, Machine, Network, ROUTER, RUNS, Service, vsock_echo};
 
 const MIB: u64 = 1 << 20;
 /// What moves takes its time where all is emulated.
@@ -80,48 +80,11 @@ async fn network(machine: &mut Machine) -> Result<()> {
     Ok(())
 }
 
-/// A connection to a port of the guest, as soon as somebody listens there.
-fn connect(socket: &Path, port: u32) -> Result<UnixStream> {
-    let start = Instant::now();
-    loop {
-        let mut stream = UnixStream::connect(socket)?;
-        stream.set_read_timeout(Some(RUNS))?;
-        writeln!(stream, "CONNECT {port}")?;
-        let mut answer = Vec::new();
-        let mut byte = [0];
-        while answer.last() != Some(&b'\n') && stream.read(&mut byte)? == 1 {
-            answer.push(byte[0]);
-        }
-        if answer.starts_with(b"OK ") {
-            return Ok(stream);
-        }
-        // Refused: the connection ended without a word.
-        ensure!(answer.is_empty() && start.elapsed() < RUNS, "{answer:?}");
-        thread::sleep(Duration::from_millis(200));
-    }
-}
-
 async fn vsock(machine: &mut Machine, socket: &Path) -> Result<()> {
     machine
         .run("(socat VSOCK-LISTEN:1234,fork EXEC:cat >/dev/null 2>&1 &)")
         .await?;
-    let socket = socket.to_owned();
-    let echoed = {
-        let socket = socket.clone();
-        tokio::task::spawn_blocking(move || -> Result<bool> {
-            let mut stream = connect(&socket, 1234)?;
-            let data: Vec<u8> = (0..300_000_u32).map(|i| (i % 253) as u8).collect();
-            let mut reader = stream.try_clone()?;
-            let copy = data.clone();
-            let writer = thread::spawn(move || stream.write_all(&copy));
-            let mut back = vec![0; data.len()];
-            reader.read_exact(&mut back)?;
-            writer.join().unwrap()?;
-            Ok(back == data)
-        })
-        .await??
-    };
-    ensure!(echoed);
+    vsock_echo(socket, 1234).await?;
     let path = format!("{}_52", socket.display());
     // Of the last time.
     let _ = fs::remove_file(&path);
@@ -313,7 +276,7 @@ async fn debian_moves_while_it_works() -> Result<()> {
     let service = Service::start_on("north").await?;
     let mut machine = Machine::boot(service, disk, |service, config| {
         config.memory.size = SMALL;
-        // The emulated host has two, of which the services need one.
+        // The emulated host has one CPU, which the guest shares with both services and this test.
         config.cpus = CpusConfig::with_vcpus(1);
         config.net = Some(vec![json(r#"{"tap":"tap0"}"#).unwrap()]);
         let socket = service.path("vsock").to_string_lossy().into_owned();
