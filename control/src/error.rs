@@ -64,6 +64,13 @@ impl RequestError {
         Self::new(Category::Internal, "driver-gone", detail)
     }
 
+    /// The driver has as many requests waiting as it takes.
+    #[must_use]
+    pub(crate) fn too_many_waiting(waiting: usize) -> Self {
+        let detail = format!("{waiting} requests wait for this VM already; ask again later");
+        Self::new(Category::Host, "too-many-requests", detail)
+    }
+
     /// The configuration has these problems.
     #[must_use]
     pub fn invalid(fields: Vec<FieldProblem>) -> Self {

@@ -36,13 +36,13 @@ impl Spawn for Fake {
         events: EventLog,
     ) -> Result<VmHandle, RequestError> {
         let (wake, woken) = channel();
-        let (handle, mut inbox, _, publisher) = connect::<()>(id, config, events, move || {
+        let (handle, mut inbox, _, publisher) = connect::<(), ()>(id, config, events, move || {
             let _ = wake.send(());
         });
         let fake = *self;
         thread::spawn(move || {
             while woken.recv().is_ok() {
-                while let Some(message) = inbox.next() {
+                while let Some(message) = inbox.next(|_| true) {
                     let Message::Ask(ask) = message else { return };
                     thread::sleep(fake.delay);
                     if ask.request == Request::Nmi && fake.die_at_nmi {

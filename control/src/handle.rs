@@ -11,13 +11,14 @@ use tokio::sync::{oneshot, watch};
 
 use crate::error::RequestError;
 use crate::events::EventLog;
+use crate::limits::{ENDINGS_WAITING_MAX, REQUESTS_WAITING_MAX};
 use crate::request::Request;
 use crate::status::{StatusPublisher, VmStatus};
 
-/// What it answers.
+/// A driver's answer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Reply {
-    /// It was done.
+    /// The request was carried out.
     Done,
     /// Counters of each device.
     Counters(VmCounters),
@@ -36,24 +37,59 @@ pub struct Ask {
 }
 
 impl Ask {
-    /// Answers. Whoever asked may have gone, which changes nothing.
+    /// Answers. A client that is gone changes nothing.
     pub fn answer(self, answer: Result<Reply, RequestError>) {
         let _ = self.reply.send(answer);
     }
 }
 
+/// What a machine reports to its driver, merged until the driver looks.
+///
+/// A guest decides how often its machine reports something. So reports are not queued: each is
+/// merged into flags, bitmasks and counters, whose size does not depend on how often the guest
+/// caused one.
+pub trait Latch: Default + Send + 'static {
+    /// One report.
+    type Report: Send;
+
+    /// Merges one more report into those that the driver has not taken yet.
+    fn merge(&mut self, report: Self::Report);
+}
+
+/// For drivers of which nothing reports.
+impl Latch for () {
+    type Report = ();
+
+    fn merge(&mut self, (): ()) {}
+}
+
 /// What a driver finds in its inbox.
 #[derive(Debug)]
-pub enum Message<E> {
-    /// Something that the guest did.
+pub enum Message<L, E> {
+    /// All that the machine has reported since the last time.
+    Reports(L),
+    /// An answer of the driver's own helpers.
     Event(E),
-    /// Something that is asked.
+    /// A request.
     Ask(Ask),
-    /// Nobody holds a handle any more.
+    /// The last handle was dropped.
     Abandoned,
 }
 
-struct Queue<E> {
+/// A message in the inbox, before it is taken.
+#[derive(Debug)]
+pub enum Peek<'a, E> {
+    /// The merged reports of the machine.
+    Reports,
+    /// An event.
+    Event(&'a E),
+    /// A request.
+    Ask(&'a Request),
+}
+
+struct Queue<L, E> {
+    reports: Option<L>,
+    /// From threads of the VM's own, each of which sends one and ends, or waits for its answer.
     events: VecDeque<E>,
     asks: VecDeque<Ask>,
     /// The driver has gone; nothing is taken any more.
@@ -61,57 +97,87 @@ struct Queue<E> {
     abandoned: bool,
 }
 
-struct Shared<E> {
-    queue: Mutex<Queue<E>>,
+impl<L, E> Default for Queue<L, E> {
+    fn default() -> Self {
+        Self {
+            reports: None,
+            events: VecDeque::new(),
+            asks: VecDeque::new(),
+            closed: false,
+            abandoned: false,
+        }
+    }
+}
+
+struct Shared<L, E> {
+    queue: Mutex<Queue<L, E>>,
     wake: Box<dyn Fn() + Send + Sync>,
 }
 
-/// The driver's end: guest events first, then requests in their order.
-pub struct Inbox<E>(Arc<Shared<E>>);
+/// The driver's end. The kinds of message take turns, so that none keeps another waiting.
+pub struct Inbox<L, E> {
+    shared: Arc<Shared<L, E>>,
+    /// The kind whose turn is next.
+    turn: usize,
+}
 
-impl<E> Inbox<E> {
-    /// The next message, if there is one. `wake` was called for it.
+/// Kinds of message that take turns.
+const KINDS: usize = 4;
+
+impl<L, E> Inbox<L, E> {
+    /// Returns the next message that is `wanted` now, if there is one. Others keep their order and
+    /// stay in the inbox, and later ones may pass them.
     #[must_use]
-    #[expect(
-        clippy::should_implement_trait,
-        reason = "it has more to give after a `None`"
-    )]
-    pub fn next(&mut self) -> Option<Message<E>> {
-        let mut queue = self.0.queue.lock();
-        if let Some(event) = queue.events.pop_front() {
-            return Some(Message::Event(event));
+    pub fn next(&mut self, wanted: impl Fn(Peek<'_, E>) -> bool) -> Option<Message<L, E>> {
+        let mut queue = self.shared.queue.lock();
+        for _ in 0..KINDS {
+            let kind = self.turn;
+            self.turn = (self.turn + 1) % KINDS;
+            let message = match kind {
+                0 => {
+                    let mut events = queue.events.iter();
+                    let at = events.position(|event| wanted(Peek::Event(event)));
+                    at.and_then(|at| queue.events.remove(at))
+                        .map(Message::Event)
+                }
+                1 if !wanted(Peek::Reports) => None,
+                1 => queue.reports.take().map(Message::Reports),
+                2 => {
+                    let mut asks = queue.asks.iter();
+                    let at = asks.position(|ask| wanted(Peek::Ask(&ask.request)));
+                    at.and_then(|at| queue.asks.remove(at)).map(Message::Ask)
+                }
+                _ => std::mem::take(&mut queue.abandoned).then_some(Message::Abandoned),
+            };
+            if message.is_some() {
+                return message;
+            }
         }
-        if let Some(ask) = queue.asks.pop_front() {
-            return Some(Message::Ask(ask));
-        }
-        std::mem::take(&mut queue.abandoned).then_some(Message::Abandoned)
+        None
     }
 }
 
-impl<E> Drop for Inbox<E> {
+impl<L, E> Drop for Inbox<L, E> {
     fn drop(&mut self) {
-        let mut queue = self.0.queue.lock();
+        let mut queue = self.shared.queue.lock();
+        let left = std::mem::take(&mut *queue);
         queue.closed = true;
-        // Their askers learn that nobody will answer.
-        let (asks, events) = (
-            std::mem::take(&mut queue.asks),
-            std::mem::take(&mut queue.events),
-        );
         drop(queue);
-        drop((asks, events));
+        // Who asked learns that no answer will come. Without the lock: what is dropped may send.
+        drop(left);
     }
 }
 
-/// Tells a driver what its guest did.
-pub struct EventSender<E>(Weak<Shared<E>>);
+/// Sends what a machine reports, and what the driver's own helpers answer.
+pub struct EventSender<L, E>(Weak<Shared<L, E>>);
 
-impl<E> Clone for EventSender<E> {
+impl<L, E> Clone for EventSender<L, E> {
     fn clone(&self) -> Self {
         Self(Weak::clone(&self.0))
     }
 }
 
-impl<E> EventSender<E> {
+impl<L: Latch, E> EventSender<L, E> {
     /// Whether there still is an inbox.
     #[must_use]
     pub fn is_open(&self) -> bool {
@@ -119,8 +185,18 @@ impl<E> EventSender<E> {
         shared.is_some_and(|shared| !shared.queue.lock().closed)
     }
 
-    /// Puts an event in the inbox, if there still is one.
+    /// Merges a report into those that the driver has not seen yet.
+    pub fn report(&self, report: L::Report) {
+        self.put(|queue| queue.reports.get_or_insert_default().merge(report));
+    }
+
+    /// Puts an event of the driver's own in the inbox, if there still is one. A guest must not be
+    /// able to cause one: events are queued.
     pub fn send(&self, event: E) {
+        self.put(|queue| queue.events.push_back(event));
+    }
+
+    fn put(&self, put: impl FnOnce(&mut Queue<L, E>)) {
         let Some(shared) = self.0.upgrade() else {
             return;
         };
@@ -128,7 +204,7 @@ impl<E> EventSender<E> {
         if queue.closed {
             return;
         }
-        queue.events.push_back(event);
+        put(&mut queue);
         drop(queue);
         (shared.wake)();
     }
@@ -140,10 +216,21 @@ trait Asks: Send + Sync {
     fn abandon(&self);
 }
 
-impl<E: Send> Asks for Shared<E> {
+impl<L: Send, E: Send> Asks for Shared<L, E> {
     fn ask(&self, ask: Ask) {
         let mut queue = self.queue.lock();
         if queue.closed {
+            return;
+        }
+        // There is room left for requests that end the VM, whatever else clients asked for.
+        let max = match ask.request {
+            Request::Delete | Request::Shutdown => ENDINGS_WAITING_MAX,
+            _ => REQUESTS_WAITING_MAX,
+        };
+        let waiting = queue.asks.len();
+        if waiting >= max {
+            drop(queue);
+            ask.answer(Err(RequestError::too_many_waiting(waiting)));
             return;
         }
         queue.asks.push_back(ask);
@@ -177,20 +264,14 @@ pub struct VmHandle {
 
 /// Makes both ends of a VM that is created and not booted. `wake` is called after each message,
 /// from any thread; it should make the driver look into its inbox.
-pub fn connect<E: Send + 'static>(
+pub fn connect<L: Latch, E: Send + 'static>(
     id: &VmId,
     config: Arc<VmConfig>,
     events: EventLog,
     wake: impl Fn() + Send + Sync + 'static,
-) -> (VmHandle, Inbox<E>, EventSender<E>, StatusPublisher) {
-    let queue = Queue {
-        events: VecDeque::new(),
-        asks: VecDeque::new(),
-        closed: false,
-        abandoned: false,
-    };
+) -> (VmHandle, Inbox<L, E>, EventSender<L, E>, StatusPublisher) {
     let shared = Arc::new(Shared {
-        queue: Mutex::new(queue),
+        queue: Mutex::default(),
         wake: Box::new(wake),
     });
     let (status, watched) = watch::channel(VmStatus::created(config));
@@ -203,7 +284,7 @@ pub fn connect<E: Send + 'static>(
     let sender = EventSender(Arc::downgrade(&shared));
     (
         handle,
-        Inbox(shared),
+        Inbox { shared, turn: 0 },
         sender,
         StatusPublisher {
             id: id.clone(),
@@ -268,5 +349,93 @@ impl VmHandle {
 impl fmt::Debug for VmHandle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "VmHandle({})", self.id)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use spec::PayloadConfig;
+
+    use super::*;
+
+    /// Counts reports, as a bounded latch may.
+    #[derive(Default)]
+    struct Count(usize);
+
+    impl Latch for Count {
+        type Report = ();
+
+        fn merge(&mut self, (): ()) {
+            self.0 += 1;
+        }
+    }
+
+    type Ends = (VmHandle, Inbox<Count, u32>, EventSender<Count, u32>);
+
+    fn ends() -> Ends {
+        let config = VmConfig::with_payload(PayloadConfig::default());
+        let id = VmId::unique();
+        let ends = connect(&id, Arc::new(config), EventLog::default(), || {});
+        (ends.0, ends.1, ends.2)
+    }
+
+    #[test]
+    fn reports_and_events_do_not_starve_requests() {
+        let (vm, mut inbox, sender) = ends();
+        drop(vm.ask_now(Request::Delete));
+        let mut reported = 0;
+        // A guest that reports without end, and a helper that sends without end.
+        for turn in 0.. {
+            sender.report(());
+            sender.send(turn);
+            match inbox.next(|_| true) {
+                Some(Message::Ask(ask)) => {
+                    assert_eq!(ask.request, Request::Delete);
+                    break;
+                }
+                Some(Message::Reports(Count(count))) => reported += count,
+                _ => {}
+            }
+            assert!(turn < 4, "the request waits behind {reported} reports");
+        }
+    }
+
+    #[test]
+    fn reports_are_merged_and_not_queued() {
+        let (_vm, mut inbox, sender) = ends();
+        (0..100_000).for_each(|_| sender.report(()));
+        let merged = inbox.next(|_| true);
+        assert!(matches!(merged, Some(Message::Reports(Count(100_000)))));
+        assert!(inbox.next(|_| true).is_none());
+    }
+
+    #[test]
+    fn requests_that_may_not_be_asked_yet_are_passed() {
+        let (vm, mut inbox, _sender) = ends();
+        drop((vm.ask_now(Request::Pause), vm.ask_now(Request::Delete)));
+        let deletes = |peek: Peek<'_, u32>| matches!(peek, Peek::Ask(Request::Delete));
+        let asked = inbox.next(deletes);
+        assert!(matches!(asked, Some(Message::Ask(ask)) if ask.request == Request::Delete));
+        assert!(inbox.next(deletes).is_none());
+        let asked = inbox.next(|_| true);
+        assert!(matches!(asked, Some(Message::Ask(ask)) if ask.request == Request::Pause));
+    }
+
+    #[tokio::test]
+    async fn requests_are_bounded_and_leave_room_to_end_the_vm() {
+        let (vm, mut inbox, _sender) = ends();
+        let waiting: Vec<_> = (0..REQUESTS_WAITING_MAX)
+            .map(|_| vm.ask_now(Request::Counters))
+            .collect();
+        let refused = vm.ask(Request::Counters).await.unwrap_err();
+        assert_eq!(refused.code, "too-many-requests");
+        let deleted = vm.ask_now(Request::Delete);
+        let Some(Message::Ask(ask)) = inbox.next(|peek| matches!(peek, Peek::Ask(Request::Delete)))
+        else {
+            panic!("no request to delete the VM");
+        };
+        ask.answer(Ok(Reply::Done));
+        assert_eq!(deleted.await, Ok(Reply::Done));
+        drop((inbox, waiting));
     }
 }

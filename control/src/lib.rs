@@ -6,8 +6,8 @@
 //!
 //! ```text
 //!   VmHandle ── Request ──► Inbox ──► driver ──► StatusPublisher
-//!      ▲                      ▲ guest events,         │
-//!      │                      │ served first          ▼
+//!      ▲                      ▲ merged reports of     │
+//!      │                      │ the machine, events   ▼
 //!      └──────────── Reply ───┴──────────── VmStatus (watch, with a generation)
 //! ```
 //!
@@ -32,6 +32,7 @@
 #![forbid(unsafe_code)]
 
 mod admission;
+mod allowance;
 mod error;
 mod events;
 #[cfg(feature = "fake")]
@@ -44,9 +45,10 @@ mod request;
 mod status;
 
 pub use admission::{Denied, Verb, admit};
+pub use allowance::Allowance;
 pub use error::{Category, RequestError};
 pub use events::{EventLog, Missed};
-pub use handle::{Ask, EventSender, Inbox, Message, Reply, VmHandle, connect};
+pub use handle::{Ask, EventSender, Inbox, Latch, Message, Peek, Reply, VmHandle, connect};
 pub use migrations::{Migrate, Migration};
 pub use registry::{Registry, Spawn};
 pub use request::{NewDevice, Request};
