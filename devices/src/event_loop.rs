@@ -50,6 +50,8 @@ impl From<Interest> for mio::Interest {
 pub enum Flow {
     /// Keep the actor.
     Stay,
+    /// Keep the actor, and call [`Actor::woken`] again once the others had their turn.
+    Again,
     /// The actor is done: drop it, with whatever it registered.
     Leave,
 }
@@ -156,6 +158,8 @@ enum Command {
 struct Adopted {
     actor: Box<dyn Actor>,
     waking: Arc<AtomicBool>,
+    /// The span in which the actor was adopted: its log lines belong to the same VM.
+    span: tracing::Span,
 }
 
 /// Wakes one actor, from any thread. Wakes that the actor has not seen yet are one: however often a
@@ -214,6 +218,7 @@ impl LoopHandle {
         let adopted = Adopted {
             actor: Box::new(made),
             waking,
+            span: tracing::Span::current(),
         };
         self.send(Command::Adopt(actor, adopted));
         result
@@ -254,6 +259,7 @@ impl EventLoop {
             actors: HashMap::new(),
             tokens: Tokens::default(),
             timers: HashMap::new(),
+            again: Vec::new(),
         };
         let builder = std::thread::Builder::new().name(name.to_owned());
         let thread = builder.spawn(move || running.run())?;
@@ -291,6 +297,8 @@ struct Running {
     tokens: Tokens,
     /// When actors want to be woken. There are few: each poll looks at all.
     timers: HashMap<u64, Instant>,
+    /// Actors that asked to be called again.
+    again: Vec<u64>,
 }
 
 impl Running {
@@ -300,7 +308,7 @@ impl Running {
         // There may be commands of which the loop's waker has told already.
         let mut left = false;
         loop {
-            let wait = if left {
+            let wait = if left || !self.again.is_empty() {
                 Some(Duration::ZERO)
             } else {
                 self.until_next_timer()
@@ -322,6 +330,9 @@ impl Running {
                 }
             }
             self.expire_timers();
+            for id in std::mem::take(&mut self.again) {
+                self.wake(id);
+            }
             // Those that are there now: an actor that wakes itself is called again when the kernel has
             // been asked for everybody's events. What comes from here on wakes the loop again.
             commands.extend(self.inbox.try_iter().take(COMMANDS_PER_ROUND));
@@ -368,9 +379,10 @@ impl Running {
     }
 
     fn call(&mut self, id: u64, f: impl FnOnce(&mut dyn Actor, &mut Sources<'_>) -> Flow) {
-        let Some(Adopted { actor, .. }) = self.actors.get_mut(&id) else {
+        let Some(Adopted { actor, span, .. }) = self.actors.get_mut(&id) else {
             return;
         };
+        let entered = span.enter();
         let mut sources = Sources {
             registry: self.poll.registry(),
             shared: &mut self.tokens,
@@ -385,8 +397,11 @@ impl Running {
                 let _ = catch_unwind(AssertUnwindSafe(|| actor.crashed(message)));
                 Flow::Leave
             });
-        if flow == Flow::Leave {
-            self.drop_actor(id);
+        drop(entered);
+        match flow {
+            Flow::Stay => {}
+            Flow::Again => self.again.push(id),
+            Flow::Leave => self.drop_actor(id),
         }
     }
 

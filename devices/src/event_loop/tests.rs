@@ -104,12 +104,15 @@ fn an_actor_that_leaves_is_dropped_and_so_is_everything_when_the_loop_ends() {
     waker.wake();
 }
 
-/// Wakes itself whenever it is called.
-struct Restless(Waker);
+/// Wakes itself whenever it is called, or asks to be called again.
+struct Restless(Option<Waker>);
 
 impl Actor for Restless {
     fn woken(&mut self, _: &mut Sources<'_>) -> Flow {
-        self.0.wake();
+        match &self.0 {
+            Some(waker) => waker.wake(),
+            None => return Flow::Again,
+        }
         Flow::Stay
     }
 
@@ -124,12 +127,17 @@ impl Actor for Restless {
 fn an_actor_that_always_wants_its_turn_leaves_the_others_theirs() {
     let on = EventLoop::start("test").unwrap();
     let (mut near, heard, _) = echo(&on);
-    let restless = on.handle().adopt(|waker| (Restless(waker.clone()), waker));
+    let restless = |of: fn(Waker) -> Option<Waker>| {
+        on.handle()
+            .adopt(|waker| (Restless(of(waker.clone())), waker))
+    };
+    let (restless, again) = (restless(Some), restless(|_| None));
     for _ in 0..100 {
         near.write_all(b"a").unwrap();
         assert_eq!(heard.recv_timeout(PATIENCE).unwrap(), "7:a");
     }
     restless.dismiss();
+    again.dismiss();
 }
 
 #[test]
