@@ -1,12 +1,15 @@
 //! Events that a machine reports to its owner, and the ports through which its guest speaks.
 //!
 //! Devices and vCPU threads report through a [`Reporter`]; they do not know that a driver receives
-//! the events, so this module is below both.
+//! the events, so this module is below both. A guest decides how often most of them happen, so the
+//! driver's inbox does not queue them: it merges them into [`Reports`].
 
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::sync::Arc;
 use std::time::Instant;
 
+use control::Latch;
 use devices::PowerEvent;
 use spec::Failure;
 use virtio_devices::TransportEvent;
@@ -30,6 +33,82 @@ pub(crate) enum GuestEvent {
     Device(String, TransportEvent),
     /// The guest ejected the devices in this PCI slot.
     Ejected(u8),
+}
+
+/// How a machine ends by itself.
+#[derive(Debug)]
+pub(crate) enum GuestEnd {
+    Power(PowerEvent),
+    Failed(Failure),
+}
+
+/// What one device has reported.
+#[derive(Debug, Default)]
+pub(crate) struct DeviceReports {
+    /// The last reason for which it needs a reset.
+    pub(crate) needs_reset: Option<String>,
+    /// The last reason for which it waits for the host.
+    pub(crate) stalled: Option<String>,
+}
+
+/// All that one machine has reported and its driver has not seen. The size depends on the devices
+/// of the machine, and not on how often its guest causes an event.
+#[derive(Debug, Default)]
+pub(crate) struct Reports {
+    /// The number of the machine: a VM gets a new one at each reset.
+    pub(crate) machine: u64,
+    /// The first event that ends the machine: what happens behind it is of no interest.
+    pub(crate) end: Option<GuestEnd>,
+    pub(crate) first_entry: Option<Instant>,
+    pub(crate) first_debug_port: Option<Instant>,
+    pub(crate) first_serial: Option<Instant>,
+    /// By [`Port`].
+    pub(crate) room: [bool; 2],
+    /// PCI slots that were ejected, a bit each.
+    pub(crate) ejected: u32,
+    /// By the names of the devices.
+    pub(crate) devices: BTreeMap<String, DeviceReports>,
+}
+
+impl Latch for Reports {
+    /// An event, and the number of the machine that reports it.
+    type Report = (u64, GuestEvent);
+
+    fn merge(&mut self, (machine, event): Self::Report) {
+        match machine.cmp(&self.machine) {
+            // An earlier machine is being taken apart: its reports are of no interest any more.
+            std::cmp::Ordering::Less => return,
+            std::cmp::Ordering::Equal => {}
+            std::cmp::Ordering::Greater => {
+                *self = Self {
+                    machine,
+                    ..Self::default()
+                };
+            }
+        }
+        match event {
+            GuestEvent::Power(event) => {
+                self.end.get_or_insert(GuestEnd::Power(event));
+            }
+            GuestEvent::Failed(failure) => {
+                self.end.get_or_insert(GuestEnd::Failed(failure));
+            }
+            GuestEvent::FirstEntry(at) => self.first_entry = Some(at),
+            GuestEvent::FirstDebugPort(at) => self.first_debug_port = Some(at),
+            GuestEvent::FirstSerial(at) => self.first_serial = Some(at),
+            GuestEvent::Room(port) => self.room[port as usize] = true,
+            GuestEvent::Ejected(slot) => {
+                self.ejected |= 1_u32.checked_shl(slot.into()).unwrap_or(0);
+            }
+            GuestEvent::Device(id, TransportEvent::NeedsReset(why)) => {
+                self.devices.entry(id).or_default().needs_reset = Some(why);
+            }
+            GuestEvent::Device(id, TransportEvent::Stalled(why)) => {
+                self.devices.entry(id).or_default().stalled = Some(why);
+            }
+            GuestEvent::Device(_, TransportEvent::Activated | TransportEvent::Reset) => {}
+        }
+    }
 }
 
 /// Reports the events of one machine. A report never blocks.
@@ -63,4 +142,41 @@ impl Port {
 pub(crate) struct Outputs {
     pub(crate) serial: Option<Box<dyn Write + Send>>,
     pub(crate) console: Option<Box<dyn Write + Send>>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_storm_of_events_is_a_few_flags() {
+        let mut reports = Reports::default();
+        for turn in 0..100_000_u64 {
+            let why = format!("for the {turn}th time");
+            for slot in 0..=255 {
+                if turn % 256 == u64::from(slot) {
+                    reports.merge((1, GuestEvent::Ejected(slot)));
+                }
+            }
+            reports.merge((1, GuestEvent::Room(Port::Serial)));
+            let event = TransportEvent::NeedsReset(why);
+            reports.merge((1, GuestEvent::Device("disk0".to_owned(), event)));
+            reports.merge((1, GuestEvent::Power(PowerEvent::Reset)));
+        }
+        reports.merge((1, GuestEvent::Power(PowerEvent::PowerOff)));
+        assert_eq!((reports.ejected, reports.room), (u32::MAX, [true, false]));
+        assert_eq!(reports.devices.len(), 1);
+        let first = reports.end.as_ref();
+        assert!(matches!(first, Some(GuestEnd::Power(PowerEvent::Reset))));
+    }
+
+    #[test]
+    fn reports_of_an_earlier_machine_are_ignored() {
+        let mut reports = Reports::default();
+        reports.merge((1, GuestEvent::Power(PowerEvent::PowerOff)));
+        reports.merge((2, GuestEvent::Ejected(3)));
+        reports.merge((1, GuestEvent::Ejected(4)));
+        assert_eq!((reports.machine, reports.ejected), (2, 1 << 3));
+        assert!(reports.end.is_none());
+    }
 }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::available_parallelism;
+use std::time::Duration;
 
 use control::{EventLog, Migrate, RequestError, Spawn, VmHandle, connect};
 use devices::event_loop::EventLoop;
@@ -16,12 +17,20 @@ use virtio_devices::Workers;
 
 use crate::arch::x86_64::{cpu, features};
 use crate::driver::{Caller, Driver};
-use crate::machine::Host;
+use crate::machine::{Background, Host};
+
+/// Event-loop threads of drivers at the most. They pass messages and wait for nothing, so few are
+/// enough for many VMs.
+const DRIVER_THREADS: usize = 2;
+
+/// How long the end of a pool waits for machines that are being taken apart.
+const END_PATIENCE: Duration = Duration::from_secs(10);
 
 /// How a pool is made.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct PoolConfig {
-    /// Event-loop threads; as many as the host has CPUs when absent.
+    /// Event-loop threads of devices; as many as the host has CPUs when absent. Drivers have
+    /// two others, or one if this is one.
     pub threads: Option<usize>,
     /// There is one VM, which has this program's terminal to itself if its console wants it.
     pub terminal: bool,
@@ -41,13 +50,36 @@ pub enum StartError {
     Thread(#[from] io::Error),
 }
 
-/// Event-loop threads, and the drivers on them. Dropping it ends all VMs.
+/// Event-loop threads, and the drivers and devices on them. Dropping it ends all VMs.
+///
+/// Drivers and devices do not share threads: a guest that keeps its devices busy delays no driver,
+/// and so no request.
 pub struct Pool {
     host: Arc<Host>,
-    loops: Vec<EventLoop>,
+    // In the order of their end: machines are taken apart when their drivers are gone, and need
+    // the loops of their devices for that.
+    drivers: Vec<EventLoop>,
+    _machines: MachinesEnd,
+    _devices: Vec<EventLoop>,
     next: AtomicUsize,
     callers: Callers,
     journals: Option<PathBuf>,
+}
+
+/// Waits, when it is dropped, until machines have given back what they had.
+struct MachinesEnd(Background);
+
+impl Drop for MachinesEnd {
+    fn drop(&mut self) {
+        if !self.0.wait(END_PATIENCE) {
+            tracing::error!("machines are not taken apart in time: their storage does not answer");
+        }
+    }
+}
+
+fn loops(name: &str, count: usize) -> io::Result<Vec<EventLoop>> {
+    let start = |index| EventLoop::start(&format!("{name}-{index}"));
+    (0..count).map(start).collect()
 }
 
 /// Asks the drivers of VMs, by their names.
@@ -77,19 +109,24 @@ impl Pool {
         let cpuid = features::offered(kvm.supported_cpuid()?);
         let cpus = || available_parallelism().map_or(1, usize::from);
         let threads = config.threads.unwrap_or_else(cpus).max(1);
-        let loops = (0..threads)
-            .map(|index| EventLoop::start(&format!("pool-{index}")))
-            .collect::<io::Result<Vec<EventLoop>>>()?;
-        let handles = loops.iter().map(|on| on.handle().clone()).collect();
+        let (drivers, devices) = (
+            loops("driver", threads.min(DRIVER_THREADS))?,
+            loops("pool", threads)?,
+        );
+        let handles = devices.iter().map(|on| on.handle().clone()).collect();
         let workers = Workers::new(handles).ok_or(io::Error::from(io::ErrorKind::InvalidInput))?;
+        let background = Background::start()?;
         Ok(Self {
             host: Arc::new(Host {
                 kvm,
                 cpuid,
                 workers,
+                background: background.clone(),
                 terminal: config.terminal,
             }),
-            loops,
+            drivers,
+            _machines: MachinesEnd(background),
+            _devices: devices,
             next: AtomicUsize::new(0),
             callers: Callers::default(),
             journals: None,
@@ -126,12 +163,15 @@ impl Spawn for Pool {
         events: EventLog,
     ) -> Result<VmHandle, RequestError> {
         let next = self.next.fetch_add(1, Ordering::Relaxed);
-        let Some(thread) = self.loops.get(next % self.loops.len()) else {
+        let Some(thread) = self.drivers.get(next % self.drivers.len()) else {
             return Err(RequestError::driver_gone());
         };
         let mut config = VmConfig::clone(&config);
         config.name_devices();
         let config = Arc::new(config);
+        // Log lines of the VM's threads and devices, which inherit the span, carry its name.
+        let span = tracing::error_span!("vm", %id);
+        let _entered = span.enter();
         Ok(thread.handle().adopt(|waker| {
             let (handle, inbox, reports, publisher) =
                 connect(id, Arc::clone(&config), events, move || waker.wake());

@@ -95,7 +95,6 @@ impl Transport {
     /// Sets `DEVICE_NEEDS_RESET`, tells the driver, and the owner of the machine once.
     pub fn needs_reset(&self, why: &str) {
         if !self.needs_reset.swap(true, Ordering::AcqRel) {
-            tracing::warn!(why, "a virtio device needs a reset");
             self.tell(TransportEvent::NeedsReset(why.to_owned()));
             self.config_changed();
         }

@@ -154,6 +154,16 @@ impl Devices {
         Some(entry.plugged.bdf.device())
     }
 
+    /// Slots with a device that the guest was asked to let go of, a bit each.
+    pub(crate) fn leaving_slots(&self) -> u32 {
+        let entries = self.entries.values();
+        let leaving = entries.filter(|entry| entry.state == DeviceState::Leaving);
+        let slots = leaving.map(|entry| entry.plugged.bdf.device());
+        slots.fold(0, |slots, slot| {
+            slots | 1_u32.checked_shl(slot.into()).unwrap_or(0)
+        })
+    }
+
     /// A device that the guest was asked to let go of, and has not yet.
     pub(crate) fn leaving(&self) -> Option<&str> {
         let mut all = self.entries.iter();

@@ -7,7 +7,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use control::{Ask, Category, NewDevice, Reply, RequestError};
+use control::{Ask, Category, NewDevice, Reply, RequestError, VmStatus};
 use memory::Pages;
 use spec::{NetConfig, PciDeviceInfo, VmConfig, VmResize, VmResizeDisk, VmState, limits};
 use virtio_devices::TransportEvent;
@@ -17,6 +17,7 @@ use super::{Driver, DriverEvent, Stage};
 use crate::devices::{Control, Devices, Opened, open};
 use crate::failure::BuildError;
 use crate::guest_event::GuestEvent;
+use crate::machine::Active;
 
 /// How often it is looked whether all pages of a guest that came are there.
 const PAGES_PATIENCE: Duration = Duration::from_millis(20);
@@ -35,12 +36,12 @@ impl Driver {
         }
         let id = new.id().unwrap_or_default().to_owned();
         self.opening.insert(id.clone(), (ask, new.clone()));
-        let (number, reports) = (self.machine, self.reports.clone());
+        let (number, events) = (self.machine, self.events.clone());
         let (workers, name) = (self.host.workers.clone(), id.clone());
         let builder = std::thread::Builder::new().name("vm-device".to_owned());
         let started = builder.spawn(move || {
             let opened = open::one(&new, &workers);
-            reports.send((number, DriverEvent::Opened(name, Box::new(opened))));
+            events.send((number, DriverEvent::Opened(name, Box::new(opened))));
         });
         if let Err(source) = started {
             self.opened(&id, Err(BuildError::host("start a thread")(source)));
@@ -184,61 +185,91 @@ impl Driver {
         Ok(Reply::Done)
     }
 
-    /// The guest has let go of what is in a slot.
-    pub(super) fn ejected(&mut self, slot: u8) {
-        let Stage::On(active) = &mut self.stage else {
-            return;
+    /// The guest has let go of the devices in these PCI slots, a bit each. Another thread takes
+    /// them out: their queues stop when storage has answered.
+    pub(super) fn ejected(&mut self, slots: u32) {
+        let Stage::On(active) = &self.stage else {
+            return self.report_again(slots, Vec::new());
         };
-        let Some((id, removed)) = active.ejected(slot) else {
+        let slots = slots & active.devices().leaving_slots();
+        // A guest may eject slots from which nobody wants anything back, as often as it likes.
+        if slots == 0 {
             return;
-        };
-        if let Err(error) = removed {
-            tracing::error!(id, %error, "a device cannot be taken from the map");
         }
-        self.show_devices();
-        self.publisher.record("device-removed", Some(id));
+        let take_out = move |active: &mut Active| {
+            let slots = (0_u8..32).filter(|slot| slots & 1 << slot != 0);
+            slots
+                .filter_map(|slot| active.ejected(slot))
+                .collect::<Vec<_>>()
+        };
+        self.lend(take_out, |driver, all, _| {
+            for (id, removed) in all {
+                if let Err(error) = removed {
+                    tracing::error!(id, %error, "a device cannot be taken from the map");
+                }
+                driver.show_devices();
+                driver.publisher.record("device-removed", Some(id));
+            }
+        });
     }
 
-    /// A disk keeps requests at which the host failed: the guest stands until somebody resumes it, and
-    /// then they are tried again.
-    pub(super) fn stalled(&mut self, id: String, why: String) {
-        let reporter = self.reporter();
-        let Stage::On(active) = &mut self.stage else {
+    /// Another thread works on the machine: what the machine reported is handled after that.
+    fn report_again(&self, slots: u32, stalled: Vec<(String, String)>) {
+        if !matches!(self.stage, Stage::Busy(_)) {
             return;
+        }
+        let reporter = self.reporter();
+        for slot in (0_u8..32).filter(|slot| slots & 1 << slot != 0) {
+            reporter.report(GuestEvent::Ejected(slot));
+        }
+        for (id, why) in stalled {
+            reporter.report(GuestEvent::Device(id, TransportEvent::Stalled(why)));
+        }
+    }
+
+    /// Disks keep requests at which the host failed: the guest is paused until a client resumes it,
+    /// and then the requests are tried again.
+    pub(super) fn stalled(&mut self, mut stalled: Vec<(String, String)>) {
+        let Stage::On(active) = &self.stage else {
+            return self.report_again(0, stalled);
         };
-        if !active.devices().contains(&id) {
+        stalled.retain(|(id, _)| active.devices().contains(id));
+        if stalled.is_empty() {
             return;
         }
         let (ram, _) = active.memory();
         if ram.pages() == Pages::Awaited {
             // Devices that wait for pages do not stop before those are there.
-            let wait = move || {
+            let reporter = self.reporter();
+            self.host.background.run(move || {
                 while ram.pages() == Pages::Awaited {
                     std::thread::sleep(PAGES_PATIENCE);
                 }
                 drop(ram);
-                reporter.report(GuestEvent::Device(id, TransportEvent::Stalled(why)));
-            };
-            let builder = std::thread::Builder::new().name("vm-stalled".to_owned());
-            if let Err(error) = builder.spawn(wait) {
-                tracing::error!(%error, "a guest whose disk fails is not paused");
-            }
+                for (id, why) in stalled {
+                    reporter.report(GuestEvent::Device(id, TransportEvent::Stalled(why)));
+                }
+            });
             return;
         }
-        tracing::warn!(id, why, "the host fails at what a guest asks of a disk");
-        let mut told = format!("{id}: {why}");
         let stands = self.publisher.current().state == VmState::Paused
             || self.leaving.as_ref().is_some_and(Leaving::is_stopped);
-        let paused = if stands { None } else { Some(active.pause()) };
-        if let Some(Err(late)) = &paused {
-            tracing::error!(id, %late, "a guest whose disk fails is not paused");
-            told = format!("{told}; the VM is not paused: {late}");
-        }
-        self.publisher.record("disk-error", Some(told));
-        if let Some(Ok(())) = paused {
-            self.publisher
-                .update(|status| status.state = VmState::Paused);
-        }
+        let pause = move |active: &mut Active| (!stands).then(|| active.pause());
+        self.lend(pause, move |driver, paused, _| {
+            for (id, why) in stalled {
+                tracing::warn!(id, why, "the host fails at what a guest asks of a disk");
+                let mut detail = format!("{id}: {why}");
+                if let Some(Err(late)) = &paused {
+                    tracing::error!(id, %late, "a guest whose disk fails is not paused");
+                    detail = format!("{detail}; the VM is not paused: {late}");
+                }
+                driver.publisher.record("disk-error", Some(detail));
+            }
+            if let Some(Ok(())) = paused {
+                let paused = |status: &mut VmStatus| status.state = VmState::Paused;
+                driver.publisher.update(paused);
+            }
+        });
     }
 
     fn show_devices(&self) {

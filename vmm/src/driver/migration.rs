@@ -9,18 +9,18 @@ use std::time::{Duration, Instant};
 
 use ::devices::event_loop::Sources;
 use ::devices::pci::Bdf;
-use control::{Category, EventSender, RequestError, Verb};
+use control::{Category, RequestError, Verb};
 use hypervisor::MemSlots;
 use memory::{Pages, RamBlock};
 use migration::{Decision, Progress, Refusal, Stopped};
 use spec::{Failure, VmConfig, VmState};
 
 use super::consoles::Consoles;
-use super::{Driver, DriverEvent, End, Numbered, Stage};
+use super::{Driver, DriverEvent, End, Events, Stage};
 use crate::devices::Control;
 use crate::failure::MoveError;
 use crate::guest_event::{Outputs, Port, Reporter};
-use crate::machine::{Active, Extent, Host};
+use crate::machine::{Active, Extent, Host, Machine, NotParked};
 
 /// For the machine that there is, whichever it is.
 pub(super) const ANY_MACHINE: u64 = u64::MAX;
@@ -47,11 +47,11 @@ impl fmt::Debug for Call {
 pub(crate) struct Caller {
     /// Once the machine has been replaced or is gone, nothing is done any more.
     machine: u64,
-    to: EventSender<Numbered>,
+    to: Events,
 }
 
 impl Caller {
-    pub(crate) fn new(to: EventSender<Numbered>) -> Self {
+    pub(crate) fn new(to: Events) -> Self {
         Self {
             machine: ANY_MACHINE,
             to,
@@ -76,6 +76,17 @@ impl Caller {
         self.to.send((self.machine, DriverEvent::Call(call)));
         let gone = |_| Refusal::new("machine-gone", "the guest was reset or has ended");
         answers.recv().map_err(gone)
+    }
+
+    /// As [`Caller::attempt`], for work that another thread does: `f` passes the sender on.
+    pub(crate) fn attempt_later<R: Send + 'static>(
+        &self,
+        f: impl FnOnce(&mut Driver, mpsc::Sender<Result<R, Refusal>>) + Send + 'static,
+    ) -> Result<R, Refusal> {
+        let (answer, answers) = mpsc::channel();
+        self.call(move |driver, _| f(driver, answer))?;
+        let gone = |_| Refusal::new("machine-gone", "the guest was reset or has ended");
+        answers.recv().map_err(gone)?
     }
 
     /// As [`Caller::call`], of what can fail.
@@ -224,7 +235,7 @@ impl Driver {
         let departure = Departure {
             caller: Caller {
                 machine: self.machine,
-                to: self.reports.clone(),
+                to: self.events.clone(),
             },
             config: Arc::clone(&self.config),
             places: active.devices().places(),
@@ -266,25 +277,29 @@ impl Driver {
             .map_err(refused("cannot-be-saved"))
     }
 
-    /// Stops the guest. True if it stood already.
-    pub(crate) fn stop_to_move(&mut self) -> Result<Stopped, Refusal> {
+    /// Stops the guest, on another thread, and answers when its clocks stopped. Without a machine
+    /// the answer is dropped.
+    pub(crate) fn stop_to_move(&mut self, answer: mpsc::Sender<Result<Stopped, Refusal>>) {
         let was_paused = self.publisher.current().state == VmState::Paused;
-        let active = self.on()?;
-        if !was_paused {
-            active
-                .pause()
-                .map_err(|late| Refusal::new("does-not-stop", late.to_string()))?;
-        }
-        // A guest that came and never ran has clocks that were never started.
-        let clocks_at = active.clocks_stopped_at().unwrap_or_else(Instant::now);
-        if let Some(leaving) = &mut self.leaving {
-            leaving.is_stopped = true;
-            leaving.ran = !was_paused;
-        }
-        Ok(Stopped {
-            was_paused,
-            clocks_at,
-        })
+        let stop = move |active: &mut Active| -> Result<Stopped, NotParked> {
+            if !was_paused {
+                active.pause()?;
+            }
+            Ok(Stopped {
+                was_paused,
+                // A guest that came and never ran has clocks that were never started.
+                clocks_at: active.clocks_stopped_at().unwrap_or_else(Instant::now),
+            })
+        };
+        self.lend(stop, move |driver, stopped, _| {
+            if let (Ok(_), Some(leaving)) = (&stopped, &mut driver.leaving) {
+                leaving.is_stopped = true;
+                leaving.ran = !was_paused;
+            }
+            let late = |late: NotParked| Refusal::new("does-not-stop", late.to_string());
+            // The engine may have gone.
+            let _ = answer.send(stopped.map_err(late));
+        });
     }
 
     pub(crate) fn save_whole(&mut self) -> Result<Vec<u8>, Refusal> {
@@ -368,10 +383,15 @@ impl Driver {
         }
     }
 
-    /// The guest is elsewhere.
-    pub(crate) fn left(&mut self, sources: &mut Sources<'_>) {
-        self.leaving = None;
-        self.switch_off(End::Requested, sources);
+    /// The guest is elsewhere, or lost.
+    pub(crate) fn left(&mut self, sources: &mut Sources<'_>) -> Gone {
+        let stage = std::mem::replace(&mut self.stage, Stage::Off);
+        self.next_machine();
+        self.off(End::Requested, sources);
+        match stage {
+            Stage::On(machine) => Gone::of(machine),
+            _ => Gone::already(),
+        }
     }
 
     /// A guest is to come: nothing is done with this VM until it has.
@@ -389,12 +409,12 @@ impl Driver {
         self.progress = Some(progress.clone());
         self.stage = Stage::Expecting(Expected {
             decision: decision.clone(),
-            active: None,
+            machine: None,
         });
         Ok(Arrival {
             caller: Caller {
                 machine: self.machine,
-                to: self.reports.clone(),
+                to: self.events.clone(),
             },
             host: Arc::clone(&self.host),
             config: Arc::clone(&self.config),
@@ -404,18 +424,18 @@ impl Driver {
     }
 
     /// The machine for the guest that is to come.
-    pub(crate) fn provide(&mut self, active: Active) {
+    pub(crate) fn provide(&mut self, machine: Machine) {
         if let Stage::Expecting(expected) = &mut self.stage {
-            expected.active = Some(Box::new(active));
+            expected.machine = Some(machine);
         }
     }
 
     fn expecting(&mut self) -> Result<&mut Active, Refusal> {
         match &mut self.stage {
             Stage::Expecting(Expected {
-                active: Some(active),
+                machine: Some(machine),
                 ..
-            }) => Ok(active),
+            }) => Ok(machine),
             _ => Err(no_machine()),
         }
     }
@@ -461,7 +481,7 @@ impl Driver {
         let Stage::Expecting(expected) = std::mem::replace(&mut self.stage, Stage::Off) else {
             return Err(no_machine());
         };
-        let Some(active) = expected.active else {
+        let Some(active) = expected.machine else {
             return Err(no_machine());
         };
         for control in active.devices().controls() {
@@ -490,11 +510,17 @@ impl Driver {
     }
 
     /// The guest does not come.
-    pub(crate) fn give_up_expecting(&mut self, sources: &mut Sources<'_>) {
-        if matches!(self.stage, Stage::Expecting(_)) {
-            self.stage = Stage::Off;
-            self.next_machine();
-            self.consoles.close(sources);
+    pub(crate) fn give_up_expecting(&mut self, sources: &mut Sources<'_>) -> Gone {
+        match std::mem::replace(&mut self.stage, Stage::Off) {
+            Stage::Expecting(expected) => {
+                self.next_machine();
+                self.consoles.close(sources);
+                expected.machine.map_or_else(Gone::already, Gone::of)
+            }
+            other => {
+                self.stage = other;
+                Gone::already()
+            }
         }
     }
 }
@@ -502,5 +528,34 @@ impl Driver {
 /// A guest that is coming.
 pub(super) struct Expected {
     decision: Decision,
-    active: Option<Box<Active>>,
+    machine: Option<Machine>,
+}
+
+/// How long the engine waits for a machine that was given up.
+const GONE_PATIENCE: Duration = Duration::from_secs(10);
+
+/// The end of a machine, for the engine's threads, which may wait for it.
+pub(crate) struct Gone(mpsc::Receiver<()>);
+
+impl Gone {
+    fn of(machine: Machine) -> Self {
+        let (gone, heard) = mpsc::channel();
+        machine.end(move || {
+            // The engine may have stopped waiting.
+            let _ = gone.send(());
+        });
+        Self(heard)
+    }
+
+    fn already() -> Self {
+        // Its sender is dropped here.
+        Self(mpsc::channel().1)
+    }
+
+    /// Waits until the machine has given back all that it had, for so long at the most.
+    pub(crate) fn wait(self) {
+        if let Err(mpsc::RecvTimeoutError::Timeout) = self.0.recv_timeout(GONE_PATIENCE) {
+            tracing::error!("a machine is not taken apart in time: its storage does not answer");
+        }
+    }
 }

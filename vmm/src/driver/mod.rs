@@ -1,52 +1,68 @@
 //! The driver: the one owner of a VM.
 //!
-//! It lives on a pool thread and never blocks it for long: building a machine, which reads files
-//! and unpacks kernels, is done by a thread made for it, and what is asked meanwhile waits.
+//! A driver lives on a thread that it shares with other drivers, and never blocks it for long:
+//! other threads build machines (which reads files and unpacks kernels), take them apart (which
+//! unmaps RAM) and stop their devices (which waits for storage). Meanwhile requests wait, but for
+//! those that end the VM.
 //!
 //! ```text
 //!            Boot                    built
-//!   Off ──────────────► Building ──────────► On ◄──┐ Pause, Resume
-//!    ▲                   │    ▲              │ └───┘
-//!    │   cannot be built │    └──────────────┤ reset
-//!    └───────────────────┴───────────────────┘ Shutdown, power-off, failure
+//!   Off ──────────────► Building ──────────► On ◄──► Busy: Pause, an ejected device
+//!    ▲                   │    ▲              │
+//!    │   cannot be built │    │ reset        │ reset, Shutdown, power-off, failure
+//!    └───────────────────┴────┴── Ending ◄───┘
 //! ```
 //!
 //! A guest that comes from elsewhere goes from `Off` to `Expecting` and then to `On` (`migration`).
 
 mod consoles;
 mod devices;
+mod ending;
 mod migration;
+#[cfg(test)]
+mod tests;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ::devices::PowerEvent;
 use ::devices::event_loop::{Actor, Flow, Sources};
 use ::migration::Progress;
 use control::{
-    Ask, Category, EventSender, Inbox, Message, NewDevice, Reply, Request, RequestError,
-    StatusPublisher, admit,
+    Allowance, Ask, Category, EventSender, Inbox, Message, NewDevice, Peek, Reply, Request,
+    RequestError, StatusPublisher, admit,
 };
 use spec::{BootTimeline, Failure, VmConfig, VmState};
 
-use virtio_devices::TransportEvent;
-
 use self::consoles::Consoles;
+use self::ending::{Busy, Ending, Next, Then};
 pub(crate) use self::migration::{Arrival, Caller, Departure};
 use self::migration::{Call, Expected, Leaving};
 use crate::devices::{MachineOrigin, Opened};
 use crate::failure::{self, BuildError};
-use crate::guest_event::{GuestEvent, Port, Reporter};
-use crate::machine::{self, Active, Built, Host};
+use crate::guest_event::{GuestEnd, Port, Reporter, Reports};
+use crate::machine::{self, Active, Built, Host, Machine};
 
-/// An event that the driver receives: from its machine, from a thread that it started, or from the
-/// migration engine.
+/// Resets of a guest that are served at once; further ones wait for [`RESET_INTERVAL`] each.
+const RESETS_AT_ONCE: u32 = 8;
+const RESET_INTERVAL: Duration = Duration::from_secs(1);
+/// Events and log lines of one kind that a guest may cause at once; further ones are counted.
+const NOISE_AT_ONCE: u32 = 16;
+const NOISE_INTERVAL: Duration = Duration::from_secs(2);
+/// Messages that are handled before other drivers have their turn.
+const MESSAGES_PER_TURN: usize = 32;
+
+/// An event that the driver receives, from a thread that it started or from the migration engine.
 pub(crate) enum DriverEvent {
-    /// The machine reports an event.
-    Guest(GuestEvent),
     /// A machine was built, or could not be.
-    Built(Box<Result<Active, BuildError>>),
+    Built(Box<Result<Machine, BuildError>>),
+    /// The machine has given back all that it had.
+    Gone,
+    /// Work on the machine is done.
+    Returned(Machine, Then),
+    /// Work on the machine panicked, and the machine went with it.
+    Lost,
     /// The host resources of a device to hot-add were opened, or could not be.
     Opened(String, Box<Result<Opened, BuildError>>),
     /// The migration engine calls the driver.
@@ -57,12 +73,19 @@ pub(crate) enum DriverEvent {
 /// reset; events of an earlier one are ignored.
 pub(crate) type Numbered = (u64, DriverEvent);
 
+/// Where a machine's reports and the driver's own events are sent.
+pub(crate) type Events = EventSender<Reports, Numbered>;
+
 enum Stage {
     Off,
     Building {
         asked: Option<Ask>,
     },
-    On(Box<Active>),
+    On(Machine),
+    /// Another thread works on the machine.
+    Busy(Box<Busy>),
+    /// The machine is being taken apart.
+    Ending(Box<Ending>),
     /// A guest is to come from elsewhere.
     Expecting(Expected),
 }
@@ -78,8 +101,8 @@ enum End {
 pub(crate) struct Driver {
     host: Arc<Host>,
     config: Arc<VmConfig>,
-    inbox: Inbox<Numbered>,
-    reports: EventSender<Numbered>,
+    inbox: Inbox<Reports, Numbered>,
+    events: Events,
     publisher: StatusPublisher,
     stage: Stage,
     /// Counts the machines that the VM has had.
@@ -87,91 +110,91 @@ pub(crate) struct Driver {
     /// When the boot was asked for that is going on or was the last.
     asked_at: Instant,
     consoles: Consoles,
-    /// Asked while a machine is being built.
-    waiting: VecDeque<Ask>,
     /// Devices that are being opened, by their names.
     opening: BTreeMap<String, (Ask, NewDevice)>,
     /// The guest is moving away.
     leaving: Option<Leaving>,
     /// The latest migration, of which the failure of a guest tells.
     progress: Option<Progress>,
+    /// The VM is deleted: the driver leaves its thread.
+    is_deleted: bool,
+    resets: Allowance,
+    noise: Allowance,
 }
 
 impl Driver {
     pub(crate) fn new(
         host: Arc<Host>,
         config: Arc<VmConfig>,
-        inbox: Inbox<Numbered>,
-        reports: EventSender<Numbered>,
+        inbox: Inbox<Reports, Numbered>,
+        events: Events,
         publisher: StatusPublisher,
     ) -> Self {
         Self {
             host,
             config,
             inbox,
-            reports,
+            events,
             publisher,
             stage: Stage::Off,
             machine: 0,
             asked_at: Instant::now(),
             consoles: Consoles::default(),
-            waiting: VecDeque::new(),
             opening: BTreeMap::new(),
             leaving: None,
             progress: None,
+            is_deleted: false,
+            resets: Allowance::new(RESETS_AT_ONCE, RESET_INTERVAL),
+            noise: Allowance::new(NOISE_AT_ONCE, NOISE_INTERVAL),
         }
     }
 
-    /// What to do next: what the guest did first, then what was asked, in its order; nothing that
-    /// is asked while a machine is being built.
-    fn next(&mut self) -> Option<Message<Numbered>> {
-        loop {
-            match self.inbox.next() {
-                Some(Message::Ask(ask)) => self.waiting.push_back(ask),
-                Some(other) => return Some(other),
-                None if matches!(self.stage, Stage::Building { .. }) => return None,
-                None => return self.waiting.pop_front().map(Message::Ask),
+    /// Returns the next message that can be handled in this stage.
+    fn next(&mut self) -> Option<Message<Reports, Numbered>> {
+        // Between two machines, and while another thread has the machine, only what ends the VM.
+        let is_between = self.is_between();
+        let is_busy = matches!(self.stage, Stage::Busy(_));
+        self.inbox.next(|peek| match peek {
+            Peek::Ask(request) => !is_between || ends_vm(request),
+            Peek::Reports => !is_busy,
+            Peek::Event((_, event)) => {
+                !is_busy || matches!(event, DriverEvent::Returned(..) | DriverEvent::Lost)
             }
-        }
+        })
     }
 
-    fn answer(&mut self, ask: Ask, sources: &mut Sources<'_>) -> Flow {
+    fn is_between(&self) -> bool {
+        matches!(
+            self.stage,
+            Stage::Building { .. } | Stage::Busy(_) | Stage::Ending(_)
+        )
+    }
+
+    fn answer(&mut self, ask: Ask, sources: &mut Sources<'_>) {
         let verb = ask.request.verb();
-        if let Err(denied) = admit(self.publisher.current().state, verb) {
+        // A machine that is being built is not shown yet, and can be called off all the same.
+        if !self.is_between()
+            && let Err(denied) = admit(self.publisher.current().state, verb)
+        {
             ask.answer(Err(denied.into()));
-            return Flow::Stay;
+            return;
         }
         if let Some(refused) = self.refused_while_moving(verb) {
             ask.answer(Err(refused));
-            return Flow::Stay;
+            return;
         }
         let answer = match &ask.request {
-            Request::Boot => {
-                self.boot(ask, sources);
-                return Flow::Stay;
-            }
-            Request::Reboot => {
-                self.build(Some(ask));
-                return Flow::Stay;
-            }
+            Request::Boot => return self.boot(ask, sources),
+            Request::Reboot => return self.rebuild(Some(ask), Instant::now(), sources),
             Request::AddDevice(new) => {
                 let new = new.clone();
-                self.add_device(ask, new);
-                return Flow::Stay;
+                return self.add_device(ask, new);
             }
-            Request::Delete => {
-                self.switch_off(End::Requested, sources);
-                ask.answer(Ok(Reply::Done));
-                return Flow::Leave;
-            }
-            Request::Shutdown => {
-                self.switch_off(End::Requested, sources);
-                Ok(Reply::Done)
-            }
+            Request::Delete | Request::Shutdown => return self.switch_off_for(ask, sources),
+            Request::Pause => return self.pause(ask),
             Request::RemoveDevice(device) => self.remove_device(&device.id),
             Request::Resize(sizes) => self.resize(sizes),
-            Request::Pause
-            | Request::Resume
+            Request::Resume
             | Request::PowerButton
             | Request::Nmi
             | Request::Counters
@@ -179,7 +202,18 @@ impl Driver {
             | Request::ResizeDisk(_) => self.perform(&ask.request),
         };
         ask.answer(answer);
-        Flow::Stay
+    }
+
+    /// Pauses the VM. Another thread waits until the devices have stopped.
+    fn pause(&mut self, ask: Ask) {
+        self.lend(Active::pause, move |driver, paused, _| {
+            ask.answer(paused.map_err(|late| internal(&late)).map(|()| {
+                driver
+                    .publisher
+                    .update(|status| status.state = VmState::Paused);
+                Reply::Done
+            }));
+        });
     }
 
     /// What needs a machine that is on and leaves it on.
@@ -191,11 +225,6 @@ impl Driver {
             };
         };
         match request {
-            Request::Pause => {
-                active.pause().map_err(|late| internal(&late))?;
-                self.publisher
-                    .update(|status| status.state = VmState::Paused);
-            }
             Request::Resume if self.leaving.as_ref().is_some_and(Leaving::is_stranded) => {
                 self.stay().map_err(|why| {
                     RequestError::new(Category::Conflict, "vm-migrating", why.detail)
@@ -237,52 +266,74 @@ impl Driver {
         }
         self.consoles.watch_all(sources);
         self.set_config(Arc::clone(&self.config));
-        self.build(Some(ask));
+        self.build(Some(ask), MachineOrigin::default());
     }
 
-    /// Has a machine built, in place of the one that there is.
-    fn build(&mut self, asked: Option<Ask>) {
-        let origin = MachineOrigin {
-            on_bus: match &self.stage {
-                // Over a reset they stay where they are.
-                Stage::On(active) => active.devices().places(),
-                _ => BTreeMap::new(),
-            },
-            ..MachineOrigin::default()
-        };
+    /// Has the machine replaced by another, not before its time.
+    fn rebuild(&mut self, asked: Option<Ask>, not_before: Instant, sources: &mut Sources<'_>) {
+        match std::mem::replace(&mut self.stage, Stage::Off) {
+            Stage::On(machine) => {
+                let origin = MachineOrigin {
+                    // Over a reset devices stay where they are.
+                    on_bus: machine.devices().places(),
+                    ..MachineOrigin::default()
+                };
+                let next = Next::Build {
+                    asked,
+                    origin,
+                    not_before,
+                };
+                // Its disks are locked, and its taps taken, until it is gone.
+                self.end_machine(machine, next, sources);
+            }
+            // Requests and guests reset a machine that is on only.
+            other => {
+                self.stage = other;
+                if let Some(ask) = asked {
+                    ask.answer(Err(internal("there is no machine")));
+                }
+            }
+        }
+    }
+
+    /// Has a machine built, by a thread made for it. There is no other.
+    fn build(&mut self, asked: Option<Ask>, origin: MachineOrigin) {
         self.stage = Stage::Building { asked };
         self.next_machine();
         self.asked_at = Instant::now();
         let reporter = self.reporter();
         let (host, config) = (Arc::clone(&self.host), Arc::clone(&self.config));
         let outputs = self.consoles.outputs();
-        let (number, reports) = (self.machine, self.reports.clone());
+        let (number, events) = (self.machine, self.events.clone());
+        let span = tracing::Span::current();
         let builder = std::thread::Builder::new().name("vm-build".to_owned());
         let started = builder.spawn(move || {
+            let _entered = span.entered();
             let built = Built::new(&host, &config, outputs, &origin, &reporter)
-                .and_then(|built| built.boot(&config, &reporter));
-            reports.send((number, DriverEvent::Built(Box::new(built))));
+                .and_then(|built| built.boot(&config, &reporter))
+                .map(|active| Machine::new(active, &host.background));
+            events.send((number, DriverEvent::Built(Box::new(built))));
         });
         if let Err(source) = started {
             let error = BuildError::host("start a thread")(source);
             let built = Box::new(Err(error));
-            self.reports.send((number, DriverEvent::Built(built)));
+            self.events.send((number, DriverEvent::Built(built)));
         }
     }
 
-    fn built(&mut self, built: Result<Active, BuildError>, sources: &mut Sources<'_>) {
+    fn built(&mut self, built: Result<Machine, BuildError>, sources: &mut Sources<'_>) {
         let Stage::Building { asked } = std::mem::replace(&mut self.stage, Stage::Off) else {
             return;
         };
-        let started = built.and_then(|mut active| {
-            active.resume().map_err(BuildError::from)?;
-            Ok(active)
+        let started = built.and_then(|mut machine| {
+            machine.resume().map_err(BuildError::from)?;
+            Ok(machine)
         });
         let answer = match started {
             Ok(active) => {
                 let devices = active.devices().tree();
                 let balloon = active.devices().balloon();
-                self.stage = Stage::On(Box::new(active));
+                self.stage = Stage::On(active);
                 self.set_config(Arc::clone(&self.config));
                 let built_us = self.microseconds(Instant::now());
                 self.publisher.update(|status| {
@@ -332,14 +383,12 @@ impl Driver {
 
     /// Returns a reporter for the machine in force: its events carry that machine's number.
     fn reporter(&self) -> Reporter {
-        let (number, reports) = (self.machine, self.reports.clone());
-        Reporter::new(move |event| reports.send((number, DriverEvent::Guest(event))))
+        let (number, events) = (self.machine, self.events.clone());
+        Reporter::new(move |event| events.report((number, event)))
     }
 
-    /// Ends the machine.
-    fn switch_off(&mut self, by: End, sources: &mut Sources<'_>) {
-        self.stage = Stage::Off;
-        self.next_machine();
+    /// Shows that the VM has no machine any more.
+    fn off(&mut self, by: End, sources: &mut Sources<'_>) {
         self.consoles.close(sources);
         self.publisher.update(|status| {
             if status.state != VmState::Created {
@@ -377,47 +426,78 @@ impl Driver {
 
     fn event(&mut self, event: DriverEvent, sources: &mut Sources<'_>) {
         match event {
-            DriverEvent::Guest(event) => self.guest_event(event, sources),
             DriverEvent::Built(built) => self.built(*built, sources),
+            DriverEvent::Gone => self.gone(sources),
+            DriverEvent::Returned(machine, then) => self.returned(machine, then, sources),
+            DriverEvent::Lost => self.lost(sources),
             DriverEvent::Opened(id, opened) => self.opened(&id, *opened),
             DriverEvent::Call(call) => call.answer(self, sources),
         }
     }
 
-    fn guest_event(&mut self, event: GuestEvent, sources: &mut Sources<'_>) {
-        match event {
-            GuestEvent::Power(PowerEvent::PowerOff) => self.switch_off(End::PowerOff, sources),
-            GuestEvent::Power(PowerEvent::Reset) => self.build(None),
-            GuestEvent::Failed(mut failure) => {
+    /// Handles all that the machine reported, the end of the machine last.
+    fn reported(&mut self, reports: Reports, sources: &mut Sources<'_>) {
+        let Reports { first_entry, .. } = reports;
+        self.note(first_entry, |boot, us| boot.first_entry_us = us);
+        self.note(reports.first_debug_port, |boot, us| {
+            boot.first_debug_port_us = us;
+        });
+        self.note(reports.first_serial, |boot, us| boot.first_serial_us = us);
+        for port in Port::BOTH {
+            if reports.room[port as usize] && self.consoles.has_more(port) {
+                self.take_input(port, sources);
+            }
+        }
+        let mut stalled = Vec::new();
+        for (id, device) in reports.devices {
+            if let Some(why) = device.needs_reset {
+                self.needs_reset(&id, &why);
+            }
+            if let Some(why) = device.stalled {
+                stalled.push((id, why));
+            }
+        }
+        match reports.end {
+            None => {}
+            Some(GuestEnd::Power(PowerEvent::PowerOff)) => {
+                return self.switch_off(End::PowerOff, sources);
+            }
+            Some(GuestEnd::Power(PowerEvent::Reset)) => {
+                let now = Instant::now();
+                let not_before = now + self.resets.reserve(now);
+                return self.rebuild(None, not_before, sources);
+            }
+            Some(GuestEnd::Failed(mut failure)) => {
                 self.add_progress(&mut failure);
                 tracing::warn!(
                     code = failure.code,
                     detail = failure.detail,
                     "a guest failed"
                 );
-                self.switch_off(End::Failed(failure), sources);
+                return self.switch_off(End::Failed(failure), sources);
             }
-            GuestEvent::Room(port) => {
-                if self.consoles.has_more(port) {
-                    self.take_input(port, sources);
-                }
-            }
-            GuestEvent::Device(id, TransportEvent::NeedsReset(why)) => {
-                self.publisher
-                    .record("device-needs-reset", Some(format!("{id}: {why}")));
-            }
-            GuestEvent::Device(id, TransportEvent::Stalled(why)) => self.stalled(id, why),
-            GuestEvent::Device(id, event) => tracing::debug!(id, ?event, "a device"),
-            GuestEvent::Ejected(slot) => self.ejected(slot),
-            GuestEvent::FirstEntry(at) => self.note(at, |boot, us| boot.first_entry_us = us),
-            GuestEvent::FirstDebugPort(at) => {
-                self.note(at, |boot, us| boot.first_debug_port_us = us);
-            }
-            GuestEvent::FirstSerial(at) => self.note(at, |boot, us| boot.first_serial_us = us),
         }
+        self.stalled(stalled);
+        self.ejected(reports.ejected);
     }
 
-    fn note(&self, at: Instant, set: impl FnOnce(&mut BootTimeline, Option<u64>)) {
+    /// Records that a device needs a reset. A guest can cause that as often as it likes.
+    fn needs_reset(&mut self, id: &str, why: &str) {
+        let Some(suppressed) = self.noise.take(Instant::now()) else {
+            return;
+        };
+        tracing::warn!(id, why, suppressed, "a virtio device needs a reset");
+        let mut detail = format!("{id}: {why}");
+        if suppressed > 0 {
+            detail = format!("{detail} ({suppressed} such events were suppressed)");
+        }
+        self.publisher.record("device-needs-reset", Some(detail));
+    }
+
+    fn note(&self, at: Option<Instant>, set: impl FnOnce(&mut BootTimeline, Option<u64>)) {
+        let Some(at) = at else {
+            return;
+        };
         let us = self.microseconds(at);
         self.publisher
             .update(|status| set(status.boot.get_or_insert_default(), us));
@@ -430,27 +510,35 @@ impl Driver {
 
 impl Actor for Driver {
     fn woken(&mut self, sources: &mut Sources<'_>) -> Flow {
-        while let Some(message) = self.next() {
-            match message {
-                Message::Event((machine, event))
+        self.check_time(sources);
+        for _ in 0..MESSAGES_PER_TURN {
+            if self.is_deleted {
+                return Flow::Leave;
+            }
+            match self.next() {
+                None => return Flow::Stay,
+                // What an earlier machine reported or had done is of no interest.
+                Some(Message::Reports(reports)) if reports.machine != self.machine => {}
+                Some(Message::Reports(reports)) => self.reported(reports, sources),
+                Some(Message::Event((machine, event)))
                     if machine == self.machine || machine == migration::ANY_MACHINE =>
                 {
                     self.event(event, sources);
                 }
-                // Of a machine that is no more.
-                Message::Event(_) => {}
-                Message::Ask(ask) => {
-                    if self.answer(ask, sources) == Flow::Leave {
-                        return Flow::Leave;
-                    }
-                }
-                Message::Abandoned => {
-                    self.switch_off(End::Requested, sources);
+                Some(Message::Event(_)) => {}
+                Some(Message::Ask(ask)) => self.answer(ask, sources),
+                Some(Message::Abandoned) => {
+                    // Nothing waits for the machine, which is taken apart by itself.
+                    self.stage = Stage::Off;
+                    self.off(End::Requested, sources);
                     return Flow::Leave;
                 }
             }
         }
-        Flow::Stay
+        if self.is_deleted {
+            return Flow::Leave;
+        }
+        Flow::Again
     }
 
     fn ready(&mut self, key: usize, sources: &mut Sources<'_>) -> Flow {
@@ -473,6 +561,10 @@ impl Actor for Driver {
             status.failure = Some(failure);
         });
     }
+}
+
+fn ends_vm(request: &Request) -> bool {
+    matches!(request, Request::Delete | Request::Shutdown)
 }
 
 fn internal(error: &(impl std::fmt::Display + ?Sized)) -> RequestError {

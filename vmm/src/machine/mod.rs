@@ -1,6 +1,7 @@
 //! A machine in its phases: *built*, when all its parts exist, and *active*, when it has booted.
 //! Dropping either gives all its resources back.
 
+mod background;
 mod memory_map;
 mod run_control;
 mod save;
@@ -35,8 +36,10 @@ use crate::devices::{
 use crate::failure::{BuildError, MoveError};
 use crate::guest_event::{GuestEvent, Outputs, Port, Reporter};
 
+pub(crate) use self::background::{Background, Machine};
 pub(crate) use self::memory_map::of as memory_map;
-use self::run_control::{NotParked, RunControl, Want};
+pub(crate) use self::run_control::NotParked;
+use self::run_control::{RunControl, Want};
 use self::save::Clocks;
 pub(crate) use self::save::Extent;
 use self::vcpu::VcpuThread;
@@ -52,6 +55,8 @@ pub(crate) struct Host {
     pub(crate) cpuid: CpuId,
     /// Where devices do their work.
     pub(crate) workers: Workers,
+    /// Where work is done that may block.
+    pub(crate) background: Background,
     /// The one VM that there is has the terminal to itself.
     pub(crate) terminal: bool,
 }

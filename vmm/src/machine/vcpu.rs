@@ -41,9 +41,11 @@ impl VcpuThread {
         };
         let (control, nmi_wanted) = (Arc::clone(control), Arc::clone(&nmi));
         let (jobs, inbox) = channel();
+        let span = tracing::Span::current();
         let thread = Builder::new()
             .name(format!("vcpu-{}", vcpu.index()))
             .spawn(move || {
+                let _entered = span.entered();
                 if let Some(cpus) = host_cpus {
                     bind(&cpus);
                 }

@@ -16,8 +16,7 @@ use crate::arch::x86_64::features;
 use crate::devices::{MachineOrigin, ResourceOwner, slots};
 use crate::driver::{Arrival, Caller, Driver};
 use crate::failure;
-use crate::machine::Built;
-use crate::machine::Halter;
+use crate::machine::{Built, Halter, Machine};
 use crate::pool::Callers;
 
 /// Makes a VM for the guest that comes.
@@ -237,7 +236,8 @@ impl DestinationVm {
         })?;
         let (ram, _) = active.memory();
         let halter = active.halter();
-        caller.call(move |driver, _| driver.provide(active))?;
+        let machine = Machine::new(active, &host.background);
+        caller.call(move |driver, _| driver.provide(machine))?;
         Ok(Self {
             registry: registry.clone(),
             vm,
@@ -294,11 +294,13 @@ impl Destination for DestinationVm {
             }
             Stage::Gone => return,
         };
-        if gone.is_err() {
-            tracing::debug!(
+        match gone {
+            // Another migration may come at once, for the same disks and sockets.
+            Ok(gone) => gone.wait(),
+            Err(_) => tracing::debug!(
                 vm = self.vm.as_str(),
                 "the machine of a guest that did not come was gone already"
-            );
+            ),
         }
         self.registry.forget(&self.vm, "migration-failed", None);
     }

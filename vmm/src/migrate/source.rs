@@ -117,7 +117,7 @@ impl Source for SourceVm {
     }
 
     fn stop(&mut self) -> Result<Stopped, Refusal> {
-        self.departure.caller.attempt(Driver::stop_to_move)
+        self.departure.caller.attempt_later(Driver::stop_to_move)
     }
 
     fn save(&mut self) -> Result<Vec<u8>, Refusal> {
@@ -142,8 +142,10 @@ impl Source for SourceVm {
     }
 
     fn gone(&mut self) {
-        // If the machine is gone already, so much the better.
-        let _ = self.departure.caller.call(Driver::left);
+        // The machine may be gone already.
+        if let Ok(gone) = self.departure.caller.call(Driver::left) {
+            gone.wait();
+        }
     }
 }
 

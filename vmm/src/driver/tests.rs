@@ -1,0 +1,157 @@
+//! Drivers whose machines hang, on one thread with others.
+
+use std::sync::mpsc::{Sender, channel};
+
+use control::{Registry, VmHandle};
+use guest::Options;
+use spec::{ConsoleMode, PayloadConfig};
+
+use super::ending::END_PATIENCE;
+use super::*;
+use crate::pool::{Pool, PoolConfig};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Two VMs whose drivers share the only thread for drivers.
+struct Lab {
+    _dir: tempfile::TempDir,
+    callers: crate::pool::Callers,
+    registry: Registry,
+    vms: [VmHandle; 2],
+}
+
+impl Lab {
+    async fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let kernel = dir.path().join("pocket");
+        std::fs::write(&kernel, guest::IMAGE).unwrap();
+        let pool = Pool::start(&PoolConfig {
+            threads: Some(1),
+            ..PoolConfig::default()
+        });
+        let pool = pool.unwrap();
+        let callers = pool.callers().clone();
+        let registry = Registry::new(pool);
+        let boot = async || {
+            let mut config = VmConfig::with_payload(PayloadConfig {
+                kernel: Some(kernel.to_string_lossy().into_owned()),
+                cmdline: Some(Options::default().to_string()),
+                ..PayloadConfig::default()
+            });
+            config.memory.size = 64 << 20;
+            config.serial.mode = ConsoleMode::Null;
+            let vm = registry.create(None, config).unwrap();
+            vm.ask(Request::Boot).await.unwrap();
+            vm
+        };
+        let vms = [boot().await, boot().await];
+        Self {
+            _dir: dir,
+            callers,
+            registry,
+            vms,
+        }
+    }
+
+    /// Does something to the first VM's driver.
+    fn driver<R: Send + 'static>(&self, f: impl FnOnce(&mut Driver) -> R + Send + 'static) -> R {
+        let caller = self.callers.get(self.vms[0].id()).unwrap();
+        caller.call(|driver, _| f(driver)).unwrap()
+    }
+
+    /// Has work on the first VM's machine hang, as it does when storage does not answer.
+    fn hang(&self) -> Sender<()> {
+        let (go, held) = channel();
+        let work = move |_: &mut Active| held.recv();
+        assert!(self.driver(|driver| driver.lend(work, |_, _, _| {})));
+        go
+    }
+}
+
+/// The answer, which comes sooner than a hung machine would let it.
+async fn soon<T>(answer: impl Future<Output = T>) -> T {
+    let answer = tokio::time::timeout(PATIENCE, answer);
+    answer.await.expect("no answer comes")
+}
+
+#[tokio::test]
+async fn a_vm_whose_storage_hangs_is_deleted_and_delays_no_other() {
+    let lab = Lab::new().await;
+    let go = lab.hang();
+    // What needs the machine waits for it; others are not on its account.
+    let waiting = lab.vms[0].ask_now(Request::Counters);
+    soon(lab.vms[1].ask(Request::Counters)).await.unwrap();
+    let deleted = lab.registry.delete(lab.vms[0].id().as_str());
+    soon(deleted).await.unwrap();
+    assert_eq!(soon(waiting).await, Err(RequestError::driver_gone()));
+    let (events, _) = lab.registry.events().after(0, Some(lab.vms[0].id()));
+    assert!(events.iter().any(|event| event.event == "machine-stuck"));
+    soon(lab.vms[1].ask(Request::Pause)).await.unwrap();
+    // What it had is given back when the storage answers: the pool's end waits for that.
+    drop(go);
+}
+
+#[tokio::test]
+async fn a_vm_goes_on_when_its_storage_answers() {
+    let lab = Lab::new().await;
+    let go = lab.hang();
+    let waiting = lab.vms[0].ask_now(Request::Pause);
+    drop(go);
+    assert_eq!(soon(waiting).await, Ok(Reply::Done));
+    assert_eq!(lab.vms[0].info().state, VmState::Paused);
+    soon(lab.vms[0].ask(Request::Resume)).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_vm_that_is_shut_down_while_its_storage_hangs_can_boot_again() {
+    let lab = Lab::new().await;
+    let go = lab.hang();
+    soon(lab.vms[0].ask(Request::Shutdown)).await.unwrap();
+    assert_eq!(lab.vms[0].info().state, VmState::Shutdown);
+    soon(lab.vms[0].ask(Request::Boot)).await.unwrap();
+    // The machine of before comes back, and does not take the place of this one.
+    drop(go);
+    soon(lab.vms[0].ask(Request::Pause)).await.unwrap();
+    assert_eq!(lab.vms[0].info().state, VmState::Paused);
+}
+
+#[tokio::test]
+async fn a_panic_on_a_machine_ends_its_vm_only() {
+    let lab = Lab::new().await;
+    let work = |_: &mut Active| panic!("as a test has it");
+    assert!(lab.driver(move |driver| driver.lend(work, |_, (), _| {})));
+    let mut status = lab.vms[0].watch();
+    let ended = status.wait_for(|status| status.failure.is_some());
+    let failure = soon(ended).await.unwrap().failure.clone().unwrap();
+    assert_eq!(failure.code, "driver-panicked");
+    soon(lab.vms[1].ask(Request::Pause)).await.unwrap();
+    soon(lab.vms[0].ask(Request::Boot)).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_boot_is_called_off() {
+    for request in [Request::Shutdown, Request::Delete] {
+        let lab = Lab::new().await;
+        // As if a thread were still building.
+        lab.driver(|driver| driver.stage = Stage::Building { asked: None });
+        assert_eq!(soon(lab.vms[0].ask(request)).await, Ok(Reply::Done));
+        assert_eq!(lab.vms[0].info().state, VmState::Shutdown);
+    }
+}
+
+#[tokio::test]
+async fn a_machine_that_gives_nothing_back_is_waited_for_so_long() {
+    let lab = Lab::new().await;
+    let begun = Instant::now();
+    let caller = lab.callers.get(lab.vms[0].id()).unwrap();
+    caller
+        .call(|driver, sources| {
+            // The thread that takes the machine apart never says that it is gone.
+            driver.switch_off(End::PowerOff, sources);
+            driver.next_machine();
+        })
+        .unwrap();
+    let deleted = lab.registry.delete(lab.vms[0].id().as_str());
+    soon(deleted).await.unwrap();
+    assert!(begun.elapsed() >= END_PATIENCE);
+}

@@ -1,0 +1,189 @@
+//! Work that may block, away from the threads that VMs share.
+//!
+//! Unmapping a guest's RAM takes about 80 ms for each GiB, and a device that waits for hung storage
+//! stops when the storage answers. Drivers hand such work to [`Background`]. A [`Machine`] does so
+//! by itself: whoever drops it, it is taken apart on a thread of its own.
+
+use std::ops::{Deref, DerefMut};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::mpsc::{Sender, channel};
+use std::thread::Builder;
+use std::time::{Duration, Instant};
+
+use devices::event_loop::panic_message;
+use parking_lot::{Condvar, Mutex};
+
+use super::Active;
+
+type Job = Box<dyn FnOnce() + Send>;
+
+/// Runs jobs on threads of their own: one that hangs holds up no other.
+#[derive(Clone)]
+pub(crate) struct Background {
+    jobs: Sender<Job>,
+    unfinished: Arc<(Mutex<usize>, Condvar)>,
+}
+
+impl Background {
+    /// Starts the thread that starts the others.
+    ///
+    /// # Errors
+    /// When the host gives no thread.
+    pub(crate) fn start() -> std::io::Result<Self> {
+        let (jobs, inbox) = channel::<Job>();
+        let unfinished = Arc::default();
+        Builder::new()
+            .name("background".to_owned())
+            .spawn(move || {
+                inbox.into_iter().for_each(run_apart);
+            })?;
+        Ok(Self { jobs, unfinished })
+    }
+
+    /// Runs a job on a thread of its own, with the caller's log span. Never blocks. Where the host
+    /// gives no more threads, jobs run one after the other.
+    pub(crate) fn run(&self, job: impl FnOnce() + Send + 'static) {
+        let (span, counted) = (tracing::Span::current(), Unfinished::new(&self.unfinished));
+        let job = Box::new(move || {
+            let _counted = counted;
+            let _entered = span.entered();
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(job)) {
+                let message = panic_message(panic.as_ref());
+                tracing::error!(message, "a background job panicked");
+            }
+        });
+        // The thread lives as long as `self.jobs`.
+        let _ = self.jobs.send(job);
+    }
+
+    /// Waits until all jobs are done, and returns whether they are.
+    pub(crate) fn wait(&self, patience: Duration) -> bool {
+        let (count, changed) = &*self.unfinished;
+        let (mut count, deadline) = (count.lock(), Instant::now() + patience);
+        while *count > 0 {
+            if changed.wait_until(&mut count, deadline).timed_out() {
+                return *count == 0;
+            }
+        }
+        true
+    }
+}
+
+fn run_apart(job: Job) {
+    let slot = Arc::new(Mutex::new(Some(job)));
+    let run = move || {
+        let job = slot.lock().take();
+        job.into_iter().for_each(|job| job());
+    };
+    let again = run.clone();
+    if let Err(error) = Builder::new().name("vm-work".to_owned()).spawn(run) {
+        tracing::warn!(%error, "the host gives no thread: background jobs take turns");
+        again();
+    }
+}
+
+/// Counts a job until it is done, or dropped.
+struct Unfinished(Arc<(Mutex<usize>, Condvar)>);
+
+impl Unfinished {
+    fn new(of: &Arc<(Mutex<usize>, Condvar)>) -> Self {
+        *of.0.lock() += 1;
+        Self(Arc::clone(of))
+    }
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        let (count, changed) = &*self.0;
+        *count.lock() -= 1;
+        changed.notify_all();
+    }
+}
+
+/// An active machine that does not block the thread that drops it.
+pub(crate) struct Machine {
+    active: Option<Box<Active>>,
+    background: Background,
+}
+
+impl Machine {
+    pub(crate) fn new(active: Active, background: &Background) -> Self {
+        Self {
+            active: Some(Box::new(active)),
+            background: background.clone(),
+        }
+    }
+
+    /// Stops the guest at once, and has the machine taken apart. `gone` is called, on another
+    /// thread, when all that the machine had is given back.
+    pub(crate) fn end(mut self, gone: impl FnOnce() + Send + 'static) {
+        self.take_apart(gone);
+    }
+
+    fn take_apart(&mut self, gone: impl FnOnce() + Send + 'static) {
+        let Some(active) = self.active.take() else {
+            return;
+        };
+        active.halter().halt();
+        self.background.run(move || {
+            drop(active);
+            gone();
+        });
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.take_apart(|| {});
+    }
+}
+
+/// Nothing but the end takes the machine out.
+const TAKEN: &str = "a machine is there until its end";
+
+impl Deref for Machine {
+    type Target = Active;
+
+    #[expect(
+        clippy::expect_used,
+        reason = "only `end` and `drop` take it, and own `self`"
+    )]
+    fn deref(&self) -> &Active {
+        self.active.as_deref().expect(TAKEN)
+    }
+}
+
+impl DerefMut for Machine {
+    #[expect(
+        clippy::expect_used,
+        reason = "only `end` and `drop` take it, and own `self`"
+    )]
+    fn deref_mut(&mut self) -> &mut Active {
+        self.active.as_deref_mut().expect(TAKEN)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(10);
+
+    #[test]
+    fn a_job_that_hangs_or_panics_holds_up_no_other() {
+        let background = Background::start().unwrap();
+        let (go, held) = channel::<()>();
+        background.run(move || {
+            // Until the test lets it go.
+            let _ = held.recv();
+        });
+        background.run(|| panic!("as a test has it"));
+        let (done, heard) = channel();
+        background.run(move || done.send(()).unwrap());
+        heard.recv_timeout(PATIENCE).unwrap();
+        assert!(!background.wait(Duration::from_millis(1)), "one hangs");
+        drop(go);
+        assert!(background.wait(PATIENCE));
+    }
+}
