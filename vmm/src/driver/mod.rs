@@ -245,6 +245,7 @@ impl Driver {
             // `answer` does these itself. Named one by one, so that a new request is not answered
             // with `Done` before the driver does anything for it.
             Request::Boot
+            | Request::Pause
             | Request::Reboot
             | Request::Shutdown
             | Request::Delete
