@@ -104,49 +104,49 @@ pub(crate) enum Command {
     },
     /// Add a device of the host.
     AddDevice {
-        /// What it is: path=/sys/bus/pci/devices/....
+        /// The device: path=/sys/bus/pci/devices/....
         #[arg(value_name = "KEY=VALUE,...")]
         options: String,
     },
     /// Add a disk.
     AddDisk {
-        /// What it is: path=PATH,readonly=on.
+        /// The device: path=PATH,readonly=on.
         #[arg(value_name = "KEY=VALUE,...")]
         options: String,
     },
     /// Add a shared file system.
     AddFs {
-        /// What it is: tag=NAME,socket=PATH.
+        /// The device: tag=NAME,socket=PATH.
         #[arg(value_name = "KEY=VALUE,...")]
         options: String,
     },
     /// Add a network interface.
     AddNet {
-        /// What it is: tap=NAME,mac=MAC.
+        /// The device: tap=NAME,mac=MAC.
         #[arg(value_name = "KEY=VALUE,...")]
         options: String,
     },
     /// Add persistent memory.
     AddPmem {
-        /// What it is: file=PATH,size=SIZE.
+        /// The device: file=PATH,size=SIZE.
         #[arg(value_name = "KEY=VALUE,...")]
         options: String,
     },
     /// Add a device that another process serves.
     AddUserDevice {
-        /// What it is: socket=PATH.
+        /// The device: socket=PATH.
         #[arg(value_name = "KEY=VALUE,...")]
         options: String,
     },
     /// Add a vDPA device.
     AddVdpa {
-        /// What it is: path=PATH,num_queues=N.
+        /// The device: path=PATH,num_queues=N.
         #[arg(value_name = "KEY=VALUE,...")]
         options: String,
     },
     /// Add a socket between guest and host.
     AddVsock {
-        /// What it is: cid=N,socket=PATH.
+        /// The device: cid=N,socket=PATH.
         #[arg(value_name = "KEY=VALUE,...")]
         options: String,
     },
@@ -157,7 +157,7 @@ pub(crate) enum Command {
     },
     /// Take a snapshot.
     Snapshot {
-        /// Where it goes: file:///a/directory.
+        /// Destination: file:///a/directory.
         destination_url: String,
     },
     /// Restore a snapshot: source_url=file:///a/directory,prefault=on,resume=on.
@@ -168,7 +168,7 @@ pub(crate) enum Command {
     },
     /// Take a core dump.
     Coredump {
-        /// Where it goes: file:///a/file.
+        /// Destination: file:///a/file.
         destination_url: String,
     },
     /// Move the VM to another service, and wait until it is there. Ctrl-C calls it off.
@@ -192,7 +192,7 @@ pub(crate) enum Command {
     ResolveMigration {
         /// Its name.
         id: VmId,
-        /// What becomes of the guest at this side.
+        /// The decision for the guest at this side.
         #[arg(value_enum)]
         outcome: Outcome,
     },
@@ -201,13 +201,13 @@ pub(crate) enum Command {
         /// The other process is on this host, and is given the memory itself.
         #[arg(long)]
         local: bool,
-        /// Where to, and how.
+        /// Destination and options.
         #[arg(value_name = "URL|KEY=VALUE,...")]
         options: String,
     },
     /// Receive a VM from another host: a URL, or receiver_url=URL,...
     ReceiveMigration {
-        /// Where it arrives, and how.
+        /// Listening address and options.
         #[arg(value_name = "URL|KEY=VALUE,...")]
         options: String,
     },
@@ -218,7 +218,7 @@ pub(crate) enum Command {
     },
     /// Write man pages.
     Man {
-        /// Where to.
+        /// Destination.
         directory: PathBuf,
     },
 }

@@ -60,7 +60,7 @@ impl From<Outcome> for MigrationOutcome {
 
 #[derive(Debug, Args)]
 pub(crate) struct MigrateArguments {
-    /// Where the other service waits: unix:PATH or tcp:HOST:PORT.
+    /// Address at which the other service waits: unix:PATH or tcp:HOST:PORT.
     #[arg(value_name = "URL")]
     destination: String,
     /// When memory goes.
@@ -72,7 +72,7 @@ pub(crate) struct MigrateArguments {
     /// How long it may take.
     #[arg(long, value_name = "S", default_value_t = 3600)]
     deadline_s: u64,
-    /// What happens then.
+    /// Action at the deadline.
     #[arg(long, value_enum, default_value = "cancel")]
     at_deadline: Deadline,
     /// Connections for memory. [default: chosen]
@@ -120,7 +120,7 @@ impl MigrateArguments {
 
 #[derive(Debug, Args)]
 pub(crate) struct ReceiveArguments {
-    /// Where to wait: unix:PATH or tcp:HOST:PORT.
+    /// Address to listen at: unix:PATH or tcp:HOST:PORT.
     #[arg(value_name = "URL")]
     listen: String,
     /// Encrypt with TLS, by ca-cert.pem, server-cert.pem and server-key.pem of this directory (of the
@@ -176,8 +176,8 @@ async fn follow(client: &Client, begun: MigrationInfo, printer: Printer) -> Resu
             () = tokio::time::sleep(TICK) => {}
             interrupted = tokio::signal::ctrl_c() => {
                 interrupted?;
-                bar.set_message("calling it off");
-                // Where it is too late, it goes on, and is followed on.
+                bar.set_message("canceling");
+                // A refused cancel means that the hand-over has begun: keep following.
                 if let Err(error) = client.migrations_cancel(&id).await {
                     bar.suspend(|| eprintln!("wh-remote: {error}"));
                 }
@@ -237,7 +237,7 @@ fn ms(us: u64) -> String {
     format!("{}.{:01} ms", us / 1000, us % 1000 / 100)
 }
 
-/// What became of it, for people.
+/// Describes the result for a person.
 pub(crate) fn summary(info: &MigrationInfo) -> String {
     let vm = info.vm.as_ref().map_or("a VM", VmId::as_str);
     let how = match info.side {

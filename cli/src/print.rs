@@ -1,4 +1,4 @@
-//! What is printed: tables for people, JSON for programs.
+//! Output: tables for people, JSON for programs.
 
 use std::io::{self, IsTerminal, Write};
 
@@ -15,7 +15,7 @@ pub(crate) struct Printer {
 }
 
 impl Printer {
-    /// JSON where it is asked for, and where nobody reads it.
+    /// Prints JSON if it was asked for, or if standard output is not a terminal.
     pub(crate) fn new(json: bool) -> Self {
         Self {
             json: json || !io::stdout().is_terminal(),

@@ -178,7 +178,7 @@ impl Remote {
         Ok(())
     }
 
-    /// What only a socket that serves one VM is asked.
+    /// Commands for a socket that serves one VM only.
     async fn perform_on_one(&self, command: Command) -> Result<()> {
         if let Some(vm) = &self.vm {
             bail!(

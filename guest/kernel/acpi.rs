@@ -45,7 +45,7 @@ impl Register {
     }
 }
 
-/// What the tables tell.
+/// The facts that the guest takes from the tables.
 pub struct Platform {
     pub sleep: Option<Register>,
     pub reset: Option<Register>,

@@ -1,4 +1,4 @@
-//! What the VMM hands over (Xen's `hvm_start_info`, public/arch-x86/hvm/start_info.h), and which
+//! The boot information from the VMM (Xen's `hvm_start_info`, public/arch-x86/hvm/start_info.h), and which
 //! RAM is free. The VMM is trusted as firmware is; all the same each pointer is checked.
 
 use core::ptr;
@@ -15,7 +15,7 @@ const RANGES: usize = 16;
 /// Page tables map this much: 512 directories.
 pub const MAP_LIMIT: u64 = 512 * GIB;
 
-/// What is mapped without holes, from 0.
+/// The end of the identity map, which starts at 0 and has no holes.
 static MAPPED: AtomicU64 = AtomicU64::new(GIB);
 
 /// Reads from physical memory, if it is mapped.

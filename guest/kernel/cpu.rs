@@ -13,7 +13,7 @@ use crate::serial;
 /// Bytes of a CPU's block, and its alignment.
 pub const BLOCK_SIZE: u64 = 0x10000;
 
-/// What belongs to one CPU. Its stacks are in the same 64 KiB. The first fields are entry.s's.
+/// The data of one CPU. Its stacks are in the same 64 KiB. entry.s uses the first fields.
 #[repr(C, align(0x1000))]
 pub struct Block {
     pub interrupts: AtomicU64,
@@ -43,9 +43,9 @@ pub struct Block {
     pub clock: clock::KvmClock,
 }
 
-/// Where entry.s keeps its own, from here up to the clock.
+/// Fields of entry.s, from here up to the clock.
 pub const GDTR_OFFSET: usize = 0x3f0;
-/// Where the I/O permission bitmap is. (IOPL 3 would do as well on hardware, but not on hosts that
+/// Offset of the I/O permission bitmap. (IOPL 3 would do as well on hardware, but not on hosts that
 /// run ring 3 as their own user mode and look ports up in the bitmap.)
 pub const PORTS_OFFSET: usize = 0x3000;
 
@@ -271,7 +271,7 @@ pub fn fill_idt() {
     }
 }
 
-/// Where entry.s goes with an exception that no probe raised.
+/// Called by entry.s for an exception that no probe raised.
 #[unsafe(no_mangle)]
 extern "C" fn unexpected_exception(vector: u64, code: u64, rip: u64, cr2: u64) -> ! {
     serial::say(&Line::Fault {

@@ -23,7 +23,7 @@ const NET_HEADER: u64 = 12;
 /// Bytes for each buffer of a frame or of a console.
 const BUFFER: u64 = 2048;
 
-/// What was done so far. One CPU writes.
+/// Progress so far. Only one CPU writes it.
 #[derive(Default)]
 pub struct Counts {
     devices: AtomicU64,

@@ -49,7 +49,7 @@ unsafe extern "C" {
     static mut ap_block: u64;
 }
 
-/// Where other CPUs start: a page below 1 MiB that VMMs leave alone.
+/// The start address of other CPUs: a page below 1 MiB that VMMs do not use.
 const TRAMPOLINE_PAGE: u8 = 0x10;
 const GIB: u64 = 1 << 30;
 const MIB: u64 = 1 << 20;
@@ -118,7 +118,7 @@ fn start_others(platform: &Platform, cpus: u32, ram: &mut Ram) -> Blocks {
     };
     blocks.blocks[0] = Some(cpu::this());
     if cpus > 1 {
-        // SAFETY: from code to a page that is nobody's.
+        // SAFETY: copies code to a page that nothing else uses.
         unsafe {
             let len = (&raw const trampoline_end).offset_from(&raw const trampoline) as usize;
             let to = ptr::with_exposed_provenance_mut(usize::from(TRAMPOLINE_PAGE) << 12);
@@ -154,7 +154,7 @@ fn start_others(platform: &Platform, cpus: u32, ram: &mut Ram) -> Blocks {
 }
 
 /// # Safety
-/// `block` is valid, and nobody else's. What entry.s keeps in it stays.
+/// `block` is valid and exclusively ours. The fields of entry.s keep their values.
 unsafe fn clear_block(block: *mut Block, index: u32, apic_id: u32) {
     // SAFETY: the caller's promise; all zeros is a valid block.
     unsafe {

@@ -1,4 +1,4 @@
-//! What the compiler and `core` expect to find when there is no standard library.
+//! Functions that the compiler and `core` expect without a standard library.
 
 use core::arch::asm;
 use core::panic::PanicInfo;

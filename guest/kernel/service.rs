@@ -1,4 +1,4 @@
-//! What the first vCPU does beside its work: commands, heartbeats, and telling of what is done.
+//! Duties of the first vCPU beside its work: commands, heartbeats, and the lines at a workload's end.
 
 use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
@@ -25,7 +25,7 @@ pub struct Service {
     nmis: u64,
     /// A request to verify is not answered yet.
     verifying: bool,
-    /// The workload's end has been told.
+    /// The line for the workload's end was printed.
     told: bool,
     finished: bool,
 }
@@ -219,7 +219,7 @@ impl Service {
                     expected: u64::from(cpus) * SMP_COUNTS,
                 });
             }
-            // It has told itself, or has no end.
+            // The workload printed its own line, or has no end.
             Workload::SelfTest
             | Workload::Idle
             | Workload::Io

@@ -15,7 +15,7 @@ const FIRST_DEVICE: u32 = 0x1040;
 const HEADER_TYPE: u8 = 0x0c;
 const MULTI_FUNCTION: u32 = 1 << 7;
 
-/// Where BARs are put, so that they are in the identity map: a window of the PCI root.
+/// The address window for BARs: part of the PCI root's window, and inside the identity map.
 const BARS: u64 = 0xc000_0000;
 const BAR_SPACING: u64 = 0x10_0000;
 
@@ -34,7 +34,7 @@ pub const CHAINS: u16 = SIZE / PER_CHAIN;
 const AVAILABLE: u64 = 0x200;
 const USED: u64 = 0x400;
 
-/// Where a function is: device and function number.
+/// The address of a PCI function: device and function number.
 #[derive(Clone, Copy)]
 struct Place {
     slot: u8,
@@ -90,7 +90,7 @@ pub fn write<T: Copy>(addr: u64, value: T) {
 /// A device that was found.
 #[derive(Clone, Copy)]
 pub struct Device {
-    /// What kind of device it is (virtio 1.3, section 5).
+    /// Returns the virtio device ID (virtio 1.3, section 5).
     pub kind: u32,
     common: u64,
     notify: u64,
@@ -98,7 +98,7 @@ pub struct Device {
     /// Its configuration space.
     pub config: u64,
     place: Place,
-    /// Where its MSI-X capability is.
+    /// The offset of the MSI-X capability.
     msix: Option<u8>,
     bar: u64,
 }
@@ -221,7 +221,7 @@ impl Device {
         write(self.common + 26, queue + 1);
     }
 
-    /// It may use its queues.
+    /// Sets DRIVER_OK: the device may use its queues.
     pub fn go(&self) {
         let status = read::<u8>(self.common + 20);
         write(self.common + 20, status | STATUS_DRIVER_OK);

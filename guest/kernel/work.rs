@@ -22,7 +22,7 @@ use crate::serial;
 use crate::service::Service;
 
 const PAGES_PER_MIB: u64 = (1 << 20) / PAGE_SIZE as u64;
-/// What each vCPU adds in [`Workload::Smp`].
+/// The number of increments by each vCPU in [`Workload::Smp`].
 pub const SMP_COUNTS: u64 = 100_000;
 
 /// All that the vCPUs share.
@@ -35,7 +35,7 @@ pub struct Work {
     pub began: u64,
     /// Requests to verify; each vCPU answers the newest in its block.
     pub verify: AtomicU32,
-    /// What all vCPUs count with in [`Workload::Smp`].
+    /// The counter that all vCPUs share in [`Workload::Smp`].
     pub counter: AtomicU64,
 }
 
@@ -108,7 +108,7 @@ pub fn run(work: &'static Work) -> ! {
     }
 }
 
-/// What a vCPU does after a step.
+/// The next action of a vCPU after a step.
 enum Step {
     Busy,
     Until(u64),

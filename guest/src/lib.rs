@@ -34,8 +34,8 @@
 //!
 //! # Time
 //! Time is the TSC's. Its frequency is [`Options::tsc_khz`], else CPUID leaf 15H, else CPUID leaf
-//! 4000_0010H, else what kvmclock's parameters say, else taken to be 1 GHz; [`Line::Hello`] tells
-//! which ([`TscSource`]).
+//! 4000_0010H, else kvmclock's parameters, else 1 GHz is assumed; [`Line::Hello`] names the
+//! source ([`TscSource`]).
 //! A *gap* is time that passed between two looks at the clock of a vCPU that did not sleep, or
 //! that passed after a sleep should have ended. A stop that is over before a sleep ends is not
 //! seen, so measure stops with [`Workload::Spin`] or [`Workload::Dirty`].

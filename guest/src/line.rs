@@ -5,7 +5,7 @@ use core::fmt;
 use crate::names::named;
 use crate::options::{Key, OptionError, number};
 
-/// What each line starts with, so that it is told from what others print on the same port.
+/// The start of each line. Other programs may print on the same port.
 const PREFIX: &str = "pocket: ";
 
 /// A field of a line.
@@ -69,7 +69,7 @@ lines! {
         ram_mib: u64,
         /// The TSC's frequency in kHz.
         tsc_khz: u64,
-        /// Where that is from.
+        /// The source of that frequency.
         tsc_from: TscSource,
     }
     /// All vCPUs are up, and the work begins.
@@ -79,7 +79,7 @@ lines! {
         /// MiB of RAM that work can use.
         free_mib: u64,
     }
-    /// It lives.
+    /// A sign of life, at a fixed interval.
     Heartbeat = "heartbeat" {
         /// Heartbeats so far, this one included.
         count: u64,
@@ -137,9 +137,9 @@ lines! {
     Smp = "smp" {
         /// vCPUs that took part.
         cpus: u32,
-        /// What they counted to.
+        /// The counter's final value.
         count: u64,
-        /// What they should have counted to.
+        /// The expected final value.
         expected: u64,
     }
     /// The answer to `io`: how far [`Workload::Io`](crate::Workload::Io) is.
@@ -154,7 +154,7 @@ lines! {
         frames: u64,
         /// Characters that came by the console and were sent back.
         chars: u64,
-        /// What was not as it should be.
+        /// Checks that failed.
         bad: u64,
     }
     /// All virtio devices have been started.
@@ -166,7 +166,7 @@ lines! {
     }
     /// The self-test has run.
     SelfTest = "selftest" {
-        /// What failed.
+        /// The checks that failed.
         failed: FailedChecks,
     }
     /// A non-maskable interrupt came.
@@ -182,7 +182,7 @@ lines! {
         vector: u64,
         /// Its error code, or 0.
         code: Address,
-        /// Where it was.
+        /// The instruction's address.
         rip: Address,
         /// CR2: for a page fault, which address was touched.
         address: Address,
@@ -194,20 +194,20 @@ lines! {
         /// The line of its source.
         line: u32,
     }
-    /// It cannot do what it was asked for.
+    /// The guest refuses an option or a command.
     Refused = "refused" {
-        /// What, and why.
+        /// The refused item, and the reason.
         what: Refusal,
     }
-    /// The last line of this life.
+    /// The last line before the guest ends.
     Bye = "bye" {
-        /// How it goes.
+        /// The way in which it ends.
         by: Parting,
     }
 }
 
 named! {
-    /// Where the TSC's frequency is from.
+    /// The source of the TSC's frequency.
     pub enum TscSource {
         /// [`Options::tsc_khz`](crate::Options::tsc_khz).
         Option = "option",
@@ -217,7 +217,7 @@ named! {
         CpuidHypervisor = "cpuid-40000010",
         /// The parameters of kvmclock.
         KvmClock = "kvmclock",
-        /// Nowhere: 1 GHz.
+        /// None: 1 GHz is assumed.
         Assumed = "assumed",
     }
 }
@@ -225,11 +225,11 @@ named! {
 named! {
     /// How the guest ends.
     pub enum Parting {
-        /// It powers off.
+        /// Power off.
         PowerOff = "poweroff",
-        /// It resets.
+        /// Reset.
         Reset = "reset",
-        /// It crashes, as it was asked to.
+        /// A crash that was asked for.
         Crash = "crash",
     }
 }
@@ -237,17 +237,17 @@ named! {
 named! {
     /// A check of the self-test.
     pub enum Check {
-        /// A page fault was taken and told right.
+        /// A page fault is delivered with the right error code and CR2.
         PageFault = "page-fault",
-        /// A general protection fault was.
+        /// A general protection fault is delivered.
         GeneralProtection = "general-protection",
-        /// An invalid opcode was.
+        /// An invalid opcode exception is delivered.
         InvalidOpcode = "invalid-opcode",
-        /// Floating point computes right, and interrupts do not disturb it.
+        /// Floating-point results are right, also across interrupts.
         FloatingPoint = "floating-point",
         /// The local APIC's timer interrupts a halted vCPU.
         Interrupts = "interrupts",
-        /// The TSC and kvmclock go on together.
+        /// The TSC and kvmclock advance at the same rate.
         Clocks = "clocks",
     }
 }
@@ -296,10 +296,10 @@ impl Field for FailedChecks {
     }
 }
 
-/// Why the guest cannot do what it was asked for.
+/// The reason for which the guest refuses an option or a command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refusal {
-    /// A word of the command line has no such value; it goes on as if there was none.
+    /// An option's value is invalid. The guest uses its defaults.
     Option(Key),
     /// There is less free memory than the workload asks for, in MiB.
     Memory(u64),
@@ -307,9 +307,9 @@ pub enum Refusal {
     Cpu(u32),
     /// There is no such command.
     Command,
-    /// It knows no way to power off.
+    /// Neither ACPI nor an option names a way to power off.
     PowerOff,
-    /// It knows no way to reset.
+    /// Neither ACPI nor an option names a way to reset.
     Reset,
 }
 
@@ -345,7 +345,7 @@ impl Field for Refusal {
     }
 }
 
-/// An address, or another number that is read best in hexadecimal.
+/// An address, or another number that is printed in hexadecimal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Address(pub u64);
 
@@ -375,7 +375,7 @@ impl<T: Field> Field for Option<T> {
     }
 }
 
-/// A field that `Display` and the type's own reading do right.
+/// Implements [`Field`] with `Display` and a parse function.
 macro_rules! plain_field {
     ($($type:ty = $parse:expr,)+) => {$(
         impl Field for $type {

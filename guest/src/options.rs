@@ -8,22 +8,22 @@ use crate::names::named;
 /// vCPUs that the guest can use.
 pub const MAX_CPUS: u32 = 64;
 
-/// What the guest does. In text, the words of the command line: `workload=dirty rate=1000 ...`.
+/// The guest's options. As text they are the words of its command line: `workload=dirty rate=1000 ...`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Options {
     /// The work.
     pub workload: Workload,
-    /// How many vCPUs to use (1 to [`MAX_CPUS`]); by default all that ACPI tells of, or one.
+    /// How many vCPUs to use (1 to [`MAX_CPUS`]); by default all that ACPI lists, or one.
     pub cpus: Option<u32>,
     /// Milliseconds between [heartbeats](crate::Line::Heartbeat); by default there are none.
     pub heartbeat_ms: Option<u32>,
-    /// The TSC's frequency in kHz, not 0, where neither CPUID nor kvmclock tells.
+    /// The TSC's frequency in kHz, not 0, where neither CPUID nor kvmclock has it.
     pub tsc_khz: Option<u32>,
-    /// How to power off, where ACPI does not tell.
+    /// How to power off, where ACPI does not say.
     pub sleep_port: Option<PortValue>,
-    /// How to reset, where ACPI does not tell.
+    /// How to reset, where ACPI does not say.
     pub reset_port: Option<PortValue>,
-    /// What to do when the work is done, for work that has an end.
+    /// The action after a workload that ends.
     pub then: After,
 }
 
@@ -41,7 +41,7 @@ pub enum Workload {
         region_mib: Option<u64>,
         /// Pages a second, in all, not 0; by default as fast as can be.
         rate: Option<u64>,
-        /// In which order.
+        /// The order of the pages.
         order: Order,
     },
     /// Writing each free page once, then checking them: [`Line::Touched`](crate::Line::Touched),
@@ -59,7 +59,7 @@ pub enum Workload {
     /// Driving the first virtio device of each kind on the first PCI bus, on the first vCPU, without
     /// end: entropy, a disk (whose first MiB it writes over), a network interface that answers ARP
     /// and sends UDP datagrams back, and a console that sends back what is typed. The
-    /// [command](Command::Io) `io` asks how far it is.
+    /// [command](Command::Io) `io` returns its progress.
     Io,
     /// Starting every virtio device on the first PCI bus with all its queues, each with an interrupt of its
     /// own, and nothing more: [`Line::Queues`](crate::Line::Queues).
@@ -92,7 +92,7 @@ named! {
 }
 
 named! {
-    /// What to do when the work is done.
+    /// An action after the end of the workload.
     #[derive(Default)]
     pub enum After {
         /// Be idle, and take commands.
@@ -118,22 +118,22 @@ named! {
 }
 
 named! {
-    /// What a word of the command line sets.
+    /// A key of the command line.
     pub enum Key {
         /// [`Options::workload`]: `idle`, `spin`, `dirty`, `touch`, `exits`, `smp`, `io`, `selftest` or
         /// `crash`.
         Workload = "workload",
-        /// Of [`Workload::Dirty`].
+        /// [`Workload::Dirty`]'s `region_mib`.
         RegionMib = "region_mib",
-        /// Of [`Workload::Dirty`].
+        /// [`Workload::Dirty`]'s `rate`.
         Rate = "rate",
-        /// Of [`Workload::Dirty`].
+        /// [`Workload::Dirty`]'s `order`.
         Order = "order",
-        /// Of [`Workload::Exits`].
+        /// [`Workload::Exits`]' `port`.
         Port = "port",
-        /// Of [`Workload::Exits`].
+        /// [`Workload::Exits`]' `count`.
         Count = "count",
-        /// Of [`Workload::Crash`].
+        /// The kind of [`Workload::Crash`].
         Crash = "crash",
         /// [`Options::cpus`].
         Cpus = "cpus",
@@ -150,24 +150,28 @@ named! {
     }
 }
 
-/// A word of the command line has a value that it cannot have.
+/// An option with an invalid value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OptionError(pub Key);
 
 impl fmt::Display for OptionError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "The pocket guest's option {} has no such value", self.0)
+        write!(
+            f,
+            "the pocket guest's option {} has an invalid value",
+            self.0
+        )
     }
 }
 
 impl Error for OptionError {}
 
 impl Options {
-    /// Reads a command line. Of a key that is given twice the last word counts; words with keys
-    /// that the guest does not know are passed over, since VMMs add words of their own.
+    /// Parses a command line. The last word of a repeated key counts. Words with unknown keys are
+    /// ignored, since VMMs add words of their own.
     ///
     /// # Errors
-    /// When a key that it knows has a value that it cannot have.
+    /// A known key has an invalid value.
     pub fn parse(text: &str) -> Result<Self, OptionError> {
         let mut options = Self::default();
         let mut kind = "idle";
@@ -311,12 +315,12 @@ fn fits<T: TryFrom<u64>>(number: Option<u64>) -> Option<T> {
     number.and_then(|number| T::try_from(number).ok())
 }
 
-/// What the guest takes on its serial port, a line each.
+/// A command on the guest's serial port, one a line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Command {
     /// Answer [`Line::Alive`](crate::Line::Alive).
     Ping,
-    /// Answer [`Line::Report`](crate::Line::Report), and start looking for gaps anew.
+    /// Answer [`Line::Report`](crate::Line::Report), and reset the largest gap.
     Report,
     /// Answer [`Line::Io`](crate::Line::Io).
     Io,

@@ -1,6 +1,5 @@
-//! What the guest writes to a page: words that depend on the page's address and on how often it
-//! was written, so that a page that is stale, lost, torn or misplaced cannot pass for the right
-//! one.
+//! The content that the guest writes to a page: words that depend on the page's address and on the
+//! number of times that it was written. A page that is stale, lost, torn or misplaced does not match.
 //!
 //! The guest keeps no table of what it wrote. Each vCPU visits its pages in a fixed order, so
 //! *one* counter tells the generation of each page; see [`generation`].
@@ -23,7 +22,7 @@ pub fn fill(page: &mut Page, addr: u64, generation: u64) {
     page[1] = addr;
 }
 
-/// Whether the page at `addr` is as its `generation`th writing left it.
+/// Returns whether the page at `addr` has the content of its `generation`th write.
 #[must_use]
 pub fn matches(page: &Page, addr: u64, generation: u64) -> bool {
     let seed = seed(addr, generation);
@@ -38,8 +37,8 @@ pub fn matches(page: &Page, addr: u64, generation: u64) -> bool {
     head && body == 0
 }
 
-/// How often the page in `slot` of `slots` was written when its vCPU has made `writes` writes,
-/// one slot after the other, round and round.
+/// Returns how many times the page in `slot` of `slots` was written after `writes` writes that visit
+/// the slots in turn.
 #[must_use]
 pub fn generation(writes: u64, slot: u64, slots: u64) -> u64 {
     if slots == 0 {

@@ -1,4 +1,4 @@
-//! What one side says, the other understands.
+//! Lines, options and commands parse back from their text.
 
 use guest::pattern::{self, Page, WORDS};
 use guest::{

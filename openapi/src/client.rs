@@ -1,4 +1,4 @@
-//! Requests and answers over HTTP/1.1, on connections that are kept.
+//! Requests and answers over HTTP/1.1, on connections that are reused.
 
 use std::io;
 use std::net::SocketAddr;
@@ -19,20 +19,20 @@ use tokio::net::{TcpStream, UnixStream};
 use crate::error::ClientError;
 use crate::operations::Operation;
 
-/// What a call may take, from the connection to the end of the answer.
+/// The time limit of a call, from the connection to the end of the answer.
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Bytes of an answer that are read.
+/// Maximum length of an answer, in bytes.
 const ANSWER_LEN: usize = 64 << 20;
 
-/// Connections that are kept for later.
+/// Maximum number of idle connections.
 const IDLE: usize = 8;
 
-/// For how long: a service closes those that are not used for half a minute, and one that is about to be closed
-/// may take a request and not answer it.
+/// How long a connection stays idle. A service closes idle connections, too, and one that is about to
+/// close may take a request and not answer it.
 const IDLE_TIME: Duration = Duration::from_secs(10);
 
-/// Characters of an answer that is not understood which are shown.
+/// Maximum number of characters of an unexpected answer in an error.
 const EXCERPT: usize = 200;
 
 type Connection = SendRequest<Full<Bytes>>;
@@ -52,26 +52,26 @@ pub fn default_socket() -> PathBuf {
         .join("whimbrel.sock")
 }
 
-/// A service, for those who use it. Cheap to clone; calls at a time have a connection each.
+/// A client of a service. Cheap to clone; concurrent calls use a connection each.
 ///
-/// There is a method for each operation of the [document](crate::DOCUMENT): those that begin with `vms_` speak
-/// of many VMs by name and are for the service's own socket, those that begin with `vm_` are Cloud Hypervisor's
-/// and for a socket that serves one VM. Must be used within a tokio runtime.
+/// Each operation of the [document](crate::DOCUMENT) has a method. Methods that begin with `vms_` name a VM and
+/// are for the service's own socket; those that begin with `vm_` are Cloud Hypervisor's and for a socket that
+/// serves one VM. Must be used within a tokio runtime.
 #[derive(Clone, Debug)]
 pub struct Client {
     place: Place,
     timeout: Duration,
-    /// And since when.
+    /// Idle connections, and since when they are idle.
     idle: Arc<Mutex<Vec<(Instant, Connection)>>>,
 }
 
 impl Client {
-    /// The service at a unix socket. Nothing is opened before the first call.
+    /// Returns a client of the service at a unix socket. It connects at the first call.
     pub fn unix(path: impl Into<PathBuf>) -> Self {
         Self::at(Place::Unix(path.into()))
     }
 
-    /// The service at a TCP address. Nothing is opened before the first call.
+    /// Returns a client of the service at a TCP address. It connects at the first call.
     #[must_use]
     pub fn tcp(address: SocketAddr) -> Self {
         Self::at(Place::Tcp(address))
@@ -85,14 +85,14 @@ impl Client {
         }
     }
 
-    /// Lets a call take so long.
+    /// Sets the time limit of a call.
     #[must_use]
     pub fn with_timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;
         self
     }
 
-    /// Where the service is, for a person.
+    /// Returns the service's address for a message.
     #[must_use]
     pub fn place(&self) -> String {
         match &self.place {
@@ -172,7 +172,7 @@ impl Client {
             .map_err(|error| unsendable(error.to_string()))
     }
 
-    /// Sends a request on a connection that was kept, or on a new one.
+    /// Sends a request on an idle connection, or on a new one.
     pub(crate) async fn send(
         &self,
         operation: &'static Operation,
@@ -186,7 +186,7 @@ impl Client {
         while let Some(mut kept) = self.kept() {
             match kept.try_send_request(request).await {
                 Ok(response) => return Ok((response, kept)),
-                // The service closed the connection while nobody used it, and has seen nothing of the request.
+                // The service closed the idle connection and has not seen the request: send it again.
                 Err(mut error) => match error.take_message() {
                     Some(unsent) => request = unsent,
                     None => return Err(broken(error.into_error())),
@@ -311,7 +311,7 @@ impl Client {
         }
     }
 
-    /// Sends a request whose answer is a stream, and waits for its beginning only.
+    /// Sends a request whose answer is a stream, and waits for the head of the answer.
     pub(crate) async fn open(
         &self,
         operation: &'static Operation,

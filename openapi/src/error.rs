@@ -10,17 +10,17 @@ use spec::Problem;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ClientError {
-    /// There is nobody at the other end.
+    /// No service answers at the address.
     #[error(
         "no service answers at {place}: is whimbrel running (`whimbrel serve`), and is this its socket?"
     )]
     NoService {
         /// The socket or address.
         place: String,
-        /// What the host says.
+        /// The host's error.
         source: io::Error,
     },
-    /// The socket is somebody else's.
+    /// The socket belongs to another user.
     #[error("{place} may not be used: the socket belongs to another user")]
     Forbidden {
         /// The socket.
@@ -72,7 +72,7 @@ pub enum ClientError {
 }
 
 impl ClientError {
-    /// The stable code of the problem, if the service told one.
+    /// Returns the stable code of the problem, if the service sent one.
     #[must_use]
     pub fn code(&self) -> Option<&str> {
         match self {

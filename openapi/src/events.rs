@@ -16,12 +16,12 @@ use crate::operations::EVENTS;
 /// Bytes of one event.
 const EVENT_LEN: usize = 1 << 20;
 
-/// What the stream tells.
+/// An item of the event stream.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum News {
     /// Something happened.
     Happened(Event),
-    /// What happened before the event of this number is no longer known.
+    /// Events before this number are lost: the service no longer keeps them.
     Missed {
         /// The oldest event that is.
         oldest: u64,
@@ -69,7 +69,7 @@ impl Client {
 }
 
 impl Events {
-    /// What comes next; nothing when the service has ended the stream. Waits as long as it takes.
+    /// Returns the next item, or `None` when the service has ended the stream. Waits without a limit.
     ///
     /// # Errors
     /// When the connection breaks, or what comes is not understood.

@@ -175,7 +175,7 @@ async fn nobody_there_is_said_by_name() {
     drop(std::os::unix::net::UnixListener::bind(&stale).unwrap());
     let error = Client::unix(&stale).ping().await.unwrap_err();
     assert!(error.to_string().contains("is whimbrel running"), "{error}");
-    // A port that nobody listens on.
+    // A port without a listener.
     let free = std::net::TcpListener::bind("127.0.0.1:0")
         .unwrap()
         .local_addr()
@@ -220,7 +220,7 @@ async fn who_is_not_a_service_is_not_understood() {
     assert!(matches!(error, ClientError::Timeout { .. }), "{error}");
 }
 
-/// A connection that the service closed while nobody used it, and a service that began again.
+/// The service closes an idle connection, and restarts.
 #[tokio::test]
 async fn connections_are_kept_and_made_anew() {
     let header_read_timeout = Duration::from_millis(100);

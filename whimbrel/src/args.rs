@@ -54,7 +54,7 @@ pub(crate) enum Command {
     },
     /// Write man pages.
     Man {
-        /// Where to.
+        /// Directory of the pages.
         directory: PathBuf,
     },
 }
@@ -88,7 +88,7 @@ pub(crate) struct ServeArguments {
     /// Serve on this TCP address as well. Loopback only: there is no authentication yet.
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub(crate) tcp: Option<SocketAddr>,
-    /// Where the service keeps its files: for each VM ID, `vms/ID.sock` speaks Cloud Hypervisor's
+    /// Directory of the service's files: for each VM ID, `vms/ID.sock` speaks Cloud Hypervisor's
     /// API for that VM alone. By default a directory beside the socket, named as it is but for the
     /// ending.
     #[arg(long, value_name = "PATH")]
@@ -180,7 +180,7 @@ pub(crate) struct VmArguments {
     /// System call filter. (This version has none: only false is accepted.)
     #[arg(long, value_name = "MODE")]
     pub(crate) seccomp: Option<String>,
-    /// Where events are told. (Not supported by this version; the service has /api/v1/events.)
+    /// Destination of events. (Not supported by this version; the service has /api/v1/events.)
     #[arg(long, value_name = "OPTIONS")]
     pub(crate) event_monitor: Option<String>,
 }

@@ -1,4 +1,4 @@
-//! `whimbrel demo`: a guest that boots, stands still, goes on, and moves between two services while
+//! `whimbrel demo`: a guest that boots, is paused and resumed, and migrates between two services while
 //! it writes to its memory, over REST; it checks its memory after each move.
 //!
 //! Both services run in this process, and all that is done to them is done by clients through their
@@ -104,7 +104,7 @@ impl One {
 
 struct Demo {
     clients: [Client; 2],
-    /// Where the guest is.
+    /// The service that runs the guest.
     here: usize,
     console: PathBuf,
     paint: Paint,
@@ -359,7 +359,8 @@ impl Demo {
     }
 }
 
-/// What is shown may have no reader any more; the demonstration goes on, and its status tells.
+/// Prints a line. A closed pipe is ignored: the demonstration continues, and its exit status tells the
+/// result.
 fn show_line(text: &str) {
     let _ = writeln!(io::stdout(), "{text}");
 }

@@ -1,4 +1,4 @@
-//! Where log lines go, and which.
+//! Destination, format and level of the log.
 
 use std::fs::OpenOptions;
 use std::io::{self, IsTerminal};

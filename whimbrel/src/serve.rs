@@ -14,7 +14,7 @@ use vmm::{Pool, PoolConfig};
 use crate::args::ServeArguments;
 use crate::signals::{Signals, unless_interrupted};
 
-/// What this program says of itself.
+/// The description of this program in `vmm.ping`.
 pub(crate) fn about() -> VmmPingResponse {
     let version = env!("CARGO_PKG_VERSION");
     VmmPingResponse {

@@ -1,4 +1,4 @@
-//! Being told to end.
+//! Signals that end the program.
 
 use anyhow::{Context, Result};
 use tokio::signal::unix::{Signal, SignalKind, signal};

@@ -1,4 +1,4 @@
-//! What firmware would do: tables in memory, and the first vCPU's state (Xen's PVH boot ABI,
+//! The part of firmware: tables in memory, and the first vCPU's state (Xen's PVH boot ABI,
 //! docs/misc/pvh.pandoc).
 
 use hypervisor::Vcpu;
@@ -7,7 +7,7 @@ use hypervisor::arch::{kvm_regs, kvm_segment};
 use super::Spec;
 use super::ports::{RESET_PORT, RESET_VALUE, SLEEP_PORT};
 
-/// Where RAM goes on; 1 GiB above where it could, so that there is a hole.
+/// The start of the upper RAM. It is 1 GiB above the least possible address, which makes a hole.
 pub(crate) const HIGH_RAM: u64 = 5 << 30;
 
 const START_INFO: u64 = 0x6000;

@@ -42,14 +42,14 @@ pub(crate) enum End {
     Failed(RunFailure),
 }
 
-/// What its threads tell.
+/// Reports of the machine's threads.
 pub(crate) enum Event {
     FirstInstruction(Instant),
     Line(Instant, Line),
     End(End),
 }
 
-/// What to build.
+/// The machine to build.
 pub(crate) struct Spec {
     pub(crate) options: Options,
     pub(crate) ram_mib: u64,
@@ -79,12 +79,12 @@ impl Spec {
     }
 }
 
-/// What vCPU threads look at when they are kicked.
+/// State that vCPU threads check when they are kicked.
 #[derive(Default)]
 struct Wishes {
     stop: AtomicBool,
     nmi: AtomicBool,
-    /// Held by whoever keeps them out of the guest.
+    /// Held by a thread that keeps the vCPUs out of the guest.
     pause: Mutex<()>,
 }
 
@@ -306,7 +306,7 @@ fn run(mut vcpu: Vcpu, mut ports: Ports, wishes: &Wishes, events: &Sender<Event>
             Exit::Failed(why) => Some(End::Failed(why)),
         };
         if let Some(end) = end {
-            // Nobody may be waiting any more.
+            // The receiver may be gone.
             let _ = events.send(Event::End(end));
             return;
         }
