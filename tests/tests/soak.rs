@@ -21,7 +21,8 @@ const ECHO: u32 = 1234;
 const STREAM: u16 = 5002;
 
 /// Starts the work of the guest. Each worker counts its passes in a file of its name in `/tmp`, appends
-/// what it finds wrong to `/tmp/faults`, and ends when `/tmp/end` exists.
+/// what it finds wrong to `/tmp/faults`, and ends when `/tmp/end` exists. The pauses leave the one CPU of the
+/// emulated host to the services now and then.
 /// - `disk` writes files, reads them back past the page cache, and compares their sums;
 /// - `memory` rewrites files in memory and checks the sums of those that lay there meanwhile;
 /// - `stream` sends numbered lines to the host by TCP, and `end` behind the last.
@@ -35,7 +36,7 @@ disk() {
     want=$(sha256sum <$file)
     got=$(dd if=$file bs=64k iflag=direct 2>/dev/null | sha256sum)
     [ "$want" = "$got" ] || echo "disk: pass $i: wrote $want, read $got" >>/tmp/faults
-    echo $i >/tmp/disk
+    echo $i >/tmp/disk; sleep 0.2
   done
   touch /tmp/disk.done
 }
@@ -45,7 +46,7 @@ memory() {
     i=$((i + 1)) file=/dev/shm/soak.$((i % 16))
     [ $i -le 16 ] || sha256sum --status -c $file.sum || echo "memory: pass $i: $file" >>/tmp/faults
     head -c 1000000 /dev/urandom >$file && sha256sum $file >$file.sum
-    echo $i >/tmp/memory
+    echo $i >/tmp/memory; sleep 0.2
   done
   touch /tmp/memory.done
 }
@@ -167,7 +168,7 @@ fn spread(times_us: &mut [u64]) -> String {
 }
 
 fn devices(service: &Service, config: &mut VmConfig) {
-    config.memory.size = 384 << 20;
+    config.memory.size = 256 << 20;
     config.cpus = CpusConfig::with_vcpus(2);
     config.net = Some(vec![serde_json::from_str(r#"{"tap":"tap0"}"#).unwrap()]);
     let socket = service.path("vsock").to_string_lossy().into_owned();
