@@ -45,7 +45,7 @@ pub enum ConsoleError {
     Terminal(#[source] io::Error),
 }
 
-/// What takes a console's input: a serial port, or a virtio console.
+/// A receiver of a console's input: a serial port, or a virtio console.
 pub trait ConsoleInput {
     /// Bytes that the guest has room for.
     fn room(&self) -> usize;
@@ -53,7 +53,7 @@ pub trait ConsoleInput {
     fn receive(&self, bytes: &[u8]) -> usize;
 }
 
-/// Where what the guest writes goes, and where what it reads comes from.
+/// The host's end of a serial port or virtio console.
 pub struct Console {
     end: End,
     /// The guest has not room for all that there is to read.
@@ -79,12 +79,12 @@ enum End {
 /// The one client of a socket.
 type Client = Arc<Mutex<Option<Connected>>>;
 
-/// What a descriptor is to be done with after [`Console::ready`].
+/// A change of the watched descriptors after [`Console::ready`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Watch {
     /// Tell when it is ready.
     Begin(RawFd),
-    /// It is about to be closed.
+    /// End watching: the descriptor is about to be closed.
     End(RawFd),
 }
 
@@ -110,7 +110,7 @@ impl Console {
         Self::to_file(File::create(path), path)
     }
 
-    /// As [`Console::file`], behind what is in the file.
+    /// Appends to a file; otherwise like [`Console::file`].
     ///
     /// # Errors
     /// When it cannot be written.
@@ -424,7 +424,7 @@ impl Write for ToClient {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         match &mut *self.0.lock() {
             Some(client) => client.write(bytes),
-            // Nobody listens, which is not a fault.
+            // No client is connected, which is not a fault.
             None => Ok(bytes.len()),
         }
     }
@@ -480,7 +480,7 @@ mod tests {
         }
         assert!(read == text);
         assert_eq!(serial.counters()[2], ("bytes_lost", 0));
-        // What nobody reads at all is lost, and counted.
+        // Output that no client reads is lost, and counted.
         let much = vec![0; UNREAD + 300_000];
         guest_writes(&serial, &much);
         assert!(serial.counters()[2].1 > 0);

@@ -24,7 +24,7 @@ const EVENTS_PER_POLL: usize = 64;
 const COMMANDS_PER_ROUND: usize = 1024;
 const WAKER: Token = Token(0);
 
-/// What a descriptor is watched for.
+/// The readiness for which a descriptor is watched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Interest {
     /// That there is something to read.
@@ -62,7 +62,7 @@ pub trait Actor: Send {
     fn woken(&mut self, sources: &mut Sources<'_>) -> Flow;
     /// The descriptor that it registered as `key` is ready to be read.
     fn ready(&mut self, key: usize, sources: &mut Sources<'_>) -> Flow;
-    /// It panicked, with this message, and is dropped next.
+    /// Called after the actor panicked with this message. The actor is dropped next.
     fn crashed(&mut self, message: &str);
 }
 

@@ -14,11 +14,11 @@ use state::{Load, LoadError, LoadScope, Save, SaveError, Saved, Scope};
 
 /// Bytes of the registers.
 pub const LEN: u64 = 12;
-/// Where the slots with a new device are read.
+/// Offset of the register that lists slots with a new device.
 pub const INSERTED: u64 = 0;
-/// Where the slots that should let go are read.
+/// Offset of the register that lists slots whose devices are to be ejected.
 pub const WANTED_BACK: u64 = 4;
-/// Where the guest writes that it has let go.
+/// Offset of the register to which the guest writes the slots that it ejects.
 pub const EJECT: u64 = 8;
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -82,7 +82,7 @@ impl DeviceOps for HotplugBlock {
     }
 }
 
-/// What is saved: frozen.
+/// Saved state, version 1. Frozen.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct V1 {

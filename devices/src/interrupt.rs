@@ -22,11 +22,11 @@ impl InterruptLine {
 
     /// Raises an edge.
     pub fn raise(&self) {
-        // It can only be full, of edges that nobody took: one more says nothing new.
+        // The write fails only if the counter is full of edges that are not taken yet. One more adds nothing.
         let _ = self.0.write(1);
     }
 
-    /// What is to be attached.
+    /// Returns the descriptor to attach to the interrupt controller.
     #[must_use]
     pub fn event_fd(&self) -> &EventFd {
         &self.0

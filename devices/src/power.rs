@@ -26,7 +26,7 @@ pub const SLEEP_STATUS: u64 = 1;
 pub const RESET: u64 = 2;
 /// The event register's.
 pub const EVENTS: u64 = 4;
-/// What the reset register wants.
+/// The value that resets the machine when it is written to the reset register.
 pub const RESET_VALUE: u8 = 1;
 /// Starts the sleep whose type is written with it.
 pub const SLEEP_ENABLE: u8 = 1 << 5;
@@ -38,7 +38,7 @@ pub const POWER_BUTTON: u8 = 1 << 0;
 /// Devices came, or should go: the registers of [`hotplug`](crate::hotplug) say which.
 pub const PCI_HOTPLUG: u8 = 1 << 1;
 
-/// What a guest wants done with its machine.
+/// A guest's request for its machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PowerEvent {
     /// Start anew.
@@ -47,7 +47,7 @@ pub enum PowerEvent {
     PowerOff,
 }
 
-/// Who is told.
+/// The receiver of power events.
 pub type PowerEvents = dyn Fn(PowerEvent) + Send + Sync;
 
 /// The registers.
@@ -113,7 +113,7 @@ impl DeviceOps for PowerBlock {
     }
 }
 
-/// What is saved: frozen.
+/// Saved state, version 1. Frozen.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct V1 {

@@ -15,7 +15,7 @@ use crate::console::ConsoleInput;
 use crate::debug_port::OnFirst;
 use crate::interrupt::InterruptLine;
 
-/// What happened on the port so far.
+/// Counters of the port.
 #[derive(Debug, Default)]
 struct Counts {
     bytes_out: AtomicU64,
@@ -155,7 +155,7 @@ impl DeviceOps for Serial {
     }
 }
 
-/// What is saved of the port: frozen. Registers by their names in the 16550A's data sheet.
+/// Saved state of the port, version 1. Frozen. Registers have their names in the 16550A's data sheet.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct V1 {

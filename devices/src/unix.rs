@@ -21,22 +21,21 @@ const BACKLOG: i32 = 128;
 pub struct Listening {
     listener: UnixListener,
     path: PathBuf,
-    /// Where it is until it takes its path over.
+    /// The temporary path, until the socket takes over its own.
     beside: Option<PathBuf>,
     inode: (u64, u64),
 }
 
 impl Listening {
-    /// Listens at `path`. A socket that nobody listens on any more is replaced.
+    /// Listens at `path`. Replaces a socket that has no listener any more.
     ///
     /// # Errors
-    /// When the socket cannot be made: because somebody listens there, or something else is in the
-    /// way.
+    /// The socket cannot be created: another process listens there, or the path is not a socket.
     pub fn bind(path: &Path) -> io::Result<Self> {
         Self::at(path, None)
     }
 
-    /// Listens beside `path`, whoever has that, until [`Listening::take_over`].
+    /// Listens at a temporary path beside `path` until [`Listening::take_over`]. `path` may be in use.
     ///
     /// # Errors
     /// As for [`Listening::bind`].
@@ -64,10 +63,10 @@ impl Listening {
         })
     }
 
-    /// Takes the path from whoever had it: who connects from now on reaches this one.
+    /// Takes the path over from its present owner. Later connections reach this socket.
     ///
     /// # Errors
-    /// When the host refuses.
+    /// The rename fails.
     pub fn take_over(&mut self) -> io::Result<()> {
         if let Some(beside) = &self.beside {
             fs::rename(beside, &self.path)?;
@@ -76,7 +75,7 @@ impl Listening {
         Ok(())
     }
 
-    /// What accepts connections.
+    /// Returns the listening socket.
     #[must_use]
     pub fn listener(&self) -> &UnixListener {
         &self.listener

@@ -1,5 +1,5 @@
-//! What a disk costs on the way from its queues to the host, as a table: the driver is this program, so
-//! that no exit of a guest is in it.
+//! The cost of a disk between its queues and the host, as a table. This program is the driver, so no
+//! exit of a guest is included.
 //!
 //!     cargo bench -p virtio-devices --bench io
 //!
@@ -87,7 +87,7 @@ struct Load {
 }
 
 impl Load {
-    /// Where the operation of this number goes.
+    /// Returns the offset of the operation of this number.
     fn offset(self, number: u64) -> u64 {
         let places = DISK / u64::from(self.size);
         let place = match self.size {
@@ -166,7 +166,7 @@ fn device(path: &Path, queues: u16, load: Load) -> (f64, f64) {
 struct Driver {
     queue: TestQueue,
     load: Load,
-    /// Of each slot: header, data, status.
+    /// Addresses of header, data and status of each slot.
     places: Vec<(u64, u64, u64)>,
     /// The slot of each chain, by its head.
     slots: Vec<usize>,

@@ -1,5 +1,5 @@
-//! What a network interface costs between its queues and the host's stack, as a table: the driver is this
-//! program, so that no exit of a guest is in it. Wants `/dev/net/tun` and CAP_NET_ADMIN.
+//! The cost of a network interface between its queues and the host's stack, as a table. This program is
+//! the driver, so no exit of a guest is included. Needs `/dev/net/tun` and CAP_NET_ADMIN.
 //!
 //!     cargo bench -p virtio-devices --bench net
 //!
@@ -25,7 +25,7 @@ use virtio_devices::{QueueState, VirtioDevice, Workers};
 const SPAN: Duration = Duration::from_millis(500);
 const TIMES: usize = 5;
 const ENTRIES: u16 = 256;
-/// Of a frame, the virtio header before it included.
+/// Maximum length of a frame with its virtio header.
 const ROOM: u32 = 2048;
 const HEADER: usize = 12;
 const MAC: [u8; 6] = [0x02, 0x57, 0x68, 0x69, 0x6d, 0x02];
@@ -61,7 +61,7 @@ fn median(mut measure: impl FnMut() -> f64) -> f64 {
     rates[TIMES / 2]
 }
 
-/// Sends datagrams as fast as the host takes them, until it is told to stop.
+/// Sends datagrams as fast as the host accepts them, until `over` is set.
 fn flood(socket: &UdpSocket, to: SocketAddr, size: usize, over: &AtomicBool) {
     let data = vec![7; size];
     while !over.load(Ordering::Relaxed) {

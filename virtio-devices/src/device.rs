@@ -1,4 +1,4 @@
-//! What a device is to the transport.
+//! The interface between transport and devices.
 
 use std::fmt;
 use std::sync::Arc;
@@ -8,7 +8,7 @@ use state::{LoadError, LoadScope, SaveError, Scope};
 use crate::queue::{Queue, QueueError, QueueState};
 use crate::transport::{Transport, copy};
 
-/// What kind of device it is (virtio 1.3, section 5).
+/// A virtio device ID (virtio 1.3, section 5).
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct DeviceId(pub u16);
 
@@ -26,7 +26,7 @@ impl DeviceId {
     /// Socket device (5.10).
     pub const VSOCK: Self = Self(19);
 
-    /// As logs and the API name it.
+    /// Returns the name in logs and in the API.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -59,12 +59,12 @@ pub enum DeviceError {
     /// The host refused something.
     #[error("the host refused to {attempt}: {source}")]
     Host {
-        /// What was attempted.
+        /// The attempted operation.
         attempt: &'static str,
         /// The host's answer.
         source: std::io::Error,
     },
-    /// Somebody else has what only one may have.
+    /// Another process holds an exclusive resource.
     #[error("{0}")]
     Taken(String),
 }
@@ -130,13 +130,13 @@ pub trait VirtioDevice: Send {
     /// go. `None` if it was not being served.
     fn stop_queue(&mut self, index: u16) -> Option<QueueState>;
 
-    /// The driver forgets a queue, and sets it up anew before it is started again. What was in hand is
-    /// done; where it was is of no interest.
+    /// Resets a queue. Requests in hand are completed; the queue's state is discarded, since the driver sets
+    /// the queue up again before it starts it.
     fn reset_queue(&mut self, index: u16) {
         let _ = self.stop_queue(index);
     }
 
-    /// Where a queue that is being served is at this moment; it may go on at once.
+    /// Returns the state of a queue that is being served, at this moment.
     fn queue_state(&self, index: u16) -> Option<QueueState>;
 
     /// Forgets the driver: as after power-on. All queues have been stopped.
@@ -155,11 +155,11 @@ pub trait VirtioDevice: Send {
     /// given to another machine. No queue is being served, and [`VirtioDevice::flush`] succeeded.
     fn hand_over(&mut self) {}
 
-    /// Takes what only one machine may have at a time: of a device that was made for a guest that
-    /// moves here, or handed one over that does not move after all.
+    /// Acquires exclusive host resources: at the destination of a migration, or at a source whose guest
+    /// stays after all.
     ///
     /// # Errors
-    /// When somebody else has it, or the host refuses.
+    /// Another process holds a resource, or the host refuses.
     fn take_over(&mut self) -> Result<(), DeviceError> {
         Ok(())
     }
@@ -170,12 +170,12 @@ pub trait VirtioDevice: Send {
     /// When it does not fit.
     fn save(&self, to: &mut Scope<'_>) -> Result<(), SaveError>;
 
-    /// Goes on from what was saved. Not active; no queue is being served.
+    /// Loads saved state. The device is not active and serves no queue.
     ///
     /// # Errors
-    /// When it cannot be read or makes no sense here.
+    /// The state cannot be decoded, or does not fit this device.
     fn load(&mut self, from: &mut LoadScope<'_, '_>) -> Result<(), LoadError>;
 
-    /// What it counts, by the names that the API shows.
+    /// Returns the counters, by the names that the API shows.
     fn counters(&self) -> Vec<(&'static str, u64)>;
 }

@@ -20,7 +20,7 @@
 //!   commit can make stale unseen; what it pops is a [`Chain`], all of whose buffers have been
 //!   checked.
 //! - A [`QueueTask`] does the work, on an event loop that it shares with others. An error of the
-//!   guest's ends it, and tells the driver by `DEVICE_NEEDS_RESET`; nobody else is harmed.
+//!   guest's ends the task and sets `DEVICE_NEEDS_RESET`; other devices and VMs are unaffected.
 //!
 //! Nothing here knows KVM, the API, or how a VM migrates.
 

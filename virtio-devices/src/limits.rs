@@ -1,4 +1,4 @@
-//! What a guest cannot exceed.
+//! Limits that a guest cannot exceed.
 
 /// Queues of one device.
 pub const MAX_QUEUES: usize = 32;

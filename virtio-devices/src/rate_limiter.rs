@@ -35,7 +35,7 @@ impl Timer {
         )?)))
     }
 
-    /// What becomes ready when it is time.
+    /// Returns the timer that becomes readable when the limiter has tokens again.
     #[must_use]
     pub fn descriptor(&self) -> Arc<OwnedFd> {
         Arc::clone(&self.0)
@@ -84,9 +84,9 @@ pub struct BucketConfig {
 /// Limits of a device, or of one direction of it; none of either where it is absent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RateLimits {
-    /// Of bytes.
+    /// Bucket of bytes.
     pub bandwidth: Option<BucketConfig>,
-    /// Of operations.
+    /// Bucket of operations.
     pub ops: Option<BucketConfig>,
 }
 
@@ -193,7 +193,7 @@ impl RateLimiter {
 #[derive(Clone, Debug)]
 pub struct SharedLimiter(Option<Arc<Mutex<Line>>>);
 
-/// Who waits for a limiter.
+/// The tasks that wait for a limiter.
 #[derive(Debug)]
 struct Line {
     limiter: RateLimiter,

@@ -60,7 +60,7 @@ impl TestGuest {
         self.topology.lock().space(SpaceKind::Memory)
     }
 
-    /// The address of `len` bytes that nobody else uses.
+    /// Allocates `len` bytes and returns their address.
     pub fn alloc(&mut self, len: u64) -> u64 {
         let at = self.next;
         self.next = (at + len).next_multiple_of(16);
@@ -95,7 +95,7 @@ impl TestGuest {
     }
 }
 
-/// What a device told its driver and its owner.
+/// Interrupts and events of a device.
 #[derive(Clone, Debug, Default)]
 pub struct Heard(Arc<Mutex<(Vec<u16>, Vec<TransportEvent>)>>);
 
@@ -106,7 +106,7 @@ impl Heard {
         self.0.lock().0.iter().filter(|v| **v == vector).count()
     }
 
-    /// What the owner was told.
+    /// Returns the events that the owner received.
     #[must_use]
     pub fn events(&self) -> Vec<TransportEvent> {
         self.0.lock().1.clone()
@@ -180,9 +180,9 @@ pub struct TestBuffer {
 pub struct TestQueue {
     /// Which of its device's.
     pub index: u16,
-    /// Where it is.
+    /// Addresses of the rings.
     pub rings: Rings,
-    /// What the driver kicks.
+    /// The descriptor that the driver kicks.
     pub kick: Arc<EventFd>,
     space: AddressSpace,
     next_descriptor: u16,

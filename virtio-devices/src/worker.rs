@@ -1,4 +1,4 @@
-//! Where the work on queues is done: tasks on event loops.
+//! Queue tasks, and the event loops that run them.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -51,16 +51,16 @@ impl fmt::Debug for Workers {
 /// Why a task is called.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TaskEvent {
-    /// For the first time: what its queue holds already is told by no kick.
+    /// The first call. The queue may hold chains already, without a kick.
     Started,
-    /// What it watches as this key is ready (edge triggered: go on until it would block).
+    /// The descriptor with this key is ready (edge triggered: continue until it would block).
     Ready(usize),
     /// The task asked for it with [`TaskFlow::Again`], its timer expired, or [`Running::wake`] was
     /// used.
     Again,
 }
 
-/// What a task wants next.
+/// A task's next step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TaskFlow {
     /// To hear of what it watches.
@@ -89,10 +89,10 @@ pub trait QueueTask: Send + 'static {
     ) -> Result<TaskFlow, QueueError>;
 }
 
-/// What holds the watched descriptors open, by their keys.
+/// Owners of the watched descriptors, by key.
 type Watched = HashMap<usize, Box<dyn AsRawFd + Send>>;
 
-/// What a task may do to the loop that it is called from: watch descriptors.
+/// A task's access to its loop: watching descriptors.
 pub struct TaskSources<'a, 'b> {
     sources: &'a mut Sources<'b>,
     watched: &'a mut Watched,
@@ -186,7 +186,7 @@ impl<T: QueueTask> fmt::Debug for Running<T> {
 enum Stage {
     New,
     Started,
-    /// It is called no more; its owner may still take it.
+    /// The task has ended; its owner may still take it.
     Ended,
 }
 

@@ -333,7 +333,7 @@ fn a_guest_sees_the_blocks_that_direct_io_takes() {
     let mut cached = machine(&config(&disk.0));
     assert_eq!(blocks(&cached), (512, 3, 8, 8));
     assert_eq!(cached.read(1, 512).0, 0);
-    // A guest that was told so does not go on where less is taken.
+    // A guest that was given this block size cannot continue with a larger one.
     cached.device.stop_queue(0);
     let saved = cached.save();
     drop(cached);
@@ -724,7 +724,7 @@ fn a_disk_that_is_gone_is_free_at_once() {
     });
 }
 
-/// Nobody writes to what an image builds on, while it is used: neither QEMU's tools nor we.
+/// Backing files in use are locked against QEMU's tools and against us.
 #[test]
 fn what_is_below_an_image_is_locked_for_all_who_read_it() {
     let dir = tempfile::tempdir().unwrap();
@@ -965,8 +965,8 @@ impl Machine {
         heads
     }
 
-    /// Waits until the owner has been told so often that the disk waits for the host, and of nothing
-    /// else. Gives what was said the last time.
+    /// Waits until the owner has received `times` stall events, and no other event. Returns the last
+    /// reason.
     fn wait_stalled(&self, times: usize) -> String {
         let from = Instant::now();
         while self.heard.events().len() < times {
@@ -1073,7 +1073,7 @@ fn what_finds_no_room_is_kept_and_is_written_when_there_is_some() {
             let read = machine.read(i as u64 * 32, 16384);
             assert!(read == (0, data[i * 16384..][..16384].to_vec()), "{format}");
         }
-        // What is the request's own fault is told.
+        // A fault of the request itself is an error for the guest.
         assert_eq!(machine.read(4 << 11, 512).0, 1);
         let count = machine.device.counters();
         assert!(count.contains(&("write_ops", 5)), "{count:?}");

@@ -51,7 +51,7 @@ fn what_is_typed_is_read_and_what_is_written_is_seen() {
     let mut guest = TestGuest::new(1 << 20);
     let (transport, heard) = transport();
     let mut queues = [0, 1].map(|index| TestQueue::new(&mut guest, index, 16));
-    // Nobody reads yet: what is typed stays where it is.
+    // The guest has no buffers yet: input stays with its source.
     assert_eq!((handle.room(), handle.receive(b"early ")), (0, 0));
     device.activate(0, &transport).unwrap();
     for queue in &queues {
@@ -124,7 +124,7 @@ fn a_request_of_gigabytes_is_passed_on_in_turns() {
     let (at, last) = (guest.alloc(16), guest.put(b"end"));
     let endless = queues[1].send(&[buffer(data, 1 << 20, false); 250]);
     let end = queues[1].send(&[buffer(last, 3, false)]);
-    // Somebody else on the loop: the other queue.
+    // Another task on the loop: the other queue.
     queues[0].send(&[buffer(at, 16, true)]);
     assert_eq!(handle.receive(b"typed"), 5);
     assert_eq!(queues[0].wait_used().1, 5);

@@ -23,7 +23,7 @@ fn file(name: &str, version: u16) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/golden/{name}.v{version}"))
 }
 
-/// What was written once.
+/// The bytes of a released version.
 fn golden(name: &str, version: u16, saved: &[u8]) -> Vec<u8> {
     let path = file(name, version);
     if !path.exists() && std::env::var_os("UPDATE_GOLDEN").is_some() {

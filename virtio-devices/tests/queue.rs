@@ -334,7 +334,7 @@ fn rings_that_cannot_be_are_refused() {
     }
 }
 
-/// A commit that moves the RAM behind the rings is followed; one that takes it away is told.
+/// Rings follow a commit that moves their RAM; a commit that removes it breaks the queue.
 #[test]
 fn a_queue_follows_the_map() {
     let mut guest = TestGuest::new(1 << 20);
@@ -415,7 +415,7 @@ fn a_task_serves_stops_and_goes_on_where_it_was() {
     let mut driver = TestQueue::new(&mut guest, 0, 64);
     let mut state = QueueState::default();
     for round in 0..50 {
-        // Some are offered while nobody serves, some while it is.
+        // Some chains come while the queue is stopped, some while it runs.
         for _ in 0..3 {
             let head = driver.describe(&[buffer(0x4000, 8, true)]);
             driver.offer(head);

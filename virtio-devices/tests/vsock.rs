@@ -332,7 +332,7 @@ fn a_guest_that_sends_more_than_there_is_room_for_loses_the_connection() {
     let mut data = from(&answer, RW);
     data.data = vec![0; 32 << 10];
     let from = Instant::now();
-    // Nobody reads: the socket's buffer and ours are full at some point.
+    // The client does not read: the socket's buffer and ours fill up.
     for _ in 0..60 {
         machine.send(&data);
         assert!(from.elapsed() < PATIENCE);
@@ -372,7 +372,7 @@ fn a_guest_that_lies_about_its_packets_breaks_the_device_and_nothing_else() {
     }
 }
 
-/// Connections are not taken along: the guest is told, and makes new ones.
+/// Connections do not migrate: the guest gets an event, and makes new ones.
 #[test]
 fn a_guest_that_moved_hears_that_its_connections_are_gone() {
     let mut machine = machine();

@@ -17,8 +17,8 @@ const FLAGS: u64 = 0xf;
 /// Called by the vCPU thread whose access moved the BAR, which holds the lock of that function's
 /// registers and none other.
 pub trait BarMap: Send + Sync {
-    /// Shows the region at this guest address, or nowhere. One that cannot be shown there is shown
-    /// nowhere: what a guest asks for in vain harms nobody.
+    /// Maps the region at this guest address, or unmaps it. A region that cannot be mapped there is
+    /// unmapped: a guest that asks for an impossible address harms only itself.
     fn place(&self, region: RegionId, at: Option<u64>);
 }
 
@@ -46,11 +46,11 @@ pub fn place_bar(
 pub struct BarRequest {
     /// Which of the six registers; a 64-bit one takes the next, too.
     pub index: u8,
-    /// What it shows.
+    /// The region that the BAR maps.
     pub region: RegionId,
     /// Bytes: a power of two, at least 16.
     pub size: u64,
-    /// Where it is at first.
+    /// The address after a reset.
     pub address: u64,
     /// Whether it can be above 4 GiB.
     pub wide: bool,
@@ -79,7 +79,7 @@ pub(super) struct Bar {
     pub(super) region: RegionId,
     size: u64,
     wide: bool,
-    /// Where it is shown.
+    /// The address at which the region is mapped.
     pub(super) shown: Option<u64>,
 }
 
@@ -130,8 +130,8 @@ impl Bar {
         BARS + 4 * usize::from(self.index)
     }
 
-    /// Where the registers say that it is: nowhere, unless memory is decoded. An address of zero
-    /// is one that nobody has set.
+    /// Returns the address that the registers ask for: none unless memory decoding is on. Zero means that
+    /// the address was never set.
     pub(super) fn wanted(&self, registers: &Registers) -> Option<u64> {
         if registers.get_u16(COMMAND) & COMMAND_MEMORY == 0 {
             return None;

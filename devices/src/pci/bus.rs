@@ -18,7 +18,7 @@ pub enum BusError {
     /// Another one is there.
     #[error("there is a function at {0} already")]
     Occupied(Bdf),
-    /// Its slot has no function 0, without which nobody looks for others.
+    /// The slot has no function 0, without which guests do not look for others (PCI 3.0, 3.2.2.3.4).
     #[error("there cannot be a function at {0} without function 0 of its slot")]
     NoFirst(Bdf),
     /// No device number is free.
@@ -88,7 +88,7 @@ impl Bus {
         Ok(())
     }
 
-    /// Takes a function off the bus; from now on nobody answers for it.
+    /// Removes a function from the bus. Its configuration space reads as all ones from now on.
     pub fn detach(&self, bdf: Bdf) -> Option<Arc<dyn ConfigSpace>> {
         self.state.lock().functions.remove(&bdf)
     }
@@ -106,12 +106,12 @@ impl Bus {
             .ok_or(BusError::Full)
     }
 
-    /// What answers in the ECAM window of this bus.
+    /// Returns the device of this bus's ECAM window.
     pub fn ecam(self: &Arc<Self>) -> Arc<dyn DeviceOps> {
         Arc::new(Ecam(Arc::clone(self)))
     }
 
-    /// What answers at the ports 0xcf8 to 0xcff.
+    /// Returns the device of the ports 0xcf8 to 0xcff.
     pub fn ports(self: &Arc<Self>) -> Arc<dyn DeviceOps> {
         Arc::new(Ports(Arc::clone(self)))
     }
@@ -120,12 +120,12 @@ impl Bus {
 /// A function that answers an access.
 struct Answering {
     function: Arc<dyn ConfigSpace>,
-    /// It is function 0 of a slot that has others.
+    /// The function is function 0 of a slot that has others.
     is_first_of_several: bool,
 }
 
 impl State {
-    /// Who answers, if there is anybody. A slot without function 0 is an empty one.
+    /// Returns the function that answers, if any. A slot without function 0 is empty.
     fn answering(&self, bdf: Bdf) -> Option<Answering> {
         let function = self.functions.get(&bdf)?;
         if bdf.function() != 0 && !self.functions.contains_key(&bdf.first()) {
@@ -149,7 +149,7 @@ impl Bus {
 
     fn read(&self, bdf: Option<Bdf>, at: usize, data: &mut [u8]) {
         let Some(answering) = self.answering(bdf) else {
-            // Nobody there: the bus floats.
+            // No function answers: the bus floats.
             data.fill(0xff);
             return;
         };
@@ -171,7 +171,7 @@ impl Bus {
     }
 }
 
-/// What is saved of the bus itself: frozen.
+/// Saved state of the bus itself, version 1. Frozen.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct V1 {
@@ -295,7 +295,7 @@ mod tests {
         Bdf::new(device, function).unwrap()
     }
 
-    /// A function that is told by its device id.
+    /// A function with this device ID.
     fn function(id: u16) -> Arc<dyn ConfigSpace> {
         Arc::new(Fixed(Registers::new(Identity {
             device: id,

@@ -107,14 +107,14 @@ pub struct Endpoint {
     identity: Identity,
     /// The registers as they are after power-on.
     power_on: Registers,
-    /// Where its message control is, and its vectors.
+    /// Offset of the message control register, and the vectors.
     msix: Option<(usize, Arc<Msix>)>,
     map: Arc<dyn BarMap>,
     state: Mutex<State>,
 }
 
 impl Endpoint {
-    /// What it is.
+    /// Returns the function's identity.
     #[must_use]
     pub fn identity(&self) -> Identity {
         self.identity
@@ -161,7 +161,7 @@ impl Endpoint {
         shown.map(|bar| bar.region).collect()
     }
 
-    /// As after power-on: no BAR is shown, all vectors are masked, addresses are the first ones.
+    /// Resets the function: no BAR is mapped, all vectors are masked, and addresses have their first values.
     pub fn reset(&self) {
         let mut state = self.state.lock();
         state.registers = self.power_on.clone();

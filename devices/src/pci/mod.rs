@@ -26,7 +26,7 @@ pub const CONFIG_LEN: usize = 4096;
 /// Bytes of one bus in the ECAM window.
 pub const ECAM_BUS_LEN: u64 = 1 << 20;
 
-/// What answers accesses to a function's configuration space, of any width at any offset.
+/// A function's configuration space. Accesses have any width at any offset.
 pub trait ConfigSpace: Send + Sync {
     /// Fills `data` with the registers from `at` on; past the end, with ones.
     fn read(&self, at: usize, data: &mut [u8]);
@@ -34,7 +34,7 @@ pub trait ConfigSpace: Send + Sync {
     fn write(&self, at: usize, data: &[u8]);
 }
 
-/// Where a function is: device and function number on the only bus.
+/// A PCI address: device and function number on the only bus.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Bdf {
     device: u8,
@@ -103,7 +103,7 @@ impl fmt::Debug for Bdf {
     }
 }
 
-/// What a function is.
+/// The identity of a function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Identity {
     /// Vendor id.

@@ -14,11 +14,11 @@ use memory::sync::Mutex;
 const ENTRY_LEN: usize = 16;
 /// The capability's id.
 pub(super) const CAPABILITY: u8 = 0x11;
-/// Of the message control register: all vectors are masked.
+/// Message control: all vectors are masked.
 const FUNCTION_MASK: u16 = 1 << 14;
-/// Of the message control register: MSI-X is on.
+/// Message control: MSI-X is enabled.
 const ENABLE: u16 = 1 << 15;
-/// What the guest may write of message control.
+/// Bits of message control that the guest may write.
 pub(super) const CONTROL_WRITABLE: u16 = FUNCTION_MASK | ENABLE;
 /// The most vectors of a function.
 pub(super) const MAX_VECTORS: u16 = 2048;
@@ -26,9 +26,9 @@ pub(super) const MAX_VECTORS: u16 = 2048;
 /// A write to memory that interrupts a CPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MsiMessage {
-    /// Where.
+    /// Message address.
     pub address: u64,
-    /// What.
+    /// Message data.
     pub data: u32,
 }
 
@@ -47,14 +47,14 @@ pub trait MsiTarget: Send + Sync {
     fn take_pending(&self, vector: u16) -> bool;
 }
 
-/// What a guest writes.
+/// Registers that the guest writes.
 #[derive(Debug)]
 struct Table {
     entries: Vec<[u8; ENTRY_LEN]>,
     control: u16,
     /// The function may write to memory, and so send messages: bus mastering is on.
     is_master: bool,
-    /// What the target knows.
+    /// The messages that the target has.
     routed: Vec<Option<MsiMessage>>,
 }
 
@@ -83,7 +83,7 @@ pub struct Msix {
 }
 
 impl Msix {
-    /// So many vectors, all masked; 2048 at most.
+    /// Creates a table of `vectors` (at most 2048), all masked.
     pub(super) fn new(vectors: u16, target: Arc<dyn MsiTarget>) -> Arc<Self> {
         let vectors = vectors.clamp(1, MAX_VECTORS);
         let count = usize::from(vectors);
@@ -171,7 +171,7 @@ impl Msix {
         MsixPba(Arc::clone(self))
     }
 
-    /// As after power-on.
+    /// Masks all vectors, as after power-on.
     pub(super) fn reset(&self) {
         let mut entry = [0; ENTRY_LEN];
         entry[12] = 1;

@@ -8,7 +8,7 @@ const VENDOR: usize = 0x00;
 const DEVICE: usize = 0x02;
 /// The command register.
 pub(super) const COMMAND: usize = 0x04;
-/// Of the command register: memory BARs answer.
+/// Command register: memory BARs are decoded.
 pub(super) const COMMAND_MEMORY: u16 = 1 << 1;
 /// Bit of the command register: the function may read and write memory, and send messages.
 pub(super) const COMMAND_MASTER: u16 = 1 << 2;
@@ -16,9 +16,9 @@ const STATUS: usize = 0x06;
 const STATUS_CAPABILITIES: u16 = 1 << 4;
 const REVISION: usize = 0x08;
 const CLASS: usize = 0x09;
-/// What kind of header it is.
+/// Offset of the header type.
 pub(super) const HEADER_TYPE: usize = 0x0e;
-/// Of the header type of a function 0: there are other functions in its slot.
+/// Header type of a function 0: the slot has other functions.
 pub(super) const MULTI_FUNCTION: u8 = 1 << 7;
 /// The first of six BARs.
 pub(super) const BARS: usize = 0x10;
@@ -26,7 +26,7 @@ const SUBSYSTEM_VENDOR: usize = 0x2c;
 const SUBSYSTEM: usize = 0x2e;
 const CAPABILITIES: usize = 0x34;
 const INTERRUPT_LINE: usize = 0x3c;
-/// Where capabilities begin, and where they end.
+/// The area of capabilities.
 const CAPABILITY_AREA: Range<usize> = 0x40..0x100;
 
 /// A function's register file: what reads give, and which bits writes change.
@@ -34,7 +34,7 @@ const CAPABILITY_AREA: Range<usize> = 0x40..0x100;
 pub struct Registers {
     bytes: Box<[u8; CONFIG_LEN]>,
     writable: Box<[u8; CONFIG_LEN]>,
-    /// Where each capability is, in the order of the list.
+    /// The area of each capability, in the order of the list.
     capabilities: Vec<Range<usize>>,
 }
 

@@ -1,4 +1,4 @@
-//! What is saved of an endpoint: frozen.
+//! Saved state of an endpoint. Frozen.
 
 use serde::{Deserialize, Serialize};
 use state::Saved;

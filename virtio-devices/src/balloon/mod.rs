@@ -43,7 +43,7 @@ pub struct BalloonConfig {
     pub free_page_reporting: bool,
 }
 
-/// What the queues of a balloon share.
+/// State that the queues of a balloon share.
 #[derive(Default)]
 struct Shared {
     wanted: AtomicU32,
@@ -51,7 +51,7 @@ struct Shared {
     actual: Arc<AtomicU64>,
     inflated_bytes: AtomicU64,
     reported_bytes: AtomicU64,
-    /// What the guest last told of itself.
+    /// The guest's latest statistics.
     statistics: Mutex<BTreeMap<&'static str, u64>>,
     /// Set while a driver uses the balloon.
     transport: Mutex<Option<Arc<Transport>>>,
@@ -100,7 +100,8 @@ impl Balloon {
         self.features & 1 << bit != 0
     }
 
-    /// What a queue is for: those of features that were not negotiated are not counted (5.5.2).
+    /// Returns the role of a queue. Queues of features that were not negotiated do not count (virtio 1.3,
+    /// 5.5.2).
     fn role(&self, index: u16) -> Option<Role> {
         let optional = [
             (VIRTIO_BALLOON_F_STATS_VQ, Role::Statistics),

@@ -1,4 +1,4 @@
-//! What is saved of a balloon: frozen.
+//! Saved state of a balloon. Frozen.
 
 use serde::{Deserialize, Serialize};
 use state::Saved;

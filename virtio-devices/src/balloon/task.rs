@@ -24,7 +24,7 @@ const STATISTIC: usize = 10;
 /// Statistics that one request tells at most.
 const MAX_STATISTICS: usize = 64;
 
-/// What a queue is for.
+/// The role of a queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Role {
     Inflate,
@@ -59,7 +59,8 @@ impl BalloonTask {
         Self { queue, work }
     }
 
-    /// Where the queue is. A request that is kept counts as not taken: who goes on takes it again.
+    /// Returns the queue's state. A request that is kept counts as not taken, so the next task takes it
+    /// again.
     pub(super) fn finish(mut self) -> QueueState {
         if self.work.kept.take().is_some() {
             self.queue.unpop();
@@ -169,7 +170,7 @@ impl Work {
     }
 }
 
-/// Of up to eight bytes, the lowest first.
+/// Decodes up to eight little-endian bytes.
 fn number(bytes: &[u8]) -> u64 {
     let bytes = bytes.iter().rev();
     bytes.fold(0, |number, byte| number << 8 | u64::from(*byte))

@@ -18,22 +18,22 @@ pub(super) struct Geometry {
     pub(super) logical: u64,
     /// The smallest one that the disk does not have to complete by reading.
     pub(super) physical: u64,
-    /// What addresses of buffers are multiples of in direct I/O.
+    /// Required alignment of buffers in direct I/O.
     pub(super) align: u64,
 }
 
 impl Geometry {
-    /// Of an image that takes any transfer, or of which the host does not say.
+    /// The geometry of an image without restrictions, or without information from the host.
     pub(super) const ANY: Self = Self {
         logical: SECTOR,
         physical: USUAL,
         align: USUAL,
     };
 
-    /// What the host says of a file or block device that is used with direct I/O.
+    /// Returns the host's restrictions on direct I/O with a file or block device.
     ///
     /// # Errors
-    /// When it has blocks that no guest takes.
+    /// The block size is one that guests do not support.
     pub(super) fn of(file: &File) -> io::Result<Self> {
         let asked = StatxFlags::DIOALIGN;
         let told = statx(file, c"", AtFlags::EMPTY_PATH, asked).ok();

@@ -1,9 +1,9 @@
-//! Who may use an image: advisory locks that QEMU and its tools honour, too.
+//! Locks of images, compatible with QEMU's and its tools'.
 //!
-//! QEMU describes what a user does with an image by *permissions*, each a bit. For each bit `i`
-//! that it uses it holds a shared lock on byte 100 + i, and for each bit that it does not let
-//! others use a shared lock on byte 200 + i. A newcomer whose bit is refused by somebody, or who
-//! refuses a bit that somebody uses, finds the byte locked. The locks belong to the open file
+//! QEMU describes a user's accesses to an image by *permissions*, each a bit. A process that uses the
+//! permission `i` holds a shared lock on byte 100 + i, and one that denies it to others a shared lock
+//! on byte 200 + i. A newcomer finds the byte locked if its permission is denied, or if it denies one
+//! that is in use. The locks belong to the open file
 //! description (fcntl(2), "open file description locks"), and end with it.
 
 use std::fs::{self, File};
@@ -22,7 +22,7 @@ const CONSISTENT_READ: u8 = 0;
 const WRITE: u8 = 1;
 const RESIZE: u8 = 3;
 
-/// What of an image is locked.
+/// The locked part of an image.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum LockMode {
     /// The bytes that QEMU's tools lock.
@@ -32,15 +32,15 @@ pub enum LockMode {
     Full,
 }
 
-/// An image that somebody else uses, or that cannot be locked.
+/// An image is in use, or cannot be locked.
 #[derive(Debug, thiserror::Error)]
 pub enum LockError {
-    /// Somebody else uses it in a way that excludes this one.
+    /// Another process uses the image in a way that excludes this use.
     #[error("{} is in use by {holder}", path.display())]
     Held {
         /// The image.
         path: PathBuf,
-        /// By whom, as far as can be told.
+        /// The other process, as far as the host shows it.
         holder: String,
     },
     /// The file system does not lock.
@@ -140,7 +140,7 @@ fn region(kind: i32, start: i64, len: i64) -> libc::flock {
     }
 }
 
-/// False when somebody else's lock is in the way.
+/// Returns false if another lock conflicts.
 fn set(file: &File, kind: i32, start: i64, len: i64) -> io::Result<bool> {
     match fcntl(file, FcntlArg::F_OFD_SETLK(&region(kind, start, len))) {
         Ok(_) => Ok(true),
@@ -183,7 +183,7 @@ fn holder(file: &File) -> Option<String> {
             if pid != std::process::id() {
                 return Some(found);
             }
-            // Another VM of this process, unless somebody else has it open, too.
+            // Another VM of this process, unless another process has it open, too.
             this_one = Some(found);
         }
     }

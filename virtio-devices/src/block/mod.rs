@@ -3,7 +3,7 @@
 //! ```text
 //!   queue ─► BlockTask ─► Request ─┬─► Uring    raw images, the guest's own buffers
 //!            (one a queue)         └─► Threads  qcow2, unaligned buffers, hosts without io_uring
-//!                                          └───► Image (locked, so that nobody else writes to it)
+//!                                          └───► Image (locked: no other writer)
 //! ```
 
 mod geometry;
@@ -49,17 +49,17 @@ const MAX_REQUEST: usize = 32 << 20;
 const MAX_SEGMENT_SECTORS: u32 = 1 << 21;
 /// Bytes of device configuration space.
 const CONFIG_LEN: usize = 60;
-/// Where in it the driver chooses whether writes are cached.
+/// Offset of the field by which the driver chooses write caching.
 const WRITEBACK_AT: usize = 32;
 
-/// What becomes of a request at which the host fails.
+/// The handling of a request on which the host fails.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OnError {
-    /// The guest is told.
+    /// The guest gets an I/O error.
     #[default]
     Report,
-    /// It is kept, the owner of the machine is told, and it is tried again when its queue is started
-    /// the next time.
+    /// The request is kept, the machine's owner gets an event, and the request is tried again when its
+    /// queue starts the next time.
     Pause,
 }
 
@@ -84,13 +84,13 @@ pub struct BlockConfig {
     pub serial: String,
     /// Give discarded blocks back to the host.
     pub sparse: bool,
-    /// What of the image is locked.
+    /// The locked part of the image.
     pub lock: LockMode,
     /// The guest is still elsewhere, and so is the lock.
     pub is_incoming: bool,
     /// Limits of the whole disk.
     pub limits: RateLimits,
-    /// What the guest hears of errors of the host.
+    /// The handling of the host's errors.
     pub on_error: OnError,
 }
 
@@ -123,7 +123,7 @@ impl Counters {
     }
 }
 
-/// What the queues of a disk share.
+/// State that the queues of a disk share.
 struct Shared {
     image: Arc<Image>,
     /// Bytes that the guest sees.
@@ -135,14 +135,14 @@ struct Shared {
     limiter: SharedLimiter,
     counters: Counters,
     on_error: OnError,
-    /// The owner of the machine has been told that a request waits for the host.
+    /// An event was sent that a request waits for the host.
     is_stalled: AtomicBool,
     /// Set while a driver uses the disk.
     transport: Mutex<Option<Arc<Transport>>>,
 }
 
 impl Shared {
-    /// A request waits for the host: one is enough to be told of, until the disk is started again.
+    /// Reports that a request waits for the host: once, until the disk is started again.
     fn stalled(&self, why: &str) {
         if !self.is_stalled.swap(true, Ordering::AcqRel)
             && let Some(transport) = &*self.transport.lock()
@@ -160,7 +160,7 @@ pub struct Block {
     workers: Workers,
     flushes: bool,
     running: Vec<Option<Running<BlockTask>>>,
-    /// Of each queue that is not being served: the heads of the chains that are to be tried again.
+    /// The heads of chains to try again, for each queue that is stopped.
     kept: Vec<Vec<u16>>,
 }
 
@@ -168,7 +168,7 @@ impl Block {
     /// Opens and locks the image.
     ///
     /// # Errors
-    /// When it cannot be used as a disk, or somebody else uses it.
+    /// The image is not a usable disk, or is in use.
     pub fn new(config: &BlockConfig, workers: Workers) -> Result<(Self, BlockHandle), ImageError> {
         let image = Image::open(&Opening {
             path: &config.path,

@@ -1,4 +1,4 @@
-//! What a driver asks of a disk (virtio 1.3, 5.2.6).
+//! Requests of a driver to a disk (virtio 1.3, 5.2.6).
 
 use std::fmt;
 
@@ -22,7 +22,7 @@ const T_DISCARD: u32 = 11;
 const T_WRITE_ZEROES: u32 = 13;
 /// Bytes to discard that weigh as much as one to write.
 const DISCARD_RATIO: u64 = 16;
-/// Of a segment: the blocks may be unmapped.
+/// Segment flag: the blocks may be unmapped.
 const FLAG_UNMAP: u32 = 1;
 
 /// How a request ended.
@@ -34,7 +34,7 @@ pub(super) enum Status {
     Unsupported = 2,
 }
 
-/// What is to be done, of a disk that has these bytes.
+/// An operation, with offsets and lengths in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Op {
     Read { offset: u64, len: usize },
@@ -81,7 +81,7 @@ impl fmt::Display for Op {
 pub(super) struct Request {
     pub(super) chain: Chain,
     pub(super) what: What,
-    /// Where in the writable part its status goes.
+    /// Offset of the status in the writable part.
     status_at: usize,
     /// Which of its queue's requests it is, counted since the queue was started.
     pub(super) turn: u64,
@@ -97,7 +97,7 @@ pub(super) enum What {
     Refused(Status),
 }
 
-/// What requests are checked against.
+/// The limits that requests are checked against.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Limits {
     pub(super) capacity: u64,
@@ -171,7 +171,7 @@ impl Request {
         }
     }
 
-    /// Where in the readable part the data to write begin.
+    /// Offset of the data to write in the readable part.
     pub(super) const DATA: usize = HEADER;
 
     /// Says how it ended, and how many bytes were written in all.

@@ -1,4 +1,4 @@
-//! What is saved of a disk: frozen.
+//! Saved state of a disk. Frozen.
 
 use serde::{Deserialize, Serialize};
 use state::{LoadError, Saved, Section};
@@ -23,9 +23,9 @@ pub(super) struct V2 {
     /// Bytes, which the image must have where it is loaded.
     pub(super) capacity: u64,
     pub(super) writeback: bool,
-    /// Bytes of the smallest transfer, as the guest was told. Nobody knows of the first version.
+    /// The block size in bytes that the guest was given. Unknown in version 1.
     pub(super) block: Option<u64>,
-    /// By queue, the heads of the chains whose requests are to be tried again, in this order.
+    /// The heads of chains to try again, by queue and in order.
     pub(super) kept: Vec<Vec<u16>>,
 }
 

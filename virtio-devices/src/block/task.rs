@@ -32,7 +32,7 @@ const TIMER: usize = 3;
 
 pub(super) struct BlockTask {
     queue: Queue,
-    /// Where the image is raw and the host has it.
+    /// The io_uring, if the image is raw and the host has one.
     uring: Option<Uring>,
     /// How often, one after the other, the kernel would not take operations.
     failures: u32,
@@ -50,7 +50,7 @@ pub(super) struct BlockTask {
     kept: BTreeMap<u64, u16>,
     /// Requests that were begun.
     turn: u64,
-    /// What is written is durable when it is done: the driver cannot flush, or does not want to.
+    /// Writes are durable when they complete: the driver cannot flush, or chose write-through.
     writethrough: bool,
     /// Behind what is in flight: the image is locked for as long.
     shared: Arc<Shared>,
@@ -79,7 +79,7 @@ impl BlockTask {
         self.again = heads.into();
     }
 
-    /// The heads of the chains that are to be tried again, in their order.
+    /// Returns the heads of chains to try again, in order.
     pub(super) fn kept(&self) -> Vec<u16> {
         self.kept.values().chain(&self.again).copied().collect()
     }
@@ -92,14 +92,14 @@ impl BlockTask {
         state
     }
 
-    /// Waits for what is in flight, puts back what waits, and says where the queue is and which chains
-    /// are to be tried again.
+    /// Waits for requests in flight and puts back those that wait. Returns the queue's state and the chains
+    /// to try again.
     pub(super) fn finish(mut self) -> (QueueState, Vec<u16>) {
         if self.waiting.take().is_some() {
             self.queue.unpop();
         }
         if let Err(error) = self.drain() {
-            // The rings are gone: what was done cannot be told.
+            // The rings are gone, so completions cannot be reported.
             self.queue.broken(&error);
         }
         (self.queue.state(), self.kept())

@@ -111,7 +111,7 @@ impl Drop for Threads {
 fn work(image: &Image, to_do: &Mutex<Receiver<Job>>, finish: &Sender<Done>, done: &EventFd) {
     let mut buffer = Aligned::new(PIECE);
     loop {
-        // The lock is held while waiting: whoever has it is the one who waits.
+        // The lock is held while waiting: the thread that holds it is the one that waits.
         let job = to_do.lock().recv();
         let Ok((request, op, durable)) = job else {
             return;

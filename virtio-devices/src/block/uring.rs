@@ -24,7 +24,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// A submitted operation: it keeps the memory that the kernel was given.
 struct Pending {
     request: Request,
-    /// What the kernel reads while it submits; kept for kernels that read it later.
+    /// The vectors that the kernel reads at submission. Kept until completion for kernels that read them
+    /// later.
     _pieces: Box<[libc::iovec]>,
 }
 
@@ -38,7 +39,7 @@ pub(super) struct Uring {
     done: Arc<EventFd>,
     pending: Vec<Option<Pending>>,
     free: Vec<usize>,
-    /// Of `pending`, what the kernel has not taken yet, in the order in which it will.
+    /// Indices in `pending` that the kernel has not taken yet, in order.
     unsent: VecDeque<usize>,
     /// The kernel is given no more.
     given_up: bool,

@@ -207,7 +207,7 @@ impl QueueTask for Receive {
     }
 
     fn call(&mut self, _: TaskEvent, _: &mut TaskSources<'_, '_>) -> Result<TaskFlow, QueueError> {
-        // Kicks are counted together; it is empty when somebody else's turn came first.
+        // The counter adds kicks up; it is empty if another turn has read it already.
         let _ = self.queue.kick().read();
         let shared = Arc::clone(&self.shared);
         let mut input = shared.input.lock();

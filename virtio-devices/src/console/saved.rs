@@ -1,4 +1,4 @@
-//! What is saved of a console: frozen.
+//! Saved state of a console. Frozen.
 
 use serde::{Deserialize, Serialize};
 use state::Saved;

@@ -26,7 +26,7 @@ const TUN_F_TSO6: u32 = 0x04;
 const TUN_F_TSO_ECN: u32 = 0x08;
 pub(super) const ALL_OFFLOADS: u32 = TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN;
 
-/// What a guest that has these features takes.
+/// Returns the offloads that a guest with these features accepts.
 pub(super) fn offloads(features: u64) -> u32 {
     let pairs = [
         (VIRTIO_NET_F_GUEST_CSUM, TUN_F_CSUM),

@@ -45,7 +45,7 @@ const CONFIG_LEN: usize = 12;
 pub enum TapSource {
     /// One of this name, made if there is none.
     Name(String),
-    /// Queues of one that somebody else opened, one a pair.
+    /// Descriptors of a tap that another program opened, one for each queue pair.
     Descriptors(Vec<OwnedFd>),
 }
 
@@ -54,7 +54,7 @@ pub enum TapSource {
 pub struct NetConfig {
     /// The host's side.
     pub tap: TapSource,
-    /// What the host's side is set to.
+    /// The host's side address.
     pub address: TapAddress,
     /// The guest's hardware address.
     pub mac: [u8; 6],
@@ -82,13 +82,13 @@ struct Counters {
     tx_drops: AtomicU64,
 }
 
-/// What the queues of an interface share.
+/// State that the queues of an interface share.
 struct Shared {
     taps: Vec<Arc<Tap>>,
     mac: Mutex<[u8; 6]>,
     /// Pairs that the driver uses.
     pairs: AtomicU16,
-    /// What the driver takes, once it or a saved state has said so: to take nothing is to say so, too.
+    /// The offloads that the driver accepts, once it or a saved state has set them. An empty set counts.
     offloads: Mutex<Option<u32>>,
     announce: AtomicBool,
     rx_limiter: SharedLimiter,
@@ -142,11 +142,11 @@ pub struct Net {
 }
 
 impl Net {
-    /// Opens the tap and brings it up. One that somebody else opened is left as it is, but for what is
-    /// to be set.
+    /// Opens the tap and brings it up. A tap that another program opened is left as it is, except for the
+    /// settings that the configuration names.
     ///
     /// # Errors
-    /// When the tap cannot be used.
+    /// The tap cannot be used.
     pub fn new(config: NetConfig, workers: Workers) -> Result<(Self, NetHandle), TapError> {
         let (taps, is_ours) = match config.tap {
             TapSource::Name(name) => (Tap::open(&name, config.pairs.clamp(1, MAX_PAIRS))?, true),

@@ -1,4 +1,4 @@
-//! What is saved of a network interface: frozen.
+//! Saved state of a network interface. Frozen.
 
 use serde::{Deserialize, Serialize};
 use state::Saved;

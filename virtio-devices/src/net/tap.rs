@@ -31,7 +31,7 @@ pub(super) const HEADER_LEN: usize = 12;
 /// A tap that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum TapError {
-    /// It cannot be opened or made.
+    /// The tap cannot be opened or created.
     #[error("the tap `{name}` cannot be used: {}", reason(source))]
     Open {
         /// Its name, or what stands for one.
@@ -42,18 +42,18 @@ pub enum TapError {
     /// Its name is none.
     #[error("`{0}` is no name of an interface: 1 to 15 bytes without `/` and spaces")]
     Name(String),
-    /// Somebody else opened it, and not as it is needed.
+    /// Another program opened the tap with unsuitable settings.
     #[error("the tap `{name}`, which came as descriptors, cannot be used: {why}")]
     Adopted {
         /// Its name.
         name: String,
-        /// What is wrong.
+        /// The reason.
         why: &'static str,
     },
-    /// It is there and cannot be set up.
+    /// The tap exists and cannot be configured.
     #[error("the host refused to {attempt} of the tap `{name}`: {source}")]
     SetUp {
-        /// What was attempted.
+        /// The attempted operation.
         attempt: &'static str,
         /// Its name.
         name: String,
@@ -92,7 +92,7 @@ pub struct TapAddress {
 }
 
 impl TapAddress {
-    /// Whether anything is to be set.
+    /// Returns whether any setting is given.
     pub(super) fn is_given(&self) -> bool {
         *self != Self::default()
     }
@@ -136,8 +136,8 @@ fn last_error(result: i32) -> io::Result<()> {
 }
 
 impl Tap {
-    /// So many queues of the interface of this name, which is made if there is none (in the name
-    /// of a new one `%d` is a number of the host's choice), and goes with its last queue then.
+    /// Opens `queues` queues of the tap of this name. A missing tap is created (the host replaces `%d` in its
+    /// name by a number) and ends with its last queue.
     pub(super) fn open(name: &str, queues: u16) -> Result<Vec<Self>, TapError> {
         let mut taps: Vec<Self> = Vec::new();
         let mut flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
@@ -174,8 +174,8 @@ impl Tap {
         })
     }
 
-    /// Queues of one interface that somebody else opened, one a descriptor. It may be anywhere, and we
-    /// may be nobody to it: it is used as it is.
+    /// Adopts the queues of a tap that another program opened, one for each descriptor. The tap may be in
+    /// another namespace, where we have no rights: it is used as it is.
     pub(super) fn adopt(descriptors: Vec<OwnedFd>) -> Result<Vec<Self>, TapError> {
         let multi_queue = descriptors.len() > 1;
         let adopt = |fd: OwnedFd| {
@@ -196,7 +196,7 @@ impl Tap {
             } else {
                 0
             };
-            // IFF_NO_PI is not told: its bit means IFF_NOFILTER here.
+            // IFF_NO_PI cannot be read back: its bit means IFF_NOFILTER here.
             let wanted = [
                 (libc::IFF_TAP, "it is a tun, which has no Ethernet frames"),
                 (libc::IFF_VNET_HDR, "it was made without IFF_VNET_HDR"),
@@ -359,7 +359,7 @@ impl Tap {
         // SAFETY: this member was just filled in.
         let flags = unsafe { request.ifr_ifru.ifru_flags };
         if flags & libc::IFF_UP as i16 != 0 {
-            // Whoever made it may have left us no right to say so again.
+            // The program that created the tap may have left us no right to set it again.
             return Ok(());
         }
         request.ifr_ifru.ifru_flags = flags | (libc::IFF_UP | libc::IFF_RUNNING) as i16;
@@ -433,7 +433,7 @@ fn socket_address(ip: Ipv4Addr) -> libc::sockaddr {
     }
 }
 
-/// Of real interfaces: they want `/dev/net/tun`, CAP_NET_ADMIN and CAP_SYS_ADMIN.
+/// Tests with real interfaces. They need `/dev/net/tun`, CAP_NET_ADMIN and CAP_SYS_ADMIN.
 #[cfg(test)]
 mod tests {
     use std::time::Instant;

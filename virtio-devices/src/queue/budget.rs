@@ -1,4 +1,4 @@
-//! What a task may do before the others on its loop have their turn.
+//! The budget of a turn: the work of a task before the others on its loop have their turns.
 
 use crate::limits::{TURN_BYTES, TURN_DESCRIPTORS};
 

@@ -29,7 +29,7 @@ struct Walk<'a> {
 }
 
 impl Walk<'_> {
-    /// Goes on in an indirect table, of which there is one, and in it no other.
+    /// Enters an indirect table. A chain has at most one, and it cannot be nested (virtio 1.3, 2.7.5.3.1).
     fn enter(&mut self, indirect: Descriptor) -> Option<()> {
         const LEN: u32 = size_of::<Descriptor>() as u32;
         if self.is_indirect || !indirect.len().is_multiple_of(LEN) {
@@ -229,11 +229,11 @@ impl Chain {
         self.slices(&self.readable, offset, len)
     }
 
-    /// `len` bytes of where the driver reads, `offset` bytes into it. What is written other than
-    /// through the slices' methods must be told to [`Chain::mark_written`].
+    /// Returns `len` bytes of the device-writable part, from `offset`. A caller that writes other than
+    /// through the slices' methods must call [`Chain::mark_written`].
     ///
     /// # Errors
-    /// When the driver's buffers are shorter.
+    /// The buffers are shorter.
     pub fn writable(
         &self,
         offset: usize,
@@ -242,12 +242,12 @@ impl Chain {
         self.slices(&self.writable, offset, len)
     }
 
-    /// Waits until `len` bytes of what the driver wrote, `offset` bytes into it, are there: pages of a
-    /// guest that has just moved may come after it. Whoever hands them on to what outlives the machine
-    /// asks this first.
+    /// Waits until `len` bytes of the device-readable part, from `offset`, are present. In postcopy, pages
+    /// arrive after the guest resumed. Call this before the bytes go to a place that outlives the machine,
+    /// such as a disk.
     ///
     /// # Errors
-    /// When they do not come any more, or the driver's buffers are shorter.
+    /// The pages are lost, or the buffers are shorter.
     pub fn wait_readable(&self, offset: usize, len: usize) -> Result<(), QueueError> {
         let is = |pages| GuestMemoryBackend::iter(&*self.view).any(|ram| ram.pages() == pages);
         if is(Pages::Awaited) {

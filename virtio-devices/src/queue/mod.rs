@@ -32,7 +32,7 @@ pub enum QueueError {
     Rings {
         /// Which.
         queue: u16,
-        /// What is wrong.
+        /// The reason.
         source: WindowError,
     },
     /// The rings' addresses or size are none.
@@ -40,7 +40,7 @@ pub enum QueueError {
     Setup {
         /// Which.
         queue: u16,
-        /// What is wrong.
+        /// The reason.
         why: &'static str,
     },
     /// The ring of available chains makes no sense.
@@ -48,7 +48,7 @@ pub enum QueueError {
     Available {
         /// Which.
         queue: u16,
-        /// What is wrong.
+        /// The reason.
         why: String,
     },
     /// A chain of descriptors makes no sense.
@@ -56,7 +56,7 @@ pub enum QueueError {
     Chain {
         /// The index of its first descriptor.
         head: u16,
-        /// What is wrong.
+        /// The reason.
         why: &'static str,
     },
     /// The guest's memory was at another host, which is gone.
@@ -94,32 +94,32 @@ impl Rings {
     }
 }
 
-/// Where a queue is that is not being served: all that a device must keep of it.
+/// The state of a stopped queue: all that a device must keep.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct QueueState {
-    /// Of the available ring, the next index to take.
+    /// Next index to take from the available ring.
     pub next_avail: u16,
-    /// Of the used ring, the next index to fill.
+    /// Next index to fill in the used ring.
     pub next_used: u16,
 }
 
-/// What a queue is made of.
+/// The parts of a queue.
 #[derive(Debug)]
 pub struct QueueSetup {
     /// Which of the device's queues.
     pub index: u16,
-    /// Where its rings are.
+    /// Addresses of the rings.
     pub rings: Rings,
-    /// Where to go on.
+    /// The state to continue from.
     pub state: QueueState,
     /// Whether `VIRTIO_RING_F_EVENT_IDX` was negotiated.
     pub event_idx: bool,
     /// The guest's memory.
     pub space: AddressSpace,
-    /// What tells that the driver made chains available.
+    /// Signalled when the driver makes chains available.
     pub kick: Arc<EventFd>,
-    /// What interrupts the driver.
+    /// Interrupts the driver.
     pub transport: Arc<Transport>,
 }
 
@@ -138,7 +138,7 @@ pub struct Queue {
     memory: QueueMemory,
     kick: Arc<EventFd>,
     transport: Arc<Transport>,
-    /// Something was pushed of which the driver has not been told.
+    /// Something was pushed since the last notification.
     untold: bool,
 }
 
@@ -192,13 +192,13 @@ impl Queue {
         self.split.size()
     }
 
-    /// What tells that the driver made chains available.
+    /// Returns the descriptor that is signalled when the driver makes chains available.
     #[must_use]
     pub fn kick(&self) -> &Arc<EventFd> {
         &self.kick
     }
 
-    /// Where it is.
+    /// Returns the queue's state.
     #[must_use]
     pub fn state(&self) -> QueueState {
         QueueState {
@@ -234,11 +234,11 @@ impl Queue {
         }
     }
 
-    /// The chain that begins at `head`: one that was popped before and never given back, be it by the
-    /// device from whose saved state this one goes on.
+    /// Returns the chain that begins at `head` once more: it was popped before, here or by the device whose
+    /// saved state this one continues, and never given back.
     ///
     /// # Errors
-    /// When there is none that could have been popped.
+    /// No chain at `head` can have been popped.
     pub fn again(&mut self, head: u16) -> Result<Chain, QueueError> {
         let queue = self.index;
         self.memory

@@ -1,4 +1,4 @@
-//! What is saved of an entropy device: nothing, as yet. Frozen.
+//! Saved state of an entropy device: empty in version 1. Frozen.
 
 use serde::{Deserialize, Serialize};
 use state::Saved;

@@ -18,7 +18,7 @@ use crate::queue::{Queue, QueueSetup, QueueState};
 /// Bytes from one queue's doorbell to the next: `notify_off_multiplier` (virtio 1.3, 4.1.4.4).
 pub(super) const DOORBELL_STRIDE: u64 = 4;
 
-/// What a lock guards: negotiation, and the device.
+/// The state behind the lock: negotiation, and the device.
 struct State {
     common: CommonConfig,
     device: Box<dyn VirtioDevice>,
@@ -77,7 +77,7 @@ impl VirtioFunction {
         self.id
     }
 
-    /// What the driver writes to tell of each queue's chains.
+    /// Returns the doorbell of each queue.
     pub(super) fn kicks(&self) -> &[Arc<EventFd>] {
         &self.kicks
     }
@@ -113,7 +113,7 @@ impl VirtioFunction {
         }
     }
 
-    /// As after power-on.
+    /// Resets the function, as after power-on.
     pub(super) fn reset(&self) {
         self.state.lock().reset(&self.transport);
     }
@@ -450,7 +450,7 @@ impl DeviceOps for Doorbells {
     fn write(&self, at: u64, _: &[u8]) {
         let queue = offset(at / DOORBELL_STRIDE);
         if let Some(kick) = self.0.kicks.get(queue) {
-            // It can only be full of kicks that nobody took: one more says nothing new.
+            // The write fails only if the counter is full of kicks that are not taken yet. One more adds nothing.
             let _ = kick.write(1);
         }
     }

@@ -25,7 +25,7 @@ pub trait Interrupts: Send + Sync {
     fn raise(&self, vector: u16);
 }
 
-/// What the owner of the machine is told of a device.
+/// An event of a device for the machine's owner.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TransportEvent {
     /// The driver is ready, and uses the device from now on.
@@ -36,8 +36,8 @@ pub enum TransportEvent {
         /// Why.
         String,
     ),
-    /// The host failed at what the guest asked for. The guest is not told: the device tries it again
-    /// when it is started the next time, and the machine should stand until then.
+    /// The host failed on a request, and the guest got no error: the device tries the request again at its
+    /// next start. The owner should pause the machine until then.
     Stalled(
         /// Why.
         String,
@@ -157,7 +157,7 @@ impl fmt::Debug for Transport {
 
 #[cfg(feature = "testing")]
 impl Transport {
-    /// As if a driver had chosen its vectors and were ready: queue `i` has the vector `i`.
+    /// Sets the transport up like a ready driver: queue `i` has vector `i`.
     pub(crate) fn connect_for_test(&self, config_vector: u16) {
         self.config_vector.store(config_vector, Ordering::Release);
         for (vector, i) in self.queue_vectors.iter().zip(0..) {

@@ -18,8 +18,8 @@ use crate::queue::{QueueState, Rings};
 /// Bytes of the structure, with the fields of virtio 1.3.
 pub(super) const LEN: usize = 64;
 
-/// What every device offers: modern, with indirect descriptors, event indices, and queues that
-/// can be reset one by one.
+/// Features of every device: VERSION_1, indirect descriptors, event indices, and reset of single
+/// queues.
 const TRANSPORT_FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
     | 1 << VIRTIO_RING_F_EVENT_IDX
     | 1 << VIRTIO_RING_F_INDIRECT_DESC
@@ -33,7 +33,7 @@ const FAILED: u8 = VIRTIO_CONFIG_S_FAILED as u8;
 /// `DEVICE_NEEDS_RESET`.
 pub(super) const NEEDS_RESET: u8 = VIRTIO_CONFIG_S_NEEDS_RESET as u8;
 
-/// What the transport is to do about a write.
+/// The transport's action after a write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Effect {
     /// Nothing more.
@@ -61,7 +61,7 @@ pub(super) struct QueueRegisters {
     pub(super) rings: Rings,
     pub(super) vector: u16,
     pub(super) enabled: bool,
-    /// Where it is while it is not being served.
+    /// The queue's state while it is stopped.
     pub(super) state: QueueState,
 }
 
@@ -95,7 +95,7 @@ pub(super) struct CommonConfig {
 }
 
 impl CommonConfig {
-    /// Of a device with these features and queues, and this many MSI-X vectors.
+    /// Creates the registers of a device with these features, queues and MSI-X vectors.
     pub(super) fn new(features: u64, queue_sizes: &[u16], vectors: u16) -> Self {
         let sizes = queue_sizes.iter().take(MAX_QUEUES);
         Self {
@@ -113,7 +113,7 @@ impl CommonConfig {
         }
     }
 
-    /// As after power-on.
+    /// Resets the registers, as after power-on.
     pub(super) fn reset(&mut self) {
         let sizes: Vec<u16> = self.queues.iter().map(|queue| queue.max_size).collect();
         let own = self.offered & !TRANSPORT_FEATURES;
@@ -132,7 +132,7 @@ impl CommonConfig {
         self.config_vector
     }
 
-    /// What was negotiated.
+    /// Returns the negotiated features.
     pub(super) fn features(&self) -> u64 {
         self.driver_features
     }

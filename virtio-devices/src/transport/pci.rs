@@ -65,24 +65,24 @@ pub enum VirtioPciError {
     /// Its registers cannot be in the map.
     #[error(transparent)]
     Topology(#[from] TopologyError),
-    /// It has more capabilities than configuration space.
+    /// The capabilities do not fit into configuration space.
     #[error("the capabilities do not fit in configuration space")]
     Capabilities,
 }
 
-/// What a device needs of the machine.
+/// The machine's resources for a device.
 pub struct Slot<'a, 'b> {
     /// The change of the map of which the device is a part.
     pub tx: &'a mut Transaction<'b>,
     /// The guest's memory.
     pub space: AddressSpace,
-    /// Where its BAR is at first.
+    /// The first address of the BAR.
     pub bar: AddrRange,
     /// Shows its BAR where the guest wants it.
     pub map: Arc<dyn BarMap>,
     /// Delivers its interrupts: as many vectors as [`vectors`] says.
     pub msi: Arc<dyn MsiTarget>,
-    /// Told of what happens to the device.
+    /// Receives the device's events.
     pub tell: Box<dyn Fn(TransportEvent) + Send + Sync>,
 }
 
@@ -96,7 +96,7 @@ pub fn vectors(device: &dyn VirtioDevice) -> u16 {
 pub struct VirtioPci {
     function: Arc<VirtioFunction>,
     endpoint: Endpoint,
-    /// Where the capability is by which configuration space reaches the BAR (4.1.4.9).
+    /// Offset of the PCI configuration access capability (virtio 1.3, 4.1.4.9).
     window: usize,
     /// The regions of the BAR, itself last.
     regions: Vec<RegionId>,
@@ -167,7 +167,7 @@ impl VirtioPci {
             regions.push(region);
         }
         regions.push(bar);
-        // Nobody else has set it.
+        // It is set only here.
         let _ = interrupts.0.set(msix);
         Ok(Arc::new(Self {
             function,
@@ -181,14 +181,14 @@ impl VirtioPci {
         }))
     }
 
-    /// What kind of device it is.
+    /// Returns the device's kind.
     #[must_use]
     pub fn id(&self) -> DeviceId {
         self.function.id()
     }
 
-    /// Stops the device: on return it has nothing in flight and reads no guest memory. The guest
-    /// stands still, before and after.
+    /// Pauses the device: on return it has nothing in flight and reads no guest memory. The vCPUs are
+    /// parked, before and after.
     pub fn pause(&self) {
         self.function.pause();
     }
@@ -199,7 +199,7 @@ impl VirtioPci {
         self.function.resume();
     }
 
-    /// As after power-on.
+    /// Resets the device, as after power-on.
     pub fn reset(&self) {
         self.function.reset();
         self.endpoint.reset();
@@ -225,10 +225,10 @@ impl VirtioPci {
         self.function.hand_over();
     }
 
-    /// Takes what only one machine may have at a time. It is paused.
+    /// Acquires exclusive host resources. The device is paused.
     ///
     /// # Errors
-    /// When somebody else has it.
+    /// Another process holds one.
     pub fn take_over(&self) -> Result<(), DeviceError> {
         self.function.take_over()
     }
@@ -239,7 +239,7 @@ impl VirtioPci {
         self.function.repeat_interrupts();
     }
 
-    /// What it counts.
+    /// Returns the device's counters.
     #[must_use]
     pub fn counters(&self) -> Vec<(&'static str, u64)> {
         self.function.counters()
@@ -255,11 +255,10 @@ impl VirtioPci {
         }
     }
 
-    /// Goes on from what was saved: registers now, queues with [`VirtioPci::resume`]. `tx` is all
-    /// of the map that is within reach.
+    /// Loads saved state: registers now, queues at [`VirtioPci::resume`]. BARs move through `tx`.
     ///
     /// # Errors
-    /// When it was another device, or what was saved makes no sense.
+    /// The state belongs to another device, or is invalid.
     pub fn load(
         &self,
         from: &mut LoadScope<'_, '_>,
@@ -312,7 +311,7 @@ impl VirtioPci {
     }
 }
 
-/// What is left of a device that has been retired.
+/// The rest of a device that was retired.
 #[must_use]
 pub struct Retired {
     shown: Vec<RegionId>,
@@ -337,7 +336,7 @@ impl Retired {
     }
 }
 
-/// Where in its capability the window's data is.
+/// Offset of the data in the window's capability.
 const WINDOW_DATA: usize = 16;
 
 enum Access<'a> {
@@ -433,7 +432,7 @@ fn structure(kind: u8, bar: u8, offset: u32, len: u32, extra: Option<u32>) -> Ve
 
 type Structure = (&'static str, AddrRange, Arc<dyn DeviceOps>);
 
-/// What is where in the BAR.
+/// Returns the layout of the BAR.
 fn structures(function: &Arc<VirtioFunction>, msix: &Arc<Msix>) -> Vec<Structure> {
     let part = |name, first: u64, len: u64, ops: Arc<dyn DeviceOps>| {
         AddrRange::new(first, len).map(|range| (name, range, ops))

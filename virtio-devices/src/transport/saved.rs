@@ -1,4 +1,4 @@
-//! What is saved of a transport: frozen.
+//! Saved state of a transport. Frozen.
 
 use ::state::{LoadError, Saved, Section};
 use serde::{Deserialize, Serialize};

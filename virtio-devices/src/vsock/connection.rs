@@ -13,7 +13,7 @@ use super::packet::{Header, NO_RECEIVE, NO_SEND, Op};
 /// Bytes that are kept for a socket of the host that does not read.
 pub(super) const BUFFER: u32 = 256 << 10;
 
-/// Where a connection is in its life.
+/// The state of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stage {
     /// The host asked, and the guest has until then to answer.
@@ -25,7 +25,7 @@ pub(super) enum Stage {
     Established,
 }
 
-/// What the guest is to be told of a connection.
+/// A packet that a connection owes the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Notice {
     pub(super) op: Op,
@@ -48,7 +48,7 @@ pub(super) struct Connection {
     pub(super) stage: Stage,
     /// The name by which the event loop knows the stream.
     pub(super) key: usize,
-    /// What the socket of the host has not taken yet.
+    /// Bytes that the host's socket has not accepted yet.
     to_host: VecDeque<u8>,
     /// Bytes that the host's socket took, modulo 2^32, and what of them the guest knows.
     forwarded: u32,
@@ -59,7 +59,7 @@ pub(super) struct Connection {
     guest_forwarded: u32,
     /// There may be something to read.
     readable: bool,
-    /// It waits in the list of those that have something for the guest.
+    /// The connection is in the list of those with packets for the guest.
     pub(super) queued: bool,
     asked_for_credit: bool,
     /// The host's socket has said all.
@@ -109,7 +109,7 @@ impl Connection {
         self.guest_alloc.saturating_sub(on_the_way)
     }
 
-    /// Whether the guest could be told or sent something.
+    /// Returns whether the connection has a packet for the guest.
     pub(super) fn has_more(&self) -> bool {
         !self.notices.is_empty() || self.can_send()
     }
@@ -134,14 +134,14 @@ impl Connection {
     /// The guest has accepted what the host asked for.
     pub(super) fn establish(&mut self) {
         self.stage = Stage::Established;
-        // What the host has written meanwhile told nobody.
+        // The host may have written meanwhile, without an event.
         self.readable = true;
     }
 
-    /// Takes data for the host.
+    /// Accepts data for the host.
     ///
     /// # Errors
-    /// When the guest sends more than it was told that there is room for, or the socket is gone.
+    /// The guest sends more than its credit, or the socket is gone.
     pub(super) fn receive(&mut self, data: &[u8]) -> Result<(), Over> {
         let room = (BUFFER as usize).saturating_sub(self.to_host.len());
         if self.stage != Stage::Established || self.guest_sends_no_more || data.len() > room {
@@ -252,7 +252,7 @@ impl Connection {
         }
     }
 
-    /// What a packet to the guest says of the room here: all of it, and what has been passed on.
+    /// Returns `buf_alloc` and `fwd_cnt` for a packet to the guest.
     pub(super) fn room(&mut self) -> (u32, u32) {
         self.told = self.forwarded;
         (BUFFER, self.forwarded)

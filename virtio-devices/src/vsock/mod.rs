@@ -1,10 +1,10 @@
 //! Socket device (virtio 1.3, 5.10): streams between ports of the guest and unix sockets of the
 //! host.
 //!
-//! The device listens on a socket of the host. Who connects to it says `CONNECT port` and a line
-//! feed; when the guest accepts on that port, the answer is `OK port`, and from there on the
-//! connection is the stream. A guest that connects to a port of the host (CID 2) reaches whoever
-//! listens on the socket of the same name with `_port` at its end. (The convention of Firecracker
+//! The device listens on a unix socket of the host. A client sends `CONNECT port` and a line feed. When
+//! the guest accepts on that port, the client gets `OK port`, and the connection carries the stream. A
+//! guest that connects to a port of the host (CID 2) reaches the listener at the same path with `_port`
+//! appended. (The convention of Firecracker
 //! and Cloud Hypervisor.)
 
 mod connection;
@@ -88,20 +88,19 @@ pub struct Vsock {
 }
 
 impl Vsock {
-    /// For the guest with this address, which the host reaches by a socket at `path`. One that
-    /// nobody listens on any more is replaced.
+    /// Creates a device for the guest with this CID, and listens at `path`. Replaces a socket without a
+    /// listener.
     ///
     /// # Errors
-    /// When the socket cannot be made.
+    /// The socket cannot be created.
     pub fn new(cid: u64, path: &Path, workers: Workers) -> Result<Self, VsockError> {
         Self::on(cid, Listening::bind(path), path, workers)
     }
 
-    /// As [`Vsock::new`], for a guest that is still elsewhere: whoever has the path keeps it until
-    /// the device takes over.
+    /// Like [`Vsock::new`], for an incoming migration: the source keeps `path` until the device takes over.
     ///
     /// # Errors
-    /// When the socket cannot be made.
+    /// The socket cannot be created.
     pub fn incoming(cid: u64, path: &Path, workers: Workers) -> Result<Self, VsockError> {
         Self::on(cid, Listening::bind_beside(path), path, workers)
     }

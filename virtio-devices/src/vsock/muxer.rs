@@ -391,7 +391,7 @@ impl Muxer {
     }
 }
 
-/// What a packet says of a connection that there is.
+/// Handles a packet of an existing connection.
 fn obey(
     connection: &mut Connection,
     op: Op,

@@ -9,7 +9,7 @@ pub(super) const HEADER_LEN: usize = 44;
 /// `VIRTIO_VSOCK_TYPE_STREAM`.
 pub(super) const STREAM: u16 = 1;
 
-/// What a packet is for (`VIRTIO_VSOCK_OP_*`).
+/// The operation of a packet (`VIRTIO_VSOCK_OP_*`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Op {
     Request,
@@ -70,12 +70,12 @@ pub(super) struct Header {
     /// Bytes of data behind it.
     pub(super) len: u32,
     pub(super) kind: u16,
-    /// As it came: none of [`Op`] if the sender knows more than we do.
+    /// The operation; `None` if its number is unknown.
     pub(super) op: Option<Op>,
     pub(super) flags: u32,
-    /// What the sender can take in all.
+    /// Total buffer space of the sender, in bytes.
     pub(super) buf_alloc: u32,
-    /// What it has passed on so far, modulo 2^32.
+    /// Bytes that the sender has consumed so far, modulo 2^32.
     pub(super) fwd_cnt: u32,
 }
 

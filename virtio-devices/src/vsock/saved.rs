@@ -1,5 +1,5 @@
-//! What is saved of a vsock device: frozen. Connections are not: they end with the machine that
-//! they were made from, and the guest is told.
+//! Saved state of a vsock device. Frozen. Connections are not saved: they end with their machine, and the
+//! guest gets a transport reset event.
 
 use serde::{Deserialize, Serialize};
 use state::Saved;

@@ -1,4 +1,4 @@
-//! What a hostile guest, or a client that says nothing, can take of the host.
+//! Limits on what hostile guests and silent clients can use of the host.
 
 use std::io::Read;
 use std::net::Shutdown;
