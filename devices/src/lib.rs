@@ -9,6 +9,7 @@
 //! | [`Serial`] | ports 0x3f8-0x3ff | 16550, the guest's console; its other end is a [`Console`] |
 //! | [`PowerBlock`] | ports 0x600-0x607 | ACPI sleep, reset, and generic events (power button) |
 //! | [`KeyboardReset`] | port 0x64 | the reset line of a PC's keyboard controller, and no more |
+//! | [`ResetControl`] | port 0xcf9 | the chipset's reset control register, amid PCI's ports |
 //! | [`DebugPort`] | port 0x80 | progress codes of firmware; tells when the first one came |
 //! | [`pci::Bus`] | ECAM, ports 0xcf8-0xcff | configuration space of PCI devices |
 //!
@@ -43,6 +44,6 @@ pub use debug_port::DebugPort;
 pub use hotplug::HotplugBlock;
 pub use interrupt::InterruptLine;
 pub use power::{PowerBlock, PowerEvent, PowerEvents};
-pub use reset::KeyboardReset;
+pub use reset::{KeyboardReset, ResetControl};
 pub use serial::Serial;
 pub use unix::Listening;

@@ -245,6 +245,9 @@ impl Service {
                     by: Parting::PowerOff,
                 });
                 register.write();
+                serial::say(&Line::Survived {
+                    by: Parting::PowerOff,
+                });
             }
             None => serial::say(&Line::Refused {
                 what: Refusal::PowerOff,
@@ -257,6 +260,7 @@ impl Service {
             Some(register) => {
                 serial::say(&Line::Bye { by: Parting::Reset });
                 register.write();
+                serial::say(&Line::Survived { by: Parting::Reset });
             }
             None => serial::say(&Line::Refused {
                 what: Refusal::Reset,

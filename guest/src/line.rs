@@ -199,6 +199,11 @@ lines! {
         /// The refused item, and the reason.
         what: Refusal,
     }
+    /// The guest still runs after the instruction that should have ended it.
+    Survived = "survived" {
+        /// The way in which it should have ended.
+        by: Parting,
+    }
     /// The last line before the guest ends.
     Bye = "bye" {
         /// The way in which it ends.

@@ -140,6 +140,7 @@ fn lines() -> impl Strategy<Value = Line> {
         ),
         any::<(u32, u32)>().prop_map(|(cpu, line)| Line::Panic { cpu, line }),
         refusals().prop_map(|what| Line::Refused { what }),
+        select(Parting::ALL).prop_map(|by| Line::Survived { by }),
         select(Parting::ALL).prop_map(|by| Line::Bye { by }),
     ]
 }

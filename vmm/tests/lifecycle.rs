@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use control::{Registry, Reply, Request, VmHandle};
-use guest::{After, Crash, Line, Options, Workload};
+use guest::{After, Crash, Line, Options, PortValue, Workload};
 use spec::{ConsoleMode, CpusConfig, PayloadConfig, VmConfig, VmState};
 use vmm::{Pool, PoolConfig};
 
@@ -162,6 +162,51 @@ async fn a_guest_that_fails_is_explained_and_its_neighbours_live_on() {
     })
     .await;
     assert_eq!(neighbour.info().state, VmState::Running);
+}
+
+/// Every way to reset or to power off ends the guest at that very instruction: a guest that runs on
+/// behind it would say so.
+#[tokio::test]
+async fn a_guest_ends_at_the_instruction_by_which_it_ends() {
+    let lab = Lab::new();
+    let port = |port, value| Some(PortValue { port, value });
+    // ACPI's register, the keyboard controller's line, the chipset's reset control register.
+    for (name, reset_port) in [
+        ("acpi", None),
+        ("i8042", port(0x64, 0xfe)),
+        ("cf9", port(0xcf9, 0x06)),
+    ] {
+        let options = Options {
+            workload: Workload::Smp,
+            then: After::Reset,
+            reset_port,
+            ..Options::default()
+        };
+        let (vm, log) = lab.boot(name, &options, 2).await;
+        until("some resets", || vm.status().reboots >= 3).await;
+        vm.ask(Request::Shutdown).await.unwrap();
+        ends_at_once(&log);
+    }
+    let options = Options {
+        workload: Workload::Smp,
+        then: After::PowerOff,
+        ..Options::default()
+    };
+    for _ in 0..5 {
+        let (vm, log) = lab.boot("poweroff", &options, 2).await;
+        until("the power to be off", || {
+            vm.info().state == VmState::Shutdown
+        })
+        .await;
+        ends_at_once(&log);
+    }
+}
+
+fn ends_at_once(log: &Path) {
+    let said = lines(log);
+    assert!(said.iter().any(|line| matches!(line, Line::Bye { .. })));
+    let survived = |line: &&Line| matches!(line, Line::Survived { .. });
+    assert_eq!(said.iter().find(survived), None);
 }
 
 #[tokio::test]

@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use ::devices::event_loop::EventLoop;
 use ::devices::{
-    ConsoleInput, DebugPort, HotplugBlock, InterruptLine, KeyboardReset, PowerBlock, Serial,
-    hotplug, pci, power,
+    ConsoleInput, DebugPort, HotplugBlock, InterruptLine, KeyboardReset, PowerBlock, ResetControl,
+    Serial, hotplug, pci, power,
 };
 use hypervisor::arch::CpuId;
 use hypervisor::{IrqRoutes, Kicker, Kvm, Vcpu, Vm};
@@ -42,7 +42,7 @@ pub(crate) use self::run_control::NotParked;
 use self::run_control::{RunControl, Want};
 use self::save::Clocks;
 pub(crate) use self::save::Extent;
-use self::vcpu::VcpuThread;
+use self::vcpu::{GuestEnd, VcpuThread};
 pub(crate) use self::vcpu::{Halter, Throttle};
 
 /// How long vCPUs may take to leave the guest. They take microseconds; only a device that blocks
@@ -85,6 +85,7 @@ pub(crate) struct Parts {
 pub(crate) struct Built {
     parts: Parts,
     layout: Layout,
+    control: Arc<RunControl>,
     vcpus: Vec<Vcpu>,
 }
 
@@ -112,6 +113,12 @@ impl Built {
         let vm = host.kvm.create_vm()?;
         let mut topology = Topology::new();
         let vcpus = make_vcpus(cpuid, &vm, config, bits)?;
+        let control = Arc::new(RunControl::new(vcpus.len()));
+        let kickers = vcpus.iter().map(Vcpu::kicker).collect();
+        let end = GuestEnd {
+            reporter: reporter.clone(),
+            halter: Arc::new(Halter::new(Arc::clone(&control), kickers)),
+        };
         let mut listeners = Vec::new();
         let slots: Arc<dyn MemoryListener> = vm.memslots();
         listeners.push(topology.register(SpaceKind::Memory, 0, slots)?);
@@ -136,12 +143,12 @@ impl Built {
         let host_bridge = PciHost::new(&topology, space, layout.pci64, irq_routes.clone());
         let build = |tx: &mut Transaction<'_>| -> Result<_, BuildError> {
             map_ram(tx, &layout, &ram)?;
-            map_platform(tx, host_bridge.bus(), reporter)?;
+            map_platform(tx, host_bridge.bus(), &end)?;
             let serial = match outputs.serial {
                 Some(output) => Some(map_serial(tx, irq_routes, output, reporter)?),
                 None => None,
             };
-            let power = map_power(tx, irq_routes, reporter)?;
+            let power = map_power(tx, irq_routes, &end)?;
             let hotplug = map_hotplug(tx, reporter)?;
             let to = reporter.clone();
             let console = outputs.console.map(|output| ConsoleEnd {
@@ -168,6 +175,7 @@ impl Built {
         Ok(Self {
             parts,
             layout,
+            control,
             vcpus,
         })
     }
@@ -200,10 +208,9 @@ impl Built {
 
     /// Starts the vCPUs' threads, which are parked.
     fn start(self, config: &VmConfig, reporter: &Reporter) -> Result<Active, BuildError> {
-        let control = Arc::new(RunControl::new(self.vcpus.len()));
         let mut active = Active {
             parts: self.parts,
-            control,
+            control: self.control,
             vcpus: Vec::new(),
             clocks: Clocks::Running,
         };
@@ -292,7 +299,7 @@ fn map_port(
 fn map_platform(
     tx: &mut Transaction<'_>,
     bus: &Arc<pci::Bus>,
-    reporter: &Reporter,
+    end: &GuestEnd,
 ) -> Result<(), BuildError> {
     let ecam = tx.device(("ecam", "pci"), pci::ECAM_BUS_LEN, bus.ecam())?;
     tx.map(SpaceKind::Memory, layout::ECAM, ecam, 0)?;
@@ -301,10 +308,9 @@ fn map_platform(
         ("configuration", "pci"),
         layout::PCI_PORT,
         8,
-        bus.ports(),
+        Arc::new(ResetControl::new(bus.ports(), end.handler())),
     )?;
-    let to = reporter.clone();
-    let keyboard = KeyboardReset::new(move |event| to.report(GuestEvent::Power(event)));
+    let keyboard = KeyboardReset::new(end.handler());
     map_port(
         tx,
         ("command", "keyboard"),
@@ -312,7 +318,7 @@ fn map_platform(
         1,
         Arc::new(keyboard),
     )?;
-    let to = reporter.clone();
+    let to = end.reporter.clone();
     let debug = DebugPort::new(move |when| to.report(GuestEvent::FirstDebugPort(when)));
     map_port(
         tx,
@@ -355,12 +361,9 @@ fn map_serial(
 fn map_power(
     tx: &mut Transaction<'_>,
     routes: &IrqRoutes,
-    reporter: &Reporter,
+    end: &GuestEnd,
 ) -> Result<Arc<PowerBlock>, BuildError> {
-    let to = reporter.clone();
-    let block = PowerBlock::new(line(routes, layout::GED_IRQ)?, move |event| {
-        to.report(GuestEvent::Power(event));
-    });
+    let block = PowerBlock::new(line(routes, layout::GED_IRQ)?, end.handler());
     let block = Arc::new(block);
     map_port(
         tx,

@@ -6,6 +6,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
+use devices::PowerEvent;
 use hypervisor::{Exit, ExitHandler, Kicker, Vcpu};
 use memory::{CachedView, SpaceKind, Topology};
 use rustix::thread::{CpuSet, sched_setaffinity};
@@ -155,7 +156,9 @@ fn run_until_wanted(
         }
     }
     // What the guest reads next must not depend on when it runs again.
-    vcpu.complete_access(bus);
+    if control.wanted() != Want::End {
+        vcpu.complete_access(bus);
+    }
     None
 }
 
@@ -201,6 +204,26 @@ impl Halter {
     pub(crate) fn halt(&self) {
         self.control.want(Want::End);
         self.kickers.iter().for_each(Kicker::kick);
+    }
+}
+
+/// Ends the guest when it resets or powers off.
+pub(super) struct GuestEnd {
+    pub(super) reporter: Reporter,
+    pub(super) halter: Arc<Halter>,
+}
+
+impl GuestEnd {
+    /// Returns the handler of the devices by which a guest ends. It runs on the vCPU's thread, in
+    /// the instruction by which the guest ends, and no vCPU returns to the guest: whatever would
+    /// run behind that instruction would run in a machine that its guest believes to be gone.
+    pub(super) fn handler(&self) -> impl Fn(PowerEvent) + Send + Sync + 'static + use<> {
+        let (reporter, halter) = (self.reporter.clone(), Arc::clone(&self.halter));
+        move |event| {
+            // First, so that nobody finds vCPUs that have ended without the reason.
+            reporter.report(GuestEvent::Power(event));
+            halter.halt();
+        }
     }
 }
 
