@@ -249,6 +249,32 @@ impl Service {
         }
     }
 
+    /// Waits until the guest of a VM has printed `needle` so many times, and returns all that it printed.
+    ///
+    /// # Errors
+    /// When that does not come within `limit`, and as soon as the guest fails; says why.
+    pub async fn prints(
+        &self,
+        id: &VmId,
+        serial: &Serial,
+        needle: &str,
+        times: usize,
+        limit: Duration,
+    ) -> Result<String> {
+        let failed = async {
+            loop {
+                if let Some(failure) = self.client.vms_info(id).await?.failure {
+                    bail!("{id:?}: {failure:?}; it printed:\n{}", serial.text());
+                }
+                tokio::time::sleep(Duration::from_millis(250)).await;
+            }
+        };
+        tokio::select! {
+            text = serial.wait_for(needle, times, limit) => text,
+            failed = failed => failed,
+        }
+    }
+
     /// Waits until a migration is as it is wanted.
     ///
     /// # Errors

@@ -15,6 +15,8 @@ use tests::{Face, Serial, Service};
 
 /// Booting takes seconds on silicon, and a minute or two where the host is emulated.
 const BOOTS: Duration = Duration::from_secs(300);
+/// The last line of a guest that has booted.
+const BUTTON: &str = "guest: waiting for the power button";
 
 /// Debian, with neither disks nor a console, and its serial port.
 fn debian(service: &Service, vcpus: u32) -> Result<(VmConfig, Serial)> {
@@ -46,11 +48,9 @@ async fn boots_reboots_and_obeys_the_button(vcpus: u32) -> Result<()> {
 
     client.vms_boot(&vm).await?;
     let up = format!("guest: up cpus={vcpus} ");
-    serial.wait_for(&up, 1, BOOTS).await?;
+    service.prints(&vm, &serial, &up, 1, BOOTS).await?;
     // The line after it: then this one is whole.
-    let text = serial
-        .wait_for("guest: waiting for the power button", 1, BOOTS)
-        .await?;
+    let text = service.prints(&vm, &serial, BUTTON, 1, BOOTS).await?;
     for line in text
         .lines()
         .filter(|line| line.contains("Linux version") || line.contains("guest: up"))
@@ -74,13 +74,11 @@ async fn boots_reboots_and_obeys_the_button(vcpus: u32) -> Result<()> {
     );
 
     client.vms_reboot(&vm).await?;
-    let text = serial.wait_for(&up, 2, BOOTS).await?;
+    let text = service.prints(&vm, &serial, &up, 2, BOOTS).await?;
     assert_eq!(text.matches("Linux version").count(), 2, "{text}");
     println!("{vcpus} vCPU: rebooted: it is up again");
 
-    serial
-        .wait_for("guest: waiting for the power button", 2, BOOTS)
-        .await?;
+    service.prints(&vm, &serial, BUTTON, 2, BOOTS).await?;
     client.vms_power_button(&vm).await?;
     let info = service.reaches(&vm, VmState::Shutdown).await?;
     assert_eq!(info.failure, None);
@@ -122,10 +120,8 @@ async fn debian_finds_64_devices() -> Result<()> {
     let vm = service.create("debian", config).await?;
     let client = service.client();
     client.vms_boot(&vm).await?;
-    serial.wait_for(USED, DISKS, BOOTS).await?;
-    serial
-        .wait_for("guest: waiting for the power button", 1, BOOTS)
-        .await?;
+    service.prints(&vm, &serial, USED, DISKS, BOOTS).await?;
+    service.prints(&vm, &serial, BUTTON, 1, BOOTS).await?;
 
     let remove = |id: &str| VmRemoveDevice { id: id.to_owned() };
     let shared = client.vms_remove_device(&vm, &remove("disk62")).await;
@@ -143,7 +139,7 @@ async fn debian_finds_64_devices() -> Result<()> {
     }
     let added = client.vms_add_disk(&vm, &disk(DISKS)?).await?;
     let added = added.context("a device of a running guest")?;
-    serial.wait_for(USED, DISKS + 1, BOOTS).await?;
+    service.prints(&vm, &serial, USED, DISKS + 1, BOOTS).await?;
     println!(
         "64 devices: all found, one removed, another added at {}",
         added.bdf
