@@ -19,6 +19,7 @@
 //! - Readers take the view in force without a lock, and what they hold stays mapped.
 //! - [`MemoryListener`]s are told once a commit what was removed, added and kept.
 //! - [`DirtyBitmap`]s belong to RAM blocks, so no change of the map moves a bit.
+//! - Memory that the host [lost](RamBlock::on_lost) reads as zeros and ends its VM, not the process.
 //! - [`RingWindow`]s are translated once and cannot be used when stale.
 //!
 //! [`Topology::transaction`] has an example.
@@ -31,8 +32,10 @@ mod dump;
 mod error;
 mod flat_view;
 mod guest_memory;
+mod hugepages;
 pub mod limits;
 mod listener;
+mod lost;
 mod ram;
 mod range;
 mod region;
@@ -52,6 +55,9 @@ pub use error::{CommitError, Refusal, TopologyError};
 pub use flat_view::{FlatIoEventFd, FlatRange, FlatView, Target};
 pub use guest_memory::{DirtySlice, RamRange};
 pub use listener::{ListenerHandle, MemoryListener};
+pub use lost::LostWatch;
+#[cfg(any(test, feature = "testing"))]
+pub use lost::testing;
 pub use ram::{Pages, RamBlock, RamConfig, RamError};
 pub use range::AddrRange;
 pub use region::{DeviceOps, IoEventFd, RamSlice, RegionId};

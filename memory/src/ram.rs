@@ -3,11 +3,14 @@
 use std::fmt;
 use std::fs::File;
 use std::io;
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::Ordering;
 
 use crate::dirty::{DirtyBitmap, PAGE_SIZE};
+use crate::hugepages;
+use crate::lost::Registered;
 
 /// How a RAM block is made.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,6 +62,22 @@ pub enum RamError {
     /// A huge page size that is no power of two above the base page.
     #[error("{0:#x} bytes is no size of a huge page")]
     HugePage(u64),
+    /// The host's pool has too few free huge pages.
+    #[error(
+        "{} MiB of huge pages are needed, {free} are free: {} of {page} bytes each must be in the host's \
+         pool", size >> 20, size / page
+    )]
+    NoHugePages {
+        /// Bytes asked for.
+        size: u64,
+        /// Bytes of a huge page.
+        page: u64,
+        /// Pages that are free.
+        free: u64,
+    },
+    /// The host has no huge pages of this size.
+    #[error("the host has no huge pages of {0} bytes")]
+    NoSuchHugePage(u64),
     /// The host refused a step.
     #[error("the host refused to {attempt} {size:#x} bytes of guest RAM")]
     Host {
@@ -84,8 +103,9 @@ pub struct RamBlock {
     page_size: u64,
     /// It may be made of transparent huge pages.
     thp: bool,
-    /// A [`Pages`].
-    pages: AtomicU8,
+    /// Faults of the mapping are answered, and with that what its [`Pages`] are. Dropped before the
+    /// mapping goes.
+    registered: ManuallyDrop<Registered>,
 }
 
 /// Whether the pages of a block are there.
@@ -96,8 +116,9 @@ pub enum Pages {
     There = 0,
     /// Some may come later: who touches them waits ([`UserFaults`](crate::UserFaults)).
     Awaited = 1,
-    /// Those that are missing do not come any more. What is found in their place is not what the
-    /// guest wrote, and must not get out of its machine.
+    /// Those that are missing do not come any more: a migration ended, or the host
+    /// [lost](RamBlock::on_lost) them. What is found in their place is not what the guest wrote, and
+    /// must not get out of its machine.
     Lost = 2,
 }
 
@@ -173,7 +194,11 @@ impl RamBlock {
         let fd = if given.is_some() {
             given
         } else if config.shared {
-            Some(memfd(config.hugepage_size.map(|_| huge), size).map_err(host_error("allocate"))?)
+            let made = memfd(config.hugepage_size.map(|_| huge), size);
+            Some(made.map_err(|error| match config.hugepage_size {
+                Some(page) => hugepages::refusal(size, page, error),
+                None => host_error("allocate")(error),
+            })?)
         } else {
             None
         };
@@ -184,7 +209,9 @@ impl RamBlock {
                 libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | huge.cast_signed()
             }
         };
-        if !config.reserve {
+        // Huge pages are always reserved: a page that the pool does not have when it is touched would be
+        // a bus error, in the middle of the guest's run.
+        if !config.reserve && config.hugepage_size.is_none() {
             flags |= libc::MAP_NORESERVE;
         }
         let raw_fd = fd.as_ref().map_or(-1, AsRawFd::as_raw_fd);
@@ -200,10 +227,19 @@ impl RamBlock {
             )
         };
         if host == libc::MAP_FAILED {
-            return Err(host_error("map")(io::Error::last_os_error()));
+            let error = io::Error::last_os_error();
+            return Err(match config.hugepage_size {
+                Some(page) => hugepages::refusal(size, page, error),
+                None => host_error("map")(error),
+            });
         }
         let host = NonNull::new(host.cast::<u8>())
             .ok_or_else(|| host_error("map")(io::Error::from(io::ErrorKind::InvalidData)))?;
+        let registered = Registered::new(host.as_ptr(), len, page_size).map_err(|error| {
+            // SAFETY: the mapping was just made, and is not used yet.
+            unsafe { libc::munmap(host.as_ptr().cast(), len) };
+            host_error("watch")(error)
+        })?;
         let block = Self {
             host,
             len,
@@ -211,7 +247,7 @@ impl RamBlock {
             dirty: DirtyBitmap::new(len),
             page_size,
             thp: config.thp && config.hugepage_size.is_none(),
-            pages: AtomicU8::new(Pages::There as u8),
+            registered: ManuallyDrop::new(registered),
         };
 
         if config.mergeable {
@@ -332,7 +368,7 @@ impl RamBlock {
     /// Whether all its pages are there.
     #[must_use]
     pub fn pages(&self) -> Pages {
-        match self.pages.load(Ordering::Acquire) {
+        match self.registered.pages().load(Ordering::Acquire) {
             0 => Pages::There,
             1 => Pages::Awaited,
             _ => Pages::Lost,
@@ -345,17 +381,25 @@ impl RamBlock {
         self.turn(Pages::Awaited, Pages::Lost);
     }
 
+    pub(crate) fn registered(&self) -> &Registered {
+        &self.registered
+    }
+
     pub(crate) fn turn(&self, from: Pages, to: Pages) {
         let (from, to) = (from as u8, to as u8);
         // Otherwise it is as it was.
-        let _ = self
-            .pages
-            .compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire);
+        let _ =
+            self.registered
+                .pages()
+                .compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire);
     }
 }
 
 impl Drop for RamBlock {
     fn drop(&mut self) {
+        // SAFETY: dropped here and nowhere else. Another thread may get these addresses from the host as
+        // soon as they are unmapped.
+        unsafe { ManuallyDrop::drop(&mut self.registered) };
         // SAFETY: the mapping is ours, and nobody who could use it is left: they own the block.
         unsafe { libc::munmap(self.host.as_ptr().cast(), self.len) };
     }
@@ -380,6 +424,10 @@ fn memfd(huge: Option<u32>, size: u64) -> io::Result<File> {
     // SAFETY: a new descriptor that nobody else owns.
     let file = unsafe { File::from_raw_fd(fd) };
     file.set_len(size)?;
+    #[cfg(any(test, feature = "testing"))]
+    if crate::lost::testing::is_unsealed() {
+        return Ok(file);
+    }
     // Whoever it is given to can rely on its being there.
     let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
     // SAFETY: takes a number.

@@ -222,6 +222,12 @@ impl Ram {
             return Ok(0);
         };
         let batch = self.batch.fill(block, run);
+        // Behind the copy: what it found in the place of lost memory is not the guest's.
+        if let Some(offset) = block.ram.first_lost() {
+            let why =
+                format!("the host lost memory of the guest, at offset {offset:#x} of its RAM");
+            return Err(MigrationError::here("memory-lost", why));
+        }
         let mut sent = 0;
         if let Some((head, data)) = &batch.pages {
             wire::write(&mut *self.stream, Kind::Pages, &[head, data])?;

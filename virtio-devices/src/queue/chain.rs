@@ -199,7 +199,8 @@ impl Chain {
         for slice in self.readable(offset, data.len())? {
             done += slice.copy_to(data.get_mut(done..).unwrap_or_default());
         }
-        Ok(())
+        // Behind the copy, which may have found that the host has lost a page.
+        self.check_not_lost()
     }
 
     /// Puts `data` where the driver reads, `offset` bytes into it.
@@ -249,8 +250,8 @@ impl Chain {
     /// # Errors
     /// The pages are lost, or the buffers are shorter.
     pub fn wait_readable(&self, offset: usize, len: usize) -> Result<(), QueueError> {
-        let is = |pages| GuestMemoryBackend::iter(&*self.view).any(|ram| ram.pages() == pages);
-        if is(Pages::Awaited) {
+        let mut ram = GuestMemoryBackend::iter(&*self.view);
+        if ram.any(|ram| ram.pages() == Pages::Awaited) {
             for slice in self.readable(offset, len)? {
                 for at in (0..slice.len())
                     .step_by(PAGE_SIZE as usize)
@@ -261,10 +262,16 @@ impl Chain {
                 }
             }
         }
-        if is(Pages::Lost) {
-            return Err(QueueError::Lost { head: self.head });
+        self.check_not_lost()
+    }
+
+    /// What is found in lost memory is not what the driver wrote, and must not leave the machine.
+    fn check_not_lost(&self) -> Result<(), QueueError> {
+        let mut ram = GuestMemoryBackend::iter(&*self.view);
+        match ram.any(|ram| ram.pages() == Pages::Lost) {
+            true => Err(QueueError::Lost { head: self.head }),
+            false => Ok(()),
         }
-        Ok(())
     }
 
     /// The kernel has written these bytes of where the driver reads: their pages are dirty.
