@@ -64,6 +64,7 @@ impl Spawn for Fake {
         HostLimits {
             max_vcpus: 16,
             max_memory: 1 << 40,
+            host_cpus: 64,
         }
     }
 }

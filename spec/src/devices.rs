@@ -164,6 +164,19 @@ impl DiskConfig {
                 format!("a guest sees {most} bytes of it at most"),
             );
         }
+        for (field, is_on) in [
+            ("backing_files", self.backing_files),
+            ("data_files", self.data_files),
+        ] {
+            // A guest could write the header that a detection would find.
+            if is_on && self.image_type.is_none() {
+                let detail = format!(
+                    "an image whose format is detected may not name other files: `{field}` needs \
+                     `image_type`"
+                );
+                below.add(field, "inconsistent", detail);
+            }
+        }
         let other = matches!(
             self.image_type,
             Some(ImageType::FixedVhd | ImageType::Vhdx | ImageType::Unknown)
@@ -303,12 +316,30 @@ mod tests {
         let host = HostLimits {
             max_vcpus: 8,
             max_memory: 1 << 40,
+            host_cpus: 64,
         };
         let problems = config.validate(&host).err().unwrap_or_default();
         problems
             .into_iter()
             .map(|problem| (problem.pointer, problem.code))
             .collect()
+    }
+
+    #[test]
+    fn an_image_names_other_files_only_where_its_format_is_said() {
+        for field in ["backing_files", "data_files"] {
+            let problems = |more: &str| {
+                let body = format!(r#"{{"path":"/d","{field}":true{more}}}"#);
+                let disk: DiskConfig = crate::parse(body.as_bytes()).unwrap();
+                disk.problems()
+            };
+            assert_eq!(problems(r#","image_type":"Qcow2""#), []);
+            let [problem] = &problems("")[..] else {
+                panic!("{field} without a format is accepted");
+            };
+            assert_eq!(problem.pointer, format!("/{field}"));
+            assert!(problem.detail.contains("needs `image_type`"), "{problem:?}");
+        }
     }
 
     #[test]

@@ -90,6 +90,11 @@ impl OnError {
     }
 }
 
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde wants a reference")]
+fn is_false(value: &bool) -> bool {
+    !value
+}
+
 fn disk_queue_size() -> u16 {
     128
 }
@@ -143,15 +148,24 @@ pub struct DiskConfig {
     /// Host CPUs that serve its queues.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub queue_affinity: Option<Vec<VirtQueueAffinity>>,
-    /// Allow images that build on others.
+    /// Allow an image that builds on others, which are opened read-only, below the image's own
+    /// directory or those of the service's `--image-dir`. Needs `image_type`.
     #[serde(default)]
     pub backing_files: bool,
+    /// Allow a qcow2 image that keeps its data in another file, as `backing_files` allows others. The
+    /// file is opened read-only, so that the disk must be `readonly`. Needs `image_type`.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub data_files: bool,
     /// Give discarded blocks back to the host.
     #[serde(default = "defaults::yes")]
     pub sparse: bool,
-    /// Format; found out when absent.
+    /// Format. When absent, the service detects it as it first opens the image, and records it here.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image_type: Option<ImageType>,
+    /// The service detected `image_type`. A guest may not write to a disk that was detected as raw
+    /// what would make it an image of another format; it gets an I/O error.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub image_type_detected: bool,
     /// What is locked while in use.
     #[serde(default)]
     pub lock_granularity: LockGranularity,

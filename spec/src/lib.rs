@@ -6,7 +6,7 @@
 //!
 //! ```
 //! let config: spec::VmConfig = spec::parse(br#"{"payload": {"kernel": "/boot/vmlinux"}}"#)?;
-//! let host = spec::HostLimits { max_vcpus: 16, max_memory: 1 << 36 };
+//! let host = spec::HostLimits { max_vcpus: 16, max_memory: 1 << 36, host_cpus: 4 };
 //! assert_eq!(config.validate(&host), Ok(()));
 //! assert_eq!(config.memory.size, 512 << 20);
 //! # Ok::<(), spec::ParseError>(())
@@ -27,6 +27,7 @@ mod migration;
 mod names;
 pub mod options;
 mod parse;
+mod paths;
 mod platform;
 mod requests;
 mod service;
@@ -52,6 +53,7 @@ pub use migration::{
 };
 pub use names::{check_device_name, free_name};
 pub use parse::{ParseError, nearest, parse};
+pub use paths::{NamedPath, PathUse};
 pub use platform::{
     LandlockConfig, NumaConfig, NumaDistance, PayloadConfig, PciSegmentConfig, PlatformConfig,
 };

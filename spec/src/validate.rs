@@ -17,6 +17,8 @@ pub struct HostLimits {
     pub max_vcpus: u32,
     /// Bytes of guest memory that its physical addresses can reach.
     pub max_memory: u64,
+    /// CPUs of the host, with those that are offline: vCPUs can be bound to numbers below this.
+    pub host_cpus: usize,
 }
 
 /// Fields that are accepted at these values only: the ones that say "not there", and those that
@@ -184,6 +186,15 @@ impl VmConfig {
                 let detail = format!("vCPU {} may run nowhere", affinity.vcpu);
                 found.push(problem(&pointer, "out-of-range", detail));
             }
+            let missing = |cpu: &&usize| **cpu >= host.host_cpus;
+            if let Some(cpu) = affinity.host_cpus.iter().find(missing) {
+                let detail = format!(
+                    "vCPU {} cannot run on CPU {cpu}: this host has {} CPUs, numbered from 0",
+                    affinity.vcpu, host.host_cpus
+                );
+                let pointer = format!("{pointer}/host_cpus");
+                found.push(problem(&pointer, "out-of-range", detail));
+            }
         }
     }
 
@@ -292,6 +303,7 @@ mod tests {
     const HOST: HostLimits = HostLimits {
         max_vcpus: 8,
         max_memory: 1 << 40,
+        host_cpus: 64,
     };
 
     fn good() -> VmConfig {
@@ -380,6 +392,16 @@ mod tests {
         assert_eq!(
             found(|c| c.serial.mode = ConsoleMode::File),
             one("/serial/file", "missing")
+        );
+        let bound_to = |host_cpus| {
+            let affinity = vec![crate::CpuAffinity { vcpu: 0, host_cpus }];
+            found(|c| c.cpus.affinity = Some(affinity))
+        };
+        assert_eq!(bound_to(vec![0, 63]), []);
+        assert_eq!(bound_to(vec![]), one("/cpus/affinity/0", "out-of-range"));
+        assert_eq!(
+            bound_to(vec![0, 99_999]),
+            one("/cpus/affinity/0/host_cpus", "out-of-range")
         );
         assert_eq!(
             found(|c| c.watchdog = true),

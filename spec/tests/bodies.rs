@@ -7,6 +7,7 @@ use spec::{HostLimits, ParseError, VmConfig, options, parse};
 const HOST: HostLimits = HostLimits {
     max_vcpus: 64,
     max_memory: 1 << 40,
+    host_cpus: 64,
 };
 
 fn read(body: &Value) -> Result<VmConfig, ParseError> {

@@ -48,8 +48,10 @@ const EFFECTIVE: &[&str] = &[
     "/disks/0/id",
     "/disks/0/serial",
     "/disks/0/backing_files",
+    "/disks/0/data_files",
     "/disks/0/sparse",
     "/disks/0/image_type",
+    "/disks/0/image_type_detected",
     "/disks/0/lock_granularity",
     "/disks/0/on_error",
     "/net/0/tap",
@@ -128,7 +130,7 @@ fn full() -> Value {
             "queue_size": 64, "vhost_user": true, "vhost_socket": "/s", "rate_limiter_config": limits,
             "pci_segment": 1, "pci_device_id": 3, "id": "d", "serial": "s", "rate_limit_group": "g",
             "queue_affinity": [{"queue_index": 0, "host_cpus": [1]}], "backing_files": true,
-            "sparse": false, "image_type": "Qcow2", "lock_granularity": "Full",
+            "data_files": true, "image_type_detected": true, "sparse": false, "image_type": "Qcow2", "lock_granularity": "Full",
             "on_error": "Pause",
         }],
         "net": [{
@@ -236,6 +238,7 @@ fn no_field_is_taken_and_forgotten() {
     let host = HostLimits {
         max_vcpus: 8,
         max_memory: 1 << 40,
+        host_cpus: 64,
     };
     let problems = config.validate(&host).unwrap_err();
     for problem in &problems {

@@ -49,6 +49,7 @@ pub const DISK: OptionKind = OptionKind {
         ("serial", "serial", Form::Text),
         ("rate_limit_group", "rate_limit_group", Form::Text),
         ("backing_files", "backing_files", Form::Switch),
+        ("data_files", "data_files", Form::Switch),
         ("sparse", "sparse", Form::Switch),
         ("image_type", "image_type", Form::Word),
         ("lock_granularity", "lock_granularity", Form::Word),

@@ -1,0 +1,146 @@
+//! The paths of the host that a configuration names, and what each is used for.
+
+use crate::console::ConsoleMode;
+use crate::vm::VmConfig;
+
+/// What a path is used for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PathUse {
+    /// The file is read.
+    Read,
+    /// The file is read and written.
+    Write,
+    /// The file is emptied, or made, and written.
+    Create,
+    /// A unix socket is made there.
+    Listen,
+}
+
+/// A path that a configuration names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NamedPath<'a> {
+    /// The JSON pointer of the field.
+    pub pointer: String,
+    /// The path, as it is written there.
+    pub path: &'a str,
+    /// What it is used for.
+    pub used: PathUse,
+}
+
+impl VmConfig {
+    /// All paths of the host that the configuration names, without those of devices that this version
+    /// does not support. A vsock device also connects to `SOCKET_PORT` beside its own socket.
+    #[must_use]
+    pub fn paths(&self) -> Vec<NamedPath<'_>> {
+        let mut all = Vec::new();
+        let payload = &self.payload;
+        for (field, path) in [
+            ("kernel", &payload.kernel),
+            ("firmware", &payload.firmware),
+            ("initramfs", &payload.initramfs),
+        ] {
+            all.extend(named(
+                format!("/payload/{field}"),
+                path.as_ref(),
+                PathUse::Read,
+            ));
+        }
+        for (i, disk) in self.disks.iter().flatten().enumerate() {
+            let used = if disk.readonly {
+                PathUse::Read
+            } else {
+                PathUse::Write
+            };
+            all.extend(named(format!("/disks/{i}/path"), disk.path.as_ref(), used));
+        }
+        let (serial, console) = (&self.serial, &self.console);
+        for (name, mode, file, socket) in [
+            ("serial", serial.mode, &serial.file, &serial.socket),
+            ("console", console.mode, &console.file, &console.socket),
+        ] {
+            match mode {
+                ConsoleMode::File => {
+                    all.extend(named(
+                        format!("/{name}/file"),
+                        file.as_ref(),
+                        PathUse::Create,
+                    ));
+                }
+                ConsoleMode::Socket => {
+                    all.extend(named(
+                        format!("/{name}/socket"),
+                        socket.as_ref(),
+                        PathUse::Listen,
+                    ));
+                }
+                _ => {}
+            }
+        }
+        all.extend(named(
+            "/rng/src".to_owned(),
+            Some(&self.rng.src),
+            PathUse::Read,
+        ));
+        if let Some(vsock) = &self.vsock {
+            all.extend(named(
+                "/vsock/socket".to_owned(),
+                Some(&vsock.socket),
+                PathUse::Listen,
+            ));
+        }
+        all
+    }
+}
+
+fn named(pointer: String, path: Option<&String>, used: PathUse) -> Option<NamedPath<'_>> {
+    Some(NamedPath {
+        pointer,
+        path: path?,
+        used,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_path_is_named_with_its_use() {
+        let config: VmConfig = crate::parse(
+            br#"{"payload":{"kernel":"/k","initramfs":"/i"},
+                "disks":[{"path":"/a"},{"path":"/b","readonly":true}],
+                "serial":{"mode":"File","file":"/s"},"console":{"mode":"Socket","socket":"/c"},
+                "vsock":{"cid":3,"socket":"/v"}}"#,
+        )
+        .unwrap();
+        let found: Vec<_> = config.paths();
+        let found: Vec<_> = found
+            .iter()
+            .map(|named| (named.pointer.as_str(), named.path, named.used))
+            .collect();
+        let expected = [
+            ("/payload/kernel", "/k", PathUse::Read),
+            ("/payload/initramfs", "/i", PathUse::Read),
+            ("/disks/0/path", "/a", PathUse::Write),
+            ("/disks/1/path", "/b", PathUse::Read),
+            ("/serial/file", "/s", PathUse::Create),
+            ("/console/socket", "/c", PathUse::Listen),
+            ("/rng/src", "/dev/urandom", PathUse::Read),
+            ("/vsock/socket", "/v", PathUse::Listen),
+        ];
+        assert_eq!(found, expected);
+    }
+
+    /// A pseudo terminal's path is told in `file`, and is not opened from there.
+    #[test]
+    fn a_path_that_the_mode_does_not_use_is_not_named() {
+        let body = br#"{"payload":{},"serial":{"mode":"Pty","file":"/dev/pts/1"}}"#;
+        let config: VmConfig = crate::parse(body).unwrap();
+        assert!(
+            config
+                .paths()
+                .iter()
+                .all(|named| named.pointer == "/rng/src")
+        );
+    }
+}
