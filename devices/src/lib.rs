@@ -31,6 +31,7 @@ mod client;
 mod console;
 mod debug_port;
 pub mod event_loop;
+pub mod host_file;
 pub mod hotplug;
 mod interrupt;
 pub mod pci;

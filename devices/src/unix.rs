@@ -2,14 +2,14 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, fchmod};
 use rustix::net::{
-    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with,
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
 };
 
 /// Clients that the kernel keeps until they are accepted.
@@ -50,7 +50,7 @@ impl Listening {
         let is_socket = at
             .symlink_metadata()
             .is_ok_and(|meta| meta.file_type().is_socket());
-        if is_socket && UnixStream::connect(at).is_err() {
+        if is_socket && is_abandoned(at) {
             fs::remove_file(at)?;
         }
         let listener = bind_private(at)?;
@@ -88,11 +88,24 @@ impl Listening {
     }
 }
 
+fn new_socket() -> io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let (family, kind) = (AddressFamily::UNIX, SocketType::STREAM);
+    Ok(socket_with(family, kind, flags, None)?)
+}
+
+/// Whether nobody listens at `path`, a socket. A `connect` that blocks would wait for as long as the
+/// listener's backlog is full.
+fn is_abandoned(path: &Path) -> bool {
+    let connected =
+        || -> io::Result<()> { Ok(connect(&new_socket()?, &SocketAddrUnix::new(path)?)?) };
+    connected().is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+}
+
 /// Listens at `path`, which only the owner of this process may use (mode 0600), whatever the umask:
 /// who reaches a console or a vsock of a guest has the rights of its operator.
 fn bind_private(path: &Path) -> io::Result<UnixListener> {
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    let socket = new_socket()?;
     // Linux gives the file the mode of the socket less the umask (unix_bind_bsd). Set before
     // `bind`, so that there is no moment at which others can connect.
     fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
@@ -120,8 +133,25 @@ impl Drop for Listening {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::net::UnixStream;
 
     use super::*;
+
+    #[test]
+    fn a_listener_that_accepts_nobody_is_not_waited_for_or_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let listening = Listening::bind(&path).unwrap();
+        rustix::net::listen(listening.listener(), 0).unwrap();
+        // One fits into a backlog of 0.
+        let _waiting = UnixStream::connect(&path).unwrap();
+        let refused = Listening::bind(&path).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::AddrInUse);
+        drop(listening);
+        assert!(!path.exists());
+        drop(UnixListener::bind(&path).unwrap());
+        Listening::bind(&path).unwrap();
+    }
 
     /// The usual umask (022) would leave them open to read and execute, and some others to write.
     #[test]

@@ -38,7 +38,8 @@ pub enum Face {
 pub struct Service {
     child: Child,
     face: Face,
-    host: Option<&'static str>,
+    /// The command that becomes the program: the child's process id is the program's.
+    wrapper: Vec<&'static str>,
     dir: TempDir,
     client: Client,
 }
@@ -49,7 +50,15 @@ impl Service {
     /// # Errors
     /// When the program is not built, or does not answer; says what it logged.
     pub async fn start(face: Face) -> Result<Self> {
-        Self::start_in(face, None).await
+        Self::start_in(face, &[]).await
+    }
+
+    /// Starts one for many VMs as a session leader without a terminal, as systemd does.
+    ///
+    /// # Errors
+    /// As for [`start`](Self::start).
+    pub async fn start_in_session() -> Result<Self> {
+        Self::start_in(Face::Many, &["setsid"]).await
     }
 
     /// Starts one for many VMs on a host of a [`Network`](crate::Network).
@@ -57,17 +66,18 @@ impl Service {
     /// # Errors
     /// As for [`start`](Self::start); when there is no such host.
     pub async fn start_on(host: &'static str) -> Result<Self> {
-        Self::start_in(Face::Many, Some(host)).await
+        let wrapper = ["ip", "netns", "exec", host];
+        Self::start_in(Face::Many, &wrapper).await
     }
 
-    async fn start_in(face: Face, host: Option<&'static str>) -> Result<Self> {
+    async fn start_in(face: Face, wrapper: &[&'static str]) -> Result<Self> {
         let dir = TempDir::with_prefix("whimbrel-test.")?;
-        let child = spawn(face, host, dir.path())?;
+        let child = spawn(face, wrapper, dir.path())?;
         let client = Client::unix(dir.path().join("api.sock"));
         let mut service = Self {
             child,
             face,
-            host,
+            wrapper: wrapper.to_vec(),
             dir,
             client,
         };
@@ -80,7 +90,7 @@ impl Service {
     /// # Errors
     /// As for [`start`](Self::start).
     pub async fn start_again(&mut self) -> Result<()> {
-        self.child = spawn(self.face, self.host, self.dir.path())?;
+        self.child = spawn(self.face, &self.wrapper, self.dir.path())?;
         self.answers().await
     }
 
@@ -322,20 +332,19 @@ fn text(path: &Path) -> String {
     path.to_string_lossy().into_owned()
 }
 
-fn spawn(face: Face, host: Option<&str>, dir: &Path) -> Result<Child> {
+fn spawn(face: Face, wrapper: &[&str], dir: &Path) -> Result<Child> {
     let program = program()?;
     let log = File::options()
         .create(true)
         .append(true)
         .open(dir.join("log"))?;
-    let mut command = match host {
-        // Becomes the program: the child's process id is the program's.
-        Some(host) => {
-            let mut command = Command::new("ip");
-            command.args(["netns", "exec", host]).arg(&program);
+    let mut command = match wrapper {
+        [first, others @ ..] => {
+            let mut command = Command::new(first);
+            command.args(others).arg(&program);
             command
         }
-        None => Command::new(&program),
+        [] => Command::new(&program),
     };
     let socket = dir.join("api.sock");
     match face {

@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use guest::{Crash, Options, Workload};
 use openapi::ClientError;
 use rustix::process::Signal;
-use spec::{Problem, VmConfig, VmState};
+use spec::{ConsoleMode, Problem, SerialConfig, VmConfig, VmState};
 use tests::{Face, Service};
 
 fn problem<T: std::fmt::Debug>(result: Result<T, ClientError>) -> Result<Problem> {
@@ -162,6 +162,33 @@ async fn a_second_service_on_a_live_socket_is_refused_and_the_first_lives_on() -
     assert!(said.contains(&service.pid().to_string()), "{said}");
     service.client().ping().await?;
     service.signal(Signal::INT)?;
+    assert!(service.ended(Duration::from_secs(20)).await?.success());
+    assert!(!service.socket().exists());
+    Ok(())
+}
+
+/// systemd starts services as session leaders without a terminal. The first terminal that one opens
+/// could become its controlling terminal, and end the service when it goes.
+#[tokio::test]
+async fn a_pseudo_terminal_that_goes_does_not_end_the_service() -> Result<()> {
+    let mut service = Service::start_in_session().await?;
+    let (mut config, _) = service.pocket("vm", Options::default())?;
+    config.serial = SerialConfig::with_mode(ConsoleMode::Pty);
+    let vm = service.create("vm", config).await?;
+    service.client().vms_boot(&vm).await?;
+    let info = service.client().vms_info(&vm).await?;
+    let terminal = info.config.serial.file.context("a path")?;
+    assert!(terminal.starts_with("/dev/pts/"), "{terminal}");
+    // Behind the program's name: state, parent, group, session, terminal.
+    let stat = fs::read_to_string(format!("/proc/{}/stat", service.pid()))?;
+    let (_, fields) = stat.rsplit_once(')').context("a name")?;
+    let mut fields = fields.split_whitespace();
+    assert_eq!(fields.nth(3), Some(service.pid().to_string().as_str()));
+    assert_eq!(fields.next(), Some("0"), "it has a controlling terminal");
+    service.client().vms_delete(&vm).await?;
+    service.client().ping().await?;
+    // A hang-up asks the service to end in order.
+    service.signal(Signal::HUP)?;
     assert!(service.ended(Duration::from_secs(20)).await?.success());
     assert!(!service.socket().exists());
     Ok(())

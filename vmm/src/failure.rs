@@ -5,6 +5,7 @@ use devices::ConsoleError;
 use devices::pci::{BarError, BusError};
 use hypervisor::{KvmError, RunFailure, StateError, Vcpu};
 use memory::{CommitError, RamError, TopologyError};
+use rustix::io::Errno;
 use spec::Failure;
 use state::{InvalidPath, LoadError, OpenError, SaveError};
 use virtio_devices::block::ImageError;
@@ -16,6 +17,7 @@ use virtio_devices::{DeviceError, VirtioPciError};
 use crate::arch::x86_64::cpu::CpuError;
 use crate::arch::x86_64::layout::LayoutError;
 use crate::boot::BootError;
+use crate::paths::PathError;
 
 /// A machine cannot be built.
 #[derive(Debug, thiserror::Error)]
@@ -25,6 +27,8 @@ pub enum BuildError {
     Boot(#[from] BootError),
     /// Its console cannot be made.
     Console(#[from] ConsoleError),
+    /// Its configuration names a file twice.
+    Path(#[from] PathError),
     /// KVM refuses something.
     Kvm(#[from] KvmError),
     /// The host has no memory for it.
@@ -85,6 +89,9 @@ pub enum MoveError {
     /// A vCPU did not leave `KVM_RUN` in time.
     #[error("{0}")]
     NotParked(String),
+    /// The host cannot give the guest's memory any more.
+    #[error("the host lost memory of the guest, at offset {0:#x} of its RAM")]
+    MemoryLost(u64),
     /// A vCPU thread has ended.
     #[error("a vCPU thread has ended")]
     VcpuGone,
@@ -125,6 +132,7 @@ impl BuildError {
                 _ => "kernel-unreadable",
             },
             Self::Boot(_) => "payload-unusable",
+            Self::Console(ConsoleError::Locked(_)) | Self::Path(_) => "file-in-use",
             Self::Console(_) => "console-unusable",
             Self::Kvm(_) => "kvm-refused",
             Self::Ram(_) => "no-memory",
@@ -136,6 +144,7 @@ impl BuildError {
             Self::Image(ImageError::Lock(_)) => "disk-in-use",
             Self::Image(_) => "disk-unusable",
             Self::Vsock(_) => "vsock-unusable",
+            Self::Move(MoveError::MemoryLost(_)) => "memory-lost",
             Self::Move(_) => "cannot-go-on",
             Self::Host { .. } => "host-refused",
         }
@@ -145,6 +154,7 @@ impl BuildError {
         match self {
             Self::Boot(_)
             | Self::Console(_)
+            | Self::Path(_)
             | Self::Layout(_)
             | Self::Bus(_)
             | Self::Bar(_)
@@ -152,7 +162,9 @@ impl BuildError {
             | Self::Tap(_)
             | Self::Vsock(_)
             | Self::Image(_) => Category::Unprocessable,
-            Self::Ram(_) | Self::Host { .. } => Category::Host,
+            Self::Ram(_) | Self::Host { .. } | Self::Move(MoveError::MemoryLost(_)) => {
+                Category::Host
+            }
             Self::Kvm(_)
             | Self::Topology(_)
             | Self::Commit(_)
@@ -219,13 +231,28 @@ pub(crate) fn triple_fault(vcpu: &Vcpu) -> Failure {
     }
 }
 
+/// The code of failures for which the host cannot give guest memory.
+const MEMORY_LOST: &str = "memory-lost";
+
+/// The host lost memory of the guest.
+pub(crate) fn memory_lost(offset: u64) -> Failure {
+    Failure {
+        code: MEMORY_LOST.to_owned(),
+        detail: MoveError::MemoryLost(offset).to_string(),
+        vcpu: None,
+    }
+}
+
 /// KVM cannot run the guest on.
 pub(crate) fn cannot_run(vcpu: u32, why: &RunFailure) -> Failure {
     let code = match why {
         RunFailure::Emulation { .. } => "emulation-failure",
         RunFailure::Internal { .. } => "kvm-internal-error",
         RunFailure::Entry { .. } => "invalid-guest-state",
-        RunFailure::MemoryFault { .. } => "guest-memory-fault",
+        // KVM could not read or write guest memory in this process.
+        RunFailure::MemoryFault { .. } => MEMORY_LOST,
+        RunFailure::Run(error) if *error == Errno::FAULT.raw_os_error() => MEMORY_LOST,
+        RunFailure::Run(error) if *error == Errno::HWPOISON.raw_os_error() => MEMORY_LOST,
         RunFailure::Unknown(_) | RunFailure::Run(_) => "kvm-run-failed",
     };
     Failure {

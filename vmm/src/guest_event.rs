@@ -21,6 +21,8 @@ pub(crate) enum GuestEvent {
     Power(PowerEvent),
     /// A vCPU cannot continue.
     Failed(Failure),
+    /// The host cannot give memory of the guest any more: the offset of the first page in its RAM block.
+    MemoryLost(u64),
     /// The first vCPU entered the guest.
     FirstEntry(Instant),
     /// The guest wrote to the debug port for the first time.
@@ -59,6 +61,7 @@ pub(crate) struct Reports {
     pub(crate) machine: u64,
     /// The first event that ends the machine: what happens behind it is of no interest.
     pub(crate) end: Option<GuestEnd>,
+    pub(crate) memory_lost: Option<u64>,
     pub(crate) first_entry: Option<Instant>,
     pub(crate) first_debug_port: Option<Instant>,
     pub(crate) first_serial: Option<Instant>,
@@ -93,6 +96,7 @@ impl Latch for Reports {
             GuestEvent::Failed(failure) => {
                 self.end.get_or_insert(GuestEnd::Failed(failure));
             }
+            GuestEvent::MemoryLost(offset) => self.memory_lost = Some(offset),
             GuestEvent::FirstEntry(at) => self.first_entry = Some(at),
             GuestEvent::FirstDebugPort(at) => self.first_debug_port = Some(at),
             GuestEvent::FirstSerial(at) => self.first_serial = Some(at),

@@ -32,6 +32,7 @@ mod failure;
 mod guest_event;
 mod machine;
 mod migrate;
+mod paths;
 mod pool;
 
 pub use boot::BootError;

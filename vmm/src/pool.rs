@@ -17,7 +17,7 @@ use virtio_devices::Workers;
 
 use crate::arch::x86_64::{cpu, features};
 use crate::driver::{Caller, Driver};
-use crate::machine::{Background, Host};
+use crate::machine::{self, Background, Host};
 
 /// Event-loop threads of drivers at the most. They pass messages and wait for nothing, so few are
 /// enough for many VMs.
@@ -27,13 +27,16 @@ const DRIVER_THREADS: usize = 2;
 const END_PATIENCE: Duration = Duration::from_secs(10);
 
 /// How a pool is made.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct PoolConfig {
     /// Event-loop threads of devices; as many as the host has CPUs when absent. Drivers have
     /// two others, or one if this is one.
     pub threads: Option<usize>,
     /// There is one VM, which has this program's terminal to itself if its console wants it.
     pub terminal: bool,
+    /// Directories below which a disk image may name files (its backing file, its data file), besides
+    /// the image's own directory.
+    pub image_dirs: Vec<PathBuf>,
 }
 
 /// A pool cannot be started.
@@ -122,6 +125,7 @@ impl Pool {
                 cpuid,
                 workers,
                 background: background.clone(),
+                image_dirs: config.image_dirs.clone(),
                 terminal: config.terminal,
             }),
             drivers,
@@ -193,6 +197,7 @@ impl Spawn for Pool {
         HostLimits {
             max_vcpus: u32::try_from(self.host.kvm.capabilities().max_vcpus).unwrap_or(u32::MAX),
             max_memory: space.saturating_sub(NOT_RAM).min(1 << 46),
+            host_cpus: machine::host_cpus(),
         }
     }
 }

@@ -222,7 +222,11 @@ async fn payloads_that_cannot_be_booted_are_named_and_nothing_changes() {
     let (kernel, none) = (|name: &str| (path(name), None), None::<String>);
     for ((kernel, initramfs), code, says) in [
         (kernel("missing"), "kernel-unreadable", "missing"),
-        (kernel("directory"), "kernel-unreadable", "is not a file"),
+        (
+            kernel("directory"),
+            "kernel-unreadable",
+            "is a directory, and not a file",
+        ),
         (kernel("empty"), "kernel-unreadable", "is empty"),
         (
             kernel("text"),

@@ -93,6 +93,10 @@ pub(crate) struct ServeArguments {
     /// ending.
     #[arg(long, value_name = "PATH")]
     pub(crate) state_dir: Option<PathBuf>,
+    /// Directory below which a disk image may name files: its backing file, its data file. Can be given
+    /// several times; an image's own directory is always one.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) image_dir: Vec<PathBuf>,
     /// Threads on which the VMs' drivers live; by default as many as there are CPUs.
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<usize>,
@@ -148,10 +152,14 @@ pub(crate) struct VmArguments {
     /// terminal is the serial port's if both want it.
     #[arg(long, value_name = "MODE")]
     pub(crate) console: Option<String>,
-    /// Disks: path=PATH,readonly=on,direct=on,image_type=qcow2,backing_files=on,num_queues=N,queue_size=N,
+    /// Disks: path=PATH,readonly=on,direct=on,image_type=qcow2,backing_files=on,data_files=on,num_queues=N,queue_size=N,
     /// serial=TEXT,id=NAME,on_error=pause,bw_size=BYTES,bw_refill_time=MS,ops_size=N,ops_refill_time=MS.
     #[arg(long, value_name = "OPTIONS", num_args = 1..)]
     pub(crate) disk: Vec<String>,
+    /// Directory below which a disk image may name files, besides the image's own. Several times for
+    /// several.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) image_dir: Vec<PathBuf>,
     /// Network interfaces: tap=NAME,mac=MAC,ip=ADDRESS,mask=MASK,mtu=N,num_queues=N,queue_size=N,id=NAME. A
     /// tap that is not there is made.
     #[arg(long, value_name = "OPTIONS", num_args = 1..)]

@@ -2,9 +2,11 @@
 
 use std::fs::OpenOptions;
 use std::io::{self, IsTerminal};
+use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Mutex;
 
 use anyhow::{Context, Result};
+use rustix::fs::OFlags;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::writer::BoxMakeWriter;
 
@@ -21,7 +23,11 @@ pub(crate) fn start(arguments: &LoggingArguments) -> Result<()> {
     let (writer, colours) = match &arguments.log_file {
         None => (BoxMakeWriter::new(io::stderr), io::stderr().is_terminal()),
         Some(path) => {
-            let file = OpenOptions::new().create(true).append(true).open(path);
+            // A terminal must not become the controlling one, whose hang-up would end the service.
+            let mut options = OpenOptions::new();
+            options.create(true).append(true);
+            options.custom_flags(OFlags::NOCTTY.bits().cast_signed());
+            let file = options.open(path);
             let file =
                 file.with_context(|| format!("cannot write the log file {}", path.display()))?;
             (BoxMakeWriter::new(Mutex::new(file)), false)

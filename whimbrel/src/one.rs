@@ -27,6 +27,7 @@ pub(crate) fn run(arguments: &VmArguments, serial: Option<ConsoleMode>) -> Resul
     let pool = Pool::start(&PoolConfig {
         threads: Some(1),
         terminal: true,
+        image_dirs: arguments.image_dir.clone(),
     })?;
     runtime()?.block_on(async {
         let mut signals = Signals::listen()?;

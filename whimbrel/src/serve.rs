@@ -63,6 +63,7 @@ pub(crate) fn run(arguments: &ServeArguments) -> Result<ExitCode> {
     let pool = Pool::start(&PoolConfig {
         threads: arguments.threads,
         terminal: false,
+        image_dirs: arguments.image_dir.clone(),
     })?
     .with_journals(state.join("migrations"));
     let runtime = runtime()?;

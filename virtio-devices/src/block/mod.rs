@@ -6,9 +6,10 @@
 //!                                          └───► Image (locked: no other writer)
 //! ```
 
+mod format;
 mod geometry;
 mod image;
-mod lock;
+mod qcow2;
 mod request;
 mod saved;
 mod task;
@@ -22,6 +23,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use devices::host_file::OpenError;
+pub use devices::host_file::{LockError, LockMode};
 use parking_lot::Mutex;
 use state::{LoadError, LoadScope, SaveError, Scope};
 use virtio_bindings::virtio_blk::{
@@ -30,9 +33,9 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 
+pub use self::format::ImageFormat;
+pub use self::image::ImageError;
 use self::image::{Image, Kind, Opening, SECTOR, contained};
-pub use self::image::{ImageError, ImageFormat};
-pub use self::lock::{LockError, LockMode};
 use self::request::Op;
 use self::task::BlockTask;
 use crate::device::{DeviceError, DeviceId, VirtioDevice};
@@ -72,10 +75,18 @@ pub struct BlockConfig {
     pub readonly: bool,
     /// Bypass the page cache of the host.
     pub direct: bool,
-    /// Format; found out when absent.
+    /// Format; detected when absent. [`BlockHandle::format`] says which it is: keep it, and give it
+    /// the next time, for a guest may write to the disk what another detection finds.
     pub format: Option<ImageFormat>,
-    /// Allow an image that builds on others.
+    /// The format was detected an earlier time. Writes that would make a raw image look like one of
+    /// another format are refused then, as they are when `format` is absent.
+    pub is_detected: bool,
+    /// Allow an image that builds on others, which are opened read-only.
     pub backing_files: bool,
+    /// Allow an image that keeps its data in another file, which is opened read-only.
+    pub data_files: bool,
+    /// Directories below which an image may name files, besides its own directory.
+    pub image_dirs: Vec<PathBuf>,
     /// Queues, 1 to 32.
     pub queues: u16,
     /// Entries of each, a power of two.
@@ -170,16 +181,19 @@ impl Block {
     /// # Errors
     /// The image is not a usable disk, or is in use.
     pub fn new(config: &BlockConfig, workers: Workers) -> Result<(Self, BlockHandle), ImageError> {
-        let image = Image::open(&Opening {
-            path: &config.path,
+        let image = Image::open(Opening {
+            path: config.path.clone(),
             readonly: config.readonly,
             direct: config.direct,
             format: config.format,
+            is_detected: config.is_detected || config.format.is_none(),
             backing_files: config.backing_files,
+            data_files: config.data_files,
+            directories: config.image_dirs.clone(),
             lock: config.lock,
             is_incoming: config.is_incoming,
         })?;
-        let capacity = image.size().map_err(|source| ImageError::Open {
+        let capacity = image.size().map_err(|source| OpenError::Host {
             path: config.path.clone(),
             source,
         })?;
@@ -452,6 +466,12 @@ pub struct BlockHandle {
 }
 
 impl BlockHandle {
+    /// The format of the image, as it was configured or detected.
+    #[must_use]
+    pub fn format(&self) -> ImageFormat {
+        self.shared.image.format()
+    }
+
     /// Gives the disk another size, in bytes, and tells the guest.
     ///
     /// # Errors

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use super::format::RefusedWrite;
 use super::geometry::Geometry;
 use super::request::{ID_LEN, Limits, Op, Request, Status, What};
 use super::threads::Threads;
@@ -210,8 +211,13 @@ impl BlockTask {
         let durable = self.is_durable();
         let image = &self.shared.image;
         let aligned = !image.is_direct() || is_aligned(&request, op, image.geometry)?;
+        let capacity = self.shared.capacity.load(Ordering::Acquire);
+        let is_watched = match op {
+            Op::Write { offset, len } => image.is_watched(offset, len, capacity),
+            _ => false,
+        };
         let mut request = request;
-        if let Some(uring) = self.uring.as_mut().filter(|_| aligned) {
+        if let Some(uring) = self.uring.as_mut().filter(|_| aligned && !is_watched) {
             match uring.push(request, op, durable) {
                 Ok(()) => {
                     self.in_flight += op.weight();
@@ -339,7 +345,9 @@ impl BlockTask {
         }
         self.shared.counters.errors.fetch_add(1, Ordering::Relaxed);
         tracing::warn!(?op, %error, "a disk operation failed");
-        if self.shared.on_error == OnError::Pause {
+        // The host did not fail: trying such a write again would not help.
+        let is_refused = RefusedWrite::is_cause_of(error);
+        if self.shared.on_error == OnError::Pause && !is_refused {
             let head = request.chain.head();
             // It is known by its head alone, to which only one can be.
             if self
@@ -451,7 +459,10 @@ mod tests {
             readonly: false,
             direct: false,
             format: None,
+            is_detected: false,
             backing_files: false,
+            data_files: false,
+            image_dirs: Vec::new(),
             queues: 1,
             queue_size: 16,
             serial: String::new(),

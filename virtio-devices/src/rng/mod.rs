@@ -4,11 +4,12 @@ mod saved;
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use devices::event_loop::Interest;
+use devices::host_file::{FileKind, OpenError, Request};
 use state::{LoadError, LoadScope, SaveError, Scope};
 
 use crate::device::{DeviceError, DeviceId, VirtioDevice};
@@ -27,11 +28,8 @@ const COST: u64 = 16;
 
 /// The source of entropy cannot be opened.
 #[derive(Debug, thiserror::Error)]
-#[error("the source of random numbers {} cannot be opened: {source}", path.display())]
-pub struct RngError {
-    path: PathBuf,
-    source: io::Error,
-}
+#[error("the source of random numbers cannot be used: {0}")]
+pub struct RngError(#[from] OpenError);
 
 /// An entropy device.
 pub struct Rng {
@@ -49,16 +47,14 @@ struct Counters {
 }
 
 impl Rng {
-    /// With random numbers from this file, as a rule `/dev/urandom`. One that blocks, such as a
-    /// hardware generator, makes other devices wait for it.
+    /// With random numbers from this file, usually `/dev/urandom`. A hardware generator that has none
+    /// left is not waited for: other devices share the thread.
     ///
     /// # Errors
-    /// When the file cannot be opened.
+    /// When the file cannot be opened, or is neither a regular file nor one of the host's sources of
+    /// random numbers.
     pub fn new(source: &Path, workers: Workers) -> Result<Self, RngError> {
-        let opened = File::open(source).map_err(|error| RngError {
-            path: source.to_owned(),
-            source: error,
-        })?;
+        let opened = Request::read(source, &[FileKind::Regular, FileKind::Random]).open()?;
         Ok(Self {
             source: Arc::new(opened),
             workers,
@@ -155,7 +151,10 @@ impl Fill {
         let buffer = self.buffer.get_mut(..wanted).unwrap_or_default();
         // A source that fails gives nothing: the driver asks again.
         let got = (&*self.source).read(buffer).unwrap_or_else(|error| {
-            tracing::warn!(%error, "the source of random numbers cannot be read");
+            // A hardware generator has none for now.
+            if error.kind() != io::ErrorKind::WouldBlock {
+                tracing::warn!(%error, "the source of random numbers cannot be read");
+            }
             0
         });
         chain.write(0, buffer.get(..got).unwrap_or_default())?;
@@ -194,7 +193,7 @@ impl FillTask {
 mod tests {
     use super::*;
     use crate::limits::TURN_BYTES;
-    use crate::testing::{TestBuffer, TestGuest, TestQueue, transport};
+    use crate::testing::{TestBuffer, TestGuest, TestQueue, transport, workers};
 
     /// A guest that wants megabytes at once has the generator for a fraction of a millisecond.
     #[test]
@@ -223,5 +222,22 @@ mod tests {
         let bytes = counters.bytes.load(Ordering::Relaxed);
         assert!((1..=TURN_BYTES / COST).contains(&bytes), "{bytes}");
         assert_eq!(driver.take_used(), Some((0, MOST as u32)));
+    }
+
+    #[test]
+    fn a_source_is_a_file_or_a_device_for_that() {
+        let (_event_loop, workers) = workers();
+        for source in ["/dev/urandom", "/proc/self/cmdline"] {
+            Rng::new(Path::new(source), workers.clone()).unwrap();
+        }
+        for source in ["/dev/null", "/dev/tty", "/tmp"] {
+            let refused = Rng::new(Path::new(source), workers.clone()).err().unwrap();
+            let refused = refused.to_string();
+            assert!(
+                refused.contains(source)
+                    && refused.contains("and not a regular file or a source of"),
+                "{refused}"
+            );
+        }
     }
 }

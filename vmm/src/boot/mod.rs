@@ -12,6 +12,7 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use devices::host_file::{FileKind, OpenError, Request};
 use memory::FlatView;
 use spec::{CpusConfig, PayloadConfig};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
@@ -36,13 +37,15 @@ pub enum BootError {
         /// Why not.
         source: io::Error,
     },
-    /// It is a directory, a device, or the like.
-    #[error("the {what} {} is not a file", path.display())]
+    /// The path names a directory, a device, or the like.
+    #[error("the {what} {} is {}, and not a file", path.display(), found.name())]
     NotAFile {
         /// `kernel` or `initramfs`.
         what: &'static str,
-        /// What is no file.
+        /// The path.
         path: PathBuf,
+        /// The kind of file that it names.
+        found: FileKind,
     },
     /// It has no bytes.
     #[error("the {what} {} is empty", path.display())]
@@ -131,14 +134,11 @@ fn open(what: &'static str, path: &Path) -> Result<(File, u64), BootError> {
         path: path.to_owned(),
         source,
     };
-    let metadata = std::fs::metadata(path).map_err(unreadable)?;
-    if !metadata.is_file() {
-        return Err(BootError::NotAFile {
-            what,
-            path: path.to_owned(),
-        });
-    }
-    let file = File::open(path).map_err(unreadable)?;
+    let opened = Request::read(path, &[FileKind::Regular]).open();
+    let file = opened.map_err(|error| match error {
+        OpenError::Host { source, .. } => unreadable(source),
+        OpenError::Kind { path, found, .. } => BootError::NotAFile { what, path, found },
+    })?;
     let len = file.metadata().map_err(unreadable)?.len();
     if len == 0 {
         return Err(BootError::Empty {

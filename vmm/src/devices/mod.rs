@@ -15,9 +15,9 @@ use hypervisor::arch::CpuId;
 use memory::Transaction;
 use spec::{DeviceNode, DeviceState, VmConfig};
 use state::{Load as _, LoadError, Save as _, SaveError, Store, Writer};
-use virtio_devices::{DeviceError, Workers};
+use virtio_devices::DeviceError;
 
-pub(crate) use self::open::{ConsoleEnd, Control, Opened, ResourceOwner};
+pub(crate) use self::open::{ConsoleEnd, Control, OpenContext, Opened, ResourceOwner};
 use self::pci::Plugged;
 pub(crate) use self::pci::{PciHost, SharedTopology};
 use crate::failure::BuildError;
@@ -72,7 +72,7 @@ impl Devices {
         tx: &mut Transaction<'_>,
         config: &VmConfig,
         console: Option<ConsoleEnd>,
-        workers: &Workers,
+        context: OpenContext<'_>,
         origin: &MachineOrigin,
         reporter: &Reporter,
     ) -> Result<Self, BuildError> {
@@ -80,7 +80,7 @@ impl Devices {
             host,
             entries: BTreeMap::new(),
         };
-        let opened = open::all(config, console, workers, origin.owner)?;
+        let opened = open::all(config, console, context)?;
         let ids = opened.iter().map(|opened| opened.id.as_str());
         let at = slots::assign(ids, &origin.on_bus);
         let mut all: Vec<_> = at.into_iter().zip(opened).collect();

@@ -1,7 +1,7 @@
 //! Opening what virtio devices stand on: images, taps, sockets.
 
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use control::NewDevice;
@@ -55,23 +55,32 @@ pub(crate) struct ConsoleEnd {
     pub(crate) on_room: Box<dyn Fn() + Send + Sync>,
 }
 
+/// What the host gives each device that is opened.
+#[derive(Clone, Copy)]
+pub(crate) struct OpenContext<'a> {
+    pub(crate) workers: &'a Workers,
+    /// Directories below which disk images may name files, besides their own.
+    pub(crate) image_dirs: &'a [PathBuf],
+    pub(crate) owner: ResourceOwner,
+}
+
 /// The devices of a specification in which they all have names, in the order in which they are put
 /// on the bus.
 pub(crate) fn all(
     config: &VmConfig,
     console: Option<ConsoleEnd>,
-    workers: &Workers,
-    owner: ResourceOwner,
+    context: OpenContext<'_>,
 ) -> Result<Vec<Opened>, BuildError> {
+    let workers = context.workers;
     let mut all = Vec::new();
     for new in config.disks.iter().flatten() {
-        all.push(disk(new, workers, owner)?);
+        all.push(disk(new, context)?);
     }
     for new in config.net.iter().flatten() {
         all.push(net(new, workers)?);
     }
     if let Some(new) = &config.vsock {
-        all.push(vsock(new, workers, owner)?);
+        all.push(vsock(new, context)?);
     }
     if let Some(new) = &config.balloon {
         all.push(balloon(new, workers));
@@ -90,11 +99,11 @@ pub(crate) fn all(
 }
 
 /// A device that comes later, and has a name.
-pub(crate) fn one(new: &NewDevice, workers: &Workers) -> Result<Opened, BuildError> {
+pub(crate) fn one(new: &NewDevice, context: OpenContext<'_>) -> Result<Opened, BuildError> {
     match new {
-        NewDevice::Disk(new) => disk(new, workers, ResourceOwner::ThisMachine),
-        NewDevice::Net(new) => net(new, workers),
-        NewDevice::Vsock(new) => vsock(new, workers, ResourceOwner::ThisMachine),
+        NewDevice::Disk(new) => disk(new, context),
+        NewDevice::Net(new) => net(new, context.workers),
+        NewDevice::Vsock(new) => vsock(new, context),
     }
 }
 
@@ -111,9 +120,9 @@ fn rng(config: &RngConfig, workers: &Workers) -> Result<Opened, BuildError> {
     })
 }
 
-fn vsock(new: &VsockConfig, workers: &Workers, owner: ResourceOwner) -> Result<Opened, BuildError> {
-    let (path, workers) = (Path::new(&new.socket), workers.clone());
-    let device = match owner {
+fn vsock(new: &VsockConfig, context: OpenContext<'_>) -> Result<Opened, BuildError> {
+    let (path, workers) = (Path::new(&new.socket), context.workers.clone());
+    let device = match context.owner {
         ResourceOwner::ThisMachine => Vsock::new(new.cid, path, workers)?,
         ResourceOwner::Source => Vsock::incoming(new.cid, path, workers)?,
     };
@@ -138,7 +147,7 @@ fn balloon(new: &spec::BalloonConfig, workers: &Workers) -> Opened {
     }
 }
 
-fn disk(disk: &DiskConfig, workers: &Workers, owner: ResourceOwner) -> Result<Opened, BuildError> {
+fn disk(disk: &DiskConfig, context: OpenContext<'_>) -> Result<Opened, BuildError> {
     let id = name(disk.id.as_ref());
     let config = BlockConfig {
         // Validation has seen to it that there is one.
@@ -150,7 +159,10 @@ fn disk(disk: &DiskConfig, workers: &Workers, owner: ResourceOwner) -> Result<Op
             ImageType::Qcow2 => Some(ImageFormat::Qcow2),
             ImageType::FixedVhd | ImageType::Vhdx | ImageType::Unknown => None,
         }),
+        is_detected: disk.image_type_detected,
         backing_files: disk.backing_files,
+        data_files: disk.data_files,
+        image_dirs: context.image_dirs.to_vec(),
         queues: u16::try_from(disk.num_queues).unwrap_or(1),
         queue_size: disk.queue_size,
         serial: disk.serial.clone().unwrap_or_else(|| id.clone()),
@@ -159,14 +171,14 @@ fn disk(disk: &DiskConfig, workers: &Workers, owner: ResourceOwner) -> Result<Op
             LockGranularity::ByteRange => LockMode::ByteRange,
             LockGranularity::Full => LockMode::Full,
         },
-        is_incoming: owner == ResourceOwner::Source,
+        is_incoming: context.owner == ResourceOwner::Source,
         limits: rate_limits(disk.rate_limiter_config.as_ref()),
         on_error: match disk.on_error {
             spec::OnError::Report => OnError::Report,
             spec::OnError::Pause => OnError::Pause,
         },
     };
-    let (device, handle) = Block::new(&config, workers.clone())?;
+    let (device, handle) = Block::new(&config, context.workers.clone())?;
     Ok(Opened {
         id,
         device: Box::new(device),

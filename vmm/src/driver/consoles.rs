@@ -5,7 +5,7 @@ use std::os::fd::RawFd;
 use std::path::Path;
 
 use ::devices::event_loop::{Interest, Sources};
-use ::devices::{Console, ConsoleInput, Watch};
+use ::devices::{Console, ConsoleError, ConsoleInput, Watch};
 use spec::{ConsoleMode, VmConfig};
 
 use crate::failure::BuildError;
@@ -13,28 +13,40 @@ use crate::guest_event::{Outputs, Port};
 
 /// The ends that are open.
 #[derive(Default)]
-pub(super) struct Consoles {
+pub(crate) struct Consoles {
     ends: [Option<Console>; 2],
     watched: Vec<RawFd>,
 }
 
 impl Consoles {
-    /// Opens both. The terminal is the serial port's, if it wants it, and else the console's if
+    /// Opens both; [`Self::empty`] empties their files. Opening may take a while, as a file on a network
+    /// does. The terminal is the serial port's, if it wants it, and else the console's if
     /// this VM has the terminal `to_itself`; a console without it says nothing.
-    pub(super) fn open(config: &VmConfig, to_itself: bool) -> Result<Self, BuildError> {
+    pub(crate) fn open(config: &VmConfig, to_itself: bool) -> Result<Self, BuildError> {
         Self::open_by(config, to_itself, open)
     }
 
-    /// As [`Self::open`], for a guest that is still elsewhere: files go on where they end, and
-    /// sockets have their paths when [`Self::take_over`] says so.
-    pub(super) fn open_next(config: &VmConfig, to_itself: bool) -> Result<Self, BuildError> {
+    /// As [`Self::open`], for a guest that is still elsewhere: files are locked, and sockets have their
+    /// paths, after [`Self::take_over`].
+    pub(crate) fn open_next(config: &VmConfig, to_itself: bool) -> Result<Self, BuildError> {
         Self::open_by(config, to_itself, open_next)
     }
 
-    /// Takes the paths of sockets from the machine in which the guest was.
-    pub(super) fn take_over(&mut self) -> std::io::Result<()> {
+    /// Empties the files of both, which loses what an earlier boot wrote.
+    pub(super) fn empty(&self) -> Result<(), BuildError> {
+        let mut ends = self.ends.iter().flatten();
+        Ok(ends.try_for_each(Console::empty)?)
+    }
+
+    /// Takes the paths of sockets and the locks of files from the machine in which the guest was.
+    pub(super) fn take_over(&mut self) -> Result<(), ConsoleError> {
         let mut ends = self.ends.iter_mut().flatten();
         ends.try_for_each(Console::take_over)
+    }
+
+    /// Lets the machine to which the guest moves lock the files.
+    pub(super) fn hand_over(&mut self) {
+        self.ends.iter_mut().flatten().for_each(Console::hand_over);
     }
 
     fn open_by(config: &VmConfig, to_itself: bool, open: Open) -> Result<Self, BuildError> {
@@ -56,7 +68,7 @@ impl Consoles {
         self.ends[port as usize].as_ref()
     }
 
-    pub(super) fn outputs(&self) -> Outputs {
+    pub(crate) fn outputs(&self) -> Outputs {
         Outputs {
             serial: self.end(Port::Serial).map(Console::output),
             console: self.end(Port::Console).map(Console::output),
@@ -138,7 +150,7 @@ fn open_next(
     socket: Option<&String>,
 ) -> Result<Option<Console>, BuildError> {
     match (mode, file, socket) {
-        (ConsoleMode::File, Some(path), _) => Ok(Some(Console::more_of_file(Path::new(path))?)),
+        (ConsoleMode::File, Some(path), _) => Ok(Some(Console::next_file(Path::new(path))?)),
         (ConsoleMode::Socket, _, Some(path)) => Ok(Some(Console::next_socket(Path::new(path))?)),
         _ => open(mode, file, socket),
     }

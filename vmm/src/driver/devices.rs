@@ -9,15 +9,20 @@ use std::time::Duration;
 
 use control::{Ask, Category, NewDevice, Reply, RequestError, VmStatus};
 use memory::Pages;
-use spec::{NetConfig, PciDeviceInfo, VmConfig, VmResize, VmResizeDisk, VmState, limits};
+use spec::{
+    DiskConfig, ImageType, NetConfig, PciDeviceInfo, VmConfig, VmResize, VmResizeDisk, VmState,
+    limits,
+};
 use virtio_devices::TransportEvent;
+use virtio_devices::block::ImageFormat;
 
 use super::migration::Leaving;
 use super::{Driver, DriverEvent, Stage};
-use crate::devices::{Control, Devices, Opened, open};
+use crate::devices::{Control, Devices, OpenContext, Opened, ResourceOwner, open};
 use crate::failure::BuildError;
 use crate::guest_event::GuestEvent;
-use crate::machine::Active;
+use crate::machine::{Active, Host};
+use crate::paths;
 
 /// How often it is looked whether all pages of a guest that came are there.
 const PAGES_PATIENCE: Duration = Duration::from_millis(20);
@@ -37,10 +42,10 @@ impl Driver {
         let id = new.id().unwrap_or_default().to_owned();
         self.opening.insert(id.clone(), (ask, new.clone()));
         let (number, events) = (self.machine, self.events.clone());
-        let (workers, name) = (self.host.workers.clone(), id.clone());
+        let (host, config, name) = (Arc::clone(&self.host), Arc::clone(&self.config), id.clone());
         let builder = std::thread::Builder::new().name("vm-device".to_owned());
         let started = builder.spawn(move || {
-            let opened = open::one(&new, &workers);
+            let opened = open_beside(&new, &config, &host);
             events.send((number, DriverEvent::Opened(name, Box::new(opened))));
         });
         if let Err(source) = started {
@@ -116,6 +121,7 @@ impl Driver {
         let answer = opened.and_then(|opened| self.plug(opened));
         if let Ok(device) = &answer {
             self.keep(new);
+            self.record_formats();
             self.show_devices();
             let at = format!("{} at {}", device.id, device.bdf);
             self.publisher.record("device-added", Some(at));
@@ -272,6 +278,17 @@ impl Driver {
         });
     }
 
+    /// Makes the formats of images that were detected part of the configuration, before the guest can
+    /// write to the images: no later machine detects them again, here or elsewhere.
+    pub(super) fn record_formats(&mut self) {
+        let Stage::On(active) = &self.stage else {
+            return;
+        };
+        if let Some(config) = with_formats(active.devices(), &self.config) {
+            self.set_config(Arc::new(config));
+        }
+    }
+
     fn show_devices(&self) {
         if let Stage::On(active) = &self.stage {
             let devices = active.devices().tree();
@@ -332,6 +349,39 @@ impl Driver {
         self.set_config(Arc::new(config));
         Ok(())
     }
+}
+
+/// Opens what a new device stands on, unless it names a file that the VM uses already.
+fn open_beside(new: &NewDevice, config: &VmConfig, host: &Host) -> Result<Opened, BuildError> {
+    let mut with_it = config.clone();
+    new.clone().add_to(&mut with_it);
+    paths::check(&with_it)?;
+    let context = OpenContext {
+        workers: &host.workers,
+        image_dirs: &host.image_dirs,
+        owner: ResourceOwner::ThisMachine,
+    };
+    open::one(new, context)
+}
+
+/// The configuration with the formats of images that were detected, if any was.
+fn with_formats(devices: &Devices, config: &VmConfig) -> Option<VmConfig> {
+    let is_open = |disk: &DiskConfig| disk.image_type.is_none();
+    if !config.disks.iter().flatten().any(is_open) {
+        return None;
+    }
+    let mut config = config.clone();
+    for disk in config.disks.iter_mut().flatten() {
+        let control = disk.id.as_deref().and_then(|id| devices.control(id));
+        if let (None, Some(Control::Disk(handle))) = (disk.image_type, control) {
+            disk.image_type = Some(match handle.format() {
+                ImageFormat::Raw => ImageType::Raw,
+                ImageFormat::Qcow2 => ImageType::Qcow2,
+            });
+            disk.image_type_detected = true;
+        }
+    }
+    Some(config)
 }
 
 /// Fills in the names of taps that were made.

@@ -152,7 +152,8 @@ impl Driver {
             }
             Next::Build { asked, origin, .. } => {
                 sources.wake_at(None);
-                self.build(asked, origin);
+                let outputs = self.consoles.outputs();
+                self.build(asked, origin, Some(outputs));
             }
             Next::Off { by, asked } => {
                 sources.wake_at(None);

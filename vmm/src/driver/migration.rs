@@ -19,7 +19,7 @@ use super::consoles::Consoles;
 use super::{Driver, DriverEvent, End, Events, Stage};
 use crate::devices::Control;
 use crate::failure::MoveError;
-use crate::guest_event::{Outputs, Port, Reporter};
+use crate::guest_event::{Port, Reporter};
 use crate::machine::{Active, Extent, Host, Machine, NotParked};
 
 /// For the machine that there is, whichever it is.
@@ -136,7 +136,6 @@ pub(crate) struct Arrival {
     pub(crate) caller: Caller,
     pub(crate) host: Arc<Host>,
     pub(crate) config: Arc<VmConfig>,
-    pub(crate) outputs: Outputs,
     pub(crate) reporter: Reporter,
 }
 
@@ -318,6 +317,7 @@ impl Driver {
         if let Some(leaving) = &mut self.leaving {
             leaving.handed_over = true;
         }
+        self.consoles.hand_over();
         self.on()?.hand_over();
         Ok(())
     }
@@ -341,6 +341,11 @@ impl Driver {
     }
 
     fn take_back(&mut self, leaving: &mut Leaving) -> Result<(), Refusal> {
+        if leaving.handed_over {
+            self.consoles
+                .take_over()
+                .map_err(|error| Refusal::new("cannot-be-taken-back", error.to_string()))?;
+        }
         let active = self.on()?;
         if leaving.handed_over {
             active
@@ -403,8 +408,6 @@ impl Driver {
         if !matches!(self.stage, Stage::Off) {
             return Err(Refusal::new("vm-exists", "this VM has a guest already"));
         }
-        self.consoles = Consoles::open_next(&self.config, self.host.terminal)
-            .map_err(|error| Refusal::new("console-unusable", error.to_string()))?;
         self.next_machine();
         self.progress = Some(progress.clone());
         self.stage = Stage::Expecting(Expected {
@@ -418,15 +421,15 @@ impl Driver {
             },
             host: Arc::clone(&self.host),
             config: Arc::clone(&self.config),
-            outputs: self.consoles.outputs(),
             reporter: self.reporter(),
         })
     }
 
     /// The machine for the guest that is to come.
-    pub(crate) fn provide(&mut self, machine: Machine) {
+    pub(crate) fn provide(&mut self, machine: Machine, consoles: Consoles) {
         if let Stage::Expecting(expected) = &mut self.stage {
             expected.machine = Some(machine);
+            self.consoles = consoles;
         }
     }
 
@@ -471,6 +474,7 @@ impl Driver {
         sources: &mut Sources<'_>,
     ) -> Result<Instant, Refusal> {
         let active = self.expecting()?;
+        active.check_memory().map_err(refused("memory-lost"))?;
         let runs = if paused {
             Instant::now()
         } else {
@@ -493,6 +497,7 @@ impl Driver {
         self.stage = Stage::On(active);
         self.consoles.watch_all(sources);
         self.set_config(Arc::clone(&self.config));
+        self.record_formats();
         self.publisher.update(|status| {
             status.state = if paused {
                 VmState::Paused

@@ -15,6 +15,7 @@
 //!
 //! A guest that comes from elsewhere goes from `Off` to `Expecting` and then to `On` (`migration`).
 
+mod building;
 mod consoles;
 mod devices;
 mod ending;
@@ -35,14 +36,15 @@ use control::{
 };
 use spec::{BootTimeline, Failure, VmConfig, VmState};
 
-use self::consoles::Consoles;
+pub(crate) use self::building::Started;
+pub(crate) use self::consoles::Consoles;
 use self::ending::{Busy, Ending, Next, Then};
 pub(crate) use self::migration::{Arrival, Caller, Departure};
 use self::migration::{Call, Expected, Leaving};
 use crate::devices::{MachineOrigin, Opened};
 use crate::failure::{self, BuildError};
 use crate::guest_event::{GuestEnd, Port, Reporter, Reports};
-use crate::machine::{self, Active, Built, Host, Machine};
+use crate::machine::{self, Active, Host, Machine};
 
 /// Resets of a guest that are served at once; further ones wait for [`RESET_INTERVAL`] each.
 const RESETS_AT_ONCE: u32 = 8;
@@ -56,7 +58,7 @@ const MESSAGES_PER_TURN: usize = 32;
 /// An event that the driver receives, from a thread that it started or from the migration engine.
 pub(crate) enum DriverEvent {
     /// A machine was built, or could not be.
-    Built(Box<Result<Machine, BuildError>>),
+    Built(Box<Result<Started, BuildError>>),
     /// The machine has given back all that it had.
     Gone,
     /// Work on the machine is done.
@@ -258,16 +260,7 @@ impl Driver {
 
     fn boot(&mut self, ask: Ask, sources: &mut Sources<'_>) {
         self.consoles.close(sources);
-        match Consoles::open(&self.config, self.host.terminal) {
-            Ok(consoles) => self.consoles = consoles,
-            Err(error) => {
-                ask.answer(Err((&error).into()));
-                return;
-            }
-        }
-        self.consoles.watch_all(sources);
-        self.set_config(Arc::clone(&self.config));
-        self.build(Some(ask), MachineOrigin::default());
+        self.build(Some(ask), MachineOrigin::default(), None);
     }
 
     /// Has the machine replaced by another, not before its time.
@@ -294,83 +287,6 @@ impl Driver {
                     ask.answer(Err(internal("there is no machine")));
                 }
             }
-        }
-    }
-
-    /// Has a machine built, by a thread made for it. There is no other.
-    fn build(&mut self, asked: Option<Ask>, origin: MachineOrigin) {
-        self.stage = Stage::Building { asked };
-        self.next_machine();
-        self.asked_at = Instant::now();
-        let reporter = self.reporter();
-        let (host, config) = (Arc::clone(&self.host), Arc::clone(&self.config));
-        let outputs = self.consoles.outputs();
-        let (number, events) = (self.machine, self.events.clone());
-        let span = tracing::Span::current();
-        let builder = std::thread::Builder::new().name("vm-build".to_owned());
-        let started = builder.spawn(move || {
-            let _entered = span.entered();
-            let built = Built::new(&host, &config, outputs, &origin, &reporter)
-                .and_then(|built| built.boot(&config, &reporter))
-                .map(|active| Machine::new(active, &host.background));
-            events.send((number, DriverEvent::Built(Box::new(built))));
-        });
-        if let Err(source) = started {
-            let error = BuildError::host("start a thread")(source);
-            let built = Box::new(Err(error));
-            self.events.send((number, DriverEvent::Built(built)));
-        }
-    }
-
-    fn built(&mut self, built: Result<Machine, BuildError>, sources: &mut Sources<'_>) {
-        let Stage::Building { asked } = std::mem::replace(&mut self.stage, Stage::Off) else {
-            return;
-        };
-        let started = built.and_then(|mut machine| {
-            machine.resume().map_err(BuildError::from)?;
-            Ok(machine)
-        });
-        let answer = match started {
-            Ok(active) => {
-                let devices = active.devices().tree();
-                let balloon = active.devices().balloon();
-                self.stage = Stage::On(active);
-                self.set_config(Arc::clone(&self.config));
-                let built_us = self.microseconds(Instant::now());
-                self.publisher.update(|status| {
-                    let was_on = matches!(status.state, VmState::Running | VmState::Paused);
-                    status.reboots = if was_on { status.reboots + 1 } else { 0 };
-                    status.state = VmState::Running;
-                    status.devices = devices;
-                    status.balloon = balloon;
-                    status.failure = None;
-                    status.boot = Some(BootTimeline {
-                        built_us,
-                        ..BootTimeline::default()
-                    });
-                });
-                // What came while there was no machine.
-                for port in Port::BOTH {
-                    self.take_input(port, sources);
-                }
-                Ok(Reply::Done)
-            }
-            Err(error) => {
-                tracing::warn!(%error, "a machine cannot be built");
-                let was_on = matches!(
-                    self.publisher.current().state,
-                    VmState::Running | VmState::Paused
-                );
-                if was_on {
-                    self.switch_off(End::Failed(failure::told(&error)), sources);
-                } else {
-                    self.consoles.close(sources);
-                }
-                Err(RequestError::from(&error))
-            }
-        };
-        if let Some(ask) = asked {
-            ask.answer(answer);
         }
     }
 
@@ -458,6 +374,11 @@ impl Driver {
                 stalled.push((id, why));
             }
         }
+        if let Some(offset) = reports.memory_lost
+            && matches!(self.stage, Stage::On(_))
+        {
+            return self.memory_lost(failure::memory_lost(offset), sources);
+        }
         match reports.end {
             None => {}
             Some(GuestEnd::Power(PowerEvent::PowerOff)) => {
@@ -468,7 +389,9 @@ impl Driver {
                 let not_before = now + self.resets.reserve(now);
                 return self.rebuild(None, not_before, sources);
             }
-            Some(GuestEnd::Failed(mut failure)) => {
+            Some(GuestEnd::Failed(failure)) => {
+                // A guest that finds zeros in place of its memory fails in many ways.
+                let mut failure = self.find_lost_memory().unwrap_or(failure);
                 self.add_progress(&mut failure);
                 tracing::warn!(
                     code = failure.code,

@@ -3,11 +3,13 @@
 
 mod background;
 mod memory_map;
+mod ram;
 mod run_control;
 mod save;
 mod vcpu;
 
 use std::io::Write;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -19,7 +21,7 @@ use ::devices::{
 use hypervisor::arch::CpuId;
 use hypervisor::{IrqRoutes, Kicker, Kvm, Vcpu, Vm};
 use memory::{
-    DeviceOps, ListenerHandle, MemoryListener, RamBlock, RamConfig, RamSlice, SpaceKind, Topology,
+    DeviceOps, ListenerHandle, LostWatch, MemoryListener, RamBlock, SpaceKind, Topology,
     Transaction,
 };
 use parking_lot::{Mutex, MutexGuard};
@@ -31,7 +33,7 @@ use crate::arch::x86_64::layout::Layout;
 use crate::arch::x86_64::{cpu, layout};
 use crate::boot;
 use crate::devices::{
-    ConsoleEnd, Control, Devices, MachineOrigin, Opened, PciHost, SharedTopology,
+    ConsoleEnd, Control, Devices, MachineOrigin, OpenContext, Opened, PciHost, SharedTopology,
 };
 use crate::failure::{BuildError, MoveError};
 use crate::guest_event::{GuestEvent, Outputs, Port, Reporter};
@@ -43,7 +45,7 @@ use self::run_control::{RunControl, Want};
 use self::save::Clocks;
 pub(crate) use self::save::Extent;
 use self::vcpu::{GuestEnd, VcpuThread};
-pub(crate) use self::vcpu::{Halter, Throttle};
+pub(crate) use self::vcpu::{Halter, Throttle, host_cpus};
 
 /// How long vCPUs may take to leave the guest. They take microseconds; only a device that blocks
 /// makes them take longer.
@@ -57,6 +59,8 @@ pub(crate) struct Host {
     pub(crate) workers: Workers,
     /// Where work is done that may block.
     pub(crate) background: Background,
+    /// Directories below which disk images may name files, besides their own.
+    pub(crate) image_dirs: Vec<PathBuf>,
     /// The one VM that there is has the terminal to itself.
     pub(crate) terminal: bool,
 }
@@ -74,6 +78,7 @@ pub(crate) struct Parts {
     /// which the guest came.
     pub(crate) cpuid: CpuId,
     pub(crate) ram: Arc<RamBlock>,
+    _lost: LostWatch,
     /// Where devices do their work, if not where those of other machines do.
     _loops: Vec<EventLoop>,
     pub(crate) serial: Option<Arc<Serial>>,
@@ -125,24 +130,20 @@ impl Built {
         for space in SpaceKind::ALL {
             listeners.push(topology.register(space, 10, vm.ioeventfds(space))?);
         }
-        let ram = match &origin.memory {
-            None => RamBlock::new(&ram_config(config))?,
-            Some(given) => {
-                let given = given.try_clone();
-                let given = given.map_err(BuildError::host("keep a guest's memory"))?;
-                RamBlock::of_file(&ram_config(config), given)?
-            }
-        };
-        let ram = Arc::new(ram);
+        let (ram, lost) = ram::new(config, origin, reporter)?;
         let irq_routes = vm.irq_routes();
         let loops = own_loops(origin)?;
         let workers = Workers::new(loops.iter().map(|own| own.handle().clone()).collect());
-        let workers = workers.as_ref().unwrap_or(&host.workers);
+        let context = OpenContext {
+            workers: workers.as_ref().unwrap_or(&host.workers),
+            image_dirs: &host.image_dirs,
+            owner: origin.owner,
+        };
         let space = topology.space(SpaceKind::Memory);
         let topology = Arc::new(Mutex::new(topology));
         let host_bridge = PciHost::new(&topology, space, layout.pci64, irq_routes.clone());
         let build = |tx: &mut Transaction<'_>| -> Result<_, BuildError> {
-            map_ram(tx, &layout, &ram)?;
+            ram::map(tx, &layout, &ram)?;
             map_platform(tx, host_bridge.bus(), &end)?;
             let serial = match outputs.serial {
                 Some(output) => Some(map_serial(tx, irq_routes, output, reporter)?),
@@ -156,7 +157,7 @@ impl Built {
                 on_room: Box::new(move || to.report(GuestEvent::Room(Port::Console))),
             });
             let devices =
-                Devices::build(host_bridge, tx, config, console, workers, origin, reporter)?;
+                Devices::build(host_bridge, tx, config, console, context, origin, reporter)?;
             Ok((serial, power, hotplug, devices))
         };
         let (serial, power, hotplug, devices) = topology.lock().transaction(build)?;
@@ -168,6 +169,7 @@ impl Built {
             cpuid: cpuid.clone(),
             _loops: loops,
             ram,
+            _lost: lost,
             serial,
             power,
             hotplug,
@@ -245,43 +247,6 @@ fn make_vcpus(cpuid: &CpuId, vm: &Vm, config: &VmConfig, bits: u8) -> Result<Vec
         Ok(vcpu)
     };
     (0..config.cpus.boot_vcpus).map(make).collect()
-}
-
-fn ram_config(config: &VmConfig) -> RamConfig {
-    let memory = &config.memory;
-    RamConfig {
-        size: memory.size,
-        shared: memory.shared,
-        hugepage_size: memory
-            .hugepages
-            .then(|| memory.hugepage_size.unwrap_or(2 << 20)),
-        prefault: memory.prefault,
-        mergeable: memory.mergeable,
-        thp: memory.thp,
-        reserve: memory.reserve,
-    }
-}
-
-fn map_ram(
-    tx: &mut Transaction<'_>,
-    layout: &Layout,
-    ram: &Arc<RamBlock>,
-) -> Result<(), BuildError> {
-    let mut offset = 0;
-    for (range, name) in layout.ram.iter().zip(["ram below 4G", "ram above 4G"]) {
-        let size = range.len().unwrap_or(0);
-        let region = tx.ram(
-            name,
-            RamSlice {
-                block: Arc::clone(ram),
-                offset,
-            },
-            size,
-        )?;
-        tx.map(SpaceKind::Memory, range.first(), region, 0)?;
-        offset += size;
-    }
-    Ok(())
 }
 
 fn map_port(

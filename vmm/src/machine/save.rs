@@ -256,8 +256,18 @@ impl Active {
         Ok(())
     }
 
+    /// Fails if the host has lost memory of the guest: in its place are zeros, with which the guest must
+    /// not continue anywhere.
+    pub(crate) fn check_memory(&self) -> Result<(), MoveError> {
+        match self.parts.ram.first_lost() {
+            None => Ok(()),
+            Some(offset) => Err(MoveError::MemoryLost(offset)),
+        }
+    }
+
     /// Makes durable all that the guest wrote to its disks. The machine is paused.
     pub(crate) fn flush(&self) -> Result<(), MoveError> {
+        self.check_memory()?;
         Ok(self.parts.devices.flush()?)
     }
 

@@ -95,6 +95,17 @@ impl VcpuThread {
     }
 }
 
+/// How many CPUs the host can have, of those to which a thread can be bound.
+pub(crate) fn host_cpus() -> usize {
+    // Ranges such as `0-3,8-11`, ascending.
+    let possible = std::fs::read_to_string("/sys/devices/system/cpu/possible").unwrap_or_default();
+    let last = possible.trim().rsplit([',', '-']).next();
+    let last: Option<usize> = last.and_then(|last| last.parse().ok());
+    last.map_or(CpuSet::MAX_CPU, |last| {
+        last.saturating_add(1).min(CpuSet::MAX_CPU)
+    })
+}
+
 fn bind(cpus: &[usize]) {
     let mut set = CpuSet::new();
     cpus.iter()

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use control::Registry;
+use devices::host_file::{FileKind, Request};
 use memory::RamBlock;
 use migration::{Block, Destination, Fate, FileJournal, Host, Journal, Offer, Refusal, Side, Step};
 use spec::{VmConfig, VmId};
@@ -14,9 +15,10 @@ use uuid::Uuid;
 use super::{ActiveMigration, Journals, MachineOffer, OFFER_VERSION, RAM, cpuid};
 use crate::arch::x86_64::features;
 use crate::devices::{MachineOrigin, ResourceOwner, slots};
-use crate::driver::{Arrival, Caller, Driver};
-use crate::failure;
+use crate::driver::{Arrival, Caller, Consoles, Driver};
+use crate::failure::{self, BuildError};
 use crate::machine::{Built, Halter, Machine};
+use crate::paths;
 use crate::pool::Callers;
 
 /// Makes a VM for the guest that comes.
@@ -66,7 +68,7 @@ fn payload_is_there(config: &VmConfig) -> Result<(), Refusal> {
     ];
     for (what, path) in files {
         if let Some(path) = path
-            && let Err(error) = std::fs::File::open(Path::new(path))
+            && let Err(error) = Request::read(Path::new(path), &[FileKind::Regular]).open()
         {
             let detail = format!(
                 "the guest's {what} {path} cannot be opened at the destination, so that it could not be rebooted: {error}"
@@ -216,7 +218,6 @@ impl DestinationVm {
             caller,
             host,
             config,
-            outputs,
             reporter,
         } = arrival;
         let wanted = origin.cpuid.as_ref();
@@ -228,16 +229,20 @@ impl DestinationVm {
             );
             return Err(Refusal::new("cpu-lacks-features", detail));
         }
-        let built = Built::new(&host, &config, outputs, origin, &reporter)
-            .and_then(|built| built.expect_guest(&config, &reporter));
-        let active = built.map_err(|error| {
+        let build = || -> Result<_, BuildError> {
+            paths::check(&config)?;
+            let consoles = Consoles::open_next(&config, host.terminal)?;
+            let built = Built::new(&host, &config, consoles.outputs(), origin, &reporter)?;
+            Ok((built.expect_guest(&config, &reporter)?, consoles))
+        };
+        let (active, consoles) = build().map_err(|error| {
             let told = failure::told(&error);
             Refusal::new(told.code, format!("at the destination: {}", told.detail))
         })?;
         let (ram, _) = active.memory();
         let halter = active.halter();
         let machine = Machine::new(active, &host.background);
-        caller.call(move |driver, _| driver.provide(machine))?;
+        caller.call(move |driver, _| driver.provide(machine, consoles))?;
         Ok(Self {
             registry: registry.clone(),
             vm,

@@ -1,4 +1,4 @@
-//! Locks of images, compatible with QEMU's and its tools'.
+//! Who may use a file: advisory locks that QEMU and its tools honour, too.
 //!
 //! QEMU describes a user's accesses to an image by *permissions*, each a bit. A process that uses the
 //! permission `i` holds a shared lock on byte 100 + i, and one that denies it to others a shared lock
@@ -53,9 +53,10 @@ pub enum LockError {
     },
 }
 
-/// A file whose locks end with it. Closing it would not always do: a process that is just being started
-/// has it, too, until it becomes another program.
-pub(super) struct Lockable(pub(super) File);
+/// A file whose locks end with it. Closing the file is not enough: a child process that is being
+/// started shares the open file description until it executes its program.
+#[derive(Debug)]
+pub struct Lockable(pub File);
 
 impl Drop for Lockable {
     fn drop(&mut self) {
@@ -63,14 +64,12 @@ impl Drop for Lockable {
     }
 }
 
-/// Locks `file` for one who reads, and writes unless `readonly`. What it held before is changed to
-/// that.
-pub(super) fn take(
-    file: &File,
-    path: &Path,
-    readonly: bool,
-    mode: LockMode,
-) -> Result<(), LockError> {
+/// Locks `file` for a user who reads, and who also writes unless `readonly`. Locks that the file held
+/// before are changed to these. The file must be open for reading.
+///
+/// # Errors
+/// When another user's lock is in the way, or the file system does not lock.
+pub fn take(file: &File, path: &Path, readonly: bool, mode: LockMode) -> Result<(), LockError> {
     let host = |source| LockError::Host {
         path: path.to_owned(),
         source,
@@ -90,7 +89,7 @@ pub(super) fn take(
 }
 
 /// Lets others use the image.
-pub(super) fn release(file: &File) {
+pub fn release(file: &File) {
     // Of the whole file. What was never locked is unlocked with success.
     let _ = set(file, libc::F_UNLCK, 0, 0);
 }

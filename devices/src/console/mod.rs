@@ -3,7 +3,9 @@
 //! Output never waits for a reader: a vCPU is on the other side of it. Input is taken only as
 //! fast as the guest reads it, so that it piles up where its sender can see it.
 
-use std::fs::{File, OpenOptions};
+mod log_file;
+
+use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
@@ -12,24 +14,32 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use rustix::fs::{Mode, OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::Errno;
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcsetattr};
 
+use self::log_file::LogFile;
 use crate::client::Connected;
+use crate::host_file::{LockError, OpenError};
 use crate::serial::write_or_lose;
 use crate::unix::Listening;
 
 /// A console's other end could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum ConsoleError {
-    /// The file cannot be written.
-    #[error("the console's file {} cannot be written: {source}", path.display())]
-    File {
+    /// The file cannot be opened for writing.
+    #[error("the console's file cannot be used: {0}")]
+    File(#[from] OpenError),
+    /// Another program or VM uses the file, as its disk or as its console.
+    #[error("the console's file cannot be used: {0}")]
+    Locked(#[from] LockError),
+    /// The file cannot be emptied.
+    #[error("the console's file {} cannot be emptied: {source}", path.display())]
+    Empty {
         /// The file.
         path: PathBuf,
-        /// Why not.
+        /// The host's answer.
         source: io::Error,
     },
     /// The socket cannot be made.
@@ -61,8 +71,9 @@ pub struct Console {
 }
 
 enum End {
-    /// Output only.
-    Quiet(Arc<Mutex<Box<dyn Write + Send>>>),
+    /// Output is thrown away.
+    Null,
+    File(LogFile),
     Tty {
         _raw: Option<RawMode>,
     },
@@ -92,39 +103,45 @@ impl Console {
     /// Output is thrown away, and there is no input.
     #[must_use]
     pub fn null() -> Self {
-        Self::quiet(Box::new(io::sink()))
+        Self::with(End::Null)
     }
 
-    fn quiet(output: Box<dyn Write + Send>) -> Self {
-        Self {
-            end: End::Quiet(Arc::new(Mutex::new(output))),
-            more: false,
-        }
+    fn with(end: End) -> Self {
+        Self { end, more: false }
     }
 
-    /// Output goes to a file, which is made or emptied; there is no input.
+    /// Output goes behind what is in a file, which is made if it does not exist; there is no input. The
+    /// file is locked, as a disk's image is, so that no two VMs write to it. [`Console::empty`] empties
+    /// it.
     ///
     /// # Errors
-    /// When it cannot be written.
+    /// When the path names something else than a regular file, `/dev/null` or a terminal, cannot be
+    /// written, or is in use.
     pub fn file(path: &Path) -> Result<Self, ConsoleError> {
-        Self::to_file(File::create(path), path)
+        let file = LogFile::open(path)?;
+        file.lock()?;
+        Ok(Self::with(End::File(file)))
     }
 
-    /// Appends to a file; otherwise like [`Console::file`].
+    /// As [`Console::file`], while another machine still holds the lock, until
+    /// [`Console::take_over`].
     ///
     /// # Errors
-    /// When it cannot be written.
-    pub fn more_of_file(path: &Path) -> Result<Self, ConsoleError> {
-        let opened = OpenOptions::new().append(true).create(true).open(path);
-        Self::to_file(opened, path)
+    /// As for [`Console::file`].
+    pub fn next_file(path: &Path) -> Result<Self, ConsoleError> {
+        Ok(Self::with(End::File(LogFile::open(path)?)))
     }
 
-    fn to_file(opened: io::Result<File>, path: &Path) -> Result<Self, ConsoleError> {
-        let file = opened.map_err(|source| ConsoleError::File {
-            path: path.to_owned(),
-            source,
-        })?;
-        Ok(Self::quiet(Box::new(file)))
+    /// Empties the console's file, if there is one. What was in it is lost, so that this is the last
+    /// step of a boot, after everything that can be refused.
+    ///
+    /// # Errors
+    /// When the host refuses.
+    pub fn empty(&self) -> Result<(), ConsoleError> {
+        match &self.end {
+            End::File(file) => file.empty(),
+            _ => Ok(()),
+        }
     }
 
     /// This process's standard input and output. A terminal is set to raw mode, so that the guest
@@ -138,10 +155,7 @@ impl Console {
         } else {
             None
         };
-        Ok(Self {
-            end: End::Tty { _raw: raw },
-            more: false,
-        })
+        Ok(Self::with(End::Tty { _raw: raw }))
     }
 
     /// A new pseudo terminal.
@@ -154,8 +168,11 @@ impl Console {
             grantpt(&master)?;
             unlockpt(&master)?;
             let path = PathBuf::from(ptsname(&master, Vec::new())?.to_string_lossy().into_owned());
-            // The terminal's line discipline is not to change or echo what the guest writes.
-            let slave = OpenOptions::new().read(true).write(true).open(&path)?;
+            // The terminal's line discipline is not to change or echo what the guest writes. Without
+            // O_NOCTTY, the slave would become the controlling terminal of a service that has none, and
+            // closing the master would send SIGHUP to that service.
+            let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
+            let slave = rustix::fs::open(&path, flags, Mode::empty())?;
             let mut settings = tcgetattr(&slave)?;
             settings.make_raw();
             tcsetattr(&slave, OptionalActions::Now, &settings)?;
@@ -163,13 +180,8 @@ impl Console {
             Ok((master, path))
         };
         let (master, path) = make().map_err(ConsoleError::Terminal)?;
-        Ok(Self {
-            end: End::Pty {
-                master: Arc::new(File::from(master)),
-                path,
-            },
-            more: false,
-        })
+        let master = Arc::new(File::from(master));
+        Ok(Self::with(End::Pty { master, path }))
     }
 
     /// A unix socket, on which one client at a time is served; another is turned away. A socket
@@ -199,17 +211,29 @@ impl Console {
             listener: bound.map_err(refused)?,
             client: Client::default(),
         };
-        Ok(Self { end, more: false })
+        Ok(Self::with(end))
     }
 
-    /// Takes the path of its socket from the program that had it.
+    /// Takes the path of the socket, or the lock of the file, from the machine that had it.
     ///
     /// # Errors
-    /// When the host refuses.
-    pub fn take_over(&mut self) -> io::Result<()> {
+    /// When the host refuses, or the other machine still holds the lock.
+    pub fn take_over(&mut self) -> Result<(), ConsoleError> {
         match &mut self.end {
-            End::Socket { listener, .. } => listener.take_over(),
+            End::Socket { listener, .. } => {
+                let path = listener.path().to_owned();
+                let refused = |source| ConsoleError::Socket { path, source };
+                listener.take_over().map_err(refused)
+            }
+            End::File(file) => file.lock(),
             _ => Ok(()),
+        }
+    }
+
+    /// Lets another machine take the file over. The path of a socket is taken without that.
+    pub fn hand_over(&mut self) {
+        if let End::File(file) = &self.end {
+            file.unlock();
         }
     }
 
@@ -226,7 +250,9 @@ impl Console {
     /// another's place goes on where that one ended.
     pub fn output(&self) -> Box<dyn Write + Send> {
         match &self.end {
-            End::Quiet(output) => Box::new(Shared(Arc::clone(output))),
+            End::Null => Box::new(io::sink()),
+            // A terminal that does not take more loses output; a file takes all of it.
+            End::File(file) => Box::new(Lossy(file.output())),
             End::Tty { .. } => Box::new(Flushed(io::stdout())),
             End::Pty { master, .. } => Box::new(Lossy(Arc::clone(master))),
             End::Socket { client, .. } => Box::new(ToClient(Arc::clone(client))),
@@ -237,7 +263,7 @@ impl Console {
     #[must_use]
     pub fn sources(&self) -> Vec<RawFd> {
         match &self.end {
-            End::Quiet(_) => Vec::new(),
+            End::Null | End::File(_) => Vec::new(),
             End::Tty { .. } => vec![rustix::stdio::stdin().as_raw_fd()],
             End::Pty { master, .. } => vec![master.as_raw_fd()],
             End::Socket { listener, client } => {
@@ -253,7 +279,7 @@ impl Console {
     pub fn ready(&mut self, to: &dyn ConsoleInput) -> Vec<Watch> {
         self.more = false;
         match &mut self.end {
-            End::Quiet(_) => Vec::new(),
+            End::Null | End::File(_) => Vec::new(),
             End::Tty { .. } => {
                 self.more = pump(rustix::stdio::stdin(), to).more;
                 Vec::new()
@@ -394,18 +420,6 @@ impl<W: Write> Write for Flushed<W> {
     }
 }
 
-struct Shared(Arc<Mutex<Box<dyn Write + Send>>>);
-
-impl Write for Shared {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.lock().write(bytes)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.0.lock().flush()
-    }
-}
-
 struct Lossy(Arc<File>);
 
 impl Write for Lossy {
@@ -435,145 +449,4 @@ impl Write for ToClient {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::io::Read;
-    use std::os::unix::net::UnixStream;
-
-    use super::*;
-    use crate::Serial;
-    use crate::client::UNREAD;
-    use crate::interrupt::InterruptLine;
-
-    fn serial(console: &Console) -> Serial {
-        Serial::new(
-            InterruptLine::new().unwrap(),
-            console.output(),
-            |_| {},
-            || {},
-        )
-    }
-
-    fn guest_writes(serial: &Serial, text: &[u8]) {
-        use memory::DeviceOps;
-        text.iter().for_each(|byte| serial.write(0, &[*byte]));
-    }
-
-    #[test]
-    fn a_client_that_reads_late_reads_all() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("console");
-        let mut console = Console::socket(&path).unwrap();
-        let serial = serial(&console);
-        let mut client = UnixStream::connect(&path).unwrap();
-        assert_eq!(console.ready(&serial).len(), 1);
-        let text: Vec<u8> = (0..20_000_u32).map(|i| (i % 251) as u8).collect();
-        guest_writes(&serial, &text);
-        let mut read = vec![0; text.len()];
-        let mut at = 0;
-        client.set_nonblocking(true).unwrap();
-        while at < read.len() {
-            match client.read(&mut read[at..]) {
-                Ok(len) => at += len,
-                // The loop finds that there is room.
-                Err(_) => assert!(console.ready(&serial).is_empty()),
-            }
-        }
-        assert!(read == text);
-        assert_eq!(serial.counters()[2], ("bytes_lost", 0));
-        // Output that no client reads is lost, and counted.
-        let much = vec![0; UNREAD + 300_000];
-        guest_writes(&serial, &much);
-        assert!(serial.counters()[2].1 > 0);
-    }
-
-    #[test]
-    fn a_socket_serves_one_client_and_then_the_next() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("console");
-        let mut console = Console::socket(&path).unwrap();
-        let serial = serial(&console);
-        guest_writes(&serial, b"nobody hears this");
-        for text in ["first", "second"] {
-            let mut client = UnixStream::connect(&path).unwrap();
-            assert!(matches!(console.ready(&serial)[..], [Watch::Begin(_)]));
-            guest_writes(&serial, text.as_bytes());
-            let mut heard = vec![0; text.len()];
-            client.read_exact(&mut heard).unwrap();
-            assert_eq!(heard, text.as_bytes());
-            let mut turned_away = UnixStream::connect(&path).unwrap();
-            assert_eq!(console.ready(&serial), []);
-            assert_eq!(turned_away.read(&mut [0]).unwrap(), 0);
-            drop(client);
-            assert!(matches!(console.ready(&serial)[..], [Watch::End(_)]));
-        }
-        drop(console);
-        assert!(!path.exists());
-    }
-
-    #[test]
-    fn input_waits_where_it_is_until_the_guest_reads() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut console = Console::socket(&dir.path().join("console")).unwrap();
-        let serial = serial(&console);
-        let mut client = UnixStream::connect(dir.path().join("console")).unwrap();
-        client.write_all(&[1; 100]).unwrap();
-        console.ready(&serial);
-        console.ready(&serial);
-        assert!(console.has_more() && serial.room() == 0);
-    }
-
-    #[test]
-    fn what_the_guest_had_no_room_for_comes_when_it_has() {
-        use memory::DeviceOps;
-        let serial = serial(&Console::null());
-        let (reader, mut writer) = std::io::pipe().unwrap();
-        let sent: Vec<u8> = (0..200).collect();
-        writer.write_all(&sent).unwrap();
-        let mut came = Vec::new();
-        // Nothing more is written: what is left can only come from the descriptor.
-        while pump(&reader, &serial).more {
-            while serial.room() < 64 {
-                let mut byte = [0];
-                serial.read(0, &mut byte);
-                came.extend(byte);
-            }
-        }
-        came.resize_with(sent.len(), || {
-            let mut byte = [0];
-            serial.read(0, &mut byte);
-            byte[0]
-        });
-        assert_eq!(came, sent);
-        drop(writer);
-        assert!(pump(&reader, &serial).ended);
-    }
-
-    #[test]
-    fn a_pseudo_terminal_has_a_path_and_loses_what_nobody_reads() {
-        let console = Console::pty().unwrap();
-        assert!(console.pty_path().unwrap().starts_with("/dev/pts"));
-        let serial = serial(&console);
-        guest_writes(&serial, &[b'x'; 100_000]);
-        let lost = serial.counters()[2].1;
-        assert!(lost > 0 && lost < 100_000, "{lost}");
-    }
-
-    #[test]
-    fn what_cannot_be_written_is_named() {
-        let refused = Console::file(Path::new("/nowhere/log"))
-            .err()
-            .unwrap()
-            .to_string();
-        assert!(
-            refused.starts_with("the console's file /nowhere/log cannot be written"),
-            "{refused}"
-        );
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("s");
-        let _first = Console::socket(&path).unwrap();
-        assert!(matches!(
-            Console::socket(&path),
-            Err(ConsoleError::Socket { .. })
-        ));
-    }
-}
+mod tests;

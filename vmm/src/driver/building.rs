@@ -1,0 +1,157 @@
+//! Building a machine on a thread made for it, and what follows when the machine is there.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use ::devices::event_loop::Sources;
+use control::{Ask, Reply, RequestError};
+use spec::{BootTimeline, Failure, VmConfig, VmState};
+
+use super::{Consoles, Driver, DriverEvent, End, Stage};
+use crate::devices::MachineOrigin;
+use crate::failure::{self, BuildError};
+use crate::guest_event::{Outputs, Port, Reporter};
+use crate::machine::{Built, Host, Machine};
+use crate::paths;
+
+/// A machine that was built, and the consoles that were opened for it, unless those of an earlier machine
+/// go on.
+pub(crate) struct Started {
+    machine: Machine,
+    consoles: Option<Consoles>,
+}
+
+impl Driver {
+    /// Has a machine built, by a thread made for it. There is no other. Its guest writes to these
+    /// `outputs`, or to consoles that are opened for it.
+    pub(super) fn build(
+        &mut self,
+        asked: Option<Ask>,
+        origin: MachineOrigin,
+        outputs: Option<Outputs>,
+    ) {
+        self.stage = Stage::Building { asked };
+        self.next_machine();
+        self.asked_at = Instant::now();
+        let reporter = self.reporter();
+        let (host, config) = (Arc::clone(&self.host), Arc::clone(&self.config));
+        let (number, events) = (self.machine, self.events.clone());
+        let span = tracing::Span::current();
+        let builder = std::thread::Builder::new().name("vm-build".to_owned());
+        let started = builder.spawn(move || {
+            let _entered = span.entered();
+            let built = start(&host, &config, outputs, &origin, &reporter);
+            events.send((number, DriverEvent::Built(Box::new(built))));
+        });
+        if let Err(source) = started {
+            let error = BuildError::host("start a thread")(source);
+            let built = Box::new(Err(error));
+            self.events.send((number, DriverEvent::Built(built)));
+        }
+    }
+
+    pub(super) fn built(&mut self, built: Result<Started, BuildError>, sources: &mut Sources<'_>) {
+        let Stage::Building { asked } = std::mem::replace(&mut self.stage, Stage::Off) else {
+            return;
+        };
+        let started = built.and_then(|mut started| {
+            started.machine.resume().map_err(BuildError::from)?;
+            Ok(started)
+        });
+        let answer = match started {
+            Ok(Started { machine, consoles }) => {
+                if let Some(consoles) = consoles {
+                    self.consoles = consoles;
+                    self.consoles.watch_all(sources);
+                }
+                let devices = machine.devices().tree();
+                let balloon = machine.devices().balloon();
+                self.stage = Stage::On(machine);
+                self.set_config(Arc::clone(&self.config));
+                self.record_formats();
+                let built_us = self.microseconds(Instant::now());
+                self.publisher.update(|status| {
+                    let was_on = matches!(status.state, VmState::Running | VmState::Paused);
+                    status.reboots = if was_on { status.reboots + 1 } else { 0 };
+                    status.state = VmState::Running;
+                    status.devices = devices;
+                    status.balloon = balloon;
+                    status.failure = None;
+                    status.boot = Some(BootTimeline {
+                        built_us,
+                        ..BootTimeline::default()
+                    });
+                });
+                // What came while there was no machine.
+                for port in Port::BOTH {
+                    self.take_input(port, sources);
+                }
+                Ok(Reply::Done)
+            }
+            Err(error) => {
+                tracing::warn!(%error, "a machine cannot be built");
+                let was_on = matches!(
+                    self.publisher.current().state,
+                    VmState::Running | VmState::Paused
+                );
+                if was_on {
+                    self.switch_off(End::Failed(failure::told(&error)), sources);
+                } else {
+                    self.consoles.close(sources);
+                }
+                Err(RequestError::from(&error))
+            }
+        };
+        if let Some(ask) = asked {
+            ask.answer(answer);
+        }
+        // It may have been lost since the machine was built, when the report came too early.
+        if let Some(failure) = self.find_lost_memory() {
+            self.memory_lost(failure, sources);
+        }
+    }
+
+    /// The failure of a machine whose memory the host has lost, if it has.
+    pub(super) fn find_lost_memory(&self) -> Option<Failure> {
+        let Stage::On(active) = &self.stage else {
+            return None;
+        };
+        let (ram, _) = active.memory();
+        ram.check_file();
+        ram.first_lost().map(failure::memory_lost)
+    }
+
+    /// Ends a machine whose memory the host has lost. One that is being built, or to which a guest
+    /// migrates, is looked at before its guest runs.
+    pub(super) fn memory_lost(&mut self, mut failure: Failure, sources: &mut Sources<'_>) {
+        self.add_progress(&mut failure);
+        tracing::error!(detail = failure.detail, "a guest lost memory, and is ended");
+        self.switch_off(End::Failed(failure), sources);
+    }
+}
+
+/// Builds a machine and loads what it boots, on a thread made for that: files may be on a network.
+fn start(
+    host: &Host,
+    config: &VmConfig,
+    outputs: Option<Outputs>,
+    origin: &MachineOrigin,
+    reporter: &Reporter,
+) -> Result<Started, BuildError> {
+    paths::check(config)?;
+    let consoles = match &outputs {
+        None => Some(Consoles::open(config, host.terminal)?),
+        Some(_) => None,
+    };
+    let outputs = outputs
+        .or_else(|| consoles.as_ref().map(Consoles::outputs))
+        .unwrap_or_default();
+    let built = Built::new(host, config, outputs, origin, reporter)?;
+    let machine = Machine::new(built.boot(config, reporter)?, &host.background);
+    machine.check_memory()?;
+    // Last, for what was in a console's file is lost: nothing of the configuration can be refused now.
+    if let Some(consoles) = &consoles {
+        consoles.empty()?;
+    }
+    Ok(Started { machine, consoles })
+}

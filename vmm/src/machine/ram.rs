@@ -1,0 +1,68 @@
+//! The guest's RAM: allocating it, and its place in the memory map.
+
+use std::sync::Arc;
+
+use memory::{LostWatch, RamBlock, RamConfig, RamSlice, SpaceKind, Transaction};
+use spec::VmConfig;
+
+use crate::arch::x86_64::layout::Layout;
+use crate::devices::MachineOrigin;
+use crate::failure::BuildError;
+use crate::guest_event::{GuestEvent, Reporter};
+
+/// Allocates the guest's RAM, or maps what another process gave, and has its loss reported.
+pub(super) fn new(
+    config: &VmConfig,
+    origin: &MachineOrigin,
+    reporter: &Reporter,
+) -> Result<(Arc<RamBlock>, LostWatch), BuildError> {
+    let ram = match &origin.memory {
+        None => RamBlock::new(&ram_config(config))?,
+        Some(given) => {
+            let given = given.try_clone();
+            let given = given.map_err(BuildError::host("keep a guest's memory"))?;
+            RamBlock::of_file(&ram_config(config), given)?
+        }
+    };
+    let ram = Arc::new(ram);
+    let to = reporter.clone();
+    let lost = ram.on_lost(move |offset| to.report(GuestEvent::MemoryLost(offset)));
+    Ok((ram, lost))
+}
+
+fn ram_config(config: &VmConfig) -> RamConfig {
+    let memory = &config.memory;
+    RamConfig {
+        size: memory.size,
+        shared: memory.shared,
+        hugepage_size: memory
+            .hugepages
+            .then(|| memory.hugepage_size.unwrap_or(2 << 20)),
+        prefault: memory.prefault,
+        mergeable: memory.mergeable,
+        thp: memory.thp,
+        reserve: memory.reserve,
+    }
+}
+
+pub(super) fn map(
+    tx: &mut Transaction<'_>,
+    layout: &Layout,
+    ram: &Arc<RamBlock>,
+) -> Result<(), BuildError> {
+    let mut offset = 0;
+    for (range, name) in layout.ram.iter().zip(["ram below 4G", "ram above 4G"]) {
+        let size = range.len().unwrap_or(0);
+        let region = tx.ram(
+            name,
+            RamSlice {
+                block: Arc::clone(ram),
+                offset,
+            },
+            size,
+        )?;
+        tx.map(SpaceKind::Memory, range.first(), region, 0)?;
+        offset += size;
+    }
+    Ok(())
+}
