@@ -1,18 +1,44 @@
-//! Destination, format and level of the log.
+//! Which log lines are written, how many, and where to.
+//!
+//! A guest can cause log lines as often as it likes, and whoever reads them can stop reading. So
+//! lines are limited for each VM and place in the code, and a thread of its own writes them: a vCPU
+//! never waits for a disk or a terminal.
 
+use std::collections::HashMap;
+use std::fmt;
 use std::fs::OpenOptions;
-use std::io::{self, IsTerminal};
-use std::os::unix::fs::OpenOptionsExt;
-use std::sync::Mutex;
+use std::io::{self, IsTerminal, Write};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context as _, Result};
+use control::Allowance;
+use parking_lot::Mutex;
 use rustix::fs::OFlags;
-use tracing_subscriber::EnvFilter;
-use tracing_subscriber::fmt::writer::BoxMakeWriter;
+use tracing::callsite::Identifier;
+use tracing::field::{Field, Visit};
+use tracing::span::{Attributes, Id};
+use tracing::{Event, Level, Subscriber};
+use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
+use tracing_subscriber::layer::{Context, Layer, SubscriberExt as _};
+use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::util::SubscriberInitExt as _;
+use tracing_subscriber::{EnvFilter, fmt as lines};
 
 use crate::args::{LogFormat, LoggingArguments};
 
-pub(crate) fn start(arguments: &LoggingArguments) -> Result<()> {
+/// Lines that wait to be written; further ones are lost and counted.
+const WAITING_MAX: usize = 8192;
+/// Lines of one VM and one place in the code that are written at once; then one each interval.
+const AT_ONCE: u32 = 32;
+const INTERVAL: Duration = Duration::from_secs(1);
+/// How often the numbers of suppressed and lost lines are told.
+const TELL: Duration = Duration::from_secs(10);
+
+/// Starts logging. Lines that wait are written when the guard is dropped.
+pub(crate) fn start(arguments: &LoggingArguments) -> Result<WorkerGuard> {
     let level = match arguments.verbose {
         0 => "warn",
         1 => "info",
@@ -20,8 +46,8 @@ pub(crate) fn start(arguments: &LoggingArguments) -> Result<()> {
         _ => "trace",
     };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
-    let (writer, colours) = match &arguments.log_file {
-        None => (BoxMakeWriter::new(io::stderr), io::stderr().is_terminal()),
+    let (to, colours): (Box<dyn Write + Send>, bool) = match &arguments.log_file {
+        None => (Box::new(io::stderr()), io::stderr().is_terminal()),
         Some(path) => {
             // A terminal must not become the controlling one, whose hang-up would end the service.
             let mut options = OpenOptions::new();
@@ -30,15 +56,162 @@ pub(crate) fn start(arguments: &LoggingArguments) -> Result<()> {
             let file = options.open(path);
             let file =
                 file.with_context(|| format!("cannot write the log file {}", path.display()))?;
-            (BoxMakeWriter::new(Mutex::new(file)), false)
+            (Box::new(file), false)
         }
     };
-    let lines = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(writer);
-    match arguments.log_format {
-        LogFormat::Text => lines.with_ansi(colours).init(),
-        LogFormat::Json => lines.json().init(),
+    let (writer, guard) = NonBlockingBuilder::default()
+        .lossy(true)
+        .buffered_lines_limit(WAITING_MAX)
+        .thread_name("log")
+        .finish(to);
+    let (limits, lost) = (Limits::default(), writer.error_counter());
+    let layer = lines::layer().with_writer(writer);
+    let layer = match arguments.log_format {
+        LogFormat::Text => layer.with_ansi(colours).boxed(),
+        LogFormat::Json => layer.json().boxed(),
+    };
+    tracing_subscriber::registry()
+        .with(filter)
+        .with(limits.clone())
+        .with(layer)
+        .init();
+    thread::Builder::new()
+        .name("log-limits".to_owned())
+        .spawn(move || tell(&limits, &lost))
+        .context("cannot start a thread for the log")?;
+    Ok(guard)
+}
+
+/// Tells, from time to time, how many lines were suppressed or lost.
+fn tell(limits: &Limits, lost: &ErrorCounter) {
+    let mut told = 0;
+    loop {
+        thread::sleep(TELL);
+        for (vm, lines) in limits.sweep(Instant::now()) {
+            let vm = vm.as_deref().unwrap_or_default();
+            tracing::warn!(vm, lines, "log lines were suppressed");
+        }
+        let lines = lost.dropped_lines();
+        if lines > told {
+            tracing::warn!(
+                lines = lines - told,
+                "log lines were lost: they were not read in time"
+            );
+            told = lines;
+        }
     }
-    Ok(())
+}
+
+/// The VM to which a span belongs.
+#[derive(Clone)]
+struct Vm(Arc<str>);
+
+type Source = (Option<Arc<str>>, Identifier);
+
+/// Limits lines by the VM that causes them and the place in the code that writes them.
+#[derive(Clone, Default)]
+struct Limits(Arc<Mutex<HashMap<Source, Allowance>>>);
+
+impl Limits {
+    fn admits(&self, source: Source, now: Instant) -> bool {
+        let mut sources = self.0.lock();
+        let lines = sources
+            .entry(source)
+            .or_insert_with(|| Allowance::new(AT_ONCE, INTERVAL));
+        lines.take(now).is_some()
+    }
+
+    /// Returns how many lines were suppressed, and forgets sources that are quiet.
+    fn sweep(&self, now: Instant) -> Vec<(Option<Arc<str>>, u64)> {
+        let mut suppressed = HashMap::<_, u64>::new();
+        self.0.lock().retain(|(vm, _), lines| {
+            *suppressed.entry(vm.clone()).or_default() += lines.take_refused();
+            !lines.is_idle(now)
+        });
+        let told = suppressed.into_iter().filter(|(_, lines)| *lines > 0);
+        told.collect()
+    }
+}
+
+impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for Limits {
+    fn on_new_span(&self, attributes: &Attributes<'_>, id: &Id, context: Context<'_, S>) {
+        if attributes.metadata().name() != "vm" {
+            return;
+        }
+        let mut name = Name(None);
+        attributes.record(&mut name);
+        if let (Some(name), Some(span)) = (name.0, context.span(id)) {
+            span.extensions_mut().insert(Vm(name.into()));
+        }
+    }
+
+    fn event_enabled(&self, event: &Event<'_>, context: Context<'_, S>) -> bool {
+        // Who asks for more wants all of it.
+        if *event.metadata().level() > Level::INFO {
+            return true;
+        }
+        let vm = context.event_scope(event).and_then(|mut scope| {
+            scope.find_map(|span| span.extensions().get::<Vm>().map(|vm| Arc::clone(&vm.0)))
+        });
+        self.admits((vm, event.metadata().callsite()), Instant::now())
+    }
+}
+
+/// Finds the field `id`.
+struct Name(Option<String>);
+
+impl Visit for Name {
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        if field.name() == "id" {
+            self.0 = Some(format!("{value:?}"));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Clone, Default)]
+    struct Written(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Written {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().extend(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_noisy_vm_does_not_silence_others() {
+        let (limits, written) = (Limits::default(), Written::default());
+        let to = written.clone();
+        let subscriber = tracing_subscriber::registry().with(limits.clone()).with(
+            lines::layer()
+                .with_ansi(false)
+                .with_writer(move || to.clone()),
+        );
+        let warn = |vm: &str| {
+            let span = tracing::error_span!("vm", id = %vm);
+            span.in_scope(|| tracing::warn!("a device"));
+        };
+        tracing::subscriber::with_default(subscriber, || {
+            (0..10_000).for_each(|_| warn("noisy"));
+            warn("quiet");
+        });
+        let text = String::from_utf8(written.0.lock().clone()).unwrap();
+        let count = |name: &str| text.lines().filter(|line| line.contains(name)).count();
+        // One more for each second that the test takes.
+        assert!(count("noisy") < 1000, "{}", count("noisy"));
+        assert_eq!(count("quiet"), 1);
+        let suppressed = limits.sweep(Instant::now());
+        let [(Some(vm), lines)] = &suppressed[..] else {
+            panic!("{suppressed:?}");
+        };
+        assert_eq!((&**vm, *lines), ("noisy", 10_000 - count("noisy") as u64));
+    }
 }

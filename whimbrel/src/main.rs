@@ -4,6 +4,7 @@
 
 mod args;
 mod demo;
+mod descriptors;
 mod generate;
 mod logging;
 mod one;
@@ -18,12 +19,19 @@ use crate::args::{Arguments, Command};
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    if let Err(error) = arguments
+    let started = arguments
         .check()
-        .and_then(|()| logging::start(&arguments.logging))
-    {
-        eprintln!("whimbrel: {error:#}");
-        return ExitCode::FAILURE;
+        .and_then(|()| logging::start(&arguments.logging));
+    // Dropped last: it writes the lines that wait.
+    let _log = match started {
+        Ok(log) => log,
+        Err(error) => {
+            eprintln!("whimbrel: {error:#}");
+            return ExitCode::FAILURE;
+        }
+    };
+    if let Err(error) = descriptors::raise_limit() {
+        tracing::warn!("{error:#}");
     }
     let done = match arguments.command {
         Some(Command::Serve(serve)) => serve::run(&serve),
