@@ -45,7 +45,8 @@ fn heartbeats(log: &Path) -> usize {
 
 async fn soon<T>(what: &str, done: impl Future<Output = T>) -> T {
     let done = tokio::time::timeout(PATIENCE, done).await;
-    done.unwrap_or_else(|_| panic!("waited in vain for {what}"))
+    done.map_err(|_| format!("waited in vain for {what}"))
+        .unwrap()
 }
 
 #[tokio::test]

@@ -1,8 +1,8 @@
-//! Which log lines are written, how many, and where to.
+//! Destination, format and level of the log, and how many lines a VM may add to it.
 //!
-//! A guest can cause log lines as often as it likes, and whoever reads them can stop reading. So
-//! lines are limited for each VM and place in the code, and a thread of its own writes them: a vCPU
-//! never waits for a disk or a terminal.
+//! A guest can cause log lines as often as it likes, and the reader of a log can stop reading. So
+//! lines are limited for each VM and place in the code, and a thread of the log's own writes them: a
+//! vCPU never waits for a disk or a terminal.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -34,8 +34,8 @@ const WAITING_MAX: usize = 8192;
 /// Lines of one VM and one place in the code that are written at once; then one each interval.
 const AT_ONCE: u32 = 32;
 const INTERVAL: Duration = Duration::from_secs(1);
-/// How often the numbers of suppressed and lost lines are told.
-const TELL: Duration = Duration::from_secs(10);
+/// How often the numbers of suppressed and lost lines are reported.
+const REPORT: Duration = Duration::from_secs(10);
 
 /// Starts logging. Lines that wait are written when the guard is dropped.
 pub(crate) fn start(arguments: &LoggingArguments) -> Result<WorkerGuard> {
@@ -77,27 +77,27 @@ pub(crate) fn start(arguments: &LoggingArguments) -> Result<WorkerGuard> {
         .init();
     thread::Builder::new()
         .name("log-limits".to_owned())
-        .spawn(move || tell(&limits, &lost))
+        .spawn(move || report(&limits, &lost))
         .context("cannot start a thread for the log")?;
     Ok(guard)
 }
 
-/// Tells, from time to time, how many lines were suppressed or lost.
-fn tell(limits: &Limits, lost: &ErrorCounter) {
-    let mut told = 0;
+/// Reports, each [`REPORT`], how many lines were suppressed or lost.
+fn report(limits: &Limits, lost: &ErrorCounter) {
+    let mut reported = 0;
     loop {
-        thread::sleep(TELL);
+        thread::sleep(REPORT);
         for (vm, lines) in limits.sweep(Instant::now()) {
             let vm = vm.as_deref().unwrap_or_default();
             tracing::warn!(vm, lines, "log lines were suppressed");
         }
         let lines = lost.dropped_lines();
-        if lines > told {
+        if lines > reported {
             tracing::warn!(
-                lines = lines - told,
+                lines = lines - reported,
                 "log lines were lost: they were not read in time"
             );
-            told = lines;
+            reported = lines;
         }
     }
 }
@@ -128,8 +128,10 @@ impl Limits {
             *suppressed.entry(vm.clone()).or_default() += lines.take_refused();
             !lines.is_idle(now)
         });
-        let told = suppressed.into_iter().filter(|(_, lines)| *lines > 0);
-        told.collect()
+        suppressed
+            .into_iter()
+            .filter(|(_, lines)| *lines > 0)
+            .collect()
     }
 }
 
@@ -146,7 +148,7 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for Limits {
     }
 
     fn event_enabled(&self, event: &Event<'_>, context: Context<'_, S>) -> bool {
-        // Who asks for more wants all of it.
+        // An operator who asks for debug lines wants all of them.
         if *event.metadata().level() > Level::INFO {
             return true;
         }

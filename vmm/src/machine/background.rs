@@ -2,7 +2,7 @@
 //!
 //! Unmapping a guest's RAM takes about 80 ms for each GiB, and a device that waits for hung storage
 //! stops when the storage answers. Drivers hand such work to [`Background`]. A [`Machine`] does so
-//! by itself: whoever drops it, it is taken apart on a thread of its own.
+//! by itself: on whatever thread it is dropped, another takes it apart.
 
 use std::ops::{Deref, DerefMut};
 use std::panic::{AssertUnwindSafe, catch_unwind};
