@@ -267,6 +267,8 @@ async fn receive_one(
         listen: body.receiver_url,
         vm: Some(vm.id.clone()),
         tls_dir: body.tls_dir,
+        // Its clients wait for the answer, and read no reports.
+        once: true,
     };
     let registry = vm.registry.clone();
     let begun = begin(

@@ -127,6 +127,9 @@ pub(crate) struct ReceiveArguments {
     /// service's host).
     #[arg(long, value_name = "DIR")]
     tls_dir: Option<String>,
+    /// End the wait at the first VM that the service refuses, instead of waiting for another.
+    #[arg(long)]
+    once: bool,
     /// Wait in the background: print the migration's name, and where it is waited for.
     #[arg(long)]
     detach: bool,
@@ -159,6 +162,7 @@ pub(crate) async fn receive(
         listen: arguments.listen.clone(),
         vm: vm.cloned(),
         tls_dir: arguments.tls_dir.clone(),
+        once: arguments.once,
     };
     let begun = client.migrations_receive(&body).await?;
     if arguments.detach {

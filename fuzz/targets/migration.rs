@@ -11,8 +11,8 @@ use arbitrary::Unstructured;
 use libfuzzer_sys::fuzz_target;
 use memory::{RamBlock, RamConfig};
 use migration::{
-    Accept, Block, Closer, Decision, Destination, Fate, Host, Journal, NoJournal, Offer, Progress,
-    Receiving, Refusal, Stream, receive,
+    Accept, Block, Closer, ConnectionLimit, Decision, Destination, Fate, Host, Journal, NoJournal, Offer, Progress,
+    Receiving, Refusal, StartFailure, Stream, receive,
 };
 
 /// What was said before, and nothing more. What is answered is of no interest.
@@ -77,7 +77,7 @@ impl Destination for Machine {
         Ok(())
     }
 
-    fn start(&mut self, _: Duration, _: bool) -> Result<Instant, Refusal> {
+    fn start(&mut self, _: Duration, _: bool) -> Result<Instant, StartFailure> {
         Ok(Instant::now())
     }
 
@@ -166,6 +166,8 @@ fuzz_target!(|input: &[u8]| {
         host: &Machines,
         progress: &progress,
         decision: &decision,
+        limit: &ConnectionLimit::default(),
+        once: false,
         patience: Duration::from_millis(20),
         lingers: &|| {},
     };

@@ -162,6 +162,14 @@ impl Question {
         }
         state.resolution
     }
+
+    /// Withdraws the question. Returns the decision if one was accepted before: the operator was
+    /// promised that it counts.
+    pub(crate) fn withdraw(self) -> Option<Resolution> {
+        let mut state = self.0.0.0.lock();
+        state.doubt = None;
+        state.resolution.take()
+    }
 }
 
 impl Drop for Question {
@@ -202,6 +210,7 @@ mod tests {
         );
         assert_eq!(question.wait(Duration::ZERO), None, "of an earlier doubt");
         assert!(decision.resolve(Resolution::Discard));
-        assert_eq!(question.wait(Duration::ZERO), Some(Resolution::Discard));
+        assert_eq!(question.withdraw(), Some(Resolution::Discard));
+        assert!(!decision.resolve(Resolution::Discard));
     }
 }

@@ -1,35 +1,48 @@
 //! The destination: the side to which the guest moves.
+//!
+//! A migration passes through states that own what they need; each consumes the one before:
+//!
+//! ```text
+//!   Offered ─► Preparing ─► Receiving ─► Ready ─► Deciding ─┬─► (runs here)
+//!      ▲           │            │                    │      └─► Postcopy ─► (runs here)
+//!      └───────────┘            ▼                    ▼
+//!    any failure              (fails)             (fails)
+//! ```
+//!
+//! Until a source has been answered `Prepared` it is a stranger, and whatever becomes of it leaves the
+//! wait as it was. Behind that, a failure ends the wait, and both users learn the reason.
 
-mod incoming;
-mod pending;
+mod channels;
+mod deciding;
+mod following;
 mod postcopy;
+mod preparing;
+mod receiving;
+mod router;
 
+use std::cell::Cell;
 use std::fs::File;
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use memory::DirtyBitmap;
-use parking_lot::Mutex;
 use uuid::Uuid;
 
-use self::incoming::{Incoming, take_pages};
-use self::pending::PendingConnections;
-use self::postcopy::PostcopyReceiver;
+use self::preparing::{NotPrepared, Preparing};
+use self::receiving::Receiving as Incoming;
+use self::router::{Arrived, Router};
 use crate::decision::Decision;
-use crate::journal::{Journal, Step};
-use crate::link::{Accept, Closer, Stream};
-use crate::message::{Channel, Control, Hello, Offer, Refusal, ToDestination, ToSource};
+use crate::journal::Journal;
+use crate::link::{Accept, Stream};
+use crate::message::{Control, Offer, Refusal, ToDestination, ToSource};
 use crate::pages::Block;
-use crate::policy::MAX_CONNECTIONS;
 use crate::progress::{Phase, Progress};
 use crate::wire::WireError;
 use crate::{LINGER, MigrationError};
 
-/// As often as this, within the patience that one has with the other side, one looks for a decision
-/// or a connection.
+pub use self::router::ConnectionLimit;
+
+/// Looks for a decision or a connection within one `patience`.
 const POLLS: u32 = 100;
 
 /// A machine to which a guest moves. It stands until it is started.
@@ -59,12 +72,23 @@ pub trait Destination: Send {
     /// Returns the time since which it runs: whatever is done later is not part of the stop.
     ///
     /// # Errors
-    /// The guest cannot resume; then nothing of it has run.
-    fn start(&mut self, stopped_for: Duration, paused: bool) -> Result<Instant, Refusal>;
+    /// The guest cannot resume; says whether it may have run for a moment.
+    fn start(&mut self, stopped_for: Duration, paused: bool) -> Result<Instant, StartFailure>;
 
     /// The guest does not come; or it runs here already, and the rest of it does not come: then it
     /// ends at once.
     fn discard(&mut self);
+}
+
+/// Why a guest was not started.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum StartFailure {
+    /// No instruction of it ran: the source can let it run.
+    #[error(transparent)]
+    NeverRan(Refusal),
+    /// It may have run, and is lost: if the source let it run, it would run twice from the same point.
+    #[error("the guest was lost as it started: {0}")]
+    MayHaveRun(Refusal),
 }
 
 /// What became of an earlier migration, as far as it was written down.
@@ -101,18 +125,22 @@ pub trait Host: Send + Sync {
     fn fate(&self, migration: Uuid) -> Fate;
 }
 
-/// Waiting for a guest.
+/// Parameters of an incoming migration.
 pub struct Receiving<'a> {
     /// Where connections come from.
     pub accept: &'a mut dyn Accept,
-    /// Who makes the machine.
+    /// Limits pending connections of all endpoints of the process.
+    pub limit: &'a ConnectionLimit,
+    /// Makes the machine.
     pub host: &'a dyn Host,
-    /// Where it is told how it goes.
+    /// Receives the progress report.
     pub progress: &'a Progress,
     /// Carries cancel requests and resolutions.
     pub decision: &'a Decision,
     /// How long the source may be silent.
     pub patience: Duration,
+    /// Ends the wait at the first offer that the host refuses.
+    pub once: bool,
     /// Called when it is certain whether the guest runs here, and [`receive`] does not return yet: a
     /// source that did not hear of it may ask.
     pub lingers: &'a (dyn Fn() + Sync),
@@ -121,32 +149,35 @@ pub struct Receiving<'a> {
 /// Waits for one guest, and takes it. Returns when it is certain whether it runs here.
 ///
 /// # Errors
-/// When it does not; why is also in the report.
+/// It does not run here; the reason is also in the report.
 pub fn receive(receiving: Receiving<'_>) -> Result<(), Refusal> {
     let Receiving {
         accept,
+        limit,
         host,
         progress,
         decision,
         patience,
+        once,
         lingers,
     } = receiving;
-    let (over, pending) = (AtomicBool::new(false), PendingConnections::default());
+    let router = Router::new(host, progress, limit);
     thread::scope(|scope| {
-        let (arrive, connections_in) = mpsc::channel();
-        let (over, pending) = (&over, &pending);
+        let router = &router;
         let tick = patience / POLLS;
-        let accepting = move || pending.receive(scope, accept, tick, over, &arrive);
+        let accepting = move || router.accept(scope, accept, tick);
         let started = thread::Builder::new().spawn_scoped(scope, accepting);
         started.map_err(|error| Refusal::new("host-refused", error.to_string()))?;
-        let mut session = Session {
+        let session = Session {
+            router,
             host,
             progress,
             decision,
             patience,
-            connections_in: &connections_in,
+            once,
+            ran: Cell::new(Ran::No),
         };
-        let (outcome, pending_abort) = session.run();
+        let (outcome, unheard) = session.run();
         progress.update(|report| match &outcome {
             Ok(()) => report.phase = Phase::Completed,
             Err(why) => {
@@ -158,52 +189,13 @@ pub fn receive(receiving: Receiving<'_>) -> Result<(), Refusal> {
             }
         });
         decision.release_connections();
-        if let Some((id, answer)) = pending_abort {
+        if let Some(answer) = unheard {
             lingers();
-            session.linger(id, &answer);
+            session.linger(&answer);
         }
-        over.store(true, Ordering::Release);
+        router.end();
         outcome
     })
-}
-
-/// The memory to which pages come.
-struct IncomingMemory {
-    blocks: Vec<Block>,
-    /// Pages that were written here, block by block: all others are zeros.
-    touched: Vec<DirtyBitmap>,
-    /// Pages that come after the guest, as far as was told.
-    missing: Mutex<Vec<DirtyBitmap>>,
-    /// Set from when the guest may go on without them.
-    receiver: OnceLock<PostcopyReceiver>,
-}
-
-impl IncomingMemory {
-    fn new(blocks: Vec<Block>) -> Self {
-        let bitmaps = || -> Vec<DirtyBitmap> {
-            let bitmaps = blocks.iter().map(|block| {
-                let bitmap = DirtyBitmap::new(block.ram.len());
-                bitmap.set_enabled(true);
-                bitmap
-            });
-            bitmaps.collect()
-        };
-        Self {
-            touched: bitmaps(),
-            missing: Mutex::new(bitmaps()),
-            receiver: OnceLock::new(),
-            blocks,
-        }
-    }
-}
-
-/// A machine for the guest, and where its steps are written down.
-type Prepared = (Box<dyn Destination>, Box<dyn Journal>);
-
-/// Who connected, and what for.
-struct Connection {
-    hello: Hello,
-    stream: Box<dyn Stream>,
 }
 
 fn refuse(stream: Box<dyn Stream>, why: Refusal) {
@@ -215,232 +207,125 @@ fn refuse(stream: Box<dyn Stream>, why: Refusal) {
 enum Ended {
     /// The source knows.
     Heard,
-    /// The source may not know yet, and is told so when it asks.
+    /// The source may not know yet, and gets this answer when it asks.
     Unheard(ToSource),
 }
 
-/// A channel's round has ended, or the channel has.
-type RoundEnd = (u16, Result<u32, MigrationError>);
+/// Whether the guest has run here.
+#[derive(Clone, Copy)]
+enum Ran {
+    No,
+    /// It is written down that it runs, and not known yet that it does.
+    MayHave,
+    Yes,
+}
 
+/// What all states of a wait share.
 struct Session<'a> {
+    router: &'a Router<'a>,
     host: &'a dyn Host,
     progress: &'a Progress,
     decision: &'a Decision,
     patience: Duration,
-    connections_in: &'a Receiver<Connection>,
+    once: bool,
+    /// For the answer to the source if the engine panics.
+    ran: Cell<Ran>,
 }
 
 impl Session<'_> {
-    /// What became of it, and what a source is told that does not know it.
-    fn run(&mut self) -> (Result<(), Refusal>, Option<(Uuid, ToSource)>) {
-        let Connection { hello, stream } = match self.first() {
-            Ok(connection) => connection,
+    /// Returns the outcome, and the answer to a source that may not know it.
+    fn run(&self) -> (Result<(), Refusal>, Option<ToSource>) {
+        let incoming = match self.wait() {
+            Ok(incoming) => incoming,
             Err(why) => return (Err(why), None),
         };
-        let id = hello.migration;
-        match self.migrate(id, stream) {
+        let moving = || incoming.run()?.announce().run();
+        // A panic must not leave the source to guess: it holds the guest paused until it knows whether
+        // the guest ran here. Unwinding has discarded the machine.
+        let moved = catch_unwind(AssertUnwindSafe(moving)).unwrap_or_else(|_| {
+            let why = Refusal::new("internal", "the migration engine panicked");
+            let answer = match self.ran.get() {
+                Ran::No => ToSource::NotHere(why.clone()),
+                Ran::MayHave | Ran::Yes => ToSource::Ended,
+            };
+            Err(Failed::Unheard(why, answer))
+        });
+        match moved {
             Ok(Ended::Heard) => (Ok(()), None),
-            Ok(Ended::Unheard(answer)) => (Ok(()), Some((id, answer))),
-            // The source was told the same.
-            Err(Failed::Refused(why)) => (Err(why), None),
-            Err(Failed::Unheard(why, answer)) => (Err(why), Some((id, answer))),
-            Err(Failed::MigrationError(MigrationError::Wire(_))) if self.decision.is_canceled() => {
-                (Err(MigrationError::Canceled.refusal()), None)
+            Ok(Ended::Unheard(answer)) => (Ok(()), Some(answer)),
+            Err(Failed::Unheard(why, answer)) => (Err(why), Some(answer)),
+            Err(Failed::Error(error)) => {
+                let error = match error {
+                    // One of the ways in which it shows that connections were closed.
+                    MigrationError::Wire(_) if self.decision.is_canceled() => {
+                        MigrationError::Canceled
+                    }
+                    error => error,
+                };
+                tracing::warn!(%error, "an incoming migration failed");
+                (Err(error.refusal()), None)
             }
-            Err(Failed::MigrationError(error)) => (Err(error.refusal()), None),
         }
     }
 
-    /// The first control connection.
-    fn first(&self) -> Result<Connection, Refusal> {
+    /// Waits for a source whose offer this host accepts.
+    ///
+    /// A source that fails before it was answered `Prepared` does not end the wait. It may be a
+    /// stranger. And where it is the right one and was refused, because a disk is not there or the CPU
+    /// lacks a feature, its user reads the reason, mends that, and tries again: nobody has to go to the
+    /// destination and wait anew.
+    fn wait(&self) -> Result<Incoming<'_>, Refusal> {
         loop {
             if self.decision.is_canceled() {
                 return Err(MigrationError::Canceled.refusal());
             }
-            let connection = match self.connections_in.recv_timeout(self.patience / POLLS) {
-                Ok(connection) => connection,
-                Err(RecvTimeoutError::Timeout) => continue,
-                Err(RecvTimeoutError::Disconnected) => {
-                    return Err(Refusal::new("connection-lost", "no connection can come"));
+            let Some(offered) = self.router.next_offer(self.patience / POLLS)? else {
+                continue;
+            };
+            let id = offered.id;
+            let prepared =
+                catch_unwind(AssertUnwindSafe(|| Preparing::new(self, offered).prepare()));
+            let failed = match prepared {
+                Ok(Ok(incoming)) => return Ok(incoming),
+                Ok(Err(failed)) => failed,
+                Err(_) => {
+                    self.router.close();
+                    let why = "the destination panicked over an offer";
+                    NotPrepared::Failed(MigrationError::here("internal", why))
                 }
             };
-            match (connection.hello.version(), connection.hello.channel) {
-                (Err(why), _) => refuse(connection.stream, why),
-                (Ok(_), Channel::Control) => return Ok(connection),
-                (Ok(_), Channel::Again) => self.answer_query(connection),
-                (Ok(_), _) => {
-                    let why = "pages without a migration";
-                    refuse(connection.stream, Refusal::new("out-of-order", why));
-                }
+            let why = failed.refusal();
+            if self.once && matches!(failed, NotPrepared::Refused(_)) {
+                return Err(why);
             }
-        }
-    }
-
-    /// Answers who asks for an earlier migration.
-    fn answer_query(&self, connection: Connection) {
-        let why = || Refusal::new("never-ran", "the destination lost the guest before it ran");
-        let answer = match self.host.fate(connection.hello.migration) {
-            Fate::Ran => ToSource::Ended,
-            Fate::NeverRan => ToSource::NotHere(why()),
-            Fate::Unknown => ToSource::Refused(Refusal::new(
-                "unknown-migration",
-                "the destination knows nothing of this migration",
-            )),
-        };
-        let _ = Control::new(connection.stream).send(&answer);
-    }
-
-    fn migrate(&mut self, id: Uuid, stream: Box<dyn Stream>) -> Result<Ended, Failed> {
-        let mut control = self.adopt(stream).map_err(Failed::MigrationError)?;
-        control.send(&ToSource::Welcome { version: 1 })?;
-        self.progress.enter(Phase::Preparing);
-        let offer = loop {
-            match control.recv()? {
-                ToDestination::Prepare(offer) => break offer,
-                other => answer_ping(&mut control, &other)?,
-            }
-        };
-        let files = if offer.given {
-            let taken = control.stream.recv_files(offer.blocks.len());
-            taken.map_err(WireError::from)?
-        } else {
-            Vec::new()
-        };
-        let prepared = self.prepare(id, &offer, files);
-        let (mut target, journal) = match prepared {
-            Ok(prepared) => prepared,
-            Err(why) => {
-                control.send(&ToSource::Refused(why.clone()))?;
-                return Err(Failed::Refused(why));
-            }
-        };
-        let blocks = target.blocks();
-        let memory_here = IncomingMemory::new(blocks);
-        let connections = offer.connections.clamp(1, MAX_CONNECTIONS);
-        let sizes = memory_here
-            .blocks
-            .iter()
-            .map(|block| block.ram.len() as u64);
-        let memory = sizes.sum();
-        self.progress.update(|report| {
-            report.memory_bytes = memory;
-            report.connections = connections;
-        });
-        let outcome = thread::scope(|scope| {
-            let (ends, ended) = mpsc::channel();
-            let mut incoming = Incoming {
-                session: self,
-                id,
-                control: Some(control),
-                target: &mut *target,
-                journal,
-                connections,
-                ended: &ended,
-                rounds: vec![0; connections.into()],
-                open: vec![false; connections.into()],
-                ready: None,
-                again: None,
-                memory: &memory_here,
-                faults: None,
-                question: None,
-                start_watch: &mut || {
-                    let watch = || {
-                        if let Some(receiver) = memory_here.receiver.get() {
-                            receiver.watch(self.progress);
-                        }
-                    };
-                    let started = thread::Builder::new().spawn_scoped(scope, watch);
-                    started.map(|_| ())
-                },
-                closers: Vec::new(),
-                start_channel: &mut |index, stream: Box<dyn Stream>| {
-                    let (ends, memory, progress) =
-                        (ends.clone(), &memory_here, self.progress.clone());
-                    let take = move || take_pages(index, stream, memory, &ends, &progress);
-                    let started = thread::Builder::new().spawn_scoped(scope, take);
-                    started.map(|_| ())
-                },
-            };
-            let outcome = incoming.run();
-            if outcome.is_err() {
-                // Before anybody finds zeros where pages are missing.
-                incoming.target.discard();
-            }
-            // The channels' threads end with their connections.
-            incoming.closers.iter().for_each(Closer::close);
-            // Nobody is to wait for a page that does not come.
-            if let Some(receiver) = memory_here.receiver.get() {
-                receiver.end(self.progress);
-            }
-            outcome
-        });
-        if let Err(Failed::MigrationError(error)) = &outcome {
-            tracing::warn!(migration = %id, %error, "a guest does not come");
-        }
-        outcome
-    }
-
-    fn adopt(&self, stream: Box<dyn Stream>) -> Result<Control, MigrationError> {
-        let adopted = stream
-            .set_patience(self.patience)
-            .and_then(|()| stream.closer());
-        let closer = adopted.map_err(|error| MigrationError::Wire(error.into()))?;
-        self.decision.close_on_cancel(closer);
-        Ok(Control::new(stream))
-    }
-
-    fn prepare(&self, id: Uuid, offer: &Offer, files: Vec<File>) -> Result<Prepared, Refusal> {
-        let journal = |error: std::io::Error| {
-            Refusal::new("journal", format!("the journal cannot be written: {error}"))
-        };
-        let target = self.host.prepare(id, offer, files)?;
-        let agreed = |target: &dyn Destination| -> Result<Box<dyn Journal>, Refusal> {
-            let blocks = target.blocks();
-            let here: Vec<_> = blocks
-                .iter()
-                .map(|block| (block.name.clone(), block.ram.len() as u64))
-                .collect();
-            let there: Vec<_> = offer
-                .blocks
-                .iter()
-                .map(|block| (block.name.clone(), block.size))
-                .collect();
-            if here != there {
-                let detail =
-                    format!("the guest's memory is {there:?} at the source, and {here:?} here");
-                return Err(Refusal::new("memory-differs", detail));
-            }
-            let mut written = self.host.journal(id, &offer.vm).map_err(journal)?;
-            written.record(Step::Prepare).map_err(journal)?;
-            Ok(written)
-        };
-        let mut target = target;
-        match agreed(&*target) {
-            Ok(journal) => Ok((target, journal)),
-            Err(why) => {
-                target.discard();
-                Err(why)
-            }
+            tracing::warn!(migration = %id, %why, "an offer was not taken; waiting for another");
+            self.decision.release_connections();
+            self.progress.update(|report| {
+                report.phase = Phase::Connecting;
+                report.error = Some(why);
+            });
         }
     }
 
     /// Answers a source that did not hear that its guest runs here, or that all of it is here.
-    fn linger(&self, id: Uuid, answer: &ToSource) {
+    fn linger(&self, answer: &ToSource) {
         let until = Instant::now() + self.patience * LINGER;
+        self.router.allow_questions();
         while Instant::now() < until {
-            let Ok(connection) = self.connections_in.recv_timeout(self.patience / POLLS) else {
+            let Some(Arrived::Again(stream)) = self.router.next(self.patience / POLLS) else {
                 continue;
             };
-            if connection.hello.migration != id || connection.hello.channel != Channel::Again {
-                refuse(connection.stream, busy());
+            if stream.set_patience(self.patience).is_err() {
                 continue;
             }
-            let mut control = Control::new(connection.stream);
+            let mut control = Control::new(stream);
             let told = control.send(answer);
             let knows = |heard: Result<ToDestination, WireError>| match heard {
                 Ok(ToDestination::Complete) => true,
-                // It says nothing more.
-                Err(WireError::Closed) => matches!(answer, ToSource::NotHere(_)),
+                // To these it says nothing more.
+                Err(WireError::Closed) => {
+                    matches!(answer, ToSource::NotHere(_) | ToSource::Ended)
+                }
                 _ => false,
             };
             if told.is_ok() && knows(control.recv()) {
@@ -454,37 +339,24 @@ fn busy() -> Refusal {
     Refusal::new("busy", "the destination takes another guest")
 }
 
-/// Answers a sign of life; anything else cannot be here.
+/// Answers a ping; no other message may come here.
 fn answer_ping(control: &mut Control, message: &ToDestination) -> Result<(), MigrationError> {
     match message {
         ToDestination::Ping(number) => Ok(control.send(&ToSource::Pong(*number))?),
         ToDestination::Abort(why) => Err(MigrationError::There(why.clone())),
-        other => Err(WireError::damaged(format!("{other:?} cannot be here")).into()),
+        other => Err(WireError::damaged(format!("unexpected message {other:?}")).into()),
     }
 }
 
 enum Failed {
-    /// Before anything moved; the source was told.
-    Refused(Refusal),
-    /// When the order had come; the source may not know it yet, and is told so when it asks.
+    /// The source knows, or sees that the connection ends; it lets its guest run on.
+    Error(MigrationError),
+    /// The source may wait for this answer.
     Unheard(Refusal, ToSource),
-    MigrationError(MigrationError),
 }
 
 impl From<MigrationError> for Failed {
     fn from(error: MigrationError) -> Self {
-        Self::MigrationError(error)
-    }
-}
-
-impl From<WireError> for Failed {
-    fn from(error: WireError) -> Self {
-        Self::MigrationError(error.into())
-    }
-}
-
-impl From<Refusal> for Failed {
-    fn from(why: Refusal) -> Self {
-        Self::MigrationError(MigrationError::Here(why))
+        Self::Error(error)
     }
 }

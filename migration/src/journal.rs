@@ -9,6 +9,8 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -82,22 +84,35 @@ fn boot_id() -> String {
 }
 
 impl FileJournal {
-    /// Begins one in `dir`, which is made if need be.
+    /// Begins one in `dir`, which is made if need be. The journal is locked until it is dropped.
     ///
     /// # Errors
-    /// When it cannot be written.
+    /// It cannot be written, or there is one of this migration and side already: a peer that used an
+    /// identifier again would overwrite the outcome of an earlier migration.
     pub fn create(dir: &Path, migration: Uuid, side: Side, vm: &str) -> io::Result<Self> {
         fs::create_dir_all(dir)?;
         let file = OpenOptions::new()
-            .create(true)
+            .create_new(true)
             .append(true)
             .open(path(dir, migration, side))?;
+        flock(&file, FlockOperation::NonBlockingLockExclusive)?;
         File::open(dir)?.sync_all()?;
         Ok(Self {
             file,
             vm: vm.to_owned(),
             boot: boot_id(),
         })
+    }
+
+    /// Returns true while a migration in progress writes this journal, in whatever process. Its last
+    /// step is then not its outcome.
+    #[must_use]
+    pub fn is_in_use(dir: &Path, migration: Uuid, side: Side) -> bool {
+        let Ok(file) = File::open(path(dir, migration, side)) else {
+            return false;
+        };
+        let locked = flock(&file, FlockOperation::NonBlockingLockShared);
+        locked.is_err_and(|errno| errno == Errno::WOULDBLOCK)
     }
 
     /// All that are in `dir`: each side of each migration, with its steps. A line that was cut short
@@ -200,6 +215,12 @@ mod tests {
             (id, &[Step::Prepare, Step::Commit][..])
         );
         assert!(!FileJournal::is_of_an_earlier_boot(entries));
+        let again = FileJournal::create(&dir, id, Side::Source, "vm");
+        assert_eq!(again.unwrap_err().kind(), io::ErrorKind::AlreadyExists);
+        assert!(FileJournal::is_in_use(&dir, id, Side::Source));
+        assert!(!FileJournal::is_in_use(&dir, id, Side::Destination));
+        drop(journal);
+        assert!(!FileJournal::is_in_use(&dir, id, Side::Source));
         FileJournal::remove(&dir, id, Side::Source).unwrap();
         assert!(FileJournal::list(&dir).unwrap().is_empty());
     }

@@ -43,7 +43,7 @@ use std::fmt;
 use std::time::Duration;
 
 pub use decision::{Decision, Resolution, TooLate};
-pub use destination::{Destination, Fate, Host, Receiving, receive};
+pub use destination::{ConnectionLimit, Destination, Fate, Host, Receiving, StartFailure, receive};
 pub use journal::{Entry, FileJournal, Journal, NoJournal, Side, Step};
 pub use link::{Accept, Closer, Dial, Endpoint, InvalidEndpoint, Listener, Stream};
 pub use message::{BlockInfo, Offer, Refusal};

@@ -1,16 +1,26 @@
-//! Certificates for tests and benchmarks, in directories as Cloud Hypervisor's users have them.
+//! For tests and benchmarks: certificates, in directories as Cloud Hypervisor's users have them, and a
+//! peer that speaks the protocol frame by frame.
 
 #![allow(
     clippy::unwrap_used,
     clippy::missing_panics_doc,
     clippy::new_without_default,
+    clippy::panic,
     reason = "tests"
 )]
 
 use std::fs;
+use std::io::Write as _;
 use std::path::Path;
+use std::time::Duration;
 
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use serde::Serialize;
+use uuid::Uuid;
+
+use crate::link::{Dial, Stream};
+use crate::message::{self, Channel, Control, Hello, Offer, ToDestination, ToSource};
+use crate::wire::WireError;
 
 /// Who vouches for hosts.
 pub struct Issuer(CertifiedIssuer<'static, KeyPair>);
@@ -35,6 +45,93 @@ impl Issuer {
             let certificate = params.signed_by(&key, &signer.0).unwrap();
             write(&format!("{side}-cert.pem"), certificate.pem());
             write(&format!("{side}-key.pem"), key.serialize_pem());
+        }
+    }
+}
+
+/// One end of a connection that speaks the protocol frame by frame: well, or not.
+///
+/// Messages are given as anything that serializes as they do, such as `json!({ "Ping": 1 })`, so that a
+/// test can also send what the engine never would.
+pub struct Peer(Control);
+
+impl Peer {
+    fn dial(dial: &dyn Dial, id: Uuid, channel: Channel) -> Self {
+        let mut stream = dial.dial().unwrap();
+        // A destination that says nothing fails the test, and does not hang it.
+        stream.set_patience(Duration::from_secs(60)).unwrap();
+        message::send_hello(&mut *stream, &Hello::new(id, channel)).unwrap();
+        Self(Control::new(stream))
+    }
+
+    /// Connects as a source that has a guest to offer.
+    #[must_use]
+    pub fn control(to: &dyn Dial, id: Uuid) -> Self {
+        Self::dial(to, id, Channel::Control)
+    }
+
+    /// Connects as a source that asks how its migration stands.
+    #[must_use]
+    pub fn again(to: &dyn Dial, id: Uuid) -> Self {
+        Self::dial(to, id, Channel::Again)
+    }
+
+    /// Connects a RAM channel.
+    #[must_use]
+    pub fn ram(to: &dyn Dial, id: Uuid, index: u16) -> Self {
+        Self::dial(to, id, Channel::Ram { index })
+    }
+
+    /// Takes a connection as a destination does, with its `Hello`. Returns the migration that it is of.
+    #[must_use]
+    pub fn accepted(mut stream: Box<dyn Stream>) -> (Self, Uuid) {
+        stream.set_patience(Duration::from_secs(60)).unwrap();
+        let hello = message::recv_hello(&mut *stream).unwrap();
+        (Self(Control::new(stream)), hello.migration)
+    }
+
+    /// Sends a message. False if the connection is gone.
+    pub fn say<T: Serialize + ?Sized>(&mut self, message: &T) -> bool {
+        self.0.send(&message).is_ok()
+    }
+
+    /// Sends an offer. False if the connection is gone.
+    pub fn offer(&mut self, offer: &Offer) -> bool {
+        self.say(&ToDestination::Prepare(Box::new(offer.clone())))
+    }
+
+    /// Sends a frame of any kind, with a right checksum. False if the connection is gone.
+    pub fn frame(&mut self, kind: u16, body: &[u8]) -> bool {
+        let mut frame = kind.to_le_bytes().to_vec();
+        frame.extend([0, 0]);
+        frame.extend((body.len() as u32).to_le_bytes());
+        let mut crc = crc32fast::Hasher::new();
+        crc.update(&frame);
+        crc.update(body);
+        frame.extend(crc.finalize().to_le_bytes());
+        frame.extend(body);
+        self.0.stream.write_all(&frame).is_ok()
+    }
+
+    /// Sends bytes as they are. False if the connection is gone.
+    pub fn bytes(&mut self, bytes: &[u8]) -> bool {
+        self.0.stream.write_all(bytes).is_ok()
+    }
+
+    /// Receives a message of a destination, as text: `Welcome { version: 1 }`.
+    ///
+    /// # Errors
+    /// The connection ended.
+    pub fn hear(&mut self) -> Result<String, WireError> {
+        Ok(format!("{:?}", self.0.recv::<ToSource>()?))
+    }
+
+    /// Receives a source's offer.
+    #[must_use]
+    pub fn hear_offer(&mut self) -> Offer {
+        match self.0.recv::<ToDestination>().unwrap() {
+            ToDestination::Prepare(offer) => *offer,
+            other => panic!("{other:?} is no offer"),
         }
     }
 }

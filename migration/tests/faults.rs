@@ -19,9 +19,9 @@ use std::time::{Duration, Instant};
 
 use memory::{RamBlock, RamConfig};
 use migration::{
-    Accept, Block, BlockInfo, Closer, Decision, Destination, Dial, Fate, Host, Journal, Mode,
-    Offer, Outcome, Phase, Policy, Progress, Receiving, Refusal, Resolution, Sending, Source, Step,
-    Stopped, Stream, receive, send,
+    Accept, Block, BlockInfo, Closer, ConnectionLimit, Decision, Destination, Dial, Fate, Host,
+    Journal, Mode, Offer, Outcome, Phase, Policy, Progress, Receiving, Refusal, Resolution,
+    Sending, Source, StartFailure, Step, Stopped, Stream, receive, send,
 };
 use uuid::Uuid;
 
@@ -308,8 +308,8 @@ impl Destination for TestTarget {
         Ok(())
     }
 
-    fn start(&mut self, stopped_for: Duration, paused: bool) -> Result<Instant, Refusal> {
-        self.life.step()?;
+    fn start(&mut self, stopped_for: Duration, paused: bool) -> Result<Instant, StartFailure> {
+        self.life.step().map_err(StartFailure::NeverRan)?;
         let clocks_at = self.world.clocks_at.lock().unwrap().unwrap();
         assert!(
             stopped_for <= clocks_at.elapsed(),
@@ -569,11 +569,14 @@ fn destination(
             from,
             life: Arc::clone(&host.life),
         };
+        let limit = ConnectionLimit::default();
         let receiving = Receiving {
             accept: &mut accept,
             host: &host,
             progress,
             decision,
+            limit: &limit,
+            once: false,
             patience,
             lingers: &|| {},
         };
@@ -840,6 +843,8 @@ fn strangers_hold_nobody_up() {
         host: &host,
         progress: &progress,
         decision: &decision,
+        limit: &ConnectionLimit::default(),
+        once: false,
         patience: LONG_PATIENCE,
         lingers: &|| {},
     };

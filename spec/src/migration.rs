@@ -118,6 +118,10 @@ pub struct AwaitMigration {
     /// Encrypt with TLS, by the files of this directory: `ca-cert.pem`, `server-cert.pem`, `server-key.pem`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tls_dir: Option<String>,
+    /// End the wait at the first VM that this host refuses. When false, the refusal is shown as the
+    /// migration's `error`, and the wait continues.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub once: bool,
 }
 
 impl AwaitMigration {
@@ -128,6 +132,7 @@ impl AwaitMigration {
             listen: listen.into(),
             vm: None,
             tls_dir: None,
+            once: false,
         }
     }
 }

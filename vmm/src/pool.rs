@@ -11,6 +11,7 @@ use std::time::Duration;
 use control::{EventLog, Migrate, RequestError, Spawn, VmHandle, connect};
 use devices::event_loop::EventLoop;
 use hypervisor::{Kvm, KvmError, OpenError};
+use migration::ConnectionLimit;
 use parking_lot::Mutex;
 use spec::{HostLimits, VmConfig, VmId};
 use virtio_devices::Workers;
@@ -67,6 +68,7 @@ pub struct Pool {
     next: AtomicUsize,
     callers: Callers,
     journals: Option<PathBuf>,
+    pending: Arc<ConnectionLimit>,
 }
 
 /// Waits, when it is dropped, until machines have given back what they had.
@@ -134,6 +136,7 @@ impl Pool {
             next: AtomicUsize::new(0),
             callers: Callers::default(),
             journals: None,
+            pending: Arc::default(),
         })
     }
 
@@ -151,6 +154,11 @@ impl Pool {
 
     pub(crate) fn callers(&self) -> &Callers {
         &self.callers
+    }
+
+    /// The limit of pending connections that all waits for a guest share.
+    pub(crate) fn connection_limit(&self) -> Arc<ConnectionLimit> {
+        Arc::clone(&self.pending)
     }
 
     /// The directory of the migrations' journals, if they are kept.

@@ -93,11 +93,12 @@ impl PostcopyReceiver {
             };
             for fault in faults {
                 match fault {
-                    Fault::Missing(block, page) if self.is_missing(block, page) => {
-                        self.expect(block, page);
+                    Fault::Missing(block, page) => {
+                        if !self.expect(block, page) {
+                            // It was never written, or given back, or it has come by now.
+                            later.push((block, page));
+                        }
                     }
-                    // It was never written, or given back, or it has come by now.
-                    Fault::Missing(block, page) => later.push((block, page)),
                     Fault::Removed(block, first, pages) => {
                         later.extend(self.removed(block, first, pages));
                     }
@@ -157,12 +158,20 @@ impl PostcopyReceiver {
         missing.is_some_and(|missing| missing.is_dirty(page * PAGE))
     }
 
-    fn expect(&self, block: usize, page: usize) {
-        self.waited
-            .lock()
-            .entry((block, page))
-            .or_insert_with(Instant::now);
+    /// Waits for a page, and asks the source for it. False if it is not missing.
+    ///
+    /// One lock covers the look and the entry: `fill` takes the page out of `missing` first and the
+    /// entry out of `waited` then. Between the two steps an entry could come too late to be removed.
+    /// Nobody would wait for it, and yet it would be late after a while and end a good migration.
+    fn expect(&self, block: usize, page: usize) -> bool {
+        let mut waited = self.waited.lock();
+        if !self.is_missing(block, page) {
+            return false;
+        }
+        waited.entry((block, page)).or_insert_with(Instant::now);
+        drop(waited);
         self.ask_for(block, page);
+        true
     }
 
     /// Pages that were given back do not come any more: gives those that somebody waits for all the same.
@@ -352,6 +361,35 @@ mod tests {
             }
             receiver.end(&progress);
         });
+    }
+
+    /// A fault that was reported before its page came is looked at after it.
+    #[test]
+    fn a_page_that_has_come_is_not_waited_for() {
+        let config = RamConfig::anonymous(PAGE as u64);
+        let ram = Arc::new(RamBlock::new(&config).unwrap());
+        let blocks = [Block {
+            name: "ram".to_owned(),
+            ram,
+        }];
+        let missing = DirtyBitmap::new(PAGE);
+        missing.set_enabled(true);
+        missing.mark(0, PAGE);
+        let (near, _far) = UnixStream::pair().unwrap();
+        let patience = Duration::from_secs(10);
+        let receiver =
+            PostcopyReceiver::new(&blocks, vec![missing], Box::new(near), patience).unwrap();
+        let run = pages::Run {
+            block: 0,
+            first: 0,
+            pages: 1,
+        };
+        let body = pages::encode_missing(0, &[run]);
+        let came = pages::decode(&body, &blocks, pages::Content::Zeros).unwrap();
+        assert!(receiver.expect(0, 0), "it is missing");
+        receiver.fill(&came).unwrap();
+        assert!(!receiver.expect(0, 0), "it has come");
+        assert!(receiver.waited.lock().is_empty());
     }
 
     /// The host may back a page that is written with a huge page, of which all others are there, too.

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
@@ -465,12 +466,14 @@ impl Driver {
     }
 
     /// Resumes the guest that came, unless it stays paused. At the moment `as_of` it had been
-    /// stopped for `stopped_for`. Returns the time since which it runs.
+    /// stopped for `stopped_for`. Returns the time since which it runs. `resuming` is set from just
+    /// before its first instruction: the driver may panic behind that.
     pub(crate) fn arrive(
         &mut self,
         stopped_for: Duration,
         as_of: Instant,
         paused: bool,
+        resuming: &AtomicBool,
         sources: &mut Sources<'_>,
     ) -> Result<Instant, Refusal> {
         let active = self.expecting()?;
@@ -478,9 +481,12 @@ impl Driver {
         let runs = if paused {
             Instant::now()
         } else {
-            active
-                .resume_after(stopped_for, as_of)
-                .map_err(refused("cannot-go-on"))?
+            resuming.store(true, Ordering::Release);
+            // All that can fail here comes before the vCPUs are let go.
+            active.resume_after(stopped_for, as_of).map_err(|error| {
+                resuming.store(false, Ordering::Release);
+                Refusal::new("cannot-go-on", error.to_string())
+            })?
         };
         let Stage::Expecting(expected) = std::mem::replace(&mut self.stage, Stage::Off) else {
             return Err(no_machine());

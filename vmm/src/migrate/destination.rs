@@ -3,12 +3,15 @@
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use control::Registry;
 use devices::host_file::{FileKind, Request};
 use memory::RamBlock;
-use migration::{Block, Destination, Fate, FileJournal, Host, Journal, Offer, Refusal, Side, Step};
+use migration::{
+    Block, Destination, Fate, FileJournal, Host, Journal, Offer, Refusal, Side, StartFailure, Step,
+};
 use spec::{VmConfig, VmId};
 use uuid::Uuid;
 
@@ -27,6 +30,8 @@ pub(super) struct DestinationHost {
     callers: Callers,
     journals: Journals,
     moving: Arc<ActiveMigration>,
+    /// The name that the VM gets here; the one that it has at the source when absent.
+    name: Option<VmId>,
 }
 
 impl DestinationHost {
@@ -36,11 +41,13 @@ impl DestinationHost {
         journals: Journals,
         moving: Arc<ActiveMigration>,
     ) -> Self {
+        let name = moving.vm.lock().clone();
         Self {
             registry,
             callers,
             journals,
             moving,
+            name,
         }
     }
 
@@ -130,8 +137,8 @@ impl Host for DestinationHost {
         if !offer.given {
             memory_is_there(&machine.config)?;
         }
-        let vm = self.moving.vm.lock().clone();
-        let vm = match vm {
+        // Not the name in the report: that may be of an offer that came before, and to nothing.
+        let vm = match self.name.clone() {
             Some(vm) => vm,
             None => offer
                 .vm
@@ -171,6 +178,11 @@ impl Host for DestinationHost {
     }
 
     fn fate(&self, migration: Uuid) -> Fate {
+        // A migration that is in progress, at another endpoint of this service, has no outcome yet: its
+        // last step is no answer. Looked at first, because a session may end at any time.
+        if self.journals.is_in_use(migration, Side::Destination) {
+            return Fate::Unknown;
+        }
         let Ok(listed) = self.journals.list() else {
             return Fate::Unknown;
         };
@@ -277,14 +289,22 @@ impl Destination for DestinationVm {
         self.caller.attempt(Driver::take_over)
     }
 
-    fn start(&mut self, stopped_for: Duration, paused: bool) -> Result<Instant, Refusal> {
+    fn start(&mut self, stopped_for: Duration, paused: bool) -> Result<Instant, StartFailure> {
         let as_of = Instant::now();
+        // If the driver panics, no answer comes: this says whether the guest may have run by then.
+        let resuming = Arc::new(AtomicBool::new(false));
+        let mark = Arc::clone(&resuming);
         let arrived = self
             .caller
-            .call(move |driver, sources| driver.arrive(stopped_for, as_of, paused, sources))?;
-        let runs = arrived?;
-        self.stage = Stage::Arrived;
-        Ok(runs)
+            .call(move |driver, sources| driver.arrive(stopped_for, as_of, paused, &mark, sources));
+        match arrived.and_then(|arrived| arrived) {
+            Ok(runs) => {
+                self.stage = Stage::Arrived;
+                Ok(runs)
+            }
+            Err(why) if resuming.load(Ordering::Acquire) => Err(StartFailure::MayHaveRun(why)),
+            Err(why) => Err(StartFailure::NeverRan(why)),
+        }
     }
 
     fn discard(&mut self) {

@@ -34,6 +34,13 @@ impl Journals {
         }
     }
 
+    /// Whether a migration in progress writes this journal.
+    pub(super) fn is_in_use(&self, id: uuid::Uuid, side: Side) -> bool {
+        self.0
+            .as_deref()
+            .is_some_and(|dir| FileJournal::is_in_use(dir, id, side))
+    }
+
     /// Removes the journal of a migration that is over and about which no peer will ask.
     pub(super) fn forget(&self, id: uuid::Uuid, side: Side) {
         if let Some(dir) = &self.0

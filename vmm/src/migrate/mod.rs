@@ -97,6 +97,15 @@ impl ActiveMigration {
     }
 }
 
+/// Announces the end of a migration.
+struct OverWhenDropped(Arc<ActiveMigration>);
+
+impl Drop for OverWhenDropped {
+    fn drop(&mut self) {
+        self.0.over.send_replace(true);
+    }
+}
+
 pub(crate) fn phase(phase: Phase) -> MigrationPhase {
     match phase {
         Phase::Connecting => MigrationPhase::Connecting,
@@ -353,14 +362,19 @@ impl Migrate for Pool {
         let moving = Arc::new(moving);
         let ours = Arc::clone(&moving);
         let (registry, callers) = (registry.clone(), self.callers().clone());
+        let (limit, once) = (self.connection_limit(), what.once);
         let journals = Journals::new(self.journals());
         start("migrate-in", move || {
+            // Also after a panic: clients wait for it.
+            let _over = OverWhenDropped(Arc::clone(&ours));
             let host = DestinationHost::new(registry, callers, journals, Arc::clone(&ours));
             let receiving = Receiving {
                 accept: &mut *accept,
                 host: &host,
                 progress: &ours.progress,
                 decision: &ours.decision,
+                limit: &*limit,
+                once,
                 patience: Policy::default().patience,
                 lingers: &|| {
                     ours.over.send_replace(true);
@@ -368,9 +382,8 @@ impl Migrate for Pool {
             };
             // What went wrong is in the report.
             let _ = receive(receiving);
-            // Whoever waits may want to wait for another guest at the same place.
+            // Before clients hear that it is over: they may wait at the same endpoint again.
             drop(accept);
-            ours.over.send_replace(true);
         })?;
         Ok(moving)
     }

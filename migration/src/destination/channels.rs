@@ -1,0 +1,264 @@
+//! The memory to which pages come, and the channels that bring them.
+
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, OnceLock};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use memory::DirtyBitmap;
+use parking_lot::Mutex;
+
+use super::postcopy::PostcopyReceiver;
+use crate::link::{Closer, Stream};
+use crate::pages::{self, Block, Content};
+use crate::progress::Progress;
+use crate::wire::{Kind, Reader, WireError};
+use crate::{MigrationError, PAGES_PATIENCE};
+
+/// The memory to which pages come.
+pub(super) struct IncomingMemory {
+    pub(super) blocks: Vec<Block>,
+    /// Pages that were written here, block by block: all others are zeros.
+    touched: Vec<DirtyBitmap>,
+    /// Pages that come after the guest, as the source announced them.
+    pub(super) missing: Mutex<Vec<DirtyBitmap>>,
+    /// Set from when the guest may run without all of its pages.
+    pub(super) receiver: OnceLock<PostcopyReceiver>,
+}
+
+impl IncomingMemory {
+    pub(super) fn new(blocks: Vec<Block>) -> Self {
+        let bitmaps = || -> Vec<DirtyBitmap> {
+            let bitmaps = blocks.iter().map(|block| {
+                let bitmap = DirtyBitmap::new(block.ram.len());
+                bitmap.set_enabled(true);
+                bitmap
+            });
+            bitmaps.collect()
+        };
+        Self {
+            touched: bitmaps(),
+            missing: Mutex::new(bitmaps()),
+            receiver: OnceLock::new(),
+            blocks,
+        }
+    }
+}
+
+/// A round has ended on a channel, or the channel has.
+type RoundEnd = (u16, Result<u32, MigrationError>);
+
+/// The RAM and faults channels of a migration, with a thread for each RAM channel. Dropping them
+/// closes the connections and waits for the threads.
+pub(super) struct Channels {
+    pub(super) memory: Arc<IncomingMemory>,
+    progress: Progress,
+    ends: Sender<RoundEnd>,
+    ended: Receiver<RoundEnd>,
+    /// The last round that ended, by RAM channel; `None` for a channel that is not connected.
+    rounds: Vec<Option<u32>>,
+    /// Where missing pages are asked for.
+    faults: Option<Box<dyn Stream>>,
+    closers: Vec<Closer>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Channels {
+    pub(super) fn new(blocks: Vec<Block>, connections: u16, progress: Progress) -> Self {
+        let (ends, ended) = mpsc::channel();
+        Self {
+            memory: Arc::new(IncomingMemory::new(blocks)),
+            progress,
+            ends,
+            ended,
+            rounds: vec![None; connections.into()],
+            faults: None,
+            closers: Vec::new(),
+            threads: Vec::new(),
+        }
+    }
+
+    /// The number of RAM channels that were agreed on.
+    pub(super) fn count(&self) -> u16 {
+        u16::try_from(self.rounds.len()).unwrap_or(u16::MAX)
+    }
+
+    /// Whether all RAM channels are connected.
+    pub(super) fn are_connected(&self) -> bool {
+        self.rounds.iter().all(Option::is_some)
+    }
+
+    /// Takes pages from a connection, on a thread. Returns what closes it.
+    pub(super) fn start(
+        &mut self,
+        index: u16,
+        stream: Box<dyn Stream>,
+    ) -> Result<Closer, MigrationError> {
+        let prepared = stream
+            .set_patience(PAGES_PATIENCE)
+            .and_then(|()| Ok((stream.closer()?, stream.closer()?)));
+        let (ours, other) = prepared.map_err(|error| MigrationError::Wire(error.into()))?;
+        let (ends, memory) = (self.ends.clone(), Arc::clone(&self.memory));
+        let progress = self.progress.clone();
+        self.spawn(move || take_pages(index, stream, &memory, &ends, &progress))?;
+        self.closers.push(ours);
+        if let Some(round) = self.rounds.get_mut(usize::from(index)) {
+            *round = Some(0);
+        }
+        Ok(other)
+    }
+
+    pub(super) fn set_faults(&mut self, stream: Box<dyn Stream>, patience: Duration) {
+        let prepared = stream.set_patience(patience);
+        match prepared.and_then(|()| stream.closer()) {
+            Ok(closer) => {
+                self.closers.push(closer);
+                self.faults = Some(stream);
+            }
+            // The source waits for its answer in vain, and connects again.
+            Err(error) => tracing::info!(%error, "a faults channel ended at once"),
+        }
+    }
+
+    pub(super) fn take_faults(&mut self) -> Option<Box<dyn Stream>> {
+        self.faults.take()
+    }
+
+    /// Serves the faults of a guest whose pages are missing, on a thread.
+    pub(super) fn watch_faults(&mut self) -> Result<(), MigrationError> {
+        let (memory, progress) = (Arc::clone(&self.memory), self.progress.clone());
+        self.spawn(move || {
+            if let Some(receiver) = memory.receiver.get() {
+                receiver.watch(&progress);
+            }
+        })
+    }
+
+    fn spawn(&mut self, work: impl FnOnce() + Send + 'static) -> Result<(), MigrationError> {
+        let started = thread::Builder::new()
+            .name("migrate-pages".to_owned())
+            .spawn(work);
+        let thread = started.map_err(|error| MigrationError::here("host-refused", error))?;
+        self.threads.push(thread);
+        Ok(())
+    }
+
+    /// Whether each channel has ended this round.
+    pub(super) fn have_ended(&self, round: u32) -> bool {
+        let ended = |ended: &Option<u32>| ended.is_some_and(|ended| ended >= round);
+        self.rounds.iter().all(ended)
+    }
+
+    /// Waits for the end of a round on one channel.
+    pub(super) fn wait_end(&mut self, patience: Duration) -> Result<(), MigrationError> {
+        match self.ended.recv_timeout(patience) {
+            Ok((index, Ok(round))) => {
+                if let Some(last) = self.rounds.get_mut(usize::from(index)) {
+                    *last = Some(round);
+                }
+                Ok(())
+            }
+            Ok((_, Err(error))) => Err(error),
+            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => Ok(()),
+        }
+    }
+
+    /// Closes all connections, so that others can take their places. Faults are still watched.
+    pub(super) fn disconnect(&mut self) {
+        self.closers.drain(..).for_each(|closer| closer.close());
+        self.faults = None;
+        self.rounds.fill(None);
+        // The ends of channels that were lost say nothing about those that come: their threads send
+        // them to a receiver that is gone.
+        (self.ends, self.ended) = mpsc::channel();
+        self.threads.retain(|thread| !thread.is_finished());
+    }
+}
+
+impl Drop for Channels {
+    fn drop(&mut self) {
+        self.disconnect();
+        // No thread of the guest is to wait for a page that does not come.
+        if let Some(receiver) = self.memory.receiver.get() {
+            receiver.end(&self.progress);
+        }
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("a thread that took pages of a guest panicked");
+            }
+        }
+    }
+}
+
+/// Takes pages until the channel ends.
+fn take_pages(
+    index: u16,
+    mut stream: Box<dyn Stream>,
+    memory: &IncomingMemory,
+    ends: &Sender<RoundEnd>,
+    progress: &Progress,
+) {
+    let mut reader = Reader::default();
+    let mut take = || take_frame(&mut reader, &mut *stream, memory, progress);
+    loop {
+        match take() {
+            Ok(None) => {}
+            Ok(Some(round)) => {
+                if ends.send((index, Ok(round))).is_err() {
+                    return;
+                }
+            }
+            Err(error) => {
+                // Before the guest runs here, it must not wait for pages that no channel brings.
+                if let Some(receiver) = memory.receiver.get() {
+                    receiver.give_up();
+                }
+                let _ = ends.send((index, Err(error.into())));
+                return;
+            }
+        }
+    }
+}
+
+/// Takes one frame. Returns the number of a round that has ended.
+fn take_frame(
+    reader: &mut Reader,
+    stream: &mut dyn Stream,
+    memory: &IncomingMemory,
+    progress: &Progress,
+) -> Result<Option<u32>, WireError> {
+    let allowed = [Kind::Pages, Kind::Zeros, Kind::Missing, Kind::End];
+    let (kind, body) = reader.read(stream, &allowed)?;
+    if kind == Kind::End {
+        let round = <[u8; 4]>::try_from(body);
+        let round = round.map_err(|_| WireError::damaged("the end of a round has no number"))?;
+        return Ok(Some(u32::from_le_bytes(round)));
+    }
+    let content = match kind {
+        Kind::Pages => Content::Data,
+        Kind::Missing => Content::Later,
+        _ => Content::Zeros,
+    };
+    let decoded = pages::decode(body, &memory.blocks, content)?;
+    match (content, memory.receiver.get()) {
+        (Content::Later, None) => {
+            decoded.mark(&memory.missing.lock());
+            return Ok(None);
+        }
+        (Content::Later, Some(_)) => {
+            let why = "pages are announced as missing after the guest was loaded";
+            return Err(WireError::damaged(why));
+        }
+        (_, Some(receiver)) => receiver.fill(&decoded)?,
+        (_, None) => decoded.apply(&memory.blocks, &memory.touched),
+    }
+    let (count, bytes) = (decoded.count(), body.len() as u64);
+    progress.update(|report| {
+        report.sent_bytes = report.sent_bytes.saturating_add(bytes);
+        match kind {
+            Kind::Zeros => report.zero_pages = report.zero_pages.saturating_add(count),
+            _ => report.pages = report.pages.saturating_add(count),
+        }
+    });
+    Ok(None)
+}

@@ -1,0 +1,284 @@
+//! The guest could run here; the source decides whether it does.
+//!
+//! From `Ready` on this side must not decide alone. The source may have written `Commit` and sent it
+//! the moment before the connection broke, so that the machine here may be the only copy that will
+//! ever run; or it may have given up, and the guest runs there. So a destination that loses its source
+//! keeps the machine, paused, until the source is back or an operator says what to do.
+
+use std::time::{Duration, Instant};
+
+use super::following::Postcopy;
+use super::receiving::Guest;
+use super::router::Arrived;
+use super::{Ended, Failed, POLLS, Ran, StartFailure, answer_ping};
+use crate::MigrationError;
+use crate::decision::{Doubt, Question, Resolution};
+use crate::journal::Step;
+use crate::message::{Control, Refusal, ToDestination, ToSource};
+use crate::progress::{Phase, micros};
+use crate::wire::WireError;
+
+/// A guest that has been loaded whole. The source has not heard of it yet.
+pub(super) struct Ready<'a> {
+    guest: Guest<'a>,
+    control: Control,
+    /// Since when the guest is paused, as this side knows it.
+    since: Instant,
+    /// Whether its owner had paused it.
+    paused: bool,
+    load_us: u64,
+}
+
+impl<'a> Ready<'a> {
+    pub(super) fn new(
+        guest: Guest<'a>,
+        control: Control,
+        since: Instant,
+        paused: bool,
+        load_us: u64,
+    ) -> Self {
+        Self {
+            guest,
+            control,
+            since,
+            paused,
+            load_us,
+        }
+    }
+
+    /// Answers `Ready`. Whether that arrived is known when the source decides.
+    pub(super) fn announce(mut self) -> Deciding<'a> {
+        let (session, load_us) = (self.guest.session, self.load_us);
+        session.progress.enter(Phase::HandingOver);
+        session.router.allow_questions();
+        let told = self.control.send(&ToSource::Ready { load_us });
+        let mut deciding = Deciding {
+            guest: self.guest,
+            control: None,
+            question: None,
+            since: self.since,
+            paused: self.paused,
+        };
+        match told {
+            Ok(()) => deciding.connect(self.control),
+            Err(error) => deciding.enter_doubt(&error.into()),
+        }
+        deciding
+    }
+}
+
+/// A guest of which the source, or an operator, decides whether it runs here.
+pub(super) struct Deciding<'a> {
+    guest: Guest<'a>,
+    /// Absent while the source is lost.
+    control: Option<Control>,
+    /// Open from the first loss of the source on, also while a source that is back has not decided
+    /// yet: one that comes and says nothing must not take the decision from the operator.
+    question: Option<Question>,
+    since: Instant,
+    paused: bool,
+}
+
+impl Deciding<'_> {
+    pub(super) fn run(mut self) -> Result<Ended, Failed> {
+        let tick = self.guest.session.patience / POLLS;
+        loop {
+            let Some(control) = &mut self.control else {
+                let decided = self.question.as_ref().and_then(|open| open.wait(tick));
+                match decided {
+                    Some(resolution) => return self.resolved(resolution),
+                    None => self.reconnect(),
+                }
+                continue;
+            };
+            match control.recv() {
+                Ok(ToDestination::Commit {
+                    stood_for_ns,
+                    paused,
+                }) => {
+                    // An operator was promised that the guest does not run here.
+                    if self.withdraw() == Some(Resolution::Discard) {
+                        return self.resolved(Resolution::Discard);
+                    }
+                    return self.start(Duration::from_nanos(stood_for_ns), paused);
+                }
+                Ok(ToDestination::Abort(why)) => return self.aborted(why),
+                Ok(other) => {
+                    if let Err(error) = answer_ping(control, &other) {
+                        self.enter_doubt(&error);
+                    }
+                }
+                Err(error) => self.enter_doubt(&error.into()),
+            }
+        }
+    }
+
+    /// Gives a source the time of one `patience` to decide, whatever it sends meanwhile: past the
+    /// commit point nothing else limits how long it can hold the guest paused.
+    fn connect(&mut self, control: Control) {
+        let session = self.guest.session;
+        let until = Instant::now() + session.patience;
+        match control.stream.closer() {
+            Ok(closer) => session.router.set_timer(Some((until, closer))),
+            Err(error) => tracing::warn!(%error, "a connection has no time limit"),
+        }
+        self.control = Some(control);
+    }
+
+    fn enter_doubt(&mut self, error: &MigrationError) {
+        let session = self.guest.session;
+        self.control = None;
+        session.router.set_timer(None);
+        // Before the report shows the doubt: an operator who sees it can resolve it.
+        self.question
+            .get_or_insert_with(|| session.decision.ask(Doubt::HandOver));
+        session.progress.update(|report| {
+            report.phase = Phase::InDoubt;
+            report.error = Some(error.refusal());
+        });
+    }
+
+    /// Answers a source that is back. Any failure here is that connection's: the guest is kept.
+    fn reconnect(&mut self) {
+        let session = self.guest.session;
+        while let Some(arrived) = session.router.next(Duration::ZERO) {
+            // Late channels of rounds that are over are dropped, which closes them.
+            let Arrived::Again(stream) = arrived else {
+                continue;
+            };
+            let answered = session.adopt(stream).and_then(|mut control| {
+                control.send(&ToSource::Waiting)?;
+                Ok(control)
+            });
+            match answered {
+                Ok(control) => return self.connect(control),
+                Err(error) => tracing::info!(%error, "a source asked and was lost again"),
+            }
+        }
+    }
+
+    fn withdraw(&mut self) -> Option<Resolution> {
+        self.question.take().and_then(Question::withdraw)
+    }
+
+    /// The guest stays at the source. That is a fact, which an operator's decision does not change: the
+    /// source may be running it already.
+    fn aborted(mut self, why: Refusal) -> Result<Ended, Failed> {
+        self.question = None;
+        self.guest.record_aborted();
+        self.guest.discard();
+        let answer = ToSource::NotHere(why.clone());
+        match self.tell(&answer) {
+            Ok(()) => Err(MigrationError::There(why).into()),
+            // Its question "how does it stand" is answered from the journal.
+            Err(_) => Err(Failed::Unheard(why, answer)),
+        }
+    }
+
+    fn resolved(mut self, resolution: Resolution) -> Result<Ended, Failed> {
+        match resolution {
+            Resolution::Run => {
+                let (stood_for, paused) = (self.since.elapsed(), self.paused);
+                self.start(stood_for, paused)
+            }
+            Resolution::Discard => {
+                let detail = "an operator decided that the guest does not run at the destination";
+                let why = Refusal::new("resolved", detail);
+                self.guest.record_aborted();
+                self.guest.discard();
+                // The source holds the guest paused until it hears this.
+                let answer = ToSource::NotHere(why.clone());
+                match self.tell(&answer) {
+                    Ok(()) => Err(MigrationError::Here(why).into()),
+                    Err(_) => Err(Failed::Unheard(why, answer)),
+                }
+            }
+        }
+    }
+
+    fn tell(&mut self, answer: &ToSource) -> Result<(), MigrationError> {
+        let control = self.control.as_mut();
+        let control = control.ok_or(MigrationError::Wire(WireError::Closed))?;
+        Ok(control.send(answer)?)
+    }
+
+    /// The guest is this side's, by `Commit` or by an operator's decision.
+    ///
+    /// The source has written down that it gave the guest away, and resumes it only if this side says
+    /// that it never ran here. So the journal gets `Running` *before* the first instruction: a crash in
+    /// between loses the guest, and the other order could make two of it. Whatever fails before that
+    /// entry is answered with `NotHere`, and the source takes the guest back. What fails behind it, at
+    /// a point where the guest may have run, is answered with `Ended`: it may have written to its
+    /// disks, so that the copy at the source must never run again.
+    fn start(mut self, stood_for: Duration, paused: bool) -> Result<Ended, Failed> {
+        let start = Instant::now();
+        let session = self.guest.session;
+        session.router.set_timer(None);
+        self.question = None;
+        match self.take_over_and_start(stood_for, paused, start) {
+            Ok(runs) => {
+                session.ran.set(Ran::Yes);
+                let us = micros(runs.saturating_duration_since(start));
+                let told_us = micros(start.elapsed());
+                let told = self.tell(&ToSource::Running { us, told_us });
+                let heard = told.is_ok() && self.heard_complete();
+                let Self { guest, control, .. } = self;
+                if guest.postcopy().is_some() {
+                    return Postcopy::new(guest, control.filter(|_| heard)).run();
+                }
+                guest.keep();
+                Ok(match heard {
+                    true => Ended::Heard,
+                    false => Ended::Unheard(ToSource::Running { us: 0, told_us: 0 }),
+                })
+            }
+            Err(StartFailure::NeverRan(why)) => {
+                session.ran.set(Ran::No);
+                self.guest.record_aborted();
+                // Before the source hears of it, and takes back what it handed over.
+                self.guest.discard();
+                let answer = ToSource::NotHere(why.clone());
+                match self.tell(&answer) {
+                    Ok(()) => Err(MigrationError::Here(why).into()),
+                    Err(_) => Err(Failed::Unheard(why, answer)),
+                }
+            }
+            Err(StartFailure::MayHaveRun(why)) => {
+                tracing::error!(migration = %self.guest.id, %why, "a guest was lost as it started");
+                self.guest.discard();
+                match self.tell(&ToSource::Ended) {
+                    Ok(()) => Err(MigrationError::Here(why).into()),
+                    Err(_) => Err(Failed::Unheard(why, ToSource::Ended)),
+                }
+            }
+        }
+    }
+
+    /// Whether the source heard the last answer.
+    fn heard_complete(&mut self) -> bool {
+        let control = self.control.as_mut();
+        control.is_some_and(|control| matches!(control.recv(), Ok(ToDestination::Complete)))
+    }
+
+    fn take_over_and_start(
+        &mut self,
+        stood_for: Duration,
+        paused: bool,
+        since: Instant,
+    ) -> Result<Instant, StartFailure> {
+        let guest = &mut self.guest;
+        guest.target.take_over().map_err(StartFailure::NeverRan)?;
+        // From here on a missing page is waited for without a limit. If one was given up before, a
+        // device has read zeros in its place: then the guest must not start.
+        if guest.postcopy().is_some_and(|receiver| !receiver.start()) {
+            let why = "pages did not come that were needed";
+            return Err(StartFailure::NeverRan(Refusal::new("connection-lost", why)));
+        }
+        // A panic from here on is answered as if the guest had run.
+        guest.session.ran.set(Ran::MayHave);
+        let written = guest.journal.record(Step::Running);
+        written
+            .map_err(|error| StartFailure::NeverRan(Refusal::new("journal", error.to_string())))?;
+        guest.target.start(stood_for + since.elapsed(), paused)
+    }
+}

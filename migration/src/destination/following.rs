@@ -1,0 +1,218 @@
+//! The guest runs here and its last pages follow.
+//!
+//! No way leads back: the guest has run, and half of its memory is at the source. So a connection that
+//! is lost is awaited for as long as it takes. The guest runs on and waits only where it touches a
+//! page that is not here.
+
+use std::time::Instant;
+
+use super::postcopy::PostcopyReceiver;
+use super::receiving::Guest;
+use super::{Ended, Failed, POLLS, answer_ping};
+use crate::MigrationError;
+use crate::decision::{Doubt, Question, Resolution};
+use crate::message::{Control, Refusal, ToDestination, ToSource};
+use crate::progress::Phase;
+use crate::wire::WireError;
+
+/// A guest that runs here without all of its pages.
+pub(super) struct Postcopy<'a> {
+    guest: Guest<'a>,
+    /// Absent while the source is lost.
+    control: Option<Control>,
+    /// A source that asked while the one before was still being served.
+    again: Option<Control>,
+    /// Open while the source is lost: an operator can end the guest, which is then lost.
+    question: Option<Question>,
+}
+
+/// How the wait for the source ended.
+enum Reconnected {
+    Yes,
+    /// It was lost again.
+    No,
+    /// The machine has ended, and needs no pages.
+    MachineEnded,
+}
+
+impl<'a> Postcopy<'a> {
+    pub(super) fn new(guest: Guest<'a>, control: Option<Control>) -> Self {
+        Self {
+            guest,
+            control,
+            again: None,
+            question: None,
+        }
+    }
+
+    pub(super) fn run(mut self) -> Result<Ended, Failed> {
+        let progress = self.guest.session.progress;
+        progress.enter(Phase::Postcopy);
+        loop {
+            let Err(error) = self.until_whole() else {
+                break;
+            };
+            self.disconnect(&error);
+            // The VM was ended here: its last pages are of no use to anyone.
+            if self.receiver()?.is_lost() {
+                return Ok(self.finish(false));
+            }
+            while let Reconnected::No = match self.reconnect()? {
+                Reconnected::MachineEnded => return Ok(self.finish(false)),
+                other => other,
+            } {
+                self.control = None;
+            }
+        }
+        self.receiver()?.end(progress);
+        progress.update(|report| report.error = None);
+        let control = self.control.as_mut();
+        let heard = control.is_some_and(|control| {
+            control.send(&ToSource::Completed).is_ok()
+                && matches!(control.recv(), Ok(ToDestination::Complete))
+        });
+        Ok(self.finish(heard))
+    }
+
+    /// Keeps the guest. A source that did not hear that all pages are here may ask.
+    fn finish(self, heard: bool) -> Ended {
+        self.guest.keep();
+        match heard {
+            true => Ended::Heard,
+            false => Ended::Unheard(ToSource::Completed),
+        }
+    }
+
+    fn receiver(&self) -> Result<&PostcopyReceiver, MigrationError> {
+        let receiver = self.guest.postcopy();
+        receiver.ok_or(MigrationError::Wire(WireError::Closed))
+    }
+
+    fn disconnect(&mut self, error: &MigrationError) {
+        let session = self.guest.session;
+        let left = self.guest.postcopy().map_or(0, PostcopyReceiver::left);
+        tracing::warn!(migration = %self.guest.id, %error, left, "the pages of a guest do not come");
+        if let Some(receiver) = self.guest.postcopy() {
+            receiver.disconnect();
+        }
+        self.guest.channels.disconnect();
+        self.control = None;
+        // Before the report shows the loss: an operator who sees it can decide.
+        self.question
+            .get_or_insert_with(|| session.decision.ask(Doubt::Postcopy));
+        session.progress.update(|report| {
+            report.phase = Phase::PostcopyPaused;
+            report.error = Some(error.refusal());
+        });
+    }
+
+    fn until_whole(&mut self) -> Result<(), MigrationError> {
+        loop {
+            let control = self.control.as_mut();
+            let control = control.ok_or(MigrationError::Wire(WireError::Closed))?;
+            match control.recv()? {
+                ToDestination::PagesSent { round } => {
+                    self.guest.wait_round(round, control)?;
+                    let receiver = self.receiver()?;
+                    return match receiver.left() {
+                        _ if receiver.is_lost() => Ok(()),
+                        0 => Ok(()),
+                        left => {
+                            let why = format!("{left} pages were not sent");
+                            Err(WireError::damaged(why).into())
+                        }
+                    };
+                }
+                ToDestination::Complete => {}
+                other => answer_ping(control, &other)?,
+            }
+        }
+    }
+
+    /// Waits for the source, and tells it which pages are missing.
+    fn reconnect(&mut self) -> Result<Reconnected, Failed> {
+        let session = self.guest.session;
+        let tick = session.patience / POLLS;
+        let mut control = loop {
+            if let Some(control) = self.again.take() {
+                break control;
+            }
+            let decided = self.question.as_ref().and_then(|open| open.wait(tick));
+            if decided == Some(Resolution::Discard) {
+                return Err(self.discarded());
+            }
+            if self.receiver()?.is_lost() {
+                return Ok(Reconnected::MachineEnded);
+            }
+            // A connection that ends as it comes is none.
+            if let Ok(Some(control)) = self.guest.take_arrivals(tick) {
+                break control;
+            }
+        };
+        self.guest.channels.disconnect();
+        session.router.reopen();
+        let told = self.tell_missing(&mut control);
+        self.control = Some(control);
+        if told.is_err() {
+            return Ok(Reconnected::No);
+        }
+        match self.connect_channels() {
+            Ok(()) => {
+                self.question = None;
+                session.progress.enter(Phase::Postcopy);
+                Ok(Reconnected::Yes)
+            }
+            Err(error) => {
+                tracing::info!(migration = %self.guest.id, %error, "the source was lost again");
+                Ok(Reconnected::No)
+            }
+        }
+    }
+
+    fn tell_missing(&self, control: &mut Control) -> Result<(), MigrationError> {
+        for (block, first, bits) in self.receiver()?.still_missing() {
+            control.send(&ToSource::StillMissing { block, first, bits })?;
+        }
+        Ok(control.send(&ToSource::Prepared {
+            connections: self.guest.channels.count(),
+            postcopy: true,
+        })?)
+    }
+
+    /// Waits for new RAM channels and a faults channel.
+    fn connect_channels(&mut self) -> Result<(), MigrationError> {
+        let patience = self.guest.session.patience;
+        let again = self.guest.wait_channels()?;
+        self.give_way(again)?;
+        let deadline = Instant::now() + patience;
+        let ask = loop {
+            if let Some(ask) = self.guest.channels.take_faults() {
+                break ask;
+            }
+            if Instant::now() > deadline {
+                return Err(WireError::Silent.into());
+            }
+            let again = self.guest.take_arrivals(patience / POLLS)?;
+            self.give_way(again)?;
+        };
+        self.receiver()?.connect(ask);
+        Ok(())
+    }
+
+    /// A source that asks anew has given up the channels that are being connected.
+    fn give_way(&mut self, again: Option<Control>) -> Result<(), MigrationError> {
+        let has_come = again.is_some();
+        self.again = again.or(self.again.take());
+        match has_come {
+            true => Err(WireError::Closed.into()),
+            false => Ok(()),
+        }
+    }
+
+    /// The operator gave the guest up. The source, which may still hold pages, hears of it when it asks.
+    fn discarded(&mut self) -> Failed {
+        self.guest.discard();
+        let detail = "an operator decided that the guest does not run at the destination";
+        Failed::Unheard(Refusal::new("resolved", detail), ToSource::Ended)
+    }
+}

@@ -1,0 +1,147 @@
+//! From an offer to a machine that is ready for pages.
+
+use super::channels::Channels;
+use super::receiving::{Guest, Receiving};
+use super::router::Offered;
+use super::{Destination, Session};
+use crate::MigrationError;
+use crate::journal::{Journal, Step};
+use crate::message::{Control, Offer, Refusal, ToSource};
+use crate::policy::MAX_CONNECTIONS;
+use crate::progress::Phase;
+use memory::UserFaults;
+
+/// Why a source that made an offer is not the one that is waited for.
+pub(super) enum NotPrepared {
+    /// This host refuses the offer; the source has been told.
+    Refused(Refusal),
+    /// The source was lost, or the operator canceled.
+    Failed(MigrationError),
+}
+
+impl NotPrepared {
+    pub(super) fn refusal(&self) -> Refusal {
+        match self {
+            Self::Refused(why) => why.clone(),
+            Self::Failed(error) => error.refusal(),
+        }
+    }
+}
+
+/// A source whose offer is being examined.
+pub(super) struct Preparing<'a> {
+    session: &'a Session<'a>,
+    offered: Offered,
+}
+
+impl<'a> Preparing<'a> {
+    pub(super) fn new(session: &'a Session<'a>, offered: Offered) -> Self {
+        Self { session, offered }
+    }
+
+    /// Makes the machine and answers `Prepared`. Until then the source is a stranger: whatever fails
+    /// leaves nothing behind, and another source is awaited.
+    pub(super) fn prepare(self) -> Result<Receiving<'a>, NotPrepared> {
+        let session = self.session;
+        let Offered {
+            id,
+            control,
+            offer,
+            files,
+            ..
+        } = self.offered;
+        session.progress.enter(Phase::Preparing);
+        let adopted = session.adopt(control.stream).map_err(NotPrepared::Failed);
+        let mut control = adopted?;
+        let made = session.host.prepare(id, &offer, files);
+        let agreed = made.and_then(|mut target| match agree(session, id, &offer, &*target) {
+            Ok(journal) => Ok((target, journal)),
+            Err(why) => {
+                target.discard();
+                Err(why)
+            }
+        });
+        let (target, journal) = match agreed {
+            Ok(made) => made,
+            Err(why) => {
+                // A source that does not hear it sees that the connection ends.
+                let _ = control.send(&ToSource::Refused(why.clone()));
+                return Err(NotPrepared::Refused(why));
+            }
+        };
+        let connections = offer.connections.clamp(1, MAX_CONNECTIONS);
+        let channels = Channels::new(target.blocks(), connections, session.progress.clone());
+        // From here on the machine is discarded, and its journal closed, whatever fails.
+        let mut guest = Guest::new(session, id, target, journal, channels);
+        if session.decision.is_canceled() {
+            guest.record_aborted();
+            return Err(NotPrepared::Failed(MigrationError::Canceled));
+        }
+        // Before the answer: channels may come right behind it.
+        session.router.open(id, connections);
+        let prepared = ToSource::Prepared {
+            connections,
+            postcopy: UserFaults::is_possible(),
+        };
+        if let Err(error) = control.send(&prepared) {
+            guest.record_aborted();
+            drop(guest);
+            session.router.close();
+            return Err(NotPrepared::Failed(error.into()));
+        }
+        let memory = offer.blocks.iter().map(|block| block.size);
+        let memory = memory.fold(0, u64::saturating_add);
+        session.progress.update(|report| {
+            report.phase = Phase::Precopy;
+            report.memory_bytes = memory;
+            report.connections = connections;
+            // Of sources that came before.
+            report.error = None;
+        });
+        Ok(Receiving::new(guest, control))
+    }
+}
+
+/// Compares the memory of both sides, and begins the journal.
+fn agree(
+    session: &Session<'_>,
+    id: uuid::Uuid,
+    offer: &Offer,
+    target: &dyn Destination,
+) -> Result<Box<dyn Journal>, Refusal> {
+    let unwritable = |error: std::io::Error| {
+        Refusal::new("journal", format!("the journal cannot be written: {error}"))
+    };
+    let here: Vec<_> = target
+        .blocks()
+        .iter()
+        .map(|block| (block.name.clone(), block.ram.len() as u64))
+        .collect();
+    let there: Vec<_> = offer
+        .blocks
+        .iter()
+        .map(|block| (block.name.clone(), block.size))
+        .collect();
+    if here != there {
+        let detail = format!("the guest's memory is {there:?} at the source, and {here:?} here");
+        return Err(Refusal::new("memory-differs", detail));
+    }
+    let mut journal = session.host.journal(id, &offer.vm).map_err(unwritable)?;
+    journal.record(Step::Prepare).map_err(unwritable)?;
+    Ok(journal)
+}
+
+impl Session<'_> {
+    /// Makes a control connection one that a cancel closes.
+    pub(super) fn adopt(
+        &self,
+        stream: Box<dyn crate::link::Stream>,
+    ) -> Result<Control, MigrationError> {
+        let adopted = stream
+            .set_patience(self.patience)
+            .and_then(|()| stream.closer());
+        let closer = adopted.map_err(|error| MigrationError::Wire(error.into()))?;
+        self.decision.close_on_cancel(closer);
+        Ok(Control::new(stream))
+    }
+}

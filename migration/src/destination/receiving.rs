@@ -1,0 +1,290 @@
+//! Memory and device state arrive; the guest runs at the source.
+
+use std::time::Instant;
+
+use uuid::Uuid;
+
+use super::channels::Channels;
+use super::deciding::Ready;
+use super::postcopy::PostcopyReceiver;
+use super::router::Arrived;
+use super::{Destination, Failed, POLLS, Session, answer_ping};
+use crate::journal::{Journal, Step};
+use crate::message::{Control, ToDestination, ToSource};
+use crate::progress::{Phase, micros};
+use crate::wire::WireError;
+use crate::{KEEPALIVES, MigrationError};
+
+/// A guest that is coming: its machine, its journal and its channels. Dropping it discards the
+/// machine, unless [`Guest::keep`] was called.
+pub(super) struct Guest<'a> {
+    pub(super) session: &'a Session<'a>,
+    pub(super) id: Uuid,
+    pub(super) target: Box<dyn Destination>,
+    pub(super) journal: Box<dyn Journal>,
+    pub(super) channels: Channels,
+    is_kept: bool,
+}
+
+impl<'a> Guest<'a> {
+    pub(super) fn new(
+        session: &'a Session<'a>,
+        id: Uuid,
+        target: Box<dyn Destination>,
+        journal: Box<dyn Journal>,
+        channels: Channels,
+    ) -> Self {
+        Self {
+            session,
+            id,
+            target,
+            journal,
+            channels,
+            is_kept: false,
+        }
+    }
+
+    /// The guest is whole and runs here: nothing discards it any more.
+    pub(super) fn keep(mut self) {
+        self.is_kept = true;
+    }
+
+    /// The guest does not come: ends its machine before the source hears of it.
+    pub(super) fn discard(&mut self) {
+        if !std::mem::replace(&mut self.is_kept, true) {
+            self.target.discard();
+        }
+    }
+
+    pub(super) fn record_aborted(&mut self) {
+        if let Err(error) = self.journal.record(Step::Aborted) {
+            // The step before, `Ready`, says as well that the guest never ran here.
+            tracing::warn!(migration = %self.id, %error, "a journal cannot be written");
+        }
+    }
+
+    pub(super) fn postcopy(&self) -> Option<&PostcopyReceiver> {
+        self.channels.memory.receiver.get()
+    }
+}
+
+impl Drop for Guest<'_> {
+    fn drop(&mut self) {
+        // Before `channels` is dropped, which ends the wait for missing pages: no vCPU and no device
+        // may run when zeros appear in their places.
+        self.discard();
+    }
+}
+
+/// A source that may send memory and state.
+pub(super) struct Receiving<'a> {
+    guest: Guest<'a>,
+    control: Control,
+}
+
+impl<'a> Receiving<'a> {
+    pub(super) fn new(guest: Guest<'a>, control: Control) -> Self {
+        Self { guest, control }
+    }
+
+    /// Takes memory and devices until the guest could run here.
+    pub(super) fn run(mut self) -> Result<Ready<'a>, Failed> {
+        match self.until_loaded() {
+            Ok((since, paused, load_us)) => {
+                let Self { guest, control } = self;
+                Ok(Ready::new(guest, control, since, paused, load_us))
+            }
+            Err(error) => {
+                let why = match &error {
+                    MigrationError::Here(why) => why.clone(),
+                    other => other.refusal(),
+                };
+                // So that both users see the reason. A source that does not hear it sees that the
+                // connection ends, and lets its guest run on: the commit point has not come.
+                let _ = self.control.send(&ToSource::Refused(why));
+                self.guest.record_aborted();
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Returns since when the guest is paused at the source, whether its owner had paused it, and how
+    /// long the load took.
+    fn until_loaded(&mut self) -> Result<(Instant, bool, u64), MigrationError> {
+        self.wait_channels()?;
+        loop {
+            match self.control.recv()? {
+                ToDestination::Round(round) => {
+                    self.guest.wait_round(round, &mut self.control)?;
+                    let progress = self.guest.session.progress;
+                    progress.update(|report| report.rounds = round);
+                    self.control.send(&ToSource::RoundDone(round))?;
+                }
+                ToDestination::Guess => {
+                    let state = self.control.recv_state()?;
+                    let start = Instant::now();
+                    let loaded = self.guest.target.dry_run(&state);
+                    loaded.map_err(MigrationError::Here)?;
+                    let us = micros(start.elapsed());
+                    self.control.send(&ToSource::GuessLoaded { us })?;
+                }
+                ToDestination::State {
+                    round,
+                    postcopy,
+                    paused,
+                } => return self.load(round, postcopy, paused),
+                other => answer_ping(&mut self.control, &other)?,
+            }
+        }
+    }
+
+    fn load(
+        &mut self,
+        round: u32,
+        postcopy: bool,
+        paused: bool,
+    ) -> Result<(Instant, bool, u64), MigrationError> {
+        let session = self.guest.session;
+        let since = Instant::now();
+        session.progress.enter(Phase::Stopped);
+        let state = self.control.recv_state()?;
+        self.guest.wait_round(round, &mut self.control)?;
+        let start = Instant::now();
+        if postcopy {
+            self.expect_postcopy()?;
+        }
+        let loaded = self.guest.target.load(&state);
+        loaded.map_err(MigrationError::Here)?;
+        // The devices read guest memory while they were loaded. Where a page that they touched did not
+        // come, they read zeros, and what was loaded is worth nothing.
+        if self.guest.postcopy().is_some_and(|one| !one.is_whole()) {
+            return Err(WireError::Closed.into());
+        }
+        let load_us = micros(start.elapsed());
+        // The commit point of this side. Before it, a cancel here is as good as one at the source. From
+        // here on the source alone decides: it may have sent `Commit` as soon as it can have heard
+        // `Ready`, so that a destination that changed its mind could end the only copy.
+        if !session.decision.commit() {
+            return Err(MigrationError::Canceled);
+        }
+        let written = self.guest.journal.record(Step::Ready);
+        written.map_err(|error| MigrationError::here("journal", error))?;
+        Ok((since, paused, load_us))
+    }
+
+    /// Waits until all RAM channels are there, which the source makes next.
+    fn wait_channels(&mut self) -> Result<(), MigrationError> {
+        self.guest.wait_channels().and_then(|again| match again {
+            // A source asks only once this side was ready.
+            Some(_) => Err(WireError::damaged("a source asks before it was answered").into()),
+            None => Ok(()),
+        })
+    }
+
+    /// Prepares the memory for a guest that runs here before all its pages are there.
+    ///
+    /// The order matters. The pages that the source announced as missing are discarded, whatever an
+    /// earlier round brought: the guest has written them since. The faults of the memory are watched
+    /// before the devices are loaded, because the load itself reads guest memory (queues, tables) and
+    /// must get the pages from the source, not zeros. For that the faults channel has to be connected:
+    /// this side asks over it from the first access on.
+    fn expect_postcopy(&mut self) -> Result<(), MigrationError> {
+        let guest = &mut self.guest;
+        let patience = guest.session.patience;
+        let deadline = Instant::now() + patience;
+        let ask = loop {
+            if let Some(ask) = guest.channels.take_faults() {
+                break ask;
+            }
+            guest.take_arrivals(patience / POLLS)?;
+            if guest.session.decision.is_canceled() {
+                return Err(MigrationError::Canceled);
+            }
+            if Instant::now() > deadline {
+                return Err(WireError::Silent.into());
+            }
+        };
+        let memory = &guest.channels.memory;
+        let missing = std::mem::take(&mut *memory.missing.lock());
+        let receiver = PostcopyReceiver::new(&memory.blocks, missing, ask, patience)
+            .map_err(|error| MigrationError::here("no-postcopy", error))?;
+        if memory.receiver.set(receiver).is_ok() {
+            guest.channels.watch_faults()?;
+        }
+        Ok(())
+    }
+}
+
+impl Guest<'_> {
+    /// Waits until all RAM channels are there. Returns the connection of a source that asks instead:
+    /// it has given these channels up.
+    pub(super) fn wait_channels(&mut self) -> Result<Option<Control>, MigrationError> {
+        let patience = self.session.patience;
+        let deadline = Instant::now() + patience;
+        while !self.channels.are_connected() {
+            let again = self.take_arrivals(patience / POLLS)?;
+            if again.is_some() {
+                return Ok(again);
+            }
+            if self.session.decision.is_canceled() {
+                return Err(MigrationError::Canceled);
+            }
+            if Instant::now() > deadline {
+                return Err(WireError::Silent.into());
+            }
+        }
+        Ok(None)
+    }
+
+    /// Takes connections that came meanwhile. Returns that of a source that asks how it stands.
+    pub(super) fn take_arrivals(
+        &mut self,
+        patience: std::time::Duration,
+    ) -> Result<Option<Control>, MigrationError> {
+        let mut wait = patience;
+        while let Some(arrived) = self.session.router.next(wait) {
+            wait = std::time::Duration::ZERO;
+            match arrived {
+                Arrived::Ram(index, stream) => {
+                    let closer = self.channels.start(index, stream)?;
+                    self.session.decision.close_on_cancel(closer);
+                }
+                Arrived::Faults(stream) => {
+                    self.channels.set_faults(stream, self.session.patience);
+                }
+                Arrived::Again(stream) => return Ok(Some(self.session.adopt(stream)?)),
+            }
+        }
+        Ok(None)
+    }
+
+    /// Waits until each RAM channel has ended this round. A slow network that holds much in flight may
+    /// take long: as long as pages come, the source hears that they do.
+    pub(super) fn wait_round(
+        &mut self,
+        round: u32,
+        control: &mut Control,
+    ) -> Result<(), MigrationError> {
+        let patience = self.session.patience;
+        let arrived = || self.session.progress.report().sent_bytes;
+        let (mut last, mut since, mut told) = (arrived(), Instant::now(), Instant::now());
+        while !self.channels.have_ended(round) {
+            self.channels.wait_end(patience / POLLS)?;
+            if self.session.decision.is_canceled() {
+                return Err(MigrationError::Canceled);
+            }
+            let now = arrived();
+            if now != last {
+                (last, since) = (now, Instant::now());
+            }
+            if since.elapsed() > patience {
+                return Err(WireError::Silent.into());
+            }
+            if told.elapsed() > patience / KEEPALIVES {
+                told = Instant::now();
+                control.send(&ToSource::Busy)?;
+            }
+        }
+        Ok(())
+    }
+}

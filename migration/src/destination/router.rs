@@ -1,0 +1,561 @@
+//! Accepts connections and routes each of them by migration and channel.
+//!
+//! A peer is a stranger until it has made an offer that this host accepts, so everything before that
+//! is bounded: the number of connections, the bytes that one may send, and the time that it may take.
+//! Behind that, each channel of the one migration has one slot. A connection that fits no slot is
+//! answered and closed at once: no queue of connections exists that a peer could fill.
+
+use std::fs::File;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::{self, Scope};
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+use uuid::Uuid;
+
+use super::{Fate, Host, answer_ping, busy, refuse};
+use crate::MigrationError;
+use crate::link::{Accept, Closer, Stream};
+use crate::message::{self, Channel, Control, Offer, Refusal, ToDestination, ToSource};
+use crate::progress::{Phase, Progress};
+use crate::wire::WireError;
+
+/// How long a peer may take to say which connection this is, since it connected.
+const HELLO_LIMIT: Duration = Duration::from_secs(5);
+/// How long a source may take to send its offer, since it connected.
+const OFFER_LIMIT: Duration = Duration::from_secs(20);
+/// How long an offer may wait for an earlier one to be examined.
+const QUEUE_LIMIT: Duration = Duration::from_secs(60);
+
+/// Pending connections of one endpoint.
+pub(super) const MAX_PENDING: usize = 64;
+/// Pending connections of all endpoints that share a [`ConnectionLimit`].
+const MAX_PENDING_IN_ALL: usize = 256;
+/// Pending connections that an endpoint may have even if the others use up the limit of all.
+const GUARANTEED: usize = 8;
+/// Offers that wait for an earlier one to be examined.
+const MAX_OFFERS: usize = 8;
+
+/// The limit of pending connections that several waits for a guest share: descriptors belong to the
+/// process, not to one endpoint.
+#[derive(Debug, Default)]
+pub struct ConnectionLimit(AtomicUsize);
+
+/// An offer of a guest, from a source that waits for the answer.
+pub(super) struct Offered {
+    number: u64,
+    pub(super) id: Uuid,
+    pub(super) control: Control,
+    pub(super) offer: Box<Offer>,
+    pub(super) files: Vec<File>,
+}
+
+/// A connection for the migration in progress.
+pub(super) enum Arrived {
+    Ram(u16, Box<dyn Stream>),
+    Faults(Box<dyn Stream>),
+    /// A source that lost its control channel, and asks.
+    Again(Box<dyn Stream>),
+}
+
+/// A connection that is not a channel of a migration yet.
+struct Pending {
+    number: u64,
+    until: Instant,
+    closer: Closer,
+    stage: Stage,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Greeting,
+    /// Its offer waits in the queue.
+    Queued,
+    /// Closed; its thread is about to notice.
+    Closed,
+}
+
+/// A place for one connection.
+enum Slot {
+    Free,
+    Arrived(Box<dyn Stream>),
+    Taken,
+}
+
+impl Slot {
+    /// Gives the connection back if the place is not free.
+    fn put(&mut self, stream: Box<dyn Stream>) -> Result<(), Box<dyn Stream>> {
+        match self {
+            Self::Free => {
+                *self = Self::Arrived(stream);
+                Ok(())
+            }
+            Self::Arrived(_) | Self::Taken => Err(stream),
+        }
+    }
+
+    fn take(&mut self) -> Option<Box<dyn Stream>> {
+        match std::mem::replace(self, Self::Taken) {
+            Self::Arrived(stream) => Some(stream),
+            other => {
+                *self = other;
+                None
+            }
+        }
+    }
+}
+
+/// The channels of the migration in progress.
+struct Slots {
+    id: Uuid,
+    rams: Vec<Slot>,
+    faults: Slot,
+    /// Only the newest: a source that asks again has given up the connection before.
+    again: Option<Box<dyn Stream>>,
+    /// Once the destination is ready, a source that lost it may ask.
+    may_ask: bool,
+}
+
+impl Slots {
+    fn put(&mut self, channel: Channel, stream: Box<dyn Stream>) -> Result<(), Box<dyn Stream>> {
+        match channel {
+            Channel::Ram { index } => match self.rams.get_mut(usize::from(index)) {
+                Some(slot) => slot.put(stream),
+                None => Err(stream),
+            },
+            Channel::Faults => self.faults.put(stream),
+            Channel::Again if self.may_ask => {
+                self.again = Some(stream);
+                Ok(())
+            }
+            Channel::Again | Channel::Control => Err(stream),
+        }
+    }
+
+    fn take(&mut self) -> Option<Arrived> {
+        if let Some(stream) = self.again.take() {
+            return Some(Arrived::Again(stream));
+        }
+        if let Some(stream) = self.faults.take() {
+            return Some(Arrived::Faults(stream));
+        }
+        let mut rams = (0..).zip(&mut self.rams);
+        rams.find_map(|(index, slot)| Some(Arrived::Ram(index, slot.take()?)))
+    }
+}
+
+#[derive(Default)]
+struct Table {
+    /// No more connections are accepted. Those that are pending may still bring an offer.
+    is_over: bool,
+    pending: Vec<Pending>,
+    offers: Vec<Offered>,
+    /// The migration in progress; without one, offers are awaited.
+    slots: Option<Slots>,
+    /// A connection to close at a time, if it is still this one.
+    timer: Option<(Instant, Closer)>,
+}
+
+pub(super) struct Router<'a> {
+    host: &'a dyn Host,
+    progress: &'a Progress,
+    limit: &'a ConnectionLimit,
+    table: Mutex<Table>,
+    changed: Condvar,
+}
+
+/// Frees the place of a connection when its thread ends, by a panic too.
+struct Place<'a> {
+    router: &'a Router<'a>,
+    number: u64,
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        let mut table = self.router.table.lock();
+        // The place of an offer in the queue is freed with the offer.
+        let is_ours = |one: &Pending| one.number == self.number && one.stage != Stage::Queued;
+        self.router.forget(&mut table, is_ours);
+    }
+}
+
+impl<'a> Router<'a> {
+    pub(super) fn new(
+        host: &'a dyn Host,
+        progress: &'a Progress,
+        limit: &'a ConnectionLimit,
+    ) -> Self {
+        Self {
+            host,
+            progress,
+            limit,
+            table: Mutex::default(),
+            changed: Condvar::new(),
+        }
+    }
+
+    /// Accepts connections until [`Router::end`]; each is read on a thread of its own until it is
+    /// known where it belongs.
+    pub(super) fn accept<'scope>(
+        &'scope self,
+        scope: &'scope Scope<'scope, '_>,
+        accept: &mut dyn Accept,
+        tick: Duration,
+    ) {
+        for number in 0.. {
+            if !self.keep_time() {
+                break;
+            }
+            let stream = match accept.accept(tick) {
+                Ok(Some(stream)) => stream,
+                Ok(None) => continue,
+                Err(error) if is_passing(&error) => {
+                    tracing::warn!(%error, "a connection cannot be accepted now");
+                    thread::sleep(tick);
+                    continue;
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "no more connections can be accepted");
+                    break;
+                }
+            };
+            if !self.admit(number, &*stream, tick) {
+                continue;
+            }
+            let place = Place {
+                router: self,
+                number,
+            };
+            let greeting = move || {
+                // The whole of it: a closure takes no more than the fields that it names.
+                let place = place;
+                let router = place.router;
+                let greeted = catch_unwind(AssertUnwindSafe(|| router.greet(number, stream)));
+                // A panic over what a stranger sent ends that connection, and has been logged.
+                if let Ok(Err(why)) = greeted {
+                    router.report_stranger(&why);
+                }
+            };
+            if let Err(error) = thread::Builder::new().spawn_scoped(scope, greeting) {
+                tracing::warn!(%error, "a connection cannot be served now");
+            }
+        }
+        self.table.lock().is_over = true;
+        self.changed.notify_all();
+    }
+
+    /// Closes what has taken too long. False once no more connections are accepted.
+    fn keep_time(&self) -> bool {
+        let now = Instant::now();
+        let mut table = self.table.lock();
+        for late in table.pending.iter_mut().filter(|one| one.until < now) {
+            late.closer.close();
+            if late.stage == Stage::Greeting {
+                late.stage = Stage::Closed;
+            }
+        }
+        let is_late = |one: &Pending| one.stage == Stage::Queued && one.until < now;
+        self.forget(&mut table, is_late);
+        if let Some((_, closer)) = table.timer.take_if(|(until, _)| *until < now) {
+            closer.close();
+        }
+        !table.is_over
+    }
+
+    /// Finds a place for a connection. When all are taken, the one that has said nothing for longest
+    /// loses its place: a source says at once what it wants, and who sits there says nothing.
+    fn admit(&self, number: u64, stream: &dyn Stream, tick: Duration) -> bool {
+        let Ok(closer) = stream.closer() else {
+            return false;
+        };
+        let mut table = self.table.lock();
+        loop {
+            let ours = table.pending.len();
+            let all = self.limit.0.load(Ordering::Acquire);
+            let is_full = ours >= MAX_PENDING || (ours >= GUARANTEED && all >= MAX_PENDING_IN_ALL);
+            if table.is_over {
+                return false;
+            }
+            if !is_full {
+                break;
+            }
+            // One at a time, and its descriptors are gone before the next connection gets a place:
+            // so the bound is one of descriptors, however fast connections come.
+            if table.pending.iter().all(|one| one.stage != Stage::Closed) {
+                let oldest = table.pending.iter_mut();
+                let Some(oldest) = oldest.into_iter().find(|one| one.stage == Stage::Greeting)
+                else {
+                    return false;
+                };
+                oldest.stage = Stage::Closed;
+                oldest.closer.close();
+            }
+            self.changed.wait_for(&mut table, tick);
+        }
+        self.limit.0.fetch_add(1, Ordering::AcqRel);
+        table.pending.push(Pending {
+            number,
+            until: Instant::now() + HELLO_LIMIT,
+            closer,
+            stage: Stage::Greeting,
+        });
+        true
+    }
+
+    /// Frees places, and drops the offers that hold them.
+    fn forget(&self, table: &mut Table, which: impl Fn(&Pending) -> bool) {
+        let before = table.pending.len();
+        table.pending.retain(|one| !which(one));
+        self.limit
+            .0
+            .fetch_sub(before - table.pending.len(), Ordering::AcqRel);
+        let (pending, offers) = (&table.pending, &mut table.offers);
+        offers.retain(|offered| pending.iter().any(|one| one.number == offered.number));
+        self.changed.notify_all();
+    }
+
+    /// Logs and reports why a stranger came to nothing, while a source is awaited.
+    fn report_stranger(&self, error: &MigrationError) {
+        // At debug level: a port scanner does not fill the log. The report has the last one.
+        tracing::debug!(%error, "a connection brought no guest");
+        self.progress.update(|report| {
+            if report.phase == Phase::Connecting {
+                report.error = Some(error.refusal());
+            }
+        });
+    }
+
+    fn greet(&self, number: u64, mut stream: Box<dyn Stream>) -> Result<(), MigrationError> {
+        let set = stream.set_patience(HELLO_LIMIT);
+        set.map_err(WireError::from)?;
+        let hello = message::recv_hello(&mut *stream)?;
+        let version = match hello.version() {
+            Ok(version) => version,
+            Err(why) => {
+                refuse(stream, why.clone());
+                return Err(MigrationError::Here(why));
+            }
+        };
+        match hello.channel {
+            Channel::Control => self.hear_offer(number, hello.migration, version, stream),
+            channel => {
+                self.route(hello.migration, channel, stream);
+                Ok(())
+            }
+        }
+    }
+
+    /// Reads the offer of a source, and queues it.
+    fn hear_offer(
+        &self,
+        number: u64,
+        id: Uuid,
+        version: u32,
+        stream: Box<dyn Stream>,
+    ) -> Result<(), MigrationError> {
+        if self.table.lock().slots.is_some() {
+            refuse(stream, busy());
+            return Ok(());
+        }
+        self.allow(number, OFFER_LIMIT);
+        stream.set_patience(OFFER_LIMIT).map_err(WireError::from)?;
+        let mut control = Control::new(stream);
+        control.send(&ToSource::Welcome { version })?;
+        let offer = loop {
+            match control.recv()? {
+                ToDestination::Prepare(offer) => break offer,
+                other => answer_ping(&mut control, &other)?,
+            }
+        };
+        let files = if offer.given {
+            let received = control.stream.recv_files(offer.blocks.len());
+            received.map_err(WireError::from)?
+        } else {
+            Vec::new()
+        };
+        let offered = Offered {
+            number,
+            id,
+            control,
+            offer,
+            files,
+        };
+        if let Some(rejected) = self.queue(offered) {
+            refuse(rejected.control.stream, busy());
+        }
+        Ok(())
+    }
+
+    fn allow(&self, number: u64, limit: Duration) {
+        let mut table = self.table.lock();
+        let pending = table.pending.iter_mut().find(|one| one.number == number);
+        if let Some(pending) = pending {
+            pending.until = Instant::now() + limit;
+        }
+    }
+
+    /// Queues an offer, or gives it back.
+    fn queue(&self, offered: Offered) -> Option<Offered> {
+        let mut table = self.table.lock();
+        if table.slots.is_some() || table.offers.len() >= MAX_OFFERS {
+            return Some(offered);
+        }
+        let mut pending = table.pending.iter_mut();
+        let own = pending.find(|one| one.number == offered.number && one.stage == Stage::Greeting);
+        let Some(own) = own else {
+            return Some(offered);
+        };
+        own.stage = Stage::Queued;
+        own.until = Instant::now() + QUEUE_LIMIT;
+        table.offers.push(offered);
+        self.changed.notify_all();
+        None
+    }
+
+    /// Puts a connection into its slot, or answers it.
+    fn route(&self, id: Uuid, channel: Channel, stream: Box<dyn Stream>) {
+        let mut table = self.table.lock();
+        let rejected = match &mut table.slots {
+            Some(slots) if slots.id == id => slots.put(channel, stream).err(),
+            _ => {
+                drop(table);
+                match channel {
+                    Channel::Again => self.answer_query(id, stream),
+                    _ => refuse(stream, no_slot(channel)),
+                }
+                return;
+            }
+        };
+        self.changed.notify_all();
+        drop(table);
+        if let Some(stream) = rejected {
+            refuse(stream, no_slot(channel));
+        }
+    }
+
+    /// Answers a source that asks about an earlier migration.
+    fn answer_query(&self, id: Uuid, stream: Box<dyn Stream>) {
+        let answer = match self.host.fate(id) {
+            Fate::Ran => ToSource::Ended,
+            Fate::NeverRan => ToSource::NotHere(Refusal::new(
+                "never-ran",
+                "the destination lost the guest before it ran",
+            )),
+            Fate::Unknown => ToSource::Refused(Refusal::new(
+                "unknown-migration",
+                format!("the destination cannot tell the outcome of migration {id}"),
+            )),
+        };
+        // A source that does not hear it asks again.
+        let _ = Control::new(stream).send(&answer);
+    }
+
+    /// Waits for an offer. `None` if none came in time.
+    ///
+    /// # Errors
+    /// No connection can come any more.
+    pub(super) fn next_offer(&self, patience: Duration) -> Result<Option<Offered>, Refusal> {
+        let mut table = self.table.lock();
+        let none_can_come = |table: &Table| table.is_over && table.pending.is_empty();
+        if table.offers.is_empty() && !none_can_come(&table) {
+            self.changed.wait_for(&mut table, patience);
+        }
+        if table.offers.is_empty() {
+            let over = Refusal::new("connection-lost", "no connection can be accepted");
+            return if none_can_come(&table) {
+                Err(over)
+            } else {
+                Ok(None)
+            };
+        }
+        let offered = table.offers.remove(0);
+        self.forget(&mut table, |one| one.number == offered.number);
+        Ok(Some(offered))
+    }
+
+    /// Opens the slots of a migration. Offers that wait are refused.
+    pub(super) fn open(&self, id: Uuid, rams: u16) {
+        let mut table = self.table.lock();
+        table.slots = Some(Slots {
+            id,
+            rams: (0..rams).map(|_| Slot::Free).collect(),
+            faults: Slot::Free,
+            again: None,
+            may_ask: false,
+        });
+        let offers = std::mem::take(&mut table.offers);
+        self.forget(&mut table, |one| one.stage == Stage::Queued);
+        drop(table);
+        for offered in offers {
+            refuse(offered.control.stream, busy());
+        }
+    }
+
+    /// Closes the slots: offers are awaited again.
+    pub(super) fn close(&self) {
+        self.table.lock().slots = None;
+    }
+
+    /// Lets the source ask how its migration stands.
+    pub(super) fn allow_questions(&self) {
+        if let Some(slots) = &mut self.table.lock().slots {
+            slots.may_ask = true;
+        }
+    }
+
+    /// Makes room for new RAM and faults channels, in place of those that were lost.
+    pub(super) fn reopen(&self) {
+        if let Some(slots) = &mut self.table.lock().slots {
+            slots.rams.iter_mut().for_each(|slot| *slot = Slot::Free);
+            slots.faults = Slot::Free;
+        }
+    }
+
+    /// Waits for a connection of the migration in progress.
+    pub(super) fn next(&self, patience: Duration) -> Option<Arrived> {
+        let deadline = Instant::now() + patience;
+        let mut table = self.table.lock();
+        loop {
+            let found = table.slots.as_mut().and_then(Slots::take);
+            if found.is_some() || self.changed.wait_until(&mut table, deadline).timed_out() {
+                return found;
+            }
+        }
+    }
+
+    /// Closes a connection at a time, in place of the one before.
+    pub(super) fn set_timer(&self, timer: Option<(Instant, Closer)>) {
+        self.table.lock().timer = timer;
+    }
+
+    /// Accepts no more connections, and closes those that are pending.
+    pub(super) fn end(&self) {
+        let mut table = self.table.lock();
+        table.is_over = true;
+        for pending in &mut table.pending {
+            pending.closer.close();
+        }
+        self.forget(&mut table, |one| one.stage == Stage::Queued);
+        table.slots = None;
+    }
+}
+
+fn no_slot(channel: Channel) -> Refusal {
+    let detail = match channel {
+        Channel::Ram { index } => format!("RAM channel {index} is not expected"),
+        Channel::Faults => "no faults channel is expected".to_owned(),
+        Channel::Again | Channel::Control => "the migration is still in progress".to_owned(),
+    };
+    Refusal::new("out-of-order", detail)
+}
+
+/// Whether another connection may be accepted later, when others have ended.
+fn is_passing(error: &io::Error) -> bool {
+    use rustix::io::Errno;
+    let passing = [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM];
+    passing
+        .iter()
+        .any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
+}

@@ -1,0 +1,491 @@
+//! A destination, and a source that is a script: it says what the test says, and stops where the test
+//! stops. Machines are of memory alone.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
+
+use std::fs::File;
+use std::io::{self, Write as _};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use memory::{RamBlock, RamConfig};
+use migration::testing::Peer;
+use migration::{
+    Accept, Block, BlockInfo, ConnectionLimit, Decision, Destination, Dial, Fate, Host, Journal,
+    Offer, Phase, Progress, Receiving, Refusal, Report, Resolution, StartFailure, Step, Stream,
+    receive,
+};
+use serde_json::json;
+use uuid::Uuid;
+
+const SIZE: u64 = 64 << 10;
+/// As long as a test waits for anything.
+const BOUND: Duration = Duration::from_secs(60);
+
+/// What the machine does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Mood {
+    #[default]
+    Willing,
+    Refuses,
+    PanicsAtOffer,
+    PanicsInLoad,
+    PanicsInStart,
+    MayHaveRun,
+}
+
+#[derive(Default)]
+struct Marks {
+    mood: Mutex<Mood>,
+    runs: AtomicBool,
+    discarded: AtomicBool,
+    steps: Mutex<Vec<Step>>,
+}
+
+struct Machine(Arc<Marks>, Arc<RamBlock>);
+
+impl Destination for Machine {
+    fn blocks(&self) -> Vec<Block> {
+        vec![Block {
+            name: "ram".to_owned(),
+            ram: Arc::clone(&self.1),
+        }]
+    }
+
+    fn dry_run(&mut self, _: &[u8]) -> Result<(), Refusal> {
+        Ok(())
+    }
+
+    fn load(&mut self, _: &[u8]) -> Result<(), Refusal> {
+        assert_ne!(*self.0.mood.lock().unwrap(), Mood::PanicsInLoad);
+        Ok(())
+    }
+
+    fn take_over(&mut self) -> Result<(), Refusal> {
+        Ok(())
+    }
+
+    fn start(&mut self, _: Duration, _: bool) -> Result<Instant, StartFailure> {
+        match *self.0.mood.lock().unwrap() {
+            Mood::PanicsInStart => panic!("as the test says"),
+            Mood::MayHaveRun => {
+                let why = Refusal::new("machine-gone", "the driver panicked");
+                return Err(StartFailure::MayHaveRun(why));
+            }
+            _ => {}
+        }
+        self.0.runs.store(true, Ordering::SeqCst);
+        Ok(Instant::now())
+    }
+
+    fn discard(&mut self) {
+        self.0.discarded.store(true, Ordering::SeqCst);
+        self.0.runs.store(false, Ordering::SeqCst);
+    }
+}
+
+struct Machines(Arc<Marks>);
+
+struct Paper(Arc<Marks>);
+
+impl Journal for Paper {
+    fn record(&mut self, step: Step) -> io::Result<()> {
+        self.0.steps.lock().unwrap().push(step);
+        Ok(())
+    }
+}
+
+/// Migrations of which the journals know something.
+const RAN: Uuid = Uuid::from_u128(1000);
+const NEVER_RAN: Uuid = Uuid::from_u128(1001);
+
+impl Host for Machines {
+    fn prepare(&self, _: Uuid, _: &Offer, _: Vec<File>) -> Result<Box<dyn Destination>, Refusal> {
+        let mood = *self.0.mood.lock().unwrap();
+        match mood {
+            Mood::Refuses => return Err(Refusal::new("cpu-lacks-features", "no such CPU")),
+            Mood::PanicsAtOffer => panic!("as the test says"),
+            _ => {}
+        }
+        let ram = Arc::new(RamBlock::new(&RamConfig::anonymous(SIZE)).unwrap());
+        Ok(Box::new(Machine(Arc::clone(&self.0), ram)))
+    }
+
+    fn journal(&self, _: Uuid, _: &str) -> io::Result<Box<dyn Journal>> {
+        Ok(Box::new(Paper(Arc::clone(&self.0))))
+    }
+
+    fn fate(&self, migration: Uuid) -> Fate {
+        match migration {
+            RAN => Fate::Ran,
+            NEVER_RAN => Fate::NeverRan,
+            _ => Fate::Unknown,
+        }
+    }
+}
+
+struct Connections(Receiver<UnixStream>);
+
+impl Accept for Connections {
+    fn accept(&mut self, patience: Duration) -> io::Result<Option<Box<dyn Stream>>> {
+        match self.0.recv_timeout(patience) {
+            Ok(stream) => Ok(Some(Box::new(stream))),
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            Err(RecvTimeoutError::Disconnected) => Err(io::ErrorKind::NotConnected.into()),
+        }
+    }
+}
+
+struct Way(Mutex<Sender<UnixStream>>);
+
+impl Dial for Way {
+    fn dial(&self) -> io::Result<Box<dyn Stream>> {
+        let (near, far) = UnixStream::pair()?;
+        let sent = self.0.lock().unwrap().send(far);
+        sent.map_err(|_| io::ErrorKind::ConnectionRefused)?;
+        Ok(Box::new(near))
+    }
+}
+
+/// A destination that waits, and how to reach it.
+struct Wait {
+    marks: Arc<Marks>,
+    way: Way,
+    progress: Progress,
+    decision: Decision,
+    receiver: Option<JoinHandle<Result<(), Refusal>>>,
+}
+
+impl Wait {
+    fn new(patience: Duration, once: bool) -> Self {
+        let (marks, (to, from)) = (Arc::new(Marks::default()), mpsc::channel());
+        let (progress, decision) = (Progress::default(), Decision::default());
+        let (report, decide) = (progress.clone(), decision.clone());
+        let host = Machines(Arc::clone(&marks));
+        let receiver = thread::spawn(move || {
+            receive(Receiving {
+                accept: &mut Connections(from),
+                limit: &ConnectionLimit::default(),
+                host: &host,
+                progress: &report,
+                decision: &decide,
+                patience,
+                once,
+                lingers: &|| {},
+            })
+        });
+        Self {
+            marks,
+            way: Way(Mutex::new(to)),
+            progress,
+            decision,
+            receiver: Some(receiver),
+        }
+    }
+
+    fn become_(&self, mood: Mood) {
+        *self.marks.mood.lock().unwrap() = mood;
+    }
+
+    fn until(&self, wanted: impl Fn(&Report) -> bool) -> Report {
+        let start = Instant::now();
+        loop {
+            let report = self.progress.report();
+            if wanted(&report) {
+                return report;
+            }
+            assert!(start.elapsed() < BOUND, "{report:?}");
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// A source that has made its offer. The first thing that it hears is the answer to that.
+    fn offered(&self, id: Uuid) -> Peer {
+        let mut source = Peer::control(&self.way, id);
+        assert_eq!(source.hear().unwrap(), "Welcome { version: 1 }");
+        assert!(source.offer(&offer(1)));
+        source
+    }
+
+    /// A source that has sent a guest, and heard that it is ready. Its RAM channel is the second.
+    fn ready(&self, id: Uuid) -> (Peer, Peer) {
+        let mut source = self.offered(id);
+        assert!(source.hear().unwrap().starts_with("Prepared"));
+        let mut ram = Peer::ram(&self.way, id, 0);
+        assert!(ram.frame(18, &1_u32.to_le_bytes()), "the end of round 1");
+        let state = json!({ "State": { "round": 1, "postcopy": false, "paused": false } });
+        assert!(source.say(&state) && source.frame(3, b"state"));
+        (source, ram)
+    }
+
+    /// A source that nothing happens to, and which is the last.
+    fn completes(mut self, id: Uuid) {
+        self.become_(Mood::Willing);
+        let (mut source, _ram) = self.ready(id);
+        assert!(source.hear().unwrap().starts_with("Ready"));
+        assert!(source.say(&commit()));
+        assert!(source.hear().unwrap().starts_with("Running"));
+        assert!(source.say("Complete"));
+        assert_eq!(self.outcome(), Ok(()));
+        assert!(self.marks.runs.load(Ordering::SeqCst));
+    }
+
+    fn outcome(&mut self) -> Result<(), Refusal> {
+        self.receiver.take().unwrap().join().unwrap()
+    }
+}
+
+fn commit() -> serde_json::Value {
+    json!({ "Commit": { "stood_for_ns": 1, "paused": false } })
+}
+
+fn offer(connections: u16) -> Offer {
+    Offer {
+        vm: "guest".to_owned(),
+        machine: serde_bytes::ByteBuf::new(),
+        blocks: vec![BlockInfo {
+            name: "ram".to_owned(),
+            size: SIZE,
+        }],
+        connections,
+        postcopy: false,
+        given: false,
+    }
+}
+
+const PATIENT: Duration = Duration::from_secs(20);
+/// Where the test waits for the destination to lose it.
+const HASTY: Duration = Duration::from_millis(300);
+
+#[test]
+fn a_stranger_does_not_end_the_wait() {
+    let wait = Wait::new(PATIENT, false);
+    let connecting = |report: &Report, code: &str| {
+        let error = report.error.as_ref();
+        report.phase == Phase::Connecting && error.is_some_and(|error| error.code == code)
+    };
+    // It leaves after its hello.
+    drop(Peer::control(&wait.way, Uuid::from_u128(1)));
+    wait.until(|report| connecting(report, "connection-lost"));
+    // It says something else than its offer.
+    let mut odd = Peer::control(&wait.way, Uuid::from_u128(2));
+    assert!(odd.say(&commit()));
+    wait.until(|report| connecting(report, "stream-damaged"));
+    // It gives up by itself.
+    let mut shy = Peer::control(&wait.way, Uuid::from_u128(3));
+    let why = json!({ "Abort": { "code": "changed-its-mind", "detail": "no" } });
+    assert!(shy.say(&why));
+    wait.until(|report| connecting(report, "changed-its-mind"));
+    wait.completes(Uuid::from_u128(4));
+}
+
+#[test]
+fn a_refused_offer_is_told_to_both_and_another_is_awaited() {
+    let wait = Wait::new(PATIENT, false);
+    wait.become_(Mood::Refuses);
+    let mut source = wait.offered(Uuid::from_u128(1));
+    assert!(source.hear().unwrap().contains("cpu-lacks-features"));
+    let refused = |report: &Report| report.phase == Phase::Connecting && report.error.is_some();
+    assert_eq!(
+        wait.until(refused).error.unwrap().code,
+        "cpu-lacks-features"
+    );
+    // The memory that it speaks of is not what the machine has.
+    wait.become_(Mood::Willing);
+    let mut source = Peer::control(&wait.way, Uuid::from_u128(2));
+    let mut wrong = offer(1);
+    wrong.blocks[0].size *= 2;
+    assert!(source.offer(&wrong));
+    assert!(source.hear().unwrap().starts_with("Welcome"));
+    assert!(source.hear().unwrap().contains("memory-differs"));
+    assert!(wait.marks.discarded.swap(false, Ordering::SeqCst));
+    // Even a fault of this program costs one offer, and nothing else.
+    wait.become_(Mood::PanicsAtOffer);
+    let mut source = wait.offered(Uuid::from_u128(3));
+    assert!(source.hear().is_err());
+    wait.completes(Uuid::from_u128(4));
+}
+
+#[test]
+fn a_refused_offer_ends_a_wait_for_one() {
+    let mut wait = Wait::new(PATIENT, true);
+    drop(Peer::control(&wait.way, Uuid::from_u128(1)));
+    wait.until(|report| report.error.is_some());
+    wait.become_(Mood::Refuses);
+    let mut source = wait.offered(Uuid::from_u128(2));
+    assert!(source.hear().unwrap().contains("cpu-lacks-features"));
+    assert_eq!(wait.outcome().unwrap_err().code, "cpu-lacks-features");
+}
+
+/// They sit there and say nothing, or the beginning of something, in any number.
+#[test]
+fn silent_connections_keep_no_source_out() {
+    let wait = Wait::new(PATIENT, false);
+    let (mut silent, mut greeted) = (Vec::new(), Vec::new());
+    for number in 0..300_u32 {
+        let mut stream = wait.way.dial().unwrap();
+        // The beginning of a frame.
+        if number % 2 == 0 && stream.write_all(&[1, 0, 0, 0]).is_err() {
+            continue;
+        }
+        silent.push(stream);
+    }
+    for number in 0..100 {
+        greeted.push(Peer::control(&wait.way, Uuid::from_u128(10_000 + number)));
+    }
+    wait.completes(Uuid::from_u128(1));
+    drop((silent, greeted));
+}
+
+#[test]
+fn connections_that_belong_nowhere_are_answered_at_once() {
+    let wait = Wait::new(PATIENT, false);
+    let id = Uuid::from_u128(1);
+    let refused = |peer: &mut Peer, code: &str| {
+        let heard = peer.hear().unwrap();
+        assert!(
+            heard.starts_with("Refused") && heard.contains(code),
+            "{heard}"
+        );
+    };
+    refused(&mut Peer::ram(&wait.way, id, 0), "out-of-order");
+    let mut source = wait.offered(id);
+    assert!(source.hear().unwrap().starts_with("Prepared"));
+    // While a migration is in progress. Its own outcome is open: no answer is made up.
+    refused(&mut Peer::control(&wait.way, Uuid::from_u128(2)), "busy");
+    refused(&mut Peer::again(&wait.way, id), "out-of-order");
+    let mut kept = vec![Peer::ram(&wait.way, id, 0)];
+    for _ in 0..200 {
+        let mut second = Peer::ram(&wait.way, id, 0);
+        refused(&mut second, "out-of-order");
+        let mut beyond = Peer::ram(&wait.way, id, 1);
+        refused(&mut beyond, "out-of-order");
+        kept.extend([second, beyond]);
+    }
+    let asks = |id| Peer::again(&wait.way, id).hear().unwrap();
+    assert_eq!(asks(RAN), "Ended");
+    assert!(asks(NEVER_RAN).starts_with("NotHere"));
+    assert!(asks(Uuid::from_u128(9)).contains("unknown-migration"));
+    wait.decision.cancel().unwrap();
+}
+
+#[test]
+fn a_discarded_guest_is_told_to_a_source_that_asks() {
+    let mut wait = Wait::new(PATIENT, false);
+    let id = Uuid::from_u128(1);
+    let (mut source, _ram) = wait.ready(id);
+    assert!(source.hear().unwrap().starts_with("Ready"));
+    assert!(
+        !wait.decision.resolve(Resolution::Discard),
+        "there is no doubt"
+    );
+    drop(source);
+    wait.until(|report| report.phase == Phase::InDoubt);
+    assert!(wait.decision.resolve(Resolution::Discard));
+    wait.until(|report| report.phase.is_over());
+    assert!(wait.marks.discarded.load(Ordering::SeqCst));
+    let heard = Peer::again(&wait.way, id).hear().unwrap();
+    assert!(
+        heard.starts_with("NotHere") && heard.contains("resolved"),
+        "{heard}"
+    );
+    assert_eq!(wait.outcome().unwrap_err().code, "resolved");
+    let steps = wait.marks.steps.lock().unwrap();
+    assert_eq!(steps[..], [Step::Prepare, Step::Ready, Step::Aborted]);
+}
+
+/// The operator was promised that the guest does not run there: an order that comes later is refused.
+#[test]
+fn a_decision_counts_against_an_order_that_comes_later() {
+    let mut wait = Wait::new(PATIENT, false);
+    let id = Uuid::from_u128(1);
+    let (mut source, _ram) = wait.ready(id);
+    assert!(source.hear().unwrap().starts_with("Ready"));
+    drop(source);
+    wait.until(|report| report.phase == Phase::InDoubt);
+    let mut source = Peer::again(&wait.way, id);
+    assert_eq!(source.hear().unwrap(), "Waiting");
+    assert!(wait.decision.resolve(Resolution::Discard));
+    assert!(source.say(&commit()));
+    assert!(source.hear().unwrap().starts_with("NotHere"));
+    assert_eq!(wait.outcome().unwrap_err().code, "resolved");
+    assert!(!wait.marks.runs.load(Ordering::SeqCst));
+}
+
+/// What the source says is a fact: it may run the guest already.
+#[test]
+fn an_abort_counts_against_a_decision_to_run() {
+    let mut wait = Wait::new(PATIENT, false);
+    let id = Uuid::from_u128(1);
+    let (mut source, _ram) = wait.ready(id);
+    assert!(source.hear().unwrap().starts_with("Ready"));
+    drop(source);
+    wait.until(|report| report.phase == Phase::InDoubt);
+    let mut source = Peer::again(&wait.way, id);
+    assert_eq!(source.hear().unwrap(), "Waiting");
+    assert!(wait.decision.resolve(Resolution::Run));
+    assert!(source.say(&json!({ "Abort": { "code": "stays", "detail": "it stays" } })));
+    assert!(source.hear().unwrap().starts_with("NotHere"));
+    assert_eq!(wait.outcome().unwrap_err().code, "stays");
+    assert!(!wait.marks.runs.load(Ordering::SeqCst));
+}
+
+/// Behind the commit point nothing can be canceled: a source that only shows that it lives must not
+/// hold the guest for ever.
+#[test]
+fn a_source_that_does_not_decide_leaves_it_to_the_operator() {
+    let mut wait = Wait::new(HASTY, false);
+    let id = Uuid::from_u128(1);
+    let (mut source, _ram) = wait.ready(id);
+    assert!(source.hear().unwrap().starts_with("Ready"));
+    assert!(wait.decision.cancel().is_err());
+    // Until it is not listened to any more.
+    while source.say(&json!({ "Ping": 1 })) && source.hear().is_ok() {
+        thread::sleep(HASTY / 20);
+    }
+    wait.until(|report| report.phase == Phase::InDoubt);
+    assert!(wait.decision.resolve(Resolution::Run));
+    let mut source = Peer::again(&wait.way, id);
+    assert!(source.hear().unwrap().starts_with("Running"));
+    assert!(source.say("Complete"));
+    assert_eq!(wait.outcome(), Ok(()));
+}
+
+/// It may have run: the source must not let it run again. It is lost, and both know.
+#[test]
+fn a_guest_that_may_have_run_never_counts_as_one_that_did_not() {
+    for (number, mood) in [(1, Mood::MayHaveRun), (2, Mood::PanicsInStart)] {
+        let mut wait = Wait::new(PATIENT, false);
+        let id = Uuid::from_u128(number);
+        let (mut source, _ram) = wait.ready(id);
+        assert!(source.hear().unwrap().starts_with("Ready"));
+        wait.become_(mood);
+        assert!(source.say(&commit()));
+        let heard = source
+            .hear()
+            .or_else(|_| Peer::again(&wait.way, id).hear())
+            .unwrap();
+        assert_eq!(heard, "Ended", "{mood:?}");
+        assert!(wait.outcome().is_err());
+        assert!(wait.marks.discarded.load(Ordering::SeqCst));
+        let steps = wait.marks.steps.lock().unwrap();
+        assert_eq!(steps.last(), Some(&Step::Running), "{mood:?}");
+    }
+}
+
+#[test]
+fn a_panic_before_the_order_leaves_the_guest_at_the_source() {
+    let mut wait = Wait::new(PATIENT, false);
+    let id = Uuid::from_u128(1);
+    wait.become_(Mood::PanicsInLoad);
+    let (mut source, _ram) = wait.ready(id);
+    assert!(source.hear().is_err());
+    let heard = Peer::again(&wait.way, id).hear().unwrap();
+    assert!(heard.starts_with("NotHere"), "{heard}");
+    assert_eq!(wait.outcome().unwrap_err().code, "internal");
+    assert!(wait.marks.discarded.load(Ordering::SeqCst));
+}
