@@ -150,7 +150,10 @@ impl Stage {
     /// Both sides of a migration, begun.
     fn begin(&self, with: impl FnOnce(&mut StartMigration)) -> [Arc<dyn Migration>; 2] {
         let listen = format!("unix:{}", self.path("migration"));
-        let awaiting = AwaitMigration::at(listen);
+        let awaiting = AwaitMigration {
+            once: true,
+            ..AwaitMigration::at(listen)
+        };
         let receive = self.there.receive_migration(&awaiting).unwrap();
         let mut what = StartMigration::to(receive.info().endpoint);
         with(&mut what);
@@ -507,7 +510,11 @@ async fn what_is_called_off_or_cannot_be_leaves_the_guest_where_it_is() {
     let mut console = stage.boot(stage.config(2_000, 1)).await;
     // Slow enough to be called off.
     let both = stage.begin(|what| what.max_bandwidth = Some(2 << 20));
-    tokio::time::sleep(Duration::from_millis(100)).await;
+    // Earlier, the destination would not take this source for the one that it waits for.
+    while both[0].info().phase != MigrationPhase::Precopy {
+        assert!(!both[0].info().phase.is_over(), "{:?}", both[0].info());
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
     let busy = stage
         .here
         .send_migration("pocket", &StartMigration::to("unix:/nowhere"));
