@@ -18,6 +18,14 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// # Errors
 /// When it does not come up whole.
 pub async fn boot(at: &Service) -> Result<(VmId, PathBuf)> {
+    boot_with(at, None).await
+}
+
+/// As [`boot`], with so many bytes of memory.
+///
+/// # Errors
+/// As [`boot`].
+pub async fn boot_with(at: &Service, memory: Option<u64>) -> Result<(VmId, PathBuf)> {
     let options = Options {
         workload: Workload::Dirty {
             region_mib: Some(16),
@@ -31,6 +39,7 @@ pub async fn boot(at: &Service) -> Result<(VmId, PathBuf)> {
     let path = serial.path().to_owned();
     let port = serde_json::json!({ "mode": "Socket", "socket": path });
     config.serial = serde_json::from_value(port)?;
+    config.memory.size = memory.unwrap_or(config.memory.size);
     let vm: VmId = if at.face() == Face::Many {
         let vm = at.create("guest", config).await?;
         at.client().vms_boot(&vm).await?;

@@ -16,7 +16,10 @@ use spec::{AwaitMigration, MigrationInfo, MigrationPhase, StartMigration, VmId, 
 use tests::{Face, Service, dirtier};
 use uuid::Uuid;
 
-const PATIENCE: Duration = Duration::from_secs(90);
+/// A bound, and no measure: the machine may be busy.
+const PATIENCE: Duration = Duration::from_secs(300);
+/// Of the guest: what moves in the end is of no size that matters.
+const MEMORY: u64 = 64 << 20;
 
 /// Two services, a guest at the one, and its offer, which a hostile source can make, too.
 struct Stage {
@@ -62,7 +65,8 @@ impl Stage {
         let (source, destination) =
             tokio::join!(Service::start(Face::Many), Service::start(Face::Many));
         let (source, destination) = (source.unwrap(), destination.unwrap());
-        let (vm, port) = dirtier::boot(&source).await.unwrap();
+        let booted = dirtier::boot_with(&source, Some(MEMORY)).await;
+        let (vm, port) = booted.unwrap();
         let offer = capture(&source, &vm).await;
         let at = Endpoint::Unix(destination.path("at"));
         let waiting = wait_at(&destination, &at).await;
