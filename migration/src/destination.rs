@@ -250,6 +250,8 @@ impl Session<'_> {
             };
             Err(Failed::Unheard(why, answer))
         });
+        // What closes a connection also keeps its descriptor open.
+        self.router.set_timer(None);
         match moved {
             Ok(Ended::Heard) => (Ok(()), None),
             Ok(Ended::Unheard(answer)) => (Ok(()), Some(answer)),

@@ -55,11 +55,13 @@ impl Issuer {
 /// test can also send what the engine never would.
 pub struct Peer(Control);
 
+/// The other side of a [`Peer`] that says nothing fails the test, and does not hang it.
+const PATIENCE: Duration = Duration::from_secs(120);
+
 impl Peer {
     fn dial(dial: &dyn Dial, id: Uuid, channel: Channel) -> Self {
         let mut stream = dial.dial().unwrap();
-        // A destination that says nothing fails the test, and does not hang it.
-        stream.set_patience(Duration::from_secs(60)).unwrap();
+        stream.set_patience(PATIENCE).unwrap();
         message::send_hello(&mut *stream, &Hello::new(id, channel)).unwrap();
         Self(Control::new(stream))
     }
@@ -85,7 +87,7 @@ impl Peer {
     /// Takes a connection as a destination does, with its `Hello`. Returns the migration that it is of.
     #[must_use]
     pub fn accepted(mut stream: Box<dyn Stream>) -> (Self, Uuid) {
-        stream.set_patience(Duration::from_secs(60)).unwrap();
+        stream.set_patience(PATIENCE).unwrap();
         let hello = message::recv_hello(&mut *stream).unwrap();
         (Self(Control::new(stream)), hello.migration)
     }

@@ -22,7 +22,10 @@ use tokio::task::JoinSet;
 
 /// How many at once: a guest's ring 0 takes a core while it boots.
 const AT_ONCE: usize = 3;
-const PATIENCE: Duration = Duration::from_secs(60);
+/// A bound, and no measure: the machine may be busy.
+const PATIENCE: Duration = Duration::from_secs(180);
+/// Of the guest, which writes to a quarter of it. More would be zeros, and time.
+const MEMORY: u64 = 64 << 20;
 /// How long a frozen process stays stopped: less than the patience of the other side.
 const FROZEN: Duration = Duration::from_secs(2);
 
@@ -174,7 +177,7 @@ async fn begin(case: &Case) -> (Trial, Arc<Marks>) {
     let (source, destination) =
         tokio::join!(Service::start(Face::Many), Service::start(Face::Many));
     let (source, destination) = (source.unwrap(), destination.unwrap());
-    let (vm, port) = dirtier::boot(&source).await.unwrap();
+    let (vm, port) = dirtier::boot_with(&source, Some(MEMORY)).await.unwrap();
     let sockets = [source.path("to"), source.path("at")];
     let received = name(&await_at(&destination, &sockets[1]).await);
     let marks = Arc::new(Marks::default());

@@ -31,6 +31,9 @@ const QUEUE_LIMIT: Duration = Duration::from_secs(60);
 
 /// Pending connections of one endpoint.
 pub(super) const MAX_PENDING: usize = 64;
+/// Connections that lose their places together. Their threads end side by side, so that a flood is
+/// worked off faster than one at a time.
+const EVICTED: usize = 8;
 /// Pending connections of all endpoints that share a [`ConnectionLimit`].
 const MAX_PENDING_IN_ALL: usize = 256;
 /// Pending connections that an endpoint may have even if the others use up the limit of all.
@@ -264,8 +267,8 @@ impl<'a> Router<'a> {
         !table.is_over
     }
 
-    /// Finds a place for a connection. When all are taken, the one that has said nothing for longest
-    /// loses its place: a source says at once what it wants, and who sits there says nothing.
+    /// Finds a place for a connection. When all are taken, those that have been silent for longest lose
+    /// theirs: a source says at once what it wants.
     fn admit(&self, number: u64, stream: &dyn Stream, tick: Duration) -> bool {
         let Ok(closer) = stream.closer() else {
             return false;
@@ -281,16 +284,21 @@ impl<'a> Router<'a> {
             if !is_full {
                 break;
             }
-            // One at a time, and its descriptors are gone before the next connection gets a place:
-            // so the bound is one of descriptors, however fast connections come.
+            // Their descriptors are gone before other connections get their places: so the bound is
+            // one of descriptors, however fast connections come.
             if table.pending.iter().all(|one| one.stage != Stage::Closed) {
-                let oldest = table.pending.iter_mut();
-                let Some(oldest) = oldest.into_iter().find(|one| one.stage == Stage::Greeting)
-                else {
+                let greeting = table.pending.iter_mut();
+                let greeting = greeting.filter(|one| one.stage == Stage::Greeting);
+                let mut evicted = 0;
+                // The oldest are in front.
+                for oldest in greeting.take(EVICTED) {
+                    oldest.stage = Stage::Closed;
+                    oldest.closer.close();
+                    evicted += 1;
+                }
+                if evicted == 0 {
                     return false;
-                };
-                oldest.stage = Stage::Closed;
-                oldest.closer.close();
+                }
             }
             self.changed.wait_for(&mut table, tick);
         }
