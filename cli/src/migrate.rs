@@ -81,6 +81,13 @@ pub(crate) struct MigrateArguments {
     /// Bytes that may be sent in a second. [default: as many as can be]
     #[arg(long, value_name = "SIZE", value_parser = size)]
     max_bandwidth: Option<u64>,
+    /// Compare all memory before the guest runs there: a page that differs fails the migration.
+    #[arg(long)]
+    verify: bool,
+    /// How long the guest may be paused before it resumes here. [default: ten times the stop that is
+    /// accepted, at least 10000]
+    #[arg(long, value_name = "MS")]
+    stop_limit_ms: Option<u64>,
     /// The other service is on this host: it is given the memory itself, if that is shared.
     #[arg(long)]
     local: bool,
@@ -112,6 +119,8 @@ impl MigrateArguments {
             },
             connections: self.connections,
             max_bandwidth: self.max_bandwidth,
+            verify: self.verify,
+            stop_limit_ms: self.stop_limit_ms,
             local: self.local,
             tls_dir: self.tls_dir.clone(),
         }

@@ -13,6 +13,7 @@
 //! wait as it was. Behind that, a failure ends the wait, and both users learn the reason.
 
 mod channels;
+mod comparing;
 mod deciding;
 mod following;
 mod postcopy;

@@ -62,6 +62,9 @@ pub trait Journal: Send {
     fn record(&mut self, step: Step) -> io::Result<()>;
 }
 
+/// Names of journals end with this.
+const SUFFIX: &str = ".journal";
+
 /// In a file.
 #[derive(Debug)]
 pub struct FileJournal {
@@ -75,7 +78,7 @@ fn path(dir: &Path, migration: Uuid, side: Side) -> PathBuf {
         Side::Source => "source",
         Side::Destination => "destination",
     };
-    dir.join(format!("{migration}.{side}.journal"))
+    dir.join(format!("{migration}.{side}{SUFFIX}"))
 }
 
 fn boot_id() -> String {
@@ -146,6 +149,28 @@ impl FileJournal {
         Ok(found)
     }
 
+    /// Removes all but the newest `keep` journals of `dir`, by the time of their last steps.
+    ///
+    /// # Errors
+    /// The directory cannot be read, or a journal cannot be removed.
+    pub fn prune(dir: &Path, keep: usize) -> io::Result<()> {
+        let mut all = Vec::new();
+        for file in fs::read_dir(dir)? {
+            let file = file?;
+            let is_journal = file.file_name().to_string_lossy().ends_with(SUFFIX);
+            // One that has just been removed is none.
+            if let (true, Ok(meta)) = (is_journal, file.metadata()) {
+                all.push((meta.modified()?, file.path()));
+            }
+        }
+        all.sort();
+        let too_many = all.len().saturating_sub(keep);
+        for (_, path) in all.into_iter().take(too_many) {
+            fs::remove_file(path)?;
+        }
+        Ok(())
+    }
+
     /// Forgets one that is over.
     ///
     /// # Errors
@@ -194,6 +219,31 @@ impl Journal for NoJournal {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_newest_journals_are_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let create = |id| FileJournal::create(dir.path(), Uuid::from_u128(id), Side::Source, "vm");
+        let mut first = create(1).unwrap();
+        for id in 2..6 {
+            create(id).unwrap().record(Step::Prepare).unwrap();
+        }
+        fs::write(dir.path().join("notes"), "").unwrap();
+        // A step makes a journal new again. Times of files are those of the kernel's clock ticks.
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        first.record(Step::Prepare).unwrap();
+        let kept = |keep| {
+            FileJournal::prune(dir.path(), keep).unwrap();
+            let listed = FileJournal::list(dir.path()).unwrap();
+            let mut ids: Vec<_> = listed.iter().map(|(id, ..)| id.as_u128()).collect();
+            ids.sort_unstable();
+            ids
+        };
+        assert_eq!(kept(5), [1, 2, 3, 4, 5]);
+        assert!(kept(3).contains(&1));
+        assert_eq!(kept(1), [1]);
+        assert!(dir.path().join("notes").exists());
+    }
 
     #[test]
     fn steps_are_there_after_a_crash_and_a_line_cut_short_is_not() {

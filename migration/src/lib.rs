@@ -37,6 +37,7 @@ mod source;
 #[cfg(feature = "testing")]
 pub mod testing;
 mod tls;
+mod verify;
 mod wire;
 
 use std::fmt;
@@ -50,7 +51,7 @@ pub use message::{BlockInfo, Offer, Refusal};
 pub use pages::Block;
 pub use policy::{AtDeadline, MAX_CONNECTIONS, Mode, Policy};
 pub use progress::{Downtime, Phase, Progress, Report};
-pub use source::{Outcome, PendingAbort, Sending, Source, Stopped, send};
+pub use source::{Outcome, PendingAbort, Sending, Source, Stopped, Whereabouts, send};
 
 pub use tls::{TlsDial, TlsError, TlsListener};
 pub use wire::WireError;

@@ -39,6 +39,16 @@ pub trait Stream: Read + Write + Send {
     /// When the host refuses.
     fn closer(&self) -> io::Result<Closer>;
 
+    /// What ends reading from another thread: a blocked read returns the end of the stream, and this
+    /// side can still write. The control channel is closed like this, so that the other side can be
+    /// told why. A stream that cannot be closed by halves is closed as by [`Stream::closer`].
+    ///
+    /// # Errors
+    /// When the host refuses.
+    fn read_closer(&self) -> io::Result<Closer> {
+        self.closer()
+    }
+
     /// Gives open files to the other side, with a byte.
     ///
     /// # Errors
@@ -93,6 +103,13 @@ impl Stream for UnixStream {
         }))
     }
 
+    fn read_closer(&self) -> io::Result<Closer> {
+        let stream = self.try_clone()?;
+        Ok(Closer::new(move || {
+            let _ = stream.shutdown(std::net::Shutdown::Read);
+        }))
+    }
+
     fn send_files(&self, files: &[File]) -> io::Result<()> {
         let fds: Vec<_> = files.iter().map(AsFd::as_fd).collect();
         let mut space = vec![MaybeUninit::uninit(); SendAncillaryMessage::ScmRights(&fds).size()];
@@ -139,6 +156,13 @@ impl Stream for TcpStream {
         let stream = self.try_clone()?;
         Ok(Closer::new(move || {
             let _ = stream.shutdown(std::net::Shutdown::Both);
+        }))
+    }
+
+    fn read_closer(&self) -> io::Result<Closer> {
+        let stream = self.try_clone()?;
+        Ok(Closer::new(move || {
+            let _ = stream.shutdown(std::net::Shutdown::Read);
         }))
     }
 }

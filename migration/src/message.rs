@@ -10,8 +10,10 @@ use crate::wire::{self, Kind, Reader, WireError};
 
 /// Says that it is us, and nobody who came by mistake.
 const MAGIC: &str = "whimbrel-migration";
-/// The versions of the protocol that this program speaks.
-pub(crate) const VERSIONS: (u32, u32) = (1, 1);
+/// The versions of the protocol that this program speaks. The greatest goes up whenever a side may
+/// send something that an older peer does not know; docs/migration-protocol.md lists what each
+/// version added.
+pub(crate) const VERSIONS: (u32, u32) = (1, 2);
 
 /// What a connection is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -117,6 +119,10 @@ pub struct Offer {
     /// The memory itself is given to the destination, which is another process of the same host: files
     /// of the blocks follow, in their order.
     pub given: bool,
+    /// Hashes of all pages come, to be compared. Since version 2 of the protocol; left out where it is
+    /// not asked for, so that an older destination can read the offer.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub verify: bool,
 }
 
 /// From the source.
@@ -272,13 +278,51 @@ mod tests {
     #[test]
     fn versions_meet_or_are_refused() {
         let mut hello = Hello::new(Uuid::nil(), Channel::Control);
-        assert_eq!(hello.version(), Ok(1));
+        assert_eq!(hello.version(), Ok(2));
         hello.versions = (1, 9);
+        assert_eq!(hello.version(), Ok(2));
+        hello.versions = (1, 1);
         assert_eq!(hello.version(), Ok(1));
-        hello.versions = (2, 9);
+        hello.versions = (3, 9);
         assert_eq!(hello.version().unwrap_err().code, "protocol-version");
         hello.magic = "http".to_owned();
         assert_eq!(hello.version().unwrap_err().code, "not-a-migration");
+    }
+
+    /// An offer without verify reads as it did before there was one.
+    #[test]
+    fn an_older_peer_reads_an_offer_that_does_not_verify() {
+        let offer = |verify| Offer {
+            vm: "vm".to_owned(),
+            machine: ByteBuf::new(),
+            blocks: Vec::new(),
+            connections: 1,
+            postcopy: false,
+            given: false,
+            verify,
+        };
+        let names = |offer: &Offer| -> Vec<String> {
+            let value = ciborium::Value::serialized(offer).unwrap();
+            let fields = value.into_map().unwrap();
+            fields
+                .into_iter()
+                .map(|(name, _)| name.into_text().unwrap())
+                .collect()
+        };
+        let old = [
+            "vm",
+            "machine",
+            "blocks",
+            "connections",
+            "postcopy",
+            "given",
+        ];
+        assert_eq!(names(&offer(false)), old);
+        assert_eq!(names(&offer(true)).last().unwrap(), "verify");
+        for verify in [false, true] {
+            let read: Offer = decode(&encode(&offer(verify)).unwrap()).unwrap();
+            assert_eq!(read, offer(verify));
+        }
     }
 
     proptest! {

@@ -108,7 +108,7 @@ pub(crate) fn push(runs: &mut Vec<Run>, block: u32, page: u64) {
 }
 
 /// Whether there is nothing in a page.
-fn is_zero(page: &[u8]) -> bool {
+pub(crate) fn is_zero(page: &[u8]) -> bool {
     let (chunks, rest) = page.as_chunks::<64>();
     rest.iter().all(|byte| *byte == 0) && chunks.iter().all(|chunk| *chunk == [0; 64])
 }

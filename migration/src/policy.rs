@@ -53,9 +53,25 @@ pub struct Policy {
     /// The destination is another process of this host, and is given the memory itself, where it is of
     /// a kind that can be.
     pub local: bool,
+    /// The destination compares a hash of every page before the guest runs there. Adds to the stop,
+    /// beyond `max_downtime`.
+    pub verify: bool,
+    /// How long the guest may be paused before the commit point; then it resumes at the source. When
+    /// absent, ten times the longer of `max_downtime` and the stop that was predicted when it began,
+    /// and 10 seconds at least.
+    pub stop_limit: Option<Duration>,
     /// How long the other side may be silent.
     pub patience: Duration,
 }
+
+/// A stop is given up after this many times the one that was accepted.
+const STOP_LIMIT_FACTOR: u32 = 10;
+/// No stop is given up earlier. As long as the silence that counts as a lost connection: threads of a
+/// busy host may wait for a CPU for seconds, and such a host must be able to hand its guests over.
+const STOP_LIMIT_LEAST: Duration = Duration::from_secs(10);
+/// How much longer a stop may take for each GiB that is verified. Hashing takes 0.15 s, and twenty
+/// times that on an emulated host.
+const STOP_LIMIT_VERIFY: Duration = Duration::from_secs(4);
 
 /// RAM channels that a migration has at the most.
 pub const MAX_CONNECTIONS: u16 = 16;
@@ -70,6 +86,8 @@ impl Default for Policy {
             connections: None,
             max_bandwidth: None,
             local: false,
+            verify: false,
+            stop_limit: None,
             patience: Duration::from_secs(10),
         }
     }
@@ -186,6 +204,17 @@ impl Policy {
         self.mode != Mode::Precopy || self.at_deadline == AtDeadline::Postcopy
     }
 
+    /// How long a stop may take that is `predicted` to take so long, with so much memory.
+    pub(crate) fn stop_limit(&self, predicted: Duration, memory: u64) -> Duration {
+        let accepted = self.max_downtime.max(predicted);
+        let derived = accepted
+            .saturating_mul(STOP_LIMIT_FACTOR)
+            .max(STOP_LIMIT_LEAST);
+        let gib = u32::try_from(memory.div_ceil(1 << 30)).unwrap_or(u32::MAX);
+        let verify = STOP_LIMIT_VERIFY.saturating_mul(if self.verify { gib } else { 0 });
+        self.stop_limit.unwrap_or(derived).saturating_add(verify)
+    }
+
     /// RAM channels to ask for: one more where pages may be waited for.
     pub(crate) fn connections(&self, memory: u64) -> u16 {
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
@@ -238,6 +267,22 @@ mod tests {
         assert_eq!(policy(AtDeadline::Throttle).next(&slowest), Next::Stop);
         let never = Policy::default().next(&situation());
         assert_eq!(never, Next::Round { throttle: 0 });
+    }
+
+    #[test]
+    fn a_stop_is_given_up_long_after_it_should_be_over() {
+        let second = Duration::from_secs(1);
+        let mut policy = Policy::default();
+        assert_eq!(policy.stop_limit(Duration::ZERO, 0), second * 10);
+        policy.max_downtime = second * 2;
+        assert_eq!(policy.stop_limit(second, 0), second * 20);
+        // `at_deadline` may accept a stop that is longer than `max_downtime`.
+        assert_eq!(policy.stop_limit(second * 60, 0), second * 600);
+        policy.verify = true;
+        assert_eq!(policy.stop_limit(second, 3 << 29), second * 28);
+        policy.stop_limit = Some(second);
+        assert_eq!(policy.stop_limit(second * 60, 1), second * 5);
+        assert!(policy.stop_limit(Duration::MAX, u64::MAX) > second);
     }
 
     #[test]

@@ -62,6 +62,9 @@ pub struct Downtime {
     pub load_us: u64,
     /// From the decision until the guest went on.
     pub hand_over_us: u64,
+    /// Comparing memory in verify mode, in microseconds.
+    #[serde(default)]
+    pub verify_us: u64,
     /// Pages that were sent in the stop.
     pub pages: u64,
 }
@@ -79,6 +82,9 @@ pub struct Report {
     pub pages: u64,
     /// Pages that were sent as zeros.
     pub zero_pages: u64,
+    /// Pages of which hashes were sent (source) or compared (destination), in verify mode.
+    #[serde(default)]
+    pub verified_pages: u64,
     /// Pages of the present round that are still to be sent.
     pub remaining_pages: u64,
     /// Rounds that were begun.
@@ -124,6 +130,7 @@ impl Default for Progress {
             sent_bytes: 0,
             pages: 0,
             zero_pages: 0,
+            verified_pages: 0,
             remaining_pages: 0,
             rounds: 0,
             dirty_pages_per_second: 0,

@@ -13,6 +13,7 @@ use crate::decision::Decision;
 use crate::link::Stream;
 use crate::pages::{self, BATCH, Batch, Block, PAGE, Run};
 use crate::progress::Progress;
+use crate::verify;
 use crate::wire::{self, Kind};
 
 /// The longest that one waits in one go to keep to a bandwidth.
@@ -22,6 +23,8 @@ const LONGEST_WAIT: Duration = Duration::from_millis(100);
 pub(crate) struct Ram {
     pub(crate) stream: Box<dyn Stream>,
     pub(crate) batch: Batch,
+    /// Hashes go ahead of pages: verify mode in postcopy, where content no longer changes.
+    pub(crate) announces_hashes: bool,
 }
 
 pub(crate) fn count(pages: &[DirtyPages]) -> u64 {
@@ -144,6 +147,7 @@ impl Ram {
         Self {
             stream,
             batch: Batch::default(),
+            announces_hashes: false,
         }
     }
 
@@ -212,6 +216,43 @@ impl Ram {
         )?)
     }
 
+    /// Hashes runs as long as there are some, and sends the end of the round.
+    pub(crate) fn send_all_hashes(
+        &mut self,
+        blocks: &[Block],
+        runs: &Mutex<impl Iterator<Item = Run>>,
+        round: u32,
+        progress: &Progress,
+    ) -> Result<u64, MigrationError> {
+        let mut sent = 0;
+        loop {
+            let next = runs.lock().next();
+            let Some(run) = next else { break };
+            if let Some(block) = blocks.get(run.block as usize) {
+                sent += self.send_hashes(block, run, progress)?;
+            }
+        }
+        self.end(round)?;
+        Ok(sent)
+    }
+
+    fn send_hashes(
+        &mut self,
+        block: &Block,
+        run: Run,
+        progress: &Progress,
+    ) -> Result<u64, MigrationError> {
+        let body = verify::encode(block, run);
+        check_lost(block)?;
+        wire::write(&mut *self.stream, Kind::Hashes, &[&body])?;
+        let sent = (wire::HEADER_LEN + body.len()) as u64;
+        progress.update(|report| {
+            report.sent_bytes += sent;
+            report.verified_pages += u64::from(run.pages);
+        });
+        Ok(sent)
+    }
+
     pub(crate) fn send_batch(
         &mut self,
         blocks: &[Block],
@@ -221,14 +262,12 @@ impl Ram {
         let Some(block) = blocks.get(run.block as usize) else {
             return Ok(0);
         };
-        let batch = self.batch.fill(block, run);
-        // Behind the copy: what it found in the place of lost memory is not the guest's.
-        if let Some(offset) = block.ram.first_lost() {
-            let why =
-                format!("the host lost memory of the guest, at offset {offset:#x} of its RAM");
-            return Err(MigrationError::here("memory-lost", why));
-        }
         let mut sent = 0;
+        if self.announces_hashes {
+            self.send_hashes(block, run, progress)?;
+        }
+        let batch = self.batch.fill(block, run);
+        check_lost(block)?;
         if let Some((head, data)) = &batch.pages {
             wire::write(&mut *self.stream, Kind::Pages, &[head, data])?;
             sent += (wire::HEADER_LEN + head.len() + data.len()) as u64;
@@ -246,6 +285,16 @@ impl Ram {
         });
         Ok(sent)
     }
+}
+
+/// Fails if the host lost memory of the block. Called behind a read: what that found in the place of
+/// lost memory is not the guest's.
+fn check_lost(block: &Block) -> Result<(), MigrationError> {
+    let Some(offset) = block.ram.first_lost() else {
+        return Ok(());
+    };
+    let why = format!("the host lost memory of the guest, at offset {offset:#x} of its RAM");
+    Err(MigrationError::here("memory-lost", why))
 }
 
 /// When a page was last waited for: what nobody waits for gives way for a moment.

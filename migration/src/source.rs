@@ -3,14 +3,15 @@
 mod hand_over;
 mod postcopy;
 mod precopy;
+mod stop;
+#[cfg(test)]
+mod tests;
 
 use std::fs::File;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use memory::DirtyPages;
-use parking_lot::Mutex;
 use uuid::Uuid;
 
 pub use self::hand_over::PendingAbort;
@@ -18,11 +19,14 @@ use self::postcopy::FaultServer;
 use crate::decision::Decision;
 use crate::journal::{Journal, Step};
 use crate::link::{Dial, Stream};
-use crate::message::{self, Channel, Control, Hello, Offer, Refusal, ToDestination, ToSource};
+use crate::message::{
+    self, Channel, Control, Hello, Offer, Refusal, ToDestination, ToSource, VERSIONS,
+};
 use crate::pages::{BATCH, Block};
 use crate::policy::{Measured, Mode, Policy};
-use crate::progress::{Downtime, Phase, Progress, micros};
-use crate::sender::{Pacer, Ram, Work, batches, count, on_all};
+use crate::progress::{Downtime, Phase, Progress};
+use crate::sender::Ram;
+use crate::verify;
 use crate::wire::WireError;
 use crate::{KEEPALIVES, MigrationError};
 
@@ -100,8 +104,8 @@ pub trait Source: Send {
     /// The machine is gone.
     fn hand_over(&mut self) -> Result<(), Refusal>;
 
-    /// Shows the VM as paused while it is unknown whether the guest runs at the destination.
-    fn doubt(&mut self);
+    /// Shows where the guest is while this side keeps a VM that it gave away.
+    fn show(&mut self, guest: &Whereabouts);
 
     /// Undoes [`Source::stop`] and [`Source::hand_over`]: the guest stays here and resumes.
     ///
@@ -121,6 +125,18 @@ pub struct Stopped {
     /// When its clocks were read. The destination adds the time since then, and no more: a value
     /// that is read after the stop began contains a part of the stop already.
     pub clocks_at: Instant,
+}
+
+/// Where a guest is that was given away, as far as the source knows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Whereabouts {
+    /// The destination has not said yet whether the guest runs there.
+    Unknown,
+    /// The guest runs at the destination, and pages of it are still here.
+    AtDestination,
+    /// The guest ran at the destination, which cannot be reached: it waits there for the pages that
+    /// are still here, or it is lost with that side.
+    OutOfReach(Refusal),
 }
 
 /// Parameters of an outgoing migration.
@@ -166,8 +182,10 @@ pub fn send(mut sending: Sending<'_>, source: &mut dyn Source) -> Outcome {
         stopped: None,
         measured: Measured::default(),
         downtime: Downtime::default(),
+        version: 0,
         can_postcopy: false,
         is_given: false,
+        verify: false,
         fault_server: None,
     };
     let outcome = match engine.until_commit() {
@@ -200,10 +218,14 @@ struct Engine<'a, 'b> {
     stopped: Option<(Instant, Stopped)>,
     measured: Measured,
     downtime: Downtime,
+    /// The version of the protocol that both sides speak.
+    version: u32,
     /// The destination supports postcopy.
     can_postcopy: bool,
     /// The destination has the memory's file descriptors (local migration without a copy).
     is_given: bool,
+    /// The destination compares hashes of all pages.
+    verify: bool,
     /// Serves page faults of the destination; set from when postcopy starts.
     fault_server: Option<FaultServer>,
 }
@@ -230,7 +252,13 @@ impl Engine<'_, '_> {
         let sending = &self.sending;
         let hello = Hello::new(sending.id, channel);
         let stream = dial_channel(sending.dial, sending.policy.patience, &hello)?;
-        let closer = stream.closer().map_err(WireError::from)?;
+        // A cancel unblocks whatever waits for the destination. The control channel can still carry
+        // the reason: without it, the destination would see a lost connection.
+        let closer = match channel {
+            Channel::Control | Channel::Again => stream.read_closer(),
+            Channel::Ram { .. } | Channel::Faults => stream.closer(),
+        };
+        let closer = closer.map_err(WireError::from)?;
         sending.decision.close_on_cancel(closer);
         Ok(stream)
     }
@@ -339,7 +367,12 @@ impl Engine<'_, '_> {
     fn prepare(&mut self) -> Result<(), MigrationError> {
         let stream = self.connect(Channel::Control)?;
         self.control = Some(Control::new(stream));
-        self.expect(|answer| matches!(answer, ToSource::Welcome { version: 1 }).then_some(()))?;
+        self.version = self.expect(|answer| match answer {
+            ToSource::Welcome { version } if (VERSIONS.0..=VERSIONS.1).contains(version) => {
+                Some(*version)
+            }
+            _ => None,
+        })?;
         self.sending.progress.enter(Phase::Preparing);
         let mut offer = self.source.offer().map_err(MigrationError::Here)?;
         let memory = self.blocks.iter().map(|block| block.ram.len() as u64).sum();
@@ -350,9 +383,23 @@ impl Engine<'_, '_> {
         let files = if policy.local { self.files() } else { None };
         self.is_given = files.is_some();
         offer.given = self.is_given;
+        // Memory that is given is not copied: there is nothing to compare.
+        self.verify = policy.verify && !self.is_given;
+        if self.verify && self.version < verify::VERSION {
+            let why = format!(
+                "the destination speaks version {} of the migration protocol, and `verify` needs version {}: update the destination, or migrate without `verify`",
+                self.version,
+                verify::VERSION
+            );
+            return Err(MigrationError::here("verify-unsupported", why));
+        }
+        offer.verify = self.verify;
         self.sending
             .progress
             .update(|report| report.memory_bytes = memory);
+        // Before the destination makes a machine: a source that cannot keep a journal does not migrate.
+        let prepared = self.sending.journal.record(Step::Prepare);
+        prepared.map_err(|error| MigrationError::here("journal", error))?;
         self.patience(PREPARE_PATIENCE.max(policy.patience))?;
         self.send(&ToDestination::Prepare(Box::new(offer)))?;
         if let Some(files) = files {
@@ -368,8 +415,7 @@ impl Engine<'_, '_> {
         })?;
         self.can_postcopy = postcopy && policy.may_postcopy();
         self.patience(policy.patience)?;
-        let prepared = self.sending.journal.record(Step::Prepare);
-        prepared.map_err(|error| MigrationError::here("journal", error))?;
+        // The number comes from the other side: each channel costs a descriptor and a thread.
         for index in 0..connections.clamp(1, wanted) {
             let stream = self.connect(Channel::Ram { index })?;
             self.rams.push(Ram::new(stream));
@@ -408,95 +454,6 @@ impl Engine<'_, '_> {
         })?;
         self.measured.load = Duration::from_micros(us);
         Ok(())
-    }
-
-    /// Stops the guest and sends what is left of it. On return the destination is ready, and the
-    /// guest has been given away on paper.
-    fn stop(&mut self, postcopy: bool) -> Result<(), MigrationError> {
-        self.with_keepalive(|source| {
-            source.pre_sync();
-            Ok(())
-        })?;
-        self.check()?;
-        let progress = self.sending.progress.clone();
-        progress.enter(Phase::Stopped);
-        let start = Instant::now();
-        let stopped = self.source.stop().map_err(MigrationError::Here)?;
-        self.stopped = Some((start, stopped));
-        self.downtime.pause_us = micros(start.elapsed());
-        if self.tracking {
-            self.source.harvest().map_err(MigrationError::Here)?;
-        }
-        let round = progress.report().rounds + 1;
-        let saving = Instant::now();
-        let pending = if postcopy || self.is_given {
-            Vec::new()
-        } else {
-            self.take_dirty()
-        };
-        self.downtime.pages = count(&pending);
-        let state = if postcopy {
-            progress.update(|report| report.rounds = round);
-            self.announce_missing(round)?;
-            self.serve_faults()?;
-            self.source.save().map_err(MigrationError::Here)?
-        } else if self.downtime.pages <= INLINE {
-            self.send_pages(round, &pending, None)?;
-            self.source.save().map_err(MigrationError::Here)?
-        } else {
-            self.send_and_save(round, &pending)?
-        };
-        self.downtime.save_us = micros(saving.elapsed());
-        let sending = Instant::now();
-        let control = self.control.as_mut().ok_or_else(disconnected)?;
-        let message = ToDestination::State {
-            round,
-            postcopy,
-            paused: stopped.was_paused,
-        };
-        control.send_with_state(&message, &state)?;
-        // While the destination loads.
-        self.source.flush().map_err(MigrationError::Here)?;
-        self.downtime.load_us = self.expect(|answer| match answer {
-            ToSource::Ready { load_us } => Some(*load_us),
-            _ => None,
-        })?;
-        self.downtime.transfer_us = micros(sending.elapsed());
-        if !self.sending.decision.commit() {
-            return Err(MigrationError::Canceled);
-        }
-        let given = self.sending.journal.record(Step::Commit);
-        given.map_err(|error| MigrationError::here("journal", error))?;
-        // Behind the journal's line, and not before the destination is ready: a destination that is
-        // lost until here costs the guest nothing, and its disks were never free for a third program.
-        // In front of the commit message: the destination takes the locks as soon as it reads that.
-        self.source.hand_over().map_err(MigrationError::Here)
-    }
-
-    /// Many pages: they go while the machine is saved.
-    fn send_and_save(
-        &mut self,
-        round: u32,
-        pending: &[DirtyPages],
-    ) -> Result<Vec<u8>, MigrationError> {
-        let work = Work {
-            blocks: &self.blocks,
-            batches: Mutex::new(batches(pending)),
-            pacer: Pacer::new(self.sending.policy.max_bandwidth),
-            cut: None,
-            round,
-            progress: self.sending.progress.clone(),
-            decision: self.sending.decision.clone(),
-        };
-        let every = self.sending.policy.patience / KEEPALIVES;
-        let (control, source) = (
-            self.control.as_mut().ok_or_else(disconnected)?,
-            &mut *self.source,
-        );
-        let sign = || keepalive(control);
-        let save = || source.save();
-        let (_, saved) = on_all(&mut self.rams, |ram| ram.send(&work), every, sign, save)?;
-        saved.map_err(MigrationError::Here)
     }
 }
 

@@ -131,6 +131,10 @@ where
     fn closer(&self) -> io::Result<Closer> {
         self.0.sock.closer()
     }
+
+    fn read_closer(&self) -> io::Result<Closer> {
+        self.0.sock.read_closer()
+    }
 }
 
 /// Connects, and makes sure of who is there: `ca-cert.pem` signed its certificate, which names the

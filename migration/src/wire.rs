@@ -33,6 +33,8 @@ pub(crate) enum Kind {
     End = 18,
     /// Pages that come after the guest.
     Missing = 19,
+    /// Hashes of pages, in verify mode.
+    Hashes = 20,
     /// A page that is waited for.
     Fault = 32,
 }
@@ -47,6 +49,7 @@ impl Kind {
             Self::Zeros,
             Self::End,
             Self::Missing,
+            Self::Hashes,
             Self::Fault,
         ]
         .into_iter()
@@ -61,7 +64,7 @@ impl Kind {
             // What saved state may have, and its checksums.
             Self::State => 80 << 20,
             Self::Pages => crate::pages::MOST,
-            Self::Zeros | Self::End | Self::Missing | Self::Fault => 64 << 10,
+            Self::Zeros | Self::End | Self::Missing | Self::Hashes | Self::Fault => 64 << 10,
         }
     }
 }

@@ -206,7 +206,7 @@ impl Wait {
     /// A source that has made its offer. The first thing that it hears is the answer to that.
     fn offered(&self, id: Uuid) -> Peer {
         let mut source = Peer::control(&self.way, id);
-        assert_eq!(source.hear().unwrap(), "Welcome { version: 1 }");
+        assert_eq!(source.hear().unwrap(), "Welcome { version: 2 }");
         assert!(source.offer(&offer(1)));
         source
     }
@@ -254,6 +254,7 @@ fn offer(connections: u16) -> Offer {
         connections,
         postcopy: false,
         given: false,
+        verify: false,
     }
 }
 

@@ -21,7 +21,7 @@ use memory::{RamBlock, RamConfig};
 use migration::{
     Accept, Block, BlockInfo, Closer, ConnectionLimit, Decision, Destination, Dial, Fate, Host,
     Journal, Mode, Offer, Outcome, Phase, Policy, Progress, Receiving, Refusal, Resolution,
-    Sending, Source, StartFailure, Step, Stopped, Stream, receive, send,
+    Sending, Source, StartFailure, Step, Stopped, Stream, Whereabouts, receive, send,
 };
 use uuid::Uuid;
 
@@ -134,7 +134,61 @@ fn sum(ram: &RamBlock) -> u64 {
     })
 }
 
+/// The guest's CPU: writes to memory whenever it runs, also while pages are read to be sent.
+struct Cpu {
+    /// Locked for each write, so that none is under way once the guest is stopped.
+    runs: Arc<Mutex<bool>>,
+    is_over: Arc<AtomicBool>,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+impl Cpu {
+    /// Writes as fast as so many pages from harvest to harvest suggest; none for 0.
+    fn start(ram: Arc<RamBlock>, seed: u64, writes: u64) -> Self {
+        let (runs, is_over) = (Arc::new(Mutex::new(true)), Arc::new(AtomicBool::new(false)));
+        let (running, ended) = (Arc::clone(&runs), Arc::clone(&is_over));
+        let mut dice = Dice(!seed);
+        let write = move || {
+            while !ended.load(Ordering::SeqCst) {
+                let running = running.lock().unwrap();
+                for _ in 0..if *running { 1 + writes / 20 } else { 0 } {
+                    write_page(&ram, &mut dice);
+                }
+                drop(running);
+                thread::sleep(Duration::from_micros(100));
+            }
+        };
+        let thread = (writes > 0).then(|| thread::spawn(write));
+        Self {
+            runs,
+            is_over,
+            thread,
+        }
+    }
+
+    fn run(&self, runs: bool) {
+        *self.runs.lock().unwrap() = runs;
+    }
+}
+
+impl Drop for Cpu {
+    fn drop(&mut self) {
+        self.is_over.store(true, Ordering::SeqCst);
+        if let Some(thread) = self.thread.take() {
+            thread.join().unwrap();
+        }
+    }
+}
+
+fn write_page(ram: &RamBlock, dice: &mut Dice) {
+    let page = dice.roll(PAGES as u64) as usize;
+    let byte = dice.roll(3) as u8;
+    let slice = ram.slice(page * PAGE, PAGE).unwrap();
+    slice.copy_from(&[byte; PAGE]);
+}
+
 struct TestSource {
+    cpu: Cpu,
     ram: Arc<RamBlock>,
     world: Arc<World>,
     life: Arc<Life>,
@@ -153,10 +207,7 @@ impl TestSource {
             return;
         }
         for _ in 0..self.writes {
-            let page = self.dice.roll(PAGES as u64) as usize;
-            let byte = self.dice.roll(3) as u8;
-            let slice = self.ram.slice(page * PAGE, PAGE).unwrap();
-            slice.copy_from(&[byte; PAGE]);
+            write_page(&self.ram, &mut self.dice);
         }
     }
 }
@@ -174,6 +225,7 @@ impl Source for TestSource {
             connections: 1,
             postcopy: false,
             given: false,
+            verify: false,
         })
     }
 
@@ -221,6 +273,7 @@ impl Source for TestSource {
     fn stop(&mut self) -> Result<Stopped, Refusal> {
         self.life.step()?;
         self.scribble();
+        self.cpu.run(false);
         self.world.at_source.store(false, Ordering::SeqCst);
         let clocks_at = Instant::now() - CLOCKS_STOPPED_BEFORE;
         *self.world.clocks_at.lock().unwrap() = Some(clocks_at);
@@ -257,13 +310,14 @@ impl Source for TestSource {
         }
         *self.world.lock.lock().unwrap() = Some("source");
         if !self.paused {
+            self.cpu.run(true);
             self.world
                 .run(&self.world.at_source, &self.world.at_destination);
         }
         Ok(())
     }
 
-    fn doubt(&mut self) {
+    fn show(&mut self, _: &Whereabouts) {
         assert!(!self.world.at_source.load(Ordering::SeqCst));
     }
 
@@ -463,6 +517,12 @@ impl Stream for FaultyStream {
         self.life.closers.lock().unwrap().push(closer);
         Stream::closer(&self.inner)
     }
+
+    fn read_closer(&self) -> io::Result<Closer> {
+        let closer = Stream::closer(&self.inner)?;
+        self.life.closers.lock().unwrap().push(closer);
+        Stream::read_closer(&self.inner)
+    }
 }
 
 struct TestDial {
@@ -522,6 +582,7 @@ struct Script {
     mode: Mode,
     connections: u16,
     writes: u64,
+    verify: bool,
     plan: Option<Plan>,
     source_dies_at: Option<u64>,
     destination_dies_at: Option<u64>,
@@ -626,8 +687,10 @@ fn run(seed: u64, script: Script) -> (Ending, Arc<World>) {
     let (far, decide_far, patience) = (there.clone(), decide_there.clone(), script.patience());
     let receiver = thread::spawn(move || destination(host, from, &far, &decide_far, patience));
     let paper = Paper::default();
+    let memory = ram();
     let mut source = TestSource {
-        ram: ram(),
+        cpu: Cpu::start(Arc::clone(&memory), seed, script.writes),
+        ram: memory,
         world: Arc::clone(&world),
         life: Arc::clone(&source_life),
         paper: paper.clone(),
@@ -643,6 +706,7 @@ fn run(seed: u64, script: Script) -> (Ending, Arc<World>) {
         deadline: Some(Duration::from_millis(200)),
         at_deadline: migration::AtDeadline::Stop,
         patience: script.patience(),
+        verify: script.verify,
         ..Policy::default()
     };
     let canceler = script.cancel_after_us.map(|us| {
@@ -749,6 +813,10 @@ fn check_world(seed: u64, script: &Script) -> (Ending, Arc<World>) {
         !differed || script.mode != Mode::Precopy,
         "memory differs: {told}"
     );
+    // Whatever fails, what is in the wrong place, or old, must not be.
+    if let Outcome::Stayed { why, .. } = &ending.outcome {
+        assert_ne!(why.code, "memory-differs-at", "{told}");
+    }
     // A destination that dies behind the hand-over takes the guest with it, as every host does.
     if script.source_dies_at.is_none() && ending.outcome != Outcome::Moved {
         assert!(at_source, "it stayed, and is lost: {told}");
@@ -771,6 +839,7 @@ fn a_guest_moves_when_nothing_fails() {
                 mode,
                 connections,
                 writes,
+                verify: true,
                 ..Script::default()
             };
             let (ending, world) = check_world(u64::from(connections), &script);
@@ -906,6 +975,7 @@ fn script_of(seed: u64) -> Script {
         mode: [Mode::Precopy, Mode::Precopy, Mode::Hybrid, Mode::Postcopy][dice.roll(4) as usize],
         connections: 1 + dice.roll(3) as u16,
         writes: [0, 10, 100][dice.roll(3) as usize],
+        verify: dice.roll(4) > 0,
         ..Script::default()
     };
     match dice.roll(6) {

@@ -79,6 +79,17 @@ pub struct StartMigration {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1)]
     pub max_bandwidth: Option<u64>,
+    /// Have the destination compare a hash of every page with the source's before the guest runs there
+    /// (in postcopy: as pages arrive). A page that differs fails the migration with the code
+    /// `memory-differs-at`. Adds to the stop, beyond `max_downtime_ms`.
+    #[serde(default)]
+    pub verify: bool,
+    /// How long the guest may be paused before the destination is ready, in milliseconds; then it
+    /// resumes at the source. When absent, ten times the longer of `max_downtime_ms` and the stop that
+    /// was predicted, and 10 seconds at least.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1)]
+    pub stop_limit_ms: Option<u64>,
     /// To another process of this host, over a unix socket: it is given the memory itself where that is shared
     /// (`memory.shared`), and nothing is copied.
     #[serde(default)]
@@ -100,6 +111,8 @@ impl StartMigration {
             at_deadline: AtDeadline::default(),
             connections: None,
             max_bandwidth: None,
+            verify: false,
+            stop_limit_ms: None,
             local: false,
             tls_dir: None,
         }
@@ -235,6 +248,9 @@ pub struct MigrationDowntime {
     pub load_us: u64,
     /// From the decision until the guest went on.
     pub hand_over_us: u64,
+    /// Comparing memory (`verify`).
+    #[serde(default)]
+    pub verify_us: u64,
     /// Pages that were sent in the stop.
     pub pages: u64,
 }
@@ -274,6 +290,9 @@ pub struct MigrationInfo {
     pub pages: u64,
     /// Pages that were sent as zeros.
     pub zero_pages: u64,
+    /// Pages of which hashes were sent (source) or compared (destination): `verify`.
+    #[serde(default)]
+    pub verified_pages: u64,
     /// Pages of the present round that are still to be sent.
     pub remaining_pages: u64,
     /// Rounds that were begun.

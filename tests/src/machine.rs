@@ -190,6 +190,7 @@ impl Machine {
             // Where all is emulated a guest may write as fast as its memory can be copied.
             deadline_s: 60,
             at_deadline: AtDeadline::Stop,
+            verify: true,
             ..StartMigration::to(waiting.endpoint)
         };
         let begun = self.client().vms_migrate(&self.vm, &what).await?;

@@ -175,6 +175,7 @@ fn name(kind: u16, body: &[u8]) -> String {
         17 => "Zeros",
         18 => "End",
         19 => "Missing",
+        20 => "Hashes",
         32 => "Fault",
         _ => {
             let message = match ciborium::from_reader(body) {

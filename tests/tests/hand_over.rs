@@ -13,8 +13,8 @@ use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 use spec::{
-    AwaitMigration, MemoryMode, MigrationInfo, MigrationOutcome, MigrationPhase, ResolveMigration,
-    StartMigration, VmId, VmState,
+    AwaitMigration, MemoryMode, MigrationInfo, MigrationOutcome, MigrationPhase, MigrationSide,
+    ResolveMigration, StartMigration, VmId, VmState,
 };
 use tests::{Face, Frame, Proxy, Service, Side, Verdict, dirtier};
 use tokio::sync::Semaphore;
@@ -187,6 +187,7 @@ async fn begin(case: &Case) -> (Trial, Arc<Marks>) {
     let what = StartMigration {
         mode: case.mode,
         connections: Some(1),
+        verify: true,
         ..StartMigration::to(format!("unix:{}", sockets[0].display()))
     };
     let sent = name(&source.client().vms_migrate(&vm, &what).await.unwrap());
@@ -306,7 +307,14 @@ async fn run(case: Case) {
             };
             // A source that did not hear that the guest runs there does not know where it is.
             let stands = [MigrationPhase::PostcopyPaused, MigrationPhase::InDoubt];
-            until(left, id, |info| stands.contains(&info.phase)).await;
+            let info = until(left, id, |info| stands.contains(&info.phase)).await;
+            if info.phase == MigrationPhase::PostcopyPaused && info.side == MigrationSide::Source {
+                // The guest is not here, whatever became of it.
+                let shown = left.client().vms_info(vm).await.unwrap();
+                assert_eq!(shown.state, VmState::Paused);
+                let failure = shown.failure.map(|failure| failure.code);
+                assert_eq!(failure.as_deref(), Some("destination-lost"));
+            }
             if case.is_deleted {
                 left.client().vms_delete(vm).await.unwrap();
             } else {
@@ -357,7 +365,7 @@ fn case(from: Side, name: &'static str, nth: usize, blow: Blow, ends: Ends) -> C
 use Side::{Destination, Source};
 
 /// The frames of a precopy between the greeting and the answer to the last state.
-const BEFORE_READY: [(Side, &str, usize); 9] = [
+const BEFORE_READY: [(Side, &str, usize); 10] = [
     (Destination, "Welcome", 0),
     (Source, "Prepare", 0),
     (Destination, "Prepared", 0),
@@ -366,6 +374,7 @@ const BEFORE_READY: [(Side, &str, usize); 9] = [
     (Destination, "RoundDone", 0),
     (Source, "SavedState", 0),
     (Destination, "GuessLoaded", 0),
+    (Source, "Hashes", 0),
     (Source, "SavedState", 1),
 ];
 

@@ -12,6 +12,7 @@ use super::postcopy::PostcopyReceiver;
 use crate::link::{Closer, Stream};
 use crate::pages::{self, Block, Content};
 use crate::progress::Progress;
+use crate::verify::{Findings, Hashes};
 use crate::wire::{Kind, Reader, WireError};
 use crate::{MigrationError, PAGES_PATIENCE};
 
@@ -19,15 +20,19 @@ use crate::{MigrationError, PAGES_PATIENCE};
 pub(super) struct IncomingMemory {
     pub(super) blocks: Vec<Block>,
     /// Pages that were written here, block by block: all others are zeros.
-    touched: Vec<DirtyBitmap>,
+    pub(super) touched: Vec<DirtyBitmap>,
     /// Pages that come after the guest, as the source announced them.
     pub(super) missing: Mutex<Vec<DirtyBitmap>>,
     /// Set from when the guest may run without all of its pages.
     pub(super) receiver: OnceLock<PostcopyReceiver>,
+    /// The source sends hashes of all pages.
+    pub(super) verify: bool,
+    /// The result of comparing them.
+    pub(super) findings: Findings,
 }
 
 impl IncomingMemory {
-    pub(super) fn new(blocks: Vec<Block>) -> Self {
+    pub(super) fn new(blocks: Vec<Block>, verify: bool) -> Self {
         let bitmaps = || -> Vec<DirtyBitmap> {
             let bitmaps = blocks.iter().map(|block| {
                 let bitmap = DirtyBitmap::new(block.ram.len());
@@ -40,6 +45,8 @@ impl IncomingMemory {
             touched: bitmaps(),
             missing: Mutex::new(bitmaps()),
             receiver: OnceLock::new(),
+            verify,
+            findings: Findings::default(),
             blocks,
         }
     }
@@ -64,10 +71,15 @@ pub(super) struct Channels {
 }
 
 impl Channels {
-    pub(super) fn new(blocks: Vec<Block>, connections: u16, progress: Progress) -> Self {
+    pub(super) fn new(
+        blocks: Vec<Block>,
+        connections: u16,
+        verify: bool,
+        progress: Progress,
+    ) -> Self {
         let (ends, ended) = mpsc::channel();
         Self {
-            memory: Arc::new(IncomingMemory::new(blocks)),
+            memory: Arc::new(IncomingMemory::new(blocks, verify)),
             progress,
             ends,
             ended,
@@ -199,7 +211,9 @@ fn take_pages(
     progress: &Progress,
 ) {
     let mut reader = Reader::default();
-    let mut take = || take_frame(&mut reader, &mut *stream, memory, progress);
+    // In postcopy, hashes come ahead of their pages on the same channel.
+    let mut announced = Hashes::default();
+    let mut take = || take_frame(&mut reader, &mut *stream, memory, &mut announced, progress);
     loop {
         match take() {
             Ok(None) => {}
@@ -225,14 +239,25 @@ fn take_frame(
     reader: &mut Reader,
     stream: &mut dyn Stream,
     memory: &IncomingMemory,
+    announced: &mut Hashes,
     progress: &Progress,
 ) -> Result<Option<u32>, WireError> {
-    let allowed = [Kind::Pages, Kind::Zeros, Kind::Missing, Kind::End];
+    let allowed = [
+        Kind::Pages,
+        Kind::Zeros,
+        Kind::Missing,
+        Kind::Hashes,
+        Kind::End,
+    ];
     let (kind, body) = reader.read(stream, &allowed)?;
     if kind == Kind::End {
         let round = <[u8; 4]>::try_from(body);
         let round = round.map_err(|_| WireError::damaged("the end of a round has no number"))?;
         return Ok(Some(u32::from_le_bytes(round)));
+    }
+    if kind == Kind::Hashes {
+        *announced = memory.take_hashes(body, progress)?;
+        return Ok(None);
     }
     let content = match kind {
         Kind::Pages => Content::Data,
@@ -249,7 +274,7 @@ fn take_frame(
             let why = "pages are announced as missing after the guest was loaded";
             return Err(WireError::damaged(why));
         }
-        (_, Some(receiver)) => receiver.fill(&decoded)?,
+        (_, Some(receiver)) => memory.fill(receiver, &decoded, announced, progress)?,
         (_, None) => decoded.apply(&memory.blocks, &memory.touched),
     }
     let (count, bytes) = (decoded.count(), body.len() as u64);

@@ -220,6 +220,12 @@ impl Deciding<'_> {
                 session.ran.set(Ran::Yes);
                 let us = micros(runs.saturating_duration_since(start));
                 let told_us = micros(start.elapsed());
+                tracing::info!(
+                    migration = %self.guest.id,
+                    stop_us = micros(stood_for).saturating_add(us),
+                    paused,
+                    "migration: the guest runs here"
+                );
                 let told = self.tell(&ToSource::Running { us, told_us });
                 let heard = told.is_ok() && self.heard_complete();
                 let Self { guest, control, .. } = self;

@@ -48,10 +48,7 @@ impl<'a> Postcopy<'a> {
     pub(super) fn run(mut self) -> Result<Ended, Failed> {
         let progress = self.guest.session.progress;
         progress.enter(Phase::Postcopy);
-        loop {
-            let Err(error) = self.until_whole() else {
-                break;
-            };
+        while let Err(error) = self.until_whole() {
             self.disconnect(&error);
             // The VM was ended here: its last pages are of no use to anyone.
             if self.receiver()?.is_lost() {
@@ -92,6 +89,11 @@ impl<'a> Postcopy<'a> {
         let session = self.guest.session;
         let left = self.guest.postcopy().map_or(0, PostcopyReceiver::left);
         tracing::warn!(migration = %self.guest.id, %error, left, "the pages of a guest do not come");
+        if let (MigrationError::Here(why), Some(control)) = (error, &mut self.control) {
+            // Such as a page that is not what it should be: it is asked for again. A source that does
+            // not hear it sees that the connection ends.
+            let _ = control.send(&ToSource::Refused(why.clone()));
+        }
         if let Some(receiver) = self.guest.postcopy() {
             receiver.disconnect();
         }

@@ -197,8 +197,13 @@ impl PostcopyReceiver {
         }
     }
 
-    /// Pages came. Some may have been given back meanwhile.
-    pub(super) fn fill(&self, came: &Decoded<'_>) -> Result<(), WireError> {
+    /// Fills pages that came, if they are `admitted` (by page and content; absent: zeros). Some may have
+    /// been given back meanwhile.
+    pub(super) fn fill(
+        &self,
+        came: &Decoded<'_>,
+        mut admitted: impl FnMut(usize, Option<&[u8; PAGE]>) -> bool,
+    ) -> Result<(), WireError> {
         let Some(missing) = self.missing.get(came.block) else {
             return Ok(());
         };
@@ -207,7 +212,7 @@ impl PostcopyReceiver {
             return Ok(());
         }
         for (page, data) in came.pages() {
-            if !missing.is_dirty(page * PAGE) {
+            if !missing.is_dirty(page * PAGE) || !admitted(page, data) {
                 continue;
             }
             let fill = || match data {
@@ -387,7 +392,7 @@ mod tests {
         let body = pages::encode_missing(0, &[run]);
         let came = pages::decode(&body, &blocks, pages::Content::Zeros).unwrap();
         assert!(receiver.expect(0, 0), "it is missing");
-        receiver.fill(&came).unwrap();
+        receiver.fill(&came, |_, _| true).unwrap();
         assert!(!receiver.expect(0, 0), "it has come");
         assert!(receiver.waited.lock().is_empty());
     }

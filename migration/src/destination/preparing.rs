@@ -70,7 +70,8 @@ impl<'a> Preparing<'a> {
             }
         };
         let connections = offer.connections.clamp(1, MAX_CONNECTIONS);
-        let channels = Channels::new(target.blocks(), connections, session.progress.clone());
+        let progress = session.progress.clone();
+        let channels = Channels::new(target.blocks(), connections, offer.verify, progress);
         // From here on the machine is discarded, and its journal closed, whatever fails.
         let mut guest = Guest::new(session, id, target, journal, channels);
         if session.decision.is_canceled() {
@@ -98,6 +99,14 @@ impl<'a> Preparing<'a> {
             // Of sources that came before.
             report.error = None;
         });
+        tracing::info!(
+            migration = %id,
+            vm = offer.vm,
+            memory_bytes = memory,
+            connections,
+            verify = offer.verify,
+            "migration: the machine is made, memory arrives"
+        );
         Ok(Receiving::new(guest, control))
     }
 }
@@ -139,7 +148,8 @@ impl Session<'_> {
     ) -> Result<Control, MigrationError> {
         let adopted = stream
             .set_patience(self.patience)
-            .and_then(|()| stream.closer());
+            // A cancel does not keep this side from saying so.
+            .and_then(|()| stream.read_closer());
         let closer = adopted.map_err(|error| MigrationError::Wire(error.into()))?;
         self.decision.close_on_cancel(closer);
         Ok(Control::new(stream))

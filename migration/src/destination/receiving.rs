@@ -10,10 +10,10 @@ use super::postcopy::PostcopyReceiver;
 use super::router::Arrived;
 use super::{Destination, Failed, POLLS, Session, answer_ping};
 use crate::journal::{Journal, Step};
-use crate::message::{Control, ToDestination, ToSource};
+use crate::message::{Control, Refusal, ToDestination, ToSource};
 use crate::progress::{Phase, micros};
 use crate::wire::WireError;
-use crate::{KEEPALIVES, MigrationError};
+use crate::{ATTEMPTS, KEEPALIVES, MigrationError};
 
 /// A guest that is coming: its machine, its journal and its channels. Dropping it discards the
 /// machine, unless [`Guest::keep`] was called.
@@ -95,6 +95,7 @@ impl<'a> Receiving<'a> {
                 Ok(Ready::new(guest, control, since, paused, load_us))
             }
             Err(error) => {
+                let error = self.explain(error);
                 let why = match &error {
                     MigrationError::Here(why) => why.clone(),
                     other => other.refusal(),
@@ -108,6 +109,35 @@ impl<'a> Receiving<'a> {
         }
     }
 
+    /// Finds the reason why connections ended: a cancel here, or what the source says of it.
+    fn explain(&mut self, error: MigrationError) -> MigrationError {
+        match error {
+            _ if self.guest.session.decision.is_canceled() => MigrationError::Canceled,
+            MigrationError::Wire(error) => match self.last_words() {
+                Some(why) => MigrationError::There(why),
+                None => MigrationError::Wire(error),
+            },
+            other => other,
+        }
+    }
+
+    /// Returns why the source ended the migration, if it says so: one that closes its channels for
+    /// pages sends an `Abort` right behind that.
+    fn last_words(&mut self) -> Option<Refusal> {
+        let patience = self.guest.session.patience / ATTEMPTS;
+        self.control.stream.set_patience(patience).ok()?;
+        // A source that sends anything else for ever is cut off.
+        for _ in 0..ATTEMPTS {
+            match self.control.recv().ok()? {
+                ToDestination::Abort(why) => return Some(why),
+                // Sent before.
+                ToDestination::Ping(_) | ToDestination::Round(_) => {}
+                _ => return None,
+            }
+        }
+        None
+    }
+
     /// Returns since when the guest is paused at the source, whether its owner had paused it, and how
     /// long the load took.
     fn until_loaded(&mut self) -> Result<(Instant, bool, u64), MigrationError> {
@@ -118,6 +148,15 @@ impl<'a> Receiving<'a> {
                     self.guest.wait_round(round, &mut self.control)?;
                     let progress = self.guest.session.progress;
                     progress.update(|report| report.rounds = round);
+                    let report = progress.report();
+                    tracing::info!(
+                        migration = %self.guest.id,
+                        round,
+                        pages = report.pages,
+                        zero_pages = report.zero_pages,
+                        bytes = report.sent_bytes,
+                        "migration: a round arrived"
+                    );
                     self.control.send(&ToSource::RoundDone(round))?;
                 }
                 ToDestination::Guess => {
@@ -149,6 +188,7 @@ impl<'a> Receiving<'a> {
         session.progress.enter(Phase::Stopped);
         let state = self.control.recv_state()?;
         self.guest.wait_round(round, &mut self.control)?;
+        self.guest.channels.memory.check_all_compared()?;
         let start = Instant::now();
         if postcopy {
             self.expect_postcopy()?;
@@ -169,6 +209,12 @@ impl<'a> Receiving<'a> {
         }
         let written = self.guest.journal.record(Step::Ready);
         written.map_err(|error| MigrationError::here("journal", error))?;
+        tracing::info!(
+            migration = %self.guest.id,
+            load_us,
+            postcopy,
+            "migration: the guest can run here, the source decides"
+        );
         Ok((since, paused, load_us))
     }
 
@@ -285,6 +331,8 @@ impl Guest<'_> {
                 control.send(&ToSource::Busy)?;
             }
         }
-        Ok(())
+        let memory = &self.channels.memory;
+        let checked = memory.findings.check(&memory.blocks);
+        checked.map_err(MigrationError::Here)
     }
 }

@@ -1,10 +1,18 @@
-//! The point of no return, and what is behind it.
+//! The commit message and what follows it, and the way back before it.
+//!
+//! Before the commit point the source owns the guest, and every failure ends with the guest running
+//! here ([`Engine::stay`]). Behind it the source cannot know by itself where the guest is: a lost
+//! `Commit` and a lost answer look the same from here, and no timeout tells them apart. So the source
+//! does not resume the guest on its own, however long the silence. It asks over new connections
+//! until the destination states a fact (the guest runs there; or it never ran there and never will), or
+//! until an operator decides, who can look at the other host. That costs availability in a rare case
+//! and never a second copy, which would write to the same disks.
 
 use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
-use super::{Engine, Outcome, Stopped, dial_channel, disconnected};
+use super::{Engine, Outcome, Stopped, Whereabouts, dial_channel, disconnected};
 use crate::decision::{Doubt, Question, Resolution};
 use crate::journal::Step;
 use crate::link::Dial;
@@ -13,7 +21,8 @@ use crate::progress::{Phase, micros};
 use crate::wire::WireError;
 use crate::{ATTEMPTS, LINGER, MigrationError};
 
-/// A destination that may be ready for a guest that stays, and was not told so.
+/// A destination that may be ready for a guest that stays here, and has not heard that it stays. It
+/// waits for a decision, so the source keeps trying for a while after the migration is over here.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PendingAbort {
     id: Uuid,
@@ -22,8 +31,9 @@ pub struct PendingAbort {
 }
 
 impl PendingAbort {
-    /// Tells it, as soon as it can be reached, and gives up after a while: then it stands in doubt until
-    /// somebody decides. Whether it was told.
+    /// Sends the notice as soon as the destination can be reached, and gives up after
+    /// [`LINGER`] times `patience`: then the destination stays in doubt until its operator decides.
+    /// Returns whether the destination has the notice.
     pub fn send(&self, dial: &dyn Dial) -> bool {
         let until = Instant::now() + self.patience * LINGER;
         loop {
@@ -71,22 +81,26 @@ fn recv_abort_ack(control: &mut Control) -> bool {
 }
 
 impl Engine<'_, '_> {
-    /// The guest stays: it goes on if it was stopped, and the destination hears of it.
+    /// Keeps the guest here: resumes it if it was stopped, and then tells the destination. In this order,
+    /// because the guest waits; the destination does nothing without a `Commit`.
     pub(super) fn stay(&mut self, error: MigrationError) -> Outcome {
         let error = match error {
-            // Of the many ways in which it shows that connections were closed.
-            MigrationError::Wire(_) if self.sending.decision.is_canceled() => {
-                MigrationError::Canceled
-            }
-            MigrationError::Wire(error) => self
+            MigrationError::Wire(error) if !self.sending.decision.is_canceled() => self
                 .last_words()
                 .map_or(MigrationError::Wire(error), MigrationError::There),
             other => other,
         };
+        let is_theirs = matches!(error, MigrationError::There(_));
+        // A cancel shows in many ways: connections that it closed, or a machine that is gone because
+        // a request that ends it came with the cancel.
+        let error = if self.sending.decision.is_canceled() {
+            MigrationError::Canceled
+        } else {
+            error
+        };
         if let Some(fault_server) = self.fault_server.take() {
             drop(fault_server.end());
         }
-        let is_theirs = matches!(error, MigrationError::There(_));
         let mut why = error.refusal();
         tracing::warn!(migration = %self.sending.id, %why, "a guest stays where it is");
         if self.stopped.is_some()
@@ -104,7 +118,7 @@ impl Engine<'_, '_> {
         if let Err(error) = self.sending.journal.record(Step::Aborted) {
             tracing::warn!(%error, "a journal cannot be written");
         }
-        // One that did not hear it, and may be ready, waits for us.
+        // A destination that was sent the state may be ready and wait for the decision.
         let pending_abort = (!knows && self.stopped.is_some()).then(|| PendingAbort {
             id: self.sending.id,
             why: why.clone(),
@@ -113,7 +127,7 @@ impl Engine<'_, '_> {
         Outcome::Stayed { why, pending_abort }
     }
 
-    /// What was handed over may be held for a moment by who was to have it.
+    /// Resumes the guest. The destination may hold what was released for a moment longer.
     fn take_back(&mut self) -> Result<(), Refusal> {
         let patience = self.sending.policy.patience;
         let until = Instant::now() + patience;
@@ -127,7 +141,7 @@ impl Engine<'_, '_> {
         }
     }
 
-    /// Tells the destination that the guest stays. Whether it is certain that it knows.
+    /// Tells the destination that the guest stays. Returns whether it is certain that it knows.
     fn abort(&mut self, why: &Refusal) -> bool {
         let patience = self.sending.policy.patience / ATTEMPTS;
         let Some(control) = &mut self.control else {
@@ -154,8 +168,8 @@ impl Engine<'_, '_> {
         }
     }
 
-    /// The guest is given away: this ends when it is certain that it runs there, or that it never
-    /// did and never will.
+    /// Sends the commit message, and returns when it is certain that the guest runs there, or that it
+    /// never did and never will.
     pub(super) fn after_commit(&mut self) -> Outcome {
         let progress = self.sending.progress.clone();
         progress.enter(Phase::HandingOver);
@@ -182,7 +196,7 @@ impl Engine<'_, '_> {
                     self.downtime.total_us = micros(all.saturating_sub(no_part));
                     let downtime = self.downtime;
                     progress.update(|report| report.downtime = Some(downtime));
-                    // So that it need not wait for us to ask again.
+                    // The destination need not linger for a source that asks again.
                     let told = self.send(&ToDestination::Complete);
                     if self.fault_server.is_some() {
                         drop(question);
@@ -194,7 +208,7 @@ impl Engine<'_, '_> {
                     return self.moved();
                 }
                 Ok(ToSource::Ended) => return self.moved(),
-                // It runs there, we did not hear of it, and it waits for pages.
+                // The guest runs there, the answer was lost, and it waits for pages.
                 Ok(ToSource::StillMissing { .. } | ToSource::Prepared { .. })
                     if self.fault_server.is_some() =>
                 {
@@ -228,7 +242,7 @@ impl Engine<'_, '_> {
     fn enter_doubt(&mut self, error: &MigrationError) {
         self.control = None;
         if self.sending.progress.report().phase != Phase::InDoubt {
-            self.source.doubt();
+            self.source.show(&Whereabouts::Unknown);
         }
         self.sending.progress.update(|report| {
             report.phase = Phase::InDoubt;
@@ -245,13 +259,15 @@ impl Engine<'_, '_> {
         Ok(self.control.as_mut().ok_or_else(disconnected)?.recv()?)
     }
 
-    /// Over a new connection.
+    /// Asks over a new connection. The destination answers with what became of the guest, or
+    /// `Waiting`: then it never read the first `Commit`, and gets another.
     fn retry_commit(&mut self, stopped: Stopped) -> Result<ToSource, MigrationError> {
         let stream = self.connect(Channel::Again)?;
         self.control = Some(Control::new(stream));
         match self.control.as_mut().ok_or_else(disconnected)?.recv()? {
             ToSource::Waiting => self.send_commit(stopped),
-            // It does not know of this migration. That is no answer.
+            // A destination that does not know this migration states nothing about the guest: it may have
+            // lost its journal, or be another service at the same address.
             ToSource::Refused(why) => Err(MigrationError::There(why)),
             other => Ok(other),
         }

@@ -6,11 +6,12 @@ use std::time::Instant;
 
 use parking_lot::Mutex;
 
-use super::{Engine, dial_channel, disconnected, keepalive};
+use super::{Engine, Whereabouts, dial_channel, disconnected, keepalive};
 use crate::decision::{Doubt, Question, Resolution};
 use crate::link::{Closer, Stream};
 use crate::message::{Channel, Control, Hello, ToDestination, ToSource};
 use crate::pages::{self, BATCH, Block, Run};
+use crate::policy::MAX_CONNECTIONS;
 use crate::progress::{Phase, Progress};
 use crate::sender::{FaultPriority, Pacer, Ram, batches, count, on_all};
 use crate::wire::{Kind, Reader, WireError};
@@ -118,6 +119,9 @@ impl Engine<'_, '_> {
     /// for those that are waited for.
     pub(super) fn serve_faults(&mut self) -> Result<(), MigrationError> {
         let faults = self.connect(Channel::Faults)?;
+        let announces = self.verify;
+        let rams = self.rams.iter_mut();
+        rams.for_each(|ram| ram.announces_hashes = announces);
         let ram = self.rams.pop().ok_or_else(disconnected)?;
         let fault_server = FaultServer::start(
             faults,
@@ -148,6 +152,9 @@ impl Engine<'_, '_> {
                 report.phase = Phase::PostcopyPaused;
                 report.error = Some(error.refusal());
             });
+            if was != Phase::PostcopyPaused {
+                self.source.show(&Whereabouts::OutOfReach(error.refusal()));
+            }
             let wait = self.sending.policy.patience / ATTEMPTS;
             if open.wait(wait) == Some(Resolution::Discard) {
                 return;
@@ -172,6 +179,8 @@ impl Engine<'_, '_> {
 
     fn push(&mut self, progress: &Progress) -> Result<(), MigrationError> {
         progress.enter(Phase::Postcopy);
+        // Not before it is known: a VM that is shown as running here must not run there as well.
+        self.source.show(&Whereabouts::AtDestination);
         let left: Vec<_> = self
             .blocks
             .iter()
@@ -239,8 +248,12 @@ impl Engine<'_, '_> {
                 }
             }
         };
-        for index in 0..connections {
-            self.rams.push(Ram::new(dial(Channel::Ram { index })?));
+        // The number comes from the other side. Fewer than two do not do: one channel carries the
+        // pages that are waited for, and none would be left for the others.
+        for index in 0..connections.clamp(2, MAX_CONNECTIONS) {
+            let mut ram = Ram::new(dial(Channel::Ram { index })?);
+            ram.announces_hashes = self.verify;
+            self.rams.push(ram);
         }
         let faults = dial(Channel::Faults)?;
         let ram = self.rams.pop().ok_or_else(disconnected)?;

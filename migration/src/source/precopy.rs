@@ -40,6 +40,17 @@ impl Engine<'_, '_> {
                 report.dirty_pages_per_second = per_second(dirty, span);
                 report.predicted_downtime_us = Some(micros(predicted));
             });
+            tracing::info!(
+                migration = %self.sending.id,
+                round,
+                pages = before,
+                bytes_per_second = self.measured.per_second,
+                dirty_pages = dirty,
+                dirty_pages_per_second = per_second(dirty, span),
+                predicted_ms = predicted.as_millis() as u64,
+                throttle_percent = throttle,
+                "migration: a round was copied"
+            );
             let situation = Situation {
                 round,
                 dirty,
@@ -96,8 +107,7 @@ impl Engine<'_, '_> {
     ) -> Result<(), MigrationError> {
         let start = Instant::now();
         let sent = self.send_pages(round, pending, cut)?;
-        self.send(&ToDestination::Round(round))?;
-        self.expect(|answer| (*answer == ToSource::RoundDone(round)).then_some(()))?;
+        self.finish_round(round)?;
         let span = start.elapsed();
         let speed = per_second(sent, span).max(1 << 20);
         // What little there was, or the looking for zeros, says nothing of how fast much would be;
@@ -110,6 +120,12 @@ impl Engine<'_, '_> {
                 .update(|report| report.bytes_per_second = speed);
         }
         Ok(())
+    }
+
+    /// Waits until all pages of a round are in the destination's memory.
+    pub(super) fn finish_round(&mut self, round: u32) -> Result<(), MigrationError> {
+        self.send(&ToDestination::Round(round))?;
+        self.expect(|answer| (*answer == ToSource::RoundDone(round)).then_some(()))
     }
 
     /// Sends pages over all channels, and the end of the round over each. Gives the bytes.

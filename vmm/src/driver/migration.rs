@@ -13,7 +13,7 @@ use ::devices::pci::Bdf;
 use control::{Category, RequestError, Verb};
 use hypervisor::MemSlots;
 use memory::{Pages, RamBlock};
-use migration::{Decision, Progress, Refusal, Stopped};
+use migration::{Decision, Progress, Refusal, Stopped, Whereabouts};
 use spec::{Failure, VmConfig, VmState};
 
 use super::consoles::Consoles;
@@ -102,23 +102,59 @@ impl Caller {
 /// A guest that is moving away.
 pub(super) struct Leaving {
     decision: Decision,
-    /// It stands because it moves; it ran before if this says so.
-    is_stopped: bool,
-    ran: bool,
-    handed_over: bool,
-    /// It stays, and what it needs to go on could not be taken back.
-    is_stranded: bool,
+    course: Course,
+}
+
+/// How far a guest that moves away has come. `ran` says whether it ran before it was stopped: a guest
+/// that its owner had paused stays paused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Course {
+    /// Its memory is copied; the guest runs or is paused as its owner wants it.
+    Copying,
+    /// The migration has stopped it.
+    Stopped { ran: bool },
+    /// What only one machine may hold (locks, paths of sockets) was released.
+    HandedOver { ran: bool },
+    /// The guest stays, and what was released could not be taken back, or the vCPUs did not start. It is
+    /// paused; `resume` tries again from where this failed.
+    Stranded { ran: bool, is_handed_over: bool },
+}
+
+impl Course {
+    /// Whether the guest is stopped because it moves.
+    fn is_stopped(self) -> bool {
+        match self {
+            Self::Copying => false,
+            Self::Stopped { .. } | Self::HandedOver { .. } | Self::Stranded { .. } => true,
+        }
+    }
+
+    /// Whether the guest ran and must run again if it stays.
+    fn must_resume(self) -> bool {
+        match self {
+            Self::Copying => false,
+            Self::Stopped { ran } | Self::HandedOver { ran } | Self::Stranded { ran, .. } => ran,
+        }
+    }
+
+    fn is_handed_over(self) -> bool {
+        match self {
+            Self::Copying | Self::Stopped { .. } => false,
+            Self::HandedOver { .. } => true,
+            Self::Stranded { is_handed_over, .. } => is_handed_over,
+        }
+    }
 }
 
 impl Leaving {
-    /// It stands because it moves.
+    /// Whether the guest is stopped because it moves.
     pub(super) fn is_stopped(&self) -> bool {
-        self.is_stopped
+        self.course.is_stopped()
     }
 
-    /// It stays, and does not run, because it lacks what it needs.
+    /// Whether the guest stays and is paused because it lacks what it needs.
     pub(super) fn is_stranded(&self) -> bool {
-        self.is_stranded
+        matches!(self.course, Course::Stranded { .. })
     }
 }
 
@@ -185,22 +221,22 @@ impl Driver {
             ));
         }
         let leaving = self.leaving.as_ref()?;
+        let is_stopped = leaving.is_stopped();
         match verb {
-            Verb::MemoryMap => None,
-            Verb::Reboot | Verb::Shutdown | Verb::Delete if !leaving.is_stopped => {
-                match leaving.decision.cancel() {
-                    Ok(()) => None,
-                    Err(late) => refuse(&late.to_string()),
-                }
-            }
-            // It is over, and could not be taken back: this may work by now.
-            Verb::Resume if leaving.is_stranded => None,
-            Verb::Shutdown | Verb::Delete if leaving.is_stranded => None,
-            _ if leaving.is_stopped => refuse("its guest is being handed over to another service"),
+            Verb::MemoryMap | Verb::Counters => None,
+            // The migration is over and the guest is stranded: this may work by now.
+            Verb::Resume | Verb::Shutdown | Verb::Delete if leaving.is_stranded() => None,
+            _ if is_stopped => refuse("its guest is being handed over to another service"),
+            Verb::Reboot | Verb::Shutdown | Verb::Delete => match leaving.decision.cancel() {
+                Ok(()) => None,
+                Err(late) => refuse(&late.to_string()),
+            },
             Verb::AddDevice | Verb::RemoveDevice | Verb::Resize | Verb::ResizeDisk => {
-                refuse("its guest is moving to another service; call the migration off first")
+                refuse("its guest is moving to another service; cancel the migration first")
             }
-            _ => None,
+            // Neither changes what the destination was told of the machine. A new verb belongs here
+            // only if that is true of it.
+            Verb::Boot | Verb::Pause | Verb::Resume | Verb::PowerButton | Verb::Nmi => None,
         }
     }
 
@@ -246,10 +282,7 @@ impl Driver {
         self.progress = Some(progress.clone());
         self.leaving = Some(Leaving {
             decision: decision.clone(),
-            is_stopped: false,
-            ran: false,
-            handed_over: false,
-            is_stranded: false,
+            course: Course::Copying,
         });
         Ok(departure)
     }
@@ -293,8 +326,7 @@ impl Driver {
         };
         self.lend(stop, move |driver, stopped, _| {
             if let (Ok(_), Some(leaving)) = (&stopped, &mut driver.leaving) {
-                leaving.is_stopped = true;
-                leaving.ran = !was_paused;
+                leaving.course = Course::Stopped { ran: !was_paused };
             }
             let late = |late: NotParked| Refusal::new("does-not-stop", late.to_string());
             // The engine may have gone.
@@ -316,7 +348,10 @@ impl Driver {
     /// Releases the locks: the guest is given away.
     pub(crate) fn hand_over(&mut self) -> Result<(), Refusal> {
         if let Some(leaving) = &mut self.leaving {
-            leaving.handed_over = true;
+            // Before it is tried: what failed half-way must be taken back as well.
+            leaving.course = Course::HandedOver {
+                ran: leaving.course.must_resume(),
+            };
         }
         self.consoles.hand_over();
         self.on()?.hand_over();
@@ -330,10 +365,13 @@ impl Driver {
         };
         let stayed = self.take_back(&mut leaving);
         match &stayed {
-            Ok(()) if leaving.is_stopped && leaving.ran => self.show(VmState::Running),
+            Ok(()) if leaving.course.must_resume() => self.show(VmState::Running),
             Ok(()) => {}
             Err(_) => {
-                leaving.is_stranded = true;
+                leaving.course = Course::Stranded {
+                    ran: leaving.course.must_resume(),
+                    is_handed_over: leaving.course.is_handed_over(),
+                };
                 self.leaving = Some(leaving);
                 self.show(VmState::Paused);
             }
@@ -341,20 +379,23 @@ impl Driver {
         stayed
     }
 
+    /// Undoes what was done to the guest, last step first: locks and paths must be held again before
+    /// it runs, or two machines could write to one disk.
     fn take_back(&mut self, leaving: &mut Leaving) -> Result<(), Refusal> {
-        if leaving.handed_over {
+        if leaving.course.is_handed_over() {
             self.consoles
                 .take_over()
                 .map_err(|error| Refusal::new("cannot-be-taken-back", error.to_string()))?;
         }
         let active = self.on()?;
-        if leaving.handed_over {
+        let ran = leaving.course.must_resume();
+        if leaving.course.is_handed_over() {
             active
                 .take_over()
                 .map_err(refused("cannot-be-taken-back"))?;
-            leaving.handed_over = false;
+            leaving.course = Course::Stopped { ran };
         }
-        if leaving.is_stopped && leaving.ran {
+        if ran {
             active
                 .resume()
                 .map_err(|error| Refusal::new("cannot-go-on", error.to_string()))?;
@@ -368,11 +409,25 @@ impl Driver {
         }
     }
 
-    /// Nobody knows whether the guest runs elsewhere; here it stands, for as long as that takes.
-    pub(crate) fn doubt(&mut self) {
-        if self.leaving.is_some() {
-            self.show(VmState::Paused);
+    /// Shows a VM whose guest was given away: it does not run here, wherever it is.
+    pub(crate) fn show_whereabouts(&mut self, guest: &Whereabouts) {
+        if self.leaving.is_none() {
+            return;
         }
+        let failure = match guest {
+            Whereabouts::Unknown | Whereabouts::AtDestination => None,
+            Whereabouts::OutOfReach(why) => Some(Failure {
+                code: "destination-lost".to_owned(),
+                detail: format!(
+                    "the guest moved, and the destination cannot be reached while pages of it are still here ({why}): it is lost unless the destination still runs; `resolve-migration ID discard` ends the VM here"
+                ),
+                vcpu: None,
+            }),
+        };
+        self.publisher.update(|status| {
+            status.state = VmState::Paused;
+            status.failure = failure;
+        });
     }
 
     /// Adds to the failure of a guest which phase and round its migration is in, if one is in progress.

@@ -89,6 +89,7 @@ fn info(id: Uuid, side: Side, steps: &[Entry], last: &Entry) -> MigrationInfo {
         sent_bytes: 0,
         pages: 0,
         zero_pages: 0,
+        verified_pages: 0,
         remaining_pages: 0,
         rounds: 0,
         dirty_pages_per_second: 0,

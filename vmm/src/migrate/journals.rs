@@ -5,6 +5,10 @@ use std::path::{Path, PathBuf};
 use control::{Category, RequestError};
 use migration::{FileJournal, Journal, NoJournal, Side};
 
+/// Journals that are kept at most, of both sides together. The oldest go first: a peer that asks for a
+/// migration of which there is no journal hears that it is unknown, and stays in doubt.
+const MOST: usize = 1000;
+
 /// Opens and removes journals.
 #[derive(Clone, Debug)]
 pub(crate) struct Journals(Option<PathBuf>);
@@ -29,7 +33,14 @@ impl Journals {
         vm: &str,
     ) -> std::io::Result<Box<dyn Journal>> {
         match &self.0 {
-            Some(dir) => Ok(Box::new(FileJournal::create(dir, id, side, vm)?)),
+            Some(dir) => {
+                let journal = FileJournal::create(dir, id, side, vm)?;
+                // A full directory does not keep a guest from moving.
+                if let Err(error) = FileJournal::prune(dir, MOST) {
+                    tracing::warn!(%error, "old journals of migrations cannot be removed");
+                }
+                Ok(Box::new(journal))
+            }
             None => Ok(Box::new(NoJournal)),
         }
     }

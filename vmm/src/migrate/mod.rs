@@ -106,6 +106,32 @@ impl Drop for OverWhenDropped {
     }
 }
 
+impl ActiveMigration {
+    /// Logs what came of the migration: the last line that it leaves.
+    fn log_end(&self) {
+        let report = self.progress.report();
+        let vm = self.vm.lock().clone();
+        tracing::info!(
+            migration = %self.id,
+            side = ?self.side,
+            vm = vm.as_ref().map(VmId::as_str),
+            endpoint = self.endpoint,
+            phase = %phase(report.phase),
+            elapsed_us = report.elapsed_us,
+            memory_bytes = report.memory_bytes,
+            sent_bytes = report.sent_bytes,
+            pages = report.pages,
+            zero_pages = report.zero_pages,
+            verified_pages = report.verified_pages,
+            rounds = report.rounds,
+            predicted_downtime_us = report.predicted_downtime_us,
+            downtime_us = report.downtime.map(|downtime| downtime.total_us),
+            error = report.error.map(|error| error.to_string()),
+            "migration: ends"
+        );
+    }
+}
+
 pub(crate) fn phase(phase: Phase) -> MigrationPhase {
     match phase {
         Phase::Connecting => MigrationPhase::Connecting,
@@ -142,6 +168,7 @@ impl Migration for ActiveMigration {
             sent_bytes: report.sent_bytes,
             pages: report.pages,
             zero_pages: report.zero_pages,
+            verified_pages: report.verified_pages,
             remaining_pages: report.remaining_pages,
             rounds: report.rounds,
             dirty_pages_per_second: report.dirty_pages_per_second,
@@ -157,6 +184,7 @@ impl Migration for ActiveMigration {
                 transfer_us: downtime.transfer_us,
                 load_us: downtime.load_us,
                 hand_over_us: downtime.hand_over_us,
+                verify_us: downtime.verify_us,
                 pages: downtime.pages,
             }),
             faults: report.faults,
@@ -254,6 +282,11 @@ fn policy(what: &StartMigration) -> Result<Policy, RequestError> {
         connections: what.connections,
         max_bandwidth: what.max_bandwidth,
         local: what.local,
+        verify: what.verify,
+        stop_limit: match what.stop_limit_ms {
+            Some(limit) => Some(Duration::from_millis(positive("stop_limit_ms", limit)?)),
+            None => None,
+        },
         ..Policy::default()
     })
 }
@@ -300,6 +333,16 @@ impl Migrate for Pool {
             .map_err(|error| Journals::unwritable(&error))?;
         let (registry, ours) = (registry.clone(), Arc::clone(&moving));
         start("migrate-out", move || {
+            let memory = departure.ram.len();
+            tracing::info!(
+                migration = %ours.id,
+                vm = id.as_str(),
+                endpoint = ours.endpoint,
+                mode = ?policy.mode,
+                memory_bytes = memory,
+                verify = policy.verify,
+                "migration: begins"
+            );
             let mut leaving = SourceVm::new(id.clone(), departure);
             let sending = Sending {
                 id: ours.id,
@@ -309,7 +352,9 @@ impl Migrate for Pool {
                 progress: &ours.progress,
                 decision: &ours.decision,
             };
-            match send(sending, &mut leaving) {
+            let outcome = send(sending, &mut leaving);
+            ours.log_end();
+            match outcome {
                 Outcome::Moved => {
                     let detail = format!("to {}", ours.endpoint);
                     registry.forget(&id, "migrated", Some(detail));
@@ -373,15 +418,21 @@ impl Migrate for Pool {
                 host: &host,
                 progress: &ours.progress,
                 decision: &ours.decision,
-                limit: &*limit,
+                limit: &limit,
                 once,
                 patience: Policy::default().patience,
                 lingers: &|| {
                     ours.over.send_replace(true);
                 },
             };
+            tracing::info!(
+                migration = %ours.id,
+                endpoint = ours.endpoint,
+                "migration: waits for a source"
+            );
             // What went wrong is in the report.
             let _ = receive(receiving);
+            ours.log_end();
             // Before clients hear that it is over: they may wait at the same endpoint again.
             drop(accept);
         })?;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 
-use migration::{Block, BlockInfo, Offer, Refusal, Source, Stopped};
+use migration::{Block, BlockInfo, Offer, Refusal, Source, Stopped, Whereabouts};
 use spec::VmId;
 
 use super::{MachineOffer, OFFER_VERSION, RAM, rows};
@@ -65,6 +65,7 @@ impl Source for SourceVm {
             connections: 1,
             postcopy: false,
             given: false,
+            verify: false,
         })
     }
 
@@ -132,9 +133,13 @@ impl Source for SourceVm {
         self.departure.caller.attempt(Driver::hand_over)
     }
 
-    fn doubt(&mut self) {
+    fn show(&mut self, guest: &Whereabouts) {
+        let guest = guest.clone();
         // If the machine is gone, there is nothing to show.
-        let _ = self.departure.caller.call(|driver, _| driver.doubt());
+        let _ = self
+            .departure
+            .caller
+            .call(move |driver, _| driver.show_whereabouts(&guest));
     }
 
     fn resume(&mut self) -> Result<(), Refusal> {

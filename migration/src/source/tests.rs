@@ -1,0 +1,410 @@
+//! A source whose destination is slow, older, or misbehaves. What passes between them is written by
+//! hand, message by message.
+
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::thread;
+use std::time::Duration;
+
+use memory::{RamBlock, RamConfig};
+use parking_lot::Mutex;
+use uuid::Uuid;
+
+use super::*;
+use crate::message::{BlockInfo, recv_hello};
+use crate::pages::PAGE;
+
+const PAGES: usize = 4;
+
+struct Pipe(Mutex<Sender<UnixStream>>);
+
+impl Dial for Pipe {
+    fn dial(&self) -> io::Result<Box<dyn Stream>> {
+        let (near, far) = UnixStream::pair()?;
+        let sent = self.0.lock().send(far);
+        sent.map_err(|_| io::ErrorKind::ConnectionRefused)?;
+        Ok(Box::new(near))
+    }
+}
+
+/// A guest of memory alone, which notes what is done with it.
+struct Guest {
+    ram: Arc<RamBlock>,
+    runs: bool,
+    shown: Vec<Whereabouts>,
+}
+
+impl Source for Guest {
+    fn offer(&mut self) -> Result<Offer, Refusal> {
+        Ok(Offer {
+            vm: "guest".to_owned(),
+            machine: serde_bytes::ByteBuf::new(),
+            blocks: vec![BlockInfo {
+                name: "ram".to_owned(),
+                size: (PAGES * PAGE) as u64,
+            }],
+            connections: 1,
+            postcopy: false,
+            given: false,
+            verify: false,
+        })
+    }
+
+    fn blocks(&self) -> Vec<Block> {
+        vec![Block {
+            name: "ram".to_owned(),
+            ram: Arc::clone(&self.ram),
+        }]
+    }
+
+    fn start_tracking(&mut self) -> Result<(), Refusal> {
+        self.ram.dirty().set_enabled(true);
+        self.ram.dirty().mark_all();
+        Ok(())
+    }
+
+    fn stop_tracking(&mut self) -> Result<(), Refusal> {
+        Ok(())
+    }
+
+    fn harvest(&mut self) -> Result<(), Refusal> {
+        Ok(())
+    }
+
+    fn throttle(&mut self, _: u8) {}
+
+    fn dry_run(&mut self) -> Result<Vec<u8>, Refusal> {
+        Ok(vec![1])
+    }
+
+    fn pre_sync(&mut self) {}
+
+    fn stop(&mut self) -> Result<Stopped, Refusal> {
+        self.runs = false;
+        Ok(Stopped {
+            was_paused: false,
+            clocks_at: Instant::now(),
+        })
+    }
+
+    fn save(&mut self) -> Result<Vec<u8>, Refusal> {
+        Ok(vec![2])
+    }
+
+    fn flush(&mut self) -> Result<(), Refusal> {
+        Ok(())
+    }
+
+    fn hand_over(&mut self) -> Result<(), Refusal> {
+        Ok(())
+    }
+
+    fn show(&mut self, guest: &Whereabouts) {
+        self.shown.push(guest.clone());
+    }
+
+    fn resume(&mut self) -> Result<(), Refusal> {
+        self.runs = true;
+        Ok(())
+    }
+
+    fn gone(&mut self) {}
+}
+
+/// Fails at one step.
+struct Unwritable(Option<Step>);
+
+impl Journal for Unwritable {
+    fn record(&mut self, step: Step) -> io::Result<()> {
+        if Some(step) == self.0 {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        Ok(())
+    }
+}
+
+/// The other side, written by hand.
+struct Peer {
+    dialed: Receiver<UnixStream>,
+    control: Control,
+    channels: Vec<UnixStream>,
+}
+
+impl Peer {
+    fn next(dialed: &Receiver<UnixStream>) -> Option<(Channel, UnixStream)> {
+        let mut stream = dialed.recv_timeout(Duration::from_secs(10)).ok()?;
+        stream.set_patience(Duration::from_secs(10)).unwrap();
+        let hello = recv_hello(&mut stream).ok()?;
+        Some((hello.channel, stream))
+    }
+
+    fn welcome(dialed: Receiver<UnixStream>, version: u32) -> Self {
+        let (channel, stream) = Self::next(&dialed).unwrap();
+        assert_eq!(channel, Channel::Control);
+        let mut peer = Self {
+            dialed,
+            control: Control::new(Box::new(stream)),
+            channels: Vec::new(),
+        };
+        peer.say(&ToSource::Welcome { version });
+        peer
+    }
+
+    fn say(&mut self, message: &ToSource) {
+        self.control.send(message).unwrap();
+    }
+
+    /// The next message that is no sign of life.
+    fn hear(&mut self) -> ToDestination {
+        loop {
+            match self.control.recv().unwrap() {
+                ToDestination::Ping(number) => self.say(&ToSource::Pong(number)),
+                other => return other,
+            }
+        }
+    }
+
+    /// Why the source ended it.
+    fn hear_abort(&mut self) -> String {
+        loop {
+            if let ToDestination::Abort(why) = self.control.recv().unwrap() {
+                return why.code;
+            }
+        }
+    }
+
+    fn prepare(&mut self, connections: u16, postcopy: bool) -> Offer {
+        let ToDestination::Prepare(offer) = self.hear() else {
+            panic!("no offer");
+        };
+        self.say(&ToSource::Prepared {
+            connections,
+            postcopy,
+        });
+        *offer
+    }
+
+    fn accept(&mut self) -> Channel {
+        let (channel, stream) = Self::next(&self.dialed).unwrap();
+        self.channels.push(stream);
+        channel
+    }
+
+    /// Up to the answer to the last state.
+    fn until_state(&mut self) {
+        loop {
+            match self.hear() {
+                ToDestination::Guess => {
+                    self.control.recv_state().unwrap();
+                    self.say(&ToSource::GuessLoaded { us: 1 });
+                }
+                ToDestination::Round(round) => self.say(&ToSource::RoundDone(round)),
+                ToDestination::State { postcopy, .. } => {
+                    self.control.recv_state().unwrap();
+                    if postcopy {
+                        assert_eq!(self.accept(), Channel::Faults);
+                    }
+                    return;
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    fn until_committed(&mut self) {
+        self.until_state();
+        self.say(&ToSource::Ready { load_us: 1 });
+        assert!(matches!(self.hear(), ToDestination::Commit { .. }));
+    }
+}
+
+fn policy() -> Policy {
+    Policy {
+        patience: Duration::from_secs(3),
+        connections: Some(1),
+        ..Policy::default()
+    }
+}
+
+/// Migrates to `peer`, which has a thread of its own.
+fn migrate(
+    policy: &Policy,
+    fails_at: Option<Step>,
+    peer: impl FnOnce(Receiver<UnixStream>, Decision) + Send + 'static,
+) -> (Outcome, Guest) {
+    let (to, dialed) = mpsc::channel();
+    let size = (PAGES * PAGE) as u64;
+    let mut guest = Guest {
+        ram: Arc::new(RamBlock::new(&RamConfig::anonymous(size)).unwrap()),
+        runs: true,
+        shown: Vec::new(),
+    };
+    let decision = Decision::default();
+    let theirs = decision.clone();
+    let peer = thread::spawn(move || peer(dialed, theirs));
+    let sending = Sending {
+        id: Uuid::from_u128(1),
+        policy,
+        dial: &Pipe(Mutex::new(to)),
+        journal: &mut Unwritable(fails_at),
+        progress: &Progress::default(),
+        decision: &decision,
+    };
+    let outcome = send(sending, &mut guest);
+    peer.join().unwrap();
+    (outcome, guest)
+}
+
+fn stayed(outcome: &Outcome) -> &str {
+    match outcome {
+        Outcome::Stayed { why, .. } => &why.code,
+        Outcome::Moved => panic!("it moved"),
+    }
+}
+
+#[test]
+fn a_destination_that_is_busy_for_ever_does_not_hold_the_guest() {
+    let policy = Policy {
+        stop_limit: Some(Duration::from_millis(200)),
+        ..policy()
+    };
+    let (outcome, guest) = migrate(&policy, None, |dialed, _| {
+        let mut peer = Peer::welcome(dialed, 1);
+        peer.prepare(1, false);
+        peer.accept();
+        peer.until_state();
+        while peer.control.send(&ToSource::Busy).is_ok() {
+            thread::sleep(Duration::from_millis(10));
+        }
+        assert_eq!(peer.hear_abort(), "stop-too-long");
+    });
+    assert_eq!(stayed(&outcome), "stop-too-long");
+    assert!(guest.runs);
+}
+
+#[test]
+fn channels_are_as_many_as_asked_for_at_most() {
+    for (offered, made) in [(u16::MAX, 3), (0, 1)] {
+        let policy = Policy {
+            connections: Some(3),
+            ..policy()
+        };
+        let (outcome, guest) = migrate(&policy, None, move |dialed, _| {
+            let mut peer = Peer::welcome(dialed, 1);
+            peer.prepare(offered, false);
+            for index in 0..made {
+                assert_eq!(peer.accept(), Channel::Ram { index });
+            }
+            // No more come: the source continues.
+            peer.until_committed();
+            peer.say(&ToSource::NotHere(Refusal::new("test", "")));
+            assert!(peer.dialed.try_recv().is_err());
+        });
+        assert_eq!(stayed(&outcome), "test");
+        assert!(guest.runs);
+    }
+}
+
+/// In postcopy, too, when connections are made again; and the VM is shown for what it is meanwhile.
+#[test]
+fn a_guest_in_postcopy_is_out_of_reach_and_its_channels_are_limited() {
+    let policy = Policy {
+        mode: Mode::Postcopy,
+        ..policy()
+    };
+    let (outcome, guest) = migrate(&policy, None, |dialed, _| {
+        let mut peer = Peer::welcome(dialed, 2);
+        peer.prepare(2, true);
+        peer.accept();
+        peer.accept();
+        peer.until_committed();
+        peer.say(&ToSource::Running { us: 1, told_us: 1 });
+        let Peer { dialed, .. } = peer;
+        for (offered, made) in [(u16::MAX, 16), (0, 2)] {
+            let (channel, stream) = Peer::next(&dialed).unwrap();
+            assert_eq!(channel, Channel::Again);
+            let mut control = Control::new(Box::new(stream));
+            let prepared = ToSource::Prepared {
+                connections: offered,
+                postcopy: true,
+            };
+            control.send(&prepared).unwrap();
+            let mut channels = Vec::new();
+            for index in 0..made {
+                let (channel, stream) = Peer::next(&dialed).unwrap();
+                assert_eq!(channel, Channel::Ram { index });
+                channels.push(stream);
+            }
+            assert_eq!(Peer::next(&dialed).unwrap().0, Channel::Faults);
+        }
+        let (_, stream) = Peer::next(&dialed).unwrap();
+        let mut control = Control::new(Box::new(stream));
+        control.send(&ToSource::Ended).unwrap();
+    });
+    assert_eq!(outcome, Outcome::Moved);
+    assert!(!guest.runs);
+    let is_lost = |shown: &Whereabouts| matches!(shown, Whereabouts::OutOfReach(_));
+    assert_eq!(guest.shown.first(), Some(&Whereabouts::AtDestination));
+    assert!(is_lost(&guest.shown[1]), "{:?}", guest.shown);
+    assert!(is_lost(guest.shown.last().unwrap()), "{:?}", guest.shown);
+}
+
+#[test]
+fn verify_needs_a_destination_that_knows_it() {
+    let policy = Policy {
+        verify: true,
+        ..policy()
+    };
+    let (outcome, guest) = migrate(&policy, None, |dialed, _| {
+        let mut peer = Peer::welcome(dialed, 1);
+        assert_eq!(peer.hear_abort(), "verify-unsupported");
+    });
+    assert_eq!(stayed(&outcome), "verify-unsupported");
+    assert!(guest.runs);
+    migrate(&policy, None, |dialed, _| {
+        let mut peer = Peer::welcome(dialed, 2);
+        assert!(peer.prepare(1, false).verify);
+    });
+}
+
+#[test]
+fn a_source_without_a_journal_says_so_at_once() {
+    let (outcome, _) = migrate(&policy(), Some(Step::Prepare), |dialed, _| {
+        let mut peer = Peer::welcome(dialed, 2);
+        // In place of an offer: no machine is made for a guest that does not come.
+        let ToDestination::Abort(why) = peer.hear() else {
+            panic!("no abort");
+        };
+        assert_eq!(why.code, "journal");
+    });
+    assert_eq!(stayed(&outcome), "journal");
+    let (outcome, guest) = migrate(&policy(), Some(Step::Commit), |dialed, _| {
+        let mut peer = Peer::welcome(dialed, 2);
+        peer.prepare(1, false);
+        peer.accept();
+        peer.until_state();
+        peer.say(&ToSource::Ready { load_us: 1 });
+        assert_eq!(peer.hear_abort(), "journal");
+        peer.say(&ToSource::NotHere(Refusal::new("journal", "")));
+    });
+    assert_eq!(stayed(&outcome), "journal");
+    assert!(guest.runs, "it was not given away");
+}
+
+#[test]
+fn the_destination_hears_that_the_migration_was_canceled() {
+    let (outcome, guest) = migrate(&policy(), None, |dialed, decision| {
+        let mut peer = Peer::welcome(dialed, 2);
+        peer.prepare(1, false);
+        peer.accept();
+        while !matches!(peer.hear(), ToDestination::Guess) {}
+        // The source waits for an answer.
+        decision.cancel().unwrap();
+        peer.control.recv_state().unwrap();
+        assert_eq!(peer.hear_abort(), "canceled");
+    });
+    assert_eq!(stayed(&outcome), "canceled");
+    assert!(guest.runs);
+}

@@ -1,0 +1,248 @@
+//! A source and a destination of memory alone, and the way between them: all is in the test's hands.
+
+#![allow(
+    clippy::unwrap_used,
+    dead_code,
+    reason = "tests, each of which uses a part"
+)]
+
+use std::fs::File;
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, Instant};
+
+use memory::{RamBlock, RamConfig};
+use migration::{
+    Accept, Block, BlockInfo, Destination, Dial, Fate, Host, Journal, NoJournal, Offer, Refusal,
+    Source, StartFailure, Stopped, Stream, Whereabouts,
+};
+use uuid::Uuid;
+
+pub(crate) const PAGES: usize = 3000;
+pub(crate) const PAGE: usize = 4096;
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+
+pub(crate) fn ram() -> Arc<RamBlock> {
+    let size = (PAGES * PAGE) as u64;
+    Arc::new(RamBlock::new(&RamConfig::anonymous(size)).unwrap())
+}
+
+pub(crate) fn write(ram: &RamBlock, page: usize, byte: u8) {
+    let slice = ram.slice(page * PAGE, PAGE).unwrap();
+    slice.copy_from(&[byte; PAGE]);
+}
+
+fn blocks(ram: &Arc<RamBlock>) -> Vec<Block> {
+    vec![Block {
+        name: "ram".to_owned(),
+        ram: Arc::clone(ram),
+    }]
+}
+
+pub(crate) fn contents(ram: &RamBlock) -> Vec<u8> {
+    let mut all = vec![0_u8; ram.len()];
+    ram.slice(0, all.len()).unwrap().copy_to(&mut all[..]);
+    all
+}
+
+/// Memory at the destination, once it is there.
+pub(crate) type Shared = Arc<OnceLock<Arc<RamBlock>>>;
+
+/// A moment in a migration, in which a test may do something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Moment {
+    /// Dirty pages are collected; the guest may run.
+    Harvest,
+    /// The guest was stopped.
+    Stopped,
+    /// The guest has been given away, and the destination has not been told.
+    Committed,
+}
+
+type Hook = Box<dyn FnMut(Moment, &RamBlock) + Send>;
+
+/// A guest of memory alone.
+pub(crate) struct Guest {
+    pub(crate) ram: Arc<RamBlock>,
+    pub(crate) runs: bool,
+    pub(crate) hook: Hook,
+}
+
+impl Source for Guest {
+    fn offer(&mut self) -> Result<Offer, Refusal> {
+        Ok(Offer {
+            vm: "guest".to_owned(),
+            machine: serde_bytes::ByteBuf::new(),
+            blocks: vec![BlockInfo {
+                name: "ram".to_owned(),
+                size: (PAGES * PAGE) as u64,
+            }],
+            connections: 1,
+            postcopy: false,
+            given: false,
+            verify: false,
+        })
+    }
+
+    fn blocks(&self) -> Vec<Block> {
+        blocks(&self.ram)
+    }
+
+    fn start_tracking(&mut self) -> Result<(), Refusal> {
+        self.ram.dirty().set_enabled(true);
+        self.ram.dirty().mark_all();
+        Ok(())
+    }
+
+    fn stop_tracking(&mut self) -> Result<(), Refusal> {
+        Ok(())
+    }
+
+    fn harvest(&mut self) -> Result<(), Refusal> {
+        (self.hook)(Moment::Harvest, &self.ram);
+        Ok(())
+    }
+
+    fn throttle(&mut self, _: u8) {}
+
+    fn dry_run(&mut self) -> Result<Vec<u8>, Refusal> {
+        Ok(Vec::new())
+    }
+
+    fn pre_sync(&mut self) {}
+
+    fn stop(&mut self) -> Result<Stopped, Refusal> {
+        self.runs = false;
+        (self.hook)(Moment::Stopped, &self.ram);
+        Ok(Stopped {
+            was_paused: false,
+            clocks_at: Instant::now(),
+        })
+    }
+
+    fn save(&mut self) -> Result<Vec<u8>, Refusal> {
+        Ok(Vec::new())
+    }
+
+    fn flush(&mut self) -> Result<(), Refusal> {
+        Ok(())
+    }
+
+    fn hand_over(&mut self) -> Result<(), Refusal> {
+        (self.hook)(Moment::Committed, &self.ram);
+        Ok(())
+    }
+
+    fn show(&mut self, _: &Whereabouts) {}
+
+    fn resume(&mut self) -> Result<(), Refusal> {
+        self.runs = true;
+        Ok(())
+    }
+
+    fn gone(&mut self) {}
+}
+
+/// Where the guest arrives; its memory is shown to the test.
+pub(crate) struct Place(pub(crate) Shared);
+
+struct Machine(Arc<RamBlock>);
+
+impl Destination for Machine {
+    fn blocks(&self) -> Vec<Block> {
+        blocks(&self.0)
+    }
+
+    fn dry_run(&mut self, _: &[u8]) -> Result<(), Refusal> {
+        Ok(())
+    }
+
+    fn load(&mut self, _: &[u8]) -> Result<(), Refusal> {
+        Ok(())
+    }
+
+    fn take_over(&mut self) -> Result<(), Refusal> {
+        Ok(())
+    }
+
+    fn start(&mut self, _: Duration, _: bool) -> Result<Instant, StartFailure> {
+        Ok(Instant::now())
+    }
+
+    fn discard(&mut self) {}
+}
+
+impl Host for Place {
+    fn prepare(&self, _: Uuid, _: &Offer, _: Vec<File>) -> Result<Box<dyn Destination>, Refusal> {
+        let ram = self.0.get_or_init(ram);
+        Ok(Box::new(Machine(Arc::clone(ram))))
+    }
+
+    fn journal(&self, _: Uuid, _: &str) -> io::Result<Box<dyn Journal>> {
+        Ok(Box::new(NoJournal))
+    }
+
+    fn fate(&self, _: Uuid) -> Fate {
+        Fate::Unknown
+    }
+}
+
+/// Connects to an [`Acceptor`], unless the way is cut.
+pub(crate) struct Dialer {
+    to: Mutex<Sender<UnixStream>>,
+    open: Mutex<Vec<UnixStream>>,
+    is_cut: AtomicBool,
+}
+
+impl Dialer {
+    pub(crate) fn new() -> (Arc<Self>, Acceptor) {
+        let (to, from) = mpsc::channel();
+        let dialer = Self {
+            to: Mutex::new(to),
+            open: Mutex::default(),
+            is_cut: AtomicBool::new(false),
+        };
+        (Arc::new(dialer), Acceptor(from))
+    }
+
+    /// Ends all connections, and lets none be made until the way is mended.
+    pub(crate) fn cut(&self) {
+        self.is_cut.store(true, Ordering::SeqCst);
+        for stream in self.open.lock().unwrap().drain(..) {
+            // It may have ended.
+            let _ = stream.shutdown(std::net::Shutdown::Both);
+        }
+    }
+
+    pub(crate) fn mend(&self) {
+        self.is_cut.store(false, Ordering::SeqCst);
+    }
+}
+
+impl Dial for Dialer {
+    fn dial(&self) -> io::Result<Box<dyn Stream>> {
+        if self.is_cut.load(Ordering::SeqCst) {
+            return Err(io::ErrorKind::ConnectionRefused.into());
+        }
+        let (near, far) = UnixStream::pair()?;
+        self.open.lock().unwrap().push(near.try_clone()?);
+        let sent = self.to.lock().unwrap().send(far);
+        sent.map_err(|_| io::ErrorKind::ConnectionRefused)?;
+        Ok(Box::new(near))
+    }
+}
+
+pub(crate) struct Acceptor(pub(crate) Receiver<UnixStream>);
+
+impl Accept for Acceptor {
+    fn accept(&mut self, patience: Duration) -> io::Result<Option<Box<dyn Stream>>> {
+        match self.0.recv_timeout(patience) {
+            Ok(stream) => Ok(Some(Box::new(stream))),
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            Err(RecvTimeoutError::Disconnected) => Err(io::ErrorKind::NotConnected.into()),
+        }
+    }
+}
