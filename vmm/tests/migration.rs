@@ -1,5 +1,6 @@
 //! The pocket guest moves between two pools on `/dev/kvm`, while it writes to its memory. It checks
-//! every page afterwards, and tells which stop it saw.
+//! every page afterwards, and reports the stop that it saw.
+// LONG: each kind of move is a few lines, on one pair of pools.
 
 #![expect(clippy::unwrap_used, reason = "a test that goes wrong panics")]
 

@@ -2,7 +2,6 @@
 //! threads of its own and asks for each step.
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
@@ -17,87 +16,11 @@ use migration::{Decision, Progress, Refusal, Stopped, Whereabouts};
 use spec::{Failure, VmConfig, VmState};
 
 use super::consoles::Consoles;
-use super::{Driver, DriverEvent, End, Events, Stage};
+use super::{Caller, Driver, End, Stage};
 use crate::devices::Control;
 use crate::failure::MoveError;
 use crate::guest_event::{Port, Reporter};
 use crate::machine::{Active, Extent, Host, Machine, NotParked};
-
-/// For the machine that there is, whichever it is.
-pub(super) const ANY_MACHINE: u64 = u64::MAX;
-
-/// Something that is done on the driver's thread.
-pub(crate) struct Call(Job);
-
-type Job = Box<dyn FnOnce(&mut Driver, &mut Sources<'_>) + Send>;
-
-impl Call {
-    pub(super) fn answer(self, driver: &mut Driver, sources: &mut Sources<'_>) {
-        (self.0)(driver, sources);
-    }
-}
-
-impl fmt::Debug for Call {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Call")
-    }
-}
-
-/// Asks a driver, from the engine's threads.
-#[derive(Clone)]
-pub(crate) struct Caller {
-    /// Once the machine has been replaced or is gone, nothing is done any more.
-    machine: u64,
-    to: Events,
-}
-
-impl Caller {
-    pub(crate) fn new(to: Events) -> Self {
-        Self {
-            machine: ANY_MACHINE,
-            to,
-        }
-    }
-
-    /// Whether the driver is still there.
-    pub(crate) fn is_there(&self) -> bool {
-        self.to.is_open()
-    }
-
-    /// Has something done, and waits for it.
-    pub(crate) fn call<R: Send + 'static>(
-        &self,
-        f: impl FnOnce(&mut Driver, &mut Sources<'_>) -> R + Send + 'static,
-    ) -> Result<R, Refusal> {
-        let (answer, answers) = mpsc::channel();
-        let call = Call(Box::new(move |driver, sources| {
-            // Whoever asked may have gone.
-            let _ = answer.send(f(driver, sources));
-        }));
-        self.to.send((self.machine, DriverEvent::Call(call)));
-        let gone = |_| Refusal::new("machine-gone", "the guest was reset or has ended");
-        answers.recv().map_err(gone)
-    }
-
-    /// As [`Caller::attempt`], for work that another thread does: `f` passes the sender on.
-    pub(crate) fn attempt_later<R: Send + 'static>(
-        &self,
-        f: impl FnOnce(&mut Driver, mpsc::Sender<Result<R, Refusal>>) + Send + 'static,
-    ) -> Result<R, Refusal> {
-        let (answer, answers) = mpsc::channel();
-        self.call(move |driver, _| f(driver, answer))?;
-        let gone = |_| Refusal::new("machine-gone", "the guest was reset or has ended");
-        answers.recv().map_err(gone)?
-    }
-
-    /// As [`Caller::call`], of what can fail.
-    pub(crate) fn attempt<R: Send + 'static>(
-        &self,
-        f: impl FnOnce(&mut Driver) -> Result<R, Refusal> + Send + 'static,
-    ) -> Result<R, Refusal> {
-        self.call(move |driver, _| f(driver))?
-    }
-}
 
 /// A guest that is moving away.
 pub(super) struct Leaving {

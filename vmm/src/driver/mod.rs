@@ -16,6 +16,7 @@
 //! A guest that comes from elsewhere goes from `Off` to `Expecting` and then to `On` (`migration`).
 
 mod building;
+mod caller;
 mod consoles;
 mod devices;
 mod ending;
@@ -37,10 +38,12 @@ use control::{
 use spec::{BootTimeline, Failure, VmConfig, VmState};
 
 pub(crate) use self::building::Started;
+pub(crate) use self::caller::Caller;
+use self::caller::{ANY_MACHINE, Call};
 pub(crate) use self::consoles::Consoles;
 use self::ending::{Busy, Ending, Next, Then};
-pub(crate) use self::migration::{Arrival, Caller, Departure};
-use self::migration::{Call, Expected, Leaving};
+pub(crate) use self::migration::{Arrival, Departure};
+use self::migration::{Expected, Leaving};
 use crate::devices::{MachineOrigin, Opened};
 use crate::failure::{self, BuildError};
 use crate::guest_event::{GuestEnd, Port, Reporter, Reports};
@@ -445,7 +448,7 @@ impl Actor for Driver {
                 Some(Message::Reports(reports)) if reports.machine != self.machine => {}
                 Some(Message::Reports(reports)) => self.reported(reports, sources),
                 Some(Message::Event((machine, event)))
-                    if machine == self.machine || machine == migration::ANY_MACHINE =>
+                    if machine == self.machine || machine == ANY_MACHINE =>
                 {
                     self.event(event, sources);
                 }
