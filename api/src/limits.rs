@@ -5,9 +5,6 @@ use std::time::Duration;
 /// Connections of one listener at a time; further ones wait in the kernel's queue.
 pub const CONNECTIONS_MAX: usize = 1024;
 
-/// The kernel's queue of connections that are not accepted yet.
-pub const BACKLOG: i32 = 128;
-
 /// From the first moment that a connection could bring a request to the end of its head. It bounds a
 /// client that trickles its headers, and also an idle connection that is kept alive.
 pub const HEADER_READ_TIMEOUT: Duration = Duration::from_secs(30);

@@ -1,0 +1,448 @@
+//! Unix sockets that one program at a time listens on, with nobody but their owner allowed to connect.
+//!
+//! # One live listener a path
+//! A bound socket's file outlives the program that bound it, so the file alone does not tell whether a
+//! program listens. The listener therefore holds a lock (`flock`) on `<socket>.lock` for as long as it
+//! lives; the kernel releases it however the program ends. Only the holder of the lock touches the
+//! socket's file:
+//!
+//! ```text
+//!  lock <socket>.lock ── held by another ─────────► refused: in use
+//!       │ got it
+//!       ▼
+//!  what is at <socket>?
+//!       ├─ nothing ───────────────────────────────► bind
+//!       ├─ a socket that nobody answers on ───────► remove, bind      (its owner was killed)
+//!       ├─ a socket that somebody answers on ─────► refused: in use   (a program that takes no lock)
+//!       └─ anything else ─────────────────────────► refused: not a socket
+//! ```
+//!
+//! ```
+//! # let directory = tempfile::tempdir()?;
+//! let path = directory.path().join("api.sock");
+//! let first = sockets::BoundSocket::bind(&path)?;
+//! let refused = sockets::BoundSocket::bind(&path).unwrap_err();
+//! assert!(refused.to_string().contains("listens there already"));
+//! drop(first);
+//! sockets::BoundSocket::bind(&path)?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+#![forbid(unsafe_code)]
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read as _, Seek as _, Write as _};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, Mode, flock};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
+/// Connections that wait to be accepted.
+const BACKLOG: i32 = 128;
+
+/// A path on which no socket can be bound.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BindError {
+    /// Another program listens there.
+    #[error(
+        "cannot listen on {path}: {owner} listens there already; stop it, or choose another path"
+    )]
+    InUse {
+        /// The socket.
+        path: PathBuf,
+        /// The program, as far as is known.
+        owner: String,
+    },
+    /// There is a file of another kind, which may hold something.
+    #[error(
+        "cannot listen on {0}: there is a file that is not a socket; remove it, or choose another path"
+    )]
+    NotASocket(PathBuf),
+    /// The lock could not be made or taken.
+    #[error("cannot lock {path}: {source}")]
+    Lock {
+        /// The lock file.
+        path: PathBuf,
+        /// The host's answer.
+        source: io::Error,
+    },
+    /// The socket could not be bound.
+    #[error("cannot bind the socket {path}: {source}")]
+    Bind {
+        /// The socket.
+        path: PathBuf,
+        /// The host's answer.
+        source: io::Error,
+    },
+}
+
+/// A bound unix socket that only its owner may connect to (mode 0600), and the lock that goes with it.
+/// Dropping it removes both files.
+#[derive(Debug)]
+pub struct BoundSocket {
+    listener: UnixListener,
+    path: PathBuf,
+    /// Device and inode of the file that `bind` made: only that one is removed.
+    identity: (u64, u64),
+    /// Last, so that it is released after the files are gone.
+    _lock: LockFile,
+}
+
+impl BoundSocket {
+    /// Listens on a unix socket at `path`, without blocking. The file that a dead program left there is
+    /// taken over.
+    ///
+    /// # Errors
+    /// Another program listens there, there is something other than a socket, or the host refuses.
+    pub fn bind(path: impl Into<PathBuf>) -> Result<Self, BindError> {
+        let path = path.into();
+        let lock = LockFile::take(&path)?;
+        clear_stale(&path)?;
+        let failed = |source: io::Error| BindError::Bind {
+            path: path.clone(),
+            source,
+        };
+        let listener = bind_private(&path).map_err(failed)?;
+        let identity = identity(&path).map_err(failed)?;
+        Ok(Self {
+            listener,
+            path,
+            identity,
+            _lock: lock,
+        })
+    }
+
+    /// Accepts the connections.
+    #[must_use]
+    pub fn listener(&self) -> &UnixListener {
+        &self.listener
+    }
+
+    /// The socket's file.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for BoundSocket {
+    fn drop(&mut self) {
+        // Another program may have moved the file away and put its own there.
+        if identity(&self.path).is_ok_and(|found| found == self.identity)
+            && let Err(error) = fs::remove_file(&self.path)
+        {
+            tracing::warn!(path = %self.path.display(), %error, "cannot remove the socket");
+        }
+    }
+}
+
+fn identity(path: &Path) -> io::Result<(u64, u64)> {
+    fs::symlink_metadata(path).map(|found| (found.dev(), found.ino()))
+}
+
+/// Binds and listens, with nobody but the owner allowed to connect at any time.
+fn bind_private(path: &Path) -> io::Result<UnixListener> {
+    let address = SocketAddrUnix::new(path).map_err(|errno| {
+        if errno == rustix::io::Errno::NAMETOOLONG {
+            io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "the path is too long: unix sockets allow 107 bytes",
+            )
+        } else {
+            errno.into()
+        }
+    })?;
+    let socket = socket()?;
+    // The file gets the mode of the socket less the umask (unix_bind_bsd in net/unix/af_unix.c): set before
+    // `bind`, there is no moment at which the file is open to others.
+    rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+    rustix::net::bind(&socket, &address)?;
+    rustix::net::listen(&socket, BACKLOG)?;
+    Ok(socket.into())
+}
+
+/// Makes way for a socket at `path`. The caller holds the lock.
+fn clear_stale(path: &Path) -> Result<(), BindError> {
+    let failed = |source| BindError::Bind {
+        path: path.to_owned(),
+        source,
+    };
+    match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(failed(error)),
+        Ok(found) if !found.file_type().is_socket() => {
+            return Err(BindError::NotASocket(path.to_owned()));
+        }
+        Ok(_) => {}
+    }
+    match connect(path) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            tracing::info!(path = %path.display(), "taking over the socket of a program that is gone");
+            fs::remove_file(path).map_err(failed)
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        // Any other answer: a program listens, if only with a full backlog (EAGAIN).
+        Ok(()) | Err(_) => Err(BindError::InUse {
+            path: path.to_owned(),
+            owner: "another program".to_owned(),
+        }),
+    }
+}
+
+/// Connects without waiting: a listener that accepts nothing would block a blocking `connect`.
+fn connect(path: &Path) -> io::Result<()> {
+    let socket = socket()?;
+    Ok(rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?)
+}
+
+fn socket() -> rustix::io::Result<OwnedFd> {
+    rustix::net::socket_with(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+        None,
+    )
+}
+
+/// The lock of a socket, held until dropped; its file is removed with it.
+#[derive(Debug)]
+struct LockFile {
+    path: PathBuf,
+    _held: File,
+}
+
+impl LockFile {
+    fn take(socket: &Path) -> Result<Self, BindError> {
+        let mut path = socket.as_os_str().to_owned();
+        path.push(".lock");
+        let path = PathBuf::from(path);
+        let failed = |source: io::Error| BindError::Lock {
+            path: path.clone(),
+            source,
+        };
+        loop {
+            let mut file = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .mode(0o600)
+                .open(&path)
+                .map_err(failed)?;
+            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => {}
+                Err(rustix::io::Errno::WOULDBLOCK) => {
+                    return Err(BindError::InUse {
+                        path: socket.to_owned(),
+                        owner: owner(&mut file),
+                    });
+                }
+                Err(errno) => return Err(failed(errno.into())),
+            }
+            // The holder before may have removed the file between our open and our lock: then the lock is on
+            // a file that nobody else will ever open.
+            let held = file.metadata().map_err(failed)?;
+            if identity(&path).is_ok_and(|found| found == (held.dev(), held.ino())) {
+                write_owner(&mut file).map_err(failed)?;
+                return Ok(Self { path, _held: file });
+            }
+        }
+    }
+}
+
+/// While the lock is still held, so that nobody's file but ours is removed.
+impl Drop for LockFile {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_file(&self.path) {
+            tracing::warn!(path = %self.path.display(), %error, "cannot remove the lock file");
+        }
+    }
+}
+
+fn write_owner(file: &mut File) -> io::Result<()> {
+    file.set_len(0)?;
+    file.rewind()?;
+    writeln!(file, "{}", std::process::id())
+}
+
+/// Who wrote the lock file, for the message: what it says binds nobody.
+fn owner(file: &mut File) -> String {
+    let mut text = String::new();
+    let mut start = file.take(32);
+    match start
+        .read_to_string(&mut text)
+        .map(|_| text.trim().parse::<u32>())
+    {
+        Ok(Ok(pid)) => format!("process {pid}"),
+        _ => "another program".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+    use std::os::unix::net::UnixStream;
+    use std::sync::Barrier;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::thread;
+
+    use super::*;
+
+    fn socket() -> (tempfile::TempDir, PathBuf) {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a.sock");
+        (directory, path)
+    }
+
+    #[test]
+    fn a_socket_is_private_and_leaves_nothing_behind() {
+        let (directory, path) = socket();
+        let listener = BoundSocket::bind(&path).unwrap();
+        assert_eq!(
+            fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+            0o600
+        );
+        assert_eq!(listener.path(), path);
+        drop(listener);
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_second_listener_on_a_live_socket_is_refused_by_name() {
+        let (_directory, path) = socket();
+        let first = BoundSocket::bind(&path).unwrap();
+        let refusal = BoundSocket::bind(&path).unwrap_err().to_string();
+        assert!(refusal.contains(&path.display().to_string()), "{refusal}");
+        assert!(
+            refusal.contains(&format!("process {}", std::process::id())),
+            "{refusal}"
+        );
+        assert!(
+            UnixStream::connect(&path).is_ok(),
+            "the first one is left alone"
+        );
+        drop(first);
+        BoundSocket::bind(&path).unwrap();
+    }
+
+    #[test]
+    fn the_socket_of_a_dead_program_is_taken_over() {
+        let (_directory, path) = socket();
+        // As `kill -9` leaves it: the file without a listener, and a lock file that nobody holds.
+        drop(UnixListener::bind(&path).unwrap());
+        fs::write(path.with_extension("sock.lock"), "4194304\n").unwrap();
+        assert!(path.exists());
+        let _listener = BoundSocket::bind(&path).unwrap();
+        assert!(UnixStream::connect(&path).is_ok());
+    }
+
+    #[test]
+    fn a_live_socket_without_a_lock_is_respected() {
+        let (_directory, path) = socket();
+        let _other = UnixListener::bind(&path).unwrap();
+        assert!(matches!(
+            BoundSocket::bind(&path),
+            Err(BindError::InUse { .. })
+        ));
+        assert!(path.exists());
+    }
+
+    /// A program that accepts nothing is alive all the same, and nobody waits for it.
+    #[test]
+    fn a_full_backlog_is_not_waited_for() {
+        let (_directory, path) = socket();
+        let _other = UnixListener::bind(&path).unwrap();
+        let mut waiting = Vec::new();
+        while connect(&path).is_ok() {
+            let more = super::socket().unwrap();
+            if rustix::net::connect(&more, &SocketAddrUnix::new(&path).unwrap()).is_err() {
+                break;
+            }
+            waiting.push(more);
+        }
+        assert!(matches!(
+            BoundSocket::bind(&path),
+            Err(BindError::InUse { .. })
+        ));
+    }
+
+    #[test]
+    fn a_file_is_never_replaced() {
+        let (_directory, path) = socket();
+        fs::write(&path, "precious").unwrap();
+        assert!(matches!(
+            BoundSocket::bind(&path),
+            Err(BindError::NotASocket(_))
+        ));
+        assert_eq!(fs::read_to_string(&path).unwrap(), "precious");
+    }
+
+    #[test]
+    fn a_path_that_cannot_be_is_named() {
+        let (directory, path) = socket();
+        let missing = path.join("deeper.sock");
+        let refusal = BoundSocket::bind(&missing).unwrap_err().to_string();
+        assert!(refusal.contains("deeper.sock"), "{refusal}");
+        let long = directory.path().join("l".repeat(120));
+        let BindError::Bind { source, .. } = BoundSocket::bind(&long).unwrap_err() else {
+            panic!("another refusal");
+        };
+        assert!(source.to_string().contains("107 bytes"), "{source}");
+    }
+
+    /// Many start at once over a stale file: exactly one listens, whatever the order.
+    #[test]
+    fn of_many_that_start_at_once_one_listens() {
+        for _ in 0..20 {
+            let (_directory, path) = socket();
+            drop(UnixListener::bind(&path).unwrap());
+            let start = Barrier::new(8);
+            let listening: Vec<BoundSocket> = thread::scope(|scope| {
+                let tries: Vec<_> = (0..8)
+                    .map(|_| {
+                        scope.spawn(|| {
+                            start.wait();
+                            BoundSocket::bind(&path)
+                        })
+                    })
+                    .collect();
+                let tries = tries.into_iter().map(|one| one.join().unwrap());
+                tries.flatten().collect()
+            });
+            assert_eq!(listening.len(), 1);
+            assert!(UnixStream::connect(&path).is_ok());
+        }
+    }
+
+    /// Programs come and go on one socket, cleanly and as if killed: there are never two.
+    #[test]
+    fn of_many_that_come_and_go_one_listens_at_a_time() {
+        let (_directory, path) = socket();
+        let (alive, listened) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let churn = |killed: bool| {
+            for _ in 0..200 {
+                if let Ok(mut socket) = BoundSocket::bind(&path) {
+                    assert_eq!(alive.fetch_add(1, Ordering::SeqCst), 0);
+                    thread::yield_now();
+                    alive.fetch_sub(1, Ordering::SeqCst);
+                    listened.fetch_add(1, Ordering::SeqCst);
+                    if killed {
+                        // Its file stays behind.
+                        socket.identity = (0, 0);
+                    }
+                }
+            }
+        };
+        thread::scope(|scope| {
+            for killed in [false, true, false, true] {
+                let churn = &churn;
+                scope.spawn(move || churn(killed));
+            }
+        });
+        assert!(listened.load(Ordering::SeqCst) > 0);
+    }
+}
