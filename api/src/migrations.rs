@@ -152,6 +152,9 @@ async fn info(
 }
 
 /// Call a migration off. The guest stays where it was.
+///
+/// A destination that is over keeps listening for about a minute if its source may have missed the outcome. This
+/// frees its endpoint at once; the source is answered when a migration is awaited at that endpoint again.
 #[utoipa::path(
     delete, path = "/api/v1/migrations/{id}", operation_id = "migrationsCancel", tag = MIGRATIONS,
     params(("id" = String, Path, description = "The migration's name.")),
@@ -263,12 +266,13 @@ async fn receive_one(
             "move memory zones (`zone_updates`)",
         ));
     }
+    // The contract has no fields for trust: what the program was started with decides.
     let what = AwaitMigration {
-        listen: body.receiver_url,
         vm: Some(vm.id.clone()),
         tls_dir: body.tls_dir,
         // Its clients wait for the answer, and read no reports.
         once: true,
+        ..AwaitMigration::at(body.receiver_url)
     };
     let registry = vm.registry.clone();
     let begun = begin(

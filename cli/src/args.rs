@@ -20,8 +20,8 @@ Examples:
   wh-remote ls                                            the VMs of the service
   wh-remote --vm web create vm.json                       ... and one of them
   wh-remote --vm web boot
-  wh-remote --api-socket /run/b.sock receive tcp:0.0.0.0:7000 --detach
-  wh-remote --vm web migrate tcp:host-b:7000              ... which moves there
+  wh-remote --api-socket /run/b.sock receive unix:/run/way --detach
+  wh-remote --vm web migrate unix:/run/way                ... which moves there
   wh-remote --vm web info --json | jq .state")]
 pub(crate) struct Arguments {
     /// The socket. By default that of the service: whimbrel.sock in $XDG_RUNTIME_DIR, or in /run.

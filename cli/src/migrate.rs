@@ -95,6 +95,9 @@ pub(crate) struct MigrateArguments {
     /// service's host).
     #[arg(long, value_name = "DIR")]
     tls_dir: Option<String>,
+    /// Send over TCP without TLS: whoever is on the way can read and change the guest's memory.
+    #[arg(long, conflicts_with = "tls_dir")]
+    insecure: bool,
     /// Begin, print the migration's name, and do not wait.
     #[arg(long)]
     detach: bool,
@@ -123,6 +126,7 @@ impl MigrateArguments {
             stop_limit_ms: self.stop_limit_ms,
             local: self.local,
             tls_dir: self.tls_dir.clone(),
+            insecure: self.insecure,
         }
     }
 }
@@ -139,6 +143,21 @@ pub(crate) struct ReceiveArguments {
     /// End the wait at the first VM that the service refuses, instead of waiting for another.
     #[arg(long)]
     once: bool,
+    /// With TLS, a host that may send, by a name or address in its certificate; * for each host whose
+    /// certificate the CA signed. Several times for several. [default: the service's --migration-peer]
+    #[arg(long, value_name = "NAME", requires = "tls_dir")]
+    tls_peer: Option<Vec<String>>,
+    /// Listen on TCP without TLS: any host that can connect may send a VM.
+    #[arg(long, conflicts_with = "tls_dir")]
+    insecure: bool,
+    /// Directory or file of the service's host that the VM may use. Several times for several. [default: the
+    /// service's --migration-allow; on a unix socket all]
+    #[arg(long, value_name = "PATH")]
+    allow: Option<Vec<String>>,
+    /// Tap of the service's host that the VM may use; with a * at the end, all that begin so. [default:
+    /// the service's --migration-allow-tap; on a unix socket all]
+    #[arg(long, value_name = "NAME")]
+    allow_tap: Option<Vec<String>>,
     /// Wait in the background: print the migration's name, and where it is waited for.
     #[arg(long)]
     detach: bool,
@@ -172,6 +191,10 @@ pub(crate) async fn receive(
         vm: vm.cloned(),
         tls_dir: arguments.tls_dir.clone(),
         once: arguments.once,
+        tls_peers: arguments.tls_peer.clone(),
+        insecure: arguments.insecure,
+        allow: arguments.allow.clone(),
+        allow_taps: arguments.allow_tap.clone(),
     };
     let begun = client.migrations_receive(&body).await?;
     if arguments.detach {

@@ -61,6 +61,7 @@ struct State {
     closers: Vec<Closer>,
     doubt: Option<Doubt>,
     resolution: Option<Resolution>,
+    relieved: bool,
 }
 
 /// Cancel switch, commit point and resolution of one migration. Clones share them.
@@ -94,6 +95,20 @@ impl Decision {
         state.resolution = Some(resolution);
         self.0.1.notify_all();
         true
+    }
+
+    /// Relieves a destination whose migration is over of answering its source: [`receive`] returns,
+    /// and its endpoint is free. A source that missed the outcome is answered from the journal
+    /// ([`Host::fate`]) by the next session at that endpoint. Has no effect before the end.
+    ///
+    /// [`receive`]: crate::receive
+    /// [`Host::fate`]: crate::Host::fate
+    pub fn relieve(&self) {
+        self.0.0.lock().relieved = true;
+    }
+
+    pub(crate) fn is_relieved(&self) -> bool {
+        self.0.0.lock().relieved
     }
 
     pub(crate) fn is_canceled(&self) -> bool {

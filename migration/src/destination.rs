@@ -314,7 +314,7 @@ impl Session<'_> {
     fn linger(&self, answer: &ToSource) {
         let until = Instant::now() + self.patience * LINGER;
         self.router.allow_questions();
-        while Instant::now() < until {
+        while Instant::now() < until && !self.decision.is_relieved() {
             let Some(Arrived::Again(stream)) = self.router.next(self.patience / POLLS) else {
                 continue;
             };

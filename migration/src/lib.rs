@@ -53,7 +53,7 @@ pub use policy::{AtDeadline, MAX_CONNECTIONS, Mode, Policy};
 pub use progress::{Downtime, Phase, Progress, Report};
 pub use source::{Outcome, PendingAbort, Sending, Source, Stopped, Whereabouts, send};
 
-pub use tls::{TlsDial, TlsError, TlsListener};
+pub use tls::{PeerNames, TlsDial, TlsError, TlsListener};
 pub use wire::WireError;
 
 /// How long a finished side keeps answering a peer that missed the outcome, in multiples of

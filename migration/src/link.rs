@@ -1,13 +1,12 @@
 //! Connections between two sides: unix sockets and TCP.
 
 use std::fmt;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::mem::MaybeUninit;
 use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileTypeExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
@@ -18,6 +17,7 @@ use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
+use sockets::{BindError, BoundSocket};
 
 /// Files that are given at a time.
 const MOST_FILES: usize = 16;
@@ -260,32 +260,28 @@ impl Endpoint {
     }
 }
 
-/// Listens for the other side. A unix socket's path goes with it.
+/// Listens for the other side.
 #[derive(Debug)]
 pub enum Listener {
-    /// On a unix socket.
-    Unix(UnixListener, PathBuf),
+    /// On a unix socket, to which only its owner can connect. Its file goes with it.
+    Unix(BoundSocket),
     /// On a TCP port.
     Tcp(TcpListener),
 }
 
 impl Listener {
-    /// Listens. A unix socket that nobody listens on any more is replaced.
+    /// Listens. The file of a unix socket whose program is gone is replaced.
     ///
     /// # Errors
-    /// When somebody else listens there, or the host refuses.
+    /// When another program listens there, or the host refuses.
     pub fn bind(endpoint: &Endpoint) -> io::Result<Self> {
         match endpoint {
             Endpoint::Unix(path) => {
-                let is_socket = path
-                    .symlink_metadata()
-                    .is_ok_and(|meta| meta.file_type().is_socket());
-                if is_socket && UnixStream::connect(path).is_err() {
-                    fs::remove_file(path)?;
-                }
-                let listener = UnixListener::bind(path)?;
-                listener.set_nonblocking(true)?;
-                Ok(Self::Unix(listener, path.clone()))
+                let bound = BoundSocket::bind(path).map_err(|error| match error {
+                    BindError::InUse { .. } => io::Error::new(io::ErrorKind::AddrInUse, error),
+                    error => io::Error::other(error),
+                });
+                bound.map(Self::Unix)
             }
             Endpoint::Tcp(place) => {
                 let addresses: Vec<SocketAddr> = place.to_socket_addrs()?.collect();
@@ -302,7 +298,7 @@ impl Listener {
     /// When the host does not say.
     pub fn endpoint(&self) -> io::Result<Endpoint> {
         match self {
-            Self::Unix(_, path) => Ok(Endpoint::Unix(path.clone())),
+            Self::Unix(socket) => Ok(Endpoint::Unix(socket.path().to_owned())),
             Self::Tcp(listener) => Ok(Endpoint::Tcp(listener.local_addr()?.to_string())),
         }
     }
@@ -311,7 +307,7 @@ impl Listener {
 impl Accept for Listener {
     fn accept(&mut self, patience: Duration) -> io::Result<Option<Box<dyn Stream>>> {
         let fd = match &*self {
-            Self::Unix(listener, _) => listener.as_fd(),
+            Self::Unix(socket) => socket.listener().as_fd(),
             Self::Tcp(listener) => listener.as_fd(),
         };
         let timeout = Timespec {
@@ -324,7 +320,7 @@ impl Accept for Listener {
             Err(error) => return Err(error.into()),
         }
         let accepted: io::Result<Box<dyn Stream>> = match self {
-            Self::Unix(listener, _) => listener.accept().and_then(|(stream, _)| {
+            Self::Unix(socket) => socket.listener().accept().and_then(|(stream, _)| {
                 stream.set_nonblocking(false)?;
                 Ok(Box::new(stream) as _)
             }),
@@ -344,16 +340,10 @@ impl Accept for Listener {
     }
 }
 
-impl Drop for Listener {
-    fn drop(&mut self) {
-        if let Self::Unix(_, path) = self {
-            let _ = fs::remove_file(path);
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]

@@ -7,12 +7,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustls::client::danger::HandshakeSignatureValid;
+use rustls::client::verify_server_name;
 use rustls::crypto::ring;
 use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
-use rustls::server::WebPkiClientVerifier;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::server::{ParsedCertificate, WebPkiClientVerifier};
 use rustls::{
-    ClientConfig, ClientConnection, RootCertStore, ServerConfig, ServerConnection, StreamOwned,
+    CertificateError, ClientConfig, ClientConnection, DigitallySignedStruct, DistinguishedName,
+    RootCertStore, ServerConfig, ServerConnection, SignatureScheme, StreamOwned,
 };
 
 use crate::link::{Accept, Closer, Dial, Endpoint, Listener, Stream};
@@ -31,6 +35,14 @@ pub enum TlsError {
     /// They do not belong together.
     #[error("the certificates cannot be used: {0}")]
     Config(String),
+    /// A name that no certificate can have.
+    #[error("{0:?} is no host name and no address that a certificate can name")]
+    Name(String),
+    /// Every host with a certificate of the CA could send a VM.
+    #[error(
+        "no peer is allowed to send: name the hosts in whose certificates you trust, or `*` for all of the CA's"
+    )]
+    NoPeers,
     /// Only TCP is encrypted: what goes over a unix socket stays on the host.
     #[error("{0} is not `tcp:HOST:PORT`, which alone is encrypted with TLS")]
     Endpoint(Endpoint),
@@ -186,8 +198,111 @@ impl Dial for TlsDial {
     }
 }
 
-/// Takes connections of those whose certificate `ca-cert.pem` signed. Shows `server-cert.pem`, whose
-/// key is in `server-key.pem`.
+/// The sources that a destination accepts: of the hosts whose certificates the CA signed, those that
+/// have one of these names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PeerNames {
+    /// Any host whose certificate the CA signed.
+    Any,
+    /// Hosts with a certificate that names one of these as its subject alternative name.
+    Named(Vec<ServerName<'static>>),
+}
+
+impl PeerNames {
+    /// Reads host names and IP addresses; `*` stands for every host.
+    ///
+    /// # Errors
+    /// There is none, or one of them cannot be in a certificate.
+    pub fn new<S: AsRef<str>>(names: &[S]) -> Result<Self, TlsError> {
+        if names.iter().any(|name| name.as_ref() == "*") {
+            return Ok(Self::Any);
+        }
+        let names = names.iter().map(|name| {
+            let name = name.as_ref().to_owned();
+            ServerName::try_from(name.clone()).map_err(|_| TlsError::Name(name))
+        });
+        let names = names.collect::<Result<Vec<_>, _>>()?;
+        if names.is_empty() {
+            return Err(TlsError::NoPeers);
+        }
+        Ok(Self::Named(names))
+    }
+
+    fn admit(&self, certificate: &CertificateDer<'_>) -> Result<(), rustls::Error> {
+        let Self::Named(names) = self else {
+            return Ok(());
+        };
+        let parsed = ParsedCertificate::try_from(certificate)?;
+        let mut last = None;
+        for name in names {
+            match verify_server_name(&parsed, name) {
+                Ok(()) => return Ok(()),
+                Err(error) => last = Some(error),
+            }
+        }
+        // Its text has the names that the certificate does have; the peer learns none of this.
+        tracing::warn!(
+            error = last.map(tracing::field::display),
+            "a peer is refused: its certificate has none of the names that may send"
+        );
+        // The alert is `access_denied`.
+        let refused = CertificateError::ApplicationVerificationFailure;
+        Err(rustls::Error::InvalidCertificate(refused))
+    }
+}
+
+/// Verifies a client's certificate by its issuer, and then its name.
+#[derive(Debug)]
+struct NamedClients {
+    issued: Arc<dyn ClientCertVerifier>,
+    peers: PeerNames,
+}
+
+impl ClientCertVerifier for NamedClients {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        self.issued.root_hint_subjects()
+    }
+
+    fn verify_client_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        let verified = self
+            .issued
+            .verify_client_cert(end_entity, intermediates, now)?;
+        self.peers.admit(end_entity)?;
+        Ok(verified)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.issued
+            .verify_tls12_signature(message, certificate, signature)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.issued
+            .verify_tls13_signature(message, certificate, signature)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.issued.supported_verify_schemes()
+    }
+}
+
+/// Takes connections of hosts whose certificate `ca-cert.pem` signed, and that may send by their
+/// names. Shows `server-cert.pem`, whose key is in `server-key.pem`.
 pub struct TlsListener {
     listener: Listener,
     config: Arc<ServerConfig>,
@@ -198,15 +313,19 @@ impl TlsListener {
     ///
     /// # Errors
     /// When one is missing or they do not belong together, or the endpoint is no TCP port.
-    pub fn new(listener: Listener, dir: &Path) -> Result<Self, TlsError> {
-        if let Listener::Unix(_, path) = &listener {
-            return Err(TlsError::Endpoint(Endpoint::Unix(path.clone())));
+    pub fn new(listener: Listener, dir: &Path, peers: PeerNames) -> Result<Self, TlsError> {
+        if let Listener::Unix(socket) = &listener {
+            return Err(TlsError::Endpoint(Endpoint::Unix(socket.path().to_owned())));
         }
         let provider = Arc::new(ring::default_provider());
         let verifier =
             WebPkiClientVerifier::builder_with_provider(Arc::new(roots(dir)?), provider.clone())
                 .build()
                 .map_err(|error| config(&error))?;
+        let verifier = Arc::new(NamedClients {
+            issued: verifier,
+            peers,
+        });
         let built = ServerConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(|error| config(&error))?
@@ -250,11 +369,23 @@ mod tests {
         dir
     }
 
+    fn only(name: &str) -> PeerNames {
+        PeerNames::new(&[name]).unwrap()
+    }
+
     /// What came over, if anything did.
     fn send(client: &Path, server: &Path) -> (io::Result<()>, io::Result<[u8; 5]>) {
+        send_to(client, server, only("127.0.0.1"))
+    }
+
+    fn send_to(
+        client: &Path,
+        server: &Path,
+        peers: PeerNames,
+    ) -> (io::Result<()>, io::Result<[u8; 5]>) {
         let listener = Listener::bind(&Endpoint::Tcp("127.0.0.1:0".to_owned())).unwrap();
         let endpoint = listener.endpoint().unwrap();
-        let mut listener = TlsListener::new(listener, server).unwrap();
+        let mut listener = TlsListener::new(listener, server, peers).unwrap();
         let far = thread::spawn(move || {
             let mut stream = listener.accept(Duration::from_secs(5)).unwrap().unwrap();
             stream.set_patience(Duration::from_secs(5)).unwrap();
@@ -291,6 +422,40 @@ mod tests {
         let elsewhere = directory(&ours, &ours, "host.example");
         let (said, _) = send(good.path(), elsewhere.path());
         assert!(said.unwrap_err().to_string().contains("certificate"));
+    }
+
+    /// The same CA signed all of these certificates.
+    #[test]
+    fn a_host_of_another_name_may_not_send() {
+        let ours = Issuer::new();
+        let (here, there) = (
+            directory(&ours, &ours, "127.0.0.1"),
+            directory(&ours, &ours, "host-c.example"),
+        );
+        let (said, heard) = send_to(there.path(), here.path(), only("host-a.example"));
+        // TLS 1.3: a client hears of it with what it reads first.
+        let said = said.unwrap_err().to_string();
+        assert!(said.contains("AccessDenied"), "{said}");
+        assert!(heard.unwrap_err().to_string().contains("certificate"));
+        let several = PeerNames::new(&["host-a.example", "host-c.example"]).unwrap();
+        for peers in [several, only("*")] {
+            let (said, heard) = send_to(there.path(), here.path(), peers);
+            said.unwrap();
+            assert_eq!(&heard.unwrap(), b"hello");
+        }
+    }
+
+    #[test]
+    fn names_of_peers_are_checked() {
+        assert!(matches!(
+            PeerNames::new::<&str>(&[]),
+            Err(TlsError::NoPeers)
+        ));
+        let refused = PeerNames::new(&["host-a", "a host"]).unwrap_err();
+        assert!(refused.to_string().contains("a host"), "{refused}");
+        for good in ["host-a", "10.0.0.1", "fd00::1", "a.example.org"] {
+            assert!(matches!(only(good), PeerNames::Named(_)), "{good}");
+        }
     }
 
     #[test]

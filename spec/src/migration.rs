@@ -97,6 +97,10 @@ pub struct StartMigration {
     /// Encrypt with TLS, by the files of this directory: `ca-cert.pem`, `client-cert.pem`, `client-key.pem`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tls_dir: Option<String>,
+    /// Send over TCP without TLS: whoever is on the way can read the guest's memory and change it. Refused
+    /// otherwise, unless the service was started with `--migration-insecure`.
+    #[serde(default)]
+    pub insecure: bool,
 }
 
 impl StartMigration {
@@ -115,6 +119,7 @@ impl StartMigration {
             stop_limit_ms: None,
             local: false,
             tls_dir: None,
+            insecure: false,
         }
     }
 }
@@ -135,6 +140,22 @@ pub struct AwaitMigration {
     /// migration's `error`, and the wait continues.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub once: bool,
+    /// With TLS, the hosts that may send: names or addresses in their certificates, or `*` for each host whose
+    /// certificate the CA signed. At least one; when absent, those of `--migration-peer`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls_peers: Option<Vec<String>>,
+    /// Listen on TCP without TLS: any host that can connect may send a VM. Refused otherwise, unless the service
+    /// was started with `--migration-insecure`.
+    #[serde(default)]
+    pub insecure: bool,
+    /// Directories and files, absolute, below which the VM may name files and sockets of this host. When absent, over
+    /// TCP those of `--migration-allow`, and on a unix socket, to which only this user can connect, all of them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allow: Option<Vec<String>>,
+    /// Taps that the VM may use, by name; with a `*` at the end, all that begin so. `vmtap*` are those that are made
+    /// for interfaces without a name. When absent, as for `allow`, those of `--migration-allow-tap`, or all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allow_taps: Option<Vec<String>>,
 }
 
 impl AwaitMigration {
@@ -146,6 +167,10 @@ impl AwaitMigration {
             vm: None,
             tls_dir: None,
             once: false,
+            tls_peers: None,
+            insecure: false,
+            allow: None,
+            allow_taps: None,
         }
     }
 }

@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Error, Result, anyhow, bail, ensure};
 use openapi::Client;
 use spec::{
-    AtDeadline, AwaitMigration, ConsoleConfig, ConsoleMode, CpusConfig, MemoryMode, MigrationInfo,
-    PayloadConfig, SerialConfig, StartMigration, VmConfig, VmId, VmResize, VmState,
+    AtDeadline, ConsoleConfig, ConsoleMode, CpusConfig, MemoryMode, MigrationInfo, PayloadConfig,
+    SerialConfig, StartMigration, VmConfig, VmId, VmResize, VmState,
 };
 
-use crate::{Service, Shell};
+use crate::{Service, Shell, await_anyone};
 
 /// Booting takes seconds on silicon, and a minute or two where the host is emulated.
 pub const BOOTS: Duration = Duration::from_secs(300);
@@ -181,7 +181,7 @@ impl Machine {
         mode: MemoryMode,
     ) -> Result<MigrationInfo> {
         let listen = format!("tcp:{address}:0");
-        let body = AwaitMigration::at(listen);
+        let body = await_anyone(listen);
         let waiting = there.client().migrations_receive(&body).await?;
         let what = StartMigration {
             mode,
@@ -191,6 +191,7 @@ impl Machine {
             deadline_s: 60,
             at_deadline: AtDeadline::Stop,
             verify: true,
+            insecure: true,
             ..StartMigration::to(waiting.endpoint)
         };
         let begun = self.client().vms_migrate(&self.vm, &what).await?;

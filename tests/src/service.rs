@@ -378,3 +378,14 @@ fn program() -> Result<PathBuf> {
     }
     Ok(program)
 }
+
+/// Waits at a TCP port for a VM of any peer, which may name all files and taps: both ends are ours.
+#[must_use]
+pub fn await_anyone(listen: impl Into<String>) -> spec::AwaitMigration {
+    spec::AwaitMigration {
+        insecure: true,
+        allow: Some(vec!["/".to_owned()]),
+        allow_taps: Some(vec!["*".to_owned()]),
+        ..spec::AwaitMigration::at(listen)
+    }
+}

@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use rustix::process::Signal;
 use spec::{
-    AwaitMigration, MigrationInfo, MigrationOutcome, MigrationPhase, ReceiveMigrationData,
-    ResolveMigration, SendMigrationData, StartMigration, VmId, VmState,
+    MigrationInfo, MigrationOutcome, MigrationPhase, ReceiveMigrationData, ResolveMigration,
+    SendMigrationData, StartMigration, VmId, VmState,
 };
-use tests::{Face, Service, dirtier};
+use tests::{Face, Service, await_anyone, dirtier};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -29,8 +29,7 @@ fn name(info: &MigrationInfo) -> VmId {
 }
 
 async fn receive(at: &Service) -> MigrationInfo {
-    let listen = "tcp:127.0.0.1:0".to_owned();
-    let body = AwaitMigration::at(listen);
+    let body = await_anyone("tcp:127.0.0.1:0");
     at.client().migrations_receive(&body).await.unwrap()
 }
 
@@ -46,7 +45,10 @@ async fn a_guest_moves_between_two_services_and_back() {
         let (from, to) = (&services[turn % 2], &services[(turn + 1) % 2]);
         let waiting = receive(to).await;
         assert_eq!(waiting.phase, MigrationPhase::Connecting);
-        let what = StartMigration::to(waiting.endpoint.clone());
+        let what = StartMigration {
+            insecure: true,
+            ..StartMigration::to(waiting.endpoint.clone())
+        };
         let begun = from.client().vms_migrate(&vm, &what).await.unwrap();
         let sent = until(from, &name(&begun), |info| info.phase.is_over()).await;
         assert_eq!(sent.phase, MigrationPhase::Completed, "{sent:?}");
@@ -108,6 +110,7 @@ async fn a_destination_that_dies_costs_nothing() {
     let waiting = receive(&services[1]).await;
     let what = StartMigration {
         max_bandwidth: Some(2 << 20),
+        insecure: true,
         ..StartMigration::to(waiting.endpoint)
     };
     let begun = services[0].client().vms_migrate(&vm, &what).await.unwrap();
@@ -129,7 +132,10 @@ async fn a_destination_that_dies_costs_nothing() {
     assert_eq!(recalled.phase, MigrationPhase::Failed);
     assert_eq!(recalled.error.as_ref().unwrap().code, "service-ended");
     let waiting = receive(&services[1]).await;
-    let what = StartMigration::to(waiting.endpoint);
+    let what = StartMigration {
+        insecure: true,
+        ..StartMigration::to(waiting.endpoint)
+    };
     let begun = services[0].client().vms_migrate(&vm, &what).await.unwrap();
     let sent = until(&services[0], &name(&begun), |info| info.phase.is_over()).await;
     assert_eq!(sent.phase, MigrationPhase::Completed, "{sent:?}");
@@ -144,6 +150,7 @@ async fn a_source_that_dies_leaves_nothing_half_done() {
     let waiting = receive(&services[1]).await;
     let what = StartMigration {
         max_bandwidth: Some(2 << 20),
+        insecure: true,
         ..StartMigration::to(waiting.endpoint.clone())
     };
     let begun = services[0].client().vms_migrate(&vm, &what).await.unwrap();

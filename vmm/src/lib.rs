@@ -37,4 +37,5 @@ mod pool;
 
 pub use boot::BootError;
 pub use failure::BuildError;
+pub use migrate::MigrationTrust;
 pub use pool::{Pool, PoolConfig, StartError};

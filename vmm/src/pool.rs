@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::available_parallelism;
@@ -19,6 +19,7 @@ use virtio_devices::Workers;
 use crate::arch::x86_64::{cpu, features};
 use crate::driver::{Caller, Driver};
 use crate::machine::{self, Background, Host};
+use crate::migrate::{Endpoints, Journals, MigrationTrust};
 
 /// Event-loop threads of drivers at the most. They pass messages and wait for nothing, so few are
 /// enough for many VMs.
@@ -67,8 +68,10 @@ pub struct Pool {
     _devices: Vec<EventLoop>,
     next: AtomicUsize,
     callers: Callers,
-    journals: Option<PathBuf>,
     pending: Arc<ConnectionLimit>,
+    journals: Journals,
+    endpoints: Endpoints,
+    trust: MigrationTrust,
 }
 
 /// Waits, when it is dropped, until machines have given back what they had.
@@ -135,8 +138,10 @@ impl Pool {
             _devices: devices,
             next: AtomicUsize::new(0),
             callers: Callers::default(),
-            journals: None,
             pending: Arc::default(),
+            journals: Journals::default(),
+            endpoints: Endpoints::default(),
+            trust: MigrationTrust::default(),
         })
     }
 
@@ -144,7 +149,14 @@ impl Pool {
     /// crash.
     #[must_use]
     pub fn with_journals(mut self, directory: PathBuf) -> Self {
-        self.journals = Some(directory);
+        self.journals = Journals::new(directory);
+        self
+    }
+
+    /// Sets what the operator allows migrations, where a request does not say.
+    #[must_use]
+    pub fn with_migration_trust(mut self, trust: MigrationTrust) -> Self {
+        self.trust = trust;
         self
     }
 
@@ -161,9 +173,20 @@ impl Pool {
         Arc::clone(&self.pending)
     }
 
-    /// The directory of the migrations' journals, if they are kept.
-    pub(crate) fn journals(&self) -> Option<&Path> {
-        self.journals.as_deref()
+    pub(crate) fn host(&self) -> &Arc<Host> {
+        &self.host
+    }
+
+    pub(crate) fn journals(&self) -> &Journals {
+        &self.journals
+    }
+
+    pub(crate) fn endpoints(&self) -> &Endpoints {
+        &self.endpoints
+    }
+
+    pub(crate) fn trust(&self) -> &MigrationTrust {
+        &self.trust
     }
 }
 

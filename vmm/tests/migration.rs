@@ -248,10 +248,15 @@ async fn a_guest_goes_there_and_back() {
     drop(stage.boot(stage.config(2_000, 2)).await);
     let (mut from, mut to) = (&stage.here, &stage.there);
     for turn in 0..6 {
-        let listen = format!("tcp:127.0.0.1:{}", 0);
-        let receive = to.receive_migration(&AwaitMigration::at(listen)).unwrap();
+        let waiting = AwaitMigration {
+            insecure: true,
+            allow: Some(vec![stage.path("")]),
+            ..AwaitMigration::at("tcp:127.0.0.1:0")
+        };
+        let receive = to.receive_migration(&waiting).unwrap();
         let what = StartMigration {
             connections: Some(1 + turn % 3),
+            insecure: true,
             ..StartMigration::to(receive.info().endpoint)
         };
         let send = from.send_migration("pocket", &what).unwrap();
@@ -380,7 +385,7 @@ async fn a_guest_moves_with_its_memory_as_it_is() {
     config.memory.shared = true;
     drop(stage.boot(config).await);
     let mut what = StartMigration::to("tcp:127.0.0.1:1");
-    what.local = true;
+    (what.local, what.insecure) = (true, true);
     let refused = stage.here.send_migration("pocket", &what).err().unwrap();
     assert_eq!(refused.fields[0].pointer, "/local");
     let [sent, _] = stage.migrate(|what| what.local = true).await;
@@ -403,13 +408,19 @@ async fn a_guest_moves_over_tls_with_its_pages_before_and_after_it() {
         issuer.equip(stage.dir.path(), "127.0.0.1", &issuer);
         drop(stage.boot(stage.config(2_000, 1)).await);
         let tls_dir = Some(stage.dir.path().to_string_lossy().into_owned());
-        let waiting = AwaitMigration {
+        let mut waiting = AwaitMigration {
             tls_dir: tls_dir.clone(),
+            allow: Some(vec![stage.path("")]),
             ..AwaitMigration::at("tcp:127.0.0.1:0")
         };
+        // Not every host whose certificate the CA signed.
+        let refused = stage.there.receive_migration(&waiting).err().unwrap();
+        assert_eq!(refused.fields[0].pointer, "/tls_peers");
+        waiting.tls_peers = Some(vec!["127.0.0.1".to_owned()]);
         let receive = stage.there.receive_migration(&waiting).unwrap();
         let mut what = StartMigration {
             mode,
+            insecure: true,
             connections: Some(2),
             ..StartMigration::to(receive.info().endpoint)
         };

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use spec::{ConsoleConfig, ConsoleMode, PayloadConfig, SerialConfig, VmConfig, options};
+use vmm::MigrationTrust;
 
 /// A virtual machine monitor whose machines move between hosts without noticing.
 ///
@@ -80,6 +81,47 @@ pub(crate) enum LogFormat {
     Json,
 }
 
+/// What the operator of the program allows migrations, where a request does not say.
+#[derive(Debug, Default, PartialEq, Args)]
+#[command(next_help_heading = "Migration")]
+pub(crate) struct MigrationArguments {
+    /// Folder or file below which a VM that comes over TCP may name files and sockets. Several times for
+    /// several. None by default; over a unix socket, to which only this user can connect, all.
+    #[arg(long, value_name = "PATH")]
+    migration_allow: Vec<PathBuf>,
+    /// Tap that a VM which comes over TCP may use; with a * at the end, all that begin so (vmtap* for new
+    /// ones). Several times for several.
+    #[arg(long, value_name = "NAME")]
+    migration_allow_tap: Vec<String>,
+    /// Host that may send VMs over TLS, by a name or address in its certificate; * for each whose
+    /// certificate the CA signed. Several times for several.
+    #[arg(long, value_name = "NAME")]
+    migration_peer: Vec<String>,
+    /// Allow migration over TCP without TLS, in both directions: whoever is on the way can read and change
+    /// the memory of guests, and whoever can connect can send one.
+    #[arg(long)]
+    migration_insecure: bool,
+}
+
+impl MigrationArguments {
+    pub(crate) fn trust(&self) -> Result<MigrationTrust> {
+        for path in &self.migration_allow {
+            if !path.is_absolute() {
+                bail!(
+                    "--migration-allow {}: an absolute path is needed",
+                    path.display()
+                );
+            }
+        }
+        Ok(MigrationTrust {
+            allow: self.migration_allow.clone(),
+            allow_taps: self.migration_allow_tap.clone(),
+            insecure: self.migration_insecure,
+            tls_peers: self.migration_peer.clone(),
+        })
+    }
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct ServeArguments {
     /// Socket of the service. By default whimbrel.sock in $XDG_RUNTIME_DIR, or in /run.
@@ -100,6 +142,8 @@ pub(crate) struct ServeArguments {
     /// Threads on which the VMs' drivers live; by default as many as there are CPUs.
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<usize>,
+    #[command(flatten)]
+    pub(crate) migration: MigrationArguments,
 }
 
 #[derive(Debug, Args)]
@@ -191,6 +235,8 @@ pub(crate) struct VmArguments {
     /// Destination of events. (Not supported by this version; the service has /api/v1/events.)
     #[arg(long, value_name = "OPTIONS")]
     pub(crate) event_monitor: Option<String>,
+    #[command(flatten)]
+    pub(crate) migration: MigrationArguments,
 }
 
 impl VmArguments {
@@ -333,6 +379,27 @@ mod tests {
             (ConsoleMode::File, ConsoleMode::Off)
         );
         assert_eq!(config.disks.unwrap().len(), 3);
+    }
+
+    #[test]
+    fn trust_in_migrations_is_given_to_every_kind_of_service() {
+        let options = "--migration-allow /images --migration-peer host-a --migration-insecure";
+        for line in ["whimbrel serve", "whimbrel --api-socket /s"] {
+            let line = format!("{line} {options}");
+            let arguments = Arguments::try_parse_from(line.split(' ')).unwrap();
+            let migration = match arguments.command {
+                Some(Command::Serve(serve)) => serve.migration,
+                _ => arguments.vm.migration,
+            };
+            let trust = migration.trust().unwrap();
+            assert_eq!(trust.allow, [PathBuf::from("/images")]);
+            assert!(trust.insecure && trust.tls_peers == ["host-a"]);
+        }
+        let relative = MigrationArguments {
+            migration_allow: vec!["images".into()],
+            ..MigrationArguments::default()
+        };
+        assert!(relative.trust().is_err());
     }
 
     #[test]

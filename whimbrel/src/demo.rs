@@ -46,6 +46,7 @@ pub(crate) fn run() -> Result<ExitCode> {
             clients: services.each_ref().map(|one| Client::unix(&one.socket)),
             here: 0,
             console: directory.join("console"),
+            directory: directory.to_string_lossy().into_owned(),
             paint: Paint::new(),
             start: Instant::now(),
         };
@@ -107,6 +108,8 @@ struct Demo {
     /// The service that runs the guest.
     here: usize,
     console: PathBuf,
+    /// The folder of all of the demo's files.
+    directory: String,
     paint: Paint,
     start: Instant,
 }
@@ -175,14 +178,18 @@ impl Demo {
             .await?;
         let (from, to) = (self.here, 1 - self.here);
         self.request("POST /api/v1/migrations        (to the service to which it moves)");
-        let listen = "tcp:127.0.0.1:0".to_owned();
-        let waiting = self.clients[to]
-            .migrations_receive(&AwaitMigration::at(listen))
-            .await?;
+        // Both ends are this program's: a peer may name the demo's own files.
+        let waiting = AwaitMigration {
+            insecure: true,
+            allow: Some(vec![self.directory.clone()]),
+            ..AwaitMigration::at("tcp:127.0.0.1:0")
+        };
+        let waiting = self.clients[to].migrations_receive(&waiting).await?;
         self.request(&format!("POST /api/v1/vms/demo/migrations  ({mode})"));
         let what = StartMigration {
             mode,
             max_downtime_ms: 10,
+            insecure: true,
             ..StartMigration::to(waiting.endpoint)
         };
         let begun = self.clients[from].vms_migrate(id, &what).await?;

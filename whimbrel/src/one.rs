@@ -28,7 +28,8 @@ pub(crate) fn run(arguments: &VmArguments, serial: Option<ConsoleMode>) -> Resul
         threads: Some(1),
         terminal: true,
         image_dirs: arguments.image_dir.clone(),
-    })?;
+    })?
+    .with_migration_trust(arguments.migration.trust()?);
     runtime()?.block_on(async {
         let mut signals = Signals::listen()?;
         let registry = Registry::new(pool);

@@ -65,7 +65,8 @@ pub(crate) fn run(arguments: &ServeArguments) -> Result<ExitCode> {
         terminal: false,
         image_dirs: arguments.image_dir.clone(),
     })?
-    .with_journals(state.join("migrations"));
+    .with_journals(state.join("migrations"))
+    .with_migration_trust(arguments.migration.trust()?);
     let runtime = runtime()?;
     runtime.block_on(async {
         let mut signals = Signals::listen()?;

@@ -39,7 +39,10 @@ pub(crate) async fn stops(times: usize) -> Result<()> {
         for turn in 0..times {
             let (from, to) = (&services[turn % 2], &services[(turn + 1) % 2]);
             let waiting = receive(to.client()).await?;
-            let what = StartMigration::to(waiting.endpoint.clone());
+            let what = StartMigration {
+                insecure: true,
+                ..StartMigration::to(waiting.endpoint.clone())
+            };
             let begun = from.client().vms_migrate(&vm, &what).await?;
             let sent = over(from.client(), &begun).await?;
             over(to.client(), &waiting).await?;

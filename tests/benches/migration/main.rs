@@ -21,10 +21,10 @@ use anyhow::{Context as _, Result, bail, ensure};
 use guest::{Line, Options, Order, Workload};
 use openapi::Client;
 use spec::{
-    AtDeadline, AwaitMigration, ConsoleMode, CpusConfig, MemoryMode, MigrationInfo, PayloadConfig,
-    StartMigration, VmConfig, VmId,
+    AtDeadline, ConsoleMode, CpusConfig, MemoryMode, MigrationInfo, PayloadConfig, StartMigration,
+    VmConfig, VmId,
 };
-use tests::{Face, Service};
+use tests::{Face, Service, await_anyone};
 
 use crate::terminal::Terminal;
 
@@ -122,8 +122,9 @@ async fn over(client: &Client, begun: &MigrationInfo) -> Result<MigrationInfo> {
 }
 
 async fn receive(at: &Client) -> Result<MigrationInfo> {
-    let listen = "tcp:127.0.0.1:0".to_owned();
-    Ok(at.migrations_receive(&AwaitMigration::at(listen)).await?)
+    Ok(at
+        .migrations_receive(&await_anyone("tcp:127.0.0.1:0"))
+        .await?)
 }
 
 /// One VM in two services of ours, moved to and fro.
@@ -154,6 +155,7 @@ async fn ours(case: Case, times: usize) -> Result<Vec<Seen>> {
             max_downtime_ms: 20,
             deadline_s: 20,
             at_deadline: AtDeadline::Stop,
+            insecure: true,
             ..StartMigration::to(waiting.endpoint.clone())
         };
         let begun = from.vms_migrate(&vm, &what).await?;

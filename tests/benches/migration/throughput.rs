@@ -11,7 +11,7 @@ use guest::{After, Line, Options, Workload};
 use migration::testing::Issuer;
 use spec::{AwaitMigration, StartMigration, VmId};
 use tempfile::TempDir;
-use tests::{Face, Service};
+use tests::{Face, Service, await_anyone};
 
 use crate::terminal::Terminal;
 use crate::{MIB, guest_config, median_of, over};
@@ -67,12 +67,14 @@ impl Moving {
         let (from, to) = (&self.services[self.here], &self.services[1 - self.here]);
         let waiting = AwaitMigration {
             tls_dir: tls_dir.clone(),
-            ..AwaitMigration::at("tcp:127.0.0.1:0")
+            tls_peers: Some(vec!["*".to_owned()]),
+            ..await_anyone("tcp:127.0.0.1:0")
         };
         let waiting = to.client().migrations_receive(&waiting).await?;
         let what = StartMigration {
             connections,
             tls_dir,
+            insecure: true,
             ..StartMigration::to(waiting.endpoint)
         };
         let begun = from.client().vms_migrate(&self.vm, &what).await?;

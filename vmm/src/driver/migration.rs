@@ -95,7 +95,6 @@ pub(crate) struct Departure {
 pub(crate) struct Arrival {
     pub(crate) caller: Caller,
     pub(crate) host: Arc<Host>,
-    pub(crate) config: Arc<VmConfig>,
     pub(crate) reporter: Reporter,
 }
 
@@ -399,7 +398,6 @@ impl Driver {
                 to: self.events.clone(),
             },
             host: Arc::clone(&self.host),
-            config: Arc::clone(&self.config),
             reporter: self.reporter(),
         })
     }

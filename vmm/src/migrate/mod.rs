@@ -3,19 +3,23 @@
 mod destination;
 mod history;
 mod journals;
+mod offer;
+mod receive;
 mod source;
+mod trust;
 
 use std::path::Path;
 use std::str::FromStr as _;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use control::{Category, Migrate, Migration, Registry, RequestError, VmHandle};
 use hypervisor::arch::{CpuId, kvm_cpuid_entry2};
 use migration::{
-    Accept, Decision, Dial, Endpoint, Listener, MAX_CONNECTIONS, Outcome, Phase, Policy, Progress,
-    Receiving, Report, Resolution, Sending, Side, TlsDial, TlsListener, receive, send,
+    Decision, Dial, Endpoint, MAX_CONNECTIONS, Outcome, Phase, Policy, Progress, Report,
+    Resolution, Sending, Side, TlsDial, send,
 };
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
@@ -25,9 +29,10 @@ use spec::{
 };
 use tokio::sync::watch;
 
-use self::destination::DestinationHost;
-use self::journals::Journals;
+pub(crate) use self::journals::Journals;
+pub(crate) use self::receive::Endpoints;
 use self::source::SourceVm;
+pub use self::trust::MigrationTrust;
 use crate::pool::Pool;
 
 /// The name of a machine's memory.
@@ -78,6 +83,8 @@ struct ActiveMigration {
     progress: Progress,
     decision: Decision,
     over: watch::Sender<bool>,
+    /// A destination listens, if only to answer a source that missed the outcome.
+    has_endpoint: AtomicBool,
 }
 
 impl ActiveMigration {
@@ -93,16 +100,8 @@ impl ActiveMigration {
             progress: Progress::default(),
             decision: Decision::default(),
             over: watch::Sender::new(false),
+            has_endpoint: AtomicBool::new(false),
         }
-    }
-}
-
-/// Announces the end of a migration.
-struct OverWhenDropped(Arc<ActiveMigration>);
-
-impl Drop for OverWhenDropped {
-    fn drop(&mut self) {
-        self.0.over.send_replace(true);
     }
 }
 
@@ -199,6 +198,11 @@ impl Migration for ActiveMigration {
 
     fn cancel(&self) -> Result<(), RequestError> {
         if self.progress.report().phase.is_over() {
+            if self.has_endpoint.load(Ordering::Acquire) {
+                // What is left of it is its endpoint, which is free as soon as it is not answered.
+                self.decision.relieve();
+                return Ok(());
+            }
             let detail = "the migration is over";
             return Err(RequestError::new(
                 Category::Conflict,
@@ -301,7 +305,7 @@ fn start(name: &str, run: impl FnOnce() + Send + 'static) -> Result<(), RequestE
 
 impl Migrate for Pool {
     fn recalled(&self) -> Vec<Arc<dyn Migration>> {
-        history::all(&Journals::new(self.journals()))
+        history::all(self.journals())
     }
 
     fn send(
@@ -312,6 +316,8 @@ impl Migrate for Pool {
     ) -> Result<Arc<dyn Migration>, RequestError> {
         let policy = policy(what)?;
         let place = endpoint("destination", &what.destination)?;
+        self.trust()
+            .check_plaintext(&place, what.tls_dir.is_some(), what.insecure)?;
         let shown = place.to_string();
         let dial: Box<dyn Dial> = match &what.tls_dir {
             None => Box::new(place),
@@ -327,7 +333,7 @@ impl Migrate for Pool {
         let (decision, progress) = (moving.decision.clone(), moving.progress.clone());
         let departure = caller.call(move |driver, _| driver.depart(&decision, &progress));
         let departure = departure.map_err(|_| RequestError::driver_gone())??;
-        let journals = Journals::new(self.journals());
+        let journals = self.journals().clone();
         let mut journal = journals
             .open(moving.id, Side::Source, id.as_str())
             .map_err(|error| Journals::unwritable(&error))?;
@@ -379,63 +385,6 @@ impl Migrate for Pool {
         registry: &Registry,
         what: &AwaitMigration,
     ) -> Result<Arc<dyn Migration>, RequestError> {
-        let wanted = endpoint("listen", &what.listen)?;
-        let unusable = |error: std::io::Error| {
-            let detail = format!("nobody can wait at {wanted}: {error}");
-            RequestError::new(Category::Unprocessable, "endpoint-unusable", detail)
-        };
-        if let Some(vm) = &what.vm
-            && registry.get(vm.as_str()).is_ok()
-        {
-            let detail = format!("there is a VM {:?} already", vm.as_str());
-            return Err(RequestError::new(Category::Conflict, "vm-exists", detail));
-        }
-        let listener = Listener::bind(&wanted).map_err(unusable)?;
-        let bound = listener.endpoint().map_err(unusable)?;
-        let mut accept: Box<dyn Accept> = match &what.tls_dir {
-            None => Box::new(listener),
-            Some(dir) => {
-                let listener = TlsListener::new(listener, Path::new(dir));
-                Box::new(listener.map_err(|error| invalid("tls_dir", error.to_string()))?)
-            }
-        };
-        let moving = ActiveMigration::new(
-            MigrationSide::Destination,
-            what.vm.clone(),
-            bound.to_string(),
-        );
-        let moving = Arc::new(moving);
-        let ours = Arc::clone(&moving);
-        let (registry, callers) = (registry.clone(), self.callers().clone());
-        let (limit, once) = (self.connection_limit(), what.once);
-        let journals = Journals::new(self.journals());
-        start("migrate-in", move || {
-            // Also after a panic: clients wait for it.
-            let _over = OverWhenDropped(Arc::clone(&ours));
-            let host = DestinationHost::new(registry, callers, journals, Arc::clone(&ours));
-            let receiving = Receiving {
-                accept: &mut *accept,
-                host: &host,
-                progress: &ours.progress,
-                decision: &ours.decision,
-                limit: &limit,
-                once,
-                patience: Policy::default().patience,
-                lingers: &|| {
-                    ours.over.send_replace(true);
-                },
-            };
-            tracing::info!(
-                migration = %ours.id,
-                endpoint = ours.endpoint,
-                "migration: waits for a source"
-            );
-            // What went wrong is in the report.
-            let _ = receive(receiving);
-            ours.log_end();
-            // Before clients hear that it is over: they may wait at the same endpoint again.
-            drop(accept);
-        })?;
-        Ok(moving)
+        receive::begin(self, registry, what)
     }
 }

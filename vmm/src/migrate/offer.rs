@@ -1,0 +1,160 @@
+//! Checking an offer: everything that can be known before anything of this host is touched.
+//!
+//! ```text
+//!   parse ─► validate ─► trust: paths, taps ─► CPUs ─► memory ─► CheckedOffer ─► build
+//! ```
+//!
+//! Nothing is opened for writing, made or emptied before the last of these has passed: a machine is
+//! built of a [`CheckedOffer`] only.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use ::devices::host_file::{FileKind, Request};
+use ::devices::pci::Bdf;
+use control::{Registry, RequestError};
+use hypervisor::arch::CpuId;
+use migration::{Offer, Refusal};
+use spec::{VmConfig, VmId};
+
+use super::trust::Allowed;
+use super::{MachineOffer, OFFER_VERSION, cpuid};
+use crate::arch::x86_64::features;
+use crate::devices::slots;
+use crate::{failure, paths};
+
+/// An offer of which nothing is left to be refused but by the host itself.
+pub(super) struct CheckedOffer {
+    pub(super) vm: VmId,
+    pub(super) config: VmConfig,
+    /// As `config`, with the paths as they were checked.
+    pub(super) resolved: VmConfig,
+    pub(super) cpuid: CpuId,
+    pub(super) on_bus: BTreeMap<String, Bdf>,
+}
+
+/// Checks an offer. The VM gets the name `vm`, or else the one that it has at the source.
+pub(super) fn check(
+    offer: &Offer,
+    vm: Option<VmId>,
+    registry: &Registry,
+    here: &CpuId,
+    allowed: &Allowed,
+) -> Result<CheckedOffer, Refusal> {
+    let unreadable = |why: String| Refusal::new("offer-unreadable", why);
+    let machine: MachineOffer = serde_json::from_slice(&offer.machine)
+        .map_err(|error| unreadable(format!("the offer of a machine cannot be read: {error}")))?;
+    if machine.version != OFFER_VERSION {
+        let why = format!(
+            "the offer of a machine has version {}, and {OFFER_VERSION} is read here",
+            machine.version
+        );
+        return Err(unreadable(why));
+    }
+    let wanted = cpuid(&machine.cpuid)
+        .ok_or_else(|| unreadable("the CPUs have too many CPUID leaves".to_owned()))?;
+    let vm = vm.map_or_else(|| offer.vm.parse::<VmId>(), Ok);
+    let vm = vm.map_err(|error| unreadable(error.to_string()))?;
+    let mut config = machine.config;
+    config
+        .validate(&registry.host_limits())
+        .map_err(|found| refusal(RequestError::invalid(found)))?;
+    config.name_devices();
+    let on_bus = slots::from_offer(&config, &machine.places)
+        .map_err(|error| unreadable(error.to_string()))?;
+    let size = config.memory.size;
+    if offer.blocks.len() != 1 || offer.blocks.iter().any(|block| block.size != size) {
+        let why = "the memory is not what the configuration says";
+        return Err(unreadable(why.to_owned()));
+    }
+    if registry.get(vm.as_str()).is_ok() {
+        let why = format!("there is a VM {:?} already", vm.as_str());
+        return Err(Refusal::new("vm-exists", why));
+    }
+    let resolved = allowed.check(&config)?;
+    paths::check(&resolved).map_err(|error| {
+        let told = failure::told(&error.into());
+        Refusal::new(told.code, told.detail)
+    })?;
+    cpus_are_there(here, &wanted)?;
+    if !offer.given {
+        memory_is_there(&config)?;
+    }
+    payload_is_there(&resolved)?;
+    Ok(CheckedOffer {
+        vm,
+        config,
+        resolved,
+        cpuid: wanted,
+        on_bus,
+    })
+}
+
+/// The refusal of a request, with all its fields, for the other side.
+pub(super) fn refusal(error: RequestError) -> Refusal {
+    let mut detail = error.detail;
+    for field in &error.fields {
+        detail = format!("{detail}; {}: {}", field.pointer, field.detail);
+    }
+    Refusal::new(error.code, detail)
+}
+
+fn cpus_are_there(here: &CpuId, wanted: &CpuId) -> Result<(), Refusal> {
+    let lacking = features::lacking(here, wanted);
+    if lacking.is_empty() {
+        return Ok(());
+    }
+    let detail = format!(
+        "the CPUs of the destination lack what the guest uses: {}",
+        lacking.join(", ")
+    );
+    Err(Refusal::new("cpu-lacks-features", detail))
+}
+
+/// Checks that the files are readable from which the guest would boot anew. They are read by a reset only.
+fn payload_is_there(config: &VmConfig) -> Result<(), Refusal> {
+    let payload = &config.payload;
+    let files = [
+        ("kernel", &payload.kernel),
+        ("firmware", &payload.firmware),
+        ("initramfs", &payload.initramfs),
+    ];
+    for (what, path) in files {
+        if let Some(path) = path
+            && let Err(error) = Request::read(Path::new(path), &[FileKind::Regular]).open()
+        {
+            let detail = format!(
+                "the guest's {what} cannot be read at the destination, so that it could not be rebooted: {error}"
+            );
+            return Err(Refusal::new("payload-missing", detail));
+        }
+    }
+    Ok(())
+}
+
+/// The host has room for the guest's memory. Huge pages are reserved when the machine is made.
+fn memory_is_there(config: &VmConfig) -> Result<(), Refusal> {
+    if config.memory.hugepages {
+        return Ok(());
+    }
+    let told = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    // KiB.
+    let field = |name: &str| -> Option<u64> {
+        let line = told.lines().find_map(|line| line.strip_prefix(name))?;
+        line.split_whitespace().next()?.parse().ok()
+    };
+    // A host that does not tell is not in the way.
+    let Some(available) = field("MemAvailable:") else {
+        return Ok(());
+    };
+    let available = available.saturating_add(field("SwapFree:").unwrap_or(0)) << 10;
+    if config.memory.size > available {
+        let detail = format!(
+            "the guest has {} MiB of memory, and the destination has {} MiB to give",
+            config.memory.size >> 20,
+            available >> 20
+        );
+        return Err(Refusal::new("memory-short", detail));
+    }
+    Ok(())
+}

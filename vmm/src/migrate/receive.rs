@@ -1,0 +1,200 @@
+//! Waiting for a guest from another service, and the endpoints at which this process does.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use control::{Category, Migration, Registry, RequestError};
+use migration::{Accept, Endpoint, Listener, Policy, Receiving, TlsListener, receive};
+use parking_lot::{Condvar, Mutex};
+use spec::{AwaitMigration, MigrationSide};
+
+use super::destination::DestinationHost;
+use super::{ActiveMigration, endpoint, invalid, start};
+use crate::pool::Pool;
+
+/// How long a migration that is over may take to give its endpoint up.
+const RELIEF: Duration = Duration::from_secs(5);
+
+/// The migrations that have an endpoint of this process.
+///
+/// A destination whose migration is over keeps answering its source for a while, because the source
+/// may have missed the outcome. When another migration is to be waited for at the same endpoint, the
+/// earlier one is relieved of that: the new session answers sources of earlier migrations from their
+/// journals.
+#[derive(Clone, Default)]
+pub(crate) struct Endpoints(Arc<(Mutex<Vec<Held>>, Condvar)>);
+
+struct Held {
+    endpoint: Endpoint,
+    migration: Arc<ActiveMigration>,
+}
+
+impl Endpoints {
+    /// Has migrations that are over give this endpoint up.
+    fn relieve(&self, wanted: &Endpoint) {
+        let (all, changed) = &*self.0;
+        let deadline = Instant::now() + RELIEF;
+        let mut all = all.lock();
+        loop {
+            let over = all.iter().filter(|held| {
+                held.migration.progress.report().phase.is_over() && is_same(&held.endpoint, wanted)
+            });
+            if over.map(|held| held.migration.decision.relieve()).count() == 0 {
+                return;
+            }
+            if changed.wait_until(&mut all, deadline).timed_out() {
+                return;
+            }
+        }
+    }
+
+    fn hold(&self, endpoint: Endpoint, migration: &Arc<ActiveMigration>) {
+        migration.has_endpoint.store(true, Ordering::Release);
+        self.0.0.lock().push(Held {
+            endpoint,
+            migration: Arc::clone(migration),
+        });
+    }
+
+    fn release(&self, migration: &Arc<ActiveMigration>) {
+        migration.has_endpoint.store(false, Ordering::Release);
+        let (all, changed) = &*self.0;
+        all.lock()
+            .retain(|held| !Arc::ptr_eq(&held.migration, migration));
+        changed.notify_all();
+    }
+}
+
+/// Releases the endpoint of a migration and announces its end, also after a panic: clients wait for it.
+struct Ending {
+    migration: Arc<ActiveMigration>,
+    endpoints: Endpoints,
+}
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        self.endpoints.release(&self.migration);
+        self.migration.over.send_replace(true);
+    }
+}
+
+/// Whether who listens at one is in the way of who listens at the other.
+fn is_same(one: &Endpoint, other: &Endpoint) -> bool {
+    /// The folder as the host knows it, for the file may be written in several ways.
+    fn place(path: &Path) -> Option<PathBuf> {
+        let folder = match path.parent() {
+            Some(folder) if folder.as_os_str().is_empty() => Path::new("."),
+            folder => folder?,
+        };
+        Some(folder.canonicalize().ok()?.join(path.file_name()?))
+    }
+    match (one, other) {
+        (Endpoint::Unix(one), Endpoint::Unix(other)) => {
+            one == other || place(one).is_some_and(|one| place(other) == Some(one))
+        }
+        // By the port alone: an address may stand for all. One more that is over is relieved at worst.
+        (Endpoint::Tcp(one), Endpoint::Tcp(other)) => {
+            let port = |place: &str| place.rsplit_once(':').map(|(_, port)| port.to_owned());
+            port(one) == port(other)
+        }
+        _ => false,
+    }
+}
+
+/// Begins to wait for a guest.
+pub(super) fn begin(
+    pool: &Pool,
+    registry: &Registry,
+    what: &AwaitMigration,
+) -> Result<Arc<dyn Migration>, RequestError> {
+    let wanted = endpoint("listen", &what.listen)?;
+    let trust = pool.trust();
+    trust.check_plaintext(&wanted, what.tls_dir.is_some(), what.insecure)?;
+    let allowed = trust.allowed(&wanted, what)?;
+    let peers = match &what.tls_dir {
+        Some(dir) => Some((dir, trust.peers(what)?)),
+        None => None,
+    };
+    if let Some(vm) = &what.vm
+        && registry.get(vm.as_str()).is_ok()
+    {
+        let detail = format!("there is a VM {:?} already", vm.as_str());
+        return Err(RequestError::new(Category::Conflict, "vm-exists", detail));
+    }
+    let unusable = |error: std::io::Error| {
+        let detail = format!("cannot wait at {wanted}: {error}");
+        RequestError::new(Category::Unprocessable, "endpoint-unusable", detail)
+    };
+    pool.endpoints().relieve(&wanted);
+    let listener = Listener::bind(&wanted).map_err(unusable)?;
+    let bound = listener.endpoint().map_err(unusable)?;
+    let accept: Box<dyn Accept> = match peers {
+        None => Box::new(listener),
+        Some((dir, peers)) => {
+            let listener = TlsListener::new(listener, Path::new(dir), peers);
+            Box::new(listener.map_err(|error| invalid("tls_dir", error.to_string()))?)
+        }
+    };
+    let moving = Arc::new(ActiveMigration::new(
+        MigrationSide::Destination,
+        what.vm.clone(),
+        bound.to_string(),
+    ));
+    let host = DestinationHost::new(pool, registry.clone(), Arc::clone(&moving), allowed);
+    let (limit, once) = (pool.connection_limit(), what.once);
+    let (ours, endpoints) = (Arc::clone(&moving), pool.endpoints().clone());
+    endpoints.hold(bound, &moving);
+    let started = start("migrate-in", move || {
+        let ending = Ending {
+            migration: Arc::clone(&ours),
+            endpoints,
+        };
+        // Dropped before `ending`: the endpoint is free before anyone hears so.
+        let mut accept = accept;
+        let receiving = Receiving {
+            accept: &mut *accept,
+            host: &host,
+            progress: &ours.progress,
+            decision: &ours.decision,
+            limit: &limit,
+            once,
+            patience: Policy::default().patience,
+            lingers: &|| {
+                ours.over.send_replace(true);
+            },
+        };
+        tracing::info!(
+            migration = %ours.id,
+            endpoint = ours.endpoint,
+            "migration: waits for a source"
+        );
+        // The report has the failure, if it failed.
+        let _ = receive(receiving);
+        ours.log_end();
+        drop(accept);
+        drop(ending);
+    });
+    started.inspect_err(|_| pool.endpoints().release(&moving))?;
+    Ok(moving)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn endpoints_are_the_same_however_they_are_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let unix = |name: &str| Endpoint::Unix(dir.path().join(name));
+        std::fs::create_dir(dir.path().join("d")).unwrap();
+        assert!(is_same(&unix("m"), &unix("m")));
+        assert!(is_same(&unix("m"), &unix("d/../m")));
+        assert!(!is_same(&unix("m"), &unix("d/m")));
+        let tcp = |place: &str| Endpoint::Tcp(place.to_owned());
+        assert!(is_same(&tcp("0.0.0.0:7000"), &tcp("host-b:7000")));
+        assert!(!is_same(&tcp("0.0.0.0:7000"), &tcp("0.0.0.0:7001")));
+        assert!(!is_same(&unix("m"), &tcp("h:1")));
+    }
+}
