@@ -485,7 +485,15 @@ fn a_panic_before_the_order_leaves_the_guest_at_the_source() {
     wait.become_(Mood::PanicsInLoad);
     let (mut source, _ram) = wait.ready(id);
     assert!(source.hear().is_err());
-    let heard = Peer::again(&wait.way, id).hear().unwrap();
+    // While the stack unwinds the migration is still in progress: a source asks again.
+    let start = Instant::now();
+    let heard = loop {
+        let heard = Peer::again(&wait.way, id).hear().unwrap();
+        if !heard.contains("still in progress") || start.elapsed() > BOUND {
+            break heard;
+        }
+        thread::sleep(Duration::from_millis(1));
+    };
     assert!(heard.starts_with("NotHere"), "{heard}");
     assert_eq!(wait.outcome().unwrap_err().code, "internal");
     assert!(wait.marks.discarded.load(Ordering::SeqCst));

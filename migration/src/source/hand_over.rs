@@ -25,9 +25,9 @@ use crate::{ATTEMPTS, LINGER, MigrationError};
 /// waits for a decision, so the source keeps trying for a while after the migration is over here.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PendingAbort {
-    id: Uuid,
-    why: Refusal,
-    patience: Duration,
+    pub(super) id: Uuid,
+    pub(super) why: Refusal,
+    pub(super) patience: Duration,
 }
 
 impl PendingAbort {
@@ -62,8 +62,23 @@ impl PendingAbort {
                 tracing::error!(migration = %self.id, "somebody decided that a guest runs at its destination, and it runs here, too");
                 Ok(())
             }
-            // It knows, or knows nothing of it any more.
-            _ => Ok(()),
+            // It knows, or will never run the guest.
+            ToSource::NotHere(_) | ToSource::Ended | ToSource::Completed => Ok(()),
+            ToSource::Refused(why) if why.code == "unknown-migration" => Ok(()),
+            // Such as `out-of-order`: a destination that is still loading the guest. It will be ready,
+            // and wait for this notice.
+            ToSource::Refused(why) => Err(MigrationError::There(why)),
+            other @ (ToSource::Pong(_)
+            | ToSource::Welcome { .. }
+            | ToSource::Prepared { .. }
+            | ToSource::Busy
+            | ToSource::RoundDone(_)
+            | ToSource::GuessLoaded { .. }
+            | ToSource::Ready { .. }
+            | ToSource::StillMissing { .. }) => {
+                let why = format!("{other:?} is no answer to a source that asks");
+                Err(WireError::damaged(why).into())
+            }
         }
     }
 }

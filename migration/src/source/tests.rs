@@ -408,3 +408,33 @@ fn the_destination_hears_that_the_migration_was_canceled() {
     assert_eq!(stayed(&outcome), "canceled");
     assert!(guest.runs);
 }
+
+/// A destination that is still loading the guest refuses to answer: the notice is sent again.
+#[test]
+fn a_notice_reaches_a_destination_that_is_not_ready_yet() {
+    let (to, dialed) = mpsc::channel();
+    let notice = PendingAbort {
+        id: Uuid::from_u128(1),
+        why: Refusal::new("canceled", ""),
+        patience: Duration::from_secs(1),
+    };
+    let peer = thread::spawn(move || {
+        for answer in [
+            ToSource::Refused(Refusal::new("out-of-order", "it is still in progress")),
+            ToSource::Waiting,
+        ] {
+            let (channel, stream) = Peer::next(&dialed).unwrap();
+            assert_eq!(channel, Channel::Again);
+            let mut control = Control::new(Box::new(stream));
+            control.send(&answer).unwrap();
+            if answer == ToSource::Waiting {
+                let heard: ToDestination = control.recv().unwrap();
+                assert!(matches!(heard, ToDestination::Abort(_)), "{heard:?}");
+                let told = ToSource::NotHere(Refusal::new("canceled", ""));
+                control.send(&told).unwrap();
+            }
+        }
+    });
+    assert!(notice.send(&Pipe(Mutex::new(to))));
+    peer.join().unwrap();
+}
