@@ -1,7 +1,7 @@
 //! Descriptors that clients send along with their requests over a unix socket (`SCM_RIGHTS`, unix(7)).
 //!
-//! They come with a byte of the request, as a rule its first. A stream that is read without asking for them loses
-//! them, and nobody is told.
+//! They arrive with a byte of the request, as a rule its first. A plain read of the stream loses them
+//! without an error.
 //!
 //! ```text
 //!  socket ── Receiving ──► bytes ──► HTTP ──► request, with Enclosed ──► body read, descriptors taken
@@ -24,7 +24,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use crate::limits::DESCRIPTORS_MAX;
 use crate::peer::Peer;
 
-/// As many as one message can bring (`SCM_MAX_FD`).
+/// Maximum number of descriptors in one message (`SCM_MAX_FD`).
 const OF_ONE_MESSAGE: usize = 253;
 /// Bytes to read at a time.
 const PIECE: usize = 64 << 10;
@@ -47,7 +47,7 @@ impl Arrived {
     }
 }
 
-/// What came along with a request. What nobody takes is closed with it.
+/// Descriptors that came with a request. Those that no handler takes are closed.
 #[derive(Clone, Debug)]
 pub(crate) struct Enclosed {
     with_head: Arrived,

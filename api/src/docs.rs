@@ -6,7 +6,7 @@ use http::header::{CONTENT_SECURITY_POLICY, CONTENT_TYPE};
 
 const PAGE: &str = include_str!("docs.html");
 
-/// Where the page has its document.
+/// The placeholder for the document in the page.
 const SLOT: &str = "{{document}}";
 
 pub(crate) fn routes(document: &str) -> Router {

@@ -1,4 +1,4 @@
-//! What happens to VMs, as server-sent events (HTML standard, 9.2).
+//! Events of VMs, as server-sent events (HTML standard, 9.2).
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -32,7 +32,7 @@ pub(crate) fn routes() -> OpenApiRouter<Service> {
     OpenApiRouter::default().routes(routes!(events))
 }
 
-/// Where to begin, and with whom.
+/// The first event, and a filter by VM.
 #[derive(Debug, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
@@ -109,9 +109,9 @@ struct Follower {
 
 /// The client of a stream.
 enum Client {
-    /// It may still send something.
+    /// The client may still send something.
     There(Peer),
-    /// It sends nothing any more: it waits for events, or is gone.
+    /// The client sends nothing any more: it waits for events, or is gone.
     Listening(Peer),
     /// The request came over no connection of [`serve`](crate::serve).
     Unknown,

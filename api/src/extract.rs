@@ -173,7 +173,7 @@ impl<S: Send + Sync> FromRequestParts<S> for Named {
     }
 }
 
-/// As much of a client's text as is worth repeating.
+/// Returns the start of a client's text, for an error message.
 fn excerpt(text: &str) -> String {
     text.chars().take(spec::limits::VM_ID_LEN).collect()
 }

@@ -1,4 +1,4 @@
-//! What a client may make the service hold or wait for.
+//! Limits on memory and time that a client can use.
 
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ pub const BODY_READ_TIMEOUT: Duration = Duration::from_secs(30);
 /// Bytes of a request's head.
 pub const HEAD_BYTES_MAX: usize = 64 << 10;
 
-/// What requests under way get to finish once the service is asked to stop.
+/// Time for requests in progress after the service is asked to stop.
 pub const SHUTDOWN_GRACE: Duration = Duration::from_secs(5);
 
 /// Pause after the host ran out of something that accepting a connection needs.

@@ -70,7 +70,7 @@ impl Listener {
             .map_err(|source| ListenError::BindTcp { address, source })
     }
 
-    /// Where that is, for a person: a path, or `http://ADDRESS:PORT`.
+    /// Returns the address for a message: a path, or `http://ADDRESS:PORT`.
     #[must_use]
     pub fn place(&self) -> String {
         match self {

@@ -1,4 +1,4 @@
-//! What happens around every request, whatever it asks.
+//! Handling that all requests share.
 
 use axum::extract::{Request, State};
 use axum::middleware::Next;
@@ -14,7 +14,7 @@ use crate::request_counts::Requests;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-/// What a request came over.
+/// The transport of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Via {
     /// A unix socket, which only its owner can open.

@@ -171,9 +171,9 @@ async fn cancel(
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// Decide what becomes of the guest of a migration that is in doubt.
+/// Decide where the guest of a migration in doubt runs.
 ///
-/// Whoever decides that it runs here sees to it that it runs nowhere else.
+/// Before you decide that the guest runs here, make sure that it runs nowhere else.
 #[utoipa::path(
     post, path = "/api/v1/migrations/{id}/resolve", operation_id = "migrationsResolve", tag = MIGRATIONS, request_body = ResolveMigration,
     params(("id" = String, Path, description = "The migration's name.")),

@@ -13,7 +13,7 @@ use crate::problem::Refusal;
 use crate::refusals::Unsupported;
 use crate::tags::ONE_VM;
 
-/// One handler each: its name, path, operation, body, and how it goes on after "this version cannot".
+/// Declares a handler in each row: its name, path, operation, body, and the end of "this version cannot ...".
 macro_rules! not_yet {
     ($($name:ident $path:literal $operation:literal $body:ty, $what:literal;)*) => {
         $(

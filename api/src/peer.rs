@@ -80,7 +80,7 @@ impl AsFd for Peer {
     }
 }
 
-/// What the stream needs. Tokio implements its traits for sockets that have one owner only.
+/// The stream's methods. Tokio implements its traits only for sockets with one owner.
 impl Peer {
     /// Calls `read` when there may be something to read, until it does not fail by `WouldBlock`.
     pub(crate) fn poll_read(

@@ -27,7 +27,7 @@ impl Refusal {
         }
     }
 
-    /// As [`new`](Self::new), for these fields of the body.
+    /// Like [`new`](Self::new), with problems of single fields of the body.
     pub(crate) fn with_fields(
         status: StatusCode,
         code: &str,

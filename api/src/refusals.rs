@@ -25,7 +25,7 @@ macro_rules! refusals {
             }
         )*
 
-        /// What the document's operations refer to.
+        /// Adds the responses that operations refer to.
         pub(crate) fn describe(components: ComponentsBuilder) -> ComponentsBuilder {
             components$(.response(stringify!($name), problem($description)))*
         }
@@ -61,7 +61,7 @@ refusals! {
     NoSuchVm = 404, "There is no VM of this name.";
     /// A migration.
     NoSuchMigration = 404, "There is no migration of this name.";
-    /// Where Cloud Hypervisor's contract says 405.
+    /// Cloud Hypervisor's contract says 405 here.
     NotAllowedNow = 405, "The VM is not in a state in which this makes sense.";
     /// Everywhere else.
     WrongState = 409, "The VM is not in a state in which this makes sense.";
@@ -73,12 +73,12 @@ refusals! {
     NotJson = 415, "The body is said to be something other than JSON.";
     /// Cloud Hypervisor's contract has it for resizes.
     Pending = 429, "An earlier resize has not come to its end. (None of this version takes any time.)";
-    /// A configuration that makes no sense.
+    /// A configuration that is not possible.
     NotPossible = 422, "The configuration, or what it names, is not possible; `errors` lists every field that \
                         is wrong.";
     /// A fault of the host or of the service.
     Failed = 500, "The host could not do it, or the service failed.";
-    /// Where Cloud Hypervisor's contract has it for all that can come in between.
+    /// Cloud Hypervisor's contract has this one code for all failures here.
     NotDone = 500, "It cannot be done with what the request names, the host could not do it, or the service failed.";
     /// A capability that is not there.
     Unsupported = 501, "This version of the service cannot do it.";

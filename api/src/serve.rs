@@ -94,7 +94,7 @@ pub async fn serve(listener: Listener, router: Router, shutdown: Shutdown) {
     serve_within(listener, router, shutdown, Bounds::default()).await;
 }
 
-/// As [`serve`], within other bounds.
+/// Like [`serve`], with other limits.
 pub async fn serve_within(listener: Listener, router: Router, shutdown: Shutdown, bounds: Bounds) {
     let room = Arc::new(Semaphore::new(bounds.connections));
     let graceful = GracefulShutdown::new();

@@ -32,8 +32,8 @@ impl Service {
         }
     }
 
-    /// Requested when a client asks the service to stop; whoever wants it to stop requests it too. VMs that are
-    /// still there are the program's to end.
+    /// Returns the shutdown switch. Clients request it through the API, and the program may, too. The
+    /// program ends the VMs that are left.
     #[must_use]
     pub fn shutdown(&self) -> &Shutdown {
         &self.shutdown

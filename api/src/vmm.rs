@@ -15,7 +15,7 @@ use crate::refusals::Failed;
 use crate::serve::Shutdown;
 use crate::tags::SERVICE;
 
-/// What a socket's client can ping and shut down.
+/// The part of the service that a socket's client can ping and shut down.
 #[derive(Clone)]
 pub(crate) struct Vmm {
     pub(crate) about: Arc<VmmPingResponse>,

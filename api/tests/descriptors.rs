@@ -100,7 +100,7 @@ async fn a_tap_comes_along_with_the_interface() {
     }
 }
 
-/// Those that nobody wants are not dropped without a word, and not kept.
+/// Unwanted descriptors are refused, and closed.
 #[tokio::test]
 async fn descriptors_that_nobody_wants_are_refused_and_closed() {
     let served = served().await;

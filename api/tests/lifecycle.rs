@@ -6,7 +6,7 @@ use control::fake::Fake;
 use harness::{CONFIG, Served, call, expect, one_vm, service};
 use serde_json::json;
 
-/// What leads a VM to a state, after its creation; nothing creates the first.
+/// The requests that bring a VM into each state after its creation.
 const STATES: [(&str, Option<&[&str]>); 5] = [
     ("not created", None),
     ("Created", Some(&[])),

@@ -253,7 +253,7 @@ async fn a_wrong_method_is_405_with_the_right_ones() {
     }
 }
 
-/// What a state forbids is not a wrong method: no method would do.
+/// A wrong state is not a wrong method: no method would work.
 #[tokio::test]
 async fn a_state_that_the_contract_answers_with_405_allows_no_method() {
     let service = service(Fake::default());
@@ -310,7 +310,7 @@ async fn what_the_driver_refuses_is_told() {
     );
 }
 
-/// What is 422 on the service's own face is what the contract says on the other.
+/// Problems with 422 on the service's own face have the contract's status on the other.
 #[tokio::test]
 async fn a_device_that_cannot_be_is_told_as_the_contract_has_it() {
     let service = service(Fake {

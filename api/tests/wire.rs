@@ -1,4 +1,4 @@
-//! What is on the wire: clients as they are, clients that misbehave, and the end of the service.
+//! The wire: real clients, misbehaving clients, and the end of the service.
 
 #![allow(
     clippy::unwrap_used,
@@ -99,7 +99,7 @@ async fn ch_remote_is_understood_and_understands() {
     served.serving.await.unwrap();
 }
 
-/// As Go's `net/http` writes: one connection for all, a length of 0 where there is no body, chunks where the
+/// Requests as Go's `net/http` writes them: one connection for all, a length of 0 where there is no body, chunks where the
 /// length is not known.
 #[tokio::test]
 async fn one_connection_serves_many_requests() {
@@ -379,7 +379,7 @@ async fn events_are_followed_and_picked_up_again() {
     );
     // A client from before the service began again.
     assert_eq!(follow(&served, "?after=99", "", 4).await.len(), 4);
-    // What happens while somebody follows.
+    // Events while a client follows.
     let later = async {
         tokio::time::sleep(Duration::from_millis(100)).await;
         expect(&router, "PUT /api/v1/vms/a/pause", "", 204).await;

@@ -1,11 +1,11 @@
-//! What may be asked of a VM in which state. Pure: no lock, no I/O.
+//! The requests that each state of a VM admits. Pure: no lock, no I/O.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 use spec::VmState;
 
-/// What is asked.
+/// A kind of request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "the names are the API's")]
 pub enum Verb {
@@ -44,7 +44,7 @@ impl Verb {
         Self::ResizeDisk,
     ];
 
-    /// As in "cannot be ...".
+    /// Returns the participle for "cannot be ...".
     fn participle(self) -> &'static str {
         match self {
             Self::Boot => "booted",
@@ -85,9 +85,9 @@ impl Verb {
 /// A request that makes no sense now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Denied {
-    /// Where the VM is in its life.
+    /// The VM's state.
     pub state: VmState,
-    /// What was asked.
+    /// The refused request.
     pub verb: Verb,
 }
 

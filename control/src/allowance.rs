@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 #[derive(Clone, Debug)]
 pub struct Allowance {
     interval: Duration,
-    /// What may be taken ahead of its time.
+    /// The amount that may be taken ahead of time.
     slack: Duration,
     /// When the allowance will be whole again; in the past when it is.
     whole_at: Option<Instant>,

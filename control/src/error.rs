@@ -5,14 +5,14 @@ use spec::FieldProblem;
 
 use crate::admission::Denied;
 
-/// What kind of error it is; faces map it to their own status codes.
+/// The kind of an error. Each face of the API maps it to a status code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Category {
     /// The thing asked about is not there.
     NotFound,
     /// Not in this state, or taken already.
     Conflict,
-    /// It can be read, and makes no sense.
+    /// The request was parsed, and is not possible.
     Unprocessable,
     /// This version cannot do it.
     Unsupported,
@@ -26,7 +26,7 @@ pub enum Category {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("{detail}")]
 pub struct RequestError {
-    /// What kind of error it is.
+    /// The kind of the error.
     pub category: Category,
     /// Stable, for programs.
     pub code: String,

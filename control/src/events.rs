@@ -25,7 +25,7 @@ struct Shared {
 struct Kept {
     events: BTreeMap<u64, Event>,
     by_vm: HashMap<VmId, History>,
-    /// Of VMs that are gone.
+    /// Events of VMs that are gone.
     of_gone: History,
 }
 

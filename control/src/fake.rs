@@ -22,7 +22,7 @@ pub struct Fake {
     pub delay: Duration,
     /// Every boot fails.
     pub fail_boot: bool,
-    /// What devices stand on cannot be used.
+    /// Host resources of devices cannot be opened.
     pub fail_devices: bool,
     /// They panic at an NMI.
     pub die_at_nmi: bool,

@@ -31,7 +31,7 @@ pub enum Reply {
 /// A request, and the way back.
 #[derive(Debug)]
 pub struct Ask {
-    /// What is asked.
+    /// The request.
     pub request: Request,
     reply: oneshot::Sender<Result<Reply, RequestError>>,
 }
@@ -43,7 +43,7 @@ impl Ask {
     }
 }
 
-/// What a machine reports to its driver, merged until the driver looks.
+/// Reports of a machine to its driver, merged until the driver reads them.
 ///
 /// A guest decides how often its machine reports something. So reports are not queued: each is
 /// merged into flags, bitmasks and counters, whose size does not depend on how often the guest
@@ -63,7 +63,7 @@ impl Latch for () {
     fn merge(&mut self, (): ()) {}
 }
 
-/// What a driver finds in its inbox.
+/// A message in a driver's inbox.
 #[derive(Debug)]
 pub enum Message<L, E> {
     /// All that the machine has reported since the last time.
@@ -210,7 +210,7 @@ impl<L: Latch, E> EventSender<L, E> {
     }
 }
 
-/// What a handle needs of a [`Shared`], whatever its events are.
+/// A handle's view of a [`Shared`], independent of its event type.
 trait Asks: Send + Sync {
     fn ask(&self, ask: Ask);
     fn abandon(&self);
@@ -301,7 +301,7 @@ impl VmHandle {
         &self.id
     }
 
-    /// What the driver last published; never waits.
+    /// Returns the status that the driver published last. Never waits.
     #[must_use]
     pub fn status(&self) -> VmStatus {
         self.status.borrow().clone()

@@ -11,7 +11,7 @@ use crate::error::{Category, RequestError};
 use crate::handle::VmHandle;
 use crate::registry::Registry;
 
-/// Migrations that are over and still told of.
+/// Maximum number of past migrations that are listed.
 const KEPT: usize = 256;
 
 /// A migration, as one side sees it.
@@ -37,7 +37,7 @@ pub trait Migration: Send + Sync {
 
 /// Moves guests.
 pub trait Migrate: Send + Sync {
-    /// What is known of the migrations of an earlier process of this service.
+    /// Returns the migrations of an earlier process of this service, from their journals.
     fn recalled(&self) -> Vec<Arc<dyn Migration>> {
         Vec::new()
     }
@@ -53,10 +53,10 @@ pub trait Migrate: Send + Sync {
         what: &StartMigration,
     ) -> Result<Arc<dyn Migration>, RequestError>;
 
-    /// Begins to wait for a guest.
+    /// Starts to listen for an incoming migration.
     ///
     /// # Errors
-    /// When it makes no sense, or nobody can wait there.
+    /// The request is not valid, or the endpoint cannot be used.
     fn receive(
         &self,
         registry: &Registry,

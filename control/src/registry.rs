@@ -14,7 +14,7 @@ use crate::handle::VmHandle;
 use crate::migrations::{Migrate, Migration, Migrations};
 use crate::request::Request;
 
-/// Where drivers come from.
+/// A factory of drivers.
 pub trait Spawn: Send + Sync {
     /// Starts a driver for a VM that is created and not booted. The configuration is valid.
     ///
@@ -27,16 +27,16 @@ pub trait Spawn: Send + Sync {
         events: EventLog,
     ) -> Result<VmHandle, RequestError>;
 
-    /// What the host can give a VM.
+    /// Returns the host's limits for a VM.
     fn host_limits(&self) -> HostLimits;
 
-    /// What moves guests, if it can.
+    /// Returns the migration engine, if there is one.
     fn mover(&self) -> Option<&dyn Migrate> {
         None
     }
 }
 
-/// VMs that one service holds at the most.
+/// Maximum number of VMs of one service.
 const MAX_VMS: usize = 4096;
 
 /// The VMs of a service, by name.
@@ -133,8 +133,8 @@ impl Registry {
         Ok(())
     }
 
-    /// Forgets a VM, which `event` has happened to. Its driver ends it when nobody has a handle any
-    /// more. Nothing if there is none of this name.
+    /// Removes a VM and records `event`. Its driver ends when the last handle is dropped. Does nothing if
+    /// there is no VM of this name.
     pub fn forget(&self, id: &VmId, event: &str, detail: Option<String>) {
         let forgotten = self.0.vms.lock().remove(id);
         if forgotten.is_some() {
@@ -180,10 +180,10 @@ impl Registry {
         Ok(self.0.migrations.add(migration))
     }
 
-    /// Begins to wait for a guest from another service.
+    /// Starts to listen for an incoming migration.
     ///
     /// # Errors
-    /// When it makes no sense, or nobody can wait there.
+    /// The request is not valid, or the endpoint cannot be used.
     pub fn receive_migration(
         &self,
         what: &AwaitMigration,
@@ -206,7 +206,7 @@ impl Registry {
         self.0.migrations.get(id)
     }
 
-    /// What happened to the VMs.
+    /// Returns the log of events.
     #[must_use]
     pub fn events(&self) -> &EventLog {
         &self.0.events
@@ -218,7 +218,7 @@ impl Registry {
         self.0.changes.subscribe()
     }
 
-    /// What the host can give a VM.
+    /// Returns the host's limits for a VM.
     #[must_use]
     pub fn host_limits(&self) -> HostLimits {
         self.0.spawner.host_limits()

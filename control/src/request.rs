@@ -1,4 +1,4 @@
-//! What may be asked, with all that it takes to do it.
+//! Requests to a driver, with their parameters.
 
 use serde::{Deserialize, Serialize};
 use spec::{
@@ -8,7 +8,7 @@ use spec::{
 
 use crate::admission::Verb;
 
-/// What is asked of a driver.
+/// A request to a driver.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "the names are the API's")]
 pub enum Request {
@@ -29,7 +29,7 @@ pub enum Request {
 }
 
 impl Request {
-    /// What it is, without the details.
+    /// Returns the kind of the request.
     #[must_use]
     pub fn verb(&self) -> Verb {
         match self {

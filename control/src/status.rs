@@ -1,4 +1,4 @@
-//! What a driver tells of its VM, for everybody to read.
+//! The status that a driver publishes of its VM.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use crate::events::EventLog;
 pub struct VmStatus {
     /// Counts the changes.
     pub generation: u64,
-    /// Where the VM is in its life.
+    /// The VM's state.
     pub state: VmState,
     /// Its configuration; a pseudo terminal's path is filled in.
     pub config: Arc<VmConfig>,
@@ -77,7 +77,7 @@ pub struct StatusPublisher {
 }
 
 impl StatusPublisher {
-    /// What is published now.
+    /// Returns the published status.
     #[must_use]
     pub fn current(&self) -> VmStatus {
         self.status.borrow().clone()

@@ -37,8 +37,8 @@ impl DeviceOps for KeyboardReset {
     }
 }
 
-/// The ports of PCI configuration with the chipset's reset control register among them: a byte at
-/// [`ResetControl::OFFSET`], where wider accesses belong to PCI's address register.
+/// The ports of PCI configuration, with the chipset's reset control register among them: a byte at
+/// port 0xcf9, where wider accesses belong to PCI's address register.
 pub struct ResetControl {
     pci: Arc<dyn DeviceOps>,
     events: Box<PowerEvents>,

@@ -1,4 +1,4 @@
-//! What the fuzz targets have in common: a guest without CPUs whose driver does what the bytes say.
+//! Shared parts of the fuzz targets: a guest without CPUs whose driver does what the bytes say.
 
 pub mod pci;
 
@@ -16,7 +16,7 @@ use virtio_devices::{QueueState, Transport, TransportEvent, VirtioDevice, Worker
 
 /// Entries of each queue.
 const SIZE: u16 = 16;
-/// Where what the driver's buffers hold begins.
+/// Start of the data in the driver's buffers.
 const DATA: u64 = 0x10_0000;
 /// Bytes of RAM.
 pub const RAM: u64 = 4 << 20;

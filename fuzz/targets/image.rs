@@ -1,4 +1,4 @@
-//! Disk images, as files that somebody sent: they are opened, or refused, and read.
+//! Hostile disk images: they are opened or refused, and read.
 
 #![no_main]
 
@@ -15,7 +15,7 @@ thread_local! {
     static DIR: tempfile::TempDir = tempfile::tempdir_in("/dev/shm").expect("a directory");
 }
 
-/// The device contains what the library panics of; nobody else may panic.
+/// The device contains panics of the library; no other code may panic.
 fn contain() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {

@@ -1,4 +1,4 @@
-//! What a source sends, at will: hellos, messages, pages, saved state.
+//! Arbitrary streams of a source: hellos, messages, pages, saved state.
 
 #![no_main]
 
@@ -15,7 +15,7 @@ use migration::{
     Receiving, Refusal, StartFailure, Stream, receive,
 };
 
-/// What was said before, and nothing more. What is answered is of no interest.
+/// A stream with fixed input. Answers are ignored.
 struct Said(io::Cursor<Vec<u8>>);
 
 impl Read for Said {

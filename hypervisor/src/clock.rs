@@ -14,7 +14,7 @@
 //! ```
 //!
 //! A TSC keeps counting while its guest is stopped. A value that is read late therefore contains a
-//! part of the stop, and whoever adds the whole stop counts that part twice. All values here belong
+//! part of the stop; adding the whole stop would count that part twice. All values here belong
 //! to the moment of the sample, and only the time since that moment is added.
 
 use std::io;

@@ -1,7 +1,7 @@
-//! How KVM tells which pages a guest wrote: a bitmap for each memslot, or a ring for each vCPU.
+//! The two ways in which KVM reports dirty pages: a bitmap for each memslot, or a ring for each vCPU.
 //!
 //! Both end in the RAM blocks' dirty bitmaps, by [`MemSlots::harvest`](crate::MemSlots::harvest)
-//! and when a slot goes, so that nobody else sees the difference:
+//! and when a slot is deleted, so that callers see no difference:
 //!
 //! | | log | ring |
 //! |---|---|---|
@@ -13,8 +13,8 @@
 //! guest without entering it can overrun a ring, and KVM does not say so: the log is the default.
 //!
 //! The log is used with *manual protection* where the host has it: reading a slot's bits does not
-//! protect its pages again, `KVM_CLEAR_DIRTY_LOG` does, in pieces, so that the guest waits for a
-//! piece at the most (Linux, Documentation/virt/kvm/api.rst, 4.117 and 7.18; rings: 8.29).
+//! protect its pages again, `KVM_CLEAR_DIRTY_LOG` does, in pieces, so that the guest waits for one
+//! piece only (Linux, Documentation/virt/kvm/api.rst, 4.117 and 7.18; rings: 8.29).
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -44,7 +44,7 @@ const CLEAR_PIECE: usize = 16 << 10;
 /// Words of a log's bitmap that such a piece has.
 const PIECE_WORDS: usize = CLEAR_PIECE / 64;
 
-/// How a VM's dirty pages are told.
+/// The way in which KVM reports a VM's dirty pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DirtyBackend {
     /// By a bitmap for each memslot.
@@ -64,7 +64,7 @@ pub(crate) struct Written {
     pub(crate) page: u64,
 }
 
-/// What a VM uses.
+/// The back end that a VM uses.
 #[derive(Debug)]
 pub(crate) enum Tracking {
     Log {
@@ -251,7 +251,7 @@ impl Ring {
 
 impl Drop for Ring {
     fn drop(&mut self) {
-        // SAFETY: mapped with this length by `map`, and nobody uses it any more.
+        // SAFETY: mapped with this length by `map`, and no longer in use.
         unsafe {
             libc::munmap(
                 self.entries.as_ptr().cast(),
@@ -267,7 +267,7 @@ pub(crate) struct Rings {
     vm: Arc<VmFd>,
     entries: u32,
     rings: Mutex<Vec<Ring>>,
-    /// A ring was written over: nobody knows any more what is dirty.
+    /// A ring has overrun: the set of dirty pages is no longer known.
     overrun: AtomicBool,
 }
 
@@ -280,10 +280,10 @@ impl Rings {
         Ok(())
     }
 
-    /// Empties all rings, and lets KVM hear of the next write to what was in them.
+    /// Empties all rings, and has KVM report the next write to their pages.
     ///
     /// # Errors
-    /// When KVM lost entries, from then on: whoever counts on the rings must give up.
+    /// KVM lost entries, now or earlier. The caller must stop relying on the rings.
     pub(crate) fn take(&self) -> Result<Vec<Written>, KvmError> {
         let mut written = Vec::new();
         let rings = self.rings.lock();

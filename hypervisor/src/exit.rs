@@ -21,7 +21,7 @@ pub trait ExitHandler {
 pub enum Exit {
     /// An access was answered, or nothing needs to be done: run again.
     Handled,
-    /// It was kicked.
+    /// The vCPU was kicked.
     Interrupted,
     /// The guest's CPU shut down: on x86, a triple fault.
     Shutdown,
@@ -38,7 +38,7 @@ pub enum RunFailure {
         Bytes(instruction)
     )]
     Emulation {
-        /// Where it is (guest virtual address).
+        /// Its guest virtual address.
         rip: u64,
         /// Its bytes, as far as KVM tells.
         instruction: Vec<u8>,
@@ -48,7 +48,7 @@ pub enum RunFailure {
     Internal {
         /// `KVM_INTERNAL_ERROR_*`.
         suberror: u32,
-        /// Where the guest was.
+        /// The guest's instruction pointer.
         rip: u64,
     },
     /// The CPU refused the guest's state.

@@ -20,10 +20,10 @@ use crate::kick::Kicker;
 #[derive(Debug, Default)]
 pub struct Gate {
     closed: AtomicBool,
-    /// Held by whoever has the gate closed.
+    /// Held by the thread that has the gate closed.
     closer: Mutex<()>,
     seats: Mutex<Vec<Arc<Seat>>>,
-    /// Told under `seats` when a vCPU leaves a closed gate and when the gate opens.
+    /// Signalled under `seats` when a vCPU leaves a closed gate and when the gate opens.
     changed: Condvar,
 }
 
@@ -69,7 +69,7 @@ impl Gate {
 
     /// Goes out, and tells a closer that waits.
     pub fn leave(&self, seat: &Seat) {
-        // What was done inside is seen by whoever finds nobody there.
+        // Release: a closer that sees this seat empty also sees all that was done inside.
         seat.inside.store(false, Ordering::Release);
         fence(Ordering::SeqCst);
         if self.closed.load(Ordering::Relaxed) {
@@ -122,7 +122,7 @@ mod model {
 
     use super::*;
 
-    /// What vCPUs use inside, and the closer changes: loom tells when both do so at once.
+    /// State that vCPUs use inside and the closer changes: loom reports concurrent access.
     struct Slots(UnsafeCell<u32>);
 
     // SAFETY: that it is shared rightly is what the model checks.

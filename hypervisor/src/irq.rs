@@ -16,7 +16,7 @@ use crate::kvm::KvmError;
 /// Pins of the I/O APIC; the GSIs of the same numbers.
 const IOAPIC_PINS: u32 = 24;
 
-/// What a GSI raises.
+/// The interrupt that a GSI raises.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Route {
     /// A pin of the I/O APIC.
@@ -257,10 +257,10 @@ impl IrqRoutes {
             .map_err(KvmError::new(attempt))
     }
 
-    /// So many vectors of a device, each with a GSI of its own and no message yet.
+    /// Allocates `count` vectors for a device, each with a GSI of its own and without a message.
     ///
     /// # Errors
-    /// When KVM has no more of them.
+    /// KVM has no free GSI.
     pub fn vectors(&self, count: u16) -> Result<MsiVectors, KvmError> {
         let mut vectors = MsiVectors {
             routes: self.clone(),
@@ -407,7 +407,7 @@ mod tests {
         }
     }
 
-    /// Whoever writes to the descriptor, and whenever: a device on another thread, or the kernel.
+    /// Writes come from a device on another thread, or from the kernel, at any time.
     #[test]
     fn masked_vector_keeps_its_interrupt() {
         let vm = Kvm::open().unwrap().create_vm().unwrap();

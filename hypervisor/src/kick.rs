@@ -2,7 +2,7 @@
 //!
 //! A kick is a wish (`pending`) and a signal. If the thread is in `KVM_RUN`, the signal ends it;
 //! if it is on its way there, the signal's handler sets `immediate_exit` in the vCPU's `kvm_run`
-//! page, and `KVM_RUN` returns at once. Whoever kicks needs no access to that page.
+//! page, and `KVM_RUN` returns at once. The kicking thread needs no access to that page.
 
 use std::cell::Cell;
 use std::ptr;

@@ -29,10 +29,10 @@ pub enum OpenError {
          then log in again), or run as root"
     )]
     NotPermitted,
-    /// It cannot be opened.
+    /// The device cannot be opened.
     #[error("{DEVICE} cannot be opened")]
     Open(#[source] io::Error),
-    /// It speaks another version of the interface.
+    /// The kernel has another version of the interface.
     #[error(
         "{DEVICE} speaks version {0} of its interface, and version {KVM_API_VERSION} is needed"
     )]
@@ -67,7 +67,7 @@ impl KvmError {
     }
 }
 
-/// What the host's KVM can do, as it says itself.
+/// Capabilities of the host's KVM, as probed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capabilities {
     /// vCPUs that a VM may have.
@@ -79,7 +79,7 @@ pub struct Capabilities {
     /// How far the dirty log can leave the protecting of pages to us: the flags of
     /// `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`.
     pub manual_dirty_protect: u32,
-    /// Dirty pages can be reported in rings, one a vCPU, of so many bytes at the most.
+    /// Maximum size in bytes of a vCPU's dirty ring; 0 without support.
     pub dirty_ring_bytes: usize,
     /// The rings are for hosts whose CPUs order memory weakly, too; the name by which newer
     /// kernels know them.
@@ -156,7 +156,7 @@ impl Kvm {
         })
     }
 
-    /// What the host can do.
+    /// Returns the host's capabilities.
     #[must_use]
     pub fn capabilities(&self) -> &Capabilities {
         &self.capabilities
@@ -172,19 +172,18 @@ impl Kvm {
             .map_err(KvmError::new("say which CPUID leaves it supports"))
     }
 
-    /// A VM without memory and without vCPUs, with interrupt controllers, whose dirty pages are
-    /// told by a log.
+    /// Creates a VM without memory and vCPUs, with interrupt controllers and dirty logging by bitmaps.
     ///
     /// # Errors
-    /// When KVM refuses.
+    /// An ioctl failed.
     pub fn create_vm(&self) -> Result<Vm, KvmError> {
         self.create_vm_with(DirtyBackend::Log)
     }
 
-    /// A VM as by [`Kvm::create_vm`], whose dirty pages are told as `dirty` says.
+    /// Creates a VM like [`Kvm::create_vm`], with the given back end for dirty pages.
     ///
     /// # Errors
-    /// When KVM refuses, as a host without dirty rings does.
+    /// An ioctl failed, as on a host without dirty rings.
     pub fn create_vm_with(&self, dirty: DirtyBackend) -> Result<Vm, KvmError> {
         let vm = loop {
             match self.kvm.create_vm() {

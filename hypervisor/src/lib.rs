@@ -8,7 +8,7 @@
 //!                         │                      ▲
 //!                         │ memory listeners     │ Kicker: out of KVM_RUN, now
 //!                         ▼                      │
-//!                      MemSlots ── closes ──► Gate: nobody in KVM_RUN while slots that a
+//!                      MemSlots ── closes ──► Gate: no vCPU in KVM_RUN while slots that a
 //!                      IoEventFds                  guest may be using are replaced
 //! ```
 //!

@@ -14,7 +14,7 @@ const EFER_SVME: u64 = 1 << 12;
 /// `CR4.VMXE`: the guest may use VMX.
 const CR4_VMXE: u64 = 1 << 13;
 
-/// What KVM keeps of a vCPU with SVM or VMX switched on, as the bytes of `struct kvm_nested_state`.
+/// KVM's state of a vCPU with SVM or VMX switched on, as the bytes of `struct kvm_nested_state`.
 /// Frozen as version 1.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -83,7 +83,7 @@ fn wanted(view: &FlatView, readonly_memory: bool) -> Vec<Slot> {
     slots
 }
 
-/// What a batch does.
+/// The operations of a batch.
 #[derive(Debug, PartialEq)]
 struct Plan {
     /// Indices into the slots in force.
@@ -115,14 +115,14 @@ fn plan(in_force: &[Option<Slot>], wanted: &[Slot]) -> Plan {
     }
 }
 
-/// What the slots cost so far.
+/// Counters of memslot operations.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SlotStats {
     /// `KVM_SET_USER_MEMORY_REGION`s.
     pub ioctls: u64,
     /// Batches for which the gate was closed.
     pub gate_closings: u64,
-    /// Calls by which KVM told what was written, and was asked to tell of it again.
+    /// Ioctls that read or cleared dirty logs.
     pub dirty_ioctls: u64,
 }
 
@@ -166,7 +166,7 @@ impl MemSlots {
         }
     }
 
-    /// What the slots cost so far.
+    /// Returns the counters.
     pub fn stats(&self) -> SlotStats {
         self.state.lock().stats
     }
@@ -384,7 +384,7 @@ impl MemSlots {
             }
             let dirty = slot.slice.block.dirty();
             if state.log_dirty && !dirty.is_enabled() {
-                // Memory that nobody has seen yet.
+                // Memory that no harvest has covered yet.
                 dirty.set_enabled(true);
                 dirty.mark_all();
             }

@@ -65,7 +65,7 @@ impl Vcpu {
 
     pub(crate) fn set_xsave(&self, xsave: &kvm_xsave) -> Result<(), kvm_ioctls::Error> {
         // SAFETY: KVM reads as many bytes as it has state for, and no more than the structure has:
-        // nobody asks the kernel for features whose state is longer (`ARCH_REQ_XCOMP_GUEST_PERM`).
+        // features with longer state need `ARCH_REQ_XCOMP_GUEST_PERM`, which is never requested.
         unsafe { self.fd.set_xsave(xsave) }
     }
 
@@ -79,13 +79,13 @@ impl Vcpu {
         self.apic_id
     }
 
-    /// What interrupts it.
+    /// Returns the handle that kicks the vCPU.
     #[must_use]
     pub fn kicker(&self) -> Kicker {
         self.kicker.clone()
     }
 
-    /// Runs the guest until something is to be done, and lets `handler` answer accesses.
+    /// Runs the guest until an exit that needs the caller. `handler` answers accesses.
     ///
     /// The answer to a read reaches the guest with the next run.
     pub fn run(&mut self, handler: &mut impl ExitHandler) -> Exit {

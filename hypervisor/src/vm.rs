@@ -92,7 +92,7 @@ impl Vm {
         &self.routes
     }
 
-    /// What keeps the vCPUs out of the guest.
+    /// Returns the gate that keeps vCPUs out of the guest.
     #[must_use]
     pub fn gate(&self) -> &Arc<Gate> {
         &self.gate

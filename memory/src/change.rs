@@ -1,15 +1,15 @@
-//! What a commit changed: the difference of two flat views.
+//! The change by a commit: the difference of two flat views.
 
 use std::sync::Arc;
 
 use crate::flat_view::{FlatIoEventFd, FlatRange, FlatView};
 
-/// One commit's change of one address space, as listeners are told of it.
+/// One commit's change of one address space, as listeners receive it.
 #[derive(Debug)]
 pub struct ViewChange {
-    /// What was in force.
+    /// The view before the commit.
     pub old: Arc<FlatView>,
-    /// What is from now on.
+    /// The view after the commit.
     pub new: Arc<FlatView>,
     /// Ranges of the old view that are not in the new one just so; descending, the reverse of the
     /// order in which ranges are added.
@@ -53,7 +53,7 @@ impl ViewChange {
     }
 }
 
-/// What only `old` has, what only `new` has, and what both have; both ascend by `key`.
+/// Returns the items only in `old`, only in `new`, and in both. Both ascend by `key`.
 fn difference<T: Clone + PartialEq, K: Ord>(
     old: &[T],
     new: &[T],

@@ -13,9 +13,8 @@ const BITS: usize = u64::BITS as usize;
 
 /// One bit for each 4 KiB page of a RAM block.
 ///
-/// Bits are set by whoever writes to the block (devices through
-/// [`vm_memory::Bytes`], the hypervisor when it harvests the log of a memslot) and taken out by
-/// whoever sends the pages on. Setting is ignored while tracking is [off](Self::set_enabled).
+/// Writers to the block set bits: devices through [`vm_memory::Bytes`], and the hypervisor when it
+/// harvests the log of a memslot. The sender of pages takes them out. Setting is ignored while tracking is [off](Self::set_enabled).
 pub struct DirtyBitmap {
     words: Box<[AtomicU64]>,
     pages: usize,

@@ -9,9 +9,9 @@ use crate::topology::Topology;
 /// A region and what is in it, as [`Topology::tree`] gives it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TreeNode {
-    /// What it is called.
+    /// The region's name.
     pub name: String,
-    /// Who made it; may be empty.
+    /// The region's owner; may be empty.
     pub owner: String,
     /// `container`, `ram`, `rom`, `device` or `alias`.
     pub kind: &'static str,
@@ -21,9 +21,9 @@ pub struct TreeNode {
     pub priority: i32,
     /// Whether it shows at all.
     pub enabled: bool,
-    /// Of an alias: which part of which region it shows.
+    /// For an alias: the region, and the part of it that the alias shows.
     pub alias_of: Option<(String, AddrRange)>,
-    /// What is in it, from the front to the back.
+    /// The children, by descending priority.
     pub children: Vec<TreeNode>,
 }
 
@@ -34,11 +34,11 @@ pub struct FlatNode {
     pub range: AddrRange,
     /// The region that answers.
     pub name: String,
-    /// Who made the region; may be empty.
+    /// The region's owner; may be empty.
     pub owner: String,
     /// `ram`, `rom` or `device`.
     pub kind: &'static str,
-    /// Where in the region the range starts.
+    /// Offset of the range in the region.
     pub offset: u64,
 }
 

@@ -1,4 +1,4 @@
-//! What a change of the topology may fail with.
+//! Errors of changes to the topology.
 
 use crate::range::AddrRange;
 use crate::region::RegionId;
@@ -15,7 +15,7 @@ pub enum TopologyError {
     Extent {
         /// The region's name.
         name: String,
-        /// Where it was to start.
+        /// The requested offset.
         offset: u64,
         /// Bytes asked for.
         size: u64,
@@ -30,10 +30,10 @@ pub enum TopologyError {
         /// Bytes of the block.
         block: u64,
     },
-    /// It stands in a container already.
+    /// The region is in a container already.
     #[error("region {0:?} is in a container already")]
     AlreadyPlaced(String),
-    /// It stands in no container.
+    /// The region is in no container.
     #[error("region {0:?} is in no container")]
     NotPlaced(String),
     /// Only containers hold others.
@@ -42,7 +42,7 @@ pub enum TopologyError {
     /// The region would be inside itself, through containers or aliases.
     #[error("region {0:?} would contain itself")]
     Cycle(String),
-    /// It is still in a container, holds others, or is what an alias shows.
+    /// The region is in a container, has children, or is the target of an alias.
     #[error("region {0:?} is in use")]
     InUse(String),
     /// Two doorbells of one region that the hypervisor could not tell apart, or one that is not
@@ -51,7 +51,7 @@ pub enum TopologyError {
     Doorbell {
         /// The region's name.
         name: String,
-        /// Where it was to be.
+        /// The requested offset.
         offset: u64,
         /// Why not.
         reason: &'static str,
@@ -83,7 +83,7 @@ pub enum CommitError {
 pub struct Refusal {
     /// Which addresses it is about, if any.
     pub at: Option<AddrRange>,
-    /// What is not possible.
+    /// The reason.
     pub reason: String,
 }
 

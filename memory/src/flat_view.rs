@@ -11,7 +11,7 @@ use crate::range::AddrRange;
 use crate::region::{DeviceOps, RamSlice, RegionId};
 use crate::render::Rendered;
 
-/// Who answers at a flat range. Slices and offsets are those of the range's first address.
+/// The target of a flat range. Slices and offsets belong to the range's first address.
 #[derive(Clone)]
 pub enum Target {
     /// RAM, from here on.
@@ -41,12 +41,12 @@ pub struct FlatRange {
     pub region: RegionId,
     /// The offset in the region that is at the range's first address.
     pub offset: u64,
-    /// Who answers.
+    /// The target of accesses.
     pub target: Target,
 }
 
 impl FlatRange {
-    /// Whether `next` shows the same region and goes on where this one ends, in addresses and in
+    /// Returns whether `next` shows the same region and starts where this one ends, in addresses and
     /// offsets.
     pub(crate) fn is_continued_by(&self, next: &Self) -> bool {
         self.region == next.region
@@ -78,7 +78,7 @@ pub struct FlatIoEventFd {
     pub width: u8,
     /// Only for this value, where there is one.
     pub datamatch: Option<u64>,
-    /// What is told.
+    /// The descriptor that is signalled.
     pub fd: Arc<EventFd>,
 }
 

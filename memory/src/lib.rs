@@ -1,4 +1,4 @@
-//! Guest address spaces: what is at each address, how that changes, and who is told.
+//! Guest address spaces: the content of each address, changes of it, and listeners.
 //!
 //! The model is QEMU's memory API, and so are the terms. A machine has a [`Topology`]: a tree of
 //! *regions* for each of two *address spaces* (memory and port I/O). Containers hold regions,

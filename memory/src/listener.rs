@@ -1,4 +1,4 @@
-//! Who is told of changes.
+//! Listeners: receivers of changes.
 //!
 //! A subscription is a [`ListenerHandle`]. Dropping it ends the subscription, and returns only
 //! when no commit is calling the listener any more; on the committing thread itself, where that
@@ -12,7 +12,8 @@ use crate::error::Refusal;
 use crate::sync::thread::{self, ThreadId};
 use crate::sync::{Condvar, Mutex};
 
-/// Told of each commit that changes an address space, once, on the thread that commits.
+/// A receiver of commits: called once for each commit that changes an address space, on the committing
+/// thread.
 ///
 /// The views are arguments: a listener needs, and should have, no other way to look at the map
 /// while it is changing. It may not wait for a thread that could be waiting to commit.
@@ -103,7 +104,7 @@ impl Entered {
 
 impl Drop for Entered {
     fn drop(&mut self) {
-        // Before anybody who waits for it goes on: then nobody is left that could call it.
+        // Before the waiting threads continue: from then on no call is possible.
         self.listener = None;
         let mut state = self.subscription.state.lock();
         state.committing = None;

@@ -54,7 +54,7 @@ pub enum RamError {
     /// Zero bytes, or not a multiple of the page size.
     #[error("RAM of {size:#x} bytes is not a positive multiple of its page size, {page:#x}")]
     Size {
-        /// What was asked for.
+        /// The requested size.
         size: u64,
         /// The page size in use.
         page: u64,
@@ -81,7 +81,7 @@ pub enum RamError {
     /// The host refused a step.
     #[error("the host refused to {attempt} {size:#x} bytes of guest RAM")]
     Host {
-        /// What was attempted.
+        /// The attempted operation.
         attempt: &'static str,
         /// Bytes asked for.
         size: u64,
@@ -101,7 +101,7 @@ pub struct RamBlock {
     fd: Option<File>,
     dirty: DirtyBitmap,
     page_size: u64,
-    /// It may be made of transparent huge pages.
+    /// Transparent huge pages are allowed.
     thp: bool,
     /// Faults of the mapping are answered, and with that what its [`Pages`] are. Dropped before the
     /// mapping goes.
@@ -282,10 +282,11 @@ impl RamBlock {
         }
     }
 
-    /// From now on the host makes no huge pages of it, in which pages would be that nobody wrote.
+    /// Disables transparent huge pages. Postcopy needs this: a huge page would cover pages that have not
+    /// arrived.
     ///
     /// # Errors
-    /// When the host refuses.
+    /// `madvise` fails.
     pub fn refuse_huge_pages(&self) -> io::Result<()> {
         match self.advise(libc::MADV_NOHUGEPAGE) {
             // A kernel that is built without them makes none.
@@ -341,7 +342,7 @@ impl RamBlock {
         false
     }
 
-    /// Where the block starts in this process (HVA).
+    /// Returns the block's host virtual address.
     #[must_use]
     pub fn host_addr(&self) -> *mut u8 {
         self.host.as_ptr()
@@ -375,8 +376,7 @@ impl RamBlock {
         }
     }
 
-    /// The machine ends: pages that are awaited are lost. Who waits for one goes on soon, and finds
-    /// that they are.
+    /// Marks awaited pages as lost, because the machine ends. Waiting threads resume soon and see that.
     pub fn lose_awaited(&self) {
         self.turn(Pages::Awaited, Pages::Lost);
     }
@@ -400,7 +400,7 @@ impl Drop for RamBlock {
         // SAFETY: dropped here and nowhere else. Another thread may get these addresses from the host as
         // soon as they are unmapped.
         unsafe { ManuallyDrop::drop(&mut self.registered) };
-        // SAFETY: the mapping is ours, and nobody who could use it is left: they own the block.
+        // SAFETY: the mapping is ours, and has no users left: each of them owns the block.
         unsafe { libc::munmap(self.host.as_ptr().cast(), self.len) };
     }
 }
@@ -411,7 +411,7 @@ impl fmt::Debug for RamBlock {
     }
 }
 
-/// A memfd of `size` bytes; with the bits of a huge page size if it is to be made of those.
+/// Creates a memfd of `size` bytes, of huge pages if `huge` names their size.
 fn memfd(huge: Option<u32>, size: u64) -> io::Result<File> {
     let flags = libc::MFD_CLOEXEC
         | libc::MFD_ALLOW_SEALING
@@ -421,14 +421,14 @@ fn memfd(huge: Option<u32>, size: u64) -> io::Result<File> {
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: a new descriptor that nobody else owns.
+    // SAFETY: a new descriptor without another owner.
     let file = unsafe { File::from_raw_fd(fd) };
     file.set_len(size)?;
     #[cfg(any(test, feature = "testing"))]
     if crate::lost::testing::is_unsealed() {
         return Ok(file);
     }
-    // Whoever it is given to can rely on its being there.
+    // A process that receives the file can rely on its size.
     let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
     // SAFETY: takes a number.
     if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } < 0 {

@@ -76,7 +76,7 @@ impl AddrRange {
         self.first <= other.first && other.last <= self.last
     }
 
-    /// What both ranges hold.
+    /// Returns the intersection of both ranges.
     #[must_use]
     pub fn intersection(self, other: Self) -> Option<Self> {
         Self::from_bounds(self.first.max(other.first), self.last.min(other.last))

@@ -10,7 +10,7 @@ use crate::error::TopologyError;
 use crate::ram::RamBlock;
 use crate::range::AddrRange;
 
-/// What answers the guest's accesses to a device region.
+/// The handler of a guest's accesses to a device region.
 ///
 /// Called by any number of vCPU threads at once. An access has the width that the guest used: 1,
 /// 2, 4 or 8 bytes, more for string instructions, and none is promised to be aligned; a device
@@ -41,7 +41,7 @@ impl fmt::Debug for RegionId {
 pub struct RamSlice {
     /// The block.
     pub block: Arc<RamBlock>,
-    /// Where in the block, in bytes.
+    /// Offset in the block, in bytes.
     pub offset: u64,
 }
 
@@ -57,17 +57,17 @@ impl fmt::Debug for RamSlice {
     }
 }
 
-/// A doorbell: a guest's write to it is told to an event descriptor by the hypervisor, with no
-/// exit to this process.
+/// A doorbell: the hypervisor signals an event descriptor at a guest's write, without an exit to this
+/// process (ioeventfd).
 #[derive(Clone)]
 pub struct IoEventFd {
-    /// Where in its region.
+    /// Offset in the region.
     pub offset: u64,
     /// Bytes that the write has: 1, 2, 4 or 8, or 0 for any.
     pub width: u8,
     /// Only for this value, where there is one.
     pub datamatch: Option<u64>,
-    /// What is told.
+    /// The descriptor that is signalled.
     pub fd: Arc<EventFd>,
 }
 
@@ -88,7 +88,7 @@ impl fmt::Debug for IoEventFd {
     }
 }
 
-/// What a region is.
+/// The kind of a region.
 #[derive(Clone)]
 pub(crate) enum Kind {
     Container,
@@ -110,13 +110,13 @@ impl Kind {
     }
 }
 
-/// Where a region stands in its container.
+/// A region's place in its container.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Place {
     pub(crate) parent: RegionId,
     pub(crate) offset: u64,
     pub(crate) priority: i32,
-    /// Of two with the same priority, the one that was placed later is in front.
+    /// Order of insertion: of two regions with the same priority, the later one is in front.
     pub(crate) sequence: u64,
 }
 
@@ -129,7 +129,7 @@ pub(crate) struct Region {
     pub(crate) last: u64,
     pub(crate) enabled: bool,
     pub(crate) place: Option<Place>,
-    /// Of a container, from the front to the back.
+    /// A container's children, front to back.
     pub(crate) children: Vec<RegionId>,
     pub(crate) ioeventfds: Vec<IoEventFd>,
     /// How many aliases show it.

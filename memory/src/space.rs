@@ -136,7 +136,7 @@ impl GuestAddressSpace for AddressSpace {
 pub enum Access {
     /// All of it was answered.
     Answered,
-    /// Some of it nobody answers, at this address first: reads as ones, writes as nothing.
+    /// Part of the range is unassigned, from this address on: reads return ones, writes are ignored.
     Unassigned(u64),
 }
 
@@ -204,7 +204,7 @@ impl FlatView {
                 )) => {
                     ram.write(offset - flat.offset, part);
                 }
-                // As hardware has it: the write is lost, and the guest is not told.
+                // As on hardware: the write is lost without an error.
                 Some((
                     FlatRange {
                         target: Target::Rom(_),
@@ -228,7 +228,7 @@ impl FlatView {
     ) {
         let mut done = 0;
         while done < len {
-            // Past the last address the bus has no more lines: it goes on at 0.
+            // Past the last address the bus has no more lines: the address wraps to 0.
             let at = addr.wrapping_add(done as u64);
             let (answering, last) = match self.find(at) {
                 Some(flat) => (

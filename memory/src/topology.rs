@@ -12,14 +12,14 @@ use crate::render::{Rendered, render};
 use crate::space::{AddressSpace, SpaceKind};
 use crate::transaction::Transaction;
 
-/// What commits did so far.
+/// Counters of commits.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stats {
     /// Commits that changed a map.
     pub commits: u64,
     /// Address spaces that were rendered.
     pub renders: u64,
-    /// Times that a listener was told of a change.
+    /// Calls of listeners.
     pub listener_calls: u64,
 }
 
@@ -33,8 +33,8 @@ pub(crate) struct Space {
 /// The two address spaces of a machine, and the tree of regions behind them.
 ///
 /// There is one owner. A map is changed in a [`Transaction`], which borrows the topology for as
-/// long as it is open: whoever changes the map cannot look at it at the same time, because there
-/// is nothing in between to be seen.
+/// long as it is open: code that changes the map cannot read it at the same time, so no state in
+/// between can be seen.
 ///
 /// ```compile_fail
 /// # use memory::{SpaceKind, Topology};
@@ -123,7 +123,7 @@ impl Topology {
         self.spaces[kind.index()].reader.clone()
     }
 
-    /// What commits did so far.
+    /// Returns the counters.
     #[must_use]
     pub fn stats(&self) -> Stats {
         self.stats

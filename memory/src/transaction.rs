@@ -9,7 +9,7 @@ use crate::region::{DeviceOps, IoEventFd, Kind, Place, RamSlice, Region, RegionI
 use crate::space::SpaceKind;
 use crate::topology::Topology;
 
-/// What a region is called, and by whom it was made, for people who look at the map.
+/// A region's name and owner, for dumps of the map.
 #[derive(Clone, Debug)]
 pub struct Label {
     name: Arc<str>,
@@ -325,8 +325,8 @@ impl<'a> Transaction<'a> {
     /// Adds a doorbell to a device region.
     ///
     /// # Errors
-    /// When it is not within the region, of an odd width, or cannot be told from one that is
-    /// there.
+    /// The doorbell is outside the region, has an invalid width, or matches the same writes as an
+    /// existing one.
     pub fn add_ioeventfd(
         &mut self,
         region: RegionId,

@@ -1,4 +1,4 @@
-//! What must not compile: looking at the map while it is being changed.
+//! Code that must not compile: reading the map while it is being changed.
 
 #[test]
 fn nothing_reads_the_map_through_an_open_transaction() {

@@ -1,4 +1,4 @@
-//! Who is told what, when, and when no more.
+//! Calls of listeners: their content, their order, and their end.
 
 #![expect(clippy::unwrap_used, reason = "a test that goes wrong panics")]
 
@@ -23,7 +23,7 @@ impl DeviceOps for Nobody {
     fn write(&self, _: u64, _: &[u8]) {}
 }
 
-/// Notes down what it is told, and answers as it is set to.
+/// Records its calls, and answers as configured.
 #[derive(Default)]
 struct Notes {
     name: &'static str,
@@ -152,7 +152,7 @@ fn a_dropped_handle_ends_the_subscription_also_from_inside_a_callback() {
     assert_eq!(seen.lock().len(), 1);
 }
 
-/// Fails the test if it is called after its owner was told that it is not.
+/// Fails the test if it is called after its handle was dropped.
 struct Fragile {
     owner: Weak<AtomicUsize>,
 }

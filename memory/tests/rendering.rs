@@ -191,7 +191,7 @@ impl Pair {
     }
 }
 
-/// Applies every difference that it is told of to what it knew before.
+/// Applies every received difference to its copy of the view.
 #[derive(Default)]
 struct Follower(Mutex<Vec<FlatRange>>);
 

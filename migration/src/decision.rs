@@ -57,7 +57,7 @@ enum Course {
 #[derive(Default)]
 struct State {
     course: Course,
-    /// Connections to close at a cancel, which wakes up whoever reads or writes them.
+    /// Connections to close at a cancel, which wakes the threads that read or write them.
     closers: Vec<Closer>,
     doubt: Option<Doubt>,
     resolution: Option<Resolution>,

@@ -51,22 +51,22 @@ pub trait Destination: Send {
     /// Its memory, in the order of [`Offer::blocks`].
     fn blocks(&self) -> Vec<Block>;
 
-    /// Goes on from what a running guest's devices are, to see whether it can.
+    /// Loads the device state of a running guest on trial.
     ///
     /// # Errors
-    /// When it cannot.
+    /// The state cannot be loaded.
     fn dry_run(&mut self, state: &[u8]) -> Result<(), Refusal>;
 
-    /// Goes on from what was saved, in one commit. All memory is there.
+    /// Loads the saved state in one commit. In precopy, all memory is present.
     ///
     /// # Errors
-    /// When it cannot.
+    /// The state cannot be loaded.
     fn load(&mut self, state: &[u8]) -> Result<(), Refusal>;
 
-    /// Takes what only one machine may have.
+    /// Acquires the resources that only one machine may hold (image locks, socket paths).
     ///
     /// # Errors
-    /// When somebody else has it.
+    /// Another process holds one of them.
     fn take_over(&mut self) -> Result<(), Refusal>;
 
     /// Resumes the guest, unless it stays paused. Its clocks have been stopped for `stopped_for`.
@@ -87,12 +87,13 @@ pub enum StartFailure {
     /// No instruction of it ran: the source can let it run.
     #[error(transparent)]
     NeverRan(Refusal),
-    /// It may have run, and is lost: if the source let it run, it would run twice from the same point.
+    /// The guest may have run, and is lost. The source must not resume it: it would run twice from the same
+    /// point.
     #[error("the guest was lost as it started: {0}")]
     MayHaveRun(Refusal),
 }
 
-/// What became of an earlier migration, as far as it was written down.
+/// The outcome of an earlier migration, according to its journal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fate {
     /// Nothing is known of it.
@@ -105,10 +106,10 @@ pub enum Fate {
 
 /// Makes machines for guests that come.
 pub trait Host: Send + Sync {
-    /// Makes one. `files` are the memory, block by block, where it is given.
+    /// Builds a machine. In a local migration `files` are its memory, one for each block.
     ///
     /// # Errors
-    /// When it cannot be; the text is told to the users of both sides.
+    /// The machine cannot be built. The users of both sides see the text.
     fn prepare(
         &self,
         migration: Uuid,
@@ -116,19 +117,19 @@ pub trait Host: Send + Sync {
         files: Vec<File>,
     ) -> Result<Box<dyn Destination>, Refusal>;
 
-    /// Where the steps of a migration are written down.
+    /// Creates the journal of a migration.
     ///
     /// # Errors
-    /// When the host refuses.
+    /// The file cannot be created.
     fn journal(&self, migration: Uuid, vm: &str) -> std::io::Result<Box<dyn Journal>>;
 
-    /// What was written down of an earlier one.
+    /// Returns the outcome of an earlier migration.
     fn fate(&self, migration: Uuid) -> Fate;
 }
 
 /// Parameters of an incoming migration.
 pub struct Receiving<'a> {
-    /// Where connections come from.
+    /// The source of connections.
     pub accept: &'a mut dyn Accept,
     /// Limits pending connections of all endpoints of the process.
     pub limit: &'a ConnectionLimit,
@@ -216,12 +217,12 @@ enum Ended {
 #[derive(Clone, Copy)]
 enum Ran {
     No,
-    /// It is written down that it runs, and not known yet that it does.
+    /// The journal says that the guest runs, and it is not known yet whether it does.
     MayHave,
     Yes,
 }
 
-/// What all states of a wait share.
+/// Parts that all states of a wait share.
 struct Session<'a> {
     router: &'a Router<'a>,
     host: &'a dyn Host,
@@ -273,10 +274,9 @@ impl Session<'_> {
 
     /// Waits for a source whose offer this host accepts.
     ///
-    /// A source that fails before it was answered `Prepared` does not end the wait. It may be a
-    /// stranger. And where it is the right one and was refused, because a disk is not there or the CPU
-    /// lacks a feature, its user reads the reason, mends that, and tries again: nobody has to go to the
-    /// destination and wait anew.
+    /// A source that fails before the answer `Prepared` does not end the wait, because it may be a stranger.
+    /// If the right source was refused, for instance because a disk is missing or the CPU lacks a feature,
+    /// its user can fix that and try again without a new `receive` at the destination.
     fn wait(&self) -> Result<Incoming<'_>, Refusal> {
         loop {
             if self.decision.is_canceled() {

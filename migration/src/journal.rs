@@ -1,8 +1,9 @@
-//! What each side writes down of a hand-over, so that it is known after a crash.
+//! Journals: the steps of a hand-over at each side, for the time after a crash.
 //!
-//! One file a migration and side, in the service's state directory; a line of JSON a step. The first
-//! is made durable before the guest stops; later ones need not be, to be there after the death of
-//! the process, and after that of the host the first tells that the host was another then.
+//! Each side of a migration has one file in the service's state directory, with a line of JSON for each
+//! step. Only the first line is synced to the disk, before the guest stops. Later lines survive the
+//! death of the process without a sync. They may not survive the death of the host, but then the first
+//! line shows that the host has rebooted since.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
@@ -20,7 +21,7 @@ use uuid::Uuid;
 pub enum Side {
     /// From where the guest moves.
     Source,
-    /// Where it moves to.
+    /// The side to which the guest moves.
     Destination,
 }
 
@@ -28,13 +29,13 @@ pub enum Side {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Step {
-    /// It has begun.
+    /// The migration has begun.
     Prepare,
     /// The destination could let the guest run. (Destination.)
     Ready,
     /// The guest is given away: from now on it does not go on at the source. (Source.)
     Commit,
-    /// The guest goes on at the destination. (Both: the source when it hears of it.)
+    /// The guest runs at the destination. (At both sides; the source records it when it gets the answer.)
     Running,
     /// The guest stays at the source, and never ran at the destination.
     Aborted,
@@ -43,17 +44,17 @@ pub enum Step {
 /// A line.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
-    /// What happened.
+    /// The step.
     pub step: Step,
     /// When, in milliseconds since 1970.
     pub time_ms: u64,
-    /// Of which VM.
+    /// The VM's name.
     pub vm: String,
     /// The boot of the host in which it happened.
     pub boot: String,
 }
 
-/// Where steps are written down.
+/// A recorder of steps.
 pub trait Journal: Send {
     /// Writes a step down. [`Step::Prepare`] is durable on return.
     ///
@@ -206,7 +207,7 @@ impl Journal for FileJournal {
     }
 }
 
-/// Nowhere: for hand-overs whose outcome nobody will ask for.
+/// A journal that records nothing, for hand-overs that need not survive the process.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct NoJournal;
 

@@ -1,26 +1,26 @@
 //! The migration engine: moves a guest from one process to another.
 //!
-//! It knows memory, frames and the order in which things must happen, and neither KVM nor devices nor
-//! HTTP: a machine is a [`Source`] at one side and a [`Destination`] at the other.
+//! The engine handles memory, frames and the order of steps. It knows neither KVM nor devices nor HTTP: a
+//! machine is a [`Source`] at one side and a [`Destination`] at the other.
 //!
 //! ```text
 //!   source                                destination
-//!   ── Prepare ───────────────────────►   makes the machine
+//!   ── Prepare ───────────────────────►   builds the machine
 //!   ══ pages, in rounds ══════════════►   memory            the guest runs at the source
-//!   ── Guess ─────────────────────────►   loads it once, to see whether it can
+//!   ── Guess ─────────────────────────►   loads the devices on trial
 //!   stops the guest
 //!   ══ the last pages ════════════════►
-//!   ── State ─────────────────────────►   loads it: one commit
+//!   ── State ─────────────────────────►   loads all state in one commit
 //!   ◄──────────────────────── Ready ──
-//!   writes down that the guest is given away
-//!   ── Commit ────────────────────────►   writes down that it runs, and lets it run
+//!   journals the commit
+//!   ── Commit ────────────────────────►   journals that the guest runs, and resumes it
 //!   ◄────────────────────── Running ──
 //! ```
 //!
-//! The source lets the guest run again if anything fails before it has written `Commit`, and never
-//! after; the destination never before it has got it. Who does not know how it stands asks, or waits
-//! for somebody to decide ([`Decision::resolve`]). docs/migration.md has the table of what happens
-//! when.
+//! If anything fails before the source has journalled `Commit`, the source resumes the guest; after that
+//! it does not, unless the destination says that the guest never ran there. The destination resumes the
+//! guest only after it has received `Commit`. A side that is in doubt asks the other, or waits for an
+//! operator ([`Decision::resolve`]). docs/migration.md has the table of failures.
 
 #![forbid(unsafe_code)]
 

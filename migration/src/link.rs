@@ -33,18 +33,18 @@ pub trait Stream: Read + Write + Send {
     /// When the host refuses.
     fn set_patience(&self, patience: Duration) -> io::Result<()>;
 
-    /// What ends the connection from another thread.
+    /// Returns a handle that closes the connection from another thread.
     ///
     /// # Errors
-    /// When the host refuses.
+    /// The descriptor cannot be duplicated.
     fn closer(&self) -> io::Result<Closer>;
 
-    /// What ends reading from another thread: a blocked read returns the end of the stream, and this
-    /// side can still write. The control channel is closed like this, so that the other side can be
-    /// told why. A stream that cannot be closed by halves is closed as by [`Stream::closer`].
+    /// Returns a handle that ends reading from another thread: a blocked read returns the end of the stream,
+    /// and this side can still write. The control channel is closed like this, so that the other side can
+    /// get the reason. A stream without half-close is closed as by [`Stream::closer`].
     ///
     /// # Errors
-    /// When the host refuses.
+    /// The descriptor cannot be duplicated.
     fn read_closer(&self) -> io::Result<Closer> {
         self.closer()
     }
@@ -68,11 +68,11 @@ pub trait Stream: Read + Write + Send {
     }
 }
 
-/// Ends a connection, from any thread: whoever reads or writes it fails at once.
+/// Closes a connection from any thread: reads and writes in progress fail at once.
 pub struct Closer(Box<dyn Fn() + Send + Sync>);
 
 impl Closer {
-    /// What ends a connection by calling `close`.
+    /// Returns a handle that calls `close`.
     pub fn new(close: impl Fn() + Send + Sync + 'static) -> Self {
         Self(Box::new(close))
     }
@@ -185,7 +185,7 @@ pub trait Accept: Send {
     fn accept(&mut self, patience: Duration) -> io::Result<Option<Box<dyn Stream>>>;
 }
 
-/// Where a side listens: `unix:PATH` or `tcp:HOST:PORT`.
+/// The address of a listener: `unix:PATH` or `tcp:HOST:PORT`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Endpoint {
     /// A unix socket.
@@ -194,7 +194,7 @@ pub enum Endpoint {
     Tcp(String),
 }
 
-/// It is no place to listen.
+/// The text is not an endpoint.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0:?} is neither `unix:PATH` nor `tcp:HOST:PORT`")]
 pub struct InvalidEndpoint(String);
@@ -247,7 +247,7 @@ impl Endpoint {
                 for address in place.to_socket_addrs()? {
                     match TcpStream::connect_timeout(&address, CONNECT_PATIENCE) {
                         Ok(stream) => {
-                            // Small messages wait for nobody.
+                            // Small messages are sent at once.
                             stream.set_nodelay(true)?;
                             return Ok(Box::new(stream));
                         }
@@ -292,10 +292,10 @@ impl Listener {
         }
     }
 
-    /// Where it listens: with the port that the host chose where none was given.
+    /// Returns the listener's address, with the port that the host chose for port 0.
     ///
     /// # Errors
-    /// When the host does not say.
+    /// The socket's name cannot be read.
     pub fn endpoint(&self) -> io::Result<Endpoint> {
         match self {
             Self::Unix(socket) => Ok(Endpoint::Unix(socket.path().to_owned())),

@@ -1,4 +1,4 @@
-//! What the two sides say to each other on the control channel, as CBOR.
+//! Messages of the control channel, encoded as CBOR.
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -8,14 +8,14 @@ use uuid::Uuid;
 use crate::link::Stream;
 use crate::wire::{self, Kind, Reader, WireError};
 
-/// Says that it is us, and nobody who came by mistake.
+/// Identifies the protocol.
 const MAGIC: &str = "whimbrel-migration";
 /// The versions of the protocol that this program speaks. The greatest goes up whenever a side may
 /// send something that an older peer does not know; docs/migration-protocol.md lists what each
 /// version added.
 pub(crate) const VERSIONS: (u32, u32) = (1, 2);
 
-/// What a connection is for.
+/// The purpose of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Channel {
     /// Messages both ways.
@@ -71,7 +71,7 @@ impl Hello {
     }
 }
 
-/// Why one side will not: told to the users of both.
+/// A refusal by one side. The users of both sides see it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[serde(deny_unknown_fields)]
 #[error("{detail}")]
@@ -102,7 +102,7 @@ pub struct BlockInfo {
     pub size: u64,
 }
 
-/// What is to move.
+/// The VM to migrate.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Offer {
@@ -136,9 +136,9 @@ pub(crate) enum ToDestination {
     Round(u32),
     /// A frame with saved state follows: a first guess, to be loaded now.
     Guess,
-    /// A frame with saved state follows, and the last round before it, this one, has been sent. With
-    /// `postcopy` it told which pages come after the guest. The guest stands, and did before the migration
-    /// if it was `paused`.
+    /// A frame with saved state follows; the last round before it is `round`. With `postcopy`, that round
+    /// named the pages that follow the guest. The guest is paused, and was so before the migration if
+    /// `paused` is set.
     State {
         round: u32,
         postcopy: bool,
@@ -146,9 +146,9 @@ pub(crate) enum ToDestination {
     },
     /// The guest is yours: it stood for so long when this was sent, and stays paused if it was.
     Commit { stood_for_ns: u64, paused: bool },
-    /// It stays here.
+    /// The guest stays at the source.
     Abort(Refusal),
-    /// It was heard that the guest runs there.
+    /// Acknowledges that the guest runs at the destination.
     Complete,
     /// All pages that were missing have been sent: it ended on each RAM channel with this number.
     PagesSent { round: u32 },
@@ -176,11 +176,12 @@ pub(crate) enum ToSource {
     GuessLoaded {
         us: u64,
     },
-    /// The guest can go on here at once; nobody but the source decides that.
+    /// The guest can resume here at once. The source decides whether it does.
     Ready {
         load_us: u64,
     },
-    /// The guest goes on here, so long after the order came; this is told so long after it.
+    /// The guest runs here. `us` and `told_us` count from the arrival of `Commit`: to the resume, and to this
+    /// answer.
     Running {
         us: u64,
         told_us: u64,
@@ -189,10 +190,10 @@ pub(crate) enum ToSource {
     NotHere(Refusal),
     /// The order is awaited.
     Waiting,
-    /// It ran here, and is no more.
+    /// The guest ran here, and has ended.
     Ended,
-    /// Of these pages of a block (bit 0 of the first word is the page `first`) those are missing still
-    /// whose bits are set. After these comes `Prepared`.
+    /// Pages of a block that are still missing: bit 0 of the first word is the page `first`. `Prepared`
+    /// follows the last of these.
     StillMissing {
         block: u32,
         first: u64,

@@ -1,4 +1,4 @@
-//! What RAM channels carry: batches of pages.
+//! The content of RAM channels: batches of pages.
 //!
 //! ```text
 //!   block u32 | runs u32 | each run: first page u64, pages u32 | for `Pages`: the pages' bytes
@@ -13,11 +13,11 @@ use crate::wire::WireError;
 
 /// Bytes of a page.
 pub(crate) const PAGE: usize = PAGE_SIZE as usize;
-/// Pages of a batch at the most.
+/// Maximum number of pages in a batch.
 pub(crate) const BATCH: usize = 64;
 const HEAD: usize = 8;
 const RUN: usize = 12;
-/// Bytes of a batch at the most.
+/// Maximum length of a batch in bytes.
 pub(crate) const MOST: usize = HEAD + BATCH * (RUN + PAGE);
 
 /// Memory of the guest, which has a name of its own in its machine.
@@ -156,10 +156,10 @@ pub(crate) fn decode_fault(body: &[u8]) -> Result<(u32, u64), WireError> {
     }
 }
 
-/// What a frame of pages, or of missing ones, tells of them.
+/// The kind of a frame about pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Content {
-    /// What is in them.
+    /// The pages' content follows.
     Data,
     /// Nothing is in them.
     Zeros,

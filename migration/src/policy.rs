@@ -1,4 +1,4 @@
-//! What a migration is to strive for, and when it is time to stop the guest.
+//! The policy of a migration, and the decision when to stop the guest.
 
 use std::time::{Duration, Instant};
 
@@ -6,12 +6,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::pages::PAGE;
 
-/// What happens at the deadline to a migration whose guest writes faster than its memory can be
-/// copied.
+/// Action at the deadline of a migration that has not converged.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum AtDeadline {
-    /// It is called off; the guest stays.
+    /// Cancel; the guest stays at the source.
     #[default]
     Cancel,
     /// The vCPUs are slowed down more and more, until it can be done.
@@ -35,14 +34,14 @@ pub enum Mode {
     Postcopy,
 }
 
-/// What a migration is to strive for.
+/// Limits and modes of a migration.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Policy {
     /// How long the guest may stand.
     pub max_downtime: Duration,
-    /// When it is to be over, since it began; never when absent.
+    /// Time limit from the start; `None` for no limit.
     pub deadline: Option<Duration>,
-    /// What happens then.
+    /// Action at the deadline.
     pub at_deadline: AtDeadline,
     /// When pages go.
     pub mode: Mode,
@@ -73,7 +72,7 @@ const STOP_LIMIT_LEAST: Duration = Duration::from_secs(10);
 /// times that on an emulated host.
 const STOP_LIMIT_VERIFY: Duration = Duration::from_secs(4);
 
-/// RAM channels that a migration has at the most.
+/// Maximum number of RAM channels of a migration.
 pub const MAX_CONNECTIONS: u16 = 16;
 
 impl Default for Policy {
@@ -93,7 +92,7 @@ impl Default for Policy {
     }
 }
 
-/// What the stop will cost, as far as it is known.
+/// Measured parts of the stop, for its prediction.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Measured {
     /// There and back.
@@ -121,13 +120,13 @@ impl Measured {
     }
 }
 
-/// What is known after a round.
+/// The situation after a round.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Situation {
     pub(crate) round: u32,
     /// Pages to be sent.
     pub(crate) dirty: u64,
-    /// As many as there were a round before.
+    /// Dirty pages after the previous round.
     pub(crate) dirty_before: u64,
     /// How long the stop would be now.
     pub(crate) predicted: Duration,
@@ -136,7 +135,7 @@ pub(crate) struct Situation {
     pub(crate) throttle: u8,
 }
 
-/// What to do next.
+/// The next step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Next {
     /// Another round, with vCPUs slowed down by so many percent.

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::message::Refusal;
 
-/// Where a migration is.
+/// The phase of a migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Phase {
@@ -28,14 +28,14 @@ pub enum Phase {
     Postcopy,
     /// The connection was lost on the way; the guest waits where it needs a page that is not there.
     PostcopyPaused,
-    /// The connection was lost at the moment of the hand-over: it goes on when both sides meet
-    /// again, or somebody decides.
+    /// The connection was lost during the hand-over. The migration continues when both sides are connected
+    /// again, or when an operator resolves it.
     InDoubt,
     /// The guest has moved.
     Completed,
-    /// It was called off; the guest stays where it was.
+    /// Canceled; the guest stays at the source.
     Canceled,
-    /// It failed; the guest stays where it was.
+    /// Failed; the guest stays at the source.
     Failed,
 }
 
@@ -58,7 +58,7 @@ pub struct Downtime {
     pub save_us: u64,
     /// Sending the last pages, and hearing that they and the devices were loaded.
     pub transfer_us: u64,
-    /// Of that, loading at the destination.
+    /// The part for loading at the destination.
     pub load_us: u64,
     /// From the decision until the guest went on.
     pub hand_over_us: u64,
@@ -72,7 +72,7 @@ pub struct Downtime {
 /// How a migration is going.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Report {
-    /// Where it is.
+    /// The phase.
     pub phase: Phase,
     /// Bytes of the guest's memory.
     pub memory_bytes: u64,

@@ -55,7 +55,7 @@ pub(crate) struct Work<'a, I> {
     pub(crate) blocks: &'a [Block],
     pub(crate) batches: Mutex<I>,
     pub(crate) pacer: Pacer,
-    /// It ends then, whatever is left.
+    /// The round ends at this time, whatever is left.
     pub(crate) cut: Option<Instant>,
     pub(crate) round: u32,
     pub(crate) progress: Progress,
@@ -63,7 +63,7 @@ pub(crate) struct Work<'a, I> {
 }
 
 impl<I: Iterator<Item = Run>> Work<'_, I> {
-    /// What was not sent is dirty still.
+    /// Marks pages that were not sent as dirty again.
     pub(crate) fn put_back(&self) {
         for run in self.batches.lock().by_ref() {
             if let Some(block) = self.blocks.get(run.block as usize) {
@@ -157,7 +157,7 @@ impl Ram {
         Ok(wire::write(&mut *self.stream, Kind::Missing, &[&body])?)
     }
 
-    /// Sends what nobody has sent yet of these batches. The end of the round is the caller's to send.
+    /// Sends pages of these batches that were not sent yet. The caller sends the end of the round.
     pub(crate) fn push(
         &mut self,
         blocks: &[Block],
@@ -297,7 +297,7 @@ fn check_lost(block: &Block) -> Result<(), MigrationError> {
     Err(MigrationError::here("memory-lost", why))
 }
 
-/// When a page was last waited for: what nobody waits for gives way for a moment.
+/// The time of the last page fault. Other pages yield for a moment after one.
 pub(crate) struct FaultPriority {
     begun: Instant,
     /// Microseconds since then.
@@ -314,7 +314,7 @@ impl Default for FaultPriority {
 }
 
 impl FaultPriority {
-    /// Who waits for one page waits for the next, soon.
+    /// A thread that waits for one page will soon wait for the next. In microseconds.
     const SOON: u64 = 1_000;
     const WAY: Duration = Duration::from_micros(400);
 
@@ -322,7 +322,7 @@ impl FaultPriority {
         crate::progress::micros(self.begun.elapsed())
     }
 
-    /// Somebody waits for a page.
+    /// Records a page fault.
     pub(crate) fn is_needed(&self) {
         self.last.store(self.now().max(1), Ordering::Relaxed);
     }
@@ -351,7 +351,7 @@ impl Pacer {
         }
     }
 
-    /// So many bytes more were sent: waits until they may have been.
+    /// Accounts for `bytes` that were sent, and waits until the bandwidth cap allows more.
     pub(crate) fn wait(&self, bytes: u64) {
         let Some(limit) = self.limit else { return };
         let before = self.sent.fetch_add(bytes, Ordering::Relaxed);

@@ -97,8 +97,8 @@ pub trait Source: Send {
     fn flush(&mut self) -> Result<(), Refusal>;
 
     /// Releases the resources that only one machine may hold (image locks). Called behind the journal's
-    /// [`Step::Commit`] and before the destination is told: until then no other program can take
-    /// them, however long the destination stays silent.
+    /// [`Step::Commit`] and before `Commit` is sent: until then no other program can take them, however
+    /// long the destination stays silent.
     ///
     /// # Errors
     /// The machine is gone.
@@ -127,7 +127,7 @@ pub struct Stopped {
     pub clocks_at: Instant,
 }
 
-/// Where a guest is that was given away, as far as the source knows.
+/// The place of a guest after the commit, as far as the source knows.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Whereabouts {
     /// The destination has not said yet whether the guest runs there.

@@ -22,7 +22,7 @@ use crate::link::{Dial, Stream};
 use crate::message::{self, Channel, Control, Hello, Offer, ToDestination, ToSource};
 use crate::wire::WireError;
 
-/// Who vouches for hosts.
+/// A certificate authority for tests.
 pub struct Issuer(CertifiedIssuer<'static, KeyPair>);
 
 impl Issuer {

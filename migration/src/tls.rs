@@ -1,5 +1,4 @@
-//! Connections that nobody on the way can read or change, between two sides that know each other:
-//! TLS 1.3, with certificates at both ends.
+//! TLS 1.3 connections with certificates at both ends.
 
 use std::fs;
 use std::io::{self, Read, Write};
@@ -373,7 +372,7 @@ mod tests {
         PeerNames::new(&[name]).unwrap()
     }
 
-    /// What came over, if anything did.
+    /// Sends five bytes, and returns the results of both sides.
     fn send(client: &Path, server: &Path) -> (io::Result<()>, io::Result<[u8; 5]>) {
         send_to(client, server, only("127.0.0.1"))
     }

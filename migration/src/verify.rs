@@ -170,7 +170,7 @@ pub(crate) struct Difference {
     pub(crate) page: usize,
 }
 
-/// What the destination found, over all channels.
+/// The first difference over all channels.
 #[derive(Default)]
 pub(crate) struct Findings(Mutex<Found>);
 

@@ -56,7 +56,7 @@ impl Kind {
         .find(|kind| *kind as u16 == raw)
     }
 
-    /// Bytes that the body of such a frame has at the most.
+    /// Maximum length of the body of such a frame.
     fn most(self) -> usize {
         match self {
             Self::Hello => 4 << 10,
@@ -78,10 +78,10 @@ pub enum WireError {
     /// Nothing came, or went, for longer than one has patience.
     #[error("the other side has been silent for too long")]
     Silent,
-    /// It was ended in order.
+    /// The stream was closed in order.
     #[error("the other side closed the connection")]
     Closed,
-    /// What came is no frame, or one that cannot be here.
+    /// Invalid bytes, or a frame that is not allowed here.
     #[error("the stream is damaged: {0}")]
     Damaged(String),
 }

@@ -23,10 +23,10 @@ use serde_json::json;
 use uuid::Uuid;
 
 const SIZE: u64 = 64 << 10;
-/// As long as a test waits for anything.
+/// Time limit of a test's waits.
 const BOUND: Duration = Duration::from_secs(120);
 
-/// What the machine does.
+/// The machine's behaviour.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Mood {
     #[default]
@@ -259,7 +259,7 @@ fn offer(connections: u16) -> Offer {
 }
 
 const PATIENT: Duration = BOUND;
-/// Where the test waits for the destination to lose it.
+/// The step at which the test cuts the connection.
 const HASTY: Duration = Duration::from_millis(300);
 
 #[test]
@@ -417,7 +417,7 @@ fn a_decision_counts_against_an_order_that_comes_later() {
     assert!(!wait.marks.runs.load(Ordering::SeqCst));
 }
 
-/// What the source says is a fact: it may run the guest already.
+/// An `Abort` of the source is final: the guest may run there already.
 #[test]
 fn an_abort_counts_against_a_decision_to_run() {
     let mut wait = Wait::new(PATIENT, false);
@@ -456,7 +456,7 @@ fn a_source_that_does_not_decide_leaves_it_to_the_operator() {
     assert_eq!(wait.outcome(), Ok(()));
 }
 
-/// It may have run: the source must not let it run again. It is lost, and both know.
+/// The guest may have run: the source must not resume it. The guest is lost, and both sides report that.
 #[test]
 fn a_guest_that_may_have_run_never_counts_as_one_that_did_not() {
     for (number, mood) in [(1, Mood::MayHaveRun), (2, Mood::PanicsInStart)] {

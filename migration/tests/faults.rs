@@ -25,13 +25,13 @@ use migration::{
 };
 use uuid::Uuid;
 
-/// As many as a run of the tests has patience for; `SEEDS` of the environment for more.
+/// Number of runs; the environment variable `SEEDS` sets more.
 const SEEDS: u64 = 400;
 const PAGES: usize = 300;
 const PAGE: usize = 4096;
-/// Of each side with the other.
+/// The patience of each side.
 const PATIENCE: Duration = Duration::from_millis(250);
-/// Where nothing is to fail, on a machine that has other things to do.
+/// The patience of runs without faults, long enough for a busy machine.
 const LONG_PATIENCE: Duration = Duration::from_secs(8);
 /// No migration takes longer, whatever fails.
 /// So much before the stop, in the source's opinion: the destination is to hear the source's
@@ -52,11 +52,11 @@ impl Dice {
     }
 }
 
-/// What goes wrong with a connection.
+/// A fault of a connection.
 #[derive(Clone, Copy, Debug)]
 enum Fault {
     Cut,
-    /// Nothing gets through any more, and nobody is told.
+    /// Both directions stall silently.
     Stall,
     /// One bit changes.
     Corrupt,
@@ -67,12 +67,12 @@ enum Fault {
 struct Plan {
     connection: u64,
     after: u64,
-    /// Of what the source sends, or of what it receives.
+    /// The direction, seen from the source.
     sending: bool,
     fault: Fault,
 }
 
-/// What a process is in the test: it dies at the step of this number, and what it had is gone.
+/// A simulated process: it dies at the step of this number and loses all its state.
 #[derive(Default)]
 struct Life {
     steps: AtomicU64,
@@ -99,7 +99,7 @@ impl Life {
     }
 }
 
-/// Where copies of the guest run.
+/// The places where copies of the guest run.
 #[derive(Default)]
 struct World {
     at_source: AtomicBool,
@@ -387,7 +387,7 @@ impl Destination for TestTarget {
     }
 }
 
-/// What survives a process.
+/// State that survives a process.
 #[derive(Clone, Default)]
 struct Paper(Arc<Mutex<Vec<Step>>>);
 
@@ -574,10 +574,10 @@ impl Accept for TestAccept {
     }
 }
 
-/// What goes wrong in a run.
+/// The faults of a run.
 #[derive(Clone, Copy, Debug, Default)]
 struct Script {
-    /// Where nothing fails, nothing is to be hurried.
+    /// Runs without faults have no time pressure.
     is_patient: bool,
     mode: Mode,
     connections: u16,
@@ -723,8 +723,8 @@ fn run(seed: u64, script: Script) -> (Ending, Arc<World>) {
             decision.cancel()
         })
     });
-    // Somebody decides where a side cannot: a source whose destination is not to be reached has the
-    // guest; so has a destination whose source is dead.
+    // An operator resolves what a side cannot: the guest runs at a source whose destination cannot be
+    // reached, and at a destination whose source is dead.
     let (watched, other) = (decide_here.clone(), decide_there.clone());
     let (dead, stop) = (Arc::clone(&source_life), Arc::new(AtomicBool::new(false)));
     let (ended, mourned) = (Arc::clone(&stop), Arc::clone(&world));
@@ -786,7 +786,7 @@ fn run(seed: u64, script: Script) -> (Ending, Arc<World>) {
     (ending, world)
 }
 
-/// What holds whatever happens.
+/// The invariants of every run.
 fn check(seed: u64, script: &Script) -> Ending {
     check_world(seed, script).0
 }
@@ -892,7 +892,7 @@ fn whatever_fails_at_most_one_copy_runs_and_none_is_lost() {
     );
 }
 
-/// Whoever connects and says nothing, or too slowly, keeps nobody from coming or from ending.
+/// Silent or slow connections do not block other connections, nor the end of the wait.
 #[test]
 fn strangers_hold_nobody_up() {
     let (to, from) = mpsc::channel();

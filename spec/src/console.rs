@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-/// Where a console's other end is.
+/// The host's end of a console.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub enum ConsoleMode {
     /// There is no such device.
@@ -30,12 +30,12 @@ pub struct SerialConfig {
     /// Path, with mode `Socket`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub socket: Option<String>,
-    /// Where its other end is.
+    /// The host's end.
     pub mode: ConsoleMode,
 }
 
 impl SerialConfig {
-    /// Of this mode, without a path.
+    /// Returns a configuration of this mode, without a path.
     #[must_use]
     pub fn with_mode(mode: ConsoleMode) -> Self {
         Self {
@@ -63,7 +63,7 @@ pub struct ConsoleConfig {
     /// Path, with mode `Socket`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub socket: Option<String>,
-    /// Where its other end is.
+    /// The host's end.
     pub mode: ConsoleMode,
     /// Put it behind a virtual IOMMU.
     #[serde(default)]
@@ -80,7 +80,7 @@ pub struct ConsoleConfig {
 }
 
 impl ConsoleConfig {
-    /// Of this mode, without a path.
+    /// Returns a configuration of this mode, without a path.
     #[must_use]
     pub fn with_mode(mode: ConsoleMode) -> Self {
         Self {
@@ -109,7 +109,7 @@ pub struct DebugConsoleConfig {
     /// Path, with mode `File`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub file: Option<String>,
-    /// Where its other end is.
+    /// The host's end.
     pub mode: ConsoleMode,
     /// The port.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -80,13 +80,13 @@ pub struct CpuFeatures {
     pub amx: bool,
 }
 
-/// Who may share a core of the host with a vCPU.
+/// Threads that may share a core of the host with a vCPU.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub enum CoreSchedulingMode {
     /// vCPUs of the same VM.
     #[default]
     Vm,
-    /// Nobody.
+    /// None.
     Vcpu,
     /// Anybody.
     Off,
@@ -120,13 +120,13 @@ pub struct CpusConfig {
     /// Features that are off unless asked for.
     #[serde(default)]
     pub features: CpuFeatures,
-    /// Who may share a core of the host with a vCPU.
+    /// Threads that may share a core of the host with a vCPU.
     #[serde(default)]
     pub core_scheduling: CoreSchedulingMode,
 }
 
 impl CpusConfig {
-    /// So many vCPUs, and all else as by default.
+    /// Returns a configuration of `count` vCPUs with defaults otherwise.
     #[must_use]
     pub fn with_vcpus(vcpus: u32) -> Self {
         Self {

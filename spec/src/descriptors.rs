@@ -1,4 +1,4 @@
-//! Descriptors that somebody else opened, as a part of a configuration.
+//! Descriptors that another program opened, as a part of a configuration.
 
 use std::io;
 use std::os::fd::OwnedFd;

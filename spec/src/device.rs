@@ -38,8 +38,9 @@ pub struct NetConfig {
     /// Tap interface of the host; made when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tap: Option<String>,
-    /// Its queues, one a pair, where it is made by somebody else who sends their descriptors along
-    /// with the request, over a unix socket. In a body they say nothing: there they are -1 each.
+    /// Descriptors of the tap's queues, one for each queue pair, of a tap that another program opened. They
+    /// come with the request over a unix socket (SCM_RIGHTS). The numbers in the body are ignored and shown
+    /// as -1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Vec<i32>>)]
     pub fds: Option<Descriptors>,

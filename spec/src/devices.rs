@@ -135,7 +135,7 @@ impl Below<'_> {
 }
 
 impl DiskConfig {
-    /// All that is wrong with a disk that is to be added.
+    /// Returns the problems of a disk to add.
     #[must_use]
     pub fn problems(&self) -> Vec<FieldProblem> {
         let mut found = Vec::new();
@@ -203,7 +203,7 @@ pub fn parse_mac(text: &str) -> Option<[u8; 6]> {
 }
 
 impl NetConfig {
-    /// All that is wrong with an interface that is to be added.
+    /// Returns the problems of a network interface to add.
     #[must_use]
     pub fn problems(&self) -> Vec<FieldProblem> {
         let mut found = Vec::new();
@@ -278,7 +278,7 @@ impl NetConfig {
 }
 
 impl VsockConfig {
-    /// All that is wrong with a socket that is to be added.
+    /// Returns the problems of a vsock device to add.
     #[must_use]
     pub fn problems(&self) -> Vec<FieldProblem> {
         let mut found = Vec::new();

@@ -62,7 +62,7 @@ pub enum ImageType {
     Unknown,
 }
 
-/// What of an image is locked while it is in use.
+/// The part of an image that is locked while it is in use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub enum LockGranularity {
     /// The bytes that QEMU's tools lock too.
@@ -72,10 +72,10 @@ pub enum LockGranularity {
     Full,
 }
 
-/// What becomes of a request of the guest at which the host fails, as for want of space.
+/// The handling of a request on which the host fails, for instance because a file system is full.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub enum OnError {
-    /// The guest is told.
+    /// The guest gets an I/O error.
     #[default]
     #[serde(alias = "report")]
     Report,
@@ -166,10 +166,10 @@ pub struct DiskConfig {
     /// what would make it an image of another format; it gets an I/O error.
     #[serde(default, skip_serializing_if = "is_false")]
     pub image_type_detected: bool,
-    /// What is locked while in use.
+    /// The part of the image that is locked while in use.
     #[serde(default)]
     pub lock_granularity: LockGranularity,
-    /// What becomes of requests at which the host fails.
+    /// The handling of requests on which the host fails.
     #[serde(default, skip_serializing_if = "OnError::is_report")]
     pub on_error: OnError,
 }

@@ -91,7 +91,7 @@ pub struct MemoryConfig {
 }
 
 impl MemoryConfig {
-    /// So many bytes, and all else as by default.
+    /// Returns a configuration of `size` bytes with defaults otherwise.
     #[must_use]
     pub fn with_size(size: u64) -> Self {
         Self {

@@ -5,7 +5,7 @@ use utoipa::ToSchema;
 
 use crate::service::VmId;
 
-/// Where pages go, and when.
+/// When memory is copied: before the guest moves, after it, or both.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum MemoryMode {
@@ -28,11 +28,11 @@ impl std::fmt::Display for MemoryMode {
     }
 }
 
-/// What happens at the deadline to a migration whose guest writes faster than its memory can be copied.
+/// Action at the deadline of a migration that has not ended.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum AtDeadline {
-    /// It is called off; the guest stays.
+    /// Cancel; the guest stays at the source.
     #[default]
     Cancel,
     /// The vCPUs are slowed down more and more, until it can be done.
@@ -55,7 +55,7 @@ fn default_deadline_s() -> u64 {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct StartMigration {
-    /// Where the other service waits for it: `unix:/a/socket` or `tcp:host:port`.
+    /// Address at which the other service listens: `unix:/a/socket` or `tcp:host:port`.
     pub destination: String,
     /// When memory moves.
     #[serde(default)]
@@ -68,7 +68,7 @@ pub struct StartMigration {
     #[serde(default = "default_deadline_s")]
     #[schema(minimum = 1)]
     pub deadline_s: u64,
-    /// What happens then.
+    /// Action at the deadline.
     #[serde(default)]
     pub at_deadline: AtDeadline,
     /// Connections for memory; chosen when absent.
@@ -128,7 +128,7 @@ impl StartMigration {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct AwaitMigration {
-    /// Where to wait for it: `unix:/a/socket` or `tcp:host:port`; with port 0 the host chooses.
+    /// Address to listen at: `unix:/a/socket` or `tcp:host:port`; with port 0 the host chooses.
     pub listen: String,
     /// The name that the VM gets here; the one that it has at the source when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -175,13 +175,13 @@ impl AwaitMigration {
     }
 }
 
-/// What is decided of a migration that is in doubt.
+/// The decision about a migration in doubt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum MigrationOutcome {
-    /// The guest goes on here.
+    /// The guest resumes here.
     Run,
-    /// It does not, and is forgotten here.
+    /// The guest does not resume here; the VM is deleted.
     Discard,
 }
 
@@ -189,7 +189,7 @@ pub enum MigrationOutcome {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ResolveMigration {
-    /// What becomes of the guest here.
+    /// The decision for the guest at this side.
     pub outcome: MigrationOutcome,
 }
 
@@ -199,11 +199,11 @@ pub struct ResolveMigration {
 pub enum MigrationSide {
     /// The guest goes from here.
     Source,
-    /// It comes here.
+    /// The guest comes here.
     Destination,
 }
 
-/// Where a migration is.
+/// The phase of a migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum MigrationPhase {
@@ -219,16 +219,16 @@ pub enum MigrationPhase {
     HandingOver,
     /// The guest runs at the destination, and pages follow.
     Postcopy,
-    /// As `postcopy`, and the connection is lost.
+    /// Postcopy, with a lost connection.
     PostcopyPaused,
-    /// The connection was lost at the moment of the hand-over: it goes on when both sides meet again, or somebody
-    /// decides.
+    /// The connection was lost during the hand-over. The migration continues when both sides are connected
+    /// again, or when an operator resolves it.
     InDoubt,
     /// The guest has moved.
     Completed,
-    /// It was called off; the guest stays where it was.
+    /// Canceled; the guest stays at the source.
     Canceled,
-    /// It failed; the guest stays where it was.
+    /// Failed; the guest stays at the source.
     Failed,
 }
 
@@ -269,7 +269,7 @@ pub struct MigrationDowntime {
     pub save_us: u64,
     /// Sending what was saved, and hearing that it was loaded.
     pub transfer_us: u64,
-    /// Of that, loading at the destination.
+    /// The part for loading at the destination.
     pub load_us: u64,
     /// From the decision until the guest went on.
     pub hand_over_us: u64,
@@ -299,13 +299,13 @@ pub struct MigrationInfo {
     /// The VM; absent at a destination that does not know yet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vm: Option<VmId>,
-    /// Where the destination waits.
+    /// Address of the destination's listener.
     pub endpoint: String,
     /// When it began, in milliseconds since 1970.
     pub started_ms: u64,
     /// Microseconds since then, or until it was over.
     pub elapsed_us: u64,
-    /// Where it is.
+    /// The phase.
     pub phase: MigrationPhase,
     /// Bytes of the guest's memory.
     pub memory_bytes: u64,

@@ -1,4 +1,4 @@
-//! What devices are told apart by: their names, and the addresses of interfaces.
+//! Names of devices, and MAC addresses of interfaces.
 
 use std::collections::HashSet;
 
@@ -37,7 +37,7 @@ const OF_THE_MACHINE: [(&str, &str); 3] = [
     ("/balloon", "__balloon"),
 ];
 
-/// What is wrong with the name of the device at `pointer`, if anything is.
+/// Returns the problem of the name of the device at `pointer`, if any.
 #[must_use]
 pub fn check_device_name(pointer: &str, id: &str) -> Option<FieldProblem> {
     let is_own = OF_THE_MACHINE.contains(&(pointer, id));
@@ -64,9 +64,8 @@ pub fn free_name(kind: &str, taken: impl Fn(&str) -> bool) -> Option<String> {
 }
 
 impl NetConfig {
-    /// Makes up the address that the guest sees, if none is given: one of nobody's, locally
-    /// administered (IEEE 802, 8.2). As a part of the configuration it stays what it is over
-    /// reboots, and goes along when the guest moves.
+    /// Chooses a random, locally administered MAC address (IEEE 802, 8.2) if none is given. It becomes part
+    /// of the configuration, so it stays the same over reboots and migrations.
     pub fn give_mac(&mut self) {
         self.mac.get_or_insert_with(|| {
             let random = uuid::Uuid::new_v4();

@@ -443,7 +443,7 @@ mod tests {
         assert_eq!(pauses.on_error, crate::OnError::Pause);
         assert_eq!(json(r#"{"path":"/a","on_error":"pause"}"#), pauses);
         assert_eq!(json(r#"{"path":"/a","on_error":"Pause"}"#), pauses);
-        // Who does not know of it is not told of it.
+        // The default is not written, so older peers accept the configuration.
         let reports = given("path=/a,on_error=report");
         assert_eq!(reports, given("path=/a"));
         let written = serde_json::to_value(&reports).unwrap();

@@ -8,14 +8,14 @@ pub enum ParseError {
     /// No JSON at all.
     #[error("the body is not JSON: {reason} at line {line}, column {column}")]
     Malformed {
-        /// What the parser found.
+        /// The parser's error.
         reason: String,
         /// From 1.
         line: usize,
         /// From 1.
         column: usize,
     },
-    /// A field that nobody knows.
+    /// An unknown field.
     #[error("there is no field `{field}`{}{}", at(pointer), did_you_mean(suggestion.as_ref()))]
     UnknownField {
         /// JSON pointer to what it is in.
@@ -30,7 +30,7 @@ pub enum ParseError {
     Invalid {
         /// JSON pointer to it.
         pointer: String,
-        /// What was expected.
+        /// The expected kind of value.
         reason: String,
     },
 }
@@ -71,7 +71,7 @@ impl ParseError {
 /// Reads a body.
 ///
 /// # Errors
-/// When it is no JSON, holds a field that nobody knows, or a value that is not possible.
+/// The body is not JSON, has an unknown field, or a value of the wrong kind.
 ///
 /// ```
 /// let error = spec::parse::<spec::VmConfig>(br#"{"payload": {"kernal": "/k"}}"#).unwrap_err();
@@ -118,7 +118,7 @@ fn explain(pointer: String, error: &serde_json::Error) -> ParseError {
     }
 }
 
-/// Of these names, one that could have been meant.
+/// Returns the known name that is most similar to `name`, if one is.
 pub fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     known
         .map(|known| (strsim::jaro_winkler(name, known), known))

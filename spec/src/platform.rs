@@ -1,11 +1,11 @@
-//! What boots, and the platform that it finds.
+//! The payload to boot, and its platform.
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::defaults;
 
-/// What the guest boots.
+/// The payload to boot.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct PayloadConfig {

@@ -47,7 +47,7 @@ pub struct VmRemoveDevice {
     pub id: String,
 }
 
-/// Where a snapshot goes.
+/// Destination of a snapshot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct VmSnapshotConfig {
@@ -55,7 +55,7 @@ pub struct VmSnapshotConfig {
     pub destination_url: String,
 }
 
-/// Where a core dump goes.
+/// Destination of a core dump.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct VmCoredumpData {
@@ -128,17 +128,17 @@ pub enum MigrationMode {
     Postcopy,
 }
 
-/// What happens when a migration takes too long.
+/// Action when a migration takes too long.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub enum TimeoutStrategy {
-    /// It is given up; the VM runs on where it is.
+    /// Cancel; the VM continues at the source.
     #[default]
     Cancel,
-    /// It goes on, whatever the downtime.
+    /// Complete the migration with any downtime.
     Ignore,
 }
 
-/// Where a migration arrives.
+/// The listener of an incoming migration.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ReceiveMigrationData {
@@ -167,7 +167,7 @@ fn one() -> u32 {
     1
 }
 
-/// Where a migration goes, and how.
+/// The destination of a migration, and its policy.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SendMigrationData {
@@ -184,7 +184,7 @@ pub struct SendMigrationData {
     #[serde(default = "default_timeout_s")]
     #[schema(minimum = 1)]
     pub timeout_s: u64,
-    /// What happens then.
+    /// Action at the deadline.
     #[serde(default)]
     pub timeout_strategy: TimeoutStrategy,
     /// Connections for memory.

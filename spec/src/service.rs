@@ -91,7 +91,7 @@ pub struct CreateVm {
 pub struct VmSummary {
     /// Its name.
     pub id: VmId,
-    /// Where it is in its life.
+    /// The VM's state.
     pub state: VmState,
     /// Its vCPUs.
     pub vcpus: u32,
@@ -111,7 +111,7 @@ pub struct Event {
     pub time_ms: u64,
     /// To which VM.
     pub vm: VmId,
-    /// What: `created`, `booted`, `rebooted`, `paused`, `resumed`, `shutdown`, `failed`, `deleted`,
+    /// The event: `created`, `booted`, `rebooted`, `paused`, `resumed`, `shutdown`, `failed`, `deleted`,
     /// `arrived`, `migrated`.
     pub event: String,
     /// More, where there is more to say.
@@ -119,7 +119,7 @@ pub struct Event {
     pub detail: Option<String>,
 }
 
-/// What is wrong with one field of a body.
+/// A problem of one field of a body.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct FieldProblem {
     /// JSON pointer to it (RFC 6901).
@@ -144,7 +144,7 @@ pub struct Problem {
     pub code: String,
     /// For people: what was asked, why it was not done, what to do.
     pub detail: String,
-    /// What is wrong with which field, where it is fields.
+    /// Problems of single fields, if any.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub errors: Vec<FieldProblem>,
 }
@@ -185,7 +185,7 @@ impl fmt::Display for Problem {
 /// A region of the memory map's tree.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct MapNode {
-    /// What it is called.
+    /// The region's name.
     pub name: String,
     /// The device that made it; may be empty.
     pub owner: String,
@@ -199,7 +199,7 @@ pub struct MapNode {
     pub priority: i32,
     /// Whether it shows.
     pub enabled: bool,
-    /// Of an alias: what it shows.
+    /// For an alias: the region that it shows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub alias_of: Option<MapAlias>,
     /// Regions in it, from the front to the back.
@@ -231,7 +231,7 @@ pub struct MapRange {
     pub owner: String,
     /// `ram`, `rom` or `device`.
     pub kind: String,
-    /// Where in the region the range starts.
+    /// Offset of the range in the region.
     pub offset: u64,
 }
 
@@ -244,7 +244,7 @@ pub struct MapSpace {
     pub generation: u64,
     /// The tree.
     pub tree: MapNode,
-    /// What the guest sees, ascending.
+    /// The flat view, ascending.
     pub flat: Vec<MapRange>,
 }
 

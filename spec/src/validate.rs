@@ -10,7 +10,7 @@ use crate::limits;
 use crate::service::FieldProblem;
 use crate::vm::VmConfig;
 
-/// What the host can give a VM.
+/// The host's limits for a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HostLimits {
     /// vCPUs of one VM.

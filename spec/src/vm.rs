@@ -1,4 +1,4 @@
-//! A VM: its configuration, its state, and what is told of it.
+//! A VM: its configuration, its state, and its information in the API.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -41,7 +41,7 @@ pub struct VmConfig {
     /// Memory; 512 MiB when absent.
     #[serde(default)]
     pub memory: MemoryConfig,
-    /// What boots.
+    /// The payload to boot.
     pub payload: PayloadConfig,
     /// Limits that several disks share.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -157,7 +157,7 @@ impl VmConfig {
     }
 }
 
-/// Where a VM is in its life.
+/// The state of a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 pub enum VmState {
     /// Configured, never booted.
@@ -166,7 +166,7 @@ pub enum VmState {
     Running,
     /// The guest has ended, or was ended; it can be booted again.
     Shutdown,
-    /// The guest stands still.
+    /// The guest is paused.
     Paused,
     /// A debugger holds the guest. (Not reached by this version.)
     BreakPoint,
@@ -228,7 +228,7 @@ pub struct DeviceNode {
 /// Whether a device stays.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub enum DeviceState {
-    /// It is there.
+    /// The device is present.
     #[default]
     Present,
     /// The guest was asked to let go of it.
@@ -241,12 +241,12 @@ impl DeviceState {
     }
 }
 
-/// What is told of a VM.
+/// Information about a VM.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct VmInfo {
     /// Its configuration; a pseudo terminal's path is filled in.
     pub config: VmConfig,
-    /// Where it is in its life.
+    /// The VM's state.
     pub state: VmState,
     /// Bytes of memory that the guest has.
     pub memory_actual_size: u64,
@@ -264,7 +264,7 @@ pub struct VmInfo {
 /// Counters of each device, by name.
 pub type VmCounters = BTreeMap<String, BTreeMap<String, u64>>;
 
-/// Where a device was put.
+/// The PCI address of a device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct PciDeviceInfo {
     /// Its name.
@@ -273,7 +273,7 @@ pub struct PciDeviceInfo {
     pub bdf: String,
 }
 
-/// What answers.
+/// The program that answers a ping.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct VmmPingResponse {
     /// The version, with the commit it was built from where that is known.
@@ -284,7 +284,7 @@ pub struct VmmPingResponse {
     /// The process.
     #[serde(default)]
     pub pid: i64,
-    /// What it was built with.
+    /// Build features.
     #[serde(default)]
     pub features: Vec<String>,
 }

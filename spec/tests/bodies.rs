@@ -1,4 +1,4 @@
-//! Bodies as clients send them, bodies that nobody should send, and any bytes at all.
+//! Bodies as clients send them, invalid bodies, and arbitrary bytes.
 
 use proptest::prelude::*;
 use serde_json::{Value, json};

@@ -1,4 +1,4 @@
-//! Every field of a VM's configuration has an effect, or is refused by name, or is told to have none.
+//! Every field of a VM's configuration has an effect, is refused by name, or is documented to have none.
 
 #![recursion_limit = "256"]
 #![allow(

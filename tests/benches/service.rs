@@ -1,4 +1,4 @@
-//! What a service costs and how fast it is, as tables.
+//! Cost and speed of a service, as tables.
 //!
 //!     cargo bench -p tests --bench service [-- --peer PROGRAM]
 //!

@@ -1,4 +1,4 @@
-//! What the memory topology costs, as Markdown tables: `cargo bench -p tests --bench topology`.
+//! The cost of the memory topology, as Markdown tables: `cargo bench -p tests --bench topology`.
 //!
 //! Lookups beside vm-memory's own maps; commits; a machine with many devices, committed change by
 //! change and all at once, with KVM and without; dirty tracking by both back ends; the gate. Wants

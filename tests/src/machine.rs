@@ -14,7 +14,7 @@ use crate::{Service, Shell, await_anyone};
 
 /// Booting takes seconds on silicon, and a minute or two where the host is emulated.
 pub const BOOTS: Duration = Duration::from_secs(300);
-/// So may a command that moves some megabytes.
+/// Time limit of a command that moves some megabytes.
 pub const RUNS: Duration = Duration::from_secs(120);
 
 const MIB: u64 = 1 << 20;
@@ -111,10 +111,10 @@ impl Machine {
         Ok(())
     }
 
-    /// What a device counts.
+    /// Returns a counter of a device.
     ///
     /// # Errors
-    /// When it counts no such thing.
+    /// There is no such counter.
     pub async fn counter(&self, device: &str, name: &str) -> Result<i64> {
         let counters = self.client().vms_counters(&self.vm).await?;
         let value = counters.get(device).and_then(|device| device.get(name));

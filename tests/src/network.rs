@@ -48,10 +48,10 @@ impl Network {
         Ok(network)
     }
 
-    /// Of a host.
+    /// Returns the address of a host.
     ///
     /// # Errors
-    /// When it has no host of this name.
+    /// There is no host of this name.
     pub fn address(&self, host: &str) -> Result<String> {
         let at = self.hosts.iter().position(|name| *name == host);
         let at = at.with_context(|| format!("there is no host {host}"))?;

@@ -1,4 +1,4 @@
-//! What stands between two services, and lets nothing pass unseen.
+//! A proxy between two services that inspects every frame.
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use ciborium::Value;
 
-/// Who sent a frame.
+/// The sender of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Side {
     /// The source of a migration: it made the connection.
@@ -18,31 +18,31 @@ pub enum Side {
     Destination,
 }
 
-/// What came, as docs/migration-protocol.md has it.
+/// A frame, as docs/migration-protocol.md describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Frame {
-    /// From whom.
+    /// The sender.
     pub from: Side,
-    /// What it is: a message's name for a frame of the control channel, or the kind's (`Pages`, `End`, ...).
+    /// The message's name on the control channel, or the frame's kind (`Pages`, `End`, ...).
     pub name: String,
     /// How many of this name came before it, on all connections.
     pub before: usize,
 }
 
-/// What is to become of a frame.
+/// The treatment of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// It passes.
+    /// Pass it on.
     Pass,
     /// All connections end before it.
     Cut,
     /// All connections end in the middle of it.
     Truncate,
-    /// It passes with a bit turned over.
+    /// Pass it on with a bit flipped.
     Corrupt,
-    /// Neither it nor what follows on its connection passes, and nobody is told.
+    /// Hold it and all that follows on its connection, silently.
     Stall,
-    /// It passes after a while.
+    /// Pass it on after a delay.
     Late(Duration),
 }
 
@@ -62,11 +62,11 @@ struct Way {
 }
 
 impl Proxy {
-    /// Begins to pass on what comes to `from`, to whoever listens at `to`, as `judge` decides. It does so
-    /// until the process ends.
+    /// Starts to forward connections at `from` to the listener at `to`, as `judge` decides, until the process
+    /// ends.
     ///
     /// # Errors
-    /// When there can be no socket at `from`.
+    /// No socket can be created at `from`.
     pub fn between(
         from: &Path,
         to: &Path,
@@ -103,7 +103,7 @@ impl Way {
             }
             let way = self.clone();
             thread::spawn(move || {
-                // Either side is gone: the other is told so.
+                // One side is gone: close the other.
                 let _ = way.pass(from, &input, &output);
                 let _ = output.shutdown(std::net::Shutdown::Both);
                 let _ = input.shutdown(std::net::Shutdown::Both);

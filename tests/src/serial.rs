@@ -1,4 +1,4 @@
-//! What a guest prints.
+//! A guest's output.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -24,7 +24,7 @@ const STARTS: Duration = Duration::from_secs(60);
 /// How long a state may take to come.
 const CHANGES: Duration = Duration::from_secs(60);
 
-/// What a program serves.
+/// The API that a program serves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Face {
     /// `whimbrel serve`: many VMs.
@@ -116,7 +116,7 @@ impl Service {
         &self.client
     }
 
-    /// What it serves.
+    /// Returns the API that the program serves.
     #[must_use]
     pub fn face(&self) -> Face {
         self.face
@@ -139,7 +139,7 @@ impl Service {
         self.child.id()
     }
 
-    /// What it has logged.
+    /// Returns the log so far.
     #[must_use]
     pub fn log(&self) -> String {
         fs::read_to_string(self.path("log")).unwrap_or_default()

@@ -8,15 +8,15 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
-/// Where what a command printed ends. It is written in two parts, so that an echo of the command is
-/// not taken for it.
+/// The mark at the end of a command's output. The command contains it in two parts, so its echo does not
+/// match.
 const END: &str = "END-OF-COMMAND";
 
 /// A login on a serial port that is a unix socket.
 #[derive(Debug)]
 pub struct Shell {
     stream: UnixStream,
-    /// What came and has not been looked at.
+    /// Output that was not consumed yet.
     seen: String,
 }
 
@@ -42,10 +42,10 @@ impl Shell {
         Ok(shell)
     }
 
-    /// Goes on with the shell of a guest that came from elsewhere, on the port that it has here.
+    /// Attaches to the shell of a migrated guest, at its port here.
     ///
     /// # Errors
-    /// When it does not answer within `limit`.
+    /// The shell does not answer within `limit`.
     pub async fn attach(socket: &Path, limit: Duration) -> Result<Self> {
         let stream = UnixStream::connect(socket)
             .await
@@ -82,10 +82,10 @@ impl Shell {
         Ok(self.stream.write_all(text.as_bytes()).await?)
     }
 
-    /// What the guest prints before `needle`.
+    /// Returns the output before `needle`.
     ///
     /// # Errors
-    /// When that does not come within `limit`; says what came.
+    /// `needle` does not come within `limit`; the error has the output so far.
     pub async fn until(&mut self, needle: &str, limit: Duration) -> Result<String> {
         let start = Instant::now();
         let mut buffer = [0; 4096];

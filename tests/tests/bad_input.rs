@@ -1,4 +1,4 @@
-//! What a user gets who asks for what cannot be: an error that names the thing, and nothing changed.
+//! Impossible requests: the error names the object, and nothing changes.
 
 use std::fs;
 use std::io::{Read, Write};

@@ -100,8 +100,7 @@ async fn debian_boots_with_two_vcpus() -> Result<()> {
     boots_reboots_and_obeys_the_button(2).await
 }
 
-/// As many devices as a VM can have: a kernel finds those that share slots, and lets go of one that
-/// does not.
+/// The maximum number of devices: a kernel finds those that share slots, and ejects one that has its own.
 #[tokio::test]
 #[ignore = "wants a complete KVM: ci/test e2e runs it in the rig"]
 async fn debian_finds_64_devices() -> Result<()> {

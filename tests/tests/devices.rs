@@ -21,7 +21,7 @@ use spec::{
 use tests::{Face, Machine, Network, ROUTER, RUNS, Service, vsock_echo};
 
 const MIB: u64 = 1 << 20;
-/// What moves takes its time where all is emulated.
+/// Memory of guests that move: small, as the rig copies slowly.
 const SMALL: u64 = 384 * MIB;
 
 fn json<T: serde::de::DeserializeOwned>(text: &str) -> Result<T> {

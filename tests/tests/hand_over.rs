@@ -1,6 +1,5 @@
-//! What docs/migration.md promises when something fails, row by row: between two services that are
-//! processes stands a [`Proxy`], which kills one of them, or harms the stream, at a frame that the case
-//! names. Whatever happens, at most one copy of the guest runs, and its memory is whole.
+//! The failure table of docs/migration.md, row by row. A [`Proxy`] between two service processes kills
+//! one of them, or harms the stream, at the frame that the case names. Whatever happens, at most one copy of the guest runs, and its memory is whole.
 //! `CASE='Kill(Source)' cargo test ...` runs the cases that have this in what is printed of them.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
@@ -29,26 +28,26 @@ const MEMORY: u64 = 64 << 20;
 /// How long a frozen process stays stopped: less than the patience of the other side.
 const FROZEN: Duration = Duration::from_secs(2);
 
-/// Where the guest is in the end.
+/// The guest's place at the end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Ends {
-    /// It runs on where it was.
+    /// The guest continues at the source.
     AtSource,
-    /// It runs where it was to go.
+    /// The guest runs at the destination.
     AtDestination,
-    /// It stands at the destination until somebody decides; who decides `run` has it whole.
+    /// The guest is paused at the destination until it is resolved; `run` resumes it whole.
     InDoubtAtDestination,
     /// The source holds it, and lets it run on when the destination, which died, is there again.
     AtSourceOnceAsked,
-    /// It runs on where it was, unless that died; the other never heard of it.
+    /// The guest continues at the source, unless that died; the destination never heard of it.
     Unheard,
-    /// It is gone with the process that ran it, and the other says so once it knows.
+    /// The guest is gone with the process that ran it, and the other side reports that.
     Lost,
-    /// As [`Lost`](Self::Lost), after somebody decided: half of its memory was in the process that died.
+    /// Like [`Lost`](Self::Lost), after a resolution: half of the memory was in the process that died.
     LostInHalves,
 }
 
-/// What the proxy does at the frame.
+/// The proxy's action at the frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Blow {
     /// Kills a side; the frame is lost.
@@ -87,7 +86,7 @@ fn kill(pid: u32) {
 /// How far a trial is.
 #[derive(Default)]
 struct Marks {
-    /// The order to migrate was answered: before that nobody is killed.
+    /// The request to migrate was answered: no process is killed before.
     begun: AtomicBool,
     fell: AtomicBool,
 }
@@ -279,7 +278,7 @@ async fn run(case: Case) {
             assert!(!has(&trial.destination, vm).await);
         }
         Ends::Unheard => {
-            // Whoever connects and says nothing sensible does not use the waiting up.
+            // A connection without a valid hello does not end the wait.
             if victim.is_none() {
                 at_source(&trial).await;
             }

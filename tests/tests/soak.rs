@@ -95,7 +95,7 @@ impl Stream {
     }
 }
 
-/// What one mode came to.
+/// The result of one mode.
 #[derive(Debug, Default)]
 struct Moves {
     stops_us: Vec<u64>,

@@ -51,15 +51,15 @@ pub enum BuildError {
     Image(#[from] ImageError),
     /// A vsock device's socket cannot be made.
     Vsock(#[from] VsockError),
-    /// It does not begin to run.
+    /// The machine does not start.
     Move(#[from] MoveError),
-    /// It cannot be laid out.
+    /// The memory layout is not possible.
     #[error("{0}")]
     Layout(String),
     /// The host has no threads or descriptors for it.
     #[error("the host refused to {attempt}: {source}")]
     Host {
-        /// What was attempted.
+        /// The attempted operation.
         attempt: &'static str,
         /// The host's answer.
         source: std::io::Error,
@@ -203,7 +203,7 @@ pub(crate) fn told(error: &BuildError) -> Failure {
     }
 }
 
-/// Where an x86 CPU starts after a reset.
+/// The instruction pointer of an x86 CPU after a reset.
 const RESET_RIP: u64 = 0xfff0;
 const RESET_CS_BASE: u64 = 0xffff_0000;
 

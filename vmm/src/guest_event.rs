@@ -44,7 +44,7 @@ pub(crate) enum GuestEnd {
     Failed(Failure),
 }
 
-/// What one device has reported.
+/// The reports of one device.
 #[derive(Debug, Default)]
 pub(crate) struct DeviceReports {
     /// The last reason for which it needs a reset.
@@ -59,7 +59,7 @@ pub(crate) struct DeviceReports {
 pub(crate) struct Reports {
     /// The number of the machine: a VM gets a new one at each reset.
     pub(crate) machine: u64,
-    /// The first event that ends the machine: what happens behind it is of no interest.
+    /// The first event that ends the machine; later ones are ignored.
     pub(crate) end: Option<GuestEnd>,
     pub(crate) memory_lost: Option<u64>,
     pub(crate) first_entry: Option<Instant>,
@@ -79,7 +79,7 @@ impl Latch for Reports {
 
     fn merge(&mut self, (machine, event): Self::Report) {
         match machine.cmp(&self.machine) {
-            // An earlier machine is being taken apart: its reports are of no interest any more.
+            // An earlier machine is being taken apart: ignore its reports.
             std::cmp::Ordering::Less => return,
             std::cmp::Ordering::Equal => {}
             std::cmp::Ordering::Greater => {

@@ -1,8 +1,8 @@
 //! A machine: building it from a specification, running it, and the threads that do.
 //!
-//! [`Pool`] is where drivers come from: a fixed number of event-loop threads, on each of which
-//! live the drivers of some VMs. A driver owns its machine outright, takes requests from its
-//! inbox, guest events first, and publishes its status; nobody else touches the machine.
+//! A [`Pool`] creates drivers. It has a fixed number of event-loop threads, each with the drivers of some
+//! VMs. A driver owns its machine, receives requests and guest events in turn, and publishes its status.
+//! No other code touches the machine.
 //!
 //! ```text
 //!   control::VmHandle ──► Inbox ──► Driver ── owns ──► Active machine ──► vCPU threads

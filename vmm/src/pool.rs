@@ -21,8 +21,8 @@ use crate::driver::{Caller, Driver};
 use crate::machine::{self, Background, Host};
 use crate::migrate::{Endpoints, Journals, MigrationTrust};
 
-/// Event-loop threads of drivers at the most. They pass messages and wait for nothing, so few are
-/// enough for many VMs.
+/// Maximum number of event-loop threads for drivers. Drivers only pass messages, so few threads are enough
+/// for many VMs.
 const DRIVER_THREADS: usize = 2;
 
 /// How long the end of a pool waits for machines that are being taken apart.
@@ -221,7 +221,7 @@ impl Spawn for Pool {
     }
 
     fn host_limits(&self) -> HostLimits {
-        /// What is not RAM below 4 GiB, and room for a PCI window above it.
+        /// Address space below 4 GiB that is not RAM, and room for a PCI window above.
         const NOT_RAM: u64 = 4 << 30;
         let bits = cpu::phys_bits(&self.host.cpuid, None);
         let space = 1_u64.checked_shl(bits.into()).unwrap_or(u64::MAX);

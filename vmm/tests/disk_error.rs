@@ -87,7 +87,7 @@ impl Lab {
         self.registry.create(None, config).unwrap()
     }
 
-    /// What has been told of disks.
+    /// Returns the disk errors among the events.
     fn errors(&self) -> Vec<String> {
         let (events, _) = self.registry.events().after(0, None);
         let errors = events
@@ -159,7 +159,7 @@ async fn a_vm_whose_disk_is_full_stands_until_there_is_room_and_misses_nothing()
     let vm = lab.create();
     vm.ask(Request::Boot).await.unwrap();
     lab.wait_paused(&vm, 1).await;
-    // Nobody has made room.
+    // The file system is still full.
     for times in 2..5 {
         vm.ask(Request::Resume).await.unwrap();
         lab.wait_paused(&vm, times).await;

@@ -1,5 +1,5 @@
-//! The pocket guest drives the devices of its machine on `/dev/kvm`, while the machine stands and
-//! goes on again and again: all data are checked, in the guest and here. Wants `/dev/net/tun` and
+//! The pocket guest drives the devices of its machine on `/dev/kvm`, while the machine is paused and
+//! resumed repeatedly. All data are checked, in the guest and here. Needs `/dev/net/tun` and
 //! CAP_NET_ADMIN.
 
 #![expect(clippy::unwrap_used, reason = "a test that goes wrong panics")]

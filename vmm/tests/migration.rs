@@ -28,7 +28,7 @@ struct Stage {
     there: Registry,
 }
 
-/// What the guest says is read at once: what nobody reads is lost.
+/// Reads the guest's output at once: unread output is lost.
 struct Console {
     stream: UnixStream,
     lines: Receiver<String>,
@@ -207,7 +207,7 @@ async fn a_guest_moves_and_finds_every_page_as_it_left_it() {
             "{rate} pages/s, {vcpus} vCPUs: {downtime:?}, predicted {:?}; the guest saw {gap} us; {pages} pages are as they were",
             sent.predicted_downtime_us
         );
-        // It goes on, and can be moved back.
+        // The guest continues, and can be moved back.
         console.until(|line| matches!(line, Line::Heartbeat { .. }).then_some(()));
         vm.ask(Request::Shutdown).await.unwrap();
     }
@@ -274,8 +274,7 @@ async fn a_guest_goes_there_and_back() {
     assert!(console.verify() > 100);
 }
 
-/// What ends or replaces the machine ends its migration, whoever asks for it; the destination keeps
-/// nothing.
+/// A request that ends or replaces the machine cancels its migration; the destination keeps nothing.
 #[tokio::test]
 async fn a_guest_that_resets_or_ends_calls_its_migration_off() {
     type End = (Option<Command>, Option<Request>, Option<VmState>);
@@ -559,7 +558,7 @@ async fn what_is_called_off_or_cannot_be_leaves_the_guest_where_it_is() {
     assert!(both[0].cancel().is_err());
     console.verify();
 
-    // Nobody is there.
+    // No destination listens there.
     let what = StartMigration::to(format!("unix:{}", stage.path("nobody")));
     let send = stage.here.send_migration("pocket", &what).unwrap();
     over(&*send).await;

@@ -63,7 +63,7 @@ impl Answer {
         serde_json::from_str(&self.text).unwrap_or_else(|error| panic!("{error} in {self:?}"))
     }
 
-    /// Of a problem; checks what every problem has.
+    /// Returns the code of a problem; checks the members that every problem has.
     pub fn code(&self) -> String {
         assert_eq!(
             self.header("content-type"),

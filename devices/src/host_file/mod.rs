@@ -9,7 +9,7 @@
 //! 3. `fstat`, and the kind is checked again: the path may name something else by now.
 //!
 //! Nothing is emptied here. A file is emptied by its user, as the last step of what is being built,
-//! behind its [lock](lock).
+//! behind its [`lock`].
 //!
 //! ```
 //! use devices::host_file::{FileKind, Request};

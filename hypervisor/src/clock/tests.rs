@@ -159,7 +159,7 @@ proptest! {
         prop_assert!(error.abs() <= 4, "off by {error} ticks");
     }
 
-    /// Where the attribute works and nothing is scaled, the value is set by it alone: KVM would
+    /// If the attribute works and the TSC is not scaled, only the attribute sets the value: KVM would
     /// round a written TSC to that of other vCPUs.
     #[test]
     fn the_offset_is_used_where_there_is_one(host in host(2_000_000), tsc in any::<u64>()) {

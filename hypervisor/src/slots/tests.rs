@@ -16,7 +16,7 @@ use crate::vcpu::Vcpu;
 use crate::vm::Vm;
 
 /// Real mode, `ds` at [`SHARED`]: for each 256 bytes of 64 KiB, reads a byte, compares it, counts the one
-/// behind it up; then tells port 0x98. What is read wrong is told to port 0x99.
+/// behind it up; then writes to port 0x98. A wrong value is reported at port 0x99.
 const CODE: &[u8] = &[
     0x31, 0xdb, // start: xor bx, bx
     0x8a, 0x07, // next: mov al, [bx]
@@ -48,7 +48,7 @@ struct Lab {
     /// A page of other memory in the midst of the shared pages.
     patch: RegionId,
     other: Arc<RamBlock>,
-    /// What a destination would have of both blocks.
+    /// A destination's copies of both blocks.
     copies: [Vec<u8>; 2],
     _slots: ListenerHandle,
 }

@@ -64,7 +64,7 @@ pub(super) struct Channels {
     ended: Receiver<RoundEnd>,
     /// The last round that ended, by RAM channel; `None` for a channel that is not connected.
     rounds: Vec<Option<u32>>,
-    /// Where missing pages are asked for.
+    /// The channel for requests of missing pages.
     faults: Option<Box<dyn Stream>>,
     closers: Vec<Closer>,
     threads: Vec<JoinHandle<()>>,

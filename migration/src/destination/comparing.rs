@@ -23,7 +23,7 @@ impl IncomingMemory {
         let hashes = Hashes::decode(body, &self.blocks)?;
         if self.receiver.get().is_none() {
             // All rounds before this one have ended, so the pages are in place. A difference does not
-            // end the channel: the round does, and the first difference of all channels is told.
+            // end the channel: the round does, and reports the first difference of all channels.
             let difference = hashes.compare(&self.blocks, &self.touched);
             self.findings.note(hashes.count(), difference);
             progress.update(|report| report.verified_pages += hashes.count());

@@ -29,7 +29,7 @@ pub(super) struct Postcopy<'a> {
 /// How the wait for the source ended.
 enum Reconnected {
     Yes,
-    /// It was lost again.
+    /// The connection was lost again.
     No,
     /// The machine has ended, and needs no pages.
     MachineEnded,

@@ -34,11 +34,11 @@ enum Stage {
 /// Memory of which pages are still at the source.
 pub(super) struct PostcopyReceiver {
     faults: UserFaults,
-    /// What is not there yet, block by block.
+    /// Missing pages of each block.
     missing: Vec<DirtyBitmap>,
-    /// Pages that somebody waits for, and since when.
+    /// Pages that a thread waits for, and since when.
     waited: Mutex<HashMap<(usize, usize), Instant>>,
-    /// Where they are asked for; absent while there is no connection.
+    /// The faults channel; `None` without a connection.
     ask: Mutex<Option<Box<dyn Stream>>>,
     /// How long pages were waited for, in microseconds.
     latencies: Mutex<Vec<u64>>,
@@ -138,7 +138,7 @@ impl PostcopyReceiver {
         self.turn(Stage::Before, Stage::Started)
     }
 
-    /// The source is gone: while the guest does not run here yet, nobody is to wait for it.
+    /// Ends the wait for pages because the source is gone and the guest does not run here yet.
     pub(super) fn give_up(&self) {
         if !self.turn(Stage::Before, Stage::Over) {
             return;
@@ -160,9 +160,9 @@ impl PostcopyReceiver {
 
     /// Waits for a page, and asks the source for it. False if it is not missing.
     ///
-    /// One lock covers the look and the entry: `fill` takes the page out of `missing` first and the
-    /// entry out of `waited` then. Between the two steps an entry could come too late to be removed.
-    /// Nobody would wait for it, and yet it would be late after a while and end a good migration.
+    /// One lock covers the check and the entry: `fill` removes the page from `missing` first and the entry
+    /// from `waited` then. Without the lock an entry could be added between both steps and never be
+    /// removed. No thread would wait for it, but it would time out and end a good migration.
     fn expect(&self, block: usize, page: usize) -> bool {
         let mut waited = self.waited.lock();
         if !self.is_missing(block, page) {
@@ -174,7 +174,8 @@ impl PostcopyReceiver {
         true
     }
 
-    /// Pages that were given back do not come any more: gives those that somebody waits for all the same.
+    /// Removes pages that the guest gave back from the missing ones. Returns those that a thread still waits
+    /// for.
     fn removed(&self, block: usize, first: usize, pages: usize) -> Vec<(usize, usize)> {
         let Some(missing) = self.missing.get(block) else {
             return Vec::new();
@@ -208,7 +209,7 @@ impl PostcopyReceiver {
             return Ok(());
         };
         if !self.is_whole() {
-            // Nobody needs them: the machine has ended.
+            // The machine has ended: the pages are not needed.
             return Ok(());
         }
         for (page, data) in came.pages() {
@@ -295,7 +296,7 @@ impl PostcopyReceiver {
         });
     }
 
-    /// All pages are there, or none will come any more: nobody waits.
+    /// Ends all waits: all pages are present, or none will come any more.
     pub(super) fn end(&self, progress: &Progress) {
         self.stage.store(Stage::Over as u8, Ordering::Release);
         self.report_faults(progress);
@@ -320,7 +321,7 @@ mod tests {
 
     use super::*;
 
-    /// Who gives memory back waits until the watch has heard of it, which must not wait for that itself.
+    /// A thread that gives memory back waits for the watch thread, so that must not wait for it in turn.
     #[test]
     fn memory_is_given_back_while_pages_are_filled() {
         const PAGES: usize = 512;

@@ -13,7 +13,7 @@ use memory::UserFaults;
 
 /// Why a source that made an offer is not the one that is waited for.
 pub(super) enum NotPrepared {
-    /// This host refuses the offer; the source has been told.
+    /// This host refuses the offer; the source has the reason.
     Refused(Refusal),
     /// The source was lost, or the operator canceled.
     Failed(MigrationError),

@@ -31,8 +31,8 @@ pub struct PendingAbort {
 }
 
 impl PendingAbort {
-    /// Sends the notice as soon as the destination can be reached, and gives up after
-    /// [`LINGER`] times `patience`: then the destination stays in doubt until its operator decides.
+    /// Sends the notice as soon as the destination can be reached, and gives up after six times
+    /// `patience`: then the destination stays in doubt until its operator decides.
     /// Returns whether the destination has the notice.
     pub fn send(&self, dial: &dyn Dial) -> bool {
         let until = Instant::now() + self.patience * LINGER;

@@ -17,7 +17,7 @@ use crate::sender::{FaultPriority, Pacer, Ram, batches, count, on_all};
 use crate::wire::{Kind, Reader, WireError};
 use crate::{ATTEMPTS, KEEPALIVES, MigrationError, PAGES_PATIENCE};
 
-/// Whom one met who looked for the destination again.
+/// Result of reconnecting to the destination.
 enum Reconnect {
     /// The destination, which said what it has not got.
     Again,
@@ -49,7 +49,7 @@ impl FaultServer {
         let hurry = Arc::clone(&priority);
         let serve = move || {
             let mut reader = Reader::default();
-            // It ends with the channel; whoever closed it knows why.
+            // The loop ends with the channel; the closing side reports the reason.
             while let Ok((_, body)) = reader.read(&mut *faults, &[Kind::Fault]) {
                 let Ok((block, page)) = pages::decode_fault(body) else {
                     break;
@@ -115,8 +115,8 @@ impl Engine<'_, '_> {
         self.rams.iter_mut().try_for_each(|ram| ram.end(round))
     }
 
-    /// From before the guest goes on there until all pages are there, there is somebody who answers
-    /// for those that are waited for.
+    /// Starts the fault server. It runs from before the guest resumes at the destination until all pages are
+    /// there.
     pub(super) fn serve_faults(&mut self) -> Result<(), MigrationError> {
         let faults = self.connect(Channel::Faults)?;
         let announces = self.verify;
@@ -204,7 +204,7 @@ impl Engine<'_, '_> {
         let start = Instant::now();
         let push = |ram: &mut Ram| ram.push(blocks, &batches, &pacer, priority, progress);
         let (sent, ()) = on_all(rams, push, every, || keepalive(control), || ())?;
-        // Nobody takes pages any more but who is in the middle of it.
+        // No batch is left: the fault server ends after the page that it is sending.
         let fault_server = self.fault_server.take().and_then(FaultServer::end);
         self.rams.push(fault_server.ok_or_else(disconnected)?);
         self.rams.iter_mut().try_for_each(|ram| ram.end(round))?;

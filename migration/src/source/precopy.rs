@@ -164,8 +164,8 @@ impl Engine<'_, '_> {
         };
         let every = self.sending.policy.patience / KEEPALIVES;
         let control = self.control.as_mut().ok_or_else(disconnected)?;
-        // The destination hears from us while a round takes its time. Whoever sends to one that does not
-        // answer does not hear of it by itself.
+        // Keepalives during a long round. A RAM channel that writes to a dead peer would not notice by itself,
+        // so a failed keepalive closes all connections.
         let sign = || keepalive(control).inspect_err(|_| work.decision.close_all());
         let sent = on_all(&mut self.rams, |ram| ram.send(&work), every, sign, || ());
         let (sent, ()) = sent.map_err(|error| match error {

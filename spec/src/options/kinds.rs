@@ -155,7 +155,7 @@ pub const VDPA: OptionKind = OptionKind {
     also: &[PCI],
 };
 
-/// What to restore.
+/// `restore`: the snapshot.
 pub const RESTORE: OptionKind = OptionKind {
     name: "restore",
     keys: &[
@@ -167,7 +167,7 @@ pub const RESTORE: OptionKind = OptionKind {
     also: &[],
 };
 
-/// Where a migration goes.
+/// `send-migration`: the destination.
 pub const SEND_MIGRATION: OptionKind = OptionKind {
     name: "send-migration",
     keys: &[
@@ -183,7 +183,7 @@ pub const SEND_MIGRATION: OptionKind = OptionKind {
     also: &[],
 };
 
-/// Where a migration arrives.
+/// `receive-migration`: the listener.
 pub const RECEIVE_MIGRATION: OptionKind = OptionKind {
     name: "receive-migration",
     keys: &[

@@ -9,7 +9,7 @@ use tests::{Face, Service};
 use crate::terminal::Terminal;
 use crate::{MIB, guest_config, median_of, ms, over, receive};
 
-/// Of queue pairs, as many as an interface may have.
+/// Maximum number of queue pairs of an interface.
 const PAIRS: u16 = 15;
 const DISK_QUEUES: u16 = 4;
 

@@ -1,4 +1,4 @@
-//! What a missing page costs at the least: beside it stands what the guest of a postcopy waits.
+//! The least cost of a missing page, for comparison with a postcopy guest's waits.
 
 use std::sync::Arc;
 use std::thread;

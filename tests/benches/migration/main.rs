@@ -1,9 +1,9 @@
-//! What a migration costs the guest, as tables.
+//! The cost of a migration for the guest, as tables.
 //!
 //!     cargo bench -p tests --bench migration [-- [--quick] [--peer PROGRAM]]
 //!
 //! The pocket guest writes to its memory at a given rate and moves between two services over loopback
-//! TCP; it tells itself the longest gap that it saw. `PROGRAM` has Cloud Hypervisor's command line and
+//! TCP; it reports the longest gap that it saw. `PROGRAM` has Cloud Hypervisor's command line and
 //! API, and is measured beside us through that; so is QEMU, if it is installed. `whimbrel` must have been
 //! built in the same profile: `cargo build --release`.
 
@@ -64,7 +64,7 @@ struct Case {
     mode: MemoryMode,
 }
 
-/// What one move came to.
+/// The result of one move.
 #[derive(Clone, Copy, Default)]
 struct Seen {
     /// The gap that the guest saw, in microseconds.

@@ -176,7 +176,7 @@ fn one(case: Case) -> Result<Seen> {
         ensure!(start.elapsed() < PATIENCE, "{info}");
         thread::sleep(Duration::from_millis(5));
     };
-    // It has told of a downtime of weeks where pages follow the guest: that is none.
+    // In postcopy QEMU has reported a downtime of weeks: ignore such values.
     let told = |what: &str| done[what].as_u64().filter(|ms| *ms < 1 << 22);
     let us = |what: &str| told(what).unwrap_or(0) * 1000;
     Ok(Seen {

@@ -1,4 +1,4 @@
-//! What the guest says, on a pseudo terminal.
+//! The guest's output on a pseudo terminal.
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write as _};

@@ -22,7 +22,7 @@ const MEMORY: u64 = 1024 * MIB;
 struct Moving {
     services: [Service; 2],
     vm: VmId,
-    /// Where it is.
+    /// The service that runs the guest.
     here: usize,
     certificates: TempDir,
 }

@@ -80,7 +80,7 @@ pub(super) struct Image {
     pub(super) kind: Kind,
     pub(super) readonly: bool,
     pub(super) geometry: Geometry,
-    /// As the image is opened again, with its format.
+    /// The options for opening the image again, with its format.
     how: Opening,
     format: ImageFormat,
     /// The file of the image, locked. Behind `kind`: the lock ends last.
@@ -214,7 +214,7 @@ impl Image {
     pub(super) fn resize(&self, size: u64) -> io::Result<()> {
         match &self.kind {
             Kind::Raw(file) if file.metadata()?.is_file() => file.set_len(size),
-            // The host's administrator resizes it; the guest is told the new size.
+            // The host's administrator resizes it; the guest gets the new size.
             Kind::Raw(_) => Ok(()),
             Kind::Qcow2(image) => {
                 let now = image.read().size();

@@ -1,3 +1,3 @@
-//! What differs between architectures.
+//! Code that differs between architectures.
 
 pub(crate) mod x86_64;

@@ -10,7 +10,7 @@ use memory::AddrRange;
 
 use crate::arch::x86_64::layout;
 
-/// Where a kernel's segments go.
+/// Addresses of a kernel's segments.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Segments(Vec<AddrRange>);
 

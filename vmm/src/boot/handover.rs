@@ -1,4 +1,4 @@
-//! What a kernel is told: PVH's start info, or Linux's zero page.
+//! Boot information for a kernel: PVH's start info, or Linux's zero page.
 
 use memory::{AddrRange, FlatView};
 use vm_memory::{Bytes, GuestAddress};
@@ -6,7 +6,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::{BootError, Placed};
 use crate::arch::x86_64::layout::{self, Layout};
 
-/// What there is to tell.
+/// The boot information.
 pub(super) struct Facts<'a> {
     pub(super) layout: &'a Layout,
     pub(super) initramfs: Option<Placed>,

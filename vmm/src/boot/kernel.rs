@@ -17,9 +17,9 @@ use crate::arch::x86_64::layout::{self, Layout};
 /// A kernel in guest memory.
 #[derive(Debug)]
 pub(super) struct Kernel {
-    /// Where it starts, unless it has another entry for PVH.
+    /// The entry point, unless the kernel has another for PVH.
     pub(super) entry: u64,
-    /// Where it starts by the PVH boot ABI, if it knows that.
+    /// The entry point of the PVH boot ABI, if the kernel has one.
     pub(super) pvh_entry: Option<u64>,
     /// The end of what it takes.
     pub(super) end: u64,

@@ -47,7 +47,7 @@ pub enum BootError {
         /// The kind of file that it names.
         found: FileKind,
     },
-    /// It has no bytes.
+    /// The file is empty.
     #[error("the {what} {} is empty", path.display())]
     Empty {
         /// `kernel` or `initramfs`.
@@ -55,12 +55,12 @@ pub enum BootError {
         /// The file.
         path: PathBuf,
     },
-    /// It is neither an ELF kernel nor a bzImage, or a damaged one.
+    /// The file is not an ELF kernel or bzImage, or is damaged.
     #[error("{} is not a kernel that can be booted: {reason}", path.display())]
     NotAKernel {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The reason.
         reason: String,
     },
     /// The initramfs has no room behind the kernel.
@@ -79,7 +79,7 @@ pub enum BootError {
     /// The boot structures do not fit.
     #[error("the guest's memory has no room for {what}")]
     NoRoom {
-        /// What has no room.
+        /// The payload that does not fit.
         what: &'static str,
     },
     /// Guest memory is not where it should be.
@@ -149,10 +149,10 @@ fn open(what: &'static str, path: &Path) -> Result<(File, u64), BootError> {
     Ok((file, len))
 }
 
-/// Where an initramfs is, and how long.
+/// Address and length of an initramfs.
 type Placed = (u64, u64);
 
-/// As high as RAM below 4 GiB goes: out of the way of the kernel, which unpacks and grows.
+/// Loads the initramfs at the end of RAM below 4 GiB, away from the kernel, which unpacks and grows.
 fn load_initramfs(
     path: &Path,
     memory: &FlatView,

@@ -54,7 +54,7 @@ fn field<const N: usize>(image: &[u8], at: usize) -> Option<[u8; N]> {
     image.get(at..at + N)?.try_into().ok()
 }
 
-/// What xz and lzma may take to unpack a kernel: twice the 128 MiB that the kernel's own build asks
+/// Memory limit of xz and lzma for unpacking a kernel: twice the 128 MiB that the kernel's own build asks
 /// for at most. A header could ask for 4 GiB.
 const DICTIONARY: u64 = 256 << 20;
 

@@ -129,12 +129,12 @@ impl Devices {
         self.entries.contains_key(id)
     }
 
-    /// What the device of this name can be asked.
+    /// Returns the control handle of the device of this name.
     pub(crate) fn control(&self, id: &str) -> Option<&Control> {
         self.entries.get(id).map(|entry| &entry.control)
     }
 
-    /// What all devices can be asked.
+    /// Returns the control handles of all devices.
     pub(crate) fn controls(&self) -> impl Iterator<Item = &Control> {
         self.entries.values().map(|entry| &entry.control)
     }
@@ -201,24 +201,24 @@ impl Devices {
         all.for_each(|entry| entry.plugged.device.resume());
     }
 
-    /// What each device counts.
+    /// Returns the counters of each device.
     pub(crate) fn counters(&self) -> impl Iterator<Item = (&String, Vec<(&'static str, u64)>)> {
         let all = self.entries.iter();
         all.map(|(id, entry)| (id, entry.plugged.device.counters()))
     }
 
-    /// Where a device is.
+    /// Returns the PCI address of a device.
     pub(crate) fn place(&self, id: &str) -> Option<Bdf> {
         self.entries.get(id).map(|entry| entry.plugged.bdf)
     }
 
-    /// Where all devices are.
+    /// Returns the PCI addresses of all devices.
     pub(crate) fn places(&self) -> BTreeMap<String, Bdf> {
         let place = |(id, entry): (&String, &Entry)| (id.clone(), entry.plugged.bdf);
         self.entries.iter().map(place).collect()
     }
 
-    /// Where the device of this name is, if others are in the same slot.
+    /// Returns the PCI address of the device of this name if other devices share its slot.
     pub(crate) fn shared_place(&self, id: &str) -> Option<Bdf> {
         let at = self.place(id)?;
         let mut others = self.entries.values().map(|entry| entry.plugged.bdf);
@@ -259,7 +259,7 @@ impl Devices {
         Ok(())
     }
 
-    /// Goes on from what was saved, as part of a change of the map. They are paused.
+    /// Loads the devices' state within a transaction. The devices are paused.
     pub(crate) fn load(
         &self,
         from: &mut Store<'_>,
@@ -273,7 +273,7 @@ impl Devices {
         Ok(())
     }
 
-    /// As the API shows them.
+    /// Returns the device tree that the API shows.
     pub(crate) fn tree(&self) -> BTreeMap<String, DeviceNode> {
         let node = |(id, entry): (&String, &Entry)| {
             let node = DeviceNode {

@@ -30,7 +30,7 @@ pub(crate) struct Opened {
     pub(crate) control: Control,
 }
 
-/// What a device can be asked while it runs.
+/// Handle for requests to a running device.
 pub(crate) enum Control {
     None,
     Disk(BlockHandle),
@@ -49,13 +49,13 @@ pub(crate) enum ResourceOwner {
     Source,
 }
 
-/// Where a console's output goes, and who hears that there is room for input.
+/// The sink of a console's output, and the callback for room in its input.
 pub(crate) struct ConsoleEnd {
     pub(crate) output: Box<dyn Write + Send>,
     pub(crate) on_room: Box<dyn Fn() + Send + Sync>,
 }
 
-/// What the host gives each device that is opened.
+/// Host resources for devices.
 #[derive(Clone, Copy)]
 pub(crate) struct OpenContext<'a> {
     pub(crate) workers: &'a Workers,
@@ -189,7 +189,7 @@ fn disk(disk: &DiskConfig, context: OpenContext<'_>) -> Result<Opened, BuildErro
 fn net(net: &NetConfig, workers: &Workers) -> Result<Opened, BuildError> {
     // Validation has seen to it that addresses are addresses, and naming that the guest's is there.
     let mac = |text: &Option<String>| text.as_deref().and_then(spec::parse_mac);
-    // One that is there has been set up by somebody who knows why.
+    // An existing tap keeps the settings that its creator chose.
     let (tap, is_there) = match net.tap_descriptors() {
         Some(fds) => {
             // The configuration keeps its own, for the next machine.

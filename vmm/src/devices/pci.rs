@@ -15,7 +15,7 @@ use crate::guest_event::{GuestEvent, Reporter};
 /// while they hold it.
 pub(crate) type SharedTopology = Arc<Mutex<Topology>>;
 
-/// What PCI devices need of the machine.
+/// Resources of the machine for PCI devices.
 pub(crate) struct PciHost {
     bus: Arc<Bus>,
     window: BarAllocator,
@@ -85,7 +85,7 @@ impl PciHost {
         Ok(plugged)
     }
 
-    /// Takes a device from the bus and the map. Nobody in the guest uses it any more.
+    /// Removes a device from the bus and the map. The guest has ejected it.
     pub(crate) fn unplug(
         &mut self,
         topology: &SharedTopology,

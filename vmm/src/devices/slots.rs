@@ -1,8 +1,8 @@
-//! Where the devices of a machine are on its bus.
+//! PCI addresses of a machine's devices.
 //!
-//! A guest lets go of whole slots: a device that can be removed while it runs has one of its own.
-//! Where there are more devices than slots, the last of them share some, eight to a slot at the
-//! most, and as few of them as can be; and some slots stay free for devices that come later.
+//! A guest ejects whole slots, so a device that can be removed at run time has a slot of its own. If
+//! there are more devices than slots, the last devices share slots, at most eight to a slot and as few
+//! as possible. Some slots stay free for hot-added devices.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use spec::{ConsoleMode, VmConfig};
 
 /// Slots behind the host bridge's.
 const SLOTS: usize = 31;
-/// Of them, those that stay free when a machine is built.
+/// Slots that stay free when a machine is built.
 const KEPT_FREE: usize = 4;
 /// Functions of a slot.
 const FUNCTIONS: usize = 8;
@@ -63,7 +63,7 @@ pub(crate) enum PlaceError {
     Unknown(String, Bdf),
 }
 
-/// Where all devices of a VM are, as another service tells it.
+/// Checks the PCI addresses that another service offers for all devices of a VM.
 pub(crate) fn from_offer(
     config: &VmConfig,
     devfns: &BTreeMap<String, u8>,

@@ -1,5 +1,5 @@
-//! The other ends of a VM's serial port and console. They outlive its machines: a guest that
-//! starts anew goes on where it ended.
+//! The host's ends of a VM's serial port and console. They outlive machines, so output continues over a
+//! reboot.
 
 use std::os::fd::RawFd;
 use std::path::Path;
@@ -26,8 +26,8 @@ impl Consoles {
         Self::open_by(config, to_itself, open)
     }
 
-    /// As [`Self::open`], for a guest that is still elsewhere: files are locked, and sockets have their
-    /// paths, after [`Self::take_over`].
+    /// Like [`Self::open`], for an incoming migration: files are locked, and sockets have their paths, after
+    /// [`Self::take_over`].
     pub(crate) fn open_next(config: &VmConfig, to_itself: bool) -> Result<Self, BuildError> {
         Self::open_by(config, to_itself, open_next)
     }

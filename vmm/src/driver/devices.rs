@@ -53,7 +53,7 @@ impl Driver {
         }
     }
 
-    /// Whether it can be, and be told from the others; makes up what it was not given for that.
+    /// Checks a new device, and gives it a name and address if it has none.
     fn check_new(&self, new: &mut NewDevice) -> Result<(), RequestError> {
         let problems = new.problems();
         if !problems.is_empty() {
@@ -113,7 +113,7 @@ impl Driver {
         self.set_config(Arc::new(config));
     }
 
-    /// What a new device stands on has been opened, or could not be.
+    /// Plugs a device whose host resources were opened, or answers with the error.
     pub(super) fn opened(&mut self, id: &str, opened: Result<Opened, BuildError>) {
         let Some((ask, new)) = self.opening.remove(id) else {
             return;
@@ -198,7 +198,7 @@ impl Driver {
             return self.report_again(slots, Vec::new());
         };
         let slots = slots & active.devices().leaving_slots();
-        // A guest may eject slots from which nobody wants anything back, as often as it likes.
+        // A guest may eject slots without a request, as often as it likes.
         if slots == 0 {
             return;
         }

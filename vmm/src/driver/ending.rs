@@ -26,7 +26,7 @@ use crate::machine::{Active, Halter, Machine};
 /// waits for storage that hangs. The VM then counts as switched off.
 pub(super) const END_PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
 
-/// What the driver does when a machine is gone.
+/// The driver's next step when a machine is gone.
 pub(super) enum Next {
     /// The VM is switched off.
     Off { by: End, asked: Vec<Ask> },
@@ -48,7 +48,7 @@ pub(super) struct Ending {
 /// A machine that another thread works on.
 pub(super) struct Busy {
     halter: Halter,
-    /// What ended it meanwhile.
+    /// Requests that ended the VM meanwhile.
     end: Option<(Vec<Ask>, Instant)>,
 }
 
@@ -108,7 +108,7 @@ impl Driver {
                 self.stage = Stage::Busy(busy);
             }
             Stage::Building { asked } => {
-                // The thread that builds finds that its machine is of no interest any more.
+                // The building thread will find that its machine's number is out of date.
                 refuse(asked);
                 self.next_machine();
                 self.off(by, sources);

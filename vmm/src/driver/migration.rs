@@ -81,7 +81,7 @@ impl Leaving {
     }
 }
 
-/// What the engine needs of a machine whose guest leaves.
+/// The parts of a source's machine that the engine needs.
 pub(crate) struct Departure {
     pub(crate) caller: Caller,
     pub(crate) config: Arc<VmConfig>,
@@ -91,7 +91,7 @@ pub(crate) struct Departure {
     pub(crate) throttle: crate::machine::Throttle,
 }
 
-/// What it takes to build a machine for a guest that comes.
+/// The parts for building a destination's machine.
 pub(crate) struct Arrival {
     pub(crate) caller: Caller,
     pub(crate) host: Arc<Host>,
@@ -280,7 +280,8 @@ impl Driver {
         Ok(())
     }
 
-    /// The guest stays, and goes on if it did before. If it cannot, it stands, and this may be tried again.
+    /// Keeps the guest, and resumes it if it ran before. On failure the guest stays paused, and the call may
+    /// be repeated.
     pub(crate) fn stay(&mut self) -> Result<(), Refusal> {
         let Some(mut leaving) = self.leaving.take() else {
             return Ok(());
@@ -539,7 +540,7 @@ impl Gone {
         Self(mpsc::channel().1)
     }
 
-    /// Waits until the machine has given back all that it had, for so long at the most.
+    /// Waits, with a time limit, until the machine has released its resources.
     pub(crate) fn wait(self) {
         if let Err(mpsc::RecvTimeoutError::Timeout) = self.0.recv_timeout(GONE_PATIENCE) {
             tracing::error!("a machine is not taken apart in time: its storage does not answer");

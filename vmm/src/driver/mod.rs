@@ -78,7 +78,7 @@ pub(crate) enum DriverEvent {
 /// reset; events of an earlier one are ignored.
 pub(crate) type Numbered = (u64, DriverEvent);
 
-/// Where a machine's reports and the driver's own events are sent.
+/// The sender of a machine's reports and of the driver's own events.
 pub(crate) type Events = EventSender<Reports, Numbered>;
 
 enum Stage {
@@ -221,7 +221,7 @@ impl Driver {
         });
     }
 
-    /// What needs a machine that is on and leaves it on.
+    /// Performs requests that need a running machine and keep it.
     fn perform(&mut self, request: &Request) -> Result<Reply, RequestError> {
         let Stage::On(active) = &mut self.stage else {
             return match request {
@@ -293,7 +293,7 @@ impl Driver {
         }
     }
 
-    /// What the machine that there was still has to say is of no interest.
+    /// Starts a new machine number: reports of earlier machines are ignored from now on.
     fn next_machine(&mut self) {
         self.machine += 1;
         // Of that one, its guest will not hear any more.
@@ -324,8 +324,8 @@ impl Driver {
         });
     }
 
-    /// What the next machine is built from, and what is shown: with the names of pseudo terminals
-    /// and taps that were made for this one.
+    /// Sets the configuration for the next machine, and publishes it with the names of this machine's pseudo
+    /// terminals and taps.
     fn set_config(&mut self, config: Arc<VmConfig>) {
         let mut shown = Arc::clone(&config);
         self.consoles.show(Arc::make_mut(&mut shown));
@@ -444,7 +444,7 @@ impl Actor for Driver {
             }
             match self.next() {
                 None => return Flow::Stay,
-                // What an earlier machine reported or had done is of no interest.
+                // Reports of an earlier machine are ignored.
                 Some(Message::Reports(reports)) if reports.machine != self.machine => {}
                 Some(Message::Reports(reports)) => self.reported(reports, sources),
                 Some(Message::Event((machine, event)))

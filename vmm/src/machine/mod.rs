@@ -55,9 +55,9 @@ const PARK_PATIENCE: Duration = Duration::from_secs(5);
 pub(crate) struct Host {
     pub(crate) kvm: Kvm,
     pub(crate) cpuid: CpuId,
-    /// Where devices do their work.
+    /// Event loops of devices.
     pub(crate) workers: Workers,
-    /// Where work is done that may block.
+    /// Threads for work that may block.
     pub(crate) background: Background,
     /// Directories below which disk images may name files, besides their own.
     pub(crate) image_dirs: Vec<PathBuf>,
@@ -65,21 +65,20 @@ pub(crate) struct Host {
     pub(crate) terminal: bool,
 }
 
-/// What makes up a machine, but for its vCPUs.
+/// The parts of a machine other than its vCPUs.
 pub(crate) struct Parts {
-    // The order of the fields is the order of their end: first devices let go of the guest's
-    // memory, then nobody is told of the map any more, then the VM goes, then the map and with it
-    // the RAM.
+    // Fields drop in this order: first devices release the guest's memory, then listeners end, then the VM,
+    // then the map and with it the RAM.
     pub(crate) devices: Devices,
     _listeners: Vec<ListenerHandle>,
     pub(crate) vm: Vm,
     pub(crate) topology: SharedTopology,
-    /// What the guest's CPUs are, before they have numbers: the host's, or those of the host from
-    /// which the guest came.
+    /// CPUID of the guest before per-vCPU fields are set: from this host, or from the host where the guest
+    /// booted.
     pub(crate) cpuid: CpuId,
     pub(crate) ram: Arc<RamBlock>,
     _lost: LostWatch,
-    /// Where devices do their work, if not where those of other machines do.
+    /// The machine's own event loops for devices, if it has any.
     _loops: Vec<EventLoop>,
     pub(crate) serial: Option<Arc<Serial>>,
     pub(crate) power: Arc<PowerBlock>,
@@ -260,7 +259,7 @@ fn map_port(
     Ok(tx.map(SpaceKind::PortIo, port.into(), region, 0)?)
 }
 
-/// What a PC's software looks for: PCI, and two ports.
+/// Maps the platform that PC software expects: PCI, and two ports.
 fn map_platform(
     tx: &mut Transaction<'_>,
     bus: &Arc<pci::Bus>,
@@ -466,12 +465,12 @@ impl Active {
         }
     }
 
-    /// What slows the guest down.
+    /// Returns the handle that throttles the vCPUs.
     pub(crate) fn throttle(&self) -> Throttle {
         Throttle::new(Arc::clone(&self.control), self.kickers())
     }
 
-    /// What ends the guest, whoever waits for what.
+    /// Returns the handle that halts the guest, even if a vCPU waits for a missing page.
     pub(crate) fn halter(&self) -> Halter {
         Halter::new(Arc::clone(&self.control), self.kickers())
     }
@@ -491,7 +490,7 @@ impl Active {
         self.parts.power.press_power_button();
     }
 
-    /// What takes input, where there is such a device.
+    /// Returns the receiver of input for a port, if the machine has that device.
     pub(crate) fn input(&self, port: Port) -> Option<&dyn ConsoleInput> {
         fn console(control: &Control) -> Option<&dyn ConsoleInput> {
             match control {
@@ -515,7 +514,7 @@ impl Active {
         &self.parts.devices
     }
 
-    /// What each device counts.
+    /// Returns the counters of each device.
     pub(crate) fn counters(&self) -> VmCounters {
         let named = |counters: &[(&str, u64)]| {
             counters
@@ -553,7 +552,7 @@ impl Drop for Active {
     fn drop(&mut self) {
         self.control.want(Want::End);
         self.vcpus.iter().for_each(VcpuThread::kick);
-        // Who waits for a page goes on now: vCPUs to their end, and devices find that it is lost.
+        // Threads that wait for a page continue now: vCPUs end, and devices see that the page is lost.
         self.parts.ram.lose_awaited();
         self.vcpus.drain(..).for_each(VcpuThread::join);
     }

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
-/// What the driver wants of the vCPU threads.
+/// The driver's wish for the vCPU threads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub(crate) enum Want {
@@ -63,7 +63,7 @@ impl RunControl {
         }
     }
 
-    /// What the driver wants now.
+    /// Returns the driver's present wish.
     pub(crate) fn wanted(&self) -> Want {
         match self.want.load(Ordering::Acquire) {
             0 => Want::Park,
@@ -87,8 +87,8 @@ impl RunControl {
         *self.throttled.lock() = Some(then);
     }
 
-    /// Called by a vCPU thread that was interrupted: waits as it is told, or until it is not to run
-    /// any more.
+    /// Called by an interrupted vCPU thread: waits for its share of throttling, or until the wish is no
+    /// longer to run.
     pub(crate) fn rest_if_throttled(&self) {
         let Some(until) = *self.throttled.lock() else {
             return;

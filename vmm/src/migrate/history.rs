@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use super::journals::Journals;
 
-/// Journals are kept for so long: by then nobody asks any more.
+/// How long journals are kept: no peer asks after that.
 const KEPT: Duration = Duration::from_secs(7 * 24 * 3600);
 
 struct PastMigration {
@@ -20,7 +20,7 @@ struct PastMigration {
     over: watch::Sender<bool>,
 }
 
-/// What the journals in a directory tell. Those that nobody will ask for are removed.
+/// Returns the migrations that the journals describe. Removes journals that are too old.
 pub(super) fn all(journals: &Journals) -> Vec<Arc<dyn Migration>> {
     let listed = journals.list().unwrap_or_else(|error| {
         tracing::warn!(%error, "the journals of migrations cannot be read");

@@ -38,14 +38,14 @@ use crate::pool::Pool;
 /// The name of a machine's memory.
 const RAM: &str = "ram";
 
-/// What one side tells the other of a machine, before anything moves.
+/// The source's description of its machine.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct MachineOffer {
-    /// Of the form of this.
+    /// Version of this structure.
     version: u32,
     config: VmConfig,
-    /// Where its devices are on the bus: device and function number in a byte.
+    /// PCI addresses of the devices: device and function number in a byte.
     places: std::collections::BTreeMap<String, u8>,
     /// Function, index, flags, EAX, EBX, ECX, EDX.
     cpuid: Vec<[u32; 7]>,

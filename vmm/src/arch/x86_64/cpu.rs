@@ -1,4 +1,4 @@
-//! What a vCPU is and where it starts.
+//! A vCPU's CPUID, and its first registers.
 
 use hypervisor::arch::{CpuId, kvm_dtable, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_segment};
 use hypervisor::{KvmError, Vcpu};
@@ -99,7 +99,7 @@ fn set_register(lapic: &mut kvm_lapic_state, at: usize, value: u32) {
     }
 }
 
-/// Where the boot vCPU starts, and with what.
+/// The entry of the boot vCPU, and its boot information.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Entry {
     /// The PVH boot ABI.

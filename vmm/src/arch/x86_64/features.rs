@@ -258,7 +258,7 @@ mod tests {
             ((0x8000_0008, 0), 1, 1 << 14, 0),
             ((0x8000_0021, 0), 0, 1 << 8, 0),
             ((0x8000_0021, 0), 2, 0b100, 0),
-            // A leaf that nobody knows yet.
+            // A leaf that is not defined yet.
             ((0x2a, 3), 1, 1, 0),
         ] {
             let (mut high, mut low) = ([0; 4], [0; 4]);

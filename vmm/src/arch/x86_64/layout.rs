@@ -1,4 +1,4 @@
-//! Where things are in a guest's physical memory.
+//! The layout of a guest's physical memory.
 //!
 //! ```text
 //!   0          ┌─────────────────────────────┐
@@ -18,7 +18,7 @@ use memory::AddrRange;
 
 const GIB: u64 = 1 << 30;
 
-/// Where RAM below 4 GiB ends at the latest.
+/// Maximum end of RAM below 4 GiB.
 pub(crate) const LOW_RAM_END: u64 = 3 * GIB;
 /// PCI Express configuration space, one bus.
 pub(crate) const ECAM: u64 = 0xe800_0000;
@@ -40,7 +40,7 @@ pub(crate) const LOW_MEMORY_END: u64 = 0xa_0000;
 /// ACPI tables: the RSDP first, where a PC's software looks for it.
 pub(crate) const ACPI: u64 = 0xe_0000;
 pub(crate) const ACPI_END: u64 = 0x10_0000;
-/// Where kernels are loaded.
+/// Load address of kernels.
 pub(crate) const HIGH_MEMORY: u64 = 0x10_0000;
 
 /// Interrupts: pins of the I/O APIC.
@@ -59,7 +59,7 @@ pub(crate) const PCI_PORT: u16 = 0xcf8;
 /// kernel.
 const MIN_RAM: u64 = 2 << 20;
 
-/// Where a machine's RAM and PCI windows are.
+/// Addresses of a machine's RAM and PCI windows.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Layout {
     /// RAM, ascending; the block's bytes in order.

@@ -185,7 +185,7 @@ impl Place {
     }
 }
 
-/// As many ones as there are bits, at most `most`.
+/// Returns a mask of `bits` ones, at most `most`.
 fn mask(bits: u32, most: u32) -> u32 {
     let bits = bits.min(most);
     1_u32.checked_shl(bits).map_or(u32::MAX, |power| power - 1)

@@ -19,7 +19,7 @@ fn leaf(function: u32, index: u32, registers: [u32; 4]) -> kvm_cpuid_entry2 {
     }
 }
 
-/// What a host's KVM gives: caches of three levels, and one empty subleaf of each topology leaf.
+/// CPUID as KVM returns it: caches of three levels, and one empty subleaf of each topology leaf.
 fn host(basic: u32, extended: u32) -> Vec<kvm_cpuid_entry2> {
     let cache = |function, level: u32| leaf(function, level, [1 | level << 5, 0x3f, 0x3f, 0]);
     vec![
