@@ -39,7 +39,8 @@ enum Ends {
     InDoubtAtDestination,
     /// The source holds it, and lets it run on when the destination, which died, is there again.
     AtSourceOnceAsked,
-    /// The guest continues at the source, unless that died; the destination never heard of it.
+    /// The guest continues at the source, unless that died; the destination has not accepted it, and
+    /// keeps waiting.
     Unheard,
     /// The guest is gone with the process that ran it, and the other side reports that.
     Lost,
@@ -363,10 +364,15 @@ fn case(from: Side, name: &'static str, nth: usize, blow: Blow, ends: Ends) -> C
 
 use Side::{Destination, Source};
 
-/// The frames of a precopy between the greeting and the answer to the last state.
-const BEFORE_READY: [(Side, &str, usize); 10] = [
+/// The first frames: until the destination has accepted the offer, the source is a stranger.
+const BEFORE_PREPARED: [(Side, &str, usize); 3] = [
+    (Source, "Hello", 0),
     (Destination, "Welcome", 0),
     (Source, "Prepare", 0),
+];
+
+/// The frames of a precopy from there until the answer to the last state.
+const BEFORE_READY: [(Side, &str, usize); 8] = [
     (Destination, "Prepared", 0),
     (Source, "Pages", 0),
     (Source, "Round", 0),
@@ -379,10 +385,11 @@ const BEFORE_READY: [(Side, &str, usize); 10] = [
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_source_that_is_killed_at_any_step() {
-    let early =
-        BEFORE_READY.map(|(from, name, nth)| case(from, name, nth, Blow::Kill(Source), Ends::Lost));
+    let at = |(from, name, nth), ends| case(from, name, nth, Blow::Kill(Source), ends);
+    let first = BEFORE_PREPARED.map(|frame| at(frame, Ends::Unheard));
+    let early = first.into_iter();
+    let early = early.chain(BEFORE_READY.map(|frame| at(frame, Ends::Lost)));
     let late = [
-        case(Source, "Hello", 0, Blow::Kill(Source), Ends::Unheard),
         // It has all that it needs.
         case(
             Source,
@@ -427,15 +434,16 @@ async fn a_source_that_is_killed_at_any_step() {
             Ends::AtDestination,
         ),
     ];
-    all(early.into_iter().chain(late).collect()).await;
+    all(early.chain(late).collect()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_destination_that_is_killed_at_any_step() {
-    let early = BEFORE_READY
+    let early = BEFORE_PREPARED
+        .into_iter()
+        .chain(BEFORE_READY)
         .map(|(from, name, nth)| case(from, name, nth, Blow::Kill(Destination), Ends::AtSource));
     let late = [
-        case(Source, "Hello", 0, Blow::Kill(Destination), Ends::AtSource),
         case(
             Destination,
             "Ready",
@@ -504,7 +512,7 @@ async fn a_stream_that_is_harmed_at_any_step() {
         (Destination, "Running", 0, Ends::AtDestination),
         (Source, "Complete", 0, Ends::AtDestination),
     ];
-    let first = [(Source, "Hello", 0, Ends::Unheard)];
+    let first = BEFORE_PREPARED.map(|(from, name, nth)| (from, name, nth, Ends::Unheard));
     let precopy = first
         .into_iter()
         .chain(early)
@@ -572,7 +580,9 @@ async fn a_side_that_is_frozen_at_any_step() {
     ];
     let mut cases = Vec::new();
     for side in [Source, Destination] {
-        for (from, name, nth) in BEFORE_READY.into_iter().chain(hand_over) {
+        let first = [(Destination, "Welcome", 0), (Source, "Prepare", 0)];
+        let frames = first.into_iter().chain(BEFORE_READY);
+        for (from, name, nth) in frames.chain(hand_over) {
             let blow = Blow::Freeze(side);
             cases.push(case(from, name, nth, blow, Ends::AtDestination));
         }

@@ -30,6 +30,7 @@ struct Stage {
     offer: Offer,
     at: Endpoint,
     waiting: VmId,
+    waits: usize,
 }
 
 fn name(info: &MigrationInfo) -> VmId {
@@ -78,6 +79,7 @@ impl Stage {
             offer,
             at,
             waiting,
+            waits: 0,
         }
     }
 
@@ -120,6 +122,10 @@ impl Stage {
         let failed = self.until(|info| info.phase.is_over()).await;
         assert_eq!(failed.phase, MigrationPhase::Failed, "{failed:?}");
         self.has_no_vm().await;
+        // The endpoint of the migration that failed may be taken for a moment still.
+        self.waits += 1;
+        let next = format!("at-{}", self.waits);
+        self.at = Endpoint::Unix(self.destination.path(next));
         self.waiting = wait_at(&self.destination, &self.at).await;
     }
 
