@@ -78,6 +78,8 @@ impl Decision {
         if state.course == Course::Committed {
             return Err(TooLate);
         }
+        // Under the lock, with the closers: a connection that registers meanwhile is closed either
+        // here or by `close_on_cancel`. `shutdown` does not block.
         state.course = Course::Canceled;
         state.closers.iter().for_each(Closer::close);
         self.0.1.notify_all();
@@ -104,6 +106,7 @@ impl Decision {
     /// [`receive`]: crate::receive
     /// [`Host::fate`]: crate::Host::fate
     pub fn relieve(&self) {
+        // No wake-up: a destination that lingers polls this.
         self.0.0.lock().relieved = true;
     }
 
@@ -175,6 +178,7 @@ impl Question {
                 break;
             }
         }
+        // Left in place: the caller may wait again, and `withdraw` has to find it.
         state.resolution
     }
 
@@ -183,6 +187,7 @@ impl Question {
     pub(crate) fn withdraw(self) -> Option<Resolution> {
         let mut state = self.0.0.0.lock();
         state.doubt = None;
+        // The guard is dropped before `self`, whose `Drop` locks again.
         state.resolution.take()
     }
 }

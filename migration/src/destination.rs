@@ -179,6 +179,8 @@ pub fn receive(receiving: Receiving<'_>) -> Result<(), Refusal> {
             once,
             ran: Cell::new(Ran::No),
         };
+        // The report gets the outcome before this side lingers: an operator must not wait for a
+        // source that may never ask.
         let (outcome, unheard) = session.run();
         progress.update(|report| match &outcome {
             Ok(()) => report.phase = Phase::Completed,

@@ -99,7 +99,10 @@ impl FileJournal {
             .create_new(true)
             .append(true)
             .open(path(dir, migration, side))?;
+        // The kernel releases the lock when the process dies, however it dies. So a journal without
+        // a lock has no writer, and its last step is final.
         flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+        // The name, too: after a power failure a synced file without a directory entry is lost.
         File::open(dir)?.sync_all()?;
         Ok(Self {
             file,
@@ -115,6 +118,7 @@ impl FileJournal {
         let Ok(file) = File::open(path(dir, migration, side)) else {
             return false;
         };
+        // A shared lock: two processes that look at once do not take each other for the writer.
         let locked = flock(&file, FlockOperation::NonBlockingLockShared);
         locked.is_err_and(|errno| errno == Errno::WOULDBLOCK)
     }
@@ -199,7 +203,10 @@ impl Journal for FileJournal {
         };
         let mut line = serde_json::to_vec(&entry)?;
         line.push(b'\n');
+        // A whole line at once: a crash leaves the line or a part of it, which `list` leaves out.
         self.file.write_all(&line)?;
+        // `fsync` may take hundreds of milliseconds. Here the guest runs; the later steps fall into
+        // the stop.
         if step == Step::Prepare {
             self.file.sync_all()?;
         }

@@ -96,6 +96,8 @@ impl Stream for UnixStream {
     }
 
     fn closer(&self) -> io::Result<Closer> {
+        // `shutdown` acts on the socket, whichever descriptor it gets: a read that another thread
+        // waits in returns. To close a duplicate would wake no reader.
         let stream = self.try_clone()?;
         Ok(Closer::new(move || {
             // It may have ended already.
@@ -124,10 +126,14 @@ impl Stream for UnixStream {
     }
 
     fn recv_files(&self, most: usize) -> io::Result<Vec<File>> {
+        // The kernel discards descriptors that do not fit (`MSG_CTRUNC`), so a peer cannot fill the
+        // descriptor table.
         let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FILES))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let mut byte = [0];
         let mut slices = [io::IoSliceMut::new(&mut byte)];
+        // Atomic with the receive: a child that another thread starts must not inherit guest
+        // memory.
         let flags = RecvFlags::CMSG_CLOEXEC;
         let got = retry_on_intr(|| recvmsg(self, &mut slices, &mut ancillary, flags))?;
         if got.bytes == 0 {
@@ -162,6 +168,7 @@ impl Stream for TcpStream {
     fn read_closer(&self) -> io::Result<Closer> {
         let stream = self.try_clone()?;
         Ok(Closer::new(move || {
+            // Linux sends the peer nothing for this: only this side stops to wait.
             let _ = stream.shutdown(std::net::Shutdown::Read);
         }))
     }
@@ -244,6 +251,8 @@ impl Endpoint {
             Self::Unix(path) => Ok(Box::new(UnixStream::connect(path)?)),
             Self::Tcp(place) => {
                 let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
+                // A name may have several addresses, of which the host can reach only some. Without
+                // a limit of our own, the kernel repeats a lost SYN for about two minutes.
                 for address in place.to_socket_addrs()? {
                     match TcpStream::connect_timeout(&address, CONNECT_PATIENCE) {
                         Ok(stream) => {
@@ -286,6 +295,8 @@ impl Listener {
             Endpoint::Tcp(place) => {
                 let addresses: Vec<SocketAddr> = place.to_socket_addrs()?.collect();
                 let listener = TcpListener::bind(&addresses[..])?;
+                // A connection may be gone between `poll` and `accept`. A blocking `accept` would
+                // hang.
                 listener.set_nonblocking(true)?;
                 Ok(Self::Tcp(listener))
             }
@@ -321,6 +332,8 @@ impl Accept for Listener {
         }
         let accepted: io::Result<Box<dyn Stream>> = match self {
             Self::Unix(socket) => socket.listener().accept().and_then(|(stream, _)| {
+                // `SO_RCVTIMEO` needs a blocking socket. Whether `accept` inherits `O_NONBLOCK`
+                // depends on the system.
                 stream.set_nonblocking(false)?;
                 Ok(Box::new(stream) as _)
             }),

@@ -205,6 +205,7 @@ pub(crate) enum ToSource {
 
 fn decode<T: DeserializeOwned>(body: &[u8]) -> Result<T, WireError> {
     let mut rest = body;
+    // A peer can nest arrays in a few bytes until the stack overflows. Messages need less depth.
     let message = ciborium::de::from_reader_with_recursion_limit(&mut rest, 16)
         .map_err(|error| WireError::damaged(format!("a message cannot be read: {error}")))?;
     if rest.is_empty() {

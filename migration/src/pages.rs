@@ -66,6 +66,9 @@ impl Batch {
             .unwrap_or(usize::MAX)
             .saturating_mul(PAGE);
         if let Some(slice) = block.ram.slice(offset, self.data.len()) {
+            // The guest may write during the copy. A torn page does no harm in precopy: the write
+            // marks it dirty, and it goes again. All that follows uses the copy, since a page that
+            // is zero now may have content a moment later.
             slice.copy_to(&mut self.data[..]);
         }
         let mut kept = 0;
@@ -181,6 +184,7 @@ pub(crate) fn decode<'a>(
         .get(index)
         .ok_or_else(|| WireError::damaged(format!("there is no block {index} of memory")))?;
     let count = u32::from_le_bytes([r0, r1, r2, r3]) as usize;
+    // The peer sends this number: limit it before it sizes an allocation.
     if count > BATCH {
         return Err(WireError::damaged("a batch has too many runs of pages"));
     }
@@ -210,6 +214,7 @@ pub(crate) fn decode<'a>(
     } else {
         0
     };
+    // Pages that come later carry no content here, so only the block limits the length of a run.
     if content != Content::Later && total > BATCH || rest.len() != wanted {
         return Err(WireError::damaged(
             "a batch of pages has more or less than it says",
@@ -267,6 +272,8 @@ impl Decoded<'_> {
                 }
                 _ => {
                     for page in 0..pages {
+                        // A write to an untouched page would have the host allocate memory for
+                        // zeros.
                         if touched.is_dirty((first + page) * PAGE) {
                             let _ = slice.write_slice(&[0; PAGE], page * PAGE);
                         }

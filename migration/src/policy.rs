@@ -113,6 +113,7 @@ impl Measured {
         let transfer = bytes.saturating_mul(1_000_000) / self.per_second.max(1);
         let transfer = if pages == 0 { 0 } else { transfer };
         // State and answer, order.
+        // With many pages, saving overlaps with sending, so the longer of the two counts.
         self.round_trip * 3 / 2
             + self.save.max(Duration::from_micros(transfer))
             + self.load
@@ -164,6 +165,8 @@ impl Policy {
         if fits && (now.dirty <= FEW || !shrinks) {
             return Next::Stop;
         }
+        // A round that halves the rest is worth more than the switch: each page that is left may
+        // become a fault at the destination.
         if self.mode == Mode::Hybrid && now.round >= HYBRID_ROUNDS && !shrinks {
             return Next::Postcopy;
         }
@@ -175,6 +178,7 @@ impl Policy {
             return Next::Round { throttle };
         }
         match self.at_deadline {
+            // Converged after all: the actions are for a guest that does not.
             _ if fits => Next::Stop,
             AtDeadline::Cancel => Next::GiveUp,
             AtDeadline::Stop => Next::Stop,
@@ -211,6 +215,8 @@ impl Policy {
             .max(STOP_LIMIT_LEAST);
         let gib = u32::try_from(memory.div_ceil(1 << 30)).unwrap_or(u32::MAX);
         let verify = STOP_LIMIT_VERIFY.saturating_mul(if self.verify { gib } else { 0 });
+        // On top of an explicit limit, too: hashing grows with memory, and would exceed a limit
+        // that was chosen for the stop alone.
         self.stop_limit.unwrap_or(derived).saturating_add(verify)
     }
 
@@ -222,6 +228,7 @@ impl Policy {
             1..4 => 2,
             _ => 4,
         };
+        // Each channel is a thread that copies and checksums: more of them than CPUs gain nothing.
         let auto = u16::try_from(cpus.min(useful)).unwrap_or(1);
         let wanted = self.connections.unwrap_or(auto).max(1);
         let fault_server = u16::from(self.may_postcopy());

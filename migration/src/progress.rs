@@ -169,6 +169,7 @@ impl Progress {
         let mut state = self.0.lock();
         let before = state.report.phase;
         change(&mut state.report);
+        // Freeze the time once: the report may be read long after the end.
         if state.report.phase != before && state.report.phase.is_over() {
             state.report.elapsed_us = micros(state.begun.elapsed());
         }

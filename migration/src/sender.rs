@@ -65,6 +65,7 @@ pub(crate) struct Work<'a, I> {
 impl<I: Iterator<Item = Run>> Work<'_, I> {
     /// Marks pages that were not sent as dirty again.
     pub(crate) fn put_back(&self) {
+        // All channels have ended: what the iterator still holds is what no channel took.
         for run in self.batches.lock().by_ref() {
             if let Some(block) = self.blocks.get(run.block as usize) {
                 // Within the block.
@@ -101,6 +102,7 @@ pub(crate) fn on_all<R>(
                 Err(error) => failed = Some(MigrationError::here("host-refused", error)),
             }
         }
+        // On this thread, so without keepalives: it has to be shorter than the peer's patience.
         let result = meanwhile();
         while running > 0 {
             match ended.recv_timeout(every) {
@@ -108,9 +110,13 @@ pub(crate) fn on_all<R>(
                     running -= 1;
                     match one {
                         Ok(bytes) => sent += bytes,
+                        // The first error counts. Later ones are mostly its effects on the other
+                        // channels.
                         Err(error) => drop(failed.get_or_insert(error)),
                     }
                 }
+                // A timeout: `done` lives in this scope. After a failure no keepalive is sent, and
+                // the loop only waits for the threads, which borrow the channels.
                 Err(_) if failed.is_none() => failed = sign().err(),
                 Err(_) => {}
             }
@@ -136,6 +142,7 @@ pub(crate) fn send_inline(
             pacer.wait(bytes);
         }
     }
+    // On all channels: the destination has a round when `End` came on each.
     for ram in rams {
         ram.end(round)?;
     }
@@ -169,6 +176,8 @@ impl Ram {
         let mut sent = 0;
         loop {
             priority.give_way();
+            // A statement of its own: in a `while let` the lock would be held during the send, and
+            // the channels would wait for each other.
             let next = batches.lock().next();
             let Some(batch) = next else { return Ok(sent) };
             let Some(block) = blocks.get(batch.block as usize) else {
@@ -263,6 +272,8 @@ impl Ram {
             return Ok(0);
         };
         let mut sent = 0;
+        // In front of the page, on the same channel: the destination checks the page before it
+        // installs it. Afterwards the guest may have written to it.
         if self.announces_hashes {
             self.send_hashes(block, run, progress)?;
         }
@@ -324,12 +335,15 @@ impl FaultPriority {
 
     /// Records a page fault.
     pub(crate) fn is_needed(&self) {
+        // 0 stands for no fault so far. Relaxed: a stale value only shifts the pause by a batch.
         self.last.store(self.now().max(1), Ordering::Relaxed);
     }
 
     fn give_way(&self) {
         let last = self.last.load(Ordering::Relaxed);
         if last != 0 && self.now().saturating_sub(last) < Self::SOON {
+            // Once for each batch, however many faults there are: the bulk pages end the faults,
+            // and a guest that faults all the time must not starve them.
             thread::sleep(Self::WAY);
         }
     }
@@ -354,10 +368,13 @@ impl Pacer {
     /// Accounts for `bytes` that were sent, and waits until the bandwidth cap allows more.
     pub(crate) fn wait(&self, bytes: u64) {
         let Some(limit) = self.limit else { return };
+        // Measured against the total since the start, so that channels share one limit and a wait
+        // that was skipped is made up for later.
         let before = self.sent.fetch_add(bytes, Ordering::Relaxed);
         let due = Duration::from_micros((before + bytes).saturating_mul(1_000_000) / limit.max(1));
         let ahead = due.saturating_sub(self.begun.elapsed());
         if ahead > Duration::from_millis(1) {
+            // Capped: senders look for a cancel only between batches.
             thread::sleep(ahead.min(LONGEST_WAIT));
         }
     }

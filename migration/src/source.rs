@@ -188,6 +188,8 @@ pub fn send(mut sending: Sending<'_>, source: &mut dyn Source) -> Outcome {
         verify: false,
         fault_server: None,
     };
+    // An error here means that no `Commit` was sent: the guest is still this side's. Behind
+    // `Commit` only the destination or an operator can say where it runs.
     let outcome = match engine.until_commit() {
         Ok(()) => engine.after_commit(),
         Err(error) => engine.stay(error),
@@ -203,6 +205,8 @@ pub fn send(mut sending: Sending<'_>, source: &mut dyn Source) -> Outcome {
             report.error = Some(why.clone());
         }
     });
+    // Each closer holds a duplicate of its socket's descriptor. While one lives, the connection
+    // stays open, and the destination does not see its end.
     sending.decision.release_connections();
     outcome
 }
@@ -318,6 +322,9 @@ impl Engine<'_, '_> {
             self.control.as_mut().ok_or_else(disconnected)?,
             &mut *self.source,
         );
+        // The work may take longer than `patience`, and silence counts as a lost connection. Every
+        // return below joins the worker, so the engine never uses the machine beside it. The price:
+        // a lost connection ends the migration only when the work is done.
         thread::scope(|scope| {
             let (done, results) = mpsc::channel();
             let worker = move || {
@@ -330,6 +337,7 @@ impl Engine<'_, '_> {
                 match results.recv_timeout(every) {
                     Ok(result) => return result.map_err(MigrationError::Here),
                     Err(RecvTimeoutError::Timeout) => keepalive(control)?,
+                    // Only a panic drops the sender unused. The scope raises it again at its end.
                     Err(RecvTimeoutError::Disconnected) => return Err(disconnected()),
                 }
             }
@@ -345,6 +353,7 @@ impl Engine<'_, '_> {
             self.measure()?;
             return self.stop(false);
         }
+        // Set first: if tracking starts only in part, `stay` still has to end it.
         self.tracking = true;
         self.with_keepalive(|source| {
             source.start_tracking()?;
@@ -357,6 +366,7 @@ impl Engine<'_, '_> {
             Mode::Postcopy => true,
             Mode::Precopy | Mode::Hybrid => self.precopy()?,
         };
+        // The guest still runs here, so this failure costs it no pause.
         if postcopy && !self.can_postcopy {
             let why = "the destination cannot take pages after the guest: it has no userfaultfd, or memory of huge pages";
             return Err(MigrationError::here("no-postcopy", why));
@@ -380,11 +390,14 @@ impl Engine<'_, '_> {
         let wanted = policy.connections(memory);
         offer.connections = wanted;
         offer.postcopy = policy.may_postcopy();
+        // Absent if one block has no file. Then its pages are copied like those of any migration.
         let files = if policy.local { self.files() } else { None };
         self.is_given = files.is_some();
         offer.given = self.is_given;
         // Memory that is given is not copied: there is nothing to compare.
         self.verify = policy.verify && !self.is_given;
+        // An older destination rejects an offer with a field that it does not know. Dropping the
+        // field instead would leave memory unverified although the user asked for it.
         if self.verify && self.version < verify::VERSION {
             let why = format!(
                 "the destination speaks version {} of the migration protocol, and `verify` needs version {}: update the destination, or migrate without `verify`",
@@ -400,8 +413,11 @@ impl Engine<'_, '_> {
         // Before the destination makes a machine: a source that cannot keep a journal does not migrate.
         let prepared = self.sending.journal.record(Step::Prepare);
         prepared.map_err(|error| MigrationError::here("journal", error))?;
+        // `Prepared` comes when the machine is built, which may take much longer than `patience`.
         self.patience(PREPARE_PATIENCE.max(policy.patience))?;
         self.send(&ToDestination::Prepare(Box::new(offer)))?;
+        // Right behind the offer: descriptors travel with a byte that is no frame, and the
+        // destination reads it before the next frame.
         if let Some(files) = files {
             let control = self.control.as_ref().ok_or_else(disconnected)?;
             control.stream.send_files(&files).map_err(WireError::from)?;
@@ -441,6 +457,7 @@ impl Engine<'_, '_> {
 
     /// Measures the parts of the stop: round trip, and a trial save and load of the devices.
     fn measure(&mut self) -> Result<(), MigrationError> {
+        // The least of three: a busy CPU only ever adds to a round trip.
         let round_trips = [self.ping()?, self.ping()?, self.ping()?];
         self.measured.round_trip = round_trips.into_iter().min().unwrap_or_default();
         let start = Instant::now();
@@ -459,6 +476,7 @@ impl Engine<'_, '_> {
 
 fn keepalive(control: &mut Control) -> Result<(), MigrationError> {
     control.send(&ToDestination::Ping(1))?;
+    // No other request is open when this runs, so only `Pong` is in order, not even `Busy`.
     match control.recv()? {
         ToSource::Pong(1) => Ok(()),
         ToSource::Refused(why) => Err(MigrationError::There(why)),

@@ -140,6 +140,8 @@ where
     }
 
     fn closer(&self) -> io::Result<Closer> {
+        // The socket, not the TLS session: another thread may wait inside the session. The peer
+        // gets no `close_notify`, and sees an unexpected end of the stream.
         self.0.sock.closer()
     }
 
@@ -168,6 +170,7 @@ impl TlsDial {
         let host = place
             .rsplit_once(':')
             .map_or(place.as_str(), |(host, _)| host);
+        // `ServerName` takes an IPv6 address without brackets.
         let host = host.trim_start_matches('[').trim_end_matches(']');
         let name = ServerName::try_from(host.to_owned()).map_err(|error| config(&error))?;
         let builder = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()));
@@ -191,6 +194,7 @@ impl TlsDial {
 impl Dial for TlsDial {
     fn dial(&self) -> io::Result<Box<dyn Stream>> {
         let stream = self.endpoint.dial()?;
+        // No handshake yet: it runs with the first write, under the timeout that the caller sets.
         let connection = ClientConnection::new(Arc::clone(&self.config), self.name.clone())
             .map_err(io::Error::other)?;
         Ok(Box::new(TlsStream(StreamOwned::new(connection, stream))))
@@ -268,6 +272,7 @@ impl ClientCertVerifier for NamedClients {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
+        // The issuer first: a name in a certificate that the CA did not sign proves nothing.
         let verified = self
             .issued
             .verify_client_cert(end_entity, intermediates, now)?;

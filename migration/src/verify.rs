@@ -43,6 +43,8 @@ fn hash(page: &[u8; PAGE]) -> u64 {
 fn read(block: &Block, page: usize) -> Option<[u8; PAGE]> {
     let mut content = [0; PAGE];
     let slice = block.ram.slice(page.checked_mul(PAGE)?, PAGE)?;
+    // A copy: the guest or a device may write to this memory, and a Rust reference to memory that
+    // changes is undefined behaviour.
     slice.copy_to(&mut content[..]);
     Some(content)
 }

@@ -119,6 +119,8 @@ pub(crate) fn write(to: &mut dyn Write, kind: Kind, parts: &[&[u8]]) -> Result<(
     header[..2].copy_from_slice(&(kind as u16).to_le_bytes());
     // Below the limits of the kinds, which fit.
     header[4..8].copy_from_slice(&(len as u32).to_le_bytes());
+    // TCP's 16-bit checksum misses some damage, and a flipped bit in guest memory would go unseen.
+    // The header is covered as well: a wrong length would misread all that follows.
     let crc = checksum(&header[..8], parts);
     header[8..].copy_from_slice(&crc.to_le_bytes());
     if len > IN_ONE_PIECE {
@@ -131,6 +133,7 @@ pub(crate) fn write(to: &mut dyn Write, kind: Kind, parts: &[&[u8]]) -> Result<(
         parts.iter().for_each(|part| whole.extend_from_slice(part));
         to.write_all(&whole)?;
     }
+    // TLS may still hold records in its buffer.
     uninterrupted(|| to.flush())?;
     Ok(())
 }
@@ -164,6 +167,8 @@ impl Reader {
         allowed: &[Kind],
     ) -> Result<(Kind, &[u8]), WireError> {
         let mut header = [0; HEADER_LEN];
+        // Not `read_exact`: an end in front of a frame is a close in order, an end inside a frame
+        // is a lost connection.
         match uninterrupted(|| from.read(&mut header))? {
             0 => return Err(WireError::Closed),
             some => from.read_exact(header.get_mut(some..).unwrap_or_default())?,

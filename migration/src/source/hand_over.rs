@@ -58,6 +58,8 @@ impl PendingAbort {
                     .then_some(())
                     .ok_or_else(disconnected)
             }
+            // An operator resolved a doubt against the facts, and two copies run. Another attempt
+            // cannot undo that: the log raises the alarm, and the notice counts as delivered.
             ToSource::Running { .. } => {
                 tracing::error!(migration = %self.id, "somebody decided that a guest runs at its destination, and it runs here, too");
                 Ok(())
@@ -99,12 +101,15 @@ impl Engine<'_, '_> {
     /// Keeps the guest here: resumes it if it was stopped, and then tells the destination. In this order,
     /// because the guest waits; the destination does nothing without a `Commit`.
     pub(super) fn stay(&mut self, error: MigrationError) -> Outcome {
+        // A broken connection is often the effect of a refusal: the destination sends the reason
+        // and closes. After a cancel there is nothing to read, because the cancel ended reading.
         let error = match error {
             MigrationError::Wire(error) if !self.sending.decision.is_canceled() => self
                 .last_words()
                 .map_or(MigrationError::Wire(error), MigrationError::There),
             other => other,
         };
+        // Taken before a cancel replaces the error: a destination that refused needs no `Abort`.
         let is_theirs = matches!(error, MigrationError::There(_));
         // A cancel shows in many ways: connections that it closed, or a machine that is gone because
         // a request that ends it came with the cancel.
@@ -113,6 +118,8 @@ impl Engine<'_, '_> {
         } else {
             error
         };
+        // Ended before the guest resumes here: then its pages change, and the destination must get
+        // no more of them.
         if let Some(fault_server) = self.fault_server.take() {
             drop(fault_server.end());
         }
@@ -121,6 +128,7 @@ impl Engine<'_, '_> {
         if self.stopped.is_some()
             && let Err(error) = self.take_back()
         {
+            // Both reasons go to the user: why the migration ended, and why the guest does not run.
             why.detail = format!("{}; and the guest cannot go on: {error}", why.detail);
         }
         self.source.throttle(0);
@@ -130,6 +138,8 @@ impl Engine<'_, '_> {
             tracing::warn!(%error, "dirty pages are still being tracked");
         }
         let knows = is_theirs || self.abort(&why);
+        // The guest stays whatever the journal says. Without this line a restart finds the
+        // migration undecided.
         if let Err(error) = self.sending.journal.record(Step::Aborted) {
             tracing::warn!(%error, "a journal cannot be written");
         }
@@ -148,6 +158,8 @@ impl Engine<'_, '_> {
         let until = Instant::now() + patience;
         loop {
             match self.source.resume() {
+                // `machine-gone` is final. Any other error may be a lock that the destination is
+                // about to release.
                 Err(why) if why.code != "machine-gone" && Instant::now() < until => {
                     std::thread::sleep(patience / ATTEMPTS);
                 }
@@ -162,6 +174,8 @@ impl Engine<'_, '_> {
         let Some(control) = &mut self.control else {
             return false;
         };
+        // Before the stop the destination cannot be ready, so no answer is needed. Behind it the
+        // wait is short: `PendingAbort` continues it without holding up the result.
         control.send(&ToDestination::Abort(why.clone())).is_ok()
             && self.stopped.is_some()
             && control.stream.set_patience(patience).is_ok()
@@ -189,6 +203,8 @@ impl Engine<'_, '_> {
         let progress = self.sending.progress.clone();
         progress.enter(Phase::HandingOver);
         let order = Instant::now();
+        // Always present here. A panic instead of the fallback would leave a guest that is given
+        // away and that no `Commit` starts.
         let (since, stopped) = self.stopped.unwrap_or((
             order,
             Stopped {
@@ -202,6 +218,8 @@ impl Engine<'_, '_> {
         loop {
             let error = match answer {
                 Ok(ToSource::Running { us, told_us }) => {
+                    // Clocks of two hosts are never compared. `us` and `told_us` are spans of the
+                    // destination's clock, `handing` is one of ours.
                     let (all, handing) = (since.elapsed(), order.elapsed());
                     // What came behind the guest, and the answer's way back, are no part of the stop.
                     let told = Duration::from_micros(told_us);
@@ -214,7 +232,11 @@ impl Engine<'_, '_> {
                     // The destination need not linger for a source that asks again.
                     let told = self.send(&ToDestination::Complete);
                     if self.fault_server.is_some() {
+                        // This question admits `Run`, which is wrong from now on. Its drop also
+                        // clears the doubt, so it must come before the postcopy question opens.
                         drop(question);
+                        // Without a control channel `push` fails at once, and the loop behind it
+                        // reconnects.
                         if told.is_err() {
                             self.control = None;
                         }
@@ -222,6 +244,8 @@ impl Engine<'_, '_> {
                     }
                     return self.moved();
                 }
+                // The guest may have run there, and has ended. The copy here is stale and never
+                // runs.
                 Ok(ToSource::Ended) => return self.moved(),
                 // The guest runs there, the answer was lost, and it waits for pages.
                 Ok(ToSource::StillMissing { .. } | ToSource::Prepared { .. })
@@ -232,7 +256,9 @@ impl Engine<'_, '_> {
                     self.follow_with_pages();
                     return self.moved();
                 }
+                // The only answer that gives the guest back: it never ran there and never will.
                 Ok(ToSource::NotHere(why)) => return self.stay(MigrationError::There(why)),
+                // Anything else states nothing about the guest: stay in doubt, and ask again.
                 Ok(other) => {
                     let why = WireError::damaged(format!("{other:?} is not an answer to Commit"));
                     why.into()
@@ -255,6 +281,7 @@ impl Engine<'_, '_> {
     }
 
     fn enter_doubt(&mut self, error: &MigrationError) {
+        // A destination that still reads the old connection sees its end, and accepts a new one.
         self.control = None;
         if self.sending.progress.report().phase != Phase::InDoubt {
             self.source.show(&Whereabouts::Unknown);
@@ -266,6 +293,8 @@ impl Engine<'_, '_> {
     }
 
     fn send_commit(&mut self, stopped: Stopped) -> Result<ToSource, MigrationError> {
+        // Read for each attempt: the destination advances the guest's clocks by this span, and a
+        // `Commit` that is repeated late has a longer one.
         let stopped_for = stopped.clocks_at.elapsed().as_nanos();
         self.send(&ToDestination::Commit {
             stood_for_ns: u64::try_from(stopped_for).unwrap_or(u64::MAX),
@@ -289,6 +318,7 @@ impl Engine<'_, '_> {
     }
 
     fn moved(&mut self) -> Outcome {
+        // A failure changes nothing for the guest. A restart finds the migration in doubt.
         if let Err(error) = self.sending.journal.record(Step::Running) {
             tracing::warn!(%error, "a journal cannot be written");
         }

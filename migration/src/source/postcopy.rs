@@ -54,9 +54,11 @@ impl FaultServer {
                 let Ok((block, page)) = pages::decode_fault(body) else {
                     break;
                 };
+                // First of all: from here on the bulk channels leave the link to this page.
                 hurry.is_needed();
                 let found = blocks.get(block as usize);
                 // One that is no page, or on its way already.
+                // The atomic clear settles the race with the bulk channels: each page is sent once.
                 let is_ours = found.is_some_and(|found| {
                     usize::try_from(page).is_ok_and(|page| found.ram.dirty().take_page(page))
                 });
@@ -92,6 +94,7 @@ impl FaultServer {
 impl Engine<'_, '_> {
     /// Tells the destination which pages it does not have, or has as they were.
     pub(super) fn announce_missing(&mut self, round: u32) -> Result<(), MigrationError> {
+        // The marks stay: they are the list of pages that `push` and the fault server work off.
         let missing: Vec<_> = self
             .blocks
             .iter()
@@ -112,6 +115,7 @@ impl Engine<'_, '_> {
                 first.send_missing(block, runs)?;
             }
         }
+        // On every channel, also on those that carried nothing: the round ends with the last `End`.
         self.rams.iter_mut().try_for_each(|ram| ram.end(round))
     }
 
@@ -122,6 +126,8 @@ impl Engine<'_, '_> {
         let announces = self.verify;
         let rams = self.rams.iter_mut();
         rams.for_each(|ram| ram.announces_hashes = announces);
+        // The fault server gets a channel of its own: a page that a vCPU waits for must not queue
+        // behind bulk pages.
         let ram = self.rams.pop().ok_or_else(disconnected)?;
         let fault_server = FaultServer::start(
             faults,
@@ -146,7 +152,11 @@ impl Engine<'_, '_> {
             } else {
                 tracing::warn!(migration = %id, %error, "pages cannot follow their guest; trying again");
             }
+            // Start over: pages on the old channels arrived or did not, and only the destination
+            // knows.
             self.disconnect();
+            // One question for all attempts. A new one each time would drop an answer that comes
+            // while this side dials.
             let open = question.get_or_insert_with(|| self.sending.decision.ask(Doubt::Postcopy));
             progress.update(|report| {
                 report.phase = Phase::PostcopyPaused;
@@ -161,6 +171,8 @@ impl Engine<'_, '_> {
             }
             attempt = match self.reconnect() {
                 Ok(Reconnect::Again) => {
+                    // Withdrawn before pages flow: a guest that makes progress must not be
+                    // discarded.
                     question = None;
                     self.push(&progress)
                 }
@@ -181,6 +193,8 @@ impl Engine<'_, '_> {
         progress.enter(Phase::Postcopy);
         // Not before it is known: a VM that is shown as running here must not run there as well.
         self.source.show(&Whereabouts::AtDestination);
+        // A snapshot will do: `Ram::push` takes the mark of each page before it sends the page, and
+        // skips those that the fault server has sent meanwhile.
         let left: Vec<_> = self
             .blocks
             .iter()
@@ -197,6 +211,7 @@ impl Engine<'_, '_> {
             .as_ref()
             .map(|fault_server| Arc::clone(&fault_server.priority));
         let priority = &*priority.unwrap_or_default();
+        // The limit holds for bulk pages only. Pages that the guest waits for are never delayed.
         let pacer = Pacer::new(self.sending.policy.max_bandwidth);
         let every = self.sending.policy.patience / KEEPALIVES;
         let (blocks, rams) = (&self.blocks, &mut self.rams);
@@ -207,6 +222,7 @@ impl Engine<'_, '_> {
         // No batch is left: the fault server ends after the page that it is sending.
         let fault_server = self.fault_server.take().and_then(FaultServer::end);
         self.rams.push(fault_server.ok_or_else(disconnected)?);
+        // Not before the fault server's channel is back: its `End` has to follow its last page.
         self.rams.iter_mut().try_for_each(|ram| ram.end(round))?;
         let speed = crate::sender::per_second(sent, start.elapsed());
         progress.update(|report| report.bytes_per_second = report.bytes_per_second.max(speed));
@@ -223,6 +239,8 @@ impl Engine<'_, '_> {
         let patience = self.sending.policy.patience;
         let dial = |channel| dial_channel(self.sending.dial, patience, &Hello::new(id, channel));
         let mut control = Control::new(dial(Channel::Again)?);
+        // Losing the marks is safe: if this connection breaks half-way, the next one gets the whole
+        // list again.
         for block in &self.blocks {
             // What is not there is known to the destination alone.
             drop(block.ram.dirty().take());
@@ -233,6 +251,8 @@ impl Engine<'_, '_> {
                     let block = self.blocks.get(block as usize);
                     let block = block.ok_or_else(|| WireError::damaged("no such block"))?;
                     let first = usize::try_from(first).unwrap_or(usize::MAX);
+                    // `merge` ignores bits past the end of the block, so a wrong list names no
+                    // other memory.
                     block.ram.dirty().merge(first, &bits);
                 }
                 ToSource::Prepared { connections, .. } => break connections,

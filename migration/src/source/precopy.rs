@@ -26,6 +26,8 @@ impl Engine<'_, '_> {
         for round in 1.. {
             self.check()?;
             self.round(round, &pending, cut)?;
+            // Behind the round: the prediction needs what the guest wrote while the pages were
+            // sent. With an earlier harvest the stop would look shorter than it is.
             self.with_keepalive(|source| source.harvest())?;
             pending = self.take_dirty();
             let dirty = count(&pending);
@@ -68,6 +70,8 @@ impl Engine<'_, '_> {
                         progress.update(|report| report.throttle_percent = throttle);
                     }
                 }
+                // `pending` was taken out of the bitmaps, and the stop reads those. Without putting
+                // it back, the destination would keep old content of these pages.
                 next @ (Next::Stop | Next::Postcopy) => {
                     self.put_back(&pending);
                     return Ok(next == Next::Postcopy);
@@ -172,6 +176,8 @@ impl Engine<'_, '_> {
             _ if work.decision.is_canceled() => MigrationError::Canceled,
             error => error,
         })?;
+        // A round that was cut short leaves batches. They have to be dirty again, or no later round
+        // would send them.
         work.put_back();
         Ok(sent)
     }

@@ -28,15 +28,20 @@ impl Engine<'_, '_> {
     /// Stops the guest and sends what is left of it. On return the destination is ready, and the
     /// journal says that the guest has been given away.
     pub(super) fn stop(&mut self, postcopy: bool) -> Result<(), MigrationError> {
+        // The guest still runs. Each block written now is one less for `flush` in the stop. A slow
+        // disk may need longer than `patience`.
         self.with_keepalive(|source| {
             source.pre_sync();
             Ok(())
         })?;
+        // The last look at a cancel that costs the guest no pause.
         self.check()?;
         let limit = self.limit_stop(postcopy)?;
         self.sending.progress.enter(Phase::Stopped);
         let stopped = self.stop_and_copy(postcopy);
         let length = limit.limit;
+        // Before the result of the stop: once the clock has expired, an error in `stopped` is only
+        // the effect of the connections that the clock closed.
         if !limit.end() {
             let why = format!(
                 "the guest was paused for {} ms and the destination was not ready: the limit of a stop (`stop_limit_ms`)",
@@ -52,6 +57,8 @@ impl Engine<'_, '_> {
         if !self.sending.decision.commit() {
             return Err(MigrationError::Canceled);
         }
+        // If this fails, a cancel is refused already, but no `Commit` was sent: `stay` may still
+        // take the guest back. The same holds for `hand_over` below.
         let given = self.sending.journal.record(Step::Commit);
         given.map_err(|error| MigrationError::here("journal", error))?;
         tracing::info!(
@@ -99,6 +106,7 @@ impl Engine<'_, '_> {
     fn stop_and_copy(&mut self, postcopy: bool) -> Result<(), MigrationError> {
         let start = Instant::now();
         let stopped = self.source.stop().map_err(MigrationError::Here)?;
+        // From here on `stay` has a guest to resume. Set before anything else can fail.
         self.stopped = Some((start, stopped));
         self.downtime.pause_us = micros(start.elapsed());
         if self.tracking {
@@ -121,6 +129,8 @@ impl Engine<'_, '_> {
         control.send_with_state(&message, &state)?;
         // While the destination loads.
         self.source.flush().map_err(MigrationError::Here)?;
+        // `Ready` means that all state is loaded. A commit without it could give away a guest that
+        // the destination cannot load, and no copy would run.
         self.downtime.load_us = self.expect(|answer| match answer {
             ToSource::Ready { load_us } => Some(*load_us),
             _ => None,
@@ -191,6 +201,7 @@ impl Engine<'_, '_> {
             blocks: &self.blocks,
             batches: Mutex::new(batches(pending)),
             pacer: Pacer::new(self.sending.policy.max_bandwidth),
+            // No cut: every page must be there before the state.
             cut: None,
             round,
             progress: self.sending.progress.clone(),
@@ -252,15 +263,20 @@ impl StopLimit {
         let (running, ended) = mpsc::channel::<()>();
         let clock = Arc::clone(&state);
         let watch = move || {
+            // The engine sends nothing: any result but a timeout means that it dropped its end.
             if ended.recv_timeout(limit) != Err(RecvTimeoutError::Timeout) {
                 return;
             }
             let turn =
                 |to| clock.compare_exchange(RUNNING, to, Ordering::AcqRel, Ordering::Acquire);
+            // The engine may pass `end` at this moment. Only the side that wins the exchange acts:
+            // to close connections behind the commit point would turn a hand-over into a doubt.
             if turn(EXPIRED).is_err() {
                 return;
             }
             decision.close_all();
+            // The control channel can still write, so the engine can send `Abort` with the reason.
+            // A destination that does not read would block that write: the second limit ends it.
             if ended.recv_timeout(grace) == Err(RecvTimeoutError::Timeout) {
                 control.close();
             }
