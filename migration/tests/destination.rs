@@ -327,6 +327,7 @@ fn a_refused_offer_ends_a_wait_for_one() {
 fn silent_connections_keep_no_source_out() {
     let wait = Wait::new(PATIENT, false);
     let (mut silent, mut greeted) = (Vec::new(), Vec::new());
+    // More than MAX_PENDING (64), so the router has to evict some to admit the source.
     for number in 0..300_u32 {
         let mut stream = wait.way.dial().unwrap();
         // The beginning of a frame.
@@ -336,6 +337,7 @@ fn silent_connections_keep_no_source_out() {
         silent.push(stream);
     }
     for number in 0..100 {
+        // These have said hello, so they have the longer limit of an offer.
         greeted.push(Peer::control(&wait.way, Uuid::from_u128(10_000 + number)));
     }
     wait.completes(Uuid::from_u128(1));
@@ -360,6 +362,7 @@ fn connections_that_belong_nowhere_are_answered_at_once() {
     refused(&mut Peer::control(&wait.way, Uuid::from_u128(2)), "busy");
     refused(&mut Peer::again(&wait.way, id), "out-of-order");
     let mut kept = vec![Peer::ram(&wait.way, id, 0)];
+    // A refused connection must leave nothing behind: enough of them to exhaust a limit if it did.
     for _ in 0..40 {
         let mut second = Peer::ram(&wait.way, id, 0);
         refused(&mut second, "out-of-order");
@@ -367,6 +370,7 @@ fn connections_that_belong_nowhere_are_answered_at_once() {
         refused(&mut beyond, "out-of-order");
         kept.extend([second, beyond]);
     }
+    // Earlier migrations, unlike the one in progress, have an outcome in the journal.
     let asks = |id| Peer::again(&wait.way, id).hear().unwrap();
     assert_eq!(asks(RAN), "Ended");
     assert!(asks(NEVER_RAN).starts_with("NotHere"));
@@ -384,6 +388,7 @@ fn a_discarded_guest_is_told_to_a_source_that_asks() {
         !wait.decision.resolve(Resolution::Discard),
         "there is no doubt"
     );
+    // The source is lost behind `Ready`: it may have committed, so the destination must wait.
     drop(source);
     wait.until(|report| report.phase == Phase::InDoubt);
     assert!(wait.decision.resolve(Resolution::Discard));
@@ -410,6 +415,8 @@ fn a_decision_counts_against_an_order_that_comes_later() {
     wait.until(|report| report.phase == Phase::InDoubt);
     let mut source = Peer::again(&wait.way, id);
     assert_eq!(source.hear().unwrap(), "Waiting");
+    // The destination reads from its source at this point, so the decision waits in the open
+    // question until the commit comes.
     assert!(wait.decision.resolve(Resolution::Discard));
     assert!(source.say(&commit()));
     assert!(source.hear().unwrap().starts_with("NotHere"));
@@ -428,6 +435,7 @@ fn an_abort_counts_against_a_decision_to_run() {
     wait.until(|report| report.phase == Phase::InDoubt);
     let mut source = Peer::again(&wait.way, id);
     assert_eq!(source.hear().unwrap(), "Waiting");
+    // Accepted, but not acted on: a source is connected, and it decides differently.
     assert!(wait.decision.resolve(Resolution::Run));
     assert!(source.say(&json!({ "Abort": { "code": "stays", "detail": "it stays" } })));
     assert!(source.hear().unwrap().starts_with("NotHere"));
@@ -468,11 +476,13 @@ fn a_guest_that_may_have_run_never_counts_as_one_that_did_not() {
         assert!(source.say(&commit()));
         let heard = source
             .hear()
+            // A panic drops the control connection. The answer then comes from `linger`.
             .or_else(|_| Peer::again(&wait.way, id).hear())
             .unwrap();
         assert_eq!(heard, "Ended", "{mood:?}");
         assert!(wait.outcome().is_err());
         assert!(wait.marks.discarded.load(Ordering::SeqCst));
+        // A restarted host answers from the last step, so it must not be `Aborted`.
         let steps = wait.marks.steps.lock().unwrap();
         assert_eq!(steps.last(), Some(&Step::Running), "{mood:?}");
     }

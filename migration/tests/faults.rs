@@ -116,6 +116,8 @@ struct World {
 
 impl World {
     fn run(&self, here: &AtomicBool, there: &AtomicBool) {
+        // The store comes before the check. If both sides start at once, at least one sees the
+        // other.
         here.store(true, Ordering::SeqCst);
         assert!(!there.load(Ordering::SeqCst), "two copies run");
     }
@@ -155,6 +157,7 @@ impl Cpu {
                     write_page(&ram, &mut dice);
                 }
                 drop(running);
+                // Not under the lock: `stop` has to get it between two bursts.
                 thread::sleep(Duration::from_micros(100));
             }
         };
@@ -275,6 +278,7 @@ impl Source for TestSource {
         self.scribble();
         self.cpu.run(false);
         self.world.at_source.store(false, Ordering::SeqCst);
+        // Far in the past, so that the test can tell this time from one that the engine measures.
         let clocks_at = Instant::now() - CLOCKS_STOPPED_BEFORE;
         *self.world.clocks_at.lock().unwrap() = Some(clocks_at);
         Ok(Stopped {
@@ -286,6 +290,7 @@ impl Source for TestSource {
     fn save(&mut self) -> Result<Vec<u8>, Refusal> {
         self.life.step()?;
         assert!(!self.world.at_source.load(Ordering::SeqCst));
+        // The state is a checksum of memory: `load` at the destination notices any stale page.
         Ok(sum(&self.ram).to_le_bytes().to_vec())
     }
 
@@ -305,6 +310,7 @@ impl Source for TestSource {
     }
 
     fn resume(&mut self) -> Result<(), Refusal> {
+        // Not a `step`: a dead source must not resume, and a live one must not die in here.
         if self.life.is_dead() {
             return Err(Refusal::new("dead", "the process is dead"));
         }
@@ -363,6 +369,7 @@ impl Destination for TestTarget {
     }
 
     fn start(&mut self, stopped_for: Duration, paused: bool) -> Result<Instant, StartFailure> {
+        // Before the flags are set: a process that dies here has run no instruction.
         self.life.step().map_err(StartFailure::NeverRan)?;
         let clocks_at = self.world.clocks_at.lock().unwrap().unwrap();
         assert!(
@@ -457,12 +464,15 @@ impl FaultyStream {
             self.passed += len as u64;
             return (len, None);
         }
+        // The bytes before the fault still pass, so that it hits the exact offset of the plan.
         self.passed += left;
         (left as usize, Some(plan.fault))
     }
 
     fn fail(&mut self, fault: Fault) -> io::Error {
         if let Fault::Stall = fault {
+            // A silent link never reports an error by itself. The sleep stands for the read timeout
+            // that ends the wait.
             thread::sleep(PATIENCE);
             return io::ErrorKind::TimedOut.into();
         }
@@ -478,6 +488,7 @@ impl Read for FaultyStream {
             (0, Some(Fault::Corrupt)) => {
                 let len = self.inner.read(data)?;
                 data[0] ^= 4;
+                // One bit is enough: the checksum of the frame has to find it.
                 self.plan = None;
                 Ok(len)
             }
@@ -509,6 +520,7 @@ impl Write for FaultyStream {
 
 impl Stream for FaultyStream {
     fn set_patience(&self, patience: Duration) -> io::Result<()> {
+        // RAM channels ask for an hour. The cap lets a broken run end within the time of a test.
         Stream::set_patience(&self.inner, patience.min(LONG_PATIENCE))
     }
 
@@ -564,6 +576,7 @@ impl Accept for TestAccept {
             _ if self.life.is_dead() => Err(io::ErrorKind::NotConnected.into()),
             Ok(inner) => Ok(Some(Box::new(FaultyStream {
                 inner,
+                // The dialing side injects the faults, in both directions.
                 plan: None,
                 passed: 0,
                 life: Arc::clone(&self.life),
@@ -653,6 +666,7 @@ fn destination(
         let mut lock = host.world.lock.lock().unwrap();
         lock.take_if(|who| *who == "destination");
         drop(lock);
+        // The new process keeps the endpoint and the journals. Everything else begins anew.
         from = accept.from;
         host = TestHost {
             world: host.world,
@@ -703,6 +717,7 @@ fn run(seed: u64, script: Script) -> (Ending, Arc<World>) {
     let policy = Policy {
         connections: Some(script.connections),
         mode: script.mode,
+        // Precopy may never converge with this many writes. The deadline forces the stop.
         deadline: Some(Duration::from_millis(200)),
         at_deadline: migration::AtDeadline::Stop,
         patience: script.patience(),
@@ -736,6 +751,7 @@ fn run(seed: u64, script: Script) -> (Ending, Arc<World>) {
                 mourned.at_source.store(false, Ordering::SeqCst);
                 mourned.lock.lock().unwrap().take_if(|who| *who == "source");
                 let _ = watched.resolve(Resolution::Discard);
+                // Refused in postcopy, where the dead source had the rest of the memory.
                 if !other.resolve(Resolution::Run) {
                     // Half of its memory is gone.
                     let _ = other.resolve(Resolution::Discard);
@@ -954,6 +970,8 @@ impl Watch {
             while !watched.load(Ordering::SeqCst) {
                 if start.elapsed() > BOUND * 2 {
                     eprintln!("SEED={seed} does not end: {:?}", script_of(seed));
+                    // Not a panic: that would end this thread alone and leave the stuck migration
+                    // running.
                     std::process::exit(101);
                 }
                 thread::sleep(Duration::from_millis(50));

@@ -38,6 +38,8 @@ fn a_discard_at_the_destination_is_told_to_the_source() {
         runs: true,
         hook: Box::new(move |moment, _| {
             if moment == Moment::Committed {
+                // The source has committed, and `Commit` cannot reach the destination: neither side
+                // may decide alone.
                 way.cut();
             }
         }),
@@ -79,6 +81,8 @@ fn a_discard_at_the_destination_is_told_to_the_source() {
         }
         assert!(decide_there.resolve(Resolution::Discard));
         until("discarded", || there.report().phase == Phase::Failed);
+        // The link is still cut, so the source cannot know the decision and has to keep its guest
+        // paused.
         assert_eq!(here.report().phase, Phase::InDoubt);
         dialer.mend();
         let start = Instant::now();

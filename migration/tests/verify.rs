@@ -40,10 +40,13 @@ fn migrate(mode: Mode, connections: u16, verify: bool, spoil: Spoil) -> (Outcome
             is_stopped |= moment == Moment::Stopped;
             match (moment, spoil) {
                 (Moment::Harvest, Spoil::LoseDirtyBit(page)) if is_stopped => {
+                    // Taking the bit out makes the engine believe that the destination has the page
+                    // already.
                     write(ram, page, 9);
                     assert!(ram.dirty().take_page(page));
                 }
                 (Moment::Stopped, Spoil::TurnBit(page)) => {
+                    // A frame checksum cannot find this one: the page was intact when it arrived.
                     let there = memory_there.get().unwrap();
                     let there = there.slice(page * PAGE + 7, 1).unwrap();
                     let mut byte = [0_u8];
@@ -109,6 +112,7 @@ fn all_pages_are_compared_in_each_mode() {
             let (outcome, reports) = migrate(mode, connections, true, Spoil::Nothing);
             assert_eq!(outcome, Outcome::Moved, "{mode:?}");
             for report in &reports {
+                // Each page counts once, whether it came before the guest or after.
                 assert_eq!(report.verified_pages, PAGES as u64, "{mode:?} {report:?}");
             }
             assert_eq!(reports[1].phase, Phase::Completed);

@@ -36,6 +36,8 @@ impl IncomingMemory {
         let bitmaps = || -> Vec<DirtyBitmap> {
             let bitmaps = blocks.iter().map(|block| {
                 let bitmap = DirtyBitmap::new(block.ram.len());
+                // A disabled bitmap ignores marks. Without this, `apply` would take every page for
+                // untouched and skip zero pages that must erase old content.
                 bitmap.set_enabled(true);
                 bitmap
             });
@@ -106,9 +108,12 @@ impl Channels {
         index: u16,
         stream: Box<dyn Stream>,
     ) -> Result<Closer, MigrationError> {
+        // RAM channels carry no keepalives and are idle between rounds, so a limit of one
+        // `patience` would end good ones.
         let prepared = stream
             .set_patience(PAGES_PATIENCE)
             .and_then(|()| Ok((stream.closer()?, stream.closer()?)));
+        // Two handles, because two owners may close the connection: `disconnect`, and a cancel.
         let (ours, other) = prepared.map_err(|error| MigrationError::Wire(error.into()))?;
         let (ends, memory) = (self.ends.clone(), Arc::clone(&self.memory));
         let progress = self.progress.clone();
@@ -121,6 +126,8 @@ impl Channels {
     }
 
     pub(super) fn set_faults(&mut self, stream: Box<dyn Stream>, patience: Duration) {
+        // This side only writes here, mostly from the thread that also reads userfaultfd events.
+        // That thread must not block for longer than `patience` on a source that does not read.
         let prepared = stream.set_patience(patience);
         match prepared.and_then(|()| stream.closer()) {
             Ok(closer) => {
@@ -157,6 +164,7 @@ impl Channels {
 
     /// Whether each channel has ended this round.
     pub(super) fn have_ended(&self, round: u32) -> bool {
+        // A channel carries its rounds in order, so the end of a later round covers this one.
         let ended = |ended: &Option<u32>| ended.is_some_and(|ended| ended >= round);
         self.rounds.iter().all(ended)
     }
@@ -194,6 +202,8 @@ impl Drop for Channels {
         if let Some(receiver) = self.memory.receiver.get() {
             receiver.end(&self.progress);
         }
+        // Only now can every thread end. The connections are closed, and `end` has stopped both the
+        // watch loop and a `fill` that retries.
         for thread in self.threads.drain(..) {
             if thread.join().is_err() {
                 tracing::error!("a thread that took pages of a guest panicked");
@@ -227,6 +237,8 @@ fn take_pages(
                 if let Some(receiver) = memory.receiver.get() {
                     receiver.give_up();
                 }
+                // Only after `give_up`: the thread that reads `ends` may be blocked on a missing
+                // page in `load`, and would never get this far.
                 let _ = ends.send((index, Err(error.into())));
                 return;
             }
@@ -256,6 +268,8 @@ fn take_frame(
         return Ok(Some(u32::from_le_bytes(round)));
     }
     if kind == Kind::Hashes {
+        // One frame of hashes is kept, not a table: its pages follow on this channel before the
+        // next frame of hashes.
         *announced = memory.take_hashes(body, progress)?;
         return Ok(None);
     }
@@ -271,14 +285,19 @@ fn take_frame(
             return Ok(None);
         }
         (Content::Later, Some(_)) => {
+            // The receiver owns the bitmap now. The mark would be lost, and the guest would run on
+            // what an earlier round left in the page.
             let why = "pages are announced as missing after the guest was loaded";
             return Err(WireError::damaged(why));
         }
+        // Memory is registered with userfaultfd. A plain write to a missing page would fault and
+        // block this thread, which is the one that brings the page.
         (_, Some(receiver)) => memory.fill(receiver, &decoded, announced, progress)?,
         (_, None) => decoded.apply(&memory.blocks, &memory.touched),
     }
     let (count, bytes) = (decoded.count(), body.len() as u64);
     progress.update(|report| {
+        // `wait_round` takes growing bytes as the sign that the source still sends.
         report.sent_bytes = report.sent_bytes.saturating_add(bytes);
         match kind {
             Kind::Zeros => report.zero_pages = report.zero_pages.saturating_add(count),

@@ -45,7 +45,11 @@ impl IncomingMemory {
         }
         let mut is_unannounced = false;
         receiver.fill(pages, |page, content| {
+            // Before the page is filled: UFFDIO_COPY wakes the vCPU that waits, which would run on
+            // at once with wrong content.
             let admitted = announced.admits(pages.block, page, content);
+            // The closure cannot fail. The page stays missing, and the error follows after the
+            // batch.
             is_unannounced |= admitted.is_none();
             let differs = admitted == Some(false);
             let block = pages.block;
@@ -65,6 +69,8 @@ impl IncomingMemory {
         if !self.verify {
             return Ok(());
         }
+        // The count catches a source that leaves out hashes: no comparison would fail then. This
+        // must run before `expect_postcopy` takes `missing`, or `later` would be 0.
         let all: usize = self.blocks.iter().map(|block| block.ram.len() / PAGE).sum();
         let later: usize = self.missing.lock().iter().map(DirtyBitmap::count).sum();
         let (wanted, compared) = (all.saturating_sub(later) as u64, self.findings.compared());

@@ -50,6 +50,8 @@ impl<'a> Ready<'a> {
     pub(super) fn announce(mut self) -> Deciding<'a> {
         let (session, load_us) = (self.guest.session, self.load_us);
         session.progress.enter(Phase::HandingOver);
+        // Before `Ready` leaves: if the connection breaks behind it, the source asks over a new one
+        // at once, and the router must not turn that away.
         session.router.allow_questions();
         let told = self.control.send(&ToSource::Ready { load_us });
         let mut deciding = Deciding {
@@ -61,6 +63,8 @@ impl<'a> Ready<'a> {
         };
         match told {
             Ok(()) => deciding.connect(self.control),
+            // A failed send does not prove that `Ready` did not arrive. The source may commit, so
+            // this side may not discard the guest.
             Err(error) => deciding.enter_doubt(&error.into()),
         }
         deciding
@@ -97,6 +101,7 @@ impl Deciding<'_> {
                     paused,
                 }) => {
                     // An operator was promised that the guest does not run here.
+                    // `Run` needs no case of its own: the source demands the same.
                     if self.withdraw() == Some(Resolution::Discard) {
                         return self.resolved(Resolution::Discard);
                     }
@@ -104,6 +109,8 @@ impl Deciding<'_> {
                 }
                 Ok(ToDestination::Abort(why)) => return self.aborted(why),
                 Ok(other) => {
+                    // Even a protocol violation only ends the connection. The source may have
+                    // committed before, so the guest has to stay available.
                     if let Err(error) = answer_ping(control, &other) {
                         self.enter_doubt(&error);
                     }
@@ -117,6 +124,7 @@ impl Deciding<'_> {
     /// commit point nothing else limits how long it can hold the guest paused.
     fn connect(&mut self, control: Control) {
         let session = self.guest.session;
+        // The read timeout of the stream does not suffice: every ping restarts it.
         let until = Instant::now() + session.patience;
         match control.stream.closer() {
             Ok(closer) => session.router.set_timer(Some((until, closer))),
@@ -128,6 +136,8 @@ impl Deciding<'_> {
     fn enter_doubt(&mut self, error: &MigrationError) {
         let session = self.guest.session;
         self.control = None;
+        // The timer holds a duplicate of the descriptor. Until it is gone, the lost connection
+        // stays half open and the source may not see its end.
         session.router.set_timer(None);
         // Before the report shows the doubt: an operator who sees it can resolve it.
         self.question
@@ -165,6 +175,8 @@ impl Deciding<'_> {
     /// source may be running it already.
     fn aborted(mut self, why: Refusal) -> Result<Ended, Failed> {
         self.question = None;
+        // The source resumes the guest when it hears `NotHere`. So the journal and the machine come
+        // first: neither may claim the guest after that.
         self.guest.record_aborted();
         self.guest.discard();
         let answer = ToSource::NotHere(why.clone());
@@ -230,6 +242,8 @@ impl Deciding<'_> {
                 let heard = told.is_ok() && self.heard_complete();
                 let Self { guest, control, .. } = self;
                 if guest.postcopy().is_some() {
+                    // A source that did not confirm counts as lost. Postcopy then begins with a new
+                    // connection, over which this side lists the pages that are missing.
                     return Postcopy::new(guest, control.filter(|_| heard)).run();
                 }
                 guest.keep();
@@ -239,6 +253,8 @@ impl Deciding<'_> {
                 })
             }
             Err(StartFailure::NeverRan(why)) => {
+                // `take_over_and_start` may have set `MayHave`. The machine says that no
+                // instruction ran, so a panic from here on must answer `NotHere` again.
                 session.ran.set(Ran::No);
                 self.guest.record_aborted();
                 // Before the source hears of it, and takes back what it handed over.
@@ -250,6 +266,8 @@ impl Deciding<'_> {
                 }
             }
             Err(StartFailure::MayHaveRun(why)) => {
+                // No `record_aborted` here. `Running` must stay the last step, or a restarted host
+                // would let the source resume a guest that has written to its disks.
                 tracing::error!(migration = %self.guest.id, %why, "a guest was lost as it started");
                 self.guest.discard();
                 match self.tell(&ToSource::Ended) {
@@ -273,6 +291,8 @@ impl Deciding<'_> {
         since: Instant,
     ) -> Result<Instant, StartFailure> {
         let guest = &mut self.guest;
+        // Before the journal says `Running`: a lock that another process holds is the likely
+        // failure, and at this point the source can still take the guest back.
         guest.target.take_over().map_err(StartFailure::NeverRan)?;
         // From here on a missing page is waited for without a limit. If one was given up before, a
         // device has read zeros in its place: then the guest must not start.

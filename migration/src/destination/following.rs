@@ -48,6 +48,8 @@ impl<'a> Postcopy<'a> {
     pub(super) fn run(mut self) -> Result<Ended, Failed> {
         let progress = self.guest.session.progress;
         progress.enter(Phase::Postcopy);
+        // Every error counts as a lost connection, also one of the protocol: the guest has run
+        // here, so there is no side to which it could return.
         while let Err(error) = self.until_whole() {
             self.disconnect(&error);
             // The VM was ended here: its last pages are of no use to anyone.
@@ -61,6 +63,8 @@ impl<'a> Postcopy<'a> {
                 self.control = None;
             }
         }
+        // All pages are here before the source hears `Completed`: after that it may free the only
+        // other copy of them.
         self.receiver()?.end(progress);
         progress.update(|report| report.error = None);
         let control = self.control.as_mut();
@@ -94,6 +98,8 @@ impl<'a> Postcopy<'a> {
             // not hear it sees that the connection ends.
             let _ = control.send(&ToSource::Refused(why.clone()));
         }
+        // Requests are not lost with the connection: `waited` keeps them, and `connect` sends them
+        // again.
         if let Some(receiver) = self.guest.postcopy() {
             receiver.disconnect();
         }
@@ -114,11 +120,15 @@ impl<'a> Postcopy<'a> {
             let control = control.ok_or(MigrationError::Wire(WireError::Closed))?;
             match control.recv()? {
                 ToDestination::PagesSent { round } => {
+                    // `PagesSent` can overtake the pages, which come over other connections. The
+                    // end of the round on each of these shows that all have arrived.
                     self.guest.wait_round(round, control)?;
                     let receiver = self.receiver()?;
                     return match receiver.left() {
                         _ if receiver.is_lost() => Ok(()),
                         0 => Ok(()),
+                        // `Completed` would make the source drop pages that only it has. The error
+                        // forces a new connection instead, and with it a new list of missing pages.
                         left => {
                             let why = format!("{left} pages were not sent");
                             Err(WireError::damaged(why).into())
@@ -140,6 +150,7 @@ impl<'a> Postcopy<'a> {
                 break control;
             }
             let decided = self.question.as_ref().and_then(|open| open.wait(tick));
+            // The only possible decision: `Doubt::Postcopy` does not admit `Run`.
             if decided == Some(Resolution::Discard) {
                 return Err(self.discarded());
             }
@@ -151,6 +162,8 @@ impl<'a> Postcopy<'a> {
                 break control;
             }
         };
+        // The loop above may have taken late channels of the lost connection. They go first, then
+        // their slots become free. Both precede `Prepared`, which invites new channels.
         self.guest.channels.disconnect();
         session.router.reopen();
         let told = self.tell_missing(&mut control);
@@ -172,6 +185,8 @@ impl<'a> Postcopy<'a> {
     }
 
     fn tell_missing(&self, control: &mut Control) -> Result<(), MigrationError> {
+        // A thread of the old channels may still fill a page behind this snapshot. The page then
+        // comes twice, and `fill` skips the second copy.
         for (block, first, bits) in self.receiver()?.still_missing() {
             control.send(&ToSource::StillMissing { block, first, bits })?;
         }
@@ -197,6 +212,8 @@ impl<'a> Postcopy<'a> {
             let again = self.guest.take_arrivals(patience / POLLS)?;
             self.give_way(again)?;
         };
+        // Last, because it repeats the pending requests: the pages come over RAM channels, which
+        // have to exist by then.
         self.receiver()?.connect(ask);
         Ok(())
     }
@@ -213,6 +230,8 @@ impl<'a> Postcopy<'a> {
 
     /// The operator gave the guest up. The source, which may still hold pages, hears of it when it asks.
     fn discarded(&mut self) -> Failed {
+        // The answer is `Ended` and not `NotHere`: the guest has run here, so the copy at the
+        // source is old and must not resume.
         self.guest.discard();
         let detail = "an operator decided that the guest does not run at the destination";
         Failed::Unheard(Refusal::new("resolved", detail), ToSource::Ended)

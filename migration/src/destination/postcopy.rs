@@ -62,6 +62,8 @@ impl PostcopyReceiver {
             block.ram.refuse_huge_pages()?;
             // Also pages that were never written here: a neighbour that was may have brought the whole
             // huge page, and what is there already is not missed.
+            // Before the registration: with UFFD_FEATURE_EVENT_REMOVE a discard of registered
+            // memory blocks until the event is read, and no thread reads yet.
             for (first, pages) in missing.snapshot().runs() {
                 block.ram.discard(first * PAGE, pages * PAGE)?;
             }
@@ -83,6 +85,8 @@ impl PostcopyReceiver {
     pub(super) fn watch(&self, progress: &Progress) {
         let mut later = Vec::new();
         while self.is_whole() {
+            // A page in `later` has a thread waiting for it, so the loop must not sleep until the
+            // next event.
             let look = if later.is_empty() { LOOK } else { AGAIN };
             let faults = match self.faults.wait(look) {
                 Ok(faults) => faults,
@@ -104,6 +108,9 @@ impl PostcopyReceiver {
                     }
                 }
             }
+            // After all events of this turn: UFFDIO_ZEROPAGE fails with EAGAIN until a pending
+            // removal is read. A page that has content by now is safe: the call fails with EEXIST,
+            // and `zero` only wakes the thread.
             later.retain(|(block, page)| match self.faults.zero(*block, *page) {
                 // Memory is being given back, which waits for us to hear of it.
                 Err(error) if error.kind() == ErrorKind::WouldBlock => true,
@@ -118,6 +125,8 @@ impl PostcopyReceiver {
                 return;
             }
             let is_late = |since: &Instant| since.elapsed() > self.patience;
+            // This has no effect once the guest runs here: `give_up` leaves the stage `Started`
+            // alone.
             if self.waited.lock().values().any(is_late) {
                 self.give_up();
             }
@@ -127,6 +136,8 @@ impl PostcopyReceiver {
 
     fn turn(&self, from: Stage, to: Stage) -> bool {
         let (from, to) = (from as u8, to as u8);
+        // Not a plain store: `start` and `give_up` race on different threads. If both succeeded,
+        // the guest would run on zeros in place of its pages.
         let turned = self
             .stage
             .compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire);
@@ -143,6 +154,8 @@ impl PostcopyReceiver {
         if !self.turn(Stage::Before, Stage::Over) {
             return;
         }
+        // Only after the stage has changed. The threads that this wakes find zeros, and `load` has
+        // to see that their result is worthless.
         if let Err(error) = self.faults.end() {
             tracing::error!(%error, "missing pages cannot be given up");
         }
@@ -168,7 +181,9 @@ impl PostcopyReceiver {
         if !self.is_missing(block, page) {
             return false;
         }
+        // Several threads may wait for one page. The latency counts from the first.
         waited.entry((block, page)).or_insert_with(Instant::now);
+        // The request may block on the socket, and `fill` needs this lock to bring pages.
         drop(waited);
         self.ask_for(block, page);
         true
@@ -181,6 +196,8 @@ impl PostcopyReceiver {
             return Vec::new();
         };
         let mut waited = self.waited.lock();
+        // The source still has old content for these pages. As they are no longer missing, `fill`
+        // drops it; a thread that waits gets zeros, as after any discard.
         let removed = (first..first.saturating_add(pages)).filter(|page| missing.take_page(*page));
         removed
             .filter(|page| waited.remove(&(block, *page)).is_some())
@@ -189,6 +206,7 @@ impl PostcopyReceiver {
     }
 
     fn ask_for(&self, block: usize, page: usize) {
+        // The lock covers the write: `watch` and `connect` must not interleave their frames.
         let mut ask = self.ask.lock();
         let Some(stream) = &mut *ask else { return };
         let body = pages::encode_fault(block as u32, page as u64);
@@ -213,6 +231,8 @@ impl PostcopyReceiver {
             return Ok(());
         }
         for (page, data) in came.pages() {
+            // A page can come twice, over a lost connection and its successor. The guest may also
+            // have given it back: filling it would restore old content.
             if !missing.is_dirty(page * PAGE) || !admitted(page, data) {
                 continue;
             }
@@ -220,6 +240,8 @@ impl PostcopyReceiver {
                 Some(data) => self.faults.fill(came.block, page, data),
                 None => self.faults.zero(came.block, page),
             };
+            // No lock is held in this loop: the watch thread has to read the removal, and takes
+            // `waited` for it.
             loop {
                 match fill() {
                     // Memory is being given back, of which the watch is to hear.
@@ -254,6 +276,7 @@ impl PostcopyReceiver {
 
     /// Bits of what is missing, in pieces: block, first page, words.
     pub(super) fn still_missing(&self) -> Vec<(u32, u64, Vec<u64>)> {
+        // 32 KiB of bits, far below the 1 MiB that a control frame may have.
         const WORDS: usize = 4096;
         let mut all = Vec::new();
         for (block, missing) in (0..).zip(&self.missing) {
@@ -274,7 +297,10 @@ impl PostcopyReceiver {
 
     /// There is one again: what is waited for is asked for again.
     pub(super) fn connect(&self, ask: Box<dyn Stream>) {
+        // The stream comes first. A fault between these two lines is asked for twice, which is
+        // harmless; in the other order it would never be asked for.
         *self.ask.lock() = Some(ask);
+        // A copy, so that the socket is not written under a lock that `fill` needs.
         let waited: Vec<_> = self.waited.lock().keys().copied().collect();
         for (block, page) in waited {
             self.ask_for(block, page);
@@ -332,6 +358,7 @@ mod tests {
             name: "ram".to_owned(),
             ram: Arc::clone(&ram),
         }];
+        // Nothing is missing, so every fault takes the path through `later`.
         let missing = vec![DirtyBitmap::new(ram.len())];
         let patience = Duration::from_secs(10);
         let receiver = PostcopyReceiver::new(&blocks, missing, Box::new(near), patience).unwrap();
@@ -429,6 +456,8 @@ mod tests {
                 reader.slice(page * PAGE, 1).unwrap().copy_to(&mut byte[..]);
                 byte[0]
             });
+            // If a huge page had brought this page along, the read would raise no fault, and the
+            // wait would return nothing.
             let faults = receiver.faults.wait(patience).unwrap();
             assert_eq!(faults, [Fault::Missing(0, page)]);
             receiver.faults.fill(0, page, &[3; PAGE]).unwrap();

@@ -51,12 +51,15 @@ impl<'a> Preparing<'a> {
             ..
         } = self.offered;
         session.progress.enter(Phase::Preparing);
+        // Before the host builds the machine, which can take long: a cancel has to reach this
+        // connection meanwhile.
         let adopted = session.adopt(control.stream).map_err(NotPrepared::Failed);
         let mut control = adopted?;
         let made = session.host.prepare(id, &offer, files);
         let agreed = made.and_then(|mut target| match agree(session, id, &offer, &*target) {
             Ok(journal) => Ok((target, journal)),
             Err(why) => {
+                // No `Guest` owns the machine yet, so nothing else would end it.
                 target.discard();
                 Err(why)
             }
@@ -69,6 +72,8 @@ impl<'a> Preparing<'a> {
                 return Err(NotPrepared::Refused(why));
             }
         };
+        // The number comes from the peer. With 0 channels no page could come, and each one costs a
+        // thread.
         let connections = offer.connections.clamp(1, MAX_CONNECTIONS);
         let progress = session.progress.clone();
         let channels = Channels::new(target.blocks(), connections, offer.verify, progress);
@@ -87,6 +92,7 @@ impl<'a> Preparing<'a> {
         if let Err(error) = control.send(&prepared) {
             guest.record_aborted();
             drop(guest);
+            // While the slots are open, the router refuses every other offer as `busy`.
             session.router.close();
             return Err(NotPrepared::Failed(error.into()));
         }
@@ -131,10 +137,13 @@ fn agree(
         .iter()
         .map(|block| (block.name.clone(), block.size))
         .collect();
+    // Frames name a block by its index, so the order has to agree as well as the names and sizes.
     if here != there {
         let detail = format!("the guest's memory is {there:?} at the source, and {here:?} here");
         return Err(Refusal::new("memory-differs", detail));
     }
+    // Only now, so that a refused offer leaves no file behind; and before `Prepared`, so that a
+    // host which restarts can answer for every migration that it accepted.
     let mut journal = session.host.journal(id, &offer.vm).map_err(unwritable)?;
     journal.record(Step::Prepare).map_err(unwritable)?;
     Ok(journal)

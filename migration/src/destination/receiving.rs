@@ -51,6 +51,7 @@ impl<'a> Guest<'a> {
 
     /// The guest does not come: ends its machine before the source hears of it.
     pub(super) fn discard(&mut self) {
+        // At most once: failures end the machine before they answer the source, and `drop` follows.
         if !std::mem::replace(&mut self.is_kept, true) {
             self.target.discard();
         }
@@ -112,6 +113,7 @@ impl<'a> Receiving<'a> {
     /// Finds the reason why connections ended: a cancel here, or what the source says of it.
     fn explain(&mut self, error: MigrationError) -> MigrationError {
         match error {
+            // First, because a cancel closes connections: any error below may be its consequence.
             _ if self.guest.session.decision.is_canceled() => MigrationError::Canceled,
             MigrationError::Wire(error) => match self.last_words() {
                 Some(why) => MigrationError::There(why),
@@ -125,6 +127,8 @@ impl<'a> Receiving<'a> {
     /// pages sends an `Abort` right behind that.
     fn last_words(&mut self) -> Option<Refusal> {
         let patience = self.guest.session.patience / ATTEMPTS;
+        // The migration has failed already. A silent source must not delay the report by a whole
+        // `patience` more.
         self.control.stream.set_patience(patience).ok()?;
         // A source that sends anything else for ever is cut off.
         for _ in 0..ATTEMPTS {
@@ -157,11 +161,15 @@ impl<'a> Receiving<'a> {
                         bytes = report.sent_bytes,
                         "migration: a round arrived"
                     );
+                    // The source sends nothing of the next round before this answer. A page may
+                    // then come over another channel, where no older copy can arrive behind it.
                     self.control.send(&ToSource::RoundDone(round))?;
                 }
                 ToDestination::Guess => {
                     let state = self.control.recv_state()?;
                     let start = Instant::now();
+                    // The guest still runs at the source. A state that this host cannot load should
+                    // fail here, where it costs no downtime.
                     let loaded = self.guest.target.dry_run(&state);
                     loaded.map_err(MigrationError::Here)?;
                     let us = micros(start.elapsed());
@@ -184,9 +192,13 @@ impl<'a> Receiving<'a> {
         paused: bool,
     ) -> Result<(Instant, bool, u64), MigrationError> {
         let session = self.guest.session;
+        // `Commit` brings the time that the source measured. This one is for an operator who
+        // decides while the source is lost.
         let since = Instant::now();
         session.progress.enter(Phase::Stopped);
         let state = self.control.recv_state()?;
+        // Devices read guest memory in `load`, so the last round has to be complete. Also no RAM
+        // thread may write to memory plainly once `expect_postcopy` registers it with userfaultfd.
         self.guest.wait_round(round, &mut self.control)?;
         self.guest.channels.memory.check_all_compared()?;
         let start = Instant::now();
@@ -207,6 +219,7 @@ impl<'a> Receiving<'a> {
         if !session.decision.commit() {
             return Err(MigrationError::Canceled);
         }
+        // On disk before `Ready` is sent: the source may commit as soon as it hears that.
         let written = self.guest.journal.record(Step::Ready);
         written.map_err(|error| MigrationError::here("journal", error))?;
         tracing::info!(
@@ -254,6 +267,8 @@ impl<'a> Receiving<'a> {
         let missing = std::mem::take(&mut *memory.missing.lock());
         let receiver = PostcopyReceiver::new(&memory.blocks, missing, ask, patience)
             .map_err(|error| MigrationError::here("no-postcopy", error))?;
+        // From here on the RAM threads fill pages through userfaultfd. The watch thread may start
+        // later: until it reads, faults queue in the descriptor.
         if memory.receiver.set(receiver).is_ok() {
             guest.channels.watch_faults()?;
         }
@@ -266,6 +281,8 @@ impl Guest<'_> {
     /// it has given these channels up.
     pub(super) fn wait_channels(&mut self) -> Result<Option<Control>, MigrationError> {
         let patience = self.session.patience;
+        // One limit for all channels together: a source must not extend it by one channel at a
+        // time.
         let deadline = Instant::now() + patience;
         while !self.channels.are_connected() {
             let again = self.take_arrivals(patience / POLLS)?;
@@ -289,6 +306,8 @@ impl Guest<'_> {
     ) -> Result<Option<Control>, MigrationError> {
         let mut wait = patience;
         while let Some(arrived) = self.session.router.next(wait) {
+            // Only the first wait blocks. A flow of connections must not keep the caller from its
+            // deadline.
             wait = std::time::Duration::ZERO;
             match arrived {
                 Arrived::Ram(index, stream) => {
@@ -323,9 +342,13 @@ impl Guest<'_> {
             if now != last {
                 (last, since) = (now, Instant::now());
             }
+            // RAM channels have a read timeout of an hour, so this is where a stalled one is
+            // noticed.
             if since.elapsed() > patience {
                 return Err(WireError::Silent.into());
             }
+            // Pings are not answered during this wait. Without a sign of life the source would give
+            // up after its own `patience`.
             if told.elapsed() > patience / KEEPALIVES {
                 told = Instant::now();
                 control.send(&ToSource::Busy)?;

@@ -130,6 +130,7 @@ impl Slots {
             },
             Channel::Faults => self.faults.put(stream),
             Channel::Again if self.may_ask => {
+                // The older connection, if any, is dropped here, which closes it.
                 self.again = Some(stream);
                 Ok(())
             }
@@ -138,6 +139,7 @@ impl Slots {
     }
 
     fn take(&mut self) -> Option<Arrived> {
+        // First: a source that asks anew has given up the channels that it made before.
         if let Some(stream) = self.again.take() {
             return Some(Arrived::Again(stream));
         }
@@ -216,6 +218,8 @@ impl<'a> Router<'a> {
                 Ok(None) => continue,
                 Err(error) if is_passing(&error) => {
                     tracing::warn!(%error, "a connection cannot be accepted now");
+                    // The connection stays in the backlog, so the next `accept` would fail at once,
+                    // too.
                     thread::sleep(tick);
                     continue;
                 }
@@ -241,6 +245,7 @@ impl<'a> Router<'a> {
                     router.report_stranger(&why);
                 }
             };
+            // On failure the closure is dropped with its `Place`, which frees the slot.
             if let Err(error) = thread::Builder::new().spawn_scoped(scope, greeting) {
                 tracing::warn!(%error, "a connection cannot be served now");
             }
@@ -255,6 +260,7 @@ impl<'a> Router<'a> {
         let mut table = self.table.lock();
         for late in table.pending.iter_mut().filter(|one| one.until < now) {
             late.closer.close();
+            // A queued offer has no thread that could notice the close. Its place is freed below.
             if late.stage == Stage::Greeting {
                 late.stage = Stage::Closed;
             }
@@ -276,6 +282,8 @@ impl<'a> Router<'a> {
         let mut table = self.table.lock();
         loop {
             let ours = table.pending.len();
+            // Other endpoints count under their own locks, so two can pass this check at once. The
+            // limit of all may be exceeded by a few.
             let all = self.limit.0.load(Ordering::Acquire);
             let is_full = ours >= MAX_PENDING || (ours >= GUARANTEED && all >= MAX_PENDING_IN_ALL);
             if table.is_over {
@@ -296,10 +304,13 @@ impl<'a> Router<'a> {
                     oldest.closer.close();
                     evicted += 1;
                 }
+                // Queued offers hold all places. They come from sources, and a newcomer may be
+                // anything.
                 if evicted == 0 {
                     return false;
                 }
             }
+            // This releases the lock, which the evicted threads need to free their places.
             self.changed.wait_for(&mut table, tick);
         }
         self.limit.0.fetch_add(1, Ordering::AcqRel);
@@ -336,6 +347,8 @@ impl<'a> Router<'a> {
     }
 
     fn greet(&self, number: u64, mut stream: Box<dyn Stream>) -> Result<(), MigrationError> {
+        // This limits a single read. A peer that sends one byte at a time passes it, and
+        // `keep_time` ends that one.
         let set = stream.set_patience(HELLO_LIMIT);
         set.map_err(WireError::from)?;
         let hello = message::recv_hello(&mut *stream)?;
@@ -410,6 +423,7 @@ impl<'a> Router<'a> {
         if table.slots.is_some() || table.offers.len() >= MAX_OFFERS {
             return Some(offered);
         }
+        // `keep_time` or `admit` may have closed the connection while its thread read the offer.
         let mut pending = table.pending.iter_mut();
         let own = pending.find(|one| one.number == offered.number && one.stage == Stage::Greeting);
         let Some(own) = own else {
@@ -428,6 +442,8 @@ impl<'a> Router<'a> {
         let rejected = match &mut table.slots {
             Some(slots) if slots.id == id => slots.put(channel, stream).err(),
             _ => {
+                // An answer can block on a peer that does not read. It must not hold the lock that
+                // `accept` and all other connections need.
                 drop(table);
                 match channel {
                     Channel::Again => self.answer_query(id, stream),
@@ -451,6 +467,7 @@ impl<'a> Router<'a> {
                 "never-ran",
                 "the destination lost the guest before it ran",
             )),
+            // No guess: `NotHere` would let the source resume a guest that may have run here.
             Fate::Unknown => ToSource::Refused(Refusal::new(
                 "unknown-migration",
                 format!("the destination cannot tell the outcome of migration {id}"),
@@ -493,6 +510,7 @@ impl<'a> Router<'a> {
             again: None,
             may_ask: false,
         });
+        // Taken out before `forget`, which would drop them without an answer.
         let offers = std::mem::take(&mut table.offers);
         self.forget(&mut table, |one| one.stage == Stage::Queued);
         drop(table);
@@ -542,6 +560,8 @@ impl<'a> Router<'a> {
     pub(super) fn end(&self) {
         let mut table = self.table.lock();
         table.is_over = true;
+        // The threads of these connections end on the closed sockets, and the scope in `receive`
+        // can join them.
         for pending in &mut table.pending {
             pending.closer.close();
         }

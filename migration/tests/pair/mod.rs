@@ -210,6 +210,7 @@ impl Dialer {
 
     /// Ends all connections, and lets none be made until the way is mended.
     pub(crate) fn cut(&self) {
+        // Before the connections close: a side that reconnects at once must not get through.
         self.is_cut.store(true, Ordering::SeqCst);
         for stream in self.open.lock().unwrap().drain(..) {
             // It may have ended.
@@ -228,6 +229,7 @@ impl Dial for Dialer {
             return Err(io::ErrorKind::ConnectionRefused.into());
         }
         let (near, far) = UnixStream::pair()?;
+        // A duplicate of the descriptor, so that `cut` can shut down a stream that the engine owns.
         self.open.lock().unwrap().push(near.try_clone()?);
         let sent = self.to.lock().unwrap().send(far);
         sent.map_err(|_| io::ErrorKind::ConnectionRefused)?;
