@@ -68,6 +68,8 @@ fn difference<T: Clone + PartialEq, K: Ord>(
                 olds.next();
                 news.next();
             }
+            // Equal keys with unequal items are a range that changed in place. The old one is
+            // removed, and the next turn adds the new one.
             (Some(o), n) if n.is_none_or(|n| key(o) <= key(n)) => {
                 removed.push((*o).clone());
                 olds.next();

@@ -71,6 +71,9 @@ impl DirtyBitmap {
             let to = (last - index * BITS).min(BITS - 1);
             let bits = u64::MAX << from & u64::MAX >> (BITS - 1 - to);
             if let Some(word) = self.words.get(index) {
+                // Release pairs with the Acquire in `take`: the sender that takes the bit also sees
+                // the bytes. Writers mark after they write. Marked earlier, a page could be taken
+                // and sent with its old bytes, and the new ones would never follow.
                 word.fetch_or(bits, Ordering::Release);
             }
         }
@@ -82,6 +85,8 @@ impl DirtyBitmap {
         let (word, shift) = (first_page / BITS, first_page % BITS);
         for (i, &bits) in bits.iter().enumerate().filter(|(_, bits)| **bits != 0) {
             self.set_word(word + i, bits << shift);
+            // The log of a memslot need not start at a multiple of 64 pages of the block. A shift
+            // by 64 overflows, so the aligned case must skip the second word.
             if shift != 0 {
                 self.set_word(word + i + 1, bits >> (BITS - shift));
             }
@@ -89,6 +94,8 @@ impl DirtyBitmap {
     }
 
     fn set_word(&self, index: usize, bits: u64) {
+        // A log has whole words, a block need not. A bit past the block's end would make `count`
+        // too high, and the sender would look for a page that does not exist.
         let bits = bits & self.valid(index);
         if bits != 0
             && let Some(word) = self.words.get(index)
@@ -138,6 +145,8 @@ impl DirtyBitmap {
         let words = self
             .words
             .iter()
+            // Load first: most words are 0 in a late round. A swap would take each cache line away
+            // from the writers. A bit that appears after the load stays for the next harvest.
             .map(|word| match word.load(Ordering::Relaxed) {
                 0 => 0,
                 _ => word.swap(0, Ordering::AcqRel),
@@ -152,6 +161,8 @@ impl DirtyBitmap {
     pub fn take_page(&self, page: usize) -> bool {
         let bit = 1 << (page % BITS);
         let word = self.words.get(page / BITS);
+        // Two threads may want the same page. The old value of the bit gives it to exactly one of
+        // them.
         word.is_some_and(|word| word.fetch_and(!bit, Ordering::AcqRel) & bit != 0)
     }
 
@@ -166,6 +177,7 @@ impl DirtyBitmap {
 
     /// Puts back marks that were [taken](Self::take), because the pages could not be sent.
     pub fn put_back(&self, pages: &DirtyPages) {
+        // Merge and do not store: writers may have marked other pages since the take.
         self.merge(0, &pages.words);
     }
 }
@@ -228,6 +240,8 @@ impl Runs<'_> {
         let mut index = from / BITS;
         let mut keep = u64::MAX << (from % BITS);
         while let Some(&word) = self.words.get(index) {
+            // In a `let` the whole `if` is the left operand, so `keep` masks both cases. It hides
+            // the pages before `from`, and only in the first word.
             let word = if set { word } else { !word } & keep;
             if word != 0 {
                 return index * BITS + word.trailing_zeros() as usize;
@@ -247,6 +261,7 @@ impl Iterator for Runs<'_> {
         if first == self.words.len() * BITS {
             return None;
         }
+        // Bits past the block's end are never set, so a run ends with the block at the latest.
         self.at = self.seek(first, false);
         Some((first, self.at - first))
     }

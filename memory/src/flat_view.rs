@@ -84,6 +84,9 @@ pub struct FlatIoEventFd {
 
 impl FlatIoEventFd {
     pub(crate) fn key(&self) -> (u64, u8, Option<u64>, usize) {
+        // The descriptor is part of the key: if only it changes, the listener must still register
+        // the doorbell again. Its pointer is unique, for both views that are compared own their
+        // descriptors.
         (
             self.addr,
             self.width,
@@ -188,6 +191,8 @@ impl FlatView {
             return Ok(0);
         };
         let mut freed = 0;
+        // Each range rounds inwards to whole pages of its own block. A page that only partly
+        // belongs to a range stays, because its other part may be in use.
         for ram in self.ram.iter().filter(|ram| ram.first() <= wanted.last()) {
             if let Some(part) = ram.range().intersection(wanted) {
                 freed += ram.discard(part)?;

@@ -178,6 +178,8 @@ impl GuestMemoryRegion for RamRange {
         offset: MemoryRegionAddress,
         count: usize,
     ) -> GuestMemoryResult<VolatileSlice<'_, DirtySlice<'_>>> {
+        // Check against the range as well: the block may continue behind it with bytes that the
+        // guest does not see at these addresses.
         let end = offset
             .0
             .checked_add(count as u64)

@@ -27,6 +27,7 @@ pub(crate) fn free(page: u64) -> Option<u64> {
     };
     // Pages beyond the pool's size that the host may add when they are asked for.
     let surplus = count("nr_overcommit_hugepages")?.saturating_sub(count("surplus_hugepages")?);
+    // The kernel counts a reserved page as free until it is touched.
     let free = count("free_hugepages")?.saturating_sub(count("resv_hugepages")?);
     Some(free.saturating_add(surplus))
 }

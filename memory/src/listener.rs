@@ -63,6 +63,8 @@ impl Subscription {
     pub(crate) fn enter(self: &Arc<Self>) -> Option<Entered> {
         let mut state = self.state.lock();
         let listener = state.listener.clone().filter(|_| !state.closed)?;
+        // One slot is enough: a commit borrows the topology mutably, so a subscription is in one
+        // commit at a time.
         state.committing = Some(thread::current().id());
         Some(Entered {
             listener: Some(listener),
@@ -77,9 +79,13 @@ impl Subscription {
     fn close(&self) {
         let mut state = self.state.lock();
         state.closed = true;
+        // The callback itself dropped the handle. This thread would wait for its own commit to end,
+        // which is a deadlock. `Entered::drop` completes the close instead.
         if state.committing == Some(thread::current().id()) {
             return;
         }
+        // `closed` is set already and keeps later commits out, so this waits for one commit at
+        // most.
         while state.committing.is_some() {
             self.left.wait(&mut state);
         }
@@ -108,6 +114,8 @@ impl Drop for Entered {
         self.listener = None;
         let mut state = self.subscription.state.lock();
         state.committing = None;
+        // If `close` ran on this thread, it left the listener here for us to drop. If it waits on
+        // another thread, either side may take the listener: the lock makes sure that one does.
         let ended = if state.closed {
             state.listener.take()
         } else {
@@ -115,6 +123,7 @@ impl Drop for Entered {
         };
         self.subscription.left.notify_all();
         drop(state);
+        // Outside the lock, as in `close`.
         drop(ended);
     }
 }

@@ -105,9 +105,14 @@ impl Registered {
                 first_lost: AtomicU64::new(u64::MAX),
                 next: ENTRIES.load(Ordering::Relaxed),
             }));
+            // Release: the handler may find the entry on another thread at once, and must see its
+            // fields. `REGISTRATION` makes this the only writer, so a plain store is enough.
             ENTRIES.store(entry, Ordering::Release);
             entry
         });
+        // No fault reaches this entry while `len` is `FREE`, so these stores may be relaxed.
+        // `change` comes last and publishes them: the state of the former block must not show up in
+        // this one.
         entry.pages.store(Pages::There as u8, Ordering::Relaxed);
         entry.faults.store(0, Ordering::Relaxed);
         entry.first_lost.store(u64::MAX, Ordering::Relaxed);
@@ -135,6 +140,8 @@ impl Drop for Registered {
 impl Entry {
     /// The caller holds `REGISTRATION`.
     fn change(&self, start: usize, len: usize, page: usize) {
+        // SeqCst throughout: with weaker orderings a sequence lock needs fences of its own.
+        // Registrations are rare, and so are faults.
         self.sequence.fetch_add(1, Ordering::SeqCst);
         self.start.store(start, Ordering::SeqCst);
         self.len.store(len, Ordering::SeqCst);
@@ -163,7 +170,10 @@ impl Entry {
         let Some(offset) = addr.checked_sub(start).filter(|offset| *offset < len) else {
             return false;
         };
+        // Round down to the block's page size: MAP_FIXED cannot replace a part of a huge page.
         let offset = offset - offset % page;
+        // As soon as the zeros are mapped, other threads read them without a fault. They must find
+        // the mark by then.
         self.pages.store(Pages::Lost as u8, Ordering::SeqCst);
         let _ = self.first_lost.compare_exchange(
             u64::MAX,
@@ -171,10 +181,14 @@ impl Entry {
             Ordering::SeqCst,
             Ordering::SeqCst,
         );
+        // Replacing the whole block also drops pages that are intact. The VM ends anyway, while the
+        // limit on mappings (vm.max_map_count) is shared by all VMs of this process.
         let (at, bytes) = match self.faults.fetch_add(1, Ordering::SeqCst) {
             ..PAGE_BY_PAGE => (start + offset, page),
             _ => (start, len),
         };
+        // MAP_FIXED swaps the pages in one step. With `munmap` first, another thread could fault in
+        // the hole, or get these addresses for a mapping of its own.
         // SAFETY: whole pages of a mapping that belongs to a RAM block. All access to guest RAM is
         // volatile, and made for memory that others change at any time.
         let mapped = unsafe {
@@ -204,6 +218,7 @@ fn install() -> io::Result<()> {
     if PREVIOUS.get().is_some() {
         return Ok(());
     }
+    // Checked apart from `PREVIOUS`: if `sigaction` failed the last time, the thread runs already.
     if WAKE.load(Ordering::Acquire) < 0 {
         let event = EventFd::new(libc::EFD_CLOEXEC)?;
         let fd = event.as_raw_fd();
@@ -282,6 +297,8 @@ extern "C" fn handle(signal: i32, info: *mut libc::siginfo_t, context: *mut libc
 }
 
 fn tell_watchers() {
+    // Hold the lock during the calls: a watcher that was dropped is then never called afterwards.
+    // In turn `tell` must not drop a `LostWatch` or call `on_lost`, which take the same lock.
     for watcher in &mut *WATCHERS.lock() {
         let lost = watcher.entry.first_lost.load(Ordering::Acquire);
         if lost != u64::MAX
@@ -316,6 +333,8 @@ impl RamBlock {
             entry: self.registered().entry,
             tell: Some(Box::new(tell)),
         });
+        // The block may have been lost before the watcher was in the list, and that wake-up is
+        // over.
         wake();
         LostWatch {
             id,

@@ -171,6 +171,7 @@ impl RamBlock {
             Some(size) => return Err(RamError::HugePage(size)),
         };
         let size = config.size;
+        // Offsets into one allocation must fit an `isize`, or pointer arithmetic is undefined.
         let len = usize::try_from(size)
             .ok()
             .filter(|len| {
@@ -188,6 +189,8 @@ impl RamBlock {
             }
         };
 
+        // The kernel takes log2 of the page size in the upper bits of the flags. MFD_HUGE_SHIFT
+        // equals MAP_HUGE_SHIFT, so one value serves `memfd_create` and `mmap`.
         let huge = config
             .hugepage_size
             .map_or(0, |size| size.trailing_zeros() << libc::MAP_HUGE_SHIFT);
@@ -202,6 +205,8 @@ impl RamBlock {
         } else {
             None
         };
+        // A memfd of huge pages fixes the page size of its mappings, so only anonymous memory needs
+        // MAP_HUGETLB.
         let mut flags = match (&fd, config.hugepage_size) {
             (Some(_), _) => libc::MAP_SHARED,
             (None, None) => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
@@ -236,6 +241,7 @@ impl RamBlock {
         let host = NonNull::new(host.cast::<u8>())
             .ok_or_else(|| host_error("map")(io::Error::from(io::ErrorKind::InvalidData)))?;
         let registered = Registered::new(host.as_ptr(), len, page_size).map_err(|error| {
+            // There is no `RamBlock` yet whose drop would unmap.
             // SAFETY: the mapping was just made, and is not used yet.
             unsafe { libc::munmap(host.as_ptr().cast(), len) };
             host_error("watch")(error)
@@ -266,6 +272,9 @@ impl RamBlock {
         }
         // A core dump of the VMM is not the place for the guest's memory.
         let _ = block.advise(libc::MADV_DONTDUMP);
+        // Populate after the advice: memory that is touched before it gets small pages.
+        // MADV_POPULATE_WRITE reports a lack of memory now. MAP_POPULATE would ignore it, and the
+        // guest would meet it later.
         if config.prefault {
             block
                 .advise(libc::MADV_POPULATE_WRITE)
@@ -310,12 +319,16 @@ impl RamBlock {
     /// When the host refuses.
     pub fn discard(&self, offset: usize, len: usize) -> io::Result<u64> {
         let page = usize::try_from(self.page_size).unwrap_or(usize::MAX);
+        // Round inwards: a page of which only a part was named still holds data of the guest.
         let end = offset.saturating_add(len).min(self.len);
         let first = offset.checked_next_multiple_of(page).unwrap_or(end);
         let last = end - end % page;
         let Some(len) = last.checked_sub(first).filter(|len| *len > 0) else {
             return Ok(0);
         };
+        // On shared memory MADV_DONTNEED drops only this process's page table entries: the memfd
+        // keeps the pages. MADV_REMOVE punches a hole into the file, which the seals permit: they
+        // fix its size only. Private anonymous memory has no file, and MADV_REMOVE fails there.
         let advice = match &self.fd {
             Some(_) => libc::MADV_REMOVE,
             None => libc::MADV_DONTNEED,
@@ -326,6 +339,8 @@ impl RamBlock {
         if refused != 0 {
             return Err(io::Error::last_os_error());
         }
+        // Mark after the host has taken the pages: a sender that took the marks earlier would read
+        // the old bytes and never send the zeros.
         self.dirty.mark(first, len);
         Ok(len as u64)
     }
@@ -387,6 +402,8 @@ impl RamBlock {
 
     pub(crate) fn turn(&self, from: Pages, to: Pages) {
         let (from, to) = (from as u8, to as u8);
+        // Compare and exchange: the SIGBUS handler may store `Lost` at any time, and no other state
+        // may replace that one.
         // Otherwise it is as it was.
         let _ =
             self.registered
@@ -423,12 +440,14 @@ fn memfd(huge: Option<u32>, size: u64) -> io::Result<File> {
     }
     // SAFETY: a new descriptor without another owner.
     let file = unsafe { File::from_raw_fd(fd) };
+    // Set the size before the seals: F_SEAL_GROW forbids it afterwards.
     file.set_len(size)?;
     #[cfg(any(test, feature = "testing"))]
     if crate::lost::testing::is_unsealed() {
         return Ok(file);
     }
     // A process that receives the file can rely on its size.
+    // F_SEAL_SEAL keeps a receiver from adding seals, such as one that forbids writable mappings.
     let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
     // SAFETY: takes a number.
     if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } < 0 {

@@ -189,6 +189,8 @@ impl Arena {
                 index
             }
         };
+        // Save the slot before it leaves the free list and gets its region: an undo must find it
+        // empty.
         self.remember(index);
         self.free.pop();
         let slot = &mut self.slots[index as usize];
@@ -220,6 +222,8 @@ impl Arena {
 
     /// The regions that the open transaction has edited.
     pub(crate) fn touched(&self) -> impl Iterator<Item = RegionId> {
+        // A destroyed region is left out. If it was visible, `unplace` edited its container, and
+        // that one is listed.
         self.undo.keys().filter_map(|&index| {
             let slot = &self.slots[index as usize];
             slot.region.as_ref().map(|_| RegionId {
@@ -236,10 +240,14 @@ impl Arena {
 
     /// Puts everything back as it was when the transaction was opened.
     pub(crate) fn undo(&mut self) {
+        // This restores the generations, too. An id that only the undone transaction has seen may
+        // thus come up again, which is safe: no view was published with it.
         let undo = std::mem::take(&mut self.undo);
         for (index, slot) in undo {
             self.slots[index as usize] = slot;
         }
+        // The undo log holds slots only, so the free list is computed anew. Slots that the
+        // transaction added remain, as free ones.
         self.free = (0..)
             .zip(&self.slots)
             .filter(|(_, slot)| slot.region.is_none() && slot.generation < u32::MAX)

@@ -28,8 +28,12 @@ pub(crate) fn render(arena: &Arena, root: RegionId) -> Result<Rendered, CommitEr
     };
     canvas.paint(root, 0, AddrRange::ALL, 0)?;
     let mut ioeventfds = canvas.ioeventfds;
+    // `ViewChange` compares doorbells in one merge by this key. In the order of the tree walk, a
+    // doorbell that did not change could count as removed and added.
     ioeventfds.sort_by_key(FlatIoEventFd::key);
     Ok(Rendered {
+        // Two aliases side by side can show neighbouring parts of one region. As one range they
+        // need one memslot, and a lookup or a `RingWindow` may cross the seam.
         ranges: merged(canvas.painted.into_values()),
         ioeventfds,
     })
@@ -69,6 +73,8 @@ impl Canvas<'_> {
         clip: AddrRange,
         depth: usize,
     ) -> Result<(), CommitError> {
+        // Count before the early returns below: a hidden or clipped region paints nothing, but its
+        // visit costs time as well.
         self.visits += 1;
         if self.visits > limits::VISITS {
             return Err(CommitError::Render("aliases make it too large"));
@@ -84,6 +90,8 @@ impl Canvas<'_> {
         };
         match &region.kind {
             Kind::Container => {
+                // The children are front to back. Each subtree paints all of its ranges before the
+                // next sibling starts. That keeps priorities local to their container, as in QEMU.
                 for &child in &region.children {
                     if let Ok(Region {
                         place: Some(place), ..
@@ -94,6 +102,9 @@ impl Canvas<'_> {
                 }
             }
             Kind::Alias { target, offset } => {
+                // The target's byte `offset` must land on `base`, so that its offset 0 lies before
+                // `base`. Where the target is placed itself plays no role: an alias shows it
+                // independently.
                 self.paint(*target, base - i128::from(*offset), seen, depth + 1)?;
             }
             Kind::Ram(slice) => self.fill(id, base, seen, |at| Target::Ram(moved(slice, at))),
@@ -138,9 +149,13 @@ impl Canvas<'_> {
             let Some(addr) = flat.range.first().checked_add(from_start) else {
                 continue;
             };
+            // Width 0 matches writes of every width at this one address.
             let Some(bytes) = AddrRange::new(addr, u64::from(doorbell.width.max(1))) else {
                 continue;
             };
+            // KVM matches a doorbell by its address and never asks which region is in front. If a
+            // region in front hides part of the doorbell, KVM would take writes that belong to that
+            // region.
             if flat.range.covers(bytes) {
                 self.ioeventfds.push(FlatIoEventFd {
                     addr,
@@ -153,6 +168,8 @@ impl Canvas<'_> {
     }
 
     fn free_parts(&self, wanted: AddrRange) -> Vec<AddrRange> {
+        // Painted ranges never overlap. So of the ranges that start before `wanted`, only the last
+        // one can reach into it.
         let before = self.painted.range(..wanted.first()).next_back();
         let inside = self.painted.range(wanted.first()..=wanted.last());
         let mut free = Vec::new();
@@ -166,6 +183,8 @@ impl Canvas<'_> {
             {
                 free.push(gap);
             }
+            // `before` may end ahead of `wanted`: `max` keeps the cursor from moving back. `None`
+            // means that the last 64-bit address is taken and nothing can be free behind it.
             next = taken.last().checked_add(1).map(|end| end.max(from));
         }
         free.extend(next.and_then(|from| AddrRange::from_bounds(from, wanted.last())));
@@ -175,6 +194,8 @@ impl Canvas<'_> {
 
 /// The addresses at which a region based at `base` is seen through `clip`.
 fn visible(region: &Region, base: i128, clip: AddrRange) -> Option<AddrRange> {
+    // At most `DEPTH` offsets of 64 bits add up to `base`, so `i128` cannot overflow. The
+    // conversions fail for a region that lies wholly past the last address or before address 0.
     let first = u64::try_from(base.max(0)).ok()?;
     let last = base + i128::from(region.last);
     let last = u64::try_from(last.min(i128::from(u64::MAX))).ok()?;

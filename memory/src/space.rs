@@ -80,6 +80,10 @@ impl AddressSpace {
 
     pub(crate) fn publish(&self, view: Arc<FlatView>) {
         let generation = view.generation();
+        // The view goes first, and Release orders the two stores: a reader that sees the new
+        // generation also finds the new view. In the other order a reader would reload on the new
+        // generation, and still get the old view. Between the stores readers keep the old view, as
+        // if they had read before the commit.
         self.published.view.store(view);
         self.published
             .generation
@@ -109,6 +113,8 @@ impl CachedView {
     /// The view in force.
     #[inline]
     pub fn view(&mut self) -> &Arc<FlatView> {
+        // The view may be newer than the generation while `publish` runs. That costs one more load
+        // at the next call and does no harm.
         if self.view.generation() != self.space.generation() {
             self.view = self.space.memory();
         }
@@ -167,6 +173,8 @@ impl FlatView {
                     },
                     offset,
                 )) => {
+                    // `offset` counts from the start of the region, `ram` from the start of the
+                    // range.
                     ram.read(offset - flat.offset, part);
                 }
                 None => {
@@ -235,6 +243,8 @@ impl FlatView {
                     Some((flat, flat.offset + (at - flat.range.first()))),
                     flat.range.last(),
                 ),
+                // A gap ends where the next range starts. That range starts above `at`, so its
+                // first address is not 0.
                 None => (
                     None,
                     self.ranges()
@@ -242,6 +252,8 @@ impl FlatView {
                         .map_or(u64::MAX, |n| n.range.first() - 1),
                 ),
             };
+            // `last - at + 1` can be 2^64, which no integer here holds: saturate before the
+            // addition overflows.
             let room = usize::try_from(last - at)
                 .unwrap_or(usize::MAX)
                 .saturating_add(1);

@@ -64,6 +64,8 @@ impl Default for Topology {
 impl Drop for Topology {
     fn drop(&mut self) {
         for space in &self.spaces {
+            // A new generation is required: `CachedView` compares only generations, and would keep
+            // the old view and its devices.
             let after = space.reader.generation().saturating_add(1);
             let empty = Rendered {
                 ranges: Vec::new(),
@@ -188,6 +190,8 @@ impl Topology {
     ) -> Result<ListenerHandle, CommitError> {
         self.check()?;
         let space = &mut self.spaces[kind.index()];
+        // Replay before the subscription joins the list: a listener that refuses is not called
+        // again and leaves nothing to undo. `&mut self` keeps a commit from coming in between.
         let replay = ViewChange::between(
             Arc::new(FlatView::empty()),
             Arc::clone(&space.reader.view()),
@@ -195,6 +199,8 @@ impl Topology {
         if !replay.is_empty() {
             listener.prepare(&replay).map_err(CommitError::Refused)?;
             self.stats.listener_calls += 1;
+            // A failure here does not fail the topology: the published view did not change, and the
+            // other listeners agree with it.
             listener
                 .apply(&replay)
                 .map_err(|why| CommitError::Failed(why.to_string()))?;
@@ -219,6 +225,8 @@ impl Topology {
     /// Renders, asks, publishes and tells, for the spaces that `touched` says may have changed.
     pub(crate) fn commit(&mut self, touched: [bool; 2]) -> Result<(), CommitError> {
         self.check()?;
+        // Render every space before asking any listener: a tree that cannot be rendered must change
+        // nothing. An early return drops `changes`, which also leaves each entered subscription.
         let mut changes = Vec::new();
         for (index, space) in self
             .spaces
@@ -228,6 +236,8 @@ impl Topology {
         {
             self.stats.renders += 1;
             let rendered = render(&self.arena, space.root)?;
+            // `self.generation` advances only when all listeners have agreed. A refused commit's
+            // number is used again, which is safe: no view with it was published.
             let new = Arc::new(FlatView::new(self.generation + 1, rendered));
             let change = ViewChange::between(Arc::clone(&space.reader.view()), new);
             if change.is_empty() {
@@ -236,6 +246,9 @@ impl Topology {
             space
                 .subscriptions
                 .retain(|(_, subscription)| !subscription.is_closed());
+            // Enter now and leave when this function returns: dropping a handle on another thread
+            // waits for that. So no listener that agreed in `prepare` misses `apply` because its
+            // handle was dropped.
             let entered: Vec<Entered> = space
                 .subscriptions
                 .iter()
@@ -249,6 +262,9 @@ impl Topology {
         for_each_listener(&changes, |listener, change| listener.prepare(change))
             .map_err(CommitError::Refused)?;
 
+        // From here on the commit cannot be taken back. Publish before `apply`: once a listener has
+        // removed a memslot, a guest access there exits and must find the new view. `changes` holds
+        // the old views until the end, so RAM stays mapped until every listener has let it go.
         self.generation += 1;
         self.stats.commits += 1;
         for (index, change, entered) in &changes {
@@ -256,6 +272,8 @@ impl Topology {
             self.spaces[*index].reader.publish(Arc::clone(&change.new));
         }
         for_each_listener(&changes, |listener, change| listener.apply(change)).map_err(|why| {
+            // The listeners before this one have changed and those after it have not. There is no
+            // call that takes an applied change back, so no further commit can be correct.
             let why = why.to_string();
             self.failed = Some(why.clone());
             CommitError::Failed(why)

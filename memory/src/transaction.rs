@@ -57,6 +57,9 @@ impl<'a> Transaction<'a> {
     pub fn commit(self) -> Result<(), CommitError> {
         let touched = self.touched();
         let result = self.topology.commit(touched);
+        // `Failed` comes after the new view is published. Undoing the edits would then make the
+        // tree differ from the view that readers use. A topology that failed earlier keeps the
+        // edits as well, but never renders again.
         if matches!(result, Ok(()) | Err(CommitError::Failed(_))) {
             self.topology.arena.keep();
         }
@@ -137,8 +140,11 @@ impl<'a> Transaction<'a> {
         offset: u64,
         size: u64,
     ) -> Result<RegionId, TopologyError> {
+        // Check first: an error after `create` would leave a region behind without an owner.
         self.topology.arena.get(target)?;
         let alias = self.create(label.into(), size, Kind::Alias { target, offset })?;
+        // The target has no list of its aliases. The count is what makes `destroy` refuse it, and
+        // what makes a commit render both spaces when it changes.
         self.topology.arena.get_mut(target)?.aliases += 1;
         Ok(alias)
     }
@@ -208,6 +214,8 @@ impl<'a> Transaction<'a> {
         if !matches!(holder.kind, Kind::Container) {
             return Err(TopologyError::NotAContainer(holder.name.to_string()));
         }
+        // `touched` and `Topology::tree` follow containers without a limit: a cycle would never end
+        // there. `alias` needs no such check, because a new alias is in no container yet.
         if self.reaches(region, container, 0) {
             return Err(TopologyError::Cycle(name()));
         }
@@ -220,6 +228,8 @@ impl<'a> Transaction<'a> {
             sequence,
         };
         self.topology.arena.get_mut(region)?.place = Some(place);
+        // The search reads the arena through `self`, so the list leaves the arena for that long.
+        // The strict comparison puts the new region in front of older ones with the same priority.
         let front_to_back: Vec<_> =
             std::mem::take(&mut self.topology.arena.get_mut(container)?.children);
         let at = front_to_back.partition_point(|child| self.priority(*child) > Some(priority));
@@ -285,6 +295,8 @@ impl<'a> Transaction<'a> {
         let Some(place) = placed.place else {
             return Err(TopologyError::NotPlaced(placed.name.to_string()));
         };
+        // `get_mut` records the region as edited, and the commit then renders its space. An edit
+        // that changes nothing must not cost that.
         if place.offset != offset {
             self.topology.arena.get_mut(region)?.place = Some(Place { offset, ..place });
         }
@@ -351,6 +363,8 @@ impl<'a> Transaction<'a> {
         if !bytes.is_some_and(|bytes| device.extent().covers(bytes)) {
             return Err(refused("it is not within the region"));
         }
+        // KVM_IOEVENTFD refuses the same collisions with EEXIST, but only while the commit is
+        // applied. That would end the topology, so the edit is where the check belongs.
         let clashes = device.ioeventfds.iter().any(|other| {
             other.offset == doorbell.offset
                 && (other.width == doorbell.width || other.width == 0 || doorbell.width == 0)
@@ -369,6 +383,8 @@ impl<'a> Transaction<'a> {
     fn touched(&self) -> [bool; 2] {
         let mut spaces = [false; 2];
         for id in self.topology.arena.touched() {
+            // Follow the containers as they are now. The former container of a region that moved is
+            // found on its own: `unplace` edited it, too.
             let mut at = Some(id);
             while let Some(id) = at {
                 if let Some(index) = self

@@ -51,6 +51,8 @@ impl UserFaults {
         for block in &blocks {
             uffd.register(address(block, 0), block.len())
                 .map_err(into_io)?;
+            // After the registration: if that fails, the block must not count as awaited for ever.
+            // A block that is lost already stays lost.
             block.turn(Pages::There, Pages::Awaited);
         }
         Ok(Self { uffd, blocks })
@@ -83,6 +85,8 @@ impl UserFaults {
             return Ok(Vec::new());
         }
         let mut buffer = EventBuffer::new(EVENTS);
+        // The descriptor does not block. Between `poll` and this read the pending fault can vanish,
+        // and the read then fails with EAGAIN.
         let events = match self.uffd.read_events(&mut buffer) {
             Ok(events) => events,
             Err(error) => return nothing_yet(into_io(error)),
@@ -105,6 +109,7 @@ impl UserFaults {
                 let pages = end.addr().saturating_sub(start.addr()).div_ceil(PAGE);
                 Some(Fault::Removed(block, first, pages))
             }
+            // `features` does not ask for these events, so the kernel sends none.
             Event::Fork { .. } | Event::Remap { .. } | Event::Unmap { .. } => None,
         }
     }
@@ -126,6 +131,8 @@ impl UserFaults {
     /// try again before.
     pub fn fill(&self, block: usize, page: usize, data: &[u8; PAGE]) -> io::Result<()> {
         let to = self.page(block, page)?;
+        // The kernel copies to a new page and maps it when it is complete: no thread sees half of
+        // it. That is why a plain write to the mapping cannot replace this call.
         // SAFETY: the kernel copies from `data`, of a page's length, to a page of a block that is
         // registered and mapped: `self.blocks` keeps it. It writes only pages that are missing, of
         // which no reference can exist.
@@ -176,6 +183,9 @@ impl UserFaults {
     /// The host refuses.
     pub fn end(&self) -> io::Result<()> {
         self.blocks.iter().try_for_each(|block| {
+            // Unregistering wakes the waiting threads, which then get zeros from the ordinary
+            // fault. Huge pages come last: one that forms earlier could cover pages that have not
+            // arrived.
             let unregistered = self.uffd.unregister(address(block, 0), block.len());
             unregistered.map_err(into_io)?;
             block.turn(Pages::Awaited, Pages::There);

@@ -69,6 +69,8 @@ impl RingWindow {
     /// good again after another commit.
     pub fn refresh(&mut self, view: &FlatView) -> Result<(), WindowError> {
         if self.generation != view.generation() {
+            // On an error the old generation stays, so the window remains stale and hands out
+            // nothing.
             self.ram = view.one_ram(self.range())?;
             self.generation = view.generation();
         }
@@ -89,6 +91,8 @@ impl RingWindow {
         &mut self,
         space: &AddressSpace,
     ) -> Result<VolatileSlice<'_, DirtySlice<'_>>, WindowError> {
+        // A commit may come right after this check. The slice then shows memory of the old view,
+        // which is safe: `self.ram` owns its block, and no commit unmaps that.
         if self.generation != space.generation() {
             self.refresh(&space.view())?;
         }

@@ -163,6 +163,7 @@ impl MemoryListener for Fragile {
     }
 
     fn apply(&self, _: &ViewChange) -> Result<(), Refusal> {
+        // The sleep makes it likely that the handle is dropped while the call runs.
         thread::sleep(Duration::from_micros(20));
         self.owner
             .upgrade()
@@ -227,6 +228,8 @@ fn ram_is_unmapped_when_the_last_reader_lets_go() {
     tx.destroy(ram).unwrap();
     tx.commit().unwrap();
     assert!(topology.space(SPACE).view().find(0).is_none());
+    // The guest has lost the RAM, but this reader's view still owns the block: the write must hit
+    // mapped memory.
     reader.write_obj(0x1234_u16, GuestAddress(0)).unwrap();
     assert_eq!(alive.strong_count(), 2, "the view's range and its RAM");
     drop(reader);

@@ -43,6 +43,8 @@ fn walk(models: &[Model], at: usize, offset: u64) -> Option<(usize, u64)> {
         return walk(models, target, offset.checked_add(shift)?);
     }
     let mut children: Vec<_> = region.children.iter().enumerate().collect();
+    // Sort ascending and walk backwards: of equal priorities the one that was placed last is in
+    // front.
     children.sort_by_key(|(order, (_, priority, _))| (*priority, *order));
     children
         .iter()
@@ -173,6 +175,7 @@ impl Pair {
     fn check(&self, topology: &Topology) {
         let space = topology.space(SpaceKind::Memory);
         let view = space.view();
+        // Ranges must ascend and must not overlap, or the binary search of `find` is wrong.
         let ranges = view.ranges();
         for (a, b) in ranges.iter().zip(&ranges[1.min(ranges.len())..]) {
             assert!(a.range.last() < b.range.first(), "{a:?} {b:?}");
@@ -257,6 +260,8 @@ proptest! {
                 tx.abort();
                 pair = before;
             } else {
+                // A commit that cannot be rendered undoes all edits of its transaction, and so must
+                // the model.
                 match tx.commit() {
                     Ok(()) => {}
                     Err(CommitError::Render(_)) => pair = before,
