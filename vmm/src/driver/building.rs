@@ -31,6 +31,7 @@ impl Driver {
         outputs: Option<Outputs>,
     ) {
         self.stage = Stage::Building { asked };
+        // Before `reporter`, which copies the number: the driver ignores reports with an old one.
         self.next_machine();
         self.asked_at = Instant::now();
         let reporter = self.reporter();
@@ -54,6 +55,8 @@ impl Driver {
         let Stage::Building { asked } = std::mem::replace(&mut self.stage, Stage::Off) else {
             return;
         };
+        // The guest first runs here, on the driver's thread. A build that a `Delete` overtook has
+        // an old number and never gets here: its machine is dropped without having run.
         let started = built.and_then(|mut started| {
             started.machine.resume().map_err(BuildError::from)?;
             Ok(started)
@@ -94,6 +97,8 @@ impl Driver {
                     self.publisher.current().state,
                     VmState::Running | VmState::Paused
                 );
+                // After a reset clients still see the VM as running, so its end needs a state and a
+                // failure. A first boot that fails leaves the VM as it was before the request.
                 if was_on {
                     self.switch_off(End::Failed(failure::told(&error)), sources);
                 } else {

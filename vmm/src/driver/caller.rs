@@ -63,6 +63,9 @@ impl Caller {
             // The caller may have gone.
             let _ = answer.send(f(driver, sources));
         }));
+        // The driver drops the closure, and with it `answer`, when the number is out of date or the
+        // driver ends. So `recv` below returns in each case. It waits while the stage is `Busy`:
+        // the driver's own thread must not call this, or it would wait for itself.
         self.to.send((self.machine, DriverEvent::Call(call)));
         let gone = |_| Refusal::new("machine-gone", "the guest was reset or has ended");
         answers.recv().map_err(gone)

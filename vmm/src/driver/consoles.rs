@@ -105,6 +105,8 @@ impl Consoles {
 
     /// Closes both.
     pub(super) fn close(&mut self, sources: &mut Sources<'_>) {
+        // Before the ends close their descriptors: the host may reuse a closed number at once, and
+        // `forget` would then act on another file.
         self.watched.drain(..).for_each(|fd| sources.forget(fd));
         self.ends = [None, None];
     }
@@ -124,6 +126,8 @@ impl Consoles {
         if !watches.is_empty() {
             watches.extend(end.ready(to));
         }
+        // In the order of the list: a new client may have the descriptor number of the one that
+        // has just left, so its `Begin` must follow that `End`.
         for watch in watches {
             match watch {
                 Watch::Begin(fd) => self.watch(port, fd, sources),

@@ -34,12 +34,16 @@ impl Driver {
             ask.answer(Err(refused));
             return;
         }
+        // The VM is off. In `Building`, `Busy` and `Ending` requests wait in the inbox, and in
+        // `Expecting` the driver refuses them.
         if !matches!(self.stage, Stage::On(_)) {
             self.keep(new);
             ask.answer(Ok(Reply::Done));
             return;
         }
         let id = new.id().unwrap_or_default().to_owned();
+        // From here on the name and the device count are reserved: `check_new` looks at `opening`
+        // too, so parallel requests cannot get one name or exceed the limit.
         self.opening.insert(id.clone(), (ask, new.clone()));
         let (number, events) = (self.machine, self.events.clone());
         let (host, config, name) = (Arc::clone(&self.host), Arc::clone(&self.config), id.clone());
@@ -80,6 +84,8 @@ impl Driver {
                 detail,
             ));
         }
+        // A removed device leaves the configuration at once, but stays in the machine until its
+        // guest ejects it. Its name is in use until then.
         let names = self.config.device_names();
         let on = match &self.stage {
             Stage::On(active) => Some(active.devices()),
@@ -141,6 +147,8 @@ impl Driver {
 
     /// The machine for which devices are being opened is no more.
     pub(super) fn give_up_additions(&mut self) {
+        // The threads may still be opening files. Their `Opened` events have the old number, so the
+        // driver drops them, which closes the files.
         for (_, (ask, _)) in std::mem::take(&mut self.opening) {
             let detail = "the VM was switched off or reset before the device was there";
             let ended = RequestError::new(Category::Conflict, "machine-ended", detail);
@@ -173,6 +181,8 @@ impl Driver {
                 detail,
             ));
         }
+        // A second request finds the device in the machine only, and asks the guest again: a guest
+        // that was still booting may have missed the first notification.
         let is_on = match &mut self.stage {
             Stage::On(active) => active.want_device_back(id),
             _ => false,
@@ -197,6 +207,8 @@ impl Driver {
         let Stage::On(active) = &self.stage else {
             return self.report_again(slots, Vec::new());
         };
+        // Requests wait while the machine is lent. With this mask a guest can cause one loan for
+        // each removal that a client asked for, and no more.
         let slots = slots & active.devices().leaving_slots();
         // A guest may eject slots without a request, as often as it likes.
         if slots == 0 {
@@ -224,6 +236,8 @@ impl Driver {
         if !matches!(self.stage, Stage::Busy(_)) {
             return;
         }
+        // The inbox holds reports back while the stage is `Busy`, so the driver does not spin on
+        // these. They merge with newer ones and take no more room.
         let reporter = self.reporter();
         for slot in (0_u8..32).filter(|slot| slots & 1 << slot != 0) {
             reporter.report(GuestEvent::Ejected(slot));
@@ -247,6 +261,8 @@ impl Driver {
         if ram.pages() == Pages::Awaited {
             // Devices that wait for pages do not stop before those are there.
             let reporter = self.reporter();
+            // Another thread waits, because the driver shares its own with other VMs. The end of
+            // the machine ends the wait too: it marks the awaited pages as lost.
             self.host.background.run(move || {
                 while ram.pages() == Pages::Awaited {
                     std::thread::sleep(PAGES_PATIENCE);
@@ -258,6 +274,8 @@ impl Driver {
             });
             return;
         }
+        // When a migration has stopped the guest, the driver must not show it as paused by its
+        // owner: `stay` alone decides whether it runs again.
         let stands = self.publisher.current().state == VmState::Paused
             || self.leaving.as_ref().is_some_and(Leaving::is_stopped);
         let pause = move |active: &mut Active| (!stands).then(|| active.pause());
@@ -366,6 +384,8 @@ fn open_beside(new: &NewDevice, config: &VmConfig, host: &Host) -> Result<Opened
 
 /// The configuration with the formats of images that were detected, if any was.
 fn with_formats(devices: &Devices, config: &VmConfig) -> Option<VmConfig> {
+    // A guest can write a qcow2 header into a raw image. A machine that detected the format anew
+    // would then trust that header as metadata.
     let is_open = |disk: &DiskConfig| disk.image_type.is_none();
     if !config.disks.iter().flatten().any(is_open) {
         return None;

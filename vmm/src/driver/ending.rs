@@ -58,6 +58,8 @@ pub(crate) type Then = Box<dyn FnOnce(&mut Driver, &mut Sources<'_>) + Send>;
 impl Driver {
     /// Takes the machine apart, and then does what is `next`.
     pub(super) fn end_machine(&mut self, machine: Machine, next: Next, sources: &mut Sources<'_>) {
+        // First, so that the driver ignores what the old machine still reports while it is taken
+        // apart, such as a second reset. `Gone` therefore carries the new number.
         self.next_machine();
         let (number, events) = (self.machine, self.events.clone());
         machine.end(move || events.send((number, DriverEvent::Gone)));
@@ -102,6 +104,8 @@ impl Driver {
                 // The thread that has the machine gives it back before it can be taken apart.
                 busy.halter.halt();
                 let deadline = Instant::now() + END_PATIENCE;
+                // Later requests share the first one's deadline: repeating `Delete` must not
+                // defer it.
                 let (asked, deadline) = busy.end.get_or_insert((Vec::new(), deadline));
                 asked.push(ask);
                 sources.wake_at(Some(*deadline));
@@ -134,6 +138,8 @@ impl Driver {
 
     /// The machine has given back all that it had.
     pub(super) fn gone(&mut self, sources: &mut Sources<'_>) {
+        // After the deadline the stage is `Off` under the same number. This event then has no
+        // effect: the VM already counts as switched off.
         if let Stage::Ending(ending) = &mut self.stage {
             ending.is_gone = true;
             self.finish_ending(sources);
@@ -176,6 +182,8 @@ impl Driver {
                 );
                 self.publisher
                     .record("machine-stuck", Some(stuck.detail.clone()));
+                // No machine is built while the old one may still hold the locks of the disks and
+                // write to them.
                 if let Next::Build { asked, .. } = &mut ending.next {
                     refuse(asked.take());
                     ending.next = Next::Off {
@@ -216,9 +224,13 @@ impl Driver {
         };
         let halter = machine.halter();
         self.stage = Stage::Busy(Box::new(Busy { halter, end: None }));
+        // The number stays: this is the same machine, and its reports count once it is back. If
+        // the deadline of an end passes first, `Returned` is stale; dropping it ends the machine.
         let (number, events) = (self.machine, self.events.clone());
         self.host.background.run(move || {
             let mut lost = Lost(Some((number, events.clone())));
+            // If `work` panics, unwinding drops the machine and `lost`, which sends `Lost`. Without
+            // that event the VM would stay `Busy` until a client ends it.
             let result = work(&mut machine);
             lost.0 = None;
             let then: Then = Box::new(move |driver, sources| then(driver, result, sources));
@@ -249,6 +261,8 @@ impl Driver {
             return;
         };
         match busy.end {
+            // `then` is dropped, and with it the `Ask` of the request that lent the machine: its
+            // client gets an error instead of waiting for a machine that ends.
             Some((asked, _)) => {
                 let by = End::Requested;
                 self.end_machine(machine, Next::Off { by, asked }, sources);

@@ -123,6 +123,8 @@ impl Driver {
             return None;
         }
         if let Stage::Expecting(expected) = &self.stage {
+            // Before the commit, `cancel` succeeds and the guest stays at the source. After
+            // it, this VM may hold the only guest, and a `Delete` would lose it.
             return match verb {
                 // The engine finds that the machine is gone.
                 Verb::Delete if expected.decision.cancel().is_ok() => None,
@@ -148,11 +150,17 @@ impl Driver {
             Verb::MemoryMap | Verb::Counters => None,
             // The migration is over and the guest is stranded: this may work by now.
             Verb::Resume | Verb::Shutdown | Verb::Delete if leaving.is_stranded() => None,
+            // The destination may hold the disks' locks and may run the guest by now. Only the
+            // migration's outcome says whether the machine here may run or end.
             _ if is_stopped => refuse("its guest is being handed over to another service"),
+            // `cancel` and the engine's commit exclude each other: either the request ends the
+            // machine here, or the guest moves, never both.
             Verb::Reboot | Verb::Shutdown | Verb::Delete => match leaving.decision.cancel() {
                 Ok(()) => None,
                 Err(late) => refuse(&late.to_string()),
             },
+            // The destination built its machine from the configuration at the start. The state
+            // of a changed machine would not load there.
             Verb::AddDevice | Verb::RemoveDevice | Verb::Resize | Verb::ResizeDisk => {
                 refuse("its guest is moving to another service; cancel the migration first")
             }
@@ -173,6 +181,8 @@ impl Driver {
         if self.leaving.is_some() {
             return conflict("vm-migrating", "its guest is moving already");
         }
+        // A device that is plugged or ejected during the copy would make the machine differ from
+        // the configuration that the destination gets. The check of `leaving` below is the same.
         if !self.opening.is_empty() {
             return conflict("vm-busy", "a device is being added to it");
         }
@@ -190,6 +200,8 @@ impl Driver {
         if ram.pages() != Pages::There {
             return conflict("pages-arriving", PAGES_ARRIVING);
         }
+        // The caller is bound to this machine: after a guest's reset the engine's next step fails
+        // with `machine-gone` instead of acting on another machine.
         let departure = Departure {
             caller: Caller {
                 machine: self.machine,
@@ -247,6 +259,8 @@ impl Driver {
             })
         };
         self.lend(stop, move |driver, stopped, _| {
+            // If a vCPU does not park in time, `pause` lets all of them run again. The guest is
+            // then still in `Copying`, and nothing has to be undone.
             if let (Ok(_), Some(leaving)) = (&stopped, &mut driver.leaving) {
                 leaving.course = Course::Stopped { ran: !was_paused };
             }
@@ -316,6 +330,8 @@ impl Driver {
             active
                 .take_over()
                 .map_err(refused("cannot-be-taken-back"))?;
+            // The locks are held again. If the vCPUs fail to start below, the next attempt must
+            // start from here.
             leaving.course = Course::Stopped { ran };
         }
         if ran {
@@ -465,12 +481,16 @@ impl Driver {
                 Refusal::new("cannot-go-on", error.to_string())
             })?
         };
+        // The guest may run from here on, so nothing below may fail. `expecting` has found the
+        // stage and the machine above, and only this thread changes them.
         let Stage::Expecting(expected) = std::mem::replace(&mut self.stage, Stage::Off) else {
             return Err(no_machine());
         };
         let Some(active) = expected.machine else {
             return Err(no_machine());
         };
+        // After all that can fail: the announcement redirects the guest's traffic to this host, and
+        // a failed start would let the guest resume at the source.
         for control in active.devices().controls() {
             if let Control::Net(net) = control {
                 net.announce();

@@ -159,6 +159,8 @@ impl Driver {
         // Between two machines, and while another thread has the machine, only what ends the VM.
         let is_between = self.is_between();
         let is_busy = matches!(self.stage, Stage::Busy(_));
+        // What is held back stays bounded: the inbox limits requests and merges reports, and a
+        // guest cannot cause events. In `Busy` only the two events that end that stage pass.
         self.inbox.next(|peek| match peek {
             Peek::Ask(request) => !is_between || ends_vm(request),
             Peek::Reports => !is_busy,
@@ -364,6 +366,8 @@ impl Driver {
         });
         self.note(reports.first_serial, |boot, us| boot.first_serial_us = us);
         for port in Port::BOTH {
+            // Descriptors are edge triggered: bytes that the guest had no room for cause no further
+            // event. Without this report they would wait for more input.
             if reports.room[port as usize] && self.consoles.has_more(port) {
                 self.take_input(port, sources);
             }
@@ -377,6 +381,8 @@ impl Driver {
                 stalled.push((id, why));
             }
         }
+        // Before the guest's own end: a guest that crashes or resets over lost memory must end with
+        // that failure, and must not boot again as if the host were sound.
         if let Some(offset) = reports.memory_lost
             && matches!(self.stage, Stage::On(_))
         {
@@ -388,6 +394,8 @@ impl Driver {
                 return self.switch_off(End::PowerOff, sources);
             }
             Some(GuestEnd::Power(PowerEvent::Reset)) => {
+                // A guest can reset in a loop, and each reset costs the host a build. The delay
+                // passes in `Ending`, where the guest does not run.
                 let now = Instant::now();
                 let not_before = now + self.resets.reserve(now);
                 return self.rebuild(None, not_before, sources);
@@ -404,6 +412,8 @@ impl Driver {
                 return self.switch_off(End::Failed(failure), sources);
             }
         }
+        // Each of these may lend the machine. If `stalled` does, `ejected` finds `Busy` and reports
+        // its slots again, for when the machine is back.
         self.stalled(stalled);
         self.ejected(reports.ejected);
     }
