@@ -146,6 +146,9 @@ fn set_tsc_at(
     {
         return Ok(());
     }
+    // Each vCPU thread computes a value of its own here, with a small error. KVM evens it out: it
+    // treats writes that differ by less than a second as an attempt to synchronise the TSCs and
+    // gives these vCPUs one offset, if the host's TSC is stable.
     let since = counter.now().saturating_duration_since(sample.taken_at);
     counter.set_tsc(tsc.wrapping_add(ticks(since, khz)))
 }
@@ -244,6 +247,8 @@ impl Vcpu {
     ) -> Result<(), KvmError> {
         let tsc = clock.tsc.wrapping_add(ticks(stopped_for, clock.khz));
         set_tsc_at(&VcpuCounter(self), now, tsc, clock.khz)?;
+        // `load` has set the local APIC before: KVM ignores a deadline while the timer's LVT entry
+        // is not in TSC-deadline mode.
         match clock.deadline {
             // After the TSC: KVM arms the timer by the TSC of that moment.
             Some(deadline) => self.set_msrs(&[kvm_msr_entry {

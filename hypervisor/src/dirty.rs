@@ -121,6 +121,8 @@ fn enable_ring(vm: &VmFd, entries: u32, capabilities: &Capabilities) -> Result<(
     let bytes = u64::from(entries) * size_of::<Entry>() as u64;
     let most = capabilities.dirty_ring_bytes as u64;
     let attempt = format!("tell dirty pages by rings of {entries} entries");
+    // KVM keeps up to 576 entries of a ring in reserve (64, and 512 for a full PML buffer) and
+    // refuses a ring that is smaller; 1024 is the next power of two.
     if !entries.is_power_of_two() || entries < 1024 || bytes > most {
         let why = format!("a ring has a power of two of entries, and {most} bytes at most");
         let invalid = io::Error::new(io::ErrorKind::InvalidInput, why);
@@ -150,6 +152,8 @@ pub(crate) fn clear_log(
     pages: usize,
     bits: &mut [u64],
 ) -> Result<(), kvm_ioctls::Error> {
+    // KVM wants the first page to be a multiple of 64, and the count too, unless the piece ends at
+    // the end of the slot. Only the last piece is shorter, so every piece fits that rule.
     for (index, piece) in bits.chunks_mut(PIECE_WORDS).enumerate() {
         if piece.iter().all(|word| *word == 0) {
             continue;
@@ -230,9 +234,13 @@ impl Ring {
     fn take(&self, written: &mut Vec<Written>) -> bool {
         let mut next = self.next.lock();
         for _ in 0..self.len {
+            // `next` runs freely and wraps at 2^32. `len` is a power of two, so the index stays
+            // right.
             let index = (*next & (self.len - 1)) as usize;
             // SAFETY: the index is below `len`, which is what is mapped.
             let entry = unsafe { self.entries.add(index).as_ref() };
+            // Acquire pairs with KVM's publication of the flag: slot and page, which we read next,
+            // are then the values that KVM wrote before it.
             if entry.flags.load(Ordering::Acquire) != DIRTY {
                 return true;
             }
@@ -242,6 +250,8 @@ impl Ring {
                 slot: entry.slot.load(Ordering::Relaxed) & 0xffff,
                 page: u64::from(high) << 32 | u64::from(low),
             });
+            // Release: our reads above finish first. After this store KVM may reset the entry and
+            // reuse it for another page.
             entry.flags.store(HARVESTED, Ordering::Release);
             *next = next.wrapping_add(1);
         }
@@ -292,10 +302,15 @@ impl Rings {
                 self.overrun.store(true, Ordering::Relaxed);
             }
         }
+        // The flag stays set. A later harvest that finds few entries would look complete, although
+        // the lost pages are still missing.
         if self.overrun.load(Ordering::Relaxed) {
             let lost = io::Error::other("a ring overran, and what is dirty is not known any more");
             return Err(KvmError::other("take dirty pages from the rings", lost));
         }
+        // The reset protects the pages again, so it comes before the caller copies them: a later
+        // write then makes a new entry. KVM stops at the first entry that is not HARVESTED, so
+        // entries that vCPUs add meanwhile stay for the next harvest.
         if !written.is_empty() {
             // SAFETY: takes no argument.
             let reset = unsafe { ioctl(&*self.vm, KVM_RESET_DIRTY_RINGS()) };

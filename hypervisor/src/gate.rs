@@ -53,14 +53,23 @@ impl Gate {
     /// Waits for the gate to be open and goes in.
     pub fn enter(&self, seat: &Seat) {
         loop {
+            // First announce, then look. The reverse order lets a closer check this seat in
+            // between: it finds the seat empty, and the vCPU enters a closed gate. The fence keeps
+            // the CPU from moving the load above the store; acquire and release do not prevent
+            // that.
             seat.inside.store(true, Ordering::Relaxed);
             fence(Ordering::SeqCst);
             // What the closer did before it opened the gate is seen inside.
             if !self.closed.load(Ordering::Acquire) {
                 return;
             }
+            // The closer may already wait for this seat. `leave` wakes it up; without that both
+            // sides would wait for each other.
             self.leave(seat);
             let mut seats = self.seats.lock();
+            // `Closed::drop` stores and notifies under `seats`, so no notification falls between
+            // this check and the wait. Another closer may come before we announce again, hence the
+            // outer loop.
             while self.closed.load(Ordering::Acquire) {
                 self.changed.wait(&mut seats);
             }
@@ -73,6 +82,8 @@ impl Gate {
         seat.inside.store(false, Ordering::Release);
         fence(Ordering::SeqCst);
         if self.closed.load(Ordering::Relaxed) {
+            // Without this lock, the notification could fall between the closer's check and its
+            // wait, and the closer would sleep for ever.
             let _seats = self.seats.lock();
             self.changed.notify_all();
         }
@@ -81,10 +92,15 @@ impl Gate {
     /// Closes the gate: on return no vCPU is in the guest, until the result is dropped. May be
     /// called by a vCPU's thread, which is not in the guest when it calls anything.
     pub fn close(&self) -> Closed<'_> {
+        // `Closed` keeps this lock. Otherwise the first of two closers would open the gate while
+        // the second still relies on it.
         let closer = self.closer.lock();
         self.closed.store(true, Ordering::Relaxed);
         fence(Ordering::SeqCst);
         let mut seats = self.seats.lock();
+        // A vCPU that announces itself after this pass sees the closed gate and turns back without
+        // a kick. One that announced itself earlier gets a kick even if it has not reached KVM_RUN:
+        // its `immediate_exit` is then set.
         for seat in seats
             .iter()
             .filter(|seat| seat.inside.load(Ordering::Acquire))

@@ -64,6 +64,8 @@ impl MemoryListener for IoEventFds {
     }
 
     fn apply(&self, change: &ViewChange) -> Result<(), Refusal> {
+        // Removals first. A doorbell that only changes its descriptor may be in both lists, and KVM
+        // refuses a second one at the same address and value with EEXIST.
         change
             .removed_ioeventfds
             .iter()

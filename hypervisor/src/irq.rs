@@ -78,10 +78,12 @@ impl Held {
 
     fn give(&self) -> Result<(), KvmError> {
         let mut table = self.0.shared.table.lock();
+        // `finish` consumes `self`, so `drop` runs this a second time and must do nothing.
         if !std::mem::take(&mut table.held) {
             return Ok(());
         }
         self.0.give(&mut table)?;
+        // Routes first: KVM injects what a descriptor has counted as soon as it is attached.
         let waiting = std::mem::take(&mut table.waiting);
         let mut vectors = waiting.iter();
         vectors.try_for_each(|(gsi, fd)| self.0.listen(&mut table, *gsi, fd))
@@ -116,6 +118,8 @@ impl IrqRoutes {
             }),
         };
         let mut table = routes.shared.table.lock();
+        // KVM_CREATE_IRQCHIP has routed the low GSIs to the 8259As too. This call replaces those
+        // defaults, so that only the I/O APIC gets the pins' interrupts.
         routes.give(&mut table)?;
         drop(table);
         Ok(routes)
@@ -140,10 +144,13 @@ impl IrqRoutes {
                 undo.push((*gsi, old));
             }
         }
+        // KVM replaces the whole table and waits until no CPU uses the old one. Guests that mask
+        // and unmask often must not pay for that when nothing changes.
         if undo.is_empty() || table.held {
             return Ok(());
         }
         self.give(table).inspect_err(|_| {
+            // Backwards: if a GSI is listed twice, its oldest route is the one to restore.
             for (gsi, old) in undo.into_iter().rev() {
                 match old {
                     Some(route) => table.routes.insert(gsi, route),
@@ -262,6 +269,7 @@ impl IrqRoutes {
     /// # Errors
     /// KVM has no free GSI.
     pub fn vectors(&self, count: u16) -> Result<MsiVectors, KvmError> {
+        // Built before the loop, so that its `Drop` gives the GSIs back if a later step fails.
         let mut vectors = MsiVectors {
             routes: self.clone(),
             vectors: Vec::with_capacity(count.into()),
@@ -276,6 +284,8 @@ impl IrqRoutes {
 
     fn take_gsi(&self) -> Result<u32, KvmError> {
         let mut table = self.shared.table.lock();
+        // Reuse first: KVM bounds the GSI number itself and not only the number of routes, so
+        // numbers that only grow would run out after enough hot-plugs.
         if let Some(gsi) = table.spare.pop() {
             return Ok(gsi);
         }
@@ -344,6 +354,7 @@ impl Drop for MsiVectors {
         for (gsi, fd) in &self.vectors {
             // A descriptor that KVM does not let go of is closed with the last reference.
             let _ = self.routes.ignore(&mut table, *gsi, fd);
+            // Also if KVM refused: the next owner of this GSI must be able to attach.
             table.attached.remove(gsi);
         }
         // A route to which nothing is attached raises nothing, should KVM keep it.

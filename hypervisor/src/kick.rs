@@ -27,9 +27,13 @@ fn gettid() -> i32 {
 
 extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
     // Where the thread is ending, its vCPU will not run again.
+    // A signal handler may not allocate or lock. This thread-local has a `const` initialiser and no
+    // destructor, so access runs no code of its own. `THREAD` is initialised lazily, so the handler
+    // must not touch it.
     let _ = IMMEDIATE_EXIT.try_with(|byte| {
         // SAFETY: null, or set by `Running::new` to a byte that outlives it, on this thread.
         if let Some(byte) = unsafe { byte.get().as_ref() } {
+            // Relaxed is enough: this thread makes the KVM_RUN that reads the byte.
             byte.store(1, Ordering::Relaxed);
         }
     });
@@ -60,6 +64,9 @@ impl Kicker {
     /// Makes the vCPU's present or next [`run`](crate::Vcpu::run) return
     /// [`Exit::Interrupted`](crate::Exit::Interrupted).
     pub fn kick(&self) {
+        // `pending` before the signal. A vCPU that checks `pending` too early to see it has already
+        // published its `immediate_exit`, so the signal takes effect. If the signal came first, it
+        // could hit the thread before it publishes the byte, and the kick would be lost.
         self.0.pending.store(true, Ordering::SeqCst);
         let thread = self.0.thread.load(Ordering::SeqCst);
         if thread != 0 {
@@ -77,6 +84,9 @@ impl Kicker {
     /// Says which thread runs the vCPU from now on: this one.
     pub(crate) fn adopt(&self) {
         let thread = THREAD.get();
+        // The store must precede `take` in the order of all SeqCst accesses: a kick that this run
+        // does not find in `pending` then finds the thread. Most runs stay on one thread and skip
+        // it.
         if self.0.thread.load(Ordering::Relaxed) != thread {
             self.0.thread.store(thread, Ordering::SeqCst);
         }

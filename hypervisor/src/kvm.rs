@@ -109,6 +109,7 @@ impl Kvm {
     /// When it is missing, not permitted, or not what is needed.
     pub fn open() -> Result<Self, OpenError> {
         let kvm = kvm_ioctls::Kvm::new().map_err(|errno| match errno.errno() {
+            // The device node can exist without the module: then open fails with ENODEV or ENXIO.
             libc::ENOENT | libc::ENODEV | libc::ENXIO => OpenError::Missing,
             libc::EACCES | libc::EPERM => OpenError::NotPermitted,
             other => OpenError::Open(io::Error::from_raw_os_error(other)),
@@ -133,6 +134,8 @@ impl Kvm {
         }
         let bytes = |cap| usize::try_from(kvm.check_extension_int(cap)).unwrap_or(0);
         let raw = |cap: u32| u32::try_from(kvm.check_extension_raw(cap.into())).unwrap_or(0);
+        // Old kernels know only the first name, hosts with weak memory ordering offer only the
+        // second, and new x86 kernels offer both. Both answer with the size limit in bytes.
         let ring = raw(KVM_CAP_DIRTY_LOG_RING);
         let acq_rel = raw(KVM_CAP_DIRTY_LOG_RING_ACQ_REL);
         let capabilities = Capabilities {

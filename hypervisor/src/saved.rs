@@ -169,6 +169,8 @@ impl Vcpu {
         // accepts a pending INIT or SIPI, which sets CS and RIP, and resets the local APIC.
         let events = bytes(&fd.get_vcpu_events().map_err(failed("pending events"))?);
         let mp_state = fd.get_mp_state().map_err(failed("MP state"))?.mp_state;
+        // KVM answers EIO on a host with an unstable TSC. 0 tells the destination that it need not
+        // match the frequency.
         let tsc_khz = fd.get_tsc_khz().unwrap_or(0);
         let mut msrs = self.msrs()?;
         self.adjust_clock(&mut msrs, clock, tsc_khz)?;
@@ -225,6 +227,7 @@ impl Vcpu {
     ) -> Result<u32, StateError> {
         let refused = |what: &str| KvmError::new(format!("take a vCPU's {what}"));
         let fd = self.fd();
+        // First: KVM scales TSC values that are set later by this frequency.
         let khz = self.load_tsc_khz(saved.tsc_khz)?;
         let mut mp_state = kvm_bindings::kvm_mp_state::default();
         mp_state.mp_state = saved.mp_state;
@@ -246,6 +249,8 @@ impl Vcpu {
             .map_err(refused("extended control registers"))?;
         fd.set_debug_regs(&whole(&saved.debug_regs, "debug registers")?)
             .map_err(refused("debug registers"))?;
+        // After the system registers: their APIC base selects xAPIC or x2APIC mode, and KVM reads
+        // the id in the saved page by that mode.
         let lapic = whole(&saved.lapic, "local APIC")?;
         self.check_apic_id(&lapic)?;
         fd.set_lapic(&lapic).map_err(refused("local APIC"))?;
@@ -253,6 +258,8 @@ impl Vcpu {
             Extent::Whole => true,
             Extent::DryRun => !touches_memory(index),
         })?;
+        // Last: KVM_SET_REGS drops a pending exception, and KVM_SET_SREGS may queue an interrupt.
+        // The saved events must have the final word.
         fd.set_vcpu_events(&whole(&saved.events, "pending events")?)
             .map_err(refused("pending events"))?;
         Ok(khz)
@@ -334,6 +341,8 @@ impl Vcpu {
                 .fd()
                 .set_msrs(&msrs)
                 .map_err(KvmError::new("take a vCPU's MSRs"))?;
+            // KVM stops at the first MSR that it refuses and returns how many it has set. A refused
+            // 0 is skipped: it is most likely an MSR that the guest does not use.
             match left.get(count) {
                 Some(refused) if refused.data != 0 => {
                     return Err(StateError::Msr {
@@ -408,12 +417,16 @@ impl Vm {
         }
         for (id, raw) in CHIPS.iter().zip(&saved.irqchips) {
             let chip: kvm_irqchip = whole(raw, "interrupt controller")?;
+            // KVM picks the controller by the `chip_id` in the structure. Without this check, saved
+            // state that names one chip three times would leave two others untouched.
             if chip.chip_id != *id {
                 return Err(StateError::Chips);
             }
             fd.set_irqchip(&chip)
                 .map_err(KvmError::new("take an interrupt controller's state"))?;
         }
+        // After the controllers: KVM_SET_PIT2 restarts the timer of channel 0. If it fires early,
+        // its interrupt must not be overwritten by the load of the I/O APIC.
         let pit = whole(&saved.pit, "interval timer")?;
         fd.set_pit2(&pit)
             .map_err(KvmError::new("take the interval timer's state"))?;

@@ -97,6 +97,8 @@ fn plan(in_force: &[Option<Slot>], wanted: &[Slot]) -> Plan {
         .enumerate()
         .filter_map(|(number, slot)| Some((number, slot.as_ref()?)))
         .collect();
+    // Slot numbers are reused, so their order is not the order of addresses. Both binary searches
+    // below need lists sorted by range; `wanted` already is.
     numbers.sort_unstable_by_key(|(_, slot)| slot.range);
     let stays = |slot: &Slot| {
         wanted
@@ -178,6 +180,8 @@ impl MemSlots {
     /// # Errors
     /// When KVM refuses; then it is as it was.
     pub fn track_dirty(&self, on: bool) -> Result<(), KvmError> {
+        // Take the bits while KVM still has them: without KVM_MEM_LOG_DIRTY_PAGES it frees the
+        // bitmap. `harvest` takes the lock itself, so this happens before we take it.
         if !on {
             self.harvest()?;
         }
@@ -198,12 +202,15 @@ impl MemSlots {
     }
 
     fn switch(&self, state: &mut State, on: bool) -> Result<(), KvmError> {
+        // `set` derives the flags from this field, so it changes before the first slot does.
         state.log_dirty = on;
         for number in 0..state.slots.len() {
             let Some(slot) = state.slots[number].clone() else {
                 continue;
             };
             let dirty = slot.slice.block.dirty();
+            // A bitmap that is off ignores marks. So switch it on before KVM starts to log, and off
+            // only after KVM has stopped.
             if on && !dirty.is_enabled() {
                 dirty.set_enabled(true);
                 dirty.mark_all();
@@ -223,6 +230,8 @@ impl MemSlots {
     /// # Errors
     /// When KVM does not tell.
     pub fn harvest(&self) -> Result<(), KvmError> {
+        // A commit may add slots while the loop below releases the lock. The next harvest covers
+        // those; a slot that goes is harvested by the batch that removes it.
         let count = self.state.lock().slots.len();
         match &self.tracking {
             Tracking::Ring(rings) => {
@@ -291,7 +300,13 @@ impl MemSlots {
         let bits = self.vm.get_dirty_log(number, len);
         let mut bits = bits.map_err(KvmError::new(attempt()))?;
         let first = usize::try_from(slot.slice.offset / PAGE_SIZE).unwrap_or(usize::MAX);
+        // Merge before the clear: KVM forgets the bits as it clears them, and an error in the
+        // middle of a clear must not lose any.
         slot.slice.block.dirty().merge(first, &bits);
+        // Clear before the caller copies the pages. A write between the two ioctls hits a page
+        // whose bit we already have, and the copy contains it. A write after the clear faults and
+        // sets the bit again. If the copy came before the clear, a write between them would be
+        // lost.
         if matches!(self.tracking, Tracking::Log { manual: true, .. }) {
             state.stats.dirty_ioctls += 1;
             let pages = len / PAGE_SIZE as usize;
@@ -316,6 +331,8 @@ impl MemSlots {
         let len = usize::try_from(slot.range.len().unwrap_or(0)).unwrap_or(0);
         let pages = len / PAGE_SIZE as usize;
         let number = u32::try_from(number).unwrap_or(u32::MAX);
+        // KVM only acts on bits that are set in its own log, so the bits past the last page of the
+        // slot do no harm.
         clear_log(&self.vm, number, pages, &mut vec![!0; pages.div_ceil(64)])
             .map_err(KvmError::new(format!("begin the log of {}", slot.range)))
     }
@@ -355,20 +372,28 @@ impl MemSlots {
     }
 
     fn apply_plan(&self, state: &mut State, plan: Plan) -> Result<(), KvmError> {
+        // A batch that only adds needs no gate: the guest sees more memory and never a hole.
         let gated = !plan.remove.is_empty();
         #[cfg(test)]
         let gated = gated && !self.ungated.load(std::sync::atomic::Ordering::Relaxed);
         let closed = gated.then(|| self.gate.close());
         state.stats.gate_closings += u64::from(closed.is_some());
+        // Entries name slots by number. After this batch a number may belong to another RAM block,
+        // and an old entry would mark the wrong page. With the gate closed no vCPU adds entries
+        // after this harvest.
         if let (Tracking::Ring(rings), true, true) =
             (&self.tracking, state.log_dirty, !plan.remove.is_empty())
         {
             self.harvest_rings(state, rings)?;
         }
+        // All removals come before all additions: KVM refuses a slot that overlaps an existing one
+        // with EEXIST, and it cannot change the size of a slot or its host address.
         for number in plan.remove {
             let Some(slot) = state.slots.get(number).cloned().flatten() else {
                 continue;
             };
+            // KVM frees the log together with the slot. The vCPUs are out, so nothing is written
+            // between this harvest and the removal.
             if state.log_dirty && matches!(self.tracking, Tracking::Log { .. }) {
                 self.harvest_log(state, number, &slot)?;
             }
@@ -389,6 +414,9 @@ impl MemSlots {
                 dirty.mark_all();
             }
             self.set(state, number, Some(&slot), slot.range)?;
+            // Only while the gate is closed. If it is open, the guest may write between the two
+            // ioctls, and the clear would drop that bit. Then the bits stay set: the next harvest
+            // reports more pages than were written, which costs time but loses nothing.
             if state.log_dirty && closed.is_some() {
                 self.begin_log(number, &slot)?;
             }
@@ -400,6 +428,8 @@ impl MemSlots {
 
 impl MemoryListener for MemSlots {
     fn prepare(&self, change: &ViewChange) -> Result<(), Refusal> {
+        // KVM would refuse these slots too, but only in `apply`, where earlier slots of the batch
+        // may already be gone. A refusal here leaves the map as it was.
         let slots = wanted(&change.new, self.capabilities.readonly_memory);
         for slot in &slots {
             let parts = [

@@ -101,6 +101,10 @@ impl Vcpu {
     }
 
     fn enter(&mut self, handler: &mut impl ExitHandler, immediate_exit_wanted: u8) -> Exit {
+        // The order of the next steps makes kicks reliable: reset the byte, publish it to the
+        // signal handler, check `pending`, enter. A kick before the check is found by the check.
+        // The signal of a later kick finds the byte, and KVM_RUN returns at once with EINTR. A
+        // reset after the check would erase that byte.
         self.fd.set_kvm_immediate_exit(immediate_exit_wanted);
         let run = &raw mut *self.fd.get_kvm_run();
         // SAFETY: `run` was just made from a reference.
@@ -115,7 +119,11 @@ impl Vcpu {
         }
         self.gate.enter(&self.seat);
         let left = self.fd.run();
+        // Leave before the exit is handled. The handler may commit a change of the map on this
+        // thread, and that commit closes the gate and would wait for this seat. Emptying the rings
+        // takes the memslot lock, whose holder may also be waiting at the gate.
         self.gate.leave(&self.seat);
+        // From here a signal interrupts nothing; its kick stays in `pending` for the next run.
         drop(running);
 
         let exit = match left {
@@ -153,11 +161,15 @@ impl Vcpu {
             Ok(VcpuExit::MemoryFault { gpa, .. }) => Exit::Failed(RunFailure::MemoryFault { gpa }),
             Ok(VcpuExit::InternalError) => Exit::Failed(self.internal_error()),
             Ok(other) => Exit::Failed(RunFailure::Unknown(format!("{other:?}"))),
+            // EAGAIN: an application processor has left its wait for INIT or SIPI.
             Err(errno) if matches!(errno.errno(), libc::EINTR | libc::EAGAIN) => Exit::Interrupted,
             Err(errno) => Exit::Failed(RunFailure::Run(errno.errno())),
         };
         if exit == Exit::Interrupted {
             self.fd.set_kvm_immediate_exit(0);
+            // The caller now learns of the kick, so clear it, or the next run would report it
+            // again. A second kick up to here merges with the first: both are reported by this
+            // exit.
             self.kicker.take();
         }
         exit

@@ -40,6 +40,8 @@ impl Vm {
         dirty: DirtyBackend,
     ) -> Result<Self, KvmError> {
         kick::install_handler()?;
+        // KVM accepts the identity map, the interrupt controllers and the ring size only while the
+        // VM has no vCPUs, so all of them are set up here and not on demand.
         fd.set_identity_map_address(IDENTITY_MAP)
             .map_err(KvmError::new("place its identity map"))?;
         fd.set_tss_address(TSS)
@@ -60,6 +62,7 @@ impl Vm {
             capabilities,
             tracking,
         ));
+        // After the controllers: KVM refuses routes without them.
         let routes = IrqRoutes::new(Arc::clone(&fd))?;
         Ok(Self {
             fd,
@@ -104,6 +107,8 @@ impl Vm {
     /// # Errors
     /// Fails if KVM refuses, as it does for an APIC id that is taken or too high.
     pub fn create_vcpu(&self, index: u32, apic_id: u32) -> Result<Vcpu, KvmError> {
+        // KVM takes the vCPU id as the initial APIC id, so the ioctl gets the APIC id and not the
+        // index.
         let fd = self
             .fd
             .create_vcpu(apic_id.into())
@@ -154,6 +159,8 @@ impl Vm {
     /// # Errors
     /// Fails if KVM refuses.
     pub fn set_kvmclock(&self, nanoseconds: u64) -> Result<(), KvmError> {
+        // No flags: with KVM_CLOCK_REALTIME KVM would add the time since a given wall-clock moment.
+        // The caller has already decided how much of the stop counts.
         let data = kvm_clock_data {
             clock: nanoseconds,
             ..Default::default()
