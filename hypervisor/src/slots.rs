@@ -413,14 +413,19 @@ impl MemSlots {
                 dirty.set_enabled(true);
                 dirty.mark_all();
             }
-            self.set(state, number, Some(&slot), slot.range)?;
+            if let Err(error) = self.set(state, number, Some(&slot), slot.range) {
+                state.free.push(number);
+                return Err(error);
+            }
+            // At once, before anything else can fail: from here on the guest can reach the memory,
+            // so the slot must own its RAM block.
+            state.slots[number] = Some(slot.clone());
             // Only while the gate is closed. If it is open, the guest may write between the two
             // ioctls, and the clear would drop that bit. Then the bits stay set: the next harvest
             // reports more pages than were written, which costs time but loses nothing.
             if state.log_dirty && closed.is_some() {
                 self.begin_log(number, &slot)?;
             }
-            state.slots[number] = Some(slot);
         }
         Ok(())
     }
