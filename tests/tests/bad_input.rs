@@ -167,6 +167,20 @@ async fn a_second_service_on_a_live_socket_is_refused_and_the_first_lives_on() -
     Ok(())
 }
 
+/// `timeout` signals its child, and then the child's process group. The second signal is no request to end
+/// at once, which would leave sockets behind.
+#[tokio::test]
+async fn doubled_signal_ends_in_order() -> Result<()> {
+    let mut service = Service::start(Face::Many).await?;
+    service.boot_pocket("vm", Options::default()).await?;
+    service.signal(Signal::TERM)?;
+    // The process may have ended between the two.
+    let _ = service.signal(Signal::TERM);
+    assert!(service.ended(Duration::from_secs(20)).await?.success());
+    assert!(!service.socket().exists());
+    Ok(())
+}
+
 /// systemd starts services as session leaders without a terminal. The first terminal that one opens
 /// could become its controlling terminal, and end the service when it goes.
 #[tokio::test]

@@ -1,18 +1,25 @@
 //! Signals that end the program.
 
+use std::time::{Duration, Instant};
+
 use anyhow::{Context, Result};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// SIGINT, SIGTERM and SIGHUP: the first of them asks to end in order, and the second to end at once.
+/// A signal this soon after another one belongs to it: `timeout` signals its child and then the child's
+/// process group, which is the same process once more.
+const ECHO: Duration = Duration::from_millis(300);
+
+/// SIGINT, SIGTERM and SIGHUP: the first of them asks for an orderly end, and the second for an end at once.
 pub(crate) struct Signals {
     interrupt: Signal,
     terminate: Signal,
     /// Absent where the program was started with SIGHUP ignored, as `nohup` does.
     hang_up: Option<Signal>,
+    last: Option<(SignalKind, Instant)>,
 }
 
 impl Signals {
-    /// From now on they are heard. Must be called within a runtime.
+    /// Starts to listen. Must be called within a runtime.
     pub(crate) fn listen() -> Result<Self> {
         let listen = |kind| signal(kind).context("cannot listen for signals");
         Ok(Self {
@@ -22,11 +29,26 @@ impl Signals {
                 true => None,
                 false => Some(listen(SignalKind::hangup())?),
             },
+            last: None,
         })
     }
 
-    /// Waits for the next one.
+    /// Waits for the next signal; an echo of the last one does not count.
     pub(crate) async fn next(&mut self) {
+        loop {
+            let kind = self.any().await;
+            let now = Instant::now();
+            let is_echo = self
+                .last
+                .is_some_and(|(_, at)| now.duration_since(at) < ECHO);
+            self.last = Some((kind, now));
+            if !is_echo {
+                return;
+            }
+        }
+    }
+
+    async fn any(&mut self) -> SignalKind {
         let hang_up = async {
             match &mut self.hang_up {
                 Some(signal) => signal.recv().await,
@@ -34,9 +56,9 @@ impl Signals {
             }
         };
         tokio::select! {
-            _ = self.interrupt.recv() => {}
-            _ = self.terminate.recv() => {}
-            _ = hang_up => {}
+            _ = self.interrupt.recv() => SignalKind::interrupt(),
+            _ = self.terminate.recv() => SignalKind::terminate(),
+            _ = hang_up => SignalKind::hangup(),
         }
     }
 }
@@ -57,9 +79,10 @@ pub(crate) async fn unless_interrupted(signals: &mut Signals, work: impl Future<
     tokio::select! {
         () = work => {}
         () = signals.next() => {
-            tracing::warn!("ending at once");
-            // 128 and the number of SIGINT, as shells have it.
-            std::process::exit(130);
+            let number = signals.last.map_or(0, |(kind, _)| kind.as_raw_value());
+            tracing::warn!(signal = number, "second signal: ending at once");
+            // A shell's exit status for a program that a signal ended.
+            std::process::exit(128 + number);
         }
     }
 }
