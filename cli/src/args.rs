@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use spec::VmId;
 
 use crate::migrate::{MigrateArguments, Outcome, ReceiveArguments};
@@ -20,6 +20,9 @@ Examples:
   wh-remote ls                                            the VMs of the service
   wh-remote --vm web create vm.json                       ... and one of them
   wh-remote --vm web boot
+  wh-remote --vm web start vm.json                        both of them in one
+  wh-remote --vm web console                              its serial port; Ctrl-A x leaves
+  wh-remote --vm web logs -f                              ... if that goes to a file
   wh-remote --api-socket /run/b.sock receive unix:/run/way --detach
   wh-remote --vm web migrate unix:/run/way                ... which moves there
   wh-remote --vm web info --json | jq .state")]
@@ -30,7 +33,8 @@ pub(crate) struct Arguments {
     /// The VM, on a service's socket.
     #[arg(long, value_name = "ID", global = true)]
     pub(crate) vm: Option<VmId>,
-    /// Print JSON. (Standard output that is no terminal gets it anyhow, from what has a body.)
+    /// Print JSON in place of text. Always on when the program is started as `ch-remote`, whose output is
+    /// JSON.
     #[arg(long, global = true)]
     pub(crate) json: bool,
     #[command(subcommand)]
@@ -52,6 +56,27 @@ pub(crate) enum Command {
     },
     /// Boot the VM.
     Boot,
+    /// Create the VM from a JSON file and boot it. A VM that cannot be booted is deleted again.
+    Start {
+        /// The file; `-` is standard input.
+        #[arg(default_value = "-")]
+        path: String,
+    },
+    /// Connect this terminal to the VM's serial port or console, in mode Pty or Socket. Ctrl-A x leaves.
+    ///
+    /// Must run on the VM's host, as a user who may open the pseudo terminal or socket. If standard input
+    /// is not a terminal, all of it is sent, and output is printed until the VM closes the console.
+    Console(PortArguments),
+    /// Print what the VM's serial port or console wrote, in mode File.
+    ///
+    /// Must run on the VM's host, as a user who may read the file.
+    Logs {
+        /// Wait for more; Ctrl-C ends.
+        #[arg(short, long)]
+        follow: bool,
+        #[command(flatten)]
+        port: PortArguments,
+    },
     /// Let the guest stand still.
     Pause,
     /// Let the paused guest go on.
@@ -221,6 +246,21 @@ pub(crate) enum Command {
         /// Destination.
         directory: PathBuf,
     },
+}
+
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct PortArguments {
+    /// Which of the two; by default the serial port, or the console if only that can be used.
+    #[arg(long, value_enum)]
+    pub(crate) port: Option<PortName>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PortName {
+    /// ttyS0 in a Linux guest.
+    Serial,
+    /// The virtio console, hvc0 in a Linux guest.
+    Console,
 }
 
 #[derive(Debug, Args)]

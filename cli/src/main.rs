@@ -3,10 +3,12 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod console;
 mod migrate;
 mod print;
 mod remote;
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
@@ -18,9 +20,10 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     match &arguments.command {
         Command::Completions { shell } => {
-            let mut command = Arguments::command();
-            clap_complete::generate(*shell, &mut command, "wh-remote", &mut std::io::stdout());
-            return ExitCode::SUCCESS;
+            // In memory first: the generator panics where its reader has gone.
+            let mut script = Vec::new();
+            clap_complete::generate(*shell, &mut Arguments::command(), "wh-remote", &mut script);
+            return finish(std::io::stdout().write_all(&script).map_err(Into::into));
         }
         Command::Man { directory } => {
             let written = std::fs::create_dir_all(directory)

@@ -1,24 +1,30 @@
 //! Output: tables for people, JSON for programs.
 
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
+use std::path::Path;
 
 use anyhow::Result;
 use comfy_table::Table;
 use comfy_table::presets::NOTHING;
 use serde::Serialize;
-use spec::{MigrationInfo, MigrationSide, VmCounters, VmInfo, VmSummary, VmmPingResponse};
+use spec::{
+    ConsoleMode, DiskConfig, MigrationInfo, MigrationSide, NetConfig, VmCounters, VmInfo,
+    VmSummary, VmmPingResponse,
+};
 
-/// Which of the two.
+/// The form of the output: text or JSON.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Printer {
     json: bool,
 }
 
 impl Printer {
-    /// Prints JSON if it was asked for, or if standard output is not a terminal.
+    /// Prints JSON if the user asked for it, or started the program as `ch-remote`.
     pub(crate) fn new(json: bool) -> Self {
+        let program = std::env::args_os().next().unwrap_or_default();
+        let is_ch_remote = Path::new(&program).file_name() == Some("ch-remote".as_ref());
         Self {
-            json: json || !io::stdout().is_terminal(),
+            json: json || is_ch_remote,
         }
     }
 
@@ -52,6 +58,13 @@ impl Printer {
 /// A line on standard output. (`println!` would panic where the reader has gone.)
 pub(crate) fn line(text: &str) -> Result<()> {
     Ok(writeln!(io::stdout(), "{text}")?)
+}
+
+/// Bytes on standard output, at once.
+pub(crate) fn raw(bytes: &[u8]) -> Result<()> {
+    let mut stdout = io::stdout();
+    stdout.write_all(bytes)?;
+    Ok(stdout.flush()?)
 }
 
 /// A line each.
@@ -120,38 +133,83 @@ fn bytes(count: u64) -> String {
     )
 }
 
+/// The state and what explains it, then what the VM has.
 pub(crate) fn info(vm: &VmInfo) -> String {
-    let text = |value: &Option<String>| value.clone().unwrap_or_else(|| "-".to_owned());
-    let serial = &vm.config.serial;
-    let path = serial.file.as_ref().or(serial.socket.as_ref());
-    let mut rows = vec![
-        ["state".to_owned(), vm.state.to_string()],
-        ["vcpus".to_owned(), vm.config.cpus.boot_vcpus.to_string()],
-        ["memory".to_owned(), bytes(vm.memory_actual_size)],
-        ["kernel".to_owned(), text(&vm.config.payload.kernel)],
-        ["initramfs".to_owned(), text(&vm.config.payload.initramfs)],
-        ["cmdline".to_owned(), text(&vm.config.payload.cmdline)],
-        [
-            "serial".to_owned(),
-            format!("{:?} {}", serial.mode, path.map_or("", String::as_str))
-                .trim_end()
-                .to_owned(),
-        ],
-    ];
+    let config = &vm.config;
+    let mut rows = vec![("state", vm.state.to_string())];
+    if let Some(failure) = &vm.failure {
+        rows.push(("failure", format!("{} ({})", failure.detail, failure.code)));
+    }
+    rows.push(("vcpus", config.cpus.boot_vcpus.to_string()));
+    rows.push(("memory", bytes(vm.memory_actual_size)));
+    rows.extend(
+        config
+            .disks
+            .iter()
+            .flatten()
+            .map(|disk| ("disk", disk_line(disk))),
+    );
+    rows.extend(
+        config
+            .net
+            .iter()
+            .flatten()
+            .map(|net| ("net", net_line(net))),
+    );
+    if let Some(vsock) = &config.vsock {
+        rows.push(("vsock", format!("cid {} at {}", vsock.cid, vsock.socket)));
+    }
+    if let Some(balloon) = &config.balloon {
+        rows.push(("balloon", bytes(balloon.size)));
+    }
+    let (serial, console) = (&config.serial, &config.console);
+    rows.push((
+        "serial",
+        port_line(serial.mode, [&serial.file, &serial.socket]),
+    ));
+    rows.push((
+        "console",
+        port_line(console.mode, [&console.file, &console.socket]),
+    ));
+    let payload = &config.payload;
+    for (name, value) in [
+        ("firmware", &payload.firmware),
+        ("kernel", &payload.kernel),
+        ("initramfs", &payload.initramfs),
+        ("cmdline", &payload.cmdline),
+    ] {
+        rows.extend(value.iter().map(|value| (name, value.clone())));
+    }
     let boot = vm.boot.unwrap_or_default();
     for (name, us) in [
         ("built after", boot.built_us),
         ("first serial byte after", boot.first_serial_us),
     ] {
-        rows.extend(us.map(|us| [name.to_owned(), format!("{us} us")]));
+        rows.extend(us.map(|us| (name, format!("{us} us"))));
     }
-    if let Some(failure) = &vm.failure {
-        rows.push([
-            "failure".to_owned(),
-            format!("{} ({})", failure.detail, failure.code),
-        ]);
-    }
-    table(rows)
+    table(
+        rows.into_iter()
+            .map(|(name, value)| [name.to_owned(), value]),
+    )
+}
+
+fn disk_line(disk: &DiskConfig) -> String {
+    let id = disk.id.as_deref().unwrap_or("-");
+    let path = disk.path.as_deref().unwrap_or("-");
+    let access = if disk.readonly { ", read-only" } else { "" };
+    format!("{id}: {path}{access}")
+}
+
+fn net_line(net: &NetConfig) -> String {
+    let id = net.id.as_deref().unwrap_or("-");
+    let mac = net.mac.as_deref().unwrap_or("-");
+    let tap = net.tap.as_deref().unwrap_or("-");
+    format!("{id}: mac {mac}, tap {tap}")
+}
+
+fn port_line(mode: ConsoleMode, paths: [&Option<String>; 2]) -> String {
+    let path = paths.into_iter().flatten().next();
+    path.map_or_else(|| format!("{mode:?}"), |path| format!("{mode:?} {path}"))
 }
 
 pub(crate) fn counters(counters: &VmCounters) -> String {
@@ -177,6 +235,39 @@ pub(crate) fn event(event: &spec::Event) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn info_shows_state_and_failure_first() {
+        let vm = serde_json::json!({
+            "state": "Shutdown", "memory_actual_size": 1 << 29,
+            "failure": { "code": "triple-fault", "detail": "vCPU 0 met a triple fault" },
+            "config": {
+                "payload": { "kernel": "/k" },
+                "disks": [{ "path": "/d", "id": "root", "readonly": true }],
+                "net": [{ "id": "n", "mac": "52:54:00:00:00:01", "tap": "tap0" }],
+                "vsock": { "cid": 3, "socket": "/v" },
+                "balloon": { "size": 4096 },
+                "serial": { "mode": "File", "file": "/log" },
+            },
+        });
+        let text = info(&serde_json::from_value(vm).unwrap());
+        let rows: Vec<String> = text
+            .lines()
+            .map(|row| row.split_whitespace().collect::<Vec<_>>().join(" "))
+            .collect();
+        let expected = [
+            "state Shutdown",
+            "failure vCPU 0 met a triple fault (triple-fault)",
+            "vcpus 1",
+            "memory 512 MiB",
+            "disk root: /d, read-only",
+            "net n: mac 52:54:00:00:00:01, tap tap0",
+            "vsock cid 3 at /v",
+            "balloon 4 KiB",
+            "serial File /log",
+        ];
+        assert_eq!(rows[..expected.len()], expected);
+    }
 
     #[test]
     fn sizes_are_whole_numbers() {

@@ -12,6 +12,7 @@ use spec::{
 };
 
 use crate::args::{Arguments, Command, ResizeArguments};
+use crate::console;
 use crate::migrate;
 use crate::print::{self, Printer};
 
@@ -60,6 +61,15 @@ impl Remote {
                 .show(&self.client.vms_list().await?, |vms| print::list(vms)),
             Command::Create { path } => self.create(&path).await,
             Command::Boot => on_vm!(self, vms_boot, vm_boot),
+            Command::Start { path } => self.start(&path).await,
+            Command::Console(port) => {
+                let info = on_vm!(self, vms_info, vm_info)?;
+                console::connect(&info.config, port.port).await
+            }
+            Command::Logs { follow, port } => {
+                let info = on_vm!(self, vms_info, vm_info)?;
+                console::logs(&info.config, port.port, follow).await
+            }
             Command::Pause => on_vm!(self, vms_pause, vm_pause),
             Command::Resume => on_vm!(self, vms_resume, vm_resume),
             Command::Reboot => on_vm!(self, vms_reboot, vm_reboot),
@@ -163,6 +173,18 @@ impl Remote {
             None => self.client.vm_create(&config).await?,
         }
         Ok(())
+    }
+
+    /// Creates the VM and boots it.
+    async fn start(&self, path: &str) -> Result<()> {
+        self.create(path).await?;
+        let booted = on_vm!(self, vms_boot, vm_boot);
+        if booted.is_err() {
+            // Created by this command: the user starts again with a better file, under the same name.
+            let deleted = on_vm!(self, vms_delete, vm_delete);
+            deleted.context("the VM cannot be booted, nor deleted again")?;
+        }
+        booted
     }
 
     async fn events(&self, after: Option<u64>) -> Result<()> {

@@ -23,6 +23,6 @@ pub use machine::{BOOTS, Machine, RUNS};
 pub use network::{Network, ROUTER};
 pub use proxy::{Frame, Proxy, Side, Verdict};
 pub use serial::Serial;
-pub use service::{Face, Service, await_anyone};
+pub use service::{Face, Service, await_anyone, built};
 pub use shell::Shell;
 pub use vsock::vsock_echo;

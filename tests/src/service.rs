@@ -333,7 +333,10 @@ fn text(path: &Path) -> String {
 }
 
 fn spawn(face: Face, wrapper: &[&str], dir: &Path) -> Result<Child> {
-    let program = program()?;
+    let program = match env::var_os("WHIMBREL") {
+        Some(named) => named.into(),
+        None => built("whimbrel")?,
+    };
     let log = File::options()
         .create(true)
         .append(true)
@@ -359,17 +362,17 @@ fn spawn(face: Face, wrapper: &[&str], dir: &Path) -> Result<Child> {
         .with_context(|| format!("start {}", program.display()))
 }
 
-/// The program: `target/PROFILE/whimbrel` for a test in `target/PROFILE/deps`.
-fn program() -> Result<PathBuf> {
-    if let Some(named) = env::var_os("WHIMBREL") {
-        return Ok(named.into());
-    }
+/// Returns the path of a program of ours: `target/PROFILE/NAME` for a test in `target/PROFILE/deps`.
+///
+/// # Errors
+/// When it is not built.
+pub fn built(name: &str) -> Result<PathBuf> {
     let test = env::current_exe()?;
     let program = test
         .parent()
         .and_then(Path::parent)
         .context("a test is in a folder of target")?
-        .join("whimbrel");
+        .join(name);
     if !program.exists() {
         bail!(
             "{} is not built: run `cargo build` first",

@@ -37,10 +37,7 @@ fn main() -> ExitCode {
         Some(Command::Serve(serve)) => serve::run(&serve),
         Some(Command::Run(run)) => one::run(&run.vm, run.default_console()),
         Some(Command::Demo) => demo::run(),
-        Some(Command::Completions { shell }) => {
-            generate::completions(shell);
-            Ok(ExitCode::SUCCESS)
-        }
+        Some(Command::Completions { shell }) => generate::completions(shell),
         Some(Command::Man { directory }) => generate::man_pages(&directory),
         None => one::run(&arguments.vm, None),
     };

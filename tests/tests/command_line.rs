@@ -1,0 +1,254 @@
+//! `wh-remote` as a user runs it: its output, its terminal, its exit code.
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use guest::Options;
+use rustix::fs::{Mode, OFlags};
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+use rustix::termios::{LocalModes, tcgetattr};
+use spec::{ConsoleMode, SerialConfig, VmConfig};
+use tests::{Face, Service, built};
+
+const SOON: Duration = Duration::from_secs(30);
+
+fn beating() -> Options {
+    Options {
+        heartbeat_ms: Some(20),
+        ..Options::default()
+    }
+}
+
+fn remote(service: &Service, arguments: &[&str]) -> Result<Command> {
+    let mut command = Command::new(built("wh-remote")?);
+    command.arg("--api-socket").arg(service.socket());
+    command.args(arguments);
+    Ok(command)
+}
+
+fn run(service: &Service, arguments: &[&str]) -> Result<Output> {
+    Ok(remote(service, arguments)?.stdin(Stdio::null()).output()?)
+}
+
+fn stdout(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+fn written(service: &Service, config: &VmConfig) -> Result<String> {
+    let path = service.path("vm.json");
+    fs::write(&path, serde_json::to_vec(config)?)?;
+    Ok(path.to_string_lossy().into_owned())
+}
+
+/// A terminal in which a program runs.
+struct Terminal {
+    child: Child,
+    keys: File,
+    side: File,
+    output: Receiver<Vec<u8>>,
+    seen: String,
+}
+
+impl Terminal {
+    fn start(mut command: Command) -> Result<Self> {
+        let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY)?;
+        grantpt(&master)?;
+        unlockpt(&master)?;
+        let path = ptsname(&master, Vec::new())?;
+        let flags = OFlags::RDWR | OFlags::NOCTTY;
+        let side = File::from(rustix::fs::open(&path, flags, Mode::empty())?);
+        let child = command
+            .stdin(side.try_clone()?)
+            .stdout(side.try_clone()?)
+            .stderr(side.try_clone()?)
+            .spawn()?;
+        let keys = File::from(master);
+        let mut reader = keys.try_clone()?;
+        let (sender, output) = channel();
+        std::thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            while let Ok(len @ 1..) = reader.read(&mut buffer) {
+                if sender.send(buffer[..len].to_vec()).is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(Self {
+            child,
+            keys,
+            side,
+            output,
+            seen: String::new(),
+        })
+    }
+
+    fn shows(&mut self, text: &str) -> Result<()> {
+        let end = Instant::now() + SOON;
+        while !self.seen.contains(text) {
+            let left = end.saturating_duration_since(Instant::now());
+            let part = self.output.recv_timeout(left);
+            let part = part.with_context(|| format!("no `{text}` in:\n{}", self.seen))?;
+            self.seen.push_str(&String::from_utf8_lossy(&part));
+        }
+        Ok(())
+    }
+
+    fn is_raw(&self) -> Result<bool> {
+        Ok(!tcgetattr(&self.side)?
+            .local_modes
+            .contains(LocalModes::ICANON))
+    }
+
+    fn ends_well(&mut self) -> Result<()> {
+        let end = Instant::now() + SOON;
+        loop {
+            if let Some(status) = self.child.try_wait()? {
+                ensure!(status.success(), "{status}:\n{}", self.seen);
+                return Ok(());
+            }
+            if Instant::now() > end {
+                bail!("the program has not ended:\n{}", self.seen);
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Connects to the guest's console by the program, and leaves it again.
+async fn console_of(mode: SerialConfig) -> Result<()> {
+    let service = Service::start(Face::Many).await?;
+    let (mut config, _) = service.pocket("vm", beating())?;
+    config.serial = mode;
+    let vm = service.create("vm", config).await?;
+    service.client().vms_boot(&vm).await?;
+    let mut terminal = Terminal::start(remote(&service, &["--vm", "vm", "console"])?)?;
+    terminal.shows("Ctrl-A x leaves")?;
+    terminal.shows("pocket: heartbeat")?;
+    ensure!(terminal.is_raw()?, "the guest gets each key");
+    terminal.keys.write_all(b"\x01x")?;
+    terminal.ends_well()?;
+    ensure!(!terminal.is_raw()?, "the terminal is as it was before");
+    Ok(())
+}
+
+#[tokio::test]
+async fn console_connects_to_a_socket_and_leaves_by_escape() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let socket = dir.path().join("serial.sock");
+    console_of(SerialConfig {
+        socket: Some(socket.to_string_lossy().into_owned()),
+        ..SerialConfig::with_mode(ConsoleMode::Socket)
+    })
+    .await
+}
+
+#[tokio::test]
+async fn console_connects_to_a_pty_and_leaves_by_escape() -> Result<()> {
+    console_of(SerialConfig::with_mode(ConsoleMode::Pty)).await
+}
+
+#[tokio::test]
+async fn start_creates_and_boots_and_logs_shows_the_output() -> Result<()> {
+    let service = Service::start(Face::Many).await?;
+    let (config, serial) = service.pocket("vm", beating())?;
+    let path = written(&service, &config)?;
+    let started = run(&service, &["--vm", "web", "start", &path])?;
+    ensure!(started.status.success(), "{started:?}");
+    serial.wait_for("pocket: heartbeat", 1, SOON).await?;
+
+    let log = stdout(&run(&service, &["--vm", "web", "logs"])?);
+    ensure!(log.contains("pocket: hello"), "{log}");
+    // Each is one line; a later one comes while the program runs.
+    let mut follow = Terminal::start(remote(&service, &["--vm", "web", "logs", "-f"])?)?;
+    let seen = log.matches("pocket: heartbeat").count();
+    let later = format!("heartbeat count={}", seen + 20);
+    follow.shows(&later)?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn start_leaves_nothing_when_the_boot_fails() -> Result<()> {
+    let service = Service::start(Face::Many).await?;
+    let (mut config, _) = service.pocket("vm", beating())?;
+    config.payload.kernel = Some("/nowhere/vmlinux".to_owned());
+    let path = written(&service, &config)?;
+    let refused = run(&service, &["--vm", "web", "start", &path])?;
+    ensure!(!refused.status.success());
+    let text = String::from_utf8_lossy(&refused.stderr).into_owned();
+    ensure!(text.contains("/nowhere/vmlinux"), "{text}");
+    ensure!(service.client().vms_list().await?.is_empty());
+    Ok(())
+}
+
+/// Tables also go into pipes; `--json`, and the name `ch-remote`, give JSON.
+#[tokio::test]
+async fn output_is_text_unless_json_is_asked_for() -> Result<()> {
+    let service = Service::start(Face::Many).await?;
+    let (config, _) = service.pocket("vm", beating())?;
+    service.create("vm", config).await?;
+    let table = stdout(&run(&service, &["ls"])?);
+    ensure!(table.contains("vm") && table.contains("Created"), "{table}");
+    let info = stdout(&run(&service, &["--vm", "vm", "info"])?);
+    ensure!(info.trim_start().starts_with("state"), "{info}");
+    let json = stdout(&run(&service, &["ls", "--json"])?);
+    serde_json::from_str::<serde_json::Value>(&json).context(json)?;
+
+    let link = service.path("ch-remote");
+    std::os::unix::fs::symlink(built("wh-remote")?, &link)?;
+    let json = Command::new(&link)
+        .arg("--api-socket")
+        .arg(service.socket())
+        .args(["--vm", "vm", "info"])
+        .output()?;
+    let json = stdout(&json);
+    serde_json::from_str::<serde_json::Value>(&json).context(json)?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn console_refuses_a_file_and_logs_refuses_a_socket() -> Result<()> {
+    let service = Service::start(Face::Many).await?;
+    let (config, _) = service.pocket("vm", beating())?;
+    service.create("vm", config).await?;
+    let refused = run(&service, &["--vm", "vm", "console"])?;
+    let text = String::from_utf8_lossy(&refused.stderr).into_owned();
+    ensure!(
+        text.contains("serial.mode is File") && text.contains("`logs`"),
+        "{text}"
+    );
+    let refused = run(&service, &["--vm", "vm", "logs", "--port", "console"])?;
+    let text = String::from_utf8_lossy(&refused.stderr).into_owned();
+    ensure!(text.contains("console.mode is Off"), "{text}");
+    Ok(())
+}
+
+/// A reader that ends early is no error, and no panic: `wh-remote completions bash | head -1`.
+#[test]
+fn completions_end_quietly_when_the_reader_is_gone() -> Result<()> {
+    for program in ["wh-remote", "whimbrel"] {
+        let mut child = Command::new(built(program)?)
+            .args(["completions", "bash"])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()?;
+        drop(child.stdout.take());
+        let output = child.wait_with_output()?;
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(
+            output.status.success() && text.is_empty(),
+            "{program}: {text}"
+        );
+    }
+    Ok(())
+}
