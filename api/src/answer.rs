@@ -8,7 +8,7 @@ use serde::Serialize;
 use spec::PciDeviceInfo;
 
 use crate::json::ascii_json;
-use crate::problem::Refusal;
+use crate::problem::ApiError;
 
 /// A value to answer with, as JSON.
 pub(crate) struct Answer<T>(pub(crate) T);
@@ -20,7 +20,7 @@ impl<T: Serialize> IntoResponse for Answer<T> {
                 let content_type = HeaderValue::from_static("application/json");
                 ([(CONTENT_TYPE, content_type)], body).into_response()
             }
-            Err(error) => Refusal::new(
+            Err(error) => ApiError::new(
                 StatusCode::INTERNAL_SERVER_ERROR,
                 "internal-error",
                 format!("the answer could not be written as JSON: {error}"),
@@ -31,13 +31,13 @@ impl<T: Serialize> IntoResponse for Answer<T> {
 }
 
 /// Answers 204: the command was done.
-pub(crate) fn done(_: Reply) -> Result<Response, Refusal> {
+pub(crate) fn done(_: Reply) -> Result<Response, ApiError> {
     Ok(StatusCode::NO_CONTENT.into_response())
 }
 
 /// Answers 200 with the device's address if a running guest got it, and 204 if the VM gets it at its
 /// next boot.
-pub(crate) fn added(reply: Reply) -> Result<Response, Refusal> {
+pub(crate) fn added(reply: Reply) -> Result<Response, ApiError> {
     match reply {
         Reply::Added(device) => Ok(Answer::<PciDeviceInfo>(device).into_response()),
         Reply::Done => done(reply),
@@ -46,7 +46,7 @@ pub(crate) fn added(reply: Reply) -> Result<Response, Refusal> {
 }
 
 /// Answers 200 with the counters of the VM's devices.
-pub(crate) fn counters(reply: Reply) -> Result<Response, Refusal> {
+pub(crate) fn counters(reply: Reply) -> Result<Response, ApiError> {
     match reply {
         Reply::Counters(counters) => Ok(Answer(counters).into_response()),
         Reply::Done | Reply::Added(_) | Reply::MemoryMap(_) => Err(unexpected_reply()),
@@ -54,15 +54,15 @@ pub(crate) fn counters(reply: Reply) -> Result<Response, Refusal> {
 }
 
 /// Answers 200 with the VM's address spaces.
-pub(crate) fn memory_map(reply: Reply) -> Result<Response, Refusal> {
+pub(crate) fn memory_map(reply: Reply) -> Result<Response, ApiError> {
     match reply {
         Reply::MemoryMap(map) => Ok(Answer(map).into_response()),
         Reply::Done | Reply::Added(_) | Reply::Counters(_) => Err(unexpected_reply()),
     }
 }
 
-fn unexpected_reply() -> Refusal {
-    Refusal::new(
+fn unexpected_reply() -> ApiError {
+    ApiError::new(
         StatusCode::INTERNAL_SERVER_ERROR,
         "internal-error",
         "the VM's driver sent a reply that does not belong to the request",

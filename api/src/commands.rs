@@ -14,7 +14,7 @@ use utoipa_axum::routes;
 use crate::answer::{added, counters, done, memory_map};
 use crate::extract::{Json, JsonAndTap, Named};
 use crate::one_vm::OneVm;
-use crate::problem::Refusal;
+use crate::problem::ApiError;
 use crate::refusals::{
     Failed, NoSuchDevice, NoSuchDisk, NoSuchVm, NotAllowedNow, NotCreated, NotDone, NotJson,
     NotPossible, NotUnderstood, NotValid, Pending, TooLong, TooSlow, Unsupported, WrongState,
@@ -48,7 +48,7 @@ macro_rules! commands {
                 State(service): State<Service>,
                 Named(id): Named,
                 $($body: $extract,)?
-            ) -> Result<Response, Refusal> {
+            ) -> Result<Response, ApiError> {
                 $reply(service.ask(&id, $request).await?)
             }
 
@@ -61,7 +61,7 @@ macro_rules! commands {
             async fn $vm(
                 State(vm): State<OneVm>,
                 $($body: $extract,)?
-            ) -> Result<Response, Refusal> {
+            ) -> Result<Response, ApiError> {
                 $reply(vm.ask($request).await?)
             }
         )*

@@ -19,7 +19,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::peer::Peer;
-use crate::problem::Refusal;
+use crate::problem::ApiError;
 use crate::refusals::BadQuery;
 use crate::serve::Shutdown;
 use crate::service::Service;
@@ -68,7 +68,7 @@ async fn events(
     peer: Option<Extension<Peer>>,
     headers: HeaderMap,
     which: Result<Query<Which>, axum::extract::rejection::QueryRejection>,
-) -> Result<Sse<impl Stream<Item = Result<sse::Event, Infallible>>>, Refusal> {
+) -> Result<Sse<impl Stream<Item = Result<sse::Event, Infallible>>>, ApiError> {
     let Query(which) = which.map_err(|error| bad(error.body_text()))?;
     let log = service.registry.events().clone();
     let after = match headers.get("last-event-id") {
@@ -93,8 +93,8 @@ async fn events(
     Ok(Sse::new(stream).keep_alive(sse::KeepAlive::new().interval(KEEP_ALIVE)))
 }
 
-fn bad(detail: String) -> Refusal {
-    Refusal::new(StatusCode::BAD_REQUEST, "bad-query", detail)
+fn bad(detail: String) -> ApiError {
+    ApiError::new(StatusCode::BAD_REQUEST, "bad-query", detail)
 }
 
 /// A client that follows, and how far it is.

@@ -15,18 +15,18 @@ use spec::{Descriptors, FieldProblem, NetConfig, ParseError, VmId};
 
 use crate::descriptors::Enclosed;
 use crate::limits::BODY_READ_TIMEOUT;
-use crate::problem::Refusal;
+use crate::problem::ApiError;
 
 /// The body of a request, as JSON.
 pub(crate) struct Json<T>(pub(crate) T);
 
 impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
-    type Rejection = Refusal;
+    type Rejection = ApiError;
 
-    async fn from_request(request: Request, _state: &S) -> Result<Self, Refusal> {
+    async fn from_request(request: Request, _state: &S) -> Result<Self, ApiError> {
         let (body, descriptors) = parsed(request).await?;
         if !descriptors.is_empty() {
-            return Err(Refusal::new(
+            return Err(ApiError::new(
                 StatusCode::BAD_REQUEST,
                 "unexpected-descriptors",
                 "descriptors came along with the request, which takes none: a network interface that is added \
@@ -41,9 +41,9 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
 pub(crate) struct JsonAndTap(pub(crate) NetConfig);
 
 impl<S: Send + Sync> FromRequest<S> for JsonAndTap {
-    type Rejection = Refusal;
+    type Rejection = ApiError;
 
-    async fn from_request(request: Request, _state: &S) -> Result<Self, Refusal> {
+    async fn from_request(request: Request, _state: &S) -> Result<Self, ApiError> {
         let (mut net, descriptors) = parsed::<NetConfig>(request).await?;
         // As in Cloud Hypervisor, numbers in the body say nothing beside them.
         if !descriptors.is_empty() {
@@ -53,13 +53,13 @@ impl<S: Send + Sync> FromRequest<S> for JsonAndTap {
     }
 }
 
-async fn parsed<T: DeserializeOwned>(request: Request) -> Result<(T, Vec<OwnedFd>), Refusal> {
+async fn parsed<T: DeserializeOwned>(request: Request) -> Result<(T, Vec<OwnedFd>), ApiError> {
     check_content_type(request.headers())?;
     let enclosed = request.extensions().get::<Enclosed>().cloned();
     let body = read(request).await?;
     let descriptors = enclosed.map(|enclosed| enclosed.take());
     if body.is_empty() {
-        return Err(Refusal::new(
+        return Err(ApiError::new(
             StatusCode::BAD_REQUEST,
             "missing-body",
             "the request has no body; send a JSON object, with its length in Content-Length",
@@ -71,7 +71,7 @@ async fn parsed<T: DeserializeOwned>(request: Request) -> Result<(T, Vec<OwnedFd
 
 /// Clients of Cloud Hypervisor's API send no type at all, and `curl --data` sends that of a form: a type is
 /// refused only when it is certainly something else.
-fn check_content_type(headers: &HeaderMap) -> Result<(), Refusal> {
+fn check_content_type(headers: &HeaderMap) -> Result<(), ApiError> {
     const TAKEN: &[&str] = &[
         "application/json",
         "application/x-www-form-urlencoded",
@@ -91,7 +91,7 @@ fn check_content_type(headers: &HeaderMap) -> Result<(), Refusal> {
     if essence.is_empty() || TAKEN.contains(&essence.as_str()) || essence.ends_with("+json") {
         return Ok(());
     }
-    Err(Refusal::new(
+    Err(ApiError::new(
         StatusCode::UNSUPPORTED_MEDIA_TYPE,
         "unsupported-media-type",
         format!(
@@ -101,7 +101,7 @@ fn check_content_type(headers: &HeaderMap) -> Result<(), Refusal> {
 }
 
 /// The whole body, which may be neither too long nor too slow.
-async fn read(request: Request) -> Result<Bytes, Refusal> {
+async fn read(request: Request) -> Result<Bytes, ApiError> {
     let announced = request
         .headers()
         .get(CONTENT_LENGTH)
@@ -113,12 +113,12 @@ async fn read(request: Request) -> Result<Bytes, Refusal> {
     match tokio::time::timeout(BODY_READ_TIMEOUT, body.collect()).await {
         Ok(Ok(body)) => Ok(body.to_bytes()),
         Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_long()),
-        Ok(Err(error)) => Err(Refusal::new(
+        Ok(Err(error)) => Err(ApiError::new(
             StatusCode::BAD_REQUEST,
             "incomplete-body",
             format!("the body did not arrive whole: {error}"),
         )),
-        Err(_) => Err(Refusal::new(
+        Err(_) => Err(ApiError::new(
             StatusCode::REQUEST_TIMEOUT,
             "body-timeout",
             format!(
@@ -129,8 +129,8 @@ async fn read(request: Request) -> Result<Bytes, Refusal> {
     }
 }
 
-fn too_long() -> Refusal {
-    Refusal::new(
+fn too_long() -> ApiError {
+    ApiError::new(
         StatusCode::PAYLOAD_TOO_LARGE,
         "body-too-large",
         format!("the body is longer than {BODY_LEN} bytes, the most that the service reads"),
@@ -138,7 +138,7 @@ fn too_long() -> Refusal {
 }
 
 /// A body that is no JSON, or not the JSON that was asked for.
-fn not_understood(error: &ParseError) -> Refusal {
+fn not_understood(error: &ParseError) -> ApiError {
     let fields = match error {
         ParseError::Malformed { .. } => Vec::new(),
         ParseError::UnknownField { .. } | ParseError::Invalid { .. } => vec![FieldProblem {
@@ -147,7 +147,7 @@ fn not_understood(error: &ParseError) -> Refusal {
             detail: error.to_string(),
         }],
     };
-    Refusal::with_fields(
+    ApiError::with_fields(
         StatusCode::BAD_REQUEST,
         error.code(),
         error.to_string(),
@@ -159,9 +159,9 @@ fn not_understood(error: &ParseError) -> Refusal {
 pub(crate) struct Named(pub(crate) VmId);
 
 impl<S: Send + Sync> FromRequestParts<S> for Named {
-    type Rejection = Refusal;
+    type Rejection = ApiError;
 
-    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Refusal> {
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
         // What cannot be a name is the name of nothing.
         match Path::<String>::from_request_parts(parts, state).await {
             Ok(Path(name)) => match name.parse() {

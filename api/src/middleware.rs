@@ -9,7 +9,7 @@ use http::{HeaderMap, HeaderValue, StatusCode};
 use tracing::Instrument as _;
 
 use crate::limits::REQUEST_ID_BYTES_MAX;
-use crate::problem::Refusal;
+use crate::problem::ApiError;
 use crate::request_counts::Requests;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -47,7 +47,7 @@ pub(crate) async fn envelope(
         && !response.headers().contains_key(CONTENT_TYPE)
         && let Some(allow) = response.headers_mut().remove(ALLOW)
     {
-        response = Refusal::method_not_allowed(&method, &path, allow).into_response();
+        response = ApiError::method_not_allowed(&method, &path, allow).into_response();
     }
     response.headers_mut().insert(REQUEST_ID, id);
     requests.count(response.status());
@@ -55,9 +55,9 @@ pub(crate) async fn envelope(
     response
 }
 
-fn failed(error: &tokio::task::JoinError) -> Refusal {
+fn failed(error: &tokio::task::JoinError) -> ApiError {
     tracing::error!(%error, "a request failed inside the service");
-    Refusal::new(
+    ApiError::new(
         StatusCode::INTERNAL_SERVER_ERROR,
         "internal-error",
         "the service failed on this request and goes on with others; its log, under this answer's X-Request-Id, \
@@ -78,13 +78,13 @@ fn request_id(headers: &HeaderMap) -> HeaderValue {
 
 /// A web page can make a browser send requests to loopback addresses, also under a name of its own that it lets
 /// resolve to 127.0.0.1. The browser says so, in `Origin` or `Host`.
-fn guard(request: &Request) -> Result<(), Refusal> {
+fn guard(request: &Request) -> Result<(), ApiError> {
     if request.extensions().get() != Some(&Via::Tcp) {
         return Ok(());
     }
     let host = authority(request.headers().get(HOST)).filter(|host| is_loopback(host.host()));
     let Some(host) = host else {
-        return Err(Refusal::new(
+        return Err(ApiError::new(
             StatusCode::MISDIRECTED_REQUEST,
             "foreign-host",
             "the request's Host is not this host's loopback address; use http://127.0.0.1 or http://localhost",
@@ -93,7 +93,7 @@ fn guard(request: &Request) -> Result<(), Refusal> {
     match request.headers().get(ORIGIN) {
         None => Ok(()),
         Some(origin) if origin.as_bytes() == format!("http://{host}").as_bytes() => Ok(()),
-        Some(_) => Err(Refusal::new(
+        Some(_) => Err(ApiError::new(
             StatusCode::FORBIDDEN,
             "foreign-origin",
             "the request comes from a web page that is not the service's own",

@@ -18,7 +18,7 @@ use utoipa_axum::routes;
 use crate::answer::Answer;
 use crate::extract::{Json, Named};
 use crate::one_vm::OneVm;
-use crate::problem::Refusal;
+use crate::problem::ApiError;
 use crate::refusals::{
     Exists, Failed, NoSuchMigration, NoSuchVm, NotCreated, NotDone, NotJson, NotPossible,
     NotUnderstood, TooLong, TooSlow, Unsupported, WrongState, of_one_vms_migration,
@@ -45,11 +45,11 @@ type Begun = Result<Arc<dyn Migration>, RequestError>;
 /// Begins one. The machine's driver is asked, which is a matter of microseconds but for its being busy.
 async fn begin(
     begin: impl FnOnce() -> Begun + Send + 'static,
-    refuse: fn(RequestError) -> Refusal,
-) -> Result<Arc<dyn Migration>, Refusal> {
+    refuse: fn(RequestError) -> ApiError,
+) -> Result<Arc<dyn Migration>, ApiError> {
     let begun = tokio::task::spawn_blocking(begin).await;
     let failed = |_| {
-        Refusal::new(
+        ApiError::new(
             StatusCode::INTERNAL_SERVER_ERROR,
             "internal",
             "the service failed to begin the migration",
@@ -82,11 +82,11 @@ async fn start(
     State(service): State<Service>,
     Named(id): Named,
     Json(body): Json<StartMigration>,
-) -> Result<Response, Refusal> {
+) -> Result<Response, ApiError> {
     let registry = service.registry.clone();
     let begun = begin(
         move || registry.send_migration(id.as_str(), &body),
-        Refusal::from,
+        ApiError::from,
     )
     .await?;
     Ok(created(begun.info()))
@@ -104,9 +104,9 @@ async fn start(
 async fn receive(
     State(service): State<Service>,
     Json(body): Json<AwaitMigration>,
-) -> Result<Response, Refusal> {
+) -> Result<Response, ApiError> {
     let registry = service.registry.clone();
-    let begun = begin(move || registry.receive_migration(&body), Refusal::from).await?;
+    let begun = begin(move || registry.receive_migration(&body), ApiError::from).await?;
     let info = begun.info();
     tokio::spawn(give_socket(service, begun));
     Ok(created(info))
@@ -147,7 +147,7 @@ async fn list(State(service): State<Service>) -> Answer<Vec<MigrationInfo>> {
 async fn info(
     State(service): State<Service>,
     Path(id): Path<String>,
-) -> Result<Answer<MigrationInfo>, Refusal> {
+) -> Result<Answer<MigrationInfo>, ApiError> {
     Ok(Answer(service.registry.migration(&id)?.info()))
 }
 
@@ -166,7 +166,7 @@ async fn info(
 async fn cancel(
     State(service): State<Service>,
     Path(id): Path<String>,
-) -> Result<StatusCode, Refusal> {
+) -> Result<StatusCode, ApiError> {
     service.registry.migration(&id)?.cancel()?;
     Ok(StatusCode::NO_CONTENT)
 }
@@ -186,13 +186,13 @@ async fn resolve(
     State(service): State<Service>,
     Path(id): Path<String>,
     Json(body): Json<ResolveMigration>,
-) -> Result<StatusCode, Refusal> {
+) -> Result<StatusCode, ApiError> {
     service.registry.migration(&id)?.resolve(body.outcome)?;
     Ok(StatusCode::NO_CONTENT)
 }
 
 /// Waits until it is over, and says how it ended.
-async fn wait(migration: &dyn Migration) -> Result<StatusCode, Refusal> {
+async fn wait(migration: &dyn Migration) -> Result<StatusCode, ApiError> {
     // Held by us, so it does not go.
     let _ = migration.over().wait_for(|over| *over).await;
     let info = migration.info();
@@ -204,7 +204,7 @@ async fn wait(migration: &dyn Migration) -> Result<StatusCode, Refusal> {
         || ("failed".to_owned(), "the migration failed".to_owned()),
         |error| (error.code, error.detail),
     );
-    Err(Refusal::new(
+    Err(ApiError::new(
         StatusCode::INTERNAL_SERVER_ERROR,
         &code,
         detail,
@@ -222,7 +222,7 @@ async fn wait(migration: &dyn Migration) -> Result<StatusCode, Refusal> {
 async fn send_one(
     State(vm): State<OneVm>,
     Json(body): Json<SendMigrationData>,
-) -> Result<StatusCode, Refusal> {
+) -> Result<StatusCode, ApiError> {
     let what = StartMigration {
         mode: match body.memory_mode {
             MigrationMode::Precopy => MemoryMode::Precopy,
@@ -260,9 +260,9 @@ async fn send_one(
 async fn receive_one(
     State(vm): State<OneVm>,
     Json(body): Json<ReceiveMigrationData>,
-) -> Result<StatusCode, Refusal> {
+) -> Result<StatusCode, ApiError> {
     if body.zone_updates.is_some() {
-        return Err(Refusal::not_implemented(
+        return Err(ApiError::not_implemented(
             "move memory zones (`zone_updates`)",
         ));
     }

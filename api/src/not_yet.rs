@@ -9,7 +9,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::one_vm::OneVm;
-use crate::problem::Refusal;
+use crate::problem::ApiError;
 use crate::refusals::Unsupported;
 use crate::tags::ONE_VM;
 
@@ -22,8 +22,8 @@ macro_rules! not_yet {
                 summary = concat!("Not in this version: ", $what, "."),
                 responses(Unsupported),
             )]
-            async fn $name() -> Refusal {
-                Refusal::not_implemented($what)
+            async fn $name() -> ApiError {
+                ApiError::not_implemented($what)
             }
         )*
 

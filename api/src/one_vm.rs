@@ -10,7 +10,7 @@ use utoipa_axum::routes;
 
 use crate::answer::Answer;
 use crate::extract::Json;
-use crate::problem::Refusal;
+use crate::problem::ApiError;
 use crate::refusals::{
     Exists, Failed, NotCreated, NotJson, NotPossible, NotUnderstood, TooLong, TooSlow, Unsupported,
     not_created, of_one_vm,
@@ -25,14 +25,14 @@ pub(crate) struct OneVm {
 }
 
 impl OneVm {
-    fn handle(&self) -> Result<VmHandle, Refusal> {
+    fn handle(&self) -> Result<VmHandle, ApiError> {
         self.registry
             .get(self.id.as_str())
             .map_err(|_| not_created())
     }
 
     /// Sends a request to the VM's driver, and waits for the reply.
-    pub(crate) async fn ask(&self, request: Request) -> Result<Reply, Refusal> {
+    pub(crate) async fn ask(&self, request: Request) -> Result<Reply, ApiError> {
         let verb = request.verb();
         self.handle()?
             .ask(request)
@@ -59,7 +59,7 @@ pub(crate) fn routes() -> OpenApiRouter<OneVm> {
 async fn create(
     State(vm): State<OneVm>,
     Json(config): Json<VmConfig>,
-) -> Result<StatusCode, Refusal> {
+) -> Result<StatusCode, ApiError> {
     vm.registry.create(Some(vm.id), config)?;
     Ok(StatusCode::NO_CONTENT)
 }
@@ -69,7 +69,7 @@ async fn create(
     put, path = "/api/v1/vm.delete", operation_id = "deleteVM", tag = ONE_VM,
     responses((status = 204, description = "The VM is deleted."), Failed),
 )]
-async fn delete(State(vm): State<OneVm>) -> Result<StatusCode, Refusal> {
+async fn delete(State(vm): State<OneVm>) -> Result<StatusCode, ApiError> {
     if vm.handle().is_ok() {
         vm.registry
             .delete(vm.id.as_str())
@@ -84,6 +84,6 @@ async fn delete(State(vm): State<OneVm>) -> Result<StatusCode, Refusal> {
     get, path = "/api/v1/vm.info", operation_id = "infoVM", tag = ONE_VM,
     responses((status = 200, description = "Configuration and state.", body = VmInfo), NotCreated, Failed),
 )]
-async fn info(State(vm): State<OneVm>) -> Result<Answer<VmInfo>, Refusal> {
+async fn info(State(vm): State<OneVm>) -> Result<Answer<VmInfo>, ApiError> {
     vm.handle().map(|handle| Answer(handle.info()))
 }

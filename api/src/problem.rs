@@ -11,13 +11,13 @@ use crate::json::ascii_json;
 ///
 /// The codes that the interface itself uses are here; the others come from the commands.
 #[derive(Clone, Debug)]
-pub(crate) struct Refusal {
+pub(crate) struct ApiError {
     // Boxed, since it is the error of every handler.
     problem: Box<Problem>,
     allow: Option<HeaderValue>,
 }
 
-impl Refusal {
+impl ApiError {
     pub(crate) fn new(status: StatusCode, code: &str, detail: impl Into<String>) -> Self {
         let title = status.canonical_reason().unwrap_or("Error");
         let problem = Box::new(Problem::new(status.as_u16(), title, code, detail));
@@ -73,7 +73,7 @@ impl Refusal {
     }
 }
 
-impl IntoResponse for Refusal {
+impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let status = self.status();
         let body = ascii_json(self.problem.as_ref()).unwrap_or_default();

@@ -8,7 +8,7 @@ use http::StatusCode;
 use utoipa::IntoResponses;
 use utoipa::openapi::{ComponentsBuilder, Content, Ref, RefOr, Response, ResponseBuilder};
 
-use crate::problem::Refusal;
+use crate::problem::ApiError;
 
 /// Each is a type that an operation names among its responses, and a response of the document's components.
 macro_rules! refusals {
@@ -85,7 +85,7 @@ refusals! {
 }
 
 /// How the service's own face, and everything but the state refusals of the other, says no.
-impl From<RequestError> for Refusal {
+impl From<RequestError> for ApiError {
     fn from(error: RequestError) -> Self {
         let status = match error.category {
             Category::NotFound => StatusCode::NOT_FOUND,
@@ -100,14 +100,14 @@ impl From<RequestError> for Refusal {
 
 /// How Cloud Hypervisor's face says no to `verb`: its contract documents 405 for some state refusals, where 409
 /// would be right, and 400 and 500 for some of what is 422 elsewhere.
-pub(crate) fn of_one_vm(verb: Verb, error: RequestError) -> Refusal {
+pub(crate) fn of_one_vm(verb: Verb, error: RequestError) -> ApiError {
     let is_of_a_device = matches!(verb, Verb::AddDevice | Verb::ResizeDisk);
     match (verb, error.category) {
         (_, Category::NotFound) if error.code == "no-such-vm" => not_created(),
         (
             Verb::Pause | Verb::Resume | Verb::Shutdown | Verb::Reboot | Verb::PowerButton,
             Category::Conflict,
-        ) => Refusal::not_allowed_now(&error.code, error.detail),
+        ) => ApiError::not_allowed_now(&error.code, error.detail),
         (Verb::AddDevice, Category::Unprocessable) if !error.fields.is_empty() => {
             with_status(StatusCode::BAD_REQUEST, error)
         }
@@ -122,7 +122,7 @@ pub(crate) fn of_one_vm(verb: Verb, error: RequestError) -> Refusal {
 }
 
 /// The same for a migration: the contract has 500 for one that cannot be, whatever the reason.
-pub(crate) fn of_one_vms_migration(error: RequestError) -> Refusal {
+pub(crate) fn of_one_vms_migration(error: RequestError) -> ApiError {
     match error.category {
         Category::NotFound => not_created(),
         Category::Unprocessable => with_status(StatusCode::INTERNAL_SERVER_ERROR, error),
@@ -130,13 +130,13 @@ pub(crate) fn of_one_vms_migration(error: RequestError) -> Refusal {
     }
 }
 
-fn with_status(status: StatusCode, error: RequestError) -> Refusal {
-    Refusal::with_fields(status, &error.code, error.detail, error.fields)
+fn with_status(status: StatusCode, error: RequestError) -> ApiError {
+    ApiError::with_fields(status, &error.code, error.detail, error.fields)
 }
 
 /// The socket's one VM is not there.
-pub(crate) fn not_created() -> Refusal {
-    Refusal::new(
+pub(crate) fn not_created() -> ApiError {
+    ApiError::new(
         StatusCode::NOT_FOUND,
         "vm-not-created",
         "the VM is not created; PUT its configuration to /api/v1/vm.create first",
@@ -196,7 +196,7 @@ mod tests {
         }
         let told = of_one_vms_migration(of(Category::Unprocessable, "endpoint-unusable"));
         assert_eq!(told.status(), 500);
-        let own = Refusal::from(invalid());
+        let own = ApiError::from(invalid());
         assert_eq!(own.status(), 422, "the service's own face");
     }
 }

@@ -19,7 +19,7 @@ use utoipa_axum::routes;
 use crate::document::frame;
 use crate::middleware::envelope;
 use crate::one_vm::OneVm;
-use crate::problem::Refusal;
+use crate::problem::ApiError;
 use crate::request_counts::Requests;
 use crate::serve::Shutdown;
 use crate::service::Service;
@@ -154,13 +154,13 @@ async fn openapi(State(json): State<Arc<str>>) -> impl IntoResponse {
     ([(CONTENT_TYPE, "application/json")], json.to_string())
 }
 
-fn no_such_path(request: &Request, paths: &[String]) -> Refusal {
+fn no_such_path(request: &Request, paths: &[String]) -> ApiError {
     let path: String = request.uri().path().chars().take(128).collect();
     let hint = match spec::nearest(&path, paths.iter().map(String::as_str)) {
         Some(near) => format!("; did you mean {near}?"),
         None => "; GET /api/v1/openapi.json describes what there is".to_owned(),
     };
-    Refusal::new(
+    ApiError::new(
         StatusCode::NOT_FOUND,
         "no-such-path",
         format!("there is nothing at {path}{hint}"),

@@ -10,7 +10,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::answer::Answer;
-use crate::problem::Refusal;
+use crate::problem::ApiError;
 use crate::refusals::Failed;
 use crate::serve::Shutdown;
 use crate::tags::SERVICE;
@@ -54,7 +54,7 @@ async fn ping(State(vmm): State<Vmm>) -> Answer<VmmPingResponse> {
     put, path = "/api/v1/vmm.shutdown", operation_id = "shutdownVMM", tag = SERVICE,
     responses((status = 204, description = "The VMs have ended; the service is about to."), Failed),
 )]
-async fn shut_down(State(vmm): State<Vmm>) -> Result<StatusCode, Refusal> {
+async fn shut_down(State(vmm): State<Vmm>) -> Result<StatusCode, ApiError> {
     match &vmm.scope {
         Scope::All => vmm.registry.delete_all().await,
         Scope::One(id) => {

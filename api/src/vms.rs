@@ -11,7 +11,7 @@ use utoipa_axum::routes;
 
 use crate::answer::Answer;
 use crate::extract::{Json, Named};
-use crate::problem::Refusal;
+use crate::problem::ApiError;
 use crate::refusals::{
     Exists, Failed, NoSuchVm, NotJson, NotPossible, NotUnderstood, TooLong, TooSlow, Unsupported,
     WrongState,
@@ -27,18 +27,18 @@ pub(crate) fn routes() -> OpenApiRouter<Service> {
 
 impl Service {
     /// Sends a request to the driver of the VM `id`, and waits for the reply.
-    pub(crate) async fn ask(&self, id: &VmId, request: Request) -> Result<Reply, Refusal> {
+    pub(crate) async fn ask(&self, id: &VmId, request: Request) -> Result<Reply, ApiError> {
         Ok(self.registry.get(id.as_str())?.ask(request).await?)
     }
 
     /// Creates a VM with all that belongs to it, or nothing.
-    async fn create(&self, id: Option<VmId>, config: VmConfig) -> Result<Response, Refusal> {
+    async fn create(&self, id: Option<VmId>, config: VmConfig) -> Result<Response, ApiError> {
         let vm = self.registry.create(id, config)?;
         if let Some(sockets) = &self.sockets
             && let Err(error) = sockets.open(vm.id()).await
         {
             self.registry.delete(vm.id().as_str()).await?;
-            return Err(Refusal::new(
+            return Err(ApiError::new(
                 StatusCode::INTERNAL_SERVER_ERROR,
                 "vm-socket",
                 format!("the VM's own socket could not be opened: {error}"),
@@ -86,7 +86,7 @@ async fn list(State(service): State<Service>) -> Answer<Vec<VmSummary>> {
 async fn create(
     State(service): State<Service>,
     Json(new): Json<CreateVm>,
-) -> Result<Response, Refusal> {
+) -> Result<Response, ApiError> {
     service.create(new.id, new.config).await
 }
 
@@ -107,7 +107,7 @@ async fn ensure(
     State(service): State<Service>,
     Named(id): Named,
     Json(config): Json<VmConfig>,
-) -> Result<Response, Refusal> {
+) -> Result<Response, ApiError> {
     match service.registry.get(id.as_str()) {
         Ok(vm) if is_configured(&vm, &config) => Ok(Answer(service.summary(&vm)).into_response()),
         _ => service.create(Some(id), config).await,
@@ -151,7 +151,10 @@ fn is_configured(vm: &VmHandle, config: &VmConfig) -> bool {
     params(("id" = VmId, Path, description = "The VM's name.")),
     responses((status = 200, description = "Configuration and state.", body = VmInfo), NoSuchVm, Failed),
 )]
-async fn info(State(service): State<Service>, Named(id): Named) -> Result<Answer<VmInfo>, Refusal> {
+async fn info(
+    State(service): State<Service>,
+    Named(id): Named,
+) -> Result<Answer<VmInfo>, ApiError> {
     Ok(Answer(service.registry.get(id.as_str())?.info()))
 }
 
@@ -161,7 +164,7 @@ async fn info(State(service): State<Service>, Named(id): Named) -> Result<Answer
     params(("id" = VmId, Path, description = "The VM's name.")),
     responses((status = 204, description = "The VM is deleted."), NoSuchVm, WrongState, Failed),
 )]
-async fn delete(State(service): State<Service>, Named(id): Named) -> Result<StatusCode, Refusal> {
+async fn delete(State(service): State<Service>, Named(id): Named) -> Result<StatusCode, ApiError> {
     service.registry.delete(id.as_str()).await?;
     Ok(StatusCode::NO_CONTENT)
 }

@@ -38,7 +38,7 @@ pub trait Migration: Send + Sync {
 /// Moves guests.
 pub trait Migrate: Send + Sync {
     /// Returns the migrations of an earlier process of this service, from their journals.
-    fn recalled(&self) -> Vec<Arc<dyn Migration>> {
+    fn history(&self) -> Vec<Arc<dyn Migration>> {
         Vec::new()
     }
 

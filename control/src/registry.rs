@@ -56,7 +56,7 @@ impl Registry {
     /// An empty one, whose drivers come from `spawner`.
     pub fn new(spawner: impl Spawn + 'static) -> Self {
         let migrations = Migrations::default();
-        for migration in spawner.mover().into_iter().flat_map(Migrate::recalled) {
+        for migration in spawner.mover().into_iter().flat_map(Migrate::history) {
             migrations.add(migration);
         }
         Self(Arc::new(Shared {

@@ -69,12 +69,12 @@ impl PowerBlock {
 
     /// Presses the power button. What comes of it is the guest's business.
     pub fn press_power_button(&self) {
-        self.tell(POWER_BUTTON);
+        self.raise(POWER_BUTTON);
     }
 
     /// Has the guest look at the hotplug registers.
     pub fn announce_hotplug(&self) {
-        self.tell(PCI_HOTPLUG);
+        self.raise(PCI_HOTPLUG);
     }
 
     /// Raises the interrupt again if an event was not read yet, for a guest that was loaded.
@@ -84,7 +84,7 @@ impl PowerBlock {
         }
     }
 
-    fn tell(&self, event: u8) {
+    fn raise(&self, event: u8) {
         *self.happened.lock() |= event;
         self.line.raise();
     }

@@ -10,7 +10,7 @@ use devices::event_loop::EventLoop;
 use virtio_devices::block::{BlockConfig, LockMode, OnError};
 use virtio_devices::rate_limiter::RateLimits;
 use virtio_devices::testing::{
-    Heard, TestBuffer, TestGuest, TestQueue, settle, transport, workers,
+    Heard, TestBuffer, TestGuest, TestQueue, wait_idle, transport, workers,
 };
 use virtio_devices::{QueueState, Transport, TransportEvent, VirtioDevice, Workers};
 
@@ -84,7 +84,7 @@ impl Machine {
             // A queue that was not negotiated is refused.
             let _ = self.device.start_queue(side);
         }
-        settle(&self.event_loop);
+        wait_idle(&self.event_loop);
         for _ in 0..bytes.int_in_range(0..=3)? {
             let offset = bytes.int_in_range(0..=80)?;
             let data: [u8; 8] = bytes.arbitrary()?;
@@ -94,7 +94,7 @@ impl Machine {
             let index = bytes.int_in_range(0..=self.queues.len() - 1)?;
             self.lay_out(index, bytes)?;
             let _ = self.queues[index].kick.write(1);
-            settle(&self.event_loop);
+            wait_idle(&self.event_loop);
         }
         Ok(())
     }

@@ -67,7 +67,7 @@ impl PciMachine {
                 bar: AddrRange::new(BAR, BAR_LEN).expect("a range"),
                 map: Arc::new(Map(Arc::clone(&topology))),
                 msi: Arc::new(Quiet),
-                tell: Box::new(move |event| heard.lock().push(event)),
+                report: Box::new(move |event| heard.lock().push(event)),
             };
             let rng = Rng::new("/dev/urandom".as_ref(), workers).expect("a source of entropy");
             let device = VirtioPci::new("_rng0", Box::new(rng), slot).expect("a device");

@@ -38,7 +38,7 @@ use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use acpi::{Platform, Register};
 use boot::{Handover, Ram};
 use cpu::{BLOCK_SIZE, Block};
-use line::Refusal;
+use line::CommandError;
 use options::MAX_CPUS;
 
 core::arch::global_asm!(include_str!("entry.s"));
@@ -128,7 +128,7 @@ fn start_others(platform: &Platform, cpus: u32, ram: &mut Ram) -> Blocks {
     for &apic_id in platform.apic_ids.iter().take(cpus as usize).skip(1) {
         let Some(address) = ram.take(BLOCK_SIZE, GIB) else {
             serial::say(&Line::Refused {
-                what: Refusal::Memory(BLOCK_SIZE.div_ceil(MIB)),
+                what: CommandError::Memory(BLOCK_SIZE.div_ceil(MIB)),
             });
             break;
         };
@@ -142,7 +142,7 @@ fn start_others(platform: &Platform, cpus: u32, ram: &mut Ram) -> Blocks {
         };
         if !apic::start(apic_id, TRAMPOLINE_PAGE, || is_up.load(Acquire)) {
             serial::say(&Line::Refused {
-                what: Refusal::Cpu(apic_id),
+                what: CommandError::Cpu(apic_id),
             });
             continue;
         }

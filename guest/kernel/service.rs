@@ -6,7 +6,7 @@ use crate::apic;
 use crate::clock;
 use crate::cpu;
 use crate::io;
-use crate::line::{Address, Line, Parting, Refusal};
+use crate::line::{Address, Line, Parting, CommandError};
 use crate::options::{After, Command, Crash, Workload};
 use crate::serial::{self, Input};
 use crate::work::{SMP_COUNTS, Work};
@@ -90,7 +90,7 @@ impl Service {
         input.poll(|line| match Command::parse(line) {
             Some(command) => self.obey(command),
             None => serial::say(&Line::Refused {
-                what: Refusal::Command,
+                what: CommandError::Command,
             }),
         });
         self.input = input;
@@ -250,7 +250,7 @@ impl Service {
                 });
             }
             None => serial::say(&Line::Refused {
-                what: Refusal::PowerOff,
+                what: CommandError::PowerOff,
             }),
         }
     }
@@ -263,7 +263,7 @@ impl Service {
                 serial::say(&Line::Survived { by: Parting::Reset });
             }
             None => serial::say(&Line::Refused {
-                what: Refusal::Reset,
+                what: CommandError::Reset,
             }),
         }
     }

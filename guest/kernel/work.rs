@@ -14,7 +14,7 @@ use crate::boot::Ram;
 use crate::clock;
 use crate::cpu::{self, Block};
 use crate::io::{self, Io};
-use crate::line::{Line, Refusal};
+use crate::line::{Line, CommandError};
 use crate::options::{Options, Order, Workload};
 use crate::pattern::{self, PAGE_SIZE, Page};
 use crate::selftest;
@@ -68,7 +68,7 @@ pub fn published() -> Option<&'static Work> {
 
 impl Work {
     /// Pages that the workload writes to.
-    fn region(&self) -> Result<u64, Refusal> {
+    fn region(&self) -> Result<u64, CommandError> {
         let free = self.ram.pages();
         match self.options.workload {
             Workload::Dirty {
@@ -76,7 +76,7 @@ impl Work {
                 ..
             } => match mib.checked_mul(PAGES_PER_MIB) {
                 Some(pages) if pages <= free => Ok(pages),
-                _ => Err(Refusal::Memory(free / PAGES_PER_MIB)),
+                _ => Err(CommandError::Memory(free / PAGES_PER_MIB)),
             },
             Workload::Dirty { .. } | Workload::Touch => Ok(free),
             _ => Ok(0),

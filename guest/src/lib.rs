@@ -60,7 +60,7 @@ mod names;
 mod options;
 pub mod pattern;
 
-pub use line::{Address, Check, FailedChecks, Line, Parting, Refusal, TscSource};
+pub use line::{Address, Check, CommandError, FailedChecks, Line, Parting, TscSource};
 pub use options::{
     After, Command, Crash, Key, MAX_CPUS, OptionError, Options, Order, PortValue, Workload,
 };

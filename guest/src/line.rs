@@ -197,7 +197,7 @@ lines! {
     /// The guest refuses an option or a command.
     Refused = "refused" {
         /// The refused item, and the reason.
-        what: Refusal,
+        what: CommandError,
     }
     /// The guest still runs after the instruction that should have ended it.
     Survived = "survived" {
@@ -303,7 +303,7 @@ impl Field for FailedChecks {
 
 /// The reason for which the guest refuses an option or a command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Refusal {
+pub enum CommandError {
     /// An option's value is invalid. The guest uses its defaults.
     Option(Key),
     /// There is less free memory than the workload asks for, in MiB.
@@ -318,13 +318,13 @@ pub enum Refusal {
     Reset,
 }
 
-impl From<OptionError> for Refusal {
+impl From<OptionError> for CommandError {
     fn from(OptionError(key): OptionError) -> Self {
         Self::Option(key)
     }
 }
 
-impl Field for Refusal {
+impl Field for CommandError {
     fn parse(text: &str) -> Option<Self> {
         let (kind, detail) = text.split_once(':').unwrap_or((text, ""));
         match (kind, detail) {

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use guest::pattern::PAGE_SIZE;
 use guest::{
-    After, Check, Command, Crash, Key, Line, MAX_CPUS, Options, Order, PortValue, Refusal,
+    After, Check, Command, CommandError, Crash, Key, Line, MAX_CPUS, Options, Order, PortValue,
     TscSource, Workload,
 };
 use hypervisor::RunFailure;
@@ -59,7 +59,7 @@ fn verified(line: &Line) -> Option<(u64, u64, Option<u64>)> {
     }
 }
 
-fn refused(line: &Line) -> Option<Refusal> {
+fn refused(line: &Line) -> Option<CommandError> {
     match *line {
         Line::Refused { what } => Some(what),
         _ => None,
@@ -148,7 +148,7 @@ fn without_acpi_the_command_line_tells() {
     assert_eq!((cpus, tsc_khz, tsc_from), (2, 1_234_567, TscSource::Option));
     assert_eq!(machine.expect("ready", ready), 2);
     machine.send(Command::PowerOff);
-    assert_eq!(machine.expect("a refusal", refused), Refusal::PowerOff);
+    assert_eq!(machine.expect("a refusal", refused), CommandError::PowerOff);
     machine.send(Command::Reset);
     assert_eq!(machine.expect_end(), End::Reset(0x77));
 }
@@ -179,12 +179,12 @@ fn work_that_ends_can_power_off() {
 fn what_it_does_not_know_is_refused_by_name() {
     let mut machine = Machine::start(&Spec::new(dirty(1 << 20, None, Order::Linear)));
     assert!(
-        matches!(machine.expect("a refusal", refused), Refusal::Memory(mib) if mib > 50 && mib < 64)
+        matches!(machine.expect("a refusal", refused), CommandError::Memory(mib) if mib > 50 && mib < 64)
     );
     machine.send_text("dance\n");
-    assert_eq!(machine.expect("a refusal", refused), Refusal::Command);
+    assert_eq!(machine.expect("a refusal", refused), CommandError::Command);
     machine.send_text(&format!("{}\n", "poweroff".repeat(100)));
-    assert_eq!(machine.expect("a refusal", refused), Refusal::Command);
+    assert_eq!(machine.expect("a refusal", refused), CommandError::Command);
     machine.send(Command::Ping);
     machine.expect("an answer", |line| {
         matches!(line, Line::Alive { .. }).then_some(())
@@ -200,7 +200,7 @@ fn a_command_line_that_is_wrong_is_refused_by_its_key() {
     let mut machine = Machine::start(&spec);
     assert_eq!(
         machine.expect("a refusal", refused),
-        Refusal::Option(Key::Rate)
+        CommandError::Option(Key::Rate)
     );
     machine.expect("ready", ready);
 }
@@ -233,7 +233,7 @@ fn a_vcpu_that_is_missing_is_named() {
         ..Options::default()
     };
     let mut machine = Machine::start(&Spec::new(options));
-    assert_eq!(machine.expect("a refusal", refused), Refusal::Cpu(1));
+    assert_eq!(machine.expect("a refusal", refused), CommandError::Cpu(1));
     assert_eq!(machine.expect("ready", ready), 1);
 }
 

@@ -2,8 +2,8 @@
 
 use guest::pattern::{self, Page, WORDS};
 use guest::{
-    Address, After, Check, Command, Crash, FailedChecks, Key, Line, MAX_CPUS, OptionError, Options,
-    Order, Parting, PortValue, Refusal, TscSource, Workload,
+    Address, After, Check, Command, CommandError, Crash, FailedChecks, Key, Line, MAX_CPUS,
+    OptionError, Options, Order, Parting, PortValue, TscSource, Workload,
 };
 use proptest::prelude::*;
 use proptest::sample::select;
@@ -60,12 +60,16 @@ fn all_options() -> impl Strategy<Value = Options> {
         )
 }
 
-fn refusals() -> impl Strategy<Value = Refusal> {
+fn refusals() -> impl Strategy<Value = CommandError> {
     prop_oneof![
-        select(Key::ALL).prop_map(Refusal::Option),
-        any::<u64>().prop_map(Refusal::Memory),
-        any::<u32>().prop_map(Refusal::Cpu),
-        select(vec![Refusal::Command, Refusal::PowerOff, Refusal::Reset]),
+        select(Key::ALL).prop_map(CommandError::Option),
+        any::<u64>().prop_map(CommandError::Memory),
+        any::<u32>().prop_map(CommandError::Cpu),
+        select(vec![
+            CommandError::Command,
+            CommandError::PowerOff,
+            CommandError::Reset
+        ]),
     ]
 }
 

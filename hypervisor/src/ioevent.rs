@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
-use memory::{AddrRange, FlatIoEventFd, MemoryListener, Refusal, SpaceKind, ViewChange};
+use memory::{AddrRange, FlatIoEventFd, ListenerError, MemoryListener, SpaceKind, ViewChange};
 
 /// The memory listener that keeps a VM's ioeventfds of one space.
 #[derive(Debug)]
@@ -17,7 +17,7 @@ impl IoEventFds {
         Self { vm, space }
     }
 
-    fn set(&self, doorbell: &FlatIoEventFd, register: bool) -> Result<(), Refusal> {
+    fn set(&self, doorbell: &FlatIoEventFd, register: bool) -> Result<(), ListenerError> {
         let at = match self.space {
             SpaceKind::Memory => IoEventAddress::Mmio(doorbell.addr),
             SpaceKind::PortIo => IoEventAddress::Pio(doorbell.addr),
@@ -45,8 +45,8 @@ impl IoEventFds {
             let verb = if register { "add" } else { "remove" };
             let why = format!("KVM refused to {verb} a doorbell: {errno}");
             match AddrRange::new(doorbell.addr, 1) {
-                Some(range) => Refusal::at(range, why),
-                None => Refusal::new(why),
+                Some(range) => ListenerError::at(range, why),
+                None => ListenerError::new(why),
             }
         })
     }
@@ -59,11 +59,11 @@ fn truncated<T: TryFrom<u64> + Default>(value: u64) -> T {
 }
 
 impl MemoryListener for IoEventFds {
-    fn prepare(&self, _: &ViewChange) -> Result<(), Refusal> {
+    fn prepare(&self, _: &ViewChange) -> Result<(), ListenerError> {
         Ok(())
     }
 
-    fn apply(&self, change: &ViewChange) -> Result<(), Refusal> {
+    fn apply(&self, change: &ViewChange) -> Result<(), ListenerError> {
         // Removals first. A doorbell that only changes its descriptor may be in both lists, and KVM
         // refuses a second one at the same address and value with EEXIST.
         change

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{VcpuFd, VmFd};
 use memory::{
-    AddrRange, FlatRange, FlatView, MemoryListener, PAGE_SIZE, RamSlice, Refusal, Target,
+    AddrRange, FlatRange, FlatView, ListenerError, MemoryListener, PAGE_SIZE, RamSlice, Target,
     ViewChange,
 };
 use parking_lot::Mutex;
@@ -432,7 +432,7 @@ impl MemSlots {
 }
 
 impl MemoryListener for MemSlots {
-    fn prepare(&self, change: &ViewChange) -> Result<(), Refusal> {
+    fn prepare(&self, change: &ViewChange) -> Result<(), ListenerError> {
         // KVM would refuse these slots too, but only in `apply`, where earlier slots of the batch
         // may already be gone. A refusal here leaves the map as it was.
         let slots = wanted(&change.new, self.capabilities.readonly_memory);
@@ -443,7 +443,7 @@ impl MemoryListener for MemSlots {
                 slot.slice.offset,
             ];
             if parts.iter().any(|part| !part.is_multiple_of(PAGE_SIZE)) {
-                return Err(Refusal::at(
+                return Err(ListenerError::at(
                     slot.range,
                     "RAM must start and end at page boundaries",
                 ));
@@ -451,21 +451,21 @@ impl MemoryListener for MemSlots {
         }
         if slots.len() > self.capabilities.max_memslots {
             let (needed, most) = (slots.len(), self.capabilities.max_memslots);
-            return Err(Refusal::new(format!(
+            return Err(ListenerError::new(format!(
                 "the map needs {needed} memslots, and KVM has {most}"
             )));
         }
         Ok(())
     }
 
-    fn apply(&self, change: &ViewChange) -> Result<(), Refusal> {
+    fn apply(&self, change: &ViewChange) -> Result<(), ListenerError> {
         let mut state = self.state.lock();
         let plan = plan(
             &state.slots,
             &wanted(&change.new, self.capabilities.readonly_memory),
         );
         self.apply_plan(&mut state, plan)
-            .map_err(|error| Refusal::new(error.to_string()))
+            .map_err(|error| ListenerError::new(error.to_string()))
     }
 }
 

@@ -70,7 +70,7 @@ pub enum CommitError {
     Render(&'static str),
     /// A listener cannot do what the change asks for. The old map is in force.
     #[error("the change was refused: {0}")]
-    Refused(#[source] Refusal),
+    Refused(#[source] ListenerError),
     /// A listener failed in the middle of the change. No map is in force that can be relied on;
     /// the topology takes no further change.
     #[error("the memory map was left half changed: {0}")]
@@ -80,14 +80,14 @@ pub enum CommitError {
 /// Why a listener cannot take part in a change, and where.
 #[derive(Debug, thiserror::Error)]
 #[error("{reason}{}", at.map_or_else(String::new, |at| format!(" (at {at})")))]
-pub struct Refusal {
+pub struct ListenerError {
     /// Which addresses it is about, if any.
     pub at: Option<AddrRange>,
     /// The reason.
     pub reason: String,
 }
 
-impl Refusal {
+impl ListenerError {
     /// About the map as a whole.
     pub fn new(reason: impl Into<String>) -> Self {
         Self {

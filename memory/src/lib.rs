@@ -51,7 +51,7 @@ mod window;
 pub use change::ViewChange;
 pub use dirty::{DirtyBitmap, DirtyPages, PAGE_SIZE};
 pub use dump::{FlatNode, TreeNode};
-pub use error::{CommitError, Refusal, TopologyError};
+pub use error::{CommitError, ListenerError, TopologyError};
 pub use flat_view::{FlatIoEventFd, FlatRange, FlatView, Target};
 pub use guest_memory::{DirtySlice, RamRange};
 pub use listener::{ListenerHandle, MemoryListener};

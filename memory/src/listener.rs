@@ -8,7 +8,7 @@
 use std::sync::Arc;
 
 use crate::change::ViewChange;
-use crate::error::Refusal;
+use crate::error::ListenerError;
 use crate::sync::thread::{self, ThreadId};
 use crate::sync::{Condvar, Mutex};
 
@@ -22,14 +22,14 @@ pub trait MemoryListener: Send + Sync {
     /// refuses, nothing will.
     ///
     /// # Errors
-    /// A [`Refusal`] that says what is not possible. The commit then fails with it.
-    fn prepare(&self, change: &ViewChange) -> Result<(), Refusal>;
+    /// A [`ListenerError`] that says what is not possible. The commit then fails with it.
+    fn prepare(&self, change: &ViewChange) -> Result<(), ListenerError>;
 
     /// Makes the change. Readers see the new view already.
     ///
     /// # Errors
     /// Only what could not be known before. The topology is failed from then on.
-    fn apply(&self, change: &ViewChange) -> Result<(), Refusal>;
+    fn apply(&self, change: &ViewChange) -> Result<(), ListenerError>;
 }
 
 struct State {
@@ -158,11 +158,11 @@ mod model {
     }
 
     impl MemoryListener for Probe {
-        fn prepare(&self, _: &ViewChange) -> Result<(), Refusal> {
+        fn prepare(&self, _: &ViewChange) -> Result<(), ListenerError> {
             Ok(())
         }
 
-        fn apply(&self, _: &ViewChange) -> Result<(), Refusal> {
+        fn apply(&self, _: &ViewChange) -> Result<(), ListenerError> {
             assert!(
                 !self.gone.load(Ordering::SeqCst),
                 "called after its handle was dropped"

@@ -69,7 +69,7 @@ struct Watcher {
     id: u64,
     entry: &'static Entry,
     /// Taken when it has been called.
-    tell: Option<Box<dyn FnOnce(u64) + Send>>,
+    notify: Option<Box<dyn FnOnce(u64) + Send>>,
 }
 
 fn entries() -> impl Iterator<Item = &'static Entry> {
@@ -298,13 +298,13 @@ extern "C" fn handle(signal: i32, info: *mut libc::siginfo_t, context: *mut libc
 
 fn tell_watchers() {
     // Hold the lock during the calls: a watcher that was dropped is then never called afterwards.
-    // In turn `tell` must not drop a `LostWatch` or call `on_lost`, which take the same lock.
+    // In turn `notify` must not drop a `LostWatch` or call `on_lost`, which take the same lock.
     for watcher in &mut *WATCHERS.lock() {
         let lost = watcher.entry.first_lost.load(Ordering::Acquire);
         if lost != u64::MAX
-            && let Some(tell) = watcher.tell.take()
+            && let Some(notify) = watcher.notify.take()
         {
-            tell(lost);
+            notify(lost);
         }
     }
 }
@@ -323,15 +323,15 @@ impl Drop for LostWatch {
 }
 
 impl RamBlock {
-    /// Calls `tell` once when memory of the block is lost, or if it has been already, with the offset of
+    /// Calls `notify` once when memory of the block is lost, or if it has been already, with the offset of
     /// the first page that was: on a thread that all blocks share, so that it must not wait.
     #[must_use]
-    pub fn on_lost(self: &Arc<Self>, tell: impl FnOnce(u64) + Send + 'static) -> LostWatch {
+    pub fn on_lost(self: &Arc<Self>, notify: impl FnOnce(u64) + Send + 'static) -> LostWatch {
         let id = NEXT_WATCHER.fetch_add(1, Ordering::Relaxed);
         WATCHERS.lock().push(Watcher {
             id,
             entry: self.registered().entry,
-            tell: Some(Box::new(tell)),
+            notify: Some(Box::new(notify)),
         });
         // The block may have been lost before the watcher was in the list, and that wake-up is
         // over.

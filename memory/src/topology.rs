@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::change::ViewChange;
-use crate::error::{CommitError, Refusal, TopologyError};
+use crate::error::{CommitError, ListenerError, TopologyError};
 use crate::flat_view::FlatView;
 use crate::limits;
 use crate::listener::{Entered, ListenerHandle, MemoryListener, Subscription};
@@ -288,11 +288,11 @@ impl Topology {
 
 fn for_each_listener(
     changes: &[(usize, ViewChange, Vec<Entered>)],
-    tell: impl Fn(&dyn MemoryListener, &ViewChange) -> Result<(), Refusal>,
-) -> Result<(), Refusal> {
+    notify: impl Fn(&dyn MemoryListener, &ViewChange) -> Result<(), ListenerError>,
+) -> Result<(), ListenerError> {
     for (_, change, entered) in changes {
         for listener in entered.iter().filter_map(Entered::listener) {
-            tell(listener, change)?;
+            notify(listener, change)?;
         }
     }
     Ok(())

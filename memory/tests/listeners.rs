@@ -8,8 +8,8 @@ use std::thread;
 use std::time::Duration;
 
 use memory::{
-    AddressSpace, CommitError, DeviceOps, ListenerHandle, MemoryListener, RamBlock, RamConfig,
-    RamSlice, Refusal, RegionId, RingWindow, SpaceKind, Topology, ViewChange, WindowError,
+    AddressSpace, CommitError, DeviceOps, ListenerError, ListenerHandle, MemoryListener, RamBlock,
+    RamConfig, RamSlice, RegionId, RingWindow, SpaceKind, Topology, ViewChange, WindowError,
 };
 use parking_lot::Mutex;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
@@ -44,14 +44,14 @@ impl Notes {
 }
 
 impl MemoryListener for Notes {
-    fn prepare(&self, _: &ViewChange) -> Result<(), Refusal> {
+    fn prepare(&self, _: &ViewChange) -> Result<(), ListenerError> {
         match self.refuse.load(Ordering::Relaxed) {
-            true => Err(Refusal::new("not today")),
+            true => Err(ListenerError::new("not today")),
             false => Ok(()),
         }
     }
 
-    fn apply(&self, change: &ViewChange) -> Result<(), Refusal> {
+    fn apply(&self, change: &ViewChange) -> Result<(), ListenerError> {
         let note = format!(
             "{} -{} +{}",
             self.name,
@@ -61,7 +61,7 @@ impl MemoryListener for Notes {
         self.seen.lock().push(note);
         drop(self.drop_in_apply.lock().take());
         match self.fail.load(Ordering::Relaxed) {
-            true => Err(Refusal::new("broke")),
+            true => Err(ListenerError::new("broke")),
             false => Ok(()),
         }
     }
@@ -158,11 +158,11 @@ struct Fragile {
 }
 
 impl MemoryListener for Fragile {
-    fn prepare(&self, _: &ViewChange) -> Result<(), Refusal> {
+    fn prepare(&self, _: &ViewChange) -> Result<(), ListenerError> {
         Ok(())
     }
 
-    fn apply(&self, _: &ViewChange) -> Result<(), Refusal> {
+    fn apply(&self, _: &ViewChange) -> Result<(), ListenerError> {
         // The sleep makes it likely that the handle is dropped while the call runs.
         thread::sleep(Duration::from_micros(20));
         self.owner

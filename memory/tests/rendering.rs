@@ -5,8 +5,8 @@
 use std::sync::Arc;
 
 use memory::{
-    AddrRange, CommitError, DeviceOps, FlatRange, Label, MemoryListener, RamBlock, RamConfig,
-    RamSlice, Refusal, RegionId, SpaceKind, Target, Topology, TopologyError, Transaction,
+    AddrRange, CommitError, DeviceOps, FlatRange, Label, ListenerError, MemoryListener, RamBlock,
+    RamConfig, RamSlice, RegionId, SpaceKind, Target, Topology, TopologyError, Transaction,
     ViewChange,
 };
 use parking_lot::Mutex;
@@ -199,14 +199,14 @@ impl Pair {
 struct Follower(Mutex<Vec<FlatRange>>);
 
 impl MemoryListener for Follower {
-    fn prepare(&self, change: &ViewChange) -> Result<(), Refusal> {
+    fn prepare(&self, change: &ViewChange) -> Result<(), ListenerError> {
         let known = self.0.lock();
         assert_eq!(*known, change.old.ranges());
         assert!(change.kept.iter().all(|kept| known.contains(kept)));
         Ok(())
     }
 
-    fn apply(&self, change: &ViewChange) -> Result<(), Refusal> {
+    fn apply(&self, change: &ViewChange) -> Result<(), ListenerError> {
         let mut known = self.0.lock();
         for gone in &change.removed {
             let at = known

@@ -35,7 +35,7 @@ use self::router::{Arrived, Router};
 use crate::decision::Decision;
 use crate::journal::Journal;
 use crate::link::{Accept, Stream};
-use crate::message::{Control, Offer, Refusal, ToDestination, ToSource};
+use crate::message::{ControlChannel, Offer, Refusal, ToDestination, ToSource};
 use crate::pages::Block;
 use crate::progress::{Phase, Progress};
 use crate::wire::WireError;
@@ -204,7 +204,7 @@ pub fn receive(receiving: Receiving<'_>) -> Result<(), Refusal> {
 
 fn refuse(stream: Box<dyn Stream>, why: Refusal) {
     // It learns it, or sees that the connection ends.
-    let _ = Control::new(stream).send(&ToSource::Refused(why));
+    let _ = ControlChannel::new(stream).send(&ToSource::Refused(why));
 }
 
 /// How a guest that runs here came.
@@ -323,7 +323,7 @@ impl Session<'_> {
             if stream.set_patience(self.patience).is_err() {
                 continue;
             }
-            let mut control = Control::new(stream);
+            let mut control = ControlChannel::new(stream);
             let told = control.send(answer);
             let knows = |heard: Result<ToDestination, WireError>| match heard {
                 Ok(ToDestination::Complete) => true,
@@ -345,7 +345,10 @@ fn busy() -> Refusal {
 }
 
 /// Answers a ping; no other message may come here.
-fn answer_ping(control: &mut Control, message: &ToDestination) -> Result<(), MigrationError> {
+fn answer_ping(
+    control: &mut ControlChannel,
+    message: &ToDestination,
+) -> Result<(), MigrationError> {
     match message {
         ToDestination::Ping(number) => Ok(control.send(&ToSource::Pong(*number))?),
         ToDestination::Abort(why) => Err(MigrationError::There(why.clone())),

@@ -20,7 +20,7 @@ pub(crate) const VERSIONS: (u32, u32) = (1, 2);
 pub(crate) enum Channel {
     /// Messages both ways.
     Control,
-    /// Control of a migration that lost its connection: who comes wants to know how it stands.
+    /// Control of a migration that lost its connection: the source asks how the migration stands.
     Again,
     /// Pages, from the source to the destination.
     Ram {
@@ -134,7 +134,7 @@ pub(crate) enum ToDestination {
     Prepare(Box<Offer>),
     /// A round has been sent: it ended on each RAM channel with an `End` of this number.
     Round(u32),
-    /// A frame with saved state follows: a first guess, to be loaded now.
+    /// A frame with saved state follows: that of a dry run, to be loaded now.
     Guess,
     /// A frame with saved state follows; the last round before it is `round`. With `postcopy`, that round
     /// named the pages that follow the guest. The guest is paused, and was so before the migration if
@@ -172,7 +172,7 @@ pub(crate) enum ToSource {
     Busy,
     /// All pages of this round are in memory.
     RoundDone(u32),
-    /// The guess was loaded in so long.
+    /// The destination loaded the state of the dry run in so long.
     GuessLoaded {
         us: u64,
     },
@@ -233,12 +233,12 @@ pub(crate) fn recv_hello(from: &mut dyn Stream) -> Result<Hello, WireError> {
 }
 
 /// The control channel: messages, and saved state.
-pub(crate) struct Control {
+pub(crate) struct ControlChannel {
     pub(crate) stream: Box<dyn Stream>,
     reader: Reader,
 }
 
-impl Control {
+impl ControlChannel {
     pub(crate) fn new(stream: Box<dyn Stream>) -> Self {
         Self {
             stream,

@@ -20,7 +20,7 @@ use crate::decision::Decision;
 use crate::journal::{Journal, Step};
 use crate::link::{Dial, Stream};
 use crate::message::{
-    self, Channel, Control, Hello, Offer, Refusal, ToDestination, ToSource, VERSIONS,
+    self, Channel, ControlChannel, Hello, Offer, Refusal, ToDestination, ToSource, VERSIONS,
 };
 use crate::pages::{BATCH, Block};
 use crate::policy::{Measured, Mode, Policy};
@@ -215,7 +215,7 @@ struct Engine<'a, 'b> {
     sending: &'a mut Sending<'b>,
     source: &'a mut dyn Source,
     blocks: Vec<Block>,
-    control: Option<Control>,
+    control: Option<ControlChannel>,
     rams: Vec<Ram>,
     tracking: bool,
     /// When the stop began, and the guest that is stopped.
@@ -376,7 +376,7 @@ impl Engine<'_, '_> {
 
     fn prepare(&mut self) -> Result<(), MigrationError> {
         let stream = self.connect(Channel::Control)?;
-        self.control = Some(Control::new(stream));
+        self.control = Some(ControlChannel::new(stream));
         self.version = self.expect(|answer| match answer {
             ToSource::Welcome { version } if (VERSIONS.0..=VERSIONS.1).contains(version) => {
                 Some(*version)
@@ -461,10 +461,10 @@ impl Engine<'_, '_> {
         let round_trips = [self.ping()?, self.ping()?, self.ping()?];
         self.measured.round_trip = round_trips.into_iter().min().unwrap_or_default();
         let start = Instant::now();
-        let guess = self.with_keepalive(|source| source.dry_run())?;
+        let state = self.with_keepalive(|source| source.dry_run())?;
         self.measured.save = start.elapsed();
         let control = self.control.as_mut().ok_or_else(disconnected)?;
-        control.send_with_state(&ToDestination::Guess, &guess)?;
+        control.send_with_state(&ToDestination::Guess, &state)?;
         let us = self.expect(|answer| match answer {
             ToSource::GuessLoaded { us } => Some(*us),
             _ => None,
@@ -474,7 +474,7 @@ impl Engine<'_, '_> {
     }
 }
 
-fn keepalive(control: &mut Control) -> Result<(), MigrationError> {
+fn keepalive(control: &mut ControlChannel) -> Result<(), MigrationError> {
     control.send(&ToDestination::Ping(1))?;
     // No other request is open when this runs, so only `Pong` is in order, not even `Busy`.
     match control.recv()? {

@@ -19,7 +19,7 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use crate::link::{Dial, Stream};
-use crate::message::{self, Channel, Control, Hello, Offer, ToDestination, ToSource};
+use crate::message::{self, Channel, ControlChannel, Hello, Offer, ToDestination, ToSource};
 use crate::wire::WireError;
 
 /// A certificate authority for tests.
@@ -53,7 +53,7 @@ impl Issuer {
 ///
 /// Messages are given as anything that serializes as they do, such as `json!({ "Ping": 1 })`, so that a
 /// test can also send what the engine never would.
-pub struct Peer(Control);
+pub struct Peer(ControlChannel);
 
 /// The other side of a [`Peer`] that says nothing fails the test, and does not hang it.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -63,7 +63,7 @@ impl Peer {
         let mut stream = dial.dial().unwrap();
         stream.set_patience(PATIENCE).unwrap();
         message::send_hello(&mut *stream, &Hello::new(id, channel)).unwrap();
-        Self(Control::new(stream))
+        Self(ControlChannel::new(stream))
     }
 
     /// Connects as a source that has a guest to offer.
@@ -89,7 +89,7 @@ impl Peer {
     pub fn accepted(mut stream: Box<dyn Stream>) -> (Self, Uuid) {
         stream.set_patience(PATIENCE).unwrap();
         let hello = message::recv_hello(&mut *stream).unwrap();
-        (Self(Control::new(stream)), hello.migration)
+        (Self(ControlChannel::new(stream)), hello.migration)
     }
 
     /// Sends a message. False if the connection is gone.
@@ -124,13 +124,13 @@ impl Peer {
     ///
     /// # Errors
     /// The connection ended.
-    pub fn hear(&mut self) -> Result<String, WireError> {
+    pub fn recv(&mut self) -> Result<String, WireError> {
         Ok(format!("{:?}", self.0.recv::<ToSource>()?))
     }
 
     /// Receives a source's offer.
     #[must_use]
-    pub fn hear_offer(&mut self) -> Offer {
+    pub fn recv_offer(&mut self) -> Offer {
         match self.0.recv::<ToDestination>().unwrap() {
             ToDestination::Prepare(offer) => *offer,
             other => panic!("{other:?} is no offer"),

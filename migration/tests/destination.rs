@@ -206,7 +206,7 @@ impl Wait {
     /// A source that has made its offer. The first thing that it hears is the answer to that.
     fn offered(&self, id: Uuid) -> Peer {
         let mut source = Peer::control(&self.way, id);
-        assert_eq!(source.hear().unwrap(), "Welcome { version: 2 }");
+        assert_eq!(source.recv().unwrap(), "Welcome { version: 2 }");
         assert!(source.offer(&offer(1)));
         source
     }
@@ -214,7 +214,7 @@ impl Wait {
     /// A source that has sent a guest, and heard that it is ready. Its RAM channel is the second.
     fn ready(&self, id: Uuid) -> (Peer, Peer) {
         let mut source = self.offered(id);
-        assert!(source.hear().unwrap().starts_with("Prepared"));
+        assert!(source.recv().unwrap().starts_with("Prepared"));
         let mut ram = Peer::ram(&self.way, id, 0);
         assert!(ram.frame(18, &1_u32.to_le_bytes()), "the end of round 1");
         let state = json!({ "State": { "round": 1, "postcopy": false, "paused": false } });
@@ -226,9 +226,9 @@ impl Wait {
     fn completes(mut self, id: Uuid) {
         self.become_(Mood::Willing);
         let (mut source, _ram) = self.ready(id);
-        assert!(source.hear().unwrap().starts_with("Ready"));
+        assert!(source.recv().unwrap().starts_with("Ready"));
         assert!(source.say(&commit()));
-        assert!(source.hear().unwrap().starts_with("Running"));
+        assert!(source.recv().unwrap().starts_with("Running"));
         assert!(source.say("Complete"));
         assert_eq!(self.outcome(), Ok(()));
         assert!(self.marks.runs.load(Ordering::SeqCst));
@@ -289,7 +289,7 @@ fn a_refused_offer_is_told_to_both_and_another_is_awaited() {
     let wait = Wait::new(PATIENT, false);
     wait.become_(Mood::Refuses);
     let mut source = wait.offered(Uuid::from_u128(1));
-    assert!(source.hear().unwrap().contains("cpu-lacks-features"));
+    assert!(source.recv().unwrap().contains("cpu-lacks-features"));
     let refused = |report: &Report| report.phase == Phase::Connecting && report.error.is_some();
     assert_eq!(
         wait.until(refused).error.unwrap().code,
@@ -301,13 +301,13 @@ fn a_refused_offer_is_told_to_both_and_another_is_awaited() {
     let mut wrong = offer(1);
     wrong.blocks[0].size *= 2;
     assert!(source.offer(&wrong));
-    assert!(source.hear().unwrap().starts_with("Welcome"));
-    assert!(source.hear().unwrap().contains("memory-differs"));
+    assert!(source.recv().unwrap().starts_with("Welcome"));
+    assert!(source.recv().unwrap().contains("memory-differs"));
     assert!(wait.marks.discarded.swap(false, Ordering::SeqCst));
     // Even a fault of this program costs one offer, and nothing else.
     wait.become_(Mood::PanicsAtOffer);
     let mut source = wait.offered(Uuid::from_u128(3));
-    assert!(source.hear().is_err());
+    assert!(source.recv().is_err());
     wait.completes(Uuid::from_u128(4));
 }
 
@@ -318,7 +318,7 @@ fn a_refused_offer_ends_a_wait_for_one() {
     wait.until(|report| report.error.is_some());
     wait.become_(Mood::Refuses);
     let mut source = wait.offered(Uuid::from_u128(2));
-    assert!(source.hear().unwrap().contains("cpu-lacks-features"));
+    assert!(source.recv().unwrap().contains("cpu-lacks-features"));
     assert_eq!(wait.outcome().unwrap_err().code, "cpu-lacks-features");
 }
 
@@ -349,7 +349,7 @@ fn connections_that_belong_nowhere_are_answered_at_once() {
     let wait = Wait::new(PATIENT, false);
     let id = Uuid::from_u128(1);
     let refused = |peer: &mut Peer, code: &str| {
-        let heard = peer.hear().unwrap();
+        let heard = peer.recv().unwrap();
         assert!(
             heard.starts_with("Refused") && heard.contains(code),
             "{heard}"
@@ -357,7 +357,7 @@ fn connections_that_belong_nowhere_are_answered_at_once() {
     };
     refused(&mut Peer::ram(&wait.way, id, 0), "out-of-order");
     let mut source = wait.offered(id);
-    assert!(source.hear().unwrap().starts_with("Prepared"));
+    assert!(source.recv().unwrap().starts_with("Prepared"));
     // While a migration is in progress. Its own outcome is open: no answer is made up.
     refused(&mut Peer::control(&wait.way, Uuid::from_u128(2)), "busy");
     refused(&mut Peer::again(&wait.way, id), "out-of-order");
@@ -371,7 +371,7 @@ fn connections_that_belong_nowhere_are_answered_at_once() {
         kept.extend([second, beyond]);
     }
     // Earlier migrations, unlike the one in progress, have an outcome in the journal.
-    let asks = |id| Peer::again(&wait.way, id).hear().unwrap();
+    let asks = |id| Peer::again(&wait.way, id).recv().unwrap();
     assert_eq!(asks(RAN), "Ended");
     assert!(asks(NEVER_RAN).starts_with("NotHere"));
     assert!(asks(Uuid::from_u128(9)).contains("unknown-migration"));
@@ -383,7 +383,7 @@ fn a_discarded_guest_is_told_to_a_source_that_asks() {
     let mut wait = Wait::new(PATIENT, false);
     let id = Uuid::from_u128(1);
     let (mut source, _ram) = wait.ready(id);
-    assert!(source.hear().unwrap().starts_with("Ready"));
+    assert!(source.recv().unwrap().starts_with("Ready"));
     assert!(
         !wait.decision.resolve(Resolution::Discard),
         "there is no doubt"
@@ -394,7 +394,7 @@ fn a_discarded_guest_is_told_to_a_source_that_asks() {
     assert!(wait.decision.resolve(Resolution::Discard));
     wait.until(|report| report.phase.is_over());
     assert!(wait.marks.discarded.load(Ordering::SeqCst));
-    let heard = Peer::again(&wait.way, id).hear().unwrap();
+    let heard = Peer::again(&wait.way, id).recv().unwrap();
     assert!(
         heard.starts_with("NotHere") && heard.contains("resolved"),
         "{heard}"
@@ -410,16 +410,16 @@ fn a_decision_counts_against_an_order_that_comes_later() {
     let mut wait = Wait::new(PATIENT, false);
     let id = Uuid::from_u128(1);
     let (mut source, _ram) = wait.ready(id);
-    assert!(source.hear().unwrap().starts_with("Ready"));
+    assert!(source.recv().unwrap().starts_with("Ready"));
     drop(source);
     wait.until(|report| report.phase == Phase::InDoubt);
     let mut source = Peer::again(&wait.way, id);
-    assert_eq!(source.hear().unwrap(), "Waiting");
+    assert_eq!(source.recv().unwrap(), "Waiting");
     // The destination reads from its source at this point, so the decision waits in the open
     // question until the commit comes.
     assert!(wait.decision.resolve(Resolution::Discard));
     assert!(source.say(&commit()));
-    assert!(source.hear().unwrap().starts_with("NotHere"));
+    assert!(source.recv().unwrap().starts_with("NotHere"));
     assert_eq!(wait.outcome().unwrap_err().code, "resolved");
     assert!(!wait.marks.runs.load(Ordering::SeqCst));
 }
@@ -430,15 +430,15 @@ fn an_abort_counts_against_a_decision_to_run() {
     let mut wait = Wait::new(PATIENT, false);
     let id = Uuid::from_u128(1);
     let (mut source, _ram) = wait.ready(id);
-    assert!(source.hear().unwrap().starts_with("Ready"));
+    assert!(source.recv().unwrap().starts_with("Ready"));
     drop(source);
     wait.until(|report| report.phase == Phase::InDoubt);
     let mut source = Peer::again(&wait.way, id);
-    assert_eq!(source.hear().unwrap(), "Waiting");
+    assert_eq!(source.recv().unwrap(), "Waiting");
     // Accepted, but not acted on: a source is connected, and it decides differently.
     assert!(wait.decision.resolve(Resolution::Run));
     assert!(source.say(&json!({ "Abort": { "code": "stays", "detail": "it stays" } })));
-    assert!(source.hear().unwrap().starts_with("NotHere"));
+    assert!(source.recv().unwrap().starts_with("NotHere"));
     assert_eq!(wait.outcome().unwrap_err().code, "stays");
     assert!(!wait.marks.runs.load(Ordering::SeqCst));
 }
@@ -450,16 +450,16 @@ fn a_source_that_does_not_decide_leaves_it_to_the_operator() {
     let mut wait = Wait::new(HASTY, false);
     let id = Uuid::from_u128(1);
     let (mut source, _ram) = wait.ready(id);
-    assert!(source.hear().unwrap().starts_with("Ready"));
+    assert!(source.recv().unwrap().starts_with("Ready"));
     assert!(wait.decision.cancel().is_err());
     // Until it is not listened to any more.
-    while source.say(&json!({ "Ping": 1 })) && source.hear().is_ok() {
+    while source.say(&json!({ "Ping": 1 })) && source.recv().is_ok() {
         thread::sleep(HASTY / 20);
     }
     wait.until(|report| report.phase == Phase::InDoubt);
     assert!(wait.decision.resolve(Resolution::Run));
     let mut source = Peer::again(&wait.way, id);
-    assert!(source.hear().unwrap().starts_with("Running"));
+    assert!(source.recv().unwrap().starts_with("Running"));
     assert!(source.say("Complete"));
     assert_eq!(wait.outcome(), Ok(()));
 }
@@ -471,13 +471,13 @@ fn a_guest_that_may_have_run_never_counts_as_one_that_did_not() {
         let mut wait = Wait::new(PATIENT, false);
         let id = Uuid::from_u128(number);
         let (mut source, _ram) = wait.ready(id);
-        assert!(source.hear().unwrap().starts_with("Ready"));
+        assert!(source.recv().unwrap().starts_with("Ready"));
         wait.become_(mood);
         assert!(source.say(&commit()));
         let heard = source
-            .hear()
+            .recv()
             // A panic drops the control connection. The answer then comes from `linger`.
-            .or_else(|_| Peer::again(&wait.way, id).hear())
+            .or_else(|_| Peer::again(&wait.way, id).recv())
             .unwrap();
         assert_eq!(heard, "Ended", "{mood:?}");
         assert!(wait.outcome().is_err());
@@ -494,11 +494,11 @@ fn a_panic_before_the_order_leaves_the_guest_at_the_source() {
     let id = Uuid::from_u128(1);
     wait.become_(Mood::PanicsInLoad);
     let (mut source, _ram) = wait.ready(id);
-    assert!(source.hear().is_err());
+    assert!(source.recv().is_err());
     // While the stack unwinds the migration is still in progress: a source asks again.
     let start = Instant::now();
     let heard = loop {
-        let heard = Peer::again(&wait.way, id).hear().unwrap();
+        let heard = Peer::again(&wait.way, id).recv().unwrap();
         if !heard.contains("still in progress") || start.elapsed() > BOUND {
             break heard;
         }

@@ -51,7 +51,7 @@ async fn capture(source: &Service, vm: &VmId) -> Offer {
     let stream = listener.accept(PATIENCE).unwrap().unwrap();
     let (mut peer, _) = Peer::accepted(stream);
     assert!(peer.say(&json!({ "Welcome": { "version": 1 } })));
-    let offer = peer.hear_offer();
+    let offer = peer.recv_offer();
     assert!(peer.say(&json!({ "Refused": { "code": "no", "detail": "no" } })));
     let is_over = |info: &MigrationInfo| info.phase.is_over();
     source
@@ -86,7 +86,7 @@ impl Stage {
     /// A source that was welcomed.
     fn welcomed(&self, id: Uuid) -> Peer {
         let mut peer = Peer::control(&self.at, id);
-        let heard = peer.hear().unwrap();
+        let heard = peer.recv().unwrap();
         assert!(heard.starts_with("Welcome"), "{heard}");
         peer
     }
@@ -95,7 +95,7 @@ impl Stage {
     fn prepared(&self, id: Uuid) -> Peer {
         let mut peer = self.welcomed(id);
         assert!(peer.offer(&self.offer));
-        let heard = peer.hear().unwrap();
+        let heard = peer.recv().unwrap();
         assert!(heard.starts_with("Prepared"), "{heard}");
         peer
     }
@@ -207,7 +207,7 @@ async fn whoever_leaves_or_lies_before_an_offer_is_accepted_does_not_end_the_wai
     ] {
         let mut peer = stage.welcomed(next());
         assert!(peer.offer(&offer));
-        let heard = peer.hear().unwrap();
+        let heard = peer.recv().unwrap();
         assert!(heard.contains(code), "{heard}");
         stage.still_waits(code).await;
     }
@@ -250,7 +250,7 @@ async fn a_source_that_was_accepted_and_says_nothing_is_given_up() {
     let held = stage.prepared(Uuid::from_u128(1));
     // Meanwhile it has the place.
     let mut second = Peer::control(&stage.at, Uuid::from_u128(2));
-    assert!(second.hear().unwrap().contains("busy"));
+    assert!(second.recv().unwrap().contains("busy"));
     stage.fails_and_waits_anew().await;
     stage.a_good_migration_works().await;
     drop(held);
@@ -276,7 +276,7 @@ async fn channels_and_frames_that_cannot_be_are_refused() {
         let id = Uuid::from_u128(number);
         let mut control = stage.prepared(id);
         let mut many = Peer::ram(&stage.at, id, u16::MAX);
-        assert!(many.hear().unwrap().contains("out-of-order"));
+        assert!(many.recv().unwrap().contains("out-of-order"));
         let mut rams = Vec::new();
         for index in 0..stage.offer.connections {
             let mut ram = Peer::ram(&stage.at, id, index);
@@ -284,7 +284,7 @@ async fn channels_and_frames_that_cannot_be_are_refused() {
             rams.push(ram);
         }
         assert!(control.say(&json!({ "Round": 1 })));
-        let heard = control.hear().unwrap();
+        let heard = control.recv().unwrap();
         assert!(heard.starts_with("Refused"), "{kind}: {heard}");
         stage.fails_and_waits_anew().await;
     }
@@ -300,17 +300,17 @@ async fn a_question_about_a_migration_in_progress_elsewhere_is_no_never_ran() {
     let (live, unknown) = (Uuid::from_u128(1), Uuid::from_u128(2));
     let held = stage.prepared(live);
     for id in [live, unknown] {
-        let heard = Peer::again(&other, id).hear().unwrap();
+        let heard = Peer::again(&other, id).recv().unwrap();
         assert!(heard.contains("unknown-migration"), "{heard}");
     }
     drop(held);
     stage.fails_and_waits_anew().await;
-    let heard = Peer::again(&other, live).hear().unwrap();
+    let heard = Peer::again(&other, live).recv().unwrap();
     assert!(heard.starts_with("NotHere"), "{heard}");
     // Its name is not used again: that would write over what became of it.
     let mut again = stage.welcomed(live);
     assert!(again.offer(&stage.offer));
-    assert!(again.hear().unwrap().contains("journal"));
+    assert!(again.recv().unwrap().contains("journal"));
     stage.still_waits("journal").await;
     stage.has_no_vm().await;
     stage.a_good_migration_works().await;
@@ -331,7 +331,7 @@ async fn a_destination_decides_no_number_of_connections() {
         let sent = name(&begun.unwrap());
         let (mut control, _) = Peer::accepted(listener.accept(PATIENCE).unwrap().unwrap());
         assert!(control.say(&json!({ "Welcome": { "version": 1 } })));
-        drop(control.hear_offer());
+        drop(control.recv_offer());
         let prepared = json!({ "connections": connections, "postcopy": false });
         assert!(control.say(&json!({ "Prepared": prepared })));
         let mut channels = Vec::new();

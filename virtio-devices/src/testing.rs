@@ -135,7 +135,7 @@ pub fn transport() -> (Arc<Transport>, Heard) {
 }
 
 /// Waits until the loop has done all that it was woken for so far.
-pub fn settle(event_loop: &EventLoop) {
+pub fn wait_idle(event_loop: &EventLoop) {
     struct Mark(mpsc::Sender<()>);
     impl Actor for Mark {
         fn woken(&mut self, _: &mut Sources<'_>) -> Flow {

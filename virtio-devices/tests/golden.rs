@@ -134,7 +134,7 @@ fn the_transport_is_saved_and_loaded_as_ever() {
         bar: AddrRange::new(0xc000_0000, BAR_LEN).unwrap(),
         map: Arc::new(Nothing),
         msi: Arc::new(Nothing),
-        tell: Box::new(|_| {}),
+        report: Box::new(|_| {}),
     };
     let rng = Rng::new(Path::new("/dev/urandom"), workers).unwrap();
     let device = VirtioPci::new("_rng0", Box::new(rng), slot).unwrap();

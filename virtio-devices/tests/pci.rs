@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 use proptest::prelude::*;
 use state::{LoadError, LoadScope, Save, SaveError, Scope, Store, Writer};
 use virtio_devices::rng::Rng;
-use virtio_devices::testing::{PATIENCE, TestBuffer, TestGuest, TestQueue, settle, workers};
+use virtio_devices::testing::{PATIENCE, TestBuffer, TestGuest, TestQueue, wait_idle, workers};
 use virtio_devices::vsock::Vsock;
 use virtio_devices::{
     BAR_LEN, DeviceError, DeviceId, Queue, QueueState, Slot, Transport, TransportEvent,
@@ -82,7 +82,7 @@ fn machine_with(device: impl FnOnce(Workers) -> Box<dyn VirtioDevice>) -> Machin
         bar: AddrRange::new(BAR, BAR_LEN).unwrap(),
         map: Arc::new(Map(Arc::clone(&shared))),
         msi: Arc::clone(&target) as Arc<dyn MsiTarget>,
-        tell: Box::new(move |event| heard.lock().push(event)),
+        report: Box::new(move |event| heard.lock().push(event)),
     };
     let device = VirtioPci::new("_rng0", device(workers), slot).unwrap();
     tx.commit().unwrap();
@@ -274,7 +274,7 @@ fn queues_wait_for_bus_mastering() {
     let mut queue = TestQueue::new(&mut machine.guest, 0, 16);
     machine.drive(&queue);
     let head = machine.send(&mut queue);
-    settle(&machine.event_loop);
+    wait_idle(&machine.event_loop);
     assert_eq!(queue.take_used(), None);
     machine.device.write(4, &[6, 0]);
     assert_eq!(queue.wait_used(), (head, 8));
@@ -286,7 +286,7 @@ fn queues_wait_for_bus_mastering() {
     machine.device.reset();
     machine.load(&saved);
     machine.device.resume();
-    settle(&machine.event_loop);
+    wait_idle(&machine.event_loop);
     assert_eq!(queue.take_used(), None);
     machine.device.write(4, &[6, 0]);
     assert_eq!(queue.wait_used(), (head, 8));
@@ -312,7 +312,7 @@ fn old_guest_without_bus_mastering_is_served() {
     machine.device.resume();
     machine.device.write(4, &[2, 0]);
     machine.send(&mut queue);
-    settle(&machine.event_loop);
+    wait_idle(&machine.event_loop);
     assert_eq!(queue.take_used(), None);
 }
 

@@ -9,7 +9,7 @@ use devices::event_loop::Interest;
 use memory::{DeviceOps, RamBlock, RamConfig, RamSlice, SpaceKind};
 use proptest::prelude::*;
 use virtio_devices::testing::{
-    PATIENCE, TestBuffer, TestGuest, TestQueue, settle, transport, workers,
+    PATIENCE, TestBuffer, TestGuest, TestQueue, transport, wait_idle, workers,
 };
 use virtio_devices::{
     Queue, QueueError, QueueSetup, QueueState, QueueTask, Rings, Running, TaskEvent, TaskFlow,
@@ -490,7 +490,7 @@ fn broken_device_serves_no_other_queue() {
         [TransportEvent::NeedsReset(_)]
     ));
     drivers[1].send(&[buffer(0x4000, 8, true)]);
-    settle(&event_loop);
+    wait_idle(&event_loop);
     assert_eq!(drivers[1].take_used(), None);
 }
 

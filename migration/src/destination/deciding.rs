@@ -14,14 +14,14 @@ use super::{Ended, Failed, POLLS, Ran, StartFailure, answer_ping};
 use crate::MigrationError;
 use crate::decision::{Doubt, Question, Resolution};
 use crate::journal::Step;
-use crate::message::{Control, Refusal, ToDestination, ToSource};
+use crate::message::{ControlChannel, Refusal, ToDestination, ToSource};
 use crate::progress::{Phase, micros};
 use crate::wire::WireError;
 
 /// A guest that has been loaded whole. The source has not heard of it yet.
 pub(super) struct Ready<'a> {
     guest: Guest<'a>,
-    control: Control,
+    control: ControlChannel,
     /// Since when the guest is paused, as this side knows it.
     since: Instant,
     /// Whether its owner had paused it.
@@ -32,7 +32,7 @@ pub(super) struct Ready<'a> {
 impl<'a> Ready<'a> {
     pub(super) fn new(
         guest: Guest<'a>,
-        control: Control,
+        control: ControlChannel,
         since: Instant,
         paused: bool,
         load_us: u64,
@@ -75,7 +75,7 @@ impl<'a> Ready<'a> {
 pub(super) struct Deciding<'a> {
     guest: Guest<'a>,
     /// Absent while the source is lost.
-    control: Option<Control>,
+    control: Option<ControlChannel>,
     /// Open from the first loss of the source on, also while a source that is back has not decided
     /// yet: one that comes and says nothing must not take the decision from the operator.
     question: Option<Question>,
@@ -122,7 +122,7 @@ impl Deciding<'_> {
 
     /// Gives a source the time of one `patience` to decide, whatever it sends meanwhile: past the
     /// commit point nothing else limits how long it can hold the guest paused.
-    fn connect(&mut self, control: Control) {
+    fn connect(&mut self, control: ControlChannel) {
         let session = self.guest.session;
         // The read timeout of the stream does not suffice: every ping restarts it.
         let until = Instant::now() + session.patience;
@@ -180,7 +180,7 @@ impl Deciding<'_> {
         self.guest.record_aborted();
         self.guest.discard();
         let answer = ToSource::NotHere(why.clone());
-        match self.tell(&answer) {
+        match self.send(&answer) {
             Ok(()) => Err(MigrationError::There(why).into()),
             // Its question "how does it stand" is answered from the journal.
             Err(_) => Err(Failed::Unheard(why, answer)),
@@ -200,7 +200,7 @@ impl Deciding<'_> {
                 self.guest.discard();
                 // The source holds the guest paused until it hears this.
                 let answer = ToSource::NotHere(why.clone());
-                match self.tell(&answer) {
+                match self.send(&answer) {
                     Ok(()) => Err(MigrationError::Here(why).into()),
                     Err(_) => Err(Failed::Unheard(why, answer)),
                 }
@@ -208,7 +208,7 @@ impl Deciding<'_> {
         }
     }
 
-    fn tell(&mut self, answer: &ToSource) -> Result<(), MigrationError> {
+    fn send(&mut self, answer: &ToSource) -> Result<(), MigrationError> {
         let control = self.control.as_mut();
         let control = control.ok_or(MigrationError::Wire(WireError::Closed))?;
         Ok(control.send(answer)?)
@@ -238,7 +238,7 @@ impl Deciding<'_> {
                     paused,
                     "migration: the guest runs here"
                 );
-                let told = self.tell(&ToSource::Running { us, told_us });
+                let told = self.send(&ToSource::Running { us, told_us });
                 let heard = told.is_ok() && self.heard_complete();
                 let Self { guest, control, .. } = self;
                 if guest.postcopy().is_some() {
@@ -260,7 +260,7 @@ impl Deciding<'_> {
                 // Before the source hears of it, and takes back what it handed over.
                 self.guest.discard();
                 let answer = ToSource::NotHere(why.clone());
-                match self.tell(&answer) {
+                match self.send(&answer) {
                     Ok(()) => Err(MigrationError::Here(why).into()),
                     Err(_) => Err(Failed::Unheard(why, answer)),
                 }
@@ -270,7 +270,7 @@ impl Deciding<'_> {
                 // would let the source resume a guest that has written to its disks.
                 tracing::error!(migration = %self.guest.id, %why, "a guest was lost as it started");
                 self.guest.discard();
-                match self.tell(&ToSource::Ended) {
+                match self.send(&ToSource::Ended) {
                     Ok(()) => Err(MigrationError::Here(why).into()),
                     Err(_) => Err(Failed::Unheard(why, ToSource::Ended)),
                 }

@@ -11,7 +11,7 @@ use super::receiving::Guest;
 use super::{Ended, Failed, POLLS, answer_ping};
 use crate::MigrationError;
 use crate::decision::{Doubt, Question, Resolution};
-use crate::message::{Control, Refusal, ToDestination, ToSource};
+use crate::message::{ControlChannel, Refusal, ToDestination, ToSource};
 use crate::progress::Phase;
 use crate::wire::WireError;
 
@@ -19,9 +19,9 @@ use crate::wire::WireError;
 pub(super) struct Postcopy<'a> {
     guest: Guest<'a>,
     /// Absent while the source is lost.
-    control: Option<Control>,
+    control: Option<ControlChannel>,
     /// A source that asked while the one before was still being served.
-    again: Option<Control>,
+    again: Option<ControlChannel>,
     /// Open while the source is lost: an operator can end the guest, which is then lost.
     question: Option<Question>,
 }
@@ -36,7 +36,7 @@ enum Reconnected {
 }
 
 impl<'a> Postcopy<'a> {
-    pub(super) fn new(guest: Guest<'a>, control: Option<Control>) -> Self {
+    pub(super) fn new(guest: Guest<'a>, control: Option<ControlChannel>) -> Self {
         Self {
             guest,
             control,
@@ -166,7 +166,7 @@ impl<'a> Postcopy<'a> {
         // their slots become free. Both precede `Prepared`, which invites new channels.
         self.guest.channels.disconnect();
         session.router.reopen();
-        let told = self.tell_missing(&mut control);
+        let told = self.send_missing(&mut control);
         self.control = Some(control);
         if told.is_err() {
             return Ok(Reconnected::No);
@@ -184,7 +184,7 @@ impl<'a> Postcopy<'a> {
         }
     }
 
-    fn tell_missing(&self, control: &mut Control) -> Result<(), MigrationError> {
+    fn send_missing(&self, control: &mut ControlChannel) -> Result<(), MigrationError> {
         // A thread of the old channels may still fill a page behind this snapshot. The page then
         // comes twice, and `fill` skips the second copy.
         for (block, first, bits) in self.receiver()?.still_missing() {
@@ -219,7 +219,7 @@ impl<'a> Postcopy<'a> {
     }
 
     /// A source that asks anew has given up the channels that are being connected.
-    fn give_way(&mut self, again: Option<Control>) -> Result<(), MigrationError> {
+    fn give_way(&mut self, again: Option<ControlChannel>) -> Result<(), MigrationError> {
         let has_come = again.is_some();
         self.again = again.or(self.again.take());
         match has_come {

@@ -6,7 +6,7 @@ use super::router::Offered;
 use super::{Destination, Session};
 use crate::MigrationError;
 use crate::journal::{Journal, Step};
-use crate::message::{Control, Offer, Refusal, ToSource};
+use crate::message::{ControlChannel, Offer, Refusal, ToSource};
 use crate::policy::MAX_CONNECTIONS;
 use crate::progress::Phase;
 use memory::UserFaults;
@@ -154,13 +154,13 @@ impl Session<'_> {
     pub(super) fn adopt(
         &self,
         stream: Box<dyn crate::link::Stream>,
-    ) -> Result<Control, MigrationError> {
+    ) -> Result<ControlChannel, MigrationError> {
         let adopted = stream
             .set_patience(self.patience)
             // A cancel does not keep this side from saying so.
             .and_then(|()| stream.read_closer());
         let closer = adopted.map_err(|error| MigrationError::Wire(error.into()))?;
         self.decision.close_on_cancel(closer);
-        Ok(Control::new(stream))
+        Ok(ControlChannel::new(stream))
     }
 }

@@ -10,7 +10,7 @@ use super::postcopy::PostcopyReceiver;
 use super::router::Arrived;
 use super::{Destination, Failed, POLLS, Session, answer_ping};
 use crate::journal::{Journal, Step};
-use crate::message::{Control, Refusal, ToDestination, ToSource};
+use crate::message::{ControlChannel, Refusal, ToDestination, ToSource};
 use crate::progress::{Phase, micros};
 use crate::wire::WireError;
 use crate::{ATTEMPTS, KEEPALIVES, MigrationError};
@@ -80,11 +80,11 @@ impl Drop for Guest<'_> {
 /// A source that may send memory and state.
 pub(super) struct Receiving<'a> {
     guest: Guest<'a>,
-    control: Control,
+    control: ControlChannel,
 }
 
 impl<'a> Receiving<'a> {
-    pub(super) fn new(guest: Guest<'a>, control: Control) -> Self {
+    pub(super) fn new(guest: Guest<'a>, control: ControlChannel) -> Self {
         Self { guest, control }
     }
 
@@ -279,7 +279,7 @@ impl<'a> Receiving<'a> {
 impl Guest<'_> {
     /// Waits until all RAM channels are there. Returns the connection of a source that asks instead:
     /// it has given these channels up.
-    pub(super) fn wait_channels(&mut self) -> Result<Option<Control>, MigrationError> {
+    pub(super) fn wait_channels(&mut self) -> Result<Option<ControlChannel>, MigrationError> {
         let patience = self.session.patience;
         // One limit for all channels together: a source must not extend it by one channel at a
         // time.
@@ -303,7 +303,7 @@ impl Guest<'_> {
     pub(super) fn take_arrivals(
         &mut self,
         patience: std::time::Duration,
-    ) -> Result<Option<Control>, MigrationError> {
+    ) -> Result<Option<ControlChannel>, MigrationError> {
         let mut wait = patience;
         while let Some(arrived) = self.session.router.next(wait) {
             // Only the first wait blocks. A flow of connections must not keep the caller from its
@@ -328,7 +328,7 @@ impl Guest<'_> {
     pub(super) fn wait_round(
         &mut self,
         round: u32,
-        control: &mut Control,
+        control: &mut ControlChannel,
     ) -> Result<(), MigrationError> {
         let patience = self.session.patience;
         let arrived = || self.session.progress.report().sent_bytes;

@@ -18,7 +18,7 @@ use uuid::Uuid;
 use super::{Fate, Host, answer_ping, busy, refuse};
 use crate::MigrationError;
 use crate::link::{Accept, Closer, Stream};
-use crate::message::{self, Channel, Control, Offer, Refusal, ToDestination, ToSource};
+use crate::message::{self, Channel, ControlChannel, Offer, Refusal, ToDestination, ToSource};
 use crate::progress::{Phase, Progress};
 use crate::wire::WireError;
 
@@ -50,7 +50,7 @@ pub struct ConnectionLimit(AtomicUsize);
 pub(super) struct Offered {
     number: u64,
     pub(super) id: Uuid,
-    pub(super) control: Control,
+    pub(super) control: ControlChannel,
     pub(super) offer: Box<Offer>,
     pub(super) files: Vec<File>,
 }
@@ -360,7 +360,7 @@ impl<'a> Router<'a> {
             }
         };
         match hello.channel {
-            Channel::Control => self.hear_offer(number, hello.migration, version, stream),
+            Channel::Control => self.recv_offer(number, hello.migration, version, stream),
             channel => {
                 self.route(hello.migration, channel, stream);
                 Ok(())
@@ -369,7 +369,7 @@ impl<'a> Router<'a> {
     }
 
     /// Reads the offer of a source, and queues it.
-    fn hear_offer(
+    fn recv_offer(
         &self,
         number: u64,
         id: Uuid,
@@ -382,7 +382,7 @@ impl<'a> Router<'a> {
         }
         self.allow(number, OFFER_LIMIT);
         stream.set_patience(OFFER_LIMIT).map_err(WireError::from)?;
-        let mut control = Control::new(stream);
+        let mut control = ControlChannel::new(stream);
         control.send(&ToSource::Welcome { version })?;
         let offer = loop {
             match control.recv()? {
@@ -474,7 +474,7 @@ impl<'a> Router<'a> {
             )),
         };
         // A source that does not hear it asks again.
-        let _ = Control::new(stream).send(&answer);
+        let _ = ControlChannel::new(stream).send(&answer);
     }
 
     /// Waits for an offer. `None` if none came in time.

@@ -16,7 +16,7 @@ use super::{Engine, Outcome, Stopped, Whereabouts, dial_channel, disconnected};
 use crate::decision::{Doubt, Question, Resolution};
 use crate::journal::Step;
 use crate::link::Dial;
-use crate::message::{Channel, Control, Hello, Refusal, ToDestination, ToSource};
+use crate::message::{Channel, ControlChannel, Hello, Refusal, ToDestination, ToSource};
 use crate::progress::{Phase, micros};
 use crate::wire::WireError;
 use crate::{ATTEMPTS, LINGER, MigrationError};
@@ -50,7 +50,7 @@ impl PendingAbort {
 
     fn try_send(&self, dial: &dyn Dial) -> Result<(), MigrationError> {
         let again = Hello::new(self.id, Channel::Again);
-        let mut control = Control::new(dial_channel(dial, self.patience, &again)?);
+        let mut control = ControlChannel::new(dial_channel(dial, self.patience, &again)?);
         match control.recv()? {
             ToSource::Waiting => {
                 control.send(&ToDestination::Abort(self.why.clone()))?;
@@ -86,7 +86,7 @@ impl PendingAbort {
 }
 
 /// Whether the destination says that it will not run the guest.
-fn recv_abort_ack(control: &mut Control) -> bool {
+fn recv_abort_ack(control: &mut ControlChannel) -> bool {
     loop {
         match control.recv() {
             Ok(ToSource::NotHere(_) | ToSource::Refused(_)) => return true,
@@ -307,7 +307,7 @@ impl Engine<'_, '_> {
     /// `Waiting`: then it never read the first `Commit`, and gets another.
     fn retry_commit(&mut self, stopped: Stopped) -> Result<ToSource, MigrationError> {
         let stream = self.connect(Channel::Again)?;
-        self.control = Some(Control::new(stream));
+        self.control = Some(ControlChannel::new(stream));
         match self.control.as_mut().ok_or_else(disconnected)?.recv()? {
             ToSource::Waiting => self.send_commit(stopped),
             // A destination that does not know this migration states nothing about the guest: it may have

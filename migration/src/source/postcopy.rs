@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 use super::{Engine, Whereabouts, dial_channel, disconnected, keepalive};
 use crate::decision::{Doubt, Question, Resolution};
 use crate::link::{Closer, Stream};
-use crate::message::{Channel, Control, Hello, ToDestination, ToSource};
+use crate::message::{Channel, ControlChannel, Hello, ToDestination, ToSource};
 use crate::pages::{self, BATCH, Block, Run};
 use crate::policy::MAX_CONNECTIONS;
 use crate::progress::{Phase, Progress};
@@ -238,7 +238,7 @@ impl Engine<'_, '_> {
         let id = self.sending.id;
         let patience = self.sending.policy.patience;
         let dial = |channel| dial_channel(self.sending.dial, patience, &Hello::new(id, channel));
-        let mut control = Control::new(dial(Channel::Again)?);
+        let mut control = ControlChannel::new(dial(Channel::Again)?);
         // Losing the marks is safe: if this connection breaks half-way, the next one gets the whole
         // list again.
         for block in &self.blocks {

@@ -128,7 +128,7 @@ impl Journal for Unwritable {
 /// The other side, written by hand.
 struct Peer {
     dialed: Receiver<UnixStream>,
-    control: Control,
+    control: ControlChannel,
     channels: Vec<UnixStream>,
 }
 
@@ -145,7 +145,7 @@ impl Peer {
         assert_eq!(channel, Channel::Control);
         let mut peer = Self {
             dialed,
-            control: Control::new(Box::new(stream)),
+            control: ControlChannel::new(Box::new(stream)),
             channels: Vec::new(),
         };
         peer.say(&ToSource::Welcome { version });
@@ -157,7 +157,7 @@ impl Peer {
     }
 
     /// The next message that is no sign of life.
-    fn hear(&mut self) -> ToDestination {
+    fn recv(&mut self) -> ToDestination {
         loop {
             match self.control.recv().unwrap() {
                 ToDestination::Ping(number) => self.say(&ToSource::Pong(number)),
@@ -167,7 +167,7 @@ impl Peer {
     }
 
     /// Why the source ended it.
-    fn hear_abort(&mut self) -> String {
+    fn recv_abort(&mut self) -> String {
         loop {
             if let ToDestination::Abort(why) = self.control.recv().unwrap() {
                 return why.code;
@@ -176,7 +176,7 @@ impl Peer {
     }
 
     fn prepare(&mut self, connections: u16, postcopy: bool) -> Offer {
-        let ToDestination::Prepare(offer) = self.hear() else {
+        let ToDestination::Prepare(offer) = self.recv() else {
             panic!("no offer");
         };
         self.say(&ToSource::Prepared {
@@ -195,7 +195,7 @@ impl Peer {
     /// Up to the answer to the last state.
     fn until_state(&mut self) {
         loop {
-            match self.hear() {
+            match self.recv() {
                 ToDestination::Guess => {
                     self.control.recv_state().unwrap();
                     self.say(&ToSource::GuessLoaded { us: 1 });
@@ -216,7 +216,7 @@ impl Peer {
     fn until_committed(&mut self) {
         self.until_state();
         self.say(&ToSource::Ready { load_us: 1 });
-        assert!(matches!(self.hear(), ToDestination::Commit { .. }));
+        assert!(matches!(self.recv(), ToDestination::Commit { .. }));
     }
 }
 
@@ -278,7 +278,7 @@ fn a_destination_that_is_busy_for_ever_does_not_hold_the_guest() {
         while peer.control.send(&ToSource::Busy).is_ok() {
             thread::sleep(Duration::from_millis(10));
         }
-        assert_eq!(peer.hear_abort(), "stop-too-long");
+        assert_eq!(peer.recv_abort(), "stop-too-long");
     });
     assert_eq!(stayed(&outcome), "stop-too-long");
     assert!(guest.runs);
@@ -325,7 +325,7 @@ fn a_guest_in_postcopy_is_out_of_reach_and_its_channels_are_limited() {
         for (offered, made) in [(u16::MAX, 16), (0, 2)] {
             let (channel, stream) = Peer::next(&dialed).unwrap();
             assert_eq!(channel, Channel::Again);
-            let mut control = Control::new(Box::new(stream));
+            let mut control = ControlChannel::new(Box::new(stream));
             let prepared = ToSource::Prepared {
                 connections: offered,
                 postcopy: true,
@@ -340,7 +340,7 @@ fn a_guest_in_postcopy_is_out_of_reach_and_its_channels_are_limited() {
             assert_eq!(Peer::next(&dialed).unwrap().0, Channel::Faults);
         }
         let (_, stream) = Peer::next(&dialed).unwrap();
-        let mut control = Control::new(Box::new(stream));
+        let mut control = ControlChannel::new(Box::new(stream));
         control.send(&ToSource::Ended).unwrap();
     });
     assert_eq!(outcome, Outcome::Moved);
@@ -359,7 +359,7 @@ fn verify_needs_a_destination_that_knows_it() {
     };
     let (outcome, guest) = migrate(&policy, None, |dialed, _| {
         let mut peer = Peer::welcome(dialed, 1);
-        assert_eq!(peer.hear_abort(), "verify-unsupported");
+        assert_eq!(peer.recv_abort(), "verify-unsupported");
     });
     assert_eq!(stayed(&outcome), "verify-unsupported");
     assert!(guest.runs);
@@ -374,7 +374,7 @@ fn a_source_without_a_journal_says_so_at_once() {
     let (outcome, _) = migrate(&policy(), Some(Step::Prepare), |dialed, _| {
         let mut peer = Peer::welcome(dialed, 2);
         // In place of an offer: no machine is made for a guest that does not come.
-        let ToDestination::Abort(why) = peer.hear() else {
+        let ToDestination::Abort(why) = peer.recv() else {
             panic!("no abort");
         };
         assert_eq!(why.code, "journal");
@@ -386,7 +386,7 @@ fn a_source_without_a_journal_says_so_at_once() {
         peer.accept();
         peer.until_state();
         peer.say(&ToSource::Ready { load_us: 1 });
-        assert_eq!(peer.hear_abort(), "journal");
+        assert_eq!(peer.recv_abort(), "journal");
         peer.say(&ToSource::NotHere(Refusal::new("journal", "")));
     });
     assert_eq!(stayed(&outcome), "journal");
@@ -399,11 +399,11 @@ fn the_destination_hears_that_the_migration_was_canceled() {
         let mut peer = Peer::welcome(dialed, 2);
         peer.prepare(1, false);
         peer.accept();
-        while !matches!(peer.hear(), ToDestination::Guess) {}
+        while !matches!(peer.recv(), ToDestination::Guess) {}
         // The source waits for an answer.
         decision.cancel().unwrap();
         peer.control.recv_state().unwrap();
-        assert_eq!(peer.hear_abort(), "canceled");
+        assert_eq!(peer.recv_abort(), "canceled");
     });
     assert_eq!(stayed(&outcome), "canceled");
     assert!(guest.runs);
@@ -425,7 +425,7 @@ fn a_notice_reaches_a_destination_that_is_not_ready_yet() {
         ] {
             let (channel, stream) = Peer::next(&dialed).unwrap();
             assert_eq!(channel, Channel::Again);
-            let mut control = Control::new(Box::new(stream));
+            let mut control = ControlChannel::new(Box::new(stream));
             control.send(&answer).unwrap();
             if answer == ToSource::Waiting {
                 let heard: ToDestination = control.recv().unwrap();

@@ -75,7 +75,7 @@ impl Qemu {
             child,
             qmp: BufReader::new(stream),
         };
-        qemu.hear()?;
+        qemu.recv()?;
         qemu.ask("qmp_capabilities", &json!({}))?;
         if !matches!(case.mode, MemoryMode::Precopy) {
             let capability = json!({ "capability": "postcopy-ram", "state": true });
@@ -85,7 +85,7 @@ impl Qemu {
         Ok(qemu)
     }
 
-    fn hear(&mut self) -> Result<Value> {
+    fn recv(&mut self) -> Result<Value> {
         let mut line = String::new();
         self.qmp.read_line(&mut line)?;
         Ok(serde_json::from_str(&line)?)
@@ -96,7 +96,7 @@ impl Qemu {
         let asked = json!({ "execute": command, "arguments": arguments });
         writeln!(self.qmp.get_mut(), "{asked}")?;
         loop {
-            let mut heard = self.hear()?;
+            let mut heard = self.recv()?;
             if let Some(error) = heard.get("error") {
                 bail!("{command}: {error}");
             }

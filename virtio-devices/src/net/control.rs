@@ -42,12 +42,12 @@ pub(super) fn offloads(features: u64) -> u32 {
 }
 
 /// Serves the queue for control.
-pub(super) struct Control {
+pub(super) struct ControlQueue {
     queue: Queue,
     commands: Commands,
 }
 
-impl Control {
+impl ControlQueue {
     pub(super) fn new(queue: Queue, shared: &Arc<Shared>) -> Self {
         let shared = Arc::clone(shared);
         Self {
@@ -102,7 +102,7 @@ impl Commands {
     }
 }
 
-impl QueueTask for Control {
+impl QueueTask for ControlQueue {
     fn watch(&mut self, sources: &mut TaskSources<'_, '_>) -> io::Result<()> {
         sources.watch(Arc::clone(self.queue.kick()), 0, Interest::Read)
     }

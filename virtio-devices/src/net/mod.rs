@@ -24,7 +24,7 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_S_LINK_UP,
 };
 
-use self::control::Control;
+use self::control::ControlQueue;
 use self::tap::{HEADER_LEN, Tap};
 pub use self::tap::{TapAddress, TapError};
 use self::transfer::{Receive, Send, Takes};
@@ -126,7 +126,7 @@ impl Shared {
 enum Task {
     Receive(Running<Receive>),
     Send(Running<Send>),
-    Control(Running<Control>),
+    Control(Running<ControlQueue>),
 }
 
 /// A network interface.
@@ -276,7 +276,7 @@ impl VirtioDevice for Net {
         let is_control = usize::from(index) == shared.taps.len() * 2 || one_pair && index == 2;
         let task = match (tap, index % 2) {
             _ if is_control => {
-                let task = Control::new(queue, shared);
+                let task = ControlQueue::new(queue, shared);
                 Task::Control(Running::start(workers, &transport, task))
             }
             (Some(tap), 0) => {

@@ -155,7 +155,7 @@ impl VirtioFunction {
     }
 
     /// Saves the transport's part and the device's. A device that is being served is saved as it
-    /// is at this moment: of use only as a first guess.
+    /// is at this moment: of use only for a dry run.
     pub(super) fn save(
         &self,
         to: &mut Scope<'_>,
@@ -264,14 +264,14 @@ impl VirtioFunction {
                 let was_used = state.common.driver_ok();
                 state.reset(&self.transport);
                 if was_used {
-                    self.transport.tell(TransportEvent::Reset);
+                    self.transport.report(TransportEvent::Reset);
                 }
             }
             Effect::DriverOk => {
                 self.transport.driver_ok.store(true, Ordering::Release);
                 // A paused device is served when it is resumed.
                 self.serve(&mut state);
-                self.transport.tell(TransportEvent::Activated);
+                self.transport.report(TransportEvent::Activated);
             }
             Effect::StartQueue(index) => self.start_queue(&mut state, index),
             Effect::ResetQueue(index) => {

@@ -49,7 +49,7 @@ pub enum TransportEvent {
 /// How a device reaches its driver, from any thread and without a lock.
 pub struct Transport {
     interrupts: Box<dyn Interrupts>,
-    tell: Box<dyn Fn(TransportEvent) + Send + Sync>,
+    report: Box<dyn Fn(TransportEvent) + Send + Sync>,
     config_vector: AtomicU16,
     queue_vectors: [AtomicU16; MAX_QUEUES],
     isr: AtomicU8,
@@ -62,11 +62,11 @@ impl Transport {
     /// A transport to a driver that has not said anything yet.
     pub fn new(
         interrupts: Box<dyn Interrupts>,
-        tell: impl Fn(TransportEvent) + Send + Sync + 'static,
+        report: impl Fn(TransportEvent) + Send + Sync + 'static,
     ) -> Self {
         Self {
             interrupts,
-            tell: Box::new(tell),
+            report: Box::new(report),
             config_vector: AtomicU16::new(NO_VECTOR),
             queue_vectors: [const { AtomicU16::new(NO_VECTOR) }; MAX_QUEUES],
             isr: AtomicU8::new(0),
@@ -95,14 +95,14 @@ impl Transport {
     /// Sets `DEVICE_NEEDS_RESET`, tells the driver, and the owner of the machine once.
     pub fn needs_reset(&self, why: &str) {
         if !self.needs_reset.swap(true, Ordering::AcqRel) {
-            self.tell(TransportEvent::NeedsReset(why.to_owned()));
+            self.report(TransportEvent::NeedsReset(why.to_owned()));
             self.config_changed();
         }
     }
 
     /// Tells the owner of the machine that the device waits for the host.
     pub fn stalled(&self, why: &str) {
-        self.tell(TransportEvent::Stalled(why.to_owned()));
+        self.report(TransportEvent::Stalled(why.to_owned()));
     }
 
     fn next_generation(&self) {
@@ -114,8 +114,8 @@ impl Transport {
         self.needs_reset.load(Ordering::Acquire)
     }
 
-    fn tell(&self, event: TransportEvent) {
-        (self.tell)(event);
+    fn report(&self, event: TransportEvent) {
+        (self.report)(event);
     }
 
     fn set_config_vector(&self, vector: u16) {

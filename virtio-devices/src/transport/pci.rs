@@ -83,7 +83,7 @@ pub struct Slot<'a, 'b> {
     /// Delivers its interrupts: as many vectors as [`vectors`] says.
     pub msi: Arc<dyn MsiTarget>,
     /// Receives the device's events.
-    pub tell: Box<dyn Fn(TransportEvent) + Send + Sync>,
+    pub report: Box<dyn Fn(TransportEvent) + Send + Sync>,
 }
 
 /// How many MSI-X vectors a device wants: one for each queue, and one for its configuration.
@@ -128,7 +128,7 @@ impl VirtioPci {
         let vectors = vectors(&*device);
         let id = device.id();
         let interrupts = Arc::new(ByMsix(std::sync::OnceLock::new()));
-        let transport = Transport::new(Box::new(Arc::clone(&interrupts)), slot.tell);
+        let transport = Transport::new(Box::new(Arc::clone(&interrupts)), slot.report);
         let function = VirtioFunction::new(device, Arc::new(transport), slot.space, vectors)?;
         let function = Arc::new(function);
 

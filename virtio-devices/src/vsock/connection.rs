@@ -96,7 +96,7 @@ impl Connection {
     }
 
     /// Notes what the guest can take, which each of its packets tells.
-    pub(super) fn hear(&mut self, header: &Header) {
+    pub(super) fn note_credit(&mut self, header: &Header) {
         self.guest_alloc = header.buf_alloc;
         self.guest_forwarded = header.fwd_cnt;
         // An answer that there is none is followed by another when there is.

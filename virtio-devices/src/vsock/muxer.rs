@@ -337,7 +337,7 @@ impl Muxer {
             Some(op) if addressed => {
                 let heard = match self.connections.get_mut(&ports) {
                     Some(connection) => {
-                        connection.hear(&header);
+                        connection.note_credit(&header);
                         obey(connection, op, &header, &data, ports)
                     }
                     None => Err(Over),
@@ -370,7 +370,7 @@ impl Muxer {
             return;
         };
         let mut connection = Connection::new(stream, key, Stage::Established);
-        connection.hear(header);
+        connection.note_credit(header);
         self.streams.insert(key, ports);
         self.connections.insert(ports, connection);
         self.queue(ports);

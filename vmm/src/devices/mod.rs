@@ -17,7 +17,7 @@ use spec::{DeviceNode, DeviceState, VmConfig};
 use state::{Load as _, LoadError, Save as _, SaveError, Store, Writer};
 use virtio_devices::DeviceError;
 
-pub(crate) use self::open::{ConsoleEnd, Control, OpenContext, Opened, ResourceOwner};
+pub(crate) use self::open::{ConsoleEnd, DeviceHandle, OpenContext, Opened, ResourceOwner};
 use self::pci::Plugged;
 pub(crate) use self::pci::{PciHost, SharedTopology};
 use crate::failure::BuildError;
@@ -26,7 +26,7 @@ use crate::guest_event::Reporter;
 /// A device in its place.
 struct Entry {
     plugged: Plugged,
-    control: Control,
+    control: DeviceHandle,
     state: DeviceState,
 }
 
@@ -130,19 +130,19 @@ impl Devices {
     }
 
     /// Returns the control handle of the device of this name.
-    pub(crate) fn control(&self, id: &str) -> Option<&Control> {
+    pub(crate) fn control(&self, id: &str) -> Option<&DeviceHandle> {
         self.entries.get(id).map(|entry| &entry.control)
     }
 
     /// Returns the control handles of all devices.
-    pub(crate) fn controls(&self) -> impl Iterator<Item = &Control> {
+    pub(crate) fn controls(&self) -> impl Iterator<Item = &DeviceHandle> {
         self.entries.values().map(|entry| &entry.control)
     }
 
     /// Bytes that the guest has given back, as they go.
     pub(crate) fn balloon(&self) -> Option<Arc<AtomicU64>> {
         self.controls().find_map(|control| match control {
-            Control::Balloon(handle) => Some(Arc::clone(handle.actual())),
+            DeviceHandle::Balloon(handle) => Some(Arc::clone(handle.actual())),
             _ => None,
         })
     }

@@ -27,11 +27,11 @@ const NEW_TAP: &str = "vmtap%d";
 pub(crate) struct Opened {
     pub(crate) id: String,
     pub(crate) device: Box<dyn VirtioDevice>,
-    pub(crate) control: Control,
+    pub(crate) control: DeviceHandle,
 }
 
 /// Handle for requests to a running device.
-pub(crate) enum Control {
+pub(crate) enum DeviceHandle {
     None,
     Disk(BlockHandle),
     Net(NetHandle),
@@ -91,7 +91,7 @@ pub(crate) fn all(
         all.push(Opened {
             id,
             device: Box::new(device),
-            control: Control::Console(handle),
+            control: DeviceHandle::Console(handle),
         });
     }
     all.push(rng(&config.rng, workers)?);
@@ -116,7 +116,7 @@ fn rng(config: &RngConfig, workers: &Workers) -> Result<Opened, BuildError> {
     Ok(Opened {
         id: name(config.id.as_ref()),
         device: Box::new(Rng::new(Path::new(&config.src), workers.clone())?),
-        control: Control::None,
+        control: DeviceHandle::None,
     })
 }
 
@@ -129,7 +129,7 @@ fn vsock(new: &VsockConfig, context: OpenContext<'_>) -> Result<Opened, BuildErr
     Ok(Opened {
         id: name(new.id.as_ref()),
         device: Box::new(device),
-        control: Control::None,
+        control: DeviceHandle::None,
     })
 }
 
@@ -143,7 +143,7 @@ fn balloon(new: &spec::BalloonConfig, workers: &Workers) -> Opened {
     Opened {
         id: name(new.id.as_ref()),
         device: Box::new(device),
-        control: Control::Balloon(handle),
+        control: DeviceHandle::Balloon(handle),
     }
 }
 
@@ -182,7 +182,7 @@ fn disk(disk: &DiskConfig, context: OpenContext<'_>) -> Result<Opened, BuildErro
     Ok(Opened {
         id,
         device: Box::new(device),
-        control: Control::Disk(handle),
+        control: DeviceHandle::Disk(handle),
     })
 }
 
@@ -223,7 +223,7 @@ fn net(net: &NetConfig, workers: &Workers) -> Result<Opened, BuildError> {
     Ok(Opened {
         id: name(net.id.as_ref()),
         device: Box::new(device),
-        control: Control::Net(handle),
+        control: DeviceHandle::Net(handle),
     })
 }
 

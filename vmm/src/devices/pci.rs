@@ -75,7 +75,7 @@ impl PciHost {
             bar,
             map: Arc::clone(&self.map),
             msi: Arc::new(ByRoutes(vectors)),
-            tell: Box::new(move |event| to.report(GuestEvent::Device(name.clone(), event))),
+            report: Box::new(move |event| to.report(GuestEvent::Device(name.clone(), event))),
         };
         let plugged = VirtioPci::new(id, device, slot)
             .inspect_err(|_| self.window.free(bar))

@@ -16,9 +16,9 @@ use spec::{
 use virtio_devices::TransportEvent;
 use virtio_devices::block::ImageFormat;
 
-use super::migration::Leaving;
+use super::migration::Outgoing;
 use super::{Driver, DriverEvent, Stage};
-use crate::devices::{Control, Devices, OpenContext, Opened, ResourceOwner, open};
+use crate::devices::{DeviceHandle, Devices, OpenContext, Opened, ResourceOwner, open};
 use crate::failure::BuildError;
 use crate::guest_event::GuestEvent;
 use crate::machine::{Active, Host};
@@ -277,7 +277,7 @@ impl Driver {
         // When a migration has stopped the guest, the driver must not show it as paused by its
         // owner: `stay` alone decides whether it runs again.
         let stands = self.publisher.current().state == VmState::Paused
-            || self.leaving.as_ref().is_some_and(Leaving::is_stopped);
+            || self.outgoing.as_ref().is_some_and(Outgoing::is_stopped);
         let pause = move |active: &mut Active| (!stands).then(|| active.pause());
         self.lend(pause, move |driver, paused, _| {
             for (id, why) in stalled {
@@ -359,7 +359,7 @@ impl Driver {
         balloon.size = size;
         if let Stage::On(active) = &self.stage {
             for control in active.devices().controls() {
-                if let Control::Balloon(handle) = control {
+                if let DeviceHandle::Balloon(handle) = control {
                     handle.resize(size);
                 }
             }
@@ -393,7 +393,7 @@ fn with_formats(devices: &Devices, config: &VmConfig) -> Option<VmConfig> {
     let mut config = config.clone();
     for disk in config.disks.iter_mut().flatten() {
         let control = disk.id.as_deref().and_then(|id| devices.control(id));
-        if let (None, Some(Control::Disk(handle))) = (disk.image_type, control) {
+        if let (None, Some(DeviceHandle::Disk(handle))) = (disk.image_type, control) {
             disk.image_type = Some(match handle.format() {
                 ImageFormat::Raw => ImageType::Raw,
                 ImageFormat::Qcow2 => ImageType::Qcow2,
@@ -412,7 +412,7 @@ pub(super) fn show_taps(devices: &Devices, config: &mut Arc<VmConfig>) {
     }
     for net in Arc::make_mut(config).net.iter_mut().flatten() {
         let control = net.id.as_deref().and_then(|id| devices.control(id));
-        if let (None, Some(Control::Net(handle))) = (&net.tap, control) {
+        if let (None, Some(DeviceHandle::Net(handle))) = (&net.tap, control) {
             net.tap = handle.tap().map(str::to_owned);
         }
     }
@@ -423,7 +423,7 @@ pub(super) fn resize_disk(devices: &Devices, disk: &VmResizeDisk) -> Result<(), 
     let refused = |detail| RequestError::new(Category::Unprocessable, "disk-size", detail);
     match devices.control(&disk.id) {
         None => Err(no_such_device(&disk.id)),
-        Some(Control::Disk(handle)) => handle
+        Some(DeviceHandle::Disk(handle)) => handle
             .resize(disk.desired_size)
             .map_err(|error| refused(format!("`{}` keeps its size: {error}", disk.id))),
         Some(_) => {

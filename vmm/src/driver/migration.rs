@@ -17,21 +17,21 @@ use spec::{Failure, VmConfig, VmState};
 
 use super::consoles::Consoles;
 use super::{Caller, Driver, End, Stage};
-use crate::devices::Control;
+use crate::devices::DeviceHandle;
 use crate::failure::MoveError;
 use crate::guest_event::{Port, Reporter};
 use crate::machine::{Active, Extent, Host, Machine, NotParked};
 
 /// A guest that is moving away.
-pub(super) struct Leaving {
+pub(super) struct Outgoing {
     decision: Decision,
-    course: Course,
+    state: OutgoingState,
 }
 
 /// How far a guest that moves away has come. `ran` says whether it ran before it was stopped: a guest
 /// that its owner had paused stays paused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Course {
+enum OutgoingState {
     /// Its memory is copied; the guest runs or is paused as its owner wants it.
     Copying,
     /// The migration has stopped it.
@@ -43,7 +43,7 @@ enum Course {
     Stranded { ran: bool, is_handed_over: bool },
 }
 
-impl Course {
+impl OutgoingState {
     /// Whether the guest is stopped because it moves.
     fn is_stopped(self) -> bool {
         match self {
@@ -69,20 +69,20 @@ impl Course {
     }
 }
 
-impl Leaving {
+impl Outgoing {
     /// Whether the guest is stopped because it moves.
     pub(super) fn is_stopped(&self) -> bool {
-        self.course.is_stopped()
+        self.state.is_stopped()
     }
 
     /// Whether the guest stays and is paused because it lacks what it needs.
     pub(super) fn is_stranded(&self) -> bool {
-        matches!(self.course, Course::Stranded { .. })
+        matches!(self.state, OutgoingState::Stranded { .. })
     }
 }
 
 /// The parts of a source's machine that the engine needs.
-pub(crate) struct Departure {
+pub(crate) struct SourceParts {
     pub(crate) caller: Caller,
     pub(crate) config: Arc<VmConfig>,
     pub(crate) places: BTreeMap<String, Bdf>,
@@ -92,7 +92,7 @@ pub(crate) struct Departure {
 }
 
 /// The parts for building a destination's machine.
-pub(crate) struct Arrival {
+pub(crate) struct DestinationParts {
     pub(crate) caller: Caller,
     pub(crate) host: Arc<Host>,
     pub(crate) reporter: Reporter,
@@ -144,18 +144,18 @@ impl Driver {
                 PAGES_ARRIVING,
             ));
         }
-        let leaving = self.leaving.as_ref()?;
-        let is_stopped = leaving.is_stopped();
+        let outgoing = self.outgoing.as_ref()?;
+        let is_stopped = outgoing.is_stopped();
         match verb {
             Verb::MemoryMap | Verb::Counters => None,
             // The migration is over and the guest is stranded: this may work by now.
-            Verb::Resume | Verb::Shutdown | Verb::Delete if leaving.is_stranded() => None,
+            Verb::Resume | Verb::Shutdown | Verb::Delete if outgoing.is_stranded() => None,
             // The destination may hold the disks' locks and may run the guest by now. Only the
             // migration's outcome says whether the machine here may run or end.
             _ if is_stopped => refuse("its guest is being handed over to another service"),
             // `cancel` and the engine's commit exclude each other: either the request ends the
             // machine here, or the guest moves, never both.
-            Verb::Reboot | Verb::Shutdown | Verb::Delete => match leaving.decision.cancel() {
+            Verb::Reboot | Verb::Shutdown | Verb::Delete => match outgoing.decision.cancel() {
                 Ok(()) => None,
                 Err(late) => refuse(&late.to_string()),
             },
@@ -175,10 +175,10 @@ impl Driver {
         &mut self,
         decision: &Decision,
         progress: &Progress,
-    ) -> Result<Departure, RequestError> {
+    ) -> Result<SourceParts, RequestError> {
         let conflict =
             |code: &str, detail: &str| Err(RequestError::new(Category::Conflict, code, detail));
-        if self.leaving.is_some() {
+        if self.outgoing.is_some() {
             return conflict("vm-migrating", "its guest is moving already");
         }
         // A device that is plugged or ejected during the copy would make the machine differ from
@@ -202,7 +202,7 @@ impl Driver {
         }
         // The caller is bound to this machine: after a guest's reset the engine's next step fails
         // with `machine-gone` instead of acting on another machine.
-        let departure = Departure {
+        let parts = SourceParts {
             caller: Caller {
                 machine: self.machine,
                 to: self.events.clone(),
@@ -214,11 +214,11 @@ impl Driver {
             throttle: active.throttle(),
         };
         self.progress = Some(progress.clone());
-        self.leaving = Some(Leaving {
+        self.outgoing = Some(Outgoing {
             decision: decision.clone(),
-            course: Course::Copying,
+            state: OutgoingState::Copying,
         });
-        Ok(departure)
+        Ok(parts)
     }
 
     fn on(&mut self) -> Result<&mut Active, Refusal> {
@@ -261,8 +261,8 @@ impl Driver {
         self.lend(stop, move |driver, stopped, _| {
             // If a vCPU does not park in time, `pause` lets all of them run again. The guest is
             // then still in `Copying`, and nothing has to be undone.
-            if let (Ok(_), Some(leaving)) = (&stopped, &mut driver.leaving) {
-                leaving.course = Course::Stopped { ran: !was_paused };
+            if let (Ok(_), Some(outgoing)) = (&stopped, &mut driver.outgoing) {
+                outgoing.state = OutgoingState::Stopped { ran: !was_paused };
             }
             let late = |late: NotParked| Refusal::new("does-not-stop", late.to_string());
             // The engine may have gone.
@@ -283,10 +283,10 @@ impl Driver {
 
     /// Releases the locks: the guest is given away.
     pub(crate) fn hand_over(&mut self) -> Result<(), Refusal> {
-        if let Some(leaving) = &mut self.leaving {
+        if let Some(outgoing) = &mut self.outgoing {
             // Before it is tried: what failed half-way must be taken back as well.
-            leaving.course = Course::HandedOver {
-                ran: leaving.course.must_resume(),
+            outgoing.state = OutgoingState::HandedOver {
+                ran: outgoing.state.must_resume(),
             };
         }
         self.consoles.hand_over();
@@ -297,19 +297,19 @@ impl Driver {
     /// Keeps the guest, and resumes it if it ran before. On failure the guest stays paused, and the call may
     /// be repeated.
     pub(crate) fn stay(&mut self) -> Result<(), Refusal> {
-        let Some(mut leaving) = self.leaving.take() else {
+        let Some(mut outgoing) = self.outgoing.take() else {
             return Ok(());
         };
-        let stayed = self.take_back(&mut leaving);
+        let stayed = self.take_back(&mut outgoing);
         match &stayed {
-            Ok(()) if leaving.course.must_resume() => self.show(VmState::Running),
+            Ok(()) if outgoing.state.must_resume() => self.show(VmState::Running),
             Ok(()) => {}
             Err(_) => {
-                leaving.course = Course::Stranded {
-                    ran: leaving.course.must_resume(),
-                    is_handed_over: leaving.course.is_handed_over(),
+                outgoing.state = OutgoingState::Stranded {
+                    ran: outgoing.state.must_resume(),
+                    is_handed_over: outgoing.state.is_handed_over(),
                 };
-                self.leaving = Some(leaving);
+                self.outgoing = Some(outgoing);
                 self.show(VmState::Paused);
             }
         }
@@ -318,21 +318,21 @@ impl Driver {
 
     /// Undoes what was done to the guest, last step first: locks and paths must be held again before
     /// it runs, or two machines could write to one disk.
-    fn take_back(&mut self, leaving: &mut Leaving) -> Result<(), Refusal> {
-        if leaving.course.is_handed_over() {
+    fn take_back(&mut self, outgoing: &mut Outgoing) -> Result<(), Refusal> {
+        if outgoing.state.is_handed_over() {
             self.consoles
                 .take_over()
                 .map_err(|error| Refusal::new("cannot-be-taken-back", error.to_string()))?;
         }
         let active = self.on()?;
-        let ran = leaving.course.must_resume();
-        if leaving.course.is_handed_over() {
+        let ran = outgoing.state.must_resume();
+        if outgoing.state.is_handed_over() {
             active
                 .take_over()
                 .map_err(refused("cannot-be-taken-back"))?;
             // The locks are held again. If the vCPUs fail to start below, the next attempt must
             // start from here.
-            leaving.course = Course::Stopped { ran };
+            outgoing.state = OutgoingState::Stopped { ran };
         }
         if ran {
             active
@@ -350,7 +350,7 @@ impl Driver {
 
     /// Shows a VM whose guest was given away: it does not run here, wherever it is.
     pub(crate) fn show_whereabouts(&mut self, guest: &Whereabouts) {
-        if self.leaving.is_none() {
+        if self.outgoing.is_none() {
             return;
         }
         let failure = match guest {
@@ -399,7 +399,7 @@ impl Driver {
         &mut self,
         decision: &Decision,
         progress: &Progress,
-    ) -> Result<Arrival, Refusal> {
+    ) -> Result<DestinationParts, Refusal> {
         if !matches!(self.stage, Stage::Off) {
             return Err(Refusal::new("vm-exists", "this VM has a guest already"));
         }
@@ -409,7 +409,7 @@ impl Driver {
             decision: decision.clone(),
             machine: None,
         });
-        Ok(Arrival {
+        Ok(DestinationParts {
             caller: Caller {
                 machine: self.machine,
                 to: self.events.clone(),
@@ -492,7 +492,7 @@ impl Driver {
         // After all that can fail: the announcement redirects the guest's traffic to this host, and
         // a failed start would let the guest resume at the source.
         for control in active.devices().controls() {
-            if let Control::Net(net) = control {
+            if let DeviceHandle::Net(net) = control {
                 net.announce();
             }
         }

@@ -42,8 +42,8 @@ pub(crate) use self::caller::Caller;
 use self::caller::{ANY_MACHINE, Call};
 pub(crate) use self::consoles::Consoles;
 use self::ending::{Busy, Ending, Next, Then};
-pub(crate) use self::migration::{Arrival, Departure};
-use self::migration::{Expected, Leaving};
+pub(crate) use self::migration::{DestinationParts, SourceParts};
+use self::migration::{Expected, Outgoing};
 use crate::devices::{MachineOrigin, Opened};
 use crate::failure::{self, BuildError};
 use crate::guest_event::{GuestEnd, Port, Reporter, Reports};
@@ -118,7 +118,7 @@ pub(crate) struct Driver {
     /// Devices that are being opened, by their names.
     opening: BTreeMap<String, (Ask, NewDevice)>,
     /// The guest is moving away.
-    leaving: Option<Leaving>,
+    outgoing: Option<Outgoing>,
     /// The latest migration, of which the failure of a guest tells.
     progress: Option<Progress>,
     /// The VM is deleted: the driver leaves its thread.
@@ -146,7 +146,7 @@ impl Driver {
             asked_at: Instant::now(),
             consoles: Consoles::default(),
             opening: BTreeMap::new(),
-            leaving: None,
+            outgoing: None,
             progress: None,
             is_deleted: false,
             resets: Allowance::new(RESETS_AT_ONCE, RESET_INTERVAL),
@@ -232,7 +232,7 @@ impl Driver {
             };
         };
         match request {
-            Request::Resume if self.leaving.as_ref().is_some_and(Leaving::is_stranded) => {
+            Request::Resume if self.outgoing.as_ref().is_some_and(Outgoing::is_stranded) => {
                 self.stay().map_err(|why| {
                     RequestError::new(Category::Conflict, "vm-migrating", why.detail)
                 })?;
@@ -299,7 +299,7 @@ impl Driver {
     fn next_machine(&mut self) {
         self.machine += 1;
         // Of that one, its guest will not hear any more.
-        self.leaving = None;
+        self.outgoing = None;
         self.give_up_additions();
     }
 

@@ -33,7 +33,7 @@ use crate::arch::x86_64::layout::Layout;
 use crate::arch::x86_64::{cpu, layout};
 use crate::boot;
 use crate::devices::{
-    ConsoleEnd, Control, Devices, MachineOrigin, OpenContext, Opened, PciHost, SharedTopology,
+    ConsoleEnd, DeviceHandle, Devices, MachineOrigin, OpenContext, Opened, PciHost, SharedTopology,
 };
 use crate::failure::{BuildError, MoveError};
 use crate::guest_event::{GuestEvent, Outputs, Port, Reporter};
@@ -492,9 +492,9 @@ impl Active {
 
     /// Returns the receiver of input for a port, if the machine has that device.
     pub(crate) fn input(&self, port: Port) -> Option<&dyn ConsoleInput> {
-        fn console(control: &Control) -> Option<&dyn ConsoleInput> {
+        fn console(control: &DeviceHandle) -> Option<&dyn ConsoleInput> {
             match control {
-                Control::Console(handle) => Some(handle),
+                DeviceHandle::Console(handle) => Some(handle),
                 _ => None,
             }
         }

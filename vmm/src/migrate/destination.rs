@@ -15,7 +15,7 @@ use super::offer::{self, CheckedOffer};
 use super::trust::Allowed;
 use super::{ActiveMigration, Journals, RAM};
 use crate::devices::{MachineOrigin, ResourceOwner};
-use crate::driver::{Arrival, Caller, Consoles, Driver};
+use crate::driver::{Caller, Consoles, DestinationParts, Driver};
 use crate::failure::{self, BuildError};
 use crate::machine::{self, Built, Halter, Machine};
 use crate::pool::{Callers, Pool};
@@ -88,7 +88,7 @@ impl Host for DestinationHost {
             why
         };
         let (decision, progress) = (self.moving.decision.clone(), self.moving.progress.clone());
-        let arrival = caller
+        let parts = caller
             .attempt(move |driver| driver.expect(&decision, &progress))
             .map_err(give_up)?;
         let origin = MachineOrigin {
@@ -98,7 +98,7 @@ impl Host for DestinationHost {
             may_wait: offer.postcopy,
             memory: files.into_iter().next().map(Arc::new),
         };
-        let built = DestinationVm::build(&self.registry, vm.clone(), arrival, &resolved, &origin);
+        let built = DestinationVm::build(&self.registry, vm.clone(), parts, &resolved, &origin);
         let target = built.map_err(give_up)?;
         *self.moving.vm.lock() = Some(vm);
         Ok(Box::new(target))
@@ -134,15 +134,15 @@ impl DestinationVm {
     fn build(
         registry: &Registry,
         vm: VmId,
-        arrival: Arrival,
+        parts: DestinationParts,
         config: &VmConfig,
         origin: &MachineOrigin,
     ) -> Result<Self, Refusal> {
-        let Arrival {
+        let DestinationParts {
             caller,
             host,
             reporter,
-        } = arrival;
+        } = parts;
         let build = || -> Result<_, BuildError> {
             let consoles = Consoles::open_next(config, host.terminal)?;
             let built = Built::new(&host, config, consoles.outputs(), origin, &reporter)?;

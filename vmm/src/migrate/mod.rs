@@ -304,7 +304,7 @@ fn start(name: &str, run: impl FnOnce() + Send + 'static) -> Result<(), RequestE
 }
 
 impl Migrate for Pool {
-    fn recalled(&self) -> Vec<Arc<dyn Migration>> {
+    fn history(&self) -> Vec<Arc<dyn Migration>> {
         history::all(self.journals())
     }
 
@@ -331,15 +331,15 @@ impl Migrate for Pool {
         let moving = Arc::new(moving);
         let caller = self.caller(&id).ok_or_else(RequestError::driver_gone)?;
         let (decision, progress) = (moving.decision.clone(), moving.progress.clone());
-        let departure = caller.call(move |driver, _| driver.depart(&decision, &progress));
-        let departure = departure.map_err(|_| RequestError::driver_gone())??;
+        let parts = caller.call(move |driver, _| driver.depart(&decision, &progress));
+        let parts = parts.map_err(|_| RequestError::driver_gone())??;
         let journals = self.journals().clone();
         let mut journal = journals
             .open(moving.id, Side::Source, id.as_str())
             .map_err(|error| Journals::unwritable(&error))?;
         let (registry, ours) = (registry.clone(), Arc::clone(&moving));
         start("migrate-out", move || {
-            let memory = departure.ram.len();
+            let memory = parts.ram.len();
             tracing::info!(
                 migration = %ours.id,
                 vm = id.as_str(),
@@ -349,7 +349,7 @@ impl Migrate for Pool {
                 verify = policy.verify,
                 "migration: begins"
             );
-            let mut leaving = SourceVm::new(id.clone(), departure);
+            let mut source = SourceVm::new(id.clone(), parts);
             let sending = Sending {
                 id: ours.id,
                 policy: &policy,
@@ -358,7 +358,7 @@ impl Migrate for Pool {
                 progress: &ours.progress,
                 decision: &ours.decision,
             };
-            let outcome = send(sending, &mut leaving);
+            let outcome = send(sending, &mut source);
             ours.log_end();
             match outcome {
                 Outcome::Moved => {
@@ -366,8 +366,8 @@ impl Migrate for Pool {
                     registry.forget(&id, "migrated", Some(detail));
                 }
                 Outcome::Stayed { why, pending_abort } => {
-                    leaving.stayed(why);
-                    drop(leaving);
+                    source.stayed(why);
+                    drop(source);
                     ours.over.send_replace(true);
                     if let Some(pending_abort) = pending_abort {
                         pending_abort.send(&*dial);

@@ -7,24 +7,24 @@ use migration::{Block, BlockInfo, Offer, Refusal, Source, Stopped, Whereabouts};
 use spec::VmId;
 
 use super::{MachineOffer, OFFER_VERSION, RAM, rows};
-use crate::driver::{Departure, Driver};
+use crate::driver::{Driver, SourceParts};
 
 pub(super) struct SourceVm {
     vm: VmId,
-    departure: Departure,
+    parts: SourceParts,
     tracking: bool,
 }
 
 impl SourceVm {
     fn places(&self) -> BTreeMap<String, u8> {
-        let all = self.departure.places.iter();
+        let all = self.parts.places.iter();
         all.map(|(id, at)| (id.clone(), at.devfn())).collect()
     }
 
-    pub(super) fn new(vm: VmId, departure: Departure) -> Self {
+    pub(super) fn new(vm: VmId, parts: SourceParts) -> Self {
         Self {
             vm,
-            departure,
+            parts,
             tracking: false,
         }
     }
@@ -32,7 +32,7 @@ impl SourceVm {
     /// The guest stays: it can be moved again, and its owner may read why it was not.
     pub(super) fn stayed(&self, why: Refusal) {
         // If the machine is gone, so is what there would be to tidy up.
-        let _ = self.departure.caller.attempt(move |driver| {
+        let _ = self.parts.caller.attempt(move |driver| {
             let stayed = driver.stay();
             driver.record("migration-failed", why.detail);
             stayed
@@ -46,10 +46,10 @@ fn kvm(error: &hypervisor::KvmError) -> Refusal {
 
 impl Source for SourceVm {
     fn offer(&mut self) -> Result<Offer, Refusal> {
-        let cpuid = self.departure.caller.attempt(Driver::cpuid)?;
+        let cpuid = self.parts.caller.attempt(Driver::cpuid)?;
         let machine = MachineOffer {
             version: OFFER_VERSION,
-            config: spec::VmConfig::clone(&self.departure.config),
+            config: spec::VmConfig::clone(&self.parts.config),
             places: self.places(),
             cpuid: rows(&cpuid),
         };
@@ -60,7 +60,7 @@ impl Source for SourceVm {
             machine: machine.into(),
             blocks: vec![BlockInfo {
                 name: RAM.to_owned(),
-                size: self.departure.ram.len() as u64,
+                size: self.parts.ram.len() as u64,
             }],
             connections: 1,
             postcopy: false,
@@ -72,43 +72,40 @@ impl Source for SourceVm {
     fn blocks(&self) -> Vec<Block> {
         vec![Block {
             name: RAM.to_owned(),
-            ram: self.departure.ram.clone(),
+            ram: self.parts.ram.clone(),
         }]
     }
 
     fn start_tracking(&mut self) -> Result<(), Refusal> {
-        let memslots = &self.departure.memslots;
+        let memslots = &self.parts.memslots;
         memslots.track_dirty(true).map_err(|error| kvm(&error))?;
         self.tracking = true;
         Ok(())
     }
 
     fn stop_tracking(&mut self) -> Result<(), Refusal> {
-        let memslots = &self.departure.memslots;
+        let memslots = &self.parts.memslots;
         memslots.track_dirty(false).map_err(|error| kvm(&error))?;
         self.tracking = false;
         Ok(())
     }
 
     fn harvest(&mut self) -> Result<(), Refusal> {
-        self.departure
-            .memslots
-            .harvest()
-            .map_err(|error| kvm(&error))
+        self.parts.memslots.harvest().map_err(|error| kvm(&error))
     }
 
     fn throttle(&mut self, percent: u8) {
-        self.departure.throttle.set(percent);
+        self.parts.throttle.set(percent);
     }
 
     fn dry_run(&mut self) -> Result<Vec<u8>, Refusal> {
-        self.departure.caller.attempt(Driver::save_dry_run)
+        self.parts.caller.attempt(Driver::save_dry_run)
     }
 
     fn pre_sync(&mut self) {
         // What is in the host's page cache of the disks' images has to be on the storage when the guest is
         // handed over: the most of it is written now.
-        for disk in self.departure.config.disks.iter().flatten() {
+        for disk in self.parts.config.disks.iter().flatten() {
             let path = disk.path.as_deref().filter(|_| !disk.readonly);
             let synced = path.map(|path| File::open(path).and_then(|file| file.sync_data()));
             if let Some(Err(error)) = synced {
@@ -118,37 +115,37 @@ impl Source for SourceVm {
     }
 
     fn stop(&mut self) -> Result<Stopped, Refusal> {
-        self.departure.caller.attempt_later(Driver::stop_to_move)
+        self.parts.caller.attempt_later(Driver::stop_to_move)
     }
 
     fn save(&mut self) -> Result<Vec<u8>, Refusal> {
-        self.departure.caller.attempt(Driver::save_whole)
+        self.parts.caller.attempt(Driver::save_whole)
     }
 
     fn flush(&mut self) -> Result<(), Refusal> {
-        self.departure.caller.attempt(Driver::flush)
+        self.parts.caller.attempt(Driver::flush)
     }
 
     fn hand_over(&mut self) -> Result<(), Refusal> {
-        self.departure.caller.attempt(Driver::hand_over)
+        self.parts.caller.attempt(Driver::hand_over)
     }
 
     fn show(&mut self, guest: &Whereabouts) {
         let guest = guest.clone();
         // If the machine is gone, there is nothing to show.
         let _ = self
-            .departure
+            .parts
             .caller
             .call(move |driver, _| driver.show_whereabouts(&guest));
     }
 
     fn resume(&mut self) -> Result<(), Refusal> {
-        self.departure.caller.attempt(Driver::stay)
+        self.parts.caller.attempt(Driver::stay)
     }
 
     fn gone(&mut self) {
         // The machine may be gone already.
-        if let Ok(gone) = self.departure.caller.call(Driver::left) {
+        if let Ok(gone) = self.parts.caller.call(Driver::left) {
             gone.wait();
         }
     }
@@ -157,7 +154,7 @@ impl Source for SourceVm {
 impl Drop for SourceVm {
     fn drop(&mut self) {
         if self.tracking
-            && let Err(error) = self.departure.memslots.track_dirty(false)
+            && let Err(error) = self.parts.memslots.track_dirty(false)
         {
             tracing::debug!(%error, "dirty pages of a machine are still being tracked");
         }

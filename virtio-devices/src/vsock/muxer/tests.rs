@@ -8,7 +8,7 @@ use devices::event_loop::EventLoop;
 
 use super::*;
 use crate::testing::{
-    Heard, PATIENCE, TestBuffer, TestGuest, TestQueue, settle, transport, workers,
+    Heard, PATIENCE, TestBuffer, TestGuest, TestQueue, transport, wait_idle, workers,
 };
 use crate::transport::Transport;
 use crate::worker::Running;
@@ -113,7 +113,7 @@ impl Machine {
     }
 
     fn with<R>(&self, f: impl FnOnce(&mut Muxer) -> R) -> R {
-        settle(&self.event_loop);
+        wait_idle(&self.event_loop);
         self.running.with(f).unwrap()
     }
 }
@@ -187,7 +187,7 @@ fn pause_does_not_count_as_silence() {
     let muxer = running.stop().unwrap();
     let workers = crate::Workers::new(vec![event_loop.handle().clone()]).unwrap();
     let running = Running::start(&workers, &_transport, muxer);
-    settle(&event_loop);
+    wait_idle(&event_loop);
     let again = running.with(|muxer| muxer.undecided.values().next().map(|u| u.until));
     assert!(again.flatten().unwrap() > first);
 }
