@@ -33,6 +33,7 @@ mod requests;
 mod service;
 mod validate;
 mod vm;
+mod wording;
 
 pub use console::{ConsoleConfig, ConsoleMode, DebugConsoleConfig, SerialConfig};
 pub use cpus::{CoreSchedulingMode, CpuAffinity, CpuFeatures, CpuTopology, CpusConfig};

@@ -251,10 +251,7 @@ fn fields(option: &str, text: &str, keys: &[Key]) -> Result<Map<String, Value>, 
     let mut fields = Map::new();
     for part in split(text).map_err(|reason| error(option, reason))? {
         let Some((key, value)) = part.split_once('=') else {
-            return Err(error(
-                option,
-                format!("`{part}` is not of the form key=value"),
-            ));
+            return Err(error(option, without_key(&part, keys)));
         };
         let Some((_, field, form)) = keys.iter().find(|(known, _, _)| *known == key) else {
             let hint = crate::nearest(key, keys.iter().map(|(known, _, _)| *known));
@@ -268,6 +265,21 @@ fn fields(option: &str, text: &str, keys: &[Key]) -> Result<Map<String, Value>, 
         }
     }
     Ok(fields)
+}
+
+/// Explains a part that is not of the form key=value.
+fn without_key(part: &str, keys: &[Key]) -> String {
+    if keys.iter().any(|(key, ..)| *key == part) {
+        return format!("`{part}` needs a value: {part}=VALUE");
+    }
+    let hint = match keys.first() {
+        // The first key is the main one: `path` of a disk, `size` of memory.
+        Some((key, _, form)) if read_value(*form, part).is_ok() => {
+            format!("; did you mean {key}={part}?")
+        }
+        _ => String::new(),
+    };
+    format!("`{part}` is not of the form key=value{hint}")
 }
 
 /// Puts a value where `field` says, a path of names, and gives what was there.
@@ -406,6 +418,30 @@ mod tests {
     }
 
     #[test]
+    fn value_without_key_gets_a_hint() {
+        for (refused, why) in [
+            (
+                memory("1G").unwrap_err(),
+                "--memory: `1G` is not of the form key=value; did you mean size=1G?",
+            ),
+            (
+                memory("lots").unwrap_err(),
+                "--memory: `lots` is not of the form key=value",
+            ),
+            (
+                DISK.read::<DiskConfig>("/a.raw").unwrap_err(),
+                "--disk: `/a.raw` is not of the form key=value; did you mean path=/a.raw?",
+            ),
+            (
+                DISK.read::<DiskConfig>("path=/a,readonly").unwrap_err(),
+                "--disk: `readonly` needs a value: readonly=VALUE",
+            ),
+        ] {
+            assert_eq!(refused.to_string(), why);
+        }
+    }
+
+    #[test]
     fn memory_sizes() {
         assert_eq!(memory("size=2G,shared=on").unwrap().size, 2 << 30);
         assert_eq!(memory("shared=on").unwrap().size, 512 << 20);
@@ -473,6 +509,6 @@ mod tests {
             (Some("/d"), true, 1)
         );
         let vsock = VSOCK.read::<VsockConfig>("cid=3").unwrap_err();
-        assert_eq!(vsock.to_string(), "--vsock: missing field `socket`");
+        assert_eq!(vsock.to_string(), "--vsock: the field `socket` is missing");
     }
 }

@@ -2,6 +2,8 @@
 
 use serde::de::DeserializeOwned;
 
+use crate::wording::plain;
+
 /// A body that is not what was expected.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ParseError {
@@ -26,7 +28,7 @@ pub enum ParseError {
         suggestion: Option<String>,
     },
     /// A value of the wrong type, or a missing field.
-    #[error("{reason}{}", at(pointer))]
+    #[error("{}{reason}", before(pointer))]
     Invalid {
         /// JSON pointer to it.
         pointer: String,
@@ -40,6 +42,14 @@ fn at(pointer: &str) -> String {
         String::new()
     } else {
         format!(" at {pointer}")
+    }
+}
+
+fn before(pointer: &str) -> String {
+    if pointer.is_empty() {
+        String::new()
+    } else {
+        format!("{pointer}: ")
     }
 }
 
@@ -105,7 +115,10 @@ fn explain(pointer: String, error: &serde_json::Error) -> ParseError {
     // serde has no other way to say which field it was.
     let mut names = reason.split('`').skip(1).step_by(2);
     match names.next().filter(|_| reason.starts_with("unknown field")) {
-        None => ParseError::Invalid { pointer, reason },
+        None => ParseError::Invalid {
+            pointer,
+            reason: plain(&reason),
+        },
         Some(field) => ParseError::UnknownField {
             // The path ends with the field itself.
             pointer: pointer
@@ -160,10 +173,10 @@ mod tests {
             }
         ));
         assert!(matches!(error("{} x"), ParseError::Invalid { .. }));
-        assert_eq!(error("{}").to_string(), "missing field `payload`");
+        assert_eq!(error("{}").to_string(), "the field `payload` is missing");
         assert_eq!(
             error(r#"{"payload":{},"cpus":{"boot_vcpus":"2","max_vcpus":2}}"#).to_string(),
-            "invalid type: string \"2\", expected u32 at /cpus/boot_vcpus"
+            "/cpus/boot_vcpus: must be a whole number from 0 to 4294967295, not the string \"2\"; did you mean 2?"
         );
         assert_eq!(
             error(r#"{"payload":{},"disks":[{"path":"/a"},{"path":"/b","read_only":true}]}"#)
