@@ -7,7 +7,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use guest::Options;
+use guest::{After, Options, Workload};
 use rustix::fs::{Mode, OFlags};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{LocalModes, tcgetattr};
@@ -174,6 +174,33 @@ async fn start_creates_and_boots_and_logs_shows_the_output() -> Result<()> {
     let seen = log.matches("pocket: heartbeat").count();
     let later = format!("heartbeat count={}", seen + 20);
     follow.shows(&later)?;
+    Ok(())
+}
+
+/// `whimbrel run FILE` takes the file that `create` takes, and ends with its guest.
+#[tokio::test]
+async fn run_takes_a_configuration_file() -> Result<()> {
+    let service = Service::start(Face::Many).await?;
+    let options = Options {
+        workload: Workload::SelfTest,
+        then: After::PowerOff,
+        ..Options::default()
+    };
+    let (config, serial) = service.pocket("vm", options)?;
+    let path = written(&service, &config)?;
+    let run = Command::new(built("whimbrel")?)
+        .args(["run", &path])
+        .output()?;
+    ensure!(run.status.success(), "{run:?}");
+    ensure!(serial.text().contains("pocket: hello"), "{}", serial.text());
+
+    let twice = ["run", &path, "--cpus", "2"];
+    let refused = Command::new(built("whimbrel")?).args(twice).output()?;
+    let text = String::from_utf8_lossy(&refused.stderr).into_owned();
+    ensure!(
+        !refused.status.success() && text.contains("exclude each other"),
+        "{text}"
+    );
     Ok(())
 }
 

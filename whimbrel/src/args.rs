@@ -1,5 +1,7 @@
 //! The command line.
 
+use std::fs::File;
+use std::io::{self, Read};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
@@ -18,6 +20,7 @@ use vmm::MigrationTrust;
 Examples:
   whimbrel demo                                   see it work; needs /dev/kvm and nothing else
   whimbrel serve --socket /run/whimbrel.sock      a service; drive it with wh-remote or over REST
+  whimbrel run vm.json                            one VM from its configuration file
   whimbrel run --kernel vmlinuz --initramfs initrd --cmdline console=ttyS0
   whimbrel --api-socket /tmp/vm.sock              one VM, created and booted over its API")]
 pub(crate) struct Arguments {
@@ -82,7 +85,7 @@ pub(crate) enum LogFormat {
 }
 
 /// What the operator of the program allows migrations, where a request does not say.
-#[derive(Debug, Default, PartialEq, Args)]
+#[derive(Clone, Debug, Default, PartialEq, Args)]
 #[command(next_help_heading = "Migration")]
 pub(crate) struct MigrationArguments {
     /// Folder or file below which a VM that comes over TCP may name files and sockets. Several times for
@@ -148,14 +151,35 @@ pub(crate) struct ServeArguments {
 
 #[derive(Debug, Args)]
 pub(crate) struct RunArguments {
+    /// JSON file with the VM's configuration, as `wh-remote create` takes; `-` is standard input. In place
+    /// of the options below that describe a VM.
+    #[arg(value_name = "FILE")]
+    file: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) vm: VmArguments,
 }
 
 impl RunArguments {
-    /// A person who runs a VM by hand wants to see it.
-    pub(crate) fn default_console(&self) -> Option<ConsoleMode> {
-        Some(ConsoleMode::Tty)
+    /// Returns the VM's configuration, from the file or the options. Without a `serial` in the options, the
+    /// serial port is this terminal: a person who runs a VM by hand wants to see it.
+    pub(crate) fn config(&self) -> Result<Option<VmConfig>> {
+        let Some(file) = &self.file else {
+            return self.vm.config(Some(ConsoleMode::Tty));
+        };
+        if self.vm.describes_a_vm() {
+            bail!(
+                "{}: a file and options that describe a VM exclude each other",
+                file.display()
+            );
+        }
+        let mut body = Vec::new();
+        let read = match file.to_str() {
+            Some("-") => io::stdin().read_to_end(&mut body),
+            _ => File::open(file).and_then(|mut file| file.read_to_end(&mut body)),
+        };
+        read.with_context(|| format!("cannot read {}", file.display()))?;
+        let config = spec::parse(&body).with_context(|| format!("in {}", file.display()))?;
+        Ok(Some(config))
     }
 }
 
@@ -242,6 +266,19 @@ pub(crate) struct VmArguments {
 impl VmArguments {
     fn is_given(&self) -> bool {
         *self != Self::default()
+    }
+
+    /// Whether an option besides those for the program itself is given.
+    fn describes_a_vm(&self) -> bool {
+        let program = Self {
+            api_socket: self.api_socket.clone(),
+            image_dir: self.image_dir.clone(),
+            seccomp: self.seccomp.clone(),
+            event_monitor: self.event_monitor.clone(),
+            migration: self.migration.clone(),
+            ..Self::default()
+        };
+        *self != program
     }
 
     /// The API's socket, from `PATH` or `path=PATH`.

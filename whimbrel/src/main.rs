@@ -35,11 +35,14 @@ fn main() -> ExitCode {
     }
     let done = match arguments.command {
         Some(Command::Serve(serve)) => serve::run(&serve),
-        Some(Command::Run(run)) => one::run(&run.vm, run.default_console()),
+        Some(Command::Run(run)) => run.config().and_then(|config| one::run(&run.vm, config)),
         Some(Command::Demo) => demo::run(),
         Some(Command::Completions { shell }) => generate::completions(shell),
         Some(Command::Man { directory }) => generate::man_pages(&directory),
-        None => one::run(&arguments.vm, None),
+        None => {
+            let vm = &arguments.vm;
+            vm.config(None).and_then(|config| one::run(vm, config))
+        }
     };
     done.unwrap_or_else(|error| {
         eprintln!("whimbrel: {error:#}");

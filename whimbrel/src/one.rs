@@ -8,16 +8,16 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 use api::{Listener, Service, serve};
 use control::{Registry, Request, VmHandle};
-use spec::{ConsoleMode, VmId, VmState};
+use spec::{VmConfig, VmId, VmState};
 use vmm::{Pool, PoolConfig};
 
 use crate::args::VmArguments;
 use crate::serve::{about, runtime};
 use crate::signals::{Signals, unless_interrupted};
 
-pub(crate) fn run(arguments: &VmArguments, serial: Option<ConsoleMode>) -> Result<ExitCode> {
+/// Runs `config`, or waits for a VM over the API where that is absent.
+pub(crate) fn run(arguments: &VmArguments, config: Option<VmConfig>) -> Result<ExitCode> {
     let socket = arguments.api_socket()?;
-    let config = arguments.config(serial)?;
     if socket.is_none() && config.is_none() {
         bail!(
             "nothing to do: --kernel boots a VM, --api-socket waits for one over REST, `whimbrel serve` \
