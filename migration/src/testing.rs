@@ -1,5 +1,5 @@
-//! For tests and benchmarks: certificates, in directories as Cloud Hypervisor's users have them, and a
-//! peer that speaks the protocol frame by frame.
+//! For tests and benchmarks: certificates, in directories as Cloud Hypervisor's users have them, a
+//! peer that speaks the protocol frame by frame, and a guest of memory alone.
 
 #![allow(
     clippy::unwrap_used,
@@ -8,6 +8,8 @@
     clippy::panic,
     reason = "tests"
 )]
+
+mod guest;
 
 use std::fs;
 use std::io::Write as _;
@@ -21,6 +23,8 @@ use uuid::Uuid;
 use crate::link::{Dial, Stream};
 use crate::message::{self, Channel, ControlChannel, Hello, Offer, ToDestination, ToSource};
 use crate::wire::WireError;
+
+pub use self::guest::{MemoryGuest, Moment, blocks, contents, fill_page, ram};
 
 /// A certificate authority for tests.
 pub struct Issuer(CertifiedIssuer<'static, KeyPair>);

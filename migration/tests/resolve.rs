@@ -8,13 +8,14 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use migration::testing::{MemoryGuest, Moment, ram};
 use migration::{
     ConnectionLimit, Decision, NoJournal, Outcome, Phase, Policy, Progress, Receiving, Resolution,
     Sending, receive, send,
 };
 use uuid::Uuid;
 
-use pair::{Dialer, Guest, Moment, Place, Shared, ram};
+use pair::{Dialer, PAGES, Place, Shared};
 
 /// Long enough on a machine that has other things to do.
 const BOUND: Duration = Duration::from_secs(20);
@@ -33,17 +34,13 @@ fn until(what: &str, is_so: impl Fn() -> bool) {
 fn a_discard_at_the_destination_is_told_to_the_source() {
     let (dialer, mut acceptor) = Dialer::new();
     let way = Arc::clone(&dialer);
-    let mut guest = Guest {
-        ram: ram(),
-        runs: true,
-        hook: Box::new(move |moment, _| {
-            if moment == Moment::Committed {
-                // The source has committed, and `Commit` cannot reach the destination: neither side
-                // may decide alone.
-                way.cut();
-            }
-        }),
-    };
+    let mut guest = MemoryGuest::with_hook(ram(PAGES), move |moment, _| {
+        if moment == Moment::Committed {
+            // The source has committed, and `Commit` cannot reach the destination: neither side may
+            // decide alone.
+            way.cut();
+        }
+    });
     let (here, there) = (Progress::default(), Progress::default());
     let (decide_here, decide_there) = (Decision::default(), Decision::default());
     let patience = Duration::from_secs(2);

@@ -9,13 +9,15 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
+use memory::PAGE_SIZE;
+use migration::testing::{MemoryGuest, Moment, contents, fill_page, ram};
 use migration::{
     ConnectionLimit, Decision, Mode, NoJournal, Outcome, Phase, Policy, Progress, Receiving,
     Report, Sending, receive, send,
 };
 use uuid::Uuid;
 
-use pair::{Dialer, Guest, Moment, PAGE, PAGES, PATIENCE, Place, Shared, contents, ram, write};
+use pair::{Dialer, PAGES, PATIENCE, Place, Shared};
 
 /// What goes wrong, by a fault of the program or of the host's memory.
 #[derive(Clone, Copy, Debug)]
@@ -33,35 +35,31 @@ fn migrate(mode: Mode, connections: u16, verify: bool, spoil: Spoil) -> (Outcome
     let there = Shared::default();
     let memory_there = Arc::clone(&there);
     let mut is_stopped = false;
-    let mut guest = Guest {
-        ram: ram(),
-        runs: true,
-        hook: Box::new(move |moment, ram| {
-            is_stopped |= moment == Moment::Stopped;
-            match (moment, spoil) {
-                (Moment::Harvest, Spoil::LoseDirtyBit(page)) if is_stopped => {
-                    // Taking the bit out makes the engine believe that the destination has the page
-                    // already.
-                    write(ram, page, 9);
-                    assert!(ram.dirty().take_page(page));
-                }
-                (Moment::Stopped, Spoil::TurnBit(page)) => {
-                    // A frame checksum cannot find this one: the page was intact when it arrived.
-                    let there = memory_there.get().unwrap();
-                    let there = there.slice(page * PAGE + 7, 1).unwrap();
-                    let mut byte = [0_u8];
-                    there.copy_to(&mut byte[..]);
-                    there.copy_from(&[byte[0] ^ 4]);
-                }
-                // The guest writes a little, all the time.
-                (Moment::Harvest, _) => write(ram, 100, 1),
-                _ => {}
+    let mut guest = MemoryGuest::with_hook(ram(PAGES), move |moment, ram| {
+        is_stopped |= moment == Moment::Stopped;
+        match (moment, spoil) {
+            (Moment::Harvest, Spoil::LoseDirtyBit(page)) if is_stopped => {
+                // Taking the bit out makes the engine believe that the destination has the page
+                // already.
+                fill_page(ram, page, 9);
+                assert!(ram.dirty().take_page(page));
             }
-        }),
-    };
+            (Moment::Stopped, Spoil::TurnBit(page)) => {
+                // A frame checksum cannot find this one: the page was intact when it arrived.
+                let there = memory_there.get().unwrap();
+                let there = there.slice(page * PAGE_SIZE as usize + 7, 1).unwrap();
+                let mut byte = [0_u8];
+                there.copy_to(&mut byte[..]);
+                there.copy_from(&[byte[0] ^ 4]);
+            }
+            // The guest writes a little, all the time.
+            (Moment::Harvest, _) => fill_page(ram, 100, 1),
+            _ => {}
+        }
+    });
     let memory_there = Arc::clone(&there);
     for page in (0..PAGES).filter(|page| page % 3 > 0) {
-        write(&guest.ram, page, 1 + page as u8 % 250);
+        fill_page(&guest.ram, page, 1 + page as u8 % 250);
     }
     let reports = [Progress::default(), Progress::default()];
     let far = reports[1].clone();

@@ -3,18 +3,16 @@
 
 use std::io;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
 use std::time::Duration;
 
-use memory::{RamBlock, RamConfig};
 use parking_lot::Mutex;
 use uuid::Uuid;
 
 use super::*;
-use crate::message::{BlockInfo, recv_hello};
-use crate::pages::PAGE;
+use crate::message::recv_hello;
+use crate::testing::{MemoryGuest, ram};
 
 const PAGES: usize = 4;
 
@@ -27,90 +25,6 @@ impl Dial for Pipe {
         sent.map_err(|_| io::ErrorKind::ConnectionRefused)?;
         Ok(Box::new(near))
     }
-}
-
-/// A guest of memory alone, which notes what is done with it.
-struct Guest {
-    ram: Arc<RamBlock>,
-    runs: bool,
-    shown: Vec<Whereabouts>,
-}
-
-impl Source for Guest {
-    fn offer(&mut self) -> Result<Offer, Refusal> {
-        Ok(Offer {
-            vm: "guest".to_owned(),
-            machine: serde_bytes::ByteBuf::new(),
-            blocks: vec![BlockInfo {
-                name: "ram".to_owned(),
-                size: (PAGES * PAGE) as u64,
-            }],
-            connections: 1,
-            postcopy: false,
-            given: false,
-            verify: false,
-        })
-    }
-
-    fn blocks(&self) -> Vec<Block> {
-        vec![Block {
-            name: "ram".to_owned(),
-            ram: Arc::clone(&self.ram),
-        }]
-    }
-
-    fn start_tracking(&mut self) -> Result<(), Refusal> {
-        self.ram.dirty().set_enabled(true);
-        self.ram.dirty().mark_all();
-        Ok(())
-    }
-
-    fn stop_tracking(&mut self) -> Result<(), Refusal> {
-        Ok(())
-    }
-
-    fn harvest(&mut self) -> Result<(), Refusal> {
-        Ok(())
-    }
-
-    fn throttle(&mut self, _: u8) {}
-
-    fn dry_run(&mut self) -> Result<Vec<u8>, Refusal> {
-        Ok(vec![1])
-    }
-
-    fn pre_sync(&mut self) {}
-
-    fn stop(&mut self) -> Result<Stopped, Refusal> {
-        self.runs = false;
-        Ok(Stopped {
-            was_paused: false,
-            clocks_at: Instant::now(),
-        })
-    }
-
-    fn save(&mut self) -> Result<Vec<u8>, Refusal> {
-        Ok(vec![2])
-    }
-
-    fn flush(&mut self) -> Result<(), Refusal> {
-        Ok(())
-    }
-
-    fn hand_over(&mut self) -> Result<(), Refusal> {
-        Ok(())
-    }
-
-    fn show(&mut self, guest: &Whereabouts) {
-        self.shown.push(guest.clone());
-    }
-
-    fn resume(&mut self) -> Result<(), Refusal> {
-        self.runs = true;
-        Ok(())
-    }
-
-    fn gone(&mut self) {}
 }
 
 /// Fails at one step.
@@ -233,14 +147,9 @@ fn migrate(
     policy: &Policy,
     fails_at: Option<Step>,
     peer: impl FnOnce(Receiver<UnixStream>, Decision) + Send + 'static,
-) -> (Outcome, Guest) {
+) -> (Outcome, MemoryGuest) {
     let (to, dialed) = mpsc::channel();
-    let size = (PAGES * PAGE) as u64;
-    let mut guest = Guest {
-        ram: Arc::new(RamBlock::new(&RamConfig::anonymous(size)).unwrap()),
-        runs: true,
-        shown: Vec::new(),
-    };
+    let mut guest = MemoryGuest::new(ram(PAGES));
     let decision = Decision::default();
     let theirs = decision.clone();
     let peer = thread::spawn(move || peer(dialed, theirs));

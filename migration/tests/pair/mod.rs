@@ -1,4 +1,4 @@
-//! A source and a destination of memory alone, and the way between them: all is in the test's hands.
+//! A destination of memory alone, and a link to it that the test cuts and mends.
 
 #![allow(
     clippy::unwrap_used,
@@ -14,137 +14,19 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
-use memory::{RamBlock, RamConfig};
+use memory::RamBlock;
+use migration::testing::{blocks, ram};
 use migration::{
-    Accept, Block, BlockInfo, Destination, Dial, Fate, Host, Journal, NoJournal, Offer, Refusal,
-    Source, StartFailure, Stopped, Stream, Whereabouts,
+    Accept, Block, Destination, Dial, Fate, Host, Journal, NoJournal, Offer, Refusal, StartFailure,
+    Stream,
 };
 use uuid::Uuid;
 
 pub(crate) const PAGES: usize = 3000;
-pub(crate) const PAGE: usize = 4096;
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
-
-pub(crate) fn ram() -> Arc<RamBlock> {
-    let size = (PAGES * PAGE) as u64;
-    Arc::new(RamBlock::new(&RamConfig::anonymous(size)).unwrap())
-}
-
-pub(crate) fn write(ram: &RamBlock, page: usize, byte: u8) {
-    let slice = ram.slice(page * PAGE, PAGE).unwrap();
-    slice.copy_from(&[byte; PAGE]);
-}
-
-fn blocks(ram: &Arc<RamBlock>) -> Vec<Block> {
-    vec![Block {
-        name: "ram".to_owned(),
-        ram: Arc::clone(ram),
-    }]
-}
-
-pub(crate) fn contents(ram: &RamBlock) -> Vec<u8> {
-    let mut all = vec![0_u8; ram.len()];
-    ram.slice(0, all.len()).unwrap().copy_to(&mut all[..]);
-    all
-}
 
 /// Memory at the destination, once it is there.
 pub(crate) type Shared = Arc<OnceLock<Arc<RamBlock>>>;
-
-/// A moment in a migration, in which a test may do something.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Moment {
-    /// Dirty pages are collected; the guest may run.
-    Harvest,
-    /// The guest was stopped.
-    Stopped,
-    /// The guest has been given away, and the destination has not been told.
-    Committed,
-}
-
-type Hook = Box<dyn FnMut(Moment, &RamBlock) + Send>;
-
-/// A guest of memory alone.
-pub(crate) struct Guest {
-    pub(crate) ram: Arc<RamBlock>,
-    pub(crate) runs: bool,
-    pub(crate) hook: Hook,
-}
-
-impl Source for Guest {
-    fn offer(&mut self) -> Result<Offer, Refusal> {
-        Ok(Offer {
-            vm: "guest".to_owned(),
-            machine: serde_bytes::ByteBuf::new(),
-            blocks: vec![BlockInfo {
-                name: "ram".to_owned(),
-                size: (PAGES * PAGE) as u64,
-            }],
-            connections: 1,
-            postcopy: false,
-            given: false,
-            verify: false,
-        })
-    }
-
-    fn blocks(&self) -> Vec<Block> {
-        blocks(&self.ram)
-    }
-
-    fn start_tracking(&mut self) -> Result<(), Refusal> {
-        self.ram.dirty().set_enabled(true);
-        self.ram.dirty().mark_all();
-        Ok(())
-    }
-
-    fn stop_tracking(&mut self) -> Result<(), Refusal> {
-        Ok(())
-    }
-
-    fn harvest(&mut self) -> Result<(), Refusal> {
-        (self.hook)(Moment::Harvest, &self.ram);
-        Ok(())
-    }
-
-    fn throttle(&mut self, _: u8) {}
-
-    fn dry_run(&mut self) -> Result<Vec<u8>, Refusal> {
-        Ok(Vec::new())
-    }
-
-    fn pre_sync(&mut self) {}
-
-    fn stop(&mut self) -> Result<Stopped, Refusal> {
-        self.runs = false;
-        (self.hook)(Moment::Stopped, &self.ram);
-        Ok(Stopped {
-            was_paused: false,
-            clocks_at: Instant::now(),
-        })
-    }
-
-    fn save(&mut self) -> Result<Vec<u8>, Refusal> {
-        Ok(Vec::new())
-    }
-
-    fn flush(&mut self) -> Result<(), Refusal> {
-        Ok(())
-    }
-
-    fn hand_over(&mut self) -> Result<(), Refusal> {
-        (self.hook)(Moment::Committed, &self.ram);
-        Ok(())
-    }
-
-    fn show(&mut self, _: &Whereabouts) {}
-
-    fn resume(&mut self) -> Result<(), Refusal> {
-        self.runs = true;
-        Ok(())
-    }
-
-    fn gone(&mut self) {}
-}
 
 /// Where the guest arrives; its memory is shown to the test.
 pub(crate) struct Place(pub(crate) Shared);
@@ -177,7 +59,7 @@ impl Destination for Machine {
 
 impl Host for Place {
     fn prepare(&self, _: Uuid, _: &Offer, _: Vec<File>) -> Result<Box<dyn Destination>, Refusal> {
-        let ram = self.0.get_or_init(ram);
+        let ram = self.0.get_or_init(|| ram(PAGES));
         Ok(Box::new(Machine(Arc::clone(ram))))
     }
 

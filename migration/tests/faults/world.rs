@@ -1,0 +1,343 @@
+//! Both sides of a migration, of memory alone: a guest whose CPU writes, a destination, their journals,
+//! and the checks that hold at each step.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use memory::RamBlock;
+use migration::testing::{MemoryGuest, blocks, contents, fill_page, ram};
+use migration::{
+    Block, Destination, Fate, Host, Journal, Offer, Refusal, Source, StartFailure, Step, Stopped,
+    Whereabouts,
+};
+use uuid::Uuid;
+
+use crate::PAGES;
+use crate::link::Life;
+use crate::script::Dice;
+
+/// So much before the stop, in the source's opinion: the destination is to hear the source's
+/// opinion and not the engine's.
+pub(crate) const CLOCKS_STOPPED_BEFORE: Duration = Duration::from_secs(100);
+
+/// The places where copies of the guest run.
+#[derive(Default)]
+pub(crate) struct World {
+    pub(crate) at_source: AtomicBool,
+    pub(crate) at_destination: AtomicBool,
+    pub(crate) ran_at_destination: AtomicBool,
+    /// Memory was not what it should have been when it was loaded.
+    pub(crate) differed: AtomicBool,
+    pub(crate) lock: Mutex<Option<&'static str>>,
+    /// When the guest's clocks were read.
+    pub(crate) clocks_at: Mutex<Option<Instant>>,
+    /// The time that the destination adds to the clocks.
+    pub(crate) stopped_for: Mutex<Duration>,
+}
+
+impl World {
+    pub(crate) fn run(&self, here: &AtomicBool, there: &AtomicBool) {
+        // The store comes before the check. If both sides start at once, at least one sees the
+        // other.
+        here.store(true, Ordering::SeqCst);
+        assert!(!there.load(Ordering::SeqCst), "two copies run");
+    }
+}
+
+pub(crate) fn sum(ram: &RamBlock) -> u64 {
+    contents(ram)
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325, |sum: u64, byte| {
+            (sum ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3)
+        })
+}
+
+/// The guest's CPU: writes to memory whenever it runs, also while pages are read to be sent.
+pub(crate) struct Cpu {
+    /// Locked for each write, so that none is under way once the guest is stopped.
+    pub(crate) runs: Arc<Mutex<bool>>,
+    pub(crate) is_over: Arc<AtomicBool>,
+    pub(crate) thread: Option<thread::JoinHandle<()>>,
+}
+
+impl Cpu {
+    /// Writes as fast as so many pages from harvest to harvest suggest; none for 0.
+    pub(crate) fn start(ram: Arc<RamBlock>, seed: u64, writes: u64) -> Self {
+        let (runs, is_over) = (Arc::new(Mutex::new(true)), Arc::new(AtomicBool::new(false)));
+        let (running, ended) = (Arc::clone(&runs), Arc::clone(&is_over));
+        let mut dice = Dice(!seed);
+        let write = move || {
+            while !ended.load(Ordering::SeqCst) {
+                let running = running.lock().unwrap();
+                for _ in 0..if *running { 1 + writes / 20 } else { 0 } {
+                    write_page(&ram, &mut dice);
+                }
+                drop(running);
+                // Not under the lock: `stop` has to get it between two bursts.
+                thread::sleep(Duration::from_micros(100));
+            }
+        };
+        let thread = (writes > 0).then(|| thread::spawn(write));
+        Self {
+            runs,
+            is_over,
+            thread,
+        }
+    }
+
+    pub(crate) fn run(&self, runs: bool) {
+        *self.runs.lock().unwrap() = runs;
+    }
+}
+
+impl Drop for Cpu {
+    fn drop(&mut self) {
+        self.is_over.store(true, Ordering::SeqCst);
+        if let Some(thread) = self.thread.take() {
+            thread.join().unwrap();
+        }
+    }
+}
+
+pub(crate) fn write_page(ram: &RamBlock, dice: &mut Dice) {
+    let page = dice.roll(PAGES as u64) as usize;
+    fill_page(ram, page, dice.roll(3) as u8);
+}
+
+pub(crate) struct TestSource {
+    pub(crate) cpu: Cpu,
+    pub(crate) guest: MemoryGuest,
+    pub(crate) world: Arc<World>,
+    pub(crate) life: Arc<Life>,
+    /// Its journal.
+    pub(crate) paper: Paper,
+    pub(crate) dice: Dice,
+    /// Pages that the guest writes from harvest to harvest.
+    pub(crate) writes: u64,
+    pub(crate) paused: bool,
+}
+
+impl TestSource {
+    pub(crate) fn scribble(&mut self) {
+        if !self.world.at_source.load(Ordering::SeqCst) {
+            return;
+        }
+        for _ in 0..self.writes {
+            write_page(&self.guest.ram, &mut self.dice);
+        }
+    }
+}
+
+impl Source for TestSource {
+    fn offer(&mut self) -> Result<Offer, Refusal> {
+        self.life.step()?;
+        self.guest.offer()
+    }
+
+    fn blocks(&self) -> Vec<Block> {
+        self.guest.blocks()
+    }
+
+    fn start_tracking(&mut self) -> Result<(), Refusal> {
+        self.life.step()?;
+        self.guest.start_tracking()
+    }
+
+    fn stop_tracking(&mut self) -> Result<(), Refusal> {
+        self.life.step()?;
+        self.guest.stop_tracking()
+    }
+
+    fn harvest(&mut self) -> Result<(), Refusal> {
+        self.life.step()?;
+        self.scribble();
+        Ok(())
+    }
+
+    fn throttle(&mut self, percent: u8) {
+        if percent > 0 {
+            self.writes /= 2;
+        }
+    }
+
+    fn dry_run(&mut self) -> Result<Vec<u8>, Refusal> {
+        self.life.step()?;
+        self.guest.dry_run()
+    }
+
+    fn pre_sync(&mut self) {}
+
+    fn stop(&mut self) -> Result<Stopped, Refusal> {
+        self.life.step()?;
+        self.scribble();
+        self.cpu.run(false);
+        self.world.at_source.store(false, Ordering::SeqCst);
+        // Far in the past, so that the test can tell this time from one that the engine measures.
+        let clocks_at = Instant::now() - CLOCKS_STOPPED_BEFORE;
+        *self.world.clocks_at.lock().unwrap() = Some(clocks_at);
+        Ok(Stopped {
+            was_paused: self.paused,
+            clocks_at,
+        })
+    }
+
+    fn save(&mut self) -> Result<Vec<u8>, Refusal> {
+        self.life.step()?;
+        assert!(!self.world.at_source.load(Ordering::SeqCst));
+        // The state is a checksum of memory: `load` at the destination notices any stale page.
+        Ok(sum(&self.guest.ram).to_le_bytes().to_vec())
+    }
+
+    fn flush(&mut self) -> Result<(), Refusal> {
+        self.life.step()?;
+        assert_eq!(*self.world.lock.lock().unwrap(), Some("source"));
+        Ok(())
+    }
+
+    fn hand_over(&mut self) -> Result<(), Refusal> {
+        self.life.step()?;
+        // Until the guest is given away on paper, no third program may find its disk free.
+        let given = self.paper.0.lock().unwrap().last() == Some(&Step::Commit);
+        assert!(given, "the disk is free and the guest is not given away");
+        *self.world.lock.lock().unwrap() = None;
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), Refusal> {
+        // Not a `step`: a dead source must not resume, and a live one must not die in here.
+        if self.life.is_dead() {
+            return Err(Refusal::new("dead", "the process is dead"));
+        }
+        *self.world.lock.lock().unwrap() = Some("source");
+        if !self.paused {
+            self.cpu.run(true);
+            self.world
+                .run(&self.world.at_source, &self.world.at_destination);
+        }
+        Ok(())
+    }
+
+    fn show(&mut self, _: &Whereabouts) {
+        assert!(!self.world.at_source.load(Ordering::SeqCst));
+    }
+
+    fn gone(&mut self) {}
+}
+
+pub(crate) struct TestTarget {
+    pub(crate) ram: Arc<RamBlock>,
+    pub(crate) world: Arc<World>,
+    pub(crate) life: Arc<Life>,
+}
+
+impl Destination for TestTarget {
+    fn blocks(&self) -> Vec<Block> {
+        blocks(&self.ram)
+    }
+
+    fn dry_run(&mut self, state: &[u8]) -> Result<(), Refusal> {
+        self.life.step()?;
+        assert_eq!(state, MemoryGuest::DRY_RUN);
+        Ok(())
+    }
+
+    fn load(&mut self, state: &[u8]) -> Result<(), Refusal> {
+        self.life.step()?;
+        if state != sum(&self.ram).to_le_bytes() {
+            // So it is where pages were to follow, and their source is gone.
+            self.world.differed.store(true, Ordering::SeqCst);
+            return Err(Refusal::new("differs", "memory is not what it was"));
+        }
+        Ok(())
+    }
+
+    fn take_over(&mut self) -> Result<(), Refusal> {
+        self.life.step()?;
+        let mut lock = self.world.lock.lock().unwrap();
+        assert_eq!(*lock, None, "the disk is somebody else's");
+        *lock = Some("destination");
+        Ok(())
+    }
+
+    fn start(&mut self, stopped_for: Duration, paused: bool) -> Result<Instant, StartFailure> {
+        // Before the flags are set: a process that dies here has run no instruction.
+        self.life.step().map_err(StartFailure::NeverRan)?;
+        let clocks_at = self.world.clocks_at.lock().unwrap().unwrap();
+        assert!(
+            stopped_for <= clocks_at.elapsed(),
+            "{stopped_for:?} is more than the time since the clocks were read"
+        );
+        *self.world.stopped_for.lock().unwrap() = stopped_for;
+        self.world.ran_at_destination.store(true, Ordering::SeqCst);
+        if !paused {
+            self.world
+                .run(&self.world.at_destination, &self.world.at_source);
+        }
+        Ok(Instant::now())
+    }
+
+    fn discard(&mut self) {
+        let mut lock = self.world.lock.lock().unwrap();
+        if *lock == Some("destination") {
+            *lock = None;
+        }
+        self.world.at_destination.store(false, Ordering::SeqCst);
+    }
+}
+
+/// State that survives a process.
+#[derive(Clone, Default)]
+pub(crate) struct Paper(pub(crate) Arc<Mutex<Vec<Step>>>);
+
+pub(crate) struct TestJournal {
+    pub(crate) paper: Paper,
+    pub(crate) life: Arc<Life>,
+}
+
+impl Journal for TestJournal {
+    fn record(&mut self, step: Step) -> io::Result<()> {
+        // Death comes before the step is written, or after it.
+        self.life.step().map_err(io::Error::other)?;
+        self.paper.0.lock().unwrap().push(step);
+        self.life.step().map_err(io::Error::other)
+    }
+}
+
+pub(crate) struct TestHost {
+    pub(crate) world: Arc<World>,
+    pub(crate) life: Arc<Life>,
+    pub(crate) papers: Mutex<BTreeMap<Uuid, Paper>>,
+}
+
+impl Host for TestHost {
+    fn prepare(&self, _: Uuid, _: &Offer, _: Vec<File>) -> Result<Box<dyn Destination>, Refusal> {
+        self.life.step()?;
+        Ok(Box::new(TestTarget {
+            ram: ram(PAGES),
+            world: Arc::clone(&self.world),
+            life: Arc::clone(&self.life),
+        }))
+    }
+
+    fn journal(&self, migration: Uuid, _: &str) -> io::Result<Box<dyn Journal>> {
+        let paper = Paper::default();
+        self.papers.lock().unwrap().insert(migration, paper.clone());
+        Ok(Box::new(TestJournal {
+            paper,
+            life: Arc::clone(&self.life),
+        }))
+    }
+
+    fn fate(&self, migration: Uuid) -> Fate {
+        match self.papers.lock().unwrap().get(&migration) {
+            None => Fate::Unknown,
+            Some(paper) if paper.0.lock().unwrap().last() == Some(&Step::Running) => Fate::Ran,
+            Some(_) => Fate::NeverRan,
+        }
+    }
+}
