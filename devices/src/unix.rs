@@ -2,18 +2,12 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Mode, fchmod};
-use rustix::net::{
-    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
-};
-
-/// Clients that the kernel keeps until they are accepted.
-const BACKLOG: i32 = 128;
+use sockets::{bind_private, is_abandoned};
 
 /// A socket that is listened on, without blocking. Its path goes with it, unless another socket
 /// has taken the path over.
@@ -86,32 +80,6 @@ impl Listening {
     pub fn path(&self) -> &Path {
         &self.path
     }
-}
-
-fn new_socket() -> io::Result<OwnedFd> {
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let (family, kind) = (AddressFamily::UNIX, SocketType::STREAM);
-    Ok(socket_with(family, kind, flags, None)?)
-}
-
-/// Whether nobody listens at `path`, a socket. A `connect` that blocks would wait for as long as the
-/// listener's backlog is full.
-fn is_abandoned(path: &Path) -> bool {
-    let connected =
-        || -> io::Result<()> { Ok(connect(&new_socket()?, &SocketAddrUnix::new(path)?)?) };
-    connected().is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
-}
-
-/// Listens at `path`, which only the owner of this process may use (mode 0600), whatever the umask:
-/// who reaches a console or a vsock of a guest has the rights of its operator.
-fn bind_private(path: &Path) -> io::Result<UnixListener> {
-    let socket = new_socket()?;
-    // Linux gives the file the mode of the socket less the umask (unix_bind_bsd). Set before
-    // `bind`, so that there is no moment at which others can connect.
-    fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
-    bind(&socket, &SocketAddrUnix::new(path)?)?;
-    listen(&socket, BACKLOG)?;
-    Ok(socket.into())
 }
 
 impl AsRawFd for Listening {

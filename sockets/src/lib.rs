@@ -144,8 +144,15 @@ fn identity(path: &Path) -> io::Result<(u64, u64)> {
     fs::symlink_metadata(path).map(|found| (found.dev(), found.ino()))
 }
 
-/// Binds and listens, with nobody but the owner allowed to connect at any time.
-fn bind_private(path: &Path) -> io::Result<UnixListener> {
+/// Binds a socket at `path` and listens, without blocking. Only the owner of this process may connect
+/// (mode 0600, whatever the umask): a client of the API, of a console or of a vsock has the rights of the
+/// operator.
+///
+/// Takes no lock and removes no file: see [`BoundSocket`] for a socket that replaces a dead program's.
+///
+/// # Errors
+/// There is a file at `path`, the path is longer than 107 bytes, or the host refuses.
+pub fn bind_private(path: &Path) -> io::Result<UnixListener> {
     let address = SocketAddrUnix::new(path).map_err(|errno| {
         if errno == rustix::io::Errno::NAMETOOLONG {
             io::Error::new(
@@ -191,6 +198,12 @@ fn clear_stale(path: &Path) -> Result<(), BindError> {
             owner: "another program".to_owned(),
         }),
     }
+}
+
+/// Whether `path` is a socket on which no program listens any more.
+#[must_use]
+pub fn is_abandoned(path: &Path) -> bool {
+    connect(path).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
 }
 
 /// Connects without waiting: a listener that accepts nothing would block a blocking `connect`.
