@@ -1,6 +1,7 @@
 //! The frame of the OpenAPI document: everything but its paths.
 
 use spec::{Problem, VmCounters};
+use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityRequirement, SecurityScheme};
 use utoipa::openapi::{
     ComponentsBuilder, InfoBuilder, LicenseBuilder, OpenApi, OpenApiBuilder, Paths, Tag,
 };
@@ -8,6 +9,9 @@ use utoipa::{PartialSchema as _, ToSchema as _};
 
 use crate::refusals;
 use crate::tags::TAGS;
+
+/// The name of the security scheme of TCP.
+const TOKEN: &str = "ApiToken";
 
 /// Returns the document without paths: title, tags, and the schemas that no operation leads to.
 pub(crate) fn frame() -> OpenApi {
@@ -36,7 +40,19 @@ pub(crate) fn frame() -> OpenApi {
         .schema("Problem", Problem::schema())
         .schema("VmCounters", VmCounters::schema())
         .schemas_from_iter(schemas);
+    let token = HttpBuilder::new()
+        .scheme(HttpAuthScheme::Bearer)
+        .description(Some(
+            "The content of the service's `--api-token-file`. Over TCP, a request without it is answered with \
+             401 and the code `token-missing` or `token-wrong`. On a unix socket no token is asked for.",
+        ))
+        .build();
+    let components = components.security_scheme(TOKEN, SecurityScheme::Http(token));
+    // Either none, on a unix socket, or the token.
+    let unix = SecurityRequirement::default();
+    let tcp = SecurityRequirement::new::<_, [&str; 0], _>(TOKEN, []);
     OpenApiBuilder::new()
+        .security(Some([unix, tcp]))
         .info(info)
         .paths(Paths::new())
         .components(Some(refusals::describe(components).build()))

@@ -36,6 +36,7 @@
 
 #![forbid(unsafe_code)]
 
+mod access;
 mod answer;
 mod commands;
 mod descriptors;
@@ -63,7 +64,8 @@ mod tags;
 mod vmm;
 mod vms;
 
-pub use listen::{ListenError, Listener, UnixSocket};
+pub use access::{TcpAccess, TokenFileError, token_file};
+pub use listen::{ListenError, Listener, TcpSocket, UnixSocket};
 pub use routers::document;
 pub use serve::{Bounds, Shutdown, serve, serve_within};
 pub use service::Service;

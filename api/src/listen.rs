@@ -6,6 +6,8 @@ use std::path::PathBuf;
 
 use sockets::{BindError, BoundSocket};
 
+use crate::access::TcpAccess;
+
 /// A place that cannot be listened on.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -21,9 +23,9 @@ pub enum ListenError {
         /// The host's answer.
         source: io::Error,
     },
-    /// Anybody on the network could drive the service.
+    /// The token and all that is sent would cross the network in plain text.
     #[error(
-        "cannot serve on {0}: the interface knows no authentication yet, so TCP is limited to loopback addresses \
+        "cannot serve on {0}: the API is not encrypted, so TCP is limited to loopback addresses \
          (127.0.0.1, [::1]); forward the port or the unix socket with ssh to reach it from elsewhere"
     )]
     NotLoopback(SocketAddr),
@@ -43,7 +45,7 @@ pub enum Listener {
     /// A unix socket that only its owner may use (mode 0600).
     Unix(UnixSocket),
     /// TCP on a loopback address.
-    Tcp(tokio::net::TcpListener),
+    Tcp(TcpSocket),
 }
 
 impl Listener {
@@ -55,18 +57,18 @@ impl Listener {
         UnixSocket::bind(path.into()).map(Self::Unix)
     }
 
-    /// Listens on a TCP address, which must be a loopback one. Port 0 lets the host choose: see
-    /// [`place`](Self::place).
+    /// Listens on a TCP address, which must be a loopback one, for the clients that `access` lets in.
+    /// Port 0 lets the host choose: see [`place`](Self::place).
     ///
     /// # Errors
     /// When the address is not a loopback one, or the host refuses.
-    pub async fn tcp(address: SocketAddr) -> Result<Self, ListenError> {
+    pub async fn tcp(address: SocketAddr, access: TcpAccess) -> Result<Self, ListenError> {
         if !address.ip().is_loopback() {
             return Err(ListenError::NotLoopback(address));
         }
         tokio::net::TcpListener::bind(address)
             .await
-            .map(Self::Tcp)
+            .map(|listener| Self::Tcp(TcpSocket { listener, access }))
             .map_err(|source| ListenError::BindTcp { address, source })
     }
 
@@ -75,12 +77,19 @@ impl Listener {
     pub fn place(&self) -> String {
         match self {
             Self::Unix(socket) => socket.bound.path().display().to_string(),
-            Self::Tcp(listener) => listener.local_addr().map_or_else(
+            Self::Tcp(socket) => socket.listener.local_addr().map_or_else(
                 |_| "a TCP socket".to_owned(),
                 |address| format!("http://{address}"),
             ),
         }
     }
+}
+
+/// A bound TCP socket, and who may use it.
+#[derive(Debug)]
+pub struct TcpSocket {
+    pub(crate) listener: tokio::net::TcpListener,
+    pub(crate) access: TcpAccess,
 }
 
 /// A bound unix socket, watched by the runtime.
@@ -126,10 +135,14 @@ mod tests {
     #[tokio::test]
     async fn tcp_is_for_loopback_only() {
         for address in ["0.0.0.0:0", "192.0.2.1:0", "[::]:0"] {
-            let refused = Listener::tcp(address.parse().unwrap()).await.unwrap_err();
+            let refused = Listener::tcp(address.parse().unwrap(), TcpAccess::AnyLocalUser)
+                .await
+                .unwrap_err();
             assert!(matches!(refused, ListenError::NotLoopback(_)), "{refused}");
         }
-        let listener = Listener::tcp("127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let listener = Listener::tcp("127.0.0.1:0".parse().unwrap(), TcpAccess::AnyLocalUser)
+            .await
+            .unwrap();
         assert!(listener.place().starts_with("http://127.0.0.1:"));
     }
 }

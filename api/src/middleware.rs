@@ -3,11 +3,12 @@
 use axum::extract::{Request, State};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use http::header::{ALLOW, CONTENT_TYPE, HOST, HeaderName, ORIGIN};
+use http::header::{ALLOW, AUTHORIZATION, CONTENT_TYPE, HOST, HeaderName, ORIGIN};
 use http::uri::Authority;
 use http::{HeaderMap, HeaderValue, StatusCode};
 use tracing::Instrument as _;
 
+use crate::access::TcpAccess;
 use crate::limits::REQUEST_ID_BYTES_MAX;
 use crate::problem::ApiError;
 use crate::request_counts::Requests;
@@ -15,12 +16,12 @@ use crate::request_counts::Requests;
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// The transport of a request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub(crate) enum Via {
     /// A unix socket, which only its owner can open.
     Unix,
     /// TCP on loopback, which every program of the host can open, browsers too.
-    Tcp,
+    Tcp(TcpAccess),
 }
 
 /// Runs a request in a task of its own, under a name that its logs and its answer carry.
@@ -76,13 +77,22 @@ fn request_id(headers: &HeaderMap) -> HeaderValue {
         .unwrap_or(HeaderValue::from_static("none"))
 }
 
+/// Refuses requests over TCP that come from a web page, or from a program without the token.
+///
+/// Runs before the router, so that it covers every path: also the document, and paths that are not
+/// there, which would otherwise show what a service this is.
+fn guard(request: &Request) -> Result<(), ApiError> {
+    let Some(Via::Tcp(access)) = request.extensions().get() else {
+        return Ok(());
+    };
+    refuse_web_pages(request.headers())?;
+    access.check(request.headers().get(AUTHORIZATION))
+}
+
 /// A web page can make a browser send requests to loopback addresses, also under a name of its own that it lets
 /// resolve to 127.0.0.1. The browser says so, in `Origin` or `Host`.
-fn guard(request: &Request) -> Result<(), ApiError> {
-    if request.extensions().get() != Some(&Via::Tcp) {
-        return Ok(());
-    }
-    let host = authority(request.headers().get(HOST)).filter(|host| is_loopback(host.host()));
+fn refuse_web_pages(headers: &HeaderMap) -> Result<(), ApiError> {
+    let host = authority(headers.get(HOST)).filter(|host| is_loopback(host.host()));
     let Some(host) = host else {
         return Err(ApiError::new(
             StatusCode::MISDIRECTED_REQUEST,
@@ -90,7 +100,7 @@ fn guard(request: &Request) -> Result<(), ApiError> {
             "the request's Host is not this host's loopback address; use http://127.0.0.1 or http://localhost",
         ));
     };
-    match request.headers().get(ORIGIN) {
+    match headers.get(ORIGIN) {
         None => Ok(()),
         Some(origin) if origin.as_bytes() == format!("http://{host}").as_bytes() => Ok(()),
         Some(_) => Err(ApiError::new(
@@ -118,13 +128,17 @@ mod tests {
     use super::*;
     use axum::body::Body;
 
-    fn sent(via: Via, host: &str, origin: Option<&str>) -> Result<(), StatusCode> {
+    fn tcp() -> Via {
+        Via::Tcp(TcpAccess::AnyLocalUser)
+    }
+
+    fn sent(via: &Via, host: &str, origin: Option<&str>) -> Result<(), StatusCode> {
         let mut request = Request::builder().header(HOST, host);
         if let Some(origin) = origin {
             request = request.header(ORIGIN, origin);
         }
         let mut request = request.body(Body::empty()).unwrap();
-        request.extensions_mut().insert(via);
+        request.extensions_mut().insert(via.clone());
         guard(&request).map_err(|refusal| refusal.status())
     }
 
@@ -132,40 +146,40 @@ mod tests {
     fn web_pages_cannot_drive_the_service() {
         let (misdirected, forbidden) = (StatusCode::MISDIRECTED_REQUEST, StatusCode::FORBIDDEN);
         let table = [
-            (Via::Tcp, "127.0.0.1:8080", None, Ok(())),
-            (Via::Tcp, "localhost:8080", None, Ok(())),
-            (Via::Tcp, "[::1]:8080", None, Ok(())),
+            (tcp(), "127.0.0.1:8080", None, Ok(())),
+            (tcp(), "localhost:8080", None, Ok(())),
+            (tcp(), "[::1]:8080", None, Ok(())),
             (
-                Via::Tcp,
+                tcp(),
                 "127.0.0.1:8080",
                 Some("http://127.0.0.1:8080"),
                 Ok(()),
             ),
             (
-                Via::Tcp,
+                tcp(),
                 "127.0.0.1:8080",
                 Some("http://127.0.0.1:3000"),
                 Err(forbidden),
             ),
             (
-                Via::Tcp,
+                tcp(),
                 "127.0.0.1:8080",
                 Some("https://evil.example"),
                 Err(forbidden),
             ),
-            (Via::Tcp, "127.0.0.1:8080", Some("null"), Err(forbidden)),
+            (tcp(), "127.0.0.1:8080", Some("null"), Err(forbidden)),
             (
-                Via::Tcp,
+                tcp(),
                 "evil.example:8080",
                 Some("http://evil.example:8080"),
                 Err(misdirected),
             ),
-            (Via::Tcp, "", None, Err(misdirected)),
+            (tcp(), "", None, Err(misdirected)),
             (Via::Unix, "anything", None, Ok(())),
         ];
         for (via, host, origin, expected) in table {
             assert_eq!(
-                sent(via, host, origin),
+                sent(&via, host, origin),
                 expected,
                 "{via:?} {host} {origin:?}"
             );

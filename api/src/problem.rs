@@ -1,8 +1,8 @@
 //! Refusals: what the service answers when it does not do what was asked (RFC 9457).
 
 use axum::response::{IntoResponse, Response};
-use http::header::{ALLOW, CONTENT_TYPE};
-use http::{HeaderValue, StatusCode};
+use http::header::{ALLOW, CONTENT_TYPE, WWW_AUTHENTICATE};
+use http::{HeaderName, HeaderValue, StatusCode};
 use spec::{FieldProblem, Problem};
 
 use crate::json::ascii_json;
@@ -14,7 +14,8 @@ use crate::json::ascii_json;
 pub(crate) struct ApiError {
     // Boxed, since it is the error of every handler.
     problem: Box<Problem>,
-    allow: Option<HeaderValue>,
+    /// The header that HTTP demands of some statuses.
+    header: Option<(HeaderName, HeaderValue)>,
 }
 
 impl ApiError {
@@ -23,7 +24,7 @@ impl ApiError {
         let problem = Box::new(Problem::new(status.as_u16(), title, code, detail));
         Self {
             problem,
-            allow: None,
+            header: None,
         }
     }
 
@@ -48,7 +49,7 @@ impl ApiError {
         let would = allow.to_str().unwrap_or_default().replace(',', ", ");
         let detail = format!("{path} does not take {method}; use {would}");
         let mut refusal = Self::new(StatusCode::METHOD_NOT_ALLOWED, "method-not-allowed", detail);
-        refusal.allow = Some(allow);
+        refusal.header = Some((ALLOW, allow));
         refusal
     }
 
@@ -56,7 +57,18 @@ impl ApiError {
     /// (10.2.1) has it for a resource that is out of service for a time.
     pub(crate) fn not_allowed_now(code: &str, detail: impl Into<String>) -> Self {
         let mut refusal = Self::new(StatusCode::METHOD_NOT_ALLOWED, code, detail);
-        refusal.allow = Some(HeaderValue::from_static(""));
+        refusal.header = Some((ALLOW, HeaderValue::from_static("")));
+        refusal
+    }
+
+    /// 401 with the scheme that the service asks for, `Bearer` (RFC 9110, 15.5.2; RFC 6750, 3).
+    pub(crate) fn unauthorized(
+        challenge: &'static str,
+        code: &str,
+        detail: impl Into<String>,
+    ) -> Self {
+        let mut refusal = Self::new(StatusCode::UNAUTHORIZED, code, detail);
+        refusal.header = Some((WWW_AUTHENTICATE, HeaderValue::from_static(challenge)));
         refusal
     }
 
@@ -66,6 +78,12 @@ impl ApiError {
             "not-implemented",
             format!("this version of the service cannot {what}"),
         )
+    }
+
+    /// Returns the stable code of the problem.
+    #[cfg(test)]
+    pub(crate) fn code(&self) -> &str {
+        &self.problem.code
     }
 
     pub(crate) fn status(&self) -> StatusCode {
@@ -83,8 +101,8 @@ impl IntoResponse for ApiError {
             CONTENT_TYPE,
             HeaderValue::from_static("application/problem+json"),
         );
-        if let Some(allow) = self.allow {
-            headers.insert(ALLOW, allow);
+        if let Some((name, value)) = self.header {
+            headers.insert(name, value);
         }
         response
     }

@@ -44,7 +44,8 @@ impl Service {
     }
 
     /// The service's own face. To be served by [`serve`](crate::serve), which tells it what a request came
-    /// over: over TCP, requests that a web page makes a browser send are refused.
+    /// over: over TCP, requests without the token, and those that a web page makes a browser send,
+    /// are refused.
     pub fn router(&self) -> Router {
         let vmm = Vmm {
             about: Arc::clone(&self.about),

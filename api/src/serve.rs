@@ -99,6 +99,10 @@ pub async fn serve_within(listener: Listener, router: Router, shutdown: Shutdown
     let room = Arc::new(Semaphore::new(bounds.connections));
     let graceful = GracefulShutdown::new();
     let mut connections = JoinSet::new();
+    let via = match &listener {
+        Listener::Unix(_) => Via::Unix,
+        Listener::Tcp(socket) => Via::Tcp(socket.access.clone()),
+    };
     let place = listener.place();
     tracing::info!(%place, "serving the API");
     loop {
@@ -109,7 +113,7 @@ pub async fn serve_within(listener: Listener, router: Router, shutdown: Shutdown
         };
         match accepted {
             Ok((peer, permit)) => {
-                let connection = connection(peer, &router, &graceful, bounds);
+                let connection = connection(peer, via.clone(), &router, &graceful, bounds);
                 connections.spawn(hold(permit, connection));
             }
             Err(error) => {
@@ -143,8 +147,8 @@ async fn accept(
         .map_err(io::Error::other)?;
     let peer = match listener {
         Listener::Unix(socket) => Peer::Unix(Arc::new(socket.accept().await?)),
-        Listener::Tcp(listener) => {
-            let (stream, _) = listener.accept().await?;
+        Listener::Tcp(socket) => {
+            let (stream, _) = socket.listener.accept().await?;
             // Answers are small, and each is waited for. Without it they come later, no more.
             if let Err(error) = stream.set_nodelay(true) {
                 tracing::debug!(%error, "cannot turn Nagle's algorithm off");
@@ -164,19 +168,16 @@ async fn hold(permit: OwnedSemaphorePermit, connection: impl Future<Output = ()>
 /// request carries the transport that it came over, the descriptors that came along, and its client.
 fn connection(
     peer: Peer,
+    via: Via,
     router: &Router,
     graceful: &GracefulShutdown,
     bounds: Bounds,
 ) -> impl Future<Output = ()> + Send + 'static {
-    let via = match peer {
-        Peer::Unix(_) => Via::Unix,
-        Peer::Tcp(_) => Via::Tcp,
-    };
     let stream = Receiving::new(peer.clone());
     let arrived = stream.arrived();
     let service = router.clone().map_request(move |request: Request<_>| {
         let mut request = request.map(axum::body::Body::new);
-        request.extensions_mut().insert(via);
+        request.extensions_mut().insert(via.clone());
         request.extensions_mut().insert(arrived.enclose());
         request.extensions_mut().insert(peer.clone());
         request

@@ -10,7 +10,7 @@ mod harness;
 
 use std::time::Duration;
 
-use api::{Bounds, Listener, serve_within};
+use api::{Bounds, Listener, TcpAccess, serve_within};
 use control::fake::Fake;
 use harness::{CONFIG, Served, expect, service};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
@@ -55,7 +55,9 @@ async fn a_follower_that_closes_its_unix_socket_frees_its_slot() {
 #[tokio::test]
 async fn a_follower_that_closes_its_tcp_socket_frees_its_slot() {
     let service = service(Fake::default());
-    let listener = Listener::tcp("127.0.0.1:0".parse().unwrap()).await.unwrap();
+    let listener = Listener::tcp("127.0.0.1:0".parse().unwrap(), TcpAccess::AnyLocalUser)
+        .await
+        .unwrap();
     let address = listener.place().replace("http://", "");
     let (router, shutdown) = (service.router(), service.shutdown().clone());
     let serving = tokio::spawn(serve_within(listener, router, shutdown, bounds()));

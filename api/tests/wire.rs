@@ -10,7 +10,7 @@ mod harness;
 
 use std::time::{Duration, Instant};
 
-use api::Bounds;
+use api::{Bounds, TcpAccess};
 use control::fake::Fake;
 use harness::{CONFIG, Served, expect, one_vm, read_for, service};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -300,9 +300,11 @@ async fn a_shutdown_does_not_wait_for_ever() {
 }
 
 #[tokio::test]
-async fn tcp_serves_the_same_but_not_for_web_pages() {
+async fn tcp_serves_who_shows_the_token_but_no_web_pages() {
     let service = service(Fake::default());
-    let listener = api::Listener::tcp("127.0.0.1:0".parse().unwrap())
+    let token = "0123456789abcdef0123456789abcdef";
+    let access = TcpAccess::from(token.parse::<spec::ApiToken>().unwrap());
+    let listener = api::Listener::tcp("127.0.0.1:0".parse().unwrap(), access)
         .await
         .unwrap();
     let address = listener.place().strip_prefix("http://").unwrap().to_owned();
@@ -311,24 +313,46 @@ async fn tcp_serves_the_same_but_not_for_web_pages() {
         service.router(),
         service.shutdown().clone(),
     ));
+    let list = "GET /api/v1/vms";
+    let host = format!("Host: {address}\r\n");
+    let shown = format!("{host}Authorization: Bearer {token}\r\n");
+    let evil = format!("{shown}Origin: https://evil.example\r\n");
+    let other_host = shown.replace(&address, "evil.example");
+    let wrong = format!(
+        "{host}Authorization: Bearer {}\r\n",
+        token.replace('f', "e")
+    );
     let table = [
-        (format!("Host: {address}\r\n"), "200"),
-        (
-            format!("Host: {address}\r\nOrigin: https://evil.example\r\n"),
-            "403",
-        ),
-        ("Host: evil.example\r\n".to_owned(), "421"),
+        (list, &shown, "200"),
+        (list, &evil, "403"),
+        (list, &other_host, "421"),
+        (list, &host, "401"),
+        (list, &wrong, "401"),
+        // No path is open, not even those that are not there.
+        ("PUT /api/v1/vmm.shutdown", &host, "401"),
+        ("GET /api/v1/openapi.json", &host, "401"),
+        ("GET /docs", &host, "401"),
+        ("GET /nothing", &host, "401"),
+        ("GET /nothing", &shown, "404"),
     ];
-    for (headers, status) in table {
+    for (line, headers, status) in table {
         let mut stream = tokio::net::TcpStream::connect(&address).await.unwrap();
-        let request = format!("GET /api/v1/vms HTTP/1.1\r\n{headers}Connection: close\r\n\r\n");
+        let request = format!("{line} HTTP/1.1\r\n{headers}Connection: close\r\n\r\n");
         stream.write_all(request.as_bytes()).await.unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await.unwrap();
         assert!(
             answer.starts_with(&format!("HTTP/1.1 {status} ")),
-            "{headers}: {answer}"
+            "{line} {headers}: {answer}"
         );
+        if status == "401" {
+            assert!(
+                answer.contains("Www-Authenticate: Bearer realm="),
+                "{answer}"
+            );
+            assert!(answer.contains("application/problem+json"), "{answer}");
+            assert!(!answer.contains(token), "{answer}");
+        }
     }
     service.shutdown().request();
     serving.await.unwrap();

@@ -1,5 +1,6 @@
 //! The command line: `ch-remote`'s, and what is for many VMs.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -25,11 +26,23 @@ Examples:
   wh-remote --vm web logs -f                              ... if that goes to a file
   wh-remote --api-socket /run/b.sock receive unix:/run/way --detach
   wh-remote --vm web migrate unix:/run/way                ... which moves there
+  wh-remote --tcp 127.0.0.1:8080 --token-file token ls    over TCP
   wh-remote --vm web info --json | jq .state")]
 pub(crate) struct Arguments {
     /// The socket. By default that of the service: whimbrel.sock in $XDG_RUNTIME_DIR, or in /run.
     #[arg(long, value_name = "PATH", global = true)]
     pub(crate) api_socket: Option<PathBuf>,
+    /// The TCP address of a service, in place of its socket.
+    #[arg(
+        long,
+        value_name = "ADDRESS:PORT",
+        global = true,
+        conflicts_with = "api_socket"
+    )]
+    pub(crate) tcp: Option<SocketAddr>,
+    /// File with the service's token, which a TCP address asks for.
+    #[arg(long, value_name = "PATH", global = true, env = "WHIMBREL_TOKEN_FILE")]
+    pub(crate) token_file: Option<PathBuf>,
     /// The VM, on a service's socket.
     #[arg(long, value_name = "ID", global = true)]
     pub(crate) vm: Option<VmId>,
@@ -302,10 +315,14 @@ mod tests {
             "--api-socket /s add-disk path=/a,readonly=on",
             "--api-socket /s send-migration --local unix:/m",
             "create /f --api-socket /s",
+            "--tcp 127.0.0.1:8080 --token-file /t ping",
+            "ping --tcp [::1]:8080",
         ] {
             let words = std::iter::once("wh-remote").chain(line.split(' '));
             assert!(Arguments::try_parse_from(words).is_ok(), "{line}");
         }
+        let both = ["wh-remote", "--api-socket", "/s", "--tcp", "[::1]:1", "ls"];
+        assert!(Arguments::try_parse_from(both).is_err());
         assert!(Arguments::try_parse_from(["wh-remote", "resize"]).is_err());
         assert!(Arguments::try_parse_from(["wh-remote", "--vm", "a/b", "info"]).is_err());
     }

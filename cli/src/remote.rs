@@ -23,6 +23,24 @@ pub(crate) struct Remote {
     printer: Printer,
 }
 
+/// The token file counts over TCP only: the variable that names it may be set for all calls.
+fn client(arguments: &Arguments) -> Result<Client> {
+    let Some(address) = arguments.tcp else {
+        let socket = arguments.api_socket.clone();
+        return Ok(Client::unix(socket.unwrap_or_else(openapi::default_socket)));
+    };
+    let client = Client::tcp(address);
+    let Some(path) = &arguments.token_file else {
+        return Ok(client);
+    };
+    let text = std::fs::read_to_string(path)
+        .with_context(|| format!("cannot read the token file {}", path.display()))?;
+    let token = text
+        .parse()
+        .with_context(|| format!("in the token file {}", path.display()))?;
+    Ok(client.with_token(token))
+}
+
 /// For what is answered when it is done, which may take hours.
 fn patient(client: &Client) -> Client {
     client
@@ -42,12 +60,8 @@ macro_rules! on_vm {
 
 impl Remote {
     pub(crate) fn new(arguments: &Arguments) -> Result<Self> {
-        let socket = arguments
-            .api_socket
-            .clone()
-            .unwrap_or_else(openapi::default_socket);
         Ok(Self {
-            client: Client::unix(socket),
+            client: client(arguments)?,
             vm: arguments.vm.clone(),
             printer: Printer::new(arguments.json),
         })

@@ -6,14 +6,14 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use http::header::{ACCEPT, CONTENT_TYPE, HOST};
+use http::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HOST};
 use http::{Request, Response, StatusCode};
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::{Bytes, Incoming};
 use hyper::client::conn::http1::{SendRequest, handshake};
 use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
-use spec::Problem;
+use spec::{ApiToken, Problem};
 use tokio::net::{TcpStream, UnixStream};
 
 use crate::error::ClientError;
@@ -61,6 +61,7 @@ pub fn default_socket() -> PathBuf {
 pub struct Client {
     place: Place,
     timeout: Duration,
+    token: Option<Arc<ApiToken>>,
     /// Idle connections, and since when they are idle.
     idle: Arc<Mutex<Vec<(Instant, Connection)>>>,
 }
@@ -81,6 +82,7 @@ impl Client {
         Self {
             place,
             timeout: DEFAULT_TIMEOUT,
+            token: None,
             idle: Arc::default(),
         }
     }
@@ -89,6 +91,13 @@ impl Client {
     #[must_use]
     pub fn with_timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;
+        self
+    }
+
+    /// Shows this token with each request, which services ask for over TCP.
+    #[must_use]
+    pub fn with_token(mut self, token: ApiToken) -> Self {
+        self.token = Some(Arc::new(token));
         self
     }
 
@@ -160,6 +169,9 @@ impl Client {
             .uri(target)
             .header(HOST, host)
             .header(ACCEPT, operation.accept());
+        if let Some(token) = &self.token {
+            request = request.header(AUTHORIZATION, format!("Bearer {}", token.as_str()));
+        }
         let body = match body {
             None => Full::default(),
             Some(body) => {

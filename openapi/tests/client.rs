@@ -9,7 +9,7 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use api::{Bounds, Listener, Service, serve_within};
+use api::{Bounds, Listener, Service, TcpAccess, serve_within};
 use control::Registry;
 use control::fake::Fake;
 use openapi::{Client, ClientError, News};
@@ -355,7 +355,11 @@ async fn events_are_followed() {
 #[tokio::test]
 async fn tcp_is_the_same() {
     let served = Served::start(Fake::default(), Bounds::default(), false);
-    let listener = Listener::tcp("127.0.0.1:0".parse().unwrap()).await.unwrap();
+    let token: spec::ApiToken = "0123456789abcdef0123456789abcdef".parse().unwrap();
+    let access = TcpAccess::from(token.clone());
+    let listener = Listener::tcp("127.0.0.1:0".parse().unwrap(), access)
+        .await
+        .unwrap();
     let address = listener
         .place()
         .strip_prefix("http://")
@@ -369,5 +373,13 @@ async fn tcp_is_the_same() {
         service.shutdown().clone(),
     ));
     let client = Client::tcp(address);
+    let refused = client.ping().await.unwrap_err();
+    assert_eq!(refused.code(), Some("token-missing"), "{refused}");
+    let stranger = "f".repeat(32).parse().unwrap();
+    let refused = client.clone().with_token(stranger).ping().await;
+    assert_eq!(refused.unwrap_err().code(), Some("token-wrong"));
+    let client = client.with_token(token);
     assert_eq!(client.ping().await.unwrap().version, "1.2.3");
+    // A stream is a request, too.
+    client.events(None, None).await.unwrap();
 }

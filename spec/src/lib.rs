@@ -31,6 +31,7 @@ mod paths;
 mod platform;
 mod requests;
 mod service;
+mod token;
 mod validate;
 mod vm;
 mod wording;
@@ -67,6 +68,7 @@ pub use service::{
     CreateVm, Event, FieldProblem, InvalidVmId, MapAlias, MapNode, MapRange, MapSpace, MemoryMap,
     Problem, VmId, VmSummary,
 };
+pub use token::{ApiToken, InvalidApiToken};
 pub use validate::{HostLimits, UNSUPPORTED};
 pub use vm::{
     BootTimeline, DeviceNode, DeviceState, Failure, PciDeviceInfo, VmConfig, VmCounters, VmInfo,

@@ -40,3 +40,9 @@ pub const SOCKET_PATH_LEN: usize = 107;
 
 /// Bytes of a device's name.
 pub const DEVICE_NAME_LEN: usize = 64;
+
+/// Minimum number of characters of an API token. 32 hexadecimal digits are 128 random bits.
+pub const API_TOKEN_LEN_MIN: usize = 32;
+
+/// Maximum number of characters of an API token.
+pub const API_TOKEN_LEN_MAX: usize = 512;

@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
+use api::TcpAccess;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use spec::{ConsoleConfig, ConsoleMode, PayloadConfig, SerialConfig, VmConfig, options};
 use vmm::MigrationTrust;
@@ -46,7 +47,7 @@ impl Arguments {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Run a service for many VMs, driven over REST.
-    Serve(ServeArguments),
+    Serve(Box<ServeArguments>),
     /// Run one VM; ends when its guest powers off.
     Run(Box<RunArguments>),
     /// Boot a small guest over REST and show what happens. Needs /dev/kvm and nothing else.
@@ -130,9 +131,17 @@ pub(crate) struct ServeArguments {
     /// Socket of the service. By default whimbrel.sock in $XDG_RUNTIME_DIR, or in /run.
     #[arg(long, value_name = "PATH")]
     pub(crate) socket: Option<PathBuf>,
-    /// Serve on this TCP address as well. Loopback only: there is no authentication yet.
+    /// Serve on this TCP address as well. Loopback only, as the API is not encrypted. Wants
+    /// --api-token-file.
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub(crate) tcp: Option<SocketAddr>,
+    /// File with the token that clients must show over TCP: one line of 32 to 512 characters that only
+    /// the service's user can read, as of `openssl rand -hex 32`.
+    #[arg(long, value_name = "PATH", requires = "tcp")]
+    pub(crate) api_token_file: Option<PathBuf>,
+    /// Serve over TCP without a token: every user of this host can then do what the service's user can.
+    #[arg(long, requires = "tcp", conflicts_with = "api_token_file")]
+    pub(crate) api_insecure: bool,
     /// Directory of the service's files: for each VM ID, `vms/ID.sock` speaks Cloud Hypervisor's
     /// API for that VM alone. By default a directory beside the socket, named as it is but for the
     /// ending.
@@ -147,6 +156,24 @@ pub(crate) struct ServeArguments {
     pub(crate) threads: Option<usize>,
     #[command(flatten)]
     pub(crate) migration: MigrationArguments,
+}
+
+impl ServeArguments {
+    /// Returns the TCP address to serve on, if there is one, and who may use it.
+    pub(crate) fn tcp_access(&self) -> Result<Option<(SocketAddr, TcpAccess)>> {
+        let Some(address) = self.tcp else {
+            return Ok(None);
+        };
+        let access = match &self.api_token_file {
+            Some(path) => api::token_file(path)?.into(),
+            None if self.api_insecure => TcpAccess::AnyLocalUser,
+            None => bail!(
+                "--tcp {address}: every user of this host could drive the service; give --api-token-file PATH \
+                 with a token for its clients, or --api-insecure to serve them all"
+            ),
+        };
+        Ok(Some((address, access)))
+    }
 }
 
 #[derive(Debug, Args)]
@@ -388,6 +415,46 @@ mod tests {
         let words =
             std::iter::once("whimbrel").chain(line.split(' ').filter(|word| !word.is_empty()));
         Arguments::try_parse_from(words)?.vm.config(None)
+    }
+
+    fn serve(line: &str) -> Result<ServeArguments> {
+        let words = ["whimbrel", "serve"].into_iter().chain(line.split(' '));
+        match Arguments::try_parse_from(words)?.command {
+            Some(Command::Serve(serve)) => Ok(*serve),
+            other => bail!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn tcp_wants_a_token_or_an_explicit_no() {
+        let refused = serve("--tcp [::1]:80").unwrap().tcp_access().unwrap_err();
+        assert!(
+            refused.to_string().contains("--api-token-file"),
+            "{refused}"
+        );
+        let unreadable = serve("--tcp [::1]:80 --api-token-file /nothing").unwrap();
+        let refused = unreadable.tcp_access().unwrap_err().to_string();
+        assert!(refused.contains("/nothing"), "{refused}");
+        let insecure = serve("--tcp [::1]:80 --api-insecure").unwrap();
+        assert!(matches!(
+            insecure.tcp_access().unwrap(),
+            Some((_, TcpAccess::AnyLocalUser))
+        ));
+        // An option that would have no effect, or two that contradict each other.
+        for line in [
+            "--api-token-file /t",
+            "--api-insecure",
+            "--tcp [::1]:80 --api-insecure --api-token-file /t",
+        ] {
+            assert!(serve(line).is_err(), "{line}");
+        }
+        assert!(
+            serve("--socket /s")
+                .unwrap()
+                .tcp_access()
+                .unwrap()
+                .is_none()
+        );
     }
 
     #[test]

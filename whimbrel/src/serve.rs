@@ -60,6 +60,8 @@ pub(crate) fn run(arguments: &ServeArguments) -> Result<ExitCode> {
         .state_dir
         .clone()
         .unwrap_or_else(|| beside(&socket));
+    // Before anything is made: a token that cannot be used ends the program.
+    let tcp = arguments.tcp_access()?;
     let pool = Pool::start(&PoolConfig {
         threads: arguments.threads,
         terminal: false,
@@ -71,8 +73,8 @@ pub(crate) fn run(arguments: &ServeArguments) -> Result<ExitCode> {
     runtime.block_on(async {
         let mut signals = Signals::listen()?;
         let mut listeners = vec![Listener::unix(&socket)?];
-        if let Some(address) = arguments.tcp {
-            listeners.push(Listener::tcp(address).await?);
+        if let Some((address, access)) = tcp {
+            listeners.push(Listener::tcp(address, access).await?);
         }
         let vms = state.join("vms");
         private_directory(&vms)?;
