@@ -81,9 +81,9 @@ macro_rules! commands {
 commands! {
     /// Boot the VM.
     put {
-        boot at "/api/v1/vms/{id}/boot" as "vmsBoot",
+        boot at "/api/v1/vms/{id}/boot" as "bootVm",
             refuses [NoSuchVm WrongState NotPossible Failed Unsupported];
-        boot_vm at "/api/v1/vm.boot" as "bootVM",
+        boot_vm at "/api/v1/vm.boot" as "vmBoot",
             refuses [NotCreated WrongState NotPossible Failed Unsupported];
         answers (status = 204, description = "The guest runs.");
         asks Request::Boot => done
@@ -91,33 +91,33 @@ commands! {
 
     /// Pause the guest: its vCPUs and devices stop until it is resumed.
     put {
-        pause at "/api/v1/vms/{id}/pause" as "vmsPause", refuses [NoSuchVm WrongState Failed];
-        pause_vm at "/api/v1/vm.pause" as "pauseVM", refuses [NotCreated NotAllowedNow Failed];
+        pause at "/api/v1/vms/{id}/pause" as "pauseVm", refuses [NoSuchVm WrongState Failed];
+        pause_vm at "/api/v1/vm.pause" as "vmPause", refuses [NotCreated NotAllowedNow Failed];
         answers (status = 204, description = "The guest is paused.");
         asks Request::Pause => done
     }
 
     /// Resume a paused guest.
     put {
-        resume at "/api/v1/vms/{id}/resume" as "vmsResume", refuses [NoSuchVm WrongState Failed];
-        resume_vm at "/api/v1/vm.resume" as "resumeVM", refuses [NotCreated NotAllowedNow Failed];
+        resume at "/api/v1/vms/{id}/resume" as "resumeVm", refuses [NoSuchVm WrongState Failed];
+        resume_vm at "/api/v1/vm.resume" as "vmResume", refuses [NotCreated NotAllowedNow Failed];
         answers (status = 204, description = "The guest runs.");
         asks Request::Resume => done
     }
 
     /// Reset the guest, as by a reset button.
     put {
-        reboot at "/api/v1/vms/{id}/reboot" as "vmsReboot", refuses [NoSuchVm WrongState Failed];
-        reboot_vm at "/api/v1/vm.reboot" as "rebootVM", refuses [NotCreated NotAllowedNow Failed];
+        reboot at "/api/v1/vms/{id}/reboot" as "rebootVm", refuses [NoSuchVm WrongState Failed];
+        reboot_vm at "/api/v1/vm.reboot" as "vmReboot", refuses [NotCreated NotAllowedNow Failed];
         answers (status = 204, description = "The guest boots again.");
         asks Request::Reboot => done
     }
 
     /// End the guest at once, as by pulling the plug. The VM can be booted again.
     put {
-        shut_down at "/api/v1/vms/{id}/shutdown" as "vmsShutdown",
+        shut_down at "/api/v1/vms/{id}/shutdown" as "shutdownVm",
             refuses [NoSuchVm WrongState Failed];
-        shut_down_vm at "/api/v1/vm.shutdown" as "shutdownVM",
+        shut_down_vm at "/api/v1/vm.shutdown" as "vmShutdown",
             refuses [NotCreated NotAllowedNow Failed];
         answers (status = 204, description = "The guest has ended.");
         asks Request::Shutdown => done
@@ -125,9 +125,9 @@ commands! {
 
     /// Press the power button. The guest decides what follows.
     put {
-        power_button at "/api/v1/vms/{id}/power-button" as "vmsPowerButton",
+        power_button at "/api/v1/vms/{id}/power-button" as "pressPowerButton",
             refuses [NoSuchVm WrongState Failed];
-        power_button_vm at "/api/v1/vm.power-button" as "power-buttonVM",
+        power_button_vm at "/api/v1/vm.power-button" as "vmPowerButton",
             refuses [NotCreated NotAllowedNow Failed];
         answers (status = 204, description = "The button was pressed.");
         asks Request::PowerButton => done
@@ -135,17 +135,17 @@ commands! {
 
     /// Send a non-maskable interrupt to every vCPU.
     put {
-        nmi at "/api/v1/vms/{id}/nmi" as "vmsNmi", refuses [NoSuchVm WrongState Failed];
-        nmi_vm at "/api/v1/vm.nmi" as "nmiVM", refuses [NotCreated WrongState Failed];
+        nmi at "/api/v1/vms/{id}/nmi" as "sendNmi", refuses [NoSuchVm WrongState Failed];
+        nmi_vm at "/api/v1/vm.nmi" as "vmNmi", refuses [NotCreated WrongState Failed];
         answers (status = 204, description = "The interrupt was sent.");
         asks Request::Nmi => done
     }
 
     /// Return the counters of the VM's devices.
     get {
-        device_counters at "/api/v1/vms/{id}/counters" as "vmsCounters",
+        device_counters at "/api/v1/vms/{id}/counters" as "getCounters",
             refuses [NoSuchVm WrongState Failed];
-        device_counters_vm at "/api/v1/vm.counters" as "countersVM",
+        device_counters_vm at "/api/v1/vm.counters" as "vmCounters",
             refuses [NotCreated WrongState Failed];
         answers (
             status = 200, description = "Counters, by device and name.",
@@ -158,9 +158,9 @@ commands! {
     ///
     /// Not in Cloud Hypervisor's contract.
     get {
-        address_spaces at "/api/v1/vms/{id}/memory-map" as "vmsMemoryMap",
+        address_spaces at "/api/v1/vms/{id}/memory-map" as "getMemoryMap",
             refuses [NoSuchVm WrongState Failed];
-        address_spaces_vm at "/api/v1/vm.memory-map" as "memoryMapVM",
+        address_spaces_vm at "/api/v1/vm.memory-map" as "vmMemoryMap",
             refuses [NotCreated WrongState Failed];
         answers (status = 200, description = "Memory and port I/O.", body = MemoryMap);
         asks Request::MemoryMap => memory_map
@@ -170,12 +170,12 @@ commands! {
     ///
     /// This version cannot change vCPUs and memory: only the values that the VM has are accepted.
     put (Json(sizes), Json<VmResize>, VmResize) {
-        resize at "/api/v1/vms/{id}/resize" as "vmsResize",
+        resize at "/api/v1/vms/{id}/resize" as "resizeVm",
             refuses [
                 NotUnderstood NoSuchVm TooSlow WrongState TooLong NotJson NotPossible Failed
                 Unsupported
             ];
-        resize_vm at "/api/v1/vm.resize" as "resizeVM",
+        resize_vm at "/api/v1/vm.resize" as "vmResize",
             refuses [
                 NotUnderstood NotCreated TooSlow WrongState TooLong NotJson NotPossible Pending
                 Failed Unsupported
@@ -186,12 +186,12 @@ commands! {
 
     /// Change the size of a disk.
     put (Json(disk), Json<VmResizeDisk>, VmResizeDisk) {
-        resize_disk at "/api/v1/vms/{id}/resize-disk" as "vmsResizeDisk",
+        resize_disk at "/api/v1/vms/{id}/resize-disk" as "resizeDisk",
             refuses [
                 NotUnderstood NoSuchVm TooSlow WrongState TooLong NotJson NotPossible Failed
                 Unsupported
             ];
-        resize_disk_vm at "/api/v1/vm.resize-disk" as "resizeDiskVM",
+        resize_disk_vm at "/api/v1/vm.resize-disk" as "vmResizeDisk",
             refuses [NotUnderstood NoSuchDisk TooSlow WrongState TooLong NotJson NotDone];
         answers (status = 204, description = "The disk has its new size, and the guest was notified.");
         asks Request::ResizeDisk(disk) => done
@@ -199,12 +199,12 @@ commands! {
 
     /// Add a disk.
     put (Json(disk), Json<DiskConfig>, DiskConfig) {
-        add_disk at "/api/v1/vms/{id}/add-disk" as "vmsAddDisk",
+        add_disk at "/api/v1/vms/{id}/add-disk" as "addDisk",
             refuses [
                 NotUnderstood NoSuchVm TooSlow WrongState TooLong NotJson NotPossible Failed
                 Unsupported
             ];
-        add_disk_vm at "/api/v1/vm.add-disk" as "addDiskVM",
+        add_disk_vm at "/api/v1/vm.add-disk" as "vmAddDisk",
             refuses [NotValid NotCreated TooSlow WrongState TooLong NotJson NotDone Unsupported];
         answers (status = 200, description = "The running guest has it.", body = PciDeviceInfo);
         answers (status = 204, description = "The VM gets it at the next boot.");
@@ -216,12 +216,12 @@ commands! {
     /// Over a unix socket the request may carry descriptors (`SCM_RIGHTS`): those of its tap's queues,
     /// one for each queue pair.
     put (JsonAndTap(net), JsonAndTap, NetConfig) {
-        add_net at "/api/v1/vms/{id}/add-net" as "vmsAddNet",
+        add_net at "/api/v1/vms/{id}/add-net" as "addNet",
             refuses [
                 NotUnderstood NoSuchVm TooSlow WrongState TooLong NotJson NotPossible Failed
                 Unsupported
             ];
-        add_net_vm at "/api/v1/vm.add-net" as "addNetVM",
+        add_net_vm at "/api/v1/vm.add-net" as "vmAddNet",
             refuses [NotValid NotCreated TooSlow WrongState TooLong NotJson NotDone Unsupported];
         answers (status = 200, description = "The running guest has it.", body = PciDeviceInfo);
         answers (status = 204, description = "The VM gets it at the next boot.");
@@ -230,12 +230,12 @@ commands! {
 
     /// Add a vsock device.
     put (Json(vsock), Json<VsockConfig>, VsockConfig) {
-        add_vsock at "/api/v1/vms/{id}/add-vsock" as "vmsAddVsock",
+        add_vsock at "/api/v1/vms/{id}/add-vsock" as "addVsock",
             refuses [
                 NotUnderstood NoSuchVm TooSlow WrongState TooLong NotJson NotPossible Failed
                 Unsupported
             ];
-        add_vsock_vm at "/api/v1/vm.add-vsock" as "addVsockVM",
+        add_vsock_vm at "/api/v1/vm.add-vsock" as "vmAddVsock",
             refuses [NotValid NotCreated TooSlow WrongState TooLong NotJson NotDone Unsupported];
         answers (status = 200, description = "The running guest has it.", body = PciDeviceInfo);
         answers (status = 204, description = "The VM gets it at the next boot.");
@@ -248,12 +248,12 @@ commands! {
     /// `device_tree` in the VM's information shows that it is leaving. The next boot is without the
     /// device, whatever the guest does.
     put (Json(device), Json<VmRemoveDevice>, VmRemoveDevice) {
-        remove_device at "/api/v1/vms/{id}/remove-device" as "vmsRemoveDevice",
+        remove_device at "/api/v1/vms/{id}/remove-device" as "removeDevice",
             refuses [
                 NotUnderstood NoSuchVm TooSlow WrongState TooLong NotJson NotPossible Failed
                 Unsupported
             ];
-        remove_device_vm at "/api/v1/vm.remove-device" as "removeDeviceVM",
+        remove_device_vm at "/api/v1/vm.remove-device" as "vmRemoveDevice",
             refuses [
                 NotUnderstood NoSuchDevice TooSlow WrongState TooLong NotJson NotPossible Failed
             ];

@@ -1,9 +1,10 @@
 //! The frame of the OpenAPI document: everything but its paths.
 
-use spec::{Problem, VmCounters};
+use spec::Problem;
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityRequirement, SecurityScheme};
 use utoipa::openapi::{
-    ComponentsBuilder, InfoBuilder, LicenseBuilder, OpenApi, OpenApiBuilder, Paths, Tag,
+    ComponentsBuilder, InfoBuilder, LicenseBuilder, Object, ObjectBuilder, OpenApi, OpenApiBuilder,
+    Paths, Ref, Tag,
 };
 use utoipa::{PartialSchema as _, ToSchema as _};
 
@@ -38,7 +39,8 @@ pub(crate) fn frame() -> OpenApi {
     Problem::schemas(&mut schemas);
     let components = ComponentsBuilder::new()
         .schema("Problem", Problem::schema())
-        .schema("VmCounters", VmCounters::schema())
+        .schema("DeviceCounters", device_counters())
+        .schema("VmCounters", vm_counters())
         .schemas_from_iter(schemas);
     let token = HttpBuilder::new()
         .scheme(HttpAuthScheme::Bearer)
@@ -57,5 +59,23 @@ pub(crate) fn frame() -> OpenApi {
         .paths(Paths::new())
         .components(Some(refusals::describe(components).build()))
         .tags(Some(tags))
+        .build()
+}
+
+/// Describes the counters of one device. Generators make up a name for a map inside a map, so this
+/// one has a name.
+fn device_counters() -> Object {
+    let counter = u64::schema();
+    ObjectBuilder::new()
+        .description(Some("Counters of a device, by name."))
+        .additional_properties(Some(counter))
+        .build()
+}
+
+fn vm_counters() -> Object {
+    let device = Ref::from_schema_name("DeviceCounters");
+    ObjectBuilder::new()
+        .description(Some("Counters of a VM's devices, by the device's name."))
+        .additional_properties(Some(device))
         .build()
 }

@@ -52,7 +52,7 @@ struct Which {
 /// comes first, whose `data.oldest` is the number of the oldest that is kept. The numbers start again at 1 with
 /// the service: a client that is ahead of it begins with the oldest.
 #[utoipa::path(
-    get, path = "/api/v1/events", operation_id = "events", tag = SERVICE,
+    get, path = "/api/v1/events", operation_id = "followEvents", tag = SERVICE,
     params(
         Which,
         ("Last-Event-ID" = Option<u64>, Header, description = "Begin after this event."),

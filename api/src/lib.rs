@@ -44,6 +44,7 @@ mod docs;
 mod document;
 mod events;
 mod extract;
+mod generators;
 mod json;
 pub mod limits;
 mod listen;

@@ -19,7 +19,7 @@ pub(crate) fn routes() -> OpenApiRouter<Service> {
 
 /// Tell the service's numbers to Prometheus.
 #[utoipa::path(
-    get, path = "/api/v1/metrics", operation_id = "metrics", tag = SERVICE,
+    get, path = "/api/v1/metrics", operation_id = "getMetrics", tag = SERVICE,
     responses(
         (status = 200, description = "Prometheus' text format.", body = String, content_type = "text/plain"),
     ),

@@ -70,7 +70,7 @@ fn created(info: MigrationInfo) -> Response {
 
 /// Begin to move a VM to another service, which waits for it.
 #[utoipa::path(
-    post, path = "/api/v1/vms/{id}/migrations", operation_id = "vmsMigrate", tag = MIGRATIONS, request_body = StartMigration,
+    post, path = "/api/v1/vms/{id}/migrations", operation_id = "migrateVm", tag = MIGRATIONS, request_body = StartMigration,
     params(("id" = VmId, Path, description = "The VM's name.")),
     responses(
         (status = 201, description = "It has begun.", body = MigrationInfo,
@@ -94,7 +94,7 @@ async fn start(
 
 /// Begin to wait for a VM from another service.
 #[utoipa::path(
-    post, path = "/api/v1/migrations", operation_id = "migrationsReceive", tag = MIGRATIONS, request_body = AwaitMigration,
+    post, path = "/api/v1/migrations", operation_id = "receiveMigration", tag = MIGRATIONS, request_body = AwaitMigration,
     responses(
         (status = 201, description = "It is waited for.", body = MigrationInfo,
          headers(("Location" = String, description = "Its path."))),
@@ -127,7 +127,7 @@ async fn give_socket(service: Service, migration: Arc<dyn Migration>) {
 
 /// List migrations: those that go on, and the last that are over.
 #[utoipa::path(
-    get, path = "/api/v1/migrations", operation_id = "migrationsList", tag = MIGRATIONS,
+    get, path = "/api/v1/migrations", operation_id = "listMigrations", tag = MIGRATIONS,
     responses((status = 200, description = "Oldest first.", body = [MigrationInfo])),
 )]
 async fn list(State(service): State<Service>) -> Answer<Vec<MigrationInfo>> {
@@ -137,7 +137,7 @@ async fn list(State(service): State<Service>) -> Answer<Vec<MigrationInfo>> {
 
 /// Tell how a migration is going.
 #[utoipa::path(
-    get, path = "/api/v1/migrations/{id}", operation_id = "migrationsInfo", tag = MIGRATIONS,
+    get, path = "/api/v1/migrations/{id}", operation_id = "getMigration", tag = MIGRATIONS,
     params(("id" = String, Path, description = "The migration's name.")),
     responses(
         (status = 200, description = "How it is going at this moment.", body = MigrationInfo),
@@ -156,7 +156,7 @@ async fn info(
 /// A destination that is over keeps listening for about a minute if its source may have missed the outcome. This
 /// frees its endpoint at once; the source is answered when a migration is awaited at that endpoint again.
 #[utoipa::path(
-    delete, path = "/api/v1/migrations/{id}", operation_id = "migrationsCancel", tag = MIGRATIONS,
+    delete, path = "/api/v1/migrations/{id}", operation_id = "cancelMigration", tag = MIGRATIONS,
     params(("id" = String, Path, description = "The migration's name.")),
     responses(
         (status = 204, description = "It is called off, and ends at its next step."),
@@ -175,7 +175,7 @@ async fn cancel(
 ///
 /// Before you decide that the guest runs here, make sure that it runs nowhere else.
 #[utoipa::path(
-    post, path = "/api/v1/migrations/{id}/resolve", operation_id = "migrationsResolve", tag = MIGRATIONS, request_body = ResolveMigration,
+    post, path = "/api/v1/migrations/{id}/resolve", operation_id = "resolveMigration", tag = MIGRATIONS, request_body = ResolveMigration,
     params(("id" = String, Path, description = "The migration's name.")),
     responses(
         (status = 204, description = "So it will be."),
@@ -213,7 +213,7 @@ async fn wait(migration: &dyn Migration) -> Result<StatusCode, ApiError> {
 
 /// Send the VM to where it is waited for. The answer comes when it has moved.
 #[utoipa::path(
-    put, path = "/api/v1/vm.send-migration", operation_id = "sendMigrationVM", tag = ONE_VM, request_body = SendMigrationData,
+    put, path = "/api/v1/vm.send-migration", operation_id = "vmSendMigration", tag = ONE_VM, request_body = SendMigrationData,
     responses(
         (status = 204, description = "The VM has moved."),
         NotUnderstood, NotCreated, TooSlow, WrongState, TooLong, NotJson, NotDone, Unsupported,
@@ -251,7 +251,7 @@ async fn send_one(
 
 /// Wait for a VM that is sent here. The answer comes when it has arrived.
 #[utoipa::path(
-    put, path = "/api/v1/vm.receive-migration", operation_id = "receiveMigrationVM", tag = ONE_VM, request_body = ReceiveMigrationData,
+    put, path = "/api/v1/vm.receive-migration", operation_id = "vmReceiveMigration", tag = ONE_VM, request_body = ReceiveMigrationData,
     responses(
         (status = 204, description = "The VM has arrived."),
         NotUnderstood, TooSlow, Exists, TooLong, NotJson, NotDone, Unsupported,

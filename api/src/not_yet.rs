@@ -34,16 +34,16 @@ macro_rules! not_yet {
 }
 
 not_yet! {
-    resize_zone "/api/v1/vm.resize-zone" "resizeZoneVM" VmResizeZone, "resize a memory zone";
-    add_device "/api/v1/vm.add-device" "addDeviceVM" DeviceConfig, "give a VM a device of the host";
-    add_fs "/api/v1/vm.add-fs" "addFsVM" FsConfig, "give a VM a shared file system";
-    add_generic_vhost_user "/api/v1/vm.add-generic-vhost-user" "addGenericVhostUserVM" GenericVhostUserConfig,
+    resize_zone "/api/v1/vm.resize-zone" "vmResizeZone" VmResizeZone, "resize a memory zone";
+    add_device "/api/v1/vm.add-device" "vmAddDevice" DeviceConfig, "give a VM a device of the host";
+    add_fs "/api/v1/vm.add-fs" "vmAddFs" FsConfig, "give a VM a shared file system";
+    add_generic_vhost_user "/api/v1/vm.add-generic-vhost-user" "vmAddGenericVhostUser" GenericVhostUserConfig,
         "give a VM a vhost-user device";
-    add_pmem "/api/v1/vm.add-pmem" "addPmemVM" PmemConfig, "give a VM persistent memory";
-    add_vdpa "/api/v1/vm.add-vdpa" "addVdpaVM" VdpaConfig, "give a VM a vDPA device";
-    add_user_device "/api/v1/vm.add-user-device" "addUserDeviceVM" VmAddUserDevice,
+    add_pmem "/api/v1/vm.add-pmem" "vmAddPmem" PmemConfig, "give a VM persistent memory";
+    add_vdpa "/api/v1/vm.add-vdpa" "vmAddVdpa" VdpaConfig, "give a VM a vDPA device";
+    add_user_device "/api/v1/vm.add-user-device" "vmAddUserDevice" VmAddUserDevice,
         "give a VM a vfio-user device";
-    snapshot "/api/v1/vm.snapshot" "snapshotVM" VmSnapshotConfig, "take a snapshot";
-    coredump "/api/v1/vm.coredump" "coredumpVM" VmCoredumpData, "take a core dump";
-    restore "/api/v1/vm.restore" "restoreVM" RestoreConfig, "restore a snapshot";
+    snapshot "/api/v1/vm.snapshot" "vmSnapshot" VmSnapshotConfig, "take a snapshot";
+    coredump "/api/v1/vm.coredump" "vmCoredump" VmCoredumpData, "take a core dump";
+    restore "/api/v1/vm.restore" "vmRestore" RestoreConfig, "restore a snapshot";
 }

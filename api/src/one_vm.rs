@@ -50,7 +50,7 @@ pub(crate) fn routes() -> OpenApiRouter<OneVm> {
 
 /// Create the VM, without booting it.
 #[utoipa::path(
-    put, path = "/api/v1/vm.create", operation_id = "createVM", tag = ONE_VM, request_body = VmConfig,
+    put, path = "/api/v1/vm.create", operation_id = "vmCreate", tag = ONE_VM, request_body = VmConfig,
     responses(
         (status = 204, description = "The VM is created."),
         NotUnderstood, TooSlow, Exists, TooLong, NotJson, NotPossible, Failed, Unsupported,
@@ -66,7 +66,7 @@ async fn create(
 
 /// End the VM and delete its configuration. Succeeds also if the VM is not created.
 #[utoipa::path(
-    put, path = "/api/v1/vm.delete", operation_id = "deleteVM", tag = ONE_VM,
+    put, path = "/api/v1/vm.delete", operation_id = "vmDelete", tag = ONE_VM,
     responses((status = 204, description = "The VM is deleted."), Failed),
 )]
 async fn delete(State(vm): State<OneVm>) -> Result<StatusCode, ApiError> {
@@ -81,7 +81,7 @@ async fn delete(State(vm): State<OneVm>) -> Result<StatusCode, ApiError> {
 
 /// Return the VM's configuration and state.
 #[utoipa::path(
-    get, path = "/api/v1/vm.info", operation_id = "infoVM", tag = ONE_VM,
+    get, path = "/api/v1/vm.info", operation_id = "vmInfo", tag = ONE_VM,
     responses((status = 200, description = "Configuration and state.", body = VmInfo), NotCreated, Failed),
 )]
 async fn info(State(vm): State<OneVm>) -> Result<Answer<VmInfo>, ApiError> {

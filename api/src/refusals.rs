@@ -10,6 +10,9 @@ use utoipa::openapi::{ComponentsBuilder, Content, Ref, RefOr, Response, Response
 
 use crate::problem::ApiError;
 
+/// The response to every status without one of its own, of the document's components.
+pub(crate) const ANY_OTHER: &str = "AnyOther";
+
 /// Each is a type that an operation names among its responses, and a response of the document's components.
 macro_rules! refusals {
     ($($(#[$doc:meta])* $name:ident = $status:literal, $description:literal;)*) => {
@@ -27,7 +30,9 @@ macro_rules! refusals {
 
         /// Adds the responses that operations refer to.
         pub(crate) fn describe(components: ComponentsBuilder) -> ComponentsBuilder {
-            components$(.response(stringify!($name), problem($description)))*
+            components$(.response(stringify!($name), problem($description)))*.response(ANY_OTHER, problem(
+                "The request is refused for a reason that is not particular to this operation.",
+            ))
         }
     };
 }

@@ -26,7 +26,7 @@ use crate::service::Service;
 use crate::sockets::VmSockets;
 use crate::tags::SERVICE;
 use crate::vmm::{Scope, Vmm};
-use crate::{commands, docs, events, metrics, migrations, not_yet, one_vm, vmm, vms};
+use crate::{commands, docs, events, generators, metrics, migrations, not_yet, one_vm, vmm, vms};
 
 impl Service {
     /// Also gives each VM that is created through [`router`](Self::router) a socket `<id>.sock` of its own in
@@ -83,6 +83,7 @@ pub fn document() -> OpenApi {
     whole.merge(own().into_openapi());
     whole.merge(of_one_vm().into_openapi());
     whole.merge(published().into_openapi());
+    generators::suit(&mut whole);
     whole
 }
 
@@ -121,6 +122,7 @@ fn assemble(face: OpenApiRouter, requests: Requests) -> Router {
     let mut whole = frame();
     described.merge(published().into_openapi());
     whole.merge(described);
+    generators::suit(&mut whole);
     let paths: Arc<[String]> = whole.paths.paths.keys().cloned().collect();
     let json: Arc<str> = whole.to_json().unwrap_or_default().into();
     let (published, _) = published().with_state(Arc::clone(&json)).split_for_parts();
@@ -148,7 +150,7 @@ fn published() -> OpenApiRouter<Arc<str>> {
 
 /// Describe what this socket serves.
 #[utoipa::path(
-    get, path = "/api/v1/openapi.json", operation_id = "openapi", tag = SERVICE,
+    get, path = "/api/v1/openapi.json", operation_id = "getDocument", tag = SERVICE,
     responses((status = 200, description = "An OpenAPI 3.1 document.", body = serde_json::Value)),
 )]
 async fn openapi(State(json): State<Arc<str>>) -> impl IntoResponse {

@@ -1,13 +1,16 @@
 //! The tags that group the operations of the OpenAPI document.
+//!
+//! Generators make names of modules and classes from them, so they are lower case: `VMs` becomes
+//! `v_ms` in Python.
 
 /// The service itself.
-pub(crate) const SERVICE: &str = "Service";
+pub(crate) const SERVICE: &str = "service";
 /// Many VMs, on the service's own face.
-pub(crate) const VMS: &str = "VMs";
+pub(crate) const VMS: &str = "vms";
 /// Migrations.
-pub(crate) const MIGRATIONS: &str = "Migrations";
+pub(crate) const MIGRATIONS: &str = "migrations";
 /// Cloud Hypervisor's face.
-pub(crate) const ONE_VM: &str = "One VM";
+pub(crate) const ONE_VM: &str = "cloud-hypervisor";
 
 /// Each tag with the description that the document gives.
 pub(crate) const TAGS: &[(&str, &str)] = &[

@@ -39,7 +39,7 @@ pub(crate) fn routes() -> OpenApiRouter<Vmm> {
 
 /// Tell that the service is there, and which it is.
 #[utoipa::path(
-    get, path = "/api/v1/vmm.ping", operation_id = "pingVMM", tag = SERVICE,
+    get, path = "/api/v1/vmm.ping", operation_id = "ping", tag = SERVICE,
     responses((status = 200, description = "What answers.", body = VmmPingResponse)),
 )]
 async fn ping(State(vmm): State<Vmm>) -> Answer<VmmPingResponse> {
@@ -51,7 +51,7 @@ async fn ping(State(vmm): State<Vmm>) -> Answer<VmmPingResponse> {
 /// On the service's socket: every VM, and then the service. On one VM's socket: that VM, and then the socket;
 /// where a program serves nothing else, the program.
 #[utoipa::path(
-    put, path = "/api/v1/vmm.shutdown", operation_id = "shutdownVMM", tag = SERVICE,
+    put, path = "/api/v1/vmm.shutdown", operation_id = "shutdownService", tag = SERVICE,
     responses((status = 204, description = "The VMs have ended; the service is about to."), Failed),
 )]
 async fn shut_down(State(vmm): State<Vmm>) -> Result<StatusCode, ApiError> {

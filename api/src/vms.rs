@@ -60,7 +60,7 @@ fn created(summary: VmSummary) -> Response {
 
 /// List the VMs.
 #[utoipa::path(
-    get, path = "/api/v1/vms", operation_id = "vmsList", tag = VMS,
+    get, path = "/api/v1/vms", operation_id = "listVms", tag = VMS,
     responses((status = 200, description = "All VMs, by name.", body = [VmSummary])),
 )]
 async fn list(State(service): State<Service>) -> Answer<Vec<VmSummary>> {
@@ -76,7 +76,7 @@ async fn list(State(service): State<Service>) -> Answer<Vec<VmSummary>> {
 
 /// Create a VM, without booting it.
 #[utoipa::path(
-    post, path = "/api/v1/vms", operation_id = "vmsCreate", tag = VMS, request_body = CreateVm,
+    post, path = "/api/v1/vms", operation_id = "createVm", tag = VMS, request_body = CreateVm,
     responses(
         (status = 201, description = "The VM is created.", body = VmSummary,
          headers(("Location" = String, description = "Its path."))),
@@ -94,7 +94,7 @@ async fn create(
 ///
 /// Idempotent: a repeated request changes nothing.
 #[utoipa::path(
-    put, path = "/api/v1/vms/{id}", operation_id = "vmsEnsure", tag = VMS, request_body = VmConfig,
+    put, path = "/api/v1/vms/{id}", operation_id = "ensureVm", tag = VMS, request_body = VmConfig,
     params(("id" = VmId, Path, description = "The VM's name.")),
     responses(
         (status = 200, description = "The VM exists already.", body = VmSummary),
@@ -147,7 +147,7 @@ fn is_configured(vm: &VmHandle, config: &VmConfig) -> bool {
 
 /// Return a VM's configuration and state.
 #[utoipa::path(
-    get, path = "/api/v1/vms/{id}", operation_id = "vmsInfo", tag = VMS,
+    get, path = "/api/v1/vms/{id}", operation_id = "getVm", tag = VMS,
     params(("id" = VmId, Path, description = "The VM's name.")),
     responses((status = 200, description = "Configuration and state.", body = VmInfo), NoSuchVm, Failed),
 )]
@@ -160,7 +160,7 @@ async fn info(
 
 /// End a VM and delete its configuration.
 #[utoipa::path(
-    delete, path = "/api/v1/vms/{id}", operation_id = "vmsDelete", tag = VMS,
+    delete, path = "/api/v1/vms/{id}", operation_id = "deleteVm", tag = VMS,
     params(("id" = VmId, Path, description = "The VM's name.")),
     responses((status = 204, description = "The VM is deleted."), NoSuchVm, WrongState, Failed),
 )]

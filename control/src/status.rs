@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use spec::{BootTimeline, DeviceNode, Failure, VmConfig, VmId, VmInfo, VmState};
+use spec::{BootTimeline, DeviceNode, DeviceTree, Failure, VmConfig, VmId, VmInfo, VmState};
 use tokio::sync::watch;
 
 use crate::events::EventLog;
@@ -61,7 +61,7 @@ impl VmStatus {
             config: VmConfig::clone(&self.config),
             state: self.state,
             memory_actual_size: self.config.memory.size.saturating_sub(ballooned),
-            device_tree: (!self.devices.is_empty()).then(|| self.devices.clone()),
+            device_tree: (!self.devices.is_empty()).then(|| DeviceTree(self.devices.clone())),
             failure: self.failure.clone(),
             boot: self.boot,
         }

@@ -27,22 +27,22 @@ pub struct Operation {
 impl Operation {
     pub(crate) fn accept(&self) -> &'static str {
         match self.id {
-            "events" => "text/event-stream",
-            "metrics" => "text/plain",
+            "followEvents" => "text/event-stream",
+            "getMetrics" => "text/plain",
             _ => "application/json",
         }
     }
 }
 
 pub(crate) const EVENTS: Operation = Operation {
-    id: "events",
+    id: "followEvents",
     method: "GET",
     path: "/api/v1/events",
     client_method: "events",
 };
 
 const METRICS: Operation = Operation {
-    id: "metrics",
+    id: "getMetrics",
     method: "GET",
     path: "/api/v1/metrics",
     client_method: "metrics",
@@ -100,128 +100,128 @@ macro_rules! operations {
 
 operations! {
     /// Asks whether the service is there, and which it is.
-    ping: GET "/api/v1/vmm.ping" "pingVMM" -> VmmPingResponse;
+    ping: GET "/api/v1/vmm.ping" "ping" -> VmmPingResponse;
     /// Ends what the socket serves: the service with all its VMs, or one VM.
-    shut_service_down: PUT "/api/v1/vmm.shutdown" "shutdownVMM";
+    shut_service_down: PUT "/api/v1/vmm.shutdown" "shutdownService";
     /// Describes what the socket serves, as OpenAPI.
-    openapi: GET "/api/v1/openapi.json" "openapi" -> serde_json::Value;
+    openapi: GET "/api/v1/openapi.json" "getDocument" -> serde_json::Value;
 
     /// Lists the VMs.
-    vms_list: GET "/api/v1/vms" "vmsList" -> Vec<VmSummary>;
+    vms_list: GET "/api/v1/vms" "listVms" -> Vec<VmSummary>;
     /// Creates a VM, without booting it.
-    vms_create[CreateVm]: POST "/api/v1/vms" "vmsCreate" -> VmSummary;
+    vms_create[CreateVm]: POST "/api/v1/vms" "createVm" -> VmSummary;
     /// Sees to it that there is a VM of this name with this configuration.
-    vms_ensure(id)[VmConfig]: PUT "/api/v1/vms/{id}" "vmsEnsure" -> VmSummary;
+    vms_ensure(id)[VmConfig]: PUT "/api/v1/vms/{id}" "ensureVm" -> VmSummary;
     /// Asks for a VM's configuration and state.
-    vms_info(id): GET "/api/v1/vms/{id}" "vmsInfo" -> VmInfo;
+    vms_info(id): GET "/api/v1/vms/{id}" "getVm" -> VmInfo;
     /// Ends a VM and has it forgotten.
-    vms_delete(id): DELETE "/api/v1/vms/{id}" "vmsDelete";
+    vms_delete(id): DELETE "/api/v1/vms/{id}" "deleteVm";
     /// Boots a VM.
-    vms_boot(id): PUT "/api/v1/vms/{id}/boot" "vmsBoot";
+    vms_boot(id): PUT "/api/v1/vms/{id}/boot" "bootVm";
     /// Lets a guest stand still.
-    vms_pause(id): PUT "/api/v1/vms/{id}/pause" "vmsPause";
+    vms_pause(id): PUT "/api/v1/vms/{id}/pause" "pauseVm";
     /// Lets a paused guest go on.
-    vms_resume(id): PUT "/api/v1/vms/{id}/resume" "vmsResume";
+    vms_resume(id): PUT "/api/v1/vms/{id}/resume" "resumeVm";
     /// Resets a guest.
-    vms_reboot(id): PUT "/api/v1/vms/{id}/reboot" "vmsReboot";
+    vms_reboot(id): PUT "/api/v1/vms/{id}/reboot" "rebootVm";
     /// Ends a guest at once; its VM can be booted again.
-    vms_shutdown(id): PUT "/api/v1/vms/{id}/shutdown" "vmsShutdown";
+    vms_shutdown(id): PUT "/api/v1/vms/{id}/shutdown" "shutdownVm";
     /// Presses the power button.
-    vms_power_button(id): PUT "/api/v1/vms/{id}/power-button" "vmsPowerButton";
+    vms_power_button(id): PUT "/api/v1/vms/{id}/power-button" "pressPowerButton";
     /// Sends a non-maskable interrupt to every vCPU.
-    vms_nmi(id): PUT "/api/v1/vms/{id}/nmi" "vmsNmi";
+    vms_nmi(id): PUT "/api/v1/vms/{id}/nmi" "sendNmi";
     /// Asks for the counters of a VM's devices.
-    vms_counters(id): GET "/api/v1/vms/{id}/counters" "vmsCounters" -> VmCounters;
+    vms_counters(id): GET "/api/v1/vms/{id}/counters" "getCounters" -> VmCounters;
     /// Asks for a VM's address spaces.
-    vms_memory_map(id): GET "/api/v1/vms/{id}/memory-map" "vmsMemoryMap" -> MemoryMap;
+    vms_memory_map(id): GET "/api/v1/vms/{id}/memory-map" "getMemoryMap" -> MemoryMap;
     /// Asks a guest for memory through its balloon, or gives it back.
-    vms_resize(id)[VmResize]: PUT "/api/v1/vms/{id}/resize" "vmsResize";
+    vms_resize(id)[VmResize]: PUT "/api/v1/vms/{id}/resize" "resizeVm";
     /// Gives a disk another size.
-    vms_resize_disk(id)[VmResizeDisk]: PUT "/api/v1/vms/{id}/resize-disk" "vmsResizeDisk";
+    vms_resize_disk(id)[VmResizeDisk]: PUT "/api/v1/vms/{id}/resize-disk" "resizeDisk";
     /// Gives a VM a disk.
-    vms_add_disk(id)[DiskConfig]: PUT "/api/v1/vms/{id}/add-disk" "vmsAddDisk" -> Option<PciDeviceInfo>;
+    vms_add_disk(id)[DiskConfig]: PUT "/api/v1/vms/{id}/add-disk" "addDisk" -> Option<PciDeviceInfo>;
     /// Gives a VM a network interface.
-    vms_add_net(id)[NetConfig]: PUT "/api/v1/vms/{id}/add-net" "vmsAddNet" -> Option<PciDeviceInfo>;
+    vms_add_net(id)[NetConfig]: PUT "/api/v1/vms/{id}/add-net" "addNet" -> Option<PciDeviceInfo>;
     /// Gives a VM a socket between guest and host.
-    vms_add_vsock(id)[VsockConfig]: PUT "/api/v1/vms/{id}/add-vsock" "vmsAddVsock" -> Option<PciDeviceInfo>;
+    vms_add_vsock(id)[VsockConfig]: PUT "/api/v1/vms/{id}/add-vsock" "addVsock" -> Option<PciDeviceInfo>;
     /// Asks a guest to let go of a device.
-    vms_remove_device(id)[VmRemoveDevice]: PUT "/api/v1/vms/{id}/remove-device" "vmsRemoveDevice";
+    vms_remove_device(id)[VmRemoveDevice]: PUT "/api/v1/vms/{id}/remove-device" "removeDevice";
     /// Begins to move a VM to another service, which waits for it.
-    vms_migrate(id)[StartMigration]: POST "/api/v1/vms/{id}/migrations" "vmsMigrate" -> MigrationInfo;
+    vms_migrate(id)[StartMigration]: POST "/api/v1/vms/{id}/migrations" "migrateVm" -> MigrationInfo;
     /// Begins to wait for a VM from another service.
-    migrations_receive[AwaitMigration]: POST "/api/v1/migrations" "migrationsReceive" -> MigrationInfo;
+    migrations_receive[AwaitMigration]: POST "/api/v1/migrations" "receiveMigration" -> MigrationInfo;
     /// Lists migrations: those that go on, and the last that are over.
-    migrations_list: GET "/api/v1/migrations" "migrationsList" -> Vec<MigrationInfo>;
+    migrations_list: GET "/api/v1/migrations" "listMigrations" -> Vec<MigrationInfo>;
     /// Tells how a migration is going.
-    migrations_info(id): GET "/api/v1/migrations/{id}" "migrationsInfo" -> MigrationInfo;
+    migrations_info(id): GET "/api/v1/migrations/{id}" "getMigration" -> MigrationInfo;
     /// Calls a migration off.
-    migrations_cancel(id): DELETE "/api/v1/migrations/{id}" "migrationsCancel";
+    migrations_cancel(id): DELETE "/api/v1/migrations/{id}" "cancelMigration";
     /// Decides what becomes of the guest of a migration that is in doubt.
-    migrations_resolve(id)[ResolveMigration]: POST "/api/v1/migrations/{id}/resolve" "migrationsResolve";
+    migrations_resolve(id)[ResolveMigration]: POST "/api/v1/migrations/{id}/resolve" "resolveMigration";
 
     /// Creates the socket's VM, without booting it.
-    vm_create[VmConfig]: PUT "/api/v1/vm.create" "createVM";
+    vm_create[VmConfig]: PUT "/api/v1/vm.create" "vmCreate";
     /// Ends the socket's VM and has it forgotten.
-    vm_delete: PUT "/api/v1/vm.delete" "deleteVM";
+    vm_delete: PUT "/api/v1/vm.delete" "vmDelete";
     /// Boots the socket's VM.
-    vm_boot: PUT "/api/v1/vm.boot" "bootVM";
+    vm_boot: PUT "/api/v1/vm.boot" "vmBoot";
     /// Lets the guest stand still.
-    vm_pause: PUT "/api/v1/vm.pause" "pauseVM";
+    vm_pause: PUT "/api/v1/vm.pause" "vmPause";
     /// Lets the paused guest go on.
-    vm_resume: PUT "/api/v1/vm.resume" "resumeVM";
+    vm_resume: PUT "/api/v1/vm.resume" "vmResume";
     /// Resets the guest.
-    vm_reboot: PUT "/api/v1/vm.reboot" "rebootVM";
+    vm_reboot: PUT "/api/v1/vm.reboot" "vmReboot";
     /// Ends the guest at once; its VM can be booted again.
-    vm_shutdown: PUT "/api/v1/vm.shutdown" "shutdownVM";
+    vm_shutdown: PUT "/api/v1/vm.shutdown" "vmShutdown";
     /// Presses the power button.
-    vm_power_button: PUT "/api/v1/vm.power-button" "power-buttonVM";
+    vm_power_button: PUT "/api/v1/vm.power-button" "vmPowerButton";
     /// Sends a non-maskable interrupt to every vCPU.
-    vm_nmi: PUT "/api/v1/vm.nmi" "nmiVM";
+    vm_nmi: PUT "/api/v1/vm.nmi" "vmNmi";
     /// Asks for the VM's configuration and state.
-    vm_info: GET "/api/v1/vm.info" "infoVM" -> VmInfo;
+    vm_info: GET "/api/v1/vm.info" "vmInfo" -> VmInfo;
     /// Asks for the counters of the VM's devices.
-    vm_counters: GET "/api/v1/vm.counters" "countersVM" -> VmCounters;
+    vm_counters: GET "/api/v1/vm.counters" "vmCounters" -> VmCounters;
     /// Asks for the VM's address spaces.
-    vm_memory_map: GET "/api/v1/vm.memory-map" "memoryMapVM" -> MemoryMap;
+    vm_memory_map: GET "/api/v1/vm.memory-map" "vmMemoryMap" -> MemoryMap;
 
     /// Resizes the VM.
-    vm_resize[VmResize]: PUT "/api/v1/vm.resize" "resizeVM";
+    vm_resize[VmResize]: PUT "/api/v1/vm.resize" "vmResize";
     /// Resizes a disk.
-    vm_resize_disk[VmResizeDisk]: PUT "/api/v1/vm.resize-disk" "resizeDiskVM";
+    vm_resize_disk[VmResizeDisk]: PUT "/api/v1/vm.resize-disk" "vmResizeDisk";
     /// Resizes a memory zone. (Refused by services of this version.)
-    vm_resize_zone[VmResizeZone]: PUT "/api/v1/vm.resize-zone" "resizeZoneVM";
+    vm_resize_zone[VmResizeZone]: PUT "/api/v1/vm.resize-zone" "vmResizeZone";
     /// Adds a device of the host. (Refused by services of this version.)
-    vm_add_device[DeviceConfig]: PUT "/api/v1/vm.add-device" "addDeviceVM" -> Option<PciDeviceInfo>;
+    vm_add_device[DeviceConfig]: PUT "/api/v1/vm.add-device" "vmAddDevice" -> Option<PciDeviceInfo>;
     /// Removes a device.
-    vm_remove_device[VmRemoveDevice]: PUT "/api/v1/vm.remove-device" "removeDeviceVM";
+    vm_remove_device[VmRemoveDevice]: PUT "/api/v1/vm.remove-device" "vmRemoveDevice";
     /// Adds a disk.
-    vm_add_disk[DiskConfig]: PUT "/api/v1/vm.add-disk" "addDiskVM" -> Option<PciDeviceInfo>;
+    vm_add_disk[DiskConfig]: PUT "/api/v1/vm.add-disk" "vmAddDisk" -> Option<PciDeviceInfo>;
     /// Adds a shared file system. (Refused by services of this version.)
-    vm_add_fs[FsConfig]: PUT "/api/v1/vm.add-fs" "addFsVM" -> Option<PciDeviceInfo>;
+    vm_add_fs[FsConfig]: PUT "/api/v1/vm.add-fs" "vmAddFs" -> Option<PciDeviceInfo>;
     /// Adds a vhost-user device. (Refused by services of this version.)
     vm_add_generic_vhost_user[GenericVhostUserConfig]:
-        PUT "/api/v1/vm.add-generic-vhost-user" "addGenericVhostUserVM" -> Option<PciDeviceInfo>;
+        PUT "/api/v1/vm.add-generic-vhost-user" "vmAddGenericVhostUser" -> Option<PciDeviceInfo>;
     /// Adds persistent memory. (Refused by services of this version.)
-    vm_add_pmem[PmemConfig]: PUT "/api/v1/vm.add-pmem" "addPmemVM" -> Option<PciDeviceInfo>;
+    vm_add_pmem[PmemConfig]: PUT "/api/v1/vm.add-pmem" "vmAddPmem" -> Option<PciDeviceInfo>;
     /// Adds a network interface.
-    vm_add_net[NetConfig]: PUT "/api/v1/vm.add-net" "addNetVM" -> Option<PciDeviceInfo>;
+    vm_add_net[NetConfig]: PUT "/api/v1/vm.add-net" "vmAddNet" -> Option<PciDeviceInfo>;
     /// Adds a vsock device.
-    vm_add_vsock[VsockConfig]: PUT "/api/v1/vm.add-vsock" "addVsockVM" -> Option<PciDeviceInfo>;
+    vm_add_vsock[VsockConfig]: PUT "/api/v1/vm.add-vsock" "vmAddVsock" -> Option<PciDeviceInfo>;
     /// Adds a vDPA device. (Refused by services of this version.)
-    vm_add_vdpa[VdpaConfig]: PUT "/api/v1/vm.add-vdpa" "addVdpaVM" -> Option<PciDeviceInfo>;
+    vm_add_vdpa[VdpaConfig]: PUT "/api/v1/vm.add-vdpa" "vmAddVdpa" -> Option<PciDeviceInfo>;
     /// Adds a vfio-user device. (Refused by services of this version.)
     vm_add_user_device[VmAddUserDevice]:
-        PUT "/api/v1/vm.add-user-device" "addUserDeviceVM" -> Option<PciDeviceInfo>;
+        PUT "/api/v1/vm.add-user-device" "vmAddUserDevice" -> Option<PciDeviceInfo>;
     /// Takes a snapshot. (Refused by services of this version.)
-    vm_snapshot[VmSnapshotConfig]: PUT "/api/v1/vm.snapshot" "snapshotVM";
+    vm_snapshot[VmSnapshotConfig]: PUT "/api/v1/vm.snapshot" "vmSnapshot";
     /// Takes a core dump. (Refused by services of this version.)
-    vm_coredump[VmCoredumpData]: PUT "/api/v1/vm.coredump" "coredumpVM";
+    vm_coredump[VmCoredumpData]: PUT "/api/v1/vm.coredump" "vmCoredump";
     /// Restores a snapshot. (Refused by services of this version.)
-    vm_restore[RestoreConfig]: PUT "/api/v1/vm.restore" "restoreVM";
+    vm_restore[RestoreConfig]: PUT "/api/v1/vm.restore" "vmRestore";
     /// Receives a VM from another host. The answer comes when it has arrived: give the client time.
-    vm_receive_migration[ReceiveMigrationData]: PUT "/api/v1/vm.receive-migration" "receiveMigrationVM";
+    vm_receive_migration[ReceiveMigrationData]: PUT "/api/v1/vm.receive-migration" "vmReceiveMigration";
     /// Sends the VM to another host. The answer comes when it has moved: give the client time.
-    vm_send_migration[SendMigrationData]: PUT "/api/v1/vm.send-migration" "sendMigrationVM";
+    vm_send_migration[SendMigrationData]: PUT "/api/v1/vm.send-migration" "vmSendMigration";
 }
 
 impl Client {

@@ -315,7 +315,7 @@ async fn a_slow_service_is_not_waited_for_for_ever() {
         .unwrap()
         .id;
     let error = client.vms_boot(&vm).await.unwrap_err();
-    assert!(error.to_string().contains("vmsBoot"), "{error}");
+    assert!(error.to_string().contains("bootVm"), "{error}");
     // Its connection is not used for another call.
     assert_eq!(client.vms_info(&vm).await.unwrap().state, VmState::Created);
 }

@@ -111,8 +111,9 @@ pub struct Event {
     pub time_ms: u64,
     /// To which VM.
     pub vm: VmId,
-    /// The event: `created`, `booted`, `rebooted`, `paused`, `resumed`, `shutdown`, `failed`, `deleted`,
-    /// `arrived`, `migrated`.
+    /// The event: `created`, `booted`, `rebooted`, `paused`, `resumed`, `shutdown`, `failed`, `deleted`;
+    /// of devices `device-added`, `device-removal-requested`, `device-removed`, `device-needs-reset`,
+    /// `disk-error`; of migrations `arrived`, `migrated`, `migration-failed`. Later versions may have more.
     pub event: String,
     /// More, where there is more to say.
     #[serde(default, skip_serializing_if = "Option::is_none")]

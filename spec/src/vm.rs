@@ -225,6 +225,11 @@ pub struct DeviceNode {
     pub state: DeviceState,
 }
 
+/// The devices of a VM, by name.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(transparent)]
+pub struct DeviceTree(pub BTreeMap<String, DeviceNode>);
+
 /// Whether a device stays.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub enum DeviceState {
@@ -252,7 +257,7 @@ pub struct VmInfo {
     pub memory_actual_size: u64,
     /// Its devices.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub device_tree: Option<BTreeMap<String, DeviceNode>>,
+    pub device_tree: Option<DeviceTree>,
     /// Why the guest ended, when it was not asked to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failure: Option<Failure>,

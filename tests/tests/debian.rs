@@ -128,7 +128,12 @@ async fn debian_finds_64_devices() -> Result<()> {
     client.vms_remove_device(&vm, &remove("disk1")).await?;
     let start = Instant::now();
     loop {
-        let tree = client.vms_info(&vm).await?.device_tree.unwrap_or_default();
+        let tree = client
+            .vms_info(&vm)
+            .await?
+            .device_tree
+            .unwrap_or_default()
+            .0;
         if !tree.contains_key("disk1") {
             assert_eq!(tree.len(), 63);
             break;

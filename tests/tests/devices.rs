@@ -140,7 +140,7 @@ async fn hot_disk(machine: &mut Machine) -> Result<()> {
     client.vms_remove_device(vm, &remove).await?;
     let start = Instant::now();
     loop {
-        let tree = client.vms_info(vm).await?.device_tree.unwrap_or_default();
+        let tree = client.vms_info(vm).await?.device_tree.unwrap_or_default().0;
         match tree.get("hot").map(|device| device.state) {
             None => break,
             Some(DeviceState::Leaving) if start.elapsed() < RUNS => {
