@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 use state::{LoadError, LoadScope, SaveError, Scope};
 
 use crate::device::{DeviceError, DeviceId, VirtioDevice};
-use crate::queue::{Budget, Chain, Queue, QueueError, QueueState};
+use crate::queue::{Budget, Chain, Queue, QueueError, QueueState, Served};
 use crate::transport::Transport;
 use crate::worker::{QueueTask, Running, TaskEvent, TaskFlow, TaskSources, Workers};
 
@@ -207,34 +207,25 @@ impl QueueTask for Receive {
     }
 
     fn call(&mut self, _: TaskEvent, _: &mut TaskSources<'_, '_>) -> Result<TaskFlow, QueueError> {
-        // The counter adds kicks up; it is empty if another turn has read it already.
-        let _ = self.queue.kick().read();
-        let shared = Arc::clone(&self.shared);
+        let Self { queue, shared } = self;
         let mut input = shared.input.lock();
-        let had_some = !input.is_empty();
-        let mut flow = TaskFlow::Again;
-        let mut budget = Budget::new(CHAINS);
-        while !budget.is_spent() {
+        if input.is_empty() {
+            // Buffers without input need no kick: input wakes the task.
+            return Ok(TaskFlow::Wait);
+        }
+        let flow = queue.turn(Budget::new(CHAINS), |queue, chain| {
             if input.is_empty() {
-                flow = TaskFlow::Wait;
-                break;
+                return Ok(Served::NotYet);
             }
-            let Some(chain) = self.queue.pop()? else {
-                if !self.queue.enable_kicks()? {
-                    flow = TaskFlow::Wait;
-                }
-                break;
-            };
-            budget.spend_chain(chain.descriptors());
             let len = chain.writable_len().min(input.len());
             let bytes: Vec<u8> = input.drain(..len).collect();
             chain.write(0, &bytes)?;
-            // Of a buffer of a known size.
-            self.queue.push(chain.head(), len as u32)?;
+            // `len` is at most INPUT.
+            queue.push(chain.head(), len as u32)?;
             shared.bytes_in.fetch_add(len as u64, Ordering::Relaxed);
-        }
-        self.queue.notify()?;
-        let all_read = had_some && input.is_empty();
+            Ok(Served::Bytes(len as u64))
+        })?;
+        let all_read = input.is_empty();
         drop(input);
         if all_read {
             (shared.on_room)();

@@ -19,7 +19,7 @@ use self::clients::{FIRST_PORT, Undecided};
 use super::connection::{Connection, Notice, Over, Stage};
 use super::packet::{HEADER_LEN, HOST_CID, Header, Op, Ports, STREAM};
 use super::{Counters, EVENT, QUEUES, RX, TX, VsockLimits};
-use crate::queue::{Budget, Chain, Queue, QueueError, QueueState};
+use crate::queue::{Budget, Chain, Queue, QueueError, QueueState, Served};
 use crate::worker::{QueueTask, TaskEvent, TaskFlow, TaskSources};
 
 /// Packets of one turn in each direction, and clients that are accepted in one.
@@ -225,86 +225,60 @@ impl Muxer {
         None
     }
 
-    /// Sends packets to the guest while there are both packets and room. False when the budget came
-    /// to its end first.
-    fn send(&mut self, sources: &mut TaskSources<'_, '_>) -> Result<bool, QueueError> {
-        let Some(mut queue) = self.queues[RX].take() else {
-            return Ok(true);
-        };
-        let sent = self.send_to(&mut queue, sources);
-        let told = queue.notify();
-        self.queues[RX] = Some(queue);
-        let sent = sent?;
-        told.map(|()| sent)
-    }
-
-    fn send_to(
-        &mut self,
-        queue: &mut Queue,
-        sources: &mut TaskSources<'_, '_>,
-    ) -> Result<bool, QueueError> {
-        let mut budget = Budget::new(CHAINS);
-        while !budget.is_spent() {
-            if self.replies.is_empty() && self.ready.is_empty() {
-                return Ok(true);
-            }
-            let Some(chain) = queue.pop()? else {
-                // The kick tells of more.
-                return queue.enable_kicks().map(|more| !more);
-            };
-            budget.spend_chain(chain.descriptors());
+    /// Sends packets to the guest while there are both packets and room.
+    fn send(&mut self, sources: &mut TaskSources<'_, '_>) -> Result<TaskFlow, QueueError> {
+        if self.replies.is_empty() && self.ready.is_empty() {
+            // Room without packets needs no kick.
+            return Ok(TaskFlow::Wait);
+        }
+        self.turn(RX, |muxer, queue, chain| {
             let most = chain.writable_len().saturating_sub(HEADER_LEN);
-            let Some(header) = self.next_packet(most, sources) else {
-                queue.unpop();
-                return Ok(true);
+            let Some(header) = muxer.next_packet(most, sources) else {
+                return Ok(Served::NotYet);
             };
             chain.write(0, &header.bytes())?;
             let len = header.len as usize;
-            budget.spend_bytes(len as u64);
-            chain.write(HEADER_LEN, self.scratch.get(..len).unwrap_or_default())?;
+            let data = muxer.scratch.get(..len).unwrap_or_default();
+            chain.write(HEADER_LEN, data)?;
             queue.push(chain.head(), header.len.saturating_add(HEADER_LEN as u32))?;
-            let counters = &self.counters;
+            let counters = &muxer.counters;
             counters.rx_packets.fetch_add(1, Ordering::Relaxed);
             counters.rx_bytes.fetch_add(len as u64, Ordering::Relaxed);
-        }
-        Ok(false)
+            Ok(Served::Bytes(len as u64))
+        })
     }
 
-    // From the guest.
-
-    /// Takes packets from the guest. False when there may be more.
-    fn receive(&mut self, sources: &mut TaskSources<'_, '_>) -> Result<bool, QueueError> {
-        let Some(mut queue) = self.queues[TX].take() else {
-            return Ok(true);
-        };
-        let received = self.receive_from(&mut queue, sources);
-        let told = queue.notify();
-        self.queues[TX] = Some(queue);
-        let received = received?;
-        told.map(|()| received)
-    }
-
-    fn receive_from(
-        &mut self,
-        queue: &mut Queue,
-        sources: &mut TaskSources<'_, '_>,
-    ) -> Result<bool, QueueError> {
-        let mut budget = Budget::new(CHAINS);
-        while !budget.is_spent() {
-            self.stalled = self.replies.len() >= MAX_REPLIES;
-            if self.stalled {
-                // Until the guest takes some: its kick of the other queue tells.
-                return Ok(true);
+    /// Takes packets from the guest, until [`MAX_REPLIES`] answers wait for room.
+    fn receive(&mut self, sources: &mut TaskSources<'_, '_>) -> Result<TaskFlow, QueueError> {
+        self.stalled = false;
+        self.turn(TX, |muxer, queue, chain| {
+            muxer.stalled = muxer.replies.len() >= MAX_REPLIES;
+            if muxer.stalled {
+                // The guest's kick of the other queue tells when it has made room.
+                return Ok(Served::NotYet);
             }
-            let Some(chain) = queue.pop()? else {
-                return queue.enable_kicks().map(|more| !more);
-            };
-            budget.spend_chain(chain.descriptors());
-            budget.spend_bytes(chain.readable_len() as u64);
-            self.packet(&chain, sources)?;
+            let bytes = chain.readable_len() as u64;
+            muxer.packet(&chain, sources)?;
             queue.push(chain.head(), 0)?;
-        }
-        Ok(false)
+            Ok(Served::Bytes(bytes))
+        })
+    }
+
+    /// Has a turn of one queue, if the driver uses it. The queue leaves its slot meanwhile, since `serve`
+    /// changes the muxer.
+    fn turn(
+        &mut self,
+        index: usize,
+        mut serve: impl FnMut(&mut Self, &mut Queue, Chain) -> Result<Served, QueueError>,
+    ) -> Result<TaskFlow, QueueError> {
+        let Some(mut queue) = self.queues.get_mut(index).and_then(Option::take) else {
+            return Ok(TaskFlow::Wait);
+        };
+        let flow = queue.turn(Budget::new(CHAINS), |queue, chain| {
+            serve(self, queue, chain)
+        });
+        self.queues[index] = Some(queue);
+        flow
     }
 
     fn packet(
@@ -485,13 +459,12 @@ impl QueueTask for Muxer {
         }
         self.expire(sources);
         self.tell_reset()?;
-        let received = self.receive(sources)?;
-        let sent = self.send(sources)?;
-        let may_go_on = self.stalled && self.replies.len() < MAX_REPLIES;
-        Ok(if received && sent && !may_go_on && !self.accepting {
-            TaskFlow::Wait
-        } else {
-            TaskFlow::Again
+        let flows = [self.receive(sources)?, self.send(sources)?];
+        // The turn of the other queue has made room for answers.
+        let can_receive = self.stalled && self.replies.len() < MAX_REPLIES;
+        Ok(match flows {
+            [TaskFlow::Wait, TaskFlow::Wait] if !can_receive && !self.accepting => TaskFlow::Wait,
+            _ => TaskFlow::Again,
         })
     }
 }
