@@ -7,10 +7,9 @@ use std::sync::Arc;
 
 use arbitrary::{Result, Unstructured};
 use devices::event_loop::EventLoop;
-use virtio_devices::block::{BlockConfig, LockMode, OnError};
-use virtio_devices::rate_limiter::RateLimits;
+use virtio_devices::block::BlockConfig;
 use virtio_devices::testing::{
-    Heard, TestBuffer, TestGuest, TestQueue, wait_idle, transport, workers,
+    self, Heard, TestBuffer, TestGuest, TestQueue, transport, wait_idle, workers,
 };
 use virtio_devices::{QueueState, Transport, TransportEvent, VirtioDevice, Workers};
 
@@ -139,11 +138,7 @@ impl Machine {
             let mut header = [0; 16];
             header[8..].copy_from_slice(&sector.to_le_bytes());
             self.guest.write(DATA, &header);
-            let buffer = |addr, len, writable| TestBuffer {
-                addr,
-                len,
-                writable,
-            };
+            let buffer = TestBuffer::new;
             let chain = [
                 buffer(DATA, 16, false),
                 buffer(DATA + 0x1000, 4096, true),
@@ -159,21 +154,7 @@ impl Machine {
 /// A disk of one queue.
 pub fn disk_config(path: &Path) -> BlockConfig {
     BlockConfig {
-        path: path.to_owned(),
-        readonly: false,
-        direct: false,
-        format: None,
-        is_detected: false,
-        backing_files: false,
-        data_files: false,
-        image_dirs: Vec::new(),
-        queues: 1,
         queue_size: SIZE,
-        serial: String::new(),
-        sparse: true,
-        lock: LockMode::ByteRange,
-        is_incoming: false,
-        limits: RateLimits::default(),
-        on_error: OnError::Report,
+        ..testing::disk_config(path)
     }
 }

@@ -11,8 +11,8 @@ use arbitrary::Unstructured;
 use libfuzzer_sys::fuzz_target;
 use memory::{RamBlock, RamConfig};
 use migration::{
-    Accept, Block, Closer, ConnectionLimit, Decision, Destination, Fate, Host, Journal, NoJournal, Offer, Progress,
-    Receiving, Refusal, StartFailure, Stream, receive,
+    Accept, Block, Closer, ConnectionLimit, Decision, Destination, Fate, Host, Journal, NoJournal,
+    Offer, Progress, Receiving, Refusal, StartFailure, Stream, receive,
 };
 
 /// A stream with fixed input. Answers are ignored.
@@ -87,7 +87,12 @@ impl Destination for Machine {
 struct Machines;
 
 impl Host for Machines {
-    fn prepare(&self, _: uuid::Uuid, _: &Offer, _: Vec<File>) -> Result<Box<dyn Destination>, Refusal> {
+    fn prepare(
+        &self,
+        _: uuid::Uuid,
+        _: &Offer,
+        _: Vec<File>,
+    ) -> Result<Box<dyn Destination>, Refusal> {
         let ram = RamBlock::new(&RamConfig::anonymous(64 << 10)).expect("memory");
         Ok(Box::new(Machine(Arc::new(ram))))
     }

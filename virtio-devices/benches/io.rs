@@ -19,9 +19,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use devices::event_loop::EventLoop;
-use virtio_devices::block::{Block, BlockConfig, LockMode, OnError};
-use virtio_devices::rate_limiter::RateLimits;
-use virtio_devices::testing::{TestBuffer, TestGuest, TestQueue, transport};
+use virtio_devices::block::{Block, BlockConfig};
+use virtio_devices::testing::{TestBuffer, TestGuest, TestQueue, disk_config, transport};
 use virtio_devices::{QueueState, VirtioDevice, Workers};
 
 const MIB: u64 = 1 << 20;
@@ -119,22 +118,9 @@ fn device(path: &Path, queues: u16, load: Load) -> (f64, f64) {
     let loops: Vec<_> = (0..2).map(|_| EventLoop::start("bench").unwrap()).collect();
     let workers = Workers::new(loops.iter().map(|one| one.handle().clone()).collect()).unwrap();
     let config = BlockConfig {
-        path: path.to_owned(),
-        readonly: false,
-        direct: false,
-        format: None,
-        is_detected: false,
-        backing_files: false,
-        data_files: false,
-        image_dirs: Vec::new(),
         queues,
         queue_size: 128,
-        serial: String::new(),
-        sparse: true,
-        lock: LockMode::ByteRange,
-        is_incoming: false,
-        limits: RateLimits::default(),
-        on_error: OnError::Report,
+        ..disk_config(path)
     };
     let (mut disk, _) = Block::new(&config, workers).unwrap();
     let mut guest = TestGuest::new(64 * MIB);
@@ -205,11 +191,7 @@ impl Driver {
         raw[8..].copy_from_slice(&(self.load.offset(self.next) / 512).to_le_bytes());
         self.next += self.step;
         guest.write(header, &raw);
-        let buffer = |addr, len, writable| TestBuffer {
-            addr,
-            len,
-            writable,
-        };
+        let buffer = TestBuffer::new;
         let chain = [
             buffer(header, 16, false),
             buffer(data, self.load.size, !self.load.write),

@@ -7,9 +7,12 @@
     clippy::unwrap_used,
     clippy::missing_panics_doc,
     clippy::panic,
+    clippy::expect_used,
     reason = "a test's helper fails the test"
 )]
 
+use std::path::Path;
+use std::process::Command;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
@@ -20,7 +23,9 @@ use parking_lot::Mutex;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::block::{BlockConfig, LockMode, OnError};
 use crate::queue::{Queue, QueueSetup, QueueState, Rings};
+use crate::rate_limiter::RateLimits;
 use crate::transport::{Interrupts, Transport, TransportEvent};
 use crate::worker::Workers;
 
@@ -174,6 +179,54 @@ pub struct TestBuffer {
     pub len: u32,
     /// Whether the device writes it.
     pub writable: bool,
+}
+
+impl TestBuffer {
+    /// Returns a buffer of `len` bytes at `addr`.
+    #[must_use]
+    pub fn new(addr: u64, len: u32, writable: bool) -> Self {
+        Self {
+            addr,
+            len,
+            writable,
+        }
+    }
+}
+
+/// Returns the configuration of a writable disk: one queue, no limits, errors reported to the guest.
+#[must_use]
+pub fn disk_config(path: &Path) -> BlockConfig {
+    BlockConfig {
+        path: path.to_owned(),
+        readonly: false,
+        direct: false,
+        format: None,
+        is_detected: false,
+        backing_files: false,
+        data_files: false,
+        image_dirs: Vec::new(),
+        queues: 1,
+        queue_size: 64,
+        serial: String::new(),
+        sparse: true,
+        lock: LockMode::ByteRange,
+        is_incoming: false,
+        limits: RateLimits::default(),
+        on_error: OnError::Report,
+    }
+}
+
+/// Runs `qemu-img` and returns its output.
+pub fn qemu_img(arguments: &[&str]) -> String {
+    let run = Command::new("qemu-img").args(arguments).output();
+    let run = run.expect("qemu-img, of the package qemu-utils");
+    let text = String::from_utf8_lossy(&run.stdout).into_owned();
+    let errors = String::from_utf8_lossy(&run.stderr);
+    assert!(
+        run.status.success(),
+        "qemu-img {arguments:?}: {text}{errors}"
+    );
+    text
 }
 
 /// A queue as its driver sees it.

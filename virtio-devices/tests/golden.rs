@@ -11,11 +11,10 @@ use devices::pci::{BarMap, ConfigSpace, MsiMessage, MsiTarget};
 use memory::{AddrRange, RegionId};
 use state::{Save, Store, Writer};
 use virtio_devices::balloon::{Balloon, BalloonConfig};
-use virtio_devices::block::{Block, BlockConfig, LockMode, OnError};
+use virtio_devices::block::Block;
 use virtio_devices::console::Console;
-use virtio_devices::rate_limiter::RateLimits;
 use virtio_devices::rng::Rng;
-use virtio_devices::testing::{TestGuest, workers};
+use virtio_devices::testing::{TestGuest, disk_config, workers};
 use virtio_devices::vsock::Vsock;
 use virtio_devices::{BAR_LEN, Slot, VirtioDevice, VirtioPci, Workers};
 
@@ -85,25 +84,7 @@ fn each_device_is_saved_and_loaded_as_ever() {
     let disk = dir.path().join("disk");
     fs::File::create(&disk).unwrap().set_len(5 << 20).unwrap();
     check("block", 2, |workers| {
-        let config = BlockConfig {
-            path: disk,
-            readonly: false,
-            direct: false,
-            format: None,
-            is_detected: false,
-            backing_files: false,
-            data_files: false,
-            image_dirs: Vec::new(),
-            queues: 1,
-            queue_size: 64,
-            serial: String::new(),
-            sparse: true,
-            lock: LockMode::ByteRange,
-            is_incoming: false,
-            limits: RateLimits::default(),
-            on_error: OnError::Report,
-        };
-        Box::new(Block::new(&config, workers).unwrap().0)
+        Box::new(Block::new(&disk_config(&disk), workers).unwrap().0)
     });
 }
 

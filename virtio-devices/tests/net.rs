@@ -291,11 +291,7 @@ fn a_guest_is_announced_and_says_that_it_heard() {
     );
     let request = machine.guest.put(&[3, 0]);
     let answer = machine.guest.put(&[0xff]);
-    let buffer = |addr, len, writable| TestBuffer {
-        addr,
-        len,
-        writable,
-    };
+    let buffer = TestBuffer::new;
     machine
         .control
         .send(&[buffer(request, 2, false), buffer(answer, 1, true)]);
@@ -336,11 +332,7 @@ fn offloads_that_the_guest_turned_off_stay_off_where_it_goes() {
     let with_checksums = save(&machine);
     let request = machine.guest.put(&[5, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
     let answer = machine.guest.put(&[0xff]);
-    let buffer = |addr, len, writable| TestBuffer {
-        addr,
-        len,
-        writable,
-    };
+    let buffer = TestBuffer::new;
     machine
         .control
         .send(&[buffer(request, 10, false), buffer(answer, 1, true)]);

@@ -445,34 +445,11 @@ impl QueueTask for BlockTask {
 #[cfg(test)]
 mod tests {
     use std::fs::{self, File};
-    use std::path::Path;
 
-    use super::super::{Block, BlockConfig, LockMode};
+    use super::super::Block;
     use super::*;
-    use crate::rate_limiter::RateLimits;
-    use crate::testing::{TestBuffer, TestGuest, TestQueue, transport, workers};
+    use crate::testing::{TestBuffer, TestGuest, TestQueue, disk_config, transport, workers};
     use crate::worker::Running;
-
-    fn config(path: &Path) -> BlockConfig {
-        BlockConfig {
-            path: path.to_owned(),
-            readonly: false,
-            direct: false,
-            format: None,
-            is_detected: false,
-            backing_files: false,
-            data_files: false,
-            image_dirs: Vec::new(),
-            queues: 1,
-            queue_size: 16,
-            serial: String::new(),
-            sparse: true,
-            lock: LockMode::ByteRange,
-            is_incoming: false,
-            limits: RateLimits::default(),
-            on_error: OnError::Report,
-        }
-    }
 
     /// A kernel that takes no operations for a while, or not at all: each request is answered.
     #[test]
@@ -481,16 +458,12 @@ mod tests {
         let path = dir.path().join("disk");
         fs::write(&path, [7; 4096]).unwrap();
         let (_event_loop, workers) = workers();
-        let (device, _) = Block::new(&config(&path), workers.clone()).unwrap();
+        let (device, _) = Block::new(&disk_config(&path), workers.clone()).unwrap();
         let mut guest = TestGuest::new(1 << 20);
         let (transport, heard) = transport();
         let mut driver = TestQueue::new(&mut guest, 0, 16);
         let (header, at) = (guest.put(&[0; 16]), guest.alloc(513));
-        let buffer = |addr, len, writable| TestBuffer {
-            addr,
-            len,
-            writable,
-        };
+        let buffer = TestBuffer::new;
         let request = [buffer(header, 16, false), buffer(at, 513, true)];
         let file = Arc::new(File::open(&path).unwrap());
         let mut state = QueueState::default();
@@ -533,7 +506,7 @@ mod tests {
         let path = dir.path().join("disk");
         File::create(&path).unwrap().set_len(2 << 30).unwrap();
         let (_event_loop, workers) = workers();
-        let (device, _) = Block::new(&config(&path), workers).unwrap();
+        let (device, _) = Block::new(&disk_config(&path), workers).unwrap();
         let mut guest = TestGuest::new(1 << 20);
         let (transport, _) = transport();
         let mut driver = TestQueue::new(&mut guest, 0, 16);
@@ -542,11 +515,7 @@ mod tests {
         request.extend((1_u32 << 21).to_le_bytes());
         request.extend([0; 4]);
         let (header, status) = (guest.put(&request), guest.alloc(1));
-        let buffer = |addr, len, writable| TestBuffer {
-            addr,
-            len,
-            writable,
-        };
+        let buffer = TestBuffer::new;
         for _ in 0..8 {
             let head = driver.describe(&[buffer(header, 32, false), buffer(status, 1, true)]);
             driver.offer(head);

@@ -285,11 +285,7 @@ mod tests {
         header.extend([0; 12 + 8]);
         header.extend([8, 0, 0, 0, 0, 0, 0, 0]);
         let (header, status) = (guest.put(&header), guest.alloc(1));
-        let buffer = |addr, len, writable| TestBuffer {
-            addr,
-            len,
-            writable,
-        };
+        let buffer = TestBuffer::new;
         driver.send(&[buffer(header, 32, false), buffer(status, 1, true)]);
         let mut queue = driver.device_side(&transport, QueueState::default());
         let chain = queue.pop().unwrap().unwrap();

@@ -1,0 +1,9 @@
+//! Disks, driven over their queues, with real images behind them.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
+
+mod errors;
+mod formats;
+mod machine;
+mod refused;
+mod requests;
