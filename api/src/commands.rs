@@ -85,7 +85,7 @@ commands! {
             refuses [NoSuchVm WrongState NotPossible Failed Unsupported];
         boot_vm at "/api/v1/vm.boot" as "vmBoot",
             refuses [NotCreated WrongState NotPossible Failed Unsupported];
-        answers (status = 204, description = "The guest runs.");
+        answers (status = 204, description = "The guest is running.");
         asks Request::Boot => done
     }
 
@@ -101,7 +101,7 @@ commands! {
     put {
         resume at "/api/v1/vms/{id}/resume" as "resumeVm", refuses [NoSuchVm WrongState Failed];
         resume_vm at "/api/v1/vm.resume" as "vmResume", refuses [NotCreated NotAllowedNow Failed];
-        answers (status = 204, description = "The guest runs.");
+        answers (status = 204, description = "The guest is running.");
         asks Request::Resume => done
     }
 
@@ -109,7 +109,7 @@ commands! {
     put {
         reboot at "/api/v1/vms/{id}/reboot" as "rebootVm", refuses [NoSuchVm WrongState Failed];
         reboot_vm at "/api/v1/vm.reboot" as "vmReboot", refuses [NotCreated NotAllowedNow Failed];
-        answers (status = 204, description = "The guest boots again.");
+        answers (status = 204, description = "The guest was reset.");
         asks Request::Reboot => done
     }
 
@@ -148,7 +148,7 @@ commands! {
         device_counters_vm at "/api/v1/vm.counters" as "vmCounters",
             refuses [NotCreated WrongState Failed];
         answers (
-            status = 200, description = "Counters, by device and name.",
+            status = 200, description = "Counters by device and name.",
             body = ref("#/components/schemas/VmCounters")
         );
         asks Request::Counters => counters
@@ -162,13 +162,14 @@ commands! {
             refuses [NoSuchVm WrongState Failed];
         address_spaces_vm at "/api/v1/vm.memory-map" as "vmMemoryMap",
             refuses [NotCreated WrongState Failed];
-        answers (status = 200, description = "Memory and port I/O.", body = MemoryMap);
+        answers (status = 200, description = "The address spaces: memory and port I/O.", body = MemoryMap);
         asks Request::MemoryMap => memory_map
     }
 
     /// Change the size of the VM's balloon.
     ///
-    /// This version cannot change vCPUs and memory: only the values that the VM has are accepted.
+    /// This version cannot change the number of vCPUs or the memory: only the current values are
+    /// accepted.
     put (Json(sizes), Json<VmResize>, VmResize) {
         resize at "/api/v1/vms/{id}/resize" as "resizeVm",
             refuses [
@@ -180,7 +181,7 @@ commands! {
                 NotUnderstood NotCreated TooSlow WrongState TooLong NotJson NotPossible Pending
                 Failed Unsupported
             ];
-        answers (status = 204, description = "The guest was asked.");
+        answers (status = 204, description = "The request was sent to the guest.");
         asks Request::Resize(sizes) => done
     }
 
@@ -206,14 +207,14 @@ commands! {
             ];
         add_disk_vm at "/api/v1/vm.add-disk" as "vmAddDisk",
             refuses [NotValid NotCreated TooSlow WrongState TooLong NotJson NotDone Unsupported];
-        answers (status = 200, description = "The running guest has it.", body = PciDeviceInfo);
-        answers (status = 204, description = "The VM gets it at the next boot.");
+        answers (status = 200, description = "The running guest has the device.", body = PciDeviceInfo);
+        answers (status = 204, description = "The device will be added at the next boot.");
         asks Request::AddDevice(NewDevice::Disk(Box::new(disk))) => added
     }
 
     /// Add a network interface.
     ///
-    /// Over a unix socket the request may carry descriptors (`SCM_RIGHTS`): those of its tap's queues,
+    /// Over a unix socket the request may carry the descriptors of its tap's queues (`SCM_RIGHTS`),
     /// one for each queue pair.
     put (JsonAndTap(net), JsonAndTap, NetConfig) {
         add_net at "/api/v1/vms/{id}/add-net" as "addNet",
@@ -223,8 +224,8 @@ commands! {
             ];
         add_net_vm at "/api/v1/vm.add-net" as "vmAddNet",
             refuses [NotValid NotCreated TooSlow WrongState TooLong NotJson NotDone Unsupported];
-        answers (status = 200, description = "The running guest has it.", body = PciDeviceInfo);
-        answers (status = 204, description = "The VM gets it at the next boot.");
+        answers (status = 200, description = "The running guest has the device.", body = PciDeviceInfo);
+        answers (status = 204, description = "The device will be added at the next boot.");
         asks Request::AddDevice(NewDevice::Net(Box::new(net))) => added
     }
 
@@ -237,16 +238,16 @@ commands! {
             ];
         add_vsock_vm at "/api/v1/vm.add-vsock" as "vmAddVsock",
             refuses [NotValid NotCreated TooSlow WrongState TooLong NotJson NotDone Unsupported];
-        answers (status = 200, description = "The running guest has it.", body = PciDeviceInfo);
-        answers (status = 204, description = "The VM gets it at the next boot.");
+        answers (status = 200, description = "The running guest has the device.", body = PciDeviceInfo);
+        answers (status = 204, description = "The device will be added at the next boot.");
         asks Request::AddDevice(NewDevice::Vsock(vsock)) => added
     }
 
-    /// Remove a device: the guest is asked to eject it.
+    /// Remove a device, which the guest must eject.
     ///
     /// The event `device-removed` follows when the guest has ejected the device; until then
-    /// `device_tree` in the VM's information shows that it is leaving. The next boot is without the
-    /// device, whatever the guest does.
+    /// `device_tree` in the VM's information shows it as `Leaving`. The next boot is without the
+    /// device, even if the guest does not eject it.
     put (Json(device), Json<VmRemoveDevice>, VmRemoveDevice) {
         remove_device at "/api/v1/vms/{id}/remove-device" as "removeDevice",
             refuses [
@@ -257,7 +258,7 @@ commands! {
             refuses [
                 NotUnderstood NoSuchDevice TooSlow WrongState TooLong NotJson NotPossible Failed
             ];
-        answers (status = 204, description = "The guest was asked.");
+        answers (status = 204, description = "The request was sent to the guest.");
         asks Request::RemoveDevice(device) => done
     }
 }

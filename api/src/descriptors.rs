@@ -94,11 +94,12 @@ impl Receiving {
             }
         }
         if received.flags.contains(ReturnFlags::CTRUNC) {
-            let reason = "the host gave fewer descriptors than were sent";
+            let reason =
+                "fewer descriptors arrived than were sent: the limit of open files may be reached";
             return Err(io::Error::other(reason));
         }
         if arrived.len() > DESCRIPTORS_MAX {
-            let reason = "more descriptors were sent than any request takes";
+            let reason = "more descriptors were sent than any request accepts";
             return Err(io::Error::other(reason));
         }
         to.advance(received.bytes);

@@ -24,8 +24,9 @@ pub(crate) fn frame() -> OpenApi {
         .title("Whimbrel")
         .version(env!("CARGO_PKG_VERSION"))
         .description(Some(
-            "Virtual machines on KVM that move between hosts. Whatever is refused is explained by a problem body \
-             (RFC 9457) with a stable `code`. Every answer carries an `X-Request-Id`, the client's own or a new one.",
+            "Virtual machines on KVM that move between hosts. A refused request gets a problem \
+             body (RFC 9457) with a stable `code`. Every response has an `X-Request-Id`: the \
+             client's own or a generated one.",
         ))
         .license(Some(license))
         .build();

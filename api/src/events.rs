@@ -37,28 +37,30 @@ pub(crate) fn routes() -> OpenApiRouter<Service> {
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 struct Which {
-    /// Begin after the event with this sequence number; 0 for the oldest that is kept. A `Last-Event-ID` header
-    /// says the same and goes first. Without either: begin with what happens next.
+    /// Start after the event with this sequence number; 0 starts with the oldest event that is
+    /// kept. A `Last-Event-ID` header has the same meaning and precedence. Without either, the
+    /// stream starts with the next event.
     after: Option<u64>,
-    /// Only what happens to this VM.
+    /// Only events of this VM.
     vm: Option<VmId>,
 }
 
-/// Follow what happens to the VMs.
+/// Stream the events of the VMs.
 ///
-/// A stream of server-sent events: `id` is the sequence number, `event` what happened, `data` an `Event` as
-/// JSON. The service keeps the last 128 events of each VM, and the last 1024 of VMs that are gone. A client that
-/// comes back with the last `id` it saw gets all later events that are kept; if some are gone, an event `missed`
-/// comes first, whose `data.oldest` is the number of the oldest that is kept. The numbers start again at 1 with
-/// the service: a client that is ahead of it begins with the oldest.
+/// A stream of server-sent events: `id` is the sequence number, `event` the kind, `data` an `Event`
+/// as JSON. The service keeps the last 128 events of each VM, and the last 1024 events of deleted
+/// VMs. A client that reconnects with the last `id` that it saw gets all later events that are
+/// kept; if some are gone, the stream starts with an event `missed`, whose `data.oldest` is the
+/// number of the oldest event that is kept. The numbers restart at 1 with the service: a client
+/// with a higher number gets the events from the oldest on.
 #[utoipa::path(
     get, path = "/api/v1/events", operation_id = "followEvents", tag = SERVICE,
     params(
         Which,
-        ("Last-Event-ID" = Option<u64>, Header, description = "Begin after this event."),
+        ("Last-Event-ID" = Option<u64>, Header, description = "Start after this event."),
     ),
     responses(
-        (status = 200, description = "Events, until the client or the service ends the stream.",
+        (status = 200, description = "Events, until the client or the service closes the stream.",
          body = Event, content_type = "text/event-stream"),
         BadQuery,
     ),

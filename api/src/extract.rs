@@ -29,7 +29,7 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
             return Err(ApiError::new(
                 StatusCode::BAD_REQUEST,
                 "unexpected-descriptors",
-                "descriptors came along with the request, which takes none: a network interface that is added \
+                "the request accepts no descriptors: only a request that adds a network interface \
                  does, for the queues of its tap",
             ));
         }
@@ -94,9 +94,7 @@ fn check_content_type(headers: &HeaderMap) -> Result<(), ApiError> {
     Err(ApiError::new(
         StatusCode::UNSUPPORTED_MEDIA_TYPE,
         "unsupported-media-type",
-        format!(
-            "the body is said to be {sent}; send JSON (Content-Type: application/json, or none)"
-        ),
+        format!("the Content-Type is {sent}; send JSON (Content-Type: application/json, or none)"),
     ))
 }
 
@@ -116,7 +114,7 @@ async fn read(request: Request) -> Result<Bytes, ApiError> {
         Ok(Err(error)) => Err(ApiError::new(
             StatusCode::BAD_REQUEST,
             "incomplete-body",
-            format!("the body did not arrive whole: {error}"),
+            format!("the body did not arrive completely: {error}"),
         )),
         Err(_) => Err(ApiError::new(
             StatusCode::REQUEST_TIMEOUT,
@@ -133,7 +131,7 @@ fn too_long() -> ApiError {
     ApiError::new(
         StatusCode::PAYLOAD_TOO_LARGE,
         "body-too-large",
-        format!("the body is longer than {BODY_LEN} bytes, the most that the service reads"),
+        format!("the body is longer than the limit, {BODY_LEN} bytes"),
     )
 }
 

@@ -17,11 +17,12 @@ pub(crate) fn routes() -> OpenApiRouter<Service> {
     OpenApiRouter::default().routes(routes!(metrics))
 }
 
-/// Tell the service's numbers to Prometheus.
+/// Return the service's metrics, for Prometheus.
 #[utoipa::path(
     get, path = "/api/v1/metrics", operation_id = "getMetrics", tag = SERVICE,
     responses(
-        (status = 200, description = "Prometheus' text format.", body = String, content_type = "text/plain"),
+        (status = 200, description = "Metrics in Prometheus' text format.", body = String,
+         content_type = "text/plain"),
     ),
 )]
 async fn metrics(State(service): State<Service>) -> impl IntoResponse {
@@ -78,7 +79,7 @@ fn render(service: &Service) -> String {
         &mut text,
         "whimbrel_vm_reboots_total",
         "counter",
-        "Resets of the guest since it was booted.",
+        "Resets of the guest since its boot.",
     );
     for (id, status) in &vms {
         line(

@@ -61,8 +61,8 @@ fn failed(error: &tokio::task::JoinError) -> ApiError {
     ApiError::new(
         StatusCode::INTERNAL_SERVER_ERROR,
         "internal-error",
-        "the service failed on this request and goes on with others; its log, under this answer's X-Request-Id, \
-         says more",
+        "the service failed on this request and continues with others; its log has the details \
+         under this response's X-Request-Id",
     )
 }
 

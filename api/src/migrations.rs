@@ -52,7 +52,7 @@ async fn begin(
         ApiError::new(
             StatusCode::INTERNAL_SERVER_ERROR,
             "internal",
-            "the service failed to begin the migration",
+            "the service failed to start the migration",
         )
     };
     begun.map_err(failed)?.map_err(refuse)
@@ -68,12 +68,12 @@ fn created(info: MigrationInfo) -> Response {
     response
 }
 
-/// Begin to move a VM to another service, which waits for it.
+/// Start moving a VM to another service, which must be waiting for it.
 #[utoipa::path(
     post, path = "/api/v1/vms/{id}/migrations", operation_id = "migrateVm", tag = MIGRATIONS, request_body = StartMigration,
     params(("id" = VmId, Path, description = "The VM's name.")),
     responses(
-        (status = 201, description = "It has begun.", body = MigrationInfo,
+        (status = 201, description = "The migration has started.", body = MigrationInfo,
          headers(("Location" = String, description = "Its path."))),
         NotUnderstood, NoSuchVm, TooSlow, WrongState, TooLong, NotJson, NotPossible, Failed, Unsupported,
     ),
@@ -92,11 +92,11 @@ async fn start(
     Ok(created(begun.info()))
 }
 
-/// Begin to wait for a VM from another service.
+/// Wait for a VM that another service sends.
 #[utoipa::path(
     post, path = "/api/v1/migrations", operation_id = "receiveMigration", tag = MIGRATIONS, request_body = AwaitMigration,
     responses(
-        (status = 201, description = "It is waited for.", body = MigrationInfo,
+        (status = 201, description = "The service is waiting for the VM.", body = MigrationInfo,
          headers(("Location" = String, description = "Its path."))),
         NotUnderstood, TooSlow, Exists, TooLong, NotJson, NotPossible, Failed, Unsupported,
     ),
@@ -121,11 +121,11 @@ async fn give_socket(service: Service, migration: Arc<dyn Migration>) {
         (info.phase, info.vm, &service.sockets)
         && let Err(error) = sockets.open(&vm).await
     {
-        tracing::warn!(%vm, %error, "a VM that came has no socket of its own");
+        tracing::warn!(%vm, %error, "cannot open the API socket of a VM that arrived");
     }
 }
 
-/// List migrations: those that go on, and the last that are over.
+/// List the migrations in progress and the last ones that have ended.
 #[utoipa::path(
     get, path = "/api/v1/migrations", operation_id = "listMigrations", tag = MIGRATIONS,
     responses((status = 200, description = "Oldest first.", body = [MigrationInfo])),
@@ -135,12 +135,12 @@ async fn list(State(service): State<Service>) -> Answer<Vec<MigrationInfo>> {
     Answer(all.iter().map(|migration| migration.info()).collect())
 }
 
-/// Tell how a migration is going.
+/// Return the state of a migration.
 #[utoipa::path(
     get, path = "/api/v1/migrations/{id}", operation_id = "getMigration", tag = MIGRATIONS,
     params(("id" = String, Path, description = "The migration's name.")),
     responses(
-        (status = 200, description = "How it is going at this moment.", body = MigrationInfo),
+        (status = 200, description = "The state of the migration.", body = MigrationInfo),
         NoSuchMigration,
     ),
 )]
@@ -151,15 +151,16 @@ async fn info(
     Ok(Answer(service.registry.migration(&id)?.info()))
 }
 
-/// Call a migration off. The guest stays where it was.
+/// Cancel a migration. The guest stays at the source.
 ///
-/// A destination that is over keeps listening for about a minute if its source may have missed the outcome. This
-/// frees its endpoint at once; the source is answered when a migration is awaited at that endpoint again.
+/// A destination whose migration has ended keeps listening for about a minute if its source may
+/// have missed the outcome. This request frees its endpoint at once; the source gets its answer
+/// when a service waits for a migration at that endpoint again.
 #[utoipa::path(
     delete, path = "/api/v1/migrations/{id}", operation_id = "cancelMigration", tag = MIGRATIONS,
     params(("id" = String, Path, description = "The migration's name.")),
     responses(
-        (status = 204, description = "It is called off, and ends at its next step."),
+        (status = 204, description = "The migration is canceled, and ends at its next step."),
         NoSuchMigration, WrongState,
     ),
 )]
@@ -173,12 +174,12 @@ async fn cancel(
 
 /// Decide where the guest of a migration in doubt runs.
 ///
-/// Before you decide that the guest runs here, make sure that it runs nowhere else.
+/// Before deciding that the guest runs here, make sure that it runs nowhere else.
 #[utoipa::path(
     post, path = "/api/v1/migrations/{id}/resolve", operation_id = "resolveMigration", tag = MIGRATIONS, request_body = ResolveMigration,
     params(("id" = String, Path, description = "The migration's name.")),
     responses(
-        (status = 204, description = "So it will be."),
+        (status = 204, description = "The decision was accepted."),
         NotUnderstood, NoSuchMigration, TooSlow, WrongState, TooLong, NotJson,
     ),
 )]
@@ -211,7 +212,7 @@ async fn wait(migration: &dyn Migration) -> Result<StatusCode, ApiError> {
     ))
 }
 
-/// Send the VM to where it is waited for. The answer comes when it has moved.
+/// Send the VM to a service that waits for it. The response is sent when the VM has moved.
 #[utoipa::path(
     put, path = "/api/v1/vm.send-migration", operation_id = "vmSendMigration", tag = ONE_VM, request_body = SendMigrationData,
     responses(
@@ -249,7 +250,7 @@ async fn send_one(
     wait(&*begun).await
 }
 
-/// Wait for a VM that is sent here. The answer comes when it has arrived.
+/// Receive a VM from another service. The response is sent when the VM has arrived.
 #[utoipa::path(
     put, path = "/api/v1/vm.receive-migration", operation_id = "vmReceiveMigration", tag = ONE_VM, request_body = ReceiveMigrationData,
     responses(

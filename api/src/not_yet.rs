@@ -19,7 +19,7 @@ macro_rules! not_yet {
         $(
             #[utoipa::path(
                 put, path = $path, operation_id = $operation, tag = ONE_VM, request_body = $body,
-                summary = concat!("Not in this version: ", $what, "."),
+                summary = concat!("Not supported by this version: ", $what, "."),
                 responses(Unsupported),
             )]
             async fn $name() -> ApiError {

@@ -47,7 +47,7 @@ impl ApiError {
         allow: HeaderValue,
     ) -> Self {
         let would = allow.to_str().unwrap_or_default().replace(',', ", ");
-        let detail = format!("{path} does not take {method}; use {would}");
+        let detail = format!("{path} does not accept {method}; use {would}");
         let mut refusal = Self::new(StatusCode::METHOD_NOT_ALLOWED, "method-not-allowed", detail);
         refusal.header = Some((ALLOW, allow));
         refusal

@@ -47,15 +47,15 @@ fn problem(description: &str) -> Response {
 
 refusals! {
     /// A body that is not understood.
-    NotUnderstood = 400, "The body is not JSON, or not the JSON that is asked for: an unknown or missing field, \
-                          a value of the wrong type.";
+    NotUnderstood = 400, "The body is not JSON, has an unknown or missing field, or a value of \
+                          the wrong type.";
     /// A device that Cloud Hypervisor's contract calls not valid.
-    NotValid = 400, "The body is not understood, or the configuration is not possible; `errors` lists every field \
-                     that is wrong.";
+    NotValid = 400, "The body cannot be parsed, or the configuration is invalid; `errors` lists \
+                     every field that is wrong.";
     /// A query that is not understood.
-    BadQuery = 400, "The query or `Last-Event-ID` is not understood.";
+    BadQuery = 400, "The query or `Last-Event-ID` is invalid.";
     /// A body that does not come.
-    TooSlow = 408, "The body did not arrive in time.";
+    TooSlow = 408, "The body did not arrive within the time limit.";
     /// One VM a socket.
     NotCreated = 404, "The VM is not created.";
     /// One VM a socket, and a device of it.
@@ -63,30 +63,32 @@ refusals! {
     /// One VM a socket, and a disk of it.
     NoSuchDisk = 404, "The VM is not created, or has no disk of this name.";
     /// Many VMs.
-    NoSuchVm = 404, "There is no VM of this name.";
+    NoSuchVm = 404, "No VM has this name.";
     /// A migration.
-    NoSuchMigration = 404, "There is no migration of this name.";
+    NoSuchMigration = 404, "No migration has this name.";
     /// Cloud Hypervisor's contract says 405 here.
-    NotAllowedNow = 405, "The VM is not in a state in which this makes sense.";
+    NotAllowedNow = 405, "The VM is in a state that does not allow this request.";
     /// Everywhere else.
-    WrongState = 409, "The VM is not in a state in which this makes sense.";
+    WrongState = 409, "The VM is in a state that does not allow this request.";
     /// A create.
-    Exists = 409, "There is such a VM already.";
+    Exists = 409, "A VM of this name exists already.";
     /// A body that is too long.
-    TooLong = 413, "The body is longer than the service reads.";
+    TooLong = 413, "The body is longer than the limit.";
     /// A body that is certainly no JSON.
-    NotJson = 415, "The body is said to be something other than JSON.";
+    NotJson = 415, "The Content-Type is not JSON.";
     /// Cloud Hypervisor's contract has it for resizes.
-    Pending = 429, "An earlier resize has not come to its end. (None of this version takes any time.)";
+    Pending = 429, "An earlier resize is still in progress. (Not returned by this version, whose \
+                    resizes complete at once.)";
     /// A configuration that is not possible.
-    NotPossible = 422, "The configuration, or what it names, is not possible; `errors` lists every field that \
-                        is wrong.";
+    NotPossible = 422, "The configuration is invalid, or a resource that it names cannot be used; \
+                        `errors` lists every field that is wrong.";
     /// A fault of the host or of the service.
-    Failed = 500, "The host could not do it, or the service failed.";
+    Failed = 500, "An operation of the host failed, or the service itself failed.";
     /// Cloud Hypervisor's contract has this one code for all failures here.
-    NotDone = 500, "It cannot be done with what the request names, the host could not do it, or the service failed.";
+    NotDone = 500, "A resource that the request names cannot be used, an operation of the host \
+                    failed, or the service itself failed.";
     /// A capability that is not there.
-    Unsupported = 501, "This version of the service cannot do it.";
+    Unsupported = 501, "This version of the service does not support the request.";
 }
 
 /// How the service's own face, and everything but the state refusals of the other, says no.

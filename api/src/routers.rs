@@ -148,7 +148,7 @@ fn published() -> OpenApiRouter<Arc<str>> {
     OpenApiRouter::default().routes(routes!(openapi))
 }
 
-/// Describe what this socket serves.
+/// Return the OpenAPI document of this socket.
 #[utoipa::path(
     get, path = "/api/v1/openapi.json", operation_id = "getDocument", tag = SERVICE,
     responses((status = 200, description = "An OpenAPI 3.1 document.", body = serde_json::Value)),
@@ -161,12 +161,12 @@ fn no_such_path(request: &Request, paths: &[String]) -> ApiError {
     let path: String = request.uri().path().chars().take(128).collect();
     let hint = match spec::nearest(&path, paths.iter().map(String::as_str)) {
         Some(near) => format!("; did you mean {near}?"),
-        None => "; GET /api/v1/openapi.json describes what there is".to_owned(),
+        None => "; GET /api/v1/openapi.json lists the paths".to_owned(),
     };
     ApiError::new(
         StatusCode::NOT_FOUND,
         "no-such-path",
-        format!("there is nothing at {path}{hint}"),
+        format!("no resource at {path}{hint}"),
     )
 }
 

@@ -15,13 +15,13 @@ pub(crate) const ONE_VM: &str = "cloud-hypervisor";
 /// Each tag with the description that the document gives.
 pub(crate) const TAGS: &[(&str, &str)] = &[
     (SERVICE, "The service itself."),
-    (VMS, "Many VMs, by name: on the service's socket."),
+    (VMS, "Many VMs, by name, on the service's socket."),
     (
         MIGRATIONS,
-        "Moving VMs between services while they run. One side waits, the other starts.",
+        "Moving VMs between services while they run: the destination waits, and the source starts.",
     ),
     (
         ONE_VM,
-        "Cloud Hypervisor's API, as its clients speak it: on a socket that serves one VM.",
+        "Cloud Hypervisor's API, for its clients, on a socket that serves one VM.",
     ),
 ];

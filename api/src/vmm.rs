@@ -37,22 +37,22 @@ pub(crate) fn routes() -> OpenApiRouter<Vmm> {
         .routes(routes!(shut_down))
 }
 
-/// Tell that the service is there, and which it is.
+/// Check that the service is running, and return its version.
 #[utoipa::path(
     get, path = "/api/v1/vmm.ping", operation_id = "ping", tag = SERVICE,
-    responses((status = 200, description = "What answers.", body = VmmPingResponse)),
+    responses((status = 200, description = "Version and process of the service.", body = VmmPingResponse)),
 )]
 async fn ping(State(vmm): State<Vmm>) -> Answer<VmmPingResponse> {
     Answer(VmmPingResponse::clone(&vmm.about))
 }
 
-/// End what this socket serves.
+/// End the VMM.
 ///
-/// On the service's socket: every VM, and then the service. On one VM's socket: that VM, and then the socket;
-/// where a program serves nothing else, the program.
+/// On the service's socket, this ends every VM and then the service. On one VM's socket, this ends
+/// that VM and then closes the socket; a program that serves only this VM ends too.
 #[utoipa::path(
     put, path = "/api/v1/vmm.shutdown", operation_id = "shutdownService", tag = SERVICE,
-    responses((status = 204, description = "The VMs have ended; the service is about to."), Failed),
+    responses((status = 204, description = "The VMs have ended, and the service ends next."), Failed),
 )]
 async fn shut_down(State(vmm): State<Vmm>) -> Result<StatusCode, ApiError> {
     match &vmm.scope {

@@ -95,7 +95,7 @@ async fn a_tap_comes_along_with_the_interface() {
         send(&stream, &format!("{head}{body}"), &open(count)).await;
         let (code, answer) = status(&mut stream).await;
         assert_eq!(code, 400, "{answer}");
-        let told = format!("{count} came along");
+        let told = format!("{count} were sent");
         assert!(answer.contains(&told), "{answer}");
     }
 }

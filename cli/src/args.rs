@@ -1,4 +1,4 @@
-//! The command line: `ch-remote`'s, and what is for many VMs.
+//! The command line: `ch-remote`'s, and commands for many VMs.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -10,26 +10,26 @@ use crate::migrate::{MigrateArguments, Outcome, ReceiveArguments};
 
 /// Drives a virtual machine over the REST API.
 ///
-/// With --api-socket alone it speaks to a socket that serves one VM, as `ch-remote` does. With
-/// --vm it speaks of one of the VMs of a service.
+/// With --api-socket alone, commands go to a socket that serves one VM, as with `ch-remote`. With
+/// --vm, they go to one VM of a service.
 #[derive(Debug, Parser)]
 #[command(name = "wh-remote", version)]
 #[command(after_help = "\
 Examples:
-  wh-remote --api-socket /tmp/vm.sock create vm.json      one VM a socket
+  wh-remote --api-socket /tmp/vm.sock create vm.json      a socket that serves one VM
   wh-remote --api-socket /tmp/vm.sock boot
-  wh-remote ls                                            the VMs of the service
-  wh-remote --vm web create vm.json                       ... and one of them
+  wh-remote ls                                            list the VMs of the service
+  wh-remote --vm web create vm.json                       use one of them
   wh-remote --vm web boot
   wh-remote --vm web start vm.json                        both of them in one
   wh-remote --vm web console                              its serial port; Ctrl-A x leaves
   wh-remote --vm web logs -f                              ... if that goes to a file
   wh-remote --api-socket /run/b.sock receive unix:/run/way --detach
-  wh-remote --vm web migrate unix:/run/way                ... which moves there
+  wh-remote --vm web migrate unix:/run/way                move it there
   wh-remote --tcp 127.0.0.1:8080 --token-file token ls    over TCP
   wh-remote --vm web info --json | jq .state")]
 pub(crate) struct Arguments {
-    /// The socket. By default that of the service: whimbrel.sock in $XDG_RUNTIME_DIR, or in /run.
+    /// The API socket. [default: the service's, whimbrel.sock in $XDG_RUNTIME_DIR, or in /run]
     #[arg(long, value_name = "PATH", global = true)]
     pub(crate) api_socket: Option<PathBuf>,
     /// The TCP address of a service, in place of its socket.
@@ -43,7 +43,7 @@ pub(crate) struct Arguments {
     /// File with the service's token, which a TCP address asks for.
     #[arg(long, value_name = "PATH", global = true, env = "WHIMBREL_TOKEN_FILE")]
     pub(crate) token_file: Option<PathBuf>,
-    /// The VM, on a service's socket.
+    /// The VM to use, on a service's socket.
     #[arg(long, value_name = "ID", global = true)]
     pub(crate) vm: Option<VmId>,
     /// Print JSON in place of text. Always on when the program is started as `ch-remote`, whose output is
@@ -56,7 +56,7 @@ pub(crate) struct Arguments {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Ask whether the VMM is there, and which it is.
+    /// Check that the VMM is running, and show its version.
     Ping,
     /// List the VMs of a service.
     #[command(visible_alias = "list")]
@@ -90,15 +90,15 @@ pub(crate) enum Command {
         #[command(flatten)]
         port: PortArguments,
     },
-    /// Let the guest stand still.
+    /// Pause the guest.
     Pause,
-    /// Let the paused guest go on.
+    /// Resume the paused guest.
     Resume,
     /// Reset the guest.
     Reboot,
-    /// End the guest at once; the VM can be booted again.
+    /// End the guest at once. The VM can be booted again.
     Shutdown,
-    /// End the VM and have it forgotten.
+    /// End the VM and delete its configuration.
     Delete,
     /// Press the power button.
     PowerButton,
@@ -108,15 +108,15 @@ pub(crate) enum Command {
     Info,
     /// Show the counters of the VM's devices.
     Counters,
-    /// Show the VM's address spaces: the region tree, and what the guest sees.
+    /// Show the VM's address spaces: the region tree and the flat view.
     MemoryMap,
-    /// Follow what happens to a service's VMs.
+    /// Follow the events of a service's VMs.
     Events {
-        /// Start after the event of this number; 0 is from the first that is kept.
+        /// Start after the event with this number; 0 starts with the oldest that is kept.
         #[arg(long, value_name = "N")]
         after: Option<u64>,
     },
-    /// Describe the API that the socket serves, as OpenAPI.
+    /// Show the OpenAPI document of the socket.
     Openapi,
     /// End the VMM, or the service with all its VMs.
     ShutdownVmm,
@@ -200,7 +200,7 @@ pub(crate) enum Command {
     },
     /// Restore a snapshot: source_url=file:///a/directory,prefault=on,resume=on.
     Restore {
-        /// The snapshot, and how.
+        /// The snapshot, with options.
         #[arg(value_name = "KEY=VALUE,...")]
         options: String,
     },
@@ -209,24 +209,24 @@ pub(crate) enum Command {
         /// Destination: file:///a/file.
         destination_url: String,
     },
-    /// Move the VM to another service, and wait until it is there. Ctrl-C calls it off.
+    /// Move the VM to another service, and wait until it has arrived. Ctrl-C cancels.
     Migrate(MigrateArguments),
-    /// Wait for a VM that another service moves here; --vm gives it another name.
+    /// Wait for a VM that another service sends; --vm gives it another name.
     Receive(ReceiveArguments),
-    /// List migrations: those that go on, and the last that are over.
+    /// List the migrations in progress and the last ones that have ended.
     Migrations,
-    /// Show how a migration is going.
+    /// Show the state of a migration.
     Migration {
         /// Its name.
         id: VmId,
     },
-    /// Call a migration off; the guest stays where it was.
+    /// Cancel a migration; the guest stays at the source.
     CancelMigration {
         /// Its name.
         id: VmId,
     },
-    /// Decide what becomes of the guest of a migration that is in doubt. Before it is run here, see to
-    /// it that it runs nowhere else.
+    /// Decide whether the guest of a migration in doubt runs at this side. Before choosing `run`,
+    /// make sure that it runs nowhere else.
     ResolveMigration {
         /// Its name.
         id: VmId,
@@ -236,7 +236,8 @@ pub(crate) enum Command {
     },
     /// Send the VM to another host: a URL, or destination_url=URL,downtime_ms=N,...
     SendMigration {
-        /// The other process is on this host, and is given the memory itself.
+        /// The destination is another process on this host, and receives shared memory by
+        /// descriptor.
         #[arg(long)]
         local: bool,
         /// Destination and options.
@@ -254,9 +255,9 @@ pub(crate) enum Command {
         /// The shell.
         shell: clap_complete::Shell,
     },
-    /// Write man pages.
+    /// Write the man pages.
     Man {
-        /// Destination.
+        /// Directory for the pages.
         directory: PathBuf,
     },
 }
@@ -291,7 +292,8 @@ pub(crate) struct ResizeArguments {
 }
 
 pub(crate) fn size(text: &str) -> Result<u64, String> {
-    spec::options::size(text).ok_or_else(|| format!("`{text}` is no size like 4096, 512M or 2G"))
+    spec::options::size(text)
+        .ok_or_else(|| format!("`{text}` is not a size such as 4096, 512M or 2G"))
 }
 
 #[cfg(test)]

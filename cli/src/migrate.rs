@@ -1,4 +1,4 @@
-//! Migrations: begun, followed with a progress bar, and summed up.
+//! Starts migrations, follows them with a progress bar, and prints a summary.
 
 use std::io::{IsTerminal, stderr};
 use std::time::Duration;
@@ -15,28 +15,28 @@ use spec::{
 use crate::args::size;
 use crate::print::Printer;
 
-/// From one look to the next.
+/// Interval between two requests for the state.
 const TICK: Duration = Duration::from_millis(100);
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(crate) enum Mode {
-    /// All memory goes before the guest.
+    /// Copy all memory before the guest moves.
     Precopy,
-    /// In some rounds before the guest, and the rest after it.
+    /// Copy some rounds before the guest moves, and the rest after it.
     Hybrid,
-    /// All after it.
+    /// Copy all memory after the guest has moved.
     Postcopy,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(crate) enum Deadline {
-    /// The migration is called off.
+    /// Cancel; the guest stays at the source.
     Cancel,
-    /// The vCPUs are slowed down more and more, until it can be done.
+    /// Slow the vCPUs down more and more, until the stop is short enough.
     Throttle,
-    /// The guest is moved, and its pages follow.
+    /// Switch to postcopy: the guest moves, and its pages follow.
     Postcopy,
-    /// The guest is stopped for as long as it takes.
+    /// Stop the guest for as long as the rest of its memory takes.
     Stop,
 }
 
@@ -45,7 +45,7 @@ pub(crate) enum Deadline {
 pub(crate) enum Outcome {
     /// The guest runs at this side.
     Run,
-    /// The guest does not run at this side, which forgets the VM.
+    /// The guest does not run at this side, and the VM is deleted.
     Discard,
 }
 
@@ -63,42 +63,45 @@ pub(crate) struct MigrateArguments {
     /// Address at which the other service waits: unix:PATH or tcp:HOST:PORT.
     #[arg(value_name = "URL")]
     destination: String,
-    /// When memory goes.
+    /// When memory is copied.
     #[arg(long, value_enum, default_value = "precopy")]
     mode: Mode,
-    /// How long the guest may stand.
+    /// How long the guest may be stopped.
     #[arg(long, value_name = "MS", default_value_t = 300)]
     max_downtime_ms: u64,
-    /// How long it may take.
+    /// Time limit of the migration.
     #[arg(long, value_name = "S", default_value_t = 3600)]
     deadline_s: u64,
     /// Action at the deadline.
     #[arg(long, value_enum, default_value = "cancel")]
     at_deadline: Deadline,
-    /// Connections for memory. [default: chosen]
+    /// Number of connections for memory. [default: chosen by the service]
     #[arg(long, value_name = "N")]
     connections: Option<u16>,
-    /// Bytes that may be sent in a second. [default: as many as can be]
+    /// Bandwidth limit in bytes per second. [default: unlimited]
     #[arg(long, value_name = "SIZE", value_parser = size)]
     max_bandwidth: Option<u64>,
-    /// Compare all memory before the guest runs there: a page that differs fails the migration.
+    /// Compare all memory before the guest runs at the destination; a page that differs fails the
+    /// migration.
     #[arg(long)]
     verify: bool,
-    /// How long the guest may be paused before it resumes here. [default: ten times the stop that is
-    /// accepted, at least 10000]
+    /// How long the guest may be paused before it resumes here. [default: ten times the longer of
+    /// --max-downtime-ms and the predicted stop, at least 10000]
     #[arg(long, value_name = "MS")]
     stop_limit_ms: Option<u64>,
-    /// The other service is on this host: it is given the memory itself, if that is shared.
+    /// The other service is on this host: hand shared memory over by descriptor instead of copying
+    /// it.
     #[arg(long)]
     local: bool,
-    /// Encrypt with TLS, by ca-cert.pem, client-cert.pem and client-key.pem of this directory (of the
-    /// service's host).
+    /// Encrypt with TLS, using ca-cert.pem, client-cert.pem and client-key.pem in this directory of
+    /// the service's host.
     #[arg(long, value_name = "DIR")]
     tls_dir: Option<String>,
-    /// Send over TCP without TLS: whoever is on the way can read and change the guest's memory.
+    /// Send over TCP without TLS: anyone on the network path can read and change the guest's
+    /// memory.
     #[arg(long, conflicts_with = "tls_dir")]
     insecure: bool,
-    /// Begin, print the migration's name, and do not wait.
+    /// Start the migration, print its name, and do not wait.
     #[arg(long)]
     detach: bool,
 }
@@ -136,42 +139,43 @@ pub(crate) struct ReceiveArguments {
     /// Address to listen at: unix:PATH or tcp:HOST:PORT.
     #[arg(value_name = "URL")]
     listen: String,
-    /// Encrypt with TLS, by ca-cert.pem, server-cert.pem and server-key.pem of this directory (of the
-    /// service's host).
+    /// Encrypt with TLS, using ca-cert.pem, server-cert.pem and server-key.pem in this directory of
+    /// the service's host.
     #[arg(long, value_name = "DIR")]
     tls_dir: Option<String>,
     /// End the wait at the first VM that the service refuses, instead of waiting for another.
     #[arg(long)]
     once: bool,
-    /// With TLS, a host that may send, by a name or address in its certificate; * for each host whose
-    /// certificate the CA signed. Several times for several. [default: the service's --migration-peer]
+    /// With TLS, a host that may send: a name or address in its certificate, or * for every host
+    /// whose certificate the CA signed. Can be repeated. [default: the service's --migration-peer]
     #[arg(long, value_name = "NAME", requires = "tls_dir")]
     tls_peer: Option<Vec<String>>,
     /// Listen on TCP without TLS: any host that can connect may send a VM.
     #[arg(long, conflicts_with = "tls_dir")]
     insecure: bool,
-    /// Directory or file of the service's host that the VM may use. Several times for several. [default: the
+    /// Directory or file of the service's host that the VM may use. Can be repeated. [default: the
     /// service's --migration-allow; on a unix socket all]
     #[arg(long, value_name = "PATH")]
     allow: Option<Vec<String>>,
-    /// Tap of the service's host that the VM may use; with a * at the end, all that begin so. [default:
-    /// the service's --migration-allow-tap; on a unix socket all]
+    /// Tap of the service's host that the VM may use; a * at the end matches any rest of the name.
+    /// Can be repeated. [default: the service's --migration-allow-tap; on a unix socket all]
     #[arg(long, value_name = "NAME")]
     allow_tap: Option<Vec<String>>,
-    /// Wait in the background: print the migration's name, and where it is waited for.
+    /// Wait in the background: print the migration's name and endpoint.
     #[arg(long)]
     detach: bool,
 }
 
-/// Moves a VM away, and waits until it is there.
+/// Moves a VM to another service, and waits until it has arrived.
 pub(crate) async fn migrate(
     client: &Client,
     vm: Option<&VmId>,
     arguments: &MigrateArguments,
     printer: Printer,
 ) -> Result<()> {
-    let vm =
-        vm.context("say which VM with --vm (a socket that serves one VM has send-migration)")?;
+    let vm = vm.context(
+        "--vm is missing: name the VM to move (a socket that serves one VM has send-migration)",
+    )?;
     let begun = client.vms_migrate(vm, &arguments.body()).await?;
     if arguments.detach {
         return printer.show(&begun, |info| info.id.clone());
@@ -263,12 +267,15 @@ fn show(bar: &ProgressBar, info: &MigrationInfo) {
         message.push_str(&format!(", stop of {}", ms(us)));
     }
     if info.throttle_percent > 0 {
-        message.push_str(&format!(", slowed down by {} %", info.throttle_percent));
+        message.push_str(&format!(
+            ", vCPUs slowed down by {} %",
+            info.throttle_percent
+        ));
     }
     bar.set_message(message);
 }
 
-/// Milliseconds, of microseconds.
+/// Formats microseconds as milliseconds.
 fn ms(us: u64) -> String {
     format!("{}.{:01} ms", us / 1000, us % 1000 / 100)
 }
@@ -286,7 +293,7 @@ pub(crate) fn summary(info: &MigrationInfo) -> String {
     line(
         "memory",
         format!(
-            "{} MiB; {} pages sent, {} of zeros, in {} rounds over {} connections: {} MiB",
+            "{} MiB; {} pages and {} zero pages sent in {} rounds over {} connections: {} MiB",
             info.memory_bytes >> 20,
             info.pages,
             info.zero_pages,
@@ -315,7 +322,7 @@ pub(crate) fn summary(info: &MigrationInfo) -> String {
         line(
             "faults",
             format!(
-                "{}, half of them within {}, 99 % within {}",
+                "{}, median wait {}, 99 % within {}",
                 info.faults,
                 ms(info.fault_p50_us),
                 ms(info.fault_p99_us)
@@ -323,7 +330,7 @@ pub(crate) fn summary(info: &MigrationInfo) -> String {
         );
     }
     if let Some(error) = &info.error {
-        line("why", format!("{} ({})", error.detail, error.code));
+        line("error", format!("{} ({})", error.detail, error.code));
     }
     lines.join("\n")
 }

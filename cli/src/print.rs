@@ -105,7 +105,7 @@ pub(crate) fn ping(vmm: &VmmPingResponse) -> String {
 
 pub(crate) fn list(vms: &[VmSummary]) -> String {
     if vms.is_empty() {
-        return "no VMs; `wh-remote --vm ID create FILE` makes one".to_owned();
+        return "no VMs; `wh-remote --vm ID create FILE` creates one".to_owned();
     }
     let heads = ["ID", "STATE", "VCPUS", "MEMORY", "API SOCKET"].map(str::to_owned);
     let rows = vms.iter().map(|vm| {

@@ -155,9 +155,7 @@ impl Remote {
                 print::line(&serde_json::to_string_pretty(&document)?)
             }
             Command::ShutdownVmm if self.vm.is_some() => {
-                bail!(
-                    "shutdown-vmm ends the service with all its VMs; leave --vm out, or use delete"
-                )
+                bail!("shutdown-vmm ends the service with all its VMs; omit --vm, or use delete")
             }
             Command::ShutdownVmm => self.client.shut_service_down().await.map_err(Into::into),
             other => self.perform_on_one(other).await,
@@ -207,7 +205,7 @@ impl Remote {
             match news {
                 News::Happened(event) => self.printer.show_line(&event, print::event)?,
                 News::Missed { oldest } => {
-                    eprintln!("wh-remote: events before {oldest} are no longer known");
+                    eprintln!("wh-remote: events before {oldest} are no longer kept");
                 }
             }
         }
@@ -218,8 +216,8 @@ impl Remote {
     async fn perform_on_one(&self, command: Command) -> Result<()> {
         if let Some(vm) = &self.vm {
             bail!(
-                "this command is not for a VM of a service: use the VM's own socket, which \
-                 `wh-remote ls` shows for {vm}, and leave --vm out"
+                "this command does not work with --vm: use the VM's own socket, which `wh-remote \
+                 ls` shows for {vm}, and omit --vm"
             );
         }
         let client = &self.client;
@@ -277,7 +275,7 @@ impl Remote {
             Command::AddVdpa { options } => {
                 client.vm_add_vdpa(&options::VDPA.read(&options)?).await?
             }
-            other => bail!("{other:?} is not for a socket that serves one VM"),
+            other => bail!("{other:?} needs a service's socket, and this one serves a single VM"),
         };
         self.added(added)
     }

@@ -53,14 +53,14 @@ impl Verb {
             Self::Reboot => "rebooted",
             Self::Shutdown => "shut down",
             Self::Delete => "deleted",
-            Self::PowerButton => "sent a power button press",
+            Self::PowerButton => "sent a press of the power button",
             Self::Nmi => "sent an NMI",
             Self::Counters => "asked for counters",
             Self::MemoryMap => "asked for its memory map",
             Self::AddDevice => "given a device",
-            Self::RemoveDevice => "asked for a device back",
+            Self::RemoveDevice => "asked to remove a device",
             Self::Resize => "resized",
-            Self::ResizeDisk => "given a disk of another size",
+            Self::ResizeDisk => "given a new disk size",
         }
     }
 

@@ -67,7 +67,7 @@ impl RequestError {
     /// The driver has as many requests waiting as it takes.
     #[must_use]
     pub(crate) fn too_many_waiting(waiting: usize) -> Self {
-        let detail = format!("{waiting} requests wait for this VM already; ask again later");
+        let detail = format!("{waiting} requests are waiting for this VM already; retry later");
         Self::new(Category::Host, "too-many-requests", detail)
     }
 

@@ -83,7 +83,8 @@ impl Registry {
             return Err(RequestError::new(Category::Conflict, "vm-exists", detail));
         }
         if vms.len() >= MAX_VMS {
-            let detail = format!("the service holds {MAX_VMS} VMs and takes no more");
+            let detail =
+                format!("the service has {MAX_VMS} VMs, which is its limit; delete one first");
             return Err(RequestError::new(Category::Host, "too-many-vms", detail));
         }
         let handle = self
@@ -169,8 +170,8 @@ impl Registry {
             .find(|net| net.tap_descriptors().is_some())
         {
             let detail = format!(
-                "the tap of `{}` came as descriptors, which no other service has: remove the \
-                 interface first, or add one by the name of its tap",
+                "the tap of `{}` was passed as descriptors, which cannot be sent to another \
+                 service: remove the interface first, or add it by the name of its tap",
                 net.id.as_deref().unwrap_or_default()
             );
             let code = "tap-by-descriptors";
@@ -230,7 +231,7 @@ impl Registry {
             let is_leaving = migration.info().side == MigrationSide::Source;
             if migration.cancel().is_err() && is_leaving && !*migration.over().borrow() {
                 // The guest is given away, and may wait for memory that we have.
-                tracing::info!("waiting for a guest's memory to follow it");
+                tracing::info!("waiting for the rest of a guest's memory");
                 let _ = migration.over().wait_for(|over| *over).await;
             }
         }
@@ -241,7 +242,7 @@ impl Registry {
             .collect();
         for (answer, vm) in ending.drain(..) {
             if let Err(error) = answer.await {
-                tracing::warn!(vm = %vm.id(), %error, "a VM did not end in order");
+                tracing::warn!(vm = %vm.id(), %error, "a VM did not end cleanly");
             }
             if self.0.vms.lock().remove(vm.id()).is_some() {
                 self.0.events.record_last(vm.id(), "deleted", None);

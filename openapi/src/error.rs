@@ -37,7 +37,8 @@ pub enum ClientError {
         source: hyper::Error,
     },
     /// No answer came in time. The service may still do what was asked.
-    #[error("{place} did not answer {operation} within {} s; it may still be at it", after.as_secs())]
+    #[error("{place} did not answer {operation} within {} s; the operation may still be in \
+             progress", after.as_secs())]
     Timeout {
         /// The socket or address.
         place: String,
@@ -50,7 +51,7 @@ pub enum ClientError {
     #[error("{0}")]
     Problem(Box<Problem>),
     /// The answer is not one that the service gives.
-    #[error("{place} answered {operation} with status {status} and what is not understood: {body}")]
+    #[error("{place} answered {operation} with status {status} and an unexpected body: {body}")]
     NotUnderstood {
         /// The socket or address.
         place: String,

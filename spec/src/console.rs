@@ -8,15 +8,15 @@ use utoipa::ToSchema;
 pub enum ConsoleMode {
     /// There is no such device.
     Off,
-    /// A new pseudo terminal; `file` tells its path once the VM has booted.
+    /// A new pseudo terminal; `file` shows its path once the VM has booted.
     Pty,
     /// The terminal (or standard input and output) of this program.
     Tty,
-    /// Written to `file`.
+    /// Output is written to `file`.
     File,
     /// A unix socket at `socket`, on which one client at a time is served.
     Socket,
-    /// Output is thrown away.
+    /// Output is discarded.
     Null,
 }
 
@@ -68,7 +68,7 @@ pub struct ConsoleConfig {
     /// Put it behind a virtual IOMMU.
     #[serde(default)]
     pub iommu: bool,
-    /// Its name; made up when absent.
+    /// Device id; generated when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
     /// PCI segment to put it on.

@@ -20,7 +20,7 @@ pub struct CpuTopology {
 }
 
 impl CpuTopology {
-    /// The vCPUs that it arranges, if that is a number.
+    /// The number of vCPUs, or `None` if it overflows.
     #[must_use]
     pub fn vcpus(&self) -> Option<u32> {
         [self.cores_per_die, self.dies_per_package, self.packages]
@@ -61,7 +61,7 @@ impl CpuTopology {
     }
 }
 
-/// On which CPUs of the host a vCPU may run.
+/// Host CPUs on which a vCPU may run.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CpuAffinity {
@@ -71,7 +71,7 @@ pub struct CpuAffinity {
     pub host_cpus: Vec<usize>,
 }
 
-/// CPU features that are off unless asked for.
+/// CPU features that are off by default.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CpuFeatures {
@@ -88,7 +88,7 @@ pub enum CoreSchedulingMode {
     Vm,
     /// None.
     Vcpu,
-    /// Anybody.
+    /// Any thread.
     Off,
 }
 
@@ -96,28 +96,28 @@ pub enum CoreSchedulingMode {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CpusConfig {
-    /// vCPUs at boot.
+    /// Number of vCPUs at boot.
     #[schema(minimum = 1)]
     pub boot_vcpus: u32,
-    /// vCPUs that there can ever be.
+    /// Highest number of vCPUs that the VM can have.
     #[schema(minimum = 1)]
     pub max_vcpus: u32,
-    /// How they are arranged; as cores of one package when absent.
+    /// CPU topology; all vCPUs are cores of one package when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub topology: Option<CpuTopology>,
-    /// Offer the interfaces of Hyper-V.
+    /// Offer Hyper-V's paravirtual interfaces.
     #[serde(default)]
     pub kvm_hyperv: bool,
     /// Limit the physical address bits that the guest sees.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_phys_bits: Option<u8>,
-    /// Let the guest run VMs of its own, where the host can.
+    /// Let the guest run VMs of its own (nested virtualization), if the host supports it.
     #[serde(default = "defaults::yes")]
     pub nested: bool,
-    /// On which CPUs of the host each vCPU may run.
+    /// Host CPUs on which each vCPU may run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub affinity: Option<Vec<CpuAffinity>>,
-    /// Features that are off unless asked for.
+    /// CPU features that are off by default.
     #[serde(default)]
     pub features: CpuFeatures,
     /// Threads that may share a core of the host with a vCPU.

@@ -35,7 +35,7 @@ fn fs_queue_size() -> u16 {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct NetConfig {
-    /// Tap interface of the host; made when absent.
+    /// Tap interface of the host; created when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tap: Option<String>,
     /// Descriptors of the tap's queues, one for each queue pair, of a tap that another program opened. They
@@ -44,28 +44,28 @@ pub struct NetConfig {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Vec<i32>>)]
     pub fds: Option<Descriptors>,
-    /// Address of the host on the tap.
+    /// IPv4 address of the host on the tap.
     #[serde(default = "default_ip")]
     pub ip: String,
     /// Its netmask.
     #[serde(default = "default_mask")]
     pub mask: String,
-    /// Address that the guest sees; made up when absent.
+    /// MAC address that the guest sees; generated when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mac: Option<String>,
-    /// Address of the tap.
+    /// MAC address of the tap.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host_mac: Option<String>,
-    /// Largest packet.
+    /// MTU in bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mtu: Option<u16>,
     /// Put it behind a virtual IOMMU.
     #[serde(default)]
     pub iommu: bool,
-    /// Virtqueues, two a pair.
+    /// Number of virtqueues, two for each queue pair.
     #[serde(default = "net_queues")]
     pub num_queues: usize,
-    /// Entries of a virtqueue.
+    /// Entries per virtqueue.
     #[serde(default = "net_queue_size")]
     pub queue_size: u16,
     /// Served by another process.
@@ -77,7 +77,7 @@ pub struct NetConfig {
     /// `Client` or `Server`.
     #[serde(default = "client")]
     pub vhost_mode: String,
-    /// Its name; made up when absent.
+    /// Device id; generated when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
     /// PCI segment to put it on.
@@ -86,7 +86,7 @@ pub struct NetConfig {
     /// PCI device number to give it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pci_device_id: Option<u8>,
-    /// Its limits.
+    /// Rate limits of this interface.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rate_limiter_config: Option<RateLimiterConfig>,
     /// TCP segmentation offload.
@@ -100,11 +100,11 @@ pub struct NetConfig {
     pub offload_csum: bool,
 }
 
-/// A source of randomness.
+/// A source of random numbers.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RngConfig {
-    /// Its name; made up when absent.
+    /// Device id; generated when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
     /// PCI segment to put it on.
@@ -116,7 +116,7 @@ pub struct RngConfig {
     /// Put it behind a virtual IOMMU.
     #[serde(default)]
     pub iommu: bool,
-    /// File of the host that it comes from.
+    /// Host file that the random numbers are read from.
     pub src: String,
 }
 
@@ -124,7 +124,7 @@ pub struct RngConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RtcConfig {
-    /// Its name; made up when absent.
+    /// Device id; generated when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
     /// PCI segment to put it on.
@@ -142,7 +142,7 @@ pub struct RtcConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct BalloonConfig {
-    /// Its name; made up when absent.
+    /// Device id; generated when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
     /// PCI segment to put it on.
@@ -154,9 +154,9 @@ pub struct BalloonConfig {
     /// Put it behind a virtual IOMMU.
     #[serde(default)]
     pub iommu: bool,
-    /// Bytes that it takes from the guest.
+    /// Size in bytes: memory that the balloon takes from the guest.
     pub size: u64,
-    /// Give back when the guest runs out of memory.
+    /// Deflate when the guest runs out of memory.
     #[serde(default)]
     pub deflate_on_oom: bool,
     /// Let the guest report free pages.
@@ -172,10 +172,10 @@ pub struct FsConfig {
     pub tag: String,
     /// Socket of the process that serves it.
     pub socket: String,
-    /// Virtqueues.
+    /// Number of virtqueues.
     #[serde(default = "defaults::one_queue")]
     pub num_queues: usize,
-    /// Entries of a virtqueue.
+    /// Entries per virtqueue.
     #[serde(default = "fs_queue_size")]
     pub queue_size: u16,
     /// PCI segment to put it on.
@@ -184,7 +184,7 @@ pub struct FsConfig {
     /// PCI device number to give it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pci_device_id: Option<u8>,
-    /// Its name; made up when absent.
+    /// Device id; generated when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
 }
@@ -203,7 +203,7 @@ pub struct GenericVhostUserConfig {
     /// PCI device number to give it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pci_device_id: Option<u8>,
-    /// Its name; made up when absent.
+    /// Device id; generated when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
     /// The virtio device type.
@@ -222,7 +222,7 @@ pub struct PmemConfig {
     /// Put it behind a virtual IOMMU.
     #[serde(default)]
     pub iommu: bool,
-    /// Forget what the guest writes.
+    /// Discard what the guest writes.
     #[serde(default)]
     pub discard_writes: bool,
     /// PCI segment to put it on.
@@ -231,7 +231,7 @@ pub struct PmemConfig {
     /// PCI device number to give it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pci_device_id: Option<u8>,
-    /// Its name; made up when absent.
+    /// Device id; generated when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
 }
@@ -252,7 +252,7 @@ pub struct DeviceConfig {
     /// PCI device number to give it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pci_device_id: Option<u8>,
-    /// Its name; made up when absent.
+    /// Device id; generated when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
     /// Its GPUDirect clique.
@@ -269,7 +269,7 @@ pub struct DeviceConfig {
 pub struct UserDeviceConfig {
     /// Socket of that process.
     pub socket: String,
-    /// Its name; made up when absent.
+    /// Device id; generated when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
     /// PCI segment to put it on.
@@ -294,7 +294,7 @@ pub struct TpmConfig {
 pub struct VdpaConfig {
     /// Its path on the host.
     pub path: String,
-    /// Virtqueues.
+    /// Number of virtqueues.
     pub num_queues: usize,
     /// Put it behind a virtual IOMMU.
     #[serde(default)]
@@ -305,7 +305,7 @@ pub struct VdpaConfig {
     /// PCI device number to give it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pci_device_id: Option<u8>,
-    /// Its name; made up when absent.
+    /// Device id; generated when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
 }
@@ -314,9 +314,9 @@ pub struct VdpaConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct VsockConfig {
-    /// The address of the guest, 3 or more.
+    /// The guest's CID, 3 to 4294967294.
     pub cid: u64,
-    /// Unix socket that stands for it on the host.
+    /// Unix socket on the host through which programs reach the guest.
     pub socket: String,
     /// Put it behind a virtual IOMMU.
     #[serde(default)]
@@ -327,7 +327,7 @@ pub struct VsockConfig {
     /// PCI device number to give it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pci_device_id: Option<u8>,
-    /// Its name; made up when absent.
+    /// Device id; generated when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
 }

@@ -30,7 +30,7 @@ pub(crate) fn check(config: &VmConfig, found: &mut Vec<FieldProblem>) {
         };
         if balloon.size > config.memory.size {
             let (size, all) = (balloon.size, config.memory.size);
-            let detail = format!("{size} bytes are more than the {all} that the guest has");
+            let detail = format!("`size` ({size}) is more than the guest's memory ({all} bytes)");
             below.add("size", "out-of-range", detail);
         }
         below.placed_elsewhere(balloon.iommu, balloon.pci_segment, balloon.pci_device_id);
@@ -53,7 +53,7 @@ pub(crate) fn check(config: &VmConfig, found: &mut Vec<FieldProblem>) {
         if let Some(wrong) = names::check_device_name(&pointer, id) {
             found.push(wrong);
         } else if !names.insert(id) {
-            let detail = format!("there is another device of the name `{id}`");
+            let detail = format!("another device has the id `{id}`");
             found.push(problem(&format!("{pointer}/id"), "duplicate", detail));
         }
     }
@@ -66,7 +66,7 @@ fn check_count(config: &VmConfig, found: &mut Vec<FieldProblem>) {
         let net = config.net.iter().flatten().count();
         let pointer = if disks < net { "/net" } else { "/disks" };
         let detail = format!(
-            "{count} devices are more than the {most} that a VM can have (disks: {disks}, network \
+            "{count} devices are more than a VM can have, {most} (disks: {disks}, network \
              interfaces: {net}, others: {})",
             count.saturating_sub(disks).saturating_sub(net)
         );
@@ -121,12 +121,12 @@ impl Below<'_> {
 
     fn queues(&mut self, count: usize, size: u16, most: usize) {
         if count == 0 || count > most {
-            let detail = format!("{count} queues are not between 1 and {most}");
+            let detail = format!("`num_queues` ({count}) must be 1 to {most}");
             self.add("num_queues", "out-of-range", detail);
         }
         if !size.is_power_of_two() || !(2..=limits::QUEUE_SIZE).contains(&size) {
             let detail = format!(
-                "{size} entries are no size of a queue: a power of two from 2 to {}",
+                "`queue_size` ({size}) must be a power of two from 2 to {}",
                 limits::QUEUE_SIZE
             );
             self.add("queue_size", "out-of-range", detail);
@@ -147,8 +147,12 @@ impl DiskConfig {
         let mut below = Below { pointer, found };
         match self.path.as_deref() {
             None if self.vhost_user => {}
-            None => below.add("path", "missing", "a disk needs an image"),
-            Some("") => below.add("path", "out-of-range", "the path is empty"),
+            None => below.add(
+                "path",
+                "missing",
+                "`path` is missing: a disk needs an image",
+            ),
+            Some("") => below.add("path", "out-of-range", "`path` is empty"),
             Some(_) => {}
         }
         below.queues(self.num_queues, self.queue_size, limits::QUEUES);
@@ -161,7 +165,7 @@ impl DiskConfig {
             below.add(
                 "serial",
                 "out-of-range",
-                format!("a guest sees {most} bytes of it at most"),
+                format!("`serial` must have at most {most} bytes"),
             );
         }
         for (field, is_on) in [
@@ -171,8 +175,8 @@ impl DiskConfig {
             // A guest could write the header that a detection would find.
             if is_on && self.image_type.is_none() {
                 let detail = format!(
-                    "an image whose format is detected may not name other files: `{field}` needs \
-                     `image_type`"
+                    "`{field}` needs `image_type`: an image of a detected format may not name \
+                     other files"
                 );
                 below.add(field, "inconsistent", detail);
             }
@@ -214,20 +218,23 @@ impl NetConfig {
     fn check(&self, pointer: &str, found: &mut Vec<FieldProblem>) {
         let mut below = Below { pointer, found };
         if self.tap.as_deref() == Some("") {
-            below.add("tap", "out-of-range", "the name is empty");
+            below.add("tap", "out-of-range", "`tap` is empty");
         }
         if let Some(fds) = self.tap_descriptors() {
             if !fds.are_here() {
-                let detail = "descriptors are of one process: send them along with the request that \
-                              adds the interface, over a unix socket";
+                let detail = "`fds` needs the descriptors themselves: send them with the request \
+                              that adds the interface, over a unix socket";
                 below.add("fds", UNSUPPORTED, detail);
             } else if self.tap.is_some() {
-                let detail = "the tap comes as descriptors, and has a name already";
+                let detail = "`tap` cannot be combined with `fds`: the tap of the descriptors has \
+                              a name already";
                 below.add("tap", "inconsistent", detail);
             } else if fds.count().checked_mul(2) != Some(self.num_queues) {
                 let (count, queues) = (fds.count(), self.num_queues);
-                let detail =
-                    format!("{queues} queues want a descriptor a pair, and {count} came along");
+                let detail = format!(
+                    "`num_queues` ({queues}) needs one descriptor per queue pair, and {count} \
+                     were sent"
+                );
                 below.add("num_queues", "inconsistent", detail);
             }
         }
@@ -237,11 +244,14 @@ impl NetConfig {
                 None => below.add(
                     field,
                     "out-of-range",
-                    format!("`{text}` is no Ethernet address"),
+                    format!("`{field}` (`{text}`) is not an Ethernet address"),
                 ),
                 // The lowest bit of the first byte says that it is of a group.
                 Some([first, ..]) if first & 1 != 0 => {
-                    let detail = format!("`{text}` is the address of a group, not of an interface");
+                    let detail = format!(
+                        "`{field}` (`{text}`) is a multicast address; an interface needs a \
+                         unicast address"
+                    );
                     below.add(field, "out-of-range", detail);
                 }
                 Some(_) => {}
@@ -251,10 +261,16 @@ impl NetConfig {
             match ip.parse() {
                 Ok(IpAddr::V4(_)) => {}
                 Ok(IpAddr::V6(_)) => {
-                    let detail = format!("this version does not give a tap `{ip}`: IPv4 only");
+                    let detail = format!(
+                        "`{field}` (`{ip}`) is an IPv6 address; this version supports only IPv4"
+                    );
                     below.add(field, UNSUPPORTED, detail);
                 }
-                Err(_) => below.add(field, "out-of-range", format!("`{ip}` is no IP address")),
+                Err(_) => below.add(
+                    field,
+                    "out-of-range",
+                    format!("`{field}` (`{ip}`) is not an IP address"),
+                ),
             }
         }
         if let Some(mtu) = self.mtu.filter(|mtu| *mtu < limits::MIN_MTU) {
@@ -262,12 +278,15 @@ impl NetConfig {
             below.add(
                 "mtu",
                 "out-of-range",
-                format!("{mtu} bytes are fewer than {least}"),
+                format!("`mtu` ({mtu}) must be at least {least}"),
             );
         }
         below.queues(self.num_queues, self.queue_size, 2 * limits::NET_PAIRS);
         if !self.num_queues.is_multiple_of(2) {
-            let detail = format!("{} queues are no pairs", self.num_queues);
+            let detail = format!(
+                "`num_queues` ({}) must be even, two for each queue pair",
+                self.num_queues
+            );
             below.add("num_queues", "out-of-range", detail);
         }
         below.unsupported("vhost_user", self.vhost_user);
@@ -290,12 +309,12 @@ impl VsockConfig {
         let mut below = Below { pointer, found };
         // 0 to 2 are the hypervisor's, the guest's own and the host's; the last is "any".
         if !(3..u64::from(u32::MAX)).contains(&self.cid) {
-            let detail = format!("{} is no address of a guest: the first is 3", self.cid);
+            let detail = format!("`cid` ({}) must be 3 to 4294967294", self.cid);
             below.add("cid", "out-of-range", detail);
         }
         if self.socket.is_empty() || self.socket.len() > limits::SOCKET_PATH_LEN {
             let most = limits::SOCKET_PATH_LEN;
-            let detail = format!("the path of a socket has 1 to {most} bytes");
+            let detail = format!("`socket` must be a path of 1 to {most} bytes");
             below.add("socket", "out-of-range", detail);
         }
         below.placed_elsewhere(self.iommu, self.pci_segment, self.pci_device_id);
@@ -499,7 +518,7 @@ mod tests {
             unreachable!("{problems:?}")
         };
         assert_eq!(problem.pointer, "/net");
-        let detail = "65 devices are more than the 64 that a VM can have (disks: 1, network \
+        let detail = "65 devices are more than a VM can have, 64 (disks: 1, network \
                       interfaces: 61, others: 3)";
         assert_eq!(problem.detail, detail);
         config.balloon = None;

@@ -5,8 +5,8 @@ use utoipa::ToSchema;
 
 use crate::defaults;
 
-/// A budget that refills at a steady rate after an initial burst. One of no size, or that fills in
-/// no time, limits nothing.
+/// A budget that refills at a steady rate after an initial burst. A bucket of size 0, or with
+/// refill time 0, limits nothing.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TokenBucket {
@@ -19,7 +19,7 @@ pub struct TokenBucket {
     pub refill_time: u64,
 }
 
-/// Limits of bytes and of operations a second.
+/// Limits of bytes and of operations per second.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RateLimiterConfig {
@@ -41,7 +41,7 @@ pub struct RateLimitGroupConfig {
     pub rate_limiter_config: RateLimiterConfig,
 }
 
-/// Which host CPUs serve a queue.
+/// Host CPUs that serve a queue.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct VirtQueueAffinity {
@@ -115,10 +115,10 @@ pub struct DiskConfig {
     /// Put it behind a virtual IOMMU.
     #[serde(default)]
     pub iommu: bool,
-    /// Virtqueues.
+    /// Number of virtqueues.
     #[serde(default = "defaults::one_queue")]
     pub num_queues: usize,
-    /// Entries of a virtqueue.
+    /// Entries per virtqueue.
     #[serde(default = "disk_queue_size")]
     pub queue_size: u16,
     /// Served by another process.
@@ -127,7 +127,7 @@ pub struct DiskConfig {
     /// Socket of that process.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vhost_socket: Option<String>,
-    /// Its own limits.
+    /// Rate limits of this disk.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rate_limiter_config: Option<RateLimiterConfig>,
     /// PCI segment to put it on.
@@ -136,13 +136,13 @@ pub struct DiskConfig {
     /// PCI device number to give it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pci_device_id: Option<u8>,
-    /// Its name; made up when absent.
+    /// Device id; generated when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
     /// Serial number that the guest sees.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial: Option<String>,
-    /// Shared limits, by name.
+    /// Name of a group of disks with a shared rate limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rate_limit_group: Option<String>,
     /// Host CPUs that serve its queues.
@@ -162,8 +162,8 @@ pub struct DiskConfig {
     /// Format. When absent, the service detects it as it first opens the image, and records it here.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image_type: Option<ImageType>,
-    /// The service detected `image_type`. A guest may not write to a disk that was detected as raw
-    /// what would make it an image of another format; it gets an I/O error.
+    /// The service detected `image_type`. If it detected raw, a write that would turn the image
+    /// into one of another format fails with an I/O error.
     #[serde(default, skip_serializing_if = "is_false")]
     pub image_type_detected: bool,
     /// The part of the image that is locked while in use.

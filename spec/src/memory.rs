@@ -23,7 +23,7 @@ pub struct MemoryZoneConfig {
     /// Let the host merge equal pages (KSM).
     #[serde(default)]
     pub mergeable: bool,
-    /// Memory that other processes can map.
+    /// Allocate memory that other processes can map.
     #[serde(default)]
     pub shared: bool,
     /// Use huge pages of the host.
@@ -38,13 +38,13 @@ pub struct MemoryZoneConfig {
     /// Bytes that can be added later.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hotplug_size: Option<u64>,
-    /// Bytes of those that are there already.
+    /// Bytes of `hotplug_size` that are plugged already.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hotplugged_size: Option<u64>,
-    /// Populate it before boot.
+    /// Populate the memory before boot.
     #[serde(default)]
     pub prefault: bool,
-    /// Count it against the host's commit limit.
+    /// Count the memory against the host's commit limit.
     #[serde(default)]
     pub reserve: bool,
 }
@@ -58,7 +58,7 @@ pub struct MemoryConfig {
     /// Bytes that can be added later.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hotplug_size: Option<u64>,
-    /// Bytes of those that are there already.
+    /// Bytes of `hotplug_size` that are plugged already.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hotplugged_size: Option<u64>,
     /// Let the host merge equal pages (KSM).
@@ -67,7 +67,7 @@ pub struct MemoryConfig {
     /// How memory is added: `Acpi` or `VirtioMem`.
     #[serde(default = "acpi")]
     pub hotplug_method: String,
-    /// Memory that other processes can map.
+    /// Allocate memory that other processes can map.
     #[serde(default)]
     pub shared: bool,
     /// Use huge pages of the host.
@@ -76,10 +76,10 @@ pub struct MemoryConfig {
     /// Their size in bytes; 2 MiB when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hugepage_size: Option<u64>,
-    /// Populate it before boot.
+    /// Populate the memory before boot.
     #[serde(default)]
     pub prefault: bool,
-    /// Count it against the host's commit limit.
+    /// Count the memory against the host's commit limit.
     #[serde(default)]
     pub reserve: bool,
     /// Let the host use transparent huge pages.

@@ -9,12 +9,12 @@ use crate::service::VmId;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum MemoryMode {
-    /// All before the guest.
+    /// All memory is copied before the guest moves.
     #[default]
     Precopy,
-    /// In some rounds before the guest, and the rest after it.
+    /// Some rounds are copied before the guest moves, and the rest after it.
     Hybrid,
-    /// All after it.
+    /// All memory is copied after the guest has moved.
     Postcopy,
 }
 
@@ -35,11 +35,11 @@ pub enum AtDeadline {
     /// Cancel; the guest stays at the source.
     #[default]
     Cancel,
-    /// The vCPUs are slowed down more and more, until it can be done.
+    /// Slow the vCPUs down more and more, until the stop is short enough.
     Throttle,
-    /// The guest is moved, and its pages follow.
+    /// Switch to postcopy: the guest moves, and its pages follow.
     Postcopy,
-    /// The guest is stopped for as long as it takes.
+    /// Stop the guest for as long as the rest of its memory takes.
     Stop,
 }
 
@@ -57,25 +57,25 @@ fn default_deadline_s() -> u64 {
 pub struct StartMigration {
     /// Address at which the other service listens: `unix:/a/socket` or `tcp:host:port`.
     pub destination: String,
-    /// When memory moves.
+    /// When memory is copied.
     #[serde(default)]
     pub mode: MemoryMode,
-    /// How long the guest may stand, in milliseconds.
+    /// How long the guest may be stopped, in milliseconds.
     #[serde(default = "default_max_downtime_ms")]
     #[schema(minimum = 1)]
     pub max_downtime_ms: u64,
-    /// How long it may take, in seconds.
+    /// Time limit of the migration, in seconds.
     #[serde(default = "default_deadline_s")]
     #[schema(minimum = 1)]
     pub deadline_s: u64,
     /// Action at the deadline.
     #[serde(default)]
     pub at_deadline: AtDeadline,
-    /// Connections for memory; chosen when absent.
+    /// Number of connections for memory; chosen by the service when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1, maximum = 16)]
     pub connections: Option<u16>,
-    /// Bytes that may be sent in a second; as many as can be when absent.
+    /// Bandwidth limit in bytes per second; unlimited when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1)]
     pub max_bandwidth: Option<u64>,
@@ -85,26 +85,28 @@ pub struct StartMigration {
     #[serde(default)]
     pub verify: bool,
     /// How long the guest may be paused before the destination is ready, in milliseconds; then it
-    /// resumes at the source. When absent, ten times the longer of `max_downtime_ms` and the stop that
-    /// was predicted, and 10 seconds at least.
+    /// resumes at the source. When absent, ten times the longer of `max_downtime_ms` and the
+    /// predicted stop, but at least 10 seconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1)]
     pub stop_limit_ms: Option<u64>,
-    /// To another process of this host, over a unix socket: it is given the memory itself where that is shared
-    /// (`memory.shared`), and nothing is copied.
+    /// The destination is another process on this host, reached over a unix socket. Memory that is
+    /// shared (`memory.shared`) is handed over by descriptor, and nothing is copied.
     #[serde(default)]
     pub local: bool,
-    /// Encrypt with TLS, by the files of this directory: `ca-cert.pem`, `client-cert.pem`, `client-key.pem`.
+    /// Encrypt with TLS, using the files in this directory: `ca-cert.pem`, `client-cert.pem`,
+    /// `client-key.pem`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tls_dir: Option<String>,
-    /// Send over TCP without TLS: whoever is on the way can read the guest's memory and change it. Refused
-    /// otherwise, unless the service was started with `--migration-insecure`.
+    /// Send over TCP without TLS: anyone on the network path can read and change the guest's
+    /// memory. Without this field, the service refuses TCP without TLS unless it was started with
+    /// `--migration-insecure`.
     #[serde(default)]
     pub insecure: bool,
 }
 
 impl StartMigration {
-    /// To this place, and all else as it is by default.
+    /// A migration to `destination`, with default values for all other fields.
     #[must_use]
     pub fn to(destination: impl Into<String>) -> Self {
         Self {
@@ -130,36 +132,40 @@ impl StartMigration {
 pub struct AwaitMigration {
     /// Address to listen at: `unix:/a/socket` or `tcp:host:port`; with port 0 the host chooses.
     pub listen: String,
-    /// The name that the VM gets here; the one that it has at the source when absent.
+    /// Name of the VM at this host; its name at the source when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vm: Option<VmId>,
-    /// Encrypt with TLS, by the files of this directory: `ca-cert.pem`, `server-cert.pem`, `server-key.pem`.
+    /// Encrypt with TLS, using the files in this directory: `ca-cert.pem`, `server-cert.pem`,
+    /// `server-key.pem`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tls_dir: Option<String>,
     /// End the wait at the first VM that this host refuses. When false, the refusal is shown as the
     /// migration's `error`, and the wait continues.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub once: bool,
-    /// With TLS, the hosts that may send: names or addresses in their certificates, or `*` for each host whose
-    /// certificate the CA signed. At least one; when absent, those of `--migration-peer`.
+    /// With TLS, the hosts that may send: names or addresses in their certificates, or `*` for
+    /// every host whose certificate the CA signed. At least one; when absent, those of
+    /// `--migration-peer`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tls_peers: Option<Vec<String>>,
-    /// Listen on TCP without TLS: any host that can connect may send a VM. Refused otherwise, unless the service
-    /// was started with `--migration-insecure`.
+    /// Listen on TCP without TLS: any host that can connect may send a VM. Without this field, the
+    /// service refuses TCP without TLS unless it was started with `--migration-insecure`.
     #[serde(default)]
     pub insecure: bool,
-    /// Directories and files, absolute, below which the VM may name files and sockets of this host. When absent, over
-    /// TCP those of `--migration-allow`, and on a unix socket, to which only this user can connect, all of them.
+    /// Absolute paths of directories and files: the VM may name only files and sockets of this host
+    /// that are below one of them. When absent: over TCP the paths of `--migration-allow`; on a
+    /// unix socket, to which only this user can connect, all paths.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allow: Option<Vec<String>>,
-    /// Taps that the VM may use, by name; with a `*` at the end, all that begin so. `vmtap*` are those that are made
-    /// for interfaces without a name. When absent, as for `allow`, those of `--migration-allow-tap`, or all.
+    /// Names of taps that the VM may use; a `*` at the end matches any rest of the name. `vmtap*`
+    /// are the taps that the service creates for interfaces without `tap`. When absent: over TCP
+    /// the taps of `--migration-allow-tap`; on a unix socket all taps.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allow_taps: Option<Vec<String>>,
 }
 
 impl AwaitMigration {
-    /// At this place, and all else as it is by default.
+    /// A wait at `listen`, with default values for all other fields.
     #[must_use]
     pub fn at(listen: impl Into<String>) -> Self {
         Self {
@@ -179,9 +185,9 @@ impl AwaitMigration {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum MigrationOutcome {
-    /// The guest resumes here.
+    /// The guest runs at this side.
     Run,
-    /// The guest does not resume here; the VM is deleted.
+    /// The guest does not run at this side, and the VM is deleted.
     Discard,
 }
 
@@ -197,9 +203,9 @@ pub struct ResolveMigration {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum MigrationSide {
-    /// The guest goes from here.
+    /// The side that the guest leaves.
     Source,
-    /// The guest comes here.
+    /// The side that the guest moves to.
     Destination,
 }
 
@@ -209,13 +215,13 @@ pub enum MigrationSide {
 pub enum MigrationPhase {
     /// The source looks for the destination, or the destination waits for a source.
     Connecting,
-    /// Both see whether it can be, and the destination makes room.
+    /// Both sides check whether the migration is possible, and the destination builds the machine.
     Preparing,
     /// Memory is copied while the guest runs at the source.
     Precopy,
-    /// The guest stands.
+    /// The guest is paused.
     Stopped,
-    /// The guest is given away, and it is awaited that it runs there.
+    /// The guest was handed over, and the source waits until it runs at the destination.
     HandingOver,
     /// The guest runs at the destination, and pages follow.
     Postcopy,
@@ -258,94 +264,94 @@ impl std::fmt::Display for MigrationPhase {
     }
 }
 
-/// The stop of a guest, in parts; microseconds.
+/// Duration of a guest's stop and of its parts, in microseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct MigrationDowntime {
-    /// From the order to stop until the guest went on.
+    /// From the request to stop until the guest resumed.
     pub total_us: u64,
-    /// Until vCPUs and devices stood.
+    /// Pausing vCPUs and devices.
     pub pause_us: u64,
-    /// Sending the last pages, and saving beside it.
+    /// Sending the last pages, and saving device state at the same time.
     pub save_us: u64,
-    /// Sending what was saved, and hearing that it was loaded.
+    /// Sending the saved state, until the destination reports that it is loaded.
     pub transfer_us: u64,
-    /// The part for loading at the destination.
+    /// Loading at the destination, a part of `transfer_us`.
     pub load_us: u64,
-    /// From the decision until the guest went on.
+    /// From the decision until the guest resumed.
     pub hand_over_us: u64,
-    /// Comparing memory (`verify`).
+    /// Comparing memory, with `verify`.
     #[serde(default)]
     pub verify_us: u64,
     /// Pages that were sent in the stop.
     pub pages: u64,
 }
 
-/// Why a migration failed, was called off or is in doubt.
+/// Why a migration failed, was canceled or is in doubt.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct MigrationError {
-    /// Stable, for programs.
+    /// Stable code, for programs.
     pub code: String,
-    /// For people.
+    /// Description, for people.
     pub detail: String,
 }
 
 /// A migration, as one side sees it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct MigrationInfo {
-    /// Its name at this side.
+    /// Name of the migration at this side.
     pub id: String,
-    /// Which side this is.
+    /// The side that reports.
     pub side: MigrationSide,
-    /// The VM; absent at a destination that does not know yet.
+    /// The VM; absent at a destination that has not received an offer yet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vm: Option<VmId>,
     /// Address of the destination's listener.
     pub endpoint: String,
-    /// When it began, in milliseconds since 1970.
+    /// Start time, in milliseconds since 1970.
     pub started_ms: u64,
-    /// Microseconds since then, or until it was over.
+    /// Duration so far, or until the end, in microseconds.
     pub elapsed_us: u64,
     /// The phase.
     pub phase: MigrationPhase,
     /// Bytes of the guest's memory.
     pub memory_bytes: u64,
-    /// Bytes that went over the connections for memory.
+    /// Bytes sent over the connections for memory.
     pub sent_bytes: u64,
-    /// Pages that were sent with what is in them.
+    /// Pages sent with their content.
     pub pages: u64,
-    /// Pages that were sent as zeros.
+    /// Pages sent as zero pages.
     pub zero_pages: u64,
-    /// Pages of which hashes were sent (source) or compared (destination): `verify`.
+    /// With `verify`: pages whose hashes were sent (source) or compared (destination).
     #[serde(default)]
     pub verified_pages: u64,
-    /// Pages of the present round that are still to be sent.
+    /// Pages of the current round that are not sent yet.
     pub remaining_pages: u64,
-    /// Rounds that were begun.
+    /// Rounds started so far.
     pub rounds: u32,
-    /// Pages that the guest writes in a second.
+    /// Pages that the guest dirties per second.
     pub dirty_pages_per_second: u64,
-    /// Bytes that arrive in a second.
+    /// Throughput in bytes per second.
     pub bytes_per_second: u64,
-    /// How much of the time vCPUs are kept from running, in percent.
+    /// Share of time for which vCPUs are kept from running, in percent.
     pub throttle_percent: u8,
-    /// Connections for memory.
+    /// Number of connections for memory.
     pub connections: u16,
-    /// How long this round will take, in microseconds, if nothing changes.
+    /// Estimated time until the end of this round, in microseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub eta_us: Option<u64>,
-    /// How long the stop would be, or was expected to be when it began, in microseconds.
+    /// Predicted stop in microseconds: as of now, or when the stop began.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub predicted_downtime_us: Option<u64>,
-    /// How long it was.
+    /// Duration of the stop, once it has ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub downtime: Option<MigrationDowntime>,
     /// Pages that the guest waited for after the hand-over.
     pub faults: u64,
-    /// How long it waited, in microseconds: the median.
+    /// Median wait for such a page, in microseconds.
     pub fault_p50_us: u64,
-    /// How long it waited, in microseconds: 99 of 100 waited no longer.
+    /// 99th percentile of the wait for such a page, in microseconds.
     pub fault_p99_us: u64,
-    /// Why it failed, was called off or is in doubt.
+    /// Why the migration failed, was canceled or is in doubt.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<MigrationError>,
 }

@@ -50,8 +50,8 @@ pub fn check_device_name(pointer: &str, id: &str) -> Option<FieldProblem> {
         return None;
     }
     let detail = format!(
-        "`{id}` is no name for a device: up to {} letters, digits, `-`, `_`, `.` and `:`, of which \
-         the first two are not `__`",
+        "`{id}` is not a device id: use 1 to {} letters, digits, `-`, `_`, `.` and `:`, not \
+         starting with `__`",
         limits::DEVICE_NAME_LEN
     );
     Some(problem(&format!("{pointer}/id"), "out-of-range", detail))

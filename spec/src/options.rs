@@ -139,7 +139,7 @@ fn read_topology(option: &str, text: &str) -> Result<Value, OptionError> {
     let [threads, cores, dies, packages] = parts[..] else {
         return Err(error(
             option,
-            format!("topology={text} is not threads:cores:dies:packages, four numbers"),
+            format!("topology={text} must be four numbers, threads:cores:dies:packages"),
         ));
     };
     Ok(json!({
@@ -152,7 +152,7 @@ fn read_affinity(option: &str, text: &str) -> Result<Value, OptionError> {
     let refused = || {
         error(
             option,
-            format!("affinity={text} is not like [0@[0,1],1@[2-3]]"),
+            format!("affinity={text} must have the form [0@[0,1],1@[2-3]]"),
         )
     };
     let inner = text
@@ -227,7 +227,7 @@ fn console_mode(option: &str, text: &str) -> Result<(ConsoleMode, Option<String>
         ("file", Some(path)) if !path.is_empty() => ConsoleMode::File,
         ("socket", Some(path)) if !path.is_empty() => ConsoleMode::Socket,
         _ => {
-            let reason = format!("`{text}` is none of off, null, pty, tty, file=PATH, socket=PATH");
+            let reason = format!("`{text}` must be off, null, pty, tty, file=PATH or socket=PATH");
             return Err(error(option, reason));
         }
     };
@@ -256,18 +256,18 @@ fn fields(option: &str, text: &str, keys: &[Key]) -> Result<Map<String, Value>, 
         let Some((_, field, form)) = keys.iter().find(|(known, _, _)| *known == key) else {
             let hint = crate::nearest(key, keys.iter().map(|(known, _, _)| *known));
             let hint = hint.map_or_else(String::new, |near| format!("; did you mean `{near}`?"));
-            return Err(error(option, format!("there is no key `{key}`{hint}")));
+            return Err(error(option, format!("unknown key `{key}`{hint}")));
         };
         let read = read_value(*form, value)
             .map_err(|expected| error(option, format!("{key}={value} is not {expected}")))?;
         if insert(&mut fields, field, read).is_some() {
-            return Err(error(option, format!("`{key}` is there twice")));
+            return Err(error(option, format!("`{key}` is given twice")));
         }
     }
     Ok(fields)
 }
 
-/// Explains a part that is not of the form key=value.
+/// Explains a part that must have the form key=value.
 fn without_key(part: &str, keys: &[Key]) -> String {
     if keys.iter().any(|(key, ..)| *key == part) {
         return format!("`{part}` needs a value: {part}=VALUE");
@@ -279,7 +279,7 @@ fn without_key(part: &str, keys: &[Key]) -> String {
         }
         _ => String::new(),
     };
-    format!("`{part}` is not of the form key=value{hint}")
+    format!("`{part}` must have the form key=value{hint}")
 }
 
 /// Puts a value where `field` says, a path of names, and gives what was there.
@@ -355,7 +355,7 @@ fn split(text: &str) -> Result<Vec<String>, String> {
                     ']' if !quoted => {
                         depth = depth
                             .checked_sub(1)
-                            .ok_or_else(|| format!("`{text}` closes a bracket too many"))?;
+                            .ok_or_else(|| format!("`{text}` has an unmatched closing bracket"))?;
                     }
                     _ => {}
                 }
@@ -364,7 +364,7 @@ fn split(text: &str) -> Result<Vec<String>, String> {
         }
     }
     if depth > 0 || quoted {
-        return Err(format!("`{text}` does not close a bracket or a quote"));
+        return Err(format!("`{text}` has an unclosed bracket or quote"));
     }
     parts.push(part);
     parts.retain(|part| !part.is_empty());
@@ -399,18 +399,15 @@ mod tests {
         assert_eq!(full.affinity.unwrap()[0].host_cpus, [0, 2, 3]);
         for (bad, why) in [
             ("boot=two", "--cpus: boot=two is not a number"),
-            (
-                "bot=2",
-                "--cpus: there is no key `bot`; did you mean `boot`?",
-            ),
-            ("boot=1,boot=2", "--cpus: `boot` is there twice"),
+            ("bot=2", "--cpus: unknown key `bot`; did you mean `boot`?"),
+            ("boot=1,boot=2", "--cpus: `boot` is given twice"),
             (
                 "topology=1:2",
-                "--cpus: topology=1:2 is not threads:cores:dies:packages, four numbers",
+                "--cpus: topology=1:2 must be four numbers, threads:cores:dies:packages",
             ),
             (
                 "affinity=[0@[1",
-                "--cpus: `affinity=[0@[1` does not close a bracket or a quote",
+                "--cpus: `affinity=[0@[1` has an unclosed bracket or quote",
             ),
         ] {
             assert_eq!(cpus(bad).unwrap_err().to_string(), why);
@@ -422,15 +419,15 @@ mod tests {
         for (refused, why) in [
             (
                 memory("1G").unwrap_err(),
-                "--memory: `1G` is not of the form key=value; did you mean size=1G?",
+                "--memory: `1G` must have the form key=value; did you mean size=1G?",
             ),
             (
                 memory("lots").unwrap_err(),
-                "--memory: `lots` is not of the form key=value",
+                "--memory: `lots` must have the form key=value",
             ),
             (
                 DISK.read::<DiskConfig>("/a.raw").unwrap_err(),
-                "--disk: `/a.raw` is not of the form key=value; did you mean path=/a.raw?",
+                "--disk: `/a.raw` must have the form key=value; did you mean path=/a.raw?",
             ),
             (
                 DISK.read::<DiskConfig>("path=/a,readonly").unwrap_err(),

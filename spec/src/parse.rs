@@ -18,7 +18,7 @@ pub enum ParseError {
         column: usize,
     },
     /// An unknown field.
-    #[error("there is no field `{field}`{}{}", at(pointer), did_you_mean(suggestion.as_ref()))]
+    #[error("unknown field `{field}`{}{}", at(pointer), did_you_mean(suggestion.as_ref()))]
     UnknownField {
         /// JSON pointer to what it is in.
         pointer: String,
@@ -85,7 +85,7 @@ impl ParseError {
 ///
 /// ```
 /// let error = spec::parse::<spec::VmConfig>(br#"{"payload": {"kernal": "/k"}}"#).unwrap_err();
-/// assert_eq!(error.to_string(), "there is no field `kernal` at /payload; did you mean `kernel`?");
+/// assert_eq!(error.to_string(), "unknown field `kernal` at /payload; did you mean `kernel`?");
 /// ```
 pub fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ParseError> {
     let mut reader = serde_json::Deserializer::from_slice(body);
@@ -181,7 +181,7 @@ mod tests {
         assert_eq!(
             error(r#"{"payload":{},"disks":[{"path":"/a"},{"path":"/b","read_only":true}]}"#)
                 .to_string(),
-            "there is no field `read_only` at /disks/1; did you mean `readonly`?"
+            "unknown field `read_only` at /disks/1; did you mean `readonly`?"
         );
         assert!(matches!(
             error(r#"{"payload":{}} trailing"#),

@@ -105,13 +105,13 @@ pub struct PciSegmentConfig {
     pub mmio64_aperture_weight: Option<u32>,
 }
 
-/// How far a NUMA node is from another.
+/// Distance of a NUMA node from another.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct NumaDistance {
     /// The other node.
     pub destination: u32,
-    /// 10 is here, 20 twice as far.
+    /// 10 is the node itself; 20 is twice as far.
     pub distance: u8,
 }
 
@@ -124,7 +124,7 @@ pub struct NumaConfig {
     /// vCPUs in it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpus: Option<Vec<u32>>,
-    /// How far the others are.
+    /// Distances to the other nodes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub distances: Option<Vec<NumaDistance>>,
     /// Memory zones in it.
@@ -133,7 +133,7 @@ pub struct NumaConfig {
     /// PCI segments in it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pci_segments: Option<Vec<u16>>,
-    /// The device that is the node.
+    /// The device that forms the node.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub device_id: Option<String>,
 }

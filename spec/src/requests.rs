@@ -77,7 +77,7 @@ pub struct VmAddUserDevice {
     pub pci_device_id: Option<u8>,
 }
 
-/// How the memory of a snapshot comes back.
+/// How the memory of a snapshot is restored.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub enum MemoryRestoreMode {
     /// All of it before the guest runs.
@@ -87,7 +87,7 @@ pub enum MemoryRestoreMode {
     OnDemand,
 }
 
-/// A memory zone's new place.
+/// A memory zone's new location.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct VmMemoryZoneUpdateData {
@@ -98,7 +98,7 @@ pub struct VmMemoryZoneUpdateData {
     pub host_numa_node: u32,
 }
 
-/// Which snapshot to restore, and how.
+/// The snapshot to restore, with options.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RestoreConfig {
@@ -107,24 +107,24 @@ pub struct RestoreConfig {
     /// Populate memory first.
     #[serde(default)]
     pub prefault: bool,
-    /// How memory comes back.
+    /// How the memory is restored.
     #[serde(default)]
     pub memory_restore_mode: MemoryRestoreMode,
-    /// Run the guest when it is done.
+    /// Resume the guest after the restore.
     #[serde(default)]
     pub resume: bool,
-    /// New places of memory zones.
+    /// New locations of memory zones.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub zone_updates: Option<Vec<VmMemoryZoneUpdateData>>,
 }
 
-/// When memory moves.
+/// When memory is copied.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub enum MigrationMode {
-    /// Before the guest does.
+    /// Before the guest moves.
     #[default]
     Precopy,
-    /// After it, when it is touched.
+    /// After the guest has moved, when the guest touches it.
     Postcopy,
 }
 
@@ -147,10 +147,10 @@ pub struct ReceiveMigrationData {
     /// Directory with certificates and key for TLS.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tls_dir: Option<String>,
-    /// When memory moves.
+    /// When memory is copied.
     #[serde(default)]
     pub memory_mode: MigrationMode,
-    /// New places of memory zones.
+    /// New locations of memory zones.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub zone_updates: Option<Vec<VmMemoryZoneUpdateData>>,
 }
@@ -173,28 +173,28 @@ fn one() -> u32 {
 pub struct SendMigrationData {
     /// `unix:/a/socket` or `tcp:host:port`.
     pub destination_url: String,
-    /// To another process of the same host, which is given the memory itself.
+    /// The destination is another process on this host, and receives shared memory by descriptor.
     #[serde(default)]
     pub local: bool,
     /// The stop to aim for, in milliseconds.
     #[serde(default = "default_downtime_ms")]
     #[schema(minimum = 1)]
     pub downtime_ms: u64,
-    /// How long it may take, in seconds.
+    /// Time limit of the migration, in seconds.
     #[serde(default = "default_timeout_s")]
     #[schema(minimum = 1)]
     pub timeout_s: u64,
     /// Action at the deadline.
     #[serde(default)]
     pub timeout_strategy: TimeoutStrategy,
-    /// Connections for memory.
+    /// Number of connections for memory.
     #[serde(default = "one")]
     #[schema(minimum = 1, maximum = 128)]
     pub connections: u32,
     /// Directory with certificates and key for TLS.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tls_dir: Option<String>,
-    /// When memory moves.
+    /// When memory is copied.
     #[serde(default)]
     pub memory_mode: MigrationMode,
 }

@@ -9,8 +9,7 @@ use utoipa::ToSchema;
 use crate::limits;
 use crate::vm::{VmConfig, VmState};
 
-/// Names a VM: letters, digits, `-`, `_` and `.`, starting with a letter or digit, at most 64 of
-/// them.
+/// Name of a VM: 1 to 64 letters, digits, `-`, `_` and `.`, starting with a letter or digit.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
 #[serde(try_from = "String", into = "String")]
 #[schema(value_type = String, pattern = "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -19,8 +18,8 @@ pub struct VmId(String);
 /// A name that no VM can have.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{0:?} cannot name a VM: letters, digits, '-', '_' and '.' can, starting with a letter or \
-     digit, at most {max}", max = limits::VM_ID_LEN
+    "{0:?} is not a VM name: 1 to {max} letters, digits, '-', '_' and '.', starting with a letter \
+     or digit", max = limits::VM_ID_LEN
 )]
 pub struct InvalidVmId(String);
 
@@ -79,7 +78,7 @@ impl fmt::Display for VmId {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CreateVm {
-    /// Its name; made up when absent.
+    /// The VM's name; generated when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<VmId>,
     /// Its configuration.
@@ -97,25 +96,25 @@ pub struct VmSummary {
     pub vcpus: u32,
     /// Bytes of its memory.
     pub memory: u64,
-    /// The socket on which Cloud Hypervisor's API is spoken for this VM alone.
+    /// The socket that serves Cloud Hypervisor's API for this VM alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub api_socket: Option<String>,
 }
 
-/// Something that happened to a VM.
+/// An event of a VM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Event {
-    /// Ascends by one from event to event of the service.
+    /// Sequence number: increases by one with each event of the service.
     pub sequence: u64,
-    /// When, in milliseconds since 1970.
+    /// Time, in milliseconds since 1970.
     pub time_ms: u64,
-    /// To which VM.
+    /// The VM.
     pub vm: VmId,
     /// The event: `created`, `booted`, `rebooted`, `paused`, `resumed`, `shutdown`, `failed`, `deleted`;
     /// of devices `device-added`, `device-removal-requested`, `device-removed`, `device-needs-reset`,
     /// `disk-error`; of migrations `arrived`, `migrated`, `migration-failed`. Later versions may have more.
     pub event: String,
-    /// More, where there is more to say.
+    /// Details, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub detail: Option<String>,
 }
@@ -123,27 +122,27 @@ pub struct Event {
 /// A problem of one field of a body.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct FieldProblem {
-    /// JSON pointer to it (RFC 6901).
+    /// JSON pointer to the field (RFC 6901).
     pub pointer: String,
-    /// Stable, for programs.
+    /// Stable code, for programs.
     pub code: String,
-    /// For people.
+    /// Description, for people.
     pub detail: String,
 }
 
-/// Why a request was not done (RFC 9457, `application/problem+json`).
+/// Why a request failed (RFC 9457, `application/problem+json`).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Problem {
-    /// `about:blank`: the code says it.
+    /// Always `about:blank`; `code` identifies the problem.
     #[serde(rename = "type", default = "about_blank")]
     pub kind: String,
     /// The HTTP status in words.
     pub title: String,
     /// The HTTP status.
     pub status: u16,
-    /// Stable, for programs.
+    /// Stable code, for programs.
     pub code: String,
-    /// For people: what was asked, why it was not done, what to do.
+    /// Description, for people: the request, why it failed, and what to do.
     pub detail: String,
     /// Problems of single fields, if any.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -188,7 +187,7 @@ impl fmt::Display for Problem {
 pub struct MapNode {
     /// The region's name.
     pub name: String,
-    /// The device that made it; may be empty.
+    /// The device that owns the region; may be empty.
     pub owner: String,
     /// `container`, `ram`, `rom`, `device` or `alias`.
     pub kind: String,
@@ -196,9 +195,9 @@ pub struct MapNode {
     pub first: u64,
     /// Last address.
     pub last: u64,
-    /// Among the regions of its container.
+    /// Priority among the regions of its container.
     pub priority: i32,
-    /// Whether it shows.
+    /// Whether the region is enabled.
     pub enabled: bool,
     /// For an alias: the region that it shows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -228,7 +227,7 @@ pub struct MapRange {
     pub last: u64,
     /// The region that answers.
     pub name: String,
-    /// The device that made it; may be empty.
+    /// The device that owns the region; may be empty.
     pub owner: String,
     /// `ram`, `rom` or `device`.
     pub kind: String,
@@ -241,7 +240,7 @@ pub struct MapRange {
 pub struct MapSpace {
     /// `memory` or `I/O`.
     pub name: String,
-    /// Counts the changes of the map.
+    /// Number of changes of the map so far.
     pub generation: u64,
     /// The tree.
     pub tree: MapNode,

@@ -127,13 +127,14 @@ impl VmConfig {
             found.push(problem("/cpus/max_vcpus", "out-of-range", detail));
         } else if max > host.max_vcpus {
             let detail = format!(
-                "`max_vcpus` ({max}) is more than this host's KVM allows, {}",
+                "`max_vcpus` ({max}) is more than this host's KVM allows ({})",
                 host.max_vcpus
             );
             found.push(problem("/cpus/max_vcpus", "out-of-range", detail));
         } else if max > boot && boot > 0 {
             let detail = format!(
-                "this version cannot add vCPUs later: `max_vcpus` must be `boot_vcpus`, {boot}"
+                "`max_vcpus` ({max}) must equal `boot_vcpus` ({boot}): this version cannot add \
+                 vCPUs later"
             );
             found.push(problem("/cpus/max_vcpus", UNSUPPORTED, detail));
         }
@@ -143,7 +144,7 @@ impl VmConfig {
             && topology.vcpus() != Some(max)
         {
             let detail = format!(
-                "{} x {} x {} x {} vCPUs are not the VM's {max}",
+                "`topology` ({} x {} x {} x {}) does not give the VM's `max_vcpus` ({max})",
                 topology.threads_per_core,
                 topology.cores_per_die,
                 topology.dies_per_package,
@@ -155,8 +156,8 @@ impl VmConfig {
         {
             let highest = highest.map_or("more than 32 bits".to_owned(), |id| id.to_string());
             let detail = format!(
-                "these vCPUs need APIC ids up to {highest}, and this version gives ids up to {}: \
-                 have fewer vCPUs, or counts of threads, cores and dies that are powers of two",
+                "these vCPUs need APIC ids up to {highest}, and this version supports ids up to \
+                 {}: use fewer vCPUs, or counts of threads, cores and dies that are powers of two",
                 limits::APIC_ID
             );
             let field = match self.cpus.topology {
@@ -170,20 +171,23 @@ impl VmConfig {
             .max_phys_bits
             .filter(|bits| !(36..=52).contains(bits))
         {
-            let detail = format!("{bits} physical address bits are not between 36 and 52");
+            let detail = format!("`max_phys_bits` ({bits}) must be 36 to 52");
             found.push(problem("/cpus/max_phys_bits", "out-of-range", detail));
         }
         let mut seen = HashSet::new();
         for (i, affinity) in self.cpus.affinity.iter().flatten().enumerate() {
             let pointer = format!("/cpus/affinity/{i}");
             if affinity.vcpu >= max {
-                let detail = format!("there is no vCPU {}", affinity.vcpu);
+                let detail = format!(
+                    "`vcpu` ({}) must be less than `max_vcpus` ({max})",
+                    affinity.vcpu
+                );
                 found.push(problem(&pointer, "out-of-range", detail));
             } else if !seen.insert(affinity.vcpu) {
-                let detail = format!("vCPU {} is there twice", affinity.vcpu);
+                let detail = format!("vCPU {} is listed twice", affinity.vcpu);
                 found.push(problem(&pointer, "duplicate", detail));
             } else if affinity.host_cpus.is_empty() {
-                let detail = format!("vCPU {} may run nowhere", affinity.vcpu);
+                let detail = format!("`host_cpus` of vCPU {} is empty", affinity.vcpu);
                 found.push(problem(&pointer, "out-of-range", detail));
             }
             let missing = |cpu: &&usize| **cpu >= host.host_cpus;
@@ -204,30 +208,31 @@ impl VmConfig {
             (true, size) => size.unwrap_or(2 << 20),
             (false, None) => limits::PAGE,
             (false, Some(_)) => {
-                let detail = "it says nothing without `hugepages`".to_owned();
+                let detail = "`hugepage_size` has no effect without `hugepages`".to_owned();
                 found.push(problem("/memory/hugepage_size", "inconsistent", detail));
                 limits::PAGE
             }
         };
         if !page.is_power_of_two() || page < limits::PAGE {
-            let detail = format!("{page:#x} bytes is no size of a huge page");
+            let detail =
+                format!("`hugepage_size` ({page}) must be a power of two of at least 4096");
             found.push(problem("/memory/hugepage_size", "out-of-range", detail));
         } else if memory.size == 0 {
             found.push(problem(
                 "/memory/size",
                 "out-of-range",
-                "a VM needs memory".into(),
+                "`size` must not be 0".into(),
             ));
         } else if !memory.size.is_multiple_of(page) {
             let detail = format!(
-                "{} bytes are not a multiple of the page size, {page}",
+                "`size` ({}) must be a multiple of the page size ({page})",
                 memory.size
             );
             found.push(problem("/memory/size", "out-of-range", detail));
         } else if memory.size > host.max_memory {
             let (size, most) = (memory.size, host.max_memory);
             let detail =
-                format!("{size} bytes are more than this host can map for a guest, {most}");
+                format!("`size` ({size}) is more than this host can map for a guest ({most})");
             found.push(problem("/memory/size", "out-of-range", detail));
         }
     }
@@ -235,17 +240,16 @@ impl VmConfig {
     fn check_payload(&self, found: &mut Vec<FieldProblem>) {
         let payload = &self.payload;
         if payload.kernel.is_none() && payload.firmware.is_none() && payload.igvm.is_none() {
-            let detail = "there is nothing to boot: a kernel is needed".to_owned();
+            let detail = "`kernel` is missing: there is nothing to boot".to_owned();
             found.push(problem("/payload/kernel", "missing", detail));
         }
         let cmdline = payload.cmdline.as_deref().unwrap_or("");
         if cmdline.len() >= limits::CMDLINE_LEN {
             let (len, most) = (cmdline.len(), limits::CMDLINE_LEN - 1);
-            let detail =
-                format!("a command line of {len} bytes is longer than a kernel takes, {most}");
+            let detail = format!("`cmdline` has {len} bytes; a kernel accepts at most {most}");
             found.push(problem("/payload/cmdline", "out-of-range", detail));
         } else if cmdline.contains('\0') {
-            let detail = "a command line cannot hold a NUL byte".to_owned();
+            let detail = "`cmdline` contains a NUL byte".to_owned();
             found.push(problem("/payload/cmdline", "out-of-range", detail));
         }
     }
@@ -265,14 +269,14 @@ impl VmConfig {
             let pointer = format!("{pointer}/{field}");
             match path.as_deref() {
                 None => {
-                    let detail = format!("mode {mode:?} needs a path here");
+                    let detail = format!("`{field}` is missing: mode {mode:?} needs a path");
                     found.push(problem(&pointer, "missing", detail));
                 }
                 Some("") => {
                     found.push(problem(
                         &pointer,
                         "out-of-range",
-                        "the path is empty".into(),
+                        format!("`{field}` is empty"),
                     ));
                 }
                 Some(_) => {}

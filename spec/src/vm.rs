@@ -30,8 +30,8 @@ fn default_rng() -> RngConfig {
 
 /// The configuration of a VM.
 ///
-/// A field of Cloud Hypervisor's that this version does not support is accepted at its default
-/// value and refused by name otherwise.
+/// A field of Cloud Hypervisor's API that this version does not support is accepted only with its
+/// default value; any other value is refused by name.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct VmConfig {
@@ -100,7 +100,7 @@ pub struct VmConfig {
     /// A virtio clock.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rtc: Option<RtcConfig>,
-    /// A device by which the guest tells that it panicked.
+    /// A device through which the guest reports a panic.
     #[serde(default)]
     pub pvpanic: bool,
     /// PCI segments.
@@ -121,7 +121,7 @@ pub struct VmConfig {
 }
 
 impl VmConfig {
-    /// This payload, and all else as by default.
+    /// Returns a configuration of this payload with defaults otherwise.
     #[must_use]
     pub fn with_payload(payload: PayloadConfig) -> Self {
         Self {
@@ -164,7 +164,7 @@ pub enum VmState {
     Created,
     /// The guest runs.
     Running,
-    /// The guest has ended, or was ended; it can be booted again.
+    /// The guest has ended; the VM can be booted again.
     Shutdown,
     /// The guest is paused.
     Paused,
@@ -178,19 +178,19 @@ impl fmt::Display for VmState {
     }
 }
 
-/// Why a guest ended that was not asked to.
+/// Why a guest failed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Failure {
-    /// Stable, for programs: `triple-fault`, `emulation-failure`, ...
+    /// Stable code, for programs: `triple-fault`, `emulation-failure`, ...
     pub code: String,
-    /// For people: what happened, and where in the guest.
+    /// Description, for people: what happened, and where in the guest.
     pub detail: String,
-    /// The vCPU on which it happened, where it was one.
+    /// The vCPU on which it happened, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vcpu: Option<u32>,
 }
 
-/// How long the last boot took, in microseconds from the request on; a step that has not come is
+/// Steps of the last boot, in microseconds since the request. A step that has not happened yet is
 /// absent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct BootTimeline {
@@ -200,7 +200,7 @@ pub struct BootTimeline {
     /// The guest's first instruction: the first entry into the guest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub first_entry_us: Option<u64>,
-    /// The first byte that a guest wrote to port 0x80, as firmware does for its progress.
+    /// The first byte that the guest wrote to port 0x80, where firmware reports its progress.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub first_debug_port_us: Option<u64>,
     /// The first byte on the serial port.
@@ -208,7 +208,7 @@ pub struct BootTimeline {
     pub first_serial_us: Option<u64>,
 }
 
-/// A device, and where it is.
+/// A device and its address.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct DeviceNode {
     /// Its name.
@@ -220,7 +220,7 @@ pub struct DeviceNode {
     /// Its PCI address.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pci_bdf: Option<String>,
-    /// `Leaving` when the guest was asked to let go of it and has not yet.
+    /// `Leaving` from the request to remove the device until the guest has ejected it.
     #[serde(default, skip_serializing_if = "DeviceState::is_present")]
     pub state: DeviceState,
 }
@@ -230,13 +230,13 @@ pub struct DeviceNode {
 #[serde(transparent)]
 pub struct DeviceTree(pub BTreeMap<String, DeviceNode>);
 
-/// Whether a device stays.
+/// Whether a device is present or being removed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub enum DeviceState {
     /// The device is present.
     #[default]
     Present,
-    /// The guest was asked to let go of it.
+    /// The guest was asked to eject the device.
     Leaving,
 }
 
@@ -253,15 +253,15 @@ pub struct VmInfo {
     pub config: VmConfig,
     /// The VM's state.
     pub state: VmState,
-    /// Bytes of memory that the guest has.
+    /// Memory of the guest, in bytes.
     pub memory_actual_size: u64,
     /// Its devices.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub device_tree: Option<DeviceTree>,
-    /// Why the guest ended, when it was not asked to.
+    /// Why the guest failed, if it did.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failure: Option<Failure>,
-    /// How long the last boot took.
+    /// Steps of the last boot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub boot: Option<BootTimeline>,
 }
@@ -278,15 +278,15 @@ pub struct PciDeviceInfo {
     pub bdf: String,
 }
 
-/// The program that answers a ping.
+/// Version and process of the service.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct VmmPingResponse {
-    /// The version, with the commit it was built from where that is known.
+    /// The version, with the commit that it was built from, if known.
     #[serde(default)]
     pub build_version: String,
     /// The version.
     pub version: String,
-    /// The process.
+    /// The process id.
     #[serde(default)]
     pub pid: i64,
     /// Build features.

@@ -256,7 +256,7 @@ async fn as_many_devices_as_a_vm_can_have_share_slots() {
     assert_eq!(refusal.code, "invalid-configuration");
     let detail = &refusal.fields[0].detail;
     assert!(
-        detail.starts_with("65 devices are more than the 64"),
+        detail.starts_with("65 devices are more than a VM can have, 64"),
         "{detail}"
     );
 

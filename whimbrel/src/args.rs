@@ -11,16 +11,16 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use spec::{ConsoleConfig, ConsoleMode, PayloadConfig, SerialConfig, VmConfig, options};
 use vmm::MigrationTrust;
 
-/// A virtual machine monitor whose machines move between hosts without noticing.
+/// A virtual machine monitor for KVM with live migration between hosts.
 ///
 /// `whimbrel serve` runs a service for many VMs, `whimbrel run` one VM in one command. Without a
-/// subcommand it takes the command line of Cloud Hypervisor, and behaves as that does.
+/// subcommand it accepts the command line of Cloud Hypervisor and behaves the same.
 #[derive(Debug, Parser)]
 #[command(name = "whimbrel", version)]
 #[command(after_help = "\
 Examples:
-  whimbrel demo                                   see it work; needs /dev/kvm and nothing else
-  whimbrel serve --socket /run/whimbrel.sock      a service; drive it with wh-remote or over REST
+  whimbrel demo                                   show a boot and live migrations; needs only /dev/kvm
+  whimbrel serve --socket /run/whimbrel.sock      a service, used with wh-remote or over REST
   whimbrel run vm.json                            one VM from its configuration file
   whimbrel run --kernel vmlinuz --initramfs initrd --cmdline console=ttyS0
   whimbrel --api-socket /tmp/vm.sock              one VM, created and booted over its API")]
@@ -38,7 +38,7 @@ impl Arguments {
     /// nothing.
     pub(crate) fn check(&self) -> Result<()> {
         if self.command.is_some() && self.vm.is_given() {
-            bail!("options of a VM stand before a subcommand: they belong behind `run`");
+            bail!("options of a VM are given before a subcommand: put them after `run`");
         }
         Ok(())
     }
@@ -48,9 +48,10 @@ impl Arguments {
 pub(crate) enum Command {
     /// Run a service for many VMs, driven over REST.
     Serve(Box<ServeArguments>),
-    /// Run one VM; ends when its guest powers off.
+    /// Run one VM, and end when its guest powers off.
     Run(Box<RunArguments>),
-    /// Boot a small guest over REST and show what happens. Needs /dev/kvm and nothing else.
+    /// Boot a small guest over REST, move it between two services, and show each step. Needs only
+    /// /dev/kvm.
     Demo,
     /// Print completions for a shell.
     Completions {
@@ -66,13 +67,14 @@ pub(crate) enum Command {
 
 #[derive(Debug, Args)]
 pub(crate) struct LoggingArguments {
-    /// Log more; twice for everything. RUST_LOG says it in detail.
+    /// Log informational messages; twice adds debug, three times trace messages. RUST_LOG overrides
+    /// this.
     #[arg(short, action = clap::ArgAction::Count, global = true)]
     pub(crate) verbose: u8,
-    /// Log to a file in place of standard error.
+    /// Log to this file instead of standard error.
     #[arg(long, value_name = "PATH", global = true)]
     pub(crate) log_file: Option<PathBuf>,
-    /// How log lines look.
+    /// Format of log lines.
     #[arg(long, value_name = "FORMAT", default_value = "text", global = true)]
     pub(crate) log_format: LogFormat,
 }
@@ -81,28 +83,29 @@ pub(crate) struct LoggingArguments {
 pub(crate) enum LogFormat {
     /// For people.
     Text,
-    /// A JSON object a line.
+    /// One JSON object per line.
     Json,
 }
 
-/// What the operator of the program allows migrations, where a request does not say.
+/// Permissions for migrations, used where a request gives none.
 #[derive(Clone, Debug, Default, PartialEq, Args)]
 #[command(next_help_heading = "Migration")]
 pub(crate) struct MigrationArguments {
-    /// Folder or file below which a VM that comes over TCP may name files and sockets. Several times for
-    /// several. None by default; over a unix socket, to which only this user can connect, all.
+    /// Folder or file below which a VM that arrives over TCP may name files and sockets. Can be
+    /// repeated. By default none. A VM that arrives over a unix socket, to which only this user can
+    /// connect, may name all.
     #[arg(long, value_name = "PATH")]
     migration_allow: Vec<PathBuf>,
-    /// Tap that a VM which comes over TCP may use; with a * at the end, all that begin so (vmtap* for new
-    /// ones). Several times for several.
+    /// Tap that a VM which arrives over TCP may use; a * at the end matches any rest of the name
+    /// (vmtap* matches new taps). Can be repeated.
     #[arg(long, value_name = "NAME")]
     migration_allow_tap: Vec<String>,
-    /// Host that may send VMs over TLS, by a name or address in its certificate; * for each whose
-    /// certificate the CA signed. Several times for several.
+    /// Host that may send VMs over TLS: a name or address in its certificate, or * for every host
+    /// whose certificate the CA signed. Can be repeated.
     #[arg(long, value_name = "NAME")]
     migration_peer: Vec<String>,
-    /// Allow migration over TCP without TLS, in both directions: whoever is on the way can read and change
-    /// the memory of guests, and whoever can connect can send one.
+    /// Allow migration over TCP without TLS, in both directions: anyone on the network path can
+    /// read and change the memory of guests, and anyone who can connect can send a VM.
     #[arg(long)]
     migration_insecure: bool,
 }
@@ -112,7 +115,7 @@ impl MigrationArguments {
         for path in &self.migration_allow {
             if !path.is_absolute() {
                 bail!(
-                    "--migration-allow {}: an absolute path is needed",
+                    "--migration-allow {}: the path must be absolute",
                     path.display()
                 );
             }
@@ -128,7 +131,7 @@ impl MigrationArguments {
 
 #[derive(Debug, Args)]
 pub(crate) struct ServeArguments {
-    /// Socket of the service. By default whimbrel.sock in $XDG_RUNTIME_DIR, or in /run.
+    /// Socket of the service. [default: whimbrel.sock in $XDG_RUNTIME_DIR, or in /run]
     #[arg(long, value_name = "PATH")]
     pub(crate) socket: Option<PathBuf>,
     /// Serve on this TCP address as well. Loopback only, as the API is not encrypted. Wants
@@ -142,16 +145,15 @@ pub(crate) struct ServeArguments {
     /// Serve over TCP without a token: every user of this host can then do what the service's user can.
     #[arg(long, requires = "tcp", conflicts_with = "api_token_file")]
     pub(crate) api_insecure: bool,
-    /// Directory of the service's files: for each VM ID, `vms/ID.sock` speaks Cloud Hypervisor's
-    /// API for that VM alone. By default a directory beside the socket, named as it is but for the
-    /// ending.
+    /// Directory of the service's files. For each VM, the socket `vms/ID.sock` in it serves Cloud
+    /// Hypervisor's API. [default: the socket's path without its extension]
     #[arg(long, value_name = "PATH")]
     pub(crate) state_dir: Option<PathBuf>,
-    /// Directory below which a disk image may name files: its backing file, its data file. Can be given
-    /// several times; an image's own directory is always one.
+    /// Directory below which a disk image may name a backing file or data file, besides the image's
+    /// own directory. Can be repeated.
     #[arg(long, value_name = "DIR")]
     pub(crate) image_dir: Vec<PathBuf>,
-    /// Threads on which the VMs' drivers live; by default as many as there are CPUs.
+    /// Number of threads for the VMs' drivers. [default: the number of CPUs]
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<usize>,
     #[command(flatten)]
@@ -214,7 +216,7 @@ impl RunArguments {
 #[derive(Debug, Default, PartialEq, Args)]
 #[command(next_help_heading = "VM")]
 pub(crate) struct VmArguments {
-    /// Socket on which Cloud Hypervisor's API is spoken for this VM.
+    /// Socket that serves Cloud Hypervisor's API for this VM.
     #[arg(long, value_name = "PATH")]
     pub(crate) api_socket: Option<String>,
     /// Kernel to boot: an ELF vmlinux or a bzImage.
@@ -233,33 +235,35 @@ pub(crate) struct VmArguments {
     #[arg(
         long,
         value_name = "OPTIONS",
-        help = "vCPUs, one by default: a number, or boot=N,max=N,topology=T:C:D:P,affinity=[V@[CPUS]],\
+        help = "vCPUs: a number (default 1), or boot=N,max=N,topology=T:C:D:P,affinity=[V@[CPUS]],\
                 max_phys_bits=N"
     )]
     pub(crate) cpus: Option<String>,
-    /// Memory, 512 MiB by default: size=SIZE,shared=on,hugepages=on,hugepage_size=SIZE,prefault=on,mergeable=on,thp=off.
+    /// Memory (default 512 MiB):
+    /// size=SIZE,shared=on,hugepages=on,hugepage_size=SIZE,prefault=on,mergeable=on,thp=off.
     #[arg(long, value_name = "OPTIONS")]
     pub(crate) memory: Option<String>,
     /// Serial port: off, null, pty, tty, file=PATH or socket=PATH.
     #[arg(long, value_name = "MODE")]
     pub(crate) serial: Option<String>,
-    /// Virtio console, hvc0 in a Linux guest: off, null, tty, pty, file=PATH or socket=PATH. The
-    /// terminal is the serial port's if both want it.
+    /// Virtio console, hvc0 in a Linux guest: off, null, tty, pty, file=PATH or socket=PATH. If
+    /// both use `tty`, the serial port gets the terminal.
     #[arg(long, value_name = "MODE")]
     pub(crate) console: Option<String>,
     /// Disks: path=PATH,readonly=on,direct=on,image_type=qcow2,backing_files=on,data_files=on,num_queues=N,queue_size=N,
     /// serial=TEXT,id=NAME,on_error=pause,bw_size=BYTES,bw_refill_time=MS,ops_size=N,ops_refill_time=MS.
     #[arg(long, value_name = "OPTIONS", num_args = 1..)]
     pub(crate) disk: Vec<String>,
-    /// Directory below which a disk image may name files, besides the image's own. Several times for
-    /// several.
+    /// Directory below which a disk image may name a backing file or data file, besides the image's
+    /// own directory. Can be repeated.
     #[arg(long, value_name = "DIR")]
     pub(crate) image_dir: Vec<PathBuf>,
-    /// Network interfaces: tap=NAME,mac=MAC,ip=ADDRESS,mask=MASK,mtu=N,num_queues=N,queue_size=N,id=NAME. A
-    /// tap that is not there is made.
+    /// Network interfaces:
+    /// tap=NAME,mac=MAC,ip=ADDRESS,mask=MASK,mtu=N,num_queues=N,queue_size=N,id=NAME. A tap that
+    /// does not exist is created.
     #[arg(long, value_name = "OPTIONS", num_args = 1..)]
     pub(crate) net: Vec<String>,
-    /// Source of random numbers: src=PATH, /dev/urandom by default.
+    /// Source of random numbers: src=PATH. [default: /dev/urandom]
     #[arg(long, value_name = "OPTIONS")]
     pub(crate) rng: Option<String>,
     /// Memory balloon: size=SIZE,deflate_on_oom=on,free_page_reporting=on.
@@ -384,7 +388,7 @@ impl VmArguments {
         }
         if self.event_monitor.is_some() {
             bail!(
-                "--event-monitor: not supported; `whimbrel serve` tells events at /api/v1/events"
+                "--event-monitor: not supported; `whimbrel serve` streams events at /api/v1/events"
             );
         }
         Ok(())

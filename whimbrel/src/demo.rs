@@ -66,7 +66,7 @@ pub(crate) fn run() -> Result<ExitCode> {
             one.end().await?;
         }
         shown?;
-        demo.say("both services have ended: all held");
+        demo.say("both services have ended: every check passed");
         Ok(ExitCode::SUCCESS)
     })
 }
@@ -177,7 +177,7 @@ impl Demo {
         self.until(&mut before, |line| matches!(line, Line::Report { .. }))
             .await?;
         let (from, to) = (self.here, 1 - self.here);
-        self.request("POST /api/v1/migrations        (to the service to which it moves)");
+        self.request("POST /api/v1/migrations        (to the destination service)");
         // Both ends are this program's: a peer may name the demo's own files.
         let waiting = AwaitMigration {
             insecure: true,
@@ -195,12 +195,14 @@ impl Demo {
         let begun = self.clients[from].vms_migrate(id, &what).await?;
         let moved = self.follow(&begun).await?;
         self.here = to;
-        let stop = moved.downtime.context("a guest that moved was stopped")?;
+        let stop = moved
+            .downtime
+            .context("the completed migration reports no downtime")?;
         let predicted = moved
             .predicted_downtime_us
             .map(|us| format!(" ({:.1} ms predicted)", ms(us)));
         self.say(&format!(
-            "moved: {} pages and {} of zeros, {} MiB; stopped for {:.1} ms{}",
+            "moved: {} pages and {} zero pages, {} MiB; stopped for {:.1} ms{}",
             moved.pages,
             moved.zero_pages,
             moved.sent_bytes >> 20,
@@ -211,7 +213,8 @@ impl Demo {
             let name: VmId = waiting.id.parse()?;
             let there = self.clients[to].migrations_info(&name).await?;
             self.say(&format!(
-                "it went on before its memory was there, and waited for {} pages, half of them within {:.2} ms",
+                "the guest resumed before its memory had arrived, and waited for {} pages (median \
+                 {:.2} ms)",
                 there.faults,
                 ms(there.fault_p50_us),
             ));
@@ -227,7 +230,7 @@ impl Demo {
         if let Line::Report { gap_us, .. } = report {
             self.say(&format!("the guest saw a gap of {:.1} ms", ms(gap_us)));
         }
-        self.say("the guest is asked to check every page that it wrote");
+        self.say("the guest checks every page that it wrote");
         console.send(Command::Verify)?;
         let verified = self
             .until(&mut console, |line| matches!(line, Line::Verified { .. }))
@@ -237,9 +240,9 @@ impl Demo {
         };
         ensure!(
             pages > 0 && bad == 0,
-            "{bad} of {pages} pages are not as they were written"
+            "{bad} of {pages} pages differ from what the guest wrote"
         );
-        self.say(&format!("{pages} pages are as they were written"));
+        self.say(&format!("{pages} pages are unchanged"));
         Ok(console)
     }
 
@@ -277,7 +280,7 @@ impl Demo {
             }
             ensure!(
                 Instant::now() < deadline,
-                "the migration does not end: {info:?}"
+                "the migration has not ended in time: {info:?}"
             );
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
@@ -322,9 +325,9 @@ impl Demo {
             ("first instruction seen", boot.first_debug_port_us),
             ("first byte on the console", boot.first_serial_us),
         ];
-        self.say("from the boot request:");
+        self.say("since the boot request:");
         for (what, us) in steps {
-            let us = us.with_context(|| format!("there is no time for: {what}"))?;
+            let us = us.with_context(|| format!("the timeline has no time for: {what}"))?;
             let ms = f64::from(u32::try_from(us)?) / 1000.0;
             show_line(&format!("             {ms:>9.3} ms  {what}"));
         }
@@ -339,7 +342,7 @@ impl Demo {
             let text = console
                 .within(left)
                 .await
-                .context("the guest does not say what it should")?;
+                .context("the guest did not print the expected line in time")?;
             show_line(&format!("             {}", self.paint.guest(&text)));
             match Line::parse(&text) {
                 Some(line) if wanted(&line) => return Ok(line),
@@ -432,7 +435,7 @@ impl Console {
     }
 
     fn send(&mut self, command: Command) -> Result<()> {
-        writeln!(self.socket, "{command}").context("the console takes no input")
+        writeln!(self.socket, "{command}").context("the console accepts no input")
     }
 }
 

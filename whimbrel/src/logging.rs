@@ -95,7 +95,7 @@ fn report(limits: &Limits, lost: &ErrorCounter) {
         if lines > reported {
             tracing::warn!(
                 lines = lines - reported,
-                "log lines were lost: they were not read in time"
+                "log lines were lost: the log was not written fast enough"
             );
             reported = lines;
         }

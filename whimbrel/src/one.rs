@@ -20,8 +20,8 @@ pub(crate) fn run(arguments: &VmArguments, config: Option<VmConfig>) -> Result<E
     let socket = arguments.api_socket()?;
     if socket.is_none() && config.is_none() {
         bail!(
-            "nothing to do: --kernel boots a VM, --api-socket waits for one over REST, `whimbrel serve` \
-             is a service for many, and `whimbrel demo` shows how it works"
+            "nothing to do: use --kernel to boot a VM, --api-socket to create one over REST, \
+             `whimbrel serve` for many VMs, or `whimbrel demo` for a demonstration"
         );
     }
     let pool = Pool::start(&PoolConfig {

@@ -39,7 +39,7 @@ fn private_directory(path: &Path) -> Result<()> {
         .recursive(true)
         .mode(0o700)
         .create(path)
-        .with_context(|| format!("cannot make the directory {}", path.display()))
+        .with_context(|| format!("cannot create the directory {}", path.display()))
 }
 
 /// A runtime for the service's own threads. They only pass messages: two are enough.

@@ -25,7 +25,7 @@ use crate::arch::x86_64::layout::{self, Layout};
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
     /// The configuration names no kernel.
-    #[error("there is nothing to boot: a kernel is needed")]
+    #[error("there is nothing to boot: `payload.kernel` is missing")]
     NoKernel,
     /// A file cannot be read.
     #[error("the {what} {} cannot be read: {source}", path.display())]

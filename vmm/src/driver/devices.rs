@@ -98,7 +98,7 @@ impl Driver {
         };
         match new.id() {
             Some(id) if taken(id) => {
-                let detail = format!("there is another device of the name `{id}`");
+                let detail = format!("another device has the id `{id}`");
                 Err(RequestError::new(
                     Category::Conflict,
                     "device-exists",
@@ -348,7 +348,8 @@ impl Driver {
             |code, detail: String| Err(RequestError::new(Category::Unprocessable, code, detail));
         let all = self.config.memory.size;
         if size > all {
-            let detail = format!("{size} bytes are more than the {all} that the guest has");
+            let detail =
+                format!("`desired_balloon` ({size}) is more than the guest's memory ({all} bytes)");
             return refused("balloon-too-large", detail);
         }
         let mut config = VmConfig::clone(&self.config);
