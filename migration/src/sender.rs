@@ -1,5 +1,6 @@
 //! Sending pages: over all RAM channels at once, within a bandwidth.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc;
 use std::thread;
@@ -16,8 +17,11 @@ use crate::progress::Progress;
 use crate::verify;
 use crate::wire::{self, Kind};
 
-/// The longest that one waits in one go to keep to a bandwidth.
-const LONGEST_WAIT: Duration = Duration::from_millis(100);
+/// The longest sleep to keep to a bandwidth. Between two of them the sender looks for a cancel.
+const LONGEST_SLEEP: Duration = Duration::from_millis(100);
+
+/// Batches that a bandwidth limit has room for in a second.
+const BATCHES_PER_SECOND: u64 = 10;
 
 /// A RAM channel.
 pub(crate) struct Ram {
@@ -36,18 +40,29 @@ pub(crate) fn per_second(count: u64, span: Duration) -> u64 {
     u64::try_from(u128::from(count) * 1_000_000 / us).unwrap_or(u64::MAX)
 }
 
-/// Pages in runs of a batch at most.
-pub(crate) fn batches(pending: &[DirtyPages]) -> impl Iterator<Item = Run> + Send + '_ {
-    (0_u32..).zip(pending).flat_map(|(block, pages)| {
+/// Pages in runs of a batch at most. A bandwidth `limit` in bytes a second makes batches smaller, so
+/// that bytes keep flowing: the destination takes pages that do not come for a lost source.
+pub(crate) fn batches(
+    pending: &[DirtyPages],
+    limit: Option<u64>,
+) -> impl Iterator<Item = Run> + Send + '_ {
+    let most = batch_pages(limit);
+    (0_u32..).zip(pending).flat_map(move |(block, pages)| {
         pages.runs().flat_map(move |(first, pages)| {
-            (0..pages).step_by(BATCH).map(move |at| Run {
+            (0..pages).step_by(most).map(move |at| Run {
                 block,
                 first: (first + at) as u64,
                 // A batch has few.
-                pages: BATCH.min(pages - at) as u32,
+                pages: most.min(pages - at) as u32,
             })
         })
     })
+}
+
+fn batch_pages(limit: Option<u64>) -> usize {
+    let Some(limit) = limit else { return BATCH };
+    let pages = usize::try_from(limit / BATCHES_PER_SECOND).unwrap_or(usize::MAX) / PAGE;
+    pages.clamp(1, BATCH)
 }
 
 /// A round that several channels share.
@@ -94,8 +109,15 @@ pub(crate) fn on_all<R>(
         for ram in rams {
             let (done, send) = (done.clone(), &send);
             let work = move || {
+                // The loop below waits for a result of each thread, and would wait for ever for one
+                // that a panic ended without any.
+                let sent = catch_unwind(AssertUnwindSafe(|| send(ram)));
+                let sent = sent.unwrap_or_else(|_| {
+                    let why = "a thread that sends memory panicked";
+                    Err(MigrationError::here("internal", why))
+                });
                 // The receiver waits for all of us.
-                let _ = done.send(send(ram));
+                let _ = done.send(sent);
             };
             match thread::Builder::new().spawn_scoped(scope, work) {
                 Ok(_) => running += 1,
@@ -139,7 +161,8 @@ pub(crate) fn send_inline(
         for run in batches {
             let bytes = first.send_batch(blocks, run, progress)?;
             sent += bytes;
-            pacer.wait(bytes);
+            // Bounded by the caller, which sends few pages like this.
+            pacer.wait(bytes, || false);
         }
     }
     // On all channels: the destination has a round when `End` came on each.
@@ -192,7 +215,8 @@ impl Ram {
             for run in runs {
                 let bytes = self.send_batch(blocks, run, progress)?;
                 sent += bytes;
-                pacer.wait(bytes);
+                // Nothing cancels pages that follow a guest.
+                pacer.wait(bytes, || false);
             }
         }
     }
@@ -203,7 +227,8 @@ impl Ram {
         work: &Work<'_, impl Iterator<Item = Run>>,
     ) -> Result<u64, MigrationError> {
         let mut sent = 0;
-        while work.cut.is_none_or(|cut| Instant::now() < cut) {
+        let is_cut = || work.cut.is_some_and(|cut| Instant::now() >= cut);
+        while !is_cut() {
             let next = work.batches.lock().next();
             let Some(run) = next else { break };
             if work.decision.is_canceled() {
@@ -211,7 +236,8 @@ impl Ram {
             }
             let bytes = self.send_batch(work.blocks, run, &work.progress)?;
             sent += bytes;
-            work.pacer.wait(bytes);
+            work.pacer
+                .wait(bytes, || is_cut() || work.decision.is_canceled());
         }
         self.end(work.round)?;
         Ok(sent)
@@ -365,17 +391,124 @@ impl Pacer {
         }
     }
 
-    /// Accounts for `bytes` that were sent, and waits until the bandwidth cap allows more.
-    pub(crate) fn wait(&self, bytes: u64) {
-        let Some(limit) = self.limit else { return };
-        // Measured against the total since the start, so that channels share one limit and a wait
-        // that was skipped is made up for later.
-        let before = self.sent.fetch_add(bytes, Ordering::Relaxed);
-        let due = Duration::from_micros((before + bytes).saturating_mul(1_000_000) / limit.max(1));
-        let ahead = due.saturating_sub(self.begun.elapsed());
-        if ahead > Duration::from_millis(1) {
-            // Capped: senders look for a cancel only between batches.
-            thread::sleep(ahead.min(LONGEST_WAIT));
+    /// Whether so many bytes can be sent within a time.
+    pub(crate) fn has_room(&self, bytes: u64, within: Duration) -> bool {
+        self.due(bytes) <= within
+    }
+
+    /// Accounts for `bytes` that were sent, and waits until the bandwidth allows more, or the round
+    /// `is_over`.
+    pub(crate) fn wait(&self, bytes: u64, is_over: impl Fn() -> bool) {
+        self.wait_by(bytes, is_over, || self.begun.elapsed(), thread::sleep);
+    }
+
+    /// The wait by a clock: `elapsed` is the time since the pacer was made.
+    fn wait_by(
+        &self,
+        bytes: u64,
+        is_over: impl Fn() -> bool,
+        elapsed: impl Fn() -> Duration,
+        sleep: impl Fn(Duration),
+    ) {
+        // Measured against the total since the start, so that channels share one limit, and sleeps
+        // that take too long are made up for.
+        let due = self.due(self.sent.fetch_add(bytes, Ordering::Relaxed) + bytes);
+        loop {
+            let ahead = due.saturating_sub(elapsed());
+            // A sleep costs about as much as it is too long.
+            if ahead <= Duration::from_millis(1) || is_over() {
+                return;
+            }
+            sleep(ahead.min(LONGEST_SLEEP));
         }
+    }
+
+    /// The time that so many bytes take.
+    fn due(&self, bytes: u64) -> Duration {
+        let Some(limit) = self.limit else {
+            return Duration::ZERO;
+        };
+        let us = u128::from(bytes) * 1_000_000 / u128::from(limit.max(1));
+        Duration::from_micros(u64::try_from(us).unwrap_or(u64::MAX))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    /// A panic in one thread must end the round with an error. Before, the round waited for ever.
+    #[test]
+    fn panic_of_a_channel_is_an_error() {
+        let (to, ended) = mpsc::channel();
+        thread::spawn(move || {
+            let streams = [(); 3].map(|()| UnixStream::pair().unwrap());
+            let mut rams = streams.map(|(near, _)| Ram::new(Box::new(near)));
+            let turn = AtomicU64::new(0);
+            let send = |_: &mut Ram| match turn.fetch_add(1, Ordering::Relaxed) {
+                1 => panic!("as the test says"),
+                other => Ok(other),
+            };
+            let all = on_all(&mut rams, send, Duration::from_secs(1), || Ok(()), || ());
+            to.send(all.map_err(|error| error.refusal().code)).unwrap();
+        });
+        let result = ended.recv_timeout(Duration::from_secs(60));
+        assert_eq!(result.expect("it ends"), Err("internal".to_owned()));
+    }
+
+    /// Waits on a clock that only sleeping moves. Returns the time that it shows, and the longest sleep.
+    fn time_for(pacer: &Pacer, batches: u64, bytes: u64) -> (Duration, Duration) {
+        let (now, longest) = (Cell::new(Duration::ZERO), Cell::new(Duration::ZERO));
+        for _ in 0..batches {
+            let sleep = |span: Duration| {
+                now.set(now.get() + span);
+                longest.set(longest.get().max(span));
+            };
+            pacer.wait_by(bytes, || false, || now.get(), sleep);
+        }
+        (now.get(), longest.get())
+    }
+
+    #[test]
+    fn bandwidth_is_kept_however_low() {
+        const MIB: u64 = 1 << 20;
+        // The last is less than a batch of 256 KiB in 100 ms, which was exceeded.
+        for limit in [1 << 30, 8 * MIB, MIB, 4096] {
+            let (batches, bytes) = (40, 256 << 10);
+            let (took, longest) = time_for(&Pacer::new(Some(limit)), batches, bytes);
+            let exact = Duration::from_micros(batches * bytes * 1_000_000 / limit);
+            let error = exact.abs_diff(took);
+            assert!(
+                error <= Duration::from_millis(1),
+                "{limit}: {took:?}, {exact:?}"
+            );
+            assert!(longest <= LONGEST_SLEEP, "a cancel waits for {longest:?}");
+        }
+        assert_eq!(time_for(&Pacer::new(None), 1000, 1 << 30).0, Duration::ZERO);
+    }
+
+    #[test]
+    fn wait_ends_with_its_round() {
+        let (pacer, now) = (Pacer::new(Some(1)), Cell::new(Duration::ZERO));
+        let is_over = || now.get() > Duration::from_secs(1);
+        let sleep = |span| now.set(now.get() + span);
+        pacer.wait_by(1 << 40, is_over, || now.get(), sleep);
+        assert!(now.get() <= Duration::from_secs(1) + 2 * LONGEST_SLEEP);
+    }
+
+    #[test]
+    fn low_bandwidth_makes_batches_small() {
+        assert_eq!(batch_pages(None), BATCH);
+        assert_eq!(batch_pages(Some(u64::MAX)), BATCH);
+        assert_eq!(batch_pages(Some(1 << 20)), 25);
+        assert_eq!(batch_pages(Some(1)), 1);
+        // At 64 KiB/s, each wait is far below the 10 s of silence that end a migration.
+        let pacer = Pacer::new(Some(64 << 10));
+        let bytes = (batch_pages(pacer.limit) * PAGE) as u64;
+        assert!(pacer.has_room(bytes, Duration::from_millis(100)));
+        assert!(!pacer.has_room(64 << 10, Duration::from_millis(999)));
     }
 }

@@ -205,7 +205,7 @@ impl Engine<'_, '_> {
             report.rounds = round;
             report.remaining_pages = count(&left);
         });
-        let batches = Mutex::new(batches(&left));
+        let batches = Mutex::new(batches(&left, self.sending.policy.max_bandwidth));
         let priority = self
             .fault_server
             .as_ref()

@@ -145,9 +145,11 @@ impl Engine<'_, '_> {
             report.rounds = round;
             report.remaining_pages = pages;
         });
-        let batches = batches(pending);
-        let pacer = Pacer::new(self.sending.policy.max_bandwidth);
-        if pages <= INLINE {
+        let limit = self.sending.policy.max_bandwidth;
+        let (batches, pacer) = (batches(pending, limit), Pacer::new(limit));
+        let every = self.sending.policy.patience / KEEPALIVES;
+        // Not what takes so long that the destination needs keepalives meanwhile.
+        if pages <= INLINE && pacer.has_room(pages * PAGE as u64, every) {
             return send_inline(
                 &mut self.rams,
                 &self.blocks,
@@ -166,7 +168,6 @@ impl Engine<'_, '_> {
             progress,
             decision: self.sending.decision.clone(),
         };
-        let every = self.sending.policy.patience / KEEPALIVES;
         let control = self.control.as_mut().ok_or_else(disconnected)?;
         // Keepalives during a long round. A RAM channel that writes to a dead peer would not notice by itself,
         // so a failed keepalive closes all connections.

@@ -199,7 +199,7 @@ impl Engine<'_, '_> {
     ) -> Result<Vec<u8>, MigrationError> {
         let work = Work {
             blocks: &self.blocks,
-            batches: Mutex::new(batches(pending)),
+            batches: Mutex::new(batches(pending, self.sending.policy.max_bandwidth)),
             pacer: Pacer::new(self.sending.policy.max_bandwidth),
             // No cut: every page must be there before the state.
             cut: None,
