@@ -58,12 +58,7 @@ pub(crate) async fn envelope(
 
 fn failed(error: &tokio::task::JoinError) -> ApiError {
     tracing::error!(%error, "a request failed inside the service");
-    ApiError::new(
-        StatusCode::INTERNAL_SERVER_ERROR,
-        "internal-error",
-        "the service failed on this request and continues with others; its log has the details \
-         under this response's X-Request-Id",
-    )
+    ApiError::internal()
 }
 
 /// The client's own, if it is fit for a log; else a new one.

@@ -174,7 +174,9 @@ async fn cancel(
 
 /// Decide where the guest of a migration in doubt runs.
 ///
-/// Before deciding that the guest runs here, make sure that it runs nowhere else.
+/// Before deciding that the guest runs here, make sure that it runs nowhere else. If it cannot run here
+/// now, because another process has locked a disk for instance, the answer is 409 with the reason. The
+/// migration stays in doubt, and can be resolved again.
 #[utoipa::path(
     post, path = "/api/v1/migrations/{id}/resolve", operation_id = "resolveMigration", tag = MIGRATIONS, request_body = ResolveMigration,
     params(("id" = String, Path, description = "The migration's name.")),
@@ -188,7 +190,12 @@ async fn resolve(
     Path(id): Path<String>,
     Json(body): Json<ResolveMigration>,
 ) -> Result<StatusCode, ApiError> {
-    service.registry.migration(&id)?.resolve(body.outcome)?;
+    let migration = service.registry.migration(&id)?;
+    let resolved = tokio::task::spawn_blocking(move || migration.resolve(body.outcome));
+    resolved.await.map_err(|error| {
+        tracing::error!(%error, "a migration could not be resolved");
+        ApiError::internal()
+    })??;
     Ok(StatusCode::NO_CONTENT)
 }
 

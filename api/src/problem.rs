@@ -72,6 +72,16 @@ impl ApiError {
         refusal
     }
 
+    /// 500 for a fault of the service itself, which has logged it.
+    pub(crate) fn internal() -> Self {
+        Self::new(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "internal-error",
+            "the service failed on this request and continues with others; its log has the details \
+             under this response's X-Request-Id",
+        )
+    }
+
     pub(crate) fn not_implemented(what: &str) -> Self {
         Self::new(
             StatusCode::NOT_IMPLEMENTED,

@@ -25,10 +25,12 @@ pub trait Migration: Send + Sync {
     /// When the guest has been handed over, or it is over.
     fn cancel(&self) -> Result<(), RequestError>;
 
-    /// Decides what becomes of the guest.
+    /// Decides what becomes of the guest, and waits until the engine has acted on that, some seconds at
+    /// most. Not for threads that must not block.
     ///
     /// # Errors
-    /// When it is not in doubt.
+    /// The migration is not in doubt; or the guest cannot run at this side now, because a disk is locked
+    /// for instance: then the migration stays in doubt, and another decision can be made.
     fn resolve(&self, outcome: MigrationOutcome) -> Result<(), RequestError>;
 
     /// True once it is over.

@@ -12,6 +12,7 @@ use parking_lot::{Condvar, Mutex};
 use serde::{Deserialize, Serialize};
 
 use crate::link::Closer;
+use crate::message::Refusal;
 
 /// An operator's decision about a guest whose migration is in doubt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -61,6 +62,10 @@ struct State {
     closers: Vec<Closer>,
     doubt: Option<Doubt>,
     resolution: Option<Resolution>,
+    /// The engine acts on the resolution.
+    is_acted_on: bool,
+    /// Why the last resolution had no effect.
+    refused: Option<Refusal>,
     relieved: bool,
 }
 
@@ -95,8 +100,26 @@ impl Decision {
             return false;
         }
         state.resolution = Some(resolution);
+        (state.is_acted_on, state.refused) = (false, None);
         self.0.1.notify_all();
         true
+    }
+
+    /// Waits up to `patience` until the engine has acted on the resolution that was accepted.
+    ///
+    /// # Errors
+    /// The resolution had no effect: the guest cannot run here now, and the migration stays in doubt; or
+    /// the other side decided first.
+    pub fn outcome(&self, patience: Duration) -> Result<(), Refusal> {
+        let deadline = Instant::now() + patience;
+        let mut state = self.0.0.lock();
+        while state.resolution.is_some() {
+            if self.0.1.wait_until(&mut state, deadline).timed_out() {
+                // Accepted still: the engine acts on it when its present step is done.
+                return Ok(());
+            }
+        }
+        state.refused.clone().map_or(Ok(()), Err)
     }
 
     /// Relieves a destination whose migration is over of answering its source: [`receive`] returns,
@@ -178,8 +201,17 @@ impl Question {
                 break;
             }
         }
+        state.is_acted_on = state.resolution.is_some();
         // Left in place: the caller may wait again, and `withdraw` has to find it.
         state.resolution
+    }
+
+    /// Gives the decision back, which cannot be carried out. The question stays open for another.
+    pub(crate) fn refuse(&self, why: Refusal) {
+        let (state, changed) = &*self.0.0;
+        let mut state = state.lock();
+        (state.resolution, state.refused) = (None, Some(why));
+        changed.notify_all();
     }
 
     /// Withdraws the question. Returns the decision if one was accepted before: the operator was
@@ -187,6 +219,7 @@ impl Question {
     pub(crate) fn withdraw(self) -> Option<Resolution> {
         let mut state = self.0.0.0.lock();
         state.doubt = None;
+        self.0.0.1.notify_all();
         // The guard is dropped before `self`, whose `Drop` locks again.
         state.resolution.take()
     }
@@ -194,8 +227,14 @@ impl Question {
 
 impl Drop for Question {
     fn drop(&mut self) {
-        let mut state = self.0.0.0.lock();
+        let (state, changed) = &*self.0.0;
+        let mut state = state.lock();
+        if state.resolution.is_some() && !state.is_acted_on {
+            let why = "the other side decided before this decision was acted on";
+            state.refused = Some(Refusal::new("migration-not-in-doubt", why));
+        }
         (state.doubt, state.resolution) = (None, None);
+        changed.notify_all();
     }
 }
 
@@ -232,5 +271,30 @@ mod tests {
         assert!(decision.resolve(Resolution::Discard));
         assert_eq!(question.withdraw(), Some(Resolution::Discard));
         assert!(!decision.resolve(Resolution::Discard));
+    }
+
+    #[test]
+    fn outcome_says_whether_a_resolution_had_an_effect() {
+        let decision = Decision::default();
+        let (run, soon) = (Resolution::Run, Duration::ZERO);
+        let question = decision.ask(Doubt::HandOver);
+        assert!(decision.resolve(run));
+        assert_eq!(decision.outcome(soon), Ok(()), "not known yet");
+        assert_eq!(question.wait(soon), Some(run));
+        let locked = Refusal::new("cannot-be-taken-over", "a disk is locked");
+        question.refuse(locked.clone());
+        assert_eq!(decision.outcome(soon), Err(locked));
+        assert_eq!(question.wait(soon), None, "it was given back");
+        // Another try, which the engine carries out.
+        assert!(decision.resolve(run));
+        assert_eq!(question.wait(soon), Some(run));
+        drop(question);
+        assert_eq!(decision.outcome(soon), Ok(()));
+        // One that the engine never saw.
+        let question = decision.ask(Doubt::HandOver);
+        assert!(decision.resolve(run));
+        drop(question);
+        let refused = decision.outcome(soon).unwrap_err();
+        assert_eq!(refused.code, "migration-not-in-doubt");
     }
 }

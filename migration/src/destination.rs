@@ -63,7 +63,8 @@ pub trait Destination: Send {
     /// The state cannot be loaded.
     fn load(&mut self, state: &[u8]) -> Result<(), Refusal>;
 
-    /// Acquires the resources that only one machine may hold (image locks, socket paths).
+    /// Acquires the resources that only one machine may hold (image locks, socket paths). Called again
+    /// after a failure, also one of [`start`](Self::start), when an operator decides again.
     ///
     /// # Errors
     /// Another process holds one of them.

@@ -83,6 +83,25 @@ pub(super) struct Deciding<'a> {
     paused: bool,
 }
 
+/// The order to run the guest here.
+struct Start {
+    at: Instant,
+    /// How long the guest was paused by then.
+    stood_for: Duration,
+    /// Whether its owner had paused it.
+    paused: bool,
+}
+
+impl Start {
+    fn now(stood_for: Duration, paused: bool) -> Self {
+        Self {
+            at: Instant::now(),
+            stood_for,
+            paused,
+        }
+    }
+}
+
 impl Deciding<'_> {
     pub(super) fn run(mut self) -> Result<Ended, Failed> {
         let tick = self.guest.session.patience / POLLS;
@@ -90,7 +109,14 @@ impl Deciding<'_> {
             let Some(control) = &mut self.control else {
                 let decided = self.question.as_ref().and_then(|open| open.wait(tick));
                 match decided {
-                    Some(resolution) => return self.resolved(resolution),
+                    Some(Resolution::Discard) => return self.discarded(),
+                    Some(Resolution::Run) => {
+                        let start = Start::now(self.since.elapsed(), self.paused);
+                        match self.take_over_and_start(&start) {
+                            Err(StartFailure::NeverRan(why)) => self.stay_in_doubt(why),
+                            ran => return self.started(&start, ran),
+                        }
+                    }
                     None => self.reconnect(),
                 }
                 continue;
@@ -103,9 +129,11 @@ impl Deciding<'_> {
                     // An operator was promised that the guest does not run here.
                     // `Run` needs no case of its own: the source demands the same.
                     if self.withdraw() == Some(Resolution::Discard) {
-                        return self.resolved(Resolution::Discard);
+                        return self.discarded();
                     }
-                    return self.start(Duration::from_nanos(stood_for_ns), paused);
+                    let start = Start::now(Duration::from_nanos(stood_for_ns), paused);
+                    let ran = self.take_over_and_start(&start);
+                    return self.started(&start, ran);
                 }
                 Ok(ToDestination::Abort(why)) => return self.aborted(why),
                 Ok(other) => {
@@ -148,6 +176,29 @@ impl Deciding<'_> {
         });
     }
 
+    /// The guest cannot run here now, though the operator decided so: a disk may be locked by another
+    /// process. The source is lost, so the copy here may be the only one. It is kept, and the operator
+    /// can remove the obstacle and decide again.
+    fn stay_in_doubt(&mut self, why: Refusal) {
+        let session = self.guest.session;
+        tracing::warn!(migration = %self.guest.id, %why, "a guest in doubt cannot run here");
+        if matches!(session.ran.replace(Ran::No), Ran::MayHave) {
+            // The journal says `Running`. Not one instruction ran, so a restarted host may still say
+            // that it never did.
+            if let Err(error) = self.guest.journal.record(Step::Ready) {
+                tracing::warn!(migration = %self.guest.id, %error, "a journal cannot be written");
+            }
+        }
+        session.progress.update(|report| {
+            report.phase = Phase::InDoubt;
+            report.error = Some(why.clone());
+        });
+        // Behind the report: an operator who gets the error finds it there, too.
+        if let Some(question) = &self.question {
+            question.refuse(why);
+        }
+    }
+
     /// Answers a source that is back. Any failure here is that connection's: the guest is kept.
     fn reconnect(&mut self) {
         let session = self.guest.session;
@@ -187,24 +238,18 @@ impl Deciding<'_> {
         }
     }
 
-    fn resolved(mut self, resolution: Resolution) -> Result<Ended, Failed> {
-        match resolution {
-            Resolution::Run => {
-                let (stood_for, paused) = (self.since.elapsed(), self.paused);
-                self.start(stood_for, paused)
-            }
-            Resolution::Discard => {
-                let detail = "an operator decided that the guest does not run at the destination";
-                let why = Refusal::new("resolved", detail);
-                self.guest.record_aborted();
-                self.guest.discard();
-                // The source holds the guest paused until it hears this.
-                let answer = ToSource::NotHere(why.clone());
-                match self.send(&answer) {
-                    Ok(()) => Err(MigrationError::Here(why).into()),
-                    Err(_) => Err(Failed::Unheard(why, answer)),
-                }
-            }
+    /// An operator decided that the guest does not run here.
+    fn discarded(mut self) -> Result<Ended, Failed> {
+        self.question = None;
+        let detail = "an operator decided that the guest does not run at the destination";
+        let why = Refusal::new("resolved", detail);
+        self.guest.record_aborted();
+        self.guest.discard();
+        // The source holds the guest paused until it hears this.
+        let answer = ToSource::NotHere(why.clone());
+        match self.send(&answer) {
+            Ok(()) => Err(MigrationError::Here(why).into()),
+            Err(_) => Err(Failed::Unheard(why, answer)),
         }
     }
 
@@ -222,16 +267,23 @@ impl Deciding<'_> {
     /// entry is answered with `NotHere`, and the source takes the guest back. What fails behind it, at
     /// a point where the guest may have run, is answered with `Ended`: it may have written to its
     /// disks, so that the copy at the source must never run again.
-    fn start(mut self, stood_for: Duration, paused: bool) -> Result<Ended, Failed> {
-        let start = Instant::now();
+    fn started(
+        mut self,
+        start: &Start,
+        ran: Result<Instant, StartFailure>,
+    ) -> Result<Ended, Failed> {
         let session = self.guest.session;
-        session.router.set_timer(None);
+        let Start {
+            at,
+            stood_for,
+            paused,
+        } = *start;
         self.question = None;
-        match self.take_over_and_start(stood_for, paused, start) {
+        match ran {
             Ok(runs) => {
                 session.ran.set(Ran::Yes);
-                let us = micros(runs.saturating_duration_since(start));
-                let told_us = micros(start.elapsed());
+                let us = micros(runs.saturating_duration_since(at));
+                let told_us = micros(at.elapsed());
                 tracing::info!(
                     migration = %self.guest.id,
                     stop_us = micros(stood_for).saturating_add(us),
@@ -284,13 +336,9 @@ impl Deciding<'_> {
         control.is_some_and(|control| matches!(control.recv(), Ok(ToDestination::Complete)))
     }
 
-    fn take_over_and_start(
-        &mut self,
-        stood_for: Duration,
-        paused: bool,
-        since: Instant,
-    ) -> Result<Instant, StartFailure> {
+    fn take_over_and_start(&mut self, start: &Start) -> Result<Instant, StartFailure> {
         let guest = &mut self.guest;
+        guest.session.router.set_timer(None);
         // Before the journal says `Running`: a lock that another process holds is the likely
         // failure, and at this point the source can still take the guest back.
         guest.target.take_over().map_err(StartFailure::NeverRan)?;
@@ -305,6 +353,8 @@ impl Deciding<'_> {
         let written = guest.journal.record(Step::Running);
         written
             .map_err(|error| StartFailure::NeverRan(Refusal::new("journal", error.to_string())))?;
-        guest.target.start(stood_for + since.elapsed(), paused)
+        guest
+            .target
+            .start(start.stood_for + start.at.elapsed(), start.paused)
     }
 }

@@ -167,9 +167,9 @@ fn run(seed: u64, script: Script) -> (Ending, Arc<World>) {
                 mourned.at_source.store(false, Ordering::SeqCst);
                 mourned.lock.lock().unwrap().take_if(|who| *who == "source");
                 let _ = watched.resolve(Resolution::Discard);
-                // Refused in postcopy, where the dead source had the rest of the memory.
-                if !other.resolve(Resolution::Run) {
-                    // Half of its memory is gone.
+                // Refused in postcopy, where the dead source had the rest of the memory. Without
+                // effect where the destination is dead, too.
+                if !other.resolve(Resolution::Run) || other.outcome(BOUND).is_err() {
                     let _ = other.resolve(Resolution::Discard);
                 }
             }

@@ -449,7 +449,20 @@ impl Driver {
             .map_err(refused("cannot-be-loaded"))
     }
 
+    /// Takes what only one machine may have, all of it or, of locks, none: the migration may stay in
+    /// doubt, and the source is the one that needs them then.
     pub(crate) fn take_over(&mut self) -> Result<(), Refusal> {
+        let taken = self.take_all_over();
+        if taken.is_err() {
+            self.consoles.hand_over();
+            if let Ok(active) = self.expecting() {
+                active.hand_over();
+            }
+        }
+        taken
+    }
+
+    fn take_all_over(&mut self) -> Result<(), Refusal> {
         self.consoles
             .take_over()
             .map_err(|error| Refusal::new("console-unusable", error.to_string()))?;

@@ -53,6 +53,10 @@ struct MachineOffer {
 
 const OFFER_VERSION: u32 = 1;
 
+/// How long the answer to `resolve` waits for the engine. A source that is connected decides within the
+/// 10 s of its patience.
+const RESOLVE_PATIENCE: Duration = Duration::from_secs(15);
+
 fn rows(cpuid: &CpuId) -> Vec<[u32; 7]> {
     let row = |e: &kvm_cpuid_entry2| [e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx];
     cpuid.as_slice().iter().map(row).collect()
@@ -221,7 +225,9 @@ impl Migration for ActiveMigration {
             MigrationOutcome::Discard => Resolution::Discard,
         };
         if self.decision.resolve(resolution) {
-            return Ok(());
+            let acted_on = self.decision.outcome(RESOLVE_PATIENCE);
+            return acted_on
+                .map_err(|why| RequestError::new(Category::Conflict, &why.code, why.detail));
         }
         let detail = "the migration is not in doubt";
         Err(RequestError::new(
