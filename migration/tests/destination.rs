@@ -35,6 +35,8 @@ enum Mood {
     PanicsAtOffer,
     PanicsInLoad,
     PanicsInStart,
+    Locked,
+    NeverRuns,
     MayHaveRun,
 }
 
@@ -66,12 +68,19 @@ impl Destination for Machine {
     }
 
     fn take_over(&mut self) -> Result<(), Refusal> {
-        Ok(())
+        match *self.0.mood.lock().unwrap() {
+            Mood::Locked => Err(Refusal::new("cannot-be-taken-over", "/disk.raw is in use")),
+            _ => Ok(()),
+        }
     }
 
     fn start(&mut self, _: Duration, _: bool) -> Result<Instant, StartFailure> {
         match *self.0.mood.lock().unwrap() {
             Mood::PanicsInStart => panic!("as the test says"),
+            Mood::NeverRuns => {
+                let why = Refusal::new("cannot-go-on", "KVM refuses");
+                return Err(StartFailure::NeverRan(why));
+            }
             Mood::MayHaveRun => {
                 let why = Refusal::new("machine-gone", "the driver panicked");
                 return Err(StartFailure::MayHaveRun(why));
@@ -507,4 +516,68 @@ fn a_panic_before_the_order_leaves_the_guest_at_the_source() {
     assert!(heard.starts_with("NotHere"), "{heard}");
     assert_eq!(wait.outcome().unwrap_err().code, "internal");
     assert!(wait.marks.discarded.load(Ordering::SeqCst));
+}
+
+/// The source is lost, so the copy here may be the only one: a lock that another process holds must not
+/// cost it.
+#[test]
+fn guest_that_cannot_run_now_stays_in_doubt() {
+    let mut wait = Wait::new(PATIENT, false);
+    let id = Uuid::from_u128(1);
+    let (mut source, _ram) = wait.ready(id);
+    assert!(source.recv().unwrap().starts_with("Ready"));
+    drop(source);
+    wait.until(|report| report.phase == Phase::InDoubt);
+    let obstacles = [
+        (Mood::Locked, "cannot-be-taken-over"),
+        (Mood::NeverRuns, "cannot-go-on"),
+    ];
+    for (mood, code) in obstacles {
+        wait.become_(mood);
+        assert!(wait.decision.resolve(Resolution::Run));
+        let why = wait.decision.outcome(BOUND).unwrap_err();
+        assert_eq!(why.code, code);
+        let report = wait.progress.report();
+        assert_eq!((report.phase, report.error), (Phase::InDoubt, Some(why)));
+        assert!(!wait.marks.discarded.load(Ordering::SeqCst), "{mood:?}");
+        // A restarted host answers from the last step.
+        let last = wait.marks.steps.lock().unwrap().last().copied();
+        assert_eq!(last, Some(Step::Ready), "{mood:?}");
+    }
+    wait.become_(Mood::Willing);
+    assert!(wait.decision.resolve(Resolution::Run));
+    assert_eq!(wait.decision.outcome(BOUND), Ok(()));
+    let mut source = Peer::again(&wait.way, id);
+    assert!(source.recv().unwrap().starts_with("Running"));
+    assert!(source.say("Complete"));
+    assert_eq!(wait.outcome(), Ok(()));
+    assert!(wait.marks.runs.load(Ordering::SeqCst));
+}
+
+/// Pings show that a source lives, and loading a state on trial that it is busy. Neither may hold the
+/// endpoint and a machine for ever.
+#[test]
+fn source_that_sends_no_guest_loses_its_place() {
+    let ping = |source: &mut Peer| source.say(&json!({ "Ping": 1 }));
+    let guess = |source: &mut Peer| source.say("Guess") && source.frame(3, b"state");
+    let busy: [&dyn Fn(&mut Peer) -> bool; 2] = [&ping, &guess];
+    for (number, say) in (1..).zip(busy) {
+        let mut wait = Wait::new(HASTY, false);
+        let id = Uuid::from_u128(number);
+        let mut source = wait.offered(id);
+        let mut heard = source.recv().unwrap();
+        assert!(heard.starts_with("Prepared"));
+        let _ram = Peer::ram(&wait.way, id, 0);
+        let start = Instant::now();
+        while !heard.contains("source-stalled") && start.elapsed() < BOUND {
+            // It fails once the destination reads no more, which has sent the reason by then.
+            let _ = say(&mut source);
+            let Ok(answer) = source.recv() else { break };
+            heard = answer;
+            thread::sleep(HASTY / 20);
+        }
+        assert!(heard.contains("source-stalled"), "{number}: {heard}");
+        assert_eq!(wait.outcome().unwrap_err().code, "source-stalled");
+        assert!(wait.marks.discarded.load(Ordering::SeqCst));
+    }
 }

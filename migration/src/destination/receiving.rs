@@ -1,6 +1,6 @@
 //! Memory and device state arrive; the guest runs at the source.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
@@ -11,9 +11,9 @@ use super::router::Arrived;
 use super::{Destination, Failed, POLLS, Session, answer_ping};
 use crate::journal::{Journal, Step};
 use crate::message::{ControlChannel, Refusal, ToDestination, ToSource};
-use crate::progress::{Phase, micros};
+use crate::progress::{Phase, Report, micros};
 use crate::wire::WireError;
-use crate::{ATTEMPTS, KEEPALIVES, MigrationError};
+use crate::{ATTEMPTS, KEEPALIVES, MigrationError, STALL};
 
 /// A guest that is coming: its machine, its journal and its channels. Dropping it discards the
 /// machine, unless [`Guest::keep`] was called.
@@ -81,18 +81,80 @@ impl Drop for Guest<'_> {
 pub(super) struct Receiving<'a> {
     guest: Guest<'a>,
     control: ControlChannel,
+    advance: Advance,
+}
+
+/// How far the guest has come, and until when more of it must come. Pings do not count: a source that
+/// sends nothing else would hold the endpoint and the machine for as long as it likes.
+struct Advance {
+    /// Bytes and hashes of pages, and rounds.
+    seen: (u64, u32),
+    until: Instant,
+}
+
+impl Advance {
+    /// Gives the source `limit` more if more of the guest has come.
+    fn look(&mut self, report: &Report, limit: Duration) {
+        let (pages, rounds) = (arrived(report), report.rounds);
+        if pages > self.seen.0 || rounds > self.seen.1 {
+            // The largest so far: numbers that go up and down again are no advance.
+            self.seen = (pages.max(self.seen.0), rounds.max(self.seen.1));
+            self.until = Instant::now() + limit;
+        }
+    }
+}
+
+/// A number that grows as pages, or hashes of them, arrive.
+fn arrived(report: &Report) -> u64 {
+    report.sent_bytes.saturating_add(report.verified_pages)
 }
 
 impl<'a> Receiving<'a> {
     pub(super) fn new(guest: Guest<'a>, control: ControlChannel) -> Self {
-        Self { guest, control }
+        let advance = Advance {
+            seen: (0, 0),
+            until: Instant::now() + guest.session.patience * STALL,
+        };
+        Self {
+            guest,
+            control,
+            advance,
+        }
+    }
+
+    /// Receives something on the control channel. Fails when no more of the guest came for too long.
+    fn recv<T>(
+        &mut self,
+        recv: impl FnOnce(&mut ControlChannel) -> Result<T, WireError>,
+    ) -> Result<T, MigrationError> {
+        let session = self.guest.session;
+        let limit = session.patience * STALL;
+        self.advance.look(&session.progress.report(), limit);
+        let until = self.advance.until;
+        // The read timeout of the stream does not suffice: every byte restarts it. Only reading ends,
+        // so that the source can still be sent the reason.
+        let closer = self.control.stream.read_closer();
+        let closer = closer.map_err(|error| MigrationError::Wire(error.into()))?;
+        session.router.set_timer(Some((until, closer)));
+        let received = recv(&mut self.control);
+        // What this side does with it is no time of the source's.
+        session.router.set_timer(None);
+        self.advance.look(&session.progress.report(), limit);
+        if self.advance.until <= Instant::now() {
+            let why = format!(
+                "the source sent no memory and no state of the guest for {} s",
+                limit.as_secs()
+            );
+            return Err(MigrationError::here("source-stalled", why));
+        }
+        Ok(received?)
     }
 
     /// Takes memory and devices until the guest could run here.
     pub(super) fn run(mut self) -> Result<Ready<'a>, Failed> {
         match self.until_loaded() {
             Ok((since, paused, load_us)) => {
-                let Self { guest, control } = self;
+                let Self { guest, control, .. } = self;
                 Ok(Ready::new(guest, control, since, paused, load_us))
             }
             Err(error) => {
@@ -147,7 +209,7 @@ impl<'a> Receiving<'a> {
     fn until_loaded(&mut self) -> Result<(Instant, bool, u64), MigrationError> {
         self.wait_channels()?;
         loop {
-            match self.control.recv()? {
+            match self.recv(ControlChannel::recv)? {
                 ToDestination::Round(round) => {
                     self.guest.wait_round(round, &mut self.control)?;
                     let progress = self.guest.session.progress;
@@ -166,12 +228,14 @@ impl<'a> Receiving<'a> {
                     self.control.send(&ToSource::RoundDone(round))?;
                 }
                 ToDestination::Guess => {
-                    let state = self.control.recv_state()?;
+                    let state = self.recv(ControlChannel::recv_state)?;
                     let start = Instant::now();
                     // The guest still runs at the source. A state that this host cannot load should
                     // fail here, where it costs no downtime.
                     let loaded = self.guest.target.dry_run(&state);
                     loaded.map_err(MigrationError::Here)?;
+                    // Time of this side. Loading is no advance: a source can ask for it for ever.
+                    self.advance.until += start.elapsed();
                     let us = micros(start.elapsed());
                     self.control.send(&ToSource::GuessLoaded { us })?;
                 }
@@ -196,7 +260,7 @@ impl<'a> Receiving<'a> {
         // decides while the source is lost.
         let since = Instant::now();
         session.progress.enter(Phase::Stopped);
-        let state = self.control.recv_state()?;
+        let state = self.recv(ControlChannel::recv_state)?;
         // Devices read guest memory in `load`, so the last round has to be complete. Also no RAM
         // thread may write to memory plainly once `expect_postcopy` registers it with userfaultfd.
         self.guest.wait_round(round, &mut self.control)?;
@@ -331,7 +395,7 @@ impl Guest<'_> {
         control: &mut ControlChannel,
     ) -> Result<(), MigrationError> {
         let patience = self.session.patience;
-        let arrived = || self.session.progress.report().sent_bytes;
+        let arrived = || arrived(&self.session.progress.report());
         let (mut last, mut since, mut told) = (arrived(), Instant::now(), Instant::now());
         while !self.channels.have_ended(round) {
             self.channels.wait_end(patience / POLLS)?;
