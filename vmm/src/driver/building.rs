@@ -1,4 +1,4 @@
-//! Building a machine on a thread made for it, and what follows when the machine is there.
+//! Building a machine on a background thread, and what follows when the machine is there.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -22,7 +22,7 @@ pub(crate) struct Started {
 }
 
 impl Driver {
-    /// Has a machine built, by a thread made for it. There is no other. Its guest writes to these
+    /// Has a background thread build a machine. There is no other. Its guest writes to these
     /// `outputs`, or to consoles that are opened for it.
     pub(super) fn build(
         &mut self,
@@ -37,18 +37,10 @@ impl Driver {
         let reporter = self.reporter();
         let (host, config) = (Arc::clone(&self.host), Arc::clone(&self.config));
         let (number, events) = (self.machine, self.events.clone());
-        let span = tracing::Span::current();
-        let builder = std::thread::Builder::new().name("vm-build".to_owned());
-        let started = builder.spawn(move || {
-            let _entered = span.entered();
+        self.host.background.run(move || {
             let built = start(&host, &config, outputs, &origin, &reporter);
             events.send((number, DriverEvent::Built(Box::new(built))));
         });
-        if let Err(source) = started {
-            let error = BuildError::host("start a thread")(source);
-            let built = Box::new(Err(error));
-            self.events.send((number, DriverEvent::Built(built)));
-        }
     }
 
     pub(super) fn built(&mut self, built: Result<Started, BuildError>, sources: &mut Sources<'_>) {
@@ -135,7 +127,7 @@ impl Driver {
     }
 }
 
-/// Builds a machine and loads what it boots, on a thread made for that: files may be on a network.
+/// Builds a machine and loads its payload, on a background thread: files may be on a network.
 fn start(
     host: &Host,
     config: &VmConfig,

@@ -1,7 +1,7 @@
 //! Requests that change a VM's devices.
 //!
-//! Opening what a new device stands on may take a while, as a file on a network does: it is done by
-//! a thread made for it, and the request is answered when it is through.
+//! Opening the host resources of a new device may take a while, as a file on a network does. A
+//! background thread opens them, and the request is answered when it has.
 
 use std::io;
 use std::sync::Arc;
@@ -46,15 +46,11 @@ impl Driver {
         // too, so parallel requests cannot get one name or exceed the limit.
         self.opening.insert(id.clone(), (ask, new.clone()));
         let (number, events) = (self.machine, self.events.clone());
-        let (host, config, name) = (Arc::clone(&self.host), Arc::clone(&self.config), id.clone());
-        let builder = std::thread::Builder::new().name("vm-device".to_owned());
-        let started = builder.spawn(move || {
+        let (host, config, name) = (Arc::clone(&self.host), Arc::clone(&self.config), id);
+        self.host.background.run(move || {
             let opened = open_beside(&new, &config, &host);
             events.send((number, DriverEvent::Opened(name, Box::new(opened))));
         });
-        if let Err(source) = started {
-            self.opened(&id, Err(BuildError::host("start a thread")(source)));
-        }
     }
 
     /// Checks a new device, and gives it a name and address if it has none.

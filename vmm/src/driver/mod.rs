@@ -213,7 +213,7 @@ impl Driver {
 
     /// Pauses the VM. Another thread waits until the devices have stopped.
     fn pause(&mut self, ask: Ask) {
-        self.lend(Active::pause, move |driver, paused, _| {
+        self.lend(Active::pause_patiently, move |driver, paused, _| {
             ask.answer(paused.map_err(|late| internal(&late)).map(|()| {
                 driver
                     .publisher

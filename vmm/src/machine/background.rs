@@ -7,7 +7,7 @@
 use std::ops::{Deref, DerefMut};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::Builder;
 use std::time::{Duration, Instant};
 
@@ -15,6 +15,14 @@ use devices::event_loop::panic_message;
 use parking_lot::{Condvar, Mutex};
 
 use super::Active;
+
+/// Idle threads that are kept for the next job. A process with one VM needs two at most: one takes
+/// the old machine apart while the other builds the next.
+///
+/// A kept thread never ends while a client looks: libvirt lists the threads of the process after
+/// `vm.boot` was answered and moves each into a cgroup. A listed thread that ended meanwhile fails
+/// the start of its VM.
+const IDLE_MAX: usize = 2;
 
 type Job = Box<dyn FnOnce() + Send>;
 
@@ -26,7 +34,7 @@ pub(crate) struct Background {
 }
 
 impl Background {
-    /// Starts the thread that starts the others.
+    /// Starts the thread that hands out the jobs.
     ///
     /// # Errors
     /// When the host gives no thread.
@@ -36,7 +44,9 @@ impl Background {
         Builder::new()
             .name("background".to_owned())
             .spawn(move || {
-                inbox.into_iter().for_each(run_apart);
+                let idle = IdleThreads::default();
+                inbox.into_iter().for_each(|job| idle.run(job));
+                idle.close();
             })?;
         Ok(Self { jobs, unfinished })
     }
@@ -70,16 +80,59 @@ impl Background {
     }
 }
 
-fn run_apart(job: Job) {
-    let slot = Arc::new(Mutex::new(Some(job)));
-    let run = move || {
-        let job = slot.lock().take();
-        job.into_iter().for_each(|job| job());
-    };
-    let again = run.clone();
-    if let Err(error) = Builder::new().name("vm-work".to_owned()).spawn(run) {
-        tracing::warn!(%error, "the host gives no thread: background jobs take turns");
-        again();
+/// The threads that wait for a job, each at the other end of a channel. `None` after [`Self::close`].
+#[derive(Clone)]
+struct IdleThreads(Arc<Mutex<Option<Vec<Sender<Job>>>>>);
+
+impl Default for IdleThreads {
+    fn default() -> Self {
+        Self(Arc::new(Mutex::new(Some(Vec::new()))))
+    }
+}
+
+impl IdleThreads {
+    /// Gives the job to a thread that is idle, or to a new one.
+    fn run(&self, job: Job) {
+        let idle = self.0.lock().as_mut().and_then(Vec::pop);
+        // A thread in the list waits for its job, so it receives this one.
+        let unsent = match idle {
+            Some(thread) => thread.send(job).err().map(|unsent| unsent.0),
+            None => Some(job),
+        };
+        if let Some(job) = unsent {
+            self.start(job);
+        }
+    }
+
+    fn start(&self, job: Job) {
+        let (slot, idle) = (Arc::new(Mutex::new(Some(job))), self.clone());
+        let take = Arc::clone(&slot);
+        let run = move || {
+            let mut next = take.lock().take();
+            while let Some(job) = next.take() {
+                job();
+                next = idle.join().and_then(|inbox| inbox.recv().ok());
+            }
+        };
+        if let Err(error) = Builder::new().name("vm-work".to_owned()).spawn(run) {
+            tracing::warn!(%error, "the host gives no thread: background jobs take turns");
+            let job = slot.lock().take();
+            job.into_iter().for_each(|job| job());
+        }
+    }
+
+    /// Makes the calling thread one of those that wait, unless there are enough.
+    fn join(&self) -> Option<Receiver<Job>> {
+        let mut idle = self.0.lock();
+        let idle = idle.as_mut().filter(|idle| idle.len() < IDLE_MAX)?;
+        let (jobs, inbox) = channel();
+        idle.push(jobs);
+        Some(inbox)
+    }
+
+    /// Ends the threads that wait, and those that work when they are done.
+    fn close(&self) {
+        *self.0.lock() = None;
     }
 }
 
@@ -185,5 +238,38 @@ mod tests {
         assert!(!background.wait(Duration::from_millis(1)), "one hangs");
         drop(go);
         assert!(background.wait(PATIENCE));
+    }
+
+    /// Runs a job, waits for its end, and returns its thread.
+    fn thread_of_a_job(idle: &IdleThreads) -> std::thread::ThreadId {
+        let (done, heard) = channel();
+        idle.run(Box::new(move || {
+            done.send(std::thread::current().id()).unwrap();
+        }));
+        let thread = heard.recv_timeout(PATIENCE).unwrap();
+        let deadline = Instant::now() + PATIENCE;
+        while idle.0.lock().as_ref().unwrap().is_empty() {
+            assert!(Instant::now() < deadline, "the thread did not stay");
+            std::thread::yield_now();
+        }
+        thread
+    }
+
+    #[test]
+    fn thread_stays_after_its_job_and_takes_the_next() {
+        let idle = IdleThreads::default();
+        let first = thread_of_a_job(&idle);
+        assert_eq!(thread_of_a_job(&idle), first);
+    }
+
+    #[test]
+    fn idle_threads_are_few_and_end_when_closed() {
+        let idle = IdleThreads::default();
+        let waiting: Vec<_> = (0..IDLE_MAX).filter_map(|_| idle.join()).collect();
+        assert_eq!(waiting.len(), IDLE_MAX);
+        assert!(idle.join().is_none());
+        idle.close();
+        assert!(waiting.iter().all(|inbox| inbox.recv().is_err()));
+        assert!(idle.join().is_none());
     }
 }

@@ -51,6 +51,10 @@ pub(crate) use self::vcpu::{Halter, Throttle, host_cpus};
 /// makes them take longer.
 const PARK_PATIENCE: Duration = Duration::from_secs(5);
 
+/// How long a pause that nothing is in a hurry for waits for vCPUs. A host with many more runnable
+/// threads than CPUs has been seen to take longer than [`PARK_PATIENCE`].
+const PAUSE_LIMIT: Duration = Duration::from_secs(60);
+
 /// The host's KVM, and what it supports.
 pub(crate) struct Host {
     pub(crate) kvm: Kvm,
@@ -441,13 +445,24 @@ impl Active {
     }
 
     /// Pauses the guest: on return no vCPU runs, and the devices do nothing. Fails if a vCPU does
-    /// not stop in time; then all continue.
+    /// not stop in [`PARK_PATIENCE`]; then all continue.
     pub(crate) fn pause(&mut self) -> Result<(), NotParked> {
+        self.park(|control| control.wait_parked(PARK_PATIENCE))
+    }
+
+    /// Pauses as [`Self::pause`] does, but waits up to [`PAUSE_LIMIT`] for vCPUs: for clients, whose guest
+    /// may have to wait for a busy host.
+    pub(crate) fn pause_patiently(&mut self) -> Result<(), NotParked> {
+        self.park(|control| control.wait_parked_longer(PARK_PATIENCE, PAUSE_LIMIT))
+    }
+
+    fn park(
+        &mut self,
+        wait: impl FnOnce(&RunControl) -> Result<(), NotParked>,
+    ) -> Result<(), NotParked> {
         self.control.want(Want::Park);
         self.vcpus.iter().for_each(VcpuThread::kick);
-        self.control
-            .wait_parked(PARK_PATIENCE)
-            .inspect_err(|_| self.control.want(Want::Run))?;
+        wait(&self.control).inspect_err(|_| self.control.want(Want::Run))?;
         // Before the devices, which may take long to finish: the guest's time ends here. Clocks
         // that were loaded and never started keep their values.
         if matches!(self.clocks, Clocks::Running) {

@@ -139,6 +139,25 @@ impl RunControl {
         }
     }
 
+    /// Waits as [`Self::wait_parked`] does, but after `patience` only warns, and fails after `limit`. On a
+    /// host without idle CPUs a vCPU thread leaves the guest when the scheduler next runs it, which may
+    /// take long and is no error.
+    pub(crate) fn wait_parked_longer(
+        &self,
+        patience: Duration,
+        limit: Duration,
+    ) -> Result<(), NotParked> {
+        let Err(late) = self.wait_parked(patience) else {
+            return Ok(());
+        };
+        tracing::warn!(limit_s = limit.as_secs(), "{late}: waiting on");
+        self.wait_parked(limit.saturating_sub(patience))
+            .map_err(|still| NotParked {
+                waited: patience + still.waited,
+                ..still
+            })
+    }
+
     /// Waits until every thread is parked or has ended.
     pub(crate) fn wait_parked(&self, patience: Duration) -> Result<(), NotParked> {
         let start = Instant::now();
@@ -229,5 +248,23 @@ mod tests {
         let control = RunControl::new(2);
         let late = control.wait_parked(Duration::from_millis(1)).unwrap_err();
         assert_eq!(late.still_running, 2);
+        let (patience, limit) = (Duration::from_millis(1), Duration::from_millis(3));
+        let late = control.wait_parked_longer(patience, limit).unwrap_err();
+        assert!(late.still_running == 2 && late.waited >= limit);
+    }
+
+    #[test]
+    fn starved_thread_is_waited_for_beyond_the_warning() {
+        let control = Arc::new(RunControl::new(1));
+        let starved = Arc::clone(&control);
+        let thread = thread::spawn(move || {
+            thread::sleep(Duration::from_millis(50));
+            starved.park(|| {})
+        });
+        control
+            .wait_parked_longer(Duration::from_millis(1), PATIENCE)
+            .unwrap();
+        control.want(Want::End);
+        assert_eq!(thread.join().unwrap(), Want::End);
     }
 }

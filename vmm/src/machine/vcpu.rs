@@ -44,7 +44,8 @@ impl VcpuThread {
         let (jobs, inbox) = channel();
         let span = tracing::Span::current();
         let thread = Builder::new()
-            .name(format!("vcpu-{}", vcpu.index()))
+            // libvirt reads the vCPU's number from these names, with strtol() behind `vcpu`.
+            .name(format!("vcpu{}", vcpu.index()))
             .spawn(move || {
                 let _entered = span.entered();
                 if let Some(cpus) = host_cpus {
