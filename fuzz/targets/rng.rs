@@ -5,12 +5,14 @@
 use std::cell::RefCell;
 
 use libfuzzer_sys::fuzz_target;
+use virtio_devices::rate_limiter::RateLimits;
 use virtio_devices::rng::Rng;
 use whimbrel_fuzz::Machine;
 
 thread_local! {
     static MACHINE: RefCell<Machine> = RefCell::new(Machine::new(|workers| {
-        Box::new(Rng::new("/dev/urandom".as_ref(), workers).expect("a source of entropy"))
+        let limits = RateLimits::default();
+        Box::new(Rng::new("/dev/urandom".as_ref(), limits, workers).expect("a source of entropy"))
     }));
 }
 

@@ -118,6 +118,9 @@ pub struct RngConfig {
     pub iommu: bool,
     /// Host file that the random numbers are read from.
     pub src: String,
+    /// Rate limits: bytes of random numbers, and requests of the guest. An extension of Whimbrel.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limiter_config: Option<RateLimiterConfig>,
 }
 
 /// A virtio clock.

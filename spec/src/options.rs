@@ -456,6 +456,17 @@ mod tests {
     }
 
     #[test]
+    fn limits_of_the_entropy_device() {
+        let rng: crate::RngConfig = RNG.read("src=/a,bw_size=4K,bw_refill_time=50").unwrap();
+        let bandwidth = rng.rate_limiter_config.unwrap().bandwidth.unwrap();
+        assert_eq!((bandwidth.size, bandwidth.refill_time), (4096, 50));
+        // Peers of older versions refuse unknown fields, so an absent limit is not written.
+        let rng: crate::RngConfig = RNG.read("src=/a").unwrap();
+        let written = serde_json::to_value(rng).unwrap();
+        assert_eq!(written.get("rate_limiter_config"), None);
+    }
+
+    #[test]
     fn limits_of_a_disk() {
         let text = "path=/a,image_type=qcow2,bw_size=1M,bw_refill_time=100,ops_size=7,ops_refill_time=1000";
         let disk: DiskConfig = DISK.read(text).unwrap();

@@ -25,6 +25,7 @@ fn default_rng() -> RngConfig {
         pci_device_id: None,
         iommu: false,
         src: "/dev/urandom".to_owned(),
+        rate_limiter_config: None,
     }
 }
 

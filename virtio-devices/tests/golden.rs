@@ -13,6 +13,7 @@ use state::{Save, Store, Writer};
 use virtio_devices::balloon::{Balloon, BalloonConfig};
 use virtio_devices::block::Block;
 use virtio_devices::console::Console;
+use virtio_devices::rate_limiter::RateLimits;
 use virtio_devices::rng::Rng;
 use virtio_devices::testing::{TestGuest, disk_config, workers};
 use virtio_devices::vsock::Vsock;
@@ -62,7 +63,7 @@ fn check(name: &str, version: u16, make: impl FnOnce(Workers) -> Box<dyn VirtioD
 #[test]
 fn each_device_is_saved_and_loaded_as_ever() {
     check("rng", 1, |workers| {
-        Box::new(Rng::new(Path::new("/dev/urandom"), workers).unwrap())
+        Box::new(Rng::new(Path::new("/dev/urandom"), RateLimits::default(), workers).unwrap())
     });
     check("console", 1, |workers| {
         let (device, _) = Console::new(Box::new(std::io::sink()), || {}, workers);
@@ -117,7 +118,7 @@ fn the_transport_is_saved_and_loaded_as_ever() {
         msi: Arc::new(Nothing),
         report: Box::new(|_| {}),
     };
-    let rng = Rng::new(Path::new("/dev/urandom"), workers).unwrap();
+    let rng = Rng::new(Path::new("/dev/urandom"), RateLimits::default(), workers).unwrap();
     let device = VirtioPci::new("_rng0", Box::new(rng), slot).unwrap();
     tx.commit().unwrap();
     device.pause();

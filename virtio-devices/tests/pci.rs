@@ -12,6 +12,7 @@ use memory::{AddrRange, RegionId, SpaceKind, Topology};
 use parking_lot::Mutex;
 use proptest::prelude::*;
 use state::{LoadError, LoadScope, Save, SaveError, Scope, Store, Writer};
+use virtio_devices::rate_limiter::RateLimits;
 use virtio_devices::rng::Rng;
 use virtio_devices::testing::{PATIENCE, TestBuffer, TestGuest, TestQueue, wait_idle, workers};
 use virtio_devices::vsock::Vsock;
@@ -63,7 +64,9 @@ struct Machine {
 }
 
 fn machine() -> Machine {
-    machine_with(|workers| Box::new(Rng::new(Path::new("/dev/urandom"), workers).unwrap()))
+    machine_with(|workers| {
+        Box::new(Rng::new(Path::new("/dev/urandom"), RateLimits::default(), workers).unwrap())
+    })
 }
 
 fn machine_with(device: impl FnOnce(Workers) -> Box<dyn VirtioDevice>) -> Machine {

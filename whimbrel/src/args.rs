@@ -263,7 +263,8 @@ pub(crate) struct VmArguments {
     /// does not exist is created.
     #[arg(long, value_name = "OPTIONS", num_args = 1..)]
     pub(crate) net: Vec<String>,
-    /// Source of random numbers: src=PATH. [default: /dev/urandom]
+    /// Source of random numbers: src=PATH,bw_size=BYTES,bw_refill_time=MS,ops_size=N,ops_refill_time=MS.
+    /// [default: src=/dev/urandom]
     #[arg(long, value_name = "OPTIONS")]
     pub(crate) rng: Option<String>,
     /// Memory balloon: size=SIZE,deflate_on_oom=on,free_page_reporting=on.

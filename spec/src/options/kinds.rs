@@ -84,7 +84,7 @@ pub const NET: OptionKind = OptionKind {
 pub const RNG: OptionKind = OptionKind {
     name: "--rng",
     keys: &[("src", "src", Form::Text)],
-    also: &[PCI],
+    also: &[LIMITS, PCI],
 };
 
 /// `--balloon`.

@@ -14,6 +14,7 @@ use state::{LoadError, LoadScope, SaveError, Scope};
 
 use crate::device::{DeviceError, DeviceId, VirtioDevice};
 use crate::queue::{Budget, Chain, Queue, QueueError, QueueState, Served};
+use crate::rate_limiter::{Gate, RateLimits, SharedLimiter};
 use crate::transport::Transport;
 use crate::worker::{QueueTask, Running, TaskEvent, TaskFlow, TaskSources, Workers};
 
@@ -26,6 +27,9 @@ const MOST: usize = 16 << 10;
 /// Bytes of a turn's budget that a byte of entropy costs.
 const COST: u64 = 16;
 
+const KICK: usize = 0;
+const TIMER: usize = 1;
+
 /// The source of entropy cannot be opened.
 #[derive(Debug, thiserror::Error)]
 #[error("the source of random numbers cannot be used: {0}")]
@@ -37,6 +41,7 @@ pub struct Rng {
     workers: Workers,
     transport: Option<Arc<Transport>>,
     running: Option<Running<FillTask>>,
+    limiter: SharedLimiter,
     counters: Arc<Counters>,
 }
 
@@ -47,19 +52,21 @@ struct Counters {
 }
 
 impl Rng {
-    /// With random numbers from this file, usually `/dev/urandom`. A hardware generator that has none
-    /// left is not waited for: other devices share the thread.
+    /// Returns a device that gives random numbers from the file `source`, usually `/dev/urandom`. It does
+    /// not wait for a hardware generator that has none left: other devices share the thread. `limits`
+    /// count bytes of entropy, and requests.
     ///
     /// # Errors
     /// When the file cannot be opened, or is neither a regular file nor one of the host's sources of
     /// random numbers.
-    pub fn new(source: &Path, workers: Workers) -> Result<Self, RngError> {
+    pub fn new(source: &Path, limits: RateLimits, workers: Workers) -> Result<Self, RngError> {
         let opened = Request::read(source, &[FileKind::Regular, FileKind::Random]).open()?;
         Ok(Self {
             source: Arc::new(opened),
             workers,
             transport: None,
             running: None,
+            limiter: SharedLimiter::new(limits),
             counters: Arc::default(),
         })
     }
@@ -91,8 +98,11 @@ impl VirtioDevice for Rng {
         let index = queue.index();
         let transport = self.transport.as_ref().filter(|_| index == 0);
         let transport = transport.ok_or(DeviceError::NoSuchQueue(index))?;
+        let gate = Gate::new(&self.limiter)
+            .map_err(DeviceError::host("create the timer of the rate limit"))?;
         let fill = Fill {
             source: Arc::clone(&self.source),
+            gate,
             buffer: vec![0; MOST],
             counters: Arc::clone(&self.counters),
         };
@@ -134,6 +144,7 @@ impl VirtioDevice for Rng {
 /// The source that the task fills buffers from.
 struct Fill {
     source: Arc<File>,
+    gate: Gate,
     buffer: Vec<u8>,
     counters: Arc<Counters>,
 }
@@ -145,9 +156,16 @@ struct FillTask {
 }
 
 impl Fill {
-    /// Fills a buffer of the driver's; returns how many bytes it got.
-    fn fill(&mut self, chain: &Chain) -> Result<u32, QueueError> {
+    /// Fills a buffer of the driver's. Returns how many bytes it got, or `None` if the rate limit does not
+    /// allow it yet.
+    fn fill(&mut self, chain: &Chain) -> Result<Option<u32>, QueueError> {
         let wanted = chain.writable_len().min(MOST);
+        // Before the read, which takes numbers from the source for good. A source that then gives fewer has
+        // cost the tokens of all that was wanted.
+        if !self.gate.pass(wanted as u64) {
+            return Ok(None);
+        }
+        self.gate.close();
         let buffer = self.buffer.get_mut(..wanted).unwrap_or_default();
         // A source that fails gives nothing: the driver asks again.
         let got = (&*self.source).read(buffer).unwrap_or_else(|error| {
@@ -163,13 +181,14 @@ impl Fill {
             .bytes
             .fetch_add(bytes.into(), Ordering::Relaxed);
         self.counters.requests.fetch_add(1, Ordering::Relaxed);
-        Ok(bytes)
+        Ok(Some(bytes))
     }
 }
 
 impl QueueTask for FillTask {
     fn watch(&mut self, sources: &mut TaskSources<'_, '_>) -> io::Result<()> {
-        sources.watch(Arc::clone(self.queue.kick()), 0, Interest::Read)
+        sources.watch(Arc::clone(self.queue.kick()), KICK, Interest::Read)?;
+        sources.watch(self.fill.gate.descriptor(), TIMER, Interest::Read)
     }
 
     fn call(&mut self, _: TaskEvent, _: &mut TaskSources<'_, '_>) -> Result<TaskFlow, QueueError> {
@@ -180,8 +199,12 @@ impl QueueTask for FillTask {
 impl FillTask {
     fn turn(&mut self) -> Result<TaskFlow, QueueError> {
         let Self { queue, fill } = self;
+        fill.gate.clear();
         queue.turn(Budget::new(CHAINS), |queue, chain| {
-            let written = fill.fill(&chain)?;
+            let Some(written) = fill.fill(&chain)? else {
+                // The timer calls the task when there are tokens again.
+                return Ok(Served::NotYet);
+            };
             queue.push(chain.head(), written)?;
             // Random numbers cost far more than copies: the generator of Linux makes some 300 MB/s.
             Ok(Served::Bytes(u64::from(written) * COST))
@@ -191,9 +214,14 @@ impl FillTask {
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, Instant};
+
+    use devices::event_loop::EventLoop;
+
     use super::*;
     use crate::limits::TURN_BYTES;
-    use crate::testing::{TestBuffer, TestGuest, TestQueue, transport, workers};
+    use crate::rate_limiter::BucketConfig;
+    use crate::testing::{TestBuffer, TestGuest, TestQueue, transport, wait_idle, workers};
 
     /// A guest that wants megabytes at once has the generator for a fraction of a millisecond.
     #[test]
@@ -214,6 +242,7 @@ mod tests {
             queue: driver.device_side(&transport, QueueState::default()),
             fill: Fill {
                 source: Arc::new(File::open("/dev/urandom").unwrap()),
+                gate: Gate::new(&SharedLimiter::new(RateLimits::default())).unwrap(),
                 buffer: vec![0; MOST],
                 counters: Arc::clone(&counters),
             },
@@ -224,14 +253,87 @@ mod tests {
         assert_eq!(driver.take_used(), Some((0, MOST as u32)));
     }
 
+    fn limited(bandwidth: Option<BucketConfig>, ops: Option<BucketConfig>) -> (EventLoop, Rng) {
+        let (event_loop, workers) = workers();
+        let limits = RateLimits { bandwidth, ops };
+        let device = Rng::new(Path::new("/dev/urandom"), limits, workers).unwrap();
+        (event_loop, device)
+    }
+
+    /// The limit is the device's: a guest that resets the device does not fill the bucket.
+    #[test]
+    fn rate_limit_holds_across_reset() {
+        let bucket = BucketConfig {
+            size: 1000,
+            one_time_burst: 0,
+            refill_time: Duration::from_secs(1_000_000),
+        };
+        let (event_loop, mut device) = limited(Some(bucket), None);
+        let mut guest = TestGuest::new(1 << 20);
+        let (transport, _) = transport();
+        let mut driver = TestQueue::new(&mut guest, 0, 16);
+        let addr = guest.alloc(400);
+        let mut state = QueueState::default();
+        for served in [2, 0] {
+            device.activate(0, &transport).unwrap();
+            let queue = driver.device_side(&transport, state);
+            device.start_queue(queue).unwrap();
+            for _ in 0..3 {
+                driver.send(&[TestBuffer::new(addr, 400, true)]);
+            }
+            for _ in 0..served {
+                assert_eq!(driver.wait_used().1, 400);
+            }
+            wait_idle(&event_loop);
+            // The requests beyond the limit stay in the ring.
+            state = device.stop_queue(0).unwrap();
+            assert_eq!((state.next_avail, state.next_used), (2, 2));
+            assert_eq!(driver.take_used(), None);
+            device.reset();
+        }
+    }
+
+    /// A request that waits for tokens is served when there are some, without another kick.
+    #[test]
+    fn limited_request_is_served_later() {
+        let bucket = BucketConfig {
+            size: 1,
+            one_time_burst: 0,
+            refill_time: Duration::from_millis(20),
+        };
+        let (_event_loop, mut device) = limited(None, Some(bucket));
+        let mut guest = TestGuest::new(1 << 20);
+        let (transport, _) = transport();
+        let mut driver = TestQueue::new(&mut guest, 0, 16);
+        let addr = guest.alloc(64);
+        device.activate(0, &transport).unwrap();
+        let queue = driver.device_side(&transport, QueueState::default());
+        device.start_queue(queue).unwrap();
+        let start = Instant::now();
+        for _ in 0..4 {
+            driver.send(&[TestBuffer::new(addr, 64, true)]);
+        }
+        for _ in 0..4 {
+            assert_eq!(driver.wait_used().1, 64);
+        }
+        // The bucket has one token at first, and three more in 60 ms; the bucket may fill from the moment
+        // in which the device was made.
+        assert!(
+            start.elapsed() >= Duration::from_millis(40),
+            "{:?}",
+            start.elapsed()
+        );
+    }
+
     #[test]
     fn a_source_is_a_file_or_a_device_for_that() {
         let (_event_loop, workers) = workers();
         for source in ["/dev/urandom", "/proc/self/cmdline"] {
-            Rng::new(Path::new(source), workers.clone()).unwrap();
+            Rng::new(Path::new(source), RateLimits::default(), workers.clone()).unwrap();
         }
         for source in ["/dev/null", "/dev/tty", "/tmp"] {
-            let refused = Rng::new(Path::new(source), workers.clone()).err().unwrap();
+            let refused = Rng::new(Path::new(source), RateLimits::default(), workers.clone());
+            let refused = refused.err().unwrap();
             let refused = refused.to_string();
             assert!(
                 refused.contains(source)

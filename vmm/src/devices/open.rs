@@ -113,9 +113,10 @@ fn name(id: Option<&String>) -> String {
 }
 
 fn rng(config: &RngConfig, workers: &Workers) -> Result<Opened, BuildError> {
+    let limits = rate_limits(config.rate_limiter_config.as_ref());
     Ok(Opened {
         id: name(config.id.as_ref()),
-        device: Box::new(Rng::new(Path::new(&config.src), workers.clone())?),
+        device: Box::new(Rng::new(Path::new(&config.src), limits, workers.clone())?),
         control: DeviceHandle::None,
     })
 }
