@@ -22,7 +22,7 @@ import httpx
 
 from whimbrel import EventsMissed, Refused, answer, connect, follow_events, follow_migration
 from whimbrel.rest import Client
-from whimbrel.rest.api.cloud_hypervisor import vm_info
+from whimbrel.rest.api.cloud_hypervisor import vm_delete, vm_info
 from whimbrel.rest.api.migrations import list_migrations, migrate_vm, receive_migration
 from whimbrel.rest.api.service import get_document, get_metrics, ping
 from whimbrel.rest.api.vms import (
@@ -39,6 +39,7 @@ from whimbrel.rest.api.vms import (
     remove_device,
     resume_vm,
 )
+from whimbrel.rest.errors import UnexpectedStatus
 from whimbrel.rest.models import (
     AwaitMigration,
     ConsoleConfig,
@@ -356,6 +357,12 @@ class ServiceTest(unittest.TestCase):
         with connect(f"unix:{vm.api_socket}") as client:
             info = answer(vm_info.sync_detailed(client=client))
         self.assertEqual(info.state, VmState.RUNNING)
+
+    def test_undeclared_status_is_no_success(self) -> None:
+        # The service's own face has no such path, and the operation declares only 204 and 500.
+        with self.assertRaises(UnexpectedStatus) as caught:
+            answer(vm_delete.sync_detailed(client=self.client))
+        self.assertEqual(caught.exception.status_code, 404)
 
     def test_example_of_the_readme_moves_a_vm(self) -> None:
         example = Path(__file__).parent.parent / "examples" / "migrate.py"

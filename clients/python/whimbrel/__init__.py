@@ -70,7 +70,9 @@ def connect(address: str, *, token: str | None = None, timeout_s: float = 60.0) 
     # Over a unix socket the host only fills the header that HTTP/1.1 demands.
     base_url = address if path is None else "http://localhost"
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-    client = Client(base_url=base_url)
+    # Cloud Hypervisor's face does not declare every status. Without `raise_on_unexpected_status`
+    # the others would look like a success without a body.
+    client = Client(base_url=base_url, raise_on_unexpected_status=True)
     # `trust_env` is off: a proxy of the environment cannot reach the service's loopback address.
     client.set_httpx_client(
         httpx.Client(
