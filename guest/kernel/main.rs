@@ -6,6 +6,7 @@
 
 mod acpi;
 mod apic;
+mod attack;
 mod boot;
 mod clock;
 mod cpu;

@@ -226,6 +226,7 @@ impl Service {
             | Workload::Queues
             | Workload::Spin
             | Workload::Dirty { .. }
+            | Workload::Attack(_)
             | Workload::Crash(_) => {}
         }
     }

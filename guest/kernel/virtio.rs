@@ -18,11 +18,14 @@ const MULTI_FUNCTION: u32 = 1 << 7;
 /// The address window for BARs: part of the PCI root's window, and inside the identity map.
 const BARS: u64 = 0xc000_0000;
 const BAR_SPACING: u64 = 0x10_0000;
+/// An address in the window at which no BAR is by itself.
+const ELSEWHERE: u64 = BARS + 256 * BAR_SPACING;
 
 const STATUS_ACKNOWLEDGE: u8 = 1;
 const STATUS_DRIVER: u8 = 2;
 const STATUS_DRIVER_OK: u8 = 4;
 const STATUS_FEATURES_OK: u8 = 8;
+const STATUS_NEEDS_RESET: u8 = 64;
 const F_VERSION_1_HIGH: u32 = 1;
 
 /// Entries of each queue: so few that its rings fit in one page.
@@ -156,11 +159,16 @@ impl Device {
 
     /// Resets it, and agrees on nothing but virtio 1.0. False if it does not.
     pub fn begin(&self) -> bool {
+        self.begin_with(0)
+    }
+
+    /// Resets it, and agrees on virtio 1.0 and these of the features 0 to 31. False if it does not.
+    pub fn begin_with(&self, features: u32) -> bool {
         write::<u8>(self.common + 20, 0);
         while read::<u8>(self.common + 20) != 0 {}
         let mut status = STATUS_ACKNOWLEDGE | STATUS_DRIVER;
         write(self.common + 20, status);
-        for (half, bits) in [(0_u32, 0_u32), (1, F_VERSION_1_HIGH)] {
+        for (half, bits) in [(0_u32, features), (1, F_VERSION_1_HIGH)] {
             write(self.common + 8, half);
             write(self.common + 12, bits);
         }
@@ -176,23 +184,60 @@ impl Device {
         }
         // The driver wants no interrupts.
         write::<u16>(page + AVAILABLE, 1);
+        let doorbell = self.enable(index, SIZE, [page, page + AVAILABLE, page + USED]);
+        Queue {
+            index,
+            page,
+            doorbell,
+            available: 0,
+            used: 0,
+        }
+    }
+
+    /// Enables a queue whose descriptors, available ring and used ring are at these addresses, and
+    /// returns the address of its doorbell.
+    pub fn enable(&self, index: u16, size: u16, rings: [u64; 3]) -> u64 {
         let common = self.common;
         write(common + 22, index);
-        write(common + 24, SIZE);
-        let rings = [(32, page), (40, page + AVAILABLE), (48, page + USED)];
-        for (register, ring) in rings {
+        write(common + 24, size);
+        for (register, ring) in [32, 40, 48].into_iter().zip(rings) {
             write(common + register, ring as u32);
             write(common + register + 4, (ring >> 32) as u32);
         }
         write::<u16>(common + 28, 1);
         let doorbell = u64::from(read::<u16>(common + 30)) * u64::from(self.notify_multiplier);
-        Queue {
-            index,
-            page,
-            doorbell: self.notify + doorbell,
-            available: 0,
-            used: 0,
+        self.notify + doorbell
+    }
+
+    /// Enables a queue once more, where it is.
+    pub fn enable_again(&self, index: u16) {
+        write(self.common + 22, index);
+        write::<u16>(self.common + 28, 1);
+    }
+
+    /// Whether the device wants to be reset (virtio 1.3, 2.1.2).
+    pub fn needs_reset(&self) -> bool {
+        read::<u8>(self.common + 20) & STATUS_NEEDS_RESET != 0
+    }
+
+    /// Takes the BAR out of the map, shows it elsewhere, resets the device there, and puts it back.
+    pub fn move_about(&self) {
+        let at = |bar: u64| {
+            self.place.write(4, 0);
+            self.place.write(0x10, bar as u32);
+            self.place.write(0x14, (bar >> 32) as u32);
+            self.place.write(4, 6);
+        };
+        let elsewhere = ELSEWHERE - self.bar;
+        at(self.bar + elsewhere);
+        write::<u8>(self.common + elsewhere + 20, 0);
+        if let Some(msix) = self.msix {
+            // Enable and function mask, on and off.
+            let control = self.place.read(msix);
+            self.place.write(msix, control ^ 3 << 30);
+            self.place.write(msix, control);
         }
+        at(self.bar);
     }
 
     /// How many queues it has.

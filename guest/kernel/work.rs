@@ -10,6 +10,7 @@ use core::sync::atomic::{
 use crate::Blocks;
 use crate::acpi::Platform;
 use crate::apic;
+use crate::attack::Attacker;
 use crate::boot::Ram;
 use crate::clock;
 use crate::cpu::{self, Block};
@@ -83,7 +84,7 @@ impl Work {
         }
     }
 
-    /// Writes so far: of pages, or to the port.
+    /// Writes so far, of pages or to the port; or rounds of an attack.
     pub fn writes(&self) -> u64 {
         self.blocks.iter().map(|cpu| cpu.writes.load(Relaxed)).sum()
     }
@@ -126,6 +127,7 @@ struct Worker {
     /// From when on it keeps its rate, and how many writes it had made then.
     paced_from: (u64, u64),
     io: Option<Io>,
+    attacker: Option<Attacker>,
 }
 
 impl Worker {
@@ -156,6 +158,7 @@ impl Worker {
             stride,
             paced_from,
             io: None,
+            attacker: None,
         }
     }
 
@@ -189,6 +192,19 @@ impl Worker {
                 self.finish_if(true)
             }
             Workload::Io => self.drive_devices(now),
+            Workload::Attack(attack) => {
+                if self.cpu.index != 0 {
+                    return Step::Idle;
+                }
+                let work = self.work;
+                let attacker = self
+                    .attacker
+                    .get_or_insert_with(|| Attacker::new(attack, &work.ram));
+                attacker.step();
+                self.cpu.writes.fetch_add(1, Relaxed);
+                cpu::look();
+                Step::Busy
+            }
             Workload::Queues => {
                 if self.cpu.index == 0 {
                     serial::say(&io::start_all(&self.work.ram));

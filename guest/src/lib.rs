@@ -62,7 +62,7 @@ pub mod pattern;
 
 pub use line::{Address, Check, CommandError, FailedChecks, Line, Parting, TscSource};
 pub use options::{
-    After, Command, Crash, Key, MAX_CPUS, OptionError, Options, Order, PortValue, Workload,
+    After, Attack, Command, Crash, Key, MAX_CPUS, OptionError, Options, Order, PortValue, Workload,
 };
 
 /// The kernel: an ELF file for x86-64 with a PVH note, linked at 2 MiB.

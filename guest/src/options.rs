@@ -66,6 +66,8 @@ pub enum Workload {
     Queues,
     /// Exceptions, floating point, interrupts and clocks: [`Line::SelfTest`](crate::Line::SelfTest).
     SelfTest,
+    /// Attacking the host on the first vCPU, without end. Heartbeats count the rounds as writes.
+    Attack(Attack),
     /// Crashing.
     Crash(Crash),
 }
@@ -118,10 +120,37 @@ named! {
 }
 
 named! {
+    /// An attack on the VMM and on other guests.
+    pub enum Attack {
+        /// Ejecting all PCI slots through the hotplug block's port 0x628.
+        Eject = "eject",
+        /// Reading the serial port's FIFO while it is empty.
+        SerialReads = "serial-reads",
+        /// Starting all virtio devices with rings in no memory and resetting them.
+        Status = "status",
+        /// Moving BARs and resetting devices through their configuration space.
+        Config = "config",
+        /// Breaking a queue, then enabling it again while its device needs a reset.
+        Requeue = "requeue",
+        /// Chains of empty buffers in indirect tables as long as the queue, and longer.
+        Chains = "chains",
+        /// Discarding the whole disk with each request.
+        Discards = "discards",
+        /// Vsock connections to [`Attack::VSOCK_PORT`], a part of them reset at once.
+        Vsock = "vsock",
+    }
+}
+
+impl Attack {
+    /// The host's port to which [`Attack::Vsock`] connects.
+    pub const VSOCK_PORT: u32 = 7;
+}
+
+named! {
     /// A key of the command line.
     pub enum Key {
-        /// [`Options::workload`]: `idle`, `spin`, `dirty`, `touch`, `exits`, `smp`, `io`, `selftest` or
-        /// `crash`.
+        /// [`Options::workload`]: `idle`, `spin`, `dirty`, `touch`, `exits`, `smp`, `io`, `queues`,
+        /// `selftest`, `attack` or `crash`.
         Workload = "workload",
         /// [`Workload::Dirty`]'s `region_mib`.
         RegionMib = "region_mib",
@@ -133,6 +162,8 @@ named! {
         Port = "port",
         /// [`Workload::Exits`]' `count`.
         Count = "count",
+        /// The kind of [`Workload::Attack`].
+        Attack = "attack",
         /// The kind of [`Workload::Crash`].
         Crash = "crash",
         /// [`Options::cpus`].
@@ -177,6 +208,7 @@ impl Options {
         let mut kind = "idle";
         let mut dirty = (None, None, Order::default());
         let (mut port, mut count, mut crash) = (0x80, 1000, Crash::TripleFault);
+        let mut attack = Attack::Status;
         for word in text.split_ascii_whitespace() {
             let Some((name, value)) = word.split_once('=') else {
                 continue;
@@ -192,6 +224,7 @@ impl Options {
                 Key::Order => dirty.2 = Order::parse(value).ok_or(wrong)?,
                 Key::Port => port = fits(number(value)).ok_or(wrong)?,
                 Key::Count => count = number(value).ok_or(wrong)?,
+                Key::Attack => attack = Attack::parse(value).ok_or(wrong)?,
                 Key::Crash => crash = Crash::parse(value).ok_or(wrong)?,
                 Key::Cpus => {
                     let cpus = fits(positive(value)).filter(|cpus| *cpus <= MAX_CPUS);
@@ -221,6 +254,7 @@ impl Options {
             "io" => Workload::Io,
             "queues" => Workload::Queues,
             "selftest" => Workload::SelfTest,
+            "attack" => Workload::Attack(attack),
             "crash" => Workload::Crash(crash),
             _ => return Err(OptionError(Key::Workload)),
         };
@@ -268,6 +302,10 @@ impl fmt::Display for Workload {
             Self::Io => f.write_str("io"),
             Self::Queues => f.write_str("queues"),
             Self::SelfTest => f.write_str("selftest"),
+            Self::Attack(attack) => {
+                f.write_str("attack")?;
+                word(f, Key::Attack, Some(attack))
+            }
             Self::Crash(crash) => {
                 f.write_str("crash")?;
                 word(f, Key::Crash, Some(crash))

@@ -2,7 +2,7 @@
 
 use guest::pattern::{self, Page, WORDS};
 use guest::{
-    Address, After, Check, Command, CommandError, Crash, FailedChecks, Key, Line, MAX_CPUS,
+    Address, After, Attack, Check, Command, CommandError, Crash, FailedChecks, Key, Line, MAX_CPUS,
     OptionError, Options, Order, Parting, PortValue, TscSource, Workload,
 };
 use proptest::prelude::*;
@@ -32,6 +32,7 @@ fn workloads() -> impl Strategy<Value = Workload> {
             }
         }),
         any::<(u16, u64)>().prop_map(|(port, count)| Workload::Exits { port, count }),
+        select(Attack::ALL).prop_map(Workload::Attack),
         select(Crash::ALL).prop_map(Workload::Crash),
     ]
 }
@@ -253,6 +254,7 @@ fn a_wrong_value_is_refused_by_its_key() {
         ("port=0x10000", Key::Port),
         ("count=", Key::Count),
         ("order=random", Key::Order),
+        ("attack=kindly", Key::Attack),
         ("crash=softly", Key::Crash),
         ("sleep_port=0x600", Key::SleepPort),
         ("reset_port=0x600:256", Key::ResetPort),
