@@ -119,16 +119,20 @@ impl Below<'_> {
         self.unsupported("pci_device_id", device.is_some());
     }
 
-    fn queues(&mut self, count: usize, size: u16, most: usize) {
+    /// Checks a number of queues, and their size against the least with which the device works.
+    fn queues(&mut self, count: usize, most: usize, size: u16, least: u16) {
         if count == 0 || count > most {
             let detail = format!("`num_queues` ({count}) must be 1 to {most}");
             self.add("num_queues", "out-of-range", detail);
         }
-        if !size.is_power_of_two() || !(2..=limits::QUEUE_SIZE).contains(&size) {
-            let detail = format!(
-                "`queue_size` ({size}) must be a power of two from 2 to {}",
-                limits::QUEUE_SIZE
-            );
+        if !size.is_power_of_two() || !(least..=limits::QUEUE_SIZE).contains(&size) {
+            let largest = limits::QUEUE_SIZE;
+            let mut detail =
+                format!("`queue_size` ({size}) must be a power of two from {least} to {largest}");
+            if size < least {
+                // A smaller size is legal, but no driver could send a request.
+                detail += ": a request must fit in the queue";
+            }
             self.add("queue_size", "out-of-range", detail);
         }
     }
@@ -155,7 +159,12 @@ impl DiskConfig {
             Some("") => below.add("path", "out-of-range", "`path` is empty"),
             Some(_) => {}
         }
-        below.queues(self.num_queues, self.queue_size, limits::QUEUES);
+        below.queues(
+            self.num_queues,
+            limits::QUEUES,
+            self.queue_size,
+            limits::DISK_QUEUE_SIZE_MIN,
+        );
         if self
             .serial
             .as_ref()
@@ -281,7 +290,12 @@ impl NetConfig {
                 format!("`mtu` ({mtu}) must be at least {least}"),
             );
         }
-        below.queues(self.num_queues, self.queue_size, 2 * limits::NET_PAIRS);
+        below.queues(
+            self.num_queues,
+            2 * limits::NET_PAIRS,
+            self.queue_size,
+            limits::NET_QUEUE_SIZE_MIN,
+        );
         if !self.num_queues.is_multiple_of(2) {
             let detail = format!(
                 "`num_queues` ({}) must be even, two for each queue pair",
@@ -391,6 +405,11 @@ mod tests {
                 "out-of-range",
             ),
             (
+                r#"{"path":"/a","queue_size":2}"#,
+                "queue_size",
+                "out-of-range",
+            ),
+            (
                 r#"{"path":"/a","queue_size":8192}"#,
                 "queue_size",
                 "out-of-range",
@@ -434,6 +453,7 @@ mod tests {
             found(r#"{"tap":"t","mac":"52:54:00:12:34:56","num_queues":4}"#),
             []
         );
+        assert_eq!(found(r#"{"queue_size":32}"#), []);
         for (net, field, code) in [
             (r#"{"tap":""}"#, "tap", "out-of-range"),
             (r#"{"mac":"52:54:00:12:34"}"#, "mac", "out-of-range"),
@@ -444,6 +464,8 @@ mod tests {
             (r#"{"mtu":100}"#, "mtu", "out-of-range"),
             (r#"{"num_queues":3}"#, "num_queues", "out-of-range"),
             (r#"{"num_queues":32}"#, "num_queues", "out-of-range"),
+            (r#"{"queue_size":16}"#, "queue_size", "out-of-range"),
+            (r#"{"queue_size":48}"#, "queue_size", "out-of-range"),
             (r#"{"vhost_user":true}"#, "vhost_user", "unsupported"),
         ] {
             assert_eq!(

@@ -21,6 +21,16 @@ pub const QUEUES: usize = 32;
 /// Entries of a queue.
 pub const QUEUE_SIZE: u16 = 4096;
 
+/// The least entries of a disk's queue. No descriptor chain may be longer than its queue (virtio 1.3,
+/// 2.7.5.3.1), and a request has a header, data and a status (5.2.6): three descriptors, and a size
+/// is a power of two.
+pub const DISK_QUEUE_SIZE_MIN: u16 = 4;
+
+/// The least entries of a network interface's queue. Linux sends a frame in up to 19 descriptors
+/// (`MAX_SKB_FRAGS` + 2), and the next power of two is 32. QEMU allows no fewer than 256; a driver
+/// that wants a smaller queue sets its size itself (virtio 1.3, 4.1.4.3).
+pub const NET_QUEUE_SIZE_MIN: u16 = 32;
+
 /// Bytes of a disk's serial number (virtio 1.3, 5.2.6).
 pub const DISK_SERIAL_LEN: usize = 20;
 
