@@ -38,6 +38,7 @@ use crate::link::{Accept, Stream};
 use crate::message::{ControlChannel, Offer, Refusal, ToDestination, ToSource};
 use crate::pages::Block;
 use crate::progress::{Phase, Progress};
+use crate::threads::in_span;
 use crate::wire::WireError;
 use crate::{LINGER, MigrationError};
 
@@ -169,7 +170,7 @@ pub fn receive(receiving: Receiving<'_>) -> Result<(), Refusal> {
         let router = &router;
         let tick = patience / POLLS;
         let accepting = move || router.accept(scope, accept, tick);
-        let started = thread::Builder::new().spawn_scoped(scope, accepting);
+        let started = thread::Builder::new().spawn_scoped(scope, in_span(accepting));
         started.map_err(|error| Refusal::new("host-refused", error.to_string()))?;
         let session = Session {
             router,

@@ -36,6 +36,7 @@ mod sender;
 mod source;
 #[cfg(feature = "testing")]
 pub mod testing;
+mod threads;
 mod tls;
 mod verify;
 mod wire;

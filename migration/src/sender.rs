@@ -14,6 +14,7 @@ use crate::decision::Decision;
 use crate::link::Stream;
 use crate::pages::{self, BATCH, Batch, Block, PAGE, Run};
 use crate::progress::Progress;
+use crate::threads::in_span;
 use crate::verify;
 use crate::wire::{self, Kind};
 
@@ -119,7 +120,7 @@ pub(crate) fn on_all<R>(
                 // The receiver waits for all of us.
                 let _ = done.send(sent);
             };
-            match thread::Builder::new().spawn_scoped(scope, work) {
+            match thread::Builder::new().spawn_scoped(scope, in_span(work)) {
                 Ok(_) => running += 1,
                 Err(error) => failed = Some(MigrationError::here("host-refused", error)),
             }

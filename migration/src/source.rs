@@ -26,6 +26,7 @@ use crate::pages::{BATCH, Block};
 use crate::policy::{Measured, Mode, Policy};
 use crate::progress::{Downtime, Phase, Progress};
 use crate::sender::Ram;
+use crate::threads::in_span;
 use crate::verify;
 use crate::wire::WireError;
 use crate::{KEEPALIVES, MigrationError};
@@ -331,7 +332,7 @@ impl Engine<'_, '_> {
                 // The receiver waits for it, unless the destination is gone.
                 let _ = done.send(work(source));
             };
-            let started = thread::Builder::new().spawn_scoped(scope, worker);
+            let started = thread::Builder::new().spawn_scoped(scope, in_span(worker));
             started.map_err(|error| MigrationError::here("host-refused", error))?;
             loop {
                 match results.recv_timeout(every) {

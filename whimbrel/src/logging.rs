@@ -1,7 +1,7 @@
-//! Destination, format and level of the log, and how many lines a VM may add to it.
+//! Destination, format and level of the log, and how many lines a VM or a migration may add to it.
 //!
-//! A guest can cause log lines as often as it likes, and the reader of a log can stop reading. So
-//! lines are limited for each VM and place in the code, and a thread of the log's own writes them: a
+//! A guest or a peer can cause log lines as often as it likes, and the reader of a log can stop
+//! reading. So lines are limited for each VM or migration and place in the code, and a thread of the log's own writes them: a
 //! vCPU never waits for a disk or a terminal.
 
 use std::collections::HashMap;
@@ -31,7 +31,9 @@ use crate::args::{LogFormat, LoggingArguments};
 
 /// Lines that wait to be written; further ones are lost and counted.
 const WAITING_MAX: usize = 8192;
-/// Lines of one VM and one place in the code that are written at once; then one each interval.
+/// Spans whose field `id` names the owner of the lines inside.
+const OWNERS: [&str; 2] = ["vm", "migration"];
+/// Lines of one owner and one place in the code that are written at once; then one each interval.
 const AT_ONCE: u32 = 32;
 const INTERVAL: Duration = Duration::from_secs(1);
 /// How often the numbers of suppressed and lost lines are reported.
@@ -87,9 +89,15 @@ fn report(limits: &Limits, lost: &ErrorCounter) {
     let mut reported = 0;
     loop {
         thread::sleep(REPORT);
-        for (vm, lines) in limits.sweep(Instant::now()) {
-            let vm = vm.as_deref().unwrap_or_default();
-            tracing::warn!(vm, lines, "log lines were suppressed");
+        for (owner, lines) in limits.sweep(Instant::now()) {
+            // In a span of the owner: the report has that owner's limit, too, so that many noisy
+            // owners suppress no other's report.
+            let span = owner.map(|(span, id)| match span {
+                "migration" => tracing::error_span!("migration", %id),
+                _ => tracing::error_span!("vm", %id),
+            });
+            let _entered = span.as_ref().map(tracing::Span::enter);
+            tracing::warn!(lines, "log lines were suppressed");
         }
         let lines = lost.dropped_lines();
         if lines > reported {
@@ -102,13 +110,12 @@ fn report(limits: &Limits, lost: &ErrorCounter) {
     }
 }
 
-/// The VM to which a span belongs.
-#[derive(Clone)]
-struct Vm(Arc<str>);
+/// The VM or migration to which a span belongs: the name of the span, and its id.
+type Owner = (&'static str, Arc<str>);
 
-type Source = (Option<Arc<str>>, Identifier);
+type Source = (Option<Owner>, Identifier);
 
-/// Limits lines by the VM that causes them and the place in the code that writes them.
+/// Limits lines by the VM or migration that causes them and the place in the code that writes them.
 #[derive(Clone, Default)]
 struct Limits(Arc<Mutex<HashMap<Source, Allowance>>>);
 
@@ -122,10 +129,10 @@ impl Limits {
     }
 
     /// Returns how many lines were suppressed, and forgets sources that are quiet.
-    fn sweep(&self, now: Instant) -> Vec<(Option<Arc<str>>, u64)> {
+    fn sweep(&self, now: Instant) -> Vec<(Option<Owner>, u64)> {
         let mut suppressed = HashMap::<_, u64>::new();
-        self.0.lock().retain(|(vm, _), lines| {
-            *suppressed.entry(vm.clone()).or_default() += lines.take_refused();
+        self.0.lock().retain(|(owner, _), lines| {
+            *suppressed.entry(owner.clone()).or_default() += lines.take_refused();
             !lines.is_idle(now)
         });
         suppressed
@@ -137,13 +144,15 @@ impl Limits {
 
 impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for Limits {
     fn on_new_span(&self, attributes: &Attributes<'_>, id: &Id, context: Context<'_, S>) {
-        if attributes.metadata().name() != "vm" {
+        let kind = attributes.metadata().name();
+        if !OWNERS.contains(&kind) {
             return;
         }
         let mut name = Name(None);
         attributes.record(&mut name);
         if let (Some(name), Some(span)) = (name.0, context.span(id)) {
-            span.extensions_mut().insert(Vm(name.into()));
+            let owner: Owner = (kind, name.into());
+            span.extensions_mut().insert(owner);
         }
     }
 
@@ -152,10 +161,10 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for Limits {
         if *event.metadata().level() > Level::INFO {
             return true;
         }
-        let vm = context.event_scope(event).and_then(|mut scope| {
-            scope.find_map(|span| span.extensions().get::<Vm>().map(|vm| Arc::clone(&vm.0)))
-        });
-        self.admits((vm, event.metadata().callsite()), Instant::now())
+        let owner = context
+            .event_scope(event)
+            .and_then(|mut scope| scope.find_map(|span| span.extensions().get::<Owner>().cloned()));
+        self.admits((owner, event.metadata().callsite()), Instant::now())
     }
 }
 
@@ -189,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn a_noisy_vm_does_not_silence_others() {
+    fn a_noisy_vm_or_migration_does_not_silence_others() {
         let (limits, written) = (Limits::default(), Written::default());
         let to = written.clone();
         let subscriber = tracing_subscriber::registry().with(limits.clone()).with(
@@ -201,19 +210,29 @@ mod tests {
             let span = tracing::error_span!("vm", id = %vm);
             span.in_scope(|| tracing::warn!("a device"));
         };
+        let refuse = |id: &str| {
+            let span = tracing::error_span!("migration", %id);
+            span.in_scope(|| tracing::warn!("an offer"));
+        };
         tracing::subscriber::with_default(subscriber, || {
             (0..10_000).for_each(|_| warn("noisy"));
             warn("quiet");
+            (0..10_000).for_each(|_| refuse("hostile"));
+            refuse("sound");
         });
         let text = String::from_utf8(written.0.lock().clone()).unwrap();
         let count = |name: &str| text.lines().filter(|line| line.contains(name)).count();
         // One more for each second that the test takes.
         assert!(count("noisy") < 1000, "{}", count("noisy"));
-        assert_eq!(count("quiet"), 1);
-        let suppressed = limits.sweep(Instant::now());
-        let [(Some(vm), lines)] = &suppressed[..] else {
-            panic!("{suppressed:?}");
+        assert!(count("hostile") < 1000, "{}", count("hostile"));
+        assert_eq!((count("quiet"), count("sound")), (1, 1));
+        let mut suppressed = limits.sweep(Instant::now());
+        suppressed.sort();
+        let left_out = |kind, id: &str| {
+            let lines = 10_000 - count(id) as u64;
+            (Some((kind, Arc::from(id))), lines)
         };
-        assert_eq!((&**vm, *lines), ("noisy", 10_000 - count("noisy") as u64));
+        let expected = [left_out("migration", "hostile"), left_out("vm", "noisy")];
+        assert_eq!(suppressed, expected);
     }
 }

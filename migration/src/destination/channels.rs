@@ -12,6 +12,7 @@ use super::postcopy::PostcopyReceiver;
 use crate::link::{Closer, Stream};
 use crate::pages::{self, Block, Content};
 use crate::progress::Progress;
+use crate::threads::in_span;
 use crate::verify::{Findings, Hashes};
 use crate::wire::{Kind, Reader, WireError};
 use crate::{MigrationError, PAGES_PATIENCE};
@@ -156,7 +157,7 @@ impl Channels {
     fn spawn(&mut self, work: impl FnOnce() + Send + 'static) -> Result<(), MigrationError> {
         let started = thread::Builder::new()
             .name("migrate-pages".to_owned())
-            .spawn(work);
+            .spawn(in_span(work));
         let thread = started.map_err(|error| MigrationError::here("host-refused", error))?;
         self.threads.push(thread);
         Ok(())

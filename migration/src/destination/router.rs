@@ -20,6 +20,7 @@ use crate::MigrationError;
 use crate::link::{Accept, Closer, Stream};
 use crate::message::{self, Channel, ControlChannel, Offer, Refusal, ToDestination, ToSource};
 use crate::progress::{Phase, Progress};
+use crate::threads::in_span;
 use crate::wire::WireError;
 
 /// How long a peer may take to say which connection this is, since it connected.
@@ -246,7 +247,7 @@ impl<'a> Router<'a> {
                 }
             };
             // On failure the closure is dropped with its `Place`, which frees the slot.
-            if let Err(error) = thread::Builder::new().spawn_scoped(scope, greeting) {
+            if let Err(error) = thread::Builder::new().spawn_scoped(scope, in_span(greeting)) {
                 tracing::warn!(%error, "a connection cannot be served now");
             }
         }

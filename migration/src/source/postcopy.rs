@@ -14,6 +14,7 @@ use crate::pages::{self, BATCH, Block, Run};
 use crate::policy::MAX_CONNECTIONS;
 use crate::progress::{Phase, Progress};
 use crate::sender::{FaultPriority, Pacer, Ram, batches, count, on_all};
+use crate::threads::in_span;
 use crate::wire::{Kind, Reader, WireError};
 use crate::{ATTEMPTS, KEEPALIVES, MigrationError, PAGES_PATIENCE};
 
@@ -75,7 +76,7 @@ impl FaultServer {
         };
         let thread = thread::Builder::new()
             .name("migrate-fault_server".to_owned())
-            .spawn(serve)
+            .spawn(in_span(serve))
             .map_err(|error| MigrationError::here("host-refused", error))?;
         Ok(Self {
             thread,

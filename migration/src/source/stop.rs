@@ -20,6 +20,7 @@ use crate::link::Closer;
 use crate::message::{ToDestination, ToSource};
 use crate::progress::{Phase, micros};
 use crate::sender::{Pacer, Work, batches, count, on_all};
+use crate::threads::in_span;
 use crate::verify;
 use crate::wire::WireError;
 use crate::{ATTEMPTS, KEEPALIVES, MigrationError};
@@ -283,7 +284,7 @@ impl StopLimit {
         };
         thread::Builder::new()
             .name("migrate-stop".to_owned())
-            .spawn(watch)?;
+            .spawn(in_span(watch))?;
         Ok(Self {
             limit,
             state,

@@ -301,8 +301,14 @@ fn policy(what: &StartMigration) -> Result<Policy, RequestError> {
     })
 }
 
-fn start(name: &str, run: impl FnOnce() + Send + 'static) -> Result<(), RequestError> {
-    let started = thread::Builder::new().name(name.to_owned()).spawn(run);
+/// Starts a thread whose log lines belong to `span`: a peer decides how many some of them are.
+fn start(
+    name: &str,
+    span: tracing::Span,
+    run: impl FnOnce() + Send + 'static,
+) -> Result<(), RequestError> {
+    let builder = thread::Builder::new().name(name.to_owned());
+    let started = builder.spawn(move || span.in_scope(run));
     started.map(|_| ()).map_err(|error| {
         let detail = format!("the host gives no thread: {error}");
         RequestError::new(Category::Host, "host-refused", detail)
@@ -344,7 +350,8 @@ impl Migrate for Pool {
             .open(moving.id, Side::Source, id.as_str())
             .map_err(|error| Journals::unwritable(&error))?;
         let (registry, ours) = (registry.clone(), Arc::clone(&moving));
-        start("migrate-out", move || {
+        let span = tracing::error_span!("vm", %id);
+        start("migrate-out", span, move || {
             let memory = parts.ram.len();
             tracing::info!(
                 migration = %ours.id,

@@ -146,7 +146,9 @@ pub(super) fn begin(
     let (limit, once) = (pool.connection_limit(), what.once);
     let (ours, endpoints) = (Arc::clone(&moving), pool.endpoints().clone());
     endpoints.hold(bound, &moving);
-    let started = start("migrate-in", move || {
+    // The VM is not known before an offer is accepted.
+    let span = tracing::error_span!("migration", id = %moving.id);
+    let started = start("migrate-in", span, move || {
         let ending = Ending {
             migration: Arc::clone(&ours),
             endpoints,
