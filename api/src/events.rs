@@ -51,8 +51,9 @@ struct Which {
 /// as JSON. The service keeps the last 128 events of each VM, and the last 1024 events of deleted
 /// VMs. A client that reconnects with the last `id` that it saw gets all later events that are
 /// kept; if some are gone, the stream starts with an event `missed`, whose `data.oldest` is the
-/// number of the oldest event that is kept. The numbers restart at 1 with the service: a client
-/// with a higher number gets the events from the oldest on.
+/// number of the oldest event that is kept, and `data.count` the number of events that are gone (an
+/// upper bound in the stream of one VM). The numbers restart at 1 with the service: a client with a
+/// higher number gets the events from the oldest on.
 #[utoipa::path(
     get, path = "/api/v1/events", operation_id = "followEvents", tag = SERVICE,
     params(
@@ -156,8 +157,8 @@ impl Follower {
         // Before the events are looked at: what comes meanwhile is looked at next.
         let last = self.log.last();
         let (events, missed) = self.log.after(self.after, self.vm.as_ref());
-        if let Some(Missed { oldest }) = missed {
-            let data = format!("{{\"oldest\":{oldest}}}");
+        if let Some(Missed { oldest, count }) = missed {
+            let data = format!("{{\"oldest\":{oldest},\"count\":{count}}}");
             self.ready
                 .push_back(sse::Event::default().event("missed").data(data));
         }

@@ -204,8 +204,9 @@ impl Remote {
         while let Some(news) = events.next().await? {
             match news {
                 News::Happened(event) => self.printer.show_line(&event, print::event)?,
-                News::Missed { oldest } => {
-                    eprintln!("wh-remote: events before {oldest} are no longer kept");
+                News::Missed { oldest, count } => {
+                    let count = count.map_or(String::new(), |count| format!(" ({count})"));
+                    eprintln!("wh-remote: events before {oldest} are no longer kept{count}");
                 }
             }
         }

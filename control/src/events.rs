@@ -35,6 +35,8 @@ struct History {
     kept: VecDeque<u64>,
     /// The last event that was pushed out; 0 when none was.
     dropped: u64,
+    /// How many were pushed out.
+    dropped_count: u64,
 }
 
 impl History {
@@ -44,6 +46,7 @@ impl History {
         {
             events.remove(&oldest);
             self.dropped = self.dropped.max(oldest);
+            self.dropped_count += 1;
         }
         self.kept.push_back(sequence);
     }
@@ -59,6 +62,9 @@ pub struct EventLog(Arc<Shared>);
 pub struct Missed {
     /// The oldest event behind the number asked for that is kept; the next to come when none is.
     pub oldest: u64,
+    /// How many are gone. Exact for the events of all VMs; for those of one VM an upper bound, since
+    /// no record says to which VM an event belonged that is gone.
+    pub count: u64,
 }
 
 impl Default for EventLog {
@@ -140,7 +146,16 @@ impl EventLog {
         let oldest = events
             .first()
             .map_or(self.last() + 1, |first| first.sequence);
-        let missed = (kept.dropped(vm) > after).then_some(Missed { oldest });
+        let missed = (kept.dropped(vm) > after).then(|| {
+            let kept_behind = kept.events.range(behind..).count() as u64;
+            // Every number up to the last was given to an event.
+            let gone = self
+                .last()
+                .saturating_sub(after)
+                .saturating_sub(kept_behind);
+            let count = vm.map_or(gone, |vm| gone.min(kept.dropped_count(vm)));
+            Missed { oldest, count }
+        });
         (events, missed)
     }
 
@@ -158,6 +173,7 @@ impl Kept {
             return;
         };
         self.of_gone.dropped = self.of_gone.dropped.max(history.dropped);
+        self.of_gone.dropped_count += history.dropped_count;
         for sequence in history.kept {
             self.of_gone
                 .push(sequence, EVENTS_KEPT_AFTER_VMS, &mut self.events);
@@ -172,6 +188,12 @@ impl Kept {
             None => self.by_vm.values().map(|history| history.dropped).max(),
         };
         histories.unwrap_or(0).max(self.of_gone.dropped)
+    }
+
+    /// The most events of a VM that were pushed out: its own, and those of all VMs that are gone.
+    fn dropped_count(&self, vm: &VmId) -> u64 {
+        let own = self.by_vm.get(vm);
+        own.map_or(0, |history| history.dropped_count) + self.of_gone.dropped_count
     }
 }
 
@@ -190,7 +212,11 @@ mod tests {
         for _ in 0..EVENTS_KEPT_PER_VM {
             log.record(&vm, "paused", None);
         }
-        assert_eq!(log.after(1, None).1, Some(Missed { oldest: 3 }));
+        let missed = Missed {
+            oldest: 3,
+            count: 1,
+        };
+        assert_eq!(log.after(1, None).1, Some(missed));
         assert_eq!(log.after(2, None).1, None);
     }
 
@@ -207,10 +233,15 @@ mod tests {
         assert_eq!((events.len(), missed), (2, None));
         let (events, missed) = log.after(0, Some(&noisy));
         assert_eq!(events.len(), EVENTS_KEPT_PER_VM);
-        assert!(missed.is_some());
+        let gone = 9 * EVENTS_KEPT_PER_VM as u64;
+        assert_eq!(missed.map(|missed| missed.count), Some(gone));
         let (all, missed) = log.after(0, None);
         assert_eq!(all.len(), EVENTS_KEPT_PER_VM + 2);
-        assert_eq!(missed, Some(Missed { oldest: 1 }));
+        let missed_all = Missed {
+            oldest: 1,
+            count: gone,
+        };
+        assert_eq!(missed, Some(missed_all));
         assert!(all.is_sorted_by_key(|event| event.sequence));
     }
 
@@ -224,7 +255,9 @@ mod tests {
         }
         let (events, missed) = log.after(0, None);
         assert_eq!(events.len(), EVENTS_KEPT_AFTER_VMS);
-        assert!(missed.is_some());
+        // Each VM had two events.
+        let gone = 3 * EVENTS_KEPT_AFTER_VMS as u64;
+        assert_eq!(missed.map(|missed| missed.count), Some(gone));
         assert!(log.0.kept.lock().by_vm.is_empty());
     }
 

@@ -25,6 +25,8 @@ pub enum News {
     Missed {
         /// The oldest event that is.
         oldest: u64,
+        /// How many are lost; at most so many in the stream of one VM. An older service does not say.
+        count: Option<u64>,
     },
 }
 
@@ -120,6 +122,7 @@ fn parse(block: &[u8]) -> serde_json::Result<Option<News>> {
     #[derive(Deserialize)]
     struct Missed {
         oldest: u64,
+        count: Option<u64>,
     }
 
     let block = String::from_utf8_lossy(block);
@@ -132,8 +135,8 @@ fn parse(block: &[u8]) -> serde_json::Result<Option<News>> {
         return Ok(None);
     }
     if field("event:") == "missed" {
-        let Missed { oldest } = serde_json::from_str(&data)?;
-        return Ok(Some(News::Missed { oldest }));
+        let Missed { oldest, count } = serde_json::from_str(&data)?;
+        return Ok(Some(News::Missed { oldest, count }));
     }
     serde_json::from_str(&data).map(|event| Some(News::Happened(event)))
 }
@@ -145,8 +148,13 @@ mod tests {
     #[test]
     fn blocks_are_read_as_the_service_writes_them() {
         assert_eq!(parse(b":\n\n").unwrap(), None);
-        let missed = parse(b"event: missed\ndata: {\"oldest\":7}\n\n").unwrap();
-        assert_eq!(missed, Some(News::Missed { oldest: 7 }));
+        for (data, count) in [
+            (r#"{"oldest":7}"#, None),
+            (r#"{"oldest":7,"count":3}"#, Some(3)),
+        ] {
+            let missed = parse(format!("event: missed\ndata: {data}\n\n").as_bytes()).unwrap();
+            assert_eq!(missed, Some(News::Missed { oldest: 7, count }));
+        }
         let data = r#"{"sequence":3,"time_ms":1,"vm":"a","event":"booted"}"#;
         let block = format!("id: 3\nevent: booted\ndata: {data}\n\n");
         let Some(News::Happened(event)) = parse(block.as_bytes()).unwrap() else {
