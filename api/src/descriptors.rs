@@ -21,6 +21,7 @@ use rustix::io::retry_on_intr;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use crate::activity::Activity;
 use crate::limits::DESCRIPTORS_MAX;
 use crate::peer::Peer;
 
@@ -68,12 +69,16 @@ impl Enclosed {
 pub(crate) struct Receiving {
     peer: Peer,
     arrived: Arrived,
+    activity: Activity,
 }
 
 impl Receiving {
-    pub(crate) fn new(peer: Peer) -> Self {
-        let arrived = Arrived::default();
-        Self { peer, arrived }
+    pub(crate) fn new(peer: Peer, activity: Activity) -> Self {
+        Self {
+            peer,
+            arrived: Arrived::default(),
+            activity,
+        }
     }
 
     pub(crate) fn arrived(&self) -> Arrived {
@@ -101,6 +106,9 @@ impl Receiving {
         if arrived.len() > DESCRIPTORS_MAX {
             let reason = "more descriptors were sent than any request accepts";
             return Err(io::Error::other(reason));
+        }
+        if received.bytes > 0 {
+            self.activity.received();
         }
         to.advance(received.bytes);
         Ok(())

@@ -3,8 +3,8 @@
 use spec::Problem;
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityRequirement, SecurityScheme};
 use utoipa::openapi::{
-    ComponentsBuilder, InfoBuilder, LicenseBuilder, Object, ObjectBuilder, OpenApi, OpenApiBuilder,
-    Paths, Ref, Tag,
+    Array, ArrayBuilder, ComponentsBuilder, InfoBuilder, LicenseBuilder, Object, ObjectBuilder,
+    OpenApi, OpenApiBuilder, Paths, Ref, Tag,
 };
 use utoipa::{PartialSchema as _, ToSchema as _};
 
@@ -40,6 +40,7 @@ pub(crate) fn frame() -> OpenApi {
     Problem::schemas(&mut schemas);
     let components = ComponentsBuilder::new()
         .schema("Problem", Problem::schema())
+        .schema("Errors", errors())
         .schema("DeviceCounters", device_counters())
         .schema("VmCounters", vm_counters())
         .schemas_from_iter(schemas);
@@ -60,6 +61,17 @@ pub(crate) fn frame() -> OpenApi {
         .paths(Paths::new())
         .components(Some(refusals::describe(components).build()))
         .tags(Some(tags))
+        .build()
+}
+
+/// Describes the errors of Cloud Hypervisor's face.
+fn errors() -> Array {
+    ArrayBuilder::new()
+        .items(String::schema())
+        .description(Some(
+            "The error and its causes, outermost first. A client that names `application/problem+json` in \
+             `Accept` gets a problem body instead.",
+        ))
         .build()
 }
 

@@ -2,19 +2,17 @@
 
 use std::os::fd::OwnedFd;
 
-use axum::body::{Body, Bytes};
+use axum::body::Bytes;
 use axum::extract::{FromRequest, FromRequestParts, Path, Request};
 use control::RequestError;
-use http::header::{CONTENT_LENGTH, CONTENT_TYPE};
+use http::header::CONTENT_TYPE;
 use http::request::Parts;
 use http::{HeaderMap, StatusCode};
-use http_body_util::{BodyExt as _, LengthLimitError, Limited};
+use http_body_util::{BodyExt as _, Collected};
 use serde::de::DeserializeOwned;
-use spec::limits::BODY_LEN;
 use spec::{Descriptors, FieldProblem, NetConfig, ParseError, VmId};
 
 use crate::descriptors::Enclosed;
-use crate::limits::BODY_READ_TIMEOUT;
 use crate::problem::ApiError;
 
 /// The body of a request, as JSON.
@@ -56,7 +54,7 @@ impl<S: Send + Sync> FromRequest<S> for JsonAndTap {
 async fn parsed<T: DeserializeOwned>(request: Request) -> Result<(T, Vec<OwnedFd>), ApiError> {
     check_content_type(request.headers())?;
     let enclosed = request.extensions().get::<Enclosed>().cloned();
-    let body = read(request).await?;
+    let body = bytes(request).await?;
     let descriptors = enclosed.map(|enclosed| enclosed.take());
     if body.is_empty() {
         return Err(ApiError::new(
@@ -98,41 +96,16 @@ fn check_content_type(headers: &HeaderMap) -> Result<(), ApiError> {
     ))
 }
 
-/// The whole body, which may be neither too long nor too slow.
-async fn read(request: Request) -> Result<Bytes, ApiError> {
-    let announced = request
-        .headers()
-        .get(CONTENT_LENGTH)
-        .and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
-    if announced.is_some_and(|length| length > BODY_LEN as u64) {
-        return Err(too_long());
-    }
-    let body: Limited<Body> = Limited::new(request.into_body(), BODY_LEN);
-    match tokio::time::timeout(BODY_READ_TIMEOUT, body.collect()).await {
-        Ok(Ok(body)) => Ok(body.to_bytes()),
-        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_long()),
-        Ok(Err(error)) => Err(ApiError::new(
+/// Returns the body, which [`body::read`](crate::body::read) has read before the router.
+async fn bytes(request: Request) -> Result<Bytes, ApiError> {
+    let body = request.into_body().collect().await;
+    body.map(Collected::to_bytes).map_err(|error| {
+        ApiError::new(
             StatusCode::BAD_REQUEST,
             "incomplete-body",
             format!("the body did not arrive completely: {error}"),
-        )),
-        Err(_) => Err(ApiError::new(
-            StatusCode::REQUEST_TIMEOUT,
-            "body-timeout",
-            format!(
-                "the body did not arrive within {} s",
-                BODY_READ_TIMEOUT.as_secs()
-            ),
-        )),
-    }
-}
-
-fn too_long() -> ApiError {
-    ApiError::new(
-        StatusCode::PAYLOAD_TOO_LARGE,
-        "body-too-large",
-        format!("the body is longer than the limit, {BODY_LEN} bytes"),
-    )
+        )
+    })
 }
 
 /// A body that is no JSON, or not the JSON that was asked for.

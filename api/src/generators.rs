@@ -3,7 +3,7 @@
 use utoipa::openapi::path::{Operation, PathItem};
 use utoipa::openapi::{Components, OpenApi, Ref, RefOr, Schema};
 
-use crate::refusals::ANY_OTHER;
+use crate::refusals::{ANY_OTHER, refer_to_strings};
 use crate::tags::ONE_VM;
 
 /// Makes the document suit generators: describes optional fields where generators look for a
@@ -13,7 +13,7 @@ pub(crate) fn suit(document: &mut OpenApi) {
         describe_optional_fields(components);
     }
     let items = document.paths.paths.values_mut();
-    items.flat_map(operations).for_each(add_default_problem);
+    items.flat_map(operations).for_each(declare_errors);
 }
 
 /// Moves the description of each optional field of a named type from `oneOf: [{ $ref, description },
@@ -43,10 +43,12 @@ fn describe_optional_fields(components: &mut Components) {
 /// refuses any request in some ways (a web page's origin, too many requests). A generated client
 /// returns nothing for an undeclared status, which its caller cannot tell from an empty success.
 ///
-/// Operations of Cloud Hypervisor's face are left as its contract has them.
-fn add_default_problem(operation: &mut Operation) {
+/// Operations of Cloud Hypervisor's face are left as its contract has them, with the errors that it
+/// answers: arrays of strings.
+fn declare_errors(operation: &mut Operation) {
     let mut tags = operation.tags.iter().flatten();
     if tags.any(|tag| tag == ONE_VM) {
+        refer_to_strings(operation);
         return;
     }
     let problem = Ref::from_response_name(ANY_OTHER).into();

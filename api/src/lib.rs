@@ -37,11 +37,14 @@
 #![forbid(unsafe_code)]
 
 mod access;
+mod activity;
 mod answer;
+mod body;
 mod commands;
 mod descriptors;
 mod docs;
 mod document;
+mod errors;
 mod events;
 mod extract;
 mod generators;

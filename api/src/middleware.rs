@@ -9,6 +9,8 @@ use http::{HeaderMap, HeaderValue, StatusCode};
 use tracing::Instrument as _;
 
 use crate::access::TcpAccess;
+use crate::body;
+use crate::errors::{Face, as_strings, wants_problems};
 use crate::limits::REQUEST_ID_BYTES_MAX;
 use crate::problem::ApiError;
 use crate::request_counts::Requests;
@@ -27,18 +29,21 @@ pub(crate) enum Via {
 /// Runs a request in a task of its own, under a name that its logs and its answer carry.
 ///
 /// A panic ends that task alone, and a client that hangs up does not leave a command half way.
+///
+/// The body is read first, so that a request is answered only when its client has sent all of it.
 pub(crate) async fn envelope(
-    State(requests): State<Requests>,
+    State((face, requests)): State<(Face, Requests)>,
     request: Request,
     next: Next,
 ) -> Response {
+    let strings = face == Face::CloudHypervisor && !wants_problems(request.headers());
     let id = request_id(request.headers());
     let method = request.method().clone();
     let path = request.uri().path().to_owned();
     let span = tracing::info_span!("request", id = id.to_str().unwrap_or_default(), %method, path);
-    let mut response = match guard(&request) {
+    let mut response = match admit(request).await {
         Err(refusal) => refusal.into_response(),
-        Ok(()) => match tokio::spawn(next.run(request).instrument(span.clone())).await {
+        Ok(request) => match tokio::spawn(next.run(request).instrument(span.clone())).await {
             Ok(response) => response,
             Err(error) => failed(&error).into_response(),
         },
@@ -49,6 +54,9 @@ pub(crate) async fn envelope(
         && let Some(allow) = response.headers_mut().remove(ALLOW)
     {
         response = ApiError::method_not_allowed(&method, &path, allow).into_response();
+    }
+    if strings {
+        as_strings(&mut response, &path);
     }
     response.headers_mut().insert(REQUEST_ID, id);
     requests.count(response.status());
@@ -70,6 +78,16 @@ fn request_id(headers: &HeaderMap) -> HeaderValue {
         .cloned()
         .or_else(|| HeaderValue::try_from(uuid::Uuid::new_v4().simple().to_string()).ok())
         .unwrap_or(HeaderValue::from_static("none"))
+}
+
+/// Returns a request that may be handled, with its whole body.
+async fn admit(request: Request) -> Result<Request, ApiError> {
+    if let Err(refusal) = guard(&request) {
+        let (parts, body) = request.into_parts();
+        body::discard(&parts.headers, body).await;
+        return Err(refusal);
+    }
+    body::read(request).await
 }
 
 /// Refuses requests over TCP that come from a web page, or from a program without the token.

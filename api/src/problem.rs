@@ -106,6 +106,8 @@ impl IntoResponse for ApiError {
         let status = self.status();
         let body = ascii_json(self.problem.as_ref()).unwrap_or_default();
         let mut response = (status, body).into_response();
+        // For the face that writes errors in another form.
+        response.extensions_mut().insert(*self.problem);
         let headers = response.headers_mut();
         headers.insert(
             CONTENT_TYPE,

@@ -6,12 +6,15 @@ use std::collections::BTreeMap;
 use control::{Category, RequestError, Verb};
 use http::StatusCode;
 use utoipa::IntoResponses;
+use utoipa::openapi::path::Operation;
 use utoipa::openapi::{ComponentsBuilder, Content, Ref, RefOr, Response, ResponseBuilder};
 
 use crate::problem::ApiError;
 
 /// The response to every status without one of its own, of the document's components.
 pub(crate) const ANY_OTHER: &str = "AnyOther";
+
+const RESPONSES: &str = "#/components/responses/";
 
 /// Each is a type that an operation names among its responses, and a response of the document's components.
 macro_rules! refusals {
@@ -30,7 +33,10 @@ macro_rules! refusals {
 
         /// Adds the responses that operations refer to.
         pub(crate) fn describe(components: ComponentsBuilder) -> ComponentsBuilder {
-            components$(.response(stringify!($name), problem($description)))*.response(ANY_OTHER, problem(
+            components$(
+                .response(stringify!($name), problem($description))
+                .response(concat!("OneVm", stringify!($name)), strings($description))
+            )*.response(ANY_OTHER, problem(
                 "The request is refused for a reason that is not particular to this operation.",
             ))
         }
@@ -43,6 +49,27 @@ fn problem(description: &str) -> Response {
         .description(description)
         .content("application/problem+json", body)
         .build()
+}
+
+/// The response of the same meaning on Cloud Hypervisor's face.
+fn strings(description: &str) -> Response {
+    let mut response = problem(description);
+    let body = Content::new(Some(Ref::from_schema_name("Errors")));
+    response
+        .content
+        .insert("application/json".to_owned(), body.into());
+    response
+}
+
+/// Refers to the responses of Cloud Hypervisor's face in place of those of the service's own.
+pub(crate) fn refer_to_strings(operation: &mut Operation) {
+    for response in operation.responses.responses.values_mut() {
+        if let RefOr::Ref(named) = response
+            && let Some(name) = named.ref_location.strip_prefix(RESPONSES)
+        {
+            *response = Ref::from_response_name(format!("OneVm{name}")).into();
+        }
+    }
 }
 
 refusals! {

@@ -17,6 +17,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::document::frame;
+use crate::errors::Face;
 use crate::middleware::envelope;
 use crate::one_vm::OneVm;
 use crate::problem::ApiError;
@@ -53,7 +54,8 @@ impl Service {
             scope: Scope::All,
             shutdown: self.shutdown.clone(),
         };
-        assemble(service_face(self.clone(), vmm), self.requests.clone())
+        let envelope = (Face::Service, self.requests.clone());
+        assemble(service_face(self.clone(), vmm), envelope)
     }
 
     /// Cloud Hypervisor's face of the VM `id`, whether it is created yet or not. `shutdown` is requested when a
@@ -70,7 +72,8 @@ impl Service {
             registry: self.registry.clone(),
             id: id.clone(),
         };
-        assemble(vm_face(vm, vmm), self.requests.clone())
+        let envelope = (Face::CloudHypervisor, self.requests.clone());
+        assemble(vm_face(vm, vmm), envelope)
     }
 }
 
@@ -117,7 +120,7 @@ fn vm_face(vm: OneVm, vmm: Vmm) -> OpenApiRouter {
 }
 
 /// A face, with what every face has: its document, a page to read it, and an answer to every other path.
-fn assemble(face: OpenApiRouter, requests: Requests) -> Router {
+fn assemble(face: OpenApiRouter, shared: (Face, Requests)) -> Router {
     let (router, mut described) = face.split_for_parts();
     let mut whole = frame();
     described.merge(published().into_openapi());
@@ -131,7 +134,7 @@ fn assemble(face: OpenApiRouter, requests: Requests) -> Router {
         .merge(docs::routes(&json))
         .fallback(move |request: Request| std::future::ready(no_such_path(&request, &paths)));
     // Around the router and not in its routes: it adds `Allow` after those are done.
-    let service = from_fn_with_state(requests, envelope).layer(router);
+    let service = from_fn_with_state(shared, envelope).layer(router);
     Router::new().fallback_service(map_response(without_reason).layer(service))
 }
 
@@ -184,7 +187,7 @@ mod tests {
     #[tokio::test]
     async fn a_panic_is_an_answer() {
         let face = OpenApiRouter::default().route("/panics", get(panics));
-        let router = assemble(face, Requests::default());
+        let router = assemble(face, (Face::Service, Requests::default()));
         for _ in 0..2 {
             let request = Request::get("/panics").body(Body::empty()).unwrap();
             let response = router.clone().oneshot(request).await.unwrap();

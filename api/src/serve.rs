@@ -6,17 +6,20 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::Request;
+use axum::response::Response;
 use hyper::server::conn::http1;
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::TokioIo;
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 use tower::ServiceExt as _;
 
+use crate::activity::{Connected, Connections};
 use crate::descriptors::Receiving;
 use crate::limits::{
-    ACCEPT_RETRY, CONNECTIONS_MAX, HEAD_BYTES_MAX, HEADER_READ_TIMEOUT, SHUTDOWN_GRACE,
+    ACCEPT_RETRY, CONNECTIONS_MAX, HEAD_BYTES_MAX, HEADER_READ_TIMEOUT, IDLE_TIMEOUT,
+    SHUTDOWN_GRACE,
 };
 use crate::listen::Listener;
 use crate::middleware::Via;
@@ -73,6 +76,9 @@ pub struct Bounds {
     pub connections: usize,
     /// For the head of a request to arrive.
     pub header_read_timeout: Duration,
+    /// For the next request of a client that has its answer. An idle connection is closed earlier when
+    /// another client needs its place.
+    pub idle_timeout: Duration,
     /// For requests under way to finish after a shutdown.
     pub shutdown_grace: Duration,
 }
@@ -83,6 +89,7 @@ impl Default for Bounds {
         Self {
             connections: CONNECTIONS_MAX,
             header_read_timeout: HEADER_READ_TIMEOUT,
+            idle_timeout: IDLE_TIMEOUT,
             shutdown_grace: SHUTDOWN_GRACE,
         }
     }
@@ -97,6 +104,8 @@ pub async fn serve(listener: Listener, router: Router, shutdown: Shutdown) {
 /// Like [`serve`], with other limits.
 pub async fn serve_within(listener: Listener, router: Router, shutdown: Shutdown, bounds: Bounds) {
     let room = Arc::new(Semaphore::new(bounds.connections));
+    let open = Connections::default();
+    let mut number = 0_u64;
     let graceful = GracefulShutdown::new();
     let mut connections = JoinSet::new();
     let via = match &listener {
@@ -108,12 +117,15 @@ pub async fn serve_within(listener: Listener, router: Router, shutdown: Shutdown
     loop {
         let accepted = tokio::select! {
             () = shutdown.requested() => break,
-            accepted = accept(&listener, &room) => accepted,
-            Some(_) = connections.join_next(), if !connections.is_empty() => continue,
+            accepted = accept(&listener, &room, &open) => accepted,
         };
+        // Not a branch above: it would drop a client that is accepted and waits for a place.
+        while connections.try_join_next().is_some() {}
         match accepted {
             Ok((peer, permit)) => {
-                let connection = connection(peer, via.clone(), &router, &graceful, bounds);
+                number = number.wrapping_add(1);
+                let entry = open.add(number);
+                let connection = connection(peer, via.clone(), &router, &graceful, bounds, entry);
                 connections.spawn(hold(permit, connection));
             }
             Err(error) => {
@@ -135,16 +147,15 @@ pub async fn serve_within(listener: Listener, router: Router, shutdown: Shutdown
     tracing::info!(%place, "no longer serving the API");
 }
 
-/// The next connection, once there is room for it.
+/// Returns the next connection, once there is room for it.
+///
+/// The client is accepted first, so that no idle connection is closed before another one needs its
+/// place. One connection more than the limit is therefore open for a short time.
 async fn accept(
     listener: &Listener,
     room: &Arc<Semaphore>,
+    open: &Connections,
 ) -> io::Result<(Peer, OwnedSemaphorePermit)> {
-    let permit = room
-        .clone()
-        .acquire_owned()
-        .await
-        .map_err(io::Error::other)?;
     let peer = match listener {
         Listener::Unix(socket) => Peer::Unix(Arc::new(socket.accept().await?)),
         Listener::Tcp(socket) => {
@@ -156,7 +167,19 @@ async fn accept(
             Peer::Tcp(Arc::new(stream))
         }
     };
-    Ok((peer, permit))
+    if let Ok(permit) = room.clone().try_acquire_owned() {
+        return Ok((peer, permit));
+    }
+    loop {
+        open.close_longest_idle();
+        tokio::select! {
+            permit = room.clone().acquire_owned() => {
+                return Ok((peer, permit.map_err(io::Error::other)?));
+            }
+            // All were busy, and one of them is not any more.
+            () = open.one_is_idle() => {}
+        }
+    }
 }
 
 async fn hold(permit: OwnedSemaphorePermit, connection: impl Future<Output = ()>) {
@@ -172,19 +195,23 @@ fn connection(
     router: &Router,
     graceful: &GracefulShutdown,
     bounds: Bounds,
+    entry: Connected,
 ) -> impl Future<Output = ()> + Send + 'static {
-    let stream = Receiving::new(peer.clone());
+    let stream = Receiving::new(peer.clone(), entry.activity.clone());
     let arrived = stream.arrived();
-    let service = router.clone().map_request(move |request: Request<_>| {
-        let mut request = request.map(axum::body::Body::new);
-        request.extensions_mut().insert(via.clone());
-        request.extensions_mut().insert(arrived.enclose());
-        request.extensions_mut().insert(peer.clone());
-        request
-    });
+    let (begins, answers) = (entry.activity.clone(), entry.activity.clone());
+    let service = router
+        .clone()
+        .map_request(move |request: Request<_>| {
+            begins.begin();
+            let mut request = request.map(axum::body::Body::new);
+            request.extensions_mut().insert(via.clone());
+            request.extensions_mut().insert(arrived.enclose());
+            request.extensions_mut().insert(peer.clone());
+            request
+        })
+        .map_response(move |response: Response| response.map(|body| answers.until_sent(body)));
     let connection = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(bounds.header_read_timeout)
         .max_header_size(HEAD_BYTES_MAX)
         // Some clients end their side once the request is sent, and still want the answer.
         .half_close(true)
@@ -193,8 +220,15 @@ fn connection(
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(service));
     let connection = graceful.watch(connection);
     async move {
-        if let Err(error) = connection.await {
-            tracing::debug!(%error, "a connection ended early");
+        tokio::select! {
+            served = connection => {
+                if let Err(error) = served {
+                    tracing::debug!(%error, "a connection ended early");
+                }
+            }
+            () = entry.activity.expired(bounds) => {
+                tracing::debug!("closed a connection whose client was silent");
+            }
         }
     }
 }

@@ -35,6 +35,9 @@ const IDLE_TIME: Duration = Duration::from_secs(10);
 /// Maximum number of characters of an unexpected answer in an error.
 const EXCERPT: usize = 200;
 
+/// The code of an error of Cloud Hypervisor, whose errors have none.
+const FOREIGN: &str = "cloud-hypervisor";
+
 type Connection = SendRequest<Full<Bytes>>;
 
 #[derive(Clone, Debug)]
@@ -299,9 +302,18 @@ impl Client {
         status: StatusCode,
         body: &[u8],
     ) -> ClientError {
-        match serde_json::from_slice::<Problem>(body) {
-            Ok(problem) => ClientError::Problem(Box::new(problem)),
-            Err(_) => self.not_understood(operation, status, body),
+        if let Ok(problem) = serde_json::from_slice::<Problem>(body) {
+            return ClientError::Problem(Box::new(problem));
+        }
+        // Cloud Hypervisor itself answers with its causes, outermost first, and no code.
+        match serde_json::from_slice::<Vec<String>>(body) {
+            Ok(causes) if !causes.is_empty() => {
+                let title = status.canonical_reason().unwrap_or("Error");
+                let detail = causes.join(": ");
+                let problem = Problem::new(status.as_u16(), title, FOREIGN, detail);
+                ClientError::Problem(Box::new(problem))
+            }
+            _ => self.not_understood(operation, status, body),
         }
     }
 

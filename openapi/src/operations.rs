@@ -29,7 +29,8 @@ impl Operation {
         match self.id {
             "followEvents" => "text/event-stream",
             "getMetrics" => "text/plain",
-            _ => "application/json",
+            // On a socket that serves one VM, only a client that names problems gets them.
+            _ => "application/json, application/problem+json",
         }
     }
 }

@@ -79,7 +79,10 @@ impl Answer {
 }
 
 /// Sends a request past all sockets, and checks that the document knows of such an answer.
-pub async fn send(router: &Router, request: Request<Body>) -> Answer {
+pub async fn send(router: &Router, mut request: Request<Body>) -> Answer {
+    // Both faces have the same codes then.
+    let accept = http::HeaderValue::from_static("application/json, application/problem+json");
+    request.headers_mut().entry("accept").or_insert(accept);
     let (method, path) = (
         request.method().as_str().to_lowercase(),
         request.uri().path().to_owned(),
