@@ -16,8 +16,8 @@ use crate::extract::{Json, JsonAndTap, Named};
 use crate::one_vm::OneVm;
 use crate::problem::ApiError;
 use crate::refusals::{
-    Failed, NoSuchDevice, NoSuchDisk, NoSuchVm, NotAllowedNow, NotCreated, NotDone, NotJson,
-    NotPossible, NotUnderstood, NotValid, Pending, TooLong, TooSlow, Unsupported, WrongState,
+    BadBody, BadConfig, CommandRefused, DeviceRefused, Failed, NoSuchDevice, NoSuchDisk, NoSuchVm,
+    NotAllowedNow, NotCreated, NotDone, NotPossible, Pending, WrongState,
 };
 use crate::service::Service;
 use crate::tags::{ONE_VM, VMS};
@@ -82,9 +82,9 @@ commands! {
     /// Boot the VM.
     put {
         boot at "/api/v1/vms/{id}/boot" as "bootVm",
-            refuses [NoSuchVm WrongState NotPossible Failed Unsupported];
+            refuses [NoSuchVm WrongState BadConfig];
         boot_vm at "/api/v1/vm.boot" as "vmBoot",
-            refuses [NotCreated WrongState NotPossible Failed Unsupported];
+            refuses [NotCreated WrongState BadConfig];
         answers (status = 204, description = "The guest is running.");
         asks Request::Boot => done
     }
@@ -172,15 +172,9 @@ commands! {
     /// accepted.
     put (Json(sizes), Json<VmResize>, VmResize) {
         resize at "/api/v1/vms/{id}/resize" as "resizeVm",
-            refuses [
-                NotUnderstood NoSuchVm TooSlow WrongState TooLong NotJson NotPossible Failed
-                Unsupported
-            ];
+            refuses [CommandRefused];
         resize_vm at "/api/v1/vm.resize" as "vmResize",
-            refuses [
-                NotUnderstood NotCreated TooSlow WrongState TooLong NotJson NotPossible Pending
-                Failed Unsupported
-            ];
+            refuses [NotCreated WrongState Pending BadBody BadConfig];
         answers (status = 204, description = "The request was sent to the guest.");
         asks Request::Resize(sizes) => done
     }
@@ -188,12 +182,9 @@ commands! {
     /// Change the size of a disk.
     put (Json(disk), Json<VmResizeDisk>, VmResizeDisk) {
         resize_disk at "/api/v1/vms/{id}/resize-disk" as "resizeDisk",
-            refuses [
-                NotUnderstood NoSuchVm TooSlow WrongState TooLong NotJson NotPossible Failed
-                Unsupported
-            ];
+            refuses [CommandRefused];
         resize_disk_vm at "/api/v1/vm.resize-disk" as "vmResizeDisk",
-            refuses [NotUnderstood NoSuchDisk TooSlow WrongState TooLong NotJson NotDone];
+            refuses [NoSuchDisk WrongState NotDone BadBody];
         answers (status = 204, description = "The disk has its new size, and the guest was notified.");
         asks Request::ResizeDisk(disk) => done
     }
@@ -201,12 +192,9 @@ commands! {
     /// Add a disk.
     put (Json(disk), Json<DiskConfig>, DiskConfig) {
         add_disk at "/api/v1/vms/{id}/add-disk" as "addDisk",
-            refuses [
-                NotUnderstood NoSuchVm TooSlow WrongState TooLong NotJson NotPossible Failed
-                Unsupported
-            ];
+            refuses [CommandRefused];
         add_disk_vm at "/api/v1/vm.add-disk" as "vmAddDisk",
-            refuses [NotValid NotCreated TooSlow WrongState TooLong NotJson NotDone Unsupported];
+            refuses [DeviceRefused];
         answers (status = 200, description = "The running guest has the device.", body = PciDeviceInfo);
         answers (status = 204, description = "The device will be added at the next boot.");
         asks Request::AddDevice(NewDevice::Disk(Box::new(disk))) => added
@@ -218,12 +206,9 @@ commands! {
     /// one for each queue pair.
     put (JsonAndTap(net), JsonAndTap, NetConfig) {
         add_net at "/api/v1/vms/{id}/add-net" as "addNet",
-            refuses [
-                NotUnderstood NoSuchVm TooSlow WrongState TooLong NotJson NotPossible Failed
-                Unsupported
-            ];
+            refuses [CommandRefused];
         add_net_vm at "/api/v1/vm.add-net" as "vmAddNet",
-            refuses [NotValid NotCreated TooSlow WrongState TooLong NotJson NotDone Unsupported];
+            refuses [DeviceRefused];
         answers (status = 200, description = "The running guest has the device.", body = PciDeviceInfo);
         answers (status = 204, description = "The device will be added at the next boot.");
         asks Request::AddDevice(NewDevice::Net(Box::new(net))) => added
@@ -232,12 +217,9 @@ commands! {
     /// Add a vsock device.
     put (Json(vsock), Json<VsockConfig>, VsockConfig) {
         add_vsock at "/api/v1/vms/{id}/add-vsock" as "addVsock",
-            refuses [
-                NotUnderstood NoSuchVm TooSlow WrongState TooLong NotJson NotPossible Failed
-                Unsupported
-            ];
+            refuses [CommandRefused];
         add_vsock_vm at "/api/v1/vm.add-vsock" as "vmAddVsock",
-            refuses [NotValid NotCreated TooSlow WrongState TooLong NotJson NotDone Unsupported];
+            refuses [DeviceRefused];
         answers (status = 200, description = "The running guest has the device.", body = PciDeviceInfo);
         answers (status = 204, description = "The device will be added at the next boot.");
         asks Request::AddDevice(NewDevice::Vsock(vsock)) => added
@@ -250,14 +232,9 @@ commands! {
     /// device, even if the guest does not eject it.
     put (Json(device), Json<VmRemoveDevice>, VmRemoveDevice) {
         remove_device at "/api/v1/vms/{id}/remove-device" as "removeDevice",
-            refuses [
-                NotUnderstood NoSuchVm TooSlow WrongState TooLong NotJson NotPossible Failed
-                Unsupported
-            ];
+            refuses [CommandRefused];
         remove_device_vm at "/api/v1/vm.remove-device" as "vmRemoveDevice",
-            refuses [
-                NotUnderstood NoSuchDevice TooSlow WrongState TooLong NotJson NotPossible Failed
-            ];
+            refuses [NoSuchDevice WrongState NotPossible Failed BadBody];
         answers (status = 204, description = "The request was sent to the guest.");
         asks Request::RemoveDevice(device) => done
     }

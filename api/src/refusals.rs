@@ -43,6 +43,35 @@ macro_rules! refusals {
     };
 }
 
+/// Names lists of refusals that several operations share.
+macro_rules! groups {
+    ($($(#[$doc:meta])* $name:ident = [$($refusal:ident)*];)*) => {
+        $(
+            $(#[$doc])*
+            pub(crate) struct $name;
+
+            impl IntoResponses for $name {
+                fn responses() -> BTreeMap<String, RefOr<Response>> {
+                    let mut all = BTreeMap::new();
+                    $(all.extend($refusal::responses());)*
+                    all
+                }
+            }
+        )*
+    };
+}
+
+groups! {
+    /// A body that is not read to its end, or not understood.
+    BadBody = [NotUnderstood TooSlow TooLong NotJson];
+    /// A configuration that the VM, the host or this version does not take.
+    BadConfig = [NotPossible Failed Unsupported];
+    /// A command with a body, on the service's own face.
+    CommandRefused = [BadBody NoSuchVm WrongState BadConfig];
+    /// A device that Cloud Hypervisor's face does not add: its contract has 400 and 500 in place of 422.
+    DeviceRefused = [NotValid NotCreated TooSlow WrongState TooLong NotJson NotDone Unsupported];
+}
+
 fn problem(description: &str) -> Response {
     let body = Content::new(Some(Ref::from_schema_name("Problem")));
     ResponseBuilder::new()
