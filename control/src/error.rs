@@ -1,12 +1,11 @@
 //! Why a request was not done.
 
-use serde::{Deserialize, Serialize};
 use spec::FieldProblem;
 
 use crate::admission::Denied;
 
 /// The kind of an error. Each face of the API maps it to a status code.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Category {
     /// The thing asked about is not there.
     NotFound,
@@ -23,7 +22,7 @@ pub enum Category {
 }
 
 /// Why a request was not done.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{detail}")]
 pub struct RequestError {
     /// The kind of the error.

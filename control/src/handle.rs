@@ -5,7 +5,6 @@ use std::fmt;
 use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
-use serde::{Deserialize, Serialize};
 use spec::{MemoryMap, PciDeviceInfo, VmConfig, VmCounters, VmId, VmInfo};
 use tokio::sync::{oneshot, watch};
 
@@ -16,7 +15,7 @@ use crate::request::Request;
 use crate::status::{StatusPublisher, VmStatus};
 
 /// A driver's answer.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Reply {
     /// The request was carried out.
     Done,

@@ -1,6 +1,5 @@
 //! Requests to a driver, with their parameters.
 
-use serde::{Deserialize, Serialize};
 use spec::{
     DiskConfig, FieldProblem, NetConfig, VmConfig, VmRemoveDevice, VmResize, VmResizeDisk,
     VsockConfig,
@@ -9,7 +8,7 @@ use spec::{
 use crate::admission::Verb;
 
 /// A request to a driver.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq)]
 #[expect(missing_docs, reason = "the names are the API's")]
 pub enum Request {
     Boot,
@@ -52,7 +51,7 @@ impl Request {
 }
 
 /// A device that a VM is given while it is there.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum NewDevice {
     /// A disk.
     Disk(Box<DiskConfig>),

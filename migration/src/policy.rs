@@ -2,13 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use serde::{Deserialize, Serialize};
-
 use crate::pages::PAGE;
 
 /// Action at the deadline of a migration that has not converged.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum AtDeadline {
     /// Cancel; the guest stays at the source.
     #[default]
@@ -22,8 +19,7 @@ pub enum AtDeadline {
 }
 
 /// When pages go.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Mode {
     /// All before the guest.
     #[default]

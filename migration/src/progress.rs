@@ -5,13 +5,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use serde::{Deserialize, Serialize};
 
 use crate::message::Refusal;
 
 /// The phase of a migration.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
     /// The source looks for the destination, or the destination waits for a source.
     Connecting,
@@ -48,7 +46,7 @@ impl Phase {
 }
 
 /// The stop, in parts.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Downtime {
     /// From the order to stop until the guest went on, in microseconds.
     pub total_us: u64,
@@ -63,14 +61,13 @@ pub struct Downtime {
     /// From the decision until the guest went on.
     pub hand_over_us: u64,
     /// Comparing memory in verify mode, in microseconds.
-    #[serde(default)]
     pub verify_us: u64,
     /// Pages that were sent in the stop.
     pub pages: u64,
 }
 
 /// How a migration is going.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Report {
     /// The phase.
     pub phase: Phase,
@@ -83,7 +80,6 @@ pub struct Report {
     /// Pages that were sent as zeros.
     pub zero_pages: u64,
     /// Pages of which hashes were sent (source) or compared (destination), in verify mode.
-    #[serde(default)]
     pub verified_pages: u64,
     /// Pages of the present round that are still to be sent.
     pub remaining_pages: u64,
