@@ -252,7 +252,7 @@ fn bar(info: &MigrationInfo) -> ProgressBar {
 }
 
 fn show(bar: &ProgressBar, info: &MigrationInfo) {
-    let left = info.remaining_pages.saturating_mul(4096);
+    let left = info.remaining_pages.saturating_mul(spec::limits::PAGE);
     bar.set_length(info.memory_bytes.max(1));
     bar.set_position(info.memory_bytes.saturating_sub(left));
     bar.set_prefix(info.phase.to_string());

@@ -22,7 +22,7 @@ use vm_memory::{
 };
 use vmm_sys_util::eventfd::EventFd;
 
-const PAGE: u64 = 4096;
+const PAGE: u64 = memory::PAGE_SIZE;
 const ROUNDS: usize = 21;
 const LOOKUPS: u64 = 20_000;
 

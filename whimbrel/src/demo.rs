@@ -261,7 +261,7 @@ impl Demo {
             let info = self.client().migrations_info(&name).await?;
             bar.set_position(
                 info.memory_bytes
-                    .saturating_sub(info.remaining_pages * 4096),
+                    .saturating_sub(info.remaining_pages * spec::limits::PAGE),
             );
             bar.set_prefix(info.phase.to_string());
             bar.set_message(format!(

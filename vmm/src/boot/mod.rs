@@ -13,7 +13,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use devices::host_file::{FileKind, OpenError, Request};
-use memory::FlatView;
+use memory::{FlatView, PAGE_SIZE};
 use spec::{CpusConfig, PayloadConfig};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
@@ -159,18 +159,17 @@ fn load_initramfs(
     layout: &Layout,
     kernel_end: u64,
 ) -> Result<Placed, BootError> {
-    const PAGE: u64 = 4096;
     let (mut file, size) = open("initramfs", path)?;
     let room = layout
         .low_ram_end()
-        .saturating_sub(kernel_end.next_multiple_of(PAGE));
+        .saturating_sub(kernel_end.next_multiple_of(PAGE_SIZE));
     let too_large = || BootError::InitramfsTooLarge {
         path: path.to_owned(),
         size,
         room,
     };
     let padded = size
-        .checked_next_multiple_of(PAGE)
+        .checked_next_multiple_of(PAGE_SIZE)
         .filter(|padded| *padded <= room);
     let at = layout.low_ram_end() - padded.ok_or_else(too_large)?;
     let len = usize::try_from(size).map_err(|_| too_large())?;

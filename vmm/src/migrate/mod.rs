@@ -155,7 +155,7 @@ impl Migration for ActiveMigration {
     fn info(&self) -> MigrationInfo {
         let report: Report = self.progress.report();
         let eta = (report.bytes_per_second > 0 && !report.phase.is_over()).then(|| {
-            let bytes = u128::from(report.remaining_pages) * 4096;
+            let bytes = u128::from(report.remaining_pages) * u128::from(memory::PAGE_SIZE);
             let us = bytes * 1_000_000 / u128::from(report.bytes_per_second);
             u64::try_from(us).unwrap_or(u64::MAX)
         });
