@@ -22,7 +22,7 @@ fn build() -> Result<(), String> {
     let target = variable("TARGET")?;
     if !target.starts_with("x86_64-") {
         return Err(format!(
-            "it is written for x86_64, and the target is {target}"
+            "the target is {target}, and the guest supports only x86_64"
         ));
     }
     let kernel = PathBuf::from(variable("CARGO_MANIFEST_DIR")?).join("kernel");
@@ -56,7 +56,7 @@ fn build() -> Result<(), String> {
     }
     let output = rustc
         .output()
-        .map_err(|error| format!("the compiler does not start: {error}"))?;
+        .map_err(|error| format!("cannot start the compiler: {error}"))?;
     let text = String::from_utf8_lossy(&output.stderr);
     if output.status.success() {
         for line in text.lines() {

@@ -27,7 +27,7 @@ pub enum Category {
 pub struct RequestError {
     /// The kind of the error.
     pub category: Category,
-    /// Stable, for programs.
+    /// Stable code, for programs.
     pub code: String,
     /// For people.
     pub detail: String,
@@ -52,7 +52,7 @@ impl RequestError {
         Self::new(
             Category::NotFound,
             "no-such-vm",
-            format!("there is no VM {id:?}"),
+            format!("no VM has the name {id:?}"),
         )
     }
 
@@ -79,7 +79,7 @@ impl RequestError {
             false => (Category::Unprocessable, "invalid-configuration"),
         };
         let detail = match &fields[..] {
-            [only] => format!("the configuration is not possible: {}", only.detail),
+            [only] => format!("the configuration is invalid: {}", only.detail),
             many => format!("the configuration has {} problems", many.len()),
         };
         Self {

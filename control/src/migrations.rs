@@ -92,7 +92,7 @@ impl Migrations {
         let all = self.all.lock();
         let found = all.iter().find(|one| one.info().id == id).cloned();
         found.ok_or_else(|| {
-            let detail = format!("there is no migration {id:?}");
+            let detail = format!("no migration has the name {id:?}");
             RequestError::new(Category::NotFound, "no-such-migration", detail)
         })
     }

@@ -79,7 +79,7 @@ impl Registry {
         let id = id.unwrap_or_else(VmId::unique);
         let mut vms = self.0.vms.lock();
         if vms.contains_key(&id) {
-            let detail = format!("there is a VM {:?} already", id.as_str());
+            let detail = format!("a VM {:?} exists already", id.as_str());
             return Err(RequestError::new(Category::Conflict, "vm-exists", detail));
         }
         if vms.len() >= MAX_VMS {

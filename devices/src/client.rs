@@ -47,5 +47,5 @@ impl Connected {
 }
 
 fn unread() -> io::Error {
-    io::Error::new(io::ErrorKind::BrokenPipe, "nobody reads the console")
+    io::Error::new(io::ErrorKind::BrokenPipe, "the console has no reader")
 }

@@ -234,7 +234,7 @@ fn send(to: &Sender<Command>, loop_waker: &mio::Waker, command: Command) {
     if to.send(command).is_ok()
         && let Err(error) = loop_waker.wake()
     {
-        tracing::error!(%error, "an event loop cannot be woken");
+        tracing::error!(%error, "cannot wake an event loop");
     }
 }
 
@@ -317,7 +317,7 @@ impl Running {
                 Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => {
-                    tracing::error!(%error, "an event loop cannot wait for events and ends");
+                    tracing::error!(%error, "an event loop cannot wait for events, and ends");
                     return;
                 }
             }

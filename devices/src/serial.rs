@@ -227,7 +227,7 @@ pub(crate) fn write_or_lose(to: &mut impl Write, bytes: &[u8]) -> io::Result<usi
     match to.write(bytes) {
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(io::Error::new(
             io::ErrorKind::BrokenPipe,
-            "nobody reads the console",
+            "the console has no reader",
         )),
         other => other,
     }

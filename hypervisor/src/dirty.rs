@@ -109,7 +109,7 @@ fn enable_log(vm: &VmFd, capabilities: &Capabilities) -> Result<Tracking, KvmErr
             KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
             u64::from(offered & both),
         )
-        .map_err(KvmError::new("leave the protection of pages to us"))?;
+        .map_err(KvmError::new("enable write protection by the VMM"))?;
     }
     Ok(Tracking::Log {
         manual,
@@ -120,11 +120,13 @@ fn enable_log(vm: &VmFd, capabilities: &Capabilities) -> Result<Tracking, KvmErr
 fn enable_ring(vm: &VmFd, entries: u32, capabilities: &Capabilities) -> Result<(), KvmError> {
     let bytes = u64::from(entries) * size_of::<Entry>() as u64;
     let most = capabilities.dirty_ring_bytes as u64;
-    let attempt = format!("tell dirty pages by rings of {entries} entries");
+    let attempt = format!("enable dirty rings of {entries} entries");
     // KVM keeps up to 576 entries of a ring in reserve (64, and 512 for a full PML buffer) and
     // refuses a ring that is smaller; 1024 is the next power of two.
     if !entries.is_power_of_two() || entries < 1024 || bytes > most {
-        let why = format!("a ring has a power of two of entries, and {most} bytes at most");
+        let why = format!(
+            "the number of entries must be a power of two, and a ring at most {most} bytes"
+        );
         let invalid = io::Error::new(io::ErrorKind::InvalidInput, why);
         return Err(KvmError::other(attempt, invalid));
     }
@@ -305,8 +307,8 @@ impl Rings {
         // The flag stays set. A later harvest that finds few entries would look complete, although
         // the lost pages are still missing.
         if self.overrun.load(Ordering::Relaxed) {
-            let lost = io::Error::other("a ring overran, and what is dirty is not known any more");
-            return Err(KvmError::other("take dirty pages from the rings", lost));
+            let lost = io::Error::other("a dirty ring overflowed, so dirty pages were lost");
+            return Err(KvmError::other("collect dirty pages from the rings", lost));
         }
         // The reset protects the pages again, so it comes before the caller copies them: a later
         // write then makes a new entry. KVM stops at the first entry that is not HARVESTED, so

@@ -58,13 +58,13 @@ pub enum RunFailure {
         reason: u64,
     },
     /// The guest touched memory that the host cannot give it.
-    #[error("the host has no memory for the guest at {gpa:#x}")]
+    #[error("the host cannot provide guest memory at {gpa:#x}")]
     MemoryFault {
         /// The guest physical address.
         gpa: u64,
     },
     /// An exit that we do not know.
-    #[error("KVM left the guest for a reason that is not known here: {0}")]
+    #[error("KVM exited the guest with an unknown exit reason: {0}")]
     Unknown(String),
     /// `KVM_RUN` itself failed.
     #[error("KVM_RUN failed: {}", std::io::Error::from_raw_os_error(*.0))]
@@ -76,7 +76,7 @@ struct Bytes<'a>(&'a [u8]);
 impl fmt::Display for Bytes<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.0.is_empty() {
-            return f.write_str("bytes not told");
+            return f.write_str("bytes unknown");
         }
         for (i, byte) in self.0.iter().enumerate() {
             write!(f, "{}{byte:02x}", if i == 0 { "" } else { " " })?;

@@ -233,7 +233,7 @@ impl IrqRoutes {
             .collect();
         let all = KvmIrqRouting::from_entries(&entries).map_err(|_| {
             let invalid = std::io::Error::from(std::io::ErrorKind::InvalidInput);
-            KvmError::other("take so many interrupt routes", invalid)
+            KvmError::other("accept this many interrupt routes", invalid)
         })?;
         table.calls += 1;
         let given = self.shared.vm.set_gsi_routing(&all);
@@ -276,7 +276,7 @@ impl IrqRoutes {
         };
         for _ in 0..count {
             let fd = EventFd::new(EFD_NONBLOCK)
-                .map_err(|error| KvmError::other("make an event descriptor", error))?;
+                .map_err(|error| KvmError::other("create an event descriptor", error))?;
             vectors.vectors.push((self.take_gsi()?, Arc::new(fd)));
         }
         Ok(vectors)
@@ -292,7 +292,7 @@ impl IrqRoutes {
         let gsi = table.fresh;
         if gsi as usize >= kvm_bindings::KVM_MAX_IRQ_ROUTES {
             let full = std::io::Error::from(std::io::ErrorKind::StorageFull);
-            return Err(KvmError::other("route so many interrupts", full));
+            return Err(KvmError::other("route this many interrupts", full));
         }
         table.fresh += 1;
         Ok(gsi)
@@ -496,6 +496,6 @@ mod tests {
             }
         };
         assert_eq!(held.len(), 8, "of 4096, 24 are pins");
-        assert!(refused.to_string().contains("so many"), "{refused}");
+        assert!(refused.to_string().contains("this many"), "{refused}");
     }
 }

@@ -25,7 +25,8 @@ pub enum OpenError {
     Missing,
     /// This user may not open it.
     #[error(
-        "{DEVICE} may not be opened: add this user to the group `kvm` (`usermod -aG kvm $USER`, \
+        "no permission to open {DEVICE}: add this user to the group `kvm` (`usermod -aG kvm \
+         $USER`, \
          then log in again), or run as root"
     )]
     NotPermitted,
@@ -33,12 +34,10 @@ pub enum OpenError {
     #[error("{DEVICE} cannot be opened")]
     Open(#[source] io::Error),
     /// The kernel has another version of the interface.
-    #[error(
-        "{DEVICE} speaks version {0} of its interface, and version {KVM_API_VERSION} is needed"
-    )]
+    #[error("{DEVICE} has API version {0}; version {KVM_API_VERSION} is required")]
     Version(i32),
     /// The host lacks what no VM can do without.
-    #[error("the host's KVM lacks {0}, which is needed")]
+    #[error("the host's KVM lacks {0}, which is required")]
     Lacks(&'static str),
 }
 
@@ -172,7 +171,7 @@ impl Kvm {
     pub fn supported_cpuid(&self) -> Result<CpuId, KvmError> {
         self.kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-            .map_err(KvmError::new("say which CPUID leaves it supports"))
+            .map_err(KvmError::new("list the CPUID leaves that it supports"))
     }
 
     /// Creates a VM without memory and vCPUs, with interrupt controllers and dirty logging by bitmaps.

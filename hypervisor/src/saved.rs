@@ -39,8 +39,8 @@ pub enum StateError {
     Chips,
     /// Nested state cannot be saved.
     #[error(
-        "the guest can run VMs of its own ({switch} is set), and this host's KVM does not give \
-         their state: {source}"
+        "the guest has nested virtualization enabled ({switch} is set), and this host's KVM \
+         cannot save its nested state: {source}"
     )]
     Nested {
         /// The switch that is on.
@@ -49,15 +49,18 @@ pub enum StateError {
         source: std::io::Error,
     },
     /// Nested state cannot be loaded.
-    #[error("the guest runs VMs of its own, and this host's KVM refuses their state: {source}")]
+    #[error(
+        "the guest uses nested virtualization, and this host's KVM refuses its nested state: \
+         {source}"
+    )]
     NestedRefused {
         /// KVM's answer.
         source: std::io::Error,
     },
     /// The guest's vCPU has another APIC id than the vCPU here.
     #[error(
-        "the guest's vCPU has APIC id {saved}, and the CPU topology gives it {here} here: a service \
-         before this version numbered vCPUs of such a topology differently"
+        "the saved vCPU has APIC id {saved}, but the CPU topology gives it {here} on this host: \
+         earlier versions numbered the vCPUs of such a topology differently"
     )]
     ApicId {
         /// The low eight bits of the saved id.
@@ -66,7 +69,9 @@ pub enum StateError {
         here: u32,
     },
     /// The guest uses an MSR that the host does not have.
-    #[error("the guest has {value:#x} in MSR {index:#x}, which this host does not have")]
+    #[error(
+        "MSR {index:#x} of the guest has the value {value:#x}, and this host does not have that MSR"
+    )]
     Msr {
         /// The MSR.
         index: u32,
@@ -162,7 +167,7 @@ impl Vcpu {
     /// # Errors
     /// Fails if KVM does not give a part of the state.
     pub fn save(&self, clock: SaveClock<'_>) -> Result<VcpuState, KvmError> {
-        let failed = |what: &str| KvmError::new(format!("give a vCPU's {what}"));
+        let failed = |what: &str| KvmError::new(format!("read a vCPU's {what}"));
         let fd = self.fd();
         // Two of these reads change what others return, so the order matters. Reading the events
         // delivers the payload of a pending exception into CR2 or DR6. Reading the MP state
@@ -225,7 +230,7 @@ impl Vcpu {
         nested: Option<&NestedState>,
         extent: Extent,
     ) -> Result<u32, StateError> {
-        let refused = |what: &str| KvmError::new(format!("take a vCPU's {what}"));
+        let refused = |what: &str| KvmError::new(format!("set a vCPU's {what}"));
         let fd = self.fd();
         // First: KVM scales TSC values that are set later by this frequency.
         let khz = self.load_tsc_khz(saved.tsc_khz)?;
@@ -309,12 +314,15 @@ impl Vcpu {
         while !left.is_empty() {
             let entries: Vec<_> = left.iter().map(|index| entry(*index, 0)).collect();
             let mut msrs = Msrs::from_entries(&entries).map_err(|_| {
-                KvmError::other("list so many MSRs", std::io::ErrorKind::InvalidData.into())
+                KvmError::other(
+                    "list this many MSRs",
+                    std::io::ErrorKind::InvalidData.into(),
+                )
             })?;
             let count = self
                 .fd()
                 .get_msrs(&mut msrs)
-                .map_err(KvmError::new("give a vCPU's MSRs"))?;
+                .map_err(KvmError::new("read a vCPU's MSRs"))?;
             let got = msrs.as_slice().iter().take(count);
             read.extend(got.map(|msr| (msr.index, msr.data)));
             // KVM stops at one that is listed and that this vCPU does not have.
@@ -335,12 +343,12 @@ impl Vcpu {
         let mut left = &entries[..];
         while !left.is_empty() {
             let msrs = Msrs::from_entries(left).map_err(|_| {
-                KvmError::other("take so many MSRs", std::io::ErrorKind::InvalidData.into())
+                KvmError::other("set this many MSRs", std::io::ErrorKind::InvalidData.into())
             })?;
             let count = self
                 .fd()
                 .set_msrs(&msrs)
-                .map_err(KvmError::new("take a vCPU's MSRs"))?;
+                .map_err(KvmError::new("set a vCPU's MSRs"))?;
             // KVM stops at the first MSR that it refuses and returns how many it has set. A refused
             // 0 is skipped: it is most likely an MSR that the guest does not use.
             match left.get(count) {
@@ -382,7 +390,7 @@ fn irqchip(fd: &VmFd, chip_id: u32) -> Result<kvm_irqchip, KvmError> {
         ..Default::default()
     };
     fd.get_irqchip(&mut chip)
-        .map_err(KvmError::new("give an interrupt controller's state"))?;
+        .map_err(KvmError::new("read an interrupt controller's state"))?;
     Ok(chip)
 }
 
@@ -397,7 +405,7 @@ impl Vm {
         let chips = CHIPS.map(|id| irqchip(fd, id).map(|chip| bytes(&chip)));
         let pit = fd
             .get_pit2()
-            .map_err(KvmError::new("give the interval timer's state"))?;
+            .map_err(KvmError::new("read the interval timer's state"))?;
         Ok(VmState {
             irqchips: chips.into_iter().collect::<Result<_, _>>()?,
             pit: bytes(&pit),
@@ -423,13 +431,13 @@ impl Vm {
                 return Err(StateError::Chips);
             }
             fd.set_irqchip(&chip)
-                .map_err(KvmError::new("take an interrupt controller's state"))?;
+                .map_err(KvmError::new("set an interrupt controller's state"))?;
         }
         // After the controllers: KVM_SET_PIT2 restarts the timer of channel 0. If it fires early,
         // its interrupt must not be overwritten by the load of the I/O APIC.
         let pit = whole(&saved.pit, "interval timer")?;
         fd.set_pit2(&pit)
-            .map_err(KvmError::new("take the interval timer's state"))?;
+            .map_err(KvmError::new("set the interval timer's state"))?;
         Ok(saved.clock)
     }
 }

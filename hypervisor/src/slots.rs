@@ -293,7 +293,7 @@ impl MemSlots {
             // The guest writes nothing to it, so KVM keeps no log.
             return Ok(());
         }
-        let attempt = || format!("tell what was written at {}", slot.range);
+        let attempt = || format!("read the dirty log of {}", slot.range);
         let len = usize::try_from(slot.range.len().unwrap_or(0)).unwrap_or(0);
         let number = u32::try_from(number).unwrap_or(u32::MAX);
         state.stats.dirty_ioctls += 1;
@@ -333,8 +333,9 @@ impl MemSlots {
         let number = u32::try_from(number).unwrap_or(u32::MAX);
         // KVM only acts on bits that are set in its own log, so the bits past the last page of the
         // slot do no harm.
-        clear_log(&self.vm, number, pages, &mut vec![!0; pages.div_ceil(64)])
-            .map_err(KvmError::new(format!("begin the log of {}", slot.range)))
+        clear_log(&self.vm, number, pages, &mut vec![!0; pages.div_ceil(64)]).map_err(
+            KvmError::new(format!("start the dirty log of {}", slot.range)),
+        )
     }
 
     /// Sets or, with `None`, removes the slot of this number.
@@ -452,7 +453,7 @@ impl MemoryListener for MemSlots {
         if slots.len() > self.capabilities.max_memslots {
             let (needed, most) = (slots.len(), self.capabilities.max_memslots);
             return Err(ListenerError::new(format!(
-                "the map needs {needed} memslots, and KVM has {most}"
+                "the memory map needs {needed} memslots, and KVM supports {most}"
             )));
         }
         Ok(())

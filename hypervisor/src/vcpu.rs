@@ -260,7 +260,7 @@ impl Vcpu {
     pub fn set_msrs(&self, entries: &[kvm_msr_entry]) -> Result<(), KvmError> {
         let invalid = || std::io::Error::from(std::io::ErrorKind::InvalidInput);
         let msrs = Msrs::from_entries(entries)
-            .map_err(|_| KvmError::other("take so many MSRs", invalid()))?;
+            .map_err(|_| KvmError::other("set this many MSRs", invalid()))?;
         let done = self
             .fd
             .set_msrs(&msrs)
@@ -328,7 +328,7 @@ impl Vcpu {
     pub fn tsc_khz(&self) -> Result<u32, KvmError> {
         self.fd
             .get_tsc_khz()
-            .map_err(KvmError::new("tell a vCPU's TSC frequency"))
+            .map_err(KvmError::new("read a vCPU's TSC frequency"))
     }
 }
 

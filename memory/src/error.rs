@@ -11,7 +11,9 @@ pub enum TopologyError {
     #[error("{0:?} does not exist")]
     NoSuchRegion(RegionId),
     /// Zero bytes, or an end past the last 64-bit address.
-    #[error("region {name:?} of {size:#x} bytes at {offset:#x} is not within 64 bits of addresses")]
+    #[error(
+        "region {name:?} of {size:#x} bytes at {offset:#x} is empty or exceeds 64-bit addresses"
+    )]
     Extent {
         /// The region's name.
         name: String,
@@ -21,7 +23,10 @@ pub enum TopologyError {
         size: u64,
     },
     /// A slice that is not within its RAM block.
-    #[error("{size:#x} bytes from {offset:#x} on are not within a RAM block of {block:#x} bytes")]
+    #[error(
+        "a slice of {size:#x} bytes at offset {offset:#x} is not within its RAM block of \
+         {block:#x} bytes"
+    )]
     OutsideBlock {
         /// Start of the slice.
         offset: u64,
@@ -31,13 +36,13 @@ pub enum TopologyError {
         block: u64,
     },
     /// The region is in a container already.
-    #[error("region {0:?} is in a container already")]
+    #[error("region {0:?} is already in a container")]
     AlreadyPlaced(String),
     /// The region is in no container.
-    #[error("region {0:?} is in no container")]
+    #[error("region {0:?} is not in a container")]
     NotPlaced(String),
     /// Only containers hold others.
-    #[error("region {0:?} is no container")]
+    #[error("region {0:?} is not a container")]
     NotAContainer(String),
     /// The region would be inside itself, through containers or aliases.
     #[error("region {0:?} would contain itself")]
@@ -47,7 +52,7 @@ pub enum TopologyError {
     InUse(String),
     /// Two doorbells of one region that the hypervisor could not tell apart, or one that is not
     /// within its region or of an odd width.
-    #[error("a doorbell at {offset:#x} of region {name:?} is not possible: {reason}")]
+    #[error("invalid doorbell at {offset:#x} of region {name:?}: {reason}")]
     Doorbell {
         /// The region's name.
         name: String,
@@ -73,7 +78,7 @@ pub enum CommitError {
     Refused(#[source] ListenerError),
     /// A listener failed in the middle of the change. No map is in force that can be relied on;
     /// the topology takes no further change.
-    #[error("the memory map was left half changed: {0}")]
+    #[error("the memory map was changed only in part: {0}")]
     Failed(String),
 }
 

@@ -60,12 +60,12 @@ pub enum RamError {
         page: u64,
     },
     /// A huge page size that is no power of two above the base page.
-    #[error("{0:#x} bytes is no size of a huge page")]
+    #[error("huge page size {0:#x} must be a power of two above the base page size")]
     HugePage(u64),
     /// The host's pool has too few free huge pages.
     #[error(
-        "{} MiB of huge pages are needed, {free} are free: {} of {page} bytes each must be in the host's \
-         pool", size >> 20, size / page
+        "{} MiB of huge pages are needed, {} pages of {page} bytes each, and {free} of them are \
+         free in the host's pool", size >> 20, size / page
     )]
     NoHugePages {
         /// Bytes asked for.
@@ -149,17 +149,19 @@ impl RamBlock {
             source: io::Error::new(io::ErrorKind::InvalidInput, why),
         };
         if !config.shared {
-            return Err(refused("memory that is not shared cannot be given"));
+            return Err(refused(
+                "private memory cannot be handed over: only shared memory has a descriptor",
+            ));
         }
         let size = file.metadata().map_or(0, |metadata| metadata.len());
         if size != config.size {
-            return Err(refused("it is of another size"));
+            return Err(refused("the file has another size"));
         }
         // Who gave it could pull it from under our feet otherwise.
         // SAFETY: takes no argument beyond the command.
         let seals = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GET_SEALS) };
         if seals < 0 || seals & libc::F_SEAL_SHRINK == 0 {
-            return Err(refused("it can shrink"));
+            return Err(refused("the file is not sealed against shrinking"));
         }
         Self::map(config, Some(file))
     }

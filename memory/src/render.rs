@@ -77,7 +77,7 @@ impl Canvas<'_> {
         // visit costs time as well.
         self.visits += 1;
         if self.visits > limits::VISITS {
-            return Err(CommitError::Render("aliases make it too large"));
+            return Err(CommitError::Render("its aliases make it too large"));
         }
         if depth > limits::DEPTH {
             return Err(CommitError::Render("it is nested too deeply"));

@@ -351,17 +351,19 @@ impl<'a> Transaction<'a> {
             reason,
         };
         if !matches!(device.kind, Kind::Device(_)) {
-            return Err(refused("only devices have doorbells"));
+            return Err(refused("only device regions can have doorbells"));
         }
         if !matches!(doorbell.width, 0 | 1 | 2 | 4 | 8) {
-            return Err(refused("its width is none of 0, 1, 2, 4 and 8 bytes"));
+            return Err(refused("the width must be 0, 1, 2, 4 or 8 bytes"));
         }
         if doorbell.width == 0 && doorbell.datamatch.is_some() {
-            return Err(refused("one for any width cannot ask for a value"));
+            return Err(refused(
+                "a doorbell of any width (0) cannot have a datamatch",
+            ));
         }
         let bytes = AddrRange::new(doorbell.offset, u64::from(doorbell.width.max(1)));
         if !bytes.is_some_and(|bytes| device.extent().covers(bytes)) {
-            return Err(refused("it is not within the region"));
+            return Err(refused("the bytes are not within the region"));
         }
         // KVM_IOEVENTFD refuses the same collisions with EEXIST, but only while the commit is
         // applied. That would end the topology, so the edit is where the check belongs.
@@ -373,7 +375,7 @@ impl<'a> Transaction<'a> {
                     || doorbell.datamatch.is_none())
         });
         if clashes {
-            return Err(refused("another one answers the same writes"));
+            return Err(refused("another doorbell matches the same writes"));
         }
         device.ioeventfds.push(doorbell);
         Ok(())

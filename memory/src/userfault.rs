@@ -44,7 +44,7 @@ impl UserFaults {
     /// The host has no userfaultfd or does not permit it, or a block is made of huge pages.
     pub fn new(blocks: Vec<Arc<RamBlock>>) -> io::Result<Self> {
         if blocks.iter().any(|block| block.page_size() != PAGE_SIZE) {
-            let why = "memory of huge pages cannot be filled page by page";
+            let why = "memory backed by huge pages cannot be filled page by page";
             return Err(io::Error::new(io::ErrorKind::Unsupported, why));
         }
         let uffd = open()?;

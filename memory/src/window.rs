@@ -16,7 +16,7 @@ use crate::space::AddressSpace;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum WindowError {
     /// No bytes, or past the last address.
-    #[error("{len:#x} bytes at {addr:#x} are no range of guest addresses")]
+    #[error("{len:#x} bytes at {addr:#x} exceed guest addresses")]
     Range {
         /// Start, a guest address.
         addr: u64,
@@ -24,7 +24,7 @@ pub enum WindowError {
         len: u64,
     },
     /// Not, or not all, in one range of RAM.
-    #[error("{0} is not within one range of RAM")]
+    #[error("{0} is not within a single RAM range")]
     NotRam(AddrRange),
 }
 

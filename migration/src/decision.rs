@@ -24,7 +24,7 @@ pub enum Resolution {
 
 /// A cancel that came after the commit point.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the guest has been handed over; the migration can no longer be canceled")]
+#[error("the guest was handed over, and the migration can no longer be canceled")]
 pub struct TooLate;
 
 /// Something that only an operator can decide while the sides cannot reach each other.

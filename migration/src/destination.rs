@@ -91,7 +91,7 @@ pub enum StartFailure {
     NeverRan(Refusal),
     /// The guest may have run, and is lost. The source must not resume it: it would run twice from the same
     /// point.
-    #[error("the guest was lost as it started: {0}")]
+    #[error("the guest was lost at its start: {0}")]
     MayHaveRun(Refusal),
 }
 
@@ -297,7 +297,7 @@ impl Session<'_> {
                 Ok(Err(failed)) => failed,
                 Err(_) => {
                     self.router.close();
-                    let why = "the destination panicked over an offer";
+                    let why = "the destination panicked while it checked an offer";
                     NotPrepared::Failed(MigrationError::here("internal", why))
                 }
             };
@@ -305,7 +305,7 @@ impl Session<'_> {
             if self.once && matches!(failed, NotPrepared::Refused(_)) {
                 return Err(why);
             }
-            tracing::warn!(migration = %id, %why, "an offer was not taken; waiting for another");
+            tracing::warn!(migration = %id, %why, "an offer was refused; waiting for another");
             self.decision.release_connections();
             self.progress.update(|report| {
                 report.phase = Phase::Connecting;
@@ -343,7 +343,10 @@ impl Session<'_> {
 }
 
 fn busy() -> Refusal {
-    Refusal::new("busy", "the destination takes another guest")
+    Refusal::new(
+        "busy",
+        "the destination accepted the offer of another source",
+    )
 }
 
 /// Answers a ping; no other message may come here.

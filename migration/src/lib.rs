@@ -85,10 +85,10 @@ pub(crate) enum MigrationError {
     #[error(transparent)]
     Here(Refusal),
     /// The other side refuses.
-    #[error("the other side says: {0}")]
+    #[error("the other side refuses: {0}")]
     There(Refusal),
     /// The operator canceled the migration.
-    #[error("the migration was called off")]
+    #[error("the migration was canceled")]
     Canceled,
 }
 

@@ -203,7 +203,7 @@ pub enum Endpoint {
 
 /// The text is not an endpoint.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is neither `unix:PATH` nor `tcp:HOST:PORT`")]
+#[error("{0:?} is not an endpoint: use `unix:PATH` or `tcp:HOST:PORT`")]
 pub struct InvalidEndpoint(String);
 
 impl FromStr for Endpoint {
@@ -239,7 +239,7 @@ impl fmt::Display for Endpoint {
 impl Dial for Endpoint {
     fn dial(&self) -> io::Result<Box<dyn Stream>> {
         self.connect().map_err(|error| {
-            let why = format!("nobody can be reached at {self}: {error}");
+            let why = format!("cannot connect to {self}: {error}");
             io::Error::new(error.kind(), why)
         })
     }

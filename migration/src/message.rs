@@ -56,14 +56,18 @@ impl Hello {
     pub(crate) fn version(&self) -> Result<u32, Refusal> {
         let refused = |code: &str, detail| Err(Refusal::new(code, detail));
         if self.magic != MAGIC {
-            return refused("not-a-migration", "this is not a migration".to_owned());
+            return refused(
+                "not-a-migration",
+                "the peer does not speak the migration protocol".to_owned(),
+            );
         }
         let (least, most) = self.versions;
         let common = most.min(VERSIONS.1);
         if common < least.max(VERSIONS.0) {
             let (ours_least, ours_most) = VERSIONS;
             let detail = format!(
-                "the source speaks the versions {least} to {most} of the protocol, the destination {ours_least} to {ours_most}"
+                "the source supports versions {least} to {most} of the protocol, and the \
+                 destination {ours_least} to {ours_most}"
             );
             return refused("protocol-version", detail);
         }
@@ -76,7 +80,7 @@ impl Hello {
 #[serde(deny_unknown_fields)]
 #[error("{detail}")]
 pub struct Refusal {
-    /// Stable, for programs.
+    /// Stable code, for programs.
     pub code: String,
     /// For people.
     pub detail: String,
@@ -207,18 +211,18 @@ fn decode<T: DeserializeOwned>(body: &[u8]) -> Result<T, WireError> {
     let mut rest = body;
     // A peer can nest arrays in a few bytes until the stack overflows. Messages need less depth.
     let message = ciborium::de::from_reader_with_recursion_limit(&mut rest, 16)
-        .map_err(|error| WireError::damaged(format!("a message cannot be read: {error}")))?;
+        .map_err(|error| WireError::damaged(format!("cannot parse a message: {error}")))?;
     if rest.is_empty() {
         Ok(message)
     } else {
-        Err(WireError::damaged("a message is longer than it should be"))
+        Err(WireError::damaged("a message has trailing bytes"))
     }
 }
 
 fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, WireError> {
     let mut body = Vec::new();
     ciborium::into_writer(message, &mut body)
-        .map_err(|error| WireError::damaged(format!("a message cannot be written: {error}")))?;
+        .map_err(|error| WireError::damaged(format!("cannot encode a message: {error}")))?;
     Ok(body)
 }
 

@@ -155,7 +155,9 @@ pub(crate) fn decode_fault(body: &[u8]) -> Result<(u32, u64), WireError> {
             u32::from_le_bytes([b0, b1, b2, b3]),
             u64::from_le_bytes([p0, p1, p2, p3, p4, p5, p6, p7]),
         )),
-        _ => Err(WireError::damaged("a page is asked for in another form")),
+        _ => Err(WireError::damaged(
+            "a request for a page has an invalid length",
+        )),
     }
 }
 
@@ -176,13 +178,13 @@ pub(crate) fn decode<'a>(
     blocks: &[Block],
     content: Content,
 ) -> Result<Decoded<'a>, WireError> {
-    let short = || WireError::damaged("a batch of pages is cut short");
+    let short = || WireError::damaged("a batch of pages is truncated");
     let (head, mut rest) = body.split_first_chunk::<HEAD>().ok_or_else(short)?;
     let [b0, b1, b2, b3, r0, r1, r2, r3] = *head;
     let index = u32::from_le_bytes([b0, b1, b2, b3]) as usize;
     let block = blocks
         .get(index)
-        .ok_or_else(|| WireError::damaged(format!("there is no block {index} of memory")))?;
+        .ok_or_else(|| WireError::damaged(format!("the guest has no memory block {index}")))?;
     let count = u32::from_le_bytes([r0, r1, r2, r3]) as usize;
     // The peer sends this number: limit it before it sizes an allocation.
     if count > BATCH {
@@ -202,7 +204,7 @@ pub(crate) fn decode<'a>(
         if end.is_none_or(|end| end > there) {
             let name = &block.name;
             return Err(WireError::damaged(format!(
-                "page {first} and so on is not in {name}"
+                "a run of pages from {first} is not within block {name}"
             )));
         }
         total = total.saturating_add(pages);
@@ -217,7 +219,7 @@ pub(crate) fn decode<'a>(
     // Pages that come later carry no content here, so only the block limits the length of a run.
     if content != Content::Later && total > BATCH || rest.len() != wanted {
         return Err(WireError::damaged(
-            "a batch of pages has more or less than it says",
+            "the length of a batch of pages does not match its header",
         ));
     }
     Ok(Decoded {

@@ -10,23 +10,23 @@ pub enum AtDeadline {
     /// Cancel; the guest stays at the source.
     #[default]
     Cancel,
-    /// The vCPUs are slowed down more and more, until it can be done.
+    /// Slow the vCPUs down more and more, until the stop is short enough.
     Throttle,
-    /// The guest is moved, and its pages follow.
+    /// Switch to postcopy: the guest moves, and its pages follow.
     Postcopy,
-    /// The guest is stopped for as long as it takes.
+    /// Stop the guest for as long as the rest of its memory takes.
     Stop,
 }
 
 /// When pages go.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Mode {
-    /// All before the guest.
+    /// All memory is copied before the guest moves.
     #[default]
     Precopy,
-    /// In some rounds before the guest, and the rest after it.
+    /// Some rounds are copied before the guest moves, and the rest after it.
     Hybrid,
-    /// All after it.
+    /// All memory is copied after the guest has moved.
     Postcopy,
 }
 

@@ -13,7 +13,7 @@ use crate::message::Refusal;
 pub enum Phase {
     /// The source looks for the destination, or the destination waits for a source.
     Connecting,
-    /// Both see whether it can be, and the destination makes room.
+    /// Both sides check whether the migration is possible, and the destination builds the machine.
     Preparing,
     /// Memory is copied while the guest runs at the source.
     Precopy,
@@ -50,15 +50,15 @@ impl Phase {
 pub struct Downtime {
     /// From the order to stop until the guest went on, in microseconds.
     pub total_us: u64,
-    /// Until vCPUs and devices stood.
+    /// Pausing vCPUs and devices.
     pub pause_us: u64,
     /// Saving, while the last pages were sent.
     pub save_us: u64,
     /// Sending the last pages, and hearing that they and the devices were loaded.
     pub transfer_us: u64,
-    /// The part for loading at the destination.
+    /// Loading at the destination, a part of `transfer_us`.
     pub load_us: u64,
-    /// From the decision until the guest went on.
+    /// From the decision until the guest resumed.
     pub hand_over_us: u64,
     /// Comparing memory in verify mode, in microseconds.
     pub verify_us: u64,
@@ -75,27 +75,27 @@ pub struct Report {
     pub memory_bytes: u64,
     /// Bytes that went over the RAM channels.
     pub sent_bytes: u64,
-    /// Pages that were sent with what is in them.
+    /// Pages sent with their content.
     pub pages: u64,
-    /// Pages that were sent as zeros.
+    /// Pages sent as zero pages.
     pub zero_pages: u64,
     /// Pages of which hashes were sent (source) or compared (destination), in verify mode.
     pub verified_pages: u64,
-    /// Pages of the present round that are still to be sent.
+    /// Pages of the current round that are not sent yet.
     pub remaining_pages: u64,
-    /// Rounds that were begun.
+    /// Rounds started so far.
     pub rounds: u32,
-    /// Pages that the guest writes in a second.
+    /// Pages that the guest dirties per second.
     pub dirty_pages_per_second: u64,
-    /// Bytes that arrive in a second.
+    /// Throughput in bytes per second.
     pub bytes_per_second: u64,
     /// How much of the time the vCPUs are kept from running, in percent.
     pub throttle_percent: u8,
     /// RAM channels.
     pub connections: u16,
-    /// How long the stop would be, or was expected to be when it began, in microseconds.
+    /// Predicted stop in microseconds: as of now, or when the stop began.
     pub predicted_downtime_us: Option<u64>,
-    /// How long it was.
+    /// Duration of the stop, once it has ended.
     pub downtime: Option<Downtime>,
     /// Pages that the guest waited for after the hand-over.
     pub faults: u64,
@@ -105,7 +105,7 @@ pub struct Report {
     pub fault_p99_us: u64,
     /// Microseconds since it began, or until it ended.
     pub elapsed_us: u64,
-    /// Why it failed, was called off or is in doubt.
+    /// Why the migration failed, was canceled or is in doubt.
     pub error: Option<Refusal>,
 }
 

@@ -331,7 +331,7 @@ fn check_lost(block: &Block) -> Result<(), MigrationError> {
     let Some(offset) = block.ram.first_lost() else {
         return Ok(());
     };
-    let why = format!("the host lost memory of the guest, at offset {offset:#x} of its RAM");
+    let why = format!("the host lost memory of the guest at offset {offset:#x} of its RAM");
     Err(MigrationError::here("memory-lost", why))
 }
 

@@ -369,7 +369,8 @@ impl Engine<'_, '_> {
         };
         // The guest still runs here, so this failure costs it no pause.
         if postcopy && !self.can_postcopy {
-            let why = "the destination cannot take pages after the guest: it has no userfaultfd, or memory of huge pages";
+            let why = "the destination does not support postcopy: it has no userfaultfd, or the \
+                       guest's memory has huge pages";
             return Err(MigrationError::here("no-postcopy", why));
         }
         self.stop(postcopy)
@@ -401,7 +402,8 @@ impl Engine<'_, '_> {
         // field instead would leave memory unverified although the user asked for it.
         if self.verify && self.version < verify::VERSION {
             let why = format!(
-                "the destination speaks version {} of the migration protocol, and `verify` needs version {}: update the destination, or migrate without `verify`",
+                "the destination supports version {} of the migration protocol, and `verify` \
+                 needs version {}: update the destination, or migrate without `verify`",
                 self.version,
                 verify::VERSION
             );
@@ -481,6 +483,6 @@ fn keepalive(control: &mut ControlChannel) -> Result<(), MigrationError> {
     match control.recv()? {
         ToSource::Pong(1) => Ok(()),
         ToSource::Refused(why) => Err(MigrationError::There(why)),
-        other => Err(WireError::damaged(format!("{other:?} is no sign of life")).into()),
+        other => Err(WireError::damaged(format!("{other:?} is not a keepalive answer")).into()),
     }
 }

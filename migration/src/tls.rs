@@ -35,15 +35,16 @@ pub enum TlsError {
     #[error("the certificates cannot be used: {0}")]
     Config(String),
     /// A name that no certificate can have.
-    #[error("{0:?} is no host name and no address that a certificate can name")]
+    #[error("{0:?} is neither a host name nor an address that a certificate can contain")]
     Name(String),
     /// Every host with a certificate of the CA could send a VM.
     #[error(
-        "no peer is allowed to send: name the hosts in whose certificates you trust, or `*` for all of the CA's"
+        "no peer is allowed to send: name the hosts that may, as in their certificates, or `*` \
+         for every host with a certificate of the CA"
     )]
     NoPeers,
     /// Only TCP is encrypted: what goes over a unix socket stays on the host.
-    #[error("{0} is not `tcp:HOST:PORT`, which alone is encrypted with TLS")]
+    #[error("{0} cannot be encrypted with TLS: only `tcp:HOST:PORT` can")]
     Endpoint(Endpoint),
 }
 
@@ -65,7 +66,7 @@ fn certificates(dir: &Path, name: &str) -> Result<Vec<CertificateDer<'static>>, 
         Ok(found) if !found.is_empty() => Ok(found),
         Ok(_) => Err(TlsError::File {
             path,
-            why: "there is no certificate in it".to_owned(),
+            why: "it contains no certificate".to_owned(),
         }),
         Err(error) => Err(TlsError::File {
             path,
@@ -246,7 +247,7 @@ impl PeerNames {
         // Its text has the names that the certificate does have; the peer learns none of this.
         tracing::warn!(
             error = last.map(tracing::field::display),
-            "a peer is refused: its certificate has none of the names that may send"
+            "a peer was refused: its certificate has none of the allowed names"
         );
         // The alert is `access_denied`.
         let refused = CertificateError::ApplicationVerificationFailure;

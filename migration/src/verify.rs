@@ -96,7 +96,7 @@ pub(crate) struct Hashes {
 
 impl Hashes {
     pub(crate) fn decode(body: &[u8], blocks: &[Block]) -> Result<Self, WireError> {
-        let odd = || WireError::damaged("a frame of hashes has another form");
+        let odd = || WireError::damaged("a frame of hashes has an invalid length");
         let (head, rest) = body.split_first_chunk::<HEAD>().ok_or_else(odd)?;
         let [b0, b1, b2, b3, f0, f1, f2, f3, f4, f5, f6, f7] = *head;
         let index = u32::from_le_bytes([b0, b1, b2, b3]) as usize;
@@ -107,13 +107,14 @@ impl Hashes {
         }
         let block = blocks
             .get(index)
-            .ok_or_else(|| WireError::damaged(format!("there is no block {index} of memory")))?;
+            .ok_or_else(|| WireError::damaged(format!("the guest has no memory block {index}")))?;
         let end = usize::try_from(first)
             .ok()
             .and_then(|first| first.checked_add(hashes.len()));
         if end.is_none_or(|end| end > block.ram.len() / PAGE) {
             let (name, count) = (&block.name, hashes.len());
-            let why = format!("hashes of {count} pages from {first} are not all in {name}");
+            let why =
+                format!("hashes of {count} pages from {first} are not all within block {name}");
             return Err(WireError::Damaged(why));
         }
         Ok(Self {
@@ -203,7 +204,8 @@ impl Findings {
         let name = blocks.get(block).map_or("?", |block| &block.name);
         let address = page.saturating_mul(PAGE);
         let detail = format!(
-            "memory at the destination is not what it is at the source: the first difference is in page {page} of block {name} (offset {address:#x})"
+            "the memory of the destination differs from the source's, first in page {page} of \
+             block {name} (offset {address:#x})"
         );
         Err(Refusal::new("memory-differs-at", detail))
     }

@@ -112,7 +112,7 @@ fn checksum(head: &[u8], parts: &[&[u8]]) -> u32 {
 pub(crate) fn write(to: &mut dyn Write, kind: Kind, parts: &[&[u8]]) -> Result<(), WireError> {
     let len: usize = parts.iter().map(|part| part.len()).sum();
     if len > kind.most() {
-        let why = format!("a frame of {len} bytes is too long to be sent");
+        let why = format!("a frame of {len} bytes exceeds the limit");
         return Err(io::Error::new(io::ErrorKind::InvalidInput, why).into());
     }
     let mut header = [0; HEADER_LEN];
@@ -176,12 +176,11 @@ impl Reader {
         let [k0, k1, r0, r1, l0, l1, l2, l3, c0, c1, c2, c3] = header;
         let raw = u16::from_le_bytes([k0, k1]);
         let kind = Kind::of(raw).filter(|kind| allowed.contains(kind) && (r0, r1) == (0, 0));
-        let kind = kind.ok_or_else(|| {
-            WireError::damaged(format!("a frame of the kind {raw:#x} cannot be here"))
-        })?;
+        let kind =
+            kind.ok_or_else(|| WireError::damaged(format!("unexpected frame of kind {raw:#x}")))?;
         let len = u32::from_le_bytes([l0, l1, l2, l3]) as usize;
         if len > kind.most() {
-            let why = format!("a frame says that it has {len} bytes: more than it may");
+            let why = format!("a frame's length of {len} bytes exceeds its limit");
             return Err(WireError::Damaged(why));
         }
         // What is not sent is not allocated: a length alone costs nothing.
@@ -191,7 +190,7 @@ impl Reader {
             return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
         }
         if checksum(&header[..8], &[&self.body]) != u32::from_le_bytes([c0, c1, c2, c3]) {
-            return Err(WireError::damaged("a checksum is wrong"));
+            return Err(WireError::damaged("the checksum of a frame is wrong"));
         }
         Ok((kind, &self.body))
     }

@@ -59,7 +59,8 @@ pub enum BindError {
     },
     /// There is a file of another kind, which may hold something.
     #[error(
-        "cannot listen on {0}: there is a file that is not a socket; remove it, or choose another path"
+        "cannot listen on {0}: the path is a file that is not a socket; remove it, or choose \
+         another path"
     )]
     NotASocket(PathBuf),
     /// The lock could not be made or taken.
@@ -188,7 +189,8 @@ fn clear_stale(path: &Path) -> Result<(), BindError> {
     }
     match connect(path) {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            tracing::info!(path = %path.display(), "taking over the socket of a program that is gone");
+            tracing::info!(path = %path.display(), "replacing the socket of a program that has \
+                                                    ended");
             fs::remove_file(path).map_err(failed)
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),

@@ -58,7 +58,7 @@ fn did_you_mean(name: Option<&String>) -> String {
 }
 
 impl ParseError {
-    /// Stable, for programs.
+    /// Stable code, for programs.
     #[must_use]
     pub fn code(&self) -> &'static str {
         match self {

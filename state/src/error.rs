@@ -28,7 +28,7 @@ pub enum SaveError {
     },
     /// All sections together exceed [`limits::SECTIONS`] or [`limits::TOTAL_LEN`].
     #[error(
-        "section {path} would be more than {} sections or {} bytes of state",
+        "section {path} exceeds the limits of saved state: {} sections, {} bytes",
         limits::SECTIONS,
         limits::TOTAL_LEN
     )]
@@ -62,7 +62,7 @@ pub enum OpenError {
     #[error("the checksum of {0} is wrong")]
     Checksum(String),
     /// A count or length exceeds its limit.
-    #[error("{found} {what} are more than the {most} that saved state may have")]
+    #[error("{found} {what} exceed the limit of saved state ({most})")]
     TooMuch {
         /// The counted items.
         what: &'static str,
@@ -86,7 +86,7 @@ pub enum LoadError {
     #[error(transparent)]
     Path(#[from] InvalidPath),
     /// A device of the machine has no section.
-    #[error("there is no section {0} in the saved state")]
+    #[error("the saved state has no section {0}")]
     Missing(SectionPath),
     /// Two devices ask for the same section.
     #[error("section {0} was taken already")]

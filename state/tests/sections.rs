@@ -84,7 +84,7 @@ fn each_section_is_handed_out_once() {
     let other = scope.child("queue-0").unwrap().take::<V1>().unwrap_err();
     assert_eq!(
         other.to_string(),
-        "there is no section timer/queue-0 in the saved state"
+        "the saved state has no section timer/queue-0"
     );
     assert_eq!(store.finish(), Ok(()));
 }

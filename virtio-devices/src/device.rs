@@ -54,7 +54,7 @@ pub enum DeviceError {
     #[error(transparent)]
     Queue(#[from] QueueError),
     /// The device has no queue of this index.
-    #[error("there is no queue {0}")]
+    #[error("the device has no queue {0}")]
     NoSuchQueue(u16),
     /// The host refused something.
     #[error("the host refused to {attempt}: {source}")]

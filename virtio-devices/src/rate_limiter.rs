@@ -324,7 +324,7 @@ impl Gate {
     /// When the host refuses. A limit is then not kept: a queue that waited would wait for good.
     pub fn wakes_after(&self, wait: Duration) -> io::Result<()> {
         self.timer.set(wait).inspect_err(|error| {
-            tracing::error!(%error, "a timer of a device cannot be set");
+            tracing::error!(%error, "cannot set a device's timer");
         })
     }
 }

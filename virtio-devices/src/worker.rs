@@ -222,7 +222,7 @@ impl<T: QueueTask> TaskActor<T> {
                     Ok(()) => task.call(TaskEvent::Started, &mut own),
                     Err(error) => {
                         self.stage = Stage::Ended;
-                        let why = format!("the host cannot watch for work: {error}");
+                        let why = format!("cannot wait for events: {error}");
                         self.transport.needs_reset(&why);
                         return Flow::Stay;
                     }

@@ -90,7 +90,7 @@ pub enum MoveError {
     #[error("{0}")]
     NotParked(String),
     /// The host cannot give the guest's memory any more.
-    #[error("the host lost memory of the guest, at offset {0:#x} of its RAM")]
+    #[error("the host lost memory of the guest at offset {0:#x} of its RAM")]
     MemoryLost(u64),
     /// A vCPU thread has ended.
     #[error("a vCPU thread has ended")]
@@ -118,7 +118,7 @@ impl BuildError {
         move |source| Self::Host { attempt, source }
     }
 
-    /// Stable, for programs.
+    /// Stable code, for programs.
     fn code(&self) -> &'static str {
         match self {
             Self::Boot(BootError::InitramfsTooLarge { .. }) => "initramfs-too-large",
@@ -218,7 +218,7 @@ pub(crate) fn triple_fault(vcpu: &Vcpu) -> Failure {
             );
             // On AMD a shutdown leaves the VMCB undefined, and KVM resets the vCPU before it reports one.
             if regs.rip == RESET_RIP && sregs.cs.base == RESET_CS_BASE {
-                text += " (after a reset by KVM: where the guest was is lost)";
+                text += " (after a reset by KVM: the guest's position is lost)";
             }
             text
         }

@@ -10,7 +10,9 @@ use spec::{NamedPath, PathUse, VmConfig};
 
 /// Two fields of a configuration name the same file, and at least one of them changes it.
 #[derive(Debug, thiserror::Error)]
-#[error("`{first}` and `{second}` both name {path}: what a VM writes cannot be used twice")]
+#[error(
+    "`{first}` and `{second}` both name {path}: a path that a VM writes to can be used only once"
+)]
 pub struct PathError {
     first: String,
     second: String,

@@ -51,7 +51,7 @@ pub enum StartError {
     #[error(transparent)]
     Host(#[from] KvmError),
     /// The host gives no thread.
-    #[error("a pool thread cannot be started: {0}")]
+    #[error("cannot start a pool thread: {0}")]
     Thread(#[from] io::Error),
 }
 
@@ -80,7 +80,9 @@ struct MachinesEnd(Background);
 impl Drop for MachinesEnd {
     fn drop(&mut self) {
         if !self.0.wait(END_PATIENCE) {
-            tracing::error!("machines are not taken apart in time: their storage does not answer");
+            tracing::error!(
+                "machines were not taken apart in time: their storage does not respond"
+            );
         }
     }
 }

@@ -225,7 +225,7 @@ async fn payloads_that_cannot_be_booted_are_named_and_nothing_changes() {
         (
             kernel("directory"),
             "kernel-unreadable",
-            "is a directory, and not a file",
+            "is a directory; it must be a regular file",
         ),
         (kernel("empty"), "kernel-unreadable", "is empty"),
         (

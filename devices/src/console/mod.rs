@@ -35,7 +35,7 @@ pub enum ConsoleError {
     #[error("the console's file cannot be used: {0}")]
     Locked(#[from] LockError),
     /// The file cannot be emptied.
-    #[error("the console's file {} cannot be emptied: {source}", path.display())]
+    #[error("the console's file {} cannot be truncated: {source}", path.display())]
     Empty {
         /// The file.
         path: PathBuf,
@@ -43,7 +43,7 @@ pub enum ConsoleError {
         source: io::Error,
     },
     /// The socket cannot be made.
-    #[error("the console's socket {} cannot be made: {source}", path.display())]
+    #[error("the console's socket {} cannot be created: {source}", path.display())]
     Socket {
         /// The socket.
         path: PathBuf,

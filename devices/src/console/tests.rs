@@ -193,7 +193,7 @@ fn what_cannot_be_written_is_named() {
     let refused = Console::file(Path::new("/tmp")).err().unwrap().to_string();
     assert_eq!(
         refused,
-        "the console's file cannot be used: /tmp is a directory, and not a regular file or \
+        "the console's file cannot be used: /tmp is a directory; it must be a regular file or \
          /dev/null or a terminal"
     );
     let dir = tempfile::tempdir().unwrap();

@@ -14,7 +14,7 @@
 //! ```
 //! use devices::host_file::{FileKind, Request};
 //! let error = Request::read("/dev".as_ref(), &[FileKind::Regular]).open().unwrap_err();
-//! assert_eq!(error.to_string(), "/dev is a directory, and not a regular file");
+//! assert_eq!(error.to_string(), "/dev is a directory; it must be a regular file");
 //! ```
 
 pub mod lock;
@@ -107,7 +107,7 @@ pub enum OpenError {
         source: io::Error,
     },
     /// The path names another kind of file than the purpose takes.
-    #[error("{} is {}, and not {}", path.display(), found.name(), wanted(allowed))]
+    #[error("{} is {}; it must be {}", path.display(), found.name(), wanted(allowed))]
     Kind {
         /// The file.
         path: PathBuf,
@@ -324,7 +324,7 @@ mod tests {
                 };
                 let refused = request.open().unwrap_err().to_string();
                 let expected = format!(
-                    "{} is {kind}, and not a regular file or /dev/null",
+                    "{} is {kind}; it must be a regular file or /dev/null",
                     path.display()
                 );
                 assert_eq!(refused, expected);

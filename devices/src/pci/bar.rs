@@ -62,13 +62,16 @@ pub struct BarRequest {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BarError {
     /// There is no such register, or another has it.
-    #[error("there is no free register for BAR {0}")]
+    #[error("no register is free for BAR {0}")]
     Register(u8),
     /// Its size is none that a BAR can have.
-    #[error("a BAR cannot have {0} bytes")]
+    #[error(
+        "the size of a BAR ({0} bytes) must be a power of two from 16 bytes to 2 GiB, or more if \
+         it is 64-bit"
+    )]
     Size(u64),
     /// No room in the window.
-    #[error("there is no room for {0} bytes in the PCI window")]
+    #[error("the PCI window has no room for {0} bytes")]
     Full(u64),
 }
 

@@ -16,10 +16,10 @@ use super::{Bdf, ConfigSpace, ECAM_BUS_LEN, HOST_BRIDGE, Registers};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BusError {
     /// Another one is there.
-    #[error("there is a function at {0} already")]
+    #[error("address {0} already has a function")]
     Occupied(Bdf),
     /// The slot has no function 0, without which guests do not look for others (PCI 3.0, 3.2.2.3.4).
-    #[error("there cannot be a function at {0} without function 0 of its slot")]
+    #[error("a function at {0} needs function 0 of its slot")]
     NoFirst(Bdf),
     /// No device number is free.
     #[error("all 31 slots of the bus are taken")]

@@ -196,19 +196,22 @@ impl Endpoint {
         tx: &mut Transaction<'_>,
     ) -> Result<(), LoadError> {
         let saved: saved::V1 = from.take()?;
-        let header = <[u8; 256]>::try_from(saved.header)
-            .map_err(|header| from.refuse(format!("{} bytes are no header", header.len())))?;
+        let header = <[u8; 256]>::try_from(saved.header).map_err(|header| {
+            from.refuse(format!("the header has {} bytes, not 256", header.len()))
+        })?;
         let mut state = self.state.lock();
         let mut registers = self.power_on.clone();
         registers
             .restore(&header)
-            .map_err(|at| from.refuse(format!("it was another function: see register {at:#x}")))?;
+            .map_err(|at| from.refuse(format!("register {at:#x} belongs to another function")))?;
         match (&self.msix, saved.msix) {
             (Some((control, msix)), Some(saved)) => {
                 let (entries, pending) = msix.save();
                 if (entries.len(), pending.len()) != (saved.entries.len(), saved.pending.len()) {
                     let (was, is) = (saved.entries.len(), entries.len());
-                    return Err(from.refuse(format!("it had {was} vectors, and has {is} here")));
+                    return Err(from.refuse(format!(
+                        "the saved function has {was} MSI-X vectors, and this one has {is}"
+                    )));
                 }
                 let control = registers.get_u16(*control);
                 msix.restore(
@@ -221,7 +224,7 @@ impl Endpoint {
             (None, None) => {}
             (is, _) => {
                 let what = if is.is_some() { "had no" } else { "had" };
-                return Err(from.refuse(format!("it {what} MSI-X vectors")));
+                return Err(from.refuse(format!("the saved function {what} MSI-X vectors")));
             }
         }
         state.registers = registers;

@@ -136,7 +136,7 @@ impl Channels {
                 self.faults = Some(stream);
             }
             // The source waits for its answer in vain, and connects again.
-            Err(error) => tracing::info!(%error, "a faults channel ended at once"),
+            Err(error) => tracing::info!(%error, "a faults channel ended on arrival"),
         }
     }
 
@@ -207,7 +207,7 @@ impl Drop for Channels {
         // watch loop and a `fill` that retries.
         for thread in self.threads.drain(..) {
             if thread.join().is_err() {
-                tracing::error!("a thread that took pages of a guest panicked");
+                tracing::error!("a thread that received pages of a guest panicked");
             }
         }
     }
@@ -288,7 +288,7 @@ fn take_frame(
         (Content::Later, Some(_)) => {
             // The receiver owns the bitmap now. The mark would be lost, and the guest would run on
             // what an earlier round left in the page.
-            let why = "pages are announced as missing after the guest was loaded";
+            let why = "unexpected announcement of missing pages: the guest is loaded already";
             return Err(WireError::damaged(why));
         }
         // Memory is registered with userfaultfd. A plain write to a missing page would fault and

@@ -18,7 +18,9 @@ impl IncomingMemory {
         progress: &Progress,
     ) -> Result<Hashes, WireError> {
         if !self.verify {
-            return Err(WireError::damaged("hashes that nobody asked for"));
+            return Err(WireError::damaged(
+                "unexpected hashes: the migration does not `verify`",
+            ));
         }
         let hashes = Hashes::decode(body, &self.blocks)?;
         if self.receiver.get().is_none() {
@@ -59,7 +61,7 @@ impl IncomingMemory {
             admitted == Some(true)
         })?;
         if is_unannounced {
-            return Err(WireError::damaged("a page came without its hash"));
+            return Err(WireError::damaged("a page arrived without its hash"));
         }
         Ok(())
     }
@@ -77,7 +79,7 @@ impl IncomingMemory {
         if compared == wanted {
             return Ok(());
         }
-        let why = format!("hashes came of {compared} pages, and {wanted} were to be compared");
+        let why = format!("hashes of {compared} pages arrived, and {wanted} are needed");
         Err(WireError::damaged(why).into())
     }
 }

@@ -156,7 +156,7 @@ impl Deciding<'_> {
         let until = Instant::now() + session.patience;
         match control.stream.closer() {
             Ok(closer) => session.router.set_timer(Some((until, closer))),
-            Err(error) => tracing::warn!(%error, "a connection has no time limit"),
+            Err(error) => tracing::warn!(%error, "cannot limit the time of a connection"),
         }
         self.control = Some(control);
     }
@@ -213,7 +213,7 @@ impl Deciding<'_> {
             });
             match answered {
                 Ok(control) => return self.connect(control),
-                Err(error) => tracing::info!(%error, "a source asked and was lost again"),
+                Err(error) => tracing::info!(%error, "a source reconnected and was lost again"),
             }
         }
     }
@@ -320,7 +320,7 @@ impl Deciding<'_> {
             Err(StartFailure::MayHaveRun(why)) => {
                 // No `record_aborted` here. `Running` must stay the last step, or a restarted host
                 // would let the source resume a guest that has written to its disks.
-                tracing::error!(migration = %self.guest.id, %why, "a guest was lost as it started");
+                tracing::error!(migration = %self.guest.id, %why, "a guest was lost at its start");
                 self.guest.discard();
                 match self.send(&ToSource::Ended) {
                     Ok(()) => Err(MigrationError::Here(why).into()),
@@ -345,7 +345,7 @@ impl Deciding<'_> {
         // From here on a missing page is waited for without a limit. If one was given up before, a
         // device has read zeros in its place: then the guest must not start.
         if guest.postcopy().is_some_and(|receiver| !receiver.start()) {
-            let why = "pages did not come that were needed";
+            let why = "pages that the guest needs did not arrive";
             return Err(StartFailure::NeverRan(Refusal::new("connection-lost", why)));
         }
         // A panic from here on is answered as if the guest had run.

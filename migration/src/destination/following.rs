@@ -92,7 +92,8 @@ impl<'a> Postcopy<'a> {
     fn disconnect(&mut self, error: &MigrationError) {
         let session = self.guest.session;
         let left = self.guest.postcopy().map_or(0, PostcopyReceiver::left);
-        tracing::warn!(migration = %self.guest.id, %error, left, "the pages of a guest do not come");
+        tracing::warn!(migration = %self.guest.id, %error, left, "the pages of a guest do not \
+                                                                  arrive");
         if let (MigrationError::Here(why), Some(control)) = (error, &mut self.control) {
             // Such as a page that is not what it should be: it is asked for again. A source that does
             // not hear it sees that the connection ends.

@@ -91,7 +91,7 @@ impl PostcopyReceiver {
             let faults = match self.faults.wait(look) {
                 Ok(faults) => faults,
                 Err(error) => {
-                    tracing::error!(%error, "pages that a guest waits for are not told");
+                    tracing::error!(%error, "cannot request the pages that a guest waits for");
                     return;
                 }
             };
@@ -115,7 +115,7 @@ impl PostcopyReceiver {
                 // Memory is being given back, which waits for us to hear of it.
                 Err(error) if error.kind() == ErrorKind::WouldBlock => true,
                 Err(error) => {
-                    tracing::error!(%error, "a page cannot be filled");
+                    tracing::error!(%error, "cannot fill a page");
                     false
                 }
                 Ok(()) => false,
@@ -157,7 +157,7 @@ impl PostcopyReceiver {
         // Only after the stage has changed. The threads that this wakes find zeros, and `load` has
         // to see that their result is worthless.
         if let Err(error) = self.faults.end() {
-            tracing::error!(%error, "missing pages cannot be given up");
+            tracing::error!(%error, "cannot release missing pages");
         }
     }
 
@@ -327,7 +327,7 @@ impl PostcopyReceiver {
         self.stage.store(Stage::Over as u8, Ordering::Release);
         self.report_faults(progress);
         if let Err(error) = self.faults.end() {
-            tracing::error!(%error, "missing pages cannot be given up");
+            tracing::error!(%error, "cannot release missing pages");
         }
     }
 }

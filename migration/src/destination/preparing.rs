@@ -111,7 +111,7 @@ impl<'a> Preparing<'a> {
             memory_bytes = memory,
             connections,
             verify = offer.verify,
-            "migration: the machine is made, memory arrives"
+            "migration: the machine is built, memory arrives"
         );
         Ok(Receiving::new(guest, control))
     }
@@ -125,7 +125,7 @@ fn agree(
     target: &dyn Destination,
 ) -> Result<Box<dyn Journal>, Refusal> {
     let unwritable = |error: std::io::Error| {
-        Refusal::new("journal", format!("the journal cannot be written: {error}"))
+        Refusal::new("journal", format!("cannot write the journal: {error}"))
     };
     let here: Vec<_> = target
         .blocks()
@@ -139,7 +139,9 @@ fn agree(
         .collect();
     // Frames name a block by its index, so the order has to agree as well as the names and sizes.
     if here != there {
-        let detail = format!("the guest's memory is {there:?} at the source, and {here:?} here");
+        let detail = format!(
+            "the guest's memory is {there:?} at the source, and {here:?} at the destination"
+        );
         return Err(Refusal::new("memory-differs", detail));
     }
     // Only now, so that a refused offer leaves no file behind; and before `Prepared`, so that a

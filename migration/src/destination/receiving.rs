@@ -60,7 +60,7 @@ impl<'a> Guest<'a> {
     pub(super) fn record_aborted(&mut self) {
         if let Err(error) = self.journal.record(Step::Aborted) {
             // The step before, `Ready`, says as well that the guest never ran here.
-            tracing::warn!(migration = %self.id, %error, "a journal cannot be written");
+            tracing::warn!(migration = %self.id, %error, "cannot write a journal");
         }
     }
 
@@ -299,7 +299,10 @@ impl<'a> Receiving<'a> {
     fn wait_channels(&mut self) -> Result<(), MigrationError> {
         self.guest.wait_channels().and_then(|again| match again {
             // A source asks only once this side was ready.
-            Some(_) => Err(WireError::damaged("a source asks before it was answered").into()),
+            Some(_) => Err(WireError::damaged(
+                "unexpected reconnect of a source: the destination was not ready yet",
+            )
+            .into()),
             None => Ok(()),
         })
     }

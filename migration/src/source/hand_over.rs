@@ -40,7 +40,9 @@ impl PendingAbort {
             match self.try_send(dial) {
                 Ok(()) => return true,
                 Err(error) if Instant::now() > until => {
-                    tracing::warn!(migration = %self.id, %error, "the destination was not told that its guest stays");
+                    tracing::warn!(migration = %self.id, %error, "cannot tell the destination \
+                                                                  that the guest stays at the \
+                                                                  source");
                     return false;
                 }
                 Err(_) => std::thread::sleep(self.patience / ATTEMPTS),
@@ -61,7 +63,8 @@ impl PendingAbort {
             // An operator resolved a doubt against the facts, and two copies run. Another attempt
             // cannot undo that: the log raises the alarm, and the notice counts as delivered.
             ToSource::Running { .. } => {
-                tracing::error!(migration = %self.id, "somebody decided that a guest runs at its destination, and it runs here, too");
+                tracing::error!(migration = %self.id, "a guest runs at both sides: an operator \
+                                                       decided that it runs at its destination");
                 Ok(())
             }
             // It knows, or will never run the guest.
@@ -78,7 +81,7 @@ impl PendingAbort {
             | ToSource::GuessLoaded { .. }
             | ToSource::Ready { .. }
             | ToSource::StillMissing { .. }) => {
-                let why = format!("{other:?} is no answer to a source that asks");
+                let why = format!("{other:?} is not an answer to a source that reconnects");
                 Err(WireError::damaged(why).into())
             }
         }
@@ -124,24 +127,24 @@ impl Engine<'_, '_> {
             drop(fault_server.end());
         }
         let mut why = error.refusal();
-        tracing::warn!(migration = %self.sending.id, %why, "a guest stays where it is");
+        tracing::warn!(migration = %self.sending.id, %why, "a guest stays at the source");
         if self.stopped.is_some()
             && let Err(error) = self.take_back()
         {
             // Both reasons go to the user: why the migration ended, and why the guest does not run.
-            why.detail = format!("{}; and the guest cannot go on: {error}", why.detail);
+            why.detail = format!("{}; and the guest cannot resume: {error}", why.detail);
         }
         self.source.throttle(0);
         if self.tracking
             && let Err(error) = self.source.stop_tracking()
         {
-            tracing::warn!(%error, "dirty pages are still being tracked");
+            tracing::warn!(%error, "cannot stop tracking dirty pages");
         }
         let knows = is_theirs || self.abort(&why);
         // The guest stays whatever the journal says. Without this line a restart finds the
         // migration undecided.
         if let Err(error) = self.sending.journal.record(Step::Aborted) {
-            tracing::warn!(%error, "a journal cannot be written");
+            tracing::warn!(%error, "cannot write a journal");
         }
         // A destination that was sent the state may be ready and wait for the decision.
         let pending_abort = (!knows && self.stopped.is_some()).then(|| PendingAbort {
@@ -271,7 +274,7 @@ impl Engine<'_, '_> {
             self.enter_doubt(&error);
             match open.wait(wait) {
                 Some(Resolution::Run) => {
-                    let why = "somebody decided that the guest goes on here";
+                    let why = "an operator decided that the guest runs at the source";
                     return self.stay(MigrationError::here("resolved", why));
                 }
                 Some(Resolution::Discard) => return self.moved(),
@@ -320,7 +323,7 @@ impl Engine<'_, '_> {
     fn moved(&mut self) -> Outcome {
         // A failure changes nothing for the guest. A restart finds the migration in doubt.
         if let Err(error) = self.sending.journal.record(Step::Running) {
-            tracing::warn!(%error, "a journal cannot be written");
+            tracing::warn!(%error, "cannot write a journal");
         }
         self.source.gone();
         Outcome::Moved

@@ -149,9 +149,10 @@ impl Engine<'_, '_> {
         while let Err(error) = attempt {
             let (id, was) = (self.sending.id, progress.report().phase);
             if was == Phase::PostcopyPaused {
-                tracing::debug!(migration = %id, %error, "the destination was not met again");
+                tracing::debug!(migration = %id, %error, "the destination was not reached again");
             } else {
-                tracing::warn!(migration = %id, %error, "pages cannot follow their guest; trying again");
+                tracing::warn!(migration = %id, %error, "cannot send the remaining pages of a \
+                                                         guest; retrying");
             }
             // Start over: pages on the old channels arrived or did not, and only the destination
             // knows.
@@ -250,7 +251,7 @@ impl Engine<'_, '_> {
             match control.recv()? {
                 ToSource::StillMissing { block, first, bits } => {
                     let block = self.blocks.get(block as usize);
-                    let block = block.ok_or_else(|| WireError::damaged("no such block"))?;
+                    let block = block.ok_or_else(|| WireError::damaged("unknown memory block"))?;
                     let first = usize::try_from(first).unwrap_or(usize::MAX);
                     // `merge` ignores bits past the end of the block, so a wrong list names no
                     // other memory.
@@ -264,7 +265,7 @@ impl Engine<'_, '_> {
                     return Ok(Reconnect::Over);
                 }
                 other => {
-                    let why = format!("{other:?} does not say what is missing");
+                    let why = format!("{other:?} is not a list of missing pages");
                     return Err(WireError::damaged(why).into());
                 }
             }

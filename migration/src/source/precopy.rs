@@ -79,7 +79,8 @@ impl Engine<'_, '_> {
                 Next::GiveUp => {
                     self.put_back(&pending);
                     let why = format!(
-                        "the guest writes {dirty} pages while its memory is copied once: the stop would be {} ms, and may be {} ms",
+                        "the guest dirties {dirty} pages during one round: the stop would be {} \
+                         ms, and the limit is {} ms (`max_downtime_ms`)",
                         predicted.as_millis(),
                         self.sending.policy.max_downtime.as_millis(),
                     );

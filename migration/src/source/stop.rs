@@ -45,7 +45,8 @@ impl Engine<'_, '_> {
         // the effect of the connections that the clock closed.
         if !limit.end() {
             let why = format!(
-                "the guest was paused for {} ms and the destination was not ready: the limit of a stop (`stop_limit_ms`)",
+                "the destination was not ready after {} ms of the guest's stop, which is the \
+                 limit (`stop_limit_ms`)",
                 length.as_millis()
             );
             return Err(MigrationError::here("stop-too-long", why));
@@ -66,7 +67,7 @@ impl Engine<'_, '_> {
             migration = %self.sending.id,
             stopped_ms = self.stopped.map_or(0, |(since, _)| since.elapsed().as_millis() as u64),
             pages = self.downtime.pages,
-            "migration: the destination is ready, the guest is given away"
+            "migration: the destination is ready, handing the guest over"
         );
         // Behind the journal's line, and not before the destination is ready: a destination that is
         // lost until here costs the guest nothing, and its disks were never free for a third program.

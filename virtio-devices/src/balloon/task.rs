@@ -106,7 +106,7 @@ impl Work {
         if whole > MAX_LIST {
             return Err(QueueError::Chain {
                 head: chain.head(),
-                why: "names more pages than a balloon takes at once",
+                why: "names more pages than a balloon accepts in one request",
             });
         }
         let mut raw = vec![0; whole];
@@ -139,7 +139,7 @@ impl Work {
                     .fetch_add(freed, Ordering::Relaxed),
             ),
             // It stays with the guest, which does not use it.
-            Err(error) => tracing::debug!(addr, len, %error, "memory cannot be given back"),
+            Err(error) => tracing::debug!(addr, len, %error, "cannot return memory to the host"),
         }
     }
 
@@ -151,7 +151,9 @@ impl Work {
                         .reported_bytes
                         .fetch_add(freed, Ordering::Relaxed),
                 ),
-                Err(error) => tracing::debug!(addr, len, %error, "memory cannot be given back"),
+                Err(error) => {
+                    tracing::debug!(addr, len, %error, "cannot return memory to the host")
+                }
             }
         }
     }

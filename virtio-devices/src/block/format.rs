@@ -66,15 +66,15 @@ pub(super) fn check(file: &File, said: Option<ImageFormat>) -> Result<ImageForma
     let start = of_start(first.get(..read_first).unwrap_or_default());
     match (said, start) {
         (Some(ImageFormat::Qcow2), start) if start != Some(QCOW2) => {
-            Err("is configured as qcow2, and does not begin like a qcow2 image".to_owned())
+            Err("is configured as qcow2, but does not start with a qcow2 header".to_owned())
         }
         (Some(format), _) => Ok(format),
         (None, Some(QCOW2)) => Ok(ImageFormat::Qcow2),
         (None, start) => match start.or(of_end(last.get(..read_last).unwrap_or_default())) {
             None => Ok(ImageFormat::Raw),
             Some(name) => Err(format!(
-                "is a {name} image, a format that is not supported; `image_type` raw serves its bytes \
-                 as they are"
+                "is a {name} image, a format that is not supported; set `image_type` to raw to \
+                 serve its bytes unchanged"
             )),
         },
     }
@@ -129,8 +129,8 @@ impl fmt::Display for RefusedWrite {
         let format = self.format;
         write!(
             f,
-            "the write would make the image, whose format was detected as raw, a {format} image; \
-             `image_type` raw in the disk's configuration allows it"
+            "the write would turn the image, detected as raw, into a {format} image; set \
+             `image_type` to raw in the disk's configuration to allow it"
         )
     }
 }

@@ -51,7 +51,8 @@ impl Geometry {
     fn new(logical: u64, physical: u64, align: u64) -> io::Result<Self> {
         let logical = logical.max(SECTOR);
         if !logical.is_power_of_two() || logical > USUAL {
-            let why = format!("has blocks of {logical} bytes, which guests do not take");
+            let why =
+                format!("has a logical block size of {logical} bytes, which guests do not support");
             return Err(io::Error::new(io::ErrorKind::Unsupported, why));
         }
         let known = |size: u64| size.is_power_of_two().then_some(size);

@@ -30,7 +30,7 @@ pub enum ImageError {
     #[error(transparent)]
     Open(#[from] OpenError),
     /// A disk has whole blocks, and at least one.
-    #[error("{} has {size} bytes, which is no size of a disk: a multiple of {block} above 0", path.display())]
+    #[error("{} has {size} bytes; the size of a disk must be a positive multiple of {block}", path.display())]
     Size {
         /// The image.
         path: PathBuf,
@@ -48,20 +48,20 @@ pub enum ImageError {
         why: String,
     },
     /// The image builds on another one, which the configuration does not allow.
-    #[error("{} builds on another image; that is allowed by `backing_files`", path.display())]
+    #[error("{} has a backing file; set `backing_files` to allow it", path.display())]
     Backing {
         /// The image.
         path: PathBuf,
     },
     /// The image keeps its data in another file, which the configuration does not allow.
-    #[error("{} keeps its data in another file; that is allowed by `data_files`", path.display())]
+    #[error("{} has an external data file; set `data_files` to allow it", path.display())]
     Data {
         /// The image.
         path: PathBuf,
     },
     /// The image names a file that is not below an allowed directory.
     #[error(
-        "{} names {}, which is not below the image's own directory or one that the operator allows \
+        "{} names {}, which is not below the image's own directory or an allowed one \
          (`--image-dir`)", path.display(), named.display()
     )]
     Outside {

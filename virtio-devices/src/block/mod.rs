@@ -361,7 +361,7 @@ impl VirtioDevice for Block {
         if image.readonly {
             return Ok(());
         }
-        contained(|| image.flush()).map_err(DeviceError::host("make a disk's image durable"))
+        contained(|| image.flush()).map_err(DeviceError::host("flush a disk's image"))
     }
 
     fn hand_over(&mut self) {
@@ -372,7 +372,7 @@ impl VirtioDevice for Block {
         let taken = |error: ImageError| DeviceError::Taken(error.to_string());
         self.shared.image.take_over().map_err(taken)?;
         let capacity = self.shared.image.size();
-        let capacity = capacity.map_err(DeviceError::host("tell the size of an image"))?;
+        let capacity = capacity.map_err(DeviceError::host("report the size of an image"))?;
         if self.shared.capacity.swap(capacity, Ordering::AcqRel) != capacity
             && let Some(transport) = &*self.shared.transport.lock()
         {
@@ -402,12 +402,14 @@ impl VirtioDevice for Block {
         let here = self.shared.capacity.load(Ordering::Acquire);
         if saved.capacity != here {
             let was = saved.capacity;
-            return Err(from.refuse(format!("the disk had {was} bytes, and has {here} here")));
+            return Err(from.refuse(format!(
+                "the saved disk has {was} bytes, and this one has {here}"
+            )));
         }
         let here = self.shared.image.geometry.logical;
         if let Some(was) = saved.block.filter(|was| *was < here) {
             return Err(from.refuse(format!(
-                "the guest uses blocks of {was} bytes, and direct I/O takes {here} here"
+                "the guest uses blocks of {was} bytes, and direct I/O on this host needs {here}"
             )));
         }
         let mut kept = saved.kept;
@@ -440,7 +442,7 @@ fn check_kept(kept: &[Vec<u16>], queues: u16, entries: u16) -> Result<(), String
     if kept.len() > queues.into() {
         let count = kept.len();
         return Err(format!(
-            "requests of {count} queues are to be tried again, and it has {queues}"
+            "{count} queues have requests to retry, and the disk has {queues} queues"
         ));
     }
     for heads in kept {
@@ -448,11 +450,11 @@ fn check_kept(kept: &[Vec<u16>], queues: u16, entries: u16) -> Result<(), String
         for head in heads {
             if *head >= entries {
                 return Err(format!(
-                    "the chain at {head} is to be tried again, of a queue of {entries} entries"
+                    "the chain to retry at {head} is not within a queue of {entries} entries"
                 ));
             }
             if !seen.insert(head) {
-                return Err(format!("the chain at {head} is to be tried again twice"));
+                return Err(format!("the chain to retry at {head} is listed twice"));
             }
         }
     }
@@ -479,7 +481,9 @@ impl BlockHandle {
     pub fn resize(&self, size: u64) -> io::Result<()> {
         let refused = |why| Err(io::Error::new(io::ErrorKind::InvalidInput, why));
         if size == 0 || !size.is_multiple_of(self.shared.image.geometry.logical) {
-            return refused(format!("{size} bytes are no size of a disk"));
+            return refused(format!(
+                "the size of the disk ({size} bytes) must be a positive multiple of its block size"
+            ));
         }
         if self.shared.image.readonly {
             return refused("the disk is read-only".to_owned());
@@ -487,7 +491,9 @@ impl BlockHandle {
         self.shared.image.resize(size)?;
         let there = self.shared.image.size()?;
         if there != size {
-            return refused(format!("the disk has {there} bytes and keeps them"));
+            return refused(format!(
+                "the disk cannot be resized: it still has {there} bytes"
+            ));
         }
         self.shared.capacity.store(size, Ordering::Release);
         if let Some(transport) = &*self.shared.transport.lock() {

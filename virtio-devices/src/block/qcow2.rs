@@ -84,7 +84,9 @@ impl Header {
         }
         if !(9..=21).contains(&self.cluster_bits) {
             let bits = self.cluster_bits;
-            return Some(format!("clusters of 2^{bits} bytes are not of 2^9 to 2^21"));
+            return Some(format!(
+                "its cluster size, 2^{bits} bytes, is not 2^9 to 2^21"
+            ));
         }
         let cluster = 1_u64 << self.cluster_bits;
         // An entry of the L1 table maps a cluster of entries of 8 bytes.
@@ -93,8 +95,8 @@ impl Header {
             let most = (MAX_L1 / 8).saturating_mul(cluster * cluster / 8);
             let size = self.size;
             return Some(format!(
-                "its virtual size of {size} bytes is more than {most}, which clusters of {cluster} \
-                 bytes can map"
+                "its virtual size of {size} bytes is more than clusters of {cluster} bytes can \
+                 map, {most}"
             ));
         }
         if self.l1_entries < needed || self.l1_entries > MAX_L1 / 8 {
@@ -106,7 +108,7 @@ impl Header {
         if self.refcount_clusters == 0 || self.refcount_clusters * cluster > MAX_REFCOUNT_TABLE {
             let clusters = self.refcount_clusters;
             return Some(format!(
-                "its refcount table has {clusters} clusters, and not 1 to {}",
+                "its refcount table has {clusters} clusters; it must have 1 to {}",
                 MAX_REFCOUNT_TABLE / cluster
             ));
         }
@@ -119,8 +121,8 @@ impl Header {
             let fits = end.is_some_and(|end| end <= len.next_multiple_of(cluster));
             if bytes > 0 && (!at.is_multiple_of(cluster) || at < cluster || !fits) {
                 return Some(format!(
-                    "its {name}, {bytes} bytes at {at:#x}, is not in whole clusters of {cluster} bytes \
-                     behind the header and within the file's {len}"
+                    "its {name}, {bytes} bytes at {at:#x}, is not aligned to clusters of \
+                     {cluster} bytes, or not between the header and the end of the file at {len}"
                 ));
             }
         }
@@ -164,8 +166,8 @@ fn check_header(file: &File) -> Result<(), String> {
         Some(problem) => Err(problem),
         None if header.says_backing_format(file).map_err(unreadable)? => Ok(()),
         None => Err(
-            "it does not say which format its backing file has; `qemu-img rebase -u -F FORMAT` \
-             writes that"
+            "it does not name the format of its backing file; set it with `qemu-img rebase -u -F \
+             FORMAT`"
                 .to_owned(),
         ),
     }
@@ -258,7 +260,7 @@ impl Gate<'_> {
         let unusable = |error| self.refuse_format(format!("names {}: {error}", named.display()));
         let real = named.canonicalize().map_err(unusable)?;
         if self.seen.contains(&real) {
-            return Err(self.refuse_format("builds on itself".to_owned()));
+            return Err(self.refuse_format("is its own backing file".to_owned()));
         }
         let is_below = |directory: &PathBuf| real.starts_with(directory);
         if !self.directories.iter().any(is_below) {
@@ -300,9 +302,9 @@ impl ImplicitOpenGate<Storage> for Gate<'_> {
     ) -> io::Result<FormatAccess<Storage>> {
         let real = builder
             .get_image_path()
-            .ok_or_else(|| self.refuse_format("builds on an image without a name".to_owned()))?;
+            .ok_or_else(|| self.refuse_format("has a backing file without a name".to_owned()))?;
         if self.seen.len() > MAX_BACKING {
-            return Err(self.refuse_format(format!("builds on more than {MAX_BACKING} images")));
+            return Err(self.refuse_format(format!("has more than {MAX_BACKING} backing files")));
         }
         let mut seen = self.seen.clone();
         seen.push(real.clone());
@@ -332,13 +334,13 @@ impl ImplicitOpenGate<Storage> for Gate<'_> {
             return Err(self.refuse(ImageError::Backing { path }));
         }
         if is_data && !how.readonly && self.seen.len() == 1 {
-            let why = "keeps its data in another file, which is opened read-only: the disk must be \
-                       `readonly`";
+            let why =
+                "has an external data file, which is opened read-only: set `readonly` for the disk";
             return Err(self.refuse_format(why.to_owned()));
         }
         let named = options
             .get_filename()
-            .ok_or_else(|| self.refuse_format("names a file without a name".to_owned()))?;
+            .ok_or_else(|| self.refuse_format("has a data file without a name".to_owned()))?;
         let real = self.allowed(named)?;
         let file = self.open_locked(&real)?;
         // Relative names in it are relative to where it is.

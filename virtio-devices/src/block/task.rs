@@ -235,7 +235,7 @@ impl BlockTask {
             match Threads::new(&self.shared.image, self.queue.size()) {
                 Ok(threads) => self.threads = Some(threads),
                 Err(error) => {
-                    tracing::error!(%error, "a disk has no threads");
+                    tracing::error!(%error, "cannot start a disk's threads");
                     return self.failed(&request, op, &error);
                 }
             }
@@ -271,10 +271,10 @@ impl BlockTask {
     fn not_taken(&mut self, error: &io::Error) -> Result<(), QueueError> {
         self.failures = self.failures.saturating_add(1);
         if self.failures < MOST_FAILURES {
-            tracing::debug!(%error, "io_uring takes no more for now");
+            tracing::debug!(%error, "io_uring accepts no more requests for now");
             return Ok(());
         }
-        tracing::warn!(%error, "io_uring takes no more; a disk's queue is served by threads");
+        tracing::warn!(%error, "io_uring accepts no requests; a disk's queue is served by threads");
         self.leave_uring()
     }
 
@@ -430,7 +430,7 @@ impl QueueTask for BlockTask {
         if let (false, Some(threads)) = (had_threads, &self.threads) {
             let watched = sources.watch(Arc::clone(threads.done()), THREADS, Interest::Read);
             if let Err(error) = watched {
-                tracing::error!(%error, "a disk's threads cannot be heard");
+                tracing::error!(%error, "cannot read the results of a disk's threads");
             }
         }
         self.queue.notify()?;

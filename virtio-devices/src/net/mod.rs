@@ -104,7 +104,8 @@ impl Shared {
         self.pairs.store(pairs, Ordering::Release);
         for (index, tap) in (0_u16..).zip(&self.taps) {
             if let Err(error) = tap.attach(index < pairs) {
-                tracing::warn!(%error, tap = tap.name(), "a queue of a tap cannot be switched");
+                tracing::warn!(%error, tap = tap.name(), "cannot enable or disable a queue of a \
+                                                          tap");
             }
         }
     }
@@ -113,7 +114,7 @@ impl Shared {
         let set = |tap: &Arc<Tap>| match tap.set_offloads(flags) {
             Ok(()) => true,
             Err(error) => {
-                tracing::warn!(%error, "a tap keeps its offloads");
+                tracing::warn!(%error, "cannot change the offloads of a tap");
                 false
             }
         };
@@ -338,11 +339,11 @@ impl VirtioDevice for Net {
         if saved.pairs == 0 || usize::from(saved.pairs) > here {
             let was = saved.pairs;
             return Err(from.refuse(format!(
-                "{was} pairs of queues were in use; here are {here}"
+                "the saved interface uses {was} queue pairs, and this one has {here}"
             )));
         }
         if saved.offloads & !control::ALL_OFFLOADS != 0 {
-            return Err(from.refuse(format!("there are no offloads {:#x}", saved.offloads)));
+            return Err(from.refuse(format!("unknown offloads {:#x}", saved.offloads)));
         }
         *self.shared.mac.lock() = saved.mac;
         self.shared
@@ -350,7 +351,7 @@ impl VirtioDevice for Net {
             .store(saved.announce, Ordering::Release);
         self.shared.set_pairs(saved.pairs);
         if !self.shared.set_offloads(saved.offloads) {
-            return Err(from.refuse("the tap cannot do what the guest's driver relies on"));
+            return Err(from.refuse("the tap lacks offloads that the guest's driver negotiated"));
         }
         Ok(())
     }
@@ -389,7 +390,7 @@ impl NetHandle {
         if let Some(tap) = self.shared.taps.first()
             && let Err(error) = tap.write_bytes(&rarp(mac))
         {
-            tracing::warn!(%error, "a guest cannot be announced");
+            tracing::warn!(%error, "cannot announce a guest to the network");
         }
         if let Some((transport, features)) = &*self.shared.driver.lock()
             && features & 1 << VIRTIO_NET_F_GUEST_ANNOUNCE != 0

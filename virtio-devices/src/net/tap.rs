@@ -40,10 +40,10 @@ pub enum TapError {
         source: io::Error,
     },
     /// Its name is none.
-    #[error("`{0}` is no name of an interface: 1 to 15 bytes without `/` and spaces")]
+    #[error("`{0}` is not an interface name: use 1 to 15 bytes without `/` and spaces")]
     Name(String),
     /// Another program opened the tap with unsuitable settings.
-    #[error("the tap `{name}`, which came as descriptors, cannot be used: {why}")]
+    #[error("the tap `{name}`, passed as descriptors, cannot be used: {why}")]
     Adopted {
         /// Its name.
         name: String,
@@ -66,16 +66,16 @@ fn reason(error: &io::Error) -> String {
     match error.raw_os_error() {
         Some(libc::EBUSY) => "another program uses it".to_owned(),
         Some(libc::EPERM) => {
-            format!("{error}: it wants CAP_NET_ADMIN, or a tap that was made for this user")
+            format!("{error}: CAP_NET_ADMIN is needed, or a tap created for this user")
         }
         Some(libc::EINVAL) => {
-            format!("{error}: it is another kind of interface, or has another number of queues")
+            format!("{error}: the interface is of another kind, or has another number of queues")
         }
         Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
             format!("{error}: {DEVICE} is missing; load the module `tun`")
         }
-        Some(libc::ENOTTY) => format!("{error}: it is no tap"),
-        Some(libc::EBADFD) => format!("{error}: it belongs to no interface"),
+        Some(libc::ENOTTY) => format!("{error}: the descriptor is not a tap"),
+        Some(libc::EBADFD) => format!("{error}: the descriptor is not attached to an interface"),
         _ => error.to_string(),
     }
 }
@@ -198,11 +198,14 @@ impl Tap {
             };
             // IFF_NO_PI cannot be read back: its bit means IFF_NOFILTER here.
             let wanted = [
-                (libc::IFF_TAP, "it is a tun, which has no Ethernet frames"),
-                (libc::IFF_VNET_HDR, "it was made without IFF_VNET_HDR"),
+                (
+                    libc::IFF_TAP,
+                    "it is a tun interface, which carries no Ethernet frames",
+                ),
+                (libc::IFF_VNET_HDR, "it was created without IFF_VNET_HDR"),
                 (
                     several,
-                    "it has several pairs of queues and was made without IFF_MULTI_QUEUE",
+                    "it needs several queue pairs and was created without IFF_MULTI_QUEUE",
                 ),
             ];
             if let Some((_, why)) = wanted.iter().find(|(flag, _)| is & flag != *flag) {
@@ -227,7 +230,7 @@ impl Tap {
         if let Some(first) = taps.first()
             && taps.iter().any(|tap| tap.name != first.name)
         {
-            return Err(first.unfit("the descriptors are of several interfaces"));
+            return Err(first.unfit("the descriptors belong to several interfaces"));
         }
         Ok(taps)
     }
@@ -313,7 +316,7 @@ impl Tap {
     pub(super) fn set_up(&self, address: &TapAddress) -> Result<(), TapError> {
         if self.is_elsewhere() {
             // There may be another of its name here.
-            let why = "it is in another network namespace, where nothing of it can be set";
+            let why = "it is in another network namespace, where its address cannot be set";
             return Err(self.unfit(why));
         }
         // Any socket will do to talk about interfaces.
@@ -497,7 +500,10 @@ mod tests {
             let name = &taps[0].name;
             assert!(told.contains(why) && told.contains(name), "{told}");
         }
-        for (path, why) in [("/dev/null", "no tap"), (DEVICE, "no interface")] {
+        for (path, why) in [
+            ("/dev/null", "not a tap"),
+            (DEVICE, "not attached to an interface"),
+        ] {
             let file = File::options().read(true).write(true).open(path).unwrap();
             let source = TapSource::Descriptors(vec![file.into()]);
             let told = used(source, 1, TapAddress::default()).unwrap_err();

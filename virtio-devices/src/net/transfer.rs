@@ -82,7 +82,7 @@ impl Receive {
                 Ok(None) => return Ok(false),
                 Err(error) => {
                     // The interface is down, or gone: the guest hears nothing from it.
-                    tracing::debug!(%error, "a tap cannot be read");
+                    tracing::debug!(%error, "cannot read from a tap");
                     return Ok(false);
                 }
             }
@@ -235,7 +235,7 @@ impl Out {
             Ok(false) => return Ok(None),
             Err(error) => {
                 // A header that makes no sense to the host, or an interface that is down.
-                tracing::debug!(%error, "a frame cannot be sent");
+                tracing::debug!(%error, "cannot send a frame");
                 counters.tx_drops.fetch_add(1, Ordering::Relaxed);
             }
         }

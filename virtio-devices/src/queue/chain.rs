@@ -152,7 +152,9 @@ impl Chain {
         if complete {
             Ok(parsed)
         } else {
-            Err(broken("does not end as it should"))
+            Err(broken(
+                "is a loop, leaves its table, nests indirect tables or exceeds 4 GiB",
+            ))
         }
     }
 

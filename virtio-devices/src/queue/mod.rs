@@ -154,7 +154,7 @@ impl Queue {
         if !size.is_power_of_two() || size > MAX_QUEUE_SIZE {
             return Err(refused("its size is not a power of two within limits"));
         }
-        let mut split = Split::new(size).map_err(|_| refused("its size is none"))?;
+        let mut split = Split::new(size).map_err(|_| refused("its size is 0"))?;
         split
             .try_set_desc_table_address(GuestAddress(setup.rings.descriptors))
             .map_err(|_| refused("its descriptor table is not aligned to 16 bytes"))?;
@@ -229,7 +229,7 @@ impl Queue {
             None if self.split.next_avail() == before => Ok(None),
             None => Err(QueueError::Available {
                 queue,
-                why: "an entry cannot be read".to_owned(),
+                why: "its entry cannot be read".to_owned(),
             }),
         }
     }
@@ -317,7 +317,9 @@ impl Queue {
         let index = index.map_err(|error| broken(error.to_string()))?.0;
         let ahead = index.wrapping_sub(self.split.next_avail());
         if ahead > self.split.size() {
-            return Err(broken(format!("its index went to {index}")));
+            return Err(broken(format!(
+                "its index moved to {index}, more than the queue's size"
+            )));
         }
         Ok(ahead > 0)
     }

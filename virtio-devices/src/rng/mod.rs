@@ -171,7 +171,7 @@ impl Fill {
         let got = (&*self.source).read(buffer).unwrap_or_else(|error| {
             // A hardware generator has none for now.
             if error.kind() != io::ErrorKind::WouldBlock {
-                tracing::warn!(%error, "the source of random numbers cannot be read");
+                tracing::warn!(%error, "cannot read the source of random numbers");
             }
             0
         });

@@ -56,7 +56,7 @@ impl VirtioFunction {
         let kick = |_| {
             let made = EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK);
             made.map(Arc::new)
-                .map_err(DeviceError::host("make an event descriptor"))
+                .map_err(DeviceError::host("create an event descriptor"))
         };
         Ok(Self {
             id: device.id(),
@@ -189,7 +189,9 @@ impl VirtioFunction {
         state.reset(&self.transport);
         if saved.device != self.id.0 {
             let (was, is) = (DeviceId(saved.device), self.id);
-            return Err(from.refuse(format!("it was a {was:?}, and is a {is:?} here")));
+            return Err(from.refuse(format!(
+                "the saved device is a {was:?}, and this one is a {is:?}"
+            )));
         }
         state.common.load(&saved.common, |why| from.refuse(why))?;
         let transport = &self.transport;

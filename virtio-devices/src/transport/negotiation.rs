@@ -249,7 +249,7 @@ impl CommonConfig {
         }
         if new & !old & DRIVER_OK != 0 {
             if new & FEATURES_OK == 0 {
-                return Effect::Broken("its driver was ready before features were agreed upon");
+                return Effect::Broken("its driver set DRIVER_OK before FEATURES_OK");
             }
             self.status = new;
             return Effect::DriverOk;
@@ -283,7 +283,7 @@ impl CommonConfig {
             (28, 2) if value == 1 && !queue.enabled => {
                 let size = queue.rings.size;
                 if !size.is_power_of_two() || size > queue.max_size {
-                    return Effect::Broken("a queue has a size that it cannot have");
+                    return Effect::Broken("a queue's size is not a power of two within its limit");
                 }
                 queue.enabled = true;
                 return if driver_ok {
@@ -345,22 +345,24 @@ impl CommonConfig {
         let unknown = saved.driver_features & !self.offered;
         if agreed && unknown != 0 {
             return Err(refuse(format!(
-                "features {unknown:#x} were negotiated, which this device does not offer"
+                "the driver negotiated features {unknown:#x}, which this device does not offer"
             )));
         }
         if saved.status & DRIVER_OK != 0 && !agreed {
             return Err(refuse(
-                "a driver is ready that agreed to nothing".to_owned(),
+                "the driver set DRIVER_OK without FEATURES_OK".to_owned(),
             ));
         }
         if saved.queues.len() != self.queues.len() {
             let (was, is) = (saved.queues.len(), self.queues.len());
-            return Err(refuse(format!("it had {was} queues, and has {is} here")));
+            return Err(refuse(format!(
+                "the saved device has {was} queues, and this one has {is}"
+            )));
         }
         let vectors = saved.queues.iter().map(|queue| queue.vector);
         let mut vectors = vectors.chain([saved.config_vector]);
         if let Some(vector) = vectors.find(|vector| self.vector(*vector) != *vector) {
-            return Err(refuse(format!("vector {vector} is not there")));
+            return Err(refuse(format!("the device has no MSI-X vector {vector}")));
         }
         let mut queues = Vec::with_capacity(self.queues.len());
         for (index, (queue, here)) in saved.queues.iter().zip(&self.queues).enumerate() {
@@ -368,7 +370,7 @@ impl CommonConfig {
             if queue.enabled && (!size.is_power_of_two() || size > here.max_size) {
                 let most = here.max_size;
                 return Err(refuse(format!(
-                    "queue {index} has {size} entries; here it can have {most}"
+                    "queue {index} has {size} entries; this device allows at most {most}"
                 )));
             }
             queues.push(QueueRegisters {

@@ -36,7 +36,7 @@ const QUEUES: usize = 3;
 
 /// The device's socket cannot be made.
 #[derive(Debug, thiserror::Error)]
-#[error("the socket {} cannot be made: {source}", path.display())]
+#[error("the socket {} cannot be created: {source}", path.display())]
 pub struct VsockError {
     path: PathBuf,
     source: io::Error,
@@ -233,7 +233,9 @@ impl VirtioDevice for Vsock {
 
     fn take_over(&mut self) -> Result<(), DeviceError> {
         let taken = self.socket.take_over();
-        taken.map_err(DeviceError::host("give a vsock device's socket its path"))
+        taken.map_err(DeviceError::host(
+            "bind a vsock device's socket to its path",
+        ))
     }
 
     fn save(&self, to: &mut Scope<'_>) -> Result<(), SaveError> {
@@ -244,7 +246,9 @@ impl VirtioDevice for Vsock {
         let saved::V1 { cid } = from.take()?;
         if cid != self.cid {
             let here = self.cid;
-            return Err(from.refuse(format!("the guest's address was {cid}, and is {here} here")));
+            return Err(from.refuse(format!(
+                "the saved guest has CID {cid}, and this one has {here}"
+            )));
         }
         let mut muxer = self.fresh();
         muxer.reset_guest = true;

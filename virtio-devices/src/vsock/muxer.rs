@@ -432,7 +432,7 @@ impl QueueTask for Muxer {
         if self.unwatched
             && let Err(error) = self.watch_queues(sources)
         {
-            tracing::warn!(%error, "a queue of a vsock device cannot be watched");
+            tracing::warn!(%error, "cannot watch a queue of a vsock device");
         }
         match event {
             TaskEvent::Ready(key) if key < QUEUES => {

@@ -213,11 +213,11 @@ fn kept_requests_that_cannot_be_are_refused() {
     let good = SavedDisk::of(&machine.save());
     assert_eq!(good.kept, [Vec::<u16>::new()]);
     for (kept, expected) in [
-        (vec![vec![], vec![]], "requests of 2 queues"),
-        (vec![vec![63, 64]], "the chain at 64"),
+        (vec![vec![], vec![]], "2 queues have requests to retry"),
+        (vec![vec![63, 64]], "the chain to retry at 64"),
         (
             vec![vec![3, 7, 3]],
-            "the chain at 3 is to be tried again twice",
+            "the chain to retry at 3 is listed twice",
         ),
     ] {
         let bad = SavedDisk { kept, ..good };

@@ -88,12 +88,12 @@ fn what_is_no_disk_image_is_refused_by_name() {
         ("missing", "cannot be opened"),
         (".", "is a directory"),
         ("pipe", "is a FIFO"),
-        ("odd", "no size of a disk"),
-        ("empty", "no size of a disk"),
+        ("odd", "the size of a disk must be"),
+        ("empty", "the size of a disk must be"),
         ("truncated.qcow2", "cannot be used as qcow2"),
         ("encrypted.qcow2", "cannot be used as qcow2"),
         ("unknown.qcow2", "cannot be used as qcow2"),
-        ("circle.qcow2", "builds on itself"),
+        ("circle.qcow2", "is its own backing file"),
     ] {
         let told = refusal(&BlockConfig {
             backing_files: true,

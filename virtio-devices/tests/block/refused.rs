@@ -47,7 +47,7 @@ fn other_formats_are_refused_by_name_unless_said_to_be_raw() {
         let told = refusal(&disk_config(&path));
         let expected = format!("is a {name} image, a format that is not supported");
         assert!(told.contains(&expected), "{told}");
-        assert!(told.contains("`image_type` raw"), "{told}");
+        assert!(told.contains("set `image_type` to raw"), "{told}");
         let mut bytes = fs::read(&path).unwrap();
         bytes.resize(bytes.len().next_multiple_of(512), 0);
         fs::write(&path, bytes).unwrap();
@@ -99,8 +99,16 @@ fn impossible_headers_are_refused_by_name() {
     let far = 1_u64 << 55;
     let cases: [(usize, Vec<u8>, &str); 12] = [
         (4, 4_u32.to_be_bytes().into(), "version 4 is not 2 or 3"),
-        (20, 8_u32.to_be_bytes().into(), "clusters of 2^8 bytes"),
-        (20, 63_u32.to_be_bytes().into(), "clusters of 2^63 bytes"),
+        (
+            20,
+            8_u32.to_be_bytes().into(),
+            "its cluster size, 2^8 bytes",
+        ),
+        (
+            20,
+            63_u32.to_be_bytes().into(),
+            "its cluster size, 2^63 bytes",
+        ),
         (
             24,
             (1_u64 << 63).to_be_bytes().into(),
@@ -232,7 +240,7 @@ fn the_format_of_a_backing_file_is_said_and_not_detected() {
     fs::write(&config.path, image).unwrap();
     let told = refusal(&config);
     assert!(
-        told.contains("it does not say which format its backing file has"),
+        told.contains("it does not name the format of its backing file"),
         "{told}"
     );
 }
@@ -258,7 +266,7 @@ fn a_data_file_is_opened_for_reading_if_it_is_allowed() {
             backing_files,
             ..image.clone()
         });
-        assert!(told.contains("that is allowed by `data_files`"), "{told}");
+        assert!(told.contains("set `data_files` to allow it"), "{told}");
     }
     let allowed = BlockConfig {
         data_files: true,
@@ -269,7 +277,7 @@ fn a_data_file_is_opened_for_reading_if_it_is_allowed() {
         readonly: false,
         ..allowed.clone()
     });
-    assert!(told.contains("the disk must be `readonly`"), "{told}");
+    assert!(told.contains("set `readonly` for the disk"), "{told}");
     assert_eq!(fs::metadata(&data).unwrap().len(), secret);
     fs::rename(&data, images.path("other/data")).unwrap();
     symlink(images.path("other/data"), &data).unwrap();

@@ -43,7 +43,7 @@ pub(super) fn look_over<F: Read + Seek>(file: &mut F, ram_end: u64) -> Result<Se
     let len = file.seek(SeekFrom::End(0)).map_err(|error| said(&error))?;
     let header: [u8; HEADER_LEN] = read_at(file, 0)?;
     if header[CLASS] != CLASS_64 {
-        return Err("it is an ELF file of 32 bits; a kernel of 64 bits is needed".to_owned());
+        return Err("it is a 32-bit ELF file; a 64-bit kernel is needed".to_owned());
     }
     let machine = u16_at(&header, MACHINE);
     if machine != X86_64 {
@@ -79,7 +79,8 @@ fn segment(entry: &[u8], file_len: u64, ram_end: u64) -> Result<Option<AddrRange
     }
     if in_file > in_memory {
         return Err(format!(
-            "an ELF segment of {in_memory:#x} bytes has {in_file:#x} bytes in the file"
+            "an ELF segment has more bytes in the file ({in_file:#x}) than in memory \
+             ({in_memory:#x})"
         ));
     }
     if offset.checked_add(in_file).is_none_or(|end| end > file_len) {
@@ -91,7 +92,7 @@ fn segment(entry: &[u8], file_len: u64, ram_end: u64) -> Result<Option<AddrRange
         .ok_or_else(|| {
             format!(
                 "an ELF segment of {in_memory:#x} bytes at {address:#x} is not within the guest's \
-                 memory, which a kernel may have from {:#x} to {ram_end:#x}",
+                 memory, which a kernel can use from {:#x} to {ram_end:#x}",
                 layout::HIGH_MEMORY
             )
         })
@@ -221,14 +222,14 @@ mod tests {
     fn what_cannot_be_loaded_is_told() {
         let (low, high) = (0x9_f000_u64.to_le_bytes(), (RAM - 1).to_le_bytes());
         for (file, told) in [
-            (changed(4, &[1]), "32 bits"),
+            (changed(4, &[1]), "32-bit"),
             (changed(18, &183_u16.to_le_bytes()), "machine 183"),
             (changed(54, &[32]), "32 bytes, not 56"),
             (changed(56, &[0]), "nothing to load"),
             (changed(64 + 24, &low), "at 0x9f000 is not within"),
             (changed(64 + 24, &high), "is not within"),
             (changed(64 + 24, &[0xff; 8]), "is not within"),
-            (changed(64 + 40, &[0; 8]), "has 0x100 bytes in the file"),
+            (changed(64 + 40, &[0; 8]), "more bytes in the file (0x100)"),
             (changed(64 + 8, &[0xff; 8]), "truncated"),
             (kernel()[..0x2ff].to_vec(), "truncated"),
             (kernel()[..100].to_vec(), "truncated"),

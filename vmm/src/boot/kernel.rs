@@ -40,7 +40,9 @@ pub(super) fn load(path: &Path, memory: &FlatView, layout: &Layout) -> Result<Ke
     };
     let mut magic = [0; 4];
     if len < magic.len() as u64 {
-        return Err(refused(format!("it has {len} bytes only")));
+        return Err(refused(format!(
+            "its {len} bytes are too short for a kernel"
+        )));
     }
     file.read_exact(&mut magic).map_err(unreadable)?;
     file.rewind().map_err(unreadable)?;
@@ -53,7 +55,7 @@ pub(super) fn load(path: &Path, memory: &FlatView, layout: &Layout) -> Result<Ke
     let unpacked = unpack(image.payload, layout.low_ram_end()).map_err(refused)?;
     if !unpacked.starts_with(ELF_MAGIC) {
         return Err(refused(
-            "what is packed in the bzImage is no ELF kernel".to_owned(),
+            "the payload of the bzImage is not an ELF kernel".to_owned(),
         ));
     }
     load_elf(&mut Cursor::new(unpacked), memory, layout).map_err(refused)
@@ -61,9 +63,7 @@ pub(super) fn load(path: &Path, memory: &FlatView, layout: &Layout) -> Result<Ke
 
 fn read_whole(file: &mut File, len: u64, layout: &Layout) -> Result<Vec<u8>, String> {
     if len > layout.low_ram_end() {
-        return Err(format!(
-            "its {len} bytes are more than the guest has memory"
-        ));
+        return Err(format!("its {len} bytes exceed the guest's memory"));
     }
     let mut bytes = Vec::new();
     file.take(len)
@@ -94,6 +94,8 @@ fn load_elf<F: Read + ReadVolatile + Seek>(
     if segments.contain(start) {
         Ok(kernel)
     } else {
-        Err(format!("it starts at {start:#x}, where it has no code"))
+        Err(format!(
+            "its entry point, {start:#x}, is in none of its segments"
+        ))
     }
 }

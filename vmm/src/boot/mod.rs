@@ -38,7 +38,7 @@ pub enum BootError {
         source: io::Error,
     },
     /// The path names a directory, a device, or the like.
-    #[error("the {what} {} is {}, and not a file", path.display(), found.name())]
+    #[error("the {what} {} is {}; it must be a regular file", path.display(), found.name())]
     NotAFile {
         /// `kernel` or `initramfs`.
         what: &'static str,
@@ -65,8 +65,8 @@ pub enum BootError {
     },
     /// The initramfs has no room behind the kernel.
     #[error(
-        "the initramfs {} ({size} bytes) does not fit into the guest's memory behind the kernel, \
-         where {room} bytes are left", path.display()
+        "the initramfs {} ({size} bytes) does not fit in the guest's memory after the kernel \
+         ({room} bytes)", path.display()
     )]
     InitramfsTooLarge {
         /// The file.
@@ -103,7 +103,7 @@ pub(crate) fn load(
     let tables = acpi::tables(cpus, layout);
     if tables.len() as u64 > layout::ACPI_END - layout::ACPI {
         return Err(BootError::NoRoom {
-            what: "the ACPI tables of so many vCPUs",
+            what: "the ACPI tables of this many vCPUs",
         });
     }
     memory.write_slice(&tables, GuestAddress(layout::ACPI))?;

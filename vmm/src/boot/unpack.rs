@@ -74,7 +74,7 @@ pub(super) fn unpack(packed: &[u8], most: u64) -> Result<Vec<u8>, String> {
         match from.read(&mut [0]) {
             Ok(0) => Ok(bytes),
             Ok(_) => Err(format!(
-                "unpacked, it is larger than the {most} bytes that it could have"
+                "unpacked, it is larger than the limit of {most} bytes"
             )),
             Err(error) => Err(damaged(format, &error)),
         }
@@ -109,7 +109,7 @@ pub(super) fn unpack(packed: &[u8], most: u64) -> Result<Vec<u8>, String> {
         [0x89, b'L', b'Z', b'O', ..] => {
             Err("it is packed with LZO, which is not supported".to_owned())
         }
-        _ => Err("it is packed in a way that is not known here".to_owned()),
+        _ => Err("it is packed in an unknown format".to_owned()),
     }
 }
 
@@ -128,13 +128,13 @@ fn unpack_lz4(mut rest: &[u8], most: u64) -> io::Result<Vec<u8>> {
         let len = lz4_flex::block::decompress_into(packed, &mut block)
             .map_err(|error| invalid(&error.to_string()))?;
         if (bytes.len() + len) as u64 > most {
-            return Err(invalid("larger than the guest has memory"));
+            return Err(invalid("larger than the guest's memory"));
         }
         bytes.extend_from_slice(&block[..len]);
         rest = behind;
     }
     if bytes.is_empty() {
-        Err(invalid("no block in it"))
+        Err(invalid("no block found"))
     } else {
         Ok(bytes)
     }

@@ -181,7 +181,7 @@ impl Devices {
         let there = |(_, entry): &(&String, &Entry)| entry.plugged.bdf.device() == slot;
         let (id, entry) = self.entries.iter().find(there)?;
         if entry.state != DeviceState::Leaving {
-            tracing::debug!(id, "a guest lets go of a device that nobody wants back");
+            tracing::debug!(id, "a guest ejects a device without a request");
             return None;
         }
         let id = id.clone();

@@ -121,10 +121,10 @@ impl BarMap for InTopology {
         let mut topology = topology.lock();
         let moved = topology.transaction(|tx| -> Result<(), CommitError> {
             if let Err(error) = place_bar(tx, region, at) {
-                tracing::debug!(%error, "a guest moves a BAR where it cannot be");
+                tracing::debug!(%error, "a guest moves a BAR to an invalid address");
                 // Shown nowhere.
                 if let Err(error) = place_bar(tx, region, None) {
-                    tracing::debug!(%error, "a BAR is gone");
+                    tracing::debug!(%error, "a BAR no longer exists");
                 }
             }
             Ok(())
@@ -145,7 +145,7 @@ impl MsiTarget for ByRoutes {
             (*vector, message)
         });
         if let Err(error) = self.0.route(changes) {
-            tracing::warn!(%error, "interrupts of a device are lost");
+            tracing::warn!(%error, "a device's interrupts may be lost");
         }
     }
 

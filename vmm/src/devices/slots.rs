@@ -51,15 +51,15 @@ fn usual(index: usize, count: usize) -> Option<Bdf> {
 /// Places as another service tells them, device and function number in a byte, do not make sense.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum PlaceError {
-    #[error("the device `{0}` is in slot 0, which is the host bridge's")]
+    #[error("the device `{0}` is in slot 0, which belongs to the host bridge")]
     HostBridge(String),
     #[error("the devices `{0}` and `{1}` are both at {2}")]
     Twice(String, String, Bdf),
-    #[error("the device `{0}` is at {1}, and none is at function 0 of that slot")]
+    #[error("the device `{0}` is at {1}, but function 0 of that slot has no device")]
     NoFirst(String, Bdf),
-    #[error("the device `{0}` is nowhere")]
+    #[error("the device `{0}` has no PCI address")]
     Nowhere(String),
-    #[error("at {1} is a device `{0}`, which the VM does not have")]
+    #[error("the device `{0}` at {1} is not in the VM's configuration")]
     Unknown(String, Bdf),
 }
 

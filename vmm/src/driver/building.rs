@@ -84,7 +84,7 @@ impl Driver {
                 Ok(Reply::Done)
             }
             Err(error) => {
-                tracing::warn!(%error, "a machine cannot be built");
+                tracing::warn!(%error, "cannot build a machine");
                 let was_on = matches!(
                     self.publisher.current().state,
                     VmState::Running | VmState::Paused
@@ -122,7 +122,7 @@ impl Driver {
     /// migrates, is looked at before its guest runs.
     pub(super) fn memory_lost(&mut self, mut failure: Failure, sources: &mut Sources<'_>) {
         self.add_progress(&mut failure);
-        tracing::error!(detail = failure.detail, "a guest lost memory, and is ended");
+        tracing::error!(detail = failure.detail, "a guest lost memory and is ended");
         self.switch_off(End::Failed(failure), sources);
     }
 }

@@ -99,7 +99,7 @@ impl Consoles {
         match sources.watch(fd, port as usize, Interest::Both) {
             Ok(()) => self.watched.push(fd),
             // A file as standard input, which has no moment of being ready.
-            Err(error) => tracing::debug!(fd, %error, "this console gives no input"),
+            Err(error) => tracing::debug!(fd, %error, "this console has no input"),
         }
     }
 

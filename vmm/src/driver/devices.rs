@@ -61,7 +61,7 @@ impl Driver {
         }
         let count = self.config.device_count();
         if count.saturating_add(self.opening.len()) >= limits::DEVICES {
-            let detail = format!("the VM has {} devices, as many as it can", limits::DEVICES);
+            let detail = format!("the VM has {} devices, its limit", limits::DEVICES);
             return Err(RequestError::new(
                 Category::Conflict,
                 "too-many-devices",
@@ -73,7 +73,7 @@ impl Driver {
         if is_vsock(new)
             && (self.config.vsock.is_some() || opening.into_iter().any(|(_, new)| is_vsock(new)))
         {
-            let detail = "the VM has a vsock device already, and a guest uses but one";
+            let detail = "the VM has a vsock device already, and a guest uses only one";
             return Err(RequestError::new(
                 Category::Conflict,
                 "vsock-exists",
@@ -146,7 +146,7 @@ impl Driver {
         // The threads may still be opening files. Their `Opened` events have the old number, so the
         // driver drops them, which closes the files.
         for (_, (ask, _)) in std::mem::take(&mut self.opening) {
-            let detail = "the VM was switched off or reset before the device was there";
+            let detail = "the VM was shut down or reset before the device was added";
             let ended = RequestError::new(Category::Conflict, "machine-ended", detail);
             ask.answer(Err(ended));
         }
@@ -157,7 +157,7 @@ impl Driver {
         let mut config = VmConfig::clone(&self.config);
         let is_configured = config.remove_device(id);
         if !is_configured && self.config.device_names().contains(id) {
-            let detail = format!("`{id}` is part of the machine, which cannot do without it");
+            let detail = format!("`{id}` is part of the machine and cannot be removed");
             return Err(RequestError::new(
                 Category::Unprocessable,
                 "device-fixed",
@@ -168,8 +168,8 @@ impl Driver {
             && let Some(at) = active.devices().shared_place(id)
         {
             let detail = format!(
-                "`{id}` is at {at} and shares that slot, of which a guest lets go as a whole: it can be \
-                 removed while the VM is switched off"
+                "`{id}` is at {at} and shares its slot, which a guest can only eject as a whole: \
+                 shut the VM down to remove it"
             );
             return Err(RequestError::new(
                 Category::Conflict,
@@ -219,7 +219,7 @@ impl Driver {
         self.lend(take_out, |driver, all, _| {
             for (id, removed) in all {
                 if let Err(error) = removed {
-                    tracing::error!(id, %error, "a device cannot be taken from the map");
+                    tracing::error!(id, %error, "cannot remove a device from the memory map");
                 }
                 driver.show_devices();
                 driver.publisher.record("device-removed", Some(id));
@@ -277,10 +277,10 @@ impl Driver {
         let pause = move |active: &mut Active| (!stands).then(|| active.pause());
         self.lend(pause, move |driver, paused, _| {
             for (id, why) in stalled {
-                tracing::warn!(id, why, "the host fails at what a guest asks of a disk");
+                tracing::warn!(id, why, "the host failed a disk request of a guest");
                 let mut detail = format!("{id}: {why}");
                 if let Some(Err(late)) = &paused {
-                    tracing::error!(id, %late, "a guest whose disk fails is not paused");
+                    tracing::error!(id, %late, "cannot pause a guest whose disk failed");
                     detail = format!("{detail}; the VM is not paused: {late}");
                 }
                 driver.publisher.record("disk-error", Some(detail));
@@ -350,7 +350,7 @@ impl Driver {
         }
         let mut config = VmConfig::clone(&self.config);
         let Some(balloon) = &mut config.balloon else {
-            let detail = "the VM has no balloon: create it with one, of size 0";
+            let detail = "the VM has no balloon: create the VM with one, of size 0";
             return refused("no-balloon", detail.to_owned());
         };
         balloon.size = size;
@@ -422,9 +422,9 @@ pub(super) fn resize_disk(devices: &Devices, disk: &VmResizeDisk) -> Result<(), 
         None => Err(no_such_device(&disk.id)),
         Some(DeviceHandle::Disk(handle)) => handle
             .resize(disk.desired_size)
-            .map_err(|error| refused(format!("`{}` keeps its size: {error}", disk.id))),
+            .map_err(|error| refused(format!("`{}` cannot be resized: {error}", disk.id))),
         Some(_) => {
-            let detail = format!("`{}` is no disk", disk.id);
+            let detail = format!("`{}` is not a disk", disk.id);
             Err(RequestError::new(
                 Category::Unprocessable,
                 "not-a-disk",
@@ -435,6 +435,6 @@ pub(super) fn resize_disk(devices: &Devices, disk: &VmResizeDisk) -> Result<(), 
 }
 
 fn no_such_device(id: &str) -> RequestError {
-    let detail = format!("the VM has no device of the name `{id}`");
+    let detail = format!("the VM has no device `{id}`");
     RequestError::new(Category::NotFound, "no-such-device", detail)
 }

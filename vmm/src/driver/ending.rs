@@ -178,7 +178,7 @@ impl Driver {
                 let stuck = stuck();
                 tracing::error!(
                     detail = stuck.detail,
-                    "a machine is not taken apart in time"
+                    "a machine was not taken apart in time"
                 );
                 self.publisher
                     .record("machine-stuck", Some(stuck.detail.clone()));
@@ -309,7 +309,7 @@ impl Next {
 /// Answers a request for a machine that is not built, because another request ended the VM.
 fn refuse(asked: Option<Ask>) {
     if let Some(ask) = asked {
-        let detail = "the VM was switched off before the machine was there";
+        let detail = "the VM was shut down before its machine was built";
         let ended = RequestError::new(Category::Conflict, "machine-ended", detail);
         ask.answer(Err(ended));
     }
@@ -319,8 +319,8 @@ fn stuck() -> Failure {
     Failure {
         code: "machine-stuck".to_owned(),
         detail: format!(
-            "the machine did not give its resources back within {} s: its storage does not answer; \
-             its disks stay locked until it does",
+            "the machine did not release its resources within {} s because its storage does not \
+             respond; its disks stay locked until it responds",
             END_PATIENCE.as_secs()
         ),
         vcpu: None,

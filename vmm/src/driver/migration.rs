@@ -98,15 +98,14 @@ pub(crate) struct DestinationParts {
     pub(crate) reporter: Reporter,
 }
 
-const PAGES_ARRIVING: &str =
-    "pages of its memory are still arriving from the service that it came from";
+const PAGES_ARRIVING: &str = "pages of the guest's memory are still arriving from the source";
 
 fn refused(code: &str) -> impl FnOnce(MoveError) -> Refusal {
     move |error| Refusal::new(code, error.to_string())
 }
 
 fn no_machine() -> Refusal {
-    Refusal::new("machine-gone", "there is no machine")
+    Refusal::new("machine-gone", "the VM has no machine")
 }
 
 impl Driver {
@@ -128,7 +127,7 @@ impl Driver {
             return match verb {
                 // The engine finds that the machine is gone.
                 Verb::Delete if expected.decision.cancel().is_ok() => None,
-                _ => refuse("its guest has not arrived yet"),
+                _ => refuse("the VM's guest has not arrived yet"),
             };
         }
         if let (
@@ -152,7 +151,7 @@ impl Driver {
             Verb::Resume | Verb::Shutdown | Verb::Delete if outgoing.is_stranded() => None,
             // The destination may hold the disks' locks and may run the guest by now. Only the
             // migration's outcome says whether the machine here may run or end.
-            _ if is_stopped => refuse("its guest is being handed over to another service"),
+            _ if is_stopped => refuse("the VM's guest is being handed over to another service"),
             // `cancel` and the engine's commit exclude each other: either the request ends the
             // machine here, or the guest moves, never both.
             Verb::Reboot | Verb::Shutdown | Verb::Delete => match outgoing.decision.cancel() {
@@ -162,7 +161,7 @@ impl Driver {
             // The destination built its machine from the configuration at the start. The state
             // of a changed machine would not load there.
             Verb::AddDevice | Verb::RemoveDevice | Verb::Resize | Verb::ResizeDisk => {
-                refuse("its guest is moving to another service; cancel the migration first")
+                refuse("the VM's guest is moving to another service; cancel the migration first")
             }
             // Neither changes what the destination was told of the machine. A new verb belongs here
             // only if that is true of it.
@@ -179,21 +178,20 @@ impl Driver {
         let conflict =
             |code: &str, detail: &str| Err(RequestError::new(Category::Conflict, code, detail));
         if self.outgoing.is_some() {
-            return conflict("vm-migrating", "its guest is moving already");
+            return conflict("vm-migrating", "the VM's guest is moving already");
         }
         // A device that is plugged or ejected during the copy would make the machine differ from
         // the configuration that the destination gets. The check of `leaving` below is the same.
         if !self.opening.is_empty() {
-            return conflict("vm-busy", "a device is being added to it");
+            return conflict("vm-busy", "a device is being added to the VM");
         }
         let Stage::On(active) = &self.stage else {
             let detail = "a VM that is not running cannot be moved: it must be Running or Paused";
             return conflict("wrong-state", detail);
         };
         if let Some(id) = active.devices().leaving() {
-            let detail = format!(
-                "its guest has not let go of the device {id} yet, which it was asked for; a reboot takes it away"
-            );
+            let detail =
+                format!("the VM's guest has not ejected the device {id} yet; a reboot removes it");
             return conflict("vm-busy", &detail);
         }
         let (ram, memslots) = active.memory();
@@ -358,7 +356,9 @@ impl Driver {
             Whereabouts::OutOfReach(why) => Some(Failure {
                 code: "destination-lost".to_owned(),
                 detail: format!(
-                    "the guest moved, and the destination cannot be reached while pages of it are still here ({why}): it is lost unless the destination still runs; `resolve-migration ID discard` ends the VM here"
+                    "the guest moved, and the destination cannot be reached while pages of the \
+                     guest are still at the source ({why}): the guest is lost unless the \
+                     destination still runs; `resolve-migration ID discard` ends the VM here"
                 ),
                 vcpu: None,
             }),
@@ -576,7 +576,7 @@ impl Gone {
     /// Waits, with a time limit, until the machine has released its resources.
     pub(crate) fn wait(self) {
         if let Err(mpsc::RecvTimeoutError::Timeout) = self.0.recv_timeout(GONE_PATIENCE) {
-            tracing::error!("a machine is not taken apart in time: its storage does not answer");
+            tracing::error!("a machine was not taken apart in time: its storage does not respond");
         }
     }
 }

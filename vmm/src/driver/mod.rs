@@ -228,7 +228,7 @@ impl Driver {
         let Stage::On(active) = &mut self.stage else {
             return match request {
                 Request::Counters => Ok(Reply::Counters(spec::VmCounters::new())),
-                _ => Err(internal("there is no machine")),
+                _ => Err(internal("the VM has no machine")),
             };
         };
         match request {
@@ -289,7 +289,7 @@ impl Driver {
             other => {
                 self.stage = other;
                 if let Some(ask) = asked {
-                    ask.answer(Err(internal("there is no machine")));
+                    ask.answer(Err(internal("the VM has no machine")));
                 }
             }
         }

@@ -115,7 +115,7 @@ impl IdleThreads {
             }
         };
         if let Err(error) = Builder::new().name("vm-work".to_owned()).spawn(run) {
-            tracing::warn!(%error, "the host gives no thread: background jobs take turns");
+            tracing::warn!(%error, "cannot start a thread: background jobs run one after another");
             let job = slot.lock().take();
             job.into_iter().for_each(|job| job());
         }

@@ -298,7 +298,7 @@ fn map_platform(
 }
 
 fn line(routes: &IrqRoutes, gsi: u32) -> Result<InterruptLine, BuildError> {
-    let line = InterruptLine::new().map_err(BuildError::host("make an interrupt line"))?;
+    let line = InterruptLine::new().map_err(BuildError::host("create an interrupt line"))?;
     routes.attach(line.event_fd(), gsi)?;
     Ok(line)
 }

@@ -20,7 +20,9 @@ pub(super) fn new(
         None => RamBlock::new(&ram_config(config))?,
         Some(given) => {
             let given = given.try_clone();
-            let given = given.map_err(BuildError::host("keep a guest's memory"))?;
+            let given = given.map_err(BuildError::host(
+                "duplicate the descriptor of a guest's memory",
+            ))?;
             RamBlock::of_file(&ram_config(config), given)?
         }
     };

@@ -113,7 +113,7 @@ fn bind(cpus: &[usize]) {
         .filter(|cpu| **cpu < CpuSet::MAX_CPU)
         .for_each(|cpu| set.set(*cpu));
     if let Err(error) = sched_setaffinity(None, &set) {
-        tracing::warn!(?cpus, %error, "a vCPU cannot be bound to these CPUs of the host");
+        tracing::warn!(?cpus, %error, "cannot bind a vCPU to these CPUs of the host");
     }
 }
 
@@ -276,7 +276,7 @@ impl Throttle {
         };
         match Builder::new().name("throttle".to_owned()).spawn(tick) {
             Ok(ticker) => self.ticker = Some(ticker),
-            Err(error) => tracing::warn!(%error, "vCPUs are not slowed down"),
+            Err(error) => tracing::warn!(%error, "cannot slow vCPUs down"),
         }
     }
 }

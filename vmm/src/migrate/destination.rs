@@ -55,7 +55,7 @@ impl DestinationHost {
         self.registry
             .create(Some(vm.clone()), config)
             .map_err(offer::refusal)?;
-        let gone = || Refusal::new("machine-gone", "the VM is gone");
+        let gone = || Refusal::new("machine-gone", "the VM no longer exists");
         self.callers.get(vm).ok_or_else(gone)
     }
 }
@@ -225,7 +225,7 @@ impl Destination for DestinationVm {
             Ok(gone) => gone.wait(),
             Err(_) => tracing::debug!(
                 vm = self.vm.as_str(),
-                "the machine of a guest that did not come was gone already"
+                "the machine of a guest that did not arrive had ended already"
             ),
         }
         self.registry.forget(&self.vm, "migration-failed", None);

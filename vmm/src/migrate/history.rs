@@ -23,7 +23,7 @@ struct PastMigration {
 /// Returns the migrations that the journals describe. Removes journals that are too old.
 pub(super) fn all(journals: &Journals) -> Vec<Arc<dyn Migration>> {
     let listed = journals.list().unwrap_or_else(|error| {
-        tracing::warn!(%error, "the journals of migrations cannot be read");
+        tracing::warn!(%error, "cannot read the journals of migrations");
         Vec::new()
     });
     let now = SystemTime::now()
@@ -50,7 +50,8 @@ fn info(id: Uuid, side: Side, steps: &[Entry], last: &Entry) -> MigrationInfo {
         (Side::Source, Step::Commit) => (
             MigrationPhase::Failed,
             "service-ended",
-            "the service ended after the guest was given away and before it was heard that it runs: look at the destination",
+            "the service ended after the guest was handed over and before the destination \
+             confirmed that it runs: look at the destination",
         ),
         (Side::Destination, Step::Running) => (
             MigrationPhase::Completed,
@@ -61,7 +62,7 @@ fn info(id: Uuid, side: Side, steps: &[Entry], last: &Entry) -> MigrationInfo {
         (Side::Destination, Step::Ready) => (
             MigrationPhase::Failed,
             "service-ended",
-            "the service ended before the order came that the guest runs here: it never ran here",
+            "the service ended before the commit message arrived: the guest never ran here",
         ),
         (_, Step::Aborted) => (
             MigrationPhase::Failed,
@@ -71,7 +72,7 @@ fn info(id: Uuid, side: Side, steps: &[Entry], last: &Entry) -> MigrationInfo {
         _ => (
             MigrationPhase::Failed,
             "service-ended",
-            "the service ended before anything was handed over",
+            "the service ended before the guest was handed over",
         ),
     };
     MigrationInfo {
@@ -110,7 +111,7 @@ fn info(id: Uuid, side: Side, steps: &[Entry], last: &Entry) -> MigrationInfo {
 }
 
 fn is_over() -> RequestError {
-    let detail = "the migration is over: it was an earlier process's";
+    let detail = "the migration is over: it belongs to an earlier process";
     RequestError::new(Category::Conflict, "migration-over", detail)
 }
 

@@ -57,7 +57,7 @@ impl Journals {
                 let journal = FileJournal::create(dir, id, side, vm)?;
                 // A full directory does not keep a guest from moving.
                 if let Err(error) = FileJournal::prune(dir, MOST) {
-                    tracing::warn!(%error, "old journals of migrations cannot be removed");
+                    tracing::warn!(%error, "cannot remove old journals of migrations");
                 }
                 Box::new(journal)
             }
@@ -109,7 +109,7 @@ impl Journals {
         if let Some(dir) = &self.directory
             && let Err(error) = FileJournal::remove(dir, id, side)
         {
-            tracing::warn!(%error, "a journal cannot be removed");
+            tracing::warn!(%error, "cannot remove a journal");
         }
     }
 

@@ -256,17 +256,17 @@ fn invalid(field: &str, detail: String) -> RequestError {
 
 fn policy(what: &StartMigration) -> Result<Policy, RequestError> {
     let positive = |field: &str, value: u64| match value {
-        0 => Err(invalid(field, "must be at least 1".to_owned())),
+        0 => Err(invalid(field, format!("`{field}` must be at least 1"))),
         some => Ok(some),
     };
     if let Some(connections) = what.connections
         && !(1..=MAX_CONNECTIONS).contains(&connections)
     {
-        let detail = format!("{connections} connections are none, or more than {MAX_CONNECTIONS}");
+        let detail = format!("`connections` ({connections}) must be 1 to {MAX_CONNECTIONS}");
         return Err(invalid("connections", detail));
     }
     if what.local && !what.destination.starts_with("unix:") {
-        let detail = "only who listens on a unix socket of this host can be given memory";
+        let detail = "`local` needs a destination `unix:PATH` on this host";
         return Err(invalid("local", detail.to_owned()));
     }
     if let Some(bandwidth) = what.max_bandwidth {
@@ -310,7 +310,7 @@ fn start(
     let builder = thread::Builder::new().name(name.to_owned());
     let started = builder.spawn(move || span.in_scope(run));
     started.map(|_| ()).map_err(|error| {
-        let detail = format!("the host gives no thread: {error}");
+        let detail = format!("cannot start a thread: {error}");
         RequestError::new(Category::Host, "host-refused", detail)
     })
 }

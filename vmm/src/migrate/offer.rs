@@ -43,10 +43,10 @@ pub(super) fn check(
 ) -> Result<CheckedOffer, Refusal> {
     let unreadable = |why: String| Refusal::new("offer-unreadable", why);
     let machine: MachineOffer = serde_json::from_slice(&offer.machine)
-        .map_err(|error| unreadable(format!("the offer of a machine cannot be read: {error}")))?;
+        .map_err(|error| unreadable(format!("cannot read the offer of a machine: {error}")))?;
     if machine.version != OFFER_VERSION {
         let why = format!(
-            "the offer of a machine has version {}, and {OFFER_VERSION} is read here",
+            "the offer of a machine has version {}; this service reads version {OFFER_VERSION}",
             machine.version
         );
         return Err(unreadable(why));
@@ -64,11 +64,11 @@ pub(super) fn check(
         .map_err(|error| unreadable(error.to_string()))?;
     let size = config.memory.size;
     if offer.blocks.len() != 1 || offer.blocks.iter().any(|block| block.size != size) {
-        let why = "the memory is not what the configuration says";
+        let why = "the offered memory does not match the configuration";
         return Err(unreadable(why.to_owned()));
     }
     if registry.get(vm.as_str()).is_ok() {
-        let why = format!("there is a VM {:?} already", vm.as_str());
+        let why = format!("a VM {:?} exists already", vm.as_str());
         return Err(Refusal::new("vm-exists", why));
     }
     let resolved = allowed.check(&config)?;
@@ -105,7 +105,7 @@ fn cpus_are_there(here: &CpuId, wanted: &CpuId) -> Result<(), Refusal> {
         return Ok(());
     }
     let detail = format!(
-        "the CPUs of the destination lack what the guest uses: {}",
+        "the CPUs of the destination lack features that the guest uses: {}",
         lacking.join(", ")
     );
     Err(Refusal::new("cpu-lacks-features", detail))
@@ -124,7 +124,8 @@ fn payload_is_there(config: &VmConfig) -> Result<(), Refusal> {
             && let Err(error) = Request::read(Path::new(path), &[FileKind::Regular]).open()
         {
             let detail = format!(
-                "the guest's {what} cannot be read at the destination, so that it could not be rebooted: {error}"
+                "the guest's {what} cannot be read at the destination, where a reboot would need \
+                 it: {error}"
             );
             return Err(Refusal::new("payload-missing", detail));
         }
@@ -150,7 +151,7 @@ fn memory_is_there(config: &VmConfig) -> Result<(), Refusal> {
     let available = available.saturating_add(field("SwapFree:").unwrap_or(0)) << 10;
     if config.memory.size > available {
         let detail = format!(
-            "the guest has {} MiB of memory, and the destination has {} MiB to give",
+            "the guest has {} MiB of memory, and the destination has {} MiB available",
             config.memory.size >> 20,
             available >> 20
         );

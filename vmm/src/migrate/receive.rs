@@ -120,11 +120,11 @@ pub(super) fn begin(
     if let Some(vm) = &what.vm
         && registry.get(vm.as_str()).is_ok()
     {
-        let detail = format!("there is a VM {:?} already", vm.as_str());
+        let detail = format!("a VM {:?} exists already", vm.as_str());
         return Err(RequestError::new(Category::Conflict, "vm-exists", detail));
     }
     let unusable = |error: std::io::Error| {
-        let detail = format!("cannot wait at {wanted}: {error}");
+        let detail = format!("cannot listen at {wanted}: {error}");
         RequestError::new(Category::Unprocessable, "endpoint-unusable", detail)
     };
     pool.endpoints().relieve(&wanted);
@@ -170,7 +170,7 @@ pub(super) fn begin(
         tracing::info!(
             migration = %ours.id,
             endpoint = ours.endpoint,
-            "migration: waits for a source"
+            "migration: waiting for a source"
         );
         // The report has the failure, if it failed.
         let _ = receive(receiving);

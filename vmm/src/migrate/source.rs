@@ -109,7 +109,7 @@ impl Source for SourceVm {
             let path = disk.path.as_deref().filter(|_| !disk.readonly);
             let synced = path.map(|path| File::open(path).and_then(|file| file.sync_data()));
             if let Some(Err(error)) = synced {
-                tracing::debug!(%error, "a disk's image cannot be written back beforehand");
+                tracing::debug!(%error, "cannot flush a disk's image before the stop");
             }
         }
     }
@@ -156,7 +156,7 @@ impl Drop for SourceVm {
         if self.tracking
             && let Err(error) = self.parts.memslots.track_dirty(false)
         {
-            tracing::debug!(%error, "dirty pages of a machine are still being tracked");
+            tracing::debug!(%error, "cannot stop tracking the dirty pages of a machine");
         }
     }
 }

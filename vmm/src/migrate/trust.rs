@@ -49,8 +49,9 @@ impl MigrationTrust {
             return Ok(());
         }
         let detail = format!(
-            "{endpoint} without TLS is neither encrypted nor authenticated: give `tls_dir`, or allow it by \
-             `insecure` (`--insecure`; for all migrations of this service `--migration-insecure`)"
+            "{endpoint} without TLS is neither encrypted nor authenticated: set `tls_dir`, or \
+             allow it with `insecure` (`--insecure`; for all migrations of this service \
+             `--migration-insecure`)"
         );
         let code = "plaintext-refused";
         Err(RequestError::new(Category::Unprocessable, code, detail))
@@ -112,7 +113,7 @@ impl Allowed {
         for named in config.paths() {
             let place = self.check_path(&named)?;
             let Some(place) = place.to_str() else {
-                return Err(unusable(&named, "it leads to a path that is not UTF-8"));
+                return Err(unusable(&named, "it resolves to a path that is not UTF-8"));
             };
             if let Some(field) = resolved.pointer_mut(&named.pointer) {
                 *field = place.into();
@@ -139,8 +140,9 @@ impl Allowed {
         };
         if !is_allowed && !is_random {
             let detail = format!(
-                "`{}` names {}, which is not below a folder that the destination allows: its operator \
-                 allows one by `--allow` of `receive` (`allow`), or `--migration-allow` of the service",
+                "`{}` names {}, which is not below a folder that the destination allows: its \
+                 operator allows one with `receive --allow` (`allow`), or `--migration-allow` of \
+                 the service",
                 field(named),
                 named.path
             );
@@ -176,11 +178,11 @@ impl Allowed {
         }
         let what = match tap {
             Some(tap) => format!("names the tap {tap}"),
-            None => format!("wants a new tap ({UNNAMED_TAP}*)"),
+            None => format!("needs a new tap ({UNNAMED_TAP}*)"),
         };
         let detail = format!(
-            "`net.{index}` {what}, which the destination does not allow: its operator allows one by \
-             `--allow-tap` of `receive` (`allow_taps`), or `--migration-allow-tap` of the service"
+            "`net.{index}` {what}, which the destination does not allow: its operator allows one \
+             with `receive --allow-tap` (`allow_taps`), or `--migration-allow-tap` of the service"
         );
         Err(Refusal::new("tap-not-allowed", detail))
     }
@@ -190,7 +192,7 @@ impl Allowed {
 fn resolve(path: &Path, used: PathUse) -> io::Result<(PathBuf, Option<Metadata>)> {
     let absent = |error: &io::Error| error.kind() == io::ErrorKind::NotFound;
     let beside = || -> io::Result<PathBuf> {
-        let no_name = || io::Error::new(io::ErrorKind::InvalidInput, "it names no file");
+        let no_name = || io::Error::new(io::ErrorKind::InvalidInput, "it does not name a file");
         let (parent, name) = path.parent().zip(path.file_name()).ok_or_else(no_name)?;
         Ok(parent.canonicalize()?.join(name))
     };

@@ -24,9 +24,9 @@ const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
 pub(crate) enum CpuError {
     #[error(transparent)]
     Kvm(#[from] KvmError),
-    #[error("the vCPUs have {0} CPUID leaves, which is more than KVM takes")]
+    #[error("the vCPUs have {0} CPUID leaves, more than KVM accepts")]
     TooManyLeaves(usize),
-    #[error("vCPU {0} has no APIC id: it is not in the CPU topology")]
+    #[error("vCPU {0} has no APIC id: the CPU topology does not contain it")]
     NoApicId(u32),
     #[error("the vCPU's tables do not fit guest memory: {0}")]
     Memory(#[from] GuestMemoryError),

@@ -160,7 +160,7 @@ pub(crate) fn lacking(here: &CpuId, wanted: &CpuId) -> Vec<String> {
     let mut lacking = Vec::new();
     let (ours, theirs) = (vendor(here), vendor(wanted));
     if ours != theirs {
-        lacking.push(format!("a CPU of {theirs} ({ours} is here)"));
+        lacking.push(format!("a CPU from {theirs} (this host's is from {ours})"));
     }
     for entry in wanted.as_slice() {
         let (function, index) = (entry.function, entry.index);

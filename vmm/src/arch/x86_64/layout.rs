@@ -73,9 +73,9 @@ pub(crate) struct Layout {
 /// Memory that cannot be laid out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum LayoutError {
-    #[error("{0} bytes of memory are too few for a machine, which needs {MIN_RAM} at least")]
+    #[error("the memory ({0} bytes) is less than a machine needs, {MIN_RAM} bytes")]
     TooSmall(u64),
-    #[error("{size} bytes of memory do not fit the guest's {bits} physical address bits")]
+    #[error("the memory ({size} bytes) does not fit the guest's {bits} physical address bits")]
     TooLarge { size: u64, bits: u8 },
 }
 
