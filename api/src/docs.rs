@@ -35,7 +35,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_document_cannot_break_out_of_the_page() {
+    fn document_is_escaped_in_page() {
         let page = page(r#"{"a": "</script><script>alert(1)</script>"}"#);
         assert_eq!(
             page.matches("</script>").count(),

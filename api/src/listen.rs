@@ -121,7 +121,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_socket_has_one_listener_and_leaves_nothing_behind() {
+    async fn socket_has_one_listener() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("api.sock");
         let listener = Listener::unix(&path).unwrap();
@@ -133,7 +133,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn tcp_is_for_loopback_only() {
+    async fn tcp_requires_loopback() {
         for address in ["0.0.0.0:0", "192.0.2.1:0", "[::]:0"] {
             let refused = Listener::tcp(address.parse().unwrap(), TcpAccess::AnyLocalUser)
                 .await

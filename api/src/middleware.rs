@@ -200,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn a_request_id_of_a_client_is_kept_only_if_it_is_fit_for_a_log() {
+    fn keeps_only_valid_request_ids() {
         let with = |value: &[u8]| {
             let mut headers = HeaderMap::new();
             headers.insert(REQUEST_ID, HeaderValue::from_bytes(value).unwrap());

@@ -211,7 +211,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_contracts_statuses_are_those_of_its_face() {
+    fn statuses_follow_cloud_hypervisor() {
         let of = |category, code: &str| RequestError::new(category, code, "it cannot be");
         let field = spec::FieldProblem {
             pointer: "/path".to_owned(),

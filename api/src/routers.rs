@@ -185,7 +185,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_panic_is_an_answer() {
+    async fn panic_becomes_500() {
         let face = OpenApiRouter::default().route("/panics", get(panics));
         let router = assemble(face, (Face::Service, Requests::default()));
         for _ in 0..2 {

@@ -62,7 +62,7 @@ async fn status(stream: &mut UnixStream) -> (u16, String) {
 
 /// Whatever piece of the request they come with. A body that wants two is refused without two.
 #[tokio::test]
-async fn a_tap_comes_along_with_the_interface() {
+async fn interface_receives_tap_descriptors() {
     let served = served().await;
     let body = r#"{"num_queues": 4, "fds": null}"#;
     let head = head("vm.add-net", body);
@@ -102,7 +102,7 @@ async fn a_tap_comes_along_with_the_interface() {
 
 /// Unwanted descriptors are refused, and closed.
 #[tokio::test]
-async fn descriptors_that_nobody_wants_are_refused_and_closed() {
+async fn rejects_and_closes_unwanted_descriptors() {
     let served = served().await;
     let mut stream = served.connect().await;
     let (mut reader, writer) = std::io::pipe().unwrap();

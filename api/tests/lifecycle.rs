@@ -137,7 +137,7 @@ async fn every_call_in_every_state_on_both_faces() {
 }
 
 #[tokio::test]
-async fn the_contracts_bodies_come_back() {
+async fn returns_contract_bodies() {
     let service = service(Fake::default());
     let router = one_vm(&service);
     let ping = expect(&router, "GET /api/v1/vmm.ping", "", 200)
@@ -261,7 +261,7 @@ async fn shutting_the_service_down_ends_its_vms() {
 }
 
 #[tokio::test]
-async fn each_vm_has_a_socket_of_its_own_for_as_long_as_it_lives() {
+async fn vm_socket_lives_with_its_vm() {
     let sockets = tempfile::tempdir().unwrap();
     let service = service(Fake::default()).with_vm_sockets(sockets.path());
     let router = service.router();
@@ -309,7 +309,7 @@ async fn each_vm_has_a_socket_of_its_own_for_as_long_as_it_lives() {
 }
 
 #[tokio::test]
-async fn a_service_that_closes_leaves_no_socket_behind() {
+async fn closed_service_removes_sockets() {
     let sockets = tempfile::tempdir().unwrap();
     let service = service(Fake::default()).with_vm_sockets(sockets.path());
     for id in ["a", "b", "c"] {
@@ -323,7 +323,7 @@ async fn a_service_that_closes_leaves_no_socket_behind() {
 }
 
 #[tokio::test]
-async fn a_vm_whose_socket_cannot_be_is_not_created() {
+async fn vm_without_socket_is_not_created() {
     let service = service(Fake::default()).with_vm_sockets("/nowhere/at/all");
     let router = service.router();
     let answer = expect(&router, "PUT /api/v1/vms/vm", CONFIG, 500).await;
@@ -337,7 +337,7 @@ async fn a_vm_whose_socket_cannot_be_is_not_created() {
 }
 
 #[tokio::test]
-async fn a_driver_that_dies_fails_its_own_requests_only() {
+async fn dead_driver_fails_only_its_requests() {
     let service = service(Fake {
         die_at_nmi: true,
         ..Fake::default()
@@ -366,7 +366,7 @@ async fn a_driver_that_dies_fails_its_own_requests_only() {
 }
 
 #[tokio::test]
-async fn a_slow_driver_keeps_nobody_else_waiting() {
+async fn slow_driver_delays_no_other() {
     let slow = Fake {
         delay: std::time::Duration::from_millis(500),
         ..Fake::default()

@@ -108,7 +108,7 @@ async fn every_problem_of_a_configuration_is_listed_with_its_field() {
 }
 
 #[tokio::test]
-async fn a_body_may_be_of_no_type_but_not_of_another() {
+async fn rejects_wrong_content_type() {
     let table = [
         (None, 204),
         (Some("application/json"), 204),
@@ -164,7 +164,7 @@ async fn a_body_is_read_up_to_the_limit() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_body_that_does_not_come_is_not_waited_for() {
+async fn missing_body_times_out() {
     let service = service(Fake::default());
     let begun = futures_util::stream::iter(["{\"payload\": "]);
     let never = futures_util::stream::pending();
@@ -181,7 +181,7 @@ async fn a_body_that_does_not_come_is_not_waited_for() {
 }
 
 #[tokio::test]
-async fn what_is_not_there_is_404_with_a_hint() {
+async fn unknown_path_is_404_with_hint() {
     let service = service(Fake::default());
     let table = [
         ("GET /api/v1/vm", "did you mean /api/v1/vms?"),
@@ -226,7 +226,7 @@ async fn what_is_not_there_is_404_with_a_hint() {
 }
 
 #[tokio::test]
-async fn a_wrong_method_is_405_with_the_right_ones() {
+async fn wrong_method_is_405() {
     let service = service(Fake::default());
     let table = [
         (
@@ -255,7 +255,7 @@ async fn a_wrong_method_is_405_with_the_right_ones() {
 
 /// A wrong state is not a wrong method: no method would work.
 #[tokio::test]
-async fn a_state_that_the_contract_answers_with_405_allows_no_method() {
+async fn state_405_allows_no_method() {
     let service = service(Fake::default());
     let router = one_vm(&service);
     expect(&router, "PUT /api/v1/vm.create", CONFIG, 204).await;
@@ -266,7 +266,7 @@ async fn a_state_that_the_contract_answers_with_405_allows_no_method() {
 
 /// Every operation of Cloud Hypervisor's contract that is not there says so, whatever it is sent.
 #[tokio::test]
-async fn capabilities_that_are_not_there_are_501() {
+async fn missing_capability_is_501() {
     let service = service(Fake::default());
     let router = one_vm(&service);
     let paths = [
@@ -293,7 +293,7 @@ async fn capabilities_that_are_not_there_are_501() {
 }
 
 #[tokio::test]
-async fn what_the_driver_refuses_is_told() {
+async fn reports_driver_refusals() {
     let service = service(Fake {
         fail_boot: true,
         ..Fake::default()
@@ -312,7 +312,7 @@ async fn what_the_driver_refuses_is_told() {
 
 /// Problems with 422 on the service's own face have the contract's status on the other.
 #[tokio::test]
-async fn a_device_that_cannot_be_is_told_as_the_contract_has_it() {
+async fn device_refusals_follow_contract() {
     let service = service(Fake {
         fail_devices: true,
         ..Fake::default()

@@ -39,7 +39,7 @@ fn as_ch_remote_reads(answer: &str) -> (u16, Option<String>) {
 }
 
 #[tokio::test]
-async fn ch_remote_is_understood_and_understands() {
+async fn ch_remote_works() {
     let served = served(Fake::default());
     let ask = async |method: &str, command: &str, body: Option<&str>| {
         let mut request =
@@ -144,7 +144,7 @@ async fn one_connection_serves_many_requests() {
 }
 
 #[tokio::test]
-async fn a_body_over_the_limit_is_refused_before_it_is_sent() {
+async fn rejects_oversized_body_early() {
     let served = served(Fake::default());
     let head = "PUT /api/v1/vm.create HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n{";
     let answer = served.exchange(head).await;
@@ -155,7 +155,7 @@ async fn a_body_over_the_limit_is_refused_before_it_is_sent() {
 }
 
 #[tokio::test]
-async fn a_client_that_dawdles_over_its_head_is_let_go() {
+async fn slow_request_head_times_out() {
     let service = service(Fake::default());
     let header_read_timeout = Duration::from_millis(200);
     let bounds = Bounds {
@@ -183,7 +183,7 @@ async fn a_client_that_dawdles_over_its_head_is_let_go() {
 }
 
 #[tokio::test]
-async fn rubbish_ends_its_own_connection_only() {
+async fn invalid_bytes_end_only_their_connection() {
     let served = served(Fake::default());
     let long = format!("GET /{} HTTP/1.1\r\n\r\n", "x".repeat(70_000));
     let fields = format!("GET / HTTP/1.1\r\n{}\r\n", "a: b\r\n".repeat(1000));
@@ -241,7 +241,7 @@ async fn many_connections_at_once_are_all_served() {
 }
 
 #[tokio::test]
-async fn a_shutdown_lets_requests_finish_and_leaves_nothing_behind() {
+async fn shutdown_finishes_requests() {
     let delay = Duration::from_millis(300);
     let service = service(Fake {
         delay,
@@ -276,7 +276,7 @@ async fn a_shutdown_lets_requests_finish_and_leaves_nothing_behind() {
 }
 
 #[tokio::test]
-async fn a_shutdown_does_not_wait_for_ever() {
+async fn shutdown_has_a_time_limit() {
     let service = service(Fake {
         delay: Duration::from_secs(3),
         ..Fake::default()
@@ -381,7 +381,7 @@ async fn follow(served: &Served, query: &str, header: &str, count: usize) -> Vec
 }
 
 #[tokio::test]
-async fn events_are_followed_and_picked_up_again() {
+async fn events_resume_after_reconnect() {
     let service = service(Fake::default());
     let router = service.router();
     let served = Served::start(&service, service.router(), Bounds::default());

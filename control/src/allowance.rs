@@ -78,7 +78,7 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
 
     #[test]
-    fn a_storm_is_thinned_to_one_an_interval() {
+    fn storm_is_limited_to_one_per_interval() {
         let (mut allowance, start) = (Allowance::new(8, SECOND), Instant::now());
         let times = (0..100_000).map(|ms| start + Duration::from_millis(ms));
         let taken: Vec<_> = times.filter_map(|now| allowance.take(now)).collect();
@@ -90,7 +90,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_reserved_is_spread() {
+    fn reservations_are_spread() {
         let (mut allowance, now) = (Allowance::new(2, SECOND), Instant::now());
         let waits = [0; 4].map(|_| allowance.reserve(now).as_secs());
         assert_eq!(waits, [0, 0, 1, 2]);

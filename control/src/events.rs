@@ -202,7 +202,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_reader_picks_up_where_it_left_off() {
+    async fn reader_resumes_after_last_event() {
         let (log, vm) = (EventLog::default(), VmId::unique());
         log.record(&vm, "created", None);
         log.wait_after(0).await;
@@ -246,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn vms_that_are_gone_keep_a_bounded_history() {
+    fn deleted_vms_keep_bounded_history() {
         let log = EventLog::default();
         for _ in 0..2 * EVENTS_KEPT_AFTER_VMS {
             let vm = VmId::unique();

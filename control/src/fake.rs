@@ -139,7 +139,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_vm_lives_and_ends() {
+    async fn vm_lifecycle() {
         let registry = Registry::new(Fake::default());
         let vm = registry.create(None, config()).unwrap();
         vm.ask(Request::Boot).await.unwrap();
@@ -166,7 +166,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn names_are_taken_once_and_bad_configurations_not_at_all() {
+    async fn rejects_duplicate_names_and_bad_configs() {
         let registry = Registry::new(Fake::default());
         let name: VmId = "one".parse().unwrap();
         registry.create(Some(name.clone()), config()).unwrap();
@@ -185,7 +185,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_guest_whose_tap_came_as_descriptors_stays() {
+    async fn tap_descriptors_prevent_migration() {
         let registry = Registry::new(Fake::default());
         let send = async |fds: Option<spec::Descriptors>| {
             let mut config = config();
@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_driver_that_dies_is_told_and_its_vm_can_be_deleted() {
+    async fn vm_of_dead_driver_can_be_deleted() {
         let registry = Registry::new(Fake {
             die_at_nmi: true,
             ..Fake::default()

@@ -400,7 +400,7 @@ mod tests {
     }
 
     #[test]
-    fn reports_are_merged_and_not_queued() {
+    fn reports_are_merged() {
         let (_vm, mut inbox, sender) = ends();
         (0..100_000).for_each(|_| sender.report(()));
         let merged = inbox.next(|_| true);
@@ -409,7 +409,7 @@ mod tests {
     }
 
     #[test]
-    fn requests_that_may_not_be_asked_yet_are_passed() {
+    fn skips_requests_not_allowed_yet() {
         let (vm, mut inbox, _sender) = ends();
         drop((vm.ask_now(Request::Pause), vm.ask_now(Request::Delete)));
         let deletes = |peek: Peek<'_, u32>| matches!(peek, Peek::Ask(Request::Delete));
@@ -421,7 +421,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn requests_are_bounded_and_leave_room_to_end_the_vm() {
+    async fn request_queue_is_bounded() {
         let (vm, mut inbox, _sender) = ends();
         let waiting: Vec<_> = (0..REQUESTS_WAITING_MAX)
             .map(|_| vm.ask_now(Request::Counters))

@@ -114,7 +114,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_an_interface_was_not_given_is_made_up_once() {
+    fn generates_missing_mac_once() {
         for (given, name) in [("{}", "_net1"), (r#"{"id":"lan"}"#, "lan")] {
             let mut new = NewDevice::Net(Box::new(spec::parse(given.as_bytes()).unwrap()));
             new.fill_in(|taken| taken == "_net0");

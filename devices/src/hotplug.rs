@@ -134,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_hears_of_each_change_once_and_tells_when_it_let_go() {
+    fn change_is_signaled_once() {
         let seen = Arc::new(Mutex::new(Vec::new()));
         let to = Arc::clone(&seen);
         let block = HotplugBlock::new(move |slot| to.lock().push(slot));
@@ -157,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_guest_has_not_heard_of_yet_is_kept() {
+    fn unseen_changes_are_kept() {
         let block = HotplugBlock::new(|_| {});
         block.insert(1);
         block.want_back(2);

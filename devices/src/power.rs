@@ -146,7 +146,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn registers_do_what_they_say_and_nothing_else() {
+    fn only_defined_registers_act() {
         let seen = Arc::new(Mutex::new(Vec::new()));
         let (line, to) = (InterruptLine::new().unwrap(), Arc::clone(&seen));
         let block = PowerBlock::new(line.clone(), move |event| to.lock().push(event));

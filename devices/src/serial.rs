@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_go_both_ways_and_room_is_told() {
+    fn transfers_both_ways() {
         let (sink, rooms) = (Sink::default(), Arc::new(AtomicU64::new(0)));
         let (line, told) = (InterruptLine::new().unwrap(), Arc::clone(&rooms));
         let first = Arc::new(AtomicU64::new(0));
@@ -288,7 +288,7 @@ mod tests {
 
     /// Each call may be an event for the owner of the machine.
     #[test]
-    fn empty_reads_tell_of_no_room() {
+    fn empty_reads_report_no_room() {
         let rooms = Arc::new(AtomicU64::new(0));
         let (line, told) = (InterruptLine::new().unwrap(), Arc::clone(&rooms));
         let on_room = move || {
@@ -317,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn a_port_goes_on_where_it_was() {
+    fn state_survives_save_and_load() {
         let serial = |sink: &Sink| {
             let line = InterruptLine::new().unwrap();
             Serial::new(line, Box::new(sink.clone()), |_| {}, || {})

@@ -106,7 +106,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_listener_that_accepts_nobody_is_not_waited_for_or_replaced() {
+    fn keeps_listener_that_never_accepts() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("socket");
         let listening = Listening::bind(&path).unwrap();
@@ -123,7 +123,7 @@ mod tests {
 
     /// The usual umask (022) would leave them open to read and execute, and some others to write.
     #[test]
-    fn socket_is_its_owners() {
+    fn socket_has_owner_mode() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("socket");
         let mode = |path: &Path| path.metadata().unwrap().permissions().mode() & 0o777;
@@ -136,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_passes_from_one_to_the_other() {
+    fn path_moves_to_new_owner() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("socket");
         let first = Listening::bind(&path).unwrap();

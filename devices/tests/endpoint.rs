@@ -196,7 +196,7 @@ fn a_bar_is_sized_shown_and_moved() {
 }
 
 #[test]
-fn a_vector_that_is_masked_waits() {
+fn masked_vector_stays_pending() {
     let machine = machine();
     machine.endpoint.write(4, &[6]);
     let msix = machine.endpoint.msix().unwrap();
@@ -248,7 +248,7 @@ fn no_message_without_bus_mastering() {
 }
 
 #[test]
-fn what_is_saved_goes_on_elsewhere() {
+fn saved_state_loads_elsewhere() {
     let source = machine();
     source.endpoint.write(0x10, &0x9000_0000_u32.to_le_bytes());
     source.endpoint.write(0x14, &0_u32.to_le_bytes());

@@ -31,7 +31,7 @@ fn check<D: Save>(name: &str, device: &D, load: impl FnOnce(&mut state::LoadScop
 }
 
 #[test]
-fn each_is_saved_and_loaded_as_ever() {
+fn saved_state_is_stable() {
     let line = || InterruptLine::new().unwrap();
     let serial = Serial::new(line(), Box::new(std::io::sink()), |_| {}, || {});
     serial.write(7, &[0x5a]);

@@ -113,7 +113,7 @@ fn says_hello_soon_after_its_first_instruction() {
 }
 
 #[test]
-fn sleeps_by_what_acpi_tells() {
+fn sleeps_by_acpi() {
     let mut machine = Machine::start(&Spec::new(Options::default()));
     machine.expect("ready", ready);
     machine.send(Command::PowerOff);
@@ -121,7 +121,7 @@ fn sleeps_by_what_acpi_tells() {
 }
 
 #[test]
-fn resets_by_what_acpi_tells() {
+fn resets_by_acpi() {
     let mut machine = Machine::start(&Spec::new(Options::default()));
     machine.expect("ready", ready);
     machine.send(Command::Reset);
@@ -129,7 +129,7 @@ fn resets_by_what_acpi_tells() {
 }
 
 #[test]
-fn without_acpi_the_command_line_tells() {
+fn command_line_replaces_acpi() {
     let options = Options {
         cpus: Some(2),
         tsc_khz: Some(1_234_567),
@@ -176,7 +176,7 @@ fn work_that_ends_can_power_off() {
 }
 
 #[test]
-fn what_it_does_not_know_is_refused_by_name() {
+fn rejects_unknown_options() {
     let mut machine = Machine::start(&Spec::new(dirty(1 << 20, None, Order::Linear)));
     assert!(
         matches!(machine.expect("a refusal", refused), CommandError::Memory(mib) if mib > 50 && mib < 64)
@@ -308,7 +308,7 @@ fn dirties_as_fast_as_it_can() {
 }
 
 #[test]
-fn a_byte_that_the_host_changes_is_found() {
+fn detects_changed_byte() {
     let mut machine = Machine::start(&Spec::new(options(Workload::Touch)));
     let (pages, bad, _) = machine.expect("verified", verified);
     assert_eq!(bad, 0);
@@ -418,7 +418,7 @@ fn crashes_as_asked() {
 }
 
 #[test]
-fn starts_in_memory_that_others_have_left_full() {
+fn starts_in_dirty_memory() {
     let spec = Spec {
         vcpus: 2,
         rubbish: true,

@@ -158,7 +158,7 @@ proptest! {
     }
 
     #[test]
-    fn words_of_others_change_nothing(options in all_options(), before in "[a-z.]{1,9}(=[a-z0-9,]{0,9})?") {
+    fn ignores_foreign_options(options in all_options(), before in "[a-z.]{1,9}(=[a-z0-9,]{0,9})?") {
         prop_assume!(before.split('=').next().and_then(Key::parse).is_none());
         let text = format!("{before} {options} {before}");
         prop_assert_eq!(Options::parse(&text), Ok(options), "{}", text);
@@ -173,7 +173,7 @@ proptest! {
     }
 
     #[test]
-    fn a_line_with_a_part_missing_or_too_many_is_none(line in lines()) {
+    fn rejects_incomplete_lines(line in lines()) {
         let text = line.to_string();
         let (all_but_last, _) = text.rsplit_once(' ').unwrap();
         prop_assert_eq!(Line::parse(all_but_last), None);
@@ -189,7 +189,7 @@ proptest! {
     }
 
     #[test]
-    fn a_pattern_is_its_page_s_and_its_generation_s_alone(
+    fn pattern_is_unique_per_page_and_generation(
         page in 0..1_u64 << 40, generation in 1..u64::MAX, other in any::<(u64, u64)>(),
     ) {
         let mut content: Page = [0; WORDS];
@@ -211,7 +211,7 @@ proptest! {
     }
 
     #[test]
-    fn one_counter_tells_each_generation(slots in 1..50_u64, writes in 0..500_u64) {
+    fn counter_names_generation(slots in 1..50_u64, writes in 0..500_u64) {
         let mut counted = vec![0; usize::try_from(slots).unwrap()];
         for write in 0..writes {
             counted[usize::try_from(write % slots).unwrap()] += 1;

@@ -200,7 +200,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nobody_is_inside_while_it_is_closed() {
+    fn closed_gate_excludes_vcpus() {
         let gate = Gate::default();
         let (inside, done) = (AtomicUsize::new(0), AtomicBool::new(false));
         thread::scope(|scope| {

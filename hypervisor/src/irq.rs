@@ -458,7 +458,7 @@ mod tests {
     }
 
     #[test]
-    fn a_change_of_many_routes_is_one_call_and_none_is_none() {
+    fn routes_change_in_one_call() {
         let vm = Kvm::open().unwrap().create_vm().unwrap();
         let routes = vm.irq_routes();
         let before = routes.calls();
@@ -481,7 +481,7 @@ mod tests {
     }
 
     #[test]
-    fn gsis_are_given_back_and_run_out() {
+    fn gsis_are_reused_and_limited() {
         let vm = Kvm::open().unwrap().create_vm().unwrap();
         let routes = vm.irq_routes();
         for _ in 0..100 {

@@ -135,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn a_switch_without_state_is_refused_by_name() {
+    fn rejects_nested_switch_without_state() {
         for (sregs, name) in [
             (with(EFER_SVME, 0), "EFER.SVME"),
             (with(0, CR4_VMXE), "CR4.VMXE"),
@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_survive_and_their_number_is_checked() {
+    fn nested_state_survives_round_trip() {
         let mut buffer = KvmNestedStateBuffer::empty();
         (buffer.flags, buffer.format, buffer.size) = (0x100, 1, 128 + 4096);
         let saved = NestedState::of(&buffer);

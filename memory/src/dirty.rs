@@ -307,7 +307,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn it_is_a_set_of_pages(steps in prop::collection::vec(step(), 0..40)) {
+        fn behaves_like_a_set_of_pages(steps in prop::collection::vec(step(), 0..40)) {
             let bitmap = DirtyBitmap::new(PAGES * PAGE_SIZE as usize);
             let (mut model, mut on) = (BTreeSet::new(), false);
             for step in steps {
@@ -341,7 +341,7 @@ mod tests {
     }
 
     #[test]
-    fn all_of_a_block_is_all_of_it_and_no_more() {
+    fn whole_block_is_marked_exactly() {
         let bitmap = DirtyBitmap::new(65 * PAGE_SIZE as usize);
         bitmap.mark_all();
         assert_eq!(bitmap.take().runs().collect::<Vec<_>>(), [(0, 65)]);

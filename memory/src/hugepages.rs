@@ -38,7 +38,7 @@ mod tests {
     use crate::ram::{RamBlock, RamConfig};
 
     #[test]
-    fn huge_pages_that_are_not_free_are_counted() {
+    fn counts_free_huge_pages() {
         const PAGE: u64 = 2 << 20;
         let Some(free) = free(PAGE) else {
             return;

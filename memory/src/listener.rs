@@ -198,7 +198,7 @@ mod model {
     }
 
     #[test]
-    fn a_handle_dropped_by_the_committing_thread_does_not_wait_for_itself() {
+    fn drop_in_commit_does_not_deadlock() {
         loom::model(|| {
             let gone = Arc::new(AtomicBool::new(false));
             let subscription = Subscription::new(Arc::new(Probe { gone }));

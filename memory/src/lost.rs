@@ -450,7 +450,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_that_is_gone_reads_as_zeros_and_is_told_of() {
+    fn lost_memory_reads_as_zeros() {
         for (pages, shared) in [(1001, false), (1003, true)] {
             let (ram, other) = (block(pages, shared), block(8, shared));
             let (tell, told) = mpsc::channel();
@@ -496,7 +496,7 @@ mod tests {
     }
 
     #[test]
-    fn a_block_takes_the_entry_of_one_that_is_gone() {
+    fn reuses_entries_of_dropped_blocks() {
         let before = entries().count();
         for _ in 0..100 {
             drop(block(3, false));

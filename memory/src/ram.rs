@@ -465,7 +465,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_that_are_none_are_refused() {
+    fn rejects_invalid_sizes() {
         for size in [0, 1, PAGE_SIZE + 1, u64::MAX, u64::MAX - PAGE_SIZE + 1] {
             let refused = RamBlock::new(&RamConfig::anonymous(size)).unwrap_err();
             assert!(
@@ -481,7 +481,7 @@ mod tests {
     }
 
     #[test]
-    fn more_than_the_host_can_map_is_refused_by_the_host() {
+    fn rejects_unmappable_size() {
         let refused = RamBlock::new(&RamConfig::anonymous(1 << 60)).unwrap_err();
         assert!(
             matches!(refused, RamError::Host { attempt: "map", .. }),
@@ -490,7 +490,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_discarded_reads_as_zeros_and_counts_as_written() {
+    fn discarded_memory_is_zero_and_dirty() {
         for shared in [false, true] {
             let config = RamConfig {
                 shared,
@@ -519,7 +519,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_passes_from_one_block_to_the_other() {
+    fn shared_file_moves_to_new_block() {
         let config = RamConfig {
             shared: true,
             ..RamConfig::anonymous(4 * PAGE_SIZE)
@@ -548,7 +548,7 @@ mod tests {
     }
 
     #[test]
-    fn shared_memory_is_what_its_file_holds() {
+    fn shared_memory_matches_file() {
         let config = RamConfig {
             shared: true,
             prefault: true,

@@ -282,7 +282,7 @@ mod tests {
     use crate::ram::RamConfig;
 
     #[test]
-    fn a_page_comes_when_it_is_touched() {
+    fn missing_page_is_filled_on_access() {
         for shared in [false, true] {
             let config = RamConfig {
                 shared,

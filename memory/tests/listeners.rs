@@ -75,7 +75,7 @@ fn place_device(topology: &mut Topology, addr: u64) -> Result<RegionId, CommitEr
 }
 
 #[test]
-fn they_are_told_once_in_the_order_of_their_priorities_and_first_of_what_is_there() {
+fn listeners_run_in_priority_order() {
     let seen = Arc::default();
     let mut topology = Topology::new();
     place_device(&mut topology, 0).unwrap();
@@ -91,7 +91,7 @@ fn they_are_told_once_in_the_order_of_their_priorities_and_first_of_what_is_ther
 }
 
 #[test]
-fn a_refusal_leaves_the_old_map_in_force_and_the_edits_undone() {
+fn refusal_keeps_old_map() {
     let seen = Arc::default();
     let mut topology = Topology::new();
     let (first, second) = (Notes::new("first", &seen), Notes::new("second", &seen));
@@ -111,7 +111,7 @@ fn a_refusal_leaves_the_old_map_in_force_and_the_edits_undone() {
 }
 
 #[test]
-fn a_failure_in_the_middle_ends_the_topology_and_says_why() {
+fn partial_failure_poisons_topology() {
     let mut topology = Topology::new();
     let notes = Notes::new("n", &Arc::default());
     let _handle = topology
@@ -131,7 +131,7 @@ fn a_failure_in_the_middle_ends_the_topology_and_says_why() {
 }
 
 #[test]
-fn a_dropped_handle_ends_the_subscription_also_from_inside_a_callback() {
+fn dropped_handle_ends_subscription() {
     let seen = Arc::default();
     let mut topology = Topology::new();
     let notes = Notes::new("n", &seen);
@@ -209,7 +209,7 @@ fn dropping_a_handle_elsewhere_waits_for_the_callback() {
 }
 
 #[test]
-fn ram_is_unmapped_when_the_last_reader_lets_go() {
+fn ram_is_unmapped_after_last_reader() {
     let mut topology = Topology::new();
     let block = Arc::new(RamBlock::new(&RamConfig::anonymous(0x1000)).unwrap());
     let alive = Arc::downgrade(&block);
@@ -245,7 +245,7 @@ impl DeviceOps for Reader {
 }
 
 #[test]
-fn a_map_that_is_gone_holds_no_device_that_reads_it() {
+fn dropped_map_releases_devices() {
     let mut topology = Topology::new();
     let device = Arc::new(Reader(topology.space(SpaceKind::Memory)));
     let watched = Arc::downgrade(&device);
@@ -262,7 +262,7 @@ fn a_map_that_is_gone_holds_no_device_that_reads_it() {
 }
 
 #[test]
-fn a_window_follows_the_map_and_marks_what_it_writes() {
+fn window_follows_map_and_marks_dirty() {
     let mut topology = Topology::new();
     let block = Arc::new(RamBlock::new(&RamConfig::anonymous(0x4000)).unwrap());
     let mut tx = topology.begin();

@@ -238,7 +238,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 512, ..ProptestConfig::default() })]
 
     #[test]
-    fn the_flat_view_is_what_a_walk_of_the_tree_finds(
+    fn flat_view_matches_tree(
         transactions in prop::collection::vec(prop::collection::vec(edit(), 1..30), 1..6)
     ) {
         let mut topology = Topology::new();
@@ -339,7 +339,7 @@ fn a_commit_without_a_change_does_no_work() {
 }
 
 #[test]
-fn impossible_edits_are_refused_by_name_and_leave_the_map_alone() {
+fn rejects_impossible_edits() {
     let mut topology = Topology::new();
     let block = Arc::new(RamBlock::new(&RamConfig::anonymous(0x1000)).unwrap());
     let mut tx = topology.begin();
@@ -386,7 +386,7 @@ fn impossible_edits_are_refused_by_name_and_leave_the_map_alone() {
 }
 
 #[test]
-fn aliases_that_make_the_tree_too_large_are_refused_at_the_commit() {
+fn rejects_oversized_alias_trees() {
     let mut topology = Topology::new();
     let mut tx = topology.begin();
     let mut last = tx.container("leaf", 0x1000).unwrap();

@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn a_resolution_counts_only_while_it_is_asked_for() {
+    fn resolution_needs_a_doubt() {
         let decision = Decision::default();
         assert!(!decision.resolve(Resolution::Run), "there is no doubt");
         let question = decision.ask(Doubt::HandOver);

@@ -254,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn steps_are_there_after_a_crash_and_a_line_cut_short_is_not() {
+    fn journal_survives_crash() {
         let dir = tempfile::tempdir().unwrap();
         let dir = dir.path().join("migrations");
         assert!(FileJournal::list(&dir).unwrap().is_empty());

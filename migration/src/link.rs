@@ -402,7 +402,7 @@ mod tests {
     }
 
     #[test]
-    fn both_kinds_connect_and_are_closed_from_elsewhere() {
+    fn unix_and_tcp_connect_and_close() {
         let dir = tempfile::tempdir().unwrap();
         let unix = Endpoint::Unix(dir.path().join("m"));
         for endpoint in [unix, Endpoint::Tcp("127.0.0.1:0".to_owned())] {

@@ -282,7 +282,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn versions_meet_or_are_refused() {
+    fn negotiates_version() {
         let mut hello = Hello::new(Uuid::nil(), Channel::Control);
         assert_eq!(hello.version(), Ok(2));
         hello.versions = (1, 9);

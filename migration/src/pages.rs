@@ -314,7 +314,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_sent_arrives(
+        fn sent_pages_arrive(
             before in prop::collection::vec(0_u8..3, 40),
             after in prop::collection::vec(0_u8..3, 40),
         ) {
@@ -340,7 +340,7 @@ mod tests {
         }
 
         #[test]
-        fn nothing_is_written_outside_and_nothing_panics(
+        fn invalid_pages_write_nothing(
             block_index in prop_oneof![Just(0_u32), any::<u32>()],
             count in prop_oneof![0_u32..3, any::<u32>()],
             body in prop::collection::vec(prop_oneof![Just(0_u8), any::<u8>()], 0..60),
@@ -358,7 +358,7 @@ mod tests {
     }
 
     #[test]
-    fn what_reaches_outside_is_refused() {
+    fn rejects_pages_outside_block() {
         let there = [block(4)];
         let run = |block, first, pages| {
             head(

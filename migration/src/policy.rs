@@ -256,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn the_deadline_ends_as_the_policy_says() {
+    fn deadline_follows_policy() {
         let next = |at| policy(at).next(&situation());
         assert_eq!(next(AtDeadline::Cancel), Next::GiveUp);
         assert_eq!(next(AtDeadline::Stop), Next::Stop);
@@ -272,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stop_is_given_up_long_after_it_should_be_over() {
+    fn stop_is_limited() {
         let second = Duration::from_secs(1);
         let mut policy = Policy::default();
         assert_eq!(policy.stop_limit(Duration::ZERO, 0), second * 10);
@@ -288,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stop_that_fits_waits_only_for_what_another_round_gains() {
+    fn stop_waits_for_useful_rounds() {
         let fits = Situation {
             predicted: Duration::from_millis(100),
             ..situation()

@@ -409,7 +409,7 @@ mod tests {
     }
 
     #[test]
-    fn those_who_know_each_other_talk_and_nobody_else() {
+    fn only_trusted_peers_connect() {
         let (ours, theirs) = (Issuer::new(), Issuer::new());
         let good = directory(&ours, &ours, "127.0.0.1");
         let (said, heard) = send(good.path(), good.path());
@@ -431,7 +431,7 @@ mod tests {
 
     /// The same CA signed all of these certificates.
     #[test]
-    fn a_host_of_another_name_may_not_send() {
+    fn rejects_peer_with_other_name() {
         let ours = Issuer::new();
         let (here, there) = (
             directory(&ours, &ours, "127.0.0.1"),
@@ -464,7 +464,7 @@ mod tests {
     }
 
     #[test]
-    fn files_that_cannot_be_used_are_named() {
+    fn names_unusable_files() {
         let ours = Issuer::new();
         let dir = directory(&ours, &ours, "127.0.0.1");
         let endpoint = || Endpoint::Tcp("127.0.0.1:1".to_owned());

@@ -254,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_that_differs_is_named() {
+    fn names_differing_page() {
         let (here, there) = (block(9), [block(9)]);
         let touched = [DirtyBitmap::new(9 * PAGE)];
         touched[0].set_enabled(true);
@@ -319,7 +319,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn each_page_is_hashed_or_excepted_once(dirty in prop::collection::vec(any::<bool>(), 200)) {
+        fn every_page_is_hashed_or_excluded(dirty in prop::collection::vec(any::<bool>(), 200)) {
             let here = [block(200), block(3)];
             let bitmaps = [DirtyBitmap::new(200 * PAGE), DirtyBitmap::new(3 * PAGE)];
             bitmaps[0].set_enabled(true);

@@ -203,7 +203,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_frame_has_these_bytes_for_ever() {
+    fn frame_format_is_stable() {
         let mut bytes = Vec::new();
         write(&mut bytes, Kind::End, &[&[1, 2], &[3]]).unwrap();
         assert_eq!(bytes, [18, 0, 0, 0, 3, 0, 0, 0, 116, 143, 8, 6, 1, 2, 3]);
@@ -261,7 +261,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_written_is_read_and_no_bit_is_lost_unseen(
+        fn frames_survive_and_detect_bit_flips(
             body in prop::collection::vec(any::<u8>(), 0..200),
             bit in any::<prop::sample::Index>(),
         ) {

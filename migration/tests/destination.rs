@@ -272,7 +272,7 @@ const PATIENT: Duration = BOUND;
 const HASTY: Duration = Duration::from_millis(300);
 
 #[test]
-fn a_stranger_does_not_end_the_wait() {
+fn stranger_does_not_end_the_wait() {
     let wait = Wait::new(PATIENT, false);
     let connecting = |report: &Report, code: &str| {
         let error = report.error.as_ref();
@@ -294,7 +294,7 @@ fn a_stranger_does_not_end_the_wait() {
 }
 
 #[test]
-fn a_refused_offer_is_told_to_both_and_another_is_awaited() {
+fn refused_offer_keeps_waiting() {
     let wait = Wait::new(PATIENT, false);
     wait.become_(Mood::Refuses);
     let mut source = wait.offered(Uuid::from_u128(1));
@@ -354,7 +354,7 @@ fn silent_connections_keep_no_source_out() {
 }
 
 #[test]
-fn connections_that_belong_nowhere_are_answered_at_once() {
+fn unknown_connections_are_answered() {
     let wait = Wait::new(PATIENT, false);
     let id = Uuid::from_u128(1);
     let refused = |peer: &mut Peer, code: &str| {
@@ -388,7 +388,7 @@ fn connections_that_belong_nowhere_are_answered_at_once() {
 }
 
 #[test]
-fn a_discarded_guest_is_told_to_a_source_that_asks() {
+fn discard_is_answered_to_source() {
     let mut wait = Wait::new(PATIENT, false);
     let id = Uuid::from_u128(1);
     let (mut source, _ram) = wait.ready(id);
@@ -415,7 +415,7 @@ fn a_discarded_guest_is_told_to_a_source_that_asks() {
 
 /// The operator was promised that the guest does not run there: an order that comes later is refused.
 #[test]
-fn a_decision_counts_against_an_order_that_comes_later() {
+fn discard_wins_over_late_commit() {
     let mut wait = Wait::new(PATIENT, false);
     let id = Uuid::from_u128(1);
     let (mut source, _ram) = wait.ready(id);
@@ -435,7 +435,7 @@ fn a_decision_counts_against_an_order_that_comes_later() {
 
 /// An `Abort` of the source is final: the guest may run there already.
 #[test]
-fn an_abort_counts_against_a_decision_to_run() {
+fn abort_wins_over_run() {
     let mut wait = Wait::new(PATIENT, false);
     let id = Uuid::from_u128(1);
     let (mut source, _ram) = wait.ready(id);
@@ -455,7 +455,7 @@ fn an_abort_counts_against_a_decision_to_run() {
 /// Behind the commit point nothing can be canceled: a source that only shows that it lives must not
 /// hold the guest for ever.
 #[test]
-fn a_source_that_does_not_decide_leaves_it_to_the_operator() {
+fn undecided_source_leaves_doubt() {
     let mut wait = Wait::new(HASTY, false);
     let id = Uuid::from_u128(1);
     let (mut source, _ram) = wait.ready(id);
@@ -475,7 +475,7 @@ fn a_source_that_does_not_decide_leaves_it_to_the_operator() {
 
 /// The guest may have run: the source must not resume it. The guest is lost, and both sides report that.
 #[test]
-fn a_guest_that_may_have_run_never_counts_as_one_that_did_not() {
+fn maybe_run_is_not_never_ran() {
     for (number, mood) in [(1, Mood::MayHaveRun), (2, Mood::PanicsInStart)] {
         let mut wait = Wait::new(PATIENT, false);
         let id = Uuid::from_u128(number);
@@ -498,7 +498,7 @@ fn a_guest_that_may_have_run_never_counts_as_one_that_did_not() {
 }
 
 #[test]
-fn a_panic_before_the_order_leaves_the_guest_at_the_source() {
+fn panic_before_commit_keeps_guest_at_source() {
     let mut wait = Wait::new(PATIENT, false);
     let id = Uuid::from_u128(1);
     wait.become_(Mood::PanicsInLoad);

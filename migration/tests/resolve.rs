@@ -31,7 +31,7 @@ fn until(what: &str, is_so: impl Fn() -> bool) {
 /// The source waits to hear whether its guest runs at the destination. There the operator decides that
 /// it does not: the source is told when it asks, and lets the guest run.
 #[test]
-fn a_discard_at_the_destination_is_told_to_the_source() {
+fn discard_at_destination_reaches_source() {
     let (dialer, mut acceptor) = Dialer::new();
     let way = Arc::clone(&dialer);
     let mut guest = MemoryGuest::with_hook(ram(PAGES), move |moment, _| {

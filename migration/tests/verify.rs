@@ -119,7 +119,7 @@ fn all_pages_are_compared_in_each_mode() {
 }
 
 #[test]
-fn a_page_that_differs_keeps_the_guest_at_the_source_and_is_named() {
+fn differing_page_keeps_guest_at_source() {
     // A page that had content before, and one that was zeros and was never written there.
     for page in [1234, 1500] {
         for spoil in [Spoil::LoseDirtyBit(page), Spoil::TurnBit(1234)] {

@@ -146,7 +146,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn blocks_are_read_as_the_service_writes_them() {
+    fn parses_event_blocks() {
         assert_eq!(parse(b":\n\n").unwrap(), None);
         for (data, count) in [
             (r#"{"oldest":7}"#, None),

@@ -70,7 +70,7 @@ fn config() -> VmConfig {
 }
 
 #[tokio::test]
-async fn a_vm_lives_and_ends_by_name() {
+async fn vm_lifecycle_by_name() {
     let served = Served::start(Fake::default(), Bounds::default(), false);
     let client = served.client();
     assert_eq!(client.ping().await.unwrap().version, "1.2.3");
@@ -113,7 +113,7 @@ async fn a_vm_lives_and_ends_by_name() {
 }
 
 #[tokio::test]
-async fn a_vm_lives_and_ends_on_its_own_socket() {
+async fn vm_lifecycle_on_own_socket() {
     let served = Served::start(Fake::default(), Bounds::default(), true);
     let client = served.client();
     client.vm_create(&config()).await.unwrap();
@@ -147,7 +147,7 @@ async fn a_vm_lives_and_ends_on_its_own_socket() {
 }
 
 #[tokio::test]
-async fn a_problem_tells_every_field() {
+async fn problem_lists_every_field() {
     let served = Served::start(Fake::default(), Bounds::default(), true);
     let mut config = config();
     config.memory.size = 4097;
@@ -161,7 +161,7 @@ async fn a_problem_tells_every_field() {
 }
 
 #[tokio::test]
-async fn nobody_there_is_said_by_name() {
+async fn missing_service_is_named() {
     let directory = tempfile::tempdir().unwrap();
     let missing = directory.path().join("no.sock");
     let error = Client::unix(&missing).ping().await.unwrap_err();
@@ -187,7 +187,7 @@ async fn nobody_there_is_said_by_name() {
 }
 
 #[tokio::test]
-async fn who_is_not_a_service_is_not_understood() {
+async fn rejects_peer_that_is_no_service() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("other.sock");
     let listener = tokio::net::UnixListener::bind(&path).unwrap();
@@ -222,7 +222,7 @@ async fn who_is_not_a_service_is_not_understood() {
 
 /// The service closes an idle connection, and restarts.
 #[tokio::test]
-async fn connections_are_kept_and_made_anew() {
+async fn connections_are_reused_and_reopened() {
     let header_read_timeout = Duration::from_millis(100);
     let bounds = Bounds {
         header_read_timeout,
@@ -261,7 +261,7 @@ fn client_about() -> VmmPingResponse {
 }
 
 #[tokio::test]
-async fn calls_at_a_time_do_not_wait_for_each_other() {
+async fn concurrent_calls_do_not_block() {
     let delay = Duration::from_millis(300);
     let served = Served::start(
         Fake {
@@ -295,7 +295,7 @@ async fn calls_at_a_time_do_not_wait_for_each_other() {
 }
 
 #[tokio::test]
-async fn a_slow_service_is_not_waited_for_for_ever() {
+async fn slow_service_times_out() {
     let delay = Duration::from_secs(2);
     let served = Served::start(
         Fake {

@@ -29,7 +29,7 @@ fn operations(document: &Value) -> Vec<(String, String, Value)> {
 }
 
 #[test]
-fn the_committed_document_is_what_the_server_says() {
+fn committed_document_is_current() {
     let mut generated = api::document().to_pretty_json().unwrap();
     generated.push('\n');
     if std::env::var_os("UPDATE_OPENAPI").is_some() {
@@ -168,7 +168,7 @@ fn every_operation_of_the_own_face_declares_all_its_errors() {
 }
 
 #[test]
-fn everything_is_explained_and_no_reference_dangles() {
+fn every_item_has_a_description() {
     let document = document();
     for (method, path, operation) in operations(&document) {
         assert!(
@@ -284,7 +284,7 @@ fn facts() -> Facts {
 }
 
 #[test]
-fn cloud_hypervisors_operations_are_all_here() {
+fn has_all_cloud_hypervisor_operations() {
     let document = document();
     let facts = facts();
     assert_eq!(facts.operations.len(), 31);
@@ -329,7 +329,7 @@ const STRICTER: &[(&str, &[&str])] = &[
 const SENT: &[&str] = &["VmmPingResponse", "VmInfo", "DeviceNode", "PciDeviceInfo"];
 
 #[test]
-fn cloud_hypervisors_bodies_mean_the_same_here() {
+fn has_cloud_hypervisor_bodies() {
     let document = document();
     let facts = facts();
     assert!(facts.fields.len() > 40 && facts.values.len() > 5);

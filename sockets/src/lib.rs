@@ -314,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_is_private_and_leaves_nothing_behind() {
+    fn socket_is_private_and_removed() {
         let (directory, path) = socket();
         let listener = BoundSocket::bind(&path).unwrap();
         assert_eq!(
@@ -327,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn a_second_listener_on_a_live_socket_is_refused_by_name() {
+    fn rejects_second_listener() {
         let (_directory, path) = socket();
         let first = BoundSocket::bind(&path).unwrap();
         let refusal = BoundSocket::bind(&path).unwrap_err().to_string();
@@ -345,7 +345,7 @@ mod tests {
     }
 
     #[test]
-    fn the_socket_of_a_dead_program_is_taken_over() {
+    fn replaces_socket_of_dead_program() {
         let (_directory, path) = socket();
         // As `kill -9` leaves it: the file without a listener, and a lock file that nobody holds.
         drop(UnixListener::bind(&path).unwrap());
@@ -356,7 +356,7 @@ mod tests {
     }
 
     #[test]
-    fn a_live_socket_without_a_lock_is_respected() {
+    fn keeps_live_socket_without_lock() {
         let (_directory, path) = socket();
         let _other = UnixListener::bind(&path).unwrap();
         assert!(matches!(
@@ -368,7 +368,7 @@ mod tests {
 
     /// A program that accepts nothing is alive all the same, and nobody waits for it.
     #[test]
-    fn a_full_backlog_is_not_waited_for() {
+    fn does_not_wait_for_full_backlog() {
         let (_directory, path) = socket();
         let _other = UnixListener::bind(&path).unwrap();
         let mut waiting = Vec::new();
@@ -386,7 +386,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_is_never_replaced() {
+    fn never_replaces_a_file() {
         let (_directory, path) = socket();
         fs::write(&path, "precious").unwrap();
         assert!(matches!(
@@ -397,7 +397,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_that_cannot_be_is_named() {
+    fn rejects_invalid_path() {
         let (directory, path) = socket();
         let missing = path.join("deeper.sock");
         let refusal = BoundSocket::bind(&missing).unwrap_err().to_string();
@@ -411,7 +411,7 @@ mod tests {
 
     /// Many start at once over a stale file: exactly one listens, whatever the order.
     #[test]
-    fn of_many_that_start_at_once_one_listens() {
+    fn one_of_many_starters_listens() {
         for _ in 0..20 {
             let (_directory, path) = socket();
             drop(UnixListener::bind(&path).unwrap());
@@ -435,7 +435,7 @@ mod tests {
 
     /// Programs come and go on one socket, cleanly and as if killed: there are never two.
     #[test]
-    fn of_many_that_come_and_go_one_listens_at_a_time() {
+    fn one_listener_at_a_time() {
         let (_directory, path) = socket();
         let (alive, listened) = (AtomicUsize::new(0), AtomicUsize::new(0));
         let churn = |killed: bool| {

@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn an_apic_id_that_is_too_long_or_of_nothing_is_none() {
+    fn rejects_oversized_apic_id() {
         let huge = CpuTopology {
             threads_per_core: u32::MAX,
             cores_per_die: u32::MAX,

@@ -88,7 +88,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_written_of_descriptors_is_how_many_there_are() {
+    fn descriptors_serialize_as_count() {
         let open = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
         let two = Descriptors::new(vec![open(), open()]);
         assert_eq!(two.duplicate().unwrap().len(), 2);

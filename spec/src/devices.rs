@@ -359,7 +359,7 @@ mod tests {
     }
 
     #[test]
-    fn an_image_names_other_files_only_where_its_format_is_said() {
+    fn other_files_need_image_type() {
         for field in ["backing_files", "data_files"] {
             let problems = |more: &str| {
                 let body = format!(r#"{{"path":"/d","{field}":true{more}}}"#);
@@ -477,7 +477,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tap_by_descriptors_has_one_a_pair_and_no_other_name() {
+    fn tap_descriptors_match_queue_pairs() {
         let found = |json: &str, count: usize| {
             let open = || std::fs::File::open("/dev/null").unwrap().into();
             let mut net: NetConfig = serde_json::from_str(json).unwrap();
@@ -522,7 +522,7 @@ mod tests {
     }
 
     #[test]
-    fn more_devices_than_a_vm_can_have_are_refused_with_their_number() {
+    fn rejects_too_many_devices() {
         let disks = |count| format!("[{}]", vec![r#"{"path":"/a"}"#; count].join(","));
         assert_eq!(found(&disks(62)), []);
         let of_disks = ("/disks".to_owned(), "out-of-range".to_owned());
@@ -550,7 +550,7 @@ mod tests {
     }
 
     #[test]
-    fn two_devices_of_one_name_are_refused() {
+    fn rejects_duplicate_device_id() {
         let twice = found(r#"[{"path":"/a","id":"x"},{"path":"/b","id":"x"}]"#);
         assert_eq!(twice, [("/disks/1/id".to_owned(), "duplicate".to_owned())]);
     }

@@ -143,7 +143,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_device_has_a_name_of_its_own_and_can_be_found_by_it() {
+    fn device_names_are_unique() {
         let mut config: VmConfig = serde_json::from_str(
             r#"{"payload":{"kernel":"/k"},"disks":[{"path":"/a"},{"path":"/b","id":"_disk0"},{"path":"/c"}],
                 "net":[{}],"vsock":{"cid":3,"socket":"/s"},"balloon":{"size":0}}"#,
@@ -175,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn an_interface_has_an_address_of_its_own_and_keeps_it() {
+    fn interface_keeps_generated_mac() {
         let mut config: VmConfig = serde_json::from_str(
             r#"{"payload":{"kernel":"/k"},"net":[{},{"mac":"52:54:00:12:34:56"},{}]}"#,
         )

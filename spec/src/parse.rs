@@ -163,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_say_what_and_where() {
+    fn errors_name_field_and_position() {
         assert!(matches!(
             error("{"),
             ParseError::Malformed {

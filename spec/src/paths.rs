@@ -133,7 +133,7 @@ mod tests {
 
     /// A pseudo terminal's path is told in `file`, and is not opened from there.
     #[test]
-    fn a_path_that_the_mode_does_not_use_is_not_named() {
+    fn ignores_paths_unused_by_mode() {
         let body = br#"{"payload":{},"serial":{"mode":"Pty","file":"/dev/pts/1"}}"#;
         let config: VmConfig = crate::parse(body).unwrap();
         assert!(

@@ -332,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_client_sends_by_default_is_fine() {
+    fn accepts_default_config() {
         assert_eq!(good().validate(&HOST), Ok(()));
         let sent = r#"{"payload":{"kernel":"/k"},"cpus":{"boot_vcpus":2,"max_vcpus":2},
             "memory":{"size":536870912,"hotplug_method":"Acpi","shared":false,"thp":true},
@@ -418,7 +418,7 @@ mod tests {
     }
 
     #[test]
-    fn all_problems_are_told_at_once() {
+    fn reports_all_problems_at_once() {
         let all = found(|c| {
             c.memory.size = 1;
             c.pvpanic = true;

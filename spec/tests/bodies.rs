@@ -59,7 +59,7 @@ fn objects(value: &Value, at: &str, found: &mut Vec<String>) {
 }
 
 #[test]
-fn every_object_refuses_a_field_that_nobody_knows() {
+fn rejects_unknown_fields() {
     let mut pointers = Vec::new();
     objects(&every_device(), "", &mut pointers);
     assert!(pointers.len() > 20);
@@ -76,7 +76,7 @@ fn every_object_refuses_a_field_that_nobody_knows() {
 }
 
 #[test]
-fn every_device_is_read_and_refused_by_name() {
+fn unsupported_devices_are_refused_by_name() {
     let config = read(&every_device()).unwrap();
     let problems = config.validate(&HOST).unwrap_err();
     let mut refused: Vec<_> = problems.iter().map(|p| p.pointer.as_str()).collect();
@@ -100,7 +100,7 @@ fn every_device_is_read_and_refused_by_name() {
 /// Nothing is accepted and then ignored: a switch that this version does not know how to turn is
 /// refused when it is not as it would be by itself.
 #[test]
-fn every_switch_is_heeded_or_refused() {
+fn every_switch_has_an_effect_or_is_refused() {
     let heeded = [
         "/memory/hugepages",
         "/memory/mergeable",
@@ -140,7 +140,7 @@ fn every_switch_is_heeded_or_refused() {
 }
 
 #[test]
-fn a_configuration_is_the_same_after_a_round_trip() {
+fn config_survives_round_trip() {
     let config = read(&every_device()).unwrap();
     let again = serde_json::to_vec(&config).unwrap();
     assert_eq!(parse::<VmConfig>(&again), Ok(config));
@@ -169,7 +169,7 @@ fn any_vm() -> impl Strategy<Value = Value> {
 
 proptest! {
     #[test]
-    fn what_is_read_can_be_written_and_judged(body in any_vm()) {
+    fn parsed_config_can_be_written_and_validated(body in any_vm()) {
         let config = read(&body).unwrap();
         let written = serde_json::to_vec(&config).unwrap();
         prop_assert_eq!(&parse::<VmConfig>(&written).unwrap(), &config);
@@ -200,7 +200,7 @@ proptest! {
     }
 
     #[test]
-    fn a_size_is_the_number_and_its_unit(number in 0u64..1 << 20, unit in 0usize..5) {
+    fn parses_sizes(number in 0u64..1 << 20, unit in 0usize..5) {
         let text = format!("{number}{}", ["", "K", "M", "G", "T"][unit]);
         prop_assert_eq!(options::size(&text), Some(number << (10 * unit)));
     }

@@ -227,7 +227,7 @@ fn fields(schema: &Value, all: &Map<String, Value>, at: &str, found: &mut BTreeS
 }
 
 #[test]
-fn no_field_is_taken_and_forgotten() {
+fn every_field_has_an_effect() {
     let mut named = Vec::new();
     VmConfig::schemas(&mut named);
     let all = named

@@ -61,7 +61,7 @@ const GOLDEN: &[u8] = b"WHSTATE\0\x01\0\0\0\x01\0\0\0\x39\x81\x14\x21\
     \x05\0\x01\0\x08\0\0\0\xd5\x46\xaa\xb9timer\xa1\x65count\x07";
 
 #[test]
-fn the_bytes_of_the_first_version_are_read_and_written() {
+fn reads_and_writes_first_version() {
     assert_eq!(
         saved("timer", &V1 { count: 7 }).escape_ascii().to_string(),
         GOLDEN.escape_ascii().to_string()
@@ -144,7 +144,7 @@ fn rejects_unknown_versions() {
 }
 
 #[test]
-fn a_body_that_is_not_what_its_version_says_is_refused() {
+fn rejects_body_of_wrong_version() {
     #[derive(Serialize, Deserialize)]
     struct More {
         count: u8,
@@ -180,7 +180,7 @@ fn nesting_is_limited() {
 }
 
 #[test]
-fn a_writer_obeys_the_limits_that_a_store_checks() {
+fn writer_obeys_store_limits() {
     let mut writer = Writer::default();
     let long = Any::<1>(vec![("x".repeat(limits::SECTION_LEN), 0)]);
     let error = writer.scope("a").unwrap().put(&long).unwrap_err();
@@ -343,7 +343,7 @@ proptest! {
 
 /// Lengths in CBOR that promise far more than the section holds cost no memory.
 #[test]
-fn a_length_that_lies_is_an_error() {
+fn rejects_wrong_lengths() {
     for lie in [
         &b"\xa2\x65count\x01\x64data\x9b\x7f\xff\xff\xff\xff\xff\xff\xff"[..],
         b"\xbb\x7f\xff\xff\xff\xff\xff\xff\xff",

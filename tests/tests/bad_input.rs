@@ -24,7 +24,7 @@ fn problem<T: std::fmt::Debug>(result: Result<T, ClientError>) -> Result<Problem
 type Spoil = fn(&mut VmConfig);
 
 #[tokio::test]
-async fn configurations_that_cannot_be_are_refused_by_field() -> Result<()> {
+async fn rejects_invalid_configs_by_field() -> Result<()> {
     let service = Service::start(Face::Many).await?;
     let (good, _) = service.pocket("vm", Options::default())?;
     let spoiled: [(&str, u16, Spoil); 9] = [
@@ -60,7 +60,7 @@ async fn configurations_that_cannot_be_are_refused_by_field() -> Result<()> {
 }
 
 #[tokio::test]
-async fn payloads_that_cannot_be_are_named_at_boot() -> Result<()> {
+async fn rejects_invalid_payloads_at_boot() -> Result<()> {
     let service = Service::start(Face::Many).await?;
     let (good, _) = service.pocket("vm", Options::default())?;
     let path = |name: &str| service.path(name).to_string_lossy().into_owned();
@@ -100,7 +100,7 @@ fn put(path: &str, body: &str) -> String {
 }
 
 #[tokio::test]
-async fn bodies_that_cannot_be_read_are_explained() -> Result<()> {
+async fn explains_unparsable_bodies() -> Result<()> {
     let service = Service::start(Face::One).await?;
     let large = format!("\"{}\"", "x".repeat(2 << 20));
     for (body, status, says) in [
@@ -130,7 +130,7 @@ async fn bodies_that_cannot_be_read_are_explained() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_guest_that_cannot_be_emulated_is_explained() -> Result<()> {
+async fn explains_emulation_failure() -> Result<()> {
     let service = Service::start(Face::Many).await?;
     let options = Options {
         workload: Workload::Crash(Crash::TripleFault),
@@ -145,7 +145,7 @@ async fn a_guest_that_cannot_be_emulated_is_explained() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_second_service_on_a_live_socket_is_refused_and_the_first_lives_on() -> Result<()> {
+async fn second_service_on_socket_is_refused() -> Result<()> {
     let mut service = Service::start(Face::Many).await?;
     let program = std::env::current_exe()?;
     let program = program
@@ -184,7 +184,7 @@ async fn doubled_signal_ends_in_order() -> Result<()> {
 /// systemd starts services as session leaders without a terminal. The first terminal that one opens
 /// could become its controlling terminal, and end the service when it goes.
 #[tokio::test]
-async fn a_pseudo_terminal_that_goes_does_not_end_the_service() -> Result<()> {
+async fn closed_pty_does_not_end_service() -> Result<()> {
     let mut service = Service::start_in_session().await?;
     let (mut config, _) = service.pocket("vm", Options::default())?;
     config.serial = SerialConfig::with_mode(ConsoleMode::Pty);

@@ -384,7 +384,7 @@ const BEFORE_READY: [(Side, &str, usize); 8] = [
 ];
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_source_that_is_killed_at_any_step() {
+async fn source_killed_at_any_step() {
     let at = |(from, name, nth), ends| case(from, name, nth, Blow::Kill(Source), ends);
     let first = BEFORE_PREPARED.map(|frame| at(frame, Ends::Unheard));
     let early = first.into_iter();
@@ -438,7 +438,7 @@ async fn a_source_that_is_killed_at_any_step() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_destination_that_is_killed_at_any_step() {
+async fn destination_killed_at_any_step() {
     let early = BEFORE_PREPARED
         .into_iter()
         .chain(BEFORE_READY)
@@ -485,7 +485,7 @@ async fn a_destination_that_is_killed_at_any_step() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_side_that_is_killed_while_pages_follow() {
+async fn side_killed_in_postcopy() {
     let half = |from, name, nth, blow| Case {
         mode: MemoryMode::Postcopy,
         ..case(from, name, nth, blow, Ends::LostInHalves)
@@ -503,7 +503,7 @@ async fn a_side_that_is_killed_while_pages_follow() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stream_that_is_harmed_at_any_step() {
+async fn stream_damaged_at_any_step() {
     let harms = [Verdict::Cut, Verdict::Truncate, Verdict::Corrupt];
     let early = BEFORE_READY.into_iter().chain([(Destination, "Ready", 0)]);
     let early = early.map(|(from, name, nth)| (from, name, nth, Ends::AtSource));
@@ -540,7 +540,7 @@ async fn a_stream_that_is_harmed_at_any_step() {
 
 /// Silence is a lost connection, after ten seconds; slowness is not.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stream_that_stalls_and_one_that_is_slow() {
+async fn stalled_and_slow_streams() {
     let stall = Blow::Fault(Verdict::Stall);
     let late = Blow::Fault(Verdict::Late(Duration::from_secs(3)));
     let mut cases = vec![
@@ -565,7 +565,7 @@ async fn a_stream_that_stalls_and_one_that_is_slow() {
 /// A service that is stopped and continued (SIGSTOP, SIGCONT) finds its blocking calls interrupted
 /// (`EINTR`). That is no reason for a migration to fail, in any phase and at either side.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_side_that_is_frozen_at_any_step() {
+async fn side_frozen_at_any_step() {
     let hand_over = [
         (Destination, "Ready", 0),
         (Source, "Commit", 0),

@@ -157,7 +157,7 @@ fn descriptors(service: &Service) -> usize {
 }
 
 #[tokio::test]
-async fn whoever_leaves_or_lies_before_an_offer_is_accepted_does_not_end_the_wait() {
+async fn bad_offer_does_not_end_the_wait() {
     let stage = Stage::new().await;
     let mut id = 0;
     let mut next = || {
@@ -216,7 +216,7 @@ async fn whoever_leaves_or_lies_before_an_offer_is_accepted_does_not_end_the_wai
 }
 
 #[tokio::test]
-async fn eleven_hundred_connections_take_neither_descriptors_nor_places() {
+async fn many_connections_exhaust_nothing() {
     let stage = Stage::new().await;
     let before = descriptors(&stage.destination);
     let (mut silent, mut greeted) = (Vec::new(), Vec::new());
@@ -245,7 +245,7 @@ async fn eleven_hundred_connections_take_neither_descriptors_nor_places() {
 }
 
 #[tokio::test]
-async fn a_source_that_was_accepted_and_says_nothing_is_given_up() {
+async fn silent_source_times_out() {
     let mut stage = Stage::new().await;
     let held = stage.prepared(Uuid::from_u128(1));
     // Meanwhile it has the place.
@@ -257,7 +257,7 @@ async fn a_source_that_was_accepted_and_says_nothing_is_given_up() {
 }
 
 #[tokio::test]
-async fn channels_and_frames_that_cannot_be_are_refused() {
+async fn rejects_unexpected_channels_and_frames() {
     let mut stage = Stage::new().await;
     let outside = {
         // Of block 0, one run: a page far behind its end.
@@ -293,7 +293,7 @@ async fn channels_and_frames_that_cannot_be_are_refused() {
 
 /// The journal of a migration in progress says how far it is, and not what will become of it.
 #[tokio::test]
-async fn a_question_about_a_migration_in_progress_elsewhere_is_no_never_ran() {
+async fn question_elsewhere_is_not_never_ran() {
     let mut stage = Stage::new().await;
     let other = Endpoint::Unix(stage.destination.path("other"));
     wait_at(&stage.destination, &other).await;
@@ -318,7 +318,7 @@ async fn a_question_about_a_migration_in_progress_elsewhere_is_no_never_ran() {
 
 /// The other way round: the destination is hostile.
 #[tokio::test]
-async fn a_destination_decides_no_number_of_connections() {
+async fn destination_cannot_raise_connections() {
     let stage = Stage::new().await;
     for connections in [u16::MAX, 0] {
         let at = Endpoint::Unix(stage.source.path(format!("hostile-{connections}")));

@@ -70,7 +70,7 @@ async fn a_guest_moves_between_two_services_and_back() {
 }
 
 #[tokio::test]
-async fn one_vm_a_socket_moves_as_cloud_hypervisors_clients_ask() {
+async fn one_vm_socket_migrates() {
     let (a, b) = tokio::join!(Service::start(Face::One), Service::start(Face::One));
     let (a, b) = (a.unwrap(), b.unwrap());
     let (_, port) = dirtier::boot(&a).await.unwrap();
@@ -104,7 +104,7 @@ async fn one_vm_a_socket_moves_as_cloud_hypervisors_clients_ask() {
 
 /// The destination dies while memory is copied: the guest runs on, and moves with the next attempt.
 #[tokio::test]
-async fn a_destination_that_dies_costs_nothing() {
+async fn dead_destination_keeps_guest_at_source() {
     let mut services = pair().await;
     let (vm, port) = dirtier::boot(&services[0]).await.unwrap();
     let waiting = receive(&services[1]).await;
@@ -144,7 +144,7 @@ async fn a_destination_that_dies_costs_nothing() {
 
 /// The source dies while memory is copied: nothing is left at the destination.
 #[tokio::test]
-async fn a_source_that_dies_leaves_nothing_half_done() {
+async fn dead_source_leaves_no_vm() {
     let mut services = pair().await;
     let (vm, _) = dirtier::boot(&services[0]).await.unwrap();
     let waiting = receive(&services[1]).await;

@@ -42,7 +42,7 @@ fn refused_with(result: &Result<(), ClientError>, status: u16) {
 }
 
 #[tokio::test]
-async fn a_paused_guest_prints_nothing_and_goes_on_when_resumed() -> Result<()> {
+async fn pause_and_resume() -> Result<()> {
     let service = Service::start(Face::Many).await?;
     let (vm, serial) = service.boot_pocket("vm", beating()).await?;
     beats(&serial).await?;
@@ -65,7 +65,7 @@ async fn a_paused_guest_prints_nothing_and_goes_on_when_resumed() -> Result<()> 
 }
 
 #[tokio::test]
-async fn two_vms_run_at_once_and_end_apart() -> Result<()> {
+async fn two_vms_run_independently() -> Result<()> {
     let service = Service::start(Face::Many).await?;
     let (one, one_serial) = service.boot_pocket("one", beating()).await?;
     let (two, two_serial) = service.boot_pocket("two", beating()).await?;
@@ -98,7 +98,7 @@ async fn a_reboot_starts_the_guest_anew() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_crash_is_explained_and_the_others_live_on() -> Result<()> {
+async fn crash_ends_only_its_vm() -> Result<()> {
     let service = Service::start(Face::Many).await?;
     let (other, serial) = service.boot_pocket("other", beating()).await?;
     beats(&serial).await?;
@@ -120,7 +120,7 @@ async fn a_crash_is_explained_and_the_others_live_on() -> Result<()> {
 
 /// Every order in every state in which it makes no sense.
 #[tokio::test]
-async fn orders_in_the_wrong_state_are_refused_and_change_nothing() -> Result<()> {
+async fn rejects_requests_in_wrong_state() -> Result<()> {
     let service = Service::start(Face::Many).await?;
     let client = service.client();
     let (config, serial) = service.pocket("vm", beating())?;
@@ -237,7 +237,7 @@ async fn after_a_kill_the_next_start_takes_the_socket_over() -> Result<()> {
 
 /// The calls and answers that Cloud Hypervisor's clients make and expect.
 #[tokio::test]
-async fn one_vm_on_a_socket_lives_its_life() -> Result<()> {
+async fn one_vm_socket_lifecycle() -> Result<()> {
     let mut service = Service::start(Face::One).await?;
     let (config, serial) = service.pocket("vm", beating())?;
     let client = service.client().clone();

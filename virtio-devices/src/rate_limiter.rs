@@ -347,7 +347,7 @@ mod tests {
     }
 
     #[test]
-    fn a_burst_is_spent_once_and_a_large_request_pays_later() {
+    fn burst_is_spent_once() {
         let start = Instant::now();
         let mut limiter = RateLimiter::new(limits(100, 50), start);
         limiter.begin(150, start).unwrap();
@@ -369,7 +369,7 @@ mod tests {
     }
 
     #[test]
-    fn queues_share_a_limit_and_who_comes_again_does_not_find_it_new() {
+    fn queues_share_a_limit() {
         let slow = RateLimits {
             ops: Some(BucketConfig {
                 size: 3,
@@ -396,7 +396,7 @@ mod tests {
     }
 
     #[test]
-    fn a_request_that_wants_a_full_bucket_is_not_passed_by_small_ones() {
+    fn large_request_is_not_starved() {
         let shared = SharedLimiter::new(RateLimits {
             bandwidth: Some(BucketConfig {
                 size: 1000,
@@ -416,7 +416,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn over_time_no_more_passes_than_the_limit(requests in prop::collection::vec(1_u64..500, 1..200)) {
+        fn average_rate_stays_below_limit(requests in prop::collection::vec(1_u64..500, 1..200)) {
             let start = Instant::now();
             let mut now = start;
             let mut limiter = RateLimiter::new(limits(1000, 0), start);

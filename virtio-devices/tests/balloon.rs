@@ -94,7 +94,7 @@ impl Machine {
 }
 
 #[test]
-fn what_is_in_the_balloon_is_the_hosts() {
+fn inflated_pages_return_to_host() {
     let mut machine = machine(STATS);
     assert_eq!(machine.config(), [512, 0]);
     machine.guest.write(4 * MIB, &vec![7; MIB as usize]);
@@ -127,7 +127,7 @@ fn what_is_in_the_balloon_is_the_hosts() {
 }
 
 #[test]
-fn the_guest_tells_of_its_memory_when_it_is_asked() {
+fn guest_reports_statistics() {
     let mut machine = machine(STATS);
     let told = |machine: &mut Machine, free: u64| {
         let mut raw = Vec::new();
@@ -163,7 +163,7 @@ fn the_guest_tells_of_its_memory_when_it_is_asked() {
 }
 
 #[test]
-fn what_the_guest_does_not_use_is_the_hosts() {
+fn reported_free_pages_return_to_host() {
     // Without the queue for statistics, this one is the third.
     let mut machine = machine(REPORTING);
     machine.guest.write(4 * MIB, &vec![7; 3 * MIB as usize]);
@@ -180,7 +180,7 @@ fn what_the_guest_does_not_use_is_the_hosts() {
 }
 
 #[test]
-fn a_balloon_goes_on_from_what_was_saved() {
+fn balloon_state_is_restored() {
     let mut machine = machine(STATS);
     machine.handle.resize(3 * MIB);
     machine.device.write_config(4, &99_u32.to_le_bytes());
@@ -204,7 +204,7 @@ fn a_balloon_goes_on_from_what_was_saved() {
 }
 
 #[test]
-fn a_list_that_is_longer_than_any_drivers_breaks_the_rules() {
+fn oversized_page_list_breaks_device() {
     let mut machine = machine(STATS);
     machine.guest.write(4 * MIB, &[7; 2]);
     machine.name_pages(0, 1024..2048);

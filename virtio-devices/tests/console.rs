@@ -37,7 +37,7 @@ fn buffer(addr: u64, len: u32, writable: bool) -> TestBuffer {
 }
 
 #[test]
-fn what_is_typed_is_read_and_what_is_written_is_seen() {
+fn console_transfers_both_ways() {
     let (_event_loop, workers) = workers();
     let (paper, rooms) = (Paper::default(), Arc::new(AtomicUsize::new(0)));
     let told = Arc::clone(&rooms);
@@ -108,7 +108,7 @@ fn what_is_typed_is_read_and_what_is_written_is_seen() {
 /// One request over the same RAM again and again, of which each turn takes a part: others have their
 /// turn in between, and a stop in the middle of it neither loses nor repeats a byte of the next.
 #[test]
-fn a_request_of_gigabytes_is_passed_on_in_turns() {
+fn huge_request_is_split() {
     let (event_loop, workers) = workers();
     let paper = Paper::default();
     let (mut device, handle) = Console::new(Box::new(paper.clone()), || {}, workers);
@@ -153,7 +153,7 @@ fn a_request_of_gigabytes_is_passed_on_in_turns() {
 }
 
 #[test]
-fn buffers_without_room_do_not_keep_the_loop() {
+fn empty_buffers_do_not_block_loop() {
     let (_event_loop, workers) = workers();
     let (mut device, handle) = Console::new(Box::new(io::sink()), || {}, workers);
     let mut guest = TestGuest::new(1 << 20);

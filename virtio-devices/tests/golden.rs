@@ -61,7 +61,7 @@ fn check(name: &str, version: u16, make: impl FnOnce(Workers) -> Box<dyn VirtioD
 }
 
 #[test]
-fn each_device_is_saved_and_loaded_as_ever() {
+fn device_state_is_stable() {
     check("rng", 1, |workers| {
         Box::new(Rng::new(Path::new("/dev/urandom"), RateLimits::default(), workers).unwrap())
     });
@@ -104,7 +104,7 @@ impl BarMap for Nothing {
 }
 
 #[test]
-fn the_transport_is_saved_and_loaded_as_ever() {
+fn transport_state_is_stable() {
     let guest = TestGuest::new(1 << 20);
     let (_event_loop, workers) = workers();
     let space = guest.space();

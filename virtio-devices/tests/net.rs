@@ -275,7 +275,7 @@ fn datagrams_come_and_go_across_pulses() {
 }
 
 #[test]
-fn a_guest_is_announced_and_says_that_it_heard() {
+fn guest_is_announced() {
     let mut machine = machine(2);
     let status = |machine: &Machine| {
         let mut data = [0; 2];
@@ -316,7 +316,7 @@ fn a_guest_is_announced_and_says_that_it_heard() {
 }
 
 #[test]
-fn offloads_that_the_guest_turned_off_stay_off_where_it_goes() {
+fn disabled_offloads_survive_migration() {
     let mut machine = machine(5);
     let save = |machine: &Machine| {
         let mut writer = Writer::default();
@@ -357,7 +357,7 @@ fn offloads_that_the_guest_turned_off_stay_off_where_it_goes() {
 }
 
 #[test]
-fn frames_that_are_none_are_dropped_and_counted() {
+fn invalid_frames_are_counted() {
     let mut machine = machine(3);
     let data = machine.guest.alloc(4096);
     for len in [1, 11] {
@@ -381,7 +381,7 @@ fn frames_that_are_none_are_dropped_and_counted() {
 }
 
 #[test]
-fn a_tap_that_cannot_be_used_is_refused_by_name() {
+fn rejects_unusable_tap() {
     let (_event_loop, workers) = workers();
     let refused = |name: &str, net| Net::new(config(name, net), workers.clone()).err().unwrap();
     for name in ["", "a name", "sixteen-letters-", "a/b"] {

@@ -210,7 +210,7 @@ impl Machine {
 }
 
 #[test]
-fn a_driver_finds_negotiates_and_is_served() {
+fn driver_negotiates_and_is_served() {
     let mut machine = machine();
     assert_eq!(machine.config(0), 0x1044_1af4);
     machine.device.write(4, &[6, 0]);
@@ -247,7 +247,7 @@ fn a_driver_finds_negotiates_and_is_served() {
 }
 
 #[test]
-fn a_guest_that_breaks_the_rules_stops_its_device_and_can_start_again() {
+fn broken_device_recovers_by_reset() {
     let mut machine = machine();
     machine.device.write(4, &[6, 0]);
     let mut queue = TestQueue::new(&mut machine.guest, 0, 16);
@@ -434,7 +434,7 @@ fn torn_read_of_config_space_changes_generation() {
 }
 
 #[test]
-fn the_bar_is_within_reach_of_configuration_space() {
+fn bar_is_accessible_by_config_space() {
     let machine = machine();
     let mut at = (machine.config(0x34) & 0xff) as usize;
     while machine.config(at).to_le_bytes()[3] != 5 || machine.config(at) & 0xff != 9 {
@@ -451,7 +451,7 @@ fn the_bar_is_within_reach_of_configuration_space() {
 }
 
 #[test]
-fn what_is_removed_leaves_nothing_in_the_map() {
+fn removal_clears_memory_map() {
     let machine = machine();
     machine.device.write(4, &[6, 0]);
     let space = machine.topology.lock().space(SpaceKind::Memory);
@@ -468,7 +468,7 @@ fn what_is_removed_leaves_nothing_in_the_map() {
 
 /// Readers of the map may still have it as it was, with the device's registers.
 #[test]
-fn what_a_device_holds_is_given_back_when_it_is_retired() {
+fn retired_device_releases_resources() {
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("vsock");
     let machine = machine_with(|workers| Box::new(Vsock::new(3, &socket, workers).unwrap()));

@@ -73,7 +73,7 @@ fn a_chain_is_read_and_written_across_its_buffers() {
 }
 
 #[test]
-fn writes_of_a_device_mark_pages_dirty_and_so_does_what_it_says_the_kernel_wrote() {
+fn device_writes_mark_pages_dirty() {
     let mut guest = TestGuest::new(1 << 20);
     let (transport, _) = transport();
     let mut driver = TestQueue::new(&mut guest, 0, 8);
@@ -94,7 +94,7 @@ fn writes_of_a_device_mark_pages_dirty_and_so_does_what_it_says_the_kernel_wrote
 }
 
 #[test]
-fn a_driver_that_wants_no_interrupts_gets_none() {
+fn respects_interrupt_suppression() {
     let mut guest = TestGuest::new(1 << 20);
     let (transport, heard) = transport();
     let mut driver = TestQueue::new(&mut guest, 0, 8);
@@ -115,7 +115,7 @@ fn a_driver_that_wants_no_interrupts_gets_none() {
 
 /// Each breaks the rules in its own way.
 #[test]
-fn chains_that_break_the_rules_are_refused_by_name() {
+fn rejects_invalid_chains() {
     /// Index, address, length, flags and next of a descriptor.
     type Raw = (u16, u64, u32, u16, u16);
     let cases: [(&str, &[Raw]); 7] = [
@@ -154,7 +154,7 @@ fn chains_that_break_the_rules_are_refused_by_name() {
 }
 
 #[test]
-fn an_indirect_table_is_followed_and_one_within_it_is_not() {
+fn rejects_nested_indirect_table() {
     let mut guest = TestGuest::new(1 << 20);
     let (transport, _) = transport();
     let mut driver = TestQueue::new(&mut guest, 0, 8);
@@ -232,7 +232,7 @@ fn retracted_index_breaks_the_queue() {
 }
 
 #[test]
-fn a_chain_that_was_popped_is_found_again_when_the_ring_has_forgotten_it() {
+fn popped_chain_is_found_again() {
     let mut guest = TestGuest::new(1 << 20);
     let (transport, _) = transport();
     let mut driver = TestQueue::new(&mut guest, 0, 4);
@@ -268,7 +268,7 @@ fn more_chains_than_the_queue_has_entries_are_refused() {
 }
 
 #[test]
-fn rings_that_cannot_be_are_refused() {
+fn rejects_invalid_rings() {
     let mut guest = TestGuest::new(1 << 20);
     let (transport, _) = transport();
     let good = TestQueue::new(&mut guest, 0, 8).rings;
@@ -408,7 +408,7 @@ impl QueueTask for Stamp {
 }
 
 #[test]
-fn a_task_serves_stops_and_goes_on_where_it_was() {
+fn task_resumes_where_it_stopped() {
     let mut guest = TestGuest::new(1 << 20);
     let (transport, _) = transport();
     let (_event_loop, workers) = workers();
@@ -438,7 +438,7 @@ fn a_task_serves_stops_and_goes_on_where_it_was() {
 }
 
 #[test]
-fn a_task_whose_guest_breaks_the_rules_ends_and_tells() {
+fn task_of_broken_queue_ends() {
     let mut guest = TestGuest::new(1 << 20);
     let (transport, heard) = transport();
     let (_event_loop, workers) = workers();

@@ -193,7 +193,7 @@ fn hello(host_port: u32) -> Packet {
 }
 
 #[test]
-fn the_guest_reaches_a_service_of_the_host() {
+fn guest_connects_to_host() {
     let mut machine = machine();
     let mut space = [0xff; 10];
     machine.device.read_config(0, &mut space);
@@ -230,7 +230,7 @@ fn the_guest_reaches_a_service_of_the_host() {
 }
 
 #[test]
-fn who_is_not_there_cannot_be_reached() {
+fn connect_without_listener_is_reset() {
     let mut machine = machine();
     machine.send(&hello(81));
     assert_eq!(machine.receive().op, RST);
@@ -263,7 +263,7 @@ fn who_is_not_there_cannot_be_reached() {
 }
 
 #[test]
-fn the_guest_gets_no_more_than_it_has_room_for() {
+fn host_respects_guest_credit() {
     let mut machine = machine();
     let (mut stream, mut answer) = machine.accept(7);
     let sent: Vec<u8> = (0..2_500_000_u32).map(|i| (i % 251) as u8).collect();
@@ -292,7 +292,7 @@ fn the_guest_gets_no_more_than_it_has_room_for() {
 }
 
 #[test]
-fn the_host_gets_all_though_it_reads_late_and_the_machine_pauses() {
+fn late_host_reader_gets_everything() {
     let mut machine = machine();
     let (mut stream, answer) = machine.accept(7);
     let sent: Vec<u8> = (0..700_000_u32).map(|i| (i % 241) as u8).collect();
@@ -326,7 +326,7 @@ fn the_host_gets_all_though_it_reads_late_and_the_machine_pauses() {
 }
 
 #[test]
-fn a_guest_that_sends_more_than_there_is_room_for_loses_the_connection() {
+fn credit_violation_resets_connection() {
     let mut machine = machine();
     let (_stream, answer) = machine.accept(7);
     let mut data = from(&answer, RW);
@@ -346,7 +346,7 @@ fn a_guest_that_sends_more_than_there_is_room_for_loses_the_connection() {
 }
 
 #[test]
-fn a_guest_that_lies_about_its_packets_breaks_the_device_and_nothing_else() {
+fn invalid_packet_breaks_only_device() {
     for (len, raw_len) in [(100_u32, 44_usize), (0, 43)] {
         let mut machine = machine();
         let mut raw = vec![0; raw_len.max(HEADER)];
@@ -374,7 +374,7 @@ fn a_guest_that_lies_about_its_packets_breaks_the_device_and_nothing_else() {
 
 /// Connections do not migrate: the guest gets an event, and makes new ones.
 #[test]
-fn a_guest_that_moved_hears_that_its_connections_are_gone() {
+fn migration_resets_connections() {
     let mut machine = machine();
     let (mut stream, _) = machine.accept(7);
     let states = machine.stop();
@@ -406,7 +406,7 @@ fn a_guest_that_moved_hears_that_its_connections_are_gone() {
 }
 
 #[test]
-fn a_socket_in_use_is_not_taken_and_a_dead_one_is() {
+fn replaces_only_dead_sockets() {
     let machine = machine();
     let (_other, workers) = workers();
     let refused = Vsock::new(CID, &machine.path, workers.clone())

@@ -153,7 +153,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_storm_of_events_is_a_few_flags() {
+    fn event_storm_merges_into_flags() {
         let mut reports = Reports::default();
         for turn in 0..100_000_u64 {
             let why = format!("for the {turn}th time");

@@ -62,7 +62,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_written_is_named_once() {
+    fn rejects_written_file_named_twice() {
         let dir = tempfile::tempdir().unwrap();
         for name in ["kernel", "disk"] {
             fs::write(dir.path().join(name), "x").unwrap();

@@ -94,7 +94,7 @@ fn guests_memory() -> usize {
 }
 
 #[tokio::test]
-async fn devices_come_and_go_and_nothing_is_left_of_a_machine() {
+async fn devices_are_added_and_removed() {
     let lab = Lab::new();
     let (first, second) = (
         lab.image("first.raw", 1 << 20),
@@ -233,7 +233,7 @@ fn places(vm: &VmHandle) -> BTreeMap<String, String> {
 }
 
 #[tokio::test]
-async fn as_many_devices_as_a_vm_can_have_share_slots() {
+async fn maximum_devices_share_slots() {
     let lab = Lab::new();
     let disks = |count: usize| -> Vec<spec::DiskConfig> {
         let path = |i| lab.image(&format!("{i}.raw"), 1 << 20);
@@ -324,7 +324,7 @@ async fn as_many_devices_as_a_vm_can_have_share_slots() {
 }
 
 #[tokio::test]
-async fn sizes_that_can_be_are_taken_and_others_are_not() {
+async fn resize_accepts_only_valid_sizes() {
     let lab = Lab::new();
     let image = lab.image("disk.raw", 1 << 20);
     let vm = lab.create(|config| {

@@ -153,7 +153,7 @@ async fn goes_on(lab: &Lab) {
 }
 
 #[tokio::test]
-async fn a_vm_whose_disk_is_full_stands_until_there_is_room_and_misses_nothing() {
+async fn full_disk_pauses_vm() {
     let lab = Lab::new();
     lab.fill();
     let vm = lab.create();
@@ -174,7 +174,7 @@ async fn a_vm_whose_disk_is_full_stands_until_there_is_room_and_misses_nothing()
 
 /// A VM that is paused for its disk ends as any other, and so does its machine.
 #[tokio::test]
-async fn a_vm_that_stands_for_its_disk_is_reset_and_ends_as_any_other() {
+async fn vm_paused_for_disk_can_reset() {
     let lab = Lab::new();
     lab.fill();
     let vm = lab.create();
@@ -201,7 +201,7 @@ async fn a_vm_that_stands_for_its_disk_is_reset_and_ends_as_any_other() {
 
 /// In postcopy the disk fails again while the guest's memory is still arriving.
 #[tokio::test]
-async fn what_waits_for_room_moves_with_its_guest() {
+async fn kept_requests_migrate() {
     for mode in [MemoryMode::Precopy, MemoryMode::Postcopy] {
         let mut lab = Lab::new();
         lab.fill();

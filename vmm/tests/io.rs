@@ -91,7 +91,7 @@ fn ask(serial: &mut BufReader<UnixStream>) -> Line {
 }
 
 #[tokio::test]
-async fn devices_lose_and_spoil_nothing_while_the_machine_stands_and_goes_on() {
+async fn devices_survive_pause_and_resume() {
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name).to_string_lossy().into_owned();
     std::fs::write(path("pocket"), guest::IMAGE).unwrap();

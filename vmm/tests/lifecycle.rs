@@ -76,7 +76,7 @@ fn beating() -> Options {
 }
 
 #[tokio::test]
-async fn a_guest_boots_pauses_resumes_reboots_and_ends() {
+async fn guest_lifecycle() {
     let lab = Lab::new();
     let (vm, log) = lab.boot("log", &beating(), 2).await;
     until("a heartbeat", || lines(&log).len() > 3).await;
@@ -114,7 +114,7 @@ async fn a_guest_boots_pauses_resumes_reboots_and_ends() {
 }
 
 #[tokio::test]
-async fn memory_that_was_written_is_what_is_read() {
+async fn guest_memory_is_intact() {
     let lab = Lab::new();
     let options = Options {
         workload: Workload::Touch,
@@ -135,7 +135,7 @@ async fn memory_that_was_written_is_what_is_read() {
 }
 
 #[tokio::test]
-async fn a_guest_that_fails_is_explained_and_its_neighbours_live_on() {
+async fn failed_guest_is_explained() {
     let lab = Lab::new();
     let (neighbour, log) = lab.boot("neighbour", &beating(), 1).await;
     for (crash, code) in [
@@ -167,7 +167,7 @@ async fn a_guest_that_fails_is_explained_and_its_neighbours_live_on() {
 /// Every way to reset or to power off ends the guest at that very instruction: a guest that runs on
 /// behind it would say so.
 #[tokio::test]
-async fn a_guest_ends_at_the_instruction_by_which_it_ends() {
+async fn guest_stops_at_final_instruction() {
     let lab = Lab::new();
     let port = |port, value| Some(PortValue { port, value });
     // ACPI's register, the keyboard controller's line, the chipset's reset control register.
@@ -210,7 +210,7 @@ fn ends_at_once(log: &Path) {
 }
 
 #[tokio::test]
-async fn payloads_that_cannot_be_booted_are_named_and_nothing_changes() {
+async fn names_unbootable_payloads() {
     let lab = Lab::new();
     let path = |name: &str| lab.dir.path().join(name).to_string_lossy().into_owned();
     std::fs::write(path("empty"), "").unwrap();

@@ -67,7 +67,7 @@ async fn ended(vm: &VmHandle) -> spec::Failure {
 }
 
 #[tokio::test]
-async fn memory_that_is_lost_ends_its_vm_and_no_other() {
+async fn lost_memory_ends_only_its_vm() {
     let dir = tempfile::tempdir().unwrap();
     let kernel = dir.path().join("pocket").to_string_lossy().into_owned();
     std::fs::write(&kernel, guest::IMAGE).unwrap();
@@ -86,7 +86,7 @@ async fn memory_that_is_lost_ends_its_vm_and_no_other() {
 }
 
 #[tokio::test]
-async fn huge_pages_that_are_not_free_are_refused_before_anything_runs() {
+async fn missing_huge_pages_fail_the_boot() {
     let pool = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
     let free = std::fs::read_to_string(pool).unwrap_or_default();
     let free: u64 = free.trim().parse().unwrap_or(0);

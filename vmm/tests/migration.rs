@@ -184,7 +184,7 @@ async fn over(migration: &dyn Migration) {
 }
 
 #[tokio::test]
-async fn a_guest_moves_and_finds_every_page_as_it_left_it() {
+async fn guest_moves_with_intact_memory() {
     for (rate, vcpus) in [(100, 1), (20_000, 2)] {
         let stage = Stage::new();
         let mut console = stage.boot(stage.config(rate, vcpus)).await;
@@ -214,7 +214,7 @@ async fn a_guest_moves_and_finds_every_page_as_it_left_it() {
 }
 
 #[tokio::test]
-async fn pages_follow_the_guest() {
+async fn postcopy_moves_pages() {
     for (mode, rate) in [(MemoryMode::Postcopy, 1_000), (MemoryMode::Hybrid, 50_000)] {
         let stage = Stage::new();
         let mut console = stage.boot(stage.config(rate, 2)).await;
@@ -243,7 +243,7 @@ async fn pages_follow_the_guest() {
 }
 
 #[tokio::test]
-async fn a_guest_goes_there_and_back() {
+async fn guest_moves_and_returns() {
     let stage = Stage::new();
     drop(stage.boot(stage.config(2_000, 2)).await);
     let (mut from, mut to) = (&stage.here, &stage.there);
@@ -276,7 +276,7 @@ async fn a_guest_goes_there_and_back() {
 
 /// A request that ends or replaces the machine cancels its migration; the destination keeps nothing.
 #[tokio::test]
-async fn a_guest_that_resets_or_ends_calls_its_migration_off() {
+async fn reset_cancels_migration() {
     type End = (Option<Command>, Option<Request>, Option<VmState>);
     let ends: [End; 5] = [
         (Some(Command::Reset), None, Some(VmState::Running)),
@@ -354,7 +354,7 @@ async fn failure_names_registers_and_migration() {
 
 /// A guest whose vCPUs write faster than its memory can be copied is slowed down until it can.
 #[tokio::test]
-async fn a_guest_that_writes_too_much_is_slowed_down_and_moves() {
+async fn throttling_moves_busy_guest() {
     let stage = Stage::new();
     drop(stage.boot(stage.config(1_000_000, 1)).await);
     let [sent, _] = stage
@@ -378,7 +378,7 @@ async fn a_guest_that_writes_too_much_is_slowed_down_and_moves() {
 
 /// Memory that is shared is given to another process of the host, and nothing is copied.
 #[tokio::test]
-async fn a_guest_moves_with_its_memory_as_it_is() {
+async fn local_migration_shares_memory() {
     let stage = Stage::new();
     let mut config = stage.config(2_000, 2);
     config.memory.shared = true;
@@ -400,7 +400,7 @@ async fn a_guest_moves_with_its_memory_as_it_is() {
 }
 
 #[tokio::test]
-async fn a_guest_moves_over_tls_with_its_pages_before_and_after_it() {
+async fn guest_moves_over_tls() {
     for mode in [MemoryMode::Precopy, MemoryMode::Postcopy] {
         let stage = Stage::new();
         let issuer = Issuer::new();
@@ -465,7 +465,7 @@ fn driven(console: &mut Console) -> [u64; 3] {
 }
 
 #[tokio::test]
-async fn a_guest_finds_as_many_devices_as_it_can_have_where_they_were() {
+async fn maximum_devices_keep_addresses() {
     let stage = Stage::new();
     let mut config = stage.config(1, 1);
     let options = Options {
@@ -507,7 +507,7 @@ async fn a_guest_finds_as_many_devices_as_it_can_have_where_they_were() {
 }
 
 #[tokio::test]
-async fn a_paused_guest_moves_and_stays_paused() {
+async fn paused_guest_moves_paused() {
     let stage = Stage::new();
     drop(stage.boot(stage.config(1_000, 1)).await);
     stage
@@ -527,7 +527,7 @@ async fn a_paused_guest_moves_and_stays_paused() {
 }
 
 #[tokio::test]
-async fn what_is_called_off_or_cannot_be_leaves_the_guest_where_it_is() {
+async fn canceled_migration_keeps_guest() {
     let stage = Stage::new();
     let mut console = stage.boot(stage.config(2_000, 1)).await;
     // Slow enough to be called off.
@@ -606,7 +606,7 @@ async fn what_is_called_off_or_cannot_be_leaves_the_guest_where_it_is() {
 }
 
 #[tokio::test]
-async fn a_destination_without_the_memory_says_so() {
+async fn rejects_too_little_destination_memory() {
     let stage = Stage::new();
     let told = std::fs::read_to_string("/proc/meminfo").unwrap();
     let total: u64 = told.split_whitespace().nth(1).unwrap().parse().unwrap();

@@ -77,7 +77,7 @@ async fn ask(vm: &VmHandle, request: Request) -> Result<(), RequestError> {
 }
 
 #[tokio::test]
-async fn nothing_waits_for_the_other_end_of_a_fifo() {
+async fn fifo_does_not_block() {
     let lab = Lab::new();
     let made = Command::new("mkfifo").arg(lab.path("fifo")).status();
     assert!(made.unwrap().success());
@@ -114,7 +114,7 @@ async fn nothing_waits_for_the_other_end_of_a_fifo() {
 }
 
 #[tokio::test]
-async fn a_serial_file_that_is_used_otherwise_keeps_what_is_in_it() {
+async fn used_serial_file_is_not_truncated() {
     let lab = Lab::new();
     let serial = |name: &str| json!({"mode": "File", "file": format!("@/{name}")});
     let running = lab
@@ -169,7 +169,7 @@ fn is_open(path: &str) -> bool {
 /// A guest that could turn its raw disk into a qcow2 image would name a file of the host in it, and
 /// find that file on its disk after a reboot.
 #[tokio::test]
-async fn the_format_of_a_disk_is_detected_once() {
+async fn disk_format_is_detected_once() {
     let lab = Lab::new();
     let (secret, evil) = (lab.path("secret"), lab.path("evil"));
     fs::write(&secret, vec![0x5a; 1 << 20]).unwrap();
@@ -223,7 +223,7 @@ async fn the_format_of_a_disk_is_detected_once() {
 }
 
 #[tokio::test]
-async fn a_vcpu_is_not_bound_to_a_cpu_that_the_host_does_not_have() {
+async fn rejects_missing_host_cpu() {
     let lab = Lab::new();
     let cpus = json!({
         "boot_vcpus": 1, "max_vcpus": 1, "affinity": [{"vcpu": 0, "host_cpus": [0, 99_999]}],

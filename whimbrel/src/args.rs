@@ -463,12 +463,12 @@ mod tests {
     }
 
     #[test]
-    fn the_command_line_is_sound() {
+    fn command_line_is_valid() {
         Arguments::command().debug_assert();
     }
 
     #[test]
-    fn options_of_cloud_hypervisor_mean_the_same() {
+    fn reads_cloud_hypervisor_options() {
         let config = config(
             "--kernel /k --initramfs /i --cmdline console=ttyS0 --cpus boot=2 --memory size=1G,shared=on \
              --serial file=/log --console off --disk path=/a path=/b,readonly=on --disk path=/c",
@@ -491,7 +491,7 @@ mod tests {
     }
 
     #[test]
-    fn trust_in_migrations_is_given_to_every_kind_of_service() {
+    fn migration_options_reach_every_service() {
         let options = "--migration-allow /images --migration-peer host-a --migration-insecure";
         for line in ["whimbrel serve", "whimbrel --api-socket /s"] {
             let line = format!("{line} {options}");
@@ -512,14 +512,14 @@ mod tests {
     }
 
     #[test]
-    fn without_a_payload_there_is_nothing_to_boot() {
+    fn no_payload_boots_nothing() {
         assert_eq!(config("--api-socket /s").unwrap(), None);
         assert!(config("--kernel /k --seccomp true").is_err());
         assert!(config("--kernel /k --cpus boots=2").is_err());
     }
 
     #[test]
-    fn logging_goes_with_every_subcommand_and_options_of_a_vm_do_not() {
+    fn vm_options_need_no_subcommand() {
         let check = |line: &str| Arguments::try_parse_from(line.split(' ')).unwrap().check();
         assert!(check("whimbrel -v serve").is_ok());
         assert!(check("whimbrel serve -v --log-format json").is_ok());

@@ -23,7 +23,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn soft_limit_is_raised_to_the_hard_one() {
+    fn raises_soft_limit_to_hard_limit() {
         raise_limit().unwrap();
         let limit = getrlimit(Resource::Nofile);
         assert_eq!(limit.current, limit.maximum);

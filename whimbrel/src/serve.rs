@@ -112,7 +112,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_state_directory_is_never_the_socket() {
+    fn state_directory_differs_from_socket() {
         assert_eq!(
             beside(Path::new("/run/whimbrel.sock")),
             Path::new("/run/whimbrel")

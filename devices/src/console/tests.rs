@@ -21,7 +21,7 @@ fn guest_writes(serial: &Serial, text: &[u8]) {
 }
 
 #[test]
-fn a_client_that_reads_late_reads_all() {
+fn late_client_reads_everything() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("console");
     let mut console = Console::socket(&path).unwrap();
@@ -73,7 +73,7 @@ fn a_socket_serves_one_client_and_then_the_next() {
 }
 
 #[test]
-fn input_waits_where_it_is_until_the_guest_reads() {
+fn input_waits_for_guest() {
     let dir = tempfile::tempdir().unwrap();
     let mut console = Console::socket(&dir.path().join("console")).unwrap();
     let serial = serial(&console);
@@ -85,7 +85,7 @@ fn input_waits_where_it_is_until_the_guest_reads() {
 }
 
 #[test]
-fn what_the_guest_had_no_room_for_comes_when_it_has() {
+fn delayed_input_arrives() {
     use memory::DeviceOps;
     let serial = serial(&Console::null());
     let (reader, mut writer) = std::io::pipe().unwrap();
@@ -111,7 +111,7 @@ fn what_the_guest_had_no_room_for_comes_when_it_has() {
 }
 
 #[test]
-fn a_pseudo_terminal_has_a_path_and_loses_what_nobody_reads() {
+fn unread_pty_output_is_dropped() {
     let console = Console::pty().unwrap();
     assert!(console.pty_path().unwrap().starts_with("/dev/pts"));
     let serial = serial(&console);
@@ -121,7 +121,7 @@ fn a_pseudo_terminal_has_a_path_and_loses_what_nobody_reads() {
 }
 
 #[test]
-fn a_file_has_one_console_and_is_emptied_when_that_says_so() {
+fn file_console_locks_and_truncates() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("log");
     std::fs::write(&path, "an earlier boot\n").unwrap();
@@ -181,7 +181,7 @@ fn no_console_becomes_the_controlling_terminal() {
 }
 
 #[test]
-fn what_cannot_be_written_is_named() {
+fn names_unwritable_path() {
     let refused = Console::file(Path::new("/nowhere/log"))
         .err()
         .unwrap()

@@ -64,7 +64,7 @@ fn echo(on: &EventLoop) -> (UnixStream, mpsc::Receiver<String>, Waker) {
 }
 
 #[test]
-fn actors_hear_their_wakers_and_their_descriptors() {
+fn actors_receive_wakes_and_events() {
     let on = EventLoop::start("test").unwrap();
     let (mut near, heard, waker) = echo(&on);
     near.write_all(b"a").unwrap();
@@ -93,7 +93,7 @@ fn a_panic_ends_one_actor_and_no_other() {
 }
 
 #[test]
-fn an_actor_that_leaves_is_dropped_and_so_is_everything_when_the_loop_ends() {
+fn ended_actors_are_dropped() {
     let on = EventLoop::start("test").unwrap();
     let (mut leaver, leaver_heard, _) = echo(&on);
     let (_near, stayer_heard, waker) = echo(&on);
@@ -124,7 +124,7 @@ impl Actor for Restless {
 }
 
 #[test]
-fn an_actor_that_always_wants_its_turn_leaves_the_others_theirs() {
+fn busy_actor_does_not_starve_others() {
     let on = EventLoop::start("test").unwrap();
     let (mut near, heard, _) = echo(&on);
     let restless = |of: fn(Waker) -> Option<Waker>| {
@@ -141,7 +141,7 @@ fn an_actor_that_always_wants_its_turn_leaves_the_others_theirs() {
 }
 
 #[test]
-fn an_actor_that_is_dismissed_hears_no_more() {
+fn dismissed_actor_gets_no_events() {
     let on = EventLoop::start("test").unwrap();
     let (mut near, heard, waker) = echo(&on);
     waker.dismiss();
@@ -184,7 +184,7 @@ fn a_timer_expires_once_and_not_before_its_time() {
 }
 
 #[test]
-fn wakes_that_were_not_seen_yet_are_one() {
+fn pending_wakes_merge() {
     let on = EventLoop::start("test").unwrap();
     let (calls, called) = mpsc::channel();
     let waker = on

@@ -304,7 +304,7 @@ mod tests {
     const ALL: [Access; 3] = [Access::Read, Access::Write, Access::Append];
 
     #[test]
-    fn kinds_that_the_purpose_does_not_take_are_refused_and_never_waited_for() {
+    fn rejects_other_file_kinds() {
         let dir = tempfile::tempdir().unwrap();
         let (fifo, socket) = (dir.path().join("fifo"), dir.path().join("socket"));
         mknodat(CWD, &fifo, FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
@@ -333,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_emptied_and_only_a_log_is_made() {
+    fn only_logs_are_created() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("file");
         let open = |access| {
@@ -354,7 +354,7 @@ mod tests {
     }
 
     #[test]
-    fn links_are_followed_unless_they_may_not_be() {
+    fn follows_links_only_if_allowed() {
         let dir = tempfile::tempdir().unwrap();
         let (file, link) = (dir.path().join("file"), dir.path().join("link"));
         fs::write(&file, "x").unwrap();
@@ -366,7 +366,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_is_the_same_by_all_its_names() {
+    fn same_file_by_any_name() {
         let dir = tempfile::tempdir().unwrap();
         let path = |name: &str| dir.path().join(name);
         fs::write(path("a"), "x").unwrap();

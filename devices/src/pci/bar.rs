@@ -209,7 +209,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_handed_out_is_aligned_within_the_window_and_nobody_elses(
+        fn allocations_are_aligned_and_disjoint(
             steps in prop::collection::vec((any::<bool>(), 4_u32..20, any::<prop::sample::Index>()), 1..80)
         ) {
             let window = AddrRange::new(0x12_3000, 1 << 20).unwrap();

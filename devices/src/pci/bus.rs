@@ -278,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn both_ways_find_the_host_bridge_and_nobody_else() {
+    fn both_config_paths_find_host_bridge() {
         let bus = Bus::new();
         let (ecam, ports) = (bus.ecam(), bus.ports());
         assert_eq!(read_u32(&*ecam, 0), 0x0d57_8086);
@@ -315,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn functions_share_a_slot_and_those_that_are_absent_read_as_ones() {
+    fn absent_functions_read_as_ones() {
         let bus = Bus::new();
         assert_eq!(
             bus.attach(at(3, 1), function(1)),
@@ -359,7 +359,7 @@ mod tests {
     }
 
     #[test]
-    fn function_0_says_that_there_are_others_however_it_is_read() {
+    fn function_0_shows_multifunction_bit() {
         let bus = Bus::new();
         for bdf in [at(3, 0), at(3, 1), at(4, 0)] {
             bus.attach(bdf, function(1)).unwrap();

@@ -162,7 +162,7 @@ proptest! {
     /// If the attribute works and the TSC is not scaled, only the attribute sets the value: KVM would
     /// round a written TSC to that of other vCPUs.
     #[test]
-    fn the_offset_is_used_where_there_is_one(host in host(2_000_000), tsc in any::<u64>()) {
+    fn uses_tsc_offset_if_present(host in host(2_000_000), tsc in any::<u64>()) {
         let (sample, is_plain) = (host.sample(), host.host_khz == host.guest_khz);
         set_tsc_at(&host, &sample, tsc, host.guest_khz).unwrap();
         let by_offset = host.msr_writes.get() == 0;

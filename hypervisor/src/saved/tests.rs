@@ -55,7 +55,7 @@ fn the_address_of_a_pending_page_fault_is_saved() {
 }
 
 #[test]
-fn what_is_loaded_is_saved_again() {
+fn loaded_state_is_saved_again() {
     let ((vm, first), (_other, second)) = (vcpu(), vcpu());
     let regs = kvm_bindings::kvm_regs {
         rax: 0x1234,

@@ -262,7 +262,7 @@ impl ExitHandler for Watch {
 const MANY: u64 = 20_000;
 
 #[test]
-fn a_guest_sees_no_hole_while_its_slots_are_replaced() {
+fn no_hole_while_slots_are_replaced() {
     let mut lab = Lab::new();
     let seen = lab.churn(MANY);
     assert_eq!(seen.holes(), 0, "{seen:?}");
@@ -271,7 +271,7 @@ fn a_guest_sees_no_hole_while_its_slots_are_replaced() {
 }
 
 #[test]
-fn without_the_gate_it_does() {
+fn hole_without_the_gate() {
     let mut lab = Lab::new();
     lab.vm.memslots().ungated.store(true, Ordering::Relaxed);
     let seen = lab.churn(200_000);
@@ -307,12 +307,12 @@ fn no_dirty_page_is_lost(dirty: DirtyBackend) {
 }
 
 #[test]
-fn no_dirty_page_is_lost_by_the_log() {
+fn log_keeps_every_dirty_page() {
     no_dirty_page_is_lost(DirtyBackend::Log);
 }
 
 #[test]
-fn no_dirty_page_is_lost_by_the_rings() {
+fn rings_keep_every_dirty_page() {
     // The largest there is: a KVM that emulates much of a guest overruns small ones.
     no_dirty_page_is_lost(DirtyBackend::Ring { entries: 65536 });
 }
@@ -382,7 +382,7 @@ fn a_ring_that_is_full_is_emptied() {
 }
 
 #[test]
-fn rings_of_a_size_that_cannot_be_are_refused() {
+fn rejects_invalid_ring_sizes() {
     let kvm = Kvm::open().expect("these tests need /dev/kvm");
     for entries in [0, 1000, 1 << 30] {
         let refused = kvm
@@ -393,7 +393,7 @@ fn rings_of_a_size_that_cannot_be_are_refused() {
 }
 
 #[test]
-fn rom_has_no_log_and_can_go_while_there_is_one() {
+fn rom_is_removed_while_logging() {
     let mut lab = Lab::new();
     let block = Arc::new(RamBlock::new(&RamConfig::anonymous(PAGE_SIZE)).unwrap());
     let mut tx = lab.topology.begin();
@@ -412,7 +412,7 @@ fn rom_has_no_log_and_can_go_while_there_is_one() {
 }
 
 #[test]
-fn what_kvm_cannot_map_is_refused_and_the_old_map_stays() {
+fn unmappable_change_keeps_old_map() {
     let mut lab = Lab::new();
     let mut tx = lab.topology.begin();
     let slice = RamSlice {
@@ -458,7 +458,7 @@ fn slots_of(block: &Arc<RamBlock>, there: u16) -> Vec<Slot> {
 
 proptest! {
     #[test]
-    fn a_plan_leads_from_one_map_to_the_next_and_touches_nothing_else(maps in prop::collection::vec(any::<u16>(), 1..20)) {
+    fn plan_changes_only_what_differs(maps in prop::collection::vec(any::<u16>(), 1..20)) {
         let block = Arc::new(RamBlock::new(&RamConfig::anonymous(16 * PAGE_SIZE)).unwrap());
         let mut in_force: Vec<Option<Slot>> = Vec::new();
         for there in maps {

@@ -349,7 +349,7 @@ mod tests {
 
     /// A thread that gives memory back waits for the watch thread, so that must not wait for it in turn.
     #[test]
-    fn memory_is_given_back_while_pages_are_filled() {
+    fn discards_memory_during_postcopy() {
         const PAGES: usize = 512;
         let config = RamConfig::anonymous((PAGES * PAGE) as u64);
         let ram = Arc::new(RamBlock::new(&config).unwrap());
@@ -398,7 +398,7 @@ mod tests {
 
     /// A fault that was reported before its page came is looked at after it.
     #[test]
-    fn a_page_that_has_come_is_not_waited_for() {
+    fn received_page_is_not_awaited() {
         let config = RamConfig::anonymous(PAGE as u64);
         let ram = Arc::new(RamBlock::new(&config).unwrap());
         let blocks = [Block {
@@ -427,7 +427,7 @@ mod tests {
 
     /// The host may back a page that is written with a huge page, of which all others are there, too.
     #[test]
-    fn neighbours_of_what_came_are_missing() {
+    fn neighbours_of_received_page_are_missing() {
         const PAGES: usize = 4096;
         let config = RamConfig::anonymous((PAGES * PAGE) as u64);
         let ram = Arc::new(RamBlock::new(&config).unwrap());

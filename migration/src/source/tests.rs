@@ -174,7 +174,7 @@ fn stayed(outcome: &Outcome) -> &str {
 }
 
 #[test]
-fn a_destination_that_is_busy_for_ever_does_not_hold_the_guest() {
+fn busy_destination_does_not_hold_guest() {
     let policy = Policy {
         stop_limit: Some(Duration::from_millis(200)),
         ..policy()
@@ -194,7 +194,7 @@ fn a_destination_that_is_busy_for_ever_does_not_hold_the_guest() {
 }
 
 #[test]
-fn channels_are_as_many_as_asked_for_at_most() {
+fn channel_count_is_limited() {
     for (offered, made) in [(u16::MAX, 3), (0, 1)] {
         let policy = Policy {
             connections: Some(3),
@@ -218,7 +218,7 @@ fn channels_are_as_many_as_asked_for_at_most() {
 
 /// In postcopy, too, when connections are made again; and the VM is shown for what it is meanwhile.
 #[test]
-fn a_guest_in_postcopy_is_out_of_reach_and_its_channels_are_limited() {
+fn postcopy_guest_out_of_reach() {
     let policy = Policy {
         mode: Mode::Postcopy,
         ..policy()
@@ -261,7 +261,7 @@ fn a_guest_in_postcopy_is_out_of_reach_and_its_channels_are_limited() {
 }
 
 #[test]
-fn verify_needs_a_destination_that_knows_it() {
+fn verify_needs_protocol_version() {
     let policy = Policy {
         verify: true,
         ..policy()
@@ -279,7 +279,7 @@ fn verify_needs_a_destination_that_knows_it() {
 }
 
 #[test]
-fn a_source_without_a_journal_says_so_at_once() {
+fn source_without_journal_fails_early() {
     let (outcome, _) = migrate(&policy(), Some(Step::Prepare), |dialed, _| {
         let mut peer = Peer::welcome(dialed, 2);
         // In place of an offer: no machine is made for a guest that does not come.
@@ -303,7 +303,7 @@ fn a_source_without_a_journal_says_so_at_once() {
 }
 
 #[test]
-fn the_destination_hears_that_the_migration_was_canceled() {
+fn cancel_reaches_destination() {
     let (outcome, guest) = migrate(&policy(), None, |dialed, decision| {
         let mut peer = Peer::welcome(dialed, 2);
         peer.prepare(1, false);
@@ -320,7 +320,7 @@ fn the_destination_hears_that_the_migration_was_canceled() {
 
 /// A destination that is still loading the guest refuses to answer: the notice is sent again.
 #[test]
-fn a_notice_reaches_a_destination_that_is_not_ready_yet() {
+fn abort_notice_waits_for_destination() {
     let (to, dialed) = mpsc::channel();
     let notice = PendingAbort {
         id: Uuid::from_u128(1),

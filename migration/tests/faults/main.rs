@@ -284,7 +284,7 @@ fn a_guest_moves_when_nothing_fails() {
 }
 
 #[test]
-fn whatever_fails_at_most_one_copy_runs_and_none_is_lost() {
+fn exactly_one_copy_survives_any_fault() {
     let seeds = match std::env::var("SEED") {
         Ok(seed) => vec![seed.parse().unwrap()],
         Err(_) => {
@@ -326,7 +326,7 @@ fn whatever_fails_at_most_one_copy_runs_and_none_is_lost() {
 
 /// Silent or slow connections do not block other connections, nor the end of the wait.
 #[test]
-fn strangers_hold_nobody_up() {
+fn strangers_delay_no_source() {
     let (to, from) = mpsc::channel();
     let life = Life::new(None);
     let mut accept = TestAccept {

@@ -75,7 +75,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_host_says_is_made_into_what_a_guest_takes() {
+    fn host_limits_fit_guest() {
         for (logical, physical, align, expected) in [
             (512, 512, 4, Some((512, 0, 512))),
             (512, 4096, 512, Some((512, 3, 512))),

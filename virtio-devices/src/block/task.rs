@@ -453,7 +453,7 @@ mod tests {
 
     /// A kernel that takes no operations for a while, or not at all: each request is answered.
     #[test]
-    fn what_io_uring_does_not_take_is_done_all_the_same() {
+    fn requests_without_io_uring_complete() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("disk");
         fs::write(&path, [7; 4096]).unwrap();

@@ -277,7 +277,7 @@ mod tests {
     use crate::testing::{TestBuffer, TestGuest, TestQueue, transport};
 
     #[test]
-    fn what_is_zeroed_durably_is_not_left_to_one_operation() {
+    fn durable_zeroing_flushes() {
         let mut guest = TestGuest::new(1 << 20);
         let (transport, _) = transport();
         let mut driver = TestQueue::new(&mut guest, 0, 4);

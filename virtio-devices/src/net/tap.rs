@@ -481,7 +481,7 @@ mod tests {
     }
 
     #[test]
-    fn descriptors_that_are_not_of_a_tap_as_it_must_be_are_refused_with_the_reason() {
+    fn rejects_unsuitable_tap_descriptors() {
         let make = |flags| Tap::make("wbadopt%d", flags).unwrap();
         let good = make(USUAL);
         assert_eq!(adopted(&[&good]), Ok(good.name.clone()));
@@ -512,7 +512,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tap_of_another_network_namespace_is_used_as_it_is() {
+    fn uses_tap_of_other_namespace() {
         let ip = |last| Ipv4Addr::new(10, 213, 77, last);
         let there = std::thread::spawn(move || {
             // SAFETY: no descriptors are unshared.
@@ -555,7 +555,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tap_that_is_up_wants_no_rights() {
+    fn tap_that_is_up_needs_no_capability() {
         let taps = Tap::open("wbup%d", 2).unwrap();
         let name = taps[0].name.clone();
         taps[0].set_up(&TapAddress::default()).unwrap();

@@ -282,7 +282,7 @@ mod tests {
 
     /// Wants `/dev/net/tun` and CAP_NET_ADMIN.
     #[test]
-    fn flags_of_a_frame_are_for_who_negotiated_them() {
+    fn frame_flags_need_negotiation() {
         let tap = Arc::new(Tap::open("wbtest%d", 1).unwrap().remove(0));
         let shared = Arc::new(Shared {
             taps: vec![Arc::clone(&tap)],

@@ -326,7 +326,7 @@ mod tests {
     }
 
     #[test]
-    fn a_source_is_a_file_or_a_device_for_that() {
+    fn source_is_a_file_or_device() {
         let (_event_loop, workers) = workers();
         for source in ["/dev/urandom", "/proc/self/cmdline"] {
             Rng::new(Path::new(source), RateLimits::default(), workers.clone()).unwrap();

@@ -422,7 +422,7 @@ mod tests {
     }
 
     #[test]
-    fn features_are_agreed_upon_only_within_what_is_offered_and_modern() {
+    fn negotiates_offered_modern_features() {
         let version_1 = 1 << VIRTIO_F_VERSION_1;
         for (features, accepted) in [
             (version_1, true),
@@ -439,7 +439,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_agreed_upon_stays() {
+    fn negotiated_features_are_fixed() {
         let mut config = config();
         negotiate(&mut config, 1 << VIRTIO_F_VERSION_1);
         config.write(8, &0_u32.to_le_bytes());
@@ -448,7 +448,7 @@ mod tests {
     }
 
     #[test]
-    fn a_driver_that_is_ready_too_early_breaks_the_rules() {
+    fn early_driver_ok_breaks_device() {
         let mut config = config();
         assert!(matches!(config.write(20, &[DRIVER_OK]), Effect::Broken(_)));
         negotiate(&mut config, 1 << VIRTIO_F_VERSION_1);
@@ -484,7 +484,7 @@ mod tests {
     }
 
     #[test]
-    fn a_queue_that_is_not_there_has_no_size_and_takes_nothing() {
+    fn absent_queue_has_no_size() {
         let mut config = config();
         config.write(22, &2_u16.to_le_bytes());
         assert_eq!(config.image(0, 0)[24..26], [0, 0]);
@@ -496,7 +496,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_access_is_answered_and_what_is_saved_loads(
+        fn any_access_keeps_state_loadable(
             writes in prop::collection::vec((0_usize..80, prop::collection::vec(any::<u8>(), 0..10)), 0..64)
         ) {
             let mut config = config();

@@ -132,7 +132,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_parsed_is_what_was_written(raw in prop::array::uniform32(any::<u8>()), rest in prop::array::uniform12(any::<u8>())) {
+        fn packet_survives_round_trip(raw in prop::array::uniform32(any::<u8>()), rest in prop::array::uniform12(any::<u8>())) {
             let mut whole = [0; HEADER_LEN];
             whole[..32].copy_from_slice(&raw);
             whole[32..].copy_from_slice(&rest);

@@ -49,7 +49,7 @@ impl Drop for SmallDisk {
 
 /// Wants CAP_SYS_ADMIN.
 #[test]
-fn what_finds_no_room_is_kept_and_is_written_when_there_is_some() {
+fn full_disk_requests_are_retried() {
     for format in ["raw", "qcow2"] {
         let host = SmallDisk::new();
         let path = host.0.path().join("disk");
@@ -94,7 +94,7 @@ fn what_finds_no_room_is_kept_and_is_written_when_there_is_some() {
 }
 
 #[test]
-fn kept_requests_keep_their_order_until_the_driver_forgets_them() {
+fn kept_requests_stay_ordered() {
     let dir = tempfile::tempdir().unwrap();
     let path = raw(&dir, 4 << 20);
     let truncate = |len| {
@@ -171,7 +171,7 @@ fn kept_requests_keep_their_order_until_the_driver_forgets_them() {
 }
 
 #[test]
-fn a_chain_that_is_available_twice_is_not_kept_twice() {
+fn duplicate_chain_is_kept_once() {
     let dir = tempfile::tempdir().unwrap();
     let path = raw(&dir, 4 << 20);
     let mut machine = machine(&BlockConfig {
@@ -196,7 +196,7 @@ fn a_chain_that_is_available_twice_is_not_kept_twice() {
 }
 
 #[test]
-fn an_error_is_told_where_nothing_else_is_said() {
+fn errors_reach_guest_by_default() {
     let dir = tempfile::tempdir().unwrap();
     let path = raw(&dir, 4 << 20);
     let mut machine = machine(&config(&path));
@@ -207,7 +207,7 @@ fn an_error_is_told_where_nothing_else_is_said() {
 }
 
 #[test]
-fn kept_requests_that_cannot_be_are_refused() {
+fn rejects_invalid_kept_requests() {
     let dir = tempfile::tempdir().unwrap();
     let mut machine = machine(&config(&raw(&dir, 4 << 20)));
     let good = SavedDisk::of(&machine.save());

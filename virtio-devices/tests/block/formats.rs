@@ -14,7 +14,7 @@ use crate::machine::{MIB, SYNC, config, machine, pattern, raw};
 use crate::refused::refusal;
 
 #[test]
-fn a_qcow2_image_is_what_qemu_says_it_is() {
+fn qcow2_matches_qemu() {
     let dir = tempfile::tempdir().unwrap();
     let base = dir.path().join("base.raw");
     fs::write(&base, pattern(3, 4 * MIB)).unwrap();
@@ -52,7 +52,7 @@ fn a_qcow2_image_is_what_qemu_says_it_is() {
 }
 
 #[test]
-fn what_is_no_disk_image_is_refused_by_name() {
+fn rejects_non_images_by_name() {
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name);
     fs::write(path("odd"), [0; 1000]).unwrap();
@@ -105,7 +105,7 @@ fn what_is_no_disk_image_is_refused_by_name() {
 }
 
 #[test]
-fn an_image_has_one_writer_also_among_qemus_tools() {
+fn image_lock_excludes_qemu_tools() {
     let dir = tempfile::tempdir().unwrap();
     let path = raw(&dir, 1 << 20);
     let mut first = machine(&config(&path));
@@ -169,7 +169,7 @@ fn an_image_has_one_writer_also_among_qemus_tools() {
 
 /// Programs that are started meanwhile have the image open, for a moment.
 #[test]
-fn a_disk_that_is_gone_is_free_at_once() {
+fn dropped_disk_releases_lock() {
     let dir = tempfile::tempdir().unwrap();
     let path = raw(&dir, 1 << 20);
     let done = AtomicBool::new(false);
@@ -190,7 +190,7 @@ fn a_disk_that_is_gone_is_free_at_once() {
 
 /// Backing files in use are locked against QEMU's tools and against us.
 #[test]
-fn what_is_below_an_image_is_locked_for_all_who_read_it() {
+fn backing_files_are_locked() {
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
     let (base, middle, top) = (path("base.raw"), path("middle.qcow2"), path("top.qcow2"));

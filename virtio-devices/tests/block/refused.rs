@@ -31,7 +31,7 @@ fn create(format: &str, options: &str, path: &Path) {
 }
 
 #[test]
-fn other_formats_are_refused_by_name_unless_said_to_be_raw() {
+fn rejects_other_formats_by_name() {
     let dir = tempfile::tempdir().unwrap();
     for (format, options, name) in [
         ("vmdk", "subformat=monolithicSparse", "VMDK"),
@@ -64,7 +64,7 @@ fn other_formats_are_refused_by_name_unless_said_to_be_raw() {
 }
 
 #[test]
-fn what_was_detected_is_told_and_what_is_said_is_not_detected() {
+fn format_is_detected_only_if_absent() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("disk");
     create("qcow2", "", &path);
@@ -89,7 +89,7 @@ fn what_was_detected_is_told_and_what_is_said_is_not_detected() {
 }
 
 #[test]
-fn impossible_headers_are_refused_by_name() {
+fn rejects_impossible_headers() {
     let dir = tempfile::tempdir().unwrap();
     let good = dir.path().join("good");
     create("qcow2", "", &good);
@@ -228,7 +228,7 @@ fn an_image_names_files_below_allowed_directories_only() {
 }
 
 #[test]
-fn the_format_of_a_backing_file_is_said_and_not_detected() {
+fn backing_file_format_is_required() {
     let images = Images::new();
     let config = images.on("own/top", "own/base");
     open(&config).unwrap();
@@ -246,7 +246,7 @@ fn the_format_of_a_backing_file_is_said_and_not_detected() {
 }
 
 #[test]
-fn a_data_file_is_opened_for_reading_if_it_is_allowed() {
+fn data_file_is_opened_read_only() {
     let images = Images::new();
     let (path, data) = (images.path("own/disk"), images.path("own/data"));
     create(

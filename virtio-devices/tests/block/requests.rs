@@ -20,7 +20,7 @@ use crate::machine::{
 };
 
 #[test]
-fn what_is_written_is_read_and_is_in_the_image() {
+fn written_data_reaches_image() {
     let dir = tempfile::tempdir().unwrap();
     let path = raw(&dir, 4 << 20);
     for direct in [false, true] {
@@ -48,7 +48,7 @@ fn what_is_written_is_read_and_is_in_the_image() {
 /// However a guest asks, a queue that stops waits for no more than some tens of MiB: over the same
 /// RAM requests could have gigabytes.
 #[test]
-fn what_a_stop_waits_for_is_bounded() {
+fn pause_has_bounded_work() {
     let dir = tempfile::tempdir().unwrap();
     let mut machine = machine(&config(&raw(&dir, 64 << 20)));
     assert_ne!(machine.device.features() & 1 << 1, 0);
@@ -101,7 +101,7 @@ fn what_a_stop_waits_for_is_bounded() {
 }
 
 #[test]
-fn a_segment_is_no_longer_than_the_disk_says() {
+fn rejects_segment_over_limit() {
     let dir = tempfile::tempdir().unwrap();
     let mut machine = machine(&config(&raw(&dir, 2 << 30)));
     for (sectors, expected) in [(1_u32 << 21, 0), ((1 << 21) + 1, 1)] {
@@ -135,7 +135,7 @@ impl Drop for Loop {
 
 /// Wants `/dev/loop-control` and CAP_SYS_ADMIN.
 #[test]
-fn a_guest_sees_the_blocks_that_direct_io_takes() {
+fn guest_sees_direct_io_block_size() {
     let dir = tempfile::tempdir().unwrap();
     let image = raw(&dir, 4 << 20);
     let blocks = |machine: &Machine| {
@@ -189,7 +189,7 @@ fn a_guest_sees_the_blocks_that_direct_io_takes() {
 }
 
 #[test]
-fn each_kind_of_request_has_its_answer() {
+fn answers_every_request_type() {
     let dir = tempfile::tempdir().unwrap();
     let path = raw(&dir, 4 << 20);
     let mut machine = machine(&config(&path));
@@ -245,7 +245,7 @@ fn each_kind_of_request_has_its_answer() {
 }
 
 #[test]
-fn a_disk_that_is_not_sparse_keeps_its_blocks() {
+fn non_sparse_disk_keeps_blocks() {
     let dir = tempfile::tempdir().unwrap();
     let path = raw(&dir, 1 << 20);
     fs::write(&path, pattern(9, MIB)).unwrap();
@@ -261,7 +261,7 @@ fn a_disk_that_is_not_sparse_keeps_its_blocks() {
 }
 
 #[test]
-fn a_read_only_disk_stays_as_it_is() {
+fn read_only_disk_is_unchanged() {
     let dir = tempfile::tempdir().unwrap();
     let path = raw(&dir, 1 << 20);
     fs::write(&path, pattern(9, MIB)).unwrap();
@@ -276,7 +276,7 @@ fn a_read_only_disk_stays_as_it_is() {
 }
 
 #[test]
-fn a_chain_without_room_for_a_status_breaks_the_rules() {
+fn chain_without_status_breaks_device() {
     let dir = tempfile::tempdir().unwrap();
     let mut machine = machine(&config(&raw(&dir, 1 << 20)));
     machine.guest.write(machine.header, &header(OUT, 0));
@@ -358,7 +358,7 @@ fn no_request_is_lost_or_doubled_by_a_pulse() {
 /// A guest that has moved may write what has not come yet; and if it never comes, the disk is to keep
 /// what it has.
 #[test]
-fn pages_that_are_lost_do_not_get_to_the_disk() {
+fn lost_pages_are_not_written() {
     let dir = tempfile::tempdir().unwrap();
     let path = raw(&dir, MIB as u64);
     fs::write(&path, pattern(7, MIB)).unwrap();
@@ -392,7 +392,7 @@ fn pages_that_are_lost_do_not_get_to_the_disk() {
 }
 
 #[test]
-fn a_disk_grows_and_its_guest_is_told() {
+fn resize_notifies_guest() {
     let dir = tempfile::tempdir().unwrap();
     let path = raw(&dir, 1 << 20);
     let mut machine = machine(&config(&path));

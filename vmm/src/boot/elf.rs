@@ -203,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn a_kernel_that_is_whole_is_loaded() {
+    fn loads_complete_kernel() {
         let topology = topology();
         let loaded = load(&kernel(), &topology).unwrap();
         assert_eq!(
@@ -219,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_loaded_is_told() {
+    fn explains_unloadable_kernels() {
         let (low, high) = (0x9_f000_u64.to_le_bytes(), (RAM - 1).to_le_bytes());
         for (file, told) in [
             (changed(4, &[1]), "32-bit"),

@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn kernels_come_out_as_they_went_in() {
+    fn unpacks_every_format() {
         let kernel = kernel();
         for (format, mut packed) in packed_in_all_ways(&kernel) {
             let len = kernel.len() as u64;
@@ -212,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn the_payload_is_found_where_the_header_says() {
+    fn finds_payload_by_header() {
         let image = image();
         assert_eq!(BzImage::parse(&image).unwrap().payload, &image[1040..1140]);
         assert!(

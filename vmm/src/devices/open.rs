@@ -249,7 +249,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_bucket_of_no_size_or_that_fills_in_no_time_limits_nothing() {
+    fn zero_bucket_is_unlimited() {
         let bucket = |size, refill_time| TokenBucket {
             size,
             one_time_burst: None,

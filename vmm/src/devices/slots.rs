@@ -110,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn as_many_as_can_have_a_slot_of_their_own_and_four_slots_stay_free() {
+    fn devices_get_own_slots_first() {
         for count in 1..=spec::limits::DEVICES {
             let all: Vec<Bdf> = assigned(count, &BTreeMap::new())
                 .into_iter()
@@ -139,14 +139,14 @@ mod tests {
     }
 
     #[test]
-    fn what_is_known_stays_and_others_take_what_is_free() {
+    fn known_devices_keep_their_slots() {
         let at = |slot, function| Bdf::new(slot, function).unwrap();
         let known = BTreeMap::from([("d0".to_owned(), at(9, 0)), ("d2".to_owned(), at(9, 3))]);
         assert_eq!(assigned(3, &known), [Some(at(9, 0)), None, Some(at(9, 3))]);
     }
 
     #[test]
-    fn places_that_cannot_be_are_refused() {
+    fn rejects_invalid_addresses() {
         let mut config: VmConfig = serde_json::from_str(
             r#"{"payload":{"kernel":"/k"},"disks":[{"path":"/a"},{"path":"/b"}],
                 "console":{"mode":"Off"}}"#,

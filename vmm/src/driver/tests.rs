@@ -75,7 +75,7 @@ async fn soon<T>(answer: impl Future<Output = T>) -> T {
 }
 
 #[tokio::test]
-async fn a_vm_whose_storage_hangs_is_deleted_and_delays_no_other() {
+async fn hung_storage_delays_no_other_vm() {
     let lab = Lab::new().await;
     let go = lab.hang();
     // What needs the machine waits for it; others are not on its account.
@@ -92,7 +92,7 @@ async fn a_vm_whose_storage_hangs_is_deleted_and_delays_no_other() {
 }
 
 #[tokio::test]
-async fn a_vm_goes_on_when_its_storage_answers() {
+async fn vm_resumes_when_storage_responds() {
     let lab = Lab::new().await;
     let go = lab.hang();
     let waiting = lab.vms[0].ask_now(Request::Pause);
@@ -103,7 +103,7 @@ async fn a_vm_goes_on_when_its_storage_answers() {
 }
 
 #[tokio::test]
-async fn a_vm_that_is_shut_down_while_its_storage_hangs_can_boot_again() {
+async fn vm_boots_after_hung_shutdown() {
     let lab = Lab::new().await;
     let go = lab.hang();
     soon(lab.vms[0].ask(Request::Shutdown)).await.unwrap();
@@ -116,7 +116,7 @@ async fn a_vm_that_is_shut_down_while_its_storage_hangs_can_boot_again() {
 }
 
 #[tokio::test]
-async fn a_panic_on_a_machine_ends_its_vm_only() {
+async fn panic_ends_only_its_vm() {
     let lab = Lab::new().await;
     let work = |_: &mut Active| panic!("as a test has it");
     assert!(lab.driver(move |driver| driver.lend(work, |_, (), _| {})));
@@ -129,7 +129,7 @@ async fn a_panic_on_a_machine_ends_its_vm_only() {
 }
 
 #[tokio::test]
-async fn a_boot_is_called_off() {
+async fn boot_is_canceled() {
     for request in [Request::Shutdown, Request::Delete] {
         let lab = Lab::new().await;
         // As if a thread were still building.
@@ -140,7 +140,7 @@ async fn a_boot_is_called_off() {
 }
 
 #[tokio::test]
-async fn a_machine_that_gives_nothing_back_is_waited_for_so_long() {
+async fn stuck_machine_has_a_time_limit() {
     let lab = Lab::new().await;
     let begun = Instant::now();
     let caller = lab.callers.get(lab.vms[0].id()).unwrap();

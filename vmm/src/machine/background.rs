@@ -224,7 +224,7 @@ mod tests {
     const PATIENCE: Duration = Duration::from_secs(10);
 
     #[test]
-    fn a_job_that_hangs_or_panics_holds_up_no_other() {
+    fn hung_job_delays_no_other() {
         let background = Background::start().unwrap();
         let (go, held) = channel::<()>();
         background.run(move || {

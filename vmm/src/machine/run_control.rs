@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_works_while_parked_and_everybody_ends() {
+    fn parked_vcpus_do_not_run() {
         let (control, work) = (Arc::new(RunControl::new(3)), Arc::new(AtomicU64::new(0)));
         let threads: Vec<_> = (0..3).map(|_| spinner(&control, &work)).collect();
         for _ in 0..200 {
@@ -225,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn who_is_parked_does_what_it_is_nudged_for() {
+    fn parked_vcpu_runs_nudged_work() {
         let control = Arc::new(RunControl::new(1));
         let (orders, inbox) = std::sync::mpsc::channel::<u64>();
         let (done, answers) = std::sync::mpsc::channel();
@@ -244,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn waiting_for_a_thread_that_does_not_come_names_it() {
+    fn names_threads_that_do_not_stop() {
         let control = RunControl::new(2);
         let late = control.wait_parked(Duration::from_millis(1)).unwrap_err();
         assert_eq!(late.still_running, 2);

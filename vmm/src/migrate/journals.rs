@@ -159,7 +159,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_process_without_a_directory_remembers_the_last_migrations() {
+    fn remembers_migrations_without_directory() {
         let (journals, id) = (Journals::default(), Uuid::new_v4());
         assert_eq!(journals.fate(id), Fate::Unknown);
         let mut source = journals.open(id, Side::Source, "vm").unwrap();

@@ -187,7 +187,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn endpoints_are_the_same_however_they_are_written() {
+    fn equal_endpoints_compare_equal() {
         let dir = tempfile::tempdir().unwrap();
         let unix = |name: &str| Endpoint::Unix(dir.path().join(name));
         std::fs::create_dir(dir.path().join("d")).unwrap();

@@ -365,7 +365,7 @@ mod tests {
     }
 
     #[test]
-    fn links_are_followed_before_they_are_judged() {
+    fn links_are_resolved_before_check() {
         let place = Place::new();
         symlink(place.at("out/disk"), place.at("in/link")).unwrap();
         symlink(place.at("out"), place.at("in/folder")).unwrap();
@@ -392,7 +392,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_opened_is_refused_before_it_is() {
+    fn unusable_paths_are_refused_unopened() {
         let place = Place::new();
         let fifo = place.at("in/fifo");
         let made = std::process::Command::new("mkfifo").arg(fifo).status();
@@ -439,7 +439,7 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_has_the_rights_of_its_endpoint() {
+    fn peer_rights_follow_endpoint() {
         let trust = MigrationTrust {
             allow: vec!["/images".into()],
             ..MigrationTrust::default()

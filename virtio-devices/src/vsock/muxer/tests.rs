@@ -133,7 +133,7 @@ fn ready_list_is_bounded() {
 }
 
 #[test]
-fn buffer_without_room_is_no_end_of_stream() {
+fn small_buffer_does_not_end_stream() {
     let mut machine = machine(VsockLimits::default());
     let service = machine.service(80);
     machine.send(1000, 80, REQUEST);
@@ -150,7 +150,7 @@ fn buffer_without_room_is_no_end_of_stream() {
 }
 
 #[test]
-fn silent_clients_and_guests_are_given_up() {
+fn silent_peers_time_out() {
     let mut machine = machine(VsockLimits {
         handshake: Duration::from_millis(50),
         ..VsockLimits::default()

@@ -273,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn values_that_must_be_equal_and_bits_that_take_away() {
+    fn compares_equal_values_and_inverted_bits() {
         // An XSAVE component at another offset.
         let (wanted, here) = ([64, 832, 0, 0], [64, 2432, 0, 0]);
         assert_eq!(of((0xd, 5), wanted, here).len(), 1);

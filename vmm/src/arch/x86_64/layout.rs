@@ -114,7 +114,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn all_of_ram_is_somewhere_and_nothing_overlaps(mib in 2_u64..(1 << 24), bits in 36_u8..=52) {
+        fn ram_ranges_are_complete_and_disjoint(mib in 2_u64..(1 << 24), bits in 36_u8..=52) {
             let size = mib << 20;
             if let Ok(layout) = Layout::new(size, bits) {
                 let lengths: u64 = layout.ram.iter().filter_map(|range| range.len()).sum();
@@ -133,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn too_little_and_too_much() {
+    fn rejects_too_little_or_too_much_ram() {
         assert_eq!(Layout::new(4096, 40), Err(LayoutError::TooSmall(4096)));
         assert_eq!(
             Layout::new(1 << 40, 40),

@@ -194,7 +194,7 @@ fn topology() -> impl Strategy<Value = CpuTopology> {
 
 proptest! {
     #[test]
-    fn linux_finds_the_arrangement_by_every_path(topology in topology()) {
+    fn linux_topology_paths_agree(topology in topology()) {
         check(&topology, &machine(&topology, 0x20, 0x8000_0008), true, Decoder::v2);
         check(&topology, &machine(&topology, 0x10, 0x8000_0026), true, Decoder::amd);
         check(&topology, &machine(&topology, 0x10, 0x8000_0021), true, Decoder::with_nodes);
