@@ -1,4 +1,4 @@
-//! Who may use a TCP listener: the programs that show its token.
+//! Access to a TCP listener: only programs that send its token are served.
 //!
 //! A unix socket needs no token, since its mode (0600) admits its owner only. Every local user can
 //! connect to a loopback address.
@@ -106,7 +106,7 @@ pub enum TokenFileError {
     Invalid {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The fault of the token.
         source: InvalidApiToken,
     },
 }

@@ -66,7 +66,7 @@ pub trait Actor: Send {
     fn crashed(&mut self, message: &str);
 }
 
-/// What an actor may do to the loop that it is called from: watch descriptors, and set its timer.
+/// The loop as its actors see it: they watch descriptors and set their timer.
 pub struct Sources<'a> {
     registry: &'a Registry,
     shared: &'a mut Tokens,
@@ -109,8 +109,8 @@ impl Sources<'_> {
     }
 }
 
-/// Who registered which descriptor. Tokens are never reused, so that an event which was fetched
-/// before its descriptor was forgotten finds nobody in place of somebody else.
+/// Owners of the registered descriptors. Tokens are never reused, so an event that was fetched
+/// before its descriptor was removed finds no actor instead of a wrong one.
 #[derive(Default)]
 struct Tokens {
     next: usize,
@@ -305,7 +305,7 @@ impl Running {
     fn run(mut self) {
         let mut events = Events::with_capacity(EVENTS_PER_POLL);
         let mut commands = Vec::new();
-        // There may be commands of which the loop's waker has told already.
+        // There may be commands whose wake the loop has consumed already.
         let mut left = false;
         loop {
             let wait = if left || !self.again.is_empty() {

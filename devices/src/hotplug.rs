@@ -16,7 +16,7 @@ use state::{Load, LoadError, LoadScope, Save, SaveError, Saved, Scope};
 pub const LEN: u64 = 12;
 /// Offset of the register that lists slots with a new device.
 pub const INSERTED: u64 = 0;
-/// Offset of the register that lists slots whose devices are to be ejected.
+/// Offset of the register that lists slots whose devices the guest must eject.
 pub const WANTED_BACK: u64 = 4;
 /// Offset of the register to which the guest writes the slots that it ejects.
 pub const EJECT: u64 = 8;

@@ -22,7 +22,7 @@ impl Register {
             Self::Port16(port, value) => cpu::out16(port, value),
             Self::Memory(addr, value) => {
                 // SAFETY: firmware says that a register is there; not being mapped is a fault
-                // that will be told.
+                // that will be reported.
                 unsafe {
                     ptr::with_exposed_provenance_mut::<u8>(addr as usize).write_volatile(value)
                 };

@@ -51,7 +51,7 @@ mod tests {
             };
             let refused = RamBlock::new(&config).unwrap_err().to_string();
             let expected = format!(
-                "{} MiB of huge pages are needed, {free} are free: {} of 2097152 bytes",
+                "{} MiB of huge pages are needed, {} pages of 2097152 bytes each, and {free} of",
                 (free + 64) * 2,
                 free + 64
             );

@@ -17,7 +17,7 @@
 //! - A change is a [`Transaction`], a value that borrows the topology. Reading the map while one
 //!   is open does not compile, and nothing of it can be seen before it is whole.
 //! - Readers take the view in force without a lock, and what they hold stays mapped.
-//! - [`MemoryListener`]s are told once a commit what was removed, added and kept.
+//! - [`MemoryListener`]s receive, once per commit, what was removed, added and kept.
 //! - [`DirtyBitmap`]s belong to RAM blocks, so no change of the map moves a bit.
 //! - Memory that the host [lost](RamBlock::on_lost) reads as zeros and ends its VM, not the process.
 //! - [`RingWindow`]s are translated once and cannot be used when stale.

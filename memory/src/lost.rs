@@ -59,7 +59,7 @@ unsafe impl Send for Entry {}
 static ENTRIES: AtomicPtr<Entry> = AtomicPtr::new(null_mut());
 /// Serializes registrations; the handler does not take it.
 static REGISTRATION: Mutex<()> = Mutex::new(());
-/// What the handler writes to; -1 before there is one.
+/// The descriptor that the handler writes to; -1 before there is one.
 static WAKE: AtomicI32 = AtomicI32::new(-1);
 static PREVIOUS: OnceLock<libc::sigaction> = OnceLock::new();
 static WATCHERS: Mutex<Vec<Watcher>> = Mutex::new(Vec::new());

@@ -68,7 +68,7 @@ pub(crate) const ATTEMPTS: u32 = 30;
 pub(crate) const KEEPALIVES: u32 = 8;
 
 /// How long a source may show that it lives and send nothing of its guest, in multiples of
-/// `patience`: 2 minutes by default, the longest stop that a source accepts without being told to.
+/// `patience`: 2 minutes by default, the longest stop that a source accepts by default.
 pub(crate) const STALL: u32 = 12;
 
 /// How long a RAM or faults channel may be silent. Those have no keepalives: the control channel

@@ -1,4 +1,4 @@
-//! What an operator decides of a migration in doubt, while the other side cannot be reached.
+//! Decisions of an operator about a migration in doubt, while the other side cannot be reached.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
 
@@ -29,7 +29,7 @@ fn until(what: &str, is_so: impl Fn() -> bool) {
 }
 
 /// The source waits to hear whether its guest runs at the destination. There the operator decides that
-/// it does not: the source is told when it asks, and lets the guest run.
+/// it does not: the source gets that answer when it asks, and lets the guest run.
 #[test]
 fn discard_at_destination_reaches_source() {
     let (dialer, mut acceptor) = Dialer::new();

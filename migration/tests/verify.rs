@@ -19,7 +19,7 @@ use uuid::Uuid;
 
 use pair::{Dialer, PAGES, PATIENCE, Place, Shared};
 
-/// What goes wrong, by a fault of the program or of the host's memory.
+/// An injected fault, of the program or of the host's memory.
 #[derive(Clone, Copy, Debug)]
 enum Spoil {
     Nothing,

@@ -1,4 +1,4 @@
-//! Unix sockets that one program at a time listens on, with nobody but their owner allowed to connect.
+//! Unix sockets that one program at a time listens on, and to which only their owner can connect.
 //!
 //! # One live listener a path
 //! A bound socket's file outlives the program that bound it, so the file alone does not tell whether a
@@ -12,8 +12,8 @@
 //!       ▼
 //!  what is at <socket>?
 //!       ├─ nothing ───────────────────────────────► bind
-//!       ├─ a socket that nobody answers on ───────► remove, bind      (its owner was killed)
-//!       ├─ a socket that somebody answers on ─────► refused: in use   (a program that takes no lock)
+//!       ├─ a socket without a listener ───────────► remove, bind      (its owner was killed)
+//!       ├─ a socket with a listener ──────────────► refused: in use   (a program that takes no lock)
 //!       └─ anything else ─────────────────────────► refused: not a socket
 //! ```
 //!
@@ -259,7 +259,7 @@ impl LockFile {
                 Err(errno) => return Err(failed(errno.into())),
             }
             // The holder before may have removed the file between our open and our lock: then the lock is on
-            // a file that nobody else will ever open.
+            // a file that no other program will ever open.
             let held = file.metadata().map_err(failed)?;
             if identity(&path).is_ok_and(|found| found == (held.dev(), held.ino())) {
                 write_owner(&mut file).map_err(failed)?;
@@ -269,7 +269,7 @@ impl LockFile {
     }
 }
 
-/// While the lock is still held, so that nobody's file but ours is removed.
+/// Removes the file while the lock is still held, so that no other program's file is removed.
 impl Drop for LockFile {
     fn drop(&mut self) {
         if let Err(error) = fs::remove_file(&self.path) {
@@ -284,7 +284,7 @@ fn write_owner(file: &mut File) -> io::Result<()> {
     writeln!(file, "{}", std::process::id())
 }
 
-/// Who wrote the lock file, for the message: what it says binds nobody.
+/// The writer of the lock file, for the message only.
 fn owner(file: &mut File) -> String {
     let mut text = String::new();
     let mut start = file.take(32);
@@ -347,7 +347,8 @@ mod tests {
     #[test]
     fn replaces_socket_of_dead_program() {
         let (_directory, path) = socket();
-        // As `kill -9` leaves it: the file without a listener, and a lock file that nobody holds.
+        // As `kill -9` leaves it: the file without a listener, and a lock file that no program
+        // holds.
         drop(UnixListener::bind(&path).unwrap());
         fs::write(path.with_extension("sock.lock"), "4194304\n").unwrap();
         assert!(path.exists());
@@ -366,7 +367,7 @@ mod tests {
         assert!(path.exists());
     }
 
-    /// A program that accepts nothing is alive all the same, and nobody waits for it.
+    /// A program that accepts no connection is still alive, and the test does not wait for it.
     #[test]
     fn does_not_wait_for_full_backlog() {
         let (_directory, path) = socket();

@@ -3,7 +3,7 @@
 use crate::console::ConsoleMode;
 use crate::vm::VmConfig;
 
-/// What a path is used for.
+/// The use of a path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PathUse {
     /// The file is read.
@@ -23,7 +23,7 @@ pub struct NamedPath<'a> {
     pub pointer: String,
     /// The path, as it is written there.
     pub path: &'a str,
-    /// What it is used for.
+    /// The use of the path.
     pub used: PathUse,
 }
 
@@ -131,7 +131,7 @@ mod tests {
         assert_eq!(found, expected);
     }
 
-    /// A pseudo terminal's path is told in `file`, and is not opened from there.
+    /// A pseudo terminal's path is shown in `file`, and is not opened from there.
     #[test]
     fn ignores_paths_unused_by_mode() {
         let body = br#"{"payload":{},"serial":{"mode":"Pty","file":"/dev/pts/1"}}"#;

@@ -21,7 +21,7 @@ pub async fn boot(at: &Service) -> Result<(VmId, PathBuf)> {
     boot_with(at, None).await
 }
 
-/// As [`boot`], with so many bytes of memory.
+/// Boots like [`boot`], with this many bytes of memory.
 ///
 /// # Errors
 /// As [`boot`].

@@ -21,7 +21,7 @@ struct Pair {
     destination: Service,
     vm: VmId,
     port: PathBuf,
-    /// Where the destination waits.
+    /// The endpoint of the destination.
     path: PathBuf,
     sent: VmId,
     received: VmId,

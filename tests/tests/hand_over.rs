@@ -23,7 +23,7 @@ use tokio::task::JoinSet;
 const AT_ONCE: usize = 3;
 /// A bound, and no measure: the machine may be busy.
 const PATIENCE: Duration = Duration::from_secs(180);
-/// Of the guest, which writes to a quarter of it. More would be zeros, and time.
+/// Memory of the guest, which writes to a quarter of it. More would only add zeros and time.
 const MEMORY: u64 = 64 << 20;
 /// How long a frozen process stays stopped: less than the patience of the other side.
 const FROZEN: Duration = Duration::from_secs(2);

@@ -18,7 +18,7 @@ use uuid::Uuid;
 
 /// A bound, and no measure: the machine may be busy.
 const PATIENCE: Duration = Duration::from_secs(300);
-/// Of the guest: what moves in the end is of no size that matters.
+/// Memory of the guest: the size of the final move does not matter.
 const MEMORY: u64 = 64 << 20;
 
 /// Two services, a guest at the one, and its offer, which a hostile source can make, too.
@@ -172,7 +172,7 @@ async fn bad_offer_does_not_end_the_wait() {
     http.write_all(b"GET / HTTP/1.1\r\nHost: whimbrel\r\n\r\n")
         .unwrap();
     stage.still_waits("stream-damaged").await;
-    // An order, of a guest that nobody has offered.
+    // A commit message for a guest that was never offered.
     let mut peer = stage.welcomed(next());
     assert!(peer.say(&json!({ "Abort": { "code": "changed-its-mind", "detail": "no" } })));
     stage.still_waits("changed-its-mind").await;

@@ -291,7 +291,7 @@ fn an_offer_that_is_refused_leaves_no_trace() {
         assert_eq!(told, code, "{changes}");
         assert!(host.files() == before, "{code}: {:?}", host.files().keys());
         assert!(host.registry.list().is_empty(), "{code}");
-        // A FIFO has no other end, and nobody waits for one.
+        // A FIFO has no other end, and the service does not wait for one.
         assert!(start.elapsed() < Duration::from_secs(20), "{code}");
     }
     // Without any of this, the same offer is accepted: it fails where there is no guest.

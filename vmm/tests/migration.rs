@@ -548,7 +548,7 @@ async fn canceled_migration_keeps_guest() {
     for side in &both {
         over(&**side).await;
     }
-    // The other side was told, and did not just lose a connection.
+    // The other side got the reason, and did not just lose a connection.
     for side in &both {
         assert_eq!(side.info().phase, MigrationPhase::Canceled);
         assert_eq!(side.info().error.unwrap().code, "canceled");

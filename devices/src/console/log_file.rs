@@ -72,7 +72,7 @@ impl LogFile {
         lock::release(&self.file.0);
     }
 
-    /// What writes to the file, without waiting for a terminal.
+    /// The writer to the file, which does not wait for a terminal.
     pub(super) fn output(&self) -> Arc<File> {
         Arc::clone(&self.output)
     }

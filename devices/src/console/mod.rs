@@ -123,7 +123,7 @@ impl Console {
         Ok(Self::with(End::File(file)))
     }
 
-    /// As [`Console::file`], while another machine still holds the lock, until
+    /// Opens like [`Console::file`] while another machine still holds the lock, until
     /// [`Console::take_over`].
     ///
     /// # Errors
@@ -185,7 +185,7 @@ impl Console {
     }
 
     /// A unix socket, on which one client at a time is served; another is turned away. A socket
-    /// that nobody listens on any more is replaced.
+    /// without a listener is replaced.
     ///
     /// # Errors
     /// When it cannot be made.
@@ -193,7 +193,7 @@ impl Console {
         Self::on_socket(Listening::bind(path), path)
     }
 
-    /// As [`Console::socket`], beside the one that another program has there until
+    /// Binds like [`Console::socket`], beside the one that another program has there until
     /// [`Console::take_over`].
     ///
     /// # Errors
@@ -246,8 +246,8 @@ impl Console {
         }
     }
 
-    /// Where the guest's output goes: the same place each time, so that a machine that takes
-    /// another's place goes on where that one ended.
+    /// Destination of the guest's output: the same each time, so that a machine that replaces
+    /// another continues where that one ended.
     pub fn output(&self) -> Box<dyn Write + Send> {
         match &self.end {
             End::Null => Box::new(io::sink()),

@@ -42,7 +42,7 @@ fn late_client_reads_everything() {
     }
     assert!(read == text);
     assert_eq!(serial.counters()[2], ("bytes_lost", 0));
-    // What nobody reads at all is lost, and counted.
+    // Output without a reader is dropped and counted.
     let much = vec![0; UNREAD + 300_000];
     guest_writes(&serial, &much);
     assert!(serial.counters()[2].1 > 0);

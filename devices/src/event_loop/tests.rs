@@ -7,7 +7,7 @@ use super::*;
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Reports each call; panics or leaves when told so over its socket.
+/// Reports each call; panics or leaves on a command over its socket.
 struct Echo {
     socket: UnixStream,
     reports: mpsc::Sender<String>,

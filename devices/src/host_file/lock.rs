@@ -1,4 +1,4 @@
-//! Who may use a file: advisory locks that QEMU and its tools honour, too.
+//! Locks of files: advisory, and honoured by QEMU and its tools too.
 //!
 //! QEMU describes a user's accesses to an image by *permissions*, each a bit. A process that uses the
 //! permission `i` holds a shared lock on byte 100 + i, and one that denies it to others a shared lock

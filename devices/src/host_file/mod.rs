@@ -29,7 +29,7 @@ use rustix::termios::isatty;
 
 pub use self::lock::{LockError, LockMode};
 
-/// What a path names.
+/// The kind of file that a path names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FileKind {
     /// A regular file.
@@ -134,7 +134,7 @@ pub enum Access {
     Append,
 }
 
-/// Which file is to be opened, and how.
+/// A request to open a file: the path and the mode.
 #[derive(Clone, Copy, Debug)]
 pub struct Request<'a> {
     /// The file.
@@ -264,7 +264,8 @@ pub enum Identity {
 }
 
 impl Identity {
-    /// Of the file at `path`; `None` for devices that any number of users share, such as `/dev/null`.
+    /// Returns the identity of the file at `path`; `None` for devices that any number of users
+    /// share, such as `/dev/null`.
     #[must_use]
     pub fn of(path: &Path) -> Option<Self> {
         let Ok(metadata) = path.metadata() else {

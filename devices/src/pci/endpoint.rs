@@ -185,8 +185,8 @@ impl Endpoint {
         }
     }
 
-    /// Goes on from what was saved. The BARs move by `tx`, to be shown with everything else.
-    /// The machine stands still.
+    /// Loads the saved state. The BARs move by `tx`, so they appear with everything else. The
+    /// machine is paused.
     ///
     /// # Errors
     /// When it was another function, or what was saved makes no sense.

@@ -21,7 +21,7 @@ use crate::PAGES;
 use crate::link::Life;
 use crate::script::Dice;
 
-/// So much before the stop, in the source's opinion: the destination is to hear the source's
+/// Time before the stop, as the source counts it: the destination must receive the source's
 /// opinion and not the engine's.
 pub(crate) const CLOCKS_STOPPED_BEFORE: Duration = Duration::from_secs(100);
 

@@ -28,7 +28,7 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 /// Memory at the destination, once it is there.
 pub(crate) type Shared = Arc<OnceLock<Arc<RamBlock>>>;
 
-/// Where the guest arrives; its memory is shown to the test.
+/// The destination of the guest; the test sees its memory.
 pub(crate) struct Place(pub(crate) Shared);
 
 struct Machine(Arc<RamBlock>);

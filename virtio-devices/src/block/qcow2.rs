@@ -74,7 +74,7 @@ impl Header {
         })
     }
 
-    /// What is wrong with the header of an image of `len` bytes.
+    /// Returns the fault of the header in an image of `len` bytes, if any.
     fn problem(&self, len: u64) -> Option<String> {
         if !(2..=3).contains(&self.version) {
             return Some(format!("version {} is not 2 or 3", self.version));
@@ -220,7 +220,7 @@ fn directories(how: &Opening) -> Vec<PathBuf> {
         .collect()
 }
 
-/// What was found below an image while it was opened.
+/// Images found below an image while it was opened.
 struct Below {
     /// How files are locked, if they are.
     lock: Option<LockMode>,
@@ -281,7 +281,7 @@ impl Gate<'_> {
         request.open().map_err(|error| self.refuse(error.into()))
     }
 
-    /// As [`Gate::open_named`], and locks the file.
+    /// Opens like [`Gate::open_named`], and locks the file.
     fn open_locked(&self, real: &Path) -> io::Result<File> {
         let file = self.open_named(real)?;
         let lockable = Lockable(file.try_clone()?);

@@ -267,7 +267,7 @@ impl Chain {
         self.check_not_lost()
     }
 
-    /// What is found in lost memory is not what the driver wrote, and must not leave the machine.
+    /// The content of lost memory is not what the driver wrote, and must not leave the machine.
     fn check_not_lost(&self) -> Result<(), QueueError> {
         let mut ram = GuestMemoryBackend::iter(&*self.view);
         match ram.any(|ram| ram.pages() == Pages::Lost) {

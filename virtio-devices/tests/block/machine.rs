@@ -136,7 +136,7 @@ pub(crate) fn raw(dir: &tempfile::TempDir, size: u64) -> PathBuf {
     path
 }
 
-/// What is saved of a disk, for tests that write it themselves.
+/// Saved state of a disk, for tests that write it themselves.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct SavedDisk {
     pub(crate) capacity: u64,

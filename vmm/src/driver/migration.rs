@@ -36,7 +36,7 @@ enum OutgoingState {
     Copying,
     /// The migration has stopped it.
     Stopped { ran: bool },
-    /// What only one machine may hold (locks, paths of sockets) was released.
+    /// Resources that only one machine can hold (locks, paths of sockets) were released.
     HandedOver { ran: bool },
     /// The guest stays, and what was released could not be taken back, or the vCPUs did not start. It is
     /// paused; `resume` tries again from where this failed.
@@ -163,7 +163,7 @@ impl Driver {
             Verb::AddDevice | Verb::RemoveDevice | Verb::Resize | Verb::ResizeDisk => {
                 refuse("the VM's guest is moving to another service; cancel the migration first")
             }
-            // Neither changes what the destination was told of the machine. A new verb belongs here
+            // Neither changes what the destination knows of the machine. A new verb belongs here
             // only if that is true of it.
             Verb::Boot | Verb::Pause | Verb::Resume | Verb::PowerButton | Verb::Nmi => None,
         }

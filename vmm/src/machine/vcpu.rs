@@ -232,7 +232,7 @@ impl GuestEnd {
     pub(super) fn handler(&self) -> impl Fn(PowerEvent) + Send + Sync + 'static + use<> {
         let (reporter, halter) = (self.reporter.clone(), Arc::clone(&self.halter));
         move |event| {
-            // First, so that nobody finds vCPUs that have ended without the reason.
+            // First, so that a reader of the end of the vCPUs also finds its reason.
             reporter.report(GuestEvent::Power(event));
             halter.halt();
         }

@@ -69,7 +69,7 @@ impl Journals {
         })
     }
 
-    /// What became of a migration at its destination, as far as it was written down.
+    /// The fate of a migration at its destination, as far as the journal has it.
     pub(super) fn fate(&self, id: Uuid) -> Fate {
         let here = (id, Side::Destination);
         let Some(dir) = &self.directory else {

@@ -27,7 +27,7 @@ use crate::{failure, paths};
 pub(super) struct CheckedOffer {
     pub(super) vm: VmId,
     pub(super) config: VmConfig,
-    /// As `config`, with the paths as they were checked.
+    /// The configuration with the checked paths.
     pub(super) resolved: VmConfig,
     pub(super) cpuid: CpuId,
     pub(super) on_bus: BTreeMap<String, Bdf>,

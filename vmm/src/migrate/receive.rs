@@ -20,7 +20,8 @@ const RELIEF: Duration = Duration::from_secs(5);
 /// The migrations that have an endpoint of this process.
 ///
 /// A destination whose migration is over keeps answering its source for a while, because the source
-/// may have missed the outcome. When another migration is to be waited for at the same endpoint, the
+/// may have missed the outcome. When a request waits for another migration at the same endpoint,
+/// the
 /// earlier one is relieved of that: the new session answers sources of earlier migrations from their
 /// journals.
 #[derive(Clone, Default)]

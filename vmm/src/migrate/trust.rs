@@ -1,6 +1,7 @@
 //! The trust in a peer: what an offer may name of this host, and over which connections it may come.
 //!
-//! An offer holds a configuration, and a configuration names files, sockets and taps. Whoever can
+//! An offer holds a configuration, and a configuration names files, sockets and taps. A peer that
+//! can
 //! connect to an endpoint could therefore have any file of this host opened as a disk. So a peer has
 //! the rights that its endpoint gives it:
 //!
@@ -24,7 +25,7 @@ use super::invalid;
 /// The name of the taps that are made for interfaces without one, as a pattern sees it.
 const UNNAMED_TAP: &str = "vmtap";
 
-/// What the operator of this process allows migrations, where a request does not say.
+/// Permissions for migrations from the operator of this process, used where a request gives none.
 #[derive(Clone, Debug, Default)]
 pub struct MigrationTrust {
     /// Folders and files below which a VM that comes over TCP may name paths. Absolute.
@@ -67,7 +68,7 @@ impl MigrationTrust {
         })
     }
 
-    /// What a peer that connects to this endpoint may name.
+    /// Returns the host resources that a peer of this endpoint may name.
     pub(super) fn allowed(
         &self,
         endpoint: &Endpoint,
@@ -96,7 +97,7 @@ impl MigrationTrust {
     }
 }
 
-/// What an offer may name of this host; all where there is no list.
+/// Host resources that an offer may name; all where there is no list.
 #[derive(Clone, Debug)]
 pub(super) struct Allowed {
     paths: Option<Vec<PathBuf>>,
@@ -128,7 +129,7 @@ impl Allowed {
     fn check_path(&self, named: &NamedPath<'_>) -> Result<PathBuf, Refusal> {
         let path = Path::new(named.path);
         let resolved = resolve(path, named.used);
-        // The host's source of random numbers harms nobody, and is in nobody's folder.
+        // The host's source of random numbers is harmless, and in no allowed folder.
         let is_random = named.pointer == "/rng/src"
             && matches!(&resolved, Ok((_, Some(found))) if FileKind::of(found) == FileKind::Random);
         let is_allowed = match &resolved {
@@ -188,7 +189,7 @@ impl Allowed {
     }
 }
 
-/// Where a path leads, through all links, and what is there.
+/// Resolves a path through all links, and reads what is there.
 fn resolve(path: &Path, used: PathUse) -> io::Result<(PathBuf, Option<Metadata>)> {
     let absent = |error: &io::Error| error.kind() == io::ErrorKind::NotFound;
     let beside = || -> io::Result<PathBuf> {
