@@ -385,7 +385,12 @@ fn rejects_unusable_tap() {
     let (_event_loop, workers) = workers();
     let refused = |name: &str, net| Net::new(config(name, net), workers.clone()).err().unwrap();
     for name in ["", "a name", "sixteen-letters-", "a/b"] {
-        assert!(refused(name, 4).to_string().contains("no name"), "{name}");
+        assert!(
+            refused(name, 4)
+                .to_string()
+                .contains("not an interface name"),
+            "{name}"
+        );
     }
     assert!(refused("lo", 4).to_string().contains("`lo`"));
     let held = machine(4);

@@ -337,7 +337,7 @@ mod tests {
             let refused = refused.to_string();
             assert!(
                 refused.contains(source)
-                    && refused.contains("and not a regular file or a source of"),
+                    && refused.contains("it must be a regular file or a source of"),
                 "{refused}"
             );
         }

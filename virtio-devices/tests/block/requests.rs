@@ -182,7 +182,7 @@ fn guest_sees_direct_io_block_size() {
     });
     let refused = direct.load(&saved).unwrap_err().to_string();
     assert!(
-        refused.contains("blocks of 512 bytes") && refused.contains("takes 4096"),
+        refused.contains("blocks of 512 bytes") && refused.contains("needs 4096"),
         "{refused}"
     );
     direct.load(&direct.save()).unwrap();

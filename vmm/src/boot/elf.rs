@@ -240,7 +240,7 @@ mod tests {
         }
         let astray = load(&changed(0x190, &[0, 0, 0x50, 0]), &topology()).unwrap_err();
         assert!(
-            astray.to_string().contains("starts at 0x500000"),
+            astray.to_string().contains("its entry point, 0x500000"),
             "{astray}"
         );
     }

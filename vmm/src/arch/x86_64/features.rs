@@ -318,7 +318,10 @@ mod tests {
             cpuid(&[(0, 0, [1, word(0), word(8), word(4)])])
         };
         let found = lacking(&vendor(b"AuthenticAMD"), &vendor(b"GenuineIntel"));
-        assert_eq!(found, ["a CPU of GenuineIntel (AuthenticAMD is here)"]);
+        assert_eq!(
+            found,
+            ["a CPU from GenuineIntel (this host's is from AuthenticAMD)"]
+        );
     }
 
     #[test]
