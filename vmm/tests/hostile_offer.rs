@@ -192,7 +192,7 @@ impl Host {
 const SIZE: u64 = 64 << 20;
 
 #[test]
-fn an_offer_that_is_refused_leaves_no_trace() {
+fn refused_offer_leaves_no_trace() {
     stray::watch();
     let host = Host::new();
     let before = host.files();
@@ -302,7 +302,7 @@ fn an_offer_that_is_refused_leaves_no_trace() {
 }
 
 #[test]
-fn plaintext_over_tcp_is_asked_for_at_both_ends() {
+fn plaintext_tcp_needs_both_ends() {
     let host = Host::new();
     let refused = |result: Option<control::RequestError>| result.unwrap().code;
     let plain = AwaitMigration::at("tcp:127.0.0.1:0");

@@ -128,7 +128,7 @@ async fn soon<T>(what: &str, done: impl Future<Output = T>) -> T {
 }
 
 #[tokio::test]
-async fn a_reset_storm_is_spread_and_the_neighbour_lives_on() {
+async fn reset_storm_is_limited() {
     let _alone = ALONE.lock().await;
     let lab = Lab::new();
     let beating = Options {

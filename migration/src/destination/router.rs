@@ -218,14 +218,14 @@ impl<'a> Router<'a> {
                 Ok(Some(stream)) => stream,
                 Ok(None) => continue,
                 Err(error) if is_passing(&error) => {
-                    tracing::warn!(%error, "a connection cannot be accepted now");
+                    tracing::warn!(%error, "cannot accept a connection now");
                     // The connection stays in the backlog, so the next `accept` would fail at once,
                     // too.
                     thread::sleep(tick);
                     continue;
                 }
                 Err(error) => {
-                    tracing::warn!(%error, "no more connections can be accepted");
+                    tracing::warn!(%error, "cannot accept any more connections");
                     break;
                 }
             };
@@ -248,7 +248,7 @@ impl<'a> Router<'a> {
             };
             // On failure the closure is dropped with its `Place`, which frees the slot.
             if let Err(error) = thread::Builder::new().spawn_scoped(scope, in_span(greeting)) {
-                tracing::warn!(%error, "a connection cannot be served now");
+                tracing::warn!(%error, "cannot serve a connection now");
             }
         }
         self.table.lock().is_over = true;
@@ -339,7 +339,7 @@ impl<'a> Router<'a> {
     /// Logs and reports why a stranger came to nothing, while a source is awaited.
     fn report_stranger(&self, error: &MigrationError) {
         // At debug level: a port scanner does not fill the log. The report has the last one.
-        tracing::debug!(%error, "a connection brought no guest");
+        tracing::debug!(%error, "a connection ended without an offer");
         self.progress.update(|report| {
             if report.phase == Phase::Connecting {
                 report.error = Some(error.refusal());
@@ -471,7 +471,7 @@ impl<'a> Router<'a> {
             // No guess: `NotHere` would let the source resume a guest that may have run here.
             Fate::Unknown => ToSource::Refused(Refusal::new(
                 "unknown-migration",
-                format!("the destination cannot tell the outcome of migration {id}"),
+                format!("the destination does not know the outcome of migration {id}"),
             )),
         };
         // A source that does not hear it asks again.
@@ -573,8 +573,8 @@ impl<'a> Router<'a> {
 
 fn no_slot(channel: Channel) -> Refusal {
     let detail = match channel {
-        Channel::Ram { index } => format!("RAM channel {index} is not expected"),
-        Channel::Faults => "no faults channel is expected".to_owned(),
+        Channel::Ram { index } => format!("unexpected RAM channel {index}"),
+        Channel::Faults => "unexpected faults channel".to_owned(),
         Channel::Again | Channel::Control => "the migration is still in progress".to_owned(),
     };
     Refusal::new("out-of-order", detail)
