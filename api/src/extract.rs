@@ -13,6 +13,7 @@ use serde::de::DeserializeOwned;
 use spec::{Descriptors, FieldProblem, NetConfig, ParseError, VmId};
 
 use crate::descriptors::Enclosed;
+use crate::errors::Face;
 use crate::problem::ApiError;
 
 /// The body of a request, as JSON.
@@ -54,6 +55,7 @@ impl<S: Send + Sync> FromRequest<S> for JsonAndTap {
 async fn parsed<T: DeserializeOwned>(request: Request) -> Result<(T, Vec<OwnedFd>), ApiError> {
     check_content_type(request.headers())?;
     let enclosed = request.extensions().get::<Enclosed>().cloned();
+    let face = request.extensions().get::<Face>().copied();
     let body = bytes(request).await?;
     let descriptors = enclosed.map(|enclosed| enclosed.take());
     if body.is_empty() {
@@ -63,7 +65,11 @@ async fn parsed<T: DeserializeOwned>(request: Request) -> Result<(T, Vec<OwnedFd
             "the request has no body; send a JSON object, with its length in Content-Length",
         ));
     }
-    let body = spec::parse(&body).map_err(|error| not_understood(&error))?;
+    let read = match face {
+        Some(Face::CloudHypervisor) => spec::parse_compatible(&body),
+        Some(Face::Service) | None => spec::parse(&body),
+    };
+    let body = read.map_err(|error| not_understood(&error))?;
     Ok((body, descriptors.unwrap_or_default()))
 }
 

@@ -33,9 +33,10 @@ pub(crate) enum Via {
 /// The body is read first, so that a request is answered only when its client has sent all of it.
 pub(crate) async fn envelope(
     State((face, requests)): State<(Face, Requests)>,
-    request: Request,
+    mut request: Request,
     next: Next,
 ) -> Response {
+    request.extensions_mut().insert(face);
     let strings = face == Face::CloudHypervisor && !wants_problems(request.headers());
     let id = request_id(request.headers());
     let method = request.method().clone();

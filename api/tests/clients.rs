@@ -229,3 +229,116 @@ async fn the_longest_idle_connection_makes_room_for_a_new_one() {
     let answer = read_for(&mut begun, SILENCE).await;
     assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
 }
+
+/// A body of a known client, after its public code, and the start of the reason for which it is refused.
+const BODIES: &[(&str, &str, u16, &str)] = &[
+    (
+        "Kata's runtime-rs, without a shared file system",
+        r#"{"cpus": {"boot_vcpus": 1, "max_vcpus": 8, "max_phys_bits": 46}, "memory": {"size": 268435456,
+            "hotplug_size": 8589934592, "hotplug_method": "Acpi", "shared": true, "thp": true},
+            "payload": {"kernel": "/k", "cmdline": "quiet", "initramfs": null, "firmware": null, "mrconfigid": null},
+            "disks": [{"path": "/d", "readonly": true, "num_queues": 1, "queue_size": 1024, "disable_io_uring": false,
+            "image_type": "Unknown", "iommu": false, "vhost_user": false}],
+            "serial": {"mode": "Off", "iommu": false}, "console": {"mode": "Off", "iommu": false},
+            "rng": {"src": "/dev/urandom", "iommu": false}, "vsock": {"cid": 3, "socket": "/v"}, "iommu": false,
+            "watchdog": false}"#,
+        204,
+        "",
+    ),
+    (
+        "Kata's runtime-rs, with its default file system",
+        r#"{"cpus": {"boot_vcpus": 1, "max_vcpus": 8}, "payload": {"kernel": "/k", "mrconfigid": null},
+            "fs": [{"tag": "kataShared", "socket": "/s", "num_queues": 1, "queue_size": 1024}]}"#,
+        501,
+        "fs: ",
+    ),
+    (
+        "Kata's runtime in Go, without a shared file system",
+        r#"{"cpus": {"boot_vcpus": 1, "max_vcpus": 4}, "memory": {"size": 2147483648, "shared": true,
+            "hotplug_size": 4294967296}, "payload": {"kernel": "/k", "cmdline": "x"},
+            "platform": {"num_pci_segments": 2}, "serial": {"mode": "Tty", "iommu": false},
+            "console": {"mode": "Off"}, "vsock": {"cid": 3, "socket": "/v"}}"#,
+        204,
+        "",
+    ),
+    (
+        "libvirt 9.0",
+        r#"{"kernel": {"path": "/k"}, "cmdline": {"args": "quiet"}, "initramfs": {"path": "/i"},
+            "cpus": {"boot_vcpus": 2, "max_vcpus": 4}, "memory": {"size": 536870912},
+            "console": {"mode": "Null"}, "serial": {"mode": "Pty"},
+            "platform": {"uuid": "c7a5fdbd-edaf-9455-926a-d65c16db1809"}}"#,
+        204,
+        "",
+    ),
+    (
+        "libvirt 11",
+        r#"{"payload": {"kernel": "/k", "cmdline": "quiet"}, "cpus": {"boot_vcpus": 1, "max_vcpus": 1},
+            "memory": {"size": 536870912}, "disks": [{"path": "/d"}], "console": {"mode": "Off"},
+            "serial": {"mode": "Pty"}}"#,
+        204,
+        "",
+    ),
+    (
+        "an interface without an address, with an odd number of queues",
+        r#"{"payload": {"kernel": "/k"},
+            "net": [{"tap": "t0", "ip": null, "mask": "", "num_queues": 5}]}"#,
+        204,
+        "",
+    ),
+    (
+        "a field that asks for something",
+        r#"{"payload": {"kernel": "/k"}, "disks": [{"path": "/d", "disable_io_uring": true}]}"#,
+        400,
+        "unknown field `disable_io_uring`",
+    ),
+    (
+        "an array in place of an object",
+        r#"{"payload": {"kernel": "/k"}, "cpus": [1, 1]}"#,
+        400,
+        "/cpus: must be an object",
+    ),
+];
+
+#[tokio::test]
+async fn bodies_of_known_clients_are_accepted_or_refused_by_name() {
+    for (client, body, expected, reason) in BODIES {
+        let served = served(Bounds::default());
+        let mut stream = served.connect().await;
+        let (status, text) = ask(&mut stream, "PUT /api/v1/vm.create", body).await;
+        assert_eq!(status, *expected, "{client}: {text}");
+        if *expected == 204 {
+            assert_eq!(ask(&mut stream, "PUT /api/v1/vm.boot", "").await.0, 204);
+            continue;
+        }
+        let causes: Vec<String> = serde_json::from_str(&text).unwrap();
+        assert!(
+            causes.iter().any(|cause| cause.starts_with(reason)),
+            "{client}: {causes:?}"
+        );
+        let (status, _) = ask(&mut stream, "GET /api/v1/vm.info", "").await;
+        assert_eq!(status, 404, "{client}: a refused body changes nothing");
+    }
+}
+
+#[tokio::test]
+async fn a_device_of_a_known_client_may_have_its_hidden_fields() {
+    let served = served(Bounds::default());
+    let mut stream = served.connect().await;
+    ask(&mut stream, "PUT /api/v1/vm.create", CONFIG).await;
+    let disk = r#"{"path": "/d", "disable_io_uring": false, "image_type": "Unknown"}"#;
+    let (status, text) = ask(&mut stream, "PUT /api/v1/vm.add-disk", disk).await;
+    assert_eq!(status, 200, "{text}");
+}
+
+/// What Cloud Hypervisor's face ignores is a mistake in a body of the service's own.
+#[tokio::test]
+async fn the_own_face_stays_strict() {
+    let service = service(Fake::default());
+    let served = Served::start(&service, service.router(), Bounds::default());
+    let mut stream = served.connect().await;
+    let body = r#"{"payload": {"kernel": "/k", "mrconfigid": null}}"#;
+    let (status, text) = ask(&mut stream, "PUT /api/v1/vms/vm", body).await;
+    assert_eq!(status, 400, "{text}");
+    let problem: spec::Problem = serde_json::from_str(&text).unwrap();
+    assert_eq!(problem.code, "unknown-field");
+}

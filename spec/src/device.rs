@@ -44,7 +44,7 @@ pub struct NetConfig {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Vec<i32>>)]
     pub fds: Option<Descriptors>,
-    /// IPv4 address of the host on the tap.
+    /// IPv4 address of the host on a tap that is created; none when empty.
     #[serde(default = "default_ip")]
     pub ip: String,
     /// Its netmask.
@@ -62,7 +62,8 @@ pub struct NetConfig {
     /// Put it behind a virtual IOMMU.
     #[serde(default)]
     pub iommu: bool,
-    /// Number of virtqueues, two for each queue pair.
+    /// Virtqueues, two for each queue pair. An odd number has one more, which is ignored: the queue for
+    /// control is always there.
     #[serde(default = "net_queues")]
     pub num_queues: usize,
     /// Entries per virtqueue.

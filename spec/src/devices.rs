@@ -238,7 +238,7 @@ impl NetConfig {
                 let detail = "`tap` cannot be combined with `fds`: the tap of the descriptors has \
                               a name already";
                 below.add("tap", "inconsistent", detail);
-            } else if fds.count().checked_mul(2) != Some(self.num_queues) {
+            } else if fds.count() != self.num_queues / 2 {
                 let (count, queues) = (fds.count(), self.num_queues);
                 let detail = format!(
                     "`num_queues` ({queues}) needs one descriptor per queue pair, and {count} \
@@ -267,6 +267,10 @@ impl NetConfig {
             }
         }
         for (field, ip) in [("ip", &self.ip), ("mask", &self.mask)] {
+            // As for Cloud Hypervisor, an empty address is none.
+            if ip.is_empty() {
+                continue;
+            }
             match ip.parse() {
                 Ok(IpAddr::V4(_)) => {}
                 Ok(IpAddr::V6(_)) => {
@@ -292,15 +296,12 @@ impl NetConfig {
         }
         below.queues(
             self.num_queues,
-            2 * limits::NET_PAIRS,
+            2 * limits::NET_PAIRS + 1,
             self.queue_size,
             limits::NET_QUEUE_SIZE_MIN,
         );
-        if !self.num_queues.is_multiple_of(2) {
-            let detail = format!(
-                "`num_queues` ({}) must be even, two for each queue pair",
-                self.num_queues
-            );
+        if self.num_queues == 1 {
+            let detail = "`num_queues` (1) must be at least 2: two for each queue pair";
             below.add("num_queues", "out-of-range", detail);
         }
         below.unsupported("vhost_user", self.vhost_user);
@@ -454,6 +455,7 @@ mod tests {
             []
         );
         assert_eq!(found(r#"{"queue_size":32}"#), []);
+        assert_eq!(found(r#"{"num_queues":3,"ip":"","mask":""}"#), []);
         for (net, field, code) in [
             (r#"{"tap":""}"#, "tap", "out-of-range"),
             (r#"{"mac":"52:54:00:12:34"}"#, "mac", "out-of-range"),
@@ -462,7 +464,7 @@ mod tests {
             (r#"{"ip":"fd00::1"}"#, "ip", "unsupported"),
             (r#"{"mask":"ffff::"}"#, "mask", "unsupported"),
             (r#"{"mtu":100}"#, "mtu", "out-of-range"),
-            (r#"{"num_queues":3}"#, "num_queues", "out-of-range"),
+            (r#"{"num_queues":1}"#, "num_queues", "out-of-range"),
             (r#"{"num_queues":32}"#, "num_queues", "out-of-range"),
             (r#"{"queue_size":16}"#, "queue_size", "out-of-range"),
             (r#"{"queue_size":48}"#, "queue_size", "out-of-range"),

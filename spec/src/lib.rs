@@ -14,6 +14,7 @@
 
 #![forbid(unsafe_code)]
 
+mod compat;
 mod console;
 mod cpus;
 mod defaults;
@@ -25,6 +26,7 @@ pub mod limits;
 mod memory;
 mod migration;
 mod names;
+mod objects;
 pub mod options;
 mod parse;
 mod paths;
@@ -36,6 +38,7 @@ mod validate;
 mod vm;
 mod wording;
 
+pub use compat::{FOREIGN_FIELDS, ForeignField, parse_compatible};
 pub use console::{ConsoleConfig, ConsoleMode, DebugConsoleConfig, SerialConfig};
 pub use cpus::{CoreSchedulingMode, CpuAffinity, CpuFeatures, CpuTopology, CpusConfig};
 pub use descriptors::Descriptors;

@@ -12,6 +12,9 @@ pub const CMDLINE_LEN: usize = 2048;
 /// The page that memory sizes are multiples of.
 pub const PAGE: u64 = 4096;
 
+/// PCI segments that a configuration may name, as in Cloud Hypervisor. All but the first are empty.
+pub const PCI_SEGMENTS: u16 = 96;
+
 /// Devices of a VM, with its console and its source of entropy.
 pub const DEVICES: usize = 64;
 

@@ -1,6 +1,10 @@
 //! From bytes to types, with errors that help.
 
+use serde::Deserializer;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use crate::objects::ObjectsOnly;
 
 use crate::wording::plain;
 
@@ -89,14 +93,27 @@ impl ParseError {
 /// ```
 pub fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ParseError> {
     let mut reader = serde_json::Deserializer::from_slice(body);
-    let value = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
-        let pointer = pointer(error.path());
-        explain(pointer, error.inner())
-    })?;
+    let value = read(&mut reader)?;
     reader
         .end()
         .map_err(|error| explain(String::new(), &error))?;
     Ok(value)
+}
+
+/// Reads a body that is parsed already.
+pub(crate) fn parse_value<T: DeserializeOwned>(body: &Value) -> Result<T, ParseError> {
+    read(body)
+}
+
+fn read<'de, T, D>(from: D) -> Result<T, ParseError>
+where
+    T: DeserializeOwned,
+    D: Deserializer<'de, Error = serde_json::Error>,
+{
+    serde_path_to_error::deserialize(ObjectsOnly(from)).map_err(|error| {
+        let pointer = pointer(error.path());
+        explain(pointer, error.inner())
+    })
 }
 
 fn explain(pointer: String, error: &serde_json::Error) -> ParseError {
@@ -183,6 +200,19 @@ mod tests {
                 .to_string(),
             "unknown field `read_only` at /disks/1; did you mean `readonly`?"
         );
+        for (body, pointer) in [
+            (r#"["q2", {"payload": {}}]"#, ""),
+            (r#"{"payload": {}, "cpus": [1, 1]}"#, "/cpus"),
+            (r#"{"payload": ["/x"]}"#, "/payload"),
+            (r#"{"payload": {}, "disks": [["/d"]]}"#, "/disks/0"),
+            (r#"{"payload": {}, "balloon": [1]}"#, "/balloon"),
+        ] {
+            let error = error(body);
+            assert_eq!(error.pointer(), pointer, "{body}");
+            assert!(error.to_string().contains("must be an object"), "{error}");
+        }
+        let text = error(r#"{"payload": "/k"}"#).to_string();
+        assert_eq!(text, "/payload: must be an object, not the string \"/k\"");
         assert!(matches!(
             error(r#"{"payload":{}} trailing"#),
             ParseError::Malformed { line: 1, .. }

@@ -29,7 +29,6 @@ const NOT_YET: &[(&str, &[&str])] = &[
     ("/cpus/nested", &["true"]),
     ("/cpus/features/amx", &["false"]),
     ("/cpus/core_scheduling", &[r#""Vm""#, r#""Off""#]),
-    ("/memory/hotplug_size", &["0"]),
     ("/memory/hotplugged_size", &["0"]),
     ("/memory/hotplug_method", &[r#""Acpi""#]),
     ("/memory/zones", &["[]"]),
@@ -50,13 +49,11 @@ const NOT_YET: &[(&str, &[&str])] = &[
     ("/rtc", &[]),
     ("/pvpanic", &["false"]),
     ("/pci_segments", &["[]"]),
-    ("/platform/num_pci_segments", &["1"]),
     ("/platform/iommu_segments", &["[]"]),
     ("/platform/iommu_address_width_bits", &["64"]),
     ("/platform/system_serial_number", &[]),
     ("/platform/serial_number", &[]),
     ("/platform/system_uuid", &[]),
-    ("/platform/uuid", &[]),
     ("/platform/oem_strings", &["[]"]),
     ("/platform/system_manufacturer", &[]),
     ("/platform/system_product_name", &[]),
@@ -88,6 +85,7 @@ impl VmConfig {
         self.check_memory(host, &mut found);
         self.check_payload(&mut found);
         self.check_consoles(&mut found);
+        self.check_segments(&mut found);
         devices::check(self, &mut found);
         if found.is_empty() { Ok(()) } else { Err(found) }
     }
@@ -131,12 +129,6 @@ impl VmConfig {
                 host.max_vcpus
             );
             found.push(problem("/cpus/max_vcpus", "out-of-range", detail));
-        } else if max > boot && boot > 0 {
-            let detail = format!(
-                "`max_vcpus` ({max}) must equal `boot_vcpus` ({boot}): this version cannot add \
-                 vCPUs later"
-            );
-            found.push(problem("/cpus/max_vcpus", UNSUPPORTED, detail));
         }
         let arrangement = self.cpus.arrangement();
         let highest = max.checked_sub(1).map(|last| arrangement.apic_id(last));
@@ -254,6 +246,21 @@ impl VmConfig {
         }
     }
 
+    /// Segments other than the first are empty: a device that asks for one is refused. A number of
+    /// segments is therefore accepted, as clients send one for devices that a VM may not have.
+    fn check_segments(&self, found: &mut Vec<FieldProblem>) {
+        let segments = self.platform.as_ref().and_then(|all| all.num_pci_segments);
+        let most = limits::PCI_SEGMENTS;
+        if let Some(count) = segments.filter(|count| !(1..=most).contains(count)) {
+            let detail = format!("`num_pci_segments` ({count}) is not between 1 and {most}");
+            found.push(problem(
+                "/platform/num_pci_segments",
+                "out-of-range",
+                detail,
+            ));
+        }
+    }
+
     fn check_consoles(&self, found: &mut Vec<FieldProblem>) {
         let (serial, console) = (&self.serial, &self.console);
         let all = [
@@ -353,7 +360,19 @@ mod tests {
         assert_eq!(cpus(0, 1), one("/cpus/boot_vcpus", "out-of-range"));
         assert_eq!(cpus(2, 1), one("/cpus/max_vcpus", "out-of-range"));
         assert_eq!(cpus(1, 9), one("/cpus/max_vcpus", "out-of-range"));
-        assert_eq!(cpus(1, 2), one("/cpus/max_vcpus", "unsupported"));
+        assert_eq!(cpus(1, 2), [], "the room is not used");
+        let segments = |count| {
+            let body = format!(r#"{{"num_pci_segments": {count}}}"#);
+            let platform = crate::parse::<crate::PlatformConfig>(body.as_bytes()).unwrap();
+            found(|c| c.platform = Some(platform))
+        };
+        assert_eq!(segments(2), []);
+        for count in [0, 97] {
+            assert_eq!(
+                segments(count),
+                one("/platform/num_pci_segments", "out-of-range")
+            );
+        }
         let large = HostLimits {
             max_vcpus: 4096,
             ..HOST

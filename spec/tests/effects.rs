@@ -98,6 +98,12 @@ const EFFECTIVE: &[&str] = &[
 /// Fields that docs/api.md and docs/devices.md say have none, though they are accepted.
 const TOLD: &[&str] = &[
     "/net/0/offload_ufo",
+    // Room for what a resize will add; a resize is refused by name.
+    "/cpus/max_vcpus",
+    "/memory/hotplug_size",
+    // Empty segments, and an identity that no table of the guest has.
+    "/platform/num_pci_segments",
+    "/platform/uuid",
     // Of a device that is refused.
     "/debug_console/file",
     "/debug_console/iobase",
