@@ -10,7 +10,7 @@
 use std::collections::BTreeSet;
 
 use serde_json::{Map, Value, json};
-use spec::{HostLimits, VmConfig};
+use spec::{FieldProblem, HostLimits, VmConfig};
 use utoipa::{PartialSchema as _, ToSchema as _};
 
 /// Fields that do something.
@@ -95,18 +95,30 @@ const EFFECTIVE: &[&str] = &[
     "/vsock/socket",
 ];
 
-/// Fields that docs/api.md and docs/devices.md say have none, though they are accepted.
-const TOLD: &[&str] = &[
-    "/net/0/offload_ufo",
-    // Room for what a resize will add; a resize is refused by name.
-    "/cpus/max_vcpus",
-    "/memory/hotplug_size",
-    // Empty segments, and an identity that no table of the guest has.
-    "/platform/num_pci_segments",
-    "/platform/uuid",
-    // Of a device that is refused.
-    "/debug_console/file",
-    "/debug_console/iobase",
+/// Fields that are accepted and have no effect, with the reason.
+const TOLD: &[(&str, &str)] = &[
+    (
+        "/net/0/offload_ufo",
+        "Linux has removed UDP fragmentation offload",
+    ),
+    ("/debug_console/file", "`debug_console` is `Off` or `Null`"),
+    (
+        "/debug_console/iobase",
+        "`debug_console` is `Off` or `Null`",
+    ),
+    (
+        "/cpus/max_vcpus",
+        "the guest does not see the room, and `vm.resize` refuses to use it",
+    ),
+    (
+        "/memory/hotplug_size",
+        "the guest does not see the room, and `vm.resize` refuses to use it",
+    ),
+    (
+        "/platform/num_pci_segments",
+        "only segment 0 exists, and a device that asks for another is refused",
+    ),
+    ("/platform/uuid", "the guest has no SMBIOS tables"),
 ];
 
 /// All fields, each at a value that is not its default.
@@ -232,8 +244,8 @@ fn fields(schema: &Value, all: &Map<String, Value>, at: &str, found: &mut BTreeS
     found.insert(at.to_owned());
 }
 
-#[test]
-fn every_field_has_an_effect() {
+/// All fields by their JSON pointer, and the problems of a configuration that has each of them.
+fn judged() -> (BTreeSet<String>, Vec<FieldProblem>) {
     let mut named = Vec::new();
     VmConfig::schemas(&mut named);
     let all = named
@@ -259,16 +271,119 @@ fn every_field_has_an_effect() {
     for problem in &problems {
         assert_eq!(problem.code, spec::UNSUPPORTED, "{problem:?}");
     }
-    let is_refused = |field: &str| {
-        let mut above = problems.iter().map(|problem| problem.pointer.as_str());
-        above.any(|above| field == above || field.starts_with(&format!("{above}/")))
-    };
+    (described, problems)
+}
+
+fn refusal<'a>(problems: &'a [FieldProblem], field: &str) -> Option<&'a FieldProblem> {
+    problems.iter().find(|problem| {
+        let above = &problem.pointer;
+        field == above || field.starts_with(&format!("{above}/"))
+    })
+}
+
+fn without_effect(field: &str) -> Option<&'static str> {
+    let told = TOLD.iter().find(|(told, _)| *told == field);
+    told.map(|(_, reason)| *reason)
+}
+
+#[test]
+fn every_field_has_an_effect() {
+    let (described, problems) = judged();
     for field in &described {
-        let known = [EFFECTIVE, TOLD].concat().contains(&field.as_str());
-        match (known, is_refused(field)) {
+        let known = EFFECTIVE.contains(&field.as_str()) || without_effect(field).is_some();
+        match (known, refusal(&problems, field).is_some()) {
             (true, false) | (false, true) => {}
             (true, true) => panic!("{field} is said to be taken, and is refused"),
             (false, false) => panic!("{field} is taken, and does nothing"),
         }
     }
+}
+
+/// The name of a field as in a message: `disks.path`.
+fn dotted(pointer: &str) -> String {
+    pointer
+        .trim_start_matches('/')
+        .replace("/0", "")
+        .replace('/', ".")
+}
+
+/// The page of docs/compatibility.md, from the tables above, those of the crate, and the document.
+fn page() -> String {
+    let mut page = String::from(PAGE);
+    let document: Value = serde_json::from_str(include_str!("../../openapi/openapi.json")).unwrap();
+    page += "\n## Endpoints\n\n| endpoint | this version |\n|---|---|\n";
+    for (path, item) in document["paths"].as_object().unwrap() {
+        for (method, operation) in item.as_object().unwrap() {
+            // The service's own face has paths below /vms, and these two are on both.
+            let Some(name) = path
+                .strip_prefix("/api/v1/vm")
+                .filter(|rest| rest.starts_with('.') || rest.starts_with("m."))
+            else {
+                continue;
+            };
+            let summary = operation["summary"].as_str().unwrap();
+            let mut answers = operation["responses"].as_object().unwrap().keys();
+            let state = if answers.any(|status| status.starts_with('2')) {
+                format!("supported: {summary}")
+            } else {
+                format!("refused (501). {summary}")
+            };
+            page += &format!("| `{} vm{name}` | {state} |\n", method.to_uppercase());
+        }
+    }
+    page += "\n## Fields of the configuration\n\n| field | this version |\n|---|---|\n";
+    let (described, problems) = judged();
+    let mut shown = BTreeSet::new();
+    for field in &described {
+        let (name, state) = if let Some(problem) = refusal(&problems, field) {
+            let detail = problem.detail.replace('|', "\\|");
+            (dotted(&problem.pointer), format!("refused: {detail}"))
+        } else if let Some(reason) = without_effect(field) {
+            (dotted(field), format!("accepted without effect: {reason}"))
+        } else {
+            (dotted(field), "supported".to_owned())
+        };
+        // An object that is refused stands for all of its fields.
+        if shown.insert(name.clone()) {
+            page += &format!("| `{name}` | {state} |\n");
+        }
+    }
+    page += "\n## Fields that are not in the contract\n\n\
+             Cloud Hypervisor's face accepts these at an empty value (`null`, `false`, `0`, `\"\"`, `[]`) or\n\
+             the default named here, and refuses them by name otherwise. Other unknown fields are treated\n\
+             alike. The service's own face refuses unknown fields.\n\n\
+             | field | also accepted | reason |\n|---|---|---|\n";
+    for field in spec::FOREIGN_FIELDS {
+        let name = match field.of {
+            "VM" => field.name.to_owned(),
+            of => format!("{of}.{}", field.name),
+        };
+        let default = field
+            .default
+            .map_or_else(String::new, |json| format!("`{json}`"));
+        page += &format!("| `{name}` | {default} | {} |\n", field.reason);
+    }
+    page
+}
+
+const PAGE: &str = "# Compatibility with Cloud Hypervisor's API
+
+This page lists each endpoint and field of Cloud Hypervisor's API (v54), and whether this version
+supports it, refuses it, or accepts it without effect. It is generated from the tables that the code
+uses. `UPDATE_COMPATIBILITY=1 cargo test -p spec --test effects` renews it.
+";
+
+#[test]
+fn the_page_of_compatibility_is_current() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/compatibility.md");
+    let page = page();
+    if std::env::var_os("UPDATE_COMPATIBILITY").is_some() {
+        std::fs::write(path, &page).unwrap();
+        return;
+    }
+    assert!(
+        std::fs::read_to_string(path).unwrap_or_default() == page,
+        "docs/compatibility.md is not what the tables say; renew it by \
+         UPDATE_COMPATIBILITY=1 cargo test -p spec --test effects"
+    );
 }
