@@ -33,6 +33,7 @@ mod pages;
 mod policy;
 mod progress;
 mod sender;
+pub mod snapshot;
 mod source;
 #[cfg(feature = "testing")]
 pub mod testing;

@@ -1,0 +1,167 @@
+//! The manifest: what a snapshot consists of.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::read::RestoreError;
+use crate::message::BlockInfo;
+use crate::pages::PAGE;
+
+/// The version of the format that this program writes, and the newest that it reads.
+pub const VERSION: u32 = 1;
+
+/// Identifies the format.
+const FORMAT: &str = "whimbrel-snapshot";
+
+/// Maximum size of the manifest in bytes.
+pub(super) const MAX_MANIFEST: u64 = 64 << 10;
+
+/// Maximum size of the description of a machine in bytes, as in a migration.
+const MAX_MACHINE: u64 = 1 << 20;
+
+/// Maximum size of the saved state in bytes, as in a migration.
+const MAX_STATE: u64 = 80 << 20;
+
+/// Maximum number of memory blocks. A machine has one today; zones will be blocks of their own.
+const MAX_BLOCKS: usize = 64;
+
+/// The contents of a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    format: String,
+    /// Version of the format.
+    pub version: u32,
+    /// Identifies the snapshot: no two have the same.
+    pub id: Uuid,
+    /// The name that the VM had.
+    pub vm: String,
+    /// When the snapshot was taken, in milliseconds since 1970.
+    pub created_ms: u64,
+    /// The program that wrote it, for people.
+    pub program: String,
+    /// Bytes of a page of [`memory`](Self::memory) that has one hash.
+    page_size: u64,
+    /// The blocks of memory, in the order of their bytes in the file.
+    pub memory: Vec<BlockInfo>,
+    /// The description of the machine.
+    pub machine: FileInfo,
+    /// The state of vCPUs and devices.
+    pub state: FileInfo,
+    /// The hashes of the pages.
+    pub hashes: FileInfo,
+}
+
+/// A file of a snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FileInfo {
+    /// Its size in bytes.
+    pub size: u64,
+    /// The XXH3 hash (64 bits) of its content.
+    pub hash: u64,
+}
+
+impl FileInfo {
+    pub(super) fn of(content: &[u8]) -> Self {
+        Self {
+            size: content.len() as u64,
+            hash: xxhash_rust::xxh3::xxh3_64(content),
+        }
+    }
+}
+
+/// The part of a manifest that every version has.
+#[derive(Deserialize)]
+struct Head {
+    format: String,
+    version: u32,
+}
+
+impl Manifest {
+    pub(super) fn new(id: Uuid, vm: String, memory: Vec<BlockInfo>, files: [FileInfo; 3]) -> Self {
+        let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH);
+        let created_ms = since_1970.unwrap_or_default().as_millis();
+        let [machine, state, hashes] = files;
+        Self {
+            format: FORMAT.to_owned(),
+            version: VERSION,
+            id,
+            vm,
+            created_ms: u64::try_from(created_ms).unwrap_or(u64::MAX),
+            program: concat!("whimbrel ", env!("CARGO_PKG_VERSION")).to_owned(),
+            page_size: PAGE as u64,
+            memory,
+            machine,
+            state,
+            hashes,
+        }
+    }
+
+    /// Reads a manifest, and checks all that it says by itself.
+    ///
+    /// # Errors
+    /// It is none, is of a newer version, or contradicts itself or the limits of the format.
+    pub fn parse(text: &[u8]) -> Result<Self, RestoreError> {
+        let damaged =
+            |error: serde_json::Error| RestoreError::Damaged(format!("the manifest: {error}"));
+        // First what tells whether the rest can be understood.
+        let head: Head = serde_json::from_slice(text).map_err(damaged)?;
+        if head.format != FORMAT {
+            return Err(RestoreError::Foreign(head.format));
+        }
+        if head.version == 0 || head.version > VERSION {
+            return Err(RestoreError::Version(head.version));
+        }
+        let manifest: Self = serde_json::from_slice(text).map_err(damaged)?;
+        manifest.validate()?;
+        Ok(manifest)
+    }
+
+    /// Checks what does not depend on the files.
+    pub(super) fn validate(&self) -> Result<(), RestoreError> {
+        let odd = |what: String| Err(RestoreError::Damaged(format!("the manifest: {what}")));
+        if self.page_size != PAGE as u64 {
+            return odd(format!("page_size is {}, not {PAGE}", self.page_size));
+        }
+        if self.memory.is_empty() || self.memory.len() > MAX_BLOCKS {
+            let count = self.memory.len();
+            return odd(format!("memory has {count} blocks, not 1 to {MAX_BLOCKS}"));
+        }
+        for block in &self.memory {
+            if block.size == 0 || block.size % PAGE as u64 != 0 {
+                let (name, size) = (&block.name, block.size);
+                return odd(format!(
+                    "the block {name:?} has {size} bytes, not a multiple of {PAGE}"
+                ));
+            }
+        }
+        let Some(pages) = self.memory_size().map(|size| size / PAGE as u64) else {
+            return odd("the blocks of memory are too large".to_owned());
+        };
+        if self.hashes.size != pages * 8 {
+            let size = self.hashes.size;
+            return odd(format!("hashes has {size} bytes for {pages} pages"));
+        }
+        for (what, file, most) in [
+            ("machine", &self.machine, MAX_MACHINE),
+            ("state", &self.state, MAX_STATE),
+        ] {
+            if file.size > most {
+                return odd(format!("{what} has {} bytes, more than {most}", file.size));
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns the bytes of all blocks; `None` if they are more than a file can have.
+    pub(super) fn memory_size(&self) -> Option<u64> {
+        let sizes = self.memory.iter().map(|block| block.size);
+        sizes
+            .into_iter()
+            .try_fold(0_u64, u64::checked_add)
+            .filter(|size| i64::try_from(*size).is_ok())
+    }
+}

@@ -1,0 +1,59 @@
+//! Snapshots: a guest that moves into files, and out of them again.
+//!
+//! A snapshot is a migration whose other end is a folder. The machine is described by the same
+//! [`Offer`](crate::Offer), its state is the same, and it is loaded into the same
+//! [`Destination`](crate::Destination).
+//!
+//! ```text
+//!   manifest.json   version, identity, blocks of memory, size and hash of each file below
+//!   machine.json    the machine: configuration, PCI addresses, CPUs
+//!   state.bin       vCPUs and devices, as a migration sends them
+//!   memory.bin      the blocks, one after another; sparse: pages of zeros are holes
+//!   hashes.bin      for each page its XXH3 hash (64 bits, little endian), or 0 for a page of zeros
+//! ```
+//!
+//! The manifest is the commit: it is written last, under a temporary name, synced, and renamed. A folder
+//! without one holds no snapshot, so that a crash at any step leaves none.
+//!
+//! The files are untrusted input. Each size and offset is checked against the files and the limits here
+//! before it is used. The hashes show damage; they do not show who wrote the files.
+
+mod manifest;
+mod read;
+mod restore;
+mod write;
+
+#[cfg(test)]
+mod tests;
+
+pub use self::manifest::{Manifest, VERSION};
+pub use self::read::{RestoreError, Snapshot};
+pub use self::restore::{Restoring, restore};
+pub use self::write::{Saved, Writing, write};
+
+use crate::pages::{PAGE, is_zero};
+
+const MANIFEST: &str = "manifest.json";
+const MACHINE: &str = "machine.json";
+const STATE: &str = "state.bin";
+const MEMORY: &str = "memory.bin";
+const HASHES: &str = "hashes.bin";
+
+/// Pages that are read or written at once: 1 MiB.
+const CHUNK: usize = 256;
+
+/// The mark of a page of zeros in the file of hashes.
+const ZEROS: u64 = 0;
+
+/// Returns the hash of a page. A page whose hash is the mark of zeros gets another one.
+fn hash(page: &[u8]) -> u64 {
+    if is_zero(page) {
+        return ZEROS;
+    }
+    xxhash_rust::xxh3::xxh3_64(page).max(ZEROS + 1)
+}
+
+/// The hashes of the pages in `content`, whose length is a multiple of a page.
+fn hashes(content: &[u8]) -> impl Iterator<Item = u64> {
+    content.chunks_exact(PAGE).map(hash)
+}

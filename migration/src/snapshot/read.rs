@@ -1,0 +1,328 @@
+//! Reading a snapshot.
+
+use std::fs::File;
+use std::io::{self, Read as _};
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use rustix::fs::{Mode, OFlags, openat};
+use serde_bytes::ByteBuf;
+use xxhash_rust::xxh3::Xxh3;
+
+use super::manifest::{FileInfo, MAX_MANIFEST, Manifest};
+use super::{CHUNK, HASHES, MACHINE, MANIFEST, MEMORY, STATE, VERSION, ZEROS, hash};
+use crate::decision::Decision;
+use crate::message::{BlockInfo, Offer, Refusal};
+use crate::pages::{Block, PAGE};
+use crate::progress::{Phase, Progress};
+
+/// Why a snapshot cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// A file cannot be opened or read.
+    #[error("cannot read {}: {source}", path.display())]
+    Host {
+        /// The file.
+        path: PathBuf,
+        /// The host's answer.
+        source: io::Error,
+    },
+    /// The manifest is of another format.
+    #[error("this is no snapshot of whimbrel: its format is {0:?}")]
+    Foreign(String),
+    /// The manifest is of a version that this program does not read.
+    #[error(
+        "the snapshot has version {0} of the format; this program reads versions 1 to {VERSION}"
+    )]
+    Version(u32),
+    /// The content contradicts the manifest, or the manifest itself.
+    #[error("the snapshot is damaged: {0}")]
+    Damaged(String),
+    /// Restoring was canceled.
+    #[error("restoring was canceled")]
+    Canceled,
+}
+
+impl RestoreError {
+    /// Returns the error in the form of a report, with a stable code.
+    #[must_use]
+    pub fn refusal(&self) -> Refusal {
+        let code = match self {
+            Self::Host { .. } => "snapshot-unreadable",
+            Self::Foreign(_) => "not-a-snapshot",
+            Self::Version(_) => "snapshot-version",
+            Self::Damaged(_) => "snapshot-damaged",
+            Self::Canceled => "canceled",
+        };
+        Refusal::new(code, self.to_string())
+    }
+}
+
+/// A snapshot whose manifest, machine and state were read and checked.
+#[derive(Debug)]
+pub struct Snapshot {
+    manifest: Manifest,
+    machine: Vec<u8>,
+    state: Vec<u8>,
+    memory: File,
+    hashes: File,
+    dir: PathBuf,
+}
+
+impl Snapshot {
+    /// Opens the snapshot in a folder. Checks everything but the pages of memory, which [`fill`](Self::fill)
+    /// checks.
+    ///
+    /// # Errors
+    /// A file is missing, has another size or content than the manifest says, or the manifest is refused.
+    pub fn open(dir: &Path) -> Result<Self, RestoreError> {
+        let folder = Folder::open(dir)?;
+        let (mut file, size) = folder.file(MANIFEST)?;
+        if size > MAX_MANIFEST {
+            let why = format!("the manifest has {size} bytes, more than {MAX_MANIFEST}");
+            return Err(RestoreError::Damaged(why));
+        }
+        let mut text = Vec::new();
+        // Bounded by the limit, since the file may grow.
+        let read = (&mut file).take(MAX_MANIFEST).read_to_end(&mut text);
+        read.map_err(|error| folder.unreadable(MANIFEST, error))?;
+        let manifest = Manifest::parse(&text)?;
+        let machine = folder.content(MACHINE, &manifest.machine)?;
+        let state = folder.content(STATE, &manifest.state)?;
+        let memory_size = manifest.memory_size().unwrap_or(u64::MAX);
+        let (memory, size) = folder.file(MEMORY)?;
+        check_size(MEMORY, size, memory_size)?;
+        let (hashes, size) = folder.file(HASHES)?;
+        check_size(HASHES, size, memory_size / PAGE as u64 * 8)?;
+        let snapshot = Self {
+            manifest,
+            machine,
+            state,
+            memory,
+            hashes,
+            dir: dir.to_owned(),
+        };
+        snapshot.check_hashes()?;
+        Ok(snapshot)
+    }
+
+    /// The manifest.
+    #[must_use]
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// The state of vCPUs and devices.
+    #[must_use]
+    pub fn state(&self) -> &[u8] {
+        &self.state
+    }
+
+    /// Returns the offer of the machine, as a migration's source would make it.
+    #[must_use]
+    pub fn offer(&self) -> Offer {
+        let block = |block: &BlockInfo| BlockInfo {
+            name: block.name.clone(),
+            size: block.size,
+        };
+        Offer {
+            vm: self.manifest.vm.clone(),
+            machine: ByteBuf::from(self.machine.clone()),
+            blocks: self.manifest.memory.iter().map(block).collect(),
+            connections: 1,
+            postcopy: false,
+            given: false,
+            verify: false,
+        }
+    }
+
+    fn unreadable(&self, name: &str, source: io::Error) -> RestoreError {
+        RestoreError::Host {
+            path: self.dir.join(name),
+            source,
+        }
+    }
+
+    /// The hashes are checked as a whole, and then trusted: a page is checked against them by itself.
+    fn check_hashes(&self) -> Result<(), RestoreError> {
+        let (mut all, mut position) = (Xxh3::new(), 0);
+        let mut buffer = vec![0; CHUNK * PAGE];
+        while position < self.manifest.hashes.size {
+            let left = self.manifest.hashes.size - position;
+            let len = usize::try_from(left)
+                .unwrap_or(usize::MAX)
+                .min(buffer.len());
+            let part = &mut buffer[..len];
+            let read = self.hashes.read_exact_at(part, position);
+            read.map_err(|error| self.unreadable(HASHES, error))?;
+            all.update(part);
+            position += len as u64;
+        }
+        if all.digest() != self.manifest.hashes.hash {
+            return Err(damaged(HASHES));
+        }
+        Ok(())
+    }
+
+    /// Copies the memory into the blocks of a new machine, which are all zeros, and checks each page.
+    ///
+    /// # Errors
+    /// A page differs from its hash, the host cannot read, or restoring was canceled.
+    pub fn fill(
+        &self,
+        blocks: &[Block],
+        progress: &Progress,
+        decision: &Decision,
+    ) -> Result<(), RestoreError> {
+        let sizes = self.manifest.memory.iter().map(|block| block.size);
+        if !sizes.eq(blocks.iter().map(|block| block.ram.len() as u64)) {
+            let why = "the machine has other blocks of memory than the snapshot".to_owned();
+            return Err(RestoreError::Damaged(why));
+        }
+        let total: u64 = blocks.iter().map(|block| block.ram.len() as u64).sum();
+        progress.update(|report| {
+            report.phase = Phase::Stopped;
+            report.memory_bytes = total;
+            report.remaining_pages = total / PAGE as u64;
+        });
+        let begun = Instant::now();
+        let mut position = 0;
+        let mut buffer = vec![0; CHUNK * PAGE];
+        let mut marks = [0; CHUNK * 8];
+        for block in blocks {
+            for offset in (0..block.ram.len()).step_by(buffer.len()) {
+                if decision.is_canceled() {
+                    return Err(RestoreError::Canceled);
+                }
+                let len = buffer.len().min(block.ram.len() - offset);
+                let marks = &mut marks[..len / PAGE * 8];
+                let read = self.hashes.read_exact_at(marks, position / PAGE as u64 * 8);
+                read.map_err(|error| self.unreadable(HASHES, error))?;
+                let copied = self.copy(block, offset, position, marks, &mut buffer[..len])?;
+                position += len as u64;
+                let pages = (len / PAGE) as u64;
+                let us = u64::try_from(begun.elapsed().as_micros())
+                    .unwrap_or(u64::MAX)
+                    .max(1);
+                progress.update(|report| {
+                    report.pages += copied;
+                    report.zero_pages += pages - copied;
+                    report.sent_bytes += copied * PAGE as u64;
+                    report.verified_pages += pages;
+                    report.remaining_pages = report.remaining_pages.saturating_sub(pages);
+                    report.bytes_per_second = position.saturating_mul(1_000_000) / us;
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies the pages of one chunk that are not zeros. Returns their number.
+    fn copy(
+        &self,
+        block: &Block,
+        offset: usize,
+        position: u64,
+        marks: &[u8],
+        buffer: &mut [u8],
+    ) -> Result<u64, RestoreError> {
+        let (marks, _) = marks.as_chunks::<8>();
+        let marks: Vec<u64> = marks.iter().map(|mark| u64::from_le_bytes(*mark)).collect();
+        let (mut page, mut copied) = (0, 0);
+        for run in marks.chunk_by(|a, b| (*a == ZEROS) == (*b == ZEROS)) {
+            let range = page * PAGE..(page + run.len()) * PAGE;
+            if run.first() != Some(&ZEROS) {
+                let at = position + range.start as u64;
+                let content = &mut buffer[range.clone()];
+                let read = self.memory.read_exact_at(content, at);
+                read.map_err(|error| self.unreadable(MEMORY, error))?;
+                let mut pages = content.chunks_exact(PAGE).zip(run);
+                if let Some(index) = pages.position(|(page, mark)| hash(page) != *mark) {
+                    let name = &block.name;
+                    let number = (offset + range.start) / PAGE + index;
+                    let why = format!("page {number} of {name} differs from its hash");
+                    return Err(RestoreError::Damaged(why));
+                }
+                let slice = block.ram.slice(offset + range.start, content.len());
+                let slice = slice.ok_or_else(|| damaged(MEMORY))?;
+                slice.copy_from(&content[..]);
+                copied += run.len() as u64;
+            }
+            page += run.len();
+        }
+        Ok(copied)
+    }
+}
+
+fn damaged(name: &str) -> RestoreError {
+    RestoreError::Damaged(format!("{name} differs from its hash"))
+}
+
+fn check_size(name: &str, size: u64, expected: u64) -> Result<(), RestoreError> {
+    if size == expected {
+        return Ok(());
+    }
+    let why = format!("{name} has {size} bytes, and the manifest says {expected}");
+    Err(RestoreError::Damaged(why))
+}
+
+/// The folder of a snapshot. Files are opened relative to it, so that all are of one folder though its path
+/// may change meanwhile.
+struct Folder {
+    file: File,
+    path: PathBuf,
+}
+
+impl Folder {
+    fn open(path: &Path) -> Result<Self, RestoreError> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let opened = rustix::fs::open(path, flags, Mode::empty());
+        let opened = opened.map_err(|error| RestoreError::Host {
+            path: path.to_owned(),
+            source: error.into(),
+        });
+        Ok(Self {
+            file: File::from(opened?),
+            path: path.to_owned(),
+        })
+    }
+
+    fn unreadable(&self, name: &str, source: io::Error) -> RestoreError {
+        RestoreError::Host {
+            path: self.path.join(name),
+            source,
+        }
+    }
+
+    /// Opens a regular file, and returns its size too.
+    fn file(&self, name: &str) -> Result<(File, u64), RestoreError> {
+        // Without waiting for the writer of a FIFO, and without following a link out of the folder.
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let opened = openat(&self.file, name, flags, Mode::empty());
+        let file = File::from(opened.map_err(|error| self.unreadable(name, error.into()))?);
+        let metadata = file
+            .metadata()
+            .map_err(|error| self.unreadable(name, error))?;
+        if !metadata.is_file() {
+            return Err(RestoreError::Damaged(format!(
+                "{name} is not a regular file"
+            )));
+        }
+        Ok((file, metadata.len()))
+    }
+
+    /// Reads a file that is as the manifest says.
+    fn content(&self, name: &str, info: &FileInfo) -> Result<Vec<u8>, RestoreError> {
+        let (file, size) = self.file(name)?;
+        check_size(name, size, info.size)?;
+        let mut content = Vec::new();
+        // The manifest's size is within the limits.
+        let read = file.take(info.size).read_to_end(&mut content);
+        read.map_err(|error| self.unreadable(name, error))?;
+        if FileInfo::of(&content) != *info {
+            return Err(damaged(name));
+        }
+        Ok(content)
+    }
+}

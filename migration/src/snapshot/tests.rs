@@ -1,0 +1,302 @@
+use std::fs::{self, OpenOptions};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, symlink};
+use std::path::Path;
+use std::sync::Arc;
+
+use memory::{RamBlock, RamConfig};
+use proptest::prelude::*;
+use serde_bytes::ByteBuf;
+use tempfile::TempDir;
+use uuid::Uuid;
+
+use super::*;
+use crate::message::{BlockInfo, Offer, Refusal};
+use crate::pages::Block;
+use crate::{Decision, Phase, Progress};
+
+const FILES: [&str; 5] = [MANIFEST, MACHINE, STATE, MEMORY, HASHES];
+
+fn block(name: &str, pages: usize) -> Block {
+    let size = (pages * PAGE) as u64;
+    Block {
+        name: name.to_owned(),
+        ram: Arc::new(RamBlock::new(&RamConfig::anonymous(size)).unwrap()),
+    }
+}
+
+/// A guest with two blocks, of which the pages `written` have content.
+fn guest(written: &[usize]) -> Vec<Block> {
+    let blocks = vec![block("low", 300), block("high", 7)];
+    for &page in written {
+        let (block, page) = if page < 300 {
+            (0, page)
+        } else {
+            (1, page - 300)
+        };
+        let slice = blocks[block].ram.slice(page * PAGE, PAGE).unwrap();
+        slice.copy_from(&[(page % 251 + 1) as u8; PAGE]);
+    }
+    blocks
+}
+
+fn saved(blocks: &[Block]) -> Saved {
+    let info = |block: &Block| BlockInfo {
+        name: block.name.clone(),
+        size: block.ram.len() as u64,
+    };
+    Saved {
+        offer: Offer {
+            vm: "web".to_owned(),
+            machine: ByteBuf::from(b"the machine".to_vec()),
+            blocks: blocks.iter().map(info).collect(),
+            connections: 1,
+            postcopy: false,
+            given: false,
+            verify: false,
+        },
+        state: b"the state".to_vec(),
+        blocks: blocks.to_vec(),
+    }
+}
+
+fn write_to(dir: &Path, blocks: &[Block]) -> (Result<(), Refusal>, Progress) {
+    let (progress, decision) = (Progress::default(), Decision::default());
+    let writing = Writing {
+        id: Uuid::new_v4(),
+        dir,
+        progress: &progress,
+        decision: &decision,
+    };
+    (write(&writing, || Ok(saved(blocks))), progress)
+}
+
+fn content(blocks: &[Block]) -> Vec<u8> {
+    let mut all = Vec::new();
+    for block in blocks {
+        let mut part = vec![0; block.ram.len()];
+        block
+            .ram
+            .slice(0, part.len())
+            .unwrap()
+            .copy_to(&mut part[..]);
+        all.extend(part);
+    }
+    all
+}
+
+fn read_from(dir: &Path) -> Result<Vec<u8>, RestoreError> {
+    let snapshot = Snapshot::open(dir)?;
+    assert_eq!(snapshot.offer().machine.as_slice(), b"the machine");
+    assert_eq!(snapshot.state(), b"the state");
+    let blocks = guest(&[]);
+    snapshot.fill(&blocks, &Progress::default(), &Decision::default())?;
+    Ok(content(&blocks))
+}
+
+/// A folder with a snapshot of a guest whose pages 0, 5, 6, 299 and 301 have content.
+fn example() -> (TempDir, Vec<u8>) {
+    let dir = tempfile::tempdir().unwrap();
+    let blocks = guest(&[0, 5, 6, 299, 301]);
+    write_to(dir.path(), &blocks).0.unwrap();
+    (dir, content(&blocks))
+}
+
+#[test]
+fn pages_of_zeros_take_no_space() {
+    let (dir, expected) = example();
+    assert_eq!(read_from(dir.path()).unwrap(), expected);
+    let memory = fs::metadata(dir.path().join(MEMORY)).unwrap();
+    assert_eq!(memory.size(), 307 * PAGE as u64);
+    assert!(
+        memory.blocks() * 512 < 20 * PAGE as u64,
+        "{} blocks",
+        memory.blocks()
+    );
+    let names = fs::read_dir(dir.path()).unwrap().count();
+    assert_eq!(names, FILES.len(), "nothing but the snapshot is left");
+    assert_eq!(memory.mode() & 0o777, 0o600);
+}
+
+#[test]
+fn report_counts_pages() {
+    let dir = tempfile::tempdir().unwrap();
+    let (written, progress) = write_to(&dir.path().join("new"), &guest(&[1, 2]));
+    written.unwrap();
+    let report = progress.report();
+    assert_eq!(
+        (report.phase, report.pages, report.zero_pages),
+        (Phase::Completed, 2, 305)
+    );
+    assert_eq!(report.remaining_pages, 0);
+}
+
+#[test]
+fn a_second_snapshot_does_not_replace_the_first() {
+    let (dir, expected) = example();
+    let (refused, _) = write_to(dir.path(), &guest(&[3]));
+    assert_eq!(refused.unwrap_err().code, "snapshot-exists");
+    assert_eq!(read_from(dir.path()).unwrap(), expected);
+}
+
+#[test]
+fn failure_leaves_nothing() {
+    let parent = tempfile::tempdir().unwrap();
+    let dir = parent.path().join("new");
+    let (progress, decision) = (Progress::default(), Decision::default());
+    let writing = |decision| Writing {
+        id: Uuid::new_v4(),
+        dir: &dir,
+        progress: &progress,
+        decision,
+    };
+    let refused = write(&writing(&decision), || Err(Refusal::new("gone", "gone")));
+    assert_eq!(refused.unwrap_err().code, "gone");
+    assert!(!dir.exists());
+
+    decision.cancel().unwrap();
+    let refused = write(&writing(&decision), || Ok(saved(&guest(&[1]))));
+    assert_eq!(refused.unwrap_err().code, "canceled");
+    assert_eq!(progress.report().phase, Phase::Canceled);
+    assert!(!dir.exists());
+
+    // A folder that was there before stays, empty.
+    fs::create_dir(&dir).unwrap();
+    write(&writing(&decision), || Ok(saved(&guest(&[1])))).unwrap_err();
+    assert_eq!(fs::read_dir(&dir).unwrap().count(), 0);
+}
+
+#[test]
+fn folder_without_a_manifest_holds_no_snapshot() {
+    let (dir, _) = example();
+    fs::remove_file(dir.path().join(MANIFEST)).unwrap();
+    let refused = Snapshot::open(dir.path()).unwrap_err();
+    assert_eq!(refused.refusal().code, "snapshot-unreadable");
+}
+
+#[test]
+fn newer_and_foreign_formats_are_named() {
+    let (dir, _) = example();
+    let path = dir.path().join(MANIFEST);
+    let text = fs::read_to_string(&path).unwrap();
+    fs::write(
+        &path,
+        text.replace("\"version\": 1", "\"version\": 9, \"later\": true"),
+    )
+    .unwrap();
+    assert_eq!(
+        Snapshot::open(dir.path()).unwrap_err().to_string(),
+        "the snapshot has version 9 of the format; this program reads versions 1 to 1"
+    );
+    fs::write(&path, text.replace("whimbrel-snapshot", "qemu")).unwrap();
+    let refused = Snapshot::open(dir.path()).unwrap_err();
+    assert_eq!(refused.refusal().code, "not-a-snapshot");
+}
+
+#[test]
+fn every_changed_byte_and_length_is_found() {
+    let (dir, _) = example();
+    for name in FILES {
+        let path = dir.path().join(name);
+        let whole = fs::read(&path).unwrap();
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(&path)
+            .unwrap();
+        // Bytes of data: a changed byte in a hole is content where the hash says zeros, which is never read.
+        let ends = [0, whole.len() / 2, whole.len() - 1];
+        let data = whole.iter().position(|byte| *byte > 1).unwrap();
+        let offsets = if name == MEMORY {
+            vec![data]
+        } else {
+            ends.to_vec()
+        };
+        for offset in offsets {
+            file.write_all_at(&[whole[offset] ^ 0x55], offset as u64)
+                .unwrap();
+            let refused = read_from(dir.path()).unwrap_err();
+            assert_eq!(
+                refused.refusal().code,
+                "snapshot-damaged",
+                "{name} {offset}: {refused}"
+            );
+            file.write_all_at(&whole[offset..=offset], offset as u64)
+                .unwrap();
+        }
+        for len in [0, whole.len() as u64 - 1, whole.len() as u64 + 1] {
+            fs::write(&path, &whole).unwrap();
+            file.set_len(len).unwrap();
+            // A byte of zero behind JSON is no JSON.
+            assert!(read_from(dir.path()).is_err(), "{name} of {len} bytes");
+        }
+        fs::write(&path, &whole).unwrap();
+    }
+    read_from(dir.path()).unwrap();
+}
+
+#[test]
+fn links_and_fifos_are_not_followed() {
+    let (dir, _) = example();
+    let path = dir.path().join(STATE);
+    fs::rename(&path, dir.path().join("elsewhere")).unwrap();
+    symlink(dir.path().join("elsewhere"), &path).unwrap();
+    assert!(read_from(dir.path()).is_err());
+    fs::remove_file(&path).unwrap();
+    rustix::fs::mknodat(
+        rustix::fs::CWD,
+        &path,
+        rustix::fs::FileType::Fifo,
+        rustix::fs::Mode::RUSR,
+        0,
+    )
+    .unwrap();
+    let refused = read_from(dir.path()).unwrap_err();
+    assert_eq!(
+        refused.to_string(),
+        "the snapshot is damaged: state.bin is not a regular file"
+    );
+}
+
+#[test]
+fn golden_manifest_of_version_1() {
+    let text = include_bytes!("manifest-v1.json");
+    let manifest = Manifest::parse(text).unwrap();
+    assert_eq!((manifest.vm.as_str(), manifest.version), ("web", 1));
+    assert_eq!(manifest.memory_size(), Some(512 << 20));
+}
+
+proptest! {
+    // Each case syncs files.
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn memory_comes_back(written in prop::collection::btree_set(0_usize..307, 0..60)) {
+        let dir = tempfile::tempdir().unwrap();
+        let written: Vec<usize> = written.into_iter().collect();
+        let blocks = guest(&written);
+        write_to(dir.path(), &blocks).0.unwrap();
+        prop_assert_eq!(read_from(dir.path()).unwrap(), content(&blocks));
+    }
+
+    #[test]
+    fn manifests_of_any_bytes_are_answered(text in prop::collection::vec(any::<u8>(), 0..200)) {
+        prop_assert!(Manifest::parse(&text).is_err());
+    }
+
+    #[test]
+    fn manifests_with_any_numbers_are_within_limits(
+        sizes in prop::collection::vec(any::<u64>(), 0..4),
+        state in any::<u64>(),
+        hashes in any::<u64>(),
+    ) {
+        let mut golden: serde_json::Value =
+            serde_json::from_slice(include_bytes!("manifest-v1.json")).unwrap();
+        golden["memory"] = sizes.iter().map(|size| serde_json::json!({ "name": "b", "size": size })).collect();
+        golden["state"]["size"] = state.into();
+        golden["hashes"]["size"] = hashes.into();
+        if let Ok(manifest) = Manifest::parse(golden.to_string().as_bytes()) {
+            prop_assert!(manifest.state.size <= 80 << 20);
+            prop_assert_eq!(manifest.memory_size().unwrap() / PAGE as u64 * 8, manifest.hashes.size);
+        }
+    }
+}
