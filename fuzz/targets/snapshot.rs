@@ -1,0 +1,90 @@
+//! Folders that claim to be snapshots: a manifest with arbitrary numbers or bytes, and arbitrary files.
+
+#![no_main]
+
+use std::fs;
+use std::sync::Arc;
+
+use arbitrary::{Arbitrary, Unstructured};
+use libfuzzer_sys::fuzz_target;
+use memory::{RamBlock, RamConfig};
+use migration::snapshot::Snapshot;
+use migration::{Block, Decision, Progress};
+
+#[derive(Arbitrary, Debug)]
+struct Folder {
+    manifest: Manifest,
+    machine: Vec<u8>,
+    state: Vec<u8>,
+    memory: Vec<u8>,
+    hashes: Vec<u8>,
+}
+
+#[derive(Arbitrary, Debug)]
+enum Manifest {
+    Bytes(Vec<u8>),
+    Fields {
+        version: u8,
+        blocks: Vec<u16>,
+        machine: (u64, u64),
+        hashes: Option<(u64, u64)>,
+    },
+}
+
+/// The hash of the content, or another one.
+fn info(content: &[u8], other: (u64, u64)) -> serde_json::Value {
+    let (size, hash) = match other {
+        (0, _) => (content.len() as u64, xxhash_rust::xxh3::xxh3_64(content)),
+        other => other,
+    };
+    serde_json::json!({ "size": size, "hash": hash })
+}
+
+fuzz_target!(|data: &[u8]| {
+    let Ok(folder) = Folder::arbitrary(&mut Unstructured::new(data)) else {
+        return;
+    };
+    let dir = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
+    let pages = |blocks: &[u16]| blocks.iter().map(|pages| u64::from(*pages % 64)).collect::<Vec<_>>();
+    let mut sizes = Vec::new();
+    let manifest = match &folder.manifest {
+        Manifest::Bytes(bytes) => bytes.clone(),
+        Manifest::Fields { version, blocks, machine, hashes } => {
+            sizes = pages(blocks);
+            let memory: Vec<_> =
+                sizes.iter().map(|pages| serde_json::json!({ "name": "b", "size": pages * 4096 })).collect();
+            serde_json::json!({
+                "format": "whimbrel-snapshot", "version": version % 3, "vm": "v", "created_ms": 1, "program": "p",
+                "id": "5f0b6a3e-6a7c-4c1a-9a55-3f3d1d0b7c11", "page_size": 4096, "memory": memory,
+                "machine": info(&folder.machine, *machine), "state": info(&folder.state, (0, 0)),
+                "hashes": info(&folder.hashes, hashes.unwrap_or_default()),
+            })
+            .to_string()
+            .into_bytes()
+        }
+    };
+    for (name, content) in [
+        ("manifest.json", &manifest),
+        ("machine.json", &folder.machine),
+        ("state.bin", &folder.state),
+        ("hashes.bin", &folder.hashes),
+    ] {
+        fs::write(dir.path().join(name), content).unwrap();
+    }
+    let memory = dir.path().join("memory.bin");
+    fs::write(&memory, &folder.memory).unwrap();
+    // The size is right more often than a fuzzer would find it.
+    let total: u64 = sizes.iter().sum();
+    if total > 0 && folder.memory.len() % 2 == 0 {
+        fs::File::options().write(true).open(&memory).unwrap().set_len(total * 4096).unwrap();
+    }
+    let Ok(snapshot) = Snapshot::open(dir.path()) else {
+        return;
+    };
+    let blocks = snapshot.manifest().memory.iter().map(|block| Block {
+        name: block.name.clone(),
+        ram: Arc::new(RamBlock::new(&RamConfig::anonymous(block.size)).unwrap()),
+    });
+    let blocks: Vec<_> = blocks.collect();
+    let _ = snapshot.fill(&blocks, &Progress::default(), &Decision::default());
+});
