@@ -63,6 +63,7 @@ mod request_counts;
 mod routers;
 mod serve;
 mod service;
+mod snapshots;
 mod sockets;
 mod tags;
 mod vmm;

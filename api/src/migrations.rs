@@ -43,7 +43,7 @@ pub(crate) fn one_vm_routes() -> OpenApiRouter<OneVm> {
 type Begun = Result<Arc<dyn Migration>, RequestError>;
 
 /// Begins one. The machine's driver is asked, which is a matter of microseconds but for its being busy.
-async fn begin(
+pub(crate) async fn begin(
     begin: impl FnOnce() -> Begun + Send + 'static,
     refuse: fn(RequestError) -> ApiError,
 ) -> Result<Arc<dyn Migration>, ApiError> {
@@ -58,7 +58,7 @@ async fn begin(
     begun.map_err(failed)?.map_err(refuse)
 }
 
-fn created(info: MigrationInfo) -> Response {
+pub(crate) fn created(info: MigrationInfo) -> Response {
     let location = HeaderValue::try_from(format!("/api/v1/migrations/{}", info.id));
     let mut response = (StatusCode::CREATED, Answer(info)).into_response();
     // It is made of characters that a header may hold.
@@ -113,7 +113,7 @@ async fn receive(
 }
 
 /// A VM that came gets a socket of its own, as one that is created does.
-async fn give_socket(service: Service, migration: Arc<dyn Migration>) {
+pub(crate) async fn give_socket(service: Service, migration: Arc<dyn Migration>) {
     // It lives as long as the migration.
     let _ = migration.over().wait_for(|over| *over).await;
     let info = migration.info();
@@ -200,7 +200,7 @@ async fn resolve(
 }
 
 /// Waits until it is over, and says how it ended.
-async fn wait(migration: &dyn Migration) -> Result<StatusCode, ApiError> {
+pub(crate) async fn wait(migration: &dyn Migration) -> Result<StatusCode, ApiError> {
     // Held by us, so it does not go.
     let _ = migration.over().wait_for(|over| *over).await;
     let info = migration.info();

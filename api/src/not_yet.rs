@@ -2,8 +2,8 @@
 //! document with their bodies, and each is refused by name.
 
 use spec::{
-    DeviceConfig, FsConfig, GenericVhostUserConfig, PmemConfig, RestoreConfig, VdpaConfig,
-    VmAddUserDevice, VmCoredumpData, VmResizeZone, VmSnapshotConfig,
+    DeviceConfig, FsConfig, GenericVhostUserConfig, PmemConfig, VdpaConfig, VmAddUserDevice,
+    VmCoredumpData, VmResizeZone,
 };
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -43,7 +43,5 @@ not_yet! {
     add_vdpa "/api/v1/vm.add-vdpa" "vmAddVdpa" VdpaConfig, "give a VM a vDPA device";
     add_user_device "/api/v1/vm.add-user-device" "vmAddUserDevice" VmAddUserDevice,
         "give a VM a vfio-user device";
-    snapshot "/api/v1/vm.snapshot" "vmSnapshot" VmSnapshotConfig, "take a snapshot";
     coredump "/api/v1/vm.coredump" "vmCoredump" VmCoredumpData, "take a core dump";
-    restore "/api/v1/vm.restore" "vmRestore" RestoreConfig, "restore a snapshot";
 }

@@ -118,6 +118,8 @@ refusals! {
     NoSuchDevice = 404, "The VM is not created, or has no such device.";
     /// One VM a socket, and a disk of it.
     NoSuchDisk = 404, "The VM is not created, or has no disk of this name.";
+    /// One VM a socket, and a snapshot.
+    NoSuchSnapshot = 404, "The folder holds no snapshot that can be read.";
     /// Many VMs.
     NoSuchVm = 404, "No VM has this name.";
     /// A migration.
@@ -189,6 +191,25 @@ pub(crate) fn of_one_vms_migration(error: RequestError) -> ApiError {
     match error.category {
         Category::NotFound => not_created(),
         Category::Unprocessable => with_status(StatusCode::INTERNAL_SERVER_ERROR, error),
+        _ => error.into(),
+    }
+}
+
+/// The same for a snapshot: the contract has 405 for a VM that is not paused.
+pub(crate) fn of_one_vms_snapshot(error: RequestError) -> ApiError {
+    match error.category {
+        Category::Conflict => ApiError::not_allowed_now(&error.code, error.detail),
+        _ => of_one_vms_migration(error),
+    }
+}
+
+/// The same for a restore: the contract has 400 for a snapshot that cannot be used.
+pub(crate) fn of_one_vms_restore(error: RequestError) -> ApiError {
+    match error.category {
+        Category::Unprocessable if error.code == "snapshot-unreadable" => {
+            with_status(StatusCode::NOT_FOUND, error)
+        }
+        Category::Unprocessable => with_status(StatusCode::BAD_REQUEST, error),
         _ => error.into(),
     }
 }

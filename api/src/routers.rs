@@ -27,7 +27,9 @@ use crate::service::Service;
 use crate::sockets::VmSockets;
 use crate::tags::SERVICE;
 use crate::vmm::{Scope, Vmm};
-use crate::{commands, docs, events, generators, metrics, migrations, not_yet, one_vm, vmm, vms};
+use crate::{
+    commands, docs, events, generators, metrics, migrations, not_yet, one_vm, snapshots, vmm, vms,
+};
 
 impl Service {
     /// Also gives each VM that is created through [`router`](Self::router) a socket `<id>.sock` of its own in
@@ -94,6 +96,7 @@ fn own() -> OpenApiRouter<Service> {
     vms::routes()
         .merge(commands::service_routes())
         .merge(migrations::routes())
+        .merge(snapshots::routes())
         .merge(events::routes())
         .merge(metrics::routes())
 }
@@ -102,6 +105,7 @@ fn of_one_vm() -> OpenApiRouter<OneVm> {
     one_vm::routes()
         .merge(commands::vm_routes())
         .merge(migrations::one_vm_routes())
+        .merge(snapshots::one_vm_routes())
         .merge(not_yet::routes())
 }
 

@@ -87,7 +87,7 @@ async fn ch_remote_works() {
     assert_eq!(
         ask(
             "PUT",
-            "vm.snapshot",
+            "vm.coredump",
             Some(r#"{"destination_url": "file:///a"}"#)
         )
         .await

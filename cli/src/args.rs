@@ -193,15 +193,18 @@ pub(crate) enum Command {
         /// The device.
         id: String,
     },
-    /// Take a snapshot.
+    /// Write a snapshot of the paused VM into a folder of its host, and wait until it is complete. Ctrl-C
+    /// cancels.
     Snapshot {
-        /// Destination: file:///a/directory.
+        /// The folder: file:///PATH, or an absolute path. Made if it does not exist.
+        #[arg(value_name = "URL")]
         destination_url: String,
     },
-    /// Restore a snapshot: source_url=file:///a/directory,prefault=on,resume=on.
+    /// Make the VM from a snapshot, and wait until it is there: a URL or path, or
+    /// source_url=URL,resume=on. Without resume=on the VM is paused.
     Restore {
         /// The snapshot, with options.
-        #[arg(value_name = "KEY=VALUE,...")]
+        #[arg(value_name = "URL|KEY=VALUE,...")]
         options: String,
     },
     /// Take a core dump.

@@ -207,7 +207,7 @@ pub(crate) async fn receive(
     follow(client, begun, printer).await
 }
 
-async fn follow(client: &Client, begun: MigrationInfo, printer: Printer) -> Result<()> {
+pub(crate) async fn follow(client: &Client, begun: MigrationInfo, printer: Printer) -> Result<()> {
     let id: VmId = begun.id.parse()?;
     let bar = bar(&begun);
     let mut info = begun;

@@ -6,9 +6,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use openapi::{Client, News};
 use spec::{
-    CreateVm, PciDeviceInfo, ReceiveMigrationData, ResolveMigration, SendMigrationData,
-    VmAddUserDevice, VmConfig, VmCoredumpData, VmId, VmRemoveDevice, VmResize, VmResizeDisk,
-    VmResizeZone, VmSnapshotConfig, options,
+    CreateVm, PciDeviceInfo, ReceiveMigrationData, ResolveMigration, RestoreConfig,
+    SendMigrationData, VmAddUserDevice, VmConfig, VmCoredumpData, VmId, VmRemoveDevice, VmResize,
+    VmResizeDisk, VmResizeZone, VmSnapshotConfig, options,
 };
 
 use crate::args::{Arguments, Command, ResizeArguments};
@@ -131,6 +131,8 @@ impl Remote {
             Command::Receive(arguments) => {
                 migrate::receive(&self.client, self.vm.as_ref(), &arguments, self.printer).await
             }
+            Command::Snapshot { destination_url } => self.snapshot(&destination_url).await,
+            Command::Restore { options } => self.restore(&options).await,
             Command::Migrations => self
                 .printer
                 .show(&self.client.migrations_list().await?, |all| {
@@ -187,6 +189,31 @@ impl Remote {
         Ok(())
     }
 
+    async fn snapshot(&self, destination: &str) -> Result<()> {
+        let body = VmSnapshotConfig {
+            destination_url: url(destination),
+        };
+        match &self.vm {
+            Some(vm) => {
+                let begun = self.client.vms_snapshot(vm, &body).await?;
+                migrate::follow(&self.client, begun, self.printer).await
+            }
+            None => Ok(patient(&self.client).vm_snapshot(&body).await?),
+        }
+    }
+
+    async fn restore(&self, text: &str) -> Result<()> {
+        let mut body: RestoreConfig = options::RESTORE.read(&with_key("source_url", text))?;
+        body.source_url = url(&body.source_url);
+        match &self.vm {
+            Some(vm) => {
+                let begun = self.client.vms_restore(vm, &body).await?;
+                migrate::follow(&self.client, begun, self.printer).await
+            }
+            None => Ok(patient(&self.client).vm_restore(&body).await?),
+        }
+    }
+
     /// Creates the VM and boots it.
     async fn start(&self, path: &str) -> Result<()> {
         self.create(path).await?;
@@ -230,21 +257,9 @@ impl Remote {
                 };
                 return client.vm_resize_zone(&body).await.map_err(Into::into);
             }
-            Command::Snapshot { destination_url } => {
-                return client
-                    .vm_snapshot(&VmSnapshotConfig { destination_url })
-                    .await
-                    .map_err(Into::into);
-            }
             Command::Coredump { destination_url } => {
                 return client
                     .vm_coredump(&VmCoredumpData { destination_url })
-                    .await
-                    .map_err(Into::into);
-            }
-            Command::Restore { options } => {
-                return client
-                    .vm_restore(&options::RESTORE.read(&options)?)
                     .await
                     .map_err(Into::into);
             }
@@ -296,6 +311,15 @@ fn resize(sizes: &ResizeArguments) -> VmResize {
         desired_vcpus: sizes.cpus,
         desired_ram: sizes.memory,
         desired_balloon: sizes.balloon,
+    }
+}
+
+/// A path of the VM's host as a URL.
+fn url(text: &str) -> String {
+    if text.starts_with('/') {
+        format!("file://{text}")
+    } else {
+        text.to_owned()
     }
 }
 

@@ -4,7 +4,10 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use spec::{AwaitMigration, MigrationInfo, MigrationOutcome, StartMigration};
+use spec::{
+    AwaitMigration, MigrationInfo, MigrationOutcome, RestoreConfig, StartMigration, VmId,
+    VmSnapshotConfig,
+};
 use tokio::sync::watch;
 
 use crate::error::{Category, RequestError};
@@ -63,6 +66,27 @@ pub trait Migrate: Send + Sync {
         &self,
         registry: &Registry,
         what: &AwaitMigration,
+    ) -> Result<Arc<dyn Migration>, RequestError>;
+
+    /// Starts to write a snapshot of a paused VM.
+    ///
+    /// # Errors
+    /// The request is not valid, or the VM is not paused.
+    fn snapshot(
+        &self,
+        vm: &VmHandle,
+        what: &VmSnapshotConfig,
+    ) -> Result<Arc<dyn Migration>, RequestError>;
+
+    /// Starts to make a VM from a snapshot.
+    ///
+    /// # Errors
+    /// The request is not valid, the VM exists, or the snapshot cannot be read.
+    fn restore(
+        &self,
+        registry: &Registry,
+        vm: &VmId,
+        what: &RestoreConfig,
     ) -> Result<Arc<dyn Migration>, RequestError>;
 }
 

@@ -5,7 +5,10 @@ use std::fmt;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use spec::{AwaitMigration, HostLimits, MigrationSide, StartMigration, VmConfig, VmId};
+use spec::{
+    AwaitMigration, HostLimits, MigrationSide, RestoreConfig, StartMigration, VmConfig, VmId,
+    VmSnapshotConfig,
+};
 use tokio::sync::watch;
 
 use crate::error::{Category, RequestError};
@@ -160,25 +163,53 @@ impl Registry {
         id: &str,
         what: &StartMigration,
     ) -> Result<Arc<dyn Migration>, RequestError> {
-        let vm = self.get(id)?;
-        if let Some(net) = vm
-            .status()
-            .config
-            .net
-            .iter()
-            .flatten()
-            .find(|net| net.tap_descriptors().is_some())
-        {
-            let detail = format!(
-                "the tap of `{}` was passed as descriptors, which cannot be sent to another \
-                 service: remove the interface first, or add it by the name of its tap",
-                net.id.as_deref().unwrap_or_default()
-            );
-            let code = "tap-by-descriptors";
-            return Err(RequestError::new(Category::Unprocessable, code, detail));
-        }
+        let vm = self.movable(id)?;
         let migration = self.mover()?.send(self, &vm, what)?;
         Ok(self.0.migrations.add(migration))
+    }
+
+    /// Starts to write a snapshot of a paused VM.
+    ///
+    /// # Errors
+    /// There is no VM of this name, it is not paused, or the request is not valid.
+    pub fn take_snapshot(
+        &self,
+        id: &str,
+        what: &VmSnapshotConfig,
+    ) -> Result<Arc<dyn Migration>, RequestError> {
+        let vm = self.movable(id)?;
+        let snapshot = self.mover()?.snapshot(&vm, what)?;
+        Ok(self.0.migrations.add(snapshot))
+    }
+
+    /// Starts to make a VM from a snapshot.
+    ///
+    /// # Errors
+    /// There is a VM of this name, the request is not valid, or the snapshot cannot be read.
+    pub fn restore(
+        &self,
+        vm: &VmId,
+        what: &RestoreConfig,
+    ) -> Result<Arc<dyn Migration>, RequestError> {
+        let restore = self.mover()?.restore(self, vm, what)?;
+        Ok(self.0.migrations.add(restore))
+    }
+
+    /// Returns a VM that another process could take over.
+    fn movable(&self, id: &str) -> Result<VmHandle, RequestError> {
+        let vm = self.get(id)?;
+        let status = vm.status();
+        let mut nets = status.config.net.iter().flatten();
+        let Some(net) = nets.find(|net| net.tap_descriptors().is_some()) else {
+            return Ok(vm);
+        };
+        let detail = format!(
+            "the tap of `{}` was passed as descriptors, which cannot be sent to another service: remove \
+             the interface first, or add it by the name of its tap",
+            net.id.as_deref().unwrap_or_default()
+        );
+        let code = "tap-by-descriptors";
+        Err(RequestError::new(Category::Unprocessable, code, detail))
     }
 
     /// Starts to listen for an incoming migration.

@@ -149,6 +149,10 @@ operations! {
     vms_remove_device(id)[VmRemoveDevice]: PUT "/api/v1/vms/{id}/remove-device" "removeDevice";
     /// Begins to move a VM to another service, which waits for it.
     vms_migrate(id)[StartMigration]: POST "/api/v1/vms/{id}/migrations" "migrateVm" -> MigrationInfo;
+    /// Starts to write a snapshot of a paused VM.
+    vms_snapshot(id)[VmSnapshotConfig]: POST "/api/v1/vms/{id}/snapshots" "snapshotVm" -> MigrationInfo;
+    /// Starts to make a VM of this name from a snapshot.
+    vms_restore(id)[RestoreConfig]: POST "/api/v1/vms/{id}/restore" "restoreVm" -> MigrationInfo;
     /// Begins to wait for a VM from another service.
     migrations_receive[AwaitMigration]: POST "/api/v1/migrations" "receiveMigration" -> MigrationInfo;
     /// Lists migrations: those that go on, and the last that are over.
@@ -213,11 +217,11 @@ operations! {
     /// Adds a vfio-user device. (Refused by services of this version.)
     vm_add_user_device[VmAddUserDevice]:
         PUT "/api/v1/vm.add-user-device" "vmAddUserDevice" -> Option<PciDeviceInfo>;
-    /// Takes a snapshot. (Refused by services of this version.)
+    /// Writes a snapshot of the paused VM. The answer comes when it is complete: give the client time.
     vm_snapshot[VmSnapshotConfig]: PUT "/api/v1/vm.snapshot" "vmSnapshot";
     /// Takes a core dump. (Refused by services of this version.)
     vm_coredump[VmCoredumpData]: PUT "/api/v1/vm.coredump" "vmCoredump";
-    /// Restores a snapshot. (Refused by services of this version.)
+    /// Makes the VM from a snapshot. The answer comes when it is there: give the client time.
     vm_restore[RestoreConfig]: PUT "/api/v1/vm.restore" "vmRestore";
     /// Receives a VM from another host. The answer comes when it has arrived: give the client time.
     vm_receive_migration[ReceiveMigrationData]: PUT "/api/v1/vm.receive-migration" "vmReceiveMigration";

@@ -14,7 +14,7 @@ use control::Registry;
 use control::fake::Fake;
 use openapi::{Client, ClientError, News};
 use spec::{
-    CreateVm, DiskConfig, PayloadConfig, VmConfig, VmId, VmSnapshotConfig, VmState, VmmPingResponse,
+    CreateVm, DiskConfig, PayloadConfig, VmConfig, VmCoredumpData, VmId, VmState, VmmPingResponse,
 };
 use tokio::task::JoinHandle;
 
@@ -132,11 +132,11 @@ async fn vm_lifecycle_on_own_socket() {
     );
     client.vm_shutdown().await.unwrap();
     assert_eq!(client.vm_add_disk(&disk).await.unwrap(), None);
-    let snapshot = VmSnapshotConfig {
+    let dump = VmCoredumpData {
         destination_url: "file:///a".to_owned(),
     };
     assert_eq!(
-        client.vm_snapshot(&snapshot).await.unwrap_err().code(),
+        client.vm_coredump(&dump).await.unwrap_err().code(),
         Some("not-implemented")
     );
     client.vm_delete().await.unwrap();

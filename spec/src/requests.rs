@@ -47,11 +47,11 @@ pub struct VmRemoveDevice {
     pub id: String,
 }
 
-/// Destination of a snapshot.
+/// The folder for a snapshot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct VmSnapshotConfig {
-    /// `file:///a/directory`.
+    /// `file:///PATH`: a folder of the host, which is made if it does not exist, and holds no snapshot.
     pub destination_url: String,
 }
 

@@ -16,7 +16,7 @@ use spec::{
 use virtio_devices::TransportEvent;
 use virtio_devices::block::ImageFormat;
 
-use super::migration::Outgoing;
+use super::outgoing::Outgoing;
 use super::{Driver, DriverEvent, Stage};
 use crate::devices::{DeviceHandle, Devices, OpenContext, Opened, ResourceOwner, open};
 use crate::failure::BuildError;

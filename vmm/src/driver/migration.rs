@@ -16,70 +16,12 @@ use migration::{Decision, Progress, Refusal, Stopped, Whereabouts};
 use spec::{Failure, VmConfig, VmState};
 
 use super::consoles::Consoles;
+use super::outgoing::{Outgoing, OutgoingState, Purpose};
 use super::{Caller, Driver, End, Stage};
 use crate::devices::DeviceHandle;
 use crate::failure::MoveError;
 use crate::guest_event::{Port, Reporter};
 use crate::machine::{Active, Extent, Host, Machine, NotParked};
-
-/// A guest that is moving away.
-pub(super) struct Outgoing {
-    decision: Decision,
-    state: OutgoingState,
-}
-
-/// How far a guest that moves away has come. `ran` says whether it ran before it was stopped: a guest
-/// that its owner had paused stays paused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum OutgoingState {
-    /// Its memory is copied; the guest runs or is paused as its owner wants it.
-    Copying,
-    /// The migration has stopped it.
-    Stopped { ran: bool },
-    /// Resources that only one machine can hold (locks, paths of sockets) were released.
-    HandedOver { ran: bool },
-    /// The guest stays, and what was released could not be taken back, or the vCPUs did not start. It is
-    /// paused; `resume` tries again from where this failed.
-    Stranded { ran: bool, is_handed_over: bool },
-}
-
-impl OutgoingState {
-    /// Whether the guest is stopped because it moves.
-    fn is_stopped(self) -> bool {
-        match self {
-            Self::Copying => false,
-            Self::Stopped { .. } | Self::HandedOver { .. } | Self::Stranded { .. } => true,
-        }
-    }
-
-    /// Whether the guest ran and must run again if it stays.
-    fn must_resume(self) -> bool {
-        match self {
-            Self::Copying => false,
-            Self::Stopped { ran } | Self::HandedOver { ran } | Self::Stranded { ran, .. } => ran,
-        }
-    }
-
-    fn is_handed_over(self) -> bool {
-        match self {
-            Self::Copying | Self::Stopped { .. } => false,
-            Self::HandedOver { .. } => true,
-            Self::Stranded { is_handed_over, .. } => is_handed_over,
-        }
-    }
-}
-
-impl Outgoing {
-    /// Whether the guest is stopped because it moves.
-    pub(super) fn is_stopped(&self) -> bool {
-        self.state.is_stopped()
-    }
-
-    /// Whether the guest stays and is paused because it lacks what it needs.
-    pub(super) fn is_stranded(&self) -> bool {
-        matches!(self.state, OutgoingState::Stranded { .. })
-    }
-}
 
 /// The parts of a source's machine that the engine needs.
 pub(crate) struct SourceParts {
@@ -144,6 +86,29 @@ impl Driver {
             ));
         }
         let outgoing = self.outgoing.as_ref()?;
+        if outgoing.state == OutgoingState::Snapshot {
+            return match verb {
+                Verb::Reboot | Verb::Shutdown | Verb::Delete => {
+                    // Too late if the snapshot is complete, which is no reason to keep the machine.
+                    let _ = outgoing.decision.cancel();
+                    None
+                }
+                // The snapshot has the state and the devices of the paused guest.
+                Verb::Resume
+                | Verb::AddDevice
+                | Verb::RemoveDevice
+                | Verb::Resize
+                | Verb::ResizeDisk => {
+                    refuse("a snapshot of it is being written; cancel that first")
+                }
+                Verb::MemoryMap
+                | Verb::Counters
+                | Verb::Boot
+                | Verb::Pause
+                | Verb::PowerButton
+                | Verb::Nmi => None,
+            };
+        }
         let is_stopped = outgoing.is_stopped();
         match verb {
             Verb::MemoryMap | Verb::Counters => None,
@@ -169,16 +134,23 @@ impl Driver {
         }
     }
 
-    /// A guest begins to move away.
+    /// A guest begins to move away, or a snapshot of it is begun.
     pub(crate) fn depart(
         &mut self,
+        purpose: Purpose,
         decision: &Decision,
         progress: &Progress,
     ) -> Result<SourceParts, RequestError> {
         let conflict =
             |code: &str, detail: &str| Err(RequestError::new(Category::Conflict, code, detail));
         if self.outgoing.is_some() {
-            return conflict("vm-migrating", "the VM's guest is moving already");
+            let detail = "the VM's guest is moving, or a snapshot of it is being written";
+            return conflict("vm-migrating", detail);
+        }
+        let state = self.publisher.current().state;
+        if purpose == Purpose::Snapshot && state != VmState::Paused {
+            let detail = format!("a snapshot is taken of a Paused VM, and this one is {state}");
+            return conflict("wrong-state", &detail);
         }
         // A device that is plugged or ejected during the copy would make the machine differ from
         // the configuration that the destination gets. The check of `leaving` below is the same.
@@ -214,7 +186,10 @@ impl Driver {
         self.progress = Some(progress.clone());
         self.outgoing = Some(Outgoing {
             decision: decision.clone(),
-            state: OutgoingState::Copying,
+            state: match purpose {
+                Purpose::Move => OutgoingState::Copying,
+                Purpose::Snapshot => OutgoingState::Snapshot,
+            },
         });
         Ok(parts)
     }

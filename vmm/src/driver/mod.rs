@@ -21,6 +21,7 @@ mod consoles;
 mod devices;
 mod ending;
 mod migration;
+mod outgoing;
 #[cfg(test)]
 mod tests;
 
@@ -42,8 +43,10 @@ pub(crate) use self::caller::Caller;
 use self::caller::{ANY_MACHINE, Call};
 pub(crate) use self::consoles::Consoles;
 use self::ending::{Busy, Ending, Next, Then};
+use self::migration::Expected;
 pub(crate) use self::migration::{DestinationParts, SourceParts};
-use self::migration::{Expected, Outgoing};
+use self::outgoing::Outgoing;
+pub(crate) use self::outgoing::Purpose;
 use crate::devices::{MachineOrigin, Opened};
 use crate::failure::{self, BuildError};
 use crate::guest_event::{GuestEnd, Port, Reporter, Reports};

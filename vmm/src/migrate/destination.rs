@@ -30,6 +30,41 @@ pub(super) struct DestinationHost {
     /// The name that the VM gets here; the one that it has at the source when absent.
     name: Option<VmId>,
     allowed: Allowed,
+    origin: GuestOrigin,
+}
+
+/// The place from which a guest comes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum GuestOrigin {
+    /// Another machine, which has the guest's locks and sockets until it hands them over.
+    Migration,
+    /// A snapshot. The machine that it was taken of may still run: nothing is taken from it.
+    Snapshot,
+}
+
+impl GuestOrigin {
+    /// The event of a VM whose guest did not come.
+    fn failure_event(self) -> &'static str {
+        match self {
+            Self::Migration => "migration-failed",
+            Self::Snapshot => "restore-failed",
+        }
+    }
+
+    fn owner(self) -> ResourceOwner {
+        match self {
+            Self::Migration => ResourceOwner::Source,
+            Self::Snapshot => ResourceOwner::ThisMachine,
+        }
+    }
+
+    /// Opens the host's ends of the serial port and the console. Files keep their content.
+    fn open_consoles(self, config: &VmConfig, to_itself: bool) -> Result<Consoles, BuildError> {
+        match self {
+            Self::Migration => Consoles::open_next(config, to_itself),
+            Self::Snapshot => Consoles::open(config, to_itself),
+        }
+    }
 }
 
 impl DestinationHost {
@@ -38,6 +73,7 @@ impl DestinationHost {
         registry: Registry,
         moving: Arc<ActiveMigration>,
         allowed: Allowed,
+        origin: GuestOrigin,
     ) -> Self {
         let name = moving.vm.lock().clone();
         Self {
@@ -48,6 +84,7 @@ impl DestinationHost {
             moving,
             name,
             allowed,
+            origin,
         }
     }
 
@@ -57,6 +94,47 @@ impl DestinationHost {
             .map_err(offer::refusal)?;
         let gone = || Refusal::new("machine-gone", "the VM no longer exists");
         self.callers.get(vm).ok_or_else(gone)
+    }
+
+    /// Builds the machine, and gives it to the VM's driver.
+    fn build(
+        &self,
+        vm: VmId,
+        parts: DestinationParts,
+        config: &VmConfig,
+        origin: &MachineOrigin,
+    ) -> Result<DestinationVm, Refusal> {
+        let DestinationParts {
+            caller,
+            host,
+            reporter,
+        } = parts;
+        let build = || -> Result<_, BuildError> {
+            let consoles = self.origin.open_consoles(config, host.terminal)?;
+            let built = Built::new(&host, config, consoles.outputs(), origin, &reporter)?;
+            Ok((built.expect_guest(config, &reporter)?, consoles))
+        };
+        let (active, consoles) = build().map_err(|error| {
+            let told = failure::told(&error);
+            let detail = match self.origin {
+                GuestOrigin::Migration => format!("at the destination: {}", told.detail),
+                GuestOrigin::Snapshot => told.detail,
+            };
+            Refusal::new(told.code, detail)
+        })?;
+        let (ram, _) = active.memory();
+        let halter = active.halter();
+        let machine = Machine::new(active, &host.background);
+        caller.call(move |driver, _| driver.provide(machine, consoles))?;
+        Ok(DestinationVm {
+            registry: self.registry.clone(),
+            vm,
+            caller,
+            ram,
+            halter,
+            stage: Stage::Coming,
+            origin: self.origin,
+        })
     }
 }
 
@@ -84,7 +162,7 @@ impl Host for DestinationHost {
         let caller = self.create(&vm, config)?;
         let give_up = |why: Refusal| {
             self.registry
-                .forget(&vm, "migration-failed", Some(why.detail.clone()));
+                .forget(&vm, self.origin.failure_event(), Some(why.detail.clone()));
             why
         };
         let (decision, progress) = (self.moving.decision.clone(), self.moving.progress.clone());
@@ -94,11 +172,11 @@ impl Host for DestinationHost {
         let origin = MachineOrigin {
             cpuid: Some(cpuid),
             on_bus,
-            owner: ResourceOwner::Source,
+            owner: self.origin.owner(),
             may_wait: offer.postcopy,
             memory: files.into_iter().next().map(Arc::new),
         };
-        let built = DestinationVm::build(&self.registry, vm.clone(), parts, &resolved, &origin);
+        let built = self.build(vm.clone(), parts, &resolved, &origin);
         let target = built.map_err(give_up)?;
         *self.moving.vm.lock() = Some(vm);
         Ok(Box::new(target))
@@ -120,6 +198,7 @@ struct DestinationVm {
     ram: Arc<RamBlock>,
     halter: Halter,
     stage: Stage,
+    origin: GuestOrigin,
 }
 
 /// How far the guest is.
@@ -128,43 +207,6 @@ enum Stage {
     Arrived,
     /// The VM is no more.
     Gone,
-}
-
-impl DestinationVm {
-    fn build(
-        registry: &Registry,
-        vm: VmId,
-        parts: DestinationParts,
-        config: &VmConfig,
-        origin: &MachineOrigin,
-    ) -> Result<Self, Refusal> {
-        let DestinationParts {
-            caller,
-            host,
-            reporter,
-        } = parts;
-        let build = || -> Result<_, BuildError> {
-            let consoles = Consoles::open_next(config, host.terminal)?;
-            let built = Built::new(&host, config, consoles.outputs(), origin, &reporter)?;
-            Ok((built.expect_guest(config, &reporter)?, consoles))
-        };
-        let (active, consoles) = build().map_err(|error| {
-            let told = failure::told(&error);
-            Refusal::new(told.code, format!("at the destination: {}", told.detail))
-        })?;
-        let (ram, _) = active.memory();
-        let halter = active.halter();
-        let machine = Machine::new(active, &host.background);
-        caller.call(move |driver, _| driver.provide(machine, consoles))?;
-        Ok(Self {
-            registry: registry.clone(),
-            vm,
-            caller,
-            ram,
-            halter,
-            stage: Stage::Coming,
-        })
-    }
 }
 
 impl Destination for DestinationVm {
@@ -228,6 +270,7 @@ impl Destination for DestinationVm {
                 "the machine of a guest that did not arrive had ended already"
             ),
         }
-        self.registry.forget(&self.vm, "migration-failed", None);
+        self.registry
+            .forget(&self.vm, self.origin.failure_event(), None);
     }
 }

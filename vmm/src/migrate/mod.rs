@@ -5,6 +5,7 @@ mod history;
 mod journals;
 mod offer;
 mod receive;
+mod snapshot;
 mod source;
 mod trust;
 
@@ -25,7 +26,8 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use spec::{
     AwaitMigration, FieldProblem, MemoryMode, MigrationDowntime, MigrationError, MigrationInfo,
-    MigrationOutcome, MigrationPhase, MigrationSide, StartMigration, VmConfig, VmId,
+    MigrationOutcome, MigrationPhase, MigrationSide, RestoreConfig, StartMigration, VmConfig, VmId,
+    VmSnapshotConfig,
 };
 use tokio::sync::watch;
 
@@ -33,6 +35,7 @@ pub(crate) use self::journals::Journals;
 pub(crate) use self::receive::Endpoints;
 use self::source::SourceVm;
 pub use self::trust::MigrationTrust;
+use crate::driver::Purpose;
 use crate::pool::Pool;
 
 /// The name of a machine's memory.
@@ -343,7 +346,8 @@ impl Migrate for Pool {
         let moving = Arc::new(moving);
         let caller = self.caller(&id).ok_or_else(RequestError::driver_gone)?;
         let (decision, progress) = (moving.decision.clone(), moving.progress.clone());
-        let parts = caller.call(move |driver, _| driver.depart(&decision, &progress));
+        let parts =
+            caller.call(move |driver, _| driver.depart(Purpose::Move, &decision, &progress));
         let parts = parts.map_err(|_| RequestError::driver_gone())??;
         let journals = self.journals().clone();
         let mut journal = journals
@@ -399,5 +403,22 @@ impl Migrate for Pool {
         what: &AwaitMigration,
     ) -> Result<Arc<dyn Migration>, RequestError> {
         receive::begin(self, registry, what)
+    }
+
+    fn snapshot(
+        &self,
+        vm: &VmHandle,
+        what: &VmSnapshotConfig,
+    ) -> Result<Arc<dyn Migration>, RequestError> {
+        snapshot::take(self, vm, what)
+    }
+
+    fn restore(
+        &self,
+        registry: &Registry,
+        vm: &VmId,
+        what: &RestoreConfig,
+    ) -> Result<Arc<dyn Migration>, RequestError> {
+        snapshot::begin_restore(self, registry, vm, what)
     }
 }

@@ -10,7 +10,7 @@ use migration::{Accept, Endpoint, Listener, Policy, Receiving, TlsListener, rece
 use parking_lot::{Condvar, Mutex};
 use spec::{AwaitMigration, MigrationSide};
 
-use super::destination::DestinationHost;
+use super::destination::{DestinationHost, GuestOrigin};
 use super::{ActiveMigration, endpoint, invalid, start};
 use crate::pool::Pool;
 
@@ -143,7 +143,13 @@ pub(super) fn begin(
         what.vm.clone(),
         bound.to_string(),
     ));
-    let host = DestinationHost::new(pool, registry.clone(), Arc::clone(&moving), allowed);
+    let host = DestinationHost::new(
+        pool,
+        registry.clone(),
+        Arc::clone(&moving),
+        allowed,
+        GuestOrigin::Migration,
+    );
     let (limit, once) = (pool.connection_limit(), what.once);
     let (ours, endpoints) = (Arc::clone(&moving), pool.endpoints().clone());
     endpoints.hold(bound, &moving);

@@ -29,14 +29,19 @@ impl SourceVm {
         }
     }
 
-    /// The guest stays: it can be moved again, and its owner may read why it was not.
-    pub(super) fn stayed(&self, why: Refusal) {
+    /// The guest stays as it is, and `event` is recorded of it.
+    pub(super) fn end(&self, event: &'static str, detail: String) {
         // If the machine is gone, so is what there would be to tidy up.
         let _ = self.parts.caller.attempt(move |driver| {
             let stayed = driver.stay();
-            driver.record("migration-failed", why.detail);
+            driver.record(event, detail);
             stayed
         });
+    }
+
+    /// The guest stays: it can be moved again, and its owner may read why it was not.
+    pub(super) fn stayed(&self, why: Refusal) {
+        self.end("migration-failed", why.detail);
     }
 }
 

@@ -105,6 +105,14 @@ pub(super) struct Allowed {
 }
 
 impl Allowed {
+    /// Everything that this process may use.
+    pub(super) fn all() -> Self {
+        Self {
+            paths: None,
+            taps: None,
+        }
+    }
+
     /// Checks every path and every tap that a configuration names, and opens none of them. Returns the
     /// configuration with its paths resolved: a machine that is built of it opens the files that were
     /// checked, though a link on the way changes in between.

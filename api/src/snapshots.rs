@@ -1,0 +1,130 @@
+//! Snapshots, and VMs made from them.
+//!
+//! Each is shown as a migration whose other end is a folder: with progress, and to be canceled.
+
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::response::Response;
+use control::{Migration, RequestError};
+use http::StatusCode;
+use spec::{MigrationInfo, RestoreConfig, VmId, VmSnapshotConfig};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use crate::extract::{Json, Named};
+use crate::migrations::{begin, created, give_socket, wait};
+use crate::one_vm::OneVm;
+use crate::problem::ApiError;
+use crate::refusals::{
+    Exists, Failed, NoSuchSnapshot, NoSuchVm, NotAllowedNow, NotCreated, NotDone, NotJson,
+    NotPossible, NotUnderstood, NotValid, TooLong, TooSlow, Unsupported, WrongState,
+    of_one_vms_restore, of_one_vms_snapshot,
+};
+use crate::service::Service;
+use crate::tags::{MIGRATIONS, ONE_VM};
+
+pub(crate) fn routes() -> OpenApiRouter<Service> {
+    OpenApiRouter::default()
+        .routes(routes!(snapshot))
+        .routes(routes!(restore))
+}
+
+pub(crate) fn one_vm_routes() -> OpenApiRouter<OneVm> {
+    OpenApiRouter::default()
+        .routes(routes!(snapshot_one))
+        .routes(routes!(restore_one))
+}
+
+/// Start to write a snapshot of a paused VM into a folder of the service's host.
+///
+/// The snapshot is complete when the migration that the answer shows is `Completed`. Deleting that
+/// migration cancels the snapshot, and nothing is left of it. The VM stays paused.
+#[utoipa::path(
+    post, path = "/api/v1/vms/{id}/snapshots", operation_id = "snapshotVm", tag = MIGRATIONS, request_body = VmSnapshotConfig,
+    params(("id" = VmId, Path, description = "The VM's name.")),
+    responses(
+        (status = 201, description = "It has begun.", body = MigrationInfo,
+         headers(("Location" = String, description = "Its path."))),
+        NotUnderstood, NoSuchVm, TooSlow, WrongState, TooLong, NotJson, NotPossible, Failed, Unsupported,
+    ),
+)]
+async fn snapshot(
+    State(service): State<Service>,
+    Named(id): Named,
+    Json(body): Json<VmSnapshotConfig>,
+) -> Result<Response, ApiError> {
+    let registry = service.registry.clone();
+    let take = move || registry.take_snapshot(id.as_str(), &body);
+    let begun = begin(take, ApiError::from).await?;
+    Ok(created(begun.info()))
+}
+
+/// Start to make a VM of this name from a snapshot.
+///
+/// The VM is there when the migration that the answer shows is `Completed`: paused, or running if `resume`
+/// is set. A snapshot that cannot be restored leaves no VM.
+#[utoipa::path(
+    post, path = "/api/v1/vms/{id}/restore", operation_id = "restoreVm", tag = MIGRATIONS, request_body = RestoreConfig,
+    params(("id" = VmId, Path, description = "The new VM's name.")),
+    responses(
+        (status = 201, description = "It has begun.", body = MigrationInfo,
+         headers(("Location" = String, description = "Its path."))),
+        NotUnderstood, TooSlow, Exists, TooLong, NotJson, NotPossible, Failed, Unsupported,
+    ),
+)]
+async fn restore(
+    State(service): State<Service>,
+    Named(id): Named,
+    Json(body): Json<RestoreConfig>,
+) -> Result<Response, ApiError> {
+    let registry = service.registry.clone();
+    let begun = begin(move || registry.restore(&id, &body), ApiError::from).await?;
+    let info = begun.info();
+    tokio::spawn(give_socket(service, begun));
+    Ok(created(info))
+}
+
+/// Write a snapshot of the paused VM into a folder. The answer comes when it is complete.
+#[utoipa::path(
+    put, path = "/api/v1/vm.snapshot", operation_id = "vmSnapshot", tag = ONE_VM, request_body = VmSnapshotConfig,
+    responses(
+        (status = 204, description = "The snapshot is complete."),
+        NotUnderstood, NotCreated, NotAllowedNow, TooSlow, TooLong, NotJson, NotDone, Unsupported,
+    ),
+)]
+async fn snapshot_one(
+    State(vm): State<OneVm>,
+    Json(body): Json<VmSnapshotConfig>,
+) -> Result<StatusCode, ApiError> {
+    let (registry, id) = (vm.registry.clone(), vm.id.clone());
+    wait_for(
+        move || registry.take_snapshot(id.as_str(), &body),
+        of_one_vms_snapshot,
+    )
+    .await
+}
+
+/// Make the VM from a snapshot. The answer comes when it is paused, or runs if `resume` is set.
+#[utoipa::path(
+    put, path = "/api/v1/vm.restore", operation_id = "vmRestore", tag = ONE_VM, request_body = RestoreConfig,
+    responses(
+        (status = 204, description = "The VM is restored."),
+        NotValid, NoSuchSnapshot, TooSlow, Exists, TooLong, NotJson, NotDone, Unsupported,
+    ),
+)]
+async fn restore_one(
+    State(vm): State<OneVm>,
+    Json(body): Json<RestoreConfig>,
+) -> Result<StatusCode, ApiError> {
+    let (registry, id) = (vm.registry.clone(), vm.id.clone());
+    wait_for(move || registry.restore(&id, &body), of_one_vms_restore).await
+}
+
+async fn wait_for(
+    operation: impl FnOnce() -> Result<Arc<dyn Migration>, RequestError> + Send + 'static,
+    refuse: fn(RequestError) -> ApiError,
+) -> Result<StatusCode, ApiError> {
+    let begun = begin(operation, refuse).await?;
+    wait(&*begun).await
+}

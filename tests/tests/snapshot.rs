@@ -1,0 +1,226 @@
+//! Snapshots of a guest that writes to its memory, and guests made from them, over REST.
+
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use openapi::ClientError;
+use rustix::process::Signal;
+use spec::{MigrationInfo, MigrationPhase, RestoreConfig, VmId, VmSnapshotConfig, VmState};
+use tests::{Face, Service, dirtier};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn to(dir: &Path) -> VmSnapshotConfig {
+    VmSnapshotConfig {
+        destination_url: format!("file://{}", dir.display()),
+    }
+}
+
+fn from(dir: &Path, resume: bool) -> RestoreConfig {
+    let body = serde_json::json!({
+        "source_url": format!("file://{}", dir.display()), "resume": resume,
+    });
+    serde_json::from_value(body).unwrap()
+}
+
+async fn over(at: &Service, begun: &MigrationInfo) -> MigrationInfo {
+    let id: VmId = begun.id.parse().unwrap();
+    let over = at.until(&id, PATIENCE, |info| info.phase.is_over()).await;
+    over.unwrap()
+}
+
+async fn snapshot(at: &Service, vm: &VmId, dir: &Path) -> MigrationInfo {
+    let begun = at.client().vms_snapshot(vm, &to(dir)).await.unwrap();
+    over(at, &begun).await
+}
+
+async fn restore(at: &Service, vm: &VmId, dir: &Path, resume: bool) -> MigrationInfo {
+    let begun = at.client().vms_restore(vm, &from(dir, resume)).await;
+    over(at, &begun.unwrap()).await
+}
+
+#[track_caller]
+fn refused<T: std::fmt::Debug>(result: Result<T, ClientError>, status: u16, code: &str) {
+    let Err(ClientError::Problem(problem)) = result else {
+        unreachable!("{result:?}");
+    };
+    assert_eq!(
+        (problem.status, problem.code.as_str()),
+        (status, code),
+        "{problem:?}"
+    );
+}
+
+/// The guest goes on after its snapshot, and comes back from it as it was: here and in another service.
+#[tokio::test]
+async fn guest_comes_back_from_its_snapshot() {
+    let (a, b) = tokio::join!(Service::start(Face::Many), Service::start(Face::Many));
+    let (a, b) = (a.unwrap(), b.unwrap());
+    let (vm, port) = dirtier::boot(&a).await.unwrap();
+    let dir = a.path("snapshot");
+    a.client().vms_pause(&vm).await.unwrap();
+    let taken = snapshot(&a, &vm, &dir).await;
+    assert_eq!(taken.phase, MigrationPhase::Completed, "{taken:?}");
+    assert!(taken.pages > 100 && taken.zero_pages > 1000, "{taken:?}");
+    let events = a.client().vms_info(&vm).await.unwrap();
+    assert_eq!(events.state, VmState::Paused, "it stays paused");
+    a.client().vms_resume(&vm).await.unwrap();
+    dirtier::check(&port).await.unwrap();
+    a.client().vms_delete(&vm).await.unwrap();
+
+    let came = restore(&b, &vm, &dir, true).await;
+    assert_eq!(came.phase, MigrationPhase::Completed, "{came:?}");
+    assert_eq!(
+        (came.pages, came.zero_pages),
+        (taken.pages, taken.zero_pages)
+    );
+    dirtier::check(&port).await.unwrap();
+    let socket = b.client().vms_list().await.unwrap()[0].api_socket.clone();
+    assert!(
+        Path::new(&socket.unwrap()).exists(),
+        "it has a socket of its own"
+    );
+    b.client().vms_delete(&vm).await.unwrap();
+
+    // Again, under another name, and paused.
+    let other: VmId = "other".parse().unwrap();
+    restore(&a, &other, &dir, false).await;
+    let info = a.client().vms_info(&other).await.unwrap();
+    assert_eq!(info.state, VmState::Paused);
+    // A snapshot of a restored guest that never ran, and a guest from that.
+    let second = a.path("second");
+    let again = snapshot(&a, &other, &second).await;
+    assert_eq!(again.phase, MigrationPhase::Completed, "{again:?}");
+    a.client().vms_delete(&other).await.unwrap();
+    restore(&a, &vm, &second, false).await;
+    a.client().vms_resume(&vm).await.unwrap();
+    dirtier::check(&port).await.unwrap();
+}
+
+#[tokio::test]
+async fn one_vm_a_socket_is_saved_as_cloud_hypervisors_clients_ask() {
+    let service = Service::start(Face::One).await.unwrap();
+    let (_, port) = dirtier::boot(&service).await.unwrap();
+    let client = service.client();
+    // Its clients make the folder first.
+    let dir = service.path("snapshot");
+    fs::create_dir(&dir).unwrap();
+    refused(client.vm_snapshot(&to(&dir)).await, 405, "wrong-state");
+    client.vm_pause().await.unwrap();
+    client.vm_snapshot(&to(&dir)).await.unwrap();
+    refused(
+        client.vm_restore(&from(&dir, false)).await,
+        409,
+        "vm-exists",
+    );
+    client.vm_delete().await.unwrap();
+    refused(client.vm_snapshot(&to(&dir)).await, 404, "vm-not-created");
+    client.vm_restore(&from(&dir, false)).await.unwrap();
+    assert_eq!(client.vm_info().await.unwrap().state, VmState::Paused);
+    client.vm_resume().await.unwrap();
+    dirtier::check(&port).await.unwrap();
+}
+
+#[tokio::test]
+async fn requests_that_cannot_be_are_refused_and_change_nothing() {
+    let service = Service::start(Face::Many).await.unwrap();
+    let (vm, port) = dirtier::boot(&service).await.unwrap();
+    let client = service.client();
+    let dir = service.path("snapshot");
+    refused(
+        client.vms_snapshot(&vm, &to(&dir)).await,
+        409,
+        "wrong-state",
+    );
+    client.vms_pause(&vm).await.unwrap();
+    let url = VmSnapshotConfig {
+        destination_url: "tcp:host:1".to_owned(),
+    };
+    refused(
+        client.vms_snapshot(&vm, &url).await,
+        422,
+        "invalid-configuration",
+    );
+    let nowhere = snapshot(&service, &vm, &service.path("no/such/parent")).await;
+    assert_eq!(nowhere.error.unwrap().code, "host-refused");
+    assert_eq!(snapshot(&service, &vm, &dir).await.error, None);
+    let twice = snapshot(&service, &vm, &dir).await;
+    assert_eq!(twice.error.unwrap().code, "snapshot-exists");
+
+    refused(
+        client.vms_restore(&vm, &from(&dir, true)).await,
+        409,
+        "vm-exists",
+    );
+    let other: VmId = "other".parse().unwrap();
+    let on_demand = RestoreConfig {
+        memory_restore_mode: spec::MemoryRestoreMode::OnDemand,
+        ..from(&dir, true)
+    };
+    refused(
+        client.vms_restore(&other, &on_demand).await,
+        501,
+        "not-supported",
+    );
+    let empty = service.path("empty");
+    fs::create_dir(&empty).unwrap();
+    let result = client.vms_restore(&other, &from(&empty, true)).await;
+    refused(result, 422, "snapshot-unreadable");
+    // The serial port's socket belongs to the guest that lives.
+    let taken = restore(&service, &other, &dir, true).await;
+    let why = taken.error.unwrap();
+    assert!(
+        why.code == "console-unusable" || why.detail.contains("socket"),
+        "{why:?}"
+    );
+    let memory = dir.join("memory.bin");
+    let mut content = fs::read(&memory).unwrap();
+    let byte = content.iter().position(|byte| *byte != 0).unwrap();
+    content[byte] ^= 1;
+    fs::write(&memory, content).unwrap();
+    client.vms_resume(&vm).await.unwrap();
+    dirtier::check(&port).await.unwrap();
+    client.vms_delete(&vm).await.unwrap();
+    let damaged = restore(&service, &other, &dir, true).await;
+    assert_eq!(damaged.error.unwrap().code, "snapshot-damaged");
+    assert!(client.vms_list().await.unwrap().is_empty());
+}
+
+/// A guest may be deleted while its snapshot is written, and a service may die: what is left is a whole
+/// snapshot or none.
+#[tokio::test]
+async fn what_is_left_of_an_interrupted_snapshot_is_whole_or_none() {
+    let mut service = Service::start(Face::Many).await.unwrap();
+    for delay in [0, 2, 5, 10, 20, 60] {
+        let (vm, port) = dirtier::boot(&service).await.unwrap();
+        service.client().vms_pause(&vm).await.unwrap();
+        let dir = service.path(format!("killed-{delay}"));
+        service.client().vms_snapshot(&vm, &to(&dir)).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(delay)).await;
+        service.signal(Signal::KILL).unwrap();
+        service.ended(PATIENCE).await.unwrap();
+        service.start_again().await.unwrap();
+        if dir.join("manifest.json").exists() {
+            let came = restore(&service, &vm, &dir, true).await;
+            assert_eq!(came.phase, MigrationPhase::Completed, "{delay}: {came:?}");
+            dirtier::check(&port).await.unwrap();
+            service.client().vms_delete(&vm).await.unwrap();
+        }
+    }
+    let (vm, _) = dirtier::boot(&service).await.unwrap();
+    service.client().vms_pause(&vm).await.unwrap();
+    let dir = service.path("deleted");
+    let begun = service.client().vms_snapshot(&vm, &to(&dir)).await.unwrap();
+    service.client().vms_delete(&vm).await.unwrap();
+    let ended = over(&service, &begun).await;
+    let is_there = dir.join("manifest.json").exists();
+    assert_eq!(
+        ended.phase == MigrationPhase::Completed,
+        is_there,
+        "{ended:?}"
+    );
+    assert!(is_there || !dir.exists(), "nothing is left");
+}

@@ -1,0 +1,73 @@
+//! The state of a guest that moves away, or of which a snapshot is written.
+
+use migration::Decision;
+
+/// A guest that is moving away.
+pub(super) struct Outgoing {
+    pub(super) decision: Decision,
+    pub(super) state: OutgoingState,
+}
+
+/// How far a guest that moves away has come. `ran` says whether it ran before it was stopped: a guest
+/// that its owner had paused stays paused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum OutgoingState {
+    /// Its memory is copied; the guest runs or is paused as its owner wants it.
+    Copying,
+    /// The guest is paused and stays so until a snapshot of it is written.
+    Snapshot,
+    /// The migration has stopped it.
+    Stopped { ran: bool },
+    /// Resources that only one machine can hold (locks, paths of sockets) were released.
+    HandedOver { ran: bool },
+    /// The guest stays, and what was released could not be taken back, or the vCPUs did not start. It is
+    /// paused; `resume` tries again from where this failed.
+    Stranded { ran: bool, is_handed_over: bool },
+}
+
+impl OutgoingState {
+    /// Whether the guest is stopped because it moves.
+    fn is_stopped(self) -> bool {
+        match self {
+            Self::Copying | Self::Snapshot => false,
+            Self::Stopped { .. } | Self::HandedOver { .. } | Self::Stranded { .. } => true,
+        }
+    }
+
+    /// Whether the guest ran and must run again if it stays.
+    pub(super) fn must_resume(self) -> bool {
+        match self {
+            Self::Copying | Self::Snapshot => false,
+            Self::Stopped { ran } | Self::HandedOver { ran } | Self::Stranded { ran, .. } => ran,
+        }
+    }
+
+    pub(super) fn is_handed_over(self) -> bool {
+        match self {
+            Self::Copying | Self::Snapshot | Self::Stopped { .. } => false,
+            Self::HandedOver { .. } => true,
+            Self::Stranded { is_handed_over, .. } => is_handed_over,
+        }
+    }
+}
+
+impl Outgoing {
+    /// Whether the guest is stopped because it moves.
+    pub(super) fn is_stopped(&self) -> bool {
+        self.state.is_stopped()
+    }
+
+    /// Whether the guest stays and is paused because it lacks what it needs.
+    pub(super) fn is_stranded(&self) -> bool {
+        matches!(self.state, OutgoingState::Stranded { .. })
+    }
+}
+
+/// The reason for which a guest's state is taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// The guest moves to another service, and may run meanwhile.
+    Move,
+    /// A snapshot of it is written. The guest is paused, and stays so.
+    Snapshot,
+}

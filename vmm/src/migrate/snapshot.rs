@@ -1,0 +1,154 @@
+//! Snapshots of a VM, and VMs made from snapshots: migrations whose other end is a folder.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use control::{Category, Migration, Registry, RequestError, VmHandle};
+use migration::Source as _;
+use migration::snapshot::{Restoring, Saved, Snapshot, Writing, restore, write};
+use spec::{FieldProblem, MemoryRestoreMode, MigrationSide, RestoreConfig, VmId, VmSnapshotConfig};
+
+use super::destination::{DestinationHost, GuestOrigin};
+use super::source::SourceVm;
+use super::trust::Allowed;
+use super::{ActiveMigration, start};
+use crate::driver::Purpose;
+use crate::pool::Pool;
+
+/// Returns the folder that a URL names.
+fn folder(field: &str, url: &str) -> Result<PathBuf, RequestError> {
+    let path = url.strip_prefix("file://").map(PathBuf::from);
+    path.filter(|path| path.is_absolute()).ok_or_else(|| {
+        RequestError::invalid(vec![FieldProblem {
+            pointer: format!("/{field}"),
+            code: "invalid".to_owned(),
+            detail: format!("{url:?} is not of the form file:///absolute/path"),
+        }])
+    })
+}
+
+/// Starts to write a snapshot of a paused VM.
+pub(super) fn take(
+    pool: &Pool,
+    vm: &VmHandle,
+    what: &VmSnapshotConfig,
+) -> Result<Arc<dyn Migration>, RequestError> {
+    let dir = folder("destination_url", &what.destination_url)?;
+    let id = vm.id().clone();
+    let taking = Arc::new(ActiveMigration::new(
+        MigrationSide::Source,
+        Some(id.clone()),
+        what.destination_url.clone(),
+    ));
+    let caller = pool.caller(&id).ok_or_else(RequestError::driver_gone)?;
+    let (decision, progress) = (taking.decision.clone(), taking.progress.clone());
+    let parts = caller
+        .call(move |driver, _| driver.depart(Purpose::Snapshot, &decision, &progress))
+        .map_err(|_| RequestError::driver_gone())??;
+    let ours = Arc::clone(&taking);
+    let span = tracing::info_span!("vm", id = id.as_str());
+    start("snapshot", span, move || {
+        tracing::info!(
+            snapshot = %ours.id, vm = id.as_str(), folder = ours.endpoint, memory_bytes = parts.ram.len(),
+            "snapshot: begins"
+        );
+        let mut source = SourceVm::new(id, parts);
+        let writing = Writing {
+            id: ours.id,
+            dir: &dir,
+            progress: &ours.progress,
+            decision: &ours.decision,
+        };
+        let written = write(&writing, || {
+            let offer = source.offer()?;
+            // The snapshot includes the disks as they are: all that the guest wrote is on them.
+            source.flush()?;
+            Ok(Saved {
+                offer,
+                state: source.save()?,
+                blocks: source.blocks(),
+            })
+        });
+        match written {
+            Ok(()) => source.end("snapshotted", ours.endpoint.clone()),
+            Err(why) => source.end("snapshot-failed", why.detail),
+        }
+        ours.log_end();
+        ours.over.send_replace(true);
+    })?;
+    Ok(taking)
+}
+
+/// Starts to make a VM from a snapshot.
+pub(super) fn begin_restore(
+    pool: &Pool,
+    registry: &Registry,
+    vm: &VmId,
+    what: &RestoreConfig,
+) -> Result<Arc<dyn Migration>, RequestError> {
+    let refuse = |what: &str| {
+        let detail = format!("this version cannot {what}");
+        Err(RequestError::new(
+            Category::Unsupported,
+            "not-supported",
+            detail,
+        ))
+    };
+    if what.memory_restore_mode == MemoryRestoreMode::OnDemand {
+        return refuse("restore memory on demand (`memory_restore_mode`)");
+    }
+    if what.prefault {
+        return refuse("populate memory that the guest never used (`prefault`)");
+    }
+    if what
+        .zone_updates
+        .as_ref()
+        .is_some_and(|zones| !zones.is_empty())
+    {
+        return refuse("move memory zones (`zone_updates`)");
+    }
+    let dir = folder("source_url", &what.source_url)?;
+    if registry.get(vm.as_str()).is_ok() {
+        let detail = format!("there is a VM {:?} already", vm.as_str());
+        return Err(RequestError::new(Category::Conflict, "vm-exists", detail));
+    }
+    let snapshot = Snapshot::open(&dir).map_err(|error| {
+        let why = error.refusal();
+        RequestError::new(Category::Unprocessable, &why.code, why.detail)
+    })?;
+    let restoring = Arc::new(ActiveMigration::new(
+        MigrationSide::Destination,
+        Some(vm.clone()),
+        what.source_url.clone(),
+    ));
+    // Whoever asks may create a VM with any configuration, so the snapshot's may be any too.
+    let ours = Arc::clone(&restoring);
+    let host = DestinationHost::new(
+        pool,
+        registry.clone(),
+        Arc::clone(&restoring),
+        Allowed::all(),
+        GuestOrigin::Snapshot,
+    );
+    let resume = what.resume;
+    let span = tracing::info_span!("vm", id = vm.as_str());
+    start("restore", span, move || {
+        let manifest = snapshot.manifest();
+        tracing::info!(
+            restore = %ours.id, snapshot = %manifest.id, folder = ours.endpoint, from = manifest.vm,
+            created_ms = manifest.created_ms, "restore: begins"
+        );
+        // The report has the failure, if it failed.
+        let _ = restore(&Restoring {
+            id: ours.id,
+            snapshot: &snapshot,
+            host: &host,
+            resume,
+            progress: &ours.progress,
+            decision: &ours.decision,
+        });
+        ours.log_end();
+        ours.over.send_replace(true);
+    })?;
+    Ok(restoring)
+}
