@@ -2,8 +2,10 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
+use rustix::net::{AddressFamily, SocketType, sockopt};
 use sockets::{BindError, BoundSocket};
 
 use crate::access::TcpAccess;
@@ -23,6 +25,12 @@ pub enum ListenError {
         /// The host's answer.
         source: io::Error,
     },
+    /// The inherited descriptor is something else than a unix socket that listens.
+    #[error("the inherited descriptor is {0}; a bound, listening unix stream socket is needed")]
+    NotListening(&'static str),
+    /// The inherited socket cannot be examined or watched.
+    #[error("cannot use the inherited socket")]
+    Inherited(#[source] io::Error),
     /// The token and all that is sent would cross the network in plain text.
     #[error(
         "cannot serve on {0}: the API is not encrypted, so TCP is limited to loopback addresses \
@@ -57,6 +65,15 @@ impl Listener {
         UnixSocket::bind(path.into()).map(Self::Unix)
     }
 
+    /// Listens on a unix socket that the program inherited: bound and listening. Its file stays when the
+    /// listener is dropped, because the program that bound it owns the file.
+    ///
+    /// # Errors
+    /// The descriptor is something else, or the host refuses.
+    pub fn inherited(socket: OwnedFd) -> Result<Self, ListenError> {
+        UnixSocket::inherited(socket).map(Self::Unix)
+    }
+
     /// Listens on a TCP address, which must be a loopback one, for the clients that `access` lets in.
     /// Port 0 lets the host choose: see [`place`](Self::place).
     ///
@@ -76,7 +93,7 @@ impl Listener {
     #[must_use]
     pub fn place(&self) -> String {
         match self {
-            Self::Unix(socket) => socket.bound.path().display().to_string(),
+            Self::Unix(socket) => socket.place(),
             Self::Tcp(socket) => socket.listener.local_addr().map_or_else(
                 |_| "a TCP socket".to_owned(),
                 |address| format!("http://{address}"),
@@ -96,7 +113,8 @@ pub struct TcpSocket {
 #[derive(Debug)]
 pub struct UnixSocket {
     listener: tokio::net::UnixListener,
-    bound: BoundSocket,
+    /// The socket's files, unless the socket was inherited.
+    bound: Option<BoundSocket>,
 }
 
 impl UnixSocket {
@@ -108,7 +126,48 @@ impl UnixSocket {
         };
         let listener = bound.listener().try_clone().map_err(watch)?;
         let listener = tokio::net::UnixListener::from_std(listener).map_err(watch)?;
-        Ok(Self { listener, bound })
+        Ok(Self {
+            listener,
+            bound: Some(bound),
+        })
+    }
+
+    fn inherited(socket: OwnedFd) -> Result<Self, ListenError> {
+        let not_socket = |errno| match errno {
+            rustix::io::Errno::NOTSOCK => ListenError::NotListening("not a socket"),
+            other => ListenError::Inherited(other.into()),
+        };
+        let domain = sockopt::socket_domain(&socket).map_err(not_socket)?;
+        if domain != AddressFamily::UNIX {
+            return Err(ListenError::NotListening("a socket of another family"));
+        }
+        let failed = |errno: rustix::io::Errno| ListenError::Inherited(errno.into());
+        if sockopt::socket_type(&socket).map_err(failed)? != SocketType::STREAM {
+            return Err(ListenError::NotListening("not a stream socket"));
+        }
+        if !sockopt::socket_acceptconn(&socket).map_err(failed)? {
+            return Err(ListenError::NotListening("a socket that does not listen"));
+        }
+        let listener = std::os::unix::net::UnixListener::from(socket);
+        listener
+            .set_nonblocking(true)
+            .and_then(|()| tokio::net::UnixListener::from_std(listener))
+            .map(|listener| Self {
+                listener,
+                bound: None,
+            })
+            .map_err(ListenError::Inherited)
+    }
+
+    fn place(&self) -> String {
+        let address = self.listener.local_addr().ok();
+        let path = match &self.bound {
+            Some(bound) => Some(bound.path()),
+            None => address.as_ref().and_then(|address| address.as_pathname()),
+        };
+        path.map_or("an inherited socket".to_owned(), |path| {
+            path.display().to_string()
+        })
     }
 
     pub(crate) async fn accept(&self) -> io::Result<tokio::net::UnixStream> {
@@ -130,6 +189,39 @@ mod tests {
         assert!(refused.contains("listens there already"), "{refused}");
         drop(listener);
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+    }
+
+    #[tokio::test]
+    async fn inherited_socket_must_listen_and_keeps_its_file() {
+        use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("api.sock");
+        let listening = UnixListener::bind(&path).unwrap();
+        let listener = Listener::inherited(listening.into()).unwrap();
+        assert_eq!(listener.place(), path.display().to_string());
+        let client = UnixStream::connect(&path).unwrap();
+        let Listener::Unix(socket) = &listener else {
+            panic!("not a unix socket")
+        };
+        socket.accept().await.unwrap();
+        drop((client, listener));
+        assert!(path.exists(), "the file is its binder's");
+
+        let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let connected = UnixStream::pair().unwrap().0;
+        let datagrams = UnixDatagram::unbound().unwrap();
+        for (fd, what) in [
+            (
+                OwnedFd::from(std::fs::File::open("/").unwrap()),
+                "not a socket",
+            ),
+            (tcp.into(), "another family"),
+            (connected.into(), "does not listen"),
+            (datagrams.into(), "not a stream"),
+        ] {
+            let refused = Listener::inherited(fd).unwrap_err().to_string();
+            assert!(refused.contains(what), "{refused}");
+        }
     }
 
     #[tokio::test]

@@ -11,6 +11,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use spec::{ConsoleConfig, ConsoleMode, PayloadConfig, SerialConfig, VmConfig, options};
 use vmm::MigrationTrust;
 
+use crate::inherited::{self, ApiSocket};
+
 /// A virtual machine monitor for KVM with live migration between hosts.
 ///
 /// `whimbrel serve` runs a service for many VMs, `whimbrel run` one VM in one command. Without a
@@ -288,9 +290,15 @@ pub(crate) struct VmArguments {
     /// System call filter. (This version has none: only false is accepted.)
     #[arg(long, value_name = "MODE")]
     pub(crate) seccomp: Option<String>,
-    /// Destination of events. (Not supported by this version; the service has /api/v1/events.)
+    /// Where to report events, as JSON in Cloud Hypervisor's form: path=PATH or fd=N.
     #[arg(long, value_name = "OPTIONS")]
     pub(crate) event_monitor: Option<String>,
+    /// Keep running when the guest powers off: the VM can be booted again over the API.
+    #[arg(long)]
+    pub(crate) no_shutdown: bool,
+    /// Debug console at an I/O port: off. (Others are not supported by this version.)
+    #[arg(long, value_name = "MODE")]
+    debug_console: Option<String>,
     #[command(flatten)]
     pub(crate) migration: MigrationArguments,
 }
@@ -307,28 +315,16 @@ impl VmArguments {
             image_dir: self.image_dir.clone(),
             seccomp: self.seccomp.clone(),
             event_monitor: self.event_monitor.clone(),
+            no_shutdown: self.no_shutdown,
             migration: self.migration.clone(),
             ..Self::default()
         };
         *self != program
     }
 
-    /// The API's socket, from `PATH` or `path=PATH`.
-    pub(crate) fn api_socket(&self) -> Result<Option<PathBuf>> {
-        Ok(
-            match self
-                .api_socket
-                .as_deref()
-                .map(|text| (text, text.split_once('=')))
-            {
-                None => None,
-                Some((_, Some(("path", path)))) => Some(PathBuf::from(path)),
-                Some((text, Some(("fd", _)))) => {
-                    bail!("--api-socket {text}: a descriptor is not supported; give a path")
-                }
-                Some((path, _)) => Some(PathBuf::from(path)),
-            },
-        )
+    /// Returns the API's socket, if one is given.
+    pub(crate) fn api_socket(&self) -> Result<Option<ApiSocket>> {
+        self.api_socket.as_deref().map(ApiSocket::parse).transpose()
     }
 
     /// The VM's configuration, if there is something to boot.
@@ -360,7 +356,15 @@ impl VmArguments {
             config.memory = options::memory(text)?;
         }
         config.disks = many(&self.disk, &options::DISK)?;
-        config.net = many(&self.net, &options::NET)?;
+        config.net = match self.net.as_slice() {
+            [] => None,
+            texts => Some(
+                texts
+                    .iter()
+                    .map(|text| inherited::net(text))
+                    .collect::<Result<_>>()?,
+            ),
+        };
         config.fs = many(&self.fs, &options::FS)?;
         config.pmem = many(&self.pmem, &options::PMEM)?;
         if let Some(text) = &self.rng {
@@ -387,10 +391,10 @@ impl VmArguments {
                 "--seccomp {mode}: this version has no system call filter; --seccomp false is accepted"
             );
         }
-        if self.event_monitor.is_some() {
-            bail!(
-                "--event-monitor: not supported; `whimbrel serve` streams events at /api/v1/events"
-            );
+        // Cloud Hypervisor's default is `off,iobase=0xe9`.
+        let mode = self.debug_console.as_deref().unwrap_or("off");
+        if !matches!(mode.split(',').next(), Some("off" | "null")) {
+            bail!("--debug-console {mode}: there is no debug console yet; off is accepted");
         }
         Ok(())
     }
@@ -524,21 +528,5 @@ mod tests {
         assert!(check("whimbrel -v serve").is_ok());
         assert!(check("whimbrel serve -v --log-format json").is_ok());
         assert!(check("whimbrel --kernel /k serve").is_err());
-    }
-
-    #[test]
-    fn sockets_in_both_forms() {
-        for (text, path) in [("/a/b", "/a/b"), ("path=/c", "/c")] {
-            let vm = VmArguments {
-                api_socket: Some(text.into()),
-                ..VmArguments::default()
-            };
-            assert_eq!(vm.api_socket().unwrap(), Some(PathBuf::from(path)));
-        }
-        let fd = VmArguments {
-            api_socket: Some("fd=3".into()),
-            ..VmArguments::default()
-        };
-        assert!(fd.api_socket().is_err());
     }
 }

@@ -3,9 +3,12 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod cloud_hypervisor;
 mod demo;
 mod descriptors;
+mod event_monitor;
 mod generate;
+mod inherited;
 mod logging;
 mod one;
 mod serve;
@@ -13,14 +16,17 @@ mod signals;
 
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory, FromArgMatches};
 
 use crate::args::{Arguments, Command};
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
-    let started = arguments
-        .check()
+    let program = std::env::args_os().next();
+    let command = cloud_hypervisor::command(Arguments::command(), program.as_deref());
+    let matches = command.get_matches();
+    let arguments = Arguments::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    let started = cloud_hypervisor::check(&matches)
+        .and_then(|()| arguments.check())
         .and_then(|()| logging::start(&arguments.logging));
     // Dropped last: it writes the lines that wait.
     let _log = match started {

@@ -1,17 +1,19 @@
 //! One VM: `whimbrel run`, and the command line of Cloud Hypervisor.
 //!
 //! The program ends when the guest powers off, fails, or a client of the API asks for it. It
-//! stays when a client shuts the VM down, which may boot it again.
+//! stays when a client shuts the VM down, which may boot it again, and with `--no-shutdown` also when
+//! the guest powers off.
 
 use std::process::ExitCode;
 
 use anyhow::{Result, bail};
-use api::{Listener, Service, serve};
+use api::{Service, serve};
 use control::{Registry, Request, VmHandle};
 use spec::{VmConfig, VmId, VmState};
 use vmm::{Pool, PoolConfig};
 
 use crate::args::VmArguments;
+use crate::event_monitor::EventMonitor;
 use crate::serve::{about, runtime};
 use crate::signals::{Signals, unless_interrupted};
 
@@ -24,6 +26,9 @@ pub(crate) fn run(arguments: &VmArguments, config: Option<VmConfig>) -> Result<E
              `whimbrel serve` for many VMs, or `whimbrel demo` for a demonstration"
         );
     }
+    // First: a reader of the FIFO waits until it is open, also for a program that cannot start.
+    let monitor = arguments.event_monitor.as_deref();
+    let mut monitor = monitor.map(EventMonitor::start).transpose()?;
     let pool = Pool::start(&PoolConfig {
         threads: Some(1),
         terminal: true,
@@ -38,8 +43,8 @@ pub(crate) fn run(arguments: &VmArguments, config: Option<VmConfig>) -> Result<E
         let shutdown = service.shutdown().clone();
         let serving = match socket {
             None => None,
-            Some(path) => {
-                let listener = Listener::unix(path)?;
+            Some(socket) => {
+                let listener = socket.listen()?;
                 eprintln!("whimbrel: API at {}", listener.place());
                 let router = service.vm_router(&id, &shutdown);
                 Some(tokio::spawn(serve(listener, router, shutdown.clone())))
@@ -54,12 +59,22 @@ pub(crate) fn run(arguments: &VmArguments, config: Option<VmConfig>) -> Result<E
                     .await
                     .map_err(|error| explained(&error))?;
             }
+            if arguments.no_shutdown {
+                return std::future::pending().await;
+            }
             Ok(guest_ends(&registry).await)
+        };
+        let reports = async {
+            match &mut monitor {
+                Some(monitor) => monitor.follow(registry.events()).await,
+                None => std::future::pending().await,
+            }
         };
         let ended: Result<Option<spec::Failure>> = tokio::select! {
             () = signals.next() => Ok(None),
             () = shutdown.requested() => Ok(None),
             ended = guest => ended,
+            never = reports => match never {},
         };
         shutdown.request();
         unless_interrupted(&mut signals, async {
@@ -70,6 +85,9 @@ pub(crate) fn run(arguments: &VmArguments, config: Option<VmConfig>) -> Result<E
             }
         })
         .await;
+        if let Some(monitor) = monitor {
+            monitor.finish(registry.events());
+        }
         match ended? {
             None => Ok(ExitCode::SUCCESS),
             Some(failure) => bail!("the guest failed: {} ({})", failure.detail, failure.code),

@@ -1,0 +1,220 @@
+//! The command line of Cloud Hypervisor v54: its version line, and its options one by one.
+
+use std::ffi::OsStr;
+use std::path::Path;
+
+use anyhow::{Result, bail};
+use clap::{Arg, ArgMatches, Command};
+
+/// The version of Cloud Hypervisor whose command line and API this program has, from which consumers
+/// derive what they may send; then the program's own.
+const VERSION: &str = concat!("v54.0.0\nwhimbrel ", env!("CARGO_PKG_VERSION"));
+
+/// The name under which consumers start Cloud Hypervisor.
+const NAME: &str = "cloud-hypervisor";
+
+/// Returns the command that a program started as `program` is. Started as `cloud-hypervisor`, by a link,
+/// `--version` prints the line that consumers parse, and then the program's own name and version.
+pub(crate) fn command(command: Command, program: Option<&OsStr>) -> Command {
+    let command = know_refused(command.mut_subcommand("run", know_refused));
+    match program.map(Path::new).and_then(Path::file_name) {
+        Some(name) if name == NAME => command.name(NAME).version(VERSION),
+        _ => command,
+    }
+}
+
+/// How far an option of Cloud Hypervisor is supported.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Support {
+    /// Has its effect; values that have none yet are refused by name.
+    Works,
+    /// Refused, with this reason.
+    Refused(&'static str),
+}
+
+use Support::{Refused, Works};
+
+const NO_PASSTHROUGH: &str = "devices of the host cannot be given to guests yet";
+const ONE_SEGMENT: &str = "VMs have one PCI segment";
+const BODY_ONLY: &str = "not on the command line; give it in a configuration file (`whimbrel run FILE`) \
+                         or over the API, which name the fields that have no effect yet";
+const NOT_BUILT: &str = "Cloud Hypervisor has it in builds with another feature only";
+
+/// Each option of Cloud Hypervisor v54, by its long name.
+pub(crate) const OPTIONS: &[(&str, Support)] = &[
+    ("api-socket", Works),
+    ("balloon", Works),
+    ("cmdline", Works),
+    ("console", Works),
+    ("cpus", Works),
+    ("dbus-object-path", Refused(NOT_BUILT)),
+    ("dbus-service-name", Refused(NOT_BUILT)),
+    ("dbus-system-bus", Refused(NOT_BUILT)),
+    ("debug-console", Works),
+    ("device", Refused(NO_PASSTHROUGH)),
+    ("disk", Works),
+    ("event-monitor", Works),
+    (
+        "firmware",
+        Refused("VMs boot a kernel directly; give --kernel"),
+    ),
+    ("fs", Refused("there is no virtio-fs device yet")),
+    ("fw-cfg-config", Refused(NOT_BUILT)),
+    ("gdb", Refused(NOT_BUILT)),
+    (
+        "generic-vhost-user",
+        Refused("there are no vhost-user devices yet"),
+    ),
+    ("host-data", Refused(NOT_BUILT)),
+    ("igvm", Refused(NOT_BUILT)),
+    ("initramfs", Works),
+    ("ivshmem", Refused(NOT_BUILT)),
+    ("kernel", Works),
+    ("landlock", Refused("no Landlock rules are applied")),
+    ("landlock-rules", Refused("no Landlock rules are applied")),
+    ("log-file", Works),
+    ("log-format", Works),
+    ("memory", Works),
+    (
+        "memory-zone",
+        Refused("guest RAM is one zone; give --memory"),
+    ),
+    ("net", Works),
+    ("no-shutdown", Works),
+    ("numa", Refused("VMs have one NUMA node")),
+    ("pci-segment", Refused(ONE_SEGMENT)),
+    ("platform", Refused(BODY_ONLY)),
+    ("pmem", Refused("there is no virtio-pmem device yet")),
+    ("pvmemcontrol", Refused(NOT_BUILT)),
+    ("pvpanic", Refused("there is no panic notifier yet")),
+    (
+        "rate-limit-group",
+        Refused("limits are each device's own: give bw_size and ops_size to --disk, --net"),
+    ),
+    (
+        "restore",
+        Refused("start with --api-socket and restore over the API: vm.restore"),
+    ),
+    ("rng", Works),
+    (
+        "rtc",
+        Refused("VMs have no CMOS clock; guests take the time from kvmclock"),
+    ),
+    ("seccomp", Works),
+    ("serial", Works),
+    ("tpm", Refused("there is no TPM yet")),
+    ("user-device", Refused("there are no vfio-user devices yet")),
+    ("vdpa", Refused("there are no vDPA devices yet")),
+    ("vsock", Works),
+    ("watchdog", Refused("there is no watchdog yet")),
+];
+
+/// Gives a command each refused option that it lacks, hidden and with any number of values.
+fn know_refused(command: Command) -> Command {
+    let known: Vec<_> = command
+        .get_arguments()
+        .filter_map(|arg| arg.get_long().map(str::to_owned))
+        .collect();
+    let refused = OPTIONS.iter().filter(|(name, support)| {
+        matches!(support, Refused(_)) && !known.iter().any(|known| known == name)
+    });
+    command.args(refused.map(|(name, _)| {
+        let arg = Arg::new(*name).long(*name).num_args(0..);
+        // Behind a subcommand's name everything is that subcommand's.
+        arg.hide(true).action(clap::ArgAction::Append)
+    }))
+}
+
+/// Refuses the options that have no effect, by name and with the reason.
+pub(crate) fn check(matches: &ArgMatches) -> Result<()> {
+    for (name, support) in OPTIONS {
+        let is_given = |matches: &ArgMatches| {
+            let ids = matches.ids().any(|id| id.as_str() == *name);
+            ids && matches.value_source(name) == Some(clap::parser::ValueSource::CommandLine)
+        };
+        let run = matches.subcommand_matches("run");
+        if let Refused(reason) = support
+            && (is_given(matches) || run.is_some_and(is_given))
+        {
+            bail!("--{name}: {reason}");
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{CommandFactory, FromArgMatches};
+
+    use super::*;
+    use crate::args::Arguments;
+
+    fn whimbrel() -> Command {
+        command(Arguments::command(), None)
+    }
+
+    #[test]
+    fn version_is_parsed_by_consumers_when_started_by_their_name() {
+        let started_as = |program: &str| {
+            let command = command(Arguments::command(), Some(OsStr::new(program)));
+            command.render_version()
+        };
+        let version = started_as("/usr/bin/cloud-hypervisor");
+        let mut lines = version.lines();
+        assert_eq!(lines.next(), Some("cloud-hypervisor v54.0.0"));
+        let own = concat!("whimbrel ", env!("CARGO_PKG_VERSION"));
+        assert_eq!((lines.next(), lines.next()), (Some(own), None));
+        assert_eq!(started_as("./whimbrel").trim(), own);
+    }
+
+    #[test]
+    fn each_option_is_parsed_or_refused_by_name() {
+        assert!(OPTIONS.is_sorted_by_key(|(name, _)| *name));
+        whimbrel().debug_assert();
+        for (name, support) in OPTIONS {
+            let long = format!("--{name}");
+            match support {
+                Works => {
+                    let mut arguments = Arguments::command();
+                    arguments.build();
+                    let known = arguments
+                        .get_arguments()
+                        .any(|arg| arg.get_long() == Some(name));
+                    assert!(known, "{long}");
+                }
+                Refused(reason) => {
+                    for line in [
+                        vec!["whimbrel", &long, "x"],
+                        vec!["whimbrel", "--kernel", "/k", &long],
+                        vec!["whimbrel", "run", "--kernel", "/k", &long, "x", "y"],
+                    ] {
+                        // One that is in `Arguments` may want a value, or none.
+                        let Ok(matches) = whimbrel().try_get_matches_from(&line) else {
+                            continue;
+                        };
+                        assert!(Arguments::from_arg_matches(&matches).is_ok());
+                        let refused = check(&matches).unwrap_err().to_string();
+                        assert_eq!(refused, format!("{long}: {reason}"));
+                    }
+                }
+            }
+        }
+        for line in [
+            vec!["whimbrel", "--device", "path=/x"],
+            vec!["whimbrel", "--fs", "tag=x,socket=/x"],
+            vec!["whimbrel", "--watchdog"],
+        ] {
+            let matches = whimbrel().try_get_matches_from(&line).unwrap();
+            assert!(check(&matches).is_err(), "{line:?}");
+        }
+        let works = [
+            "whimbrel",
+            "--kernel",
+            "/k",
+            "--no-shutdown",
+            "--debug-console",
+            "off",
+        ];
+        check(&whimbrel().try_get_matches_from(works).unwrap()).unwrap();
+    }
+}
