@@ -211,7 +211,7 @@ impl Built {
         Ok(active)
     }
 
-    /// Starts the vCPUs' threads, which are parked.
+    /// Starts the vCPUs' threads, and waits until all have started and are parked.
     fn start(self, config: &VmConfig, reporter: &Reporter) -> Result<Active, BuildError> {
         let mut active = Active {
             parts: self.parts,
@@ -228,6 +228,14 @@ impl Built {
                 .map_err(BuildError::host("start a vCPU thread"))?;
             active.vcpus.push(thread);
         }
+        // A thread names itself when it first runs, which on a busy host is later than its start.
+        // libvirt looks for the names of all vCPUs as soon as the boot is answered.
+        active
+            .control
+            .wait_parked_longer(PARK_PATIENCE, PAUSE_LIMIT)
+            .map_err(|late| {
+                BuildError::host("start all vCPU threads")(std::io::Error::other(late))
+            })?;
         Ok(active)
     }
 }
