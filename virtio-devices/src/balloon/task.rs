@@ -152,7 +152,7 @@ impl Work {
                         .fetch_add(freed, Ordering::Relaxed),
                 ),
                 Err(error) => {
-                    tracing::debug!(addr, len, %error, "cannot return memory to the host")
+                    tracing::debug!(addr, len, %error, "cannot return memory to the host");
                 }
             }
         }
