@@ -126,7 +126,7 @@ impl Client {
         } else {
             &bytes[..]
         };
-        serde_json::from_slice(json).map_err(|_| self.not_understood(operation, status, &bytes))
+        spec::parse_response(json).map_err(|_| self.not_understood(operation, status, &bytes))
     }
 
     /// Sends a request and reads the whole answer, unless it is a refusal.

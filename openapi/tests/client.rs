@@ -16,6 +16,8 @@ use openapi::{Client, ClientError, News};
 use spec::{
     CreateVm, DiskConfig, PayloadConfig, VmConfig, VmCoredumpData, VmId, VmState, VmmPingResponse,
 };
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::UnixListener;
 use tokio::task::JoinHandle;
 
 struct Served {
@@ -382,4 +384,39 @@ async fn tcp_is_the_same() {
     assert_eq!(client.ping().await.unwrap().version, "1.2.3");
     // A stream is a request, too.
     client.events(None, None).await.unwrap();
+}
+
+/// A server that answers each connection's first request with these bytes.
+async fn answers(listener: UnixListener, answer: &'static str) {
+    while let Ok((mut stream, _)) = listener.accept().await {
+        let mut request = [0; 4096];
+        let _ = stream.read(&mut request).await;
+        let _ = stream.write_all(answer.as_bytes()).await;
+    }
+}
+
+#[tokio::test]
+async fn cloud_hypervisors_own_answers_are_understood() {
+    let directory = tempfile::tempdir().unwrap();
+    let serve = |name: &str, answer| {
+        let path = directory.path().join(name);
+        tokio::spawn(answers(UnixListener::bind(&path).unwrap(), answer));
+        Client::unix(path)
+    };
+    let info = serve(
+        "info",
+        "HTTP/1.1 200 \r\nConnection: close\r\n\r\n{\"config\": {\"payload\": {\"kernel\": \"/k\"}, \
+         \"later\": {\"x\": 1}}, \"state\": \"Paused\", \"memory_actual_size\": 1, \"later\": true}",
+    );
+    assert_eq!(info.vm_info().await.unwrap().state, VmState::Paused);
+    let refusal = serve(
+        "refusal",
+        "HTTP/1.1 500 \r\nConnection: close\r\n\r\n[\"Error from API\", \"The VM could not boot\"]",
+    );
+    let error = refusal.vm_boot().await.unwrap_err();
+    assert_eq!(error.code(), Some("cloud-hypervisor"));
+    assert!(
+        error.to_string().contains("The VM could not boot"),
+        "{error}"
+    );
 }

@@ -12,6 +12,9 @@ use crate::parse::{ParseError, parse, parse_value};
 /// Unknown fields that are taken out of one body, at most. A body costs a reading for each.
 const UNKNOWN_MAX: usize = 64;
 
+/// Fields that are left out of one answer, at most.
+const FOREIGN_MAX: usize = 1024;
+
 /// A field that Cloud Hypervisor had, hides, or will have, and that [`VmConfig`](crate::VmConfig) has
 /// not.
 #[derive(Clone, Copy, Debug)]
@@ -121,6 +124,38 @@ pub fn parse_compatible<T: DeserializeOwned>(body: &[u8]) -> Result<T, ParseErro
             Err(ParseError::UnknownField { pointer, field, .. })
                 if remove_if_idle(&mut body, &pointer, &field) => {}
             result => return result,
+        }
+    }
+    parse_value(&body)
+}
+
+/// Reads an answer of a service of another version, or of Cloud Hypervisor. Fields that are unknown,
+/// and optional ones with a value of an unknown kind, are left out.
+///
+/// # Errors
+/// The answer is not JSON, or something that it must have is missing or not understood.
+pub fn parse_response<T: DeserializeOwned>(body: &[u8]) -> Result<T, ParseError> {
+    // An answer of this version is not read a second time.
+    if let Ok(value) = parse(body) {
+        return Ok(value);
+    }
+    let mut body: Value = parse(body)?;
+    for _ in 0..FOREIGN_MAX {
+        let error = match parse_value(&body) {
+            Ok(value) => return Ok(value),
+            Err(error) => error,
+        };
+        let at = match &error {
+            ParseError::UnknownField { pointer, field, .. } => {
+                Some((pointer.as_str(), field.as_str()))
+            }
+            ParseError::Invalid { pointer, .. } => pointer.rsplit_once('/'),
+            ParseError::Malformed { .. } => None,
+        };
+        let removed =
+            at.and_then(|(parent, name)| body.pointer_mut(parent)?.as_object_mut()?.remove(name));
+        if removed.is_none() {
+            return Err(error);
         }
     }
     parse_value(&body)
@@ -301,6 +336,25 @@ mod tests {
             parse_compatible::<DiskConfig>(body).unwrap().image_type,
             None
         );
+    }
+
+    #[test]
+    fn an_answer_may_have_more_than_this_version_knows() {
+        let answer = br#"{"config": {"payload": {"kernel": "/k", "later": {"a": 1}},
+            "cpus": {"boot_vcpus": 2, "max_vcpus": 2, "core_scheduling": "Later"},
+            "rng": {"src": "/dev/urandom"}, "gdb": false, "later": [1]},
+            "state": "Running", "memory_actual_size": 4096, "later": "x"}"#;
+        let info: crate::VmInfo = parse_response(answer).unwrap();
+        assert_eq!(info.state, crate::VmState::Running);
+        assert_eq!(info.config.payload.kernel.as_deref(), Some("/k"));
+        assert_eq!(info.config.cpus.boot_vcpus, 2);
+        for answer in [
+            "{}",
+            "[]",
+            r#"{"config": {"payload": {}}, "state": "Later", "memory_actual_size": 1}"#,
+        ] {
+            parse_response::<crate::VmInfo>(answer.as_bytes()).unwrap_err();
+        }
     }
 
     #[test]

@@ -38,7 +38,7 @@ mod validate;
 mod vm;
 mod wording;
 
-pub use compat::{FOREIGN_FIELDS, ForeignField, parse_compatible};
+pub use compat::{FOREIGN_FIELDS, ForeignField, parse_compatible, parse_response};
 pub use console::{ConsoleConfig, ConsoleMode, DebugConsoleConfig, SerialConfig};
 pub use cpus::{CoreSchedulingMode, CpuAffinity, CpuFeatures, CpuTopology, CpusConfig};
 pub use descriptors::Descriptors;
