@@ -46,6 +46,6 @@ impl Connected {
     }
 }
 
-fn unread() -> io::Error {
+pub(crate) fn unread() -> io::Error {
     io::Error::new(io::ErrorKind::BrokenPipe, "the console has no reader")
 }

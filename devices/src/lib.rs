@@ -40,7 +40,7 @@ mod reset;
 mod serial;
 mod unix;
 
-pub use console::{Console, ConsoleError, ConsoleInput, Watch};
+pub use console::{Console, ConsoleError, ConsoleInput, Watch, flush_terminal};
 pub use debug_port::DebugPort;
 pub use hotplug::HotplugBlock;
 pub use interrupt::InterruptLine;

@@ -28,6 +28,9 @@ const DRIVER_THREADS: usize = 2;
 /// How long the end of a pool waits for machines that are being taken apart.
 const END_PATIENCE: Duration = Duration::from_secs(10);
 
+/// How long the end of a pool waits for a reader of standard output.
+const TERMINAL_PATIENCE: Duration = Duration::from_secs(1);
+
 /// How a pool is made.
 #[derive(Clone, Debug, Default)]
 pub struct PoolConfig {
@@ -65,6 +68,7 @@ pub struct Pool {
     // the loops of their devices for that.
     drivers: Vec<EventLoop>,
     _machines: MachinesEnd,
+    _terminal: TerminalEnd,
     _devices: Vec<EventLoop>,
     next: AtomicUsize,
     callers: Callers,
@@ -84,6 +88,15 @@ impl Drop for MachinesEnd {
                 "machines were not taken apart in time: their storage does not respond"
             );
         }
+    }
+}
+
+/// Waits, when it is dropped, until the last output of guests is on the terminal.
+struct TerminalEnd;
+
+impl Drop for TerminalEnd {
+    fn drop(&mut self) {
+        devices::flush_terminal(TERMINAL_PATIENCE);
     }
 }
 
@@ -137,6 +150,7 @@ impl Pool {
             }),
             drivers,
             _machines: MachinesEnd(background),
+            _terminal: TerminalEnd,
             _devices: devices,
             next: AtomicUsize::new(0),
             callers: Callers::default(),

@@ -4,6 +4,7 @@
 //! fast as the guest reads it, so that it piles up where its sender can see it.
 
 mod log_file;
+mod terminal;
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -20,6 +21,7 @@ use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcsetattr};
 
 use self::log_file::LogFile;
+pub use self::terminal::flush_terminal;
 use crate::client::Connected;
 use crate::host_file::{LockError, OpenError};
 use crate::serial::write_or_lose;
@@ -75,6 +77,7 @@ enum End {
     Null,
     File(LogFile),
     Tty {
+        output: terminal::Writer,
         _raw: Option<RawMode>,
     },
     Pty {
@@ -145,17 +148,19 @@ impl Console {
     }
 
     /// This process's standard input and output. A terminal is set to raw mode, so that the guest
-    /// gets each key, and back again when the console is dropped.
+    /// gets each key, and back again when the console is dropped. Output is written by a thread: see
+    /// [`flush_terminal`].
     ///
     /// # Errors
-    /// When the terminal cannot be set.
+    /// When the terminal cannot be set, or the host gives no thread.
     pub fn tty() -> Result<Self, ConsoleError> {
+        let output = terminal::stdout().map_err(ConsoleError::Terminal)?;
         let raw = if isatty(rustix::stdio::stdin()) {
             Some(RawMode::enter()?)
         } else {
             None
         };
-        Ok(Self::with(End::Tty { _raw: raw }))
+        Ok(Self::with(End::Tty { output, _raw: raw }))
     }
 
     /// A new pseudo terminal.
@@ -253,7 +258,7 @@ impl Console {
             End::Null => Box::new(io::sink()),
             // A terminal that does not take more loses output; a file takes all of it.
             End::File(file) => Box::new(Lossy(file.output())),
-            End::Tty { .. } => Box::new(Flushed(io::stdout())),
+            End::Tty { output, .. } => Box::new(output.clone()),
             End::Pty { master, .. } => Box::new(Lossy(Arc::clone(master))),
             End::Socket { client, .. } => Box::new(ToClient(Arc::clone(client))),
         }
@@ -402,21 +407,6 @@ impl Drop for RawMode {
     fn drop(&mut self) {
         // The terminal may be gone.
         let _ = tcsetattr(rustix::stdio::stdin(), OptionalActions::Now, &self.0);
-    }
-}
-
-/// Shows each byte at once.
-struct Flushed<W: Write>(W);
-
-impl<W: Write> Write for Flushed<W> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let len = self.0.write(bytes)?;
-        self.0.flush()?;
-        Ok(len)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.0.flush()
     }
 }
 
