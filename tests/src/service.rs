@@ -3,7 +3,7 @@
 use std::env;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
@@ -33,13 +33,34 @@ pub enum Face {
     One,
 }
 
+/// How the program is started.
+#[derive(Clone, Debug)]
+struct Launch {
+    face: Face,
+    /// The command that becomes the program: the child's process id is the program's.
+    wrapper: Vec<&'static str>,
+    /// More of the command line.
+    arguments: Vec<String>,
+    /// Standard output is a pipe that only [`Service::take_output`] reads.
+    is_piped: bool,
+}
+
+impl Launch {
+    fn new(face: Face, wrapper: &[&'static str]) -> Self {
+        Self {
+            face,
+            wrapper: wrapper.to_vec(),
+            arguments: Vec::new(),
+            is_piped: false,
+        }
+    }
+}
+
 /// A program that serves on a socket. Killed when dropped, by its process id and no other way.
 #[derive(Debug)]
 pub struct Service {
     child: Child,
-    face: Face,
-    /// The command that becomes the program: the child's process id is the program's.
-    wrapper: Vec<&'static str>,
+    launch: Launch,
     dir: TempDir,
     client: Client,
 }
@@ -50,7 +71,7 @@ impl Service {
     /// # Errors
     /// When the program is not built, or does not answer; says what it logged.
     pub async fn start(face: Face) -> Result<Self> {
-        Self::start_in(face, &[]).await
+        Self::launch(Launch::new(face, &[])).await
     }
 
     /// Starts one for many VMs as a session leader without a terminal, as systemd does.
@@ -58,7 +79,31 @@ impl Service {
     /// # Errors
     /// As for [`start`](Self::start).
     pub async fn start_in_session() -> Result<Self> {
-        Self::start_in(Face::Many, &["setsid"]).await
+        Self::launch(Launch::new(Face::Many, &["setsid"])).await
+    }
+
+    /// Starts one for many VMs whose standard output is a pipe that nobody reads.
+    ///
+    /// # Errors
+    /// As for [`start`](Self::start).
+    pub async fn start_unread() -> Result<Self> {
+        Self::launch(Launch {
+            is_piped: true,
+            ..Launch::new(Face::Many, &[])
+        })
+        .await
+    }
+
+    /// Starts one for many VMs behind a command that becomes it, such as `prlimit`, with more arguments.
+    ///
+    /// # Errors
+    /// As for [`start`](Self::start).
+    pub async fn start_with(wrapper: &[&'static str], arguments: &[String]) -> Result<Self> {
+        Self::launch(Launch {
+            arguments: arguments.to_vec(),
+            ..Launch::new(Face::Many, wrapper)
+        })
+        .await
     }
 
     /// Starts one for many VMs on a host of a [`Network`](crate::Network).
@@ -67,17 +112,16 @@ impl Service {
     /// As for [`start`](Self::start); when there is no such host.
     pub async fn start_on(host: &'static str) -> Result<Self> {
         let wrapper = ["ip", "netns", "exec", host];
-        Self::start_in(Face::Many, &wrapper).await
+        Self::launch(Launch::new(Face::Many, &wrapper)).await
     }
 
-    async fn start_in(face: Face, wrapper: &[&'static str]) -> Result<Self> {
+    async fn launch(launch: Launch) -> Result<Self> {
         let dir = TempDir::with_prefix("whimbrel-test.")?;
-        let child = spawn(face, wrapper, dir.path())?;
+        let child = spawn(&launch, dir.path())?;
         let client = Client::unix(dir.path().join("api.sock"));
         let mut service = Self {
             child,
-            face,
-            wrapper: wrapper.to_vec(),
+            launch,
             dir,
             client,
         };
@@ -90,7 +134,7 @@ impl Service {
     /// # Errors
     /// As for [`start`](Self::start).
     pub async fn start_again(&mut self) -> Result<()> {
-        self.child = spawn(self.face, &self.wrapper, self.dir.path())?;
+        self.child = spawn(&self.launch, self.dir.path())?;
         self.answers().await
     }
 
@@ -119,7 +163,7 @@ impl Service {
     /// Returns the API that the program serves.
     #[must_use]
     pub fn face(&self) -> Face {
-        self.face
+        self.launch.face
     }
 
     /// Its socket.
@@ -137,6 +181,19 @@ impl Service {
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Takes the pipe that is standard output, of a service that was started so.
+    pub fn take_output(&mut self) -> Option<ChildStdout> {
+        self.child.stdout.take()
+    }
+
+    /// Counts the descriptors that the process has open.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn descriptors(&self) -> Result<usize> {
+        Ok(fs::read_dir(format!("/proc/{}/fd", self.pid()))?.count())
     }
 
     /// Returns the log so far.
@@ -332,7 +389,7 @@ fn text(path: &Path) -> String {
     path.to_string_lossy().into_owned()
 }
 
-fn spawn(face: Face, wrapper: &[&str], dir: &Path) -> Result<Child> {
+fn spawn(launch: &Launch, dir: &Path) -> Result<Child> {
     let program = match env::var_os("WHIMBREL") {
         Some(named) => named.into(),
         None => built("whimbrel")?,
@@ -341,7 +398,7 @@ fn spawn(face: Face, wrapper: &[&str], dir: &Path) -> Result<Child> {
         .create(true)
         .append(true)
         .open(dir.join("log"))?;
-    let mut command = match wrapper {
+    let mut command = match &launch.wrapper[..] {
         [first, others @ ..] => {
             let mut command = Command::new(first);
             command.args(others).arg(&program);
@@ -350,13 +407,17 @@ fn spawn(face: Face, wrapper: &[&str], dir: &Path) -> Result<Child> {
         [] => Command::new(&program),
     };
     let socket = dir.join("api.sock");
-    match face {
+    match launch.face {
         Face::Many => command.arg("serve").arg("--socket").arg(socket),
         Face::One => command.arg("--api-socket").arg(socket),
     };
+    command.args(&launch.arguments);
+    match launch.is_piped {
+        true => command.stdout(Stdio::piped()),
+        false => command.stdout(log.try_clone()?),
+    };
     command
         .stdin(Stdio::null())
-        .stdout(log.try_clone()?)
         .stderr(log)
         .spawn()
         .with_context(|| format!("start {}", program.display()))

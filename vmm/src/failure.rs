@@ -17,6 +17,7 @@ use virtio_devices::{DeviceError, VirtioPciError};
 use crate::arch::x86_64::cpu::CpuError;
 use crate::arch::x86_64::layout::LayoutError;
 use crate::boot::BootError;
+use crate::descriptors::TooFewDescriptors;
 use crate::paths::PathError;
 
 /// A machine cannot be built.
@@ -29,6 +30,8 @@ pub enum BuildError {
     Console(#[from] ConsoleError),
     /// Its configuration names a file twice.
     Path(#[from] PathError),
+    /// The process may not open so many files.
+    Descriptors(#[from] TooFewDescriptors),
     /// KVM refuses something.
     Kvm(#[from] KvmError),
     /// The host has no memory for it.
@@ -134,6 +137,7 @@ impl BuildError {
             Self::Boot(_) => "payload-unusable",
             Self::Console(ConsoleError::Locked(_)) | Self::Path(_) => "file-in-use",
             Self::Console(_) => "console-unusable",
+            Self::Descriptors(_) => "too-few-descriptors",
             Self::Kvm(_) => "kvm-refused",
             Self::Ram(_) => "no-memory",
             Self::Topology(_) | Self::Commit(_) | Self::Layout(_) => "memory-map-impossible",
@@ -162,9 +166,10 @@ impl BuildError {
             | Self::Tap(_)
             | Self::Vsock(_)
             | Self::Image(_) => Category::Unprocessable,
-            Self::Ram(_) | Self::Host { .. } | Self::Move(MoveError::MemoryLost(_)) => {
-                Category::Host
-            }
+            Self::Descriptors(_)
+            | Self::Ram(_)
+            | Self::Host { .. }
+            | Self::Move(MoveError::MemoryLost(_)) => Category::Host,
             Self::Kvm(_)
             | Self::Topology(_)
             | Self::Commit(_)

@@ -26,6 +26,7 @@
 
 mod arch;
 mod boot;
+mod descriptors;
 mod devices;
 mod driver;
 mod failure;
@@ -36,6 +37,7 @@ mod paths;
 mod pool;
 
 pub use boot::BootError;
+pub use descriptors::TooFewDescriptors;
 pub use failure::BuildError;
 pub use migrate::MigrationTrust;
 pub use pool::{Pool, PoolConfig, StartError};

@@ -17,6 +17,7 @@ use spec::{HostLimits, VmConfig, VmId};
 use virtio_devices::Workers;
 
 use crate::arch::x86_64::{cpu, features};
+use crate::descriptors::Descriptors;
 use crate::driver::{Caller, Driver};
 use crate::machine::{self, Background, Host};
 use crate::migrate::{Endpoints, Journals, MigrationTrust};
@@ -147,6 +148,7 @@ impl Pool {
                 background: background.clone(),
                 image_dirs: config.image_dirs.clone(),
                 terminal: config.terminal,
+                descriptors: Descriptors::of_process(),
             }),
             drivers,
             _machines: MachinesEnd(background),

@@ -36,6 +36,7 @@ use virtio_bindings::virtio_blk::{
 pub use self::format::ImageFormat;
 pub use self::image::ImageError;
 use self::image::{Image, Kind, Opening, SECTOR, contained};
+pub use self::qcow2::MAX_BACKING;
 use self::request::Op;
 use self::task::BlockTask;
 use crate::device::{DeviceError, DeviceId, VirtioDevice};

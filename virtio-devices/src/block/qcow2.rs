@@ -21,7 +21,7 @@ use parking_lot::Mutex;
 use super::image::{ImageError, Opening, contained};
 
 /// Images below an image.
-const MAX_BACKING: usize = 32;
+pub const MAX_BACKING: usize = 32;
 /// Bytes of an L1 table, and clusters of a refcount table: QEMU's limits.
 const MAX_L1: u64 = 32 << 20;
 const MAX_REFCOUNT_TABLE: u64 = 8 << 20;

@@ -42,10 +42,14 @@ pub struct VsockError {
     source: io::Error,
 }
 
+/// Connections at a time of a guest and its clients together, established or not. Each holds a
+/// descriptor of the process.
+pub const MAX_CONNECTIONS: usize = 256;
+
 /// Limits of a guest and its clients together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct VsockLimits {
-    /// Connections at a time, established or not. Each holds a descriptor of the process.
+    /// [`MAX_CONNECTIONS`], and less in tests.
     connections: usize,
     /// How long a client may take to say where it wants to go, and the guest to accept it. Linux
     /// waits 2 s itself (`VSOCK_DEFAULT_CONNECT_TIMEOUT`).
@@ -55,7 +59,7 @@ struct VsockLimits {
 impl Default for VsockLimits {
     fn default() -> Self {
         Self {
-            connections: 256,
+            connections: MAX_CONNECTIONS,
             handshake: Duration::from_secs(10),
         }
     }

@@ -20,6 +20,7 @@ use virtio_devices::DeviceError;
 pub(crate) use self::open::{ConsoleEnd, DeviceHandle, OpenContext, Opened, ResourceOwner};
 use self::pci::Plugged;
 pub(crate) use self::pci::{PciHost, SharedTopology};
+use crate::descriptors::Reservation;
 use crate::failure::BuildError;
 use crate::guest_event::Reporter;
 
@@ -28,6 +29,8 @@ struct Entry {
     plugged: Plugged,
     control: DeviceHandle,
     state: DeviceState,
+    /// Of a device that was added to the machine.
+    _reserved: Vec<Arc<Reservation>>,
 }
 
 /// Properties of a machine that its configuration does not hold: those of the machine that it
@@ -106,12 +109,14 @@ impl Devices {
             id,
             device,
             control,
+            reserved,
         } = opened;
         let plugged = self.host.plug(tx, &id, device, at, reporter)?;
         let entry = Entry {
             plugged,
             control,
             state: DeviceState::Present,
+            _reserved: reserved,
         };
         self.entries.insert(id, entry);
         Ok(())

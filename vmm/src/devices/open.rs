@@ -2,6 +2,7 @@
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use control::NewDevice;
@@ -18,6 +19,7 @@ use virtio_devices::rng::Rng;
 use virtio_devices::vsock::Vsock;
 use virtio_devices::{VirtioDevice, Workers};
 
+use crate::descriptors::Reservation;
 use crate::failure::BuildError;
 
 /// The name of a tap that is made; `%d` is a number of the host's choice.
@@ -28,6 +30,8 @@ pub(crate) struct Opened {
     pub(crate) id: String,
     pub(crate) device: Box<dyn VirtioDevice>,
     pub(crate) control: DeviceHandle,
+    /// Descriptors of a device that is added to a machine; those of the others are the machine's.
+    pub(crate) reserved: Vec<Arc<Reservation>>,
 }
 
 /// Handle for requests to a running device.
@@ -92,6 +96,7 @@ pub(crate) fn all(
             id,
             device: Box::new(device),
             control: DeviceHandle::Console(handle),
+            reserved: Vec::new(),
         });
     }
     all.push(rng(&config.rng, workers)?);
@@ -118,6 +123,7 @@ fn rng(config: &RngConfig, workers: &Workers) -> Result<Opened, BuildError> {
         id: name(config.id.as_ref()),
         device: Box::new(Rng::new(Path::new(&config.src), limits, workers.clone())?),
         control: DeviceHandle::None,
+        reserved: Vec::new(),
     })
 }
 
@@ -131,6 +137,7 @@ fn vsock(new: &VsockConfig, context: OpenContext<'_>) -> Result<Opened, BuildErr
         id: name(new.id.as_ref()),
         device: Box::new(device),
         control: DeviceHandle::None,
+        reserved: Vec::new(),
     })
 }
 
@@ -145,6 +152,7 @@ fn balloon(new: &spec::BalloonConfig, workers: &Workers) -> Opened {
         id: name(new.id.as_ref()),
         device: Box::new(device),
         control: DeviceHandle::Balloon(handle),
+        reserved: Vec::new(),
     }
 }
 
@@ -184,6 +192,7 @@ fn disk(disk: &DiskConfig, context: OpenContext<'_>) -> Result<Opened, BuildErro
         id,
         device: Box::new(device),
         control: DeviceHandle::Disk(handle),
+        reserved: Vec::new(),
     })
 }
 
@@ -225,6 +234,7 @@ fn net(net: &NetConfig, workers: &Workers) -> Result<Opened, BuildError> {
         id: name(net.id.as_ref()),
         device: Box::new(device),
         control: DeviceHandle::Net(handle),
+        reserved: Vec::new(),
     })
 }
 

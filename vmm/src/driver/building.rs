@@ -8,6 +8,7 @@ use control::{Ask, Reply, RequestError};
 use spec::{BootTimeline, Failure, VmConfig, VmState};
 
 use super::{Consoles, Driver, DriverEvent, End, Stage};
+use crate::descriptors::{self, Reservation};
 use crate::devices::MachineOrigin;
 use crate::failure::{self, BuildError};
 use crate::guest_event::{Outputs, Port, Reporter};
@@ -37,8 +38,9 @@ impl Driver {
         let reporter = self.reporter();
         let (host, config) = (Arc::clone(&self.host), Arc::clone(&self.config));
         let (number, events) = (self.machine, self.events.clone());
+        let kept = self.consoles.reserved();
         self.host.background.run(move || {
-            let built = start(&host, &config, outputs, &origin, &reporter);
+            let built = start(&host, &config, outputs, &origin, &reporter, kept);
             events.send((number, DriverEvent::Built(Box::new(built))));
         });
     }
@@ -134,16 +136,20 @@ fn start(
     outputs: Option<Outputs>,
     origin: &MachineOrigin,
     reporter: &Reporter,
+    kept: Option<Arc<Reservation>>,
 ) -> Result<Started, BuildError> {
     paths::check(config)?;
+    // Before anything is opened: a machine that gets half of its descriptors would fail anywhere.
+    let needed = descriptors::of_machine(config, origin.may_wait);
+    let reserved = host.descriptors.reserve(needed, kept)?;
     let consoles = match &outputs {
-        None => Some(Consoles::open(config, host.terminal)?),
+        None => Some(Consoles::open(config, host.terminal)?.keep_reserved(&reserved)),
         Some(_) => None,
     };
     let outputs = outputs
         .or_else(|| consoles.as_ref().map(Consoles::outputs))
         .unwrap_or_default();
-    let built = Built::new(host, config, outputs, origin, reporter)?;
+    let built = Built::new(host, config, outputs, origin, reporter, reserved)?;
     let machine = Machine::new(built.boot(config, reporter)?, &host.background);
     machine.check_memory()?;
     // Last, for what was in a console's file is lost: nothing of the configuration can be refused now.

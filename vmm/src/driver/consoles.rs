@@ -3,11 +3,13 @@
 
 use std::os::fd::RawFd;
 use std::path::Path;
+use std::sync::Arc;
 
 use ::devices::event_loop::{Interest, Sources};
 use ::devices::{Console, ConsoleError, ConsoleInput, Watch};
 use spec::{ConsoleMode, VmConfig};
 
+use crate::descriptors::Reservation;
 use crate::failure::BuildError;
 use crate::guest_event::{Outputs, Port};
 
@@ -16,6 +18,9 @@ use crate::guest_event::{Outputs, Port};
 pub(crate) struct Consoles {
     ends: [Option<Console>; 2],
     watched: Vec<RawFd>,
+    /// The descriptors of the VM, also those of its machine: a reset, over which consoles stay, must not
+    /// lose them to another VM.
+    reserved: Option<Arc<Reservation>>,
 }
 
 impl Consoles {
@@ -61,7 +66,18 @@ impl Consoles {
                 open(mode, console.file.as_ref(), console.socket.as_ref())?,
             ],
             watched: Vec::new(),
+            reserved: None,
         })
+    }
+
+    /// Keeps the descriptors of the first machine for those that follow it.
+    pub(crate) fn keep_reserved(mut self, reserved: &[Arc<Reservation>]) -> Self {
+        self.reserved = reserved.first().cloned();
+        self
+    }
+
+    pub(super) fn reserved(&self) -> Option<Arc<Reservation>> {
+        self.reserved.clone()
     }
 
     fn end(&self, port: Port) -> Option<&Console> {
@@ -109,6 +125,7 @@ impl Consoles {
         // `forget` would then act on another file.
         self.watched.drain(..).for_each(|fd| sources.forget(fd));
         self.ends = [None, None];
+        self.reserved = None;
     }
 
     /// Passes on what there is, as far as the guest has room.

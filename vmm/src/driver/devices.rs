@@ -18,6 +18,7 @@ use virtio_devices::block::ImageFormat;
 
 use super::outgoing::Outgoing;
 use super::{Driver, DriverEvent, Stage};
+use crate::descriptors;
 use crate::devices::{DeviceHandle, Devices, OpenContext, Opened, ResourceOwner, open};
 use crate::failure::BuildError;
 use crate::guest_event::GuestEvent;
@@ -376,7 +377,10 @@ fn open_beside(new: &NewDevice, config: &VmConfig, host: &Host) -> Result<Opened
         image_dirs: &host.image_dirs,
         owner: ResourceOwner::ThisMachine,
     };
-    open::one(new, context)
+    let needed = descriptors::of_device(new);
+    let reserved = host.descriptors.reserve(needed, None)?;
+    let opened = open::one(new, context)?;
+    Ok(Opened { reserved, ..opened })
 }
 
 /// The configuration with the formats of images that were detected, if any was.

@@ -32,6 +32,7 @@ use crate::arch::x86_64::cpu::CpuError;
 use crate::arch::x86_64::layout::Layout;
 use crate::arch::x86_64::{cpu, layout};
 use crate::boot;
+use crate::descriptors::{Descriptors, Reservation};
 use crate::devices::{
     ConsoleEnd, DeviceHandle, Devices, MachineOrigin, OpenContext, Opened, PciHost, SharedTopology,
 };
@@ -67,6 +68,8 @@ pub(crate) struct Host {
     pub(crate) image_dirs: Vec<PathBuf>,
     /// The one VM that there is has the terminal to itself.
     pub(crate) terminal: bool,
+    /// Descriptors that VMs may use.
+    pub(crate) descriptors: Descriptors,
 }
 
 /// The parts of a machine other than its vCPUs.
@@ -87,6 +90,8 @@ pub(crate) struct Parts {
     pub(crate) serial: Option<Arc<Serial>>,
     pub(crate) power: Arc<PowerBlock>,
     pub(crate) hotplug: Arc<HotplugBlock>,
+    /// Last: given back when all else is closed.
+    _descriptors: Vec<Arc<Reservation>>,
 }
 
 /// A machine with all its parts, and nothing to boot.
@@ -106,14 +111,15 @@ pub(crate) struct Active {
 }
 
 impl Built {
-    /// Builds the machine that `config`, which is valid, describes. What the guest writes to its
-    /// serial port and console goes to `outputs`.
+    /// Builds the machine that `config`, which is valid, describes, with the descriptors that are
+    /// `reserved` for it. What the guest writes to its serial port and console goes to `outputs`.
     pub(crate) fn new(
         host: &Host,
         config: &VmConfig,
         outputs: Outputs,
         origin: &MachineOrigin,
         reporter: &Reporter,
+        reserved: Vec<Arc<Reservation>>,
     ) -> Result<Self, BuildError> {
         let cpuid = origin.cpuid.as_ref().unwrap_or(&host.cpuid);
         let bits = cpu::phys_bits(cpuid, config.cpus.max_phys_bits);
@@ -176,6 +182,7 @@ impl Built {
             serial,
             power,
             hotplug,
+            _descriptors: reserved,
         };
         Ok(Self {
             parts,

@@ -14,6 +14,7 @@ use uuid::Uuid;
 use super::offer::{self, CheckedOffer};
 use super::trust::Allowed;
 use super::{ActiveMigration, Journals, RAM};
+use crate::descriptors;
 use crate::devices::{MachineOrigin, ResourceOwner};
 use crate::driver::{Caller, Consoles, DestinationParts, Driver};
 use crate::failure::{self, BuildError};
@@ -110,8 +111,12 @@ impl DestinationHost {
             reporter,
         } = parts;
         let build = || -> Result<_, BuildError> {
+            let needed = descriptors::of_machine(config, origin.may_wait);
+            let reserved = host.descriptors.reserve(needed, None)?;
             let consoles = self.origin.open_consoles(config, host.terminal)?;
-            let built = Built::new(&host, config, consoles.outputs(), origin, &reporter)?;
+            let consoles = consoles.keep_reserved(&reserved);
+            let outputs = consoles.outputs();
+            let built = Built::new(&host, config, outputs, origin, &reporter, reserved)?;
             Ok((built.expect_guest(config, &reporter)?, consoles))
         };
         let (active, consoles) = build().map_err(|error| {
