@@ -19,6 +19,7 @@ pub async fn vsock_echo(socket: &Path, port: u32) -> Result<()> {
     tokio::task::spawn_blocking(move || {
         let mut stream = connect(&socket, port)?;
         let data: Vec<u8> = (0..300_000_u32).map(|i| (i % 253) as u8).collect();
+        stream.set_write_timeout(Some(RUNS))?;
         let mut reader = stream.try_clone()?;
         let mut back = vec![0; data.len()];
         // Written by another thread: the guest sends while it receives, and neither side has room for all.

@@ -15,10 +15,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use spec::{CpusConfig, MemoryMode, MigrationInfo, VmConfig, VmState};
 use tests::{Machine, Network, ROUTER, RUNS, Service, vsock_echo};
+use tokio::time::timeout;
 
 /// The port, in the guest's vsock, that echoes.
 const ECHO: u32 = 1234;
 const STREAM: u16 = 5002;
+/// A migration and all questions about it. [`Machine::migrate`] waits for less, if the services answer.
+const ENDS: Duration = Duration::from_secs(600);
 
 /// Starts the work of the guest. Each worker counts its passes in a file of its name in `/tmp`, appends
 /// what it finds wrong to `/tmp/faults`, and ends when `/tmp/end` exists. The pauses leave the one CPU of the
@@ -246,7 +249,18 @@ async fn back_and_forth(minutes: u64, tally: &mut Tally) -> Result<()> {
         }
         let host = hosts[1 - at];
         let address = network.address(host)?;
-        let info = machine.migrate(&there, &address, mode).await?;
+        // Bounded here too: a service that does not answer has no limit of its own.
+        let migrated = timeout(ENDS, machine.migrate(&there, &address, mode)).await;
+        let Ok(info) = migrated else {
+            bail!(
+                "{mode} to {host}: a service does not answer\nsource:\n{}{}\ndestination:\n{}{}",
+                machine.service.log(),
+                machine.service.threads(),
+                there.log(),
+                there.threads()
+            );
+        };
+        let info = info?;
         if tally.count(mode, host, &info)? {
             there = machine.arrive(there).await?;
             at = 1 - at;
@@ -276,6 +290,11 @@ async fn back_and_forth(minutes: u64, tally: &mut Tally) -> Result<()> {
         )
         .await?;
     let lines = stream.lines();
+    let start = Instant::now();
+    while !stream.reader.is_finished() {
+        ensure!(start.elapsed() < RUNS, "no end of the stream by TCP");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
     stream.reader.join().unwrap()?;
     println!("soak: {passes}, {lines} lines by TCP: all whole");
     machine.power_off().await
