@@ -14,6 +14,9 @@ use crate::{Service, Shell, await_anyone};
 
 /// Booting takes seconds on silicon, and a minute or two where the host is emulated.
 pub const BOOTS: Duration = Duration::from_secs(300);
+
+/// How long a migration may be without progress. Each phase has limits of its own that are shorter.
+const STALLS: Duration = Duration::from_secs(180);
 /// Time limit of a command that moves some megabytes.
 pub const RUNS: Duration = Duration::from_secs(120);
 
@@ -195,14 +198,20 @@ impl Machine {
             ..StartMigration::to(waiting.endpoint)
         };
         let begun = self.client().vms_migrate(&self.vm, &what).await?;
-        let (name, start) = (begun.id.parse()?, Instant::now());
+        let name = begun.id.parse()?;
+        let (mut last, mut since) = (None, Instant::now());
         loop {
             let info = self.client().migrations_info(&name).await?;
             if info.phase.is_over() {
                 return Ok(info);
             }
-            if start.elapsed() > BOOTS {
-                let error = anyhow!("the migration does not end: {info:?}");
+            let now = Some((info.phase, info.sent_bytes, info.remaining_pages));
+            if now != last {
+                (last, since) = (now, Instant::now());
+            }
+            // How long a whole migration takes depends on what else the emulator's host does.
+            if since.elapsed() > STALLS {
+                let error = anyhow!("the migration makes no progress: {info:?}");
                 let error = explain(error, &self.service, &self.vm).await;
                 bail!(
                     "{error:#}\nand the destination:\n{}threads:\n{}",
