@@ -4,12 +4,13 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use openapi::ClientError;
+use openapi::{Client, ClientError};
 use rustix::process::Signal;
 use spec::{MigrationInfo, MigrationPhase, RestoreConfig, VmId, VmSnapshotConfig, VmState};
-use tests::{Face, Service, dirtier};
+use tests::{Face, Service, built, dirtier};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -122,6 +123,46 @@ async fn one_vm_a_socket_is_saved_as_cloud_hypervisors_clients_ask() {
     assert_eq!(client.vm_info().await.unwrap().state, VmState::Paused);
     client.vm_resume().await.unwrap();
     dirtier::check(&port).await.unwrap();
+}
+
+/// `whimbrel --restore` runs a guest from a snapshot, and ends with it.
+#[tokio::test]
+async fn program_starts_from_a_snapshot() {
+    let service = Service::start(Face::Many).await.unwrap();
+    let (vm, port) = dirtier::boot(&service).await.unwrap();
+    service.client().vms_pause(&vm).await.unwrap();
+    let dir = service.path("snapshot");
+    snapshot(&service, &vm, &dir).await;
+    service.client().vms_delete(&vm).await.unwrap();
+
+    let socket = service.path("one.sock");
+    let start = |url: String| {
+        let mut command = Command::new(built("whimbrel").unwrap());
+        command
+            .arg("--api-socket")
+            .arg(&socket)
+            .args(["--restore", &url]);
+        command.stdin(Stdio::null()).spawn().unwrap()
+    };
+    let url = format!("source_url=file://{},resume=on", dir.display());
+    let mut program = start(url);
+    let running = async {
+        let client = Client::unix(&socket);
+        while !client
+            .vm_info()
+            .await
+            .is_ok_and(|info| info.state == VmState::Running)
+        {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        client
+    };
+    let client = tokio::time::timeout(PATIENCE, running).await.unwrap();
+    dirtier::check(&port).await.unwrap();
+    client.shut_service_down().await.unwrap();
+    assert!(program.wait().unwrap().success());
+    let nowhere = "source_url=file:///nowhere,resume=on".to_owned();
+    assert_eq!(start(nowhere).wait().unwrap().code(), Some(1));
 }
 
 #[tokio::test]

@@ -8,7 +8,9 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail};
 use api::TcpAccess;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use spec::{ConsoleConfig, ConsoleMode, PayloadConfig, SerialConfig, VmConfig, options};
+use spec::{
+    ConsoleConfig, ConsoleMode, PayloadConfig, RestoreConfig, SerialConfig, VmConfig, options,
+};
 use vmm::MigrationTrust;
 
 use crate::inherited::{self, ApiSocket};
@@ -293,6 +295,10 @@ pub(crate) struct VmArguments {
     /// Where to report events, as JSON in Cloud Hypervisor's form: path=PATH or fd=N.
     #[arg(long, value_name = "OPTIONS")]
     pub(crate) event_monitor: Option<String>,
+    /// Make the VM from a snapshot, in place of the options that describe a VM:
+    /// source_url=file:///PATH,resume=on. Without resume=on it is paused.
+    #[arg(long, value_name = "OPTIONS")]
+    pub(crate) restore: Option<String>,
     /// Keep running when the guest powers off: the VM can be booted again over the API.
     #[arg(long)]
     pub(crate) no_shutdown: bool,
@@ -316,6 +322,7 @@ impl VmArguments {
             seccomp: self.seccomp.clone(),
             event_monitor: self.event_monitor.clone(),
             no_shutdown: self.no_shutdown,
+            restore: self.restore.clone(),
             migration: self.migration.clone(),
             ..Self::default()
         };
@@ -325,6 +332,17 @@ impl VmArguments {
     /// Returns the API's socket, if one is given.
     pub(crate) fn api_socket(&self) -> Result<Option<ApiSocket>> {
         self.api_socket.as_deref().map(ApiSocket::parse).transpose()
+    }
+
+    /// The snapshot to restore, if there is one.
+    pub(crate) fn snapshot(&self) -> Result<Option<RestoreConfig>> {
+        let Some(text) = &self.restore else {
+            return Ok(None);
+        };
+        if self.describes_a_vm() {
+            bail!("--restore and options that describe a VM exclude each other");
+        }
+        Ok(Some(options::RESTORE.read(text)?))
     }
 
     /// The VM's configuration, if there is something to boot.

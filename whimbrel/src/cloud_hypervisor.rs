@@ -91,10 +91,7 @@ pub(crate) const OPTIONS: &[(&str, Support)] = &[
         "rate-limit-group",
         Refused("limits are each device's own: give bw_size and ops_size to --disk, --net"),
     ),
-    (
-        "restore",
-        Refused("start with --api-socket and restore over the API: vm.restore"),
-    ),
+    ("restore", Works),
     ("rng", Works),
     (
         "rtc",

@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 use api::{Service, serve};
 use control::{Registry, Request, VmHandle};
-use spec::{VmConfig, VmId, VmState};
+use spec::{RestoreConfig, VmConfig, VmId, VmState};
 use vmm::{Pool, PoolConfig};
 
 use crate::args::VmArguments;
@@ -20,7 +20,11 @@ use crate::signals::{Signals, unless_interrupted};
 /// Runs `config`, or waits for a VM over the API where that is absent.
 pub(crate) fn run(arguments: &VmArguments, config: Option<VmConfig>) -> Result<ExitCode> {
     let socket = arguments.api_socket()?;
-    if socket.is_none() && config.is_none() {
+    let snapshot = arguments.snapshot()?;
+    if snapshot.is_some() && config.is_some() {
+        bail!("--restore and a configuration exclude each other");
+    }
+    if socket.is_none() && config.is_none() && snapshot.is_none() {
         bail!(
             "nothing to do: use --kernel to boot a VM, --api-socket to create one over REST, \
              `whimbrel serve` for many VMs, or `whimbrel demo` for a demonstration"
@@ -53,11 +57,14 @@ pub(crate) fn run(arguments: &VmArguments, config: Option<VmConfig>) -> Result<E
         let guest = async {
             if let Some(config) = config {
                 let vm = registry
-                    .create(Some(id), config)
+                    .create(Some(id.clone()), config)
                     .map_err(|error| explained(&error))?;
                 vm.ask(Request::Boot)
                     .await
                     .map_err(|error| explained(&error))?;
+            }
+            if let Some(snapshot) = snapshot {
+                restore(&registry, id, snapshot).await?;
             }
             if arguments.no_shutdown {
                 return std::future::pending().await;
@@ -93,6 +100,20 @@ pub(crate) fn run(arguments: &VmArguments, config: Option<VmConfig>) -> Result<E
             Some(failure) => bail!("the guest failed: {} ({})", failure.detail, failure.code),
         }
     })
+}
+
+/// Makes the VM from a snapshot, and waits until it is there.
+async fn restore(registry: &Registry, id: VmId, snapshot: RestoreConfig) -> Result<()> {
+    let registry = registry.clone();
+    // Reads files.
+    let begun = tokio::task::spawn_blocking(move || registry.restore(&id, &snapshot));
+    let restore = begun.await?.map_err(|error| explained(&error))?;
+    // Held by us, so it does not go.
+    let _ = restore.over().wait_for(|over| *over).await;
+    match restore.info().error {
+        None => Ok(()),
+        Some(error) => bail!("{} ({})", error.detail, error.code),
+    }
 }
 
 fn explained(error: &control::RequestError) -> anyhow::Error {
