@@ -146,6 +146,16 @@ mod tests {
     use super::*;
     use crate::args::Arguments;
 
+    const SECTION: &str = "
+## Options of the command line
+
+A refused option ends the program with the reason. Of the others, values that have no effect yet are
+refused by name.
+
+| option | this version |
+|---|---|
+";
+
     fn whimbrel() -> Command {
         command(Arguments::command(), None)
     }
@@ -162,6 +172,30 @@ mod tests {
         let own = concat!("whimbrel ", env!("CARGO_PKG_VERSION"));
         assert_eq!((lines.next(), lines.next()), (Some(own), None));
         assert_eq!(started_as("./whimbrel").trim(), own);
+    }
+
+    #[test]
+    fn page_of_compatibility_lists_each_option() {
+        const PATH: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/compatibility.md");
+        let mut section = SECTION.to_owned();
+        for (name, support) in OPTIONS {
+            let support = match support {
+                Works => "supported".to_owned(),
+                Refused(reason) => format!("refused: {reason}"),
+            };
+            section += &format!("| `--{name}` | {support} |\n");
+        }
+        let there = std::fs::read_to_string(PATH).unwrap();
+        let (before, options) = there.split_at(there.find("\n## Options").unwrap_or(there.len()));
+        if std::env::var_os("UPDATE_COMPATIBILITY").is_some() {
+            std::fs::write(PATH, format!("{before}{section}")).unwrap();
+            return;
+        }
+        assert!(
+            options == section,
+            "docs/compatibility.md is not what OPTIONS says; renew it by \
+             UPDATE_COMPATIBILITY=1 cargo test -p whimbrel compatibility"
+        );
     }
 
     #[test]
