@@ -17,7 +17,7 @@ pub(crate) enum Face {
     CloudHypervisor,
 }
 
-/// What an operation of Cloud Hypervisor's face could not do: the second string of its errors.
+/// Names the failed operation of Cloud Hypervisor's face: the second string of its errors.
 const FAILURES: &[(&str, &str)] = &[
     ("vmm.ping", "The VMM could not be pinged"),
     ("vmm.shutdown", "The VMM could not shut down"),

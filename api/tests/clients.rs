@@ -150,7 +150,7 @@ async fn a_body_over_the_limit_is_discarded_before_it_is_refused() {
     assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
 }
 
-/// As libcurl uploads nothing, which is how libvirt sends a PUT without a body.
+/// An upload of nothing by libcurl, which is how libvirt sends a PUT without a body.
 #[tokio::test]
 async fn an_empty_upload_that_waits_for_continue_keeps_the_connection() {
     let served = served(Bounds::default());
@@ -330,7 +330,7 @@ async fn a_device_of_a_known_client_may_have_its_hidden_fields() {
     assert_eq!(status, 200, "{text}");
 }
 
-/// What Cloud Hypervisor's face ignores is a mistake in a body of the service's own.
+/// The service's own face refuses what Cloud Hypervisor's ignores.
 #[tokio::test]
 async fn the_own_face_stays_strict() {
     let service = service(Fake::default());

@@ -24,7 +24,7 @@ use libfuzzer_sys::fuzz_target;
 use spec::{Event, Failure, PayloadConfig, VmConfig, VmId};
 use virtio_devices::TransportEvent;
 
-/// What `control` keeps: events of each VM and of those that are gone, and bytes of a detail.
+/// The limits of `control`: events of each VM and of those that are gone, and bytes of a detail.
 const KEPT_PER_VM: usize = 128;
 const KEPT_AFTER_VMS: usize = 1024;
 const DETAIL_MAX: usize = 4096;

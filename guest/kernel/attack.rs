@@ -53,7 +53,7 @@ pub struct Attacker {
     attack: Attack,
     devices: [Option<Device>; DEVICES],
     rings: [Rings; 2],
-    /// Of [`TABLE`] descriptors.
+    /// A table of [`TABLE`] descriptors.
     table: u64,
     /// Requests and headers.
     data: u64,
@@ -142,7 +142,7 @@ impl Attacker {
         }
     }
 
-    /// As many chains as the queue has entries, each an indirect table of empty buffers: in turn as
+    /// One chain for each entry of the queue, each an indirect table of empty buffers: in turn as
     /// long as the queue, which is legal, and far longer.
     fn chains(&mut self) {
         if self.start(F_INDIRECT_DESC, 1).is_none() {

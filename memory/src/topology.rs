@@ -166,7 +166,7 @@ impl Topology {
     /// ```
     ///
     /// # Errors
-    /// What `change` failed with, or the commit.
+    /// The error of `change`, or of the commit.
     pub fn transaction<T, E: From<CommitError>>(
         &mut self,
         change: impl FnOnce(&mut Transaction<'_>) -> Result<T, E>,

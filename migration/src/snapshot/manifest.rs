@@ -103,7 +103,7 @@ impl Manifest {
     /// Reads a manifest, and checks all that it says by itself.
     ///
     /// # Errors
-    /// It is none, is of a newer version, or contradicts itself or the limits of the format.
+    /// The text is no manifest, has a newer version, or contradicts itself or the limits of the format.
     pub fn parse(text: &[u8]) -> Result<Self, RestoreError> {
         let damaged =
             |error: serde_json::Error| RestoreError::Damaged(format!("the manifest: {error}"));
