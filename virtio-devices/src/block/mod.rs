@@ -39,6 +39,7 @@ use self::image::{Image, Kind, Opening, SECTOR, contained};
 pub use self::qcow2::MAX_BACKING;
 use self::request::Op;
 use self::task::BlockTask;
+use self::uring::Rings;
 use crate::device::{DeviceError, DeviceId, VirtioDevice};
 use crate::limits::MAX_QUEUES;
 use crate::queue::{Queue, QueueState};
@@ -138,6 +139,8 @@ impl Counters {
 /// State that the queues of a disk share.
 struct Shared {
     image: Arc<Image>,
+    /// Empty where the image is not raw, or the host has no io_uring.
+    rings: Arc<Rings>,
     /// Bytes that the guest sees.
     capacity: AtomicU64,
     /// Writes are done when the host has cached them; a flush makes them durable.
@@ -198,8 +201,17 @@ impl Block {
             path: config.path.clone(),
             source,
         })?;
+        let queues = config.queues.clamp(1, MAX_QUEUES as u16);
+        let rings = match &image.kind {
+            Kind::Raw(_) => Rings::new(queues, config.queue_size).unwrap_or_else(|error| {
+                tracing::warn!(%error, "the host has no io_uring; disks are served by threads");
+                Rings::default()
+            }),
+            _ => Rings::default(),
+        };
         let shared = Arc::new(Shared {
             image: Arc::new(image),
+            rings: Arc::new(rings),
             capacity: AtomicU64::new(capacity),
             writeback: AtomicBool::new(true),
             serial: config.serial.clone(),
@@ -210,7 +222,6 @@ impl Block {
             is_stalled: AtomicBool::new(false),
             transport: Mutex::new(None),
         });
-        let queues = config.queues.clamp(1, MAX_QUEUES as u16);
         let device = Self {
             shared: Arc::clone(&shared),
             queues,

@@ -396,12 +396,8 @@ impl QueueTask for BlockTask {
         sources.watch(Arc::clone(self.queue.kick()), KICK, Interest::Read)?;
         // Here and not when the queue starts: that is in the stop of a guest that moves.
         if let (None, Kind::Raw(file)) = (&self.uring, &self.shared.image.kind) {
-            match Uring::new(Arc::new(file.try_clone()?), self.queue.size()) {
-                Ok(uring) => self.uring = Some(uring),
-                Err(error) => {
-                    tracing::warn!(%error, "the host has no io_uring; disks are served by threads");
-                }
-            }
+            let file = Arc::new(file.try_clone()?);
+            self.uring = Uring::new(&self.shared.rings, file, self.queue.size());
         }
         if let Some(uring) = &self.uring {
             sources.watch(Arc::clone(uring.done()), URING, Interest::Read)?;

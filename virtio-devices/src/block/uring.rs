@@ -12,7 +12,9 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use io_uring::register::Restriction;
 use io_uring::{IoUring, opcode, squeue, types};
+use parking_lot::Mutex;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::request::{Op, Request, fits};
@@ -32,9 +34,74 @@ struct Pending {
 // SAFETY: the pieces name memory that the request's chain keeps mapped, wherever it moves.
 unsafe impl Send for Pending {}
 
+/// A ring that no queue uses yet, and the descriptor that becomes ready when operations are done.
+pub(super) struct Ring {
+    ring: IoUring,
+    done: Arc<EventFd>,
+}
+
+impl Ring {
+    /// Makes a ring for so many operations at once. The kernel does what this file asks for with such
+    /// a ring, and nothing else: operations of io_uring pass by the filters of system calls, so that
+    /// a ring without restrictions would open files and sockets for a guest that took over a thread.
+    fn new(entries: u16) -> io::Result<Self> {
+        let ring = Self::disabled(entries)?;
+        let submitter = ring.ring.submitter();
+        // Later registrations are none of these, and therefore refused as well.
+        submitter.register_restrictions(&mut [
+            Restriction::sqe_op(opcode::Readv::CODE),
+            Restriction::sqe_op(opcode::Writev::CODE),
+            Restriction::sqe_op(opcode::Fsync::CODE),
+            Restriction::sqe_op(opcode::Fallocate::CODE),
+        ])?;
+        submitter.register_enable_rings()?;
+        Ok(ring)
+    }
+
+    /// Makes a ring that the kernel refuses to look at until it is enabled.
+    fn disabled(entries: u16) -> io::Result<Self> {
+        let ring = IoUring::builder()
+            .setup_r_disabled()
+            .build(entries.into())?;
+        let done = EventFd::new(EFD_NONBLOCK)?;
+        ring.submitter().register_eventfd(done.as_raw_fd())?;
+        Ok(Self {
+            ring,
+            done: Arc::new(done),
+        })
+    }
+}
+
+/// The rings of a disk, one for each queue. They are made when the disk is opened: the threads that
+/// serve guests cannot make any. A queue that stops gives its ring back.
+#[derive(Default)]
+pub(super) struct Rings(Mutex<Vec<Ring>>);
+
+impl Rings {
+    /// Makes rings for so many queues of this size.
+    ///
+    /// # Errors
+    /// When the host has no io_uring, or one without restrictions (before Linux 5.10).
+    pub(super) fn new(queues: u16, entries: u16) -> io::Result<Self> {
+        let rings = (0..queues).map(|_| Ring::new(entries));
+        Ok(Self(Mutex::new(rings.collect::<Result<_, _>>()?)))
+    }
+
+    fn take(&self) -> Option<Ring> {
+        self.0.lock().pop()
+    }
+
+    fn give_back(&self, ring: Ring) {
+        self.0.lock().push(ring);
+    }
+}
+
 /// A ring of operations on one file.
 pub(super) struct Uring {
-    ring: IoUring,
+    /// Taken by `Drop` only.
+    ring: Option<Ring>,
+    /// Where the ring came from.
+    home: Arc<Rings>,
     file: Arc<File>,
     done: Arc<EventFd>,
     pending: Vec<Option<Pending>>,
@@ -46,23 +113,23 @@ pub(super) struct Uring {
 }
 
 impl Uring {
-    /// With room for so many operations at once.
-    pub(super) fn new(file: Arc<File>, entries: u16) -> io::Result<Self> {
-        Self::on(IoUring::new(entries.into())?, file, entries)
+    /// With room for so many operations at once, by one of the disk's rings; `None` when there is
+    /// none left.
+    pub(super) fn new(home: &Arc<Rings>, file: Arc<File>, entries: u16) -> Option<Self> {
+        Some(Self::on(home.take()?, Arc::clone(home), file, entries))
     }
 
-    fn on(ring: IoUring, file: Arc<File>, entries: u16) -> io::Result<Self> {
-        let done = EventFd::new(EFD_NONBLOCK)?;
-        ring.submitter().register_eventfd(done.as_raw_fd())?;
-        Ok(Self {
-            ring,
+    fn on(ring: Ring, home: Arc<Rings>, file: Arc<File>, entries: u16) -> Self {
+        Self {
+            done: Arc::clone(&ring.done),
+            ring: Some(ring),
+            home,
             file,
-            done: Arc::new(done),
             pending: (0..entries).map(|_| None).collect(),
             free: (0..usize::from(entries)).collect(),
             unsent: VecDeque::new(),
             given_up: false,
-        })
+        }
     }
 
     /// Becomes ready when operations are done.
@@ -147,8 +214,9 @@ impl Uring {
         let entry = entry.user_data(index as u64);
         // SAFETY: the file stays open and the memory mapped until the operation is done: `pending`
         // keeps the chain, whose view keeps the mapping, and the pieces; `Drop` waits for all.
-        let pushed = unsafe { self.ring.submission().push(&entry) };
-        if pushed.is_err() {
+        let push = |Ring { ring, .. }: &mut Ring| unsafe { ring.submission().push(&entry) };
+        let pushed = self.ring.as_mut().map(push);
+        if !matches!(pushed, Some(Ok(()))) {
             return Err((request, io::ErrorKind::WouldBlock.into()));
         }
         self.free.pop();
@@ -181,8 +249,11 @@ impl Uring {
             std::thread::sleep(LOOK_AGAIN);
             return Ok(());
         }
+        let Some(Ring { ring, .. }) = &self.ring else {
+            return Ok(());
+        };
         loop {
-            match self.ring.submitter().submit_and_wait(count) {
+            match ring.submitter().submit_and_wait(count) {
                 Ok(taken) => {
                     self.unsent.drain(..taken.min(self.unsent.len()));
                     return Ok(());
@@ -211,7 +282,7 @@ impl Uring {
     /// The next operation that is done: its request, and bytes moved or the error.
     pub(super) fn next_done(&mut self) -> Option<(Request, io::Result<usize>)> {
         loop {
-            let entry = self.ring.completion().next()?;
+            let entry = self.ring.as_mut()?.ring.completion().next()?;
             let index = usize::try_from(entry.user_data()).ok()?;
             let Some(pending) = self.pending.get_mut(index).and_then(Option::take) else {
                 continue;
@@ -244,6 +315,10 @@ impl Drop for Uring {
             }
             while self.next_done().is_some() {}
         }
+        // A ring that was given up holds what the kernel did not take.
+        if let (false, Some(ring)) = (self.given_up, self.ring.take()) {
+            self.home.give_back(ring);
+        }
     }
 }
 
@@ -258,14 +333,13 @@ fn allocate(fd: types::Fd, offset: u64, len: u64, mode: i32) -> squeue::Entry {
 #[cfg(test)]
 impl Uring {
     pub(super) fn disabled(file: Arc<File>, entries: u16) -> io::Result<Self> {
-        let ring = IoUring::builder()
-            .setup_r_disabled()
-            .build(entries.into())?;
-        Self::on(ring, file, entries)
+        let ring = Ring::disabled(entries)?;
+        Ok(Self::on(ring, Arc::default(), file, entries))
     }
 
     pub(super) fn enable(&self) -> io::Result<()> {
-        self.ring.submitter().register_enable_rings()
+        let ring = self.ring.as_ref().ok_or(io::ErrorKind::NotFound)?;
+        ring.ring.submitter().register_enable_rings()
     }
 }
 
@@ -275,6 +349,32 @@ mod tests {
     use crate::block::request::{Limits, What};
     use crate::queue::QueueState;
     use crate::testing::{TestBuffer, TestGuest, TestQueue, transport};
+
+    #[test]
+    fn restricted_ring_refuses_other_operations() {
+        let rings = Arc::new(Rings::new(1, 4).unwrap());
+        let mut ring = rings.take().unwrap();
+        assert!(rings.take().is_none());
+        let at = types::Fd(libc::AT_FDCWD);
+        let open = opcode::OpenAt::new(at, c"/dev/null".as_ptr()).build();
+        // SAFETY: the path is static.
+        unsafe { ring.ring.submission().push(&open) }.unwrap();
+        ring.ring.submit_and_wait(1).unwrap();
+        let result = ring.ring.completion().next().unwrap().result();
+        assert_eq!(result, -libc::EACCES);
+        rings.give_back(ring);
+    }
+
+    #[test]
+    fn stopped_queue_returns_its_ring() {
+        let rings = Arc::new(Rings::new(1, 4).unwrap());
+        let file = Arc::new(tempfile::tempfile().unwrap());
+        for _ in 0..3 {
+            let uring = Uring::new(&rings, Arc::clone(&file), 4).unwrap();
+            assert!(Uring::new(&rings, Arc::clone(&file), 4).is_none());
+            drop(uring);
+        }
+    }
 
     #[test]
     fn durable_zeroing_flushes() {
@@ -299,7 +399,8 @@ mod tests {
         let What::Io(op) = request.what else {
             panic!("{:?}", request.what);
         };
-        let mut uring = Uring::new(Arc::new(tempfile::tempfile().unwrap()), 4).unwrap();
+        let rings = Arc::new(Rings::new(1, 4).unwrap());
+        let mut uring = Uring::new(&rings, Arc::new(tempfile::tempfile().unwrap()), 4).unwrap();
         let (request, error) = uring.push(request, op, true).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::Unsupported);
         uring.push(request, op, false).unwrap();
