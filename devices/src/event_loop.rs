@@ -18,6 +18,8 @@ use std::time::{Duration, Instant};
 use mio::unix::SourceFd;
 use mio::{Events, Poll, Registry, Token};
 
+use crate::sandbox::{Confinement, ThreadKind, Violation};
+
 /// Events taken from the kernel in one go.
 const EVENTS_PER_POLL: usize = 64;
 /// Commands that are obeyed before the kernel is asked for events again.
@@ -64,6 +66,10 @@ pub trait Actor: Send {
     fn ready(&mut self, key: usize, sources: &mut Sources<'_>) -> Flow;
     /// Called after the actor panicked with this message. The actor is dropped next.
     fn crashed(&mut self, message: &str);
+    /// The sandbox refused a system call that the actor made, and the actor is dropped next.
+    fn violated(&mut self, violation: &Violation) {
+        self.crashed(&violation.to_string());
+    }
 }
 
 /// The loop as its actors see it: they watch descriptors and set their timer.
@@ -250,6 +256,18 @@ impl EventLoop {
     /// # Errors
     /// When the host gives no thread or no descriptors.
     pub fn start(name: &str) -> io::Result<Self> {
+        Self::start_confined(name, ThreadKind::Drivers, Confinement::default())
+    }
+
+    /// Starts a loop on a thread with this name, which enters its sandbox before it serves actors.
+    ///
+    /// # Errors
+    /// When the host gives no thread or no descriptors, or does not confine the thread.
+    pub fn start_confined(
+        name: &str,
+        kind: ThreadKind,
+        confinement: Confinement,
+    ) -> io::Result<Self> {
         let poll = Poll::new()?;
         let loop_waker = Arc::new(mio::Waker::new(poll.registry(), WAKER)?);
         let (commands, inbox) = channel();
@@ -260,9 +278,20 @@ impl EventLoop {
             tokens: Tokens::default(),
             timers: HashMap::new(),
             again: Vec::new(),
+            confinement,
         };
         let builder = std::thread::Builder::new().name(name.to_owned());
-        let thread = builder.spawn(move || running.run())?;
+        let (entered, outcome) = channel();
+        let thread = builder.spawn(move || {
+            let is_confined = confinement.enter(kind);
+            let may_run = is_confined.is_ok();
+            // The other end waits for this answer.
+            let _ = entered.send(is_confined);
+            if may_run {
+                running.run();
+            }
+        })?;
+        outcome.recv().map_err(io::Error::other)??;
         Ok(Self {
             handle: LoopHandle {
                 commands,
@@ -299,6 +328,7 @@ struct Running {
     timers: HashMap<u64, Instant>,
     /// Actors that asked to be called again.
     again: Vec<u64>,
+    confinement: Confinement,
 }
 
 impl Running {
@@ -397,6 +427,15 @@ impl Running {
                 let _ = catch_unwind(AssertUnwindSafe(|| actor.crashed(message)));
                 Flow::Leave
             });
+        // A thread serves many VMs: the refused call is that of the actor that was just called.
+        // An actor that panicked has said so already.
+        let flow = match self.confinement.violation() {
+            Some(violation) if flow != Flow::Leave => {
+                let _ = catch_unwind(AssertUnwindSafe(|| actor.violated(&violation)));
+                Flow::Leave
+            }
+            _ => flow,
+        };
         drop(entered);
         match flow {
             Flow::Stay => {}

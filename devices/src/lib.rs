@@ -37,6 +37,7 @@ mod interrupt;
 pub mod pci;
 pub mod power;
 mod reset;
+pub mod sandbox;
 mod serial;
 mod unix;
 

@@ -24,6 +24,9 @@ const STARTS: Duration = Duration::from_secs(60);
 /// How long a state may take to come.
 const CHANGES: Duration = Duration::from_secs(60);
 
+/// In the log line of a system call that the sandbox refused.
+const REFUSED: &str = "the sandbox refused a system call";
+
 /// The API that a program serves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Face {
@@ -45,12 +48,20 @@ struct Launch {
     is_piped: bool,
 }
 
+/// The mode of `--seccomp` with which services are started.
+const SECCOMP: &str = "WHIMBREL_TEST_SECCOMP";
+
+fn confined(mode: String) -> Vec<String> {
+    vec!["--seccomp".to_owned(), mode]
+}
+
 impl Launch {
     fn new(face: Face, wrapper: &[&'static str]) -> Self {
         Self {
             face,
             wrapper: wrapper.to_vec(),
-            arguments: Vec::new(),
+            // All tests can run in the sandbox, which is off by default.
+            arguments: env::var(SECCOMP).map_or_else(|_| Vec::new(), confined),
             is_piped: false,
         }
     }
@@ -72,6 +83,18 @@ impl Service {
     /// When the program is not built, or does not answer; says what it logged.
     pub async fn start(face: Face) -> Result<Self> {
         Self::launch(Launch::new(face, &[])).await
+    }
+
+    /// Starts one for many VMs in the sandbox.
+    ///
+    /// # Errors
+    /// As for [`start`](Self::start).
+    pub async fn start_confined() -> Result<Self> {
+        Self::launch(Launch {
+            arguments: confined("true".to_owned()),
+            ..Launch::new(Face::Many, &[])
+        })
+        .await
     }
 
     /// Starts one for many VMs as a session leader without a terminal, as systemd does.
@@ -99,11 +122,9 @@ impl Service {
     /// # Errors
     /// As for [`start`](Self::start).
     pub async fn start_with(wrapper: &[&'static str], arguments: &[String]) -> Result<Self> {
-        Self::launch(Launch {
-            arguments: arguments.to_vec(),
-            ..Launch::new(Face::Many, wrapper)
-        })
-        .await
+        let mut launch = Launch::new(Face::Many, wrapper);
+        launch.arguments.extend_from_slice(arguments);
+        Self::launch(launch).await
     }
 
     /// Starts one for many VMs on a host of a [`Network`](crate::Network).
@@ -371,6 +392,11 @@ impl Drop for Service {
         // It may have ended by itself: then there is nothing to kill and its status is known.
         let _ = self.child.kill();
         let _ = self.child.wait();
+        // In the sandbox each test is also one of it: nothing that a test does needs a system call that
+        // the program's lists lack.
+        let log = self.log();
+        let refused = log.lines().find(|line| line.contains(REFUSED));
+        assert!(refused.is_none() || std::thread::panicking(), "{refused:?}");
     }
 }
 

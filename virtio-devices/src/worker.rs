@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use devices::event_loop::{Actor, Flow, Interest, LoopHandle, Sources, Waker};
+use devices::sandbox::Violation;
 use parking_lot::Mutex;
 
 use crate::queue::QueueError;
@@ -254,5 +255,9 @@ impl<T: QueueTask> Actor for TaskActor<T> {
     fn crashed(&mut self, message: &str) {
         self.transport
             .needs_reset(&format!("the device failed: {message}"));
+    }
+
+    fn violated(&mut self, violation: &Violation) {
+        self.transport.violated(violation);
     }
 }

@@ -14,6 +14,8 @@ use devices::PowerEvent;
 use spec::Failure;
 use virtio_devices::TransportEvent;
 
+use crate::failure;
+
 /// Something that happened in a machine.
 #[derive(Debug)]
 pub(crate) enum GuestEvent {
@@ -109,6 +111,12 @@ impl Latch for Reports {
             }
             GuestEvent::Device(id, TransportEvent::Stalled(why)) => {
                 self.devices.entry(id).or_default().stalled = Some(why);
+            }
+            // Comes before what the guest asked for: a guest that controls a thread of its devices
+            // must not choose how its machine ends.
+            GuestEvent::Device(id, TransportEvent::Violation(detail)) => {
+                let failure = failure::sandbox_violation(&format!("{id}: {detail}"), None);
+                self.end = Some(GuestEnd::Failed(failure));
             }
             GuestEvent::Device(_, TransportEvent::Activated | TransportEvent::Reset) => {}
         }

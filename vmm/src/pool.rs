@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use control::{EventLog, Migrate, RequestError, Spawn, VmHandle, connect};
 use devices::event_loop::EventLoop;
+use devices::sandbox::{Confinement, ThreadKind};
 use hypervisor::{Kvm, KvmError, OpenError};
 use migration::ConnectionLimit;
 use parking_lot::Mutex;
@@ -43,6 +44,8 @@ pub struct PoolConfig {
     /// Directories below which a disk image may name files (its backing file, its data file), besides
     /// the image's own directory.
     pub image_dirs: Vec<PathBuf>,
+    /// The sandbox of the threads that work for guests; none by default.
+    pub confinement: Confinement,
 }
 
 /// A pool cannot be started.
@@ -101,8 +104,13 @@ impl Drop for TerminalEnd {
     }
 }
 
-fn loops(name: &str, count: usize) -> io::Result<Vec<EventLoop>> {
-    let start = |index| EventLoop::start(&format!("{name}-{index}"));
+fn loops(
+    name: &str,
+    kind: ThreadKind,
+    count: usize,
+    confinement: Confinement,
+) -> io::Result<Vec<EventLoop>> {
+    let start = |index| EventLoop::start_confined(&format!("{name}-{index}"), kind, confinement);
     (0..count).map(start).collect()
 }
 
@@ -133,10 +141,10 @@ impl Pool {
         let cpuid = features::offered(kvm.supported_cpuid()?);
         let cpus = || available_parallelism().map_or(1, usize::from);
         let threads = config.threads.unwrap_or_else(cpus).max(1);
-        let (drivers, devices) = (
-            loops("driver", threads.min(DRIVER_THREADS))?,
-            loops("pool", threads)?,
-        );
+        let confinement = config.confinement;
+        let few = threads.min(DRIVER_THREADS);
+        let drivers = loops("driver", ThreadKind::Drivers, few, confinement)?;
+        let devices = loops("pool", ThreadKind::Devices, threads, confinement)?;
         let handles = devices.iter().map(|on| on.handle().clone()).collect();
         let workers = Workers::new(handles).ok_or(io::Error::from(io::ErrorKind::InvalidInput))?;
         let background = Background::start()?;
@@ -147,6 +155,7 @@ impl Pool {
                 workers,
                 background: background.clone(),
                 image_dirs: config.image_dirs.clone(),
+                confinement,
                 terminal: config.terminal,
                 descriptors: Descriptors::of_process(),
             }),

@@ -14,6 +14,7 @@ use spec::{
 use vmm::MigrationTrust;
 
 use crate::inherited::{self, ApiSocket};
+use crate::sandbox::{Rule, SeccompMode};
 
 /// A virtual machine monitor for KVM with live migration between hosts.
 ///
@@ -35,6 +36,8 @@ pub(crate) struct Arguments {
     pub(crate) vm: VmArguments,
     #[command(flatten)]
     pub(crate) logging: LoggingArguments,
+    #[command(flatten)]
+    pub(crate) sandbox: SandboxArguments,
 }
 
 impl Arguments {
@@ -44,7 +47,19 @@ impl Arguments {
         if self.command.is_some() && self.vm.is_given() {
             bail!("options of a VM are given before a subcommand: put them after `run`");
         }
+        if !self.sandbox.landlock_rules.is_empty() && !self.sandbox.landlock {
+            bail!("--landlock-rules has no effect without --landlock");
+        }
         Ok(())
+    }
+
+    /// Returns the configuration of the VM on the command line; `None` where there is none.
+    pub(crate) fn vm_config(&self) -> Result<Option<VmConfig>> {
+        match &self.command {
+            Some(Command::Run(run)) => run.config(),
+            None => self.vm.config(None),
+            Some(_) => Ok(None),
+        }
     }
 }
 
@@ -81,6 +96,23 @@ pub(crate) struct LoggingArguments {
     /// Format of log lines.
     #[arg(long, value_name = "FORMAT", default_value = "text", global = true)]
     pub(crate) log_format: LogFormat,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Sandbox")]
+pub(crate) struct SandboxArguments {
+    /// What happens at a system call that no thread of this kind makes unless it is attacked. A
+    /// list of calls for the process, and stricter ones for the threads of vCPUs and devices.
+    #[arg(long, value_name = "MODE", default_value = "false", global = true)]
+    pub(crate) seccomp: SeccompMode,
+    /// Let the kernel deny (by Landlock) every file that the VM on the command line, the service's own
+    /// files and --landlock-rules do not name. Fails on a kernel without Landlock.
+    #[arg(long, global = true)]
+    pub(crate) landlock: bool,
+    /// What stays open for VMs and devices that clients add later: path=PATH,access=rw. A path stands for
+    /// all that is below it; access is r, or w for writing as well and making files.
+    #[arg(long, value_name = "RULE", num_args = 1.., global = true)]
+    pub(crate) landlock_rules: Vec<Rule>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -289,9 +321,6 @@ pub(crate) struct VmArguments {
     /// A panic notifier. (Not supported by this version.)
     #[arg(long)]
     pub(crate) pvpanic: bool,
-    /// System call filter. (This version has none: only false is accepted.)
-    #[arg(long, value_name = "MODE")]
-    pub(crate) seccomp: Option<String>,
     /// Where to report events, as JSON in Cloud Hypervisor's form: path=PATH or fd=N.
     #[arg(long, value_name = "OPTIONS")]
     pub(crate) event_monitor: Option<String>,
@@ -319,7 +348,6 @@ impl VmArguments {
         let program = Self {
             api_socket: self.api_socket.clone(),
             image_dir: self.image_dir.clone(),
-            seccomp: self.seccomp.clone(),
             event_monitor: self.event_monitor.clone(),
             no_shutdown: self.no_shutdown,
             restore: self.restore.clone(),
@@ -404,11 +432,6 @@ impl VmArguments {
     }
 
     fn refuse_what_is_not_there(&self) -> Result<()> {
-        if let Some(mode) = self.seccomp.as_deref().filter(|mode| *mode != "false") {
-            bail!(
-                "--seccomp {mode}: this version has no system call filter; --seccomp false is accepted"
-            );
-        }
         // Cloud Hypervisor's default is `off,iobase=0xe9`.
         let mode = self.debug_console.as_deref().unwrap_or("off");
         if !matches!(mode.split(',').next(), Some("off" | "null")) {
@@ -536,7 +559,6 @@ mod tests {
     #[test]
     fn no_payload_boots_nothing() {
         assert_eq!(config("--api-socket /s").unwrap(), None);
-        assert!(config("--kernel /k --seccomp true").is_err());
         assert!(config("--kernel /k --cpus boots=2").is_err());
     }
 
@@ -546,5 +568,22 @@ mod tests {
         assert!(check("whimbrel -v serve").is_ok());
         assert!(check("whimbrel serve -v --log-format json").is_ok());
         assert!(check("whimbrel --kernel /k serve").is_err());
+    }
+
+    #[test]
+    fn sandbox_goes_with_every_subcommand_and_is_off_by_default() {
+        let mode = |line: &str| {
+            let parsed = Arguments::try_parse_from(line.split(' '));
+            parsed.map(|arguments| arguments.sandbox.seccomp).ok()
+        };
+        assert_eq!(mode("whimbrel serve"), Some(SeccompMode::False));
+        let on = "whimbrel --kernel /k --seccomp true";
+        assert_eq!(mode(on), Some(SeccompMode::True));
+        assert_eq!(mode("whimbrel serve --seccomp log"), Some(SeccompMode::Log));
+        let errno = "whimbrel --seccomp errno run --kernel /k";
+        assert_eq!(mode(errno), Some(SeccompMode::Errno));
+        let off = "whimbrel --api-socket /s --seccomp false";
+        assert_eq!(mode(off), Some(SeccompMode::False));
+        assert_eq!(mode("whimbrel serve --seccomp off"), None);
     }
 }

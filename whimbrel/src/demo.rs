@@ -22,7 +22,7 @@ use spec::{
 };
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::task::JoinHandle;
-use vmm::{Pool, PoolConfig};
+use vmm::{Confinement, Pool, PoolConfig};
 
 use crate::serve::{about, runtime};
 use crate::signals::Signals;
@@ -34,11 +34,12 @@ const REGION_MIB: u64 = 32;
 /// There and back: memory before the guest, and after it.
 const MOVES: [MemoryMode; 2] = [MemoryMode::Precopy, MemoryMode::Postcopy];
 
-pub(crate) fn run() -> Result<ExitCode> {
+pub(crate) fn run(confinement: Confinement) -> Result<ExitCode> {
     runtime()?.block_on(async {
         let directory = tempfile::tempdir().context("cannot make a temporary directory")?;
         let directory = directory.path();
-        let services = [One::start(directory, "a")?, One::start(directory, "b")?];
+        let start = |name| One::start(directory, name, confinement);
+        let services = [start("a")?, start("b")?];
         let kernel = directory.join("pocket-guest");
         std::fs::write(&kernel, guest::IMAGE).context("cannot write the guest's kernel")?;
 
@@ -80,8 +81,11 @@ struct One {
 }
 
 impl One {
-    fn start(directory: &Path, name: &str) -> Result<Self> {
-        let pool = Pool::start(&PoolConfig::default())?;
+    fn start(directory: &Path, name: &str, confinement: Confinement) -> Result<Self> {
+        let pool = Pool::start(&PoolConfig {
+            confinement,
+            ..PoolConfig::default()
+        })?;
         let socket = directory.join(format!("{name}.sock"));
         let registry = Registry::new(pool.with_journals(directory.join(name)));
         let service = Service::new(registry.clone(), about());

@@ -1,6 +1,6 @@
 //! The program: a service for many VMs, one VM in a command, and a demonstration.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod args;
 mod cloud_hypervisor;
@@ -11,6 +11,7 @@ mod generate;
 mod inherited;
 mod logging;
 mod one;
+mod sandbox;
 mod serve;
 mod signals;
 
@@ -27,28 +28,32 @@ fn main() -> ExitCode {
     let arguments = Arguments::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     let started = cloud_hypervisor::check(&matches)
         .and_then(|()| arguments.check())
-        .and_then(|()| logging::start(&arguments.logging));
+        .and_then(|()| sandbox::drop_rights(arguments.sandbox.seccomp))
+        // Read before files are denied: the rules follow from it, and standard input comes once.
+        .and_then(|()| arguments.vm_config())
+        .and_then(|vm| Ok((sandbox::restrict_files(&arguments, vm.as_ref())?, vm)))
+        .and_then(|(extent, vm)| Ok((extent, vm, logging::start(&arguments.logging)?)));
     // Dropped last: it writes the lines that wait.
-    let _log = match started {
-        Ok(log) => log,
+    let (restricted, vm, _log) = match started {
+        Ok(started) => started,
         Err(error) => {
             eprintln!("whimbrel: {error:#}");
             return ExitCode::FAILURE;
         }
     };
+    restricted.log();
     if let Err(error) = descriptors::raise_limit() {
         tracing::warn!("{error:#}");
     }
+    // Before there are threads that handle what guests and clients send.
+    let confine = || sandbox::enter(arguments.sandbox.seccomp);
     let done = match arguments.command {
-        Some(Command::Serve(serve)) => serve::run(&serve),
-        Some(Command::Run(run)) => run.config().and_then(|config| one::run(&run.vm, config)),
-        Some(Command::Demo) => demo::run(),
+        Some(Command::Serve(serve)) => confine().and_then(|sandbox| serve::run(&serve, sandbox)),
+        Some(Command::Run(run)) => confine().and_then(|sandbox| one::run(&run.vm, vm, sandbox)),
+        Some(Command::Demo) => confine().and_then(demo::run),
         Some(Command::Completions { shell }) => generate::completions(shell),
         Some(Command::Man { directory }) => generate::man_pages(&directory),
-        None => {
-            let vm = &arguments.vm;
-            vm.config(None).and_then(|config| one::run(vm, config))
-        }
+        None => confine().and_then(|sandbox| one::run(&arguments.vm, vm, sandbox)),
     };
     done.unwrap_or_else(|error| {
         eprintln!("whimbrel: {error:#}");

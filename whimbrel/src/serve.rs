@@ -9,9 +9,10 @@ use anyhow::{Context, Result};
 use api::{Listener, Service, serve};
 use control::Registry;
 use spec::VmmPingResponse;
-use vmm::{Pool, PoolConfig};
+use vmm::{Confinement, Pool, PoolConfig};
 
 use crate::args::ServeArguments;
+use crate::sandbox::Rule;
 use crate::signals::{Signals, unless_interrupted};
 
 /// The description of this program in `vmm.ping`.
@@ -51,21 +52,33 @@ pub(crate) fn runtime() -> Result<tokio::runtime::Runtime> {
         .context("cannot start the service's threads")
 }
 
-pub(crate) fn run(arguments: &ServeArguments) -> Result<ExitCode> {
-    let socket = arguments
-        .socket
-        .clone()
-        .unwrap_or_else(openapi::default_socket);
-    let state = arguments
-        .state_dir
-        .clone()
-        .unwrap_or_else(|| beside(&socket));
+/// The service's socket, and the directory of its files.
+fn places(arguments: &ServeArguments) -> (PathBuf, PathBuf) {
+    let socket = arguments.socket.clone();
+    let socket = socket.unwrap_or_else(openapi::default_socket);
+    let state = arguments.state_dir.clone();
+    let state = state.unwrap_or_else(|| beside(&socket));
+    (socket, state)
+}
+
+/// The rules by which the service finds its own files. Makes the directory of its files.
+pub(crate) fn files(arguments: &ServeArguments) -> Result<Vec<Rule>> {
+    let (socket, state) = places(arguments);
+    private_directory(&state)?;
+    let mut rules = vec![Rule::maker_of(&socket), Rule::folder(&state)];
+    rules.extend(arguments.api_token_file.as_deref().map(Rule::reading));
+    Ok(rules)
+}
+
+pub(crate) fn run(arguments: &ServeArguments, confinement: Confinement) -> Result<ExitCode> {
+    let (socket, state) = places(arguments);
     // Before anything is made: a token that cannot be used ends the program.
     let tcp = arguments.tcp_access()?;
     let pool = Pool::start(&PoolConfig {
         threads: arguments.threads,
         terminal: false,
         image_dirs: arguments.image_dir.clone(),
+        confinement,
     })?
     .with_journals(state.join("migrations"))
     .with_migration_trust(arguments.migration.trust()?);

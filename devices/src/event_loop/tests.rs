@@ -219,3 +219,71 @@ impl Actor for Holder {
 
     fn crashed(&mut self, _: &str) {}
 }
+
+/// Notes a violation whenever an actor's call sets [`REFUSED`] on the loop's thread.
+#[derive(Debug)]
+struct Notes;
+
+thread_local! {
+    static REFUSED: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+}
+
+impl crate::sandbox::Sandbox for Notes {
+    fn enter(&self, kind: ThreadKind) -> io::Result<()> {
+        match kind {
+            ThreadKind::Devices => Ok(()),
+            _ => Err(io::ErrorKind::PermissionDenied.into()),
+        }
+    }
+
+    fn violation(&self) -> Option<Violation> {
+        REFUSED.take().then(|| Violation {
+            thread: "test".to_owned(),
+            syscall: "ptrace (101)".to_owned(),
+        })
+    }
+}
+
+/// Makes a forbidden system call whenever it is woken.
+struct Forbidden(mpsc::Sender<String>);
+
+impl Actor for Forbidden {
+    fn woken(&mut self, _: &mut Sources<'_>) -> Flow {
+        REFUSED.set(true);
+        Flow::Again
+    }
+
+    fn ready(&mut self, _: usize, _: &mut Sources<'_>) -> Flow {
+        Flow::Stay
+    }
+
+    fn crashed(&mut self, message: &str) {
+        self.0.send(message.to_owned()).unwrap();
+    }
+}
+
+#[test]
+fn a_violation_ends_the_actor_that_made_the_call_and_no_other() {
+    let confinement = Confinement::new(&Notes);
+    let on = EventLoop::start_confined("test", ThreadKind::Devices, confinement).unwrap();
+    let (mut other, heard, _) = echo(&on);
+    let (violations, received) = mpsc::channel();
+    on.handle().adopt(|_| (Forbidden(violations), ()));
+    let message = received.recv_timeout(PATIENCE).unwrap();
+    assert!(
+        message.contains("`test`") && message.contains("ptrace (101)"),
+        "{message}"
+    );
+    // The actor is dropped, and with it its end of the channel.
+    received.recv_timeout(PATIENCE).unwrap_err();
+    other.write_all(b"x").unwrap();
+    assert_eq!(heard.recv_timeout(PATIENCE).unwrap(), "7:x");
+}
+
+#[test]
+fn a_thread_that_cannot_be_confined_serves_nothing() {
+    let confinement = Confinement::new(&Notes);
+    let refused = EventLoop::start_confined("test", ThreadKind::Drivers, confinement);
+    let refused = refused.map(|_| ()).unwrap_err();
+    assert_eq!(refused.kind(), io::ErrorKind::PermissionDenied);
+}

@@ -8,6 +8,8 @@ mod saved;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
 
+use devices::sandbox::Violation;
+
 pub(crate) use self::function::copy;
 pub use self::pci::{BAR_LEN, Retired, Slot, VirtioPci, VirtioPciError, vectors};
 use crate::limits::MAX_QUEUES;
@@ -40,6 +42,12 @@ pub enum TransportEvent {
     /// next start. The owner should pause the machine until then.
     Stalled(
         /// Why.
+        String,
+    ),
+    /// The sandbox refused a system call that the device made. The device serves nothing more, and
+    /// the VM must end: its guest may control the device's thread.
+    Violation(
+        /// The thread and the system call.
         String,
     ),
     /// The driver has reset it.
@@ -103,6 +111,12 @@ impl Transport {
     /// Tells the owner of the machine that the device waits for the host.
     pub fn stalled(&self, why: &str) {
         self.report(TransportEvent::Stalled(why.to_owned()));
+    }
+
+    /// Tells the owner of the machine that the sandbox refused a system call of the device.
+    pub(crate) fn violated(&self, violation: &Violation) {
+        self.needs_reset.store(true, Ordering::Release);
+        self.report(TransportEvent::Violation(violation.to_string()));
     }
 
     fn next_generation(&self) {

@@ -31,6 +31,7 @@ use std::time::{Duration, Instant};
 
 use ::devices::PowerEvent;
 use ::devices::event_loop::{Actor, Flow, Sources};
+use ::devices::sandbox::Violation;
 use ::migration::Progress;
 use control::{
     Allowance, Ask, Category, EventSender, Inbox, Message, NewDevice, Peek, Reply, Request,
@@ -489,12 +490,22 @@ impl Actor for Driver {
     }
 
     fn crashed(&mut self, message: &str) {
-        let detail = format!("the VM's driver failed: {message}");
-        let failure = Failure {
+        self.fail(Failure {
             code: "driver-panicked".to_owned(),
-            detail,
+            detail: format!("the VM's driver failed: {message}"),
             vcpu: None,
-        };
+        });
+    }
+
+    fn violated(&mut self, violation: &Violation) {
+        let detail = format!("the VM's driver: {violation}");
+        self.fail(failure::sandbox_violation(&detail, None));
+    }
+}
+
+impl Driver {
+    /// Ends the machine of a driver that leaves its thread.
+    fn fail(&mut self, failure: Failure) {
         self.stage = Stage::Off;
         self.publisher.update(|status| {
             status.state = VmState::Shutdown;

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ::devices::event_loop::EventLoop;
+use ::devices::sandbox::{Confinement, ThreadKind};
 use ::devices::{
     ConsoleInput, DebugPort, HotplugBlock, InterruptLine, KeyboardReset, PowerBlock, ResetControl,
     Serial, hotplug, pci, power,
@@ -28,7 +29,6 @@ use parking_lot::{Mutex, MutexGuard};
 use spec::{PciDeviceInfo, VmConfig, VmCounters};
 use virtio_devices::Workers;
 
-use crate::arch::x86_64::cpu::CpuError;
 use crate::arch::x86_64::layout::Layout;
 use crate::arch::x86_64::{cpu, layout};
 use crate::boot;
@@ -66,6 +66,8 @@ pub(crate) struct Host {
     pub(crate) background: Background,
     /// Directories below which disk images may name files, besides their own.
     pub(crate) image_dirs: Vec<PathBuf>,
+    /// The sandbox of the threads that work for guests.
+    pub(crate) confinement: Confinement,
     /// The one VM that there is has the terminal to itself.
     pub(crate) terminal: bool,
     /// Descriptors that VMs may use.
@@ -100,6 +102,7 @@ pub(crate) struct Built {
     layout: Layout,
     control: Arc<RunControl>,
     vcpus: Vec<Vcpu>,
+    confinement: Confinement,
 }
 
 /// A machine that has booted; its vCPUs run, or are parked.
@@ -126,7 +129,7 @@ impl Built {
         let layout = Layout::new(config.memory.size, bits)?;
         let vm = host.kvm.create_vm()?;
         let mut topology = Topology::new();
-        let vcpus = make_vcpus(cpuid, &vm, config, bits)?;
+        let vcpus = vcpu::make_all(cpuid, &vm, config, bits)?;
         let control = Arc::new(RunControl::new(vcpus.len()));
         let kickers = vcpus.iter().map(Vcpu::kicker).collect();
         let end = GuestEnd {
@@ -141,7 +144,7 @@ impl Built {
         }
         let (ram, lost) = ram::new(config, origin, reporter)?;
         let irq_routes = vm.irq_routes();
-        let loops = own_loops(origin)?;
+        let loops = own_loops(origin, host.confinement)?;
         let workers = Workers::new(loops.iter().map(|own| own.handle().clone()).collect());
         let context = OpenContext {
             workers: workers.as_ref().unwrap_or(&host.workers),
@@ -189,6 +192,7 @@ impl Built {
             layout,
             control,
             vcpus,
+            confinement: host.confinement,
         })
     }
 
@@ -231,8 +235,10 @@ impl Built {
             let host_cpus = affinity.into_iter().find(|a| a.vcpu == vcpu.index());
             let host_cpus = host_cpus.map(|affinity| affinity.host_cpus.clone());
             let (topology, control) = (active.parts.topology.lock(), &active.control);
-            let thread = VcpuThread::start(vcpu, &topology, control, reporter.clone(), host_cpus)
-                .map_err(BuildError::host("start a vCPU thread"))?;
+            let (reporter, confinement) = (reporter.clone(), self.confinement);
+            let thread =
+                VcpuThread::start(vcpu, &topology, control, reporter, host_cpus, confinement)
+                    .map_err(BuildError::host("start a vCPU thread"))?;
             active.vcpus.push(thread);
         }
         // A thread names itself when it first runs, which on a busy host is later than its start.
@@ -248,23 +254,19 @@ impl Built {
 }
 
 /// Threads for the devices of a machine that may wait for its memory.
-fn own_loops(origin: &MachineOrigin) -> Result<Vec<EventLoop>, BuildError> {
+fn own_loops(
+    origin: &MachineOrigin,
+    confinement: Confinement,
+) -> Result<Vec<EventLoop>, BuildError> {
     const LOOPS: usize = 2;
     let count = if origin.may_wait { LOOPS } else { 0 };
-    let own = (0..count).map(|index| EventLoop::start(&format!("devices-{index}")));
+    let start = |index| {
+        let name = format!("devices-{index}");
+        EventLoop::start_confined(&name, ThreadKind::Devices, confinement)
+    };
+    let own = (0..count).map(start);
     own.collect::<Result<_, _>>()
         .map_err(BuildError::host("start a thread"))
-}
-
-fn make_vcpus(cpuid: &CpuId, vm: &Vm, config: &VmConfig, bits: u8) -> Result<Vec<Vcpu>, CpuError> {
-    let topology = config.cpus.arrangement();
-    let make = |index| {
-        let apic_id = topology.apic_id(index).ok_or(CpuError::NoApicId(index))?;
-        let vcpu = vm.create_vcpu(index, apic_id)?;
-        vcpu.set_cpuid(&cpu::cpuid(cpuid, &topology, apic_id, bits)?)?;
-        Ok(vcpu)
-    };
-    (0..config.cpus.boot_vcpus).map(make).collect()
 }
 
 fn map_port(

@@ -7,13 +7,34 @@ use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
 use devices::PowerEvent;
-use hypervisor::{Exit, ExitHandler, Kicker, Vcpu};
+use devices::sandbox::{Confinement, ThreadKind};
+use hypervisor::arch::CpuId;
+use hypervisor::{Exit, ExitHandler, Kicker, Vcpu, Vm};
 use memory::{CachedView, SpaceKind, Topology};
 use rustix::thread::{CpuSet, sched_setaffinity};
+use spec::VmConfig;
 
 use super::run_control::{RunControl, Want};
+use crate::arch::x86_64::cpu::{self, CpuError};
 use crate::failure;
 use crate::guest_event::{GuestEvent, Reporter};
+
+/// Makes the vCPUs that the machine boots with, with their CPUID.
+pub(super) fn make_all(
+    cpuid: &CpuId,
+    vm: &Vm,
+    config: &VmConfig,
+    bits: u8,
+) -> Result<Vec<Vcpu>, CpuError> {
+    let topology = config.cpus.arrangement();
+    let make = |index| {
+        let apic_id = topology.apic_id(index).ok_or(CpuError::NoApicId(index))?;
+        let vcpu = vm.create_vcpu(index, apic_id)?;
+        vcpu.set_cpuid(&cpu::cpuid(cpuid, &topology, apic_id, bits)?)?;
+        Ok(vcpu)
+    };
+    (0..config.cpus.boot_vcpus).map(make).collect()
+}
 
 /// A vCPU's thread, seen from the driver.
 pub(crate) struct VcpuThread {
@@ -34,11 +55,13 @@ impl VcpuThread {
         control: &Arc<RunControl>,
         reporter: Reporter,
         host_cpus: Option<Vec<usize>>,
+        confinement: Confinement,
     ) -> std::io::Result<Self> {
         let (kicker, nmi) = (vcpu.kicker(), Arc::new(AtomicBool::new(false)));
         let bus = Bus {
             memory: CachedView::new(topology.space(SpaceKind::Memory)),
             io: CachedView::new(topology.space(SpaceKind::PortIo)),
+            confinement,
         };
         let (control, nmi_wanted) = (Arc::clone(control), Arc::clone(&nmi));
         let (jobs, inbox) = channel();
@@ -126,7 +149,17 @@ fn run(
     jobs: &Receiver<Job>,
 ) {
     let mut first = vcpu.index() == 0;
+    let mut failed = bus
+        .confinement
+        .enter(ThreadKind::Vcpu)
+        .err()
+        .map(|error| failure::cannot_confine(vcpu.index(), &error));
     loop {
+        if let Some(failure) = failed.take() {
+            reporter.report(GuestEvent::Failed(failure));
+            control.park_for_good(|| jobs.try_iter().for_each(|job| job(&mut vcpu)));
+            return;
+        }
         match control.park(|| jobs.try_iter().for_each(|job| job(&mut vcpu))) {
             Want::End => return,
             Want::Park => continue,
@@ -135,11 +168,7 @@ fn run(
         if std::mem::take(&mut first) {
             reporter.report(GuestEvent::FirstEntry(Instant::now()));
         }
-        if let Some(failure) = run_until_wanted(&mut vcpu, &mut bus, control, nmi, jobs) {
-            reporter.report(GuestEvent::Failed(failure));
-            control.park_for_good(|| jobs.try_iter().for_each(|job| job(&mut vcpu)));
-            return;
-        }
+        failed = run_until_wanted(&mut vcpu, &mut bus, control, nmi, jobs);
     }
 }
 
@@ -166,18 +195,34 @@ fn run_until_wanted(
             Exit::Shutdown => return Some(failure::triple_fault(vcpu)),
             Exit::Failed(why) => return Some(failure::cannot_run(vcpu.index(), &why)),
         }
+        // Before the guest runs again. The check is a load of a thread-local variable.
+        if let Some(failure) = bus.violation(vcpu.index()) {
+            return Some(failure);
+        }
     }
     // What the guest reads next must not depend on when it runs again.
     if control.wanted() != Want::End {
         vcpu.complete_access(bus);
     }
-    None
+    bus.violation(vcpu.index())
 }
 
 /// Answers a vCPU's accesses with the map in force.
 struct Bus {
     memory: CachedView,
     io: CachedView,
+    confinement: Confinement,
+}
+
+impl Bus {
+    /// Describes the system call that the sandbox refused while it answered this vCPU's accesses.
+    fn violation(&self, vcpu: u32) -> Option<spec::Failure> {
+        let violation = self.confinement.violation()?;
+        Some(failure::sandbox_violation(
+            &violation.to_string(),
+            Some(vcpu),
+        ))
+    }
 }
 
 impl ExitHandler for Bus {
