@@ -1,12 +1,12 @@
 //! The system calls that each kind of thread may make.
 //!
-//! Two lists. [`process`] is for every thread of the program: it has what opens files and sockets
-//! and makes VMs, and leaves out what the program never does, such as starting programs, reading
-//! other processes' memory, and loading kernel code. [`guest`] is for threads that handle data of
-//! guests, on top of the first: no file can be opened, moved or removed, and no network be reached.
+//! One list ([`Scope::Process`]) is for every thread of the program: it has the calls that open files and
+//! sockets and make VMs. It leaves out what the program never does, such as starting programs, reading
+//! other processes' memory, and loading kernel code. Threads that handle data of guests have stricter
+//! lists on top of it: they cannot open, move or remove files, nor reach a network.
 //!
-//! A system call that is missing here fails loudly in the tests, all of which run with the sandbox.
-//! Which one, the log says. Both C libraries are meant: where they differ, both variants are there.
+//! A call that a list lacks fails the tests that run in the sandbox, and the log names it. The lists have
+//! the calls of both C libraries, where these differ.
 
 use std::collections::BTreeMap;
 
