@@ -370,7 +370,17 @@ fn unknown_connections_are_answered() {
     // While a migration is in progress. Its own outcome is open: no answer is made up.
     refused(&mut Peer::control(&wait.way, Uuid::from_u128(2)), "busy");
     refused(&mut Peer::again(&wait.way, id), "out-of-order");
-    let mut kept = vec![Peer::ram(&wait.way, id, 0)];
+    // Of two connections for one channel, either may be routed first. The other one is refused.
+    let (tell, heard) = mpsc::channel();
+    for _ in 0..2 {
+        let mut peer = Peer::ram(&wait.way, id, 0);
+        let tell = tell.clone();
+        // The one with the channel hears nothing until the migration ends.
+        thread::spawn(move || tell.send(peer.recv()));
+    }
+    let first = heard.recv().unwrap().unwrap();
+    assert!(first.contains("out-of-order"), "{first}");
+    let mut kept = Vec::new();
     // A refused connection must leave nothing behind: enough of them to exhaust a limit if it did.
     for _ in 0..40 {
         let mut second = Peer::ram(&wait.way, id, 0);
