@@ -7,6 +7,7 @@ use devices::pci::{BarMap, MsiMessage, MsiTarget, place_bar};
 use memory::{AddrRange, AddressSpace, RegionId, Topology};
 use parking_lot::Mutex;
 use state::{Save, Store, Writer};
+use virtio_devices::rate_limiter::RateLimits;
 use virtio_devices::rng::Rng;
 use virtio_devices::testing::{TestGuest, workers};
 use virtio_devices::{BAR_LEN, Slot, TransportEvent, VirtioPci};
@@ -69,7 +70,8 @@ impl PciMachine {
                 msi: Arc::new(Quiet),
                 report: Box::new(move |event| heard.lock().push(event)),
             };
-            let rng = Rng::new("/dev/urandom".as_ref(), workers).expect("a source of entropy");
+            let rng = Rng::new("/dev/urandom".as_ref(), RateLimits::default(), workers)
+                .expect("a source of entropy");
             let device = VirtioPci::new("_rng0", Box::new(rng), slot).expect("a device");
             tx.commit().expect("a map that can be");
             device

@@ -248,16 +248,6 @@ pub(crate) fn memory_lost(offset: u64) -> Failure {
     }
 }
 
-/// The sandbox refused a system call of a thread that works for the guest. The thread may be under
-/// the guest's control: the VM must end.
-pub(crate) fn sandbox_violation(detail: &str, vcpu: Option<u32>) -> Failure {
-    Failure {
-        code: "sandbox-violation".to_owned(),
-        detail: detail.to_owned(),
-        vcpu,
-    }
-}
-
 /// The kernel does not confine the thread of a vCPU, which therefore does not run its guest.
 pub(crate) fn cannot_confine(vcpu: u32, error: &std::io::Error) -> Failure {
     Failure {

@@ -14,7 +14,15 @@ use devices::PowerEvent;
 use spec::Failure;
 use virtio_devices::TransportEvent;
 
-use crate::failure;
+/// The sandbox refused a system call of a thread that works for the guest. The thread may be under
+/// the guest's control: the VM must end.
+pub(crate) fn sandbox_violation(detail: &str, vcpu: Option<u32>) -> Failure {
+    Failure {
+        code: "sandbox-violation".to_owned(),
+        detail: detail.to_owned(),
+        vcpu,
+    }
+}
 
 /// Something that happened in a machine.
 #[derive(Debug)]
@@ -115,7 +123,7 @@ impl Latch for Reports {
             // Comes before what the guest asked for: a guest that controls a thread of its devices
             // must not choose how its machine ends.
             GuestEvent::Device(id, TransportEvent::Violation(detail)) => {
-                let failure = failure::sandbox_violation(&format!("{id}: {detail}"), None);
+                let failure = sandbox_violation(&format!("{id}: {detail}"), None);
                 self.end = Some(GuestEnd::Failed(failure));
             }
             GuestEvent::Device(_, TransportEvent::Activated | TransportEvent::Reset) => {}

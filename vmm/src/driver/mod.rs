@@ -50,7 +50,7 @@ use self::outgoing::Outgoing;
 pub(crate) use self::outgoing::Purpose;
 use crate::devices::{MachineOrigin, Opened};
 use crate::failure::{self, BuildError};
-use crate::guest_event::{GuestEnd, Port, Reporter, Reports};
+use crate::guest_event::{self, GuestEnd, Port, Reporter, Reports};
 use crate::machine::{self, Active, Host, Machine};
 
 /// Resets of a guest that are served at once; further ones wait for [`RESET_INTERVAL`] each.
@@ -499,7 +499,7 @@ impl Actor for Driver {
 
     fn violated(&mut self, violation: &Violation) {
         let detail = format!("the VM's driver: {violation}");
-        self.fail(failure::sandbox_violation(&detail, None));
+        self.fail(guest_event::sandbox_violation(&detail, None));
     }
 }
 

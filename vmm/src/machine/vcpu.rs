@@ -17,7 +17,7 @@ use spec::VmConfig;
 use super::run_control::{RunControl, Want};
 use crate::arch::x86_64::cpu::{self, CpuError};
 use crate::failure;
-use crate::guest_event::{GuestEvent, Reporter};
+use crate::guest_event::{self, GuestEvent, Reporter};
 
 /// Makes the vCPUs that the machine boots with, with their CPUID.
 pub(super) fn make_all(
@@ -218,7 +218,7 @@ impl Bus {
     /// Describes the system call that the sandbox refused while it answered this vCPU's accesses.
     fn violation(&self, vcpu: u32) -> Option<spec::Failure> {
         let violation = self.confinement.violation()?;
-        Some(failure::sandbox_violation(
+        Some(guest_event::sandbox_violation(
             &violation.to_string(),
             Some(vcpu),
         ))
