@@ -31,7 +31,10 @@ pub use self::read::{RestoreError, Snapshot};
 pub use self::restore::{Restoring, restore};
 pub use self::write::{Saved, Writing, write};
 
+use crate::MigrationError;
+use crate::message::Refusal;
 use crate::pages::{PAGE, is_zero};
+use crate::progress::{Phase, Progress};
 
 const MANIFEST: &str = "manifest.json";
 const MACHINE: &str = "machine.json";
@@ -44,6 +47,23 @@ const CHUNK: usize = 256;
 
 /// The mark of a page of zeros in the file of hashes.
 const ZEROS: u64 = 0;
+
+/// Writes the end of a snapshot or restore into its report.
+fn conclude(progress: &Progress, ended: Result<(), MigrationError>) -> Result<(), Refusal> {
+    let Err(error) = ended else {
+        progress.enter(Phase::Completed);
+        return Ok(());
+    };
+    let refusal = error.refusal();
+    progress.update(|report| {
+        report.phase = match error {
+            MigrationError::Canceled => Phase::Canceled,
+            _ => Phase::Failed,
+        };
+        report.error = Some(refusal.clone());
+    });
+    Err(refusal)
+}
 
 /// Returns the hash of a page. A page whose hash is the mark of zeros gets another one.
 fn hash(page: &[u8]) -> u64 {

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
+use super::conclude;
 use super::read::{RestoreError, Snapshot};
 use crate::MigrationError;
 use crate::decision::Decision;
@@ -46,19 +47,7 @@ pub fn restore(restoring: &Restoring<'_>) -> Result<(), Refusal> {
             }
             loaded
         });
-    let Err(error) = restored else {
-        progress.enter(Phase::Completed);
-        return Ok(());
-    };
-    let refusal = error.refusal();
-    progress.update(|report| {
-        report.phase = match error {
-            MigrationError::Canceled => Phase::Canceled,
-            _ => Phase::Failed,
-        };
-        report.error = Some(refusal.clone());
-    });
-    Err(refusal)
+    conclude(progress, restored)
 }
 
 fn load(restoring: &Restoring<'_>, machine: &mut dyn Destination) -> Result<(), MigrationError> {

@@ -12,7 +12,7 @@ use uuid::Uuid;
 use xxhash_rust::xxh3::Xxh3;
 
 use super::manifest::{FileInfo, Manifest};
-use super::{CHUNK, HASHES, MACHINE, MANIFEST, MEMORY, STATE, ZEROS, hashes};
+use super::{CHUNK, HASHES, MACHINE, MANIFEST, MEMORY, STATE, ZEROS, conclude, hashes};
 use crate::MigrationError;
 use crate::decision::Decision;
 use crate::message::{Offer, Refusal};
@@ -61,23 +61,7 @@ pub fn write(
             }
             written
         });
-    match written {
-        Ok(()) => {
-            writing.progress.enter(Phase::Completed);
-            Ok(())
-        }
-        Err(error) => {
-            let refusal = error.refusal();
-            writing.progress.update(|report| {
-                report.phase = match error {
-                    MigrationError::Canceled => Phase::Canceled,
-                    _ => Phase::Failed,
-                };
-                report.error = Some(refusal.clone());
-            });
-            Err(refusal)
-        }
-    }
+    conclude(writing.progress, written)
 }
 
 fn host(what: &str, path: &Path, error: &io::Error) -> MigrationError {
