@@ -172,7 +172,7 @@ commands! {
     /// accepted.
     put (Json(sizes), Json<VmResize>, VmResize) {
         resize at "/api/v1/vms/{id}/resize" as "resizeVm",
-            refuses [CommandRefused];
+            refuses [CommandRefused Pending];
         resize_vm at "/api/v1/vm.resize" as "vmResize",
             refuses [NotCreated WrongState Pending BadBody BadConfig];
         answers (status = 204, description = "The request was sent to the guest.");

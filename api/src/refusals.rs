@@ -135,8 +135,7 @@ refusals! {
     /// A body that is certainly no JSON.
     NotJson = 415, "The Content-Type is not JSON.";
     /// Cloud Hypervisor's contract has it for resizes.
-    Pending = 429, "An earlier resize is still in progress. (Not returned by this version, whose \
-                    resizes complete at once.)";
+    Pending = 429, "An earlier resize of the same resource is pending.";
     /// A configuration that is not possible.
     NotPossible = 422, "The configuration is invalid, or a resource that it names cannot be used; \
                         `errors` lists every field that is wrong.";
@@ -155,6 +154,7 @@ impl From<RequestError> for ApiError {
         let status = match error.category {
             Category::NotFound => StatusCode::NOT_FOUND,
             Category::Conflict => StatusCode::CONFLICT,
+            Category::Pending => StatusCode::TOO_MANY_REQUESTS,
             Category::Unprocessable => StatusCode::UNPROCESSABLE_ENTITY,
             Category::Unsupported => StatusCode::NOT_IMPLEMENTED,
             Category::Host | Category::Internal => StatusCode::INTERNAL_SERVER_ERROR,
@@ -271,6 +271,7 @@ mod tests {
             ),
             (Verb::ResizeDisk, of(Category::Conflict, "wrong-state"), 409),
             (Verb::Resize, of(Category::Unprocessable, "no-balloon"), 422),
+            (Verb::Resize, of(Category::Pending, "resize-pending"), 429),
             (Verb::Boot, unusable(), 422),
             (Verb::Boot, of(Category::Conflict, "wrong-state"), 409),
             (Verb::Pause, of(Category::Conflict, "wrong-state"), 405),

@@ -11,6 +11,8 @@ pub enum Category {
     NotFound,
     /// Not in this state, or taken already.
     Conflict,
+    /// An earlier request of the same kind is not over.
+    Pending,
     /// The request was parsed, and is not possible.
     Unprocessable,
     /// This version cannot do it.

@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use spec::{BootTimeline, DeviceNode, DeviceTree, Failure, VmConfig, VmId, VmInfo, VmState};
+use spec::{
+    BootTimeline, DeviceNode, DeviceTree, Failure, PendingResize, VmConfig, VmId, VmInfo, VmState,
+};
 use tokio::sync::watch;
 
 use crate::events::EventLog;
@@ -22,6 +24,8 @@ pub struct VmStatus {
     pub devices: BTreeMap<String, DeviceNode>,
     /// Bytes that the guest has given back through a balloon, as it goes.
     pub balloon: Option<Arc<AtomicU64>>,
+    /// Resizes that the guest has not completed yet.
+    pub resizes: Vec<PendingResize>,
     /// Why the guest ended, when it was not asked to.
     pub failure: Option<Failure>,
     /// How long the last boot took.
@@ -44,6 +48,7 @@ impl VmStatus {
             config,
             devices: BTreeMap::new(),
             balloon: None,
+            resizes: Vec::new(),
             failure: None,
             boot: None,
             reboots: 0,
@@ -61,6 +66,7 @@ impl VmStatus {
             config: VmConfig::clone(&self.config),
             state: self.state,
             memory_actual_size: self.config.memory.size.saturating_sub(ballooned),
+            pending_resizes: self.resizes.clone(),
             device_tree: (!self.devices.is_empty()).then(|| DeviceTree(self.devices.clone())),
             failure: self.failure.clone(),
             boot: self.boot,

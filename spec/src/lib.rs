@@ -74,6 +74,6 @@ pub use service::{
 pub use token::{ApiToken, InvalidApiToken};
 pub use validate::{HostLimits, UNSUPPORTED};
 pub use vm::{
-    BootTimeline, DeviceNode, DeviceState, DeviceTree, Failure, PciDeviceInfo, VmConfig,
-    VmCounters, VmInfo, VmState, VmmPingResponse,
+    BootTimeline, DeviceNode, DeviceState, DeviceTree, Failure, PciDeviceInfo, PendingResize,
+    ResizeResource, VmConfig, VmCounters, VmInfo, VmState, VmmPingResponse,
 };

@@ -247,6 +247,40 @@ impl DeviceState {
     }
 }
 
+/// A resource of a VM of which the guest has to accept or give up a part when it is resized.
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema,
+)]
+#[serde(rename_all = "kebab-case")]
+pub enum ResizeResource {
+    /// vCPUs, counted.
+    Vcpus,
+    /// Memory, in bytes.
+    Memory,
+}
+
+impl fmt::Display for ResizeResource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Vcpus => "vcpus",
+            Self::Memory => "memory",
+        })
+    }
+}
+
+/// A resize that the guest has not completed yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PendingResize {
+    /// The resource.
+    pub resource: ResizeResource,
+    /// Its amount when the resize was requested.
+    pub from: u64,
+    /// The requested amount.
+    pub to: u64,
+    /// The amount that the guest has now.
+    pub actual: u64,
+}
+
 /// Information about a VM.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct VmInfo {
@@ -256,6 +290,9 @@ pub struct VmInfo {
     pub state: VmState,
     /// Memory of the guest, in bytes.
     pub memory_actual_size: u64,
+    /// Resizes that the guest has not completed yet, at most one of each resource.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pending_resizes: Vec<PendingResize>,
     /// Its devices.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub device_tree: Option<DeviceTree>,

@@ -10,8 +10,7 @@ use std::time::Duration;
 use control::{Ask, Category, NewDevice, Reply, RequestError, VmStatus};
 use memory::Pages;
 use spec::{
-    DiskConfig, ImageType, NetConfig, PciDeviceInfo, VmConfig, VmResize, VmResizeDisk, VmState,
-    limits,
+    DiskConfig, ImageType, NetConfig, PciDeviceInfo, VmConfig, VmResizeDisk, VmState, limits,
 };
 use virtio_devices::TransportEvent;
 use virtio_devices::block::ImageFormat;
@@ -309,61 +308,6 @@ impl Driver {
             let devices = active.devices().tree();
             self.publisher.update(|status| status.devices = devices);
         }
-    }
-
-    /// Gives the balloon another size. What else there is to resize must be what it is.
-    pub(super) fn resize(&mut self, sizes: &VmResize) -> Result<Reply, RequestError> {
-        let unsupported = |what| {
-            let detail = format!("this version cannot change {what} of a VM");
-            Err(RequestError::new(
-                Category::Unsupported,
-                "unsupported-resize",
-                detail,
-            ))
-        };
-        let config = &self.config;
-        if sizes
-            .desired_vcpus
-            .is_some_and(|n| n != config.cpus.boot_vcpus)
-        {
-            return unsupported("the vCPUs");
-        }
-        if sizes
-            .desired_ram
-            .is_some_and(|size| size != config.memory.size)
-        {
-            return unsupported("the memory");
-        }
-        if let Some(size) = sizes.desired_balloon {
-            self.resize_balloon(size)?;
-        }
-        Ok(Reply::Done)
-    }
-
-    fn resize_balloon(&mut self, size: u64) -> Result<(), RequestError> {
-        let refused =
-            |code, detail: String| Err(RequestError::new(Category::Unprocessable, code, detail));
-        let all = self.config.memory.size;
-        if size > all {
-            let detail =
-                format!("`desired_balloon` ({size}) is more than the guest's memory ({all} bytes)");
-            return refused("balloon-too-large", detail);
-        }
-        let mut config = VmConfig::clone(&self.config);
-        let Some(balloon) = &mut config.balloon else {
-            let detail = "the VM has no balloon: create the VM with one, of size 0";
-            return refused("no-balloon", detail.to_owned());
-        };
-        balloon.size = size;
-        if let Stage::On(active) = &self.stage {
-            for control in active.devices().controls() {
-                if let DeviceHandle::Balloon(handle) = control {
-                    handle.resize(size);
-                }
-            }
-        }
-        self.set_config(Arc::new(config));
-        Ok(())
     }
 }
 

@@ -57,14 +57,13 @@ pub(crate) type Then = Box<dyn FnOnce(&mut Driver, &mut Sources<'_>) + Send>;
 
 impl Driver {
     /// Takes the machine apart, and then does what is `next`.
-    pub(super) fn end_machine(&mut self, machine: Machine, next: Next, sources: &mut Sources<'_>) {
+    pub(super) fn end_machine(&mut self, machine: Machine, next: Next) {
         // First, so that the driver ignores what the old machine still reports while it is taken
         // apart, such as a second reset. `Gone` therefore carries the new number.
         self.next_machine();
         let (number, events) = (self.machine, self.events.clone());
         machine.end(move || events.send((number, DriverEvent::Gone)));
         let deadline = Instant::now() + END_PATIENCE;
-        sources.wake_at(Some(deadline));
         self.stage = Stage::Ending(Box::new(Ending {
             next,
             deadline,
@@ -76,7 +75,7 @@ impl Driver {
     pub(super) fn switch_off(&mut self, by: End, sources: &mut Sources<'_>) {
         let asked = Vec::new();
         match std::mem::replace(&mut self.stage, Stage::Off) {
-            Stage::On(machine) => self.end_machine(machine, Next::Off { by, asked }, sources),
+            Stage::On(machine) => self.end_machine(machine, Next::Off { by, asked }),
             _ => {
                 self.next_machine();
                 self.off(by, sources);
@@ -91,7 +90,7 @@ impl Driver {
         match std::mem::replace(&mut self.stage, Stage::Off) {
             Stage::On(machine) => {
                 let asked = vec![ask];
-                self.end_machine(machine, Next::Off { by, asked }, sources);
+                self.end_machine(machine, Next::Off { by, asked });
             }
             Stage::Ending(mut ending) => {
                 ending.next.give_up(ask);
@@ -106,9 +105,8 @@ impl Driver {
                 let deadline = Instant::now() + END_PATIENCE;
                 // Later requests share the first one's deadline: repeating `Delete` must not
                 // defer it.
-                let (asked, deadline) = busy.end.get_or_insert((Vec::new(), deadline));
+                let (asked, _) = busy.end.get_or_insert((Vec::new(), deadline));
                 asked.push(ask);
-                sources.wake_at(Some(*deadline));
                 self.stage = Stage::Busy(busy);
             }
             Stage::Building { asked } => {
@@ -153,19 +151,29 @@ impl Driver {
         };
         match ending.next {
             Next::Build { not_before, .. } if not_before > Instant::now() => {
-                sources.wake_at(Some(not_before));
                 self.stage = Stage::Ending(ending);
             }
             Next::Build { asked, origin, .. } => {
-                sources.wake_at(None);
                 let outputs = self.consoles.outputs();
                 self.build(asked, origin, Some(outputs));
             }
             Next::Off { by, asked } => {
-                sources.wake_at(None);
                 self.off(by, sources);
                 asked.into_iter().for_each(|ask| self.answer_end(ask));
             }
+        }
+    }
+
+    /// Returns when the driver has something to do by itself next.
+    pub(super) fn next_deadline(&self) -> Option<Instant> {
+        match &self.stage {
+            Stage::Ending(ending) => match &ending.next {
+                Next::Build { not_before, .. } if ending.is_gone => Some(*not_before),
+                _ => Some(ending.deadline),
+            },
+            Stage::Busy(busy) => busy.end.as_ref().map(|(_, deadline)| *deadline),
+            Stage::On(_) => self.resizes.next_deadline(),
+            Stage::Off | Stage::Building { .. } | Stage::Expecting(_) => None,
         }
     }
 
@@ -265,7 +273,7 @@ impl Driver {
             // client gets an error instead of waiting for a machine that ends.
             Some((asked, _)) => {
                 let by = End::Requested;
-                self.end_machine(machine, Next::Off { by, asked }, sources);
+                self.end_machine(machine, Next::Off { by, asked });
             }
             None => {
                 self.stage = Stage::On(machine);

@@ -17,6 +17,7 @@ use spec::{Failure, VmConfig, VmState};
 
 use super::consoles::Consoles;
 use super::outgoing::{Outgoing, OutgoingState, Purpose};
+use super::resize::Resizes;
 use super::{Caller, Driver, End, Stage};
 use crate::devices::DeviceHandle;
 use crate::failure::MoveError;
@@ -361,6 +362,8 @@ impl Driver {
     /// The guest is elsewhere, or lost.
     pub(crate) fn left(&mut self, sources: &mut Sources<'_>) -> Gone {
         let stage = std::mem::replace(&mut self.stage, Stage::Off);
+        // They are the destination's now.
+        self.resizes = Resizes::default();
         self.next_machine();
         self.off(End::Requested, sources);
         match stage {

@@ -22,6 +22,7 @@ mod devices;
 mod ending;
 mod migration;
 mod outgoing;
+mod resize;
 #[cfg(test)]
 mod tests;
 
@@ -48,6 +49,7 @@ use self::migration::Expected;
 pub(crate) use self::migration::{DestinationParts, SourceParts};
 use self::outgoing::Outgoing;
 pub(crate) use self::outgoing::Purpose;
+use self::resize::Resizes;
 use crate::devices::{MachineOrigin, Opened};
 use crate::failure::{self, BuildError};
 use crate::guest_event::{self, GuestEnd, Port, Reporter, Reports};
@@ -121,6 +123,7 @@ pub(crate) struct Driver {
     consoles: Consoles,
     /// Devices that are being opened, by their names.
     opening: BTreeMap<String, (Ask, NewDevice)>,
+    resizes: Resizes,
     /// The guest is moving away.
     outgoing: Option<Outgoing>,
     /// The latest migration, of which the failure of a guest tells.
@@ -150,6 +153,7 @@ impl Driver {
             asked_at: Instant::now(),
             consoles: Consoles::default(),
             opening: BTreeMap::new(),
+            resizes: Resizes::default(),
             outgoing: None,
             progress: None,
             is_deleted: false,
@@ -196,7 +200,7 @@ impl Driver {
         }
         let answer = match &ask.request {
             Request::Boot => return self.boot(ask, sources),
-            Request::Reboot => return self.rebuild(Some(ask), Instant::now(), sources),
+            Request::Reboot => return self.rebuild(Some(ask), Instant::now()),
             Request::AddDevice(new) => {
                 let new = new.clone();
                 return self.add_device(ask, new);
@@ -273,7 +277,7 @@ impl Driver {
     }
 
     /// Has the machine replaced by another, not before its time.
-    fn rebuild(&mut self, asked: Option<Ask>, not_before: Instant, sources: &mut Sources<'_>) {
+    fn rebuild(&mut self, asked: Option<Ask>, not_before: Instant) {
         match std::mem::replace(&mut self.stage, Stage::Off) {
             Stage::On(machine) => {
                 let origin = MachineOrigin {
@@ -287,7 +291,7 @@ impl Driver {
                     not_before,
                 };
                 // Its disks are locked, and its taps taken, until it is gone.
-                self.end_machine(machine, next, sources);
+                self.end_machine(machine, next);
             }
             // Requests and guests reset a machine that is on only.
             other => {
@@ -304,6 +308,7 @@ impl Driver {
         self.machine += 1;
         // Of that one, its guest will not hear any more.
         self.outgoing = None;
+        self.resizes_end_with_machine();
         self.give_up_additions();
     }
 
@@ -402,7 +407,7 @@ impl Driver {
                 // passes in `Ending`, where the guest does not run.
                 let now = Instant::now();
                 let not_before = now + self.resets.reserve(now);
-                return self.rebuild(None, not_before, sources);
+                return self.rebuild(None, not_before);
             }
             Some(GuestEnd::Failed(failure)) => {
                 // A guest that finds zeros in place of its memory fails in many ways.
@@ -451,7 +456,37 @@ impl Driver {
 
 impl Actor for Driver {
     fn woken(&mut self, sources: &mut Sources<'_>) -> Flow {
+        let flow = self.work(sources);
+        sources.wake_at(self.next_deadline());
+        flow
+    }
+
+    fn ready(&mut self, key: usize, sources: &mut Sources<'_>) -> Flow {
+        if let Some(port) = Port::BOTH.get(key) {
+            self.take_input(*port, sources);
+        }
+        Flow::Stay
+    }
+
+    fn crashed(&mut self, message: &str) {
+        self.fail(Failure {
+            code: "driver-panicked".to_owned(),
+            detail: format!("the VM's driver failed: {message}"),
+            vcpu: None,
+        });
+    }
+
+    fn violated(&mut self, violation: &Violation) {
+        let detail = format!("the VM's driver: {violation}");
+        self.fail(guest_event::sandbox_violation(&detail, None));
+    }
+}
+
+impl Driver {
+    /// Handles what has passed its deadline, and then messages.
+    fn work(&mut self, sources: &mut Sources<'_>) -> Flow {
         self.check_time(sources);
+        self.check_resizes();
         for _ in 0..MESSAGES_PER_TURN {
             if self.is_deleted {
                 return Flow::Leave;
@@ -482,28 +517,6 @@ impl Actor for Driver {
         Flow::Again
     }
 
-    fn ready(&mut self, key: usize, sources: &mut Sources<'_>) -> Flow {
-        if let Some(port) = Port::BOTH.get(key) {
-            self.take_input(*port, sources);
-        }
-        Flow::Stay
-    }
-
-    fn crashed(&mut self, message: &str) {
-        self.fail(Failure {
-            code: "driver-panicked".to_owned(),
-            detail: format!("the VM's driver failed: {message}"),
-            vcpu: None,
-        });
-    }
-
-    fn violated(&mut self, violation: &Violation) {
-        let detail = format!("the VM's driver: {violation}");
-        self.fail(guest_event::sandbox_violation(&detail, None));
-    }
-}
-
-impl Driver {
     /// Ends the machine of a driver that leaves its thread.
     fn fail(&mut self, failure: Failure) {
         self.stage = Stage::Off;

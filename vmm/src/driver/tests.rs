@@ -4,9 +4,10 @@ use std::sync::mpsc::{Sender, channel};
 
 use control::{Registry, VmHandle};
 use guest::Options;
-use spec::{ConsoleMode, PayloadConfig};
+use spec::{ConsoleMode, PayloadConfig, ResizeResource};
 
 use super::ending::END_PATIENCE;
+use super::resize::RESIZE_PATIENCE;
 use super::*;
 use crate::pool::{Pool, PoolConfig};
 
@@ -57,6 +58,13 @@ impl Lab {
     fn driver<R: Send + 'static>(&self, f: impl FnOnce(&mut Driver) -> R + Send + 'static) -> R {
         let caller = self.callers.get(self.vms[0].id()).unwrap();
         caller.call(|driver, _| f(driver)).unwrap()
+    }
+
+    /// The details of the first VM's events of this name.
+    fn events(&self, name: &str) -> Vec<String> {
+        let (events, _) = self.registry.events().after(0, Some(self.vms[0].id()));
+        let named = events.into_iter().filter(|event| event.event == name);
+        named.filter_map(|event| event.detail).collect()
     }
 
     /// Has work on the first VM's machine hang, as it does when storage does not answer.
@@ -154,4 +162,59 @@ async fn stuck_machine_has_a_time_limit() {
     let deleted = lab.registry.delete(lab.vms[0].id().as_str());
     soon(deleted).await.unwrap();
     assert!(begun.elapsed() >= END_PATIENCE);
+}
+
+#[tokio::test]
+async fn resize_ends_when_the_guest_has_done_it() {
+    let lab = Lab::new().await;
+    let vcpus = ResizeResource::Vcpus;
+    lab.driver(move |driver| driver.begin_resize(vcpus, 4, 2));
+    lab.driver(move |driver| driver.resize_progressed(vcpus, 3));
+    let [pending] = lab.vms[0].info().pending_resizes[..] else {
+        panic!("one resize is pending");
+    };
+    assert_eq!((pending.from, pending.to, pending.actual), (4, 2, 3));
+    let refused = lab.driver(move |driver| driver.check_no_resize(vcpus).unwrap_err());
+    assert_eq!(
+        (refused.category, &*refused.code),
+        (Category::Pending, "resize-pending")
+    );
+    let other = |driver: &mut Driver| driver.check_no_resize(ResizeResource::Memory);
+    assert_eq!(lab.driver(other), Ok(()));
+    lab.driver(move |driver| driver.resize_progressed(vcpus, 2));
+    assert_eq!(lab.vms[0].info().pending_resizes, []);
+    assert_eq!(lab.events("resized"), ["vcpus: 4 to 2"]);
+    // The guest changes what it was not asked to change.
+    lab.driver(move |driver| driver.resize_progressed(vcpus, 1));
+    assert_eq!(lab.vms[0].info().pending_resizes, []);
+}
+
+#[tokio::test]
+async fn resize_has_a_time_limit() {
+    let lab = Lab::new().await;
+    let begun = Instant::now();
+    let resize = |driver: &mut Driver| {
+        driver.begin_resize(ResizeResource::Vcpus, 4, 2);
+        driver.resize_progressed(ResizeResource::Vcpus, 3);
+    };
+    lab.driver(resize);
+    // Nothing else wakes the driver.
+    let mut status = lab.vms[0].watch();
+    let ended = status.wait_for(|status| status.resizes.is_empty());
+    soon(ended).await.unwrap();
+    assert!(begun.elapsed() >= RESIZE_PATIENCE);
+    let why = "vcpus: 4 to 2, stays at 3: the guest did not complete it within 1 s";
+    assert_eq!(lab.events("resize-failed"), [why]);
+    assert!(lab.events("resized").is_empty());
+}
+
+#[tokio::test]
+async fn reboot_ends_a_resize() {
+    let lab = Lab::new().await;
+    lab.driver(|driver| driver.begin_resize(ResizeResource::Memory, 1 << 30, 1 << 29));
+    soon(lab.vms[0].ask(Request::Reboot)).await.unwrap();
+    assert_eq!(lab.vms[0].info().pending_resizes, []);
+    let ended = "memory: 1073741824 to 536870912, by the end of the machine";
+    assert_eq!(lab.events("resized"), [ended]);
+    assert!(lab.events("resize-failed").is_empty());
 }

@@ -1,0 +1,212 @@
+//! Resizes that need the guest: what was requested, how far the guest is, and its deadline.
+//!
+//! ```text
+//!   begin_resize ──► pending ── the guest has done all of it ──► event `resized`
+//!                       │
+//!                       └── it refuses, or the deadline passes ──► event `resize-failed`
+//! ```
+//!
+//! One resize of each resource can be pending; another is refused with `resize-pending`. A guest may
+//! answer late, in part or never, so a pending resize always ends by its deadline, and what the guest
+//! did by then stays done.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use control::{Category, Reply, RequestError};
+use spec::{PendingResize, ResizeResource, VmConfig, VmResize};
+
+use super::{Driver, Stage};
+use crate::devices::DeviceHandle;
+
+/// How long a guest may take to do what a resize asks for.
+pub(super) const RESIZE_PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 60 });
+
+/// The resizes that are pending, at most one of each resource.
+#[derive(Default)]
+pub(super) struct Resizes(BTreeMap<ResizeResource, Pending>);
+
+struct Pending {
+    shown: PendingResize,
+    deadline: Instant,
+}
+
+impl Resizes {
+    /// Returns when the next of them fails.
+    pub(super) fn next_deadline(&self) -> Option<Instant> {
+        self.0.values().map(|pending| pending.deadline).min()
+    }
+
+    fn shown(&self) -> Vec<PendingResize> {
+        self.0.values().map(|pending| pending.shown).collect()
+    }
+}
+
+#[cfg_attr(
+    not(test),
+    expect(dead_code, reason = "vCPU and memory hotplug use it")
+)]
+impl Driver {
+    /// Fails with `resize-pending` if an earlier resize of the resource is not over.
+    pub(super) fn check_no_resize(&self, resource: ResizeResource) -> Result<(), RequestError> {
+        let Some(pending) = self.resizes.0.get(&resource) else {
+            return Ok(());
+        };
+        let (to, actual) = (pending.shown.to, pending.shown.actual);
+        let left = pending.deadline.saturating_duration_since(Instant::now());
+        let detail = format!(
+            "an earlier resize of the {resource} to {to} is pending: the guest has {actual}, and has \
+             {} s left to complete it",
+            left.as_secs()
+        );
+        Err(RequestError::new(
+            Category::Pending,
+            "resize-pending",
+            detail,
+        ))
+    }
+
+    /// The guest was asked to change the resource. The caller reports its progress with
+    /// [`Driver::resize_progressed`].
+    pub(super) fn begin_resize(&mut self, resource: ResizeResource, from: u64, to: u64) {
+        let pending = Pending {
+            shown: PendingResize {
+                resource,
+                from,
+                to,
+                actual: from,
+            },
+            deadline: Instant::now() + RESIZE_PATIENCE,
+        };
+        self.resizes.0.insert(resource, pending);
+        let detail = format!("{resource}: {from} to {to}");
+        self.publisher.record("resize-requested", Some(detail));
+        self.show_resizes();
+    }
+
+    /// The guest has this much of the resource now. Ends the pending resize if that is what was
+    /// requested.
+    pub(super) fn resize_progressed(&mut self, resource: ResizeResource, actual: u64) {
+        let Some(pending) = self.resizes.0.get_mut(&resource) else {
+            return;
+        };
+        pending.shown.actual = actual;
+        let PendingResize { from, to, .. } = pending.shown;
+        if actual == to {
+            self.resizes.0.remove(&resource);
+            let detail = format!("{resource}: {from} to {to}");
+            self.publisher.record("resized", Some(detail));
+        }
+        self.show_resizes();
+    }
+
+    /// The guest will not do the rest: ends the pending resize, if there is one.
+    pub(super) fn resize_failed(&mut self, resource: ResizeResource, why: &str) {
+        let Some(pending) = self.resizes.0.remove(&resource) else {
+            return;
+        };
+        let PendingResize {
+            from, to, actual, ..
+        } = pending.shown;
+        tracing::warn!(%resource, from, to, actual, why, "a guest did not complete a resize");
+        let detail = format!("{resource}: {from} to {to}, stays at {actual}: {why}");
+        self.publisher.record("resize-failed", Some(detail));
+        self.show_resizes();
+    }
+}
+
+impl Driver {
+    /// Ends the resizes whose deadline has passed. What was asked of the guest is withdrawn.
+    pub(super) fn check_resizes(&mut self) {
+        // Another thread may have the machine: this is called again when it is back.
+        if !matches!(self.stage, Stage::On(_)) {
+            return;
+        }
+        let now = Instant::now();
+        let late = self.resizes.0.iter();
+        let late: Vec<_> = late
+            .filter(|(_, pending)| pending.deadline <= now)
+            .map(|(resource, _)| *resource)
+            .collect();
+        for resource in late {
+            let why = format!(
+                "the guest did not complete it within {} s",
+                RESIZE_PATIENCE.as_secs()
+            );
+            self.resize_failed(resource, &why);
+        }
+    }
+
+    /// The machine that was to be resized ends. The configuration has the requested sizes, with which
+    /// the next machine is built.
+    pub(super) fn resizes_end_with_machine(&mut self) {
+        for (resource, pending) in std::mem::take(&mut self.resizes.0) {
+            let PendingResize { from, to, .. } = pending.shown;
+            let detail = format!("{resource}: {from} to {to}, by the end of the machine");
+            self.publisher.record("resized", Some(detail));
+        }
+        self.show_resizes();
+    }
+
+    fn show_resizes(&self) {
+        let shown = self.resizes.shown();
+        if self.publisher.current().resizes != shown {
+            self.publisher.update(|status| status.resizes = shown);
+        }
+    }
+
+    /// Changes sizes of the VM. All are checked before any is changed.
+    pub(super) fn resize(&mut self, sizes: &VmResize) -> Result<Reply, RequestError> {
+        let unsupported = |what| {
+            let detail = format!("this version cannot change {what} of a VM");
+            Err(RequestError::new(
+                Category::Unsupported,
+                "unsupported-resize",
+                detail,
+            ))
+        };
+        let config = &self.config;
+        if sizes
+            .desired_vcpus
+            .is_some_and(|n| n != config.cpus.boot_vcpus)
+        {
+            return unsupported("the vCPUs");
+        }
+        if sizes
+            .desired_ram
+            .is_some_and(|size| size != config.memory.size)
+        {
+            return unsupported("the memory");
+        }
+        if let Some(size) = sizes.desired_balloon {
+            self.resize_balloon(size)?;
+        }
+        Ok(Reply::Done)
+    }
+
+    fn resize_balloon(&mut self, size: u64) -> Result<(), RequestError> {
+        let refused =
+            |code, detail: String| Err(RequestError::new(Category::Unprocessable, code, detail));
+        let all = self.config.memory.size;
+        if size > all {
+            let detail =
+                format!("`desired_balloon` ({size}) is more than the guest's memory ({all} bytes)");
+            return refused("balloon-too-large", detail);
+        }
+        let mut config = VmConfig::clone(&self.config);
+        let Some(balloon) = &mut config.balloon else {
+            let detail = "the VM has no balloon: create the VM with one, of size 0";
+            return refused("no-balloon", detail.to_owned());
+        };
+        balloon.size = size;
+        if let Stage::On(active) = &self.stage {
+            for control in active.devices().controls() {
+                if let DeviceHandle::Balloon(handle) = control {
+                    handle.resize(size);
+                }
+            }
+        }
+        self.set_config(std::sync::Arc::new(config));
+        Ok(())
+    }
+}
