@@ -115,9 +115,9 @@ async fn receive(
 /// A VM that came gets a socket of its own, as one that is created does.
 pub(crate) async fn give_socket(service: Service, migration: Arc<dyn Migration>) {
     // It lives as long as the migration.
-    let _ = migration.over().wait_for(|over| *over).await;
+    let _ = migration.settled().wait_for(|settled| *settled).await;
     let info = migration.info();
-    if let (MigrationPhase::Completed, Some(vm), Some(sockets)) =
+    if let (MigrationPhase::Completed | MigrationPhase::Postcopy, Some(vm), Some(sockets)) =
         (info.phase, info.vm, &service.sockets)
         && let Err(error) = sockets.open(&vm).await
     {
@@ -199,12 +199,12 @@ async fn resolve(
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// Waits until it is over, and says how it ended.
+/// Waits until it is known how it ends, and says that. Pages of a restored VM's memory may follow.
 pub(crate) async fn wait(migration: &dyn Migration) -> Result<StatusCode, ApiError> {
     // Held by us, so it does not go.
-    let _ = migration.over().wait_for(|over| *over).await;
+    let _ = migration.settled().wait_for(|settled| *settled).await;
     let info = migration.info();
-    if info.phase == MigrationPhase::Completed {
+    if let MigrationPhase::Completed | MigrationPhase::Postcopy = info.phase {
         return Ok(StatusCode::NO_CONTENT);
     }
     let error = info.error;

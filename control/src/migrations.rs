@@ -38,6 +38,12 @@ pub trait Migration: Send + Sync {
 
     /// True once it is over.
     fn over(&self) -> watch::Receiver<bool>;
+
+    /// True once it is known whether the VM is where it was to go. Pages of its memory may follow, if they
+    /// come from a snapshot.
+    fn settled(&self) -> watch::Receiver<bool> {
+        self.over()
+    }
 }
 
 /// Moves guests.

@@ -46,6 +46,7 @@ pub mod sync;
 mod topology;
 mod transaction;
 mod userfault;
+mod view;
 mod window;
 
 pub use change::ViewChange;

@@ -351,8 +351,9 @@ impl RamBlock {
     /// Looks whether the file behind the block still holds all of it. The kernel tells a vCPU that
     /// touches a missing page, not this process.
     pub fn check_file(&self) {
-        let len = self.file().and_then(|file| file.metadata().ok());
-        if let Some(len) = len.map(|metadata| metadata.len())
+        let len = self.backing().file().and_then(|file| file.metadata().ok());
+        if let Some(len) =
+            len.map(|metadata| metadata.len().saturating_sub(self.backing().offset()))
             && len < self.len() as u64
         {
             let offset = usize::try_from(len).unwrap_or(0);

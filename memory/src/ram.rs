@@ -6,11 +6,12 @@ use std::io;
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::ptr::NonNull;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::dirty::{DirtyBitmap, PAGE_SIZE};
 use crate::hugepages;
 use crate::lost::Registered;
+use crate::view::Backing;
 
 /// How a RAM block is made.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -98,7 +99,9 @@ pub enum RamError {
 pub struct RamBlock {
     host: NonNull<u8>,
     len: usize,
-    fd: Option<File>,
+    backing: Backing,
+    /// Pieces of a [view](Backing::View) that were replaced by zeros.
+    pub(crate) holes: AtomicUsize,
     dirty: DirtyBitmap,
     page_size: u64,
     /// Transparent huge pages are allowed.
@@ -163,10 +166,10 @@ impl RamBlock {
         if seals < 0 || seals & libc::F_SEAL_SHRINK == 0 {
             return Err(refused("the file is not sealed against shrinking"));
         }
-        Self::map(config, Some(file))
+        Self::map(config, Some(Backing::Shared(file)))
     }
 
-    fn map(config: &RamConfig, given: Option<File>) -> Result<Self, RamError> {
+    pub(crate) fn map(config: &RamConfig, given: Option<Backing>) -> Result<Self, RamError> {
         let page_size = match config.hugepage_size {
             None => PAGE_SIZE,
             Some(size) if size.is_power_of_two() && size > PAGE_SIZE => size,
@@ -196,23 +199,24 @@ impl RamBlock {
         let huge = config
             .hugepage_size
             .map_or(0, |size| size.trailing_zeros() << libc::MAP_HUGE_SHIFT);
-        let fd = if given.is_some() {
-            given
-        } else if config.shared {
-            let made = memfd(config.hugepage_size.map(|_| huge), size);
-            Some(made.map_err(|error| match config.hugepage_size {
-                Some(page) => hugepages::refusal(size, page, error),
-                None => host_error("allocate")(error),
-            })?)
-        } else {
-            None
+        let backing = match given {
+            Some(given) => given,
+            None if config.shared => {
+                let made = memfd(config.hugepage_size.map(|_| huge), size);
+                Backing::Shared(made.map_err(|error| match config.hugepage_size {
+                    Some(page) => hugepages::refusal(size, page, error),
+                    None => host_error("allocate")(error),
+                })?)
+            }
+            None => Backing::Anonymous,
         };
         // A memfd of huge pages fixes the page size of its mappings, so only anonymous memory needs
         // MAP_HUGETLB.
-        let mut flags = match (&fd, config.hugepage_size) {
-            (Some(_), _) => libc::MAP_SHARED,
-            (None, None) => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-            (None, Some(_)) => {
+        let mut flags = match (&backing, config.hugepage_size) {
+            (Backing::Shared(_), _) => libc::MAP_SHARED,
+            (Backing::View(..), _) => libc::MAP_PRIVATE,
+            (Backing::Anonymous, None) => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+            (Backing::Anonymous, Some(_)) => {
                 libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | huge.cast_signed()
             }
         };
@@ -221,7 +225,9 @@ impl RamBlock {
         if !config.reserve && config.hugepage_size.is_none() {
             flags |= libc::MAP_NORESERVE;
         }
-        let raw_fd = fd.as_ref().map_or(-1, AsRawFd::as_raw_fd);
+        // Checked by who made it: the bytes are within the file.
+        let offset = libc::off_t::try_from(backing.offset()).unwrap_or(libc::off_t::MAX);
+        let raw_fd = backing.file().map_or(-1, AsRawFd::as_raw_fd);
         // SAFETY: a new mapping where the kernel finds room for it, so it replaces nothing.
         let host = unsafe {
             libc::mmap(
@@ -230,7 +236,7 @@ impl RamBlock {
                 libc::PROT_READ | libc::PROT_WRITE,
                 flags,
                 raw_fd,
-                0,
+                offset,
             )
         };
         if host == libc::MAP_FAILED {
@@ -248,13 +254,15 @@ impl RamBlock {
             unsafe { libc::munmap(host.as_ptr().cast(), len) };
             host_error("watch")(error)
         })?;
+        let is_view = matches!(backing, Backing::View(..));
         let block = Self {
             host,
             len,
-            fd,
+            backing,
+            holes: AtomicUsize::new(0),
             dirty: DirtyBitmap::new(len),
             page_size,
-            thp: config.thp && config.hugepage_size.is_none(),
+            thp: config.thp && config.hugepage_size.is_none() && !is_view,
             registered: ManuallyDrop::new(registered),
         };
 
@@ -263,7 +271,8 @@ impl RamBlock {
                 .advise(libc::MADV_MERGEABLE)
                 .map_err(host_error("make mergeable"))?;
         }
-        if config.hugepage_size.is_none() {
+        // A view has the pages of the page cache, whatever their size.
+        if config.hugepage_size.is_none() && !is_view {
             let thp = if config.thp {
                 libc::MADV_HUGEPAGE
             } else {
@@ -278,9 +287,12 @@ impl RamBlock {
         // MADV_POPULATE_WRITE reports a lack of memory now. MAP_POPULATE would ignore it, and the
         // guest would meet it later.
         if config.prefault {
-            block
-                .advise(libc::MADV_POPULATE_WRITE)
-                .map_err(host_error("populate"))?;
+            // A view is populated with the file's pages: a private copy of each would share nothing.
+            let populate = match is_view {
+                true => libc::MADV_POPULATE_READ,
+                false => libc::MADV_POPULATE_WRITE,
+            };
+            block.advise(populate).map_err(host_error("populate"))?;
         }
         Ok(block)
     }
@@ -315,7 +327,8 @@ impl RamBlock {
     }
 
     /// Gives the pages that are wholly among `len` bytes from `offset` on back to the host; they read
-    /// as zeros from now on, and count as written. Returns how many bytes they are.
+    /// as zeros from now on, and count as written. Returns how many bytes they are: 0 if a private view
+    /// of a file keeps them, as they are, because they are too few or in too many pieces.
     ///
     /// # Errors
     /// When the host refuses.
@@ -331,9 +344,11 @@ impl RamBlock {
         // On shared memory MADV_DONTNEED drops only this process's page table entries: the memfd
         // keeps the pages. MADV_REMOVE punches a hole into the file, which the seals permit: they
         // fix its size only. Private anonymous memory has no file, and MADV_REMOVE fails there.
-        let advice = match &self.fd {
-            Some(_) => libc::MADV_REMOVE,
-            None => libc::MADV_DONTNEED,
+        let advice = match &self.backing {
+            Backing::Shared(_) => libc::MADV_REMOVE,
+            Backing::Anonymous => libc::MADV_DONTNEED,
+            // Either advice would show the file's content again, in place of zeros.
+            Backing::View(..) => return self.replace(first, len),
         };
         // SAFETY: whole pages of our mapping. What others read or write there meanwhile is what a
         // guest may do to its memory at any time: all access is volatile.
@@ -368,7 +383,15 @@ impl RamBlock {
     /// The memfd behind a shared block, mapped from its start on.
     #[must_use]
     pub fn file(&self) -> Option<&File> {
-        self.fd.as_ref()
+        match &self.backing {
+            Backing::Shared(file) => Some(file),
+            Backing::Anonymous | Backing::View(..) => None,
+        }
+    }
+
+    /// The file behind the block, shared or not.
+    pub(crate) fn backing(&self) -> &Backing {
+        &self.backing
     }
 
     /// The size of the pages behind it, in bytes.

@@ -16,7 +16,7 @@ mod channels;
 mod comparing;
 mod deciding;
 mod following;
-mod postcopy;
+pub(crate) mod postcopy;
 mod preparing;
 mod receiving;
 mod router;
@@ -78,6 +78,20 @@ pub trait Destination: Send {
     /// The guest cannot resume; says whether it may have run for a moment.
     fn start(&mut self, stopped_for: Duration, paused: bool) -> Result<Instant, StartFailure>;
 
+    /// Returns a function that halts the guest at once and marks memory that it waits for as lost. Any
+    /// thread may call it, also one that the driver of the VM waits for.
+    fn halter(&self) -> Box<dyn Fn() + Send + Sync> {
+        let ram: Vec<_> = self.blocks().into_iter().map(|block| block.ram).collect();
+        Box::new(move || ram.iter().for_each(|ram| ram.lose_awaited()))
+    }
+
+    /// Ends a guest that was started here, because memory that it needs cannot be read. No thread of the
+    /// guest sees zeros in its place, and the VM shows the reason where the implementation keeps it.
+    fn fail(&mut self, why: &Refusal) {
+        tracing::error!(%why, "a guest lost memory and is ended");
+        self.discard();
+    }
+
     /// The guest does not come; or it runs here already, and the rest of it does not come: then it
     /// ends at once.
     fn discard(&mut self);
@@ -108,7 +122,8 @@ pub enum Fate {
 
 /// Makes machines for guests that come.
 pub trait Host: Send + Sync {
-    /// Builds a machine. In a local migration `files` are its memory, one for each block.
+    /// Builds a machine. In a local migration `files` are its memory, one for each block; at a restore
+    /// they are one file, once for each block, of which the blocks are private views, one after another.
     ///
     /// # Errors
     /// The machine cannot be built. The users of both sides see the text.

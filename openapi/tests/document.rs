@@ -328,6 +328,9 @@ const STRICTER: &[(&str, &[&str])] = &[
 /// Bodies that the service only sends: there, more is promised rather than asked.
 const SENT: &[&str] = &["VmmPingResponse", "VmInfo", "DeviceNode", "PciDeviceInfo"];
 
+/// Values that Whimbrel understands beyond the contract's, in bodies that it only receives.
+const ADDED: &[(&str, &str)] = &[("MemoryRestoreMode", "Map")];
+
 #[test]
 fn has_cloud_hypervisor_bodies() {
     let document = document();
@@ -397,6 +400,7 @@ fn has_cloud_hypervisor_bodies() {
                 values
                     .iter()
                     .filter_map(Value::as_str)
+                    .filter(|value| !ADDED.contains(&(name.as_str(), value)))
                     .map(str::to_owned)
                     .collect()
             })

@@ -17,6 +17,7 @@ mod proxy;
 mod serial;
 mod service;
 mod shell;
+pub mod snapshots;
 mod vsock;
 
 pub use machine::{BOOTS, Machine, RUNS};

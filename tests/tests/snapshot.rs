@@ -7,53 +7,13 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use openapi::{Client, ClientError};
+use openapi::Client;
 use rustix::process::Signal;
-use spec::{MigrationInfo, MigrationPhase, RestoreConfig, VmId, VmSnapshotConfig, VmState};
+use spec::{MigrationPhase, VmId, VmSnapshotConfig, VmState};
+use tests::snapshots::{from, over, refused, restore, snapshot, to};
 use tests::{Face, Service, built, dirtier};
 
 const PATIENCE: Duration = Duration::from_secs(60);
-
-fn to(dir: &Path) -> VmSnapshotConfig {
-    VmSnapshotConfig {
-        destination_url: format!("file://{}", dir.display()),
-    }
-}
-
-fn from(dir: &Path, resume: bool) -> RestoreConfig {
-    let body = serde_json::json!({
-        "source_url": format!("file://{}", dir.display()), "resume": resume,
-    });
-    serde_json::from_value(body).unwrap()
-}
-
-async fn over(at: &Service, begun: &MigrationInfo) -> MigrationInfo {
-    let id: VmId = begun.id.parse().unwrap();
-    let over = at.until(&id, PATIENCE, |info| info.phase.is_over()).await;
-    over.unwrap()
-}
-
-async fn snapshot(at: &Service, vm: &VmId, dir: &Path) -> MigrationInfo {
-    let begun = at.client().vms_snapshot(vm, &to(dir)).await.unwrap();
-    over(at, &begun).await
-}
-
-async fn restore(at: &Service, vm: &VmId, dir: &Path, resume: bool) -> MigrationInfo {
-    let begun = at.client().vms_restore(vm, &from(dir, resume)).await;
-    over(at, &begun.unwrap()).await
-}
-
-#[track_caller]
-fn refused<T: std::fmt::Debug>(result: Result<T, ClientError>, status: u16, code: &str) {
-    let Err(ClientError::Problem(problem)) = result else {
-        unreachable!("{result:?}");
-    };
-    assert_eq!(
-        (problem.status, problem.code.as_str()),
-        (status, code),
-        "{problem:?}"
-    );
-}
 
 /// The guest goes on after its snapshot, and comes back from it as it was: here and in another service.
 #[tokio::test]
@@ -197,8 +157,10 @@ async fn requests_that_cannot_be_are_refused_and_change_nothing() {
         "vm-exists",
     );
     let other: VmId = "other".parse().unwrap();
-    let on_demand = RestoreConfig {
+    // As Cloud Hypervisor has it.
+    let on_demand = spec::RestoreConfig {
         memory_restore_mode: spec::MemoryRestoreMode::OnDemand,
+        prefault: true,
         ..from(&dir, true)
     };
     refused(

@@ -135,7 +135,7 @@ async fn restore(registry: &Registry, id: VmId, snapshot: RestoreConfig) -> Resu
     let begun = tokio::task::spawn_blocking(move || registry.restore(&id, &snapshot));
     let restore = begun.await?.map_err(|error| explained(&error))?;
     // Held by us, so it does not go.
-    let _ = restore.over().wait_for(|over| *over).await;
+    let _ = restore.settled().wait_for(|settled| *settled).await;
     match restore.info().error {
         None => Ok(()),
         Some(error) => bail!("{} ({})", error.detail, error.code),

@@ -31,15 +31,32 @@ enum Stage {
     Over = 2,
 }
 
+/// Requests pages that a thread waits for.
+pub(crate) trait Ask: Send {
+    /// Requests a page: the block's index, and the page's. After an error nothing is asked for until
+    /// there is another channel, which gets all requests again.
+    ///
+    /// # Errors
+    /// The channel is closed.
+    fn ask(&mut self, block: usize, page: usize) -> Result<(), WireError>;
+}
+
+impl Ask for Box<dyn Stream> {
+    fn ask(&mut self, block: usize, page: usize) -> Result<(), WireError> {
+        let body = pages::encode_fault(block as u32, page as u64);
+        wire::write(&mut **self, Kind::Fault, &[&body])
+    }
+}
+
 /// Memory of which pages are still at the source.
-pub(super) struct PostcopyReceiver {
+pub(crate) struct PostcopyReceiver {
     faults: UserFaults,
     /// Missing pages of each block.
     missing: Vec<DirtyBitmap>,
     /// Pages that a thread waits for, and since when.
     waited: Mutex<HashMap<(usize, usize), Instant>>,
     /// The faults channel; `None` without a connection.
-    ask: Mutex<Option<Box<dyn Stream>>>,
+    ask: Mutex<Option<Box<dyn Ask>>>,
     /// How long pages were waited for, in microseconds.
     latencies: Mutex<Vec<u64>>,
     /// A [`Stage`].
@@ -51,10 +68,10 @@ pub(super) struct PostcopyReceiver {
 impl PostcopyReceiver {
     /// `missing` is what the source has still. What this side has of it is of an earlier time, and
     /// thrown away.
-    pub(super) fn new(
+    pub(crate) fn new(
         blocks: &[Block],
         missing: Vec<DirtyBitmap>,
-        ask: Box<dyn Stream>,
+        ask: impl Ask + 'static,
         patience: Duration,
     ) -> std::io::Result<Self> {
         for (block, missing) in blocks.iter().zip(&missing) {
@@ -73,7 +90,7 @@ impl PostcopyReceiver {
             faults: UserFaults::new(blocks)?,
             missing,
             waited: Mutex::default(),
-            ask: Mutex::new(Some(ask)),
+            ask: Mutex::new(Some(Box::new(ask))),
             latencies: Mutex::default(),
             stage: AtomicU8::new(Stage::Before as u8),
             patience,
@@ -82,7 +99,7 @@ impl PostcopyReceiver {
 
     /// Asks for what is touched, until it is over. On a thread of its own, which touches no guest
     /// memory.
-    pub(super) fn watch(&self, progress: &Progress) {
+    pub(crate) fn watch(&self, progress: &Progress) {
         let mut later = Vec::new();
         while self.is_whole() {
             // A page in `later` has a thread waiting for it, so the loop must not sleep until the
@@ -145,12 +162,12 @@ impl PostcopyReceiver {
     }
 
     /// The guest runs here from now on. False if pages did not come that were waited for before.
-    pub(super) fn start(&self) -> bool {
+    pub(crate) fn start(&self) -> bool {
         self.turn(Stage::Before, Stage::Started)
     }
 
     /// Ends the wait for pages because the source is gone and the guest does not run here yet.
-    pub(super) fn give_up(&self) {
+    pub(crate) fn give_up(&self) {
         if !self.turn(Stage::Before, Stage::Over) {
             return;
         }
@@ -162,13 +179,18 @@ impl PostcopyReceiver {
     }
 
     /// Whether all that was waited for so far has come.
-    pub(super) fn is_whole(&self) -> bool {
+    pub(crate) fn is_whole(&self) -> bool {
         self.stage.load(Ordering::Acquire) != Stage::Over as u8
     }
 
-    fn is_missing(&self, block: usize, page: usize) -> bool {
+    pub(crate) fn is_missing(&self, block: usize, page: usize) -> bool {
         let missing = self.missing.get(block);
         missing.is_some_and(|missing| missing.is_dirty(page * PAGE))
+    }
+
+    /// Whether a thread waits for a page.
+    pub(crate) fn is_waited_for(&self) -> bool {
+        !self.waited.lock().is_empty()
     }
 
     /// Waits for a page, and asks the source for it. False if it is not missing.
@@ -208,9 +230,8 @@ impl PostcopyReceiver {
     fn ask_for(&self, block: usize, page: usize) {
         // The lock covers the write: `watch` and `connect` must not interleave their frames.
         let mut ask = self.ask.lock();
-        let Some(stream) = &mut *ask else { return };
-        let body = pages::encode_fault(block as u32, page as u64);
-        if wire::write(&mut **stream, Kind::Fault, &[&body]).is_err() {
+        let Some(channel) = &mut *ask else { return };
+        if channel.ask(block, page).is_err() {
             // It is asked for again over the next connection.
             *ask = None;
         }
@@ -223,9 +244,6 @@ impl PostcopyReceiver {
         came: &Decoded<'_>,
         mut admitted: impl FnMut(usize, Option<&[u8; PAGE]>) -> bool,
     ) -> Result<(), WireError> {
-        let Some(missing) = self.missing.get(came.block) else {
-            return Ok(());
-        };
         if !self.is_whole() {
             // The machine has ended: the pages are not needed.
             return Ok(());
@@ -233,44 +251,56 @@ impl PostcopyReceiver {
         for (page, data) in came.pages() {
             // A page can come twice, over a lost connection and its successor. The guest may also
             // have given it back: filling it would restore old content.
-            if !missing.is_dirty(page * PAGE) || !admitted(page, data) {
-                continue;
-            }
-            let fill = || match data {
-                Some(data) => self.faults.fill(came.block, page, data),
-                None => self.faults.zero(came.block, page),
-            };
-            // No lock is held in this loop: the watch thread has to read the removal, and takes
-            // `waited` for it.
-            loop {
-                match fill() {
-                    // Memory is being given back, of which the watch is to hear.
-                    Err(error) if error.kind() == ErrorKind::WouldBlock && self.is_whole() => {
-                        std::thread::yield_now();
-                    }
-                    filled => break filled?,
-                }
-            }
-            // Behind the filling: who finds a page that is not missing takes it for one of zeros.
-            let _ = missing.take_page(page);
-            if let Some(since) = self.waited.lock().remove(&(came.block, page)) {
-                let mut latencies = self.latencies.lock();
-                if latencies.len() == KEPT {
-                    latencies.clear();
-                }
-                latencies.push(micros(since.elapsed()));
+            if self.is_missing(came.block, page) && admitted(page, data) {
+                self.fill_page(came.block, page, data)?;
             }
         }
         Ok(())
     }
 
+    /// Fills a page that is missing; absent content: zeros.
+    pub(crate) fn fill_page(
+        &self,
+        block: usize,
+        page: usize,
+        data: Option<&[u8; PAGE]>,
+    ) -> std::io::Result<()> {
+        let fill = || match data {
+            Some(data) => self.faults.fill(block, page, data),
+            None => self.faults.zero(block, page),
+        };
+        // No lock is held in this loop: the watch thread has to read the removal, and takes
+        // `waited` for it.
+        loop {
+            match fill() {
+                // Memory is being given back; the watch thread reads that event.
+                Err(error) if error.kind() == ErrorKind::WouldBlock && self.is_whole() => {
+                    std::thread::yield_now();
+                }
+                filled => break filled?,
+            }
+        }
+        // After the page is filled: a fault on a page that is not missing is answered with zeros.
+        if let Some(missing) = self.missing.get(block) {
+            let _ = missing.take_page(page);
+        }
+        if let Some(since) = self.waited.lock().remove(&(block, page)) {
+            let mut latencies = self.latencies.lock();
+            if latencies.len() == KEPT {
+                latencies.clear();
+            }
+            latencies.push(micros(since.elapsed()));
+        }
+        Ok(())
+    }
+
     /// The machine has ended, and needs no pages.
-    pub(super) fn is_lost(&self) -> bool {
+    pub(crate) fn is_lost(&self) -> bool {
         self.faults.is_lost()
     }
 
     /// How many pages are missing.
-    pub(super) fn left(&self) -> usize {
+    pub(crate) fn left(&self) -> usize {
         self.missing.iter().map(DirtyBitmap::count).sum()
     }
 
@@ -291,15 +321,15 @@ impl PostcopyReceiver {
     }
 
     /// There is no connection; what is waited for waits.
-    pub(super) fn disconnect(&self) {
+    pub(crate) fn disconnect(&self) {
         *self.ask.lock() = None;
     }
 
     /// There is one again: what is waited for is asked for again.
-    pub(super) fn connect(&self, ask: Box<dyn Stream>) {
+    pub(super) fn connect(&self, ask: impl Ask + 'static) {
         // The stream comes first. A fault between these two lines is asked for twice, which is
         // harmless; in the other order it would never be asked for.
-        *self.ask.lock() = Some(ask);
+        *self.ask.lock() = Some(Box::new(ask));
         // A copy, so that the socket is not written under a lock that `fill` needs.
         let waited: Vec<_> = self.waited.lock().keys().copied().collect();
         for (block, page) in waited {
@@ -323,7 +353,7 @@ impl PostcopyReceiver {
     }
 
     /// Ends all waits: all pages are present, or none will come any more.
-    pub(super) fn end(&self, progress: &Progress) {
+    pub(crate) fn end(&self, progress: &Progress) {
         self.stage.store(Stage::Over as u8, Ordering::Release);
         self.report_faults(progress);
         if let Err(error) = self.faults.end() {
@@ -361,7 +391,13 @@ mod tests {
         // Nothing is missing, so every fault takes the path through `later`.
         let missing = vec![DirtyBitmap::new(ram.len())];
         let patience = Duration::from_secs(10);
-        let receiver = PostcopyReceiver::new(&blocks, missing, Box::new(near), patience).unwrap();
+        let receiver = PostcopyReceiver::new(
+            &blocks,
+            missing,
+            Box::new(near) as Box<dyn Stream>,
+            patience,
+        )
+        .unwrap();
         assert!(receiver.start());
         let progress = Progress::default();
         std::thread::scope(|scope| {
@@ -410,8 +446,13 @@ mod tests {
         missing.mark(0, PAGE);
         let (near, _far) = UnixStream::pair().unwrap();
         let patience = Duration::from_secs(10);
-        let receiver =
-            PostcopyReceiver::new(&blocks, vec![missing], Box::new(near), patience).unwrap();
+        let receiver = PostcopyReceiver::new(
+            &blocks,
+            vec![missing],
+            Box::new(near) as Box<dyn Stream>,
+            patience,
+        )
+        .unwrap();
         let run = pages::Run {
             block: 0,
             first: 0,
@@ -447,8 +488,13 @@ mod tests {
         }];
         let (near, _far) = UnixStream::pair().unwrap();
         let patience = Duration::from_secs(10);
-        let receiver =
-            PostcopyReceiver::new(&blocks, vec![missing], Box::new(near), patience).unwrap();
+        let receiver = PostcopyReceiver::new(
+            &blocks,
+            vec![missing],
+            Box::new(near) as Box<dyn Stream>,
+            patience,
+        )
+        .unwrap();
         for page in [1, 63, 65, 1000, PAGES - 1] {
             let reader = Arc::clone(&ram);
             let read = std::thread::spawn(move || {

@@ -19,16 +19,19 @@
 //! before it is used. The hashes show damage; they do not show who wrote the files.
 
 mod manifest;
+mod on_demand;
 mod read;
 mod restore;
 mod write;
 
 #[cfg(test)]
+mod restore_tests;
+#[cfg(test)]
 mod tests;
 
 pub use self::manifest::{Manifest, VERSION};
 pub use self::read::{RestoreError, Snapshot};
-pub use self::restore::{Restoring, restore};
+pub use self::restore::{Memory, Restoring, restore};
 pub use self::write::{Saved, Writing, write};
 
 use crate::MigrationError;

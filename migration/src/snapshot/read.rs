@@ -15,7 +15,7 @@ use super::{CHUNK, HASHES, MACHINE, MANIFEST, MEMORY, STATE, VERSION, ZEROS, has
 use crate::decision::Decision;
 use crate::message::{BlockInfo, Offer, Refusal};
 use crate::pages::{Block, PAGE};
-use crate::progress::{Phase, Progress};
+use crate::progress::Progress;
 
 /// Why a snapshot cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -71,8 +71,8 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    /// Opens the snapshot in a folder. Checks everything but the pages of memory, which [`fill`](Self::fill)
-    /// checks.
+    /// Opens the snapshot in a folder. Checks everything but the pages of memory and their hashes, which
+    /// are checked by what reads them.
     ///
     /// # Errors
     /// A file is missing, has another size or content than the manifest says, or the manifest is refused.
@@ -95,16 +95,14 @@ impl Snapshot {
         check_size(MEMORY, size, memory_size)?;
         let (hashes, size) = folder.file(HASHES)?;
         check_size(HASHES, size, memory_size / PAGE as u64 * 8)?;
-        let snapshot = Self {
+        Ok(Self {
             manifest,
             machine,
             state,
             memory,
             hashes,
             dir: dir.to_owned(),
-        };
-        snapshot.check_hashes()?;
-        Ok(snapshot)
+        })
     }
 
     /// The manifest.
@@ -137,7 +135,7 @@ impl Snapshot {
         }
     }
 
-    fn unreadable(&self, name: &str, source: io::Error) -> RestoreError {
+    pub(super) fn unreadable(&self, name: &str, source: io::Error) -> RestoreError {
         RestoreError::Host {
             path: self.dir.join(name),
             source,
@@ -145,7 +143,7 @@ impl Snapshot {
     }
 
     /// The hashes are checked as a whole, and then trusted: a page is checked against them by itself.
-    fn check_hashes(&self) -> Result<(), RestoreError> {
+    pub(super) fn check_hashes(&self) -> Result<(), RestoreError> {
         let (mut all, mut position) = (Xxh3::new(), 0);
         let mut buffer = vec![0; CHUNK * PAGE];
         while position < self.manifest.hashes.size {
@@ -175,40 +173,73 @@ impl Snapshot {
         progress: &Progress,
         decision: &Decision,
     ) -> Result<(), RestoreError> {
+        self.check_blocks(blocks)?;
+        self.check_hashes()?;
+        self.read_all(progress, decision, |block, offset, content| {
+            let block = blocks.get(block).ok_or_else(|| damaged(MEMORY))?;
+            let slice = block.ram.slice(offset, content.len());
+            slice.ok_or_else(|| damaged(MEMORY))?.copy_from(content);
+            Ok(())
+        })
+    }
+
+    /// Checks all of the memory against its hashes.
+    ///
+    /// # Errors
+    /// A page differs from its hash, the host cannot read, or restoring was canceled.
+    pub fn verify(&self, progress: &Progress, decision: &Decision) -> Result<(), RestoreError> {
+        self.check_hashes()?;
+        self.read_all(progress, decision, |_, _, _| Ok(()))
+    }
+
+    /// Checks that a machine has the blocks of memory that the snapshot has.
+    pub(super) fn check_blocks(&self, blocks: &[Block]) -> Result<(), RestoreError> {
         let sizes = self.manifest.memory.iter().map(|block| block.size);
-        if !sizes.eq(blocks.iter().map(|block| block.ram.len() as u64)) {
-            let why = "the machine has other blocks of memory than the snapshot".to_owned();
-            return Err(RestoreError::Damaged(why));
+        if sizes.eq(blocks.iter().map(|block| block.ram.len() as u64)) {
+            return Ok(());
         }
-        let total: u64 = blocks.iter().map(|block| block.ram.len() as u64).sum();
+        let why = "the machine has other blocks of memory than the snapshot".to_owned();
+        Err(RestoreError::Damaged(why))
+    }
+
+    /// Reads all of the memory in its order, checks each page, and gives neighbouring pages with content
+    /// to `take`: the block's index, the offset into it, and the content.
+    pub(super) fn read_all(
+        &self,
+        progress: &Progress,
+        decision: &Decision,
+        mut take: impl FnMut(usize, usize, &[u8]) -> Result<(), RestoreError>,
+    ) -> Result<(), RestoreError> {
+        let total = self.manifest.memory_size().unwrap_or(0);
         progress.update(|report| {
-            report.phase = Phase::Stopped;
             report.memory_bytes = total;
             report.remaining_pages = total / PAGE as u64;
         });
         let begun = Instant::now();
         let mut position = 0;
         let mut buffer = vec![0; CHUNK * PAGE];
-        let mut marks = [0; CHUNK * 8];
-        for block in blocks {
-            for offset in (0..block.ram.len()).step_by(buffer.len()) {
+        for (index, block) in self.manifest.memory.iter().enumerate() {
+            let size = usize::try_from(block.size).map_err(|_| damaged(MEMORY))?;
+            for offset in (0..size).step_by(buffer.len()) {
                 if decision.is_canceled() {
                     return Err(RestoreError::Canceled);
                 }
-                let len = buffer.len().min(block.ram.len() - offset);
-                let marks = &mut marks[..len / PAGE * 8];
-                let read = self.hashes.read_exact_at(marks, position / PAGE as u64 * 8);
-                read.map_err(|error| self.unreadable(HASHES, error))?;
-                let copied = self.copy(block, offset, position, marks, &mut buffer[..len])?;
+                let len = buffer.len().min(size - offset);
+                let at = Place {
+                    block: index,
+                    offset,
+                    position,
+                };
+                let full = self.read(at, &mut buffer[..len], &mut take)?;
                 position += len as u64;
                 let pages = (len / PAGE) as u64;
                 let us = u64::try_from(begun.elapsed().as_micros())
                     .unwrap_or(u64::MAX)
                     .max(1);
                 progress.update(|report| {
-                    report.pages += copied;
-                    report.zero_pages += pages - copied;
-                    report.sent_bytes += copied * PAGE as u64;
+                    report.pages += full;
+                    report.zero_pages += pages - full;
+                    report.sent_bytes += full * PAGE as u64;
                     report.verified_pages += pages;
                     report.remaining_pages = report.remaining_pages.saturating_sub(pages);
                     report.bytes_per_second = position.saturating_mul(1_000_000) / us;
@@ -218,44 +249,71 @@ impl Snapshot {
         Ok(())
     }
 
-    /// Copies the pages of one chunk that are not zeros. Returns their number.
-    fn copy(
+    /// Reads neighbouring pages, at most [`CHUNK`], and checks those that are not zeros, which `take`
+    /// gets. Returns their number.
+    pub(super) fn read(
         &self,
-        block: &Block,
-        offset: usize,
-        position: u64,
-        marks: &[u8],
+        at: Place,
         buffer: &mut [u8],
+        mut take: impl FnMut(usize, usize, &[u8]) -> Result<(), RestoreError>,
     ) -> Result<u64, RestoreError> {
-        let (marks, _) = marks.as_chunks::<8>();
-        let marks: Vec<u64> = marks.iter().map(|mark| u64::from_le_bytes(*mark)).collect();
-        let (mut page, mut copied) = (0, 0);
+        let marks = self.marks(at.position / PAGE as u64, buffer.len() / PAGE)?;
+        let (mut page, mut full) = (0, 0);
         for run in marks.chunk_by(|a, b| (*a == ZEROS) == (*b == ZEROS)) {
             let range = page * PAGE..(page + run.len()) * PAGE;
-            if run.first() != Some(&ZEROS) {
-                let at = position + range.start as u64;
-                let content = &mut buffer[range.clone()];
-                let read = self.memory.read_exact_at(content, at);
-                read.map_err(|error| self.unreadable(MEMORY, error))?;
-                let mut pages = content.chunks_exact(PAGE).zip(run);
-                if let Some(index) = pages.position(|(page, mark)| hash(page) != *mark) {
-                    let name = &block.name;
-                    let number = (offset + range.start) / PAGE + index;
-                    let why = format!("page {number} of {name} differs from its hash");
-                    return Err(RestoreError::Damaged(why));
-                }
-                let slice = block.ram.slice(offset + range.start, content.len());
-                let slice = slice.ok_or_else(|| damaged(MEMORY))?;
-                slice.copy_from(&content[..]);
-                copied += run.len() as u64;
-            }
             page += run.len();
+            if run.first() == Some(&ZEROS) {
+                continue;
+            }
+            let content = buffer.get_mut(range.clone());
+            let content = content.ok_or_else(|| damaged(MEMORY))?;
+            let read = self
+                .memory
+                .read_exact_at(content, at.position + range.start as u64);
+            read.map_err(|error| self.unreadable(MEMORY, error))?;
+            let mut pages = content.chunks_exact(PAGE).zip(run);
+            if let Some(index) = pages.position(|(page, mark)| hash(page) != *mark) {
+                let name = self.manifest.memory.get(at.block);
+                let name = name.map_or("", |block| block.name.as_str());
+                let number = (at.offset + range.start) / PAGE + index;
+                let why = format!("page {number} of {name} differs from its hash");
+                return Err(RestoreError::Damaged(why));
+            }
+            take(at.block, at.offset + range.start, content)?;
+            full += run.len() as u64;
         }
-        Ok(copied)
+        Ok(full)
+    }
+
+    /// Reads the hashes of neighbouring pages, at most [`CHUNK`], from a page of the file on.
+    pub(super) fn marks(&self, first: u64, count: usize) -> Result<Vec<u64>, RestoreError> {
+        let mut raw = [0; CHUNK * 8];
+        let raw = raw.get_mut(..count * 8).ok_or_else(|| damaged(HASHES))?;
+        let read = self.hashes.read_exact_at(raw, first * 8);
+        read.map_err(|error| self.unreadable(HASHES, error))?;
+        let (marks, _) = raw.as_chunks::<8>();
+        Ok(marks.iter().map(|mark| u64::from_le_bytes(*mark)).collect())
+    }
+
+    /// The file of the memory, to map it.
+    pub(super) fn memory(&self) -> Result<File, RestoreError> {
+        let duplicate = self.memory.try_clone();
+        duplicate.map_err(|error| self.unreadable(MEMORY, error))
     }
 }
 
-fn damaged(name: &str) -> RestoreError {
+/// The place of pages.
+#[derive(Clone, Copy)]
+pub(super) struct Place {
+    /// The index of their block.
+    pub(super) block: usize,
+    /// Their offset into the block.
+    pub(super) offset: usize,
+    /// Their offset into the file.
+    pub(super) position: u64,
+}
+
+pub(super) fn damaged(name: &str) -> RestoreError {
     RestoreError::Damaged(format!("{name} differs from its hash"))
 }
 

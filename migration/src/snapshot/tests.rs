@@ -25,7 +25,7 @@ fn block(name: &str, pages: usize) -> Block {
 }
 
 /// A guest with two blocks, of which the pages `written` have content.
-fn guest(written: &[usize]) -> Vec<Block> {
+pub(super) fn guest(written: &[usize]) -> Vec<Block> {
     let blocks = vec![block("low", 300), block("high", 7)];
     for &page in written {
         let (block, page) = if page < 300 {
@@ -70,7 +70,7 @@ fn write_to(dir: &Path, blocks: &[Block]) -> (Result<(), Refusal>, Progress) {
     (write(&writing, || Ok(saved(blocks))), progress)
 }
 
-fn content(blocks: &[Block]) -> Vec<u8> {
+pub(super) fn content(blocks: &[Block]) -> Vec<u8> {
     let mut all = Vec::new();
     for block in blocks {
         let mut part = vec![0; block.ram.len()];
@@ -94,7 +94,7 @@ fn read_from(dir: &Path) -> Result<Vec<u8>, RestoreError> {
 }
 
 /// A folder with a snapshot of a guest whose pages 0, 5, 6, 299 and 301 have content.
-fn example() -> (TempDir, Vec<u8>) {
+pub(super) fn example() -> (TempDir, Vec<u8>) {
     let dir = tempfile::tempdir().unwrap();
     let blocks = guest(&[0, 5, 6, 299, 301]);
     write_to(dir.path(), &blocks).0.unwrap();

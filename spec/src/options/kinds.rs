@@ -163,6 +163,7 @@ pub const RESTORE: OptionKind = OptionKind {
         ("prefault", "prefault", Form::Switch),
         ("memory_restore_mode", "memory_restore_mode", Form::Word),
         ("resume", "resume", Form::Switch),
+        ("verify", "verify", Form::Switch),
     ],
     also: &[],
 };

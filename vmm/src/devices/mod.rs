@@ -46,8 +46,18 @@ pub(crate) struct MachineOrigin {
     /// Postcopy is possible. A device that waits for a missing page blocks its thread, so the
     /// machine gets event loops of its own and other VMs' devices do not wait with it.
     pub(crate) may_wait: bool,
-    /// The guest's memory with its contents, from a local migration; allocated when absent.
-    pub(crate) memory: Option<Arc<File>>,
+    pub(crate) memory: MemoryOrigin,
+}
+
+/// The place from which a machine gets its memory.
+#[derive(Clone, Debug)]
+pub(crate) enum MemoryOrigin {
+    /// The host, which gives pages of zeros.
+    New,
+    /// Another process, which gave the memory with its contents: a local migration.
+    Given(Arc<File>),
+    /// A file of whose content the memory is a private view. Populated first if `prefault` is set.
+    View { file: Arc<File>, prefault: bool },
 }
 
 impl Default for MachineOrigin {
@@ -57,7 +67,7 @@ impl Default for MachineOrigin {
             on_bus: BTreeMap::new(),
             owner: ResourceOwner::ThisMachine,
             may_wait: false,
-            memory: None,
+            memory: MemoryOrigin::New,
         }
     }
 }

@@ -41,7 +41,8 @@ pub(crate) struct DestinationParts {
     pub(crate) reporter: Reporter,
 }
 
-const PAGES_ARRIVING: &str = "pages of the guest's memory are still arriving from the source";
+const PAGES_ARRIVING: &str = "pages of the guest's memory are still arriving from the source or the \
+                              snapshot; wait until that migration or restore is Completed";
 
 fn refused(code: &str) -> impl FnOnce(MoveError) -> Refusal {
     move |error| Refusal::new(code, error.to_string())
@@ -370,6 +371,12 @@ impl Driver {
             Stage::On(machine) => Gone::of(machine),
             _ => Gone::already(),
         }
+    }
+
+    /// Ends a guest whose memory cannot be read any more.
+    pub(crate) fn fail_guest(&mut self, failure: Failure, sources: &mut Sources<'_>) {
+        tracing::error!(detail = failure.detail, "a guest lost memory and is ended");
+        self.switch_off(End::Failed(failure), sources);
     }
 
     /// A guest is to come: nothing is done with this VM until it has.

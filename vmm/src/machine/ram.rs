@@ -1,12 +1,13 @@
 //! The guest's RAM: allocating it, and its place in the memory map.
 
+use std::fs::File;
 use std::sync::Arc;
 
 use memory::{LostWatch, RamBlock, RamConfig, RamSlice, SpaceKind, Transaction};
 use spec::VmConfig;
 
 use crate::arch::x86_64::layout::Layout;
-use crate::devices::MachineOrigin;
+use crate::devices::{MachineOrigin, MemoryOrigin};
 use crate::failure::BuildError;
 use crate::guest_event::{GuestEvent, Reporter};
 
@@ -16,14 +17,20 @@ pub(super) fn new(
     origin: &MachineOrigin,
     reporter: &Reporter,
 ) -> Result<(Arc<RamBlock>, LostWatch), BuildError> {
+    let wanted = ram_config(config);
+    let duplicate = |file: &File| {
+        let why = "duplicate the descriptor of a guest's memory";
+        file.try_clone().map_err(BuildError::host(why))
+    };
     let ram = match &origin.memory {
-        None => RamBlock::new(&ram_config(config))?,
-        Some(given) => {
-            let given = given.try_clone();
-            let given = given.map_err(BuildError::host(
-                "duplicate the descriptor of a guest's memory",
-            ))?;
-            RamBlock::of_file(&ram_config(config), given)?
+        MemoryOrigin::New => RamBlock::new(&wanted)?,
+        MemoryOrigin::Given(file) => RamBlock::of_file(&wanted, duplicate(file)?)?,
+        MemoryOrigin::View { file, prefault } => {
+            let wanted = RamConfig {
+                prefault: *prefault,
+                ..wanted
+            };
+            RamBlock::view_of_file(&wanted, duplicate(file)?, 0)?
         }
     };
     let ram = Arc::new(ram);

@@ -8,14 +8,14 @@ use std::time::{Duration, Instant};
 use control::Registry;
 use memory::RamBlock;
 use migration::{Block, Destination, Fate, Host, Journal, Offer, Refusal, Side, StartFailure};
-use spec::{VmConfig, VmId};
+use spec::{Failure, VmConfig, VmId};
 use uuid::Uuid;
 
 use super::offer::{self, CheckedOffer};
 use super::trust::Allowed;
 use super::{ActiveMigration, Journals, RAM};
 use crate::descriptors;
-use crate::devices::{MachineOrigin, ResourceOwner};
+use crate::devices::{MachineOrigin, MemoryOrigin, ResourceOwner};
 use crate::driver::{Caller, Consoles, DestinationParts, Driver};
 use crate::failure::{self, BuildError};
 use crate::machine::{self, Built, Halter, Machine};
@@ -40,7 +40,10 @@ pub(super) enum GuestOrigin {
     /// Another machine, which has the guest's locks and sockets until it hands them over.
     Migration,
     /// A snapshot. The machine that it was taken of may still run: nothing is taken from it.
-    Snapshot,
+    Snapshot {
+        /// All memory is populated before the guest runs.
+        prefault: bool,
+    },
 }
 
 impl GuestOrigin {
@@ -48,14 +51,23 @@ impl GuestOrigin {
     fn failure_event(self) -> &'static str {
         match self {
             Self::Migration => "migration-failed",
-            Self::Snapshot => "restore-failed",
+            Self::Snapshot { .. } => "restore-failed",
         }
     }
 
     fn owner(self) -> ResourceOwner {
         match self {
             Self::Migration => ResourceOwner::Source,
-            Self::Snapshot => ResourceOwner::ThisMachine,
+            Self::Snapshot { .. } => ResourceOwner::ThisMachine,
+        }
+    }
+
+    /// The memory of the machine. `file` came with the guest.
+    fn memory(self, file: Option<File>) -> MemoryOrigin {
+        match (file.map(Arc::new), self) {
+            (None, _) => MemoryOrigin::New,
+            (Some(file), Self::Migration) => MemoryOrigin::Given(file),
+            (Some(file), Self::Snapshot { prefault }) => MemoryOrigin::View { file, prefault },
         }
     }
 
@@ -63,7 +75,7 @@ impl GuestOrigin {
     fn open_consoles(self, config: &VmConfig, to_itself: bool) -> Result<Consoles, BuildError> {
         match self {
             Self::Migration => Consoles::open_next(config, to_itself),
-            Self::Snapshot => Consoles::open(config, to_itself),
+            Self::Snapshot { .. } => Consoles::open(config, to_itself),
         }
     }
 }
@@ -123,12 +135,12 @@ impl DestinationHost {
             let told = failure::told(&error);
             let detail = match self.origin {
                 GuestOrigin::Migration => format!("at the destination: {}", told.detail),
-                GuestOrigin::Snapshot => told.detail,
+                GuestOrigin::Snapshot { .. } => told.detail,
             };
             Refusal::new(told.code, detail)
         })?;
         let (ram, _) = active.memory();
-        let halter = active.halter();
+        let halter = Arc::new(active.halter());
         let machine = Machine::new(active, &host.background);
         caller.call(move |driver, _| driver.provide(machine, consoles))?;
         Ok(DestinationVm {
@@ -179,8 +191,13 @@ impl Host for DestinationHost {
             on_bus,
             owner: self.origin.owner(),
             may_wait: offer.postcopy,
-            memory: files.into_iter().next().map(Arc::new),
+            memory: self.origin.memory(files.into_iter().next()),
         };
+        let mut resolved = resolved;
+        if let GuestOrigin::Snapshot { prefault } = self.origin {
+            // For this machine only: the next one, after a reboot, is as configured.
+            resolved.memory.prefault = prefault;
+        }
         let built = self.build(vm.clone(), parts, &resolved, &origin);
         let target = built.map_err(give_up)?;
         *self.moving.vm.lock() = Some(vm);
@@ -201,7 +218,7 @@ struct DestinationVm {
     vm: VmId,
     caller: Caller,
     ram: Arc<RamBlock>,
-    halter: Halter,
+    halter: Arc<Halter>,
     stage: Stage,
     origin: GuestOrigin,
 }
@@ -252,6 +269,32 @@ impl Destination for DestinationVm {
             }
             Err(why) if resuming.load(Ordering::Acquire) => Err(StartFailure::MayHaveRun(why)),
             Err(why) => Err(StartFailure::NeverRan(why)),
+        }
+    }
+
+    fn halter(&self) -> Box<dyn Fn() + Send + Sync> {
+        let (halter, ram) = (Arc::clone(&self.halter), Arc::clone(&self.ram));
+        Box::new(move || {
+            // In this order: a vCPU that is let go from a missing page would run on zeros.
+            halter.halt();
+            ram.lose_awaited();
+        })
+    }
+
+    fn fail(&mut self, why: &Refusal) {
+        (self.halter())();
+        // The VM stays, and shows the reason.
+        self.stage = Stage::Gone;
+        let failure = Failure {
+            code: why.code.clone(),
+            detail: why.detail.clone(),
+            vcpu: None,
+        };
+        let ended = self
+            .caller
+            .call(move |driver, sources| driver.fail_guest(failure, sources));
+        if ended.is_err() {
+            tracing::debug!(vm = self.vm.as_str(), "the machine had ended already");
         }
     }
 

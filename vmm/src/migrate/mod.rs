@@ -90,6 +90,8 @@ struct ActiveMigration {
     progress: Progress,
     decision: Decision,
     over: watch::Sender<bool>,
+    /// It is known whether the VM is there; pages of its memory may follow.
+    settled: watch::Sender<bool>,
     /// A destination listens, if only to answer a source that missed the outcome.
     has_endpoint: AtomicBool,
 }
@@ -107,12 +109,19 @@ impl ActiveMigration {
             progress: Progress::default(),
             decision: Decision::default(),
             over: watch::Sender::new(false),
+            settled: watch::Sender::new(false),
             has_endpoint: AtomicBool::new(false),
         }
     }
 }
 
 impl ActiveMigration {
+    /// Nothing follows any more.
+    fn end(&self) {
+        self.settled.send_replace(true);
+        self.over.send_replace(true);
+    }
+
     /// Logs what came of the migration: the last line that it leaves.
     fn log_end(&self) {
         let report = self.progress.report();
@@ -242,6 +251,10 @@ impl Migration for ActiveMigration {
 
     fn over(&self) -> watch::Receiver<bool> {
         self.over.subscribe()
+    }
+
+    fn settled(&self) -> watch::Receiver<bool> {
+        self.settled.subscribe()
     }
 }
 
@@ -385,14 +398,14 @@ impl Migrate for Pool {
                 Outcome::Stayed { why, pending_abort } => {
                     source.stayed(why);
                     drop(source);
-                    ours.over.send_replace(true);
+                    ours.end();
                     if let Some(pending_abort) = pending_abort {
                         pending_abort.send(&*dial);
                     }
                 }
             }
             journals.forget(ours.id, Side::Source);
-            ours.over.send_replace(true);
+            ours.end();
         })?;
         Ok(moving)
     }

@@ -77,7 +77,7 @@ struct Ending {
 impl Drop for Ending {
     fn drop(&mut self) {
         self.endpoints.release(&self.migration);
-        self.migration.over.send_replace(true);
+        self.migration.end();
     }
 }
 
@@ -171,7 +171,7 @@ pub(super) fn begin(
             once,
             patience: Policy::default().patience,
             lingers: &|| {
-                ours.over.send_replace(true);
+                ours.end();
             },
         };
         tracing::info!(

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use control::{Category, Migration, Registry, RequestError, VmHandle};
 use migration::Source as _;
-use migration::snapshot::{Restoring, Saved, Snapshot, Writing, restore, write};
+use migration::snapshot::{Memory, Restoring, Saved, Snapshot, Writing, restore, write};
 use spec::{FieldProblem, MemoryRestoreMode, MigrationSide, RestoreConfig, VmId, VmSnapshotConfig};
 
 use super::destination::{DestinationHost, GuestOrigin};
@@ -74,7 +74,7 @@ pub(super) fn take(
             Err(why) => source.end("snapshot-failed", why.detail),
         }
         ours.log_end();
-        ours.over.send_replace(true);
+        ours.end();
     })?;
     Ok(taking)
 }
@@ -94,11 +94,8 @@ pub(super) fn begin_restore(
             detail,
         ))
     };
-    if what.memory_restore_mode == MemoryRestoreMode::OnDemand {
-        return refuse("restore memory on demand (`memory_restore_mode`)");
-    }
-    if what.prefault {
-        return refuse("populate memory that the guest never used (`prefault`)");
+    if what.prefault && what.memory_restore_mode == MemoryRestoreMode::OnDemand {
+        return refuse("populate memory (`prefault`) that is restored OnDemand");
     }
     if what
         .zone_updates
@@ -128,9 +125,11 @@ pub(super) fn begin_restore(
         registry.clone(),
         Arc::clone(&restoring),
         Allowed::all(),
-        GuestOrigin::Snapshot,
+        GuestOrigin::Snapshot {
+            prefault: what.prefault,
+        },
     );
-    let resume = what.resume;
+    let what = what.clone();
     let span = tracing::info_span!("vm", id = vm.as_str());
     start("restore", span, move || {
         let manifest = snapshot.manifest();
@@ -142,13 +141,23 @@ pub(super) fn begin_restore(
         let _ = restore(&Restoring {
             id: ours.id,
             snapshot: &snapshot,
+            offer: snapshot.offer(),
+            memory: match what.memory_restore_mode {
+                MemoryRestoreMode::Copy => Memory::Copy,
+                MemoryRestoreMode::OnDemand => Memory::OnDemand,
+                MemoryRestoreMode::Map => Memory::Map,
+            },
+            verify: what.verify,
             host: &host,
-            resume,
+            resume: what.resume,
+            arrived: &|| {
+                ours.settled.send_replace(true);
+            },
             progress: &ours.progress,
             decision: &ours.decision,
         });
         ours.log_end();
-        ours.over.send_replace(true);
+        ours.end();
     })?;
     Ok(restoring)
 }

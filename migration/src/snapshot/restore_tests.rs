@@ -1,0 +1,273 @@
+//! Restores into a machine that is only memory.
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::FileExt as _;
+use std::path::Path;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use memory::{Pages, RamBlock, RamConfig};
+use parking_lot::Mutex;
+use uuid::Uuid;
+
+use super::tests::{content, example, guest};
+use super::*;
+use crate::message::Offer;
+use crate::pages::Block;
+use crate::{Decision, Destination, Fate, Host, Journal, StartFailure};
+
+/// What a machine does, and what was seen there.
+#[derive(Default)]
+struct Seen {
+    /// Pages of the first block that are read while the state is loaded.
+    at_load: Vec<usize>,
+    /// Pages of the first block that the guest reads.
+    by_guest: Vec<usize>,
+    /// The first byte of each page that was read, and whether memory was lost by then.
+    read: Vec<(usize, u8, Pages)>,
+    blocks: Vec<Block>,
+    offer: Option<Offer>,
+    failed: Option<Refusal>,
+    discarded: bool,
+}
+
+#[derive(Clone, Default)]
+struct OnlyMemory(Arc<Mutex<Seen>>);
+
+impl Host for OnlyMemory {
+    fn prepare(
+        &self,
+        _: Uuid,
+        offer: &Offer,
+        files: Vec<File>,
+    ) -> Result<Box<dyn Destination>, Refusal> {
+        let mut seen = self.0.lock();
+        seen.blocks = guest(&[]);
+        let mut offset = 0;
+        for (block, file) in seen.blocks.iter_mut().zip(files) {
+            let config = RamConfig::anonymous(block.ram.len() as u64);
+            let view = RamBlock::view_of_file(&config, file, offset);
+            offset += config.size;
+            block.ram = Arc::new(view.map_err(|error| Refusal::new("no-view", error.to_string()))?);
+        }
+        seen.offer = Some(offer.clone());
+        Ok(Box::new(Machine {
+            seen: Arc::clone(&self.0),
+            guest: None,
+        }))
+    }
+
+    fn journal(&self, _: Uuid, _: &str) -> std::io::Result<Box<dyn Journal>> {
+        Err(std::io::ErrorKind::Unsupported.into())
+    }
+
+    fn fate(&self, _: Uuid) -> Fate {
+        Fate::Unknown
+    }
+}
+
+struct Machine {
+    seen: Arc<Mutex<Seen>>,
+    guest: Option<JoinHandle<()>>,
+}
+
+fn read(seen: &Mutex<Seen>, pages: Vec<usize>) {
+    let ram = Arc::clone(&seen.lock().blocks[0].ram);
+    for page in pages {
+        let mut byte = [0];
+        ram.slice(page * PAGE, 1).unwrap().copy_to(&mut byte[..]);
+        seen.lock().read.push((page, byte[0], ram.pages()));
+    }
+}
+
+impl Destination for Machine {
+    fn blocks(&self) -> Vec<Block> {
+        self.seen.lock().blocks.clone()
+    }
+
+    fn dry_run(&mut self, _: &[u8]) -> Result<(), Refusal> {
+        Ok(())
+    }
+
+    fn load(&mut self, state: &[u8]) -> Result<(), Refusal> {
+        assert_eq!(state, b"the state");
+        let pages = self.seen.lock().at_load.clone();
+        read(&self.seen, pages);
+        Ok(())
+    }
+
+    fn take_over(&mut self) -> Result<(), Refusal> {
+        Ok(())
+    }
+
+    fn start(&mut self, _: Duration, _: bool) -> Result<Instant, StartFailure> {
+        let seen = Arc::clone(&self.seen);
+        let pages = seen.lock().by_guest.clone();
+        self.guest = Some(thread::spawn(move || read(&seen, pages)));
+        Ok(Instant::now())
+    }
+
+    fn fail(&mut self, why: &Refusal) {
+        self.seen.lock().failed = Some(why.clone());
+    }
+
+    fn discard(&mut self) {
+        self.seen.lock().discarded = true;
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        if let Some(guest) = self.guest.take() {
+            guest.join().unwrap();
+        }
+    }
+}
+
+fn restored(
+    dir: &Path,
+    memory: Memory,
+    verify: bool,
+    to: &OnlyMemory,
+) -> (Result<(), Refusal>, Progress, bool) {
+    let snapshot = Snapshot::open(dir).unwrap();
+    let (progress, decision) = (Progress::default(), Decision::default());
+    let arrived = Mutex::new(false);
+    let result = restore(&Restoring {
+        id: Uuid::new_v4(),
+        offer: snapshot.offer(),
+        snapshot: &snapshot,
+        memory,
+        verify,
+        host: to,
+        resume: true,
+        arrived: &|| *arrived.lock() = true,
+        progress: &progress,
+        decision: &decision,
+    });
+    let arrived = *arrived.lock();
+    (result, progress, arrived)
+}
+
+/// Changes a byte of a page in the file of the memory.
+fn damage(dir: &Path, page: usize) {
+    let file = OpenOptions::new()
+        .write(true)
+        .open(dir.join(MEMORY))
+        .unwrap();
+    file.write_all_at(&[0xaa], (page * PAGE + 9) as u64)
+        .unwrap();
+}
+
+#[test]
+fn every_mode_restores_the_memory() {
+    let (dir, expected) = example();
+    for memory in [Memory::Copy, Memory::OnDemand, Memory::Map] {
+        // Pages with content and without, from the state's load and from the guest, some of them twice.
+        let to = OnlyMemory::default();
+        to.0.lock().at_load = vec![6, 7];
+        to.0.lock().by_guest = vec![299, 0, 1, 6, 5];
+        let (result, progress, arrived) = restored(dir.path(), memory, true, &to);
+        let early = memory == Memory::OnDemand;
+        assert_eq!((result, arrived), (Ok(()), early), "{memory:?}");
+        let report = progress.report();
+        let counts = (
+            report.phase,
+            report.pages,
+            report.zero_pages,
+            report.remaining_pages,
+        );
+        assert_eq!(counts, (Phase::Completed, 5, 302, 0), "{memory:?}");
+        let seen = to.0.lock();
+        let bytes: Vec<_> = seen
+            .read
+            .iter()
+            .map(|(page, byte, _)| (*page, *byte))
+            .collect();
+        let number = |page: usize| match page {
+            1 | 7 => (page, 0),
+            page => (page, (page % 251 + 1) as u8),
+        };
+        assert_eq!(bytes, [6, 7, 299, 0, 1, 6, 5].map(number), "{memory:?}");
+        assert!(content(&seen.blocks) == expected, "{memory:?}");
+        assert!(
+            seen.blocks
+                .iter()
+                .all(|block| block.ram.pages() == Pages::There)
+        );
+        assert!(seen.failed.is_none() && !seen.discarded);
+    }
+}
+
+/// The guest waits for a page that is damaged: it ends, and does not see what is in the page's place as
+/// long as its memory counts as whole.
+#[test]
+fn damaged_page_ends_a_guest_that_waits_for_it() {
+    let (dir, _) = example();
+    damage(dir.path(), 299);
+    let to = OnlyMemory::default();
+    to.0.lock().by_guest = vec![299];
+    let (result, progress, arrived) = restored(dir.path(), Memory::OnDemand, false, &to);
+    let why = result.unwrap_err();
+    assert!(arrived, "the guest ran");
+    assert_eq!(why.code, "snapshot-damaged");
+    assert!(why.detail.contains("page 299 of low"), "{why}");
+    assert_eq!(progress.report().phase, Phase::Failed);
+    let seen = to.0.lock();
+    assert_eq!(seen.failed.as_ref(), Some(&why));
+    assert_eq!(seen.read, [(299, 0, Pages::Lost)]);
+}
+
+/// The same if only the reading ahead meets it.
+#[test]
+fn damaged_page_ends_a_guest_that_does_not_touch_it() {
+    let (dir, _) = example();
+    damage(dir.path(), 301);
+    let to = OnlyMemory::default();
+    let (result, _, _) = restored(dir.path(), Memory::OnDemand, false, &to);
+    let why = result.unwrap_err();
+    assert!(why.detail.contains("page 1 of high"), "{why}");
+    assert_eq!(to.0.lock().failed.as_ref(), Some(&why));
+    let lost = |block: &Block| block.ram.pages() == Pages::Lost;
+    assert!(to.0.lock().blocks.iter().all(lost));
+}
+
+#[test]
+fn damaged_page_that_loading_needs_makes_no_guest() {
+    let (dir, _) = example();
+    damage(dir.path(), 6);
+    let to = OnlyMemory::default();
+    to.0.lock().at_load = vec![6];
+    let (result, _, arrived) = restored(dir.path(), Memory::OnDemand, false, &to);
+    assert_eq!(result.unwrap_err().code, "snapshot-damaged");
+    let seen = to.0.lock();
+    assert!(!arrived && seen.discarded && seen.failed.is_none());
+}
+
+/// A mapped page is not checked when it is touched: only `verify` does, before there is a machine.
+#[test]
+fn verify_finds_a_damaged_page_before_it_is_mapped() {
+    let (dir, _) = example();
+    damage(dir.path(), 299);
+    let to = OnlyMemory::default();
+    let (result, _, _) = restored(dir.path(), Memory::Map, true, &to);
+    assert_eq!(result.unwrap_err().code, "snapshot-damaged");
+    assert!(to.0.lock().offer.is_none(), "no machine was made");
+    let (result, _, _) = restored(dir.path(), Memory::Map, false, &to);
+    assert_eq!(result, Ok(()));
+}
+
+#[test]
+fn damaged_hashes_are_found_on_demand() {
+    let (dir, _) = example();
+    let file = OpenOptions::new()
+        .write(true)
+        .open(dir.path().join(HASHES))
+        .unwrap();
+    file.write_all_at(&[1], 8 * 20).unwrap();
+    let to = OnlyMemory::default();
+    let (result, _, _) = restored(dir.path(), Memory::OnDemand, false, &to);
+    assert_eq!(result.unwrap_err().code, "snapshot-damaged");
+    assert!(to.0.lock().discarded);
+}

@@ -1,0 +1,215 @@
+//! VMs made from snapshots: how they get their memory, what of them may differ, and forks.
+
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+use std::fs::{self, OpenOptions};
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use spec::{MemoryRestoreMode, MigrationPhase, RestoreConfig, VmId, VmInfo, VmState};
+use tests::snapshots::{from, over, refused, snapshot};
+use tests::{Face, Service, dirtier};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+const MODES: [MemoryRestoreMode; 3] = [
+    MemoryRestoreMode::Copy,
+    MemoryRestoreMode::OnDemand,
+    MemoryRestoreMode::Map,
+];
+
+fn with(dir: &Path, mode: MemoryRestoreMode) -> RestoreConfig {
+    RestoreConfig {
+        memory_restore_mode: mode,
+        ..from(dir, true)
+    }
+}
+
+/// Restores, and waits until no page is missing.
+async fn restored(at: &Service, vm: &VmId, what: &RestoreConfig) -> spec::MigrationInfo {
+    let begun = at.client().vms_restore(vm, what).await.unwrap();
+    over(at, &begun).await
+}
+
+/// A snapshot of a guest that writes, which is gone.
+async fn example(at: &Service, memory: Option<u64>) -> (VmId, PathBuf, PathBuf) {
+    let (vm, port) = dirtier::boot_with(at, memory).await.unwrap();
+    at.client().vms_pause(&vm).await.unwrap();
+    let dir = at.path("example");
+    let taken = snapshot(at, &vm, &dir).await;
+    assert_eq!(taken.phase, MigrationPhase::Completed, "{taken:?}");
+    at.client().vms_delete(&vm).await.unwrap();
+    (vm, port, dir)
+}
+
+/// Waits until the VM is off.
+async fn off(at: &Service, vm: &VmId) -> VmInfo {
+    at.reaches(vm, VmState::Shutdown).await.unwrap()
+}
+
+/// In each mode the guest finds its memory, can be saved again, moves on, and boots anew.
+#[tokio::test]
+async fn guest_comes_back_in_each_mode() {
+    let (a, b) = tokio::join!(Service::start(Face::Many), Service::start(Face::Many));
+    let (a, b) = (a.unwrap(), b.unwrap());
+    let (vm, port, dir) = example(&a, None).await;
+    for mode in MODES {
+        for (prefault, verify) in [(false, false), (true, true)] {
+            let what = RestoreConfig {
+                prefault: prefault && mode != MemoryRestoreMode::OnDemand,
+                verify,
+                ..with(&dir, mode)
+            };
+            let came = restored(&a, &vm, &what).await;
+            assert_eq!(came.phase, MigrationPhase::Completed, "{what:?}: {came:?}");
+            dirtier::check(&port).await.unwrap();
+            a.client().vms_pause(&vm).await.unwrap();
+            let second = a.path(format!("second-{mode:?}-{verify}"));
+            let again = snapshot(&a, &vm, &second).await;
+            assert_eq!(
+                again.phase,
+                MigrationPhase::Completed,
+                "{what:?}: {again:?}"
+            );
+            a.client().vms_resume(&vm).await.unwrap();
+
+            let wait = tests::await_anyone(format!("unix:{}", b.path("in").display()));
+            let coming = b.client().migrations_receive(&wait).await.unwrap();
+            let to = spec::StartMigration::to(coming.endpoint.clone());
+            let going = a.client().vms_migrate(&vm, &to).await.unwrap();
+            assert_eq!(over(&b, &coming).await.phase, MigrationPhase::Completed);
+            over(&a, &going).await;
+            dirtier::check(&port).await.unwrap();
+            b.client().vms_delete(&vm).await.unwrap();
+
+            restored(&a, &vm, &with(&second, mode)).await;
+            dirtier::check(&port).await.unwrap();
+            a.client().vms_reboot(&vm).await.unwrap();
+            dirtier::check(&port).await.unwrap();
+            a.client().vms_delete(&vm).await.unwrap();
+        }
+    }
+}
+
+#[tokio::test]
+async fn one_vm_a_socket_restores_on_demand() {
+    let service = Service::start(Face::One).await.unwrap();
+    let (_, port) = dirtier::boot(&service).await.unwrap();
+    let client = service.client();
+    client.vm_pause().await.unwrap();
+    let dir = service.path("snapshot");
+    client
+        .vm_snapshot(&tests::snapshots::to(&dir))
+        .await
+        .unwrap();
+    for mode in MODES {
+        client.vm_delete().await.unwrap();
+        client.vm_restore(&with(&dir, mode)).await.unwrap();
+        assert_eq!(client.vm_info().await.unwrap().state, VmState::Running);
+        dirtier::check(&port).await.unwrap();
+    }
+}
+
+/// A VM whose pages still come is not stopped: devices may wait for pages. It can be ended.
+#[tokio::test]
+async fn guest_on_demand_is_paused_when_its_pages_are_there() {
+    let service = Service::start(Face::Many).await.unwrap();
+    let (vm, port, dir) = example(&service, Some(512 << 20)).await;
+    let client = service.client();
+    let what = with(&dir, MemoryRestoreMode::OnDemand);
+    let begun = client.vms_restore(&vm, &what).await.unwrap();
+    let id: VmId = begun.id.parse().unwrap();
+    let runs =
+        |info: &spec::MigrationInfo| info.phase.is_over() || info.phase == MigrationPhase::Postcopy;
+    service.until(&id, PATIENCE, runs).await.unwrap();
+    let dirs = service.path("too-early");
+    let to = spec::StartMigration::to("unix:/nowhere");
+    let early = [
+        client.vms_pause(&vm).await.err(),
+        client.vms_migrate(&vm, &to).await.err(),
+    ];
+    // On a fast host the pages may be there by now.
+    for error in early.into_iter().flatten() {
+        refused::<()>(Err(error), 409, "pages-arriving");
+    }
+    let came = over(&service, &begun).await;
+    assert_eq!(
+        (came.phase, came.remaining_pages),
+        (MigrationPhase::Completed, 0)
+    );
+    assert!(came.faults > 0, "the guest waited for none: {came:?}");
+    if client.vms_info(&vm).await.unwrap().state == VmState::Running {
+        client.vms_pause(&vm).await.unwrap();
+    }
+    let again = snapshot(&service, &vm, &dirs).await;
+    assert_eq!(again.phase, MigrationPhase::Completed, "{again:?}");
+    client.vms_resume(&vm).await.unwrap();
+    dirtier::check(&port).await.unwrap();
+    client.vms_delete(&vm).await.unwrap();
+
+    // Ended, and booted anew, while pages come.
+    for end in ["delete", "reboot", "shutdown"] {
+        let begun = client.vms_restore(&vm, &what).await.unwrap();
+        let id: VmId = begun.id.parse().unwrap();
+        service.until(&id, PATIENCE, runs).await.unwrap();
+        match end {
+            "delete" => client.vms_delete(&vm).await.unwrap(),
+            "shutdown" => client.vms_shutdown(&vm).await.unwrap(),
+            _ => client.vms_reboot(&vm).await.unwrap(),
+        }
+        let ended = over(&service, &begun).await;
+        assert_eq!(ended.phase, MigrationPhase::Completed, "{end}: {ended:?}");
+        if end == "reboot" {
+            dirtier::check(&port).await.unwrap();
+        }
+        if end != "delete" {
+            client.vms_delete(&vm).await.unwrap();
+        }
+    }
+}
+
+/// A page that is not what it was ends the VM, which says why; the service and its other VMs stay.
+#[tokio::test]
+async fn damaged_page_ends_the_vm_with_its_reason() {
+    let service = Service::start(Face::Many).await.unwrap();
+    let (vm, _, dir) = example(&service, None).await;
+    let memory = dir.join("memory.bin");
+    let content = fs::read(&memory).unwrap();
+    let last = content.iter().rposition(|byte| *byte != 0).unwrap();
+    let file = OpenOptions::new().write(true).open(&memory).unwrap();
+    file.write_all_at(&[content[last] ^ 1], last as u64)
+        .unwrap();
+    let came = restored(&service, &vm, &with(&dir, MemoryRestoreMode::OnDemand)).await;
+    assert_eq!(came.phase, MigrationPhase::Failed);
+    let why = came.error.unwrap();
+    assert_eq!(why.code, "snapshot-damaged");
+    // Unless loading it needed the page, there is a VM, which shows the same.
+    let info = off(&service, &vm).await;
+    let failure = info.failure.unwrap();
+    assert_eq!((failure.code, failure.detail), (why.code, why.detail));
+    service.client().vms_delete(&vm).await.unwrap();
+
+    let verified = RestoreConfig {
+        verify: true,
+        ..with(&dir, MemoryRestoreMode::Map)
+    };
+    let came = restored(&service, &vm, &verified).await;
+    assert_eq!(came.error.unwrap().code, "snapshot-damaged");
+    assert!(service.client().vms_list().await.unwrap().is_empty());
+}
+
+/// A mapped file that shrinks takes pages away from the guest, which ends; the service does not.
+#[tokio::test]
+async fn file_that_shrinks_ends_the_vm() {
+    let service = Service::start(Face::Many).await.unwrap();
+    let (vm, _, dir) = example(&service, None).await;
+    let came = restored(&service, &vm, &with(&dir, MemoryRestoreMode::Map)).await;
+    assert_eq!(came.phase, MigrationPhase::Completed, "{came:?}");
+    let file = OpenOptions::new().write(true).open(dir.join("memory.bin"));
+    file.unwrap().set_len(4096).unwrap();
+    let info = off(&service, &vm).await;
+    assert_eq!(info.failure.unwrap().code, "memory-lost");
+    service.client().vms_delete(&vm).await.unwrap();
+    dirtier::boot(&service).await.unwrap();
+}
