@@ -2,6 +2,10 @@
 //!
 //! Bits belong to the *block*, by offset into it, and not to the memslot or range through which
 //! the block is seen: splitting, merging or moving those moves no bit and can lose none.
+//!
+//! A block of hotplugged memory also has a bit for each page that says whether the page is plugged.
+//! Writes to unplugged pages are not tracked: the guest must not make any, and a migration does not
+//! copy such pages.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -19,6 +23,23 @@ pub struct DirtyBitmap {
     words: Box<[AtomicU64]>,
     pages: usize,
     enabled: AtomicBool,
+    /// Pages that are plugged, of a block of hotplugged memory; absent where all pages always are.
+    plugged: Option<Box<[AtomicU64]>>,
+}
+
+/// All clear, a bit for each of so many pages.
+fn clear(pages: usize) -> Box<[AtomicU64]> {
+    let words = (0..pages.div_ceil(BITS)).map(|_| AtomicU64::new(0));
+    words.collect()
+}
+
+/// The words that hold the bits of pages `first` to `last`, and the mask of these bits in each.
+fn masks(first: usize, last: usize) -> impl Iterator<Item = (usize, u64)> {
+    (first / BITS..=last / BITS).map(move |index| {
+        let from = first.saturating_sub(index * BITS).min(BITS - 1);
+        let to = (last - index * BITS).min(BITS - 1);
+        (index, u64::MAX << from & u64::MAX >> (BITS - 1 - to))
+    })
 }
 
 impl DirtyBitmap {
@@ -26,13 +47,20 @@ impl DirtyBitmap {
     #[must_use]
     pub fn new(len: usize) -> Self {
         let pages = len.div_ceil(PAGE_SIZE as usize);
-        let words = (0..pages.div_ceil(BITS))
-            .map(|_| AtomicU64::new(0))
-            .collect();
         Self {
-            words,
+            words: clear(pages),
             pages,
             enabled: AtomicBool::new(false),
+            plugged: None,
+        }
+    }
+
+    /// As [`DirtyBitmap::new`], for a block of which nothing is plugged.
+    pub(crate) fn unplugged(len: usize) -> Self {
+        let bitmap = Self::new(len);
+        Self {
+            plugged: Some(clear(bitmap.pages)),
+            ..bitmap
         }
     }
 
@@ -66,17 +94,59 @@ impl DirtyBitmap {
             return;
         }
         // Word by word: a device's write is one page or two, and a migration's news many.
-        for index in first / BITS..=last / BITS {
-            let from = first.saturating_sub(index * BITS).min(BITS - 1);
-            let to = (last - index * BITS).min(BITS - 1);
-            let bits = u64::MAX << from & u64::MAX >> (BITS - 1 - to);
+        for (index, bits) in masks(first, last) {
             if let Some(word) = self.words.get(index) {
                 // Release pairs with the Acquire in `take`: the sender that takes the bit also sees
                 // the bytes. Writers mark after they write. Marked earlier, a page could be taken
                 // and sent with its old bytes, and the new ones would never follow.
-                word.fetch_or(bits, Ordering::Release);
+                word.fetch_or(bits & self.plugged_word(index), Ordering::Release);
             }
         }
+    }
+
+    /// The bits of plugged pages in a word.
+    fn plugged_word(&self, index: usize) -> u64 {
+        let Some(plugged) = &self.plugged else {
+            return u64::MAX;
+        };
+        let word = plugged.get(index);
+        word.map_or(0, |word| word.load(Ordering::Acquire))
+    }
+
+    /// Notes that the pages of `len` bytes from byte `offset` on are plugged, or are not. Marks that
+    /// these pages have stay, so that a sender takes notice of memory that has just gone.
+    pub(crate) fn set_plugged(&self, offset: usize, len: usize, is: bool) {
+        let (Some(plugged), Some(last)) = (&self.plugged, len.checked_sub(1)) else {
+            return;
+        };
+        let page = PAGE_SIZE as usize;
+        for (index, bits) in masks(offset / page, offset.saturating_add(last) / page) {
+            match plugged.get(index) {
+                Some(word) if is => drop(word.fetch_or(bits, Ordering::AcqRel)),
+                Some(word) => drop(word.fetch_and(!bits, Ordering::AcqRel)),
+                None => {}
+            }
+        }
+    }
+
+    /// How many of the pages of `len` bytes from byte `offset` on are plugged.
+    pub(crate) fn plugged(&self, offset: usize, len: usize) -> usize {
+        let page = PAGE_SIZE as usize;
+        let end = offset.saturating_add(len).div_ceil(page).min(self.pages);
+        let (first, Some(last)) = (offset / page, end.checked_sub(1)) else {
+            return 0;
+        };
+        if first > last {
+            return 0;
+        }
+        let there =
+            |(index, bits): (usize, u64)| (self.plugged_word(index) & bits).count_ones() as usize;
+        masks(first, last).map(there).sum()
+    }
+
+    /// Whether some pages may be unplugged.
+    pub(crate) fn has_unplugged(&self) -> bool {
+        self.plugged.is_some()
     }
 
     /// Adds `bits` (bit 0 of word 0 is the page `first_page`), tracking on or off: the log of a
@@ -104,19 +174,21 @@ impl DirtyBitmap {
         }
     }
 
-    /// The bits of the word that stand for pages of the block.
+    /// The bits of the word that stand for pages of the block that are plugged.
     fn valid(&self, index: usize) -> u64 {
-        match self.pages.saturating_sub(index.saturating_mul(BITS)) {
+        let there = match self.pages.saturating_sub(index.saturating_mul(BITS)) {
             0 => 0,
             left if left >= BITS => u64::MAX,
             left => (1 << left) - 1,
-        }
+        };
+        there & self.plugged_word(index)
     }
 
-    /// Marks every page, tracking on or off.
+    /// Marks every page that is plugged, tracking on or off.
     pub fn mark_all(&self) {
         for (index, word) in self.words.iter().enumerate() {
-            word.store(self.valid(index), Ordering::Release);
+            // Add and do not store: a page that was marked as it went must stay marked.
+            word.fetch_or(self.valid(index), Ordering::Release);
         }
     }
 
@@ -177,8 +249,11 @@ impl DirtyBitmap {
 
     /// Puts back marks that were [taken](Self::take), because the pages could not be sent.
     pub fn put_back(&self, pages: &DirtyPages) {
-        // Merge and do not store: writers may have marked other pages since the take.
-        self.merge(0, &pages.words);
+        // Set and do not store: writers may have marked other pages since the take. Not by `merge`:
+        // a page that was marked as it went must stay marked.
+        for (word, bits) in self.words.iter().zip(&pages.words) {
+            word.fetch_or(*bits, Ordering::Release);
+        }
     }
 }
 
