@@ -70,6 +70,18 @@ impl UserFaults {
     /// # Errors
     /// The descriptor cannot be read.
     pub fn wait(&self, patience: Duration) -> io::Result<Vec<Fault>> {
+        match self.poll(patience)? {
+            true => self.read(),
+            false => Ok(Vec::new()),
+        }
+    }
+
+    /// Waits at most `patience` for an event, and returns whether there is one to
+    /// [read](UserFaults::read).
+    ///
+    /// # Errors
+    /// The host refuses.
+    pub fn poll(&self, patience: Duration) -> io::Result<bool> {
         let mut asked = libc::pollfd {
             fd: self.uffd.as_raw_fd(),
             events: libc::POLLIN,
@@ -77,13 +89,18 @@ impl UserFaults {
         };
         let ms = i32::try_from(patience.as_millis()).unwrap_or(i32::MAX);
         // SAFETY: one `pollfd`, which lives through the call.
-        let ready = unsafe { libc::poll(&raw mut asked, 1, ms) };
-        if ready < 0 {
-            return nothing_yet(io::Error::last_os_error());
+        match unsafe { libc::poll(&raw mut asked, 1, ms) } {
+            ready if ready < 0 => nothing_yet(io::Error::last_os_error()).map(|_| false),
+            ready => Ok(ready > 0),
         }
-        if ready == 0 {
-            return Ok(Vec::new());
-        }
+    }
+
+    /// Returns the pending events, in their order. A thread that gives memory back to the host waits
+    /// until its event has been read, and takes the pages away behind that.
+    ///
+    /// # Errors
+    /// The descriptor cannot be read.
+    pub fn read(&self) -> io::Result<Vec<Fault>> {
         let mut buffer = EventBuffer::new(EVENTS);
         // The descriptor does not block. Between `poll` and this read the pending fault can vanish,
         // and the read then fails with EAGAIN.

@@ -65,12 +65,10 @@ impl Batch {
         let offset = usize::try_from(run.first)
             .unwrap_or(usize::MAX)
             .saturating_mul(PAGE);
-        if let Some(slice) = block.ram.slice(offset, self.data.len()) {
-            // The guest may write during the copy. A torn page does no harm in precopy: the write
-            // marks it dirty, and it goes again. All that follows uses the copy, since a page that
-            // is zero now may have content a moment later.
-            slice.copy_to(&mut self.data[..]);
-        }
+        // The guest may write during the copy. A torn page does no harm in precopy: the write marks it
+        // dirty, and it goes again. All that follows uses the copy, since a page that is zero now may
+        // have content a moment later. Runs are within their block.
+        let _ = block.ram.read_pages(offset, &mut self.data);
         let mut kept = 0;
         for index in 0..run.pages as usize {
             let from = index * PAGE;

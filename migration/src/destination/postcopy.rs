@@ -1,4 +1,12 @@
 //! Pages that come after the guest.
+//!
+//! The guest may give memory back while its pages are missing: to its balloon, by unplugging
+//! memory, or by reporting it as free. The page is then gone here and still at the source. It counts
+//! as received, so that the source's copy is dropped when it comes, and a thread that waits for it
+//! gets zeros. Memory that is plugged meanwhile was never at the source and is not missing.
+
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashMap;
 use std::io::ErrorKind;
@@ -6,7 +14,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
 use memory::{DirtyBitmap, Fault, UserFaults};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 
 use crate::link::Stream;
 use crate::pages::{self, Block, Decoded, PAGE};
@@ -55,6 +63,9 @@ pub(crate) struct PostcopyReceiver {
     missing: Vec<DirtyBitmap>,
     /// Pages that a thread waits for, and since when.
     waited: Mutex<HashMap<(usize, usize), Instant>>,
+    /// Read while a page is filled, written while the news of given back memory are taken: a page
+    /// cannot be given back between the look whether it is missing and its filling.
+    filling: RwLock<()>,
     /// The faults channel; `None` without a connection.
     ask: Mutex<Option<Box<dyn Ask>>>,
     /// How long pages were waited for, in microseconds.
@@ -63,6 +74,9 @@ pub(crate) struct PostcopyReceiver {
     stage: AtomicU8,
     /// How long is waited for a page before.
     patience: Duration,
+    /// A duty that is neglected, to show what it is for.
+    #[cfg(test)]
+    neglected: Option<tests::Duty>,
 }
 
 impl PostcopyReceiver {
@@ -90,10 +104,13 @@ impl PostcopyReceiver {
             faults: UserFaults::new(blocks)?,
             missing,
             waited: Mutex::default(),
+            filling: RwLock::default(),
             ask: Mutex::new(Some(Box::new(ask))),
             latencies: Mutex::default(),
             stage: AtomicU8::new(Stage::Before as u8),
             patience,
+            #[cfg(test)]
+            neglected: None,
         })
     }
 
@@ -105,24 +122,17 @@ impl PostcopyReceiver {
             // A page in `later` has a thread waiting for it, so the loop must not sleep until the
             // next event.
             let look = if later.is_empty() { LOOK } else { AGAIN };
-            let faults = match self.faults.wait(look) {
-                Ok(faults) => faults,
+            let touched = match self.next_faults(look, &mut later) {
+                Ok(touched) => touched,
                 Err(error) => {
                     tracing::error!(%error, "cannot request the pages that a guest waits for");
                     return;
                 }
             };
-            for fault in faults {
-                match fault {
-                    Fault::Missing(block, page) => {
-                        if !self.expect(block, page) {
-                            // It was never written, or given back, or it has come by now.
-                            later.push((block, page));
-                        }
-                    }
-                    Fault::Removed(block, first, pages) => {
-                        later.extend(self.removed(block, first, pages));
-                    }
+            for (block, page) in touched {
+                if !self.expect(block, page) {
+                    // It was never written, or given back, or it has come by now.
+                    later.push((block, page));
                 }
             }
             // After all events of this turn: UFFDIO_ZEROPAGE fails with EAGAIN until a pending
@@ -149,6 +159,34 @@ impl PostcopyReceiver {
             }
             self.report_faults(progress);
         }
+    }
+
+    /// Takes news of memory: returns the pages that were touched, and adds those to `later` of which
+    /// none comes and for which a thread waits.
+    fn next_faults(
+        &self,
+        patience: Duration,
+        later: &mut Vec<(usize, usize)>,
+    ) -> std::io::Result<Vec<(usize, usize)>> {
+        if !self.faults.poll(patience)? {
+            return Ok(Vec::new());
+        }
+        // The thread that gives memory back takes the pages away as soon as its event was read. Until
+        // then UFFDIO_COPY fails, and behind that it would bring old content back. So no page may be
+        // filled between the read and the note that these are not missing any more.
+        let filling = self.filling.write();
+        let faults = self.faults.read()?;
+        let mut touched = Vec::new();
+        for fault in faults {
+            match fault {
+                Fault::Missing(block, page) => touched.push((block, page)),
+                Fault::Removed(block, first, pages) => {
+                    later.extend(self.removed(block, first, pages));
+                }
+            }
+        }
+        drop(filling);
+        Ok(touched)
     }
 
     fn turn(&self, from: Stage, to: Stage) -> bool {
@@ -220,11 +258,22 @@ impl PostcopyReceiver {
         let mut waited = self.waited.lock();
         // The source still has old content for these pages. As they are no longer missing, `fill`
         // drops it; a thread that waits gets zeros, as after any discard.
-        let removed = (first..first.saturating_add(pages)).filter(|page| missing.take_page(*page));
-        removed
+        let removed = (first..first.saturating_add(pages)).filter(|page| {
+            #[cfg(test)]
+            if self.neglected == Some(tests::Duty::Received) {
+                return missing.is_dirty(page * PAGE);
+            }
+            missing.take_page(*page)
+        });
+        let removed = removed
             .filter(|page| waited.remove(&(block, *page)).is_some())
-            .map(|page| (block, page))
-            .collect()
+            .map(|page| (block, page));
+        #[cfg(test)]
+        if self.neglected == Some(tests::Duty::Wake) {
+            drop(removed.collect::<Vec<_>>());
+            return Vec::new();
+        }
+        removed.collect()
     }
 
     fn ask_for(&self, block: usize, page: usize) {
@@ -258,21 +307,25 @@ impl PostcopyReceiver {
         Ok(())
     }
 
-    /// Fills a page that is missing; absent content: zeros.
+    /// Fills a page, unless it is not missing or is given back meanwhile; absent content: zeros.
     pub(crate) fn fill_page(
         &self,
         block: usize,
         page: usize,
         data: Option<&[u8; PAGE]>,
     ) -> std::io::Result<()> {
-        let fill = || match data {
-            Some(data) => self.faults.fill(block, page, data),
-            None => self.faults.zero(block, page),
-        };
-        // No lock is held in this loop: the watch thread has to read the removal, and takes
-        // `waited` for it.
         loop {
-            match fill() {
+            // For one try: while a removal is pending, the watch thread needs the lock to read it.
+            let filling = self.filling.read();
+            if !self.is_missing(block, page) {
+                return Ok(());
+            }
+            let filled = match data {
+                Some(data) => self.faults.fill(block, page, data),
+                None => self.faults.zero(block, page),
+            };
+            drop(filling);
+            match filled {
                 // Memory is being given back; the watch thread reads that event.
                 Err(error) if error.kind() == ErrorKind::WouldBlock && self.is_whole() => {
                     std::thread::yield_now();
@@ -365,153 +418,5 @@ impl PostcopyReceiver {
 impl Drop for PostcopyReceiver {
     fn drop(&mut self) {
         self.stage.store(Stage::Over as u8, Ordering::Release);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::os::unix::net::UnixStream;
-    use std::sync::Arc;
-
-    use memory::{RamBlock, RamConfig};
-
-    use super::*;
-
-    /// A thread that gives memory back waits for the watch thread, so that must not wait for it in turn.
-    #[test]
-    fn discards_memory_during_postcopy() {
-        const PAGES: usize = 512;
-        let config = RamConfig::anonymous((PAGES * PAGE) as u64);
-        let ram = Arc::new(RamBlock::new(&config).unwrap());
-        let (near, _far) = UnixStream::pair().unwrap();
-        let blocks = [Block {
-            name: "ram".to_owned(),
-            ram: Arc::clone(&ram),
-        }];
-        // Nothing is missing, so every fault takes the path through `later`.
-        let missing = vec![DirtyBitmap::new(ram.len())];
-        let patience = Duration::from_secs(10);
-        let receiver = PostcopyReceiver::new(
-            &blocks,
-            missing,
-            Box::new(near) as Box<dyn Stream>,
-            patience,
-        )
-        .unwrap();
-        assert!(receiver.start());
-        let progress = Progress::default();
-        std::thread::scope(|scope| {
-            scope.spawn(|| receiver.watch(&progress));
-            let (done, over) = std::sync::mpsc::channel();
-            for first in 0..2 {
-                let (done, ram) = (done.clone(), Arc::clone(&ram));
-                scope.spawn(move || {
-                    for round in 0..4_000 {
-                        let at = (first + round * 2) % PAGES * PAGE;
-                        if first == 0 {
-                            ram.discard(at, PAGE).unwrap();
-                        } else {
-                            // Of the other's, too.
-                            let at = round * 7 % PAGES * PAGE;
-                            ram.slice(at, 1).unwrap().copy_from(&[1_u8]);
-                            ram.discard(at, PAGE).unwrap();
-                        }
-                    }
-                    done.send(()).unwrap();
-                });
-            }
-            for _ in 0..2 {
-                let waited = over.recv_timeout(Duration::from_secs(60));
-                if waited.is_err() {
-                    // The threads cannot be joined.
-                    eprintln!("memory is not given back");
-                    std::process::abort();
-                }
-            }
-            receiver.end(&progress);
-        });
-    }
-
-    /// A fault that was reported before its page came is looked at after it.
-    #[test]
-    fn received_page_is_not_awaited() {
-        let config = RamConfig::anonymous(PAGE as u64);
-        let ram = Arc::new(RamBlock::new(&config).unwrap());
-        let blocks = [Block {
-            name: "ram".to_owned(),
-            ram,
-        }];
-        let missing = DirtyBitmap::new(PAGE);
-        missing.set_enabled(true);
-        missing.mark(0, PAGE);
-        let (near, _far) = UnixStream::pair().unwrap();
-        let patience = Duration::from_secs(10);
-        let receiver = PostcopyReceiver::new(
-            &blocks,
-            vec![missing],
-            Box::new(near) as Box<dyn Stream>,
-            patience,
-        )
-        .unwrap();
-        let run = pages::Run {
-            block: 0,
-            first: 0,
-            pages: 1,
-        };
-        let body = pages::encode_missing(0, &[run]);
-        let came = pages::decode(&body, &blocks, pages::Content::Zeros).unwrap();
-        assert!(receiver.expect(0, 0), "it is missing");
-        receiver.fill(&came, |_, _| true).unwrap();
-        assert!(!receiver.expect(0, 0), "it has come");
-        assert!(receiver.waited.lock().is_empty());
-    }
-
-    /// The host may back a page that is written with a huge page, of which all others are there, too.
-    #[test]
-    fn neighbours_of_received_page_are_missing() {
-        const PAGES: usize = 4096;
-        let config = RamConfig::anonymous((PAGES * PAGE) as u64);
-        let ram = Arc::new(RamBlock::new(&config).unwrap());
-        for page in (0..PAGES).step_by(64) {
-            ram.slice(page * PAGE, PAGE)
-                .unwrap()
-                .copy_from(&[7_u8; PAGE]);
-        }
-        let missing = DirtyBitmap::new(ram.len());
-        missing.set_enabled(true);
-        for page in (0..PAGES).filter(|page| page % 64 != 0) {
-            missing.mark(page * PAGE, PAGE);
-        }
-        let blocks = [Block {
-            name: "ram".to_owned(),
-            ram: Arc::clone(&ram),
-        }];
-        let (near, _far) = UnixStream::pair().unwrap();
-        let patience = Duration::from_secs(10);
-        let receiver = PostcopyReceiver::new(
-            &blocks,
-            vec![missing],
-            Box::new(near) as Box<dyn Stream>,
-            patience,
-        )
-        .unwrap();
-        for page in [1, 63, 65, 1000, PAGES - 1] {
-            let reader = Arc::clone(&ram);
-            let read = std::thread::spawn(move || {
-                let mut byte = [9_u8];
-                reader.slice(page * PAGE, 1).unwrap().copy_to(&mut byte[..]);
-                byte[0]
-            });
-            // If a huge page had brought this page along, the read would raise no fault, and the
-            // wait would return nothing.
-            let faults = receiver.faults.wait(patience).unwrap();
-            assert_eq!(faults, [Fault::Missing(0, page)]);
-            receiver.faults.fill(0, page, &[3; PAGE]).unwrap();
-            assert_eq!(read.join().unwrap(), 3);
-        }
-        let mut byte = [9_u8];
-        ram.slice(64 * PAGE, 1).unwrap().copy_to(&mut byte[..]);
-        assert_eq!(byte, [7], "what came is there");
-        receiver.faults.end().unwrap();
     }
 }

@@ -117,6 +117,45 @@ fn pages_of_zeros_take_no_space() {
     assert_eq!(memory.mode() & 0o777, 0o600);
 }
 
+/// Hotplugged memory is as large as it can become, and mostly not there.
+#[test]
+fn unplugged_memory_takes_no_space() {
+    const PAGES: usize = 64 * CHUNK;
+    let dir = tempfile::tempdir().unwrap();
+    let config = RamConfig {
+        shared: true,
+        hotplug: true,
+        ..RamConfig::anonymous((PAGES * PAGE) as u64)
+    };
+    let blocks = vec![Block {
+        name: "hotplug".to_owned(),
+        ram: Arc::new(RamBlock::new(&config).unwrap()),
+    }];
+    let ram = &blocks[0].ram;
+    ram.plug(CHUNK * PAGE, CHUNK * PAGE).unwrap();
+    let slice = ram.slice(CHUNK * PAGE, PAGE).unwrap();
+    slice.copy_from(&[7_u8; PAGE]);
+    write_to(dir.path(), &blocks).0.unwrap();
+    let size = |name| fs::metadata(dir.path().join(name)).unwrap();
+    assert_eq!(size(MEMORY).size(), (PAGES * PAGE) as u64);
+    assert_eq!(size(HASHES).size(), (PAGES * 8) as u64);
+    for (name, pages) in [(MEMORY, 2), (HASHES, CHUNK * 8 / PAGE + 2)] {
+        let taken = size(name).blocks() * 512;
+        assert!(taken <= (pages * PAGE) as u64, "{name}: {taken} bytes");
+    }
+    let taken = ram.file().unwrap().metadata().unwrap().blocks() * 512;
+    assert!(taken <= (CHUNK * PAGE) as u64, "{taken} bytes of memory");
+    let restored = vec![Block {
+        name: "hotplug".to_owned(),
+        ram: Arc::new(RamBlock::new(&config).unwrap()),
+    }];
+    let snapshot = Snapshot::open(dir.path()).unwrap();
+    snapshot
+        .fill(&restored, &Progress::default(), &Decision::default())
+        .unwrap();
+    assert!(content(&restored) == content(&blocks));
+}
+
 #[test]
 fn report_counts_pages() {
     let dir = tempfile::tempdir().unwrap();

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, BufWriter, Write as _};
+use std::io::{self, BufWriter, Seek as _, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -126,18 +126,23 @@ fn write_memory(
             }
             let len = buffer.len().min(block.ram.len() - offset);
             let content = &mut buffer[..len];
-            let slice = block.ram.slice(offset, len);
-            let slice = slice.ok_or_else(|| MigrationError::here("machine-gone", "no memory"))?;
             // A copy: Rust must not hold a reference to memory that a device of the host could change.
-            slice.copy_to(&mut content[..]);
+            if !block.ram.read_pages(offset, content) {
+                return Err(MigrationError::here("machine-gone", "no memory"));
+            }
             let marks: Vec<u64> = hashes(content).collect();
             for mark in &marks {
                 all.update(&mark.to_le_bytes());
-                hashed
-                    .write_all(&mark.to_le_bytes())
-                    .map_err(|error| not_hashed(&error))?;
-                size += 8;
             }
+            size += marks.len() as u64 * 8;
+            if block.ram.plugged_pages(offset, len) > 0 {
+                let raw: Vec<u8> = marks.iter().flat_map(|mark| mark.to_le_bytes()).collect();
+                hashed.write_all(&raw)
+            } else {
+                // Memory that is not plugged is a hole in this file, too.
+                hashed.seek_relative(marks.len() as i64 * 8)
+            }
+            .map_err(|error| not_hashed(&error))?;
             // Neighbouring pages with content in one write; pages of zeros stay holes.
             let mut page = 0;
             for run in marks.chunk_by(|a, b| (*a == ZEROS) == (*b == ZEROS)) {
@@ -168,7 +173,9 @@ fn write_memory(
     let file = hashed
         .into_inner()
         .map_err(|error| not_hashed(error.error()))?;
-    file.sync_all().map_err(|error| not_hashed(&error))?;
+    file.set_len(size)
+        .and_then(|()| file.sync_all())
+        .map_err(|error| not_hashed(&error))?;
     memory.sync_all().map_err(|error| failed(&error))?;
     Ok(FileInfo {
         size,
