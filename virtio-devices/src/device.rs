@@ -26,6 +26,9 @@ impl DeviceId {
     /// Socket device (5.10).
     pub const VSOCK: Self = Self(19);
 
+    /// Memory device (5.15).
+    pub const MEM: Self = Self(24);
+
     /// Returns the name in logs and in the API.
     #[must_use]
     pub fn name(self) -> &'static str {
@@ -36,6 +39,7 @@ impl DeviceId {
             Self::RNG => "rng",
             Self::BALLOON => "balloon",
             Self::VSOCK => "vsock",
+            Self::MEM => "mem",
             _ => "unknown",
         }
     }

@@ -31,6 +31,7 @@ pub mod block;
 pub mod console;
 mod device;
 pub mod limits;
+pub mod mem;
 pub mod net;
 mod queue;
 pub mod rate_limiter;

@@ -8,11 +8,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use devices::pci::{BarMap, ConfigSpace, MsiMessage, MsiTarget};
-use memory::{AddrRange, RegionId};
+use memory::{AddrRange, RamBlock, RamConfig, RegionId};
 use state::{Save, Store, Writer};
 use virtio_devices::balloon::{Balloon, BalloonConfig};
 use virtio_devices::block::Block;
 use virtio_devices::console::Console;
+use virtio_devices::mem::{Mem, MemConfig};
 use virtio_devices::rate_limiter::RateLimits;
 use virtio_devices::rng::Rng;
 use virtio_devices::testing::{TestGuest, disk_config, workers};
@@ -76,6 +77,22 @@ fn device_state_is_stable() {
             free_page_reporting: true,
         };
         Box::new(Balloon::new(&config, workers).0)
+    });
+    check("mem", 1, |workers| {
+        let ram = RamConfig {
+            hotplug: true,
+            ..RamConfig::anonymous(32 << 20)
+        };
+        let ram = Arc::new(RamBlock::new(&ram).unwrap());
+        ram.plug(4 << 20, 8 << 20).unwrap();
+        let config = MemConfig {
+            ram,
+            addr: 5 << 30,
+            block_size: 2 << 20,
+            node: None,
+            requested: 10 << 20,
+        };
+        Box::new(Mem::new(config, workers, || {}).0)
     });
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("vsock");
