@@ -272,7 +272,7 @@ fn no_page_is_stale_and_no_thread_waits() {
             pages
         };
         // Every second page is given back.
-        let goes = |page: usize| page % 2 == 0;
+        let goes = |page: usize| page.is_multiple_of(2);
         let progress = Progress::default();
         std::thread::scope(|scope| {
             scope.spawn(|| receiver.watch(&progress));
