@@ -276,7 +276,7 @@ impl RamBlock {
             } else {
                 DirtyBitmap::new(len)
             },
-            populates: config.prefault || config.hugepage_size.is_some(),
+            populates: !is_view && (config.prefault || config.hugepage_size.is_some()),
             page_size,
             thp: config.thp && config.hugepage_size.is_none() && !is_view,
             registered: ManuallyDrop::new(registered),
