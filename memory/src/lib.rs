@@ -36,6 +36,7 @@ mod hugepages;
 pub mod limits;
 mod listener;
 mod lost;
+mod plug;
 mod ram;
 mod range;
 mod region;
