@@ -1,4 +1,5 @@
-//! Hotplugged memory: parts of a RAM block that the guest has, or has not.
+//! Hotplugged memory: parts of a RAM block that the guest has, or has not. Tests of memory that goes
+//! back to the host.
 
 use std::io;
 
@@ -101,6 +102,35 @@ impl RamBlock {
 mod tests {
     use super::*;
     use crate::ram::RamConfig;
+
+    #[test]
+    fn discarded_memory_is_zero_and_dirty() {
+        for shared in [false, true] {
+            let config = RamConfig {
+                shared,
+                ..RamConfig::anonymous(8 * PAGE_SIZE)
+            };
+            let block = RamBlock::new(&config).unwrap();
+            let page = PAGE_SIZE as usize;
+            let fill = block.slice(0, block.len()).unwrap();
+            fill.copy_from(&vec![7_u8; block.len()]);
+            block.dirty().set_enabled(true);
+            drop(block.dirty().take());
+            // Of the second page and the fifth only a part.
+            assert_eq!(block.discard(page + 1, 3 * page).unwrap(), 2 * PAGE_SIZE);
+            assert_eq!(block.discard(7 * page, 99 * page).unwrap(), PAGE_SIZE);
+            assert_eq!(block.discard(usize::MAX, usize::MAX).unwrap(), 0);
+            let mut seen = vec![0_u8; block.len()];
+            block.slice(0, block.len()).unwrap().copy_to(&mut seen);
+            let gone: Vec<_> = (0..8).filter(|i| seen[i * page] == 0).collect();
+            assert_eq!(gone, [2, 3, 7]);
+            assert!(seen.iter().filter(|byte| **byte == 7).count() == 5 * page);
+            let dirty: Vec<_> = (0..8)
+                .filter(|i| block.dirty().is_dirty(i * page))
+                .collect();
+            assert_eq!(dirty, gone);
+        }
+    }
 
     #[test]
     fn unplugged_memory_is_neither_read_nor_tracked() {
