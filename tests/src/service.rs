@@ -48,20 +48,12 @@ struct Launch {
     is_piped: bool,
 }
 
-/// The mode of `--seccomp` with which services are started.
-const SECCOMP: &str = "WHIMBREL_TEST_SECCOMP";
-
-fn confined(mode: String) -> Vec<String> {
-    vec!["--seccomp".to_owned(), mode]
-}
-
 impl Launch {
     fn new(face: Face, wrapper: &[&'static str]) -> Self {
         Self {
             face,
             wrapper: wrapper.to_vec(),
-            // All tests can run in the sandbox, which is off by default.
-            arguments: env::var(SECCOMP).map_or_else(|_| Vec::new(), confined),
+            arguments: Vec::new(),
             is_piped: false,
         }
     }
@@ -83,18 +75,6 @@ impl Service {
     /// When the program is not built, or does not answer; says what it logged.
     pub async fn start(face: Face) -> Result<Self> {
         Self::launch(Launch::new(face, &[])).await
-    }
-
-    /// Starts one for many VMs in the sandbox.
-    ///
-    /// # Errors
-    /// As for [`start`](Self::start).
-    pub async fn start_confined() -> Result<Self> {
-        Self::launch(Launch {
-            arguments: confined("true".to_owned()),
-            ..Launch::new(Face::Many, &[])
-        })
-        .await
     }
 
     /// Starts one for many VMs as a session leader without a terminal, as systemd does.

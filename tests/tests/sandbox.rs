@@ -1,5 +1,5 @@
-//! The sandbox of a service, seen from outside. With `WHIMBREL_TEST_SECCOMP=true` all other tests run in
-//! it as well: a system call that it refuses is in the service's log, and fails the test ([`Service`]'s
+//! The sandbox of a service, seen from outside. All other tests run in it as well, because it is on by
+//! default: a system call that it refuses is in the service's log, and fails the test ([`Service`]'s
 //! `drop`).
 
 use std::fs::{self, File};
@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use guest::{Line, Options, Workload};
 use spec::{VmConfig, VmState};
-use tests::Service;
+use tests::{Face, Service};
 
 const SOON: Duration = Duration::from_secs(30);
 
@@ -27,7 +27,7 @@ fn field(task: &Path, name: &str, radix: u32) -> Result<u64> {
 /// Devices of every kind, of which the guest starts all queues. Wants `/dev/net/tun` and CAP_NET_ADMIN.
 #[tokio::test]
 async fn every_device_works_in_the_sandbox() -> Result<()> {
-    let service = Service::start_confined().await?;
+    let service = Service::start(Face::Many).await?;
     let disk = service.path("disk");
     File::create(&disk)?.set_len(1 << 20)?;
     let body = format!(
@@ -61,7 +61,7 @@ async fn every_device_works_in_the_sandbox() -> Result<()> {
 
 #[tokio::test]
 async fn threads_of_guests_are_confined_further() -> Result<()> {
-    let service = Service::start_confined().await?;
+    let service = Service::start(Face::Many).await?;
     let (vm, _) = service.boot_pocket("vm", Options::default()).await?;
     service.reaches(&vm, VmState::Running).await?;
     let mut guests = 0;

@@ -85,7 +85,8 @@ async fn one_vm_a_socket_is_saved_as_cloud_hypervisors_clients_ask() {
     dirtier::check(&port).await.unwrap();
 }
 
-/// `whimbrel --restore` runs a guest from a snapshot, and ends with it.
+/// `whimbrel --restore` runs a guest from a snapshot, and ends with it. With `--landlock` it opens only what
+/// the snapshot names.
 #[tokio::test]
 async fn program_starts_from_a_snapshot() {
     let service = Service::start(Face::Many).await.unwrap();
@@ -101,7 +102,7 @@ async fn program_starts_from_a_snapshot() {
         command
             .arg("--api-socket")
             .arg(&socket)
-            .args(["--restore", &url]);
+            .args(["--restore", &url, "--landlock"]);
         command.stdin(Stdio::null()).spawn().unwrap()
     };
     let url = format!("source_url=file://{},resume=on", dir.display());

@@ -40,5 +40,5 @@ pub use ::devices::sandbox::{Confinement, Sandbox, ThreadKind, Violation};
 pub use boot::BootError;
 pub use descriptors::TooFewDescriptors;
 pub use failure::BuildError;
-pub use migrate::MigrationTrust;
+pub use migrate::{MigrationTrust, snapshot_config};
 pub use pool::{Pool, PoolConfig, StartError};

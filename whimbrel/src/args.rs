@@ -103,7 +103,7 @@ pub(crate) struct LoggingArguments {
 pub(crate) struct SandboxArguments {
     /// What happens at a system call that no thread of this kind makes unless it is attacked. A
     /// list of calls for the process, and stricter ones for the threads of vCPUs and devices.
-    #[arg(long, value_name = "MODE", default_value = "false", global = true)]
+    #[arg(long, value_name = "MODE", default_value = "true", global = true)]
     pub(crate) seccomp: SeccompMode,
     /// Let the kernel deny (by Landlock) every file that the VM on the command line, the service's own
     /// files and --landlock-rules do not name. Fails on a kernel without Landlock.
@@ -571,12 +571,12 @@ mod tests {
     }
 
     #[test]
-    fn sandbox_goes_with_every_subcommand_and_is_off_by_default() {
+    fn sandbox_goes_with_every_subcommand_and_is_on_by_default() {
         let mode = |line: &str| {
             let parsed = Arguments::try_parse_from(line.split(' '));
             parsed.map(|arguments| arguments.sandbox.seccomp).ok()
         };
-        assert_eq!(mode("whimbrel serve"), Some(SeccompMode::False));
+        assert_eq!(mode("whimbrel serve"), Some(SeccompMode::True));
         let on = "whimbrel --kernel /k --seccomp true";
         assert_eq!(mode(on), Some(SeccompMode::True));
         assert_eq!(mode("whimbrel serve --seccomp log"), Some(SeccompMode::Log));

@@ -6,11 +6,11 @@
 
 use std::process::ExitCode;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use api::{Service, serve};
 use control::{Registry, Request, VmHandle};
 use spec::{RestoreConfig, VmConfig, VmId, VmState};
-use vmm::{Confinement, Pool, PoolConfig};
+use vmm::{Confinement, Pool, PoolConfig, snapshot_config};
 
 use crate::args::VmArguments;
 use crate::event_monitor::EventMonitor;
@@ -30,10 +30,11 @@ pub(crate) fn files(arguments: &VmArguments, config: Option<&VmConfig>) -> Resul
         rules.push(Rule::maker_of(path.as_ref()));
     }
     if let Some(snapshot) = arguments.snapshot()? {
-        bail!(
-            "--landlock does not know the files of the snapshot {} yet: leave it out",
-            snapshot.source_url
-        );
+        let source = &snapshot.source_url;
+        let config = snapshot_config(source).with_context(|| format!("--restore {source}"))?;
+        rules.extend(of_vm(&config));
+        let dir = source.strip_prefix("file://").unwrap_or(source);
+        rules.push(Rule::reading(dir.as_ref()));
     }
     Ok(rules)
 }

@@ -33,6 +33,7 @@ use tokio::sync::watch;
 
 pub(crate) use self::journals::Journals;
 pub(crate) use self::receive::Endpoints;
+pub use self::snapshot::snapshot_config;
 use self::source::SourceVm;
 pub use self::trust::MigrationTrust;
 use crate::driver::Purpose;

@@ -33,15 +33,8 @@ pub(super) struct CheckedOffer {
     pub(super) on_bus: BTreeMap<String, Bdf>,
 }
 
-/// Checks an offer. The VM gets the name `vm`, or else the one that it has at the source.
-pub(super) fn check(
-    offer: &Offer,
-    vm: Option<VmId>,
-    registry: &Registry,
-    here: &CpuId,
-    allowed: &Allowed,
-) -> Result<CheckedOffer, Refusal> {
-    let unreadable = |why: String| Refusal::new("offer-unreadable", why);
+/// Reads the offered machine, of which nothing but the form is checked yet.
+pub(super) fn machine(offer: &Offer) -> Result<MachineOffer, Refusal> {
     let machine: MachineOffer = serde_json::from_slice(&offer.machine)
         .map_err(|error| unreadable(format!("cannot read the offer of a machine: {error}")))?;
     if machine.version != OFFER_VERSION {
@@ -51,6 +44,22 @@ pub(super) fn check(
         );
         return Err(unreadable(why));
     }
+    Ok(machine)
+}
+
+fn unreadable(why: String) -> Refusal {
+    Refusal::new("offer-unreadable", why)
+}
+
+/// Checks an offer. The VM gets the name `vm`, or else the one that it has at the source.
+pub(super) fn check(
+    offer: &Offer,
+    vm: Option<VmId>,
+    registry: &Registry,
+    here: &CpuId,
+    allowed: &Allowed,
+) -> Result<CheckedOffer, Refusal> {
+    let machine = machine(offer)?;
     let wanted = cpuid(&machine.cpuid)
         .ok_or_else(|| unreadable("the CPUs have too many CPUID leaves".to_owned()))?;
     let vm = vm.map_or_else(|| offer.vm.parse::<VmId>(), Ok);

@@ -4,14 +4,16 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use control::{Category, Migration, Registry, RequestError, VmHandle};
-use migration::Source as _;
 use migration::snapshot::{Memory, Restoring, Saved, Snapshot, Writing, restore, write};
-use spec::{FieldProblem, MemoryRestoreMode, MigrationSide, RestoreConfig, VmId, VmSnapshotConfig};
+use migration::{Refusal, Source as _};
+use spec::{
+    FieldProblem, MemoryRestoreMode, MigrationSide, RestoreConfig, VmConfig, VmId, VmSnapshotConfig,
+};
 
 use super::destination::{DestinationHost, GuestOrigin};
 use super::source::SourceVm;
 use super::trust::Allowed;
-use super::{ActiveMigration, start};
+use super::{ActiveMigration, offer, start};
 use crate::driver::Purpose;
 use crate::pool::Pool;
 
@@ -25,6 +27,22 @@ fn folder(field: &str, url: &str) -> Result<PathBuf, RequestError> {
             detail: format!("{url:?} is not of the form file:///absolute/path"),
         }])
     })
+}
+
+/// Returns the configuration in the snapshot at a `file://` URL. The snapshot's files are checked, the
+/// values of the configuration are not.
+///
+/// # Errors
+/// The URL names no folder, or the folder holds no snapshot that this version reads.
+pub fn snapshot_config(url: &str) -> Result<VmConfig, RequestError> {
+    let dir = folder("source_url", url)?;
+    let snapshot = Snapshot::open(&dir).map_err(|error| unusable(error.refusal()))?;
+    let machine = offer::machine(&snapshot.offer()).map_err(unusable)?;
+    Ok(machine.config)
+}
+
+fn unusable(why: Refusal) -> RequestError {
+    RequestError::new(Category::Unprocessable, &why.code, why.detail)
 }
 
 /// Starts to write a snapshot of a paused VM.
@@ -109,10 +127,7 @@ pub(super) fn begin_restore(
         let detail = format!("there is a VM {:?} already", vm.as_str());
         return Err(RequestError::new(Category::Conflict, "vm-exists", detail));
     }
-    let snapshot = Snapshot::open(&dir).map_err(|error| {
-        let why = error.refusal();
-        RequestError::new(Category::Unprocessable, &why.code, why.detail)
-    })?;
+    let snapshot = Snapshot::open(&dir).map_err(|error| unusable(error.refusal()))?;
     let restoring = Arc::new(ActiveMigration::new(
         MigrationSide::Destination,
         Some(vm.clone()),

@@ -39,13 +39,13 @@ use crate::{one, serve};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub(crate) enum SeccompMode {
     /// The call fails, is logged, and ends the VM for which the thread works.
+    #[default]
     True,
     /// The call is done; the kernel logs it (see `dmesg`, or the audit log).
     Log,
     /// The call fails with EPERM, and nothing else happens.
     Errno,
-    /// No filters, and no rights are given up. The default of this version.
-    #[default]
+    /// No filters, and no rights are given up.
     False,
 }
 
