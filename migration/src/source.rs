@@ -116,6 +116,10 @@ pub trait Source: Send {
 
     /// Ends the machine: the guest runs at the destination.
     fn gone(&mut self);
+
+    /// Frees the VM, or its name, for other requests. Called once, before the report shows the end: a
+    /// client that sees the end may send its next request at once.
+    fn ended(&mut self, outcome: &Outcome);
 }
 
 /// A guest that was paused.
@@ -195,6 +199,7 @@ pub fn send(mut sending: Sending<'_>, source: &mut dyn Source) -> Outcome {
         Ok(()) => engine.after_commit(),
         Err(error) => engine.stay(error),
     };
+    engine.source.ended(&outcome);
     progress.update(|report| match &outcome {
         Outcome::Moved => report.phase = Phase::Completed,
         Outcome::Stayed { why, .. } => {

@@ -85,7 +85,7 @@ async fn machine_opens_no_more_descriptors_than_it_reserves() -> Result<()> {
     const LATER: usize = 40;
     const VSOCK: usize = 256;
     let roomy = Service::start(Face::Many).await?;
-    let tight = Service::start_with(&["prlimit", "--nofile=80:80"], &[]).await?;
+    let tight = Service::start_with(&["prlimit", "--nofile=96:96"], &[]).await?;
     // So that even the smallest machine is refused.
     fill(&tight).await?;
     for (index, config) in configurations(&roomy)?.into_iter().enumerate() {
@@ -94,7 +94,7 @@ async fn machine_opens_no_more_descriptors_than_it_reserves() -> Result<()> {
         let open = tight.descriptors()?;
         let (code, detail) = refused(tight.client().vms_boot(&id).await)?;
         assert_eq!(code, "too-few-descriptors");
-        ensure!(detail.contains("limit of 80"), "{detail}");
+        ensure!(detail.contains("limit of 96"), "{detail}");
         let needed = number(&detail, " file descriptors")?;
         assert_eq!(tight.client().vms_info(&id).await?.state, VmState::Created);
         assert!(tight.descriptors()? <= open, "something stayed open");

@@ -105,6 +105,8 @@ impl Source for Peer {
     }
 
     fn gone(&mut self) {}
+
+    fn ended(&mut self, _: &Outcome) {}
 }
 
 struct Host {

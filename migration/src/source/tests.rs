@@ -3,6 +3,7 @@
 
 use std::io;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
 use std::time::Duration;
@@ -12,7 +13,7 @@ use uuid::Uuid;
 
 use super::*;
 use crate::message::recv_hello;
-use crate::testing::{MemoryGuest, ram};
+use crate::testing::{MemoryGuest, Moment, ram};
 
 const PAGES: usize = 4;
 
@@ -171,6 +172,32 @@ fn stayed(outcome: &Outcome) -> &str {
         Outcome::Stayed { why, .. } => &why.code,
         Outcome::Moved => panic!("it moved"),
     }
+}
+
+/// A client that sees the end in the report may send its next request at once.
+#[test]
+fn source_is_freed_before_report_shows_end() {
+    let progress = Progress::default();
+    let (report, phases) = (progress.clone(), Arc::new(Mutex::new(Vec::new())));
+    let seen = Arc::clone(&phases);
+    let mut guest = MemoryGuest::with_hook(ram(PAGES), move |moment, _| {
+        if moment == Moment::Ended {
+            seen.lock().push(report.report().phase);
+        }
+    });
+    let unreachable = Pipe(Mutex::new(mpsc::channel().0));
+    let sending = Sending {
+        id: Uuid::new_v4(),
+        policy: &policy(),
+        dial: &unreachable,
+        journal: &mut Unwritable(None),
+        progress: &progress,
+        decision: &Decision::default(),
+    };
+    let outcome = send(sending, &mut guest);
+    assert!(matches!(outcome, Outcome::Stayed { .. }));
+    assert_eq!(*phases.lock(), [Phase::Connecting]);
+    assert_eq!(progress.report().phase, Phase::Failed);
 }
 
 #[test]

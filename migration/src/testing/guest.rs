@@ -7,7 +7,7 @@ use memory::{PAGE_SIZE, RamBlock, RamConfig};
 
 use crate::message::{BlockInfo, Offer, Refusal};
 use crate::pages::Block;
-use crate::source::{Source, Stopped, Whereabouts};
+use crate::source::{Outcome, Source, Stopped, Whereabouts};
 
 /// Returns anonymous memory of so many pages.
 #[must_use]
@@ -49,6 +49,8 @@ pub enum Moment {
     Stopped,
     /// The source has committed, and has not sent `Commit`.
     Committed,
+    /// The outcome is known, and the report does not show it.
+    Ended,
 }
 
 type Hook = Box<dyn FnMut(Moment, &RamBlock) + Send>;
@@ -165,4 +167,8 @@ impl Source for MemoryGuest {
     }
 
     fn gone(&mut self) {}
+
+    fn ended(&mut self, _: &Outcome) {
+        (self.hook)(Moment::Ended, &self.ram);
+    }
 }

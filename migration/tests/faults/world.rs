@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 use memory::RamBlock;
 use migration::testing::{MemoryGuest, blocks, contents, fill_page, ram};
 use migration::{
-    Block, Destination, Fate, Host, Journal, Offer, Refusal, Source, StartFailure, Step, Stopped,
-    Whereabouts,
+    Block, Destination, Fate, Host, Journal, Offer, Outcome, Refusal, Source, StartFailure, Step,
+    Stopped, Whereabouts,
 };
 use uuid::Uuid;
 
@@ -227,6 +227,8 @@ impl Source for TestSource {
     }
 
     fn gone(&mut self) {}
+
+    fn ended(&mut self, _: &Outcome) {}
 }
 
 pub(crate) struct TestTarget {

@@ -34,7 +34,7 @@ use tokio::sync::watch;
 pub(crate) use self::journals::Journals;
 pub(crate) use self::receive::Endpoints;
 pub use self::snapshot::snapshot_config;
-use self::source::SourceVm;
+use self::source::{Listed, SourceVm};
 pub use self::trust::MigrationTrust;
 use crate::driver::Purpose;
 use crate::pool::Pool;
@@ -380,7 +380,11 @@ impl Migrate for Pool {
                 verify = policy.verify,
                 "migration: begins"
             );
-            let mut source = SourceVm::new(id.clone(), parts);
+            let listed = Listed {
+                registry,
+                destination: ours.endpoint.clone(),
+            };
+            let mut source = SourceVm::moving(id.clone(), parts, listed);
             let sending = Sending {
                 id: ours.id,
                 policy: &policy,
@@ -391,19 +395,14 @@ impl Migrate for Pool {
             };
             let outcome = send(sending, &mut source);
             ours.log_end();
-            match outcome {
-                Outcome::Moved => {
-                    let detail = format!("to {}", ours.endpoint);
-                    registry.forget(&id, "migrated", Some(detail));
-                }
-                Outcome::Stayed { why, pending_abort } => {
-                    source.stayed(why);
-                    drop(source);
-                    ours.end();
-                    if let Some(pending_abort) = pending_abort {
-                        pending_abort.send(&*dial);
-                    }
-                }
+            drop(source);
+            if let Outcome::Stayed {
+                pending_abort: Some(pending_abort),
+                ..
+            } = outcome
+            {
+                ours.end();
+                pending_abort.send(&*dial);
             }
             journals.forget(ours.id, Side::Source);
             ours.end();

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 
-use migration::{Block, BlockInfo, Offer, Refusal, Source, Stopped, Whereabouts};
+use control::Registry;
+use migration::{Block, BlockInfo, Offer, Outcome, Refusal, Source, Stopped, Whereabouts};
 use spec::VmId;
 
 use super::{MachineOffer, OFFER_VERSION, RAM, rows};
@@ -12,7 +13,15 @@ use crate::driver::{Driver, SourceParts};
 pub(super) struct SourceVm {
     vm: VmId,
     parts: SourceParts,
+    /// Present if the guest leaves the service.
+    listed: Option<Listed>,
     tracking: bool,
+}
+
+/// A VM in the list of a service, which leaves it for a destination.
+pub(super) struct Listed {
+    pub(super) registry: Registry,
+    pub(super) destination: String,
 }
 
 impl SourceVm {
@@ -25,8 +34,15 @@ impl SourceVm {
         Self {
             vm,
             parts,
+            listed: None,
             tracking: false,
         }
+    }
+
+    pub(super) fn moving(vm: VmId, parts: SourceParts, listed: Listed) -> Self {
+        let mut source = Self::new(vm, parts);
+        source.listed = Some(listed);
+        source
     }
 
     /// The guest stays as it is, and `event` is recorded of it.
@@ -37,11 +53,6 @@ impl SourceVm {
             driver.record(event, detail);
             stayed
         });
-    }
-
-    /// The guest stays: it can be moved again, and its owner may read why it was not.
-    pub(super) fn stayed(&self, why: Refusal) {
-        self.end("migration-failed", why.detail);
     }
 }
 
@@ -152,6 +163,18 @@ impl Source for SourceVm {
         // The machine may be gone already.
         if let Ok(gone) = self.parts.caller.call(Driver::left) {
             gone.wait();
+        }
+    }
+
+    fn ended(&mut self, outcome: &Outcome) {
+        match (outcome, self.listed.take()) {
+            (Outcome::Moved, Some(listed)) => {
+                let detail = format!("to {}", listed.destination);
+                listed.registry.forget(&self.vm, "migrated", Some(detail));
+            }
+            (Outcome::Moved, None) => {}
+            // It can be migrated again, and its owner may read why it was not.
+            (Outcome::Stayed { why, .. }, _) => self.end("migration-failed", why.detail.clone()),
         }
     }
 }
