@@ -60,8 +60,14 @@ fn machine(limits: VsockLimits) -> Machine {
 }
 
 impl Machine {
-    /// Sends a packet without data, with a megabyte of room for answers.
+    /// Sends a packet without data, with a megabyte of room for answers, and waits until it is taken.
     fn send(&mut self, guest_port: u32, host_port: u32, op: u16) {
+        self.offer(guest_port, host_port, op);
+        self.tx.wait_used();
+    }
+
+    /// As [`send`](Self::send), without the wait.
+    fn offer(&mut self, guest_port: u32, host_port: u32, op: u16) {
         let header = Header {
             src_cid: CID,
             dst_cid: HOST_CID,
@@ -83,7 +89,6 @@ impl Machine {
             writable: false,
         };
         self.tx.send(&[buffer]);
-        self.tx.wait_used();
     }
 
     /// Makes a buffer of so many bytes available, and gives the packet that comes: its operation
@@ -130,6 +135,23 @@ fn ready_list_is_bounded() {
     machine.send(1000, 80, REQUEST);
     let (ready, connections) = machine.with(|muxer| (muxer.ready.len(), muxer.connections.len()));
     assert_eq!((ready, connections), (1, 1));
+}
+
+/// A muxer that is stalled is called again at once when there is room for answers. Without the queue that
+/// stalled it there is no packet to take, and it would be called for ever.
+#[test]
+fn reset_of_the_queue_ends_a_stall() {
+    let mut machine = machine(VsockLimits::default());
+    // Each of these packets has an answer, for which the guest makes no room.
+    for _ in 0..MAX_REPLIES {
+        machine.send(1000, 80, DATA);
+    }
+    machine.offer(1000, 80, DATA);
+    assert!(machine.with(|muxer| muxer.stalled));
+    assert!(machine.with(|muxer| muxer.take(TX as u16)).is_some());
+    assert_eq!(machine.receive(256).0, RESET);
+    let (stalled, replies) = machine.with(|muxer| (muxer.stalled, muxer.replies.len()));
+    assert_eq!((stalled, replies), (false, MAX_REPLIES - 1));
 }
 
 #[test]
