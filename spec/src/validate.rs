@@ -66,8 +66,6 @@ const NOT_YET: &[(&str, &[&str])] = &[
     ("/platform/iommufd", &["false"]),
     ("/platform/vfio_p2p_dma", &["true"]),
     ("/tpm", &[]),
-    ("/landlock_enable", &["false"]),
-    ("/landlock_rules", &["[]"]),
 ];
 
 /// The code of a problem with a field that this version does not support.
@@ -86,6 +84,7 @@ impl VmConfig {
         self.check_payload(&mut found);
         self.check_consoles(&mut found);
         self.check_segments(&mut found);
+        self.check_landlock(&mut found);
         devices::check(self, &mut found);
         if found.is_empty() { Ok(()) } else { Err(found) }
     }
@@ -248,6 +247,25 @@ impl VmConfig {
 
     /// Segments other than the first are empty: a device that asks for one is refused. A number of
     /// segments is therefore accepted, as clients send one for devices that a VM may not have.
+    /// Refuses Landlock's fields. The program takes them out of the configuration with which it starts
+    /// before it has threads; any other comes too late for them.
+    fn check_landlock(&self, found: &mut Vec<FieldProblem>) {
+        let rules = self.landlock_rules.as_deref().unwrap_or_default();
+        for (pointer, is_asked) in [
+            ("/landlock_enable", self.landlock_enable),
+            ("/landlock_rules", !rules.is_empty()),
+        ] {
+            if is_asked {
+                let detail = format!(
+                    "`{}` works in the file of `whimbrel run` only, because a running process cannot \
+                     restrict all of its threads; start the program with --landlock",
+                    name(pointer)
+                );
+                found.push(problem(pointer, UNSUPPORTED, detail));
+            }
+        }
+    }
+
     fn check_segments(&self, found: &mut Vec<FieldProblem>) {
         let segments = self.platform.as_ref().and_then(|all| all.num_pci_segments);
         let most = limits::PCI_SEGMENTS;

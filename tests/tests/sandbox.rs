@@ -4,12 +4,15 @@
 
 use std::fs::{self, File};
 use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use guest::{Line, Options, Workload};
-use spec::{VmConfig, VmState};
-use tests::{Face, Service};
+use openapi::Client;
+use spec::{DiskConfig, LandlockConfig, VmConfig, VmState};
+use tempfile::TempDir;
+use tests::{Face, Service, built};
 
 const SOON: Duration = Duration::from_secs(30);
 
@@ -87,5 +90,49 @@ async fn threads_of_guests_are_confined_further() -> Result<()> {
         assert_eq!(rights & (1 << 16 | 1 << 21), 0, "{name}: {rights:#x}");
     }
     assert!(guests >= 2, "a vCPU and a loop of devices");
+    Ok(())
+}
+
+/// A disk of a new file in a folder.
+fn disk_in(folder: &TempDir) -> Result<DiskConfig> {
+    let path = folder.path().join("disk");
+    File::create(&path)?.set_len(1 << 20)?;
+    let disk = serde_json::json!({ "path": path, "image_type": "Raw" });
+    Ok(serde_json::from_value(disk)?)
+}
+
+#[tokio::test]
+async fn landlock_in_the_file_of_a_vm_restricts_the_process() -> Result<()> {
+    // Its folder has the files of the VM.
+    let service = Service::start(Face::Many).await?;
+    let (mut config, serial) = service.pocket("vm", Options::default())?;
+    let (named, other) = (TempDir::new()?, TempDir::new()?);
+    config.landlock_enable = true;
+    config.landlock_rules = Some(vec![LandlockConfig {
+        path: named.path().to_string_lossy().into_owned(),
+        access: "rw".to_owned(),
+    }]);
+    let (file, socket) = (service.path("vm.json"), service.path("one.sock"));
+    fs::write(&file, serde_json::to_vec(&config)?)?;
+    let mut program = Command::new(built("whimbrel")?)
+        .args(["run", "--api-socket"])
+        .args([&socket, &file])
+        .stdin(Stdio::null())
+        .spawn()?;
+    let client = Client::unix(&socket);
+    let started = serial
+        .wait_for_line("its first line", SOON, |_| true)
+        .await
+        .is_ok();
+    let allowed = client.vm_add_disk(&disk_in(&named)?).await;
+    let denied = client.vm_add_disk(&disk_in(&other)?).await;
+    let ended = client.shut_service_down().await;
+    if ended.is_err() {
+        program.kill()?;
+    }
+    assert!(program.wait()?.success() && started);
+    assert!(allowed.is_ok(), "{allowed:?}");
+    let denied = format!("{:?}", denied.unwrap_err());
+    assert!(denied.contains("Permission denied"), "{denied}");
     Ok(())
 }

@@ -31,7 +31,7 @@ fn main() -> ExitCode {
         .and_then(|()| sandbox::drop_rights(arguments.sandbox.seccomp))
         // Read before files are denied: the rules follow from it, and standard input comes once.
         .and_then(|()| arguments.vm_config())
-        .and_then(|vm| Ok((sandbox::restrict_files(&arguments, vm.as_ref())?, vm)))
+        .and_then(|mut vm| Ok((sandbox::restrict_files(&arguments, vm.as_mut())?, vm)))
         .and_then(|(extent, vm)| Ok((extent, vm, logging::start(&arguments.logging)?)));
     // Dropped last: it writes the lines that wait.
     let (restricted, vm, _log) = match started {

@@ -12,7 +12,7 @@ use landlock::{
     ABI, Access as _, AccessFs, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset,
     RulesetAttr, RulesetCreatedAttr, RulesetStatus,
 };
-use spec::{PathUse, VmConfig};
+use spec::{LandlockConfig, PathUse, VmConfig};
 
 /// The rights that are denied unless a rule grants them: all of Linux 6.10, of which the kernel
 /// takes those that it knows.
@@ -96,8 +96,32 @@ impl Rule {
     }
 }
 
-/// Cloud Hypervisor's form: `path=/images,access=rw`. `w` is reading too, and making files in a
-/// folder.
+/// `r`, or `w` and `rw`: reading too, and making files in a folder.
+impl FromStr for Access {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "r" => Ok(Self::Read),
+            "w" | "rw" => Ok(Self::Folder),
+            _ => bail!("the access `{text}` is none of r, w and rw"),
+        }
+    }
+}
+
+impl TryFrom<&LandlockConfig> for Rule {
+    type Error = anyhow::Error;
+
+    fn try_from(rule: &LandlockConfig) -> Result<Self> {
+        let named = || format!("landlock_rules: the rule of {:?}", rule.path);
+        Ok(Self {
+            path: PathBuf::from(&rule.path),
+            access: rule.access.parse().with_context(named)?,
+        })
+    }
+}
+
+/// Cloud Hypervisor's form: `path=/images,access=rw`.
 impl FromStr for Rule {
     type Err = anyhow::Error;
 
@@ -106,8 +130,7 @@ impl FromStr for Rule {
         for part in text.split(',') {
             match part.split_once('=') {
                 Some(("path", value)) if !value.is_empty() => path = Some(PathBuf::from(value)),
-                Some(("access", "r")) => access = Some(Access::Read),
-                Some(("access", "w" | "rw")) => access = Some(Access::Folder),
+                Some(("access", value)) => access = Some(value.parse()?),
                 _ => bail!("`{part}` is none of path=PATH, access=r, access=w and access=rw"),
             }
         }

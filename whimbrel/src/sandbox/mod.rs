@@ -80,12 +80,20 @@ pub(crate) fn drop_rights(mode: SeccompMode) -> Result<()> {
     capabilities::drop_unneeded().context("cannot drop capabilities")
 }
 
-/// Denies all files that the command line does not need, for good, where it asks for that. Called before
-/// there are other threads: Landlock restricts each thread of its own.
-pub(crate) fn restrict_files(arguments: &Arguments, vm: Option<&VmConfig>) -> Result<Extent> {
-    if !arguments.sandbox.landlock {
+/// Denies all files that the command line does not need, for good, where it or the configuration of its
+/// VM asks for that. Called before there are other threads: Landlock restricts each thread of its own.
+pub(crate) fn restrict_files(
+    arguments: &Arguments,
+    mut vm: Option<&mut VmConfig>,
+) -> Result<Extent> {
+    let (asked, extra) = asked_by(vm.as_deref_mut())?;
+    if !arguments.sandbox.landlock && !asked {
+        if !extra.is_empty() {
+            bail!("landlock_rules has no effect without landlock_enable or --landlock");
+        }
         return Ok(Extent::NotAsked);
     }
+    let vm = vm.as_deref();
     let (mut rules, image_dirs) = match &arguments.command {
         Some(Command::Serve(serve)) => (serve::files(serve)?, &serve.image_dir),
         Some(Command::Run(run)) => (one::files(&run.vm, vm)?, &run.vm.image_dir),
@@ -96,7 +104,19 @@ pub(crate) fn restrict_files(arguments: &Arguments, vm: Option<&VmConfig>) -> Re
     let log = arguments.logging.log_file.as_deref();
     rules.extend(log.map(Rule::maker_of));
     rules.extend(arguments.sandbox.landlock_rules.iter().cloned());
+    rules.extend(extra);
     restrict(&rules)
+}
+
+/// Takes Landlock's fields out of a configuration: the process is restricted, wherever the VM moves, and
+/// a later configuration cannot change that.
+fn asked_by(vm: Option<&mut VmConfig>) -> Result<(bool, Vec<Rule>)> {
+    let Some(vm) = vm else {
+        return Ok((false, Vec::new()));
+    };
+    let rules = vm.landlock_rules.take().unwrap_or_default();
+    let rules = rules.iter().map(Rule::try_from).collect::<Result<_>>()?;
+    Ok((std::mem::take(&mut vm.landlock_enable), rules))
 }
 
 /// Confines the process, for good, and returns the means to confine guests' threads further.
