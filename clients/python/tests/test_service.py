@@ -119,7 +119,11 @@ class Service:
         self.client.get_httpx_client().close()
         self._process.terminate()
         self._process.wait(PATIENCE_S)
+        log = self.log()
         self._directory.cleanup()
+        # The service runs in its sandbox, and nothing that a client does needs more than that allows.
+        if "the sandbox refused a system call" in log:
+            raise AssertionError(log)
 
     def disk(self, name: str) -> str:
         path = self.directory / name

@@ -76,7 +76,10 @@ class Service {
     await this.client.close();
     this.#process.kill("SIGTERM");
     if (this.#process.exitCode === null) await once(this.#process, "exit");
+    const log = this.log();
     rmSync(this.directory, { recursive: true });
+    // The service runs in its sandbox, and nothing that a client does needs more than that allows.
+    assert.doesNotMatch(log, /the sandbox refused a system call/);
   }
 
   pocket(name: string, cmdline = "workload=idle heartbeat_ms=20"): Schemas["VmConfig"] {
