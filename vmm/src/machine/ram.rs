@@ -51,6 +51,7 @@ fn ram_config(config: &VmConfig) -> RamConfig {
         mergeable: memory.mergeable,
         thp: memory.thp,
         reserve: memory.reserve,
+        hotplug: false,
     }
 }
 
