@@ -72,6 +72,14 @@ const FAILURES: &[(&str, &str)] = &[
     ("vm.coredump", "The VM could not be coredumped"),
     ("vm.send-migration", "The VM could not be sent"),
     ("vm.receive-migration", "The VM could not be received"),
+    (
+        "vm.cancel-migration",
+        "The VM migration could not be canceled",
+    ),
+    (
+        "vm.migration-progress",
+        "The VM migration progress is not available",
+    ),
 ];
 
 /// Whether the client asks for problem bodies by name. `*/*` is no such request: `ch-remote` sends it.

@@ -40,6 +40,7 @@ mod access;
 mod activity;
 mod answer;
 mod body;
+mod claim;
 mod commands;
 mod descriptors;
 mod docs;
@@ -70,6 +71,7 @@ mod vmm;
 mod vms;
 
 pub use access::{TcpAccess, TokenFileError, token_file};
+pub use claim::{ClaimedVersion, InvalidVersion};
 pub use listen::{ListenError, Listener, TcpSocket, UnixSocket};
 pub use routers::document;
 pub use serve::{Bounds, Shutdown, serve, serve_within};

@@ -1,16 +1,17 @@
 //! Moving VMs between services.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::extract::{Path, State};
 use axum::response::{IntoResponse as _, Response};
 use control::{Migration, RequestError};
 use http::header::LOCATION;
-use http::{HeaderValue, StatusCode};
+use http::{HeaderMap, HeaderValue, StatusCode};
 use spec::{
     AtDeadline, AwaitMigration, MemoryMode, MigrationInfo, MigrationMode, MigrationPhase,
-    ReceiveMigrationData, ResolveMigration, SendMigrationData, StartMigration, TimeoutStrategy,
-    VmId,
+    MigrationProgress, ReceiveMigrationData, ResolveMigration, SendMigrationData, StartMigration,
+    TimeoutStrategy, VmId,
 };
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -20,8 +21,8 @@ use crate::extract::{Json, Named};
 use crate::one_vm::OneVm;
 use crate::problem::ApiError;
 use crate::refusals::{
-    Exists, Failed, NoSuchMigration, NoSuchVm, NotCreated, NotDone, NotJson, NotPossible,
-    NotUnderstood, TooLong, TooSlow, Unsupported, WrongState, of_one_vms_migration,
+    Exists, Failed, NoMigration, NoSuchMigration, NoSuchVm, NotCreated, NotDone, NotJson,
+    NotPossible, NotUnderstood, TooLong, TooSlow, Unsupported, WrongState, of_one_vms_migration,
 };
 use crate::service::Service;
 use crate::tags::{MIGRATIONS, ONE_VM};
@@ -38,6 +39,8 @@ pub(crate) fn one_vm_routes() -> OpenApiRouter<OneVm> {
     OpenApiRouter::default()
         .routes(routes!(send_one))
         .routes(routes!(receive_one))
+        .routes(routes!(cancel_one))
+        .routes(routes!(progress_one))
 }
 
 type Begun = Result<Arc<dyn Migration>, RequestError>;
@@ -219,16 +222,38 @@ pub(crate) async fn wait(migration: &dyn Migration) -> Result<StatusCode, ApiErr
     ))
 }
 
-/// Send the VM to a service that waits for it. The response is sent when the VM has moved.
+/// Returns how long the client waits for the end of what it asks for: the preference `wait`, in
+/// seconds (RFC 7240, section 4.3).
+fn wait_preference(headers: &HeaderMap) -> Option<Duration> {
+    let values = headers.get_all("prefer").iter();
+    let mut preferences = values
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','));
+    preferences.find_map(|preference| {
+        let (name, value) = preference.split(';').next()?.split_once('=')?;
+        let is_wait = name.trim().eq_ignore_ascii_case("wait");
+        let seconds = value.trim().trim_matches('"').parse().ok();
+        seconds.filter(|_| is_wait).map(Duration::from_secs)
+    })
+}
+
+/// Start sending the VM to a service that waits for it. The response is sent at once.
+///
+/// The end is shown by `vm.migration-progress` and by an event. As Cloud Hypervisor before version 53
+/// did, the response is sent when the migration is over if the service was started with an older
+/// `--claim-version`, or if the request has the preference `wait`.
 #[utoipa::path(
     put, path = "/api/v1/vm.send-migration", operation_id = "vmSendMigration", tag = ONE_VM, request_body = SendMigrationData,
+    params(("Prefer" = Option<String>, Header, description = "`wait=SECONDS` (RFC 7240): send the response when the \
+        migration is over, at the latest after this time.")),
     responses(
-        (status = 204, description = "The VM has moved."),
+        (status = 204, description = "The migration has started, or is over."),
         NotUnderstood, NotCreated, TooSlow, WrongState, TooLong, NotJson, NotDone, Unsupported,
     ),
 )]
 async fn send_one(
     State(vm): State<OneVm>,
+    headers: HeaderMap,
     Json(body): Json<SendMigrationData>,
 ) -> Result<StatusCode, ApiError> {
     let what = StartMigration {
@@ -248,13 +273,69 @@ async fn send_one(
         tls_dir: body.tls_dir,
         ..StartMigration::to(body.destination_url)
     };
-    let registry = vm.registry.clone();
+    let (registry, id) = (vm.registry.clone(), vm.id.clone());
     let begun = begin(
-        move || registry.send_migration(vm.id.as_str(), &what),
+        move || registry.send_migration(id.as_str(), &what),
         of_one_vms_migration,
     );
     let begun = begun.await?;
-    wait(&*begun).await
+    match wait_preference(&headers) {
+        // What goes on longer is told by events, as without the preference.
+        Some(longest) => {
+            let over = tokio::time::timeout(longest, wait(&*begun)).await;
+            over.unwrap_or(Ok(StatusCode::NO_CONTENT))
+        }
+        None if vm.claim.sends_at_once() => Ok(StatusCode::NO_CONTENT),
+        None => wait(&*begun).await,
+    }
+}
+
+/// Returns the VM's newest migration.
+fn of_one(vm: &OneVm) -> Result<Arc<dyn Migration>, ApiError> {
+    vm.registry.latest_migration(&vm.id).ok_or_else(|| {
+        ApiError::new(
+            StatusCode::NOT_FOUND,
+            "no-migration",
+            "the VM has not been in a migration since the service started",
+        )
+    })
+}
+
+/// Cancel the VM's migration, at its source or its destination. The guest stays at the source.
+///
+/// The response says that the request was accepted. The migration ends at its next step, which
+/// `vm.migration-progress` and an event show. Once the guest is being handed over, the request is refused.
+#[utoipa::path(
+    put, path = "/api/v1/vm.cancel-migration", operation_id = "vmCancelMigration", tag = ONE_VM,
+    responses(
+        (status = 204, description = "The migration is canceled, and ends at its next step."),
+        NoMigration, WrongState,
+    ),
+)]
+async fn cancel_one(State(vm): State<OneVm>) -> Result<StatusCode, ApiError> {
+    let migration = of_one(&vm)?;
+    // `cancel` of a destination that is over would free its endpoint, which is not asked for here.
+    if migration.info().phase.is_over() {
+        return Err(ApiError::new(
+            StatusCode::CONFLICT,
+            "migration-over",
+            "the VM's migration is over",
+        ));
+    }
+    migration.cancel()?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Return the progress of the VM's migration, or how its last one ended.
+#[utoipa::path(
+    get, path = "/api/v1/vm.migration-progress", operation_id = "vmMigrationProgress", tag = ONE_VM,
+    responses(
+        (status = 200, description = "The progress of the newest migration.", body = MigrationProgress),
+        NoMigration,
+    ),
+)]
+async fn progress_one(State(vm): State<OneVm>) -> Result<Answer<MigrationProgress>, ApiError> {
+    of_one(&vm).map(|migration| Answer(MigrationProgress::from(&migration.info())))
 }
 
 /// Receive a VM from another service. The response is sent when the VM has arrived.

@@ -9,6 +9,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::answer::Answer;
+use crate::claim::ClaimedVersion;
 use crate::extract::Json;
 use crate::problem::ApiError;
 use crate::refusals::{
@@ -22,6 +23,7 @@ use crate::tags::ONE_VM;
 pub(crate) struct OneVm {
     pub(crate) registry: Registry,
     pub(crate) id: VmId,
+    pub(crate) claim: ClaimedVersion,
 }
 
 impl OneVm {

@@ -120,6 +120,8 @@ refusals! {
     NoSuchDisk = 404, "The VM is not created, or has no disk of this name.";
     /// One VM a socket, and a snapshot.
     NoSuchSnapshot = 404, "The folder holds no snapshot that can be read.";
+    /// One VM a socket, and its migration.
+    NoMigration = 404, "The VM has not been in a migration.";
     /// Many VMs.
     NoSuchVm = 404, "No VM has this name.";
     /// A migration.

@@ -65,7 +65,7 @@ impl Service {
     /// [`shutdown`](Self::shutdown).
     pub fn vm_router(&self, id: &VmId, shutdown: &Shutdown) -> Router {
         let vmm = Vmm {
-            about: Arc::clone(&self.about),
+            about: Arc::clone(&self.about_vm),
             registry: self.registry.clone(),
             scope: Scope::One(id.clone()),
             shutdown: shutdown.clone(),
@@ -73,6 +73,7 @@ impl Service {
         let vm = OneVm {
             registry: self.registry.clone(),
             id: id.clone(),
+            claim: self.claim,
         };
         let envelope = (Face::CloudHypervisor, self.requests.clone());
         assemble(vm_face(vm, vmm), envelope)

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use control::{Registry, VmHandle};
 use spec::{VmSummary, VmmPingResponse};
 
+use crate::claim::ClaimedVersion;
 use crate::request_counts::Requests;
 use crate::serve::Shutdown;
 use crate::sockets::VmSockets;
@@ -14,6 +15,9 @@ use crate::sockets::VmSockets;
 pub struct Service {
     pub(crate) registry: Registry,
     pub(crate) about: Arc<VmmPingResponse>,
+    /// What a ping of Cloud Hypervisor's face answers.
+    pub(crate) about_vm: Arc<VmmPingResponse>,
+    pub(crate) claim: ClaimedVersion,
     pub(crate) shutdown: Shutdown,
     pub(crate) sockets: Option<Arc<VmSockets>>,
     pub(crate) requests: Requests,
@@ -23,13 +27,31 @@ impl Service {
     /// A service of these VMs that answers a ping with `about`.
     #[must_use]
     pub fn new(registry: Registry, about: VmmPingResponse) -> Self {
+        let about = Arc::new(about);
         Self {
             registry,
-            about: Arc::new(about),
+            about_vm: Arc::clone(&about),
+            about,
+            claim: ClaimedVersion::default(),
             shutdown: Shutdown::default(),
             sockets: None,
             requests: Requests::default(),
         }
+    }
+
+    /// Has the sockets that speak Cloud Hypervisor's API claim to be this version of it: their pings
+    /// answer it, and `vm.send-migration` answers when that version did. To be called before
+    /// [`with_vm_sockets`](Self::with_vm_sockets).
+    #[must_use]
+    pub fn claiming(mut self, version: ClaimedVersion) -> Self {
+        self.claim = version;
+        self.about_vm = Arc::new(VmmPingResponse {
+            version: version.to_string(),
+            // The own version too: who reads a build version wants to know what runs.
+            build_version: format!("v{version}-whimbrel-{}", self.about.version),
+            ..VmmPingResponse::clone(&self.about)
+        });
+        self
     }
 
     /// Returns the shutdown switch. Clients request it through the API, and the program may, too. The

@@ -9,7 +9,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use openapi::Client;
 use spec::{
     AtDeadline, AwaitMigration, MemoryMode, MigrationInfo, MigrationOutcome, MigrationPhase,
-    MigrationSide, StartMigration, VmId,
+    MigrationSide, SendMigrationData, StartMigration, VmId,
 };
 
 use crate::args::size;
@@ -209,7 +209,7 @@ pub(crate) async fn receive(
 
 pub(crate) async fn follow(client: &Client, begun: MigrationInfo, printer: Printer) -> Result<()> {
     let id: VmId = begun.id.parse()?;
-    let bar = bar(&begun);
+    let bar = bar(begun.memory_bytes);
     let mut info = begun;
     while !info.phase.is_over() {
         tokio::select! {
@@ -239,11 +239,49 @@ pub(crate) async fn follow(client: &Client, begun: MigrationInfo, printer: Print
     }
 }
 
-fn bar(info: &MigrationInfo) -> ProgressBar {
+/// Sends the VM of a socket that serves one VM, and waits until it has moved. Ctrl-C cancels.
+///
+/// A Cloud Hypervisor from version 53 on answers at once, and has no progress to show.
+pub(crate) async fn send(
+    client: &Client,
+    patient: &Client,
+    body: &SendMigrationData,
+) -> Result<()> {
+    let bar = bar(1);
+    let moved = patient.vm_send_migration(body);
+    tokio::pin!(moved);
+    let moved = loop {
+        tokio::select! {
+            moved = &mut moved => break moved,
+            () = tokio::time::sleep(TICK) => {}
+            interrupted = tokio::signal::ctrl_c() => {
+                interrupted?;
+                bar.set_message("canceling");
+                if let Err(error) = client.vm_cancel_migration().await {
+                    bar.suspend(|| eprintln!("wh-remote: {error}"));
+                }
+            }
+        }
+        // Only for show: the answer says how the migration ended.
+        if let Ok(progress) = client.vm_migration_progress().await {
+            let memory = progress.memory_transmission_info;
+            let done = memory
+                .memory_bytes_total
+                .saturating_sub(memory.memory_bytes_remaining_iteration);
+            bar.set_length(memory.memory_bytes_total.max(1));
+            bar.set_position(done);
+            bar.set_prefix("sending");
+        }
+    };
+    bar.finish_and_clear();
+    Ok(moved?)
+}
+
+fn bar(total: u64) -> ProgressBar {
     if !stderr().is_terminal() {
         return ProgressBar::hidden();
     }
-    let bar = ProgressBar::new(info.memory_bytes.max(1));
+    let bar = ProgressBar::new(total.max(1));
     let style = "{prefix:>12} [{bar:32}] {bytes}/{total_bytes} {msg}";
     if let Ok(style) = ProgressStyle::with_template(style) {
         bar.set_style(style.progress_chars("=> "));

@@ -100,7 +100,8 @@ fn table<const N: usize>(rows: impl IntoIterator<Item = [String; N]>) -> String 
 }
 
 pub(crate) fn ping(vmm: &VmmPingResponse) -> String {
-    format!("whimbrel {} (process {})", vmm.version, vmm.pid)
+    // On Cloud Hypervisor's face `version` is the one that the program claims to be.
+    format!("{} (process {})", vmm.build_version, vmm.pid)
 }
 
 pub(crate) fn list(vms: &[VmSummary]) -> String {

@@ -41,11 +41,9 @@ fn client(arguments: &Arguments) -> Result<Client> {
     Ok(client.with_token(token))
 }
 
-/// For what is answered when it is done, which may take hours.
+/// Returns a client for what is answered when it is done, which may take hours.
 fn patient(client: &Client) -> Client {
-    client
-        .clone()
-        .with_timeout(Duration::from_secs(7 * 24 * 3600))
+    client.clone().waiting(Duration::from_secs(7 * 24 * 3600))
 }
 
 /// Calls the method for one of many VMs, or that for the socket's own.
@@ -264,10 +262,8 @@ impl Remote {
                     .map_err(Into::into);
             }
             Command::SendMigration { local, options } => {
-                return patient(client)
-                    .vm_send_migration(&send(local, &options)?)
-                    .await
-                    .map_err(Into::into);
+                let body = send(local, &options)?;
+                return migrate::send(client, &patient(client), &body).await;
             }
             Command::ReceiveMigration { options } => {
                 return patient(client)

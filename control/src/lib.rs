@@ -52,4 +52,4 @@ pub use handle::{Ask, EventSender, Inbox, Latch, Message, Peek, Reply, VmHandle,
 pub use migrations::{Migrate, Migration};
 pub use registry::{Registry, Spawn};
 pub use request::{NewDevice, Request};
-pub use status::{StatusPublisher, VmStatus};
+pub use status::{Arrival, StatusPublisher, VmStatus};

@@ -147,6 +147,17 @@ impl Registry {
         }
     }
 
+    /// Records an event of a VM that may not exist: one that is awaited, or was not made.
+    pub fn record(&self, id: &VmId, event: &str, detail: Option<String>) {
+        let vms = self.0.vms.lock();
+        if vms.contains_key(id) {
+            self.0.events.record(id, event, detail);
+        } else {
+            // A history of its own would stay for ever.
+            self.0.events.record_last(id, event, detail);
+        }
+    }
+
     fn mover(&self) -> Result<&dyn Migrate, RequestError> {
         self.0.spawner.mover().ok_or_else(|| {
             let detail = "these VMs cannot be moved";
@@ -228,6 +239,17 @@ impl Registry {
     #[must_use]
     pub fn migrations(&self) -> Vec<Arc<dyn Migration>> {
         self.0.migrations.list()
+    }
+
+    /// The newest migration of this VM between services, in either direction. A VM that has moved away
+    /// no longer exists, and its migration is still found.
+    #[must_use]
+    pub fn latest_migration(&self, vm: &VmId) -> Option<Arc<dyn Migration>> {
+        let is_of_vm = |migration: &Arc<dyn Migration>| {
+            let info = migration.info();
+            info.is_between_services() && info.vm.as_ref() == Some(vm)
+        };
+        self.migrations().into_iter().rev().find(is_of_vm)
     }
 
     /// The migration of this name.

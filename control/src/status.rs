@@ -11,6 +11,15 @@ use tokio::sync::watch;
 
 use crate::events::EventLog;
 
+/// The way on which a guest came that did not boot here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Arrival {
+    /// A migration from another service.
+    Migrated,
+    /// A snapshot.
+    Restored,
+}
+
 /// A VM as its driver last published it.
 #[derive(Clone, Debug)]
 pub struct VmStatus {
@@ -34,8 +43,8 @@ pub struct VmStatus {
     pub reboots: u64,
     /// The guest ended by itself, and was not ended by a request.
     pub by_guest: bool,
-    /// The guest came from elsewhere, and did not boot here.
-    pub arrived: bool,
+    /// Where the guest came from, if it did not boot here.
+    pub arrival: Option<Arrival>,
     /// The driver is gone; nothing will change any more.
     pub ended: bool,
 }
@@ -53,7 +62,7 @@ impl VmStatus {
             boot: None,
             reboots: 0,
             by_guest: false,
-            arrived: false,
+            arrival: None,
             ended: false,
         }
     }
@@ -117,10 +126,13 @@ fn event(before: (VmState, u64), now: &VmStatus) -> Option<(&'static str, Option
         },
         (VmState::Running, VmState::Paused) => Some(("paused", None)),
         (VmState::Paused, VmState::Running) if before.1 == now.reboots => Some(("resumed", None)),
-        (VmState::Created, VmState::Running | VmState::Paused) if now.arrived => {
-            Some(("arrived", None))
-        }
-        (VmState::Created | VmState::Shutdown, VmState::Running) => Some(("booted", None)),
+        (VmState::Created, VmState::Running | VmState::Paused) => match now.arrival {
+            Some(Arrival::Migrated) => Some(("arrived", None)),
+            Some(Arrival::Restored) => Some(("restored", None)),
+            None if now.state == VmState::Running => Some(("booted", None)),
+            None => None,
+        },
+        (VmState::Shutdown, VmState::Running) => Some(("booted", None)),
         _ if before.1 != now.reboots => Some(("rebooted", None)),
         _ => None,
     }

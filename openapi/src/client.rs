@@ -65,6 +65,7 @@ pub struct Client {
     place: Place,
     timeout: Duration,
     token: Option<Arc<ApiToken>>,
+    waits: bool,
     /// Idle connections, and since when they are idle.
     idle: Arc<Mutex<Vec<(Instant, Connection)>>>,
 }
@@ -86,6 +87,7 @@ impl Client {
             place,
             timeout: DEFAULT_TIMEOUT,
             token: None,
+            waits: false,
             idle: Arc::default(),
         }
     }
@@ -95,6 +97,14 @@ impl Client {
     pub fn with_timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;
         self
+    }
+
+    /// Asks for answers when an operation is over (`Prefer: wait`, RFC 7240) where a service would answer
+    /// when it has started. Sets the time limit of a call, too.
+    #[must_use]
+    pub fn waiting(mut self, timeout: Duration) -> Self {
+        self.waits = true;
+        self.with_timeout(timeout)
     }
 
     /// Shows this token with each request, which services ask for over TCP.
@@ -172,6 +182,9 @@ impl Client {
             .uri(target)
             .header(HOST, host)
             .header(ACCEPT, operation.accept());
+        if self.waits {
+            request = request.header("prefer", format!("wait={}", self.timeout.as_secs()));
+        }
         if let Some(token) = &self.token {
             request = request.header(AUTHORIZATION, format!("Bearer {}", token.as_str()));
         }

@@ -2,10 +2,11 @@
 
 use spec::{
     AwaitMigration, CreateVm, DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig,
-    MemoryMap, MigrationInfo, NetConfig, PciDeviceInfo, PmemConfig, ReceiveMigrationData,
-    ResolveMigration, RestoreConfig, SendMigrationData, StartMigration, VdpaConfig,
-    VmAddUserDevice, VmConfig, VmCoredumpData, VmCounters, VmId, VmInfo, VmRemoveDevice, VmResize,
-    VmResizeDisk, VmResizeZone, VmSnapshotConfig, VmSummary, VmmPingResponse, VsockConfig,
+    MemoryMap, MigrationInfo, MigrationProgress, NetConfig, PciDeviceInfo, PmemConfig,
+    ReceiveMigrationData, ResolveMigration, RestoreConfig, SendMigrationData, StartMigration,
+    VdpaConfig, VmAddUserDevice, VmConfig, VmCoredumpData, VmCounters, VmId, VmInfo,
+    VmRemoveDevice, VmResize, VmResizeDisk, VmResizeZone, VmSnapshotConfig, VmSummary,
+    VmmPingResponse, VsockConfig,
 };
 
 use crate::client::Client;
@@ -225,7 +226,12 @@ operations! {
     vm_restore[RestoreConfig]: PUT "/api/v1/vm.restore" "vmRestore";
     /// Receives a VM from another host. The answer comes when it has arrived: give the client time.
     vm_receive_migration[ReceiveMigrationData]: PUT "/api/v1/vm.receive-migration" "vmReceiveMigration";
-    /// Sends the VM to another host. The answer comes when it has moved: give the client time.
+    /// Cancels the VM's migration.
+    vm_cancel_migration: PUT "/api/v1/vm.cancel-migration" "vmCancelMigration";
+    /// Asks how the VM's migration is going, or how the last one ended.
+    vm_migration_progress: GET "/api/v1/vm.migration-progress" "vmMigrationProgress" -> MigrationProgress;
+    /// Starts to send the VM to another host. The answer comes at once, or for a client that
+    /// [waits](Client::waiting) when it has moved.
     vm_send_migration[SendMigrationData]: PUT "/api/v1/vm.send-migration" "vmSendMigration";
 }
 

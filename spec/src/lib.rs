@@ -31,6 +31,7 @@ pub mod options;
 mod parse;
 mod paths;
 mod platform;
+mod progress;
 mod requests;
 mod service;
 mod token;
@@ -61,6 +62,11 @@ pub use parse::{ParseError, nearest, parse};
 pub use paths::{NamedPath, PathUse};
 pub use platform::{
     LandlockConfig, NumaConfig, NumaDistance, PayloadConfig, PciSegmentConfig, PlatformConfig,
+};
+pub use progress::{
+    FailedMigration, LocalTransport, MemoryTransmissionInfo, MigrationOver, MigrationProgress,
+    MigrationState, MigrationTransport, OngoingMigration, OngoingPhase, TcpConnections,
+    TcpTransport,
 };
 pub use requests::{
     MemoryRestoreMode, MigrationMode, ReceiveMigrationData, RestoreConfig, SendMigrationData,

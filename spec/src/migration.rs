@@ -336,6 +336,12 @@ pub struct MigrationInfo {
     pub throttle_percent: u8,
     /// Number of connections for memory.
     pub connections: u16,
+    /// Whether the connections are encrypted (`tls_dir`).
+    #[serde(default)]
+    pub tls: bool,
+    /// How long the guest may be stopped, in milliseconds; absent at the destination.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_downtime_ms: Option<u64>,
     /// Estimated time until the end of this round, in microseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub eta_us: Option<u64>,
@@ -354,4 +360,12 @@ pub struct MigrationInfo {
     /// Why the migration failed, was canceled or is in doubt.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<MigrationError>,
+}
+
+impl MigrationInfo {
+    /// Whether a guest moves between services. Otherwise the other end is the folder of a snapshot.
+    #[must_use]
+    pub fn is_between_services(&self) -> bool {
+        !self.endpoint.starts_with("file:")
+    }
 }

@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use openapi::ClientError;
 use rustix::process::Signal;
 use spec::{
     MigrationInfo, MigrationOutcome, MigrationPhase, ReceiveMigrationData, ResolveMigration,
@@ -86,11 +87,21 @@ async fn one_vm_socket_migrates() {
         }
         let body = serde_json::json!({ "destination_url": url, "local": true, "downtime_ms": 200 });
         let body: SendMigrationData = serde_json::from_value(body).unwrap();
-        a.client().vm_send_migration(&body).await
+        a.client().vm_send_migration(&body).await?;
+        // The answer came at once. The end is in the progress, which stays when the VM has gone.
+        loop {
+            let progress = a.client().vm_migration_progress().await?;
+            if progress.state.ongoing.is_none() {
+                return Ok::<_, ClientError>(progress);
+            }
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
     };
     let (received, sent) = tokio::join!(receiving, sending);
     received.unwrap();
-    sent.unwrap();
+    let sent = sent.unwrap();
+    assert!(sent.state.finished.is_some(), "{sent:?}");
+    assert_eq!(sent.downtime_configured_ms, 200);
     assert_eq!(b.client().vm_info().await.unwrap().state, VmState::Running);
     assert!(a.client().vm_info().await.is_err(), "it is no longer there");
     dirtier::check(&port).await.unwrap();
@@ -100,6 +111,29 @@ async fn one_vm_socket_migrates() {
         .vm_send_migration(&serde_json::from_value(body).unwrap())
         .await;
     assert!(refused.unwrap_err().to_string().contains("/nowhere/"));
+
+    // As a client of an older version: the answer comes when the VM has moved back.
+    let url = format!("unix:{}", a.path("back").display());
+    let receiving = async {
+        let body = serde_json::json!({ "receiver_url": url });
+        let body: ReceiveMigrationData = serde_json::from_value(body).unwrap();
+        a.client().vm_receive_migration(&body).await
+    };
+    let sending = async {
+        while !a.path("back").exists() {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        let body = serde_json::json!({ "destination_url": url });
+        let body: SendMigrationData = serde_json::from_value(body).unwrap();
+        let client = b.client().clone().waiting(PATIENCE);
+        client.vm_send_migration(&body).await?;
+        b.client().vm_migration_progress().await
+    };
+    let (received, sent) = tokio::join!(receiving, sending);
+    received.unwrap();
+    assert!(sent.unwrap().state.finished.is_some());
+    assert_eq!(a.client().vm_info().await.unwrap().state, VmState::Running);
+    dirtier::check(&port).await.unwrap();
 }
 
 /// The destination dies while memory is copied: the guest runs on, and moves with the next attempt.

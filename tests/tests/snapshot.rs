@@ -3,11 +3,12 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 use std::fs;
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use openapi::Client;
+use openapi::{Client, News};
 use rustix::process::Signal;
 use spec::{MigrationPhase, VmId, VmSnapshotConfig, VmState};
 use tests::snapshots::{from, over, refused, restore, snapshot, to};
@@ -44,6 +45,13 @@ async fn guest_comes_back_from_its_snapshot() {
         Path::new(&socket.unwrap()).exists(),
         "it has a socket of its own"
     );
+    let events = seen(&b, &vm, 4).await;
+    assert_eq!(events, "restoring created restored resumed");
+    let events = seen(&a, &vm, 8).await;
+    assert_eq!(
+        events,
+        "created booted paused snapshotting snapshotted resumed shutdown deleted"
+    );
     b.client().vms_delete(&vm).await.unwrap();
 
     // Again, under another name, and paused.
@@ -59,6 +67,33 @@ async fn guest_comes_back_from_its_snapshot() {
     restore(&a, &vm, &second, false).await;
     a.client().vms_resume(&vm).await.unwrap();
     dirtier::check(&port).await.unwrap();
+
+    // A restore that fails has an end, too, also if no VM was made.
+    let lost: VmId = "lost".parse().unwrap();
+    let path = dir.join("memory.bin");
+    let mut options = fs::File::options();
+    let memory = options.read(true).write(true).open(path).unwrap();
+    let mut byte = [0];
+    // Where the kernel is.
+    memory.read_exact_at(&mut byte, 2 << 20).unwrap();
+    memory.write_all_at(&[!byte[0]], 2 << 20).unwrap();
+    let failed = restore(&a, &lost, &dir, false).await;
+    assert_eq!(failed.phase, MigrationPhase::Failed, "{failed:?}");
+    let events = seen(&a, &lost, 3).await;
+    assert_eq!(events, "restoring created restore-failed");
+}
+
+/// Returns the first events of a VM.
+async fn seen(at: &Service, vm: &VmId, count: usize) -> String {
+    let mut events = at.client().events(Some(0), Some(vm)).await.unwrap();
+    let mut names = Vec::new();
+    while names.len() < count {
+        match events.next().await.unwrap() {
+            Some(News::Happened(event)) => names.push(event.event),
+            other => unreachable!("{other:?} after {names:?}"),
+        }
+    }
+    names.join(" ")
 }
 
 #[tokio::test]

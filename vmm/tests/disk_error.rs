@@ -222,7 +222,7 @@ async fn kept_requests_migrate() {
         let start = Instant::now();
         let arrived = loop {
             if let Ok(vm) = there.get(id.as_str())
-                && vm.status().arrived
+                && vm.status().arrival.is_some()
             {
                 break vm;
             }

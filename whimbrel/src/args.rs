@@ -6,13 +6,14 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
-use api::TcpAccess;
+use api::{ClaimedVersion, TcpAccess};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use spec::{
     ConsoleConfig, ConsoleMode, PayloadConfig, RestoreConfig, SerialConfig, VmConfig, options,
 };
 use vmm::MigrationTrust;
 
+use crate::cloud_hypervisor::CLAIM_VARIABLE;
 use crate::inherited::{self, ApiSocket};
 use crate::sandbox::{Rule, SeccompMode};
 
@@ -38,6 +39,11 @@ pub(crate) struct Arguments {
     pub(crate) logging: LoggingArguments,
     #[command(flatten)]
     pub(crate) sandbox: SandboxArguments,
+    /// Version of Cloud Hypervisor to claim on sockets that speak its API, and under the name
+    /// `cloud-hypervisor` in --version. Before 53, `vm.send-migration` is answered when the migration
+    /// is over, from then on when it has started.
+    #[arg(long, value_name = "VERSION", default_value_t, global = true, env = CLAIM_VARIABLE)]
+    pub(crate) claim_version: ClaimedVersion,
 }
 
 impl Arguments {

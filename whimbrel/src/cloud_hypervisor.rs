@@ -1,24 +1,50 @@
 //! The command line of Cloud Hypervisor v54: its version line, and its options one by one.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::path::Path;
 
 use anyhow::{Result, bail};
+use api::ClaimedVersion;
 use clap::{Arg, ArgMatches, Command};
 
-/// The version of Cloud Hypervisor whose command line and API this program has, from which consumers
-/// derive what they may send; then the program's own.
-const VERSION: &str = concat!("v54.0.0\nwhimbrel ", env!("CARGO_PKG_VERSION"));
+/// The environment variable that sets the claimed version for a program which is started with a fixed
+/// command line, by libvirt for instance.
+pub(crate) const CLAIM_VARIABLE: &str = "WHIMBREL_CLAIM_VERSION";
+
+/// Returns the claimed version, as far as the command line and the variable have a valid one. `--version`
+/// ends the program while clap reads the command line, so that it cannot be asked.
+pub(crate) fn claimed(
+    mut arguments: impl Iterator<Item = OsString>,
+    variable: Option<OsString>,
+) -> ClaimedVersion {
+    let mut claim = variable;
+    while let Some(argument) = arguments.next() {
+        match argument.to_str().map(|text| text.split_once('=')) {
+            Some(Some(("--claim-version", value))) => claim = Some(value.into()),
+            Some(None) if argument == "--claim-version" => claim = arguments.next(),
+            _ => {}
+        }
+    }
+    let text = claim.and_then(|claim| claim.into_string().ok());
+    // One that is not valid is refused where the program starts.
+    text.and_then(|text| text.parse().ok()).unwrap_or_default()
+}
 
 /// The name under which consumers start Cloud Hypervisor.
 const NAME: &str = "cloud-hypervisor";
 
 /// Returns the command that a program started as `program` is. Started as `cloud-hypervisor`, by a link,
-/// `--version` prints the line that consumers parse, and then the program's own name and version.
-pub(crate) fn command(command: Command, program: Option<&OsStr>) -> Command {
+/// `--version` prints the line that consumers parse, from which they derive what they may send, and then
+/// the program's own name and version.
+pub(crate) fn command(command: Command, program: Option<&OsStr>, claim: ClaimedVersion) -> Command {
     let command = know_refused(command.mut_subcommand("run", know_refused));
     match program.map(Path::new).and_then(Path::file_name) {
-        Some(name) if name == NAME => command.name(NAME).version(VERSION),
+        Some(name) if name == NAME => {
+            let own = env!("CARGO_PKG_VERSION");
+            // clap keeps the text for the life of the program, which asks once.
+            let version: &'static str = format!("v{claim}\nwhimbrel {own}").leak();
+            command.name(NAME).version(version)
+        }
         _ => command,
     }
 }
@@ -157,14 +183,15 @@ refused by name.
 ";
 
     fn whimbrel() -> Command {
-        command(Arguments::command(), None)
+        command(Arguments::command(), None, ClaimedVersion::default())
     }
 
     #[test]
     fn version_is_parsed_by_consumers_when_started_by_their_name() {
         let started_as = |program: &str| {
-            let command = command(Arguments::command(), Some(OsStr::new(program)));
-            command.render_version()
+            let program = Some(OsStr::new(program));
+            let claim = ClaimedVersion::default();
+            command(Arguments::command(), program, claim).render_version()
         };
         let version = started_as("/usr/bin/cloud-hypervisor");
         let mut lines = version.lines();
@@ -172,6 +199,31 @@ refused by name.
         let own = concat!("whimbrel ", env!("CARGO_PKG_VERSION"));
         assert_eq!((lines.next(), lines.next()), (Some(own), None));
         assert_eq!(started_as("./whimbrel").trim(), own);
+    }
+
+    #[test]
+    fn an_older_version_is_claimed_by_option_or_variable() {
+        let claim = |line: &str, variable: Option<&str>| {
+            let line = line.split(' ').map(OsString::from);
+            claimed(line, variable.map(OsString::from)).to_string()
+        };
+        assert_eq!(claim("cloud-hypervisor --version", None), "54.0.0");
+        assert_eq!(
+            claim("x --claim-version 51.1 --version", Some("40")),
+            "51.1.0"
+        );
+        assert_eq!(claim("x --version --claim-version=v35.1", None), "35.1.0");
+        assert_eq!(claim("x --version", Some("46")), "46.0.0");
+        assert_eq!(claim("x --claim-version", Some("fifty")), "54.0.0");
+        let line = ["whimbrel", "--claim-version", "99", "serve"];
+        assert!(whimbrel().try_get_matches_from(line).is_err());
+        let program = Some(OsStr::new("/usr/bin/cloud-hypervisor"));
+        let version = command(Arguments::command(), program, "51.1".parse().unwrap());
+        let version = version.render_version();
+        assert!(
+            version.starts_with("cloud-hypervisor v51.1.0\n"),
+            "{version}"
+        );
     }
 
     #[test]

@@ -41,16 +41,25 @@ struct MonitorEvent {
     properties: Option<BTreeMap<&'static str, String>>,
 }
 
-/// The events of Cloud Hypervisor, as (source, event), that an event of ours stands for. It reports
-/// the beginning and the end of an action, ours only the end.
+/// Returns the events of Cloud Hypervisor, as (source, event), that an event of ours stands for. Cloud
+/// Hypervisor reports the beginning and the end of each action. Ours has a beginning only for an action
+/// that takes long.
 fn names(event: &str) -> &'static [(&'static str, &'static str)] {
     match event {
         "booted" => &[("vm", "booting"), ("vm", "booted")],
         "paused" => &[("vm", "pausing"), ("vm", "paused")],
         "resumed" => &[("vm", "resuming"), ("vm", "resumed")],
         "rebooted" => &[("vm", "rebooting"), ("vm", "rebooted")],
-        "snapshotted" => &[("vm", "snapshotting"), ("vm", "snapshotted")],
+        "resize-requested" => &[("vm", "resizing")],
+        "resized" => &[("vm", "resized")],
+        "snapshotting" => &[("vm", "snapshotting")],
+        "snapshotted" => &[("vm", "snapshotted")],
+        "restoring" => &[("vm", "restoring")],
+        "restored" => &[("vm", "restored")],
+        "awaited" => &[("vm", "migration-receive-ready")],
         "arrived" => &[("vm", "migration-receive-finished")],
+        "arrival-failed" => &[("vm", "migration-receive-failed")],
+        "migrating" => &[("vm", "migration-starting")],
         "migrated" => &[("vm", "migration-finished"), ("vm", "deleted")],
         "migration-failed" => &[("vm", "migration-failed")],
         "shutdown" | "failed" => &[("vm", "shutdown")],
@@ -236,6 +245,38 @@ mod tests {
                         vm:deleted vmm:shutdown";
         assert_eq!(parsed(&text).join(" "), expected);
         assert!(text.ends_with("}\n\n"));
+    }
+
+    /// The names are those of Cloud Hypervisor's own page on its event monitor.
+    #[test]
+    fn snapshots_restores_and_migrations_have_events_of_their_own() {
+        let (mut read, write) = pipe();
+        let (log, vm) = (EventLog::default(), spec::VmId::unique());
+        let mut monitor = EventMonitor::write_to(write).unwrap();
+        for event in [
+            "restoring",
+            "restored",
+            "resumed",
+            "snapshotting",
+            "snapshotted",
+            "awaited",
+            "arrival-failed",
+            "arrived",
+            "migrating",
+            "migration-failed",
+            "migrated",
+        ] {
+            log.record(&vm, event, None);
+        }
+        monitor.report_new(&log);
+        monitor.finish(&EventLog::default());
+        let mut text = String::new();
+        read.read_to_string(&mut text).unwrap();
+        let expected = "vmm:starting vm:restoring vm:restored vm:resuming vm:resumed vm:snapshotting \
+                        vm:snapshotted vm:migration-receive-ready vm:migration-receive-failed \
+                        vm:migration-receive-finished vm:migration-starting vm:migration-failed \
+                        vm:migration-finished vm:deleted vmm:shutdown";
+        assert_eq!(parsed(&text).join(" "), expected);
     }
 
     #[test]

@@ -23,7 +23,9 @@ use crate::args::{Arguments, Command};
 
 fn main() -> ExitCode {
     let program = std::env::args_os().next();
-    let command = cloud_hypervisor::command(Arguments::command(), program.as_deref());
+    let variable = std::env::var_os(cloud_hypervisor::CLAIM_VARIABLE);
+    let claim = cloud_hypervisor::claimed(std::env::args_os(), variable);
+    let command = cloud_hypervisor::command(Arguments::command(), program.as_deref(), claim);
     let matches = command.get_matches();
     let arguments = Arguments::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     let started = cloud_hypervisor::check(&matches)
@@ -47,13 +49,18 @@ fn main() -> ExitCode {
     }
     // Before there are threads that handle what guests and clients send.
     let confine = || sandbox::enter(arguments.sandbox.seccomp);
+    let claim = arguments.claim_version;
     let done = match arguments.command {
-        Some(Command::Serve(serve)) => confine().and_then(|sandbox| serve::run(&serve, sandbox)),
-        Some(Command::Run(run)) => confine().and_then(|sandbox| one::run(&run.vm, vm, sandbox)),
+        Some(Command::Serve(serve)) => {
+            confine().and_then(|sandbox| serve::run(&serve, claim, sandbox))
+        }
+        Some(Command::Run(run)) => {
+            confine().and_then(|sandbox| one::run(&run.vm, vm, claim, sandbox))
+        }
         Some(Command::Demo) => confine().and_then(demo::run),
         Some(Command::Completions { shell }) => generate::completions(shell),
         Some(Command::Man { directory }) => generate::man_pages(&directory),
-        None => confine().and_then(|sandbox| one::run(&arguments.vm, vm, sandbox)),
+        None => confine().and_then(|sandbox| one::run(&arguments.vm, vm, claim, sandbox)),
     };
     done.unwrap_or_else(|error| {
         eprintln!("whimbrel: {error:#}");

@@ -7,7 +7,7 @@
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
-use api::{Service, serve};
+use api::{ClaimedVersion, Service, serve};
 use control::{Registry, Request, VmHandle};
 use spec::{RestoreConfig, VmConfig, VmId, VmState};
 use vmm::{Confinement, Pool, PoolConfig, snapshot_config};
@@ -43,6 +43,7 @@ pub(crate) fn files(arguments: &VmArguments, config: Option<&VmConfig>) -> Resul
 pub(crate) fn run(
     arguments: &VmArguments,
     config: Option<VmConfig>,
+    claim: ClaimedVersion,
     confinement: Confinement,
 ) -> Result<ExitCode> {
     let socket = arguments.api_socket()?;
@@ -70,7 +71,7 @@ pub(crate) fn run(
         let mut signals = Signals::listen()?;
         let registry = Registry::new(pool);
         let id: VmId = "vm".parse()?;
-        let service = Service::new(registry.clone(), about());
+        let service = Service::new(registry.clone(), about()).claiming(claim);
         let shutdown = service.shutdown().clone();
         let serving = match socket {
             None => None,

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use api::{Listener, Service, serve};
+use api::{ClaimedVersion, Listener, Service, serve};
 use control::Registry;
 use spec::VmmPingResponse;
 use vmm::{Confinement, Pool, PoolConfig};
@@ -70,7 +70,11 @@ pub(crate) fn files(arguments: &ServeArguments) -> Result<Vec<Rule>> {
     Ok(rules)
 }
 
-pub(crate) fn run(arguments: &ServeArguments, confinement: Confinement) -> Result<ExitCode> {
+pub(crate) fn run(
+    arguments: &ServeArguments,
+    claim: ClaimedVersion,
+    confinement: Confinement,
+) -> Result<ExitCode> {
     let (socket, state) = places(arguments);
     // Before anything is made: a token that cannot be used ends the program.
     let tcp = arguments.tcp_access()?;
@@ -92,7 +96,8 @@ pub(crate) fn run(arguments: &ServeArguments, confinement: Confinement) -> Resul
         let vms = state.join("vms");
         private_directory(&vms)?;
         let registry = Registry::new(pool);
-        let service = Service::new(registry.clone(), about()).with_vm_sockets(vms);
+        let service = Service::new(registry.clone(), about()).claiming(claim);
+        let service = service.with_vm_sockets(vms);
         for listener in &listeners {
             eprintln!("whimbrel: API at {}", listener.place());
         }

@@ -92,7 +92,12 @@ pub(crate) async fn moves(program: &Path, case: Case, times: usize) -> Result<Ve
                 "memory_mode": mode,
             });
             let body: SendMigrationData = serde_json::from_value(body)?;
-            Ok(from.client.vm_send_migration(&body).await?)
+            Ok(from
+                .client
+                .clone()
+                .waiting(Duration::from_secs(60))
+                .vm_send_migration(&body)
+                .await?)
         };
         let (received, sent): (_, Result<()>) = tokio::join!(receiving, sending);
         received?;

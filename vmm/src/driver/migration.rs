@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use ::devices::event_loop::Sources;
 use ::devices::pci::Bdf;
-use control::{Category, RequestError, Verb};
+use control::{Arrival, Category, RequestError, Verb};
 use hypervisor::MemSlots;
 use memory::{Pages, RamBlock};
 use migration::{Decision, Progress, Refusal, Stopped, Whereabouts};
@@ -185,6 +185,13 @@ impl Driver {
             memslots,
             throttle: active.throttle(),
         };
+        self.publisher.record(
+            match purpose {
+                Purpose::Move => "migrating",
+                Purpose::Snapshot => "snapshotting",
+            },
+            None,
+        );
         self.progress = Some(progress.clone());
         self.outgoing = Some(Outgoing {
             decision: decision.clone(),
@@ -464,6 +471,7 @@ impl Driver {
         stopped_for: Duration,
         as_of: Instant,
         paused: bool,
+        arrival: Arrival,
         resuming: &AtomicBool,
         sources: &mut Sources<'_>,
     ) -> Result<Instant, Refusal> {
@@ -500,15 +508,19 @@ impl Driver {
         self.set_config(Arc::clone(&self.config));
         self.record_formats();
         self.publisher.update(|status| {
-            status.state = if paused {
-                VmState::Paused
-            } else {
-                VmState::Running
+            status.state = match arrival {
+                Arrival::Migrated if !paused => VmState::Running,
+                // A restored guest was paused when it was saved, so followers see it paused, and then
+                // resumed if it runs.
+                Arrival::Migrated | Arrival::Restored => VmState::Paused,
             };
-            status.arrived = true;
+            status.arrival = Some(arrival);
             status.devices = devices;
             status.balloon = balloon;
         });
+        if !paused {
+            self.show(VmState::Running);
+        }
         for port in Port::BOTH {
             self.take_input(port, sources);
         }

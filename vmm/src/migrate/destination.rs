@@ -5,9 +5,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use control::Registry;
+use control::{Arrival, Registry};
 use memory::RamBlock;
-use migration::{Block, Destination, Fate, Host, Journal, Offer, Refusal, Side, StartFailure};
+use migration::{
+    Block, Destination, Fate, Host, Journal, Offer, Phase, Refusal, Side, StartFailure,
+};
 use spec::{Failure, VmConfig, VmId};
 use uuid::Uuid;
 
@@ -50,8 +52,16 @@ impl GuestOrigin {
     /// The event of a VM whose guest did not come.
     fn failure_event(self) -> &'static str {
         match self {
-            Self::Migration => "migration-failed",
+            Self::Migration => "arrival-failed",
             Self::Snapshot { .. } => "restore-failed",
+        }
+    }
+
+    /// How the guest came, once it is there.
+    fn arrival(self) -> Arrival {
+        match self {
+            Self::Migration => Arrival::Migrated,
+            Self::Snapshot { .. } => Arrival::Restored,
         }
     }
 
@@ -78,6 +88,21 @@ impl GuestOrigin {
             Self::Snapshot { .. } => Consoles::open(config, to_itself),
         }
     }
+}
+
+/// Records why the VM `asked` did not come, unless an event of the VM that was made for it says so.
+pub(super) fn record_failure(
+    moving: &ActiveMigration,
+    registry: &Registry,
+    asked: &VmId,
+    origin: GuestOrigin,
+) {
+    let report = moving.progress.report();
+    if report.phase == Phase::Completed || moving.end_is_recorded.swap(true, Ordering::AcqRel) {
+        return;
+    }
+    let detail = report.error.map(|error| error.detail);
+    registry.record(asked, origin.failure_event(), detail);
 }
 
 impl DestinationHost {
@@ -151,6 +176,7 @@ impl DestinationHost {
             halter,
             stage: Stage::Coming,
             origin: self.origin,
+            moving: Arc::clone(&self.moving),
         })
     }
 }
@@ -177,9 +203,11 @@ impl Host for DestinationHost {
             &self.allowed,
         )?;
         let caller = self.create(&vm, config)?;
+        self.moving.end_is_recorded.store(false, Ordering::Release);
         let give_up = |why: Refusal| {
             self.registry
                 .forget(&vm, self.origin.failure_event(), Some(why.detail.clone()));
+            self.moving.end_is_recorded.store(true, Ordering::Release);
             why
         };
         let (decision, progress) = (self.moving.decision.clone(), self.moving.progress.clone());
@@ -221,6 +249,7 @@ struct DestinationVm {
     halter: Arc<Halter>,
     stage: Stage,
     origin: GuestOrigin,
+    moving: Arc<ActiveMigration>,
 }
 
 /// How far the guest is.
@@ -258,10 +287,10 @@ impl Destination for DestinationVm {
         let as_of = Instant::now();
         // If the driver panics, no answer comes: this says whether the guest may have run by then.
         let resuming = Arc::new(AtomicBool::new(false));
-        let mark = Arc::clone(&resuming);
-        let arrived = self
-            .caller
-            .call(move |driver, sources| driver.arrive(stopped_for, as_of, paused, &mark, sources));
+        let (mark, arrival) = (Arc::clone(&resuming), self.origin.arrival());
+        let arrived = self.caller.call(move |driver, sources| {
+            driver.arrive(stopped_for, as_of, paused, arrival, &mark, sources)
+        });
         match arrived.and_then(|arrived| arrived) {
             Ok(runs) => {
                 self.stage = Stage::Arrived;
@@ -320,5 +349,6 @@ impl Destination for DestinationVm {
         }
         self.registry
             .forget(&self.vm, self.origin.failure_event(), None);
+        self.moving.end_is_recorded.store(true, Ordering::Release);
     }
 }

@@ -97,6 +97,8 @@ fn info(id: Uuid, side: Side, steps: &[Entry], last: &Entry) -> MigrationInfo {
         bytes_per_second: 0,
         throttle_percent: 0,
         connections: 0,
+        tls: false,
+        max_downtime_ms: None,
         eta_us: None,
         predicted_downtime_us: None,
         downtime: None,

@@ -88,6 +88,10 @@ struct ActiveMigration {
     vm: Mutex<Option<VmId>>,
     endpoint: String,
     started_ms: u64,
+    /// Whether the connections are encrypted.
+    tls: bool,
+    /// The stop to aim for, which only a source knows.
+    max_downtime_ms: Option<u64>,
     progress: Progress,
     decision: Decision,
     over: watch::Sender<bool>,
@@ -95,6 +99,8 @@ struct ActiveMigration {
     settled: watch::Sender<bool>,
     /// A destination listens, if only to answer a source that missed the outcome.
     has_endpoint: AtomicBool,
+    /// An event of the VM that a destination made says that its guest did not come.
+    end_is_recorded: AtomicBool,
 }
 
 impl ActiveMigration {
@@ -107,11 +113,14 @@ impl ActiveMigration {
             vm: Mutex::new(vm),
             endpoint,
             started_ms: u64::try_from(started).unwrap_or(u64::MAX),
+            tls: false,
+            max_downtime_ms: None,
             progress: Progress::default(),
             decision: Decision::default(),
             over: watch::Sender::new(false),
             settled: watch::Sender::new(false),
             has_endpoint: AtomicBool::new(false),
+            end_is_recorded: AtomicBool::new(false),
         }
     }
 }
@@ -191,6 +200,8 @@ impl Migration for ActiveMigration {
             bytes_per_second: report.bytes_per_second,
             throttle_percent: report.throttle_percent,
             connections: report.connections,
+            tls: self.tls,
+            max_downtime_ms: self.max_downtime_ms,
             eta_us: eta,
             predicted_downtime_us: report.predicted_downtime_us,
             downtime: report.downtime.map(|downtime| MigrationDowntime {
@@ -356,8 +367,11 @@ impl Migrate for Pool {
             }
         };
         let id = vm.id().clone();
-        let moving = ActiveMigration::new(MigrationSide::Source, Some(id.clone()), shown);
-        let moving = Arc::new(moving);
+        let moving = Arc::new(ActiveMigration {
+            tls: what.tls_dir.is_some(),
+            max_downtime_ms: Some(what.max_downtime_ms),
+            ..ActiveMigration::new(MigrationSide::Source, Some(id.clone()), shown)
+        });
         let caller = self.caller(&id).ok_or_else(RequestError::driver_gone)?;
         let (decision, progress) = (moving.decision.clone(), moving.progress.clone());
         let parts =

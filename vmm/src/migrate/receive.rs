@@ -10,7 +10,7 @@ use migration::{Accept, Endpoint, Listener, Policy, Receiving, TlsListener, rece
 use parking_lot::{Condvar, Mutex};
 use spec::{AwaitMigration, MigrationSide};
 
-use super::destination::{DestinationHost, GuestOrigin};
+use super::destination::{DestinationHost, GuestOrigin, record_failure};
 use super::{ActiveMigration, endpoint, invalid, start};
 use crate::pool::Pool;
 
@@ -138,11 +138,14 @@ pub(super) fn begin(
             Box::new(listener.map_err(|error| invalid("tls_dir", error.to_string()))?)
         }
     };
-    let moving = Arc::new(ActiveMigration::new(
-        MigrationSide::Destination,
-        what.vm.clone(),
-        bound.to_string(),
-    ));
+    let moving = Arc::new(ActiveMigration {
+        tls: what.tls_dir.is_some(),
+        ..ActiveMigration::new(
+            MigrationSide::Destination,
+            what.vm.clone(),
+            bound.to_string(),
+        )
+    });
     let host = DestinationHost::new(
         pool,
         registry.clone(),
@@ -153,6 +156,7 @@ pub(super) fn begin(
     let (limit, once) = (pool.connection_limit(), what.once);
     let (ours, endpoints) = (Arc::clone(&moving), pool.endpoints().clone());
     endpoints.hold(bound, &moving);
+    let (asked, registry) = (what.vm.clone(), registry.clone());
     // The VM is not known before an offer is accepted.
     let span = tracing::error_span!("migration", id = %moving.id);
     let started = start("migrate-in", span, move || {
@@ -162,6 +166,11 @@ pub(super) fn begin(
         };
         // Dropped before `ending`: the endpoint is free before anyone hears so.
         let mut accept = accept;
+        let record_end = || {
+            if let Some(vm) = &asked {
+                record_failure(&ours, &registry, vm, GuestOrigin::Migration);
+            }
+        };
         let receiving = Receiving {
             accept: &mut *accept,
             host: &host,
@@ -171,6 +180,7 @@ pub(super) fn begin(
             once,
             patience: Policy::default().patience,
             lingers: &|| {
+                record_end();
                 ours.end();
             },
         };
@@ -179,8 +189,13 @@ pub(super) fn begin(
             endpoint = ours.endpoint,
             "migration: waiting for a source"
         );
+        if let Some(vm) = &asked {
+            let detail = format!("at {}", ours.endpoint);
+            registry.record(vm, "awaited", Some(detail));
+        }
         // The report has the failure, if it failed.
         let _ = receive(receiving);
+        record_end();
         ours.log_end();
         drop(accept);
         drop(ending);

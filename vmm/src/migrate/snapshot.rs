@@ -10,7 +10,7 @@ use spec::{
     FieldProblem, MemoryRestoreMode, MigrationSide, RestoreConfig, VmConfig, VmId, VmSnapshotConfig,
 };
 
-use super::destination::{DestinationHost, GuestOrigin};
+use super::destination::{DestinationHost, GuestOrigin, record_failure};
 use super::source::SourceVm;
 use super::trust::Allowed;
 use super::{ActiveMigration, offer, start};
@@ -135,16 +135,17 @@ pub(super) fn begin_restore(
     ));
     // Whoever asks may create a VM with any configuration, so the snapshot's may be any too.
     let ours = Arc::clone(&restoring);
+    let origin = GuestOrigin::Snapshot {
+        prefault: what.prefault,
+    };
     let host = DestinationHost::new(
         pool,
         registry.clone(),
         Arc::clone(&restoring),
         Allowed::all(),
-        GuestOrigin::Snapshot {
-            prefault: what.prefault,
-        },
+        origin,
     );
-    let what = what.clone();
+    let (id, registry, what) = (vm.clone(), registry.clone(), what.clone());
     let span = tracing::info_span!("vm", id = vm.as_str());
     start("restore", span, move || {
         let manifest = snapshot.manifest();
@@ -152,6 +153,7 @@ pub(super) fn begin_restore(
             restore = %ours.id, snapshot = %manifest.id, folder = ours.endpoint, from = manifest.vm,
             created_ms = manifest.created_ms, "restore: begins"
         );
+        registry.record(&id, "restoring", Some(format!("from {}", ours.endpoint)));
         // The report has the failure, if it failed.
         let _ = restore(&Restoring {
             id: ours.id,
@@ -171,6 +173,7 @@ pub(super) fn begin_restore(
             progress: &ours.progress,
             decision: &ours.decision,
         });
+        record_failure(&ours, &registry, &id, origin);
         ours.log_end();
         ours.end();
     })?;
