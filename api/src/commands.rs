@@ -8,8 +8,6 @@ use spec::{
     DiskConfig, MemoryMap, NetConfig, PciDeviceInfo, VmId, VmRemoveDevice, VmResize, VmResizeDisk,
     VsockConfig,
 };
-use utoipa_axum::router::OpenApiRouter;
-use utoipa_axum::routes;
 
 use crate::answer::{added, counters, done, memory_map};
 use crate::extract::{Json, JsonAndTap, Named};
@@ -19,6 +17,7 @@ use crate::refusals::{
     BadBody, BadConfig, CommandRefused, DeviceRefused, Failed, NoSuchDevice, NoSuchDisk, NoSuchVm,
     NotAllowedNow, NotCreated, NotDone, NotPossible, Pending, WrongState,
 };
+use crate::routes::{Routes, routes};
 use crate::service::Service;
 use crate::tags::{ONE_VM, VMS};
 
@@ -67,13 +66,13 @@ macro_rules! commands {
         )*
 
         /// The commands on the service's own face.
-        pub(crate) fn service_routes() -> OpenApiRouter<Service> {
-            OpenApiRouter::default()$(.routes(routes!($service)))*
+        pub(crate) fn service_routes() -> Routes<Service> {
+            Routes::default()$(.routes(routes!($service)))*
         }
 
         /// The commands on Cloud Hypervisor's face.
-        pub(crate) fn vm_routes() -> OpenApiRouter<OneVm> {
-            OpenApiRouter::default()$(.routes(routes!($vm)))*
+        pub(crate) fn vm_routes() -> Routes<OneVm> {
+            Routes::default()$(.routes(routes!($vm)))*
         }
     };
 }

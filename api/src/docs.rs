@@ -1,17 +1,21 @@
 //! A page to read the document with, in one file: it needs no network, and can be saved.
 
+use std::sync::Arc;
+
 use axum::Router;
 use axum::routing::get;
 use http::header::{CONTENT_SECURITY_POLICY, CONTENT_TYPE};
+
+use crate::routes::Described;
 
 const PAGE: &str = include_str!("docs.html");
 
 /// The placeholder for the document in the page.
 const SLOT: &str = "{{document}}";
 
-pub(crate) fn routes(document: &str) -> Router {
-    let page = page(document);
+pub(crate) fn routes(document: Arc<Described>) -> Router {
     let answer = move || {
+        let page = page(&document.json());
         let headers = [
             (CONTENT_TYPE, "text/html; charset=utf-8"),
             // Nothing is fetched from anywhere.
@@ -20,7 +24,7 @@ pub(crate) fn routes(document: &str) -> Router {
                 "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'",
             ),
         ];
-        std::future::ready((headers, page.clone()))
+        std::future::ready((headers, page))
     };
     Router::new().route("/docs", get(answer))
 }

@@ -15,12 +15,11 @@ use http::{HeaderMap, StatusCode};
 use serde::Deserialize;
 use spec::{Event, VmId};
 use utoipa::IntoParams;
-use utoipa_axum::router::OpenApiRouter;
-use utoipa_axum::routes;
 
 use crate::peer::Peer;
 use crate::problem::ApiError;
 use crate::refusals::BadQuery;
+use crate::routes::{Routes, routes};
 use crate::serve::Shutdown;
 use crate::service::Service;
 use crate::tags::SERVICE;
@@ -28,8 +27,8 @@ use crate::tags::SERVICE;
 /// A comment line so often, so that both ends notice a connection that is gone.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
-pub(crate) fn routes() -> OpenApiRouter<Service> {
-    OpenApiRouter::default().routes(routes!(events))
+pub(crate) fn routes() -> Routes<Service> {
+    Routes::default().routes(routes!(events))
 }
 
 /// The first event, and a filter by VM.

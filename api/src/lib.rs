@@ -62,6 +62,7 @@ mod problem;
 mod refusals;
 mod request_counts;
 mod routers;
+mod routes;
 mod serve;
 mod service;
 mod snapshots;

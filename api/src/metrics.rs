@@ -7,14 +7,13 @@ use axum::extract::State;
 use axum::response::IntoResponse;
 use http::header::CONTENT_TYPE;
 use spec::VmState;
-use utoipa_axum::router::OpenApiRouter;
-use utoipa_axum::routes;
 
+use crate::routes::{Routes, routes};
 use crate::service::Service;
 use crate::tags::SERVICE;
 
-pub(crate) fn routes() -> OpenApiRouter<Service> {
-    OpenApiRouter::default().routes(routes!(metrics))
+pub(crate) fn routes() -> Routes<Service> {
+    Routes::default().routes(routes!(metrics))
 }
 
 /// Return the service's metrics, for Prometheus.

@@ -13,8 +13,6 @@ use spec::{
     MigrationProgress, ReceiveMigrationData, ResolveMigration, SendMigrationData, StartMigration,
     TimeoutStrategy, VmId,
 };
-use utoipa_axum::router::OpenApiRouter;
-use utoipa_axum::routes;
 
 use crate::answer::Answer;
 use crate::extract::{Json, Named};
@@ -24,19 +22,20 @@ use crate::refusals::{
     Exists, Failed, NoMigration, NoSuchMigration, NoSuchVm, NotCreated, NotDone, NotJson,
     NotPossible, NotUnderstood, TooLong, TooSlow, Unsupported, WrongState, of_one_vms_migration,
 };
+use crate::routes::{Routes, routes};
 use crate::service::Service;
 use crate::tags::{MIGRATIONS, ONE_VM};
 
-pub(crate) fn routes() -> OpenApiRouter<Service> {
-    OpenApiRouter::default()
+pub(crate) fn routes() -> Routes<Service> {
+    Routes::default()
         .routes(routes!(start))
         .routes(routes!(list, receive))
         .routes(routes!(info, cancel))
         .routes(routes!(resolve))
 }
 
-pub(crate) fn one_vm_routes() -> OpenApiRouter<OneVm> {
-    OpenApiRouter::default()
+pub(crate) fn one_vm_routes() -> Routes<OneVm> {
+    Routes::default()
         .routes(routes!(send_one))
         .routes(routes!(receive_one))
         .routes(routes!(cancel_one))

@@ -5,12 +5,11 @@ use spec::{
     DeviceConfig, FsConfig, GenericVhostUserConfig, PmemConfig, VdpaConfig, VmAddUserDevice,
     VmCoredumpData, VmResizeZone,
 };
-use utoipa_axum::router::OpenApiRouter;
-use utoipa_axum::routes;
 
 use crate::one_vm::OneVm;
 use crate::problem::ApiError;
 use crate::refusals::Unsupported;
+use crate::routes::{Routes, routes};
 use crate::tags::ONE_VM;
 
 /// Declares a handler in each row: its name, path, operation, body, and the end of "this version cannot ...".
@@ -27,8 +26,8 @@ macro_rules! not_yet {
             }
         )*
 
-        pub(crate) fn routes() -> OpenApiRouter<OneVm> {
-            OpenApiRouter::default()$(.routes(routes!($name)))*
+        pub(crate) fn routes() -> Routes<OneVm> {
+            Routes::default()$(.routes(routes!($name)))*
         }
     };
 }

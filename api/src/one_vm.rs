@@ -5,8 +5,6 @@ use axum::extract::State;
 use control::{Registry, Reply, Request, Verb, VmHandle};
 use http::StatusCode;
 use spec::{VmConfig, VmId, VmInfo};
-use utoipa_axum::router::OpenApiRouter;
-use utoipa_axum::routes;
 
 use crate::answer::Answer;
 use crate::claim::ClaimedVersion;
@@ -16,6 +14,7 @@ use crate::refusals::{
     Exists, Failed, NotCreated, NotJson, NotPossible, NotUnderstood, TooLong, TooSlow, Unsupported,
     not_created, of_one_vm,
 };
+use crate::routes::{Routes, routes};
 use crate::tags::ONE_VM;
 
 /// The VM of a socket, created or not.
@@ -43,8 +42,8 @@ impl OneVm {
     }
 }
 
-pub(crate) fn routes() -> OpenApiRouter<OneVm> {
-    OpenApiRouter::default()
+pub(crate) fn routes() -> Routes<OneVm> {
+    Routes::default()
         .routes(routes!(create))
         .routes(routes!(delete))
         .routes(routes!(info))

@@ -13,8 +13,6 @@ use hyper::ext::ReasonPhrase;
 use spec::VmId;
 use tower::Layer as _;
 use utoipa::openapi::OpenApi;
-use utoipa_axum::router::OpenApiRouter;
-use utoipa_axum::routes;
 
 use crate::document::frame;
 use crate::errors::Face;
@@ -22,6 +20,7 @@ use crate::middleware::envelope;
 use crate::one_vm::OneVm;
 use crate::problem::ApiError;
 use crate::request_counts::Requests;
+use crate::routes::{Described, Routes, routes};
 use crate::serve::Shutdown;
 use crate::service::Service;
 use crate::sockets::VmSockets;
@@ -85,15 +84,15 @@ impl Service {
 #[must_use]
 pub fn document() -> OpenApi {
     let mut whole = frame();
-    whole.merge(vmm::routes().into_openapi());
-    whole.merge(own().into_openapi());
-    whole.merge(of_one_vm().into_openapi());
-    whole.merge(published().into_openapi());
+    vmm::routes().describe(&mut whole);
+    own().describe(&mut whole);
+    of_one_vm().describe(&mut whole);
+    published().describe(&mut whole);
     generators::suit(&mut whole);
     whole
 }
 
-fn own() -> OpenApiRouter<Service> {
+fn own() -> Routes<Service> {
     vms::routes()
         .merge(commands::service_routes())
         .merge(migrations::routes())
@@ -102,7 +101,7 @@ fn own() -> OpenApiRouter<Service> {
         .merge(metrics::routes())
 }
 
-fn of_one_vm() -> OpenApiRouter<OneVm> {
+fn of_one_vm() -> Routes<OneVm> {
     one_vm::routes()
         .merge(commands::vm_routes())
         .merge(migrations::one_vm_routes())
@@ -111,32 +110,29 @@ fn of_one_vm() -> OpenApiRouter<OneVm> {
 }
 
 /// The service's own face.
-fn service_face(service: Service, vmm: Vmm) -> OpenApiRouter {
+fn service_face(service: Service, vmm: Vmm) -> Routes {
     own()
         .with_state(service)
         .merge(vmm::routes().with_state(vmm))
 }
 
 /// Cloud Hypervisor's face.
-fn vm_face(vm: OneVm, vmm: Vmm) -> OpenApiRouter {
+fn vm_face(vm: OneVm, vmm: Vmm) -> Routes {
     of_one_vm()
         .with_state(vm)
         .merge(vmm::routes().with_state(vmm))
 }
 
 /// A face, with what every face has: its document, a page to read it, and an answer to every other path.
-fn assemble(face: OpenApiRouter, shared: (Face, Requests)) -> Router {
-    let (router, mut described) = face.split_for_parts();
-    let mut whole = frame();
-    described.merge(published().into_openapi());
-    whole.merge(described);
-    generators::suit(&mut whole);
-    let paths: Arc<[String]> = whole.paths.paths.keys().cloned().collect();
-    let json: Arc<str> = whole.to_json().unwrap_or_default().into();
-    let (published, _) = published().with_state(Arc::clone(&json)).split_for_parts();
+fn assemble(face: Routes, shared: (Face, Requests)) -> Router {
+    let (router, described) = face.split();
+    let (own, described_too) = published().split();
+    let document = Arc::new(described.also(described_too));
+    let mut paths = document.paths.clone();
+    paths.sort_unstable();
     let router = router
-        .merge(published)
-        .merge(docs::routes(&json))
+        .merge(own.with_state(Arc::clone(&document)))
+        .merge(docs::routes(document))
         .fallback(move |request: Request| std::future::ready(no_such_path(&request, &paths)));
     // Around the router and not in its routes: it adds `Allow` after those are done.
     let service = from_fn_with_state(shared, envelope).layer(router);
@@ -152,8 +148,8 @@ async fn without_reason(mut response: Response) -> Response {
     response
 }
 
-fn published() -> OpenApiRouter<Arc<str>> {
-    OpenApiRouter::default().routes(routes!(openapi))
+fn published() -> Routes<Arc<Described>> {
+    Routes::default().routes(routes!(openapi))
 }
 
 /// Return the OpenAPI document of this socket.
@@ -161,8 +157,9 @@ fn published() -> OpenApiRouter<Arc<str>> {
     get, path = "/api/v1/openapi.json", operation_id = "getDocument", tag = SERVICE,
     responses((status = 200, description = "An OpenAPI 3.1 document.", body = serde_json::Value)),
 )]
-async fn openapi(State(json): State<Arc<str>>) -> impl IntoResponse {
-    ([(CONTENT_TYPE, "application/json")], json.to_string())
+async fn openapi(State(document): State<Arc<Described>>) -> impl IntoResponse {
+    let json = document.json().to_string();
+    ([(CONTENT_TYPE, "application/json")], json)
 }
 
 fn no_such_path(request: &Request, paths: &[String]) -> ApiError {
@@ -191,7 +188,7 @@ mod tests {
 
     #[tokio::test]
     async fn panic_becomes_500() {
-        let face = OpenApiRouter::default().route("/panics", get(panics));
+        let face = Routes::default().undescribed("/panics", get(panics));
         let router = assemble(face, (Face::Service, Requests::default()));
         for _ in 0..2 {
             let request = Request::get("/panics").body(Body::empty()).unwrap();

@@ -9,8 +9,6 @@ use axum::response::Response;
 use control::{Migration, RequestError};
 use http::StatusCode;
 use spec::{MigrationInfo, RestoreConfig, VmId, VmSnapshotConfig};
-use utoipa_axum::router::OpenApiRouter;
-use utoipa_axum::routes;
 
 use crate::extract::{Json, Named};
 use crate::migrations::{begin, created, give_socket, wait};
@@ -21,17 +19,18 @@ use crate::refusals::{
     NotPossible, NotUnderstood, NotValid, TooLong, TooSlow, Unsupported, WrongState,
     of_one_vms_restore, of_one_vms_snapshot,
 };
+use crate::routes::{Routes, routes};
 use crate::service::Service;
 use crate::tags::{MIGRATIONS, ONE_VM};
 
-pub(crate) fn routes() -> OpenApiRouter<Service> {
-    OpenApiRouter::default()
+pub(crate) fn routes() -> Routes<Service> {
+    Routes::default()
         .routes(routes!(snapshot))
         .routes(routes!(restore))
 }
 
-pub(crate) fn one_vm_routes() -> OpenApiRouter<OneVm> {
-    OpenApiRouter::default()
+pub(crate) fn one_vm_routes() -> Routes<OneVm> {
+    Routes::default()
         .routes(routes!(snapshot_one))
         .routes(routes!(restore_one))
 }

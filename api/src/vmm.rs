@@ -6,12 +6,11 @@ use axum::extract::State;
 use control::Registry;
 use http::StatusCode;
 use spec::{VmId, VmmPingResponse};
-use utoipa_axum::router::OpenApiRouter;
-use utoipa_axum::routes;
 
 use crate::answer::Answer;
 use crate::problem::ApiError;
 use crate::refusals::Failed;
+use crate::routes::{Routes, routes};
 use crate::serve::Shutdown;
 use crate::tags::SERVICE;
 
@@ -31,8 +30,8 @@ pub(crate) enum Scope {
     One(VmId),
 }
 
-pub(crate) fn routes() -> OpenApiRouter<Vmm> {
-    OpenApiRouter::default()
+pub(crate) fn routes() -> Routes<Vmm> {
+    Routes::default()
         .routes(routes!(ping))
         .routes(routes!(shut_down))
 }

@@ -6,8 +6,6 @@ use control::{Reply, Request, VmHandle};
 use http::header::LOCATION;
 use http::{HeaderValue, StatusCode};
 use spec::{ConsoleMode, CreateVm, VmConfig, VmId, VmInfo, VmSummary};
-use utoipa_axum::router::OpenApiRouter;
-use utoipa_axum::routes;
 
 use crate::answer::Answer;
 use crate::extract::{Json, Named};
@@ -16,11 +14,12 @@ use crate::refusals::{
     Exists, Failed, NoSuchVm, NotJson, NotPossible, NotUnderstood, TooLong, TooSlow, Unsupported,
     WrongState,
 };
+use crate::routes::{Routes, routes};
 use crate::service::Service;
 use crate::tags::VMS;
 
-pub(crate) fn routes() -> OpenApiRouter<Service> {
-    OpenApiRouter::default()
+pub(crate) fn routes() -> Routes<Service> {
+    Routes::default()
         .routes(routes!(list, create))
         .routes(routes!(info, ensure, delete))
 }
