@@ -86,6 +86,11 @@ impl Service {
         }
         self.polled = now;
         self.interrupts = interrupts;
+        if let Some(button) = self.work.options.button_port
+            && cpu::in8(button.port) & button.value != 0
+        {
+            self.power_off();
+        }
         let mut input = core::mem::replace(&mut self.input, Input::new());
         input.poll(|line| match Command::parse(line) {
             Some(command) => self.obey(command),

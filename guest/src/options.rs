@@ -23,6 +23,9 @@ pub struct Options {
     pub sleep_port: Option<PortValue>,
     /// How to reset, where ACPI does not say.
     pub reset_port: Option<PortValue>,
+    /// The register in which the power button shows, and its bit, as no AML is read that says so. The
+    /// guest looks at the register about ten times a second, and powers off when the bit is set.
+    pub button_port: Option<PortValue>,
     /// The action after a workload that ends.
     pub then: After,
 }
@@ -72,7 +75,7 @@ pub enum Workload {
     Crash(Crash),
 }
 
-/// A value to write to a port: `PORT:VALUE` in text.
+/// A port and a value to write to it, or to find in it: `PORT:VALUE` in text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PortValue {
     /// The port.
@@ -176,6 +179,8 @@ named! {
         SleepPort = "sleep_port",
         /// [`Options::reset_port`].
         ResetPort = "reset_port",
+        /// [`Options::button_port`].
+        ButtonPort = "button_port",
         /// [`Options::then`].
         Then = "then",
     }
@@ -236,6 +241,9 @@ impl Options {
                 Key::TscKhz => options.tsc_khz = Some(fits(positive(value)).ok_or(wrong)?),
                 Key::SleepPort => options.sleep_port = Some(PortValue::parse(value).ok_or(wrong)?),
                 Key::ResetPort => options.reset_port = Some(PortValue::parse(value).ok_or(wrong)?),
+                Key::ButtonPort => {
+                    options.button_port = Some(PortValue::parse(value).ok_or(wrong)?);
+                }
                 Key::Then => options.then = After::parse(value).ok_or(wrong)?,
             }
         }
@@ -270,6 +278,7 @@ impl fmt::Display for Options {
         word(f, Key::TscKhz, self.tsc_khz)?;
         word(f, Key::SleepPort, self.sleep_port)?;
         word(f, Key::ResetPort, self.reset_port)?;
+        word(f, Key::ButtonPort, self.button_port)?;
         let then = Some(self.then).filter(|then| *then != After::Stay);
         word(f, Key::Then, then)
     }

@@ -44,19 +44,21 @@ fn all_options() -> impl Strategy<Value = Options> {
         some(1..MAX_CPUS + 1),
         some(1..u32::MAX),
         some(1..u32::MAX),
-        proptest::option::of(port_values()),
-        proptest::option::of(port_values()),
+        proptest::array::uniform3(proptest::option::of(port_values())),
         select(After::ALL),
     )
         .prop_map(
-            |(workload, cpus, heartbeat_ms, tsc_khz, sleep_port, reset_port, then)| Options {
-                workload,
-                cpus,
-                heartbeat_ms,
-                tsc_khz,
-                sleep_port,
-                reset_port,
-                then,
+            |(workload, cpus, heartbeat_ms, tsc_khz, [sleep_port, reset_port, button_port], then)| {
+                Options {
+                    workload,
+                    cpus,
+                    heartbeat_ms,
+                    tsc_khz,
+                    sleep_port,
+                    reset_port,
+                    button_port,
+                    then,
+                }
             },
         )
 }
@@ -257,6 +259,7 @@ fn a_wrong_value_is_refused_by_its_key() {
         ("attack=kindly", Key::Attack),
         ("crash=softly", Key::Crash),
         ("sleep_port=0x600", Key::SleepPort),
+        ("button_port=0x604:256", Key::ButtonPort),
         ("reset_port=0x600:256", Key::ResetPort),
         ("then=sleep", Key::Then),
     ] {

@@ -134,6 +134,38 @@ async fn guest_memory_is_intact() {
     assert_eq!(verified, Some((true, 0)), "{:?}", lines(&log));
 }
 
+/// A guest that watches the power button ends by itself; one that does not stays.
+#[tokio::test]
+async fn power_button_reaches_guest() {
+    let lab = Lab::new();
+    let watching = Options {
+        button_port: Some(PortValue {
+            port: 0x604,
+            value: devices::power::POWER_BUTTON,
+        }),
+        ..beating()
+    };
+    let (vm, log) = lab.boot("watching", &watching, 1).await;
+    let (other, other_log) = lab.boot("other", &beating(), 1).await;
+    until("heartbeats", || {
+        lines(&log).len() > 3 && lines(&other_log).len() > 3
+    })
+    .await;
+    other.ask(Request::PowerButton).await.unwrap();
+    assert_eq!(vm.info().state, VmState::Running, "its button was not pressed");
+    vm.ask(Request::PowerButton).await.unwrap();
+    until("the guest to power off", || {
+        vm.info().state == VmState::Shutdown
+    })
+    .await;
+    assert!(vm.status().by_guest && vm.info().failure.is_none());
+    let before = lines(&other_log).len();
+    until("a heartbeat of the other", || {
+        lines(&other_log).len() > before
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn failed_guest_is_explained() {
     let lab = Lab::new();
