@@ -12,8 +12,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use rustix::fs::{Mode, OFlags};
-use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 use spec::{ConsoleMode, VmConfig};
+use terminal::{Escape, RawMode};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
@@ -106,7 +106,8 @@ pub(crate) async fn connect(config: &VmConfig, wanted: Option<PortName>) -> Resu
     if by_hand {
         eprintln!("wh-remote: connected; Ctrl-A x leaves, Ctrl-A a sends Ctrl-A");
     }
-    let raw = by_hand.then(RawMode::enter).transpose()?;
+    let raw = by_hand.then(RawMode::enter).transpose();
+    let raw = raw.context("cannot set the terminal to raw mode")?;
     let outcome = relay(reader, writer, by_hand).await;
     drop(raw);
     if by_hand {
@@ -213,53 +214,6 @@ fn copy_input(to: &mut dyn Write, by_hand: bool) -> io::Result<bool> {
     }
 }
 
-/// Finds the escape key, Ctrl-A x, in what the user types.
-#[derive(Default)]
-struct Escape {
-    /// The last key was Ctrl-A.
-    pending: bool,
-}
-
-impl Escape {
-    const CTRL_A: u8 = 1;
-
-    /// Returns the keys for the guest, and whether the user leaves.
-    fn filter(&mut self, typed: &[u8]) -> (Vec<u8>, bool) {
-        let mut keys = Vec::with_capacity(typed.len() + 1);
-        for &key in typed {
-            match (std::mem::take(&mut self.pending), key) {
-                (true, b'x' | b'X') => return (keys, true),
-                (true, b'a' | Self::CTRL_A) => keys.push(Self::CTRL_A),
-                (true, other) => keys.extend([Self::CTRL_A, other]),
-                (false, Self::CTRL_A) => self.pending = true,
-                (false, other) => keys.push(other),
-            }
-        }
-        (keys, false)
-    }
-}
-
-/// Raw mode of the terminal on standard input, until it is dropped.
-struct RawMode(Termios);
-
-impl RawMode {
-    fn enter() -> Result<Self> {
-        let stdin = rustix::stdio::stdin();
-        let before = tcgetattr(stdin).context("cannot read the terminal's settings")?;
-        let mut raw = before.clone();
-        raw.make_raw();
-        tcsetattr(stdin, OptionalActions::Now, &raw).context("cannot set the terminal")?;
-        Ok(Self(before))
-    }
-}
-
-impl Drop for RawMode {
-    fn drop(&mut self) {
-        // The terminal may be gone.
-        let _ = tcsetattr(rustix::stdio::stdin(), OptionalActions::Now, &self.0);
-    }
-}
-
 /// Prints the file of the VM's serial port or console, and with `follow` what is added to it.
 pub(crate) async fn logs(config: &VmConfig, wanted: Option<PortName>, follow: bool) -> Result<()> {
     let advice = "`logs` needs mode File; `console` connects to a Pty or Socket";
@@ -301,19 +255,6 @@ mod tests {
 
     fn config(text: &str) -> VmConfig {
         serde_json::from_str(&format!(r#"{{"payload":{{"kernel":"/k"}},{text}}}"#)).unwrap()
-    }
-
-    #[test]
-    fn escape_leaves_and_passes_other_keys() {
-        let mut escape = Escape::default();
-        assert_eq!(escape.filter(b"ls\r"), (b"ls\r".to_vec(), false));
-        // Split over two reads.
-        assert_eq!(escape.filter(b"a\x01"), (b"a".to_vec(), false));
-        assert_eq!(escape.filter(b"x more"), (Vec::new(), true));
-        assert_eq!(
-            Escape::default().filter(b"\x01a\x01\x01\x01b"),
-            (b"\x01\x01\x01b".to_vec(), false)
-        );
     }
 
     #[test]

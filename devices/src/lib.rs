@@ -41,7 +41,7 @@ pub mod sandbox;
 mod serial;
 mod unix;
 
-pub use console::{Console, ConsoleError, ConsoleInput, Watch, flush_terminal};
+pub use console::{Console, ConsoleError, ConsoleInput, Watch, flush_terminal, on_terminal_escape};
 pub use debug_port::DebugPort;
 pub use hotplug::HotplugBlock;
 pub use interrupt::InterruptLine;

@@ -204,6 +204,27 @@ async fn run_takes_a_configuration_file() -> Result<()> {
     Ok(())
 }
 
+/// Ctrl-A x ends the VM and gives the terminal back; before that, keys reach the guest.
+#[tokio::test]
+async fn run_on_a_terminal_is_left_by_escape() -> Result<()> {
+    let service = Service::start(Face::Many).await?;
+    let (mut config, _) = service.pocket("vm", beating())?;
+    config.serial = SerialConfig::with_mode(ConsoleMode::Tty);
+    let path = written(&service, &config)?;
+    let mut command = Command::new(built("whimbrel")?);
+    command.args(["run", &path]);
+    let mut terminal = Terminal::start(command)?;
+    terminal.shows("Ctrl-A x ends the VM")?;
+    terminal.shows("pocket: heartbeat")?;
+    ensure!(terminal.is_raw()?, "the guest gets each key");
+    terminal.keys.write_all(b"ping\n")?;
+    terminal.shows("pocket: alive")?;
+    terminal.keys.write_all(b"\x01x")?;
+    terminal.ends_well()?;
+    ensure!(!terminal.is_raw()?, "the terminal is as it was before");
+    Ok(())
+}
+
 #[tokio::test]
 async fn start_leaves_nothing_when_the_boot_fails() -> Result<()> {
     let service = Service::start(Face::Many).await?;

@@ -36,6 +36,7 @@ mod migrate;
 mod paths;
 mod pool;
 
+pub use ::devices::on_terminal_escape;
 pub use ::devices::sandbox::{Confinement, Sandbox, ThreadKind, Violation};
 pub use boot::BootError;
 pub use descriptors::TooFewDescriptors;

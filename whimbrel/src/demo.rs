@@ -35,7 +35,7 @@ const REGION_MIB: u64 = 32;
 const MOVES: [MemoryMode; 2] = [MemoryMode::Precopy, MemoryMode::Postcopy];
 
 pub(crate) fn run(confinement: Confinement) -> Result<ExitCode> {
-    runtime()?.block_on(async {
+    runtime(2)?.block_on(async {
         let directory = tempfile::tempdir().context("cannot make a temporary directory")?;
         let directory = directory.path();
         let start = |name| One::start(directory, name, confinement);

@@ -20,6 +20,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory, FromArgMatches};
 
 use crate::args::{Arguments, Command};
+use crate::one::User;
 
 fn main() -> ExitCode {
     let program = std::env::args_os().next();
@@ -55,12 +56,14 @@ fn main() -> ExitCode {
             confine().and_then(|sandbox| serve::run(&serve, claim, sandbox))
         }
         Some(Command::Run(run)) => {
-            confine().and_then(|sandbox| one::run(&run.vm, vm, claim, sandbox))
+            confine().and_then(|sandbox| one::run(&run.vm, vm, claim, sandbox, User::Person))
         }
         Some(Command::Demo) => confine().and_then(demo::run),
         Some(Command::Completions { shell }) => generate::completions(shell),
         Some(Command::Man { directory }) => generate::man_pages(&directory),
-        None => confine().and_then(|sandbox| one::run(&arguments.vm, vm, claim, sandbox)),
+        None => {
+            confine().and_then(|sandbox| one::run(&arguments.vm, vm, claim, sandbox, User::Program))
+        }
     };
     done.unwrap_or_else(|error| {
         eprintln!("whimbrel: {error:#}");

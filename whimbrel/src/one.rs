@@ -4,12 +4,15 @@
 //! stays when a client shuts the VM down, which may boot it again, and with `--no-shutdown` also when
 //! the guest powers off.
 
+use std::io::{self, IsTerminal as _};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use api::{ClaimedVersion, Service, serve};
 use control::{Registry, Request, VmHandle};
-use spec::{RestoreConfig, VmConfig, VmId, VmState};
+use spec::{ConsoleMode, RestoreConfig, VmConfig, VmId, VmState};
+use tokio::sync::Notify;
 use vmm::{Confinement, Pool, PoolConfig, snapshot_config};
 
 use crate::args::VmArguments;
@@ -18,6 +21,15 @@ use crate::inherited::ApiSocket;
 use crate::sandbox::{Rule, of_vm};
 use crate::serve::{about, runtime};
 use crate::signals::{Signals, unless_interrupted};
+
+/// The user of the program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum User {
+    /// A person who typed `whimbrel run`.
+    Person,
+    /// A program for Cloud Hypervisor, whose guests get every key.
+    Program,
+}
 
 /// Returns the Landlock rules for the files of the VM on the command line, and of its API.
 pub(crate) fn files(arguments: &VmArguments, config: Option<&VmConfig>) -> Result<Vec<Rule>> {
@@ -45,7 +57,9 @@ pub(crate) fn run(
     config: Option<VmConfig>,
     claim: ClaimedVersion,
     confinement: Confinement,
+    user: User,
 ) -> Result<ExitCode> {
+    let left = leaving(user, config.as_ref());
     let socket = arguments.api_socket()?;
     let snapshot = arguments.snapshot()?;
     if snapshot.is_some() && config.is_some() {
@@ -67,7 +81,7 @@ pub(crate) fn run(
         confinement,
     })?
     .with_migration_trust(arguments.migration.trust()?);
-    runtime()?.block_on(async {
+    runtime(1)?.block_on(async {
         let mut signals = Signals::listen()?;
         let registry = Registry::new(pool);
         let id: VmId = "vm".parse()?;
@@ -108,6 +122,7 @@ pub(crate) fn run(
         let ended: Result<Option<spec::Failure>> = tokio::select! {
             () = signals.next() => Ok(None),
             () = shutdown.requested() => Ok(None),
+            () = left.notified() => Ok(None),
             ended = guest => ended,
             never = reports => match never {},
         };
@@ -128,6 +143,21 @@ pub(crate) fn run(
             Some(failure) => bail!("the guest failed: {} ({})", failure.detail, failure.code),
         }
     })
+}
+
+/// Has the escape key looked for at a person's terminal, if the guest has that, and says so. Returns what
+/// is notified when the person leaves.
+fn leaving(user: User, config: Option<&VmConfig>) -> Arc<Notify> {
+    let left = Arc::new(Notify::new());
+    let has_terminal = config.is_some_and(|config| {
+        config.serial.mode == ConsoleMode::Tty || config.console.mode == ConsoleMode::Tty
+    });
+    if user == User::Person && has_terminal && io::stdin().is_terminal() {
+        eprintln!("whimbrel: Ctrl-A x ends the VM, Ctrl-A a sends Ctrl-A");
+        let notify = Arc::clone(&left);
+        vmm::on_terminal_escape(move || notify.notify_one());
+    }
+    left
 }
 
 /// Makes the VM from a snapshot, and waits until it is there.

@@ -43,10 +43,11 @@ fn private_directory(path: &Path) -> Result<()> {
         .with_context(|| format!("cannot create the directory {}", path.display()))
 }
 
-/// A runtime for the service's own threads. They only pass messages: two are enough.
-pub(crate) fn runtime() -> Result<tokio::runtime::Runtime> {
+/// Returns a runtime for the service's own threads, beside the main thread. They only pass messages: two
+/// are enough for many VMs, and one is for one VM.
+pub(crate) fn runtime(threads: usize) -> Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
+        .worker_threads(threads)
         .enable_all()
         .build()
         .context("cannot start the service's threads")
@@ -86,7 +87,7 @@ pub(crate) fn run(
     })?
     .with_journals(state.join("migrations"))
     .with_migration_trust(arguments.migration.trust()?);
-    let runtime = runtime()?;
+    let runtime = runtime(2)?;
     runtime.block_on(async {
         let mut signals = Signals::listen()?;
         let mut listeners = vec![Listener::unix(&socket)?];

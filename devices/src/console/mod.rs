@@ -11,14 +11,15 @@ use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
+use ::terminal::{Escape, RawMode};
 use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::Errno;
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
-use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcsetattr};
+use rustix::termios::{OptionalActions, isatty, tcgetattr, tcsetattr};
 
 use self::log_file::LogFile;
 pub use self::terminal::flush_terminal;
@@ -78,7 +79,7 @@ enum End {
     File(LogFile),
     Tty {
         output: terminal::Writer,
-        _raw: Option<RawMode>,
+        keyboard: Option<Keyboard>,
     },
     Pty {
         master: Arc<File>,
@@ -155,12 +156,8 @@ impl Console {
     /// When the terminal cannot be set, or the host gives no thread.
     pub fn tty() -> Result<Self, ConsoleError> {
         let output = terminal::stdout().map_err(ConsoleError::Terminal)?;
-        let raw = if isatty(rustix::stdio::stdin()) {
-            Some(RawMode::enter()?)
-        } else {
-            None
-        };
-        Ok(Self::with(End::Tty { output, _raw: raw }))
+        let keyboard = Keyboard::open()?;
+        Ok(Self::with(End::Tty { output, keyboard }))
     }
 
     /// A new pseudo terminal.
@@ -285,8 +282,14 @@ impl Console {
         self.more = false;
         match &mut self.end {
             End::Null | End::File(_) => Vec::new(),
-            End::Tty { .. } => {
-                self.more = pump(rustix::stdio::stdin(), to).more;
+            End::Tty { keyboard, .. } => {
+                let stdin = rustix::stdio::stdin();
+                self.more = match (keyboard, ON_ESCAPE.get()) {
+                    (Some(Keyboard { escape, .. }), Some(leave)) => {
+                        pump(stdin, &Typed { to, escape, leave }).more
+                    }
+                    _ => pump(stdin, to).more,
+                };
                 Vec::new()
             }
             End::Pty { master, .. } => {
@@ -386,27 +389,55 @@ fn pump(from: impl AsFd, to: &dyn ConsoleInput) -> Pumped {
     }
 }
 
-/// Raw mode of the terminal on standard input, until it is dropped.
-struct RawMode(Termios);
+/// What happens when the user of the terminal leaves the console by the escape key.
+static ON_ESCAPE: OnceLock<Box<dyn Fn() + Send + Sync>> = OnceLock::new();
 
-impl RawMode {
-    fn enter() -> Result<Self, ConsoleError> {
-        let stdin = rustix::stdio::stdin();
-        let set = || -> io::Result<Termios> {
-            let before = tcgetattr(stdin)?;
-            let mut raw = before.clone();
-            raw.make_raw();
-            tcsetattr(stdin, OptionalActions::Now, &raw)?;
-            Ok(before)
-        };
-        set().map(Self).map_err(ConsoleError::Terminal)
+/// Has the escape key, Ctrl-A x, looked for in what is typed at this process's terminal, and `leave`
+/// called when it comes. Without this all keys go to the guest. Only the first call counts, as there is
+/// one terminal.
+pub fn on_terminal_escape(leave: impl Fn() + Send + Sync + 'static) {
+    let _ = ON_ESCAPE.set(Box::new(leave));
+}
+
+/// A terminal in raw mode, whose user can leave.
+struct Keyboard {
+    _raw: RawMode,
+    escape: Mutex<Escape>,
+}
+
+impl Keyboard {
+    /// Sets the terminal on standard input to raw mode, if there is one.
+    fn open() -> Result<Option<Self>, ConsoleError> {
+        if !isatty(rustix::stdio::stdin()) {
+            return Ok(None);
+        }
+        Ok(Some(Self {
+            _raw: RawMode::enter().map_err(ConsoleError::Terminal)?,
+            escape: Mutex::default(),
+        }))
     }
 }
 
-impl Drop for RawMode {
-    fn drop(&mut self) {
-        // The terminal may be gone.
-        let _ = tcsetattr(rustix::stdio::stdin(), OptionalActions::Now, &self.0);
+/// The guest's input, without the escape key.
+struct Typed<'a> {
+    to: &'a dyn ConsoleInput,
+    escape: &'a Mutex<Escape>,
+    leave: &'a (dyn Fn() + Send + Sync),
+}
+
+impl ConsoleInput for Typed<'_> {
+    fn room(&self) -> usize {
+        // For a Ctrl-A that was kept back until the next key came.
+        self.to.room().saturating_sub(1)
+    }
+
+    fn receive(&self, bytes: &[u8]) -> usize {
+        let (keys, leaves) = self.escape.lock().filter(bytes);
+        self.to.receive(&keys);
+        if leaves {
+            (self.leave)();
+        }
+        bytes.len()
     }
 }
 

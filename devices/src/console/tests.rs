@@ -204,3 +204,43 @@ fn names_unwritable_path() {
         Err(ConsoleError::Socket { .. })
     ));
 }
+
+#[test]
+fn escape_key_leaves_and_other_keys_reach_guest() {
+    struct Guest(Mutex<Vec<u8>>);
+    impl ConsoleInput for Guest {
+        fn room(&self) -> usize {
+            8_usize.saturating_sub(self.0.lock().len())
+        }
+        fn receive(&self, bytes: &[u8]) -> usize {
+            self.0.lock().extend(bytes);
+            bytes.len()
+        }
+    }
+    let (guest, escape) = (Guest(Mutex::default()), Mutex::default());
+    let left = std::sync::atomic::AtomicBool::new(false);
+    let has_left = || left.load(std::sync::atomic::Ordering::Relaxed);
+    let (reader, mut writer) = io::pipe().unwrap();
+    let leave = || left.store(true, std::sync::atomic::Ordering::Relaxed);
+    let mut more_after = |keys: &[u8]| {
+        writer.write_all(keys).unwrap();
+        let typed = Typed {
+            to: &guest,
+            escape: &escape,
+            leave: &leave,
+        };
+        pump(&reader, &typed).more
+    };
+    assert!(!more_after(b"ls\x01"));
+    assert_eq!(*guest.0.lock(), b"ls");
+    assert!(!more_after(b"ab"));
+    assert_eq!(*guest.0.lock(), b"ls\x01b");
+    assert!(!has_left());
+    // Three places are left, and one is for a Ctrl-A: the rest stays in the pipe.
+    assert!(more_after(b"1234\x01x"));
+    assert_eq!(*guest.0.lock(), b"ls\x01b123");
+    guest.0.lock().clear();
+    assert!(!more_after(b""));
+    assert_eq!(*guest.0.lock(), b"4");
+    assert!(has_left());
+}
