@@ -96,6 +96,11 @@ impl ApiError {
         &self.problem.code
     }
 
+    #[cfg(test)]
+    pub(crate) fn detail(&self) -> &str {
+        &self.problem.detail
+    }
+
     pub(crate) fn status(&self) -> StatusCode {
         StatusCode::from_u16(self.problem.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
     }

@@ -126,6 +126,7 @@ fn vm_face(vm: OneVm, vmm: Vmm) -> Routes {
 /// A face, with what every face has: its document, a page to read it, and an answer to every other path.
 fn assemble(face: Routes, shared: (Face, Requests)) -> Router {
     let (router, described) = face.split();
+    let kind = shared.0;
     let (own, described_too) = published().split();
     let document = Arc::new(described.also(described_too));
     let mut paths = document.paths.clone();
@@ -133,7 +134,7 @@ fn assemble(face: Routes, shared: (Face, Requests)) -> Router {
     let router = router
         .merge(own.with_state(Arc::clone(&document)))
         .merge(docs::routes(document))
-        .fallback(move |request: Request| std::future::ready(no_such_path(&request, &paths)));
+        .fallback(move |request: Request| std::future::ready(no_such_path(&request, kind, &paths)));
     // Around the router and not in its routes: it adds `Allow` after those are done.
     let service = from_fn_with_state(shared, envelope).layer(router);
     Router::new().fallback_service(map_response(without_reason).layer(service))
@@ -162,8 +163,28 @@ async fn openapi(State(document): State<Arc<Described>>) -> impl IntoResponse {
     ([(CONTENT_TYPE, "application/json")], json)
 }
 
-fn no_such_path(request: &Request, paths: &[String]) -> ApiError {
+fn no_such_path(request: &Request, face: Face, paths: &[String]) -> ApiError {
     let path: String = request.uri().path().chars().take(128).collect();
+    let on = |start: &str| path.starts_with(start);
+    // The name of another path of this face would be no help, and could be a harmful one.
+    let other_face = match face {
+        Face::Service if on("/api/v1/vm.") => Some(
+            "this socket serves many VMs: name one, as in /api/v1/vms/{id}/boot (wh-remote: --vm ID), or \
+             use the VM's own socket, which GET /api/v1/vms shows",
+        ),
+        Face::CloudHypervisor if on("/api/v1/vms") || on("/api/v1/migrations") => Some(
+            "this socket serves one VM by Cloud Hypervisor's API, as in /api/v1/vm.boot (wh-remote: omit \
+             --vm); the service's own socket has this path",
+        ),
+        _ => None,
+    };
+    if let Some(advice) = other_face {
+        return ApiError::new(
+            StatusCode::NOT_FOUND,
+            "no-such-path",
+            format!("no resource at {path}; {advice}"),
+        );
+    }
     let hint = match spec::nearest(&path, paths.iter().map(String::as_str)) {
         Some(near) => format!("; did you mean {near}?"),
         None => "; GET /api/v1/openapi.json lists the paths".to_owned(),
@@ -184,6 +205,29 @@ mod tests {
 
     async fn panics() -> StatusCode {
         panic!("on purpose")
+    }
+
+    #[test]
+    fn path_of_other_face_is_explained() {
+        let paths = ["/api/v1/vmm.shutdown".to_owned()];
+        let detail = |path: &str, face| {
+            let request = Request::get(path).body(Body::empty()).unwrap();
+            no_such_path(&request, face, &paths).detail().to_owned()
+        };
+        for path in ["/api/v1/vm.snapshot", "/api/v1/vm.info"] {
+            let told = detail(path, Face::Service);
+            assert!(
+                told.contains("--vm ID") && !told.contains("shutdown"),
+                "{told}"
+            );
+        }
+        let told = detail("/api/v1/vms/web/boot", Face::CloudHypervisor);
+        assert!(told.contains("omit --vm"), "{told}");
+        let told = detail("/api/v1/vmm.shutdwn", Face::Service);
+        assert!(
+            told.contains("did you mean /api/v1/vmm.shutdown?"),
+            "{told}"
+        );
     }
 
     #[tokio::test]

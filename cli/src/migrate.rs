@@ -247,7 +247,7 @@ pub(crate) async fn send(
     patient: &Client,
     body: &SendMigrationData,
 ) -> Result<()> {
-    let bar = bar(1);
+    let bar = bar(0);
     let moved = patient.vm_send_migration(body);
     tokio::pin!(moved);
     let moved = loop {
@@ -268,6 +268,7 @@ pub(crate) async fn send(
             let done = memory
                 .memory_bytes_total
                 .saturating_sub(memory.memory_bytes_remaining_iteration);
+            draw_as(&bar, memory.memory_bytes_total > 0);
             bar.set_length(memory.memory_bytes_total.max(1));
             bar.set_position(done);
             bar.set_prefix("sending");
@@ -282,14 +283,29 @@ fn bar(total: u64) -> ProgressBar {
         return ProgressBar::hidden();
     }
     let bar = ProgressBar::new(total.max(1));
-    let style = "{prefix:>12} [{bar:32}] {bytes}/{total_bytes} {msg}";
-    if let Ok(style) = ProgressStyle::with_template(style) {
-        bar.set_style(style.progress_chars("=> "));
-    }
+    draw_as(&bar, total > 0);
     bar
 }
 
+/// Draws the bar itself only when the size of the memory is known, which a destination learns when a
+/// source connects.
+fn draw_as(bar: &ProgressBar, is_sized: bool) {
+    let style = match is_sized {
+        true => "{prefix:>12} [{bar:32}] {bytes}/{total_bytes} {msg}",
+        false => "{prefix:>12} {msg}",
+    };
+    if let Ok(style) = ProgressStyle::with_template(style) {
+        bar.set_style(style.progress_chars("=> "));
+    }
+}
+
 fn show(bar: &ProgressBar, info: &MigrationInfo) {
+    if info.memory_bytes == 0 {
+        bar.set_prefix(info.phase.to_string());
+        bar.set_message(format!("at {}", info.endpoint));
+        return;
+    }
+    draw_as(bar, true);
     let left = info.remaining_pages.saturating_mul(spec::limits::PAGE);
     bar.set_length(info.memory_bytes.max(1));
     bar.set_position(info.memory_bytes.saturating_sub(left));

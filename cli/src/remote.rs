@@ -1,6 +1,6 @@
 //! Commands, done.
 
-use std::io::Read;
+use std::io::{IsTerminal as _, Read};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -226,6 +226,11 @@ impl Remote {
 
     async fn events(&self, after: Option<u64>) -> Result<()> {
         let mut events = self.client.events(after, self.vm.as_ref()).await?;
+        if after.is_none() && std::io::stderr().is_terminal() {
+            eprintln!(
+                "wh-remote: waiting for events; `--after 0` begins with the oldest, Ctrl-C ends"
+            );
+        }
         while let Some(news) = events.next().await? {
             match news {
                 News::Happened(event) => self.printer.show_line(&event, print::event)?,

@@ -48,7 +48,14 @@ fn all_options() -> impl Strategy<Value = Options> {
         select(After::ALL),
     )
         .prop_map(
-            |(workload, cpus, heartbeat_ms, tsc_khz, [sleep_port, reset_port, button_port], then)| {
+            |(
+                workload,
+                cpus,
+                heartbeat_ms,
+                tsc_khz,
+                [sleep_port, reset_port, button_port],
+                then,
+            )| {
                 Options {
                     workload,
                     cpus,

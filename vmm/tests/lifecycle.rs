@@ -152,7 +152,11 @@ async fn power_button_reaches_guest() {
     })
     .await;
     other.ask(Request::PowerButton).await.unwrap();
-    assert_eq!(vm.info().state, VmState::Running, "its button was not pressed");
+    assert_eq!(
+        vm.info().state,
+        VmState::Running,
+        "its button was not pressed"
+    );
     vm.ask(Request::PowerButton).await.unwrap();
     until("the guest to power off", || {
         vm.info().state == VmState::Shutdown

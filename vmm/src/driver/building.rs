@@ -86,7 +86,12 @@ impl Driver {
                 Ok(Reply::Done)
             }
             Err(error) => {
-                tracing::warn!(%error, "cannot build a machine");
+                // The client that asked gets the reason. A reset's failure has no other reader.
+                if asked.is_some() {
+                    tracing::info!(%error, "cannot build a machine");
+                } else {
+                    tracing::warn!(%error, "cannot build a machine");
+                }
                 let was_on = matches!(
                     self.publisher.current().state,
                     VmState::Running | VmState::Paused
