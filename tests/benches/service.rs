@@ -30,6 +30,7 @@ async fn main() -> Result<()> {
         _ => bail!("the only option is --peer PROGRAM"),
     };
     boot(peer.as_deref()).await?;
+    sandbox().await?;
     many().await?;
     hot_add(peer.as_deref()).await?;
     requests().await
@@ -166,6 +167,57 @@ async fn boot(peer: Option<&Path>) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// The cost of the sandbox: starts with and without, in turn, so that both meet the same host.
+async fn sandbox() -> Result<()> {
+    let modes = ["true", "false"];
+    let mut all: [[Vec<u64>; 4]; 2] = Default::default();
+    for _ in 0..BOOTS {
+        for (mode, found) in modes.iter().zip(&mut all) {
+            let seccomp = ["--seccomp".to_owned(), (*mode).to_owned()];
+            let begun = Instant::now();
+            let service = Service::start_with(&[], &seccomp).await?;
+            let answered = begun.elapsed().as_micros().try_into()?;
+            let (mut config, serial) = service.pocket("vm", Options::default())?;
+            (config.memory.size, config.memory.thp) = (MEMORY, false);
+            let id = service.create("vm", config).await?;
+            let begun = Instant::now();
+            service.client().vms_boot(&id).await?;
+            while serial.text().is_empty() && begun.elapsed() < Duration::from_secs(10) {
+                tokio::task::yield_now().await;
+            }
+            let booted = begun.elapsed().as_micros().try_into()?;
+            service.client().vms_pause(&id).await?;
+            let (pss, ram) = pss(service.pid())?;
+            let measured = [answered, booted, pss - ram, rss(service.pid())?];
+            for (values, value) in found.iter_mut().zip(measured) {
+                values.push(value);
+            }
+        }
+    }
+    println!("--seccomp true and false, one VM, median of {BOOTS} starts in turn");
+    let [with, without] = all;
+    for (name, (with, without)) in [
+        "start to first answer (us)",
+        "boot to first line (us)",
+        "PSS beyond guest RAM (KiB)",
+        "RSS (KiB)",
+    ]
+    .iter()
+    .zip(with.into_iter().zip(without))
+    {
+        println!("  {name:<28} {:>9} {:>9}", median(with)?, median(without)?);
+    }
+    Ok(())
+}
+
+/// Kibibytes of a process that are in memory, shared ones whole.
+fn rss(pid: u32) -> Result<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib = line.and_then(|line| line.split_whitespace().next());
+    Ok(kib.context("a status has VmRSS")?.parse()?)
 }
 
 /// Kibibytes that a process has for itself, shared ones by their share; and of those the guests' RAM.
