@@ -142,7 +142,15 @@ pub(crate) fn info(vm: &VmInfo) -> String {
         rows.push(("failure", format!("{} ({})", failure.detail, failure.code)));
     }
     rows.push(("vcpus", config.cpus.boot_vcpus.to_string()));
-    rows.push(("memory", bytes(vm.memory_actual_size)));
+    let mut memory = bytes(vm.memory_actual_size);
+    if config.memory.hotplug_region() > 0 {
+        let most = config
+            .memory
+            .size
+            .saturating_add(config.memory.hotplug_region());
+        memory = format!("{memory} (of at most {})", bytes(most));
+    }
+    rows.push(("memory", memory));
     rows.extend(
         config
             .disks

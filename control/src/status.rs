@@ -33,6 +33,8 @@ pub struct VmStatus {
     pub devices: BTreeMap<String, DeviceNode>,
     /// Bytes that the guest has given back through a balloon, as it goes.
     pub balloon: Option<Arc<AtomicU64>>,
+    /// Bytes of memory that were added to what the guest booted with, as they come and go.
+    pub hotplugged: Option<Arc<AtomicU64>>,
     /// Resizes that the guest has not completed yet.
     pub resizes: Vec<PendingResize>,
     /// Why the guest ended, when it was not asked to.
@@ -57,6 +59,7 @@ impl VmStatus {
             config,
             devices: BTreeMap::new(),
             balloon: None,
+            hotplugged: None,
             resizes: Vec::new(),
             failure: None,
             boot: None,
@@ -70,11 +73,19 @@ impl VmStatus {
     /// In the form of the API.
     #[must_use]
     pub fn info(&self) -> VmInfo {
-        let ballooned = self.balloon.iter().map(|b| b.load(Ordering::Relaxed)).sum();
+        let sum = |bytes: &Option<Arc<AtomicU64>>| -> u64 {
+            let bytes = bytes.iter().map(|bytes| bytes.load(Ordering::Relaxed));
+            bytes.sum()
+        };
+        let all = self
+            .config
+            .memory
+            .size
+            .saturating_add(sum(&self.hotplugged));
         VmInfo {
             config: VmConfig::clone(&self.config),
             state: self.state,
-            memory_actual_size: self.config.memory.size.saturating_sub(ballooned),
+            memory_actual_size: all.saturating_sub(sum(&self.balloon)),
             pending_resizes: self.resizes.clone(),
             device_tree: (!self.devices.is_empty()).then(|| DeviceTree(self.devices.clone())),
             failure: self.failure.clone(),

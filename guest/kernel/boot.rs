@@ -139,9 +139,10 @@ impl Ram {
         }
     }
 
-    /// Extends the identity map: all below 4 GiB, and above as far as there is RAM.
+    /// Extends the identity map: all below 4 GiB, and above as far as there is RAM, with room for
+    /// what is plugged later.
     fn map_up_to(&mut self, highest: u64) {
-        let end = highest.max(3 * GIB).div_ceil(GIB).min(512);
+        let end = highest.max(4 * GIB).div_ceil(GIB).saturating_add(1).min(512);
         for gib in (1..3).chain(4..end) {
             let Some(directory) = self.take(PAGE_SIZE as u64, GIB) else {
                 return;

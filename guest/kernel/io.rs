@@ -14,6 +14,7 @@ const NET: u32 = 1;
 const BLOCK: u32 = 2;
 const CONSOLE: u32 = 3;
 const RNG: u32 = 4;
+const MEMORY: u32 = 24;
 
 const SECTORS_PER_PAGE: u64 = (PAGE_SIZE / 512) as u64;
 /// Pages of a disk that are used.
@@ -66,6 +67,7 @@ pub struct Io {
     disk: Option<Disk>,
     net: Option<Pair>,
     console: Option<Pair>,
+    memory: Option<Memory>,
 }
 
 /// Free pages, one after the other.
@@ -112,6 +114,7 @@ impl Io {
             disk: None,
             net: None,
             console: None,
+            memory: None,
         };
         let mut pages = Pages { ram, next: 0 };
         for device in devices() {
@@ -126,6 +129,9 @@ impl Io {
                 NET if io.net.is_none() => io.net = Some(Pair::new(&device, &mut pages)),
                 CONSOLE if io.console.is_none() => {
                     io.console = Some(Pair::new(&device, &mut pages));
+                }
+                MEMORY if io.memory.is_none() => {
+                    io.memory = Some(Memory::new(&device, &mut pages));
                 }
                 _ => {}
             }
@@ -143,6 +149,7 @@ impl Io {
         if let Some(console) = &mut self.console {
             busy |= console.step(|_, len| Some(len), &COUNTS.chars);
         }
+        busy |= self.memory.as_mut().is_some_and(Memory::step);
         busy
     }
 }
@@ -186,6 +193,72 @@ impl Random {
         add(&COUNTS.bad, u64::from(!is_random || len > Self::LEN));
         add(&COUNTS.random, u64::from(len));
         self.ask();
+        true
+    }
+}
+
+/// Hotplugged memory (virtio 1.3, 5.15): plugs the lowest blocks of the region, as many as are
+/// requested, and writes to each, which is checked before the block is unplugged.
+struct Memory {
+    queue: Queue,
+    config: u64,
+    /// Request and answer.
+    page: u64,
+    /// The block that a request is about, and whether it plugs.
+    asked: Option<(u64, bool)>,
+}
+
+impl Memory {
+    const ANSWER: u64 = 64;
+
+    fn new(device: &Device, pages: &mut Pages<'_>) -> Self {
+        let queue = device.queue(0, pages.take());
+        device.go();
+        Self {
+            queue,
+            config: device.config,
+            page: pages.take(),
+            asked: None,
+        }
+    }
+
+    fn register(&self, at: u64) -> u64 {
+        read(self.config + at)
+    }
+
+    fn step(&mut self) -> bool {
+        let (block, start) = (self.register(0), self.register(16));
+        if let Some((at, plugs)) = self.asked {
+            if self.queue.done().is_none() {
+                return false;
+            }
+            self.asked = None;
+            let is_done = read::<u16>(self.page + Self::ANSWER) == 0;
+            add(&COUNTS.bad, u64::from(!is_done));
+            if plugs && is_done {
+                let is_new = read::<u64>(start + at) == 0;
+                add(&COUNTS.bad, u64::from(!is_new));
+                write(start + at, !at);
+            }
+            return true;
+        }
+        let (plugged, requested) = (self.register(40), self.register(48));
+        if plugged == requested {
+            return false;
+        }
+        let plugs = plugged < requested;
+        let at = if plugs { plugged } else { plugged - block };
+        if !plugs {
+            let is_kept = read::<u64>(start + at) == !at;
+            add(&COUNTS.bad, u64::from(!is_kept));
+        }
+        write(self.page, u64::from(!plugs));
+        write(self.page + 8, start + at);
+        write(self.page + 16, 1_u64);
+        write(self.page + Self::ANSWER, u16::MAX);
+        let chain: [Buffer; 2] = [(self.page, 24, false), (self.page + Self::ANSWER, 10, true)];
+        self.queue.send(0, &chain);
+        self.asked = Some((at, plugs));
         true
     }
 }

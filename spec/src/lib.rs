@@ -52,12 +52,12 @@ pub use disk::{
     DiskConfig, ImageType, LockGranularity, OnError, RateLimitGroupConfig, RateLimiterConfig,
     TokenBucket, VirtQueueAffinity,
 };
-pub use memory::{MemoryConfig, MemoryZoneConfig};
+pub use memory::{HotplugMethod, MemoryConfig, MemoryZoneConfig};
 pub use migration::{
     AtDeadline, AwaitMigration, MemoryMode, MigrationDowntime, MigrationError, MigrationInfo,
     MigrationOutcome, MigrationPhase, MigrationSide, ResolveMigration, StartMigration,
 };
-pub use names::{check_device_name, free_name};
+pub use names::{MEMORY_DEVICE, check_device_name, free_name};
 pub use parse::{ParseError, nearest, parse};
 pub use paths::{NamedPath, PathUse};
 pub use platform::{

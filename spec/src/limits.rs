@@ -12,6 +12,13 @@ pub const CMDLINE_LEN: usize = 2048;
 /// The page that memory sizes are multiples of.
 pub const PAGE: u64 = 4096;
 
+/// Alignment of hotplugged memory in a guest, and unit of the `Acpi` method: a memory section of
+/// Linux on x86.
+pub const HOTPLUG_ALIGNMENT: u64 = 128 << 20;
+
+/// The least block that virtio-mem plugs: a huge page of x86.
+pub const HOTPLUG_BLOCK: u64 = 2 << 20;
+
 /// PCI segments that a configuration may name, as in Cloud Hypervisor. All but the first are empty.
 pub const PCI_SEGMENTS: u16 = 96;
 

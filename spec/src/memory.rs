@@ -4,9 +4,18 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::defaults;
+use crate::limits;
+use crate::service::FieldProblem;
+use crate::validate::{HostLimits, problem};
 
-fn acpi() -> String {
-    "Acpi".to_owned()
+/// How the memory of a running guest grows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub enum HotplugMethod {
+    /// ACPI: memory devices are added in whole.
+    #[default]
+    Acpi,
+    /// A virtio-mem device: the guest plugs and unplugs parts of a region.
+    VirtioMem,
 }
 
 /// A part of guest memory with settings of its own.
@@ -55,18 +64,18 @@ pub struct MemoryZoneConfig {
 pub struct MemoryConfig {
     /// Bytes.
     pub size: u64,
-    /// Bytes that can be added later.
+    /// Bytes that can be added later: with `VirtioMem` a multiple of 128 MiB.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hotplug_size: Option<u64>,
-    /// Bytes of `hotplug_size` that are plugged already.
+    /// Bytes of `hotplug_size` that the guest has from the start; `vm.resize` changes them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hotplugged_size: Option<u64>,
     /// Let the host merge equal pages (KSM).
     #[serde(default)]
     pub mergeable: bool,
-    /// How memory is added: `Acpi` or `VirtioMem`.
-    #[serde(default = "acpi")]
-    pub hotplug_method: String,
+    /// How memory is added.
+    #[serde(default)]
+    pub hotplug_method: HotplugMethod,
     /// Allocate memory that other processes can map.
     #[serde(default)]
     pub shared: bool,
@@ -99,7 +108,7 @@ impl MemoryConfig {
             hotplug_size: None,
             hotplugged_size: None,
             mergeable: false,
-            hotplug_method: acpi(),
+            hotplug_method: HotplugMethod::Acpi,
             shared: false,
             hugepages: false,
             hugepage_size: None,
@@ -107,6 +116,92 @@ impl MemoryConfig {
             reserve: false,
             thp: true,
             zones: None,
+        }
+    }
+
+    /// Returns the size of the pages behind the memory.
+    #[must_use]
+    pub fn page_size(&self) -> u64 {
+        match (self.hugepages, self.hugepage_size) {
+            (true, size) => size.unwrap_or(2 << 20),
+            (false, _) => limits::PAGE,
+        }
+    }
+
+    /// Returns the bytes by which the memory can grow: those that `hotplug_size` reserves, if this
+    /// version can use them.
+    #[must_use]
+    pub fn hotplug_region(&self) -> u64 {
+        match self.hotplug_method {
+            HotplugMethod::Acpi => 0,
+            HotplugMethod::VirtioMem => self.hotplug_size.unwrap_or(0),
+        }
+    }
+
+    /// Whether the memory grows through a device of its own.
+    #[must_use]
+    pub fn has_virtio_mem(&self) -> bool {
+        self.hotplug_method == HotplugMethod::VirtioMem && self.hotplug_region() > 0
+    }
+
+    /// Returns the bytes of the hotplug region that the guest should have.
+    #[must_use]
+    pub fn hotplugged(&self) -> u64 {
+        match self.hotplug_region() {
+            0 => 0,
+            _ => self.hotplugged_size.unwrap_or(0),
+        }
+    }
+
+    /// Returns the bytes in multiples of which memory is added and removed.
+    #[must_use]
+    pub fn hotplug_unit(&self) -> u64 {
+        match self.hotplug_method {
+            HotplugMethod::Acpi => limits::HOTPLUG_ALIGNMENT.max(self.page_size()),
+            HotplugMethod::VirtioMem => limits::HOTPLUG_BLOCK.max(self.page_size()),
+        }
+    }
+
+    /// Returns the alignment of the hotplug region in the guest's memory.
+    #[must_use]
+    pub fn hotplug_alignment(&self) -> u64 {
+        limits::HOTPLUG_ALIGNMENT.max(self.page_size())
+    }
+
+    pub(crate) fn check_hotplug(&self, host: &HostLimits, found: &mut Vec<FieldProblem>) {
+        let region = self.hotplug_region();
+        let (room, align) = (self.hotplug_size.unwrap_or(0), self.hotplug_alignment());
+        let mut add = |field: &str, detail: String| {
+            found.push(problem(&format!("/memory/{field}"), "out-of-range", detail));
+        };
+        if !region.is_multiple_of(align) {
+            let detail =
+                format!("`hotplug_size` ({region}) must be a multiple of {align} with `VirtioMem`");
+            add("hotplug_size", detail);
+        } else if region > host.max_memory.saturating_sub(self.size) {
+            let (size, most) = (self.size, host.max_memory);
+            let detail = format!(
+                "`size` ({size}) and `hotplug_size` ({region}) are more than this host can map for a \
+                 guest ({most})"
+            );
+            add("hotplug_size", detail);
+        }
+        let (plugged, unit) = (self.hotplugged_size.unwrap_or(0), self.hotplug_unit());
+        if plugged > room {
+            let detail =
+                format!("`hotplugged_size` ({plugged}) is more than `hotplug_size` ({room})");
+            add("hotplugged_size", detail);
+        } else if !plugged.is_multiple_of(unit) {
+            let detail = format!("`hotplugged_size` ({plugged}) must be a multiple of {unit}");
+            add("hotplugged_size", detail);
+        } else if plugged > 0 && self.hotplug_method == HotplugMethod::Acpi {
+            let detail = "this version does not add memory with `Acpi`: use `VirtioMem`";
+            let field = "/memory/hotplugged_size";
+            found.push(problem(
+                field,
+                crate::validate::UNSUPPORTED,
+                detail.to_owned(),
+            ));
         }
     }
 }

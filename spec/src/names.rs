@@ -22,16 +22,23 @@ pub(crate) fn given(config: &VmConfig) -> impl Iterator<Item = (String, &str)> {
         ("/rng".to_owned(), config.rng.id.as_deref()),
         ("/console".to_owned(), config.console.id.as_deref()),
     ];
+    let memory = config.memory.has_virtio_mem();
+    let memory = memory.then(|| ("/memory".to_owned(), Some(MEMORY_DEVICE)));
     disks
         .chain(net)
         .chain(vsock)
         .chain(balloon)
+        .chain(memory)
         .chain(others)
         .filter_map(|(pointer, id)| Some((pointer, id?)))
 }
 
+/// The name of the device through which a VM's memory grows.
+pub const MEMORY_DEVICE: &str = "__memory";
+
 /// The names of devices of which there is one at most.
-const OF_THE_MACHINE: [(&str, &str); 3] = [
+const OF_THE_MACHINE: [(&str, &str); 4] = [
+    ("/memory", MEMORY_DEVICE),
     ("/rng", "__rng"),
     ("/console", "__console"),
     ("/balloon", "__balloon"),

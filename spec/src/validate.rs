@@ -29,8 +29,6 @@ const NOT_YET: &[(&str, &[&str])] = &[
     ("/cpus/nested", &["true"]),
     ("/cpus/features/amx", &["false"]),
     ("/cpus/core_scheduling", &[r#""Vm""#, r#""Off""#]),
-    ("/memory/hotplugged_size", &["0"]),
-    ("/memory/hotplug_method", &[r#""Acpi""#]),
     ("/memory/zones", &["[]"]),
     ("/payload/firmware", &[]),
     ("/payload/igvm", &[]),
@@ -225,6 +223,8 @@ impl VmConfig {
             let detail =
                 format!("`size` ({size}) is more than this host can map for a guest ({most})");
             found.push(problem("/memory/size", "out-of-range", detail));
+        } else {
+            memory.check_hotplug(host, found);
         }
     }
 
@@ -452,6 +452,42 @@ mod tests {
             found(|c| c.console.mode = ConsoleMode::Socket),
             one("/console/socket", "missing")
         );
+    }
+
+    #[test]
+    fn hotplugged_memory_fits_its_method() {
+        use crate::HotplugMethod::{Acpi, VirtioMem};
+        const MIB: u64 = 1 << 20;
+        let with = |method, room: u64, plugged: u64| {
+            found(|c| {
+                c.memory.hotplug_method = method;
+                c.memory.hotplug_size = Some(room);
+                c.memory.hotplugged_size = Some(plugged);
+            })
+        };
+        assert_eq!(with(VirtioMem, 1024 * MIB, 514 * MIB), []);
+        assert_eq!(with(Acpi, 1024 * MIB + 4096, 0), []);
+        let field = |name: &str| one(&format!("/memory/{name}"), "out-of-range");
+        assert_eq!(with(VirtioMem, 1000 * MIB, 0), field("hotplug_size"));
+        assert_eq!(with(VirtioMem, 1 << 50, 0), field("hotplug_size"));
+        assert_eq!(with(VirtioMem, 128 * MIB, MIB), field("hotplugged_size"));
+        assert_eq!(
+            with(VirtioMem, 128 * MIB, 130 * MIB),
+            field("hotplugged_size")
+        );
+        assert_eq!(with(Acpi, 128 * MIB, 256 * MIB), field("hotplugged_size"));
+        let with_huge = |plugged| {
+            found(|c| {
+                c.memory.hugepages = true;
+                c.memory.hugepage_size = Some(1 << 30);
+                c.memory.size = 1 << 30;
+                c.memory.hotplug_method = VirtioMem;
+                c.memory.hotplug_size = Some(2 << 30);
+                c.memory.hotplugged_size = Some(plugged);
+            })
+        };
+        assert_eq!(with_huge(1 << 30), []);
+        assert_eq!(with_huge(512 << 20), field("hotplugged_size"));
     }
 
     #[test]

@@ -24,6 +24,8 @@ const EFFECTIVE: &[&str] = &[
     "/cpus/affinity/0/vcpu",
     "/cpus/affinity/0/host_cpus",
     "/memory/size",
+    "/memory/hotplug_method",
+    "/memory/hotplugged_size",
     "/memory/mergeable",
     "/memory/shared",
     "/memory/hugepages",
@@ -112,7 +114,8 @@ const TOLD: &[(&str, &str)] = &[
     ),
     (
         "/memory/hotplug_size",
-        "the guest does not see the room, and `vm.resize` refuses to use it",
+        "with `VirtioMem` it is room in the guest's memory; with `Acpi` the guest does not see the \
+         room, and `vm.resize` refuses to use it",
     ),
     (
         "/platform/num_pci_segments",

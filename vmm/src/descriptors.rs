@@ -153,6 +153,13 @@ pub(crate) fn of_machine(config: &VmConfig, may_wait: bool) -> u64 {
         // Inflate, deflate, statistics, free page reporting.
         needed = needed.saturating_add(of_queues(4));
     }
+    if config.memory.hotplug_region() > 0 {
+        // The memory's file, and a copy of it that was given.
+        needed = needed.saturating_add(2);
+    }
+    if config.memory.has_virtio_mem() {
+        needed = needed.saturating_add(of_queues(1));
+    }
     // The source of random numbers, and a copy for its task.
     needed.saturating_add(of_queues(1) + 2)
 }

@@ -45,6 +45,8 @@ pub(crate) enum GuestEvent {
     Device(String, TransportEvent),
     /// The guest ejected the devices in this PCI slot.
     Ejected(u8),
+    /// The guest has plugged or unplugged memory.
+    MemoryChanged,
 }
 
 /// How a machine ends by itself.
@@ -79,6 +81,7 @@ pub(crate) struct Reports {
     pub(crate) room: [bool; 2],
     /// PCI slots that were ejected, a bit each.
     pub(crate) ejected: u32,
+    pub(crate) memory_changed: bool,
     /// By the names of the devices.
     pub(crate) devices: BTreeMap<String, DeviceReports>,
 }
@@ -114,6 +117,7 @@ impl Latch for Reports {
             GuestEvent::Ejected(slot) => {
                 self.ejected |= 1_u32.checked_shl(slot.into()).unwrap_or(0);
             }
+            GuestEvent::MemoryChanged => self.memory_changed = true,
             GuestEvent::Device(id, TransportEvent::NeedsReset(why)) => {
                 self.devices.entry(id).or_default().needs_reset = Some(why);
             }

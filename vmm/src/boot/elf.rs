@@ -199,7 +199,7 @@ mod tests {
         let path: &Path = &dir.path().join("kernel");
         std::fs::write(path, file).unwrap();
         let view = topology.space(SpaceKind::Memory).view();
-        kernel::load(path, &view, &Layout::new(RAM, 40).unwrap())
+        kernel::load(path, &view, &Layout::new(RAM, 0, 40).unwrap())
     }
 
     #[test]

@@ -16,8 +16,11 @@ use memory::Transaction;
 use spec::{DeviceNode, DeviceState, VmConfig};
 use state::{Load as _, LoadError, Save as _, SaveError, Store, Writer};
 use virtio_devices::DeviceError;
+use virtio_devices::mem::MemHandle;
 
-pub(crate) use self::open::{ConsoleEnd, DeviceHandle, OpenContext, Opened, ResourceOwner};
+pub(crate) use self::open::{
+    ConsoleEnd, DeviceEnds, DeviceHandle, MemoryEnd, OpenContext, Opened, ResourceOwner,
+};
 use self::pci::Plugged;
 pub(crate) use self::pci::{PciHost, SharedTopology};
 use crate::descriptors::Reservation;
@@ -54,8 +57,9 @@ pub(crate) struct MachineOrigin {
 pub(crate) enum MemoryOrigin {
     /// The host, which gives pages of zeros.
     New,
-    /// Another process, which gave the memory with its contents: a local migration.
-    Given(Arc<File>),
+    /// Another process, which gave the memory with its contents, a file for each block: a local
+    /// migration.
+    Given(Vec<Arc<File>>),
     /// A file of whose content the memory is a private view. Populated first if `prefault` is set.
     View { file: Arc<File>, prefault: bool },
 }
@@ -84,7 +88,7 @@ impl Devices {
         host: PciHost,
         tx: &mut Transaction<'_>,
         config: &VmConfig,
-        console: Option<ConsoleEnd>,
+        ends: DeviceEnds,
         context: OpenContext<'_>,
         origin: &MachineOrigin,
         reporter: &Reporter,
@@ -93,7 +97,7 @@ impl Devices {
             host,
             entries: BTreeMap::new(),
         };
-        let opened = open::all(config, console, context)?;
+        let opened = open::all(config, ends, context)?;
         let ids = opened.iter().map(|opened| opened.id.as_str());
         let at = slots::assign(ids, &origin.on_bus);
         let mut all: Vec<_> = at.into_iter().zip(opened).collect();
@@ -158,6 +162,19 @@ impl Devices {
     pub(crate) fn balloon(&self) -> Option<Arc<AtomicU64>> {
         self.controls().find_map(|control| match control {
             DeviceHandle::Balloon(handle) => Some(Arc::clone(handle.actual())),
+            _ => None,
+        })
+    }
+
+    /// Bytes of hotplugged memory that the guest has, as they come and go.
+    pub(crate) fn hotplugged(&self) -> Option<Arc<AtomicU64>> {
+        Some(Arc::clone(self.memory()?.plugged()))
+    }
+
+    /// The device through which the memory grows, if the machine has one.
+    pub(crate) fn memory(&self) -> Option<&MemHandle> {
+        self.controls().find_map(|control| match control {
+            DeviceHandle::Memory(handle) => Some(handle),
             _ => None,
         })
     }

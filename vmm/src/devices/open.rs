@@ -6,13 +6,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use control::NewDevice;
+use memory::RamBlock;
 use spec::{
-    DiskConfig, ImageType, LockGranularity, NetConfig, RateLimiterConfig, RngConfig, TokenBucket,
-    VmConfig, VsockConfig,
+    DiskConfig, ImageType, LockGranularity, MEMORY_DEVICE, MemoryConfig, NetConfig,
+    RateLimiterConfig, RngConfig, TokenBucket, VmConfig, VsockConfig,
 };
 use virtio_devices::balloon::{Balloon, BalloonConfig, BalloonHandle};
 use virtio_devices::block::{Block, BlockConfig, BlockHandle, ImageFormat, LockMode, OnError};
 use virtio_devices::console::{Console, ConsoleHandle};
+use virtio_devices::mem::{Mem, MemConfig, MemHandle};
 use virtio_devices::net::{Net, NetHandle, TapAddress, TapSource};
 use virtio_devices::rate_limiter::{BucketConfig, RateLimits};
 use virtio_devices::rng::Rng;
@@ -41,6 +43,7 @@ pub(crate) enum DeviceHandle {
     Net(NetHandle),
     Balloon(BalloonHandle),
     Console(ConsoleHandle),
+    Memory(MemHandle),
 }
 
 /// The owner of resources that only one machine may hold at a time: locks of images, paths of
@@ -59,6 +62,20 @@ pub(crate) struct ConsoleEnd {
     pub(crate) on_room: Box<dyn Fn() + Send + Sync>,
 }
 
+/// The memory that a guest plugs and unplugs, and the callback for when it has.
+pub(crate) struct MemoryEnd {
+    pub(crate) ram: Arc<RamBlock>,
+    /// Guest address of the region.
+    pub(crate) addr: u64,
+    pub(crate) on_change: Box<dyn Fn() + Send + Sync>,
+}
+
+/// Parts of the machine that its devices use.
+pub(crate) struct DeviceEnds {
+    pub(crate) console: Option<ConsoleEnd>,
+    pub(crate) memory: Option<MemoryEnd>,
+}
+
 /// Host resources for devices.
 #[derive(Clone, Copy)]
 pub(crate) struct OpenContext<'a> {
@@ -72,7 +89,7 @@ pub(crate) struct OpenContext<'a> {
 /// on the bus.
 pub(crate) fn all(
     config: &VmConfig,
-    console: Option<ConsoleEnd>,
+    ends: DeviceEnds,
     context: OpenContext<'_>,
 ) -> Result<Vec<Opened>, BuildError> {
     let workers = context.workers;
@@ -89,7 +106,10 @@ pub(crate) fn all(
     if let Some(new) = &config.balloon {
         all.push(balloon(new, workers));
     }
-    if let Some(end) = console {
+    if let Some(end) = ends.memory.filter(|_| config.memory.has_virtio_mem()) {
+        all.push(memory(&config.memory, end, workers));
+    }
+    if let Some(end) = ends.console {
         let id = name(config.console.id.as_ref());
         let (device, handle) = Console::new(end.output, end.on_room, workers.clone());
         all.push(Opened {
@@ -115,6 +135,23 @@ pub(crate) fn one(new: &NewDevice, context: OpenContext<'_>) -> Result<Opened, B
 /// The name, which [`VmConfig::name_devices`] has given.
 fn name(id: Option<&String>) -> String {
     id.cloned().unwrap_or_default()
+}
+
+fn memory(config: &MemoryConfig, end: MemoryEnd, workers: &Workers) -> Opened {
+    let wanted = MemConfig {
+        ram: end.ram,
+        addr: end.addr,
+        block_size: config.hotplug_unit(),
+        node: None,
+        requested: config.hotplugged(),
+    };
+    let (device, handle) = Mem::new(wanted, workers.clone(), end.on_change);
+    Opened {
+        id: MEMORY_DEVICE.to_owned(),
+        device: Box::new(device),
+        control: DeviceHandle::Memory(handle),
+        reserved: Vec::new(),
+    }
 }
 
 fn rng(config: &RngConfig, workers: &Workers) -> Result<Opened, BuildError> {

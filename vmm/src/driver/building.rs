@@ -63,6 +63,7 @@ impl Driver {
                 }
                 let devices = machine.devices().tree();
                 let balloon = machine.devices().balloon();
+                let hotplugged = machine.devices().hotplugged();
                 self.stage = Stage::On(machine);
                 self.set_config(Arc::clone(&self.config));
                 self.record_formats();
@@ -73,6 +74,7 @@ impl Driver {
                     status.state = VmState::Running;
                     status.devices = devices;
                     status.balloon = balloon;
+                    status.hotplugged = hotplugged;
                     status.failure = None;
                     status.boot = Some(BootTimeline {
                         built_us,

@@ -11,7 +11,7 @@ use ::devices::event_loop::Sources;
 use ::devices::pci::Bdf;
 use control::{Arrival, Category, RequestError, Verb};
 use hypervisor::MemSlots;
-use memory::{Pages, RamBlock};
+use memory::Pages;
 use migration::{Decision, Progress, Refusal, Stopped, Whereabouts};
 use spec::{Failure, VmConfig, VmState};
 
@@ -22,14 +22,14 @@ use super::{Caller, Driver, End, Stage};
 use crate::devices::DeviceHandle;
 use crate::failure::MoveError;
 use crate::guest_event::{Port, Reporter};
-use crate::machine::{Active, Extent, Host, Machine, NotParked};
+use crate::machine::{Active, Extent, GuestRam, Host, Machine, NotParked};
 
 /// The parts of a source's machine that the engine needs.
 pub(crate) struct SourceParts {
     pub(crate) caller: Caller,
     pub(crate) config: Arc<VmConfig>,
     pub(crate) places: BTreeMap<String, Bdf>,
-    pub(crate) ram: Arc<RamBlock>,
+    pub(crate) ram: GuestRam,
     pub(crate) memslots: Arc<MemSlots>,
     pub(crate) throttle: crate::machine::Throttle,
 }
@@ -503,6 +503,7 @@ impl Driver {
             }
         }
         let (devices, balloon) = (active.devices().tree(), active.devices().balloon());
+        let hotplugged = active.devices().hotplugged();
         self.stage = Stage::On(active);
         self.consoles.watch_all(sources);
         self.set_config(Arc::clone(&self.config));
@@ -517,6 +518,7 @@ impl Driver {
             status.arrival = Some(arrival);
             status.devices = devices;
             status.balloon = balloon;
+            status.hotplugged = hotplugged;
         });
         if !paused {
             self.show(VmState::Running);

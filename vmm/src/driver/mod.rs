@@ -20,6 +20,7 @@ mod caller;
 mod consoles;
 mod devices;
 mod ending;
+mod memory;
 mod migration;
 mod outgoing;
 mod resize;
@@ -327,6 +328,7 @@ impl Driver {
             }
             status.devices.clear();
             status.balloon = None;
+            status.hotplugged = None;
             status.by_guest = !matches!(by, End::Requested);
             status.failure = match by {
                 End::Requested | End::PowerOff => None,
@@ -380,6 +382,9 @@ impl Driver {
             if reports.room[port as usize] && self.consoles.has_more(port) {
                 self.take_input(port, sources);
             }
+        }
+        if reports.memory_changed {
+            self.memory_changed();
         }
         let mut stalled = Vec::new();
         for (id, device) in reports.devices {

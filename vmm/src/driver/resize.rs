@@ -42,10 +42,6 @@ impl Resizes {
     }
 }
 
-#[cfg_attr(
-    not(test),
-    expect(dead_code, reason = "vCPU and memory hotplug use it")
-)]
 impl Driver {
     /// Fails with `resize-pending` if an earlier resize of the resource is not over.
     pub(super) fn check_no_resize(&self, resource: ResizeResource) -> Result<(), RequestError> {
@@ -134,6 +130,9 @@ impl Driver {
                 RESIZE_PATIENCE.as_secs()
             );
             self.resize_failed(resource, &why);
+            if resource == ResizeResource::Memory {
+                self.withdraw_memory();
+            }
         }
     }
 
@@ -172,14 +171,13 @@ impl Driver {
         {
             return unsupported("the vCPUs");
         }
-        if sizes
-            .desired_ram
-            .is_some_and(|size| size != config.memory.size)
-        {
-            return unsupported("the memory");
-        }
+        let memory = sizes.desired_ram.map(|size| self.plan_memory(size));
+        let memory = memory.transpose()?.flatten();
         if let Some(size) = sizes.desired_balloon {
             self.resize_balloon(size)?;
+        }
+        if let Some(hotplugged) = memory {
+            self.resize_memory(hotplugged);
         }
         Ok(Reply::Done)
     }

@@ -4,7 +4,7 @@ use std::sync::mpsc::{Sender, channel};
 
 use control::{Registry, VmHandle};
 use guest::Options;
-use spec::{ConsoleMode, PayloadConfig, ResizeResource};
+use spec::{ConsoleMode, HotplugMethod, PayloadConfig, ResizeResource, VmResize};
 
 use super::ending::END_PATIENCE;
 use super::resize::RESIZE_PATIENCE;
@@ -40,6 +40,9 @@ impl Lab {
                 ..PayloadConfig::default()
             });
             config.memory.size = 64 << 20;
+            // Room that the guest has no driver for.
+            config.memory.hotplug_method = HotplugMethod::VirtioMem;
+            config.memory.hotplug_size = Some(128 << 20);
             config.serial.mode = ConsoleMode::Null;
             let vm = registry.create(None, config).unwrap();
             vm.ask(Request::Boot).await.unwrap();
@@ -206,6 +209,35 @@ async fn resize_has_a_time_limit() {
     let why = "vcpus: 4 to 2, stays at 3: the guest did not complete it within 1 s";
     assert_eq!(lab.events("resize-failed"), [why]);
     assert!(lab.events("resized").is_empty());
+}
+
+#[tokio::test]
+async fn guest_without_a_driver_keeps_its_memory() {
+    let lab = Lab::new().await;
+    let resize = || {
+        let sizes = VmResize {
+            desired_ram: Some(96 << 20),
+            ..VmResize::default()
+        };
+        soon(lab.vms[0].ask(Request::Resize(sizes)))
+    };
+    resize().await.unwrap();
+    let hotplugged = || lab.vms[0].info().config.memory.hotplugged_size;
+    assert_eq!(hotplugged(), Some(32 << 20));
+    let mut status = lab.vms[0].watch();
+    let ended = status.wait_for(|status| status.resizes.is_empty());
+    soon(ended).await.unwrap();
+    // The driver ends its turn.
+    lab.driver(|_| ());
+    let why = "memory: 67108864 to 100663296, stays at 67108864: the guest did not complete it within 1 s";
+    assert_eq!(lab.events("resize-failed"), [why]);
+    assert_eq!(
+        hotplugged(),
+        None,
+        "the next machine begins with what the guest has"
+    );
+    // It may be asked again.
+    resize().await.unwrap();
 }
 
 #[tokio::test]

@@ -3,7 +3,7 @@
 
 mod background;
 mod memory_map;
-mod ram;
+pub(crate) mod ram;
 mod run_control;
 mod save;
 mod vcpu;
@@ -22,8 +22,7 @@ use ::devices::{
 use hypervisor::arch::CpuId;
 use hypervisor::{IrqRoutes, Kicker, Kvm, Vcpu, Vm};
 use memory::{
-    DeviceOps, ListenerHandle, LostWatch, MemoryListener, RamBlock, SpaceKind, Topology,
-    Transaction,
+    DeviceOps, ListenerHandle, LostWatch, MemoryListener, SpaceKind, Topology, Transaction,
 };
 use parking_lot::{Mutex, MutexGuard};
 use spec::{PciDeviceInfo, VmConfig, VmCounters};
@@ -34,13 +33,15 @@ use crate::arch::x86_64::{cpu, layout};
 use crate::boot;
 use crate::descriptors::{Descriptors, Reservation};
 use crate::devices::{
-    ConsoleEnd, DeviceHandle, Devices, MachineOrigin, OpenContext, Opened, PciHost, SharedTopology,
+    ConsoleEnd, DeviceEnds, DeviceHandle, Devices, MachineOrigin, MemoryEnd, OpenContext, Opened,
+    PciHost, SharedTopology,
 };
 use crate::failure::{BuildError, MoveError};
 use crate::guest_event::{GuestEvent, Outputs, Port, Reporter};
 
 pub(crate) use self::background::{Background, Machine};
 pub(crate) use self::memory_map::of as memory_map;
+pub(crate) use self::ram::GuestRam;
 pub(crate) use self::run_control::NotParked;
 use self::run_control::{RunControl, Want};
 use self::save::Clocks;
@@ -85,8 +86,8 @@ pub(crate) struct Parts {
     /// CPUID of the guest before per-vCPU fields are set: from this host, or from the host where the guest
     /// booted.
     pub(crate) cpuid: CpuId,
-    pub(crate) ram: Arc<RamBlock>,
-    _lost: LostWatch,
+    pub(crate) ram: GuestRam,
+    _lost: Vec<LostWatch>,
     /// The machine's own event loops for devices, if it has any.
     _loops: Vec<EventLoop>,
     pub(crate) serial: Option<Arc<Serial>>,
@@ -126,7 +127,7 @@ impl Built {
     ) -> Result<Self, BuildError> {
         let cpuid = origin.cpuid.as_ref().unwrap_or(&host.cpuid);
         let bits = cpu::phys_bits(cpuid, config.cpus.max_phys_bits);
-        let layout = Layout::new(config.memory.size, bits)?;
+        let layout = Layout::new(config.memory.size, config.memory.hotplug_region(), bits)?;
         let vm = host.kvm.create_vm()?;
         let mut topology = Topology::new();
         let vcpus = vcpu::make_all(cpuid, &vm, config, bits)?;
@@ -142,7 +143,7 @@ impl Built {
         for space in SpaceKind::ALL {
             listeners.push(topology.register(space, 10, vm.ioeventfds(space))?);
         }
-        let (ram, lost) = ram::new(config, origin, reporter)?;
+        let (ram, lost) = GuestRam::new(config, origin, reporter)?;
         let irq_routes = vm.irq_routes();
         let loops = own_loops(origin, host.confinement)?;
         let workers = Workers::new(loops.iter().map(|own| own.handle().clone()).collect());
@@ -155,7 +156,7 @@ impl Built {
         let topology = Arc::new(Mutex::new(topology));
         let host_bridge = PciHost::new(&topology, space, layout.pci64, irq_routes.clone());
         let build = |tx: &mut Transaction<'_>| -> Result<_, BuildError> {
-            ram::map(tx, &layout, &ram)?;
+            ram.map(tx, &layout)?;
             map_platform(tx, host_bridge.bus(), &end)?;
             let serial = match outputs.serial {
                 Some(output) => Some(map_serial(tx, irq_routes, output, reporter)?),
@@ -168,8 +169,15 @@ impl Built {
                 output,
                 on_room: Box::new(move || to.report(GuestEvent::Room(Port::Console))),
             });
-            let devices =
-                Devices::build(host_bridge, tx, config, console, context, origin, reporter)?;
+            let region = layout.hotplug.zip(ram.hotplug());
+            let to = reporter.clone();
+            let memory = region.map(|(range, ram)| MemoryEnd {
+                ram: Arc::clone(ram),
+                addr: range.first(),
+                on_change: Box::new(move || to.report(GuestEvent::MemoryChanged)),
+            });
+            let ends = DeviceEnds { console, memory };
+            let devices = Devices::build(host_bridge, tx, config, ends, context, origin, reporter)?;
             Ok((serial, power, hotplug, devices))
         };
         let (serial, power, hotplug, devices) = topology.lock().transaction(build)?;

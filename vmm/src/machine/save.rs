@@ -19,12 +19,11 @@ use hypervisor::{
     ClockSample, MemSlots, NestedState, SaveClock, StateError, StoppedClock, Vcpu, VcpuState,
     VmState,
 };
-use memory::RamBlock;
 use state::{Load as _, Save as _, Store, Writer};
 
 use super::run_control::NotParked;
 use super::vcpu::VcpuThread;
-use super::{Active, PARK_PATIENCE};
+use super::{Active, GuestRam, PARK_PATIENCE};
 use crate::failure::MoveError;
 
 impl From<NotParked> for MoveError {
@@ -95,8 +94,8 @@ type SavedVcpu = (VcpuState, Option<NestedState>);
 
 impl Active {
     /// The guest's memory, and what tells of what is written to it.
-    pub(crate) fn memory(&self) -> (Arc<RamBlock>, Arc<MemSlots>) {
-        (Arc::clone(&self.parts.ram), self.parts.vm.memslots())
+    pub(crate) fn memory(&self) -> (GuestRam, Arc<MemSlots>) {
+        (self.parts.ram.clone(), self.parts.vm.memslots())
     }
 
     /// Saves the machine, but for its RAM. For [`Extent::Whole`] it is paused.

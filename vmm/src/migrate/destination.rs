@@ -6,7 +6,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use control::{Arrival, Registry};
-use memory::RamBlock;
 use migration::{
     Block, Destination, Fate, Host, Journal, Offer, Phase, Refusal, Side, StartFailure,
 };
@@ -15,12 +14,12 @@ use uuid::Uuid;
 
 use super::offer::{self, CheckedOffer};
 use super::trust::Allowed;
-use super::{ActiveMigration, Journals, RAM};
+use super::{ActiveMigration, Journals};
 use crate::descriptors;
 use crate::devices::{MachineOrigin, MemoryOrigin, ResourceOwner};
 use crate::driver::{Caller, Consoles, DestinationParts, Driver};
 use crate::failure::{self, BuildError};
-use crate::machine::{self, Built, Halter, Machine};
+use crate::machine::{self, Built, GuestRam, Halter, Machine};
 use crate::pool::{Callers, Pool};
 
 /// Makes a VM for the guest that comes.
@@ -72,12 +71,17 @@ impl GuestOrigin {
         }
     }
 
-    /// The memory of the machine. `file` came with the guest.
-    fn memory(self, file: Option<File>) -> MemoryOrigin {
-        match (file.map(Arc::new), self) {
+    /// The memory of the machine. `files` came with the guest: one for each block, or that of a
+    /// snapshot.
+    fn memory(self, files: Vec<File>) -> MemoryOrigin {
+        let files: Vec<_> = files.into_iter().map(Arc::new).collect();
+        match (files.first(), self) {
             (None, _) => MemoryOrigin::New,
-            (Some(file), Self::Migration) => MemoryOrigin::Given(file),
-            (Some(file), Self::Snapshot { prefault }) => MemoryOrigin::View { file, prefault },
+            (Some(_), Self::Migration) => MemoryOrigin::Given(files),
+            (Some(file), Self::Snapshot { prefault }) => MemoryOrigin::View {
+                file: Arc::clone(file),
+                prefault,
+            },
         }
     }
 
@@ -219,7 +223,7 @@ impl Host for DestinationHost {
             on_bus,
             owner: self.origin.owner(),
             may_wait: offer.postcopy,
-            memory: self.origin.memory(files.into_iter().next()),
+            memory: self.origin.memory(files),
         };
         let mut resolved = resolved;
         if let GuestOrigin::Snapshot { prefault } = self.origin {
@@ -245,7 +249,7 @@ struct DestinationVm {
     registry: Registry,
     vm: VmId,
     caller: Caller,
-    ram: Arc<RamBlock>,
+    ram: GuestRam,
     halter: Arc<Halter>,
     stage: Stage,
     origin: GuestOrigin,
@@ -262,10 +266,7 @@ enum Stage {
 
 impl Destination for DestinationVm {
     fn blocks(&self) -> Vec<Block> {
-        vec![Block {
-            name: RAM.to_owned(),
-            ram: Arc::clone(&self.ram),
-        }]
+        self.ram.blocks()
     }
 
     fn dry_run(&mut self, state: &[u8]) -> Result<(), Refusal> {
@@ -302,7 +303,7 @@ impl Destination for DestinationVm {
     }
 
     fn halter(&self) -> Box<dyn Fn() + Send + Sync> {
-        let (halter, ram) = (Arc::clone(&self.halter), Arc::clone(&self.ram));
+        let (halter, ram) = (Arc::clone(&self.halter), self.ram.clone());
         Box::new(move || {
             // In this order: a vCPU that is let go from a missing page would run on zeros.
             halter.halt();

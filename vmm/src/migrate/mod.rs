@@ -39,9 +39,6 @@ pub use self::trust::MigrationTrust;
 use crate::driver::Purpose;
 use crate::pool::Pool;
 
-/// The name of a machine's memory.
-const RAM: &str = "ram";
-
 /// The source's description of its machine.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -384,7 +381,7 @@ impl Migrate for Pool {
         let (registry, ours) = (registry.clone(), Arc::clone(&moving));
         let span = tracing::error_span!("vm", %id);
         start("migrate-out", span, move || {
-            let memory = parts.ram.len();
+            let memory = parts.ram.plugged_len();
             tracing::info!(
                 migration = %ours.id,
                 vm = id.as_str(),

@@ -14,13 +14,14 @@ use ::devices::host_file::{FileKind, Request};
 use ::devices::pci::Bdf;
 use control::{Registry, RequestError};
 use hypervisor::arch::CpuId;
-use migration::{Offer, Refusal};
+use migration::{BlockInfo, Offer, Refusal};
 use spec::{VmConfig, VmId};
 
 use super::trust::Allowed;
 use super::{MachineOffer, OFFER_VERSION, cpuid};
 use crate::arch::x86_64::features;
 use crate::devices::slots;
+use crate::machine::ram;
 use crate::{failure, paths};
 
 /// An offer of which nothing is left to be refused but by the host itself.
@@ -71,11 +72,7 @@ pub(super) fn check(
     config.name_devices();
     let on_bus = slots::from_offer(&config, &machine.places)
         .map_err(|error| unreadable(error.to_string()))?;
-    let size = config.memory.size;
-    if offer.blocks.len() != 1 || offer.blocks.iter().any(|block| block.size != size) {
-        let why = "the offered memory does not match the configuration";
-        return Err(unreadable(why.to_owned()));
-    }
+    check_memory(offer, &config).map_err(unreadable)?;
     if registry.get(vm.as_str()).is_ok() {
         let why = format!("a VM {:?} exists already", vm.as_str());
         return Err(Refusal::new("vm-exists", why));
@@ -97,6 +94,32 @@ pub(super) fn check(
         cpuid: wanted,
         on_bus,
     })
+}
+
+/// Checks that the offered blocks of memory are those of the configuration.
+fn check_memory(offer: &Offer, config: &VmConfig) -> Result<(), String> {
+    let wanted = ram::sizes(&config.memory);
+    let is_it = |(block, (name, size)): (&BlockInfo, &(&str, u64))| {
+        (block.name.as_str(), block.size) == (*name, *size)
+    };
+    if offer.blocks.len() == wanted.len() && offer.blocks.iter().zip(&wanted).all(is_it) {
+        return Ok(());
+    }
+    let list = |blocks: &mut dyn Iterator<Item = (&str, u64)>| {
+        let all: Vec<_> = blocks
+            .map(|(name, size)| format!("{name:?} of {size} bytes"))
+            .collect();
+        all.join(", ")
+    };
+    let offered = &mut offer
+        .blocks
+        .iter()
+        .map(|block| (block.name.as_str(), block.size));
+    Err(format!(
+        "the offered memory ({}) does not match the configuration ({})",
+        list(offered),
+        list(&mut wanted.iter().copied())
+    ))
 }
 
 /// The refusal of a request, with all its fields, for the other side.
@@ -158,10 +181,14 @@ fn memory_is_there(config: &VmConfig) -> Result<(), Refusal> {
         return Ok(());
     };
     let available = available.saturating_add(field("SwapFree:").unwrap_or(0)) << 10;
-    if config.memory.size > available {
+    let needed = config
+        .memory
+        .size
+        .saturating_add(config.memory.hotplugged());
+    if needed > available {
         let detail = format!(
             "the guest has {} MiB of memory, and the destination has {} MiB available",
-            config.memory.size >> 20,
+            needed >> 20,
             available >> 20
         );
         return Err(Refusal::new("memory-short", detail));

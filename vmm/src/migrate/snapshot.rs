@@ -67,7 +67,7 @@ pub(super) fn take(
     let span = tracing::info_span!("vm", id = id.as_str());
     start("snapshot", span, move || {
         tracing::info!(
-            snapshot = %ours.id, vm = id.as_str(), folder = ours.endpoint, memory_bytes = parts.ram.len(),
+            snapshot = %ours.id, vm = id.as_str(), folder = ours.endpoint, memory_bytes = parts.ram.plugged_len(),
             "snapshot: begins"
         );
         let mut source = SourceVm::new(id, parts);

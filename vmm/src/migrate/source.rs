@@ -7,7 +7,7 @@ use control::Registry;
 use migration::{Block, BlockInfo, Offer, Outcome, Refusal, Source, Stopped, Whereabouts};
 use spec::VmId;
 
-use super::{MachineOffer, OFFER_VERSION, RAM, rows};
+use super::{MachineOffer, OFFER_VERSION, rows};
 use crate::driver::{Driver, SourceParts};
 
 pub(super) struct SourceVm {
@@ -56,6 +56,13 @@ impl SourceVm {
     }
 }
 
+fn info(block: &Block) -> BlockInfo {
+    BlockInfo {
+        name: block.name.clone(),
+        size: block.ram.len() as u64,
+    }
+}
+
 fn kvm(error: &hypervisor::KvmError) -> Refusal {
     Refusal::new("kvm-refused", error.to_string())
 }
@@ -74,10 +81,7 @@ impl Source for SourceVm {
         Ok(Offer {
             vm: self.vm.as_str().to_owned(),
             machine: machine.into(),
-            blocks: vec![BlockInfo {
-                name: RAM.to_owned(),
-                size: self.parts.ram.len() as u64,
-            }],
+            blocks: self.blocks().iter().map(info).collect(),
             connections: 1,
             postcopy: false,
             given: false,
@@ -86,10 +90,7 @@ impl Source for SourceVm {
     }
 
     fn blocks(&self) -> Vec<Block> {
-        vec![Block {
-            name: RAM.to_owned(),
-            ram: self.parts.ram.clone(),
-        }]
+        self.parts.ram.blocks()
     }
 
     fn start_tracking(&mut self) -> Result<(), Refusal> {

@@ -430,7 +430,7 @@ mod tests {
     #[test]
     fn tables_can_be_found_and_add_up() {
         for vcpus in [1, 2, 255] {
-            let layout = Layout::new(8 << 30, 46).unwrap();
+            let layout = Layout::new(8 << 30, 0, 46).unwrap();
             let all = tables(&CpusConfig::with_vcpus(vcpus), &layout);
             assert!(
                 all.len() as u64 <= layout::ACPI_END - layout::ACPI,

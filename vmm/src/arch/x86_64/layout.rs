@@ -10,6 +10,8 @@
 //!   4 GiB      ├─────────────────────────────┤
 //!              │ the rest of RAM             │
 //!              ├─────────────────────────────┤
+//!              │ room for hotplugged memory  │  from the next GiB up
+//!              ├─────────────────────────────┤
 //!              │ PCI window, 64-bit          │  from the next GiB up, to the last address bit
 //!              └─────────────────────────────┘
 //! ```
@@ -64,6 +66,8 @@ const MIN_RAM: u64 = 2 << 20;
 pub(crate) struct Layout {
     /// RAM, ascending; the block's bytes in order.
     pub(crate) ram: Vec<AddrRange>,
+    /// Room for memory that the guest gets later.
+    pub(crate) hotplug: Option<AddrRange>,
     /// The PCI window below 4 GiB.
     pub(crate) pci32: AddrRange,
     /// The PCI window above.
@@ -75,14 +79,21 @@ pub(crate) struct Layout {
 pub(crate) enum LayoutError {
     #[error("the memory ({0} bytes) is less than a machine needs, {MIN_RAM} bytes")]
     TooSmall(u64),
-    #[error("the memory ({size} bytes) does not fit the guest's {bits} physical address bits")]
+    #[error(
+        "the memory ({size} bytes, with what can be added) does not fit the guest's {bits} physical \
+         address bits"
+    )]
     TooLarge { size: u64, bits: u8 },
 }
 
 impl Layout {
-    /// Lays out `size` bytes of RAM for CPUs with so many physical address bits.
-    pub(crate) fn new(size: u64, bits: u8) -> Result<Self, LayoutError> {
-        let too_large = LayoutError::TooLarge { size, bits };
+    /// Lays out `size` bytes of RAM, and room for `hotplug` more, for CPUs with so many physical
+    /// address bits.
+    pub(crate) fn new(size: u64, hotplug: u64, bits: u8) -> Result<Self, LayoutError> {
+        let too_large = LayoutError::TooLarge {
+            size: size.saturating_add(hotplug),
+            bits,
+        };
         if size < MIN_RAM {
             return Err(LayoutError::TooSmall(size));
         }
@@ -90,11 +101,15 @@ impl Layout {
         let high = size - low;
         let end = (4 * GIB).checked_add(high).ok_or(too_large)?;
         let space_end = 1_u64.checked_shl(bits.into()).ok_or(too_large)?;
+        // Alignment for huge pages of any size, and for the guest's memory sections.
+        let hotplug_start = end.checked_next_multiple_of(GIB).ok_or(too_large)?;
+        let end = hotplug_start.checked_add(hotplug).ok_or(too_large)?;
         let pci64_start = end.checked_next_multiple_of(GIB).ok_or(too_large)?;
         let pci64_end = space_end.checked_sub(1).ok_or(too_large)?;
         let ram = [AddrRange::new(0, low), AddrRange::new(4 * GIB, high)];
         Ok(Self {
             ram: ram.into_iter().flatten().collect(),
+            hotplug: AddrRange::new(hotplug_start, hotplug),
             pci32: AddrRange::from_bounds(LOW_RAM_END, PCI32_END - 1).ok_or(too_large)?,
             pci64: AddrRange::from_bounds(pci64_start, pci64_end).ok_or(too_large)?,
         })
@@ -114,12 +129,18 @@ mod tests {
 
     proptest! {
         #[test]
-        fn ram_ranges_are_complete_and_disjoint(mib in 2_u64..(1 << 24), bits in 36_u8..=52) {
-            let size = mib << 20;
-            if let Ok(layout) = Layout::new(size, bits) {
+        fn ram_ranges_are_complete_and_disjoint(
+            mib in 2_u64..(1 << 24),
+            room in prop_oneof![Just(0_u64), 1_u64..(1 << 24)],
+            bits in 36_u8..=52,
+        ) {
+            let (size, room) = (mib << 20, room << 20);
+            if let Ok(layout) = Layout::new(size, room, bits) {
                 let lengths: u64 = layout.ram.iter().filter_map(|range| range.len()).sum();
                 prop_assert_eq!(lengths, size);
+                prop_assert_eq!(layout.hotplug.and_then(|range| range.len()).unwrap_or(0), room);
                 let mut all = layout.ram.clone();
+                all.extend(layout.hotplug);
                 all.extend([layout.pci32, layout.pci64, AddrRange::new(ECAM, 1 << 20).unwrap()]);
                 all.extend(AddrRange::new(IO_APIC.into(), 0x1000));
                 all.extend(AddrRange::new(LOCAL_APIC.into(), 0x1000));
@@ -127,21 +148,28 @@ mod tests {
                 prop_assert!(all.windows(2).all(|w| w[0].last() < w[1].first()), "{:?}", all);
                 prop_assert!(all.last().unwrap().last() < 1 << bits);
             } else {
-                prop_assert!(size > (1 << bits) - 6 * GIB);
+                prop_assert!(size + room > (1 << bits) - 7 * GIB);
             }
         }
     }
 
     #[test]
     fn rejects_too_little_or_too_much_ram() {
-        assert_eq!(Layout::new(4096, 40), Err(LayoutError::TooSmall(4096)));
+        assert_eq!(Layout::new(4096, 0, 40), Err(LayoutError::TooSmall(4096)));
         assert_eq!(
-            Layout::new(1 << 40, 40),
+            Layout::new(1 << 40, 0, 40),
             Err(LayoutError::TooLarge {
                 size: 1 << 40,
                 bits: 40
             })
         );
-        assert!(Layout::new(u64::MAX, 52).is_err());
+        for (size, room) in [
+            (u64::MAX, 0),
+            (GIB, u64::MAX),
+            (u64::MAX, u64::MAX),
+            (GIB, 1 << 52),
+        ] {
+            assert!(Layout::new(size, room, 52).is_err());
+        }
     }
 }

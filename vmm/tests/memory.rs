@@ -1,0 +1,230 @@
+//! The memory of the pocket guest grows and shrinks on `/dev/kvm`: the guest drives the virtio-mem
+//! device, writes to each block that it plugs, and checks each that it unplugs.
+
+#![expect(clippy::unwrap_used, reason = "a test that goes wrong panics")]
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use control::{Registry, Request, RequestError, VmHandle};
+use guest::{Command, Line, Options, Workload};
+use spec::{
+    AwaitMigration, HotplugMethod, MemoryMode, MigrationPhase, PayloadConfig, StartMigration,
+    VmConfig, VmResize,
+};
+use vmm::{Pool, PoolConfig};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+const MIB: u64 = 1 << 20;
+/// What the guest boots with.
+const BOOT: u64 = 64 * MIB;
+/// What it can get.
+const ROOM: u64 = 1024 * MIB;
+
+struct Stage {
+    dir: tempfile::TempDir,
+    here: Registry,
+    there: Registry,
+}
+
+impl Stage {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("pocket"), guest::IMAGE).unwrap();
+        let registry = || Registry::new(Pool::start(&PoolConfig::default()).unwrap());
+        Self {
+            dir,
+            here: registry(),
+            there: registry(),
+        }
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.dir.path().join(name).to_string_lossy().into_owned()
+    }
+
+    fn config(&self, workload: Workload) -> VmConfig {
+        let options = Options {
+            workload,
+            ..Options::default()
+        };
+        let mut config = VmConfig::with_payload(PayloadConfig {
+            kernel: Some(self.path("pocket")),
+            cmdline: Some(options.to_string()),
+            ..PayloadConfig::default()
+        });
+        config.memory.size = BOOT;
+        config.memory.hotplug_method = HotplugMethod::VirtioMem;
+        config.memory.hotplug_size = Some(ROOM);
+        let serial = serde_json::json!({ "mode": "Socket", "socket": self.path("serial") });
+        config.serial = serde_json::from_value(serial).unwrap();
+        config
+    }
+
+    async fn boot(&self, config: VmConfig) -> VmHandle {
+        let vm = self.here.create(Some("pocket".parse().unwrap()), config);
+        let vm = vm.unwrap();
+        vm.ask(Request::Boot).await.unwrap();
+        vm
+    }
+
+    /// What the guest found to be wrong.
+    fn bad(&self) -> u64 {
+        let start = Instant::now();
+        let stream = loop {
+            match UnixStream::connect(Path::new(&self.path("serial"))) {
+                Ok(stream) => break stream,
+                Err(error) => assert!(start.elapsed() < PATIENCE, "{error}"),
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        };
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut serial = BufReader::new(stream);
+        let asked = serial.get_mut();
+        asked
+            .write_all(format!("{}\n", Command::Io).as_bytes())
+            .unwrap();
+        let mut text = String::new();
+        loop {
+            text.clear();
+            assert!(serial.read_line(&mut text).unwrap() > 0);
+            if let Some(Line::Io { bad, .. }) = Line::parse(&text) {
+                return bad;
+            }
+        }
+    }
+}
+
+async fn resize(vm: &VmHandle, ram: u64) -> Result<(), RequestError> {
+    let sizes = VmResize {
+        desired_ram: Some(ram),
+        ..VmResize::default()
+    };
+    vm.ask(Request::Resize(sizes)).await.map(|_| ())
+}
+
+/// Waits until the guest has so much memory, and no resize is pending.
+async fn wait_for(vm: &VmHandle, ram: u64) {
+    let start = Instant::now();
+    loop {
+        let info = vm.status().info();
+        if info.memory_actual_size == ram && info.pending_resizes.is_empty() {
+            return;
+        }
+        assert!(
+            start.elapsed() < PATIENCE,
+            "{} bytes, {:?}",
+            info.memory_actual_size,
+            info.pending_resizes
+        );
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+#[tokio::test]
+async fn guest_gets_memory_and_gives_it_back() {
+    let stage = Stage::new();
+    let mut config = stage.config(Workload::Io);
+    config.memory.hotplugged_size = Some(32 * MIB);
+    let vm = stage.boot(config).await;
+    wait_for(&vm, BOOT + 32 * MIB).await;
+    for ram in [BOOT + 200 * MIB, BOOT + 2 * MIB, BOOT, BOOT + 64 * MIB] {
+        resize(&vm, ram).await.unwrap();
+        wait_for(&vm, ram).await;
+        let hotplugged = vm.status().info().config.memory.hotplugged_size;
+        assert_eq!(hotplugged.unwrap_or(0), ram - BOOT);
+    }
+    // As it is.
+    resize(&vm, BOOT + 64 * MIB).await.unwrap();
+    for (ram, code, number) in [
+        (BOOT - MIB, "memory-too-small", BOOT),
+        (BOOT + ROOM + 2 * MIB, "memory-too-large", BOOT + ROOM),
+        (BOOT + MIB, "memory-unaligned", 2 * MIB),
+        (u64::MAX, "memory-too-large", BOOT + ROOM),
+    ] {
+        let refused = resize(&vm, ram).await.unwrap_err();
+        assert_eq!(refused.code, code);
+        let detail = &refused.detail;
+        let names = detail.contains(&ram.to_string()) && detail.contains(&number.to_string());
+        assert!(names, "{detail}");
+    }
+    wait_for(&vm, BOOT + 64 * MIB).await;
+    // The next machine begins with as much.
+    vm.ask(Request::Reboot).await.unwrap();
+    wait_for(&vm, BOOT + 64 * MIB).await;
+    assert_eq!(stage.bad(), 0);
+    vm.ask(Request::Shutdown).await.unwrap();
+    resize(&vm, BOOT).await.unwrap_err();
+}
+
+/// A guest that does not answer keeps what it has, and the resize stays pending.
+#[tokio::test]
+async fn second_resize_waits_for_the_first() {
+    let stage = Stage::new();
+    let vm = stage.boot(stage.config(Workload::Idle)).await;
+    resize(&vm, BOOT + 64 * MIB).await.unwrap();
+    let refused = resize(&vm, BOOT + 128 * MIB).await.unwrap_err();
+    assert_eq!(refused.code, "resize-pending");
+    let [pending] = vm.status().info().pending_resizes[..] else {
+        unreachable!("{:?}", vm.status().info().pending_resizes);
+    };
+    assert_eq!((pending.to, pending.actual), (BOOT + 64 * MIB, BOOT));
+    vm.ask(Request::Shutdown).await.unwrap();
+}
+
+#[tokio::test]
+async fn plugged_memory_moves_and_unplugged_does_not() {
+    for (mode, local) in [
+        (MemoryMode::Precopy, false),
+        (MemoryMode::Postcopy, false),
+        (MemoryMode::Precopy, true),
+    ] {
+        let stage = Stage::new();
+        let mut config = stage.config(Workload::Io);
+        config.memory.shared = local;
+        let vm = stage.boot(config).await;
+        resize(&vm, BOOT + 100 * MIB).await.unwrap();
+        wait_for(&vm, BOOT + 100 * MIB).await;
+        resize(&vm, BOOT + 50 * MIB).await.unwrap();
+        wait_for(&vm, BOOT + 50 * MIB).await;
+        let listen = format!("unix:{}", stage.path("migration"));
+        let awaiting = AwaitMigration {
+            once: true,
+            ..AwaitMigration::at(listen)
+        };
+        let receive = stage.there.receive_migration(&awaiting).unwrap();
+        let mut what = StartMigration::to(receive.info().endpoint);
+        what.mode = mode;
+        what.local = local;
+        what.verify = !local;
+        let send = stage.here.send_migration("pocket", &what).unwrap();
+        for side in [&send, &receive] {
+            let mut over = side.over();
+            let waited = tokio::time::timeout(PATIENCE, over.wait_for(|over| *over)).await;
+            waited.unwrap().unwrap();
+            assert_eq!(
+                side.info().phase,
+                MigrationPhase::Completed,
+                "{:?}",
+                side.info()
+            );
+        }
+        let sent = send.info();
+        // A page of the guest's 82 MiB and what its kernel has, and not 1 GiB.
+        assert!(
+            sent.pages + sent.zero_pages < (BOOT + 150 * MIB) / 4096 * 2,
+            "{sent:?}"
+        );
+        let vm = stage.there.get("pocket").unwrap();
+        wait_for(&vm, BOOT + 50 * MIB).await;
+        resize(&vm, BOOT + 120 * MIB).await.unwrap();
+        wait_for(&vm, BOOT + 120 * MIB).await;
+        // The guest checks each block as it unplugs it.
+        resize(&vm, BOOT).await.unwrap();
+        wait_for(&vm, BOOT).await;
+        assert_eq!(stage.bad(), 0, "{mode:?}");
+        vm.ask(Request::Shutdown).await.unwrap();
+    }
+}
