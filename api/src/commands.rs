@@ -165,9 +165,9 @@ commands! {
         asks Request::MemoryMap => memory_map
     }
 
-    /// Change the size of the VM's balloon.
+    /// Change the size of the VM's memory or balloon.
     ///
-    /// This version cannot change the number of vCPUs or the memory: only the current values are
+    /// This version cannot change the number of vCPUs: only the current value is
     /// accepted.
     put (Json(sizes), Json<VmResize>, VmResize) {
         resize at "/api/v1/vms/{id}/resize" as "resizeVm",

@@ -25,6 +25,7 @@ const EFFECTIVE: &[&str] = &[
     "/cpus/affinity/0/host_cpus",
     "/memory/size",
     "/memory/hotplug_method",
+    "/memory/hotplug_size",
     "/memory/hotplugged_size",
     "/memory/mergeable",
     "/memory/shared",
@@ -111,11 +112,6 @@ const TOLD: &[(&str, &str)] = &[
     (
         "/cpus/max_vcpus",
         "the guest does not see the room, and `vm.resize` refuses to use it",
-    ),
-    (
-        "/memory/hotplug_size",
-        "with `VirtioMem` it is room in the guest's memory; with `Acpi` the guest does not see the \
-         room, and `vm.resize` refuses to use it",
     ),
     (
         "/platform/num_pci_segments",
