@@ -8,16 +8,20 @@ mod migrate;
 mod print;
 mod remote;
 
+use std::ffi::OsStr;
 use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
 
-use clap::{CommandFactory, Parser};
+use clap::{CommandFactory, FromArgMatches};
 
 use crate::args::{Arguments, Command};
 use crate::remote::Remote;
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
+    let program = std::env::args_os().next();
+    let matches = command(program.as_deref()).get_matches();
+    let arguments = Arguments::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     match &arguments.command {
         Command::Completions { shell } => {
             // In memory first: the generator panics where its reader has gone.
@@ -35,6 +39,20 @@ fn main() -> ExitCode {
         _ => {}
     }
     finish(run(arguments))
+}
+
+/// The version of Cloud Hypervisor whose commands this program has, then its own.
+const CH_REMOTE_VERSION: &str = concat!("v54.0.0\nwh-remote ", env!("CARGO_PKG_VERSION"));
+
+/// Returns the command that a program started as `program` is. Started as `ch-remote`, by a link, its
+/// `--version` prints the line that consumers parse.
+fn command(program: Option<&OsStr>) -> clap::Command {
+    match program.map(Path::new).and_then(Path::file_name) {
+        Some(name) if name == "ch-remote" => Arguments::command()
+            .name("ch-remote")
+            .version(CH_REMOTE_VERSION),
+        _ => Arguments::command(),
+    }
 }
 
 fn run(arguments: Arguments) -> anyhow::Result<()> {
