@@ -10,8 +10,8 @@ use http::header::LOCATION;
 use http::{HeaderMap, HeaderValue, StatusCode};
 use spec::{
     AtDeadline, AwaitMigration, MemoryMode, MigrationInfo, MigrationMode, MigrationPhase,
-    MigrationProgress, ReceiveMigrationData, ResolveMigration, SendMigrationData, StartMigration,
-    TimeoutStrategy, VmId,
+    MigrationProgress, ReceiveMigrationData, RefusedField, ResolveMigration, SendMigrationData,
+    StartMigration, TimeoutStrategy, VmId,
 };
 
 use crate::answer::Answer;
@@ -349,10 +349,8 @@ async fn receive_one(
     State(vm): State<OneVm>,
     Json(body): Json<ReceiveMigrationData>,
 ) -> Result<StatusCode, ApiError> {
-    if body.zone_updates.is_some() {
-        return Err(ApiError::not_implemented(
-            "move memory zones (`zone_updates`)",
-        ));
+    if let Some(refused) = RefusedField::first_of("vm.receive-migration", &body) {
+        return Err(ApiError::not_implemented(refused.what));
     }
     // The contract has no fields for trust: what the program was started with decides.
     let what = AwaitMigration {

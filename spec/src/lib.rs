@@ -32,6 +32,7 @@ mod parse;
 mod paths;
 mod platform;
 mod progress;
+mod refused;
 mod requests;
 mod service;
 mod token;
@@ -68,6 +69,7 @@ pub use progress::{
     MigrationState, MigrationTransport, OngoingMigration, OngoingPhase, TcpConnections,
     TcpTransport,
 };
+pub use refused::{REFUSED_FIELDS, RefusedField};
 pub use requests::{
     MemoryRestoreMode, MigrationMode, ReceiveMigrationData, RestoreConfig, SendMigrationData,
     TimeoutStrategy, VmAddUserDevice, VmCoredumpData, VmMemoryZoneUpdateData, VmRemoveDevice,

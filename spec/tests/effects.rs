@@ -7,6 +7,9 @@
     reason = "a test fails by panicking"
 )]
 
+#[path = "effects/requests.rs"]
+mod requests;
+
 use std::collections::BTreeSet;
 
 use serde_json::{Map, Value, json};
@@ -16,6 +19,7 @@ use utoipa::{PartialSchema as _, ToSchema as _};
 /// Fields that do something.
 const EFFECTIVE: &[&str] = &[
     "/cpus/boot_vcpus",
+    "/cpus/nested",
     "/cpus/topology/threads_per_core",
     "/cpus/topology/cores_per_die",
     "/cpus/topology/dies_per_package",
@@ -133,7 +137,7 @@ fn full() -> Value {
     });
     json!({
         "cpus": {
-            "boot_vcpus": 2, "max_vcpus": 4, "kvm_hyperv": true, "max_phys_bits": 40, "nested": false,
+            "boot_vcpus": 2, "max_vcpus": 4, "kvm_hyperv": true, "max_phys_bits": 40, "nested": true,
             "topology": {"threads_per_core": 1, "cores_per_die": 2, "dies_per_package": 2, "packages": 1},
             "affinity": [{"vcpu": 1, "host_cpus": [1]}], "features": {"amx": true},
             "core_scheduling": "Vcpu",
@@ -330,8 +334,9 @@ fn page() -> String {
             page += &format!("| `{} vm{name}` | {state} |\n", method.to_uppercase());
         }
     }
-    page += "\n## Fields of the configuration\n\n| field | this version |\n|---|---|\n";
     let (described, problems) = judged();
+    page += &requests::section(&document, &problems);
+    page += "\n## Fields of the configuration\n\n| field | this version |\n|---|---|\n";
     let mut shown = BTreeSet::new();
     for field in &described {
         let (name, state) = if let Some(problem) = refusal(&problems, field) {
@@ -362,8 +367,18 @@ fn page() -> String {
             .map_or_else(String::new, |json| format!("`{json}`"));
         page += &format!("| `{name}` | {default} | {} |\n", field.reason);
     }
-    page
+    page + THREADS
 }
+
+const THREADS: &str = "
+## Names of threads
+
+The threads of vCPUs are called `vcpu0`, `vcpu1` and so on, as in Cloud Hypervisor. Its threads of
+queues (`_disk0_q0`, `_net1_qp0`) have no counterpart: the queues of all devices share a few
+threads, so a name of one queue would be wrong. libvirt lists threads with the prefixes `_disk`,
+`_net` and `_rng` as I/O threads. The list is empty here, which libvirt accepts; it counts these
+threads as the emulator's.
+";
 
 const PAGE: &str = "# Compatibility with Cloud Hypervisor's API
 

@@ -7,7 +7,8 @@ use control::{Category, Migration, Registry, RequestError, VmHandle};
 use migration::snapshot::{Memory, Restoring, Saved, Snapshot, Writing, restore, write};
 use migration::{Refusal, Source as _};
 use spec::{
-    FieldProblem, MemoryRestoreMode, MigrationSide, RestoreConfig, VmConfig, VmId, VmSnapshotConfig,
+    FieldProblem, MemoryRestoreMode, MigrationSide, RefusedField, RestoreConfig, VmConfig, VmId,
+    VmSnapshotConfig,
 };
 
 use super::destination::{DestinationHost, GuestOrigin, record_failure};
@@ -115,12 +116,8 @@ pub(super) fn begin_restore(
     if what.prefault && what.memory_restore_mode == MemoryRestoreMode::OnDemand {
         return refuse("populate memory (`prefault`) that is restored OnDemand");
     }
-    if what
-        .zone_updates
-        .as_ref()
-        .is_some_and(|zones| !zones.is_empty())
-    {
-        return refuse("move memory zones (`zone_updates`)");
+    if let Some(refused) = RefusedField::first_of("vm.restore", what) {
+        return refuse(refused.what);
     }
     let dir = folder("source_url", &what.source_url)?;
     if registry.get(vm.as_str()).is_ok() {
