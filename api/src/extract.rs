@@ -150,6 +150,23 @@ impl<S: Send + Sync> FromRequestParts<S> for Named {
     }
 }
 
+/// The name that a path gives to a VM that may not exist yet.
+pub(crate) struct NewName(pub(crate) VmId);
+
+impl<S: Send + Sync> FromRequestParts<S> for NewName {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let path = Path::<String>::from_request_parts(parts, state).await;
+        let name = path.map_or_else(|_| parts.uri.path().to_owned(), |Path(name)| name);
+        let id = name.parse().map_err(|error: spec::InvalidVmId| {
+            let detail = format!("a VM cannot have the name {:?}: {error}", excerpt(&name));
+            ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, "invalid-name", detail)
+        })?;
+        Ok(Self(id))
+    }
+}
+
 /// Returns the start of a client's text, for an error message.
 fn excerpt(text: &str) -> String {
     text.chars().take(spec::limits::VM_ID_LEN).collect()

@@ -59,8 +59,10 @@ pub(crate) fn routes() -> Routes<OneVm> {
 )]
 async fn create(
     State(vm): State<OneVm>,
-    Json(config): Json<VmConfig>,
+    Json(mut config): Json<VmConfig>,
 ) -> Result<StatusCode, ApiError> {
+    // The default of Cloud Hypervisor's contract.
+    config.cpus.nested.get_or_insert(true);
     vm.registry.create(Some(vm.id), config)?;
     Ok(StatusCode::NO_CONTENT)
 }

@@ -40,6 +40,14 @@ impl ApiError {
         refusal
     }
 
+    /// Returns the error for a request whose body has the configuration at `pointer`, and not as a whole.
+    pub(crate) fn below(mut self, pointer: &str) -> Self {
+        for field in &mut self.problem.errors {
+            field.pointer.insert_str(0, pointer);
+        }
+        self
+    }
+
     /// 405 with the methods that would do (RFC 9110, 15.5.6).
     pub(crate) fn method_not_allowed(
         method: &http::Method,

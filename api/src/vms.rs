@@ -8,7 +8,7 @@ use http::{HeaderValue, StatusCode};
 use spec::{ConsoleMode, CreateVm, VmConfig, VmId, VmInfo, VmSummary};
 
 use crate::answer::Answer;
-use crate::extract::{Json, Named};
+use crate::extract::{Json, Named, NewName};
 use crate::problem::ApiError;
 use crate::refusals::{
     Exists, Failed, NoSuchVm, NotJson, NotPossible, NotUnderstood, TooLong, TooSlow, Unsupported,
@@ -86,7 +86,8 @@ async fn create(
     State(service): State<Service>,
     Json(new): Json<CreateVm>,
 ) -> Result<Response, ApiError> {
-    service.create(new.id, new.config).await
+    let created = service.create(new.id, new.config).await;
+    created.map_err(|refused| refused.below("/config"))
 }
 
 /// Create a VM of this name unless it exists with this configuration.
@@ -104,7 +105,7 @@ async fn create(
 )]
 async fn ensure(
     State(service): State<Service>,
-    Named(id): Named,
+    NewName(id): NewName,
     Json(config): Json<VmConfig>,
 ) -> Result<Response, ApiError> {
     match service.registry.get(id.as_str()) {
@@ -118,6 +119,7 @@ fn is_configured(vm: &VmHandle, config: &VmConfig) -> bool {
     let plain = |config: &VmConfig| {
         let mut plain = config.clone();
         plain.name_devices();
+        plain.cpus.nested = Some(config.cpus.is_nested());
         if plain.serial.mode == ConsoleMode::Pty {
             plain.serial.file = None;
         }

@@ -67,6 +67,36 @@ const TABLE: &[(&str, [u16; 5], [u16; 5])] = &[
     ),
 ];
 
+#[tokio::test]
+async fn nested_virtualization_has_the_default_of_the_face() {
+    for (given, one, many) in [
+        ("", true, false),
+        ("false", false, false),
+        ("true", true, true),
+    ] {
+        let field = match given {
+            "" => String::new(),
+            given => format!(r#", "nested": {given}"#),
+        };
+        let config = format!(
+            r#"{{"payload": {{"kernel": "/k"}}, "cpus": {{"boot_vcpus": 1, "max_vcpus": 1{field}}}}}"#
+        );
+        let service = service(Fake::default());
+        let router = one_vm(&service);
+        expect(&router, "PUT /api/v1/vm.create", &config, 204).await;
+        let info = expect(&router, "GET /api/v1/vm.info", "", 200).await.json();
+        assert_eq!(info["config"]["cpus"]["nested"], one, "{given}");
+
+        let router = service.router();
+        expect(&router, "PUT /api/v1/vms/other", &config, 201).await;
+        let info = expect(&router, "GET /api/v1/vms/other", "", 200)
+            .await
+            .json();
+        assert_eq!(info["config"]["cpus"]["nested"], many, "{given}");
+        expect(&router, "PUT /api/v1/vms/other", &config, 200).await;
+    }
+}
+
 fn line(face: usize, call: &str) -> (String, &'static str) {
     let line = match (face, call) {
         (0, "info" | "counters" | "memory-map") => format!("GET /api/v1/vm.{call}"),

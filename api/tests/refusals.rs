@@ -107,6 +107,45 @@ async fn every_problem_of_a_configuration_is_listed_with_its_field() {
     assert!(pointers.contains(&"/cpus/boot_vcpus"), "{pointers:?}");
 }
 
+/// A pointer is one of the body that was sent, in which a new VM's configuration is a part.
+#[tokio::test]
+async fn pointers_are_of_the_whole_body() {
+    let service = service(Fake::default());
+    for (vm, status) in [
+        (
+            r#"{"payload": {"kernel": "/k"}, "memory": {"size": 0}}"#,
+            422,
+        ),
+        (
+            r#"{"payload": {"kernel": "/k"}, "memory": {"size": "1"}}"#,
+            400,
+        ),
+    ] {
+        let body = format!(r#"{{"id": "vm", "config": {vm}}}"#);
+        let problem = expect(&service.router(), "POST /api/v1/vms", &body, status)
+            .await
+            .json();
+        assert_eq!(problem["errors"][0]["pointer"], "/config/memory/size");
+    }
+}
+
+#[tokio::test]
+async fn impossible_name_is_no_missing_vm() {
+    let service = service(Fake::default());
+    let router = service.router();
+    for name in ["-x", "a%20b", &"n".repeat(spec::limits::VM_ID_LEN + 1)] {
+        let answer = expect(&router, &format!("PUT /api/v1/vms/{name}"), CONFIG, 422).await;
+        assert_eq!(answer.code(), "invalid-name", "{name}");
+        // Nothing can have this name.
+        let answer = expect(&router, &format!("GET /api/v1/vms/{name}"), "", 404).await;
+        assert_eq!(answer.code(), "no-such-vm", "{name}");
+    }
+    assert!(service.registry().list().is_empty());
+    let document = serde_json::to_value(api::document()).unwrap();
+    let answers = &document["paths"]["/api/v1/vms/{id}"]["put"]["responses"];
+    assert!(answers["422"].is_object(), "{answers}");
+}
+
 #[tokio::test]
 async fn rejects_wrong_content_type() {
     let table = [

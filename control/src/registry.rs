@@ -75,7 +75,9 @@ impl Registry {
     ///
     /// # Errors
     /// When the configuration is not possible, the name is taken, or there is no room.
-    pub fn create(&self, id: Option<VmId>, config: VmConfig) -> Result<VmHandle, RequestError> {
+    pub fn create(&self, id: Option<VmId>, mut config: VmConfig) -> Result<VmHandle, RequestError> {
+        // A destination must not choose by its own default.
+        config.cpus.nested = Some(config.cpus.is_nested());
         config
             .validate(&self.0.spawner.host_limits())
             .map_err(RequestError::invalid)?;

@@ -3,8 +3,6 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::defaults;
-
 /// How vCPUs are arranged in cores, dies and packages, as the guest sees it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -111,9 +109,10 @@ pub struct CpusConfig {
     /// Limit the physical address bits that the guest sees.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_phys_bits: Option<u8>,
-    /// Let the guest run VMs of its own (nested virtualization), if the host supports it.
-    #[serde(default = "defaults::yes")]
-    pub nested: bool,
+    /// Let the guest run VMs of its own (nested virtualization), if the host supports it. When absent, false on
+    /// the service's own face and true on Cloud Hypervisor's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nested: Option<bool>,
     /// Host CPUs on which each vCPU may run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub affinity: Option<Vec<CpuAffinity>>,
@@ -135,11 +134,17 @@ impl CpusConfig {
             topology: None,
             kvm_hyperv: false,
             max_phys_bits: None,
-            nested: true,
+            nested: None,
             affinity: None,
             features: CpuFeatures::default(),
             core_scheduling: CoreSchedulingMode::Vm,
         }
+    }
+
+    /// Whether the guest may run VMs of its own. A configuration that does not choose says no.
+    #[must_use]
+    pub fn is_nested(&self) -> bool {
+        self.nested.unwrap_or(false)
     }
 
     /// How the vCPUs are arranged: as configured, or as cores of one package.

@@ -15,10 +15,6 @@ fn net_queue_size() -> u16 {
     256
 }
 
-fn default_ip() -> String {
-    "192.168.249.1".to_owned()
-}
-
 fn default_mask() -> String {
     "255.255.255.0".to_owned()
 }
@@ -44,10 +40,10 @@ pub struct NetConfig {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Vec<i32>>)]
     pub fds: Option<Descriptors>,
-    /// IPv4 address of the host on a tap that is created; none when empty.
-    #[serde(default = "default_ip")]
+    /// IPv4 address of the host on a tap that is created; none when empty or absent.
+    #[serde(default)]
     pub ip: String,
-    /// Its netmask.
+    /// The netmask of `ip`.
     #[serde(default = "default_mask")]
     pub mask: String,
     /// MAC address that the guest sees; generated when absent.

@@ -396,7 +396,7 @@ mod tests {
             cpus("boot=2,max=4,topology=2:1:1:2,affinity=[0@[0,2-3],1@[1]],nested=off").unwrap();
         assert_eq!(
             (full.boot_vcpus, full.max_vcpus, full.nested),
-            (2, 4, false)
+            (2, 4, Some(false))
         );
         assert_eq!(full.topology.unwrap().packages, 2);
         let mode = cpus("core_scheduling=vcpu").unwrap().core_scheduling;

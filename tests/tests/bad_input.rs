@@ -50,9 +50,11 @@ async fn rejects_invalid_configs_by_field() -> Result<()> {
             Ok(id) => anyhow::bail!("{id} was created, and {pointer} cannot be"),
         };
         let refused = problem::<()>(Err(refused))?;
+        // Of the body, in which the configuration is a part.
+        let pointer = format!("/config{pointer}");
         assert_eq!(
             (refused.status, refused.errors[0].pointer.as_str()),
-            (status, pointer)
+            (status, pointer.as_str())
         );
     }
     assert!(service.client().vms_list().await?.is_empty());

@@ -264,6 +264,58 @@ async fn output_is_text_unless_json_is_asked_for() -> Result<()> {
     Ok(())
 }
 
+/// An error of a VM on the command line is printed once, and not logged as well.
+#[test]
+fn run_prints_an_error_once() -> Result<()> {
+    let output = Command::new(built("whimbrel")?)
+        .args(["run", "--kernel", "/nowhere/vmlinux"])
+        .output()?;
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(!output.status.success(), "{text}");
+    ensure!(text.matches("/nowhere/vmlinux").count() == 1, "{text}");
+    Ok(())
+}
+
+/// Consumers look for the version by the name under which they start a program.
+#[test]
+fn version_is_that_of_the_name_of_the_program() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    for (program, name) in [("wh-remote", "ch-remote"), ("whimbrel", "cloud-hypervisor")] {
+        let link = dir.path().join(name);
+        std::os::unix::fs::symlink(built(program)?, &link)?;
+        let output = Command::new(&link).arg("--version").output()?;
+        let first = stdout(&output);
+        let first = first.lines().next().unwrap_or_default();
+        ensure!(first == format!("{name} v54.0.0"), "{first}");
+        let own = stdout(&Command::new(built(program)?).arg("--version").output()?);
+        ensure!(own.starts_with(&format!("{program} 0.")), "{own}");
+    }
+    Ok(())
+}
+
+/// A tap is made if there is none of its name, which may be mistyped. Making one needs the right to.
+#[tokio::test]
+async fn new_tap_of_a_given_name_is_logged() -> Result<()> {
+    let service = Service::start(Face::Many).await?;
+    let (mut config, _) = service.pocket("vm", beating())?;
+    let net = |tap: &str| serde_json::from_str(tap).map(|net| Some(vec![net]));
+    config.net = net(r#"{"tap": "wbmistyped"}"#)?;
+    let vm = service.create("vm", config.clone()).await?;
+    service.client().vms_boot(&vm).await?;
+    let warnings = || service.log().matches("a new tap is made").count();
+    ensure!(warnings() == 1 && service.log().contains("wbmistyped"));
+    // One that is there, and one that no name was given for.
+    service.client().vms_delete(&vm).await?;
+    config.net = net("{}")?;
+    let vm = service.create("vm", config).await?;
+    service.client().vms_boot(&vm).await?;
+    ensure!(warnings() == 1, "{}", service.log());
+    let info = service.client().vms_info(&vm).await?;
+    let net = info.config.net.into_iter().flatten().next();
+    ensure!(net.as_ref().is_some_and(|net| net.ip.is_empty()), "{net:?}");
+    Ok(())
+}
+
 #[tokio::test]
 async fn console_refuses_a_file_and_logs_refuses_a_socket() -> Result<()> {
     let service = Service::start(Face::Many).await?;

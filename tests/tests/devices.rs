@@ -199,7 +199,7 @@ async fn debian_on_a_raw_disk_uses_every_device() -> Result<()> {
         let text = path.to_string_lossy().into_owned();
         socket = Some(path);
         config.vsock = json::<VsockConfig>(&format!(r#"{{"cid":3,"socket":"{text}"}}"#)).ok();
-        config.net = json::<NetConfig>(r#"{"num_queues":4}"#)
+        config.net = json::<NetConfig>(r#"{"num_queues":4,"ip":"192.168.249.1"}"#)
             .ok()
             .map(|net| vec![net]);
         config.balloon = json::<BalloonConfig>(r#"{"size":0}"#).ok();
@@ -212,6 +212,9 @@ async fn debian_on_a_raw_disk_uses_every_device() -> Result<()> {
             .await?
             .replace('\n', ", ")
     );
+    // `cpus.nested` is off by default; the host has SVM.
+    let seen = "grep -cwE 'svm|vmx' /proc/cpuinfo || true";
+    ensure!(machine.run(seen).await?.trim() == "0");
     network(&mut machine).await?;
     vsock(&mut machine, &socket.context("a socket")?).await?;
     hot_disk(&mut machine).await?;

@@ -63,7 +63,14 @@ impl Arguments {
     pub(crate) fn vm_config(&self) -> Result<Option<VmConfig>> {
         match &self.command {
             Some(Command::Run(run)) => run.config(),
-            None => self.vm.config(None),
+            None => {
+                let mut config = self.vm.config(None)?;
+                // The default of Cloud Hypervisor, whose command line this is.
+                if let Some(config) = &mut config {
+                    config.cpus.nested.get_or_insert(true);
+                }
+                Ok(config)
+            }
             Some(_) => Ok(None),
         }
     }

@@ -247,6 +247,13 @@ fn net(net: &NetConfig, workers: &Workers) -> Result<Opened, BuildError> {
         None => {
             let name = net.tap.clone().unwrap_or_else(|| NEW_TAP.to_owned());
             let is_there = Path::new("/sys/class/net").join(&name).exists();
+            // A pattern such as `tap%d` asks for a new one.
+            if !is_there && net.tap.is_some() && !name.contains('%') {
+                tracing::warn!(
+                    tap = name,
+                    "a new tap is made: there is no interface of the configured name"
+                );
+            }
             (TapSource::Name(name), is_there)
         }
     };

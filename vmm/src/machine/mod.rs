@@ -29,7 +29,7 @@ use spec::{PciDeviceInfo, VmConfig, VmCounters};
 use virtio_devices::Workers;
 
 use crate::arch::x86_64::layout::Layout;
-use crate::arch::x86_64::{cpu, layout};
+use crate::arch::x86_64::{cpu, features, layout};
 use crate::boot;
 use crate::descriptors::{Descriptors, Reservation};
 use crate::devices::{
@@ -125,12 +125,15 @@ impl Built {
         reporter: &Reporter,
         reserved: Vec<Arc<Reservation>>,
     ) -> Result<Self, BuildError> {
-        let cpuid = origin.cpuid.as_ref().unwrap_or(&host.cpuid);
-        let bits = cpu::phys_bits(cpuid, config.cpus.max_phys_bits);
+        let mut cpuid = origin.cpuid.as_ref().unwrap_or(&host.cpuid).clone();
+        if !config.cpus.is_nested() {
+            cpuid = features::without_virtualization(cpuid);
+        }
+        let bits = cpu::phys_bits(&cpuid, config.cpus.max_phys_bits);
         let layout = Layout::new(config.memory.size, config.memory.hotplug_region(), bits)?;
         let vm = host.kvm.create_vm()?;
         let mut topology = Topology::new();
-        let vcpus = vcpu::make_all(cpuid, &vm, config, bits)?;
+        let vcpus = vcpu::make_all(&cpuid, &vm, config, bits)?;
         let control = Arc::new(RunControl::new(vcpus.len()));
         let kickers = vcpus.iter().map(Vcpu::kicker).collect();
         let end = GuestEnd {
@@ -186,7 +189,7 @@ impl Built {
             _listeners: listeners,
             vm,
             topology,
-            cpuid: cpuid.clone(),
+            cpuid,
             _loops: loops,
             ram,
             _lost: lost,

@@ -29,6 +29,22 @@ pub(crate) fn offered(mut supported: CpuId) -> CpuId {
     supported
 }
 
+/// Removes hardware virtualization, VMX of Intel and SVM of AMD, with which a guest would run guests of
+/// its own. VMX is described by MSRs, which KVM denies without the feature; SVM has a leaf as well.
+pub(crate) fn without_virtualization(mut cpuid: CpuId) -> CpuId {
+    const VMX: u32 = 1 << 5;
+    const SVM: u32 = 1 << 2;
+    for entry in cpuid.as_mut_slice() {
+        match entry.function {
+            1 => entry.ecx &= !VMX,
+            0x8000_0001 => entry.ecx &= !SVM,
+            0x8000_000a => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
+            _ => {}
+        }
+    }
+    cpuid
+}
+
 /// How a part of a register is compared, between the CPU that a guest has seen (wanted) and a
 /// host's (here).
 #[derive(Clone, Copy)]
@@ -322,6 +338,23 @@ mod tests {
             found,
             ["a CPU from GenuineIntel (this host's is from AuthenticAMD)"]
         );
+    }
+
+    #[test]
+    fn guest_without_nesting_sees_no_virtualization() {
+        let all = [u32::MAX; 4];
+        let leaves = [(1, 0), (7, 0), (0x8000_0001, 0), (0x8000_000a, 0)];
+        let here = cpuid(&leaves.map(|(function, index)| (function, index, all)));
+        let hidden = without_virtualization(here.clone());
+        let registers = |at: usize| REGISTERS.map(|(_, register)| register(&hidden.as_slice()[at]));
+        assert_eq!(registers(0), [u32::MAX, u32::MAX, !(1 << 5), u32::MAX]);
+        assert_eq!(registers(1), all, "other leaves stay");
+        assert_eq!(registers(2), [u32::MAX, u32::MAX, !(1 << 2), u32::MAX]);
+        assert_eq!(registers(3), [0; 4]);
+        // The guest may move to a host without it, and one that has seen it may not.
+        assert_eq!(lacking(&hidden, &hidden), [""; 0]);
+        assert_eq!(lacking(&here, &hidden), [""; 0]);
+        assert!(!lacking(&hidden, &here).is_empty());
     }
 
     #[test]
