@@ -47,9 +47,9 @@ use crate::rate_limiter::{RateLimits, SharedLimiter};
 use crate::transport::Transport;
 use crate::worker::{Running, Workers};
 
-/// Bytes that one request may move. With [`task::MAX_IN_FLIGHT`] it bounds how long a queue takes to
-/// stop.
-const MAX_REQUEST: usize = 32 << 20;
+/// Bytes that are moved at a time for one request; longer ones are moved in parts. With
+/// [`task::MAX_IN_FLIGHT`] it bounds how long a queue takes to stop.
+const MAX_PART: usize = 32 << 20;
 /// Sectors of one request to discard or to zero: 1 GiB.
 const MAX_SEGMENT_SECTORS: u32 = 1 << 21;
 /// Bytes of device configuration space.
@@ -244,9 +244,9 @@ impl Block {
         let sectors = self.shared.capacity.load(Ordering::Acquire) / SECTOR;
         put(0, &sectors.to_le_bytes());
         // seg_max: what fits in a queue beside header and status; size_max, so that a request of
-        // that many is none that is refused.
+        // that many is moved at once.
         let segments = u32::from(self.queue_size.saturating_sub(2).clamp(1, 1022));
-        let most = MAX_REQUEST as u32 / segments.next_power_of_two();
+        let most = MAX_PART as u32 / segments.next_power_of_two();
         put(8, &most.to_le_bytes());
         put(12, &segments.to_le_bytes());
         // Logical blocks; physical ones of so many, and the optimal size of a transfer, one of them.

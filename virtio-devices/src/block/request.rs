@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::image::SECTOR;
-use super::{MAX_REQUEST, MAX_SEGMENT_SECTORS};
+use super::{MAX_PART, MAX_SEGMENT_SECTORS};
 use crate::limits::MAX_PIECES;
 use crate::queue::{Chain, QueueError};
 
@@ -53,6 +53,27 @@ impl Op {
         }
     }
 
+    /// The next part of a transfer of which `done` bytes are done. Drivers that do not negotiate
+    /// `VIRTIO_BLK_F_SIZE_MAX`, as EDK2's, ask for as much as they have room for. Such a request is
+    /// moved in parts, so that a queue that stops need not wait for all of it.
+    pub(super) fn part(self, done: usize) -> Self {
+        let rest = |offset: u64, len: usize| {
+            let offset = offset.saturating_add(done as u64);
+            (offset, len.saturating_sub(done).min(MAX_PART))
+        };
+        match self {
+            Self::Read { offset, len } => {
+                let (offset, len) = rest(offset, len);
+                Self::Read { offset, len }
+            }
+            Self::Write { offset, len } => {
+                let (offset, len) = rest(offset, len);
+                Self::Write { offset, len }
+            }
+            whole => whole,
+        }
+    }
+
     /// Bytes that the host may have to move for it. Some disks are zeroed by writing; to discard is
     /// to change the map of a file, for which a sixteenth is ample.
     pub(super) fn weight(self) -> u64 {
@@ -85,6 +106,8 @@ pub(super) struct Request {
     status_at: usize,
     /// Which of its queue's requests it is, counted since the queue was started.
     pub(super) turn: u64,
+    /// Bytes of a transfer that earlier parts have moved.
+    pub(super) done: usize,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -160,6 +183,7 @@ impl Request {
             what,
             status_at,
             turn: 0,
+            done: 0,
         })
     }
 
@@ -171,8 +195,26 @@ impl Request {
         }
     }
 
-    /// Offset of the data to write in the readable part.
-    pub(super) const DATA: usize = HEADER;
+    /// What the rate limit counts: all bytes of a transfer. Zeroes and discards count as one part at
+    /// most: the debt of gigabytes would stop the disk for minutes.
+    pub(super) fn charge(&self) -> u64 {
+        match self.what {
+            What::Io(op @ (Op::Discard { .. } | Op::WriteZeroes { .. })) => {
+                op.weight().min(MAX_PART as u64)
+            }
+            _ => self.weight(),
+        }
+    }
+
+    /// Offset of the current part's data in the readable part of the chain.
+    pub(super) fn data_to_write(&self) -> usize {
+        HEADER + self.done
+    }
+
+    /// Offset of the current part's data in the writable part of the chain.
+    pub(super) fn room_to_read(&self) -> usize {
+        self.done
+    }
 
     /// Says how it ended, and how many bytes were written in all.
     pub(super) fn finish(&self, status: Status, data: usize) -> Result<u32, QueueError> {
@@ -192,7 +234,7 @@ fn transfer(limits: Limits, sector: u64, len: usize, op: impl Fn(u64, usize) -> 
     match range {
         Some((offset, end))
             if end <= limits.capacity
-                && (1..=MAX_REQUEST).contains(&len)
+                && len > 0
                 && (len as u64).is_multiple_of(limits.block)
                 && offset.is_multiple_of(limits.block) =>
         {

@@ -11,7 +11,7 @@ use super::geometry::Geometry;
 use super::request::{ID_LEN, Limits, Op, Request, Status, What};
 use super::threads::Threads;
 use super::uring::Uring;
-use super::{Kind, MAX_REQUEST, OnError, Shared};
+use super::{Kind, OnError, Shared};
 use crate::queue::{Budget, Chain, Queue, QueueError, QueueState};
 use crate::rate_limiter::Gate;
 use crate::worker::{QueueTask, TaskEvent, TaskFlow, TaskSources};
@@ -51,6 +51,8 @@ pub(super) struct BlockTask {
     kept: BTreeMap<u64, u16>,
     /// Requests that were begun.
     turn: u64,
+    /// The queue stops: no further part of a request is begun.
+    is_stopping: bool,
     /// Writes are durable when they complete: the driver cannot flush, or chose write-through.
     writethrough: bool,
     /// Behind what is in flight: the image is locked for as long.
@@ -70,6 +72,7 @@ impl BlockTask {
             again: VecDeque::new(),
             kept: BTreeMap::new(),
             turn: 0,
+            is_stopping: false,
             writethrough: !flushes,
             shared: Arc::clone(shared),
         })
@@ -94,8 +97,9 @@ impl BlockTask {
     }
 
     /// Waits for requests in flight and puts back those that wait. Returns the queue's state and the chains
-    /// to try again.
+    /// to try again, among them those of which only a part was moved.
     pub(super) fn finish(mut self) -> (QueueState, Vec<u16>) {
+        self.is_stopping = true;
         if self.waiting.take().is_some() {
             self.queue.unpop();
         }
@@ -150,9 +154,7 @@ impl BlockTask {
                     None => return self.queue.enable_kicks(),
                 },
             };
-            // Zeroes and discards count as the largest transfer at most: the debt of gigabytes
-            // would stop the disk for minutes.
-            if !self.gate.pass(request.weight().min(MAX_REQUEST as u64)) {
+            if !self.gate.pass(request.charge()) {
                 self.waiting = Some(request);
                 return Ok(false);
             }
@@ -204,9 +206,11 @@ impl BlockTask {
         self.writethrough || !self.shared.writeback.load(Ordering::Acquire)
     }
 
-    fn start(&mut self, request: Request, op: Op) -> Result<(), QueueError> {
+    /// Starts the next part of an operation.
+    fn start(&mut self, request: Request, whole: Op) -> Result<(), QueueError> {
+        let op = whole.part(request.done);
         if let Op::Write { len, .. } = op {
-            request.chain.wait_readable(Request::DATA, len)?;
+            request.chain.wait_readable(request.data_to_write(), len)?;
         }
         let durable = self.is_durable();
         let image = &self.shared.image;
@@ -282,7 +286,8 @@ impl BlockTask {
     fn leave_uring(&mut self) -> Result<(), QueueError> {
         for request in self.uring.as_mut().map(Uring::give_up).unwrap_or_default() {
             match request.what {
-                What::Io(op) => {
+                What::Io(whole) => {
+                    let op = whole.part(request.done);
                     self.in_flight = self.in_flight.saturating_sub(op.weight());
                     self.start_on_threads(request, op)?;
                 }
@@ -307,21 +312,30 @@ impl BlockTask {
         Ok(())
     }
 
-    /// An operation is done.
-    fn complete(&mut self, request: Request, result: io::Result<usize>) -> Result<(), QueueError> {
-        let What::Io(op) = request.what else {
+    /// An operation, or a part of it, is done.
+    fn complete(
+        &mut self,
+        mut request: Request,
+        result: io::Result<usize>,
+    ) -> Result<(), QueueError> {
+        let What::Io(whole) = request.what else {
             return self.answer(&request, Status::IoError, 0);
         };
-        let bytes = op.bytes();
+        let op = whole.part(request.done);
         self.in_flight = self.in_flight.saturating_sub(op.weight());
         match result {
-            Ok(done) if done as u64 >= bytes => {
-                self.shared.counters.count(op);
-                let read = match op {
-                    Op::Read { len, .. } => {
-                        request.chain.mark_written(0, len)?;
-                        len
-                    }
+            Ok(done) if done as u64 >= op.bytes() => {
+                if let Op::Read { len, .. } = op {
+                    request.chain.mark_written(request.room_to_read(), len)?;
+                }
+                // Of a transfer, bytes in memory: they are a usize.
+                request.done += op.bytes() as usize;
+                if (request.done as u64) < whole.bytes() {
+                    return self.continue_with(request, whole);
+                }
+                self.shared.counters.count(whole);
+                let read = match whole {
+                    Op::Read { len, .. } => len,
                     _ => 0,
                 };
                 self.answer(&request, Status::Ok, read)
@@ -331,6 +345,29 @@ impl BlockTask {
             Ok(_) => self.failed(&request, op, &io::ErrorKind::UnexpectedEof.into()),
             Err(error) => self.failed(&request, op, &error),
         }
+    }
+
+    /// Starts the next part of a request; when the queue stops, keeps the request in order to repeat
+    /// it when the queue starts again. The driver has not heard of it, so repeating is harmless.
+    fn continue_with(&mut self, request: Request, whole: Op) -> Result<(), QueueError> {
+        if self.is_stopping {
+            return self.keep(&request);
+        }
+        self.start(request, whole)?;
+        self.submit()
+    }
+
+    /// Keeps a request in order to repeat it.
+    fn keep(&mut self, request: &Request) -> Result<(), QueueError> {
+        let head = request.chain.head();
+        // It is known by its head alone, to which only one can be.
+        let mut known = self.kept.values().chain(&self.again);
+        if known.any(|kept| *kept == head) {
+            let why = "was made available twice";
+            return Err(QueueError::Chain { head, why });
+        }
+        self.kept.insert(request.turn, head);
+        Ok(())
     }
 
     fn failed(&mut self, request: &Request, op: Op, error: &io::Error) -> Result<(), QueueError> {
@@ -348,18 +385,7 @@ impl BlockTask {
         // The host did not fail: trying such a write again would not help.
         let is_refused = RefusedWrite::is_cause_of(error);
         if self.shared.on_error == OnError::Pause && !is_refused {
-            let head = request.chain.head();
-            // It is known by its head alone, to which only one can be.
-            if self
-                .kept
-                .values()
-                .chain(&self.again)
-                .any(|kept| *kept == head)
-            {
-                let why = "was made available twice";
-                return Err(QueueError::Chain { head, why });
-            }
-            self.kept.insert(request.turn, head);
+            self.keep(request)?;
             self.shared.stalled(&format!("{op}: {error}"));
             return Ok(());
         }
@@ -376,8 +402,8 @@ impl BlockTask {
 /// lengths, since one buffer follows the other.
 fn is_aligned(request: &Request, op: Op, geometry: Geometry) -> Result<bool, QueueError> {
     let slices = match op {
-        Op::Read { len, .. } => request.chain.writable(0, len)?,
-        Op::Write { len, .. } => request.chain.readable(Request::DATA, len)?,
+        Op::Read { len, .. } => request.chain.writable(request.room_to_read(), len)?,
+        Op::Write { len, .. } => request.chain.readable(request.data_to_write(), len)?,
         _ => return Ok(true),
     };
     let aligned = |at: usize| (at as u64).is_multiple_of(geometry.align);
@@ -439,90 +465,4 @@ impl QueueTask for BlockTask {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::fs::{self, File};
-
-    use super::super::Block;
-    use super::*;
-    use crate::testing::{TestBuffer, TestGuest, TestQueue, disk_config, transport, workers};
-    use crate::worker::Running;
-
-    /// A kernel that takes no operations for a while, or not at all: each request is answered.
-    #[test]
-    fn requests_without_io_uring_complete() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("disk");
-        fs::write(&path, [7; 4096]).unwrap();
-        let (_event_loop, workers) = workers();
-        let (device, _) = Block::new(&disk_config(&path), workers.clone()).unwrap();
-        let mut guest = TestGuest::new(1 << 20);
-        let (transport, heard) = transport();
-        let mut driver = TestQueue::new(&mut guest, 0, 16);
-        let (header, at) = (guest.put(&[0; 16]), guest.alloc(513));
-        let buffer = TestBuffer::new;
-        let request = [buffer(header, 16, false), buffer(at, 513, true)];
-        let file = Arc::new(File::open(&path).unwrap());
-        let mut state = QueueState::default();
-        for (name, comes_back, runs) in [
-            ("it takes them later", true, true),
-            ("it never does", false, true),
-            ("it does not when the queue stops", false, false),
-        ] {
-            guest.write(at, &[0xff; 513]);
-            let queue = driver.device_side(&transport, state);
-            let mut task = BlockTask::new(queue, &device.shared, true).unwrap();
-            task.uring = Some(Uring::disabled(Arc::clone(&file), 16).unwrap());
-            let head = driver.send(&request);
-            if runs {
-                let running = Running::start(&workers, &transport, task);
-                std::thread::sleep(RETRY * 3);
-                assert_eq!(driver.take_used(), None, "{name}");
-                if comes_back {
-                    running.with(|task| task.uring.as_ref().unwrap().enable().unwrap());
-                }
-                assert_eq!(driver.wait_used(), (head, 513), "{name}");
-                state = running.stop().unwrap().finish().0;
-            } else {
-                task.take().unwrap();
-                assert_eq!(driver.take_used(), None, "{name}");
-                state = task.finish().0;
-                assert_eq!(driver.take_used(), Some((head, 513)), "{name}");
-            }
-            assert_eq!(guest.read(at, 512), [7; 512], "{name}");
-            assert_eq!(guest.read(at + 512, 1), [0], "{name}");
-            assert_eq!(state.next_avail, state.next_used, "{name}");
-        }
-        assert!(heard.events().is_empty());
-    }
-
-    /// A queue that stops waits for all that is in flight: of discards of 1 GiB that is one.
-    #[test]
-    fn discards_have_a_weight() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("disk");
-        File::create(&path).unwrap().set_len(2 << 30).unwrap();
-        let (_event_loop, workers) = workers();
-        let (device, _) = Block::new(&disk_config(&path), workers).unwrap();
-        let mut guest = TestGuest::new(1 << 20);
-        let (transport, _) = transport();
-        let mut driver = TestQueue::new(&mut guest, 0, 16);
-        let mut request = vec![11, 0, 0, 0];
-        request.extend([0; 12 + 8]);
-        request.extend((1_u32 << 21).to_le_bytes());
-        request.extend([0; 4]);
-        let (header, status) = (guest.put(&request), guest.alloc(1));
-        let buffer = TestBuffer::new;
-        for _ in 0..8 {
-            let head = driver.describe(&[buffer(header, 32, false), buffer(status, 1, true)]);
-            driver.offer(head);
-        }
-        let queue = driver.device_side(&transport, QueueState::default());
-        let mut task = BlockTask::new(queue, &device.shared, true).unwrap();
-        let file = File::options().write(true).open(&path).unwrap();
-        task.uring = Some(Uring::disabled(Arc::new(file), 16).unwrap());
-        task.take().unwrap();
-        assert_eq!(task.uring.as_ref().unwrap().in_flight(), 1);
-        task.uring.as_ref().unwrap().enable().unwrap();
-        assert_eq!(task.finish().0.next_used, 1);
-    }
-}
+mod tests;

@@ -137,14 +137,15 @@ fn perform(
             for at in (0..len).step_by(PIECE) {
                 let piece = buffer.get_mut(..PIECE.min(len - at)).unwrap_or_default();
                 image.read_at(piece, offset + at as u64)?;
-                request.chain.write(at, piece).map_err(broken)?;
+                let to = request.room_to_read() + at;
+                request.chain.write(to, piece).map_err(broken)?;
             }
             Ok(len)
         }
         Op::Write { offset, len } => {
             for at in (0..len).step_by(PIECE) {
                 let piece = buffer.get_mut(..PIECE.min(len - at)).unwrap_or_default();
-                let from = Request::DATA + at;
+                let from = request.data_to_write() + at;
                 request.chain.read(from, piece).map_err(broken)?;
                 image.write_at(piece, offset + at as u64)?;
             }

@@ -165,8 +165,8 @@ impl Uring {
             return Err((request, io::ErrorKind::WouldBlock.into()));
         };
         let slices = match op {
-            Op::Read { len, .. } => request.chain.writable(0, len),
-            Op::Write { len, .. } => request.chain.readable(Request::DATA, len),
+            Op::Read { len, .. } => request.chain.writable(request.room_to_read(), len),
+            Op::Write { len, .. } => request.chain.readable(request.data_to_write(), len),
             _ => Ok(Vec::new()),
         };
         let pieces: Box<[libc::iovec]> = match slices {

@@ -71,7 +71,8 @@ fn pause_has_bounded_work() {
         machine.queue.wait_used();
         machine.guest.read(status, 1)[0]
     };
-    assert_eq!((read(32), read(33)), (0, 1));
+    // Longer than what is moved at a time, too.
+    assert_eq!((read(32), read(33)), (0, 0));
 
     // Of sixty-two of 32 MiB, those that are taken when the queue stops are done, and no others. Their
     // chains share descriptors.

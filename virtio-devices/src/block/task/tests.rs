@@ -1,0 +1,138 @@
+use std::fs::{self, File};
+
+use super::super::Block;
+use super::*;
+use crate::testing::{TestBuffer, TestGuest, TestQueue, disk_config, transport, workers};
+use crate::worker::Running;
+
+/// A kernel that takes no operations for a while, or not at all: each request is answered.
+#[test]
+fn requests_without_io_uring_complete() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk");
+    fs::write(&path, [7; 4096]).unwrap();
+    let (_event_loop, workers) = workers();
+    let (device, _) = Block::new(&disk_config(&path), workers.clone()).unwrap();
+    let mut guest = TestGuest::new(1 << 20);
+    let (transport, heard) = transport();
+    let mut driver = TestQueue::new(&mut guest, 0, 16);
+    let (header, at) = (guest.put(&[0; 16]), guest.alloc(513));
+    let buffer = TestBuffer::new;
+    let request = [buffer(header, 16, false), buffer(at, 513, true)];
+    let file = Arc::new(File::open(&path).unwrap());
+    let mut state = QueueState::default();
+    for (name, comes_back, runs) in [
+        ("it takes them later", true, true),
+        ("it never does", false, true),
+        ("it does not when the queue stops", false, false),
+    ] {
+        guest.write(at, &[0xff; 513]);
+        let queue = driver.device_side(&transport, state);
+        let mut task = BlockTask::new(queue, &device.shared, true).unwrap();
+        task.uring = Some(Uring::disabled(Arc::clone(&file), 16).unwrap());
+        let head = driver.send(&request);
+        if runs {
+            let running = Running::start(&workers, &transport, task);
+            std::thread::sleep(RETRY * 3);
+            assert_eq!(driver.take_used(), None, "{name}");
+            if comes_back {
+                running.with(|task| task.uring.as_ref().unwrap().enable().unwrap());
+            }
+            assert_eq!(driver.wait_used(), (head, 513), "{name}");
+            state = running.stop().unwrap().finish().0;
+        } else {
+            task.take().unwrap();
+            assert_eq!(driver.take_used(), None, "{name}");
+            state = task.finish().0;
+            assert_eq!(driver.take_used(), Some((head, 513)), "{name}");
+        }
+        assert_eq!(guest.read(at, 512), [7; 512], "{name}");
+        assert_eq!(guest.read(at + 512, 1), [0], "{name}");
+        assert_eq!(state.next_avail, state.next_used, "{name}");
+    }
+    assert!(heard.events().is_empty());
+}
+
+/// EDK2's driver reads a file of any length by one request. A queue that stops waits for the part
+/// in flight, and repeats the request when it starts again.
+#[test]
+fn long_requests_are_moved_in_parts() {
+    const LEN: usize = (72 << 20) + 512;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk");
+    let data: Vec<u8> = (0..LEN).map(|at| (at / 512 % 251) as u8).collect();
+    fs::write(&path, &data).unwrap();
+    let (_event_loop, workers) = workers();
+    let (device, _) = Block::new(&disk_config(&path), workers.clone()).unwrap();
+    let mut guest = TestGuest::new(80 << 20);
+    let (transport, heard) = transport();
+    let mut driver = TestQueue::new(&mut guest, 0, 16);
+    let (header, room, status) = (guest.put(&[0; 16]), guest.alloc(LEN as u64), guest.alloc(1));
+    let buffer = TestBuffer::new;
+    let file = File::options().read(true).write(true).open(&path).unwrap();
+    let file = Arc::new(file);
+    let mut state = QueueState::default();
+    for (kind, is_read) in [(0_u8, true), (1, false)] {
+        guest.write(header, &[kind]);
+        let data_at = buffer(room, LEN as u32, is_read);
+        let head = driver.send(&[buffer(header, 16, false), data_at, buffer(status, 1, true)]);
+        let queue = driver.device_side(&transport, state);
+        let mut task = BlockTask::new(queue, &device.shared, true).unwrap();
+        task.uring = Some(Uring::disabled(Arc::clone(&file), 16).unwrap());
+        task.take().unwrap();
+        assert_eq!(task.in_flight, 32 << 20);
+        task.uring.as_ref().unwrap().enable().unwrap();
+        let (stopped, kept) = task.finish();
+        assert_eq!((driver.take_used(), &kept), (None, &vec![head]));
+
+        let queue = driver.device_side(&transport, stopped);
+        let mut task = BlockTask::new(queue, &device.shared, true).unwrap();
+        task.try_again(kept);
+        let running = Running::start(&workers, &transport, task);
+        let used = if is_read { LEN as u32 + 1 } else { 1 };
+        assert_eq!(driver.wait_used(), (head, used));
+        state = running.stop().unwrap().finish().0;
+        assert_eq!(guest.read(status, 1), [0]);
+        if is_read {
+            assert!(guest.read(room, LEN) == data);
+            // What is written next differs everywhere.
+            let other: Vec<u8> = data.iter().map(|byte| !byte).collect();
+            guest.write(room, &other);
+        }
+    }
+    let written = fs::read(&path).unwrap();
+    assert!(written.iter().zip(&data).all(|(now, then)| *now == !then));
+    assert_eq!(device.shared.counters.read_ops.load(Ordering::Relaxed), 1);
+    assert!(heard.events().is_empty());
+}
+
+/// A queue that stops waits for all that is in flight: of discards of 1 GiB that is one.
+#[test]
+fn discards_have_a_weight() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk");
+    File::create(&path).unwrap().set_len(2 << 30).unwrap();
+    let (_event_loop, workers) = workers();
+    let (device, _) = Block::new(&disk_config(&path), workers).unwrap();
+    let mut guest = TestGuest::new(1 << 20);
+    let (transport, _) = transport();
+    let mut driver = TestQueue::new(&mut guest, 0, 16);
+    let mut request = vec![11, 0, 0, 0];
+    request.extend([0; 12 + 8]);
+    request.extend((1_u32 << 21).to_le_bytes());
+    request.extend([0; 4]);
+    let (header, status) = (guest.put(&request), guest.alloc(1));
+    let buffer = TestBuffer::new;
+    for _ in 0..8 {
+        let head = driver.describe(&[buffer(header, 32, false), buffer(status, 1, true)]);
+        driver.offer(head);
+    }
+    let queue = driver.device_side(&transport, QueueState::default());
+    let mut task = BlockTask::new(queue, &device.shared, true).unwrap();
+    let file = File::options().write(true).open(&path).unwrap();
+    task.uring = Some(Uring::disabled(Arc::new(file), 16).unwrap());
+    task.take().unwrap();
+    assert_eq!(task.uring.as_ref().unwrap().in_flight(), 1);
+    task.uring.as_ref().unwrap().enable().unwrap();
+    assert_eq!(task.finish().0.next_used, 1);
+}
