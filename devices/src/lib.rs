@@ -11,6 +11,8 @@
 //! | [`KeyboardReset`] | port 0x64 | the reset line of a PC's keyboard controller, and no more |
 //! | [`ResetControl`] | port 0xcf9 | the chipset's reset control register, amid PCI's ports |
 //! | [`DebugPort`] | port 0x80 | progress codes of firmware; tells when the first one came |
+//! | [`Rtc`] | ports 0x70, 0x71 | clock and battery-backed memory, for firmware |
+//! | [`PmTimer`] | port 0x608 | the ACPI timer, for firmware |
 //! | [`pci::Bus`] | ECAM, ports 0xcf8-0xcff | configuration space of PCI devices |
 //!
 //! ```
@@ -35,8 +37,10 @@ pub mod host_file;
 pub mod hotplug;
 mod interrupt;
 pub mod pci;
+pub mod pm_timer;
 pub mod power;
 mod reset;
+pub mod rtc;
 pub mod sandbox;
 mod serial;
 mod unix;
@@ -45,7 +49,9 @@ pub use console::{Console, ConsoleError, ConsoleInput, Watch, flush_terminal, on
 pub use debug_port::DebugPort;
 pub use hotplug::HotplugBlock;
 pub use interrupt::InterruptLine;
+pub use pm_timer::PmTimer;
 pub use power::{PowerBlock, PowerEvent, PowerEvents};
 pub use reset::{KeyboardReset, ResetControl};
+pub use rtc::Rtc;
 pub use serial::Serial;
 pub use unix::Listening;

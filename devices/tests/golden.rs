@@ -5,9 +5,10 @@
 
 use std::fs;
 use std::path::Path;
+use std::time::Duration;
 
 use devices::pci::Bus;
-use devices::{ConsoleInput as _, HotplugBlock, InterruptLine, PowerBlock, Serial};
+use devices::{ConsoleInput as _, HotplugBlock, InterruptLine, PmTimer, PowerBlock, Rtc, Serial};
 use memory::DeviceOps as _;
 use state::{Load, Save, Store, Writer};
 
@@ -49,6 +50,18 @@ fn saved_state_is_stable() {
     hotplug.want_back(5);
     check("hotplug", &hotplug, |from| {
         (&hotplug).load(from, &mut ()).unwrap();
+    });
+    let timer = PmTimer::new(|| Duration::from_secs(3));
+    check("pm-timer", &timer, |from| {
+        (&timer).load(from, &mut ()).unwrap();
+    });
+    let rtc = Rtc::new(|| Duration::from_secs(1_000_000_000), 1 << 30, 0);
+    // The guest sets the year, and chooses a register.
+    rtc.write(0, &[9]);
+    rtc.write(1, &[0x11]);
+    rtc.write(0, &[0x8a]);
+    check("rtc", &rtc, |from| {
+        (&rtc).load(from, &mut ()).unwrap();
     });
     let bus = Bus::new();
     bus.ports().write(0, &0x8000_0800_u32.to_le_bytes());

@@ -55,6 +55,13 @@ pub const MIN_MTU: u16 = 1280;
 /// needs an x2APIC with 32-bit ids, and interrupts that can be sent to them.
 pub const APIC_ID: u32 = 254;
 
+/// Bytes of all strings of `platform` together, each with a NUL at its end: what the guest's SMBIOS
+/// tables have room for.
+pub const SMBIOS_LEN: usize = 60 << 10;
+
+/// OEM strings: SMBIOS counts them by a byte.
+pub const OEM_STRINGS: usize = 255;
+
 /// Bytes of the path of a unix socket (`sun_path` of `unix(7)`, without the NUL).
 pub const SOCKET_PATH_LEN: usize = 107;
 

@@ -29,7 +29,6 @@ const NOT_YET: &[(&str, &[&str])] = &[
     ("/cpus/features/amx", &["false"]),
     ("/cpus/core_scheduling", &[r#""Vm""#, r#""Off""#]),
     ("/memory/zones", &["[]"]),
-    ("/payload/firmware", &[]),
     ("/payload/igvm", &[]),
     ("/payload/host_data", &[]),
     ("/rate_limit_groups", &["[]"]),
@@ -48,16 +47,6 @@ const NOT_YET: &[(&str, &[&str])] = &[
     ("/pci_segments", &["[]"]),
     ("/platform/iommu_segments", &["[]"]),
     ("/platform/iommu_address_width_bits", &["64"]),
-    ("/platform/system_serial_number", &[]),
-    ("/platform/serial_number", &[]),
-    ("/platform/system_uuid", &[]),
-    ("/platform/oem_strings", &["[]"]),
-    ("/platform/system_manufacturer", &[]),
-    ("/platform/system_product_name", &[]),
-    ("/platform/system_version", &[]),
-    ("/platform/system_family", &[]),
-    ("/platform/system_sku_number", &[]),
-    ("/platform/chassis_asset_tag", &[]),
     ("/platform/tdx", &["false"]),
     ("/platform/sev_snp", &["false"]),
     ("/platform/iommufd", &["false"]),
@@ -82,6 +71,9 @@ impl VmConfig {
         self.check_consoles(&mut found);
         self.check_segments(&mut found);
         self.check_landlock(&mut found);
+        if let Some(platform) = &self.platform {
+            platform.check_identity(&mut found);
+        }
         devices::check(self, &mut found);
         if found.is_empty() { Ok(()) } else { Err(found) }
     }
@@ -230,8 +222,15 @@ impl VmConfig {
     fn check_payload(&self, found: &mut Vec<FieldProblem>) {
         let payload = &self.payload;
         if payload.kernel.is_none() && payload.firmware.is_none() && payload.igvm.is_none() {
-            let detail = "`kernel` is missing: there is nothing to boot".to_owned();
+            let detail = "`kernel` and `firmware` are missing: there is nothing to boot".to_owned();
             found.push(problem("/payload/kernel", "missing", detail));
+        }
+        if payload.kernel.is_some() && payload.firmware.is_some() {
+            let detail =
+                "`kernel` and `firmware` exclude each other: firmware finds its kernel on \
+                          a disk"
+                    .to_owned();
+            found.push(problem("/payload/firmware", "inconsistent", detail));
         }
         let cmdline = payload.cmdline.as_deref().unwrap_or("");
         if cmdline.len() >= limits::CMDLINE_LEN {
@@ -390,6 +389,64 @@ mod tests {
                 one("/platform/num_pci_segments", "out-of-range")
             );
         }
+        let platform = |body: &str| {
+            let platform = crate::parse::<crate::PlatformConfig>(body.as_bytes()).unwrap();
+            found(|c| c.platform = Some(platform))
+        };
+        let uuid = "00112233-4455-6677-8899-aabbccddeeff";
+        assert_eq!(
+            platform(&format!(
+                r#"{{"system_uuid":"{uuid}","uuid":"{}","serial_number":"s","oem_strings":["größe"]}}"#,
+                uuid.to_uppercase()
+            )),
+            []
+        );
+        for (body, pointer, code) in [
+            (r#"{"system_uuid":"4711"}"#, "system_uuid", "out-of-range"),
+            (r#"{"uuid":""}"#, "uuid", "out-of-range"),
+            (r#"{"system_family":""}"#, "system_family", "out-of-range"),
+            (
+                r#"{"system_version":"a\u0000b"}"#,
+                "system_version",
+                "out-of-range",
+            ),
+            (
+                r#"{"oem_strings":["a","b\n"]}"#,
+                "oem_strings/1",
+                "out-of-range",
+            ),
+            (
+                r#"{"serial_number":"a","system_serial_number":"b"}"#,
+                "serial_number",
+                "inconsistent",
+            ),
+            (
+                r#"{"uuid":"00112233-4455-6677-8899-aabbccddeef0",
+                    "system_uuid":"00112233-4455-6677-8899-aabbccddeeff"}"#,
+                "uuid",
+                "inconsistent",
+            ),
+        ] {
+            assert_eq!(
+                platform(body),
+                one(&format!("/platform/{pointer}"), code),
+                "{body}"
+            );
+        }
+        let strings = |count: usize, len: usize| {
+            let strings = vec!["x".repeat(len); count];
+            platform(&serde_json::json!({ "oem_strings": strings }).to_string())
+        };
+        assert_eq!(strings(255, 200), []);
+        assert_eq!(
+            strings(256, 1),
+            one("/platform/oem_strings", "out-of-range")
+        );
+        assert_eq!(strings(1, limits::SMBIOS_LEN - 1), []);
+        assert_eq!(
+            strings(1, limits::SMBIOS_LEN),
+            one("/platform", "out-of-range")
+        );
         let large = HostLimits {
             max_vcpus: 4096,
             ..HOST
@@ -424,6 +481,15 @@ mod tests {
         assert_eq!(
             found(|c| c.payload.kernel = None),
             one("/payload/kernel", "missing")
+        );
+        let firmware = Some("/f".to_owned());
+        assert_eq!(
+            found(|c| c.payload.firmware.clone_from(&firmware)),
+            one("/payload/firmware", "inconsistent")
+        );
+        assert_eq!(
+            found(|c| (c.payload.kernel, c.payload.firmware) = (None, firmware)),
+            []
         );
         assert_eq!(
             found(|c| c.payload.cmdline = Some("x".repeat(2048))),

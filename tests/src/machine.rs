@@ -103,6 +103,18 @@ impl Machine {
         Ok(())
     }
 
+    /// Reboots by the guest's own command.
+    ///
+    /// # Errors
+    /// When it does not come to a login again; says how the VM is.
+    pub async fn reboot(&mut self) -> Result<()> {
+        self.shell.type_in("systemctl reboot\n").await?;
+        match self.shell.login_again(BOOTS).await {
+            Ok(()) => Ok(()),
+            Err(error) => Err(explain(error, &self.service, &self.vm).await),
+        }
+    }
+
     /// Presses the power button, and waits for the end.
     ///
     /// # Errors

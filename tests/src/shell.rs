@@ -33,13 +33,22 @@ impl Shell {
             stream,
             seen: String::new(),
         };
-        shell.until("login: ", limit).await?;
-        shell.type_in("root\n").await?;
-        shell.until("# ", limit).await?;
-        // What is typed is not shown, nor anything for the eye.
-        shell.type_in("stty -echo; PS1= exec sh\n").await?;
-        shell.run("true", limit).await?;
+        shell.login_again(limit).await?;
         Ok(shell)
+    }
+
+    /// Waits for the prompt of a guest that reboots, and logs in.
+    ///
+    /// # Errors
+    /// As for [`Shell::login`].
+    pub async fn login_again(&mut self, limit: Duration) -> Result<()> {
+        self.until("login: ", limit).await?;
+        self.type_in("root\n").await?;
+        self.until("# ", limit).await?;
+        // What is typed is not shown, nor anything for the eye.
+        self.type_in("stty -echo; PS1= exec sh\n").await?;
+        self.run("true", limit).await?;
+        Ok(())
     }
 
     /// Attaches to the shell of a migrated guest, at its port here.

@@ -38,7 +38,7 @@ async fn rejects_invalid_configs_by_field() -> Result<()> {
         ("/payload/kernel", 422, |c| c.payload.kernel = None),
         ("/serial/file", 422, |c| c.serial.file = None),
         ("/watchdog", 501, |c| c.watchdog = true),
-        ("/payload/firmware", 501, |c| {
+        ("/payload/firmware", 422, |c| {
             c.payload.firmware = Some("/f".to_owned());
         }),
     ];

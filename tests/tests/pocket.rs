@@ -64,6 +64,31 @@ async fn pause_and_resume() -> Result<()> {
     Ok(())
 }
 
+/// A firmware is an ELF file with a PVH note, as the pocket guest is. The guest also finds its command
+/// line there.
+#[tokio::test]
+async fn firmware_boots_and_reboots() -> Result<()> {
+    let service = Service::start(Face::Many).await?;
+    let (mut config, serial) = service.pocket("vm", beating())?;
+    config.payload.firmware = config.payload.kernel.take();
+    let vm = service.create("vm", config).await?;
+    service.client().vms_boot(&vm).await?;
+    beats(&serial).await?;
+    service.client().vms_reboot(&vm).await?;
+    serial.wait_for("pocket: hello", 2, SOON).await?;
+
+    // What is no firmware is refused by what it lacks.
+    let (mut config, _) = service.pocket("other", beating())?;
+    let image = service.path("OVMF.fd");
+    fs::write(&image, vec![0xff; 1 << 20])?;
+    config.payload.kernel = None;
+    config.payload.firmware = Some(image.to_string_lossy().into_owned());
+    let other = service.create("other", config).await?;
+    let refused = service.client().vms_boot(&other).await.unwrap_err();
+    assert!(refused.to_string().contains("PVH note"), "{refused}");
+    Ok(())
+}
+
 #[tokio::test]
 async fn two_vms_run_independently() -> Result<()> {
     let service = Service::start(Face::Many).await?;

@@ -271,7 +271,7 @@ pub(crate) struct VmArguments {
     /// Kernel to boot: an ELF vmlinux or a bzImage.
     #[arg(long, value_name = "PATH")]
     pub(crate) kernel: Option<String>,
-    /// Firmware to boot. (Not supported by this version.)
+    /// Firmware to boot in place of a kernel: an ELF file with a PVH note, as EDK2's CLOUDHV.fd.
     #[arg(long, value_name = "PATH")]
     pub(crate) firmware: Option<String>,
     /// The kernel's command line.

@@ -80,10 +80,7 @@ pub(crate) const OPTIONS: &[(&str, Support)] = &[
     ("device", Refused(NO_PASSTHROUGH)),
     ("disk", Works),
     ("event-monitor", Works),
-    (
-        "firmware",
-        Refused("VMs boot a kernel directly; give --kernel"),
-    ),
+    ("firmware", Works),
     ("fs", Refused("there is no virtio-fs device yet")),
     ("fw-cfg-config", Refused(NOT_BUILT)),
     ("gdb", Refused(NOT_BUILT)),
@@ -121,7 +118,7 @@ pub(crate) const OPTIONS: &[(&str, Support)] = &[
     ("rng", Works),
     (
         "rtc",
-        Refused("VMs have no CMOS clock; guests take the time from kvmclock"),
+        Refused("there is no virtio clock yet; guests take the time from kvmclock"),
     ),
     ("seccomp", Works),
     ("serial", Works),

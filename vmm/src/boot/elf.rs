@@ -1,8 +1,7 @@
-//! Looking an ELF kernel over before anything of it is loaded.
+//! Checks of an ELF kernel or firmware before any of it is loaded.
 //!
-//! The loader copies what the program headers say. Here it is made sure that what they say can be:
-//! the file is for this kind of CPU, it is whole, and its segments are in RAM, beyond the tables
-//! that are put below 1 MiB.
+//! The loader copies what the program headers say. The checks here make that safe: the file is for
+//! this kind of CPU, it is complete, and its segments are in RAM above the tables below 1 MiB.
 
 use std::io::{self, Read, Seek, SeekFrom};
 
@@ -12,18 +11,23 @@ use crate::arch::x86_64::layout;
 
 /// Addresses of a kernel's segments.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Segments(Vec<AddrRange>);
+pub(super) struct Segments {
+    ranges: Vec<AddrRange>,
+    /// The file says that its entry point is 32-bit code. Then only PVH's entry point can be used,
+    /// as with EDK2's firmware for Cloud Hypervisor: a 64-bit ELF file whose header says i386.
+    pub(super) is_i386: bool,
+}
 
 impl Segments {
-    /// The end of what they take.
+    /// The first address after all segments.
     pub(super) fn end(&self) -> u64 {
-        let last = self.0.iter().map(|segment| segment.last()).max();
+        let last = self.ranges.iter().map(|segment| segment.last()).max();
         last.map_or(layout::HIGH_MEMORY, |last| last.saturating_add(1))
     }
 
-    /// Whether one of them has this address.
+    /// Whether a segment contains this address.
     pub(super) fn contain(&self, address: u64) -> bool {
-        self.0.iter().any(|segment| segment.contains(address))
+        self.ranges.iter().any(|segment| segment.contains(address))
     }
 }
 
@@ -38,6 +42,7 @@ pub(super) fn look_over<F: Read + Seek>(file: &mut F, ram_end: u64) -> Result<Se
     const PROGRAM_HEADER_SIZE: usize = 54;
     const PROGRAM_HEADER_COUNT: usize = 56;
     const CLASS_64: u8 = 2;
+    const I386: u16 = 3;
     const X86_64: u16 = 62;
 
     let len = file.seek(SeekFrom::End(0)).map_err(|error| said(&error))?;
@@ -46,7 +51,7 @@ pub(super) fn look_over<F: Read + Seek>(file: &mut F, ram_end: u64) -> Result<Se
         return Err("it is a 32-bit ELF file; a 64-bit kernel is needed".to_owned());
     }
     let machine = u16_at(&header, MACHINE);
-    if machine != X86_64 {
+    if ![I386, X86_64].contains(&machine) {
         return Err(format!(
             "it is an ELF file for another kind of CPU (machine {machine}), not for x86-64"
         ));
@@ -56,16 +61,19 @@ pub(super) fn look_over<F: Read + Seek>(file: &mut F, ram_end: u64) -> Result<Se
         return Err(format!("its ELF program headers have {size} bytes, not 56"));
     }
     let mut at = u64_at(&header, PROGRAM_HEADERS);
-    let mut segments = Vec::new();
+    let mut ranges = Vec::new();
     for _ in 0..u16_at(&header, PROGRAM_HEADER_COUNT) {
         let entry: [u8; PROGRAM_HEADER_LEN] = read_at(file, at)?;
-        segments.extend(segment(&entry, len, ram_end)?);
+        ranges.extend(segment(&entry, len, ram_end)?);
         at = at.saturating_add(PROGRAM_HEADER_LEN as u64);
     }
-    if segments.is_empty() {
+    if ranges.is_empty() {
         return Err("its ELF file has nothing to load".to_owned());
     }
-    Ok(Segments(segments))
+    Ok(Segments {
+        ranges,
+        is_i386: machine == I386,
+    })
 }
 
 /// The range that a program header loads to, if it loads anything.
@@ -195,11 +203,19 @@ mod tests {
     }
 
     fn load(file: &[u8], topology: &Topology) -> Result<kernel::Kernel, super::super::BootError> {
+        load_as(kernel::Kind::Kernel, file, topology)
+    }
+
+    fn load_as(
+        kind: kernel::Kind,
+        file: &[u8],
+        topology: &Topology,
+    ) -> Result<kernel::Kernel, super::super::BootError> {
         let dir = tempfile::tempdir().unwrap();
         let path: &Path = &dir.path().join("kernel");
         std::fs::write(path, file).unwrap();
         let view = topology.space(SpaceKind::Memory).view();
-        kernel::load(path, &view, &Layout::new(RAM, 0, 40).unwrap())
+        kernel::load(kind, path, &view, &Layout::new(RAM, 0, 40).unwrap())
     }
 
     #[test]
@@ -216,6 +232,37 @@ mod tests {
         let bss = changed(64 + 32, &0_u64.to_le_bytes());
         let segments = look_over(&mut Cursor::new(bss), RAM).unwrap();
         assert_eq!(segments.end(), 0x20_3000, "what is not in the file counts");
+    }
+
+    /// The header of EDK2's CLOUDHV.fd says i386, and its entry point is in the PVH note.
+    #[test]
+    fn loads_firmware_by_its_pvh_note() {
+        let i386 = changed(18, &3_u16.to_le_bytes());
+        for kind in [kernel::Kind::Firmware, kernel::Kind::Kernel] {
+            let loaded = load_as(kind, &i386, &topology()).unwrap();
+            assert_eq!(loaded.pvh_entry, Some(0x20_0020));
+        }
+        let without_note = |mut file: Vec<u8>| {
+            file[0x188] = 17;
+            file
+        };
+        for (kind, file, told) in [
+            (kernel::Kind::Kernel, without_note(i386), "needs a PVH note"),
+            (
+                kernel::Kind::Firmware,
+                without_note(kernel()),
+                "has no PVH note",
+            ),
+            (
+                kernel::Kind::Firmware,
+                vec![0xff; 4096],
+                "is not an ELF file",
+            ),
+        ] {
+            let refused = load_as(kind, &file, &topology()).unwrap_err().to_string();
+            assert!(refused.contains(told), "{refused}, not {told}");
+        }
+        assert!(load(&without_note(kernel()), &topology()).is_ok());
     }
 
     #[test]

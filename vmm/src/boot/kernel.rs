@@ -1,4 +1,4 @@
-//! Kernels: what a file holds, and loading it.
+//! Kernels and firmware: what a file holds, and loading it.
 
 use std::fs::File;
 use std::io::{Cursor, Read, Seek};
@@ -14,40 +14,75 @@ use super::unpack::{BzImage, unpack};
 use super::{BootError, open};
 use crate::arch::x86_64::layout::{self, Layout};
 
-/// A kernel in guest memory.
+/// A kernel or firmware in guest memory.
 #[derive(Debug)]
 pub(super) struct Kernel {
     /// The entry point, unless the kernel has another for PVH.
     pub(super) entry: u64,
     /// The entry point of the PVH boot ABI, if the kernel has one.
     pub(super) pvh_entry: Option<u64>,
-    /// The end of what it takes.
+    /// The first address after it.
     pub(super) end: u64,
 }
 
 const ELF_MAGIC: &[u8] = b"\x7fELF";
 
-pub(super) fn load(path: &Path, memory: &FlatView, layout: &Layout) -> Result<Kernel, BootError> {
-    let (mut file, len) = open("kernel", path)?;
+/// The kind of file that the configuration names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// An ELF file or a bzImage.
+    Kernel,
+    /// An ELF file with a PVH note.
+    Firmware,
+}
+
+impl Kind {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Kernel => "kernel",
+            Self::Firmware => "firmware",
+        }
+    }
+}
+
+pub(super) fn load(
+    kind: Kind,
+    path: &Path,
+    memory: &FlatView,
+    layout: &Layout,
+) -> Result<Kernel, BootError> {
+    let (mut file, len) = open(kind.name(), path)?;
     let refused = |reason: String| BootError::NotAKernel {
         path: path.to_owned(),
+        what: kind.name(),
         reason,
     };
     let unreadable = |source| BootError::Unreadable {
-        what: "kernel",
+        what: kind.name(),
         path: path.to_owned(),
         source,
     };
     let mut magic = [0; 4];
     if len < magic.len() as u64 {
         return Err(refused(format!(
-            "its {len} bytes are too short for a kernel"
+            "its {len} bytes are too short for a {}",
+            kind.name()
         )));
     }
     file.read_exact(&mut magic).map_err(unreadable)?;
     file.rewind().map_err(unreadable)?;
     if magic == ELF_MAGIC {
-        return load_elf(&mut file, memory, layout).map_err(refused);
+        return load_elf(&mut file, memory, layout)
+            .and_then(|kernel| match (kind, kernel.pvh_entry) {
+                (Kind::Firmware, None) => Err("its ELF file has no PVH note".to_owned()),
+                _ => Ok(kernel),
+            })
+            .map_err(refused);
+    }
+    if kind == Kind::Firmware {
+        return Err(refused(
+            "it is not an ELF file with a PVH note, as EDK2's CLOUDHV.fd is".to_owned(),
+        ));
     }
     let image = read_whole(&mut file, len, layout).map_err(refused)?;
     let image = BzImage::parse(&image).map_err(refused)?;
@@ -85,6 +120,9 @@ fn load_elf<F: Read + ReadVolatile + Seek>(
         PvhBootCapability::PvhEntryPresent(entry) => Some(entry.0),
         _ => None,
     };
+    if segments.is_i386 && pvh_entry.is_none() {
+        return Err("its ELF header says i386; such a file needs a PVH note".to_owned());
+    }
     let kernel = Kernel {
         entry: loaded.kernel_load.0,
         pvh_entry,

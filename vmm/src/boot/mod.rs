@@ -1,7 +1,8 @@
 //! Loading what the guest boots.
 //!
 //! The guest never runs a decompressor: a bzImage is unpacked here, to the ELF kernel inside it,
-//! which is entered through its PVH note, or by the 64-bit boot protocol where it has none.
+//! which is entered through its PVH note, or by the 64-bit boot protocol where it has none. A
+//! firmware is an ELF file with such a note.
 
 mod elf;
 mod handover;
@@ -14,23 +15,25 @@ use std::path::{Path, PathBuf};
 
 use devices::host_file::{FileKind, OpenError, Request};
 use memory::{FlatView, PAGE_SIZE};
-use spec::{CpusConfig, PayloadConfig};
+use spec::VmConfig;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
+use self::kernel::Kind;
 use crate::arch::x86_64::acpi;
 use crate::arch::x86_64::cpu::Entry;
 use crate::arch::x86_64::layout::{self, Layout};
+use crate::arch::x86_64::smbios;
 
 /// A payload cannot be booted.
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
-    /// The configuration names no kernel.
-    #[error("there is nothing to boot: `payload.kernel` is missing")]
+    /// The configuration names neither a kernel nor a firmware.
+    #[error("there is nothing to boot: `payload.kernel` and `payload.firmware` are missing")]
     NoKernel,
     /// A file cannot be read.
     #[error("the {what} {} cannot be read: {source}", path.display())]
     Unreadable {
-        /// `kernel` or `initramfs`.
+        /// `kernel`, `firmware` or `initramfs`.
         what: &'static str,
         /// The file.
         path: PathBuf,
@@ -40,7 +43,7 @@ pub enum BootError {
     /// The path names a directory, a device, or the like.
     #[error("the {what} {} is {}; it must be a regular file", path.display(), found.name())]
     NotAFile {
-        /// `kernel` or `initramfs`.
+        /// `kernel`, `firmware` or `initramfs`.
         what: &'static str,
         /// The path.
         path: PathBuf,
@@ -50,14 +53,16 @@ pub enum BootError {
     /// The file is empty.
     #[error("the {what} {} is empty", path.display())]
     Empty {
-        /// `kernel` or `initramfs`.
+        /// `kernel`, `firmware` or `initramfs`.
         what: &'static str,
         /// The file.
         path: PathBuf,
     },
     /// The file is not an ELF kernel or bzImage, or is damaged.
-    #[error("{} is not a kernel that can be booted: {reason}", path.display())]
+    #[error("{} is not a {what} that can be booted: {reason}", path.display())]
     NotAKernel {
+        /// `kernel` or `firmware`.
+        what: &'static str,
         /// The file.
         path: PathBuf,
         /// The reason.
@@ -87,26 +92,37 @@ pub enum BootError {
     Memory(#[from] GuestMemoryError),
 }
 
-/// Loads the kernel, its initramfs, its command line and all tables into guest memory.
+/// Loads the kernel or firmware, its initramfs, its command line and all tables into guest memory.
 pub(crate) fn load(
-    payload: &PayloadConfig,
+    config: &VmConfig,
     memory: &FlatView,
     layout: &Layout,
-    cpus: &CpusConfig,
 ) -> Result<Entry, BootError> {
-    let path = Path::new(payload.kernel.as_deref().ok_or(BootError::NoKernel)?);
-    let kernel = kernel::load(path, memory, layout)?;
+    let payload = &config.payload;
+    let (kind, path) = match (&payload.firmware, &payload.kernel) {
+        (Some(path), _) => (Kind::Firmware, path),
+        (None, Some(path)) => (Kind::Kernel, path),
+        (None, None) => return Err(BootError::NoKernel),
+    };
+    let kernel = kernel::load(kind, Path::new(path), memory, layout)?;
     let initramfs = match payload.initramfs.as_deref() {
         Some(path) => Some(load_initramfs(Path::new(path), memory, layout, kernel.end)?),
         None => None,
     };
-    let tables = acpi::tables(cpus, layout);
+    let tables = acpi::tables(&config.cpus, layout);
     if tables.len() as u64 > layout::ACPI_END - layout::ACPI {
         return Err(BootError::NoRoom {
             what: "the ACPI tables of this many vCPUs",
         });
     }
     memory.write_slice(&tables, GuestAddress(layout::ACPI))?;
+    let tables = smbios::tables(config.platform.as_ref());
+    if tables.len() as u64 > layout::SMBIOS_END - layout::SMBIOS {
+        return Err(BootError::NoRoom {
+            what: "the SMBIOS tables: the strings of `platform` are too long",
+        });
+    }
+    memory.write_slice(&tables, GuestAddress(layout::SMBIOS))?;
     let cmdline = payload.cmdline.as_deref().unwrap_or("");
     memory.write_slice(cmdline.as_bytes(), GuestAddress(layout::CMDLINE))?;
     memory.write_obj(0_u8, GuestAddress(layout::CMDLINE + cmdline.len() as u64))?;

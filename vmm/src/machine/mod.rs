@@ -2,6 +2,7 @@
 //! Dropping either gives all its resources back.
 
 mod background;
+mod firmware;
 mod memory_map;
 pub(crate) mod ram;
 mod run_control;
@@ -40,6 +41,7 @@ use crate::failure::{BuildError, MoveError};
 use crate::guest_event::{GuestEvent, Outputs, Port, Reporter};
 
 pub(crate) use self::background::{Background, Machine};
+use self::firmware::FirmwareClocks;
 pub(crate) use self::memory_map::of as memory_map;
 pub(crate) use self::ram::GuestRam;
 pub(crate) use self::run_control::NotParked;
@@ -93,6 +95,7 @@ pub(crate) struct Parts {
     pub(crate) serial: Option<Arc<Serial>>,
     pub(crate) power: Arc<PowerBlock>,
     pub(crate) hotplug: Arc<HotplugBlock>,
+    pub(crate) clocks: FirmwareClocks,
     /// Last: given back when all else is closed.
     _descriptors: Vec<Arc<Reservation>>,
 }
@@ -167,6 +170,7 @@ impl Built {
             };
             let power = map_power(tx, irq_routes, &end)?;
             let hotplug = map_hotplug(tx, reporter)?;
+            let clocks = FirmwareClocks::map(tx, &layout)?;
             let to = reporter.clone();
             let console = outputs.console.map(|output| ConsoleEnd {
                 output,
@@ -181,9 +185,9 @@ impl Built {
             });
             let ends = DeviceEnds { console, memory };
             let devices = Devices::build(host_bridge, tx, config, ends, context, origin, reporter)?;
-            Ok((serial, power, hotplug, devices))
+            Ok((serial, power, hotplug, clocks, devices))
         };
-        let (serial, power, hotplug, devices) = topology.lock().transaction(build)?;
+        let (serial, power, hotplug, clocks, devices) = topology.lock().transaction(build)?;
         let parts = Parts {
             devices,
             _listeners: listeners,
@@ -196,6 +200,7 @@ impl Built {
             serial,
             power,
             hotplug,
+            clocks,
             _descriptors: reserved,
         };
         Ok(Self {
@@ -211,7 +216,7 @@ impl Built {
     pub(crate) fn boot(self, config: &VmConfig, reporter: &Reporter) -> Result<Active, BuildError> {
         let space = self.parts.topology.lock().space(SpaceKind::Memory);
         let view = space.view();
-        let entry = boot::load(&config.payload, &view, &self.layout, &config.cpus)?;
+        let entry = boot::load(config, &view, &self.layout)?;
         for vcpu in &self.vcpus {
             cpu::set_up(vcpu)?;
         }

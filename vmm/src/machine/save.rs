@@ -124,6 +124,7 @@ impl Active {
         }
         self.parts.power.save(&mut writer.scope("power")?)?;
         self.parts.hotplug.save(&mut writer.scope("hotplug")?)?;
+        self.parts.clocks.save(&mut writer)?;
         self.parts.devices.save(&mut writer)?;
         Ok(writer.finish())
     }
@@ -206,6 +207,7 @@ impl Active {
         }
         (&*self.parts.power).load(&mut store.scope("power")?, &mut ())?;
         (&*self.parts.hotplug).load(&mut store.scope("hotplug")?, &mut ())?;
+        self.parts.clocks.load(store)?;
         let held = self.parts.vm.irq_routes().hold();
         let devices = &self.parts.devices;
         let mut topology = self.parts.topology.lock();

@@ -3,7 +3,7 @@
 //! ```text
 //!   0          ┌─────────────────────────────┐
 //!              │ RAM (all of it, if it fits) │  boot structures below 640 KiB, ACPI tables at
-//!   3 GiB      ├─────────────────────────────┤  0xe0000, the kernel from 1 MiB on
+//!   3 GiB      ├─────────────────────────────┤  0xe0000, SMBIOS at 0xf0000, the kernel from 1 MiB on
 //!              │ PCI window, 32-bit          │
 //!   0xe8000000 │ ECAM, one bus               │
 //!   0xfec00000 │ I/O APIC, local APICs, KVM  │
@@ -41,7 +41,10 @@ pub(crate) const CMDLINE: u64 = 0x2_0000;
 pub(crate) const LOW_MEMORY_END: u64 = 0xa_0000;
 /// ACPI tables: the RSDP first, where a PC's software looks for it.
 pub(crate) const ACPI: u64 = 0xe_0000;
-pub(crate) const ACPI_END: u64 = 0x10_0000;
+pub(crate) const ACPI_END: u64 = SMBIOS;
+/// SMBIOS tables: the entry point first. EDK2 for Cloud Hypervisor looks for it at this address only.
+pub(crate) const SMBIOS: u64 = 0xf_0000;
+pub(crate) const SMBIOS_END: u64 = 0x10_0000;
 /// Load address of kernels.
 pub(crate) const HIGH_MEMORY: u64 = 0x10_0000;
 
@@ -53,7 +56,10 @@ pub(crate) const GED_IRQ: u32 = 5;
 pub(crate) const SERIAL_PORT: u16 = 0x3f8;
 pub(crate) const KEYBOARD_PORT: u16 = 0x64;
 pub(crate) const DEBUG_PORT: u16 = 0x80;
+pub(crate) const RTC_PORT: u16 = 0x70;
 pub(crate) const POWER_PORT: u16 = 0x600;
+/// Where EDK2 expects the timer of a Cloud Hypervisor guest.
+pub(crate) const PM_TIMER_PORT: u16 = 0x608;
 pub(crate) const HOTPLUG_PORT: u16 = 0x620;
 pub(crate) const PCI_PORT: u16 = 0xcf8;
 

@@ -1,11 +1,12 @@
 //! x86-64: what a machine looks like to its guest.
 //!
 //! In the order of their use: [`layout::Layout`] says where RAM goes, [`cpu::cpuid`] what each
-//! vCPU is; then the payload is loaded (`crate::boot`), [`acpi::tables`] are put beside it, and
+//! vCPU is; then the payload is loaded (`crate::boot`), [`acpi::tables`] and [`smbios::tables`] beside it, and
 //! [`cpu::enter`] points the first vCPU at it.
 
 pub(crate) mod acpi;
 pub(crate) mod cpu;
 pub(crate) mod features;
 pub(crate) mod layout;
+pub(crate) mod smbios;
 mod topology;
