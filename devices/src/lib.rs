@@ -13,6 +13,7 @@
 //! | [`DebugPort`] | port 0x80 | progress codes of firmware; tells when the first one came |
 //! | [`Rtc`] | ports 0x70, 0x71 | clock and battery-backed memory, for firmware |
 //! | [`PmTimer`] | port 0x608 | the ACPI timer, for firmware |
+//! | [`pvpanic()`] | a PCI function | a guest reports that its kernel panicked |
 //! | [`pci::Bus`] | ECAM, ports 0xcf8-0xcff | configuration space of PCI devices |
 //!
 //! ```
@@ -39,6 +40,7 @@ mod interrupt;
 pub mod pci;
 pub mod pm_timer;
 pub mod power;
+mod pvpanic;
 mod reset;
 pub mod rtc;
 pub mod sandbox;
@@ -51,6 +53,7 @@ pub use hotplug::HotplugBlock;
 pub use interrupt::InterruptLine;
 pub use pm_timer::PmTimer;
 pub use power::{PowerBlock, PowerEvent, PowerEvents};
+pub use pvpanic::{BAR_LEN as PVPANIC_BAR_LEN, PanicEvent, PvpanicError, pvpanic};
 pub use reset::{KeyboardReset, ResetControl};
 pub use rtc::Rtc;
 pub use serial::Serial;

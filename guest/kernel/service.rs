@@ -9,6 +9,7 @@ use crate::io;
 use crate::line::{Address, Line, Parting, CommandError};
 use crate::options::{After, Command, Crash, Workload};
 use crate::serial::{self, Input};
+use crate::virtio;
 use crate::work::{SMP_COUNTS, Work};
 
 /// Input is looked at this often where its interrupt does not come, and at most so often.
@@ -280,6 +281,10 @@ impl Service {
             Crash::TripleFault => cpu::triple_fault(),
             Crash::Emulation => cpu::emulation_failure(),
             Crash::Fault => cpu::fault(),
+            Crash::Panic => {
+                virtio::report_panic();
+                cpu::fault()
+            }
         }
     }
 }

@@ -61,11 +61,39 @@ impl Place {
         self.read(at);
         cpu::out32(CONFIG_DATA, value);
     }
+
+    /// Moves the first BAR, of 64 bits, to where it can be reached, and returns its address.
+    fn map_bar(self) -> u64 {
+        let bar = BARS + u64::from(self.devfn()) * BAR_SPACING;
+        self.write(4, 0);
+        self.write(0x10, bar as u32);
+        self.write(0x14, (bar >> 32) as u32);
+        // Memory space and bus mastering.
+        self.write(4, 6);
+        bar
+    }
 }
 
-/// All devices of the bus. Behind function 0 others are looked for where it says that there are
-/// some (PCI Local Bus 3.0, 6.2.1).
+/// All virtio devices of the bus.
 pub fn devices() -> impl Iterator<Item = Device> {
+    places().filter_map(Device::find)
+}
+
+/// Writes a panic to each pvpanic device (QEMU, docs/specs/pvpanic) that takes it: a byte in BAR 0.
+pub fn report_panic() {
+    const PVPANIC: u32 = 0x0011_1b36;
+    const PANICKED: u8 = 1;
+    for place in places().filter(|place| place.read(0) == PVPANIC) {
+        let register = place.map_bar();
+        if read::<u8>(register) & PANICKED != 0 {
+            write(register, PANICKED);
+        }
+    }
+}
+
+/// All places at which a function may be. Behind function 0 others are looked for where it says that
+/// there are some (PCI Local Bus 3.0, 6.2.1).
+fn places() -> impl Iterator<Item = Place> {
     (1..32).flat_map(|slot| {
         let first = Place { slot, function: 0 };
         let is_there = first.read(0) & 0xffff != 0xffff;
@@ -73,7 +101,7 @@ pub fn devices() -> impl Iterator<Item = Device> {
             true => 8,
             false => 1,
         };
-        (0..count).filter_map(move |function| Device::find(Place { slot, function }))
+        (0..count).map(move |function| Place { slot, function })
     })
 }
 
@@ -114,12 +142,7 @@ impl Device {
         if id & 0xffff != VIRTIO_VENDOR || kind > 63 {
             return None;
         }
-        let bar = BARS + u64::from(place.devfn()) * BAR_SPACING;
-        place.write(4, 0);
-        place.write(0x10, bar as u32);
-        place.write(0x14, (bar >> 32) as u32);
-        // Memory space and bus mastering.
-        place.write(4, 6);
+        let bar = place.map_bar();
         let mut device = Self {
             kind,
             common: 0,

@@ -119,6 +119,8 @@ named! {
         Emulation = "emulation",
         /// A read from nowhere in ring 3: the guest itself says so and stops.
         Fault = "fault",
+        /// Reporting a panic to each pvpanic device, and stopping.
+        Panic = "panic",
     }
 }
 

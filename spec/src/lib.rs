@@ -58,7 +58,7 @@ pub use migration::{
     AtDeadline, AwaitMigration, MemoryMode, MigrationDowntime, MigrationError, MigrationInfo,
     MigrationOutcome, MigrationPhase, MigrationSide, ResolveMigration, StartMigration,
 };
-pub use names::{MEMORY_DEVICE, check_device_name, free_name};
+pub use names::{MEMORY_DEVICE, PVPANIC, check_device_name, free_name};
 pub use parse::{ParseError, nearest, parse};
 pub use paths::{NamedPath, PathUse};
 pub use platform::{

@@ -36,6 +36,9 @@ pub(crate) fn given(config: &VmConfig) -> impl Iterator<Item = (String, &str)> {
 /// The name of the device through which a VM's memory grows.
 pub const MEMORY_DEVICE: &str = "__memory";
 
+/// The name of the panic notifier.
+pub const PVPANIC: &str = "__pvpanic";
+
 /// The names of devices of which there is one at most.
 const OF_THE_MACHINE: [(&str, &str); 4] = [
     ("/memory", MEMORY_DEVICE),
@@ -88,7 +91,9 @@ impl VmConfig {
     /// The names that its devices have.
     #[must_use]
     pub fn device_names(&self) -> HashSet<String> {
-        given(self).map(|(_, id)| id.to_owned()).collect()
+        let pvpanic = self.pvpanic.then_some(PVPANIC);
+        let names = given(self).map(|(_, id)| id).chain(pvpanic);
+        names.map(str::to_owned).collect()
     }
 
     /// Gives every device that has no name one that no other has: `_disk0`, `_net0`, `_vsock0` and

@@ -112,10 +112,10 @@ pub struct Event {
     pub vm: VmId,
     /// The event: `created`, `booted`, `rebooted`, `paused`, `resumed`, `shutdown`, `failed`, `deleted`;
     /// of devices `device-added`, `device-removal-requested`, `device-removed`, `device-needs-reset`,
-    /// `disk-error`; of resizes `resize-requested`, `resized`, `resize-failed`; of migrations `migrating`,
-    /// `migrated`, `migration-failed` (source), `awaited`, `arrived`, `arrival-failed` (destination); of
-    /// snapshots `snapshotting`, `snapshotted`, `snapshot-failed`, `restoring`, `restored`,
-    /// `restore-failed`. Later versions may have more.
+    /// `disk-error`; of the guest's kernel `guest-panic`; of resizes `resize-requested`, `resized`,
+    /// `resize-failed`; of migrations `migrating`, `migrated`, `migration-failed` (source), `awaited`,
+    /// `arrived`, `arrival-failed` (destination); of snapshots `snapshotting`, `snapshotted`,
+    /// `snapshot-failed`, `restoring`, `restored`, `restore-failed`. Later versions may have more.
     pub event: String,
     /// Details, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -43,7 +43,6 @@ const NOT_YET: &[(&str, &[&str])] = &[
     ("/iommu", &["false"]),
     ("/watchdog", &["false"]),
     ("/rtc", &[]),
-    ("/pvpanic", &["false"]),
     ("/pci_segments", &["[]"]),
     ("/platform/iommu_segments", &["[]"]),
     ("/platform/iommu_address_width_bits", &["64"]),
@@ -559,7 +558,7 @@ mod tests {
     fn reports_all_problems_at_once() {
         let all = found(|c| {
             c.memory.size = 1;
-            c.pvpanic = true;
+            c.watchdog = true;
             c.payload.kernel = None;
         });
         assert_eq!(all.len(), 3);

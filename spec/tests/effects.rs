@@ -109,6 +109,7 @@ const EFFECTIVE: &[&str] = &[
     "/platform/system_family",
     "/platform/system_sku_number",
     "/platform/chassis_asset_tag",
+    "/pvpanic",
     "/vsock/id",
     "/vsock/cid",
     "/vsock/socket",

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use guest::{Crash, Line, Options, Workload};
-use openapi::ClientError;
+use openapi::{ClientError, News};
 use rustix::process::Signal;
 use spec::VmState;
 use tests::{Face, Serial, Service};
@@ -86,6 +86,37 @@ async fn firmware_boots_and_reboots() -> Result<()> {
     let other = service.create("other", config).await?;
     let refused = service.client().vms_boot(&other).await.unwrap_err();
     assert!(refused.to_string().contains("PVH note"), "{refused}");
+    Ok(())
+}
+
+/// Each machine's panic is an event, and the VM stays as it is.
+#[tokio::test]
+async fn panic_of_guest_is_an_event() -> Result<()> {
+    let service = Service::start(Face::Many).await?;
+    let panic = Options {
+        workload: Workload::Crash(Crash::Panic),
+        ..Options::default()
+    };
+    let (mut config, _) = service.pocket("vm", panic)?;
+    config.pvpanic = true;
+    let vm = service.create("vm", config).await?;
+    let client = service.client();
+    let mut events = client.events(Some(0), Some(&vm)).await?;
+    client.vms_boot(&vm).await?;
+    let tree = client.vms_info(&vm).await?.device_tree.unwrap_or_default();
+    assert!(tree.0.contains_key(spec::PVPANIC), "{tree:?}");
+    for _ in 0..2 {
+        let panic = loop {
+            match tokio::time::timeout(SOON, events.next()).await?? {
+                Some(News::Happened(event)) if event.event == "guest-panic" => break event,
+                Some(_) => {}
+                None => anyhow::bail!("the service ends the stream of events"),
+            }
+        };
+        assert_eq!(panic.detail.as_deref(), Some("panic"));
+        assert_eq!(client.vms_info(&vm).await?.state, VmState::Running);
+        client.vms_reboot(&vm).await?;
+    }
     Ok(())
 }
 

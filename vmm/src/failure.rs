@@ -2,6 +2,7 @@
 
 use control::{Category, RequestError};
 use devices::ConsoleError;
+use devices::PvpanicError;
 use devices::pci::{BarError, BusError};
 use hypervisor::{KvmError, RunFailure, StateError, Vcpu};
 use memory::{CommitError, RamError, TopologyError};
@@ -112,6 +113,15 @@ impl From<CpuError> for BuildError {
             CpuError::Kvm(error) => Self::Kvm(error),
             CpuError::Memory(error) => Self::Boot(BootError::Memory(error)),
             CpuError::TooManyLeaves(_) | CpuError::NoApicId(_) => Self::Layout(error.to_string()),
+        }
+    }
+}
+
+impl From<PvpanicError> for BuildError {
+    fn from(error: PvpanicError) -> Self {
+        match error {
+            PvpanicError::Region(error) => error.into(),
+            PvpanicError::Bar(error) => error.into(),
         }
     }
 }

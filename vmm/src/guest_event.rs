@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use control::Latch;
-use devices::PowerEvent;
+use devices::{PanicEvent, PowerEvent};
 use spec::Failure;
 use virtio_devices::TransportEvent;
 
@@ -47,6 +47,8 @@ pub(crate) enum GuestEvent {
     Ejected(u8),
     /// The guest has plugged or unplugged memory.
     MemoryChanged,
+    /// The guest reports a panic: once of each kind.
+    Panic(PanicEvent),
 }
 
 /// How a machine ends by itself.
@@ -82,6 +84,8 @@ pub(crate) struct Reports {
     /// PCI slots that were ejected, a bit each.
     pub(crate) ejected: u32,
     pub(crate) memory_changed: bool,
+    /// Two at most, one of each kind.
+    pub(crate) panics: Vec<PanicEvent>,
     /// By the names of the devices.
     pub(crate) devices: BTreeMap<String, DeviceReports>,
 }
@@ -118,6 +122,11 @@ impl Latch for Reports {
                 self.ejected |= 1_u32.checked_shl(slot.into()).unwrap_or(0);
             }
             GuestEvent::MemoryChanged => self.memory_changed = true,
+            GuestEvent::Panic(event) => {
+                if !self.panics.contains(&event) {
+                    self.panics.push(event);
+                }
+            }
             GuestEvent::Device(id, TransportEvent::NeedsReset(why)) => {
                 self.devices.entry(id).or_default().needs_reset = Some(why);
             }
@@ -183,13 +192,14 @@ mod tests {
                 }
             }
             reports.merge((1, GuestEvent::Room(Port::Serial)));
+            reports.merge((1, GuestEvent::Panic(PanicEvent::Panicked)));
             let event = TransportEvent::NeedsReset(why);
             reports.merge((1, GuestEvent::Device("disk0".to_owned(), event)));
             reports.merge((1, GuestEvent::Power(PowerEvent::Reset)));
         }
         reports.merge((1, GuestEvent::Power(PowerEvent::PowerOff)));
         assert_eq!((reports.ejected, reports.room), (u32::MAX, [true, false]));
-        assert_eq!(reports.devices.len(), 1);
+        assert_eq!((reports.devices.len(), reports.panics.len()), (1, 1));
         let first = reports.end.as_ref();
         assert!(matches!(first, Some(GuestEnd::Power(PowerEvent::Reset))));
     }

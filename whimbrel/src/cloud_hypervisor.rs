@@ -109,7 +109,7 @@ pub(crate) const OPTIONS: &[(&str, Support)] = &[
     ("platform", Refused(BODY_ONLY)),
     ("pmem", Refused("there is no virtio-pmem device yet")),
     ("pvmemcontrol", Refused(NOT_BUILT)),
-    ("pvpanic", Refused("there is no panic notifier yet")),
+    ("pvpanic", Works),
     (
         "rate-limit-group",
         Refused("limits are each device's own: give bw_size and ops_size to --disk, --net"),

@@ -64,6 +64,7 @@ fn names(event: &str) -> &'static [(&'static str, &'static str)] {
         "migration-failed" => &[("vm", "migration-failed")],
         "shutdown" | "failed" => &[("vm", "shutdown")],
         "deleted" => &[("vm", "deleted")],
+        "guest-panic" => &[("guest", "panic")],
         _ => &[],
     }
 }
@@ -119,13 +120,24 @@ impl EventMonitor {
     }
 
     fn report(&mut self, source: &'static str, event: &'static str) {
+        self.report_with(source, event, BTreeMap::new());
+    }
+
+    fn report_with(
+        &mut self,
+        source: &'static str,
+        event: &'static str,
+        mut properties: BTreeMap<&'static str, String>,
+    ) {
+        // The next event that has room says how many had none.
+        if self.dropped > 0 {
+            properties.insert("dropped", self.dropped.to_string());
+        }
         let event = MonitorEvent {
             timestamp: self.start.elapsed(),
             source,
             event,
-            // The next event that has room says how many had none.
-            properties: (self.dropped > 0)
-                .then(|| BTreeMap::from([("dropped", self.dropped.to_string())])),
+            properties: Some(properties).filter(|properties| !properties.is_empty()),
         };
         match self.waiting.try_send(event) {
             Ok(()) => self.dropped = 0,
@@ -152,7 +164,10 @@ impl EventMonitor {
         for event in log.after(self.seen, None).0 {
             self.seen = event.sequence;
             for (source, name) in names(&event.event) {
-                self.report(source, name);
+                // A panic's kind, as Cloud Hypervisor has it. Other events have none.
+                let kind = event.detail.clone().filter(|_| *source == "guest");
+                let kind = kind.map(|kind| ("event", kind));
+                self.report_with(source, name, kind.into_iter().collect());
             }
         }
     }
@@ -232,19 +247,23 @@ mod tests {
         let (mut read, write) = pipe();
         let (log, vm) = (EventLog::default(), spec::VmId::unique());
         let mut monitor = EventMonitor::write_to(write).unwrap();
-        for event in ["created", "booted", "paused", "device-added", "shutdown"] {
-            log.record(&vm, event, None);
+        for event in ["created", "booted", "paused", "device-added"] {
+            log.record(&vm, event, Some("a detail".to_owned()));
         }
+        log.record(&vm, "guest-panic", Some("panic".to_owned()));
+        log.record(&vm, "shutdown", None);
         monitor.report_new(&log);
         monitor.report_new(&log);
         log.record_last(&vm, "deleted", None);
         monitor.finish(&log);
         let mut text = String::new();
         read.read_to_string(&mut text).unwrap();
-        let expected = "vmm:starting vm:booting vm:booted vm:pausing vm:paused vm:shutdown \
-                        vm:deleted vmm:shutdown";
+        let expected = "vmm:starting vm:booting vm:booted vm:pausing vm:paused guest:panic \
+                        vm:shutdown vm:deleted vmm:shutdown";
         assert_eq!(parsed(&text).join(" "), expected);
         assert!(text.ends_with("}\n\n"));
+        let kind = "\"properties\": {\n    \"event\": \"panic\"\n  }";
+        assert!(text.contains(kind) && !text.contains("a detail"), "{text}");
     }
 
     /// The names are those of Cloud Hypervisor's own page on its event monitor.

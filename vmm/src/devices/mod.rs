@@ -10,7 +10,7 @@ use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
-use ::devices::pci::Bdf;
+use ::devices::pci::{Bdf, Endpoint};
 use hypervisor::arch::CpuId;
 use memory::Transaction;
 use spec::{DeviceNode, DeviceState, VmConfig};
@@ -80,6 +80,8 @@ impl Default for MachineOrigin {
 pub(crate) struct Devices {
     host: PciHost,
     entries: BTreeMap<String, Entry>,
+    /// The panic notifier, which is no virtio device.
+    pvpanic: Option<(Bdf, Arc<Endpoint>)>,
 }
 
 impl Devices {
@@ -96,16 +98,23 @@ impl Devices {
         let mut devices = Self {
             host,
             entries: BTreeMap::new(),
+            pvpanic: None,
         };
         let opened = open::all(config, ends, context)?;
         let ids = opened.iter().map(|opened| opened.id.as_str());
-        let at = slots::assign(ids, &origin.on_bus);
+        let ids: Vec<_> = ids.chain(config.pvpanic.then_some(spec::PVPANIC)).collect();
+        let at = slots::assign(ids.into_iter(), &origin.on_bus);
+        // The last, if there is one: of those that share a slot, the last function.
+        let pvpanic_at = at.get(opened.len()).copied();
         let mut all: Vec<_> = at.into_iter().zip(opened).collect();
         // Function 0 of a slot before its others, and those that have a place before those that
         // take any.
         all.sort_by_key(|(at, _)| (at.is_none(), *at));
         for (at, opened) in all {
             devices.plug(tx, opened, at, reporter)?;
+        }
+        if let Some(at) = pvpanic_at {
+            devices.pvpanic = Some(devices.host.plug_pvpanic(tx, at, reporter)?);
         }
         Ok(devices)
     }
@@ -247,13 +256,15 @@ impl Devices {
     /// Returns the PCI addresses of all devices.
     pub(crate) fn places(&self) -> BTreeMap<String, Bdf> {
         let place = |(id, entry): (&String, &Entry)| (id.clone(), entry.plugged.bdf);
-        self.entries.iter().map(place).collect()
+        let pvpanic = self.pvpanic.iter();
+        let pvpanic = pvpanic.map(|(bdf, _)| (spec::PVPANIC.to_owned(), *bdf));
+        self.entries.iter().map(place).chain(pvpanic).collect()
     }
 
     /// Returns the PCI address of the device of this name if other devices share its slot.
     pub(crate) fn shared_place(&self, id: &str) -> Option<Bdf> {
         let at = self.place(id)?;
-        let mut others = self.entries.values().map(|entry| entry.plugged.bdf);
+        let mut others = self.places().into_values();
         let is_shared = others.any(|other| other != at && other.device() == at.device());
         is_shared.then_some(at)
     }
@@ -288,6 +299,9 @@ impl Devices {
             let mut scope = to.scope("devices")?;
             entry.plugged.device.save(&mut scope.child(id)?)?;
         }
+        if let Some((_, endpoint)) = &self.pvpanic {
+            endpoint.save(&mut to.scope("devices")?.child(spec::PVPANIC)?)?;
+        }
         Ok(())
     }
 
@@ -302,22 +316,27 @@ impl Devices {
             let mut scope = from.scope("devices")?;
             entry.plugged.device.load(&mut scope.child(id)?, tx)?;
         }
+        if let Some((_, endpoint)) = &self.pvpanic {
+            let mut scope = from.scope("devices")?;
+            endpoint.load(&mut scope.child(spec::PVPANIC)?, tx)?;
+        }
         Ok(())
     }
 
     /// Returns the device tree that the API shows.
     pub(crate) fn tree(&self) -> BTreeMap<String, DeviceNode> {
-        let node = |(id, entry): (&String, &Entry)| {
+        let node = |(id, bdf): (String, Bdf)| {
+            let entry = self.entries.get(&id);
             let node = DeviceNode {
                 id: id.clone(),
                 resources: Vec::new(),
                 children: Vec::new(),
-                pci_bdf: Some(entry.plugged.bdf.to_string()),
-                state: entry.state,
+                pci_bdf: Some(bdf.to_string()),
+                state: entry.map_or(DeviceState::Present, |entry| entry.state),
             };
-            (id.clone(), node)
+            (id, node)
         };
-        self.entries.iter().map(node).collect()
+        self.places().into_iter().map(node).collect()
     }
 }
 

@@ -2,7 +2,10 @@
 
 use std::sync::{Arc, Weak};
 
-use devices::pci::{BarAllocator, BarMap, Bdf, Bus, ConfigSpace, MsiMessage, MsiTarget, place_bar};
+use devices::pci::{
+    BarAllocator, BarMap, Bdf, Bus, ConfigSpace, Endpoint, MsiMessage, MsiTarget, place_bar,
+};
+use devices::{PVPANIC_BAR_LEN, pvpanic};
 use hypervisor::{IrqRoutes, MsiVectors};
 use memory::{AddrRange, AddressSpace, CommitError, RegionId, Topology, Transaction};
 use parking_lot::Mutex;
@@ -83,6 +86,27 @@ impl PciHost {
         self.bus
             .attach(bdf, Arc::clone(&plugged.device) as Arc<dyn ConfigSpace>)?;
         Ok(plugged)
+    }
+
+    /// Puts a panic notifier at this place, or in the first slot that is free, as part of a change of
+    /// the map. It stays for as long as the machine.
+    pub(crate) fn plug_pvpanic(
+        &mut self,
+        tx: &mut Transaction<'_>,
+        at: Option<Bdf>,
+        reporter: &Reporter,
+    ) -> Result<(Bdf, Arc<Endpoint>), BuildError> {
+        let bdf = match at {
+            Some(bdf) => bdf,
+            None => self.bus.free_slot()?,
+        };
+        let bar = self.window.allocate(PVPANIC_BAR_LEN)?;
+        let to = reporter.clone();
+        let report = move |event| to.report(GuestEvent::Panic(event));
+        let endpoint = Arc::new(pvpanic(tx, bar, Arc::clone(&self.map), report)?);
+        self.bus
+            .attach(bdf, Arc::clone(&endpoint) as Arc<dyn ConfigSpace>)?;
+        Ok((bdf, endpoint))
     }
 
     /// Removes a device from the bus and the map. The guest has ejected it.

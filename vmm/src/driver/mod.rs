@@ -386,6 +386,12 @@ impl Driver {
         if reports.memory_changed {
             self.memory_changed();
         }
+        // Before the guest's own end, which often follows.
+        for event in reports.panics {
+            tracing::warn!(event = event.name(), "a guest reports a panic");
+            let detail = Some(event.name().to_owned());
+            self.publisher.record("guest-panic", detail);
+        }
         let mut stalled = Vec::new();
         for (id, device) in reports.devices {
             if let Some(why) = device.needs_reset {
