@@ -72,6 +72,16 @@ impl NewDevice {
         }
     }
 
+    /// The slot that it asks for.
+    #[must_use]
+    pub fn slot(&self) -> Option<u8> {
+        match self {
+            Self::Disk(disk) => disk.pci_device_id,
+            Self::Net(net) => net.pci_device_id,
+            Self::Vsock(vsock) => vsock.pci_device_id,
+        }
+    }
+
     /// Makes up what it was not given: a name that is not `taken`, and an interface's address.
     pub fn fill_in(&mut self, taken: impl Fn(&str) -> bool) {
         let (id, kind) = match self {

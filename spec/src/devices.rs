@@ -9,6 +9,7 @@ use crate::disk::{DiskConfig, ImageType};
 use crate::limits;
 use crate::names;
 use crate::service::FieldProblem;
+use crate::slots;
 use crate::validate::{UNSUPPORTED, name, problem};
 use crate::vm::VmConfig;
 
@@ -33,7 +34,7 @@ pub(crate) fn check(config: &VmConfig, found: &mut Vec<FieldProblem>) {
             let detail = format!("`size` ({size}) is more than the guest's memory ({all} bytes)");
             below.add("size", "out-of-range", detail);
         }
-        below.placed_elsewhere(balloon.iommu, balloon.pci_segment, balloon.pci_device_id);
+        below.placed(balloon.iommu, balloon.pci_segment, balloon.pci_device_id);
     }
     let (console, rng) = (&config.console, &config.rng);
     for (pointer, iommu, segment, device) in [
@@ -45,9 +46,10 @@ pub(crate) fn check(config: &VmConfig, found: &mut Vec<FieldProblem>) {
         ),
         ("/rng", rng.iommu, rng.pci_segment, rng.pci_device_id),
     ] {
-        Below { pointer, found }.placed_elsewhere(iommu, segment, device);
+        Below { pointer, found }.placed(iommu, segment, device);
     }
     check_count(config, found);
+    slots::check(config, found);
     let mut names = HashSet::new();
     for (pointer, id) in names::given(config) {
         if let Some(wrong) = names::check_device_name(&pointer, id) {
@@ -112,11 +114,16 @@ impl Below<'_> {
         }
     }
 
-    /// Refuses places on the bus that this version cannot give.
-    fn placed_elsewhere(&mut self, iommu: bool, segment: Option<u16>, device: Option<u8>) {
+    /// Refuses places on the bus that there are not, or that this version cannot give.
+    fn placed(&mut self, iommu: bool, segment: Option<u16>, slot: Option<u8>) {
         self.unsupported("iommu", iommu);
         self.unsupported("pci_segment", segment.is_some_and(|segment| segment != 0));
-        self.unsupported("pci_device_id", device.is_some());
+        if let Some(slot) = slot.filter(|slot| !(1..=limits::PCI_SLOTS).contains(slot)) {
+            let last = limits::PCI_SLOTS;
+            let detail =
+                format!("`pci_device_id` ({slot}) must be 1 to {last}: 0 is the host bridge's");
+            self.add("pci_device_id", "out-of-range", detail);
+        }
     }
 
     /// Checks a number of queues, and their size against the least with which the device works.
@@ -197,7 +204,7 @@ impl DiskConfig {
         below.unsupported("image_type", other);
         below.unsupported("vhost_user", self.vhost_user);
         below.unsupported("vhost_socket", self.vhost_socket.is_some());
-        below.placed_elsewhere(self.iommu, self.pci_segment, self.pci_device_id);
+        below.placed(self.iommu, self.pci_segment, self.pci_device_id);
         below.unsupported("rate_limit_group", self.rate_limit_group.is_some());
         below.unsupported("queue_affinity", self.queue_affinity.is_some());
     }
@@ -307,7 +314,7 @@ impl NetConfig {
         below.unsupported("vhost_user", self.vhost_user);
         below.unsupported("vhost_socket", self.vhost_socket.is_some());
         below.unsupported("vhost_mode", self.vhost_mode != "Client");
-        below.placed_elsewhere(self.iommu, self.pci_segment, self.pci_device_id);
+        below.placed(self.iommu, self.pci_segment, self.pci_device_id);
     }
 }
 
@@ -332,7 +339,7 @@ impl VsockConfig {
             let detail = format!("`socket` must be a path of 1 to {most} bytes");
             below.add("socket", "out-of-range", detail);
         }
-        below.placed_elsewhere(self.iommu, self.pci_segment, self.pci_device_id);
+        below.placed(self.iommu, self.pci_segment, self.pci_device_id);
     }
 }
 
@@ -435,6 +442,16 @@ mod tests {
                 r#"{"path":"/a","pci_segment":1}"#,
                 "pci_segment",
                 "unsupported",
+            ),
+            (
+                r#"{"path":"/a","pci_device_id":0}"#,
+                "pci_device_id",
+                "out-of-range",
+            ),
+            (
+                r#"{"path":"/a","pci_device_id":32}"#,
+                "pci_device_id",
+                "out-of-range",
             ),
             (r#"{"path":"/a","id":"__rng"}"#, "id", "out-of-range"),
         ] {

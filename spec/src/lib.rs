@@ -35,6 +35,7 @@ mod progress;
 mod refused;
 mod requests;
 mod service;
+mod slots;
 mod token;
 mod validate;
 mod vm;

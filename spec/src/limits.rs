@@ -62,6 +62,12 @@ pub const SMBIOS_LEN: usize = 60 << 10;
 /// OEM strings: SMBIOS counts them by a byte.
 pub const OEM_STRINGS: usize = 255;
 
+/// The last slot of the PCI bus; slot 0 is the host bridge's.
+pub const PCI_SLOTS: u8 = 31;
+
+/// Functions of a slot of the PCI bus.
+pub const PCI_FUNCTIONS: usize = 8;
+
 /// Bytes of the path of a unix socket (`sun_path` of `unix(7)`, without the NUL).
 pub const SOCKET_PATH_LEN: usize = 107;
 

@@ -110,6 +110,12 @@ const EFFECTIVE: &[&str] = &[
     "/platform/system_sku_number",
     "/platform/chassis_asset_tag",
     "/pvpanic",
+    "/disks/0/pci_device_id",
+    "/net/0/pci_device_id",
+    "/rng/pci_device_id",
+    "/balloon/pci_device_id",
+    "/console/pci_device_id",
+    "/vsock/pci_device_id",
     "/vsock/id",
     "/vsock/cid",
     "/vsock/socket",
@@ -167,7 +173,7 @@ fn full() -> Value {
         "disks": [{
             "path": "/d", "readonly": true, "direct": true, "iommu": true, "num_queues": 2,
             "queue_size": 64, "vhost_user": true, "vhost_socket": "/s", "rate_limiter_config": limits,
-            "pci_segment": 1, "pci_device_id": 3, "id": "d", "serial": "s", "rate_limit_group": "g",
+            "pci_segment": 1, "pci_device_id": 4, "id": "d", "serial": "s", "rate_limit_group": "g",
             "queue_affinity": [{"queue_index": 0, "host_cpus": [1]}], "backing_files": true,
             "data_files": true, "image_type_detected": true, "sparse": false, "image_type": "Qcow2", "lock_granularity": "Full",
             "on_error": "Pause",
@@ -176,15 +182,15 @@ fn full() -> Value {
             "tap": "t", "fds": [3, 4], "ip": "10.0.0.1", "mask": "255.0.0.0", "mac": "52:54:00:00:00:01",
             "host_mac": "52:54:00:00:00:02", "mtu": 9000, "iommu": true, "num_queues": 4,
             "queue_size": 64, "vhost_user": true, "vhost_socket": "/s", "vhost_mode": "Server",
-            "id": "n", "pci_segment": 1, "pci_device_id": 3, "rate_limiter_config": limits,
+            "id": "n", "pci_segment": 1, "pci_device_id": 5, "rate_limiter_config": limits,
             "offload_tso": false, "offload_ufo": false, "offload_csum": false,
         }],
         "rng": {
-            "id": "r", "pci_segment": 1, "pci_device_id": 3, "iommu": true, "src": "/dev/random",
+            "id": "r", "pci_segment": 1, "pci_device_id": 6, "iommu": true, "src": "/dev/random",
             "rate_limiter_config": limits,
         },
         "balloon": {
-            "id": "b", "pci_segment": 1, "pci_device_id": 3, "iommu": true, "size": 4096,
+            "id": "b", "pci_segment": 1, "pci_device_id": 7, "iommu": true, "size": 4096,
             "deflate_on_oom": true, "free_page_reporting": true,
         },
         "fs": [{
@@ -202,7 +208,7 @@ fn full() -> Value {
         "serial": {"file": "/f", "socket": "/s", "mode": "File"},
         "console": {
             "file": "/f", "socket": "/s", "mode": "Socket", "iommu": true, "id": "c", "pci_segment": 1,
-            "pci_device_id": 3,
+            "pci_device_id": 8,
         },
         "debug_console": {"file": "/f", "mode": "File", "iobase": 1},
         "devices": [{
@@ -214,7 +220,7 @@ fn full() -> Value {
             "path": "/v", "num_queues": 2, "iommu": true, "pci_segment": 1, "pci_device_id": 3, "id": "w",
         }],
         "vsock": {
-            "cid": 3, "socket": "/s", "iommu": true, "pci_segment": 1, "pci_device_id": 3, "id": "s",
+            "cid": 3, "socket": "/s", "iommu": true, "pci_segment": 1, "pci_device_id": 9, "id": "s",
         },
         "numa": [{
             "guest_numa_id": 1, "cpus": [1], "distances": [{"destination": 1, "distance": 20}],

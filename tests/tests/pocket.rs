@@ -121,6 +121,58 @@ async fn panic_of_guest_is_an_event() -> Result<()> {
 }
 
 #[tokio::test]
+async fn devices_are_in_their_slots() -> Result<()> {
+    let service = Service::start(Face::Many).await?;
+    let (mut config, serial) = service.pocket("vm", beating())?;
+    let disk = |name: &str, slot: u8| -> Result<spec::DiskConfig> {
+        let path = service.path(name);
+        fs::write(&path, [0; 4096])?;
+        let path = path.to_string_lossy();
+        let disk = format!(
+            r#"{{"path":"{path}","id":"{name}","image_type":"Raw","pci_device_id":{slot}}}"#
+        );
+        Ok(serde_json::from_str(&disk)?)
+    };
+    let mut plain = disk("plain", 3)?;
+    plain.pci_device_id = None;
+    config.disks = Some(vec![disk("first", 9)?, plain]);
+    config.rng.pci_device_id = Some(1);
+    let vm = service.create("vm", config).await?;
+    let client = service.client();
+    client.vms_boot(&vm).await?;
+    beats(&serial).await?;
+    let added = client.vms_add_disk(&vm, &disk("second", 31)?).await?;
+    assert_eq!(
+        added.map(|added| added.bdf).as_deref(),
+        Some("0000:00:1f.0")
+    );
+    for slot in [1, 9, 31] {
+        let refused = client.vms_add_disk(&vm, &disk("third", slot)?).await;
+        assert_eq!(
+            refused.unwrap_err().code(),
+            Some("pci-slot-taken"),
+            "{slot}"
+        );
+    }
+    // Slot 2 has a device that asks for none.
+    let refused = client.vms_add_disk(&vm, &disk("third", 2)?).await;
+    assert_eq!(refused.unwrap_err().code(), Some("no-free-slot"));
+    client.vms_reboot(&vm).await?;
+    serial.wait_for("pocket: hello", 2, SOON).await?;
+    let tree = client.vms_info(&vm).await?.device_tree.unwrap_or_default();
+    let at = |id: &str| tree.0.get(id).and_then(|node| node.pci_bdf.clone());
+    for (id, bdf) in [
+        ("first", "09"),
+        ("second", "1f"),
+        ("__rng", "01"),
+        ("plain", "02"),
+    ] {
+        assert_eq!(at(id), Some(format!("0000:00:{bdf}.0")), "{id}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
 async fn two_vms_run_independently() -> Result<()> {
     let service = Service::start(Face::Many).await?;
     let (one, one_serial) = service.boot_pocket("one", beating()).await?;

@@ -103,7 +103,7 @@ impl Devices {
         let opened = open::all(config, ends, context)?;
         let ids = opened.iter().map(|opened| opened.id.as_str());
         let ids: Vec<_> = ids.chain(config.pvpanic.then_some(spec::PVPANIC)).collect();
-        let at = slots::assign(ids.into_iter(), &origin.on_bus);
+        let at = slots::assign(ids.into_iter(), &origin.on_bus, &config.wanted_slots());
         // The last, if there is one: of those that share a slot, the last function.
         let pvpanic_at = at.get(opened.len()).copied();
         let mut all: Vec<_> = at.into_iter().zip(opened).collect();
@@ -132,6 +132,7 @@ impl Devices {
             id,
             device,
             control,
+            slot: _,
             reserved,
         } = opened;
         let plugged = self.host.plug(tx, &id, device, at, reporter)?;

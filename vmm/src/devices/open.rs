@@ -32,6 +32,8 @@ pub(crate) struct Opened {
     pub(crate) id: String,
     pub(crate) device: Box<dyn VirtioDevice>,
     pub(crate) control: DeviceHandle,
+    /// The slot that a device which is added to a machine asks for.
+    pub(crate) slot: Option<u8>,
     /// Descriptors of a device that is added to a machine; those of the others are the machine's.
     pub(crate) reserved: Vec<Arc<Reservation>>,
 }
@@ -116,6 +118,7 @@ pub(crate) fn all(
             id,
             device: Box::new(device),
             control: DeviceHandle::Console(handle),
+            slot: None,
             reserved: Vec::new(),
         });
     }
@@ -125,11 +128,12 @@ pub(crate) fn all(
 
 /// A device that comes later, and has a name.
 pub(crate) fn one(new: &NewDevice, context: OpenContext<'_>) -> Result<Opened, BuildError> {
-    match new {
-        NewDevice::Disk(new) => disk(new, context),
-        NewDevice::Net(new) => net(new, context.workers),
-        NewDevice::Vsock(new) => vsock(new, context),
-    }
+    let (opened, slot) = match new {
+        NewDevice::Disk(new) => (disk(new, context)?, new.pci_device_id),
+        NewDevice::Net(new) => (net(new, context.workers)?, new.pci_device_id),
+        NewDevice::Vsock(new) => (vsock(new, context)?, new.pci_device_id),
+    };
+    Ok(Opened { slot, ..opened })
 }
 
 /// The name, which [`VmConfig::name_devices`] has given.
@@ -150,6 +154,7 @@ fn memory(config: &MemoryConfig, end: MemoryEnd, workers: &Workers) -> Opened {
         id: MEMORY_DEVICE.to_owned(),
         device: Box::new(device),
         control: DeviceHandle::Memory(handle),
+        slot: None,
         reserved: Vec::new(),
     }
 }
@@ -160,6 +165,7 @@ fn rng(config: &RngConfig, workers: &Workers) -> Result<Opened, BuildError> {
         id: name(config.id.as_ref()),
         device: Box::new(Rng::new(Path::new(&config.src), limits, workers.clone())?),
         control: DeviceHandle::None,
+        slot: None,
         reserved: Vec::new(),
     })
 }
@@ -174,6 +180,7 @@ fn vsock(new: &VsockConfig, context: OpenContext<'_>) -> Result<Opened, BuildErr
         id: name(new.id.as_ref()),
         device: Box::new(device),
         control: DeviceHandle::None,
+        slot: None,
         reserved: Vec::new(),
     })
 }
@@ -189,6 +196,7 @@ fn balloon(new: &spec::BalloonConfig, workers: &Workers) -> Opened {
         id: name(new.id.as_ref()),
         device: Box::new(device),
         control: DeviceHandle::Balloon(handle),
+        slot: None,
         reserved: Vec::new(),
     }
 }
@@ -229,6 +237,7 @@ fn disk(disk: &DiskConfig, context: OpenContext<'_>) -> Result<Opened, BuildErro
         id,
         device: Box::new(device),
         control: DeviceHandle::Disk(handle),
+        slot: None,
         reserved: Vec::new(),
     })
 }
@@ -278,6 +287,7 @@ fn net(net: &NetConfig, workers: &Workers) -> Result<Opened, BuildError> {
         id: name(net.id.as_ref()),
         device: Box::new(device),
         control: DeviceHandle::Net(handle),
+        slot: None,
         reserved: Vec::new(),
     })
 }

@@ -3,7 +3,8 @@
 use std::sync::{Arc, Weak};
 
 use devices::pci::{
-    BarAllocator, BarMap, Bdf, Bus, ConfigSpace, Endpoint, MsiMessage, MsiTarget, place_bar,
+    BarAllocator, BarMap, Bdf, Bus, BusError, ConfigSpace, Endpoint, MsiMessage, MsiTarget,
+    place_bar,
 };
 use devices::{PVPANIC_BAR_LEN, pvpanic};
 use hypervisor::{IrqRoutes, MsiVectors};
@@ -66,6 +67,10 @@ impl PciHost {
         reporter: &Reporter,
     ) -> Result<Plugged, BuildError> {
         let bdf = match at {
+            // Before anything is made for it.
+            Some(bdf) if self.bus.functions().contains(&bdf) => {
+                return Err(BusError::Occupied(bdf).into());
+            }
             Some(bdf) => bdf,
             None => self.bus.free_slot()?,
         };

@@ -7,45 +7,47 @@
 use std::collections::BTreeMap;
 
 use devices::pci::Bdf;
+use spec::limits::{PCI_FUNCTIONS, PCI_SLOTS};
 use spec::{ConsoleMode, VmConfig};
 
-/// Slots behind the host bridge's.
-const SLOTS: usize = 31;
 /// Slots that stay free when a machine is built.
 const KEPT_FREE: usize = 4;
-/// Functions of a slot.
-const FUNCTIONS: usize = 8;
 
-/// Places for devices, in their order: those that are known, or, if none is, those that so many are
-/// given. `None` says that the first slot that is free will do.
+/// Places for devices, in their order: those that are known or, if none is, those that the
+/// configuration asks for by slot and, for the others, those that so many are given in the slots that
+/// are left. `None` says that the first slot that is free will do.
 pub(crate) fn assign<'a>(
     ids: impl ExactSizeIterator<Item = &'a str>,
     known: &BTreeMap<String, Bdf>,
+    wanted: &BTreeMap<String, u8>,
 ) -> Vec<Option<Bdf>> {
-    let count = ids.len();
-    ids.enumerate()
-        .map(|(index, id)| {
-            if known.is_empty() {
-                usual(index, count)
-            } else {
-                known.get(id).copied()
-            }
-        })
-        .collect()
+    let left = (1..=PCI_SLOTS).filter(|slot| !wanted.values().any(|taken| taken == slot));
+    let left: Vec<u8> = left.collect();
+    let count = ids.len().saturating_sub(wanted.len());
+    let mut usual = (0..count).map(|index| usual(index, count, &left));
+    ids.map(|id| match wanted.get(id) {
+        _ if !known.is_empty() => known.get(id).copied(),
+        Some(slot) => Bdf::new(*slot, 0),
+        None => usual.next().flatten(),
+    })
+    .collect()
 }
 
-/// The place of one of so many devices. A slot that is shared holds all the devices of a slot of
-/// one's own and seven more.
-fn usual(index: usize, count: usize) -> Option<Bdf> {
-    let used = SLOTS - KEPT_FREE;
-    let shared = count.saturating_sub(used).div_ceil(FUNCTIONS - 1);
+/// The place of one of so many devices in these slots. A slot that is shared holds all the devices
+/// of a slot of one's own and seven more.
+fn usual(index: usize, count: usize, slots: &[u8]) -> Option<Bdf> {
+    let needed = count.div_ceil(PCI_FUNCTIONS);
+    let used = slots.len().saturating_sub(KEPT_FREE).max(needed);
+    let shared = count.saturating_sub(used).div_ceil(PCI_FUNCTIONS - 1);
     let own = used.saturating_sub(shared);
     let (slot, function) = match index.checked_sub(own) {
-        Some(index) => (own.checked_add(index / FUNCTIONS)?, index % FUNCTIONS),
+        Some(index) => (
+            own.checked_add(index / PCI_FUNCTIONS)?,
+            index % PCI_FUNCTIONS,
+        ),
         None => (index, 0),
     };
-    let slot = u8::try_from(slot.checked_add(1)?).ok()?;
-    Bdf::new(slot, u8::try_from(function).ok()?)
+    Bdf::new(*slots.get(slot)?, u8::try_from(function).ok()?)
 }
 
 /// Places as another service tells them, device and function number in a byte, do not make sense.
@@ -106,7 +108,7 @@ mod tests {
 
     fn assigned(count: usize, known: &BTreeMap<String, Bdf>) -> Vec<Option<Bdf>> {
         let ids: Vec<String> = (0..count).map(|i| format!("d{i}")).collect();
-        assign(ids.iter().map(String::as_str), known)
+        assign(ids.iter().map(String::as_str), known, &BTreeMap::new())
     }
 
     #[test]
@@ -136,6 +138,29 @@ mod tests {
             };
             assert_eq!(shared, expected, "of {count}");
         }
+    }
+
+    #[test]
+    fn wanted_slots_come_before_all_others() {
+        let ids: Vec<String> = (0..64).map(|i| format!("d{i}")).collect();
+        let ids = || ids.iter().map(String::as_str);
+        let wanted = BTreeMap::from([("d1".to_owned(), 1), ("d5".to_owned(), 30)]);
+        let all = assign(ids().take(6), &BTreeMap::new(), &wanted);
+        let all: Vec<_> = all.into_iter().map(|at| at.unwrap().devfn()).collect();
+        assert_eq!(all, [2, 1, 3, 4, 5, 30].map(|slot| slot << 3));
+        // As many as there can be: all have a place of their own, behind function 0 of their slot.
+        for taken in 0..=26_u8 {
+            let wanted = (0..taken).map(|i| (format!("d{i}"), 31 - i)).collect();
+            let all = assign(ids(), &BTreeMap::new(), &wanted);
+            let all: std::collections::BTreeSet<_> = all.into_iter().map(Option::unwrap).collect();
+            assert_eq!(all.len(), 64, "{taken}");
+            assert!(all.iter().all(|at| all.contains(&at.first())), "{taken}");
+        }
+        let known = BTreeMap::from([("d1".to_owned(), Bdf::new(9, 0).unwrap())]);
+        assert_eq!(
+            assign(ids().take(2), &known, &wanted),
+            [None, Bdf::new(9, 0)]
+        );
     }
 
     #[test]

@@ -68,6 +68,16 @@ impl Driver {
                 detail,
             ));
         }
+        // Also while another device is opened for that slot, and for the next boot.
+        let opening = self.opening.values().filter_map(|(_, new)| new.slot());
+        let taken = self.config.wanted_slots().into_values().chain(opening);
+        if let Some(slot) = new.slot()
+            && taken.into_iter().any(|taken| taken == slot)
+        {
+            let detail = format!("another device has the `pci_device_id` {slot}");
+            let code = "pci-slot-taken";
+            return Err(RequestError::new(Category::Conflict, code, detail));
+        }
         let opening = self.opening.values();
         let is_vsock = |new: &NewDevice| matches!(new, NewDevice::Vsock(_));
         if is_vsock(new)

@@ -402,12 +402,13 @@ impl Active {
         reporter: &Reporter,
     ) -> Result<PciDeviceInfo, BuildError> {
         let id = opened.id.clone();
+        let at = opened.slot.and_then(|slot| pci::Bdf::new(slot, 0));
         let devices = &mut self.parts.devices;
         let plugged = self
             .parts
             .topology
             .lock()
-            .transaction(|tx| devices.plug(tx, opened, None, reporter));
+            .transaction(|tx| devices.plug(tx, opened, at, reporter));
         if let Err(error) = plugged {
             devices.forget(&id);
             return Err(error);
