@@ -8,6 +8,8 @@
 //! |---|---|---|
 //! | [`Serial`] | ports 0x3f8-0x3ff | 16550, the guest's console; its other end is a [`Console`] |
 //! | [`PowerBlock`] | ports 0x600-0x607 | ACPI sleep, reset, and generic events (power button) |
+//! | [`HotplugBlock`] | ports 0x620-0x62b | ACPI hotplug of PCI devices |
+//! | [`CpuBlock`] | ports 0x640-0x66b | ACPI hotplug of vCPUs |
 //! | [`KeyboardReset`] | port 0x64 | the reset line of a PC's keyboard controller, and no more |
 //! | [`ResetControl`] | port 0xcf9 | the chipset's reset control register, amid PCI's ports |
 //! | [`DebugPort`] | port 0x80 | progress codes of firmware; tells when the first one came |
@@ -32,6 +34,7 @@
 
 mod client;
 mod console;
+pub mod cpus;
 mod debug_port;
 pub mod event_loop;
 pub mod host_file;
@@ -48,6 +51,7 @@ mod serial;
 mod unix;
 
 pub use console::{Console, ConsoleError, ConsoleInput, Watch, flush_terminal, on_terminal_escape};
+pub use cpus::CpuBlock;
 pub use debug_port::DebugPort;
 pub use hotplug::HotplugBlock;
 pub use interrupt::InterruptLine;

@@ -37,6 +37,8 @@ pub const POWER_BUTTON: u8 = 1 << 0;
 
 /// Devices came, or should go: the registers of [`hotplug`](crate::hotplug) say which.
 pub const PCI_HOTPLUG: u8 = 1 << 1;
+/// vCPUs came, or should go: the registers of [`cpus`](crate::cpus) say which.
+pub const CPU_HOTPLUG: u8 = 1 << 2;
 
 /// A guest's request for its machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,6 +77,11 @@ impl PowerBlock {
     /// Has the guest look at the hotplug registers.
     pub fn announce_hotplug(&self) {
         self.raise(PCI_HOTPLUG);
+    }
+
+    /// Has the guest look at the registers for vCPUs.
+    pub fn announce_cpus(&self) {
+        self.raise(CPU_HOTPLUG);
     }
 
     /// Raises the interrupt again if an event was not read yet, for a guest that was loaded.

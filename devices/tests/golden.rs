@@ -8,7 +8,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use devices::pci::Bus;
-use devices::{ConsoleInput as _, HotplugBlock, InterruptLine, PmTimer, PowerBlock, Rtc, Serial};
+use devices::{
+    ConsoleInput as _, CpuBlock, HotplugBlock, InterruptLine, PmTimer, PowerBlock, Rtc, Serial,
+};
 use memory::DeviceOps as _;
 use state::{Load, Save, Store, Writer};
 
@@ -62,6 +64,18 @@ fn saved_state_is_stable() {
     rtc.write(0, &[0x8a]);
     check("rtc", &rtc, |from| {
         (&rtc).load(from, &mut ()).unwrap();
+    });
+    let cpus = CpuBlock::new(2, 8, || {});
+    (2..5).for_each(|vcpu| cpus.plug(vcpu));
+    let mut event = [0; 4];
+    cpus.read(devices::cpus::EVENT, &mut event);
+    cpus.read(devices::cpus::EVENT, &mut event);
+    cpus.want_back(1);
+    cpus.want_back(3);
+    check("cpus", &cpus.snapshot(), |from| {
+        let loaded = CpuBlock::new(2, 8, || {});
+        (&loaded).load(from, &mut ()).unwrap();
+        assert!(loaded.present() == cpus.present() && loaded.leaving() == cpus.leaving());
     });
     let bus = Bus::new();
     bus.ports().write(0, &0x8000_0800_u32.to_le_bytes());
