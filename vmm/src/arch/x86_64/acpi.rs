@@ -1,6 +1,8 @@
 //! ACPI tables (ACPI 6.5): a hardware-reduced platform, which has no fixed hardware but a sleep
 //! and a reset register, and tells events through a generic event device.
 
+mod cpus;
+
 use acpi_tables::Aml;
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, And, Arg, Device, EISAName, Equal, Field, FieldAccessType,
@@ -22,13 +24,12 @@ const TABLE: [u8; 8] = *b"WHIMBREL";
 
 /// All tables, to be loaded at [`layout::ACPI`]; the RSDP is first.
 pub(crate) fn tables(cpus: &CpusConfig, layout: &Layout) -> Vec<u8> {
-    let vcpus = cpus.boot_vcpus;
     let mut placed = Placed::default();
     // The RSDP's place; what it points to is not known yet.
     placed.add(&[0; RSDP_LEN]);
-    let dsdt = placed.add(&bytes(&dsdt(vcpus, layout)));
+    let dsdt = placed.add(&bytes(&dsdt(cpus, layout)));
     let fadt = placed.add(&bytes(&fadt(dsdt)));
-    let madt = placed.add(&bytes(&madt(cpus)));
+    let madt = placed.add(&bytes(&cpus::madt(cpus)));
     let mcfg = placed.add(&bytes(&mcfg()));
     let mut xsdt = XSDT::new(OEM, TABLE, 1);
     [fadt, madt, mcfg]
@@ -103,36 +104,6 @@ fn fadt(dsdt: u64) -> Sdt {
     fadt
 }
 
-/// 5.2.12. A processor's unique id is its `_UID`, which is the vCPU's index. APIC ids past 254 need
-/// the x2APIC structure.
-fn madt(cpus: &CpusConfig) -> Sdt {
-    const ENABLED: u32 = 1;
-    let mut madt = Sdt::new(*b"APIC", 44, 5, OEM, TABLE, 1);
-    madt.write_u32(36, layout::LOCAL_APIC);
-    let arrangement = cpus.arrangement();
-    let vcpus = (0..cpus.boot_vcpus).filter_map(|vcpu| Some((vcpu, arrangement.apic_id(vcpu)?)));
-    for (uid, apic_id) in vcpus {
-        match (u8::try_from(uid), u8::try_from(apic_id)) {
-            (Ok(uid), Ok(apic_id)) if apic_id < 255 => {
-                madt.append_slice(&[0, 8, uid, apic_id]);
-                madt.append_slice(&ENABLED.to_le_bytes());
-            }
-            _ => {
-                madt.append_slice(&[9, 16, 0, 0]);
-                madt.append_slice(&apic_id.to_le_bytes());
-                madt.append_slice(&ENABLED.to_le_bytes());
-                madt.append_slice(&uid.to_le_bytes());
-            }
-        }
-    }
-    // The I/O APIC, whose id is none of a vCPU's to those who look.
-    madt.append_slice(&[1, 12, 0, 0]);
-    madt.append_slice(&layout::IO_APIC.to_le_bytes());
-    madt.append_slice(&0_u32.to_le_bytes());
-    madt.update_checksum();
-    madt
-}
-
 /// PCI Firmware 3.2, 4.1.2.
 fn mcfg() -> MCFG {
     let mut mcfg = MCFG::new(OEM, TABLE, 1);
@@ -140,14 +111,14 @@ fn mcfg() -> MCFG {
     mcfg
 }
 
-fn dsdt(vcpus: u32, layout: &Layout) -> Sdt {
+fn dsdt(cpus: &CpusConfig, layout: &Layout) -> Sdt {
     let mut dsdt = Sdt::new(*b"DSDT", 36, 6, OEM, TABLE, 1);
     let parts = [
         power_aml(),
         pci_aml(layout),
         hotplug_aml(),
         serial_aml(),
-        cpus_aml(vcpus),
+        cpus::aml(cpus),
     ];
     for part in parts {
         dsdt.append_slice(&part);
@@ -214,6 +185,11 @@ fn power_aml() -> Vec<u8> {
                             &If::new(
                                 &Equal::new(&Local(1), &power::PCI_HOTPLUG),
                                 vec![&MethodCall::new("\\_SB_.PCI0.PCNT".into(), vec![])],
+                            ),
+                            &And::new(&Local(1), &Local(0), &power::CPU_HOTPLUG),
+                            &If::new(
+                                &Equal::new(&Local(1), &power::CPU_HOTPLUG),
+                                vec![&MethodCall::new("\\_SB_.CSCN".into(), vec![])],
                             ),
                         ],
                     ),
@@ -390,25 +366,6 @@ fn serial_aml() -> Vec<u8> {
     out
 }
 
-/// A processor device for each vCPU (8.4), whose `_UID` is that of the MADT.
-fn cpus_aml(vcpus: u32) -> Vec<u8> {
-    let mut out = Vec::new();
-    for id in 0..vcpus {
-        Scope::new(
-            "_SB_".into(),
-            vec![&Device::new(
-                Path::new(&format!("C{id:03X}")),
-                vec![
-                    &Name::new("_HID".into(), &"ACPI0007"),
-                    &Name::new("_UID".into(), &id),
-                ],
-            )],
-        )
-        .to_aml_bytes(&mut out);
-    }
-    out
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -465,22 +422,5 @@ mod tests {
                 .unwrap();
             }
         }
-    }
-
-    #[test]
-    fn processors_have_the_apic_ids_of_the_topology() {
-        let mut cpus = CpusConfig::with_vcpus(6);
-        cpus.topology = Some(spec::CpuTopology {
-            threads_per_core: 1,
-            cores_per_die: 3,
-            dies_per_package: 1,
-            packages: 2,
-        });
-        let madt = bytes(&madt(&cpus));
-        let local = madt[44..]
-            .chunks(8)
-            .take_while(|entry| entry[..2] == [0, 8]);
-        let ids: Vec<_> = local.map(|entry| (entry[2], entry[3])).collect();
-        assert_eq!(ids, [(0, 0), (1, 1), (2, 2), (3, 4), (4, 5), (5, 6)]);
     }
 }
