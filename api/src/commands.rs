@@ -165,16 +165,17 @@ commands! {
         asks Request::MemoryMap => memory_map
     }
 
-    /// Change the size of the VM's memory or balloon.
+    /// Change the number of vCPUs, and the size of the VM's memory or balloon.
     ///
-    /// This version cannot change the number of vCPUs: only the current value is
-    /// accepted.
+    /// vCPUs are plugged at once. To give some up, the guest must eject them, and memory it plugs and
+    /// unplugs itself: until it has, `pending_resizes` in the VM's information shows how far it is. The
+    /// event `resized` follows, or `resize-failed` if the guest refuses or takes longer than 60 s.
     put (Json(sizes), Json<VmResize>, VmResize) {
         resize at "/api/v1/vms/{id}/resize" as "resizeVm",
             refuses [CommandRefused Pending];
         resize_vm at "/api/v1/vm.resize" as "vmResize",
             refuses [NotCreated WrongState Pending BadBody BadConfig];
-        answers (status = 204, description = "The request was sent to the guest.");
+        answers (status = 204, description = "The guest was notified. It may not have completed the resize.");
         asks Request::Resize(sizes) => done
     }
 

@@ -281,9 +281,9 @@ pub(crate) enum PortName {
 }
 
 #[derive(Debug, Args)]
-#[group(required = true, multiple = true)]
+#[group(required = true, multiple = true, args = ["cpus", "memory", "balloon"])]
 pub(crate) struct ResizeArguments {
-    /// vCPUs.
+    /// vCPUs, up to the VM's `max_vcpus`.
     #[arg(long, value_name = "N")]
     pub(crate) cpus: Option<u32>,
     /// Memory.
@@ -292,6 +292,9 @@ pub(crate) struct ResizeArguments {
     /// Memory in the balloon.
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub(crate) balloon: Option<u64>,
+    /// Wait until the guest has given up what it was asked for, and fail if it does not.
+    #[arg(long)]
+    pub(crate) wait: bool,
 }
 
 pub(crate) fn size(text: &str) -> Result<u64, String> {
@@ -316,6 +319,7 @@ mod tests {
             "--api-socket /s ping",
             "--api-socket=/s create -",
             "--api-socket /s resize --cpus 2 --memory 1G",
+            "--api-socket /s resize --cpus 2 --wait",
             "--api-socket /s resize-disk --disk d --size 10G",
             "--api-socket /s add-disk path=/a,readonly=on",
             "--api-socket /s send-migration --local unix:/m",
@@ -329,6 +333,7 @@ mod tests {
         let both = ["wh-remote", "--api-socket", "/s", "--tcp", "[::1]:1", "ls"];
         assert!(Arguments::try_parse_from(both).is_err());
         assert!(Arguments::try_parse_from(["wh-remote", "resize"]).is_err());
+        assert!(Arguments::try_parse_from(["wh-remote", "resize", "--wait"]).is_err());
         assert!(Arguments::try_parse_from(["wh-remote", "--vm", "a/b", "info"]).is_err());
     }
 }

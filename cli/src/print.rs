@@ -8,8 +8,8 @@ use comfy_table::Table;
 use comfy_table::presets::NOTHING;
 use serde::Serialize;
 use spec::{
-    ConsoleMode, DiskConfig, MigrationInfo, MigrationSide, NetConfig, VmCounters, VmInfo,
-    VmSummary, VmmPingResponse,
+    ConsoleMode, DiskConfig, MigrationInfo, MigrationSide, NetConfig, PendingResize,
+    ResizeResource, VmCounters, VmInfo, VmSummary, VmmPingResponse,
 };
 
 /// The form of the output: text or JSON.
@@ -134,6 +134,26 @@ fn bytes(count: u64) -> String {
     )
 }
 
+/// How many vCPUs the guest has, and how many it can have.
+fn vcpus(vm: &VmInfo) -> String {
+    let cpus = &vm.config.cpus;
+    let actual = vm.vcpus_actual_count.unwrap_or(cpus.boot_vcpus);
+    match cpus.max_vcpus > cpus.boot_vcpus.max(actual) {
+        true => format!("{actual} of {}", cpus.max_vcpus),
+        false => actual.to_string(),
+    }
+}
+
+/// A resize that the guest has not completed.
+pub(crate) fn pending(resize: &PendingResize) -> String {
+    let amount = |count| match resize.resource {
+        ResizeResource::Vcpus => format!("{count}"),
+        ResizeResource::Memory => bytes(count),
+    };
+    let [from, to, actual] = [resize.from, resize.to, resize.actual].map(amount);
+    format!("{}: {from} to {to}, {actual} now", resize.resource)
+}
+
 /// The state and what explains it, then what the VM has.
 pub(crate) fn info(vm: &VmInfo) -> String {
     let config = &vm.config;
@@ -141,7 +161,7 @@ pub(crate) fn info(vm: &VmInfo) -> String {
     if let Some(failure) = &vm.failure {
         rows.push(("failure", format!("{} ({})", failure.detail, failure.code)));
     }
-    rows.push(("vcpus", config.cpus.boot_vcpus.to_string()));
+    rows.push(("vcpus", vcpus(vm)));
     let mut memory = bytes(vm.memory_actual_size);
     if config.memory.hotplug_region() > 0 {
         let most = config
@@ -151,6 +171,8 @@ pub(crate) fn info(vm: &VmInfo) -> String {
         memory = format!("{memory} (of at most {})", bytes(most));
     }
     rows.push(("memory", memory));
+    let resizes = vm.pending_resizes.iter();
+    rows.extend(resizes.map(|resize| ("resize", pending(resize))));
     rows.extend(
         config
             .disks

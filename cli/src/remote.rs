@@ -16,6 +16,9 @@ use crate::console;
 use crate::migrate;
 use crate::print::{self, Printer};
 
+/// How often `resize --wait` asks how far the guest is.
+const RESIZE_POLL: Duration = Duration::from_millis(200);
+
 /// A VMM, and one of its VMs if it has many.
 pub(crate) struct Remote {
     client: Client,
@@ -99,7 +102,7 @@ impl Remote {
                 &on_vm!(self, vms_memory_map, vm_memory_map)?,
                 ToString::to_string,
             ),
-            Command::Resize(sizes) => on_vm!(self, vms_resize, vm_resize, &resize(&sizes)),
+            Command::Resize(sizes) => self.resize(&sizes).await,
             Command::ResizeDisk { disk, size } => {
                 let body = VmResizeDisk {
                     id: disk,
@@ -295,6 +298,35 @@ impl Remote {
             other => bail!("{other:?} needs a service's socket, and this one serves a single VM"),
         };
         self.added(added)
+    }
+
+    /// Resizes the VM, and shows on standard error how far its guest is until it is done.
+    async fn resize(&self, sizes: &ResizeArguments) -> Result<()> {
+        on_vm!(self, vms_resize, vm_resize, &resize(sizes))?;
+        match sizes.wait {
+            true => self.wait_for_resize(sizes.cpus).await,
+            false => Ok(()),
+        }
+    }
+
+    async fn wait_for_resize(&self, vcpus: Option<u32>) -> Result<()> {
+        let mut last = None;
+        loop {
+            let info = on_vm!(self, vms_info, vm_info)?;
+            let Some(pending) = info.pending_resizes.first() else {
+                return match (vcpus, info.vcpus_actual_count) {
+                    (Some(wanted), Some(actual)) if actual != wanted => {
+                        bail!("the guest stays at {actual} vCPUs: `wh-remote events` says why")
+                    }
+                    _ => Ok(()),
+                };
+            };
+            if last != Some(*pending) {
+                eprintln!("{}", print::pending(pending));
+                last = Some(*pending);
+            }
+            tokio::time::sleep(RESIZE_POLL).await;
+        }
     }
 
     fn added(&self, device: Option<PciDeviceInfo>) -> Result<()> {

@@ -35,6 +35,8 @@ pub struct VmStatus {
     pub balloon: Option<Arc<AtomicU64>>,
     /// Bytes of memory that were added to what the guest booted with, as they come and go.
     pub hotplugged: Option<Arc<AtomicU64>>,
+    /// vCPUs that are plugged, while it is on.
+    pub vcpus: Option<u32>,
     /// Resizes that the guest has not completed yet.
     pub resizes: Vec<PendingResize>,
     /// Why the guest ended, when it was not asked to.
@@ -60,6 +62,7 @@ impl VmStatus {
             devices: BTreeMap::new(),
             balloon: None,
             hotplugged: None,
+            vcpus: None,
             resizes: Vec::new(),
             failure: None,
             boot: None,
@@ -86,6 +89,7 @@ impl VmStatus {
             config: VmConfig::clone(&self.config),
             state: self.state,
             memory_actual_size: all.saturating_sub(sum(&self.balloon)),
+            vcpus_actual_count: self.vcpus,
             pending_resizes: self.resizes.clone(),
             device_tree: (!self.devices.is_empty()).then(|| DeviceTree(self.devices.clone())),
             failure: self.failure.clone(),

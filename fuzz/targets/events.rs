@@ -77,7 +77,7 @@ impl Vm {
 }
 
 fn guest_event(bytes: &mut Unstructured<'_>) -> Result<GuestEvent> {
-    Ok(match bytes.int_in_range(0_u8..=6)? {
+    Ok(match bytes.int_in_range(0_u8..=7)? {
         0 => GuestEvent::Ejected(bytes.arbitrary()?),
         1 => GuestEvent::Room(*bytes.choose(&Port::BOTH)?),
         2 => GuestEvent::Power(*bytes.choose(&[PowerEvent::Reset, PowerEvent::PowerOff])?),
@@ -87,11 +87,12 @@ fn guest_event(bytes: &mut Unstructured<'_>) -> Result<GuestEvent> {
             detail: String::new(),
             vcpu: None,
         }),
+        5 => GuestEvent::Cpus,
         kind => {
             let id = format!("_disk{}", bytes.int_in_range(0..=DEVICES - 1)?);
             // Some are longer than an event's detail may be, with characters of several bytes.
             let why = "grün\n\"".repeat(bytes.int_in_range(0..=1000)?);
-            let event = if kind == 5 {
+            let event = if kind == 6 {
                 TransportEvent::Stalled(why)
             } else {
                 TransportEvent::NeedsReset(why)

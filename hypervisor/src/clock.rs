@@ -73,6 +73,17 @@ pub struct StoppedClock {
     pub(crate) khz: u32,
 }
 
+impl StoppedClock {
+    /// Returns the same clock, without a timer that is due.
+    #[must_use]
+    pub fn without_timer(self) -> Self {
+        Self {
+            deadline: None,
+            ..self
+        }
+    }
+}
+
 /// The clock values that a saved vCPU gets.
 #[derive(Clone, Copy, Debug)]
 pub enum SaveClock<'a> {
@@ -232,6 +243,37 @@ impl Vcpu {
             }
         }
         Ok(())
+    }
+
+    /// Returns the TSC at the moment of `sample`, for other vCPUs to follow.
+    ///
+    /// # Errors
+    /// Fails if KVM does not give the counter.
+    pub fn clock_at(&self, sample: &ClockSample) -> Result<StoppedClock, KvmError> {
+        let khz = self.fd().get_tsc_khz().unwrap_or(0);
+        Ok(StoppedClock {
+            tsc: tsc_at(&VcpuCounter(self), sample, khz)?,
+            deadline: None,
+            khz,
+        })
+    }
+
+    /// Has the TSC of a vCPU that never ran count as that of another did at the moment `at`: guests
+    /// give a TSC up that differs between vCPUs. Without `at` only the frequency is set, and
+    /// [`Vcpu::start_clock`] follows.
+    ///
+    /// # Errors
+    /// Fails if KVM refuses to set the frequency or the counter.
+    pub fn follow_clock(
+        &self,
+        other: &StoppedClock,
+        at: Option<&ClockSample>,
+    ) -> Result<(), KvmError> {
+        self.load_tsc_khz(other.khz)?;
+        match at {
+            Some(sample) => set_tsc_at(&VcpuCounter(self), sample, other.tsc, other.khz),
+            None => Ok(()),
+        }
     }
 
     /// Starts the TSC of a loaded vCPU, and the timer that depends on it. At the moment of `now`

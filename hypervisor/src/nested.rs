@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
 use state::Saved;
 
+use crate::kvm::KvmError;
 use crate::saved::StateError;
 use crate::vcpu::Vcpu;
 
@@ -58,7 +59,20 @@ const LARGEST: usize = size_of::<KvmNestedStateBuffer>();
 /// Bytes before the VMCB or VMCS.
 const HEADER: usize = std::mem::offset_of!(KvmNestedStateBuffer, data);
 
+/// `KVM_STATE_NESTED_FORMAT_VMX`.
+const FORMAT_VMX: u16 = 0;
+
 impl NestedState {
+    /// The state of a vCPU that is not in VMX operation.
+    pub(crate) fn no_vmx() -> Self {
+        let mut buffer = KvmNestedStateBuffer::empty();
+        buffer.format = FORMAT_VMX;
+        buffer.hdr.vmx.vmxon_pa = u64::MAX;
+        buffer.hdr.vmx.vmcs12_pa = u64::MAX;
+        buffer.size = u32::try_from(HEADER).unwrap_or(u32::MAX);
+        Self::of(&buffer)
+    }
+
     fn of(buffer: &KvmNestedStateBuffer) -> Self {
         // SAFETY: the structure is plain integers in fixed places, all of them initialised
         // (`empty` zeroes it), and the slice covers it exactly.
@@ -95,6 +109,11 @@ impl NestedState {
 }
 
 impl Vcpu {
+    /// Whether the guest has VMX switched on.
+    pub(crate) fn uses_vmx(&self) -> Result<bool, KvmError> {
+        Ok(self.sregs()?.cr4 & CR4_VMXE != 0)
+    }
+
     /// Saves the nested state, of a vCPU whose guest may use any.
     ///
     /// # Errors

@@ -151,7 +151,26 @@ fn reads_page_table(sregs: &kvm_sregs) -> bool {
     sregs.cr0 & CR0_PG != 0 && sregs.cr4 & CR4_PAE != 0 && sregs.efer & EFER_LMA == 0
 }
 
+/// The highest byte of the local APIC's id register, which has the low bits of the id in both modes of
+/// the APIC.
+const APIC_ID: usize = 0x23;
+
 impl VcpuState {
+    /// The same state, for a vCPU of another APIC id.
+    pub(crate) fn with_apic_id(mut self, id: u32) -> Self {
+        if let Some(byte) = self.lapic.get_mut(APIC_ID) {
+            *byte = (id & 0xff) as u8;
+        }
+        self
+    }
+
+    /// The same state without this MSR, as one that counts.
+    #[cfg(test)]
+    pub(crate) fn without_msr(mut self, index: u32) -> Self {
+        self.msrs.retain(|msr| msr.0 != index);
+        self
+    }
+
     fn msr(&self, index: u32) -> Option<u64> {
         let found = self.msrs.iter().find(|msr| msr.0 == index);
         found.map(|msr| msr.1)
@@ -272,9 +291,7 @@ impl Vcpu {
 
     /// KVM would take another id, and the guest's interrupts would go astray.
     fn check_apic_id(&self, lapic: &kvm_lapic_state) -> Result<(), StateError> {
-        /// The highest byte of the id register, which has the id in both modes of the APIC.
-        const ID: usize = 0x23;
-        let (saved, here) = (lapic.regs[ID].cast_unsigned(), self.apic_id() & 0xff);
+        let (saved, here) = (lapic.regs[APIC_ID].cast_unsigned(), self.apic_id() & 0xff);
         if u32::from(saved) != here {
             return Err(StateError::ApicId {
                 saved: saved.into(),
@@ -284,7 +301,7 @@ impl Vcpu {
         Ok(())
     }
 
-    fn load_tsc_khz(&self, saved: u32) -> Result<u32, KvmError> {
+    pub(crate) fn load_tsc_khz(&self, saved: u32) -> Result<u32, KvmError> {
         let khz = self.fd().get_tsc_khz().unwrap_or(0);
         if saved == 0 {
             return Ok(khz);

@@ -290,6 +290,10 @@ pub struct VmInfo {
     pub state: VmState,
     /// Memory of the guest, in bytes.
     pub memory_actual_size: u64,
+    /// vCPUs that are plugged, while the VM is on. While the guest is asked to eject some, these are more
+    /// than `config.cpus.boot_vcpus`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vcpus_actual_count: Option<u32>,
     /// Resizes that the guest has not completed yet, at most one of each resource.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub pending_resizes: Vec<PendingResize>,

@@ -20,6 +20,7 @@ use utoipa::{PartialSchema as _, ToSchema as _};
 const EFFECTIVE: &[&str] = &[
     "/cpus/boot_vcpus",
     "/cpus/nested",
+    "/cpus/max_vcpus",
     "/cpus/topology/threads_per_core",
     "/cpus/topology/cores_per_die",
     "/cpus/topology/dies_per_package",
@@ -131,10 +132,6 @@ const TOLD: &[(&str, &str)] = &[
     (
         "/debug_console/iobase",
         "`debug_console` is `Off` or `Null`",
-    ),
-    (
-        "/cpus/max_vcpus",
-        "the guest does not see the room, and `vm.resize` refuses to use it",
     ),
     (
         "/platform/num_pci_segments",

@@ -132,7 +132,7 @@ pub(crate) fn of_machine(config: &VmConfig, may_wait: bool) -> u64 {
     /// The serial port's interrupt line.
     const SERIAL: u64 = 1;
     let mut needed = MACHINE;
-    needed = needed.saturating_add(u64::from(config.cpus.boot_vcpus));
+    needed = needed.saturating_add(u64::from(config.cpus.max_vcpus));
     if may_wait {
         needed = needed.saturating_add(WAITING);
     }
@@ -324,7 +324,7 @@ mod tests {
             assert_eq!(now - last, by);
             last = now;
         };
-        config.cpus.boot_vcpus += 7;
+        config.cpus.max_vcpus += 7;
         grows(&config, 7);
         let text = r#"{"path": "/disk", "image_type": "Raw", "num_queues": 1}"#;
         let mut disk: DiskConfig = serde_json::from_str(text).unwrap();
@@ -334,7 +334,7 @@ mod tests {
         config.disks = Some(vec![disk]);
         grows(&config, 15 * (2 + 4));
         // Nothing that a request can hold overflows.
-        config.cpus.boot_vcpus = u32::MAX;
+        config.cpus.max_vcpus = u32::MAX;
         config.disks.as_mut().unwrap()[0].num_queues = usize::MAX;
         assert!(of_machine(&config, true) > u64::from(u32::MAX));
     }

@@ -78,6 +78,9 @@ pub enum MoveError {
     Kvm(#[from] KvmError),
     /// The saved state of a vCPU or of the VM is inconsistent.
     State(#[from] StateError),
+    /// A vCPU that the guest has cannot be made.
+    #[error("{0}")]
+    Cpu(String),
     /// A section of saved state cannot be written.
     Save(#[from] SaveError),
     /// A section does not fit this machine.
@@ -112,7 +115,21 @@ impl From<CpuError> for BuildError {
         match error {
             CpuError::Kvm(error) => Self::Kvm(error),
             CpuError::Memory(error) => Self::Boot(BootError::Memory(error)),
-            CpuError::TooManyLeaves(_) | CpuError::NoApicId(_) => Self::Layout(error.to_string()),
+            CpuError::Thread(source) => Self::host("start a vCPU thread")(source),
+            CpuError::Reset(error) => Self::Move(error.into()),
+            CpuError::TooManyLeaves(_) | CpuError::NoApicId(_) | CpuError::ThreadFailed(_) => {
+                Self::Layout(error.to_string())
+            }
+        }
+    }
+}
+
+impl From<CpuError> for MoveError {
+    fn from(error: CpuError) -> Self {
+        match error {
+            CpuError::Kvm(error) => Self::Kvm(error),
+            CpuError::Reset(error) => Self::State(error),
+            other => Self::Cpu(other.to_string()),
         }
     }
 }

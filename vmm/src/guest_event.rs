@@ -49,6 +49,8 @@ pub(crate) enum GuestEvent {
     MemoryChanged,
     /// The guest reports a panic: once of each kind.
     Panic(PanicEvent),
+    /// The guest ejected vCPUs, or refused what was asked of it: the registers say which.
+    Cpus,
 }
 
 /// How a machine ends by itself.
@@ -86,6 +88,8 @@ pub(crate) struct Reports {
     pub(crate) memory_changed: bool,
     /// Two at most, one of each kind.
     pub(crate) panics: Vec<PanicEvent>,
+    /// vCPUs were ejected, or the guest refused what was asked of it.
+    pub(crate) cpus: bool,
     /// By the names of the devices.
     pub(crate) devices: BTreeMap<String, DeviceReports>,
 }
@@ -127,6 +131,7 @@ impl Latch for Reports {
                     self.panics.push(event);
                 }
             }
+            GuestEvent::Cpus => self.cpus = true,
             GuestEvent::Device(id, TransportEvent::NeedsReset(why)) => {
                 self.devices.entry(id).or_default().needs_reset = Some(why);
             }

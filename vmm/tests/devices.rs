@@ -352,7 +352,12 @@ async fn resize_accepts_only_valid_sizes() {
         desired_vcpus: Some(2),
         ..VmResize::default()
     };
-    assert_eq!(refused(resize(vcpus)).await, "unsupported-resize");
+    assert_eq!(refused(resize(vcpus)).await, "vcpus-out-of-range");
+    let memory = VmResize {
+        desired_ram: Some(128 << 20),
+        ..VmResize::default()
+    };
+    assert_eq!(refused(resize(memory)).await, "unsupported-resize");
     let same = VmResize {
         desired_vcpus: Some(1),
         desired_ram: Some(64 << 20),

@@ -64,6 +64,7 @@ impl Driver {
                 let devices = machine.devices().tree();
                 let balloon = machine.devices().balloon();
                 let hotplugged = machine.devices().hotplugged();
+                let vcpus = machine.plugged_vcpus().count();
                 self.stage = Stage::On(machine);
                 self.set_config(Arc::clone(&self.config));
                 self.record_formats();
@@ -75,6 +76,7 @@ impl Driver {
                     status.devices = devices;
                     status.balloon = balloon;
                     status.hotplugged = hotplugged;
+                    status.vcpus = Some(vcpus);
                     status.failure = None;
                     status.boot = Some(BootTimeline {
                         built_us,
@@ -157,7 +159,7 @@ fn start(
         .or_else(|| consoles.as_ref().map(Consoles::outputs))
         .unwrap_or_default();
     let built = Built::new(host, config, outputs, origin, reporter, reserved)?;
-    let machine = Machine::new(built.boot(config, reporter)?, &host.background);
+    let machine = Machine::new(built.boot(config)?, &host.background);
     machine.check_memory()?;
     // Last, for what was in a console's file is lost: nothing of the configuration can be refused now.
     if let Some(consoles) = &consoles {

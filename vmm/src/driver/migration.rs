@@ -212,7 +212,7 @@ impl Driver {
 
     /// The guest's CPUs, before they have numbers.
     pub(crate) fn cpuid(&mut self) -> Result<hypervisor::arch::CpuId, Refusal> {
-        Ok(self.on()?.parts.cpuid.clone())
+        Ok(self.on()?.vcpus.cpuid().clone())
     }
 
     /// Tells of something that happened to the VM.
@@ -523,6 +523,7 @@ impl Driver {
         if !paused {
             self.show(VmState::Running);
         }
+        self.vcpus_arrived();
         for port in Port::BOTH {
             self.take_input(port, sources);
         }

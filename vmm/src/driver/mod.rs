@@ -26,6 +26,7 @@ mod outgoing;
 mod resize;
 #[cfg(test)]
 mod tests;
+mod vcpus;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -209,7 +210,10 @@ impl Driver {
             Request::Delete | Request::Shutdown => return self.switch_off_for(ask, sources),
             Request::Pause => return self.pause(ask),
             Request::RemoveDevice(device) => self.remove_device(&device.id),
-            Request::Resize(sizes) => self.resize(sizes),
+            Request::Resize(sizes) => {
+                let sizes = sizes.clone();
+                return self.resize(ask, &sizes);
+            }
             Request::Resume
             | Request::PowerButton
             | Request::Nmi
@@ -329,6 +333,7 @@ impl Driver {
             status.devices.clear();
             status.balloon = None;
             status.hotplugged = None;
+            status.vcpus = None;
             status.by_guest = !matches!(by, End::Requested);
             status.failure = match by {
                 End::Requested | End::PowerOff => None,
@@ -436,6 +441,9 @@ impl Driver {
         // its slots again, for when the machine is back.
         self.stalled(stalled);
         self.ejected(reports.ejected);
+        if reports.cpus {
+            self.vcpus_answered();
+        }
     }
 
     /// Records that a device needs a reset. A guest can cause that as often as it likes.

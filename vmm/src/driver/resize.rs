@@ -13,7 +13,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use control::{Category, Reply, RequestError};
+use control::{Ask, Category, Reply, RequestError};
 use spec::{PendingResize, ResizeResource, VmConfig, VmResize};
 
 use super::{Driver, Stage};
@@ -29,6 +29,8 @@ pub(super) struct Resizes(BTreeMap<ResizeResource, Pending>);
 struct Pending {
     shown: PendingResize,
     deadline: Instant,
+    /// The guest's first refusal of a part.
+    refusal: Option<String>,
 }
 
 impl Resizes {
@@ -43,6 +45,11 @@ impl Resizes {
 }
 
 impl Driver {
+    /// Whether a resize of the resource is pending.
+    pub(super) fn is_pending(&self, resource: ResizeResource) -> bool {
+        self.resizes.0.contains_key(&resource)
+    }
+
     /// Fails with `resize-pending` if an earlier resize of the resource is not over.
     pub(super) fn check_no_resize(&self, resource: ResizeResource) -> Result<(), RequestError> {
         let Some(pending) = self.resizes.0.get(&resource) else {
@@ -73,6 +80,7 @@ impl Driver {
                 actual: from,
             },
             deadline: Instant::now() + RESIZE_PATIENCE,
+            refusal: None,
         };
         self.resizes.0.insert(resource, pending);
         let detail = format!("{resource}: {from} to {to}");
@@ -96,11 +104,20 @@ impl Driver {
         self.show_resizes();
     }
 
-    /// The guest will not do the rest: ends the pending resize, if there is one.
+    /// The guest refused a part of the pending resize, if there is one. It may still do the rest.
+    pub(super) fn resize_refused(&mut self, resource: ResizeResource, why: &str) {
+        if let Some(pending) = self.resizes.0.get_mut(&resource) {
+            pending.refusal.get_or_insert_with(|| why.to_owned());
+        }
+    }
+
+    /// The guest will not do the rest: ends the pending resize, if there is one. A refusal of the guest
+    /// is a better reason than `why`.
     pub(super) fn resize_failed(&mut self, resource: ResizeResource, why: &str) {
         let Some(pending) = self.resizes.0.remove(&resource) else {
             return;
         };
+        let why = pending.refusal.as_deref().unwrap_or(why);
         let PendingResize {
             from, to, actual, ..
         } = pending.shown;
@@ -130,8 +147,9 @@ impl Driver {
                 RESIZE_PATIENCE.as_secs()
             );
             self.resize_failed(resource, &why);
-            if resource == ResizeResource::Memory {
-                self.withdraw_memory();
+            match resource {
+                ResizeResource::Vcpus => self.withdraw_vcpus(),
+                ResizeResource::Memory => self.withdraw_memory(),
             }
         }
     }
@@ -154,22 +172,18 @@ impl Driver {
         }
     }
 
-    /// Changes sizes of the VM. All are checked before any is changed.
-    pub(super) fn resize(&mut self, sizes: &VmResize) -> Result<Reply, RequestError> {
-        let unsupported = |what| {
-            let detail = format!("this version cannot change {what} of a VM");
-            Err(RequestError::new(
-                Category::Unsupported,
-                "unsupported-resize",
-                detail,
-            ))
-        };
-        let config = &self.config;
-        if sizes
-            .desired_vcpus
-            .is_some_and(|n| n != config.cpus.boot_vcpus)
-        {
-            return unsupported("the vCPUs");
+    /// Changes sizes of the VM, and answers. All are checked before any is changed.
+    pub(super) fn resize(&mut self, ask: Ask, sizes: &VmResize) {
+        match (self.resize_all_but_vcpus(sizes), sizes.desired_vcpus) {
+            (Err(refused), _) => ask.answer(Err(refused)),
+            (Ok(()), Some(vcpus)) => self.resize_vcpus(ask, vcpus),
+            (Ok(()), None) => ask.answer(Ok(Reply::Done)),
+        }
+    }
+
+    fn resize_all_but_vcpus(&mut self, sizes: &VmResize) -> Result<(), RequestError> {
+        if let Some(vcpus) = sizes.desired_vcpus {
+            self.check_vcpus(vcpus)?;
         }
         let memory = sizes.desired_ram.map(|size| self.plan_memory(size));
         let memory = memory.transpose()?.flatten();
@@ -179,7 +193,7 @@ impl Driver {
         if let Some(hotplugged) = memory {
             self.resize_memory(hotplugged);
         }
-        Ok(Reply::Done)
+        Ok(())
     }
 
     fn resize_balloon(&mut self, size: u64) -> Result<(), RequestError> {

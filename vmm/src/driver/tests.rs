@@ -2,6 +2,8 @@
 
 use std::sync::mpsc::{Sender, channel};
 
+use ::devices::cpus::{DEVICE_CHECK, EJECT, EJECT_REQUEST, EVENT, STATUS};
+use ::memory::DeviceOps as _;
 use control::{Registry, VmHandle};
 use guest::Options;
 use spec::{ConsoleMode, HotplugMethod, PayloadConfig, ResizeResource, VmResize};
@@ -43,6 +45,7 @@ impl Lab {
             // Room that the guest has no driver for.
             config.memory.hotplug_method = HotplugMethod::VirtioMem;
             config.memory.hotplug_size = Some(128 << 20);
+            (config.cpus.boot_vcpus, config.cpus.max_vcpus) = (2, 4);
             config.serial.mode = ConsoleMode::Null;
             let vm = registry.create(None, config).unwrap();
             vm.ask(Request::Boot).await.unwrap();
@@ -249,4 +252,240 @@ async fn reboot_ends_a_resize() {
     let ended = "memory: 1073741824 to 536870912, by the end of the machine";
     assert_eq!(lab.events("resized"), [ended]);
     assert!(lab.events("resize-failed").is_empty());
+}
+
+impl Lab {
+    async fn resize(&self, vcpus: u32) -> Result<Reply, RequestError> {
+        let sizes = spec::VmResize {
+            desired_vcpus: Some(vcpus),
+            ..spec::VmResize::default()
+        };
+        soon(self.vms[0].ask(Request::Resize(sizes))).await
+    }
+
+    /// Has the guest read its next notification: a code and a vCPU.
+    fn notification(&self) -> Option<(u8, u32)> {
+        self.driver(|driver| {
+            let mut data = [0; 4];
+            machine_of(driver).parts.cpus.read(EVENT, &mut data);
+            let value = u32::from_le_bytes(data);
+            (value != 0).then_some(((value >> 16) as u8, value & 0xffff))
+        })
+    }
+
+    fn notifications(&self) -> Vec<(u8, u32)> {
+        std::iter::from_fn(|| self.notification()).collect()
+    }
+
+    /// Has the guest write to a register of vCPU hotplug.
+    fn guest_writes(&self, register: u64, value: u32) {
+        self.driver(move |driver| {
+            let block = &machine_of(driver).parts.cpus;
+            block.write(register, &value.to_le_bytes());
+        });
+    }
+
+    /// The vCPUs that the guest has, that are to be booted, and that are shown as pending.
+    fn vcpus(&self) -> (Option<u32>, u32, Vec<u64>) {
+        // Calls and reports take turns: behind two calls the reports of before were handled.
+        self.driver(|_| {});
+        self.driver(|_| {});
+        let info = self.vms[0].info();
+        let pending = info.pending_resizes.iter().map(|pending| pending.to);
+        let boot = info.config.cpus.boot_vcpus;
+        (info.vcpus_actual_count, boot, pending.collect())
+    }
+
+    /// The numbers of the vCPUs that have threads which run the guest.
+    fn threads(&self) -> Vec<u32> {
+        self.driver(|driver| {
+            machine_of(driver)
+                .vcpus
+                .plugged()
+                .map(|(index, _)| index)
+                .collect()
+        })
+    }
+}
+
+fn machine_of(driver: &mut Driver) -> &mut Active {
+    match &mut driver.stage {
+        Stage::On(machine) => machine,
+        _ => panic!("there is no machine"),
+    }
+}
+
+#[tokio::test]
+async fn vcpus_come_and_go() {
+    let lab = Lab::new().await;
+    for _ in 0..2 {
+        assert_eq!(lab.vcpus(), (Some(2), 2, vec![]));
+        lab.resize(4).await.unwrap();
+        assert_eq!(lab.vcpus(), (Some(4), 4, vec![]));
+        let news = [(DEVICE_CHECK, 2), (DEVICE_CHECK, 3)];
+        assert_eq!(lab.notifications(), news);
+        assert_eq!(lab.threads(), [0, 1, 2, 3]);
+        lab.guest_writes(EJECT, 3);
+        assert_eq!(lab.vcpus().0, Some(4), "no vCPU was to be ejected");
+
+        lab.resize(2).await.unwrap();
+        assert_eq!(lab.vcpus(), (Some(4), 2, vec![2]));
+        let refused = lab.resize(3).await.unwrap_err();
+        assert_eq!(
+            (refused.category, &*refused.code),
+            (Category::Pending, "resize-pending")
+        );
+        let asked = [(EJECT_REQUEST, 2), (EJECT_REQUEST, 3)];
+        assert_eq!(lab.notifications(), asked);
+        lab.guest_writes(EJECT, 2);
+        assert_eq!(lab.vcpus(), (Some(3), 2, vec![2]));
+        for vcpu in [0, 1, 2, 4, u32::MAX] {
+            lab.guest_writes(EJECT, vcpu);
+        }
+        assert_eq!(lab.threads(), [0, 1, 3]);
+        lab.guest_writes(EJECT, 3);
+        assert_eq!(lab.vcpus(), (Some(2), 2, vec![]));
+        // All vCPUs park, and those that were ejected are not waited for.
+        soon(lab.vms[0].ask(Request::Pause)).await.unwrap();
+        soon(lab.vms[0].ask(Request::Resume)).await.unwrap();
+    }
+    assert_eq!(lab.events("resized").last().unwrap(), "vcpus: 4 to 2");
+    // Also while the guest is paused, and what there is survives a reset.
+    soon(lab.vms[0].ask(Request::Pause)).await.unwrap();
+    lab.resize(3).await.unwrap();
+    soon(lab.vms[0].ask(Request::Resume)).await.unwrap();
+    soon(lab.vms[0].ask(Request::Reboot)).await.unwrap();
+    assert_eq!(lab.vcpus(), (Some(3), 3, vec![]));
+    assert_eq!(lab.threads(), [0, 1, 2]);
+    for wrong in [0, 5] {
+        let refused = lab.resize(wrong).await.unwrap_err();
+        assert_eq!(refused.code, "vcpus-out-of-range");
+    }
+    soon(lab.vms[0].ask(Request::Shutdown)).await.unwrap();
+    lab.resize(1).await.unwrap();
+    let info = lab.vms[0].info();
+    assert_eq!(
+        (info.vcpus_actual_count, info.config.cpus.boot_vcpus),
+        (None, 1)
+    );
+}
+
+#[tokio::test]
+async fn guest_keeps_the_vcpus_that_it_refuses_to_eject() {
+    let lab = Lab::new().await;
+    lab.resize(4).await.unwrap();
+    lab.notifications();
+    lab.resize(1).await.unwrap();
+    lab.notifications();
+    let busy = |vcpu| 0x82 << 24 | u32::from(EJECT_REQUEST) << 16 | vcpu;
+    lab.guest_writes(STATUS, busy(2));
+    assert_eq!(lab.vcpus(), (Some(4), 1, vec![1]), "others may still go");
+    lab.guest_writes(EJECT, 3);
+    lab.guest_writes(EJECT, 1);
+    assert_eq!(lab.vcpus(), (Some(2), 2, vec![]));
+    assert_eq!(lab.threads(), [0, 2]);
+    let why = "vcpus: 4 to 1, stays at 2: the guest refused to eject vCPU 2: the vCPU is busy \
+               (_OST status 0x82)";
+    assert_eq!(lab.events("resize-failed"), [why]);
+    // The lowest that is free comes first.
+    lab.resize(3).await.unwrap();
+    assert_eq!(lab.notifications(), [(DEVICE_CHECK, 1)]);
+    lab.guest_writes(STATUS, 0x81 << 24 | u32::from(DEVICE_CHECK) << 16 | 1);
+    assert_eq!(lab.vcpus().0, Some(3));
+    let last = lab.events("resize-failed").pop().unwrap();
+    assert!(
+        last.starts_with("the guest refused to use vCPU 1"),
+        "{last}"
+    );
+}
+
+impl Lab {
+    /// Moves the first VM to one of another name.
+    async fn move_first(&mut self) {
+        use spec::{AwaitMigration, MigrationPhase, StartMigration};
+        let awaiting = AwaitMigration {
+            once: true,
+            vm: Some("moved".parse().unwrap()),
+            ..AwaitMigration::at(format!("unix:{}/migration", self._dir.path().display()))
+        };
+        let receive = self.registry.receive_migration(&awaiting).unwrap();
+        let what = StartMigration::to(receive.info().endpoint);
+        let send = self
+            .registry
+            .send_migration(self.vms[0].id().as_str(), &what);
+        for side in [send.unwrap(), receive] {
+            let mut over = side.over();
+            soon(over.wait_for(|over| *over)).await.unwrap();
+            let info = side.info();
+            assert_eq!(info.phase, MigrationPhase::Completed, "{info:?}");
+        }
+        self.vms[0] = self.registry.get("moved").unwrap();
+    }
+}
+
+#[tokio::test]
+async fn guest_moves_with_requests_to_eject_vcpus() {
+    let mut lab = Lab::new().await;
+    lab.resize(4).await.unwrap();
+    lab.notifications();
+    lab.resize(2).await.unwrap();
+    assert_eq!(lab.notification(), Some((EJECT_REQUEST, 2)));
+    lab.move_first().await;
+    assert_eq!(lab.vcpus(), (Some(4), 2, vec![2]));
+    assert_eq!(lab.threads(), [0, 1, 2, 3]);
+    let unseen = [(EJECT_REQUEST, 3)];
+    assert_eq!(lab.notifications(), unseen, "the guest has taken the other");
+    lab.guest_writes(EJECT, 2);
+    lab.guest_writes(EJECT, 3);
+    assert_eq!(lab.vcpus(), (Some(2), 2, vec![]));
+    lab.resize(4).await.unwrap();
+    assert_eq!(lab.threads(), [0, 1, 2, 3]);
+    assert_eq!(lab.events("resize-failed"), [""; 0]);
+}
+
+#[tokio::test]
+async fn guest_ejects_a_vcpu_between_dry_run_and_stop() {
+    let mut lab = Lab::new().await;
+    lab.resize(4).await.unwrap();
+    lab.notifications();
+    lab.resize(2).await.unwrap();
+    let dry_run = lab.driver(Driver::save_dry_run).unwrap();
+    lab.guest_writes(EJECT, 3);
+    soon(lab.vms[0].ask(Request::Pause)).await.unwrap();
+    let whole = lab.driver(Driver::save_whole).unwrap();
+
+    // The other VM, of the same configuration, takes what was saved.
+    lab.vms.swap(0, 1);
+    soon(lab.vms[0].ask(Request::Pause)).await.unwrap();
+    let load = |lab: &Lab, state: Vec<u8>, extent| {
+        lab.driver(move |driver| machine_of(driver).load(&state, extent))
+            .unwrap();
+        lab.threads()
+    };
+    assert_eq!(load(&lab, dry_run, machine::Extent::DryRun), [0, 1, 2, 3]);
+    assert_eq!(load(&lab, whole, machine::Extent::Whole), [0, 1, 2]);
+    // A vCPU that comes before the clocks count gets one as well.
+    lab.resize(4).await.unwrap();
+    soon(lab.vms[0].ask(Request::Resume)).await.unwrap();
+    assert_eq!(lab.threads(), [0, 1, 2, 3]);
+}
+
+#[tokio::test]
+async fn late_eject_is_honored() {
+    let lab = Lab::new().await;
+    lab.resize(4).await.unwrap();
+    lab.notifications();
+    lab.resize(2).await.unwrap();
+    assert_eq!(lab.notification(), Some((EJECT_REQUEST, 2)));
+    let mut status = lab.vms[0].watch();
+    let ended = status.wait_for(|status| status.resizes.is_empty());
+    soon(ended).await.unwrap();
+    assert_eq!(lab.vcpus(), (Some(4), 4, vec![]), "the VM is as before");
+    assert_eq!(lab.events("resize-failed").len(), 1);
+    // What the guest had not read is withdrawn.
+    assert_eq!(lab.notifications(), []);
+    lab.guest_writes(EJECT, 3);
+    assert_eq!(lab.vcpus().0, Some(4));
+    lab.guest_writes(EJECT, 2);
+    assert_eq!(lab.vcpus(), (Some(3), 3, vec![]));
 }

@@ -3,11 +3,13 @@
 
 mod background;
 mod firmware;
+mod hotplug;
 mod memory_map;
 pub(crate) mod ram;
 mod run_control;
 mod save;
 mod vcpu;
+mod vcpus;
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -17,16 +19,16 @@ use std::time::{Duration, Instant};
 use ::devices::event_loop::EventLoop;
 use ::devices::sandbox::{Confinement, ThreadKind};
 use ::devices::{
-    ConsoleInput, DebugPort, HotplugBlock, InterruptLine, KeyboardReset, PowerBlock, ResetControl,
-    Serial, hotplug, pci, power,
+    ConsoleInput, CpuBlock, DebugPort, HotplugBlock, InterruptLine, KeyboardReset, PowerBlock,
+    ResetControl, Serial, pci, power,
 };
 use hypervisor::arch::CpuId;
-use hypervisor::{IrqRoutes, Kicker, Kvm, Vcpu, Vm};
+use hypervisor::{IrqRoutes, Kvm, Vm};
 use memory::{
     DeviceOps, ListenerHandle, LostWatch, MemoryListener, SpaceKind, Topology, Transaction,
 };
 use parking_lot::{Mutex, MutexGuard};
-use spec::{PciDeviceInfo, VmConfig, VmCounters};
+use spec::{CpusConfig, VmConfig, VmCounters};
 use virtio_devices::Workers;
 
 use crate::arch::x86_64::layout::Layout;
@@ -34,8 +36,8 @@ use crate::arch::x86_64::{cpu, features, layout};
 use crate::boot;
 use crate::descriptors::{Descriptors, Reservation};
 use crate::devices::{
-    ConsoleEnd, DeviceEnds, DeviceHandle, Devices, MachineOrigin, MemoryEnd, OpenContext, Opened,
-    PciHost, SharedTopology,
+    ConsoleEnd, DeviceEnds, DeviceHandle, Devices, MachineOrigin, MemoryEnd, OpenContext, PciHost,
+    SharedTopology,
 };
 use crate::failure::{BuildError, MoveError};
 use crate::guest_event::{GuestEvent, Outputs, Port, Reporter};
@@ -48,8 +50,9 @@ pub(crate) use self::run_control::NotParked;
 use self::run_control::{RunControl, Want};
 use self::save::Clocks;
 pub(crate) use self::save::Extent;
-use self::vcpu::{GuestEnd, VcpuThread};
+use self::vcpu::GuestEnd;
 pub(crate) use self::vcpu::{Halter, Throttle, host_cpus};
+use self::vcpus::{Recipe, Vcpus};
 
 /// How long vCPUs may take to leave the guest. They take microseconds; only a device that blocks
 /// makes them take longer.
@@ -85,9 +88,6 @@ pub(crate) struct Parts {
     _listeners: Vec<ListenerHandle>,
     pub(crate) vm: Vm,
     pub(crate) topology: SharedTopology,
-    /// CPUID of the guest before per-vCPU fields are set: from this host, or from the host where the guest
-    /// booted.
-    pub(crate) cpuid: CpuId,
     pub(crate) ram: GuestRam,
     _lost: Vec<LostWatch>,
     /// The machine's own event loops for devices, if it has any.
@@ -96,6 +96,7 @@ pub(crate) struct Parts {
     pub(crate) power: Arc<PowerBlock>,
     pub(crate) hotplug: Arc<HotplugBlock>,
     pub(crate) clocks: FirmwareClocks,
+    pub(crate) cpus: Arc<CpuBlock>,
     /// Last: given back when all else is closed.
     _descriptors: Vec<Arc<Reservation>>,
 }
@@ -104,16 +105,13 @@ pub(crate) struct Parts {
 pub(crate) struct Built {
     parts: Parts,
     layout: Layout,
-    control: Arc<RunControl>,
-    vcpus: Vec<Vcpu>,
-    confinement: Confinement,
+    vcpus: Vcpus,
 }
 
 /// A machine that has booted; its vCPUs run, or are parked.
 pub(crate) struct Active {
     pub(crate) parts: Parts,
-    pub(crate) control: Arc<RunControl>,
-    pub(crate) vcpus: Vec<VcpuThread>,
+    pub(crate) vcpus: Vcpus,
     pub(crate) clocks: Clocks,
 }
 
@@ -136,12 +134,12 @@ impl Built {
         let layout = Layout::new(config.memory.size, config.memory.hotplug_region(), bits)?;
         let vm = host.kvm.create_vm()?;
         let mut topology = Topology::new();
-        let vcpus = vcpu::make_all(&cpuid, &vm, config, bits)?;
-        let control = Arc::new(RunControl::new(vcpus.len()));
-        let kickers = vcpus.iter().map(Vcpu::kicker).collect();
+        let control = Arc::new(RunControl::new());
+        let recipe = Recipe::new(&cpuid, &config.cpus, bits, host.confinement, reporter);
+        let vcpus = Vcpus::make(recipe, Arc::clone(&control), &vm, config.cpus.boot_vcpus)?;
         let end = GuestEnd {
             reporter: reporter.clone(),
-            halter: Arc::new(Halter::new(Arc::clone(&control), kickers)),
+            halter: Arc::new(Halter::new(control)),
         };
         let mut listeners = Vec::new();
         let slots: Arc<dyn MemoryListener> = vm.memslots();
@@ -171,6 +169,7 @@ impl Built {
             let power = map_power(tx, irq_routes, &end)?;
             let hotplug = map_hotplug(tx, reporter)?;
             let clocks = FirmwareClocks::map(tx, &layout)?;
+            let cpus = map_cpus(tx, &config.cpus, reporter)?;
             let to = reporter.clone();
             let console = outputs.console.map(|output| ConsoleEnd {
                 output,
@@ -185,15 +184,14 @@ impl Built {
             });
             let ends = DeviceEnds { console, memory };
             let devices = Devices::build(host_bridge, tx, config, ends, context, origin, reporter)?;
-            Ok((serial, power, hotplug, clocks, devices))
+            Ok((serial, power, hotplug, clocks, cpus, devices))
         };
-        let (serial, power, hotplug, clocks, devices) = topology.lock().transaction(build)?;
+        let (serial, power, hotplug, clocks, cpus, devices) = topology.lock().transaction(build)?;
         let parts = Parts {
             devices,
             _listeners: listeners,
             vm,
             topology,
-            cpuid,
             _loops: loops,
             ram,
             _lost: lost,
@@ -201,65 +199,47 @@ impl Built {
             power,
             hotplug,
             clocks,
+            cpus,
             _descriptors: reserved,
         };
         Ok(Self {
             parts,
             layout,
-            control,
             vcpus,
-            confinement: host.confinement,
         })
     }
 
     /// Loads the payload and points the boot vCPU at it. The vCPUs are parked.
-    pub(crate) fn boot(self, config: &VmConfig, reporter: &Reporter) -> Result<Active, BuildError> {
+    pub(crate) fn boot(self, config: &VmConfig) -> Result<Active, BuildError> {
         let space = self.parts.topology.lock().space(SpaceKind::Memory);
         let view = space.view();
         let entry = boot::load(config, &view, &self.layout)?;
-        for vcpu in &self.vcpus {
-            cpu::set_up(vcpu)?;
-        }
-        if let Some(first) = self.vcpus.first() {
+        if let Some(first) = self.vcpus.boot_vcpu() {
             cpu::enter(first, &view, &entry)?;
         }
-        self.start(config, reporter)
+        self.start()
     }
 
     /// A machine for a guest that comes from elsewhere: its vCPUs are parked, and it has nothing to
     /// run until it is loaded.
-    pub(crate) fn expect_guest(
-        self,
-        config: &VmConfig,
-        reporter: &Reporter,
-    ) -> Result<Active, BuildError> {
-        let active = self.start(config, reporter)?;
+    pub(crate) fn expect_guest(self) -> Result<Active, BuildError> {
+        let active = self.start()?;
         active.parts.devices.pause();
         Ok(active)
     }
 
     /// Starts the vCPUs' threads, and waits until all have started and are parked.
-    fn start(self, config: &VmConfig, reporter: &Reporter) -> Result<Active, BuildError> {
+    fn start(self) -> Result<Active, BuildError> {
         let mut active = Active {
             parts: self.parts,
-            control: self.control,
-            vcpus: Vec::new(),
+            vcpus: self.vcpus,
             clocks: Clocks::Running,
         };
-        for vcpu in self.vcpus {
-            let affinity = config.cpus.affinity.iter().flatten();
-            let host_cpus = affinity.into_iter().find(|a| a.vcpu == vcpu.index());
-            let host_cpus = host_cpus.map(|affinity| affinity.host_cpus.clone());
-            let (topology, control) = (active.parts.topology.lock(), &active.control);
-            let (reporter, confinement) = (reporter.clone(), self.confinement);
-            let thread =
-                VcpuThread::start(vcpu, &topology, control, reporter, host_cpus, confinement)
-                    .map_err(BuildError::host("start a vCPU thread"))?;
-            active.vcpus.push(thread);
-        }
+        active.start_plugged()?;
         // A thread names itself when it first runs, which on a busy host is later than its start.
         // libvirt looks for the names of all vCPUs as soon as the boot is answered.
         active
+            .vcpus
             .control
             .wait_parked_longer(PARK_PATIENCE, PAUSE_LIMIT)
             .map_err(|late| {
@@ -388,61 +368,34 @@ fn map_hotplug(
         tx,
         ("registers", "hotplug"),
         layout::HOTPLUG_PORT,
-        hotplug::LEN,
+        ::devices::hotplug::LEN,
+        Arc::clone(&block) as _,
+    )?;
+    Ok(block)
+}
+
+fn map_cpus(
+    tx: &mut Transaction<'_>,
+    config: &CpusConfig,
+    reporter: &Reporter,
+) -> Result<Arc<CpuBlock>, BuildError> {
+    let to = reporter.clone();
+    let block = Arc::new(CpuBlock::new(
+        config.boot_vcpus,
+        config.max_vcpus,
+        move || to.report(GuestEvent::Cpus),
+    ));
+    map_port(
+        tx,
+        ("registers", "cpus"),
+        layout::CPUS_PORT,
+        ::devices::cpus::LEN,
         Arc::clone(&block) as _,
     )?;
     Ok(block)
 }
 
 impl Active {
-    /// Plugs a device in and tells the guest.
-    pub(crate) fn add_device(
-        &mut self,
-        opened: Opened,
-        reporter: &Reporter,
-    ) -> Result<PciDeviceInfo, BuildError> {
-        let id = opened.id.clone();
-        let at = opened.slot.and_then(|slot| pci::Bdf::new(slot, 0));
-        let devices = &mut self.parts.devices;
-        let plugged = self
-            .parts
-            .topology
-            .lock()
-            .transaction(|tx| devices.plug(tx, opened, at, reporter));
-        if let Err(error) = plugged {
-            devices.forget(&id);
-            return Err(error);
-        }
-        if self.control.wanted() != Want::Run {
-            devices.pause();
-        }
-        let device = devices.place(&id);
-        let slot = device.map(pci::Bdf::device);
-        slot.into_iter()
-            .for_each(|slot| self.parts.hotplug.insert(slot));
-        self.parts.power.announce_hotplug();
-        Ok(PciDeviceInfo {
-            id,
-            bdf: device.map(|bdf| bdf.to_string()).unwrap_or_default(),
-        })
-    }
-
-    /// Asks the guest to let go of a device; false if there is none of this name. It may be asked
-    /// again: a guest that boots does not listen yet.
-    pub(crate) fn want_device_back(&mut self, id: &str) -> bool {
-        let Some(slot) = self.parts.devices.leave(id) else {
-            return false;
-        };
-        self.parts.hotplug.want_back(slot);
-        self.parts.power.announce_hotplug();
-        true
-    }
-
-    /// The guest has let go of what is in a slot. Gives the name of the device that went.
-    pub(crate) fn ejected(&mut self, slot: u8) -> Option<(String, Result<(), BuildError>)> {
-        self.parts.devices.ejected(slot, &self.parts.topology)
-    }
-
     /// Resumes the guest, and returns the time since which it runs.
     pub(crate) fn resume(&mut self) -> Result<Instant, MoveError> {
         self.resume_after(Duration::ZERO, Instant::now())
@@ -457,7 +410,7 @@ impl Active {
     ) -> Result<Instant, MoveError> {
         let has_come = matches!(self.clocks, Clocks::Loaded { .. });
         self.start_clocks(stopped_for, as_of)?;
-        self.control.want(Want::Run);
+        self.vcpus.control.want(Want::Run);
         let runs = Instant::now();
         // After the guest, for a shorter stop: its doorbells keep what it asks meanwhile.
         self.parts.devices.resume();
@@ -494,9 +447,10 @@ impl Active {
         &mut self,
         wait: impl FnOnce(&RunControl) -> Result<(), NotParked>,
     ) -> Result<(), NotParked> {
-        self.control.want(Want::Park);
-        self.vcpus.iter().for_each(VcpuThread::kick);
-        wait(&self.control).inspect_err(|_| self.control.want(Want::Run))?;
+        let control = &self.vcpus.control;
+        control.want(Want::Park);
+        control.kick();
+        wait(control).inspect_err(|_| control.want(Want::Run))?;
         // Before the devices, which may take long to finish: the guest's time ends here. Clocks
         // that were loaded and never started keep their values.
         if matches!(self.clocks, Clocks::Running) {
@@ -516,22 +470,18 @@ impl Active {
 
     /// Returns the handle that throttles the vCPUs.
     pub(crate) fn throttle(&self) -> Throttle {
-        Throttle::new(Arc::clone(&self.control), self.kickers())
+        Throttle::new(Arc::clone(&self.vcpus.control))
     }
 
     /// Returns the handle that halts the guest, even if a vCPU waits for a missing page.
     pub(crate) fn halter(&self) -> Halter {
-        Halter::new(Arc::clone(&self.control), self.kickers())
-    }
-
-    fn kickers(&self) -> Vec<Kicker> {
-        let kickers = self.vcpus.iter().map(|vcpu| vcpu.kicker.clone());
-        kickers.collect()
+        Halter::new(Arc::clone(&self.vcpus.control))
     }
 
     /// Interrupts every vCPU, maskable or not.
     pub(crate) fn nmi(&self) {
-        self.vcpus.iter().for_each(VcpuThread::inject_nmi);
+        let vcpus = self.vcpus.plugged();
+        vcpus.for_each(|(_, vcpu)| vcpu.inject_nmi());
     }
 
     /// Presses the power button.
@@ -599,10 +549,9 @@ impl Active {
 
 impl Drop for Active {
     fn drop(&mut self) {
-        self.control.want(Want::End);
-        self.vcpus.iter().for_each(VcpuThread::kick);
+        self.halter().halt();
         // Threads that wait for a page continue now: vCPUs end, and devices see that the page is lost.
         self.parts.ram.lose_awaited();
-        self.vcpus.drain(..).for_each(VcpuThread::join);
+        self.vcpus.join();
     }
 }

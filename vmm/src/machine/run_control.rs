@@ -12,12 +12,18 @@
 //!                                                     ended
 //! ```
 //!
+//! vCPUs come and go with CPU hotplug: [`RunControl::enroll`] adds a thread, and a [`Dismissal`] ends one
+//! while the others run.
+//!
 //! No wake-up is lost: the wish is stored before the kick, and the kick makes the next or the
 //! present `KVM_RUN` return.
 
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use hypervisor::Kicker;
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 /// The driver's wish for the vCPU threads.
@@ -32,10 +38,16 @@ pub(crate) enum Want {
     End = 2,
 }
 
+/// Ends one vCPU's thread, whatever is wanted of the others.
+#[derive(Clone, Default)]
+pub(crate) struct Dismissal(Arc<AtomicBool>);
+
 /// Shared between the driver and the vCPU threads of one machine.
 pub(crate) struct RunControl {
     want: AtomicU8,
     running: Mutex<usize>,
+    /// The ways to get the vCPUs out of the guest, by their numbers.
+    kickers: Mutex<BTreeMap<u32, Kicker>>,
     /// Counts the calls of [`Self::nudge`].
     nudges: AtomicU64,
     /// vCPUs that are interrupted wait until then.
@@ -52,14 +64,51 @@ pub(crate) struct NotParked {
 }
 
 impl RunControl {
-    /// For this many threads, of which none counts as parked before it called [`Self::park`].
-    pub(crate) fn new(threads: usize) -> Self {
+    /// For threads that are still to [enroll](Self::enroll).
+    pub(crate) fn new() -> Self {
         Self {
             want: AtomicU8::new(Want::Park as u8),
-            running: Mutex::new(threads),
+            running: Mutex::new(0),
+            kickers: Mutex::default(),
             nudges: AtomicU64::new(0),
             throttled: Mutex::new(None),
             changed: Condvar::new(),
+        }
+    }
+
+    /// Adds the thread of a vCPU, before it starts: it counts as running until it calls
+    /// [`Self::park`].
+    pub(crate) fn enroll(&self, vcpu: u32, kicker: Kicker) {
+        *self.running.lock() += 1;
+        self.kickers.lock().insert(vcpu, kicker);
+    }
+
+    /// Takes back [`Self::enroll`], of a thread that did not start.
+    pub(crate) fn withdraw(&self, vcpu: u32) {
+        *self.running.lock() -= 1;
+        self.kickers.lock().remove(&vcpu);
+        self.changed.notify_all();
+    }
+
+    /// Gets all vCPUs out of the guest, to see what is wanted.
+    pub(crate) fn kick(&self) {
+        self.kickers.lock().values().for_each(Kicker::kick);
+    }
+
+    /// Has the thread of one vCPU end, which does not run the guest again.
+    pub(crate) fn dismiss(&self, vcpu: u32, dismissal: &Dismissal) {
+        dismissal.0.store(true, Ordering::Release);
+        self.nudge();
+        if let Some(kicker) = self.kickers.lock().remove(&vcpu) {
+            kicker.kick();
+        }
+    }
+
+    /// Returns what is wanted of a thread: that of all, unless it was dismissed.
+    pub(crate) fn wanted_of(&self, thread: &Dismissal) -> Want {
+        match thread.0.load(Ordering::Acquire) {
+            true => Want::End,
+            false => self.wanted(),
         }
     }
 
@@ -109,17 +158,22 @@ impl RunControl {
     /// Called by a vCPU thread that is out of the guest: counts it as parked until the driver
     /// wants it to run (then it counts as running again) or to end. While it is parked it does
     /// `work`, at first and after each nudge.
-    pub(crate) fn park(&self, work: impl FnMut()) -> Want {
-        self.rest(work, |want| want != Want::Park)
+    pub(crate) fn park(&self, thread: &Dismissal, work: impl FnMut()) -> Want {
+        self.rest(thread, work, |want| want != Want::Park)
     }
 
     /// Called by a vCPU thread whose guest cannot go on: counts it as parked and waits for the
     /// end.
-    pub(crate) fn park_for_good(&self, work: impl FnMut()) {
-        self.rest(work, |want| want == Want::End);
+    pub(crate) fn park_for_good(&self, thread: &Dismissal, work: impl FnMut()) {
+        self.rest(thread, work, |want| want == Want::End);
     }
 
-    fn rest(&self, mut work: impl FnMut(), is_over: impl Fn(Want) -> bool) -> Want {
+    fn rest(
+        &self,
+        thread: &Dismissal,
+        mut work: impl FnMut(),
+        is_over: impl Fn(Want) -> bool,
+    ) -> Want {
         let mut running = self.running.lock();
         *running -= 1;
         self.changed.notify_all();
@@ -127,9 +181,9 @@ impl RunControl {
             let nudges = self.nudges.load(Ordering::Relaxed);
             MutexGuard::unlocked(&mut running, &mut work);
             self.changed.wait_while(&mut running, |_| {
-                !is_over(self.wanted()) && self.nudges.load(Ordering::Relaxed) == nudges
+                !is_over(self.wanted_of(thread)) && self.nudges.load(Ordering::Relaxed) == nudges
             });
-            let want = self.wanted();
+            let want = self.wanted_of(thread);
             if is_over(want) {
                 if want == Want::Run {
                     *running += 1;
@@ -189,10 +243,16 @@ mod tests {
 
     const PATIENCE: Duration = Duration::from_secs(10);
 
+    fn control_of(threads: u32) -> Arc<RunControl> {
+        let control = RunControl::new();
+        (0..threads).for_each(|vcpu| control.enroll(vcpu, Kicker::default()));
+        Arc::new(control)
+    }
+
     fn spinner(control: &Arc<RunControl>, work: &Arc<AtomicU64>) -> thread::JoinHandle<()> {
         let (control, work) = (Arc::clone(control), Arc::clone(work));
         thread::spawn(move || {
-            while control.park(|| {}) == Want::Run {
+            while control.park(&Dismissal::default(), || {}) == Want::Run {
                 while control.wanted() == Want::Run {
                     work.fetch_add(1, Ordering::Relaxed);
                     thread::yield_now();
@@ -203,7 +263,7 @@ mod tests {
 
     #[test]
     fn parked_vcpus_do_not_run() {
-        let (control, work) = (Arc::new(RunControl::new(3)), Arc::new(AtomicU64::new(0)));
+        let (control, work) = (control_of(3), Arc::new(AtomicU64::new(0)));
         let threads: Vec<_> = (0..3).map(|_| spinner(&control, &work)).collect();
         for _ in 0..200 {
             control.wait_parked(PATIENCE).unwrap();
@@ -226,13 +286,13 @@ mod tests {
 
     #[test]
     fn parked_vcpu_runs_nudged_work() {
-        let control = Arc::new(RunControl::new(1));
+        let control = control_of(1);
         let (orders, inbox) = std::sync::mpsc::channel::<u64>();
         let (done, answers) = std::sync::mpsc::channel();
         let shared = Arc::clone(&control);
         let thread = thread::spawn(move || {
             let work = || inbox.try_iter().for_each(|order| done.send(order).unwrap());
-            shared.park(work)
+            shared.park(&Dismissal::default(), work)
         });
         for order in 0..1000 {
             orders.send(order).unwrap();
@@ -245,7 +305,7 @@ mod tests {
 
     #[test]
     fn names_threads_that_do_not_stop() {
-        let control = RunControl::new(2);
+        let control = control_of(2);
         let late = control.wait_parked(Duration::from_millis(1)).unwrap_err();
         assert_eq!(late.still_running, 2);
         let (patience, limit) = (Duration::from_millis(1), Duration::from_millis(3));
@@ -255,16 +315,42 @@ mod tests {
 
     #[test]
     fn starved_thread_is_waited_for_beyond_the_warning() {
-        let control = Arc::new(RunControl::new(1));
+        let control = control_of(1);
         let starved = Arc::clone(&control);
         let thread = thread::spawn(move || {
             thread::sleep(Duration::from_millis(50));
-            starved.park(|| {})
+            starved.park(&Dismissal::default(), || {})
         });
         control
             .wait_parked_longer(Duration::from_millis(1), PATIENCE)
             .unwrap();
         control.want(Want::End);
         assert_eq!(thread.join().unwrap(), Want::End);
+    }
+
+    #[test]
+    fn dismissed_vcpu_ends_while_others_run() {
+        for before in [Want::Park, Want::Run] {
+            let (control, work) = (control_of(2), Arc::new(AtomicU64::new(0)));
+            let other = spinner(&control, &work);
+            let dismissal = Dismissal::default();
+            let (shared, thread) = (Arc::clone(&control), dismissal.clone());
+            let dismissed = thread::spawn(move || {
+                while shared.park(&thread, || {}) == Want::Run {
+                    while shared.wanted_of(&thread) == Want::Run {
+                        thread::yield_now();
+                    }
+                }
+            });
+            control.want(before);
+            control.dismiss(1, &dismissal);
+            dismissed.join().unwrap();
+            // One that is gone does not count, however often the others run.
+            control.want(Want::Run);
+            control.want(Want::Park);
+            control.wait_parked(PATIENCE).unwrap();
+            control.want(Want::End);
+            other.join().unwrap();
+        }
     }
 }

@@ -11,6 +11,7 @@
 //! the moment that reading its state takes. Whatever the destination's host cannot take is refused
 //! then, and not in the stop.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
@@ -22,7 +23,6 @@ use hypervisor::{
 use state::{Load as _, Save as _, Store, Writer};
 
 use super::run_control::NotParked;
-use super::vcpu::VcpuThread;
 use super::{Active, GuestRam, PARK_PATIENCE};
 use crate::failure::MoveError;
 
@@ -51,7 +51,8 @@ pub(crate) enum Clocks {
     /// They were loaded, and count from the next [`Active::resume`] on.
     Loaded {
         kvmclock_ns: Option<u64>,
-        vcpus: Vec<StoppedClock>,
+        /// By the numbers of the vCPUs.
+        vcpus: BTreeMap<u32, StoppedClock>,
     },
 }
 
@@ -67,10 +68,10 @@ impl Clocks {
     /// The clock values that vCPU `index` is saved with, as a job for its thread.
     fn save_vcpu(
         &self,
-        index: usize,
+        index: u32,
     ) -> impl FnOnce(&mut Vcpu) -> Result<SavedVcpu, StateError> + Send + use<> {
         let loaded = match self {
-            Self::Loaded { vcpus, .. } => vcpus.get(index).copied(),
+            Self::Loaded { vcpus, .. } => vcpus.get(&index).copied(),
             _ => None,
         };
         let sample = match self {
@@ -101,13 +102,16 @@ impl Active {
     /// Saves the machine, but for its RAM. For [`Extent::Whole`] it is paused.
     pub(crate) fn save(&self, extent: Extent) -> Result<Vec<u8>, MoveError> {
         let mut writer = Writer::default();
+        // In a dry run the guest may eject a vCPU at any time. What is saved belongs to this moment.
+        let cpus = self.parts.cpus.snapshot();
         let vcpus = self.on_vcpus(|index| self.clocks.save_vcpu(index));
         if extent == Extent::Whole {
             // At the same time as the vCPUs.
             let vm = self.parts.vm.save(self.clocks.kvmclock_ns())?;
             writer.scope("vm")?.put(&vm)?;
         }
-        for (index, state) in vcpus.into_iter().enumerate() {
+        let present = |(index, _): &(u32, _)| cpus.present().contains(*index);
+        for (index, state) in vcpus.into_iter().filter(present) {
             // A vCPU whose guest runs may be in a device that blocks, which is no reason to wait
             // for longer than a pause would.
             let (state, nested) = state
@@ -125,6 +129,10 @@ impl Active {
         self.parts.power.save(&mut writer.scope("power")?)?;
         self.parts.hotplug.save(&mut writer.scope("hotplug")?)?;
         self.parts.clocks.save(&mut writer)?;
+        // Versions that know nothing of vCPU hotplug can load a guest that did not use it.
+        if cpus.is_changed() {
+            cpus.save(&mut writer.scope("cpus")?)?;
+        }
         self.parts.devices.save(&mut writer)?;
         Ok(writer.finish())
     }
@@ -135,10 +143,11 @@ impl Active {
         let mut store = Store::open(saved)?;
         match extent {
             Extent::DryRun => {
+                self.load_cpus(&mut store)?;
                 let vcpus = self.dry_run_vcpus(&mut store)?;
                 self.load_devices(&mut store)?;
                 store.finish()?;
-                for vcpu in &vcpus {
+                for (_, vcpu) in &vcpus {
                     answer(vcpu)??;
                 }
             }
@@ -146,11 +155,14 @@ impl Active {
                 // Before the vCPUs: a local APIC depends on the interrupt controllers.
                 let vm: VmState = store.scope("vm")?.take()?;
                 let kvmclock_ns = self.parts.vm.load(&vm)?;
+                self.load_cpus(&mut store)?;
                 let vcpus = self.load_vcpus(&mut store)?;
                 // At the same time as the vCPUs.
                 self.load_devices(&mut store)?;
                 store.finish()?;
-                let clocks = vcpus.iter().map(|vcpu| Ok::<_, MoveError>(answer(vcpu)??));
+                let clocks = vcpus
+                    .iter()
+                    .map(|(index, vcpu)| Ok::<_, MoveError>((*index, answer(vcpu)??)));
                 self.clocks = Clocks::Loaded {
                     kvmclock_ns,
                     vcpus: clocks.collect::<Result<_, _>>()?,
@@ -160,14 +172,22 @@ impl Active {
         Ok(())
     }
 
+    /// Loads which vCPUs are plugged, and has exactly those: the set may differ from the configuration
+    /// while the guest is asked to eject some, and from that of the dry run when it has.
+    fn load_cpus(&mut self, store: &mut Store<'_>) -> Result<(), MoveError> {
+        (&*self.parts.cpus).load(&mut store.scope("cpus")?, &mut ())?;
+        self.vcpus.dismiss_all_but(&self.parts.cpus.present());
+        Ok(self.start_plugged()?)
+    }
+
     /// Gives each vCPU the state that its guest had a moment ago. Sources before this version send
     /// none.
     fn dry_run_vcpus(
         &self,
         store: &mut Store<'_>,
-    ) -> Result<Vec<Receiver<Result<(), StateError>>>, MoveError> {
+    ) -> Result<OfVcpus<Result<(), StateError>>, MoveError> {
         let mut states = Vec::new();
-        for index in 0..self.vcpus.len() {
+        for (index, _) in self.vcpus.plugged() {
             let mut scope = store.scope(&format!("vcpus/{index}"))?;
             states.push(scope.take_if_there::<VcpuState>()?);
             // KVM could not load it yet: it belongs to the whole state of a vCPU.
@@ -183,9 +203,9 @@ impl Active {
     fn load_vcpus(
         &self,
         store: &mut Store<'_>,
-    ) -> Result<Vec<Receiver<Result<StoppedClock, StateError>>>, MoveError> {
+    ) -> Result<OfVcpus<Result<StoppedClock, StateError>>, MoveError> {
         let mut states = Vec::new();
-        for index in 0..self.vcpus.len() {
+        for (index, _) in self.vcpus.plugged() {
             let mut scope = store.scope(&format!("vcpus/{index}"))?;
             let state: VcpuState = scope.take()?;
             let nested: Option<NestedState> = scope.child("nested")?.take_if_there()?;
@@ -236,13 +256,13 @@ impl Active {
                 let now = self.parts.vm.sample_clocks();
                 let stopped_for = stopped_for + now.taken_at().saturating_duration_since(as_of);
                 let started = self.on_vcpus(|index| {
-                    let clock = vcpus.get(index).copied();
+                    let clock = vcpus.get(&index).copied();
                     move |vcpu: &mut Vcpu| match clock {
                         Some(clock) => vcpu.start_clock(&clock, &now, stopped_for),
                         None => Ok(()),
                     }
                 });
-                for started in &started {
+                for (_, started) in &started {
                     answer(started)??;
                 }
                 // After the TSCs, which KVM derives kvmclock from.
@@ -282,20 +302,36 @@ impl Active {
         Ok(self.parts.devices.take_over()?)
     }
 
+    /// Has a job done on the thread of vCPU 0.
+    pub(super) fn on_first_vcpu<R: Send + 'static>(
+        &self,
+        job: impl FnOnce(&mut Vcpu) -> R + Send + 'static,
+    ) -> Result<Receiver<R>, MoveError> {
+        let (_, first) = self.vcpus.plugged().next().ok_or(MoveError::VcpuGone)?;
+        let answer = first.ask(job);
+        self.vcpus.control.nudge();
+        first.kick();
+        Ok(answer)
+    }
+
     /// Has a job done on each vCPU's own thread, in parallel. A vCPU that runs leaves the guest
     /// for it.
-    fn on_vcpus<R, J>(&self, mut job: impl FnMut(usize) -> J) -> Vec<Receiver<R>>
+    fn on_vcpus<R, J>(&self, mut job: impl FnMut(u32) -> J) -> OfVcpus<R>
     where
         R: Send + 'static,
         J: FnOnce(&mut Vcpu) -> R + Send + 'static,
     {
-        let vcpus = self.vcpus.iter().enumerate();
-        let asked = vcpus.map(|(index, vcpu)| vcpu.ask(job(index))).collect();
-        self.control.nudge();
-        self.vcpus.iter().for_each(VcpuThread::kick);
+        let vcpus = self.vcpus.plugged();
+        let asked = vcpus.map(|(index, vcpu)| (index, vcpu.ask(job(index))));
+        let asked = asked.collect();
+        self.vcpus.control.nudge();
+        self.vcpus.control.kick();
         asked
     }
 }
+
+/// The answers of vCPU threads, with the numbers of the vCPUs.
+type OfVcpus<R> = Vec<(u32, Receiver<R>)>;
 
 fn answer<R>(from: &Receiver<R>) -> Result<R, MoveError> {
     from.recv().map_err(|_| MoveError::VcpuGone)

@@ -8,76 +8,77 @@ use std::time::{Duration, Instant};
 
 use devices::PowerEvent;
 use devices::sandbox::{Confinement, ThreadKind};
-use hypervisor::arch::CpuId;
-use hypervisor::{Exit, ExitHandler, Kicker, Vcpu, Vm};
+use hypervisor::{Exit, ExitHandler, Kicker, Vcpu};
 use memory::{CachedView, SpaceKind, Topology};
+use parking_lot::Mutex;
 use rustix::thread::{CpuSet, sched_setaffinity};
-use spec::VmConfig;
 
-use super::run_control::{RunControl, Want};
-use crate::arch::x86_64::cpu::{self, CpuError};
+use super::run_control::{Dismissal, RunControl, Want};
 use crate::failure;
 use crate::guest_event::{self, GuestEvent, Reporter};
 
-/// Makes the vCPUs that the machine boots with, with their CPUID.
-pub(super) fn make_all(
-    cpuid: &CpuId,
-    vm: &Vm,
-    config: &VmConfig,
-    bits: u8,
-) -> Result<Vec<Vcpu>, CpuError> {
-    let topology = config.cpus.arrangement();
-    let make = |index| {
-        let apic_id = topology.apic_id(index).ok_or(CpuError::NoApicId(index))?;
-        let vcpu = vm.create_vcpu(index, apic_id)?;
-        vcpu.set_cpuid(&cpu::cpuid(cpuid, &topology, apic_id, bits)?)?;
-        Ok(vcpu)
-    };
-    (0..config.cpus.boot_vcpus).map(make).collect()
-}
-
 /// A vCPU's thread, seen from the driver.
 pub(crate) struct VcpuThread {
-    pub(crate) kicker: Kicker,
+    index: u32,
+    kicker: Kicker,
+    dismissal: Dismissal,
     nmi: Arc<AtomicBool>,
     jobs: Sender<Job>,
-    thread: JoinHandle<()>,
+    thread: JoinHandle<Option<Vcpu>>,
 }
 
 /// A job for a vCPU's own thread, while the vCPU is out of the guest.
 type Job = Box<dyn FnOnce(&mut Vcpu) + Send>;
 
 impl VcpuThread {
-    /// Starts the thread, which parks before it runs anything.
-    pub(crate) fn start(
+    /// Starts the thread, which parks before it runs anything. If the host gives no thread, the vCPU
+    /// comes back: KVM cannot make it a second time.
+    pub(super) fn start(
         vcpu: Vcpu,
         topology: &Topology,
         control: &Arc<RunControl>,
         reporter: Reporter,
         host_cpus: Option<Vec<usize>>,
         confinement: Confinement,
-    ) -> std::io::Result<Self> {
-        let (kicker, nmi) = (vcpu.kicker(), Arc::new(AtomicBool::new(false)));
+    ) -> Result<Self, (Option<Vcpu>, std::io::Error)> {
+        let (index, kicker) = (vcpu.index(), vcpu.kicker());
+        let (nmi, dismissal) = (Arc::new(AtomicBool::new(false)), Dismissal::default());
+        control.enroll(index, kicker.clone());
         let bus = Bus {
             memory: CachedView::new(topology.space(SpaceKind::Memory)),
             io: CachedView::new(topology.space(SpaceKind::PortIo)),
             confinement,
         };
-        let (control, nmi_wanted) = (Arc::clone(control), Arc::clone(&nmi));
         let (jobs, inbox) = channel();
         let span = tracing::Span::current();
+        let orders = Orders {
+            control: Arc::clone(control),
+            dismissal: dismissal.clone(),
+            nmi: Arc::clone(&nmi),
+            jobs: inbox,
+        };
+        let slot = Arc::new(Mutex::new(Some(vcpu)));
+        let vcpu = Arc::clone(&slot);
         let thread = Builder::new()
             // libvirt reads the vCPU's number from these names, with strtol() behind `vcpu`.
-            .name(format!("vcpu{}", vcpu.index()))
+            .name(format!("vcpu{index}"))
             .spawn(move || {
                 let _entered = span.entered();
                 if let Some(cpus) = host_cpus {
                     bind(&cpus);
                 }
-                run(vcpu, bus, &control, &reporter, &nmi_wanted, &inbox);
-            })?;
+                let mut vcpu = vcpu.lock().take()?;
+                run(&mut vcpu, bus, &orders, &reporter);
+                Some(vcpu)
+            });
+        let thread = thread.map_err(|error| {
+            control.withdraw(index);
+            (slot.lock().take(), error)
+        })?;
         Ok(Self {
+            index,
             kicker,
+            dismissal,
             nmi,
             jobs,
             thread,
@@ -111,11 +112,17 @@ impl VcpuThread {
         self.kicker.kick();
     }
 
-    /// Waits for the thread's end, which must be wanted.
-    pub(crate) fn join(self) {
-        if self.thread.join().is_err() {
+    /// Has the thread end, whatever is wanted of the others. Does not wait for that.
+    pub(super) fn dismiss(&self, control: &RunControl) {
+        control.dismiss(self.index, &self.dismissal);
+    }
+
+    /// Waits for the thread's end, which must be wanted. Returns the vCPU, unless the thread panicked.
+    pub(super) fn join(self) -> Option<Vcpu> {
+        self.thread.join().unwrap_or_else(|_| {
             tracing::error!("a vCPU thread panicked");
-        }
+            None
+        })
     }
 }
 
@@ -140,27 +147,39 @@ fn bind(cpus: &[usize]) {
     }
 }
 
-fn run(
-    mut vcpu: Vcpu,
-    mut bus: Bus,
-    control: &RunControl,
-    reporter: &Reporter,
-    nmi: &AtomicBool,
-    jobs: &Receiver<Job>,
-) {
+/// What a vCPU's thread is asked to do.
+struct Orders {
+    control: Arc<RunControl>,
+    dismissal: Dismissal,
+    nmi: Arc<AtomicBool>,
+    jobs: Receiver<Job>,
+}
+
+impl Orders {
+    fn wanted(&self) -> Want {
+        self.control.wanted_of(&self.dismissal)
+    }
+
+    fn do_jobs(&self, vcpu: &mut Vcpu) {
+        self.jobs.try_iter().for_each(|job| job(vcpu));
+    }
+}
+
+fn run(vcpu: &mut Vcpu, mut bus: Bus, orders: &Orders, reporter: &Reporter) {
     let mut first = vcpu.index() == 0;
     let mut failed = bus
         .confinement
         .enter(ThreadKind::Vcpu)
         .err()
         .map(|error| failure::cannot_confine(vcpu.index(), &error));
+    let (control, dismissal) = (&orders.control, &orders.dismissal);
     loop {
         if let Some(failure) = failed.take() {
             reporter.report(GuestEvent::Failed(failure));
-            control.park_for_good(|| jobs.try_iter().for_each(|job| job(&mut vcpu)));
+            control.park_for_good(dismissal, || orders.do_jobs(vcpu));
             return;
         }
-        match control.park(|| jobs.try_iter().for_each(|job| job(&mut vcpu))) {
+        match control.park(dismissal, || orders.do_jobs(vcpu)) {
             Want::End => return,
             Want::Park => continue,
             Want::Run => vcpu.forgive_stop(),
@@ -168,20 +187,14 @@ fn run(
         if std::mem::take(&mut first) {
             reporter.report(GuestEvent::FirstEntry(Instant::now()));
         }
-        failed = run_until_wanted(&mut vcpu, &mut bus, control, nmi, jobs);
+        failed = run_until_wanted(vcpu, &mut bus, orders);
     }
 }
 
 /// Runs the guest until something else is wanted, or it cannot go on.
-fn run_until_wanted(
-    vcpu: &mut Vcpu,
-    bus: &mut Bus,
-    control: &RunControl,
-    nmi: &AtomicBool,
-    jobs: &Receiver<Job>,
-) -> Option<spec::Failure> {
-    while control.wanted() == Want::Run {
-        if nmi.swap(false, Ordering::AcqRel)
+fn run_until_wanted(vcpu: &mut Vcpu, bus: &mut Bus, orders: &Orders) -> Option<spec::Failure> {
+    while orders.wanted() == Want::Run {
+        if orders.nmi.swap(false, Ordering::AcqRel)
             && let Err(error) = vcpu.nmi()
         {
             tracing::warn!(%error, "an NMI was lost");
@@ -189,8 +202,8 @@ fn run_until_wanted(
         match vcpu.run(bus) {
             Exit::Handled => {}
             Exit::Interrupted => {
-                jobs.try_iter().for_each(|job| job(vcpu));
-                control.rest_if_throttled();
+                orders.do_jobs(vcpu);
+                orders.control.rest_if_throttled();
             }
             Exit::Shutdown => return Some(failure::triple_fault(vcpu)),
             Exit::Failed(why) => return Some(failure::cannot_run(vcpu.index(), &why)),
@@ -201,7 +214,7 @@ fn run_until_wanted(
         }
     }
     // What the guest reads next must not depend on when it runs again.
-    if control.wanted() != Want::End {
+    if orders.wanted() != Want::End {
         vcpu.complete_access(bus);
     }
     bus.violation(vcpu.index())
@@ -247,20 +260,17 @@ impl ExitHandler for Bus {
 const THROTTLE_PERIOD: Duration = Duration::from_millis(10);
 
 /// Ends a machine's vCPUs, from any thread, whatever its driver waits for.
-pub(crate) struct Halter {
-    control: Arc<RunControl>,
-    kickers: Vec<Kicker>,
-}
+pub(crate) struct Halter(Arc<RunControl>);
 
 impl Halter {
-    pub(crate) fn new(control: Arc<RunControl>, kickers: Vec<Kicker>) -> Self {
-        Self { control, kickers }
+    pub(crate) fn new(control: Arc<RunControl>) -> Self {
+        Self(control)
     }
 
     /// From now on the guest executes nothing any more. Does not wait for the threads.
     pub(crate) fn halt(&self) {
-        self.control.want(Want::End);
-        self.kickers.iter().for_each(Kicker::kick);
+        self.0.want(Want::End);
+        self.0.kick();
     }
 }
 
@@ -287,16 +297,14 @@ impl GuestEnd {
 /// Keeps a machine's vCPUs from running for a part of the time.
 pub(crate) struct Throttle {
     control: Arc<RunControl>,
-    kickers: Vec<Kicker>,
     percent: Arc<AtomicU8>,
     ticker: Option<JoinHandle<()>>,
 }
 
 impl Throttle {
-    pub(crate) fn new(control: Arc<RunControl>, kickers: Vec<Kicker>) -> Self {
+    pub(crate) fn new(control: Arc<RunControl>) -> Self {
         Self {
             control,
-            kickers,
             percent: Arc::default(),
             ticker: None,
         }
@@ -311,11 +319,10 @@ impl Throttle {
             return;
         }
         let (percent, control) = (Arc::clone(&self.percent), Arc::clone(&self.control));
-        let kickers = self.kickers.clone();
         let tick = move || {
             while let part @ 1.. = u32::from(percent.load(Ordering::Acquire)) {
                 control.throttle_until(Instant::now() + THROTTLE_PERIOD * part / 100);
-                kickers.iter().for_each(Kicker::kick);
+                control.kick();
                 std::thread::sleep(THROTTLE_PERIOD);
             }
         };

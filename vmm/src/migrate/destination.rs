@@ -158,7 +158,7 @@ impl DestinationHost {
             let consoles = consoles.keep_reserved(&reserved);
             let outputs = consoles.outputs();
             let built = Built::new(&host, config, outputs, origin, &reporter, reserved)?;
-            Ok((built.expect_guest(config, &reporter)?, consoles))
+            Ok((built.expect_guest()?, consoles))
         };
         let (active, consoles) = build().map_err(|error| {
             let told = failure::told(&error);

@@ -1,7 +1,7 @@
 //! A vCPU's CPUID, and its first registers.
 
 use hypervisor::arch::{CpuId, kvm_dtable, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_segment};
-use hypervisor::{KvmError, Vcpu};
+use hypervisor::{KvmError, StateError, Vcpu};
 use memory::FlatView;
 use spec::CpuTopology;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
@@ -30,6 +30,14 @@ pub(crate) enum CpuError {
     NoApicId(u32),
     #[error("the vCPU's tables do not fit guest memory: {0}")]
     Memory(#[from] GuestMemoryError),
+    #[error("cannot reset a vCPU: {0}")]
+    Reset(#[from] StateError),
+    #[error("the host refused to start a vCPU thread: {0}")]
+    Thread(std::io::Error),
+    #[error(
+        "the thread of vCPU {0} failed: the vCPU can be plugged again after a reboot of the VM"
+    )]
+    ThreadFailed(u32),
 }
 
 /// Physical address bits that a guest has, which are the host's unless the configuration says
