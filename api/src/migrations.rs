@@ -119,11 +119,15 @@ pub(crate) async fn give_socket(service: Service, migration: Arc<dyn Migration>)
     // It lives as long as the migration.
     let _ = migration.settled().wait_for(|settled| *settled).await;
     let info = migration.info();
-    if let (MigrationPhase::Completed | MigrationPhase::Postcopy, Some(vm), Some(sockets)) =
-        (info.phase, info.vm, &service.sockets)
-        && let Err(error) = sockets.open(&vm).await
-    {
-        tracing::warn!(%vm, %error, "cannot open the API socket of a VM that arrived");
+    let (MigrationPhase::Completed | MigrationPhase::Postcopy, Some(sockets)) =
+        (info.phase, &service.sockets)
+    else {
+        return;
+    };
+    for vm in migration.vms() {
+        if let Err(error) = sockets.open(&vm).await {
+            tracing::warn!(%vm, %error, "cannot open the API socket of a VM that arrived");
+        }
     }
 }
 

@@ -8,7 +8,7 @@ use axum::extract::State;
 use axum::response::Response;
 use control::{Migration, RequestError};
 use http::StatusCode;
-use spec::{MigrationInfo, RestoreConfig, VmId, VmSnapshotConfig};
+use spec::{ForkVm, MigrationInfo, RestoreConfig, VmId, VmSnapshotConfig};
 
 use crate::extract::{Json, Named};
 use crate::migrations::{begin, created, give_socket, wait};
@@ -27,6 +27,7 @@ pub(crate) fn routes() -> Routes<Service> {
     Routes::default()
         .routes(routes!(snapshot))
         .routes(routes!(restore))
+        .routes(routes!(fork))
 }
 
 pub(crate) fn one_vm_routes() -> Routes<OneVm> {
@@ -59,7 +60,7 @@ async fn snapshot(
     Ok(created(begun.info()))
 }
 
-/// Start to make a VM of this name from a snapshot.
+/// Start to make a VM of this name from a snapshot, or several of which this is the start of the names.
 ///
 /// The VM is there when the migration that the answer shows is `Completed`: paused, or running if `resume`
 /// is set. A snapshot that cannot be restored leaves no VM.
@@ -79,6 +80,34 @@ async fn restore(
 ) -> Result<Response, ApiError> {
     let registry = service.registry.clone();
     let begun = begin(move || registry.restore(&id, &body), ApiError::from).await?;
+    let info = begun.info();
+    tokio::spawn(give_socket(service, begun));
+    Ok(created(info))
+}
+
+/// Start to make VMs from a paused VM.
+///
+/// They are called `NAME-1`, `NAME-2` and so on, and begin where the VM is paused. All of their memory is
+/// mapped from one copy of the VM's: pages that they do not write are shared. The VMs are there when the
+/// migration that the answer shows is `Completed`; if one cannot be made, none is. The VM that is forked
+/// stays paused, and can be resumed as soon as its memory is copied.
+#[utoipa::path(
+    post, path = "/api/v1/vms/{id}/forks", operation_id = "forkVm", tag = MIGRATIONS, request_body = ForkVm,
+    params(("id" = VmId, Path, description = "The VM's name.")),
+    responses(
+        (status = 201, description = "It has begun.", body = MigrationInfo,
+         headers(("Location" = String, description = "Its path."))),
+        NotUnderstood, NoSuchVm, TooSlow, WrongState, TooLong, NotJson, NotPossible, Failed, Unsupported,
+    ),
+)]
+async fn fork(
+    State(service): State<Service>,
+    Named(id): Named,
+    Json(body): Json<ForkVm>,
+) -> Result<Response, ApiError> {
+    let registry = service.registry.clone();
+    let fork = move || registry.fork(id.as_str(), &body);
+    let begun = begin(fork, ApiError::from).await?;
     let info = begun.info();
     tokio::spawn(give_socket(service, begun));
     Ok(created(info))
@@ -116,6 +145,11 @@ async fn restore_one(
     State(vm): State<OneVm>,
     Json(body): Json<RestoreConfig>,
 ) -> Result<StatusCode, ApiError> {
+    if body.count.is_some() {
+        return Err(ApiError::not_implemented(
+            "make several VMs (`count`) on the socket of one",
+        ));
+    }
     let (registry, id) = (vm.registry.clone(), vm.id.clone());
     wait_for(move || registry.restore(&id, &body), of_one_vms_restore).await
 }

@@ -201,11 +201,32 @@ pub(crate) enum Command {
         destination_url: String,
     },
     /// Make the VM from a snapshot, and wait until it is there: a URL or path, or
-    /// source_url=URL,resume=on. Without resume=on the VM is paused.
+    /// source_url=URL,resume=on,memory_restore_mode=map. Without resume=on the VM is paused. With count=N
+    /// there are N VMs: ID-1, ID-2 and so on.
     Restore {
         /// The snapshot, with options.
         #[arg(value_name = "URL|KEY=VALUE,...")]
         options: String,
+        /// JSON file of what differs from the VM that was saved: disks, taps, sockets; - for standard input.
+        #[arg(long, value_name = "FILE")]
+        overrides: Option<String>,
+    },
+    /// Make VMs from the paused VM, and wait until they are there. They share the memory that they do not
+    /// write.
+    Fork {
+        /// Number of VMs.
+        #[arg(long, value_name = "N", default_value_t = 1)]
+        count: u32,
+        /// Start of their names, NAME-1 and so on. [default: the VM's name]
+        #[arg(long, value_name = "NAME")]
+        name: Option<VmId>,
+        /// Let their guests run. The VM itself stays paused.
+        #[arg(long)]
+        resume: bool,
+        /// JSON file of what differs from the VM: disks, taps, sockets, with {n} for the number of the fork;
+        /// - for standard input.
+        #[arg(long, value_name = "FILE")]
+        overrides: Option<String>,
     },
     /// Take a core dump.
     Coredump {

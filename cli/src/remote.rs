@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use openapi::{Client, News};
 use spec::{
-    CreateVm, PciDeviceInfo, ReceiveMigrationData, ResolveMigration, RestoreConfig,
+    CreateVm, ForkVm, PciDeviceInfo, ReceiveMigrationData, ResolveMigration, RestoreConfig,
     SendMigrationData, VmAddUserDevice, VmConfig, VmCoredumpData, VmId, VmRemoveDevice, VmResize,
     VmResizeDisk, VmResizeZone, VmSnapshotConfig, options,
 };
@@ -133,7 +133,28 @@ impl Remote {
                 migrate::receive(&self.client, self.vm.as_ref(), &arguments, self.printer).await
             }
             Command::Snapshot { destination_url } => self.snapshot(&destination_url).await,
-            Command::Restore { options } => self.restore(&options).await,
+            Command::Restore { options, overrides } => {
+                self.restore(&options, overrides.as_deref()).await
+            }
+            Command::Fork {
+                count,
+                name,
+                resume,
+                overrides,
+            } => {
+                let Some(vm) = &self.vm else {
+                    bail!("fork needs --vm ID, on a service's socket");
+                };
+                let overrides = overrides.as_deref().map(read_json).transpose()?;
+                let body = ForkVm {
+                    count,
+                    name,
+                    resume,
+                    overrides: overrides.unwrap_or_default(),
+                };
+                let begun = self.client.vms_fork(vm, &body).await?;
+                migrate::follow(&self.client, begun, self.printer).await
+            }
             Command::Migrations => self
                 .printer
                 .show(&self.client.migrations_list().await?, |all| {
@@ -166,16 +187,7 @@ impl Remote {
     }
 
     async fn create(&self, path: &str) -> Result<()> {
-        let mut text = Vec::new();
-        if path == "-" {
-            std::io::stdin()
-                .read_to_end(&mut text)
-                .context("cannot read standard input")?;
-        } else {
-            text = std::fs::read(path).with_context(|| format!("cannot read {path}"))?;
-        }
-        let name = if path == "-" { "standard input" } else { path };
-        let config: VmConfig = spec::parse(&text).with_context(|| format!("in {name}"))?;
+        let config: VmConfig = read_json(path)?;
         match &self.vm {
             Some(id) => {
                 self.client
@@ -203,8 +215,9 @@ impl Remote {
         }
     }
 
-    async fn restore(&self, text: &str) -> Result<()> {
+    async fn restore(&self, text: &str, overrides: Option<&str>) -> Result<()> {
         let mut body: RestoreConfig = options::RESTORE.read(&with_key("source_url", text))?;
+        body.overrides = overrides.map(read_json).transpose()?;
         body.source_url = url(&body.source_url);
         match &self.vm {
             Some(vm) => {
@@ -345,6 +358,20 @@ fn resize(sizes: &ResizeArguments) -> VmResize {
         desired_ram: sizes.memory,
         desired_balloon: sizes.balloon,
     }
+}
+
+/// Reads a JSON file; `-` is standard input.
+fn read_json<T: serde::de::DeserializeOwned>(path: &str) -> Result<T> {
+    let mut text = Vec::new();
+    if path == "-" {
+        std::io::stdin()
+            .read_to_end(&mut text)
+            .context("cannot read standard input")?;
+    } else {
+        text = std::fs::read(path).with_context(|| format!("cannot read {path}"))?;
+    }
+    let name = if path == "-" { "standard input" } else { path };
+    spec::parse(&text).with_context(|| format!("in {name}"))
 }
 
 /// A path of the VM's host as a URL.

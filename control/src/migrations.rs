@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use spec::{
-    AwaitMigration, MigrationInfo, MigrationOutcome, RestoreConfig, StartMigration, VmId,
+    AwaitMigration, ForkVm, MigrationInfo, MigrationOutcome, RestoreConfig, StartMigration, VmId,
     VmSnapshotConfig,
 };
 use tokio::sync::watch;
@@ -43,6 +43,11 @@ pub trait Migration: Send + Sync {
     /// come from a snapshot.
     fn settled(&self) -> watch::Receiver<bool> {
         self.over()
+    }
+
+    /// The VMs that it brings here, or takes from here.
+    fn vms(&self) -> Vec<VmId> {
+        self.info().vm.into_iter().collect()
     }
 }
 
@@ -93,6 +98,17 @@ pub trait Migrate: Send + Sync {
         registry: &Registry,
         vm: &VmId,
         what: &RestoreConfig,
+    ) -> Result<Arc<dyn Migration>, RequestError>;
+
+    /// Starts to make VMs from a paused VM.
+    ///
+    /// # Errors
+    /// The request is not valid, the VM is not paused, or a VM of such a name exists.
+    fn fork(
+        &self,
+        registry: &Registry,
+        vm: &VmHandle,
+        what: &ForkVm,
     ) -> Result<Arc<dyn Migration>, RequestError>;
 }
 

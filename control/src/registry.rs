@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use spec::{
-    AwaitMigration, HostLimits, MigrationSide, RestoreConfig, StartMigration, VmConfig, VmId,
-    VmSnapshotConfig,
+    AwaitMigration, ForkVm, HostLimits, MigrationSide, RestoreConfig, StartMigration, VmConfig,
+    VmId, VmSnapshotConfig,
 };
 use tokio::sync::watch;
 
@@ -206,6 +206,16 @@ impl Registry {
     ) -> Result<Arc<dyn Migration>, RequestError> {
         let restore = self.mover()?.restore(self, vm, what)?;
         Ok(self.0.migrations.add(restore))
+    }
+
+    /// Starts to make VMs from a paused VM.
+    ///
+    /// # Errors
+    /// There is no VM of this name, it is not paused, the request is not valid, or a VM has such a name.
+    pub fn fork(&self, id: &str, what: &ForkVm) -> Result<Arc<dyn Migration>, RequestError> {
+        let vm = self.movable(id)?;
+        let forking = self.mover()?.fork(self, &vm, what)?;
+        Ok(self.0.migrations.add(forking))
     }
 
     /// Returns a VM that another process could take over.

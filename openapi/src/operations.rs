@@ -1,7 +1,7 @@
 //! The operations of the document, each a method of [`Client`].
 
 use spec::{
-    AwaitMigration, CreateVm, DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig,
+    AwaitMigration, CreateVm, DeviceConfig, DiskConfig, ForkVm, FsConfig, GenericVhostUserConfig,
     MemoryMap, MigrationInfo, MigrationProgress, NetConfig, PciDeviceInfo, PmemConfig,
     ReceiveMigrationData, ResolveMigration, RestoreConfig, SendMigrationData, StartMigration,
     VdpaConfig, VmAddUserDevice, VmConfig, VmCoredumpData, VmCounters, VmId, VmInfo,
@@ -154,6 +154,8 @@ operations! {
     vms_snapshot(id)[VmSnapshotConfig]: POST "/api/v1/vms/{id}/snapshots" "snapshotVm" -> MigrationInfo;
     /// Starts to make a VM of this name from a snapshot.
     vms_restore(id)[RestoreConfig]: POST "/api/v1/vms/{id}/restore" "restoreVm" -> MigrationInfo;
+    /// Starts to make VMs from a paused VM.
+    vms_fork(id)[ForkVm]: POST "/api/v1/vms/{id}/forks" "forkVm" -> MigrationInfo;
     /// Begins to wait for a VM from another service.
     migrations_receive[AwaitMigration]: POST "/api/v1/migrations" "receiveMigration" -> MigrationInfo;
     /// Lists migrations: those that go on, and the last that are over.

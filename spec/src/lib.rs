@@ -28,6 +28,7 @@ mod migration;
 mod names;
 mod objects;
 pub mod options;
+mod overrides;
 mod parse;
 mod paths;
 mod platform;
@@ -60,6 +61,9 @@ pub use migration::{
     MigrationOutcome, MigrationPhase, MigrationSide, ResolveMigration, StartMigration,
 };
 pub use names::{MEMORY_DEVICE, PVPANIC, check_device_name, free_name};
+pub use overrides::{
+    DiskOverride, ForkVm, MAX_FORKS, NetOverride, Overrides, VsockOverride, fork_names,
+};
 pub use parse::{ParseError, nearest, parse};
 pub use paths::{NamedPath, PathUse};
 pub use platform::{

@@ -3,6 +3,8 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::overrides::Overrides;
+
 /// New sizes.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -125,6 +127,13 @@ pub struct RestoreConfig {
     /// as they read it; `Map` checks none without this. An extension of Whimbrel.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub verify: bool,
+    /// What differs from the VM that was saved. An extension of Whimbrel.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub overrides: Option<Overrides>,
+    /// Number of VMs to make, 1 to 1024. They are called `NAME-1`, `NAME-2` and so on. An extension of
+    /// Whimbrel, for services with many VMs. Not with `OnDemand`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub count: Option<u32>,
 }
 
 /// When memory is copied.

@@ -213,3 +213,140 @@ async fn file_that_shrinks_ends_the_vm() {
     service.client().vms_delete(&vm).await.unwrap();
     dirtier::boot(&service).await.unwrap();
 }
+
+/// Overrides under which VMs of the dirtying guest can run beside each other: each has its own socket.
+fn apart(at: &Service) -> (spec::Overrides, impl Fn(usize) -> PathBuf) {
+    let dir = at.path("ports");
+    fs::create_dir_all(&dir).unwrap();
+    let socket = format!("{}/{{n}}.sock", dir.display());
+    let overrides = serde_json::json!({ "serial": { "mode": "Socket", "socket": socket } });
+    let overrides = serde_json::from_value(overrides).unwrap();
+    (overrides, move |n| dir.join(format!("{n}.sock")))
+}
+
+/// Several VMs of one snapshot run beside each other.
+#[tokio::test]
+async fn vms_of_one_snapshot_run_beside_each_other() {
+    let service = Service::start(Face::Many).await.unwrap();
+    let (vm, port, dir) = example(&service, None).await;
+    let client = service.client();
+    let (overrides, socket) = apart(&service);
+    for mode in [MemoryRestoreMode::Copy, MemoryRestoreMode::Map] {
+        restored(&service, &vm, &with(&dir, mode)).await;
+        let several = RestoreConfig {
+            count: Some(3),
+            overrides: Some(overrides.clone()),
+            ..with(&dir, mode)
+        };
+        let made = restored(&service, &vm, &several).await;
+        assert_eq!(made.phase, MigrationPhase::Completed, "{mode:?}: {made:?}");
+        dirtier::check(&port).await.unwrap();
+        for n in 1..=3 {
+            dirtier::check(&socket(n)).await.unwrap();
+        }
+        let all = client.vms_list().await.unwrap();
+        let names: Vec<_> = all.iter().map(|vm| vm.id.as_str()).collect();
+        assert_eq!(names, ["guest", "guest-1", "guest-2", "guest-3"]);
+        for vm in all {
+            let socket = vm.api_socket.unwrap();
+            assert!(Path::new(&socket).exists(), "{socket}");
+            client.vms_delete(&vm.id).await.unwrap();
+        }
+    }
+}
+
+#[tokio::test]
+async fn forks_begin_where_their_vm_is_paused() {
+    const FORKS: u32 = 20;
+    let service = Service::start(Face::Many).await.unwrap();
+    let (vm, port) = dirtier::boot(&service).await.unwrap();
+    let client = service.client();
+    let (overrides, socket) = apart(&service);
+    let mut what = spec::ForkVm {
+        count: FORKS,
+        name: Some("fork".parse().unwrap()),
+        resume: true,
+        overrides,
+    };
+    refused(client.vms_fork(&vm, &what).await, 409, "wrong-state");
+    client.vms_pause(&vm).await.unwrap();
+    let begun = client.vms_fork(&vm, &what).await.unwrap();
+    let made = over(&service, &begun).await;
+    assert_eq!(made.phase, MigrationPhase::Completed, "{made:?}");
+    assert_eq!(client.vms_list().await.unwrap().len(), FORKS as usize + 1);
+    // The VM continues beside its forks, and they go on without it.
+    client.vms_resume(&vm).await.unwrap();
+    dirtier::check(&port).await.unwrap();
+    client.vms_delete(&vm).await.unwrap();
+    for n in 1..=FORKS {
+        dirtier::check(&socket(n as usize)).await.unwrap();
+    }
+
+    // A fork of a fork, under its own name. The first keeps its socket.
+    let fork: VmId = "fork-7".parse().unwrap();
+    client.vms_pause(&fork).await.unwrap();
+    refused(client.vms_fork(&fork, &what).await, 409, "vm-exists");
+    what.name = None;
+    what.count = 1;
+    let text = serde_json::json!({ "mode": "Socket", "socket": service.path("again{n}") });
+    what.overrides.serial = serde_json::from_value(text).unwrap();
+    let begun = client.vms_fork(&fork, &what).await.unwrap();
+    let made = over(&service, &begun).await;
+    assert_eq!(made.vm.map(String::from).as_deref(), Some("fork-7-1"));
+    dirtier::check(&service.path("again1")).await.unwrap();
+}
+
+/// If one VM cannot be made, none is left, and the VM that is forked is as before.
+#[tokio::test]
+async fn forks_are_made_all_or_none() {
+    let service = Service::start(Face::Many).await.unwrap();
+    let (vm, port) = dirtier::boot(&service).await.unwrap();
+    let client = service.client();
+    client.vms_pause(&vm).await.unwrap();
+    let (overrides, socket) = apart(&service);
+    let what = spec::ForkVm {
+        count: 4,
+        overrides,
+        ..spec::ForkVm::default()
+    };
+    // Somebody listens where the third is to have its port.
+    let taken = std::os::unix::net::UnixListener::bind(socket(3)).unwrap();
+    let begun = client.vms_fork(&vm, &what).await.unwrap();
+    let failed = over(&service, &begun).await;
+    let why = failed.error.unwrap();
+    assert_eq!(failed.phase, MigrationPhase::Failed);
+    assert!(why.detail.starts_with("VM guest-3: "), "{why:?}");
+    assert_eq!(client.vms_list().await.unwrap().len(), 1);
+    assert!(!socket(1).exists(), "nothing is left of the first");
+
+    // Of the VM's own port there is one.
+    let same = spec::ForkVm::default();
+    let begun = client.vms_fork(&vm, &same).await.unwrap();
+    assert_eq!(over(&service, &begun).await.phase, MigrationPhase::Failed);
+    for (count, code) in [
+        (0, "invalid-configuration"),
+        (1025, "invalid-configuration"),
+    ] {
+        let what = spec::ForkVm {
+            count,
+            ..what.clone()
+        };
+        refused(client.vms_fork(&vm, &what).await, 422, code);
+    }
+    let disks = r#"{"overrides":{"disks":[{"id":"none","path":"/x"}]}}"#;
+    let what_else: spec::ForkVm = serde_json::from_str(disks).unwrap();
+    refused(
+        client.vms_fork(&vm, &what_else).await,
+        422,
+        "invalid-configuration",
+    );
+    drop(taken);
+    fs::remove_file(socket(3)).unwrap();
+    let begun = client.vms_fork(&vm, &what).await.unwrap();
+    assert_eq!(
+        over(&service, &begun).await.phase,
+        MigrationPhase::Completed
+    );
+    client.vms_resume(&vm).await.unwrap();
+    dirtier::check(&port).await.unwrap();
+}

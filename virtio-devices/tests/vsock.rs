@@ -405,6 +405,25 @@ fn migration_resets_connections() {
     drop(machine.accept(8));
 }
 
+/// A VM that is made from a snapshot of another may have a CID of its own, which the guest reads when it
+/// hears of the reset.
+#[test]
+fn restored_device_has_its_own_cid() {
+    let machine = machine();
+    let mut writer = Writer::default();
+    machine
+        .device
+        .save(&mut writer.scope("vsock").unwrap())
+        .unwrap();
+    let bytes = writer.finish();
+    let (_loop, workers) = workers();
+    let path = machine.path.with_file_name("other");
+    let mut other = Vsock::new(CID + 1, &path, workers).unwrap();
+    let mut store = Store::open(&bytes).unwrap();
+    other.load(&mut store.scope("vsock").unwrap()).unwrap();
+    assert_eq!(other.config_space(), (CID + 1).to_le_bytes());
+}
+
 #[test]
 fn replaces_only_dead_sockets() {
     let machine = machine();

@@ -18,6 +18,7 @@
 //! The files are untrusted input. Each size and offset is checked against the files and the limits here
 //! before it is used. The hashes show damage; they do not show who wrote the files.
 
+mod capture;
 mod manifest;
 mod on_demand;
 mod read;

@@ -89,6 +89,11 @@ pub(super) fn restore(
             if !on_demand.receiver.start() {
                 return Err(on_demand.why());
             }
+            // From here on a cancel comes too late: the guest may run.
+            if !restoring.decision.commit() {
+                return Err(MigrationError::Canceled);
+            }
+            progress.enter(Phase::HandingOver);
             start(restoring, machine)
         };
         if let Err(error) = begin() {

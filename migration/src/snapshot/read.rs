@@ -66,7 +66,8 @@ pub struct Snapshot {
     machine: Vec<u8>,
     state: Vec<u8>,
     memory: File,
-    hashes: File,
+    /// Absent if the snapshot is in memory, where nothing damages it.
+    hashes: Option<File>,
     dir: PathBuf,
 }
 
@@ -100,9 +101,26 @@ impl Snapshot {
             machine,
             state,
             memory,
-            hashes,
+            hashes: Some(hashes),
             dir: dir.to_owned(),
         })
+    }
+
+    /// A snapshot that is in memory: it can be mapped only.
+    pub(super) fn in_memory(
+        manifest: Manifest,
+        machine: Vec<u8>,
+        state: Vec<u8>,
+        memory: File,
+    ) -> Self {
+        Self {
+            manifest,
+            machine,
+            state,
+            memory,
+            hashes: None,
+            dir: PathBuf::new(),
+        }
     }
 
     /// The manifest.
@@ -152,7 +170,7 @@ impl Snapshot {
                 .unwrap_or(usize::MAX)
                 .min(buffer.len());
             let part = &mut buffer[..len];
-            let read = self.hashes.read_exact_at(part, position);
+            let read = self.hashes()?.read_exact_at(part, position);
             read.map_err(|error| self.unreadable(HASHES, error))?;
             all.update(part);
             position += len as u64;
@@ -289,10 +307,14 @@ impl Snapshot {
     pub(super) fn marks(&self, first: u64, count: usize) -> Result<Vec<u64>, RestoreError> {
         let mut raw = [0; CHUNK * 8];
         let raw = raw.get_mut(..count * 8).ok_or_else(|| damaged(HASHES))?;
-        let read = self.hashes.read_exact_at(raw, first * 8);
+        let read = self.hashes()?.read_exact_at(raw, first * 8);
         read.map_err(|error| self.unreadable(HASHES, error))?;
         let (marks, _) = raw.as_chunks::<8>();
         Ok(marks.iter().map(|mark| u64::from_le_bytes(*mark)).collect())
+    }
+
+    fn hashes(&self) -> Result<&File, RestoreError> {
+        self.hashes.as_ref().ok_or_else(|| damaged(HASHES))
     }
 
     /// The file of the memory, to map it.

@@ -1,4 +1,6 @@
-//! Restoring: a guest that comes from a folder.
+//! Restoring: a guest that comes from a snapshot, or many that come from one.
+//!
+//! All machines are made and loaded before the first guest runs. If one cannot be made, none is left.
 
 use std::time::Duration;
 
@@ -30,15 +32,16 @@ pub struct Restoring<'a> {
     pub id: Uuid,
     /// The snapshot.
     pub snapshot: &'a Snapshot,
-    /// The offer of its machine, with what is to be different from the machine that was saved.
-    pub offer: Offer,
+    /// The offer of its machine for each VM that is made: with the VM's name, and with what differs from
+    /// the machine that was saved.
+    pub offers: Vec<Offer>,
     /// How the guest gets its memory.
     pub memory: Memory,
     /// Checks all of the memory before the guest runs, where the mode would not.
     pub verify: bool,
-    /// Makes the machine.
+    /// Makes the machines.
     pub host: &'a dyn Host,
-    /// Whether the guest runs afterwards. If not, it is paused.
+    /// Whether the guests run afterwards. If not, they are paused.
     pub resume: bool,
     /// Called when the VM is there, if pages of its memory are still missing.
     pub arrived: &'a (dyn Fn() + Sync),
@@ -48,54 +51,118 @@ pub struct Restoring<'a> {
     pub decision: &'a Decision,
 }
 
-/// Makes a machine, loads the snapshot into it, and resumes the guest if that is wanted.
+/// Makes the machines, loads the snapshot into them, and resumes the guests if that is wanted.
 ///
 /// # Errors
-/// The machine cannot be made, the snapshot is damaged, or restoring was canceled. The report says the
-/// same, and the machine is gone. A guest that ran already when a page of its memory could not be read has
-/// [failed](Destination::fail).
+/// A machine cannot be made, the snapshot is damaged, or restoring was canceled. The report says the
+/// same, and all machines are gone. If a guest cannot be started, those that were started before stay. A
+/// guest on demand of whose memory a page cannot be read has [failed](Destination::fail).
 pub fn restore(restoring: &Restoring<'_>) -> Result<(), Refusal> {
     restoring.progress.enter(Phase::Preparing);
-    conclude(restoring.progress, restore_memory(restoring))
+    conclude(restoring.progress, restore_all(restoring))
 }
 
-fn restore_memory(restoring: &Restoring<'_>) -> Result<(), MigrationError> {
+fn restore_all(restoring: &Restoring<'_>) -> Result<(), MigrationError> {
     let Restoring {
         snapshot,
         progress,
         decision,
         ..
     } = restoring;
-    let mut offer = restoring.offer.clone();
-    let mut files = Vec::new();
-    match restoring.memory {
-        Memory::Copy => {}
-        Memory::OnDemand => offer.postcopy = true,
-        Memory::Map => {
-            if restoring.verify {
-                // Before there is a machine: nothing else would notice a damaged page.
-                snapshot.verify(progress, decision).map_err(failed)?;
-            }
-            offer.given = true;
-            for _ in &offer.blocks {
-                files.push(snapshot.memory().map_err(failed)?);
-            }
+    match (restoring.memory, &restoring.offers[..]) {
+        (Memory::OnDemand, [offer]) => {
+            let mut offer = offer.clone();
+            offer.postcopy = true;
+            let prepared = restoring.host.prepare(restoring.id, &offer, Vec::new());
+            let mut machine = prepared.map_err(MigrationError::Here)?;
+            progress.enter(Phase::Stopped);
+            return on_demand::restore(restoring, &mut *machine);
+        }
+        (Memory::OnDemand, _) => {
+            let why = "memory on demand is for one VM; several are copied or mapped";
+            return Err(MigrationError::here("not-supported", why));
+        }
+        (Memory::Map, _) if restoring.verify => {
+            // Before there is a machine: nothing else would notice a damaged page.
+            snapshot.verify(progress, decision).map_err(failed)?;
+        }
+        (Memory::Map | Memory::Copy, _) => {}
+    }
+    let mut machines = Machines(Vec::new());
+    for offer in &restoring.offers {
+        if decision.is_canceled() {
+            return Err(MigrationError::Canceled);
+        }
+        let made = prepare(restoring, offer, &mut machines);
+        made.map_err(|error| named(restoring, &offer.vm, error))?;
+    }
+    // From here on a cancel comes too late: the guests may run.
+    if !decision.commit() {
+        return Err(MigrationError::Canceled);
+    }
+    progress.enter(Phase::HandingOver);
+    while let Some((vm, machine)) = machines.0.last_mut() {
+        let started = start(restoring, &mut **machine);
+        started.map_err(|error| named(restoring, vm, error))?;
+        // Not discarded any more.
+        machines.0.pop();
+    }
+    Ok(())
+}
+
+/// Machines that were made, with the names of their VMs. Those that are left when it is dropped go.
+struct Machines(Vec<(String, Box<dyn Destination>)>);
+
+impl Drop for Machines {
+    fn drop(&mut self) {
+        for (_, machine) in &mut self.0 {
+            machine.discard();
         }
     }
-    let prepared = restoring.host.prepare(restoring.id, &offer, files);
-    let mut machine = prepared.map_err(MigrationError::Here)?;
-    progress.enter(Phase::Stopped);
-    let result = match restoring.memory {
-        Memory::OnDemand => return on_demand::restore(restoring, &mut *machine),
-        Memory::Copy => snapshot
-            .fill(&machine.blocks(), progress, decision)
-            .map_err(failed),
-        Memory::Map => snapshot.check_blocks(&machine.blocks()).map_err(failed),
+}
+
+/// Makes one of the machines, and loads it.
+fn prepare(
+    restoring: &Restoring<'_>,
+    offer: &Offer,
+    machines: &mut Machines,
+) -> Result<(), MigrationError> {
+    let snapshot = restoring.snapshot;
+    let mut offer = offer.clone();
+    let mut files = Vec::new();
+    if restoring.memory == Memory::Map {
+        offer.given = true;
+        for _ in &offer.blocks {
+            files.push(snapshot.memory().map_err(failed)?);
+        }
+    }
+    let made = restoring.host.prepare(restoring.id, &offer, files);
+    machines
+        .0
+        .push((offer.vm, made.map_err(MigrationError::Here)?));
+    let Some((_, machine)) = machines.0.last_mut() else {
+        return Ok(());
     };
-    let started = result
-        .and_then(|()| load(restoring, &mut *machine))
-        .and_then(|()| start(restoring, &mut *machine));
-    started.inspect_err(|_| machine.discard())
+    restoring.progress.enter(Phase::Stopped);
+    let blocks = machine.blocks();
+    let filled = match restoring.memory {
+        Memory::Map => snapshot.check_blocks(&blocks),
+        Memory::Copy | Memory::OnDemand => {
+            snapshot.fill(&blocks, restoring.progress, restoring.decision)
+        }
+    };
+    filled.map_err(failed)?;
+    load(restoring, &mut **machine)
+}
+
+/// Says which of several VMs it is that fails.
+fn named(restoring: &Restoring<'_>, vm: &str, error: MigrationError) -> MigrationError {
+    match error {
+        MigrationError::Here(why) if restoring.offers.len() > 1 => {
+            MigrationError::here(&why.code, format!("VM {vm}: {}", why.detail))
+        }
+        other => other,
+    }
 }
 
 pub(super) fn failed(error: RestoreError) -> MigrationError {
@@ -120,11 +187,6 @@ pub(super) fn start(
     restoring: &Restoring<'_>,
     machine: &mut dyn Destination,
 ) -> Result<(), MigrationError> {
-    // From here on a cancel comes too late: the guest may run.
-    if !restoring.decision.commit() {
-        return Err(MigrationError::Canceled);
-    }
-    restoring.progress.enter(Phase::HandingOver);
     // The guest's clocks continue from where they stopped: a jump by the age of the snapshot would look
     // like a hang to the guest's watchdogs.
     let started = machine.start(Duration::ZERO, !restoring.resume);

@@ -28,8 +28,12 @@ struct Seen {
     read: Vec<(usize, u8, Pages)>,
     blocks: Vec<Block>,
     offer: Option<Offer>,
+    /// The machine of this number cannot be loaded.
+    refuses: Option<usize>,
+    machines: usize,
+    started: usize,
     failed: Option<Refusal>,
-    discarded: bool,
+    discarded: usize,
 }
 
 #[derive(Clone, Default)]
@@ -52,6 +56,7 @@ impl Host for OnlyMemory {
             block.ram = Arc::new(view.map_err(|error| Refusal::new("no-view", error.to_string()))?);
         }
         seen.offer = Some(offer.clone());
+        seen.machines += 1;
         Ok(Box::new(Machine {
             seen: Arc::clone(&self.0),
             guest: None,
@@ -92,7 +97,12 @@ impl Destination for Machine {
 
     fn load(&mut self, state: &[u8]) -> Result<(), Refusal> {
         assert_eq!(state, b"the state");
-        let pages = self.seen.lock().at_load.clone();
+        let seen = self.seen.lock();
+        if seen.refuses == Some(seen.machines) {
+            return Err(Refusal::new("cannot-be-loaded", "no"));
+        }
+        let pages = seen.at_load.clone();
+        drop(seen);
         read(&self.seen, pages);
         Ok(())
     }
@@ -103,6 +113,7 @@ impl Destination for Machine {
 
     fn start(&mut self, _: Duration, _: bool) -> Result<Instant, StartFailure> {
         let seen = Arc::clone(&self.seen);
+        seen.lock().started += 1;
         let pages = seen.lock().by_guest.clone();
         self.guest = Some(thread::spawn(move || read(&seen, pages)));
         Ok(Instant::now())
@@ -113,7 +124,7 @@ impl Destination for Machine {
     }
 
     fn discard(&mut self) {
-        self.seen.lock().discarded = true;
+        self.seen.lock().discarded += 1;
     }
 }
 
@@ -136,7 +147,7 @@ fn restored(
     let arrived = Mutex::new(false);
     let result = restore(&Restoring {
         id: Uuid::new_v4(),
-        offer: snapshot.offer(),
+        offers: vec![snapshot.offer()],
         snapshot: &snapshot,
         memory,
         verify,
@@ -196,7 +207,7 @@ fn every_mode_restores_the_memory() {
                 .iter()
                 .all(|block| block.ram.pages() == Pages::There)
         );
-        assert!(seen.failed.is_none() && !seen.discarded);
+        assert!(seen.failed.is_none() && seen.discarded == 0);
     }
 }
 
@@ -242,7 +253,7 @@ fn damaged_page_that_loading_needs_makes_no_guest() {
     let (result, _, arrived) = restored(dir.path(), Memory::OnDemand, false, &to);
     assert_eq!(result.unwrap_err().code, "snapshot-damaged");
     let seen = to.0.lock();
-    assert!(!arrived && seen.discarded && seen.failed.is_none());
+    assert!(!arrived && seen.discarded == 1 && seen.failed.is_none());
 }
 
 /// A mapped page is not checked when it is touched: only `verify` does, before there is a machine.
@@ -269,5 +280,76 @@ fn damaged_hashes_are_found_on_demand() {
     let to = OnlyMemory::default();
     let (result, _, _) = restored(dir.path(), Memory::OnDemand, false, &to);
     assert_eq!(result.unwrap_err().code, "snapshot-damaged");
-    assert!(to.0.lock().discarded);
+    assert_eq!(to.0.lock().discarded, 1);
+}
+
+fn made_of(snapshot: &Snapshot, count: usize, to: &OnlyMemory) -> Result<(), Refusal> {
+    let (progress, decision) = (Progress::default(), Decision::default());
+    let offer = |n: usize| Offer {
+        vm: format!("web-{n}"),
+        ..snapshot.offer()
+    };
+    restore(&Restoring {
+        id: Uuid::new_v4(),
+        offers: (1..=count).map(offer).collect(),
+        snapshot,
+        memory: Memory::Map,
+        verify: false,
+        host: to,
+        resume: true,
+        arrived: &|| {},
+        progress: &progress,
+        decision: &decision,
+    })
+}
+
+#[test]
+fn forks_are_mapped_from_memory() {
+    let blocks = guest(&[0, 5, 6, 299, 301]);
+    let (progress, decision) = (Progress::default(), Decision::default());
+    let captured = Snapshot::capture(|| Ok(tests::saved(&blocks)), &progress, &decision).unwrap();
+    let report = progress.report();
+    assert_eq!(
+        (report.pages, report.zero_pages, report.remaining_pages),
+        (5, 302, 0)
+    );
+    let to = OnlyMemory::default();
+    made_of(&captured, 20, &to).unwrap();
+    let seen = to.0.lock();
+    assert_eq!((seen.machines, seen.started, seen.discarded), (20, 20, 0));
+    assert_eq!(seen.offer.as_ref().unwrap().vm, "web-20");
+    // The original changes, and the copy does not.
+    let expected = content(&blocks);
+    blocks[0].ram.slice(0, 1).unwrap().copy_from(&[99_u8]);
+    assert!(content(&seen.blocks) == expected);
+}
+
+/// None of them has run by then.
+#[test]
+fn no_machine_is_left_if_one_cannot_be_made() {
+    let captured = Snapshot::capture(
+        || Ok(tests::saved(&guest(&[3]))),
+        &Progress::default(),
+        &Decision::default(),
+    );
+    let to = OnlyMemory::default();
+    to.0.lock().refuses = Some(7);
+    let why = made_of(&captured.unwrap(), 20, &to).unwrap_err();
+    assert_eq!(
+        (why.code.as_str(), why.detail.as_str()),
+        ("cannot-be-loaded", "VM web-7: no")
+    );
+    let seen = to.0.lock();
+    assert_eq!((seen.machines, seen.started, seen.discarded), (7, 0, 7));
+}
+
+#[test]
+fn canceled_capture_makes_nothing() {
+    let decision = Decision::default();
+    decision.cancel().unwrap();
+    let save = || Ok(tests::saved(&guest(&[3])));
+    let progress = Progress::default();
+    let refused = Snapshot::capture(save, &progress, &decision).unwrap_err();
+    assert_eq!(refused.code, "canceled");
+    assert_eq!(progress.report().phase, Phase::Canceled);
 }

@@ -39,7 +39,7 @@ pub(super) fn guest(written: &[usize]) -> Vec<Block> {
     blocks
 }
 
-fn saved(blocks: &[Block]) -> Saved {
+pub(super) fn saved(blocks: &[Block]) -> Saved {
     let info = |block: &Block| BlockInfo {
         name: block.name.clone(),
         size: block.ram.len() as u64,

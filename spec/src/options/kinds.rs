@@ -164,6 +164,7 @@ pub const RESTORE: OptionKind = OptionKind {
         ("memory_restore_mode", "memory_restore_mode", Form::Word),
         ("resume", "resume", Form::Switch),
         ("verify", "verify", Form::Switch),
+        ("count", "count", Form::Number),
     ],
     also: &[],
 };

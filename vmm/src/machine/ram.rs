@@ -155,6 +155,8 @@ fn new_block(
         MemoryOrigin::View { file, prefault } => {
             let wanted = RamConfig {
                 prefault: *prefault,
+                // Its own writes are no other process's matter, until a reboot.
+                shared: false,
                 ..wanted.clone()
             };
             RamBlock::view_of_file(&wanted, duplicate(file)?, offset)?

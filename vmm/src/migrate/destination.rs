@@ -29,7 +29,7 @@ pub(super) struct DestinationHost {
     callers: Callers,
     journals: Journals,
     moving: Arc<ActiveMigration>,
-    /// The name that the VM gets here; the one that it has at the source when absent.
+    /// The name that the VM gets here; the one that the offer has when absent.
     name: Option<VmId>,
     allowed: Allowed,
     origin: GuestOrigin,
@@ -117,7 +117,11 @@ impl DestinationHost {
         allowed: Allowed,
         origin: GuestOrigin,
     ) -> Self {
-        let name = moving.vm.lock().clone();
+        let name = match origin {
+            GuestOrigin::Migration => moving.vm.lock().clone(),
+            // Each offer has the name of its VM.
+            GuestOrigin::Snapshot { .. } => None,
+        };
         Self {
             host: Arc::clone(pool.host()),
             registry,
@@ -232,7 +236,9 @@ impl Host for DestinationHost {
         }
         let built = self.build(vm.clone(), parts, &resolved, &origin);
         let target = built.map_err(give_up)?;
-        *self.moving.vm.lock() = Some(vm);
+        if self.origin == GuestOrigin::Migration {
+            *self.moving.vm.lock() = Some(vm);
+        }
         Ok(Box::new(target))
     }
 

@@ -5,6 +5,7 @@ mod history;
 mod journals;
 mod offer;
 mod receive;
+mod restore;
 mod snapshot;
 mod source;
 mod trust;
@@ -25,9 +26,9 @@ use migration::{
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use spec::{
-    AwaitMigration, FieldProblem, MemoryMode, MigrationDowntime, MigrationError, MigrationInfo,
-    MigrationOutcome, MigrationPhase, MigrationSide, RestoreConfig, StartMigration, VmConfig, VmId,
-    VmSnapshotConfig,
+    AwaitMigration, FieldProblem, ForkVm, MemoryMode, MigrationDowntime, MigrationError,
+    MigrationInfo, MigrationOutcome, MigrationPhase, MigrationSide, RestoreConfig, StartMigration,
+    VmConfig, VmId, VmSnapshotConfig,
 };
 use tokio::sync::watch;
 
@@ -40,7 +41,7 @@ use crate::driver::Purpose;
 use crate::pool::Pool;
 
 /// The source's description of its machine.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct MachineOffer {
     /// Version of this structure.
@@ -94,6 +95,8 @@ struct ActiveMigration {
     over: watch::Sender<bool>,
     /// It is known whether the VM is there; pages of its memory may follow.
     settled: watch::Sender<bool>,
+    /// The VMs that are made from a snapshot.
+    makes: Mutex<Vec<VmId>>,
     /// A destination listens, if only to answer a source that missed the outcome.
     has_endpoint: AtomicBool,
     /// An event of the VM that a destination made says that its guest did not come.
@@ -116,6 +119,7 @@ impl ActiveMigration {
             decision: Decision::default(),
             over: watch::Sender::new(false),
             settled: watch::Sender::new(false),
+            makes: Mutex::default(),
             has_endpoint: AtomicBool::new(false),
             end_is_recorded: AtomicBool::new(false),
         }
@@ -264,6 +268,14 @@ impl Migration for ActiveMigration {
 
     fn settled(&self) -> watch::Receiver<bool> {
         self.settled.subscribe()
+    }
+
+    fn vms(&self) -> Vec<VmId> {
+        let made = self.makes.lock().clone();
+        match made.is_empty() {
+            true => self.vm.lock().clone().into_iter().collect(),
+            false => made,
+        }
     }
 }
 
@@ -443,6 +455,15 @@ impl Migrate for Pool {
         vm: &VmId,
         what: &RestoreConfig,
     ) -> Result<Arc<dyn Migration>, RequestError> {
-        snapshot::begin_restore(self, registry, vm, what)
+        restore::begin_restore(self, registry, vm, what)
+    }
+
+    fn fork(
+        &self,
+        registry: &Registry,
+        vm: &VmHandle,
+        what: &ForkVm,
+    ) -> Result<Arc<dyn Migration>, RequestError> {
+        restore::begin_fork(self, registry, vm, what)
     }
 }

@@ -1,0 +1,243 @@
+//! VMs made from a snapshot, and forks: VMs made from a paused VM.
+
+use std::sync::Arc;
+
+use control::{Category, Migration, Registry, RequestError, VmHandle};
+use migration::snapshot::{Memory, Restoring, Saved, Snapshot, restore};
+use migration::{Offer, Refusal, Source as _};
+use spec::{ForkVm, MemoryRestoreMode, MigrationSide, Overrides, RefusedField, RestoreConfig, VmId, fork_names};
+
+use super::destination::{DestinationHost, GuestOrigin, record_failure};
+use super::snapshot::{folder, unusable};
+use super::source::SourceVm;
+use super::trust::Allowed;
+use super::{ActiveMigration, offer, start};
+use crate::driver::Purpose;
+use crate::pool::Pool;
+
+/// The VMs to make from a snapshot.
+struct Children {
+    names: Vec<VmId>,
+    overrides: Overrides,
+    memory: Memory,
+    verify: bool,
+    resume: bool,
+}
+
+impl Children {
+    /// Checks that the names are free.
+    fn check_names(&self, registry: &Registry) -> Result<(), RequestError> {
+        let mut names = self.names.iter();
+        let Some(taken) = names.find(|name| registry.get(name.as_str()).is_ok()) else {
+            return Ok(());
+        };
+        let detail = format!("there is a VM {:?} already", taken.as_str());
+        Err(RequestError::new(Category::Conflict, "vm-exists", detail))
+    }
+
+    /// Returns the offers of their machines, which differ from the one that was saved by the overrides.
+    fn offers(&self, saved: &Offer) -> Result<Vec<Offer>, RequestError> {
+        let machine = offer::machine(saved).map_err(unusable)?;
+        if self.memory != Memory::Copy && machine.config.memory.hugepages {
+            let detail = "memory of huge pages (`memory.hugepages`) cannot be restored OnDemand, \
+                          mapped or forked: only `Copy` restores it";
+            return Err(unusable(Refusal::new("not-mappable", detail)));
+        }
+        let offer = |(n, name): (u32, &VmId)| {
+            let mut offer = saved.clone();
+            name.as_str().clone_into(&mut offer.vm);
+            if self.overrides != Overrides::default() {
+                let mut machine = machine.clone();
+                let applied = self.overrides.apply(n, &mut machine.config);
+                applied.map_err(|found| RequestError::invalid(vec![found]))?;
+                let text = serde_json::to_vec(&machine);
+                let failed = |error: serde_json::Error| {
+                    unusable(Refusal::new("offer-unreadable", error.to_string()))
+                };
+                offer.machine = text.map_err(failed)?.into();
+            }
+            Ok(offer)
+        };
+        (1..).zip(&self.names).map(offer).collect()
+    }
+
+    /// Makes them, and writes the end into the report.
+    fn make(
+        &self,
+        snapshot: &Snapshot,
+        offers: Vec<Offer>,
+        host: &DestinationHost,
+        ours: &ActiveMigration,
+    ) {
+        // The report has the failure, if it failed.
+        let _ = restore(&Restoring {
+            id: ours.id,
+            snapshot,
+            offers,
+            memory: self.memory,
+            verify: self.verify,
+            host,
+            resume: self.resume,
+            arrived: &|| {
+                ours.settled.send_replace(true);
+            },
+            progress: &ours.progress,
+            decision: &ours.decision,
+        });
+    }
+}
+
+/// Starts to make a VM from a snapshot, or several.
+pub(super) fn begin_restore(
+    pool: &Pool,
+    registry: &Registry,
+    vm: &VmId,
+    what: &RestoreConfig,
+) -> Result<Arc<dyn Migration>, RequestError> {
+    refuse_what_is_not_there(what)?;
+    let names = match what.count {
+        None => vec![vm.clone()],
+        Some(count) => fork_names(vm, count).map_err(|found| RequestError::invalid(vec![found]))?,
+    };
+    let children = Children {
+        names,
+        overrides: what.overrides.clone().unwrap_or_default(),
+        memory: match what.memory_restore_mode {
+            MemoryRestoreMode::Copy => Memory::Copy,
+            MemoryRestoreMode::OnDemand => Memory::OnDemand,
+            MemoryRestoreMode::Map => Memory::Map,
+        },
+        verify: what.verify,
+        resume: what.resume,
+    };
+    let dir = folder("source_url", &what.source_url)?;
+    children.check_names(registry)?;
+    let snapshot = Snapshot::open(&dir).map_err(|error| unusable(error.refusal()))?;
+    let offers = children.offers(&snapshot.offer())?;
+    let url = what.source_url.clone();
+    let origin = GuestOrigin::Snapshot {
+        prefault: what.prefault,
+    };
+    let (ours, host) = begin(pool, registry, &children, url, origin);
+    let restoring = Arc::clone(&ours);
+    let (id, registry) = (vm.clone(), registry.clone());
+    let span = tracing::info_span!("vm", id = vm.as_str());
+    start("restore", span, move || {
+        let manifest = snapshot.manifest();
+        tracing::info!(
+            restore = %ours.id, snapshot = %manifest.id, folder = ours.endpoint, from = manifest.vm,
+            created_ms = manifest.created_ms, vms = offers.len(), memory = ?children.memory,
+            "restore: begins"
+        );
+        registry.record(&id, "restoring", Some(format!("from {}", ours.endpoint)));
+        children.make(&snapshot, offers, &host, &ours);
+        record_failure(&ours, &registry, &id, origin);
+        ours.log_end();
+        ours.end();
+    })?;
+    Ok(restoring)
+}
+
+fn refuse_what_is_not_there(what: &RestoreConfig) -> Result<(), RequestError> {
+    let on_demand = what.memory_restore_mode == MemoryRestoreMode::OnDemand;
+    let refused = if what.prefault && on_demand {
+        "populate memory (`prefault`) that is restored OnDemand"
+    } else if what.count.is_some() && on_demand {
+        "make several VMs (`count`) OnDemand: use Map, which shares their memory, or Copy"
+    } else if let Some(refused) = RefusedField::first_of("vm.restore", what) {
+        refused.what
+    } else {
+        return Ok(());
+    };
+    let detail = format!("this version cannot {refused}");
+    let code = "not-supported";
+    Err(RequestError::new(Category::Unsupported, code, detail))
+}
+
+/// The operation that makes VMs, and the maker of their machines.
+fn begin(
+    pool: &Pool,
+    registry: &Registry,
+    children: &Children,
+    endpoint: String,
+    origin: GuestOrigin,
+) -> (Arc<ActiveMigration>, DestinationHost) {
+    let one = match &children.names[..] {
+        [one] => Some(one.clone()),
+        _ => None,
+    };
+    let ours = ActiveMigration::new(MigrationSide::Destination, one, endpoint);
+    *ours.makes.lock() = children.names.clone();
+    let ours = Arc::new(ours);
+    // Whoever asks may create a VM with any configuration, so the snapshot's may be any too.
+    let host = DestinationHost::new(
+        pool,
+        registry.clone(),
+        Arc::clone(&ours),
+        Allowed::all(),
+        origin,
+    );
+    (ours, host)
+}
+
+/// Starts to make VMs from a paused VM: all are mapped from one copy of its memory.
+pub(super) fn begin_fork(
+    pool: &Pool,
+    registry: &Registry,
+    vm: &VmHandle,
+    what: &ForkVm,
+) -> Result<Arc<dyn Migration>, RequestError> {
+    let id = vm.id().clone();
+    let names = fork_names(what.name.as_ref().unwrap_or(&id), what.count);
+    let children = Children {
+        names: names.map_err(|found| RequestError::invalid(vec![found]))?,
+        overrides: what.overrides.clone(),
+        memory: Memory::Map,
+        verify: false,
+        resume: what.resume,
+    };
+    children.check_names(registry)?;
+    let origin = GuestOrigin::Snapshot { prefault: false };
+    let (ours, host) = begin(pool, registry, &children, format!("fork:{id}"), origin);
+    let caller = pool.caller(&id).ok_or_else(RequestError::driver_gone)?;
+    let (decision, progress) = (ours.decision.clone(), ours.progress.clone());
+    let parts = caller
+        .call(move |driver, _| driver.depart(Purpose::Snapshot, &decision, &progress))
+        .map_err(|_| RequestError::driver_gone())??;
+    let mut source = SourceVm::new(id.clone(), parts);
+    // The guest stays as it is if the request cannot be met.
+    let offers = source
+        .offer()
+        .map_err(|why| RequestError::new(Category::Conflict, &why.code, why.detail))
+        .and_then(|saved| Ok((children.offers(&saved)?, saved)));
+    let (offers, saved) = offers.inspect_err(|error| {
+        source.end("fork-failed", error.detail.clone());
+    })?;
+    let forking = Arc::clone(&ours);
+    let span = tracing::info_span!("vm", id = id.as_str());
+    start("fork", span, move || {
+        tracing::info!(
+            fork = %ours.id, vm = id.as_str(), vms = offers.len(), "fork: begins"
+        );
+        let save = || {
+            // Overlays of the disks find all that the guest wrote in them.
+            source.flush()?;
+            Ok(Saved {
+                offer: saved,
+                state: source.save()?,
+                blocks: source.blocks(),
+            })
+        };
+        match Snapshot::capture(save, &ours.progress, &ours.decision) {
+            Ok(snapshot) => {
+                // From here on the guest may be resumed: its forks have a copy.
+                source.end("forked", format!("{} VMs", offers.len()));
+                children.make(&snapshot, offers, &host, &ours);
+            }
+            Err(why) => source.end("fork-failed", why.detail),
+        }
+        ours.log_end();
+        ours.end();
+    })?;
+    Ok(forking)
+}
