@@ -211,6 +211,12 @@ pub(crate) enum Command {
         #[arg(long, value_name = "FILE")]
         overrides: Option<String>,
     },
+    /// Print the manifest of a snapshot in a folder of this host, of any version of the format.
+    Describe {
+        /// The folder: file:///PATH, or a path.
+        #[arg(value_name = "URL")]
+        snapshot: String,
+    },
     /// Make VMs from the paused VM, and wait until they are there. They share the memory that they do not
     /// write.
     Fork {

@@ -4,6 +4,7 @@
 
 mod args;
 mod console;
+mod describe;
 mod migrate;
 mod print;
 mod remote;

@@ -13,6 +13,7 @@ use spec::{
 
 use crate::args::{Arguments, Command, ResizeArguments};
 use crate::console;
+use crate::describe;
 use crate::migrate;
 use crate::print::{self, Printer};
 
@@ -135,6 +136,10 @@ impl Remote {
             Command::Snapshot { destination_url } => self.snapshot(&destination_url).await,
             Command::Restore { options, overrides } => {
                 self.restore(&options, overrides.as_deref()).await
+            }
+            Command::Describe { snapshot } => {
+                let manifest = describe::manifest(&snapshot)?;
+                print::line(&serde_json::to_string_pretty(&manifest)?)
             }
             Command::Fork {
                 count,

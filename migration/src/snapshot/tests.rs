@@ -304,6 +304,25 @@ fn golden_manifest_of_version_1() {
     assert_eq!(manifest.memory_size(), Some(512 << 20));
 }
 
+/// A whole snapshot that version 1 wrote. Its memory is that of [`guest`], whose hashes are in it.
+#[test]
+fn golden_snapshot_of_version_1() {
+    let dir = tempfile::tempdir().unwrap();
+    let written = [0, 5, 6, 299, 301];
+    let golden = Path::new(concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/src/snapshot/golden-v1"
+    ));
+    for name in [MANIFEST, MACHINE, STATE, HASHES] {
+        fs::copy(golden.join(name), dir.path().join(name)).unwrap();
+    }
+    let memory = content(&guest(&written));
+    fs::write(dir.path().join(MEMORY), &memory).unwrap();
+    assert_eq!(read_from(dir.path()).unwrap(), memory);
+    let manifest = Snapshot::open(dir.path()).unwrap().manifest().clone();
+    assert_eq!((manifest.version, manifest.vm.as_str()), (1, "web"));
+}
+
 proptest! {
     // Each case syncs files.
     #![proptest_config(ProptestConfig::with_cases(48))]
