@@ -1,5 +1,5 @@
 //! `whimbrel demo`: a guest that boots, is paused and resumed, and migrates between two services while
-//! it writes to its memory, over REST; it checks its memory after each move.
+//! it writes to its memory, over REST; it checks its memory after each move. At the end it is forked.
 //!
 //! Both services run in this process, and all that is done to them is done by clients through their
 //! sockets.
@@ -17,8 +17,9 @@ use guest::{After, Command, Line, Options, Order, Workload};
 use indicatif::{ProgressBar, ProgressStyle};
 use openapi::Client;
 use spec::{
-    AwaitMigration, ConsoleMode, CpusConfig, CreateVm, MemoryConfig, MemoryMode, MigrationInfo,
-    MigrationPhase, PayloadConfig, StartMigration, VmConfig, VmId, VmState,
+    AwaitMigration, ConsoleMode, CpusConfig, CreateVm, ForkVm, MemoryConfig, MemoryMode,
+    MigrationInfo, MigrationPhase, Overrides, PayloadConfig, SerialConfig, StartMigration,
+    VmConfig, VmId, VmState,
 };
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::task::JoinHandle;
@@ -31,6 +32,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 const VCPUS: u32 = 2;
 const MEMORY: u64 = 128 << 20;
 const REGION_MIB: u64 = 32;
+const FORKS: u32 = 10;
 /// There and back: memory before the guest, and after it.
 const MOVES: [MemoryMode; 2] = [MemoryMode::Precopy, MemoryMode::Postcopy];
 
@@ -152,6 +154,8 @@ impl Demo {
         for mode in MOVES {
             console = self.migrate(&id, mode, console).await?;
         }
+        drop(console);
+        self.fork(&id).await?;
 
         self.request("PUT /api/v1/vms/demo/shutdown");
         self.client().vms_shutdown(&id).await?;
@@ -162,6 +166,49 @@ impl Demo {
         );
         self.request("DELETE /api/v1/vms/demo");
         self.client().vms_delete(&id).await?;
+        Ok(())
+    }
+
+    /// Makes forks of the guest, which run beside each other from the same moment on.
+    async fn fork(&self, id: &VmId) -> Result<()> {
+        self.request("PUT /api/v1/vms/demo/pause");
+        self.client().vms_pause(id).await?;
+        self.request("POST /api/v1/vms/demo/forks");
+        let port = |n: &str| format!("{}/fork-{n}", self.directory);
+        let serial = SerialConfig {
+            socket: Some(port("{n}")),
+            ..SerialConfig::with_mode(ConsoleMode::Socket)
+        };
+        let what = ForkVm {
+            count: FORKS,
+            name: Some("fork".parse()?),
+            resume: true,
+            overrides: Overrides {
+                serial: Some(serial),
+                ..Overrides::default()
+            },
+        };
+        let begun = self.client().vms_fork(id, &what).await?;
+        let made = self.follow(&begun).await?;
+        let ms = made.elapsed_us / 1000;
+        self.say(&format!(
+            "{FORKS} forks run after {ms} ms, from one copy of the guest"
+        ));
+        for n in 1..=FORKS {
+            let mut console = Console::open(Path::new(&port(&n.to_string()))).await?;
+            let line = console.within(PATIENCE).await;
+            ensure!(line.is_some(), "fork {n} does not run");
+        }
+        let each = memory_of_forks()? / u64::from(FORKS);
+        self.say(&format!(
+            "all have answered; each takes {each} KiB of {} MiB of memory",
+            MEMORY >> 20
+        ));
+        for n in 1..=FORKS {
+            self.client()
+                .vms_delete(&format!("fork-{n}").parse()?)
+                .await?;
+        }
         Ok(())
     }
 
@@ -371,6 +418,29 @@ impl Demo {
     fn clock(&self) -> String {
         format!("{:>8.1} ms", self.start.elapsed().as_secs_f64() * 1000.0)
     }
+}
+
+/// Returns the KiB of memory that the forks take: what they share counts once.
+fn memory_of_forks() -> Result<u64> {
+    // Both services are in this process.
+    let maps = std::fs::read_to_string("/proc/self/smaps").context("cannot read the memory map")?;
+    let (mut all, mut counts) = (0, false);
+    for line in maps.lines() {
+        match line.strip_prefix("Pss:") {
+            Some(kib) if counts => {
+                all += kib
+                    .trim()
+                    .trim_end_matches(" kB")
+                    .parse::<u64>()
+                    .unwrap_or(0);
+            }
+            Some(_) => {}
+            // A line of the mapping itself.
+            None if line.contains('-') => counts = line.contains("memfd:forks"),
+            None => {}
+        }
+    }
+    Ok(all)
 }
 
 /// Prints a line. A closed pipe is ignored: the demonstration continues, and its exit status tells the

@@ -1,0 +1,258 @@
+//! Snapshots, restores and forks of the pocket guest, as tables.
+//!
+//!     cargo build --release && cargo bench -p tests --bench snapshot [-- --quick]
+//!
+//! The guest has written every page of its memory that it can. "First instruction" is the time from the
+//! request until the guest's next heartbeat is in the file of its serial port: it writes one each
+//! millisecond. The page cache holds the snapshot (warm).
+
+use std::fs::{self, File};
+use std::io::{self, Read as _};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use guest::{Line, Options, Workload};
+use spec::{ForkVm, MemoryRestoreMode, MigrationInfo, MigrationPhase, RestoreConfig, VmId};
+use tests::{Face, Serial, Service};
+
+const MIB: u64 = 1 << 20;
+const PATIENCE: Duration = Duration::from_secs(120);
+
+#[tokio::main]
+async fn main() -> Result<()> {
+    let quick = std::env::args().any(|argument| argument == "--quick");
+    let rounds = if quick { 3 } else { 7 };
+    let sizes: &[u64] = if quick { &[256] } else { &[256, 2048] };
+    for size in sizes {
+        restores(size * MIB, rounds).await?;
+    }
+    let counts: &[u32] = if quick { &[20] } else { &[20, 100] };
+    for count in counts {
+        forks(*count).await?;
+    }
+    Ok(())
+}
+
+/// Boots a guest, and waits until it has written its memory, if it is to.
+async fn boot(at: &Service, memory: u64, workload: Workload) -> Result<(VmId, Serial)> {
+    let options = Options {
+        workload,
+        heartbeat_ms: Some(1),
+        ..Options::default()
+    };
+    let (mut config, serial) = at.pocket("guest", options)?;
+    config.memory.size = memory;
+    let vm = at.create("guest", config).await?;
+    at.client().vms_boot(&vm).await?;
+    let begun = Instant::now();
+    let is_ready = |line: &Line| match workload {
+        Workload::Touch => matches!(line, Line::Verified { .. }),
+        _ => matches!(line, Line::Heartbeat { .. }),
+    };
+    while !serial.lines().iter().any(is_ready) {
+        ensure!(begun.elapsed() < PATIENCE, "the guest is not ready");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    Ok((vm, serial))
+}
+
+async fn over(at: &Service, begun: &MigrationInfo) -> Result<MigrationInfo> {
+    let id: VmId = begun.id.parse()?;
+    let over = at.until(&id, PATIENCE, |info| info.phase.is_over()).await?;
+    ensure!(over.phase == MigrationPhase::Completed, "{over:?}");
+    Ok(over)
+}
+
+fn median(mut all: Vec<Duration>) -> Result<Duration> {
+    all.sort();
+    let middle = all.get(all.len() / 2);
+    middle.copied().context("nothing was measured")
+}
+
+fn ms(time: Duration) -> f64 {
+    time.as_secs_f64() * 1000.0
+}
+
+/// Reads a file to its end, and throws it away.
+fn read_through(path: &Path) -> io::Result<u64> {
+    let (mut file, mut buffer, mut all) = (File::open(path)?, vec![0; 1 << 20], 0);
+    loop {
+        match file.read(&mut buffer)? {
+            0 => return Ok(all),
+            read => all += read as u64,
+        }
+    }
+}
+
+async fn restores(memory: u64, rounds: usize) -> Result<()> {
+    let service = Service::start(Face::Many).await?;
+    let (vm, serial) = boot(&service, memory, Workload::Touch).await?;
+    let client = service.client();
+    client.vms_pause(&vm).await?;
+    let dir = service.path("snapshot");
+    let to = spec::VmSnapshotConfig {
+        destination_url: format!("file://{}", dir.display()),
+    };
+    let taken = over(&service, &client.vms_snapshot(&vm, &to).await?).await?;
+    client.vms_delete(&vm).await?;
+    let file = dir.join("memory.bin");
+    let copy = service.path("copy");
+    let begun = Instant::now();
+    fs::copy(&file, &copy)?;
+    File::open(&copy)?.sync_all()?;
+    let copied = begun.elapsed();
+    fs::remove_file(&copy)?;
+    let bytes = taken.pages * 4096;
+    let rate = |time: Duration| bytes as f64 / MIB as f64 / time.as_secs_f64();
+    println!(
+        "{} MiB, of which the guest has written {}",
+        memory / MIB,
+        bytes / MIB
+    );
+    let snapshot = Duration::from_micros(taken.elapsed_us);
+    println!(
+        "  snapshot {:>8.1} ms, {:.0} MiB/s; cp and sync of memory.bin {:.1} ms, {:.0} MiB/s; ratio {:.2}",
+        ms(snapshot),
+        rate(snapshot),
+        ms(copied),
+        rate(copied),
+        copied.as_secs_f64() / snapshot.as_secs_f64()
+    );
+    println!(
+        "  mode      first instruction   answered by then or complete   PSS (MiB)   medians of {rounds}"
+    );
+    for mode in [
+        MemoryRestoreMode::Copy,
+        MemoryRestoreMode::OnDemand,
+        MemoryRestoreMode::Map,
+    ] {
+        let (mut first, mut whole, mut resident) = (Vec::new(), Vec::new(), Vec::new());
+        for _ in 0..rounds {
+            read_through(&file)?;
+            let what = RestoreConfig {
+                memory_restore_mode: mode,
+                ..tests::snapshots::from(&dir, true)
+            };
+            let before = fs::metadata(serial.path())?.len();
+            let begun = Instant::now();
+            let restoring = client.vms_restore(&vm, &what).await?;
+            while fs::metadata(serial.path())?.len() == before {
+                if begun.elapsed() > PATIENCE {
+                    bail!("the guest does not run");
+                }
+                tokio::task::yield_now().await;
+            }
+            first.push(begun.elapsed());
+            resident.push(pss(service.pid(), &Owner::Size(memory))?);
+            over(&service, &restoring).await?;
+            whole.push(begun.elapsed());
+            client.vms_delete(&vm).await?;
+        }
+        resident.sort_unstable();
+        let (first, whole) = (median(first)?, median(whole)?);
+        println!(
+            "  {:<9} {:>10.1} ms {:>25.1} ms ({:.0} MiB/s) {:>10}",
+            format!("{mode:?}"),
+            ms(first),
+            ms(whole),
+            rate(whole),
+            resident.get(rounds / 2).unwrap_or(&0) >> 10
+        );
+    }
+    let mut plain = Vec::new();
+    for _ in 0..rounds {
+        let begun = Instant::now();
+        fs::copy(&file, &copy)?;
+        plain.push(begun.elapsed());
+        fs::remove_file(&copy)?;
+    }
+    let plain = median(plain)?;
+    println!(
+        "  cp of memory.bin {:.1} ms, {:.0} MiB/s",
+        ms(plain),
+        rate(plain)
+    );
+    Ok(())
+}
+
+/// The mappings that count.
+enum Owner {
+    /// Those of this size in bytes.
+    Size(u64),
+    /// Those of the copy from which forks are mapped.
+    Forks,
+}
+
+/// Returns the kibibytes that a process has in such mappings, shared ones by their share.
+fn pss(pid: u32, owner: &Owner) -> Result<u64> {
+    let maps = fs::read_to_string(format!("/proc/{pid}/smaps"))?;
+    let (mut all, mut counts) = (0, false);
+    for line in maps.lines() {
+        let mut words = line.split_whitespace();
+        let name = words.next().unwrap_or("");
+        let value = words.next().and_then(|value| value.parse::<u64>().ok());
+        match (name, value) {
+            ("Size:", Some(kib)) => {
+                if let Owner::Size(size) = owner {
+                    counts = kib == size >> 10;
+                }
+            }
+            ("Pss:", Some(kib)) if counts => all += kib,
+            _ if !name.ends_with(':') => {
+                counts = matches!(owner, Owner::Forks) && line.contains("/memfd:forks");
+            }
+            _ => {}
+        }
+    }
+    Ok(all)
+}
+
+/// Kibibytes of a process as a whole.
+fn pss_of_all(pid: u32) -> Result<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
+    let line = text.lines().find_map(|line| line.strip_prefix("Pss:"));
+    let value = line.and_then(|line| line.split_whitespace().next());
+    Ok(value.context("no Pss")?.parse()?)
+}
+
+async fn forks(count: u32) -> Result<()> {
+    let service = Service::start(Face::Many).await?;
+    let (vm, _) = boot(&service, 256 * MIB, Workload::Idle).await?;
+    let client = service.client();
+    client.vms_pause(&vm).await?;
+    let port = |n: &str| -> PathBuf { service.path(format!("fork-{n}")) };
+    let serial = serde_json::json!({ "mode": "File", "file": port("{n}") });
+    let what = ForkVm {
+        count,
+        name: Some("fork".parse()?),
+        resume: true,
+        overrides: spec::Overrides {
+            serial: serde_json::from_value(serial)?,
+            ..spec::Overrides::default()
+        },
+    };
+    let before = pss_of_all(service.pid())?;
+    let begun = Instant::now();
+    let made = over(&service, &client.vms_fork(&vm, &what).await?).await?;
+    let took = Duration::from_micros(made.elapsed_us);
+    for n in 1..=count {
+        let port = port(&n.to_string());
+        while fs::metadata(&port).map_or(0, |metadata| metadata.len()) == 0 {
+            ensure!(begun.elapsed() < PATIENCE, "fork {n} does not run");
+            tokio::task::yield_now().await;
+        }
+    }
+    let all_run = begun.elapsed();
+    let memory = pss(service.pid(), &Owner::Forks)?;
+    let whole = pss_of_all(service.pid())?.saturating_sub(before);
+    println!(
+        "{count} forks of an idle guest of 256 MiB: made in {:.0} ms, all run after {:.0} ms; PSS of each: \
+         memory {} KiB, with its machine {} KiB",
+        ms(took),
+        ms(all_run),
+        memory / u64::from(count),
+        whole / u64::from(count)
+    );
+    Ok(())
+}
