@@ -18,26 +18,32 @@ use crate::pages::{Block, PAGE, is_zero};
 use crate::progress::{Phase, Progress};
 
 impl Snapshot {
-    /// Copies a paused guest that `save` saves into memory of its own, which lives as long as a machine is mapped from it.
-    /// Pages of zeros take no space.
+    /// Copies a paused guest into memory of its own, which lives as long as a machine is mapped from it.
+    /// Pages of zeros take no space. `end` frees the VM, before the report shows an end.
     ///
     /// # Errors
-    /// `save` fails, the host has no memory, or the operation was canceled. The report says the same.
+    /// The guest cannot be saved, the host has no memory, or the operation was canceled. The report says the same.
     pub fn capture(
-        save: impl FnOnce() -> Result<Saved, Refusal>,
+        saved: Result<Saved, Refusal>,
+        end: impl FnOnce(Result<(), &Refusal>),
         progress: &Progress,
         decision: &Decision,
     ) -> Result<Self, Refusal> {
         progress.enter(Phase::Stopped);
-        let captured = save().map_err(MigrationError::Here).and_then(|saved| {
+        let captured = saved.map_err(MigrationError::Here).and_then(|saved| {
             let memory = copy(&saved.blocks, progress, decision)?;
             Ok((saved, memory))
         });
-        let (saved, memory) = captured.map_err(|error| {
-            let refusal = error.refusal();
-            let _ = conclude(progress, Err(error));
-            refusal
-        })?;
+        let (saved, memory) = match captured {
+            Ok(captured) => captured,
+            Err(error) => {
+                let refusal = error.refusal();
+                end(Err(&refusal));
+                let _ = conclude(progress, Err(error));
+                return Err(refusal);
+            }
+        };
+        end(Ok(()));
         let none = FileInfo::of(&[]);
         let Saved { offer, state, .. } = saved;
         let manifest = Manifest::new(Uuid::new_v4(), offer.vm, offer.blocks, [none; 3]);

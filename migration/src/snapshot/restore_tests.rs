@@ -307,7 +307,8 @@ fn made_of(snapshot: &Snapshot, count: usize, to: &OnlyMemory) -> Result<(), Ref
 fn forks_are_mapped_from_memory() {
     let blocks = guest(&[0, 5, 6, 299, 301]);
     let (progress, decision) = (Progress::default(), Decision::default());
-    let captured = Snapshot::capture(|| Ok(tests::saved(&blocks)), &progress, &decision).unwrap();
+    let captured =
+        Snapshot::capture(Ok(tests::saved(&blocks)), |_| {}, &progress, &decision).unwrap();
     let report = progress.report();
     assert_eq!(
         (report.pages, report.zero_pages, report.remaining_pages),
@@ -328,7 +329,8 @@ fn forks_are_mapped_from_memory() {
 #[test]
 fn no_machine_is_left_if_one_cannot_be_made() {
     let captured = Snapshot::capture(
-        || Ok(tests::saved(&guest(&[3]))),
+        Ok(tests::saved(&guest(&[3]))),
+        |_| {},
         &Progress::default(),
         &Decision::default(),
     );
@@ -347,9 +349,15 @@ fn no_machine_is_left_if_one_cannot_be_made() {
 fn canceled_capture_makes_nothing() {
     let decision = Decision::default();
     decision.cancel().unwrap();
-    let save = || Ok(tests::saved(&guest(&[3])));
+    let saved = Ok(tests::saved(&guest(&[3])));
     let progress = Progress::default();
-    let refused = Snapshot::capture(save, &progress, &decision).unwrap_err();
+    // A client that sees the end may send its next request at once.
+    let mut ended = None;
+    let end = |outcome: Result<(), &Refusal>| {
+        ended = Some((outcome.is_ok(), progress.report().phase.is_over()));
+    };
+    let refused = Snapshot::capture(saved, end, &progress, &decision).unwrap_err();
+    assert_eq!(ended, Some((false, false)));
     assert_eq!(refused.code, "canceled");
     assert_eq!(progress.report().phase, Phase::Canceled);
 }

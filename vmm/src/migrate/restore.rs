@@ -219,22 +219,21 @@ pub(super) fn begin_fork(
         tracing::info!(
             fork = %ours.id, vm = id.as_str(), vms = offers.len(), "fork: begins"
         );
-        let save = || {
-            // Overlays of the disks find all that the guest wrote in them.
-            source.flush()?;
-            Ok(Saved {
-                offer: saved,
-                state: source.save()?,
-                blocks: source.blocks(),
-            })
+        // Overlays of the disks find all that the guest wrote in them.
+        let state = source.flush().and_then(|()| source.save());
+        let saved = state.map(|state| Saved {
+            offer: saved,
+            state,
+            blocks: source.blocks(),
+        });
+        let end = |outcome: Result<(), &Refusal>| match outcome {
+            // From here on the guest may be resumed: its forks have a copy.
+            Ok(()) => source.end("forked", format!("{} VMs", offers.len())),
+            Err(why) => source.end("fork-failed", why.detail.clone()),
         };
-        match Snapshot::capture(save, &ours.progress, &ours.decision) {
-            Ok(snapshot) => {
-                // From here on the guest may be resumed: its forks have a copy.
-                source.end("forked", format!("{} VMs", offers.len()));
-                children.make(&snapshot, offers, &host, &ours);
-            }
-            Err(why) => source.end("fork-failed", why.detail),
+        // The report has the failure, if it failed.
+        if let Ok(snapshot) = Snapshot::capture(saved, end, &ours.progress, &ours.decision) {
+            children.make(&snapshot, offers, &host, &ours);
         }
         ours.log_end();
         ours.end();
