@@ -16,8 +16,8 @@ use harness::{Answer, CONFIG, call, expect, one_vm, send};
 use http::Request;
 use serde_json::json;
 use spec::{
-    AwaitMigration, HostLimits, MigrationInfo, MigrationOutcome, RestoreConfig, StartMigration,
-    VmConfig, VmId, VmSnapshotConfig, VmmPingResponse,
+    AwaitMigration, ForkVm, HostLimits, MigrationInfo, MigrationOutcome, RestoreConfig,
+    StartMigration, VmConfig, VmId, VmSnapshotConfig, VmmPingResponse,
 };
 use tokio::sync::watch;
 
@@ -133,6 +133,15 @@ impl Migrate for Engine {
         _: &Registry,
         _: &VmId,
         _: &RestoreConfig,
+    ) -> Result<Arc<dyn Migration>, RequestError> {
+        unsupported()
+    }
+
+    fn fork(
+        &self,
+        _: &Registry,
+        _: &VmHandle,
+        _: &ForkVm,
     ) -> Result<Arc<dyn Migration>, RequestError> {
         unsupported()
     }
