@@ -5,7 +5,10 @@ use std::sync::Arc;
 use control::{Category, Migration, Registry, RequestError, VmHandle};
 use migration::snapshot::{Memory, Restoring, Saved, Snapshot, restore};
 use migration::{Offer, Refusal, Source as _};
-use spec::{ForkVm, MemoryRestoreMode, MigrationSide, Overrides, RefusedField, RestoreConfig, VmId, fork_names};
+use spec::{
+    ForkVm, MemoryRestoreMode, MigrationSide, Overrides, RefusedField, RestoreConfig, VmId,
+    fork_names,
+};
 
 use super::destination::{DestinationHost, GuestOrigin, record_failure};
 use super::snapshot::{folder, unusable};
