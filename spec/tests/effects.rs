@@ -158,7 +158,7 @@ fn full() -> Value {
             "core_scheduling": "Vcpu",
         },
         "memory": {
-            "size": 1 << 30, "hotplug_size": 1, "hotplugged_size": 1, "mergeable": true,
+            "size": 1 << 30, "hotplug_size": 1 << 27, "hotplugged_size": 1 << 27, "mergeable": true,
             "hotplug_method": "VirtioMem", "shared": true, "hugepages": true,
             "hugepage_size": 2 << 20, "prefault": true, "reserve": true, "thp": false, "zones": [zone],
         },

@@ -21,6 +21,19 @@ const EFFECTIVE_REQUESTS: &[(&str, &[&str])] = &[
             "/memory_restore_mode",
             "/resume",
             "/verify",
+            "/overrides/disks/0/id",
+            "/overrides/disks/0/path",
+            "/overrides/net/0/id",
+            "/overrides/net/0/tap",
+            "/overrides/net/0/mac",
+            "/overrides/vsock/cid",
+            "/overrides/vsock/socket",
+            "/overrides/serial/mode",
+            "/overrides/serial/file",
+            "/overrides/serial/socket",
+            "/overrides/console/mode",
+            "/overrides/console/file",
+            "/overrides/console/socket",
         ],
     ),
     (
@@ -61,6 +74,11 @@ const TOLD_REQUESTS: &[(&str, &str, &str)] = &[
         "vm.resize",
         "/desired_ram",
         "refused: this version cannot change the memory of a VM; the present size is accepted",
+    ),
+    (
+        "vm.restore",
+        "/count",
+        "refused on the socket of one VM: a service's own face makes several VMs of a snapshot",
     ),
 ];
 
