@@ -49,6 +49,7 @@ mod transaction;
 mod userfault;
 mod view;
 mod window;
+mod write_protect;
 
 pub use change::ViewChange;
 pub use dirty::{DirtyBitmap, DirtyPages, PAGE_SIZE};
@@ -68,3 +69,4 @@ pub use topology::{Stats, Topology};
 pub use transaction::{Label, Transaction};
 pub use userfault::{Fault, UserFaults};
 pub use window::{RingWindow, WindowError};
+pub use write_protect::{WriteProtectError, WriteProtection};

@@ -6,7 +6,7 @@ use std::io;
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use crate::dirty::{DirtyBitmap, PAGE_SIZE};
 use crate::hugepages;
@@ -112,6 +112,8 @@ pub struct RamBlock {
     thp: bool,
     /// Plugging brings in the pages.
     pub(crate) populates: bool,
+    /// Writes are caught by a [`WriteProtection`](crate::WriteProtection).
+    pub(crate) write_protected: AtomicBool,
     /// Faults of the mapping are answered, and with that what its [`Pages`] are. Dropped before the
     /// mapping goes.
     registered: ManuallyDrop<Registered>,
@@ -279,6 +281,7 @@ impl RamBlock {
             populates: !is_view && (config.prefault || config.hugepage_size.is_some()),
             page_size,
             thp: config.thp && config.hugepage_size.is_none() && !is_view,
+            write_protected: AtomicBool::new(false),
             registered: ManuallyDrop::new(registered),
         };
 
@@ -357,6 +360,9 @@ impl RamBlock {
         let Some(len) = last.checked_sub(first).filter(|len| *len > 0) else {
             return Ok(0);
         };
+        if self.write_protected.load(Ordering::Acquire) {
+            self.await_copies(first, len)?;
+        }
         // On shared memory MADV_DONTNEED drops only this process's page table entries: the memfd
         // keeps the pages. MADV_REMOVE punches a hole into the file, which the seals permit: they
         // fix its size only. Private anonymous memory has no file, and MADV_REMOVE fails there.

@@ -47,7 +47,7 @@ impl UserFaults {
             let why = "memory backed by huge pages cannot be filled page by page";
             return Err(io::Error::new(io::ErrorKind::Unsupported, why));
         }
-        let uffd = open()?;
+        let uffd = open(features())?;
         for block in &blocks {
             uffd.register(address(block, 0), block.len())
                 .map_err(into_io)?;
@@ -61,7 +61,7 @@ impl UserFaults {
     /// Returns whether this host and this process can use userfaultfd.
     #[must_use]
     pub fn is_possible() -> bool {
-        open().is_ok()
+        open(features()).is_ok()
     }
 
     /// Waits at most `patience` for an event, and returns those that are pending, in their order. The
@@ -82,17 +82,7 @@ impl UserFaults {
     /// # Errors
     /// The host refuses.
     pub fn poll(&self, patience: Duration) -> io::Result<bool> {
-        let mut asked = libc::pollfd {
-            fd: self.uffd.as_raw_fd(),
-            events: libc::POLLIN,
-            revents: 0,
-        };
-        let ms = i32::try_from(patience.as_millis()).unwrap_or(i32::MAX);
-        // SAFETY: one `pollfd`, which lives through the call.
-        match unsafe { libc::poll(&raw mut asked, 1, ms) } {
-            ready if ready < 0 => nothing_yet(io::Error::last_os_error()).map(|_| false),
-            ready => Ok(ready > 0),
-        }
+        poll(&self.uffd, patience)
     }
 
     /// Returns the pending events, in their order. A thread that gives memory back to the host waits
@@ -101,43 +91,25 @@ impl UserFaults {
     /// # Errors
     /// The descriptor cannot be read.
     pub fn read(&self) -> io::Result<Vec<Fault>> {
-        let mut buffer = EventBuffer::new(EVENTS);
-        // The descriptor does not block. Between `poll` and this read the pending fault can vanish,
-        // and the read then fails with EAGAIN.
-        let events = match self.uffd.read_events(&mut buffer) {
-            Ok(events) => events,
-            Err(error) => return nothing_yet(into_io(error)),
-        };
-        let mut faults = Vec::new();
-        for event in events {
-            faults.extend(self.fault(&event.map_err(into_io)?));
-        }
-        Ok(faults)
+        let events = read(&self.uffd)?;
+        let faults = events.iter().filter_map(|event| self.fault(event));
+        Ok(faults.collect())
     }
 
     fn fault(&self, event: &Event) -> Option<Fault> {
         match *event {
             Event::Pagefault { addr, .. } => {
-                let (block, page) = self.find(addr.addr())?;
+                let (block, page) = find(&self.blocks, addr.addr())?;
                 Some(Fault::Missing(block, page))
             }
             Event::Remove { start, end } => {
-                let (block, first) = self.find(start.addr())?;
+                let (block, first) = find(&self.blocks, start.addr())?;
                 let pages = end.addr().saturating_sub(start.addr()).div_ceil(PAGE);
                 Some(Fault::Removed(block, first, pages))
             }
             // `features` does not ask for these events, so the kernel sends none.
             Event::Fork { .. } | Event::Remap { .. } | Event::Unmap { .. } => None,
         }
-    }
-
-    fn find(&self, address: usize) -> Option<(usize, usize)> {
-        let within = |block: &Arc<RamBlock>| {
-            let page = address.checked_sub(block.host_addr().addr())? / PAGE;
-            (page < block.len() / PAGE).then_some(page)
-        };
-        let mut blocks = self.blocks.iter().enumerate();
-        blocks.find_map(|(index, block)| Some((index, within(block)?)))
     }
 
     /// Fills a page if it is still missing, and wakes the threads that wait for it.
@@ -212,9 +184,45 @@ impl UserFaults {
     }
 }
 
-/// Returns no faults if a signal interrupted the wait: the caller waits again. A thread that gave up
+/// Waits at most `patience` for an event, and returns whether there is one to read.
+pub(crate) fn poll(uffd: &Uffd, patience: Duration) -> io::Result<bool> {
+    let mut asked = libc::pollfd {
+        fd: uffd.as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    let ms = i32::try_from(patience.as_millis()).unwrap_or(i32::MAX);
+    // SAFETY: one `pollfd`, which lives through the call.
+    match unsafe { libc::poll(&raw mut asked, 1, ms) } {
+        ready if ready < 0 => nothing_yet(io::Error::last_os_error()).map(|_| false),
+        ready => Ok(ready > 0),
+    }
+}
+
+/// Returns the pending events, in their order.
+pub(crate) fn read(uffd: &Uffd) -> io::Result<Vec<Event>> {
+    let mut buffer = EventBuffer::new(EVENTS);
+    // The descriptor does not block. Between `poll` and this read the pending fault can vanish,
+    // and the read then fails with EAGAIN.
+    match uffd.read_events(&mut buffer) {
+        Ok(events) => events.map(|event| event.map_err(into_io)).collect(),
+        Err(error) => nothing_yet(into_io(error)),
+    }
+}
+
+/// Finds the block that has this host address, and the number of the page in it.
+pub(crate) fn find(blocks: &[Arc<RamBlock>], address: usize) -> Option<(usize, usize)> {
+    let within = |block: &Arc<RamBlock>| {
+        let page = address.checked_sub(block.host_addr().addr())? / PAGE;
+        (page < block.len() / PAGE).then_some(page)
+    };
+    let mut blocks = blocks.iter().enumerate();
+    blocks.find_map(|(index, block)| Some((index, within(block)?)))
+}
+
+/// Returns no events if a signal interrupted the wait: the caller waits again. A thread that gave up
 /// after SIGSTOP and SIGCONT would leave its guest waiting for ever.
-fn nothing_yet(error: io::Error) -> io::Result<Vec<Fault>> {
+fn nothing_yet(error: io::Error) -> io::Result<Vec<Event>> {
     match error.kind() {
         io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock => Ok(Vec::new()),
         _ => Err(error),
@@ -222,7 +230,7 @@ fn nothing_yet(error: io::Error) -> io::Result<Vec<Fault>> {
 }
 
 /// The host address of a byte of a block.
-fn address(block: &RamBlock, offset: usize) -> *mut c_void {
+pub(crate) fn address(block: &RamBlock, offset: usize) -> *mut c_void {
     block.host_addr().wrapping_add(offset).cast()
 }
 
@@ -232,23 +240,23 @@ fn features() -> FeatureFlags {
 
 /// Opens a descriptor through `/dev/userfaultfd`, which an administrator can give to others, or else
 /// through the system call.
-fn open() -> io::Result<Uffd> {
+pub(crate) fn open(features: FeatureFlags) -> io::Result<Uffd> {
     let opened = UffdBuilder::new()
         .close_on_exec(true)
         .non_blocking(true)
         // Devices and KVM touch guest memory from kernel mode, too.
         .user_mode_only(false)
-        .require_features(features())
+        .require_features(features)
         .create();
     match opened {
         // The crate gives up here; the sysctl vm.unprivileged_userfaultfd may permit the call.
-        Err(Error::OpenDevUserfaultfd(_)) => by_system_call(),
+        Err(Error::OpenDevUserfaultfd(_)) => by_system_call(features),
         other => other.map_err(into_io),
     }
 }
 
 /// Opens a descriptor by the system call alone.
-fn by_system_call() -> io::Result<Uffd> {
+fn by_system_call(features: FeatureFlags) -> io::Result<Uffd> {
     /// `struct uffdio_api` of linux/userfaultfd.h.
     #[repr(C)]
     struct UffdioApi {
@@ -269,7 +277,7 @@ fn by_system_call() -> io::Result<Uffd> {
     };
     let mut api = UffdioApi {
         api: 0xaa,
-        features: features().bits(),
+        features: features.bits(),
         ioctls: 0,
     };
     // SAFETY: the request is defined for this structure, which lives through the call.
@@ -281,7 +289,7 @@ fn by_system_call() -> io::Result<Uffd> {
 }
 
 /// The error of the system call behind an error of the crate.
-fn into_io(error: Error) -> io::Error {
+pub(crate) fn into_io(error: Error) -> io::Error {
     match error {
         Error::CopyFailed(errno) | Error::ZeropageFailed(errno) | Error::SystemError(errno) => {
             io::Error::from_raw_os_error(errno as i32)
