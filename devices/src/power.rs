@@ -40,6 +40,12 @@ pub const PCI_HOTPLUG: u8 = 1 << 1;
 /// vCPUs came, or should go: the registers of [`cpus`](crate::cpus) say which.
 pub const CPU_HOTPLUG: u8 = 1 << 2;
 
+/// The guest is another copy of the guest that was saved: its VM generation ID has changed.
+pub const GENERATION: u8 = 1 << 3;
+
+/// The guest's clocks were disturbed: its VMClock has changed.
+pub const CLOCK: u8 = 1 << 4;
+
 /// A guest's request for its machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PowerEvent {
@@ -82,6 +88,16 @@ impl PowerBlock {
     /// Has the guest look at the registers for vCPUs.
     pub fn announce_cpus(&self) {
         self.raise(CPU_HOTPLUG);
+    }
+
+    /// Has the guest look at its VM generation ID and its VMClock.
+    pub fn announce_generation(&self) {
+        self.raise(GENERATION | CLOCK);
+    }
+
+    /// Has the guest look at its VMClock.
+    pub fn announce_clock(&self) {
+        self.raise(CLOCK);
     }
 
     /// Raises the interrupt again if an event was not read yet, for a guest that was loaded.
@@ -169,6 +185,13 @@ mod tests {
         block.write(SLEEP_CONTROL, &[SLEEP_ENABLE | S5 << 2]);
         block.write(RESET, &[RESET_VALUE]);
         assert_eq!(*seen.lock(), [PowerEvent::PowerOff, PowerEvent::Reset]);
+
+        block.announce_clock();
+        block.announce_generation();
+        let mut both = [0];
+        block.read(EVENTS, &mut both);
+        assert_eq!(both, [GENERATION | CLOCK]);
+        assert_eq!(line.event_fd().read().unwrap(), 2);
 
         block.press_power_button();
         assert_eq!(line.event_fd().read().unwrap(), 1);

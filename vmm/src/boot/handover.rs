@@ -27,7 +27,7 @@ fn memory_map(layout: &Layout) -> Vec<(AddrRange, u32)> {
         );
     };
     add(0, layout::LOW_MEMORY_END, RAM);
-    add(layout::ACPI, layout::SMBIOS_END, RESERVED);
+    add(layout::VMGENID, layout::SMBIOS_END, RESERVED);
     add(layout::HIGH_MEMORY, layout.low_ram_end(), RAM);
     add(
         layout::ECAM,

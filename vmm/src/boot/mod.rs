@@ -19,10 +19,10 @@ use spec::VmConfig;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use self::kernel::Kind;
-use crate::arch::x86_64::acpi;
 use crate::arch::x86_64::cpu::Entry;
 use crate::arch::x86_64::layout::{self, Layout};
 use crate::arch::x86_64::smbios;
+use crate::arch::x86_64::{acpi, generation};
 
 /// A payload cannot be booted.
 #[derive(Debug, thiserror::Error)]
@@ -123,6 +123,7 @@ pub(crate) fn load(
         });
     }
     memory.write_slice(&tables, GuestAddress(layout::SMBIOS))?;
+    generation::write(memory)?;
     let cmdline = payload.cmdline.as_deref().unwrap_or("");
     memory.write_slice(cmdline.as_bytes(), GuestAddress(layout::CMDLINE))?;
     memory.write_obj(0_u8, GuestAddress(layout::CMDLINE + cmdline.len() as u64))?;

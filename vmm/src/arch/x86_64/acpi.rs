@@ -17,6 +17,7 @@ use acpi_tables::xsdt::XSDT;
 use devices::{hotplug, power};
 use spec::CpusConfig;
 
+use super::generation;
 use super::layout::{self, Layout};
 
 const OEM: [u8; 6] = *b"WHIMBR";
@@ -118,6 +119,7 @@ fn dsdt(cpus: &CpusConfig, layout: &Layout) -> Sdt {
         pci_aml(layout),
         hotplug_aml(),
         serial_aml(),
+        generation_aml(),
         cpus::aml(cpus),
     ];
     for part in parts {
@@ -190,6 +192,16 @@ fn power_aml() -> Vec<u8> {
                             &If::new(
                                 &Equal::new(&Local(1), &power::CPU_HOTPLUG),
                                 vec![&MethodCall::new("\\_SB_.CSCN".into(), vec![])],
+                            ),
+                            &And::new(&Local(1), &Local(0), &power::GENERATION),
+                            &If::new(
+                                &Equal::new(&Local(1), &power::GENERATION),
+                                vec![&Notify::new(&Path::new("\\_SB_.VGEN"), &0x80_u8)],
+                            ),
+                            &And::new(&Local(1), &Local(0), &power::CLOCK),
+                            &If::new(
+                                &Equal::new(&Local(1), &power::CLOCK),
+                                vec![&Notify::new(&Path::new("\\_SB_.VCLK"), &0x80_u8)],
                             ),
                         ],
                     ),
@@ -361,6 +373,45 @@ fn serial_aml() -> Vec<u8> {
                 ),
             ],
         )],
+    )
+    .to_aml_bytes(&mut out);
+    out
+}
+
+/// The VM generation ID, whose `ADDR` names its page, and the VMClock.
+fn generation_aml() -> Vec<u8> {
+    let mut out = Vec::new();
+    // Both pages are below 4 GiB.
+    let (id, clock) = (layout::VMGENID as u32, layout::VMCLOCK as u32);
+    Scope::new(
+        "_SB_".into(),
+        vec![
+            &Device::new(
+                "VGEN".into(),
+                vec![
+                    &Name::new("_HID".into(), &"VMGENCTR"),
+                    &Name::new("_CID".into(), &"VM_Gen_Counter"),
+                    &Name::new("_DDN".into(), &"VM_Gen_Counter"),
+                    &Name::new("ADDR".into(), &Package::new(vec![&id, &ZERO])),
+                ],
+            ),
+            &Device::new(
+                "VCLK".into(),
+                vec![
+                    &Name::new("_HID".into(), &"AMZNC10C"),
+                    &Name::new("_CID".into(), &"VMCLOCK"),
+                    &Name::new("_DDN".into(), &"VMCLOCK"),
+                    &Name::new(
+                        "_CRS".into(),
+                        &ResourceTemplate::new(vec![&Memory32Fixed::new(
+                            false,
+                            clock,
+                            generation::VMCLOCK_LEN,
+                        )]),
+                    ),
+                ],
+            ),
+        ],
     )
     .to_aml_bytes(&mut out);
     out

@@ -39,6 +39,10 @@ pub(crate) const PAGE_TABLES: u64 = 0x9000;
 pub(crate) const CMDLINE: u64 = 0x2_0000;
 /// The end of memory that a PC's software takes for its own below 1 MiB.
 pub(crate) const LOW_MEMORY_END: u64 = 0xa_0000;
+/// The page of the VM generation ID.
+pub(crate) const VMGENID: u64 = 0xd_e000;
+/// The page of the VMClock. Alone in its page, since a process of the guest may map it.
+pub(crate) const VMCLOCK: u64 = 0xd_f000;
 /// ACPI tables: the RSDP first, where a PC's software looks for it.
 pub(crate) const ACPI: u64 = 0xe_0000;
 pub(crate) const ACPI_END: u64 = SMBIOS;

@@ -7,6 +7,7 @@
 pub(crate) mod acpi;
 pub(crate) mod cpu;
 pub(crate) mod features;
+pub(crate) mod generation;
 pub(crate) mod layout;
 pub(crate) mod smbios;
 mod topology;
