@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use axum::extract::State;
 use axum::response::Response;
-use control::{Migration, RequestError};
+use control::{Migration, RequestError, SnapshotOf};
 use http::StatusCode;
 use spec::{ForkVm, MigrationInfo, RestoreConfig, VmId, VmSnapshotConfig};
 
@@ -36,10 +36,12 @@ pub(crate) fn one_vm_routes() -> Routes<OneVm> {
         .routes(routes!(restore_one))
 }
 
-/// Start to write a snapshot of a paused VM into a folder of the service's host.
+/// Start to write a snapshot of a VM into a folder of the service's host.
 ///
 /// The snapshot is complete when the migration that the answer shows is `Completed`. Deleting that
-/// migration cancels the snapshot, and nothing is left of it. The VM stays paused.
+/// migration cancels the snapshot, and nothing is left of it. A paused VM stays paused. A running VM
+/// stops for its device state only (`downtime`), and runs on while its memory is copied; `faults` counts
+/// the pages that it waited for.
 #[utoipa::path(
     post, path = "/api/v1/vms/{id}/snapshots", operation_id = "snapshotVm", tag = MIGRATIONS, request_body = VmSnapshotConfig,
     params(("id" = VmId, Path, description = "The VM's name.")),
@@ -55,7 +57,7 @@ async fn snapshot(
     Json(body): Json<VmSnapshotConfig>,
 ) -> Result<Response, ApiError> {
     let registry = service.registry.clone();
-    let take = move || registry.take_snapshot(id.as_str(), &body);
+    let take = move || registry.take_snapshot(id.as_str(), &body, SnapshotOf::PausedOrRunning);
     let begun = begin(take, ApiError::from).await?;
     Ok(created(begun.info()))
 }
@@ -127,7 +129,7 @@ async fn snapshot_one(
 ) -> Result<StatusCode, ApiError> {
     let (registry, id) = (vm.registry.clone(), vm.id.clone());
     wait_for(
-        move || registry.take_snapshot(id.as_str(), &body),
+        move || registry.take_snapshot(id.as_str(), &body, SnapshotOf::Paused),
         of_one_vms_snapshot,
     )
     .await

@@ -11,7 +11,9 @@ use api::Service;
 use axum::Router;
 use axum::body::Body;
 use control::fake::Fake;
-use control::{Category, EventLog, Migrate, Migration, Registry, RequestError, Spawn, VmHandle};
+use control::{
+    Category, EventLog, Migrate, Migration, Registry, RequestError, SnapshotOf, Spawn, VmHandle,
+};
 use harness::{Answer, CONFIG, call, expect, one_vm, send};
 use http::Request;
 use serde_json::json;
@@ -122,6 +124,7 @@ impl Migrate for Engine {
         &self,
         vm: &VmHandle,
         what: &VmSnapshotConfig,
+        _: SnapshotOf,
     ) -> Result<Arc<dyn Migration>, RequestError> {
         let snapshot = self.start(vm.id(), &what.destination_url);
         self.last().unwrap().end("completed");

@@ -193,12 +193,16 @@ pub(crate) enum Command {
         /// The device.
         id: String,
     },
-    /// Write a snapshot of the paused VM into a folder of its host, and wait until it is complete. Ctrl-C
-    /// cancels.
+    /// Write a snapshot of the VM into a folder of its host, and wait until it is complete. A running
+    /// VM stops for some milliseconds only. Ctrl-C cancels.
     Snapshot {
         /// The folder: file:///PATH, or an absolute path. Made if it does not exist.
         #[arg(value_name = "URL")]
         destination_url: String,
+        /// A snapshot of this VM: only pages that have changed since are written. The new snapshot needs
+        /// it.
+        #[arg(long, value_name = "URL")]
+        base: Option<String>,
     },
     /// Make the VM from a snapshot, and wait until it is there: a URL or path, or
     /// source_url=URL,resume=on,memory_restore_mode=map. Without resume=on the VM is paused. With count=N

@@ -356,7 +356,19 @@ pub(crate) fn summary(info: &MigrationInfo) -> String {
             info.sent_bytes >> 20,
         ),
     );
-    if let Some(stop) = info.downtime {
+    if let Some(stop) = info.downtime.as_ref().filter(|stop| stop.protect_us > 0) {
+        // A live snapshot: nothing was sent or handed over.
+        line(
+            "stop",
+            format!(
+                "{}: pause {}, save {}, protect memory {}",
+                ms(stop.total_us),
+                ms(stop.pause_us),
+                ms(stop.save_us),
+                ms(stop.protect_us),
+            ),
+        );
+    } else if let Some(stop) = info.downtime {
         let predicted = info.predicted_downtime_us.map(ms);
         line(
             "stop",

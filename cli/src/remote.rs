@@ -133,7 +133,10 @@ impl Remote {
             Command::Receive(arguments) => {
                 migrate::receive(&self.client, self.vm.as_ref(), &arguments, self.printer).await
             }
-            Command::Snapshot { destination_url } => self.snapshot(&destination_url).await,
+            Command::Snapshot {
+                destination_url,
+                base,
+            } => self.snapshot(&destination_url, base.as_deref()).await,
             Command::Restore { options, overrides } => {
                 self.restore(&options, overrides.as_deref()).await
             }
@@ -207,9 +210,10 @@ impl Remote {
         Ok(())
     }
 
-    async fn snapshot(&self, destination: &str) -> Result<()> {
+    async fn snapshot(&self, destination: &str, base: Option<&str>) -> Result<()> {
         let body = VmSnapshotConfig {
             destination_url: url(destination),
+            base_url: base.map(url),
         };
         match &self.vm {
             Some(vm) => {

@@ -51,6 +51,15 @@ pub trait Migration: Send + Sync {
     }
 }
 
+/// The guests of which a snapshot may be taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SnapshotOf {
+    /// A paused one, as Cloud Hypervisor's contract demands.
+    Paused,
+    /// A running one, too: it stops for its device state only.
+    PausedOrRunning,
+}
+
 /// Moves guests.
 pub trait Migrate: Send + Sync {
     /// Returns the migrations of an earlier process of this service, from their journals.
@@ -79,14 +88,15 @@ pub trait Migrate: Send + Sync {
         what: &AwaitMigration,
     ) -> Result<Arc<dyn Migration>, RequestError>;
 
-    /// Starts to write a snapshot of a paused VM.
+    /// Starts to write a snapshot of a VM.
     ///
     /// # Errors
-    /// The request is not valid, or the VM is not paused.
+    /// The request is not valid, or the VM's state is not one of `of`.
     fn snapshot(
         &self,
         vm: &VmHandle,
         what: &VmSnapshotConfig,
+        of: SnapshotOf,
     ) -> Result<Arc<dyn Migration>, RequestError>;
 
     /// Starts to make a VM from a snapshot.

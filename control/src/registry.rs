@@ -14,7 +14,7 @@ use tokio::sync::watch;
 use crate::error::{Category, RequestError};
 use crate::events::EventLog;
 use crate::handle::VmHandle;
-use crate::migrations::{Migrate, Migration, Migrations};
+use crate::migrations::{Migrate, Migration, Migrations, SnapshotOf};
 use crate::request::Request;
 
 /// A factory of drivers.
@@ -181,17 +181,18 @@ impl Registry {
         Ok(self.0.migrations.add(migration))
     }
 
-    /// Starts to write a snapshot of a paused VM.
+    /// Starts to write a snapshot of a VM.
     ///
     /// # Errors
-    /// There is no VM of this name, it is not paused, or the request is not valid.
+    /// There is no VM of this name, its state is not one of `of`, or the request is not valid.
     pub fn take_snapshot(
         &self,
         id: &str,
         what: &VmSnapshotConfig,
+        of: SnapshotOf,
     ) -> Result<Arc<dyn Migration>, RequestError> {
         let vm = self.movable(id)?;
-        let snapshot = self.mover()?.snapshot(&vm, what)?;
+        let snapshot = self.mover()?.snapshot(&vm, what, of)?;
         Ok(self.0.migrations.add(snapshot))
     }
 

@@ -17,8 +17,10 @@ pub enum Phase {
     Preparing,
     /// Memory is copied while the guest runs at the source.
     Precopy,
-    /// The guest stands: the rest of its memory and its devices are copied.
+    /// The guest is paused: the rest of its memory and its devices are copied.
     Stopped,
+    /// A live snapshot: the guest runs again, and its memory is copied as it was in the stop.
+    Copying,
     /// The source has given the guest away, and waits to hear that it runs; or the destination is
     /// ready, and waits for the order.
     HandingOver,
@@ -62,6 +64,8 @@ pub struct Downtime {
     pub hand_over_us: u64,
     /// Comparing memory in verify mode, in microseconds.
     pub verify_us: u64,
+    /// Write-protecting memory for a live snapshot, in microseconds.
+    pub protect_us: u64,
     /// Pages that were sent in the stop.
     pub pages: u64,
 }
@@ -97,7 +101,7 @@ pub struct Report {
     pub predicted_downtime_us: Option<u64>,
     /// Duration of the stop, once it has ended.
     pub downtime: Option<Downtime>,
-    /// Pages that the guest waited for after the hand-over.
+    /// Pages that the guest waited for: after the hand-over, or while a live snapshot was copied.
     pub faults: u64,
     /// How long it waited: the median, in microseconds.
     pub fault_p50_us: u64,

@@ -150,7 +150,7 @@ operations! {
     vms_remove_device(id)[VmRemoveDevice]: PUT "/api/v1/vms/{id}/remove-device" "removeDevice";
     /// Begins to move a VM to another service, which waits for it.
     vms_migrate(id)[StartMigration]: POST "/api/v1/vms/{id}/migrations" "migrateVm" -> MigrationInfo;
-    /// Starts to write a snapshot of a paused VM.
+    /// Starts to write a snapshot of a VM, which may run.
     vms_snapshot(id)[VmSnapshotConfig]: POST "/api/v1/vms/{id}/snapshots" "snapshotVm" -> MigrationInfo;
     /// Starts to make a VM of this name from a snapshot.
     vms_restore(id)[RestoreConfig]: POST "/api/v1/vms/{id}/restore" "restoreVm" -> MigrationInfo;

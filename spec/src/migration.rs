@@ -221,6 +221,8 @@ pub enum MigrationPhase {
     Precopy,
     /// The guest is paused.
     Stopped,
+    /// A live snapshot: the guest runs again, and its memory is copied as it was in the stop.
+    Copying,
     /// The guest was handed over, and the source waits until it runs at the destination.
     HandingOver,
     /// The guest runs at the destination, and pages follow.
@@ -253,6 +255,7 @@ impl std::fmt::Display for MigrationPhase {
             Self::Preparing => "preparing",
             Self::Precopy => "precopy",
             Self::Stopped => "stopped",
+            Self::Copying => "copying",
             Self::HandingOver => "handing-over",
             Self::Postcopy => "postcopy",
             Self::PostcopyPaused => "postcopy-paused",
@@ -282,6 +285,9 @@ pub struct MigrationDowntime {
     /// Comparing memory, with `verify`.
     #[serde(default)]
     pub verify_us: u64,
+    /// Write-protecting memory, for a live snapshot.
+    #[serde(default)]
+    pub protect_us: u64,
     /// Pages that were sent in the stop.
     pub pages: u64,
 }
@@ -351,7 +357,7 @@ pub struct MigrationInfo {
     /// Duration of the stop, once it has ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub downtime: Option<MigrationDowntime>,
-    /// Pages that the guest waited for after the hand-over.
+    /// Pages that the guest waited for: after the hand-over, or while a live snapshot was copied.
     pub faults: u64,
     /// Median wait for such a page, in microseconds.
     pub fault_p50_us: u64,

@@ -193,6 +193,7 @@ fn state(info: &MigrationInfo) -> MigrationState {
         MigrationPhase::Preparing => ongoing(OngoingPhase::Started),
         MigrationPhase::Precopy => ongoing(OngoingPhase::MemoryPrecopy),
         MigrationPhase::Stopped
+        | MigrationPhase::Copying
         | MigrationPhase::HandingOver
         | MigrationPhase::Postcopy
         | MigrationPhase::PostcopyPaused

@@ -55,6 +55,10 @@ pub struct VmRemoveDevice {
 pub struct VmSnapshotConfig {
     /// `file:///PATH`: a folder of the host, which is made if it does not exist, and holds no snapshot.
     pub destination_url: String,
+    /// `file:///PATH`: a snapshot of this VM. Pages that are the same there are not written. An addition to
+    /// Cloud Hypervisor's contract.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base_url: Option<String>,
 }
 
 /// Destination of a core dump.

@@ -26,10 +26,23 @@ pub async fn boot(at: &Service) -> Result<(VmId, PathBuf)> {
 /// # Errors
 /// As [`boot`].
 pub async fn boot_with(at: &Service, memory: Option<u64>) -> Result<(VmId, PathBuf)> {
+    boot_writing(at, memory, 16, 1000).await
+}
+
+/// Boots one that writes to `rate` pages a second of a region of so many MiB.
+///
+/// # Errors
+/// As [`boot`].
+pub async fn boot_writing(
+    at: &Service,
+    memory: Option<u64>,
+    region_mib: u64,
+    rate: u64,
+) -> Result<(VmId, PathBuf)> {
     let options = Options {
         workload: Workload::Dirty {
-            region_mib: Some(16),
-            rate: Some(1000),
+            region_mib: Some(region_mib),
+            rate: Some(rate),
             order: Order::Scattered,
         },
         heartbeat_ms: Some(100),

@@ -20,6 +20,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub fn to(dir: &Path) -> VmSnapshotConfig {
     VmSnapshotConfig {
         destination_url: format!("file://{}", dir.display()),
+        base_url: None,
     }
 }
 

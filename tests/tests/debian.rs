@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 use serde_json::json;
 use spec::{
-    ConsoleConfig, ConsoleMode, CpusConfig, DiskConfig, PayloadConfig, SerialConfig, VmConfig,
-    VmRemoveDevice, VmState,
+    ConsoleConfig, ConsoleMode, CpusConfig, DiskConfig, MigrationPhase, PayloadConfig,
+    SerialConfig, VmConfig, VmRemoveDevice, VmState,
 };
-use tests::{Face, Serial, Service};
+use tests::{Face, Serial, Service, snapshots};
 
 /// Booting takes seconds on silicon, and a minute or two where the host is emulated.
 const BOOTS: Duration = Duration::from_secs(300);
@@ -92,6 +92,35 @@ async fn boots_reboots_and_obeys_the_button(vcpus: u32) -> Result<()> {
 #[ignore = "wants a complete KVM: ci/test e2e runs it in the rig"]
 async fn debian_boots_with_one_vcpu() -> Result<()> {
     boots_reboots_and_obeys_the_button(1).await
+}
+
+/// Saved while it runs, and restored: its kernel finds the other VM generation ID, and reseeds its random
+/// pool.
+#[tokio::test]
+#[ignore = "wants a complete KVM: ci/test e2e runs it in the rig"]
+async fn debian_notices_that_it_was_restored() -> Result<()> {
+    const RESEEDED: &str = "crng reseeded due to virtual machine fork";
+    let service = Service::start(Face::Many).await?;
+    let (mut config, serial) = debian(&service, 1)?;
+    // The rig's kernel can protect shared memory only.
+    config.memory.shared = true;
+    let vm = service.create("debian", config).await?;
+    let client = service.client();
+    client.vms_boot(&vm).await?;
+    service.prints(&vm, &serial, BUTTON, 1, BOOTS).await?;
+    let dir = service.path("snapshot");
+    let taken = snapshots::snapshot(&service, &vm, &dir).await;
+    assert_eq!(taken.phase, MigrationPhase::Completed, "{taken:?}");
+    assert!(!serial.text().contains(RESEEDED), "{}", serial.text());
+    client.vms_delete(&vm).await?;
+    let came = snapshots::restore(&service, &vm, &dir, true).await;
+    assert_eq!(came.phase, MigrationPhase::Completed, "{came:?}");
+    service.prints(&vm, &serial, RESEEDED, 1, BOOTS).await?;
+    client.vms_power_button(&vm).await?;
+    let info = service.reaches(&vm, VmState::Shutdown).await?;
+    assert_eq!(info.failure, None);
+    println!("stop {:?}", taken.downtime);
+    Ok(())
 }
 
 #[tokio::test]

@@ -167,14 +167,10 @@ async fn requests_that_cannot_be_are_refused_and_change_nothing() {
     let (vm, port) = dirtier::boot(&service).await.unwrap();
     let client = service.client();
     let dir = service.path("snapshot");
-    refused(
-        client.vms_snapshot(&vm, &to(&dir)).await,
-        409,
-        "wrong-state",
-    );
     client.vms_pause(&vm).await.unwrap();
     let url = VmSnapshotConfig {
         destination_url: "tcp:host:1".to_owned(),
+        base_url: None,
     };
     refused(
         client.vms_snapshot(&vm, &url).await,
@@ -228,15 +224,126 @@ async fn requests_that_cannot_be_are_refused_and_change_nothing() {
     assert!(client.vms_list().await.unwrap().is_empty());
 }
 
+/// A guest that writes 50,000 pages a second is saved while it runs, and comes back from each of its
+/// snapshots as it was at that moment.
+#[tokio::test]
+async fn running_guest_is_saved_and_comes_back() {
+    let (a, b) = tokio::join!(Service::start(Face::Many), Service::start(Face::Many));
+    let (a, b) = (a.unwrap(), b.unwrap());
+    let booted = dirtier::boot_writing(&a, Some(256 << 20), 64, 50_000).await;
+    let (vm, port) = booted.unwrap();
+    let dirs: Vec<_> = (0..3).map(|i| a.path(format!("live-{i}"))).collect();
+    for dir in &dirs {
+        let taken = snapshot(&a, &vm, dir).await;
+        assert_eq!(taken.phase, MigrationPhase::Completed, "{taken:?}");
+        let downtime = taken.downtime.unwrap();
+        assert!(downtime.total_us > 0 && taken.faults > 0, "{downtime:?}");
+        let info = a.client().vms_info(&vm).await.unwrap();
+        assert_eq!(info.state, VmState::Running);
+        dirtier::check(&port).await.unwrap();
+    }
+    a.client().vms_delete(&vm).await.unwrap();
+    for dir in &dirs {
+        let came = restore(&b, &vm, dir, true).await;
+        assert_eq!(came.phase, MigrationPhase::Completed, "{came:?}");
+        dirtier::check(&port).await.unwrap();
+        b.client().vms_delete(&vm).await.unwrap();
+    }
+}
+
+/// The pages of a guest's VM generation ID and VMClock: the GUID, disruption marker, generation counter.
+fn generation(dir: &Path) -> ([u8; 16], u64, u64) {
+    let memory = fs::File::open(dir.join("memory.bin")).unwrap();
+    let mut id = [0; 16];
+    memory.read_exact_at(&mut id, 0xd_e000).unwrap();
+    let field = |at: u64| {
+        let mut bytes = [0; 8];
+        memory.read_exact_at(&mut bytes, 0xd_f000 + at).unwrap();
+        u64::from_le_bytes(bytes)
+    };
+    (id, field(16), field(104))
+}
+
+/// Two guests of one snapshot are told that they are copies, and have identities of their own. A guest
+/// that was only saved keeps its own.
+#[tokio::test]
+async fn restored_guests_get_a_new_generation() {
+    let service = Service::start(Face::Many).await.unwrap();
+    let client = service.client();
+    let (vm, _) = dirtier::boot(&service).await.unwrap();
+    let (first, again) = (service.path("first"), service.path("again"));
+    snapshot(&service, &vm, &first).await;
+    snapshot(&service, &vm, &again).await;
+    let (id, disruptions, generations) = generation(&first);
+    assert_ne!(id, [0; 16]);
+    assert_eq!(generation(&again), (id, disruptions, generations));
+    client.vms_delete(&vm).await.unwrap();
+    let mut ids = vec![id];
+    for resume in [true, false] {
+        restore(&service, &vm, &first, resume).await;
+        let dir = service.path(format!("restored-{resume}"));
+        snapshot(&service, &vm, &dir).await;
+        let (id, disrupted, generation) = generation(&dir);
+        assert_eq!((disrupted, generation), (disruptions + 1, generations + 1));
+        assert!(!ids.contains(&id), "{id:?} is not new");
+        ids.push(id);
+        client.vms_delete(&vm).await.unwrap();
+    }
+}
+
+/// A live snapshot is complete or gone, whatever happens to its guest meanwhile; a guest that stays runs.
+#[tokio::test]
+async fn requests_during_a_live_snapshot() {
+    let service = Service::start(Face::Many).await.unwrap();
+    let client = service.client();
+    let (vm, port) = dirtier::boot(&service).await.unwrap();
+    for delay in [0, 5, 30, 100, 200] {
+        let dir = service.path(format!("canceled-{delay}"));
+        let begun = client.vms_snapshot(&vm, &to(&dir)).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(delay)).await;
+        // Too late for a snapshot that is complete.
+        let _ = client.migrations_cancel(&begun.id.parse().unwrap()).await;
+        let ended = over(&service, &begun).await;
+        let is_complete = ended.phase == MigrationPhase::Completed;
+        assert_eq!(dir.join("manifest.json").exists(), is_complete);
+        assert!(is_complete || !dir.exists(), "{ended:?}");
+        dirtier::check(&port).await.unwrap();
+    }
+    for delay in [0, 5, 30, 100, 200] {
+        for is_reset in [true, false] {
+            let dir = service.path(format!("ended-{is_reset}-{delay}"));
+            let begun = client.vms_snapshot(&vm, &to(&dir)).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(delay)).await;
+            if is_reset {
+                client.vms_reboot(&vm).await.unwrap();
+                dirtier::check(&port).await.unwrap();
+            } else {
+                client.vms_delete(&vm).await.unwrap();
+            }
+            let ended = over(&service, &begun).await;
+            let is_complete = ended.phase == MigrationPhase::Completed;
+            assert_eq!(dir.join("manifest.json").exists(), is_complete, "{ended:?}");
+            assert!(is_complete || !dir.exists(), "{ended:?}");
+            if !is_reset {
+                dirtier::boot(&service).await.unwrap();
+            }
+        }
+    }
+}
+
 /// A guest may be deleted while its snapshot is written, and a service may die: what is left is a whole
 /// snapshot or none.
 #[tokio::test]
 async fn what_is_left_of_an_interrupted_snapshot_is_whole_or_none() {
     let mut service = Service::start(Face::Many).await.unwrap();
-    for delay in [0, 2, 5, 10, 20, 60] {
+    let delays = [0, 5, 20, 60, 150];
+    let cases = delays.map(|delay| [(delay, true), (delay, false)]);
+    for (delay, is_paused) in cases.into_iter().flatten() {
         let (vm, port) = dirtier::boot(&service).await.unwrap();
-        service.client().vms_pause(&vm).await.unwrap();
-        let dir = service.path(format!("killed-{delay}"));
+        if is_paused {
+            service.client().vms_pause(&vm).await.unwrap();
+        }
+        let dir = service.path(format!("killed-{is_paused}-{delay}"));
         service.client().vms_snapshot(&vm, &to(&dir)).await.unwrap();
         tokio::time::sleep(Duration::from_millis(delay)).await;
         service.signal(Signal::KILL).unwrap();

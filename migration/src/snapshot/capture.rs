@@ -45,8 +45,20 @@ impl Snapshot {
         };
         end(Ok(()));
         let none = FileInfo::of(&[]);
-        let Saved { offer, state, .. } = saved;
-        let manifest = Manifest::new(Uuid::new_v4(), offer.vm, offer.blocks, [none; 3]);
+        let Saved {
+            offer,
+            state,
+            stopped_at,
+            ..
+        } = saved;
+        let manifest = Manifest::new(
+            Uuid::new_v4(),
+            offer.vm,
+            offer.blocks,
+            stopped_at,
+            None,
+            [none; 3],
+        );
         Ok(Self::in_memory(
             manifest,
             offer.machine.into_vec(),

@@ -1,6 +1,7 @@
 //! The manifest: what a snapshot consists of.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::path::PathBuf;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -10,7 +11,12 @@ use crate::message::BlockInfo;
 use crate::pages::PAGE;
 
 /// The version of the format that this program writes, and the newest that it reads.
-pub const VERSION: u32 = 1;
+///
+/// | version | since |
+/// |---|---|
+/// | 1 | the first |
+/// | 2 | `stopped_ns`, `base` |
+pub const VERSION: u32 = 2;
 
 /// Identifies the format.
 const FORMAT: &str = "whimbrel-snapshot";
@@ -40,18 +46,35 @@ pub struct Manifest {
     pub vm: String,
     /// When the snapshot was taken, in milliseconds since 1970.
     pub created_ms: u64,
+    /// When the guest's clocks were stopped, in nanoseconds since 1970. Since version 2.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stopped_ns: Option<u64>,
     /// The program that wrote it, for people.
     pub program: String,
     /// Bytes of a page of [`memory`](Self::memory) that has one hash.
     page_size: u64,
     /// The blocks of memory, in the order of their bytes in the file.
     pub memory: Vec<BlockInfo>,
+    /// The snapshot that has the pages which are the same there. Since version 2.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<BaseInfo>,
     /// The description of the machine.
     pub machine: FileInfo,
     /// The state of vCPUs and devices.
     pub state: FileInfo,
     /// The hashes of the pages.
     pub hashes: FileInfo,
+}
+
+/// The snapshot on which an incremental one is based.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BaseInfo {
+    /// Its identity.
+    pub id: Uuid,
+    /// Its folder when the incremental snapshot was written. A folder of the same name beside the
+    /// incremental snapshot's is looked for first, so that both can be moved together.
+    pub dir: PathBuf,
 }
 
 /// A file of a snapshot.
@@ -81,9 +104,18 @@ struct Head {
 }
 
 impl Manifest {
-    pub(super) fn new(id: Uuid, vm: String, memory: Vec<BlockInfo>, files: [FileInfo; 3]) -> Self {
+    pub(super) fn new(
+        id: Uuid,
+        vm: String,
+        memory: Vec<BlockInfo>,
+        stopped_at: Instant,
+        base: Option<BaseInfo>,
+        files: [FileInfo; 3],
+    ) -> Self {
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH);
-        let created_ms = since_1970.unwrap_or_default().as_millis();
+        let since_1970 = since_1970.unwrap_or_default();
+        let created_ms = since_1970.as_millis();
+        let stopped = since_1970.saturating_sub(stopped_at.elapsed()).as_nanos();
         let [machine, state, hashes] = files;
         Self {
             format: FORMAT.to_owned(),
@@ -91,13 +123,25 @@ impl Manifest {
             id,
             vm,
             created_ms: u64::try_from(created_ms).unwrap_or(u64::MAX),
+            stopped_ns: u64::try_from(stopped).ok(),
             program: concat!("whimbrel ", env!("CARGO_PKG_VERSION")).to_owned(),
             page_size: PAGE as u64,
             memory,
+            base,
             machine,
             state,
             hashes,
         }
+    }
+
+    /// Returns for how long the guest's clocks have been stopped, by the host's time of day: 0 if the
+    /// snapshot does not say or the time is not past yet.
+    #[must_use]
+    pub fn stopped_for(&self) -> Duration {
+        let stopped = self.stopped_ns.map(Duration::from_nanos);
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).ok();
+        let age = stopped.and_then(|stopped| now?.checked_sub(stopped));
+        age.unwrap_or_default()
     }
 
     /// Reads a manifest, and checks all that it says by itself.

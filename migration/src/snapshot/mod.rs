@@ -19,7 +19,9 @@
 //! before it is used. The hashes show damage; they do not show who wrote the files.
 
 mod capture;
+mod live;
 mod manifest;
+mod memory_file;
 mod on_demand;
 mod read;
 mod restore;
@@ -30,6 +32,7 @@ mod restore_tests;
 #[cfg(test)]
 mod tests;
 
+pub use self::live::{RunningGuest, write_live};
 pub use self::manifest::{Manifest, VERSION};
 pub use self::read::{RestoreError, Snapshot};
 pub use self::restore::{Memory, Restoring, restore};

@@ -10,12 +10,15 @@ use rustix::fs::{Mode, OFlags, openat};
 use serde_bytes::ByteBuf;
 use xxhash_rust::xxh3::Xxh3;
 
-use super::manifest::{FileInfo, MAX_MANIFEST, Manifest};
+use super::manifest::{BaseInfo, FileInfo, MAX_MANIFEST, Manifest};
 use super::{CHUNK, HASHES, MACHINE, MANIFEST, MEMORY, STATE, VERSION, ZEROS, hash};
 use crate::decision::Decision;
 use crate::message::{BlockInfo, Offer, Refusal};
 use crate::pages::{Block, PAGE};
 use crate::progress::Progress;
+
+/// Snapshots below an incremental one at most.
+const MAX_CHAIN: usize = 32;
 
 /// Why a snapshot cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -39,6 +42,9 @@ pub enum RestoreError {
     /// The content contradicts the manifest, or the manifest itself.
     #[error("the snapshot is damaged: {0}")]
     Damaged(String),
+    /// A base is missing, is another snapshot than the manifest says, or cannot be used.
+    #[error("the snapshot is incremental: {0}")]
+    Base(String),
     /// Restoring was canceled.
     #[error("restoring was canceled")]
     Canceled,
@@ -53,6 +59,7 @@ impl RestoreError {
             Self::Foreign(_) => "not-a-snapshot",
             Self::Version(_) => "snapshot-version",
             Self::Damaged(_) => "snapshot-damaged",
+            Self::Base(_) => "snapshot-base",
             Self::Canceled => "canceled",
         };
         Refusal::new(code, self.to_string())
@@ -69,6 +76,7 @@ pub struct Snapshot {
     /// Absent if the snapshot is in memory, where nothing damages it.
     hashes: Option<File>,
     dir: PathBuf,
+    base: Option<Box<Snapshot>>,
 }
 
 impl Snapshot {
@@ -78,17 +86,11 @@ impl Snapshot {
     /// # Errors
     /// A file is missing, has another size or content than the manifest says, or the manifest is refused.
     pub fn open(dir: &Path) -> Result<Self, RestoreError> {
-        let folder = Folder::open(dir)?;
-        let (mut file, size) = folder.file(MANIFEST)?;
-        if size > MAX_MANIFEST {
-            let why = format!("the manifest has {size} bytes, more than {MAX_MANIFEST}");
-            return Err(RestoreError::Damaged(why));
-        }
-        let mut text = Vec::new();
-        // Bounded by the limit, since the file may grow.
-        let read = (&mut file).take(MAX_MANIFEST).read_to_end(&mut text);
-        read.map_err(|error| folder.unreadable(MANIFEST, error))?;
-        let manifest = Manifest::parse(&text)?;
+        Self::open_layer(dir, MAX_CHAIN)
+    }
+
+    fn open_layer(dir: &Path, more: usize) -> Result<Self, RestoreError> {
+        let (folder, manifest) = read_manifest(dir)?;
         let machine = folder.content(MACHINE, &manifest.machine)?;
         let state = folder.content(STATE, &manifest.state)?;
         let memory_size = manifest.memory_size().unwrap_or(u64::MAX);
@@ -96,7 +98,16 @@ impl Snapshot {
         check_size(MEMORY, size, memory_size)?;
         let (hashes, size) = folder.file(HASHES)?;
         check_size(HASHES, size, memory_size / PAGE as u64 * 8)?;
+        let base = match &manifest.base {
+            Some(_) if more == 0 => {
+                let why = format!("it is based on more than {MAX_CHAIN} others");
+                return Err(RestoreError::Base(why));
+            }
+            Some(base) => Some(Box::new(open_base(dir, base, &manifest, more - 1)?)),
+            None => None,
+        };
         Ok(Self {
+            base,
             manifest,
             machine,
             state,
@@ -120,6 +131,7 @@ impl Snapshot {
             memory,
             hashes: None,
             dir: PathBuf::new(),
+            base: None,
         }
     }
 
@@ -285,10 +297,7 @@ impl Snapshot {
             }
             let content = buffer.get_mut(range.clone());
             let content = content.ok_or_else(|| damaged(MEMORY))?;
-            let read = self
-                .memory
-                .read_exact_at(content, at.position + range.start as u64);
-            read.map_err(|error| self.unreadable(MEMORY, error))?;
+            self.read_content(content, at.position + range.start as u64, run)?;
             let mut pages = content.chunks_exact(PAGE).zip(run);
             if let Some(index) = pages.position(|(page, mark)| hash(page) != *mark) {
                 let name = self.manifest.memory.get(at.block);
@@ -301,6 +310,67 @@ impl Snapshot {
             full += run.len() as u64;
         }
         Ok(full)
+    }
+
+    /// Reads neighbouring pages that are not zeros: from the base if that has a page of the same hash
+    /// there, else from the file.
+    fn read_content(
+        &self,
+        content: &mut [u8],
+        position: u64,
+        marks: &[u64],
+    ) -> Result<(), RestoreError> {
+        let own = |content: &mut [u8], position| {
+            let read = self.memory.read_exact_at(content, position);
+            read.map_err(|error| self.unreadable(MEMORY, error))
+        };
+        let Some(base) = &self.base else {
+            return own(content, position);
+        };
+        let of_base = base.marks(position / PAGE as u64, marks.len())?;
+        let same: Vec<bool> = marks.iter().zip(&of_base).map(|(a, b)| a == b).collect();
+        let mut page = 0;
+        for run in same.chunk_by(|a, b| a == b) {
+            let range = page * PAGE..(page + run.len()) * PAGE;
+            let at = position + range.start as u64;
+            let part = content.get_mut(range).ok_or_else(|| damaged(MEMORY))?;
+            if run.first() == Some(&true) {
+                base.read_content(part, at, &of_base[page..page + run.len()])?;
+            } else {
+                own(part, at)?;
+            }
+            page += run.len();
+        }
+        Ok(())
+    }
+
+    /// Describes the snapshot in the manifest of one that is based on it.
+    pub(super) fn as_base(&self) -> BaseInfo {
+        BaseInfo {
+            id: self.manifest.id,
+            dir: self.dir.clone(),
+        }
+    }
+
+    /// Reads all hashes, for a snapshot of these blocks that is based on this one.
+    pub(super) fn all_marks(&self, blocks: &[Block]) -> Result<Vec<u64>, RestoreError> {
+        let ours = self.manifest.memory.iter();
+        let ours = ours.map(|block| (block.name.as_str(), block.size));
+        if !ours.eq(blocks
+            .iter()
+            .map(|block| (block.name.as_str(), block.ram.len() as u64)))
+        {
+            let why = "the VM has other blocks of memory than its base".to_owned();
+            return Err(RestoreError::Base(why));
+        }
+        self.check_hashes()?;
+        let pages = self.manifest.hashes.size / 8;
+        let mut all = Vec::new();
+        for first in (0..pages).step_by(CHUNK) {
+            let count = (pages - first).min(CHUNK as u64);
+            all.extend(self.marks(first, usize::try_from(count).unwrap_or(CHUNK))?);
+        }
+        Ok(all)
     }
 
     /// Reads the hashes of neighbouring pages, at most [`CHUNK`], from a page of the file on.
@@ -319,9 +389,62 @@ impl Snapshot {
 
     /// The file of the memory, to map it.
     pub(super) fn memory(&self) -> Result<File, RestoreError> {
+        if self.base.is_some() {
+            let why = "its memory is in several files, which cannot be mapped as one (`Map`)";
+            return Err(RestoreError::Base(why.to_owned()));
+        }
         let duplicate = self.memory.try_clone();
         duplicate.map_err(|error| self.unreadable(MEMORY, error))
     }
+}
+
+/// Opens a snapshot's folder, and reads its manifest.
+fn read_manifest(dir: &Path) -> Result<(Folder, Manifest), RestoreError> {
+    let folder = Folder::open(dir)?;
+    let (mut file, size) = folder.file(MANIFEST)?;
+    if size > MAX_MANIFEST {
+        let why = format!("the manifest has {size} bytes, more than {MAX_MANIFEST}");
+        return Err(RestoreError::Damaged(why));
+    }
+    let mut text = Vec::new();
+    // Bounded by the limit, since the file may grow.
+    let read = (&mut file).take(MAX_MANIFEST).read_to_end(&mut text);
+    read.map_err(|error| folder.unreadable(MANIFEST, error))?;
+    let manifest = Manifest::parse(&text)?;
+    Ok((folder, manifest))
+}
+
+/// Opens the base of the snapshot in `dir`: beside that folder, or where it was.
+fn open_base(
+    dir: &Path,
+    info: &BaseInfo,
+    manifest: &Manifest,
+    more: usize,
+) -> Result<Snapshot, RestoreError> {
+    let beside = dir.parent().zip(info.dir.file_name());
+    let beside = beside.map(|(parent, name)| parent.join(name));
+    let places = beside.into_iter().chain([info.dir.clone()]);
+    // By its manifest alone: opening each place in full would try all places of all bases below it.
+    let is_it =
+        |place: &PathBuf| read_manifest(place).is_ok_and(|(_, manifest)| manifest.id == info.id);
+    let place = places.into_iter().find(is_it).ok_or_else(|| {
+        let (id, dir) = (info.id, info.dir.display());
+        RestoreError::Base(format!("its base {id} is neither at {dir} nor beside it"))
+    })?;
+    let found = Snapshot::open_layer(&place, more)?;
+    if found.manifest.id != info.id {
+        return Err(RestoreError::Base("its base was replaced".to_owned()));
+    }
+    let blocks = |of: &Manifest| -> Vec<(String, u64)> {
+        let all = of.memory.iter();
+        all.map(|block| (block.name.clone(), block.size)).collect()
+    };
+    if blocks(&found.manifest) != blocks(manifest) {
+        let why = "its base has other blocks of memory".to_owned();
+        return Err(RestoreError::Base(why));
+    }
+    // Its hashes decide where pages are read; each page is checked against those of the upper layer.
+    Ok(found)
 }
 
 /// The place of pages.

@@ -2,8 +2,6 @@
 //!
 //! All machines are made and loaded before the first guest runs. If one cannot be made, none is left.
 
-use std::time::Duration;
-
 use uuid::Uuid;
 
 use super::read::{RestoreError, Snapshot};
@@ -187,9 +185,10 @@ pub(super) fn start(
     restoring: &Restoring<'_>,
     machine: &mut dyn Destination,
 ) -> Result<(), MigrationError> {
-    // The guest's clocks continue from where they stopped: a jump by the age of the snapshot would look
-    // like a hang to the guest's watchdogs.
-    let started = machine.start(Duration::ZERO, !restoring.resume);
+    // The guest's clocks count the time since the snapshot, so that its time of day is right. A guest with
+    // a kvmclock is told that it was stopped, for the sake of its watchdogs.
+    let stopped_for = restoring.snapshot.manifest().stopped_for();
+    let started = machine.start(stopped_for, !restoring.resume);
     started.map(|_| ()).map_err(|failure| match failure {
         StartFailure::NeverRan(why) | StartFailure::MayHaveRun(why) => MigrationError::Here(why),
     })

@@ -2,6 +2,7 @@ use std::fs::{self, OpenOptions};
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, symlink};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use memory::{RamBlock, RamConfig};
 use proptest::prelude::*;
@@ -55,6 +56,7 @@ pub(super) fn saved(blocks: &[Block]) -> Saved {
             verify: false,
         },
         state: b"the state".to_vec(),
+        stopped_at: Instant::now() - Duration::from_secs(5),
         blocks: blocks.to_vec(),
     }
 }
@@ -64,10 +66,18 @@ fn write_to(dir: &Path, blocks: &[Block]) -> (Result<(), Refusal>, Progress) {
     let writing = Writing {
         id: Uuid::new_v4(),
         dir,
+        end: &|_| {
+            assert!(
+                !progress.report().phase.is_over(),
+                "the guest is free before"
+            )
+        },
+        base: None,
         progress: &progress,
         decision: &decision,
     };
-    (write(&writing, || Ok(saved(blocks))), progress)
+    let written = write(&writing, || Ok(saved(blocks)));
+    (written, progress)
 }
 
 pub(super) fn content(blocks: &[Block]) -> Vec<u8> {
@@ -156,6 +166,103 @@ fn unplugged_memory_takes_no_space() {
     assert!(content(&restored) == content(&blocks));
 }
 
+fn write_on(dir: &Path, base: &Path, blocks: &[Block]) -> (Result<(), Refusal>, u64) {
+    let (progress, decision) = (Progress::default(), Decision::default());
+    let base = Snapshot::open(base).unwrap();
+    let writing = Writing {
+        id: Uuid::new_v4(),
+        dir,
+        base: Some(&base),
+        end: &|_| (),
+        progress: &progress,
+        decision: &decision,
+    };
+    let written = write(&writing, || Ok(saved(blocks)));
+    (written, progress.report().pages)
+}
+
+/// Each of five increments has the changed pages only, and all of the memory when it is read.
+#[test]
+fn chain_of_increments_is_read_as_one() {
+    let parent = tempfile::tempdir().unwrap();
+    let dir = |i: usize| parent.path().join(i.to_string());
+    let mut written = vec![0, 5, 6, 299, 301];
+    let blocks = guest(&written);
+    write_to(&dir(0), &blocks).0.unwrap();
+    let mut expected = vec![content(&blocks)];
+    for i in 1..6 {
+        // A page with content, changed content, and a page of zeros where there was content.
+        written.push(10 * i);
+        let changed = |page: usize, byte: u8| {
+            let slice = blocks[0].ram.slice(page * PAGE, PAGE).unwrap();
+            slice.copy_from(&[byte; PAGE]);
+        };
+        changed(10 * i, 7);
+        changed(5, i as u8);
+        changed(6, if i % 2 == 0 { 6 } else { 0 });
+        let (taken, pages) = write_on(&dir(i), &dir(i - 1), &blocks);
+        taken.unwrap();
+        assert_eq!(pages, if i % 2 == 0 { 3 } else { 2 });
+        expected.push(content(&blocks));
+    }
+    for (i, expected) in expected.iter().enumerate() {
+        assert!(read_from(&dir(i)).unwrap() == *expected, "increment {i}");
+    }
+    // They may be moved together.
+    let other = tempfile::tempdir().unwrap();
+    let moved = other.path().join("moved");
+    fs::rename(parent.path(), &moved).unwrap();
+    assert!(read_from(&moved.join("5")).unwrap() == expected[5]);
+    fs::create_dir(parent.path()).unwrap();
+
+    let refused = |dir: &Path| Snapshot::open(dir).unwrap_err().refusal();
+    fs::rename(moved.join("3"), moved.join("gone")).unwrap();
+    let why = refused(&moved.join("4"));
+    assert_eq!(why.code, "snapshot-base", "{why:?}");
+    // Another snapshot in its place.
+    write_to(&moved.join("3"), &blocks).0.unwrap();
+    assert_eq!(refused(&moved.join("4")).code, "snapshot-base");
+}
+
+#[test]
+fn base_of_another_machine_is_refused() {
+    let (dir, _) = example();
+    let parent = tempfile::tempdir().unwrap();
+    let other = vec![block("low", 300), block("high", 8)];
+    let to = parent.path().join("new");
+    let (written, _) = write_on(&to, dir.path(), &other);
+    assert_eq!(written.unwrap_err().code, "base-mismatch");
+    assert!(!to.exists());
+}
+
+/// A base of itself would be read for ever.
+#[test]
+fn chain_is_limited() {
+    let (dir, _) = example();
+    let path = dir.path().join(MANIFEST);
+    let mut manifest: serde_json::Value =
+        serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    manifest["base"] = serde_json::json!({ "id": manifest["id"], "dir": dir.path() });
+    fs::write(&path, manifest.to_string()).unwrap();
+    let why = Snapshot::open(dir.path()).unwrap_err().refusal();
+    assert_eq!(why.code, "snapshot-base");
+}
+
+#[test]
+fn age_counts_from_the_stop() {
+    let (dir, _) = example();
+    let snapshot = Snapshot::open(dir.path()).unwrap();
+    assert!(snapshot.manifest().stopped_for() >= Duration::from_secs(5));
+    let path = dir.path().join(MANIFEST);
+    let mut manifest: serde_json::Value =
+        serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    // The host's time was set back since.
+    manifest["stopped_ns"] = u64::MAX.into();
+    fs::write(&path, manifest.to_string()).unwrap();
+    let snapshot = Snapshot::open(dir.path()).unwrap();
+    assert_eq!(snapshot.manifest().stopped_for(), Duration::ZERO);
+}
+
 #[test]
 fn report_counts_pages() {
     let dir = tempfile::tempdir().unwrap();
@@ -185,6 +292,8 @@ fn failure_leaves_nothing() {
     let writing = |decision| Writing {
         id: Uuid::new_v4(),
         dir: &dir,
+        end: &|_| (),
+        base: None,
         progress: &progress,
         decision,
     };
@@ -219,12 +328,12 @@ fn newer_and_foreign_formats_are_named() {
     let text = fs::read_to_string(&path).unwrap();
     fs::write(
         &path,
-        text.replace("\"version\": 1", "\"version\": 9, \"later\": true"),
+        text.replace("\"version\": 2", "\"version\": 9, \"later\": true"),
     )
     .unwrap();
     assert_eq!(
         Snapshot::open(dir.path()).unwrap_err().to_string(),
-        "the snapshot has version 9 of the format; this program reads versions 1 to 1"
+        "the snapshot has version 9 of the format; this program reads versions 1 to 2"
     );
     fs::write(&path, text.replace("whimbrel-snapshot", "qemu")).unwrap();
     let refused = Snapshot::open(dir.path()).unwrap_err();
@@ -301,6 +410,7 @@ fn golden_manifest_of_version_1() {
     let text = include_bytes!("manifest-v1.json");
     let manifest = Manifest::parse(text).unwrap();
     assert_eq!((manifest.vm.as_str(), manifest.version), ("web", 1));
+    assert_eq!(manifest.stopped_for(), Duration::ZERO, "it does not say");
     assert_eq!(manifest.memory_size(), Some(512 << 20));
 }
 

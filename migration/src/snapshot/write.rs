@@ -2,17 +2,18 @@
 
 use std::fmt;
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, BufWriter, Seek as _, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, OpenOptionsExt as _};
+use std::io::{self, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use uuid::Uuid;
-use xxhash_rust::xxh3::Xxh3;
 
 use super::manifest::{FileInfo, Manifest};
-use super::{CHUNK, HASHES, MACHINE, MANIFEST, MEMORY, STATE, ZEROS, conclude, hashes};
+use super::memory_file::MemoryFile;
+use super::read::Snapshot;
+use super::{CHUNK, HASHES, MACHINE, MANIFEST, MEMORY, STATE, conclude};
 use crate::MigrationError;
 use crate::decision::Decision;
 use crate::message::{Offer, Refusal};
@@ -25,8 +26,16 @@ pub struct Saved {
     pub offer: Offer,
     /// The state of vCPUs and devices.
     pub state: Vec<u8>,
+    /// When the guest's clocks were stopped.
+    pub stopped_at: Instant,
     /// The memory, in the order of [`Offer::blocks`]. Does not change until the snapshot is written.
     pub blocks: Vec<Block>,
+}
+
+/// The state of a guest at one moment, without its memory.
+pub(super) struct SavedState {
+    pub(super) state: Vec<u8>,
+    pub(super) stopped_at: Instant,
 }
 
 /// Parameters of a snapshot.
@@ -35,6 +44,10 @@ pub struct Writing<'a> {
     pub id: Uuid,
     /// The folder. Created if it does not exist; must not hold a snapshot.
     pub dir: &'a Path,
+    /// Called with the outcome, before the report shows it: who sees it can have the guest at once.
+    pub end: &'a (dyn Fn(Result<(), &Refusal>) + Sync),
+    /// The snapshot that has the pages which have not changed: only the others are written.
+    pub base: Option<&'a Snapshot>,
     /// Receives the progress report.
     pub progress: &'a Progress,
     /// Carries the cancel request.
@@ -51,20 +64,38 @@ pub fn write(
     save: impl FnOnce() -> Result<Saved, Refusal>,
 ) -> Result<(), Refusal> {
     writing.progress.enter(Phase::Preparing);
-    let written = Folder::new(writing.dir, writing.id)
-        .map_err(|error| host("create", writing.dir, &error))
-        .and_then(|mut folder| {
-            let saved = save().map_err(MigrationError::Here);
-            let written = saved.and_then(|saved| write_all(writing, saved, &mut folder));
-            if written.is_err() {
-                folder.remove();
-            }
-            written
-        });
+    let written = in_folder(writing, |folder| {
+        let saved = save().map_err(MigrationError::Here)?;
+        write_all(writing, saved, folder)
+    });
+    end(writing, written)
+}
+
+/// Reports the end of a snapshot.
+pub(super) fn end(
+    writing: &Writing<'_>,
+    written: Result<(), MigrationError>,
+) -> Result<(), Refusal> {
+    let why = written.as_ref().err().map(MigrationError::refusal);
+    (writing.end)(why.as_ref().map_or(Ok(()), Err));
     conclude(writing.progress, written)
 }
 
-fn host(what: &str, path: &Path, error: &io::Error) -> MigrationError {
+/// Has `write` fill the folder, and removes all of it if that fails.
+pub(super) fn in_folder(
+    writing: &Writing<'_>,
+    write: impl FnOnce(&mut Folder) -> Result<(), MigrationError>,
+) -> Result<(), MigrationError> {
+    let folder = Folder::new(writing.dir, writing.id);
+    let mut folder = folder.map_err(|error| host("create", writing.dir, &error))?;
+    let written = write(&mut folder);
+    if written.is_err() {
+        folder.remove();
+    }
+    written
+}
+
+pub(super) fn host(what: &str, path: &Path, error: &io::Error) -> MigrationError {
     let code = match error.kind() {
         io::ErrorKind::AlreadyExists => "snapshot-exists",
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "no-space",
@@ -78,12 +109,38 @@ fn write_all(
     saved: Saved,
     folder: &mut Folder,
 ) -> Result<(), MigrationError> {
-    let machine = folder.write(MACHINE, &saved.offer.machine)?;
+    writing.progress.enter(Phase::Stopped);
+    let mut file = MemoryFile::create(folder, &saved.blocks, writing)?;
+    write_memory(writing, &saved.blocks, &mut file)?;
+    let state = SavedState {
+        state: saved.state,
+        stopped_at: saved.stopped_at,
+    };
+    complete(writing, saved.offer, &state, file, folder)
+}
+
+/// Writes the other files of a snapshot whose memory is in `file`, and gives all their names.
+pub(super) fn complete(
+    writing: &Writing<'_>,
+    offer: Offer,
+    saved: &SavedState,
+    file: MemoryFile<'_>,
+    folder: &mut Folder,
+) -> Result<(), MigrationError> {
+    let hashes = file.finish()?;
+    let machine = folder.write(MACHINE, &offer.machine)?;
     let state = folder.write(STATE, &saved.state)?;
-    let hashes = write_memory(writing, &saved.blocks, folder)?;
     let unsaved = |error: &dyn fmt::Display| MigrationError::here("cannot-be-saved", error);
     let files = [machine, state, hashes];
-    let manifest = Manifest::new(writing.id, saved.offer.vm, saved.offer.blocks, files);
+    let base = writing.base.map(Snapshot::as_base);
+    let manifest = Manifest::new(
+        writing.id,
+        offer.vm,
+        offer.blocks,
+        saved.stopped_at,
+        base,
+        files,
+    );
     manifest.validate().map_err(|error| unsaved(&error))?;
     let text = serde_json::to_vec_pretty(&manifest).map_err(|error| unsaved(&error))?;
     folder.write(MANIFEST, &text)?;
@@ -94,97 +151,33 @@ fn write_all(
     folder.commit()
 }
 
-/// Writes the memory, and the hash of each page.
+/// Writes the memory of a paused guest.
 fn write_memory(
     writing: &Writing<'_>,
     blocks: &[Block],
-    folder: &mut Folder,
-) -> Result<FileInfo, MigrationError> {
-    let (memory, memory_path) = folder.create(MEMORY)?;
-    let (file, hashes_path) = folder.create(HASHES)?;
-    let failed = |error: &io::Error| host("write", &memory_path, error);
-    let not_hashed = |error: &io::Error| host("write", &hashes_path, error);
-    let total: usize = blocks.iter().map(|block| block.ram.len()).sum();
-    let progress = writing.progress;
-    progress.update(|report| {
-        report.phase = Phase::Stopped;
-        report.memory_bytes = total as u64;
-        report.remaining_pages = (total / PAGE) as u64;
-    });
-    memory
-        .set_len(total as u64)
-        .map_err(|error| failed(&error))?;
-    let mut hashed = BufWriter::new(file);
-    let (mut all, mut size) = (Xxh3::new(), 0_u64);
+    file: &mut MemoryFile<'_>,
+) -> Result<(), MigrationError> {
     let mut buffer = vec![0; CHUNK * PAGE];
-    let mut position = 0_u64;
-    let begun = Instant::now();
+    let mut position = 0;
     for block in blocks {
         for offset in (0..block.ram.len()).step_by(buffer.len()) {
             if writing.decision.is_canceled() {
                 return Err(MigrationError::Canceled);
             }
             let len = buffer.len().min(block.ram.len() - offset);
-            let content = &mut buffer[..len];
             // A copy: Rust must not hold a reference to memory that a device of the host could change.
-            if !block.ram.read_pages(offset, content) {
+            if !block.ram.read_pages(offset, &mut buffer[..len]) {
                 return Err(MigrationError::here("machine-gone", "no memory"));
             }
-            let marks: Vec<u64> = hashes(content).collect();
-            for mark in &marks {
-                all.update(&mark.to_le_bytes());
-            }
-            size += marks.len() as u64 * 8;
-            if block.ram.plugged_pages(offset, len) > 0 {
-                let raw: Vec<u8> = marks.iter().flat_map(|mark| mark.to_le_bytes()).collect();
-                hashed.write_all(&raw)
-            } else {
-                // Memory that is not plugged is a hole in this file, too.
-                hashed.seek_relative(marks.len() as i64 * 8)
-            }
-            .map_err(|error| not_hashed(&error))?;
-            // Neighbouring pages with content in one write; pages of zeros stay holes.
-            let mut page = 0;
-            for run in marks.chunk_by(|a, b| (*a == ZEROS) == (*b == ZEROS)) {
-                let range = page * PAGE..(page + run.len()) * PAGE;
-                if run.first() != Some(&ZEROS) {
-                    let at = position + range.start as u64;
-                    memory
-                        .write_all_at(&content[range], at)
-                        .map_err(|error| failed(&error))?;
-                }
-                page += run.len();
-            }
-            position += len as u64;
-            let zeros = marks.iter().filter(|mark| **mark == ZEROS).count() as u64;
-            let pages = marks.len() as u64;
-            let us = u64::try_from(begun.elapsed().as_micros())
-                .unwrap_or(u64::MAX)
-                .max(1);
-            progress.update(|report| {
-                report.zero_pages += zeros;
-                report.pages += pages - zeros;
-                report.sent_bytes += (pages - zeros) * PAGE as u64;
-                report.remaining_pages = report.remaining_pages.saturating_sub(pages);
-                report.bytes_per_second = position.saturating_mul(1_000_000) / us;
-            });
+            file.put(position / PAGE, &buffer[..len])?;
+            position += len;
         }
     }
-    let file = hashed
-        .into_inner()
-        .map_err(|error| not_hashed(error.error()))?;
-    file.set_len(size)
-        .and_then(|()| file.sync_all())
-        .map_err(|error| not_hashed(&error))?;
-    memory.sync_all().map_err(|error| failed(&error))?;
-    Ok(FileInfo {
-        size,
-        hash: all.digest(),
-    })
+    Ok(())
 }
 
 /// A snapshot's folder while it is written: files with names of their own, until all are complete.
-struct Folder {
+pub(super) struct Folder {
     dir: PathBuf,
     /// The folder did not exist before.
     is_new: bool,
@@ -219,7 +212,7 @@ impl Folder {
         self.dir.join(format!(".{name}.{}", self.id))
     }
 
-    fn create(&mut self, name: &'static str) -> Result<(File, PathBuf), MigrationError> {
+    pub(super) fn create(&mut self, name: &'static str) -> Result<(File, PathBuf), MigrationError> {
         let path = self.partial(name);
         // It holds the guest's memory: for its owner only.
         let file = OpenOptions::new()

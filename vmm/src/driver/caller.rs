@@ -48,6 +48,11 @@ impl Caller {
         }
     }
 
+    /// Returns a caller that is not bound to a machine.
+    pub(crate) fn for_any_machine(&self) -> Self {
+        Self::new(self.to.clone())
+    }
+
     /// Returns whether the driver exists.
     pub(crate) fn is_there(&self) -> bool {
         self.to.is_open()

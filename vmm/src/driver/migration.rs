@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use ::devices::event_loop::Sources;
 use ::devices::pci::Bdf;
-use control::{Arrival, Category, RequestError, Verb};
+use control::{Arrival, Category, RequestError, SnapshotOf, Verb};
 use hypervisor::MemSlots;
 use memory::Pages;
 use migration::{Decision, Progress, Refusal, Stopped, Whereabouts};
@@ -32,6 +32,8 @@ pub(crate) struct SourceParts {
     pub(crate) ram: GuestRam,
     pub(crate) memslots: Arc<MemSlots>,
     pub(crate) throttle: crate::machine::Throttle,
+    /// The guest is paused, by its owner.
+    pub(crate) is_paused: bool,
 }
 
 /// The parts for building a destination's machine.
@@ -48,7 +50,7 @@ fn refused(code: &str) -> impl FnOnce(MoveError) -> Refusal {
     move |error| Refusal::new(code, error.to_string())
 }
 
-fn no_machine() -> Refusal {
+pub(super) fn no_machine() -> Refusal {
     Refusal::new("machine-gone", "the VM has no machine")
 }
 
@@ -88,13 +90,18 @@ impl Driver {
             ));
         }
         let outgoing = self.outgoing.as_ref()?;
-        if outgoing.state == OutgoingState::Snapshot {
+        if matches!(
+            outgoing.state,
+            OutgoingState::Snapshot | OutgoingState::Imaged
+        ) {
             return match verb {
                 Verb::Reboot | Verb::Shutdown | Verb::Delete => {
                     // Too late if the snapshot is complete, which is no reason to keep the machine.
                     let _ = outgoing.decision.cancel();
                     None
                 }
+                // A live snapshot has all that it needs of the machine but its memory.
+                _ if outgoing.state == OutgoingState::Imaged => None,
                 // The snapshot has the state and the devices of the paused guest.
                 Verb::Resume
                 | Verb::AddDevice
@@ -150,7 +157,7 @@ impl Driver {
             return conflict("vm-migrating", detail);
         }
         let state = self.publisher.current().state;
-        if purpose == Purpose::Snapshot && state != VmState::Paused {
+        if purpose == Purpose::Snapshot(SnapshotOf::Paused) && state != VmState::Paused {
             let detail = format!("a snapshot is taken of a Paused VM, and this one is {state}");
             return conflict("wrong-state", &detail);
         }
@@ -160,7 +167,7 @@ impl Driver {
             return conflict("vm-busy", "a device is being added to the VM");
         }
         let Stage::On(active) = &self.stage else {
-            let detail = "a VM that is not running cannot be moved: it must be Running or Paused";
+            let detail = "the VM must be Running or Paused to be moved or saved, and has no guest";
             return conflict("wrong-state", detail);
         };
         if let Some(id) = active.devices().leaving() {
@@ -172,6 +179,7 @@ impl Driver {
         if ram.pages() != Pages::There {
             return conflict("pages-arriving", PAGES_ARRIVING);
         }
+        let is_paused = state == VmState::Paused;
         // The caller is bound to this machine: after a guest's reset the engine's next step fails
         // with `machine-gone` instead of acting on another machine.
         let parts = SourceParts {
@@ -184,11 +192,12 @@ impl Driver {
             ram,
             memslots,
             throttle: active.throttle(),
+            is_paused,
         };
         self.publisher.record(
             match purpose {
                 Purpose::Move => "migrating",
-                Purpose::Snapshot => "snapshotting",
+                Purpose::Snapshot(_) => "snapshotting",
             },
             None,
         );
@@ -196,14 +205,14 @@ impl Driver {
         self.outgoing = Some(Outgoing {
             decision: decision.clone(),
             state: match purpose {
-                Purpose::Move => OutgoingState::Copying,
-                Purpose::Snapshot => OutgoingState::Snapshot,
+                Purpose::Snapshot(_) if is_paused => OutgoingState::Snapshot,
+                Purpose::Move | Purpose::Snapshot(_) => OutgoingState::Copying,
             },
         });
         Ok(parts)
     }
 
-    fn on(&mut self) -> Result<&mut Active, Refusal> {
+    pub(super) fn on(&mut self) -> Result<&mut Active, Refusal> {
         match &mut self.stage {
             Stage::On(active) => Ok(active),
             _ => Err(no_machine()),
@@ -229,10 +238,19 @@ impl Driver {
     /// Stops the guest, on another thread, and answers when its clocks stopped. Without a machine
     /// the answer is dropped.
     pub(crate) fn stop_to_move(&mut self, answer: mpsc::Sender<Result<Stopped, Refusal>>) {
+        self.stop_as(true, answer);
+    }
+
+    pub(super) fn stop_as(&mut self, moves: bool, answer: mpsc::Sender<Result<Stopped, Refusal>>) {
         let was_paused = self.publisher.current().state == VmState::Paused;
         let stop = move |active: &mut Active| -> Result<Stopped, NotParked> {
             if !was_paused {
                 active.pause()?;
+            }
+            if moves {
+                // Here and not at the destination, where the page may be missing: it goes with the last
+                // pages. A guest that stays finds its clocks undisturbed, which is harmless.
+                active.disrupt_clocks();
             }
             Ok(Stopped {
                 was_paused,
@@ -419,7 +437,7 @@ impl Driver {
         }
     }
 
-    fn expecting(&mut self) -> Result<&mut Active, Refusal> {
+    pub(super) fn expecting(&mut self) -> Result<&mut Active, Refusal> {
         match &mut self.stage {
             Stage::Expecting(Expected {
                 machine: Some(machine),

@@ -24,6 +24,7 @@ mod memory;
 mod migration;
 mod outgoing;
 mod resize;
+mod snapshot;
 #[cfg(test)]
 mod tests;
 mod vcpus;

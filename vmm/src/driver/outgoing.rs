@@ -1,5 +1,6 @@
 //! The state of a guest that moves away, or of which a snapshot is written.
 
+use control::SnapshotOf;
 use migration::Decision;
 
 /// A guest that is moving away.
@@ -16,6 +17,9 @@ pub(super) enum OutgoingState {
     Copying,
     /// The guest is paused and stays so until a snapshot of it is written.
     Snapshot,
+    /// A live snapshot has its state, and copies the memory that it had then. The guest runs or is paused
+    /// as its owner wants it, and nothing that happens to it changes the snapshot.
+    Imaged,
     /// The migration has stopped it.
     Stopped { ran: bool },
     /// Resources that only one machine can hold (locks, paths of sockets) were released.
@@ -29,7 +33,7 @@ impl OutgoingState {
     /// Whether the guest is stopped because it moves.
     fn is_stopped(self) -> bool {
         match self {
-            Self::Copying | Self::Snapshot => false,
+            Self::Copying | Self::Snapshot | Self::Imaged => false,
             Self::Stopped { .. } | Self::HandedOver { .. } | Self::Stranded { .. } => true,
         }
     }
@@ -37,14 +41,14 @@ impl OutgoingState {
     /// Whether the guest ran and must run again if it stays.
     pub(super) fn must_resume(self) -> bool {
         match self {
-            Self::Copying | Self::Snapshot => false,
+            Self::Copying | Self::Snapshot | Self::Imaged => false,
             Self::Stopped { ran } | Self::HandedOver { ran } | Self::Stranded { ran, .. } => ran,
         }
     }
 
     pub(super) fn is_handed_over(self) -> bool {
         match self {
-            Self::Copying | Self::Snapshot | Self::Stopped { .. } => false,
+            Self::Copying | Self::Snapshot | Self::Imaged | Self::Stopped { .. } => false,
             Self::HandedOver { .. } => true,
             Self::Stranded { is_handed_over, .. } => is_handed_over,
         }
@@ -68,6 +72,7 @@ impl Outgoing {
 pub(crate) enum Purpose {
     /// The guest moves to another service, and may run meanwhile.
     Move,
-    /// A snapshot of it is written. The guest is paused, and stays so.
-    Snapshot,
+    /// A snapshot of it is written. A guest that is paused stays so; one that runs is stopped for a moment,
+    /// unless the caller [demands](control::SnapshotOf) a paused guest.
+    Snapshot(SnapshotOf),
 }

@@ -60,6 +60,11 @@ impl GuestRam {
         Ok((Self { boot, hotplug }, watches))
     }
 
+    /// The block that begins at guest address 0.
+    pub(crate) fn boot(&self) -> &RamBlock {
+        &self.boot
+    }
+
     /// The block of hotplugged memory, if the VM's memory can grow.
     pub(crate) fn hotplug(&self) -> Option<&Arc<RamBlock>> {
         self.hotplug.as_ref()

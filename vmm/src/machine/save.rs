@@ -24,6 +24,7 @@ use state::{Load as _, Save as _, Store, Writer};
 
 use super::run_control::NotParked;
 use super::{Active, GuestRam, PARK_PATIENCE};
+use crate::arch::x86_64::generation;
 use crate::failure::MoveError;
 
 impl From<NotParked> for MoveError {
@@ -53,6 +54,8 @@ pub(crate) enum Clocks {
         kvmclock_ns: Option<u64>,
         /// By the numbers of the vCPUs.
         vcpus: BTreeMap<u32, StoppedClock>,
+        /// At this moment they had been stopped for so long, which they will count.
+        since: Option<(Duration, Instant)>,
     },
 }
 
@@ -166,6 +169,7 @@ impl Active {
                 self.clocks = Clocks::Loaded {
                     kvmclock_ns,
                     vcpus: clocks.collect::<Result<_, _>>()?,
+                    since: None,
                 };
             }
         }
@@ -251,10 +255,17 @@ impl Active {
                     self.parts.vm.set_kvmclock(ns)?;
                 }
             }
-            Clocks::Loaded { kvmclock_ns, vcpus } => {
+            Clocks::Loaded {
+                kvmclock_ns,
+                vcpus,
+                since,
+            } => {
+                // A restored guest's clocks count since its snapshot, though it may be resumed late.
+                let (stopped_for, as_of) = since.unwrap_or((stopped_for, as_of));
                 // One sample for all clocks, so that they agree with each other.
                 let now = self.parts.vm.sample_clocks();
-                let stopped_for = stopped_for + now.taken_at().saturating_duration_since(as_of);
+                let since = now.taken_at().saturating_duration_since(as_of);
+                let stopped_for = stopped_for.saturating_add(since);
                 let started = self.on_vcpus(|index| {
                     let clock = vcpus.get(&index).copied();
                     move |vcpu: &mut Vcpu| match clock {
@@ -275,6 +286,21 @@ impl Active {
         }
         self.clocks = Clocks::Running;
         Ok(())
+    }
+
+    /// Tells the guest, when it runs again, that its clocks were disturbed.
+    pub(crate) fn disrupt_clocks(&self) {
+        generation::disrupt(self.parts.ram.boot());
+        self.parts.power.announce_clock();
+    }
+
+    /// Tells a restored guest, when it runs, that it is another copy of itself. At the moment `as_of` it
+    /// had been stopped for `stopped_for`, which its clocks count.
+    pub(crate) fn announce_generation(&mut self, stopped_for: Duration, as_of: Instant) {
+        self.parts.power.announce_generation();
+        if let Clocks::Loaded { since, .. } = &mut self.clocks {
+            *since = Some((stopped_for, as_of));
+        }
     }
 
     /// Fails if the host has lost memory of the guest: in its place are zeros, with which the guest must

@@ -15,6 +15,7 @@ use uuid::Uuid;
 use super::offer::{self, CheckedOffer};
 use super::trust::Allowed;
 use super::{ActiveMigration, Journals};
+use crate::arch::x86_64::generation;
 use crate::descriptors;
 use crate::devices::{MachineOrigin, MemoryOrigin, ResourceOwner};
 use crate::driver::{Caller, Consoles, DestinationParts, Driver};
@@ -295,7 +296,15 @@ impl Destination for DestinationVm {
         // If the driver panics, no answer comes: this says whether the guest may have run by then.
         let resuming = Arc::new(AtomicBool::new(false));
         let (mark, arrival) = (Arc::clone(&resuming), self.origin.arrival());
+        let is_copy = matches!(self.origin, GuestOrigin::Snapshot { .. });
+        if is_copy {
+            // On this thread, which may wait for the page: it may be read on demand.
+            generation::renew(self.ram.boot());
+        }
         let arrived = self.caller.call(move |driver, sources| {
+            if is_copy {
+                driver.announce_generation(stopped_for, as_of)?;
+            }
             driver.arrive(stopped_for, as_of, paused, arrival, &mark, sources)
         });
         match arrived.and_then(|arrived| arrived) {

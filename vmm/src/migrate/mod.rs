@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use control::{Category, Migrate, Migration, Registry, RequestError, VmHandle};
+use control::{Category, Migrate, Migration, Registry, RequestError, SnapshotOf, VmHandle};
 use hypervisor::arch::{CpuId, kvm_cpuid_entry2};
 use migration::{
     Decision, Dial, Endpoint, MAX_CONNECTIONS, Outcome, Phase, Policy, Progress, Report,
@@ -164,6 +164,7 @@ pub(crate) fn phase(phase: Phase) -> MigrationPhase {
         Phase::Preparing => MigrationPhase::Preparing,
         Phase::Precopy => MigrationPhase::Precopy,
         Phase::Stopped => MigrationPhase::Stopped,
+        Phase::Copying => MigrationPhase::Copying,
         Phase::HandingOver => MigrationPhase::HandingOver,
         Phase::Postcopy => MigrationPhase::Postcopy,
         Phase::PostcopyPaused => MigrationPhase::PostcopyPaused,
@@ -213,6 +214,7 @@ impl Migration for ActiveMigration {
                 load_us: downtime.load_us,
                 hand_over_us: downtime.hand_over_us,
                 verify_us: downtime.verify_us,
+                protect_us: downtime.protect_us,
                 pages: downtime.pages,
             }),
             faults: report.faults,
@@ -445,8 +447,9 @@ impl Migrate for Pool {
         &self,
         vm: &VmHandle,
         what: &VmSnapshotConfig,
+        of: SnapshotOf,
     ) -> Result<Arc<dyn Migration>, RequestError> {
-        snapshot::take(self, vm, what)
+        snapshot::take(self, vm, what, of)
     }
 
     fn restore(

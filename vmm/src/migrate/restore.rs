@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use control::{Category, Migration, Registry, RequestError, VmHandle};
+use control::{Category, Migration, Registry, RequestError, SnapshotOf, VmHandle};
 use migration::snapshot::{Memory, Restoring, Saved, Snapshot, restore};
 use migration::{Offer, Refusal, Source as _};
 use spec::{
@@ -205,7 +205,9 @@ pub(super) fn begin_fork(
     let caller = pool.caller(&id).ok_or_else(RequestError::driver_gone)?;
     let (decision, progress) = (ours.decision.clone(), ours.progress.clone());
     let parts = caller
-        .call(move |driver, _| driver.depart(Purpose::Snapshot, &decision, &progress))
+        .call(move |driver, _| {
+            driver.depart(Purpose::Snapshot(SnapshotOf::Paused), &decision, &progress)
+        })
         .map_err(|_| RequestError::driver_gone())??;
     let mut source = SourceVm::new(id.clone(), parts);
     // The guest stays as it is if the request cannot be met.
@@ -223,10 +225,14 @@ pub(super) fn begin_fork(
             fork = %ours.id, vm = id.as_str(), vms = offers.len(), "fork: begins"
         );
         // Overlays of the disks find all that the guest wrote in them.
-        let state = source.flush().and_then(|()| source.save());
-        let saved = state.map(|state| Saved {
+        let state = source.flush().and_then(|()| {
+            let stopped_at = source.clocks_stopped_at()?;
+            Ok((source.save()?, stopped_at))
+        });
+        let saved = state.map(|(state, stopped_at)| Saved {
             offer: saved,
             state,
+            stopped_at,
             blocks: source.blocks(),
         });
         let end = |outcome: Result<(), &Refusal>| match outcome {

@@ -1,11 +1,11 @@
 //! Snapshots of a VM: migrations whose other end is a folder.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use control::{Category, Migration, RequestError, VmHandle};
-use migration::snapshot::{Saved, Snapshot, Writing, write};
-use migration::{Refusal, Source as _};
+use control::{Category, Migration, RequestError, SnapshotOf, VmHandle};
+use migration::snapshot::{RunningGuest, Saved, Snapshot, Writing, write, write_live};
+use migration::{Block, Offer, Refusal, Source as _, Stopped};
 use spec::{FieldProblem, MigrationSide, VmConfig, VmSnapshotConfig};
 
 use super::source::SourceVm;
@@ -32,7 +32,7 @@ pub(super) fn folder(field: &str, url: &str) -> Result<PathBuf, RequestError> {
 /// The URL names no folder, or the folder holds no snapshot that this version reads.
 pub fn snapshot_config(url: &str) -> Result<VmConfig, RequestError> {
     let dir = folder("source_url", url)?;
-    let snapshot = Snapshot::open(&dir).map_err(|error| unusable(error.refusal()))?;
+    let snapshot = open(&dir)?;
     let machine = offer::machine(&snapshot.offer()).map_err(unusable)?;
     Ok(machine.config)
 }
@@ -41,13 +41,66 @@ pub(super) fn unusable(why: Refusal) -> RequestError {
     RequestError::new(Category::Unprocessable, &why.code, why.detail)
 }
 
-/// Starts to write a snapshot of a paused VM.
+fn open(dir: &Path) -> Result<Snapshot, RequestError> {
+    Snapshot::open(dir).map_err(|error| unusable(error.refusal()))
+}
+
+/// A running guest, for a live snapshot.
+struct LiveVm(SourceVm);
+
+impl RunningGuest for LiveVm {
+    fn offer(&mut self) -> Result<Offer, Refusal> {
+        self.0.offer()
+    }
+
+    fn blocks(&self) -> Vec<Block> {
+        self.0.blocks()
+    }
+
+    fn stop(&mut self) -> Result<Stopped, Refusal> {
+        self.0.stop_to_image()
+    }
+
+    fn save(&mut self) -> Result<Vec<u8>, Refusal> {
+        self.0.save()
+    }
+
+    fn resume(&mut self) -> Result<(), Refusal> {
+        self.0.resume_imaged()
+    }
+
+    fn sync(&mut self) {
+        self.0.pre_sync();
+    }
+}
+
+/// Writes the snapshot of a guest that its owner has paused.
+fn write_paused(writing: &Writing<'_>, source: &mut SourceVm) -> Result<(), Refusal> {
+    write(writing, || {
+        let offer = source.offer()?;
+        // The snapshot includes the disks as they are: all that the guest wrote is on them.
+        source.flush()?;
+        Ok(Saved {
+            offer,
+            state: source.save()?,
+            stopped_at: source.clocks_stopped_at()?,
+            blocks: source.blocks(),
+        })
+    })
+}
+
+/// Starts to write a snapshot of a VM. A running guest stops for its device state only.
 pub(super) fn take(
     pool: &Pool,
     vm: &VmHandle,
     what: &VmSnapshotConfig,
+    of: SnapshotOf,
 ) -> Result<Arc<dyn Migration>, RequestError> {
     let dir = folder("destination_url", &what.destination_url)?;
+    let base = match &what.base_url {
+        Some(url) => Some(open(&folder("base_url", url)?)?),
+        None => None,
+    };
     let id = vm.id().clone();
     let taking = Arc::new(ActiveMigration::new(
         MigrationSide::Source,
@@ -57,36 +110,35 @@ pub(super) fn take(
     let caller = pool.caller(&id).ok_or_else(RequestError::driver_gone)?;
     let (decision, progress) = (taking.decision.clone(), taking.progress.clone());
     let parts = caller
-        .call(move |driver, _| driver.depart(Purpose::Snapshot, &decision, &progress))
+        .call(move |driver, _| driver.depart(Purpose::Snapshot(of), &decision, &progress))
         .map_err(|_| RequestError::driver_gone())??;
     let ours = Arc::clone(&taking);
     let span = tracing::info_span!("vm", id = id.as_str());
     start("snapshot", span, move || {
         tracing::info!(
             snapshot = %ours.id, vm = id.as_str(), folder = ours.endpoint, memory_bytes = parts.ram.plugged_len(),
-            "snapshot: begins"
+            live = !parts.is_paused, "snapshot: begins"
         );
+        let is_paused = parts.is_paused;
         let mut source = SourceVm::new(id, parts);
+        let ending = source.ending();
         let writing = Writing {
             id: ours.id,
             dir: &dir,
+            base: base.as_ref(),
+            end: &|outcome| match outcome {
+                Ok(()) => ending.end("snapshotted", ours.endpoint.clone()),
+                Err(why) => ending.end("snapshot-failed", why.detail.clone()),
+            },
             progress: &ours.progress,
             decision: &ours.decision,
         };
-        let written = write(&writing, || {
-            let offer = source.offer()?;
-            // The snapshot includes the disks as they are: all that the guest wrote is on them.
-            source.flush()?;
-            Ok(Saved {
-                offer,
-                state: source.save()?,
-                blocks: source.blocks(),
-            })
-        });
-        match written {
-            Ok(()) => source.end("snapshotted", ours.endpoint.clone()),
-            Err(why) => source.end("snapshot-failed", why.detail),
-        }
+        // The report has the failure, if it failed.
+        let _ = if is_paused {
+            write_paused(&writing, &mut source)
+        } else {
+            write_live(&writing, &mut LiveVm(source))
+        };
         ours.log_end();
         ours.end();
     })?;

@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::time::Instant;
 
 use control::Registry;
 use migration::{Block, BlockInfo, Offer, Outcome, Refusal, Source, Stopped, Whereabouts};
 use spec::VmId;
 
 use super::{MachineOffer, OFFER_VERSION, rows};
-use crate::driver::{Driver, SourceParts};
+use crate::driver::{Caller, Driver, SourceParts};
 
 pub(super) struct SourceVm {
     vm: VmId,
@@ -45,14 +46,47 @@ impl SourceVm {
         source
     }
 
+    /// Returns what ends the operation while others use this: see [`Self::end`].
+    pub(super) fn ending(&self) -> Ending {
+        Ending(self.parts.caller.clone())
+    }
+
     /// The guest stays as it is, and `event` is recorded of it.
     pub(super) fn end(&self, event: &'static str, detail: String) {
-        // If the machine is gone, so is what there would be to tidy up.
-        let _ = self.parts.caller.attempt(move |driver| {
-            let stayed = driver.stay();
-            driver.record(event, detail);
-            stayed
-        });
+        self.ending().end(event, detail);
+    }
+
+    /// Returns since when the clocks of a guest that is paused are stopped. Those of a restored guest that
+    /// never ran count from now on.
+    pub(super) fn clocks_stopped_at(&self) -> Result<Instant, Refusal> {
+        let stopped = self.parts.caller.attempt(Driver::clocks_stopped_at)?;
+        Ok(stopped.unwrap_or_else(Instant::now))
+    }
+
+    /// Stops the guest for a live snapshot.
+    pub(super) fn stop_to_image(&self) -> Result<Stopped, Refusal> {
+        self.parts.caller.attempt_later(Driver::stop_to_image)
+    }
+
+    /// Resumes the guest, of which a live snapshot has the state.
+    pub(super) fn resume_imaged(&self) -> Result<(), Refusal> {
+        self.parts.caller.attempt(Driver::resume_imaged)
+    }
+}
+
+/// Ends a migration or snapshot whose guest stays.
+pub(super) struct Ending(Caller);
+
+impl Ending {
+    pub(super) fn end(&self, event: &'static str, detail: String) {
+        let stayed = self.0.attempt(Driver::stay);
+        // If the machine is gone, so is what there would be to tidy up. The VM may still be there: a
+        // guest can be reset while a live snapshot of it is written.
+        if let Err(error) = stayed {
+            tracing::debug!(%error, "the guest of a migration or snapshot is not there");
+        }
+        let caller = self.0.for_any_machine();
+        let _ = caller.call(move |driver, _| driver.record(event, detail));
     }
 }
 
