@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use api::{ClaimedVersion, TcpAccess};
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand};
 use spec::{
     ConsoleConfig, ConsoleMode, PayloadConfig, RestoreConfig, SerialConfig, VmConfig, options,
 };
@@ -15,6 +15,7 @@ use vmm::MigrationTrust;
 
 use crate::cloud_hypervisor::CLAIM_VARIABLE;
 use crate::inherited::{self, ApiSocket};
+use crate::logging::LoggingArguments;
 use crate::sandbox::{Rule, SeccompMode};
 
 /// A virtual machine monitor for KVM with live migration between hosts.
@@ -98,20 +99,6 @@ pub(crate) enum Command {
 }
 
 #[derive(Debug, Args)]
-pub(crate) struct LoggingArguments {
-    /// Log informational messages; twice adds debug, three times trace messages. RUST_LOG overrides
-    /// this.
-    #[arg(short, action = clap::ArgAction::Count, global = true)]
-    pub(crate) verbose: u8,
-    /// Log to this file instead of standard error.
-    #[arg(long, value_name = "PATH", global = true)]
-    pub(crate) log_file: Option<PathBuf>,
-    /// Format of log lines.
-    #[arg(long, value_name = "FORMAT", default_value = "text", global = true)]
-    pub(crate) log_format: LogFormat,
-}
-
-#[derive(Debug, Args)]
 #[command(next_help_heading = "Sandbox")]
 pub(crate) struct SandboxArguments {
     /// What happens at a system call that no thread of this kind makes unless it is attacked. A
@@ -126,14 +113,6 @@ pub(crate) struct SandboxArguments {
     /// all that is below it; access is r, or w for writing as well and making files.
     #[arg(long, value_name = "RULE", num_args = 1.., global = true)]
     pub(crate) landlock_rules: Vec<Rule>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum LogFormat {
-    /// For people.
-    Text,
-    /// One JSON object per line.
-    Json,
 }
 
 /// Permissions for migrations, used where a request gives none.

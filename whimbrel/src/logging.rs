@@ -9,11 +9,13 @@ use std::fmt;
 use std::fs::OpenOptions;
 use std::io::{self, IsTerminal, Write};
 use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
+use clap::{Args, ValueEnum};
 use control::Allowance;
 use parking_lot::Mutex;
 use rustix::fs::OFlags;
@@ -27,7 +29,27 @@ use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{EnvFilter, fmt as lines};
 
-use crate::args::{LogFormat, LoggingArguments};
+#[derive(Debug, Args)]
+pub(crate) struct LoggingArguments {
+    /// Log informational messages; twice adds debug, three times trace messages. RUST_LOG overrides
+    /// this.
+    #[arg(short, action = clap::ArgAction::Count, global = true)]
+    pub(crate) verbose: u8,
+    /// Log to this file instead of standard error.
+    #[arg(long, value_name = "PATH", global = true)]
+    pub(crate) log_file: Option<PathBuf>,
+    /// Format of log lines.
+    #[arg(long, value_name = "FORMAT", default_value = "text", global = true)]
+    pub(crate) log_format: LogFormat,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object per line.
+    Json,
+}
 
 /// Lines that wait to be written; further ones are lost and counted.
 const WAITING_MAX: usize = 8192;
