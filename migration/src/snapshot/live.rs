@@ -283,7 +283,7 @@ impl<'a> Image<'a> {
         }
         let _end = End(&self.protection, &self.over);
         while !self.over.load(Ordering::Acquire) {
-            for (block, page) in self.protection.wait(LOOK).map_err(host)? {
+            for (block, page) in self.protection.wait(LOOK).map_err(|error| host(&error))? {
                 self.fault(block, page)?;
             }
         }
@@ -340,11 +340,15 @@ impl<'a> Image<'a> {
     }
 
     fn protect(&self, block: usize, first: usize, pages: usize) -> Result<(), MigrationError> {
-        self.protection.protect(block, first, pages).map_err(host)
+        self.protection
+            .protect(block, first, pages)
+            .map_err(|error| host(&error))
     }
 
     fn release(&self, block: usize, first: usize, pages: usize) -> Result<(), MigrationError> {
-        self.protection.release(block, first, pages).map_err(host)
+        self.protection
+            .release(block, first, pages)
+            .map_err(|error| host(&error))
     }
 }
 
@@ -357,7 +361,7 @@ fn copy(block: &Block, offset: usize, to: &mut [u8]) -> Result<(), MigrationErro
     Ok(())
 }
 
-fn host(error: std::io::Error) -> MigrationError {
+fn host(error: &std::io::Error) -> MigrationError {
     let why = format!("the host cannot protect or release guest memory: {error}");
     MigrationError::here("host-refused", why)
 }

@@ -149,7 +149,7 @@ mod tests {
             if let Ok(layout) = Layout::new(size, room, bits) {
                 let lengths: u64 = layout.ram.iter().filter_map(|range| range.len()).sum();
                 prop_assert_eq!(lengths, size);
-                prop_assert_eq!(layout.hotplug.and_then(|range| range.len()).unwrap_or(0), room);
+                prop_assert_eq!(layout.hotplug.and_then(AddrRange::len).unwrap_or(0), room);
                 let mut all = layout.ram.clone();
                 all.extend(layout.hotplug);
                 all.extend([layout.pci32, layout.pci64, AddrRange::new(ECAM, 1 << 20).unwrap()]);
