@@ -93,6 +93,7 @@ async fn restores(memory: u64, rounds: usize) -> Result<()> {
     let dir = service.path("snapshot");
     let to = spec::VmSnapshotConfig {
         destination_url: format!("file://{}", dir.display()),
+        base_url: None,
     };
     let taken = over(&service, &client.vms_snapshot(&vm, &to).await?).await?;
     client.vms_delete(&vm).await?;
