@@ -73,8 +73,9 @@ pub struct MemoryConfig {
     /// Let the host merge equal pages (KSM).
     #[serde(default)]
     pub mergeable: bool,
-    /// How memory is added.
+    /// How memory is added: `Acpi` or `VirtioMem`. A string in the contract.
     #[serde(default)]
+    #[schema(value_type = String)]
     pub hotplug_method: HotplugMethod,
     /// Allocate memory that other processes can map.
     #[serde(default)]

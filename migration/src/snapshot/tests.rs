@@ -70,7 +70,7 @@ fn write_to(dir: &Path, blocks: &[Block]) -> (Result<(), Refusal>, Progress) {
             assert!(
                 !progress.report().phase.is_over(),
                 "the guest is free before"
-            )
+            );
         },
         base: None,
         progress: &progress,

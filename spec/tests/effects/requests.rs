@@ -11,7 +11,7 @@ use super::{EFFECTIVE, dotted, fields, full, judged, refusal, without_effect};
 const EFFECTIVE_REQUESTS: &[(&str, &[&str])] = &[
     ("vm.receive-migration", &["/receiver_url", "/tls_dir"]),
     ("vm.remove-device", &["/id"]),
-    ("vm.resize", &["/desired_balloon"]),
+    ("vm.resize", &["/desired_balloon", "/desired_vcpus"]),
     ("vm.resize-disk", &["/id", "/desired_size"]),
     (
         "vm.restore",
@@ -49,7 +49,7 @@ const EFFECTIVE_REQUESTS: &[(&str, &[&str])] = &[
             "/memory_mode",
         ],
     ),
-    ("vm.snapshot", &["/destination_url"]),
+    ("vm.snapshot", &["/base_url", "/destination_url"]),
 ];
 
 /// Fields of requests with another state. Those that are refused by their value are marked in
@@ -67,13 +67,8 @@ const TOLD_REQUESTS: &[(&str, &str, &str)] = &[
     ),
     (
         "vm.resize",
-        "/desired_vcpus",
-        "refused: this version cannot change the vCPUs of a VM; the present number is accepted",
-    ),
-    (
-        "vm.resize",
         "/desired_ram",
-        "refused: this version cannot change the memory of a VM; the present size is accepted",
+        "supported with `memory.hotplug_method=VirtioMem`; else refused, unless it is the present size",
     ),
     (
         "vm.restore",
