@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use spec::VmId;
 
 use crate::migrate::{MigrateArguments, Outcome, ReceiveArguments};
@@ -312,7 +312,8 @@ pub(crate) enum PortName {
 }
 
 #[derive(Debug, Args)]
-#[group(required = true, multiple = true, args = ["cpus", "memory", "balloon"])]
+#[group(skip)]
+#[command(group = ArgGroup::new("sizes").required(true).multiple(true).args(["cpus", "memory", "balloon"]))]
 pub(crate) struct ResizeArguments {
     /// vCPUs, up to the VM's `max_vcpus`.
     #[arg(long, value_name = "N")]
