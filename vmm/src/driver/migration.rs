@@ -125,7 +125,9 @@ impl Driver {
             Verb::Resume | Verb::Shutdown | Verb::Delete if outgoing.is_stranded() => None,
             // The destination may hold the disks' locks and may run the guest by now. Only the
             // migration's outcome says whether the machine here may run or end.
-            _ if is_stopped => refuse("the VM's guest is being handed over to another service"),
+            _ if is_stopped => refuse(
+                "the VM's guest is stopped, for a hand-over to another service or a snapshot",
+            ),
             // `cancel` and the engine's commit exclude each other: either the request ends the
             // machine here, or the guest moves, never both.
             Verb::Reboot | Verb::Shutdown | Verb::Delete => match outgoing.decision.cancel() {
