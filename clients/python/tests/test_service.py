@@ -121,7 +121,7 @@ class Service:
         self._process.wait(PATIENCE_S)
         log = self.log()
         self._directory.cleanup()
-        # The service runs in its sandbox, and nothing that a client does needs more than that allows.
+        # The service runs in its sandbox, which allows all that a client needs.
         if "the sandbox refused a system call" in log:
             raise AssertionError(log)
 
