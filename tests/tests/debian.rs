@@ -94,12 +94,11 @@ async fn debian_boots_with_one_vcpu() -> Result<()> {
     boots_reboots_and_obeys_the_button(1).await
 }
 
-/// Saved while it runs, and restored: its kernel finds the other VM generation ID, and reseeds its random
-/// pool.
+/// A live snapshot of a running system. Debian's cloud kernel has no driver for the generation ID, so the
+/// tests with the pocket guest show that one.
 #[tokio::test]
 #[ignore = "wants a complete KVM: ci/test e2e runs it in the rig"]
-async fn debian_notices_that_it_was_restored() -> Result<()> {
-    const RESEEDED: &str = "crng reseeded due to virtual machine fork";
+async fn debian_comes_back_from_a_live_snapshot() -> Result<()> {
     let service = Service::start(Face::Many).await?;
     let (mut config, serial) = debian(&service, 1)?;
     // The rig's kernel can protect shared memory only.
@@ -111,11 +110,9 @@ async fn debian_notices_that_it_was_restored() -> Result<()> {
     let dir = service.path("snapshot");
     let taken = snapshots::snapshot(&service, &vm, &dir).await;
     assert_eq!(taken.phase, MigrationPhase::Completed, "{taken:?}");
-    assert!(!serial.text().contains(RESEEDED), "{}", serial.text());
     client.vms_delete(&vm).await?;
     let came = snapshots::restore(&service, &vm, &dir, true).await;
     assert_eq!(came.phase, MigrationPhase::Completed, "{came:?}");
-    service.prints(&vm, &serial, RESEEDED, 1, BOOTS).await?;
     client.vms_power_button(&vm).await?;
     let info = service.reaches(&vm, VmState::Shutdown).await?;
     assert_eq!(info.failure, None);
