@@ -490,9 +490,11 @@ impl Console {
             .with_context(|| format!("cannot open the console {}", path.display()))?;
         let reader = BufReader::new(socket.try_clone()?);
         let (sender, lines) = unbounded_channel();
-        // It ends with the socket, which goes with the VM.
+        // It ends with the socket, which goes with the VM. The guest may be in the middle of a line when
+        // the console is opened.
         std::thread::spawn(move || {
-            for line in reader.lines().map_while(Result::ok) {
+            let lines = reader.lines().map_while(Result::ok);
+            for line in lines.skip_while(|line| !line.starts_with("pocket:")) {
                 if sender.send(line.trim_end().to_owned()).is_err() {
                     return;
                 }
