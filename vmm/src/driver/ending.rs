@@ -11,6 +11,7 @@
 //! A request that ends the VM is answered when the machine has given everything back, so that its
 //! disks can be used again, and at the latest after [`END_PATIENCE`].
 
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use ::devices::event_loop::Sources;
@@ -332,5 +333,34 @@ fn stuck() -> Failure {
             END_PATIENCE.as_secs()
         ),
         vcpu: None,
+    }
+}
+
+/// How long the engine waits for a machine that was given up.
+const GONE_PATIENCE: Duration = Duration::from_secs(10);
+
+/// The end of a machine, for the engine's threads, which may wait for it.
+pub(crate) struct Gone(mpsc::Receiver<()>);
+
+impl Gone {
+    pub(super) fn of(machine: Machine) -> Self {
+        let (gone, heard) = mpsc::channel();
+        machine.end(move || {
+            // The engine may have stopped waiting.
+            let _ = gone.send(());
+        });
+        Self(heard)
+    }
+
+    pub(super) fn already() -> Self {
+        // Its sender is dropped here.
+        Self(mpsc::channel().1)
+    }
+
+    /// Waits, with a time limit, until the machine has released its resources.
+    pub(crate) fn wait(self) {
+        if let Err(mpsc::RecvTimeoutError::Timeout) = self.0.recv_timeout(GONE_PATIENCE) {
+            tracing::error!("a machine was not taken apart in time: its storage does not respond");
+        }
     }
 }

@@ -16,6 +16,7 @@ use migration::{Decision, Progress, Refusal, Stopped, Whereabouts};
 use spec::{Failure, VmConfig, VmState};
 
 use super::consoles::Consoles;
+use super::ending::Gone;
 use super::outgoing::{Outgoing, OutgoingState, Purpose};
 use super::resize::Resizes;
 use super::{Caller, Driver, End, Stage};
@@ -570,33 +571,4 @@ impl Driver {
 pub(super) struct Expected {
     decision: Decision,
     machine: Option<Machine>,
-}
-
-/// How long the engine waits for a machine that was given up.
-const GONE_PATIENCE: Duration = Duration::from_secs(10);
-
-/// The end of a machine, for the engine's threads, which may wait for it.
-pub(crate) struct Gone(mpsc::Receiver<()>);
-
-impl Gone {
-    fn of(machine: Machine) -> Self {
-        let (gone, heard) = mpsc::channel();
-        machine.end(move || {
-            // The engine may have stopped waiting.
-            let _ = gone.send(());
-        });
-        Self(heard)
-    }
-
-    fn already() -> Self {
-        // Its sender is dropped here.
-        Self(mpsc::channel().1)
-    }
-
-    /// Waits, with a time limit, until the machine has released its resources.
-    pub(crate) fn wait(self) {
-        if let Err(mpsc::RecvTimeoutError::Timeout) = self.0.recv_timeout(GONE_PATIENCE) {
-            tracing::error!("a machine was not taken apart in time: its storage does not respond");
-        }
-    }
 }
