@@ -122,6 +122,18 @@ const EFFECTIVE: &[&str] = &[
     "/vsock/socket",
 ];
 
+/// Fields that have their effect with some values of another field only.
+const LIMITED: &[(&str, &str)] = &[
+    (
+        "/memory/hotplug_size",
+        "with `memory.hotplug_method=VirtioMem`; accepted without effect with `Acpi`",
+    ),
+    (
+        "/memory/hotplugged_size",
+        "with `memory.hotplug_method=VirtioMem`; refused with `Acpi`",
+    ),
+];
+
 /// Fields that are accepted and have no effect, with the reason.
 const TOLD: &[(&str, &str)] = &[
     (
@@ -302,6 +314,14 @@ fn refusal<'a>(problems: &'a [FieldProblem], field: &str) -> Option<&'a FieldPro
     })
 }
 
+/// Returns the state of a field that has its effect, perhaps only beside a value of another.
+fn supported(field: &str) -> String {
+    let limit = LIMITED.iter().find(|(limited, _)| *limited == field);
+    limit.map_or("supported".to_owned(), |(_, limit)| {
+        format!("supported {limit}")
+    })
+}
+
 fn without_effect(field: &str) -> Option<&'static str> {
     let told = TOLD.iter().find(|(told, _)| *told == field);
     told.map(|(_, reason)| *reason)
@@ -363,7 +383,7 @@ fn page() -> String {
         } else if let Some(reason) = without_effect(field) {
             (dotted(field), format!("accepted without effect: {reason}"))
         } else {
-            (dotted(field), "supported".to_owned())
+            (dotted(field), supported(field))
         };
         // An object that is refused stands for all of its fields.
         if shown.insert(name.clone()) {
