@@ -233,7 +233,7 @@ pub(crate) enum Command {
         /// Let their guests run. The VM itself stays paused.
         #[arg(long)]
         resume: bool,
-        /// JSON file of what differs from the VM: disks, taps, sockets, with {n} for the number of the fork;
+        /// JSON file of what differs from the VM: disks, taps, sockets, with n in braces for the number of the fork;
         /// - for standard input.
         #[arg(long, value_name = "FILE")]
         overrides: Option<String>,
