@@ -35,8 +35,9 @@ const PAGES: usize = 300;
 const PATIENCE: Duration = Duration::from_millis(250);
 /// The patience of runs without faults, long enough for a busy machine.
 const LONG_PATIENCE: Duration = Duration::from_secs(8);
-/// No migration takes longer, whatever fails.
-const BOUND: Duration = Duration::from_secs(10);
+/// No migration takes longer, whatever fails. Limits of the engine may add up before a side gives up: 5 s
+/// for each connection that does not say what it is for.
+const BOUND: Duration = Duration::from_secs(60);
 
 #[derive(Debug)]
 struct Ending {
