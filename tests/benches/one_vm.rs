@@ -7,28 +7,16 @@
 //! `cargo build --release`.
 
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
-use openapi::Client;
+use anyhow::{Result, bail};
 use spec::{ConsoleMode, PayloadConfig, VmConfig};
+use tests::{Program, built, pss};
 
 const ROUNDS: usize = 11;
 const MEMORY: u64 = 128 << 20;
 const KERNEL: usize = 20 << 20;
 const REQUESTS: usize = 5_000;
-
-/// Ends with what it was started for.
-struct Program(Child);
-
-impl Drop for Program {
-    fn drop(&mut self) {
-        // It may have ended by itself.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
 
 /// What one process costs.
 struct Cost {
@@ -49,14 +37,12 @@ async fn main() -> Result<()> {
         (Some("--peer"), Some(path)) => Some(PathBuf::from(path)),
         _ => bail!("the only option is --peer PROGRAM"),
     };
-    let us = std::env::current_exe()?;
-    let us = us.ancestors().nth(2).context("a target folder")?;
     println!(
         "one VM a process, 1 vCPU, {} MiB, kernel of {} MiB, medians of {ROUNDS}",
         MEMORY >> 20,
         KERNEL >> 20
     );
-    for program in std::iter::once(us.join("whimbrel")).chain(peer) {
+    for program in std::iter::once(built("whimbrel")?).chain(peer) {
         let mut all = Vec::new();
         for _ in 0..ROUNDS {
             all.push(cost(&program).await?);
@@ -94,30 +80,18 @@ fn median(all: &[Cost], value: impl Fn(&Cost) -> u64) -> f64 {
 
 async fn cost(program: &Path) -> Result<Cost> {
     let dir = tempfile::tempdir()?;
-    let (kernel, socket) = (dir.path().join("kernel"), dir.path().join("api.sock"));
+    let kernel = dir.path().join("kernel");
     std::fs::write(&kernel, elf())?;
-    let child = Command::new(program)
-        .arg("--api-socket")
-        .arg(&socket)
-        .stderr(Stdio::null())
-        .spawn()?;
-    let (process, client) = (Program(child), Client::unix(&socket));
-    let start = Instant::now();
-    while client.ping().await.is_err() {
-        if start.elapsed() > Duration::from_secs(10) {
-            bail!("{} does not answer", program.display());
-        }
-        tokio::time::sleep(Duration::from_millis(2)).await;
-    }
+    let (process, client) = Program::start(program, dir.path()).await?;
     client.vm_create(&config(&kernel)).await?;
-    let before = pss(process.0.id())?;
+    let before = beyond_ram(&process)?;
     let start = Instant::now();
     client.vm_boot().await?;
     let boot = start.elapsed();
     // What the boot leaves to be given back is not a cost of the VM.
     tokio::time::sleep(Duration::from_millis(300)).await;
-    let after = pss(process.0.id())?;
-    let threads = std::fs::read_dir(format!("/proc/{}/task", process.0.id()))?.count();
+    let after = beyond_ram(&process)?;
+    let threads = std::fs::read_dir(format!("/proc/{}/task", process.pid()))?.count();
     let start = Instant::now();
     for _ in 0..REQUESTS {
         client.vm_info().await?;
@@ -143,23 +117,9 @@ fn config(kernel: &Path) -> VmConfig {
     config
 }
 
-/// Returns the KiB of a process, shared ones by their share, without its guest's RAM.
-fn pss(pid: u32) -> Result<u64> {
-    let maps = std::fs::read_to_string(format!("/proc/{pid}/smaps"))?;
-    let (mut all, mut is_ram) = (0, false);
-    for line in maps.lines() {
-        let mut words = line.split_whitespace();
-        let name = words.next().unwrap_or("");
-        match (
-            name,
-            words.next().and_then(|value| value.parse::<u64>().ok()),
-        ) {
-            ("Size:", Some(kib)) => is_ram = kib == MEMORY >> 10,
-            ("Pss:", Some(kib)) if !is_ram => all += kib,
-            _ => {}
-        }
-    }
-    Ok(all)
+fn beyond_ram(process: &Program) -> Result<u64> {
+    let (all, ram) = pss(process.pid(), MEMORY)?;
+    Ok(all - ram)
 }
 
 /// Makes a kernel with one segment at 2 MiB, and a PVH note, by which it is entered.

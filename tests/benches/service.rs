@@ -6,14 +6,13 @@
 //! guest is the pocket guest. `whimbrel` must have been built in the same profile: `cargo build --release`.
 
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use guest::Options;
 use openapi::Client;
 use spec::{PayloadConfig, SerialConfig, VmConfig, VmState};
-use tests::{Face, Serial, Service};
+use tests::{Face, Program, Serial, Service, built, pss};
 
 const BOOTS: usize = 15;
 const VMS: u64 = 100;
@@ -53,34 +52,11 @@ fn config(kernel: &Path, serial: &Path) -> VmConfig {
     config
 }
 
-/// Ends with what it was started for.
-struct Program(Child);
-
-impl Drop for Program {
-    fn drop(&mut self) {
-        // It may have ended by itself.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 /// Any program with that API, with a VM that is not booted yet; and where its serial port goes.
 async fn start(program: &Path, dir: &Path) -> Result<(Program, Client, PathBuf)> {
-    let (kernel, socket, log) = (dir.join("pocket"), dir.join("api.sock"), dir.join("serial"));
+    let (kernel, log) = (dir.join("pocket"), dir.join("serial"));
     std::fs::write(&kernel, guest::IMAGE)?;
-    let child = Command::new(program)
-        .arg("--api-socket")
-        .arg(&socket)
-        .stderr(Stdio::null())
-        .spawn()?;
-    let (process, client) = (Program(child), Client::unix(&socket));
-    let start = Instant::now();
-    while client.ping().await.is_err() {
-        if start.elapsed() > Duration::from_secs(10) {
-            bail!("{} does not answer", program.display());
-        }
-        tokio::time::sleep(Duration::from_millis(2)).await;
-    }
+    let (process, client) = Program::start(program, dir).await?;
     client.vm_create(&config(&kernel, &log)).await?;
     Ok((process, client, log))
 }
@@ -152,7 +128,7 @@ async fn boot(peer: Option<&Path>) -> Result<()> {
     {
         println!("  {name:<28} {:>9}", median(step)?);
     }
-    let us = ours()?;
+    let us = built("whimbrel")?;
     println!("to the first line, as a client sees it, median of {BOOTS} (us)");
     for program in std::iter::once(us.as_path()).chain(peer) {
         let mut all = Vec::new();
@@ -189,7 +165,7 @@ async fn sandbox() -> Result<()> {
             }
             let booted = begun.elapsed().as_micros().try_into()?;
             service.client().vms_pause(&id).await?;
-            let (pss, ram) = pss(service.pid())?;
+            let (pss, ram) = pss(service.pid(), MEMORY)?;
             let measured = [answered, booted, pss - ram, rss(service.pid())?];
             for (values, value) in found.iter_mut().zip(measured) {
                 values.push(value);
@@ -220,32 +196,10 @@ fn rss(pid: u32) -> Result<u64> {
     Ok(kib.context("a status has VmRSS")?.parse()?)
 }
 
-/// Kibibytes that a process has for itself, shared ones by their share; and of those the guests' RAM.
-fn pss(pid: u32) -> Result<(u64, u64)> {
-    let maps = std::fs::read_to_string(format!("/proc/{pid}/smaps"))?;
-    let (mut all, mut ram, mut is_ram) = (0, 0, false);
-    for line in maps.lines() {
-        let mut words = line.split_whitespace();
-        let (name, value) = (
-            words.next().unwrap_or(""),
-            words.next().and_then(|v| v.parse::<u64>().ok()),
-        );
-        match (name, value) {
-            ("Size:", Some(kib)) => is_ram = kib == MEMORY >> 10,
-            ("Pss:", Some(kib)) => {
-                all += kib;
-                ram += if is_ram { kib } else { 0 };
-            }
-            _ => {}
-        }
-    }
-    Ok((all, ram))
-}
-
 async fn many() -> Result<()> {
     let service = Service::start(Face::Many).await?;
     let client = service.client();
-    let before = pss(service.pid())?;
+    let before = pss(service.pid(), MEMORY)?;
     let mut ids = Vec::new();
     let start = Instant::now();
     for index in 0..VMS {
@@ -257,7 +211,7 @@ async fn many() -> Result<()> {
         ids.push(id);
     }
     let took = start.elapsed();
-    let after = pss(service.pid())?;
+    let after = pss(service.pid(), MEMORY)?;
     let own = (after.0 - after.1).saturating_sub(before.0 - before.1);
     println!("{VMS} paused VMs in one service");
     println!(
@@ -280,17 +234,10 @@ async fn many() -> Result<()> {
     Ok(())
 }
 
-/// The program that was built with us.
-fn ours() -> Result<PathBuf> {
-    let us = std::env::current_exe()?;
-    let dir = us.ancestors().nth(2).context("a target folder")?;
-    Ok(dir.join("whimbrel"))
-}
-
 /// Disks that are added to a running VM: how long an answer takes, and what each costs.
 async fn hot_add(peer: Option<&Path>) -> Result<()> {
     const ADDED: u32 = 24;
-    let us = ours()?;
+    let us = built("whimbrel")?;
     println!("{ADDED} raw disks added to a running VM");
     for program in std::iter::once(us.as_path()).chain(peer) {
         let dir = tempfile::tempdir()?;
@@ -300,7 +247,7 @@ async fn hot_add(peer: Option<&Path>) -> Result<()> {
         while serial.text().is_empty() && begun.elapsed() < Duration::from_secs(10) {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
-        let before = pss(process.0.id())?;
+        let before = pss(process.pid(), MEMORY)?;
         let mut all = Vec::new();
         for index in 0..ADDED {
             let image = dir.path().join(format!("disk{index}"));
@@ -311,7 +258,7 @@ async fn hot_add(peer: Option<&Path>) -> Result<()> {
             client.vm_add_disk(&disk).await?;
             all.push(start.elapsed());
         }
-        let after = pss(process.0.id())?;
+        let after = pss(process.pid(), MEMORY)?;
         let own = (after.0 - after.1).saturating_sub(before.0 - before.1);
         println!(
             "  {}: answer {} us, PSS of each {:.1} KiB",

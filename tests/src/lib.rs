@@ -13,6 +13,7 @@
 pub mod dirtier;
 mod machine;
 mod network;
+mod program;
 mod proxy;
 mod serial;
 mod service;
@@ -22,6 +23,7 @@ mod vsock;
 
 pub use machine::{BOOTS, Machine, RUNS};
 pub use network::{Network, ROUTER};
+pub use program::{Program, pss};
 pub use proxy::{Frame, Proxy, Side, Verdict};
 pub use serial::Serial;
 pub use service::{Face, Service, await_anyone, built};
