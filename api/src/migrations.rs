@@ -70,6 +70,14 @@ pub(crate) fn created(info: MigrationInfo) -> Response {
     response
 }
 
+/// Answers as [`created`], for a migration or restore that makes a VM here: it gets its socket when it is
+/// there.
+pub(crate) fn created_with_socket(service: Service, begun: Arc<dyn Migration>) -> Response {
+    let info = begun.info();
+    tokio::spawn(give_socket(service, begun));
+    created(info)
+}
+
 /// Start moving a VM to another service, which must be waiting for it.
 #[utoipa::path(
     post, path = "/api/v1/vms/{id}/migrations", operation_id = "migrateVm", tag = MIGRATIONS, request_body = StartMigration,
@@ -109,13 +117,11 @@ async fn receive(
 ) -> Result<Response, ApiError> {
     let registry = service.registry.clone();
     let begun = begin(move || registry.receive_migration(&body), ApiError::from).await?;
-    let info = begun.info();
-    tokio::spawn(give_socket(service, begun));
-    Ok(created(info))
+    Ok(created_with_socket(service, begun))
 }
 
 /// A VM that came gets a socket of its own, as one that is created does.
-pub(crate) async fn give_socket(service: Service, migration: Arc<dyn Migration>) {
+async fn give_socket(service: Service, migration: Arc<dyn Migration>) {
     // It lives as long as the migration.
     let _ = migration.settled().wait_for(|settled| *settled).await;
     let info = migration.info();

@@ -11,7 +11,7 @@ use http::StatusCode;
 use spec::{ForkVm, MigrationInfo, RestoreConfig, VmId, VmSnapshotConfig};
 
 use crate::extract::{Json, Named};
-use crate::migrations::{begin, created, give_socket, wait};
+use crate::migrations::{begin, created, created_with_socket, wait};
 use crate::one_vm::OneVm;
 use crate::problem::ApiError;
 use crate::refusals::{
@@ -82,9 +82,7 @@ async fn restore(
 ) -> Result<Response, ApiError> {
     let registry = service.registry.clone();
     let begun = begin(move || registry.restore(&id, &body), ApiError::from).await?;
-    let info = begun.info();
-    tokio::spawn(give_socket(service, begun));
-    Ok(created(info))
+    Ok(created_with_socket(service, begun))
 }
 
 /// Start to make VMs from a paused VM.
@@ -110,9 +108,7 @@ async fn fork(
     let registry = service.registry.clone();
     let fork = move || registry.fork(id.as_str(), &body);
     let begun = begin(fork, ApiError::from).await?;
-    let info = begun.info();
-    tokio::spawn(give_socket(service, begun));
-    Ok(created(info))
+    Ok(created_with_socket(service, begun))
 }
 
 /// Write a snapshot of the paused VM into a folder. The answer comes when it is complete.
