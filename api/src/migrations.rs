@@ -121,7 +121,7 @@ async fn receive(
 }
 
 /// A VM that came gets a socket of its own, as one that is created does.
-async fn give_socket(service: Service, migration: Arc<dyn Migration>) {
+pub(crate) async fn give_socket(service: Service, migration: Arc<dyn Migration>) {
     // It lives as long as the migration.
     let _ = migration.settled().wait_for(|settled| *settled).await;
     let info = migration.info();

@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
-use control::{Registry, VmHandle};
-use spec::{VmSummary, VmmPingResponse};
+use control::{Migration, Registry, RequestError, VmHandle};
+use spec::{AwaitMigration, VmSummary, VmmPingResponse};
 
 use crate::claim::ClaimedVersion;
+use crate::migrations::give_socket;
 use crate::request_counts::Requests;
 use crate::serve::Shutdown;
 use crate::sockets::VmSockets;
@@ -67,6 +68,22 @@ impl Service {
         if let Some(sockets) = &self.sockets {
             sockets.close().await;
         }
+    }
+
+    /// Accepts VMs from other services until the returned wait is canceled. It is settled once its
+    /// endpoint is free. To be called on the runtime of the service.
+    ///
+    /// # Errors
+    /// The trust in peers is not said, or the endpoint cannot be used.
+    pub fn accept_migrations(
+        &self,
+        what: &AwaitMigration,
+    ) -> Result<Arc<dyn Migration>, RequestError> {
+        let (service, runtime) = (self.clone(), tokio::runtime::Handle::current());
+        let accepted = Arc::new(move |migration| {
+            runtime.spawn(give_socket(service.clone(), migration));
+        });
+        self.registry.accept_migrations(what, accepted)
     }
 
     /// The VMs.

@@ -12,7 +12,8 @@ use axum::Router;
 use axum::body::Body;
 use control::fake::Fake;
 use control::{
-    Category, EventLog, Migrate, Migration, Registry, RequestError, SnapshotOf, Spawn, VmHandle,
+    Accepted, Category, EventLog, Migrate, Migration, Registry, RequestError, SnapshotOf, Spawn,
+    VmHandle,
 };
 use harness::{Answer, CONFIG, call, expect, one_vm, send};
 use http::Request;
@@ -116,6 +117,15 @@ impl Migrate for Engine {
         &self,
         _: &Registry,
         _: &AwaitMigration,
+    ) -> Result<Arc<dyn Migration>, RequestError> {
+        unsupported()
+    }
+
+    fn accept(
+        &self,
+        _: &Registry,
+        _: &AwaitMigration,
+        _: Accepted,
     ) -> Result<Arc<dyn Migration>, RequestError> {
         unsupported()
     }

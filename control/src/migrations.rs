@@ -60,6 +60,9 @@ pub enum SnapshotOf {
     PausedOrRunning,
 }
 
+/// Called for each migration that a standing receiver has accepted, on the thread that receives it.
+pub type Accepted = Arc<dyn Fn(Arc<dyn Migration>) + Send + Sync>;
+
 /// Moves guests.
 pub trait Migrate: Send + Sync {
     /// Returns the migrations of an earlier process of this service, from their journals.
@@ -86,6 +89,18 @@ pub trait Migrate: Send + Sync {
         &self,
         registry: &Registry,
         what: &AwaitMigration,
+    ) -> Result<Arc<dyn Migration>, RequestError>;
+
+    /// Starts to listen for migrations, until the returned wait is canceled. It is settled once its
+    /// endpoint is free.
+    ///
+    /// # Errors
+    /// The request is not valid, or the endpoint cannot be used.
+    fn accept(
+        &self,
+        registry: &Registry,
+        what: &AwaitMigration,
+        accepted: Accepted,
     ) -> Result<Arc<dyn Migration>, RequestError>;
 
     /// Starts to write a snapshot of a VM.

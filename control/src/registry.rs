@@ -14,7 +14,7 @@ use tokio::sync::watch;
 use crate::error::{Category, RequestError};
 use crate::events::EventLog;
 use crate::handle::VmHandle;
-use crate::migrations::{Migrate, Migration, Migrations, SnapshotOf};
+use crate::migrations::{Accepted, Migrate, Migration, Migrations, SnapshotOf};
 use crate::request::Request;
 
 /// A factory of drivers.
@@ -246,6 +246,23 @@ impl Registry {
     ) -> Result<Arc<dyn Migration>, RequestError> {
         let migration = self.mover()?.receive(self, what)?;
         Ok(self.0.migrations.add(migration))
+    }
+
+    /// Starts to listen for migrations, until the returned wait is canceled. Each one that is accepted
+    /// is listed, and given to `accepted`; the wait itself is not listed.
+    ///
+    /// # Errors
+    /// The request is not valid, or the endpoint cannot be used.
+    pub fn accept_migrations(
+        &self,
+        what: &AwaitMigration,
+        accepted: Accepted,
+    ) -> Result<Arc<dyn Migration>, RequestError> {
+        let registry = self.clone();
+        let listed: Accepted = Arc::new(move |migration| {
+            accepted(registry.0.migrations.add(migration));
+        });
+        self.mover()?.accept(self, what, listed)
     }
 
     /// The migrations that go on, and the last that are over, oldest first.

@@ -20,6 +20,8 @@ pub(crate) mod postcopy;
 mod preparing;
 mod receiving;
 mod router;
+mod slots;
+mod standing;
 
 use std::cell::Cell;
 use std::fs::File;
@@ -31,7 +33,8 @@ use uuid::Uuid;
 
 use self::preparing::{NotPrepared, Preparing};
 use self::receiving::Receiving as Incoming;
-use self::router::{Arrived, Router};
+use self::router::{Offered, Router};
+use self::slots::Arrived;
 use crate::decision::Decision;
 use crate::journal::Journal;
 use crate::link::{Accept, Stream};
@@ -43,6 +46,7 @@ use crate::wire::WireError;
 use crate::{LINGER, MigrationError};
 
 pub use self::router::ConnectionLimit;
+pub use self::standing::{Arriving, MOST_AT_ONCE, Party, Standing, receive_all};
 
 /// Looks for a decision or a connection within one `patience`.
 const POLLS: u32 = 100;
@@ -180,7 +184,8 @@ pub fn receive(receiving: Receiving<'_>) -> Result<(), Refusal> {
         once,
         lingers,
     } = receiving;
-    let router = Router::new(host, progress, limit);
+    let fate = |id| host.fate(id);
+    let router = Router::new(&fate, 1, progress, limit);
     thread::scope(|scope| {
         let router = &router;
         let tick = patience / POLLS;
@@ -194,26 +199,11 @@ pub fn receive(receiving: Receiving<'_>) -> Result<(), Refusal> {
             decision,
             patience,
             once,
+            shares_router: false,
+            id: Cell::new(Uuid::nil()),
             ran: Cell::new(Ran::No),
         };
-        // The report gets the outcome before this side lingers: an operator must not wait for a
-        // source that may never ask.
-        let (outcome, unheard) = session.run();
-        progress.update(|report| match &outcome {
-            Ok(()) => report.phase = Phase::Completed,
-            Err(why) => {
-                report.phase = match why.code.as_str() {
-                    "canceled" => Phase::Canceled,
-                    _ => Phase::Failed,
-                };
-                report.error = Some(why.clone());
-            }
-        });
-        decision.release_connections();
-        if let Some(answer) = unheard {
-            lingers();
-            session.linger(&answer);
-        }
+        let outcome = session.conclude(session.run(), lingers);
         router.end();
         outcome
     })
@@ -249,6 +239,11 @@ struct Session<'a> {
     decision: &'a Decision,
     patience: Duration,
     once: bool,
+    /// Other migrations come over the same listener: a source that missed the outcome may take no
+    /// place from them.
+    shares_router: bool,
+    /// The number of the migration in progress, by which the router knows its channels.
+    id: Cell<Uuid>,
     /// For the answer to the source if the engine panics.
     ran: Cell<Ran>,
 }
@@ -260,6 +255,11 @@ impl Session<'_> {
             Ok(incoming) => incoming,
             Err(why) => return (Err(why), None),
         };
+        self.take(incoming)
+    }
+
+    /// Takes a guest whose machine was made.
+    fn take(&self, incoming: Incoming<'_>) -> (Result<(), Refusal>, Option<ToSource>) {
         let moving = || incoming.run()?.announce().run();
         // A panic must not leave the source to guess: it holds the guest paused until it knows whether
         // the guest ran here. Unwinding has discarded the machine.
@@ -272,7 +272,7 @@ impl Session<'_> {
             Err(Failed::Unheard(why, answer))
         });
         // What closes a connection also keeps its descriptor open.
-        self.router.set_timer(None);
+        self.router.set_timer(self.id.get(), None);
         match moved {
             Ok(Ended::Heard) => (Ok(()), None),
             Ok(Ended::Unheard(answer)) => (Ok(()), Some(answer)),
@@ -291,6 +291,32 @@ impl Session<'_> {
         }
     }
 
+    /// Reports the outcome, and answers a source that may not know it.
+    fn conclude(
+        &self,
+        (outcome, unheard): (Result<(), Refusal>, Option<ToSource>),
+        lingers: &(dyn Fn() + Sync),
+    ) -> Result<(), Refusal> {
+        // The report gets the outcome before this side lingers: an operator must not wait for a
+        // source that may never ask.
+        self.progress.update(|report| match &outcome {
+            Ok(()) => report.phase = Phase::Completed,
+            Err(why) => {
+                report.phase = match why.code.as_str() {
+                    "canceled" => Phase::Canceled,
+                    _ => Phase::Failed,
+                };
+                report.error = Some(why.clone());
+            }
+        });
+        self.decision.release_connections();
+        if let Some(answer) = unheard {
+            lingers();
+            self.linger(&answer);
+        }
+        outcome
+    }
+
     /// Waits for a source whose offer this host accepts.
     ///
     /// A source that fails before the answer `Prepared` does not end the wait, because it may be a stranger.
@@ -305,16 +331,9 @@ impl Session<'_> {
                 continue;
             };
             let id = offered.id;
-            let prepared =
-                catch_unwind(AssertUnwindSafe(|| Preparing::new(self, offered).prepare()));
-            let failed = match prepared {
-                Ok(Ok(incoming)) => return Ok(incoming),
-                Ok(Err(failed)) => failed,
-                Err(_) => {
-                    self.router.close();
-                    let why = "the destination panicked while it checked an offer";
-                    NotPrepared::Failed(MigrationError::here("internal", why))
-                }
+            let failed = match self.prepare(offered) {
+                Ok(incoming) => return Ok(incoming),
+                Err(failed) => failed,
             };
             let why = failed.refusal();
             if self.once && matches!(failed, NotPrepared::Refused(_)) {
@@ -329,12 +348,29 @@ impl Session<'_> {
         }
     }
 
+    /// Makes the machine for an offer, and answers its source.
+    fn prepare(&self, offered: Offered) -> Result<Incoming<'_>, NotPrepared> {
+        let prepared = catch_unwind(AssertUnwindSafe(|| Preparing::new(self, offered).prepare()));
+        prepared.unwrap_or_else(|_| {
+            self.router.close(self.id.get());
+            let why = "the destination panicked while it checked an offer";
+            Err(NotPrepared::Failed(MigrationError::here("internal", why)))
+        })
+    }
+
     /// Answers a source that did not hear that its guest runs here, or that all of it is here.
     fn linger(&self, answer: &ToSource) {
         let until = Instant::now() + self.patience * LINGER;
-        self.router.allow_questions();
-        while Instant::now() < until && !self.decision.is_relieved() {
-            let Some(Arrived::Again(stream)) = self.router.next(self.patience / POLLS) else {
+        self.router.allow_questions(self.id.get());
+        if self.shares_router {
+            self.router.linger(self.id.get());
+        }
+        // A source of another guest comes first: the one that lingers is answered from the journal.
+        let is_relieved =
+            || self.decision.is_relieved() || (self.shares_router && self.router.has_offers());
+        while Instant::now() < until && !is_relieved() {
+            let next = self.router.next(self.id.get(), self.patience / POLLS);
+            let Some(Arrived::Again(stream)) = next else {
                 continue;
             };
             if stream.set_patience(self.patience).is_err() {

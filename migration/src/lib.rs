@@ -46,7 +46,10 @@ use std::fmt;
 use std::time::Duration;
 
 pub use decision::{Decision, Resolution, TooLate};
-pub use destination::{ConnectionLimit, Destination, Fate, Host, Receiving, StartFailure, receive};
+pub use destination::{
+    Arriving, ConnectionLimit, Destination, Fate, Host, MOST_AT_ONCE, Party, Receiving, Standing,
+    StartFailure, receive, receive_all,
+};
 pub use journal::{Entry, FileJournal, Journal, NoJournal, Side, Step};
 pub use link::{Accept, Closer, Dial, Endpoint, InvalidEndpoint, Listener, Stream};
 pub use message::{BlockInfo, Offer, Refusal};

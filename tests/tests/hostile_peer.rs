@@ -16,6 +16,9 @@ use spec::{AwaitMigration, MigrationInfo, MigrationPhase, StartMigration, VmId, 
 use tests::{Face, Service, dirtier};
 use uuid::Uuid;
 
+mod offers;
+use offers::capture;
+
 /// A bound, and no measure: the machine may be busy.
 const PATIENCE: Duration = Duration::from_secs(300);
 /// Memory of the guest: the size of the final move does not matter.
@@ -40,25 +43,6 @@ fn name(info: &MigrationInfo) -> VmId {
 async fn wait_at(service: &Service, at: &Endpoint) -> VmId {
     let body = AwaitMigration::at(at.to_string());
     name(&service.client().migrations_receive(&body).await.unwrap())
-}
-
-/// Captures the source's offer: a hostile destination listens, and refuses it.
-async fn capture(source: &Service, vm: &VmId) -> Offer {
-    let at = Endpoint::Unix(source.path("captured"));
-    let mut listener = Listener::bind(&at).unwrap();
-    let what = StartMigration::to(at.to_string());
-    let begun = source.client().vms_migrate(vm, &what).await.unwrap();
-    let stream = listener.accept(PATIENCE).unwrap().unwrap();
-    let (mut peer, _) = Peer::accepted(stream);
-    assert!(peer.say(&json!({ "Welcome": { "version": 1 } })));
-    let offer = peer.recv_offer();
-    assert!(peer.say(&json!({ "Refused": { "code": "no", "detail": "no" } })));
-    let is_over = |info: &MigrationInfo| info.phase.is_over();
-    source
-        .until(&name(&begun), PATIENCE, is_over)
-        .await
-        .unwrap();
-    offer
 }
 
 impl Stage {

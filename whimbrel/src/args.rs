@@ -13,6 +13,7 @@ use spec::{
 };
 use vmm::MigrationTrust;
 
+use crate::accept::AcceptArguments;
 use crate::cloud_hypervisor::CLAIM_VARIABLE;
 use crate::inherited::{self, ApiSocket};
 use crate::logging::LoggingArguments;
@@ -186,6 +187,8 @@ pub(crate) struct ServeArguments {
     pub(crate) threads: Option<usize>,
     #[command(flatten)]
     pub(crate) migration: MigrationArguments,
+    #[command(flatten)]
+    pub(crate) accept: AcceptArguments,
 }
 
 impl ServeArguments {

@@ -2,6 +2,7 @@
 
 #![deny(unsafe_code)]
 
+mod accept;
 mod args;
 mod cloud_hypervisor;
 mod demo;

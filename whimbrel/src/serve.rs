@@ -68,6 +68,7 @@ pub(crate) fn files(arguments: &ServeArguments) -> Result<Vec<Rule>> {
     private_directory(&state)?;
     let mut rules = vec![Rule::maker_of(&socket), Rule::folder(&state)];
     rules.extend(arguments.api_token_file.as_deref().map(Rule::reading));
+    rules.extend(arguments.accept.rules());
     Ok(rules)
 }
 
@@ -102,6 +103,8 @@ pub(crate) fn run(
         for listener in &listeners {
             eprintln!("whimbrel: API at {}", listener.place());
         }
+        // Before the first client is served: a service that answers accepts VMs, too.
+        let receiver = arguments.accept.start(&service)?;
         let shutdown = service.shutdown().clone();
         let serving: Vec<_> = listeners
             .into_iter()
@@ -113,6 +116,10 @@ pub(crate) fn run(
         }
         shutdown.request();
         unless_interrupted(&mut signals, async {
+            if let Some(receiver) = receiver {
+                // First: no guest comes that the next step would miss.
+                receiver.stop().await;
+            }
             registry.delete_all().await;
             service.close().await;
             for task in serving {

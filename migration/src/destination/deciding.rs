@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::following::Postcopy;
 use super::receiving::Guest;
-use super::router::Arrived;
+use super::slots::Arrived;
 use super::{Ended, Failed, POLLS, Ran, StartFailure, answer_ping};
 use crate::MigrationError;
 use crate::decision::{Doubt, Question, Resolution};
@@ -52,7 +52,7 @@ impl<'a> Ready<'a> {
         session.progress.enter(Phase::HandingOver);
         // Before `Ready` leaves: if the connection breaks behind it, the source asks over a new one
         // at once, and the router must not turn that away.
-        session.router.allow_questions();
+        session.router.allow_questions(session.id.get());
         let told = self.control.send(&ToSource::Ready { load_us });
         let mut deciding = Deciding {
             guest: self.guest,
@@ -155,7 +155,9 @@ impl Deciding<'_> {
         // The read timeout of the stream does not suffice: every ping restarts it.
         let until = Instant::now() + session.patience;
         match control.stream.closer() {
-            Ok(closer) => session.router.set_timer(Some((until, closer))),
+            Ok(closer) => session
+                .router
+                .set_timer(session.id.get(), Some((until, closer))),
             Err(error) => tracing::warn!(%error, "cannot limit the time of a connection"),
         }
         self.control = Some(control);
@@ -166,7 +168,7 @@ impl Deciding<'_> {
         self.control = None;
         // The timer holds a duplicate of the descriptor. Until it is gone, the lost connection
         // stays half open and the source may not see its end.
-        session.router.set_timer(None);
+        session.router.set_timer(session.id.get(), None);
         // Before the report shows the doubt: an operator who sees it can resolve it.
         self.question
             .get_or_insert_with(|| session.decision.ask(Doubt::HandOver));
@@ -202,7 +204,7 @@ impl Deciding<'_> {
     /// Answers a source that is back. Any failure here is that connection's: the guest is kept.
     fn reconnect(&mut self) {
         let session = self.guest.session;
-        while let Some(arrived) = session.router.next(Duration::ZERO) {
+        while let Some(arrived) = session.router.next(session.id.get(), Duration::ZERO) {
             // Late channels of rounds that are over are dropped, which closes them.
             let Arrived::Again(stream) = arrived else {
                 continue;
@@ -338,7 +340,7 @@ impl Deciding<'_> {
 
     fn take_over_and_start(&mut self, start: &Start) -> Result<Instant, StartFailure> {
         let guest = &mut self.guest;
-        guest.session.router.set_timer(None);
+        guest.session.router.set_timer(guest.id, None);
         // Before the journal says `Running`: a lock that another process holds is the likely
         // failure, and at this point the source can still take the guest back.
         guest.target.take_over().map_err(StartFailure::NeverRan)?;

@@ -166,7 +166,7 @@ impl<'a> Postcopy<'a> {
         // The loop above may have taken late channels of the lost connection. They go first, then
         // their slots become free. Both precede `Prepared`, which invites new channels.
         self.guest.channels.disconnect();
-        session.router.reopen();
+        session.router.reopen(session.id.get());
         let told = self.send_missing(&mut control);
         self.control = Some(control);
         if told.is_err() {

@@ -84,7 +84,12 @@ impl<'a> Preparing<'a> {
             return Err(NotPrepared::Failed(MigrationError::Canceled));
         }
         // Before the answer: channels may come right behind it.
-        session.router.open(id, connections);
+        if let Err(why) = session.router.open(id, connections) {
+            guest.record_aborted();
+            let _ = control.send(&ToSource::Refused(why.clone()));
+            return Err(NotPrepared::Refused(why));
+        }
+        session.id.set(id);
         let prepared = ToSource::Prepared {
             connections,
             postcopy: UserFaults::is_possible(),
@@ -93,7 +98,7 @@ impl<'a> Preparing<'a> {
             guest.record_aborted();
             drop(guest);
             // While the slots are open, the router refuses every other offer as `busy`.
-            session.router.close();
+            session.router.close(id);
             return Err(NotPrepared::Failed(error.into()));
         }
         let memory = offer.blocks.iter().map(|block| block.size);

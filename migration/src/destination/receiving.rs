@@ -7,7 +7,7 @@ use uuid::Uuid;
 use super::channels::Channels;
 use super::deciding::Ready;
 use super::postcopy::PostcopyReceiver;
-use super::router::Arrived;
+use super::slots::Arrived;
 use super::{Destination, Failed, POLLS, Session, answer_ping};
 use crate::journal::{Journal, Step};
 use crate::message::{ControlChannel, Refusal, ToDestination, ToSource};
@@ -135,10 +135,12 @@ impl<'a> Receiving<'a> {
         // so that the source can still be sent the reason.
         let closer = self.control.stream.read_closer();
         let closer = closer.map_err(|error| MigrationError::Wire(error.into()))?;
-        session.router.set_timer(Some((until, closer)));
+        session
+            .router
+            .set_timer(session.id.get(), Some((until, closer)));
         let received = recv(&mut self.control);
         // What this side does with it is no time of the source's.
-        session.router.set_timer(None);
+        session.router.set_timer(session.id.get(), None);
         self.advance.look(&session.progress.report(), limit);
         if self.advance.until <= Instant::now() {
             let why = format!(
@@ -372,7 +374,7 @@ impl Guest<'_> {
         patience: std::time::Duration,
     ) -> Result<Option<ControlChannel>, MigrationError> {
         let mut wait = patience;
-        while let Some(arrived) = self.session.router.next(wait) {
+        while let Some(arrived) = self.session.router.next(self.session.id.get(), wait) {
             // Only the first wait blocks. A flow of connections must not keep the caller from its
             // deadline.
             wait = std::time::Duration::ZERO;

@@ -2,8 +2,8 @@
 //!
 //! A peer is a stranger until it has made an offer that this host accepts, so everything before that
 //! is bounded: the number of connections, the bytes that one may send, and the time that it may take.
-//! Behind that, each channel of the one migration has one slot. A connection that fits no slot is
-//! answered and closed at once: no queue of connections exists that a peer could fill.
+//! Behind that, each channel of a migration in progress has one slot. A connection that fits no slot
+//! is answered and closed at once: no queue of connections exists that a peer could fill.
 
 use std::fs::File;
 use std::io;
@@ -15,7 +15,8 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex};
 use uuid::Uuid;
 
-use super::{Fate, Host, answer_ping, busy, refuse};
+use super::slots::{Arrived, Slots, no_slot};
+use super::{Fate, answer_ping, busy, refuse};
 use crate::MigrationError;
 use crate::link::{Accept, Closer, Stream};
 use crate::message::{self, Channel, ControlChannel, Offer, Refusal, ToDestination, ToSource};
@@ -56,14 +57,6 @@ pub(super) struct Offered {
     pub(super) files: Vec<File>,
 }
 
-/// A connection for the migration in progress.
-pub(super) enum Arrived {
-    Ram(u16, Box<dyn Stream>),
-    Faults(Box<dyn Stream>),
-    /// A source that lost its control channel, and asks.
-    Again(Box<dyn Stream>),
-}
-
 /// A connection that is not a channel of a migration yet.
 struct Pending {
     number: u64,
@@ -81,91 +74,32 @@ enum Stage {
     Closed,
 }
 
-/// A place for one connection.
-enum Slot {
-    Free,
-    Arrived(Box<dyn Stream>),
-    Taken,
-}
-
-impl Slot {
-    /// Gives the connection back if the place is not free.
-    fn put(&mut self, stream: Box<dyn Stream>) -> Result<(), Box<dyn Stream>> {
-        match self {
-            Self::Free => {
-                *self = Self::Arrived(stream);
-                Ok(())
-            }
-            Self::Arrived(_) | Self::Taken => Err(stream),
-        }
-    }
-
-    fn take(&mut self) -> Option<Box<dyn Stream>> {
-        match std::mem::replace(self, Self::Taken) {
-            Self::Arrived(stream) => Some(stream),
-            other => {
-                *self = other;
-                None
-            }
-        }
-    }
-}
-
-/// The channels of the migration in progress.
-struct Slots {
-    id: Uuid,
-    rams: Vec<Slot>,
-    faults: Slot,
-    /// Only the newest: a source that asks again has given up the connection before.
-    again: Option<Box<dyn Stream>>,
-    /// Once the destination is ready, a source that lost it may ask.
-    may_ask: bool,
-}
-
-impl Slots {
-    fn put(&mut self, channel: Channel, stream: Box<dyn Stream>) -> Result<(), Box<dyn Stream>> {
-        match channel {
-            Channel::Ram { index } => match self.rams.get_mut(usize::from(index)) {
-                Some(slot) => slot.put(stream),
-                None => Err(stream),
-            },
-            Channel::Faults => self.faults.put(stream),
-            Channel::Again if self.may_ask => {
-                // The older connection, if any, is dropped here, which closes it.
-                self.again = Some(stream);
-                Ok(())
-            }
-            Channel::Again | Channel::Control => Err(stream),
-        }
-    }
-
-    fn take(&mut self) -> Option<Arrived> {
-        // First: a source that asks anew has given up the channels that it made before.
-        if let Some(stream) = self.again.take() {
-            return Some(Arrived::Again(stream));
-        }
-        if let Some(stream) = self.faults.take() {
-            return Some(Arrived::Faults(stream));
-        }
-        let mut rams = (0..).zip(&mut self.rams);
-        rams.find_map(|(index, slot)| Some(Arrived::Ram(index, slot.take()?)))
-    }
-}
-
 #[derive(Default)]
 struct Table {
     /// No more connections are accepted. Those that are pending may still bring an offer.
     is_over: bool,
     pending: Vec<Pending>,
     offers: Vec<Offered>,
-    /// The migration in progress; without one, offers are awaited.
-    slots: Option<Slots>,
-    /// A connection to close at a time, if it is still this one.
-    timer: Option<(Instant, Closer)>,
+    /// The migrations in progress, each with its own number.
+    slots: Vec<Slots>,
+}
+
+impl Table {
+    fn slots(&mut self, id: Uuid) -> Option<&mut Slots> {
+        self.slots.iter_mut().find(|slots| slots.id == id)
+    }
+
+    /// Whether no offer may be made: as many migrations are in progress as may be at once.
+    fn is_taken(&self, at_once: usize) -> bool {
+        self.slots.iter().filter(|slots| !slots.lingers).count() >= at_once
+    }
 }
 
 pub(super) struct Router<'a> {
-    host: &'a dyn Host,
+    /// Knows the outcomes of earlier migrations.
+    fate: &'a (dyn Fn(Uuid) -> Fate + Sync),
+    /// Migrations that may be in progress at once.
+    at_once: usize,
     progress: &'a Progress,
     limit: &'a ConnectionLimit,
     table: Mutex<Table>,
@@ -189,12 +123,14 @@ impl Drop for Place<'_> {
 
 impl<'a> Router<'a> {
     pub(super) fn new(
-        host: &'a dyn Host,
+        fate: &'a (dyn Fn(Uuid) -> Fate + Sync),
+        at_once: usize,
         progress: &'a Progress,
         limit: &'a ConnectionLimit,
     ) -> Self {
         Self {
-            host,
+            fate,
+            at_once,
             progress,
             limit,
             table: Mutex::default(),
@@ -268,8 +204,10 @@ impl<'a> Router<'a> {
         }
         let is_late = |one: &Pending| one.stage == Stage::Queued && one.until < now;
         self.forget(&mut table, is_late);
-        if let Some((_, closer)) = table.timer.take_if(|(until, _)| *until < now) {
-            closer.close();
+        for slots in &mut table.slots {
+            if let Some((_, closer)) = slots.timer.take_if(|(until, _)| *until < now) {
+                closer.close();
+            }
         }
         !table.is_over
     }
@@ -377,7 +315,7 @@ impl<'a> Router<'a> {
         version: u32,
         stream: Box<dyn Stream>,
     ) -> Result<(), MigrationError> {
-        if self.table.lock().slots.is_some() {
+        if self.table.lock().is_taken(self.at_once) {
             refuse(stream, busy());
             return Ok(());
         }
@@ -421,7 +359,7 @@ impl<'a> Router<'a> {
     /// Queues an offer, or gives it back.
     fn queue(&self, offered: Offered) -> Option<Offered> {
         let mut table = self.table.lock();
-        if table.slots.is_some() || table.offers.len() >= MAX_OFFERS {
+        if table.is_taken(self.at_once) || table.offers.len() >= MAX_OFFERS {
             return Some(offered);
         }
         // `keep_time` or `admit` may have closed the connection while its thread read the offer.
@@ -440,9 +378,9 @@ impl<'a> Router<'a> {
     /// Puts a connection into its slot, or answers it.
     fn route(&self, id: Uuid, channel: Channel, stream: Box<dyn Stream>) {
         let mut table = self.table.lock();
-        let rejected = match &mut table.slots {
-            Some(slots) if slots.id == id => slots.put(channel, stream).err(),
-            _ => {
+        let rejected = match table.slots(id) {
+            Some(slots) => slots.put(channel, stream).err(),
+            None => {
                 // An answer can block on a peer that does not read. It must not hold the lock that
                 // `accept` and all other connections need.
                 drop(table);
@@ -462,7 +400,7 @@ impl<'a> Router<'a> {
 
     /// Answers a source that asks about an earlier migration.
     fn answer_query(&self, id: Uuid, stream: Box<dyn Stream>) {
-        let answer = match self.host.fate(id) {
+        let answer = match (self.fate)(id) {
             Fate::Ran => ToSource::Ended,
             Fate::NeverRan => ToSource::NotHere(Refusal::new(
                 "never-ran",
@@ -501,16 +439,25 @@ impl<'a> Router<'a> {
         Ok(Some(offered))
     }
 
-    /// Opens the slots of a migration. Offers that wait are refused.
-    pub(super) fn open(&self, id: Uuid, rams: u16) {
+    /// Whether an offer waits to be examined.
+    pub(super) fn has_offers(&self) -> bool {
+        !self.table.lock().offers.is_empty()
+    }
+
+    /// Opens the slots of a migration. Offers that wait are refused when it takes the last place.
+    ///
+    /// # Errors
+    /// All places are taken, or a migration with this number is in progress: the number comes from
+    /// the source.
+    pub(super) fn open(&self, id: Uuid, rams: u16) -> Result<(), Refusal> {
         let mut table = self.table.lock();
-        table.slots = Some(Slots {
-            id,
-            rams: (0..rams).map(|_| Slot::Free).collect(),
-            faults: Slot::Free,
-            again: None,
-            may_ask: false,
-        });
+        if table.slots(id).is_some() || table.is_taken(self.at_once) {
+            return Err(busy());
+        }
+        table.slots.push(Slots::new(id, rams));
+        if !table.is_taken(self.at_once) {
+            return Ok(());
+        }
         // Taken out before `forget`, which would drop them without an answer.
         let offers = std::mem::take(&mut table.offers);
         self.forget(&mut table, |one| one.stage == Stage::Queued);
@@ -518,43 +465,52 @@ impl<'a> Router<'a> {
         for offered in offers {
             refuse(offered.control.stream, busy());
         }
+        Ok(())
     }
 
-    /// Closes the slots: offers are awaited again.
-    pub(super) fn close(&self) {
-        self.table.lock().slots = None;
+    /// Closes the slots of a migration: another may take its place.
+    pub(super) fn close(&self, id: Uuid) {
+        self.table.lock().slots.retain(|slots| slots.id != id);
+    }
+
+    /// Lets another migration take the place of one whose outcome is known.
+    pub(super) fn linger(&self, id: Uuid) {
+        if let Some(slots) = self.table.lock().slots(id) {
+            slots.lingers = true;
+        }
     }
 
     /// Lets the source ask how its migration stands.
-    pub(super) fn allow_questions(&self) {
-        if let Some(slots) = &mut self.table.lock().slots {
+    pub(super) fn allow_questions(&self, id: Uuid) {
+        if let Some(slots) = self.table.lock().slots(id) {
             slots.may_ask = true;
         }
     }
 
     /// Makes room for new RAM and faults channels, in place of those that were lost.
-    pub(super) fn reopen(&self) {
-        if let Some(slots) = &mut self.table.lock().slots {
-            slots.rams.iter_mut().for_each(|slot| *slot = Slot::Free);
-            slots.faults = Slot::Free;
+    pub(super) fn reopen(&self, id: Uuid) {
+        if let Some(slots) = self.table.lock().slots(id) {
+            slots.reopen();
         }
     }
 
-    /// Waits for a connection of the migration in progress.
-    pub(super) fn next(&self, patience: Duration) -> Option<Arrived> {
+    /// Waits for a connection of a migration in progress.
+    pub(super) fn next(&self, id: Uuid, patience: Duration) -> Option<Arrived> {
         let deadline = Instant::now() + patience;
         let mut table = self.table.lock();
         loop {
-            let found = table.slots.as_mut().and_then(Slots::take);
+            let found = table.slots(id).and_then(Slots::take);
             if found.is_some() || self.changed.wait_until(&mut table, deadline).timed_out() {
                 return found;
             }
         }
     }
 
-    /// Closes a connection at a time, in place of the one before.
-    pub(super) fn set_timer(&self, timer: Option<(Instant, Closer)>) {
-        self.table.lock().timer = timer;
+    /// Closes a connection of a migration at a time, in place of the one before.
+    pub(super) fn set_timer(&self, id: Uuid, timer: Option<(Instant, Closer)>) {
+        if let Some(slots) = self.table.lock().slots(id) {
+            slots.timer = timer;
+        }
     }
 
     /// Accepts no more connections, and closes those that are pending.
@@ -567,17 +523,7 @@ impl<'a> Router<'a> {
             pending.closer.close();
         }
         self.forget(&mut table, |one| one.stage == Stage::Queued);
-        table.slots = None;
     }
-}
-
-fn no_slot(channel: Channel) -> Refusal {
-    let detail = match channel {
-        Channel::Ram { index } => format!("unexpected RAM channel {index}"),
-        Channel::Faults => "unexpected faults channel".to_owned(),
-        Channel::Again | Channel::Control => "the migration is still in progress".to_owned(),
-    };
-    Refusal::new("out-of-order", detail)
 }
 
 /// Whether another connection may be accepted later, when others have ended.

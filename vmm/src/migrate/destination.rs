@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use control::{Arrival, Registry};
+use control::{Accepted, Arrival, Registry};
 use migration::{
     Block, Destination, Fate, Host, Journal, Offer, Phase, Refusal, Side, StartFailure,
 };
@@ -24,6 +24,7 @@ use crate::machine::{self, Built, GuestRam, Halter, Machine};
 use crate::pool::{Callers, Pool};
 
 /// Makes a VM for the guest that comes.
+#[derive(Clone)]
 pub(super) struct DestinationHost {
     host: Arc<machine::Host>,
     registry: Registry,
@@ -34,6 +35,8 @@ pub(super) struct DestinationHost {
     name: Option<VmId>,
     allowed: Allowed,
     origin: GuestOrigin,
+    /// Gets the migration once its offer is accepted.
+    accepted: Option<Accepted>,
 }
 
 /// The place from which a guest comes.
@@ -132,6 +135,21 @@ impl DestinationHost {
             name,
             allowed,
             origin,
+            accepted: None,
+        }
+    }
+
+    /// Shows the migration to `accepted` once its offer is accepted, and not before.
+    pub(super) fn listed_by(mut self, accepted: Accepted) -> Self {
+        self.accepted = Some(accepted);
+        self
+    }
+
+    /// Returns the same host for another migration.
+    pub(super) fn of(&self, moving: Arc<ActiveMigration>) -> Self {
+        Self {
+            moving,
+            ..self.clone()
         }
     }
 
@@ -239,6 +257,9 @@ impl Host for DestinationHost {
         let target = built.map_err(give_up)?;
         if self.origin == GuestOrigin::Migration {
             *self.moving.vm.lock() = Some(vm);
+        }
+        if let Some(accepted) = &self.accepted {
+            accepted(Arc::clone(&self.moving) as _);
         }
         Ok(Box::new(target))
     }

@@ -8,6 +8,7 @@ mod receive;
 mod restore;
 mod snapshot;
 mod source;
+mod standing;
 mod trust;
 
 use std::path::Path;
@@ -17,7 +18,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use control::{Category, Migrate, Migration, Registry, RequestError, SnapshotOf, VmHandle};
+use control::{
+    Accepted, Category, Migrate, Migration, Registry, RequestError, SnapshotOf, VmHandle,
+};
 use hypervisor::arch::{CpuId, kvm_cpuid_entry2};
 use migration::{
     Decision, Dial, Endpoint, MAX_CONNECTIONS, Outcome, Phase, Policy, Progress, Report,
@@ -441,6 +444,15 @@ impl Migrate for Pool {
         what: &AwaitMigration,
     ) -> Result<Arc<dyn Migration>, RequestError> {
         receive::begin(self, registry, what)
+    }
+
+    fn accept(
+        &self,
+        registry: &Registry,
+        what: &AwaitMigration,
+        accepted: Accepted,
+    ) -> Result<Arc<dyn Migration>, RequestError> {
+        standing::begin(self, registry, what, accepted)
     }
 
     fn snapshot(

@@ -11,6 +11,7 @@ use parking_lot::{Condvar, Mutex};
 use spec::{AwaitMigration, MigrationSide};
 
 use super::destination::{DestinationHost, GuestOrigin, record_failure};
+use super::trust::Allowed;
 use super::{ActiveMigration, endpoint, invalid, start};
 use crate::pool::Pool;
 
@@ -104,12 +105,16 @@ fn is_same(one: &Endpoint, other: &Endpoint) -> bool {
     }
 }
 
-/// Begins to wait for a guest.
-pub(super) fn begin(
-    pool: &Pool,
-    registry: &Registry,
-    what: &AwaitMigration,
-) -> Result<Arc<dyn Migration>, RequestError> {
+/// A listener whose peers are known to be trusted, as far as a request and the operator say.
+pub(super) struct Listening {
+    pub(super) accept: Box<dyn Accept>,
+    /// The address, with the port that the host chose for port 0.
+    pub(super) bound: Endpoint,
+    pub(super) allowed: Allowed,
+}
+
+/// Listens where a request says, for those whom it trusts.
+pub(super) fn listen(pool: &Pool, what: &AwaitMigration) -> Result<Listening, RequestError> {
     let wanted = endpoint("listen", &what.listen)?;
     let trust = pool.trust();
     trust.check_plaintext(&wanted, what.tls_dir.is_some(), what.insecure)?;
@@ -118,12 +123,6 @@ pub(super) fn begin(
         Some(dir) => Some((dir, trust.peers(what)?)),
         None => None,
     };
-    if let Some(vm) = &what.vm
-        && registry.get(vm.as_str()).is_ok()
-    {
-        let detail = format!("a VM {:?} exists already", vm.as_str());
-        return Err(RequestError::new(Category::Conflict, "vm-exists", detail));
-    }
     let unusable = |error: std::io::Error| {
         let detail = format!("cannot listen at {wanted}: {error}");
         RequestError::new(Category::Unprocessable, "endpoint-unusable", detail)
@@ -138,6 +137,30 @@ pub(super) fn begin(
             Box::new(listener.map_err(|error| invalid("tls_dir", error.to_string()))?)
         }
     };
+    Ok(Listening {
+        accept,
+        bound,
+        allowed,
+    })
+}
+
+/// Begins to wait for a guest.
+pub(super) fn begin(
+    pool: &Pool,
+    registry: &Registry,
+    what: &AwaitMigration,
+) -> Result<Arc<dyn Migration>, RequestError> {
+    if let Some(vm) = &what.vm
+        && registry.get(vm.as_str()).is_ok()
+    {
+        let detail = format!("a VM {:?} exists already", vm.as_str());
+        return Err(RequestError::new(Category::Conflict, "vm-exists", detail));
+    }
+    let Listening {
+        accept,
+        bound,
+        allowed,
+    } = listen(pool, what)?;
     let moving = Arc::new(ActiveMigration {
         tls: what.tls_dir.is_some(),
         ..ActiveMigration::new(
