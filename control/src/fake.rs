@@ -81,7 +81,8 @@ impl Fake {
             Ok(Reply::Done)
         };
         if let Request::AddDevice(new) = request {
-            let problems = new.problems();
+            let config = publisher.current().config;
+            let problems = new.problems(&config);
             if !problems.is_empty() {
                 return Err(RequestError::invalid(problems));
             }

@@ -97,11 +97,11 @@ impl NewDevice {
         }
     }
 
-    /// All that is wrong with it by itself.
+    /// All that is wrong with it by itself, and with what it names of the VM's configuration.
     #[must_use]
-    pub fn problems(&self) -> Vec<FieldProblem> {
+    pub fn problems(&self, config: &VmConfig) -> Vec<FieldProblem> {
         let mut problems = match self {
-            Self::Disk(disk) => disk.problems(),
+            Self::Disk(disk) => disk.problems_in(config),
             Self::Net(net) => net.problems(),
             Self::Vsock(vsock) => vsock.problems(),
         };

@@ -5,7 +5,7 @@ use utoipa::ToSchema;
 
 use crate::defaults;
 use crate::descriptors::Descriptors;
-use crate::disk::RateLimiterConfig;
+use crate::rate_limit::RateLimiterConfig;
 
 fn net_queues() -> usize {
     2

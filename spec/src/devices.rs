@@ -8,6 +8,7 @@ use crate::device::{NetConfig, VsockConfig};
 use crate::disk::{DiskConfig, ImageType};
 use crate::limits;
 use crate::names;
+use crate::rate_limit;
 use crate::service::FieldProblem;
 use crate::slots;
 use crate::validate::{UNSUPPORTED, name, problem};
@@ -18,6 +19,7 @@ pub(crate) fn check(config: &VmConfig, found: &mut Vec<FieldProblem>) {
     for (i, disk) in config.disks.iter().flatten().enumerate() {
         disk.check(&format!("/disks/{i}"), found);
     }
+    rate_limit::check(config, found);
     for (i, net) in config.net.iter().flatten().enumerate() {
         net.check(&format!("/net/{i}"), found);
     }
@@ -205,7 +207,6 @@ impl DiskConfig {
         below.unsupported("vhost_user", self.vhost_user);
         below.unsupported("vhost_socket", self.vhost_socket.is_some());
         below.placed(self.iommu, self.pci_segment, self.pci_device_id);
-        below.unsupported("rate_limit_group", self.rate_limit_group.is_some());
         below.unsupported("queue_affinity", self.queue_affinity.is_some());
     }
 }

@@ -1,45 +1,10 @@
-//! Disks and their rate limits.
+//! Disks.
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::defaults;
-
-/// A budget that refills at a steady rate after an initial burst. A bucket of size 0, or with
-/// refill time 0, limits nothing.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub struct TokenBucket {
-    /// Tokens that it holds when full.
-    pub size: u64,
-    /// Tokens beyond `size` that can be spent once.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub one_time_burst: Option<u64>,
-    /// Milliseconds to fill it from empty.
-    pub refill_time: u64,
-}
-
-/// Limits of bytes and of operations per second.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub struct RateLimiterConfig {
-    /// Bytes.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub bandwidth: Option<TokenBucket>,
-    /// Operations.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub ops: Option<TokenBucket>,
-}
-
-/// A limit that several disks share.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub struct RateLimitGroupConfig {
-    /// Its name.
-    pub id: String,
-    /// The limit.
-    pub rate_limiter_config: RateLimiterConfig,
-}
+use crate::rate_limit::RateLimiterConfig;
 
 /// Host CPUs that serve a queue.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]

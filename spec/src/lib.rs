@@ -33,6 +33,7 @@ mod parse;
 mod paths;
 mod platform;
 mod progress;
+mod rate_limit;
 mod refused;
 mod requests;
 mod service;
@@ -51,10 +52,7 @@ pub use device::{
     RngConfig, RtcConfig, TpmConfig, UserDeviceConfig, VdpaConfig, VsockConfig,
 };
 pub use devices::parse_mac;
-pub use disk::{
-    DiskConfig, ImageType, LockGranularity, OnError, RateLimitGroupConfig, RateLimiterConfig,
-    TokenBucket, VirtQueueAffinity,
-};
+pub use disk::{DiskConfig, ImageType, LockGranularity, OnError, VirtQueueAffinity};
 pub use memory::{HotplugMethod, MemoryConfig, MemoryZoneConfig};
 pub use migration::{
     AtDeadline, AwaitMigration, MemoryMode, MigrationDowntime, MigrationError, MigrationInfo,
@@ -74,6 +72,7 @@ pub use progress::{
     MigrationState, MigrationTransport, OngoingMigration, OngoingPhase, TcpConnections,
     TcpTransport,
 };
+pub use rate_limit::{RateLimitGroupConfig, RateLimiterConfig, TokenBucket};
 pub use refused::{REFUSED_FIELDS, RefusedField};
 pub use requests::{
     MemoryRestoreMode, MigrationMode, ReceiveMigrationData, RestoreConfig, SendMigrationData,

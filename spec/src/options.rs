@@ -11,8 +11,8 @@ use serde_json::{Map, Value, json};
 
 use self::kinds::PCI;
 pub use self::kinds::{
-    BALLOON, DEVICE, DISK, FS, NET, PMEM, RECEIVE_MIGRATION, RESTORE, RNG, SEND_MIGRATION,
-    USER_DEVICE, VDPA, VSOCK,
+    BALLOON, DEVICE, DISK, FS, NET, PMEM, RATE_LIMIT_GROUP, RECEIVE_MIGRATION, RESTORE, RNG,
+    SEND_MIGRATION, USER_DEVICE, VDPA, VSOCK,
 };
 use crate::console::{ConsoleConfig, ConsoleMode, SerialConfig};
 use crate::cpus::CpusConfig;

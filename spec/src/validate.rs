@@ -31,7 +31,6 @@ const NOT_YET: &[(&str, &[&str])] = &[
     ("/memory/zones", &["[]"]),
     ("/payload/igvm", &[]),
     ("/payload/host_data", &[]),
-    ("/rate_limit_groups", &["[]"]),
     ("/fs", &["[]"]),
     ("/generic_vhost_user", &["[]"]),
     ("/pmem", &["[]"]),

@@ -12,11 +12,12 @@ use crate::device::{
     BalloonConfig, DeviceConfig, FsConfig, GenericVhostUserConfig, NetConfig, PmemConfig,
     RngConfig, RtcConfig, TpmConfig, UserDeviceConfig, VdpaConfig, VsockConfig,
 };
-use crate::disk::{DiskConfig, RateLimitGroupConfig};
+use crate::disk::DiskConfig;
 use crate::memory::MemoryConfig;
 use crate::platform::{
     LandlockConfig, NumaConfig, PayloadConfig, PciSegmentConfig, PlatformConfig,
 };
+use crate::rate_limit::RateLimitGroupConfig;
 
 fn default_rng() -> RngConfig {
     RngConfig {

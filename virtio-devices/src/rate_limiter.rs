@@ -18,6 +18,13 @@ use rustix::time::{
 /// When one that stands behind another in a limiter's line looks again.
 const BEHIND_ANOTHER: Duration = Duration::from_millis(1);
 
+/// How long the first in a limiter's line may stay away after its wait is over. The queue of a device
+/// that broke the rules stays away until its driver resets it, and other disks may share the limiter.
+const PLACE_IS_KEPT: Duration = Duration::from_secs(1);
+
+/// A task that has to wait longer looks in between.
+const LONGEST_TIMER: Duration = Duration::from_secs(3600);
+
 /// Makes a task's loop call it after a while.
 #[derive(Debug)]
 pub struct Timer(Arc<OwnedFd>);
@@ -47,7 +54,7 @@ impl Timer {
     /// When the host refuses.
     pub fn set(&self, wait: Duration) -> io::Result<()> {
         // A timer of zero would never be ready.
-        let wait = wait.clamp(Duration::from_nanos(1), Duration::from_secs(3600));
+        let wait = wait.clamp(Duration::from_nanos(1), LONGEST_TIMER);
         let value = Timespec {
             tv_sec: i64::try_from(wait.as_secs()).unwrap_or(i64::MAX),
             tv_nsec: i64::from(wait.subsec_nanos()),
@@ -188,9 +195,9 @@ impl RateLimiter {
     }
 }
 
-/// A limiter that the queues of a device share. It is the device's and not the driver's: who starts
-/// a queue anew finds the buckets as they were left.
-#[derive(Clone, Debug)]
+/// A limiter that the queues of a device share, or of several devices. It is the device's and not the
+/// driver's: who starts a queue anew finds the buckets as they were left.
+#[derive(Clone, Debug, Default)]
 pub struct SharedLimiter(Option<Arc<Mutex<Line>>>);
 
 /// The tasks that wait for a limiter.
@@ -199,9 +206,34 @@ struct Line {
     limiter: RateLimiter,
     /// Borrowers so far.
     borrowers: u64,
-    /// The borrower that waits first. Others do not pass it: a request that wants a full bucket
-    /// would never find one.
-    first: Option<u64>,
+    first: Option<First>,
+}
+
+/// The borrower that waits first. Others do not pass it: a request that wants a full bucket would
+/// never find one.
+#[derive(Clone, Copy, Debug)]
+struct First {
+    id: u64,
+    /// When it loses its place, unless it comes before.
+    until: Instant,
+}
+
+impl Line {
+    fn begin(&mut self, id: u64, bytes: u64, now: Instant) -> Result<(), Duration> {
+        let is_behind = |first: First| first.id != id && now < first.until;
+        if self.first.is_some_and(is_behind) {
+            return Err(BEHIND_ANOTHER);
+        }
+        let begun = self.limiter.begin(bytes, now);
+        self.first = begun.err().map(|wait| First {
+            id,
+            until: now
+                .checked_add(wait.saturating_add(PLACE_IS_KEPT))
+                // So long a wait has no end; the borrower still comes every hour.
+                .unwrap_or(now + LONGEST_TIMER + PLACE_IS_KEPT),
+        });
+        begun
+    }
 }
 
 impl SharedLimiter {
@@ -249,20 +281,14 @@ impl LentLimiter {
         let Some(line) = &self.line else {
             return Ok(());
         };
-        let mut line = line.lock();
-        if line.first.is_some_and(|first| first != self.id) {
-            return Err(BEHIND_ANOTHER);
-        }
-        let begun = line.limiter.begin(bytes, Instant::now());
-        line.first = begun.is_err().then_some(self.id);
-        begun
+        line.lock().begin(self.id, bytes, Instant::now())
     }
 }
 
 impl Drop for LentLimiter {
     fn drop(&mut self) {
         if let Some(line) = &self.line {
-            line.lock().first.take_if(|first| *first == self.id);
+            line.lock().first.take_if(|first| first.id == self.id);
         }
     }
 }
@@ -393,6 +419,35 @@ mod tests {
         assert!(other.begin(1).unwrap_err() > BEHIND_ANOTHER);
         let unlimited = SharedLimiter::new(RateLimits::default()).lend();
         unlimited.begin(u64::MAX).unwrap();
+    }
+
+    #[test]
+    fn borrower_that_stays_away_loses_its_place() {
+        let shared = SharedLimiter::new(limits(10, 0));
+        let line = shared.0.as_ref().unwrap();
+        let (now, mut line) = (Instant::now(), line.lock());
+        line.begin(1, 10, now).unwrap();
+        let wait = line.begin(1, 10, now).unwrap_err();
+        // It has its place while its wait lasts, and for a while more.
+        let late = now + wait + PLACE_IS_KEPT / 2;
+        assert_eq!(line.begin(2, 1, late), Err(BEHIND_ANOTHER));
+        assert_eq!(line.begin(2, 1, now + wait + PLACE_IS_KEPT), Ok(()));
+        assert!(line.first.is_none());
+        // A wait without an end is none of a place.
+        line.limiter = RateLimiter::new(
+            RateLimits {
+                bandwidth: Some(BucketConfig {
+                    size: 1,
+                    one_time_burst: 0,
+                    refill_time: Duration::MAX,
+                }),
+                ops: None,
+            },
+            now,
+        );
+        line.begin(1, 1, now).unwrap();
+        line.begin(1, 1, now).unwrap_err();
+        assert_eq!(line.begin(2, 1, now), Err(BEHIND_ANOTHER));
     }
 
     #[test]

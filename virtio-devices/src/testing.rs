@@ -25,7 +25,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::block::{BlockConfig, LockMode, OnError};
 use crate::queue::{Queue, QueueSetup, QueueState, Rings};
-use crate::rate_limiter::RateLimits;
+use crate::rate_limiter::SharedLimiter;
 use crate::transport::{Interrupts, Transport, TransportEvent};
 use crate::worker::Workers;
 
@@ -211,7 +211,7 @@ pub fn disk_config(path: &Path) -> BlockConfig {
         sparse: true,
         lock: LockMode::ByteRange,
         is_incoming: false,
-        limits: RateLimits::default(),
+        limiter: SharedLimiter::default(),
         on_error: OnError::Report,
     }
 }

@@ -94,6 +94,27 @@ fn guests_memory() -> usize {
 }
 
 #[tokio::test]
+async fn added_disk_joins_a_group_that_exists() {
+    let lab = Lab::new();
+    let image = lab.image("disk.raw", 1 << 20);
+    let vm = lab.create(|config| {
+        let limit = serde_json::json!({ "ops": { "size": 1, "refill_time": 1 } });
+        let groups = serde_json::json!([{ "id": "g", "rate_limiter_config": limit }]);
+        config.rate_limit_groups = serde_json::from_value(groups).unwrap();
+    });
+    let of_group = |group: &str| {
+        let disk = serde_json::json!({ "path": image, "rate_limit_group": group });
+        NewDevice::Disk(serde_json::from_value(disk).unwrap())
+    };
+    vm.ask(Request::Boot).await.unwrap();
+    let refused = add(&vm, of_group("h")).await.unwrap_err();
+    let problems = refused.fields;
+    assert_eq!(problems[0].pointer, "/rate_limit_group", "{problems:?}");
+    add(&vm, of_group("g")).await.unwrap();
+    vm.ask(Request::Delete).await.unwrap();
+}
+
+#[tokio::test]
 async fn devices_are_added_and_removed() {
     let lab = Lab::new();
     let (first, second) = (

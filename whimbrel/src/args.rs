@@ -282,13 +282,17 @@ pub(crate) struct VmArguments {
     #[arg(long, value_name = "MODE")]
     pub(crate) console: Option<String>,
     /// Disks: path=PATH,readonly=on,direct=on,image_type=qcow2,backing_files=on,data_files=on,num_queues=N,queue_size=N,
-    /// serial=TEXT,id=NAME,on_error=pause,bw_size=BYTES,bw_refill_time=MS,ops_size=N,ops_refill_time=MS.
+    /// serial=TEXT,id=NAME,on_error=pause,bw_size=BYTES,bw_refill_time=MS,ops_size=N,ops_refill_time=MS,
+    /// rate_limit_group=NAME.
     #[arg(long, value_name = "OPTIONS", num_args = 1..)]
     pub(crate) disk: Vec<String>,
     /// Directory below which a disk image may name a backing file or data file, besides the image's
     /// own directory. Can be repeated.
     #[arg(long, value_name = "DIR")]
     pub(crate) image_dir: Vec<PathBuf>,
+    /// Limits that several disks share: id=NAME,bw_size=BYTES,bw_refill_time=MS,ops_size=N,ops_refill_time=MS.
+    #[arg(long, value_name = "OPTIONS", num_args = 1..)]
+    pub(crate) rate_limit_group: Vec<String>,
     /// Network interfaces:
     /// tap=NAME,mac=MAC,ip=ADDRESS,mask=MASK,mtu=N,num_queues=N,queue_size=N,id=NAME. A tap that
     /// does not exist is created.
@@ -313,7 +317,7 @@ pub(crate) struct VmArguments {
     /// A watchdog. (Not supported by this version.)
     #[arg(long)]
     pub(crate) watchdog: bool,
-    /// A panic notifier. (Not supported by this version.)
+    /// A panic notifier: a guest's panic becomes an event.
     #[arg(long)]
     pub(crate) pvpanic: bool,
     /// Where to report events, as JSON in Cloud Hypervisor's form: path=PATH or fd=N.
@@ -396,6 +400,7 @@ impl VmArguments {
         if let Some(text) = &self.memory {
             config.memory = options::memory(text)?;
         }
+        config.rate_limit_groups = many(&self.rate_limit_group, &options::RATE_LIMIT_GROUP)?;
         config.disks = many(&self.disk, &options::DISK)?;
         config.net = match self.net.as_slice() {
             [] => None,
@@ -511,7 +516,8 @@ mod tests {
     fn reads_cloud_hypervisor_options() {
         let config = config(
             "--kernel /k --initramfs /i --cmdline console=ttyS0 --cpus boot=2 --memory size=1G,shared=on \
-             --serial file=/log --console off --disk path=/a path=/b,readonly=on --disk path=/c",
+             --serial file=/log --console off --disk path=/a path=/b,readonly=on --disk path=/c,rate_limit_group=g \
+             --rate-limit-group id=g,bw_size=1M,bw_refill_time=100",
         );
         let config = config.unwrap().unwrap();
         assert_eq!(config.payload.initramfs.as_deref(), Some("/i"));
@@ -527,7 +533,12 @@ mod tests {
             (config.serial.mode, config.console.mode),
             (ConsoleMode::File, ConsoleMode::Off)
         );
-        assert_eq!(config.disks.unwrap().len(), 3);
+        let disks = config.disks.unwrap();
+        assert_eq!(disks.len(), 3);
+        assert_eq!(disks[2].rate_limit_group.as_deref(), Some("g"));
+        let groups = config.rate_limit_groups.unwrap();
+        let limit = groups[0].rate_limiter_config.bandwidth.as_ref();
+        assert_eq!((&*groups[0].id, limit.unwrap().size), ("g", 1 << 20));
     }
 
     #[test]

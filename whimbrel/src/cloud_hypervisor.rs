@@ -110,10 +110,7 @@ pub(crate) const OPTIONS: &[(&str, Support)] = &[
     ("pmem", Refused("there is no virtio-pmem device yet")),
     ("pvmemcontrol", Refused(NOT_BUILT)),
     ("pvpanic", Works),
-    (
-        "rate-limit-group",
-        Refused("limits are each device's own: give bw_size and ops_size to --disk, --net"),
-    ),
+    ("rate-limit-group", Works),
     ("restore", Works),
     ("rng", Works),
     (

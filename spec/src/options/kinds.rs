@@ -58,6 +58,13 @@ pub const DISK: OptionKind = OptionKind {
     also: &[LIMITS, PCI],
 };
 
+/// `--rate-limit-group`.
+pub const RATE_LIMIT_GROUP: OptionKind = OptionKind {
+    name: "--rate-limit-group",
+    keys: &[("id", "id", Form::Text)],
+    also: &[LIMITS],
+};
+
 /// `--net`.
 pub const NET: OptionKind = OptionKind {
     name: "--net",

@@ -43,7 +43,7 @@ use self::uring::Rings;
 use crate::device::{DeviceError, DeviceId, VirtioDevice};
 use crate::limits::MAX_QUEUES;
 use crate::queue::{Queue, QueueState};
-use crate::rate_limiter::{RateLimits, SharedLimiter};
+use crate::rate_limiter::SharedLimiter;
 use crate::transport::Transport;
 use crate::worker::{Running, Workers};
 
@@ -101,8 +101,8 @@ pub struct BlockConfig {
     pub lock: LockMode,
     /// The guest is still elsewhere, and so is the lock.
     pub is_incoming: bool,
-    /// Limits of the whole disk.
-    pub limits: RateLimits,
+    /// Limiter of the whole disk, which it may share with others.
+    pub limiter: SharedLimiter,
     /// The handling of the host's errors.
     pub on_error: OnError,
 }
@@ -216,7 +216,7 @@ impl Block {
             writeback: AtomicBool::new(true),
             serial: config.serial.clone(),
             sparse: config.sparse,
-            limiter: SharedLimiter::new(config.limits),
+            limiter: config.limiter.clone(),
             counters: Counters::default(),
             on_error: config.on_error,
             is_stalled: AtomicBool::new(false),

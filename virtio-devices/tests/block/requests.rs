@@ -10,7 +10,7 @@ use memory::{Fault, UserFaults};
 use proptest::prelude::*;
 use state::{Store, Writer};
 use virtio_devices::block::BlockConfig;
-use virtio_devices::rate_limiter::{BucketConfig, RateLimits};
+use virtio_devices::rate_limiter::{BucketConfig, RateLimits, SharedLimiter};
 use virtio_devices::testing::{TestBuffer, qemu_img};
 use virtio_devices::{QueueState, TransportEvent, VirtioDevice};
 
@@ -425,10 +425,10 @@ fn a_rate_limit_is_kept_and_a_stop_does_not_wait_for_it() {
         refill_time,
     };
     let limited = |refill_time| BlockConfig {
-        limits: RateLimits {
+        limiter: SharedLimiter::new(RateLimits {
             bandwidth: None,
             ops: Some(limit(refill_time)),
-        },
+        }),
         ..config(&path)
     };
     let mut quick = machine(&limited(Duration::from_millis(100)));
@@ -466,6 +466,45 @@ fn a_rate_limit_is_kept_and_a_stop_does_not_wait_for_it() {
     assert_eq!(slow.queue.take_used(), None);
     let state = slow.device.stop_queue(0).unwrap();
     assert_eq!((state.next_avail, state.next_used), (10, 10));
+}
+
+#[test]
+fn disks_share_the_limit_of_a_group() {
+    let dir = tempfile::tempdir().unwrap();
+    let ops = BucketConfig {
+        size: 5,
+        one_time_burst: 0,
+        refill_time: Duration::from_secs(10_000),
+    };
+    let limiter = SharedLimiter::new(RateLimits {
+        bandwidth: None,
+        ops: Some(ops),
+    });
+    let of_group = |name: &str| {
+        let path = dir.path().join(name);
+        fs::File::create(&path).unwrap().set_len(1 << 20).unwrap();
+        machine(&BlockConfig {
+            limiter: limiter.clone(),
+            ..config(&path)
+        })
+    };
+    let (mut one, mut other) = (of_group("one"), of_group("other"));
+    for _ in 0..3 {
+        assert_eq!(one.read(0, 512).0, 0);
+    }
+    for _ in 0..2 {
+        assert_eq!(other.read(0, 512).0, 0);
+    }
+    // The five are spent, and neither of them has a sixth.
+    for disk in [&mut one, &mut other] {
+        disk.guest.write(disk.header, &header(SYNC, 0));
+        let buffer = TestBuffer::new;
+        disk.queue
+            .send(&[buffer(disk.header, 16, false), buffer(disk.status, 1, true)]);
+        std::thread::sleep(Duration::from_millis(20));
+        let state = disk.device.stop_queue(0).unwrap();
+        assert_eq!(state.next_avail, state.next_used);
+    }
 }
 
 proptest! {

@@ -19,7 +19,8 @@ use virtio_devices::DeviceError;
 use virtio_devices::mem::MemHandle;
 
 pub(crate) use self::open::{
-    ConsoleEnd, DeviceEnds, DeviceHandle, MemoryEnd, OpenContext, Opened, ResourceOwner,
+    ConsoleEnd, DeviceEnds, DeviceHandle, LimiterGroups, MemoryEnd, OpenContext, Opened,
+    ResourceOwner,
 };
 use self::pci::Plugged;
 pub(crate) use self::pci::{PciHost, SharedTopology};
@@ -80,6 +81,8 @@ impl Default for MachineOrigin {
 pub(crate) struct Devices {
     host: PciHost,
     entries: BTreeMap<String, Entry>,
+    /// For disks that are added later.
+    limiters: LimiterGroups,
     /// The panic notifier, which is no virtio device.
     pvpanic: Option<(Bdf, Arc<Endpoint>)>,
 }
@@ -98,6 +101,7 @@ impl Devices {
         let mut devices = Self {
             host,
             entries: BTreeMap::new(),
+            limiters: context.limiters.clone(),
             pvpanic: None,
         };
         let opened = open::all(config, ends, context)?;
@@ -117,6 +121,11 @@ impl Devices {
             devices.pvpanic = Some(devices.host.plug_pvpanic(tx, at, reporter)?);
         }
         Ok(devices)
+    }
+
+    /// Returns the limiters that disks share.
+    pub(crate) fn limiters(&self) -> &LimiterGroups {
+        &self.limiters
     }
 
     /// Puts a device at this place, or in the first slot that is free, as part of a change of the

@@ -1,5 +1,6 @@
 //! Opening what virtio devices stand on: images, taps, sockets.
 
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -9,14 +10,14 @@ use control::NewDevice;
 use memory::RamBlock;
 use spec::{
     DiskConfig, ImageType, LockGranularity, MEMORY_DEVICE, MemoryConfig, NetConfig,
-    RateLimiterConfig, RngConfig, TokenBucket, VmConfig, VsockConfig,
+    RateLimitGroupConfig, RateLimiterConfig, RngConfig, TokenBucket, VmConfig, VsockConfig,
 };
 use virtio_devices::balloon::{Balloon, BalloonConfig, BalloonHandle};
 use virtio_devices::block::{Block, BlockConfig, BlockHandle, ImageFormat, LockMode, OnError};
 use virtio_devices::console::{Console, ConsoleHandle};
 use virtio_devices::mem::{Mem, MemConfig, MemHandle};
 use virtio_devices::net::{Net, NetHandle, TapAddress, TapSource};
-use virtio_devices::rate_limiter::{BucketConfig, RateLimits};
+use virtio_devices::rate_limiter::{BucketConfig, RateLimits, SharedLimiter};
 use virtio_devices::rng::Rng;
 use virtio_devices::vsock::Vsock;
 use virtio_devices::{VirtioDevice, Workers};
@@ -78,6 +79,30 @@ pub(crate) struct DeviceEnds {
     pub(crate) memory: Option<MemoryEnd>,
 }
 
+/// The limiters that the disks of a machine share, by the names of their groups.
+#[derive(Clone, Debug)]
+pub(crate) struct LimiterGroups(BTreeMap<String, SharedLimiter>);
+
+impl LimiterGroups {
+    /// Those of a new machine, with full buckets.
+    pub(crate) fn new(config: &VmConfig) -> Self {
+        let groups = config.rate_limit_groups.iter().flatten();
+        let limiter = |group: &RateLimitGroupConfig| {
+            let limits = rate_limits(Some(&group.rate_limiter_config));
+            (group.id.clone(), SharedLimiter::new(limits))
+        };
+        Self(groups.map(limiter).collect())
+    }
+
+    /// Returns the limiter of a disk: its group's, or one of its own.
+    fn of_disk(&self, disk: &DiskConfig) -> SharedLimiter {
+        let group = disk.rate_limit_group.as_ref();
+        // Validation has seen to it that a group that is named exists.
+        let shared = group.and_then(|id| self.0.get(id)).cloned();
+        shared.unwrap_or_else(|| SharedLimiter::new(rate_limits(disk.rate_limiter_config.as_ref())))
+    }
+}
+
 /// Host resources for devices.
 #[derive(Clone, Copy)]
 pub(crate) struct OpenContext<'a> {
@@ -85,6 +110,7 @@ pub(crate) struct OpenContext<'a> {
     /// Directories below which disk images may name files, besides their own.
     pub(crate) image_dirs: &'a [PathBuf],
     pub(crate) owner: ResourceOwner,
+    pub(crate) limiters: &'a LimiterGroups,
 }
 
 /// The devices of a specification in which they all have names, in the order in which they are put
@@ -226,7 +252,7 @@ fn disk(disk: &DiskConfig, context: OpenContext<'_>) -> Result<Opened, BuildErro
             LockGranularity::Full => LockMode::Full,
         },
         is_incoming: context.owner == ResourceOwner::Source,
-        limits: rate_limits(disk.rate_limiter_config.as_ref()),
+        limiter: context.limiters.of_disk(disk),
         on_error: match disk.on_error {
             spec::OnError::Report => OnError::Report,
             spec::OnError::Pause => OnError::Pause,
@@ -311,6 +337,28 @@ fn rate_limits(config: Option<&RateLimiterConfig>) -> RateLimits {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn disks_of_a_group_share_its_limiter() {
+        let config: VmConfig = serde_json::from_str(
+            r#"{"payload":{},"rate_limit_groups":[
+                {"id":"g","rate_limiter_config":{"ops":{"size":2,"refill_time":1000000}}}]}"#,
+        )
+        .unwrap();
+        let groups = LimiterGroups::new(&config);
+        let of = |disk: &str| groups.of_disk(&serde_json::from_str(disk).unwrap()).lend();
+        let (one, other) = (
+            of(r#"{"rate_limit_group":"g"}"#),
+            of(r#"{"rate_limit_group":"g"}"#),
+        );
+        one.begin(1).unwrap();
+        other.begin(1).unwrap();
+        one.begin(1).unwrap_err();
+        of("{}").begin(1).unwrap();
+        of(r#"{"rate_limiter_config":{"ops":{"size":1,"refill_time":1000000}}}"#)
+            .begin(1)
+            .unwrap();
+    }
 
     #[test]
     fn zero_bucket_is_unlimited() {

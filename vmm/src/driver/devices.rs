@@ -18,7 +18,9 @@ use virtio_devices::block::ImageFormat;
 use super::outgoing::Outgoing;
 use super::{Driver, DriverEvent, Stage};
 use crate::descriptors;
-use crate::devices::{DeviceHandle, Devices, OpenContext, Opened, ResourceOwner, open};
+use crate::devices::{
+    DeviceHandle, Devices, LimiterGroups, OpenContext, Opened, ResourceOwner, open,
+};
 use crate::failure::BuildError;
 use crate::guest_event::GuestEvent;
 use crate::machine::{Active, Host};
@@ -36,11 +38,12 @@ impl Driver {
         }
         // The VM is off. In `Building`, `Busy` and `Ending` requests wait in the inbox, and in
         // `Expecting` the driver refuses them.
-        if !matches!(self.stage, Stage::On(_)) {
+        let Stage::On(active) = &self.stage else {
             self.keep(new);
             ask.answer(Ok(Reply::Done));
             return;
-        }
+        };
+        let limiters = active.devices().limiters().clone();
         let id = new.id().unwrap_or_default().to_owned();
         // From here on the name and the device count are reserved: `check_new` looks at `opening`
         // too, so parallel requests cannot get one name or exceed the limit.
@@ -48,14 +51,14 @@ impl Driver {
         let (number, events) = (self.machine, self.events.clone());
         let (host, config, name) = (Arc::clone(&self.host), Arc::clone(&self.config), id);
         self.host.background.run(move || {
-            let opened = open_beside(&new, &config, &host);
+            let opened = open_beside(&new, &config, &host, &limiters);
             events.send((number, DriverEvent::Opened(name, Box::new(opened))));
         });
     }
 
     /// Checks a new device, and gives it a name and address if it has none.
     fn check_new(&self, new: &mut NewDevice) -> Result<(), RequestError> {
-        let problems = new.problems();
+        let problems = new.problems(&self.config);
         if !problems.is_empty() {
             return Err(RequestError::invalid(problems));
         }
@@ -322,7 +325,12 @@ impl Driver {
 }
 
 /// Opens what a new device stands on, unless it names a file that the VM uses already.
-fn open_beside(new: &NewDevice, config: &VmConfig, host: &Host) -> Result<Opened, BuildError> {
+fn open_beside(
+    new: &NewDevice,
+    config: &VmConfig,
+    host: &Host,
+    limiters: &LimiterGroups,
+) -> Result<Opened, BuildError> {
     let mut with_it = config.clone();
     new.clone().add_to(&mut with_it);
     paths::check(&with_it)?;
@@ -330,6 +338,7 @@ fn open_beside(new: &NewDevice, config: &VmConfig, host: &Host) -> Result<Opened
         workers: &host.workers,
         image_dirs: &host.image_dirs,
         owner: ResourceOwner::ThisMachine,
+        limiters,
     };
     let needed = descriptors::of_device(new);
     let reserved = host.descriptors.reserve(needed, None)?;

@@ -36,8 +36,8 @@ use crate::arch::x86_64::{cpu, features, layout};
 use crate::boot;
 use crate::descriptors::{Descriptors, Reservation};
 use crate::devices::{
-    ConsoleEnd, DeviceEnds, DeviceHandle, Devices, MachineOrigin, MemoryEnd, OpenContext, PciHost,
-    SharedTopology,
+    ConsoleEnd, DeviceEnds, DeviceHandle, Devices, LimiterGroups, MachineOrigin, MemoryEnd,
+    OpenContext, PciHost, SharedTopology,
 };
 use crate::failure::{BuildError, MoveError};
 use crate::guest_event::{GuestEvent, Outputs, Port, Reporter};
@@ -155,6 +155,7 @@ impl Built {
             workers: workers.as_ref().unwrap_or(&host.workers),
             image_dirs: &host.image_dirs,
             owner: origin.owner,
+            limiters: &LimiterGroups::new(config),
         };
         let space = topology.space(SpaceKind::Memory);
         let topology = Arc::new(Mutex::new(topology));
