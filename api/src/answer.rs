@@ -41,7 +41,7 @@ pub(crate) fn added(reply: Reply) -> Result<Response, ApiError> {
     match reply {
         Reply::Added(device) => Ok(Answer::<PciDeviceInfo>(device).into_response()),
         Reply::Done => done(reply),
-        Reply::Counters(_) | Reply::MemoryMap(_) => Err(unexpected_reply()),
+        Reply::Counters(_) | Reply::MemoryMap(_) | Reply::Cpu(_) => Err(unexpected_reply()),
     }
 }
 
@@ -49,7 +49,9 @@ pub(crate) fn added(reply: Reply) -> Result<Response, ApiError> {
 pub(crate) fn counters(reply: Reply) -> Result<Response, ApiError> {
     match reply {
         Reply::Counters(counters) => Ok(Answer(counters).into_response()),
-        Reply::Done | Reply::Added(_) | Reply::MemoryMap(_) => Err(unexpected_reply()),
+        Reply::Done | Reply::Added(_) | Reply::MemoryMap(_) | Reply::Cpu(_) => {
+            Err(unexpected_reply())
+        }
     }
 }
 
@@ -57,7 +59,19 @@ pub(crate) fn counters(reply: Reply) -> Result<Response, ApiError> {
 pub(crate) fn memory_map(reply: Reply) -> Result<Response, ApiError> {
     match reply {
         Reply::MemoryMap(map) => Ok(Answer(map).into_response()),
-        Reply::Done | Reply::Added(_) | Reply::Counters(_) => Err(unexpected_reply()),
+        Reply::Done | Reply::Added(_) | Reply::Counters(_) | Reply::Cpu(_) => {
+            Err(unexpected_reply())
+        }
+    }
+}
+
+/// Answers 200 with what the guest sees of its CPUs.
+pub(crate) fn cpu(reply: Reply) -> Result<Response, ApiError> {
+    match reply {
+        Reply::Cpu(cpu) => Ok(Answer(*cpu).into_response()),
+        Reply::Done | Reply::Added(_) | Reply::Counters(_) | Reply::MemoryMap(_) => {
+            Err(unexpected_reply())
+        }
     }
 }
 

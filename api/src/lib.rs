@@ -49,6 +49,7 @@ mod errors;
 mod events;
 mod extract;
 mod generators;
+mod host;
 mod json;
 pub mod limits;
 mod listen;

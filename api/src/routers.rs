@@ -27,7 +27,8 @@ use crate::sockets::VmSockets;
 use crate::tags::SERVICE;
 use crate::vmm::{Scope, Vmm};
 use crate::{
-    commands, docs, events, generators, metrics, migrations, not_yet, one_vm, snapshots, vmm, vms,
+    commands, docs, events, generators, host, metrics, migrations, not_yet, one_vm, snapshots, vmm,
+    vms,
 };
 
 impl Service {
@@ -97,6 +98,7 @@ fn own() -> Routes<Service> {
         .merge(commands::service_routes())
         .merge(migrations::routes())
         .merge(snapshots::routes())
+        .merge(host::routes())
         .merge(events::routes())
         .merge(metrics::routes())
 }

@@ -174,6 +174,14 @@ impl Spawn for Engine {
         self.drivers.host_limits()
     }
 
+    fn host_cpu(&self) -> spec::HostCpu {
+        self.drivers.host_cpu()
+    }
+
+    fn check_cpu(&self, guest: &spec::CpuDescription) -> Result<spec::CpuCheck, RequestError> {
+        self.drivers.check_cpu(guest)
+    }
+
     fn mover(&self) -> Option<&dyn Migrate> {
         Some(self)
     }

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use spec::VmId;
 
+use crate::cpu::CpuCommand;
 use crate::migrate::{MigrateArguments, Outcome, ReceiveArguments};
 
 /// Drives a virtual machine over the REST API.
@@ -110,6 +111,9 @@ pub(crate) enum Command {
     Counters,
     /// Show the VM's address spaces: the region tree and the flat view.
     MemoryMap,
+    /// Compare CPUs of hosts and guests.
+    #[command(subcommand)]
+    Cpu(CpuCommand),
     /// Follow the events of a service's VMs.
     Events {
         /// Start after the event with this number; 0 starts with the oldest that is kept.

@@ -4,6 +4,7 @@
 
 mod args;
 mod console;
+mod cpu;
 mod describe;
 mod migrate;
 mod print;

@@ -1,6 +1,7 @@
 //! Commands, done.
 
 use std::io::{IsTerminal as _, Read};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -13,6 +14,7 @@ use spec::{
 
 use crate::args::{Arguments, Command, ResizeArguments};
 use crate::console;
+use crate::cpu::{self, CpuCommand, Place};
 use crate::describe;
 use crate::migrate;
 use crate::print::{self, Printer};
@@ -23,18 +25,19 @@ const RESIZE_POLL: Duration = Duration::from_millis(200);
 /// A VMM, and one of its VMs if it has many.
 pub(crate) struct Remote {
     client: Client,
+    token_file: Option<PathBuf>,
     vm: Option<VmId>,
     printer: Printer,
 }
 
 /// The token file counts over TCP only: the variable that names it may be set for all calls.
-fn client(arguments: &Arguments) -> Result<Client> {
-    let Some(address) = arguments.tcp else {
-        let socket = arguments.api_socket.clone();
-        return Ok(Client::unix(socket.unwrap_or_else(openapi::default_socket)));
+fn client(place: &Place, token_file: Option<&Path>) -> Result<Client> {
+    let address = match place {
+        Place::Socket(path) => return Ok(Client::unix(path)),
+        Place::Tcp(address) => *address,
     };
     let client = Client::tcp(address);
-    let Some(path) = &arguments.token_file else {
+    let Some(path) = token_file else {
         return Ok(client);
     };
     let text = std::fs::read_to_string(path)
@@ -62,8 +65,14 @@ macro_rules! on_vm {
 
 impl Remote {
     pub(crate) fn new(arguments: &Arguments) -> Result<Self> {
+        let place = match (arguments.tcp, &arguments.api_socket) {
+            (Some(address), _) => Place::Tcp(address),
+            (None, Some(path)) => Place::Socket(path.clone()),
+            (None, None) => Place::Socket(openapi::default_socket()),
+        };
         Ok(Self {
-            client: client(arguments)?,
+            client: client(&place, arguments.token_file.as_deref())?,
+            token_file: arguments.token_file.clone(),
             vm: arguments.vm.clone(),
             printer: Printer::new(arguments.json),
         })
@@ -103,6 +112,7 @@ impl Remote {
                 &on_vm!(self, vms_memory_map, vm_memory_map)?,
                 ToString::to_string,
             ),
+            Command::Cpu(command) => self.cpu(command).await,
             Command::Resize(sizes) => self.resize(&sizes).await,
             Command::ResizeDisk { disk, size } => {
                 let body = VmResizeDisk {
@@ -234,6 +244,22 @@ impl Remote {
                 migrate::follow(&self.client, begun, self.printer).await
             }
             None => Ok(patient(&self.client).vm_restore(&body).await?),
+        }
+    }
+
+    async fn cpu(&self, command: CpuCommand) -> Result<()> {
+        let there = |place: &Place| client(place, self.token_file.as_deref());
+        match command {
+            CpuCommand::Host => self.printer.show(&self.client.host_cpu().await?, cpu::host),
+            CpuCommand::Baseline { hosts } => cpu::baseline(&hosts, there, self.printer).await,
+            CpuCommand::Check(arguments) => {
+                let Some(id) = &self.vm else {
+                    bail!("`cpu check` is for a VM of a service: name it with --vm");
+                };
+                let guest = self.client.vms_cpu(id).await?;
+                let host = &arguments.host;
+                cpu::check(&guest, host, &there(host)?, self.printer).await
+            }
         }
     }
 

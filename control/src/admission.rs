@@ -18,6 +18,7 @@ pub enum Verb {
     Nmi,
     Counters,
     MemoryMap,
+    Cpu,
     AddDevice,
     RemoveDevice,
     Resize,
@@ -26,7 +27,7 @@ pub enum Verb {
 
 impl Verb {
     /// All of them.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::Boot,
         Self::Pause,
         Self::Resume,
@@ -37,6 +38,7 @@ impl Verb {
         Self::Nmi,
         Self::Counters,
         Self::MemoryMap,
+        Self::Cpu,
         Self::AddDevice,
         Self::RemoveDevice,
         Self::Resize,
@@ -56,6 +58,7 @@ impl Verb {
             Self::Nmi => "sent an NMI",
             Self::Counters => "asked for counters",
             Self::MemoryMap => "asked for its memory map",
+            Self::Cpu => "asked for its CPUs",
             Self::AddDevice => "given a device",
             Self::RemoveDevice => "asked to remove a device",
             Self::Resize => "resized",
@@ -70,9 +73,12 @@ impl Verb {
             Self::Boot => &[Created, Shutdown],
             Self::Pause | Self::PowerButton => &[Running],
             Self::Resume => &[Paused],
-            Self::Reboot | Self::Shutdown | Self::Nmi | Self::MemoryMap | Self::ResizeDisk => {
-                &[Running, Paused]
-            }
+            Self::Reboot
+            | Self::Shutdown
+            | Self::Nmi
+            | Self::MemoryMap
+            | Self::Cpu
+            | Self::ResizeDisk => &[Running, Paused],
             Self::AddDevice | Self::RemoveDevice | Self::Resize => {
                 &[Created, Running, Paused, Shutdown]
             }
@@ -134,6 +140,7 @@ mod tests {
             (Verb::Nmi, [false, true, true, false]),
             (Verb::Counters, [true, true, true, true]),
             (Verb::MemoryMap, [false, true, true, false]),
+            (Verb::Cpu, [false, true, true, false]),
             (Verb::AddDevice, [true, true, true, true]),
             (Verb::RemoveDevice, [true, true, true, true]),
             (Verb::Resize, [true, true, true, true]),

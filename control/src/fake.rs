@@ -5,7 +5,10 @@ use std::sync::mpsc::channel;
 use std::thread;
 use std::time::Duration;
 
-use spec::{HostLimits, MemoryMap, PciDeviceInfo, VmConfig, VmCounters, VmId, VmState};
+use spec::{
+    CpuCheck, CpuDescription, HostCpu, HostLimits, MemoryMap, PciDeviceInfo, VmConfig, VmCounters,
+    VmId, VmState,
+};
 
 use crate::admission::admit;
 use crate::error::{Category, RequestError};
@@ -67,6 +70,17 @@ impl Spawn for Fake {
             host_cpus: 64,
         }
     }
+
+    fn host_cpu(&self) -> HostCpu {
+        HostCpu::default()
+    }
+
+    /// Knows no leaf, so that it lacks each.
+    fn check_cpu(&self, guest: &CpuDescription) -> Result<CpuCheck, RequestError> {
+        let leaf = |leaf: &spec::CpuidLeaf| format!("CPUID.{:X}H", leaf.function);
+        let lacking = guest.cpuid.iter().map(leaf).collect();
+        Ok(CpuCheck { lacking })
+    }
 }
 
 impl Fake {
@@ -108,6 +122,7 @@ impl Fake {
             }
             Request::Counters => Ok(Reply::Counters(VmCounters::default())),
             Request::MemoryMap => Ok(Reply::MemoryMap(MemoryMap { spaces: Vec::new() })),
+            Request::Cpu => Ok(Reply::Cpu(Box::default())),
             Request::AddDevice(new) if publisher.current().state != VmState::Shutdown => {
                 Ok(Reply::Added(PciDeviceInfo {
                     id: new.id().unwrap_or("_new0").to_owned(),

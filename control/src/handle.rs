@@ -5,7 +5,7 @@ use std::fmt;
 use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
-use spec::{MemoryMap, PciDeviceInfo, VmConfig, VmCounters, VmId, VmInfo};
+use spec::{CpuDescription, MemoryMap, PciDeviceInfo, VmConfig, VmCounters, VmId, VmInfo};
 use tokio::sync::{oneshot, watch};
 
 use crate::error::RequestError;
@@ -23,6 +23,8 @@ pub enum Reply {
     Counters(VmCounters),
     /// The address spaces.
     MemoryMap(MemoryMap),
+    /// What the guest sees of its CPUs.
+    Cpu(Box<CpuDescription>),
     /// A device that was added to a running guest, and where it is.
     Added(PciDeviceInfo),
 }

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use spec::{
-    AwaitMigration, ForkVm, HostLimits, MigrationSide, RestoreConfig, StartMigration, VmConfig,
-    VmId, VmSnapshotConfig,
+    AwaitMigration, CpuCheck, CpuDescription, ForkVm, HostCpu, HostLimits, MigrationSide,
+    RestoreConfig, StartMigration, VmConfig, VmId, VmSnapshotConfig,
 };
 use tokio::sync::watch;
 
@@ -32,6 +32,15 @@ pub trait Spawn: Send + Sync {
 
     /// Returns the host's limits for a VM.
     fn host_limits(&self) -> HostLimits;
+
+    /// Describes the host's CPU.
+    fn host_cpu(&self) -> HostCpu;
+
+    /// Finds out whether a guest with these CPUs could run here.
+    ///
+    /// # Errors
+    /// When the description is not possible.
+    fn check_cpu(&self, guest: &CpuDescription) -> Result<CpuCheck, RequestError>;
 
     /// Returns the migration engine, if there is one.
     fn mover(&self) -> Option<&dyn Migrate> {
@@ -306,6 +315,20 @@ impl Registry {
     #[must_use]
     pub fn host_limits(&self) -> HostLimits {
         self.0.spawner.host_limits()
+    }
+
+    /// Describes the host's CPU.
+    #[must_use]
+    pub fn host_cpu(&self) -> HostCpu {
+        self.0.spawner.host_cpu()
+    }
+
+    /// Finds out whether a guest with these CPUs could run here.
+    ///
+    /// # Errors
+    /// When the description is not possible.
+    pub fn check_cpu(&self, guest: &CpuDescription) -> Result<CpuCheck, RequestError> {
+        self.0.spawner.check_cpu(guest)
     }
 
     /// Calls off all migrations, or waits for those that cannot be any more, and ends all VMs. Each driver is asked first and then waited for, so they end side by side.

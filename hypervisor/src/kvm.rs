@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use kvm_bindings::{
     CpuId, KVM_API_VERSION, KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL,
-    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_MAX_CPUID_ENTRIES,
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_entry,
 };
 use kvm_ioctls::Cap;
 
@@ -172,6 +172,27 @@ impl Kvm {
         self.kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(KvmError::new("list the CPUID leaves that it supports"))
+    }
+
+    /// The value of an MSR that describes the CPU, as a guest could see it; `None` if KVM has none.
+    ///
+    /// # Errors
+    /// When KVM does not say.
+    pub fn feature_msr(&self, index: u32) -> Result<Option<u64>, KvmError> {
+        let asked = kvm_msr_entry {
+            index,
+            ..Default::default()
+        };
+        let mut msrs = Msrs::from_entries(&[asked]).map_err(|_| {
+            KvmError::other("list an MSR", io::Error::from(io::ErrorKind::InvalidInput))
+        })?;
+        match self.kvm.get_msrs(&mut msrs) {
+            Ok(0) => Ok(None),
+            Ok(_) => Ok(msrs.as_slice().first().map(|msr| msr.data)),
+            // Unknown, in a kernel that does not ignore it.
+            Err(error) if error.errno() == libc::EINVAL => Ok(None),
+            Err(error) => Err(KvmError::new("read an MSR that describes the CPU")(error)),
+        }
     }
 
     /// Creates a VM without memory and vCPUs, with interrupt controllers and dirty logging by bitmaps.

@@ -1,12 +1,12 @@
 //! The operations of the document, each a method of [`Client`].
 
 use spec::{
-    AwaitMigration, CreateVm, DeviceConfig, DiskConfig, ForkVm, FsConfig, GenericVhostUserConfig,
-    MemoryMap, MigrationInfo, MigrationProgress, NetConfig, PciDeviceInfo, PmemConfig,
-    ReceiveMigrationData, ResolveMigration, RestoreConfig, SendMigrationData, StartMigration,
-    VdpaConfig, VmAddUserDevice, VmConfig, VmCoredumpData, VmCounters, VmId, VmInfo,
-    VmRemoveDevice, VmResize, VmResizeDisk, VmResizeZone, VmSnapshotConfig, VmSummary,
-    VmmPingResponse, VsockConfig,
+    AwaitMigration, CpuCheck, CpuDescription, CreateVm, DeviceConfig, DiskConfig, ForkVm, FsConfig,
+    GenericVhostUserConfig, HostCpu, MemoryMap, MigrationInfo, MigrationProgress, NetConfig,
+    PciDeviceInfo, PmemConfig, ReceiveMigrationData, ResolveMigration, RestoreConfig,
+    SendMigrationData, StartMigration, VdpaConfig, VmAddUserDevice, VmConfig, VmCoredumpData,
+    VmCounters, VmId, VmInfo, VmRemoveDevice, VmResize, VmResizeDisk, VmResizeZone,
+    VmSnapshotConfig, VmSummary, VmmPingResponse, VsockConfig,
 };
 
 use crate::client::Client;
@@ -136,6 +136,12 @@ operations! {
     vms_counters(id): GET "/api/v1/vms/{id}/counters" "getCounters" -> VmCounters;
     /// Asks for a VM's address spaces.
     vms_memory_map(id): GET "/api/v1/vms/{id}/memory-map" "getMemoryMap" -> MemoryMap;
+    /// Asks what a guest sees of its CPUs.
+    vms_cpu(id): GET "/api/v1/vms/{id}/cpu" "getVmCpu" -> CpuDescription;
+    /// Asks for the CPU of the service's host.
+    host_cpu: GET "/api/v1/host/cpu" "getHostCpu" -> HostCpu;
+    /// Asks whether a guest with these CPUs could run on the service's host.
+    check_cpu[CpuDescription]: POST "/api/v1/host/cpu/check" "checkCpu" -> CpuCheck;
     /// Asks a guest for memory through its balloon, or gives it back.
     vms_resize(id)[VmResize]: PUT "/api/v1/vms/{id}/resize" "resizeVm";
     /// Gives a disk another size.

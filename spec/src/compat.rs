@@ -76,12 +76,6 @@ pub const FOREIGN_FIELDS: &[ForeignField] = &[
         Some("64"),
         "the name of iommu_address_width_bits before v53",
     ),
-    foreign(
-        "cpus",
-        "profile",
-        Some(r#""Host""#),
-        "of versions after v54; `Host` is what this version does",
-    ),
     foreign("VM", "gdb", None, "in builds with the feature gdb only"),
     foreign(
         "VM",

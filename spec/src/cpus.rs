@@ -1,5 +1,7 @@
 //! vCPUs.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -90,6 +92,103 @@ pub enum CoreSchedulingMode {
     Off,
 }
 
+/// The CPU that a guest sees.
+///
+/// `host` shows all that the host's KVM offers. The others show sets of features that CPUs of several
+/// generations have in common, so that a guest can move between them: the levels of the x86-64 psABI, and the
+/// models of Intel and AMD by the names that QEMU has for them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub enum CpuProfile {
+    /// All that the host offers.
+    #[default]
+    #[serde(rename = "host", alias = "Host")]
+    Host,
+    /// SSE2.
+    #[serde(rename = "x86-64-v1")]
+    V1,
+    /// SSE4.2.
+    #[serde(rename = "x86-64-v2")]
+    V2,
+    /// AVX2.
+    #[serde(rename = "x86-64-v3")]
+    V3,
+    /// AVX-512.
+    #[serde(rename = "x86-64-v4")]
+    V4,
+    /// Intel, 2008.
+    Nehalem,
+    /// Intel, 2010.
+    Westmere,
+    /// Intel, 2011.
+    SandyBridge,
+    /// Intel, 2012.
+    IvyBridge,
+    /// Intel, 2013.
+    Haswell,
+    /// Intel, 2014.
+    Broadwell,
+    /// Intel, 2017.
+    #[serde(rename = "Skylake-Server")]
+    SkylakeServer,
+    /// Intel, 2019.
+    #[serde(rename = "Cascadelake-Server")]
+    CascadelakeServer,
+    /// Intel, 2021.
+    #[serde(rename = "Icelake-Server")]
+    IcelakeServer,
+    /// Intel, 2023.
+    SapphireRapids,
+    /// Intel, 2024.
+    GraniteRapids,
+    /// AMD, 2017.
+    #[serde(rename = "EPYC")]
+    Epyc,
+    /// AMD, 2019.
+    #[serde(rename = "EPYC-Rome")]
+    EpycRome,
+    /// AMD, 2021.
+    #[serde(rename = "EPYC-Milan")]
+    EpycMilan,
+    /// AMD, 2022.
+    #[serde(rename = "EPYC-Genoa")]
+    EpycGenoa,
+}
+
+impl CpuProfile {
+    /// All profiles but `host`: the levels, then each maker's models, from the one with the fewest features on.
+    pub const ALL: [Self; 19] = [
+        Self::V1,
+        Self::V2,
+        Self::V3,
+        Self::V4,
+        Self::Nehalem,
+        Self::Westmere,
+        Self::SandyBridge,
+        Self::IvyBridge,
+        Self::Haswell,
+        Self::Broadwell,
+        Self::SkylakeServer,
+        Self::CascadelakeServer,
+        Self::IcelakeServer,
+        Self::SapphireRapids,
+        Self::GraniteRapids,
+        Self::Epyc,
+        Self::EpycRome,
+        Self::EpycMilan,
+        Self::EpycGenoa,
+    ];
+}
+
+impl fmt::Display for CpuProfile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
+    }
+}
+
+fn is_host(profile: &CpuProfile) -> bool {
+    *profile == CpuProfile::Host
+}
+
 /// vCPUs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -106,6 +205,9 @@ pub struct CpusConfig {
     /// Offer Hyper-V's paravirtual interfaces.
     #[serde(default)]
     pub kvm_hyperv: bool,
+    /// The CPU that the guest sees.
+    #[serde(default, skip_serializing_if = "is_host")]
+    pub profile: CpuProfile,
     /// Limit the physical address bits that the guest sees.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_phys_bits: Option<u8>,
@@ -133,6 +235,7 @@ impl CpusConfig {
             max_vcpus: vcpus,
             topology: None,
             kvm_hyperv: false,
+            profile: CpuProfile::Host,
             max_phys_bits: None,
             nested: None,
             affinity: None,

@@ -22,6 +22,7 @@ mod descriptors;
 mod device;
 mod devices;
 mod disk;
+mod host;
 pub mod limits;
 mod memory;
 mod migration;
@@ -45,7 +46,7 @@ mod wording;
 
 pub use compat::{FOREIGN_FIELDS, ForeignField, parse_compatible, parse_response};
 pub use console::{ConsoleConfig, ConsoleMode, DebugConsoleConfig, SerialConfig};
-pub use cpus::{CoreSchedulingMode, CpuAffinity, CpuFeatures, CpuTopology, CpusConfig};
+pub use cpus::{CoreSchedulingMode, CpuAffinity, CpuFeatures, CpuProfile, CpuTopology, CpusConfig};
 pub use descriptors::Descriptors;
 pub use device::{
     BalloonConfig, DeviceConfig, FsConfig, GenericVhostUserConfig, NetConfig, PmemConfig,
@@ -53,6 +54,7 @@ pub use device::{
 };
 pub use devices::parse_mac;
 pub use disk::{DiskConfig, ImageType, LockGranularity, OnError, VirtQueueAffinity};
+pub use host::{CpuCheck, CpuDescription, CpuidLeaf, HostCpu, ProfileFit};
 pub use memory::{HotplugMethod, MemoryConfig, MemoryZoneConfig};
 pub use migration::{
     AtDeadline, AwaitMigration, MemoryMode, MigrationDowntime, MigrationError, MigrationInfo,

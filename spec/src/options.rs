@@ -102,6 +102,7 @@ pub fn cpus(text: &str) -> Result<CpusConfig, OptionError> {
         ("max", "max_vcpus", Form::Number),
         ("topology", "topology", Form::Text),
         ("kvm_hyperv", "kvm_hyperv", Form::Switch),
+        ("profile", "profile", Form::Text),
         ("max_phys_bits", "max_phys_bits", Form::Number),
         ("nested", "nested", Form::Switch),
         ("affinity", "affinity", Form::Text),

@@ -20,6 +20,7 @@ use utoipa::{PartialSchema as _, ToSchema as _};
 const EFFECTIVE: &[&str] = &[
     "/cpus/boot_vcpus",
     "/cpus/nested",
+    "/cpus/profile",
     "/cpus/max_vcpus",
     "/cpus/topology/threads_per_core",
     "/cpus/topology/cores_per_die",
@@ -173,6 +174,7 @@ fn full() -> Value {
     json!({
         "cpus": {
             "boot_vcpus": 2, "max_vcpus": 4, "kvm_hyperv": true, "max_phys_bits": 40, "nested": true,
+            "profile": "Haswell",
             "topology": {"threads_per_core": 1, "cores_per_die": 2, "dies_per_package": 2, "packages": 1},
             "affinity": [{"vcpu": 1, "host_cpus": [1]}], "features": {"amx": true},
             "core_scheduling": "Vcpu",

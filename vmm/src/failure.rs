@@ -17,6 +17,7 @@ use virtio_devices::{DeviceError, VirtioPciError};
 
 use crate::arch::x86_64::cpu::CpuError;
 use crate::arch::x86_64::layout::LayoutError;
+use crate::arch::x86_64::profiles::ProfileError;
 use crate::boot::BootError;
 use crate::descriptors::TooFewDescriptors;
 use crate::paths::PathError;
@@ -57,6 +58,8 @@ pub enum BuildError {
     Vsock(#[from] VsockError),
     /// The machine does not start.
     Move(#[from] MoveError),
+    /// The host's CPU lacks what the guest is to see.
+    Profile(#[from] ProfileError),
     /// The memory layout is not possible.
     #[error("{0}")]
     Layout(String),
@@ -168,6 +171,7 @@ impl BuildError {
             Self::Kvm(_) => "kvm-refused",
             Self::Ram(_) => "no-memory",
             Self::Topology(_) | Self::Commit(_) | Self::Layout(_) => "memory-map-impossible",
+            Self::Profile(_) => "cpu-lacks-features",
             Self::Bus(_) | Self::Bar(_) => "no-free-slot",
             Self::Device(_) => "device-impossible",
             Self::Rng(_) => "rng-unusable",
@@ -187,6 +191,7 @@ impl BuildError {
             | Self::Console(_)
             | Self::Path(_)
             | Self::Layout(_)
+            | Self::Profile(_)
             | Self::Bus(_)
             | Self::Bar(_)
             | Self::Rng(_)

@@ -8,16 +8,17 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::available_parallelism;
 use std::time::Duration;
 
-use control::{EventLog, Migrate, RequestError, Spawn, VmHandle, connect};
+use control::{Category, EventLog, Migrate, RequestError, Spawn, VmHandle, connect};
 use devices::event_loop::EventLoop;
 use devices::sandbox::{Confinement, ThreadKind};
 use hypervisor::{Kvm, KvmError, OpenError};
 use migration::ConnectionLimit;
 use parking_lot::Mutex;
-use spec::{HostLimits, VmConfig, VmId};
+use spec::{CpuCheck, CpuDescription, CpuProfile, HostCpu, HostLimits, VmConfig, VmId};
 use virtio_devices::Workers;
 
-use crate::arch::x86_64::{cpu, features};
+use crate::arch::x86_64::cpu_model::CpuModel;
+use crate::arch::x86_64::{cpu, features, profiles};
 use crate::descriptors::Descriptors;
 use crate::driver::{Caller, Driver};
 use crate::machine::{self, Background, Host};
@@ -138,7 +139,10 @@ impl Pool {
     /// When KVM cannot be used, or the host gives no threads.
     pub fn start(config: &PoolConfig) -> Result<Self, StartError> {
         let kvm = Kvm::open()?;
-        let cpuid = features::offered(kvm.supported_cpuid()?);
+        let cpu = CpuModel {
+            cpuid: features::offered(kvm.supported_cpuid()?),
+            arch_capabilities: kvm.feature_msr(features::ARCH_CAPABILITIES)?,
+        };
         let cpus = || available_parallelism().map_or(1, usize::from);
         let threads = config.threads.unwrap_or_else(cpus).max(1);
         let confinement = config.confinement;
@@ -151,7 +155,7 @@ impl Pool {
         Ok(Self {
             host: Arc::new(Host {
                 kvm,
-                cpuid,
+                cpu,
                 workers,
                 background: background.clone(),
                 image_dirs: config.image_dirs.clone(),
@@ -250,12 +254,29 @@ impl Spawn for Pool {
     fn host_limits(&self) -> HostLimits {
         /// Address space below 4 GiB that is not RAM, and room for a PCI window above.
         const NOT_RAM: u64 = 4 << 30;
-        let bits = cpu::phys_bits(&self.host.cpuid, None);
+        let bits = cpu::phys_bits(&self.host.cpu.cpuid, None);
         let space = 1_u64.checked_shl(bits.into()).unwrap_or(u64::MAX);
         HostLimits {
             max_vcpus: u32::try_from(self.host.kvm.capabilities().max_vcpus).unwrap_or(u32::MAX),
             max_memory: space.saturating_sub(NOT_RAM).min(1 << 46),
             host_cpus: machine::host_cpus(),
         }
+    }
+
+    fn host_cpu(&self) -> HostCpu {
+        HostCpu {
+            cpu: self.host.cpu.describe(CpuProfile::Host),
+            profiles: profiles::fits(&self.host.cpu),
+        }
+    }
+
+    fn check_cpu(&self, guest: &CpuDescription) -> Result<CpuCheck, RequestError> {
+        let wanted = CpuModel::described(guest).ok_or_else(|| {
+            let detail = format!("{} leaves are more than KVM takes", guest.cpuid.len());
+            RequestError::new(Category::Unprocessable, "too-many-leaves", detail)
+        })?;
+        let here = profiles::cut(guest.profile, &self.host.cpu);
+        let lacking = features::lacking(&here, &wanted);
+        Ok(CpuCheck { lacking })
     }
 }

@@ -11,7 +11,6 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use ::devices::pci::{Bdf, Endpoint};
-use hypervisor::arch::CpuId;
 use memory::Transaction;
 use spec::{DeviceNode, DeviceState, VmConfig};
 use state::{Load as _, LoadError, Save as _, SaveError, Store, Writer};
@@ -24,6 +23,7 @@ pub(crate) use self::open::{
 };
 use self::pci::Plugged;
 pub(crate) use self::pci::{PciHost, SharedTopology};
+use crate::arch::x86_64::cpu_model::CpuModel;
 use crate::descriptors::Reservation;
 use crate::failure::BuildError;
 use crate::guest_event::Reporter;
@@ -42,7 +42,7 @@ struct Entry {
 #[derive(Clone, Debug)]
 pub(crate) struct MachineOrigin {
     /// The guest's CPUID; the host's when absent.
-    pub(crate) cpuid: Option<CpuId>,
+    pub(crate) cpu: Option<CpuModel>,
     /// The PCI addresses of devices, by their names. When empty, devices get the addresses that
     /// [`slots::assign`] chooses for a new machine.
     pub(crate) on_bus: BTreeMap<String, Bdf>,
@@ -68,7 +68,7 @@ pub(crate) enum MemoryOrigin {
 impl Default for MachineOrigin {
     fn default() -> Self {
         Self {
-            cpuid: None,
+            cpu: None,
             on_bus: BTreeMap::new(),
             owner: ResourceOwner::ThisMachine,
             may_wait: false,

@@ -20,6 +20,7 @@ use super::ending::Gone;
 use super::outgoing::{Outgoing, OutgoingState, Purpose};
 use super::resize::Resizes;
 use super::{Caller, Driver, End, Stage};
+use crate::arch::x86_64::cpu_model::CpuModel;
 use crate::devices::DeviceHandle;
 use crate::failure::MoveError;
 use crate::guest_event::{Port, Reporter};
@@ -112,6 +113,7 @@ impl Driver {
                     refuse("a snapshot of it is being written; cancel that first")
                 }
                 Verb::MemoryMap
+                | Verb::Cpu
                 | Verb::Counters
                 | Verb::Boot
                 | Verb::Pause
@@ -121,7 +123,7 @@ impl Driver {
         }
         let is_stopped = outgoing.is_stopped();
         match verb {
-            Verb::MemoryMap | Verb::Counters => None,
+            Verb::MemoryMap | Verb::Cpu | Verb::Counters => None,
             // The migration is over and the guest is stranded: this may work by now.
             Verb::Resume | Verb::Shutdown | Verb::Delete if outgoing.is_stranded() => None,
             // The destination may hold the disks' locks and may run the guest by now. Only the
@@ -223,8 +225,8 @@ impl Driver {
     }
 
     /// The guest's CPUs, before they have numbers.
-    pub(crate) fn cpuid(&mut self) -> Result<hypervisor::arch::CpuId, Refusal> {
-        Ok(self.on()?.vcpus.cpuid().clone())
+    pub(crate) fn cpu_model(&mut self) -> Result<CpuModel, Refusal> {
+        Ok(self.on()?.vcpus.model().clone())
     }
 
     /// Tells of something that happened to the VM.

@@ -220,6 +220,7 @@ impl Driver {
             | Request::Nmi
             | Request::Counters
             | Request::MemoryMap
+            | Request::Cpu
             | Request::ResizeDisk(_) => self.perform(&ask.request),
         };
         ask.answer(answer);
@@ -261,6 +262,11 @@ impl Driver {
             Request::Counters => return Ok(Reply::Counters(active.counters())),
             Request::MemoryMap => {
                 return Ok(Reply::MemoryMap(machine::memory_map(&active.topology())));
+            }
+            Request::Cpu => {
+                let profile = self.config.cpus.profile;
+                let described = active.vcpus.model().describe(profile);
+                return Ok(Reply::Cpu(Box::new(described)));
             }
             Request::ResizeDisk(disk) => devices::resize_disk(active.devices(), disk)?,
             // `answer` does these itself. Named one by one, so that a new request is not answered

@@ -22,7 +22,6 @@ use ::devices::{
     ConsoleInput, CpuBlock, DebugPort, HotplugBlock, InterruptLine, KeyboardReset, PowerBlock,
     ResetControl, Serial, pci, power,
 };
-use hypervisor::arch::CpuId;
 use hypervisor::{IrqRoutes, Kvm, Vm};
 use memory::{
     DeviceOps, ListenerHandle, LostWatch, MemoryListener, SpaceKind, Topology, Transaction,
@@ -31,8 +30,9 @@ use parking_lot::{Mutex, MutexGuard};
 use spec::{CpusConfig, VmConfig, VmCounters};
 use virtio_devices::Workers;
 
+use crate::arch::x86_64::cpu_model::CpuModel;
 use crate::arch::x86_64::layout::Layout;
-use crate::arch::x86_64::{cpu, features, layout};
+use crate::arch::x86_64::{cpu, features, layout, profiles};
 use crate::boot;
 use crate::descriptors::{Descriptors, Reservation};
 use crate::devices::{
@@ -65,7 +65,7 @@ const PAUSE_LIMIT: Duration = Duration::from_secs(60);
 /// The host's KVM, and what it supports.
 pub(crate) struct Host {
     pub(crate) kvm: Kvm,
-    pub(crate) cpuid: CpuId,
+    pub(crate) cpu: CpuModel,
     /// Event loops of devices.
     pub(crate) workers: Workers,
     /// Threads for work that may block.
@@ -126,16 +126,19 @@ impl Built {
         reporter: &Reporter,
         reserved: Vec<Arc<Reservation>>,
     ) -> Result<Self, BuildError> {
-        let mut cpuid = origin.cpuid.as_ref().unwrap_or(&host.cpuid).clone();
+        let mut model = match &origin.cpu {
+            Some(model) => model.clone(),
+            None => profiles::apply(config.cpus.profile, &host.cpu)?,
+        };
         if !config.cpus.is_nested() {
-            cpuid = features::without_virtualization(cpuid);
+            model.cpuid = features::without_virtualization(model.cpuid);
         }
-        let bits = cpu::phys_bits(&cpuid, config.cpus.max_phys_bits);
+        let bits = cpu::phys_bits(&model.cpuid, config.cpus.max_phys_bits);
         let layout = Layout::new(config.memory.size, config.memory.hotplug_region(), bits)?;
         let vm = host.kvm.create_vm()?;
         let mut topology = Topology::new();
         let control = Arc::new(RunControl::new());
-        let recipe = Recipe::new(&cpuid, &config.cpus, bits, host.confinement, reporter);
+        let recipe = Recipe::new(model, &config.cpus, bits, host.confinement, reporter);
         let vcpus = Vcpus::make(recipe, Arc::clone(&control), &vm, config.cpus.boot_vcpus)?;
         let end = GuestEnd {
             reporter: reporter.clone(),

@@ -19,21 +19,22 @@ use std::sync::Arc;
 
 use devices::cpus::CpuSet;
 use devices::sandbox::Confinement;
-use hypervisor::arch::CpuId;
 use hypervisor::{ClockSample, ResetState, StoppedClock, Vcpu, Vm};
 use memory::Topology;
-use spec::{CpuAffinity, CpuTopology, CpusConfig};
+use spec::{CpuAffinity, CpuProfile, CpuTopology, CpusConfig};
 
 use super::run_control::RunControl;
 use super::vcpu::VcpuThread;
 use crate::arch::x86_64::cpu::{self, CpuError};
+use crate::arch::x86_64::cpu_model::CpuModel;
 use crate::guest_event::Reporter;
 
 /// How vCPUs of this machine are made, at any time.
 pub(crate) struct Recipe {
-    /// CPUID of the guest before per-vCPU fields are set: from this host, or from the host where the
-    /// guest booted.
-    cpuid: CpuId,
+    /// From this host, or from the host where the guest booted.
+    model: CpuModel,
+    /// As far as the guest's profile shows them.
+    arch_capabilities: Option<u64>,
     topology: CpuTopology,
     phys_bits: u8,
     affinity: Vec<CpuAffinity>,
@@ -43,14 +44,16 @@ pub(crate) struct Recipe {
 
 impl Recipe {
     pub(super) fn new(
-        cpuid: &CpuId,
+        model: CpuModel,
         config: &CpusConfig,
         phys_bits: u8,
         confinement: Confinement,
         reporter: &Reporter,
     ) -> Self {
+        let limited = config.profile != CpuProfile::Host;
         Self {
-            cpuid: cpuid.clone(),
+            arch_capabilities: model.visible_arch_capabilities().filter(|_| limited),
+            model,
             topology: config.arrangement(),
             phys_bits,
             affinity: config.affinity.clone().unwrap_or_default(),
@@ -64,9 +67,9 @@ impl Recipe {
         let apic_id = self.topology.apic_id(index);
         let apic_id = apic_id.ok_or(CpuError::NoApicId(index))?;
         let vcpu = vm.create_vcpu(index, apic_id)?;
-        let cpuid = cpu::cpuid(&self.cpuid, &self.topology, apic_id, self.phys_bits)?;
+        let cpuid = cpu::cpuid(&self.model.cpuid, &self.topology, apic_id, self.phys_bits)?;
         vcpu.set_cpuid(&cpuid)?;
-        cpu::set_up(&vcpu)?;
+        cpu::set_up(&vcpu, self.arch_capabilities)?;
         Ok(vcpu)
     }
 
@@ -137,9 +140,9 @@ impl Vcpus {
         Ok(())
     }
 
-    /// The CPUID of the guest before per-vCPU fields are set.
-    pub(crate) fn cpuid(&self) -> &CpuId {
-        &self.recipe.cpuid
+    /// What the guest sees of its CPUs.
+    pub(crate) fn model(&self) -> &CpuModel {
+        &self.recipe.model
     }
 
     /// The vCPU 0 of a machine that is to boot.

@@ -219,14 +219,14 @@ impl Host for DestinationHost {
             vm,
             config,
             resolved,
-            cpuid,
+            cpu,
             on_bus,
         } = offer::check(
             offer,
             // Not the name in the report: that may be of an offer that came before, and to nothing.
             self.name.clone(),
             &self.registry,
-            &self.host.cpuid,
+            &self.host.cpu,
             &self.allowed,
         )?;
         let caller = self.create(&vm, config)?;
@@ -242,7 +242,7 @@ impl Host for DestinationHost {
             .attempt(move |driver| driver.expect(&decision, &progress))
             .map_err(give_up)?;
         let origin = MachineOrigin {
-            cpuid: Some(cpuid),
+            cpu: Some(cpu),
             on_bus,
             owner: self.origin.owner(),
             may_wait: offer.postcopy,

@@ -54,6 +54,9 @@ struct MachineOffer {
     places: std::collections::BTreeMap<String, u8>,
     /// Function, index, flags, EAX, EBX, ECX, EDX.
     cpuid: Vec<[u32; 7]>,
+    /// The value of `IA32_ARCH_CAPABILITIES`, if CPUID shows that MSR. Absent from older sources.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    arch_capabilities: Option<u64>,
 }
 
 const OFFER_VERSION: u32 = 1;

@@ -13,13 +13,13 @@ use std::path::Path;
 use ::devices::host_file::{FileKind, Request};
 use ::devices::pci::Bdf;
 use control::{Registry, RequestError};
-use hypervisor::arch::CpuId;
 use migration::{BlockInfo, Offer, Refusal};
-use spec::{VmConfig, VmId};
+use spec::{CpuProfile, VmConfig, VmId};
 
 use super::trust::Allowed;
 use super::{MachineOffer, OFFER_VERSION, cpuid};
-use crate::arch::x86_64::features;
+use crate::arch::x86_64::cpu_model::CpuModel;
+use crate::arch::x86_64::{features, profiles};
 use crate::devices::slots;
 use crate::machine::ram;
 use crate::{failure, paths};
@@ -30,7 +30,7 @@ pub(super) struct CheckedOffer {
     pub(super) config: VmConfig,
     /// The configuration with the checked paths.
     pub(super) resolved: VmConfig,
-    pub(super) cpuid: CpuId,
+    pub(super) cpu: CpuModel,
     pub(super) on_bus: BTreeMap<String, Bdf>,
 }
 
@@ -57,12 +57,15 @@ pub(super) fn check(
     offer: &Offer,
     vm: Option<VmId>,
     registry: &Registry,
-    here: &CpuId,
+    here: &CpuModel,
     allowed: &Allowed,
 ) -> Result<CheckedOffer, Refusal> {
     let machine = machine(offer)?;
-    let wanted = cpuid(&machine.cpuid)
-        .ok_or_else(|| unreadable("the CPUs have too many CPUID leaves".to_owned()))?;
+    let wanted = CpuModel {
+        cpuid: cpuid(&machine.cpuid)
+            .ok_or_else(|| unreadable("the CPUs have too many CPUID leaves".to_owned()))?,
+        arch_capabilities: machine.arch_capabilities,
+    };
     let vm = vm.map_or_else(|| offer.vm.parse::<VmId>(), Ok);
     let vm = vm.map_err(|error| unreadable(error.to_string()))?;
     let mut config = machine.config;
@@ -82,7 +85,7 @@ pub(super) fn check(
         let told = failure::told(&error.into());
         Refusal::new(told.code, told.detail)
     })?;
-    cpus_are_there(here, &wanted)?;
+    cpus_are_there(config.cpus.profile, here, &wanted)?;
     if !offer.given {
         memory_is_there(&config)?;
     }
@@ -91,7 +94,7 @@ pub(super) fn check(
         vm,
         config,
         resolved,
-        cpuid: wanted,
+        cpu: wanted,
         on_bus,
     })
 }
@@ -131,8 +134,8 @@ pub(super) fn refusal(error: RequestError) -> Refusal {
     Refusal::new(error.code, detail)
 }
 
-fn cpus_are_there(here: &CpuId, wanted: &CpuId) -> Result<(), Refusal> {
-    let lacking = features::lacking(here, wanted);
+fn cpus_are_there(profile: CpuProfile, here: &CpuModel, wanted: &CpuModel) -> Result<(), Refusal> {
+    let lacking = features::lacking(&profiles::cut(profile, here), wanted);
     if lacking.is_empty() {
         return Ok(());
     }

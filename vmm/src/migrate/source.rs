@@ -103,12 +103,13 @@ fn kvm(error: &hypervisor::KvmError) -> Refusal {
 
 impl Source for SourceVm {
     fn offer(&mut self) -> Result<Offer, Refusal> {
-        let cpuid = self.parts.caller.attempt(Driver::cpuid)?;
+        let cpu = self.parts.caller.attempt(Driver::cpu_model)?;
         let machine = MachineOffer {
             version: OFFER_VERSION,
             config: spec::VmConfig::clone(&self.parts.config),
             places: self.places(),
-            cpuid: rows(&cpuid),
+            cpuid: rows(&cpu.cpuid),
+            arch_capabilities: cpu.visible_arch_capabilities(),
         };
         let machine = serde_json::to_vec(&machine)
             .map_err(|error| Refusal::new("cannot-be-saved", error.to_string()))?;

@@ -6,6 +6,7 @@ use memory::FlatView;
 use spec::CpuTopology;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
+use super::features::ARCH_CAPABILITIES;
 use super::layout;
 use super::topology::Place;
 
@@ -75,8 +76,9 @@ pub(crate) fn cpuid(
     CpuId::from_entries(&entries).map_err(|_| CpuError::TooManyLeaves(entries.len()))
 }
 
-/// Gives every vCPU what it has after reset: MSRs, and the local interrupts of its APIC.
-pub(crate) fn set_up(vcpu: &Vcpu) -> Result<(), KvmError> {
+/// Gives every vCPU what it has after reset: MSRs, and the local interrupts of its APIC. Without
+/// `arch_capabilities` the guest sees those of KVM, which not every host lets be set.
+pub(crate) fn set_up(vcpu: &Vcpu, arch_capabilities: Option<u64>) -> Result<(), KvmError> {
     const FAST_STRINGS: u64 = 1;
     const MTRR_WRITE_BACK: u64 = 1 << 11 | 6;
     vcpu.set_msrs(&[
@@ -91,6 +93,13 @@ pub(crate) fn set_up(vcpu: &Vcpu) -> Result<(), KvmError> {
             ..Default::default()
         },
     ])?;
+    if let Some(data) = arch_capabilities {
+        vcpu.set_msrs(&[kvm_msr_entry {
+            index: ARCH_CAPABILITIES,
+            data,
+            ..Default::default()
+        }])?;
+    }
     const LVT_LINT0: usize = 0x350;
     const LVT_LINT1: usize = 0x360;
     const EXT_INT: u32 = 7 << 8;

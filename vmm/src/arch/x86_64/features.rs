@@ -1,6 +1,9 @@
 //! CPU features: those that guests are offered, and those that a migrating guest must find again.
 
-use hypervisor::arch::{CpuId, kvm_cpuid_entry2};
+use hypervisor::arch::CpuId;
+
+use super::cpu_model::CpuModel;
+use super::feature_names::{self, Place};
 
 /// Removes the features from the host's CPUID whose state is not saved.
 ///
@@ -162,46 +165,54 @@ fn rules(function: u32, index: u32) -> [Rules; 4] {
     }
 }
 
-type Register = (&'static str, fn(&kvm_cpuid_entry2) -> u32);
+/// The number of the MSR `IA32_ARCH_CAPABILITIES`, which lists the weaknesses that a CPU does not have.
+pub(crate) const ARCH_CAPABILITIES: u32 = 0x10a;
 
-const REGISTERS: [Register; 4] = [
-    ("EAX", |entry| entry.eax),
-    ("EBX", |entry| entry.ebx),
-    ("ECX", |entry| entry.ecx),
-    ("EDX", |entry| entry.edx),
-];
+/// Bits of `IA32_ARCH_CAPABILITIES` that say that a CPU has a weakness: RSBA and RRSBA, whose return predictor
+/// can be misled. A guest that does not know of it has no defence.
+pub(super) const HAZARDS: u64 = 1 << 2 | 1 << 19;
+
+/// Whether a register says nothing that a guest depends on.
+pub(super) fn is_ignored(function: u32, index: u32, register: usize) -> bool {
+    rules(function, index)
+        .get(register)
+        .is_none_or(|rules| rules.is_empty())
+}
 
 /// Lists what `wanted` CPUs have and these lack. A guest that has seen it relies on it.
-pub(crate) fn lacking(here: &CpuId, wanted: &CpuId) -> Vec<String> {
+pub(crate) fn lacking(here: &CpuModel, wanted: &CpuModel) -> Vec<String> {
     let mut lacking = Vec::new();
-    let (ours, theirs) = (vendor(here), vendor(wanted));
+    let (ours, theirs) = (here.vendor_name(), wanted.vendor_name());
     if ours != theirs {
         lacking.push(format!("a CPU from {theirs} (this host's is from {ours})"));
     }
-    for entry in wanted.as_slice() {
+    for entry in wanted.cpuid.as_slice() {
         let (function, index) = (entry.function, entry.index);
-        let mut entries = here.as_slice().iter();
-        let found = entries.find(|other| (other.function, other.index) == (function, index));
-        for ((name, register), rules) in REGISTERS.iter().zip(rules(function, index)) {
-            let (wanted, here) = (register(entry), found.map_or(0, register));
+        for (register, rules) in rules(function, index).into_iter().enumerate() {
+            let at = Place {
+                function,
+                index,
+                register,
+            };
+            let (wanted, here) = (wanted.register(at), here.register(at));
             for rule in rules {
-                let place = format!("CPUID.{function:X}H:{index}.{name}");
-                rule.judge(&place, wanted, here, &mut lacking);
+                rule.judge(at, wanted, here, &mut lacking);
             }
         }
+    }
+    if let Some(seen) = wanted.visible_arch_capabilities() {
+        let here = here.arch_capabilities.unwrap_or(0);
+        let bits = |set: u64| (0..64).filter(move |bit| set & 1 << bit != 0);
+        let fewer = bits(seen & !here & !HAZARDS);
+        lacking.extend(fewer.map(|bit| format!("IA32_ARCH_CAPABILITIES[{bit}]")));
+        let more = bits(here & !seen & HAZARDS);
+        lacking.extend(more.map(|bit| format!("a clear IA32_ARCH_CAPABILITIES[{bit}]")));
     }
     lacking
 }
 
-fn vendor(cpuid: &CpuId) -> String {
-    let mut entries = cpuid.as_slice().iter();
-    let first = entries.find(|entry| entry.function == 0);
-    let bytes = first.map_or([0; 3], |entry| [entry.ebx, entry.edx, entry.ecx]);
-    String::from_utf8_lossy(&bytes.map(u32::to_le_bytes).concat()).into_owned()
-}
-
 impl Rule {
-    fn judge(self, place: &str, wanted: u32, here: u32, lacking: &mut Vec<String>) {
+    fn judge(self, place: Place, wanted: u32, here: u32, lacking: &mut Vec<String>) {
         let bits = |set: u32| (0..32).filter(move |bit| set & 1 << bit != 0);
         let number = |register: u32, low: u32, high: u32| {
             let width = high - low + 1;
@@ -209,7 +220,11 @@ impl Rule {
         };
         match self {
             Subset(mask) => {
-                lacking.extend(bits(wanted & !here & mask).map(|bit| format!("{place}[{bit}]")));
+                let fewer = bits(wanted & !here & mask);
+                lacking.extend(fewer.map(|bit| match feature_names::name(place, bit) {
+                    Some(name) => format!("{name} ({place}[{bit}])"),
+                    None => format!("{place}[{bit}]"),
+                }));
             }
             Superset(mask) => {
                 let more = bits(here & !wanted & mask);
@@ -235,7 +250,22 @@ impl Rule {
 
 #[cfg(test)]
 mod tests {
+    use hypervisor::arch::kvm_cpuid_entry2;
+
     use super::*;
+
+    fn lacking(here: &CpuId, wanted: &CpuId) -> Vec<String> {
+        let model = |cpuid: &CpuId| CpuModel {
+            cpuid: cpuid.clone(),
+            arch_capabilities: None,
+        };
+        super::lacking(&model(here), &model(wanted))
+    }
+
+    fn registers(cpuid: &CpuId, at: usize) -> [u32; 4] {
+        let entry = &cpuid.as_slice()[at];
+        [entry.eax, entry.ebx, entry.ecx, entry.edx]
+    }
 
     fn cpuid(leaves: &[(u32, u32, [u32; 4])]) -> CpuId {
         let entry =
@@ -346,7 +376,7 @@ mod tests {
         let leaves = [(1, 0), (7, 0), (0x8000_0001, 0), (0x8000_000a, 0)];
         let here = cpuid(&leaves.map(|(function, index)| (function, index, all)));
         let hidden = without_virtualization(here.clone());
-        let registers = |at: usize| REGISTERS.map(|(_, register)| register(&hidden.as_slice()[at]));
+        let registers = |at: usize| registers(&hidden, at);
         assert_eq!(registers(0), [u32::MAX, u32::MAX, !(1 << 5), u32::MAX]);
         assert_eq!(registers(1), all, "other leaves stay");
         assert_eq!(registers(2), [u32::MAX, u32::MAX, !(1 << 2), u32::MAX]);
@@ -355,6 +385,29 @@ mod tests {
         assert_eq!(lacking(&hidden, &hidden), [""; 0]);
         assert_eq!(lacking(&here, &hidden), [""; 0]);
         assert!(!lacking(&hidden, &here).is_empty());
+    }
+
+    /// The MSR that lists weaknesses: a guest that knows that its CPU has none stays on such CPUs.
+    #[test]
+    fn weaknesses_are_compared_where_the_guest_sees_them() {
+        const VISIBLE: u32 = 1 << 29;
+        let model = |edx: u32, arch_capabilities: Option<u64>| CpuModel {
+            cpuid: cpuid(&[(7, 0, [0, 0, 0, edx])]),
+            arch_capabilities,
+        };
+        let of = |here: u64, wanted: Option<u64>| {
+            super::lacking(&model(VISIBLE, Some(here)), &model(VISIBLE, wanted))
+        };
+        assert_eq!(
+            of(0b101, Some(0b001)),
+            ["a clear IA32_ARCH_CAPABILITIES[2]"]
+        );
+        assert_eq!(of(0b001, Some(0b101)), [""; 0]);
+        assert_eq!(of(0b001, Some(0b1001)), ["IA32_ARCH_CAPABILITIES[3]"]);
+        // A source that does not say, and a guest that cannot see it.
+        assert_eq!(of(0, None), [""; 0]);
+        let hidden = model(0, Some(1));
+        assert_eq!(super::lacking(&model(0, Some(0)), &hidden), [""; 0]);
     }
 
     #[test]
@@ -367,8 +420,7 @@ mod tests {
             (0xd, 2, [256, 576, 0, 0]),
             (0xd, 11, [16, 0, 1, 0]),
         ]));
-        let registers =
-            |at: usize| REGISTERS.map(|(_, register)| register(&offered.as_slice()[at]));
+        let registers = |at: usize| registers(&offered, at);
         let [_, _, ecx, edx] = registers(0);
         assert_eq!(
             (ecx & 1 << 7, edx & 1 << 20),

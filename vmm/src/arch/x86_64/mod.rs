@@ -6,8 +6,11 @@
 
 pub(crate) mod acpi;
 pub(crate) mod cpu;
+pub(crate) mod cpu_model;
+mod feature_names;
 pub(crate) mod features;
 pub(crate) mod generation;
 pub(crate) mod layout;
+pub(crate) mod profiles;
 pub(crate) mod smbios;
 mod topology;
