@@ -85,12 +85,13 @@ async fn restore(
     Ok(created_with_socket(service, begun))
 }
 
-/// Start to make VMs from a paused VM.
+/// Start to make VMs from a VM.
 ///
-/// They are called `NAME-1`, `NAME-2` and so on, and begin where the VM is paused. All of their memory is
-/// mapped from one copy of the VM's: pages that they do not write are shared. The VMs are there when the
-/// migration that the answer shows is `Completed`; if one cannot be made, none is. The VM that is forked
-/// stays paused, and can be resumed as soon as its memory is copied.
+/// They are called `NAME-1`, `NAME-2` and so on, and begin where the VM is. All of their memory is mapped
+/// from one copy of the VM's: pages that they do not write are shared. The VMs are there when the migration
+/// that the answer shows is `Completed`; if one cannot be made, none is. A paused VM stays paused, and can
+/// be resumed as soon as its memory is copied. A running VM stops for its device state only; it must not
+/// have a disk that it can write (`disk-written`).
 #[utoipa::path(
     post, path = "/api/v1/vms/{id}/forks", operation_id = "forkVm", tag = MIGRATIONS, request_body = ForkVm,
     params(("id" = VmId, Path, description = "The VM's name.")),

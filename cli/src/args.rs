@@ -225,8 +225,8 @@ pub(crate) enum Command {
         #[arg(value_name = "URL")]
         snapshot: String,
     },
-    /// Make VMs from the paused VM, and wait until they are there. They share the memory that they do not
-    /// write.
+    /// Make VMs from the VM, and wait until they are there. They share the memory that they do not write.
+    /// A running VM stops for its device state only.
     Fork {
         /// Number of VMs.
         #[arg(long, value_name = "N", default_value_t = 1)]
@@ -234,7 +234,7 @@ pub(crate) enum Command {
         /// Start of their names, NAME-1 and so on. [default: the VM's name]
         #[arg(long, value_name = "NAME")]
         name: Option<VmId>,
-        /// Let their guests run. The VM itself stays paused.
+        /// Let their guests run. The VM itself stays as it is.
         #[arg(long)]
         resume: bool,
         /// JSON file of what differs from the VM: disks, taps, sockets, with n in braces for the number of the fork;

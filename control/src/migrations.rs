@@ -125,10 +125,10 @@ pub trait Migrate: Send + Sync {
         what: &RestoreConfig,
     ) -> Result<Arc<dyn Migration>, RequestError>;
 
-    /// Starts to make VMs from a paused VM.
+    /// Starts to make VMs from a VM, paused or running.
     ///
     /// # Errors
-    /// The request is not valid, the VM is not paused, or a VM of such a name exists.
+    /// The request is not valid, the VM has no guest, or a VM of such a name exists.
     fn fork(
         &self,
         registry: &Registry,

@@ -218,10 +218,10 @@ impl Registry {
         Ok(self.0.migrations.add(restore))
     }
 
-    /// Starts to make VMs from a paused VM.
+    /// Starts to make VMs from a VM, paused or running.
     ///
     /// # Errors
-    /// There is no VM of this name, it is not paused, the request is not valid, or a VM has such a name.
+    /// There is no VM of this name, it has no guest, the request is not valid, or a VM has such a name.
     pub fn fork(&self, id: &str, what: &ForkVm) -> Result<Arc<dyn Migration>, RequestError> {
         let vm = self.movable(id)?;
         let forking = self.mover()?.fork(self, &vm, what)?;

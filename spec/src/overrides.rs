@@ -71,7 +71,7 @@ pub struct VsockOverride {
     pub socket: Option<String>,
 }
 
-/// VMs to make from a paused VM. They are called `NAME-1`, `NAME-2` and so on.
+/// VMs to make from a VM. They are called `NAME-1`, `NAME-2` and so on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ForkVm {
@@ -82,7 +82,7 @@ pub struct ForkVm {
     /// Start of their names; the VM's own name when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<VmId>,
-    /// Resume their guests. The VM that is forked stays paused.
+    /// Resume their guests. The VM that is forked stays as it is: paused or running.
     #[serde(default)]
     pub resume: bool,
     /// What differs from the VM that is forked.

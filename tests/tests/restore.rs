@@ -268,7 +268,6 @@ async fn forks_begin_where_their_vm_is_paused() {
         resume: true,
         overrides,
     };
-    refused(client.vms_fork(&vm, &what).await, 409, "wrong-state");
     client.vms_pause(&vm).await.unwrap();
     let begun = client.vms_fork(&vm, &what).await.unwrap();
     let made = over(&service, &begun).await;
@@ -294,6 +293,62 @@ async fn forks_begin_where_their_vm_is_paused() {
     let made = over(&service, &begun).await;
     assert_eq!(made.vm.map(String::from).as_deref(), Some("fork-7-1"));
     dirtier::check(&service.path("again1")).await.unwrap();
+}
+
+/// A running VM is forked without a pause, and goes on; its forks begin at one moment of it.
+#[tokio::test]
+async fn running_vm_is_forked_and_goes_on() {
+    const FORKS: u32 = 3;
+    let service = Service::start(Face::Many).await.unwrap();
+    let client = service.client();
+    let booted = dirtier::boot_writing(&service, Some(256 << 20), 64, 50_000).await;
+    let (vm, port) = booted.unwrap();
+    let (overrides, socket) = apart(&service);
+    let what = spec::ForkVm {
+        count: FORKS,
+        resume: true,
+        overrides,
+        ..spec::ForkVm::default()
+    };
+    for _ in 0..2 {
+        let begun = client.vms_fork(&vm, &what).await.unwrap();
+        let made = over(&service, &begun).await;
+        assert_eq!(made.phase, MigrationPhase::Completed, "{made:?}");
+        assert!(
+            made.downtime.unwrap().total_us > 0 && made.faults > 0,
+            "{made:?}"
+        );
+        let info = client.vms_info(&vm).await.unwrap();
+        assert_eq!(info.state, VmState::Running);
+        dirtier::check(&port).await.unwrap();
+        for n in 1..=FORKS {
+            dirtier::check(&socket(n as usize)).await.unwrap();
+            let fork: VmId = format!("guest-{n}").parse().unwrap();
+            client.vms_delete(&fork).await.unwrap();
+        }
+    }
+    dirtier::check(&port).await.unwrap();
+}
+
+/// No image holds what the forks of a running VM left on a disk that the VM goes on writing to.
+#[tokio::test]
+async fn running_vm_with_a_writable_disk_is_not_forked() {
+    let service = Service::start(Face::Many).await.unwrap();
+    let client = service.client();
+    let (mut config, serial) = service.pocket("guest", guest::Options::default()).unwrap();
+    let image = service.path("image");
+    fs::File::create(&image).unwrap().set_len(1 << 20).unwrap();
+    let disk = serde_json::json!([{ "path": image, "image_type": "Raw" }]);
+    config.disks = serde_json::from_value(disk).unwrap();
+    let vm = service.create("guest", config).await.unwrap();
+    client.vms_boot(&vm).await.unwrap();
+    serial.wait_for("ready", 1, PATIENCE).await.unwrap();
+    let what = spec::ForkVm::default();
+    refused(client.vms_fork(&vm, &what).await, 409, "disk-written");
+    // It can be tried again: nothing of the first attempt is left.
+    refused(client.vms_fork(&vm, &what).await, 409, "disk-written");
+    let info = client.vms_info(&vm).await.unwrap();
+    assert_eq!(info.state, VmState::Running);
 }
 
 /// If one VM cannot be made, none is left, and the VM that is forked is as before.

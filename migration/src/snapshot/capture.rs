@@ -7,13 +7,15 @@ use std::os::unix::fs::FileExt as _;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use uuid::Uuid;
 
+use super::conclude;
+use super::live::{Image, RunningGuest};
 use super::manifest::{FileInfo, Manifest};
+use super::memory_file::PageSink;
 use super::read::Snapshot;
-use super::write::Saved;
-use super::{CHUNK, conclude};
+use super::write::{Saved, SavedState, copy_paused};
 use crate::MigrationError;
 use crate::decision::Decision;
-use crate::message::Refusal;
+use crate::message::{Offer, Refusal};
 use crate::pages::{Block, PAGE, is_zero};
 use crate::progress::{Phase, Progress};
 
@@ -31,88 +33,117 @@ impl Snapshot {
     ) -> Result<Self, Refusal> {
         progress.enter(Phase::Stopped);
         let captured = saved.map_err(MigrationError::Here).and_then(|saved| {
-            let memory = copy(&saved.blocks, progress, decision)?;
-            Ok((saved, memory))
+            let mut copy = MemoryCopy::create(&saved.blocks, progress)?;
+            copy_paused(&saved.blocks, decision, &mut copy)?;
+            let state = SavedState {
+                state: saved.state,
+                stopped_at: saved.stopped_at,
+            };
+            Self::captured(saved.offer, state, copy)
         });
-        let (saved, memory) = match captured {
-            Ok(captured) => captured,
-            Err(error) => {
-                let refusal = error.refusal();
-                end(Err(&refusal));
-                let _ = conclude(progress, Err(error));
-                return Err(refusal);
-            }
+        ended(captured, end, progress)
+    }
+
+    /// Copies a guest that runs, and stops for its device state only, as for a
+    /// [live snapshot](super::write_live). Otherwise as [`Snapshot::capture`].
+    ///
+    /// # Errors
+    /// The host cannot write-protect memory (`live-unsupported`), or as for a paused guest.
+    pub fn capture_live(
+        guest: &mut dyn RunningGuest,
+        end: impl FnOnce(Result<(), &Refusal>),
+        progress: &Progress,
+        decision: &Decision,
+    ) -> Result<Self, Refusal> {
+        progress.enter(Phase::Preparing);
+        let mut capture = || {
+            let offer = guest.offer().map_err(MigrationError::Here)?;
+            let blocks = guest.blocks();
+            let image = Image::new(&blocks, progress, decision)?;
+            let mut copy = MemoryCopy::create(&blocks, progress)?;
+            let state = image.take(guest, &mut copy)?;
+            Self::captured(offer, state, copy)
         };
-        end(Ok(()));
+        ended(capture(), end, progress)
+    }
+
+    fn captured(offer: Offer, saved: SavedState, copy: MemoryCopy) -> Result<Self, MigrationError> {
+        let memory = copy.seal()?;
+        // No file of it is ever read, so that there is nothing to check against a hash.
         let none = FileInfo::of(&[]);
-        let Saved {
-            offer,
-            state,
-            stopped_at,
-            ..
-        } = saved;
-        let manifest = Manifest::new(
-            Uuid::new_v4(),
-            offer.vm,
-            offer.blocks,
-            stopped_at,
-            None,
-            [none; 3],
-        );
-        Ok(Self::in_memory(
-            manifest,
-            offer.machine.into_vec(),
-            state,
-            memory,
-        ))
+        let (id, at) = (Uuid::new_v4(), saved.stopped_at);
+        let manifest = Manifest::new(id, offer.vm, offer.blocks, at, None, [none; 3]);
+        let machine = offer.machine.into_vec();
+        Ok(Self::in_memory(manifest, machine, saved.state, memory))
     }
 }
 
-fn copy(
-    blocks: &[Block],
+/// Frees the VM, and reports a failure.
+fn ended(
+    captured: Result<Snapshot, MigrationError>,
+    end: impl FnOnce(Result<(), &Refusal>),
     progress: &Progress,
-    decision: &Decision,
-) -> Result<File, MigrationError> {
-    let refused = |error: io::Error| {
-        let code = match error.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::OutOfMemory => "memory-short",
-            _ => "host-refused",
-        };
-        MigrationError::here(code, format!("cannot copy the guest's memory: {error}"))
-    };
-    let total: u64 = blocks.iter().map(|block| block.ram.len() as u64).sum();
-    progress.update(|report| {
-        report.memory_bytes = total;
-        report.remaining_pages = total / PAGE as u64;
-    });
-    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-    let file = File::from(memfd_create("forks", flags).map_err(|error| refused(error.into()))?);
-    file.set_len(total).map_err(refused)?;
-    let (mut position, mut buffer) = (0, vec![0; CHUNK * PAGE]);
-    for block in blocks {
-        for offset in (0..block.ram.len()).step_by(buffer.len()) {
-            if decision.is_canceled() {
-                return Err(MigrationError::Canceled);
-            }
-            let len = buffer.len().min(block.ram.len() - offset);
-            let content = &mut buffer[..len];
-            let slice = block.ram.slice(offset, len);
-            let slice = slice.ok_or_else(|| MigrationError::here("machine-gone", "no memory"))?;
-            slice.copy_to(&mut content[..]);
-            let zeros = write_full(&file, content, position).map_err(refused)?;
-            position += len as u64;
-            let pages = (len / PAGE) as u64;
-            progress.update(|report| {
-                report.pages += pages - zeros;
-                report.zero_pages += zeros;
-                report.remaining_pages = report.remaining_pages.saturating_sub(pages);
-            });
+) -> Result<Snapshot, Refusal> {
+    let error = match captured {
+        Ok(snapshot) => {
+            end(Ok(()));
+            return Ok(snapshot);
         }
+        Err(error) => error,
+    };
+    let refusal = error.refusal();
+    end(Err(&refusal));
+    let _ = conclude(progress, Err(error));
+    Err(refusal)
+}
+
+/// Memory of this process that holds a copy of the guest's.
+struct MemoryCopy<'a> {
+    file: File,
+    progress: &'a Progress,
+}
+
+fn refused(error: impl Into<io::Error>) -> MigrationError {
+    let error = error.into();
+    let code = match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::OutOfMemory => "memory-short",
+        _ => "host-refused",
+    };
+    MigrationError::here(code, format!("cannot copy the guest's memory: {error}"))
+}
+
+impl<'a> MemoryCopy<'a> {
+    fn create(blocks: &[Block], progress: &'a Progress) -> Result<Self, MigrationError> {
+        let total: u64 = blocks.iter().map(|block| block.ram.len() as u64).sum();
+        progress.update(|report| {
+            report.memory_bytes = total;
+            report.remaining_pages = total / PAGE as u64;
+        });
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let file = File::from(memfd_create("forks", flags).map_err(refused)?);
+        file.set_len(total).map_err(refused)?;
+        Ok(Self { file, progress })
     }
-    // The machines that map it rely on its size, and see no page change.
-    let seals = SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
-    fcntl_add_seals(&file, seals).map_err(|error| refused(error.into()))?;
-    Ok(file)
+
+    /// The machines that map it rely on its size, and see no page change.
+    fn seal(self) -> Result<File, MigrationError> {
+        let seals = SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
+        fcntl_add_seals(&self.file, seals).map_err(refused)?;
+        Ok(self.file)
+    }
+}
+
+impl PageSink for MemoryCopy<'_> {
+    fn put(&mut self, first: usize, content: &[u8]) -> Result<(), MigrationError> {
+        let zeros = write_full(&self.file, content, (first * PAGE) as u64).map_err(refused)?;
+        let pages = (content.len() / PAGE) as u64;
+        self.progress.update(|report| {
+            report.pages += pages - zeros;
+            report.zero_pages += zeros;
+            report.remaining_pages = report.remaining_pages.saturating_sub(pages);
+        });
+        Ok(())
+    }
 }
 
 /// Writes the pages that are not zeros, neighbours at once. Returns the number of the others.

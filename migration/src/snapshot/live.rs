@@ -14,7 +14,8 @@
 //! the last round left.
 //!
 //! Two threads copy. The *fault thread* copies the pages that the guest waits for and releases them
-//! without waiting for the storage. The *writer* copies all others, in order, and writes to the files.
+//! without waiting for the storage. The *writer* copies all others, in order, and writes to the files, or to the memory
+//! from which forks are mapped.
 //! [`Image::left`] gives each page to exactly one of them, and only that one releases it: a page that
 //! was released before it was copied would be of a later moment.
 //!
@@ -29,7 +30,7 @@ use std::time::{Duration, Instant};
 use memory::{DirtyBitmap, WriteProtection};
 use parking_lot::{Condvar, Mutex};
 
-use super::memory_file::MemoryFile;
+use super::memory_file::{MemoryFile, PageSink};
 use super::write::{SavedState, Writing, complete, end, in_folder};
 use crate::MigrationError;
 use crate::decision::Decision;
@@ -97,7 +98,7 @@ pub fn write_live(writing: &Writing<'_>, guest: &mut dyn RunningGuest) -> Result
     let written = in_folder(writing, |folder| {
         let offer = guest.offer().map_err(MigrationError::Here)?;
         let blocks = guest.blocks();
-        let image = Image::new(&blocks, writing)?;
+        let image = Image::new(&blocks, writing.progress, writing.decision)?;
         let mut file = MemoryFile::create(folder, &blocks, writing)?;
         let state = image.take(guest, &mut file)?;
         guest.sync();
@@ -107,7 +108,7 @@ pub fn write_live(writing: &Writing<'_>, guest: &mut dyn RunningGuest) -> Result
 }
 
 /// Memory as it is at one moment, while it is copied.
-struct Image<'a> {
+pub(super) struct Image<'a> {
     blocks: &'a [Block],
     /// The number that each block's first page has in the file.
     starts: Vec<usize>,
@@ -124,7 +125,11 @@ struct Image<'a> {
 }
 
 impl<'a> Image<'a> {
-    fn new(blocks: &'a [Block], writing: &Writing<'a>) -> Result<Self, MigrationError> {
+    pub(super) fn new(
+        blocks: &'a [Block],
+        progress: &'a Progress,
+        decision: &'a Decision,
+    ) -> Result<Self, MigrationError> {
         let rams = blocks.iter().map(|block| block.ram.clone()).collect();
         let protection = WriteProtection::new(rams).map_err(|error| {
             let why = format!("{error}; a paused VM can be snapshotted on any host");
@@ -149,16 +154,16 @@ impl<'a> Image<'a> {
             queue: Mutex::default(),
             room: Condvar::new(),
             over: AtomicBool::new(false),
-            progress: writing.progress,
-            decision: writing.decision,
+            progress,
+            decision,
         })
     }
 
     /// Stops the guest for a moment, and copies the memory that it has then. Returns its state.
-    fn take(
+    pub(super) fn take(
         &self,
         guest: &mut dyn RunningGuest,
-        file: &mut MemoryFile<'_>,
+        sink: &mut dyn PageSink,
     ) -> Result<SavedState, MigrationError> {
         thread::scope(|scope| {
             let server = thread::Builder::new().name("snapshot-faults".to_owned());
@@ -167,7 +172,7 @@ impl<'a> Image<'a> {
             let taken = self
                 .arm()
                 .and_then(|()| self.stop(guest))
-                .and_then(|state| self.copy_all(file).map(|()| state));
+                .and_then(|state| self.copy_all(sink).map(|()| state));
             self.over.store(true, Ordering::Release);
             self.room.notify_all();
             // Its error first: it ended the protection, from which other errors follow.
@@ -175,7 +180,7 @@ impl<'a> Image<'a> {
                 MigrationError::here("host-refused", "the thread that serves faults panicked")
             })??;
             let state = taken?;
-            self.write_queued(file)?;
+            self.write_queued(sink)?;
             Ok(state)
         })
     }
@@ -244,20 +249,20 @@ impl<'a> Image<'a> {
     }
 
     /// Copies and releases the pages that the fault thread does not.
-    fn copy_all(&self, file: &mut MemoryFile<'_>) -> Result<(), MigrationError> {
+    fn copy_all(&self, sink: &mut dyn PageSink) -> Result<(), MigrationError> {
         let mut buffer = vec![0; CHUNK * PAGE];
         for (index, block) in self.blocks.iter().enumerate() {
             let pages = block.ram.len() / PAGE;
             for first in (0..pages).step_by(CHUNK) {
                 self.check()?;
-                self.write_queued(file)?;
+                self.write_queued(sink)?;
                 let chunk = first..pages.min(first + CHUNK);
                 let ours = chunk.filter(|&page| self.left[index].take_page(page));
                 for (_, first, pages) in runs_of(ours.map(|page| (index, page)), 0) {
                     let content = &mut buffer[..pages * PAGE];
                     copy(block, first * PAGE, content)?;
                     self.release(index, first, pages)?;
-                    file.put(self.starts[index] + first, content)?;
+                    sink.put(self.starts[index] + first, content)?;
                 }
             }
         }
@@ -265,11 +270,11 @@ impl<'a> Image<'a> {
     }
 
     /// Writes the copies that the fault thread has made.
-    fn write_queued(&self, file: &mut MemoryFile<'_>) -> Result<(), MigrationError> {
+    fn write_queued(&self, sink: &mut dyn PageSink) -> Result<(), MigrationError> {
         let queued = std::mem::take(&mut *self.queue.lock());
         self.room.notify_all();
         let mut queued = queued.iter();
-        queued.try_for_each(|(page, content)| file.put(*page, content))
+        queued.try_for_each(|(page, content)| sink.put(*page, content))
     }
 
     /// The fault thread. When it ends, for whatever reason, no page is protected and no thread waits.

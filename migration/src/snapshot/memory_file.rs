@@ -13,6 +13,12 @@ use crate::MigrationError;
 use crate::pages::{Block, PAGE};
 use crate::progress::{Progress, micros};
 
+/// Receives the pages of a guest's memory, each once and in any order.
+pub(super) trait PageSink {
+    /// Takes neighbouring pages, of which the first has the number `first` in all of the memory.
+    fn put(&mut self, first: usize, content: &[u8]) -> Result<(), MigrationError>;
+}
+
 /// The memory and the hashes while they are written. Each page is put once.
 pub(super) struct MemoryFile<'a> {
     memory: File,
@@ -75,8 +81,30 @@ impl<'a> MemoryFile<'a> {
         })
     }
 
-    /// Writes neighbouring pages, of which the first has the number `first` in the file.
-    pub(super) fn put(&mut self, first: usize, content: &[u8]) -> Result<(), MigrationError> {
+    /// Writes the hashes, and makes both files durable.
+    pub(super) fn finish(self) -> Result<FileInfo, MigrationError> {
+        let marks = self.marks.iter();
+        let bytes: Vec<u8> = marks.flat_map(|mark| mark.to_le_bytes()).collect();
+        let written = |file: &File| -> io::Result<()> {
+            file.set_len(bytes.len() as u64)?;
+            for (index, part) in bytes.chunks(PAGE).enumerate() {
+                // The hashes of memory that is not plugged are holes, too.
+                if part.iter().any(|byte| *byte != 0) {
+                    file.write_all_at(part, (index * PAGE) as u64)?;
+                }
+            }
+            file.sync_all()
+        };
+        written(&self.hashes).map_err(|error| host("write", &self.hashes_path, &error))?;
+        self.memory
+            .sync_all()
+            .map_err(|error| host("write", &self.memory_path, &error))?;
+        Ok(FileInfo::of(&bytes))
+    }
+}
+
+impl PageSink for MemoryFile<'_> {
+    fn put(&mut self, first: usize, content: &[u8]) -> Result<(), MigrationError> {
         let pages = content.len() / PAGE;
         let end = first.saturating_add(pages);
         let marks = self.marks.get_mut(first..end);
@@ -120,26 +148,5 @@ impl<'a> MemoryFile<'a> {
             report.bytes_per_second = rate;
         });
         Ok(())
-    }
-
-    /// Writes the hashes, and makes both files durable.
-    pub(super) fn finish(self) -> Result<FileInfo, MigrationError> {
-        let marks = self.marks.iter();
-        let bytes: Vec<u8> = marks.flat_map(|mark| mark.to_le_bytes()).collect();
-        let written = |file: &File| -> io::Result<()> {
-            file.set_len(bytes.len() as u64)?;
-            for (index, part) in bytes.chunks(PAGE).enumerate() {
-                // The hashes of memory that is not plugged are holes, too.
-                if part.iter().any(|byte| *byte != 0) {
-                    file.write_all_at(part, (index * PAGE) as u64)?;
-                }
-            }
-            file.sync_all()
-        };
-        written(&self.hashes).map_err(|error| host("write", &self.hashes_path, &error))?;
-        self.memory
-            .sync_all()
-            .map_err(|error| host("write", &self.memory_path, &error))?;
-        Ok(FileInfo::of(&bytes))
     }
 }

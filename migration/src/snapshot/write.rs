@@ -11,7 +11,7 @@ use rustix::fs::{CWD, RenameFlags, renameat_with};
 use uuid::Uuid;
 
 use super::manifest::{FileInfo, Manifest};
-use super::memory_file::MemoryFile;
+use super::memory_file::{MemoryFile, PageSink};
 use super::read::Snapshot;
 use super::{CHUNK, HASHES, MACHINE, MANIFEST, MEMORY, STATE, conclude};
 use crate::MigrationError;
@@ -111,7 +111,7 @@ fn write_all(
 ) -> Result<(), MigrationError> {
     writing.progress.enter(Phase::Stopped);
     let mut file = MemoryFile::create(folder, &saved.blocks, writing)?;
-    write_memory(writing, &saved.blocks, &mut file)?;
+    copy_paused(&saved.blocks, writing.decision, &mut file)?;
     let state = SavedState {
         state: saved.state,
         stopped_at: saved.stopped_at,
@@ -151,17 +151,17 @@ pub(super) fn complete(
     folder.commit()
 }
 
-/// Writes the memory of a paused guest.
-fn write_memory(
-    writing: &Writing<'_>,
+/// Copies the memory of a paused guest.
+pub(super) fn copy_paused(
     blocks: &[Block],
-    file: &mut MemoryFile<'_>,
+    decision: &Decision,
+    sink: &mut dyn PageSink,
 ) -> Result<(), MigrationError> {
     let mut buffer = vec![0; CHUNK * PAGE];
     let mut position = 0;
     for block in blocks {
         for offset in (0..block.ram.len()).step_by(buffer.len()) {
-            if writing.decision.is_canceled() {
+            if decision.is_canceled() {
                 return Err(MigrationError::Canceled);
             }
             let len = buffer.len().min(block.ram.len() - offset);
@@ -169,7 +169,7 @@ fn write_memory(
             if !block.ram.read_pages(offset, &mut buffer[..len]) {
                 return Err(MigrationError::here("machine-gone", "no memory"));
             }
-            file.put(position / PAGE, &buffer[..len])?;
+            sink.put(position / PAGE, &buffer[..len])?;
             position += len;
         }
     }

@@ -1,17 +1,17 @@
-//! VMs made from a snapshot, and forks: VMs made from a paused VM.
+//! VMs made from a snapshot, and forks: VMs made from a VM.
 
 use std::sync::Arc;
 
 use control::{Category, Migration, Registry, RequestError, SnapshotOf, VmHandle};
-use migration::snapshot::{Memory, Restoring, Saved, Snapshot, restore};
+use migration::snapshot::{Memory, Restoring, Snapshot, restore};
 use migration::{Offer, Refusal, Source as _};
 use spec::{
-    ForkVm, MemoryRestoreMode, MigrationSide, Overrides, RefusedField, RestoreConfig, VmId,
-    fork_names,
+    ForkVm, MemoryRestoreMode, MigrationSide, Overrides, RefusedField, RestoreConfig, VmConfig,
+    VmId, fork_names,
 };
 
 use super::destination::{DestinationHost, GuestOrigin, record_failure};
-use super::snapshot::{folder, unusable};
+use super::snapshot::{LiveVm, folder, save_paused, unusable};
 use super::source::SourceVm;
 use super::trust::Allowed;
 use super::{ActiveMigration, offer, start};
@@ -183,7 +183,8 @@ fn begin(
     (ours, host)
 }
 
-/// Starts to make VMs from a paused VM: all are mapped from one copy of its memory.
+/// Starts to make VMs from a VM: all are mapped from one copy of its memory. A running guest stops for
+/// its device state only.
 pub(super) fn begin_fork(
     pool: &Pool,
     registry: &Registry,
@@ -203,18 +204,22 @@ pub(super) fn begin_fork(
     let origin = GuestOrigin::Snapshot { prefault: false };
     let (ours, host) = begin(pool, registry, &children, format!("fork:{id}"), origin);
     let caller = pool.caller(&id).ok_or_else(RequestError::driver_gone)?;
+    let of = SnapshotOf::PausedOrRunning;
     let (decision, progress) = (ours.decision.clone(), ours.progress.clone());
     let parts = caller
-        .call(move |driver, _| {
-            driver.depart(Purpose::Snapshot(SnapshotOf::Paused), &decision, &progress)
-        })
+        .call(move |driver, _| driver.depart(Purpose::Snapshot(of), &decision, &progress))
         .map_err(|_| RequestError::driver_gone())??;
+    let (is_paused, config) = (parts.is_paused, Arc::clone(&parts.config));
     let mut source = SourceVm::new(id.clone(), parts);
     // The guest stays as it is if the request cannot be met.
     let offers = source
         .offer()
         .map_err(|why| RequestError::new(Category::Conflict, &why.code, why.detail))
-        .and_then(|saved| Ok((children.offers(&saved)?, saved)));
+        .and_then(|saved| Ok((children.offers(&saved)?, saved)))
+        .and_then(|offers| match is_paused {
+            true => Ok(offers),
+            false => no_disk_is_written(&config).map(|()| offers),
+        });
     let (offers, saved) = offers.inspect_err(|error| {
         source.end("fork-failed", error.detail.clone());
     })?;
@@ -222,30 +227,45 @@ pub(super) fn begin_fork(
     let span = tracing::info_span!("vm", id = id.as_str());
     start("fork", span, move || {
         tracing::info!(
-            fork = %ours.id, vm = id.as_str(), vms = offers.len(), "fork: begins"
+            fork = %ours.id, vm = id.as_str(), vms = offers.len(), live = !is_paused, "fork: begins"
         );
-        // Overlays of the disks find all that the guest wrote in them.
-        let state = source.flush().and_then(|()| {
-            let stopped_at = source.clocks_stopped_at()?;
-            Ok((source.save()?, stopped_at))
-        });
-        let saved = state.map(|(state, stopped_at)| Saved {
-            offer: saved,
-            state,
-            stopped_at,
-            blocks: source.blocks(),
-        });
+        let ending = source.ending();
         let end = |outcome: Result<(), &Refusal>| match outcome {
-            // From here on the guest may be resumed: its forks have a copy.
-            Ok(()) => source.end("forked", format!("{} VMs", offers.len())),
-            Err(why) => source.end("fork-failed", why.detail.clone()),
+            // From here on the guest is free: its forks have a copy.
+            Ok(()) => ending.end("forked", format!("{} VMs", offers.len())),
+            Err(why) => ending.end("fork-failed", why.detail.clone()),
+        };
+        let (progress, decision) = (&ours.progress, &ours.decision);
+        let captured = if is_paused {
+            Snapshot::capture(save_paused(&mut source, saved), end, progress, decision)
+        } else {
+            Snapshot::capture_live(&mut LiveVm(source), end, progress, decision)
         };
         // The report has the failure, if it failed.
-        if let Ok(snapshot) = Snapshot::capture(saved, end, &ours.progress, &ours.decision) {
+        if let Ok(snapshot) = captured {
             children.make(&snapshot, offers, &host, &ours);
         }
         ours.log_end();
         ours.end();
     })?;
     Ok(forking)
+}
+
+/// A running VM goes on writing to its disks while its forks are made, so that no image holds what the
+/// forks left there.
+fn no_disk_is_written(config: &VmConfig) -> Result<(), RequestError> {
+    let mut disks = config.disks.iter().flatten();
+    let Some(disk) = disks.find(|disk| !disk.readonly) else {
+        return Ok(());
+    };
+    let name = disk.id.as_deref().unwrap_or("");
+    let detail = format!(
+        "the disk {name} is written while the VM runs, so that its forks could not have it as it was \
+         at their moment: pause the VM to fork it, or make the disk readonly"
+    );
+    Err(RequestError::new(
+        Category::Conflict,
+        "disk-written",
+        detail,
+    ))
 }

@@ -45,8 +45,8 @@ fn open(dir: &Path) -> Result<Snapshot, RequestError> {
     Snapshot::open(dir).map_err(|error| unusable(error.refusal()))
 }
 
-/// A running guest, for a live snapshot.
-struct LiveVm(SourceVm);
+/// A running guest, for a live snapshot or forks.
+pub(super) struct LiveVm(pub(super) SourceVm);
 
 impl RunningGuest for LiveVm {
     fn offer(&mut self) -> Result<Offer, Refusal> {
@@ -78,14 +78,18 @@ impl RunningGuest for LiveVm {
 fn write_paused(writing: &Writing<'_>, source: &mut SourceVm) -> Result<(), Refusal> {
     write(writing, || {
         let offer = source.offer()?;
-        // The snapshot includes the disks as they are: all that the guest wrote is on them.
-        source.flush()?;
-        Ok(Saved {
-            offer,
-            state: source.save()?,
-            stopped_at: source.clocks_stopped_at()?,
-            blocks: source.blocks(),
-        })
+        save_paused(source, offer)
+    })
+}
+
+/// Saves a paused guest. Its disks belong to what is saved: all that the guest wrote is on them.
+pub(super) fn save_paused(source: &mut SourceVm, offer: Offer) -> Result<Saved, Refusal> {
+    source.flush()?;
+    Ok(Saved {
+        offer,
+        state: source.save()?,
+        stopped_at: source.clocks_stopped_at()?,
+        blocks: source.blocks(),
     })
 }
 

@@ -168,6 +168,11 @@ fn check(dir: &Path) {
     snapshot
         .fill(&blocks, &Progress::default(), &Decision::default())
         .unwrap();
+    check_memory(&blocks, steps);
+}
+
+/// Checks that memory is as the guest had it after so many steps.
+fn check_memory(blocks: &[Block], steps: u64) {
     let mut expected = vec![0; 2 * PAGES];
     for step in 1..steps {
         expected[(step * 7) as usize % (2 * PAGES)] = step;
@@ -220,6 +225,62 @@ fn pages_that_are_waited_for_are_copied_first() {
     check(&folder);
     assert!(progress.report().faults >= 10, "{:?}", progress.report());
     guest.runs();
+}
+
+/// The same for forks of a running guest, which are mapped from memory of this process.
+#[test]
+fn captured_image_is_of_one_moment() {
+    let (progress, decision) = (Progress::default(), Decision::default());
+    let mut guest = Guest::new(|_| Ok(()));
+    for _ in 0..3 {
+        let free = AtomicBool::new(false);
+        let end = |outcome: Result<(), &Refusal>| {
+            outcome.unwrap();
+            free.store(true, Ordering::Relaxed);
+        };
+        let captured = Snapshot::capture_live(&mut guest, end, &progress, &decision).unwrap();
+        assert!(free.load(Ordering::Relaxed) && !progress.report().phase.is_over());
+        guest.runs();
+        let steps = u64::from_le_bytes(captured.state().try_into().unwrap());
+        let size = (PAGES * PAGE) as u64;
+        let view = |(index, name): (u64, &str)| {
+            let (config, file) = (RamConfig::anonymous(size), captured.memory().unwrap());
+            let ram = RamBlock::view_of_file(&config, file, index * size).unwrap();
+            Block {
+                name: name.to_owned(),
+                ram: Arc::new(ram),
+            }
+        };
+        let blocks: Vec<Block> = (0..).zip(["private", "shared"]).map(view).collect();
+        check_memory(&blocks, steps);
+    }
+}
+
+/// A cancel or a failure of a live capture leaves a guest that runs and is not protected.
+#[test]
+fn capture_that_fails_lets_the_guest_run() {
+    for cancels in [true, false] {
+        let (progress, decision) = (Progress::default(), Decision::default());
+        let canceler = decision.clone();
+        let mut guest = Guest::new(move |step| match (step, cancels) {
+            (At::Resume, true) => {
+                canceler.cancel().unwrap();
+                Ok(())
+            }
+            (At::Save, false) => Err(Refusal::new("gone", "gone")),
+            _ => Ok(()),
+        });
+        let mut why = None;
+        let end = |outcome: Result<(), &Refusal>| why = outcome.err().map(|why| why.code.clone());
+        let refused = Snapshot::capture_live(&mut guest, end, &progress, &decision).unwrap_err();
+        assert_eq!(refused.code, if cancels { "canceled" } else { "gone" });
+        assert_eq!(why, Some(refused.code));
+        assert!(progress.report().phase.is_over());
+        // The owner of a guest that cannot be saved resumes it, as the driver does.
+        guest.stopped = None;
+        guest.runs();
+        assert_eq!(guest.blocks[0].ram.discard(0, PAGE).unwrap(), PAGE as u64);
+    }
 }
 
 #[test]
@@ -280,15 +341,7 @@ fn memory_that_cannot_be_protected_is_refused() {
 fn storage_that_takes_nothing_fails_the_snapshot_and_not_the_guest() {
     let guest = Guest::new(|_| Ok(()));
     let (progress, decision) = (Progress::default(), Decision::default());
-    let writing = Writing {
-        id: Uuid::new_v4(),
-        dir: Path::new("/"),
-        end: &|_| (),
-        base: None,
-        progress: &progress,
-        decision: &decision,
-    };
-    let image = Image::new(&guest.blocks, &writing).unwrap();
+    let image = Image::new(&guest.blocks, &progress, &decision).unwrap();
     for page in 0..MAX_QUEUED {
         image.enqueue(page, Vec::new()).unwrap();
     }
