@@ -2,6 +2,9 @@
 //!
 //! All machines are made and loaded before the first guest runs. If one cannot be made, none is left.
 
+use std::thread;
+
+use parking_lot::Mutex;
 use uuid::Uuid;
 
 use super::read::{RestoreError, Snapshot};
@@ -11,6 +14,12 @@ use crate::decision::Decision;
 use crate::destination::{Destination, Host, StartFailure};
 use crate::message::{Offer, Refusal};
 use crate::progress::{Phase, Progress};
+use crate::threads::in_span;
+
+/// Machines that are made or started at the same time. A host with few CPUs has use for them, too: KVM
+/// waits some milliseconds for a grace period of the kernel at each memslot and interrupt route, in which
+/// no CPU works for this process.
+const AT_ONCE: usize = 8;
 
 /// How a guest gets its memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,45 +95,94 @@ fn restore_all(restoring: &Restoring<'_>) -> Result<(), MigrationError> {
         }
         (Memory::Map | Memory::Copy, _) => {}
     }
-    let mut machines = Machines(Vec::new());
-    for offer in &restoring.offers {
+    let at_once = match restoring.memory {
+        Memory::Map => AT_ONCE,
+        // Limited by the speed of memory. One after another, so that a cancel leaves less half-done.
+        Memory::Copy | Memory::OnDemand => 1,
+    };
+    let machines = for_each(at_once, restoring.offers.iter(), |offer| {
         if decision.is_canceled() {
             return Err(MigrationError::Canceled);
         }
-        let made = prepare(restoring, offer, &mut machines);
-        made.map_err(|error| named(restoring, &offer.vm, error))?;
-    }
+        let made = prepare(restoring, offer);
+        made.map_err(|error| named(restoring, &offer.vm, error))
+    })?;
     // From here on a cancel comes too late: the guests may run.
     if !decision.commit() {
         return Err(MigrationError::Canceled);
     }
     progress.enter(Phase::HandingOver);
-    while let Some((vm, machine)) = machines.0.last_mut() {
-        let started = start(restoring, &mut **machine);
-        started.map_err(|error| named(restoring, vm, error))?;
-        // Not discarded any more.
-        machines.0.pop();
-    }
+    for_each(AT_ONCE, machines.into_iter(), |mut made| {
+        let started = start(restoring, &mut *made.machine);
+        started.map_err(|error| named(restoring, &made.vm, error))?;
+        made.is_started = true;
+        Ok(())
+    })?;
     Ok(())
 }
 
-/// Machines that were made, with the names of their VMs. Those that are left when it is dropped go.
-struct Machines(Vec<(String, Box<dyn Destination>)>);
+/// A machine that was made. If it is dropped before its guest was started, nothing of it stays.
+struct Made {
+    /// The name of its VM.
+    vm: String,
+    machine: Box<dyn Destination>,
+    is_started: bool,
+}
 
-impl Drop for Machines {
+impl Drop for Made {
     fn drop(&mut self) {
-        for (_, machine) in &mut self.0 {
-            machine.discard();
+        if !self.is_started {
+            self.machine.discard();
         }
     }
 }
 
+/// Works on each item, on up to `at_once` threads, of which this is one. After an error no further item is
+/// begun, and those that are left are dropped. Returns the results in no order, or the error of the first
+/// item that has one.
+fn for_each<T: Send, R: Send>(
+    at_once: usize,
+    items: impl ExactSizeIterator<Item = T> + Send,
+    work: impl Fn(T) -> Result<R, MigrationError> + Sync,
+) -> Result<Vec<R>, MigrationError> {
+    let others = at_once.min(items.len()).saturating_sub(1);
+    let items = Mutex::new(items.enumerate());
+    let done = Mutex::new(Vec::new());
+    let failed: Mutex<Option<(usize, MigrationError)>> = Mutex::new(None);
+    let work_on = || {
+        while failed.lock().is_none() {
+            // In a statement of its own: the lock must not be held for the work.
+            let next = items.lock().next();
+            let Some((index, item)) = next else { return };
+            match work(item) {
+                Ok(result) => done.lock().push(result),
+                Err(error) => {
+                    let mut failed = failed.lock();
+                    if failed.as_ref().is_none_or(|(first, _)| index < *first) {
+                        *failed = Some((index, error));
+                    }
+                }
+            }
+        }
+    };
+    thread::scope(|scope| {
+        for _ in 0..others {
+            let thread = thread::Builder::new().name("restore".to_owned());
+            if thread.spawn_scoped(scope, in_span(&work_on)).is_err() {
+                // The threads that there are do all of the work.
+                break;
+            }
+        }
+        work_on();
+    });
+    match failed.into_inner() {
+        Some((_, error)) => Err(error),
+        None => Ok(done.into_inner()),
+    }
+}
+
 /// Makes one of the machines, and loads it.
-fn prepare(
-    restoring: &Restoring<'_>,
-    offer: &Offer,
-    machines: &mut Machines,
-) -> Result<(), MigrationError> {
+fn prepare(restoring: &Restoring<'_>, offer: &Offer) -> Result<Made, MigrationError> {
     let snapshot = restoring.snapshot;
     let mut offer = offer.clone();
     let mut files = Vec::new();
@@ -134,15 +192,14 @@ fn prepare(
             files.push(snapshot.memory().map_err(failed)?);
         }
     }
-    let made = restoring.host.prepare(restoring.id, &offer, files);
-    machines
-        .0
-        .push((offer.vm, made.map_err(MigrationError::Here)?));
-    let Some((_, machine)) = machines.0.last_mut() else {
-        return Ok(());
+    let machine = restoring.host.prepare(restoring.id, &offer, files);
+    let mut made = Made {
+        vm: offer.vm,
+        machine: machine.map_err(MigrationError::Here)?,
+        is_started: false,
     };
     restoring.progress.enter(Phase::Stopped);
-    let blocks = machine.blocks();
+    let blocks = made.machine.blocks();
     let filled = match restoring.memory {
         Memory::Map => snapshot.check_blocks(&blocks),
         Memory::Copy | Memory::OnDemand => {
@@ -150,7 +207,8 @@ fn prepare(
         }
     };
     filled.map_err(failed)?;
-    load(restoring, &mut **machine)
+    load(restoring, &mut *made.machine)?;
+    Ok(made)
 }
 
 /// Says which of several VMs it is that fails.

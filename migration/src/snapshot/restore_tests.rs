@@ -28,9 +28,13 @@ struct Seen {
     read: Vec<(usize, u8, Pages)>,
     blocks: Vec<Block>,
     offer: Option<Offer>,
-    /// The machine of this number cannot be loaded.
-    refuses: Option<usize>,
-    machines: usize,
+    /// The machine of this VM cannot be loaded.
+    refuses: Option<String>,
+    /// The VMs whose machines were made.
+    machines: Vec<String>,
+    /// The machine of no VM is made before so many are being made.
+    at_once: usize,
+    making: usize,
     started: usize,
     failed: Option<Refusal>,
     discarded: usize,
@@ -47,6 +51,12 @@ impl Host for OnlyMemory {
         files: Vec<File>,
     ) -> Result<Box<dyn Destination>, Refusal> {
         let mut seen = self.0.lock();
+        seen.making += 1;
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while seen.making < seen.at_once {
+            assert!(Instant::now() < deadline, "machines are not made at once");
+            parking_lot::MutexGuard::unlocked(&mut seen, thread::yield_now);
+        }
         seen.blocks = guest(&[]);
         let mut offset = 0;
         for (block, file) in seen.blocks.iter_mut().zip(files) {
@@ -56,8 +66,9 @@ impl Host for OnlyMemory {
             block.ram = Arc::new(view.map_err(|error| Refusal::new("no-view", error.to_string()))?);
         }
         seen.offer = Some(offer.clone());
-        seen.machines += 1;
+        seen.machines.push(offer.vm.clone());
         Ok(Box::new(Machine {
+            vm: offer.vm.clone(),
             seen: Arc::clone(&self.0),
             guest: None,
         }))
@@ -73,6 +84,7 @@ impl Host for OnlyMemory {
 }
 
 struct Machine {
+    vm: String,
     seen: Arc<Mutex<Seen>>,
     guest: Option<JoinHandle<()>>,
 }
@@ -98,7 +110,7 @@ impl Destination for Machine {
     fn load(&mut self, state: &[u8]) -> Result<(), Refusal> {
         assert_eq!(state, b"the state");
         let seen = self.seen.lock();
-        if seen.refuses == Some(seen.machines) {
+        if seen.refuses.as_ref() == Some(&self.vm) {
             return Err(Refusal::new("cannot-be-loaded", "no"));
         }
         let pages = seen.at_load.clone();
@@ -315,10 +327,14 @@ fn forks_are_mapped_from_memory() {
         (5, 302, 0)
     );
     let to = OnlyMemory::default();
+    // The kernel has each of them wait: several are made at once.
+    to.0.lock().at_once = 8;
     made_of(&captured, 20, &to).unwrap();
     let seen = to.0.lock();
-    assert_eq!((seen.machines, seen.started, seen.discarded), (20, 20, 0));
-    assert_eq!(seen.offer.as_ref().unwrap().vm, "web-20");
+    assert_eq!((seen.started, seen.discarded), (20, 0));
+    for n in 1..=20 {
+        assert!(seen.machines.contains(&format!("web-{n}")), "{n}");
+    }
     // The original changes, and the copy does not.
     let expected = content(&blocks);
     blocks[0].ram.slice(0, 1).unwrap().copy_from(&[99_u8]);
@@ -335,14 +351,16 @@ fn no_machine_is_left_if_one_cannot_be_made() {
         &Decision::default(),
     );
     let to = OnlyMemory::default();
-    to.0.lock().refuses = Some(7);
+    to.0.lock().refuses = Some("web-7".to_owned());
     let why = made_of(&captured.unwrap(), 20, &to).unwrap_err();
     assert_eq!(
         (why.code.as_str(), why.detail.as_str()),
         ("cannot-be-loaded", "VM web-7: no")
     );
     let seen = to.0.lock();
-    assert_eq!((seen.machines, seen.started, seen.discarded), (7, 0, 7));
+    // Those that were being made at the same time are gone, too.
+    assert!(seen.machines.len() >= 7, "{:?}", seen.machines);
+    assert_eq!((seen.started, seen.discarded), (0, seen.machines.len()));
 }
 
 #[test]
