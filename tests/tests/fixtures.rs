@@ -28,6 +28,7 @@ consumers! {
     hypeman "hypeman";
     kata_runtime_go "kata-runtime-go";
     kata_runtime_rs "kata-runtime-rs";
+    kata_template_go "kata-template-go";
     libvirt_9 "libvirt-9";
     libvirt_11 "libvirt-11";
     ubicloud "ubicloud";

@@ -10,6 +10,7 @@ use std::time::Duration;
 use spec::{MemoryRestoreMode, MigrationPhase, RestoreConfig, VmId, VmInfo, VmState};
 use tests::snapshots::{from, over, refused, snapshot};
 use tests::{Face, Service, dirtier};
+use tokio::net::UnixListener;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -293,6 +294,68 @@ async fn forks_begin_where_their_vm_is_paused() {
     let made = over(&service, &begun).await;
     assert_eq!(made.vm.map(String::from).as_deref(), Some("fork-7-1"));
     dirtier::check(&service.path("again1")).await.unwrap();
+}
+
+/// Twenty forks have a MAC address, a tap, a CID and a vsock socket each, and reach the host through their own
+/// socket.
+#[tokio::test]
+async fn forks_have_their_own_network_and_vsock() {
+    const FORKS: usize = 20;
+    let service = Service::start(Face::Many).await.unwrap();
+    let client = service.client();
+    // Connects to the host over vsock, with the CID that it reads from the device.
+    let connecting = guest::Options {
+        workload: guest::Workload::Attack(guest::Attack::Vsock),
+        ..guest::Options::default()
+    };
+    let (mut config, serial) = service.pocket("guest", connecting).unwrap();
+    let dir = service.path("vsock");
+    fs::create_dir(&dir).unwrap();
+    let tap = format!("wf{:x}n", std::process::id());
+    let net = serde_json::json!([{ "id": "net", "tap": format!("{tap}0") }]);
+    config.net = serde_json::from_value(net).unwrap();
+    let vsock = serde_json::json!({ "cid": 3, "socket": dir.join("0") });
+    config.vsock = serde_json::from_value(vsock).unwrap();
+    let vm = service.create("guest", config).await.unwrap();
+    // The host's end of a guest's connections to the port: guest 0 is the one that is forked.
+    let port = guest::Attack::VSOCK_PORT;
+    let listen = |n: usize| UnixListener::bind(dir.join(format!("{n}_{port}"))).unwrap();
+    let hosts: Vec<_> = (0..=FORKS).map(listen).collect();
+    client.vms_boot(&vm).await.unwrap();
+    serial.wait_for("ready", 1, PATIENCE).await.unwrap();
+    let connects = async |n: usize| {
+        let connected = tokio::time::timeout(PATIENCE, hosts[n].accept()).await;
+        connected
+            .unwrap_or_else(|_| unreachable!("VM {n} does not connect"))
+            .unwrap()
+    };
+    drop(connects(0).await);
+    client.vms_pause(&vm).await.unwrap();
+    let overrides = serde_json::json!({
+        "net": [{ "id": "net", "tap": format!("{tap}{{n}}"), "mac": "02:00:00:00:01:00" }],
+        "vsock": { "cid": 100, "socket": dir.join("{n}") },
+        "serial": { "mode": "File", "file": service.path("serial-{n}") },
+    });
+    let what = spec::ForkVm {
+        count: FORKS as u32,
+        resume: true,
+        overrides: serde_json::from_value(overrides).unwrap(),
+        ..spec::ForkVm::default()
+    };
+    let made = over(&service, &client.vms_fork(&vm, &what).await.unwrap()).await;
+    assert_eq!(made.phase, MigrationPhase::Completed, "{made:?}");
+    for n in 1..=FORKS {
+        drop(connects(n).await);
+        let fork: VmId = format!("guest-{n}").parse().unwrap();
+        let config = client.vms_info(&fork).await.unwrap().config;
+        let (net, vsock) = (config.net.unwrap(), config.vsock.unwrap());
+        assert_eq!(vsock.cid, 99 + n as u64);
+        let mac = net[0].mac.as_ref().map(ToString::to_string);
+        assert_eq!(mac, Some(format!("02:00:00:00:01:{:02x}", n - 1)));
+        let name = format!("{tap}{n}");
+        assert_eq!(net[0].tap.as_deref(), Some(name.as_str()));
+        assert!(Path::new("/sys/class/net").join(name).exists());
+    }
 }
 
 /// A running VM is forked without a pause, and goes on; its forks begin at one moment of it.

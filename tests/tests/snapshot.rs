@@ -379,3 +379,80 @@ async fn what_is_left_of_an_interrupted_snapshot_is_whole_or_none() {
     );
     assert!(is_there || !dir.exists(), "nothing is left");
 }
+
+/// Five increments on a snapshot, all of a guest that runs and writes: each holds what is different, and the
+/// last restores the guest as it was then, also when the folders were moved together.
+#[tokio::test]
+async fn chain_of_five_increments_is_restored() {
+    let service = Service::start(Face::Many).await.unwrap();
+    let client = service.client();
+    let (vm, port) = dirtier::boot(&service).await.unwrap();
+    let parent = service.path("chain");
+    fs::create_dir(&parent).unwrap();
+    snapshot(&service, &vm, &parent.join("0")).await;
+    for i in 1..=5 {
+        dirtier::check(&port).await.unwrap();
+        let what = VmSnapshotConfig {
+            base_url: Some(format!(
+                "file://{}",
+                parent.join(format!("{}", i - 1)).display()
+            )),
+            ..to(&parent.join(format!("{i}")))
+        };
+        let begun = client.vms_snapshot(&vm, &what).await.unwrap();
+        let taken = over(&service, &begun).await;
+        assert_eq!(taken.phase, MigrationPhase::Completed, "{taken:?}");
+        // The guest has written some pages, and not its kernel.
+        let content = taken.memory_bytes / 4096 - taken.zero_pages;
+        assert!(taken.pages > 0 && taken.pages < content, "{taken:?}");
+    }
+    client.vms_delete(&vm).await.unwrap();
+    let moved = service.path("moved");
+    fs::rename(&parent, &moved).unwrap();
+    for (increment, mode) in [
+        ("5", spec::MemoryRestoreMode::Copy),
+        ("5", spec::MemoryRestoreMode::OnDemand),
+        ("3", spec::MemoryRestoreMode::Copy),
+    ] {
+        let what = spec::RestoreConfig {
+            memory_restore_mode: mode,
+            verify: true,
+            ..from(&moved.join(increment), true)
+        };
+        let begun = client.vms_restore(&vm, &what).await.unwrap();
+        let came = over(&service, &begun).await;
+        assert_eq!(came.phase, MigrationPhase::Completed, "{mode:?}: {came:?}");
+        dirtier::check(&port).await.unwrap();
+        client.vms_delete(&vm).await.unwrap();
+    }
+}
+
+/// The storage is full when a part of the memory is written: nothing is left there, and the VM is as before.
+#[tokio::test]
+async fn full_disk_leaves_the_vm_and_no_file() {
+    // The service alone sees the small file system. The wrapper becomes the service.
+    let mount = "mount -t tmpfs -o size=1m snapshots /srv && exec \"$@\"";
+    let wrapper = ["unshare", "--mount", "sh", "-c", mount, "sh"];
+    let service = Service::start_with(&wrapper, &[]).await.unwrap();
+    let client = service.client();
+    let booted = dirtier::boot_writing(&service, Some(64 << 20), 16, 50_000).await;
+    let (vm, port) = booted.unwrap();
+    let seen = format!("/proc/{}/root/srv", service.pid());
+    for is_paused in [false, true] {
+        if is_paused {
+            client.vms_pause(&vm).await.unwrap();
+        }
+        let failed = snapshot(&service, &vm, Path::new("/srv/full")).await;
+        assert_eq!(failed.phase, MigrationPhase::Failed, "{failed:?}");
+        assert_eq!(failed.error.unwrap().code, "no-space");
+        assert!(failed.pages > 0, "a part was written");
+        assert_eq!(fs::read_dir(&seen).unwrap().count(), 0, "nothing is left");
+        if is_paused {
+            client.vms_resume(&vm).await.unwrap();
+        }
+        dirtier::check(&port).await.unwrap();
+    }
+    // With room it works.
+    let taken = snapshot(&service, &vm, &service.path("room")).await;
+    assert_eq!(taken.phase, MigrationPhase::Completed, "{taken:?}");
+}
