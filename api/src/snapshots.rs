@@ -8,7 +8,7 @@ use axum::extract::State;
 use axum::response::Response;
 use control::{Migration, RequestError, SnapshotOf};
 use http::StatusCode;
-use spec::{ForkVm, MigrationInfo, RestoreConfig, VmId, VmSnapshotConfig};
+use spec::{ForkVm, MergeSnapshots, MigrationInfo, RestoreConfig, VmId, VmSnapshotConfig};
 
 use crate::extract::{Json, Named};
 use crate::migrations::{begin, created, created_with_socket, wait};
@@ -26,6 +26,7 @@ use crate::tags::{MIGRATIONS, ONE_VM};
 pub(crate) fn routes() -> Routes<Service> {
     Routes::default()
         .routes(routes!(snapshot))
+        .routes(routes!(merge))
         .routes(routes!(restore))
         .routes(routes!(fork))
 }
@@ -59,6 +60,28 @@ async fn snapshot(
     let registry = service.registry.clone();
     let take = move || registry.take_snapshot(id.as_str(), &body, SnapshotOf::PausedOrRunning);
     let begun = begin(take, ApiError::from).await?;
+    Ok(created(begun.info()))
+}
+
+/// Start to write a snapshot that needs no base from a chain of increments.
+///
+/// The chain is read as for a restore, and each page is checked. It stays as it is. The new snapshot has an
+/// identity of its own, and is complete when the migration that the answer shows is `Completed`. Deleting
+/// that migration cancels it, and nothing is left of it. No VM is involved.
+#[utoipa::path(
+    post, path = "/api/v1/snapshots/merge", operation_id = "mergeSnapshots", tag = MIGRATIONS, request_body = MergeSnapshots,
+    responses(
+        (status = 201, description = "It has begun.", body = MigrationInfo,
+         headers(("Location" = String, description = "Its path."))),
+        NotUnderstood, TooSlow, TooLong, NotJson, NotPossible, Failed, Unsupported,
+    ),
+)]
+async fn merge(
+    State(service): State<Service>,
+    Json(body): Json<MergeSnapshots>,
+) -> Result<Response, ApiError> {
+    let registry = service.registry.clone();
+    let begun = begin(move || registry.merge_snapshots(&body), ApiError::from).await?;
     Ok(created(begun.info()))
 }
 

@@ -19,8 +19,8 @@ use harness::{Answer, CONFIG, call, expect, one_vm, send};
 use http::Request;
 use serde_json::json;
 use spec::{
-    AwaitMigration, ForkVm, HostLimits, MigrationInfo, MigrationOutcome, RestoreConfig,
-    StartMigration, VmConfig, VmId, VmSnapshotConfig, VmmPingResponse,
+    AwaitMigration, ForkVm, HostLimits, MergeSnapshots, MigrationInfo, MigrationOutcome,
+    RestoreConfig, StartMigration, VmConfig, VmId, VmSnapshotConfig, VmmPingResponse,
 };
 use tokio::sync::watch;
 
@@ -139,6 +139,10 @@ impl Migrate for Engine {
         let snapshot = self.start(vm.id(), &what.destination_url);
         self.last().unwrap().end("completed");
         Ok(snapshot)
+    }
+
+    fn merge(&self, _: &MergeSnapshots) -> Result<Arc<dyn Migration>, RequestError> {
+        unsupported()
     }
 
     fn restore(

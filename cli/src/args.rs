@@ -9,6 +9,21 @@ use spec::VmId;
 use crate::cpu::CpuCommand;
 use crate::migrate::{MigrateArguments, Outcome, ReceiveArguments};
 
+/// What to do with snapshots that exist.
+#[derive(Debug, Subcommand)]
+pub(crate) enum SnapshotCommand {
+    /// Write a snapshot that needs no base from an increment and its bases, and wait until it is complete.
+    /// They stay as they are. Ctrl-C cancels. Needs a service's socket.
+    Merge {
+        /// The increment, on the service's host: file:///PATH, or an absolute path.
+        #[arg(value_name = "URL")]
+        source_url: String,
+        /// The folder of the new snapshot. Made if it does not exist.
+        #[arg(value_name = "URL")]
+        destination_url: String,
+    },
+}
+
 /// Drives a virtual machine over the REST API.
 ///
 /// With --api-socket alone, commands go to a socket that serves one VM, as with `ch-remote`. With
@@ -199,10 +214,13 @@ pub(crate) enum Command {
     },
     /// Write a snapshot of the VM into a folder of its host, and wait until it is complete. A running
     /// VM stops for some milliseconds only. Ctrl-C cancels.
+    #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
     Snapshot {
+        #[command(subcommand)]
+        command: Option<SnapshotCommand>,
         /// The folder: file:///PATH, or an absolute path. Made if it does not exist.
-        #[arg(value_name = "URL")]
-        destination_url: String,
+        #[arg(value_name = "URL", required = true)]
+        destination_url: Option<String>,
         /// A snapshot of this VM: only pages that have changed since are written. The new snapshot needs
         /// it.
         #[arg(long, value_name = "URL")]

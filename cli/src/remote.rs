@@ -7,12 +7,12 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use openapi::{Client, News};
 use spec::{
-    CreateVm, ForkVm, PciDeviceInfo, ReceiveMigrationData, ResolveMigration, RestoreConfig,
-    SendMigrationData, VmAddUserDevice, VmConfig, VmCoredumpData, VmId, VmRemoveDevice, VmResize,
-    VmResizeDisk, VmResizeZone, VmSnapshotConfig, options,
+    CreateVm, ForkVm, MergeSnapshots, PciDeviceInfo, ReceiveMigrationData, ResolveMigration,
+    RestoreConfig, SendMigrationData, VmAddUserDevice, VmConfig, VmCoredumpData, VmId,
+    VmRemoveDevice, VmResize, VmResizeDisk, VmResizeZone, VmSnapshotConfig, options,
 };
 
-use crate::args::{Arguments, Command, ResizeArguments};
+use crate::args::{Arguments, Command, ResizeArguments, SnapshotCommand};
 use crate::console;
 use crate::cpu::{self, CpuCommand, Place};
 use crate::describe;
@@ -144,9 +144,17 @@ impl Remote {
                 migrate::receive(&self.client, self.vm.as_ref(), &arguments, self.printer).await
             }
             Command::Snapshot {
+                command: Some(command),
+                ..
+            } => self.perform_on_snapshots(command).await,
+            Command::Snapshot {
+                command: None,
                 destination_url,
                 base,
-            } => self.snapshot(&destination_url, base.as_deref()).await,
+            } => {
+                let destination = destination_url.context("snapshot needs a folder")?;
+                self.snapshot(&destination, base.as_deref()).await
+            }
             Command::Restore { options, overrides } => {
                 self.restore(&options, overrides.as_deref()).await
             }
@@ -232,6 +240,19 @@ impl Remote {
             }
             None => Ok(patient(&self.client).vm_snapshot(&body).await?),
         }
+    }
+
+    async fn perform_on_snapshots(&self, command: SnapshotCommand) -> Result<()> {
+        let SnapshotCommand::Merge {
+            source_url,
+            destination_url,
+        } = command;
+        let body = MergeSnapshots {
+            source_url: url(&source_url),
+            destination_url: url(&destination_url),
+        };
+        let begun = self.client.snapshots_merge(&body).await?;
+        migrate::follow(&self.client, begun, self.printer).await
     }
 
     async fn restore(&self, text: &str, overrides: Option<&str>) -> Result<()> {

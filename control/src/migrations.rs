@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use spec::{
-    AwaitMigration, ForkVm, MigrationInfo, MigrationOutcome, RestoreConfig, StartMigration, VmId,
-    VmSnapshotConfig,
+    AwaitMigration, ForkVm, MergeSnapshots, MigrationInfo, MigrationOutcome, RestoreConfig,
+    StartMigration, VmId, VmSnapshotConfig,
 };
 use tokio::sync::watch;
 
@@ -113,6 +113,12 @@ pub trait Migrate: Send + Sync {
         what: &VmSnapshotConfig,
         of: SnapshotOf,
     ) -> Result<Arc<dyn Migration>, RequestError>;
+
+    /// Starts to write a snapshot that needs no base from a chain of increments.
+    ///
+    /// # Errors
+    /// The request is not valid, or the chain cannot be read.
+    fn merge(&self, what: &MergeSnapshots) -> Result<Arc<dyn Migration>, RequestError>;
 
     /// Starts to make a VM from a snapshot.
     ///

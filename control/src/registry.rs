@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use spec::{
-    AwaitMigration, CpuCheck, CpuDescription, ForkVm, HostCpu, HostLimits, MigrationSide,
-    RestoreConfig, StartMigration, VmConfig, VmId, VmSnapshotConfig,
+    AwaitMigration, CpuCheck, CpuDescription, ForkVm, HostCpu, HostLimits, MergeSnapshots,
+    MigrationSide, RestoreConfig, StartMigration, VmConfig, VmId, VmSnapshotConfig,
 };
 use tokio::sync::watch;
 
@@ -203,6 +203,18 @@ impl Registry {
         let vm = self.movable(id)?;
         let snapshot = self.mover()?.snapshot(&vm, what, of)?;
         Ok(self.0.migrations.add(snapshot))
+    }
+
+    /// Starts to write a snapshot that needs no base from a chain of increments.
+    ///
+    /// # Errors
+    /// The request is not valid, or the chain cannot be read.
+    pub fn merge_snapshots(
+        &self,
+        what: &MergeSnapshots,
+    ) -> Result<Arc<dyn Migration>, RequestError> {
+        let merging = self.mover()?.merge(what)?;
+        Ok(self.0.migrations.add(merging))
     }
 
     /// Starts to make a VM from a snapshot.

@@ -2,8 +2,8 @@
 
 use spec::{
     AwaitMigration, CpuCheck, CpuDescription, CreateVm, DeviceConfig, DiskConfig, ForkVm, FsConfig,
-    GenericVhostUserConfig, HostCpu, MemoryMap, MigrationInfo, MigrationProgress, NetConfig,
-    PciDeviceInfo, PmemConfig, ReceiveMigrationData, ResolveMigration, RestoreConfig,
+    GenericVhostUserConfig, HostCpu, MemoryMap, MergeSnapshots, MigrationInfo, MigrationProgress,
+    NetConfig, PciDeviceInfo, PmemConfig, ReceiveMigrationData, ResolveMigration, RestoreConfig,
     SendMigrationData, StartMigration, VdpaConfig, VmAddUserDevice, VmConfig, VmCoredumpData,
     VmCounters, VmId, VmInfo, VmRemoveDevice, VmResize, VmResizeDisk, VmResizeZone,
     VmSnapshotConfig, VmSummary, VmmPingResponse, VsockConfig,
@@ -158,6 +158,8 @@ operations! {
     vms_migrate(id)[StartMigration]: POST "/api/v1/vms/{id}/migrations" "migrateVm" -> MigrationInfo;
     /// Starts to write a snapshot of a VM, which may run.
     vms_snapshot(id)[VmSnapshotConfig]: POST "/api/v1/vms/{id}/snapshots" "snapshotVm" -> MigrationInfo;
+    /// Starts to write a snapshot that needs no base from a chain of increments.
+    snapshots_merge[MergeSnapshots]: POST "/api/v1/snapshots/merge" "mergeSnapshots" -> MigrationInfo;
     /// Starts to make a VM of this name from a snapshot.
     vms_restore(id)[RestoreConfig]: POST "/api/v1/vms/{id}/restore" "restoreVm" -> MigrationInfo;
     /// Starts to make VMs from a paused VM.

@@ -61,6 +61,16 @@ pub struct VmSnapshotConfig {
     pub base_url: Option<String>,
 }
 
+/// A chain of increments to merge into one snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MergeSnapshots {
+    /// `file:///PATH`: the increment, whose bases are found as for a restore.
+    pub source_url: String,
+    /// `file:///PATH`: a folder of the host, which is made if it does not exist, and holds no snapshot.
+    pub destination_url: String,
+}
+
 /// Destination of a core dump.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

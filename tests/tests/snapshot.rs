@@ -381,7 +381,7 @@ async fn what_is_left_of_an_interrupted_snapshot_is_whole_or_none() {
 }
 
 /// Five increments on a snapshot, all of a guest that runs and writes: each holds what is different, and the
-/// last restores the guest as it was then, also when the folders were moved together.
+/// last restores the guest as it was then, also when the folders were moved together or merged.
 #[tokio::test]
 async fn chain_of_five_increments_is_restored() {
     let service = Service::start(Face::Many).await.unwrap();
@@ -425,6 +425,39 @@ async fn chain_of_five_increments_is_restored() {
         dirtier::check(&port).await.unwrap();
         client.vms_delete(&vm).await.unwrap();
     }
+
+    // Merged, it needs none of them, and can be mapped.
+    let (top, whole) = (moved.join("5"), service.path("whole"));
+    let merge = |from: &Path| {
+        let mut command = Command::new(built("wh-remote").unwrap());
+        command.arg("--api-socket").arg(service.socket());
+        command.args(["snapshot", "merge"]).arg(from).arg(&whole);
+        command.output().unwrap()
+    };
+    let refused = merge(&service.path("nothing"));
+    let why = String::from_utf8_lossy(&refused.stderr);
+    assert!(
+        !refused.status.success() && why.contains("snapshot-unreadable"),
+        "{why}"
+    );
+    let merged = merge(&top);
+    assert!(merged.status.success(), "{merged:?}");
+    let twice = merge(&top);
+    let why = String::from_utf8_lossy(&twice.stderr);
+    assert!(
+        !twice.status.success() && why.contains("snapshot-exists"),
+        "{why}"
+    );
+    fs::remove_dir_all(&moved).unwrap();
+    let what = spec::RestoreConfig {
+        memory_restore_mode: spec::MemoryRestoreMode::Map,
+        verify: true,
+        ..from(&whole, true)
+    };
+    let begun = client.vms_restore(&vm, &what).await.unwrap();
+    let came = over(&service, &begun).await;
+    assert_eq!(came.phase, MigrationPhase::Completed, "{came:?}");
+    dirtier::check(&port).await.unwrap();
 }
 
 /// The storage is full when a part of the memory is written: nothing is left there, and the VM is as before.

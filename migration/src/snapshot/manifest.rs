@@ -96,6 +96,10 @@ impl FileInfo {
     }
 }
 
+fn program() -> String {
+    concat!("whimbrel ", env!("CARGO_PKG_VERSION")).to_owned()
+}
+
 /// The part of a manifest that every version has.
 #[derive(Deserialize)]
 struct Head {
@@ -124,13 +128,29 @@ impl Manifest {
             vm,
             created_ms: u64::try_from(created_ms).unwrap_or(u64::MAX),
             stopped_ns: u64::try_from(stopped).ok(),
-            program: concat!("whimbrel ", env!("CARGO_PKG_VERSION")).to_owned(),
+            program: program(),
             page_size: PAGE as u64,
             memory,
             base,
             machine,
             state,
             hashes,
+        }
+    }
+
+    /// Returns the manifest of a snapshot of the same moment that needs no base, with these files.
+    pub(super) fn merged(&self, id: Uuid, files: [FileInfo; 3]) -> Self {
+        let [machine, state, hashes] = files;
+        Self {
+            version: VERSION,
+            id,
+            program: program(),
+            base: None,
+            machine,
+            state,
+            hashes,
+            // The name, the memory, and the times: the guest was stopped when the chain says.
+            ..self.clone()
         }
     }
 

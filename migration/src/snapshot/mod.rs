@@ -22,6 +22,7 @@ mod capture;
 mod live;
 mod manifest;
 mod memory_file;
+mod merge;
 mod on_demand;
 mod read;
 mod restore;
@@ -34,6 +35,7 @@ mod tests;
 
 pub use self::live::{RunningGuest, write_live};
 pub use self::manifest::{Manifest, VERSION};
+pub use self::merge::merge;
 pub use self::read::{RestoreError, Snapshot};
 pub use self::restore::{Memory, Restoring, restore};
 pub use self::write::{Saved, Writing, write};

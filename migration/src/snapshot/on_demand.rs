@@ -19,7 +19,7 @@ use memory::DirtyBitmap;
 use parking_lot::Mutex;
 
 use super::read::{Place, RestoreError, Snapshot, damaged};
-use super::restore::{Restoring, failed, load, start};
+use super::restore::{Restoring, load, start};
 use super::{CHUNK, MEMORY, ZEROS};
 use crate::MigrationError;
 use crate::decision::Decision;
@@ -109,7 +109,7 @@ pub(super) fn restore(
             (on_demand.halt)();
             machine.fail(&error.refusal());
         }
-        read.map_err(failed)
+        read.map_err(MigrationError::from)
     })
 }
 
@@ -122,12 +122,12 @@ impl<'a> OnDemand<'a> {
         let checked = snapshot
             .check_blocks(&blocks)
             .and_then(|()| snapshot.check_hashes());
-        checked.map_err(failed)?;
+        checked.map_err(MigrationError::from)?;
         let mut missing = Vec::new();
         let mut starts = Vec::new();
         let mut position = 0;
         for block in &blocks {
-            missing.push(with_content(snapshot, block, position).map_err(failed)?);
+            missing.push(with_content(snapshot, block, position).map_err(MigrationError::from)?);
             starts.push(position);
             position += block.ram.len() as u64;
         }
@@ -236,7 +236,7 @@ impl<'a> OnDemand<'a> {
     /// Why the guest cannot be started.
     fn why(&self) -> MigrationError {
         match self.failure.lock().take() {
-            Some(failure) => failed(failure),
+            Some(failure) => failure.into(),
             None => {
                 let why = format!("pages of memory.bin were not read in {PATIENCE:?}");
                 MigrationError::here("snapshot-unreadable", why)

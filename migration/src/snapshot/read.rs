@@ -141,6 +141,11 @@ impl Snapshot {
         &self.manifest
     }
 
+    /// The description of the machine.
+    pub(super) fn machine(&self) -> &[u8] {
+        &self.machine
+    }
+
     /// The state of vCPUs and devices.
     #[must_use]
     pub fn state(&self) -> &[u8] {
@@ -174,9 +179,22 @@ impl Snapshot {
 
     /// The hashes are checked as a whole, and then trusted: a page is checked against them by itself.
     pub(super) fn check_hashes(&self) -> Result<(), RestoreError> {
+        self.read_hashes(&Decision::default(), |_, _| Ok(()))
+    }
+
+    /// Reads all hashes in their order, and checks them as a whole at the end. `take` gets them in parts: the
+    /// offset into the file, and the content.
+    pub(super) fn read_hashes<E: From<RestoreError>>(
+        &self,
+        decision: &Decision,
+        mut take: impl FnMut(u64, &[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
         let (mut all, mut position) = (Xxh3::new(), 0);
         let mut buffer = vec![0; CHUNK * PAGE];
         while position < self.manifest.hashes.size {
+            if decision.is_canceled() {
+                return Err(RestoreError::Canceled.into());
+            }
             let left = self.manifest.hashes.size - position;
             let len = usize::try_from(left)
                 .unwrap_or(usize::MAX)
@@ -185,10 +203,11 @@ impl Snapshot {
             let read = self.hashes()?.read_exact_at(part, position);
             read.map_err(|error| self.unreadable(HASHES, error))?;
             all.update(part);
+            take(position, part)?;
             position += len as u64;
         }
         if all.digest() != self.manifest.hashes.hash {
-            return Err(damaged(HASHES));
+            return Err(damaged(HASHES).into());
         }
         Ok(())
     }
@@ -234,12 +253,12 @@ impl Snapshot {
 
     /// Reads all of the memory in its order, checks each page, and gives neighbouring pages with content
     /// to `take`: the block's index, the offset into it, and the content.
-    pub(super) fn read_all(
+    pub(super) fn read_all<E: From<RestoreError>>(
         &self,
         progress: &Progress,
         decision: &Decision,
-        mut take: impl FnMut(usize, usize, &[u8]) -> Result<(), RestoreError>,
-    ) -> Result<(), RestoreError> {
+        mut take: impl FnMut(usize, usize, &[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
         let total = self.manifest.memory_size().unwrap_or(0);
         progress.update(|report| {
             report.memory_bytes = total;
@@ -252,7 +271,7 @@ impl Snapshot {
             let size = usize::try_from(block.size).map_err(|_| damaged(MEMORY))?;
             for offset in (0..size).step_by(buffer.len()) {
                 if decision.is_canceled() {
-                    return Err(RestoreError::Canceled);
+                    return Err(RestoreError::Canceled.into());
                 }
                 let len = buffer.len().min(size - offset);
                 let at = Place {
@@ -281,12 +300,12 @@ impl Snapshot {
 
     /// Reads neighbouring pages, at most [`CHUNK`], and checks those that are not zeros, which `take`
     /// gets. Returns their number.
-    pub(super) fn read(
+    pub(super) fn read<E: From<RestoreError>>(
         &self,
         at: Place,
         buffer: &mut [u8],
-        mut take: impl FnMut(usize, usize, &[u8]) -> Result<(), RestoreError>,
-    ) -> Result<u64, RestoreError> {
+        mut take: impl FnMut(usize, usize, &[u8]) -> Result<(), E>,
+    ) -> Result<u64, E> {
         let marks = self.marks(at.position / PAGE as u64, buffer.len() / PAGE)?;
         let (mut page, mut full) = (0, 0);
         for run in marks.chunk_by(|a, b| (*a == ZEROS) == (*b == ZEROS)) {
@@ -304,7 +323,7 @@ impl Snapshot {
                 let name = name.map_or("", |block| block.name.as_str());
                 let number = (at.offset + range.start) / PAGE + index;
                 let why = format!("page {number} of {name} differs from its hash");
-                return Err(RestoreError::Damaged(why));
+                return Err(RestoreError::Damaged(why).into());
             }
             take(at.block, at.offset + range.start, content)?;
             full += run.len() as u64;

@@ -91,7 +91,9 @@ fn restore_all(restoring: &Restoring<'_>) -> Result<(), MigrationError> {
         }
         (Memory::Map, _) if restoring.verify => {
             // Before there is a machine: nothing else would notice a damaged page.
-            snapshot.verify(progress, decision).map_err(failed)?;
+            snapshot
+                .verify(progress, decision)
+                .map_err(MigrationError::from)?;
         }
         (Memory::Map | Memory::Copy, _) => {}
     }
@@ -189,7 +191,7 @@ fn prepare(restoring: &Restoring<'_>, offer: &Offer) -> Result<Made, MigrationEr
     if restoring.memory == Memory::Map {
         offer.given = true;
         for _ in &offer.blocks {
-            files.push(snapshot.memory().map_err(failed)?);
+            files.push(snapshot.memory().map_err(MigrationError::from)?);
         }
     }
     let machine = restoring.host.prepare(restoring.id, &offer, files);
@@ -206,7 +208,7 @@ fn prepare(restoring: &Restoring<'_>, offer: &Offer) -> Result<Made, MigrationEr
             snapshot.fill(&blocks, restoring.progress, restoring.decision)
         }
     };
-    filled.map_err(failed)?;
+    filled.map_err(MigrationError::from)?;
     load(restoring, &mut *made.machine)?;
     Ok(made)
 }
@@ -221,10 +223,12 @@ fn named(restoring: &Restoring<'_>, vm: &str, error: MigrationError) -> Migratio
     }
 }
 
-pub(super) fn failed(error: RestoreError) -> MigrationError {
-    match error {
-        RestoreError::Canceled => MigrationError::Canceled,
-        other => MigrationError::Here(other.refusal()),
+impl From<RestoreError> for MigrationError {
+    fn from(error: RestoreError) -> Self {
+        match error {
+            RestoreError::Canceled => Self::Canceled,
+            other => Self::Here(other.refusal()),
+        }
     }
 }
 

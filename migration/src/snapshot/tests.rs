@@ -468,3 +468,95 @@ proptest! {
         }
     }
 }
+
+fn merge_to(dir: &Path, chain: &Path, decision: &Decision) -> (Result<(), Refusal>, Progress) {
+    let progress = Progress::default();
+    let writing = Writing {
+        id: Uuid::new_v4(),
+        dir,
+        base: None,
+        end: &|_| (),
+        progress: &progress,
+        decision,
+    };
+    let merged = merge(&writing, &Snapshot::open(chain).unwrap());
+    (merged, progress)
+}
+
+/// A snapshot, and an increment on it.
+fn short_chain(parent: &Path) -> (std::path::PathBuf, Vec<Block>) {
+    let blocks = guest(&[0, 5, 6, 299, 301]);
+    write_to(&parent.join("0"), &blocks).0.unwrap();
+    for (page, byte) in [(5, 9), (6, 0), (40, 7)] {
+        let slice = blocks[0].ram.slice(page * PAGE, PAGE).unwrap();
+        slice.copy_from(&[byte; PAGE]);
+    }
+    let top = parent.join("1");
+    write_on(&top, &parent.join("0"), &blocks).0.unwrap();
+    (top, blocks)
+}
+
+/// A merged chain is the same guest at the same moment, and needs no base.
+#[test]
+fn merged_chain_is_read_without_its_bases() {
+    let parent = tempfile::tempdir().unwrap();
+    let (top, blocks) = short_chain(parent.path());
+    let whole = parent.path().join("whole");
+    let (merged, progress) = merge_to(&whole, &top, &Decision::default());
+    merged.unwrap();
+    let report = progress.report();
+    assert_eq!((report.pages, report.remaining_pages), (5, 0));
+    assert_eq!(report.phase, Phase::Completed);
+    let of_chain = Snapshot::open(&top).unwrap();
+    fs::remove_dir_all(parent.path().join("0")).unwrap();
+    assert!(read_from(&whole).unwrap() == content(&blocks));
+    let merged = Snapshot::open(&whole).unwrap();
+    let (old, new) = (of_chain.manifest(), merged.manifest());
+    assert!(new.base.is_none() && new.id != old.id);
+    assert_eq!(
+        (&new.vm, new.created_ms, new.stopped_ns, &new.memory),
+        (&old.vm, old.created_ms, old.stopped_ns, &old.memory)
+    );
+    assert_eq!(merged.state(), of_chain.state());
+    assert_eq!(merged.offer().machine, of_chain.offer().machine);
+    // Holes stay holes.
+    let metadata = fs::metadata(whole.join(MEMORY)).unwrap();
+    assert!(metadata.blocks() * 512 < 64 * PAGE as u64, "{metadata:?}");
+    // Never over another one.
+    let (again, _) = merge_to(&whole, &whole, &Decision::default());
+    assert_eq!(again.unwrap_err().code, "snapshot-exists");
+}
+
+/// Nothing is left of a merged snapshot if a file of the chain is damaged, or it is canceled.
+#[test]
+fn failed_merge_leaves_nothing() {
+    let parent = tempfile::tempdir().unwrap();
+    let (top, _) = short_chain(parent.path());
+    let new = parent.path().join("new");
+    let damage = |file: &Path, at: u64| {
+        let file = OpenOptions::new().read(true).write(true).open(file);
+        let (file, mut byte) = (file.unwrap(), [0]);
+        file.read_exact_at(&mut byte, at).unwrap();
+        file.write_all_at(&[!byte[0]], at).unwrap();
+    };
+    // A page of the increment, a page of the base, and a hash.
+    for (file, at) in [
+        (top.join(MEMORY), 40 * PAGE as u64),
+        (parent.path().join("0").join(MEMORY), 0),
+        (top.join(HASHES), 8 * 17),
+    ] {
+        damage(&file, at);
+        let (failed, progress) = merge_to(&new, &top, &Decision::default());
+        assert_eq!(failed.unwrap_err().code, "snapshot-damaged", "{file:?}");
+        assert_eq!(progress.report().phase, Phase::Failed);
+        assert!(!new.exists(), "{file:?}");
+        damage(&file, at);
+    }
+    let canceled = Decision::default();
+    canceled.cancel().unwrap();
+    let (merged, progress) = merge_to(&new, &top, &canceled);
+    assert_eq!(merged.unwrap_err().code, "canceled");
+    assert_eq!(progress.report().phase, Phase::Canceled);
+    assert!(!new.exists());
+    merge_to(&new, &top, &Decision::default()).0.unwrap();
+}

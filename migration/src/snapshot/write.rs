@@ -130,7 +130,6 @@ pub(super) fn complete(
     let hashes = file.finish()?;
     let machine = folder.write(MACHINE, &offer.machine)?;
     let state = folder.write(STATE, &saved.state)?;
-    let unsaved = |error: &dyn fmt::Display| MigrationError::here("cannot-be-saved", error);
     let files = [machine, state, hashes];
     let base = writing.base.map(Snapshot::as_base);
     let manifest = Manifest::new(
@@ -141,8 +140,18 @@ pub(super) fn complete(
         base,
         files,
     );
+    seal(writing, &manifest, folder)
+}
+
+/// Writes the manifest of a folder that is complete but for it, and gives all files their names.
+pub(super) fn seal(
+    writing: &Writing<'_>,
+    manifest: &Manifest,
+    folder: &mut Folder,
+) -> Result<(), MigrationError> {
+    let unsaved = |error: &dyn fmt::Display| MigrationError::here("cannot-be-saved", error);
     manifest.validate().map_err(|error| unsaved(&error))?;
-    let text = serde_json::to_vec_pretty(&manifest).map_err(|error| unsaved(&error))?;
+    let text = serde_json::to_vec_pretty(manifest).map_err(|error| unsaved(&error))?;
     folder.write(MANIFEST, &text)?;
     // From here on a cancel comes too late.
     if !writing.decision.commit() {
@@ -225,7 +234,11 @@ impl Folder {
         Ok((file, path))
     }
 
-    fn write(&mut self, name: &'static str, content: &[u8]) -> Result<FileInfo, MigrationError> {
+    pub(super) fn write(
+        &mut self,
+        name: &'static str,
+        content: &[u8],
+    ) -> Result<FileInfo, MigrationError> {
         let (mut file, path) = self.create(name)?;
         file.write_all(content)
             .and_then(|()| file.sync_all())

@@ -29,9 +29,9 @@ use migration::{
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use spec::{
-    AwaitMigration, FieldProblem, ForkVm, MemoryMode, MigrationDowntime, MigrationError,
-    MigrationInfo, MigrationOutcome, MigrationPhase, MigrationSide, RestoreConfig, StartMigration,
-    VmConfig, VmId, VmSnapshotConfig,
+    AwaitMigration, FieldProblem, ForkVm, MemoryMode, MergeSnapshots, MigrationDowntime,
+    MigrationError, MigrationInfo, MigrationOutcome, MigrationPhase, MigrationSide, RestoreConfig,
+    StartMigration, VmConfig, VmId, VmSnapshotConfig,
 };
 use tokio::sync::watch;
 
@@ -465,6 +465,10 @@ impl Migrate for Pool {
         of: SnapshotOf,
     ) -> Result<Arc<dyn Migration>, RequestError> {
         snapshot::take(self, vm, what, of)
+    }
+
+    fn merge(&self, what: &MergeSnapshots) -> Result<Arc<dyn Migration>, RequestError> {
+        snapshot::merge_chain(what)
     }
 
     fn restore(

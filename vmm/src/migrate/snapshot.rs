@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use control::{Category, Migration, RequestError, SnapshotOf, VmHandle};
-use migration::snapshot::{RunningGuest, Saved, Snapshot, Writing, write, write_live};
+use migration::snapshot::{RunningGuest, Saved, Snapshot, Writing, merge, write, write_live};
 use migration::{Block, Offer, Refusal, Source as _, Stopped};
-use spec::{FieldProblem, MigrationSide, VmConfig, VmSnapshotConfig};
+use spec::{FieldProblem, MergeSnapshots, MigrationSide, VmConfig, VmSnapshotConfig};
 
 use super::source::SourceVm;
 use super::{ActiveMigration, offer, start};
@@ -147,4 +147,33 @@ pub(super) fn take(
         ours.end();
     })?;
     Ok(taking)
+}
+
+/// Starts to write a snapshot that needs no base from a chain of increments. No VM is involved.
+pub(super) fn merge_chain(what: &MergeSnapshots) -> Result<Arc<dyn Migration>, RequestError> {
+    let dir = folder("destination_url", &what.destination_url)?;
+    let chain = open(&folder("source_url", &what.source_url)?)?;
+    let url = what.destination_url.clone();
+    let merging = Arc::new(ActiveMigration::new(MigrationSide::Source, None, url));
+    let ours = Arc::clone(&merging);
+    let span = tracing::info_span!("merge", folder = merging.endpoint);
+    start("snapshot", span, move || {
+        let manifest = chain.manifest();
+        tracing::info!(
+            merge = %ours.id, snapshot = %manifest.id, from = manifest.vm, "merge: begins"
+        );
+        let writing = Writing {
+            id: ours.id,
+            dir: &dir,
+            base: None,
+            end: &|_| (),
+            progress: &ours.progress,
+            decision: &ours.decision,
+        };
+        // The report has the failure, if it failed.
+        let _ = merge(&writing, &chain);
+        ours.log_end();
+        ours.end();
+    })?;
+    Ok(merging)
 }
