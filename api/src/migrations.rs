@@ -272,10 +272,10 @@ async fn send_one(
         },
         max_downtime_ms: body.downtime_ms,
         deadline_s: body.timeout_s,
-        at_deadline: match body.timeout_strategy {
+        at_deadline: Some(match body.timeout_strategy {
             TimeoutStrategy::Cancel => AtDeadline::Cancel,
             TimeoutStrategy::Ignore => AtDeadline::Stop,
-        },
+        }),
         // The contract allows more than are of use.
         connections: u16::try_from(body.connections).ok().map(|n| n.min(16)),
         local: body.local,

@@ -20,6 +20,9 @@ const TICK: Duration = Duration::from_millis(100);
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(crate) enum Mode {
+    /// As precopy, if the guest writes little enough to be moved by the deadline; if not, copy the rest after the
+    /// guest moves.
+    Auto,
     /// Copy all memory before the guest moves.
     Precopy,
     /// Copy some rounds before the guest moves, and the rest after it.
@@ -64,7 +67,7 @@ pub(crate) struct MigrateArguments {
     #[arg(value_name = "URL")]
     destination: String,
     /// When memory is copied.
-    #[arg(long, value_enum, default_value = "precopy")]
+    #[arg(long, value_enum, default_value = "auto")]
     mode: Mode,
     /// How long the guest may be stopped.
     #[arg(long, value_name = "MS", default_value_t = 300)]
@@ -72,9 +75,10 @@ pub(crate) struct MigrateArguments {
     /// Time limit of the migration.
     #[arg(long, value_name = "S", default_value_t = 3600)]
     deadline_s: u64,
-    /// Action at the deadline.
-    #[arg(long, value_enum, default_value = "cancel")]
-    at_deadline: Deadline,
+    /// Action at the deadline; in mode auto, as soon as it cannot be kept. [default: postcopy in mode auto, cancel
+    /// in the others]
+    #[arg(long, value_enum)]
+    at_deadline: Option<Deadline>,
     /// Number of connections for memory. [default: chosen by the service]
     #[arg(long, value_name = "N")]
     connections: Option<u16>,
@@ -111,18 +115,19 @@ impl MigrateArguments {
         StartMigration {
             destination: self.destination.clone(),
             mode: match self.mode {
+                Mode::Auto => MemoryMode::Auto,
                 Mode::Precopy => MemoryMode::Precopy,
                 Mode::Hybrid => MemoryMode::Hybrid,
                 Mode::Postcopy => MemoryMode::Postcopy,
             },
             max_downtime_ms: self.max_downtime_ms,
             deadline_s: self.deadline_s,
-            at_deadline: match self.at_deadline {
+            at_deadline: self.at_deadline.map(|action| match action {
                 Deadline::Cancel => AtDeadline::Cancel,
                 Deadline::Throttle => AtDeadline::Throttle,
                 Deadline::Postcopy => AtDeadline::Postcopy,
                 Deadline::Stop => AtDeadline::Stop,
-            },
+            }),
             connections: self.connections,
             max_bandwidth: self.max_bandwidth,
             verify: self.verify,

@@ -28,6 +28,9 @@ pub enum Mode {
     Hybrid,
     /// All memory is copied after the guest has moved.
     Postcopy,
+    /// All memory is copied before the guest moves, if that is predicted to end by the deadline. If not,
+    /// [`Policy::at_deadline`] is done as soon as that is known.
+    Auto,
 }
 
 /// Limits and modes of a migration.
@@ -127,7 +130,11 @@ pub(crate) struct Situation {
     pub(crate) dirty_before: u64,
     /// How long the stop would be now.
     pub(crate) predicted: Duration,
+    /// How long the round took.
+    pub(crate) span: Duration,
     pub(crate) elapsed: Duration,
+    /// Pages can follow the guest.
+    pub(crate) can_postcopy: bool,
     /// Percent.
     pub(crate) throttle: u8,
 }
@@ -147,7 +154,8 @@ pub(crate) enum Next {
 
 /// Pages that are not worth another round: a batch or two.
 const FEW: u64 = 128;
-/// Rounds before pages follow the guest in [`Mode::Hybrid`], if it does not converge before.
+/// Rounds before pages follow the guest in [`Mode::Hybrid`], if it does not converge before. In [`Mode::Auto`],
+/// rounds before a prediction is trusted: the first one also copies what the guest wrote long ago.
 const HYBRID_ROUNDS: u32 = 3;
 /// The most that vCPUs are slowed down, in percent.
 const MAX_THROTTLE: u8 = 99;
@@ -170,10 +178,17 @@ impl Policy {
             .deadline
             .is_some_and(|deadline| now.elapsed >= deadline);
         let throttle = now.throttle;
-        if !is_late {
+        if !is_late && !self.is_hopeless(now) {
             return Next::Round { throttle };
         }
-        match self.at_deadline {
+        let action = match self.at_deadline {
+            // With a destination that cannot, `Auto` takes the next best.
+            AtDeadline::Postcopy if self.mode == Mode::Auto && !now.can_postcopy => {
+                AtDeadline::Throttle
+            }
+            action => action,
+        };
+        match action {
             // Converged after all: the actions are for a guest that does not.
             _ if fits => Next::Stop,
             AtDeadline::Cancel => Next::GiveUp,
@@ -190,6 +205,26 @@ impl Policy {
                 },
             },
         }
+    }
+
+    /// Whether [`Mode::Auto`] need not wait for the deadline: rounds would not make the stop short enough by then.
+    fn is_hopeless(&self, now: &Situation) -> bool {
+        let is_judged = self.mode == Mode::Auto && now.round >= HYBRID_ROUNDS;
+        if !is_judged || self.at_deadline == AtDeadline::Cancel {
+            return false;
+        }
+        // Each round takes as long as there are pages, and leaves the same part of them: a geometric
+        // series, whose sum is this. It ends in a stop without pages, so few pages that are too many say
+        // that the stop is too long even then.
+        let gained = now.dirty_before.saturating_sub(now.dirty);
+        if gained == 0 || now.dirty <= FEW {
+            return true;
+        }
+        let rest = now.span.as_secs_f64() * now.dirty as f64 / gained as f64;
+        let left = self
+            .deadline
+            .map(|deadline| deadline.saturating_sub(now.elapsed));
+        left.is_some_and(|left| rest > left.as_secs_f64())
     }
 
     /// When a round that began earlier is cut short: at the deadline, unless rounds go on behind it.
@@ -242,8 +277,105 @@ mod tests {
             dirty: 10_000,
             dirty_before: 10_000,
             predicted: Duration::from_secs(1),
+            span: Duration::from_secs(1),
             elapsed: Duration::from_secs(5),
+            can_postcopy: true,
             throttle: 0,
+        }
+    }
+
+    #[test]
+    fn auto_acts_once_the_deadline_cannot_be_kept() {
+        let auto = |deadline: u64, at_deadline| Policy {
+            mode: Mode::Auto,
+            deadline: Some(Duration::from_secs(deadline)),
+            ..policy(at_deadline)
+        };
+        let shrinking = |dirty| Situation {
+            dirty,
+            ..situation()
+        };
+        let round = Next::Round { throttle: 0 };
+        let postcopy = auto(100, AtDeadline::Postcopy);
+        // A guest that writes as fast as pages go.
+        assert_eq!(postcopy.next(&situation()), Next::Postcopy);
+        // 9,000 of 10,000 pages are left after each round: 9 s more, and there are 95.
+        assert_eq!(postcopy.next(&shrinking(9_000)), round);
+        // 99 s more.
+        assert_eq!(postcopy.next(&shrinking(9_900)), Next::Postcopy);
+        assert_eq!(
+            auto(10, AtDeadline::Postcopy).next(&shrinking(9_000)),
+            Next::Postcopy
+        );
+        // The first rounds say nothing yet.
+        let early = Situation {
+            round: HYBRID_ROUNDS - 1,
+            ..situation()
+        };
+        assert_eq!(postcopy.next(&early), round);
+        // A stop that is too long without a page.
+        assert_eq!(postcopy.next(&shrinking(FEW)), Next::Postcopy);
+        // What else there is to do.
+        let unable = Situation {
+            can_postcopy: false,
+            ..situation()
+        };
+        assert_eq!(postcopy.next(&unable), Next::Round { throttle: 20 });
+        assert_eq!(auto(100, AtDeadline::Stop).next(&situation()), Next::Stop);
+        assert_eq!(auto(100, AtDeadline::Cancel).next(&situation()), round);
+        let late = auto(4, AtDeadline::Cancel).next(&situation());
+        assert_eq!(late, Next::GiveUp);
+        // Nobody counts a fit as hopeless.
+        let fits = Situation {
+            predicted: Duration::ZERO,
+            ..situation()
+        };
+        assert_eq!(postcopy.next(&fits), Next::Stop);
+    }
+
+    /// Whatever the guest does, one that keeps its pace is not asked for ever: with a destination without
+    /// postcopy, the guest is slowed down and then stopped.
+    #[test]
+    fn auto_ends_for_each_guest() {
+        for can_postcopy in [true, false] {
+            for percent in [0_u64, 50, 90, 99, 100, 120] {
+                let policy = Policy {
+                    mode: Mode::Auto,
+                    ..policy(AtDeadline::Postcopy)
+                };
+                let (mut dirty, mut throttle, mut elapsed) = (1 << 18, 0, Duration::ZERO);
+                let mut ended = None;
+                for round in 1..100 {
+                    let before = dirty;
+                    // Slowed down, it writes less.
+                    dirty = before * percent * (100 - u64::from(throttle)) / 10_000;
+                    let span = Duration::from_micros(before * 4);
+                    elapsed += span;
+                    let now = Situation {
+                        round,
+                        dirty,
+                        dirty_before: before,
+                        predicted: Duration::from_micros(dirty * 4),
+                        span,
+                        elapsed,
+                        can_postcopy,
+                        throttle,
+                    };
+                    match policy.next(&now) {
+                        Next::Round { throttle: wanted } => throttle = wanted,
+                        next => {
+                            ended = Some(next);
+                            break;
+                        }
+                    }
+                }
+                let wanted = if can_postcopy && percent >= 90 {
+                    Next::Postcopy
+                } else {
+                    Next::Stop
+                };
+                assert_eq!(ended, Some(wanted), "{percent} % left, {can_postcopy}");
+            }
         }
     }
 

@@ -370,7 +370,7 @@ impl Engine<'_, '_> {
         self.measure()?;
         let postcopy = match self.sending.policy.mode {
             Mode::Postcopy => true,
-            Mode::Precopy | Mode::Hybrid => self.precopy()?,
+            Mode::Precopy | Mode::Hybrid | Mode::Auto => self.precopy()?,
         };
         // The guest still runs here, so this failure costs it no pause.
         if postcopy && !self.can_postcopy {

@@ -105,7 +105,7 @@ fn migrate(mode: Mode, connections: u16, verify: bool, spoil: Spoil) -> (Outcome
 
 #[test]
 fn all_pages_are_compared_in_each_mode() {
-    for mode in [Mode::Precopy, Mode::Hybrid, Mode::Postcopy] {
+    for mode in [Mode::Precopy, Mode::Hybrid, Mode::Postcopy, Mode::Auto] {
         for connections in [1, 3] {
             let (outcome, reports) = migrate(mode, connections, true, Spoil::Nothing);
             assert_eq!(outcome, Outcome::Moved, "{mode:?}");

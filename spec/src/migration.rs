@@ -9,8 +9,12 @@ use crate::service::VmId;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum MemoryMode {
-    /// All memory is copied before the guest moves.
+    /// All memory is copied before the guest moves, if the guest writes little enough. If rounds are predicted
+    /// not to make the stop short enough by the deadline, the rest is copied after it, or, where the
+    /// destination cannot do that, the vCPUs are slowed down.
     #[default]
+    Auto,
+    /// All memory is copied before the guest moves.
     Precopy,
     /// Some rounds are copied before the guest moves, and the rest after it.
     Hybrid,
@@ -21,6 +25,7 @@ pub enum MemoryMode {
 impl std::fmt::Display for MemoryMode {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
+            Self::Auto => "auto",
             Self::Precopy => "precopy",
             Self::Hybrid => "hybrid",
             Self::Postcopy => "postcopy",
@@ -29,11 +34,10 @@ impl std::fmt::Display for MemoryMode {
 }
 
 /// Action at the deadline of a migration that has not ended.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum AtDeadline {
     /// Cancel; the guest stays at the source.
-    #[default]
     Cancel,
     /// Slow the vCPUs down more and more, until the stop is short enough.
     Throttle,
@@ -68,9 +72,11 @@ pub struct StartMigration {
     #[serde(default = "default_deadline_s")]
     #[schema(minimum = 1)]
     pub deadline_s: u64,
-    /// Action at the deadline.
-    #[serde(default)]
-    pub at_deadline: AtDeadline,
+    /// Action at the deadline. In mode `auto` it is done as soon as the deadline cannot be kept, but `cancel`,
+    /// which waits for the deadline. When absent: `postcopy` in mode `auto` (`throttle` if the destination cannot
+    /// do that), `cancel` in the others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub at_deadline: Option<AtDeadline>,
     /// Number of connections for memory; chosen by the service when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1, maximum = 16)]
@@ -106,6 +112,15 @@ pub struct StartMigration {
 }
 
 impl StartMigration {
+    /// The action at the deadline.
+    #[must_use]
+    pub fn at_deadline(&self) -> AtDeadline {
+        self.at_deadline.unwrap_or(match self.mode {
+            MemoryMode::Auto => AtDeadline::Postcopy,
+            MemoryMode::Precopy | MemoryMode::Hybrid | MemoryMode::Postcopy => AtDeadline::Cancel,
+        })
+    }
+
     /// A migration to `destination`, with default values for all other fields.
     #[must_use]
     pub fn to(destination: impl Into<String>) -> Self {
@@ -114,7 +129,7 @@ impl StartMigration {
             mode: MemoryMode::default(),
             max_downtime_ms: default_max_downtime_ms(),
             deadline_s: default_deadline_s(),
-            at_deadline: AtDeadline::default(),
+            at_deadline: None,
             connections: None,
             max_bandwidth: None,
             verify: false,

@@ -204,7 +204,7 @@ impl Machine {
             max_downtime_ms: if mode == MemoryMode::Hybrid { 1 } else { 2000 },
             // Where all is emulated a guest may write as fast as its memory can be copied.
             deadline_s: 60,
-            at_deadline: AtDeadline::Stop,
+            at_deadline: Some(AtDeadline::Stop),
             verify: true,
             insecure: true,
             ..StartMigration::to(waiting.endpoint)

@@ -12,7 +12,9 @@ use std::time::Duration;
 use migration::testing::Peer;
 use migration::{Accept as _, Dial as _, Endpoint, Listener, Offer};
 use serde_json::json;
-use spec::{AwaitMigration, MigrationInfo, MigrationPhase, StartMigration, VmId, VmState};
+use spec::{
+    AwaitMigration, MemoryMode, MigrationInfo, MigrationPhase, StartMigration, VmId, VmState,
+};
 use tests::{Face, Service, dirtier};
 use uuid::Uuid;
 
@@ -308,6 +310,8 @@ async fn destination_cannot_raise_connections() {
         let at = Endpoint::Unix(stage.source.path(format!("hostile-{connections}")));
         let mut listener = Listener::bind(&at).unwrap();
         let what = StartMigration {
+            // Other modes have one more, for pages that are waited for.
+            mode: MemoryMode::Precopy,
             connections: Some(2),
             ..StartMigration::to(at.to_string())
         };

@@ -136,6 +136,31 @@ async fn one_vm_socket_migrates() {
     dirtier::check(&port).await.unwrap();
 }
 
+/// With the defaults a migration ends whatever the guest does: one that writes faster than its memory can be
+/// copied moves first, and its pages follow.
+#[tokio::test]
+async fn guest_that_writes_too_fast_moves_with_the_defaults() {
+    let services = pair().await;
+    let (vm, port) = dirtier::boot_writing(&services[0], Some(64 << 20), 16, 20_000)
+        .await
+        .unwrap();
+    let waiting = receive(&services[1]).await;
+    let what = StartMigration {
+        // 4,000 pages a second.
+        max_bandwidth: Some(16 << 20),
+        insecure: true,
+        ..StartMigration::to(waiting.endpoint.clone())
+    };
+    let begun = services[0].client().vms_migrate(&vm, &what).await.unwrap();
+    let sent = until(&services[0], &name(&begun), |info| info.phase.is_over()).await;
+    assert_eq!(sent.phase, MigrationPhase::Completed, "{sent:?}");
+    assert_eq!(sent.throttle_percent, 0, "{sent:?}");
+    let received = until(&services[1], &name(&waiting), |info| info.phase.is_over()).await;
+    assert!(received.faults > 0, "no page was waited for: {received:?}");
+    dirtier::check(&port).await.unwrap();
+    println!("{} rounds, {} faults", sent.rounds, received.faults);
+}
+
 /// The destination dies while memory is copied: the guest runs on, and moves with the next attempt.
 #[tokio::test]
 async fn dead_destination_keeps_guest_at_source() {

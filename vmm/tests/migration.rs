@@ -362,7 +362,7 @@ async fn throttling_moves_busy_guest() {
             what.max_bandwidth = Some(64 << 20);
             what.max_downtime_ms = 30;
             what.deadline_s = 1;
-            what.at_deadline = AtDeadline::Throttle;
+            what.at_deadline = Some(AtDeadline::Throttle);
         })
         .await;
     assert_eq!(sent.phase, MigrationPhase::Completed, "{sent:?}");
@@ -572,6 +572,7 @@ async fn canceled_migration_keeps_guest() {
     // It cannot be in time, and is not to take longer.
     let [sent, _] = stage
         .migrate(|what| {
+            what.mode = MemoryMode::Precopy;
             what.max_bandwidth = Some(1 << 20);
             what.max_downtime_ms = 1;
             what.deadline_s = 1;
@@ -598,7 +599,7 @@ async fn canceled_migration_keeps_guest() {
     // And when all is well, it goes.
     std::fs::rename(stage.path("elsewhere"), stage.path("pocket")).unwrap();
     let [sent, _] = stage
-        .migrate(|what| what.at_deadline = AtDeadline::Stop)
+        .migrate(|what| what.at_deadline = Some(AtDeadline::Stop))
         .await;
     assert_eq!(sent.phase, MigrationPhase::Completed, "{sent:?}");
     let mut console = Console::connect(Path::new(&stage.path("serial")));

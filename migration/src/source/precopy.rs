@@ -58,7 +58,9 @@ impl Engine<'_, '_> {
                 dirty,
                 dirty_before: before,
                 predicted,
+                span,
                 elapsed: begun.elapsed(),
+                can_postcopy: self.can_postcopy,
                 throttle,
             };
             before = dirty;

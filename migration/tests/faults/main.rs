@@ -264,6 +264,7 @@ fn a_guest_moves_when_nothing_fails() {
         (2, Mode::Precopy),
         (3, Mode::Precopy),
         (1, Mode::Hybrid),
+        (2, Mode::Auto),
         (2, Mode::Postcopy),
     ] {
         for writes in [0, 20, 400] {

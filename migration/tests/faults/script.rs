@@ -50,7 +50,7 @@ impl Script {
 pub(crate) fn script_of(seed: u64) -> Script {
     let mut dice = Dice(seed);
     let mut script = Script {
-        mode: [Mode::Precopy, Mode::Precopy, Mode::Hybrid, Mode::Postcopy][dice.roll(4) as usize],
+        mode: [Mode::Precopy, Mode::Auto, Mode::Hybrid, Mode::Postcopy][dice.roll(4) as usize],
         connections: 1 + dice.roll(3) as u16,
         writes: [0, 10, 100][dice.roll(3) as usize],
         verify: dice.roll(4) > 0,

@@ -154,7 +154,7 @@ async fn ours(case: Case, times: usize) -> Result<Vec<Seen>> {
             mode: case.mode,
             max_downtime_ms: 20,
             deadline_s: 20,
-            at_deadline: AtDeadline::Stop,
+            at_deadline: Some(AtDeadline::Stop),
             insecure: true,
             ..StartMigration::to(waiting.endpoint.clone())
         };

@@ -323,13 +323,14 @@ fn policy(what: &StartMigration) -> Result<Policy, RequestError> {
             "deadline_s",
             what.deadline_s,
         )?)),
-        at_deadline: match what.at_deadline {
+        at_deadline: match what.at_deadline() {
             spec::AtDeadline::Cancel => migration::AtDeadline::Cancel,
             spec::AtDeadline::Throttle => migration::AtDeadline::Throttle,
             spec::AtDeadline::Postcopy => migration::AtDeadline::Postcopy,
             spec::AtDeadline::Stop => migration::AtDeadline::Stop,
         },
         mode: match what.mode {
+            MemoryMode::Auto => migration::Mode::Auto,
             MemoryMode::Precopy => migration::Mode::Precopy,
             MemoryMode::Hybrid => migration::Mode::Hybrid,
             MemoryMode::Postcopy => migration::Mode::Postcopy,
