@@ -4,7 +4,11 @@
 //!
 //! The guest has written every page of its memory that it can. "First instruction" is the time from the
 //! request until the guest's next heartbeat is in the file of its serial port: it writes one each
-//! millisecond. The page cache holds the snapshot (warm).
+//! millisecond. The page cache holds the snapshot (warm). The stop of a snapshot is the longest gap that
+//! the guest saw in its TSC, as in the benchmark of migrations.
+
+#[path = "migration/terminal.rs"]
+mod terminal;
 
 use std::fs::{self, File};
 use std::io::{self, Read as _};
@@ -12,8 +16,12 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use guest::{Line, Options, Workload};
-use spec::{ForkVm, MemoryRestoreMode, MigrationInfo, MigrationPhase, RestoreConfig, VmId};
+use guest::{Line, Options, Order, Workload};
+use spec::{
+    ConsoleMode, ForkVm, MemoryRestoreMode, MigrationInfo, MigrationPhase, RestoreConfig,
+    SerialConfig, VmId,
+};
+use terminal::Terminal;
 use tests::{Face, Serial, Service};
 
 const MIB: u64 = 1 << 20;
@@ -27,6 +35,7 @@ async fn main() -> Result<()> {
     for size in sizes {
         restores(size * MIB, rounds).await?;
     }
+    stops(if quick { &[256] } else { &[256, 2048, 8192] }, rounds).await?;
     let counts: &[u32] = if quick { &[20] } else { &[20, 100] };
     for count in counts {
         forks(*count).await?;
@@ -174,6 +183,113 @@ async fn restores(memory: u64, rounds: usize) -> Result<()> {
         ms(plain),
         rate(plain)
     );
+    Ok(())
+}
+
+/// How a snapshot is taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// The VM is paused, saved as a whole, and resumed.
+    Paused,
+    /// The VM runs.
+    Live,
+    /// The VM runs, and only pages that differ from those of the first snapshot are written.
+    Increment,
+}
+
+async fn stops(sizes: &[u64], rounds: usize) -> Result<()> {
+    println!(
+        "  memory   pages/s  snapshot    guest saw (ms)  measured (ms)  all of it (ms)  written (MiB)   \
+         medians of {rounds}"
+    );
+    for size in sizes {
+        for rate in [0, 50_000] {
+            stops_of(size * MIB, rate, rounds).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Takes snapshots of each kind of a guest that writes to so many pages a second.
+async fn stops_of(memory: u64, rate: u64, rounds: usize) -> Result<()> {
+    let service = Service::start(Face::Many).await?;
+    let workload = match rate {
+        0 => Workload::Idle,
+        rate => Workload::Dirty {
+            region_mib: Some(128),
+            rate: Some(rate),
+            order: Order::Scattered,
+        },
+    };
+    let options = Options {
+        workload,
+        heartbeat_ms: Some(1000),
+        ..Options::default()
+    };
+    let (mut config, _) = service.pocket("guest", options)?;
+    config.memory.size = memory;
+    config.serial = SerialConfig {
+        file: None,
+        socket: None,
+        mode: ConsoleMode::Pty,
+    };
+    let vm = service.create("guest", config).await?;
+    let client = service.client();
+    client.vms_boot(&vm).await?;
+    let mut terminal = Terminal::of(client, &vm).await?;
+    let dir = service.path("snapshot");
+    let base = service.path("base");
+    over(
+        &service,
+        &client
+            .vms_snapshot(&vm, &tests::snapshots::to(&base))
+            .await?,
+    )
+    .await?;
+    for kind in [Kind::Paused, Kind::Live, Kind::Increment] {
+        let (mut gaps, mut measured, mut whole) = (Vec::new(), Vec::new(), Vec::new());
+        let mut written = 0;
+        for _ in 0..rounds {
+            terminal.until(|line| matches!(line, Line::Heartbeat { .. }))?;
+            // So that what the guest writes is written everywhere.
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            // Resets the guest's longest gap.
+            terminal.gap()?;
+            let what = spec::VmSnapshotConfig {
+                base_url: (kind == Kind::Increment).then(|| format!("file://{}", base.display())),
+                ..tests::snapshots::to(&dir)
+            };
+            let begun = Instant::now();
+            if kind == Kind::Paused {
+                client.vms_pause(&vm).await?;
+            }
+            let taken = over(&service, &client.vms_snapshot(&vm, &what).await?).await?;
+            if kind == Kind::Paused {
+                client.vms_resume(&vm).await?;
+            }
+            let took = begun.elapsed();
+            whole.push(took);
+            gaps.push(Duration::from_micros(terminal.gap()?));
+            measured.push(match (kind, taken.downtime) {
+                // From the pause to the resume.
+                (Kind::Paused, _) => took,
+                (_, Some(stop)) => Duration::from_micros(stop.total_us),
+                (_, None) => bail!("the report has no stop: {taken:?}"),
+            });
+            written = taken.pages * 4096 / MIB;
+            fs::remove_dir_all(&dir)?;
+        }
+        println!(
+            "  {:>6} {:>9}  {:<9} {:>16.1} {:>14.1} {:>15.1} {:>14}",
+            memory / MIB,
+            rate,
+            format!("{kind:?}"),
+            ms(median(gaps)?),
+            ms(median(measured)?),
+            ms(median(whole)?),
+            written
+        );
+    }
     Ok(())
 }
 
