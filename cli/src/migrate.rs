@@ -9,7 +9,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use openapi::Client;
 use spec::{
     AtDeadline, AwaitMigration, MemoryMode, MigrationInfo, MigrationOutcome, MigrationPhase,
-    MigrationSide, SendMigrationData, StartMigration, VmId,
+    MigrationRound, MigrationSide, SendMigrationData, StartMigration, VmId,
 };
 
 use crate::args::size;
@@ -316,6 +316,9 @@ fn show(bar: &ProgressBar, info: &MigrationInfo) {
     bar.set_position(info.memory_bytes.saturating_sub(left));
     bar.set_prefix(info.phase.to_string());
     let mut message = format!("round {}", info.rounds);
+    if info.history.len() > 1 {
+        message.push_str(&format!(" {}", curve(&info.history)));
+    }
     if info.bytes_per_second > 0 {
         message.push_str(&format!(", {} MiB/s", info.bytes_per_second >> 20));
     }
@@ -332,6 +335,22 @@ fn show(bar: &ProgressBar, info: &MigrationInfo) {
         ));
     }
     bar.set_message(message);
+}
+
+/// How the pages that were left after each round became fewer: a column for each of the last rounds, on a
+/// logarithmic scale, since a guest that converges leaves a part of them each time.
+fn curve(history: &[MigrationRound]) -> String {
+    const COLUMNS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
+    const SHOWN: usize = 24;
+    let shown = &history[history.len().saturating_sub(SHOWN)..];
+    let height = |pages: u64| (pages.saturating_add(1)).ilog2();
+    let most = shown.iter().map(|round| height(round.dirty_pages)).max();
+    let most = most.unwrap_or(0).max(1);
+    let column = |round: &MigrationRound| {
+        let level = height(round.dirty_pages) * 7 / most;
+        COLUMNS.get(level as usize).copied().unwrap_or('█')
+    };
+    shown.iter().map(column).collect()
 }
 
 /// Formats microseconds as milliseconds.
@@ -361,6 +380,19 @@ pub(crate) fn summary(info: &MigrationInfo) -> String {
             info.sent_bytes >> 20,
         ),
     );
+    if let [first, .., last] = &info.history[..] {
+        line(
+            "left",
+            format!(
+                "{} {} pages after round {}, {} after round {}",
+                curve(&info.history),
+                first.dirty_pages,
+                first.round,
+                last.dirty_pages,
+                last.round
+            ),
+        );
+    }
     if let Some(stop) = info.downtime.as_ref().filter(|stop| stop.protect_us > 0) {
         // A live snapshot: nothing was sent or handed over.
         line(
@@ -404,4 +436,28 @@ pub(crate) fn summary(info: &MigrationInfo) -> String {
         line("error", format!("{} ({})", error.detail, error.code));
     }
     lines.join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn curve_shows_how_rounds_became_smaller() {
+        let round = |dirty_pages: u64| MigrationRound {
+            round: 1,
+            pages: 0,
+            took_us: 1,
+            bytes_per_second: 1,
+            dirty_pages,
+            predicted_downtime_us: 1,
+            throttle_percent: 0,
+        };
+        let of = |left: &[u64]| curve(&left.iter().map(|pages| round(*pages)).collect::<Vec<_>>());
+        assert_eq!(of(&[65_535, 4_095, 255, 0]), "█▆▄▁");
+        assert_eq!(of(&[0, 0]), "▁▁");
+        assert_eq!(of(&[u64::MAX, 1]), "█▁");
+        assert_eq!(of(&vec![5; 100]).chars().count(), 24);
+        assert_eq!(of(&[]), "");
+    }
 }

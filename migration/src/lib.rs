@@ -55,7 +55,7 @@ pub use link::{Accept, Closer, Dial, Endpoint, InvalidEndpoint, Listener, Stream
 pub use message::{BlockInfo, Offer, Refusal};
 pub use pages::Block;
 pub use policy::{AtDeadline, MAX_CONNECTIONS, Mode, Policy};
-pub use progress::{Downtime, Phase, Progress, Report};
+pub use progress::{Downtime, Phase, Progress, Report, Round};
 pub use source::{Outcome, PendingAbort, Sending, Source, Stopped, Whereabouts, send};
 
 pub use tls::{PeerNames, TlsDial, TlsError, TlsListener};

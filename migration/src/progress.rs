@@ -1,5 +1,6 @@
 //! How a migration is going: written by its engine, read by anybody, at any time.
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -70,6 +71,28 @@ pub struct Downtime {
     pub pages: u64,
 }
 
+/// A round of pages that was copied while the guest ran, at the source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Round {
+    /// Its number, from 1 on.
+    pub round: u32,
+    /// Pages that it copied.
+    pub pages: u64,
+    /// Its duration in microseconds.
+    pub took_us: u64,
+    /// Throughput in bytes per second.
+    pub bytes_per_second: u64,
+    /// Pages that the guest wrote meanwhile.
+    pub dirty_pages: u64,
+    /// The stop in microseconds that was predicted behind it.
+    pub predicted_downtime_us: u64,
+    /// How much of the time the vCPUs were kept from running, in percent.
+    pub throttle_percent: u8,
+}
+
+/// Rounds that a report keeps: the last ones.
+const ROUNDS_KEPT: usize = 64;
+
 /// How a migration is going.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Report {
@@ -89,6 +112,8 @@ pub struct Report {
     pub remaining_pages: u64,
     /// Rounds started so far.
     pub rounds: u32,
+    /// The last rounds that have ended, at most 64.
+    pub history: VecDeque<Round>,
     /// Pages that the guest dirties per second.
     pub dirty_pages_per_second: u64,
     /// Throughput in bytes per second.
@@ -133,6 +158,7 @@ impl Default for Progress {
             verified_pages: 0,
             remaining_pages: 0,
             rounds: 0,
+            history: VecDeque::new(),
             dirty_pages_per_second: 0,
             bytes_per_second: 0,
             throttle_percent: 0,
@@ -173,6 +199,16 @@ impl Progress {
         if state.report.phase != before && state.report.phase.is_over() {
             state.report.elapsed_us = micros(state.begun.elapsed());
         }
+    }
+
+    /// Adds a round that has ended.
+    pub(crate) fn add_round(&self, round: Round) {
+        self.update(|report| {
+            if report.history.len() == ROUNDS_KEPT {
+                report.history.pop_front();
+            }
+            report.history.push_back(round);
+        });
     }
 
     pub(crate) fn enter(&self, phase: Phase) {

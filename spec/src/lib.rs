@@ -58,7 +58,8 @@ pub use host::{CpuCheck, CpuDescription, CpuidLeaf, HostCpu, ProfileFit};
 pub use memory::{HotplugMethod, MemoryConfig, MemoryZoneConfig};
 pub use migration::{
     AtDeadline, AwaitMigration, MemoryMode, MigrationDowntime, MigrationError, MigrationInfo,
-    MigrationOutcome, MigrationPhase, MigrationSide, ResolveMigration, StartMigration,
+    MigrationOutcome, MigrationPhase, MigrationRound, MigrationSide, ResolveMigration,
+    StartMigration,
 };
 pub use names::{MEMORY_DEVICE, PVPANIC, check_device_name, free_name};
 pub use overrides::{

@@ -349,6 +349,10 @@ pub struct MigrationInfo {
     pub remaining_pages: u64,
     /// Rounds started so far.
     pub rounds: u32,
+    /// The last rounds that have ended, at most 64; empty at the destination.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schema(max_items = 64)]
+    pub history: Vec<MigrationRound>,
     /// Pages that the guest dirties per second.
     pub dirty_pages_per_second: u64,
     /// Throughput in bytes per second.
@@ -381,6 +385,26 @@ pub struct MigrationInfo {
     /// Why the migration failed, was canceled or is in doubt.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<MigrationError>,
+}
+
+/// A round of pages that was copied while the guest ran.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MigrationRound {
+    /// Its number, from 1 on.
+    pub round: u32,
+    /// Pages that it copied.
+    pub pages: u64,
+    /// Its duration in microseconds.
+    pub took_us: u64,
+    /// Throughput in bytes per second.
+    pub bytes_per_second: u64,
+    /// Pages that the guest wrote meanwhile, which were left to copy behind it.
+    pub dirty_pages: u64,
+    /// The stop in microseconds that was predicted behind it.
+    pub predicted_downtime_us: u64,
+    /// Share of time for which vCPUs were kept from running, in percent.
+    pub throttle_percent: u8,
 }
 
 impl MigrationInfo {

@@ -155,6 +155,16 @@ async fn guest_that_writes_too_fast_moves_with_the_defaults() {
     let sent = until(&services[0], &name(&begun), |info| info.phase.is_over()).await;
     assert_eq!(sent.phase, MigrationPhase::Completed, "{sent:?}");
     assert_eq!(sent.throttle_percent, 0, "{sent:?}");
+    // Each round, and what it left.
+    let rounds: Vec<_> = sent.history.iter().map(|round| round.round).collect();
+    assert!(
+        rounds.len() >= 3 && rounds.iter().copied().eq(1..=rounds.len() as u32),
+        "{sent:?}"
+    );
+    assert!(
+        sent.history.iter().all(|round| round.dirty_pages > 0),
+        "{sent:?}"
+    );
     let received = until(&services[1], &name(&waiting), |info| info.phase.is_over()).await;
     assert!(received.faults > 0, "no page was waited for: {received:?}");
     dirtier::check(&port).await.unwrap();

@@ -9,7 +9,7 @@ use super::{Engine, INLINE, disconnected, keepalive};
 use crate::message::{ToDestination, ToSource};
 use crate::pages::PAGE;
 use crate::policy::{Next, Situation};
-use crate::progress::{Phase, micros};
+use crate::progress::{Phase, Round, micros};
 use crate::sender::{Pacer, Work, batches, count, on_all, per_second, send_inline};
 use crate::{KEEPALIVES, MigrationError};
 
@@ -41,6 +41,15 @@ impl Engine<'_, '_> {
             progress.update(|report| {
                 report.dirty_pages_per_second = per_second(dirty, span);
                 report.predicted_downtime_us = Some(micros(predicted));
+            });
+            progress.add_round(Round {
+                round,
+                pages: before,
+                took_us: micros(span),
+                bytes_per_second: self.measured.per_second,
+                dirty_pages: dirty,
+                predicted_downtime_us: micros(predicted),
+                throttle_percent: throttle,
             });
             tracing::info!(
                 migration = %self.sending.id,

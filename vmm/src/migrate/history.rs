@@ -93,6 +93,7 @@ fn info(id: Uuid, side: Side, steps: &[Entry], last: &Entry) -> MigrationInfo {
         verified_pages: 0,
         remaining_pages: 0,
         rounds: 0,
+        history: Vec::new(),
         dirty_pages_per_second: 0,
         bytes_per_second: 0,
         throttle_percent: 0,

@@ -30,8 +30,8 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use spec::{
     AwaitMigration, FieldProblem, ForkVm, MemoryMode, MergeSnapshots, MigrationDowntime,
-    MigrationError, MigrationInfo, MigrationOutcome, MigrationPhase, MigrationSide, RestoreConfig,
-    StartMigration, VmConfig, VmId, VmSnapshotConfig,
+    MigrationError, MigrationInfo, MigrationOutcome, MigrationPhase, MigrationRound, MigrationSide,
+    RestoreConfig, StartMigration, VmConfig, VmId, VmSnapshotConfig,
 };
 use tokio::sync::watch;
 
@@ -204,6 +204,7 @@ impl Migration for ActiveMigration {
             verified_pages: report.verified_pages,
             remaining_pages: report.remaining_pages,
             rounds: report.rounds,
+            history: report.history.into_iter().map(round).collect(),
             dirty_pages_per_second: report.dirty_pages_per_second,
             bytes_per_second: report.bytes_per_second,
             throttle_percent: report.throttle_percent,
@@ -297,6 +298,18 @@ fn invalid(field: &str, detail: String) -> RequestError {
         code: "invalid".to_owned(),
         detail,
     }])
+}
+
+fn round(round: migration::Round) -> MigrationRound {
+    MigrationRound {
+        round: round.round,
+        pages: round.pages,
+        took_us: round.took_us,
+        bytes_per_second: round.bytes_per_second,
+        dirty_pages: round.dirty_pages,
+        predicted_downtime_us: round.predicted_downtime_us,
+        throttle_percent: round.throttle_percent,
+    }
 }
 
 fn policy(what: &StartMigration) -> Result<Policy, RequestError> {
