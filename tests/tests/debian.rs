@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 use serde_json::json;
 use spec::{
-    ConsoleConfig, ConsoleMode, CpusConfig, DiskConfig, MigrationPhase, PayloadConfig,
-    SerialConfig, VmConfig, VmRemoveDevice, VmState,
+    ConsoleConfig, ConsoleMode, CpusConfig, DiskConfig, MemoryRestoreMode, MigrationPhase,
+    PayloadConfig, RestoreConfig, SerialConfig, VmConfig, VmRemoveDevice, VmState,
 };
 use tests::{Face, Serial, Service, snapshots};
 
@@ -94,7 +94,7 @@ async fn debian_boots_with_one_vcpu() -> Result<()> {
     boots_reboots_and_obeys_the_button(1).await
 }
 
-/// A live snapshot of a running system. Debian's cloud kernel has no driver for the generation ID, so the
+/// A live snapshot of a running system, and the system from it in each way of giving it its memory. Debian's cloud kernel has no driver for the generation ID, so the
 /// tests with the pocket guest show that one.
 #[tokio::test]
 #[ignore = "wants a complete KVM: ci/test e2e runs it in the rig"]
@@ -111,12 +111,29 @@ async fn debian_comes_back_from_a_live_snapshot() -> Result<()> {
     let taken = snapshots::snapshot(&service, &vm, &dir).await;
     assert_eq!(taken.phase, MigrationPhase::Completed, "{taken:?}");
     client.vms_delete(&vm).await?;
-    let came = snapshots::restore(&service, &vm, &dir, true).await;
-    assert_eq!(came.phase, MigrationPhase::Completed, "{came:?}");
-    client.vms_power_button(&vm).await?;
-    let info = service.reaches(&vm, VmState::Shutdown).await?;
-    assert_eq!(info.failure, None);
     println!("stop {:?}", taken.downtime);
+    for mode in [
+        MemoryRestoreMode::Copy,
+        MemoryRestoreMode::OnDemand,
+        MemoryRestoreMode::Map,
+    ] {
+        let before = serial.text().matches("guest: power button").count();
+        let what = RestoreConfig {
+            memory_restore_mode: mode,
+            ..snapshots::from(&dir, true)
+        };
+        let begun = client.vms_restore(&vm, &what).await?;
+        let came = snapshots::over(&service, &begun).await;
+        assert_eq!(came.phase, MigrationPhase::Completed, "{mode:?}: {came:?}");
+        client.vms_power_button(&vm).await?;
+        let info = service.reaches(&vm, VmState::Shutdown).await?;
+        assert_eq!(info.failure, None, "{mode:?}");
+        let text = serial.text();
+        let pressed = text.matches("guest: power button").count();
+        assert_eq!(pressed, before + 1, "{mode:?}: {text}");
+        client.vms_delete(&vm).await?;
+        println!("{mode:?}: the guest runs, and obeys its power button");
+    }
     Ok(())
 }
 
