@@ -3,7 +3,7 @@
 
 use spec::{
     DeviceConfig, FsConfig, GenericVhostUserConfig, PmemConfig, VdpaConfig, VmAddUserDevice,
-    VmCoredumpData, VmResizeZone,
+    VmResizeZone,
 };
 
 use crate::one_vm::OneVm;
@@ -42,5 +42,4 @@ not_yet! {
     add_vdpa "/api/v1/vm.add-vdpa" "vmAddVdpa" VdpaConfig, "give a VM a vDPA device";
     add_user_device "/api/v1/vm.add-user-device" "vmAddUserDevice" VmAddUserDevice,
         "give a VM a vfio-user device";
-    coredump "/api/v1/vm.coredump" "vmCoredump" VmCoredumpData, "take a core dump";
 }

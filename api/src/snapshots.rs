@@ -1,6 +1,6 @@
-//! Snapshots, and VMs made from them.
+//! Snapshots, VMs made from them, and core dumps.
 //!
-//! Each is shown as a migration whose other end is a folder: with progress, and to be canceled.
+//! Each is shown as a migration whose other end is a folder or file: with progress, and to be canceled.
 
 use std::sync::Arc;
 
@@ -8,7 +8,9 @@ use axum::extract::State;
 use axum::response::Response;
 use control::{Migration, RequestError, SnapshotOf};
 use http::StatusCode;
-use spec::{ForkVm, MergeSnapshots, MigrationInfo, RestoreConfig, VmId, VmSnapshotConfig};
+use spec::{
+    ForkVm, MergeSnapshots, MigrationInfo, RestoreConfig, VmCoredumpData, VmId, VmSnapshotConfig,
+};
 
 use crate::extract::{Json, Named};
 use crate::migrations::{begin, created, created_with_socket, wait};
@@ -27,6 +29,7 @@ pub(crate) fn routes() -> Routes<Service> {
     Routes::default()
         .routes(routes!(snapshot))
         .routes(routes!(merge))
+        .routes(routes!(core_dump))
         .routes(routes!(restore))
         .routes(routes!(fork))
 }
@@ -34,6 +37,7 @@ pub(crate) fn routes() -> Routes<Service> {
 pub(crate) fn one_vm_routes() -> Routes<OneVm> {
     Routes::default()
         .routes(routes!(snapshot_one))
+        .routes(routes!(core_dump_one))
         .routes(routes!(restore_one))
 }
 
@@ -82,6 +86,32 @@ async fn merge(
 ) -> Result<Response, ApiError> {
     let registry = service.registry.clone();
     let begun = begin(move || registry.merge_snapshots(&body), ApiError::from).await?;
+    Ok(created(begun.info()))
+}
+
+/// Start to write a core dump of a paused VM into a file of the service's host.
+///
+/// The dump is an ELF file with the guest's RAM at its physical addresses and the registers of its vCPUs, which
+/// `crash` and `gdb` read. It is complete when the migration that the answer shows is `Completed`. Deleting
+/// that migration cancels the dump, and nothing is left of it. The VM stays paused. A file that exists is not
+/// replaced.
+#[utoipa::path(
+    post, path = "/api/v1/vms/{id}/core-dumps", operation_id = "dumpVm", tag = MIGRATIONS, request_body = VmCoredumpData,
+    params(("id" = VmId, Path, description = "The VM's name.")),
+    responses(
+        (status = 201, description = "It has begun.", body = MigrationInfo,
+         headers(("Location" = String, description = "Its path."))),
+        NotUnderstood, NoSuchVm, TooSlow, WrongState, TooLong, NotJson, NotPossible, Failed, Unsupported,
+    ),
+)]
+async fn core_dump(
+    State(service): State<Service>,
+    Named(id): Named,
+    Json(body): Json<VmCoredumpData>,
+) -> Result<Response, ApiError> {
+    let registry = service.registry.clone();
+    let dump = move || registry.core_dump(id.as_str(), &body);
+    let begun = begin(dump, ApiError::from).await?;
     Ok(created(begun.info()))
 }
 
@@ -150,6 +180,26 @@ async fn snapshot_one(
     let (registry, id) = (vm.registry.clone(), vm.id.clone());
     wait_for(
         move || registry.take_snapshot(id.as_str(), &body, SnapshotOf::Paused),
+        of_one_vms_snapshot,
+    )
+    .await
+}
+
+/// Write a core dump of the paused VM into a file, which must not exist. The answer comes when it is complete.
+#[utoipa::path(
+    put, path = "/api/v1/vm.coredump", operation_id = "vmCoredump", tag = ONE_VM, request_body = VmCoredumpData,
+    responses(
+        (status = 204, description = "The core dump is complete."),
+        NotUnderstood, NotCreated, NotAllowedNow, TooSlow, TooLong, NotJson, NotDone, Unsupported,
+    ),
+)]
+async fn core_dump_one(
+    State(vm): State<OneVm>,
+    Json(body): Json<VmCoredumpData>,
+) -> Result<StatusCode, ApiError> {
+    let (registry, id) = (vm.registry.clone(), vm.id.clone());
+    wait_for(
+        move || registry.core_dump(id.as_str(), &body),
         of_one_vms_snapshot,
     )
     .await

@@ -112,7 +112,7 @@ async fn a_client_that_still_writes_gets_its_answer_and_keeps_its_connection() {
     let served = served(Bounds::default());
     let mut stream = served.connect().await;
     for (line, expected) in [
-        ("PUT /api/v1/vm.coredump", "501"),
+        ("PUT /api/v1/vm.add-fs", "501"),
         ("PUT /api/v1/vm.nothing", "404"),
         ("POST /api/v1/vm.boot", "405"),
         ("PUT /api/v1/vm.boot", "404"),

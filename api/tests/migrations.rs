@@ -20,7 +20,8 @@ use http::Request;
 use serde_json::json;
 use spec::{
     AwaitMigration, ForkVm, HostLimits, MergeSnapshots, MigrationInfo, MigrationOutcome,
-    RestoreConfig, StartMigration, VmConfig, VmId, VmSnapshotConfig, VmmPingResponse,
+    RestoreConfig, StartMigration, VmConfig, VmCoredumpData, VmId, VmSnapshotConfig,
+    VmmPingResponse,
 };
 use tokio::sync::watch;
 
@@ -143,6 +144,16 @@ impl Migrate for Engine {
 
     fn merge(&self, _: &MergeSnapshots) -> Result<Arc<dyn Migration>, RequestError> {
         unsupported()
+    }
+
+    fn core_dump(
+        &self,
+        vm: &VmHandle,
+        what: &VmCoredumpData,
+    ) -> Result<Arc<dyn Migration>, RequestError> {
+        let dump = self.start(vm.id(), &what.destination_url);
+        self.last().unwrap().end("completed");
+        Ok(dump)
     }
 
     fn restore(
@@ -280,6 +291,8 @@ async fn migration_is_followed_and_canceled() {
     let snapshot = json!({ "destination_url": "file:///s" }).to_string();
     let taken = call(&router, "PUT /api/v1/vm.snapshot", &snapshot).await;
     assert_eq!(taken.status.as_u16(), 204, "{taken:?}");
+    let dump = json!({ "destination_url": "file:///core" }).to_string();
+    expect(&router, "PUT /api/v1/vm.coredump", &dump, 204).await;
     expect(&router, PROGRESS, "", 404).await;
 
     expect(&router, SEND, &body(), 204).await;

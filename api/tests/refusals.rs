@@ -316,7 +316,6 @@ async fn missing_capability_is_501() {
         "add-pmem",
         "add-vdpa",
         "add-user-device",
-        "coredump",
     ];
     for path in paths {
         let answer = expect(&router, &format!("PUT /api/v1/vm.{path}"), "{}", 501).await;

@@ -85,13 +85,9 @@ async fn ch_remote_works() {
             .contains("a VM that is Shutdown cannot be paused")
     );
     assert_eq!(
-        ask(
-            "PUT",
-            "vm.coredump",
-            Some(r#"{"destination_url": "file:///a"}"#)
-        )
-        .await
-        .0,
+        ask("PUT", "vm.add-fs", Some(r#"{"tag": "t", "socket": "/s"}"#))
+            .await
+            .0,
         501
     );
     assert_eq!(ask("PUT", "vm.delete", None).await, (204, None));

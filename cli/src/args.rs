@@ -260,9 +260,10 @@ pub(crate) enum Command {
         #[arg(long, value_name = "FILE")]
         overrides: Option<String>,
     },
-    /// Take a core dump.
+    /// Write a core dump of the paused VM into a file of its host, for `crash` and `gdb`, and wait until
+    /// it is complete.
     Coredump {
-        /// Destination: file:///a/file.
+        /// Destination, which must not exist: file:///a/file, or a path.
         destination_url: String,
     },
     /// Move the VM to another service, and wait until it has arrived. Ctrl-C cancels.

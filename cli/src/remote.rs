@@ -155,6 +155,7 @@ impl Remote {
                 let destination = destination_url.context("snapshot needs a folder")?;
                 self.snapshot(&destination, base.as_deref()).await
             }
+            Command::Coredump { destination_url } => self.core_dump(&destination_url).await,
             Command::Restore { options, overrides } => {
                 self.restore(&options, overrides.as_deref()).await
             }
@@ -255,6 +256,19 @@ impl Remote {
         migrate::follow(&self.client, begun, self.printer).await
     }
 
+    async fn core_dump(&self, destination: &str) -> Result<()> {
+        let body = VmCoredumpData {
+            destination_url: url(destination),
+        };
+        match &self.vm {
+            Some(vm) => {
+                let begun = self.client.vms_core_dump(vm, &body).await?;
+                migrate::follow(&self.client, begun, self.printer).await
+            }
+            None => Ok(patient(&self.client).vm_coredump(&body).await?),
+        }
+    }
+
     async fn restore(&self, text: &str, overrides: Option<&str>) -> Result<()> {
         let mut body: RestoreConfig = options::RESTORE.read(&with_key("source_url", text))?;
         body.overrides = overrides.map(read_json).transpose()?;
@@ -331,12 +345,6 @@ impl Remote {
                     desired_ram: size,
                 };
                 return client.vm_resize_zone(&body).await.map_err(Into::into);
-            }
-            Command::Coredump { destination_url } => {
-                return client
-                    .vm_coredump(&VmCoredumpData { destination_url })
-                    .await
-                    .map_err(Into::into);
             }
             Command::SendMigration { local, options } => {
                 let body = send(local, &options)?;

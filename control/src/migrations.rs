@@ -6,7 +6,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use spec::{
     AwaitMigration, ForkVm, MergeSnapshots, MigrationInfo, MigrationOutcome, RestoreConfig,
-    StartMigration, VmId, VmSnapshotConfig,
+    StartMigration, VmCoredumpData, VmId, VmSnapshotConfig,
 };
 use tokio::sync::watch;
 
@@ -119,6 +119,16 @@ pub trait Migrate: Send + Sync {
     /// # Errors
     /// The request is not valid, or the chain cannot be read.
     fn merge(&self, what: &MergeSnapshots) -> Result<Arc<dyn Migration>, RequestError>;
+
+    /// Starts to write a core dump of a VM.
+    ///
+    /// # Errors
+    /// The request is not valid, or the VM is not paused.
+    fn core_dump(
+        &self,
+        vm: &VmHandle,
+        what: &VmCoredumpData,
+    ) -> Result<Arc<dyn Migration>, RequestError>;
 
     /// Starts to make a VM from a snapshot.
     ///

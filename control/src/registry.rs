@@ -7,7 +7,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use spec::{
     AwaitMigration, CpuCheck, CpuDescription, ForkVm, HostCpu, HostLimits, MergeSnapshots,
-    MigrationSide, RestoreConfig, StartMigration, VmConfig, VmId, VmSnapshotConfig,
+    MigrationSide, RestoreConfig, StartMigration, VmConfig, VmCoredumpData, VmId, VmSnapshotConfig,
 };
 use tokio::sync::watch;
 
@@ -215,6 +215,19 @@ impl Registry {
     ) -> Result<Arc<dyn Migration>, RequestError> {
         let merging = self.mover()?.merge(what)?;
         Ok(self.0.migrations.add(merging))
+    }
+
+    /// Starts to write a core dump of a paused VM.
+    ///
+    /// # Errors
+    /// There is no VM of this name, it is not paused, or the request is not valid.
+    pub fn core_dump(
+        &self,
+        id: &str,
+        what: &VmCoredumpData,
+    ) -> Result<Arc<dyn Migration>, RequestError> {
+        let dump = self.mover()?.core_dump(&self.get(id)?, what)?;
+        Ok(self.0.migrations.add(dump))
     }
 
     /// Starts to make a VM from a snapshot.

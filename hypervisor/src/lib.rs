@@ -27,6 +27,7 @@
 )]
 
 mod clock;
+mod core_note;
 mod dirty;
 mod exit;
 mod gate;
@@ -42,6 +43,7 @@ mod vcpu;
 mod vm;
 
 pub use clock::{ClockSample, SaveClock, StoppedClock};
+pub use core_note::{CoreRegisters, core_notes};
 pub use dirty::DirtyBackend;
 pub use exit::{Exit, ExitHandler, RunFailure};
 pub use gate::{Closed, Gate, Seat};

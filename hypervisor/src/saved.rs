@@ -326,7 +326,7 @@ impl Vcpu {
         self.read_msrs(self.msr_indices())
     }
 
-    fn read_msrs(&self, mut left: &[u32]) -> Result<Vec<(u32, u64)>, KvmError> {
+    pub(crate) fn read_msrs(&self, mut left: &[u32]) -> Result<Vec<(u32, u64)>, KvmError> {
         let mut read = Vec::with_capacity(left.len());
         while !left.is_empty() {
             let entries: Vec<_> = left.iter().map(|index| entry(*index, 0)).collect();

@@ -160,6 +160,8 @@ operations! {
     vms_snapshot(id)[VmSnapshotConfig]: POST "/api/v1/vms/{id}/snapshots" "snapshotVm" -> MigrationInfo;
     /// Starts to write a snapshot that needs no base from a chain of increments.
     snapshots_merge[MergeSnapshots]: POST "/api/v1/snapshots/merge" "mergeSnapshots" -> MigrationInfo;
+    /// Starts to write a core dump of a paused VM.
+    vms_core_dump(id)[VmCoredumpData]: POST "/api/v1/vms/{id}/core-dumps" "dumpVm" -> MigrationInfo;
     /// Starts to make a VM of this name from a snapshot.
     vms_restore(id)[RestoreConfig]: POST "/api/v1/vms/{id}/restore" "restoreVm" -> MigrationInfo;
     /// Starts to make VMs from a paused VM.
@@ -230,7 +232,7 @@ operations! {
         PUT "/api/v1/vm.add-user-device" "vmAddUserDevice" -> Option<PciDeviceInfo>;
     /// Writes a snapshot of the paused VM. The answer comes when it is complete: give the client time.
     vm_snapshot[VmSnapshotConfig]: PUT "/api/v1/vm.snapshot" "vmSnapshot";
-    /// Takes a core dump. (Refused by services of this version.)
+    /// Writes a core dump of the paused VM. The answer comes when it is complete: give the client time.
     vm_coredump[VmCoredumpData]: PUT "/api/v1/vm.coredump" "vmCoredump";
     /// Makes the VM from a snapshot. The answer comes when it is there: give the client time.
     vm_restore[RestoreConfig]: PUT "/api/v1/vm.restore" "vmRestore";

@@ -14,7 +14,7 @@ use control::Registry;
 use control::fake::Fake;
 use openapi::{Client, ClientError, News};
 use spec::{
-    CreateVm, DiskConfig, PayloadConfig, VmConfig, VmCoredumpData, VmId, VmState, VmmPingResponse,
+    CreateVm, DiskConfig, PayloadConfig, PmemConfig, VmConfig, VmId, VmState, VmmPingResponse,
 };
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::UnixListener;
@@ -134,11 +134,9 @@ async fn vm_lifecycle_on_own_socket() {
     );
     client.vm_shutdown().await.unwrap();
     assert_eq!(client.vm_add_disk(&disk).await.unwrap(), None);
-    let dump = VmCoredumpData {
-        destination_url: "file:///a".to_owned(),
-    };
+    let pmem: PmemConfig = serde_json::from_str(r#"{"file":"/p"}"#).unwrap();
     assert_eq!(
-        client.vm_coredump(&dump).await.unwrap_err().code(),
+        client.vm_add_pmem(&pmem).await.unwrap_err().code(),
         Some("not-implemented")
     );
     client.vm_delete().await.unwrap();

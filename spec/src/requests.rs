@@ -75,7 +75,7 @@ pub struct MergeSnapshots {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct VmCoredumpData {
-    /// `file:///a/file`.
+    /// `file:///a/file`, which must not exist. Its folder exists.
     pub destination_url: String,
 }
 

@@ -115,7 +115,8 @@ pub struct Event {
     /// `disk-error`; of the guest's kernel `guest-panic`; of resizes `resize-requested`, `resized`,
     /// `resize-failed`; of migrations `migrating`, `migrated`, `migration-failed` (source), `awaited`,
     /// `arrived`, `arrival-failed` (destination); of snapshots `snapshotting`, `snapshotted`,
-    /// `snapshot-failed`, `restoring`, `restored`, `restore-failed`. Later versions may have more.
+    /// `snapshot-failed`, `restoring`, `restored`, `restore-failed`; of core dumps `core-dumping`,
+    /// `core-dumped`, `core-dump-failed`. Later versions may have more.
     pub event: String,
     /// Details, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]

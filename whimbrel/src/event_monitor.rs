@@ -54,6 +54,8 @@ fn names(event: &str) -> &'static [(&'static str, &'static str)] {
         "resized" => &[("vm", "resized")],
         "snapshotting" => &[("vm", "snapshotting")],
         "snapshotted" => &[("vm", "snapshotted")],
+        "core-dumping" => &[("vm", "coredumping")],
+        "core-dumped" => &[("vm", "coredumped")],
         "restoring" => &[("vm", "restoring")],
         "restored" => &[("vm", "restored")],
         "awaited" => &[("vm", "migration-receive-ready")],
@@ -278,6 +280,8 @@ mod tests {
             "resumed",
             "snapshotting",
             "snapshotted",
+            "core-dumping",
+            "core-dumped",
             "awaited",
             "arrival-failed",
             "arrived",
@@ -292,7 +296,7 @@ mod tests {
         let mut text = String::new();
         read.read_to_string(&mut text).unwrap();
         let expected = "vmm:starting vm:restoring vm:restored vm:resuming vm:resumed vm:snapshotting \
-                        vm:snapshotted vm:migration-receive-ready vm:migration-receive-failed \
+                        vm:snapshotted vm:coredumping vm:coredumped vm:migration-receive-ready vm:migration-receive-failed \
                         vm:migration-receive-finished vm:migration-starting vm:migration-failed \
                         vm:migration-finished vm:deleted vmm:shutdown";
         assert_eq!(parsed(&text).join(" "), expected);

@@ -2,21 +2,20 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt as _;
 
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use uuid::Uuid;
 
-use super::conclude;
 use super::live::{Image, RunningGuest};
 use super::manifest::{FileInfo, Manifest};
 use super::memory_file::PageSink;
 use super::read::Snapshot;
-use super::write::{Saved, SavedState, copy_paused};
+use super::write::{Saved, SavedState, copy_paused, whole};
+use super::{conclude, sparse};
 use crate::MigrationError;
 use crate::decision::Decision;
 use crate::message::{Offer, Refusal};
-use crate::pages::{Block, PAGE, is_zero};
+use crate::pages::{Block, PAGE};
 use crate::progress::{Phase, Progress};
 
 impl Snapshot {
@@ -34,7 +33,7 @@ impl Snapshot {
         progress.enter(Phase::Stopped);
         let captured = saved.map_err(MigrationError::Here).and_then(|saved| {
             let mut copy = MemoryCopy::create(&saved.blocks, progress)?;
-            copy_paused(&saved.blocks, decision, &mut copy)?;
+            copy_paused(whole(&saved.blocks), decision, &mut copy)?;
             let state = SavedState {
                 state: saved.state,
                 stopped_at: saved.stopped_at,
@@ -115,10 +114,7 @@ fn refused(error: impl Into<io::Error>) -> MigrationError {
 impl<'a> MemoryCopy<'a> {
     fn create(blocks: &[Block], progress: &'a Progress) -> Result<Self, MigrationError> {
         let total: u64 = blocks.iter().map(|block| block.ram.len() as u64).sum();
-        progress.update(|report| {
-            report.memory_bytes = total;
-            report.remaining_pages = total / PAGE as u64;
-        });
+        sparse::begin(total, progress);
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let file = File::from(memfd_create("forks", flags).map_err(refused)?);
         file.set_len(total).map_err(refused)?;
@@ -135,28 +131,7 @@ impl<'a> MemoryCopy<'a> {
 
 impl PageSink for MemoryCopy<'_> {
     fn put(&mut self, first: usize, content: &[u8]) -> Result<(), MigrationError> {
-        let zeros = write_full(&self.file, content, (first * PAGE) as u64).map_err(refused)?;
-        let pages = (content.len() / PAGE) as u64;
-        self.progress.update(|report| {
-            report.pages += pages - zeros;
-            report.zero_pages += zeros;
-            report.remaining_pages = report.remaining_pages.saturating_sub(pages);
-        });
-        Ok(())
+        let position = (first * PAGE) as u64;
+        sparse::put(&self.file, content, position, self.progress).map_err(refused)
     }
-}
-
-/// Writes the pages that are not zeros, neighbours at once. Returns the number of the others.
-fn write_full(file: &File, content: &[u8], position: u64) -> io::Result<u64> {
-    let pages: Vec<bool> = content.chunks_exact(PAGE).map(is_zero).collect();
-    let mut page = 0;
-    for run in pages.chunk_by(|a, b| a == b) {
-        let range = page * PAGE..(page + run.len()) * PAGE;
-        if run.first() == Some(&false) {
-            let at = position + range.start as u64;
-            file.write_all_at(content.get(range).unwrap_or_default(), at)?;
-        }
-        page += run.len();
-    }
-    Ok(pages.iter().filter(|zero| **zero).count() as u64)
 }

@@ -19,6 +19,7 @@
 //! before it is used. The hashes show damage; they do not show who wrote the files.
 
 mod capture;
+mod core_dump;
 mod live;
 mod manifest;
 mod memory_file;
@@ -26,6 +27,7 @@ mod merge;
 mod on_demand;
 mod read;
 mod restore;
+mod sparse;
 mod write;
 
 #[cfg(test)]
@@ -33,6 +35,7 @@ mod restore_tests;
 #[cfg(test)]
 mod tests;
 
+pub use self::core_dump::{Core, CoreDump, CoreRange, write_core};
 pub use self::live::{RunningGuest, write_live};
 pub use self::manifest::{Manifest, VERSION};
 pub use self::merge::merge;

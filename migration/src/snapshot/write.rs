@@ -3,10 +3,12 @@
 use std::fmt;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write as _};
+use std::ops::Range;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use memory::RamBlock;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use uuid::Uuid;
 
@@ -96,8 +98,16 @@ pub(super) fn in_folder(
 }
 
 pub(super) fn host(what: &str, path: &Path, error: &io::Error) -> MigrationError {
+    host_unless_taken(SNAPSHOT_EXISTS, what, path, error)
+}
+
+/// The code of a failure because there is a snapshot.
+const SNAPSHOT_EXISTS: &str = "snapshot-exists";
+
+/// Explains that the host refused, `taken` being the code for a name that is taken.
+fn host_unless_taken(taken: &str, what: &str, path: &Path, error: &io::Error) -> MigrationError {
     let code = match error.kind() {
-        io::ErrorKind::AlreadyExists => "snapshot-exists",
+        io::ErrorKind::AlreadyExists => taken,
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "no-space",
         _ => "host-refused",
     };
@@ -111,7 +121,7 @@ fn write_all(
 ) -> Result<(), MigrationError> {
     writing.progress.enter(Phase::Stopped);
     let mut file = MemoryFile::create(folder, &saved.blocks, writing)?;
-    copy_paused(&saved.blocks, writing.decision, &mut file)?;
+    copy_paused(whole(&saved.blocks), writing.decision, &mut file)?;
     let state = SavedState {
         state: saved.state,
         stopped_at: saved.stopped_at,
@@ -160,22 +170,27 @@ pub(super) fn seal(
     folder.commit()
 }
 
-/// Copies the memory of a paused guest.
-pub(super) fn copy_paused(
-    blocks: &[Block],
+/// All of these blocks, one after another.
+pub(super) fn whole(blocks: &[Block]) -> impl Iterator<Item = (&RamBlock, Range<usize>)> {
+    blocks.iter().map(|block| (&*block.ram, 0..block.ram.len()))
+}
+
+/// Copies parts of the memory of a paused guest, whole pages each.
+pub(super) fn copy_paused<'a>(
+    parts: impl Iterator<Item = (&'a RamBlock, Range<usize>)>,
     decision: &Decision,
     sink: &mut dyn PageSink,
 ) -> Result<(), MigrationError> {
     let mut buffer = vec![0; CHUNK * PAGE];
     let mut position = 0;
-    for block in blocks {
-        for offset in (0..block.ram.len()).step_by(buffer.len()) {
+    for (ram, part) in parts {
+        for offset in part.clone().step_by(buffer.len()) {
             if decision.is_canceled() {
                 return Err(MigrationError::Canceled);
             }
-            let len = buffer.len().min(block.ram.len() - offset);
+            let len = buffer.len().min(part.end - offset);
             // A copy: Rust must not hold a reference to memory that a device of the host could change.
-            if !block.ram.read_pages(offset, &mut buffer[..len]) {
+            if !ram.read_pages(offset, &mut buffer[..len]) {
                 return Err(MigrationError::here("machine-gone", "no memory"));
             }
             sink.put(position / PAGE, &buffer[..len])?;
@@ -185,14 +200,17 @@ pub(super) fn copy_paused(
     Ok(())
 }
 
-/// A snapshot's folder while it is written: files with names of their own, until all are complete.
+/// A folder in which a snapshot or core dump is written: files with names of their own, until all are
+/// complete.
 pub(super) struct Folder {
     dir: PathBuf,
     /// The folder did not exist before.
     is_new: bool,
     id: Uuid,
+    /// The code of a failure because one of the final names is taken.
+    taken: &'static str,
     /// The final names of the files that exist, in the order in which they get them.
-    files: Vec<&'static str>,
+    files: Vec<String>,
 }
 
 impl Folder {
@@ -213,15 +231,37 @@ impl Folder {
             dir: dir.to_owned(),
             is_new,
             id,
+            taken: SNAPSHOT_EXISTS,
             files: Vec::new(),
         })
+    }
+
+    /// Returns the folder of a file to write, which must exist, and the file's name, which must not.
+    pub(super) fn beside(path: &Path, id: Uuid) -> Result<(Self, String), MigrationError> {
+        const TAKEN: &str = "file-exists";
+        let failed = |kind: io::ErrorKind| host_unless_taken(TAKEN, "create", path, &kind.into());
+        let name = path.file_name().and_then(|name| name.to_str());
+        let (Some(dir), Some(name)) = (path.parent(), name) else {
+            return Err(failed(io::ErrorKind::InvalidFilename));
+        };
+        if path.symlink_metadata().is_ok() {
+            return Err(failed(io::ErrorKind::AlreadyExists));
+        }
+        let folder = Self {
+            dir: dir.to_owned(),
+            is_new: false,
+            id,
+            taken: TAKEN,
+            files: Vec::new(),
+        };
+        Ok((folder, name.to_owned()))
     }
 
     fn partial(&self, name: &str) -> PathBuf {
         self.dir.join(format!(".{name}.{}", self.id))
     }
 
-    pub(super) fn create(&mut self, name: &'static str) -> Result<(File, PathBuf), MigrationError> {
+    pub(super) fn create(&mut self, name: &str) -> Result<(File, PathBuf), MigrationError> {
         let path = self.partial(name);
         // It holds the guest's memory: for its owner only.
         let file = OpenOptions::new()
@@ -230,15 +270,11 @@ impl Folder {
             .mode(0o600)
             .open(&path)
             .map_err(|error| host("create", &path, &error))?;
-        self.files.push(name);
+        self.files.push(name.to_owned());
         Ok((file, path))
     }
 
-    pub(super) fn write(
-        &mut self,
-        name: &'static str,
-        content: &[u8],
-    ) -> Result<FileInfo, MigrationError> {
+    pub(super) fn write(&mut self, name: &str, content: &[u8]) -> Result<FileInfo, MigrationError> {
         let (mut file, path) = self.create(name)?;
         file.write_all(content)
             .and_then(|()| file.sync_all())
@@ -247,15 +283,16 @@ impl Folder {
     }
 
     /// Gives the files their names, the manifest last.
-    fn commit(&mut self) -> Result<(), MigrationError> {
-        let failed = |error: &io::Error| host("complete", &self.dir, error);
+    pub(super) fn commit(&mut self) -> Result<(), MigrationError> {
+        let failed =
+            |error: &io::Error| host_unless_taken(self.taken, "complete", &self.dir, error);
         let sync = || File::open(&self.dir).and_then(|dir| dir.sync_all());
         for name in &self.files {
-            if *name == MANIFEST {
+            if name == MANIFEST {
                 // A manifest on the disk says that the other files are there.
                 sync().map_err(|error| failed(&error))?;
             }
-            // Another snapshot into the same folder may have been faster.
+            // Another one into the same folder may have been faster.
             let path = self.dir.join(name);
             renameat_with(CWD, self.partial(name), CWD, &path, RenameFlags::NOREPLACE)
                 .map_err(|error| failed(&error.into()))?;
@@ -263,8 +300,8 @@ impl Folder {
         sync().map_err(|error| failed(&error))
     }
 
-    /// Removes what was written. Only this snapshot has files of these names.
-    fn remove(&self) {
+    /// Removes what was written. Only this snapshot or dump has files of these names.
+    pub(super) fn remove(&self) {
         for name in &self.files {
             let partial = self.partial(name);
             // Renamed, if the end failed: then it is the file of that name, since nothing was replaced.

@@ -9,6 +9,7 @@ use super::{EFFECTIVE, dotted, fields, full, judged, refusal, without_effect};
 
 /// Fields of requests that have their effect, by endpoint.
 const EFFECTIVE_REQUESTS: &[(&str, &[&str])] = &[
+    ("vm.coredump", &["/destination_url"]),
     ("vm.receive-migration", &["/receiver_url", "/tls_dir"]),
     ("vm.remove-device", &["/id"]),
     ("vm.resize", &["/desired_balloon", "/desired_vcpus"]),

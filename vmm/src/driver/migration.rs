@@ -48,7 +48,7 @@ pub(crate) struct DestinationParts {
 const PAGES_ARRIVING: &str = "pages of the guest's memory are still arriving from the source or the \
                               snapshot; wait until that migration or restore is Completed";
 
-fn refused(code: &str) -> impl FnOnce(MoveError) -> Refusal {
+pub(super) fn refused(code: &str) -> impl FnOnce(MoveError) -> Refusal {
     move |error| Refusal::new(code, error.to_string())
 }
 
@@ -110,7 +110,7 @@ impl Driver {
                 | Verb::RemoveDevice
                 | Verb::Resize
                 | Verb::ResizeDisk => {
-                    refuse("a snapshot of it is being written; cancel that first")
+                    refuse("a snapshot or core dump of it is being written; cancel that first")
                 }
                 Verb::MemoryMap
                 | Verb::Cpu
@@ -158,12 +158,20 @@ impl Driver {
         let conflict =
             |code: &str, detail: &str| Err(RequestError::new(Category::Conflict, code, detail));
         if self.outgoing.is_some() {
-            let detail = "the VM's guest is moving, or a snapshot of it is being written";
+            let detail =
+                "the VM's guest is moving, or a snapshot or core dump of it is being written";
             return conflict("vm-migrating", detail);
         }
         let state = self.publisher.current().state;
-        if purpose == Purpose::Snapshot(SnapshotOf::Paused) && state != VmState::Paused {
-            let detail = format!("a snapshot is taken of a Paused VM, and this one is {state}");
+        let of_paused = match purpose {
+            Purpose::Snapshot(SnapshotOf::Paused) => Some("a snapshot is taken"),
+            Purpose::CoreDump => Some("a core dump is written"),
+            Purpose::Move | Purpose::Snapshot(SnapshotOf::PausedOrRunning) => None,
+        };
+        if let Some(what) = of_paused
+            && state != VmState::Paused
+        {
+            let detail = format!("{what} of a Paused VM, and this one is {state}");
             return conflict("wrong-state", &detail);
         }
         // A device that is plugged or ejected during the copy would make the machine differ from
@@ -203,6 +211,7 @@ impl Driver {
             match purpose {
                 Purpose::Move => "migrating",
                 Purpose::Snapshot(_) => "snapshotting",
+                Purpose::CoreDump => "core-dumping",
             },
             None,
         );
@@ -211,6 +220,7 @@ impl Driver {
             decision: decision.clone(),
             state: match purpose {
                 Purpose::Snapshot(_) if is_paused => OutgoingState::Snapshot,
+                Purpose::CoreDump => OutgoingState::Snapshot,
                 Purpose::Move | Purpose::Snapshot(_) => OutgoingState::Copying,
             },
         });

@@ -15,7 +15,7 @@ pub(super) struct Outgoing {
 pub(super) enum OutgoingState {
     /// Its memory is copied; the guest runs or is paused as its owner wants it.
     Copying,
-    /// The guest is paused and stays so until a snapshot of it is written.
+    /// The guest is paused and stays so until a snapshot or core dump of it is written.
     Snapshot,
     /// A live snapshot has its state, and copies the memory that it had then. The guest runs or is paused
     /// as its owner wants it, and nothing that happens to it changes the snapshot.
@@ -75,4 +75,6 @@ pub(crate) enum Purpose {
     /// A snapshot of it is written. A guest that is paused stays so; one that runs is stopped for a moment,
     /// unless the caller [demands](control::SnapshotOf) a paused guest.
     Snapshot(SnapshotOf),
+    /// A core dump of it is written. It is paused, and stays so.
+    CoreDump,
 }

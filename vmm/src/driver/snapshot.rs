@@ -3,10 +3,11 @@
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+use migration::snapshot::Core;
 use migration::{Refusal, Stopped};
 
 use super::Driver;
-use super::migration::no_machine;
+use super::migration::{no_machine, refused};
 use super::outgoing::OutgoingState;
 
 impl Driver {
@@ -37,6 +38,11 @@ impl Driver {
     ) -> Result<(), Refusal> {
         self.expecting()?.announce_generation(stopped_for, as_of);
         Ok(())
+    }
+
+    /// Returns the registers and the memory of a paused guest, for a core dump.
+    pub(crate) fn core(&mut self) -> Result<Core, Refusal> {
+        self.on()?.core().map_err(refused("cannot-be-dumped"))
     }
 
     /// Returns since when the clocks of a guest that is paused are stopped.

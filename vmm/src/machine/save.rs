@@ -18,8 +18,10 @@ use std::time::{Duration, Instant};
 
 use hypervisor::{
     ClockSample, MemSlots, NestedState, SaveClock, StateError, StoppedClock, Vcpu, VcpuState,
-    VmState,
+    VmState, core_notes,
 };
+use memory::{FlatRange, SpaceKind, Target};
+use migration::snapshot::{Core, CoreRange};
 use state::{Load as _, Save as _, Store, Writer};
 
 use super::run_control::NotParked;
@@ -138,6 +140,33 @@ impl Active {
         }
         self.parts.devices.save(&mut writer)?;
         Ok(writer.finish())
+    }
+
+    /// Returns the registers of all vCPUs, and the RAM by its guest physical addresses. The machine is
+    /// paused.
+    pub(crate) fn core(&self) -> Result<Core, MoveError> {
+        let mut vcpus = Vec::new();
+        for (index, registers) in self.on_vcpus(|_| |vcpu: &mut Vcpu| vcpu.core_registers()) {
+            let registers = registers.recv_timeout(PARK_PATIENCE);
+            vcpus.push((index, registers.map_err(|_| MoveError::VcpuGone)??));
+        }
+        let space = self.parts.topology.lock().space(SpaceKind::Memory);
+        let view = space.view();
+        let range = |flat: &FlatRange| {
+            let (Target::Ram(slice) | Target::Rom(slice)) = &flat.target else {
+                return None;
+            };
+            Some(CoreRange {
+                addr: flat.range.first(),
+                ram: Arc::clone(&slice.block),
+                offset: usize::try_from(slice.offset).ok()?,
+                len: usize::try_from(flat.range.len()?).ok()?,
+            })
+        };
+        Ok(Core {
+            notes: core_notes(&vcpus),
+            ranges: view.ranges().iter().filter_map(range).collect(),
+        })
     }
 
     /// Loads what was saved. The guest does not run until [`Active::resume_after`]. May be called

@@ -1,5 +1,6 @@
 //! Migrations: starts the engine's threads and shows them to the API.
 
+mod core_dump;
 mod destination;
 mod history;
 mod journals;
@@ -31,7 +32,7 @@ use serde::{Deserialize, Serialize};
 use spec::{
     AwaitMigration, FieldProblem, ForkVm, MemoryMode, MergeSnapshots, MigrationDowntime,
     MigrationError, MigrationInfo, MigrationOutcome, MigrationPhase, MigrationRound, MigrationSide,
-    RestoreConfig, StartMigration, VmConfig, VmId, VmSnapshotConfig,
+    RestoreConfig, StartMigration, VmConfig, VmCoredumpData, VmId, VmSnapshotConfig,
 };
 use tokio::sync::watch;
 
@@ -483,6 +484,14 @@ impl Migrate for Pool {
 
     fn merge(&self, what: &MergeSnapshots) -> Result<Arc<dyn Migration>, RequestError> {
         snapshot::merge_chain(what)
+    }
+
+    fn core_dump(
+        &self,
+        vm: &VmHandle,
+        what: &VmCoredumpData,
+    ) -> Result<Arc<dyn Migration>, RequestError> {
+        core_dump::begin(self, vm, what)
     }
 
     fn restore(

@@ -11,7 +11,7 @@ use spec::{
 };
 
 use super::destination::{DestinationHost, GuestOrigin, record_failure};
-use super::snapshot::{LiveVm, folder, save_paused, unusable};
+use super::snapshot::{LiveVm, path, save_paused, unusable};
 use super::source::SourceVm;
 use super::trust::Allowed;
 use super::{ActiveMigration, offer, start};
@@ -113,7 +113,7 @@ pub(super) fn begin_restore(
         verify: what.verify,
         resume: what.resume,
     };
-    let dir = folder("source_url", &what.source_url)?;
+    let dir = path("source_url", &what.source_url)?;
     children.check_names(registry)?;
     let snapshot = Snapshot::open(&dir).map_err(|error| unusable(error.refusal()))?;
     let offers = children.offers(&snapshot.offer())?;

@@ -13,8 +13,8 @@ use super::{ActiveMigration, offer, start};
 use crate::driver::Purpose;
 use crate::pool::Pool;
 
-/// Returns the folder that a URL names.
-pub(super) fn folder(field: &str, url: &str) -> Result<PathBuf, RequestError> {
+/// Returns the folder or file that a URL names.
+pub(super) fn path(field: &str, url: &str) -> Result<PathBuf, RequestError> {
     let path = url.strip_prefix("file://").map(PathBuf::from);
     path.filter(|path| path.is_absolute()).ok_or_else(|| {
         RequestError::invalid(vec![FieldProblem {
@@ -31,7 +31,7 @@ pub(super) fn folder(field: &str, url: &str) -> Result<PathBuf, RequestError> {
 /// # Errors
 /// The URL names no folder, or the folder holds no snapshot that this version reads.
 pub fn snapshot_config(url: &str) -> Result<VmConfig, RequestError> {
-    let dir = folder("source_url", url)?;
+    let dir = path("source_url", url)?;
     let snapshot = open(&dir)?;
     let machine = offer::machine(&snapshot.offer()).map_err(unusable)?;
     Ok(machine.config)
@@ -100,9 +100,9 @@ pub(super) fn take(
     what: &VmSnapshotConfig,
     of: SnapshotOf,
 ) -> Result<Arc<dyn Migration>, RequestError> {
-    let dir = folder("destination_url", &what.destination_url)?;
+    let dir = path("destination_url", &what.destination_url)?;
     let base = match &what.base_url {
-        Some(url) => Some(open(&folder("base_url", url)?)?),
+        Some(url) => Some(open(&path("base_url", url)?)?),
         None => None,
     };
     let id = vm.id().clone();
@@ -151,8 +151,8 @@ pub(super) fn take(
 
 /// Starts to write a snapshot that needs no base from a chain of increments. No VM is involved.
 pub(super) fn merge_chain(what: &MergeSnapshots) -> Result<Arc<dyn Migration>, RequestError> {
-    let dir = folder("destination_url", &what.destination_url)?;
-    let chain = open(&folder("source_url", &what.source_url)?)?;
+    let dir = path("destination_url", &what.destination_url)?;
+    let chain = open(&path("source_url", &what.source_url)?)?;
     let url = what.destination_url.clone();
     let merging = Arc::new(ActiveMigration::new(MigrationSide::Source, None, url));
     let ours = Arc::clone(&merging);
