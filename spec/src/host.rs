@@ -23,7 +23,7 @@ pub struct CpuidLeaf {
     pub edx: u32,
 }
 
-/// What a CPU shows: CPUID, and the MSR that lists weaknesses.
+/// A CPU, by its CPUID and the MSR that lists weaknesses.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CpuDescription {
@@ -42,7 +42,7 @@ pub struct CpuDescription {
     pub arch_capabilities: Option<u64>,
 }
 
-/// Whether a host can run guests of a profile.
+/// The features that a host lacks of a profile.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ProfileFit {
@@ -64,10 +64,10 @@ pub struct HostCpu {
     pub profiles: Vec<ProfileFit>,
 }
 
-/// Whether a guest could run here.
+/// The answer to whether a guest could run here.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CpuCheck {
-    /// What the guest's CPUs have and a guest could not see here. Empty if the guest could run here.
+    /// Features and sizes of the guest's CPUs that this host cannot show. Empty if the guest could run here.
     pub lacking: Vec<String>,
 }

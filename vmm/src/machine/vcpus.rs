@@ -33,7 +33,7 @@ use crate::guest_event::Reporter;
 pub(crate) struct Recipe {
     /// From this host, or from the host where the guest booted.
     model: CpuModel,
-    /// As far as the guest's profile shows them.
+    /// The part of the MSR that the guest's profile shows; `None` without a profile.
     arch_capabilities: Option<u64>,
     topology: CpuTopology,
     phys_bits: u8,
@@ -140,7 +140,7 @@ impl Vcpus {
         Ok(())
     }
 
-    /// What the guest sees of its CPUs.
+    /// The CPU that the guest sees.
     pub(crate) fn model(&self) -> &CpuModel {
         &self.recipe.model
     }

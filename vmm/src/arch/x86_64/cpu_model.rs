@@ -23,8 +23,8 @@ impl fmt::Display for Vendor {
     }
 }
 
-/// What a guest sees of its CPUs, before the numbers of each vCPU are set. A host has one too: the most that
-/// it can show.
+/// CPUID and feature MSRs as a guest sees them, before the numbers of each vCPU are set. A host has one too: the
+/// most that it can show.
 #[derive(Clone, Debug)]
 pub(crate) struct CpuModel {
     pub(crate) cpuid: CpuId,
@@ -41,7 +41,7 @@ impl CpuModel {
         registers.get(at.register).copied().unwrap_or(0)
     }
 
-    /// Whether it has this feature, which has a name.
+    /// Returns whether this named feature is there.
     pub(super) fn has(&self, feature: &str) -> bool {
         let found = feature_names::find(feature);
         found.is_some_and(|(at, bit)| self.register(at) & 1 << bit != 0)

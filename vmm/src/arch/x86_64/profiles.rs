@@ -11,11 +11,11 @@ use super::cpu_model::{CpuModel, Vendor};
 use super::feature_names::{self, Place};
 use super::features;
 
-/// What a profile adds to the one below it.
+/// A profile, by its difference from the one below it.
 struct Step {
     below: Option<CpuProfile>,
     features: &'static str,
-    /// Of the feature sets below, those that CPUs of this profile do not have.
+    /// Features of the profiles below that this one does not have.
     without: &'static str,
     vendor: Option<Vendor>,
     physical_bits: u32,
@@ -178,7 +178,7 @@ fn is_protection(feature: &str) -> bool {
     all.into_iter().flat_map(words).any(|word| word == feature)
 }
 
-/// What a profile gives a guest and asks of a host.
+/// A profile, with all that it has from those below it.
 struct Set {
     /// All that the guest may see.
     visible: Vec<&'static str>,
@@ -215,7 +215,7 @@ impl Set {
         })
     }
 
-    /// What the host must have.
+    /// Features without which a host cannot run the profile.
     fn required(&self) -> impl Iterator<Item = &'static str> {
         let optional = |feature: &&str| {
             is_protection(feature) || words(ALWAYS).any(|always| always == *feature)
@@ -364,7 +364,7 @@ pub(crate) fn fits(host: &CpuModel) -> Vec<ProfileFit> {
     CpuProfile::ALL.map(fit).into()
 }
 
-/// What a host lacks of a profile.
+/// Lists the features that a host lacks of a profile.
 fn lacking(profile: CpuProfile, host: &CpuModel) -> Vec<String> {
     let Some(set) = Set::of(profile) else {
         return Vec::new();
