@@ -8,10 +8,10 @@ use std::time::Duration;
 use openapi::ClientError;
 use rustix::process::Signal;
 use spec::{
-    MigrationInfo, MigrationOutcome, MigrationPhase, ReceiveMigrationData, ResolveMigration,
-    SendMigrationData, StartMigration, VmId, VmState,
+    HotplugMethod, MigrationInfo, MigrationOutcome, MigrationPhase, ReceiveMigrationData,
+    ResolveMigration, SendMigrationData, StartMigration, VmId, VmResize, VmState,
 };
-use tests::{Face, Service, await_anyone, dirtier};
+use tests::{Face, Service, await_anyone, dirtier, snapshots};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -169,6 +169,68 @@ async fn guest_that_writes_too_fast_moves_with_the_defaults() {
     assert!(received.faults > 0, "no page was waited for: {received:?}");
     dirtier::check(&port).await.unwrap();
     println!("{} rounds, {} faults", sent.rounds, received.faults);
+}
+
+/// While a guest moves its size stays: the destination's machine was built from its configuration.
+#[tokio::test]
+async fn resizes_are_refused_while_a_guest_moves() {
+    let services = pair().await;
+    let client = services[0].client();
+    let options = guest::Options {
+        heartbeat_ms: Some(100),
+        ..guest::Options::default()
+    };
+    let (mut config, _) = services[0].pocket("guest", options).unwrap();
+    config.cpus.max_vcpus = 2;
+    config.memory.hotplug_method = HotplugMethod::VirtioMem;
+    config.memory.hotplug_size = Some(128 << 20);
+    config.balloon = serde_json::from_value(serde_json::json!({ "size": 0 })).unwrap();
+    let vm = services[0].create("guest", config).await.unwrap();
+    client.vms_boot(&vm).await.unwrap();
+    let before = client.vms_info(&vm).await.unwrap();
+    let waiting = receive(&services[1]).await;
+    let what = StartMigration {
+        // The first round takes minutes.
+        max_bandwidth: Some(16 << 10),
+        insecure: true,
+        ..StartMigration::to(waiting.endpoint)
+    };
+    let begun = client.vms_migrate(&vm, &what).await.unwrap();
+    until(&services[0], &name(&begun), |info| {
+        info.phase == MigrationPhase::Precopy
+    })
+    .await;
+    let none = VmResize::default();
+    let resizes = [
+        VmResize {
+            desired_vcpus: Some(2),
+            ..none.clone()
+        },
+        VmResize {
+            desired_ram: Some(before.config.memory.size + (128 << 20)),
+            ..none.clone()
+        },
+        VmResize {
+            desired_balloon: Some(16 << 20),
+            ..none
+        },
+    ];
+    for sizes in &resizes {
+        let refused = client.vms_resize(&vm, sizes).await;
+        snapshots::refused(refused, 409, "vm-migrating");
+    }
+    let info = client.vms_info(&vm).await.unwrap();
+    assert_eq!(info.config, before.config);
+    assert_eq!(info.memory_actual_size, before.memory_actual_size);
+    assert_eq!(info.vcpus_actual_count, before.vcpus_actual_count);
+    assert_eq!(info.pending_resizes, []);
+    client.migrations_cancel(&name(&begun)).await.unwrap();
+    let ended = until(&services[0], &name(&begun), |info| info.phase.is_over()).await;
+    assert_eq!(ended.phase, MigrationPhase::Canceled, "{ended:?}");
+    // The migration was the only reason.
+    for sizes in &resizes {
+        client.vms_resize(&vm, sizes).await.unwrap();
+    }
 }
 
 /// The destination dies while memory is copied: the guest runs on, and moves with the next attempt.
