@@ -22,7 +22,7 @@ use crate::link::{Dial, Stream};
 use crate::message::{
     self, Channel, ControlChannel, Hello, Offer, Refusal, ToDestination, ToSource, VERSIONS,
 };
-use crate::pages::{BATCH, Block};
+use crate::pages::{BATCH, Block, PAGE};
 use crate::policy::{Measured, Mode, Policy};
 use crate::progress::{Downtime, Phase, Progress};
 use crate::sender::Ram;
@@ -437,7 +437,9 @@ impl Engine<'_, '_> {
             } => Some((*connections, *postcopy)),
             _ => None,
         })?;
-        self.can_postcopy = postcopy && policy.may_postcopy();
+        // A huge page cannot be filled piece by piece.
+        let is_small = |block: &Block| block.ram.page_size() == PAGE as u64;
+        self.can_postcopy = postcopy && policy.may_postcopy() && self.blocks.iter().all(is_small);
         self.patience(policy.patience)?;
         // The number comes from the other side: each channel costs a descriptor and a thread.
         for index in 0..connections.clamp(1, wanted) {
