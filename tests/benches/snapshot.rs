@@ -16,13 +16,13 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use guest::{Line, Options, Order, Workload};
+use guest::{Line, Options, Workload};
 use spec::{
     ConsoleMode, ForkVm, MemoryRestoreMode, MigrationInfo, MigrationPhase, RestoreConfig,
     SerialConfig, VmId,
 };
 use terminal::Terminal;
-use tests::{Face, Serial, Service};
+use tests::{Face, Serial, Service, dirtier};
 
 const MIB: u64 = 1 << 20;
 /// Rare enough that a hundred guests that print do not fill the CPUs, on which the others are made.
@@ -220,20 +220,7 @@ async fn stops(sizes: &[u64], rounds: usize) -> Result<()> {
 /// Takes snapshots of each kind of a guest that writes to so many pages a second.
 async fn stops_of(memory: u64, rate: u64, rounds: usize) -> Result<()> {
     let service = Service::start(Face::Many).await?;
-    let workload = match rate {
-        0 => Workload::Idle,
-        rate => Workload::Dirty {
-            region_mib: Some(128),
-            rate: Some(rate),
-            order: Order::Scattered,
-        },
-    };
-    let options = Options {
-        workload,
-        heartbeat_ms: Some(1000),
-        ..Options::default()
-    };
-    let (mut config, _) = service.pocket("guest", options)?;
+    let (mut config, _) = service.pocket("guest", dirtier::options(128, rate, 1000))?;
     config.memory.size = memory;
     config.serial = SerialConfig {
         file: None,

@@ -29,6 +29,24 @@ pub async fn boot_with(at: &Service, memory: Option<u64>) -> Result<(VmId, PathB
     boot_writing(at, memory, 16, 1000).await
 }
 
+/// Options of a guest that writes to `rate` pages a second of a region of so many MiB, or to none.
+#[must_use]
+pub fn options(region_mib: u64, rate: u64, heartbeat_ms: u32) -> Options {
+    let workload = match rate {
+        0 => Workload::Idle,
+        rate => Workload::Dirty {
+            region_mib: Some(region_mib),
+            rate: Some(rate),
+            order: Order::Scattered,
+        },
+    };
+    Options {
+        workload,
+        heartbeat_ms: Some(heartbeat_ms),
+        ..Options::default()
+    }
+}
+
 /// Boots one that writes to `rate` pages a second of a region of so many MiB.
 ///
 /// # Errors
@@ -39,16 +57,7 @@ pub async fn boot_writing(
     region_mib: u64,
     rate: u64,
 ) -> Result<(VmId, PathBuf)> {
-    let options = Options {
-        workload: Workload::Dirty {
-            region_mib: Some(region_mib),
-            rate: Some(rate),
-            order: Order::Scattered,
-        },
-        heartbeat_ms: Some(100),
-        ..Options::default()
-    };
-    let (mut config, serial) = at.pocket("guest", options)?;
+    let (mut config, serial) = at.pocket("guest", options(region_mib, rate, 100))?;
     let path = serial.path().to_owned();
     let port = serde_json::json!({ "mode": "Socket", "socket": path });
     config.serial = serde_json::from_value(port)?;

@@ -5,9 +5,8 @@ use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use guest::{Options, Order, Workload};
 use spec::{MemoryMode, MigrationPhase, StartMigration, VmId};
-use tests::{Face, Service, await_anyone};
+use tests::{Face, Service, await_anyone, dirtier};
 
 const POOL: &str = "/proc/sys/vm/nr_hugepages";
 const FREE: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
@@ -33,16 +32,7 @@ async fn guest_that_writes_too_fast_is_slowed_down() -> Result<()> {
     reserve()?;
     let here = Service::start(Face::Many).await?;
     let there = Service::start(Face::Many).await?;
-    let options = Options {
-        workload: Workload::Dirty {
-            region_mib: Some(16),
-            rate: Some(20_000),
-            order: Order::Scattered,
-        },
-        heartbeat_ms: Some(100),
-        ..Options::default()
-    };
-    let (mut config, serial) = here.pocket("guest", options)?;
+    let (mut config, serial) = here.pocket("guest", dirtier::options(16, 20_000, 100))?;
     config.memory.size = MEMORY;
     config.memory.hugepages = true;
     let vm = here.create("guest", config).await?;

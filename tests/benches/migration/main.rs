@@ -18,13 +18,13 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use guest::{Line, Options, Order, Workload};
+use guest::{Line, Options};
 use openapi::Client;
 use spec::{
     AtDeadline, ConsoleMode, CpusConfig, MemoryMode, MigrationInfo, PayloadConfig, StartMigration,
     VmConfig, VmId,
 };
-use tests::{Face, Service, await_anyone};
+use tests::{Face, Service, await_anyone, dirtier};
 
 use crate::terminal::Terminal;
 
@@ -79,20 +79,12 @@ struct Seen {
 }
 
 fn config(case: Case, kernel: &Path) -> VmConfig {
-    let workload = match case.rate {
-        0 => Workload::Idle,
-        rate => Workload::Dirty {
-            region_mib: Some(128),
-            rate: Some(rate),
-            order: Order::Scattered,
-        },
-    };
-    let options = Options {
-        workload,
-        heartbeat_ms: Some(1000),
-        ..Options::default()
-    };
-    guest_config(&options, case.memory, case.vcpus, kernel)
+    guest_config(
+        &dirtier::options(128, case.rate, 1000),
+        case.memory,
+        case.vcpus,
+        kernel,
+    )
 }
 
 fn guest_config(options: &Options, memory: u64, vcpus: u32, kernel: &Path) -> VmConfig {

@@ -123,3 +123,24 @@ impl CpuModel {
         }
     }
 }
+
+#[cfg(test)]
+pub(super) mod testing {
+    use super::*;
+
+    /// CPUID of these leaves: function, index, and EAX to EDX.
+    pub(in super::super) fn cpuid(leaves: &[(u32, u32, [u32; 4])]) -> CpuId {
+        let entry =
+            |&(function, index, [eax, ebx, ecx, edx]): &(u32, u32, [u32; 4])| kvm_cpuid_entry2 {
+                function,
+                index,
+                eax,
+                ebx,
+                ecx,
+                edx,
+                ..Default::default()
+            };
+        let entries: Vec<_> = leaves.iter().map(entry).collect();
+        CpuId::from_entries(&entries).unwrap()
+    }
+}

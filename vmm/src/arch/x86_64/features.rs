@@ -250,8 +250,7 @@ impl Rule {
 
 #[cfg(test)]
 mod tests {
-    use hypervisor::arch::kvm_cpuid_entry2;
-
+    use super::super::cpu_model::testing::cpuid;
     use super::*;
 
     fn lacking(here: &CpuId, wanted: &CpuId) -> Vec<String> {
@@ -265,21 +264,6 @@ mod tests {
     fn registers(cpuid: &CpuId, at: usize) -> [u32; 4] {
         let entry = &cpuid.as_slice()[at];
         [entry.eax, entry.ebx, entry.ecx, entry.edx]
-    }
-
-    fn cpuid(leaves: &[(u32, u32, [u32; 4])]) -> CpuId {
-        let entry =
-            |&(function, index, [eax, ebx, ecx, edx]): &(u32, u32, [u32; 4])| kvm_cpuid_entry2 {
-                function,
-                index,
-                eax,
-                ebx,
-                ecx,
-                edx,
-                ..Default::default()
-            };
-        let entries: Vec<_> = leaves.iter().map(entry).collect();
-        CpuId::from_entries(&entries).unwrap()
     }
 
     fn of(leaf: (u32, u32), wanted: [u32; 4], here: [u32; 4]) -> Vec<String> {

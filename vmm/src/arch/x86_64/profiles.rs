@@ -248,8 +248,17 @@ impl Set {
             .fold(X87_SSE, |all, (_, bits)| all | bits)
     }
 
+    /// Lists the features that a host lacks.
+    fn lacking(&self, host: &CpuModel) -> Vec<String> {
+        let vendor = host.vendor();
+        let foreign = self.vendor.filter(|wanted| Some(*wanted) != vendor);
+        let missing = self.required().filter(|feature| !host.has(feature));
+        let foreign = foreign.into_iter().map(|wanted| wanted.to_string());
+        foreign.chain(missing.map(str::to_owned)).collect()
+    }
+
     /// Leaves of `cpu` as far as a guest of this profile sees them.
-    fn cut(&self, cpu: &CpuModel) -> Option<CpuModel> {
+    fn cut(&self, cpu: &CpuModel) -> CpuModel {
         let mut entries = cpu.cpuid.as_slice().to_vec();
         let components = self.components();
         entries.retain(|entry| {
@@ -263,15 +272,16 @@ impl Set {
         for entry in &mut entries {
             self.cut_entry(entry, components, size);
         }
-        let cpuid = CpuId::from_entries(&entries).ok()?;
+        // Entries were taken away only, so that those that are left fit.
+        let cpuid = CpuId::from_entries(&entries).unwrap_or_else(|_| cpu.cpuid.clone());
         let arch_capabilities = match (self.arch_capabilities, cpu.arch_capabilities) {
             (0, _) | (_, None) => None,
             (visible, Some(value)) => Some(value & (visible | features::HAZARDS)),
         };
-        Some(CpuModel {
+        CpuModel {
             cpuid,
             arch_capabilities,
-        })
+        }
     }
 
     fn cut_entry(&self, entry: &mut kvm_cpuid_entry2, components: u32, size: u32) {
@@ -335,49 +345,31 @@ pub struct ProfileError {
 /// # Errors
 /// Names what the host lacks.
 pub(crate) fn apply(profile: CpuProfile, host: &CpuModel) -> Result<CpuModel, ProfileError> {
-    let lacking = lacking(profile, host);
-    if lacking.is_empty() {
-        return Ok(cut(profile, host));
+    let Some(set) = Set::of(profile) else {
+        return Ok(host.clone());
+    };
+    match set.lacking(host) {
+        lacking if lacking.is_empty() => Ok(set.cut(host)),
+        lacking => Err(ProfileError { profile, lacking }),
     }
-    Err(ProfileError { profile, lacking })
 }
 
 /// The part of a host's CPU that a guest of this profile sees, whether or not it is all there.
 pub(crate) fn cut(profile: CpuProfile, host: &CpuModel) -> CpuModel {
-    let set = Set::of(profile);
-    // Entries are taken away only, so that those that are left fit.
-    let cut = set.and_then(|set| set.cut(host));
-    cut.unwrap_or_else(|| host.clone())
+    Set::of(profile).map_or_else(|| host.clone(), |set| set.cut(host))
 }
 
 /// How well each profile fits a host.
 pub(crate) fn fits(host: &CpuModel) -> Vec<ProfileFit> {
     let fit = |profile: CpuProfile| {
-        let set = Set::of(profile);
-        let seen = set.map_or(0, |set| set.required().count());
-        ProfileFit {
+        let set = Set::of(profile)?;
+        Some(ProfileFit {
             profile,
-            features: u32::try_from(seen).unwrap_or(u32::MAX),
-            lacking: lacking(profile, host),
-        }
+            features: u32::try_from(set.required().count()).unwrap_or(u32::MAX),
+            lacking: set.lacking(host),
+        })
     };
-    CpuProfile::ALL.map(fit).into()
-}
-
-/// Lists the features that a host lacks of a profile.
-fn lacking(profile: CpuProfile, host: &CpuModel) -> Vec<String> {
-    let Some(set) = Set::of(profile) else {
-        return Vec::new();
-    };
-    let vendor = host.vendor();
-    let foreign = set.vendor.filter(|wanted| Some(*wanted) != vendor);
-    let mut lacking: Vec<String> = foreign
-        .map(|wanted| wanted.to_string())
-        .into_iter()
-        .collect();
-    let missing = set.required().filter(|feature| !host.has(feature));
-    lacking.extend(missing.map(str::to_owned));
-    lacking
+    CpuProfile::ALL.into_iter().filter_map(fit).collect()
 }
 
 #[cfg(test)]

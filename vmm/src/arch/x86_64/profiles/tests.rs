@@ -2,6 +2,7 @@ use std::collections::BTreeMap;
 
 use hypervisor::arch::kvm_cpuid_entry2;
 
+use super::super::cpu_model::testing::cpuid;
 use super::*;
 
 const INTEL: &[u8; 12] = b"GenuineIntel";
@@ -43,19 +44,8 @@ fn host(vendor: &[u8; 12], features: &[&str]) -> CpuModel {
             }
         }
     }
-    let entry =
-        |&(function, index, [eax, ebx, ecx, edx]): &(u32, u32, [u32; 4])| kvm_cpuid_entry2 {
-            function,
-            index,
-            eax,
-            ebx,
-            ecx,
-            edx,
-            ..Default::default()
-        };
-    let entries: Vec<_> = leaves.iter().map(entry).collect();
     CpuModel {
-        cpuid: CpuId::from_entries(&entries).unwrap(),
+        cpuid: cpuid(&leaves),
         arch_capabilities: Some(u64::MAX),
     }
 }
@@ -70,6 +60,10 @@ fn host_of(profile: CpuProfile, more: &[&str]) -> CpuModel {
     let mut features: Vec<&str> = set.required().collect();
     features.extend(more);
     host(vendor, &features)
+}
+
+fn lacking(profile: CpuProfile, host: &CpuModel) -> Vec<String> {
+    Set::of(profile).unwrap().lacking(host)
 }
 
 /// Each word in the tables is the name of a feature: a misspelled one would hide it from all guests.
