@@ -10,6 +10,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod debian;
 pub mod dirtier;
 mod machine;
 mod network;

@@ -1,42 +1,25 @@
 //! An unmodified Debian kernel as guest, driven over REST. Wants a complete KVM: `ci/test e2e`
 //! runs it in the rig.
 
-use std::env;
 use std::fs::File;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use serde_json::json;
 use spec::{
-    ConsoleConfig, ConsoleMode, CpusConfig, DiskConfig, MemoryRestoreMode, MigrationPhase,
-    PayloadConfig, RestoreConfig, SerialConfig, VmConfig, VmRemoveDevice, VmState,
+    CpusConfig, DiskConfig, MemoryRestoreMode, MigrationPhase, RestoreConfig, VmConfig,
+    VmRemoveDevice, VmState,
 };
-use tests::{Face, Serial, Service, snapshots};
+use tests::debian::BUTTON;
+use tests::{Face, Serial, Service, debian, snapshots};
 
 /// Booting takes seconds on silicon, and a minute or two where the host is emulated.
 const BOOTS: Duration = Duration::from_secs(300);
-/// The last line of a guest that has booted.
-const BUTTON: &str = "guest: waiting for the power button";
 
-/// Debian, with neither disks nor a console, and its serial port.
+/// Debian, with its serial port in a file of the service.
 fn debian(service: &Service, vcpus: u32) -> Result<(VmConfig, Serial)> {
-    let guest = env::var("WHIMBREL_DEBIAN_GUEST")
-        .context("WHIMBREL_DEBIAN_GUEST names the folder that ci/debian-guest made")?;
     let serial = Serial::at(service.path("debian.serial"));
-    let mut config = VmConfig::with_payload(PayloadConfig {
-        kernel: Some(format!("{guest}/vmlinuz")),
-        initramfs: Some(format!("{guest}/initramfs")),
-        cmdline: Some("console=ttyS0 panic=-1".to_owned()),
-        ..PayloadConfig::default()
-    });
-    config.cpus = CpusConfig::with_vcpus(vcpus);
-    config.memory.size = 512 << 20;
-    config.serial = SerialConfig {
-        file: Some(serial.path().to_string_lossy().into_owned()),
-        socket: None,
-        mode: ConsoleMode::File,
-    };
-    config.console = ConsoleConfig::with_mode(ConsoleMode::Off);
+    let config = debian::config(CpusConfig::with_vcpus(vcpus), 512 << 20, &serial)?;
     Ok((config, serial))
 }
 

@@ -1,15 +1,12 @@
 //! Two hosts with different CPUs, joined by a network cable: `ci/test e2e` runs one rig for each of these
 //! tests, at the same time.
 
-use std::env;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use spec::{
-    ConsoleConfig, ConsoleMode, CpuProfile, MigrationPhase, PayloadConfig, SerialConfig,
-    StartMigration, VmConfig, VmId, VmState,
-};
-use tests::{Face, Serial, Service};
+use spec::{CpuProfile, CpusConfig, MigrationPhase, StartMigration, VmConfig, VmId, VmState};
+use tests::debian::BUTTON;
+use tests::{Face, Serial, Service, debian};
 
 /// A rig starts, or Debian boots: a minute or two, where two emulators share the machine.
 const PATIENCE: Duration = Duration::from_secs(400);
@@ -17,27 +14,14 @@ const PATIENCE: Duration = Duration::from_secs(400);
 const RECEIVER: &str = "tcp:10.0.0.1:7000";
 /// The same file on both hosts, as on storage that they share.
 const SERIAL: &str = "/tmp/debian.serial";
-const BUTTON: &str = "guest: waiting for the power button";
 const GUEST: &str = "debian";
 
 fn debian(profile: CpuProfile) -> Result<VmConfig> {
-    let folder = env::var("WHIMBREL_DEBIAN_GUEST")
-        .context("WHIMBREL_DEBIAN_GUEST names the folder that ci/debian-guest made")?;
-    let mut config = VmConfig::with_payload(PayloadConfig {
-        kernel: Some(format!("{folder}/vmlinuz")),
-        initramfs: Some(format!("{folder}/initramfs")),
-        cmdline: Some("console=ttyS0 panic=-1".to_owned()),
-        ..PayloadConfig::default()
-    });
-    config.cpus.profile = profile;
-    config.memory.size = 256 << 20;
-    config.serial = SerialConfig {
-        file: Some(SERIAL.to_owned()),
-        socket: None,
-        mode: ConsoleMode::File,
+    let cpus = CpusConfig {
+        profile,
+        ..CpusConfig::with_vcpus(1)
     };
-    config.console = ConsoleConfig::with_mode(ConsoleMode::Off);
-    Ok(config)
+    debian::config(cpus, 256 << 20, &Serial::at(SERIAL))
 }
 
 /// The older host: takes the guest that sees no more than both have, and ends it by its power button.
