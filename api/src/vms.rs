@@ -5,7 +5,7 @@ use axum::response::{IntoResponse as _, Response};
 use control::{Reply, Request, VmHandle};
 use http::header::LOCATION;
 use http::{HeaderValue, StatusCode};
-use spec::{ConsoleMode, CreateVm, VmConfig, VmId, VmInfo, VmSummary};
+use spec::{CreateVm, VmConfig, VmId, VmInfo, VmSummary};
 
 use crate::answer::Answer;
 use crate::extract::{Json, Named, NewName};
@@ -120,12 +120,7 @@ fn is_configured(vm: &VmHandle, config: &VmConfig) -> bool {
         let mut plain = config.clone();
         plain.name_devices();
         plain.cpus.nested = Some(config.cpus.is_nested());
-        if plain.serial.mode == ConsoleMode::Pty {
-            plain.serial.file = None;
-        }
-        if plain.console.mode == ConsoleMode::Pty {
-            plain.console.file = None;
-        }
+        plain.forget_terminals();
         plain
     };
     let (mut is, mut wanted) = (plain(&vm.status().config), plain(config));

@@ -202,6 +202,9 @@ pub(crate) fn info(vm: &VmInfo) -> String {
         "console",
         port_line(console.mode, [&console.file, &console.socket]),
     ));
+    if let Some(debug) = &config.debug_console {
+        rows.push(("debug", port_line(debug.mode, [&debug.file, &None])));
+    }
     let payload = &config.payload;
     for (name, value) in [
         ("firmware", &payload.firmware),

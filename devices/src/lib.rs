@@ -13,6 +13,7 @@
 //! | [`KeyboardReset`] | port 0x64 | the reset line of a PC's keyboard controller, and no more |
 //! | [`ResetControl`] | port 0xcf9 | the chipset's reset control register, amid PCI's ports |
 //! | [`DebugPort`] | port 0x80 | progress codes of firmware; tells when the first one came |
+//! | [`DebugConsole`] | port 0xe9, or another | text of firmware and kernels that boot |
 //! | [`Rtc`] | ports 0x70, 0x71 | clock and battery-backed memory, for firmware |
 //! | [`PmTimer`] | port 0x608 | the ACPI timer, for firmware |
 //! | [`pvpanic()`] | a PCI function | a guest reports that its kernel panicked |
@@ -35,6 +36,7 @@
 mod client;
 mod console;
 pub mod cpus;
+mod debug_console;
 mod debug_port;
 pub mod event_loop;
 pub mod host_file;
@@ -52,6 +54,7 @@ mod unix;
 
 pub use console::{Console, ConsoleError, ConsoleInput, Watch, flush_terminal, on_terminal_escape};
 pub use cpus::CpuBlock;
+pub use debug_console::DebugConsole;
 pub use debug_port::DebugPort;
 pub use hotplug::HotplugBlock;
 pub use interrupt::InterruptLine;

@@ -45,7 +45,7 @@ mod vm;
 mod wording;
 
 pub use compat::{FOREIGN_FIELDS, ForeignField, parse_compatible, parse_response};
-pub use console::{ConsoleConfig, ConsoleMode, DebugConsoleConfig, SerialConfig};
+pub use console::{ConsoleConfig, ConsoleEnd, ConsoleMode, DebugConsoleConfig, SerialConfig};
 pub use cpus::{CoreSchedulingMode, CpuAffinity, CpuFeatures, CpuProfile, CpuTopology, CpusConfig};
 pub use descriptors::Descriptors;
 pub use device::{

@@ -19,6 +19,21 @@ pub const HOTPLUG_ALIGNMENT: u64 = 128 << 20;
 /// The least block that virtio-mem plugs: a huge page of x86.
 pub const HOTPLUG_BLOCK: u64 = 2 << 20;
 
+/// Ports of the machine itself, first and last of each range: interrupt controllers and timer (KVM's),
+/// keyboard, clock, progress codes, serial port, ACPI, PCI. The debug console cannot be there.
+pub(crate) const PLATFORM_PORTS: &[(u16, u16)] = &[
+    (0x20, 0x21),
+    (0x40, 0x43),
+    (0x60, 0x64),
+    (0x70, 0x71),
+    (0x80, 0x80),
+    (0xa0, 0xa1),
+    (0x3f8, 0x3ff),
+    (0x4d0, 0x4d1),
+    (0x600, 0x6ff),
+    (0xcf8, 0xcff),
+];
+
 /// PCI segments that a configuration may name, as in Cloud Hypervisor. All but the first are empty.
 pub const PCI_SEGMENTS: u16 = 96;
 

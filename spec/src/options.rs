@@ -14,7 +14,7 @@ pub use self::kinds::{
     BALLOON, DEVICE, DISK, FS, NET, PMEM, RATE_LIMIT_GROUP, RECEIVE_MIGRATION, RESTORE, RNG,
     SEND_MIGRATION, USER_DEVICE, VDPA, VSOCK,
 };
-use crate::console::{ConsoleConfig, ConsoleMode, SerialConfig};
+use crate::console::{ConsoleConfig, ConsoleMode, DebugConsoleConfig, SerialConfig};
 use crate::cpus::CpusConfig;
 use crate::memory::MemoryConfig;
 use crate::parse::{ParseError, parse};
@@ -213,6 +213,31 @@ pub fn console(text: &str) -> Result<ConsoleConfig, OptionError> {
         _ => None,
     };
     typed(NAME, &Value::Object(fields))
+}
+
+/// `--debug-console off|null|pty|tty|file=PATH`, with `iobase=0xe9` behind it.
+///
+/// # Errors
+/// When it is none of those.
+pub fn debug_console(text: &str) -> Result<DebugConsoleConfig, OptionError> {
+    const NAME: &str = "--debug-console";
+    let parts = split(text).map_err(|reason| error(NAME, reason))?;
+    let (mode, path) = console_mode(NAME, parts.first().map_or("", String::as_str))?;
+    let rest = parts.get(1..).unwrap_or_default().join(",");
+    let mut rest = fields(NAME, &rest, &[("iobase", "iobase", Form::Text)])?;
+    let iobase = match rest.remove("iobase").as_ref().and_then(Value::as_str) {
+        None => None,
+        Some(text) => {
+            let digits = text.strip_prefix("0x");
+            let port = digits.map_or_else(|| text.parse(), |hex| u16::from_str_radix(hex, 16));
+            Some(port.map_err(|_| error(NAME, format!("iobase={text} is not a port like 0xe9")))?)
+        }
+    };
+    Ok(DebugConsoleConfig {
+        file: path.filter(|_| mode == ConsoleMode::File),
+        mode,
+        iobase,
+    })
 }
 
 fn console_mode(option: &str, text: &str) -> Result<(ConsoleMode, Option<String>), OptionError> {
@@ -522,6 +547,13 @@ mod tests {
         );
         for none in ["", "file", "file=", "tty=1", "telnet"] {
             assert!(serial(none).is_err(), "{none}");
+        }
+        let debug = debug_console("file=/a,iobase=0x402").unwrap();
+        assert_eq!((debug.file.as_deref(), debug.port()), (Some("/a"), 0x402));
+        let debug = debug_console("off,iobase=233").unwrap();
+        assert_eq!((debug.mode, debug.port()), (ConsoleMode::Off, 0xe9));
+        for none in ["tty,iobase=0x10000", "tty,iobase=e9", "tty,id=x", "file"] {
+            assert!(debug_console(none).is_err(), "{none}");
         }
     }
 

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::console::{ConsoleMode, SerialConfig};
+use crate::console::{ConsoleMode, DebugConsoleConfig, SerialConfig};
 use crate::devices::parse_mac;
 use crate::service::{FieldProblem, VmId};
 use crate::validate::problem;
@@ -32,6 +32,9 @@ pub struct Overrides {
     /// The host's end of the virtio console, in place of the one that was saved.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub console: Option<SerialConfig>,
+    /// The debug console, in place of the one that was saved. Its port stays where `iobase` is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub debug_console: Option<DebugConsoleConfig>,
 }
 
 /// Another image for a disk. The guest must find in it what it left in the first.
@@ -182,6 +185,14 @@ impl Overrides {
             console.file = wanted.file.as_ref().map(text);
             console.socket = wanted.socket.as_ref().map(text);
         }
+        if let Some(wanted) = &self.debug_console {
+            let saved = config.debug_console.as_ref();
+            config.debug_console = Some(DebugConsoleConfig {
+                file: wanted.file.as_ref().map(text),
+                mode: wanted.mode,
+                iobase: wanted.iobase.or(saved.and_then(|saved| saved.iobase)),
+            });
+        }
         Ok(())
     }
 }
@@ -207,6 +218,7 @@ mod tests {
         config.net =
             serde_json::from_str(r#"[{"id":"eth","tap":"t","mac":"02:00:00:00:00:01"}]"#).unwrap();
         config.vsock = serde_json::from_str(r#"{"cid":3,"socket":"/s"}"#).unwrap();
+        config.debug_console = serde_json::from_str(r#"{"mode":"Null","iobase":1026}"#).unwrap();
         config
     }
 
@@ -223,7 +235,8 @@ mod tests {
                 "net":[{"id":"eth","tap":"tap{n}","mac":"02:00:00:00:00:ff"}],
                 "vsock":{"cid":100,"socket":"/run/{n}/{n}.sock"},
                 "serial":{"mode":"File","file":"/log/{n}"},
-                "console":{"mode":"Socket","socket":"/con/{n}"}}"#,
+                "console":{"mode":"Socket","socket":"/con/{n}"},
+                "debug_console":{"mode":"File","file":"/debug/{n}"}}"#,
             12,
         )
         .unwrap();
@@ -239,6 +252,11 @@ mod tests {
         assert_eq!(config.serial.file.as_deref(), Some("/log/12"));
         assert_eq!(config.console.socket.as_deref(), Some("/con/12"));
         assert_eq!(config.console.mode, ConsoleMode::Socket);
+        let debug = config.debug_console.unwrap();
+        assert_eq!(
+            (debug.file.as_deref(), debug.iobase),
+            (Some("/debug/12"), Some(0x402))
+        );
     }
 
     #[test]

@@ -53,23 +53,16 @@ impl VmConfig {
             };
             all.extend(named(format!("/disks/{i}/path"), disk.path.as_ref(), used));
         }
-        let (serial, console) = (&self.serial, &self.console);
-        for (name, mode, file, socket) in [
-            ("serial", serial.mode, &serial.file, &serial.socket),
-            ("console", console.mode, &console.file, &console.socket),
-        ] {
-            match mode {
+        for end in self.console_ends() {
+            let name = end.name;
+            match end.mode {
                 ConsoleMode::File => {
-                    all.extend(named(
-                        format!("/{name}/file"),
-                        file.as_ref(),
-                        PathUse::Create,
-                    ));
+                    all.extend(named(format!("/{name}/file"), end.file, PathUse::Create));
                 }
                 ConsoleMode::Socket => {
                     all.extend(named(
                         format!("/{name}/socket"),
-                        socket.as_ref(),
+                        end.socket,
                         PathUse::Listen,
                     ));
                 }
@@ -110,6 +103,7 @@ mod tests {
             br#"{"payload":{"kernel":"/k","initramfs":"/i"},
                 "disks":[{"path":"/a"},{"path":"/b","readonly":true}],
                 "serial":{"mode":"File","file":"/s"},"console":{"mode":"Socket","socket":"/c"},
+                "debug_console":{"mode":"File","file":"/l"},
                 "vsock":{"cid":3,"socket":"/v"}}"#,
         )
         .unwrap();
@@ -125,6 +119,7 @@ mod tests {
             ("/disks/1/path", "/b", PathUse::Read),
             ("/serial/file", "/s", PathUse::Create),
             ("/console/socket", "/c", PathUse::Listen),
+            ("/debug_console/file", "/l", PathUse::Create),
             ("/rng/src", "/dev/urandom", PathUse::Read),
             ("/vsock/socket", "/v", PathUse::Listen),
         ];

@@ -34,7 +34,6 @@ const NOT_YET: &[(&str, &[&str])] = &[
     ("/fs", &["[]"]),
     ("/generic_vhost_user", &["[]"]),
     ("/pmem", &["[]"]),
-    ("/debug_console/mode", &[r#""Off""#, r#""Null""#]),
     ("/devices", &["[]"]),
     ("/user_devices", &["[]"]),
     ("/vdpa", &["[]"]),
@@ -276,21 +275,17 @@ impl VmConfig {
     }
 
     fn check_consoles(&self, found: &mut Vec<FieldProblem>) {
-        let (serial, console) = (&self.serial, &self.console);
-        let all = [
-            ("/serial", serial.mode, &serial.file, &serial.socket),
-            ("/console", console.mode, &console.file, &console.socket),
-        ];
-        for (pointer, mode, file, socket) in all {
-            let (field, path) = match mode {
-                ConsoleMode::File => ("file", file),
-                ConsoleMode::Socket => ("socket", socket),
+        for end in self.console_ends() {
+            let (field, path) = match end.mode {
+                ConsoleMode::File => ("file", end.file),
+                // The debug console has no such field, and refuses the mode.
+                ConsoleMode::Socket if end.name != "debug_console" => ("socket", end.socket),
                 _ => continue,
             };
-            let pointer = format!("{pointer}/{field}");
-            match path.as_deref() {
+            let pointer = format!("/{}/{field}", end.name);
+            match path.map(String::as_str) {
                 None => {
-                    let detail = format!("`{field}` is missing: mode {mode:?} needs a path");
+                    let detail = format!("`{field}` is missing: mode {:?} needs a path", end.mode);
                     found.push(problem(&pointer, "missing", detail));
                 }
                 Some("") => {
@@ -302,6 +297,9 @@ impl VmConfig {
                 }
                 Some(_) => {}
             }
+        }
+        if let Some(debug) = &self.debug_console {
+            debug.check(found);
         }
     }
 }
@@ -497,6 +495,19 @@ mod tests {
             found(|c| c.serial.mode = ConsoleMode::File),
             one("/serial/file", "missing")
         );
+        let debug = |body: &str| {
+            let debug = crate::parse::<crate::DebugConsoleConfig>(body.as_bytes()).unwrap();
+            found(|c| c.debug_console = Some(debug))
+        };
+        assert_eq!(debug(r#"{"mode":"File","file":"/f"}"#), []);
+        assert_eq!(debug(r#"{"mode":"Pty","iobase":1026}"#), []);
+        for (body, field, code) in [
+            (r#"{"mode":"File"}"#, "file", "missing"),
+            (r#"{"mode":"Socket"}"#, "mode", "unsupported"),
+            (r#"{"mode":"Null","iobase":1020}"#, "iobase", "out-of-range"),
+        ] {
+            assert_eq!(debug(body), one(&format!("/debug_console/{field}"), code));
+        }
         let bound_to = |host_cpus| {
             let affinity = vec![crate::CpuAffinity { vcpu: 0, host_cpus }];
             found(|c| c.cpus.affinity = Some(affinity))

@@ -108,6 +108,9 @@ const EFFECTIVE: &[&str] = &[
     "/console/mode",
     "/console/file",
     "/console/socket",
+    "/debug_console/file",
+    "/debug_console/iobase",
+    "/debug_console/mode",
     "/platform/system_serial_number",
     "/platform/serial_number",
     "/platform/system_uuid",
@@ -148,11 +151,6 @@ const TOLD: &[(&str, &str)] = &[
     (
         "/net/0/offload_ufo",
         "Linux has removed UDP fragmentation offload",
-    ),
-    ("/debug_console/file", "`debug_console` is `Off` or `Null`"),
-    (
-        "/debug_console/iobase",
-        "`debug_console` is `Off` or `Null`",
     ),
     (
         "/platform/num_pci_segments",

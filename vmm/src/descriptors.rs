@@ -137,6 +137,9 @@ pub(crate) fn of_machine(config: &VmConfig, may_wait: bool) -> u64 {
         needed = needed.saturating_add(WAITING);
     }
     needed = needed.saturating_add(SERIAL + of_end(config.serial.mode));
+    if let Some(debug) = &config.debug_console {
+        needed = needed.saturating_add(of_end(debug.mode));
+    }
     if config.console.mode != ConsoleMode::Off {
         needed = needed.saturating_add(of_queues(2) + of_end(config.console.mode));
     }

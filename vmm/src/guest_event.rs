@@ -180,6 +180,7 @@ impl Port {
 pub(crate) struct Outputs {
     pub(crate) serial: Option<Box<dyn Write + Send>>,
     pub(crate) console: Option<Box<dyn Write + Send>>,
+    pub(crate) debug: Option<Box<dyn Write + Send>>,
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use control::{Registry, Reply, Request, VmHandle};
 use guest::{After, Crash, Line, Options, PortValue, Workload};
-use spec::{ConsoleMode, CpusConfig, PayloadConfig, VmConfig, VmState};
+use spec::{ConsoleMode, CpusConfig, DebugConsoleConfig, PayloadConfig, VmConfig, VmState};
 use vmm::{Pool, PoolConfig};
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -72,6 +72,39 @@ fn beating() -> Options {
     Options {
         heartbeat_ms: Some(20),
         ..Options::default()
+    }
+}
+
+/// The bytes of one port reach its file, those of the next port nothing.
+#[tokio::test]
+async fn debug_console_takes_what_the_guest_writes() {
+    let lab = Lab::new();
+    let debug = lab.dir.path().join("debug");
+    let wrote = |log: &Path| {
+        let done = |line| matches!(line, Line::Exits { count: 500, .. });
+        lines(log).into_iter().any(done)
+    };
+    for (name, port, iobase) in [("usual", 0xe9, None), ("other", 0x402, Some(0x402))] {
+        for (name, port, expected) in [
+            (name.to_owned(), port, 500),
+            (format!("{name}-next"), port + 1, 0),
+        ] {
+            let options = Options {
+                workload: Workload::Exits { port, count: 500 },
+                ..Options::default()
+            };
+            let (mut config, log) = lab.config(&name, &options, 1);
+            config.debug_console = Some(DebugConsoleConfig {
+                file: Some(debug.to_string_lossy().into_owned()),
+                mode: ConsoleMode::File,
+                iobase,
+            });
+            let vm = lab.registry.create(None, config).unwrap();
+            vm.ask(Request::Boot).await.unwrap();
+            until("the writes", || wrote(&log)).await;
+            assert_eq!(std::fs::read(&debug).unwrap(), vec![0; expected], "{name}");
+            vm.ask(Request::Delete).await.unwrap();
+        }
     }
 }
 

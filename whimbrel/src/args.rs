@@ -330,9 +330,10 @@ pub(crate) struct VmArguments {
     /// Keep running when the guest powers off: the VM can be booted again over the API.
     #[arg(long)]
     pub(crate) no_shutdown: bool,
-    /// Debug console at an I/O port: off. (Others are not supported by this version.)
+    /// Debug console, an I/O port for the text of firmware: off, null, tty, pty or file=PATH, with
+    /// iobase=PORT (default 0xe9).
     #[arg(long, value_name = "MODE")]
-    debug_console: Option<String>,
+    pub(crate) debug_console: Option<String>,
     #[command(flatten)]
     pub(crate) migration: MigrationArguments,
 }
@@ -374,7 +375,6 @@ impl VmArguments {
 
     /// The VM's configuration, if there is something to boot.
     pub(crate) fn config(&self, serial_mode: Option<ConsoleMode>) -> Result<Option<VmConfig>> {
-        self.refuse_what_is_not_there()?;
         if self.kernel.is_none() && self.firmware.is_none() {
             return Ok(None);
         }
@@ -394,6 +394,8 @@ impl VmArguments {
             Some(text) => options::console(text)?,
             None => ConsoleConfig::default(),
         };
+        let debug = self.debug_console.as_deref();
+        config.debug_console = debug.map(options::debug_console).transpose()?;
         if let Some(text) = &self.cpus {
             config.cpus = options::cpus(text)?;
         }
@@ -429,15 +431,6 @@ impl VmArguments {
         config.watchdog = self.watchdog;
         config.pvpanic = self.pvpanic;
         Ok(Some(config))
-    }
-
-    fn refuse_what_is_not_there(&self) -> Result<()> {
-        // Cloud Hypervisor's default is `off,iobase=0xe9`.
-        let mode = self.debug_console.as_deref().unwrap_or("off");
-        if !matches!(mode.split(',').next(), Some("off" | "null")) {
-            bail!("--debug-console {mode}: there is no debug console yet; off is accepted");
-        }
-        Ok(())
     }
 }
 
@@ -516,7 +509,7 @@ mod tests {
     fn reads_cloud_hypervisor_options() {
         let config = config(
             "--kernel /k --initramfs /i --cmdline console=ttyS0 --cpus boot=2 --memory size=1G,shared=on \
-             --serial file=/log --console off --disk path=/a path=/b,readonly=on --disk path=/c,rate_limit_group=g \
+             --serial file=/log --console off --debug-console file=/dbg,iobase=0x402 --disk path=/a path=/b,readonly=on --disk path=/c,rate_limit_group=g \
              --rate-limit-group id=g,bw_size=1M,bw_refill_time=100",
         );
         let config = config.unwrap().unwrap();
@@ -533,6 +526,8 @@ mod tests {
             (config.serial.mode, config.console.mode),
             (ConsoleMode::File, ConsoleMode::Off)
         );
+        let debug = config.debug_console.unwrap();
+        assert_eq!((debug.mode, debug.port()), (ConsoleMode::File, 0x402));
         let disks = config.disks.unwrap();
         assert_eq!(disks.len(), 3);
         assert_eq!(disks[2].rate_limit_group.as_deref(), Some("g"));

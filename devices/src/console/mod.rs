@@ -81,6 +81,8 @@ enum End {
         output: terminal::Writer,
         keyboard: Option<Keyboard>,
     },
+    /// Standard output alone.
+    Stdout(terminal::Writer),
     Pty {
         master: Arc<File>,
         path: PathBuf,
@@ -158,6 +160,16 @@ impl Console {
         let output = terminal::stdout().map_err(ConsoleError::Terminal)?;
         let keyboard = Keyboard::open()?;
         Ok(Self::with(End::Tty { output, keyboard }))
+    }
+
+    /// This process's standard output, for a device without input. Another console may use it, and the
+    /// terminal's input, as well.
+    ///
+    /// # Errors
+    /// When the host gives no thread.
+    pub fn stdout() -> Result<Self, ConsoleError> {
+        let output = terminal::stdout().map_err(ConsoleError::Terminal)?;
+        Ok(Self::with(End::Stdout(output)))
     }
 
     /// A new pseudo terminal.
@@ -255,7 +267,7 @@ impl Console {
             End::Null => Box::new(io::sink()),
             // A terminal that does not take more loses output; a file takes all of it.
             End::File(file) => Box::new(Lossy(file.output())),
-            End::Tty { output, .. } => Box::new(output.clone()),
+            End::Tty { output, .. } | End::Stdout(output) => Box::new(output.clone()),
             End::Pty { master, .. } => Box::new(Lossy(Arc::clone(master))),
             End::Socket { client, .. } => Box::new(ToClient(Arc::clone(client))),
         }
@@ -265,7 +277,7 @@ impl Console {
     #[must_use]
     pub fn sources(&self) -> Vec<RawFd> {
         match &self.end {
-            End::Null | End::File(_) => Vec::new(),
+            End::Null | End::File(_) | End::Stdout(_) => Vec::new(),
             End::Tty { .. } => vec![rustix::stdio::stdin().as_raw_fd()],
             End::Pty { master, .. } => vec![master.as_raw_fd()],
             End::Socket { listener, client } => {
@@ -281,7 +293,7 @@ impl Console {
     pub fn ready(&mut self, to: &dyn ConsoleInput) -> Vec<Watch> {
         self.more = false;
         match &mut self.end {
-            End::Null | End::File(_) => Vec::new(),
+            End::Null | End::File(_) | End::Stdout(_) => Vec::new(),
             End::Tty { keyboard, .. } => {
                 let stdin = rustix::stdio::stdin();
                 self.more = match (keyboard, ON_ESCAPE.get()) {

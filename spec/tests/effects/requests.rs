@@ -35,6 +35,9 @@ const EFFECTIVE_REQUESTS: &[(&str, &[&str])] = &[
             "/overrides/console/mode",
             "/overrides/console/file",
             "/overrides/console/socket",
+            "/overrides/debug_console/mode",
+            "/overrides/debug_console/file",
+            "/overrides/debug_console/iobase",
         ],
     ),
     (

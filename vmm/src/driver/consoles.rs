@@ -1,4 +1,4 @@
-//! The host's ends of a VM's serial port and console. They outlive machines, so output continues over a
+//! The host's ends of a VM's serial port and consoles. They outlive machines, so output continues over a
 //! reboot.
 
 use std::os::fd::RawFd;
@@ -17,6 +17,8 @@ use crate::guest_event::{Outputs, Port};
 #[derive(Default)]
 pub(crate) struct Consoles {
     ends: [Option<Console>; 2],
+    /// That of the debug console, which has no input.
+    debug: Option<Console>,
     watched: Vec<RawFd>,
     /// The descriptors of the VM, also those of its machine: a reset, over which consoles stay, must not
     /// lose them to another VM.
@@ -24,7 +26,7 @@ pub(crate) struct Consoles {
 }
 
 impl Consoles {
-    /// Opens both; [`Self::empty`] empties their files. Opening may take a while, as a file on a network
+    /// Opens all; [`Self::empty`] empties their files. Opening may take a while, as a file on a network
     /// does. The terminal is the serial port's, if it wants it, and else the console's if
     /// this VM has the terminal `to_itself`; a console without it says nothing.
     pub(crate) fn open(config: &VmConfig, to_itself: bool) -> Result<Self, BuildError> {
@@ -37,34 +39,40 @@ impl Consoles {
         Self::open_by(config, to_itself, open_next)
     }
 
-    /// Empties the files of both, which loses what an earlier boot wrote.
+    /// Empties their files, which loses what an earlier boot wrote.
     pub(super) fn empty(&self) -> Result<(), BuildError> {
-        let mut ends = self.ends.iter().flatten();
+        let mut ends = self.ends.iter().chain([&self.debug]).flatten();
         Ok(ends.try_for_each(Console::empty)?)
     }
 
     /// Takes the paths of sockets and the locks of files from the machine in which the guest was.
     pub(super) fn take_over(&mut self) -> Result<(), ConsoleError> {
-        let mut ends = self.ends.iter_mut().flatten();
+        let mut ends = self.ends.iter_mut().chain([&mut self.debug]).flatten();
         ends.try_for_each(Console::take_over)
     }
 
     /// Lets the machine to which the guest moves lock the files.
     pub(super) fn hand_over(&mut self) {
-        self.ends.iter_mut().flatten().for_each(Console::hand_over);
+        let ends = self.ends.iter_mut().chain([&mut self.debug]).flatten();
+        ends.for_each(Console::hand_over);
     }
 
     fn open_by(config: &VmConfig, to_itself: bool, open: Open) -> Result<Self, BuildError> {
-        let (serial, console) = (&config.serial, &config.console);
+        let [serial, console, debug] = config.console_ends();
         let mode = match console.mode {
             ConsoleMode::Tty if serial.mode == ConsoleMode::Tty || !to_itself => ConsoleMode::Null,
             mode => mode,
         };
         Ok(Self {
             ends: [
-                open(serial.mode, serial.file.as_ref(), serial.socket.as_ref())?,
-                open(mode, console.file.as_ref(), console.socket.as_ref())?,
+                open(serial.mode, serial.file, serial.socket)?,
+                open(mode, console.file, console.socket)?,
             ],
+            debug: match debug.mode {
+                // It leaves the terminal's input to the others.
+                ConsoleMode::Tty => Some(Console::stdout()?),
+                mode => open(mode, debug.file, debug.socket)?,
+            },
             watched: Vec::new(),
             reserved: None,
         })
@@ -88,13 +96,16 @@ impl Consoles {
         Outputs {
             serial: self.end(Port::Serial).map(Console::output),
             console: self.end(Port::Console).map(Console::output),
+            debug: self.debug.as_ref().map(Console::output),
         }
     }
 
     /// Fills in the paths of pseudo terminals.
     pub(super) fn show(&self, config: &mut VmConfig) {
         let fields = [&mut config.serial.file, &mut config.console.file];
-        for (file, end) in fields.into_iter().zip(&self.ends) {
+        let debug = config.debug_console.as_mut();
+        let fields = fields.into_iter().chain(debug.map(|debug| &mut debug.file));
+        for (file, end) in fields.zip(self.ends.iter().chain([&self.debug])) {
             if let Some(path) = end.as_ref().and_then(Console::pty_path) {
                 *file = Some(path.to_string_lossy().into_owned());
             }
@@ -119,12 +130,13 @@ impl Consoles {
         }
     }
 
-    /// Closes both.
+    /// Closes all.
     pub(super) fn close(&mut self, sources: &mut Sources<'_>) {
         // Before the ends close their descriptors: the host may reuse a closed number at once, and
         // `forget` would then act on another file.
         self.watched.drain(..).for_each(|fd| sources.forget(fd));
         self.ends = [None, None];
+        self.debug = None;
         self.reserved = None;
     }
 

@@ -19,8 +19,8 @@ use std::time::{Duration, Instant};
 use ::devices::event_loop::EventLoop;
 use ::devices::sandbox::{Confinement, ThreadKind};
 use ::devices::{
-    ConsoleInput, CpuBlock, DebugPort, HotplugBlock, InterruptLine, KeyboardReset, PowerBlock,
-    ResetControl, Serial, pci, power,
+    ConsoleInput, CpuBlock, DebugConsole, DebugPort, HotplugBlock, InterruptLine, KeyboardReset,
+    PowerBlock, ResetControl, Serial, pci, power,
 };
 use hypervisor::{IrqRoutes, Kvm, Vm};
 use memory::{
@@ -170,6 +170,9 @@ impl Built {
                 Some(output) => Some(map_serial(tx, irq_routes, output, reporter)?),
                 None => None,
             };
+            if let (Some(output), Some(debug)) = (outputs.debug, &config.debug_console) {
+                map_debug_console(tx, debug.port(), output)?;
+            }
             let power = map_power(tx, irq_routes, &end)?;
             let hotplug = map_hotplug(tx, reporter)?;
             let clocks = FirmwareClocks::map(tx, &layout)?;
@@ -341,6 +344,17 @@ fn map_serial(
         Arc::clone(&serial) as _,
     )?;
     Ok(serial)
+}
+
+fn map_debug_console(
+    tx: &mut Transaction<'_>,
+    port: u16,
+    output: Box<dyn Write + Send>,
+) -> Result<(), BuildError> {
+    let device = Arc::new(DebugConsole::new(output));
+    let region = tx.device(("port", "debug-console"), 1, device)?;
+    // Behind the platform's own ports, whatever port the configuration names.
+    Ok(tx.map(SpaceKind::PortIo, port.into(), region, -1)?)
 }
 
 fn map_power(
