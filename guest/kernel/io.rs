@@ -6,6 +6,7 @@ use core::sync::atomic::{
 };
 
 use crate::boot::Ram;
+use crate::clock;
 use crate::line::Line;
 use crate::pattern::{self, PAGE_SIZE, Page};
 use crate::virtio::{Buffer, CHAINS, Device, Queue, devices, read, write};
@@ -15,6 +16,7 @@ const BLOCK: u32 = 2;
 const CONSOLE: u32 = 3;
 const RNG: u32 = 4;
 const MEMORY: u32 = 24;
+const WATCHDOG: u32 = 35;
 
 const SECTORS_PER_PAGE: u64 = (PAGE_SIZE / 512) as u64;
 /// Pages of a disk that are used.
@@ -68,6 +70,7 @@ pub struct Io {
     net: Option<Pair>,
     console: Option<Pair>,
     memory: Option<Memory>,
+    watchdog: Option<Watchdog>,
 }
 
 /// Free pages, one after the other.
@@ -115,6 +118,7 @@ impl Io {
             net: None,
             console: None,
             memory: None,
+            watchdog: None,
         };
         let mut pages = Pages { ram, next: 0 };
         for device in devices() {
@@ -129,6 +133,9 @@ impl Io {
                 NET if io.net.is_none() => io.net = Some(Pair::new(&device, &mut pages)),
                 CONSOLE if io.console.is_none() => {
                     io.console = Some(Pair::new(&device, &mut pages));
+                }
+                WATCHDOG if io.watchdog.is_none() => {
+                    io.watchdog = Some(Watchdog::new(&device, &mut pages));
                 }
                 MEMORY if io.memory.is_none() => {
                     io.memory = Some(Memory::new(&device, &mut pages));
@@ -150,7 +157,52 @@ impl Io {
             busy |= console.step(|_, len| Some(len), &COUNTS.chars);
         }
         busy |= self.memory.as_mut().is_some_and(Memory::step);
+        busy |= self.watchdog.as_mut().is_some_and(Watchdog::step);
         busy
+    }
+}
+
+/// A watchdog (virtio device type 35): pings it every 100 ms, and checks the answer.
+struct Watchdog {
+    queue: Queue,
+    page: u64,
+    is_asked: bool,
+    next_ms: u64,
+}
+
+impl Watchdog {
+    const PERIOD_MS: u64 = 100;
+
+    fn new(device: &Device, pages: &mut Pages<'_>) -> Self {
+        let queue = device.queue(0, pages.take());
+        device.go();
+        Self {
+            queue,
+            page: pages.take(),
+            is_asked: false,
+            next_ms: 0,
+        }
+    }
+
+    fn step(&mut self) -> bool {
+        if self.is_asked {
+            let Some((_, len)) = self.queue.done() else {
+                return false;
+            };
+            let is_good = len == 1 && read::<u8>(self.page) == 1;
+            add(&COUNTS.bad, u64::from(!is_good));
+            self.is_asked = false;
+            return true;
+        }
+        let now = clock::uptime_ms();
+        if now < self.next_ms {
+            return false;
+        }
+        self.next_ms = now + Self::PERIOD_MS;
+        self.is_asked = true;
+        write(self.page, 0_u8);
+        self.queue.send(0, &[(self.page, 1, true)]);
+        true
     }
 }
 

@@ -28,7 +28,7 @@ const STATUS_FEATURES_OK: u8 = 8;
 const STATUS_NEEDS_RESET: u8 = 64;
 const F_VERSION_1_HIGH: u32 = 1;
 
-/// Entries of each queue: so few that its rings fit in one page.
+/// Entries of each queue, or fewer if the device has fewer: so few that its rings fit in one page.
 const SIZE: u16 = 16;
 /// Descriptors that belong to each chain.
 const PER_CHAIN: u16 = 4;
@@ -207,9 +207,12 @@ impl Device {
         }
         // The driver wants no interrupts.
         write::<u16>(page + AVAILABLE, 1);
-        let doorbell = self.enable(index, SIZE, [page, page + AVAILABLE, page + USED]);
+        write(self.common + 22, index);
+        let size = SIZE.min(read(self.common + 24));
+        let doorbell = self.enable(index, size, [page, page + AVAILABLE, page + USED]);
         Queue {
             index,
+            size,
             page,
             doorbell,
             available: 0,
@@ -302,6 +305,7 @@ pub type Buffer = (u64, u32, bool);
 /// A queue with [`CHAINS`] chains of up to four buffers.
 pub struct Queue {
     index: u16,
+    size: u16,
     page: u64,
     doorbell: u64,
     available: u16,
@@ -323,7 +327,7 @@ impl Queue {
             write(at + 12, flags);
             write(at + 14, place + 1);
         }
-        let slot = u64::from(self.available % SIZE);
+        let slot = u64::from(self.available % self.size);
         write(self.page + AVAILABLE + 4 + 2 * slot, head);
         self.available = self.available.wrapping_add(1);
         fence(SeqCst);
@@ -338,7 +342,7 @@ impl Queue {
             return None;
         }
         fence(SeqCst);
-        let at = self.page + USED + 4 + 8 * u64::from(self.used % SIZE);
+        let at = self.page + USED + 4 + 8 * u64::from(self.used % self.size);
         self.used = self.used.wrapping_add(1);
         Some((read::<u32>(at) as u16 / PER_CHAIN, read(at + 4)))
     }

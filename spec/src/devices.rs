@@ -85,6 +85,7 @@ impl VmConfig {
         let others = [
             self.vsock.is_some(),
             self.balloon.is_some(),
+            self.watchdog,
             self.console.mode != ConsoleMode::Off,
             // The source of entropy.
             true,

@@ -61,7 +61,7 @@ pub use migration::{
     MigrationOutcome, MigrationPhase, MigrationRound, MigrationSide, ResolveMigration,
     StartMigration,
 };
-pub use names::{MEMORY_DEVICE, PVPANIC, check_device_name, free_name};
+pub use names::{MEMORY_DEVICE, PVPANIC, WATCHDOG, check_device_name, free_name};
 pub use overrides::{
     DiskOverride, ForkVm, MAX_FORKS, NetOverride, Overrides, VsockOverride, fork_names,
 };

@@ -24,11 +24,14 @@ pub(crate) fn given(config: &VmConfig) -> impl Iterator<Item = (String, &str)> {
     ];
     let memory = config.memory.has_virtio_mem();
     let memory = memory.then(|| ("/memory".to_owned(), Some(MEMORY_DEVICE)));
+    let watchdog = config.watchdog;
+    let watchdog = watchdog.then(|| ("/watchdog".to_owned(), Some(WATCHDOG)));
     disks
         .chain(net)
         .chain(vsock)
         .chain(balloon)
         .chain(memory)
+        .chain(watchdog)
         .chain(others)
         .filter_map(|(pointer, id)| Some((pointer, id?)))
 }
@@ -36,12 +39,16 @@ pub(crate) fn given(config: &VmConfig) -> impl Iterator<Item = (String, &str)> {
 /// The name of the device through which a VM's memory grows.
 pub const MEMORY_DEVICE: &str = "__memory";
 
+/// The name of the watchdog.
+pub const WATCHDOG: &str = "__watchdog";
+
 /// The name of the panic notifier.
 pub const PVPANIC: &str = "__pvpanic";
 
 /// The names of devices of which there is one at most.
-const OF_THE_MACHINE: [(&str, &str); 4] = [
+const OF_THE_MACHINE: [(&str, &str); 5] = [
     ("/memory", MEMORY_DEVICE),
+    ("/watchdog", WATCHDOG),
     ("/rng", "__rng"),
     ("/console", "__console"),
     ("/balloon", "__balloon"),

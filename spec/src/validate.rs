@@ -39,7 +39,6 @@ const NOT_YET: &[(&str, &[&str])] = &[
     ("/vdpa", &["[]"]),
     ("/numa", &["[]"]),
     ("/iommu", &["false"]),
-    ("/watchdog", &["false"]),
     ("/rtc", &[]),
     ("/pci_segments", &["[]"]),
     ("/platform/iommu_segments", &["[]"]),
@@ -518,10 +517,8 @@ mod tests {
             bound_to(vec![0, 99_999]),
             one("/cpus/affinity/0/host_cpus", "out-of-range")
         );
-        assert_eq!(
-            found(|c| c.watchdog = true),
-            one("/watchdog", "unsupported")
-        );
+        assert_eq!(found(|c| c.watchdog = true), []);
+        assert_eq!(found(|c| c.iommu = true), one("/iommu", "unsupported"));
         assert_eq!(
             found(|c| c.console.mode = ConsoleMode::Socket),
             one("/console/socket", "missing")
@@ -568,7 +565,7 @@ mod tests {
     fn reports_all_problems_at_once() {
         let all = found(|c| {
             c.memory.size = 1;
-            c.watchdog = true;
+            c.iommu = true;
             c.payload.kernel = None;
         });
         assert_eq!(all.len(), 3);

@@ -96,7 +96,7 @@ pub struct VmConfig {
     /// A virtual IOMMU.
     #[serde(default)]
     pub iommu: bool,
-    /// A watchdog device.
+    /// A virtio watchdog, which resets the VM when its guest's driver stops to ping.
     #[serde(default)]
     pub watchdog: bool,
     /// A virtio clock.

@@ -108,6 +108,7 @@ fn every_switch_has_an_effect_or_is_refused() {
         "/memory/shared",
         "/memory/thp",
         "/pvpanic",
+        "/watchdog",
     ];
     let config = read(&json!({"payload": {"kernel": "/k"}, "platform": {}})).unwrap();
     let whole = serde_json::to_value(&config).unwrap();

@@ -123,6 +123,7 @@ const EFFECTIVE: &[&str] = &[
     "/platform/system_sku_number",
     "/platform/chassis_asset_tag",
     "/pvpanic",
+    "/watchdog",
     "/disks/0/pci_device_id",
     "/net/0/pci_device_id",
     "/rng/pci_device_id",

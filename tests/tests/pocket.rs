@@ -1,13 +1,15 @@
 //! The pocket guest in the service, as a user drives it.
 
 use std::fs;
-use std::time::Duration;
+use std::io::Write as _;
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
 
-use anyhow::Result;
-use guest::{Crash, Line, Options, Workload};
+use anyhow::{Result, bail, ensure};
+use guest::{Command, Crash, Line, Options, Workload};
 use openapi::{ClientError, News};
 use rustix::process::Signal;
-use spec::VmState;
+use spec::{ConsoleMode, SerialConfig, VmState};
 use tests::{Face, Serial, Service};
 
 const SOON: Duration = Duration::from_secs(30);
@@ -118,6 +120,50 @@ async fn panic_of_guest_is_an_event() -> Result<()> {
         client.vms_reboot(&vm).await?;
     }
     Ok(())
+}
+
+/// A guest whose driver pings stays as it is; one that hangs is reset.
+#[tokio::test]
+async fn watchdog_resets_a_guest_that_hangs() -> Result<()> {
+    let service = Service::start(Face::Many).await?;
+    let working = Options {
+        workload: Workload::Io,
+        ..Options::default()
+    };
+    let (mut config, _) = service.pocket("vm", working)?;
+    config.watchdog = true;
+    let socket = service.path("serial");
+    config.serial = SerialConfig {
+        socket: Some(socket.to_string_lossy().into_owned()),
+        ..SerialConfig::with_mode(ConsoleMode::Socket)
+    };
+    let vm = service.create("vm", config).await?;
+    let client = service.client();
+    let mut events = client.events(Some(0), Some(&vm)).await?;
+    client.vms_boot(&vm).await?;
+    let pings = async || -> Result<()> {
+        let start = Instant::now();
+        while client.vms_counters(&vm).await?[spec::WATCHDOG]["pings"] < 10 {
+            ensure!(start.elapsed() < SOON, "the guest does not ping");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        Ok(())
+    };
+    pings().await?;
+    // A fault that the guest itself catches, and stops: KVM sees a halted vCPU.
+    let hang = Command::Crash(Crash::Fault);
+    writeln!(UnixStream::connect(&socket)?, "{hang}")?;
+    let mut seen = Vec::new();
+    while !seen.iter().any(|event| event == "rebooted") {
+        match tokio::time::timeout(SOON * 4, events.next()).await?? {
+            Some(News::Happened(event)) => seen.push(event.event),
+            Some(_) => {}
+            None => bail!("the service ends the stream of events"),
+        }
+    }
+    let expired = seen.iter().filter(|event| *event == "watchdog-expired");
+    assert_eq!(expired.count(), 1, "{seen:?}");
+    pings().await
 }
 
 #[tokio::test]

@@ -28,6 +28,8 @@ impl DeviceId {
 
     /// Memory device (5.15).
     pub const MEM: Self = Self(24);
+    /// Watchdog device (reserved in section 5, without a section of its own).
+    pub const WATCHDOG: Self = Self(35);
 
     /// Returns the name in logs and in the API.
     #[must_use]
@@ -40,6 +42,7 @@ impl DeviceId {
             Self::BALLOON => "balloon",
             Self::VSOCK => "vsock",
             Self::MEM => "mem",
+            Self::WATCHDOG => "watchdog",
             _ => "unknown",
         }
     }

@@ -40,6 +40,7 @@ pub mod rng;
 pub mod testing;
 mod transport;
 pub mod vsock;
+pub mod watchdog;
 mod worker;
 
 pub use device::{DeviceError, DeviceId, VirtioDevice};

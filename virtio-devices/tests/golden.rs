@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use devices::pci::{BarMap, ConfigSpace, MsiMessage, MsiTarget};
 use memory::{AddrRange, RamBlock, RamConfig, RegionId};
-use state::{Save, Store, Writer};
+use state::{Save, Saved, Store, Writer};
 use virtio_devices::balloon::{Balloon, BalloonConfig};
 use virtio_devices::block::Block;
 use virtio_devices::console::Console;
@@ -18,6 +18,7 @@ use virtio_devices::rate_limiter::RateLimits;
 use virtio_devices::rng::Rng;
 use virtio_devices::testing::{TestGuest, disk_config, workers};
 use virtio_devices::vsock::Vsock;
+use virtio_devices::watchdog::{self, Watchdog};
 use virtio_devices::{BAR_LEN, Slot, VirtioDevice, VirtioPci, Workers};
 
 fn file(name: &str, version: u16) -> PathBuf {
@@ -94,6 +95,14 @@ fn device_state_is_stable() {
         };
         Box::new(Mem::new(config, workers, || {}).0)
     });
+    check("watchdog", 1, |workers| {
+        let mut device = Watchdog::new(watchdog::TIMEOUT, || {}, workers);
+        let mut writer = Writer::default();
+        let mut scope = writer.scope("device").unwrap();
+        scope.put(&Armed { armed: true }).unwrap();
+        load(&mut device, &writer.finish());
+        Box::new(device)
+    });
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("vsock");
     check("vsock", 1, |workers| {
@@ -104,6 +113,16 @@ fn device_state_is_stable() {
     check("block", 2, |workers| {
         Box::new(Block::new(&disk_config(&disk), workers).unwrap().0)
     });
+}
+
+/// An armed watchdog's state.
+#[derive(serde::Serialize, serde::Deserialize)]
+struct Armed {
+    armed: bool,
+}
+
+impl Saved for Armed {
+    const VERSION: u16 = 1;
 }
 
 struct Nothing;

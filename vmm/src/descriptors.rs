@@ -156,6 +156,9 @@ pub(crate) fn of_machine(config: &VmConfig, may_wait: bool) -> u64 {
         // Inflate, deflate, statistics, free page reporting.
         needed = needed.saturating_add(of_queues(4));
     }
+    if config.watchdog {
+        needed = needed.saturating_add(of_queues(1));
+    }
     if config.memory.hotplug_region() > 0 {
         // The memory's file, and a copy of it that was given.
         needed = needed.saturating_add(2);

@@ -51,6 +51,8 @@ pub(crate) enum GuestEvent {
     Panic(PanicEvent),
     /// The guest ejected vCPUs, or refused what was asked of it: the registers say which.
     Cpus,
+    /// The watchdog expired.
+    Watchdog,
 }
 
 /// How a machine ends by itself.
@@ -90,6 +92,7 @@ pub(crate) struct Reports {
     pub(crate) panics: Vec<PanicEvent>,
     /// vCPUs were ejected, or the guest refused what was asked of it.
     pub(crate) cpus: bool,
+    pub(crate) watchdog: bool,
     /// By the names of the devices.
     pub(crate) devices: BTreeMap<String, DeviceReports>,
 }
@@ -132,6 +135,7 @@ impl Latch for Reports {
                 }
             }
             GuestEvent::Cpus => self.cpus = true,
+            GuestEvent::Watchdog => self.watchdog = true,
             GuestEvent::Device(id, TransportEvent::NeedsReset(why)) => {
                 self.devices.entry(id).or_default().needs_reset = Some(why);
             }

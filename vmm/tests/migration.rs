@@ -482,7 +482,8 @@ async fn maximum_devices_keep_addresses() {
             .unwrap();
         serde_json::from_value(serde_json::json!({ "path": path })).unwrap()
     };
-    config.disks = Some((0..62).map(disk).collect());
+    config.disks = Some((0..61).map(disk).collect());
+    config.watchdog = true;
     let mut console = stage.boot(config).await;
     let before = driven(&mut console);
     assert_eq!(before[0], 64);

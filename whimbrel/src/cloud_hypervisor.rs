@@ -123,7 +123,7 @@ pub(crate) const OPTIONS: &[(&str, Support)] = &[
     ("user-device", Refused("there are no vfio-user devices yet")),
     ("vdpa", Refused("there are no vDPA devices yet")),
     ("vsock", Works),
-    ("watchdog", Refused("there is no watchdog yet")),
+    ("watchdog", Works),
 ];
 
 /// Gives a command each refused option that it lacks, hidden and with any number of values.
@@ -279,7 +279,7 @@ refused by name.
         for line in [
             vec!["whimbrel", "--device", "path=/x"],
             vec!["whimbrel", "--fs", "tag=x,socket=/x"],
-            vec!["whimbrel", "--watchdog"],
+            vec!["whimbrel", "--tpm", "socket=/x"],
         ] {
             let matches = whimbrel().try_get_matches_from(&line).unwrap();
             assert!(check(&matches).is_err(), "{line:?}");

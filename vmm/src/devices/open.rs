@@ -20,6 +20,7 @@ use virtio_devices::net::{Net, NetHandle, TapAddress, TapSource};
 use virtio_devices::rate_limiter::{BucketConfig, RateLimits, SharedLimiter};
 use virtio_devices::rng::Rng;
 use virtio_devices::vsock::Vsock;
+use virtio_devices::watchdog::{self, Watchdog};
 use virtio_devices::{VirtioDevice, Workers};
 
 use crate::descriptors::Reservation;
@@ -77,6 +78,8 @@ pub(crate) struct MemoryEnd {
 pub(crate) struct DeviceEnds {
     pub(crate) console: Option<ConsoleEnd>,
     pub(crate) memory: Option<MemoryEnd>,
+    /// Called when the watchdog expires.
+    pub(crate) on_watchdog: Box<dyn Fn() + Send + Sync>,
 }
 
 /// The limiters that the disks of a machine share, by the names of their groups.
@@ -149,6 +152,17 @@ pub(crate) fn all(
         });
     }
     all.push(rng(&config.rng, workers)?);
+    // Last, so that a VM's other devices keep their places beside it.
+    if config.watchdog {
+        let device = Watchdog::new(watchdog::TIMEOUT, ends.on_watchdog, workers.clone());
+        all.push(Opened {
+            id: spec::WATCHDOG.to_owned(),
+            device: Box::new(device),
+            control: DeviceHandle::None,
+            slot: None,
+            reserved: Vec::new(),
+        });
+    }
     Ok(all)
 }
 

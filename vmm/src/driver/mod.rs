@@ -36,6 +36,7 @@ use std::time::{Duration, Instant};
 use ::devices::PowerEvent;
 use ::devices::event_loop::{Actor, Flow, Sources};
 use ::devices::sandbox::Violation;
+use ::memory::Pages;
 use ::migration::Progress;
 use control::{
     Allowance, Ask, Category, EventSender, Inbox, Message, NewDevice, Peek, Reply, Request,
@@ -420,7 +421,9 @@ impl Driver {
         {
             return self.memory_lost(failure::memory_lost(offset), sources);
         }
-        match reports.end {
+        let expired = reports.watchdog && self.watchdog_expired();
+        let reset = expired.then_some(GuestEnd::Power(PowerEvent::Reset));
+        match reports.end.or(reset) {
             None => {}
             Some(GuestEnd::Power(PowerEvent::PowerOff)) => {
                 return self.switch_off(End::PowerOff, sources);
@@ -451,6 +454,20 @@ impl Driver {
         if reports.cpus {
             self.vcpus_answered();
         }
+    }
+
+    /// Whether the watchdog's expiry is the guest's fault and resets it. A guest whose pages are still
+    /// arriving may have stood still for want of one. The watchdog reports again.
+    fn watchdog_expired(&mut self) -> bool {
+        let Stage::On(active) = &self.stage else {
+            return false;
+        };
+        if active.memory().0.pages() != Pages::There {
+            return false;
+        }
+        tracing::warn!("the watchdog expired: the guest is reset");
+        self.publisher.record("watchdog-expired", None);
+        true
     }
 
     /// Records that a device needs a reset. A guest can cause that as often as it likes.

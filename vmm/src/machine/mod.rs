@@ -189,7 +189,13 @@ impl Built {
                 addr: range.first(),
                 on_change: Box::new(move || to.report(GuestEvent::MemoryChanged)),
             });
-            let ends = DeviceEnds { console, memory };
+            let to = reporter.clone();
+            let on_watchdog = Box::new(move || to.report(GuestEvent::Watchdog));
+            let ends = DeviceEnds {
+                console,
+                memory,
+                on_watchdog,
+            };
             let devices = Devices::build(host_bridge, tx, config, ends, context, origin, reporter)?;
             Ok((serial, power, hotplug, clocks, cpus, devices))
         };
