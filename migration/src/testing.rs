@@ -10,6 +10,7 @@
 )]
 
 mod guest;
+mod unreadable;
 
 use std::fs;
 use std::io::Write as _;
@@ -25,6 +26,7 @@ use crate::message::{self, Channel, ControlChannel, Hello, Offer, ToDestination,
 use crate::wire::WireError;
 
 pub use self::guest::{MemoryGuest, Moment, blocks, contents, fill_page, ram};
+pub use self::unreadable::UnreadableFaults;
 
 /// A certificate authority for tests.
 pub struct Issuer(CertifiedIssuer<'static, KeyPair>);

@@ -346,9 +346,14 @@ impl Deciding<'_> {
         guest.target.take_over().map_err(StartFailure::NeverRan)?;
         // From here on a missing page is waited for without a limit. If one was given up before, a
         // device has read zeros in its place: then the guest must not start.
-        if guest.postcopy().is_some_and(|receiver| !receiver.start()) {
-            let why = "pages that the guest needs did not arrive";
-            return Err(StartFailure::NeverRan(Refusal::new("connection-lost", why)));
+        if let Some(receiver) = guest.postcopy()
+            && !receiver.start()
+        {
+            let why = receiver.failure().unwrap_or_else(|| {
+                let why = "pages that the guest needs did not arrive";
+                Refusal::new("connection-lost", why)
+            });
+            return Err(StartFailure::NeverRan(why));
         }
         // A panic from here on is answered as if the guest had run.
         guest.session.ran.set(Ran::MayHave);

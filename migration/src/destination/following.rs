@@ -54,14 +54,17 @@ impl<'a> Postcopy<'a> {
             self.disconnect(&error);
             // The VM was ended here: its last pages are of no use to anyone.
             if self.receiver()?.is_lost() {
-                return Ok(self.finish(false));
+                return self.ended();
             }
             while let Reconnected::No = match self.reconnect()? {
-                Reconnected::MachineEnded => return Ok(self.finish(false)),
+                Reconnected::MachineEnded => return self.ended(),
                 other => other,
             } {
                 self.control = None;
             }
+        }
+        if self.receiver()?.failure().is_some() {
+            return self.ended();
         }
         // All pages are here before the source hears `Completed`: after that it may free the only
         // other copy of them.
@@ -82,6 +85,16 @@ impl<'a> Postcopy<'a> {
             true => Ended::Heard,
             false => Ended::Unheard(ToSource::Completed),
         }
+    }
+
+    /// The machine has ended, by a request or because its missing pages cannot be brought.
+    fn ended(mut self) -> Result<Ended, Failed> {
+        let Some(why) = self.receiver()?.failure() else {
+            return Ok(self.finish(false));
+        };
+        self.guest.fail(&why);
+        // The source must not resume its copy: the guest has run here.
+        Err(Failed::Unheard(why, ToSource::Ended))
     }
 
     fn receiver(&self) -> Result<&PostcopyReceiver, MigrationError> {
@@ -119,7 +132,14 @@ impl<'a> Postcopy<'a> {
         loop {
             let control = self.control.as_mut();
             let control = control.ok_or(MigrationError::Wire(WireError::Closed))?;
-            match control.recv()? {
+            let message = control.recv()?;
+            // The source pings, so that this is noticed in time.
+            if let Some(why) = self.receiver()?.failure() {
+                return Err(MigrationError::Here(why));
+            }
+            let control = self.control.as_mut();
+            let control = control.ok_or(MigrationError::Wire(WireError::Closed))?;
+            match message {
                 ToDestination::PagesSent { round } => {
                     // `PagesSent` can overtake the pages, which come over other connections. The
                     // end of the round on each of these shows that all have arrived.

@@ -17,6 +17,7 @@ use memory::{DirtyBitmap, Fault, UserFaults};
 use parking_lot::{Mutex, RwLock};
 
 use crate::link::Stream;
+use crate::message::Refusal;
 use crate::pages::{self, Block, Decoded, PAGE};
 use crate::progress::{Progress, micros};
 use crate::wire::{self, Kind, WireError};
@@ -74,6 +75,13 @@ pub(crate) struct PostcopyReceiver {
     stage: AtomicU8,
     /// How long is waited for a page before.
     patience: Duration,
+    /// Halts the guest, and marks its memory as lost.
+    halt: Box<dyn Fn() + Send + Sync>,
+    /// Why missing pages cannot be brought any more. Set before the waits end, so that a thread whose
+    /// wait has ended finds the reason.
+    failure: Mutex<Option<Refusal>>,
+    #[cfg(feature = "testing")]
+    injected: crate::testing::UnreadableFaults,
     /// A duty that is neglected, to show what it is for.
     #[cfg(test)]
     neglected: Option<tests::Duty>,
@@ -81,12 +89,14 @@ pub(crate) struct PostcopyReceiver {
 
 impl PostcopyReceiver {
     /// `missing` is what the source has still. What this side has of it is of an earlier time, and
-    /// thrown away.
+    /// thrown away. `halt` halts the guest and marks its memory as lost
+    /// ([`Destination::halter`](crate::Destination::halter)).
     pub(crate) fn new(
         blocks: &[Block],
         missing: Vec<DirtyBitmap>,
         ask: impl Ask + 'static,
         patience: Duration,
+        halt: Box<dyn Fn() + Send + Sync>,
     ) -> std::io::Result<Self> {
         for (block, missing) in blocks.iter().zip(&missing) {
             // Or the host fills holes with zeros, to make a huge page, before anybody watches them.
@@ -109,6 +119,10 @@ impl PostcopyReceiver {
             latencies: Mutex::default(),
             stage: AtomicU8::new(Stage::Before as u8),
             patience,
+            halt,
+            failure: Mutex::default(),
+            #[cfg(feature = "testing")]
+            injected: crate::testing::UnreadableFaults::of_this_thread(),
             #[cfg(test)]
             neglected: None,
         })
@@ -117,39 +131,34 @@ impl PostcopyReceiver {
     /// Asks for what is touched, until it is over. On a thread of its own, which touches no guest
     /// memory.
     pub(crate) fn watch(&self, progress: &Progress) {
+        let Err(error) = self.serve_faults(progress) else {
+            return;
+        };
+        let runs_here = self.stage.load(Ordering::Acquire) == Stage::Started as u8;
+        if runs_here && self.left() == 0 {
+            // A guest that has all of its memory needs no watch.
+            return self.end(progress);
+        }
+        let why = format!("cannot serve the missing pages of the guest's memory: {error}");
+        self.fail(Refusal::new("pages-not-served", why), progress);
+    }
+
+    fn serve_faults(&self, progress: &Progress) -> std::io::Result<()> {
         let mut later = Vec::new();
         while self.is_whole() {
             // A page in `later` has a thread waiting for it, so the loop must not sleep until the
             // next event.
             let look = if later.is_empty() { LOOK } else { AGAIN };
-            let touched = match self.next_faults(look, &mut later) {
-                Ok(touched) => touched,
-                Err(error) => {
-                    tracing::error!(%error, "cannot request the pages that a guest waits for");
-                    return;
-                }
-            };
-            for (block, page) in touched {
+            for (block, page) in self.next_faults(look, &mut later)? {
                 if !self.expect(block, page) {
                     // It was never written, or given back, or it has come by now.
                     later.push((block, page));
                 }
             }
-            // After all events of this turn: UFFDIO_ZEROPAGE fails with EAGAIN until a pending
-            // removal is read. A page that has content by now is safe: the call fails with EEXIST,
-            // and `zero` only wakes the thread.
-            later.retain(|(block, page)| match self.faults.zero(*block, *page) {
-                // Memory is being given back, which waits for us to hear of it.
-                Err(error) if error.kind() == ErrorKind::WouldBlock => true,
-                Err(error) => {
-                    tracing::error!(%error, "cannot fill a page");
-                    false
-                }
-                Ok(()) => false,
-            });
+            self.zero(&mut later)?;
             if self.faults.is_lost() {
                 self.end(progress);
-                return;
+                return Ok(());
             }
             let is_late = |since: &Instant| since.elapsed() > self.patience;
             // This has no effect once the guest runs here: `give_up` leaves the stage `Started`
@@ -159,6 +168,44 @@ impl PostcopyReceiver {
             }
             self.report_faults(progress);
         }
+        Ok(())
+    }
+
+    /// Wakes threads that wait for pages which do not come, with zeros. Keeps those pages for which that
+    /// is not possible yet.
+    ///
+    /// Called after all events of a turn: UFFDIO_ZEROPAGE fails with EAGAIN until a pending removal is
+    /// read. A page that has content by now is safe: the call fails with EEXIST, and `zero` only wakes
+    /// the thread.
+    fn zero(&self, later: &mut Vec<(usize, usize)>) -> std::io::Result<()> {
+        let mut failed = Ok(());
+        later.retain(|(block, page)| match self.faults.zero(*block, *page) {
+            Ok(()) => false,
+            Err(error) => {
+                // WouldBlock: memory is being given back, which waits for this thread to read it.
+                if error.kind() != ErrorKind::WouldBlock && self.is_whole() {
+                    failed = Err(error);
+                }
+                true
+            }
+        });
+        failed
+    }
+
+    /// Ends a guest whose missing pages cannot be brought any more, and all waits for them. Only the
+    /// first failure counts.
+    pub(crate) fn fail(&self, why: Refusal, progress: &Progress) {
+        tracing::error!(%why, left = self.left(), "the missing pages of a guest cannot be brought");
+        self.failure.lock().get_or_insert(why);
+        // Before the waits end: a thread that is let go finds zeros, and no vCPU and no device may use
+        // them.
+        (self.halt)();
+        self.end(progress);
+    }
+
+    /// Returns why missing pages cannot be brought any more.
+    pub(crate) fn failure(&self) -> Option<Refusal> {
+        self.failure.lock().clone()
     }
 
     /// Takes news of memory: returns the pages that were touched, and adds those to `later` of which
@@ -171,6 +218,8 @@ impl PostcopyReceiver {
         if !self.faults.poll(patience)? {
             return Ok(Vec::new());
         }
+        #[cfg(feature = "testing")]
+        self.injected.check()?;
         // The thread that gives memory back takes the pages away as soon as its event was read. Until
         // then UFFDIO_COPY fails, and behind that it would bring old content back. So no page may be
         // filled between the read and the note that these are not missing any more.

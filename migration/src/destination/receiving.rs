@@ -57,6 +57,13 @@ impl<'a> Guest<'a> {
         }
     }
 
+    /// Ends a guest that runs here and cannot get the rest of its memory.
+    pub(super) fn fail(&mut self, why: &Refusal) {
+        if !std::mem::replace(&mut self.is_kept, true) {
+            self.target.fail(why);
+        }
+    }
+
     pub(super) fn record_aborted(&mut self) {
         if let Err(error) = self.journal.record(Step::Aborted) {
             // The step before, `Ready`, says as well that the guest never ran here.
@@ -272,6 +279,10 @@ impl<'a> Receiving<'a> {
             self.expect_postcopy()?;
         }
         let loaded = self.guest.target.load(&state);
+        // First: the memory of such a guest is lost, of which a load may complain.
+        if let Some(why) = self.guest.postcopy().and_then(PostcopyReceiver::failure) {
+            return Err(MigrationError::Here(why));
+        }
         loaded.map_err(MigrationError::Here)?;
         // The devices read guest memory while they were loaded. Where a page that they touched did not
         // come, they read zeros, and what was loaded is worth nothing.
@@ -334,7 +345,8 @@ impl<'a> Receiving<'a> {
         };
         let memory = &guest.channels.memory;
         let missing = std::mem::take(&mut *memory.missing.lock());
-        let receiver = PostcopyReceiver::new(&memory.blocks, missing, ask, patience)
+        let halt = guest.target.halter();
+        let receiver = PostcopyReceiver::new(&memory.blocks, missing, ask, patience, halt)
             .map_err(|error| MigrationError::here("no-postcopy", error))?;
         // From here on the RAM threads fill pages through userfaultfd. The watch thread may start
         // later: until it reads, faults queue in the descriptor.

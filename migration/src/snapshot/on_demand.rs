@@ -16,11 +16,10 @@ use std::thread;
 use std::time::Duration;
 
 use memory::DirtyBitmap;
-use parking_lot::Mutex;
 
 use super::read::{Place, RestoreError, Snapshot, damaged};
 use super::restore::{Restoring, load, start};
-use super::{CHUNK, MEMORY, ZEROS};
+use super::{CHUNK, HASHES, MEMORY, ZEROS};
 use crate::MigrationError;
 use crate::decision::Decision;
 use crate::destination::Destination;
@@ -49,10 +48,7 @@ struct OnDemand<'a> {
     receiver: PostcopyReceiver,
     /// The offset of each block in the file.
     starts: Vec<u64>,
-    /// Halts the guest, and marks its memory as lost.
-    halt: Box<dyn Fn() + Send + Sync>,
-    /// Why a page could not be read.
-    failure: Mutex<Option<RestoreError>>,
+    progress: &'a Progress,
 }
 
 /// Ends all waits, also when the thread that restores panics: the others are joined then.
@@ -69,9 +65,10 @@ pub(super) fn restore(
     restoring: &Restoring<'_>,
     machine: &mut dyn Destination,
 ) -> Result<(), MigrationError> {
-    let begun = OnDemand::new(restoring.snapshot, machine);
+    let begun = OnDemand::new(restoring, machine);
     let (on_demand, asked) = begun.inspect_err(|_| machine.discard())?;
     let (on_demand, progress) = (&on_demand, restoring.progress);
+    let halt = machine.halter();
     thread::scope(|scope| {
         let _end = EndOnDrop(&on_demand.receiver, progress);
         let begin = || {
@@ -85,7 +82,12 @@ pub(super) fn restore(
             builder("serve")
                 .spawn_scoped(scope, serve)
                 .map_err(no_thread)?;
-            load(restoring, machine)?;
+            let loaded = load(restoring, machine);
+            // First: the memory of such a guest is lost, of which a load may complain.
+            if let Some(why) = on_demand.receiver.failure() {
+                return Err(MigrationError::Here(why));
+            }
+            loaded?;
             if !on_demand.receiver.start() {
                 return Err(on_demand.why());
             }
@@ -98,26 +100,29 @@ pub(super) fn restore(
         };
         if let Err(error) = begin() {
             // While the threads are there: the machine may wait for a page.
-            (on_demand.halt)();
+            halt();
             machine.discard();
             return Err(error);
         }
         progress.enter(Phase::Postcopy);
         (restoring.arrived)();
-        let read = on_demand.read_ahead(progress);
-        if let Err(error) = &read {
-            (on_demand.halt)();
-            machine.fail(&error.refusal());
+        on_demand.read_ahead();
+        match on_demand.receiver.failure() {
+            None => Ok(()),
+            Some(why) => {
+                machine.fail(&why);
+                Err(MigrationError::Here(why))
+            }
         }
-        read.map_err(MigrationError::from)
     })
 }
 
 impl<'a> OnDemand<'a> {
     fn new(
-        snapshot: &'a Snapshot,
+        restoring: &Restoring<'a>,
         machine: &dyn Destination,
     ) -> Result<(Self, Receiver<Page>), MigrationError> {
+        let snapshot = restoring.snapshot;
         let blocks = machine.blocks();
         let checked = snapshot
             .check_blocks(&blocks)
@@ -134,14 +139,14 @@ impl<'a> OnDemand<'a> {
         // Threads wait in the kernel for an answer to each request, so the queue has at most as many
         // as there are threads.
         let (ask, asked) = mpsc::channel();
-        let receiver = PostcopyReceiver::new(&blocks, missing, ask, PATIENCE)
+        let halt = machine.halter();
+        let receiver = PostcopyReceiver::new(&blocks, missing, ask, PATIENCE, halt)
             .map_err(|error| MigrationError::here("no-userfaultfd", error))?;
         let on_demand = Self {
             snapshot,
             receiver,
             starts,
-            halt: machine.halter(),
-            failure: Mutex::default(),
+            progress: restoring.progress,
         };
         Ok((on_demand, asked))
     }
@@ -154,16 +159,28 @@ impl<'a> OnDemand<'a> {
             if !self.receiver.is_missing(block, page) {
                 continue;
             }
-            match self.fill(block, page * PAGE, &mut buffer) {
-                Ok(_) => {}
-                Err(RestoreError::Canceled) => return,
-                Err(error) => {
-                    self.failure.lock().get_or_insert(error);
-                    // The watch thread sees that, and lets go the threads that wait.
-                    (self.halt)();
-                    return;
-                }
+            let filled = self.fill(block, page * PAGE, &mut buffer);
+            let filled = filled.and_then(|_| self.check_came(block, page));
+            if let Err(error) = filled {
+                return self.fail(&error);
             }
+        }
+    }
+
+    /// A page with content may have no hash any more: the file was changed since the hashes were
+    /// checked. Then nothing fills the page, and its waiters would wait for ever.
+    fn check_came(&self, block: usize, page: usize) -> Result<(), RestoreError> {
+        match self.receiver.is_missing(block, page) && !self.has_ended() {
+            true => Err(damaged(HASHES)),
+            false => Ok(()),
+        }
+    }
+
+    fn fail(&self, error: &RestoreError) {
+        match error {
+            // The VM was ended, and needs no pages.
+            RestoreError::Canceled => {}
+            error => self.receiver.fail(error.refusal(), self.progress),
         }
     }
 
@@ -201,30 +218,27 @@ impl<'a> OnDemand<'a> {
     }
 
     /// Reads all pages in the order of the file, until none is missing or the machine ends.
-    fn read_ahead(&self, progress: &Progress) -> Result<(), RestoreError> {
+    fn read_ahead(&self) {
         // The decision was made: the guest runs.
         let no_cancel = Decision::default();
-        let read = self
-            .snapshot
-            .read_all(progress, &no_cancel, |block, offset, content| {
-                if let Some(error) = self.failure.lock().take() {
-                    return Err(error);
-                }
-                if self.has_ended() {
-                    return Err(RestoreError::Canceled);
-                }
-                if self.receiver.is_waited_for() {
-                    // The guest comes first where there are few CPUs.
-                    thread::yield_now();
-                }
-                self.fill_checked(block, offset, content)
-            });
-        let failure = self.failure.lock().take();
-        match (failure, read) {
-            (Some(failure), _) => Err(failure),
-            // The VM was ended, and needs no pages.
-            (None, Err(RestoreError::Canceled)) => Ok(()),
-            (None, read) => read,
+        let fill = |block, offset, content: &[u8]| {
+            if self.has_ended() {
+                return Err(RestoreError::Canceled);
+            }
+            if self.receiver.is_waited_for() {
+                // The guest comes first where there are few CPUs.
+                thread::yield_now();
+            }
+            self.fill_checked(block, offset, content)
+        };
+        let read = self.snapshot.read_all(self.progress, &no_cancel, fill);
+        // A page that is left would become zeros with the end of the waits.
+        let read = read.and_then(|()| match self.receiver.left() {
+            left if left > 0 && !self.has_ended() => Err(damaged(HASHES)),
+            _ => Ok(()),
+        });
+        if let Err(error) = read {
+            self.fail(&error);
         }
     }
 
@@ -235,8 +249,8 @@ impl<'a> OnDemand<'a> {
 
     /// Why the guest cannot be started.
     fn why(&self) -> MigrationError {
-        match self.failure.lock().take() {
-            Some(failure) => failure.into(),
+        match self.receiver.failure() {
+            Some(why) => MigrationError::Here(why),
             None => {
                 let why = format!("pages of memory.bin were not read in {PATIENCE:?}");
                 MigrationError::here("snapshot-unreadable", why)

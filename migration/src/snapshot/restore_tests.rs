@@ -36,6 +36,10 @@ struct Seen {
     at_once: usize,
     making: usize,
     started: usize,
+    /// Called at the guest's start.
+    at_start: Option<Box<dyn FnOnce() + Send>>,
+    /// The start ends when the memory is lost.
+    is_lost_at_start: bool,
     failed: Option<Refusal>,
     discarded: usize,
 }
@@ -126,8 +130,20 @@ impl Destination for Machine {
     fn start(&mut self, _: Duration, _: bool) -> Result<Instant, StartFailure> {
         let seen = Arc::clone(&self.seen);
         seen.lock().started += 1;
+        let act = seen.lock().at_start.take();
+        act.into_iter().for_each(|act| act());
         let pages = seen.lock().by_guest.clone();
         self.guest = Some(thread::spawn(move || read(&seen, pages)));
+        let seen = self.seen.lock();
+        if seen.is_lost_at_start {
+            let ram = Arc::clone(&seen.blocks[0].ram);
+            drop(seen);
+            let deadline = Instant::now() + Duration::from_secs(60);
+            while ram.pages() != Pages::Lost {
+                assert!(Instant::now() < deadline, "the memory is not lost");
+                thread::sleep(Duration::from_millis(1));
+            }
+        }
         Ok(Instant::now())
     }
 
@@ -240,6 +256,90 @@ fn damaged_page_ends_a_guest_that_waits_for_it() {
     let seen = to.0.lock();
     assert_eq!(seen.failed.as_ref(), Some(&why));
     assert_eq!(seen.read, [(299, 0, Pages::Lost)]);
+}
+
+/// A change of a file of a snapshot.
+#[derive(Clone, Copy)]
+enum Change {
+    Truncate(&'static str, u64),
+    /// Zeros from an offset on, as many as the number says.
+    Erase(&'static str, u64, usize),
+}
+
+impl Change {
+    fn make(self, dir: &Path) {
+        let open = |name| OpenOptions::new().write(true).open(dir.join(name)).unwrap();
+        match self {
+            Self::Truncate(name, len) => open(name).set_len(len).unwrap(),
+            Self::Erase(name, at, len) => open(name).write_all_at(&vec![0; len], at).unwrap(),
+        }
+    }
+}
+
+/// The files change while the guest runs. A page whose hash is gone must not count as one of zeros.
+#[test]
+fn files_that_change_under_a_guest_end_it() {
+    const PLACE: u64 = 299;
+    let changes = [
+        (
+            Change::Truncate(MEMORY, PLACE * PAGE as u64),
+            "snapshot-unreadable",
+        ),
+        (
+            Change::Erase(MEMORY, PLACE * PAGE as u64, PAGE),
+            "snapshot-damaged",
+        ),
+        (Change::Truncate(HASHES, PLACE * 8), "snapshot-unreadable"),
+        (Change::Erase(HASHES, PLACE * 8, 8), "snapshot-damaged"),
+    ];
+    for touched in [true, false] {
+        for (number, (change, code)) in changes.into_iter().enumerate() {
+            let (dir, _) = example();
+            let to = OnlyMemory::default();
+            if touched {
+                to.0.lock().by_guest = vec![299];
+            }
+            let path = dir.path().to_owned();
+            to.0.lock().at_start = Some(Box::new(move || change.make(&path)));
+            let (result, _, arrived) = restored(dir.path(), Memory::OnDemand, false, &to);
+            let why = result.unwrap_err();
+            assert_eq!(
+                (arrived, why.code.as_str()),
+                (true, code),
+                "{number}: {why}"
+            );
+            let seen = to.0.lock();
+            assert_eq!(seen.failed.as_ref(), Some(&why));
+            let found = touched.then_some((299, 0, Pages::Lost));
+            assert_eq!(seen.read, found.as_slice(), "{number}");
+        }
+    }
+}
+
+/// A guest that waits for a page of which nothing is heard ends, with its reason, and sees no zeros.
+#[test]
+fn unreadable_faults_end_a_guest_on_demand() {
+    for at_load in [true, false] {
+        let (dir, _) = example();
+        let unreadable = crate::testing::UnreadableFaults::new();
+        let to = OnlyMemory::default();
+        if at_load {
+            to.0.lock().at_load = vec![299];
+            unreadable.fail();
+        } else {
+            to.0.lock().by_guest = vec![299];
+            to.0.lock().at_start = Some(Box::new(move || unreadable.fail()));
+            // Or reading ahead may bring the page before the guest touches it.
+            to.0.lock().is_lost_at_start = true;
+        }
+        let (result, _, arrived) = restored(dir.path(), Memory::OnDemand, false, &to);
+        let why = result.unwrap_err();
+        assert_eq!((arrived, why.code.as_str()), (!at_load, "pages-not-served"));
+        let seen = to.0.lock();
+        assert_eq!(seen.failed.is_some(), !at_load);
+        assert_eq!(seen.discarded, usize::from(at_load));
+        assert_eq!(seen.read, [(299, 0, Pages::Lost)]);
+    }
 }
 
 /// The same if only the reading ahead meets it.

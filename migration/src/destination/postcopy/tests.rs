@@ -9,6 +9,11 @@ fn stream(end: UnixStream) -> Box<dyn Stream> {
     Box::new(end)
 }
 
+/// The memory belongs to no machine that could be halted.
+fn no_machine() -> Box<dyn Fn() + Send + Sync> {
+    Box::new(|| {})
+}
+
 /// A thread that gives memory back waits for the watch thread, so that must not wait for it in turn.
 #[test]
 fn discards_memory_during_postcopy() {
@@ -23,7 +28,8 @@ fn discards_memory_during_postcopy() {
     // Nothing is missing, so every fault takes the path through `later`.
     let missing = vec![DirtyBitmap::new(ram.len())];
     let patience = Duration::from_secs(10);
-    let receiver = PostcopyReceiver::new(&blocks, missing, stream(near), patience).unwrap();
+    let receiver =
+        PostcopyReceiver::new(&blocks, missing, stream(near), patience, no_machine()).unwrap();
     assert!(receiver.start());
     let progress = Progress::default();
     std::thread::scope(|scope| {
@@ -72,7 +78,9 @@ fn received_page_is_not_awaited() {
     missing.mark(0, PAGE);
     let (near, _far) = UnixStream::pair().unwrap();
     let patience = Duration::from_secs(10);
-    let receiver = PostcopyReceiver::new(&blocks, vec![missing], stream(near), patience).unwrap();
+    let receiver =
+        PostcopyReceiver::new(&blocks, vec![missing], stream(near), patience, no_machine())
+            .unwrap();
     let run = pages::Run {
         block: 0,
         first: 0,
@@ -108,7 +116,9 @@ fn neighbours_of_received_page_are_missing() {
     }];
     let (near, _far) = UnixStream::pair().unwrap();
     let patience = Duration::from_secs(10);
-    let receiver = PostcopyReceiver::new(&blocks, vec![missing], stream(near), patience).unwrap();
+    let receiver =
+        PostcopyReceiver::new(&blocks, vec![missing], stream(near), patience, no_machine())
+            .unwrap();
     for page in [1, 63, 65, 1000, PAGES - 1] {
         let reader = Arc::clone(&ram);
         let read = std::thread::spawn(move || {
@@ -158,7 +168,9 @@ fn all_missing(pages: usize, shared: bool) -> (Arc<RamBlock>, [Block; 1], Postco
     // Nothing answers what is asked for: the tests bring the pages.
     std::thread::spawn(move || std::io::copy(&mut far, &mut std::io::sink()));
     let patience = Duration::from_secs(10);
-    let receiver = PostcopyReceiver::new(&blocks, vec![missing], stream(near), patience).unwrap();
+    let receiver =
+        PostcopyReceiver::new(&blocks, vec![missing], stream(near), patience, no_machine())
+            .unwrap();
     assert!(receiver.start());
     (ram, blocks, receiver)
 }
@@ -217,6 +229,34 @@ fn give_back_a_page_that_is_waited_for(neglected: Option<Duty>) -> (Option<u8>, 
 #[test]
 fn page_that_is_gone_wakes_its_waiters() {
     assert_eq!(give_back_a_page_that_is_waited_for(None), (Some(0), 3, 0));
+}
+
+/// Events of the memory cannot be read: the guest is halted before a thread that waits is let go.
+#[test]
+fn unreadable_faults_end_the_guest_and_all_waits() {
+    let unreadable = crate::testing::UnreadableFaults::new();
+    let (ram, _, mut receiver) = all_missing(4, false);
+    let memory = Arc::clone(&ram);
+    receiver.halt = Box::new(move || memory.lose_awaited());
+    let progress = Progress::default();
+    std::thread::scope(|scope| {
+        scope.spawn(|| receiver.watch(&progress));
+        let (found, result) = std::sync::mpsc::channel();
+        let reader = Arc::clone(&ram);
+        scope.spawn(move || found.send((first_byte(&reader, 1), reader.pages())));
+        while receiver.waited.lock().is_empty() {
+            std::thread::yield_now();
+        }
+        unreadable.fail();
+        // The next event, behind which the thread of the first would wait as well.
+        let reader = Arc::clone(&ram);
+        scope.spawn(move || first_byte(&reader, 2));
+        let found = result.recv_timeout(Duration::from_secs(60));
+        let why = receiver.failure();
+        receiver.end(&progress);
+        assert_eq!(found, Ok((0, memory::Pages::Lost)));
+        assert_eq!(why.unwrap().code, "pages-not-served");
+    });
 }
 
 /// The rules are needed: without either of them a thread waits for ever, or old content comes back.

@@ -1,0 +1,155 @@
+//! A guest that runs at the destination and cannot get the rest of its memory.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
+
+mod pair;
+
+use std::fs::File;
+use std::io;
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use memory::{Pages, RamBlock};
+use migration::testing::{MemoryGuest, UnreadableFaults, blocks, fill_page, ram};
+use migration::{
+    Block, ConnectionLimit, Decision, Destination, Fate, Host, Journal, Mode, NoJournal, Offer,
+    Outcome, Phase, Policy, Progress, Receiving, Refusal, Sending, StartFailure, receive, send,
+};
+use uuid::Uuid;
+
+use pair::{Dialer, PAGES};
+
+/// The page that the guest reads at the destination: the last one that is sent.
+const TOUCHED: usize = PAGES - 1;
+const CONTENT: u8 = 7;
+
+/// What the test sees of the machine at the destination.
+#[derive(Default)]
+struct Seen {
+    failed: Option<Refusal>,
+    discarded: bool,
+    read: Option<JoinHandle<(u8, Pages)>>,
+}
+
+#[derive(Clone)]
+struct Machine {
+    ram: Arc<RamBlock>,
+    unreadable: UnreadableFaults,
+    seen: Arc<Mutex<Seen>>,
+}
+
+impl Destination for Machine {
+    fn blocks(&self) -> Vec<Block> {
+        blocks(&self.ram)
+    }
+
+    fn dry_run(&mut self, _: &[u8]) -> Result<(), Refusal> {
+        Ok(())
+    }
+
+    fn load(&mut self, _: &[u8]) -> Result<(), Refusal> {
+        Ok(())
+    }
+
+    fn take_over(&mut self) -> Result<(), Refusal> {
+        Ok(())
+    }
+
+    fn start(&mut self, _: Duration, _: bool) -> Result<Instant, StartFailure> {
+        self.unreadable.fail();
+        let ram = Arc::clone(&self.ram);
+        let read = thread::spawn(move || {
+            let mut byte = [1_u8];
+            let page = ram.slice(TOUCHED * memory::PAGE_SIZE as usize, 1).unwrap();
+            page.copy_to(&mut byte[..]);
+            (byte[0], ram.pages())
+        });
+        self.seen.lock().unwrap().read = Some(read);
+        Ok(Instant::now())
+    }
+
+    fn fail(&mut self, why: &Refusal) {
+        self.seen.lock().unwrap().failed = Some(why.clone());
+    }
+
+    fn discard(&mut self) {
+        self.seen.lock().unwrap().discarded = true;
+    }
+}
+
+impl Host for Machine {
+    fn prepare(&self, _: Uuid, _: &Offer, _: Vec<File>) -> Result<Box<dyn Destination>, Refusal> {
+        Ok(Box::new(self.clone()))
+    }
+
+    fn journal(&self, _: Uuid, _: &str) -> io::Result<Box<dyn Journal>> {
+        Ok(Box::new(NoJournal))
+    }
+
+    fn fate(&self, _: Uuid) -> Fate {
+        Fate::Unknown
+    }
+}
+
+/// The destination cannot read which pages its guest waits for. The guest ends there, with the reason; no
+/// thread waits for ever, and none sees zeros as long as the memory counts as whole. The source does not
+/// resume its copy.
+#[test]
+fn guest_ends_when_its_faults_are_unreadable() {
+    let (dialer, mut acceptor) = Dialer::new();
+    let memory = ram(PAGES);
+    (0..PAGES).for_each(|page| fill_page(&memory, page, CONTENT));
+    let mut guest = MemoryGuest::new(memory);
+    let (here, there) = (Progress::default(), Progress::default());
+    let patience = Duration::from_secs(2);
+    let policy = Policy {
+        patience,
+        mode: Mode::Postcopy,
+        // A page each second: the one that is touched does not come by itself.
+        max_bandwidth: Some(4096),
+        ..Policy::default()
+    };
+    let seen = Arc::new(Mutex::new(Seen::default()));
+    thread::scope(|scope| {
+        let receiver = scope.spawn(|| {
+            let machine = Machine {
+                ram: ram(PAGES),
+                unreadable: UnreadableFaults::new(),
+                seen: Arc::clone(&seen),
+            };
+            receive(Receiving {
+                accept: &mut acceptor,
+                limit: &ConnectionLimit::default(),
+                once: true,
+                host: &machine,
+                progress: &there,
+                decision: &Decision::default(),
+                patience,
+                lingers: &|| {},
+            })
+        });
+        let sent = send(
+            Sending {
+                id: Uuid::from_u128(1),
+                policy: &policy,
+                dial: &*dialer,
+                journal: &mut NoJournal,
+                progress: &here,
+                decision: &Decision::default(),
+            },
+            &mut guest,
+        );
+        assert!(matches!(sent, Outcome::Moved), "{sent:?}");
+        assert_eq!(
+            receiver.join().unwrap().unwrap_err().code,
+            "pages-not-served"
+        );
+    });
+    assert!(!guest.runs, "the guest has run at the destination");
+    assert_eq!(there.report().phase, Phase::Failed);
+    let mut seen = seen.lock().unwrap();
+    assert_eq!(seen.failed.as_ref().unwrap().code, "pages-not-served");
+    assert!(!seen.discarded, "the VM stays, and shows the reason");
+    assert_eq!(seen.read.take().unwrap().join().unwrap(), (0, Pages::Lost));
+}
