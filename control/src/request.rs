@@ -84,6 +84,17 @@ impl NewDevice {
         }
     }
 
+    /// The PCI segment that it asks for.
+    #[must_use]
+    pub fn segment(&self) -> u16 {
+        let segment = match self {
+            Self::Disk(disk) => disk.pci_segment,
+            Self::Net(net) => net.pci_segment,
+            Self::Vsock(vsock) => vsock.pci_segment,
+        };
+        segment.unwrap_or(0)
+    }
+
     /// Makes up what it was not given: a name that is not `taken`, and an interface's address.
     pub fn fill_in(&mut self, taken: impl Fn(&str) -> bool) {
         let (id, kind) = match self {
@@ -108,6 +119,7 @@ impl NewDevice {
             Self::Vsock(vsock) => vsock.problems(),
         };
         problems.extend(self.id().and_then(|id| spec::check_device_name("", id)));
+        problems.extend(config.segment_problem("", self.segment()));
         problems
     }
 

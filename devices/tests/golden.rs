@@ -77,7 +77,7 @@ fn saved_state_is_stable() {
         (&loaded).load(from, &mut ()).unwrap();
         assert!(loaded.present() == cpus.present() && loaded.leaving() == cpus.leaving());
     });
-    let bus = Bus::new();
+    let bus = Bus::new(0);
     bus.ports().write(0, &0x8000_0800_u32.to_le_bytes());
     check("pci", &*bus, |from| {
         (&*bus).load(from, &mut ()).unwrap();

@@ -6,6 +6,7 @@ use core::ptr;
 use crate::boot::read;
 use crate::cpu;
 use crate::options::{MAX_CPUS, PortValue};
+use crate::virtio;
 
 /// A register to write to (ACPI's Generic Address Structure), and what.
 #[derive(Clone, Copy)]
@@ -72,6 +73,8 @@ impl Platform {
                 platform.read_fadt(address, len);
             } else if let Some(len) = table(address, *b"APIC") {
                 platform.read_madt(address, len);
+            } else if let Some(len) = table(address, *b"MCFG") {
+                read_mcfg(address, len);
             }
         }
         platform
@@ -136,6 +139,16 @@ impl Platform {
             at += u64::from(size);
         }
         self.cpus = (found as u32).max(1);
+    }
+}
+
+/// The configuration spaces of PCI segments (PCI Firmware 3.2, 4.1.2).
+fn read_mcfg(mcfg: u64, len: u32) {
+    for at in (44..len.saturating_sub(15)).step_by(16) {
+        let entry = mcfg + u64::from(at);
+        if let (Some(ecam), Some(segment)) = (read(entry), read(entry + 8)) {
+            virtio::add_segment(segment, ecam);
+        }
     }
 }
 

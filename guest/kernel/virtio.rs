@@ -1,8 +1,12 @@
-//! Virtio devices (virtio 1.3) on the first PCI bus: found, started, and their queues. Everything is
-//! polled; no interrupt is wanted.
+//! Virtio devices (virtio 1.3) on the first bus of each PCI segment: found, started, and their queues.
+//! Everything is polled; no interrupt is wanted.
 
 use core::ptr;
-use core::sync::atomic::{Ordering::SeqCst, fence};
+use core::sync::atomic::{
+    AtomicU64,
+    Ordering::{Relaxed, SeqCst},
+    fence,
+};
 
 use crate::cpu;
 
@@ -21,6 +25,21 @@ const BAR_SPACING: u64 = 0x10_0000;
 /// An address in the window at which no BAR is by itself.
 const ELSEWHERE: u64 = BARS + 256 * BAR_SPACING;
 
+/// Behind those, windows for the BARs of other segments, of which function 0 of each slot is used.
+const SEGMENT_BARS: u64 = BARS + 512 * BAR_SPACING;
+const SEGMENT_SPACING: u64 = 32 * BAR_SPACING;
+
+/// Addresses of the configuration space (ECAM) of segments 1 to 4; 0 where there is no such segment.
+static SEGMENTS: [AtomicU64; 4] = [const { AtomicU64::new(0) }; 4];
+
+/// Notes where a segment's configuration space is. Segment 0 is reached by ports.
+pub fn add_segment(segment: u16, ecam: u64) {
+    let index = usize::from(segment).checked_sub(1);
+    if let Some(place) = index.and_then(|index| SEGMENTS.get(index)) {
+        place.store(ecam, Relaxed);
+    }
+}
+
 const STATUS_ACKNOWLEDGE: u8 = 1;
 const STATUS_DRIVER: u8 = 2;
 const STATUS_DRIVER_OK: u8 = 4;
@@ -37,9 +56,12 @@ pub const CHAINS: u16 = SIZE / PER_CHAIN;
 const AVAILABLE: u64 = 0x200;
 const USED: u64 = 0x400;
 
-/// The address of a PCI function: device and function number.
+/// The address of a PCI function: segment, device and function number.
 #[derive(Clone, Copy)]
 struct Place {
+    segment: u16,
+    /// Address of the segment's configuration space; `None` if it is reached by ports.
+    ecam: Option<u64>,
     slot: u8,
     function: u8,
 }
@@ -50,6 +72,9 @@ impl Place {
     }
 
     fn read(self, at: u8) -> u32 {
+        if let Some(ecam) = self.ecam {
+            return read(ecam + u64::from(self.devfn() << 12) + u64::from(at & 0xfc));
+        }
         cpu::out32(
             CONFIG_ADDRESS,
             1 << 31 | self.devfn() << 8 | u32::from(at & 0xfc),
@@ -58,13 +83,22 @@ impl Place {
     }
 
     fn write(self, at: u8, value: u32) {
+        if let Some(ecam) = self.ecam {
+            return write(ecam + u64::from(self.devfn() << 12) + u64::from(at & 0xfc), value);
+        }
         self.read(at);
         cpu::out32(CONFIG_DATA, value);
     }
 
     /// Moves the first BAR, of 64 bits, to where it can be reached, and returns its address.
     fn map_bar(self) -> u64 {
-        let bar = BARS + u64::from(self.devfn()) * BAR_SPACING;
+        let bar = match self.segment.checked_sub(1) {
+            None => BARS + u64::from(self.devfn()) * BAR_SPACING,
+            Some(index) => {
+                let window = SEGMENT_BARS + u64::from(index) * SEGMENT_SPACING;
+                window + u64::from(self.slot) * BAR_SPACING
+            }
+        };
         self.write(4, 0);
         self.write(0x10, bar as u32);
         self.write(0x14, (bar >> 32) as u32);
@@ -94,15 +128,31 @@ pub fn report_panic() {
 /// All places at which a function may be. Behind function 0 others are looked for where it says that
 /// there are some (PCI Local Bus 3.0, 6.2.1).
 fn places() -> impl Iterator<Item = Place> {
-    (1..32).flat_map(|slot| {
-        let first = Place { slot, function: 0 };
+    let others = (1..).zip(&SEGMENTS).flat_map(|(segment, ecam)| {
+        let ecam = Some(ecam.load(Relaxed)).filter(|ecam| *ecam != 0);
+        let slots = 1..ecam.map_or(1, |_| 32);
+        slots.map(move |slot| Place {
+            segment,
+            ecam,
+            slot,
+            function: 0,
+        })
+    });
+    let first = (1..32).flat_map(|slot| {
+        let first = Place {
+            segment: 0,
+            ecam: None,
+            slot,
+            function: 0,
+        };
         let is_there = first.read(0) & 0xffff != 0xffff;
         let count = match is_there && first.read(HEADER_TYPE) >> 16 & MULTI_FUNCTION != 0 {
             true => 8,
             false => 1,
         };
-        (0..count).map(move |function| Place { slot, function })
-    })
+        (0..count).map(move |function| Place { function, ..first })
+    });
+    first.chain(others)
 }
 
 /// Reads a register or a word that a device writes.

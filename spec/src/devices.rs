@@ -36,19 +36,14 @@ pub(crate) fn check(config: &VmConfig, found: &mut Vec<FieldProblem>) {
             let detail = format!("`size` ({size}) is more than the guest's memory ({all} bytes)");
             below.add("size", "out-of-range", detail);
         }
-        below.placed(balloon.iommu, balloon.pci_segment, balloon.pci_device_id);
+        below.placed(balloon.iommu, balloon.pci_device_id);
     }
     let (console, rng) = (&config.console, &config.rng);
-    for (pointer, iommu, segment, device) in [
-        (
-            "/console",
-            console.iommu,
-            console.pci_segment,
-            console.pci_device_id,
-        ),
-        ("/rng", rng.iommu, rng.pci_segment, rng.pci_device_id),
+    for (pointer, iommu, device) in [
+        ("/console", console.iommu, console.pci_device_id),
+        ("/rng", rng.iommu, rng.pci_device_id),
     ] {
-        Below { pointer, found }.placed(iommu, segment, device);
+        Below { pointer, found }.placed(iommu, device);
     }
     check_count(config, found);
     slots::check(config, found);
@@ -117,10 +112,10 @@ impl Below<'_> {
         }
     }
 
-    /// Refuses places on the bus that there are not, or that this version cannot give.
-    fn placed(&mut self, iommu: bool, segment: Option<u16>, slot: Option<u8>) {
+    /// Refuses slots that no bus has, and a virtual IOMMU. Segments are checked with the whole
+    /// configuration, which has their number.
+    fn placed(&mut self, iommu: bool, slot: Option<u8>) {
         self.unsupported("iommu", iommu);
-        self.unsupported("pci_segment", segment.is_some_and(|segment| segment != 0));
         if let Some(slot) = slot.filter(|slot| !(1..=limits::PCI_SLOTS).contains(slot)) {
             let last = limits::PCI_SLOTS;
             let detail =
@@ -207,7 +202,7 @@ impl DiskConfig {
         below.unsupported("image_type", other);
         below.unsupported("vhost_user", self.vhost_user);
         below.unsupported("vhost_socket", self.vhost_socket.is_some());
-        below.placed(self.iommu, self.pci_segment, self.pci_device_id);
+        below.placed(self.iommu, self.pci_device_id);
         below.unsupported("queue_affinity", self.queue_affinity.is_some());
     }
 }
@@ -316,7 +311,7 @@ impl NetConfig {
         below.unsupported("vhost_user", self.vhost_user);
         below.unsupported("vhost_socket", self.vhost_socket.is_some());
         below.unsupported("vhost_mode", self.vhost_mode != "Client");
-        below.placed(self.iommu, self.pci_segment, self.pci_device_id);
+        below.placed(self.iommu, self.pci_device_id);
     }
 }
 
@@ -341,7 +336,7 @@ impl VsockConfig {
             let detail = format!("`socket` must be a path of 1 to {most} bytes");
             below.add("socket", "out-of-range", detail);
         }
-        below.placed(self.iommu, self.pci_segment, self.pci_device_id);
+        below.placed(self.iommu, self.pci_device_id);
     }
 }
 
@@ -443,7 +438,7 @@ mod tests {
             (
                 r#"{"path":"/a","pci_segment":1}"#,
                 "pci_segment",
-                "unsupported",
+                "out-of-range",
             ),
             (
                 r#"{"path":"/a","pci_device_id":0}"#,

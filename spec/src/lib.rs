@@ -86,6 +86,7 @@ pub use service::{
     CreateVm, Event, FieldProblem, InvalidVmId, MapAlias, MapNode, MapRange, MapSpace, MemoryMap,
     Problem, VmId, VmSummary,
 };
+pub use slots::WantedPlace;
 pub use token::{ApiToken, InvalidApiToken};
 pub use validate::{HostLimits, UNSUPPORTED};
 pub use vm::{

@@ -34,7 +34,7 @@ pub(crate) const PLATFORM_PORTS: &[(u16, u16)] = &[
     (0xcf8, 0xcff),
 ];
 
-/// PCI segments that a configuration may name, as in Cloud Hypervisor. All but the first are empty.
+/// PCI segments of a VM, as in Cloud Hypervisor.
 pub const PCI_SEGMENTS: u16 = 96;
 
 /// Devices of a VM, with its console and its source of entropy.

@@ -11,8 +11,8 @@ use serde_json::{Map, Value, json};
 
 use self::kinds::PCI;
 pub use self::kinds::{
-    BALLOON, DEVICE, DISK, FS, NET, PMEM, RATE_LIMIT_GROUP, RECEIVE_MIGRATION, RESTORE, RNG,
-    SEND_MIGRATION, USER_DEVICE, VDPA, VSOCK,
+    BALLOON, DEVICE, DISK, FS, NET, PCI_SEGMENT, PLATFORM, PMEM, RATE_LIMIT_GROUP,
+    RECEIVE_MIGRATION, RESTORE, RNG, SEND_MIGRATION, USER_DEVICE, VDPA, VSOCK,
 };
 use crate::console::{ConsoleConfig, ConsoleMode, DebugConsoleConfig, SerialConfig};
 use crate::cpus::CpusConfig;
@@ -43,6 +43,10 @@ enum Form {
     Size,
     /// `on`, `off`, `true`, `false`.
     Switch,
+    /// `[a,b]`, or one value without brackets.
+    Texts,
+    /// `[0,2-3]`.
+    Numbers,
     /// A word of the API, in the command line's way of writing: `on-demand` for `OnDemand`.
     Word,
 }
@@ -328,6 +332,16 @@ fn read_value(form: Form, text: &str) -> Result<Value, &'static str> {
     match form {
         Form::Text => Ok(json!(text)),
         Form::Word => Ok(json!(word(text))),
+        Form::Texts => {
+            let inner = text
+                .strip_prefix('[')
+                .and_then(|text| text.strip_suffix(']'));
+            let all = split(inner.unwrap_or(text)).map_err(|_| "a list like [a,b]")?;
+            Ok(json!(all))
+        }
+        Form::Numbers => numbers(text)
+            .map(|all| json!(all))
+            .ok_or("a list like [0,2-3]"),
         Form::Number => text
             .parse::<u64>()
             .map(|n| json!(n))
@@ -555,6 +569,29 @@ mod tests {
         for none in ["tty,iobase=0x10000", "tty,iobase=e9", "tty,id=x", "file"] {
             assert!(debug_console(none).is_err(), "{none}");
         }
+    }
+
+    #[test]
+    fn platforms() {
+        let text =
+            "num_pci_segments=4,serial_number=s 1,oem_strings=[a b,c],system_family=f,tdx=off";
+        let platform: crate::PlatformConfig = PLATFORM.read(text).unwrap();
+        assert_eq!(platform.num_pci_segments, Some(4));
+        assert_eq!(platform.system_serial(), Some("s 1"));
+        assert_eq!(platform.oem_strings.unwrap(), ["a b", "c"]);
+        assert_eq!(platform.system_family.as_deref(), Some("f"));
+        let one: crate::PlatformConfig =
+            PLATFORM.read("oem_strings=a,iommu_segments=[1-2]").unwrap();
+        assert_eq!(one.oem_strings.unwrap(), ["a"]);
+        assert_eq!(one.iommu_segments.unwrap(), [1, 2]);
+        let bad = PLATFORM.read::<crate::PlatformConfig>("num_pci_segments=x");
+        assert!(bad.unwrap_err().to_string().contains("a number"));
+        let text = "pci_segment=1,mmio32_aperture_weight=2";
+        let segment: crate::PciSegmentConfig = PCI_SEGMENT.read(text).unwrap();
+        assert_eq!(
+            (segment.pci_segment, segment.mmio32_aperture_weight),
+            (1, Some(2))
+        );
     }
 
     #[test]

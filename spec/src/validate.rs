@@ -40,7 +40,6 @@ const NOT_YET: &[(&str, &[&str])] = &[
     ("/numa", &["[]"]),
     ("/iommu", &["false"]),
     ("/rtc", &[]),
-    ("/pci_segments", &["[]"]),
     ("/platform/iommu_segments", &["[]"]),
     ("/platform/iommu_address_width_bits", &["64"]),
     ("/platform/tdx", &["false"]),
@@ -239,8 +238,6 @@ impl VmConfig {
         }
     }
 
-    /// Segments other than the first are empty: a device that asks for one is refused. A number of
-    /// segments is therefore accepted, as clients send one for devices that a VM may not have.
     /// Refuses Landlock's fields. The program takes them out of the configuration with which it starts
     /// before it has threads; any other comes too late for them.
     fn check_landlock(&self, found: &mut Vec<FieldProblem>) {
@@ -257,19 +254,6 @@ impl VmConfig {
                 );
                 found.push(problem(pointer, UNSUPPORTED, detail));
             }
-        }
-    }
-
-    fn check_segments(&self, found: &mut Vec<FieldProblem>) {
-        let segments = self.platform.as_ref().and_then(|all| all.num_pci_segments);
-        let most = limits::PCI_SEGMENTS;
-        if let Some(count) = segments.filter(|count| !(1..=most).contains(count)) {
-            let detail = format!("`num_pci_segments` ({count}) is not between 1 and {most}");
-            found.push(problem(
-                "/platform/num_pci_segments",
-                "out-of-range",
-                detail,
-            ));
         }
     }
 

@@ -122,6 +122,16 @@ const EFFECTIVE: &[&str] = &[
     "/platform/system_family",
     "/platform/system_sku_number",
     "/platform/chassis_asset_tag",
+    "/platform/num_pci_segments",
+    "/pci_segments/0/pci_segment",
+    "/pci_segments/0/mmio32_aperture_weight",
+    "/pci_segments/0/mmio64_aperture_weight",
+    "/disks/0/pci_segment",
+    "/net/0/pci_segment",
+    "/rng/pci_segment",
+    "/balloon/pci_segment",
+    "/console/pci_segment",
+    "/vsock/pci_segment",
     "/pvpanic",
     "/watchdog",
     "/disks/0/pci_device_id",
@@ -148,16 +158,10 @@ const LIMITED: &[(&str, &str)] = &[
 ];
 
 /// Fields that are accepted and have no effect, with the reason.
-const TOLD: &[(&str, &str)] = &[
-    (
-        "/net/0/offload_ufo",
-        "Linux has removed UDP fragmentation offload",
-    ),
-    (
-        "/platform/num_pci_segments",
-        "only segment 0 exists, and a device that asks for another is refused",
-    ),
-];
+const TOLD: &[(&str, &str)] = &[(
+    "/net/0/offload_ufo",
+    "Linux has removed UDP fragmentation offload",
+)];
 
 /// All fields, each at a value that is not its default.
 fn full() -> Value {

@@ -44,6 +44,9 @@ pub enum BuildError {
     Commit(#[from] CommitError),
     /// A device cannot be put on the bus.
     Bus(#[from] BusError),
+    /// A device is in a PCI segment that the machine does not have.
+    #[error("the machine has no PCI segment {0}")]
+    NoSegment(u16),
     /// A device's registers do not fit where they belong.
     Bar(#[from] BarError),
     /// A device cannot be made.
@@ -172,7 +175,7 @@ impl BuildError {
             Self::Ram(_) => "no-memory",
             Self::Topology(_) | Self::Commit(_) | Self::Layout(_) => "memory-map-impossible",
             Self::Profile(_) => "cpu-lacks-features",
-            Self::Bus(_) | Self::Bar(_) => "no-free-slot",
+            Self::Bus(_) | Self::Bar(_) | Self::NoSegment(_) => "no-free-slot",
             Self::Device(_) => "device-impossible",
             Self::Rng(_) => "rng-unusable",
             Self::Tap(_) => "tap-unusable",
@@ -194,6 +197,7 @@ impl BuildError {
             | Self::Profile(_)
             | Self::Bus(_)
             | Self::Bar(_)
+            | Self::NoSegment(_)
             | Self::Rng(_)
             | Self::Tap(_)
             | Self::Vsock(_)

@@ -114,6 +114,34 @@ async fn added_disk_joins_a_group_that_exists() {
     vm.ask(Request::Delete).await.unwrap();
 }
 
+/// The guest is notified of devices in segment 0 only, and a segment must exist.
+#[tokio::test]
+async fn other_segments_change_while_the_vm_is_off() {
+    let lab = Lab::new();
+    let image = lab.image("disk.raw", 1 << 20);
+    let vm = lab.create(|config| {
+        config.platform = serde_json::from_str(r#"{"num_pci_segments":2}"#).unwrap();
+    });
+    let disk = |segment: u16| {
+        let disk = serde_json::json!({ "path": image, "id": "disk", "pci_segment": segment });
+        NewDevice::Disk(serde_json::from_value(disk).unwrap())
+    };
+    let absent = add(&vm, disk(2)).await.unwrap_err();
+    assert_eq!(absent.fields[0].pointer, "/pci_segment", "{absent:?}");
+    add(&vm, disk(1)).await.unwrap();
+    vm.ask(Request::Boot).await.unwrap();
+    let at = vm.status().devices["disk"].pci_bdf.clone();
+    assert_eq!(at.as_deref(), Some("0001:00:01.0"));
+    let fixed = "segment-not-hotpluggable";
+    assert_eq!(refused(add(&vm, disk(1))).await, fixed);
+    assert_eq!(refused(remove(&vm, "disk")).await, fixed);
+    vm.ask(Request::Shutdown).await.unwrap();
+    remove(&vm, "disk").await.unwrap();
+    vm.ask(Request::Boot).await.unwrap();
+    assert!(!vm.status().devices.contains_key("disk"));
+    vm.ask(Request::Delete).await.unwrap();
+}
+
 #[tokio::test]
 async fn devices_are_added_and_removed() {
     let lab = Lab::new();

@@ -464,6 +464,7 @@ fn driven(console: &mut Console) -> [u64; 3] {
     })
 }
 
+/// In three PCI segments: the guest drives the entropy device of the second.
 #[tokio::test]
 async fn maximum_devices_keep_addresses() {
     let stage = Stage::new();
@@ -480,14 +481,23 @@ async fn maximum_devices_keep_addresses() {
             .unwrap()
             .set_len(1 << 20)
             .unwrap();
-        serde_json::from_value(serde_json::json!({ "path": path })).unwrap()
+        let segment = if i < 5 { 2 } else { 0 };
+        let disk = serde_json::json!({ "path": path, "pci_segment": segment });
+        serde_json::from_value(disk).unwrap()
     };
+    config.platform = Some(serde_json::from_str(r#"{"num_pci_segments":3}"#).unwrap());
     config.disks = Some((0..61).map(disk).collect());
+    config.rng.pci_segment = Some(1);
     config.watchdog = true;
     let mut console = stage.boot(config).await;
     let before = driven(&mut console);
     assert_eq!(before[0], 64);
     let places = stage.here.get("pocket").unwrap().status().devices;
+    let at = |id: &str| places[id].pci_bdf.as_deref().unwrap();
+    assert_eq!(
+        [at("_disk4"), at("_disk5"), at("__rng")],
+        ["0002:00:05.0", "0000:00:01.0", "0001:00:01.0"]
+    );
     let [sent, _] = stage.migrate(|_| {}).await;
     assert_eq!(sent.phase, MigrationPhase::Completed, "{sent:?}");
     let vm = stage.there.get("pocket").unwrap();

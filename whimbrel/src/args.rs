@@ -314,6 +314,19 @@ pub(crate) struct VmArguments {
     /// Socket between guest and host: cid=N,socket=PATH.
     #[arg(long, value_name = "OPTIONS")]
     pub(crate) vsock: Option<String>,
+    // As an attribute: in a comment its brackets would be links.
+    #[arg(
+        long,
+        value_name = "OPTIONS",
+        help = "Platform: num_pci_segments=N,system_serial_number=TEXT,system_uuid=UUID,oem_strings=[TEXT,...],\
+                system_manufacturer=TEXT,system_product_name=TEXT,system_version=TEXT,system_family=TEXT,\
+                system_sku_number=TEXT,chassis_asset_tag=TEXT"
+    )]
+    pub(crate) platform: Option<String>,
+    /// PCI segments' shares of the address windows:
+    /// pci_segment=N,mmio32_aperture_weight=N,mmio64_aperture_weight=N.
+    #[arg(long, value_name = "OPTIONS", num_args = 1..)]
+    pub(crate) pci_segment: Vec<String>,
     /// A virtio watchdog: the VM is reset when its guest's driver has not pinged for 30 s.
     #[arg(long)]
     pub(crate) watchdog: bool,
@@ -428,6 +441,12 @@ impl VmArguments {
             .as_deref()
             .map(|t| options::VSOCK.read(t))
             .transpose()?;
+        config.platform = self
+            .platform
+            .as_deref()
+            .map(|t| options::PLATFORM.read(t))
+            .transpose()?;
+        config.pci_segments = many(&self.pci_segment, &options::PCI_SEGMENT)?;
         config.watchdog = self.watchdog;
         config.pvpanic = self.pvpanic;
         Ok(Some(config))
@@ -510,7 +529,8 @@ mod tests {
         let config = config(
             "--kernel /k --initramfs /i --cmdline console=ttyS0 --cpus boot=2 --memory size=1G,shared=on \
              --serial file=/log --console off --debug-console file=/dbg,iobase=0x402 --disk path=/a path=/b,readonly=on --disk path=/c,rate_limit_group=g \
-             --rate-limit-group id=g,bw_size=1M,bw_refill_time=100",
+             --rate-limit-group id=g,bw_size=1M,bw_refill_time=100 \
+             --platform num_pci_segments=2,oem_strings=[a,b] --pci-segment pci_segment=1,mmio32_aperture_weight=3",
         );
         let config = config.unwrap().unwrap();
         assert_eq!(config.payload.initramfs.as_deref(), Some("/i"));
@@ -526,8 +546,11 @@ mod tests {
             (config.serial.mode, config.console.mode),
             (ConsoleMode::File, ConsoleMode::Off)
         );
+        assert_eq!(config.pci_segment_weights(), [[1, 1], [3, 1]]);
         let debug = config.debug_console.unwrap();
         assert_eq!((debug.mode, debug.port()), (ConsoleMode::File, 0x402));
+        let platform = config.platform.unwrap();
+        assert_eq!(platform.oem_strings.unwrap(), ["a", "b"]);
         let disks = config.disks.unwrap();
         assert_eq!(disks.len(), 3);
         assert_eq!(disks[2].rate_limit_group.as_deref(), Some("g"));

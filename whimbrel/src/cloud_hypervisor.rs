@@ -61,9 +61,6 @@ pub(crate) enum Support {
 use Support::{Refused, Works};
 
 const NO_PASSTHROUGH: &str = "devices of the host cannot be given to guests yet";
-const ONE_SEGMENT: &str = "VMs have one PCI segment";
-const BODY_ONLY: &str = "not on the command line; give it in a configuration file (`whimbrel run FILE`) \
-                         or over the API, which name the fields that have no effect yet";
 const NOT_BUILT: &str = "Cloud Hypervisor has it in builds with another feature only";
 
 /// Each option of Cloud Hypervisor v54, by its long name.
@@ -105,8 +102,8 @@ pub(crate) const OPTIONS: &[(&str, Support)] = &[
     ("net", Works),
     ("no-shutdown", Works),
     ("numa", Refused("VMs have one NUMA node")),
-    ("pci-segment", Refused(ONE_SEGMENT)),
-    ("platform", Refused(BODY_ONLY)),
+    ("pci-segment", Works),
+    ("platform", Works),
     ("pmem", Refused("there is no virtio-pmem device yet")),
     ("pvmemcontrol", Refused(NOT_BUILT)),
     ("pvpanic", Works),

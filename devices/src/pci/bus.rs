@@ -1,4 +1,4 @@
-//! The root bus.
+//! The root bus of a segment.
 
 use std::collections::BTreeMap;
 use std::ops::Bound;
@@ -44,25 +44,24 @@ struct State {
     address: u32,
 }
 
-/// The root bus.
-#[derive(Default)]
+/// The root bus of a segment. Software reaches segment 0 through the ports, too.
 pub struct Bus {
+    segment: u16,
     state: Mutex<State>,
 }
 
 impl Bus {
-    /// With a host bridge as 00.0.
+    /// Returns the bus of this segment, with a host bridge as 00.0.
     #[must_use]
-    pub fn new() -> Arc<Self> {
-        let bus = Self::default();
-        bus.state.lock().functions.insert(
-            Bdf {
-                device: 0,
-                function: 0,
-            },
-            Arc::new(Fixed(Registers::new(HOST_BRIDGE))),
-        );
-        Arc::new(bus)
+    pub fn new(segment: u16) -> Arc<Self> {
+        let mut state = State::default();
+        let bridge: Arc<dyn ConfigSpace> = Arc::new(Fixed(Registers::new(HOST_BRIDGE)));
+        let at = Bdf::from_devfn(0).in_segment(segment);
+        state.functions.insert(at, bridge);
+        Arc::new(Self {
+            segment,
+            state: Mutex::new(state),
+        })
     }
 
     /// The functions that are there.
@@ -103,6 +102,7 @@ impl Bus {
         let device = (1..32).find(|device| !taken(*device));
         device
             .and_then(|device| Bdf::new(device, 0))
+            .map(|at| at.in_segment(self.segment))
             .ok_or(BusError::Full)
     }
 
@@ -144,7 +144,7 @@ impl State {
 impl Bus {
     /// The function that answers. The bus is not locked while it does: an access may move a BAR.
     fn answering(&self, bdf: Option<Bdf>) -> Option<Answering> {
-        self.state.lock().answering(bdf?)
+        self.state.lock().answering(bdf?.in_segment(self.segment))
     }
 
     fn read(&self, bdf: Option<Bdf>, at: usize, data: &mut [u8]) {
@@ -279,7 +279,7 @@ mod tests {
 
     #[test]
     fn both_config_paths_find_host_bridge() {
-        let bus = Bus::new();
+        let bus = Bus::new(0);
         let (ecam, ports) = (bus.ecam(), bus.ports());
         assert_eq!(read_u32(&*ecam, 0), 0x0d57_8086);
         assert_eq!(read_u32(&*ecam, 1 << 15), u32::MAX);
@@ -316,7 +316,7 @@ mod tests {
 
     #[test]
     fn absent_functions_read_as_ones() {
-        let bus = Bus::new();
+        let bus = Bus::new(0);
         assert_eq!(
             bus.attach(at(3, 1), function(1)),
             Err(BusError::NoFirst(at(3, 1)))
@@ -359,8 +359,20 @@ mod tests {
     }
 
     #[test]
+    fn bus_of_another_segment_answers_in_its_window() {
+        let bus = Bus::new(7);
+        let place = bus.free_slot().unwrap();
+        assert_eq!(place.to_string(), "0007:00:01.0");
+        bus.attach(place, function(9)).unwrap();
+        let ecam = bus.ecam();
+        assert_eq!(read_u32(&*ecam, 0), 0x0d57_8086);
+        assert_eq!(read_u32(&*ecam, 1 << 15), 9 << 16 | 0x8086);
+        assert_eq!(bus.free_slot().unwrap().device(), 2);
+    }
+
+    #[test]
     fn function_0_shows_multifunction_bit() {
-        let bus = Bus::new();
+        let bus = Bus::new(0);
         for bdf in [at(3, 0), at(3, 1), at(4, 0)] {
             bus.attach(bdf, function(1)).unwrap();
         }
@@ -397,7 +409,7 @@ mod tests {
         fn no_access_changes_the_host_bridge(
             writes in prop::collection::vec((any::<bool>(), 0_u64..1 << 21, prop::collection::vec(any::<u8>(), 0..9)), 0..64)
         ) {
-            let bus = Bus::new();
+            let bus = Bus::new(0);
             let (ecam, ports) = (bus.ecam(), bus.ports());
             for (by_port, offset, data) in writes {
                 let (ops, offset) = if by_port { (&ports, offset % 8) } else { (&ecam, offset) };

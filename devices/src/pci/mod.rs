@@ -34,29 +34,35 @@ pub trait ConfigSpace: Send + Sync {
     fn write(&self, at: usize, data: &[u8]);
 }
 
-/// A PCI address: device and function number on the only bus.
+/// A PCI address: segment, and device and function number on the only bus of that segment.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Bdf {
+    segment: u16,
     device: u8,
     function: u8,
 }
 
 impl Bdf {
-    /// `None` for a device past 31 or a function past 7.
+    /// An address in segment 0. `None` for a device past 31 or a function past 7.
     #[must_use]
     pub const fn new(device: u8, function: u8) -> Option<Self> {
         if device < 32 && function < 8 {
-            Some(Self { device, function })
+            Some(Self {
+                segment: 0,
+                device,
+                function,
+            })
         } else {
             None
         }
     }
 
-    /// From both in a byte, as PCI writes them: the device number above the three bits of the
-    /// function number.
+    /// An address in segment 0 from both numbers in a byte, as PCI writes them: the device number above
+    /// the three bits of the function number.
     #[must_use]
     pub const fn from_devfn(devfn: u8) -> Self {
         Self {
+            segment: 0,
             device: devfn >> 3,
             function: devfn & 7,
         }
@@ -72,9 +78,21 @@ impl Bdf {
     #[must_use]
     pub const fn first(self) -> Self {
         Self {
-            device: self.device,
             function: 0,
+            ..self
         }
+    }
+
+    /// The same device and function number in another segment.
+    #[must_use]
+    pub const fn in_segment(self, segment: u16) -> Self {
+        Self { segment, ..self }
+    }
+
+    /// The segment.
+    #[must_use]
+    pub const fn segment(self) -> u16 {
+        self.segment
     }
 
     /// The device number, 0 to 31.
@@ -93,7 +111,12 @@ impl Bdf {
 /// `0000:00:1f.7`: segment, bus, device and function.
 impl fmt::Display for Bdf {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "0000:00:{:02x}.{}", self.device, self.function)
+        let Self {
+            segment,
+            device,
+            function,
+        } = self;
+        write!(f, "{segment:04x}:00:{device:02x}.{function}")
     }
 }
 

@@ -87,6 +87,55 @@ pub const NET: OptionKind = OptionKind {
     also: &[LIMITS, PCI],
 };
 
+/// `--platform`.
+pub const PLATFORM: OptionKind = OptionKind {
+    name: "--platform",
+    keys: &[
+        ("num_pci_segments", "num_pci_segments", Form::Number),
+        ("iommu_segments", "iommu_segments", Form::Numbers),
+        (
+            "iommu_address_width",
+            "iommu_address_width_bits",
+            Form::Number,
+        ),
+        ("system_serial_number", "system_serial_number", Form::Text),
+        ("serial_number", "serial_number", Form::Text),
+        ("system_uuid", "system_uuid", Form::Text),
+        ("uuid", "uuid", Form::Text),
+        ("oem_strings", "oem_strings", Form::Texts),
+        ("system_manufacturer", "system_manufacturer", Form::Text),
+        ("system_product_name", "system_product_name", Form::Text),
+        ("system_version", "system_version", Form::Text),
+        ("system_family", "system_family", Form::Text),
+        ("system_sku_number", "system_sku_number", Form::Text),
+        ("chassis_asset_tag", "chassis_asset_tag", Form::Text),
+        ("tdx", "tdx", Form::Switch),
+        ("sev_snp", "sev_snp", Form::Switch),
+        ("iommufd", "iommufd", Form::Switch),
+        ("vfio_p2p_dma", "vfio_p2p_dma", Form::Switch),
+    ],
+    also: &[],
+};
+
+/// `--pci-segment`.
+pub const PCI_SEGMENT: OptionKind = OptionKind {
+    name: "--pci-segment",
+    keys: &[
+        ("pci_segment", "pci_segment", Form::Number),
+        (
+            "mmio32_aperture_weight",
+            "mmio32_aperture_weight",
+            Form::Number,
+        ),
+        (
+            "mmio64_aperture_weight",
+            "mmio64_aperture_weight",
+            Form::Number,
+        ),
+    ],
+    also: &[],
+};
+
 /// `--rng`.
 pub const RNG: OptionKind = OptionKind {
     name: "--rng",

@@ -29,11 +29,7 @@ fn memory_map(layout: &Layout) -> Vec<(AddrRange, u32)> {
     add(0, layout::LOW_MEMORY_END, RAM);
     add(layout::VMGENID, layout::SMBIOS_END, RESERVED);
     add(layout::HIGH_MEMORY, layout.low_ram_end(), RAM);
-    add(
-        layout::ECAM,
-        layout::ECAM + devices::pci::ECAM_BUS_LEN,
-        RESERVED,
-    );
+    add(layout::ECAM, layout.ecam_end(), RESERVED);
     map.extend(layout.ram.iter().skip(1).map(|range| (*range, RAM)));
     map
 }

@@ -112,7 +112,7 @@ pub(crate) fn load(
     let tables = acpi::tables(&config.cpus, layout);
     if tables.len() as u64 > layout::ACPI_END - layout::ACPI {
         return Err(BootError::NoRoom {
-            what: "the ACPI tables of this many vCPUs",
+            what: "the ACPI tables of this many vCPUs and PCI segments",
         });
     }
     memory.write_slice(&tables, GuestAddress(layout::ACPI))?;

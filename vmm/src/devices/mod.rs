@@ -22,7 +22,7 @@ pub(crate) use self::open::{
     ResourceOwner,
 };
 use self::pci::Plugged;
-pub(crate) use self::pci::{PciHost, SharedTopology};
+pub(crate) use self::pci::{At, PciHost, SharedTopology};
 use crate::arch::x86_64::cpu_model::CpuModel;
 use crate::descriptors::Reservation;
 use crate::failure::BuildError;
@@ -77,7 +77,7 @@ impl Default for MachineOrigin {
     }
 }
 
-/// The devices on a machine's PCI bus.
+/// The devices on a machine's PCI buses.
 pub(crate) struct Devices {
     host: PciHost,
     entries: BTreeMap<String, Entry>,
@@ -107,13 +107,16 @@ impl Devices {
         let opened = open::all(config, ends, context)?;
         let ids = opened.iter().map(|opened| opened.id.as_str());
         let ids: Vec<_> = ids.chain(config.pvpanic.then_some(spec::PVPANIC)).collect();
-        let at = slots::assign(ids.into_iter(), &origin.on_bus, &config.wanted_slots());
+        let at = slots::assign(&ids, &origin.on_bus, &config.wanted_places());
         // The last, if there is one: of those that share a slot, the last function.
         let pvpanic_at = at.get(opened.len()).copied();
         let mut all: Vec<_> = at.into_iter().zip(opened).collect();
         // Function 0 of a slot before its others, and those that have a place before those that
         // take any.
-        all.sort_by_key(|(at, _)| (at.is_none(), *at));
+        all.sort_by_key(|(at, _)| match at {
+            At::Exactly(bdf) => (false, Some(*bdf)),
+            At::AnySlot(_) => (true, None),
+        });
         for (at, opened) in all {
             devices.plug(tx, opened, at, reporter)?;
         }
@@ -128,13 +131,12 @@ impl Devices {
         &self.limiters
     }
 
-    /// Puts a device at this place, or in the first slot that is free, as part of a change of the
-    /// map.
+    /// Puts a device at this place, as part of a change of the map.
     pub(crate) fn plug(
         &mut self,
         tx: &mut Transaction<'_>,
         opened: Opened,
-        at: Option<Bdf>,
+        at: At,
         reporter: &Reporter,
     ) -> Result<(), BuildError> {
         let Opened {
@@ -205,7 +207,8 @@ impl Devices {
         Some(entry.plugged.bdf.device())
     }
 
-    /// Slots with a device that the guest was asked to let go of, a bit each.
+    /// Slots of segment 0, the only one with hotplug, with a device that the guest was asked to let go of, a
+    /// bit each.
     pub(crate) fn leaving_slots(&self) -> u32 {
         let entries = self.entries.values();
         let leaving = entries.filter(|entry| entry.state == DeviceState::Leaving);
@@ -229,7 +232,10 @@ impl Devices {
         slot: u8,
         topology: &SharedTopology,
     ) -> Option<(String, Result<(), BuildError>)> {
-        let there = |(_, entry): &(&String, &Entry)| entry.plugged.bdf.device() == slot;
+        let there = |(_, entry): &(&String, &Entry)| {
+            let at = entry.plugged.bdf;
+            (at.segment(), at.device()) == (0, slot)
+        };
         let (id, entry) = self.entries.iter().find(there)?;
         if entry.state != DeviceState::Leaving {
             tracing::debug!(id, "a guest ejects a device without a request");
@@ -275,7 +281,7 @@ impl Devices {
     pub(crate) fn shared_place(&self, id: &str) -> Option<Bdf> {
         let at = self.place(id)?;
         let mut others = self.places().into_values();
-        let is_shared = others.any(|other| other != at && other.device() == at.device());
+        let is_shared = others.any(|other| other != at && other.first() == at.first());
         is_shared.then_some(at)
     }
 
@@ -304,7 +310,10 @@ impl Devices {
     }
 
     pub(crate) fn save(&self, to: &mut Writer) -> Result<(), SaveError> {
-        self.host.bus().save(&mut to.scope("pci")?)?;
+        // The ports, and with them the address register, are of segment 0.
+        if let Some(bus) = self.host.buses().next() {
+            bus.save(&mut to.scope("pci")?)?;
+        }
         for (id, entry) in &self.entries {
             let mut scope = to.scope("devices")?;
             entry.plugged.device.save(&mut scope.child(id)?)?;
@@ -321,7 +330,9 @@ impl Devices {
         from: &mut Store<'_>,
         tx: &mut Transaction<'_>,
     ) -> Result<(), LoadError> {
-        (&**self.host.bus()).load(&mut from.scope("pci")?, &mut ())?;
+        if let Some(bus) = self.host.buses().next() {
+            (&**bus).load(&mut from.scope("pci")?, &mut ())?;
+        }
         for (id, entry) in &self.entries {
             let mut scope = from.scope("devices")?;
             entry.plugged.device.load(&mut scope.child(id)?, tx)?;

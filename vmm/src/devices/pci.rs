@@ -1,4 +1,4 @@
-//! The PCI bus of a machine: where its devices are, and how their BARs and interrupts reach KVM.
+//! The PCI buses of a machine, one for each segment: where its devices are, and how their BARs and interrupts reach KVM.
 
 use std::sync::{Arc, Weak};
 
@@ -21,11 +21,33 @@ pub(crate) type SharedTopology = Arc<Mutex<Topology>>;
 
 /// Resources of the machine for PCI devices.
 pub(crate) struct PciHost {
-    bus: Arc<Bus>,
-    window: BarAllocator,
+    segments: Vec<Segment>,
     map: Arc<dyn BarMap>,
     space: AddressSpace,
     routes: IrqRoutes,
+}
+
+/// A PCI segment.
+struct Segment {
+    bus: Arc<Bus>,
+    window: BarAllocator,
+}
+
+/// The place at which a device is plugged in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum At {
+    Exactly(Bdf),
+    /// The first slot of this segment that is free.
+    AnySlot(u16),
+}
+
+impl At {
+    fn segment(self) -> u16 {
+        match self {
+            Self::Exactly(bdf) => bdf.segment(),
+            Self::AnySlot(segment) => segment,
+        }
+    }
 }
 
 /// A device on the bus.
@@ -36,46 +58,60 @@ pub(crate) struct Plugged {
 }
 
 impl PciHost {
-    /// A bus of which nothing but the host bridge is taken, and a window for BARs.
+    /// A bus for each segment, of which nothing but the host bridge is taken, and a window for its BARs.
     pub(crate) fn new(
         topology: &SharedTopology,
         space: AddressSpace,
-        window: AddrRange,
+        windows: impl Iterator<Item = AddrRange>,
         routes: IrqRoutes,
     ) -> Self {
-        Self {
-            bus: Bus::new(),
+        let segment = |(number, window)| Segment {
+            bus: Bus::new(number),
             window: BarAllocator::new(window),
+        };
+        Self {
+            segments: (0..).zip(windows).map(segment).collect(),
             map: Arc::new(InTopology(Arc::downgrade(topology))),
             space,
             routes,
         }
     }
 
-    pub(crate) fn bus(&self) -> &Arc<Bus> {
-        &self.bus
+    /// Returns the buses, that of segment 0 first.
+    pub(crate) fn buses(&self) -> impl Iterator<Item = &Arc<Bus>> {
+        self.segments.iter().map(|segment| &segment.bus)
     }
 
-    /// Puts a device at this place, or in the first slot that is free, as part of a change of the
-    /// map.
+    fn segment(&mut self, number: u16) -> Result<&mut Segment, BuildError> {
+        let found = self.segments.get_mut(usize::from(number));
+        found.ok_or(BuildError::NoSegment(number))
+    }
+
+    /// Returns the place that is meant, if it is free.
+    fn find(&mut self, at: At) -> Result<Bdf, BuildError> {
+        let bus = &self.segment(at.segment())?.bus;
+        match at {
+            At::Exactly(bdf) if bus.functions().contains(&bdf) => {
+                Err(BusError::Occupied(bdf).into())
+            }
+            At::Exactly(bdf) => Ok(bdf),
+            At::AnySlot(_) => Ok(bus.free_slot()?),
+        }
+    }
+
+    /// Puts a device at this place, as part of a change of the map.
     pub(crate) fn plug(
         &mut self,
         tx: &mut Transaction<'_>,
         id: &str,
         device: Box<dyn VirtioDevice>,
-        at: Option<Bdf>,
+        at: At,
         reporter: &Reporter,
     ) -> Result<Plugged, BuildError> {
-        let bdf = match at {
-            // Before anything is made for it.
-            Some(bdf) if self.bus.functions().contains(&bdf) => {
-                return Err(BusError::Occupied(bdf).into());
-            }
-            Some(bdf) => bdf,
-            None => self.bus.free_slot()?,
-        };
+        // Before anything is made for it.
+        let bdf = self.find(at)?;
         let vectors = self.routes.vectors(vectors(&*device))?;
-        let bar = self.window.allocate(BAR_LEN)?;
+        let bar = self.segment(bdf.segment())?.window.allocate(BAR_LEN)?;
         let (to, name) = (reporter.clone(), id.to_owned());
         let slot = Slot {
             tx,
@@ -85,31 +121,33 @@ impl PciHost {
             msi: Arc::new(ByRoutes(vectors)),
             report: Box::new(move |event| to.report(GuestEvent::Device(name.clone(), event))),
         };
+        let segment = self.segment(bdf.segment())?;
         let plugged = VirtioPci::new(id, device, slot)
-            .inspect_err(|_| self.window.free(bar))
+            .inspect_err(|_| segment.window.free(bar))
             .map(|device| Plugged { bdf, device, bar })?;
-        self.bus
+        segment
+            .bus
             .attach(bdf, Arc::clone(&plugged.device) as Arc<dyn ConfigSpace>)?;
         Ok(plugged)
     }
 
-    /// Puts a panic notifier at this place, or in the first slot that is free, as part of a change of
-    /// the map. It stays for as long as the machine.
+    /// Puts a panic notifier at this place, as part of a change of the map. It stays for as long as the
+    /// machine.
     pub(crate) fn plug_pvpanic(
         &mut self,
         tx: &mut Transaction<'_>,
-        at: Option<Bdf>,
+        at: At,
         reporter: &Reporter,
     ) -> Result<(Bdf, Arc<Endpoint>), BuildError> {
-        let bdf = match at {
-            Some(bdf) => bdf,
-            None => self.bus.free_slot()?,
-        };
-        let bar = self.window.allocate(PVPANIC_BAR_LEN)?;
+        let bdf = self.find(at)?;
+        let map = Arc::clone(&self.map);
+        let segment = self.segment(bdf.segment())?;
+        let bar = segment.window.allocate(PVPANIC_BAR_LEN)?;
         let to = reporter.clone();
         let report = move |event| to.report(GuestEvent::Panic(event));
-        let endpoint = Arc::new(pvpanic(tx, bar, Arc::clone(&self.map), report)?);
-        self.bus
+        let endpoint = Arc::new(pvpanic(tx, bar, map, report)?);
+        segment
+            .bus
             .attach(bdf, Arc::clone(&endpoint) as Arc<dyn ConfigSpace>)?;
         Ok((bdf, endpoint))
     }
@@ -120,21 +158,25 @@ impl PciHost {
         topology: &SharedTopology,
         plugged: Plugged,
     ) -> Result<(), BuildError> {
-        self.bus.detach(plugged.bdf);
+        let segment = self.segment(plugged.bdf.segment())?;
+        segment.bus.detach(plugged.bdf);
         let retired = plugged.device.retire();
         topology.lock().transaction(|tx| -> Result<_, BuildError> {
             retired.remove(tx)?;
             Ok(())
         })?;
-        self.window.free(plugged.bar);
+        segment.window.free(plugged.bar);
         Ok(())
     }
 
     /// Undoes [`Self::plug`] where the change of the map that it was a part of came to nothing.
     pub(crate) fn forget(&mut self, plugged: Plugged) {
-        self.bus.detach(plugged.bdf);
+        let Ok(segment) = self.segment(plugged.bdf.segment()) else {
+            return;
+        };
+        segment.bus.detach(plugged.bdf);
         drop(plugged.device.retire());
-        self.window.free(plugged.bar);
+        segment.window.free(plugged.bar);
     }
 }
 

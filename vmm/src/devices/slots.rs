@@ -4,33 +4,54 @@
 //! there are more devices than slots, the last devices share slots, at most eight to a slot and as few
 //! as possible. Some slots stay free for hot-added devices.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use devices::pci::Bdf;
 use spec::limits::{PCI_FUNCTIONS, PCI_SLOTS};
-use spec::{ConsoleMode, VmConfig};
+use spec::{ConsoleMode, VmConfig, WantedPlace};
+
+use super::At;
 
 /// Slots that stay free when a machine is built.
 const KEPT_FREE: usize = 4;
 
 /// Places for devices, in their order: those that are known or, if none is, those that the
 /// configuration asks for by slot and, for the others, those that so many are given in the slots that
-/// are left. `None` says that the first slot that is free will do.
-pub(crate) fn assign<'a>(
-    ids: impl ExactSizeIterator<Item = &'a str>,
+/// are left of their segment. A device that is not `wanted` anywhere is in segment 0.
+pub(crate) fn assign(
+    ids: &[&str],
     known: &BTreeMap<String, Bdf>,
-    wanted: &BTreeMap<String, u8>,
-) -> Vec<Option<Bdf>> {
-    let left = (1..=PCI_SLOTS).filter(|slot| !wanted.values().any(|taken| taken == slot));
-    let left: Vec<u8> = left.collect();
-    let count = ids.len().saturating_sub(wanted.len());
-    let mut usual = (0..count).map(|index| usual(index, count, &left));
-    ids.map(|id| match wanted.get(id) {
-        _ if !known.is_empty() => known.get(id).copied(),
-        Some(slot) => Bdf::new(*slot, 0),
-        None => usual.next().flatten(),
-    })
-    .collect()
+    wanted: &BTreeMap<String, WantedPlace>,
+) -> Vec<At> {
+    let wanted = |id: &str| wanted.get(id).copied().unwrap_or_default();
+    let mut places: BTreeMap<&str, Bdf> = BTreeMap::new();
+    if known.is_empty() {
+        let segments: BTreeSet<u16> = ids.iter().map(|id| wanted(id).segment).collect();
+        for segment in segments {
+            let here = || ids.iter().filter(|id| wanted(id).segment == segment);
+            let taken: Vec<u8> = here().filter_map(|id| wanted(id).slot).collect();
+            let left: Vec<u8> = (1..=PCI_SLOTS)
+                .filter(|slot| !taken.contains(slot))
+                .collect();
+            let count = here().count().saturating_sub(taken.len());
+            let mut usual = (0..count).map(|index| usual(index, count, &left));
+            for id in here() {
+                let at = match wanted(id).slot {
+                    Some(slot) => Bdf::new(slot, 0),
+                    None => usual.next().flatten(),
+                };
+                places.extend(at.map(|at| (*id, at.in_segment(segment))));
+            }
+        }
+    } else {
+        let ids = ids.iter();
+        places.extend(ids.filter_map(|id| Some((*id, *known.get(*id)?))));
+    }
+    let at = |id: &&str| match places.get(id) {
+        Some(at) => At::Exactly(*at),
+        None => At::AnySlot(wanted(id).segment),
+    };
+    ids.iter().map(at).collect()
 }
 
 /// The place of one of so many devices in these slots. A slot that is shared holds all the devices
@@ -65,7 +86,8 @@ pub(crate) enum PlaceError {
     Unknown(String, Bdf),
 }
 
-/// Checks the PCI addresses that another service offers for all devices of a VM.
+/// Checks the PCI addresses that another service offers for all devices of a VM. Their segments are in
+/// the configuration.
 pub(crate) fn from_offer(
     config: &VmConfig,
     devfns: &BTreeMap<String, u8>,
@@ -77,9 +99,11 @@ pub(crate) fn from_offer(
     if let (ConsoleMode::Off, Some(id)) = (config.console.mode, &config.console.id) {
         names.remove(id);
     }
+    let wanted = config.wanted_places();
     let mut there: BTreeMap<Bdf, &String> = BTreeMap::new();
     for (id, devfn) in devfns {
-        let at = Bdf::from_devfn(*devfn);
+        let segment = wanted.get(id).map_or(0, |place| place.segment);
+        let at = Bdf::from_devfn(*devfn).in_segment(segment);
         if at.device() == 0 {
             return Err(PlaceError::HostBridge(id.clone()));
         }
@@ -106,9 +130,24 @@ pub(crate) fn from_offer(
 mod tests {
     use super::*;
 
-    fn assigned(count: usize, known: &BTreeMap<String, Bdf>) -> Vec<Option<Bdf>> {
+    fn assigned(count: usize, known: &BTreeMap<String, Bdf>) -> Vec<At> {
         let ids: Vec<String> = (0..count).map(|i| format!("d{i}")).collect();
-        assign(ids.iter().map(String::as_str), known, &BTreeMap::new())
+        let ids: Vec<_> = ids.iter().map(String::as_str).collect();
+        assign(&ids, known, &BTreeMap::new())
+    }
+
+    fn exactly(at: At) -> Bdf {
+        match at {
+            At::Exactly(at) => at,
+            At::AnySlot(segment) => panic!("any slot of segment {segment}"),
+        }
+    }
+
+    fn slot(slot: u8) -> WantedPlace {
+        WantedPlace {
+            segment: 0,
+            slot: Some(slot),
+        }
     }
 
     #[test]
@@ -116,7 +155,7 @@ mod tests {
         for count in 1..=spec::limits::DEVICES {
             let all: Vec<Bdf> = assigned(count, &BTreeMap::new())
                 .into_iter()
-                .map(Option::unwrap)
+                .map(exactly)
                 .collect();
             assert_eq!(all.len(), count);
             assert!(all.is_sorted_by(|a, b| a < b), "{all:?}");
@@ -143,31 +182,58 @@ mod tests {
     #[test]
     fn wanted_slots_come_before_all_others() {
         let ids: Vec<String> = (0..64).map(|i| format!("d{i}")).collect();
-        let ids = || ids.iter().map(String::as_str);
-        let wanted = BTreeMap::from([("d1".to_owned(), 1), ("d5".to_owned(), 30)]);
-        let all = assign(ids().take(6), &BTreeMap::new(), &wanted);
-        let all: Vec<_> = all.into_iter().map(|at| at.unwrap().devfn()).collect();
+        let ids: Vec<_> = ids.iter().map(String::as_str).collect();
+        let wanted = BTreeMap::from([("d1".to_owned(), slot(1)), ("d5".to_owned(), slot(30))]);
+        let all = assign(&ids[..6], &BTreeMap::new(), &wanted);
+        let all: Vec<_> = all.into_iter().map(|at| exactly(at).devfn()).collect();
         assert_eq!(all, [2, 1, 3, 4, 5, 30].map(|slot| slot << 3));
         // As many as there can be: all have a place of their own, behind function 0 of their slot.
         for taken in 0..=26_u8 {
-            let wanted = (0..taken).map(|i| (format!("d{i}"), 31 - i)).collect();
-            let all = assign(ids(), &BTreeMap::new(), &wanted);
-            let all: std::collections::BTreeSet<_> = all.into_iter().map(Option::unwrap).collect();
+            let wanted = (0..taken)
+                .map(|i| (format!("d{i}"), slot(31 - i)))
+                .collect();
+            let all = assign(&ids, &BTreeMap::new(), &wanted);
+            let all: BTreeSet<_> = all.into_iter().map(exactly).collect();
             assert_eq!(all.len(), 64, "{taken}");
             assert!(all.iter().all(|at| all.contains(&at.first())), "{taken}");
         }
-        let known = BTreeMap::from([("d1".to_owned(), Bdf::new(9, 0).unwrap())]);
+        let at = Bdf::new(9, 0).unwrap();
+        let known = BTreeMap::from([("d1".to_owned(), at)]);
         assert_eq!(
-            assign(ids().take(2), &known, &wanted),
-            [None, Bdf::new(9, 0)]
+            assign(&ids[..2], &known, &wanted),
+            [At::AnySlot(0), At::Exactly(at)]
         );
+    }
+
+    #[test]
+    fn segments_have_slots_of_their_own() {
+        let wanted = |segment, slot| WantedPlace { segment, slot };
+        let wanted = BTreeMap::from([
+            ("a".to_owned(), wanted(0, None)),
+            ("b".to_owned(), wanted(2, Some(1))),
+            ("c".to_owned(), wanted(2, None)),
+            ("e".to_owned(), wanted(1, None)),
+        ]);
+        let all = assign(&["a", "b", "c", "d", "e"], &BTreeMap::new(), &wanted);
+        let all: Vec<_> = all.into_iter().map(|at| exactly(at).to_string()).collect();
+        let expected = [
+            "0000:00:01.0",
+            "0002:00:01.0",
+            "0002:00:02.0",
+            "0000:00:02.0",
+            "0001:00:01.0",
+        ];
+        assert_eq!(all, expected);
     }
 
     #[test]
     fn known_devices_keep_their_slots() {
         let at = |slot, function| Bdf::new(slot, function).unwrap();
         let known = BTreeMap::from([("d0".to_owned(), at(9, 0)), ("d2".to_owned(), at(9, 3))]);
-        assert_eq!(assigned(3, &known), [Some(at(9, 0)), None, Some(at(9, 3))]);
+        assert_eq!(
+            assigned(3, &known),
+            [At::Exactly(at(9, 0)), At::AnySlot(0), At::Exactly(at(9, 3))]
+        );
     }
 
     #[test]

@@ -71,11 +71,24 @@ impl Driver {
                 detail,
             ));
         }
+        if new.segment() != 0 && matches!(self.stage, Stage::On(_)) {
+            let detail = format!(
+                "a device can be added to PCI segment {} while the VM is off only: the guest is \
+                 notified of devices in segment 0",
+                new.segment()
+            );
+            let code = "segment-not-hotpluggable";
+            return Err(RequestError::new(Category::Conflict, code, detail));
+        }
         // Also while another device is opened for that slot, and for the next boot.
-        let opening = self.opening.values().filter_map(|(_, new)| new.slot());
-        let taken = self.config.wanted_slots().into_values().chain(opening);
+        let place = |new: &NewDevice| (new.segment(), new.slot());
+        let opening = self.opening.values().map(|(_, new)| place(new));
+        let taken = self.config.wanted_places().into_values();
+        let taken = taken
+            .map(|taken| (taken.segment, taken.slot))
+            .chain(opening);
         if let Some(slot) = new.slot()
-            && taken.into_iter().any(|taken| taken == slot)
+            && taken.into_iter().any(|taken| taken == place(new))
         {
             let detail = format!("another device has the `pci_device_id` {slot}");
             let code = "pci-slot-taken";
@@ -174,6 +187,20 @@ impl Driver {
             return Err(RequestError::new(
                 Category::Unprocessable,
                 "device-fixed",
+                detail,
+            ));
+        }
+        if let Stage::On(active) = &self.stage
+            && let Some(at) = active.devices().place(id)
+            && at.segment() != 0
+        {
+            let detail = format!(
+                "`{id}` is at {at}, and a guest can eject devices of segment 0 only: shut the VM \
+                 down to remove it"
+            );
+            return Err(RequestError::new(
+                Category::Conflict,
+                "segment-not-hotpluggable",
                 detail,
             ));
         }

@@ -9,7 +9,7 @@ use super::save::Clocks;
 use super::vcpus::ClockToFollow;
 use super::{Active, PARK_PATIENCE};
 use crate::arch::x86_64::cpu::CpuError;
-use crate::devices::Opened;
+use crate::devices::{At, Opened};
 use crate::failure::{BuildError, MoveError};
 use crate::guest_event::Reporter;
 
@@ -22,6 +22,8 @@ impl Active {
     ) -> Result<PciDeviceInfo, BuildError> {
         let id = opened.id.clone();
         let at = opened.slot.and_then(|slot| pci::Bdf::new(slot, 0));
+        // Segment 0 is the only one with hotplug; the driver has refused others.
+        let at = at.map_or(At::AnySlot(0), At::Exactly);
         let devices = &mut self.parts.devices;
         let plugged = self
             .parts

@@ -135,6 +135,7 @@ impl Built {
         }
         let bits = cpu::phys_bits(&model.cpuid, config.cpus.max_phys_bits);
         let layout = Layout::new(config.memory.size, config.memory.hotplug_region(), bits)?;
+        let layout = layout.with_segments(&config.pci_segment_weights())?;
         let vm = host.kvm.create_vm()?;
         let mut topology = Topology::new();
         let control = Arc::new(RunControl::new());
@@ -162,10 +163,11 @@ impl Built {
         };
         let space = topology.space(SpaceKind::Memory);
         let topology = Arc::new(Mutex::new(topology));
-        let host_bridge = PciHost::new(&topology, space, layout.pci64, irq_routes.clone());
+        let windows = layout.segments.iter().map(|segment| segment.pci64);
+        let host_bridge = PciHost::new(&topology, space, windows, irq_routes.clone());
         let build = |tx: &mut Transaction<'_>| -> Result<_, BuildError> {
             ram.map(tx, &layout)?;
-            map_platform(tx, host_bridge.bus(), &end)?;
+            map_platform(tx, &host_bridge, &end)?;
             let serial = match outputs.serial {
                 Some(output) => Some(map_serial(tx, irq_routes, output, reporter)?),
                 None => None,
@@ -292,18 +294,22 @@ fn map_port(
 /// Maps the platform that PC software expects: PCI, and two ports.
 fn map_platform(
     tx: &mut Transaction<'_>,
-    bus: &Arc<pci::Bus>,
+    host: &PciHost,
     end: &GuestEnd,
 ) -> Result<(), BuildError> {
-    let ecam = tx.device(("ecam", "pci"), pci::ECAM_BUS_LEN, bus.ecam())?;
-    tx.map(SpaceKind::Memory, layout::ECAM, ecam, 0)?;
-    map_port(
-        tx,
-        ("configuration", "pci"),
-        layout::PCI_PORT,
-        8,
-        Arc::new(ResetControl::new(bus.ports(), end.handler())),
-    )?;
+    for (segment, bus) in (0..).zip(host.buses()) {
+        let ecam = tx.device(("ecam", "pci"), pci::ECAM_BUS_LEN, bus.ecam())?;
+        tx.map(SpaceKind::Memory, layout::ecam(segment), ecam, 0)?;
+        if segment == 0 {
+            map_port(
+                tx,
+                ("configuration", "pci"),
+                layout::PCI_PORT,
+                8,
+                Arc::new(ResetControl::new(bus.ports(), end.handler())),
+            )?;
+        }
+    }
     let keyboard = KeyboardReset::new(end.handler());
     map_port(
         tx,

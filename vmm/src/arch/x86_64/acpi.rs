@@ -18,7 +18,7 @@ use devices::{hotplug, power};
 use spec::CpusConfig;
 
 use super::generation;
-use super::layout::{self, Layout};
+use super::layout::{self, Apertures, Layout};
 
 const OEM: [u8; 6] = *b"WHIMBR";
 const TABLE: [u8; 8] = *b"WHIMBREL";
@@ -31,7 +31,7 @@ pub(crate) fn tables(cpus: &CpusConfig, layout: &Layout) -> Vec<u8> {
     let dsdt = placed.add(&bytes(&dsdt(cpus, layout)));
     let fadt = placed.add(&bytes(&fadt(dsdt)));
     let madt = placed.add(&bytes(&cpus::madt(cpus)));
-    let mcfg = placed.add(&bytes(&mcfg()));
+    let mcfg = placed.add(&bytes(&mcfg(layout.segments.len())));
     let mut xsdt = XSDT::new(OEM, TABLE, 1);
     [fadt, madt, mcfg]
         .into_iter()
@@ -106,9 +106,11 @@ fn fadt(dsdt: u64) -> Sdt {
 }
 
 /// PCI Firmware 3.2, 4.1.2.
-fn mcfg() -> MCFG {
+fn mcfg(segments: usize) -> MCFG {
     let mut mcfg = MCFG::new(OEM, TABLE, 1);
-    mcfg.add_ecam(layout::ECAM, 0, 0, 0);
+    for segment in (0..).take(segments) {
+        mcfg.add_ecam(layout::ecam(segment), segment, 0, 0);
+    }
     mcfg
 }
 
@@ -116,7 +118,7 @@ fn dsdt(cpus: &CpusConfig, layout: &Layout) -> Sdt {
     let mut dsdt = Sdt::new(*b"DSDT", 36, 6, OEM, TABLE, 1);
     let parts = [
         power_aml(),
-        pci_aml(layout),
+        pci_aml(&layout.segments),
         hotplug_aml(),
         serial_aml(),
         generation_aml(),
@@ -213,61 +215,71 @@ fn power_aml() -> Vec<u8> {
     out
 }
 
-/// The PCI root, its windows, and the ECAM as a reserved resource of the motherboard.
-fn pci_aml(layout: &Layout) -> Vec<u8> {
-    let window = AddressSpaceCacheable::NotCacheable;
-    // The last bytes of these ranges are within 32 bits: the layout says so.
-    let (first32, last32) = (layout.pci32.first() as u32, layout.pci32.last() as u32);
-    let (first64, last64) = (layout.pci64.first(), layout.pci64.last());
+/// The PCI roots, and the ECAM as a reserved resource of the motherboard.
+fn pci_aml(segments: &[Apertures]) -> Vec<u8> {
     let mut out = Vec::new();
+    for (segment, apertures) in (0..).zip(segments) {
+        pci_root_aml(segment, apertures, &mut out);
+    }
+    let ecam_len = segments.len() as u32 * devices::pci::ECAM_BUS_LEN as u32;
     Scope::new(
         "_SB_".into(),
-        vec![
-            &Device::new(
-                "PCI0".into(),
-                vec![
-                    &Name::new("_HID".into(), &EISAName::new("PNP0A08")),
-                    &Name::new("_CID".into(), &EISAName::new("PNP0A03")),
-                    &Name::new("_SEG".into(), &ZERO),
-                    &Name::new("_BBN".into(), &ZERO),
-                    &Name::new("_UID".into(), &ZERO),
-                    &Name::new("_CCA".into(), &ONE),
-                    &Name::new(
-                        "_CRS".into(),
-                        &ResourceTemplate::new(vec![
-                            &AddressSpace::new_bus_number(0_u16, 0_u16),
-                            &IO::new(layout::PCI_PORT, layout::PCI_PORT, 1, 8),
-                            &AddressSpace::new_memory(window, true, first32, last32, None),
-                            &AddressSpace::new_memory(
-                                AddressSpaceCacheable::NotCacheable,
-                                true,
-                                first64,
-                                last64,
-                                None,
-                            ),
-                        ]),
-                    ),
-                ],
-            ),
-            &Device::new(
-                "MBRD".into(),
-                vec![
-                    &Name::new("_HID".into(), &EISAName::new("PNP0C02")),
-                    &Name::new("_UID".into(), &ZERO),
-                    &Name::new(
-                        "_CRS".into(),
-                        &ResourceTemplate::new(vec![&Memory32Fixed::new(
-                            true,
-                            layout::ECAM as u32,
-                            devices::pci::ECAM_BUS_LEN as u32,
-                        )]),
-                    ),
-                ],
-            ),
-        ],
+        vec![&Device::new(
+            "MBRD".into(),
+            vec![
+                &Name::new("_HID".into(), &EISAName::new("PNP0C02")),
+                &Name::new("_UID".into(), &ZERO),
+                &Name::new(
+                    "_CRS".into(),
+                    &ResourceTemplate::new(vec![&Memory32Fixed::new(
+                        true,
+                        layout::ECAM as u32,
+                        ecam_len,
+                    )]),
+                ),
+            ],
+        )],
     )
     .to_aml_bytes(&mut out);
     out
+}
+
+/// The root of a segment's bus, and its windows.
+fn pci_root_aml(segment: u16, apertures: &Apertures, out: &mut Vec<u8>) {
+    let Apertures { pci32, pci64 } = apertures;
+    let name = match segment {
+        0 => "PCI0".to_owned(),
+        _ => format!("PC{segment:02X}"),
+    };
+    // The last bytes of the lower window are within 32 bits: the layout says so.
+    let (first32, last32) = (pci32.first() as u32, pci32.last() as u32);
+    let window = AddressSpaceCacheable::NotCacheable;
+    let bus = AddressSpace::new_bus_number(0_u16, 0_u16);
+    let ports = IO::new(layout::PCI_PORT, layout::PCI_PORT, 1, 8);
+    let low = AddressSpace::new_memory(window, true, first32, last32, None);
+    let window = AddressSpaceCacheable::NotCacheable;
+    let high = AddressSpace::new_memory(window, true, pci64.first(), pci64.last(), None);
+    let mut resources: Vec<&dyn Aml> = vec![&bus, &low, &high];
+    if segment == 0 {
+        // The ports reach segment 0 only.
+        resources.insert(1, &ports);
+    }
+    Scope::new(
+        "_SB_".into(),
+        vec![&Device::new(
+            Path::new(&name),
+            vec![
+                &Name::new("_HID".into(), &EISAName::new("PNP0A08")),
+                &Name::new("_CID".into(), &EISAName::new("PNP0A03")),
+                &Name::new("_SEG".into(), &segment),
+                &Name::new("_BBN".into(), &ZERO),
+                &Name::new("_UID".into(), &segment),
+                &Name::new("_CCA".into(), &ONE),
+                &Name::new("_CRS".into(), &ResourceTemplate::new(resources)),
+            ],
+        )],
+    )
+    .to_aml_bytes(out);
 }
 
 /// Slots whose devices come and go (6.3): each has its number and a method by which the guest lets
@@ -437,8 +449,9 @@ mod tests {
 
     #[test]
     fn tables_can_be_found_and_add_up() {
-        for vcpus in [1, 2, 255] {
+        for (vcpus, segments) in [(1, 1), (2, 2), (255, 1), (64, 96)] {
             let layout = Layout::new(8 << 30, 0, 46).unwrap();
+            let layout = layout.with_segments(&vec![[1, 1]; segments]).unwrap();
             let all = tables(&CpusConfig::with_vcpus(vcpus), &layout);
             assert!(
                 all.len() as u64 <= layout::ACPI_END - layout::ACPI,
@@ -460,6 +473,13 @@ mod tests {
                 })
                 .collect();
             assert_eq!(names, ["FACP", "APIC", "MCFG"]);
+            let mcfg = table(&all, u64_at(&xsdt[52..], 0));
+            let entries: Vec<_> = mcfg[44..].chunks(16).collect();
+            assert_eq!(entries.len(), segments);
+            for (segment, entry) in (0..).zip(entries) {
+                assert_eq!(u64_at(entry, 0), layout::ecam(segment));
+                assert_eq!(entry[8..10], segment.to_le_bytes());
+            }
             let fadt = table(&all, u64_at(&xsdt[36..], 0));
             let dsdt = table(&all, u64_at(fadt, 140));
             assert_eq!((fadt.len(), &dsdt[..4], sum(dsdt)), (276, &b"DSDT"[..], 0));

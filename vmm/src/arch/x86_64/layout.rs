@@ -5,7 +5,7 @@
 //!              │ RAM (all of it, if it fits) │  boot structures below 640 KiB, ACPI tables at
 //!   3 GiB      ├─────────────────────────────┤  0xe0000, SMBIOS at 0xf0000, the kernel from 1 MiB on
 //!              │ PCI window, 32-bit          │
-//!   0xe8000000 │ ECAM, one bus               │
+//!   0xe8000000 │ ECAM, one bus a segment     │
 //!   0xfec00000 │ I/O APIC, local APICs, KVM  │
 //!   4 GiB      ├─────────────────────────────┤
 //!              │ the rest of RAM             │
@@ -16,13 +16,14 @@
 //!              └─────────────────────────────┘
 //! ```
 
+use devices::pci::ECAM_BUS_LEN;
 use memory::AddrRange;
 
 const GIB: u64 = 1 << 30;
 
 /// Maximum end of RAM below 4 GiB.
 pub(crate) const LOW_RAM_END: u64 = 3 * GIB;
-/// PCI Express configuration space, one bus.
+/// PCI Express configuration space, one bus for each segment.
 pub(crate) const ECAM: u64 = 0xe800_0000;
 /// The end of the 32-bit PCI window.
 const PCI32_END: u64 = ECAM;
@@ -72,6 +73,21 @@ pub(crate) const PCI_PORT: u16 = 0xcf8;
 /// kernel.
 const MIN_RAM: u64 = 2 << 20;
 
+/// Returns the address of a segment's part of the ECAM.
+pub(crate) fn ecam(segment: u16) -> u64 {
+    ECAM + u64::from(segment) * ECAM_BUS_LEN
+}
+
+// All segments are below the I/O APIC.
+const _: () = assert!(ECAM + spec::limits::PCI_SEGMENTS as u64 * ECAM_BUS_LEN <= IO_APIC as u64);
+
+/// A PCI segment's part of the PCI windows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Apertures {
+    pub(crate) pci32: AddrRange,
+    pub(crate) pci64: AddrRange,
+}
+
 /// Addresses of a machine's RAM and PCI windows.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Layout {
@@ -79,10 +95,8 @@ pub(crate) struct Layout {
     pub(crate) ram: Vec<AddrRange>,
     /// Room for memory that the guest gets later.
     pub(crate) hotplug: Option<AddrRange>,
-    /// The PCI window below 4 GiB.
-    pub(crate) pci32: AddrRange,
-    /// The PCI window above.
-    pub(crate) pci64: AddrRange,
+    /// The PCI windows, divided among segments: those below 4 GiB, and those above, are contiguous.
+    pub(crate) segments: Vec<Apertures>,
 }
 
 /// Memory that cannot be laid out.
@@ -95,6 +109,11 @@ pub(crate) enum LayoutError {
          address bits"
     )]
     TooLarge { size: u64, bits: u8 },
+    #[error(
+        "PCI segment {0} gets less than 1 MiB of the PCI windows: raise its aperture weights, or lower \
+         those of the others"
+    )]
+    NoAperture(usize),
 }
 
 impl Layout {
@@ -121,15 +140,67 @@ impl Layout {
         Ok(Self {
             ram: ram.into_iter().flatten().collect(),
             hotplug: AddrRange::new(hotplug_start, hotplug),
-            pci32: AddrRange::from_bounds(LOW_RAM_END, PCI32_END - 1).ok_or(too_large)?,
-            pci64: AddrRange::from_bounds(pci64_start, pci64_end).ok_or(too_large)?,
+            segments: vec![Apertures {
+                pci32: AddrRange::from_bounds(LOW_RAM_END, PCI32_END - 1).ok_or(too_large)?,
+                pci64: AddrRange::from_bounds(pci64_start, pci64_end).ok_or(too_large)?,
+            }],
         })
+    }
+
+    /// Divides the PCI windows of the only segment among several by their weights, of which each has one
+    /// below and one above 4 GiB.
+    pub(crate) fn with_segments(mut self, weights: &[[u32; 2]]) -> Result<Self, LayoutError> {
+        let [whole] = self.segments[..] else {
+            return Ok(self);
+        };
+        let shares = |window: AddrRange, which: fn(&[u32; 2]) -> u32| {
+            divide(window, &weights.iter().map(which).collect::<Vec<_>>())
+        };
+        let low = shares(whole.pci32, |[low, _]| *low);
+        let high = shares(whole.pci64, |[_, high]| *high);
+        let both = low.into_iter().zip(high).enumerate();
+        let segments = both.map(|(segment, (pci32, pci64))| {
+            let both = pci32.zip(pci64);
+            let (pci32, pci64) = both.ok_or(LayoutError::NoAperture(segment))?;
+            Ok(Apertures { pci32, pci64 })
+        });
+        self.segments = segments.collect::<Result<_, _>>()?;
+        Ok(self)
+    }
+
+    /// The end of all segments' configuration space.
+    pub(crate) fn ecam_end(&self) -> u64 {
+        ECAM + self.segments.len() as u64 * ECAM_BUS_LEN
     }
 
     /// The end of RAM below 4 GiB.
     pub(crate) fn low_ram_end(&self) -> u64 {
         self.ram.first().map_or(0, |low| low.last() + 1)
     }
+}
+
+/// Divides a window in proportion to weights, at multiples of 1 MiB. `None` for a part without room.
+fn divide(window: AddrRange, weights: &[u32]) -> Vec<Option<AddrRange>> {
+    const UNIT: u64 = 1 << 20;
+    let total: u128 = weights.iter().copied().map(u128::from).sum();
+    let len = u128::from(window.last() - window.first()) + 1;
+    // At most the window's length, which is below 2^64: it starts above 0.
+    let edge = |sum: u128| {
+        let part = (len * sum).checked_div(total).unwrap_or(0) as u64;
+        window.first() + part / UNIT * UNIT
+    };
+    let mut sum = 0;
+    let mut parts = Vec::new();
+    for weight in weights {
+        let first = edge(sum);
+        sum += u128::from(*weight);
+        let last = match sum == total {
+            true => window.last(),
+            false => edge(sum) - 1,
+        };
+        parts.push(AddrRange::from_bounds(first, last).filter(|_| last - first >= UNIT - 1));
+    }
+    parts
 }
 
 #[cfg(test)]
@@ -139,6 +210,33 @@ mod tests {
     use super::*;
 
     proptest! {
+        #[test]
+        fn segments_divide_the_windows(
+            bits in 36_u8..=52,
+            weights in prop::collection::vec((1_u32..8, 1_u32..8), 1..97),
+        ) {
+            let layout = Layout::new(1 << 30, 0, bits).unwrap();
+            let weights: Vec<_> = weights.into_iter().map(|(low, high)| [low, high]).collect();
+            let [whole] = layout.segments[..] else { panic!("several segments") };
+            let parts = layout.with_segments(&weights).unwrap().segments;
+            for (window, part) in [
+                (whole.pci32, parts.iter().map(|part| part.pci32).collect::<Vec<_>>()),
+                (whole.pci64, parts.iter().map(|part| part.pci64).collect()),
+            ] {
+                // Without gaps, from one end to the other.
+                prop_assert_eq!(part[0].first(), window.first());
+                prop_assert_eq!(part[part.len() - 1].last(), window.last());
+                prop_assert!(part.windows(2).all(|two| two[0].last() + 1 == two[1].first()));
+            }
+        }
+
+        #[test]
+        fn a_segment_without_room_is_named(many in (1_u32 << 20)..) {
+            let layout = Layout::new(1 << 30, 0, 46).unwrap();
+            let refused = layout.with_segments(&[[1, 1], [many, 1]]).unwrap_err();
+            prop_assert_eq!(refused, LayoutError::NoAperture(0));
+        }
+
         #[test]
         fn ram_ranges_are_complete_and_disjoint(
             mib in 2_u64..(1 << 24),
@@ -152,7 +250,8 @@ mod tests {
                 prop_assert_eq!(layout.hotplug.and_then(AddrRange::len).unwrap_or(0), room);
                 let mut all = layout.ram.clone();
                 all.extend(layout.hotplug);
-                all.extend([layout.pci32, layout.pci64, AddrRange::new(ECAM, 1 << 20).unwrap()]);
+                let Apertures { pci32, pci64 } = layout.segments[0];
+                all.extend([pci32, pci64, AddrRange::new(ECAM, 96 << 20).unwrap()]);
                 all.extend(AddrRange::new(IO_APIC.into(), 0x1000));
                 all.extend(AddrRange::new(LOCAL_APIC.into(), 0x1000));
                 all.sort();
