@@ -1,5 +1,7 @@
 //! The command line.
 
+mod migration;
+
 use std::fs::File;
 use std::io::{self, Read};
 use std::net::SocketAddr;
@@ -11,8 +13,8 @@ use clap::{Args, Parser, Subcommand};
 use spec::{
     ConsoleConfig, ConsoleMode, PayloadConfig, RestoreConfig, SerialConfig, VmConfig, options,
 };
-use vmm::MigrationTrust;
 
+pub(crate) use self::migration::MigrationArguments;
 use crate::accept::AcceptArguments;
 use crate::cloud_hypervisor::CLAIM_VARIABLE;
 use crate::inherited::{self, ApiSocket};
@@ -114,48 +116,6 @@ pub(crate) struct SandboxArguments {
     /// all that is below it; access is r, or w for writing as well and making files.
     #[arg(long, value_name = "RULE", num_args = 1.., global = true)]
     pub(crate) landlock_rules: Vec<Rule>,
-}
-
-/// Permissions for migrations, used where a request gives none.
-#[derive(Clone, Debug, Default, PartialEq, Args)]
-#[command(next_help_heading = "Migration")]
-pub(crate) struct MigrationArguments {
-    /// Folder or file below which a VM that arrives over TCP may name files and sockets. Can be
-    /// repeated. By default none. A VM that arrives over a unix socket, to which only this user can
-    /// connect, may name all.
-    #[arg(long, value_name = "PATH")]
-    migration_allow: Vec<PathBuf>,
-    /// Tap that a VM which arrives over TCP may use; a * at the end matches any rest of the name
-    /// (vmtap* matches new taps). Can be repeated.
-    #[arg(long, value_name = "NAME")]
-    migration_allow_tap: Vec<String>,
-    /// Host that may send VMs over TLS: a name or address in its certificate, or * for every host
-    /// whose certificate the CA signed. Can be repeated.
-    #[arg(long, value_name = "NAME")]
-    migration_peer: Vec<String>,
-    /// Allow migration over TCP without TLS, in both directions: anyone on the network path can
-    /// read and change the memory of guests, and anyone who can connect can send a VM.
-    #[arg(long)]
-    migration_insecure: bool,
-}
-
-impl MigrationArguments {
-    pub(crate) fn trust(&self) -> Result<MigrationTrust> {
-        for path in &self.migration_allow {
-            if !path.is_absolute() {
-                bail!(
-                    "--migration-allow {}: the path must be absolute",
-                    path.display()
-                );
-            }
-        }
-        Ok(MigrationTrust {
-            allow: self.migration_allow.clone(),
-            allow_taps: self.migration_allow_tap.clone(),
-            insecure: self.migration_insecure,
-            tls_peers: self.migration_peer.clone(),
-        })
-    }
 }
 
 #[derive(Debug, Args)]
@@ -557,27 +517,6 @@ mod tests {
         let groups = config.rate_limit_groups.unwrap();
         let limit = groups[0].rate_limiter_config.bandwidth.as_ref();
         assert_eq!((&*groups[0].id, limit.unwrap().size), ("g", 1 << 20));
-    }
-
-    #[test]
-    fn migration_options_reach_every_service() {
-        let options = "--migration-allow /images --migration-peer host-a --migration-insecure";
-        for line in ["whimbrel serve", "whimbrel --api-socket /s"] {
-            let line = format!("{line} {options}");
-            let arguments = Arguments::try_parse_from(line.split(' ')).unwrap();
-            let migration = match arguments.command {
-                Some(Command::Serve(serve)) => serve.migration,
-                _ => arguments.vm.migration,
-            };
-            let trust = migration.trust().unwrap();
-            assert_eq!(trust.allow, [PathBuf::from("/images")]);
-            assert!(trust.insecure && trust.tls_peers == ["host-a"]);
-        }
-        let relative = MigrationArguments {
-            migration_allow: vec!["images".into()],
-            ..MigrationArguments::default()
-        };
-        assert!(relative.trust().is_err());
     }
 
     #[test]

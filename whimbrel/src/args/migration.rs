@@ -1,0 +1,78 @@
+//! The options of migrations.
+
+use std::path::PathBuf;
+
+use anyhow::{Result, bail};
+use clap::Args;
+use vmm::MigrationTrust;
+
+/// Permissions for migrations, used where a request gives none.
+#[derive(Clone, Debug, Default, PartialEq, Args)]
+#[command(next_help_heading = "Migration")]
+pub(crate) struct MigrationArguments {
+    /// Folder or file below which a VM that arrives over TCP may name files and sockets. Can be
+    /// repeated. By default none. A VM that arrives over a unix socket, to which only this user can
+    /// connect, may name all.
+    #[arg(long, value_name = "PATH")]
+    migration_allow: Vec<PathBuf>,
+    /// Tap that a VM which arrives over TCP may use; a * at the end matches any rest of the name
+    /// (vmtap* matches new taps). Can be repeated.
+    #[arg(long, value_name = "NAME")]
+    migration_allow_tap: Vec<String>,
+    /// Host that may send VMs over TLS: a name or address in its certificate, or * for every host
+    /// whose certificate the CA signed. Can be repeated.
+    #[arg(long, value_name = "NAME")]
+    migration_peer: Vec<String>,
+    /// Allow migration over TCP without TLS, in both directions: anyone on the network path can
+    /// read and change the memory of guests, and anyone who can connect can send a VM.
+    #[arg(long)]
+    migration_insecure: bool,
+}
+
+impl MigrationArguments {
+    pub(crate) fn trust(&self) -> Result<MigrationTrust> {
+        for path in &self.migration_allow {
+            if !path.is_absolute() {
+                bail!(
+                    "--migration-allow {}: the path must be absolute",
+                    path.display()
+                );
+            }
+        }
+        Ok(MigrationTrust {
+            allow: self.migration_allow.clone(),
+            allow_taps: self.migration_allow_tap.clone(),
+            insecure: self.migration_insecure,
+            tls_peers: self.migration_peer.clone(),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+
+    use super::super::{Arguments, Command};
+    use super::*;
+
+    #[test]
+    fn migration_options_reach_every_service() {
+        let options = "--migration-allow /images --migration-peer host-a --migration-insecure";
+        for line in ["whimbrel serve", "whimbrel --api-socket /s"] {
+            let line = format!("{line} {options}");
+            let arguments = Arguments::try_parse_from(line.split(' ')).unwrap();
+            let migration = match arguments.command {
+                Some(Command::Serve(serve)) => serve.migration,
+                _ => arguments.vm.migration,
+            };
+            let trust = migration.trust().unwrap();
+            assert_eq!(trust.allow, [PathBuf::from("/images")]);
+            assert!(trust.insecure && trust.tls_peers == ["host-a"]);
+        }
+        let relative = MigrationArguments {
+            migration_allow: vec!["images".into()],
+            ..MigrationArguments::default()
+        };
+        assert!(relative.trust().is_err());
+    }
+}
