@@ -42,8 +42,8 @@ use crate::threads::in_span;
 
 /// Pages that the writer copies at once: 2 MiB, so that a huge page is released as a whole and stays one.
 const CHUNK: usize = 512;
-/// Pages that one call protects: 64 MiB, after which a cancel is looked for.
-const PIECE: usize = 16 << 10;
+/// Pages that one call protects, after which a cancel is looked for.
+const PIECE: usize = WriteProtection::PIECE / PAGE;
 /// So few runs of pages are protected in the stop, at about 2 µs each.
 const FEW_RUNS: usize = 32;
 /// Pages between two written ones that are protected with them: a longer call is cheaper than two.
