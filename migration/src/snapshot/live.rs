@@ -20,16 +20,20 @@
 //! was released before it was copied would be of a later moment.
 //!
 //! The fault thread never writes to guest memory and never waits for a thread that does, so that every
-//! writer may wait for it: a vCPU, a device's event loop, the kernel within a system call.
+//! writer may wait for it: a vCPU, a device's event loop, the kernel within a system call. It allocates
+//! nothing once memory is protected (see [`copies`]).
 
-use std::collections::VecDeque;
+mod copies;
+
+use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use memory::{DirtyBitmap, WriteProtection};
-use parking_lot::{Condvar, Mutex};
+use parking_lot::Mutex;
 
+use self::copies::Copies;
 use super::memory_file::{MemoryFile, PageSink};
 use super::write::{SavedState, Writing, complete, end, in_folder};
 use crate::MigrationError;
@@ -38,7 +42,7 @@ use crate::message::{Offer, Refusal};
 use crate::pages::{Block, PAGE};
 use crate::progress::{Downtime, Phase, Progress, micros};
 use crate::source::Stopped;
-use crate::threads::in_span;
+use crate::threads::{give_way, in_span};
 
 /// Pages that the writer copies at once: 2 MiB, so that a huge page is released as a whole and stays one.
 const CHUNK: usize = 512;
@@ -48,10 +52,6 @@ const PIECE: usize = WriteProtection::PIECE / PAGE;
 const FEW_RUNS: usize = 32;
 /// Pages between two written ones that are protected with them: a longer call is cheaper than two.
 const GAP: usize = 16;
-/// Copies that wait for the writer at most: 64 MiB.
-const MAX_QUEUED: usize = 16 << 10;
-/// How long a page waits for room among them. Then the snapshot fails: storage must not stop a guest.
-const STORAGE_PATIENCE: Duration = Duration::from_secs(1);
 /// How often the fault thread looks whether it is still needed.
 const LOOK: Duration = Duration::from_millis(5);
 
@@ -115,10 +115,10 @@ pub(super) struct Image<'a> {
     protection: WriteProtection,
     /// The pages that no thread has taken to copy. Taking a page is the right and duty to release it.
     left: Vec<DirtyBitmap>,
-    /// Until the stop, pages that were released because the guest writes to them: block and page.
-    armed: Mutex<Option<Vec<(usize, usize)>>>,
-    queue: Mutex<VecDeque<(usize, Vec<u8>)>>,
-    room: Condvar,
+    /// Pages that were released before the stop, because the guest writes to them.
+    released: Vec<DirtyBitmap>,
+    /// Whether the stop is still to come. Held while the fault thread releases a page before the stop.
+    is_arming: Mutex<bool>,
     over: AtomicBool,
     progress: &'a Progress,
     decision: &'a Decision,
@@ -138,21 +138,24 @@ impl<'a> Image<'a> {
         let mut end = 0;
         let mut starts = Vec::new();
         let mut left = Vec::new();
+        let mut released = Vec::new();
         for block in blocks {
             starts.push(end);
             end += block.ram.len() / PAGE;
             let all = DirtyBitmap::new(block.ram.len());
             all.mark_all();
             left.push(all);
+            let none = DirtyBitmap::new(block.ram.len());
+            none.set_enabled(true);
+            released.push(none);
         }
         Ok(Self {
             blocks,
             starts,
             protection,
             left,
-            armed: Mutex::new(Some(Vec::new())),
-            queue: Mutex::default(),
-            room: Condvar::new(),
+            released,
+            is_arming: Mutex::new(true),
             over: AtomicBool::new(false),
             progress,
             decision,
@@ -163,26 +166,31 @@ impl<'a> Image<'a> {
     pub(super) fn take(
         &self,
         guest: &mut dyn RunningGuest,
-        sink: &mut dyn PageSink,
+        sink: &mut (dyn PageSink + Send),
     ) -> Result<SavedState, MigrationError> {
-        thread::scope(|scope| {
-            let server = thread::Builder::new().name("snapshot-faults".to_owned());
-            let server = server.spawn_scoped(scope, in_span(|| self.serve()));
-            let server = server.map_err(|error| MigrationError::here("host-refused", error))?;
+        let mut memory = copies::memory();
+        let copies = Copies::new(&mut memory);
+        let is_serving = Barrier::new(2);
+        let state = thread::scope(|scope| {
+            let serve = || self.serve(&copies, &is_serving);
+            let server = spawn(scope, "snapshot-faults", serve)?;
+            // A thread that starts needs the lock of the memory map for writing, as one that allocates.
+            is_serving.wait();
             let taken = self
                 .arm()
                 .and_then(|()| self.stop(guest))
-                .and_then(|state| self.copy_all(sink).map(|()| state));
+                .and_then(|state| {
+                    let copy = || self.copy_all(&copies, &mut *sink);
+                    join(spawn(scope, "snapshot-copy", copy)?).map(|()| state)
+                });
             self.over.store(true, Ordering::Release);
-            self.room.notify_all();
+            copies.end();
             // Its error first: it ended the protection, from which other errors follow.
-            server.join().map_err(|_| {
-                MigrationError::here("host-refused", "the thread that serves faults panicked")
-            })??;
-            let state = taken?;
-            self.write_queued(sink)?;
-            Ok(state)
-        })
+            join(server)?;
+            taken
+        })?;
+        copies.write(sink)?;
+        Ok(state)
     }
 
     /// Protects all pages while the guest runs.
@@ -199,16 +207,25 @@ impl<'a> Image<'a> {
         let mut last = usize::MAX;
         loop {
             self.check()?;
-            let released = self.armed.lock().as_mut().map(std::mem::take);
-            let runs = runs(released.unwrap_or_default());
-            for &(block, first, pages) in &runs {
-                self.protect(block, first, pages)?;
-            }
-            if runs.len() <= FEW_RUNS || runs.len() >= last {
+            let runs = self.protect_released()?;
+            if runs <= FEW_RUNS || runs >= last {
                 return Ok(());
             }
-            last = runs.len();
+            last = runs;
         }
+    }
+
+    /// Protects again what was released. Returns how many runs of pages that were.
+    fn protect_released(&self) -> Result<usize, MigrationError> {
+        let mut count = 0;
+        for (index, released) in self.released.iter().enumerate() {
+            let runs = joined(released.take().runs(), GAP);
+            count += runs.len();
+            for (first, pages) in runs {
+                self.protect(index, first, pages)?;
+            }
+        }
+        Ok(count)
     }
 
     /// The stop: the guest's state, and the protection of the pages that it wrote last.
@@ -224,10 +241,9 @@ impl<'a> Image<'a> {
         {
             // Under the lock: the fault thread may hold the event of a second writer to a page that it
             // has released for the first. It must not release that page again after this.
-            let mut armed = self.armed.lock();
-            for (block, first, pages) in runs(armed.take().unwrap_or_default()) {
-                self.protect(block, first, pages)?;
-            }
+            let mut is_arming = self.is_arming.lock();
+            self.protect_released()?;
+            *is_arming = false;
         }
         let protect_us = micros(protecting.elapsed());
         guest.resume().map_err(MigrationError::Here)?;
@@ -248,17 +264,18 @@ impl<'a> Image<'a> {
         })
     }
 
-    /// Copies and releases the pages that the fault thread does not.
-    fn copy_all(&self, sink: &mut dyn PageSink) -> Result<(), MigrationError> {
+    /// The writer: copies and releases the pages that the fault thread does not.
+    fn copy_all(&self, copies: &Copies<'_>, sink: &mut dyn PageSink) -> Result<(), MigrationError> {
+        give_way();
         let mut buffer = vec![0; CHUNK * PAGE];
         for (index, block) in self.blocks.iter().enumerate() {
             let pages = block.ram.len() / PAGE;
             for first in (0..pages).step_by(CHUNK) {
                 self.check()?;
-                self.write_queued(sink)?;
+                copies.write(sink)?;
                 let chunk = first..pages.min(first + CHUNK);
                 let ours = chunk.filter(|&page| self.left[index].take_page(page));
-                for (_, first, pages) in runs_of(ours.map(|page| (index, page)), 0) {
+                for (first, pages) in joined(ours.map(|page| (page, 1)), 0) {
                     let content = &mut buffer[..pages * PAGE];
                     copy(block, first * PAGE, content)?;
                     self.release(index, first, pages)?;
@@ -269,16 +286,8 @@ impl<'a> Image<'a> {
         Ok(())
     }
 
-    /// Writes the copies that the fault thread has made.
-    fn write_queued(&self, sink: &mut dyn PageSink) -> Result<(), MigrationError> {
-        let queued = std::mem::take(&mut *self.queue.lock());
-        self.room.notify_all();
-        let mut queued = queued.iter();
-        queued.try_for_each(|(page, content)| sink.put(*page, content))
-    }
-
     /// The fault thread. When it ends, for whatever reason, no page is protected and no thread waits.
-    fn serve(&self) -> Result<(), MigrationError> {
+    fn serve(&self, copies: &Copies<'_>, is_serving: &Barrier) -> Result<(), MigrationError> {
         struct End<'a>(&'a WriteProtection, &'a AtomicBool);
         impl Drop for End<'_> {
             fn drop(&mut self) {
@@ -287,47 +296,47 @@ impl<'a> Image<'a> {
             }
         }
         let _end = End(&self.protection, &self.over);
+        let mut spare = copies.buffer();
+        is_serving.wait();
         while !self.over.load(Ordering::Acquire) {
             for (block, page) in self.protection.wait(LOOK).map_err(|error| host(&error))? {
-                self.fault(block, page)?;
+                let Some(buffer) = spare? else { return Ok(()) };
+                spare = match self.fault(block, page, buffer)? {
+                    None => Ok(Some(buffer)),
+                    Some(number) => {
+                        copies.put(number, buffer);
+                        copies.buffer()
+                    }
+                };
             }
         }
         Ok(())
     }
 
-    /// A thread of the guest waits to write to a page.
-    fn fault(&self, block: usize, page: usize) -> Result<(), MigrationError> {
-        if let Some(released) = &mut *self.armed.lock() {
+    /// A thread of the guest waits to write to a page. If the page is to be copied, fills `copy` and
+    /// returns the number that the page has in the file.
+    fn fault(
+        &self,
+        block: usize,
+        page: usize,
+        content: &mut [u8],
+    ) -> Result<Option<usize>, MigrationError> {
+        let is_arming = self.is_arming.lock();
+        if *is_arming {
             // Noted first: a page that is released and not noted would not be protected in the stop.
-            released.push((block, page));
-            return self.release(block, page, 1);
+            self.released[block].mark(page * PAGE, PAGE);
+            self.release(block, page, 1)?;
+            return Ok(None);
         }
+        drop(is_arming);
         if !self.left[block].take_page(page) {
             // Another thread has taken it, and wakes this waiter too when it releases the page.
-            return Ok(());
+            return Ok(None);
         }
-        let mut content = vec![0; PAGE];
-        copy(&self.blocks[block], page * PAGE, &mut content)?;
+        copy(&self.blocks[block], page * PAGE, content)?;
         self.release(block, page, 1)?;
         self.progress.update(|report| report.faults += 1);
-        self.enqueue(self.starts[block] + page, content)
-    }
-
-    fn enqueue(&self, page: usize, content: Vec<u8>) -> Result<(), MigrationError> {
-        let deadline = Instant::now() + STORAGE_PATIENCE;
-        let mut queue = self.queue.lock();
-        while queue.len() >= MAX_QUEUED && !self.over.load(Ordering::Acquire) {
-            if self.room.wait_until(&mut queue, deadline).timed_out() {
-                let why = format!(
-                    "the storage took no page for {} ms while the guest waited; {MAX_QUEUED} pages \
-                     are waiting",
-                    STORAGE_PATIENCE.as_millis()
-                );
-                return Err(MigrationError::here("storage-too-slow", why));
-            }
-        }
-        queue.push_back((page, content));
-        Ok(())
+        Ok(Some(self.starts[block] + page))
     }
 
     fn check(&self) -> Result<(), MigrationError> {
@@ -357,6 +366,26 @@ impl<'a> Image<'a> {
     }
 }
 
+fn spawn<'scope, T: Send + 'scope>(
+    scope: &'scope thread::Scope<'scope, '_>,
+    name: &str,
+    work: impl FnOnce() -> T + Send + 'scope,
+) -> Result<thread::ScopedJoinHandle<'scope, T>, MigrationError> {
+    let builder = thread::Builder::new().name(name.to_owned());
+    let spawned = builder.spawn_scoped(scope, in_span(work));
+    spawned.map_err(|error| MigrationError::here("host-refused", error))
+}
+
+fn join(
+    thread: thread::ScopedJoinHandle<'_, Result<(), MigrationError>>,
+) -> Result<(), MigrationError> {
+    let name = thread.thread().name().unwrap_or_default().to_owned();
+    thread.join().unwrap_or_else(|_| {
+        let why = format!("the thread {name} panicked");
+        Err(MigrationError::here("host-refused", why))
+    })
+}
+
 /// Copies pages of guest memory, whether they are plugged or not: they were in the stop.
 fn copy(block: &Block, offset: usize, to: &mut [u8]) -> Result<(), MigrationError> {
     let slice = block.ram.slice(offset, to.len());
@@ -371,24 +400,18 @@ fn host(error: &std::io::Error) -> MigrationError {
     MigrationError::here("host-refused", why)
 }
 
-/// Puts pages together that are near each other: block, first page, and number of pages.
-fn runs(mut pages: Vec<(usize, usize)>) -> Vec<(usize, usize, usize)> {
-    pages.sort_unstable();
-    runs_of(pages.into_iter(), GAP)
-}
-
-/// The same for ascending pages, with the largest gap within a run.
-fn runs_of(pages: impl Iterator<Item = (usize, usize)>, gap: usize) -> Vec<(usize, usize, usize)> {
-    let mut runs: Vec<(usize, usize, usize)> = Vec::new();
-    for (block, page) in pages {
-        match runs.last_mut() {
-            Some((of, first, count)) if *of == block && page <= *first + *count + gap => {
-                *count = (*count).max(page + 1 - *first);
+/// Joins ascending runs of pages (first page, number of pages) between which are at most `gap` pages.
+fn joined(runs: impl Iterator<Item = (usize, usize)>, gap: usize) -> Vec<(usize, usize)> {
+    let mut all: Vec<(usize, usize)> = Vec::new();
+    for (first, count) in runs {
+        match all.last_mut() {
+            Some((start, pages)) if first <= *start + *pages + gap => {
+                *pages = first + count - *start;
             }
-            _ => runs.push((block, page, 1)),
+            _ => all.push((first, count)),
         }
     }
-    runs
+    all
 }
 
 #[cfg(test)]

@@ -241,6 +241,7 @@ const PROCESS: &[i64] = &[
     libc::SYS_getuid,
     libc::SYS_prlimit64,
     libc::SYS_sched_setaffinity,
+    libc::SYS_setpriority,
     // Threads enter stricter lists.
     libc::SYS_seccomp,
     libc::SYS_landlock_create_ruleset,

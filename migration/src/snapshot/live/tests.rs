@@ -338,23 +338,14 @@ fn memory_that_cannot_be_protected_is_refused() {
 }
 
 #[test]
-fn storage_that_takes_nothing_fails_the_snapshot_and_not_the_guest() {
-    let guest = Guest::new(|_| Ok(()));
-    let (progress, decision) = (Progress::default(), Decision::default());
-    let image = Image::new(&guest.blocks, &progress, &decision).unwrap();
-    for page in 0..MAX_QUEUED {
-        image.enqueue(page, Vec::new()).unwrap();
-    }
-    let full = image.enqueue(0, Vec::new()).unwrap_err();
-    assert_eq!(full.refusal().code, "storage-too-slow");
-}
-
-#[test]
 fn pages_near_each_other_are_one_run() {
-    let pages = vec![(1, 5), (0, 9), (0, 2), (0, 2), (0, 3), (1, 5 + GAP + 1)];
-    assert_eq!(runs(pages), [(0, 2, 8), (1, 5, GAP + 2)]);
-    let far = vec![(0, 0), (0, GAP + 2), (1, 0)];
-    assert_eq!(runs(far), [(0, 0, 1), (0, GAP + 2, 1), (1, 0, 1)]);
+    let runs = [(0, 2), (3, 1), (4 + GAP, 5), (10 + 2 * GAP, 1)];
+    let near = joined(runs.into_iter(), GAP);
+    assert_eq!(near, [(0, 9 + GAP), (10 + 2 * GAP, 1)]);
+    assert_eq!(
+        joined([(1, 1), (2, 1), (4, 1)].into_iter(), 0),
+        [(1, 2), (4, 1)]
+    );
 }
 
 /// The disk is full when a part of the memory is written.
