@@ -80,7 +80,8 @@ pub struct CpuFeatures {
     pub amx: bool,
 }
 
-/// Threads that may share a core of the host with a vCPU.
+/// Threads that may run on the same core of the host as a vCPU at the same time, where cores have
+/// several hardware threads (SMT).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub enum CoreSchedulingMode {
     /// vCPUs of the same VM.

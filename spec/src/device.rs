@@ -15,7 +15,7 @@ fn net_queue_size() -> u16 {
     256
 }
 
-fn default_mask() -> String {
+pub(crate) fn default_mask() -> String {
     "255.255.255.0".to_owned()
 }
 
@@ -40,10 +40,10 @@ pub struct NetConfig {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Vec<i32>>)]
     pub fds: Option<Descriptors>,
-    /// IPv4 address of the host on a tap that is created; none when empty or absent.
+    /// IPv4 or IPv6 address of the host on a tap that is created; none when empty or absent.
     #[serde(default)]
     pub ip: String,
-    /// The netmask of `ip`.
+    /// The netmask of `ip`. An IPv6 address has a prefix of 64 bits unless this is one of IPv6.
     #[serde(default = "default_mask")]
     pub mask: String,
     /// MAC address that the guest sees; generated when absent.

@@ -1,10 +1,10 @@
 //! Whether the devices of a configuration make sense, alone and together.
 
 use std::collections::HashSet;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::console::ConsoleMode;
-use crate::device::{NetConfig, VsockConfig};
+use crate::device::{self, NetConfig, VsockConfig};
 use crate::disk::{DiskConfig, ImageType};
 use crate::limits;
 use crate::names;
@@ -203,7 +203,15 @@ impl DiskConfig {
         below.unsupported("vhost_user", self.vhost_user);
         below.unsupported("vhost_socket", self.vhost_socket.is_some());
         below.placed(self.iommu, self.pci_device_id);
-        below.unsupported("queue_affinity", self.queue_affinity.is_some());
+        if self
+            .queue_affinity
+            .as_ref()
+            .is_some_and(|all| !all.is_empty())
+        {
+            let detail = "the queues of all devices share the service's event loops, so that none can be \
+                          bound to CPUs; bind the process (`taskset`, a cpuset)";
+            below.add("queue_affinity", UNSUPPORTED, detail);
+        }
     }
 }
 
@@ -219,7 +227,56 @@ pub fn parse_mac(text: &str) -> Option<[u8; 6]> {
     parts.next().is_none().then_some(mac)
 }
 
+/// An address of the host on a tap that is created.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HostIp {
+    /// Address and netmask; a netmask of the host's choice when absent.
+    V4(Ipv4Addr, Option<Ipv4Addr>),
+    /// Address and length of its prefix.
+    V6(Ipv6Addr, u8),
+}
+
 impl NetConfig {
+    /// Returns the host's address, if one is configured.
+    ///
+    /// # Errors
+    /// The field, code and description of what is wrong with `ip` or `mask`.
+    pub fn host_ip(&self) -> Result<Option<HostIp>, (&'static str, &'static str, String)> {
+        /// The prefix of an IPv6 address whose mask is not given.
+        const PREFIX: u8 = 64;
+        let parse = |field: &'static str, text: &str| match text {
+            // As for Cloud Hypervisor, an empty address is none.
+            "" => Ok(None),
+            text => text.parse::<IpAddr>().map(Some).map_err(|_| {
+                let detail = format!("`{field}` (`{text}`) is not an IP address");
+                (field, "out-of-range", detail)
+            }),
+        };
+        let (ip, mask) = (parse("ip", &self.ip)?, parse("mask", &self.mask)?);
+        match (ip, mask) {
+            (None, _) => Ok(None),
+            (Some(IpAddr::V4(ip)), None) => Ok(Some(HostIp::V4(ip, None))),
+            (Some(IpAddr::V4(ip)), Some(IpAddr::V4(mask))) => Ok(Some(HostIp::V4(ip, Some(mask)))),
+            (Some(IpAddr::V6(ip)), None) => Ok(Some(HostIp::V6(ip, PREFIX))),
+            // The default of `mask` says nothing about an IPv6 address.
+            (Some(IpAddr::V6(ip)), Some(IpAddr::V4(_))) if self.mask == device::default_mask() => {
+                Ok(Some(HostIp::V6(ip, PREFIX)))
+            }
+            (Some(IpAddr::V6(ip)), Some(IpAddr::V6(mask))) => {
+                let bits = mask.to_bits();
+                if bits.leading_ones() != bits.count_ones() {
+                    let detail = format!("`mask` ({mask}) must be ones, and then zeros");
+                    return Err(("mask", "out-of-range", detail));
+                }
+                Ok(Some(HostIp::V6(ip, bits.leading_ones() as u8)))
+            }
+            (Some(ip), Some(mask)) => {
+                let detail = format!("`mask` ({mask}) is of another family than `ip` ({ip})");
+                Err(("mask", "inconsistent", detail))
+            }
+        }
+    }
+
     /// Returns the problems of a network interface to add.
     #[must_use]
     pub fn problems(&self) -> Vec<FieldProblem> {
@@ -270,25 +327,8 @@ impl NetConfig {
                 Some(_) => {}
             }
         }
-        for (field, ip) in [("ip", &self.ip), ("mask", &self.mask)] {
-            // As for Cloud Hypervisor, an empty address is none.
-            if ip.is_empty() {
-                continue;
-            }
-            match ip.parse() {
-                Ok(IpAddr::V4(_)) => {}
-                Ok(IpAddr::V6(_)) => {
-                    let detail = format!(
-                        "`{field}` (`{ip}`) is an IPv6 address; this version supports only IPv4"
-                    );
-                    below.add(field, UNSUPPORTED, detail);
-                }
-                Err(_) => below.add(
-                    field,
-                    "out-of-range",
-                    format!("`{field}` (`{ip}`) is not an IP address"),
-                ),
-            }
+        if let Err((field, code, detail)) = self.host_ip() {
+            below.add(field, code, detail);
         }
         if let Some(mtu) = self.mtu.filter(|mtu| *mtu < limits::MIN_MTU) {
             let least = limits::MIN_MTU;
@@ -458,6 +498,39 @@ mod tests {
     }
 
     #[test]
+    fn addresses_of_both_families() {
+        let ip = |json: &str| {
+            let net: NetConfig = serde_json::from_str(json).unwrap();
+            assert_eq!(net.problems(), [], "{json}");
+            net.host_ip().unwrap()
+        };
+        let (four, six) = (Ipv4Addr::new(10, 0, 0, 1), "fd00::1".parse().unwrap());
+        let mask = |last| Some(Ipv4Addr::new(255, 255, last, 0));
+        assert_eq!(ip("{}"), None);
+        assert_eq!(
+            ip(r#"{"ip":"10.0.0.1"}"#),
+            Some(HostIp::V4(four, mask(255)))
+        );
+        assert_eq!(
+            ip(r#"{"ip":"10.0.0.1","mask":"255.255.0.0"}"#),
+            Some(HostIp::V4(four, mask(0)))
+        );
+        assert_eq!(
+            ip(r#"{"ip":"10.0.0.1","mask":""}"#),
+            Some(HostIp::V4(four, None))
+        );
+        for (mask, prefix) in [
+            ("", 64),
+            (r#","mask":"ffff:ff00::""#, 24),
+            (r#","mask":"::""#, 0),
+            (r#","mask":"ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff""#, 128),
+        ] {
+            let json = format!(r#"{{"ip":"fd00::1"{mask}}}"#);
+            assert_eq!(ip(&json), Some(HostIp::V6(six, prefix)), "{json}");
+        }
+    }
+
+    #[test]
     fn each_problem_of_an_interface_names_its_field() {
         let found = |json: &str| {
             let net: NetConfig = serde_json::from_str(json).unwrap();
@@ -475,8 +548,21 @@ mod tests {
             (r#"{"mac":"52:54:00:12:34"}"#, "mac", "out-of-range"),
             (r#"{"mac":"53:54:00:12:34:56"}"#, "mac", "out-of-range"),
             (r#"{"ip":"1.2.3"}"#, "ip", "out-of-range"),
-            (r#"{"ip":"fd00::1"}"#, "ip", "unsupported"),
-            (r#"{"mask":"ffff::"}"#, "mask", "unsupported"),
+            (
+                r#"{"ip":"fd00::1","mask":"ffff::1"}"#,
+                "mask",
+                "out-of-range",
+            ),
+            (
+                r#"{"ip":"fd00::1","mask":"255.0.0.0"}"#,
+                "mask",
+                "inconsistent",
+            ),
+            (
+                r#"{"ip":"10.0.0.1","mask":"ffff::"}"#,
+                "mask",
+                "inconsistent",
+            ),
             (r#"{"mtu":100}"#, "mtu", "out-of-range"),
             (r#"{"num_queues":1}"#, "num_queues", "out-of-range"),
             (r#"{"num_queues":32}"#, "num_queues", "out-of-range"),

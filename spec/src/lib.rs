@@ -52,7 +52,7 @@ pub use device::{
     BalloonConfig, DeviceConfig, FsConfig, GenericVhostUserConfig, NetConfig, PmemConfig,
     RngConfig, RtcConfig, TpmConfig, UserDeviceConfig, VdpaConfig, VsockConfig,
 };
-pub use devices::parse_mac;
+pub use devices::{HostIp, parse_mac};
 pub use disk::{DiskConfig, ImageType, LockGranularity, OnError, VirtQueueAffinity};
 pub use host::{CpuCheck, CpuDescription, CpuidLeaf, HostCpu, ProfileFit};
 pub use memory::{HotplugMethod, MemoryConfig, MemoryZoneConfig};

@@ -47,6 +47,8 @@ enum Form {
     Texts,
     /// `[0,2-3]`.
     Numbers,
+    /// `[0@[1,2],1@[3]]`: CPUs of the host for queues.
+    Affinity,
     /// A word of the API, in the command line's way of writing: `on-demand` for `OnDemand`.
     Word,
 }
@@ -120,7 +122,15 @@ pub fn cpus(text: &str) -> Result<CpusConfig, OptionError> {
         fields.insert("topology".into(), read_topology(NAME, &topology)?);
     }
     if let Some(Value::String(affinity)) = fields.remove("affinity") {
-        fields.insert("affinity".into(), read_affinity(NAME, &affinity)?);
+        fields.insert(
+            "affinity".into(),
+            read_affinity("vcpu", &affinity).ok_or_else(|| {
+                error(
+                    NAME,
+                    format!("affinity={affinity} must have the form {AFFINITY}"),
+                )
+            })?,
+        );
     }
     if let Some(Value::String(features)) = fields.remove("features") {
         let names: Vec<_> = features
@@ -153,24 +163,18 @@ fn read_topology(option: &str, text: &str) -> Result<Value, OptionError> {
     }))
 }
 
-fn read_affinity(option: &str, text: &str) -> Result<Value, OptionError> {
-    let refused = || {
-        error(
-            option,
-            format!("affinity={text} must have the form [0@[0,1],1@[2-3]]"),
-        )
-    };
-    let inner = text
-        .strip_prefix('[')
-        .and_then(|text| text.strip_suffix(']'))
-        .ok_or_else(refused)?;
-    let entries = split(inner).map_err(|reason| error(option, reason))?;
+const AFFINITY: &str = "[0@[0,1],1@[2-3]]";
+
+/// Reads a list of numbers, called `key`, with CPUs of the host for each.
+fn read_affinity(key: &str, text: &str) -> Option<Value> {
+    let inner = text.strip_prefix('[')?.strip_suffix(']')?;
+    let entries = split(inner).ok()?;
     let read = entries.iter().map(|entry| {
-        let (vcpu, cpus) = entry.split_once('@').ok_or_else(refused)?;
-        let vcpu: u32 = vcpu.parse().map_err(|_| refused())?;
-        Ok(json!({ "vcpu": vcpu, "host_cpus": numbers(cpus).ok_or_else(refused)? }))
+        let (number, cpus) = entry.split_once('@')?;
+        let number: u32 = number.parse().ok()?;
+        Some(json!({ key: number, "host_cpus": numbers(cpus)? }))
     });
-    Ok(Value::Array(read.collect::<Result<_, _>>()?))
+    Some(Value::Array(read.collect::<Option<_>>()?))
 }
 
 /// `--memory size=512M,shared=on`.
@@ -261,6 +265,7 @@ fn read_value(form: Form, text: &str) -> Result<Value, &'static str> {
             let all = split(inner.unwrap_or(text)).map_err(|_| "a list like [a,b]")?;
             Ok(json!(all))
         }
+        Form::Affinity => read_affinity("queue_index", text).ok_or("a list like [0@[0,1],1@[2-3]]"),
         Form::Numbers => numbers(text)
             .map(|all| json!(all))
             .ok_or("a list like [0,2-3]"),
@@ -364,6 +369,12 @@ mod tests {
         let mode = cpus("core_scheduling=vcpu").unwrap().core_scheduling;
         assert_eq!(mode, crate::CoreSchedulingMode::Vcpu);
         assert_eq!(full.affinity.unwrap()[0].host_cpus, [0, 2, 3]);
+        let disk: DiskConfig = DISK.read("path=/a,queue_affinity=[1@[2-3]]").unwrap();
+        let affinity = &disk.queue_affinity.unwrap()[0];
+        assert_eq!(
+            (affinity.queue_index, &*affinity.host_cpus),
+            (1, &[2, 3][..])
+        );
         for (bad, why) in [
             ("boot=two", "--cpus: boot=two is not a number"),
             ("bot=2", "--cpus: unknown key `bot`; did you mean `boot`?"),

@@ -27,7 +27,6 @@ pub struct HostLimits {
 const NOT_YET: &[(&str, &[&str])] = &[
     ("/cpus/kvm_hyperv", &["false"]),
     ("/cpus/features/amx", &["false"]),
-    ("/cpus/core_scheduling", &[r#""Vm""#, r#""Off""#]),
     ("/memory/zones", &["[]"]),
     ("/payload/igvm", &[]),
     ("/payload/host_data", &[]),

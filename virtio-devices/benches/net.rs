@@ -17,7 +17,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use devices::event_loop::EventLoop;
-use virtio_devices::net::{Net, NetConfig, TapAddress, TapSource};
+use virtio_devices::net::{Net, NetConfig, TapAddress, TapIp, TapSource};
 use virtio_devices::rate_limiter::RateLimits;
 use virtio_devices::testing::{TestBuffer, TestGuest, TestQueue, transport};
 use virtio_devices::{QueueState, VirtioDevice, Workers};
@@ -104,7 +104,7 @@ impl Interface {
         let config = NetConfig {
             tap: TapSource::Name("wbbench%d".to_owned()),
             address: TapAddress {
-                ip: Some((HOST, Ipv4Addr::new(255, 255, 255, 0))),
+                ip: Some(TapIp::V4(HOST, Some(Ipv4Addr::new(255, 255, 255, 0)))),
                 mac: None,
                 mtu: Some(1500),
             },

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use devices::event_loop::EventLoop;
 use state::{Store, Writer};
-use virtio_devices::net::{Net, NetConfig, NetHandle, TapAddress, TapSource};
+use virtio_devices::net::{Net, NetConfig, NetHandle, TapAddress, TapIp, TapSource};
 use virtio_devices::rate_limiter::RateLimits;
 use virtio_devices::testing::{
     Heard, PATIENCE, TestBuffer, TestGuest, TestQueue, transport, workers,
@@ -46,9 +46,9 @@ fn config(name: &str, net: u8) -> NetConfig {
     NetConfig {
         tap: TapSource::Name(name.to_owned()),
         address: TapAddress {
-            ip: Some((
+            ip: Some(TapIp::V4(
                 Ipv4Addr::new(10, 213, net, 1),
-                Ipv4Addr::new(255, 255, 255, 0),
+                Some(Ipv4Addr::new(255, 255, 255, 0)),
             )),
             mac: None,
             mtu: Some(1500),

@@ -63,6 +63,9 @@ pub enum BuildError {
     Move(#[from] MoveError),
     /// The host's CPU lacks what the guest is to see.
     Profile(#[from] ProfileError),
+    /// The host cannot keep other threads off the cores of vCPUs.
+    #[error("{0}")]
+    Cores(String),
     /// The memory layout is not possible.
     #[error("{0}")]
     Layout(String),
@@ -175,6 +178,7 @@ impl BuildError {
             Self::Ram(_) => "no-memory",
             Self::Topology(_) | Self::Commit(_) | Self::Layout(_) => "memory-map-impossible",
             Self::Profile(_) => "cpu-lacks-features",
+            Self::Cores(_) => "core-scheduling-unavailable",
             Self::Bus(_) | Self::Bar(_) | Self::NoSegment(_) => "no-free-slot",
             Self::Device(_) => "device-impossible",
             Self::Rng(_) => "rng-unusable",
@@ -195,6 +199,7 @@ impl BuildError {
             | Self::Path(_)
             | Self::Layout(_)
             | Self::Profile(_)
+            | Self::Cores(_)
             | Self::Bus(_)
             | Self::Bar(_)
             | Self::NoSegment(_)
@@ -289,6 +294,15 @@ pub(crate) fn cannot_confine(vcpu: u32, error: &std::io::Error) -> Failure {
     Failure {
         code: "sandbox-unusable".to_owned(),
         detail: format!("vCPU {vcpu}: the kernel refused to confine its thread: {error}"),
+        vcpu: Some(vcpu),
+    }
+}
+
+/// The kernel does not keep other threads off the core of a vCPU, which therefore does not run its guest.
+pub(crate) fn cannot_isolate(vcpu: u32, error: rustix::io::Errno) -> Failure {
+    Failure {
+        code: "core-scheduling-unavailable".to_owned(),
+        detail: format!("vCPU {vcpu}: the kernel refused a cookie for core scheduling: {error}"),
         vcpu: Some(vcpu),
     }
 }

@@ -54,6 +54,7 @@ pub const DISK: OptionKind = OptionKind {
         ("image_type", "image_type", Form::Word),
         ("lock_granularity", "lock_granularity", Form::Word),
         ("on_error", "on_error", Form::Word),
+        ("queue_affinity", "queue_affinity", Form::Affinity),
     ],
     also: &[LIMITS, PCI],
 };

@@ -26,7 +26,7 @@ use virtio_bindings::virtio_net::{
 
 use self::control::ControlQueue;
 use self::tap::{HEADER_LEN, Tap};
-pub use self::tap::{TapAddress, TapError};
+pub use self::tap::{TapAddress, TapError, TapIp};
 use self::transfer::{Receive, Send, Takes};
 use crate::device::{DeviceError, DeviceId, VirtioDevice};
 use crate::queue::{Queue, QueueState};

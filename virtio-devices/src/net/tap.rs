@@ -8,7 +8,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::net::{Ipv4Addr, UdpSocket};
+use std::net::{Ipv4Addr, Ipv6Addr, UdpSocket};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 
@@ -80,11 +80,20 @@ fn reason(error: &io::Error) -> String {
     }
 }
 
+/// The host's IP address on a tap.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TapIp {
+    /// Address and netmask; the host chooses a netmask by the address's class when absent.
+    V4(Ipv4Addr, Option<Ipv4Addr>),
+    /// Address and length of its prefix, 0 to 128.
+    V6(Ipv6Addr, u8),
+}
+
 /// How the host's side of a tap is set up; what is absent is left as it is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct TapAddress {
-    /// Address and netmask.
-    pub ip: Option<(Ipv4Addr, Ipv4Addr)>,
+    /// Address.
+    pub ip: Option<TapIp>,
     /// Hardware address.
     pub mac: Option<[u8; 6]>,
     /// Largest packet.
@@ -345,15 +354,18 @@ impl Tap {
             request.ifr_ifru.ifru_mtu = mtu.into();
             self.change(fd, libc::SIOCSIFMTU, &request, "set the MTU")?;
         }
-        if let Some((ip, mask)) = address.ip {
-            for (kind, value, attempt) in [
-                (libc::SIOCSIFADDR, ip, "set the address"),
-                (libc::SIOCSIFNETMASK, mask, "set the netmask"),
-            ] {
-                let mut request = request(&self.name)?;
-                request.ifr_ifru.ifru_addr = socket_address(value);
-                self.change(fd, kind, &request, attempt)?;
+        match address.ip {
+            Some(TapIp::V4(ip, mask)) => {
+                let mask = mask.map(|mask| (libc::SIOCSIFNETMASK, mask, "set the netmask"));
+                let ip = (libc::SIOCSIFADDR, ip, "set the address");
+                for (kind, value, attempt) in [Some(ip), mask].into_iter().flatten() {
+                    let mut request = request(&self.name)?;
+                    request.ifr_ifru.ifru_addr = socket_address(value);
+                    self.change(fd, kind, &request, attempt)?;
+                }
             }
+            Some(TapIp::V6(ip, prefix)) => self.add_ipv6(fd, ip, prefix)?,
+            None => {}
         }
         let mut request = request(&self.name)?;
         // SAFETY: takes and gives an `ifreq`.
@@ -367,6 +379,29 @@ impl Tap {
         }
         request.ifr_ifru.ifru_flags = flags | (libc::IFF_UP | libc::IFF_RUNNING) as i16;
         self.change(fd, libc::SIOCSIFFLAGS, &request, "bring up the interface")
+    }
+
+    /// Adds an IPv6 address (`ipv6(7)`), which needs a socket of that family, and the interface's number
+    /// in place of its name. `socket` is any other.
+    fn add_ipv6(&self, socket: RawFd, ip: Ipv6Addr, prefix: u8) -> Result<(), TapError> {
+        let mut number = request(&self.name)?;
+        // SAFETY: takes and gives an `ifreq`.
+        let told = unsafe { libc::ioctl(socket, libc::SIOCGIFINDEX, &raw mut number) };
+        last_error(told).map_err(self.failed("read the number"))?;
+        let request = libc::in6_ifreq {
+            ifr6_addr: libc::in6_addr {
+                s6_addr: ip.octets(),
+            },
+            ifr6_prefixlen: prefix.into(),
+            // SAFETY: this member was just filled in.
+            ifr6_ifindex: unsafe { number.ifr_ifru.ifru_ifindex },
+        };
+        let attempt = "set the IPv6 address";
+        let socket = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0)).map_err(self.failed(attempt))?;
+        // SAFETY: takes an `in6_ifreq`, as the socket is of IPv6.
+        let done =
+            unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFADDR, &raw const request) };
+        last_error(done).map_err(self.failed(attempt))
     }
 
     fn change(
@@ -436,144 +471,5 @@ fn socket_address(ip: Ipv4Addr) -> libc::sockaddr {
     }
 }
 
-/// Tests with real interfaces. They need `/dev/net/tun`, CAP_NET_ADMIN and CAP_SYS_ADMIN.
 #[cfg(test)]
-mod tests {
-    use std::time::Instant;
-
-    use rustix::thread::{CapabilitySet, UnshareFlags, capabilities, set_capabilities};
-
-    use super::super::{Net, NetConfig, TapSource};
-    use super::*;
-    use crate::rate_limiter::RateLimits;
-    use crate::testing::{PATIENCE, workers};
-
-    const USUAL: libc::c_int = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
-    const SEVERAL: libc::c_int = USUAL | libc::IFF_MULTI_QUEUE;
-
-    fn used(tap: TapSource, pairs: u16, address: TapAddress) -> Result<String, String> {
-        let config = NetConfig {
-            tap,
-            address,
-            mac: [2, 0, 0, 0, 0, 1],
-            mtu: None,
-            pairs,
-            queue_size: 64,
-            offload_csum: true,
-            offload_tso: true,
-            limits: RateLimits::default(),
-        };
-        let (_event_loop, workers) = workers();
-        match Net::new(config, workers) {
-            Ok((_, handle)) => Ok(handle.tap().unwrap().to_owned()),
-            Err(error) => Err(error.to_string()),
-        }
-    }
-
-    fn fd(tap: &Tap) -> OwnedFd {
-        tap.file.try_clone().unwrap().into()
-    }
-
-    fn adopted(taps: &[&Tap]) -> Result<String, String> {
-        let fds: Vec<OwnedFd> = taps.iter().map(|tap| fd(tap)).collect();
-        let pairs = u16::try_from(fds.len()).unwrap();
-        used(TapSource::Descriptors(fds), pairs, TapAddress::default())
-    }
-
-    #[test]
-    fn rejects_unsuitable_tap_descriptors() {
-        let make = |flags| Tap::make("wbadopt%d", flags).unwrap();
-        let good = make(USUAL);
-        assert_eq!(adopted(&[&good]), Ok(good.name.clone()));
-        let first = make(SEVERAL);
-        let second = Tap::make(&first.name, SEVERAL).unwrap();
-        assert_eq!(adopted(&[&first]), Ok(first.name.clone()));
-        assert_eq!(adopted(&[&first, &second]), Ok(first.name.clone()));
-        let other = make(SEVERAL);
-        for (taps, why) in [
-            (vec![&make(USUAL & !libc::IFF_VNET_HDR)], "IFF_VNET_HDR"),
-            (vec![&make(USUAL ^ libc::IFF_TAP ^ libc::IFF_TUN)], "a tun"),
-            (vec![&good, &good], "IFF_MULTI_QUEUE"),
-            (vec![&first, &other], "several interfaces"),
-        ] {
-            let told = adopted(&taps).unwrap_err();
-            let name = &taps[0].name;
-            assert!(told.contains(why) && told.contains(name), "{told}");
-        }
-        for (path, why) in [
-            ("/dev/null", "not a tap"),
-            (DEVICE, "not attached to an interface"),
-        ] {
-            let file = File::options().read(true).write(true).open(path).unwrap();
-            let source = TapSource::Descriptors(vec![file.into()]);
-            let told = used(source, 1, TapAddress::default()).unwrap_err();
-            assert!(told.contains(why), "{told}");
-        }
-    }
-
-    #[test]
-    fn uses_tap_of_other_namespace() {
-        let ip = |last| Ipv4Addr::new(10, 213, 77, last);
-        let there = std::thread::spawn(move || {
-            // SAFETY: no descriptors are unshared.
-            unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET) }.unwrap();
-            let tap = Tap::open("wbelsewhere", 1).unwrap().remove(0);
-            tap.set_up(&TapAddress {
-                ip: Some((ip(1), Ipv4Addr::new(255, 255, 255, 0))),
-                ..TapAddress::default()
-            })
-            .unwrap();
-            (tap, UdpSocket::bind((ip(1), 0)).unwrap())
-        });
-        let (tap, socket) = there.join().unwrap();
-        assert_eq!(adopted(&[&tap]), Ok("wbelsewhere".to_owned()));
-        // What is asked for that cannot be done there is refused, and not done to one of its name here.
-        let _here = Tap::open("wbelsewhere", 1).unwrap();
-        let mtu = TapAddress {
-            mtu: Some(9000),
-            ..TapAddress::default()
-        };
-        let source = TapSource::Descriptors(vec![fd(&tap)]);
-        let told = used(source, 1, mtu).unwrap_err();
-        assert!(told.contains("another network namespace"), "{told}");
-        let mtu = std::fs::read_to_string("/sys/class/net/wbelsewhere/mtu").unwrap();
-        assert_eq!(mtu.trim(), "1500");
-        // Frames come: it is asked for who has the address.
-        socket.send_to(b"who", (ip(2), 9)).unwrap();
-        let (tap, from) = (
-            Tap::adopt(vec![fd(&tap)]).unwrap().remove(0),
-            Instant::now(),
-        );
-        loop {
-            assert!(from.elapsed() < PATIENCE, "no frame came");
-            let mut frame = [0; 2000];
-            match tap.read(&mut frame).unwrap() {
-                Some(_) if frame[HEADER_LEN + 12..][..2] == [8, 6] => break,
-                _ => std::thread::yield_now(),
-            }
-        }
-    }
-
-    #[test]
-    fn tap_that_is_up_needs_no_capability() {
-        let taps = Tap::open("wbup%d", 2).unwrap();
-        let name = taps[0].name.clone();
-        taps[0].set_up(&TapAddress::default()).unwrap();
-        let up = [taps[0].try_clone().unwrap(), taps[1].try_clone().unwrap()];
-        let unprivileged = std::thread::spawn(move || {
-            let mut sets = capabilities(None).unwrap();
-            sets.effective.remove(CapabilitySet::NET_ADMIN);
-            set_capabilities(None, sets).unwrap();
-            let source = TapSource::Name(name.clone());
-            assert_eq!(used(source, 2, TapAddress::default()), Ok(name.clone()));
-            assert_eq!(adopted(&[&up[0], &up[1]]), Ok(name.clone()));
-            let mtu = TapAddress {
-                mtu: Some(9000),
-                ..TapAddress::default()
-            };
-            let told = used(TapSource::Name(name), 2, mtu).unwrap_err();
-            assert!(told.contains("set the MTU"), "{told}");
-        });
-        unprivileged.join().unwrap();
-    }
-}
+mod tests;

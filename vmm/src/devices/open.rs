@@ -9,14 +9,14 @@ use std::time::Duration;
 use control::NewDevice;
 use memory::RamBlock;
 use spec::{
-    DiskConfig, ImageType, LockGranularity, MEMORY_DEVICE, MemoryConfig, NetConfig,
+    DiskConfig, HostIp, ImageType, LockGranularity, MEMORY_DEVICE, MemoryConfig, NetConfig,
     RateLimitGroupConfig, RateLimiterConfig, RngConfig, TokenBucket, VmConfig, VsockConfig,
 };
 use virtio_devices::balloon::{Balloon, BalloonConfig, BalloonHandle};
 use virtio_devices::block::{Block, BlockConfig, BlockHandle, ImageFormat, LockMode, OnError};
 use virtio_devices::console::{Console, ConsoleHandle};
 use virtio_devices::mem::{Mem, MemConfig, MemHandle};
-use virtio_devices::net::{Net, NetHandle, TapAddress, TapSource};
+use virtio_devices::net::{Net, NetHandle, TapAddress, TapIp, TapSource};
 use virtio_devices::rate_limiter::{BucketConfig, RateLimits, SharedLimiter};
 use virtio_devices::rng::Rng;
 use virtio_devices::vsock::Vsock;
@@ -306,7 +306,10 @@ fn net(net: &NetConfig, workers: &Workers) -> Result<Opened, BuildError> {
             (TapSource::Name(name), is_there)
         }
     };
-    let ip = net.ip.parse().ok().zip(net.mask.parse().ok());
+    let ip = net.host_ip().ok().flatten().map(|ip| match ip {
+        HostIp::V4(ip, mask) => TapIp::V4(ip, mask),
+        HostIp::V6(ip, prefix) => TapIp::V6(ip, prefix),
+    });
     let config = virtio_devices::net::NetConfig {
         tap,
         address: TapAddress {

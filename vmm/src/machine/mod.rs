@@ -2,6 +2,7 @@
 //! Dropping either gives all its resources back.
 
 mod background;
+mod core_sharing;
 mod firmware;
 mod hotplug;
 mod memory_map;
@@ -43,6 +44,7 @@ use crate::failure::{BuildError, MoveError};
 use crate::guest_event::{GuestEvent, Outputs, Port, Reporter};
 
 pub(crate) use self::background::{Background, Machine};
+use self::core_sharing::CoreSharing;
 use self::firmware::FirmwareClocks;
 pub(crate) use self::memory_map::of as memory_map;
 pub(crate) use self::ram::GuestRam;
@@ -139,7 +141,9 @@ impl Built {
         let vm = host.kvm.create_vm()?;
         let mut topology = Topology::new();
         let control = Arc::new(RunControl::new());
-        let recipe = Recipe::new(model, &config.cpus, bits, host.confinement, reporter);
+        let cores = CoreSharing::new(config.cpus.core_scheduling);
+        let cores = cores.map_err(|unsupported| BuildError::Cores(unsupported.to_string()))?;
+        let recipe = Recipe::new(model, &config.cpus, bits, cores, host.confinement, reporter);
         let vcpus = Vcpus::make(recipe, Arc::clone(&control), &vm, config.cpus.boot_vcpus)?;
         let end = GuestEnd {
             reporter: reporter.clone(),

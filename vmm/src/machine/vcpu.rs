@@ -13,6 +13,7 @@ use memory::{CachedView, SpaceKind, Topology};
 use parking_lot::Mutex;
 use rustix::thread::{CpuSet, sched_setaffinity};
 
+use super::core_sharing::CoreSharing;
 use super::run_control::{Dismissal, RunControl, Want};
 use crate::failure;
 use crate::guest_event::{self, GuestEvent, Reporter};
@@ -27,6 +28,13 @@ pub(crate) struct VcpuThread {
     thread: JoinHandle<Option<Vcpu>>,
 }
 
+/// The part of the host's CPUs that a vCPU's thread may use.
+pub(super) struct HostShare {
+    /// Numbers of CPUs; all when absent.
+    pub(super) cpus: Option<Vec<usize>>,
+    pub(super) cores: CoreSharing,
+}
+
 /// A job for a vCPU's own thread, while the vCPU is out of the guest.
 type Job = Box<dyn FnOnce(&mut Vcpu) + Send>;
 
@@ -38,7 +46,7 @@ impl VcpuThread {
         topology: &Topology,
         control: &Arc<RunControl>,
         reporter: Reporter,
-        host_cpus: Option<Vec<usize>>,
+        share: HostShare,
         confinement: Confinement,
     ) -> Result<Self, (Option<Vcpu>, std::io::Error)> {
         let (index, kicker) = (vcpu.index(), vcpu.kicker());
@@ -64,11 +72,15 @@ impl VcpuThread {
             .name(format!("vcpu{index}"))
             .spawn(move || {
                 let _entered = span.entered();
-                if let Some(cpus) = host_cpus {
+                if let Some(cpus) = share.cpus {
                     bind(&cpus);
                 }
+                // Before the guest runs, and before the thread's sandbox denies it.
+                let member = share.cores.enter();
                 let mut vcpu = vcpu.lock().take()?;
-                run(&mut vcpu, bus, &orders, &reporter);
+                let failed = member.as_ref().err();
+                let failed = failed.map(|error| failure::cannot_isolate(index, *error));
+                run(&mut vcpu, bus, &orders, &reporter, failed);
                 Some(vcpu)
             });
         let thread = thread.map_err(|error| {
@@ -165,13 +177,18 @@ impl Orders {
     }
 }
 
-fn run(vcpu: &mut Vcpu, mut bus: Bus, orders: &Orders, reporter: &Reporter) {
+/// `failed` is the reason for which the vCPU cannot run at all.
+fn run(
+    vcpu: &mut Vcpu,
+    mut bus: Bus,
+    orders: &Orders,
+    reporter: &Reporter,
+    failed: Option<spec::Failure>,
+) {
     let mut first = vcpu.index() == 0;
-    let mut failed = bus
-        .confinement
-        .enter(ThreadKind::Vcpu)
-        .err()
-        .map(|error| failure::cannot_confine(vcpu.index(), &error));
+    let confined = bus.confinement.enter(ThreadKind::Vcpu);
+    let cannot_confine = |error| failure::cannot_confine(vcpu.index(), &error);
+    let mut failed = failed.or_else(|| confined.err().map(cannot_confine));
     let (control, dismissal) = (&orders.control, &orders.dismissal);
     loop {
         if let Some(failure) = failed.take() {

@@ -23,8 +23,9 @@ use hypervisor::{ClockSample, ResetState, StoppedClock, Vcpu, Vm};
 use memory::Topology;
 use spec::{CpuAffinity, CpuProfile, CpuTopology, CpusConfig};
 
+use super::core_sharing::CoreSharing;
 use super::run_control::RunControl;
-use super::vcpu::VcpuThread;
+use super::vcpu::{HostShare, VcpuThread};
 use crate::arch::x86_64::cpu::{self, CpuError};
 use crate::arch::x86_64::cpu_model::CpuModel;
 use crate::guest_event::Reporter;
@@ -38,6 +39,7 @@ pub(crate) struct Recipe {
     topology: CpuTopology,
     phys_bits: u8,
     affinity: Vec<CpuAffinity>,
+    cores: CoreSharing,
     confinement: Confinement,
     reporter: Reporter,
 }
@@ -47,6 +49,7 @@ impl Recipe {
         model: CpuModel,
         config: &CpusConfig,
         phys_bits: u8,
+        cores: CoreSharing,
         confinement: Confinement,
         reporter: &Reporter,
     ) -> Self {
@@ -57,6 +60,7 @@ impl Recipe {
             topology: config.arrangement(),
             phys_bits,
             affinity: config.affinity.clone().unwrap_or_default(),
+            cores,
             confinement,
             reporter: reporter.clone(),
         }
@@ -73,10 +77,13 @@ impl Recipe {
         Ok(vcpu)
     }
 
-    fn host_cpus(&self, index: u32) -> Option<Vec<usize>> {
+    fn host_share(&self, index: u32) -> HostShare {
         let mut affinity = self.affinity.iter();
         let found = affinity.find(|affinity| affinity.vcpu == index);
-        found.map(|affinity| affinity.host_cpus.clone())
+        HostShare {
+            cpus: found.map(|affinity| affinity.host_cpus.clone()),
+            cores: self.cores.clone(),
+        }
     }
 }
 
@@ -188,7 +195,7 @@ impl Vcpus {
             topology,
             &self.control,
             recipe.reporter.clone(),
-            recipe.host_cpus(index),
+            recipe.host_share(index),
             recipe.confinement,
         );
         match started {

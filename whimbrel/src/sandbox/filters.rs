@@ -47,6 +47,9 @@ pub(super) fn compile(scope: Scope, refusal: SeccompAction) -> Result<BpfProgram
     match scope {
         Scope::Process => {
             rules.extend(PROCESS.iter().map(|call| (*call, Vec::new())));
+            // Threads of vCPUs get their cookies for core scheduling before they enter their list.
+            let cores = equal(0, u64::from(libc::PR_SCHED_CORE.unsigned_abs()))?;
+            rules.insert(libc::SYS_prctl, [names()?, vec![cores]].concat());
             rules.insert(
                 libc::SYS_ioctl,
                 ioctls([DEVICE_IOCTLS, HOST_IOCTLS].concat().as_slice())?,
