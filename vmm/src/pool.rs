@@ -21,7 +21,7 @@ use crate::arch::x86_64::cpu_model::CpuModel;
 use crate::arch::x86_64::{cpu, features, profiles};
 use crate::descriptors::Descriptors;
 use crate::driver::{Caller, Driver};
-use crate::machine::{self, Background, Host};
+use crate::machine::{self, Background, Host, SpareVm};
 use crate::migrate::{Endpoints, Journals, MigrationTrust};
 
 /// Maximum number of event-loop threads for drivers. Drivers only pass messages, so few threads are enough
@@ -138,7 +138,7 @@ impl Pool {
     /// # Errors
     /// When KVM cannot be used, or the host gives no threads.
     pub fn start(config: &PoolConfig) -> Result<Self, StartError> {
-        let kvm = Kvm::open()?;
+        let kvm = Arc::new(Kvm::open()?);
         let cpu = CpuModel {
             cpuid: features::offered(kvm.supported_cpuid()?),
             arch_capabilities: kvm.feature_msr(features::ARCH_CAPABILITIES)?,
@@ -154,6 +154,7 @@ impl Pool {
         let background = Background::start()?;
         Ok(Self {
             host: Arc::new(Host {
+                vms: SpareVm::new(Arc::clone(&kvm), &background),
                 kvm,
                 cpu,
                 workers,

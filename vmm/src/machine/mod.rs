@@ -9,6 +9,7 @@ mod memory_map;
 pub(crate) mod ram;
 mod run_control;
 mod save;
+mod spare;
 mod vcpu;
 mod vcpus;
 
@@ -52,6 +53,7 @@ pub(crate) use self::run_control::NotParked;
 use self::run_control::{RunControl, Want};
 use self::save::Clocks;
 pub(crate) use self::save::Extent;
+pub(crate) use self::spare::SpareVm;
 use self::vcpu::GuestEnd;
 pub(crate) use self::vcpu::{Halter, Throttle, host_cpus};
 use self::vcpus::{Recipe, Vcpus};
@@ -66,7 +68,9 @@ const PAUSE_LIMIT: Duration = Duration::from_secs(60);
 
 /// The host's KVM, and what it supports.
 pub(crate) struct Host {
-    pub(crate) kvm: Kvm,
+    pub(crate) kvm: Arc<Kvm>,
+    /// Makes the VMs.
+    pub(crate) vms: SpareVm,
     pub(crate) cpu: CpuModel,
     /// Event loops of devices.
     pub(crate) workers: Workers,
@@ -138,7 +142,7 @@ impl Built {
         let bits = cpu::phys_bits(&model.cpuid, config.cpus.max_phys_bits);
         let layout = Layout::new(config.memory.size, config.memory.hotplug_region(), bits)?;
         let layout = layout.with_segments(&config.pci_segment_weights())?;
-        let vm = host.kvm.create_vm()?;
+        let vm = host.vms.take()?;
         let mut topology = Topology::new();
         let control = Arc::new(RunControl::new());
         let cores = CoreSharing::new(config.cpus.core_scheduling);
