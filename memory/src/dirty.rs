@@ -266,8 +266,8 @@ impl fmt::Debug for DirtyBitmap {
     }
 }
 
-/// Marks that were taken out of a [`DirtyBitmap`].
-#[derive(Clone, PartialEq, Eq)]
+/// Marks that were taken out of a [`DirtyBitmap`]; by default none.
+#[derive(Clone, Default, PartialEq, Eq)]
 pub struct DirtyPages {
     words: Vec<u64>,
 }

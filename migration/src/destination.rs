@@ -16,6 +16,7 @@ mod channels;
 mod comparing;
 mod deciding;
 mod following;
+mod incoming_disks;
 pub(crate) mod postcopy;
 mod preparing;
 mod receiving;
@@ -36,6 +37,7 @@ use self::receiving::Receiving as Incoming;
 use self::router::{Offered, Router};
 use self::slots::Arrived;
 use crate::decision::Decision;
+use crate::disks::DestinationDisk;
 use crate::journal::Journal;
 use crate::link::{Accept, Stream};
 use crate::message::{ControlChannel, Offer, Refusal, ToDestination, ToSource};
@@ -51,10 +53,15 @@ pub use self::standing::{Arriving, MOST_AT_ONCE, Party, Standing, receive_all};
 /// Looks for a decision or a connection within one `patience`.
 const POLLS: u32 = 100;
 
-/// A machine to which a guest moves. It stands until it is started.
+/// A machine to which a guest moves. It is paused until it is started.
 pub trait Destination: Send {
     /// Its memory, in the order of [`Offer::blocks`].
     fn blocks(&self) -> Vec<Block>;
+
+    /// The disks whose content arrives, in the order of [`Offer::disks`].
+    fn disks(&self) -> Vec<DestinationDisk> {
+        Vec::new()
+    }
 
     /// Loads the device state of a running guest on trial.
     ///

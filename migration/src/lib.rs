@@ -26,6 +26,7 @@
 
 mod decision;
 mod destination;
+mod disks;
 mod journal;
 mod link;
 mod message;
@@ -50,6 +51,7 @@ pub use destination::{
     Arriving, ConnectionLimit, Destination, Fate, Host, MOST_AT_ONCE, Party, Receiving, Standing,
     StartFailure, receive, receive_all,
 };
+pub use disks::{DestinationDisk, MAX_COPIED, NewImage, ReadDisk, SourceDisk};
 pub use journal::{Entry, FileJournal, Journal, NoJournal, Side, Step};
 pub use link::{Accept, Closer, Dial, Endpoint, InvalidEndpoint, Listener, Stream};
 pub use message::{BlockInfo, Offer, Refusal};

@@ -13,7 +13,7 @@ const MAGIC: &str = "whimbrel-migration";
 /// The versions of the protocol that this program speaks. The greatest goes up whenever a side may
 /// send something that an older peer does not know; docs/migration-protocol.md lists what each
 /// version added.
-pub(crate) const VERSIONS: (u32, u32) = (1, 2);
+pub(crate) const VERSIONS: (u32, u32) = (1, 3);
 
 /// The purpose of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -127,6 +127,10 @@ pub struct Offer {
     /// not asked for, so that an older destination can read the offer.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub verify: bool,
+    /// The disks whose content is copied: frames name them by numbers behind those of `blocks`. Since
+    /// version 3 of the protocol; left out where there is none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<BlockInfo>,
 }
 
 /// From the source.
@@ -284,21 +288,23 @@ mod tests {
     #[test]
     fn negotiates_version() {
         let mut hello = Hello::new(Uuid::nil(), Channel::Control);
-        assert_eq!(hello.version(), Ok(2));
+        assert_eq!(hello.version(), Ok(3));
         hello.versions = (1, 9);
-        assert_eq!(hello.version(), Ok(2));
-        hello.versions = (1, 1);
-        assert_eq!(hello.version(), Ok(1));
-        hello.versions = (3, 9);
+        assert_eq!(hello.version(), Ok(3));
+        for older in [1, 2] {
+            hello.versions = (1, older);
+            assert_eq!(hello.version(), Ok(older));
+        }
+        hello.versions = (4, 9);
         assert_eq!(hello.version().unwrap_err().code, "protocol-version");
         hello.magic = "http".to_owned();
         assert_eq!(hello.version().unwrap_err().code, "not-a-migration");
     }
 
-    /// An offer without verify reads as it did before there was one.
+    /// An offer that neither verifies nor copies disks has the fields of version 1.
     #[test]
-    fn an_older_peer_reads_an_offer_that_does_not_verify() {
-        let offer = |verify| Offer {
+    fn older_peer_reads_an_offer_of_the_old_fields() {
+        let offer = |verify, disks: usize| Offer {
             vm: "vm".to_owned(),
             machine: ByteBuf::new(),
             blocks: Vec::new(),
@@ -306,6 +312,13 @@ mod tests {
             postcopy: false,
             given: false,
             verify,
+            disks: vec![
+                BlockInfo {
+                    name: "disk".to_owned(),
+                    size: 512,
+                };
+                disks
+            ],
         };
         let names = |offer: &Offer| -> Vec<String> {
             let value = ciborium::Value::serialized(offer).unwrap();
@@ -323,11 +336,12 @@ mod tests {
             "postcopy",
             "given",
         ];
-        assert_eq!(names(&offer(false)), old);
-        assert_eq!(names(&offer(true)).last().unwrap(), "verify");
-        for verify in [false, true] {
-            let read: Offer = decode(&encode(&offer(verify)).unwrap()).unwrap();
-            assert_eq!(read, offer(verify));
+        assert_eq!(names(&offer(false, 0)), old);
+        assert_eq!(names(&offer(true, 0)).last().unwrap(), "verify");
+        assert_eq!(names(&offer(false, 2)).last().unwrap(), "disks");
+        for (verify, disks) in [(false, 0), (true, 0), (false, 1), (true, 2)] {
+            let read: Offer = decode(&encode(&offer(verify, disks)).unwrap()).unwrap();
+            assert_eq!(read, offer(verify, disks));
         }
     }
 

@@ -55,20 +55,23 @@ pub(crate) struct Encoded<'a> {
 }
 
 impl Batch {
-    /// Reads a run of pages, [`BATCH`] at most, as they are at this moment.
-    pub(crate) fn fill(&mut self, block: &Block, run: Run) -> Encoded<'_> {
+    /// Takes a run of pages, [`BATCH`] at most, as `read` finds them.
+    ///
+    /// # Errors
+    /// Those of `read`.
+    pub(crate) fn fill<E>(
+        &mut self,
+        run: Run,
+        read: impl FnOnce(&mut [u8]) -> Result<(), E>,
+    ) -> Result<Encoded<'_>, E> {
         self.block = run.block;
         self.full.clear();
         self.zeros.clear();
         self.data.clear();
         self.data.resize(run.pages as usize * PAGE, 0);
-        let offset = usize::try_from(run.first)
-            .unwrap_or(usize::MAX)
-            .saturating_mul(PAGE);
-        // The guest may write during the copy. A torn page does no harm in precopy: the write marks it
-        // dirty, and it goes again. All that follows uses the copy, since a page that is zero now may
-        // have content a moment later. Runs are within their block.
-        let _ = block.ram.read_pages(offset, &mut self.data);
+        // All that follows uses the copy, since a page that is zero now may have content a moment
+        // later.
+        read(&mut self.data)?;
         let mut kept = 0;
         for index in 0..run.pages as usize {
             let from = index * PAGE;
@@ -88,12 +91,12 @@ impl Batch {
         }
         self.data.truncate(kept);
         let count = |runs: &[Run]| runs.iter().map(|run| u64::from(run.pages)).sum();
-        Encoded {
+        Ok(Encoded {
             full_pages: count(&self.full),
             zero_pages: count(&self.zeros),
             pages: (!self.full.is_empty()).then(|| (head(self.block, &self.full), &self.data[..])),
             zeros: (!self.zeros.is_empty()).then(|| head(self.block, &self.zeros)),
-        }
+        })
     }
 }
 
@@ -170,25 +173,36 @@ pub(crate) enum Content {
     Later,
 }
 
-/// Reads the body of a frame of pages.
-pub(crate) fn decode<'a>(
+/// Reads the body of a frame of pages of memory.
+#[cfg(test)]
+pub(crate) fn decode_memory<'a>(
     body: &'a [u8],
     blocks: &[Block],
     content: Content,
+) -> Result<Decoded<'a>, WireError> {
+    decode(body, content, |index| {
+        let block = blocks.get(index)?;
+        Some((block.ram.len() / PAGE, block.name.as_str()))
+    })
+}
+
+/// Reads the body of a frame of pages; `find` returns the pages and the name of a block by its number.
+pub(crate) fn decode<'a, 'b>(
+    body: &'a [u8],
+    content: Content,
+    find: impl FnOnce(usize) -> Option<(usize, &'b str)>,
 ) -> Result<Decoded<'a>, WireError> {
     let short = || WireError::damaged("a batch of pages is truncated");
     let (head, mut rest) = body.split_first_chunk::<HEAD>().ok_or_else(short)?;
     let [b0, b1, b2, b3, r0, r1, r2, r3] = *head;
     let index = u32::from_le_bytes([b0, b1, b2, b3]) as usize;
-    let block = blocks
-        .get(index)
-        .ok_or_else(|| WireError::damaged(format!("the guest has no memory block {index}")))?;
+    let (there, name) =
+        find(index).ok_or_else(|| WireError::damaged(format!("the guest has no block {index}")))?;
     let count = u32::from_le_bytes([r0, r1, r2, r3]) as usize;
     // The peer sends this number: limit it before it sizes an allocation.
     if count > BATCH {
         return Err(WireError::damaged("a batch has too many runs of pages"));
     }
-    let there = block.ram.len() / PAGE;
     let (mut runs, mut total) = (Vec::with_capacity(count), 0_usize);
     for _ in 0..count {
         let (run, more) = rest.split_first_chunk::<RUN>().ok_or_else(short)?;
@@ -200,7 +214,6 @@ pub(crate) fn decode<'a>(
             .ok()
             .and_then(|first| first.checked_add(pages));
         if end.is_none_or(|end| end > there) {
-            let name = &block.name;
             return Err(WireError::damaged(format!(
                 "a run of pages from {first} is not within block {name}"
             )));
@@ -290,6 +303,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::disks::Contents;
 
     fn block(pages: usize) -> Block {
         let size = (pages * PAGE) as u64;
@@ -324,14 +338,17 @@ mod tests {
                 for (page, byte) in round.iter().enumerate() {
                     write(&here, page, *byte);
                 }
-                let encoded = batch.fill(&here, Run { block: 0, first: 0, pages: 40 });
+                let run = Run { block: 0, first: 0, pages: 40 };
+                let blocks = std::slice::from_ref(&here);
+                let contents = Contents { blocks, disks: &[] };
+                let encoded = batch.fill(run, |data| contents.read(run, data)).unwrap();
                 prop_assert_eq!(encoded.full_pages + encoded.zero_pages, 40);
                 if let Some((head, data)) = encoded.pages {
                     let body = [&head, data].concat();
-                    decode(&body, &there, Content::Data).unwrap().apply(&there, &touched);
+                    decode_memory(&body, &there, Content::Data).unwrap().apply(&there, &touched);
                 }
                 if let Some(body) = encoded.zeros {
-                    decode(&body, &there, Content::Zeros).unwrap().apply(&there, &touched);
+                    decode_memory(&body, &there, Content::Zeros).unwrap().apply(&there, &touched);
                 }
                 prop_assert!(read(&there[0]) == read(&here));
             }
@@ -347,7 +364,7 @@ mod tests {
             let there = [block(4)];
             let touched = [DirtyBitmap::new(4 * PAGE)];
             let raw = [&block_index.to_le_bytes()[..], &count.to_le_bytes(), &body].concat();
-            if let Ok(decoded) = decode(&raw, &there, content) {
+            if let Ok(decoded) = decode_memory(&raw, &there, content) {
                 decoded.apply(&there, &touched);
                 decoded.mark(&touched);
             }
@@ -375,9 +392,9 @@ mod tests {
             run(0, u64::MAX, 2),
             run(0, 0, u32::MAX),
         ] {
-            assert!(decode(&body, &there, Content::Zeros).is_err());
+            assert!(decode_memory(&body, &there, Content::Zeros).is_err());
         }
-        assert!(decode(&run(0, 0, 4), &there, Content::Zeros).is_ok());
-        assert!(decode(&run(0, 0, 4), &there, Content::Data).is_err());
+        assert!(decode_memory(&run(0, 0, 4), &there, Content::Zeros).is_ok());
+        assert!(decode_memory(&run(0, 0, 4), &there, Content::Data).is_err());
     }
 }

@@ -227,6 +227,22 @@ impl Policy {
         left.is_some_and(|left| rest > left.as_secs_f64())
     }
 
+    /// The policy for rounds of disks alone. Disks do not follow a guest, so that the vCPUs are slowed
+    /// down where memory would follow.
+    pub(crate) fn for_disks(&self) -> Self {
+        Self {
+            mode: match self.mode {
+                Mode::Auto => Mode::Auto,
+                Mode::Precopy | Mode::Hybrid | Mode::Postcopy => Mode::Precopy,
+            },
+            at_deadline: match self.at_deadline {
+                AtDeadline::Postcopy => AtDeadline::Throttle,
+                other => other,
+            },
+            ..self.clone()
+        }
+    }
+
     /// When a round that began earlier is cut short: at the deadline, unless rounds go on behind it.
     pub(crate) fn cut(&self, begun: Instant) -> Option<Instant> {
         let deadline = self.deadline?;
@@ -281,6 +297,49 @@ mod tests {
             elapsed: Duration::from_secs(5),
             can_postcopy: true,
             throttle: 0,
+        }
+    }
+
+    /// Blocks of disks cannot follow a guest: whatever the policy for memory says, disks end in the stop,
+    /// and a guest that writes too much to them is slowed down.
+    #[test]
+    fn disks_never_follow_the_guest() {
+        for mode in [Mode::Precopy, Mode::Hybrid, Mode::Postcopy, Mode::Auto] {
+            for at_deadline in [
+                AtDeadline::Cancel,
+                AtDeadline::Throttle,
+                AtDeadline::Postcopy,
+                AtDeadline::Stop,
+            ] {
+                let policy = Policy {
+                    mode,
+                    deadline: Some(Duration::from_secs(4)),
+                    ..policy(at_deadline)
+                };
+                let next = policy.for_disks().next(&situation());
+                let expected = match at_deadline {
+                    AtDeadline::Cancel => Next::GiveUp,
+                    AtDeadline::Stop => Next::Stop,
+                    AtDeadline::Throttle | AtDeadline::Postcopy => Next::Round { throttle: 20 },
+                };
+                assert_eq!(next, expected, "{mode:?} {at_deadline:?}");
+                let slowest = Situation {
+                    throttle: MAX_THROTTLE,
+                    ..situation()
+                };
+                // It ends, however much the guest writes.
+                assert_ne!(
+                    policy.for_disks().next(&slowest),
+                    Next::Round { throttle: 99 }
+                );
+                let early = Situation {
+                    round: 1,
+                    elapsed: Duration::ZERO,
+                    ..situation()
+                };
+                let round = Next::Round { throttle: 0 };
+                assert_eq!(policy.for_disks().next(&early), round);
+            }
         }
     }
 

@@ -100,6 +100,10 @@ pub struct Report {
     pub phase: Phase,
     /// Bytes of the guest's memory.
     pub memory_bytes: u64,
+    /// Bytes of the disks that are copied, as the guest sees them.
+    pub disk_bytes: u64,
+    /// Bytes of disks in the current round that are not sent yet.
+    pub disk_remaining_bytes: u64,
     /// Bytes that went over the RAM channels.
     pub sent_bytes: u64,
     /// Pages sent with their content.
@@ -152,6 +156,8 @@ impl Default for Progress {
         let report = Report {
             phase: Phase::Connecting,
             memory_bytes: 0,
+            disk_bytes: 0,
+            disk_remaining_bytes: 0,
             sent_bytes: 0,
             pages: 0,
             zero_pages: 0,

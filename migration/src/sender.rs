@@ -11,6 +11,7 @@ use parking_lot::Mutex;
 
 use crate::MigrationError;
 use crate::decision::Decision;
+use crate::disks::{Contents, check_lost};
 use crate::link::Stream;
 use crate::pages::{self, BATCH, Batch, Block, PAGE, Run};
 use crate::progress::Progress;
@@ -68,7 +69,7 @@ fn batch_pages(limit: Option<u64>) -> usize {
 
 /// A round that several channels share.
 pub(crate) struct Work<'a, I> {
-    pub(crate) blocks: &'a [Block],
+    pub(crate) contents: Contents<'a>,
     pub(crate) batches: Mutex<I>,
     pub(crate) pacer: Pacer,
     /// The round ends at this time, whatever is left.
@@ -83,13 +84,10 @@ impl<I: Iterator<Item = Run>> Work<'_, I> {
     pub(crate) fn put_back(&self) {
         // All channels have ended: what the iterator still holds is what no channel took.
         for run in self.batches.lock().by_ref() {
-            if let Some(block) = self.blocks.get(run.block as usize) {
+            if let Some(dirty) = self.contents.dirty(run.block) {
                 // Within the block.
                 let first = run.first as usize;
-                block
-                    .ram
-                    .dirty()
-                    .mark(first * PAGE, run.pages as usize * PAGE);
+                dirty.mark(first * PAGE, run.pages as usize * PAGE);
             }
         }
     }
@@ -151,7 +149,7 @@ pub(crate) fn on_all<R>(
 /// Few pages, over the first channel, on this thread.
 pub(crate) fn send_inline(
     rams: &mut [Ram],
-    blocks: &[Block],
+    contents: Contents<'_>,
     batches: impl Iterator<Item = Run>,
     pacer: &Pacer,
     round: u32,
@@ -160,7 +158,7 @@ pub(crate) fn send_inline(
     let mut sent = 0;
     if let Some(first) = rams.first_mut() {
         for run in batches {
-            let bytes = first.send_batch(blocks, run, progress)?;
+            let bytes = first.send_batch(contents, run, progress)?;
             sent += bytes;
             // Bounded by the caller, which sends few pages like this.
             pacer.wait(bytes, || false);
@@ -191,7 +189,7 @@ impl Ram {
     /// Sends pages of these batches that were not sent yet. The caller sends the end of the round.
     pub(crate) fn push(
         &mut self,
-        blocks: &[Block],
+        contents: Contents<'_>,
         batches: &Mutex<impl Iterator<Item = Run>>,
         pacer: &Pacer,
         priority: &FaultPriority,
@@ -204,17 +202,17 @@ impl Ram {
             // the channels would wait for each other.
             let next = batches.lock().next();
             let Some(batch) = next else { return Ok(sent) };
-            let Some(block) = blocks.get(batch.block as usize) else {
+            let Some(dirty) = contents.dirty(batch.block) else {
                 continue;
             };
             let pages = batch.first..batch.first + u64::from(batch.pages);
             let mut runs: Vec<Run> = Vec::new();
             // Within the block.
-            for page in pages.filter(|page| block.ram.dirty().take_page(*page as usize)) {
+            for page in pages.filter(|page| dirty.take_page(*page as usize)) {
                 pages::push(&mut runs, batch.block, page);
             }
             for run in runs {
-                let bytes = self.send_batch(blocks, run, progress)?;
+                let bytes = self.send_batch(contents, run, progress)?;
                 sent += bytes;
                 // Nothing cancels pages that follow a guest.
                 pacer.wait(bytes, || false);
@@ -235,7 +233,7 @@ impl Ram {
             if work.decision.is_canceled() {
                 return Err(MigrationError::Canceled);
             }
-            let bytes = self.send_batch(work.blocks, run, &work.progress)?;
+            let bytes = self.send_batch(work.contents, run, &work.progress)?;
             sent += bytes;
             work.pacer
                 .wait(bytes, || is_cut() || work.decision.is_canceled());
@@ -291,21 +289,19 @@ impl Ram {
 
     pub(crate) fn send_batch(
         &mut self,
-        blocks: &[Block],
+        contents: Contents<'_>,
         run: Run,
         progress: &Progress,
     ) -> Result<u64, MigrationError> {
-        let Some(block) = blocks.get(run.block as usize) else {
-            return Ok(0);
-        };
         let mut sent = 0;
         // In front of the page, on the same channel: the destination checks the page before it
         // installs it. Afterwards the guest may have written to it.
-        if self.announces_hashes {
+        if self.announces_hashes
+            && let Some(block) = contents.block(run.block)
+        {
             self.send_hashes(block, run, progress)?;
         }
-        let batch = self.batch.fill(block, run);
-        check_lost(block)?;
+        let batch = self.batch.fill(run, |data| contents.read(run, data))?;
         if let Some((head, data)) = &batch.pages {
             wire::write(&mut *self.stream, Kind::Pages, &[head, data])?;
             sent += (wire::HEADER_LEN + head.len() + data.len()) as u64;
@@ -317,22 +313,17 @@ impl Ram {
         let (full, zero) = (batch.full_pages, batch.zero_pages);
         progress.update(|report| {
             report.sent_bytes += sent;
+            if contents.is_disk(run.block) {
+                let bytes = (full + zero) * PAGE as u64;
+                report.disk_remaining_bytes = report.disk_remaining_bytes.saturating_sub(bytes);
+                return;
+            }
             report.pages += full;
             report.zero_pages += zero;
             report.remaining_pages = report.remaining_pages.saturating_sub(full + zero);
         });
         Ok(sent)
     }
-}
-
-/// Fails if the host lost memory of the block. Called behind a read: what that found in the place of
-/// lost memory is not the guest's.
-fn check_lost(block: &Block) -> Result<(), MigrationError> {
-    let Some(offset) = block.ram.first_lost() else {
-        return Ok(());
-    };
-    let why = format!("the host lost memory of the guest at offset {offset:#x} of its RAM");
-    Err(MigrationError::here("memory-lost", why))
 }
 
 /// The time of the last page fault. Other pages yield for a moment after one.

@@ -17,10 +17,12 @@ use uuid::Uuid;
 pub use self::hand_over::PendingAbort;
 use self::postcopy::FaultServer;
 use crate::decision::Decision;
+use crate::disks::{self, Contents, SourceDisk};
 use crate::journal::{Journal, Step};
 use crate::link::{Dial, Stream};
 use crate::message::{
-    self, Channel, ControlChannel, Hello, Offer, Refusal, ToDestination, ToSource, VERSIONS,
+    self, BlockInfo, Channel, ControlChannel, Hello, Offer, Refusal, ToDestination, ToSource,
+    VERSIONS,
 };
 use crate::pages::{BATCH, Block, PAGE};
 use crate::policy::{Measured, Mode, Policy};
@@ -48,7 +50,13 @@ pub trait Source: Send {
     /// Returns the VM's RAM blocks, in the order of [`Offer::blocks`].
     fn blocks(&self) -> Vec<Block>;
 
-    /// Starts dirty tracking. All pages count as dirty at the start.
+    /// Returns the disks that are copied, in the order of [`Offer::disks`].
+    fn disks(&self) -> Vec<SourceDisk> {
+        Vec::new()
+    }
+
+    /// Starts dirty tracking. At the start all pages of memory count as dirty, and those pages of disks
+    /// that may have content.
     ///
     /// # Errors
     /// The host refuses, or the machine is gone.
@@ -179,6 +187,7 @@ pub fn send(mut sending: Sending<'_>, source: &mut dyn Source) -> Outcome {
     let progress = sending.progress.clone();
     let mut engine = Engine {
         blocks: source.blocks(),
+        disks: source.disks(),
         sending: &mut sending,
         source,
         control: None,
@@ -192,6 +201,8 @@ pub fn send(mut sending: Sending<'_>, source: &mut dyn Source) -> Outcome {
         is_given: false,
         verify: false,
         fault_server: None,
+        begun: Instant::now(),
+        throttle: 0,
     };
     // An error here means that no `Commit` was sent: the guest is still this side's. Behind
     // `Commit` only the destination or an operator can say where it runs.
@@ -221,6 +232,8 @@ struct Engine<'a, 'b> {
     sending: &'a mut Sending<'b>,
     source: &'a mut dyn Source,
     blocks: Vec<Block>,
+    /// The disks that are copied.
+    disks: Vec<SourceDisk>,
     control: Option<ControlChannel>,
     rams: Vec<Ram>,
     tracking: bool,
@@ -238,6 +251,10 @@ struct Engine<'a, 'b> {
     verify: bool,
     /// Serves page faults of the destination; set from when postcopy starts.
     fault_server: Option<FaultServer>,
+    /// When the copy began: the deadline counts from here.
+    begun: Instant,
+    /// How much of the time the vCPUs are kept from running, in percent.
+    throttle: u8,
 }
 
 /// Opens a connection and sends its `Hello`.
@@ -368,9 +385,20 @@ impl Engine<'_, '_> {
             source.harvest()
         })?;
         self.measure()?;
+        self.begun = Instant::now();
+        // Disks first: they are larger than memory, of which the guest would write the most again
+        // meanwhile.
+        self.copy_disks()?;
         let postcopy = match self.sending.policy.mode {
             Mode::Postcopy => true,
-            Mode::Precopy | Mode::Hybrid | Mode::Auto => self.precopy()?,
+            Mode::Precopy | Mode::Hybrid | Mode::Auto => {
+                let postcopy = self.precopy()?;
+                if postcopy {
+                    // Disks do not follow the guest: what is left of them is sent in the stop.
+                    self.copy_disks()?;
+                }
+                postcopy
+            }
         };
         // The guest still runs here, so this failure costs it no pause.
         if postcopy && !self.can_postcopy {
@@ -415,9 +443,12 @@ impl Engine<'_, '_> {
             return Err(MigrationError::here("verify-unsupported", why));
         }
         offer.verify = self.verify;
-        self.sending
-            .progress
-            .update(|report| report.memory_bytes = memory);
+        offer.disks = self.disks_to_offer()?;
+        let disks = self.disks.iter().map(|disk| disk.size).sum();
+        self.sending.progress.update(|report| {
+            report.memory_bytes = memory;
+            report.disk_bytes = disks;
+        });
         // Before the destination makes a machine: a source that cannot keep a journal does not migrate.
         let prepared = self.sending.journal.record(Step::Prepare);
         prepared.map_err(|error| MigrationError::here("journal", error))?;
@@ -451,6 +482,25 @@ impl Engine<'_, '_> {
             .progress
             .update(|report| report.connections = count);
         Ok(())
+    }
+
+    /// The disks to copy, if the destination can take them.
+    fn disks_to_offer(&self) -> Result<Vec<BlockInfo>, MigrationError> {
+        if !self.disks.is_empty() && self.version < disks::VERSION {
+            let why = format!(
+                "the destination supports version {} of the migration protocol, and copying disks \
+                 needs version {}: update the destination, or put the disks on shared storage",
+                self.version,
+                disks::VERSION
+            );
+            return Err(MigrationError::here("storage-copy-unsupported", why));
+        }
+        if !self.disks.is_empty() && self.is_given {
+            let why = "disks are not copied together with `local`: the other process of this host \
+                       can use the same images";
+            return Err(MigrationError::here("storage-copy-unsupported", why));
+        }
+        Ok(disks::infos(&self.disks))
     }
 
     /// The files of all blocks, if they have some.

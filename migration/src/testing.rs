@@ -25,7 +25,9 @@ use crate::link::{Dial, Stream};
 use crate::message::{self, Channel, ControlChannel, Hello, Offer, ToDestination, ToSource};
 use crate::wire::WireError;
 
-pub use self::guest::{MemoryGuest, Moment, blocks, contents, fill_page, ram};
+pub use self::guest::{
+    MemoryDisk, MemoryGuest, Moment, blocks, contents, disk_name, fill_page, ram,
+};
 pub use self::unreadable::UnreadableFaults;
 
 /// A certificate authority for tests.

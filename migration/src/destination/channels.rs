@@ -8,9 +8,11 @@ use std::time::Duration;
 use memory::DirtyBitmap;
 use parking_lot::Mutex;
 
+use super::incoming_disks::IncomingDisks;
 use super::postcopy::PostcopyReceiver;
+use crate::disks::DestinationDisk;
 use crate::link::{Closer, Stream};
-use crate::pages::{self, Block, Content};
+use crate::pages::{self, Block, Content, PAGE};
 use crate::progress::Progress;
 use crate::threads::in_span;
 use crate::verify::{Findings, Hashes};
@@ -30,10 +32,12 @@ pub(super) struct IncomingMemory {
     pub(super) verify: bool,
     /// The result of comparing them.
     pub(super) findings: Findings,
+    /// Disks that arrive with the memory, numbered behind its blocks.
+    pub(super) disks: IncomingDisks,
 }
 
 impl IncomingMemory {
-    pub(super) fn new(blocks: Vec<Block>, verify: bool) -> Self {
+    pub(super) fn new(blocks: Vec<Block>, disks: Vec<DestinationDisk>, verify: bool) -> Self {
         let bitmaps = || -> Vec<DirtyBitmap> {
             let bitmaps = blocks.iter().map(|block| {
                 let bitmap = DirtyBitmap::new(block.ram.len());
@@ -50,6 +54,7 @@ impl IncomingMemory {
             receiver: OnceLock::new(),
             verify,
             findings: Findings::default(),
+            disks: IncomingDisks::new(disks, blocks.len()),
             blocks,
         }
     }
@@ -76,13 +81,14 @@ pub(super) struct Channels {
 impl Channels {
     pub(super) fn new(
         blocks: Vec<Block>,
+        disks: Vec<DestinationDisk>,
         connections: u16,
         verify: bool,
         progress: Progress,
     ) -> Self {
         let (ends, ended) = mpsc::channel();
         Self {
-            memory: Arc::new(IncomingMemory::new(blocks, verify)),
+            memory: Arc::new(IncomingMemory::new(blocks, disks, verify)),
             progress,
             ends,
             ended,
@@ -279,7 +285,15 @@ fn take_frame(
         Kind::Missing => Content::Later,
         _ => Content::Zeros,
     };
-    let decoded = pages::decode(body, &memory.blocks, content)?;
+    let decoded = pages::decode(body, content, |index| match memory.blocks.get(index) {
+        Some(block) => Some((block.ram.len() / PAGE, block.name.as_str())),
+        None => memory.disks.find(index),
+    })?;
+    let bytes = body.len() as u64;
+    if memory.disks.take(&decoded, content)? {
+        progress.update(|report| report.sent_bytes = report.sent_bytes.saturating_add(bytes));
+        return Ok(None);
+    }
     match (content, memory.receiver.get()) {
         (Content::Later, None) => {
             decoded.mark(&memory.missing.lock());
@@ -296,7 +310,7 @@ fn take_frame(
         (_, Some(receiver)) => memory.fill(receiver, &decoded, announced, progress)?,
         (_, None) => decoded.apply(&memory.blocks, &memory.touched),
     }
-    let (count, bytes) = (decoded.count(), body.len() as u64);
+    let count = decoded.count();
     progress.update(|report| {
         // `wait_round` takes growing bytes as the sign that the source still sends.
         report.sent_bytes = report.sent_bytes.saturating_add(bytes);

@@ -76,7 +76,13 @@ impl<'a> Preparing<'a> {
         // thread.
         let connections = offer.connections.clamp(1, MAX_CONNECTIONS);
         let progress = session.progress.clone();
-        let channels = Channels::new(target.blocks(), connections, offer.verify, progress);
+        let channels = Channels::new(
+            target.blocks(),
+            target.disks(),
+            connections,
+            offer.verify,
+            progress,
+        );
         // From here on the machine is discarded, and its journal closed, whatever fails.
         let mut guest = Guest::new(session, id, target, journal, channels);
         if session.decision.is_canceled() {
@@ -103,9 +109,12 @@ impl<'a> Preparing<'a> {
         }
         let memory = offer.blocks.iter().map(|block| block.size);
         let memory = memory.fold(0, u64::saturating_add);
+        let disks = offer.disks.iter().map(|disk| disk.size);
+        let disks = disks.fold(0, u64::saturating_add);
         session.progress.update(|report| {
             report.phase = Phase::Precopy;
             report.memory_bytes = memory;
+            report.disk_bytes = disks;
             report.connections = connections;
             // Of sources that came before.
             report.error = None;
@@ -114,6 +123,7 @@ impl<'a> Preparing<'a> {
             migration = %id,
             vm = offer.vm,
             memory_bytes = memory,
+            disk_bytes = disks,
             connections,
             verify = offer.verify,
             "migration: the machine is built, memory arrives"
@@ -122,7 +132,7 @@ impl<'a> Preparing<'a> {
     }
 }
 
-/// Compares the memory of both sides, and begins the journal.
+/// Compares the memory and the disks of both sides, and begins the journal.
 fn agree(
     session: &Session<'_>,
     id: uuid::Uuid,
@@ -148,6 +158,22 @@ fn agree(
             "the guest's memory is {there:?} at the source, and {here:?} at the destination"
         );
         return Err(Refusal::new("memory-differs", detail));
+    }
+    let here: Vec<_> = target
+        .disks()
+        .iter()
+        .map(|disk| (disk.name.clone(), disk.size))
+        .collect();
+    let there: Vec<_> = offer
+        .disks
+        .iter()
+        .map(|disk| (disk.name.clone(), disk.size))
+        .collect();
+    if here != there {
+        let detail = format!(
+            "the disks to copy are {there:?} at the source, and {here:?} at the destination"
+        );
+        return Err(Refusal::new("disks-differ", detail));
     }
     // Only now, so that a refused offer leaves no file behind; and before `Prepared`, so that a
     // host which restarts can answer for every migration that it accepted.

@@ -1,5 +1,7 @@
 //! Memory and device state arrive; the guest runs at the source.
 
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use uuid::Uuid;
@@ -12,6 +14,7 @@ use super::{Destination, Failed, POLLS, Session, answer_ping};
 use crate::journal::{Journal, Step};
 use crate::message::{ControlChannel, Refusal, ToDestination, ToSource};
 use crate::progress::{Phase, Report, micros};
+use crate::threads::in_span;
 use crate::wire::WireError;
 use crate::{ATTEMPTS, KEEPALIVES, MigrationError, STALL};
 
@@ -186,6 +189,8 @@ impl<'a> Receiving<'a> {
         match error {
             // First, because a cancel closes connections: any error below may be its consequence.
             _ if self.guest.session.decision.is_canceled() => MigrationError::Canceled,
+            // That ended the wait for the source, which does not know it yet.
+            MigrationError::Wire(_) if let Err(failed) = self.guest.check_disks() => failed,
             MigrationError::Wire(error) => match self.last_words() {
                 Some(why) => MigrationError::There(why),
                 None => MigrationError::Wire(error),
@@ -216,11 +221,20 @@ impl<'a> Receiving<'a> {
     /// Returns since when the guest is paused at the source, whether its owner had paused it, and how
     /// long the load took.
     fn until_loaded(&mut self) -> Result<(Instant, bool, u64), MigrationError> {
+        let disks = &self.guest.channels.memory.disks;
+        if !disks.are_none() {
+            let closer = self.control.stream.read_closer();
+            disks.fail_by(closer.map_err(|error| MigrationError::Wire(error.into()))?);
+        }
         self.wait_channels()?;
         loop {
             match self.recv(ControlChannel::recv)? {
                 ToDestination::Round(round) => {
                     self.guest.wait_round(round, &mut self.control)?;
+                    // Each round for itself, so that little is left to write in the stop.
+                    let took = self.guest.sync_disks(&mut self.control)?;
+                    // Time of this side, not of the source.
+                    self.advance.until += took;
                     let progress = self.guest.session.progress;
                     progress.update(|report| report.rounds = round);
                     let report = progress.report();
@@ -274,6 +288,10 @@ impl<'a> Receiving<'a> {
         // thread may write to memory plainly once `expect_postcopy` registers it with userfaultfd.
         self.guest.wait_round(round, &mut self.control)?;
         self.guest.channels.memory.check_all_compared()?;
+        // The source may give the guest away as soon as this side is ready: then its disks must
+        // survive this host.
+        self.guest.channels.memory.disks.end();
+        self.guest.sync_disks(&mut self.control)?;
         let start = Instant::now();
         if postcopy {
             self.expect_postcopy()?;
@@ -404,6 +422,44 @@ impl Guest<'_> {
         Ok(None)
     }
 
+    /// Fails if the storage of a disk did.
+    fn check_disks(&self) -> Result<(), MigrationError> {
+        let failure = self.channels.memory.disks.failure();
+        failure.map_or(Ok(()), |why| Err(MigrationError::Here(why)))
+    }
+
+    /// Makes durable all that arrived of disks. Storage may take longer than the source's patience:
+    /// meanwhile the source hears that this side lives. Returns how long it took.
+    pub(super) fn sync_disks(
+        &self,
+        control: &mut ControlChannel,
+    ) -> Result<Duration, MigrationError> {
+        let every = self.session.patience / KEEPALIVES;
+        let disks = &self.channels.memory.disks;
+        if disks.are_none() {
+            return Ok(Duration::ZERO);
+        }
+        thread::scope(|scope| {
+            let (done, results) = mpsc::channel();
+            let sync = move || {
+                // The receiver waits, unless the source is gone.
+                let _ = done.send(disks.sync());
+            };
+            let started = thread::Builder::new().spawn_scoped(scope, in_span(sync));
+            started.map_err(|error| MigrationError::here("host-refused", error))?;
+            loop {
+                match results.recv_timeout(every) {
+                    Ok(synced) => return synced.map_err(MigrationError::Here),
+                    Err(RecvTimeoutError::Timeout) => control.send(&ToSource::Busy)?,
+                    Err(RecvTimeoutError::Disconnected) => {
+                        let why = "a thread that syncs disks panicked";
+                        return Err(MigrationError::here("internal", why));
+                    }
+                }
+            }
+        })
+    }
+
     /// Waits until each RAM channel has ended this round. A slow network that holds much in flight may
     /// take long: as long as pages come, the source hears that they do.
     pub(super) fn wait_round(
@@ -419,6 +475,7 @@ impl Guest<'_> {
             if self.session.decision.is_canceled() {
                 return Err(MigrationError::Canceled);
             }
+            self.check_disks()?;
             let now = arrived();
             if now != last {
                 (last, since) = (now, Instant::now());
@@ -435,6 +492,7 @@ impl Guest<'_> {
                 control.send(&ToSource::Busy)?;
             }
         }
+        self.check_disks()?;
         let memory = &self.channels.memory;
         let checked = memory.findings.check(&memory.blocks);
         checked.map_err(MigrationError::Here)

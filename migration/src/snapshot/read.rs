@@ -167,6 +167,7 @@ impl Snapshot {
             postcopy: false,
             given: false,
             verify: false,
+            disks: Vec::new(),
         }
     }
 

@@ -54,6 +54,7 @@ pub(super) fn saved(blocks: &[Block]) -> Saved {
             postcopy: false,
             given: false,
             verify: false,
+            disks: Vec::new(),
         },
         state: b"the state".to_vec(),
         stopped_at: Instant::now() - Duration::from_secs(5),

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use parking_lot::Mutex;
 
-use super::{Engine, Whereabouts, dial_channel, disconnected, keepalive};
+use super::{Contents, Engine, Whereabouts, dial_channel, disconnected, keepalive};
 use crate::decision::{Doubt, Question, Resolution};
 use crate::link::{Closer, Stream};
 use crate::message::{Channel, ControlChannel, Hello, ToDestination, ToSource};
@@ -68,7 +68,11 @@ impl FaultServer {
                     first: page,
                     pages: 1,
                 };
-                if is_ours && ram.send_batch(&blocks, run, &progress).is_err() {
+                let contents = Contents {
+                    blocks: &blocks,
+                    disks: &[],
+                };
+                if is_ours && ram.send_batch(contents, run, &progress).is_err() {
                     break;
                 }
             }
@@ -216,10 +220,14 @@ impl Engine<'_, '_> {
         // The limit holds for bulk pages only. Pages that the guest waits for are never delayed.
         let pacer = Pacer::new(self.sending.policy.max_bandwidth);
         let every = self.sending.policy.patience / KEEPALIVES;
-        let (blocks, rams) = (&self.blocks, &mut self.rams);
+        let rams = &mut self.rams;
+        let contents = Contents {
+            blocks: &self.blocks,
+            disks: &[],
+        };
         let control = self.control.as_mut().ok_or_else(disconnected)?;
         let start = Instant::now();
-        let push = |ram: &mut Ram| ram.push(blocks, &batches, &pacer, priority, progress);
+        let push = |ram: &mut Ram| ram.push(contents, &batches, &pacer, priority, progress);
         let (sent, ()) = on_all(rams, push, every, || keepalive(control), || ())?;
         // No batch is left: the fault server ends after the page that it is sending.
         let fault_server = self.fault_server.take().and_then(FaultServer::end);

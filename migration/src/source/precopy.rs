@@ -1,39 +1,66 @@
-//! Precopy: rounds of dirty pages while the guest runs.
+//! Rounds of dirty pages while the guest runs: of disks alone, and of all.
 
 use std::time::Instant;
 
 use memory::DirtyPages;
 use parking_lot::Mutex;
 
-use super::{Engine, INLINE, disconnected, keepalive};
+use super::{Contents, Engine, INLINE, disconnected, keepalive};
 use crate::message::{ToDestination, ToSource};
 use crate::pages::PAGE;
-use crate::policy::{Next, Situation};
+use crate::policy::{Next, Policy, Situation};
 use crate::progress::{Phase, Round, micros};
 use crate::sender::{Pacer, Work, batches, count, on_all, per_second, send_inline};
 use crate::{KEEPALIVES, MigrationError};
 
+/// What a round copies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Subject {
+    /// Memory and disks.
+    All,
+    Disks,
+}
+
 impl Engine<'_, '_> {
     /// Runs precopy rounds until the policy stops the guest. Returns true for a switch to postcopy.
     pub(super) fn precopy(&mut self) -> Result<bool, MigrationError> {
+        let policy = self.sending.policy.clone();
+        self.rounds(Subject::All, &policy)
+    }
+
+    /// Copies disks until what the guest writes to them meanwhile fits into the stop. A guest that
+    /// writes faster than that is slowed down at the deadline, or whatever the policy says but postcopy.
+    pub(super) fn copy_disks(&mut self) -> Result<(), MigrationError> {
+        if self.disks.is_empty() {
+            return Ok(());
+        }
+        let policy = self.sending.policy.for_disks();
+        self.rounds(Subject::Disks, &policy).map(|_| ())
+    }
+
+    fn rounds(&mut self, subject: Subject, policy: &Policy) -> Result<bool, MigrationError> {
         let progress = self.sending.progress.clone();
         progress.enter(Phase::Precopy);
-        let begun = Instant::now();
-        let cut = self.sending.policy.cut(begun);
-        let mut harvested = begun;
-        let mut pending = self.take_dirty();
-        let (mut before, mut throttle) = (count(&pending), 0);
-        for round in 1.. {
+        let begun = self.begun;
+        let cut = policy.cut(begun);
+        let mut harvested = Instant::now();
+        let mut pending = self.take_dirty(subject);
+        let (mut before, mut throttle) = (count(&pending), self.throttle);
+        let earlier = progress.report().rounds;
+        for judged in 1.. {
             self.check()?;
+            let round = earlier + judged;
             self.round(round, &pending, cut)?;
             // Behind the round: the prediction needs what the guest wrote while the pages were
             // sent. With an earlier harvest the stop would look shorter than it is.
-            self.with_keepalive(|source| source.harvest())?;
-            pending = self.take_dirty();
+            if subject == Subject::All {
+                self.with_keepalive(|source| source.harvest())?;
+            }
+            pending = self.take_dirty(subject);
             let dirty = count(&pending);
             let span = harvested.elapsed();
             harvested = Instant::now();
-            if self.measured.downtime(0) > self.sending.policy.max_downtime {
+            if self.measured.downtime(0) > policy.max_downtime {
                 // No round would change that; but what was busy when it was measured may be no longer.
                 self.measure()?;
             }
@@ -60,10 +87,11 @@ impl Engine<'_, '_> {
                 dirty_pages_per_second = per_second(dirty, span),
                 predicted_ms = predicted.as_millis() as u64,
                 throttle_percent = throttle,
+                ?subject,
                 "migration: a round was copied"
             );
             let situation = Situation {
-                round,
+                round: judged,
                 dirty,
                 dirty_before: before,
                 predicted,
@@ -73,10 +101,10 @@ impl Engine<'_, '_> {
                 throttle,
             };
             before = dirty;
-            match self.sending.policy.next(&situation) {
+            match policy.next(&situation) {
                 Next::Round { throttle: wanted } => {
                     if wanted != throttle {
-                        throttle = wanted;
+                        (throttle, self.throttle) = (wanted, wanted);
                         self.source.throttle(throttle);
                         progress.update(|report| report.throttle_percent = throttle);
                     }
@@ -89,11 +117,16 @@ impl Engine<'_, '_> {
                 }
                 Next::GiveUp => {
                     self.put_back(&pending);
+                    let of = match subject {
+                        Subject::All if self.disks.is_empty() => "pages",
+                        Subject::All => "pages of memory and disks",
+                        Subject::Disks => "blocks of 4 KiB of its disks",
+                    };
                     let why = format!(
-                        "the guest dirties {dirty} pages during one round: the stop would be {} \
+                        "the guest dirties {dirty} {of} during one round: the stop would be {} \
                          ms, and the limit is {} ms (`max_downtime_ms`)",
                         predicted.as_millis(),
-                        self.sending.policy.max_downtime.as_millis(),
+                        policy.max_downtime.as_millis(),
                     );
                     return Err(MigrationError::here("does-not-converge", why));
                 }
@@ -102,15 +135,49 @@ impl Engine<'_, '_> {
         Ok(false)
     }
 
-    pub(super) fn take_dirty(&self) -> Vec<DirtyPages> {
-        let blocks = self.blocks.iter();
-        blocks.map(|block| block.ram.dirty().take()).collect()
+    /// Takes the marks of dirty pages: a list for each block, and behind those one for each disk.
+    pub(super) fn take_dirty(&self, subject: Subject) -> Vec<DirtyPages> {
+        let memory = self.blocks.iter().map(|block| match subject {
+            Subject::All => block.ram.dirty().take(),
+            Subject::Disks => DirtyPages::default(),
+        });
+        let disks = self.disks.iter().map(|disk| disk.dirty.take());
+        memory.chain(disks).collect()
     }
 
     fn put_back(&self, pages: &[DirtyPages]) {
-        for (block, pages) in self.blocks.iter().zip(pages) {
-            block.ram.dirty().put_back(pages);
+        let memory = self.blocks.iter().map(|block| block.ram.dirty());
+        let disks = self.disks.iter().map(|disk| &*disk.dirty);
+        for (bitmap, pages) in memory.chain(disks).zip(pages) {
+            bitmap.put_back(pages);
         }
+    }
+
+    /// Dirty pages of disks that no round has taken.
+    pub(super) fn dirty_of_disks(&self) -> u64 {
+        let disks = self.disks.iter();
+        disks.map(|disk| disk.dirty.count() as u64).sum()
+    }
+
+    /// Shows what a round is about to send.
+    fn show_pending(&self, round: u32, pending: &[DirtyPages]) {
+        let (memory, disks) = pending
+            .split_at_checked(self.blocks.len())
+            .unwrap_or_default();
+        // While disks are copied, memory waits.
+        let waiting = match self.disks.is_empty() {
+            true => 0,
+            false => self
+                .blocks
+                .iter()
+                .map(|b| b.ram.dirty().count() as u64)
+                .sum(),
+        };
+        self.sending.progress.update(|report| {
+            report.rounds = round;
+            report.remaining_pages = count(memory).saturating_add(waiting);
+            report.disk_remaining_bytes = count(disks) * PAGE as u64;
+        });
     }
 
     /// Sends pages, and waits until they are in the destination's memory. What was not sent when the
@@ -153,26 +220,20 @@ impl Engine<'_, '_> {
     ) -> Result<u64, MigrationError> {
         let pages = count(pending);
         let progress = self.sending.progress.clone();
-        progress.update(|report| {
-            report.rounds = round;
-            report.remaining_pages = pages;
-        });
+        self.show_pending(round, pending);
+        let contents = Contents {
+            blocks: &self.blocks,
+            disks: &self.disks,
+        };
         let limit = self.sending.policy.max_bandwidth;
         let (batches, pacer) = (batches(pending, limit), Pacer::new(limit));
         let every = self.sending.policy.patience / KEEPALIVES;
         // Not what takes so long that the destination needs keepalives meanwhile.
         if pages <= INLINE && pacer.has_room(pages * PAGE as u64, every) {
-            return send_inline(
-                &mut self.rams,
-                &self.blocks,
-                batches,
-                &pacer,
-                round,
-                &progress,
-            );
+            return send_inline(&mut self.rams, contents, batches, &pacer, round, &progress);
         }
         let work = Work {
-            blocks: &self.blocks,
+            contents,
             batches: Mutex::new(batches),
             pacer,
             cut,

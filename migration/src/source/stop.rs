@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 use memory::DirtyPages;
 use parking_lot::Mutex;
 
-use super::{Engine, INLINE, disconnected, keepalive};
+use super::precopy::Subject;
+use super::{Contents, Engine, INLINE, disconnected, keepalive};
 use crate::decision::Decision;
 use crate::journal::Step;
 use crate::link::Closer;
@@ -78,7 +79,7 @@ impl Engine<'_, '_> {
     /// Starts the clock of a stop.
     fn limit_stop(&self, postcopy: bool) -> Result<StopLimit, MigrationError> {
         let policy = self.sending.policy;
-        let left = if postcopy || self.is_given {
+        let of_memory: u64 = if postcopy || self.is_given {
             0
         } else {
             self.blocks
@@ -86,6 +87,7 @@ impl Engine<'_, '_> {
                 .map(|b| b.ram.dirty().count() as u64)
                 .sum()
         };
+        let left = of_memory.saturating_add(self.dirty_of_disks());
         let memory = self.blocks.iter().map(|b| b.ram.len() as u64).sum();
         let predicted = self.measured.downtime(left);
         let limit = policy.stop_limit(predicted, memory);
@@ -141,11 +143,20 @@ impl Engine<'_, '_> {
         Ok(())
     }
 
-    /// Postcopy: tells which pages come after the guest, and saves the machine. From here on until
+    /// Postcopy: sends the rest of the disks, tells which pages of memory come after the guest, and saves
+    /// the machine. From here on until
     /// all pages are there, a thread answers for those that the destination waits for: already loading
     /// the devices may need some.
     fn save_for_postcopy(&mut self, round: &mut u32) -> Result<Vec<u8>, MigrationError> {
         let saving = Instant::now();
+        // The rest of the disks: no block of a disk may be missing once the guest runs there, since
+        // a write to one would have no place to go.
+        let disks = self.take_dirty(Subject::Disks);
+        let of_disks = count(&disks);
+        if !self.disks.is_empty() {
+            self.send_pages(*round, &disks, None)?;
+            *round += 1;
+        }
         if self.verify {
             // Pages that are there already have to be right before the guest runs; those that come
             // later are compared as they arrive.
@@ -160,6 +171,7 @@ impl Engine<'_, '_> {
         let here = *round;
         self.sending.progress.update(|report| report.rounds = here);
         self.announce_missing(here)?;
+        self.downtime.pages = of_disks;
         self.serve_faults()?;
         let state = self.source.save().map_err(MigrationError::Here)?;
         self.downtime.save_us = micros(saving.elapsed()).saturating_sub(self.downtime.verify_us);
@@ -172,7 +184,7 @@ impl Engine<'_, '_> {
         let pending = if self.is_given {
             Vec::new()
         } else {
-            self.take_dirty()
+            self.take_dirty(Subject::All)
         };
         self.downtime.pages = count(&pending);
         let state = if self.downtime.pages <= INLINE {
@@ -200,7 +212,10 @@ impl Engine<'_, '_> {
         pending: &[DirtyPages],
     ) -> Result<Vec<u8>, MigrationError> {
         let work = Work {
-            blocks: &self.blocks,
+            contents: Contents {
+                blocks: &self.blocks,
+                disks: &self.disks,
+            },
             batches: Mutex::new(batches(pending, self.sending.policy.max_bandwidth)),
             pacer: Pacer::new(self.sending.policy.max_bandwidth),
             // No cut: every page must be there before the state.

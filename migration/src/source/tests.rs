@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use super::*;
 use crate::message::recv_hello;
-use crate::testing::{MemoryGuest, Moment, ram};
+use crate::testing::{MemoryDisk, MemoryGuest, Moment, ram};
 
 const PAGES: usize = 4;
 
@@ -149,8 +149,16 @@ fn migrate(
     fails_at: Option<Step>,
     peer: impl FnOnce(Receiver<UnixStream>, Decision) + Send + 'static,
 ) -> (Outcome, MemoryGuest) {
+    migrate_guest(MemoryGuest::new(ram(PAGES)), policy, fails_at, peer)
+}
+
+fn migrate_guest(
+    mut guest: MemoryGuest,
+    policy: &Policy,
+    fails_at: Option<Step>,
+    peer: impl FnOnce(Receiver<UnixStream>, Decision) + Send + 'static,
+) -> (Outcome, MemoryGuest) {
     let (to, dialed) = mpsc::channel();
-    let mut guest = MemoryGuest::new(ram(PAGES));
     let decision = Decision::default();
     let theirs = decision.clone();
     let peer = thread::spawn(move || peer(dialed, theirs));
@@ -302,6 +310,30 @@ fn verify_needs_protocol_version() {
     migrate(&policy, None, |dialed, _| {
         let mut peer = Peer::welcome(dialed, 2);
         assert!(peer.prepare(1, false).verify);
+    });
+}
+
+#[test]
+fn copied_disks_need_protocol_version() {
+    let guest = || {
+        let mut guest = MemoryGuest::new(ram(PAGES));
+        guest.disks = vec![MemoryDisk::new(4096)];
+        guest
+    };
+    let (outcome, guest_here) = migrate_guest(guest(), &policy(), None, |dialed, _| {
+        let mut peer = Peer::welcome(dialed, 2);
+        assert_eq!(peer.recv_abort(), "storage-copy-unsupported");
+    });
+    assert_eq!(stayed(&outcome), "storage-copy-unsupported");
+    assert!(guest_here.runs);
+    migrate_guest(guest(), &policy(), None, |dialed, _| {
+        let mut peer = Peer::welcome(dialed, 3);
+        assert_eq!(peer.prepare(1, false).disks[0].size, 4096);
+    });
+    // A guest without them speaks with older destinations as before.
+    migrate(&policy(), None, |dialed, _| {
+        let mut peer = Peer::welcome(dialed, 1);
+        assert_eq!(peer.prepare(1, false).disks, []);
     });
 }
 

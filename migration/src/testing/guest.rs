@@ -1,10 +1,12 @@
 //! A guest that consists of memory alone: a [`Source`] for tests of the engine without a machine.
 
-use std::sync::Arc;
+use std::io;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use memory::{PAGE_SIZE, RamBlock, RamConfig};
+use memory::{DirtyBitmap, PAGE_SIZE, RamBlock, RamConfig};
 
+use crate::disks::{self, DestinationDisk, NewImage, ReadDisk, SourceDisk};
 use crate::message::{BlockInfo, Offer, Refusal};
 use crate::pages::Block;
 use crate::source::{Outcome, Source, Stopped, Whereabouts};
@@ -40,6 +42,109 @@ pub fn fill_page(ram: &RamBlock, page: usize, byte: u8) {
     slice.copy_from(&[byte; PAGE]);
 }
 
+/// A disk in memory: that of a guest, or its image at a destination.
+pub struct MemoryDisk {
+    content: Mutex<Vec<u8>>,
+    dirty: Arc<DirtyBitmap>,
+    /// Bytes that were written since the last sync.
+    unsynced: Mutex<u64>,
+}
+
+impl MemoryDisk {
+    /// Returns a disk of so many bytes, of zeros.
+    #[must_use]
+    pub fn new(size: usize) -> Arc<Self> {
+        Arc::new(Self {
+            content: Mutex::new(vec![0; size]),
+            dirty: Arc::new(DirtyBitmap::new(size)),
+            unsynced: Mutex::new(0),
+        })
+    }
+
+    /// Returns a copy of the content.
+    #[must_use]
+    pub fn contents(&self) -> Vec<u8> {
+        self.content.lock().unwrap().clone()
+    }
+
+    /// Whether all that was written was synced.
+    #[must_use]
+    pub fn is_synced(&self) -> bool {
+        *self.unsynced.lock().unwrap() == 0
+    }
+
+    /// Fills `len` bytes, as the guest's device does: the bytes first, then the mark.
+    pub fn fill(&self, offset: usize, len: usize, byte: u8) {
+        let mut content = self.content.lock().unwrap();
+        let end = content.len().min(offset.saturating_add(len));
+        if let Some(range) = content.get_mut(offset..end) {
+            range.fill(byte);
+        }
+        drop(content);
+        self.dirty.mark(offset, len);
+    }
+
+    /// Begins or ends tracking; at the start all pages with content are dirty.
+    pub fn track(&self, on: bool) {
+        self.dirty.set_enabled(on);
+        let content = self.content.lock().unwrap();
+        for (page, bytes) in content.chunks(PAGE_SIZE as usize).enumerate() {
+            if on && bytes.iter().any(|byte| *byte != 0) {
+                self.dirty.mark(page * PAGE_SIZE as usize, 1);
+            }
+        }
+    }
+
+    /// Returns the disk as a source sees it.
+    #[must_use]
+    pub fn at_source(self: &Arc<Self>, name: &str) -> SourceDisk {
+        SourceDisk {
+            name: name.to_owned(),
+            size: self.content.lock().unwrap().len() as u64,
+            dirty: Arc::clone(&self.dirty),
+            content: Arc::clone(self) as Arc<dyn ReadDisk>,
+        }
+    }
+
+    /// Returns the disk as a destination sees it.
+    #[must_use]
+    pub fn at_destination(self: &Arc<Self>, name: &str) -> DestinationDisk {
+        DestinationDisk {
+            name: name.to_owned(),
+            size: self.content.lock().unwrap().len() as u64,
+            image: Arc::clone(self) as Arc<dyn NewImage>,
+        }
+    }
+}
+
+impl ReadDisk for MemoryDisk {
+    fn read(&self, offset: u64, data: &mut [u8]) -> io::Result<()> {
+        let offset = offset as usize;
+        let content = self.content.lock().unwrap();
+        // A read past the end is a fault of the engine.
+        data.copy_from_slice(&content[offset..offset + data.len()]);
+        Ok(())
+    }
+}
+
+impl NewImage for MemoryDisk {
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        let offset = offset as usize;
+        self.content.lock().unwrap()[offset..offset + data.len()].copy_from_slice(data);
+        *self.unsynced.lock().unwrap() += data.len() as u64;
+        Ok(())
+    }
+
+    fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.write(offset, &vec![0; len as usize])
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        *self.unsynced.lock().unwrap() = 0;
+        Ok(())
+    }
+}
+
 /// A moment in a migration, in which a test may act.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Moment {
@@ -55,10 +160,18 @@ pub enum Moment {
 
 type Hook = Box<dyn FnMut(Moment, &RamBlock) + Send>;
 
-/// A guest of memory alone.
+/// Returns the name of the disk with this index.
+#[must_use]
+pub fn disk_name(index: usize) -> String {
+    format!("disk{index}")
+}
+
+/// A guest of memory and disks alone.
 pub struct MemoryGuest {
     /// Its memory.
     pub ram: Arc<RamBlock>,
+    /// Its disks, which are copied.
+    pub disks: Vec<Arc<MemoryDisk>>,
     /// Whether it runs.
     pub runs: bool,
     /// The reports of where the guest is, in their order.
@@ -84,6 +197,7 @@ impl MemoryGuest {
     ) -> Self {
         Self {
             ram,
+            disks: Vec::new(),
             runs: true,
             shown: Vec::new(),
             hook: Box::new(hook),
@@ -104,6 +218,7 @@ impl Source for MemoryGuest {
             postcopy: false,
             given: false,
             verify: false,
+            disks: disks::infos(&self.disks()),
         })
     }
 
@@ -111,14 +226,21 @@ impl Source for MemoryGuest {
         blocks(&self.ram)
     }
 
+    fn disks(&self) -> Vec<SourceDisk> {
+        let named = |(index, disk): (usize, &Arc<MemoryDisk>)| disk.at_source(&disk_name(index));
+        self.disks.iter().enumerate().map(named).collect()
+    }
+
     fn start_tracking(&mut self) -> Result<(), Refusal> {
         self.ram.dirty().set_enabled(true);
         self.ram.dirty().mark_all();
+        self.disks.iter().for_each(|disk| disk.track(true));
         Ok(())
     }
 
     fn stop_tracking(&mut self) -> Result<(), Refusal> {
         self.ram.dirty().set_enabled(false);
+        self.disks.iter().for_each(|disk| disk.track(false));
         Ok(())
     }
 

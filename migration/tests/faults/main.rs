@@ -1,5 +1,5 @@
-//! Whole migrations between guests of memory alone, over links that fail: cut, silent, damaged, and
-//! with sides that die. Whatever happens, at most one copy runs, its memory is what it was, and the
+//! Whole migrations between guests of memory and disks alone, over links that fail: cut, silent, damaged, and
+//! with sides that die. Whatever happens, at most one copy runs, its memory and its disks are what they were, and the
 //! outcome is the one that docs/migration.md promises. A run is its seed: `SEED=17 cargo test ...`
 //! shows it again.
 
@@ -26,7 +26,9 @@ use uuid::Uuid;
 
 use self::link::{Life, TestAccept, TestDial};
 use self::script::{Dice, Script, script_of};
-use self::world::{CLOCKS_STOPPED_BEFORE, Cpu, Paper, TestHost, TestJournal, TestSource, World};
+use self::world::{
+    CLOCKS_STOPPED_BEFORE, Cpu, Paper, TestHost, TestJournal, TestSource, World, disks,
+};
 
 /// Number of runs; the environment variable `SEEDS` sets more.
 const SEEDS: u64 = 400;
@@ -119,10 +121,12 @@ fn run(seed: u64, script: Script) -> (Ending, Arc<World>) {
     let (far, decide_far, patience) = (there.clone(), decide_there.clone(), script.patience());
     let receiver = thread::spawn(move || destination(host, from, &far, &decide_far, patience));
     let paper = Paper::default();
-    let memory = ram(PAGES);
+    let (memory, disks) = (ram(PAGES), disks(script.disks));
+    let mut guest = MemoryGuest::new(Arc::clone(&memory));
+    guest.disks.clone_from(&disks);
     let mut source = TestSource {
-        cpu: Cpu::start(Arc::clone(&memory), seed, script.writes),
-        guest: MemoryGuest::new(memory),
+        cpu: Cpu::start(memory, disks, seed, script.writes),
+        guest,
         world: Arc::clone(&world),
         life: Arc::clone(&source_life),
         paper: paper.clone(),
@@ -246,6 +250,8 @@ fn check_world(seed: u64, script: &Script) -> (Ending, Arc<World>) {
         !differed || script.mode != Mode::Precopy,
         "memory differs: {told}"
     );
+    let differed = world.disks_differed.load(Ordering::SeqCst);
+    assert!(!differed, "disks differ, or are not durable: {told}");
     // Whatever fails, what is in the wrong place, or old, must not be.
     if let Outcome::Stayed { why, .. } = &ending.outcome {
         assert_ne!(why.code, "memory-differs-at", "{told}");
@@ -267,8 +273,9 @@ fn a_guest_moves_when_nothing_fails() {
         (2, Mode::Auto),
         (2, Mode::Postcopy),
     ] {
-        for writes in [0, 20, 400] {
+        for (writes, disks) in [(0, 0), (0, 1), (20, 2), (400, 2)] {
             let script = Script {
+                disks,
                 is_patient: true,
                 mode,
                 connections,

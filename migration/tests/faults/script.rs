@@ -29,6 +29,8 @@ pub(crate) struct Script {
     pub(crate) connections: u16,
     pub(crate) writes: u64,
     pub(crate) verify: bool,
+    /// Disks that are copied.
+    pub(crate) disks: usize,
     pub(crate) plan: Option<Plan>,
     pub(crate) source_dies_at: Option<u64>,
     pub(crate) destination_dies_at: Option<u64>,
@@ -56,6 +58,7 @@ pub(crate) fn script_of(seed: u64) -> Script {
         verify: dice.roll(4) > 0,
         ..Script::default()
     };
+    script.disks = dice.roll(3) as usize;
     match dice.roll(6) {
         0 | 1 => {
             // Early bytes are hellos and small messages, late ones the hand-over.

@@ -10,10 +10,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use memory::RamBlock;
-use migration::testing::{MemoryGuest, blocks, contents, fill_page, ram};
+use migration::testing::{MemoryDisk, MemoryGuest, blocks, contents, disk_name, fill_page, ram};
 use migration::{
-    Block, Destination, Fate, Host, Journal, Offer, Outcome, Refusal, Source, StartFailure, Step,
-    Stopped, Whereabouts,
+    Block, Destination, DestinationDisk, Fate, Host, Journal, Offer, Outcome, Refusal, Source,
+    SourceDisk, StartFailure, Step, Stopped, Whereabouts,
 };
 use uuid::Uuid;
 
@@ -33,6 +33,8 @@ pub(crate) struct World {
     pub(crate) ran_at_destination: AtomicBool,
     /// Memory was not what it should have been when it was loaded.
     pub(crate) differed: AtomicBool,
+    /// Disks were not what they should have been, or not durable.
+    pub(crate) disks_differed: AtomicBool,
     pub(crate) lock: Mutex<Option<&'static str>>,
     /// When the guest's clocks were read.
     pub(crate) clocks_at: Mutex<Option<Instant>>,
@@ -49,12 +51,41 @@ impl World {
     }
 }
 
+fn hash(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |sum: u64, byte| {
+        (sum ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3)
+    })
+}
+
 pub(crate) fn sum(ram: &RamBlock) -> u64 {
-    contents(ram)
-        .iter()
-        .fold(0xcbf2_9ce4_8422_2325, |sum: u64, byte| {
-            (sum ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3)
-        })
+    hash(&contents(ram))
+}
+
+fn sum_of_disks(disks: &[Arc<MemoryDisk>]) -> u64 {
+    let all: Vec<u8> = disks.iter().flat_map(|disk| disk.contents()).collect();
+    hash(&all)
+}
+
+/// The sizes of a guest's disks: one that ends within a page.
+const DISK_SIZES: [usize; 2] = [40 * 4096 + 1536, 512];
+
+pub(crate) fn disks(count: usize) -> Vec<Arc<MemoryDisk>> {
+    let sizes = DISK_SIZES.into_iter().take(count);
+    sizes.map(MemoryDisk::new).collect()
+}
+
+/// Writes some sectors of a disk, zeros among them.
+pub(crate) fn write_disk(disks: &[Arc<MemoryDisk>], dice: &mut Dice) {
+    let Some(disk) = disks.get(dice.roll(DISK_SIZES.len() as u64) as usize) else {
+        return;
+    };
+    let sectors = disk.contents().len() as u64 / 512;
+    let (first, count) = (dice.roll(sectors), 1 + dice.roll(20));
+    disk.fill(
+        first as usize * 512,
+        count as usize * 512,
+        dice.roll(3) as u8,
+    );
 }
 
 /// The guest's CPU: writes to memory whenever it runs, also while pages are read to be sent.
@@ -67,7 +98,12 @@ pub(crate) struct Cpu {
 
 impl Cpu {
     /// Writes as fast as so many pages from harvest to harvest suggest; none for 0.
-    pub(crate) fn start(ram: Arc<RamBlock>, seed: u64, writes: u64) -> Self {
+    pub(crate) fn start(
+        ram: Arc<RamBlock>,
+        disks: Vec<Arc<MemoryDisk>>,
+        seed: u64,
+        writes: u64,
+    ) -> Self {
         let (runs, is_over) = (Arc::new(Mutex::new(true)), Arc::new(AtomicBool::new(false)));
         let (running, ended) = (Arc::clone(&runs), Arc::clone(&is_over));
         let mut dice = Dice(!seed);
@@ -76,6 +112,7 @@ impl Cpu {
                 let running = running.lock().unwrap();
                 for _ in 0..if *running { 1 + writes / 20 } else { 0 } {
                     write_page(&ram, &mut dice);
+                    write_disk(&disks, &mut dice);
                 }
                 drop(running);
                 // Not under the lock: `stop` has to get it between two bursts.
@@ -129,6 +166,7 @@ impl TestSource {
         }
         for _ in 0..self.writes {
             write_page(&self.guest.ram, &mut self.dice);
+            write_disk(&self.guest.disks, &mut self.dice);
         }
     }
 }
@@ -141,6 +179,10 @@ impl Source for TestSource {
 
     fn blocks(&self) -> Vec<Block> {
         self.guest.blocks()
+    }
+
+    fn disks(&self) -> Vec<SourceDisk> {
+        self.guest.disks()
     }
 
     fn start_tracking(&mut self) -> Result<(), Refusal> {
@@ -189,8 +231,10 @@ impl Source for TestSource {
     fn save(&mut self) -> Result<Vec<u8>, Refusal> {
         self.life.step()?;
         assert!(!self.world.at_source.load(Ordering::SeqCst));
-        // The state is a checksum of memory: `load` at the destination notices any stale page.
-        Ok(sum(&self.guest.ram).to_le_bytes().to_vec())
+        // The state is a checksum of memory and one of disks: `load` at the destination notices any
+        // stale page.
+        let sums = [sum(&self.guest.ram), sum_of_disks(&self.guest.disks)];
+        Ok(sums.map(u64::to_le_bytes).concat())
     }
 
     fn flush(&mut self) -> Result<(), Refusal> {
@@ -233,6 +277,7 @@ impl Source for TestSource {
 
 pub(crate) struct TestTarget {
     pub(crate) ram: Arc<RamBlock>,
+    pub(crate) disks: Vec<Arc<MemoryDisk>>,
     pub(crate) world: Arc<World>,
     pub(crate) life: Arc<Life>,
 }
@@ -240,6 +285,13 @@ pub(crate) struct TestTarget {
 impl Destination for TestTarget {
     fn blocks(&self) -> Vec<Block> {
         blocks(&self.ram)
+    }
+
+    fn disks(&self) -> Vec<DestinationDisk> {
+        let disks = self.disks.iter().enumerate();
+        disks
+            .map(|(index, disk)| disk.at_destination(&disk_name(index)))
+            .collect()
     }
 
     fn dry_run(&mut self, state: &[u8]) -> Result<(), Refusal> {
@@ -250,7 +302,13 @@ impl Destination for TestTarget {
 
     fn load(&mut self, state: &[u8]) -> Result<(), Refusal> {
         self.life.step()?;
-        if state != sum(&self.ram).to_le_bytes() {
+        let (memory, of_disks) = state.split_at(8);
+        // In postcopy, too: no block of a disk follows the guest.
+        let are_durable = self.disks.iter().all(|disk| disk.is_synced());
+        if of_disks != sum_of_disks(&self.disks).to_le_bytes() || !are_durable {
+            self.world.disks_differed.store(true, Ordering::SeqCst);
+        }
+        if memory != sum(&self.ram).to_le_bytes() {
             // So it is where pages were to follow, and their source is gone.
             self.world.differed.store(true, Ordering::SeqCst);
             return Err(Refusal::new("differs", "memory is not what it was"));
@@ -319,10 +377,16 @@ pub(crate) struct TestHost {
 }
 
 impl Host for TestHost {
-    fn prepare(&self, _: Uuid, _: &Offer, _: Vec<File>) -> Result<Box<dyn Destination>, Refusal> {
+    fn prepare(
+        &self,
+        _: Uuid,
+        offer: &Offer,
+        _: Vec<File>,
+    ) -> Result<Box<dyn Destination>, Refusal> {
         self.life.step()?;
         Ok(Box::new(TestTarget {
             ram: ram(PAGES),
+            disks: disks(offer.disks.len()),
             world: Arc::clone(&self.world),
             life: Arc::clone(&self.life),
         }))

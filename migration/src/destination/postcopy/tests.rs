@@ -87,7 +87,7 @@ fn received_page_is_not_awaited() {
         pages: 1,
     };
     let body = pages::encode_missing(0, &[run]);
-    let came = pages::decode(&body, &blocks, pages::Content::Zeros).unwrap();
+    let came = pages::decode_memory(&body, &blocks, pages::Content::Zeros).unwrap();
     assert!(receiver.expect(0, 0), "it is missing");
     receiver.fill(&came, |_, _| true).unwrap();
     assert!(!receiver.expect(0, 0), "it has come");
@@ -183,7 +183,7 @@ fn bring(receiver: &PostcopyReceiver, blocks: &[Block], page: usize) {
         pages: 1,
     };
     let body = [pages::encode_missing(0, &[run]), vec![OLD; PAGE]].concat();
-    let came = pages::decode(&body, blocks, pages::Content::Data).unwrap();
+    let came = pages::decode_memory(&body, blocks, pages::Content::Data).unwrap();
     receiver.fill(&came, |_, _| true).unwrap();
 }
 

@@ -111,6 +111,7 @@ impl RunningGuest for Guest {
             postcopy: false,
             given: false,
             verify: false,
+            disks: Vec::new(),
         })
     }
 
