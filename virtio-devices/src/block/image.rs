@@ -3,8 +3,9 @@
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use devices::event_loop::panic_message;
 use devices::host_file::lock::{self, Lockable};
@@ -14,6 +15,7 @@ use imago::file::File as Storage;
 use parking_lot::{Mutex, RwLock};
 use rustix::fs::{FallocateFlags, fallocate};
 
+use super::copy::Written;
 use super::format::{self, ImageFormat, RefusedWrite};
 use super::geometry::Geometry;
 use super::qcow2;
@@ -80,6 +82,8 @@ pub(super) struct Image {
     pub(super) kind: Kind,
     pub(super) readonly: bool,
     pub(super) geometry: Geometry,
+    /// What is written while a copy is made.
+    pub(super) written: Arc<Written>,
     /// The options for opening the image again, with its format.
     how: Opening,
     format: ImageFormat,
@@ -154,6 +158,7 @@ impl Image {
         let image = Self {
             kind,
             geometry,
+            written: Arc::default(),
             readonly: how.readonly,
             how,
             format,
@@ -171,6 +176,20 @@ impl Image {
     /// The format, detected or as configured.
     pub(super) fn format(&self) -> ImageFormat {
         self.format
+    }
+
+    pub(super) fn file(&self) -> &File {
+        &self.lock.0
+    }
+
+    /// Asks about the files that the image names.
+    pub(super) fn named_files<T>(&self, ask: impl Fn(&File) -> T) -> Vec<T> {
+        self.below.lock().iter().map(|file| ask(&file.0)).collect()
+    }
+
+    #[cfg(test)]
+    pub(super) fn how(&self) -> &Opening {
+        &self.how
     }
 
     /// Whether buffers and lengths must be aligned.
@@ -261,13 +280,26 @@ impl Image {
     }
 
     pub(super) fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
-        match &self.kind {
+        self.marking(offset, data.len() as u64, || match &self.kind {
             Kind::Raw(file) => {
                 self.check_write(data, offset)?;
                 file.write_all_at(data, offset)
             }
             Kind::Qcow2(image) => image.read().write(data, offset),
-        }
+        })
+    }
+
+    /// Changes a range, and marks it for the copy that is made, if one is.
+    fn marking(
+        &self,
+        offset: u64,
+        len: u64,
+        change: impl FnOnce() -> io::Result<()>,
+    ) -> io::Result<()> {
+        // The library may panic half-way: that is contained by the caller, and must not lose the mark.
+        let changed = catch_unwind(AssertUnwindSafe(change));
+        self.written.mark(offset, len);
+        changed.unwrap_or_else(|panic| resume_unwind(panic))
     }
 
     pub(super) fn flush(&self) -> io::Result<()> {
@@ -282,17 +314,17 @@ impl Image {
     }
 
     pub(super) fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        match &self.kind {
+        self.marking(offset, len, || match &self.kind {
             Kind::Raw(file) => {
                 let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
                 Ok(fallocate(file, how, offset, len)?)
             }
             Kind::Qcow2(image) => image.write().discard_to_any(offset, len),
-        }
+        })
     }
 
     pub(super) fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
-        match &self.kind {
+        self.marking(offset, len, || match &self.kind {
             Kind::Raw(file) => {
                 let how = if unmap {
                     FallocateFlags::PUNCH_HOLE
@@ -307,7 +339,7 @@ impl Image {
                 )?)
             }
             Kind::Qcow2(image) => image.read().write_zeroes(offset, len),
-        }
+        })
     }
 }
 

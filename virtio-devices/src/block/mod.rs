@@ -6,6 +6,7 @@
 //!                                          └───► Image (locked: no other writer)
 //! ```
 
+mod copy;
 mod format;
 mod geometry;
 mod image;
@@ -33,6 +34,7 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 
+pub use self::copy::{CreatedImage, DiskContent};
 pub use self::format::ImageFormat;
 pub use self::image::ImageError;
 use self::image::{Image, Kind, Opening, SECTOR, contained};
@@ -484,6 +486,14 @@ impl BlockHandle {
     #[must_use]
     pub fn format(&self) -> ImageFormat {
         self.shared.image.format()
+    }
+
+    /// Returns access to the content, for a copy of it.
+    ///
+    /// # Errors
+    /// The size of the image cannot be read.
+    pub fn content(&self) -> io::Result<DiskContent> {
+        DiskContent::new(self)
     }
 
     /// Gives the disk another size, in bytes, and tells the guest.

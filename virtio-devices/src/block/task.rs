@@ -423,7 +423,8 @@ impl QueueTask for BlockTask {
         // Here and not when the queue starts: that is in the stop of a guest that moves.
         if let (None, Kind::Raw(file)) = (&self.uring, &self.shared.image.kind) {
             let file = Arc::new(file.try_clone()?);
-            self.uring = Uring::new(&self.shared.rings, file, self.queue.size());
+            let written = &self.shared.image.written;
+            self.uring = Uring::new(&self.shared.rings, file, written, self.queue.size());
         }
         if let Some(uring) = &self.uring {
             sources.watch(Arc::clone(uring.done()), URING, Interest::Read)?;

@@ -167,7 +167,7 @@ fn perform(
 }
 
 /// Memory that begins at a page, as direct I/O wants it.
-struct Aligned {
+pub(super) struct Aligned {
     memory: Vec<u8>,
     start: usize,
     len: usize,
@@ -176,13 +176,13 @@ struct Aligned {
 impl Aligned {
     const ALIGN: usize = PAGE_SIZE as usize;
 
-    fn new(len: usize) -> Self {
+    pub(super) fn new(len: usize) -> Self {
         let memory = vec![0; len + Self::ALIGN];
         let start = memory.as_ptr().align_offset(Self::ALIGN).min(Self::ALIGN);
         Self { memory, start, len }
     }
 
-    fn bytes(&mut self) -> &mut [u8] {
+    pub(super) fn bytes(&mut self) -> &mut [u8] {
         let end = self.start + self.len;
         self.memory.get_mut(self.start..end).unwrap_or_default()
     }

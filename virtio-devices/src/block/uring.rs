@@ -17,7 +17,8 @@ use io_uring::{IoUring, opcode, squeue, types};
 use parking_lot::Mutex;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::request::{Op, Request, fits};
+use super::copy::Written;
+use super::request::{Op, Request, What, fits};
 
 /// How often a ring that cannot be entered is looked at, and for how long by one who goes.
 const LOOK_AGAIN: Duration = Duration::from_millis(1);
@@ -103,6 +104,7 @@ pub(super) struct Uring {
     /// Where the ring came from.
     home: Arc<Rings>,
     file: Arc<File>,
+    written: Arc<Written>,
     done: Arc<EventFd>,
     pending: Vec<Option<Pending>>,
     free: Vec<usize>,
@@ -115,12 +117,26 @@ pub(super) struct Uring {
 impl Uring {
     /// With room for so many operations at once, by one of the disk's rings; `None` when there is
     /// none left.
-    pub(super) fn new(home: &Arc<Rings>, file: Arc<File>, entries: u16) -> Option<Self> {
-        Some(Self::on(home.take()?, Arc::clone(home), file, entries))
+    pub(super) fn new(
+        home: &Arc<Rings>,
+        file: Arc<File>,
+        written: &Arc<Written>,
+        entries: u16,
+    ) -> Option<Self> {
+        let ring = home.take()?;
+        let written = Arc::clone(written);
+        Some(Self::on(ring, Arc::clone(home), file, written, entries))
     }
 
-    fn on(ring: Ring, home: Arc<Rings>, file: Arc<File>, entries: u16) -> Self {
+    fn on(
+        ring: Ring,
+        home: Arc<Rings>,
+        file: Arc<File>,
+        written: Arc<Written>,
+        entries: u16,
+    ) -> Self {
         Self {
+            written,
             done: Arc::clone(&ring.done),
             ring: Some(ring),
             home,
@@ -288,6 +304,11 @@ impl Uring {
                 continue;
             };
             self.free.push(index);
+            // Here, and not where the driver is answered: `Drop` collects operations of which no driver
+            // hears, and those have changed the image as well.
+            if let What::Io(whole) = pending.request.what {
+                self.written.mark_op(whole.part(pending.request.done));
+            }
             let result = match usize::try_from(entry.result()) {
                 Ok(bytes) => Ok(bytes),
                 Err(_) => Err(io::Error::from_raw_os_error(-entry.result())),
@@ -334,7 +355,13 @@ fn allocate(fd: types::Fd, offset: u64, len: u64, mode: i32) -> squeue::Entry {
 impl Uring {
     pub(super) fn disabled(file: Arc<File>, entries: u16) -> io::Result<Self> {
         let ring = Ring::disabled(entries)?;
-        Ok(Self::on(ring, Arc::default(), file, entries))
+        Ok(Self::on(
+            ring,
+            Arc::default(),
+            file,
+            Arc::default(),
+            entries,
+        ))
     }
 
     pub(super) fn enable(&self) -> io::Result<()> {
@@ -370,8 +397,8 @@ mod tests {
         let rings = Arc::new(Rings::new(1, 4).unwrap());
         let file = Arc::new(tempfile::tempfile().unwrap());
         for _ in 0..3 {
-            let uring = Uring::new(&rings, Arc::clone(&file), 4).unwrap();
-            assert!(Uring::new(&rings, Arc::clone(&file), 4).is_none());
+            let uring = Uring::new(&rings, Arc::clone(&file), &Arc::default(), 4).unwrap();
+            assert!(Uring::new(&rings, Arc::clone(&file), &Arc::default(), 4).is_none());
             drop(uring);
         }
     }
@@ -400,7 +427,9 @@ mod tests {
             panic!("{:?}", request.what);
         };
         let rings = Arc::new(Rings::new(1, 4).unwrap());
-        let mut uring = Uring::new(&rings, Arc::new(tempfile::tempfile().unwrap()), 4).unwrap();
+        let file = Arc::new(tempfile::tempfile().unwrap());
+        let written = Arc::new(Written::default());
+        let mut uring = Uring::new(&rings, file, &written, 4).unwrap();
         let (request, error) = uring.push(request, op, true).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::Unsupported);
         uring.push(request, op, false).unwrap();

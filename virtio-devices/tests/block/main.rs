@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
 
+mod copy;
 mod errors;
 mod formats;
 mod machine;

@@ -1,0 +1,436 @@
+//! Copying disks to other hosts: what is in an image, what the guest writes meanwhile, and new images.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use imago::file::File as Storage;
+use imago::qcow2::Qcow2;
+use imago::{FormatCreateBuilder as _, Mapping, StorageOpenOptions};
+use memory::DirtyBitmap;
+use parking_lot::RwLock;
+use rustix::fs::{SeekFrom, seek};
+use rustix::io::Errno;
+
+use super::format::ImageFormat;
+use super::image::{Image, ImageError, Kind, Opening, contained};
+use super::request::Op;
+use super::threads::Aligned;
+use super::{BlockHandle, LockMode, Shared};
+
+/// Records which blocks of an image are written, while a copy of it is made.
+///
+/// A range is marked when its operation has ended, and before the guest hears of it: an earlier mark
+/// could be taken before the bytes are there, and the copy would lack them for ever. Operations that
+/// fail are marked, too, since they may have written a part.
+#[derive(Default)]
+pub(super) struct Written(RwLock<Option<Arc<DirtyBitmap>>>);
+
+impl Written {
+    pub(super) fn mark(&self, offset: u64, len: u64) {
+        if let Some(bitmap) = &*self.0.read() {
+            let cut = |value: u64| usize::try_from(value).unwrap_or(usize::MAX);
+            bitmap.mark(cut(offset), cut(len));
+        }
+    }
+
+    pub(super) fn mark_op(&self, op: Op) {
+        match op {
+            Op::Write { offset, len } => self.mark(offset, len as u64),
+            Op::Discard { offset, len } | Op::WriteZeroes { offset, len, .. } => {
+                self.mark(offset, len);
+            }
+            Op::Read { .. } | Op::Flush => {}
+        }
+    }
+}
+
+/// The content of a disk, for a copy that is made beside the guest.
+pub struct DiskContent {
+    shared: Arc<Shared>,
+    size: u64,
+    dirty: Arc<DirtyBitmap>,
+}
+
+impl DiskContent {
+    pub(super) fn new(handle: &BlockHandle) -> io::Result<Self> {
+        let shared = Arc::clone(&handle.shared);
+        let size = shared.image.size()?;
+        let bits = usize::try_from(size).unwrap_or(usize::MAX);
+        let dirty = Arc::new(DirtyBitmap::new(bits));
+        Ok(Self {
+            shared,
+            size,
+            dirty,
+        })
+    }
+
+    /// Bytes that the guest sees.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// The format of the image.
+    #[must_use]
+    pub fn format(&self) -> ImageFormat {
+        self.shared.image.format()
+    }
+
+    /// The blocks to copy, in units of 4 KiB.
+    #[must_use]
+    pub fn dirty(&self) -> &Arc<DirtyBitmap> {
+        &self.dirty
+    }
+
+    /// About how many bytes of the disk have content: what the files of the image take on the host.
+    #[must_use]
+    pub fn allocated(&self) -> u64 {
+        self.shared.image.allocated().unwrap_or(self.size)
+    }
+
+    /// Starts to record what the guest writes, and marks all blocks that may have content.
+    ///
+    /// # Errors
+    /// The image cannot be read.
+    pub fn start(&self) -> io::Result<()> {
+        self.dirty.set_enabled(true);
+        // In this order: a block that is allocated behind the scan is marked by its write.
+        *self.shared.image.written.0.write() = Some(Arc::clone(&self.dirty));
+        let mark = |offset: u64, len: u64| {
+            let cut = |value: u64| usize::try_from(value).unwrap_or(usize::MAX);
+            self.dirty.mark(cut(offset), cut(len));
+        };
+        contained(|| extents(&self.shared.image, self.size, mark))
+    }
+
+    /// Ends recording.
+    pub fn stop(&self) {
+        let mut written = self.shared.image.written.0.write();
+        // Another copy may have begun.
+        written.take_if(|bitmap| Arc::ptr_eq(bitmap, &self.dirty));
+    }
+
+    /// Reads from `offset` on, within the disk.
+    ///
+    /// # Errors
+    /// The image cannot be read.
+    pub fn read_at(&self, offset: u64, data: &mut [u8]) -> io::Result<()> {
+        let image = &self.shared.image;
+        if !image.is_direct() {
+            return contained(|| image.read_at(data, offset));
+        }
+        let mut aligned = Aligned::new(data.len());
+        contained(|| image.read_at(aligned.bytes(), offset))?;
+        data.copy_from_slice(aligned.bytes());
+        Ok(())
+    }
+}
+
+impl Drop for DiskContent {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// Calls `found` with each range that may have content; all others read as zeros.
+fn extents(image: &Image, size: u64, mut found: impl FnMut(u64, u64)) -> io::Result<()> {
+    let mut at = 0;
+    while at < size {
+        let (has_content, len) = match &image.kind {
+            Kind::Raw(file) => raw_extent(file, at, size)?,
+            Kind::Qcow2(image) => {
+                let image = image.read();
+                let (mapping, len) = image.get_mapping(at, size - at)?;
+                let is_zero = matches!(mapping, Mapping::Zero { .. } | Mapping::Eof { .. });
+                (!is_zero, len)
+            }
+        };
+        // An extent without a length says nothing of the rest.
+        let (has_content, len) = match len {
+            0 => (true, size - at),
+            len => (has_content, len.min(size - at)),
+        };
+        if has_content {
+            found(at, len);
+        }
+        at += len;
+    }
+    Ok(())
+}
+
+/// The extent of a file at this offset, and whether it has content.
+fn raw_extent(file: &File, at: u64, size: u64) -> io::Result<(bool, u64)> {
+    let data = match seek(file, SeekFrom::Data(at)) {
+        Ok(data) if data > at => return Ok((false, data.min(size) - at)),
+        Ok(_) => at,
+        // Nothing but a hole from here on.
+        Err(Errno::NXIO) => return Ok((false, size - at)),
+        // A block device, or a file system that does not say: all of it may have content.
+        Err(Errno::INVAL | Errno::OPNOTSUPP | Errno::NOTTY) => return Ok((true, size - at)),
+        Err(error) => return Err(error.into()),
+    };
+    let hole = seek(file, SeekFrom::Hole(data))?;
+    Ok((true, hole.saturating_sub(at)))
+}
+
+impl Image {
+    /// Bytes that the files of the image take on the host; `None` for a block device.
+    fn allocated(&self) -> Option<u64> {
+        let of = |file: &File| -> Option<u64> {
+            let metadata = file.metadata().ok()?;
+            let is_device = metadata.file_type().is_block_device();
+            (!is_device).then(|| metadata.blocks().saturating_mul(512))
+        };
+        let own = of(self.file())?;
+        let named: Option<Vec<u64>> = self.named_files(of).into_iter().collect();
+        Some(named?.into_iter().fold(own, u64::saturating_add))
+    }
+}
+
+/// A new image of zeros, locked until [`CreatedImage::release`].
+pub struct CreatedImage {
+    path: PathBuf,
+    image: Image,
+}
+
+impl CreatedImage {
+    /// Creates an image at a path at which there is nothing, with mode 0600.
+    ///
+    /// # Errors
+    /// There is something at the path, the size is none of a disk, or the host refuses. Nothing is left.
+    pub fn create(
+        path: &Path,
+        format: ImageFormat,
+        size: u64,
+        lock: LockMode,
+    ) -> Result<Self, ImageError> {
+        let failed = |source| devices::host_file::OpenError::Host {
+            path: path.to_owned(),
+            source,
+        };
+        let mut options = OpenOptions::new();
+        // Exclusive: neither a file nor a link is ever taken over.
+        options.create_new(true).read(true).write(true).mode(0o600);
+        let file = options.open(path).map_err(failed)?;
+        let made = format_file(file, path, format, size).map_err(failed);
+        let opened = made.map_err(ImageError::from).and_then(|()| {
+            Image::open(Opening {
+                path: path.to_owned(),
+                readonly: false,
+                direct: false,
+                format: Some(format),
+                is_detected: false,
+                backing_files: false,
+                data_files: false,
+                directories: Vec::new(),
+                lock,
+                is_incoming: false,
+            })
+        });
+        match opened {
+            Ok(image) => Ok(Self {
+                path: path.to_owned(),
+                image,
+            }),
+            Err(error) => {
+                let _ = std::fs::remove_file(path);
+                Err(error)
+            }
+        }
+    }
+
+    /// The path of the image.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Writes from `offset` on, within the disk.
+    ///
+    /// # Errors
+    /// The host cannot write.
+    pub fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        contained(|| self.image.write_at(data, offset))
+    }
+
+    /// Makes a range zeros, and gives its space back where the host can.
+    ///
+    /// # Errors
+    /// The host cannot write.
+    pub fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
+        match contained(|| self.image.write_zeroes(offset, len, true)) {
+            // A file system that punches no holes.
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => {
+                let len = usize::try_from(len).unwrap_or(usize::MAX);
+                self.write_at(offset, &vec![0; len])
+            }
+            done => done,
+        }
+    }
+
+    /// Makes durable all that was written.
+    ///
+    /// # Errors
+    /// The host cannot write.
+    pub fn sync(&self) -> io::Result<()> {
+        contained(|| self.image.flush())
+    }
+
+    /// Lets another user of the image take its lock. Nothing is written from here on.
+    pub fn release(&self) {
+        self.image.hand_over();
+    }
+}
+
+/// Makes an empty file a disk of zeros, and its name durable.
+fn format_file(file: File, path: &Path, format: ImageFormat, size: u64) -> io::Result<()> {
+    match format {
+        ImageFormat::Raw => file.set_len(size)?,
+        ImageFormat::Qcow2 => {
+            let options = StorageOpenOptions::new().filename(path).write(true);
+            let storage = Storage::from_open_file(file, options)?;
+            contained(|| {
+                Qcow2::<Storage>::create_builder(storage)
+                    .size(size)
+                    .create()
+            })?;
+        }
+    }
+    // The name, too, must survive a crash of the host once the guest runs here.
+    let folder = path
+        .parent()
+        .filter(|parent| !parent.as_os_str().is_empty());
+    File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const SIZE: u64 = 1 << 20;
+
+    #[test]
+    fn created_images_are_sparse_exclusive_and_locked() {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, format) in [("raw", ImageFormat::Raw), ("qcow2", ImageFormat::Qcow2)] {
+            let path = dir.path().join(name);
+            let make = || CreatedImage::create(&path, format, SIZE, LockMode::ByteRange);
+            let made = make().unwrap();
+            assert!(make().is_err(), "the path is taken");
+            assert_eq!(made.image.size().unwrap(), SIZE);
+            made.write_at(4096, &[7; 4096]).unwrap();
+            made.write_at(SIZE - 512, &[8; 512]).unwrap();
+            made.zero(4096, 4096).unwrap();
+            made.sync().unwrap();
+            let again = |is_incoming| {
+                Image::open(Opening {
+                    format: Some(format),
+                    is_incoming,
+                    ..made.image.how().clone()
+                })
+            };
+            assert!(matches!(again(false), Err(ImageError::Lock(_))));
+            let device = again(true).unwrap();
+            made.release();
+            device.take_over().unwrap();
+            let mut all = vec![1; SIZE as usize];
+            device.read_at(&mut all, 0).unwrap();
+            let (zeros, end) = all.split_at(all.len() - 512);
+            assert!(zeros.iter().all(|byte| *byte == 0) && end == [8; 512]);
+            let mode = path.metadata().unwrap().mode() & 0o777;
+            assert_eq!(mode, 0o600);
+            assert!(device.allocated().unwrap() < SIZE);
+        }
+        // A link is no place for a new image, wherever it leads.
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink(dir.path().join("elsewhere"), &link).unwrap();
+        assert!(CreatedImage::create(&link, ImageFormat::Raw, SIZE, LockMode::Full).is_err());
+        assert!(!dir.path().join("elsewhere").exists());
+        // One that is no disk leaves nothing.
+        let odd = dir.path().join("odd");
+        assert!(CreatedImage::create(&odd, ImageFormat::Raw, 513, LockMode::Full).is_err());
+        assert!(!odd.exists());
+    }
+
+    #[derive(Clone, Copy, Debug)]
+    enum Step {
+        Write(u64, u64),
+        Discard(u64, u64),
+        Zero(u64, u64),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        let sector = 0..SIZE / 512 - 64;
+        (0..3, sector, 1_u64..64).prop_map(|(kind, sector, count)| {
+            let (offset, len) = (sector * 512, count * 512);
+            match kind {
+                0 => Step::Write(offset, len),
+                1 => Step::Discard(offset, len),
+                _ => Step::Zero(offset, len),
+            }
+        })
+    }
+
+    fn opened(path: &Path, format: ImageFormat) -> Image {
+        let made = CreatedImage::create(path, format, SIZE, LockMode::ByteRange).unwrap();
+        made.image
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(40))]
+
+        /// A copy of the extents and then of the dirty blocks is the disk, and each block whose content
+        /// changed is dirty.
+        #[test]
+        fn extents_and_marks_agree_with_a_naive_model(
+            is_qcow2 in any::<bool>(),
+            before in prop::collection::vec(step(), 0..12),
+            after in prop::collection::vec(step(), 0..12),
+        ) {
+            let dir = tempfile::tempdir().unwrap();
+            let format = if is_qcow2 { ImageFormat::Qcow2 } else { ImageFormat::Raw };
+            let image = opened(&dir.path().join("disk"), format);
+            let read = || {
+                let mut all = vec![0; SIZE as usize];
+                image.read_at(&mut all, 0).unwrap();
+                all
+            };
+            let act = |step: &Step, byte: u8| match *step {
+                Step::Write(offset, len) => image.write_at(&vec![byte; len as usize], offset),
+                Step::Discard(offset, len) => image.discard(offset, len),
+                Step::Zero(offset, len) => image.write_zeroes(offset, len, false),
+            };
+            for step in &before {
+                act(step, 1).unwrap();
+            }
+            let mut mapped = vec![false; (SIZE / 512) as usize];
+            extents(&image, SIZE, |offset, len| {
+                let range = (offset / 512) as usize..((offset + len) / 512) as usize;
+                mapped[range].fill(true);
+            })
+            .unwrap();
+            let then = read();
+            for (sector, is_mapped) in then.chunks(512).zip(&mapped) {
+                prop_assert!(*is_mapped || sector.iter().all(|byte| *byte == 0));
+            }
+            let bitmap = Arc::new(DirtyBitmap::new(SIZE as usize));
+            bitmap.set_enabled(true);
+            *image.written.0.write() = Some(Arc::clone(&bitmap));
+            for step in &after {
+                act(step, 2).unwrap();
+            }
+            let mut copy = then;
+            let now = read();
+            for (first, pages) in bitmap.take().runs() {
+                let range = first * 4096..(first + pages) * 4096;
+                copy[range.clone()].copy_from_slice(&now[range]);
+            }
+            prop_assert!(copy == now);
+        }
+    }
+}

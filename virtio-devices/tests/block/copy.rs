@@ -1,0 +1,107 @@
+//! A disk is copied into a new image while its guest writes.
+
+use std::path::Path;
+
+use virtio_devices::VirtioDevice;
+use virtio_devices::block::{CreatedImage, DiskContent, ImageFormat, LockMode};
+use virtio_devices::testing::qemu_img;
+
+use crate::machine::{DISCARD, Machine, WRITE_ZEROES, config, machine, pattern};
+
+const SIZE: u64 = 8 << 20;
+
+/// Copies all blocks that are dirty.
+fn copy(from: &DiskContent, to: &CreatedImage) {
+    for (first, pages) in from.dirty().take().runs() {
+        for page in first..first + pages {
+            let offset = page as u64 * 4096;
+            let mut block = vec![0; 4096.min(SIZE - offset) as usize];
+            from.read_at(offset, &mut block).unwrap();
+            to.write_at(offset, &block).unwrap();
+        }
+    }
+}
+
+/// Sends a request about a range, without data to move.
+fn range(machine: &mut Machine, kind: u32, sector: u64, sectors: u32) -> u8 {
+    let mut segment = sector.to_le_bytes().to_vec();
+    segment.extend(sectors.to_le_bytes());
+    segment.extend([0; 4]);
+    machine.guest.write(machine.data, &segment);
+    machine.request(kind, 0, 16, false)
+}
+
+fn check(format: &str, create: &[&str], is_direct: bool) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk");
+    let name = path.to_str().unwrap();
+    qemu_img(&[&["create", "-q", "-f", format][..], create, &[name, "8M"]].concat());
+    let mut wanted = config(&path);
+    wanted.direct = is_direct;
+    let mut machine = machine(&wanted);
+    assert_eq!(machine.write(0, &pattern(1, 65536)), 0);
+    assert_eq!(machine.write(8192, &pattern(2, 4096)), 0);
+    let content = machine.handle.content().unwrap();
+    content.start().unwrap();
+    let there = dir.path().join("copy");
+    let image_format = match format {
+        "raw" => ImageFormat::Raw,
+        _ => ImageFormat::Qcow2,
+    };
+    assert_eq!(content.format(), image_format);
+    let made = CreatedImage::create(&there, image_format, SIZE, LockMode::ByteRange).unwrap();
+    let first = content.dirty().count();
+    assert!(
+        (17..2048 / 2).contains(&first),
+        "extents, not the disk: {first}"
+    );
+    copy(&content, &made);
+    assert_eq!(content.dirty().count(), 0);
+    // Each kind of change makes its blocks dirty, and no others.
+    assert_eq!(machine.write(4096, &pattern(3, 8192)), 0);
+    assert_eq!(content.dirty().count(), 2);
+    assert_eq!(range(&mut machine, DISCARD, 0, 8), 0);
+    assert_eq!(content.dirty().count(), 3);
+    assert_eq!(range(&mut machine, WRITE_ZEROES, 8192, 9), 0);
+    assert_eq!(content.dirty().count(), 5);
+    assert_eq!(machine.read(4096, 8192), (0, pattern(3, 8192)));
+    assert_eq!(content.dirty().count(), 5);
+    copy(&content, &made);
+    made.sync().unwrap();
+    drop(content);
+    assert_eq!(machine.write(0, &pattern(9, 512)), 0);
+    machine.device.stop_queue(0);
+    drop((machine, made));
+    compare(&path, &there, format);
+}
+
+/// The images differ in the sector that was written when the copy had ended, and nowhere else.
+fn compare(one: &Path, other: &Path, format: &str) {
+    let raw = |path: &Path| {
+        let to = path.with_extension("flat");
+        let (from, to_name) = (path.to_str().unwrap(), to.to_str().unwrap());
+        qemu_img(&["convert", "-f", format, "-O", "raw", from, to_name]);
+        if format == "qcow2" {
+            qemu_img(&["check", "-q", "-f", "qcow2", from]);
+        }
+        std::fs::read(to).unwrap()
+    };
+    let (one, other) = (raw(one), raw(other));
+    assert!(one[512..] == other[512..]);
+    assert!(one[..512] == pattern(9, 512) && one[..512] != other[..512]);
+}
+
+#[test]
+fn copy_of_a_raw_disk_has_all_that_its_guest_wrote() {
+    check("raw", &[], false);
+}
+
+#[test]
+fn copy_by_direct_io_has_all_that_its_guest_wrote() {
+    check("raw", &[], true);
+}
+
+#[test]
+fn copy_of_a_qcow2_disk_has_all_that_its_guest_wrote() {
+    check("qcow2", &["-o", "cluster_size=4096"], false);
+}
