@@ -51,6 +51,7 @@ impl Source for Peer {
             postcopy: false,
             given: false,
             verify: false,
+            disks: Vec::new(),
         })
     }
 
@@ -281,7 +282,7 @@ fn refused_offer_leaves_no_trace() {
         ),
         (
             "unsupported-configuration",
-            json!({ "watchdog": true }),
+            json!({ "tpm": { "socket": "/tpm" } }),
             SIZE,
             &nothing,
         ),
