@@ -8,8 +8,9 @@ use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use openapi::Client;
 use spec::{
-    AtDeadline, AwaitMigration, MemoryMode, MigrationInfo, MigrationOutcome, MigrationPhase,
-    MigrationRound, MigrationSide, SendMigrationData, StartMigration, VmId,
+    AtDeadline, AwaitMigration, DiskStorage, MemoryMode, MigrationInfo, MigrationOutcome,
+    MigrationPhase, MigrationRound, MigrationSide, SendMigrationData, StartMigration, StorageMode,
+    VmId,
 };
 
 use crate::args::size;
@@ -41,6 +42,39 @@ pub(crate) enum Deadline {
     Postcopy,
     /// Stop the guest for as long as the rest of its memory takes.
     Stop,
+}
+
+/// How the images of disks move.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum Storage {
+    /// Both services have the image at the same path.
+    Shared,
+    /// The content is copied into a new image at the destination.
+    Copy,
+}
+
+impl From<Storage> for StorageMode {
+    fn from(storage: Storage) -> Self {
+        match storage {
+            Storage::Shared => Self::Shared,
+            Storage::Copy => Self::Copy,
+        }
+    }
+}
+
+fn disk_storage(text: &str) -> Result<DiskStorage> {
+    let Some((id, how)) = text.rsplit_once('=') else {
+        bail!("`{text}` is not ID=shared or ID=copy");
+    };
+    let storage = match how {
+        "shared" => StorageMode::Shared,
+        "copy" => StorageMode::Copy,
+        other => bail!("`{other}` is neither shared nor copy"),
+    };
+    Ok(DiskStorage {
+        id: id.to_owned(),
+        storage,
+    })
 }
 
 /// How a migration in doubt is resolved at one side.
@@ -93,6 +127,13 @@ pub(crate) struct MigrateArguments {
     /// --max-downtime-ms and the predicted stop, at least 10000]
     #[arg(long, value_name = "MS")]
     stop_limit_ms: Option<u64>,
+    /// How disks move: both services have their images at the same paths, or their content is copied
+    /// into new images in the destination's --migration-storage.
+    #[arg(long, value_enum, default_value = "shared")]
+    storage: Storage,
+    /// How one disk moves, if not as --storage says: ID=shared or ID=copy. Can be repeated.
+    #[arg(long, value_name = "ID=HOW", value_parser = disk_storage)]
+    disk_storage: Vec<DiskStorage>,
     /// The other service is on this host: hand shared memory over by descriptor instead of copying
     /// it.
     #[arg(long)]
@@ -132,6 +173,8 @@ impl MigrateArguments {
             max_bandwidth: self.max_bandwidth,
             verify: self.verify,
             stop_limit_ms: self.stop_limit_ms,
+            storage: self.storage.into(),
+            disks: (!self.disk_storage.is_empty()).then(|| self.disk_storage.clone()),
             local: self.local,
             tls_dir: self.tls_dir.clone(),
             insecure: self.insecure,
@@ -166,6 +209,10 @@ pub(crate) struct ReceiveArguments {
     /// Can be repeated. [default: the service's --migration-allow-tap; on a unix socket all]
     #[arg(long, value_name = "NAME")]
     allow_tap: Option<Vec<String>>,
+    /// Directory of the service's host in which images are made for disks that come with the VM.
+    /// [default: the service's --migration-storage; without one, such a VM is refused]
+    #[arg(long, value_name = "DIR")]
+    storage: Option<String>,
     /// Wait in the background: print the migration's name and endpoint.
     #[arg(long)]
     detach: bool,
@@ -204,6 +251,7 @@ pub(crate) async fn receive(
         insecure: arguments.insecure,
         allow: arguments.allow.clone(),
         allow_taps: arguments.allow_tap.clone(),
+        storage: arguments.storage.clone(),
     };
     let begun = client.migrations_receive(&body).await?;
     if arguments.detach {
@@ -214,7 +262,7 @@ pub(crate) async fn receive(
 
 pub(crate) async fn follow(client: &Client, begun: MigrationInfo, printer: Printer) -> Result<()> {
     let id: VmId = begun.id.parse()?;
-    let bar = bar(begun.memory_bytes);
+    let bar = bar(begun.memory_bytes.saturating_add(begun.disk_bytes));
     let mut info = begun;
     while !info.phase.is_over() {
         tokio::select! {
@@ -312,10 +360,15 @@ fn show(bar: &ProgressBar, info: &MigrationInfo) {
     }
     draw_as(bar, true);
     let left = info.remaining_pages.saturating_mul(spec::limits::PAGE);
-    bar.set_length(info.memory_bytes.max(1));
-    bar.set_position(info.memory_bytes.saturating_sub(left));
+    let total = info.memory_bytes.saturating_add(info.disk_bytes);
+    bar.set_length(total.max(1));
+    bar.set_position(total.saturating_sub(left.saturating_add(info.disk_remaining_bytes)));
     bar.set_prefix(info.phase.to_string());
     let mut message = format!("round {}", info.rounds);
+    if info.disk_remaining_bytes > 0 {
+        let left = info.disk_remaining_bytes.div_ceil(1 << 20);
+        message.push_str(&format!(", {left} MiB of disks left"));
+    }
     if info.history.len() > 1 {
         message.push_str(&format!(" {}", curve(&info.history)));
     }
@@ -380,6 +433,9 @@ pub(crate) fn summary(info: &MigrationInfo) -> String {
             info.sent_bytes >> 20,
         ),
     );
+    if info.disk_bytes > 0 {
+        line("disks", format!("{} MiB copied", info.disk_bytes >> 20));
+    }
     if let [first, .., last] = &info.history[..] {
         line(
             "left",

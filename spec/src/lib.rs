@@ -57,9 +57,9 @@ pub use disk::{DiskConfig, ImageType, LockGranularity, OnError, VirtQueueAffinit
 pub use host::{CpuCheck, CpuDescription, CpuidLeaf, HostCpu, ProfileFit};
 pub use memory::{HotplugMethod, MemoryConfig, MemoryZoneConfig};
 pub use migration::{
-    AtDeadline, AwaitMigration, MemoryMode, MigrationDowntime, MigrationError, MigrationInfo,
-    MigrationOutcome, MigrationPhase, MigrationRound, MigrationSide, ResolveMigration,
-    StartMigration,
+    AtDeadline, AwaitMigration, DiskStorage, MemoryMode, MigrationDowntime, MigrationError,
+    MigrationInfo, MigrationOutcome, MigrationPhase, MigrationRound, MigrationSide,
+    ResolveMigration, StartMigration, StorageMode,
 };
 pub use names::{MEMORY_DEVICE, PVPANIC, WATCHDOG, check_device_name, free_name};
 pub use overrides::{

@@ -47,6 +47,27 @@ pub enum AtDeadline {
     Stop,
 }
 
+/// Whether the image of a disk moves with the VM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum StorageMode {
+    /// Both services have the image at the same path, as on shared storage.
+    #[default]
+    Shared,
+    /// The content is copied into a new image, which the destination makes in its directory for that.
+    Copy,
+}
+
+/// How one disk moves.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DiskStorage {
+    /// Id of the disk.
+    pub id: String,
+    /// How it moves.
+    pub storage: StorageMode,
+}
+
 fn default_max_downtime_ms() -> u64 {
     300
 }
@@ -96,6 +117,14 @@ pub struct StartMigration {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1)]
     pub stop_limit_ms: Option<u64>,
+    /// How disks move. With `copy` the destination makes new images, raw or qcow2 as here, in the
+    /// directory that its operator named (`--migration-storage`); all blocks are there before the guest
+    /// runs there. The images here stay.
+    #[serde(default)]
+    pub storage: StorageMode,
+    /// Disks that move in another way than `storage` says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disks: Option<Vec<DiskStorage>>,
     /// The destination is another process on this host, reached over a unix socket. Memory that is
     /// shared (`memory.shared`) is handed over by descriptor, and nothing is copied.
     #[serde(default)]
@@ -134,6 +163,8 @@ impl StartMigration {
             max_bandwidth: None,
             verify: false,
             stop_limit_ms: None,
+            storage: StorageMode::default(),
+            disks: None,
             local: false,
             tls_dir: None,
             insecure: false,
@@ -177,6 +208,10 @@ pub struct AwaitMigration {
     /// the taps of `--migration-allow-tap`; on a unix socket all taps.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allow_taps: Option<Vec<String>>,
+    /// Absolute path of the directory in which images of disks are made that come with the VM. When
+    /// absent: that of `--migration-storage`; if there is none, such a VM is refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub storage: Option<String>,
 }
 
 impl AwaitMigration {
@@ -192,6 +227,7 @@ impl AwaitMigration {
             insecure: false,
             allow: None,
             allow_taps: None,
+            storage: None,
         }
     }
 }
@@ -303,7 +339,7 @@ pub struct MigrationDowntime {
     /// Write-protecting memory, for a live snapshot.
     #[serde(default)]
     pub protect_us: u64,
-    /// Pages that were sent in the stop.
+    /// Pages that were sent in the stop, blocks of 4 KiB of copied disks among them.
     pub pages: u64,
 }
 
@@ -336,7 +372,13 @@ pub struct MigrationInfo {
     pub phase: MigrationPhase,
     /// Bytes of the guest's memory.
     pub memory_bytes: u64,
-    /// Bytes sent over the connections for memory.
+    /// Bytes of the disks that are copied, as the guest sees them.
+    #[serde(default)]
+    pub disk_bytes: u64,
+    /// Bytes of disks in the current round that are not sent yet.
+    #[serde(default)]
+    pub disk_remaining_bytes: u64,
+    /// Bytes sent over the connections for memory and disks.
     pub sent_bytes: u64,
     /// Pages sent with their content.
     pub pages: u64,
@@ -345,7 +387,7 @@ pub struct MigrationInfo {
     /// With `verify`: pages whose hashes were sent (source) or compared (destination).
     #[serde(default)]
     pub verified_pages: u64,
-    /// Pages of the current round that are not sent yet.
+    /// Pages of memory in the current round that are not sent yet.
     pub remaining_pages: u64,
     /// Rounds started so far.
     pub rounds: u32,
@@ -393,7 +435,7 @@ pub struct MigrationInfo {
 pub struct MigrationRound {
     /// Its number, from 1 on.
     pub round: u32,
-    /// Pages that it copied.
+    /// Pages that it copied; blocks of 4 KiB of copied disks count as pages.
     pub pages: u64,
     /// Its duration in microseconds.
     pub took_us: u64,

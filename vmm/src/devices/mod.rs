@@ -15,6 +15,7 @@ use memory::Transaction;
 use spec::{DeviceNode, DeviceState, VmConfig};
 use state::{Load as _, LoadError, Save as _, SaveError, Store, Writer};
 use virtio_devices::DeviceError;
+use virtio_devices::block::BlockHandle;
 use virtio_devices::mem::MemHandle;
 
 pub(crate) use self::open::{
@@ -216,6 +217,15 @@ impl Devices {
         slots.fold(0, |slots, slot| {
             slots | 1_u32.checked_shl(slot.into()).unwrap_or(0)
         })
+    }
+
+    /// Returns the disks, by their names.
+    pub(crate) fn disks(&self) -> Vec<(String, BlockHandle)> {
+        let disk = |(id, entry): (&String, &Entry)| match &entry.control {
+            DeviceHandle::Disk(handle) => Some((id.clone(), handle.clone())),
+            _ => None,
+        };
+        self.entries.iter().filter_map(disk).collect()
     }
 
     /// A device that the guest was asked to let go of, and has not yet.

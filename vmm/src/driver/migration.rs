@@ -14,6 +14,7 @@ use hypervisor::MemSlots;
 use memory::Pages;
 use migration::{Decision, Progress, Refusal, Stopped, Whereabouts};
 use spec::{Failure, VmConfig, VmState};
+use virtio_devices::block::BlockHandle;
 
 use super::consoles::Consoles;
 use super::ending::Gone;
@@ -34,6 +35,8 @@ pub(crate) struct SourceParts {
     pub(crate) ram: GuestRam,
     pub(crate) memslots: Arc<MemSlots>,
     pub(crate) throttle: crate::machine::Throttle,
+    /// The disks of the machine, by their names.
+    pub(crate) disks: Vec<(String, BlockHandle)>,
     /// The guest is paused, by its owner.
     pub(crate) is_paused: bool,
 }
@@ -205,6 +208,7 @@ impl Driver {
             ram,
             memslots,
             throttle: active.throttle(),
+            disks: active.devices().disks(),
             is_paused,
         };
         self.publisher.record(

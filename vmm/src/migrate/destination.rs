@@ -7,12 +7,14 @@ use std::time::{Duration, Instant};
 
 use control::{Accepted, Arrival, Registry};
 use migration::{
-    Block, Destination, Fate, Host, Journal, Offer, Phase, Refusal, Side, StartFailure,
+    Block, Destination, DestinationDisk, Fate, Host, Journal, Offer, Phase, Refusal, Side,
+    StartFailure,
 };
 use spec::{Failure, VmConfig, VmId};
 use uuid::Uuid;
 
 use super::offer::{self, CheckedOffer};
+use super::storage::NewImages;
 use super::trust::Allowed;
 use super::{ActiveMigration, Journals};
 use crate::arch::x86_64::generation;
@@ -202,6 +204,7 @@ impl DestinationHost {
             ram,
             halter,
             stage: Stage::Coming,
+            images: NewImages::default(),
             origin: self.origin,
             moving: Arc::clone(&self.moving),
         })
@@ -221,6 +224,7 @@ impl Host for DestinationHost {
             resolved,
             cpu,
             on_bus,
+            images,
         } = offer::check(
             offer,
             // Not the name in the report: that may be of an offer that came before, and to nothing.
@@ -237,6 +241,8 @@ impl Host for DestinationHost {
             self.moving.end_is_recorded.store(true, Ordering::Release);
             why
         };
+        // Everything is checked: the first side effect on this host.
+        let images = NewImages::create(&images).map_err(give_up)?;
         let (decision, progress) = (self.moving.decision.clone(), self.moving.progress.clone());
         let parts = caller
             .attempt(move |driver| driver.expect(&decision, &progress))
@@ -254,7 +260,8 @@ impl Host for DestinationHost {
             resolved.memory.prefault = prefault;
         }
         let built = self.build(vm.clone(), parts, &resolved, &origin);
-        let target = built.map_err(give_up)?;
+        let mut target = built.map_err(give_up)?;
+        target.images = images;
         if self.origin == GuestOrigin::Migration {
             *self.moving.vm.lock() = Some(vm);
         }
@@ -280,6 +287,8 @@ struct DestinationVm {
     ram: GuestRam,
     halter: Arc<Halter>,
     stage: Stage,
+    /// The images that were made for the guest's disks.
+    images: NewImages,
     origin: GuestOrigin,
     moving: Arc<ActiveMigration>,
 }
@@ -297,6 +306,10 @@ impl Destination for DestinationVm {
         self.ram.blocks()
     }
 
+    fn disks(&self) -> Vec<DestinationDisk> {
+        self.images.for_engine()
+    }
+
     fn dry_run(&mut self, state: &[u8]) -> Result<(), Refusal> {
         let state = state.to_vec();
         self.caller
@@ -309,6 +322,8 @@ impl Destination for DestinationVm {
     }
 
     fn take_over(&mut self) -> Result<(), Refusal> {
+        // The disks' devices lock the same files.
+        self.images.release();
         self.caller.attempt(Driver::take_over)
     }
 
@@ -330,10 +345,15 @@ impl Destination for DestinationVm {
         });
         match arrived.and_then(|arrived| arrived) {
             Ok(runs) => {
+                self.images.keep();
                 self.stage = Stage::Arrived;
                 Ok(runs)
             }
-            Err(why) if resuming.load(Ordering::Acquire) => Err(StartFailure::MayHaveRun(why)),
+            Err(why) if resuming.load(Ordering::Acquire) => {
+                // It may have written to them.
+                self.images.keep();
+                Err(StartFailure::MayHaveRun(why))
+            }
             Err(why) => Err(StartFailure::NeverRan(why)),
         }
     }
@@ -384,6 +404,8 @@ impl Destination for DestinationVm {
                 "the machine of a guest that did not arrive had ended already"
             ),
         }
+        // Behind the machine, which had them open. Those of a guest that ran are kept.
+        drop(std::mem::take(&mut self.images));
         self.registry
             .forget(&self.vm, self.origin.failure_event(), None);
         self.moving.end_is_recorded.store(true, Ordering::Release);

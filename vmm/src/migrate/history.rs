@@ -87,6 +87,8 @@ fn info(id: Uuid, side: Side, steps: &[Entry], last: &Entry) -> MigrationInfo {
         elapsed_us: last.time_ms.saturating_sub(started).saturating_mul(1000),
         phase,
         memory_bytes: 0,
+        disk_bytes: 0,
+        disk_remaining_bytes: 0,
         sent_bytes: 0,
         pages: 0,
         zero_pages: 0,

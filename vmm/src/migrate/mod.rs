@@ -10,6 +10,7 @@ mod restore;
 mod snapshot;
 mod source;
 mod standing;
+mod storage;
 mod trust;
 
 use std::path::Path;
@@ -40,6 +41,7 @@ pub(crate) use self::journals::Journals;
 pub(crate) use self::receive::Endpoints;
 pub use self::snapshot::snapshot_config;
 use self::source::{Listed, SourceVm};
+use self::storage::Selection;
 pub use self::trust::MigrationTrust;
 use crate::driver::Purpose;
 use crate::pool::Pool;
@@ -58,6 +60,9 @@ struct MachineOffer {
     /// The value of `IA32_ARCH_CAPABILITIES`, if CPUID shows that MSR. Absent from older sources.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     arch_capabilities: Option<u64>,
+    /// The images of disks whose content is copied, by the disks' names. Absent where there is none.
+    #[serde(default, skip_serializing_if = "std::collections::BTreeMap::is_empty")]
+    images: std::collections::BTreeMap<String, storage::CopiedImage>,
 }
 
 const OFFER_VERSION: u32 = 1;
@@ -152,6 +157,7 @@ impl ActiveMigration {
             phase = %phase(report.phase),
             elapsed_us = report.elapsed_us,
             memory_bytes = report.memory_bytes,
+            disk_bytes = report.disk_bytes,
             sent_bytes = report.sent_bytes,
             pages = report.pages,
             zero_pages = report.zero_pages,
@@ -186,7 +192,8 @@ impl Migration for ActiveMigration {
     fn info(&self) -> MigrationInfo {
         let report: Report = self.progress.report();
         let eta = (report.bytes_per_second > 0 && !report.phase.is_over()).then(|| {
-            let bytes = u128::from(report.remaining_pages) * u128::from(memory::PAGE_SIZE);
+            let memory = u128::from(report.remaining_pages) * u128::from(memory::PAGE_SIZE);
+            let bytes = memory + u128::from(report.disk_remaining_bytes);
             let us = bytes * 1_000_000 / u128::from(report.bytes_per_second);
             u64::try_from(us).unwrap_or(u64::MAX)
         });
@@ -199,6 +206,8 @@ impl Migration for ActiveMigration {
             elapsed_us: report.elapsed_us,
             phase: phase(report.phase),
             memory_bytes: report.memory_bytes,
+            disk_bytes: report.disk_bytes,
+            disk_remaining_bytes: report.disk_remaining_bytes,
             sent_bytes: report.sent_bytes,
             pages: report.pages,
             zero_pages: report.zero_pages,
@@ -398,6 +407,7 @@ impl Migrate for Pool {
                 Box::new(dial.map_err(|error| invalid("tls_dir", error.to_string()))?)
             }
         };
+        let selection = Selection::new(what, &vm.info().config)?;
         let id = vm.id().clone();
         let moving = Arc::new(ActiveMigration {
             tls: what.tls_dir.is_some(),
@@ -430,7 +440,7 @@ impl Migrate for Pool {
                 registry,
                 destination: ours.endpoint.clone(),
             };
-            let mut source = SourceVm::moving(id.clone(), parts, listed);
+            let mut source = SourceVm::moving(id.clone(), parts, listed, &selection);
             let sending = Sending {
                 id: ours.id,
                 policy: &policy,

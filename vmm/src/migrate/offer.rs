@@ -16,6 +16,7 @@ use control::{Registry, RequestError};
 use migration::{BlockInfo, Offer, Refusal};
 use spec::{CpuProfile, VmConfig, VmId};
 
+use super::storage::{self, PlannedImage};
 use super::trust::Allowed;
 use super::{MachineOffer, OFFER_VERSION, cpuid};
 use crate::arch::x86_64::cpu_model::CpuModel;
@@ -32,6 +33,8 @@ pub(super) struct CheckedOffer {
     pub(super) resolved: VmConfig,
     pub(super) cpu: CpuModel,
     pub(super) on_bus: BTreeMap<String, Bdf>,
+    /// The images to make, for disks whose content comes.
+    pub(super) images: Vec<PlannedImage>,
 }
 
 /// Reads the offered machine, of which nothing but the form is checked yet.
@@ -80,7 +83,8 @@ pub(super) fn check(
         let why = format!("a VM {:?} exists already", vm.as_str());
         return Err(Refusal::new("vm-exists", why));
     }
-    let resolved = allowed.check(&config)?;
+    let images = storage::plan(offer, &machine.images, &vm, &mut config, allowed.storage())?;
+    let resolved = allowed.check(&config, &images)?;
     paths::check(&resolved).map_err(|error| {
         let told = failure::told(&error.into());
         Refusal::new(told.code, told.detail)
@@ -96,6 +100,7 @@ pub(super) fn check(
         resolved,
         cpu: wanted,
         on_bus,
+        images,
     })
 }
 

@@ -5,9 +5,12 @@ use std::fs::File;
 use std::time::Instant;
 
 use control::Registry;
-use migration::{Block, BlockInfo, Offer, Outcome, Refusal, Source, Stopped, Whereabouts};
+use migration::{
+    Block, BlockInfo, Offer, Outcome, Refusal, Source, SourceDisk, Stopped, Whereabouts,
+};
 use spec::VmId;
 
+use super::storage::{CopiedDisk, Selection};
 use super::{MachineOffer, OFFER_VERSION, rows};
 use crate::driver::{Caller, Driver, SourceParts};
 
@@ -17,6 +20,8 @@ pub(super) struct SourceVm {
     /// Present if the guest leaves the service.
     listed: Option<Listed>,
     tracking: bool,
+    /// The disks that are copied, or why they cannot be.
+    copied: Result<Vec<CopiedDisk>, Refusal>,
 }
 
 /// A VM in the list of a service, which leaves it for a destination.
@@ -37,11 +42,19 @@ impl SourceVm {
             parts,
             listed: None,
             tracking: false,
+            copied: Ok(Vec::new()),
         }
     }
 
-    pub(super) fn moving(vm: VmId, parts: SourceParts, listed: Listed) -> Self {
+    pub(super) fn moving(
+        vm: VmId,
+        parts: SourceParts,
+        listed: Listed,
+        selection: &Selection,
+    ) -> Self {
+        let copied = CopiedDisk::all(&parts.disks, selection);
         let mut source = Self::new(vm, parts);
+        source.copied = copied;
         source.listed = Some(listed);
         source
     }
@@ -103,6 +116,8 @@ fn kvm(error: &hypervisor::KvmError) -> Refusal {
 
 impl Source for SourceVm {
     fn offer(&mut self) -> Result<Offer, Refusal> {
+        let copied = self.copied.as_ref().map_err(Clone::clone)?;
+        let images = copied.iter().map(CopiedDisk::for_offer).collect();
         let cpu = self.parts.caller.attempt(Driver::cpu_model)?;
         let machine = MachineOffer {
             version: OFFER_VERSION,
@@ -110,6 +125,7 @@ impl Source for SourceVm {
             places: self.places(),
             cpuid: rows(&cpu.cpuid),
             arch_capabilities: cpu.visible_arch_capabilities(),
+            images,
         };
         let machine = serde_json::to_vec(&machine)
             .map_err(|error| Refusal::new("cannot-be-saved", error.to_string()))?;
@@ -121,6 +137,8 @@ impl Source for SourceVm {
             postcopy: false,
             given: false,
             verify: false,
+            // The engine lists them.
+            disks: Vec::new(),
         })
     }
 
@@ -128,7 +146,17 @@ impl Source for SourceVm {
         self.parts.ram.blocks()
     }
 
+    fn disks(&self) -> Vec<SourceDisk> {
+        // If they cannot be copied, the offer fails.
+        let copied = self.copied.iter().flatten();
+        copied.map(CopiedDisk::for_engine).collect()
+    }
+
     fn start_tracking(&mut self) -> Result<(), Refusal> {
+        self.copied
+            .iter()
+            .flatten()
+            .try_for_each(CopiedDisk::start)?;
         let memslots = &self.parts.memslots;
         memslots.track_dirty(true).map_err(|error| kvm(&error))?;
         self.tracking = true;
@@ -136,6 +164,7 @@ impl Source for SourceVm {
     }
 
     fn stop_tracking(&mut self) -> Result<(), Refusal> {
+        self.copied.iter().flatten().for_each(CopiedDisk::stop);
         let memslots = &self.parts.memslots;
         memslots.track_dirty(false).map_err(|error| kvm(&error))?;
         self.tracking = false;

@@ -21,6 +21,7 @@ use migration::{Endpoint, PeerNames, Refusal};
 use spec::{AwaitMigration, NamedPath, PathUse, VmConfig};
 
 use super::invalid;
+use super::storage::PlannedImage;
 
 /// The name of the taps that are made for interfaces without one, as a pattern sees it.
 const UNNAMED_TAP: &str = "vmtap";
@@ -32,6 +33,8 @@ pub struct MigrationTrust {
     pub allow: Vec<PathBuf>,
     /// Taps that a VM which comes over TCP may use; a `*` at the end stands for any ending.
     pub allow_taps: Vec<String>,
+    /// Directory for the images of disks that come with a VM. Absolute.
+    pub storage: Option<PathBuf>,
     /// TCP without TLS is allowed, in both directions.
     pub insecure: bool,
     /// Hosts that may send over TLS, by the names in their certificates.
@@ -93,7 +96,17 @@ impl MigrationTrust {
             None if own => None,
             None => Some(self.allow_taps.clone()),
         };
-        Ok(Allowed { paths, taps })
+        let storage = what.storage.as_ref().map(PathBuf::from);
+        let storage = storage.or_else(|| self.storage.clone());
+        if let Some(relative) = storage.as_ref().filter(|path| !path.is_absolute()) {
+            let detail = format!("{} is not an absolute path", relative.display());
+            return Err(invalid("storage", detail));
+        }
+        Ok(Allowed {
+            paths,
+            taps,
+            storage,
+        })
     }
 }
 
@@ -102,6 +115,8 @@ impl MigrationTrust {
 pub(super) struct Allowed {
     paths: Option<Vec<PathBuf>>,
     taps: Option<Vec<String>>,
+    /// The directory for images of disks that come with a VM.
+    storage: Option<PathBuf>,
 }
 
 impl Allowed {
@@ -110,16 +125,30 @@ impl Allowed {
         Self {
             paths: None,
             taps: None,
+            storage: None,
         }
+    }
+
+    pub(super) fn storage(&self) -> Option<&Path> {
+        self.storage.as_deref()
     }
 
     /// Checks every path and every tap that a configuration names, and opens none of them. Returns the
     /// configuration with its paths resolved: a machine that is built of it opens the files that were
-    /// checked, though a link on the way changes in between.
-    pub(super) fn check(&self, config: &VmConfig) -> Result<VmConfig, Refusal> {
+    /// checked, though a link on the way changes in between. The paths of images that are to be made are
+    /// this side's own.
+    pub(super) fn check(
+        &self,
+        config: &VmConfig,
+        made: &[PlannedImage],
+    ) -> Result<VmConfig, Refusal> {
         let unwritable = |error| Refusal::new("offer-unreadable", format!("{error}"));
         let mut resolved = serde_json::to_value(config).map_err(unwritable)?;
+        let is_made = |pointer: &str| made.iter().any(|image| image.pointer == pointer);
         for named in config.paths() {
+            if is_made(&named.pointer) {
+                continue;
+            }
             let place = self.check_path(&named)?;
             let Some(place) = place.to_str() else {
                 return Err(unusable(&named, "it resolves to a path that is not UTF-8"));
@@ -321,7 +350,7 @@ mod tests {
             };
             let tcp = Endpoint::Tcp("h:1".to_owned());
             let allowed = MigrationTrust::default().allowed(&tcp, &what).unwrap();
-            allowed.check(&self.config(body))
+            allowed.check(&self.config(body), &[])
         }
 
         fn code(&self, body: &str) -> String {
@@ -431,7 +460,7 @@ mod tests {
             let unix = Endpoint::Unix("/m".into());
             let allowed = MigrationTrust::default().allowed(&unix, &what).unwrap();
             allowed
-                .check(&place.config(body))
+                .check(&place.config(body), &[])
                 .map(|_| ())
                 .map_err(|why| why.code)
         };

@@ -19,6 +19,10 @@ pub(crate) struct MigrationArguments {
     /// (vmtap* matches new taps). Can be repeated.
     #[arg(long, value_name = "NAME")]
     migration_allow_tap: Vec<String>,
+    /// Directory in which images are made for disks that come with a VM (`migrate --storage copy`). By
+    /// default none, and such a VM is refused.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) migration_storage: Option<PathBuf>,
     /// Host that may send VMs over TLS: a name or address in its certificate, or * for every host
     /// whose certificate the CA signed. Can be repeated.
     #[arg(long, value_name = "NAME")]
@@ -31,15 +35,21 @@ pub(crate) struct MigrationArguments {
 
 impl MigrationArguments {
     pub(crate) fn trust(&self) -> Result<MigrationTrust> {
-        for path in &self.migration_allow {
+        let allow = self
+            .migration_allow
+            .iter()
+            .map(|path| ("--migration-allow", path));
+        let storage = self
+            .migration_storage
+            .iter()
+            .map(|path| ("--migration-storage", path));
+        for (option, path) in allow.chain(storage) {
             if !path.is_absolute() {
-                bail!(
-                    "--migration-allow {}: the path must be absolute",
-                    path.display()
-                );
+                bail!("{option} {}: the path must be absolute", path.display());
             }
         }
         Ok(MigrationTrust {
+            storage: self.migration_storage.clone(),
             allow: self.migration_allow.clone(),
             allow_taps: self.migration_allow_tap.clone(),
             insecure: self.migration_insecure,
@@ -57,7 +67,8 @@ mod tests {
 
     #[test]
     fn migration_options_reach_every_service() {
-        let options = "--migration-allow /images --migration-peer host-a --migration-insecure";
+        let options = "--migration-allow /images --migration-peer host-a --migration-insecure \
+                       --migration-storage /new";
         for line in ["whimbrel serve", "whimbrel --api-socket /s"] {
             let line = format!("{line} {options}");
             let arguments = Arguments::try_parse_from(line.split(' ')).unwrap();
@@ -67,10 +78,16 @@ mod tests {
             };
             let trust = migration.trust().unwrap();
             assert_eq!(trust.allow, [PathBuf::from("/images")]);
+            assert_eq!(trust.storage, Some(PathBuf::from("/new")));
             assert!(trust.insecure && trust.tls_peers == ["host-a"]);
         }
         let relative = MigrationArguments {
             migration_allow: vec!["images".into()],
+            ..MigrationArguments::default()
+        };
+        assert!(relative.trust().is_err());
+        let relative = MigrationArguments {
+            migration_storage: Some("new".into()),
             ..MigrationArguments::default()
         };
         assert!(relative.trust().is_err());

@@ -94,13 +94,22 @@ pub(crate) fn restrict_files(
         return Ok(Extent::NotAsked);
     }
     let vm = vm.as_deref();
-    let (mut rules, image_dirs) = match &arguments.command {
-        Some(Command::Serve(serve)) => (serve::files(serve)?, &serve.image_dir),
-        Some(Command::Run(run)) => (one::files(&run.vm, vm)?, &run.vm.image_dir),
-        None => (one::files(&arguments.vm, vm)?, &arguments.vm.image_dir),
+    let (mut rules, image_dirs, migration) = match &arguments.command {
+        Some(Command::Serve(serve)) => (serve::files(serve)?, &serve.image_dir, &serve.migration),
+        Some(Command::Run(run)) => {
+            let vm_arguments = &run.vm;
+            let files = one::files(vm_arguments, vm)?;
+            (files, &vm_arguments.image_dir, &vm_arguments.migration)
+        }
+        None => {
+            let vm_arguments = &arguments.vm;
+            let files = one::files(vm_arguments, vm)?;
+            (files, &vm_arguments.image_dir, &vm_arguments.migration)
+        }
         Some(_) => bail!("--landlock is for `serve`, `run` and a VM on the command line"),
     };
     rules.extend(image_dirs.iter().map(|dir| Rule::reading(dir)));
+    rules.extend(migration.migration_storage.as_deref().map(Rule::folder));
     let log = arguments.logging.log_file.as_deref();
     rules.extend(log.map(Rule::maker_of));
     rules.extend(arguments.sandbox.landlock_rules.iter().cloned());

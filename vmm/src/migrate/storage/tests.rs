@@ -1,0 +1,175 @@
+use migration::BlockInfo;
+use serde_json::json;
+use spec::DiskStorage;
+
+use super::*;
+
+fn config(disks: &str) -> VmConfig {
+    let body = format!(r#"{{"payload":{{}},"disks":[{disks}]}}"#);
+    spec::parse(body.as_bytes()).unwrap()
+}
+
+fn offer(disks: &[(&str, u64)]) -> Offer {
+    let info = |&(name, size): &(&str, u64)| BlockInfo {
+        name: name.to_owned(),
+        size,
+    };
+    Offer {
+        vm: "web".to_owned(),
+        machine: Default::default(),
+        blocks: Vec::new(),
+        connections: 1,
+        postcopy: false,
+        given: false,
+        verify: false,
+        disks: disks.iter().map(info).collect(),
+    }
+}
+
+fn images(disks: &[(&str, u64)]) -> BTreeMap<String, CopiedImage> {
+    let image = |&(name, allocated): &(&str, u64)| {
+        let format = CopiedFormat::Qcow2;
+        (name.to_owned(), CopiedImage { format, allocated })
+    };
+    disks.iter().map(image).collect()
+}
+
+fn planned(
+    storage: Option<&Path>,
+    disks: &[(&str, u64)],
+    described: &[(&str, u64)],
+) -> Result<(VmConfig, Vec<PlannedImage>), String> {
+    let disk = |(id, _): &(&str, u64)| {
+        let path = "/srv/a";
+        json!({"id": id, "path": path, "backing_files": true, "image_type": "Raw"}).to_string()
+    };
+    let listed: Vec<_> = disks.iter().map(disk).collect();
+    let mut config = config(&listed.join(","));
+    let vm: VmId = "web".parse().unwrap();
+    let planned = plan(&offer(disks), &images(described), &vm, &mut config, storage);
+    planned
+        .map(|planned| (config, planned))
+        .map_err(|why| why.code)
+}
+
+#[test]
+fn images_are_made_below_the_storage_directory_only() {
+    let dir = tempfile::tempdir().unwrap();
+    let storage = dir.path().join("images");
+    std::fs::create_dir(&storage).unwrap();
+    let one = [("_disk0", 4096)];
+    let (config, plan) = planned(Some(&storage), &one, &one).unwrap();
+    let disk = &config.disks.unwrap()[0];
+    let expected = storage.canonicalize().unwrap().join("web-_disk0.qcow2");
+    assert_eq!(disk.path.as_deref(), expected.to_str());
+    assert_eq!(disk.image_type, Some(ImageType::Qcow2));
+    assert!(!disk.backing_files);
+    assert_eq!(plan[0].pointer, "/disks/0/path");
+    assert!(!expected.exists(), "a plan makes nothing");
+    for name in [
+        "../x",
+        "a/b",
+        "",
+        ".x/..",
+        "a b",
+        "ä",
+        "a\0",
+        &"x".repeat(65),
+    ] {
+        let disks = [(name, 4096)];
+        assert_eq!(
+            planned(Some(&storage), &disks, &disks).unwrap_err(),
+            "disk-name",
+            "{name:?}"
+        );
+    }
+}
+
+#[test]
+fn storage_that_cannot_take_a_disk_refuses_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let storage = dir.path();
+    let one = [("a", 4096)];
+    let code = |storage, disks: &[(&str, u64)], described: &[(&str, u64)]| {
+        planned(storage, disks, described).unwrap_err()
+    };
+    assert_eq!(code(None, &one, &one), "no-storage");
+    let none = storage.join("none");
+    assert_eq!(code(Some(&none), &one, &one), "storage-unusable");
+    assert_eq!(code(Some(storage), &one, &[]), "offer-unreadable");
+    assert_eq!(code(Some(storage), &[], &one), "offer-unreadable");
+    assert_eq!(code(Some(storage), &one, &[("b", 1)]), "offer-unreadable");
+    let large = [("a", MAX_COPIED), ("b", 512)];
+    assert_eq!(code(Some(storage), &large, &large), "disks-too-large");
+    assert_eq!(
+        code(Some(storage), &one, &[("a", u64::MAX)]),
+        "storage-short"
+    );
+    // What is there stays, whatever it is.
+    let taken = storage.join("web-a.qcow2");
+    std::os::unix::fs::symlink(storage.join("absent"), &taken).unwrap();
+    assert_eq!(code(Some(storage), &one, &one), "image-exists");
+}
+
+#[test]
+fn images_go_unless_they_are_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let disks = [("a", 1 << 20), ("b", 512)];
+    let names = || std::fs::read_dir(dir.path()).unwrap().count();
+    let (_, plan) = planned(Some(dir.path()), &disks, &disks).unwrap();
+    drop(NewImages::create(&plan).unwrap());
+    assert_eq!(names(), 0);
+    // One that cannot be made takes the others with it.
+    std::fs::write(&plan[1].path, "mine").unwrap();
+    assert!(NewImages::create(&plan).is_err());
+    assert_eq!(names(), 1);
+    assert_eq!(std::fs::read(&plan[1].path).unwrap(), b"mine");
+    std::fs::remove_file(&plan[1].path).unwrap();
+    let mut kept = NewImages::create(&plan).unwrap();
+    kept.keep();
+    drop(kept);
+    assert_eq!(names(), 2);
+}
+
+#[test]
+fn requests_choose_disks_by_name() {
+    let config = config(r#"{"id":"a","path":"/a"},{"id":"b","path":"/b"}"#);
+    let disk = |id: &str, storage| DiskStorage {
+        id: id.to_owned(),
+        storage,
+    };
+    let what = |storage, disks: Vec<DiskStorage>| StartMigration {
+        storage,
+        disks: Some(disks),
+        ..StartMigration::to("unix:/x")
+    };
+    let copied = |what: &StartMigration| {
+        let selection =
+            Selection::new(what, &config).map_err(|error| error.fields[0].pointer.clone())?;
+        Ok::<_, String>(["a", "b"].map(|id| selection.copies(id)))
+    };
+    let (shared, copy) = (StorageMode::Shared, StorageMode::Copy);
+    assert_eq!(copied(&what(shared, vec![])), Ok([false, false]));
+    assert_eq!(
+        copied(&what(copy, vec![disk("b", shared)])),
+        Ok([true, false])
+    );
+    assert_eq!(
+        copied(&what(shared, vec![disk("b", copy)])),
+        Ok([false, true])
+    );
+    let refused = |what: &StartMigration, field: &str| {
+        assert_eq!(copied(what), Err(field.to_owned()));
+    };
+    refused(&what(copy, vec![disk("c", copy)]), "/disks");
+    refused(
+        &what(copy, vec![disk("a", copy), disk("a", shared)]),
+        "/disks",
+    );
+    let local = |storage| StartMigration {
+        local: true,
+        ..what(storage, vec![])
+    };
+    refused(&local(copy), "/storage");
+    assert!(copied(&local(shared)).is_ok());
+}

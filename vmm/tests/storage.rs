@@ -1,0 +1,334 @@
+//! Guests move between pools that share no image: their disks are copied while they write.
+
+#![expect(clippy::unwrap_used, reason = "a test that goes wrong panics")]
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Command as Process;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use control::{Migration, Registry, Request};
+use guest::pattern::{self, WORDS};
+use guest::{Command, Line, Options, Workload};
+use serde_json::json;
+use spec::{
+    AwaitMigration, DiskStorage, MemoryMode, MigrationInfo, MigrationPhase, PayloadConfig,
+    StartMigration, StorageMode, VmConfig,
+};
+use vmm::{Pool, PoolConfig};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Pages that the guest writes, at the start of its disk.
+const DISK_PAGES: usize = 256;
+const DISK_SIZE: u64 = 64 << 20;
+
+fn qemu_img(arguments: &[&str]) {
+    let run = Process::new("qemu-img").args(arguments).output().unwrap();
+    let told = String::from_utf8_lossy(&run.stderr);
+    assert!(run.status.success(), "{arguments:?}: {told}");
+}
+
+struct Stage {
+    dir: tempfile::TempDir,
+    here: Registry,
+    there: Registry,
+}
+
+fn registry() -> Registry {
+    Registry::new(Pool::start(&PoolConfig::default()).unwrap())
+}
+
+impl Stage {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("pocket"), guest::IMAGE).unwrap();
+        fs::create_dir(dir.path().join("new")).unwrap();
+        Self {
+            dir,
+            here: registry(),
+            there: registry(),
+        }
+    }
+
+    fn at(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.at(name).to_string_lossy().into_owned()
+    }
+
+    /// Images that the destination made.
+    fn made(&self) -> Vec<String> {
+        let entries = fs::read_dir(self.at("new")).unwrap();
+        let mut names: Vec<_> = entries
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    }
+
+    /// Boots a guest that writes to a first disk of this format. A second one, qcow2, has content here and
+    /// there.
+    async fn boot(&self, format: &str) {
+        let (disk, other) = (self.path("disk"), self.path("other"));
+        qemu_img(&["create", "-q", "-f", format, &disk, "64M"]);
+        qemu_img(&["create", "-q", "-f", "qcow2", &other, "1G"]);
+        let writes = ["write -P 5 0 64k", "write -P 6 700M 1M", "write -z 1M 1M"];
+        for write in writes {
+            let run = Process::new("qemu-io").args(["-c", write, &other]).output();
+            assert!(run.unwrap().status.success());
+        }
+        let options = Options {
+            workload: Workload::Io,
+            ..Options::default()
+        };
+        let mut config = VmConfig::with_payload(PayloadConfig {
+            kernel: Some(self.path("pocket")),
+            cmdline: Some(options.to_string()),
+            ..PayloadConfig::default()
+        });
+        config.memory.size = 64 << 20;
+        let serial = json!({ "mode": "Socket", "socket": self.path("serial") });
+        config.serial = serde_json::from_value(serial).unwrap();
+        let disks = json!([{ "path": disk }, { "path": other, "id": "other" }]);
+        config.disks = serde_json::from_value(disks).unwrap();
+        let name = Some("web".parse().unwrap());
+        let vm = self.here.create(name, config).unwrap();
+        vm.ask(Request::Boot).await.unwrap();
+        self.wait_blocks(3 * DISK_PAGES as u64).await;
+    }
+
+    /// Waits until the guest has written so many more blocks; none was read back wrong.
+    async fn wait_blocks(&self, more: u64) {
+        let path = self.at("serial");
+        let waited = tokio::task::spawn_blocking(move || {
+            let mut serial = BufReader::new(UnixStream::connect(path).unwrap());
+            serial.get_ref().set_read_timeout(Some(PATIENCE)).unwrap();
+            let (start, mut first) = (Instant::now(), None);
+            loop {
+                let (blocks, bad) = ask(&mut serial);
+                assert_eq!(bad, 0, "blocks were read back wrong");
+                if blocks >= *first.get_or_insert(blocks) + more {
+                    return;
+                }
+                assert!(start.elapsed() < PATIENCE, "{blocks} blocks");
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        });
+        waited.await.unwrap();
+    }
+
+    fn begin(&self, with: impl FnOnce(&mut StartMigration)) -> [Arc<dyn Migration>; 2] {
+        self.begin_at(Some(self.path("new")), with)
+    }
+
+    fn begin_at(
+        &self,
+        storage: Option<String>,
+        with: impl FnOnce(&mut StartMigration),
+    ) -> [Arc<dyn Migration>; 2] {
+        let awaiting = AwaitMigration {
+            once: true,
+            storage,
+            ..AwaitMigration::at(format!("unix:{}", self.path("migration")))
+        };
+        let receive = self.there.receive_migration(&awaiting).unwrap();
+        let mut what = StartMigration {
+            storage: StorageMode::Copy,
+            verify: true,
+            ..StartMigration::to(receive.info().endpoint)
+        };
+        with(&mut what);
+        let send = self.here.send_migration("web", &what).unwrap();
+        [send, receive]
+    }
+
+    async fn runs_here(&self) {
+        assert_eq!(self.made(), [""; 0]);
+        assert!(self.there.list().is_empty());
+        self.wait_blocks(2 * DISK_PAGES as u64).await;
+    }
+}
+
+/// Blocks that were written and read back, and wrong ones.
+fn ask(serial: &mut BufReader<UnixStream>) -> (u64, u64) {
+    writeln!(serial.get_mut(), "{}", Command::Io).unwrap();
+    let mut text = String::new();
+    loop {
+        text.clear();
+        assert!(serial.read_line(&mut text).unwrap() > 0);
+        if let Some(Line::Io { blocks, bad, .. }) = Line::parse(&text) {
+            return (blocks, bad);
+        }
+    }
+}
+
+async fn over(side: &Arc<dyn Migration>) -> MigrationInfo {
+    let mut over = side.over();
+    let waited = tokio::time::timeout(PATIENCE, over.wait_for(|over| *over)).await;
+    waited.unwrap().unwrap();
+    side.info()
+}
+
+/// Checks the pages that the guest writes in turn: none is torn, or older than a round.
+fn check_pages(disk: &[u8]) {
+    let mut generations = Vec::new();
+    for (slot, raw) in disk.chunks_exact(4096).take(DISK_PAGES).enumerate() {
+        let mut page = [0_u64; WORDS];
+        for (word, raw) in page.iter_mut().zip(raw.chunks_exact(8)) {
+            *word = u64::from_ne_bytes(raw.try_into().unwrap());
+        }
+        assert!(pattern::matches(&page, slot as u64, page[0]), "page {slot}");
+        generations.push(page[0]);
+    }
+    let (least, most) = (generations.iter().min(), generations.iter().max());
+    assert!(most.unwrap() - least.unwrap() <= 1, "{least:?} to {most:?}");
+}
+
+fn blocks_of(path: &Path) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    path.metadata().unwrap().blocks() * 512
+}
+
+#[tokio::test]
+async fn disks_move_while_the_guest_writes() {
+    let runs = [
+        ("raw", MemoryMode::Precopy),
+        ("qcow2", MemoryMode::Precopy),
+        ("raw", MemoryMode::Postcopy),
+        ("qcow2", MemoryMode::Auto),
+    ];
+    for (format, mode) in runs {
+        let stage = Stage::new();
+        stage.boot(format).await;
+        let both = stage.begin(|what| what.mode = mode);
+        for side in &both {
+            let info = over(side).await;
+            assert_eq!(info.phase, MigrationPhase::Completed, "{info:?}");
+            assert_eq!(info.disk_bytes, DISK_SIZE + (1 << 30));
+            assert_eq!(info.disk_remaining_bytes, 0);
+        }
+        let sent = both[0].info();
+        println!(
+            "{format}, {mode}: {:?}, {} rounds",
+            sent.downtime, sent.rounds
+        );
+        // It writes to the new image, and to nothing else.
+        let first = stage.made()[0].clone();
+        assert_eq!(first, format!("web-_disk0.{format}"));
+        assert_eq!(stage.made()[1], "web-other.qcow2");
+        let before = fs::read(stage.at("disk")).unwrap();
+        stage.wait_blocks(3 * DISK_PAGES as u64).await;
+        assert!(
+            fs::read(stage.at("disk")).unwrap() == before,
+            "the source's image stays"
+        );
+        let vm = stage.there.get("web").unwrap();
+        vm.ask(Request::Pause).await.unwrap();
+        let (flat, from) = (stage.path("flat"), stage.path(&format!("new/{first}")));
+        // Written back by the guest's machine, which has the lock.
+        let config = vm.info().config;
+        assert_eq!(config.disks.as_ref().unwrap()[0].path.as_ref(), Some(&from));
+        vm.ask(Request::Shutdown).await.unwrap();
+        qemu_img(&["convert", "-f", format, "-O", "raw", &from, &flat]);
+        let disk = fs::read(&flat).unwrap();
+        assert_eq!(disk.len() as u64, DISK_SIZE);
+        check_pages(&disk);
+        assert!(disk[DISK_PAGES * 4096..].iter().all(|byte| *byte == 0));
+        let other = stage.path("new/web-other.qcow2");
+        qemu_img(&["compare", "-q", &stage.path("other"), &other]);
+        for image in stage.made() {
+            let taken = blocks_of(&stage.at("new").join(&image));
+            assert!(taken < 8 << 20, "{image} takes {taken} bytes");
+        }
+        if format == "qcow2" {
+            qemu_img(&["check", "-q", &from]);
+        }
+        qemu_img(&["check", "-q", &other]);
+    }
+}
+
+/// A disk can stay where it is, while others are copied.
+#[tokio::test]
+async fn disks_are_chosen_by_name() {
+    let stage = Stage::new();
+    stage.boot("raw").await;
+    let both = stage.begin(|what| {
+        what.storage = StorageMode::Shared;
+        what.disks = Some(vec![DiskStorage {
+            id: "other".to_owned(),
+            storage: StorageMode::Copy,
+        }]);
+    });
+    for side in &both {
+        let info = over(side).await;
+        assert_eq!(info.phase, MigrationPhase::Completed, "{info:?}");
+        assert_eq!(info.disk_bytes, 1 << 30);
+    }
+    assert_eq!(stage.made(), ["web-other.qcow2"]);
+    let vm = stage.there.get("web").unwrap();
+    let disks = vm.info().config.disks.unwrap();
+    assert_eq!(disks[0].path, Some(stage.path("disk")));
+    stage.wait_blocks(2 * DISK_PAGES as u64).await;
+    vm.ask(Request::Shutdown).await.unwrap();
+    check_pages(&fs::read(stage.at("disk")).unwrap());
+}
+
+#[tokio::test]
+async fn a_move_that_fails_leaves_no_image_and_the_guest_on_its_own() {
+    let stage = Stage::new();
+    stage.boot("qcow2").await;
+    // No directory for images, and one that has the name already.
+    let both = stage.begin_at(None, |_| {});
+    for side in &both {
+        let info = over(side).await;
+        assert_eq!(info.phase, MigrationPhase::Failed);
+        assert_eq!(info.error.unwrap().code, "no-storage");
+    }
+    stage.runs_here().await;
+    let taken = stage.at("new/web-other.qcow2");
+    fs::write(&taken, "mine").unwrap();
+    let both = stage.begin(|_| {});
+    for side in &both {
+        assert_eq!(over(side).await.error.unwrap().code, "image-exists");
+    }
+    assert_eq!(stage.made(), ["web-other.qcow2"]);
+    assert_eq!(fs::read(&taken).unwrap(), b"mine");
+    fs::remove_file(&taken).unwrap();
+    stage.runs_here().await;
+    // Called off while disks are copied, at either side.
+    for canceled in 0..2 {
+        let both = stage.begin(|what| what.max_bandwidth = Some(1 << 20));
+        let start = Instant::now();
+        while both[1].info().sent_bytes == 0 {
+            assert!(start.elapsed() < PATIENCE, "{:?}", both[0].info());
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        assert_eq!(stage.made().len(), 2);
+        assert!(both[0].info().disk_remaining_bytes > 0);
+        both[canceled].cancel().unwrap();
+        for side in &both {
+            assert_eq!(over(side).await.phase, MigrationPhase::Canceled);
+        }
+        stage.runs_here().await;
+    }
+    // What it wrote meanwhile is whole.
+    let vm = stage.here.get("web").unwrap();
+    vm.ask(Request::Shutdown).await.unwrap();
+    qemu_img(&["check", "-q", &stage.path("disk")]);
+    let flat = stage.path("flat");
+    qemu_img(&[
+        "convert",
+        "-f",
+        "qcow2",
+        "-O",
+        "raw",
+        &stage.path("disk"),
+        &flat,
+    ]);
+    check_pages(&fs::read(flat).unwrap());
+}
