@@ -17,6 +17,7 @@
 //! | [`Rtc`] | ports 0x70, 0x71 | clock and battery-backed memory, for firmware |
 //! | [`PmTimer`] | port 0x608 | the ACPI timer, for firmware |
 //! | [`pvpanic()`] | a PCI function | a guest reports that its kernel panicked |
+//! | [`tpm::Tpm`] | 0xfed40000 | a TPM 2.0, which `swtpm` emulates |
 //! | [`pci::Bus`] | ECAM, ports 0xcf8-0xcff | configuration space of PCI devices |
 //!
 //! ```
@@ -50,6 +51,7 @@ mod reset;
 pub mod rtc;
 pub mod sandbox;
 mod serial;
+pub mod tpm;
 mod unix;
 
 pub use console::{Console, ConsoleError, ConsoleInput, Watch, flush_terminal, on_terminal_escape};

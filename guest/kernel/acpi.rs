@@ -6,7 +6,7 @@ use core::ptr;
 use crate::boot::read;
 use crate::cpu;
 use crate::options::{MAX_CPUS, PortValue};
-use crate::virtio;
+use crate::{tpm, virtio};
 
 /// A register to write to (ACPI's Generic Address Structure), and what.
 #[derive(Clone, Copy)]
@@ -75,6 +75,8 @@ impl Platform {
                 platform.read_madt(address, len);
             } else if let Some(len) = table(address, *b"MCFG") {
                 read_mcfg(address, len);
+            } else if table(address, *b"TPM2").is_some_and(|len| len >= 52) {
+                tpm::found(read(address + 40).unwrap_or(0));
             }
         }
         platform

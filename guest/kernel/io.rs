@@ -9,6 +9,7 @@ use crate::boot::Ram;
 use crate::clock;
 use crate::line::Line;
 use crate::pattern::{self, PAGE_SIZE, Page};
+use crate::tpm::{Answer, Tpm};
 use crate::virtio::{Buffer, CHAINS, Device, Queue, devices, read, write};
 
 const NET: u32 = 1;
@@ -34,6 +35,7 @@ pub struct Counts {
     blocks: AtomicU64,
     frames: AtomicU64,
     chars: AtomicU64,
+    tpm: AtomicU64,
     bad: AtomicU64,
 }
 
@@ -43,6 +45,7 @@ pub static COUNTS: Counts = Counts {
     blocks: AtomicU64::new(0),
     frames: AtomicU64::new(0),
     chars: AtomicU64::new(0),
+    tpm: AtomicU64::new(0),
     bad: AtomicU64::new(0),
 };
 
@@ -58,6 +61,7 @@ impl Counts {
             blocks: self.blocks.load(Acquire),
             frames: self.frames.load(Acquire),
             chars: self.chars.load(Acquire),
+            tpm: self.tpm.load(Acquire),
             bad: self.bad.load(Acquire),
         }
     }
@@ -71,6 +75,7 @@ pub struct Io {
     console: Option<Pair>,
     memory: Option<Memory>,
     watchdog: Option<Watchdog>,
+    tpm: Option<Tpm>,
 }
 
 /// Free pages, one after the other.
@@ -119,6 +124,7 @@ impl Io {
             console: None,
             memory: None,
             watchdog: None,
+            tpm: Tpm::find(),
         };
         let mut pages = Pages { ram, next: 0 };
         for device in devices() {
@@ -158,6 +164,11 @@ impl Io {
         }
         busy |= self.memory.as_mut().is_some_and(Memory::step);
         busy |= self.watchdog.as_mut().is_some_and(Watchdog::step);
+        match self.tpm.as_mut().and_then(Tpm::step) {
+            Some(Answer::Random(bytes)) => add(&COUNTS.tpm, bytes),
+            Some(Answer::Bad) => add(&COUNTS.bad, 1),
+            Some(Answer::Started) | None => {}
+        }
         busy
     }
 }

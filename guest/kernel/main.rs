@@ -15,6 +15,7 @@ mod runtime;
 mod selftest;
 mod serial;
 mod service;
+mod tpm;
 mod virtio;
 mod work;
 

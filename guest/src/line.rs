@@ -154,6 +154,8 @@ lines! {
         frames: u64,
         /// Characters that came by the console and were sent back.
         chars: u64,
+        /// Bytes of random numbers from the TPM.
+        tpm: u64,
         /// Checks that failed.
         bad: u64,
     }

@@ -61,7 +61,8 @@ pub enum Workload {
     Smp,
     /// Driving the first virtio device of each kind on the first PCI bus, on the first vCPU, without
     /// end: entropy, a disk (whose first MiB it writes over), a network interface that answers ARP
-    /// and sends UDP datagrams back, and a console that sends back what is typed. The
+    /// and sends UDP datagrams back, a console that sends back what is typed, a watchdog that it pings,
+    /// and a TPM that it asks for random numbers. The
     /// [command](Command::Io) `io` returns its progress.
     Io,
     /// Starting every virtio device on the first PCI bus with all its queues, each with an interrupt of its

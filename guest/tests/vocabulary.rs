@@ -133,14 +133,17 @@ fn lines() -> impl Strategy<Value = Line> {
             count,
             expected
         }),
-        any::<[u64; 6]>().prop_map(|[devices, random, blocks, frames, chars, bad]| Line::Io {
-            devices,
-            random,
-            blocks,
-            frames,
-            chars,
-            bad
-        }),
+        any::<[u64; 7]>().prop_map(
+            |[devices, random, blocks, frames, chars, tpm, bad]| Line::Io {
+                devices,
+                random,
+                blocks,
+                frames,
+                chars,
+                tpm,
+                bad
+            }
+        ),
         failures.prop_map(|failed| Line::SelfTest { failed }),
         any::<u64>().prop_map(|count| Line::Nmi { count }),
         (any::<(u32, u64)>(), addresses(), addresses(), addresses()).prop_map(

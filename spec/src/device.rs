@@ -170,7 +170,7 @@ pub struct BalloonConfig {
 pub struct FsConfig {
     /// Name to mount it by.
     pub tag: String,
-    /// Socket of the process that serves it.
+    /// Control socket of `swtpm`.
     pub socket: String,
     /// Number of virtqueues.
     #[serde(default = "defaults::one_queue")]
@@ -280,7 +280,7 @@ pub struct UserDeviceConfig {
     pub pci_device_id: Option<u8>,
 }
 
-/// A trusted platform module.
+/// A trusted platform module (TPM 2.0), which `swtpm` emulates. A VM that has one cannot be moved or saved.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TpmConfig {

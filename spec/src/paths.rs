@@ -14,6 +14,8 @@ pub enum PathUse {
     Create,
     /// A unix socket is made there.
     Listen,
+    /// A unix socket of another program is there.
+    Connect,
 }
 
 /// A path that a configuration names.
@@ -81,6 +83,13 @@ impl VmConfig {
                 PathUse::Listen,
             ));
         }
+        if let Some(tpm) = &self.tpm {
+            all.extend(named(
+                "/tpm/socket".to_owned(),
+                Some(&tpm.socket),
+                PathUse::Connect,
+            ));
+        }
         all
     }
 }
@@ -104,7 +113,7 @@ mod tests {
                 "disks":[{"path":"/a"},{"path":"/b","readonly":true}],
                 "serial":{"mode":"File","file":"/s"},"console":{"mode":"Socket","socket":"/c"},
                 "debug_console":{"mode":"File","file":"/l"},
-                "vsock":{"cid":3,"socket":"/v"}}"#,
+                "vsock":{"cid":3,"socket":"/v"},"tpm":{"socket":"/t"}}"#,
         )
         .unwrap();
         let found: Vec<_> = config.paths();
@@ -122,6 +131,7 @@ mod tests {
             ("/debug_console/file", "/l", PathUse::Create),
             ("/rng/src", "/dev/urandom", PathUse::Read),
             ("/vsock/socket", "/v", PathUse::Listen),
+            ("/tpm/socket", "/t", PathUse::Connect),
         ];
         assert_eq!(found, expected);
     }

@@ -45,7 +45,6 @@ const NOT_YET: &[(&str, &[&str])] = &[
     ("/platform/sev_snp", &["false"]),
     ("/platform/iommufd", &["false"]),
     ("/platform/vfio_p2p_dma", &["true"]),
-    ("/tpm", &[]),
 ];
 
 /// The code of a problem with a field that this version does not support.
@@ -67,6 +66,13 @@ impl VmConfig {
         self.check_landlock(&mut found);
         if let Some(platform) = &self.platform {
             platform.check_identity(&mut found);
+        }
+        if let Some(tpm) = &self.tpm
+            && !(1..=limits::SOCKET_PATH_LEN).contains(&tpm.socket.len())
+        {
+            let most = limits::SOCKET_PATH_LEN;
+            let detail = format!("`socket` must be a path of 1 to {most} bytes");
+            found.push(problem("/tpm/socket", "out-of-range", detail));
         }
         devices::check(self, &mut found);
         if found.is_empty() { Ok(()) } else { Err(found) }
@@ -501,6 +507,14 @@ mod tests {
             one("/cpus/affinity/0/host_cpus", "out-of-range")
         );
         assert_eq!(found(|c| c.watchdog = true), []);
+        let tpm = |len| {
+            let socket = "x".repeat(len);
+            found(|c| c.tpm = Some(crate::TpmConfig { socket }))
+        };
+        assert_eq!(tpm(107), []);
+        for len in [0, 108] {
+            assert_eq!(tpm(len), one("/tpm/socket", "out-of-range"));
+        }
         assert_eq!(found(|c| c.iommu = true), one("/iommu", "unsupported"));
         assert_eq!(
             found(|c| c.console.mode = ConsoleMode::Socket),

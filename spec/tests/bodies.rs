@@ -88,7 +88,6 @@ fn unsupported_devices_are_refused_by_name() {
         "/memory/zones",
         "/numa",
         "/pmem",
-        "/tpm",
         "/user_devices",
         "/vdpa",
     ];

@@ -134,6 +134,7 @@ const EFFECTIVE: &[&str] = &[
     "/console/pci_segment",
     "/vsock/pci_segment",
     "/pvpanic",
+    "/tpm/socket",
     "/watchdog",
     "/disks/0/pci_device_id",
     "/net/0/pci_device_id",

@@ -156,6 +156,10 @@ pub(crate) fn of_machine(config: &VmConfig, may_wait: bool) -> u64 {
         // Inflate, deflate, statistics, free page reporting.
         needed = needed.saturating_add(of_queues(4));
     }
+    if config.tpm.is_some() {
+        // The control socket, the data connection, and the end of it that is passed on.
+        needed = needed.saturating_add(3);
+    }
     if config.watchdog {
         needed = needed.saturating_add(of_queues(1));
     }

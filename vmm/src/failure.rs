@@ -4,6 +4,7 @@ use control::{Category, RequestError};
 use devices::ConsoleError;
 use devices::PvpanicError;
 use devices::pci::{BarError, BusError};
+use devices::tpm::{NewTpmError, TpmError};
 use hypervisor::{KvmError, RunFailure, StateError, Vcpu};
 use memory::{CommitError, RamError, TopologyError};
 use rustix::io::Errno;
@@ -57,6 +58,8 @@ pub enum BuildError {
     Tap(#[from] TapError),
     /// A disk's image cannot be used.
     Image(#[from] ImageError),
+    /// The TPM's emulator cannot be used.
+    Tpm(#[from] NewTpmError),
     /// A vsock device's socket cannot be made.
     Vsock(#[from] VsockError),
     /// The machine does not start.
@@ -143,6 +146,12 @@ impl From<CpuError> for MoveError {
     }
 }
 
+impl From<TpmError> for BuildError {
+    fn from(error: TpmError) -> Self {
+        Self::Tpm(error.into())
+    }
+}
+
 impl From<PvpanicError> for BuildError {
     fn from(error: PvpanicError) -> Self {
         match error {
@@ -186,6 +195,7 @@ impl BuildError {
             Self::Image(ImageError::Lock(_)) => "disk-in-use",
             Self::Image(_) => "disk-unusable",
             Self::Vsock(_) => "vsock-unusable",
+            Self::Tpm(_) => "tpm-unusable",
             Self::Move(MoveError::MemoryLost(_)) => "memory-lost",
             Self::Move(_) => "cannot-go-on",
             Self::Host { .. } => "host-refused",
@@ -206,6 +216,7 @@ impl BuildError {
             | Self::Rng(_)
             | Self::Tap(_)
             | Self::Vsock(_)
+            | Self::Tpm(_)
             | Self::Image(_) => Category::Unprocessable,
             Self::Descriptors(_)
             | Self::Ram(_)

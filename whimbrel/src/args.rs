@@ -287,6 +287,9 @@ pub(crate) struct VmArguments {
     /// pci_segment=N,mmio32_aperture_weight=N,mmio64_aperture_weight=N.
     #[arg(long, value_name = "OPTIONS", num_args = 1..)]
     pub(crate) pci_segment: Vec<String>,
+    /// TPM 2.0 that swtpm emulates: socket=PATH, swtpm's control socket.
+    #[arg(long, value_name = "OPTIONS")]
+    pub(crate) tpm: Option<String>,
     /// A virtio watchdog: the VM is reset when its guest's driver has not pinged for 30 s.
     #[arg(long)]
     pub(crate) watchdog: bool,
@@ -407,6 +410,11 @@ impl VmArguments {
             .map(|t| options::PLATFORM.read(t))
             .transpose()?;
         config.pci_segments = many(&self.pci_segment, &options::PCI_SEGMENT)?;
+        config.tpm = self
+            .tpm
+            .as_deref()
+            .map(|t| options::TPM.read(t))
+            .transpose()?;
         config.watchdog = self.watchdog;
         config.pvpanic = self.pvpanic;
         Ok(Some(config))

@@ -116,7 +116,7 @@ pub(crate) const OPTIONS: &[(&str, Support)] = &[
     ),
     ("seccomp", Works),
     ("serial", Works),
-    ("tpm", Refused("there is no TPM yet")),
+    ("tpm", Works),
     ("user-device", Refused("there are no vfio-user devices yet")),
     ("vdpa", Refused("there are no vDPA devices yet")),
     ("vsock", Works),
@@ -276,7 +276,7 @@ refused by name.
         for line in [
             vec!["whimbrel", "--device", "path=/x"],
             vec!["whimbrel", "--fs", "tag=x,socket=/x"],
-            vec!["whimbrel", "--tpm", "socket=/x"],
+            vec!["whimbrel", "--gdb", "path=/x"],
         ] {
             let matches = whimbrel().try_get_matches_from(&line).unwrap();
             assert!(check(&matches).is_err(), "{line:?}");

@@ -155,6 +155,13 @@ pub const BALLOON: OptionKind = OptionKind {
     also: &[PCI],
 };
 
+/// `--tpm`.
+pub const TPM: OptionKind = OptionKind {
+    name: "--tpm",
+    keys: &[("socket", "socket", Form::Text)],
+    also: &[],
+};
+
 /// `--vsock`.
 pub const VSOCK: OptionKind = OptionKind {
     name: "--vsock",

@@ -109,7 +109,7 @@ pub(crate) fn load(
         Some(path) => Some(load_initramfs(Path::new(path), memory, layout, kernel.end)?),
         None => None,
     };
-    let tables = acpi::tables(&config.cpus, layout);
+    let tables = acpi::tables(config, layout);
     if tables.len() as u64 > layout::ACPI_END - layout::ACPI {
         return Err(BootError::NoRoom {
             what: "the ACPI tables of this many vCPUs and PCI segments",

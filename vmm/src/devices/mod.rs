@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use ::devices::pci::{Bdf, Endpoint};
+use ::devices::tpm::Emulator;
 use memory::Transaction;
 use spec::{DeviceNode, DeviceState, VmConfig};
 use state::{Load as _, LoadError, Save as _, SaveError, Store, Writer};
@@ -52,6 +53,8 @@ pub(crate) struct MachineOrigin {
     /// machine gets event loops of its own and other VMs' devices do not wait with it.
     pub(crate) may_wait: bool,
     pub(crate) memory: MemoryOrigin,
+    /// The TPM's emulator, which may end when the connection to it is closed.
+    pub(crate) tpm: Option<Arc<Emulator>>,
 }
 
 /// The place from which a machine gets its memory.
@@ -74,6 +77,7 @@ impl Default for MachineOrigin {
             owner: ResourceOwner::ThisMachine,
             may_wait: false,
             memory: MemoryOrigin::New,
+            tpm: None,
         }
     }
 }

@@ -294,8 +294,9 @@ impl Driver {
         match std::mem::replace(&mut self.stage, Stage::Off) {
             Stage::On(machine) => {
                 let origin = MachineOrigin {
-                    // Over a reset devices stay where they are.
+                    // Over a reset devices stay where they are, and the TPM's emulator stays.
                     on_bus: machine.devices().places(),
+                    tpm: machine.tpm(),
                     ..MachineOrigin::default()
                 };
                 let next = Next::Build {

@@ -6,6 +6,7 @@ mod core_sharing;
 mod firmware;
 mod hotplug;
 mod memory_map;
+mod platform;
 pub(crate) mod ram;
 mod run_control;
 mod save;
@@ -20,10 +21,8 @@ use std::time::{Duration, Instant};
 
 use ::devices::event_loop::EventLoop;
 use ::devices::sandbox::{Confinement, ThreadKind};
-use ::devices::{
-    ConsoleInput, CpuBlock, DebugConsole, DebugPort, HotplugBlock, InterruptLine, KeyboardReset,
-    PowerBlock, ResetControl, Serial, pci, power,
-};
+use ::devices::tpm::Emulator;
+use ::devices::{ConsoleInput, CpuBlock, HotplugBlock, InterruptLine, PowerBlock, Serial, power};
 use hypervisor::{IrqRoutes, Kvm, Vm};
 use memory::{
     DeviceOps, ListenerHandle, LostWatch, MemoryListener, SpaceKind, Topology, Transaction,
@@ -103,6 +102,7 @@ pub(crate) struct Parts {
     pub(crate) hotplug: Arc<HotplugBlock>,
     pub(crate) clocks: FirmwareClocks,
     pub(crate) cpus: Arc<CpuBlock>,
+    tpm: Option<Arc<Emulator>>,
     /// Last: given back when all else is closed.
     _descriptors: Vec<Arc<Reservation>>,
 }
@@ -173,15 +173,19 @@ impl Built {
         let topology = Arc::new(Mutex::new(topology));
         let windows = layout.segments.iter().map(|segment| segment.pci64);
         let host_bridge = PciHost::new(&topology, space, windows, irq_routes.clone());
+        let emulator = platform::tpm_emulator(config, origin)?;
         let build = |tx: &mut Transaction<'_>| -> Result<_, BuildError> {
             ram.map(tx, &layout)?;
-            map_platform(tx, &host_bridge, &end)?;
+            platform::map_pc(tx, &host_bridge, &end)?;
             let serial = match outputs.serial {
                 Some(output) => Some(map_serial(tx, irq_routes, output, reporter)?),
                 None => None,
             };
             if let (Some(output), Some(debug)) = (outputs.debug, &config.debug_console) {
-                map_debug_console(tx, debug.port(), output)?;
+                platform::map_debug_console(tx, debug.port(), output)?;
+            }
+            if let Some(emulator) = &emulator {
+                platform::map_tpm(tx, emulator, host.confinement, reporter)?;
             }
             let power = map_power(tx, irq_routes, &end)?;
             let hotplug = map_hotplug(tx, reporter)?;
@@ -223,6 +227,7 @@ impl Built {
             hotplug,
             clocks,
             cpus,
+            tpm: emulator,
             _descriptors: reserved,
         };
         Ok(Self {
@@ -299,44 +304,6 @@ fn map_port(
     Ok(tx.map(SpaceKind::PortIo, port.into(), region, 0)?)
 }
 
-/// Maps the platform that PC software expects: PCI, and two ports.
-fn map_platform(
-    tx: &mut Transaction<'_>,
-    host: &PciHost,
-    end: &GuestEnd,
-) -> Result<(), BuildError> {
-    for (segment, bus) in (0..).zip(host.buses()) {
-        let ecam = tx.device(("ecam", "pci"), pci::ECAM_BUS_LEN, bus.ecam())?;
-        tx.map(SpaceKind::Memory, layout::ecam(segment), ecam, 0)?;
-        if segment == 0 {
-            map_port(
-                tx,
-                ("configuration", "pci"),
-                layout::PCI_PORT,
-                8,
-                Arc::new(ResetControl::new(bus.ports(), end.handler())),
-            )?;
-        }
-    }
-    let keyboard = KeyboardReset::new(end.handler());
-    map_port(
-        tx,
-        ("command", "keyboard"),
-        layout::KEYBOARD_PORT,
-        1,
-        Arc::new(keyboard),
-    )?;
-    let to = end.reporter.clone();
-    let debug = DebugPort::new(move |when| to.report(GuestEvent::FirstDebugPort(when)));
-    map_port(
-        tx,
-        ("codes", "debug-port"),
-        layout::DEBUG_PORT,
-        1,
-        Arc::new(debug),
-    )
-}
-
 fn line(routes: &IrqRoutes, gsi: u32) -> Result<InterruptLine, BuildError> {
     let line = InterruptLine::new().map_err(BuildError::host("create an interrupt line"))?;
     routes.attach(line.event_fd(), gsi)?;
@@ -364,17 +331,6 @@ fn map_serial(
         Arc::clone(&serial) as _,
     )?;
     Ok(serial)
-}
-
-fn map_debug_console(
-    tx: &mut Transaction<'_>,
-    port: u16,
-    output: Box<dyn Write + Send>,
-) -> Result<(), BuildError> {
-    let device = Arc::new(DebugConsole::new(output));
-    let region = tx.device(("port", "debug-console"), 1, device)?;
-    // Behind the platform's own ports, whatever port the configuration names.
-    Ok(tx.map(SpaceKind::PortIo, port.into(), region, -1)?)
 }
 
 fn map_power(
@@ -544,6 +500,11 @@ impl Active {
     /// The map.
     pub(crate) fn topology(&self) -> MutexGuard<'_, Topology> {
         self.parts.topology.lock()
+    }
+
+    /// The TPM's emulator, for the machine that replaces this one.
+    pub(crate) fn tpm(&self) -> Option<Arc<Emulator>> {
+        self.parts.tpm.clone()
     }
 
     /// The devices on the PCI bus.

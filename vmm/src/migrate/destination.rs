@@ -253,6 +253,7 @@ impl Host for DestinationHost {
             owner: self.origin.owner(),
             may_wait: offer.postcopy,
             memory: self.origin.memory(files),
+            tpm: None,
         };
         let mut resolved = resolved;
         if let GuestOrigin::Snapshot { prefault } = self.origin {

@@ -75,6 +75,10 @@ pub(super) fn check(
     config
         .validate(&registry.host_limits())
         .map_err(|found| refusal(RequestError::invalid(found)))?;
+    if config.tpm.is_some() {
+        let why = "the guest has a TPM, whose state its emulator keeps";
+        return Err(Refusal::new("tpm-not-movable", why));
+    }
     config.name_devices();
     let on_bus = slots::from_offer(&config, &machine.places)
         .map_err(|error| unreadable(error.to_string()))?;

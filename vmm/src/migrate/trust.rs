@@ -264,7 +264,7 @@ fn resolve(path: &Path, used: PathUse) -> io::Result<(PathBuf, Option<Metadata>)
             }
             Err(error) => Err(error),
         },
-        PathUse::Read | PathUse::Write => {
+        PathUse::Read | PathUse::Write | PathUse::Connect => {
             let place = path.canonicalize()?;
             let found = place.metadata()?;
             Ok((place, Some(found)))
@@ -279,7 +279,7 @@ fn check_kind(named: &NamedPath<'_>, found: Option<&Metadata>) -> Result<(), Ref
         return Ok(());
     };
     let takes: &[FileKind] = match named.used {
-        PathUse::Listen => &[Socket],
+        PathUse::Listen | PathUse::Connect => &[Socket],
         PathUse::Create => &[Regular, Null, Terminal],
         PathUse::Read | PathUse::Write => &[Regular, BlockDevice, Random],
     };

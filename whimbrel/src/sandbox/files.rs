@@ -147,6 +147,8 @@ pub(crate) fn of_vm(config: &VmConfig) -> Vec<Rule> {
         let path = Path::new(path);
         match used {
             PathUse::Read | PathUse::Write if !path.exists() => None,
+            // Landlock does not restrict connecting to a socket.
+            PathUse::Connect => None,
             PathUse::Read => Some((path.to_owned(), Access::Read)),
             PathUse::Write => Some((path.to_owned(), Access::Write)),
             // A file that is there is emptied, and only that file need be open.

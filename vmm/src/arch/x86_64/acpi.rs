@@ -2,6 +2,7 @@
 //! and a reset register, and tells events through a generic event device.
 
 mod cpus;
+mod tpm;
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
@@ -15,7 +16,7 @@ use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use devices::{hotplug, power};
-use spec::CpusConfig;
+use spec::VmConfig;
 
 use super::generation;
 use super::layout::{self, Apertures, Layout};
@@ -24,17 +25,20 @@ const OEM: [u8; 6] = *b"WHIMBR";
 const TABLE: [u8; 8] = *b"WHIMBREL";
 
 /// All tables, to be loaded at [`layout::ACPI`]; the RSDP is first.
-pub(crate) fn tables(cpus: &CpusConfig, layout: &Layout) -> Vec<u8> {
+pub(crate) fn tables(config: &VmConfig, layout: &Layout) -> Vec<u8> {
+    let (cpus, has_tpm) = (&config.cpus, config.tpm.is_some());
     let mut placed = Placed::default();
     // The RSDP's place; what it points to is not known yet.
     placed.add(&[0; RSDP_LEN]);
-    let dsdt = placed.add(&bytes(&dsdt(cpus, layout)));
+    let dsdt = placed.add(&bytes(&dsdt(config, layout)));
     let fadt = placed.add(&bytes(&fadt(dsdt)));
     let madt = placed.add(&bytes(&cpus::madt(cpus)));
     let mcfg = placed.add(&bytes(&mcfg(layout.segments.len())));
+    let tpm = has_tpm.then(|| placed.add(&bytes(&tpm::table())));
     let mut xsdt = XSDT::new(OEM, TABLE, 1);
     [fadt, madt, mcfg]
         .into_iter()
+        .chain(tpm)
         .for_each(|table| xsdt.add_entry(table));
     let xsdt = placed.add(&bytes(&xsdt));
     let rsdp = bytes(&Rsdp::new(OEM, xsdt));
@@ -114,7 +118,7 @@ fn mcfg(segments: usize) -> MCFG {
     mcfg
 }
 
-fn dsdt(cpus: &CpusConfig, layout: &Layout) -> Sdt {
+fn dsdt(config: &VmConfig, layout: &Layout) -> Sdt {
     let mut dsdt = Sdt::new(*b"DSDT", 36, 6, OEM, TABLE, 1);
     let parts = [
         power_aml(),
@@ -122,9 +126,10 @@ fn dsdt(cpus: &CpusConfig, layout: &Layout) -> Sdt {
         hotplug_aml(),
         serial_aml(),
         generation_aml(),
-        cpus::aml(cpus),
+        cpus::aml(&config.cpus),
     ];
-    for part in parts {
+    let tpm = config.tpm.as_ref().map(|_| tpm::aml());
+    for part in parts.into_iter().chain(tpm) {
         dsdt.append_slice(&part);
     }
     dsdt.update_checksum();
@@ -431,6 +436,8 @@ fn generation_aml() -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
+    use spec::{CpusConfig, PayloadConfig, TpmConfig};
+
     use super::*;
 
     fn u64_at(bytes: &[u8], at: usize) -> u64 {
@@ -452,7 +459,12 @@ mod tests {
         for (vcpus, segments) in [(1, 1), (2, 2), (255, 1), (64, 96)] {
             let layout = Layout::new(8 << 30, 0, 46).unwrap();
             let layout = layout.with_segments(&vec![[1, 1]; segments]).unwrap();
-            let all = tables(&CpusConfig::with_vcpus(vcpus), &layout);
+            let mut config = VmConfig::with_payload(PayloadConfig::default());
+            config.cpus = CpusConfig::with_vcpus(vcpus);
+            config.tpm = (vcpus == 2).then(|| TpmConfig {
+                socket: "/tpm".to_owned(),
+            });
+            let all = tables(&config, &layout);
             assert!(
                 all.len() as u64 <= layout::ACPI_END - layout::ACPI,
                 "{}",
@@ -472,7 +484,16 @@ mod tests {
                     String::from_utf8_lossy(&table[..4]).into_owned()
                 })
                 .collect();
-            assert_eq!(names, ["FACP", "APIC", "MCFG"]);
+            let count = if vcpus == 2 { 4 } else { 3 };
+            assert_eq!(names, ["FACP", "APIC", "MCFG", "TPM2"][..count]);
+            if vcpus == 2 {
+                let tpm = table(&all, u64_at(&xsdt[60..], 0));
+                // The control area, and the start method of a command response buffer.
+                assert_eq!(
+                    (u64_at(tpm, 40), &tpm[48..]),
+                    (0xfed4_0040, &[7, 0, 0, 0][..])
+                );
+            }
             let mcfg = table(&all, u64_at(&xsdt[52..], 0));
             let entries: Vec<_> = mcfg[44..].chunks(16).collect();
             assert_eq!(entries.len(), segments);

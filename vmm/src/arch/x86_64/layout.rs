@@ -29,6 +29,8 @@ pub(crate) const ECAM: u64 = 0xe800_0000;
 const PCI32_END: u64 = ECAM;
 /// The I/O APIC.
 pub(crate) const IO_APIC: u32 = 0xfec0_0000;
+/// The TPM, where PC software looks for it.
+pub(crate) const TPM: u64 = 0xfed4_0000;
 /// The local APICs.
 pub(crate) const LOCAL_APIC: u32 = 0xfee0_0000;
 
