@@ -278,6 +278,34 @@ async fn disks_are_chosen_by_name() {
     check_pages(&fs::read(stage.at("disk")).unwrap());
 }
 
+/// The next machine has the image, though the last one's was being copied.
+#[tokio::test]
+async fn guest_is_reset_while_its_disks_are_copied() {
+    for (format, by_guest) in [("raw", true), ("qcow2", false)] {
+        let stage = Stage::new();
+        stage.boot(format).await;
+        let both = stage.begin(|what| what.max_bandwidth = Some(8 << 20));
+        let start = Instant::now();
+        while both[1].info().sent_bytes == 0 {
+            assert!(start.elapsed() < PATIENCE, "{:?}", both[0].info());
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        let vm = stage.here.get("web").unwrap();
+        if by_guest {
+            let mut serial = UnixStream::connect(stage.at("serial")).unwrap();
+            writeln!(serial, "{}", Command::Reset).unwrap();
+        } else {
+            vm.ask(Request::Reboot).await.unwrap();
+        }
+        for side in &both {
+            assert_ne!(over(side).await.phase, MigrationPhase::Completed);
+        }
+        stage.runs_here().await;
+        assert_eq!(vm.status().failure, None);
+        vm.ask(Request::Shutdown).await.unwrap();
+    }
+}
+
 #[tokio::test]
 async fn a_move_that_fails_leaves_no_image_and_the_guest_on_its_own() {
     let stage = Stage::new();

@@ -4,7 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use imago::file::File as Storage;
 use imago::qcow2::Qcow2;
@@ -47,26 +47,84 @@ impl Written {
     }
 }
 
+/// Lets copies use the image of a disk as long as its device is there.
+///
+/// The image is locked for as long as it is open, and the next machine, after a reset, opens it anew. So
+/// a copy that still runs must not hold it: the device, when it goes, waits for the operation of each copy
+/// that is in progress, and lets none begin.
+#[derive(Clone, Debug)]
+pub(super) struct CopyGate(Arc<RwLock<bool>>);
+
+impl CopyGate {
+    pub(super) fn open() -> Self {
+        Self(Arc::new(RwLock::new(true)))
+    }
+
+    pub(super) fn close(&self) {
+        *self.0.write() = false;
+    }
+}
+
+/// A disk of a machine, for copies: it ends with its device.
+#[derive(Clone)]
+pub struct DiskAccess {
+    gate: CopyGate,
+    shared: Weak<Shared>,
+}
+
+impl DiskAccess {
+    pub(super) fn new(handle: &BlockHandle) -> Self {
+        Self {
+            gate: handle.shared.gate.clone(),
+            shared: Arc::downgrade(&handle.shared),
+        }
+    }
+
+    fn with<R>(&self, work: impl FnOnce(&Shared) -> io::Result<R>) -> io::Result<R> {
+        let is_open = self.gate.0.read();
+        // Not upgraded behind a closed gate: not even for a moment may this own the image then.
+        let shared = is_open.then(|| self.shared.upgrade()).flatten();
+        let shared = shared.ok_or_else(|| {
+            io::Error::new(io::ErrorKind::NotConnected, "the machine of the disk ended")
+        })?;
+        let done = contained(|| work(&shared));
+        // In this order: the gate closes when the image has no owner here.
+        drop(shared);
+        drop(is_open);
+        done
+    }
+
+    /// Prepares a copy.
+    ///
+    /// # Errors
+    /// The size of the image cannot be read, or the device is gone.
+    pub fn content(&self) -> io::Result<DiskContent> {
+        let (size, format, allocated) = self.with(|shared| {
+            let image = &shared.image;
+            let size = image.size()?;
+            Ok((size, image.format(), image.allocated().unwrap_or(size)))
+        })?;
+        let bits = usize::try_from(size).unwrap_or(usize::MAX);
+        Ok(DiskContent {
+            access: self.clone(),
+            size,
+            format,
+            allocated,
+            dirty: Arc::new(DirtyBitmap::new(bits)),
+        })
+    }
+}
+
 /// The content of a disk, for a copy that is made beside the guest.
 pub struct DiskContent {
-    shared: Arc<Shared>,
+    access: DiskAccess,
     size: u64,
+    format: ImageFormat,
+    allocated: u64,
     dirty: Arc<DirtyBitmap>,
 }
 
 impl DiskContent {
-    pub(super) fn new(handle: &BlockHandle) -> io::Result<Self> {
-        let shared = Arc::clone(&handle.shared);
-        let size = shared.image.size()?;
-        let bits = usize::try_from(size).unwrap_or(usize::MAX);
-        let dirty = Arc::new(DirtyBitmap::new(bits));
-        Ok(Self {
-            shared,
-            size,
-            dirty,
-        })
-    }
-
     /// Bytes that the guest sees.
     #[must_use]
     pub fn size(&self) -> u64 {
@@ -76,7 +134,7 @@ impl DiskContent {
     /// The format of the image.
     #[must_use]
     pub fn format(&self) -> ImageFormat {
-        self.shared.image.format()
+        self.format
     }
 
     /// The blocks to copy, in units of 4 KiB.
@@ -88,7 +146,7 @@ impl DiskContent {
     /// About how many bytes of the disk have content: what the files of the image take on the host.
     #[must_use]
     pub fn allocated(&self) -> u64 {
-        self.shared.image.allocated().unwrap_or(self.size)
+        self.allocated
     }
 
     /// Starts to record what the guest writes, and marks all blocks that may have content.
@@ -97,20 +155,26 @@ impl DiskContent {
     /// The image cannot be read.
     pub fn start(&self) -> io::Result<()> {
         self.dirty.set_enabled(true);
-        // In this order: a block that is allocated behind the scan is marked by its write.
-        *self.shared.image.written.0.write() = Some(Arc::clone(&self.dirty));
         let mark = |offset: u64, len: u64| {
             let cut = |value: u64| usize::try_from(value).unwrap_or(usize::MAX);
             self.dirty.mark(cut(offset), cut(len));
         };
-        contained(|| extents(&self.shared.image, self.size, mark))
+        self.access.with(|shared| {
+            // In this order: a block that is allocated behind the scan is marked by its write.
+            *shared.image.written.0.write() = Some(Arc::clone(&self.dirty));
+            extents(&shared.image, self.size, mark)
+        })
     }
 
     /// Ends recording.
     pub fn stop(&self) {
-        let mut written = self.shared.image.written.0.write();
-        // Another copy may have begun.
-        written.take_if(|bitmap| Arc::ptr_eq(bitmap, &self.dirty));
+        // Without a device nothing is recorded.
+        let _ = self.access.with(|shared| {
+            let mut written = shared.image.written.0.write();
+            // Another copy may have begun.
+            written.take_if(|bitmap| Arc::ptr_eq(bitmap, &self.dirty));
+            Ok(())
+        });
     }
 
     /// Reads from `offset` on, within the disk.
@@ -118,14 +182,16 @@ impl DiskContent {
     /// # Errors
     /// The image cannot be read.
     pub fn read_at(&self, offset: u64, data: &mut [u8]) -> io::Result<()> {
-        let image = &self.shared.image;
-        if !image.is_direct() {
-            return contained(|| image.read_at(data, offset));
-        }
-        let mut aligned = Aligned::new(data.len());
-        contained(|| image.read_at(aligned.bytes(), offset))?;
-        data.copy_from_slice(aligned.bytes());
-        Ok(())
+        self.access.with(|shared| {
+            let image = &shared.image;
+            if !image.is_direct() {
+                return image.read_at(data, offset);
+            }
+            let mut aligned = Aligned::new(data.len());
+            image.read_at(aligned.bytes(), offset)?;
+            data.copy_from_slice(aligned.bytes());
+            Ok(())
+        })
     }
 }
 

@@ -34,7 +34,8 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 
-pub use self::copy::{CreatedImage, DiskContent};
+use self::copy::CopyGate;
+pub use self::copy::{CreatedImage, DiskAccess, DiskContent};
 pub use self::format::ImageFormat;
 pub use self::image::ImageError;
 use self::image::{Image, Kind, Opening, SECTOR, contained};
@@ -141,6 +142,7 @@ impl Counters {
 /// State that the queues of a disk share.
 struct Shared {
     image: Arc<Image>,
+    gate: CopyGate,
     /// Empty where the image is not raw, or the host has no io_uring.
     rings: Arc<Rings>,
     /// Bytes that the guest sees.
@@ -213,6 +215,7 @@ impl Block {
         };
         let shared = Arc::new(Shared {
             image: Arc::new(image),
+            gate: CopyGate::open(),
             rings: Arc::new(rings),
             capacity: AtomicU64::new(capacity),
             writeback: AtomicBool::new(true),
@@ -272,6 +275,12 @@ impl Block {
         put(52, &1_u32.to_le_bytes());
         put(56, &[self.shared.sparse.into()]);
         space
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        self.shared.gate.close();
     }
 }
 
@@ -488,12 +497,10 @@ impl BlockHandle {
         self.shared.image.format()
     }
 
-    /// Returns access to the content, for a copy of it.
-    ///
-    /// # Errors
-    /// The size of the image cannot be read.
-    pub fn content(&self) -> io::Result<DiskContent> {
-        DiskContent::new(self)
+    /// Returns access to the content, for copies of it.
+    #[must_use]
+    pub fn access(&self) -> DiskAccess {
+        DiskAccess::new(self)
     }
 
     /// Gives the disk another size, in bytes, and tells the guest.

@@ -1,6 +1,9 @@
 //! A disk is copied into a new image while its guest writes.
 
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 
 use virtio_devices::VirtioDevice;
 use virtio_devices::block::{CreatedImage, DiskContent, ImageFormat, LockMode};
@@ -41,7 +44,7 @@ fn check(format: &str, create: &[&str], is_direct: bool) {
     let mut machine = machine(&wanted);
     assert_eq!(machine.write(0, &pattern(1, 65536)), 0);
     assert_eq!(machine.write(8192, &pattern(2, 4096)), 0);
-    let content = machine.handle.content().unwrap();
+    let content = machine.handle.access().content().unwrap();
     content.start().unwrap();
     let there = dir.path().join("copy");
     let image_format = match format {
@@ -89,6 +92,34 @@ fn compare(one: &Path, other: &Path, format: &str) {
     let (one, other) = (raw(one), raw(other));
     assert!(one[512..] == other[512..]);
     assert!(one[..512] == pattern(9, 512) && one[..512] != other[..512]);
+}
+
+/// A machine that is reset opens the image anew, though a copy of the old machine's has not ended.
+#[test]
+fn copy_does_not_keep_an_image_from_the_next_machine() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk");
+    qemu_img(&["create", "-q", "-f", "qcow2", path.to_str().unwrap(), "8M"]);
+    let old = machine(&config(&path));
+    let content = Arc::new(old.handle.access().content().unwrap());
+    content.start().unwrap();
+    let reads = |content: &DiskContent| content.read_at(0, &mut [0; 65536]);
+    let (copied, begun) = (Arc::clone(&content), Arc::new(AtomicBool::new(false)));
+    let begins = Arc::clone(&begun);
+    let copying = thread::spawn(move || {
+        while reads(&copied).is_ok() {
+            begins.store(true, Ordering::SeqCst);
+        }
+    });
+    while !begun.load(Ordering::SeqCst) {
+        thread::yield_now();
+    }
+    drop(old);
+    let mut new = machine(&config(&path));
+    copying.join().unwrap();
+    assert!(reads(&content).is_err() && content.start().is_err());
+    assert_eq!(new.write(0, &pattern(1, 4096)), 0);
+    drop(content);
 }
 
 #[test]

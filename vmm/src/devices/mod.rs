@@ -16,7 +16,7 @@ use memory::Transaction;
 use spec::{DeviceNode, DeviceState, VmConfig};
 use state::{Load as _, LoadError, Save as _, SaveError, Store, Writer};
 use virtio_devices::DeviceError;
-use virtio_devices::block::BlockHandle;
+use virtio_devices::block::DiskAccess;
 use virtio_devices::mem::MemHandle;
 
 pub(crate) use self::open::{
@@ -224,9 +224,9 @@ impl Devices {
     }
 
     /// Returns the disks, by their names.
-    pub(crate) fn disks(&self) -> Vec<(String, BlockHandle)> {
+    pub(crate) fn disks(&self) -> Vec<(String, DiskAccess)> {
         let disk = |(id, entry): (&String, &Entry)| match &entry.control {
-            DeviceHandle::Disk(handle) => Some((id.clone(), handle.clone())),
+            DeviceHandle::Disk(handle) => Some((id.clone(), handle.access())),
             _ => None,
         };
         self.entries.iter().filter_map(disk).collect()

@@ -14,7 +14,7 @@ use hypervisor::MemSlots;
 use memory::Pages;
 use migration::{Decision, Progress, Refusal, Stopped, Whereabouts};
 use spec::{Failure, VmConfig, VmState};
-use virtio_devices::block::BlockHandle;
+use virtio_devices::block::DiskAccess;
 
 use super::consoles::Consoles;
 use super::ending::Gone;
@@ -36,7 +36,7 @@ pub(crate) struct SourceParts {
     pub(crate) memslots: Arc<MemSlots>,
     pub(crate) throttle: crate::machine::Throttle,
     /// The disks of the machine, by their names.
-    pub(crate) disks: Vec<(String, BlockHandle)>,
+    pub(crate) disks: Vec<(String, DiskAccess)>,
     /// The guest is paused, by its owner.
     pub(crate) is_paused: bool,
 }

@@ -13,7 +13,7 @@ use control::RequestError;
 use migration::{DestinationDisk, MAX_COPIED, NewImage, Offer, ReadDisk, Refusal, SourceDisk};
 use serde::{Deserialize, Serialize};
 use spec::{DiskConfig, ImageType, LockGranularity, StartMigration, StorageMode, VmConfig, VmId};
-use virtio_devices::block::{BlockHandle, CreatedImage, DiskContent, ImageFormat, LockMode};
+use virtio_devices::block::{CreatedImage, DiskAccess, DiskContent, ImageFormat, LockMode};
 
 use super::invalid;
 
@@ -121,12 +121,12 @@ impl ReadDisk for Reader {
 impl CopiedDisk {
     /// Returns the disks of a machine that are copied.
     pub(super) fn all(
-        disks: &[(String, BlockHandle)],
+        disks: &[(String, DiskAccess)],
         selection: &Selection,
     ) -> Result<Vec<Self>, Refusal> {
         let copied = disks.iter().filter(|(id, _)| selection.copies(id));
-        let disk = |(id, handle): &(String, BlockHandle)| {
-            let content = handle.content().map_err(|error| unreadable(id, &error))?;
+        let disk = |(id, access): &(String, DiskAccess)| {
+            let content = access.content().map_err(|error| unreadable(id, &error))?;
             Ok(Self {
                 id: id.clone(),
                 content: Arc::new(content),
