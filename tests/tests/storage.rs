@@ -1,0 +1,420 @@
+//! Disks move between services that are processes of their own and share no image, while a guest writes;
+//! and the connection is cut, or a side killed, at each frame. Whatever happens, the guest has a disk that
+//! is whole, at the side at which it runs.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
+
+use std::fs;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command as Process, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use guest::pattern::{self, WORDS};
+use guest::{Command, Line, Options, Workload};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::json;
+use spec::{
+    AwaitMigration, MemoryMode, MigrationPhase, StartMigration, StorageMode, VmId, VmState,
+};
+use tempfile::TempDir;
+use tests::{Face, Frame, Proxy, Service, Side, Verdict, built};
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+
+/// A bound, and no measure: the machine may be busy.
+const PATIENCE: Duration = Duration::from_secs(180);
+/// Trials at once.
+const AT_ONCE: usize = 2;
+/// Pages of the disk that the guest writes, again and again.
+const DISK_PAGES: usize = 256;
+
+fn qemu_img(arguments: &[&str]) {
+    let run = Process::new("qemu-img").args(arguments).output().unwrap();
+    let told = String::from_utf8_lossy(&run.stderr);
+    assert!(run.status.success(), "{arguments:?}: {told}");
+}
+
+/// A service of its own for each side, and a guest that writes to its disk at the first.
+struct Trial {
+    source: Service,
+    destination: Service,
+    /// The directory for images at the destination.
+    images: TempDir,
+    vm: VmId,
+    port: PathBuf,
+    format: &'static str,
+}
+
+async fn stage(format: &'static str) -> Trial {
+    let images = tempfile::tempdir().unwrap();
+    let storage = [
+        "--migration-storage".to_owned(),
+        images.path().to_string_lossy().into_owned(),
+    ];
+    let (source, destination) = tokio::join!(
+        Service::start(Face::Many),
+        Service::start_with(&[], &storage)
+    );
+    let (source, destination) = (source.unwrap(), destination.unwrap());
+    let disk = source.path("disk");
+    let port = source.path("port");
+    qemu_img(&["create", "-q", "-f", format, disk.to_str().unwrap(), "32M"]);
+    let options = Options {
+        workload: Workload::Io,
+        ..Options::default()
+    };
+    let (mut config, _) = source.pocket("web", options).unwrap();
+    let serial = json!({ "mode": "Socket", "socket": port });
+    config.serial = serde_json::from_value(serial).unwrap();
+    config.disks = serde_json::from_value(json!([{ "path": disk }])).unwrap();
+    config.memory.size = 64 << 20;
+    let vm = source.create("web", config).await.unwrap();
+    source.client().vms_boot(&vm).await.unwrap();
+    let trial = Trial {
+        source,
+        destination,
+        images,
+        vm,
+        port,
+        format,
+    };
+    trial.writes().await;
+    trial
+}
+
+/// Blocks that were written and read back, and wrong ones.
+fn ask(serial: &mut BufReader<UnixStream>) -> (u64, u64) {
+    writeln!(serial.get_mut(), "{}", Command::Io).unwrap();
+    let mut text = String::new();
+    loop {
+        text.clear();
+        assert!(serial.read_line(&mut text).unwrap() > 0);
+        if let Some(Line::Io { blocks, bad, .. }) = Line::parse(&text) {
+            return (blocks, bad);
+        }
+    }
+}
+
+impl Trial {
+    /// Waits until the guest has gone round its pages twice more, and has read back what it wrote.
+    async fn writes(&self) {
+        let port = self.port.clone();
+        let waited = tokio::task::spawn_blocking(move || {
+            let mut serial = BufReader::new(UnixStream::connect(port).unwrap());
+            serial.get_ref().set_read_timeout(Some(PATIENCE)).unwrap();
+            let (start, mut first) = (Instant::now(), None);
+            loop {
+                let (blocks, bad) = ask(&mut serial);
+                assert_eq!(bad, 0, "blocks were read back wrong");
+                if blocks >= *first.get_or_insert(blocks) + 2 * DISK_PAGES as u64 {
+                    return;
+                }
+                assert!(start.elapsed() < PATIENCE, "{blocks} blocks");
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        });
+        waited.await.unwrap();
+    }
+
+    /// Images that the destination made.
+    fn made(&self) -> Vec<PathBuf> {
+        let entries = fs::read_dir(self.images.path()).unwrap();
+        entries.map(|entry| entry.unwrap().path()).collect()
+    }
+
+    /// The guest runs at this side, whose disk it uses: no page is torn, or older than a round.
+    async fn runs_on(&self, at: &Service, disk: &Path) {
+        let info = at.client().vms_info(&self.vm).await.unwrap();
+        assert_eq!(info.state, VmState::Running);
+        let named = info.config.disks.unwrap()[0].path.clone();
+        assert_eq!(named.as_deref(), disk.to_str());
+        self.writes().await;
+        at.client().vms_shutdown(&self.vm).await.unwrap();
+        let flat = disk.with_extension("flat");
+        let (from, to) = (disk.to_str().unwrap(), flat.to_str().unwrap());
+        qemu_img(&["convert", "-f", self.format, "-O", "raw", from, to]);
+        if self.format == "qcow2" {
+            qemu_img(&["check", "-q", from]);
+        }
+        let bytes = fs::read(&flat).unwrap();
+        fs::remove_file(&flat).unwrap();
+        let mut generations = Vec::new();
+        for (slot, raw) in bytes.chunks_exact(4096).take(DISK_PAGES).enumerate() {
+            let mut page = [0_u64; WORDS];
+            for (word, raw) in page.iter_mut().zip(raw.chunks_exact(8)) {
+                *word = u64::from_ne_bytes(raw.try_into().unwrap());
+            }
+            assert!(pattern::matches(&page, slot as u64, page[0]), "page {slot}");
+            generations.push(page[0]);
+        }
+        let (least, most) = (generations.iter().min(), generations.iter().max());
+        assert!(most.unwrap() - least.unwrap() <= 1, "{least:?} to {most:?}");
+    }
+
+    async fn runs_at_source(&self) {
+        self.runs_on(&self.source, &self.source.path("disk")).await;
+    }
+
+    async fn runs_at_destination(&self) {
+        let made = self.made();
+        assert_eq!(made.len(), 1, "{made:?}");
+        let name = format!("web-_disk0.{}", self.format);
+        assert_eq!(
+            made[0].file_name().and_then(|name| name.to_str()),
+            Some(&*name)
+        );
+        self.runs_on(&self.destination, &made[0]).await;
+    }
+}
+
+/// What the proxy does at a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Blow {
+    Cut,
+    Corrupt,
+    Kill(Side),
+}
+
+/// The side at which the guest is at the end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ends {
+    AtSource,
+    AtDestination,
+    /// Gone with its source.
+    Nowhere,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    mode: MemoryMode,
+    frame: (Side, &'static str, usize),
+    blow: Blow,
+    ends: Ends,
+}
+
+fn judge(case: Case, pids: [u32; 2], begun: Arc<AtomicBool>) -> impl Fn(&Frame) -> Verdict {
+    let fell = AtomicBool::new(false);
+    move |frame| {
+        let here = (frame.from, frame.name.as_str(), frame.before) == case.frame;
+        if !here || fell.swap(true, Ordering::SeqCst) {
+            return Verdict::Pass;
+        }
+        while !begun.load(Ordering::SeqCst) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        match case.blow {
+            Blow::Cut => Verdict::Cut,
+            Blow::Corrupt => Verdict::Corrupt,
+            Blow::Kill(side) => {
+                let pid = pids[usize::from(side == Side::Destination)];
+                let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).unwrap();
+                kill_process(pid, Signal::KILL).unwrap();
+                std::thread::sleep(Duration::from_millis(30));
+                Verdict::Cut
+            }
+        }
+    }
+}
+
+async fn run(case: Case) {
+    let mut trial = stage("qcow2").await;
+    let [to, at] = [trial.source.path("to"), trial.source.path("at")];
+    let awaiting = AwaitMigration::at(format!("unix:{}", at.display()));
+    let destination = trial.destination.client();
+    let received: VmId = destination
+        .migrations_receive(&awaiting)
+        .await
+        .unwrap()
+        .id
+        .parse()
+        .unwrap();
+    let begun = Arc::new(AtomicBool::new(false));
+    let pids = [trial.source.pid(), trial.destination.pid()];
+    Proxy::between(&to, &at, judge(case, pids, Arc::clone(&begun))).unwrap();
+    let what = StartMigration {
+        mode: case.mode,
+        connections: Some(1),
+        storage: StorageMode::Copy,
+        ..StartMigration::to(format!("unix:{}", to.display()))
+    };
+    let client = trial.source.client();
+    let sent: VmId = client
+        .vms_migrate(&trial.vm, &what)
+        .await
+        .unwrap()
+        .id
+        .parse()
+        .unwrap();
+    begun.store(true, Ordering::SeqCst);
+    match case.blow {
+        Blow::Kill(Side::Source) => drop(trial.source.ended(PATIENCE).await.unwrap()),
+        Blow::Kill(Side::Destination) => drop(trial.destination.ended(PATIENCE).await.unwrap()),
+        Blow::Cut | Blow::Corrupt => {}
+    }
+    let is_over = |info: &spec::MigrationInfo| info.phase.is_over();
+    if case.blow != Blow::Kill(Side::Source) {
+        let info = trial.source.until(&sent, PATIENCE, is_over).await.unwrap();
+        let moved = info.phase == MigrationPhase::Completed;
+        assert_eq!(moved, case.ends == Ends::AtDestination, "{info:?}");
+    }
+    if case.blow != Blow::Kill(Side::Destination) {
+        let info = trial
+            .destination
+            .until(&received, PATIENCE, is_over)
+            .await
+            .unwrap();
+        let came = info.phase == MigrationPhase::Completed;
+        assert_eq!(came, case.ends == Ends::AtDestination, "{info:?}");
+        if !came {
+            assert_eq!(
+                trial.made(),
+                [PathBuf::new(); 0],
+                "images of a guest that did not come"
+            );
+        }
+    }
+    match case.ends {
+        Ends::AtSource => trial.runs_at_source().await,
+        Ends::AtDestination => trial.runs_at_destination().await,
+        Ends::Nowhere => {}
+    }
+}
+
+async fn all(cases: Vec<Case>) {
+    let room = Arc::new(Semaphore::new(AT_ONCE));
+    let mut trials = JoinSet::new();
+    let only = std::env::var("CASE").unwrap_or_default();
+    let is_asked_for = |case: &Case| format!("{case:?}").contains(&only);
+    for case in cases.into_iter().filter(is_asked_for) {
+        let room = room.clone();
+        trials.spawn(async move {
+            let _room = room.acquire().await.unwrap();
+            let trial = tokio::spawn(run(case)).await;
+            println!(
+                "{} {case:?}",
+                if trial.is_ok() { "ok    " } else { "FAILED" }
+            );
+            trial.is_ok()
+        });
+    }
+    let outcomes = trials.join_all().await;
+    let failed = outcomes.iter().filter(|ok| !**ok).count();
+    assert!(failed == 0, "{failed} of {} cases failed", outcomes.len());
+}
+
+/// The frames of a migration with a disk until the answer to the last state: the first round is the
+/// disk's.
+const BEFORE_READY: [(Side, &str, usize); 9] = [
+    (Side::Destination, "Prepared", 0),
+    (Side::Source, "Pages", 0),
+    (Side::Source, "Pages", 2),
+    (Side::Source, "End", 0),
+    (Side::Source, "Round", 0),
+    (Side::Destination, "RoundDone", 0),
+    (Side::Source, "SavedState", 0),
+    (Side::Source, "Round", 1),
+    (Side::Source, "SavedState", 1),
+];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn disk_stays_whole_where_the_stream_ends() {
+    let mode = MemoryMode::Precopy;
+    let early = BEFORE_READY
+        .into_iter()
+        .chain([(Side::Destination, "Ready", 0)]);
+    let cut = early.map(|frame| (frame, Blow::Cut, Ends::AtSource));
+    let others = [
+        ((Side::Source, "Pages", 1), Blow::Corrupt, Ends::AtSource),
+        ((Side::Source, "Commit", 0), Blow::Cut, Ends::AtDestination),
+        (
+            (Side::Destination, "Running", 0),
+            Blow::Cut,
+            Ends::AtDestination,
+        ),
+    ];
+    let precopy = cut.chain(others).map(|(frame, blow, ends)| Case {
+        mode,
+        frame,
+        blow,
+        ends,
+    });
+    let postcopy = [
+        ((Side::Source, "Missing", 0), Ends::AtSource),
+        ((Side::Source, "PagesSent", 0), Ends::AtDestination),
+    ];
+    let postcopy = postcopy.map(|(frame, ends)| Case {
+        mode: MemoryMode::Postcopy,
+        frame,
+        blow: Blow::Cut,
+        ends,
+    });
+    all(precopy.chain(postcopy).collect()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn disk_stays_whole_where_a_side_dies() {
+    let frames = [
+        (Side::Source, "Pages", 0),
+        (Side::Destination, "RoundDone", 0),
+        (Side::Source, "SavedState", 1),
+    ];
+    let mode = MemoryMode::Precopy;
+    let case = |frame, side, ends| Case {
+        mode,
+        frame,
+        blow: Blow::Kill(side),
+        ends,
+    };
+    let cases = frames.into_iter().flat_map(|frame| {
+        [
+            case(frame, Side::Destination, Ends::AtSource),
+            case(frame, Side::Source, Ends::Nowhere),
+        ]
+    });
+    all(cases.collect()).await;
+}
+
+/// As a user does it, with a raw image and with a qcow2 image.
+#[tokio::test(flavor = "multi_thread")]
+async fn disk_moves_by_the_command_line() {
+    for (format, how) in [
+        ("raw", ["--storage", "copy"]),
+        ("qcow2", ["--disk-storage", "_disk0=copy"]),
+    ] {
+        let trial = stage(format).await;
+        let address = format!("unix:{}", trial.source.path("at").display());
+        let remote = |at: &Service| {
+            let mut command = Process::new(built("wh-remote").unwrap());
+            command.arg("--api-socket").arg(at.socket());
+            command
+        };
+        let mut receiving = remote(&trial.destination)
+            .args(["receive", &address])
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let socket = trial.source.path("at");
+        let start = Instant::now();
+        while !socket.exists() {
+            assert!(start.elapsed() < PATIENCE);
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let sent = remote(&trial.source)
+            .args(["--vm", "web", "migrate", &address])
+            .args(how)
+            .output()
+            .unwrap();
+        let told = String::from_utf8_lossy(&sent.stdout).into_owned();
+        let error = String::from_utf8_lossy(&sent.stderr).into_owned();
+        assert!(sent.status.success(), "{told}{error}");
+        assert!(told.contains("32 MiB copied"), "{told}");
+        assert!(receiving.wait().unwrap().success());
+        let before = fs::read(trial.source.path("disk")).unwrap();
+        trial.runs_at_destination().await;
+        assert!(fs::read(trial.source.path("disk")).unwrap() == before);
+    }
+}
