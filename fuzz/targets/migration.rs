@@ -4,15 +4,16 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use arbitrary::Unstructured;
 use libfuzzer_sys::fuzz_target;
 use memory::{RamBlock, RamConfig};
 use migration::{
-    Accept, Block, Closer, ConnectionLimit, Decision, Destination, Fate, Host, Journal, NoJournal,
-    Offer, Progress, Receiving, Refusal, StartFailure, Stream, receive,
+    Accept, Block, Closer, ConnectionLimit, Decision, Destination, DestinationDisk, Fate, Host,
+    Journal, NewImage, NoJournal, Offer, Progress, Receiving, Refusal, StartFailure, Stream,
+    receive,
 };
 
 /// A stream with fixed input. Answers are ignored.
@@ -55,7 +56,31 @@ impl Accept for Connections {
     }
 }
 
-struct Machine(Arc<RamBlock>);
+/// A disk that ends within a page. A write that is not within it panics.
+struct Image(Mutex<[u8; Self::SIZE]>);
+
+impl Image {
+    const SIZE: usize = 10_000;
+}
+
+impl NewImage for Image {
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        let offset = offset as usize;
+        let mut content = self.0.lock().expect("a disk");
+        content[offset..offset + data.len()].copy_from_slice(data);
+        Ok(())
+    }
+
+    fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.write(offset, &vec![0; len as usize])
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+struct Machine(Arc<RamBlock>, Vec<DestinationDisk>);
 
 impl Destination for Machine {
     fn blocks(&self) -> Vec<Block> {
@@ -63,6 +88,10 @@ impl Destination for Machine {
             name: "ram".to_owned(),
             ram: Arc::clone(&self.0),
         }]
+    }
+
+    fn disks(&self) -> Vec<DestinationDisk> {
+        self.1.clone()
     }
 
     fn dry_run(&mut self, _: &[u8]) -> Result<(), Refusal> {
@@ -90,11 +119,17 @@ impl Host for Machines {
     fn prepare(
         &self,
         _: uuid::Uuid,
-        _: &Offer,
+        offer: &Offer,
         _: Vec<File>,
     ) -> Result<Box<dyn Destination>, Refusal> {
         let ram = RamBlock::new(&RamConfig::anonymous(64 << 10)).expect("memory");
-        Ok(Box::new(Machine(Arc::new(ram))))
+        let disk = DestinationDisk {
+            name: "d".to_owned(),
+            size: Image::SIZE as u64,
+            image: Arc::new(Image(Mutex::new([0; Image::SIZE]))),
+        };
+        let disks = vec![disk; usize::from(!offer.disks.is_empty())];
+        Ok(Box::new(Machine(Arc::new(ram), disks)))
     }
 
     fn journal(&self, _: uuid::Uuid, _: &str) -> io::Result<Box<dyn Journal>> {
@@ -129,11 +164,12 @@ fn frame(bytes: &mut Unstructured<'_>) -> arbitrary::Result<Vec<u8>> {
     Ok(frame)
 }
 
-/// CBOR: a hello of the control channel, an offer of one block, and what follows.
+/// CBOR: a hello of the control channel, an offer of one block, one with a disk, and what follows.
 const MESSAGES: &[&[u8]] = &[
     b"\xa4\x65magic\x72whimbrel-migration\x68versions\x82\x01\x01\x69migration\x50aaaaaaaaaaaaaaaa\x67channel\x67Control",
     b"\xa4\x65magic\x72whimbrel-migration\x68versions\x82\x01\x01\x69migration\x50aaaaaaaaaaaaaaaa\x67channel\xa1\x63Ram\xa1\x65index\x00",
     b"\xa1\x67Prepare\xa6\x62vm\x61v\x67machine\x40\x66blocks\x81\xa2\x64name\x63ram\x64size\x1a\x00\x01\x00\x00\x6bconnections\x01\x68postcopy\xf4\x65given\xf4",
+    b"\xa1\x67Prepare\xa7\x62vm\x61v\x67machine\x40\x66blocks\x81\xa2\x64name\x63ram\x64size\x1a\x00\x01\x00\x00\x6bconnections\x01\x68postcopy\xf4\x65given\xf4\x65disks\x81\xa2\x64name\x61d\x64size\x19\x27\x10",
     b"\xa1\x65Round\x01",
     b"\x65Guess",
     b"\xa1\x65State\xa2\x65round\x01\x68postcopy\xf4",

@@ -270,11 +270,8 @@ async fn run(case: Case) {
         let came = info.phase == MigrationPhase::Completed;
         assert_eq!(came, case.ends == Ends::AtDestination, "{info:?}");
         if !came {
-            assert_eq!(
-                trial.made(),
-                [PathBuf::new(); 0],
-                "images of a guest that did not come"
-            );
+            let made = trial.made();
+            assert!(made.is_empty(), "the guest did not come: {made:?}");
         }
     }
     match case.ends {
