@@ -174,6 +174,12 @@ pub(crate) fn of_machine(config: &VmConfig, may_wait: bool) -> u64 {
     needed.saturating_add(of_queues(1) + 2)
 }
 
+/// Returns the descriptors of so many images that are made for disks that come with a guest: the file, which
+/// is locked, and one to read and write.
+pub(crate) fn of_new_images(count: usize) -> u64 {
+    u64::try_from(count).unwrap_or(u64::MAX).saturating_mul(2)
+}
+
 /// Returns the descriptors that a device can come to use.
 pub(crate) fn of_device(new: &NewDevice) -> u64 {
     match new {

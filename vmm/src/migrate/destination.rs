@@ -170,6 +170,7 @@ impl DestinationHost {
         parts: DestinationParts,
         config: &VmConfig,
         origin: &MachineOrigin,
+        images: NewImages,
     ) -> Result<DestinationVm, Refusal> {
         let DestinationParts {
             caller,
@@ -177,7 +178,8 @@ impl DestinationHost {
             reporter,
         } = parts;
         let build = || -> Result<_, BuildError> {
-            let needed = descriptors::of_machine(config, origin.may_wait);
+            let needed = descriptors::of_machine(config, origin.may_wait)
+                .saturating_add(descriptors::of_new_images(images.count()));
             let reserved = host.descriptors.reserve(needed, None)?;
             let consoles = self.origin.open_consoles(config, host.terminal)?;
             let consoles = consoles.keep_reserved(&reserved);
@@ -204,7 +206,7 @@ impl DestinationHost {
             ram,
             halter,
             stage: Stage::Coming,
-            images: NewImages::default(),
+            images,
             origin: self.origin,
             moving: Arc::clone(&self.moving),
         })
@@ -260,9 +262,8 @@ impl Host for DestinationHost {
             // For this machine only: the next one, after a reboot, is as configured.
             resolved.memory.prefault = prefault;
         }
-        let built = self.build(vm.clone(), parts, &resolved, &origin);
-        let mut target = built.map_err(give_up)?;
-        target.images = images;
+        let built = self.build(vm.clone(), parts, &resolved, &origin, images);
+        let target = built.map_err(give_up)?;
         if self.origin == GuestOrigin::Migration {
             *self.moving.vm.lock() = Some(vm);
         }

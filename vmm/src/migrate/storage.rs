@@ -304,7 +304,9 @@ fn rewrite(disk: &mut DiskConfig, path: PathBuf, format: CopiedFormat) -> Result
 
 fn check_space(storage: &Path, needed: u64) -> Result<(), Refusal> {
     // A host that does not say is not in the way: an image that does not fit fails later.
-    let Ok(found) = rustix::fs::statvfs(storage) else {
+    let found = rustix::fs::statvfs(storage).ok();
+    // Without blocks it is in memory, as ramfs, and has no size.
+    let Some(found) = found.filter(|found| found.f_blocks > 0) else {
         return Ok(());
     };
     let free = found.f_bavail.saturating_mul(found.f_frsize);
@@ -355,6 +357,10 @@ impl NewImages {
             image: Arc::new(Writer(Arc::clone(image))),
         };
         images.map(disk).collect()
+    }
+
+    pub(super) fn count(&self) -> usize {
+        self.images.len()
     }
 
     /// Lets the machine's disks take the locks.
