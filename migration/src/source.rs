@@ -200,6 +200,7 @@ pub fn send(mut sending: Sending<'_>, source: &mut dyn Source) -> Outcome {
         can_postcopy: false,
         is_given: false,
         verify: false,
+        faults: None,
         fault_server: None,
         begun: Instant::now(),
         throttle: 0,
@@ -249,6 +250,8 @@ struct Engine<'a, 'b> {
     is_given: bool,
     /// The destination compares hashes of all pages.
     verify: bool,
+    /// The faults channel; set from before the stop until its server has it.
+    faults: Option<Box<dyn Stream>>,
     /// Serves page faults of the destination; set from when postcopy starts.
     fault_server: Option<FaultServer>,
     /// When the copy began: the deadline counts from here.

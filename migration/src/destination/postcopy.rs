@@ -13,6 +13,7 @@ use std::io::ErrorKind;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
+use hdrhistogram::Histogram;
 use memory::{DirtyBitmap, Fault, UserFaults};
 use parking_lot::{Mutex, RwLock};
 
@@ -26,8 +27,10 @@ use crate::wire::{self, Kind, WireError};
 const LOOK: Duration = Duration::from_millis(50);
 /// Before a page that could not be filled is tried again.
 const AGAIN: Duration = Duration::from_millis(1);
-/// Waits of which the lengths are kept, the last ones.
-const KEPT: usize = 1 << 16;
+/// The longest wait for a page that is told from longer ones, in microseconds: 1 minute.
+const LONGEST: u64 = 60_000_000;
+/// Digits to which the lengths of waits are kept.
+const DIGITS: u8 = 2;
 
 /// How far the hand-over of a guest with missing pages has come.
 #[repr(u8)]
@@ -69,8 +72,9 @@ pub(crate) struct PostcopyReceiver {
     filling: RwLock<()>,
     /// The faults channel; `None` without a connection.
     ask: Mutex<Option<Box<dyn Ask>>>,
-    /// How long pages were waited for, in microseconds.
-    latencies: Mutex<Vec<u64>>,
+    /// How long pages were waited for, in microseconds. Of a fixed size: sorting all lengths would hold
+    /// up the next fault.
+    latencies: Mutex<Histogram<u64>>,
     /// A [`Stage`].
     stage: AtomicU8,
     /// How long is waited for a page before.
@@ -110,13 +114,15 @@ impl PostcopyReceiver {
             }
         }
         let blocks = blocks.iter().map(|block| block.ram.clone()).collect();
+        let latencies = Histogram::new_with_bounds(1, LONGEST, DIGITS);
+        let latencies = latencies.map_err(|error| std::io::Error::other(error.to_string()))?;
         Ok(Self {
             faults: UserFaults::new(blocks)?,
             missing,
             waited: Mutex::default(),
             filling: RwLock::default(),
             ask: Mutex::new(Some(Box::new(ask))),
-            latencies: Mutex::default(),
+            latencies: Mutex::new(latencies),
             stage: AtomicU8::new(Stage::Before as u8),
             patience,
             halt,
@@ -145,6 +151,7 @@ impl PostcopyReceiver {
 
     fn serve_faults(&self, progress: &Progress) -> std::io::Result<()> {
         let mut later = Vec::new();
+        let mut looked = Instant::now();
         while self.is_whole() {
             // A page in `later` has a thread waiting for it, so the loop must not sleep until the
             // next event.
@@ -160,6 +167,11 @@ impl PostcopyReceiver {
                 self.end(progress);
                 return Ok(());
             }
+            // Not behind each fault: the next one waits.
+            if looked.elapsed() < LOOK {
+                continue;
+            }
+            looked = Instant::now();
             let is_late = |since: &Instant| since.elapsed() > self.patience;
             // This has no effect once the guest runs here: `give_up` leaves the stage `Started`
             // alone.
@@ -387,11 +399,9 @@ impl PostcopyReceiver {
             let _ = missing.take_page(page);
         }
         if let Some(since) = self.waited.lock().remove(&(block, page)) {
-            let mut latencies = self.latencies.lock();
-            if latencies.len() == KEPT {
-                latencies.clear();
-            }
-            latencies.push(micros(since.elapsed()));
+            self.latencies
+                .lock()
+                .saturating_record(micros(since.elapsed()));
         }
         Ok(())
     }
@@ -440,18 +450,20 @@ impl PostcopyReceiver {
     }
 
     fn report_faults(&self, progress: &Progress) {
-        let mut sorted = self.latencies.lock().clone();
-        if sorted.is_empty() {
-            return;
+        let latencies = self.latencies.lock();
+        let (count, p50, p99) = (
+            latencies.len(),
+            latencies.value_at_quantile(0.5),
+            latencies.value_at_quantile(0.99),
+        );
+        drop(latencies);
+        if count > 0 {
+            progress.update(|report| {
+                report.faults = count;
+                report.fault_p50_us = p50;
+                report.fault_p99_us = p99;
+            });
         }
-        sorted.sort_unstable();
-        let at = |percent: usize| sorted.get(sorted.len() * percent / 100).copied();
-        let last = sorted.last().copied().unwrap_or(0);
-        progress.update(|report| {
-            report.faults = sorted.len() as u64;
-            report.fault_p50_us = at(50).unwrap_or(last);
-            report.fault_p99_us = at(99).unwrap_or(last);
-        });
     }
 
     /// Ends all waits: all pages are present, or none will come any more.

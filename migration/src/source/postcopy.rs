@@ -127,7 +127,7 @@ impl Engine<'_, '_> {
     /// Starts the fault server. It runs from before the guest resumes at the destination until all pages are
     /// there.
     pub(super) fn serve_faults(&mut self) -> Result<(), MigrationError> {
-        let faults = self.connect(Channel::Faults)?;
+        let faults = self.faults.take().ok_or_else(disconnected)?;
         let announces = self.verify;
         let rams = self.rams.iter_mut();
         rams.for_each(|ram| ram.announces_hashes = announces);

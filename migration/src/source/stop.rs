@@ -18,7 +18,7 @@ use super::{Contents, Engine, INLINE, disconnected, keepalive};
 use crate::decision::Decision;
 use crate::journal::Step;
 use crate::link::Closer;
-use crate::message::{ToDestination, ToSource};
+use crate::message::{Channel, ToDestination, ToSource};
 use crate::progress::{Phase, micros};
 use crate::sender::{Pacer, Work, batches, count, on_all};
 use crate::threads::in_span;
@@ -38,6 +38,10 @@ impl Engine<'_, '_> {
         })?;
         // The last look at a cancel that costs the guest no pause.
         self.check()?;
+        if postcopy {
+            // A connection takes round trips, with TLS several.
+            self.faults = Some(self.connect(Channel::Faults)?);
+        }
         let limit = self.limit_stop(postcopy)?;
         self.sending.progress.enter(Phase::Stopped);
         let stopped = self.stop_and_copy(postcopy);
