@@ -1,6 +1,7 @@
 //! `/dev/kvm`: opening it, and what the host can do.
 
 use std::io;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use kvm_bindings::{
@@ -172,6 +173,32 @@ impl Kvm {
         self.kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(KvmError::new("list the CPUID leaves that it supports"))
+    }
+
+    /// The CPUID leaves of Hyper-V's interfaces that KVM has; `None` if it has none.
+    ///
+    /// # Errors
+    /// When KVM does not say.
+    pub fn hyperv_cpuid(&self) -> Result<Option<CpuId>, KvmError> {
+        const KVM_CAP_SYS_HYPERV_CPUID: u64 = 191;
+        /// `_IOWR(KVMIO, 0xc1, struct kvm_cpuid2)`.
+        const KVM_GET_SUPPORTED_HV_CPUID: libc::Ioctl = 0xc008_aec1;
+        /// KVM has about ten.
+        const LEAVES: usize = 64;
+        if self.kvm.check_extension_raw(KVM_CAP_SYS_HYPERV_CPUID) == 0 {
+            return Ok(None);
+        }
+        let attempt = "list its Hyper-V interfaces";
+        let too_many = |_| KvmError::other(attempt, io::ErrorKind::InvalidInput.into());
+        let mut cpuid = CpuId::new(LEAVES).map_err(too_many)?;
+        let request = cpuid.as_mut_fam_struct_ptr();
+        // SAFETY: KVM reads the number of entries, and writes no more than that many behind it.
+        let done =
+            unsafe { libc::ioctl(self.kvm.as_raw_fd(), KVM_GET_SUPPORTED_HV_CPUID, request) };
+        if done < 0 {
+            return Err(KvmError::other(attempt, io::Error::last_os_error()));
+        }
+        Ok(Some(cpuid))
     }
 
     /// The value of an MSR that describes the CPU, as a guest could see it; `None` if KVM has none.

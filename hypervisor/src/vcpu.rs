@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU8;
 
 use kvm_bindings::{
-    CpuId, KVM_MP_STATE_RUNNABLE, Msrs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs,
-    kvm_sregs, kvm_xsave,
+    CpuId, KVM_CAP_HYPERV_SYNIC, KVM_EXIT_HYPERV_HCALL, KVM_MP_STATE_RUNNABLE, Msrs,
+    kvm_enable_cap, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_xsave,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
@@ -156,6 +156,18 @@ impl Vcpu {
                 Ok(()) => Exit::Handled,
                 Err(error) => Exit::Failed(RunFailure::Unknown(error.to_string())),
             },
+            Ok(VcpuExit::Hyperv) => {
+                // SAFETY: after this exit the kernel has filled in this member.
+                let exit = unsafe { &mut (*run).__bindgen_anon_1.hyperv };
+                if exit.type_ == KVM_EXIT_HYPERV_HCALL {
+                    /// `HV_STATUS_INVALID_HYPERCALL_CODE`: there are no messages to other partitions.
+                    const INVALID: u64 = 2;
+                    // KVM reads the result when the vCPU next runs.
+                    exit.u.hcall.result = INVALID;
+                }
+                // Other exits tell that the guest has set up its interrupt controller.
+                Exit::Handled
+            }
             Ok(VcpuExit::Shutdown) => Exit::Shutdown,
             Ok(VcpuExit::FailEntry(reason, _)) => Exit::Failed(RunFailure::Entry { reason }),
             Ok(VcpuExit::MemoryFault { gpa, .. }) => Exit::Failed(RunFailure::MemoryFault { gpa }),
@@ -201,6 +213,21 @@ impl Vcpu {
             Vec::new()
         };
         RunFailure::Emulation { rip, instruction }
+    }
+
+    /// Has the vCPU implement Hyper-V's synthetic interrupt controller, and its timers with it. Their MSRs
+    /// are not among those that are saved.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn enable_hyperv(&self) -> Result<(), KvmError> {
+        let capability = kvm_enable_cap {
+            cap: KVM_CAP_HYPERV_SYNIC,
+            ..Default::default()
+        };
+        self.fd.enable_cap(&capability).map_err(KvmError::new(
+            "enable Hyper-V's synthetic interrupt controller",
+        ))
     }
 
     /// Sets what the guest sees with the CPUID instruction.

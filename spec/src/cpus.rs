@@ -203,7 +203,7 @@ pub struct CpusConfig {
     /// CPU topology; all vCPUs are cores of one package when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub topology: Option<CpuTopology>,
-    /// Offer Hyper-V's paravirtual interfaces.
+    /// Offer Hyper-V's paravirtual interfaces, for Windows. A VM that has them cannot be moved or saved.
     #[serde(default)]
     pub kvm_hyperv: bool,
     /// The CPU that the guest sees.

@@ -25,7 +25,6 @@ pub struct HostLimits {
 /// Cloud Hypervisor's clients send without meaning anything by them. A capability that arrives
 /// takes its line out.
 const NOT_YET: &[(&str, &[&str])] = &[
-    ("/cpus/kvm_hyperv", &["false"]),
     ("/cpus/features/amx", &["false"]),
     ("/memory/zones", &["[]"]),
     ("/payload/igvm", &[]),

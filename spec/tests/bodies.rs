@@ -100,6 +100,7 @@ fn unsupported_devices_are_refused_by_name() {
 #[test]
 fn every_switch_has_an_effect_or_is_refused() {
     let heeded = [
+        "/cpus/kvm_hyperv",
         "/memory/hugepages",
         "/memory/mergeable",
         "/memory/prefault",

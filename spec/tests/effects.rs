@@ -21,6 +21,7 @@ const EFFECTIVE: &[&str] = &[
     "/cpus/boot_vcpus",
     "/cpus/nested",
     "/cpus/profile",
+    "/cpus/kvm_hyperv",
     "/cpus/core_scheduling",
     "/cpus/max_vcpus",
     "/cpus/topology/threads_per_core",

@@ -67,6 +67,26 @@ impl Shell {
         Ok(shell)
     }
 
+    /// Waits for a guest that boots to print `ready`, after which it has a shell without a login.
+    ///
+    /// # Errors
+    /// When there is no shell within `limit`; says what the guest printed.
+    pub async fn after(socket: &Path, ready: &str, limit: Duration) -> Result<Self> {
+        let stream = UnixStream::connect(socket)
+            .await
+            .with_context(|| format!("connect to {}", socket.display()))?;
+        let mut shell = Self {
+            stream,
+            seen: String::new(),
+        };
+        shell.until(ready, limit).await?;
+        // The prompt.
+        shell.until("# ", limit).await?;
+        shell.type_in("stty -echo; PS1= exec sh\n").await?;
+        shell.run("true", limit).await?;
+        Ok(shell)
+    }
+
     /// Runs a command, and gives what it printed.
     ///
     /// # Errors

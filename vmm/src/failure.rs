@@ -66,9 +66,14 @@ pub enum BuildError {
     Move(#[from] MoveError),
     /// The host's CPU lacks what the guest is to see.
     Profile(#[from] ProfileError),
-    /// The host cannot keep other threads off the cores of vCPUs.
-    #[error("{0}")]
-    Cores(String),
+    /// The host's kernel lacks something that the configuration asks for.
+    #[error("{detail}")]
+    Lacking {
+        /// Stable code.
+        code: &'static str,
+        /// What is lacking.
+        detail: String,
+    },
     /// The memory layout is not possible.
     #[error("{0}")]
     Layout(String),
@@ -166,6 +171,14 @@ impl BuildError {
         move |source| Self::Host { attempt, source }
     }
 
+    /// The host's kernel lacks something, as `what` says.
+    pub(crate) fn lacking(code: &'static str, what: &impl std::error::Error) -> Self {
+        Self::Lacking {
+            code,
+            detail: what.to_string(),
+        }
+    }
+
     /// Stable code, for programs.
     fn code(&self) -> &'static str {
         match self {
@@ -187,7 +200,7 @@ impl BuildError {
             Self::Ram(_) => "no-memory",
             Self::Topology(_) | Self::Commit(_) | Self::Layout(_) => "memory-map-impossible",
             Self::Profile(_) => "cpu-lacks-features",
-            Self::Cores(_) => "core-scheduling-unavailable",
+            Self::Lacking { code, .. } => code,
             Self::Bus(_) | Self::Bar(_) | Self::NoSegment(_) => "no-free-slot",
             Self::Device(_) => "device-impossible",
             Self::Rng(_) => "rng-unusable",
@@ -209,7 +222,7 @@ impl BuildError {
             | Self::Path(_)
             | Self::Layout(_)
             | Self::Profile(_)
-            | Self::Cores(_)
+            | Self::Lacking { .. }
             | Self::Bus(_)
             | Self::Bar(_)
             | Self::NoSegment(_)

@@ -177,10 +177,10 @@ impl Driver {
             let detail = format!("{what} of a Paused VM, and this one is {state}");
             return conflict("wrong-state", &detail);
         }
-        if self.config.tpm.is_some() && !matches!(purpose, Purpose::CoreDump) {
-            let detail = "the VM has a TPM, whose state its emulator keeps: such a VM cannot be moved, \
-                          saved or forked";
-            return conflict("tpm-not-movable", detail);
+        if let Some((code, why)) = self.config.unmovable()
+            && !matches!(purpose, Purpose::CoreDump)
+        {
+            return conflict(code, why);
         }
         // A device that is plugged or ejected during the copy would make the machine differ from
         // the configuration that the destination gets. The check of `leaving` below is the same.

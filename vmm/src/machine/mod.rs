@@ -33,7 +33,7 @@ use virtio_devices::Workers;
 
 use crate::arch::x86_64::cpu_model::CpuModel;
 use crate::arch::x86_64::layout::Layout;
-use crate::arch::x86_64::{cpu, features, layout, profiles};
+use crate::arch::x86_64::{cpu, features, hyperv, layout, profiles};
 use crate::boot;
 use crate::descriptors::{Descriptors, Reservation};
 use crate::devices::{
@@ -139,6 +139,11 @@ impl Built {
         if !config.cpus.is_nested() {
             model.cpuid = features::without_virtualization(model.cpuid);
         }
+        if config.cpus.kvm_hyperv {
+            let supported = host.kvm.hyperv_cpuid()?;
+            model.cpuid = hyperv::shown(&model.cpuid, supported.as_ref())
+                .map_err(|lacking| BuildError::lacking("hyperv-unavailable", &lacking))?;
+        }
         let bits = cpu::phys_bits(&model.cpuid, config.cpus.max_phys_bits);
         let layout = Layout::new(config.memory.size, config.memory.hotplug_region(), bits)?;
         let layout = layout.with_segments(&config.pci_segment_weights())?;
@@ -146,7 +151,8 @@ impl Built {
         let mut topology = Topology::new();
         let control = Arc::new(RunControl::new());
         let cores = CoreSharing::new(config.cpus.core_scheduling);
-        let cores = cores.map_err(|unsupported| BuildError::Cores(unsupported.to_string()))?;
+        let cores = cores
+            .map_err(|lacking| BuildError::lacking("core-scheduling-unavailable", &lacking))?;
         let recipe = Recipe::new(model, &config.cpus, bits, cores, host.confinement, reporter);
         let vcpus = Vcpus::make(recipe, Arc::clone(&control), &vm, config.cpus.boot_vcpus)?;
         let end = GuestEnd {

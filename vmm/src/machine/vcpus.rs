@@ -38,6 +38,7 @@ pub(crate) struct Recipe {
     arch_capabilities: Option<u64>,
     topology: CpuTopology,
     phys_bits: u8,
+    has_hyperv: bool,
     affinity: Vec<CpuAffinity>,
     cores: CoreSharing,
     confinement: Confinement,
@@ -59,6 +60,7 @@ impl Recipe {
             model,
             topology: config.arrangement(),
             phys_bits,
+            has_hyperv: config.kvm_hyperv,
             affinity: config.affinity.clone().unwrap_or_default(),
             cores,
             confinement,
@@ -71,6 +73,9 @@ impl Recipe {
         let apic_id = self.topology.apic_id(index);
         let apic_id = apic_id.ok_or(CpuError::NoApicId(index))?;
         let vcpu = vm.create_vcpu(index, apic_id)?;
+        if self.has_hyperv {
+            vcpu.enable_hyperv()?;
+        }
         let cpuid = cpu::cpuid(&self.model.cpuid, &self.topology, apic_id, self.phys_bits)?;
         vcpu.set_cpuid(&cpuid)?;
         cpu::set_up(&vcpu, self.arch_capabilities)?;

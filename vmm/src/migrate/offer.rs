@@ -75,9 +75,8 @@ pub(super) fn check(
     config
         .validate(&registry.host_limits())
         .map_err(|found| refusal(RequestError::invalid(found)))?;
-    if config.tpm.is_some() {
-        let why = "the guest has a TPM, whose state its emulator keeps";
-        return Err(Refusal::new("tpm-not-movable", why));
+    if let Some((code, why)) = config.unmovable() {
+        return Err(Refusal::new(code, why));
     }
     config.name_devices();
     let on_bus = slots::from_offer(&config, &machine.places)

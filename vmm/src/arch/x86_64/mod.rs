@@ -10,6 +10,7 @@ pub(crate) mod cpu_model;
 mod feature_names;
 pub(crate) mod features;
 pub(crate) mod generation;
+pub(crate) mod hyperv;
 pub(crate) mod layout;
 pub(crate) mod profiles;
 pub(crate) mod smbios;
