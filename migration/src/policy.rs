@@ -108,15 +108,27 @@ impl Measured {
     const BASE: Duration = Duration::from_micros(400);
 
     pub(crate) fn downtime(&self, pages: u64) -> Duration {
-        let bytes = pages * PAGE as u64;
-        let transfer = bytes.saturating_mul(1_000_000) / self.per_second.max(1);
-        let transfer = if pages == 0 { 0 } else { transfer };
         // State and answer, order.
         // With many pages, saving overlaps with sending, so the longer of the two counts.
-        self.round_trip * 3 / 2
-            + self.save.max(Duration::from_micros(transfer))
-            + self.load
-            + Self::BASE
+        self.round_trip * 3 / 2 + self.save.max(self.transfer(pages)) + self.load + Self::BASE
+    }
+
+    /// How long so many pages take to be sent.
+    fn transfer(&self, pages: u64) -> Duration {
+        if pages == 0 {
+            return Duration::ZERO;
+        }
+        let bytes = pages.saturating_mul(PAGE as u64);
+        Duration::from_micros(bytes.saturating_mul(1_000_000) / self.per_second.max(1))
+    }
+
+    /// What so many blocks of disks add to the stop. A batch or two count as nothing: however short the
+    /// stop is to be, another round would leave as many.
+    pub(crate) fn downtime_of_disks(&self, blocks: u64) -> Duration {
+        match blocks <= FEW {
+            true => Duration::ZERO,
+            false => self.transfer(blocks),
+        }
     }
 }
 

@@ -60,14 +60,20 @@ impl Engine<'_, '_> {
             let dirty = count(&pending);
             let span = harvested.elapsed();
             harvested = Instant::now();
-            if self.measured.downtime(0) > policy.max_downtime {
+            if subject == Subject::All && self.measured.downtime(0) > policy.max_downtime {
                 // No round would change that; but what was busy when it was measured may be no longer.
                 self.measure()?;
             }
-            let predicted = self.measured.downtime(dirty);
+            let predicted = match subject {
+                Subject::All => self.measured.downtime(dirty),
+                // What else the stop takes is not the disks' to decide: in postcopy nothing is.
+                Subject::Disks => self.measured.downtime_of_disks(dirty),
+            };
             progress.update(|report| {
                 report.dirty_pages_per_second = per_second(dirty, span);
-                report.predicted_downtime_us = Some(micros(predicted));
+                if subject == Subject::All {
+                    report.predicted_downtime_us = Some(micros(predicted));
+                }
             });
             progress.add_round(Round {
                 round,
