@@ -434,7 +434,9 @@ pub(crate) fn summary(info: &MigrationInfo) -> String {
         ),
     );
     if info.disk_bytes > 0 {
-        line("disks", format!("{} MiB copied", info.disk_bytes >> 20));
+        let copied = info.disk_bytes.saturating_sub(info.disk_remaining_bytes);
+        let (copied, all) = (copied >> 20, info.disk_bytes >> 20);
+        line("disks", format!("{all} MiB, of which {copied} copied"));
     }
     if let [first, .., last] = &info.history[..] {
         line(

@@ -451,6 +451,7 @@ impl Engine<'_, '_> {
         self.sending.progress.update(|report| {
             report.memory_bytes = memory;
             report.disk_bytes = disks;
+            report.disk_remaining_bytes = disks;
         });
         // Before the destination makes a machine: a source that cannot keep a journal does not migrate.
         let prepared = self.sending.journal.record(Step::Prepare);
