@@ -130,6 +130,9 @@ pub struct Report {
     pub predicted_downtime_us: Option<u64>,
     /// Duration of the stop, once it has ended.
     pub downtime: Option<Downtime>,
+    /// For how long it has been undecided where the guest runs, in microseconds: at the destination, since it was
+    /// ready. Absent before the hand-over and after it.
+    pub undecided_us: Option<u64>,
     /// Pages that the guest waited for: after the hand-over, or while a live snapshot was copied.
     pub faults: u64,
     /// How long it waited: the median, in microseconds.
@@ -145,6 +148,8 @@ pub struct Report {
 struct State {
     report: Report,
     begun: Instant,
+    /// The beginning of the hand-over.
+    undecided: Option<Instant>,
 }
 
 /// The report of a migration: written by its engine, read by anyone. Clones share it.
@@ -171,6 +176,7 @@ impl Default for Progress {
             connections: 0,
             predicted_downtime_us: None,
             downtime: None,
+            undecided_us: None,
             faults: 0,
             fault_p50_us: 0,
             fault_p99_us: 0,
@@ -180,6 +186,7 @@ impl Default for Progress {
         let state = State {
             report,
             begun: Instant::now(),
+            undecided: None,
         };
         Self(Arc::new(Mutex::new(state)))
     }
@@ -194,6 +201,7 @@ impl Progress {
         if !report.phase.is_over() {
             report.elapsed_us = micros(state.begun.elapsed());
         }
+        report.undecided_us = state.undecided.map(|since| micros(since.elapsed()));
         report
     }
 
@@ -201,6 +209,10 @@ impl Progress {
         let mut state = self.0.lock();
         let before = state.report.phase;
         change(&mut state.report);
+        state.undecided = match state.report.phase {
+            Phase::HandingOver | Phase::InDoubt => state.undecided.or_else(|| Some(Instant::now())),
+            _ => None,
+        };
         // Freeze the time once: the report may be read long after the end.
         if state.report.phase != before && state.report.phase.is_over() {
             state.report.elapsed_us = micros(state.begun.elapsed());
@@ -231,4 +243,24 @@ impl fmt::Debug for Progress {
 /// Whole microseconds.
 pub(crate) fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn undecided_time_runs_through_the_hand_over_only() {
+        let progress = Progress::default();
+        progress.enter(Phase::Stopped);
+        assert_eq!(progress.report().undecided_us, None);
+        progress.enter(Phase::HandingOver);
+        let first = progress.report().undecided_us;
+        std::thread::sleep(Duration::from_millis(2));
+        progress.enter(Phase::InDoubt);
+        let second = progress.report().undecided_us;
+        assert!(second >= first.map(|us| us + 2000), "{first:?} {second:?}");
+        progress.enter(Phase::Completed);
+        assert_eq!(progress.report().undecided_us, None);
+    }
 }

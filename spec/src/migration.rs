@@ -418,6 +418,10 @@ pub struct MigrationInfo {
     /// Duration of the stop, once it has ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub downtime: Option<MigrationDowntime>,
+    /// In the phases `handing-over` and `in-doubt`: for how long it has been undecided where the guest runs, in
+    /// microseconds. At the destination, since it was ready.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub undecided_us: Option<u64>,
     /// Pages that the guest waited for: after the hand-over, or while a live snapshot was copied.
     pub faults: u64,
     /// Median wait for such a page, in microseconds.

@@ -105,6 +105,7 @@ fn info(id: Uuid, side: Side, steps: &[Entry], last: &Entry) -> MigrationInfo {
         eta_us: None,
         predicted_downtime_us: None,
         downtime: None,
+        undecided_us: None,
         faults: 0,
         fault_p50_us: 0,
         fault_p99_us: 0,

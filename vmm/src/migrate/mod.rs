@@ -234,6 +234,7 @@ impl Migration for ActiveMigration {
                 protect_us: downtime.protect_us,
                 pages: downtime.pages,
             }),
+            undecided_us: report.undecided_us,
             faults: report.faults,
             fault_p50_us: report.fault_p50_us,
             fault_p99_us: report.fault_p99_us,
