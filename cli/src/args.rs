@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use spec::VmId;
 
+use crate::cluster::ClusterCommand;
 use crate::cpu::CpuCommand;
 use crate::migrate::{MigrateArguments, Outcome, ReceiveArguments};
 
@@ -76,7 +77,11 @@ pub(crate) enum Command {
     Ping,
     /// List the VMs of a service.
     #[command(visible_alias = "list")]
-    Ls,
+    Ls {
+        /// The VMs of all nodes of the Pacemaker cluster that this host is in.
+        #[arg(long)]
+        all: bool,
+    },
     /// Create the VM from a JSON file, without booting it.
     Create {
         /// The file; `-` is standard input.
@@ -129,6 +134,9 @@ pub(crate) enum Command {
     /// Compare CPUs of hosts and guests.
     #[command(subcommand)]
     Cpu(CpuCommand),
+    /// Show and drain the nodes of a Pacemaker cluster. Works on a node of it.
+    #[command(subcommand)]
+    Cluster(ClusterCommand),
     /// Follow the events of a service's VMs.
     Events {
         /// Start after the event with this number; 0 starts with the oldest that is kept.

@@ -28,6 +28,10 @@ impl Printer {
         }
     }
 
+    pub(crate) fn is_json(self) -> bool {
+        self.json
+    }
+
     /// The value as JSON, or as `people` shows it.
     pub(crate) fn show<T: Serialize>(
         self,
@@ -90,7 +94,7 @@ pub(crate) fn migrations(all: &[MigrationInfo]) -> String {
     table(std::iter::once(head).chain(rows))
 }
 
-fn table<const N: usize>(rows: impl IntoIterator<Item = [String; N]>) -> String {
+pub(crate) fn table<const N: usize>(rows: impl IntoIterator<Item = [String; N]>) -> String {
     let mut table = Table::new();
     table.load_style(NOTHING);
     rows.into_iter().for_each(|row| {

@@ -13,6 +13,7 @@ use spec::{
 };
 
 use crate::args::{Arguments, Command, ResizeArguments, SnapshotCommand};
+use crate::cluster;
 use crate::console;
 use crate::cpu::{self, CpuCommand, Place};
 use crate::describe;
@@ -81,7 +82,8 @@ impl Remote {
     pub(crate) async fn perform(&self, command: Command) -> Result<()> {
         match command {
             Command::Ping => self.printer.show(&self.client.ping().await?, print::ping),
-            Command::Ls => self
+            Command::Ls { all: true } => cluster::list(self.printer).await,
+            Command::Ls { all: false } => self
                 .printer
                 .show(&self.client.vms_list().await?, |vms| print::list(vms)),
             Command::Create { path } => self.create(&path).await,
@@ -113,6 +115,9 @@ impl Remote {
                 ToString::to_string,
             ),
             Command::Cpu(command) => self.cpu(command).await,
+            Command::Cluster(command) => {
+                cluster::perform(command, &self.client, self.printer).await
+            }
             Command::Resize(sizes) => self.resize(&sizes).await,
             Command::ResizeDisk { disk, size } => {
                 let body = VmResizeDisk {
