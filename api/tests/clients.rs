@@ -61,10 +61,10 @@ async fn errors_are_arrays_of_strings_with_the_outermost_first() {
         ),
         (
             "PUT /api/v1/vm.create",
-            r#"{"payload": {"kernel": "/k"}, "watchdog": true}"#,
+            r#"{"payload": {"kernel": "/k"}, "iommu": true}"#,
             501,
             "The VM could not be created",
-            "watchdog: ",
+            "iommu: ",
         ),
         (
             "PUT /api/v1/vm.add-fs",

@@ -58,10 +58,10 @@ const BODIES: &[(&str, u16, &str, &[&str])] = &[
         &["/memory/size", "/cpus/boot_vcpus"],
     ),
     (
-        r#"{"payload": {"kernel": "/k"}, "watchdog": true}"#,
+        r#"{"payload": {"kernel": "/k"}, "iommu": true}"#,
         501,
         "unsupported-configuration",
-        &["/watchdog"],
+        &["/iommu"],
     ),
 ];
 

@@ -37,7 +37,7 @@ async fn rejects_invalid_configs_by_field() -> Result<()> {
         }),
         ("/payload/kernel", 422, |c| c.payload.kernel = None),
         ("/serial/file", 422, |c| c.serial.file = None),
-        ("/watchdog", 501, |c| c.watchdog = true),
+        ("/iommu", 501, |c| c.iommu = true),
         ("/payload/firmware", 422, |c| {
             c.payload.firmware = Some("/f".to_owned());
         }),

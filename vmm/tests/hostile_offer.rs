@@ -224,7 +224,7 @@ fn refused_offer_leaves_no_trace() {
         }
     };
     type Change<'a> = &'a dyn Fn(&mut Value);
-    let cases: [(&str, Value, u64, Change<'_>); 12] = [
+    let cases: [(&str, Value, u64, Change<'_>); 14] = [
         (
             "path-not-allowed",
             json!({ "serial": serial("out/new") }),
@@ -282,6 +282,18 @@ fn refused_offer_leaves_no_trace() {
         ),
         (
             "unsupported-configuration",
+            json!({ "iommu": true }),
+            SIZE,
+            &nothing,
+        ),
+        (
+            "hyperv-not-movable",
+            json!({ "cpus": { "boot_vcpus": 1, "max_vcpus": 1, "kvm_hyperv": true } }),
+            SIZE,
+            &nothing,
+        ),
+        (
+            "tpm-not-movable",
             json!({ "tpm": { "socket": "/tpm" } }),
             SIZE,
             &nothing,
