@@ -84,7 +84,7 @@ pub struct DestinationDisk {
     pub image: Arc<dyn NewImage>,
 }
 
-/// What a source sends in pages: blocks of memory, and behind them disks.
+/// The memory and the disks that a source sends in pages. Disks are numbered behind blocks of memory.
 #[derive(Clone, Copy)]
 pub(crate) struct Contents<'a> {
     pub(crate) blocks: &'a [Block],

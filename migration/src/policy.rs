@@ -122,7 +122,7 @@ impl Measured {
         Duration::from_micros(bytes.saturating_mul(1_000_000) / self.per_second.max(1))
     }
 
-    /// What so many blocks of disks add to the stop. A batch or two count as nothing: however short the
+    /// The time that so many blocks of disks add to the stop. A batch or two count as nothing: however short the
     /// stop is to be, another round would leave as many.
     pub(crate) fn downtime_of_disks(&self, blocks: u64) -> Duration {
         match blocks <= FEW {

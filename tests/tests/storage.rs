@@ -171,7 +171,7 @@ impl Trial {
     }
 }
 
-/// What the proxy does at a frame.
+/// Action of the proxy at a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Blow {
     Cut,
@@ -375,7 +375,7 @@ async fn disk_stays_whole_where_a_side_dies() {
     all(cases.collect()).await;
 }
 
-/// As a user does it, with a raw image and with a qcow2 image.
+/// A raw image and a qcow2 image move by `wh-remote`.
 #[tokio::test(flavor = "multi_thread")]
 async fn disk_moves_by_the_command_line() {
     for (format, how) in [

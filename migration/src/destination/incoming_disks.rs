@@ -85,7 +85,7 @@ impl IncomingDisks {
     }
 
     /// Storage failed. The channel for pages stays open: if it ended, the source would see a lost
-    /// connection before it is told the reason.
+    /// connection before it hears the reason.
     fn fail(&self, why: Refusal) {
         let mut state = self.state.write();
         if matches!(*state, State::Arriving) {

@@ -13,7 +13,7 @@ use crate::progress::{Phase, Round, micros};
 use crate::sender::{Pacer, Work, batches, count, on_all, per_second, send_inline};
 use crate::{KEEPALIVES, MigrationError};
 
-/// What a round copies.
+/// The content that a round copies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Subject {
     /// Memory and disks.

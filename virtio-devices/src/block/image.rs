@@ -82,7 +82,7 @@ pub(super) struct Image {
     pub(super) kind: Kind,
     pub(super) readonly: bool,
     pub(super) geometry: Geometry,
-    /// What is written while a copy is made.
+    /// Records writes while a copy is made.
     pub(super) written: Arc<Written>,
     /// The options for opening the image again, with its format.
     how: Opening,

@@ -51,7 +51,7 @@ impl CopiedFormat {
     }
 }
 
-/// What an offer says of the image of a copied disk.
+/// Description of the image of a copied disk, in an offer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct CopiedImage {
