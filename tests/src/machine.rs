@@ -195,9 +195,6 @@ impl Machine {
         address: &str,
         mode: MemoryMode,
     ) -> Result<MigrationInfo> {
-        let listen = format!("tcp:{address}:0");
-        let body = await_anyone(listen);
-        let waiting = there.client().migrations_receive(&body).await?;
         let what = StartMigration {
             mode,
             // So that pages are left to follow.
@@ -206,8 +203,27 @@ impl Machine {
             deadline_s: 60,
             at_deadline: Some(AtDeadline::Stop),
             verify: true,
+            ..StartMigration::to("")
+        };
+        self.migrate_as(there, address, what).await
+    }
+
+    /// Migrates it as `what` says, which lacks the destination, and waits until the migration is over.
+    ///
+    /// # Errors
+    /// As for [`Machine::migrate`].
+    pub async fn migrate_as(
+        &mut self,
+        there: &Service,
+        address: &str,
+        what: StartMigration,
+    ) -> Result<MigrationInfo> {
+        let body = await_anyone(format!("tcp:{address}:0"));
+        let waiting = there.client().migrations_receive(&body).await?;
+        let what = StartMigration {
+            destination: waiting.endpoint,
             insecure: true,
-            ..StartMigration::to(waiting.endpoint)
+            ..what
         };
         let begun = self.client().vms_migrate(&self.vm, &what).await?;
         let name = begun.id.parse()?;
@@ -217,7 +233,8 @@ impl Machine {
             if info.phase.is_over() {
                 return Ok(info);
             }
-            let now = Some((info.phase, info.sent_bytes, info.remaining_pages));
+            let left = (info.remaining_pages, info.disk_remaining_bytes);
+            let now = Some((info.phase, info.sent_bytes, left));
             if now != last {
                 (last, since) = (now, Instant::now());
             }
@@ -241,6 +258,10 @@ impl Machine {
     /// When it does not run there, or its shell does not answer.
     pub async fn arrive(&mut self, there: Service) -> Result<Service> {
         let left = std::mem::replace(&mut self.service, there);
+        // One that came paused goes on here.
+        if self.client().vms_info(&self.vm).await?.state == VmState::Paused {
+            self.client().vms_resume(&self.vm).await?;
+        }
         self.service.reaches(&self.vm, VmState::Running).await?;
         match Shell::attach(&self.serial, RUNS).await {
             Ok(shell) => self.shell = shell,
