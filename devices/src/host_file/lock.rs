@@ -88,6 +88,24 @@ pub fn take(file: &File, path: &Path, readonly: bool, mode: LockMode) -> Result<
     })
 }
 
+/// Changes the locks of a user who writes to those of one who reads. Nobody else can write meanwhile.
+///
+/// # Errors
+/// The file system does not lock.
+pub fn stop_writing(file: &File, path: &Path, mode: LockMode) -> Result<(), LockError> {
+    let changed = match mode {
+        LockMode::Full => whole(file, true).map(drop),
+        LockMode::ByteRange => [WRITE, RESIZE].iter().try_for_each(|bit| {
+            let byte = USED + i64::from(*bit);
+            set(file, libc::F_UNLCK, byte, 1).map(drop)
+        }),
+    };
+    changed.map_err(|source| LockError::Host {
+        path: path.to_owned(),
+        source,
+    })
+}
+
 /// Lets others use the image.
 pub fn release(file: &File) {
     // Of the whole file. What was never locked is unlocked with success.

@@ -1,19 +1,18 @@
 //! Copying disks to other hosts: what is in an image, what the guest writes meanwhile, and new images.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 
-use imago::file::File as Storage;
-use imago::qcow2::Qcow2;
-use imago::{FormatCreateBuilder as _, Mapping, StorageOpenOptions};
+use imago::Mapping;
 use memory::DirtyBitmap;
 use parking_lot::RwLock;
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 
+use super::create::create_file;
 use super::format::ImageFormat;
 use super::image::{Image, ImageError, Kind, Opening, contained};
 use super::request::Op;
@@ -100,7 +99,7 @@ impl DiskAccess {
     /// The size of the image cannot be read, or the device is gone.
     pub fn content(&self) -> io::Result<DiskContent> {
         let (size, format, allocated) = self.with(|shared| {
-            let image = &shared.image;
+            let image = shared.image();
             let size = image.size()?;
             Ok((size, image.format(), image.allocated().unwrap_or(size)))
         })?;
@@ -161,8 +160,8 @@ impl DiskContent {
         };
         self.access.with(|shared| {
             // In this order: a block that is allocated behind the scan is marked by its write.
-            *shared.image.written.0.write() = Some(Arc::clone(&self.dirty));
-            extents(&shared.image, self.size, mark)
+            *shared.image().written.0.write() = Some(Arc::clone(&self.dirty));
+            extents(&shared.image(), self.size, mark)
         })
     }
 
@@ -170,7 +169,8 @@ impl DiskContent {
     pub fn stop(&self) {
         // Without a device nothing is recorded.
         let _ = self.access.with(|shared| {
-            let mut written = shared.image.written.0.write();
+            let image = shared.image();
+            let mut written = image.written.0.write();
             // Another copy may have begun.
             written.take_if(|bitmap| Arc::ptr_eq(bitmap, &self.dirty));
             Ok(())
@@ -183,7 +183,7 @@ impl DiskContent {
     /// The image cannot be read.
     pub fn read_at(&self, offset: u64, data: &mut [u8]) -> io::Result<()> {
         self.access.with(|shared| {
-            let image = &shared.image;
+            let image = shared.image();
             if !image.is_direct() {
                 return image.read_at(data, offset);
             }
@@ -273,28 +273,18 @@ impl CreatedImage {
         size: u64,
         lock: LockMode,
     ) -> Result<Self, ImageError> {
-        let failed = |source| devices::host_file::OpenError::Host {
+        create_file(path, format, size, None)?;
+        let opened = Image::open(Opening {
             path: path.to_owned(),
-            source,
-        };
-        let mut options = OpenOptions::new();
-        // Exclusive: neither a file nor a link is ever taken over.
-        options.create_new(true).read(true).write(true).mode(0o600);
-        let file = options.open(path).map_err(failed)?;
-        let made = format_file(file, path, format, size).map_err(failed);
-        let opened = made.map_err(ImageError::from).and_then(|()| {
-            Image::open(Opening {
-                path: path.to_owned(),
-                readonly: false,
-                direct: false,
-                format: Some(format),
-                is_detected: false,
-                backing_files: false,
-                data_files: false,
-                directories: Vec::new(),
-                lock,
-                is_incoming: false,
-            })
+            readonly: false,
+            direct: false,
+            format: Some(format),
+            is_detected: false,
+            backing_files: false,
+            data_files: false,
+            directories: Vec::new(),
+            lock,
+            is_incoming: false,
         });
         match opened {
             Ok(image) => Ok(Self {
@@ -349,27 +339,6 @@ impl CreatedImage {
     pub fn release(&self) {
         self.image.hand_over();
     }
-}
-
-/// Makes an empty file a disk of zeros, and its name durable.
-fn format_file(file: File, path: &Path, format: ImageFormat, size: u64) -> io::Result<()> {
-    match format {
-        ImageFormat::Raw => file.set_len(size)?,
-        ImageFormat::Qcow2 => {
-            let options = StorageOpenOptions::new().filename(path).write(true);
-            let storage = Storage::from_open_file(file, options)?;
-            contained(|| {
-                Qcow2::<Storage>::create_builder(storage)
-                    .size(size)
-                    .create()
-            })?;
-        }
-    }
-    // The name, too, must survive a crash of the host once the guest runs here.
-    let folder = path
-        .parent()
-        .filter(|parent| !parent.as_os_str().is_empty());
-    File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
 }
 
 #[cfg(test)]

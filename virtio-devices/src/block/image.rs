@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use devices::event_loop::panic_message;
@@ -88,9 +88,9 @@ pub(super) struct Image {
     how: Opening,
     format: ImageFormat,
     /// The file of the image, locked. Behind `kind`: the lock ends last.
-    lock: Lockable,
+    lock: Arc<Lockable>,
     /// The files that the image names, locked for as long as they are open.
-    below: Mutex<Vec<Lockable>>,
+    below: Mutex<Vec<Arc<Lockable>>>,
 }
 
 pub(super) enum Kind {
@@ -162,8 +162,8 @@ impl Image {
             readonly: how.readonly,
             how,
             format,
-            lock: file,
-            below: Mutex::new(below),
+            lock: Arc::new(file),
+            below: Mutex::new(below.into_iter().map(Arc::new).collect()),
         };
         let size = image.size().map_err(failed)?;
         let block = geometry.logical;
@@ -190,6 +190,63 @@ impl Image {
     #[cfg(test)]
     pub(super) fn how(&self) -> &Opening {
         &self.how
+    }
+
+    /// The path by which the image was opened.
+    pub(super) fn path(&self) -> &Path {
+        &self.how.path
+    }
+
+    /// Opens an overlay whose backing file is this image, for the user of this one. The overlay is locked,
+    /// and the images below it are not: this image keeps its locks.
+    pub(super) fn open_overlay(&self, overlay: &Path) -> Result<Self, ImageError> {
+        let mut opened = Self::open(Opening {
+            path: overlay.to_owned(),
+            format: Some(ImageFormat::Qcow2),
+            // The header names its own format and that of the image, which no guest can change.
+            is_detected: false,
+            backing_files: true,
+            data_files: false,
+            is_incoming: true,
+            ..self.how.clone()
+        })?;
+        let sizes = self.size().and_then(|ours| Ok((ours, opened.size()?)));
+        let sizes = sizes.map_err(|source| OpenError::Host {
+            path: overlay.to_owned(),
+            source,
+        })?;
+        if sizes.0 != sizes.1 {
+            let why = format!("has {} bytes, and its base {}", sizes.1, sizes.0);
+            let path = overlay.to_owned();
+            return Err(ImageError::Format { path, why });
+        }
+        lock::take(&opened.lock.0, overlay, false, self.how.lock)?;
+        opened.how.is_incoming = false;
+        // The guest has read it.
+        opened.geometry = self.geometry;
+        Ok(opened)
+    }
+
+    /// Locks the images below this overlay as `base` and those below it are locked, but only for reading.
+    /// There is no moment in which another user could write to them.
+    pub(super) fn inherit_locks(&self, base: &Self) -> Result<(), ImageError> {
+        lock::stop_writing(&base.lock.0, &base.how.path, base.how.lock)?;
+        // Shared, as an image that is dropped ends its locks.
+        let mut below = vec![Arc::clone(&base.lock)];
+        below.extend(base.below.lock().iter().cloned());
+        *self.below.lock() = below;
+        Ok(())
+    }
+
+    /// Locks the image for a user who writes, as before [`Image::inherit_locks`].
+    pub(super) fn lock_again(&self) -> Result<(), LockError> {
+        let lock = |readonly| lock::take(&self.lock.0, &self.how.path, readonly, self.how.lock);
+        lock(false).inspect_err(|_| {
+            // The refusal has released all of them. Nobody writes: the one who reads denies that.
+            if let Err(error) = lock(true) {
+                tracing::error!(%error, "an image below an overlay is not locked");
+            }
+        })
     }
 
     /// Whether buffers and lengths must be aligned.
@@ -267,7 +324,7 @@ impl Image {
             });
             let (opened, below) = opened.inspect_err(|_| lock::release(&self.lock.0))?;
             *image.write() = opened;
-            *self.below.lock() = below;
+            *self.below.lock() = below.into_iter().map(Arc::new).collect();
         }
         Ok(())
     }

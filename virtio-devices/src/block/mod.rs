@@ -7,9 +7,11 @@
 //! ```
 
 mod copy;
+mod create;
 mod format;
 mod geometry;
 mod image;
+mod overlay;
 mod qcow2;
 mod request;
 mod saved;
@@ -26,7 +28,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use devices::host_file::OpenError;
 pub use devices::host_file::{LockError, LockMode};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use state::{LoadError, LoadScope, SaveError, Scope};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
@@ -39,6 +41,7 @@ pub use self::copy::{CreatedImage, DiskAccess, DiskContent};
 pub use self::format::ImageFormat;
 pub use self::image::ImageError;
 use self::image::{Image, Kind, Opening, SECTOR, contained};
+pub use self::overlay::{BaseImage, Overlay, PlannedOverlay, beside};
 pub use self::qcow2::MAX_BACKING;
 use self::request::Op;
 use self::task::BlockTask;
@@ -141,7 +144,10 @@ impl Counters {
 
 /// State that the queues of a disk share.
 struct Shared {
-    image: Arc<Image>,
+    /// Replaced only while the machine is paused: no queue runs.
+    image: RwLock<Arc<Image>>,
+    /// The image below the overlay on which the disk continues, until it is certain that it does.
+    base: Mutex<Option<Arc<Image>>>,
     gate: CopyGate,
     /// Empty where the image is not raw, or the host has no io_uring.
     rings: Arc<Rings>,
@@ -161,6 +167,14 @@ struct Shared {
 }
 
 impl Shared {
+    fn image(&self) -> Arc<Image> {
+        Arc::clone(&self.image.read())
+    }
+
+    fn set_image(&self, image: Arc<Image>) {
+        *self.image.write() = image;
+    }
+
     /// Reports that a request waits for the host: once, until the disk is started again.
     fn stalled(&self, why: &str) {
         if !self.is_stalled.swap(true, Ordering::AcqRel)
@@ -214,7 +228,8 @@ impl Block {
             _ => Rings::default(),
         };
         let shared = Arc::new(Shared {
-            image: Arc::new(image),
+            image: RwLock::new(Arc::new(image)),
+            base: Mutex::default(),
             gate: CopyGate::open(),
             rings: Arc::new(rings),
             capacity: AtomicU64::new(capacity),
@@ -255,7 +270,7 @@ impl Block {
         put(8, &most.to_le_bytes());
         put(12, &segments.to_le_bytes());
         // Logical blocks; physical ones of so many, and the optimal size of a transfer, one of them.
-        let geometry = self.shared.image.geometry;
+        let geometry = self.shared.image().geometry;
         let in_physical = 1_u32.checked_shl(geometry.exponent().into()).unwrap_or(1);
         put(20, &(geometry.logical as u32).to_le_bytes());
         put(24, &[geometry.exponent(), 0]);
@@ -301,7 +316,7 @@ impl VirtioDevice for Block {
         if self.queues > 1 {
             bits.push(VIRTIO_BLK_F_MQ);
         }
-        if self.shared.image.readonly {
+        if self.shared.image().readonly {
             bits.push(VIRTIO_BLK_F_RO);
         } else {
             bits.push(VIRTIO_BLK_F_WRITE_ZEROES);
@@ -380,7 +395,7 @@ impl VirtioDevice for Block {
     }
 
     fn flush(&mut self) -> Result<(), DeviceError> {
-        let image = &self.shared.image;
+        let image = self.shared.image();
         if image.readonly {
             return Ok(());
         }
@@ -388,13 +403,13 @@ impl VirtioDevice for Block {
     }
 
     fn hand_over(&mut self) {
-        self.shared.image.hand_over();
+        self.shared.image().hand_over();
     }
 
     fn take_over(&mut self) -> Result<(), DeviceError> {
         let taken = |error: ImageError| DeviceError::Taken(error.to_string());
-        self.shared.image.take_over().map_err(taken)?;
-        let capacity = self.shared.image.size();
+        self.shared.image().take_over().map_err(taken)?;
+        let capacity = self.shared.image().size();
         let capacity = capacity.map_err(DeviceError::host("report the size of an image"))?;
         if self.shared.capacity.swap(capacity, Ordering::AcqRel) != capacity
             && let Some(transport) = &*self.shared.transport.lock()
@@ -415,7 +430,7 @@ impl VirtioDevice for Block {
         to.put(&saved::V2 {
             capacity: self.shared.capacity.load(Ordering::Acquire),
             writeback: self.shared.writeback.load(Ordering::Acquire),
-            block: Some(self.shared.image.geometry.logical),
+            block: Some(self.shared.image().geometry.logical),
             kept: kept.collect(),
         })
     }
@@ -429,7 +444,7 @@ impl VirtioDevice for Block {
                 "the saved disk has {was} bytes, and this one has {here}"
             )));
         }
-        let here = self.shared.image.geometry.logical;
+        let here = self.shared.image().geometry.logical;
         if let Some(was) = saved.block.filter(|was| *was < here) {
             return Err(from.refuse(format!(
                 "the guest uses blocks of {was} bytes, and direct I/O on this host needs {here}"
@@ -494,7 +509,7 @@ impl BlockHandle {
     /// The format of the image, as it was configured or detected.
     #[must_use]
     pub fn format(&self) -> ImageFormat {
-        self.shared.image.format()
+        self.shared.image().format()
     }
 
     /// Returns access to the content, for copies of it.
@@ -509,16 +524,16 @@ impl BlockHandle {
     /// When it is no size of a disk, or the image cannot have it.
     pub fn resize(&self, size: u64) -> io::Result<()> {
         let refused = |why| Err(io::Error::new(io::ErrorKind::InvalidInput, why));
-        if size == 0 || !size.is_multiple_of(self.shared.image.geometry.logical) {
+        if size == 0 || !size.is_multiple_of(self.shared.image().geometry.logical) {
             return refused(format!(
                 "the size of the disk ({size} bytes) must be a positive multiple of its block size"
             ));
         }
-        if self.shared.image.readonly {
+        if self.shared.image().readonly {
             return refused("the disk is read-only".to_owned());
         }
-        self.shared.image.resize(size)?;
-        let there = self.shared.image.size()?;
+        self.shared.image().resize(size)?;
+        let there = self.shared.image().size()?;
         if there != size {
             return refused(format!(
                 "the disk cannot be resized: it still has {there} bytes"

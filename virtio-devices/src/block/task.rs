@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use super::format::RefusedWrite;
 use super::geometry::Geometry;
+use super::image::Image;
 use super::request::{ID_LEN, Limits, Op, Request, Status, What};
 use super::threads::Threads;
 use super::uring::Uring;
@@ -56,6 +57,7 @@ pub(super) struct BlockTask {
     /// Writes are durable when they complete: the driver cannot flush, or chose write-through.
     writethrough: bool,
     /// Behind what is in flight: the image is locked for as long.
+    image: Arc<Image>,
     shared: Arc<Shared>,
 }
 
@@ -74,6 +76,7 @@ impl BlockTask {
             turn: 0,
             is_stopping: false,
             writethrough: !flushes,
+            image: shared.image(),
             shared: Arc::clone(shared),
         })
     }
@@ -178,8 +181,8 @@ impl BlockTask {
     fn parse(&self, chain: Chain) -> Result<Request, QueueError> {
         let limits = Limits {
             capacity: self.shared.capacity.load(Ordering::Acquire),
-            readonly: self.shared.image.readonly,
-            block: self.shared.image.geometry.logical,
+            readonly: self.image.readonly,
+            block: self.image.geometry.logical,
             sparse: self.shared.sparse,
         };
         Request::parse(chain, limits)
@@ -213,7 +216,7 @@ impl BlockTask {
             request.chain.wait_readable(request.data_to_write(), len)?;
         }
         let durable = self.is_durable();
-        let image = &self.shared.image;
+        let image = &self.image;
         let aligned = !image.is_direct() || is_aligned(&request, op, image.geometry)?;
         let capacity = self.shared.capacity.load(Ordering::Acquire);
         let is_watched = match op {
@@ -236,7 +239,7 @@ impl BlockTask {
     fn start_on_threads(&mut self, request: Request, op: Op) -> Result<(), QueueError> {
         let durable = self.is_durable();
         if self.threads.is_none() {
-            match Threads::new(&self.shared.image, self.queue.size()) {
+            match Threads::new(&self.image, self.queue.size()) {
                 Ok(threads) => self.threads = Some(threads),
                 Err(error) => {
                     tracing::error!(%error, "cannot start a disk's threads");
@@ -421,9 +424,9 @@ impl QueueTask for BlockTask {
     fn watch(&mut self, sources: &mut TaskSources<'_, '_>) -> io::Result<()> {
         sources.watch(Arc::clone(self.queue.kick()), KICK, Interest::Read)?;
         // Here and not when the queue starts: that is in the stop of a guest that moves.
-        if let (None, Kind::Raw(file)) = (&self.uring, &self.shared.image.kind) {
+        if let (None, Kind::Raw(file)) = (&self.uring, &self.image.kind) {
             let file = Arc::new(file.try_clone()?);
-            let written = &self.shared.image.written;
+            let written = &self.image.written;
             self.uring = Uring::new(&self.shared.rings, file, written, self.queue.size());
         }
         if let Some(uring) = &self.uring {

@@ -6,5 +6,6 @@ mod copy;
 mod errors;
 mod formats;
 mod machine;
+mod overlay;
 mod refused;
 mod requests;
