@@ -4,11 +4,29 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
-use spec::VmId;
+use spec::{SnapshotDisks, VmId};
 
 use crate::cluster::ClusterCommand;
 use crate::cpu::CpuCommand;
 use crate::migrate::{MigrateArguments, Outcome, ReceiveArguments};
+
+/// What becomes of the disks of a VM of which a snapshot is taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Disks {
+    /// They are left as they are.
+    None,
+    /// Each image is frozen, and the VM continues on a qcow2 overlay beside it.
+    Overlay,
+}
+
+impl From<Disks> for SnapshotDisks {
+    fn from(disks: Disks) -> Self {
+        match disks {
+            Disks::None => Self::None,
+            Disks::Overlay => Self::Overlay,
+        }
+    }
+}
 
 /// What to do with snapshots that exist.
 #[derive(Debug, Subcommand)]
@@ -233,6 +251,9 @@ pub(crate) enum Command {
         /// it.
         #[arg(long, value_name = "URL")]
         base: Option<String>,
+        /// What becomes of the VM's disks.
+        #[arg(long, value_enum, default_value_t = Disks::None)]
+        disks: Disks,
     },
     /// Make the VM from a snapshot, and wait until it is there: a URL or path, or
     /// source_url=URL,resume=on,memory_restore_mode=map. Without resume=on the VM is paused. With count=N
@@ -267,6 +288,9 @@ pub(crate) enum Command {
         /// - for standard input.
         #[arg(long, value_name = "FILE")]
         overrides: Option<String>,
+        /// What becomes of the VM's disks. A running VM with a disk that it can write needs `overlay`.
+        #[arg(long, value_enum, default_value_t = Disks::None)]
+        disks: Disks,
     },
     /// Write a core dump of the paused VM into a file of its host, for `crash` and `gdb`, and wait until
     /// it is complete.

@@ -8,8 +8,8 @@ use anyhow::{Context, Result, bail};
 use openapi::{Client, News};
 use spec::{
     CreateVm, ForkVm, MergeSnapshots, PciDeviceInfo, ReceiveMigrationData, ResolveMigration,
-    RestoreConfig, SendMigrationData, VmAddUserDevice, VmConfig, VmCoredumpData, VmId,
-    VmRemoveDevice, VmResize, VmResizeDisk, VmResizeZone, VmSnapshotConfig, options,
+    RestoreConfig, SendMigrationData, SnapshotDisks, VmAddUserDevice, VmConfig, VmCoredumpData,
+    VmId, VmRemoveDevice, VmResize, VmResizeDisk, VmResizeZone, VmSnapshotConfig, options,
 };
 
 use crate::args::{Arguments, Command, ResizeArguments, SnapshotCommand};
@@ -156,9 +156,11 @@ impl Remote {
                 command: None,
                 destination_url,
                 base,
+                disks,
             } => {
                 let destination = destination_url.context("snapshot needs a folder")?;
-                self.snapshot(&destination, base.as_deref()).await
+                self.snapshot(&destination, base.as_deref(), disks.into())
+                    .await
             }
             Command::Coredump { destination_url } => self.core_dump(&destination_url).await,
             Command::Restore { options, overrides } => {
@@ -173,6 +175,7 @@ impl Remote {
                 name,
                 resume,
                 overrides,
+                disks,
             } => {
                 let Some(vm) = &self.vm else {
                     bail!("fork needs --vm ID, on a service's socket");
@@ -183,6 +186,7 @@ impl Remote {
                     name,
                     resume,
                     overrides: overrides.unwrap_or_default(),
+                    disks: disks.into(),
                 };
                 let begun = self.client.vms_fork(vm, &body).await?;
                 migrate::follow(&self.client, begun, self.printer).await
@@ -234,10 +238,16 @@ impl Remote {
         Ok(())
     }
 
-    async fn snapshot(&self, destination: &str, base: Option<&str>) -> Result<()> {
+    async fn snapshot(
+        &self,
+        destination: &str,
+        base: Option<&str>,
+        disks: SnapshotDisks,
+    ) -> Result<()> {
         let body = VmSnapshotConfig {
             destination_url: url(destination),
             base_url: base.map(url),
+            disks,
         };
         match &self.vm {
             Some(vm) => {

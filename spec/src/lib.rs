@@ -79,8 +79,8 @@ pub use rate_limit::{RateLimitGroupConfig, RateLimiterConfig, TokenBucket};
 pub use refused::{REFUSED_FIELDS, RefusedField};
 pub use requests::{
     MemoryRestoreMode, MergeSnapshots, MigrationMode, ReceiveMigrationData, RestoreConfig,
-    SendMigrationData, TimeoutStrategy, VmAddUserDevice, VmCoredumpData, VmMemoryZoneUpdateData,
-    VmRemoveDevice, VmResize, VmResizeDisk, VmResizeZone, VmSnapshotConfig,
+    SendMigrationData, SnapshotDisks, TimeoutStrategy, VmAddUserDevice, VmCoredumpData,
+    VmMemoryZoneUpdateData, VmRemoveDevice, VmResize, VmResizeDisk, VmResizeZone, VmSnapshotConfig,
 };
 pub use service::{
     CreateVm, Event, FieldProblem, InvalidVmId, MapAlias, MapNode, MapRange, MapSpace, MemoryMap,

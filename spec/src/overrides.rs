@@ -5,6 +5,7 @@ use utoipa::ToSchema;
 
 use crate::console::{ConsoleMode, DebugConsoleConfig, SerialConfig};
 use crate::devices::parse_mac;
+use crate::requests::SnapshotDisks;
 use crate::service::{FieldProblem, VmId};
 use crate::validate::problem;
 use crate::vm::VmConfig;
@@ -91,6 +92,10 @@ pub struct ForkVm {
     /// What differs from the VM that is forked.
     #[serde(default)]
     pub overrides: Overrides,
+    /// What becomes of the VM's disks. With `Overlay` the VM and each fork continue on overlays of their
+    /// own; a VM that runs and has a disk that it can write is forked only so.
+    #[serde(default, skip_serializing_if = "SnapshotDisks::is_none")]
+    pub disks: SnapshotDisks,
 }
 
 fn one() -> u32 {
@@ -104,6 +109,7 @@ impl Default for ForkVm {
             name: None,
             resume: false,
             overrides: Overrides::default(),
+            disks: SnapshotDisks::None,
         }
     }
 }

@@ -49,6 +49,24 @@ pub struct VmRemoveDevice {
     pub id: String,
 }
 
+/// The disks of a VM of which a snapshot is taken, or which is forked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub enum SnapshotDisks {
+    /// They are left as they are: the snapshot names their images, to which the VM goes on writing.
+    #[default]
+    None,
+    /// The image of each disk that can be written is frozen at the moment of the snapshot, and the VM
+    /// continues on a new qcow2 overlay beside it. Each VM that is made from the snapshot gets an overlay
+    /// of its own.
+    Overlay,
+}
+
+impl SnapshotDisks {
+    pub(crate) fn is_none(&self) -> bool {
+        *self == Self::None
+    }
+}
+
 /// The folder for a snapshot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -59,6 +77,9 @@ pub struct VmSnapshotConfig {
     /// Cloud Hypervisor's contract.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base_url: Option<String>,
+    /// What becomes of the VM's disks. An addition to Cloud Hypervisor's contract.
+    #[serde(default, skip_serializing_if = "SnapshotDisks::is_none")]
+    pub disks: SnapshotDisks,
 }
 
 /// A chain of increments to merge into one snapshot.

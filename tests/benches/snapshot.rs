@@ -131,6 +131,7 @@ async fn restores(memory: u64, rounds: usize) -> Result<()> {
     let to = spec::VmSnapshotConfig {
         destination_url: format!("file://{}", dir.display()),
         base_url: None,
+        disks: spec::SnapshotDisks::None,
     };
     let taken = over(&service, &client.vms_snapshot(&vm, &to).await?).await?;
     client.vms_delete(&vm).await?;
@@ -365,6 +366,7 @@ async fn forks(count: u32) -> Result<()> {
             serial: serde_json::from_value(serial)?,
             ..spec::Overrides::default()
         },
+        ..ForkVm::default()
     };
     let before = pss_of_all(service.pid())?;
     let begun = Instant::now();

@@ -21,6 +21,7 @@ pub fn to(dir: &Path) -> VmSnapshotConfig {
     VmSnapshotConfig {
         destination_url: format!("file://{}", dir.display()),
         base_url: None,
+        disks: spec::SnapshotDisks::None,
     }
 }
 

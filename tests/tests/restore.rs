@@ -268,6 +268,7 @@ async fn forks_begin_where_their_vm_is_paused() {
         name: Some("fork".parse().unwrap()),
         resume: true,
         overrides,
+        ..spec::ForkVm::default()
     };
     client.vms_pause(&vm).await.unwrap();
     let begun = client.vms_fork(&vm, &what).await.unwrap();

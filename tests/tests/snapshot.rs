@@ -171,6 +171,7 @@ async fn requests_that_cannot_be_are_refused_and_change_nothing() {
     let url = VmSnapshotConfig {
         destination_url: "tcp:host:1".to_owned(),
         base_url: None,
+        disks: spec::SnapshotDisks::None,
     };
     refused(
         client.vms_snapshot(&vm, &url).await,

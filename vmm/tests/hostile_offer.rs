@@ -223,8 +223,10 @@ fn refused_offer_leaves_no_trace() {
             }
         }
     };
+    // Only a snapshot has frozen disks, of which a machine gets overlays.
+    let frozen = |machine: &mut Value| machine["frozen"] = json!(["disk"]);
     type Change<'a> = &'a dyn Fn(&mut Value);
-    let cases: [(&str, Value, u64, Change<'_>); 14] = [
+    let cases: [(&str, Value, u64, Change<'_>); 15] = [
         (
             "path-not-allowed",
             json!({ "serial": serial("out/new") }),
@@ -299,6 +301,7 @@ fn refused_offer_leaves_no_trace() {
             &nothing,
         ),
         ("offer-unreadable", json!({}), SIZE / 2, &nothing),
+        ("offer-unreadable", json!({}), SIZE, &frozen),
     ];
     for (code, changes, size, change) in cases {
         let start = Instant::now();

@@ -187,6 +187,7 @@ impl Demo {
                 serial: Some(serial),
                 ..Overrides::default()
             },
+            ..ForkVm::default()
         };
         let begun = self.client().vms_fork(id, &what).await?;
         let made = self.follow(&begun).await?;

@@ -54,6 +54,7 @@ pub(crate) use self::migration::{DestinationParts, SourceParts};
 use self::outgoing::Outgoing;
 pub(crate) use self::outgoing::Purpose;
 use self::resize::Resizes;
+pub(crate) use self::snapshot::{NewOverlay, SwitchedDisk};
 use crate::devices::{MachineOrigin, Opened};
 use crate::failure::{self, BuildError};
 use crate::guest_event::{self, GuestEnd, Port, Reporter, Reports};

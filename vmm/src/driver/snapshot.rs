@@ -1,14 +1,21 @@
 //! What the driver does for a snapshot and for a guest that is restored, beyond a migration's steps.
 
-use std::sync::mpsc;
+use std::path::PathBuf;
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use migration::snapshot::Core;
 use migration::{Refusal, Stopped};
+use spec::{DiskConfig, VmConfig};
+use virtio_devices::block::{BlockHandle, ImageError, PlannedOverlay};
 
 use super::Driver;
 use super::migration::{no_machine, refused};
 use super::outgoing::OutgoingState;
+use crate::descriptors;
+use crate::devices::DeviceHandle;
+use crate::machine::Active;
+use crate::migrate::name_overlay;
 
 impl Driver {
     /// Stops the guest for a live snapshot, on another thread, and answers when its clocks stopped.
@@ -49,4 +56,152 @@ impl Driver {
     pub(crate) fn clocks_stopped_at(&mut self) -> Result<Option<Instant>, Refusal> {
         Ok(self.on()?.clocks_stopped_at())
     }
+}
+
+/// An overlay that was created for a disk.
+#[derive(Clone, Debug)]
+pub(crate) struct NewOverlay {
+    pub(crate) disk: String,
+    pub(crate) path: PathBuf,
+}
+
+/// A disk that continues on an overlay, and can return as long as the guest does not run. The machine has
+/// the images, so that none is locked longer than the machine lives.
+pub(crate) struct SwitchedDisk {
+    pub(crate) overlay: NewOverlay,
+    /// Its configuration before.
+    was: DiskConfig,
+}
+
+impl Driver {
+    /// Returns the overlays to create for disks, with this end of their names.
+    pub(crate) fn plan_overlays(
+        &mut self,
+        wanted: &[String],
+        suffix: &str,
+    ) -> Result<Vec<(String, PlannedOverlay)>, Refusal> {
+        let active = self.on()?;
+        let plan = |id: &String| {
+            let planned = disk(active, id)?.plan_overlay(suffix);
+            Ok((id.clone(), planned.map_err(|error| no_overlay(&error))?))
+        };
+        wanted.iter().map(plan).collect()
+    }
+
+    /// Has disks of a paused guest continue on overlays, on another thread: all of them, or none.
+    pub(crate) fn switch_disks(
+        &mut self,
+        overlays: Vec<NewOverlay>,
+        answer: mpsc::Sender<Result<Vec<SwitchedDisk>, Refusal>>,
+    ) {
+        let mut config = VmConfig::clone(&self.config);
+        let mut wanted = Vec::new();
+        for overlay in overlays {
+            let mut disks = config.disks.iter_mut().flatten();
+            let disk = disks.find(|disk| disk.id.as_ref() == Some(&overlay.disk));
+            let Some(disk) = disk else { continue };
+            wanted.push((overlay.clone(), disk.clone()));
+            name_overlay(disk, &overlay.path);
+        }
+        let more = descriptors::of_machine(&config, false)
+            .saturating_sub(descriptors::of_machine(&self.config, false));
+        let reserved = match self.host.descriptors.reserve(more, None) {
+            Ok(reserved) => reserved,
+            Err(error) => {
+                let _ = answer.send(Err(Refusal::new("too-few-descriptors", error.to_string())));
+                return;
+            }
+        };
+        let switch = move |active: &mut Active| {
+            let switched = switch_all(active, wanted)?;
+            active.keep_descriptors(reserved);
+            Ok(switched)
+        };
+        self.lend(switch, move |driver, switched, _| {
+            if switched.is_ok() {
+                driver.set_config(Arc::new(config));
+            }
+            let _ = answer.send(switched);
+        });
+    }
+
+    /// The disks continue on their overlays for good.
+    pub(crate) fn keep_overlays(&mut self) -> Result<(), Refusal> {
+        for control in self.on()?.devices().controls() {
+            if let DeviceHandle::Disk(handle) = control {
+                handle.keep_overlay();
+            }
+        }
+        Ok(())
+    }
+
+    /// Undoes [`Driver::switch_disks`]. The guest has not run since.
+    pub(crate) fn switch_disks_back(
+        &mut self,
+        disks: Vec<SwitchedDisk>,
+        answer: mpsc::Sender<Result<(), Refusal>>,
+    ) {
+        let mut config = VmConfig::clone(&self.config);
+        for SwitchedDisk { was, .. } in &disks {
+            let mut all = config.disks.iter_mut().flatten();
+            if let Some(disk) = all.find(|disk| disk.id == was.id) {
+                disk.clone_from(was);
+            }
+        }
+        let back = move |active: &mut Active| {
+            disks.iter().try_for_each(|switched| {
+                let back = disk(active, &switched.overlay.disk)?.switch_back();
+                back.map_err(|error| Refusal::new("no-overlay", error.to_string()))
+            })
+        };
+        self.lend(back, move |driver, back, _| {
+            if back.is_ok() {
+                driver.set_config(Arc::new(config));
+            }
+            let _ = answer.send(back);
+        });
+    }
+}
+
+fn no_overlay(error: &ImageError) -> Refusal {
+    Refusal::new("no-overlay", error.to_string())
+}
+
+fn disk<'a>(active: &'a Active, id: &str) -> Result<&'a BlockHandle, Refusal> {
+    match active.devices().control(id) {
+        Some(DeviceHandle::Disk(handle)) => Ok(handle),
+        _ => Err(Refusal::new(
+            "no-overlay",
+            format!("the VM has no disk {id}"),
+        )),
+    }
+}
+
+fn switch_all(
+    active: &Active,
+    wanted: Vec<(NewOverlay, DiskConfig)>,
+) -> Result<Vec<SwitchedDisk>, Refusal> {
+    let mut opened = Vec::new();
+    // All are opened before the first is switched: opening is what may fail.
+    for (overlay, was) in wanted {
+        let image = disk(active, &overlay.disk)?.open_overlay(&overlay.path);
+        opened.push((
+            image.map_err(|error| no_overlay(&error))?,
+            SwitchedDisk { overlay, was },
+        ));
+    }
+    let mut switched: Vec<SwitchedDisk> = Vec::new();
+    for (image, disk_of_it) in opened {
+        let Err(error) = image.switch() else {
+            switched.push(disk_of_it);
+            continue;
+        };
+        for SwitchedDisk { overlay, .. } in &switched {
+            if let Err(error) = disk(active, &overlay.disk)?.switch_back() {
+                tracing::error!(%error, disk = overlay.disk, "a disk stays on its overlay");
+            }
+        }
+        return Err(no_overlay(&error));
+    }
+    Ok(switched)
 }

@@ -104,7 +104,7 @@ pub(crate) struct Parts {
     pub(crate) cpus: Arc<CpuBlock>,
     tpm: Option<Arc<Emulator>>,
     /// Last: given back when all else is closed.
-    _descriptors: Vec<Arc<Reservation>>,
+    descriptors: Vec<Arc<Reservation>>,
 }
 
 /// A machine with all its parts, and nothing to boot.
@@ -234,7 +234,7 @@ impl Built {
             clocks,
             cpus,
             tpm: emulator,
-            _descriptors: reserved,
+            descriptors: reserved,
         };
         Ok(Self {
             parts,
@@ -516,6 +516,11 @@ impl Active {
     /// The devices on the PCI bus.
     pub(crate) fn devices(&self) -> &Devices {
         &self.parts.devices
+    }
+
+    /// Keeps descriptors that devices have come to need.
+    pub(crate) fn keep_descriptors(&mut self, more: Vec<Arc<Reservation>>) {
+        self.parts.descriptors.extend(more);
     }
 
     /// Returns the counters of each device.

@@ -13,6 +13,7 @@ use migration::{
 use spec::{Failure, VmConfig, VmId};
 use uuid::Uuid;
 
+use super::freeze::OwnOverlays;
 use super::offer::{self, CheckedOffer};
 use super::storage::NewImages;
 use super::trust::Allowed;
@@ -209,6 +210,7 @@ impl DestinationHost {
             images,
             origin: self.origin,
             moving: Arc::clone(&self.moving),
+            overlays: OwnOverlays::default(),
         })
     }
 }
@@ -216,17 +218,18 @@ impl DestinationHost {
 impl Host for DestinationHost {
     fn prepare(
         &self,
-        _: Uuid,
+        id: Uuid,
         offer: &Offer,
         files: Vec<File>,
     ) -> Result<Box<dyn Destination>, Refusal> {
         let CheckedOffer {
             vm,
-            config,
-            resolved,
+            mut config,
+            mut resolved,
             cpu,
             on_bus,
             images,
+            frozen,
         } = offer::check(
             offer,
             // Not the name in the report: that may be of an offer that came before, and to nothing.
@@ -234,6 +237,18 @@ impl Host for DestinationHost {
             &self.registry,
             &self.host.cpu,
             &self.allowed,
+        )?;
+        if self.origin == GuestOrigin::Migration && !frozen.is_empty() {
+            let why = "a guest that moves has no frozen disks";
+            return Err(Refusal::new("offer-unreadable", why));
+        }
+        // Dropped, and removed, unless the guest starts.
+        let overlays = OwnOverlays::make(
+            &frozen,
+            &format!("{vm}-{id}"),
+            &self.host.image_dirs,
+            &mut config,
+            &mut resolved,
         )?;
         let caller = self.create(&vm, config)?;
         self.moving.end_is_recorded.store(false, Ordering::Release);
@@ -257,13 +272,13 @@ impl Host for DestinationHost {
             memory: self.origin.memory(files),
             tpm: None,
         };
-        let mut resolved = resolved;
         if let GuestOrigin::Snapshot { prefault } = self.origin {
             // For this machine only: the next one, after a reboot, is as configured.
             resolved.memory.prefault = prefault;
         }
         let built = self.build(vm.clone(), parts, &resolved, &origin, images);
-        let target = built.map_err(give_up)?;
+        let mut target = built.map_err(give_up)?;
+        target.overlays = overlays;
         if self.origin == GuestOrigin::Migration {
             *self.moving.vm.lock() = Some(vm);
         }
@@ -293,6 +308,7 @@ struct DestinationVm {
     images: NewImages,
     origin: GuestOrigin,
     moving: Arc<ActiveMigration>,
+    overlays: OwnOverlays,
 }
 
 /// How far the guest is.
@@ -349,6 +365,7 @@ impl Destination for DestinationVm {
             Ok(runs) => {
                 self.images.keep();
                 self.stage = Stage::Arrived;
+                self.overlays.keep();
                 Ok(runs)
             }
             Err(why) if resuming.load(Ordering::Acquire) => {

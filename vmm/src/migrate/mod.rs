@@ -2,6 +2,7 @@
 
 mod core_dump;
 mod destination;
+mod freeze;
 mod history;
 mod journals;
 mod offer;
@@ -37,6 +38,7 @@ use spec::{
 };
 use tokio::sync::watch;
 
+pub(crate) use self::freeze::name_overlay;
 pub(crate) use self::journals::Journals;
 pub(crate) use self::receive::Endpoints;
 pub use self::snapshot::snapshot_config;
@@ -63,6 +65,9 @@ struct MachineOffer {
     /// The images of disks whose content is copied, by the disks' names. Absent where there is none.
     #[serde(default, skip_serializing_if = "std::collections::BTreeMap::is_empty")]
     images: std::collections::BTreeMap<String, storage::CopiedImage>,
+    /// Of a snapshot: disks whose images are frozen. Each VM that is made gets overlays of them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    frozen: Vec<String>,
 }
 
 const OFFER_VERSION: u32 = 1;

@@ -35,6 +35,8 @@ pub(super) struct CheckedOffer {
     pub(super) on_bus: BTreeMap<String, Bdf>,
     /// The images to make, for disks whose content comes.
     pub(super) images: Vec<PlannedImage>,
+    /// Disks of which the VM gets overlays.
+    pub(super) frozen: Vec<String>,
 }
 
 /// Reads the offered machine, of which nothing but the form is checked yet.
@@ -104,6 +106,7 @@ pub(super) fn check(
         cpu: wanted,
         on_bus,
         images,
+        frozen: machine.frozen,
     })
 }
 

@@ -11,6 +11,7 @@ use spec::{
 };
 
 use super::destination::{DestinationHost, GuestOrigin, record_failure};
+use super::freeze::disks_to_freeze;
 use super::snapshot::{LiveVm, path, save_paused, unusable};
 use super::source::SourceVm;
 use super::trust::Allowed;
@@ -53,6 +54,9 @@ impl Children {
                 let mut machine = machine.clone();
                 let applied = self.overrides.apply(n, &mut machine.config);
                 applied.map_err(|found| RequestError::invalid(vec![found]))?;
+                // The caller has made an image for this VM.
+                let given = |id: &String| self.overrides.disks.iter().any(|disk| disk.id == *id);
+                machine.frozen.retain(|id| !given(id));
                 let text = serde_json::to_vec(&machine);
                 let failed = |error: serde_json::Error| {
                     unusable(Refusal::new("offer-unreadable", error.to_string()))
@@ -210,13 +214,17 @@ pub(super) fn begin_fork(
         .call(move |driver, _| driver.depart(Purpose::Snapshot(of), &decision, &progress))
         .map_err(|_| RequestError::driver_gone())??;
     let (is_paused, config) = (parts.is_paused, Arc::clone(&parts.config));
-    let mut source = SourceVm::new(id.clone(), parts);
+    let frozen = disks_to_freeze(&config, what.disks);
+    let has_frozen = !frozen.is_empty();
+    let mut source = SourceVm::new(id.clone(), parts).freezing(frozen);
+    let disks = source.freeze(ours.id);
     // The guest stays as it is if the request cannot be met.
     let offers = source
         .offer()
         .map_err(|why| RequestError::new(Category::Conflict, &why.code, why.detail))
         .and_then(|saved| Ok((children.offers(&saved)?, saved)))
         .and_then(|offers| match is_paused {
+            _ if has_frozen => Ok(offers),
             true => Ok(offers),
             false => no_disk_is_written(&config).map(|()| offers),
         });
@@ -230,16 +238,25 @@ pub(super) fn begin_fork(
             fork = %ours.id, vm = id.as_str(), vms = offers.len(), live = !is_paused, "fork: begins"
         );
         let ending = source.ending();
-        let end = |outcome: Result<(), &Refusal>| match outcome {
-            // From here on the guest is free: its forks have a copy.
-            Ok(()) => ending.end("forked", format!("{} VMs", offers.len())),
-            Err(why) => ending.end("fork-failed", why.detail.clone()),
+        let end = |outcome: Result<(), &Refusal>| {
+            // First: behind the end the VM may be resumed.
+            let more = disks.finish(outcome.is_ok());
+            match outcome {
+                // From here on the guest is free: its forks have a copy.
+                Ok(()) => ending.end("forked", format!("{} VMs", offers.len())),
+                Err(why) => ending.end("fork-failed", format!("{}{more}", why.detail)),
+            }
         };
         let (progress, decision) = (&ours.progress, &ours.decision);
         let captured = if is_paused {
-            Snapshot::capture(save_paused(&mut source, saved), end, progress, decision)
+            let saved = save_paused(&mut source, saved, &disks);
+            Snapshot::capture(saved, end, progress, decision)
         } else {
-            Snapshot::capture_live(&mut LiveVm(source), end, progress, decision)
+            let mut guest = LiveVm {
+                source,
+                disks: &disks,
+            };
+            Snapshot::capture_live(&mut guest, end, progress, decision)
         };
         // The report has the failure, if it failed.
         if let Ok(snapshot) = captured {
@@ -261,7 +278,8 @@ fn no_disk_is_written(config: &VmConfig) -> Result<(), RequestError> {
     let name = disk.id.as_deref().unwrap_or("");
     let detail = format!(
         "the disk {name} is written while the VM runs, so that its forks could not have it as it was \
-         at their moment: pause the VM to fork it, or make the disk readonly"
+         at their moment: fork with `disks` set to `Overlay`, pause the VM, or make the disk \
+         readonly"
     );
     Err(RequestError::new(
         Category::Conflict,

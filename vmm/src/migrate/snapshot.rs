@@ -8,6 +8,7 @@ use migration::snapshot::{RunningGuest, Saved, Snapshot, Writing, merge, write, 
 use migration::{Block, Offer, Refusal, Source as _, Stopped};
 use spec::{FieldProblem, MergeSnapshots, MigrationSide, VmConfig, VmSnapshotConfig};
 
+use super::freeze::{DiskFreeze, disks_to_freeze};
 use super::source::SourceVm;
 use super::{ActiveMigration, offer, start};
 use crate::driver::Purpose;
@@ -46,51 +47,71 @@ fn open(dir: &Path) -> Result<Snapshot, RequestError> {
 }
 
 /// A running guest, for a live snapshot or forks.
-pub(super) struct LiveVm(pub(super) SourceVm);
+pub(super) struct LiveVm<'a> {
+    pub(super) source: SourceVm,
+    pub(super) disks: &'a DiskFreeze,
+}
 
-impl RunningGuest for LiveVm {
+impl RunningGuest for LiveVm<'_> {
     fn offer(&mut self) -> Result<Offer, Refusal> {
-        self.0.offer()
+        // While the guest runs: creating files takes time.
+        self.disks.create()?;
+        self.source.offer()
     }
 
     fn blocks(&self) -> Vec<Block> {
-        self.0.blocks()
+        self.source.blocks()
     }
 
     fn stop(&mut self) -> Result<Stopped, Refusal> {
-        self.0.stop_to_image()
+        self.source.stop_to_image()
     }
 
     fn save(&mut self) -> Result<Vec<u8>, Refusal> {
-        self.0.save()
+        let state = self.source.save()?;
+        self.disks.switch()?;
+        Ok(state)
     }
 
     fn resume(&mut self) -> Result<(), Refusal> {
-        self.0.resume_imaged()
+        self.disks.keep();
+        self.source.resume_imaged()
     }
 
     fn sync(&mut self) {
-        self.0.pre_sync();
+        self.source.pre_sync();
     }
 }
 
 /// Writes the snapshot of a guest that its owner has paused.
-fn write_paused(writing: &Writing<'_>, source: &mut SourceVm) -> Result<(), Refusal> {
+fn write_paused(
+    writing: &Writing<'_>,
+    source: &mut SourceVm,
+    disks: &DiskFreeze,
+) -> Result<(), Refusal> {
     write(writing, || {
         let offer = source.offer()?;
-        save_paused(source, offer)
+        save_paused(source, offer, disks)
     })
 }
 
 /// Saves a paused guest. Its disks belong to what is saved: all that the guest wrote is on them.
-pub(super) fn save_paused(source: &mut SourceVm, offer: Offer) -> Result<Saved, Refusal> {
+pub(super) fn save_paused(
+    source: &mut SourceVm,
+    offer: Offer,
+    disks: &DiskFreeze,
+) -> Result<Saved, Refusal> {
+    disks.create()?;
     source.flush()?;
-    Ok(Saved {
+    let saved = Saved {
         offer,
         state: source.save()?,
         stopped_at: source.clocks_stopped_at()?,
         blocks: source.blocks(),
-    })
+    };
+    // The guest stays paused until the snapshot is complete, so that this can be undone.
+    disks.switch()?;
+    Ok(saved)
 }
 
 /// Starts to write a snapshot of a VM. A running guest stops for its device state only.
@@ -116,7 +137,7 @@ pub(super) fn take(
     let parts = caller
         .call(move |driver, _| driver.depart(Purpose::Snapshot(of), &decision, &progress))
         .map_err(|_| RequestError::driver_gone())??;
-    let ours = Arc::clone(&taking);
+    let (ours, disks) = (Arc::clone(&taking), what.disks);
     let span = tracing::info_span!("vm", id = id.as_str());
     start("snapshot", span, move || {
         tracing::info!(
@@ -124,24 +145,31 @@ pub(super) fn take(
             live = !parts.is_paused, "snapshot: begins"
         );
         let is_paused = parts.is_paused;
-        let mut source = SourceVm::new(id, parts);
+        let frozen = disks_to_freeze(&parts.config, disks);
+        let mut source = SourceVm::new(id, parts).freezing(frozen);
         let ending = source.ending();
+        let disks = source.freeze(ours.id);
         let writing = Writing {
             id: ours.id,
             dir: &dir,
             base: base.as_ref(),
-            end: &|outcome| match outcome {
-                Ok(()) => ending.end("snapshotted", ours.endpoint.clone()),
-                Err(why) => ending.end("snapshot-failed", why.detail.clone()),
+            end: &|outcome| {
+                // First: behind the end the VM may be resumed.
+                let more = disks.finish(outcome.is_ok());
+                match outcome {
+                    Ok(()) => ending.end("snapshotted", ours.endpoint.clone()),
+                    Err(why) => ending.end("snapshot-failed", format!("{}{more}", why.detail)),
+                }
             },
             progress: &ours.progress,
             decision: &ours.decision,
         };
         // The report has the failure, if it failed.
         let _ = if is_paused {
-            write_paused(&writing, &mut source)
+            write_paused(&writing, &mut source, &disks)
         } else {
-            write_live(&writing, &mut LiveVm(source))
+            let disks = &disks;
+            write_live(&writing, &mut LiveVm { source, disks })
         };
         ours.log_end();
         ours.end();

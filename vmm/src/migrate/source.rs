@@ -9,7 +9,9 @@ use migration::{
     Block, BlockInfo, Offer, Outcome, Refusal, Source, SourceDisk, Stopped, Whereabouts,
 };
 use spec::VmId;
+use uuid::Uuid;
 
+use super::freeze::DiskFreeze;
 use super::storage::{CopiedDisk, Selection};
 use super::{MachineOffer, OFFER_VERSION, rows};
 use crate::driver::{Caller, Driver, SourceParts};
@@ -22,6 +24,8 @@ pub(super) struct SourceVm {
     tracking: bool,
     /// The disks that are copied, or why they cannot be.
     copied: Result<Vec<CopiedDisk>, Refusal>,
+    /// Disks whose images are frozen at the moment of a snapshot.
+    frozen: Vec<String>,
 }
 
 /// A VM in the list of a service, which leaves it for a destination.
@@ -43,6 +47,7 @@ impl SourceVm {
             listed: None,
             tracking: false,
             copied: Ok(Vec::new()),
+            frozen: Vec::new(),
         }
     }
 
@@ -57,6 +62,17 @@ impl SourceVm {
         source.copied = copied;
         source.listed = Some(listed);
         source
+    }
+
+    /// Returns the VM, of whose disks these are frozen for a snapshot.
+    pub(super) fn freezing(mut self, disks: Vec<String>) -> Self {
+        self.frozen = disks;
+        self
+    }
+
+    /// Returns the freeze of these disks, for the snapshot with this identity.
+    pub(super) fn freeze(&self, id: Uuid) -> DiskFreeze {
+        DiskFreeze::new(self.parts.caller.clone(), id, self.frozen.clone())
     }
 
     /// Returns what ends the operation while others use this: see [`Self::end`].
@@ -126,6 +142,7 @@ impl Source for SourceVm {
             cpuid: rows(&cpu.cpuid),
             arch_capabilities: cpu.visible_arch_capabilities(),
             images,
+            frozen: self.frozen.clone(),
         };
         let machine = serde_json::to_vec(&machine)
             .map_err(|error| Refusal::new("cannot-be-saved", error.to_string()))?;

@@ -1,0 +1,317 @@
+//! Snapshots and forks whose disks are frozen: the VM and each VM that is made continue on overlays.
+//!
+//! The guest writes to its disk without end, and checks what it wrote before. It notices a disk that is of
+//! another moment than its memory.
+
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+use std::fs;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use guest::{Line, Options, Workload};
+use spec::VmSnapshotConfig;
+use spec::{ForkVm, ImageType, MigrationPhase, RestoreConfig, SnapshotDisks, VmId};
+use tests::snapshots::{from, over, refused, to};
+use tests::{Face, Service};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Pages of the disk that the guest uses.
+const PAGES: u64 = 256;
+
+fn with_overlays(dir: &Path) -> VmSnapshotConfig {
+    VmSnapshotConfig {
+        disks: SnapshotDisks::Overlay,
+        ..to(dir)
+    }
+}
+
+/// The socket of a guest's serial port: of the first VM, and of those that are made.
+fn port(at: &Service, vm: &str) -> PathBuf {
+    at.path(format!("{vm}.port"))
+}
+
+/// The serial port of VM `{n}` of those that are made, each with its own socket.
+fn apart(at: &Service, name: &str) -> spec::Overrides {
+    let socket = port(at, &format!("{name}-{{n}}"));
+    let text = serde_json::json!({ "serial": { "mode": "Socket", "socket": socket } });
+    serde_json::from_value(text).unwrap()
+}
+
+fn qemu_img(args: &[&str]) -> String {
+    let run = Command::new("qemu-img").args(args).output();
+    let run = run.expect("qemu-img, of the package qemu-utils");
+    assert!(run.status.success(), "{args:?}: {run:?}");
+    String::from_utf8(run.stdout).unwrap()
+}
+
+/// Boots the guest with a disk of this format.
+async fn boot(at: &Service, format: &str) -> (VmId, PathBuf) {
+    let writing = Options {
+        workload: Workload::Io,
+        ..Options::default()
+    };
+    let (mut config, _) = at.pocket("guest", writing).unwrap();
+    let disk = fs::canonicalize(at.path("")).unwrap().join("disk");
+    qemu_img(&["create", "-q", "-f", format, disk.to_str().unwrap(), "2M"]);
+    let text = serde_json::json!([{ "id": "disk", "path": disk }]);
+    config.disks = serde_json::from_value(text).unwrap();
+    let text = serde_json::json!({ "mode": "Socket", "socket": port(at, "guest") });
+    config.serial = serde_json::from_value(text).unwrap();
+    let vm = at.create("guest", config).await.unwrap();
+    at.client().vms_boot(&vm).await.unwrap();
+    (vm, disk)
+}
+
+/// Waits until the guest has written its whole disk once more, and checks that all was as it left it.
+async fn writes_on(port: PathBuf) {
+    let asked = tokio::task::spawn_blocking(move || {
+        let stream = UnixStream::connect(&port).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
+        let mut ask = || loop {
+            writeln!(&stream, "{}", guest::Command::Io).unwrap();
+            let line = lines.find_map(|line| match Line::parse(&line.unwrap()) {
+                Some(Line::Io { blocks, bad, .. }) => Some((blocks, bad)),
+                _ => None,
+            });
+            let (blocks, bad) = line.unwrap();
+            assert_eq!(bad, 0, "{}: the disk is of another moment", port.display());
+            if blocks > 0 {
+                return blocks;
+            }
+        };
+        let (first, begun) = (ask(), Instant::now());
+        while ask() < first + PAGES + 1 {
+            assert!(begun.elapsed() < PATIENCE, "the guest does not write");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    });
+    asked.await.unwrap();
+}
+
+/// The path of the VM's disk, which is an overlay.
+async fn overlay(at: &Service, vm: &VmId) -> PathBuf {
+    let config = at.client().vms_info(vm).await.unwrap().config;
+    let disk = config.disks.unwrap().remove(0);
+    assert!(disk.backing_files && !disk.readonly && !disk.image_type_detected);
+    assert_eq!(disk.image_type, Some(ImageType::Qcow2));
+    disk.path.unwrap().into()
+}
+
+/// The images in the folder of the disk, but for the disk itself.
+fn overlays(disk: &Path) -> Vec<PathBuf> {
+    let name = format!("{}.", disk.file_name().unwrap().to_str().unwrap());
+    let all = fs::read_dir(disk.parent().unwrap()).unwrap();
+    let all = all.map(|entry| entry.unwrap().path());
+    let mut all: Vec<_> = all
+        .filter(|path| {
+            path.file_name()
+                .unwrap()
+                .to_str()
+                .unwrap()
+                .starts_with(&name)
+        })
+        .collect();
+    all.sort();
+    all
+}
+
+async fn completed(at: &Service, begun: spec::MigrationInfo) {
+    let ended = over(at, &begun).await;
+    assert_eq!(ended.phase, MigrationPhase::Completed, "{ended:?}");
+}
+
+/// Of a VM that runs and of one that is paused; restored again and again, beside the VM, while that moves
+/// on to a second overlay.
+#[tokio::test]
+async fn guest_is_restored_with_the_disk_of_its_moment() {
+    for format in ["raw", "qcow2"] {
+        let service = Service::start(Face::Many).await.unwrap();
+        let client = service.client();
+        let (vm, disk) = boot(&service, format).await;
+        writes_on(port(&service, "guest")).await;
+        let live = service.path("live");
+        completed(
+            &service,
+            client
+                .vms_snapshot(&vm, &with_overlays(&live))
+                .await
+                .unwrap(),
+        )
+        .await;
+        let first = overlay(&service, &vm).await;
+        assert_eq!(overlays(&disk), [first.clone()]);
+        let frozen = fs::read(&disk).unwrap();
+        writes_on(port(&service, "guest")).await;
+        // The next machine finds what the guest wrote last.
+        client.vms_pause(&vm).await.unwrap();
+        let paused = service.path("paused");
+        let begun = client.vms_snapshot(&vm, &with_overlays(&paused)).await;
+        completed(&service, begun.unwrap()).await;
+        let second = overlay(&service, &vm).await;
+        assert_ne!(second, first);
+        client.vms_resume(&vm).await.unwrap();
+        writes_on(port(&service, "guest")).await;
+
+        for (name, dir, base) in [
+            ("a", &live, &disk),
+            ("b", &paused, &first),
+            ("c", &live, &disk),
+        ] {
+            let what = RestoreConfig {
+                count: Some(2),
+                overrides: Some(apart(&service, name)),
+                ..from(dir, true)
+            };
+            let id: VmId = name.parse().unwrap();
+            completed(&service, client.vms_restore(&id, &what).await.unwrap()).await;
+            for n in 1..=2 {
+                let made = format!("{name}-{n}");
+                writes_on(port(&service, &made)).await;
+                let made: VmId = made.parse().unwrap();
+                let own = overlay(&service, &made).await;
+                client.vms_reboot(&made).await.unwrap();
+                client.vms_delete(&made).await.unwrap();
+                qemu_img(&["check", "-q", own.to_str().unwrap()]);
+                let info = qemu_img(&["info", own.to_str().unwrap()]);
+                let base = base.file_name().unwrap().to_str().unwrap();
+                assert!(info.contains(&format!("backing file: ./{base} ")), "{info}");
+                fs::remove_file(own).unwrap();
+            }
+        }
+        assert_eq!(overlays(&disk).len(), 2, "those of the VM");
+        writes_on(port(&service, "guest")).await;
+        client.vms_delete(&vm).await.unwrap();
+        assert!(
+            fs::read(&disk).unwrap() == frozen,
+            "{format}: nothing wrote to the frozen image"
+        );
+        for image in overlays(&disk) {
+            qemu_img(&["check", "-q", image.to_str().unwrap()]);
+        }
+    }
+}
+
+/// A VM that runs is forked with its disk.
+#[tokio::test]
+async fn forks_of_a_running_vm_have_their_own_disks() {
+    const FORKS: u32 = 3;
+    let service = Service::start(Face::Many).await.unwrap();
+    let client = service.client();
+    let (vm, disk) = boot(&service, "raw").await;
+    writes_on(port(&service, "guest")).await;
+    let mut what = ForkVm {
+        count: FORKS,
+        name: Some("fork".parse().unwrap()),
+        resume: true,
+        overrides: apart(&service, "fork"),
+        disks: SnapshotDisks::None,
+    };
+    refused(client.vms_fork(&vm, &what).await, 409, "disk-written");
+    assert!(overlays(&disk).is_empty());
+    what.disks = SnapshotDisks::Overlay;
+    completed(&service, client.vms_fork(&vm, &what).await.unwrap()).await;
+    let mut paths = vec![overlay(&service, &vm).await];
+    for n in 1..=FORKS {
+        let fork = format!("fork-{n}");
+        writes_on(port(&service, &fork)).await;
+        paths.push(overlay(&service, &fork.parse().unwrap()).await);
+    }
+    writes_on(port(&service, "guest")).await;
+    paths.sort();
+    paths.dedup();
+    assert_eq!(overlays(&disk), paths);
+    assert_eq!(paths.len(), FORKS as usize + 1);
+}
+
+/// A snapshot that fails, on a full disk, leaves no overlay of a paused VM. One that runs has written to it
+/// by then, and continues there.
+#[tokio::test]
+async fn failed_snapshot_leaves_disks_that_are_whole() {
+    // The service alone sees the small file system. The wrapper becomes the service.
+    let mount = "mount -t tmpfs -o size=64k snapshots /srv && exec \"$@\"";
+    let wrapper = ["unshare", "--mount", "sh", "-c", mount, "sh"];
+    let service = Service::start_with(&wrapper, &[]).await.unwrap();
+    let client = service.client();
+    let (vm, disk) = boot(&service, "raw").await;
+    for is_paused in [true, false] {
+        writes_on(port(&service, "guest")).await;
+        if is_paused {
+            client.vms_pause(&vm).await.unwrap();
+        }
+        let before = client.vms_info(&vm).await.unwrap().config;
+        let full = Path::new("/srv/full");
+        let begun = client.vms_snapshot(&vm, &with_overlays(full)).await;
+        let failed = over(&service, &begun.unwrap()).await;
+        assert_eq!(failed.error.unwrap().code, "no-space");
+        let config = client.vms_info(&vm).await.unwrap().config;
+        assert_eq!(config == before, is_paused);
+        if is_paused {
+            assert!(overlays(&disk).is_empty());
+            client.vms_resume(&vm).await.unwrap();
+        } else {
+            assert_eq!(overlays(&disk), [overlay(&service, &vm).await]);
+        }
+    }
+    writes_on(port(&service, "guest")).await;
+}
+
+/// A restore that fails removes the overlays that it has made.
+#[tokio::test]
+async fn failed_restore_leaves_no_overlay() {
+    let service = Service::start(Face::Many).await.unwrap();
+    let client = service.client();
+    let (vm, disk) = boot(&service, "raw").await;
+    let dir = service.path("snapshot");
+    completed(
+        &service,
+        client
+            .vms_snapshot(&vm, &with_overlays(&dir))
+            .await
+            .unwrap(),
+    )
+    .await;
+    let before = overlays(&disk);
+    // The serial port's socket is in use by the VM that was saved.
+    let failed = client
+        .vms_restore(&"other".parse().unwrap(), &from(&dir, true))
+        .await;
+    let failed = over(&service, &failed.unwrap()).await;
+    assert_eq!(failed.phase, MigrationPhase::Failed, "{failed:?}");
+    assert_eq!(overlays(&disk), before);
+    // An image that the caller gives is used as it is.
+    let given = fs::canonicalize(service.path("")).unwrap().join("given");
+    fs::copy(&disk, &given).unwrap();
+    let mut overrides = apart(&service, "given");
+    overrides.disks = vec![spec::DiskOverride {
+        id: "disk".to_owned(),
+        path: given.to_str().unwrap().to_owned(),
+    }];
+    let what = RestoreConfig {
+        count: Some(1),
+        overrides: Some(overrides),
+        ..from(&dir, true)
+    };
+    let begun = client.vms_restore(&"given".parse().unwrap(), &what).await;
+    completed(&service, begun.unwrap()).await;
+    writes_on(port(&service, "given-1")).await;
+    assert_eq!(overlays(&disk), before);
+    // A writer has the frozen image: nothing is made on top of it.
+    client.vms_delete(&vm).await.unwrap();
+    let mut holder = service.pocket("holder", Options::default()).unwrap().0;
+    let text = serde_json::json!([{ "id": "disk", "path": disk, "image_type": "Raw" }]);
+    holder.disks = serde_json::from_value(text).unwrap();
+    let holder = service.create("holder", holder).await.unwrap();
+    client.vms_boot(&holder).await.unwrap();
+    let begun = client
+        .vms_restore(&"late".parse().unwrap(), &from(&dir, true))
+        .await;
+    let failed = over(&service, &begun.unwrap()).await.error.unwrap();
+    assert_eq!(failed.code, "no-overlay");
+    assert!(failed.detail.contains("is in use by"), "{failed:?}");
+    assert_eq!(overlays(&disk), before);
+}

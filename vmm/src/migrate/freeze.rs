@@ -1,0 +1,245 @@
+//! Disks at the moment of a snapshot: each image is frozen, and the guest continues on an overlay.
+//!
+//! ```text
+//!   create       the overlays exist, empty and durable          the guest may run
+//!   switch       the disks are the overlays                     the guest is paused
+//!   keep         the guest may write to them                    no way back from here
+//!   finish       removes what a snapshot that failed leaves, if it was not kept
+//! ```
+//!
+//! A crash before the switch leaves empty overlays that nothing names.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use ::devices::host_file::LockMode;
+use migration::Refusal;
+use parking_lot::Mutex;
+use spec::{DiskConfig, ImageType, LockGranularity, SnapshotDisks, VmConfig};
+use uuid::Uuid;
+use virtio_devices::block::{BaseImage, ImageError, ImageFormat, beside};
+
+use crate::driver::{Caller, Driver, NewOverlay, SwitchedDisk};
+
+/// The disks of one VM, of which a snapshot is taken.
+pub(super) struct DiskFreeze {
+    caller: Caller,
+    /// Becomes a part of the overlays' names.
+    id: Uuid,
+    disks: Vec<String>,
+    stage: Mutex<Stage>,
+}
+
+enum Stage {
+    /// These overlays exist, and no disk is one of them.
+    Created(Vec<NewOverlay>),
+    /// The guest is paused, and has not written to them.
+    Switched(Vec<SwitchedDisk>),
+    /// They are the VM's. Their number.
+    Kept(usize),
+}
+
+/// Names the disks that are frozen.
+pub(super) fn disks_to_freeze(config: &VmConfig, what: SnapshotDisks) -> Vec<String> {
+    let disks = config.disks.iter().flatten();
+    match what {
+        SnapshotDisks::None => Vec::new(),
+        SnapshotDisks::Overlay => disks
+            .filter(|disk| !disk.readonly)
+            .filter_map(|disk| disk.id.clone())
+            .collect(),
+    }
+}
+
+fn refused(error: &ImageError) -> Refusal {
+    Refusal::new("no-overlay", error.to_string())
+}
+
+impl DiskFreeze {
+    pub(super) fn new(caller: Caller, id: Uuid, disks: Vec<String>) -> Self {
+        Self {
+            caller,
+            id,
+            disks,
+            stage: Mutex::new(Stage::Created(Vec::new())),
+        }
+    }
+
+    /// Creates the overlays.
+    pub(super) fn create(&self) -> Result<(), Refusal> {
+        if self.disks.is_empty() {
+            return Ok(());
+        }
+        let (disks, suffix) = (self.disks.clone(), self.id.to_string());
+        let plan = move |driver: &mut Driver| driver.plan_overlays(&disks, &suffix);
+        let planned = self.caller.attempt(plan)?;
+        let mut stage = self.stage.lock();
+        for (disk, plan) in planned {
+            plan.create().map_err(|error| refused(&error))?;
+            if let Stage::Created(all) = &mut *stage {
+                let path = plan.path;
+                all.push(NewOverlay { disk, path });
+            }
+        }
+        Ok(())
+    }
+
+    /// Has the disks of the paused guest continue on the overlays.
+    pub(super) fn switch(&self) -> Result<(), Refusal> {
+        let mut stage = self.stage.lock();
+        let overlays = match &*stage {
+            Stage::Created(overlays) if !overlays.is_empty() => overlays.clone(),
+            Stage::Created(_) | Stage::Switched(_) | Stage::Kept(_) => return Ok(()),
+        };
+        let switch = move |driver: &mut Driver, answer| driver.switch_disks(overlays, answer);
+        *stage = Stage::Switched(self.caller.attempt_later(switch)?);
+        Ok(())
+    }
+
+    /// From here on the guest may write to the overlays.
+    pub(super) fn keep(&self) {
+        let mut stage = self.stage.lock();
+        if let Stage::Switched(disks) = &*stage {
+            *stage = Stage::Kept(disks.len());
+            // A machine that is gone has closed its images.
+            let _ = self.caller.attempt(Driver::keep_overlays);
+        }
+    }
+
+    /// Concludes a snapshot, before its VM may do something else: the overlays stay, or everything is as it
+    /// was before. Returns what an operator should know.
+    pub(super) fn finish(&self, is_complete: bool) -> &'static str {
+        if is_complete {
+            self.keep();
+        }
+        let mut stage = self.stage.lock();
+        let stage = std::mem::replace(&mut *stage, Stage::Kept(0));
+        let overlays = match stage {
+            Stage::Created(overlays) => overlays,
+            Stage::Switched(disks) => {
+                let overlays = disks.iter().map(|disk| disk.overlay.clone()).collect();
+                let back =
+                    move |driver: &mut Driver, answer| driver.switch_disks_back(disks, answer);
+                if let Err(error) = self.caller.attempt_later(back) {
+                    tracing::warn!(%error, "the VM's disks continue on overlays");
+                    return CONTINUES;
+                }
+                overlays
+            }
+            Stage::Kept(count) if count > 0 && !is_complete => return CONTINUES,
+            Stage::Kept(_) => return "",
+        };
+        for NewOverlay { path, .. } in overlays {
+            remove(&path);
+        }
+        ""
+    }
+}
+
+/// For the event of a snapshot that fails after its guest has resumed.
+const CONTINUES: &str = "; the VM's disks continue on overlays, whose images are complete";
+
+impl Drop for DiskFreeze {
+    fn drop(&mut self) {
+        // A panic: what no disk uses goes, and a disk that was switched stays as it is.
+        if let Stage::Created(overlays) = self.stage.get_mut() {
+            overlays.iter().for_each(|overlay| remove(&overlay.path));
+        }
+    }
+}
+
+fn remove(path: &Path) {
+    if let Err(error) = fs::remove_file(path) {
+        tracing::warn!(%error, path = %path.display(), "cannot remove an overlay that is not needed");
+    }
+}
+
+/// Overlays that were made for a VM which comes from a snapshot. Removed unless they are kept.
+#[derive(Default)]
+pub(super) struct OwnOverlays(Vec<PathBuf>);
+
+impl OwnOverlays {
+    /// Makes an overlay for each frozen disk of a configuration, whose paths are checked, and has the
+    /// configurations name it.
+    pub(super) fn make(
+        frozen: &[String],
+        suffix: &str,
+        image_dirs: &[PathBuf],
+        config: &mut VmConfig,
+        resolved: &mut VmConfig,
+    ) -> Result<Self, Refusal> {
+        let mut made = Self::default();
+        for id in frozen {
+            let disk = find(resolved, id).ok_or_else(|| {
+                let why = format!("the frozen disk {id} is not in the VM's configuration");
+                Refusal::new("offer-unreadable", why)
+            })?;
+            let base = base_image(disk, image_dirs)?;
+            let (_, overlay) = beside(&base.path, suffix).map_err(|error| refused(&error))?;
+            base.create_overlay(&overlay)
+                .map_err(|error| refused(&error))?;
+            made.0.push(overlay.clone());
+            for config in [&mut *config, &mut *resolved] {
+                find(config, id)
+                    .into_iter()
+                    .for_each(|disk| name_overlay(disk, &overlay));
+            }
+        }
+        Ok(made)
+    }
+
+    /// The VM uses them.
+    pub(super) fn keep(&mut self) {
+        self.0.clear();
+    }
+}
+
+impl Drop for OwnOverlays {
+    fn drop(&mut self) {
+        self.0.iter().for_each(|path| remove(path));
+    }
+}
+
+fn find<'a>(config: &'a mut VmConfig, id: &str) -> Option<&'a mut DiskConfig> {
+    let mut disks = config.disks.iter_mut().flatten();
+    disks.find(|disk| disk.id.as_deref() == Some(id))
+}
+
+fn base_image(disk: &DiskConfig, image_dirs: &[PathBuf]) -> Result<BaseImage, Refusal> {
+    let path = PathBuf::from(disk.path.clone().unwrap_or_default());
+    let format = match disk.image_type {
+        Some(ImageType::Raw) => ImageFormat::Raw,
+        Some(ImageType::Qcow2) => ImageFormat::Qcow2,
+        // A machine that was saved has recorded the formats of its images.
+        Some(ImageType::FixedVhd | ImageType::Vhdx | ImageType::Unknown) | None => {
+            let why = format!(
+                "the format of the frozen image {} is not known",
+                path.display()
+            );
+            return Err(Refusal::new("offer-unreadable", why));
+        }
+    };
+    let path = path.canonicalize().map_err(|error| {
+        let why = format!("the frozen image {}: {error}", path.display());
+        Refusal::new("no-overlay", why)
+    })?;
+    Ok(BaseImage {
+        path,
+        format,
+        backing_files: disk.backing_files,
+        image_dirs: image_dirs.to_vec(),
+        lock: match disk.lock_granularity {
+            LockGranularity::ByteRange => LockMode::ByteRange,
+            LockGranularity::Full => LockMode::Full,
+        },
+    })
+}
+
+/// Has a disk's configuration name an overlay of its image.
+pub(crate) fn name_overlay(disk: &mut DiskConfig, overlay: &Path) {
+    // Its name begins with that of an image from a configuration, which is UTF-8.
+    disk.path = Some(overlay.to_string_lossy().into_owned());
+    disk.image_type = Some(ImageType::Qcow2);
+    disk.image_type_detected = false;
+    disk.backing_files = true;
+}
