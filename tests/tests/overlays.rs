@@ -144,7 +144,7 @@ async fn guest_is_restored_with_the_disk_of_its_moment() {
         )
         .await;
         let first = overlay(&service, &vm).await;
-        assert_eq!(overlays(&disk), [first.clone()]);
+        assert_eq!(overlays(&disk), std::slice::from_ref(&first));
         let frozen = fs::read(&disk).unwrap();
         writes_on(port(&service, "guest")).await;
         // The next machine finds what the guest wrote last.

@@ -53,7 +53,7 @@ const EFFECTIVE_REQUESTS: &[(&str, &[&str])] = &[
             "/memory_mode",
         ],
     ),
-    ("vm.snapshot", &["/base_url", "/destination_url"]),
+    ("vm.snapshot", &["/base_url", "/destination_url", "/disks"]),
 ];
 
 /// Fields of requests with another state. Those that are refused by their value are marked in
