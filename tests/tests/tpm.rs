@@ -113,6 +113,7 @@ async fn tpm_serves_a_vm_over_its_resets() -> Result<()> {
     let folder = VmSnapshotConfig {
         destination_url: format!("file://{}", service.path("snapshot").display()),
         base_url: None,
+        disks: spec::SnapshotDisks::None,
     };
     assert_eq!(
         code(client.vms_snapshot(&vm, &folder).await),
