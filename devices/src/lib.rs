@@ -10,6 +10,7 @@
 //! | [`PowerBlock`] | ports 0x600-0x607 | ACPI sleep, reset, and generic events (power button) |
 //! | [`HotplugBlock`] | ports 0x620-0x62b | ACPI hotplug of PCI devices |
 //! | [`CpuBlock`] | ports 0x640-0x66b | ACPI hotplug of vCPUs |
+//! | [`DimmBlock`] | ports 0x670-0x6f7 | ACPI hotplug of memory |
 //! | [`KeyboardReset`] | port 0x64 | the reset line of a PC's keyboard controller, and no more |
 //! | [`ResetControl`] | port 0xcf9 | the chipset's reset control register, amid PCI's ports |
 //! | [`DebugPort`] | port 0x80 | progress codes of firmware; tells when the first one came |
@@ -39,6 +40,7 @@ mod console;
 pub mod cpus;
 mod debug_console;
 mod debug_port;
+pub mod dimms;
 pub mod event_loop;
 pub mod host_file;
 pub mod hotplug;
@@ -58,6 +60,7 @@ pub use console::{Console, ConsoleError, ConsoleInput, Watch, flush_terminal, on
 pub use cpus::CpuBlock;
 pub use debug_console::DebugConsole;
 pub use debug_port::DebugPort;
+pub use dimms::DimmBlock;
 pub use hotplug::HotplugBlock;
 pub use interrupt::InterruptLine;
 pub use pm_timer::PmTimer;

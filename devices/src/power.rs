@@ -46,6 +46,9 @@ pub const GENERATION: u8 = 1 << 3;
 /// The guest's clocks were disturbed: its VMClock has changed.
 pub const CLOCK: u8 = 1 << 4;
 
+/// Memory was plugged: the registers of [`dimms`](crate::dimms) say which.
+pub const MEMORY_HOTPLUG: u8 = 1 << 5;
+
 /// A guest's request for its machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PowerEvent {
@@ -88,6 +91,11 @@ impl PowerBlock {
     /// Has the guest look at the registers for vCPUs.
     pub fn announce_cpus(&self) {
         self.raise(CPU_HOTPLUG);
+    }
+
+    /// Has the guest look at the registers for hotplugged memory.
+    pub fn announce_memory(&self) {
+        self.raise(MEMORY_HOTPLUG);
     }
 
     /// Has the guest look at its VM generation ID and its VMClock.

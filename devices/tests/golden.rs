@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use devices::pci::Bus;
 use devices::{
-    ConsoleInput as _, CpuBlock, HotplugBlock, InterruptLine, PmTimer, PowerBlock, Rtc, Serial,
+    ConsoleInput as _, CpuBlock, DimmBlock, HotplugBlock, InterruptLine, PmTimer, PowerBlock, Rtc,
+    Serial,
 };
 use memory::DeviceOps as _;
 use state::{Load, Save, Store, Writer};
@@ -76,6 +77,23 @@ fn saved_state_is_stable() {
         let loaded = CpuBlock::new(2, 8, || {});
         (&loaded).load(from, &mut ()).unwrap();
         assert!(loaded.present() == cpus.present() && loaded.leaving() == cpus.leaving());
+    });
+    let region = memory::AddrRange::new(5 << 30, 8 << 30).unwrap();
+    let unit = devices::dimms::UNIT;
+    let dimms = DimmBlock::new(region, 2 * unit, || {}).unwrap();
+    (1..5).for_each(|units| dimms.plug(units * unit).unwrap());
+    for slot in 1..=3_u32 {
+        dimms.read(devices::dimms::EVENT, &mut event);
+        if slot < 3 {
+            // The first is accepted, the second refused.
+            let answer = (slot - 1) << 24 | 1 << 16 | slot;
+            dimms.write(devices::dimms::STATUS, &answer.to_le_bytes());
+        }
+    }
+    check("dimms", &dimms, |from| {
+        let loaded = DimmBlock::new(region, 0, || {}).unwrap();
+        (&loaded).load(from, &mut ()).unwrap();
+        assert_eq!(loaded.plugged(), dimms.plugged());
     });
     let bus = Bus::new(0);
     bus.ports().write(0, &0x8000_0800_u32.to_le_bytes());

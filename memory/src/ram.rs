@@ -34,6 +34,8 @@ pub struct RamConfig {
     /// All of it is unplugged at first, and takes nothing of the host: `prefault` and huge pages of
     /// the pool come in when a part is [plugged](RamBlock::plug).
     pub hotplug: bool,
+    /// The guest can reach what is not plugged, and changes what is, at any time: virtio-mem.
+    pub guest_plugs: bool,
 }
 
 impl RamConfig {
@@ -49,6 +51,7 @@ impl RamConfig {
             thp: true,
             reserve: false,
             hotplug: false,
+            guest_plugs: false,
         }
     }
 }
@@ -112,6 +115,8 @@ pub struct RamBlock {
     thp: bool,
     /// Plugging brings in the pages.
     pub(crate) populates: bool,
+    /// The guest changes what is plugged.
+    pub(crate) guest_plugs: bool,
     /// Writes are caught by a [`WriteProtection`](crate::WriteProtection).
     pub(crate) write_protected: AtomicBool,
     /// Faults of the mapping are answered, and with that what its [`Pages`] are. Dropped before the
@@ -278,6 +283,7 @@ impl RamBlock {
             } else {
                 DirtyBitmap::new(len)
             },
+            guest_plugs: config.guest_plugs,
             populates: !is_view && (config.prefault || config.hugepage_size.is_some()),
             page_size,
             thp: config.thp && config.hugepage_size.is_none() && !is_view,

@@ -55,8 +55,10 @@ impl WriteProtection {
             let source = io::Error::new(io::ErrorKind::Unsupported, why);
             return Err(refused("page by page")(source));
         }
-        if blocks.iter().any(|block| block.plugged_len() < block.len()) {
-            let why = "a part of it is not plugged";
+        let may_change =
+            |block: &Arc<RamBlock>| block.guest_plugs && block.plugged_len() < block.len();
+        if blocks.iter().any(may_change) {
+            let why = "the guest can plug more of it at any time";
             let source = io::Error::new(io::ErrorKind::Unsupported, why);
             return Err(refused("hotplugged memory")(source));
         }

@@ -64,7 +64,8 @@ pub struct MemoryZoneConfig {
 pub struct MemoryConfig {
     /// Bytes.
     pub size: u64,
-    /// Bytes that can be added later: with `VirtioMem` a multiple of 128 MiB.
+    /// Bytes that can be added later: with `VirtioMem` a multiple of 128 MiB, with `Acpi` rounded
+    /// down to one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hotplug_size: Option<u64>,
     /// Bytes of `hotplug_size` that the guest has from the start; `vm.resize` changes them.
@@ -129,14 +130,21 @@ impl MemoryConfig {
         }
     }
 
-    /// Returns the bytes by which the memory can grow: those that `hotplug_size` reserves, if this
-    /// version can use them.
+    /// Returns the bytes by which the memory can grow. With `Acpi`, clients ask for room of any size,
+    /// of which whole memory devices can be used.
     #[must_use]
     pub fn hotplug_region(&self) -> u64 {
+        let room = self.hotplug_size.unwrap_or(0);
         match self.hotplug_method {
-            HotplugMethod::Acpi => 0,
-            HotplugMethod::VirtioMem => self.hotplug_size.unwrap_or(0),
+            HotplugMethod::Acpi => room - room % self.hotplug_alignment().max(1),
+            HotplugMethod::VirtioMem => room,
         }
+    }
+
+    /// Whether the memory grows by memory devices of ACPI.
+    #[must_use]
+    pub fn has_dimms(&self) -> bool {
+        self.hotplug_method == HotplugMethod::Acpi && self.hotplug_region() > 0
     }
 
     /// Whether the memory grows through a device of its own.
@@ -171,7 +179,7 @@ impl MemoryConfig {
 
     pub(crate) fn check_hotplug(&self, host: &HostLimits, found: &mut Vec<FieldProblem>) {
         let region = self.hotplug_region();
-        let (room, align) = (self.hotplug_size.unwrap_or(0), self.hotplug_alignment());
+        let align = self.hotplug_alignment();
         let mut add = |field: &str, detail: String| {
             found.push(problem(&format!("/memory/{field}"), "out-of-range", detail));
         };
@@ -188,21 +196,14 @@ impl MemoryConfig {
             add("hotplug_size", detail);
         }
         let (plugged, unit) = (self.hotplugged_size.unwrap_or(0), self.hotplug_unit());
-        if plugged > room {
-            let detail =
-                format!("`hotplugged_size` ({plugged}) is more than `hotplug_size` ({room})");
+        if plugged > region {
+            let detail = format!(
+                "`hotplugged_size` ({plugged}) is more than `hotplug_size` has room for ({region})"
+            );
             add("hotplugged_size", detail);
         } else if !plugged.is_multiple_of(unit) {
             let detail = format!("`hotplugged_size` ({plugged}) must be a multiple of {unit}");
             add("hotplugged_size", detail);
-        } else if plugged > 0 && self.hotplug_method == HotplugMethod::Acpi {
-            let detail = "this version does not add memory with `Acpi`: use `VirtioMem`";
-            let field = "/memory/hotplugged_size";
-            found.push(problem(
-                field,
-                crate::validate::UNSUPPORTED,
-                detail.to_owned(),
-            ));
         }
     }
 }

@@ -534,6 +534,8 @@ mod tests {
         };
         assert_eq!(with(VirtioMem, 1024 * MIB, 514 * MIB), []);
         assert_eq!(with(Acpi, 1024 * MIB + 4096, 0), []);
+        assert_eq!(with(Acpi, 1024 * MIB + 4096, 1024 * MIB), []);
+        assert_eq!(with(Acpi, 4096, 0), []);
         let field = |name: &str| one(&format!("/memory/{name}"), "out-of-range");
         assert_eq!(with(VirtioMem, 1000 * MIB, 0), field("hotplug_size"));
         assert_eq!(with(VirtioMem, 1 << 50, 0), field("hotplug_size"));
@@ -542,7 +544,11 @@ mod tests {
             with(VirtioMem, 128 * MIB, 130 * MIB),
             field("hotplugged_size")
         );
-        assert_eq!(with(Acpi, 128 * MIB, 256 * MIB), field("hotplugged_size"));
+        assert_eq!(with(Acpi, 1 << 50, 0), field("hotplug_size"));
+        for (room, plugged) in [(128, 256), (255, 256), (256, 64), (0, 128)] {
+            let found = with(Acpi, room * MIB, plugged * MIB);
+            assert_eq!(found, field("hotplugged_size"));
+        }
         let with_huge = |plugged| {
             found(|c| {
                 c.memory.hugepages = true;

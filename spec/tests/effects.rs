@@ -149,16 +149,7 @@ const EFFECTIVE: &[&str] = &[
 ];
 
 /// Fields that have their effect with some values of another field only.
-const LIMITED: &[(&str, &str)] = &[
-    (
-        "/memory/hotplug_size",
-        "with `memory.hotplug_method=VirtioMem`; accepted without effect with `Acpi`",
-    ),
-    (
-        "/memory/hotplugged_size",
-        "with `memory.hotplug_method=VirtioMem`; refused with `Acpi`",
-    ),
-];
+const LIMITED: &[(&str, &str)] = &[];
 
 /// Fields that are accepted and have no effect, with the reason.
 const TOLD: &[(&str, &str)] = &[(

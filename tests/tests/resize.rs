@@ -1,10 +1,10 @@
-//! An unmodified Debian system that gets vCPUs and gives them back while it runs. Wants a complete
+//! An unmodified Debian system that gets vCPUs and memory, and gives back what it can, while it runs. Wants a complete
 //! KVM, and the disks of `ci/debian-disk`: `ci/test e2e` runs it in the rig.
 
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
-use spec::{CpusConfig, MemoryMode, VmConfig, VmResize};
+use spec::{CpusConfig, HotplugMethod, MemoryMode, VmConfig, VmResize};
 use tests::{Face, Machine, RUNS, Service};
 
 /// Has a machine resized, and waits until its guest has done it.
@@ -84,5 +84,101 @@ async fn debian_gets_vcpus_and_gives_them_back_between_moves() -> Result<()> {
         .await?;
     ensure!(!log.to_lowercase().contains("eject incomplete"), "{log}");
     println!("the guest's kernel says: {log:?}");
+    machine.power_off().await
+}
+
+const MIB: u64 = 1 << 20;
+const BOOT: u64 = 384 * MIB;
+
+/// Has a machine resized to so much memory and so many vCPUs, and waits until its guest has done it.
+async fn resize_both(machine: &mut Machine, ram: u64, vcpus: u32) -> Result<()> {
+    let sizes = VmResize {
+        desired_ram: Some(ram),
+        desired_vcpus: Some(vcpus),
+        ..VmResize::default()
+    };
+    machine.client().vms_resize(&machine.vm, &sizes).await?;
+    let start = Instant::now();
+    loop {
+        // A distribution's udev rules have it brought online.
+        machine
+            .run("for s in /sys/devices/system/memory/memory*/state; do echo online >$s; done 2>/dev/null; true")
+            .await?;
+        let info = machine.client().vms_info(&machine.vm).await?;
+        match (&info.pending_resizes[..], info.memory_actual_size) {
+            ([], actual) if actual == ram => return Ok(()),
+            ([], actual) => bail!("the guest stays at {actual} bytes"),
+            (pending, _) if start.elapsed() > RUNS => bail!("still pending: {pending:?}"),
+            _ => tokio::time::sleep(Duration::from_millis(50)).await,
+        }
+    }
+}
+
+/// KiB that the guest's kernel manages.
+async fn mem_total(machine: &mut Machine) -> Result<u64> {
+    let line = machine.run("grep MemTotal /proc/meminfo").await?;
+    let number = line.split_whitespace().nth(1);
+    number.map_or_else(|| bail!("no MemTotal: {line}"), |kib| Ok(kib.parse()?))
+}
+
+/// Waits until the guest's kernel manages `more` KiB than `base`.
+async fn has(machine: &mut Machine, base: u64, more: u64) -> Result<()> {
+    let start = Instant::now();
+    loop {
+        let online = "for s in /sys/devices/system/memory/memory*/state; do echo online >$s; done";
+        machine
+            .run(&format!("{{ {online}; }} 2>/dev/null; true"))
+            .await?;
+        let total = mem_total(machine).await?;
+        if total == base + more {
+            return Ok(());
+        }
+        if start.elapsed() > RUNS {
+            let log = machine.run("dmesg | tail -20; lsmem").await?;
+            bail!("MemTotal is {total} KiB and was {base} KiB, {more} KiB were added: {log}");
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+/// The guest's memory grows between two moves, and what it writes there moves with it. Not with
+/// virtio-mem, for which Debian's cloud kernel has no driver: `vmm/tests/memory.rs` has that.
+#[tokio::test]
+#[ignore = "wants a complete KVM: ci/test e2e runs it in the rig"]
+async fn debian_gets_memory_by_acpi_between_moves() -> Result<()> {
+    let disk = r#"{"path":"/dev/vda","image_type":"Raw"}"#;
+    let service = Service::start(Face::Many).await?;
+    let mut machine = Machine::boot(service, disk, |_: &Service, config: &mut VmConfig| {
+        config.memory.size = BOOT;
+        config.memory.hotplug_method = HotplugMethod::Acpi;
+        config.memory.hotplug_size = Some(512 * MIB);
+        config.cpus = CpusConfig::with_vcpus(2);
+        config.cpus.boot_vcpus = 1;
+    })
+    .await?;
+    let base = mem_total(&mut machine).await?;
+    let mut left = Vec::new();
+    let mut sums = String::new();
+    for (round, mode) in [MemoryMode::Precopy, MemoryMode::Hybrid]
+        .into_iter()
+        .enumerate()
+    {
+        let more = (round as u64 + 1) * 128 * MIB;
+        resize_both(&mut machine, BOOT + more, 2).await?;
+        has(&mut machine, base, more >> 10).await?;
+        // The kernel takes the highest addresses first: those that were added.
+        let write = format!("head -c 16M /dev/urandom >/dev/shm/{round}; md5sum /dev/shm/*");
+        sums = machine.run(&write).await?;
+        println!("round {round}: {more} more bytes");
+        let there = Service::start(Face::Many).await?;
+        let (before, _) = machine.move_to(there, "127.0.0.1", mode).await?;
+        left.push(before);
+        has(&mut machine, base, more >> 10).await?;
+        let moved = machine.run("md5sum /dev/shm/*").await?;
+        ensure!(moved == sums, "{moved} was {sums}");
+    }
+    ensure!(sums.contains("/dev/shm/1"), "{sums}");
+    let log = machine.run("dmesg | grep -i 'memory hotplug\\|acpi.*fail' || true");
+    println!("the guest's kernel says: {:?}", log.await?);
     machine.power_off().await
 }

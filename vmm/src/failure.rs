@@ -116,6 +116,9 @@ pub enum MoveError {
     /// The host cannot give the guest's memory any more.
     #[error("the host lost memory of the guest at offset {0:#x} of its RAM")]
     MemoryLost(u64),
+    /// The host cannot give the guest the memory that it had.
+    #[error("{0}")]
+    Memory(String),
     /// A vCPU thread has ended.
     #[error("a vCPU thread has ended")]
     VcpuGone,

@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use control::{Registry, Request, RequestError, VmHandle};
+use control::{Registry, Reply, Request, RequestError, VmHandle};
 use guest::{Command, Line, Options, Workload};
 use spec::{
     AwaitMigration, HotplugMethod, MemoryMode, MigrationPhase, PayloadConfig, StartMigration,
@@ -227,6 +227,66 @@ async fn plugged_memory_moves_and_unplugged_does_not() {
         resize(&vm, BOOT).await.unwrap();
         wait_for(&vm, BOOT).await;
         assert_eq!(stage.bad(), 0, "{mode:?}");
+        vm.ask(Request::Shutdown).await.unwrap();
+    }
+}
+
+/// The bytes that the memory map has of added memory.
+async fn mapped(vm: &VmHandle) -> Vec<(u64, u64)> {
+    let Ok(Reply::MemoryMap(map)) = vm.ask(Request::MemoryMap).await else {
+        unreachable!("there is a map");
+    };
+    let ranges = map.spaces.iter().flat_map(|space| &space.flat);
+    let added = ranges.filter(|range| range.name == "hotplugged ram");
+    added.map(|range| (range.first, range.last)).collect()
+}
+
+/// What was added through ACPI arrives in its slots, with what the guest has yet to answer.
+#[tokio::test]
+async fn memory_added_by_acpi_moves() {
+    for (mode, local) in [
+        (MemoryMode::Precopy, false),
+        (MemoryMode::Postcopy, false),
+        (MemoryMode::Precopy, true),
+    ] {
+        let stage = Stage::new();
+        let mut config = stage.config(Workload::Idle);
+        config.memory.hotplug_method = HotplugMethod::Acpi;
+        config.memory.hotplugged_size = Some(128 * MIB);
+        config.memory.shared = local;
+        let vm = stage.boot(config).await;
+        wait_for(&vm, BOOT + 128 * MIB).await;
+        resize(&vm, BOOT + 384 * MIB).await.unwrap();
+        let before = mapped(&vm).await;
+        let listen = format!("unix:{}", stage.path("migration"));
+        let awaiting = AwaitMigration {
+            once: true,
+            ..AwaitMigration::at(listen)
+        };
+        let receive = stage.there.receive_migration(&awaiting).unwrap();
+        let mut what = StartMigration::to(receive.info().endpoint);
+        what.mode = mode;
+        what.local = local;
+        what.verify = !local;
+        let send = stage.here.send_migration("pocket", &what).unwrap();
+        for side in [&send, &receive] {
+            let mut over = side.over();
+            let waited = tokio::time::timeout(PATIENCE, over.wait_for(|over| *over)).await;
+            waited.unwrap().unwrap();
+            let info = side.info();
+            assert_eq!(info.phase, MigrationPhase::Completed, "{info:?}");
+        }
+        let vm = stage.there.get("pocket").unwrap();
+        assert_eq!(mapped(&vm).await, before);
+        let info = vm.status().info();
+        assert_eq!(info.memory_actual_size, BOOT + 128 * MIB);
+        let [pending] = info.pending_resizes[..] else {
+            unreachable!("{:?}", info.pending_resizes);
+        };
+        assert_eq!(pending.to, BOOT + 384 * MIB);
+        // Found by the guest that boots.
+        vm.ask(Request::Reboot).await.unwrap();
+        wait_for(&vm, BOOT + 384 * MIB).await;
         vm.ask(Request::Shutdown).await.unwrap();
     }
 }

@@ -142,9 +142,7 @@ impl<'a> Image<'a> {
         for block in blocks {
             starts.push(end);
             end += block.ram.len() / PAGE;
-            let all = DirtyBitmap::new(block.ram.len());
-            all.mark_all();
-            left.push(all);
+            left.push(plugged(block));
             let none = DirtyBitmap::new(block.ram.len());
             none.set_enabled(true);
             released.push(none);
@@ -199,7 +197,11 @@ impl<'a> Image<'a> {
             let pages = block.ram.len() / PAGE;
             for first in (0..pages).step_by(PIECE) {
                 self.check()?;
-                self.protect(index, first, PIECE.min(pages - first))?;
+                let pages = PIECE.min(pages - first);
+                // What is not plugged is not in the guest's memory.
+                if is_plugged(block, first, pages) {
+                    self.protect(index, first, pages)?;
+                }
             }
         }
         // Each round takes a fraction of the time of the one before, in which the guest writes that
@@ -273,6 +275,13 @@ impl<'a> Image<'a> {
             for first in (0..pages).step_by(CHUNK) {
                 self.check()?;
                 copies.write(sink)?;
+                let count = CHUNK.min(pages - first);
+                if !is_plugged(block, first, count) {
+                    let zeros = &mut buffer[..count * PAGE];
+                    zeros.fill(0);
+                    sink.put(self.starts[index] + first, zeros)?;
+                    continue;
+                }
                 let chunk = first..pages.min(first + CHUNK);
                 let ours = chunk.filter(|&page| self.left[index].take_page(page));
                 for (first, pages) in joined(ours.map(|page| (page, 1)), 0) {
@@ -416,3 +425,23 @@ fn joined(runs: impl Iterator<Item = (usize, usize)>, gap: usize) -> Vec<(usize,
 
 #[cfg(test)]
 mod tests;
+
+/// Whether a page of these is plugged. What the guest has of a block does not change during a live
+/// snapshot: resizes are refused, and so are blocks of which the guest decides.
+fn is_plugged(block: &Block, first: usize, pages: usize) -> bool {
+    block.ram.plugged_pages(first * PAGE, pages * PAGE) > 0
+}
+
+/// The pages of a block that are copied.
+fn plugged(block: &Block) -> DirtyBitmap {
+    let all = DirtyBitmap::new(block.ram.len());
+    all.set_enabled(true);
+    let pages = block.ram.len() / PAGE;
+    for first in (0..pages).step_by(CHUNK) {
+        let pages = CHUNK.min(pages - first);
+        if is_plugged(block, first, pages) {
+            all.mark(first * PAGE, pages * PAGE);
+        }
+    }
+    all
+}

@@ -72,7 +72,7 @@ const TOLD_REQUESTS: &[(&str, &str, &str)] = &[
     (
         "vm.resize",
         "/desired_ram",
-        "supported with `memory.hotplug_method=VirtioMem`; else refused, unless it is the present size",
+        "supported with `memory.hotplug_size`; with `Acpi` a smaller size has its effect at the next boot",
     ),
     (
         "vm.restore",

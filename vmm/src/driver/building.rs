@@ -63,7 +63,7 @@ impl Driver {
                 }
                 let devices = machine.devices().tree();
                 let balloon = machine.devices().balloon();
-                let hotplugged = machine.devices().hotplugged();
+                let hotplugged = machine.hotplugged();
                 let vcpus = machine.plugged_vcpus().count();
                 self.stage = Stage::On(machine);
                 self.set_config(Arc::clone(&self.config));

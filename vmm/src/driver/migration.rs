@@ -545,7 +545,7 @@ impl Driver {
             }
         }
         let (devices, balloon) = (active.devices().tree(), active.devices().balloon());
-        let hotplugged = active.devices().hotplugged();
+        let hotplugged = active.hotplugged();
         self.stage = Stage::On(active);
         self.consoles.watch_all(sources);
         self.set_config(Arc::clone(&self.config));
@@ -566,6 +566,7 @@ impl Driver {
             self.show(VmState::Running);
         }
         self.vcpus_arrived();
+        self.memory_arrived();
         for port in Port::BOTH {
             self.take_input(port, sources);
         }

@@ -16,11 +16,19 @@ use std::time::{Duration, Instant};
 use control::{Ask, Category, Reply, RequestError};
 use spec::{PendingResize, ResizeResource, VmConfig, VmResize};
 
-use super::{Driver, Stage};
+use super::memory::MemoryPlan;
+use super::{Driver, Stage, internal};
 use crate::devices::DeviceHandle;
 
 /// How long a guest may take to do what a resize asks for.
 pub(super) const RESIZE_PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 60 });
+
+/// New sizes, which were checked.
+struct Plan {
+    vcpus: Option<u32>,
+    memory: Option<MemoryPlan>,
+    balloon: Option<u64>,
+}
 
 /// The resizes that are pending, at most one of each resource.
 #[derive(Default)]
@@ -172,31 +180,61 @@ impl Driver {
         }
     }
 
-    /// Changes sizes of the VM, and answers. All are checked before any is changed.
+    /// Changes sizes of the VM, and answers. All are checked before any is changed, and what the host
+    /// may lack (vCPUs, memory) comes before what cannot fail.
     pub(super) fn resize(&mut self, ask: Ask, sizes: &VmResize) {
-        match (self.resize_all_but_vcpus(sizes), sizes.desired_vcpus) {
-            (Err(refused), _) => ask.answer(Err(refused)),
-            (Ok(()), Some(vcpus)) => self.resize_vcpus(ask, vcpus),
-            (Ok(()), None) => ask.answer(Ok(Reply::Done)),
+        let plan = match self.plan(sizes) {
+            Ok(plan) => plan,
+            Err(refused) => return ask.answer(Err(refused)),
+        };
+        let present = self.present_vcpus();
+        let more = plan.vcpus.filter(|wanted| Some(*wanted) > present);
+        let added = plan.memory.map_or(0, |plan| plan.added);
+        if present.is_none() || (more.is_none() && added == 0) {
+            self.resize_planned(&plan, present);
+            return ask.answer(Ok(Reply::Done));
         }
+        // On another thread: a vCPU takes about a millisecond, and memory that is populated longer.
+        let grow = move |active: &mut crate::machine::Active| active.grow(more, added);
+        self.lend(grow, move |driver, grown, _| {
+            if let Err(error) = grown {
+                return ask.answer(Err(internal(&error)));
+            }
+            driver.resize_planned(&plan, present);
+            ask.answer(Ok(Reply::Done));
+        });
     }
 
-    fn resize_all_but_vcpus(&mut self, sizes: &VmResize) -> Result<(), RequestError> {
+    /// Checks all sizes.
+    fn plan(&self, sizes: &VmResize) -> Result<Plan, RequestError> {
         if let Some(vcpus) = sizes.desired_vcpus {
             self.check_vcpus(vcpus)?;
         }
-        let memory = sizes.desired_ram.map(|size| self.plan_memory(size));
-        let memory = memory.transpose()?.flatten();
         if let Some(size) = sizes.desired_balloon {
-            self.resize_balloon(size)?;
+            self.check_balloon(size)?;
         }
-        if let Some(hotplugged) = memory {
-            self.resize_memory(hotplugged);
-        }
-        Ok(())
+        let memory = sizes.desired_ram.map(|size| self.plan_memory(size));
+        Ok(Plan {
+            vcpus: sizes.desired_vcpus,
+            memory: memory.transpose()?.flatten(),
+            balloon: sizes.desired_balloon,
+        })
     }
 
-    fn resize_balloon(&mut self, size: u64) -> Result<(), RequestError> {
+    /// Does what cannot fail. `present` vCPUs were plugged when the request came.
+    fn resize_planned(&mut self, plan: &Plan, present: Option<u32>) {
+        if let Some(vcpus) = plan.vcpus {
+            self.resize_vcpus(present, vcpus);
+        }
+        if let Some(memory) = plan.memory {
+            self.resize_memory(memory);
+        }
+        if let Some(balloon) = plan.balloon {
+            self.resize_balloon(balloon);
+        }
+    }
+
+    fn check_balloon(&self, size: u64) -> Result<(), RequestError> {
         let refused =
             |code, detail: String| Err(RequestError::new(Category::Unprocessable, code, detail));
         let all = self.config.memory.size;
@@ -205,12 +243,18 @@ impl Driver {
                 format!("`desired_balloon` ({size}) is more than the guest's memory ({all} bytes)");
             return refused("balloon-too-large", detail);
         }
-        let mut config = VmConfig::clone(&self.config);
-        let Some(balloon) = &mut config.balloon else {
+        if self.config.balloon.is_none() {
             let detail = "the VM has no balloon: create the VM with one, of size 0";
             return refused("no-balloon", detail.to_owned());
-        };
-        balloon.size = size;
+        }
+        Ok(())
+    }
+
+    fn resize_balloon(&mut self, size: u64) {
+        let mut config = VmConfig::clone(&self.config);
+        if let Some(balloon) = &mut config.balloon {
+            balloon.size = size;
+        }
         if let Stage::On(active) = &self.stage {
             for control in active.devices().controls() {
                 if let DeviceHandle::Balloon(handle) = control {
@@ -219,6 +263,5 @@ impl Driver {
             }
         }
         self.set_config(std::sync::Arc::new(config));
-        Ok(())
     }
 }

@@ -16,6 +16,8 @@ use crate::pool::{Pool, PoolConfig};
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Two VMs whose drivers share the only thread for drivers.
+mod memory;
+
 struct Lab {
     _dir: tempfile::TempDir,
     callers: crate::pool::Callers,
@@ -25,6 +27,11 @@ struct Lab {
 
 impl Lab {
     async fn new() -> Self {
+        Self::with(|_| {}).await
+    }
+
+    /// With VMs of another configuration.
+    async fn with(change: impl Fn(&mut spec::VmConfig)) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let kernel = dir.path().join("pocket");
         std::fs::write(&kernel, guest::IMAGE).unwrap();
@@ -47,6 +54,7 @@ impl Lab {
             config.memory.hotplug_size = Some(128 << 20);
             (config.cpus.boot_vcpus, config.cpus.max_vcpus) = (2, 4);
             config.serial.mode = ConsoleMode::Null;
+            change(&mut config);
             let vm = registry.create(None, config).unwrap();
             vm.ask(Request::Boot).await.unwrap();
             vm

@@ -6,10 +6,10 @@
 use std::sync::Arc;
 
 use ::devices::cpus::{DEVICE_CHECK, Refusal};
-use control::{Ask, Category, Reply, RequestError};
+use control::{Category, RequestError};
 use spec::{ResizeResource, VmConfig};
 
-use super::{Driver, Stage, internal};
+use super::{Driver, Stage};
 
 const VCPUS: ResizeResource = ResizeResource::Vcpus;
 
@@ -29,40 +29,28 @@ impl Driver {
         self.check_no_resize(VCPUS)
     }
 
-    /// Changes the number of vCPUs, which was checked, and then answers. The next machine is built
-    /// with it, whatever the guest does.
-    pub(super) fn resize_vcpus(&mut self, ask: Ask, wanted: u32) {
-        let present = match &self.stage {
-            Stage::On(active) => active.plugged_vcpus().count(),
-            // There is no machine: in the other stages requests wait.
-            _ => wanted,
-        };
-        if wanted > present {
-            return self.plug_vcpus(ask, present, wanted);
+    /// The number of plugged vCPUs, while there is a machine. Requests wait in the other stages.
+    pub(super) fn present_vcpus(&self) -> Option<u32> {
+        match &self.stage {
+            Stage::On(active) => Some(active.plugged_vcpus().count()),
+            _ => None,
         }
-        self.keep_vcpus(wanted);
-        if wanted < present {
-            self.begin_resize(VCPUS, present.into(), wanted.into());
-            if let Stage::On(active) = &mut self.stage {
-                active.want_vcpus_back(wanted);
-            }
-        }
-        ask.answer(Ok(Reply::Done));
     }
 
-    /// Plugs vCPUs on another thread: that takes about a millisecond for each.
-    fn plug_vcpus(&mut self, ask: Ask, present: u32, wanted: u32) {
-        let plug = move |active: &mut crate::machine::Active| active.plug_vcpus(wanted);
-        self.lend(plug, move |driver, plugged, _| {
-            if let Err(error) = plugged {
-                return ask.answer(Err(internal(&error)));
-            }
-            driver.keep_vcpus(wanted);
-            driver.begin_resize(VCPUS, present.into(), wanted.into());
-            driver.resize_progressed(VCPUS, wanted.into());
-            driver.show_vcpus();
-            ask.answer(Ok(Reply::Done));
-        });
+    /// Makes the number of vCPUs, which was checked, that of the next machine, and asks the guest to
+    /// eject the surplus of `present` vCPUs. Missing ones are plugged by now.
+    pub(super) fn resize_vcpus(&mut self, present: Option<u32>, wanted: u32) {
+        self.keep_vcpus(wanted);
+        let Some(present) = present.filter(|present| *present != wanted) else {
+            return;
+        };
+        self.begin_resize(VCPUS, present.into(), wanted.into());
+        if wanted > present {
+            self.resize_progressed(VCPUS, wanted.into());
+            self.show_vcpus();
+        } else if let Stage::On(active) = &mut self.stage {
+            active.want_vcpus_back(wanted);
+        }
     }
 
     /// Makes the number part of the configuration.

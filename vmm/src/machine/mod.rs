@@ -3,6 +3,7 @@
 
 mod background;
 mod core_sharing;
+mod dimms;
 mod firmware;
 mod hotplug;
 mod memory_map;
@@ -17,6 +18,7 @@ mod vcpus;
 use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
 use ::devices::event_loop::EventLoop;
@@ -45,13 +47,13 @@ use crate::guest_event::{GuestEvent, Outputs, Port, Reporter};
 
 pub(crate) use self::background::{Background, Machine};
 use self::core_sharing::CoreSharing;
+use self::dimms::Dimms;
 use self::firmware::FirmwareClocks;
 pub(crate) use self::memory_map::of as memory_map;
 pub(crate) use self::ram::GuestRam;
 pub(crate) use self::run_control::NotParked;
 use self::run_control::{RunControl, Want};
-use self::save::Clocks;
-pub(crate) use self::save::Extent;
+pub(crate) use self::save::{Clocks, Extent};
 pub(crate) use self::spare::SpareVm;
 use self::vcpu::GuestEnd;
 pub(crate) use self::vcpu::{Halter, Throttle, host_cpus};
@@ -102,6 +104,7 @@ pub(crate) struct Parts {
     pub(crate) hotplug: Arc<HotplugBlock>,
     pub(crate) clocks: FirmwareClocks,
     pub(crate) cpus: Arc<CpuBlock>,
+    pub(crate) dimms: Option<Dimms>,
     tpm: Option<Arc<Emulator>>,
     /// Last: given back when all else is closed.
     descriptors: Vec<Arc<Reservation>>,
@@ -181,7 +184,7 @@ impl Built {
         let host_bridge = PciHost::new(&topology, space, windows, irq_routes.clone());
         let emulator = platform::tpm_emulator(config, origin)?;
         let build = |tx: &mut Transaction<'_>| -> Result<_, BuildError> {
-            ram.map(tx, &layout)?;
+            ram.map(tx, &config.memory, &layout)?;
             platform::map_pc(tx, &host_bridge, &end)?;
             let serial = match outputs.serial {
                 Some(output) => Some(map_serial(tx, irq_routes, output, reporter)?),
@@ -197,6 +200,7 @@ impl Built {
             let hotplug = map_hotplug(tx, reporter)?;
             let clocks = FirmwareClocks::map(tx, &layout)?;
             let cpus = map_cpus(tx, &config.cpus, reporter)?;
+            let dimms = Dimms::map(tx, &config.memory, &layout, &ram, reporter)?;
             let to = reporter.clone();
             let console = outputs.console.map(|output| ConsoleEnd {
                 output,
@@ -217,9 +221,10 @@ impl Built {
                 on_watchdog,
             };
             let devices = Devices::build(host_bridge, tx, config, ends, context, origin, reporter)?;
-            Ok((serial, power, hotplug, clocks, cpus, devices))
+            Ok((serial, power, hotplug, clocks, cpus, dimms, devices))
         };
-        let (serial, power, hotplug, clocks, cpus, devices) = topology.lock().transaction(build)?;
+        let (serial, power, hotplug, clocks, cpus, dimms, devices) =
+            topology.lock().transaction(build)?;
         let parts = Parts {
             devices,
             _listeners: listeners,
@@ -233,6 +238,7 @@ impl Built {
             hotplug,
             clocks,
             cpus,
+            dimms,
             tpm: emulator,
             descriptors: reserved,
         };
@@ -511,6 +517,12 @@ impl Active {
     /// The TPM's emulator, for the machine that replaces this one.
     pub(crate) fn tpm(&self) -> Option<Arc<Emulator>> {
         self.parts.tpm.clone()
+    }
+
+    /// Bytes that the guest has of the memory that was added, as they come and go.
+    pub(crate) fn hotplugged(&self) -> Option<Arc<AtomicU64>> {
+        let dimms = self.dimms().map(|dimms| Arc::clone(dimms.accepted()));
+        dimms.or_else(|| self.parts.devices.hotplugged())
     }
 
     /// The devices on the PCI bus.

@@ -114,9 +114,15 @@ impl GuestRam {
         self.all().find_map(|ram| ram.first_lost())
     }
 
-    /// Puts the blocks in their places. What is not plugged of the hotplug region is there, too: the
-    /// guest's driver decides what it uses, and the map need not change while it runs.
-    pub(super) fn map(&self, tx: &mut Transaction<'_>, layout: &Layout) -> Result<(), BuildError> {
+    /// Puts the blocks in their places. With virtio-mem, what is not plugged of the hotplug region is
+    /// there, too: the guest's driver decides what it uses, and the map need not change while it runs.
+    /// What is plugged through ACPI has its place from [`Dimms`](super::dimms::Dimms).
+    pub(super) fn map(
+        &self,
+        tx: &mut Transaction<'_>,
+        config: &MemoryConfig,
+        layout: &Layout,
+    ) -> Result<(), BuildError> {
         let mut offset = 0;
         for (range, name) in layout.ram.iter().zip(["ram below 4G", "ram above 4G"]) {
             let size = range.len().unwrap_or(0);
@@ -125,7 +131,9 @@ impl GuestRam {
             tx.map(SpaceKind::Memory, range.first(), region, 0)?;
             offset += size;
         }
-        if let (Some(range), Some(block)) = (layout.hotplug, &self.hotplug) {
+        if let (Some(range), Some(block)) = (layout.hotplug, &self.hotplug)
+            && config.has_virtio_mem()
+        {
             let (block, offset) = (Arc::clone(block), 0);
             let size = range.len().unwrap_or(0);
             let region = tx.ram("hotplugged ram", RamSlice { block, offset }, size)?;
@@ -179,5 +187,6 @@ fn ram_config(memory: &MemoryConfig, size: u64, hotplug: bool) -> RamConfig {
         thp: memory.thp,
         reserve: memory.reserve,
         hotplug,
+        guest_plugs: hotplug && memory.has_virtio_mem(),
     }
 }

@@ -138,6 +138,9 @@ impl Active {
         if cpus.is_changed() {
             cpus.save(&mut writer.scope("cpus")?)?;
         }
+        if let Some(dimms) = self.dimms() {
+            dimms.save(&mut writer.scope("dimms")?)?;
+        }
         self.parts.devices.save(&mut writer)?;
         Ok(writer.finish())
     }
@@ -261,6 +264,10 @@ impl Active {
         (&*self.parts.power).load(&mut store.scope("power")?, &mut ())?;
         (&*self.parts.hotplug).load(&mut store.scope("hotplug")?, &mut ())?;
         self.parts.clocks.load(store)?;
+        if let Some(mut dimms) = self.dimms() {
+            dimms.load(&mut store.scope("dimms")?, &mut ())?;
+        }
+        self.load_memory_map()?;
         let held = self.parts.vm.irq_routes().hold();
         let devices = &self.parts.devices;
         let mut topology = self.parts.topology.lock();

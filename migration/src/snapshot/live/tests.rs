@@ -204,6 +204,58 @@ fn image_is_of_one_moment() {
     }
 }
 
+/// Memory that was added by the host is in the snapshot, and the rest of its room is zeros.
+#[test]
+fn room_that_is_not_plugged_is_zeros() {
+    const ROOM: usize = 8 * CHUNK;
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("new");
+    let mut guest = Guest::new(|_| Ok(()));
+    let room = |guest_plugs| {
+        let config = RamConfig {
+            hotplug: true,
+            guest_plugs,
+            ..RamConfig::anonymous((ROOM * PAGE) as u64)
+        };
+        Block {
+            name: "hotplug".to_owned(),
+            ram: Arc::new(RamBlock::new(&config).unwrap()),
+        }
+    };
+    let plugged = room(false);
+    plugged.ram.plug(0, 2 * CHUNK * PAGE).unwrap();
+    const LAST: usize = (2 * CHUNK - 1) * PAGE;
+    let page = plugged.ram.slice(LAST, PAGE).unwrap();
+    page.write_obj(7_u64, 16).unwrap();
+    guest.blocks.push(plugged);
+    let (written, progress) = snapshot(&folder, &mut guest, &Decision::default());
+    written.unwrap();
+    let report = progress.report();
+    let copied = (2 * PAGES + ROOM) as u64;
+    assert_eq!(report.pages + report.zero_pages, copied);
+    assert_eq!(report.remaining_pages, 0);
+
+    let block = |name: &str| Block {
+        name: name.to_owned(),
+        ram: Arc::new(RamBlock::new(&RamConfig::anonymous((PAGES * PAGE) as u64)).unwrap()),
+    };
+    let there = room(false);
+    there.ram.plug(0, 2 * CHUNK * PAGE).unwrap();
+    let blocks = [block("private"), block("shared"), there];
+    let filled = Snapshot::open(&folder).unwrap();
+    filled
+        .fill(&blocks, &Progress::default(), &Decision::default())
+        .unwrap();
+    let page = blocks[2].ram.slice(LAST, PAGE).unwrap();
+    assert_eq!(page.read_obj::<u64>(16).unwrap(), 7);
+
+    // A guest that plugs by itself could change what is to be copied.
+    guest.blocks[2] = room(true);
+    let folder = dir.path().join("refused");
+    let (refused, _) = snapshot(&folder, &mut guest, &Decision::default());
+    assert_eq!(refused.unwrap_err().code, "live-unsupported");
+}
+
 /// The guest writes to all pages at once when it resumes: the fault thread copies most of them.
 #[test]
 fn pages_that_are_waited_for_are_copied_first() {

@@ -2,6 +2,7 @@
 //! and a reset register, and tells events through a generic event device.
 
 mod cpus;
+mod dimms;
 mod tpm;
 
 use acpi_tables::Aml;
@@ -121,15 +122,16 @@ fn mcfg(segments: usize) -> MCFG {
 fn dsdt(config: &VmConfig, layout: &Layout) -> Sdt {
     let mut dsdt = Sdt::new(*b"DSDT", 36, 6, OEM, TABLE, 1);
     let parts = [
-        power_aml(),
+        power_aml(config.memory.has_dimms()),
         pci_aml(&layout.segments),
         hotplug_aml(),
         serial_aml(),
         generation_aml(),
         cpus::aml(&config.cpus),
     ];
+    let dimms = config.memory.has_dimms().then(dimms::aml);
     let tpm = config.tpm.as_ref().map(|_| tpm::aml());
-    for part in parts.into_iter().chain(tpm) {
+    for part in parts.into_iter().chain(dimms).chain(tpm) {
         dsdt.append_slice(&part);
     }
     dsdt.update_checksum();
@@ -137,7 +139,16 @@ fn dsdt(config: &VmConfig, layout: &Layout) -> Sdt {
 }
 
 /// The sleep type of S5, the power button, and the generic event device that tells of it.
-fn power_aml() -> Vec<u8> {
+fn power_aml(has_dimms: bool) -> Vec<u8> {
+    let mut dimms = Vec::new();
+    if has_dimms {
+        And::new(&Local(1), &Local(0), &power::MEMORY_HOTPLUG).to_aml_bytes(&mut dimms);
+        If::new(
+            &Equal::new(&Local(1), &power::MEMORY_HOTPLUG),
+            vec![&MethodCall::new("\\_SB_.MSCN".into(), vec![])],
+        )
+        .to_aml_bytes(&mut dimms);
+    }
     let events = layout::POWER_PORT + power::EVENTS as u16;
     let mut out = Vec::new();
     Name::new(
@@ -200,6 +211,7 @@ fn power_aml() -> Vec<u8> {
                                 &Equal::new(&Local(1), &power::CPU_HOTPLUG),
                                 vec![&MethodCall::new("\\_SB_.CSCN".into(), vec![])],
                             ),
+                            &Bytes(dimms),
                             &And::new(&Local(1), &Local(0), &power::GENERATION),
                             &If::new(
                                 &Equal::new(&Local(1), &power::GENERATION),
@@ -461,6 +473,7 @@ mod tests {
             let layout = layout.with_segments(&vec![[1, 1]; segments]).unwrap();
             let mut config = VmConfig::with_payload(PayloadConfig::default());
             config.cpus = CpusConfig::with_vcpus(vcpus);
+            config.memory.hotplug_size = Some(1 << 30);
             config.tpm = (vcpus == 2).then(|| TpmConfig {
                 socket: "/tpm".to_owned(),
             });

@@ -69,6 +69,7 @@ pub(crate) const POWER_PORT: u16 = 0x600;
 pub(crate) const PM_TIMER_PORT: u16 = 0x608;
 pub(crate) const HOTPLUG_PORT: u16 = 0x620;
 pub(crate) const CPUS_PORT: u16 = 0x640;
+pub(crate) const DIMMS_PORT: u16 = 0x670;
 pub(crate) const PCI_PORT: u16 = 0xcf8;
 
 /// The least memory with which a machine can be built: what is below 1 MiB, and a MiB for a

@@ -90,7 +90,7 @@ pub(super) fn aml(cpus: &CpusConfig) -> Vec<u8> {
     out
 }
 
-fn within_sb(parts: Vec<&dyn Aml>) -> Bytes {
+pub(super) fn within_sb(parts: Vec<&dyn Aml>) -> Bytes {
     let mut out = Vec::new();
     Scope::new("_SB_".into(), parts).to_aml_bytes(&mut out);
     Bytes(out)
@@ -202,7 +202,7 @@ fn scan(vcpus: u32) -> Bytes {
 }
 
 /// AML of an object that lives no longer than the statement that makes it.
-trait ToBytes: Aml {
+pub(super) trait ToBytes: Aml {
     fn to_bytes(&self) -> Bytes {
         let mut out = Vec::new();
         self.to_aml_bytes(&mut out);
