@@ -177,12 +177,18 @@ fn scan(vcpus: u32) -> Bytes {
         )
         .to_aml_bytes(&mut notices);
     }
+    notifiers(notices, ["CPEV", "CTFY", "CSCN"])
+}
+
+/// Methods that take the notifications of a register block, and pass them on by `notices`. Named are
+/// the register of notifications, the method that notifies one device, and the method that scans.
+pub(super) fn notifiers(notices: Vec<u8>, [event, notify, scan]: [&str; 3]) -> Bytes {
     // Reading takes a notification; 0 says that there is none.
-    let next = Store::new(&Local(0), &Path::new("CPEV")).to_bytes();
+    let next = Store::new(&Local(0), &Path::new(event)).to_bytes();
     within_sb(vec![
-        &Method::new("CTFY".into(), 2, true, vec![&Bytes(notices)]),
+        &Method::new(notify.into(), 2, true, vec![&Bytes(notices)]),
         &Method::new(
-            "CSCN".into(),
+            scan.into(),
             0,
             true,
             vec![
@@ -192,7 +198,7 @@ fn scan(vcpus: u32) -> Bytes {
                     vec![
                         &And::new(&Local(1), &Local(0), &0xffff_u16),
                         &ShiftRight::new(&Local(2), &Local(0), &16_u8),
-                        &MethodCall::new("CTFY".into(), vec![&Local(1), &Local(2)]),
+                        &MethodCall::new(notify.into(), vec![&Local(1), &Local(2)]),
                         &next,
                     ],
                 ),

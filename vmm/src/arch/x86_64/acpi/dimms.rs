@@ -14,12 +14,12 @@ use acpi_tables::aml::{
     Add, AddressSpace, AddressSpaceCacheable, And, Arg, CreateQWordField, Device, EISAName, Equal,
     Field, FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, If, Local, Method,
     MethodCall, Name, NotEqual, Notify, ONE, OpRegion, OpRegionSpace, Or, Path, ResourceTemplate,
-    Return, ShiftLeft, ShiftRight, Store, Subtract, While, ZERO,
+    Return, ShiftLeft, Store, Subtract, ZERO,
 };
 use devices::dimms;
 
 use super::Bytes;
-use super::cpus::{ToBytes as _, within_sb};
+use super::cpus::{notifiers, within_sb};
 use crate::arch::x86_64::layout;
 
 /// `_STA` of a device that is present, enabled, shown and working.
@@ -167,26 +167,5 @@ fn scan() -> Bytes {
         )
         .to_aml_bytes(&mut notices);
     }
-    // Reading takes a notification; 0 says that there is none.
-    let next = Store::new(&Local(0), &Path::new("MPEV")).to_bytes();
-    within_sb(vec![
-        &Method::new("MTFY".into(), 2, true, vec![&Bytes(notices)]),
-        &Method::new(
-            "MSCN".into(),
-            0,
-            true,
-            vec![
-                &next,
-                &While::new(
-                    &NotEqual::new(&Local(0), &ZERO),
-                    vec![
-                        &And::new(&Local(1), &Local(0), &0xffff_u16),
-                        &ShiftRight::new(&Local(2), &Local(0), &16_u8),
-                        &MethodCall::new("MTFY".into(), vec![&Local(1), &Local(2)]),
-                        &next,
-                    ],
-                ),
-            ],
-        ),
-    ])
+    notifiers(notices, ["MPEV", "MTFY", "MSCN"])
 }
