@@ -392,13 +392,17 @@ fn little_that_is_written_to_a_disk_holds_up_no_move() {
     }
 }
 
-/// A round that is done is on the storage; the last page of a disk may be a part of one.
-#[test]
-fn blocks_are_durable_at_the_end_of_their_round() {
+/// A destination that has accepted a guest with a disk, and the connections of its source.
+struct Accepted {
+    receiver: thread::JoinHandle<Result<(), Refusal>>,
+    source: Peer,
+    ram: Peer,
+}
+
+fn accept_by_hand(image: &Arc<Image>, postcopy: bool) -> Accepted {
     let (dialer, mut acceptor) = Dialer::new();
-    let image = Image::with_room(u64::MAX);
     let place = Place {
-        image: Arc::clone(&image),
+        image: Arc::clone(image),
         discarded: Arc::default(),
     };
     let receiver = thread::spawn(move || {
@@ -422,13 +426,29 @@ fn blocks_are_durable_at_the_end_of_their_round() {
         machine: serde_bytes::ByteBuf::new(),
         blocks: vec![info("ram".to_owned(), PAGES as u64 * 4096)],
         connections: 1,
-        postcopy: false,
+        postcopy,
         given: false,
         verify: false,
         disks: vec![info(disk_name(0), SIZE as u64)],
     }));
     assert!(source.recv().unwrap().starts_with("Prepared"));
-    let mut ram = Peer::ram(&*dialer, id, 0);
+    let ram = Peer::ram(&*dialer, id, 0);
+    Accepted {
+        receiver,
+        source,
+        ram,
+    }
+}
+
+/// A round that is done is on the storage; the last page of a disk may be a part of one.
+#[test]
+fn blocks_are_durable_at_the_end_of_their_round() {
+    let image = Image::with_room(u64::MAX);
+    let Accepted {
+        receiver,
+        mut source,
+        mut ram,
+    } = accept_by_hand(&image, false);
     let pages = |first: u64, byte: u8| {
         let mut body = [1_u32.to_le_bytes(), 1_u32.to_le_bytes()].concat();
         body.extend(first.to_le_bytes());
@@ -469,39 +489,11 @@ fn invalid_blocks_of_disks_write_nothing() {
         (17, run(1, end - 1, 2, 0)),
         (19, run(1, 0, 1, 0)),
     ] {
-        let (dialer, mut acceptor) = Dialer::new();
-        let place = Place {
-            image: Arc::clone(&image),
-            discarded: Arc::default(),
-        };
-        let receiver = thread::spawn(move || {
-            receive(Receiving {
-                accept: &mut acceptor,
-                limit: &ConnectionLimit::default(),
-                once: true,
-                host: &place,
-                progress: &Progress::default(),
-                decision: &Decision::default(),
-                patience: PATIENCE,
-                lingers: &|| {},
-            })
-        });
-        let id = Uuid::from_u128(1);
-        let mut source = Peer::control(&*dialer, id);
-        assert!(source.recv().unwrap().starts_with("Welcome"));
-        let info = |name: String, size| BlockInfo { name, size };
-        assert!(source.offer(&Offer {
-            vm: "guest".to_owned(),
-            machine: serde_bytes::ByteBuf::new(),
-            blocks: vec![info("ram".to_owned(), PAGES as u64 * 4096)],
-            connections: 1,
-            postcopy: true,
-            given: false,
-            verify: false,
-            disks: vec![info(disk_name(0), SIZE as u64)],
-        }));
-        assert!(source.recv().unwrap().starts_with("Prepared"));
-        let mut ram = Peer::ram(&*dialer, id, 0);
+        let Accepted {
+            receiver,
+            mut source,
+            mut ram,
+        } = accept_by_hand(&image, true);
         assert!(ram.frame(kind, &body));
         assert!(source.say(&json!({ "Round": 1 })));
         let told = source.recv().unwrap();
