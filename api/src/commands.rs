@@ -9,7 +9,7 @@ use spec::{
     VsockConfig,
 };
 
-use crate::answer::{added, counters, done, memory_map};
+use crate::answer::reply;
 use crate::extract::{Json, JsonAndTap, Named};
 use crate::one_vm::OneVm;
 use crate::problem::ApiError;
@@ -32,7 +32,7 @@ macro_rules! commands {
             $service:ident at $path:literal as $operation:literal, refuses [$($refusal:ident)*];
             $vm:ident at $vm_path:literal as $vm_operation:literal, refuses [$($vm_refusal:ident)*];
             $(answers $answers:tt;)+
-            asks $request:expr => $reply:ident
+            asks $request:expr;
         }
     )*) => {
         $(
@@ -48,7 +48,7 @@ macro_rules! commands {
                 Named(id): Named,
                 $($body: $extract,)?
             ) -> Result<Response, ApiError> {
-                $reply(service.ask(&id, $request).await?)
+                Ok(reply(service.ask(&id, $request).await?))
             }
 
             $(#[$doc])*
@@ -61,7 +61,7 @@ macro_rules! commands {
                 State(vm): State<OneVm>,
                 $($body: $extract,)?
             ) -> Result<Response, ApiError> {
-                $reply(vm.ask($request).await?)
+                Ok(reply(vm.ask($request).await?))
             }
         )*
 
@@ -85,7 +85,7 @@ commands! {
         boot_vm at "/api/v1/vm.boot" as "vmBoot",
             refuses [NotCreated WrongState BadConfig];
         answers (status = 204, description = "The guest is running.");
-        asks Request::Boot => done
+        asks Request::Boot;
     }
 
     /// Pause the guest: its vCPUs and devices stop until it is resumed.
@@ -93,7 +93,7 @@ commands! {
         pause at "/api/v1/vms/{id}/pause" as "pauseVm", refuses [NoSuchVm WrongState Failed];
         pause_vm at "/api/v1/vm.pause" as "vmPause", refuses [NotCreated NotAllowedNow Failed];
         answers (status = 204, description = "The guest is paused.");
-        asks Request::Pause => done
+        asks Request::Pause;
     }
 
     /// Resume a paused guest.
@@ -101,7 +101,7 @@ commands! {
         resume at "/api/v1/vms/{id}/resume" as "resumeVm", refuses [NoSuchVm WrongState Failed];
         resume_vm at "/api/v1/vm.resume" as "vmResume", refuses [NotCreated NotAllowedNow Failed];
         answers (status = 204, description = "The guest is running.");
-        asks Request::Resume => done
+        asks Request::Resume;
     }
 
     /// Reset the guest, as by a reset button.
@@ -109,7 +109,7 @@ commands! {
         reboot at "/api/v1/vms/{id}/reboot" as "rebootVm", refuses [NoSuchVm WrongState Failed];
         reboot_vm at "/api/v1/vm.reboot" as "vmReboot", refuses [NotCreated NotAllowedNow Failed];
         answers (status = 204, description = "The guest was reset.");
-        asks Request::Reboot => done
+        asks Request::Reboot;
     }
 
     /// End the guest at once, as by pulling the plug. The VM can be booted again.
@@ -119,7 +119,7 @@ commands! {
         shut_down_vm at "/api/v1/vm.shutdown" as "vmShutdown",
             refuses [NotCreated NotAllowedNow Failed];
         answers (status = 204, description = "The guest has ended.");
-        asks Request::Shutdown => done
+        asks Request::Shutdown;
     }
 
     /// Press the power button. The guest decides what follows.
@@ -129,7 +129,7 @@ commands! {
         power_button_vm at "/api/v1/vm.power-button" as "vmPowerButton",
             refuses [NotCreated NotAllowedNow Failed];
         answers (status = 204, description = "The button was pressed.");
-        asks Request::PowerButton => done
+        asks Request::PowerButton;
     }
 
     /// Send a non-maskable interrupt to every vCPU.
@@ -137,7 +137,7 @@ commands! {
         nmi at "/api/v1/vms/{id}/nmi" as "sendNmi", refuses [NoSuchVm WrongState Failed];
         nmi_vm at "/api/v1/vm.nmi" as "vmNmi", refuses [NotCreated WrongState Failed];
         answers (status = 204, description = "The interrupt was sent.");
-        asks Request::Nmi => done
+        asks Request::Nmi;
     }
 
     /// Return the counters of the VM's devices.
@@ -150,7 +150,7 @@ commands! {
             status = 200, description = "Counters by device and name.",
             body = ref("#/components/schemas/VmCounters")
         );
-        asks Request::Counters => counters
+        asks Request::Counters;
     }
 
     /// Return the VM's address spaces: the tree of memory regions, and the flat view of it.
@@ -162,7 +162,7 @@ commands! {
         address_spaces_vm at "/api/v1/vm.memory-map" as "vmMemoryMap",
             refuses [NotCreated WrongState Failed];
         answers (status = 200, description = "The address spaces: memory and port I/O.", body = MemoryMap);
-        asks Request::MemoryMap => memory_map
+        asks Request::MemoryMap;
     }
 
     /// Change the number of vCPUs, and the size of the VM's memory or balloon.
@@ -176,7 +176,7 @@ commands! {
         resize_vm at "/api/v1/vm.resize" as "vmResize",
             refuses [NotCreated WrongState Pending BadBody BadConfig];
         answers (status = 204, description = "The guest was notified. It may not have completed the resize.");
-        asks Request::Resize(sizes) => done
+        asks Request::Resize(sizes);
     }
 
     /// Change the size of a disk.
@@ -186,7 +186,7 @@ commands! {
         resize_disk_vm at "/api/v1/vm.resize-disk" as "vmResizeDisk",
             refuses [NoSuchDisk WrongState NotDone BadBody];
         answers (status = 204, description = "The disk has its new size, and the guest was notified.");
-        asks Request::ResizeDisk(disk) => done
+        asks Request::ResizeDisk(disk);
     }
 
     /// Add a disk.
@@ -197,7 +197,7 @@ commands! {
             refuses [DeviceRefused];
         answers (status = 200, description = "The running guest has the device.", body = PciDeviceInfo);
         answers (status = 204, description = "The device will be added at the next boot.");
-        asks Request::AddDevice(NewDevice::Disk(Box::new(disk))) => added
+        asks Request::AddDevice(NewDevice::Disk(Box::new(disk)));
     }
 
     /// Add a network interface.
@@ -211,7 +211,7 @@ commands! {
             refuses [DeviceRefused];
         answers (status = 200, description = "The running guest has the device.", body = PciDeviceInfo);
         answers (status = 204, description = "The device will be added at the next boot.");
-        asks Request::AddDevice(NewDevice::Net(Box::new(net))) => added
+        asks Request::AddDevice(NewDevice::Net(Box::new(net)));
     }
 
     /// Add a vsock device.
@@ -222,7 +222,7 @@ commands! {
             refuses [DeviceRefused];
         answers (status = 200, description = "The running guest has the device.", body = PciDeviceInfo);
         answers (status = 204, description = "The device will be added at the next boot.");
-        asks Request::AddDevice(NewDevice::Vsock(vsock)) => added
+        asks Request::AddDevice(NewDevice::Vsock(vsock));
     }
 
     /// Remove a device, which the guest must eject.
@@ -236,6 +236,6 @@ commands! {
         remove_device_vm at "/api/v1/vm.remove-device" as "vmRemoveDevice",
             refuses [NoSuchDevice WrongState NotPossible Failed BadBody];
         answers (status = 204, description = "The request was sent to the guest.");
-        asks Request::RemoveDevice(device) => done
+        asks Request::RemoveDevice(device);
     }
 }

@@ -63,5 +63,5 @@ async fn check_cpu(
     ),
 )]
 async fn vm_cpu(State(service): State<Service>, Named(id): Named) -> Result<Response, ApiError> {
-    answer::cpu(service.ask(&id, Request::Cpu).await?)
+    Ok(answer::reply(service.ask(&id, Request::Cpu).await?))
 }
