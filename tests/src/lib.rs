@@ -20,6 +20,7 @@ mod serial;
 mod service;
 mod shell;
 pub mod snapshots;
+mod trials;
 mod vsock;
 
 pub use machine::{BOOTS, Machine, RUNS};
@@ -29,4 +30,5 @@ pub use proxy::{Frame, Proxy, Side, Verdict};
 pub use serial::Serial;
 pub use service::{Face, Service, await_anyone, built};
 pub use shell::Shell;
+pub use trials::trials;
 pub use vsock::vsock_echo;

@@ -15,9 +15,7 @@ use spec::{
     AwaitMigration, MemoryMode, MigrationInfo, MigrationOutcome, MigrationPhase, MigrationSide,
     ResolveMigration, StartMigration, VmId, VmState,
 };
-use tests::{Face, Frame, Proxy, Service, Side, Verdict, dirtier};
-use tokio::sync::Semaphore;
-use tokio::task::JoinSet;
+use tests::{Face, Frame, Proxy, Service, Side, Verdict, dirtier, trials};
 
 /// How many at once: a guest's ring 0 takes a core while it boots.
 const AT_ONCE: usize = 3;
@@ -331,23 +329,7 @@ async fn run(case: Case) {
 }
 
 async fn all(cases: Vec<Case>) {
-    let room = Arc::new(Semaphore::new(AT_ONCE));
-    let mut trials = JoinSet::new();
-    let only = std::env::var("CASE").unwrap_or_default();
-    let is_asked_for = |case: &Case| format!("{case:?}").contains(&only);
-    for case in cases.into_iter().filter(is_asked_for) {
-        let room = room.clone();
-        trials.spawn(async move {
-            let _room = room.acquire().await.unwrap();
-            let told = format!("{case:?}");
-            let trial = tokio::spawn(run(case)).await;
-            println!("{} {told}", if trial.is_ok() { "ok    " } else { "FAILED" });
-            trial.is_ok()
-        });
-    }
-    let outcomes = trials.join_all().await;
-    let failed = outcomes.iter().filter(|ok| !**ok).count();
-    assert!(failed == 0, "{failed} of {} cases failed", outcomes.len());
+    trials(cases, AT_ONCE, run).await;
 }
 
 fn case(from: Side, name: &'static str, nth: usize, blow: Blow, ends: Ends) -> Case {

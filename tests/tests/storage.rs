@@ -21,9 +21,7 @@ use spec::{
     AwaitMigration, MemoryMode, MigrationPhase, StartMigration, StorageMode, VmId, VmState,
 };
 use tempfile::TempDir;
-use tests::{Face, Frame, Proxy, Service, Side, Verdict, built};
-use tokio::sync::Semaphore;
-use tokio::task::JoinSet;
+use tests::{Face, Frame, Proxy, Service, Side, Verdict, built, trials};
 
 /// A bound, and no measure: the machine may be busy.
 const PATIENCE: Duration = Duration::from_secs(180);
@@ -282,25 +280,7 @@ async fn run(case: Case) {
 }
 
 async fn all(cases: Vec<Case>) {
-    let room = Arc::new(Semaphore::new(AT_ONCE));
-    let mut trials = JoinSet::new();
-    let only = std::env::var("CASE").unwrap_or_default();
-    let is_asked_for = |case: &Case| format!("{case:?}").contains(&only);
-    for case in cases.into_iter().filter(is_asked_for) {
-        let room = room.clone();
-        trials.spawn(async move {
-            let _room = room.acquire().await.unwrap();
-            let trial = tokio::spawn(run(case)).await;
-            println!(
-                "{} {case:?}",
-                if trial.is_ok() { "ok    " } else { "FAILED" }
-            );
-            trial.is_ok()
-        });
-    }
-    let outcomes = trials.join_all().await;
-    let failed = outcomes.iter().filter(|ok| !**ok).count();
-    assert!(failed == 0, "{failed} of {} cases failed", outcomes.len());
+    trials(cases, AT_ONCE, run).await;
 }
 
 /// The frames of a migration with a disk until the answer to the last state: the first round is the
