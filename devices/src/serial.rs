@@ -56,6 +56,20 @@ impl SerialEvents for Hooks {
     }
 }
 
+/// Offset of the interrupt identification register.
+const IDENTIFICATION: u8 = 2;
+/// Bit 0 of that register: no interrupt is pending.
+const NONE_PENDING: u8 = 1;
+/// Bits 1 to 3 of that register when input is waiting.
+const RECEIVED_DATA: u8 = 0b0100;
+
+/// Whether there is input, and the guest has enabled its interrupt.
+fn has_unread_input(state: &SerialState) -> bool {
+    /// Bit 0 of the interrupt enable register.
+    const ON_RECEIVED_DATA: u8 = 1;
+    state.interrupt_enable & ON_RECEIVED_DATA != 0 && !state.in_buffer.is_empty()
+}
+
 type Output = Box<dyn Write + Send>;
 type Uart = vm_superio::Serial<InterruptLine, Arc<Hooks>, Output>;
 
@@ -97,9 +111,8 @@ impl Serial {
     /// Raises the interrupt again if the port says that one is pending, for a guest that was
     /// loaded.
     pub fn repeat_interrupt(&self) {
-        /// Bit 0 of the interrupt identification register is 0 while an interrupt is pending.
-        const NONE_PENDING: u8 = 1;
-        if self.uart.lock().state().interrupt_identification & NONE_PENDING == 0 {
+        let state = self.uart.lock().state();
+        if state.interrupt_identification & NONE_PENDING == 0 || has_unread_input(&state) {
             self.line.raise();
         }
     }
@@ -143,7 +156,16 @@ impl DeviceOps for Serial {
         data.fill(0xff);
         // The registers are bytes; a wider access reaches the first one only.
         if let (Ok(offset), Some(first)) = (u8::try_from(offset), data.first_mut()) {
-            *first = self.uart.lock().read(offset);
+            let mut uart = self.uart.lock();
+            *first = uart.read(offset);
+            // A 16550A reports input for as long as there is some. vm-superio forgets it at the first byte
+            // that is read. Linux reads 256 bytes at most for one report, and would never read the rest.
+            if offset == IDENTIFICATION
+                && *first & NONE_PENDING != 0
+                && has_unread_input(&uart.state())
+            {
+                *first = *first & !NONE_PENDING | RECEIVED_DATA;
+            }
         }
     }
 
@@ -314,6 +336,32 @@ mod tests {
         let mut scope = store.scope("serial").unwrap();
         (&serial).load(&mut scope, &mut ()).unwrap();
         assert_eq!(read(1000), 3, "once each");
+    }
+
+    /// Linux reads at most 256 bytes for each time that the identification register reports input.
+    #[test]
+    fn input_is_reported_until_all_is_read() {
+        let (line, sink) = (InterruptLine::new().unwrap(), Box::new(io::sink()));
+        let serial = Serial::new(line, sink, |_| {}, || {});
+        let register = |offset| {
+            let mut data = [0];
+            serial.read(offset, &mut data);
+            data[0]
+        };
+        serial.receive(b"before the driver");
+        assert_eq!(register(2), 0b1100_0001, "its interrupt is not enabled");
+        serial.write(1, &[1]);
+        serial.receive(b"and behind it");
+        let mut input = Vec::new();
+        while register(2) & 1 == 0 {
+            for _ in 0..4 {
+                if register(5) & 1 != 0 {
+                    input.push(register(0));
+                }
+            }
+        }
+        assert_eq!(input, b"before the driverand behind it");
+        assert_eq!(register(2), 0b1100_0001);
     }
 
     #[test]
