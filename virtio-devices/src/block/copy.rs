@@ -304,6 +304,11 @@ impl CreatedImage {
         &self.path
     }
 
+    /// The format of the image.
+    pub(super) fn format(&self) -> ImageFormat {
+        self.image.format()
+    }
+
     /// Writes from `offset` on, within the disk.
     ///
     /// # Errors

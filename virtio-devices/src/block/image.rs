@@ -210,21 +210,78 @@ impl Image {
             is_incoming: true,
             ..self.how.clone()
         })?;
-        let sizes = self.size().and_then(|ours| Ok((ours, opened.size()?)));
-        let sizes = sizes.map_err(|source| OpenError::Host {
-            path: overlay.to_owned(),
-            source,
-        })?;
-        if sizes.0 != sizes.1 {
-            let why = format!("has {} bytes, and its base {}", sizes.1, sizes.0);
-            let path = overlay.to_owned();
-            return Err(ImageError::Format { path, why });
-        }
-        lock::take(&opened.lock.0, overlay, false, self.how.lock)?;
-        opened.how.is_incoming = false;
+        self.check_size(&opened)?;
+        opened.lock_opened()?;
         // The guest has read it.
         opened.geometry = self.geometry;
         Ok(opened)
+    }
+
+    /// Opens a new image, which has this one's content, for the user of this one: with the same access, and
+    /// with blocks of the size that the guest knows. The caller has its lock, until
+    /// [`Image::lock_opened`].
+    pub(super) fn open_successor(
+        &self,
+        new: &Path,
+        format: ImageFormat,
+        is_detected: bool,
+    ) -> Result<Self, ImageError> {
+        let mut opened = Self::open(Opening {
+            path: new.to_owned(),
+            format: Some(format),
+            is_detected,
+            backing_files: false,
+            data_files: false,
+            is_incoming: true,
+            ..self.how.clone()
+        })?;
+        self.check_size(&opened)?;
+        let (ours, needed) = (self.geometry.logical, opened.geometry.logical);
+        if needed > ours {
+            let path = new.to_owned();
+            let why = format!(
+                "needs blocks of {needed} bytes for direct I/O, and the guest uses blocks of {ours}"
+            );
+            return Err(ImageError::Format { path, why });
+        }
+        opened.geometry = Geometry {
+            // Of buffers, which only the host cares about.
+            align: opened.geometry.align,
+            ..self.geometry
+        };
+        Ok(opened)
+    }
+
+    /// Fails unless an image that takes the place of this one has its size.
+    fn check_size(&self, successor: &Self) -> Result<(), ImageError> {
+        let path = successor.how.path.clone();
+        let failed = |source| OpenError::Host {
+            path: path.clone(),
+            source,
+        };
+        let sizes = [
+            self.size().map_err(failed)?,
+            successor.size().map_err(failed)?,
+        ];
+        let [ours, theirs] = sizes;
+        if ours != theirs {
+            let why = format!("has {theirs} bytes, and the disk {ours}");
+            return Err(ImageError::Format { path, why });
+        }
+        Ok(())
+    }
+
+    /// Locks an image that was opened as one that another user still has.
+    pub(super) fn lock_opened(&mut self) -> Result<(), LockError> {
+        let how = &self.how;
+        lock::take(&self.lock.0, &how.path, self.readonly, how.lock)?;
+        self.how.is_incoming = false;
+        Ok(())
+    }
+
+    /// Notes that the file of the image was renamed.
+    pub(super) fn renamed(&mut self, path: &Path) {
+        path.clone_into(&mut self.how.path);
     }
 
     /// Locks the images below this overlay as `base` and those below it are locked, but only for reading.

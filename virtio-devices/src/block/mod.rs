@@ -11,6 +11,7 @@ mod create;
 mod format;
 mod geometry;
 mod image;
+mod mirror;
 mod overlay;
 mod qcow2;
 mod request;
@@ -144,13 +145,15 @@ impl Counters {
 
 /// State that the queues of a disk share.
 struct Shared {
-    /// Replaced only while the machine is paused: no queue runs.
+    /// Replaced only while no queue of the disk runs.
     image: RwLock<Arc<Image>>,
     /// The image below the overlay on which the disk continues, until it is certain that it does.
     base: Mutex<Option<Arc<Image>>>,
     gate: CopyGate,
     /// Empty where the image is not raw, or the host has no io_uring.
-    rings: Arc<Rings>,
+    rings: RwLock<Arc<Rings>>,
+    queues: u16,
+    queue_size: u16,
     /// Bytes that the guest sees.
     capacity: AtomicU64,
     /// Writes are done when the host has cached them; a flush makes them durable.
@@ -172,7 +175,16 @@ impl Shared {
     }
 
     fn set_image(&self, image: Arc<Image>) {
+        // The rings of a raw image wait while the disk is none.
+        if let (Kind::Raw(_), true) = (&image.kind, self.rings().is_empty()) {
+            let rings = rings(&image.kind, self.queues, self.queue_size);
+            *self.rings.write() = Arc::new(rings);
+        }
         *self.image.write() = image;
+    }
+
+    fn rings(&self) -> Arc<Rings> {
+        Arc::clone(&self.rings.read())
     }
 
     /// Reports that a request waits for the host: once, until the disk is started again.
@@ -185,11 +197,20 @@ impl Shared {
     }
 }
 
+/// The rings by which an image is served. Not for threads that serve guests.
+fn rings(kind: &Kind, queues: u16, entries: u16) -> Rings {
+    match kind {
+        Kind::Raw(_) => Rings::new(queues, entries).unwrap_or_else(|error| {
+            tracing::warn!(%error, "the host has no io_uring; disks are served by threads");
+            Rings::default()
+        }),
+        Kind::Qcow2(_) => Rings::default(),
+    }
+}
+
 /// A disk.
 pub struct Block {
     shared: Arc<Shared>,
-    queues: u16,
-    queue_size: u16,
     workers: Workers,
     flushes: bool,
     running: Vec<Option<Running<BlockTask>>>,
@@ -220,18 +241,14 @@ impl Block {
             source,
         })?;
         let queues = config.queues.clamp(1, MAX_QUEUES as u16);
-        let rings = match &image.kind {
-            Kind::Raw(_) => Rings::new(queues, config.queue_size).unwrap_or_else(|error| {
-                tracing::warn!(%error, "the host has no io_uring; disks are served by threads");
-                Rings::default()
-            }),
-            _ => Rings::default(),
-        };
+        let rings = rings(&image.kind, queues, config.queue_size);
         let shared = Arc::new(Shared {
             image: RwLock::new(Arc::new(image)),
             base: Mutex::default(),
             gate: CopyGate::open(),
-            rings: Arc::new(rings),
+            rings: RwLock::new(Arc::new(rings)),
+            queues,
+            queue_size: config.queue_size,
             capacity: AtomicU64::new(capacity),
             writeback: AtomicBool::new(true),
             serial: config.serial.clone(),
@@ -244,8 +261,6 @@ impl Block {
         });
         let device = Self {
             shared: Arc::clone(&shared),
-            queues,
-            queue_size: config.queue_size,
             workers,
             flushes: false,
             running: (0..queues).map(|_| None).collect(),
@@ -265,7 +280,7 @@ impl Block {
         put(0, &sectors.to_le_bytes());
         // seg_max: what fits in a queue beside header and status; size_max, so that a request of
         // that many is moved at once.
-        let segments = u32::from(self.queue_size.saturating_sub(2).clamp(1, 1022));
+        let segments = u32::from(self.shared.queue_size.saturating_sub(2).clamp(1, 1022));
         let most = MAX_PART as u32 / segments.next_power_of_two();
         put(8, &most.to_le_bytes());
         put(12, &segments.to_le_bytes());
@@ -281,7 +296,7 @@ impl Block {
             WRITEBACK_AT,
             &[self.shared.writeback.load(Ordering::Acquire).into()],
         );
-        put(34, &self.queues.to_le_bytes());
+        put(34, &self.shared.queues.to_le_bytes());
         put(36, &MAX_SEGMENT_SECTORS.to_le_bytes());
         put(40, &1_u32.to_le_bytes());
         // Blocks are given back by the largest logical ones, in sectors.
@@ -313,7 +328,7 @@ impl VirtioDevice for Block {
             VIRTIO_BLK_F_TOPOLOGY,
             VIRTIO_BLK_F_CONFIG_WCE,
         ];
-        if self.queues > 1 {
+        if self.shared.queues > 1 {
             bits.push(VIRTIO_BLK_F_MQ);
         }
         if self.shared.image().readonly {
@@ -328,7 +343,7 @@ impl VirtioDevice for Block {
     }
 
     fn queue_sizes(&self) -> Vec<u16> {
-        vec![self.queue_size; self.queues.into()]
+        vec![self.shared.queue_size; self.shared.queues.into()]
     }
 
     fn config_space(&self) -> Vec<u8> {
@@ -451,8 +466,8 @@ impl VirtioDevice for Block {
             )));
         }
         let mut kept = saved.kept;
-        check_kept(&kept, self.queues, self.queue_size).map_err(|why| from.refuse(why))?;
-        kept.resize(self.queues.into(), Vec::new());
+        check_kept(&kept, self.shared.queues, self.shared.queue_size).map_err(|why| from.refuse(why))?;
+        kept.resize(self.shared.queues.into(), Vec::new());
         self.kept = kept;
         self.shared
             .writeback

@@ -427,7 +427,7 @@ impl QueueTask for BlockTask {
         if let (None, Kind::Raw(file)) = (&self.uring, &self.image.kind) {
             let file = Arc::new(file.try_clone()?);
             let written = &self.image.written;
-            self.uring = Uring::new(&self.shared.rings, file, written, self.queue.size());
+            self.uring = Uring::new(&self.shared.rings(), file, written, self.queue.size());
         }
         if let Some(uring) = &self.uring {
             sources.watch(Arc::clone(uring.done()), URING, Interest::Read)?;

@@ -88,6 +88,11 @@ impl Rings {
         Ok(Self(Mutex::new(rings.collect::<Result<_, _>>()?)))
     }
 
+    /// Whether there is none that no queue uses.
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.lock().is_empty()
+    }
+
     fn take(&self) -> Option<Ring> {
         self.0.lock().pop()
     }

@@ -187,8 +187,9 @@ impl VirtioPci {
         self.function.id()
     }
 
-    /// Pauses the device: on return it has nothing in flight and reads no guest memory. The vCPUs are
-    /// parked, before and after.
+    /// Pauses the device: on return it has nothing in flight and reads no guest memory. The vCPUs may
+    /// run: the doorbells keep what the guest asks for, and an access to other registers waits until
+    /// the queues have stopped.
     pub fn pause(&self) {
         self.function.pause();
     }

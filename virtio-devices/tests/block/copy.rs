@@ -6,10 +6,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use virtio_devices::VirtioDevice;
-use virtio_devices::block::{CreatedImage, DiskContent, ImageFormat, LockMode};
+use virtio_devices::block::{BlockConfig, CreatedImage, DiskContent, ImageFormat, LockMode};
 use virtio_devices::testing::qemu_img;
 
-use crate::machine::{DISCARD, Machine, WRITE_ZEROES, config, machine, pattern};
+use crate::machine::{DISCARD, Machine, SYNC, WRITE_ZEROES, config, machine, pattern};
+use crate::overlay::{paused, writes};
+use crate::refused::refusal;
 
 const SIZE: u64 = 8 << 20;
 
@@ -135,4 +137,122 @@ fn copy_by_direct_io_has_all_that_its_guest_wrote() {
 #[test]
 fn copy_of_a_qcow2_disk_has_all_that_its_guest_wrote() {
     check("qcow2", &["-o", "cluster_size=4096"], false);
+}
+
+const FORMATS: [(&str, ImageFormat); 2] =
+    [("raw", ImageFormat::Raw), ("qcow2", ImageFormat::Qcow2)];
+
+/// A disk continues on one new image after the other, of each format, and the image that it leaves is
+/// whole and free.
+#[test]
+fn disk_continues_on_new_images() {
+    let [raw, qcow2] = FORMATS;
+    for (first, is_direct) in [(raw, false), (raw, true), (qcow2, false)] {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        let mut old = (at("disk"), first.0);
+        qemu_img(&["create", "-q", "-f", first.0, old.0.to_str().unwrap(), "8M"]);
+        let mut machine = machine(&BlockConfig {
+            direct: is_direct,
+            ..config(&old.0)
+        });
+        assert_eq!(machine.write(0, &pattern(1, 65536)), 0);
+        for (turn, (name, format)) in [qcow2, raw, raw, qcow2].into_iter().enumerate() {
+            let (part, new) = (at(&format!("{turn}.partial")), at(&format!("{turn}")));
+            let content = machine.handle.access().content().unwrap();
+            content.start().unwrap();
+            let made = CreatedImage::create(&part, format, SIZE, LockMode::ByteRange).unwrap();
+            copy(&content, &made);
+            let sector = 4096 + 8 * turn as u64;
+            assert_eq!(machine.write(sector, &pattern(turn as u8, 4096)), 0);
+            paused(&mut machine, |machine| {
+                copy(&content, &made);
+                machine.handle.switch_to(&made, &new, false).unwrap();
+            });
+            drop((content, made));
+            assert!(new.exists() && !part.exists());
+            assert_eq!(machine.handle.format(), format);
+            assert_eq!(machine.read(sector, 4096), (0, pattern(turn as u8, 4096)));
+            assert_eq!(machine.read(0, 65536), (0, pattern(1, 65536)));
+            // Written to the new image only.
+            assert_eq!(machine.write(12288, &pattern(turn as u8 + 9, 512)), 0);
+            assert_eq!(machine.request(SYNC, 0, 0, false), 0);
+            assert!(writes(&old.0, old.1), "the old image is free");
+            assert!(!writes(&new, name), "and the new one is locked");
+            assert!(refusal(&config(&new)).contains("is in use by"));
+            let flat = at("flat");
+            let (from, to) = (old.0.to_str().unwrap(), flat.to_str().unwrap());
+            qemu_img(&["convert", "-f", old.1, "-O", "raw", from, to]);
+            let before = std::fs::read(&flat).unwrap();
+            assert!(before[sector as usize * 512..][..4096] == pattern(turn as u8, 4096));
+            assert!(before[12288 * 512..][..512] != pattern(turn as u8 + 9, 512));
+            if old.1 == "qcow2" {
+                qemu_img(&["check", "-q", "-f", "qcow2", from]);
+            }
+            old = (new, name);
+        }
+        drop(machine);
+        assert!(writes(&old.0, old.1));
+        qemu_img(&["check", "-q", "-f", "qcow2", old.0.to_str().unwrap()]);
+    }
+}
+
+/// A switch that is refused leaves the disk as it was, and the name as it was.
+#[test]
+fn switch_that_is_refused_changes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    std::fs::write(at("disk"), pattern(1, SIZE as usize)).unwrap();
+    let mut machine = machine(&config(&at("disk")));
+    let create = |name: &str, size| {
+        CreatedImage::create(&at(name), ImageFormat::Raw, size, LockMode::ByteRange).unwrap()
+    };
+    let [other_size, taken] = [create("small", SIZE - 512), create("partial", SIZE)];
+    std::fs::write(at("there"), "mine").unwrap();
+    paused(&mut machine, |machine| {
+        let refused = |made: &CreatedImage, name: &str| {
+            let refused = machine.handle.switch_to(made, &at(name), false);
+            refused.unwrap_err().to_string()
+        };
+        let error = refused(&other_size, "new");
+        assert!(error.ends_with("has 8388096 bytes, and the disk 8388608"), "{error}");
+        let error = refused(&taken, "there");
+        assert!(error.contains("exists"), "{error}");
+    });
+    assert!(!at("new").exists());
+    assert_eq!(std::fs::read(at("there")).unwrap(), b"mine");
+    assert_eq!(machine.write(0, &pattern(7, 512)), 0);
+    assert!(std::fs::read(at("disk")).unwrap()[..512] == pattern(7, 512));
+    assert!(!writes(&at("disk"), "raw"), "the lock stays");
+}
+
+/// A disk that the guest cannot write is one on its new image, too.
+#[test]
+fn readonly_disk_stays_readonly() {
+    for (name, format) in FORMATS {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, new) = (dir.path().join("disk"), dir.path().join("new"));
+        std::fs::write(&path, pattern(1, SIZE as usize)).unwrap();
+        let mut machine = machine(&BlockConfig {
+            readonly: true,
+            ..config(&path)
+        });
+        let content = machine.handle.access().content().unwrap();
+        content.start().unwrap();
+        let part = dir.path().join("part");
+        let made = CreatedImage::create(&part, format, SIZE, LockMode::ByteRange).unwrap();
+        copy(&content, &made);
+        paused(&mut machine, |machine| {
+            machine.handle.switch_to(&made, &new, false).unwrap();
+        });
+        assert_eq!(machine.read(0, 4096), (0, pattern(1, 4096)));
+        assert_ne!(machine.write(0, &pattern(7, 512)), 0);
+        // Other readers are welcome, and those who write are not.
+        drop(super::machine::machine(&BlockConfig {
+            readonly: true,
+            format: Some(format),
+            ..config(&new)
+        }));
+        assert!(!writes(&new, name));
+    }
 }

@@ -14,7 +14,7 @@ use crate::refused::refusal;
 const OLD: [u8; 4096] = [0x55; 4096];
 const NEW: [u8; 4096] = [0x66; 4096];
 
-fn writes(image: &Path, format: &str) -> bool {
+pub(crate) fn writes(image: &Path, format: &str) -> bool {
     let mut qemu_io = Command::new("qemu-io");
     qemu_io.args(["-f", format, "-c", "write 0 512"]).arg(image);
     let run = qemu_io.stdout(Stdio::null()).stderr(Stdio::null()).status();
@@ -29,7 +29,7 @@ fn planned(machine: &Machine, suffix: &str) -> PathBuf {
 }
 
 /// Stops the queue, does something to the disk, and starts the queue again.
-fn paused<T>(machine: &mut Machine, act: impl FnOnce(&Machine) -> T) -> T {
+pub(crate) fn paused<T>(machine: &mut Machine, act: impl FnOnce(&Machine) -> T) -> T {
     let state = machine.device.stop_queue(0).unwrap();
     let done = act(machine);
     let queue = machine.queue.device_side(&machine.transport, state);
