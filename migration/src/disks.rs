@@ -21,7 +21,7 @@ use memory::{DirtyBitmap, PAGE_SIZE};
 
 use crate::MigrationError;
 use crate::message::{BlockInfo, Refusal};
-use crate::pages::{Block, Decoded, PAGE, Run};
+use crate::pages::{Block, Decoded, PAGE, Run, Sorted};
 
 /// The version of the protocol that first copied disks.
 pub(crate) const VERSION: u32 = 3;
@@ -195,7 +195,7 @@ impl IncomingDisk {
 
     fn failed(&self, error: &io::Error) -> Refusal {
         let why = format!(
-            "cannot write the disk {} at the destination: {error}",
+            "cannot write the new image of the disk {}: {error}",
             self.disk.name
         );
         let code = match error.kind() {
@@ -205,11 +205,32 @@ impl IncomingDisk {
         Refusal::new(code, why)
     }
 
-    /// Writes pages, which are within the disk.
+    /// Writes pages that came, which are within the disk.
     pub(crate) fn apply(&self, came: &Decoded<'_>) -> Result<(), Refusal> {
-        let is_data = !came.data.is_empty();
-        let mut data = came.data;
-        for &(first, pages) in &came.runs {
+        self.write_runs(came.runs.iter().copied(), came.data)
+    }
+
+    /// Writes pages of a batch, which are within the disk.
+    pub(crate) fn write(&self, batch: Sorted<'_>) -> Result<(), Refusal> {
+        // Within the disk, whose pages have a bit each.
+        let runs = |runs: &[Run]| -> Vec<(usize, usize)> {
+            let run = |run: &Run| (run.first as usize, run.pages as usize);
+            runs.iter().map(run).collect()
+        };
+        if !batch.full.is_empty() {
+            self.write_runs(runs(batch.full).into_iter(), batch.data)?;
+        }
+        self.write_runs(runs(batch.zeros).into_iter(), &[])
+    }
+
+    /// Writes runs of pages, whose content is `data`, or which are zeros if that is empty.
+    fn write_runs(
+        &self,
+        runs: impl Iterator<Item = (usize, usize)>,
+        mut data: &[u8],
+    ) -> Result<(), Refusal> {
+        let is_data = !data.is_empty();
+        for (first, pages) in runs {
             let offset = first as u64 * PAGE_SIZE;
             let written = if is_data {
                 let (here, rest) = data.split_at_checked(pages * PAGE).unwrap_or((data, &[]));

@@ -40,10 +40,17 @@ pub(crate) struct Run {
 /// A batch that is being put together: pages with something in them, and pages of zeros.
 #[derive(Default)]
 pub(crate) struct Batch {
-    block: u32,
     full: Vec<Run>,
     data: Vec<u8>,
     zeros: Vec<Run>,
+}
+
+/// A batch in two parts: pages with something in them, with their content, and pages of zeros.
+#[derive(Clone, Copy)]
+pub(crate) struct Sorted<'a> {
+    pub(crate) full: &'a [Run],
+    pub(crate) data: &'a [u8],
+    pub(crate) zeros: &'a [Run],
 }
 
 /// Frames' bodies of a batch.
@@ -55,7 +62,7 @@ pub(crate) struct Encoded<'a> {
 }
 
 impl Batch {
-    /// Takes a run of pages, [`BATCH`] at most, as `read` finds them.
+    /// Takes a run of pages, [`BATCH`] at most, as `read` finds them, and encodes it.
     ///
     /// # Errors
     /// Those of `read`.
@@ -64,7 +71,25 @@ impl Batch {
         run: Run,
         read: impl FnOnce(&mut [u8]) -> Result<(), E>,
     ) -> Result<Encoded<'_>, E> {
-        self.block = run.block;
+        let Sorted { full, data, zeros } = self.sort(run, read)?;
+        let count = |runs: &[Run]| runs.iter().map(|run| u64::from(run.pages)).sum();
+        Ok(Encoded {
+            full_pages: count(full),
+            zero_pages: count(zeros),
+            pages: (!full.is_empty()).then(|| (head(run.block, full), data)),
+            zeros: (!zeros.is_empty()).then(|| head(run.block, zeros)),
+        })
+    }
+
+    /// Takes a run of pages, [`BATCH`] at most, as `read` finds them.
+    ///
+    /// # Errors
+    /// Those of `read`.
+    pub(crate) fn sort<E>(
+        &mut self,
+        run: Run,
+        read: impl FnOnce(&mut [u8]) -> Result<(), E>,
+    ) -> Result<Sorted<'_>, E> {
         self.full.clear();
         self.zeros.clear();
         self.data.clear();
@@ -90,12 +115,10 @@ impl Batch {
             }
         }
         self.data.truncate(kept);
-        let count = |runs: &[Run]| runs.iter().map(|run| u64::from(run.pages)).sum();
-        Ok(Encoded {
-            full_pages: count(&self.full),
-            zero_pages: count(&self.zeros),
-            pages: (!self.full.is_empty()).then(|| (head(self.block, &self.full), &self.data[..])),
-            zeros: (!self.zeros.is_empty()).then(|| head(self.block, &self.zeros)),
+        Ok(Sorted {
+            full: &self.full,
+            data: &self.data,
+            zeros: &self.zeros,
         })
     }
 }

@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
 
+#[path = "disks/mirrors.rs"]
+mod mirrors;
 mod pair;
 
 use std::fs::File;

@@ -61,7 +61,10 @@ const CHUNK: usize = 256;
 const ZEROS: u64 = 0;
 
 /// Writes the end of a snapshot or restore into its report.
-fn conclude(progress: &Progress, ended: Result<(), MigrationError>) -> Result<(), Refusal> {
+pub(crate) fn conclude(
+    progress: &Progress,
+    ended: Result<(), MigrationError>,
+) -> Result<(), Refusal> {
     let Err(error) = ended else {
         progress.enter(Phase::Completed);
         return Ok(());

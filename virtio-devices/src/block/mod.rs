@@ -466,7 +466,8 @@ impl VirtioDevice for Block {
             )));
         }
         let mut kept = saved.kept;
-        check_kept(&kept, self.shared.queues, self.shared.queue_size).map_err(|why| from.refuse(why))?;
+        check_kept(&kept, self.shared.queues, self.shared.queue_size)
+            .map_err(|why| from.refuse(why))?;
         kept.resize(self.shared.queues.into(), Vec::new());
         self.kept = kept;
         self.shared

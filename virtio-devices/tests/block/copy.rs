@@ -215,7 +215,10 @@ fn switch_that_is_refused_changes_nothing() {
             refused.unwrap_err().to_string()
         };
         let error = refused(&other_size, "new");
-        assert!(error.ends_with("has 8388096 bytes, and the disk 8388608"), "{error}");
+        assert!(
+            error.ends_with("has 8388096 bytes, and the disk 8388608"),
+            "{error}"
+        );
         let error = refused(&taken, "there");
         assert!(error.contains("exists"), "{error}");
     });
