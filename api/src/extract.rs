@@ -150,6 +150,21 @@ impl<S: Send + Sync> FromRequestParts<S> for Named {
     }
 }
 
+/// The VM and its disk that a path names.
+pub(crate) struct NamedDisk(pub(crate) VmId, pub(crate) String);
+
+impl<S: Send + Sync> FromRequestParts<S> for NamedDisk {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let no_such_vm = |name: &str| RequestError::no_such_vm(&excerpt(name));
+        let named = Path::<(String, String)>::from_request_parts(parts, state).await;
+        let Path((vm, disk)) = named.map_err(|_| no_such_vm(parts.uri.path()))?;
+        let vm = vm.parse().map_err(|_| no_such_vm(&vm))?;
+        Ok(Self(vm, excerpt(&disk)))
+    }
+}
+
 /// The name that a path gives to a VM that may not exist yet.
 pub(crate) struct NewName(pub(crate) VmId);
 

@@ -1,4 +1,4 @@
-//! Snapshots, VMs made from them, and core dumps.
+//! Snapshots, VMs made from them, core dumps, and mirrors of disks.
 //!
 //! Each is shown as a migration whose other end is a folder or file: with progress, and to be canceled.
 
@@ -9,10 +9,11 @@ use axum::response::Response;
 use control::{Migration, RequestError, SnapshotOf};
 use http::StatusCode;
 use spec::{
-    ForkVm, MergeSnapshots, MigrationInfo, RestoreConfig, VmCoredumpData, VmId, VmSnapshotConfig,
+    ForkVm, MergeSnapshots, MigrationInfo, MirrorDisk, RestoreConfig, VmCoredumpData, VmId,
+    VmSnapshotConfig,
 };
 
-use crate::extract::{Json, Named};
+use crate::extract::{Json, Named, NamedDisk};
 use crate::migrations::{begin, created, created_with_socket, wait};
 use crate::one_vm::OneVm;
 use crate::problem::ApiError;
@@ -30,6 +31,7 @@ pub(crate) fn routes() -> Routes<Service> {
         .routes(routes!(snapshot))
         .routes(routes!(merge))
         .routes(routes!(core_dump))
+        .routes(routes!(mirror))
         .routes(routes!(restore))
         .routes(routes!(fork))
 }
@@ -112,6 +114,36 @@ async fn core_dump(
     let registry = service.registry.clone();
     let dump = move || registry.core_dump(id.as_str(), &body);
     let begun = begin(dump, ApiError::from).await?;
+    Ok(created(begun.info()))
+}
+
+/// Start to copy a disk of a VM into a new image, on which the disk then continues.
+///
+/// The guest runs and writes meanwhile. When what it writes fits into `max_downtime_ms`, the disk's requests
+/// wait for the last blocks, and the disk continues on the new image, whose path the VM's configuration has
+/// from then on: the migration that the answer shows is `Completed`. The old image is closed and stays.
+/// Deleting that migration before the switch cancels the mirror: the disk stays as it is, and the new image
+/// is removed. A reboot or the end of the guest does the same.
+#[utoipa::path(
+    post, path = "/api/v1/vms/{id}/disks/{disk}/mirror", operation_id = "mirrorDisk", tag = MIGRATIONS, request_body = MirrorDisk,
+    params(
+        ("id" = VmId, Path, description = "The VM's name."),
+        ("disk" = String, Path, description = "The disk's id."),
+    ),
+    responses(
+        (status = 201, description = "It has begun.", body = MigrationInfo,
+         headers(("Location" = String, description = "Its path."))),
+        NotUnderstood, NoSuchVm, TooSlow, WrongState, TooLong, NotJson, NotPossible, Failed, Unsupported,
+    ),
+)]
+async fn mirror(
+    State(service): State<Service>,
+    NamedDisk(id, disk): NamedDisk,
+    Json(body): Json<MirrorDisk>,
+) -> Result<Response, ApiError> {
+    let registry = service.registry.clone();
+    let mirror = move || registry.mirror_disk(id.as_str(), &disk, &body);
+    let begun = begin(mirror, ApiError::from).await?;
     Ok(created(begun.info()))
 }
 

@@ -20,7 +20,7 @@ use http::Request;
 use serde_json::json;
 use spec::{
     AwaitMigration, ForkVm, HostLimits, MergeSnapshots, MigrationInfo, MigrationOutcome,
-    RestoreConfig, StartMigration, VmConfig, VmCoredumpData, VmId, VmSnapshotConfig,
+    MirrorDisk, RestoreConfig, StartMigration, VmConfig, VmCoredumpData, VmId, VmSnapshotConfig,
     VmmPingResponse,
 };
 use tokio::sync::watch;
@@ -154,6 +154,16 @@ impl Migrate for Engine {
         let dump = self.start(vm.id(), &what.destination_url);
         self.last().unwrap().end("completed");
         Ok(dump)
+    }
+
+    fn mirror(
+        &self,
+        vm: &VmHandle,
+        disk: &str,
+        what: &MirrorDisk,
+    ) -> Result<Arc<dyn Migration>, RequestError> {
+        assert_eq!(disk, "data");
+        Ok(self.start(vm.id(), &what.path))
     }
 
     fn restore(

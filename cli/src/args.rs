@@ -176,6 +176,20 @@ pub(crate) enum Command {
         #[arg(long, value_name = "SIZE", value_parser = size)]
         size: u64,
     },
+    /// Copy a disk of the VM into a new image while the guest runs, and have the disk continue there; wait until it
+    /// does. Ctrl-C cancels. Needs --vm.
+    MirrorDisk {
+        /// The disk.
+        #[arg(value_name = "ID")]
+        disk: String,
+        /// The new image, at whose path nothing may be: path=PATH,format=raw|qcow2,max_bandwidth=SIZE,
+        /// max_downtime_ms=MS,deadline_s=S. [default: the format of the disk's image, no limit, 300 ms, 3600 s]
+        #[arg(long, value_name = "KEY=VALUE,...")]
+        to: String,
+        /// Start the mirror, print its name, and do not wait.
+        #[arg(long)]
+        detach: bool,
+    },
     /// Resize a memory zone.
     ResizeZone {
         /// The zone.
@@ -410,6 +424,7 @@ mod tests {
             "--api-socket /s resize-disk --disk d --size 10G",
             "--api-socket /s add-disk path=/a,readonly=on",
             "--api-socket /s send-migration --local unix:/m",
+            "--vm a mirror-disk data --to path=/new,format=qcow2",
             "create /f --api-socket /s",
             "--tcp 127.0.0.1:8080 --token-file /t ping",
             "ping --tcp [::1]:8080",

@@ -353,14 +353,14 @@ fn draw_as(bar: &ProgressBar, is_sized: bool) {
 }
 
 fn show(bar: &ProgressBar, info: &MigrationInfo) {
-    if info.memory_bytes == 0 {
+    let total = info.memory_bytes.saturating_add(info.disk_bytes);
+    if total == 0 {
         bar.set_prefix(info.phase.to_string());
         bar.set_message(format!("at {}", info.endpoint));
         return;
     }
     draw_as(bar, true);
     let left = info.remaining_pages.saturating_mul(spec::limits::PAGE);
-    let total = info.memory_bytes.saturating_add(info.disk_bytes);
     bar.set_length(total.max(1));
     bar.set_position(total.saturating_sub(left.saturating_add(info.disk_remaining_bytes)));
     bar.set_prefix(info.phase.to_string());
@@ -414,6 +414,10 @@ fn ms(us: u64) -> String {
 /// Describes the result for a person.
 pub(crate) fn summary(info: &MigrationInfo) -> String {
     let vm = info.vm.as_ref().map_or("a VM", VmId::as_str);
+    let vm = match &info.disk {
+        Some(disk) => format!("disk {disk} of {vm}"),
+        None => vm.to_owned(),
+    };
     let how = match info.side {
         MigrationSide::Source => format!("{vm} to {}", info.endpoint),
         MigrationSide::Destination => format!("{vm} at {}", info.endpoint),
@@ -421,18 +425,24 @@ pub(crate) fn summary(info: &MigrationInfo) -> String {
     let mut lines = vec![format!("{}: {how}", info.phase)];
     let mut line = |name: &str, value: String| lines.push(format!("  {name:<12} {value}"));
     line("took", ms(info.elapsed_us));
-    line(
-        "memory",
-        format!(
-            "{} MiB; {} pages and {} zero pages sent in {} rounds over {} connections: {} MiB",
-            info.memory_bytes >> 20,
-            info.pages,
-            info.zero_pages,
-            info.rounds,
-            info.connections,
-            info.sent_bytes >> 20,
-        ),
-    );
+    let sent = info.sent_bytes >> 20;
+    if info.disk.is_some() {
+        line("written", format!("{sent} MiB in {} rounds", info.rounds));
+    }
+    if info.memory_bytes > 0 {
+        line(
+            "memory",
+            format!(
+                "{} MiB; {} pages and {} zero pages sent in {} rounds over {} connections: {} MiB",
+                info.memory_bytes >> 20,
+                info.pages,
+                info.zero_pages,
+                info.rounds,
+                info.connections,
+                sent,
+            ),
+        );
+    }
     if info.disk_bytes > 0 {
         let copied = info.disk_bytes.saturating_sub(info.disk_remaining_bytes);
         let (copied, all) = (copied >> 20, info.disk_bytes >> 20);
@@ -461,6 +471,18 @@ pub(crate) fn summary(info: &MigrationInfo) -> String {
                 ms(stop.pause_us),
                 ms(stop.save_us),
                 ms(stop.protect_us),
+            ),
+        );
+    } else if let (Some(stop), Some(_)) = (&info.downtime, &info.disk) {
+        line(
+            "stop",
+            format!(
+                "of the disk {}: pause {}, last {} blocks {}, switch {}",
+                ms(stop.total_us),
+                ms(stop.pause_us),
+                stop.pages,
+                ms(stop.transfer_us),
+                ms(stop.hand_over_us),
             ),
         );
     } else if let Some(stop) = info.downtime {

@@ -7,9 +7,10 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use openapi::{Client, News};
 use spec::{
-    CreateVm, ForkVm, MergeSnapshots, PciDeviceInfo, ReceiveMigrationData, ResolveMigration,
-    RestoreConfig, SendMigrationData, SnapshotDisks, VmAddUserDevice, VmConfig, VmCoredumpData,
-    VmId, VmRemoveDevice, VmResize, VmResizeDisk, VmResizeZone, VmSnapshotConfig, options,
+    CreateVm, ForkVm, MergeSnapshots, MirrorDisk, PciDeviceInfo, ReceiveMigrationData,
+    ResolveMigration, RestoreConfig, SendMigrationData, SnapshotDisks, VmAddUserDevice, VmConfig,
+    VmCoredumpData, VmId, VmRemoveDevice, VmResize, VmResizeDisk, VmResizeZone, VmSnapshotConfig,
+    options,
 };
 
 use crate::args::{Arguments, Command, ResizeArguments, SnapshotCommand};
@@ -126,6 +127,7 @@ impl Remote {
                 };
                 on_vm!(self, vms_resize_disk, vm_resize_disk, &body)
             }
+            Command::MirrorDisk { disk, to, detach } => self.mirror(&disk, &to, detach).await,
             Command::AddDisk { options } => {
                 let body = options::DISK.read(&options)?;
                 self.added(on_vm!(self, vms_add_disk, vm_add_disk, &body)?)
@@ -268,6 +270,21 @@ impl Remote {
             destination_url: url(&destination_url),
         };
         let begun = self.client.snapshots_merge(&body).await?;
+        migrate::follow(&self.client, begun, self.printer).await
+    }
+
+    async fn mirror(&self, disk: &str, to: &str, detach: bool) -> Result<()> {
+        let Some(vm) = &self.vm else {
+            bail!("mirror-disk needs --vm ID, on a service's socket");
+        };
+        if let Some(problem) = spec::check_device_name("", disk) {
+            bail!("{}", problem.detail);
+        }
+        let body: MirrorDisk = options::MIRROR.read(&with_key("path", to))?;
+        let begun = self.client.vms_mirror_disk(vm, disk, &body).await?;
+        if detach {
+            return self.printer.show(&begun, |info| info.id.clone());
+        }
         migrate::follow(&self.client, begun, self.printer).await
     }
 

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use spec::{
-    AwaitMigration, ForkVm, MergeSnapshots, MigrationInfo, MigrationOutcome, RestoreConfig,
-    StartMigration, VmCoredumpData, VmId, VmSnapshotConfig,
+    AwaitMigration, ForkVm, MergeSnapshots, MigrationInfo, MigrationOutcome, MirrorDisk,
+    RestoreConfig, StartMigration, VmCoredumpData, VmId, VmSnapshotConfig,
 };
 use tokio::sync::watch;
 
@@ -128,6 +128,17 @@ pub trait Migrate: Send + Sync {
         &self,
         vm: &VmHandle,
         what: &VmCoredumpData,
+    ) -> Result<Arc<dyn Migration>, RequestError>;
+
+    /// Starts to copy a disk of a VM into a new image, on which the disk then continues.
+    ///
+    /// # Errors
+    /// The request is not valid, the VM has no such disk or no guest, or the disk is in use otherwise.
+    fn mirror(
+        &self,
+        vm: &VmHandle,
+        disk: &str,
+        what: &MirrorDisk,
     ) -> Result<Arc<dyn Migration>, RequestError>;
 
     /// Starts to make a VM from a snapshot.

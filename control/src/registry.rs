@@ -7,7 +7,8 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use spec::{
     AwaitMigration, CpuCheck, CpuDescription, ForkVm, HostCpu, HostLimits, MergeSnapshots,
-    MigrationSide, RestoreConfig, StartMigration, VmConfig, VmCoredumpData, VmId, VmSnapshotConfig,
+    MigrationSide, MirrorDisk, RestoreConfig, StartMigration, VmConfig, VmCoredumpData, VmId,
+    VmSnapshotConfig,
 };
 use tokio::sync::watch;
 
@@ -228,6 +229,20 @@ impl Registry {
     ) -> Result<Arc<dyn Migration>, RequestError> {
         let dump = self.mover()?.core_dump(&self.get(id)?, what)?;
         Ok(self.0.migrations.add(dump))
+    }
+
+    /// Starts to copy a disk of a VM into a new image, on which the disk then continues.
+    ///
+    /// # Errors
+    /// There is no VM of this name, or disk of it, or guest, or the request is not valid.
+    pub fn mirror_disk(
+        &self,
+        id: &str,
+        disk: &str,
+        what: &MirrorDisk,
+    ) -> Result<Arc<dyn Migration>, RequestError> {
+        let mirror = self.mover()?.mirror(&self.get(id)?, disk, what)?;
+        Ok(self.0.migrations.add(mirror))
     }
 
     /// Starts to make a VM from a snapshot.

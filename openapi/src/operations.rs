@@ -3,9 +3,9 @@
 use spec::{
     AwaitMigration, CpuCheck, CpuDescription, CreateVm, DeviceConfig, DiskConfig, ForkVm, FsConfig,
     GenericVhostUserConfig, HostCpu, MemoryMap, MergeSnapshots, MigrationInfo, MigrationProgress,
-    NetConfig, PciDeviceInfo, PmemConfig, ReceiveMigrationData, ResolveMigration, RestoreConfig,
-    SendMigrationData, StartMigration, VdpaConfig, VmAddUserDevice, VmConfig, VmCoredumpData,
-    VmCounters, VmId, VmInfo, VmRemoveDevice, VmResize, VmResizeDisk, VmResizeZone,
+    MirrorDisk, NetConfig, PciDeviceInfo, PmemConfig, ReceiveMigrationData, ResolveMigration,
+    RestoreConfig, SendMigrationData, StartMigration, VdpaConfig, VmAddUserDevice, VmConfig,
+    VmCoredumpData, VmCounters, VmId, VmInfo, VmRemoveDevice, VmResize, VmResizeDisk, VmResizeZone,
     VmSnapshotConfig, VmSummary, VmmPingResponse, VsockConfig,
 };
 
@@ -19,7 +19,7 @@ pub struct Operation {
     pub id: &'static str,
     /// Its method.
     pub method: &'static str,
-    /// Its path, with `{id}` for a VM's name.
+    /// Its path, with `{id}` for a VM's name and `{disk}` for a disk's id.
     pub path: &'static str,
     /// The method of [`Client`] that calls it.
     pub client_method: &'static str,
@@ -50,12 +50,12 @@ const METRICS: Operation = Operation {
     client_method: "metrics",
 };
 
-/// One line an operation: the client's method, with the VM's name in parentheses and the body in brackets where
-/// there are such; method, path and name of the operation; what comes back.
+/// One line an operation: the client's method, with the names of VM and disk in parentheses and the body in
+/// brackets where there are such; method, path and name of the operation; what comes back.
 macro_rules! operations {
     ($(
         $(#[$doc:meta])*
-        $name:ident $(($id:ident))? $([$body:ty])? : $method:ident $path:literal $operation:literal $(-> $reply:ty)?;
+        $name:ident $(($id:ident $(, $disk:ident)?))? $([$body:ty])? : $method:ident $path:literal $operation:literal $(-> $reply:ty)?;
     )*) => {
         impl Client {
             $(
@@ -65,7 +65,7 @@ macro_rules! operations {
                 /// When there is no service, it refuses, or its answer is not understood.
                 pub async fn $name(
                     &self,
-                    $($id: &VmId,)?
+                    $($id: &VmId, $($disk: &str,)?)?
                     $(body: &$body,)?
                 ) -> Result<operations!(@reply $($reply)?), ClientError> {
                     const OPERATION: Operation = Operation {
@@ -75,8 +75,11 @@ macro_rules! operations {
                         client_method: stringify!($name),
                     };
                     let target = OPERATION.path.to_owned();
-                    // A VM's name is made of characters that a path may hold.
-                    $(let target = target.replace("{id}", $id.as_str());)?
+                    // The names of VMs and disks are made of characters that a path may hold.
+                    $(
+                        let target = target.replace("{id}", $id.as_str());
+                        $(let target = target.replace("{disk}", $disk);)?
+                    )?
                     let json = None;
                     $(let json = json.or(Some(serde_json::to_vec::<$body>(body)));)?
                     self.call(&OPERATION, target, json).await
@@ -162,6 +165,8 @@ operations! {
     snapshots_merge[MergeSnapshots]: POST "/api/v1/snapshots/merge" "mergeSnapshots" -> MigrationInfo;
     /// Starts to write a core dump of a paused VM.
     vms_core_dump(id)[VmCoredumpData]: POST "/api/v1/vms/{id}/core-dumps" "dumpVm" -> MigrationInfo;
+    /// Starts to copy a disk of a VM into a new image, on which the disk then continues.
+    vms_mirror_disk(id, disk)[MirrorDisk]: POST "/api/v1/vms/{id}/disks/{disk}/mirror" "mirrorDisk" -> MigrationInfo;
     /// Starts to make a VM of this name from a snapshot.
     vms_restore(id)[RestoreConfig]: POST "/api/v1/vms/{id}/restore" "restoreVm" -> MigrationInfo;
     /// Starts to make VMs from a paused VM.

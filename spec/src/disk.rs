@@ -60,6 +60,62 @@ fn is_false(value: &bool) -> bool {
     !value
 }
 
+/// The format of an image that is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum NewImageFormat {
+    /// The disk's bytes, one after the other. The file is sparse.
+    Raw,
+    /// QEMU's copy-on-write format.
+    Qcow2,
+}
+
+fn default_max_downtime_ms() -> u64 {
+    300
+}
+
+fn default_deadline_s() -> u64 {
+    3600
+}
+
+/// A mirror of a disk to begin.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MirrorDisk {
+    /// Absolute path of the new image on the service's host. Nothing may be there, nor at this path with
+    /// `.partial` added, which is the name of the image until the disk continues on it.
+    pub path: String,
+    /// Format of the new image; that of the disk's image when absent. The new image builds on no other.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<NewImageFormat>,
+    /// Bandwidth limit in bytes per second; unlimited when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1)]
+    pub max_bandwidth: Option<u64>,
+    /// How long the requests of the disk may wait for the switch, in milliseconds. The guest runs meanwhile.
+    #[serde(default = "default_max_downtime_ms")]
+    #[schema(minimum = 1)]
+    pub max_downtime_ms: u64,
+    /// Time limit in seconds, until which the guest must write slowly enough for the switch.
+    #[serde(default = "default_deadline_s")]
+    #[schema(minimum = 1)]
+    pub deadline_s: u64,
+}
+
+impl MirrorDisk {
+    /// A mirror at `path`, with default values for all other fields.
+    #[must_use]
+    pub fn at(path: impl Into<String>) -> Self {
+        Self {
+            path: path.into(),
+            format: None,
+            max_bandwidth: None,
+            max_downtime_ms: default_max_downtime_ms(),
+            deadline_s: default_deadline_s(),
+        }
+    }
+}
+
 fn disk_queue_size() -> u16 {
     128
 }

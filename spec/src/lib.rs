@@ -53,7 +53,9 @@ pub use device::{
     RngConfig, RtcConfig, TpmConfig, UserDeviceConfig, VdpaConfig, VsockConfig,
 };
 pub use devices::{HostIp, parse_mac};
-pub use disk::{DiskConfig, ImageType, LockGranularity, OnError, VirtQueueAffinity};
+pub use disk::{
+    DiskConfig, ImageType, LockGranularity, MirrorDisk, NewImageFormat, OnError, VirtQueueAffinity,
+};
 pub use host::{CpuCheck, CpuDescription, CpuidLeaf, HostCpu, ProfileFit};
 pub use memory::{HotplugMethod, MemoryConfig, MemoryZoneConfig};
 pub use migration::{

@@ -362,7 +362,10 @@ pub struct MigrationInfo {
     /// The VM; absent at a destination that has not received an offer yet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vm: Option<VmId>,
-    /// Address of the destination's listener.
+    /// The disk, of a mirror of one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<String>,
+    /// Address of the destination's listener; `file://PATH` of a snapshot, core dump or mirror.
     pub endpoint: String,
     /// Start time, in milliseconds since 1970.
     pub started_ms: u64,
@@ -454,7 +457,7 @@ pub struct MigrationRound {
 }
 
 impl MigrationInfo {
-    /// Whether a guest moves between services. Otherwise the other end is the folder of a snapshot.
+    /// Whether a guest moves between services. Otherwise the other end is a file or folder of this host.
     #[must_use]
     pub fn is_between_services(&self) -> bool {
         !self.endpoint.starts_with("file:")

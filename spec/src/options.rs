@@ -12,7 +12,7 @@ use serde_json::{Map, Value, json};
 
 pub use self::consoles::{console, debug_console, serial};
 pub use self::kinds::{
-    BALLOON, DEVICE, DISK, FS, NET, PCI_SEGMENT, PLATFORM, PMEM, RATE_LIMIT_GROUP,
+    BALLOON, DEVICE, DISK, FS, MIRROR, NET, PCI_SEGMENT, PLATFORM, PMEM, RATE_LIMIT_GROUP,
     RECEIVE_MIGRATION, RESTORE, RNG, SEND_MIGRATION, TPM, USER_DEVICE, VDPA, VSOCK,
 };
 use crate::cpus::CpusConfig;

@@ -112,7 +112,7 @@ pub struct Event {
     pub vm: VmId,
     /// The event: `created`, `booted`, `rebooted`, `paused`, `resumed`, `shutdown`, `failed`, `deleted`;
     /// of devices `device-added`, `device-removal-requested`, `device-removed`, `device-needs-reset`,
-    /// `disk-error`; of the guest's kernel `guest-panic`, `watchdog-expired`; of resizes
+    /// `disk-error`, `disk-mirroring`, `disk-mirrored`, `disk-mirror-failed`; of the guest's kernel `guest-panic`, `watchdog-expired`; of resizes
     /// `resize-requested`, `resized`, `resize-failed`; of migrations `migrating`, `migrated`,
     /// `migration-failed` (source), `awaited`, `arrived`, `arrival-failed` (destination); of snapshots `snapshotting`, `snapshotted`,
     /// `snapshot-failed`, `restoring`, `restored`, `restore-failed`; of core dumps `core-dumping`,

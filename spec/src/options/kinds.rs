@@ -233,6 +233,19 @@ pub const RESTORE: OptionKind = OptionKind {
     also: &[],
 };
 
+/// `mirror-disk`: the new image.
+pub const MIRROR: OptionKind = OptionKind {
+    name: "--to",
+    keys: &[
+        ("path", "path", Form::Text),
+        ("format", "format", Form::Text),
+        ("max_bandwidth", "max_bandwidth", Form::Size),
+        ("max_downtime_ms", "max_downtime_ms", Form::Number),
+        ("deadline_s", "deadline_s", Form::Number),
+    ],
+    also: &[],
+};
+
 /// `send-migration`: the destination.
 pub const SEND_MIGRATION: OptionKind = OptionKind {
     name: "send-migration",

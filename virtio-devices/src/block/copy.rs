@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 
 use imago::Mapping;
 use memory::DirtyBitmap;
@@ -259,6 +259,8 @@ impl Image {
 /// A new image of zeros, locked until [`CreatedImage::release`].
 pub struct CreatedImage {
     path: PathBuf,
+    /// The name that it got when a disk continued on it.
+    renamed: OnceLock<PathBuf>,
     image: Image,
 }
 
@@ -289,6 +291,7 @@ impl CreatedImage {
         match opened {
             Ok(image) => Ok(Self {
                 path: path.to_owned(),
+                renamed: OnceLock::new(),
                 image,
             }),
             Err(error) => {
@@ -301,7 +304,12 @@ impl CreatedImage {
     /// The path of the image.
     #[must_use]
     pub fn path(&self) -> &Path {
-        &self.path
+        self.renamed.get().unwrap_or(&self.path)
+    }
+
+    /// Notes that its file has another name.
+    pub(super) fn renamed(&self, path: &Path) {
+        self.renamed.get_or_init(|| path.to_owned());
     }
 
     /// The format of the image.

@@ -55,6 +55,7 @@ impl BlockHandle {
         image.lock_opened()?;
         rename(new.path(), path).map_err(failed)?;
         image.renamed(path);
+        new.renamed(path);
         self.shared.set_image(Arc::new(image));
         Ok(())
     }

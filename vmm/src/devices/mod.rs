@@ -232,6 +232,26 @@ impl Devices {
         self.entries.iter().filter_map(disk).collect()
     }
 
+    /// Pauses one device: on return no queue of it is served, while the vCPUs may run.
+    pub(crate) fn pause_one(&self, id: &str) {
+        if let Some(entry) = self.entries.get(id) {
+            entry.plugged.device.pause();
+        }
+    }
+
+    /// Undoes [`Devices::pause_one`].
+    pub(crate) fn resume_one(&self, id: &str) {
+        if let Some(entry) = self.entries.get(id) {
+            entry.plugged.device.resume();
+        }
+    }
+
+    /// Whether the guest was asked to let go of this device, and has not yet.
+    pub(crate) fn is_leaving(&self, id: &str) -> bool {
+        let entry = self.entries.get(id);
+        entry.is_some_and(|entry| entry.state == DeviceState::Leaving)
+    }
+
     /// A device that the guest was asked to let go of, and has not yet.
     pub(crate) fn leaving(&self) -> Option<&str> {
         let mut all = self.entries.iter();

@@ -48,7 +48,7 @@ pub(crate) struct DestinationParts {
     pub(crate) reporter: Reporter,
 }
 
-const PAGES_ARRIVING: &str = "pages of the guest's memory are still arriving from the source or the \
+pub(super) const PAGES_ARRIVING: &str = "pages of the guest's memory are still arriving from the source or the \
                               snapshot; wait until that migration or restore is Completed";
 
 pub(super) fn refused(code: &str) -> impl FnOnce(MoveError) -> Refusal {
@@ -164,6 +164,10 @@ impl Driver {
             let detail =
                 "the VM's guest is moving, or a snapshot or core dump of it is being written";
             return conflict("vm-migrating", detail);
+        }
+        // A core dump has nothing of the disks.
+        if purpose != Purpose::CoreDump {
+            self.check_no_mirror()?;
         }
         let state = self.publisher.current().state;
         let of_paused = match purpose {

@@ -22,6 +22,7 @@ mod devices;
 mod ending;
 mod memory;
 mod migration;
+mod mirror;
 mod outgoing;
 mod resize;
 mod snapshot;
@@ -51,6 +52,8 @@ pub(crate) use self::consoles::Consoles;
 use self::ending::{Busy, Ending, Next, Then};
 use self::migration::Expected;
 pub(crate) use self::migration::{DestinationParts, SourceParts};
+use self::mirror::Mirrors;
+pub(crate) use self::mirror::{ListedMirror, MirrorParts, NewMirror, Successor};
 use self::outgoing::Outgoing;
 pub(crate) use self::outgoing::Purpose;
 use self::resize::Resizes;
@@ -129,6 +132,7 @@ pub(crate) struct Driver {
     /// Devices that are being opened, by their names.
     opening: BTreeMap<String, (Ask, NewDevice)>,
     resizes: Resizes,
+    mirrors: Mirrors,
     /// The guest is moving away.
     outgoing: Option<Outgoing>,
     /// The latest migration, of which the failure of a guest tells.
@@ -159,6 +163,7 @@ impl Driver {
             consoles: Consoles::default(),
             opening: BTreeMap::new(),
             resizes: Resizes::default(),
+            mirrors: Mirrors::default(),
             outgoing: None,
             progress: None,
             is_deleted: false,
@@ -200,6 +205,10 @@ impl Driver {
             return;
         }
         if let Some(refused) = self.refused_while_moving(verb) {
+            ask.answer(Err(refused));
+            return;
+        }
+        if let Some(refused) = self.refused_while_mirroring(&ask.request) {
             ask.answer(Err(refused));
             return;
         }
@@ -323,6 +332,7 @@ impl Driver {
         self.machine += 1;
         // Of that one, its guest will not hear any more.
         self.outgoing = None;
+        self.mirrors.end_with_machine();
         self.resizes_end_with_machine();
         self.give_up_additions();
     }

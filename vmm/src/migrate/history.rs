@@ -82,6 +82,7 @@ fn info(id: Uuid, side: Side, steps: &[Entry], last: &Entry) -> MigrationInfo {
             Side::Destination => MigrationSide::Destination,
         },
         vm: last.vm.parse::<VmId>().ok(),
+        disk: None,
         endpoint: String::new(),
         started_ms: started,
         elapsed_us: last.time_ms.saturating_sub(started).saturating_mul(1000),

@@ -5,6 +5,7 @@ mod destination;
 mod freeze;
 mod history;
 mod journals;
+mod mirror;
 mod offer;
 mod receive;
 mod restore;
@@ -34,7 +35,7 @@ use serde::{Deserialize, Serialize};
 use spec::{
     AwaitMigration, FieldProblem, ForkVm, MemoryMode, MergeSnapshots, MigrationDowntime,
     MigrationError, MigrationInfo, MigrationOutcome, MigrationPhase, MigrationRound, MigrationSide,
-    RestoreConfig, StartMigration, VmConfig, VmCoredumpData, VmId, VmSnapshotConfig,
+    MirrorDisk, RestoreConfig, StartMigration, VmConfig, VmCoredumpData, VmId, VmSnapshotConfig,
 };
 use tokio::sync::watch;
 
@@ -44,6 +45,7 @@ pub(crate) use self::receive::Endpoints;
 pub use self::snapshot::snapshot_config;
 use self::source::{Listed, SourceVm};
 use self::storage::Selection;
+pub(crate) use self::storage::image_refusal;
 pub use self::trust::MigrationTrust;
 use crate::driver::Purpose;
 use crate::pool::Pool;
@@ -101,6 +103,8 @@ struct ActiveMigration {
     id: uuid::Uuid,
     side: MigrationSide,
     vm: Mutex<Option<VmId>>,
+    /// The disk that is mirrored.
+    disk: Option<String>,
     endpoint: String,
     started_ms: u64,
     /// Whether the connections are encrypted.
@@ -128,6 +132,7 @@ impl ActiveMigration {
             id: uuid::Uuid::new_v4(),
             side,
             vm: Mutex::new(vm),
+            disk: None,
             endpoint,
             started_ms: u64::try_from(started).unwrap_or(u64::MAX),
             tls: false,
@@ -206,6 +211,7 @@ impl Migration for ActiveMigration {
             id: self.id.to_string(),
             side: self.side,
             vm: self.vm.lock().clone(),
+            disk: self.disk.clone(),
             endpoint: self.endpoint.clone(),
             started_ms: self.started_ms,
             elapsed_us: report.elapsed_us,
@@ -328,11 +334,14 @@ fn round(round: migration::Round) -> MigrationRound {
     }
 }
 
-fn policy(what: &StartMigration) -> Result<Policy, RequestError> {
-    let positive = |field: &str, value: u64| match value {
+fn positive(field: &str, value: u64) -> Result<u64, RequestError> {
+    match value {
         0 => Err(invalid(field, format!("`{field}` must be at least 1"))),
         some => Ok(some),
-    };
+    }
+}
+
+fn policy(what: &StartMigration) -> Result<Policy, RequestError> {
     if let Some(connections) = what.connections
         && !(1..=MAX_CONNECTIONS).contains(&connections)
     {
@@ -508,6 +517,15 @@ impl Migrate for Pool {
         what: &VmCoredumpData,
     ) -> Result<Arc<dyn Migration>, RequestError> {
         core_dump::begin(self, vm, what)
+    }
+
+    fn mirror(
+        &self,
+        vm: &VmHandle,
+        disk: &str,
+        what: &MirrorDisk,
+    ) -> Result<Arc<dyn Migration>, RequestError> {
+        mirror::begin(self, vm, disk, what)
     }
 
     fn restore(

@@ -10,10 +10,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use control::RequestError;
+use devices::host_file::OpenError;
 use migration::{DestinationDisk, MAX_COPIED, NewImage, Offer, ReadDisk, Refusal, SourceDisk};
 use serde::{Deserialize, Serialize};
 use spec::{DiskConfig, ImageType, LockGranularity, StartMigration, StorageMode, VmConfig, VmId};
-use virtio_devices::block::{CreatedImage, DiskAccess, DiskContent, ImageFormat, LockMode};
+use virtio_devices::block::{
+    CreatedImage, DiskAccess, DiskContent, ImageError, ImageFormat, LockMode,
+};
 
 use super::invalid;
 
@@ -43,7 +46,7 @@ impl CopiedFormat {
         }
     }
 
-    fn config(self) -> ImageType {
+    pub(super) fn config(self) -> ImageType {
         match self {
             Self::Raw => ImageType::Raw,
             Self::Qcow2 => ImageType::Qcow2,
@@ -125,14 +128,7 @@ impl CopiedDisk {
         selection: &Selection,
     ) -> Result<Vec<Self>, Refusal> {
         let copied = disks.iter().filter(|(id, _)| selection.copies(id));
-        let disk = |(id, access): &(String, DiskAccess)| {
-            let content = access.content().map_err(|error| unreadable(id, &error))?;
-            Ok(Self {
-                id: id.clone(),
-                content: Arc::new(content),
-            })
-        };
-        copied.map(disk).collect()
+        copied.map(|(id, access)| Self::of(id, access)).collect()
     }
 
     pub(super) fn for_engine(&self) -> SourceDisk {
@@ -144,13 +140,30 @@ impl CopiedDisk {
         }
     }
 
-    /// Returns what the offer says of the disk.
-    pub(super) fn for_offer(&self) -> (String, CopiedImage) {
-        let format = match self.content.format() {
+    pub(super) fn of(id: &str, access: &DiskAccess) -> Result<Self, Refusal> {
+        let content = access.content().map_err(|error| unreadable(id, &error))?;
+        Ok(Self {
+            id: id.to_owned(),
+            content: Arc::new(content),
+        })
+    }
+
+    pub(super) fn content(&self) -> &DiskContent {
+        &self.content
+    }
+
+    /// The format of the image.
+    pub(super) fn format(&self) -> CopiedFormat {
+        match self.content.format() {
             ImageFormat::Raw => CopiedFormat::Raw,
             ImageFormat::Qcow2 => CopiedFormat::Qcow2,
-        };
-        let allocated = self.content.allocated().min(self.content.size());
+        }
+    }
+
+    /// Returns what the offer says of the disk.
+    pub(super) fn for_offer(&self) -> (String, CopiedImage) {
+        let (format, content) = (self.format(), self.content());
+        let allocated = content.allocated().min(content.size());
         (self.id.clone(), CopiedImage { format, allocated })
     }
 
@@ -257,6 +270,50 @@ fn storage_directory(storage: Option<&Path>) -> Result<PathBuf, Refusal> {
     }
 }
 
+/// Checks the image of a mirror, which is made at `partial`, and gets the name `target` when the disk
+/// continues on it. Nothing is made.
+pub(super) fn plan_mirror(
+    disk: &DiskConfig,
+    content: &DiskContent,
+    format: CopiedFormat,
+    target: &Path,
+    partial: &Path,
+) -> Result<PlannedImage, Refusal> {
+    let size = content.size();
+    if size > MAX_COPIED {
+        let detail = format!("the disk has {size} bytes; at most {MAX_COPIED} are copied");
+        return Err(Refusal::new("disks-too-large", detail));
+    }
+    check_absent(target)?;
+    check_absent(partial)?;
+    check_space(
+        target.parent().unwrap_or(target),
+        content.allocated().min(size),
+    )?;
+    Ok(PlannedImage {
+        pointer: String::new(),
+        id: disk.id.clone().unwrap_or_default(),
+        path: partial.to_owned(),
+        format,
+        size,
+        lock: disk.lock_granularity,
+    })
+}
+
+/// Returns the refusal of an image that cannot be made or opened.
+pub(crate) fn image_refusal(error: &ImageError) -> Refusal {
+    let code = match error {
+        ImageError::Lock(_) => "disk-in-use",
+        ImageError::Open(OpenError::Host { source, .. }) => match source.kind() {
+            io::ErrorKind::AlreadyExists => "image-exists",
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "storage-short",
+            _ => "storage-unusable",
+        },
+        _ => "storage-unusable",
+    };
+    Refusal::new(code, error.to_string())
+}
+
 /// The path of a new image. Its name is made here: of the VM's name, which is checked, and the disk's, of
 /// which letters, digits, `-`, `_` and `.` are taken, so that it is one component of a path.
 fn image_path(
@@ -274,15 +331,21 @@ fn image_path(
         return Err(Refusal::new("disk-name", detail));
     }
     let path = storage.join(format!("{vm}-{disk}.{}", format.extension()));
+    check_absent(&path)?;
+    Ok(path)
+}
+
+/// Fails with `image-exists` if there is something at the path of a new image.
+fn check_absent(path: &Path) -> Result<(), Refusal> {
     match path.symlink_metadata() {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(path),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => {
             let detail = format!("cannot look for {}: {error}", path.display());
             Err(Refusal::new("storage-unusable", detail))
         }
         Ok(_) => {
             let detail = format!(
-                "{} exists at the destination: move it away or delete it, if nothing needs it",
+                "{} exists: move it away or delete it, if nothing needs it",
                 path.display()
             );
             Err(Refusal::new("image-exists", detail))
@@ -314,7 +377,7 @@ fn check_space(storage: &Path, needed: u64) -> Result<(), Refusal> {
         return Ok(());
     }
     let detail = format!(
-        "the disks to copy have {} MiB of content, and {} at the destination has {} MiB free",
+        "the disks to copy have {} MiB of content, and {} has {} MiB free",
         needed.div_ceil(1 << 20),
         storage.display(),
         free >> 20
@@ -340,8 +403,9 @@ impl NewImages {
             };
             let image = CreatedImage::create(&plan.path, plan.format.image(), plan.size, lock);
             let image = image.map_err(|error| {
+                let refusal = image_refusal(&error);
                 let detail = format!("cannot make the image of disk {}: {error}", plan.id);
-                Refusal::new("storage-unusable", detail)
+                Refusal::new(&refusal.code, detail)
             })?;
             made.images
                 .push((plan.id.clone(), plan.size, Arc::new(image)));
@@ -357,6 +421,13 @@ impl NewImages {
             image: Arc::new(Writer(Arc::clone(image))),
         };
         images.map(disk).collect()
+    }
+
+    /// The only image of a mirror.
+    pub(super) fn of_mirror(&self) -> Option<(DestinationDisk, Arc<CreatedImage>)> {
+        let disk = self.for_engine().pop()?;
+        let (_, _, image) = self.images.last()?;
+        Some((disk, Arc::clone(image)))
     }
 
     pub(super) fn count(&self) -> usize {

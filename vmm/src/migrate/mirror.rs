@@ -1,0 +1,221 @@
+//! Mirrors of disks: copies on which the disks continue, shown as migrations whose other end is a file.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use control::{Category, Migration, RequestError, VmHandle};
+use migration::{
+    DestinationDisk, Downtime, Finish, MirroredDisk, Mirroring, Policy, Refusal, mirror,
+};
+use spec::{MigrationSide, MirrorDisk, NewImageFormat};
+use virtio_devices::block::CreatedImage;
+
+use super::storage::{CopiedDisk, CopiedFormat, NewImages, plan_mirror};
+use super::{ActiveMigration, invalid, positive, start};
+use crate::descriptors;
+use crate::driver::{Caller, Driver, ListedMirror, MirrorParts, NewMirror, Successor};
+use crate::pool::Pool;
+
+/// Added to the path of the new image for as long as the disk does not continue on it.
+const PARTIAL: &str = ".partial";
+
+fn policy(what: &MirrorDisk) -> Result<Policy, RequestError> {
+    if let Some(bandwidth) = what.max_bandwidth {
+        positive("max_bandwidth", bandwidth)?;
+    }
+    Ok(Policy {
+        max_downtime: Duration::from_millis(positive("max_downtime_ms", what.max_downtime_ms)?),
+        deadline: Some(Duration::from_secs(positive(
+            "deadline_s",
+            what.deadline_s,
+        )?)),
+        max_bandwidth: what.max_bandwidth,
+        ..Policy::default()
+    })
+}
+
+/// Returns the path of the new image, and its path until the switch.
+fn paths(what: &MirrorDisk) -> Result<[PathBuf; 2], RequestError> {
+    let path = PathBuf::from(&what.path);
+    if !path.is_absolute() || path.file_name().is_none() || what.path.ends_with('/') {
+        let detail = format!(
+            "`path` ({:?}) must be the absolute path of a file",
+            what.path
+        );
+        return Err(invalid("path", detail));
+    }
+    let partial = PathBuf::from(format!("{}{PARTIAL}", what.path));
+    Ok([path, partial])
+}
+
+/// Returns the error of a request whose new image cannot be made.
+fn not_made(why: Refusal) -> RequestError {
+    let category = match why.code.as_str() {
+        "image-exists" => Category::Conflict,
+        "storage-short" => Category::Host,
+        _ => Category::Unprocessable,
+    };
+    RequestError::new(category, &why.code, why.detail)
+}
+
+/// A disk that is mirrored, and its new image.
+struct MirroredVmDisk {
+    caller: Caller,
+    listed: Option<ListedMirror>,
+    id: String,
+    copied: CopiedDisk,
+    /// The format of the new image.
+    format: CopiedFormat,
+    /// The request named no format.
+    keeps_format: bool,
+    target: PathBuf,
+    images: NewImages,
+}
+
+impl MirroredVmDisk {
+    /// Makes the new image.
+    fn new(
+        parts: MirrorParts,
+        what: &MirrorDisk,
+        [target, partial]: [PathBuf; 2],
+    ) -> Result<Self, Refusal> {
+        let id = parts.config.id.clone().unwrap_or_default();
+        let copied = CopiedDisk::of(&id, &parts.access)?;
+        let format = match what.format {
+            None => copied.format(),
+            Some(NewImageFormat::Raw) => CopiedFormat::Raw,
+            Some(NewImageFormat::Qcow2) => CopiedFormat::Qcow2,
+        };
+        let planned = plan_mirror(&parts.config, copied.content(), format, &target, &partial)?;
+        Ok(Self {
+            caller: parts.caller,
+            listed: Some(parts.listed),
+            id,
+            copied,
+            format,
+            keeps_format: what.format.is_none(),
+            images: NewImages::create(&[planned])?,
+            target,
+        })
+    }
+
+    fn record(&self, event: &'static str, detail: String) {
+        // The VM may be there though its machine is not.
+        let caller = self.caller.for_any_machine();
+        let _ = caller.call(move |driver, _| driver.record(event, detail));
+    }
+
+    /// Copies the disk, and has it continue on the new image.
+    fn run(mut self, ours: &ActiveMigration, policy: &Policy) {
+        let Some((to, _)) = self.images.of_mirror() else {
+            return;
+        };
+        let from = self.copied.for_engine();
+        tracing::info!(
+            mirror = %ours.id,
+            disk = self.id,
+            file = ours.endpoint,
+            disk_bytes = from.size,
+            allocated_bytes = self.copied.content().allocated(),
+            "mirror: begins"
+        );
+        let mirroring = Mirroring {
+            id: ours.id,
+            from,
+            to,
+            policy,
+            progress: &ours.progress,
+            decision: &ours.decision,
+        };
+        // The report has the failure, if it failed.
+        let _ = mirror(&mirroring, &mut self);
+        ours.log_end();
+        ours.end();
+    }
+}
+
+impl MirroredDisk for MirroredVmDisk {
+    fn start_tracking(&mut self) -> Result<(), Refusal> {
+        self.copied.start()
+    }
+
+    fn switch(&mut self, finish: Finish) -> Result<Downtime, Refusal> {
+        let made: Option<(DestinationDisk, Arc<CreatedImage>)> = self.images.of_mirror();
+        let Some((_, image)) = made else {
+            return Err(Refusal::new("internal", "the mirror has no image"));
+        };
+        let to = Successor {
+            disk: self.id.clone(),
+            image,
+            path: self.target.clone(),
+            image_type: self.format.config(),
+            keeps_format: self.keeps_format,
+        };
+        self.caller
+            .attempt_later(move |driver: &mut Driver, answer| {
+                driver.switch_disk(to, finish, answer);
+            })
+    }
+
+    fn ended(&mut self, outcome: Result<(), &Refusal>) {
+        self.copied.stop();
+        if outcome.is_ok() {
+            self.images.keep();
+        }
+        // The image that no disk uses goes before anyone learns that the mirror has ended.
+        self.images = NewImages::default();
+        self.listed = None;
+        let (id, target) = (&self.id, self.target.display());
+        match outcome {
+            Ok(()) => self.record("disk-mirrored", format!("{id} to {target}")),
+            Err(why) => {
+                let detail = format!("{id} to {target}: {}", why.detail);
+                self.record("disk-mirror-failed", detail);
+            }
+        }
+    }
+}
+
+/// Starts to mirror a disk.
+pub(super) fn begin(
+    pool: &Pool,
+    vm: &VmHandle,
+    disk: &str,
+    what: &MirrorDisk,
+) -> Result<Arc<dyn Migration>, RequestError> {
+    let (policy, paths) = (policy(what)?, paths(what)?);
+    let id = vm.id().clone();
+    let endpoint = format!("file://{}", what.path);
+    let mirroring = Arc::new(ActiveMigration {
+        disk: Some(disk.to_owned()),
+        max_downtime_ms: Some(what.max_downtime_ms),
+        ..ActiveMigration::new(MigrationSide::Source, Some(id.clone()), endpoint)
+    });
+    let caller = pool.caller(&id).ok_or_else(RequestError::driver_gone)?;
+    let new = NewMirror {
+        id: mirroring.id,
+        disk: disk.to_owned(),
+        target: what.path.clone().into(),
+        decision: mirroring.decision.clone(),
+    };
+    let reserved = pool
+        .host()
+        .descriptors
+        .reserve(descriptors::of_new_images(1), None);
+    let reserved = reserved.map_err(|error| {
+        RequestError::new(Category::Host, "too-few-descriptors", error.to_string())
+    })?;
+    let parts = caller.call(move |driver, _| driver.begin_mirror(new));
+    let parts = parts.map_err(|_| RequestError::driver_gone())??;
+    let mirrored = MirroredVmDisk::new(parts, what, paths).map_err(not_made)?;
+    let target = mirrored.target.display();
+    mirrored.record("disk-mirroring", format!("{disk} to {target}"));
+    let ours = Arc::clone(&mirroring);
+    let span = tracing::error_span!("vm", %id);
+    start("mirror", span, move || {
+        mirrored.run(&ours, &policy);
+        drop(reserved);
+    })?;
+    Ok(mirroring)
+}
