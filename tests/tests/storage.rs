@@ -18,7 +18,8 @@ use guest::{Command, Line, Options, Workload};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 use spec::{
-    AwaitMigration, MemoryMode, MigrationPhase, StartMigration, StorageMode, VmId, VmState,
+    AwaitMigration, MemoryMode, MigrationPhase, MirrorDisk, NewImageFormat, StartMigration,
+    StorageMode, VmId, VmState,
 };
 use tempfile::TempDir;
 use tests::{Face, Frame, Proxy, Service, Side, Verdict, built, trials};
@@ -140,17 +141,7 @@ impl Trial {
         }
         let bytes = fs::read(&flat).unwrap();
         fs::remove_file(&flat).unwrap();
-        let mut generations = Vec::new();
-        for (slot, raw) in bytes.chunks_exact(4096).take(DISK_PAGES).enumerate() {
-            let mut page = [0_u64; WORDS];
-            for (word, raw) in page.iter_mut().zip(raw.chunks_exact(8)) {
-                *word = u64::from_ne_bytes(raw.try_into().unwrap());
-            }
-            assert!(pattern::matches(&page, slot as u64, page[0]), "page {slot}");
-            generations.push(page[0]);
-        }
-        let (least, most) = (generations.iter().min(), generations.iter().max());
-        assert!(most.unwrap() - least.unwrap() <= 1, "{least:?} to {most:?}");
+        check_pages(&bytes);
     }
 
     async fn runs_at_source(&self) {
@@ -167,6 +158,21 @@ impl Trial {
         );
         self.runs_on(&self.destination, &made[0]).await;
     }
+}
+
+/// Checks the pages that the guest writes in turn: none is torn, or older than a round.
+fn check_pages(disk: &[u8]) {
+    let mut generations = Vec::new();
+    for (slot, raw) in disk.chunks_exact(4096).take(DISK_PAGES).enumerate() {
+        let mut page = [0_u64; WORDS];
+        for (word, raw) in page.iter_mut().zip(raw.chunks_exact(8)) {
+            *word = u64::from_ne_bytes(raw.try_into().unwrap());
+        }
+        assert!(pattern::matches(&page, slot as u64, page[0]), "page {slot}");
+        generations.push(page[0]);
+    }
+    let (least, most) = (generations.iter().min(), generations.iter().max());
+    assert!(most.unwrap() - least.unwrap() <= 1, "{least:?} to {most:?}");
 }
 
 /// Action of the proxy at a frame.
@@ -394,4 +400,74 @@ async fn disk_moves_by_the_command_line() {
         trial.runs_at_destination().await;
         assert!(fs::read(trial.source.path("disk")).unwrap() == before);
     }
+}
+
+/// A disk continues on a new image by `wh-remote`, which is interrupted first; and the service that is
+/// killed meanwhile leaves the disk whole, and no image that looks whole.
+#[tokio::test(flavor = "multi_thread")]
+async fn disk_is_mirrored_by_the_command_line() {
+    let mut trial = stage("raw").await;
+    let [old, new] = ["disk", "mirror"].map(|name| trial.source.path(name));
+    let partial = trial.source.path("mirror.partial");
+    let remote = |trial: &Trial, options: &str| {
+        let mut command = Process::new(built("wh-remote").unwrap());
+        command.arg("--api-socket").arg(trial.source.socket());
+        let to = format!("{}{options}", new.display());
+        command.args(["--vm", "web", "mirror-disk", "_disk0", "--to", &to]);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.spawn().unwrap()
+    };
+    let started = async || {
+        let start = Instant::now();
+        while !partial.exists() {
+            assert!(start.elapsed() < PATIENCE);
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    let told = |output: std::process::Output| {
+        let told = [output.stdout, output.stderr].map(|told| String::from_utf8(told).unwrap());
+        (output.status.success(), told.concat())
+    };
+    let slow = remote(&trial, ",max_bandwidth=16K");
+    started().await;
+    let pid = i32::try_from(slow.id()).ok().and_then(Pid::from_raw);
+    kill_process(pid.unwrap(), Signal::INT).unwrap();
+    let (done, text) = told(slow.wait_with_output().unwrap());
+    assert!(!done && text.contains("is canceled"), "{text}");
+    assert!(!partial.exists() && !new.exists());
+    trial.writes().await;
+
+    let (done, text) = told(remote(&trial, ",format=qcow2").wait_with_output().unwrap());
+    assert!(
+        done && text.contains("completed: disk _disk0 of web to file://"),
+        "{text}"
+    );
+    assert!(text.contains("stop         of the disk"), "{text}");
+    trial.format = "qcow2";
+    trial.runs_on(&trial.source, &new).await;
+    trial.source.client().vms_boot(&trial.vm).await.unwrap();
+    trial.writes().await;
+
+    // Back to a new image of the first name.
+    fs::remove_file(&old).unwrap();
+    let slow = MirrorDisk {
+        format: Some(NewImageFormat::Raw),
+        max_bandwidth: Some(16 << 10),
+        ..MirrorDisk::at(old.to_str().unwrap())
+    };
+    let client = trial.source.client();
+    client
+        .vms_mirror_disk(&trial.vm, "_disk0", &slow)
+        .await
+        .unwrap();
+    let pid = i32::try_from(trial.source.pid())
+        .ok()
+        .and_then(Pid::from_raw);
+    kill_process(pid.unwrap(), Signal::KILL).unwrap();
+    trial.source.ended(PATIENCE).await.unwrap();
+    assert!(!old.exists() && trial.source.path("disk.partial").exists());
+    let flat = trial.source.path("flat");
+    let (from, to) = (new.to_str().unwrap(), flat.to_str().unwrap());
+    qemu_img(&["convert", "-f", "qcow2", "-O", "raw", from, to]);
+    check_pages(&fs::read(&flat).unwrap());
 }
