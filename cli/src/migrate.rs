@@ -6,12 +6,14 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
-use openapi::Client;
+use openapi::{Client, ClientError};
 use spec::{
     AtDeadline, AwaitMigration, DiskStorage, MemoryMode, MigrationInfo, MigrationOutcome,
     MigrationPhase, MigrationRound, MigrationSide, SendMigrationData, StartMigration, StorageMode,
     VmId,
 };
+
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::args::size;
 use crate::print::Printer;
@@ -228,11 +230,12 @@ pub(crate) async fn migrate(
     let vm = vm.context(
         "--vm is missing: name the VM to move (a socket that serves one VM has send-migration)",
     )?;
-    let begun = client.vms_migrate(vm, &arguments.body()).await?;
+    let body = arguments.body();
+    let begins = client.vms_migrate(vm, &body);
     if arguments.detach {
-        return printer.show(&begun, |info| info.id.clone());
+        return printer.show(&begins.await?, |info| info.id.clone());
     }
-    follow(client, begun, printer).await
+    follow(client, begins, printer).await
 }
 
 /// Waits for a VM.
@@ -253,28 +256,48 @@ pub(crate) async fn receive(
         allow_taps: arguments.allow_tap.clone(),
         storage: arguments.storage.clone(),
     };
-    let begun = client.migrations_receive(&body).await?;
+    let begins = client.migrations_receive(&body);
     if arguments.detach {
-        return printer.show(&begun, |info| format!("{} at {}", info.id, info.endpoint));
+        return printer.show(&begins.await?, |info| {
+            format!("{} at {}", info.id, info.endpoint)
+        });
     }
-    follow(client, begun, printer).await
+    follow(client, begins, printer).await
 }
 
-pub(crate) async fn follow(client: &Client, begun: MigrationInfo, printer: Printer) -> Result<()> {
+/// Begins a migration, and waits until it is over. Ctrl-C cancels.
+pub(crate) async fn follow(
+    client: &Client,
+    begins: impl Future<Output = Result<MigrationInfo, ClientError>>,
+    printer: Printer,
+) -> Result<()> {
+    // Before it begins: from then on Ctrl-C must cancel it, and not just end this program.
+    let mut interrupts = signal(SignalKind::interrupt())?;
+    tokio::pin!(begins);
+    let mut is_called_off = false;
+    let begun = loop {
+        tokio::select! {
+            begun = &mut begins => break begun?,
+            _ = interrupts.recv() => match is_called_off {
+                false => is_called_off = true,
+                true => bail!("interrupted before the service has answered"),
+            }
+        }
+    };
     let id: VmId = begun.id.parse()?;
     let bar = bar(begun.memory_bytes.saturating_add(begun.disk_bytes));
     let mut info = begun;
     while !info.phase.is_over() {
+        if std::mem::take(&mut is_called_off) {
+            bar.set_message("canceling");
+            // A refused cancel means that the hand-over has begun: keep following.
+            if let Err(error) = client.migrations_cancel(&id).await {
+                bar.suspend(|| eprintln!("wh-remote: {error}"));
+            }
+        }
         tokio::select! {
             () = tokio::time::sleep(TICK) => {}
-            interrupted = tokio::signal::ctrl_c() => {
-                interrupted?;
-                bar.set_message("canceling");
-                // A refused cancel means that the hand-over has begun: keep following.
-                if let Err(error) = client.migrations_cancel(&id).await {
-                    bar.suspend(|| eprintln!("wh-remote: {error}"));
-                }
-            }
+            _ = interrupts.recv() => is_called_off = true,
         }
         info = client.migrations_info(&id).await?;
         show(&bar, &info);

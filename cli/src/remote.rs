@@ -190,8 +190,8 @@ impl Remote {
                     overrides: overrides.unwrap_or_default(),
                     disks: disks.into(),
                 };
-                let begun = self.client.vms_fork(vm, &body).await?;
-                migrate::follow(&self.client, begun, self.printer).await
+                let begins = self.client.vms_fork(vm, &body);
+                migrate::follow(&self.client, begins, self.printer).await
             }
             Command::Migrations => self
                 .printer
@@ -253,8 +253,8 @@ impl Remote {
         };
         match &self.vm {
             Some(vm) => {
-                let begun = self.client.vms_snapshot(vm, &body).await?;
-                migrate::follow(&self.client, begun, self.printer).await
+                let begins = self.client.vms_snapshot(vm, &body);
+                migrate::follow(&self.client, begins, self.printer).await
             }
             None => Ok(patient(&self.client).vm_snapshot(&body).await?),
         }
@@ -269,8 +269,8 @@ impl Remote {
             source_url: url(&source_url),
             destination_url: url(&destination_url),
         };
-        let begun = self.client.snapshots_merge(&body).await?;
-        migrate::follow(&self.client, begun, self.printer).await
+        let begins = self.client.snapshots_merge(&body);
+        migrate::follow(&self.client, begins, self.printer).await
     }
 
     async fn mirror(&self, disk: &str, to: &str, detach: bool) -> Result<()> {
@@ -281,11 +281,11 @@ impl Remote {
             bail!("{}", problem.detail);
         }
         let body: MirrorDisk = options::MIRROR.read(&with_key("path", to))?;
-        let begun = self.client.vms_mirror_disk(vm, disk, &body).await?;
+        let begins = self.client.vms_mirror_disk(vm, disk, &body);
         if detach {
-            return self.printer.show(&begun, |info| info.id.clone());
+            return self.printer.show(&begins.await?, |info| info.id.clone());
         }
-        migrate::follow(&self.client, begun, self.printer).await
+        migrate::follow(&self.client, begins, self.printer).await
     }
 
     async fn core_dump(&self, destination: &str) -> Result<()> {
@@ -294,8 +294,8 @@ impl Remote {
         };
         match &self.vm {
             Some(vm) => {
-                let begun = self.client.vms_core_dump(vm, &body).await?;
-                migrate::follow(&self.client, begun, self.printer).await
+                let begins = self.client.vms_core_dump(vm, &body);
+                migrate::follow(&self.client, begins, self.printer).await
             }
             None => Ok(patient(&self.client).vm_coredump(&body).await?),
         }
@@ -307,8 +307,8 @@ impl Remote {
         body.source_url = url(&body.source_url);
         match &self.vm {
             Some(vm) => {
-                let begun = self.client.vms_restore(vm, &body).await?;
-                migrate::follow(&self.client, begun, self.printer).await
+                let begins = self.client.vms_restore(vm, &body);
+                migrate::follow(&self.client, begins, self.printer).await
             }
             None => Ok(patient(&self.client).vm_restore(&body).await?),
         }
