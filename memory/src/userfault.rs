@@ -129,6 +129,34 @@ impl UserFaults {
         self.there(filled, to)
     }
 
+    /// Fills neighbouring pages in their order, until one is not missing or memory is being given back,
+    /// and wakes the threads that wait for them. Returns how many were filled, which may be none: the
+    /// caller [fills](UserFaults::fill) the next one by itself.
+    ///
+    /// # Errors
+    /// There are no such pages, or the host refuses.
+    pub fn fill_run(&self, block: usize, first: usize, data: &[[u8; PAGE]]) -> io::Result<usize> {
+        let Some(last) = data.len().checked_sub(1) else {
+            return Ok(0);
+        };
+        // Both ends are within the block, and therefore all between them.
+        self.page(block, first.saturating_add(last))?;
+        let to = self.page(block, first)?;
+        // SAFETY: as in `fill`; `data` has as many pages as the kernel copies.
+        let filled = unsafe {
+            self.uffd
+                .copy(data.as_ptr().cast(), to, data.len() * PAGE, true)
+        };
+        match filled {
+            Ok(bytes) | Err(Error::PartiallyCopied(bytes)) => Ok(bytes / PAGE),
+            Err(error) => match into_io(error) {
+                error if error.kind() == io::ErrorKind::AlreadyExists => Ok(0),
+                error if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
+                error => Err(error),
+            },
+        }
+    }
+
     /// Fills a page with zeros, as [`UserFaults::fill`] does.
     ///
     /// # Errors
@@ -305,6 +333,33 @@ pub(crate) fn into_io(error: Error) -> io::Error {
 mod tests {
     use super::*;
     use crate::ram::RamConfig;
+
+    /// A run is filled up to a page that is there already, whose content stays.
+    #[test]
+    fn run_ends_at_a_page_that_is_there() {
+        let block = Arc::new(RamBlock::new(&RamConfig::anonymous(8 * PAGE_SIZE)).unwrap());
+        block
+            .slice(3 * PAGE, PAGE)
+            .unwrap()
+            .copy_from(&[9_u8; PAGE]);
+        let faults = UserFaults::new(vec![Arc::clone(&block)]).unwrap();
+        let data = [[1_u8; PAGE]; 8];
+        assert_eq!(faults.fill_run(0, 1, &data[..5]).unwrap(), 2);
+        assert_eq!(faults.fill_run(0, 3, &data[..2]).unwrap(), 0);
+        assert_eq!(faults.fill_run(0, 4, &data[..4]).unwrap(), 4);
+        assert_eq!(faults.fill_run(0, 4, &[]).unwrap(), 0);
+        for (first, pages) in [(8, 1), (4, 5), (usize::MAX, 2)] {
+            assert!(faults.fill_run(0, first, &data[..pages]).is_err());
+        }
+        faults.end().unwrap();
+        let mut seen = [0_u8; 8];
+        for (page, byte) in seen.iter_mut().enumerate() {
+            let mut first = [0_u8];
+            block.slice(page * PAGE, 1).unwrap().copy_to(&mut first[..]);
+            *byte = first[0];
+        }
+        assert_eq!(seen, [0, 1, 1, 9, 1, 1, 1, 1]);
+    }
 
     #[test]
     fn missing_page_is_filled_on_access() {

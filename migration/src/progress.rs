@@ -139,6 +139,12 @@ pub struct Report {
     pub fault_p50_us: u64,
     /// How long it waited: 99 of 100 waited no longer, in microseconds.
     pub fault_p99_us: u64,
+    /// Microseconds from the beginning until the restored guest ran.
+    pub first_instruction_us: Option<u64>,
+    /// Pages of the working set that a restore brings first, or that were recorded.
+    pub working_set_pages: Option<u64>,
+    /// Microseconds from the beginning until all pages of the working set were brought.
+    pub working_set_us: Option<u64>,
     /// Microseconds since it began, or until it ended.
     pub elapsed_us: u64,
     /// Why the migration failed, was canceled or is in doubt.
@@ -180,6 +186,9 @@ impl Default for Progress {
             faults: 0,
             fault_p50_us: 0,
             fault_p99_us: 0,
+            first_instruction_us: None,
+            working_set_pages: None,
+            working_set_us: None,
             elapsed_us: 0,
             error: None,
         };
@@ -227,6 +236,11 @@ impl Progress {
             }
             report.history.push_back(round);
         });
+    }
+
+    /// Returns the time since the beginning in microseconds.
+    pub(crate) fn elapsed_us(&self) -> u64 {
+        micros(self.0.lock().begun.elapsed())
     }
 
     pub(crate) fn enter(&self, phase: Phase) {

@@ -394,7 +394,13 @@ impl PostcopyReceiver {
                 filled => break filled?,
             }
         }
-        // After the page is filled: a fault on a page that is not missing is answered with zeros.
+        self.came(block, page);
+        Ok(())
+    }
+
+    /// Notes that a page is filled. Not before: a fault on a page that is not missing is answered with
+    /// zeros.
+    fn came(&self, block: usize, page: usize) {
         if let Some(missing) = self.missing.get(block) {
             let _ = missing.take_page(page);
         }
@@ -403,7 +409,46 @@ impl PostcopyReceiver {
                 .lock()
                 .saturating_record(micros(since.elapsed()));
         }
+    }
+
+    /// Fills those of neighbouring pages that are missing, as many as possible with one system call.
+    pub(crate) fn fill_pages(
+        &self,
+        block: usize,
+        first: usize,
+        pages: &[[u8; PAGE]],
+    ) -> std::io::Result<()> {
+        let mut done = 0;
+        while let Some(rest) = pages.get(done..).filter(|rest| !rest.is_empty()) {
+            let page = first + done;
+            let filled = self.fill_run(block, page, rest)?;
+            if filled == 0 {
+                // It is not missing any more, or memory is being given back.
+                self.fill_page(block, page, rest.first())?;
+            }
+            done += filled.max(1);
+        }
         Ok(())
+    }
+
+    /// Fills neighbouring pages up to the first that is not missing, and returns how many. Less if some came
+    /// meanwhile, or memory is being given back.
+    fn fill_run(&self, block: usize, first: usize, pages: &[[u8; PAGE]]) -> std::io::Result<usize> {
+        // As in `fill_page`: no page may be given back between the look and its filling.
+        let filling = self.filling.read();
+        let run = (first..).zip(pages);
+        let run = run
+            .take_while(|(page, _)| self.is_missing(block, *page))
+            .count();
+        let filled = match pages.get(..run) {
+            Some(run) if run.len() > 1 => self.faults.fill_run(block, first, run)?,
+            _ => 0,
+        };
+        drop(filling);
+        for page in first..first + filled {
+            self.came(block, page);
+        }
+        Ok(filled)
     }
 
     /// The machine has ended, and needs no pages.

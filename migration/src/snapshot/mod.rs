@@ -10,6 +10,7 @@
 //!   state.bin       vCPUs and devices, as a migration sends them
 //!   memory.bin      the blocks, one after another; sparse: pages of zeros are holes
 //!   hashes.bin      for each page its XXH3 hash (64 bits, little endian), or 0 for a page of zeros
+//!   working-set.json  if it was recorded: the pages that a guest touches first, a hint
 //! ```
 //!
 //! The manifest is the commit: it is written last, under a temporary name, synced, and renamed. A folder
@@ -25,9 +26,12 @@ mod manifest;
 mod memory_file;
 mod merge;
 mod on_demand;
+mod prefetch;
 mod read;
+mod record;
 mod restore;
 mod sparse;
+mod working_set;
 mod write;
 
 #[cfg(test)]
@@ -40,7 +44,9 @@ pub use self::live::{RunningGuest, write_live};
 pub use self::manifest::{Manifest, VERSION};
 pub use self::merge::merge;
 pub use self::read::{RestoreError, Snapshot};
+pub use self::record::Recorder;
 pub use self::restore::{Memory, Restoring, restore};
+pub use self::working_set::WorkingSet;
 pub use self::write::{Saved, Writing, write};
 
 use crate::MigrationError;
@@ -53,6 +59,7 @@ const MACHINE: &str = "machine.json";
 const STATE: &str = "state.bin";
 const MEMORY: &str = "memory.bin";
 const HASHES: &str = "hashes.bin";
+const WORKING_SET: &str = "working-set.json";
 
 /// Pages that are read or written at once: 1 MiB.
 const CHUNK: usize = 256;

@@ -4,12 +4,15 @@
 //!   guest, devices ── touch a missing page ─► userfaultfd
 //!   thread `watch`    reads the fault, and asks for the page
 //!   thread `serve`    reads the page, checks it, fills it: the guest continues
+//!   thread `prefetch` brings the working set, if it was recorded
 //!   restore's thread  loads the machine, starts the guest, then reads all pages in their order
 //! ```
 //!
 //! Every page is checked before it is filled. A page that cannot be read ends the guest: the threads that
 //! wait for it are let go only when the guest is halted and its memory is marked as lost, so that none of
 //! them uses the zeros that it finds.
+//!
+//! While a working set is recorded no page is read ahead: each page that the guest touches is a fault.
 
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
@@ -18,7 +21,9 @@ use std::time::Duration;
 use memory::DirtyBitmap;
 
 use super::read::{Place, RestoreError, Snapshot, damaged};
+use super::record::Recorder;
 use super::restore::{Restoring, load, start};
+use super::working_set::WorkingSet;
 use super::{CHUNK, HASHES, MEMORY, ZEROS};
 use crate::MigrationError;
 use crate::decision::Decision;
@@ -49,6 +54,7 @@ struct OnDemand<'a> {
     /// The offset of each block in the file.
     starts: Vec<u64>,
     progress: &'a Progress,
+    recorder: Option<&'a Recorder>,
 }
 
 /// Ends all waits, also when the thread that restores panics: the others are joined then.
@@ -82,6 +88,15 @@ pub(super) fn restore(
             builder("serve")
                 .spawn_scoped(scope, serve)
                 .map_err(no_thread)?;
+            // Before the guest runs, and while it is made: what it touches then is there.
+            let prefetching = match (restoring.snapshot.working_set(), on_demand.recorder) {
+                (Some(set), None) => {
+                    let prefetch = in_span(move || on_demand.prefetch(set));
+                    let spawned = builder("prefetch").spawn_scoped(scope, prefetch);
+                    Some(spawned.map_err(no_thread)?)
+                }
+                _ => None,
+            };
             let loaded = load(restoring, machine);
             // First: the memory of such a guest is lost, of which a load may complain.
             if let Some(why) = on_demand.receiver.failure() {
@@ -96,19 +111,27 @@ pub(super) fn restore(
                 return Err(MigrationError::Canceled);
             }
             progress.enter(Phase::HandingOver);
-            start(restoring, machine)
+            start(restoring, machine)?;
+            Ok(prefetching)
         };
-        if let Err(error) = begin() {
+        let prefetching = begin().inspect_err(|_| {
             // While the threads are there: the machine may wait for a page.
             halt();
             machine.discard();
-            return Err(error);
-        }
+        })?;
         progress.enter(Phase::Postcopy);
         (restoring.arrived)();
+        let recorded = match on_demand.recorder {
+            Some(recorder) => on_demand.record(recorder),
+            None => Ok(()),
+        };
+        if let Some(prefetching) = prefetching {
+            // The working set comes first. After a panic its pages are read ahead like the others.
+            let _ = prefetching.join();
+        }
         on_demand.read_ahead();
         match on_demand.receiver.failure() {
-            None => Ok(()),
+            None => recorded,
             Some(why) => {
                 machine.fail(&why);
                 Err(MigrationError::Here(why))
@@ -147,6 +170,7 @@ impl<'a> OnDemand<'a> {
             receiver,
             starts,
             progress: restoring.progress,
+            recorder: restoring.recorder,
         };
         Ok((on_demand, asked))
     }
@@ -159,12 +183,44 @@ impl<'a> OnDemand<'a> {
             if !self.receiver.is_missing(block, page) {
                 continue;
             }
+            // Before the thread that waits continues: it may be the last one that is recorded.
+            if let (Some(recorder), Some(start)) = (self.recorder, self.starts.get(block)) {
+                recorder.add(start / PAGE as u64 + page as u64);
+            }
             let filled = self.fill(block, page * PAGE, &mut buffer);
             let filled = filled.and_then(|_| self.check_came(block, page));
             if let Err(error) = filled {
                 return self.fail(&error);
             }
         }
+    }
+
+    /// Waits until the working set is recorded, and writes it.
+    fn record(&self, recorder: &Recorder) -> Result<(), MigrationError> {
+        let pages = recorder.finish(self.snapshot, || self.has_ended())?;
+        self.progress
+            .update(|report| report.working_set_pages = Some(pages));
+        Ok(())
+    }
+
+    /// Brings the working set, the pages that were touched first before the others.
+    fn prefetch(&self, set: &WorkingSet) {
+        let progress = self.progress;
+        progress.update(|report| report.working_set_pages = Some(set.pages()));
+        let mut buffer = vec![0; CHUNK * PAGE];
+        for (block, pages) in self.snapshot.in_blocks(set) {
+            if self.has_ended() {
+                return;
+            }
+            let Some(buffer) = buffer.get_mut(..pages.len() * PAGE) else {
+                return;
+            };
+            if let Err(error) = self.fill(block, pages.start * PAGE, buffer) {
+                return self.fail(&error);
+            }
+        }
+        let elapsed = progress.elapsed_us();
+        progress.update(|report| report.working_set_us = Some(elapsed));
     }
 
     /// A page with content may have no hash any more: the file was changed since the hashes were
@@ -204,17 +260,12 @@ impl<'a> OnDemand<'a> {
         content: &[u8],
     ) -> Result<(), RestoreError> {
         let (pages, _) = content.as_chunks::<PAGE>();
-        for (page, data) in (offset / PAGE..).zip(pages) {
-            if self.receiver.is_missing(block, page) {
-                let filled = self.receiver.fill_page(block, page, Some(data));
-                filled.map_err(|error| match self.has_ended() {
-                    // The memory is not registered any more.
-                    true => RestoreError::Canceled,
-                    false => self.snapshot.unreadable(MEMORY, error),
-                })?;
-            }
-        }
-        Ok(())
+        let filled = self.receiver.fill_pages(block, offset / PAGE, pages);
+        filled.map_err(|error| match self.has_ended() {
+            // The memory is not registered any more.
+            true => RestoreError::Canceled,
+            false => self.snapshot.unreadable(MEMORY, error),
+        })
     }
 
     /// Reads all pages in the order of the file, until none is missing or the machine ends.

@@ -11,7 +11,8 @@ use serde_bytes::ByteBuf;
 use xxhash_rust::xxh3::Xxh3;
 
 use super::manifest::{BaseInfo, FileInfo, MAX_MANIFEST, Manifest};
-use super::{CHUNK, HASHES, MACHINE, MANIFEST, MEMORY, STATE, VERSION, ZEROS, hash};
+use super::working_set::{MAX_FILE, WorkingSet};
+use super::{CHUNK, HASHES, MACHINE, MANIFEST, MEMORY, STATE, VERSION, WORKING_SET, ZEROS, hash};
 use crate::decision::Decision;
 use crate::message::{BlockInfo, Offer, Refusal};
 use crate::pages::{Block, PAGE};
@@ -77,6 +78,8 @@ pub struct Snapshot {
     hashes: Option<File>,
     dir: PathBuf,
     base: Option<Box<Snapshot>>,
+    /// The pages that a guest touches first, if they were recorded.
+    working_set: Option<WorkingSet>,
 }
 
 impl Snapshot {
@@ -86,7 +89,9 @@ impl Snapshot {
     /// # Errors
     /// A file is missing, has another size or content than the manifest says, or the manifest is refused.
     pub fn open(dir: &Path) -> Result<Self, RestoreError> {
-        Self::open_layer(dir, MAX_CHAIN)
+        let mut snapshot = Self::open_layer(dir, MAX_CHAIN)?;
+        snapshot.working_set = read_working_set(&snapshot);
+        Ok(snapshot)
     }
 
     fn open_layer(dir: &Path, more: usize) -> Result<Self, RestoreError> {
@@ -114,6 +119,8 @@ impl Snapshot {
             memory,
             hashes: Some(hashes),
             dir: dir.to_owned(),
+            // That of a base is of another moment.
+            working_set: None,
         })
     }
 
@@ -132,6 +139,7 @@ impl Snapshot {
             hashes: None,
             dir: PathBuf::new(),
             base: None,
+            working_set: None,
         }
     }
 
@@ -139,6 +147,17 @@ impl Snapshot {
     #[must_use]
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
+    }
+
+    /// The folder.
+    pub(super) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The pages that a guest touches first, if they were recorded.
+    #[must_use]
+    pub fn working_set(&self) -> Option<&WorkingSet> {
+        self.working_set.as_ref()
     }
 
     /// The description of the machine.
@@ -416,6 +435,34 @@ impl Snapshot {
         let duplicate = self.memory.try_clone();
         duplicate.map_err(|error| self.unreadable(MEMORY, error))
     }
+}
+
+/// Reads the working set beside a snapshot. One that cannot be used is only logged: without it the restore
+/// is slower, and right.
+fn read_working_set(snapshot: &Snapshot) -> Option<WorkingSet> {
+    let read = || -> Result<WorkingSet, String> {
+        let folder = Folder::open(&snapshot.dir).map_err(|error| error.to_string())?;
+        let (file, size) = folder
+            .file(WORKING_SET)
+            .map_err(|error| error.to_string())?;
+        if size > MAX_FILE {
+            return Err(format!("it has {size} bytes, more than {MAX_FILE}"));
+        }
+        let mut text = Vec::new();
+        // Bounded by the limit, since the file may grow.
+        let read = file.take(MAX_FILE).read_to_end(&mut text);
+        read.map_err(|error| error.to_string())?;
+        let total = snapshot.manifest.memory_size().unwrap_or(0) / PAGE as u64;
+        WorkingSet::parse(&text, snapshot.manifest.id, total)
+    };
+    let path = snapshot.dir.join(WORKING_SET);
+    if path.symlink_metadata().is_err() {
+        return None;
+    }
+    let unusable = |why: &String| {
+        tracing::warn!(path = %path.display(), why, "the working set is not used");
+    };
+    read().inspect_err(unusable).ok()
 }
 
 /// Opens a snapshot's folder, and reads its manifest.

@@ -8,11 +8,13 @@ use parking_lot::Mutex;
 use uuid::Uuid;
 
 use super::read::{RestoreError, Snapshot};
-use super::{conclude, on_demand};
+use super::record::Recorder;
+use super::{conclude, on_demand, prefetch};
 use crate::MigrationError;
 use crate::decision::Decision;
 use crate::destination::{Destination, Host, StartFailure};
 use crate::message::{Offer, Refusal};
+use crate::pages::Block;
 use crate::progress::{Phase, Progress};
 use crate::threads::in_span;
 
@@ -50,6 +52,8 @@ pub struct Restoring<'a> {
     pub host: &'a dyn Host,
     /// Whether the guests run afterwards. If not, they are paused.
     pub resume: bool,
+    /// Records the working set of a guest on demand.
+    pub recorder: Option<&'a Recorder>,
     /// Called when the VM is there, if pages of its memory are still missing.
     pub arrived: &'a (dyn Fn() + Sync),
     /// Receives the progress report.
@@ -97,6 +101,18 @@ fn restore_all(restoring: &Restoring<'_>) -> Result<(), MigrationError> {
         }
         (Memory::Map | Memory::Copy, _) => {}
     }
+    match snapshot.working_set() {
+        Some(set) if restoring.memory == Memory::Map => prefetch::beside(restoring, set, make_all),
+        _ => make_all(restoring, &|_| ()),
+    }
+}
+
+/// Makes, loads and starts all machines. `made` gets the memory of each before it is loaded.
+fn make_all(
+    restoring: &Restoring<'_>,
+    made: &(dyn Fn(&[Block]) + Sync),
+) -> Result<(), MigrationError> {
+    let decision = restoring.decision;
     let at_once = match restoring.memory {
         Memory::Map => AT_ONCE,
         // Limited by the speed of memory. One after another, so that a cancel leaves less half-done.
@@ -106,14 +122,13 @@ fn restore_all(restoring: &Restoring<'_>) -> Result<(), MigrationError> {
         if decision.is_canceled() {
             return Err(MigrationError::Canceled);
         }
-        let made = prepare(restoring, offer);
-        made.map_err(|error| named(restoring, &offer.vm, error))
+        prepare(restoring, offer, made).map_err(|error| named(restoring, &offer.vm, error))
     })?;
     // From here on a cancel comes too late: the guests may run.
     if !decision.commit() {
         return Err(MigrationError::Canceled);
     }
-    progress.enter(Phase::HandingOver);
+    restoring.progress.enter(Phase::HandingOver);
     for_each(AT_ONCE, machines.into_iter(), |mut made| {
         let started = start(restoring, &mut *made.machine);
         started.map_err(|error| named(restoring, &made.vm, error))?;
@@ -184,7 +199,11 @@ fn for_each<T: Send, R: Send>(
 }
 
 /// Makes one of the machines, and loads it.
-fn prepare(restoring: &Restoring<'_>, offer: &Offer) -> Result<Made, MigrationError> {
+fn prepare(
+    restoring: &Restoring<'_>,
+    offer: &Offer,
+    has_memory: &(dyn Fn(&[Block]) + Sync),
+) -> Result<Made, MigrationError> {
     let snapshot = restoring.snapshot;
     let mut offer = offer.clone();
     let mut files = Vec::new();
@@ -209,6 +228,7 @@ fn prepare(restoring: &Restoring<'_>, offer: &Offer) -> Result<Made, MigrationEr
         }
     };
     filled.map_err(MigrationError::from)?;
+    has_memory(&blocks);
     load(restoring, &mut *made.machine)?;
     Ok(made)
 }
@@ -251,7 +271,15 @@ pub(super) fn start(
     // a kvmclock is told that it was stopped, for the sake of its watchdogs.
     let stopped_for = restoring.snapshot.manifest().stopped_for();
     let started = machine.start(stopped_for, !restoring.resume);
-    started.map(|_| ()).map_err(|failure| match failure {
+    started.map_err(|failure| match failure {
         StartFailure::NeverRan(why) | StartFailure::MayHaveRun(why) => MigrationError::Here(why),
-    })
+    })?;
+    if restoring.resume {
+        let elapsed = restoring.progress.elapsed_us();
+        // Of several guests the last counts.
+        restoring
+            .progress
+            .update(|report| report.first_instruction_us = Some(elapsed));
+    }
+    Ok(())
 }

@@ -1,5 +1,7 @@
 //! Restores into a machine that is only memory.
 
+mod record;
+
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
@@ -170,8 +172,21 @@ fn restored(
     verify: bool,
     to: &OnlyMemory,
 ) -> (Result<(), Refusal>, Progress, bool) {
+    let progress = Progress::default();
+    let (result, arrived) = restored_with(dir, memory, verify, to, &progress, None);
+    (result, progress, arrived)
+}
+
+pub(super) fn restored_with(
+    dir: &Path,
+    memory: Memory,
+    verify: bool,
+    to: &OnlyMemory,
+    progress: &Progress,
+    recorder: Option<&Recorder>,
+) -> (Result<(), Refusal>, bool) {
     let snapshot = Snapshot::open(dir).unwrap();
-    let (progress, decision) = (Progress::default(), Decision::default());
+    let decision = Decision::default();
     let arrived = Mutex::new(false);
     let result = restore(&Restoring {
         id: Uuid::new_v4(),
@@ -181,12 +196,13 @@ fn restored(
         verify,
         host: to,
         resume: true,
+        recorder,
         arrived: &|| *arrived.lock() = true,
-        progress: &progress,
+        progress,
         decision: &decision,
     });
     let arrived = *arrived.lock();
-    (result, progress, arrived)
+    (result, arrived)
 }
 
 /// Changes a byte of a page in the file of the memory.
@@ -409,6 +425,7 @@ fn made_of(snapshot: &Snapshot, count: usize, to: &OnlyMemory) -> Result<(), Ref
         verify: false,
         host: to,
         resume: true,
+        recorder: None,
         arrived: &|| {},
         progress: &progress,
         decision: &decision,
