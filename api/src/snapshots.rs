@@ -9,8 +9,8 @@ use axum::response::Response;
 use control::{Migration, RequestError, SnapshotOf};
 use http::StatusCode;
 use spec::{
-    ForkVm, MergeSnapshots, MigrationInfo, MirrorDisk, RestoreConfig, VmCoredumpData, VmId,
-    VmSnapshotConfig,
+    ForkVm, MergeSnapshots, MigrationInfo, MirrorDisk, RecordWorkingSet, RestoreConfig,
+    VmCoredumpData, VmId, VmSnapshotConfig,
 };
 
 use crate::extract::{Json, Named, NamedDisk};
@@ -33,6 +33,8 @@ pub(crate) fn routes() -> Routes<Service> {
         .routes(routes!(core_dump))
         .routes(routes!(mirror))
         .routes(routes!(restore))
+        .routes(routes!(record))
+        .routes(routes!(end_recording))
         .routes(routes!(fork))
 }
 
@@ -168,6 +170,50 @@ async fn restore(
     let registry = service.registry.clone();
     let begun = begin(move || registry.restore(&id, &body), ApiError::from).await?;
     Ok(created_with_socket(service, begun))
+}
+
+/// Start to make a VM of this name from a snapshot, and to record the working set of its guest.
+///
+/// The guest runs as with the mode `OnDemand`, but pages are read only when they are touched. The order of
+/// their first touches is written beside the snapshot when the recording is stopped, or after `limit_s`.
+/// Later restores with `OnDemand` and `Map` bring these pages first. The migration that the answer shows
+/// is `Completed` when the record is written and the VM has all of its memory: the VM stays. Deleting the
+/// migration ends the recording without a record.
+#[utoipa::path(
+    post, path = "/api/v1/vms/{id}/recording", operation_id = "recordWorkingSet", tag = MIGRATIONS, request_body = RecordWorkingSet,
+    params(("id" = VmId, Path, description = "The new VM's name.")),
+    responses(
+        (status = 201, description = "It has begun.", body = MigrationInfo,
+         headers(("Location" = String, description = "Its path."))),
+        NotUnderstood, TooSlow, Exists, TooLong, NotJson, NotPossible, Failed, Unsupported,
+    ),
+)]
+async fn record(
+    State(service): State<Service>,
+    Named(id): Named,
+    Json(body): Json<RecordWorkingSet>,
+) -> Result<Response, ApiError> {
+    let registry = service.registry.clone();
+    let record = move || registry.record_working_set(&id, &body);
+    let begun = begin(record, ApiError::from).await?;
+    Ok(created_with_socket(service, begun))
+}
+
+/// Stop recording the working set of a VM: its guest is ready. The record is written then.
+#[utoipa::path(
+    put, path = "/api/v1/vms/{id}/recording/stop", operation_id = "stopRecording", tag = MIGRATIONS,
+    params(("id" = VmId, Path, description = "The VM's name.")),
+    responses(
+        (status = 204, description = "No further page is recorded."),
+        NotUnderstood, NoSuchVm, WrongState,
+    ),
+)]
+async fn end_recording(
+    State(service): State<Service>,
+    Named(id): Named,
+) -> Result<StatusCode, ApiError> {
+    service.registry.end_recording(id.as_str())?;
+    Ok(StatusCode::NO_CONTENT)
 }
 
 /// Start to make VMs from a VM.

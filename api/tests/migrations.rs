@@ -175,6 +175,15 @@ impl Migrate for Engine {
         unsupported()
     }
 
+    fn record(
+        &self,
+        _: &Registry,
+        _: &VmId,
+        _: &spec::RecordWorkingSet,
+    ) -> Result<Arc<dyn Migration>, RequestError> {
+        unsupported()
+    }
+
     fn fork(
         &self,
         _: &Registry,

@@ -41,6 +41,22 @@ pub(crate) enum SnapshotCommand {
         #[arg(value_name = "URL")]
         destination_url: String,
     },
+    /// Make the VM from a snapshot, and record which pages its guest touches until `stop-recording`. Later
+    /// restores with OnDemand and Map bring these pages first. Waits until the record is written; the VM
+    /// stays. Ctrl-C ends the recording without a record. Needs --vm ID.
+    Record {
+        /// The folder of the snapshot: file:///PATH, or an absolute path. The record is written there.
+        #[arg(value_name = "URL")]
+        source_url: String,
+        /// Seconds after which the recording ends by itself.
+        #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u32).range(1..=3600))]
+        limit: u32,
+        /// JSON file of what differs from the VM that was saved: disks, taps, sockets; - for standard input.
+        #[arg(long, value_name = "FILE")]
+        overrides: Option<String>,
+    },
+    /// Say that the guest of the VM is ready: `record` writes what was touched so far. Needs --vm ID.
+    StopRecording,
 }
 
 /// Drives a virtual machine over the REST API.
@@ -280,7 +296,8 @@ pub(crate) enum Command {
         #[arg(long, value_name = "FILE")]
         overrides: Option<String>,
     },
-    /// Print the manifest of a snapshot in a folder of this host, of any version of the format.
+    /// Print the manifest of a snapshot in a folder of this host, of any version of the format, with the
+    /// images that it needs (`frozen_images`) and what was recorded (`working_set`).
     Describe {
         /// The folder: file:///PATH, or a path.
         #[arg(value_name = "URL")]

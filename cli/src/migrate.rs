@@ -535,6 +535,16 @@ pub(crate) fn summary(info: &MigrationInfo) -> String {
             ),
         );
     }
+    if let Some(us) = info.first_instruction_us {
+        line("guest runs", format!("after {}", ms(us)));
+    }
+    if let Some(pages) = info.working_set_pages {
+        let brought = info
+            .working_set_us
+            .map(|us| format!(", brought after {}", ms(us)));
+        let brought = brought.unwrap_or_default();
+        line("working set", format!("{pages} pages{brought}"));
+    }
     if let Some(error) = &info.error {
         line("error", format!("{} ({})", error.detail, error.code));
     }

@@ -8,9 +8,9 @@ use anyhow::{Context, Result, bail};
 use openapi::{Client, News};
 use spec::{
     CreateVm, ForkVm, MergeSnapshots, MirrorDisk, PciDeviceInfo, ReceiveMigrationData,
-    ResolveMigration, RestoreConfig, SendMigrationData, SnapshotDisks, VmAddUserDevice, VmConfig,
-    VmCoredumpData, VmId, VmRemoveDevice, VmResize, VmResizeDisk, VmResizeZone, VmSnapshotConfig,
-    options,
+    RecordWorkingSet, ResolveMigration, RestoreConfig, SendMigrationData, SnapshotDisks,
+    VmAddUserDevice, VmConfig, VmCoredumpData, VmId, VmRemoveDevice, VmResize, VmResizeDisk,
+    VmResizeZone, VmSnapshotConfig, options,
 };
 
 use crate::args::{Arguments, Command, ResizeArguments, SnapshotCommand};
@@ -261,16 +261,37 @@ impl Remote {
     }
 
     async fn perform_on_snapshots(&self, command: SnapshotCommand) -> Result<()> {
-        let SnapshotCommand::Merge {
-            source_url,
-            destination_url,
-        } = command;
-        let body = MergeSnapshots {
-            source_url: url(&source_url),
-            destination_url: url(&destination_url),
+        let vm = || {
+            let vm = self.vm.as_ref();
+            vm.context("recording needs --vm ID, on a service's socket")
         };
-        let begins = self.client.snapshots_merge(&body);
-        migrate::follow(&self.client, begins, self.printer).await
+        match command {
+            SnapshotCommand::Merge {
+                source_url,
+                destination_url,
+            } => {
+                let body = MergeSnapshots {
+                    source_url: url(&source_url),
+                    destination_url: url(&destination_url),
+                };
+                let begins = self.client.snapshots_merge(&body);
+                migrate::follow(&self.client, begins, self.printer).await
+            }
+            SnapshotCommand::Record {
+                source_url,
+                limit,
+                overrides,
+            } => {
+                let body = RecordWorkingSet {
+                    source_url: url(&source_url),
+                    limit_s: limit,
+                    overrides: overrides.as_deref().map(read_json).transpose()?,
+                };
+                let begins = self.client.vms_record(vm()?, &body);
+                migrate::follow(&self.client, begins, self.printer).await
+            }
+            SnapshotCommand::StopRecording => Ok(self.client.vms_stop_recording(vm()?).await?),
+        }
     }
 
     async fn mirror(&self, disk: &str, to: &str, detach: bool) -> Result<()> {

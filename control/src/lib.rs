@@ -49,7 +49,7 @@ pub use allowance::Allowance;
 pub use error::{Category, RequestError};
 pub use events::{EventLog, Missed};
 pub use handle::{Ask, EventSender, Inbox, Latch, Message, Peek, Reply, VmHandle, connect};
-pub use migrations::{Accepted, Migrate, Migration, SnapshotOf};
+pub use migrations::{Accepted, Migrate, Migration, SnapshotOf, not_recording};
 pub use registry::{Registry, Spawn};
 pub use request::{NewDevice, Request};
 pub use status::{Arrival, StatusPublisher, VmStatus};

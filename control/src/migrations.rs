@@ -6,7 +6,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use spec::{
     AwaitMigration, ForkVm, MergeSnapshots, MigrationInfo, MigrationOutcome, MirrorDisk,
-    RestoreConfig, StartMigration, VmCoredumpData, VmId, VmSnapshotConfig,
+    RecordWorkingSet, RestoreConfig, StartMigration, VmCoredumpData, VmId, VmSnapshotConfig,
 };
 use tokio::sync::watch;
 
@@ -36,6 +36,14 @@ pub trait Migration: Send + Sync {
     /// for instance: then the migration stays in doubt, and another decision can be made.
     fn resolve(&self, outcome: MigrationOutcome) -> Result<(), RequestError>;
 
+    /// Ends the recording of a working set: the guest is ready.
+    ///
+    /// # Errors
+    /// Nothing is recorded, or no longer.
+    fn end_recording(&self) -> Result<(), RequestError> {
+        Err(not_recording())
+    }
+
     /// True once it is over.
     fn over(&self) -> watch::Receiver<bool>;
 
@@ -49,6 +57,13 @@ pub trait Migration: Send + Sync {
     fn vms(&self) -> Vec<VmId> {
         self.info().vm.into_iter().collect()
     }
+}
+
+/// The refusal of a request about a recording that is not there.
+#[must_use]
+pub fn not_recording() -> RequestError {
+    let detail = "no working set is being recorded with this VM";
+    RequestError::new(Category::Conflict, "not-recording", detail)
 }
 
 /// The guests of which a snapshot may be taken.
@@ -150,6 +165,17 @@ pub trait Migrate: Send + Sync {
         registry: &Registry,
         vm: &VmId,
         what: &RestoreConfig,
+    ) -> Result<Arc<dyn Migration>, RequestError>;
+
+    /// Starts to make a VM from a snapshot, and to record the pages that it touches.
+    ///
+    /// # Errors
+    /// As for [`Migrate::restore`].
+    fn record(
+        &self,
+        registry: &Registry,
+        vm: &VmId,
+        what: &RecordWorkingSet,
     ) -> Result<Arc<dyn Migration>, RequestError>;
 
     /// Starts to make VMs from a VM, paused or running.

@@ -7,15 +7,15 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use spec::{
     AwaitMigration, CpuCheck, CpuDescription, ForkVm, HostCpu, HostLimits, MergeSnapshots,
-    MigrationSide, MirrorDisk, RestoreConfig, StartMigration, VmConfig, VmCoredumpData, VmId,
-    VmSnapshotConfig,
+    MigrationSide, MirrorDisk, RecordWorkingSet, RestoreConfig, StartMigration, VmConfig,
+    VmCoredumpData, VmId, VmSnapshotConfig,
 };
 use tokio::sync::watch;
 
 use crate::error::{Category, RequestError};
 use crate::events::EventLog;
 use crate::handle::VmHandle;
-use crate::migrations::{Accepted, Migrate, Migration, Migrations, SnapshotOf};
+use crate::migrations::{Accepted, Migrate, Migration, Migrations, SnapshotOf, not_recording};
 use crate::request::Request;
 
 /// A factory of drivers.
@@ -256,6 +256,31 @@ impl Registry {
     ) -> Result<Arc<dyn Migration>, RequestError> {
         let restore = self.mover()?.restore(self, vm, what)?;
         Ok(self.0.migrations.add(restore))
+    }
+
+    /// Starts to make a VM from a snapshot, and to record the pages that it touches.
+    ///
+    /// # Errors
+    /// As for [`Registry::restore`].
+    pub fn record_working_set(
+        &self,
+        vm: &VmId,
+        what: &RecordWorkingSet,
+    ) -> Result<Arc<dyn Migration>, RequestError> {
+        let recording = self.mover()?.record(self, vm, what)?;
+        Ok(self.0.migrations.add(recording))
+    }
+
+    /// Ends the recording of a working set with a VM, which is ready.
+    ///
+    /// # Errors
+    /// There is no VM of this name, or nothing is recorded with it.
+    pub fn end_recording(&self, id: &str) -> Result<(), RequestError> {
+        let vm = self.get(id)?;
+        let of_vm = |one: &Arc<dyn Migration>| one.info().vm.as_ref() == Some(vm.id());
+        // The VM's latest: nothing else happens to it while it is recorded.
+        let latest = self.migrations().into_iter().rev().find(of_vm);
+        latest.ok_or_else(not_recording)?.end_recording()
     }
 
     /// Starts to make VMs from a VM, paused or running.

@@ -3,10 +3,10 @@
 use spec::{
     AwaitMigration, CpuCheck, CpuDescription, CreateVm, DeviceConfig, DiskConfig, ForkVm, FsConfig,
     GenericVhostUserConfig, HostCpu, MemoryMap, MergeSnapshots, MigrationInfo, MigrationProgress,
-    MirrorDisk, NetConfig, PciDeviceInfo, PmemConfig, ReceiveMigrationData, ResolveMigration,
-    RestoreConfig, SendMigrationData, StartMigration, VdpaConfig, VmAddUserDevice, VmConfig,
-    VmCoredumpData, VmCounters, VmId, VmInfo, VmRemoveDevice, VmResize, VmResizeDisk, VmResizeZone,
-    VmSnapshotConfig, VmSummary, VmmPingResponse, VsockConfig,
+    MirrorDisk, NetConfig, PciDeviceInfo, PmemConfig, ReceiveMigrationData, RecordWorkingSet,
+    ResolveMigration, RestoreConfig, SendMigrationData, StartMigration, VdpaConfig,
+    VmAddUserDevice, VmConfig, VmCoredumpData, VmCounters, VmId, VmInfo, VmRemoveDevice, VmResize,
+    VmResizeDisk, VmResizeZone, VmSnapshotConfig, VmSummary, VmmPingResponse, VsockConfig,
 };
 
 use crate::client::Client;
@@ -169,6 +169,10 @@ operations! {
     vms_mirror_disk(id, disk)[MirrorDisk]: POST "/api/v1/vms/{id}/disks/{disk}/mirror" "mirrorDisk" -> MigrationInfo;
     /// Starts to make a VM of this name from a snapshot.
     vms_restore(id)[RestoreConfig]: POST "/api/v1/vms/{id}/restore" "restoreVm" -> MigrationInfo;
+    /// Starts to make a VM of this name from a snapshot, and to record the working set of its guest.
+    vms_record(id)[RecordWorkingSet]: POST "/api/v1/vms/{id}/recording" "recordWorkingSet" -> MigrationInfo;
+    /// Ends the recording of a VM's working set, which is written then.
+    vms_stop_recording(id): PUT "/api/v1/vms/{id}/recording/stop" "stopRecording";
     /// Starts to make VMs from a paused VM.
     vms_fork(id)[ForkVm]: POST "/api/v1/vms/{id}/forks" "forkVm" -> MigrationInfo;
     /// Begins to wait for a VM from another service.

@@ -80,9 +80,10 @@ pub use progress::{
 pub use rate_limit::{RateLimitGroupConfig, RateLimiterConfig, TokenBucket};
 pub use refused::{REFUSED_FIELDS, RefusedField};
 pub use requests::{
-    MemoryRestoreMode, MergeSnapshots, MigrationMode, ReceiveMigrationData, RestoreConfig,
-    SendMigrationData, SnapshotDisks, TimeoutStrategy, VmAddUserDevice, VmCoredumpData,
-    VmMemoryZoneUpdateData, VmRemoveDevice, VmResize, VmResizeDisk, VmResizeZone, VmSnapshotConfig,
+    MemoryRestoreMode, MergeSnapshots, MigrationMode, ReceiveMigrationData, RecordWorkingSet,
+    RestoreConfig, SendMigrationData, SnapshotDisks, TimeoutStrategy, VmAddUserDevice,
+    VmCoredumpData, VmMemoryZoneUpdateData, VmRemoveDevice, VmResize, VmResizeDisk, VmResizeZone,
+    VmSnapshotConfig,
 };
 pub use service::{
     CreateVm, Event, FieldProblem, InvalidVmId, MapAlias, MapNode, MapRange, MapSpace, MemoryMap,

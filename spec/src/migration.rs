@@ -431,6 +431,17 @@ pub struct MigrationInfo {
     pub fault_p50_us: u64,
     /// 99th percentile of the wait for such a page, in microseconds.
     pub fault_p99_us: u64,
+    /// Of a restore with `resume`: microseconds from the request until the guest ran. Of several VMs, the
+    /// last that did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub first_instruction_us: Option<u64>,
+    /// Pages of the snapshot's working set, which a restore brings first, or which were recorded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub working_set_pages: Option<u64>,
+    /// Of a restore: microseconds from the request until its working set was brought. Of several VMs,
+    /// the last so far.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub working_set_us: Option<u64>,
     /// Why the migration failed, was canceled or is in doubt.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<MigrationError>,

@@ -92,6 +92,25 @@ pub struct MergeSnapshots {
     pub destination_url: String,
 }
 
+fn default_limit_s() -> u32 {
+    60
+}
+
+/// A snapshot whose working set is recorded.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RecordWorkingSet {
+    /// `file:///PATH`: the folder of the snapshot, in which the record is written.
+    pub source_url: String,
+    /// Seconds from the guest's start after which the recording ends by itself.
+    #[serde(default = "default_limit_s")]
+    #[schema(minimum = 1, maximum = 3600)]
+    pub limit_s: u32,
+    /// What differs from the VM that was saved.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub overrides: Option<Overrides>,
+}
+
 /// Destination of a core dump.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

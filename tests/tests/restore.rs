@@ -215,6 +215,65 @@ async fn file_that_shrinks_ends_the_vm() {
     dirtier::boot(&service).await.unwrap();
 }
 
+/// A working set is recorded until the guest is ready, and later restores bring it first; canceled and
+/// abandoned recordings leave no record.
+#[tokio::test]
+async fn working_set_is_recorded_and_brought_first() {
+    let service = Service::start(Face::Many).await.unwrap();
+    let (vm, port, dir) = example(&service, None).await;
+    let client = service.client();
+    let record = dir.join("working-set.json");
+    let what = spec::RecordWorkingSet {
+        source_url: format!("file://{}", dir.display()),
+        limit_s: 600,
+        overrides: None,
+    };
+    let too_long = spec::RecordWorkingSet {
+        limit_s: 3601,
+        ..what.clone()
+    };
+    let refusal = client.vms_record(&vm, &too_long).await;
+    refused(refusal, 422, "invalid-configuration");
+    refused(client.vms_stop_recording(&vm).await, 404, "no-such-vm");
+    for end in ["cancel", "delete", "stop"] {
+        let begun = client.vms_record(&vm, &what).await.unwrap();
+        let id: VmId = begun.id.parse().unwrap();
+        let runs = |info: &spec::MigrationInfo| info.phase == MigrationPhase::Postcopy;
+        service.until(&id, PATIENCE, runs).await.unwrap();
+        // The guest runs, on pages that come as it touches them.
+        dirtier::check(&port).await.unwrap();
+        match end {
+            "cancel" => client.migrations_cancel(&id).await.unwrap(),
+            "delete" => client.vms_delete(&vm).await.unwrap(),
+            _ => client.vms_stop_recording(&vm).await.unwrap(),
+        }
+        let ended = over(&service, &begun).await;
+        match end {
+            "cancel" => assert_eq!(ended.phase, MigrationPhase::Canceled, "{ended:?}"),
+            "delete" => assert_eq!(ended.error.unwrap().code, "recording-ended"),
+            _ => assert_eq!(ended.phase, MigrationPhase::Completed, "{ended:?}"),
+        }
+        assert_eq!(record.exists(), end == "stop", "{end}");
+        if end != "delete" {
+            // It has all of its memory, and is a VM as any other.
+            refused(client.vms_stop_recording(&vm).await, 409, "not-recording");
+            dirtier::check(&port).await.unwrap();
+            client.vms_delete(&vm).await.unwrap();
+        }
+    }
+    let content: serde_json::Value = serde_json::from_slice(&fs::read(&record).unwrap()).unwrap();
+    let pages = content["pages"].as_u64();
+    assert!(pages > Some(0), "{content}");
+    for mode in [MemoryRestoreMode::OnDemand, MemoryRestoreMode::Map] {
+        let came = restored(&service, &vm, &with(&dir, mode)).await;
+        assert_eq!(came.phase, MigrationPhase::Completed, "{came:?}");
+        assert_eq!(came.working_set_pages, pages);
+        assert!(came.working_set_us.is_some() && came.first_instruction_us.is_some());
+        dirtier::check(&port).await.unwrap();
+        client.vms_delete(&vm).await.unwrap();
+    }
+}
+
 /// Overrides under which VMs of the dirtying guest can run beside each other: each has its own socket.
 fn apart(at: &Service) -> (spec::Overrides, impl Fn(usize) -> PathBuf) {
     let dir = at.path("ports");

@@ -110,6 +110,9 @@ fn info(id: Uuid, side: Side, steps: &[Entry], last: &Entry) -> MigrationInfo {
         faults: 0,
         fault_p50_us: 0,
         fault_p99_us: 0,
+        first_instruction_us: None,
+        working_set_pages: None,
+        working_set_us: None,
         error: Some(MigrationError {
             code: code.to_owned(),
             detail: detail.to_owned(),

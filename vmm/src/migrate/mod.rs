@@ -24,8 +24,10 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use control::{
     Accepted, Category, Migrate, Migration, Registry, RequestError, SnapshotOf, VmHandle,
+    not_recording,
 };
 use hypervisor::arch::{CpuId, kvm_cpuid_entry2};
+use migration::snapshot::Recorder;
 use migration::{
     Decision, Dial, Endpoint, MAX_CONNECTIONS, Outcome, Phase, Policy, Progress, Report,
     Resolution, Sending, Side, TlsDial, send,
@@ -35,7 +37,8 @@ use serde::{Deserialize, Serialize};
 use spec::{
     AwaitMigration, FieldProblem, ForkVm, MemoryMode, MergeSnapshots, MigrationDowntime,
     MigrationError, MigrationInfo, MigrationOutcome, MigrationPhase, MigrationRound, MigrationSide,
-    MirrorDisk, RestoreConfig, StartMigration, VmConfig, VmCoredumpData, VmId, VmSnapshotConfig,
+    MirrorDisk, RecordWorkingSet, RestoreConfig, StartMigration, VmConfig, VmCoredumpData, VmId,
+    VmSnapshotConfig,
 };
 use tokio::sync::watch;
 
@@ -118,6 +121,8 @@ struct ActiveMigration {
     settled: watch::Sender<bool>,
     /// The VMs that are made from a snapshot.
     makes: Mutex<Vec<VmId>>,
+    /// The recording of a working set.
+    recorder: Option<Recorder>,
     /// A destination listens, if only to answer a source that missed the outcome.
     has_endpoint: AtomicBool,
     /// An event of the VM that a destination made says that its guest did not come.
@@ -142,6 +147,7 @@ impl ActiveMigration {
             over: watch::Sender::new(false),
             settled: watch::Sender::new(false),
             makes: Mutex::default(),
+            recorder: None,
             has_endpoint: AtomicBool::new(false),
             end_is_recorded: AtomicBool::new(false),
         }
@@ -175,6 +181,9 @@ impl ActiveMigration {
             rounds = report.rounds,
             predicted_downtime_us = report.predicted_downtime_us,
             downtime_us = report.downtime.map(|downtime| downtime.total_us),
+            first_instruction_us = report.first_instruction_us,
+            working_set_pages = report.working_set_pages,
+            working_set_us = report.working_set_us,
             error = report.error.map(|error| error.to_string()),
             "migration: ends"
         );
@@ -249,6 +258,9 @@ impl Migration for ActiveMigration {
             faults: report.faults,
             fault_p50_us: report.fault_p50_us,
             fault_p99_us: report.fault_p99_us,
+            first_instruction_us: report.first_instruction_us,
+            working_set_pages: report.working_set_pages,
+            working_set_us: report.working_set_us,
             error: report.error.map(|error| MigrationError {
                 code: error.code,
                 detail: error.detail,
@@ -270,7 +282,13 @@ impl Migration for ActiveMigration {
                 detail,
             ));
         }
-        self.decision.cancel().map_err(|late| {
+        let is_recording = self.recorder.as_ref().is_some_and(Recorder::cancel);
+        let canceled = self.decision.cancel();
+        if is_recording {
+            // Before the commit point this cancels the restore, behind it the recording only.
+            return Ok(());
+        }
+        canceled.map_err(|late| {
             RequestError::new(Category::Conflict, "migration-committed", late.to_string())
         })
     }
@@ -291,6 +309,14 @@ impl Migration for ActiveMigration {
             "migration-not-in-doubt",
             detail,
         ))
+    }
+
+    fn end_recording(&self) -> Result<(), RequestError> {
+        let recorder = self.recorder.as_ref();
+        match recorder.is_some_and(Recorder::ready) {
+            true => Ok(()),
+            false => Err(not_recording()),
+        }
     }
 
     fn over(&self) -> watch::Receiver<bool> {
@@ -535,6 +561,15 @@ impl Migrate for Pool {
         what: &RestoreConfig,
     ) -> Result<Arc<dyn Migration>, RequestError> {
         restore::begin_restore(self, registry, vm, what)
+    }
+
+    fn record(
+        &self,
+        registry: &Registry,
+        vm: &VmId,
+        what: &RecordWorkingSet,
+    ) -> Result<Arc<dyn Migration>, RequestError> {
+        restore::begin_recording(self, registry, vm, what)
     }
 
     fn fork(

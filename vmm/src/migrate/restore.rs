@@ -1,13 +1,15 @@
 //! VMs made from a snapshot, and forks: VMs made from a VM.
 
+use std::ops::RangeInclusive;
 use std::sync::Arc;
+use std::time::Duration;
 
 use control::{Category, Migration, Registry, RequestError, SnapshotOf, VmHandle};
-use migration::snapshot::{Memory, Restoring, Snapshot, restore};
+use migration::snapshot::{Memory, Recorder, Restoring, Snapshot, restore};
 use migration::{Offer, Refusal, Source as _};
 use spec::{
-    ForkVm, MemoryRestoreMode, MigrationSide, Overrides, RefusedField, RestoreConfig, VmConfig,
-    VmId, fork_names,
+    FieldProblem, ForkVm, MemoryRestoreMode, MigrationSide, Overrides, RecordWorkingSet,
+    RefusedField, RestoreConfig, VmConfig, VmId, fork_names,
 };
 
 use super::destination::{DestinationHost, GuestOrigin, record_failure};
@@ -26,6 +28,8 @@ struct Children {
     memory: Memory,
     verify: bool,
     resume: bool,
+    /// Records the working set of the one VM.
+    recorder: Option<Recorder>,
 }
 
 impl Children {
@@ -85,6 +89,7 @@ impl Children {
             verify: self.verify,
             host,
             resume: self.resume,
+            recorder: self.recorder.as_ref(),
             arrived: &|| {
                 ours.settled.send_replace(true);
             },
@@ -116,15 +121,58 @@ pub(super) fn begin_restore(
         },
         verify: what.verify,
         resume: what.resume,
+        recorder: None,
     };
-    let dir = path("source_url", &what.source_url)?;
-    children.check_names(registry)?;
-    let snapshot = Snapshot::open(&dir).map_err(|error| unusable(error.refusal()))?;
-    let offers = children.offers(&snapshot.offer())?;
-    let url = what.source_url.clone();
     let origin = GuestOrigin::Snapshot {
         prefault: what.prefault,
     };
+    begin_children(pool, registry, vm, &what.source_url, children, origin)
+}
+
+/// Starts to make a VM from a snapshot, and to record its working set.
+pub(super) fn begin_recording(
+    pool: &Pool,
+    registry: &Registry,
+    vm: &VmId,
+    what: &RecordWorkingSet,
+) -> Result<Arc<dyn Migration>, RequestError> {
+    const LIMIT_S: RangeInclusive<u32> = 1..=3600;
+    if !LIMIT_S.contains(&what.limit_s) {
+        let (limit, least, most) = (what.limit_s, LIMIT_S.start(), LIMIT_S.end());
+        return Err(RequestError::invalid(vec![FieldProblem {
+            pointer: "/limit_s".to_owned(),
+            code: "invalid".to_owned(),
+            detail: format!("`limit_s` ({limit}) must be {least} to {most}"),
+        }]));
+    }
+    let limit = Duration::from_secs(what.limit_s.into());
+    let children = Children {
+        names: vec![vm.clone()],
+        overrides: what.overrides.clone().unwrap_or_default(),
+        // Each touch of a page is a fault that the service sees.
+        memory: Memory::OnDemand,
+        verify: false,
+        resume: true,
+        recorder: Some(Recorder::new(limit)),
+    };
+    let origin = GuestOrigin::Snapshot { prefault: false };
+    begin_children(pool, registry, vm, &what.source_url, children, origin)
+}
+
+/// Starts to make VMs from a snapshot.
+fn begin_children(
+    pool: &Pool,
+    registry: &Registry,
+    vm: &VmId,
+    source_url: &str,
+    children: Children,
+    origin: GuestOrigin,
+) -> Result<Arc<dyn Migration>, RequestError> {
+    let dir = path("source_url", source_url)?;
+    children.check_names(registry)?;
+    let snapshot = Snapshot::open(&dir).map_err(|error| unusable(error.refusal()))?;
+    let offers = children.offers(&snapshot.offer())?;
+    let url = source_url.to_owned();
     let (ours, host) = begin(pool, registry, &children, url, origin);
     let restoring = Arc::clone(&ours);
     let (id, registry) = (vm.clone(), registry.clone());
@@ -138,11 +186,29 @@ pub(super) fn begin_restore(
         );
         registry.record(&id, "restoring", Some(format!("from {}", ours.endpoint)));
         children.make(&snapshot, offers, &host, &ours);
-        record_failure(&ours, &registry, &id, origin);
+        if children.recorder.is_some() && *ours.settled.borrow() {
+            // The VM is there, whatever became of the record.
+            record_end(&ours, &registry, &id);
+        } else {
+            record_failure(&ours, &registry, &id, origin);
+        }
         ours.log_end();
         ours.end();
     })?;
     Ok(restoring)
+}
+
+/// Records what came of a recording.
+fn record_end(ours: &ActiveMigration, registry: &Registry, vm: &VmId) {
+    let report = ours.progress.report();
+    match report.error {
+        None => {
+            let pages = report.working_set_pages.unwrap_or(0);
+            let detail = format!("{pages} pages, for {}", ours.endpoint);
+            registry.record(vm, "recorded", Some(detail));
+        }
+        Some(why) => registry.record(vm, "recording-failed", Some(why.detail)),
+    }
 }
 
 fn refuse_what_is_not_there(what: &RestoreConfig) -> Result<(), RequestError> {
@@ -173,7 +239,10 @@ fn begin(
         [one] => Some(one.clone()),
         _ => None,
     };
-    let ours = ActiveMigration::new(MigrationSide::Destination, one, endpoint);
+    let ours = ActiveMigration {
+        recorder: children.recorder.clone(),
+        ..ActiveMigration::new(MigrationSide::Destination, one, endpoint)
+    };
     *ours.makes.lock() = children.names.clone();
     let ours = Arc::new(ours);
     // Whoever asks may create a VM with any configuration, so the snapshot's may be any too.
@@ -203,6 +272,7 @@ pub(super) fn begin_fork(
         memory: Memory::Map,
         verify: false,
         resume: what.resume,
+        recorder: None,
     };
     children.check_names(registry)?;
     let origin = GuestOrigin::Snapshot { prefault: false };
