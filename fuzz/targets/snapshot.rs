@@ -1,4 +1,5 @@
-//! Folders that claim to be snapshots: a manifest with arbitrary numbers or bytes, and arbitrary files.
+//! Folders that claim to be snapshots: a manifest with arbitrary numbers or bytes, and arbitrary files, a
+//! working set among them.
 
 #![no_main]
 
@@ -18,6 +19,35 @@ struct Folder {
     state: Vec<u8>,
     memory: Vec<u8>,
     hashes: Vec<u8>,
+    working_set: WorkingSet,
+}
+
+#[derive(Arbitrary, Debug)]
+enum WorkingSet {
+    Bytes(Vec<u8>),
+    Runs { runs: Vec<(u64, u64)>, small: bool, pages: Option<u64>, hash: Option<u64> },
+}
+
+impl WorkingSet {
+    fn text(&self) -> Vec<u8> {
+        let (runs, small, pages, other) = match self {
+            Self::Bytes(bytes) => return bytes.clone(),
+            Self::Runs { runs, small, pages, hash } => (runs, *small, *pages, *hash),
+        };
+        // Small numbers are within the memory more often than a fuzzer would find them.
+        let small = |number: u64| if small { number % 64 } else { number };
+        let runs: Vec<_> = runs.iter().map(|(first, count)| (small(*first), small(*count))).collect();
+        let bytes: Vec<u8> =
+            runs.iter().flat_map(|(first, count)| [first.to_le_bytes(), count.to_le_bytes()]).flatten().collect();
+        let all = runs.iter().fold(0_u64, |all, (_, count)| all.wrapping_add(*count));
+        serde_json::json!({
+            "format": "whimbrel-working-set", "version": 1, "snapshot": "5f0b6a3e-6a7c-4c1a-9a55-3f3d1d0b7c11",
+            "pages": pages.unwrap_or(all), "hash": other.unwrap_or_else(|| xxhash_rust::xxh3::xxh3_64(&bytes)),
+            "runs": runs,
+        })
+        .to_string()
+        .into_bytes()
+    }
 }
 
 #[derive(Arbitrary, Debug)]
@@ -68,6 +98,7 @@ fuzz_target!(|data: &[u8]| {
         ("machine.json", &folder.machine),
         ("state.bin", &folder.state),
         ("hashes.bin", &folder.hashes),
+        ("working-set.json", &folder.working_set.text()),
     ] {
         fs::write(dir.path().join(name), content).unwrap();
     }
@@ -81,6 +112,10 @@ fuzz_target!(|data: &[u8]| {
     let Ok(snapshot) = Snapshot::open(dir.path()) else {
         return;
     };
+    if let Some(set) = snapshot.working_set() {
+        let total: u64 = snapshot.manifest().memory.iter().map(|block| block.size / 4096).sum();
+        assert!(set.pages() <= total);
+    }
     let blocks = snapshot.manifest().memory.iter().map(|block| Block {
         name: block.name.clone(),
         ram: Arc::new(RamBlock::new(&RamConfig::anonymous(block.size)).unwrap()),

@@ -2,13 +2,14 @@
 //!
 //!     cargo build --release && cargo bench -p tests --bench snapshot [-- [--quick] [PART...]]
 //!
-//! A part is `restores`, `stops` or `forks`; without one, all are run.
+//! A part is `restores`, `ready`, `stops` or `forks`; without one, all are run.
 //!
 //! The guest has written every page of its memory that it can. "First instruction" is the time from the
 //! request until the guest's next heartbeat is in the file of its serial port: it writes one each
 //! millisecond. Forks write one each second, the first at once. The page cache holds the snapshot
 //! (warm). The stop of a snapshot is the longest gap that the guest saw in its TSC, as in the benchmark
-//! of migrations.
+//! of migrations. "Ready" is the time until the guest has checked 64 MiB of its memory and says so on its
+//! serial port.
 
 #[path = "migration/terminal.rs"]
 mod terminal;
@@ -32,7 +33,7 @@ const MIB: u64 = 1 << 20;
 /// line costs more than 0.5 ms, an exit for each byte.
 const FORK_HEARTBEAT_MS: u32 = 1000;
 const PATIENCE: Duration = Duration::from_secs(120);
-const PARTS: [&str; 3] = ["restores", "stops", "forks"];
+const PARTS: [&str; 4] = ["restores", "ready", "stops", "forks"];
 
 #[tokio::main]
 async fn main() -> Result<()> {
@@ -53,6 +54,9 @@ async fn main() -> Result<()> {
         for size in sizes {
             restores(size * MIB, rounds).await?;
         }
+    }
+    if is_asked("ready") {
+        ready(rounds).await?;
     }
     if is_asked("stops") {
         stops(if quick { &[256] } else { &[256, 2048, 8192] }, rounds).await?;
@@ -212,6 +216,92 @@ async fn restores(memory: u64, rounds: usize) -> Result<()> {
         ms(plain),
         rate(plain)
     );
+    Ok(())
+}
+
+/// Restores with and without a recorded working set.
+async fn ready(rounds: usize) -> Result<()> {
+    const REGION_MIB: u64 = 64;
+    let service = Service::start(Face::Many).await?;
+    let (vm, port) = dirtier::boot_writing(&service, Some(256 * MIB), REGION_MIB, 1000).await?;
+    let client = service.client();
+    let mut running = Vec::new();
+    for _ in 0..rounds {
+        let begun = Instant::now();
+        dirtier::check(&port).await?;
+        running.push(begun.elapsed());
+    }
+    client.vms_pause(&vm).await?;
+    let dir = service.path("snapshot");
+    over(
+        &service,
+        &client
+            .vms_snapshot(&vm, &tests::snapshots::to(&dir))
+            .await?,
+    )
+    .await?;
+    client.vms_delete(&vm).await?;
+
+    let what = spec::RecordWorkingSet {
+        source_url: format!("file://{}", dir.display()),
+        limit_s: 600,
+        overrides: None,
+    };
+    let recording = client.vms_record(&vm, &what).await?;
+    dirtier::check(&port).await?;
+    client.vms_stop_recording(&vm).await?;
+    let recorded = over(&service, &recording).await?;
+    client.vms_delete(&vm).await?;
+    let pages = recorded.working_set_pages.unwrap_or(0);
+    println!(
+        "256 MiB, a working set of {pages} pages; a guest that was never stopped answers after {:.1} ms",
+        ms(median(running)?)
+    );
+    println!(
+        "  mode      recorded set   first instruction   set resident      ready   faults   medians of {rounds}"
+    );
+    let (file, aside) = (dir.join("working-set.json"), dir.join("aside"));
+    for mode in [MemoryRestoreMode::OnDemand, MemoryRestoreMode::Map] {
+        for is_used in [false, true] {
+            if !is_used {
+                fs::rename(&file, &aside)?;
+            }
+            let (mut first, mut set, mut ready) = (Vec::new(), Vec::new(), Vec::new());
+            let mut faults = Vec::new();
+            for _ in 0..rounds {
+                read_through(&dir.join("memory.bin"))?;
+                let what = RestoreConfig {
+                    memory_restore_mode: mode,
+                    ..tests::snapshots::from(&dir, true)
+                };
+                let begun = Instant::now();
+                let restoring = client.vms_restore(&vm, &what).await?;
+                // The guest's port is there with its VM.
+                while dirtier::check(&port).await.is_err() {
+                    ensure!(begun.elapsed() < PATIENCE, "the guest is not ready");
+                }
+                ready.push(begun.elapsed());
+                let came = over(&service, &restoring).await?;
+                first.extend(came.first_instruction_us.map(Duration::from_micros));
+                set.extend(came.working_set_us.map(Duration::from_micros));
+                faults.push(came.faults);
+                client.vms_delete(&vm).await?;
+            }
+            if !is_used {
+                fs::rename(&aside, &file)?;
+            }
+            faults.sort_unstable();
+            println!(
+                "  {:<9} {:<12} {:>15.1} ms {:>12.1} ms {:>7.1} ms {:>8}",
+                format!("{mode:?}"),
+                if is_used { "yes" } else { "no" },
+                ms(median(first)?),
+                ms(median(set).unwrap_or_default()),
+                ms(median(ready)?),
+                faults.get(rounds / 2).unwrap_or(&0)
+            );
+        }
+    }
     Ok(())
 }
 
