@@ -177,7 +177,7 @@ fn restored(
     (result, progress, arrived)
 }
 
-pub(super) fn restored_with(
+fn restored_with(
     dir: &Path,
     memory: Memory,
     verify: bool,

@@ -282,7 +282,8 @@ mod tests {
             WorkingSet::parse(&serde_json::to_vec(&content).unwrap(), id, 10)
         };
         assert_eq!(parse(&|_| ()).unwrap().pages(), 3);
-        let refused: [(&dyn Fn(&mut Content), &str); 8] = [
+        type Change<'a> = (&'a dyn Fn(&mut Content), &'a str);
+        let refused: [Change<'_>; 8] = [
             (&|content| content.format = "other".to_owned(), "\"other\""),
             (&|content| content.version = 2, "version 2"),
             (&|content| content.snapshot = Uuid::nil(), "belongs to"),

@@ -141,10 +141,10 @@ fn working_set_of_a_mapped_guest_is_mapped() {
     let (with, _) = recorded_example();
     let (without, _) = example();
     touching(without.path(), Memory::Map, false, |to| {
-        assert_eq!(mapped(to), 0)
+        assert_eq!(mapped(to), 0);
     });
     touching(with.path(), Memory::Map, true, |to| {
-        assert_eq!(mapped(to), RECORDED.len())
+        assert_eq!(mapped(to), RECORDED.len());
     });
 }
 
