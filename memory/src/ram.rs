@@ -330,25 +330,6 @@ impl RamBlock {
         }
     }
 
-    /// Maps pages of a view before they are touched, reading them from the file where the page cache lacks
-    /// them. No private copy is made.
-    ///
-    /// # Errors
-    /// The range is not of whole pages of the block, or the host cannot read them or lacks
-    /// `MADV_POPULATE_READ` (Linux 5.14).
-    pub fn populate(&self, offset: usize, len: usize) -> io::Result<()> {
-        let is_within = offset.checked_add(len).is_some_and(|end| end <= self.len);
-        if !is_within || !offset.is_multiple_of(PAGE_SIZE as usize) {
-            return Err(io::ErrorKind::InvalidInput.into());
-        }
-        let from = self.host.as_ptr().wrapping_add(offset);
-        // SAFETY: the range is within our mapping, and reading pages does not change their contents.
-        match unsafe { libc::madvise(from.cast(), len, libc::MADV_POPULATE_READ) } {
-            0 => Ok(()),
-            _ => Err(io::Error::last_os_error()),
-        }
-    }
-
     /// Disables transparent huge pages. Postcopy needs this: a huge page would cover pages that have not
     /// arrived.
     ///

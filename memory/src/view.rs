@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io;
 use std::sync::atomic::Ordering;
 
+use crate::dirty::PAGE_SIZE;
 use crate::ram::{RamBlock, RamConfig, RamError};
 
 /// Pieces of a view that are replaced by zeros, at most. Each is up to two more mappings of the process,
@@ -44,6 +45,25 @@ impl Backing {
 }
 
 impl RamBlock {
+    /// Maps pages of a view before they are touched, reading them from the file where the page cache lacks
+    /// them. No private copy is made.
+    ///
+    /// # Errors
+    /// The range is not of whole pages of the block, or the host cannot read them or lacks
+    /// `MADV_POPULATE_READ` (Linux 5.14).
+    pub fn populate(&self, offset: usize, len: usize) -> io::Result<()> {
+        let is_within = offset.checked_add(len).is_some_and(|end| end <= self.len());
+        if !is_within || !offset.is_multiple_of(PAGE_SIZE as usize) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let from = self.host_addr().wrapping_add(offset);
+        // SAFETY: the range is within our mapping, and reading pages does not change their contents.
+        match unsafe { libc::madvise(from.cast(), len, libc::MADV_POPULATE_READ) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
     /// Maps a private view of a file from `offset` on, a multiple of the page size: the block begins with
     /// the file's content, and no write of the guest reaches the file. Nothing is read before it is touched, and all views of one file share the
     /// pages that were not written. The file must not change while it is mapped: pages that this block
