@@ -21,7 +21,7 @@ use crate::decision::Decision;
 use crate::disks::{Contents, DestinationDisk, IncomingDisk, SourceDisk};
 use crate::message::Refusal;
 use crate::pages::{Batch, PAGE, Run};
-use crate::policy::{Measured, Next, Policy, Situation};
+use crate::policy::{Left, Measured, Next, Policy, Situation};
 use crate::progress::{Downtime, Phase, Progress, Round, micros};
 use crate::sender::{Pacer, batches, count, per_second};
 use crate::snapshot::conclude;
@@ -147,11 +147,11 @@ impl Copier {
             // The stop ends with a sync, which is short if there is little to write back.
             self.to.sync().map_err(MigrationError::Here)?;
             let span = start.elapsed();
-            // What little there was says nothing of how fast much would be, but was as fast as that.
-            let speed = per_second(copied, span).max(1 << 20);
-            if copied > 1 << 20 || speed > measured.per_second {
-                measured.per_second = speed;
-            }
+            let round_of = Left {
+                memory: 0,
+                disks: before,
+            };
+            measured.measure(round_of, copied, span);
             let predicted = measured.downtime_of_disks(dirty);
             self.report_round(
                 mirroring.id,
@@ -159,7 +159,7 @@ impl Copier {
                     round,
                     pages: before,
                     took_us: micros(span),
-                    bytes_per_second: measured.per_second,
+                    bytes_per_second: measured.disk_speed,
                     dirty_pages: dirty,
                     predicted_downtime_us: micros(predicted),
                     throttle_percent: 0,

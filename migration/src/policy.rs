@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::pages::PAGE;
+use crate::sender::per_second;
 
 /// Action at the deadline of a migration that has not converged.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -98,28 +99,77 @@ pub(crate) struct Measured {
     pub(crate) round_trip: Duration,
     pub(crate) save: Duration,
     pub(crate) load: Duration,
-    /// Bytes.
-    pub(crate) per_second: u64,
+    /// Bytes of memory that are sent in a second; 0 before it is known.
+    pub(crate) memory_speed: u64,
+    /// Bytes of disks that are sent in a second; 0 before it is known. Storage is slower than memory, so
+    /// that a common speed would be wrong for both.
+    pub(crate) disk_speed: u64,
 }
+
+/// Pages that are left to send.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Left {
+    pub(crate) memory: u64,
+    /// Blocks of disks of the same size.
+    pub(crate) disks: u64,
+}
+
+impl Left {
+    pub(crate) fn count(self) -> u64 {
+        self.memory.saturating_add(self.disks)
+    }
+}
+
+/// The least speed that is taken for true, in bytes per second.
+const LEAST_SPEED: u64 = 1 << 20;
 
 impl Measured {
     /// A stop costs this beside what was measured: vCPUs leave the guest, and a thread wakes up at
     /// each step.
     const BASE: Duration = Duration::from_micros(400);
 
-    pub(crate) fn downtime(&self, pages: u64) -> Duration {
+    pub(crate) fn downtime(&self, left: Left) -> Duration {
         // State and answer, order.
         // With many pages, saving overlaps with sending, so the longer of the two counts.
-        self.round_trip * 3 / 2 + self.save.max(self.transfer(pages)) + self.load + Self::BASE
+        self.round_trip * 3 / 2 + self.save.max(self.transfer(left)) + self.load + Self::BASE
     }
 
-    /// How long so many pages take to be sent.
-    fn transfer(&self, pages: u64) -> Duration {
-        if pages == 0 {
-            return Duration::ZERO;
+    /// How long so many pages take to be sent. What was never measured counts as the other kind.
+    fn transfer(&self, left: Left) -> Duration {
+        let of = |pages: u64, speed: u64, other: u64| {
+            let speed = if speed == 0 { other } else { speed };
+            let bytes = pages.saturating_mul(PAGE as u64);
+            Duration::from_micros(bytes.saturating_mul(1_000_000) / speed.max(1))
+        };
+        let memory = of(left.memory, self.memory_speed, self.disk_speed);
+        memory.saturating_add(of(left.disks, self.disk_speed, self.memory_speed))
+    }
+
+    /// Takes in a round of these pages: `sent` bytes in so much time. Returns the round's speed, in bytes per
+    /// second, if it says something.
+    pub(crate) fn measure(&mut self, pages: Left, sent: u64, span: Duration) -> Option<u64> {
+        let speed = per_second(sent, span).max(LEAST_SPEED);
+        // What little there was, or the looking for zeros, says nothing of how fast much would be;
+        // but it was as fast as that.
+        let is_much = sent > 1 << 20 && sent > pages.count() * PAGE as u64 / 2;
+        let (of_kind, known) = match (pages.memory, pages.disks) {
+            (_, 0) => (speed, &mut self.memory_speed),
+            (0, _) => (speed, &mut self.disk_speed),
+            // Rounds of both come behind rounds of disks alone: disks take as long as they took there.
+            (memory, disks) => {
+                let of_disks = self.transfer(Left { memory: 0, disks });
+                let rest = span.saturating_sub(of_disks).max(span / 4);
+                let share = u128::from(sent) * u128::from(memory) / u128::from(pages.count());
+                let share = u64::try_from(share).unwrap_or(u64::MAX);
+                let of_memory = per_second(share, rest).max(LEAST_SPEED);
+                (of_memory, &mut self.memory_speed)
+            }
+        };
+        let is_news = is_much || of_kind > *known;
+        if is_news {
+            *known = of_kind;
         }
-        let bytes = pages.saturating_mul(PAGE as u64);
-        Duration::from_micros(bytes.saturating_mul(1_000_000) / self.per_second.max(1))
+        is_news.then_some(speed)
     }
 
     /// The time that so many blocks of disks add to the stop. A batch or two count as nothing: however short the
@@ -127,7 +177,10 @@ impl Measured {
     pub(crate) fn downtime_of_disks(&self, blocks: u64) -> Duration {
         match blocks <= FEW {
             true => Duration::ZERO,
-            false => self.transfer(blocks),
+            false => self.transfer(Left {
+                memory: 0,
+                disks: blocks,
+            }),
         }
     }
 }
@@ -298,6 +351,30 @@ impl Policy {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn memory_and_disks_have_speeds_of_their_own() {
+        let mib = |memory: u64, disks: u64| Left {
+            memory: memory << 8,
+            disks: disks << 8,
+        };
+        let second = Duration::from_secs(1);
+        let mut measured = Measured::default();
+        // Disks come first: until memory was sent it counts as they do.
+        let speed = measured.measure(mib(0, 10), 10 << 20, second);
+        assert_eq!(speed, Some(10 << 20));
+        assert_eq!(measured.transfer(mib(20, 10)), second * 3);
+        measured.measure(mib(1000, 0), 1000 << 20, second);
+        assert_eq!(measured.transfer(mib(500, 0)), second / 2);
+        assert_eq!(measured.transfer(mib(0, 20)), second * 2);
+        // Both in one round: the disks took one of its two seconds.
+        measured.measure(mib(90, 10), 100 << 20, second * 2);
+        assert_eq!(measured.transfer(mib(90, 10)), second * 2);
+        // A round of zeros, or of next to nothing, is no measure of a slow link.
+        assert_eq!(measured.measure(mib(900, 0), 1 << 20, second), None);
+        assert_eq!(measured.measure(mib(0, 1), 4096, second), None);
+        assert_eq!(measured.transfer(mib(90, 10)), second * 2);
+    }
 
     fn situation() -> Situation {
         Situation {

@@ -8,7 +8,7 @@ use parking_lot::Mutex;
 use super::{Contents, Engine, INLINE, disconnected, keepalive};
 use crate::message::{ToDestination, ToSource};
 use crate::pages::PAGE;
-use crate::policy::{Next, Policy, Situation};
+use crate::policy::{Left, Next, Policy, Situation};
 use crate::progress::{Phase, Round, micros};
 use crate::sender::{Pacer, Work, batches, count, on_all, per_second, send_inline};
 use crate::{KEEPALIVES, MigrationError};
@@ -60,14 +60,19 @@ impl Engine<'_, '_> {
             let dirty = count(&pending);
             let span = harvested.elapsed();
             harvested = Instant::now();
-            if subject == Subject::All && self.measured.downtime(0) > policy.max_downtime {
+            let least = self.measured.downtime(Left::default());
+            if subject == Subject::All && least > policy.max_downtime {
                 // No round would change that; but what was busy when it was measured may be no longer.
                 self.measure()?;
             }
             let predicted = match subject {
-                Subject::All => self.measured.downtime(dirty),
+                Subject::All => self.measured.downtime(self.left(&pending)),
                 // What else the stop takes is not the disks' to decide: in postcopy nothing is.
                 Subject::Disks => self.measured.downtime_of_disks(dirty),
+            };
+            let speed = match subject {
+                Subject::All => self.measured.memory_speed,
+                Subject::Disks => self.measured.disk_speed,
             };
             progress.update(|report| {
                 report.dirty_pages_per_second = per_second(dirty, span);
@@ -79,7 +84,7 @@ impl Engine<'_, '_> {
                 round,
                 pages: before,
                 took_us: micros(span),
-                bytes_per_second: self.measured.per_second,
+                bytes_per_second: speed,
                 dirty_pages: dirty,
                 predicted_downtime_us: micros(predicted),
                 throttle_percent: throttle,
@@ -88,7 +93,7 @@ impl Engine<'_, '_> {
                 migration = %self.sending.id,
                 round,
                 pages = before,
-                bytes_per_second = self.measured.per_second,
+                bytes_per_second = speed,
                 dirty_pages = dirty,
                 dirty_pages_per_second = per_second(dirty, span),
                 predicted_ms = predicted.as_millis() as u64,
@@ -165,11 +170,20 @@ impl Engine<'_, '_> {
         disks.map(|disk| disk.dirty.count() as u64).sum()
     }
 
-    /// Shows what a round is about to send.
-    fn show_pending(&self, round: u32, pending: &[DirtyPages]) {
-        let (memory, disks) = pending
+    /// How many of these pages are of memory, and how many of disks.
+    fn left(&self, pages: &[DirtyPages]) -> Left {
+        let (memory, disks) = pages
             .split_at_checked(self.blocks.len())
             .unwrap_or_default();
+        Left {
+            memory: count(memory),
+            disks: count(disks),
+        }
+    }
+
+    /// Shows what a round is about to send.
+    fn show_pending(&self, round: u32, pending: &[DirtyPages]) {
+        let Left { memory, disks } = self.left(pending);
         // While disks are copied, memory waits.
         let waiting = match self.disks.is_empty() {
             true => 0,
@@ -181,8 +195,8 @@ impl Engine<'_, '_> {
         };
         self.sending.progress.update(|report| {
             report.rounds = round;
-            report.remaining_pages = count(memory).saturating_add(waiting);
-            report.disk_remaining_bytes = count(disks) * PAGE as u64;
+            report.remaining_pages = memory.saturating_add(waiting);
+            report.disk_remaining_bytes = disks * PAGE as u64;
         });
     }
 
@@ -197,13 +211,8 @@ impl Engine<'_, '_> {
         let start = Instant::now();
         let sent = self.send_pages(round, pending, cut)?;
         self.finish_round(round)?;
-        let span = start.elapsed();
-        let speed = per_second(sent, span).max(1 << 20);
-        // What little there was, or the looking for zeros, says nothing of how fast much would be;
-        // but it was as fast as that.
-        let pages = count(pending) * PAGE as u64;
-        if sent > 1 << 20 && sent > pages / 2 || speed > self.measured.per_second {
-            self.measured.per_second = speed;
+        let left = self.left(pending);
+        if let Some(speed) = self.measured.measure(left, sent, start.elapsed()) {
             self.sending
                 .progress
                 .update(|report| report.bytes_per_second = speed);

@@ -19,6 +19,7 @@ use crate::decision::Decision;
 use crate::journal::Step;
 use crate::link::Closer;
 use crate::message::{Channel, ToDestination, ToSource};
+use crate::policy::Left;
 use crate::progress::{Phase, micros};
 use crate::sender::{Pacer, Work, batches, count, on_all};
 use crate::threads::in_span;
@@ -91,13 +92,16 @@ impl Engine<'_, '_> {
                 .map(|b| b.ram.dirty().count() as u64)
                 .sum()
         };
-        let left = of_memory.saturating_add(self.dirty_of_disks());
+        let left = Left {
+            memory: of_memory,
+            disks: self.dirty_of_disks(),
+        };
         let memory = self.blocks.iter().map(|b| b.ram.len() as u64).sum();
         let predicted = self.measured.downtime(left);
         let limit = policy.stop_limit(predicted, memory);
         tracing::info!(
             migration = %self.sending.id,
-            pages = left,
+            pages = left.count(),
             predicted_ms = predicted.as_millis() as u64,
             limit_ms = limit.as_millis() as u64,
             postcopy,
