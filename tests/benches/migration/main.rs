@@ -11,6 +11,7 @@ mod devices;
 mod faults;
 mod peer;
 mod qemu;
+mod storage;
 mod terminal;
 mod throughput;
 
@@ -50,6 +51,7 @@ async fn main() -> Result<()> {
     println!(
         "\nA page that another thread of the process fills is there after (us): p50 {p50}, p99 {p99}."
     );
+    storage::disks(times).await?;
     throughput::pages(times).await?;
     throughput::zeros(times).await
 }

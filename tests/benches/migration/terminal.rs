@@ -52,9 +52,13 @@ impl Terminal {
         }
     }
 
+    pub(crate) fn ask(&mut self, command: guest::Command) -> Result<()> {
+        Ok(writeln!(self.terminal, "{command}")?)
+    }
+
     /// The longest gap since it was asked the last time.
     pub(crate) fn gap(&mut self) -> Result<u64> {
-        writeln!(self.terminal, "{}", guest::Command::Report)?;
+        self.ask(guest::Command::Report)?;
         match self.until(|line| matches!(line, Line::Report { .. }))? {
             Line::Report { gap_us, .. } => Ok(gap_us),
             _ => bail!("it was waited for"),
