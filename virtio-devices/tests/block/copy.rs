@@ -165,6 +165,7 @@ fn disk_continues_on_new_images() {
             copy(&content, &made);
             let sector = 4096 + 8 * turn as u64;
             assert_eq!(machine.write(sector, &pattern(turn as u8, 4096)), 0);
+            machine.handle.access().pre_sync().unwrap();
             paused(&mut machine, |machine| {
                 copy(&content, &made);
                 machine.handle.switch_to(&made, &new, false).unwrap();

@@ -9,9 +9,9 @@ use migration::{
     DestinationDisk, Downtime, Finish, MirroredDisk, Mirroring, Policy, Refusal, mirror,
 };
 use spec::{MigrationSide, MirrorDisk, NewImageFormat};
-use virtio_devices::block::CreatedImage;
+use virtio_devices::block::{CreatedImage, DiskAccess};
 
-use super::storage::{CopiedDisk, CopiedFormat, NewImages, plan_mirror};
+use super::storage::{CopiedDisk, CopiedFormat, NewImages, plan_mirror, pre_sync};
 use super::{ActiveMigration, invalid, positive, start};
 use crate::descriptors;
 use crate::driver::{Caller, Driver, ListedMirror, MirrorParts, NewMirror, Successor};
@@ -64,6 +64,7 @@ struct MirroredVmDisk {
     caller: Caller,
     listed: Option<ListedMirror>,
     id: String,
+    access: DiskAccess,
     copied: CopiedDisk,
     /// The format of the new image.
     format: CopiedFormat,
@@ -92,6 +93,7 @@ impl MirroredVmDisk {
             caller: parts.caller,
             listed: Some(parts.listed),
             id,
+            access: parts.access,
             copied,
             format,
             keeps_format: what.format.is_none(),
@@ -152,6 +154,8 @@ impl MirroredDisk for MirroredVmDisk {
             image_type: self.format.config(),
             keeps_format: self.keeps_format,
         };
+        // The image that the disk leaves is flushed in the switch, too, with little left to write.
+        pre_sync(&self.id, &self.access);
         self.caller
             .attempt_later(move |driver: &mut Driver, answer| {
                 driver.switch_disk(to, finish, answer);

@@ -1,7 +1,6 @@
 //! The source's VM, as the migration engine sees it.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::time::Instant;
 
 use control::Registry;
@@ -12,7 +11,7 @@ use spec::VmId;
 use uuid::Uuid;
 
 use super::freeze::DiskFreeze;
-use super::storage::{CopiedDisk, Selection};
+use super::storage::{CopiedDisk, Selection, pre_sync};
 use super::{MachineOffer, OFFER_VERSION, rows};
 use crate::driver::{Caller, Driver, SourceParts};
 
@@ -201,14 +200,10 @@ impl Source for SourceVm {
     }
 
     fn pre_sync(&mut self) {
-        // What is in the host's page cache of the disks' images has to be on the storage when the guest is
-        // handed over: the most of it is written now.
-        for disk in self.parts.config.disks.iter().flatten() {
-            let path = disk.path.as_deref().filter(|_| !disk.readonly);
-            let synced = path.map(|path| File::open(path).and_then(|file| file.sync_data()));
-            if let Some(Err(error)) = synced {
-                tracing::debug!(%error, "cannot flush a disk's image before the stop");
-            }
+        // What the host has cached of the disks' images has to be on the storage when the guest is handed
+        // over: the most of it is written now.
+        for (id, disk) in &self.parts.disks {
+            pre_sync(id, disk);
         }
     }
 

@@ -177,6 +177,13 @@ impl CopiedDisk {
     }
 }
 
+/// Writes back what the host has cached of a disk's image, so that the stop need not.
+pub(super) fn pre_sync(id: &str, disk: &DiskAccess) {
+    if let Err(error) = disk.pre_sync() {
+        tracing::debug!(disk = id, %error, "cannot flush a disk's image before the stop");
+    }
+}
+
 fn unreadable(id: &str, error: &io::Error) -> Refusal {
     let detail = format!("cannot read the disk {id}: {error}");
     Refusal::new("disk-unreadable", detail)
