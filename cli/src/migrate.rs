@@ -66,16 +66,20 @@ impl From<Storage> for StorageMode {
 
 fn disk_storage(text: &str) -> Result<DiskStorage> {
     let Some((id, how)) = text.rsplit_once('=') else {
-        bail!("`{text}` is not ID=shared or ID=copy");
+        bail!("`{text}` is not ID=shared, ID=copy or ID=copy:NAME");
     };
-    let storage = match how {
-        "shared" => StorageMode::Shared,
-        "copy" => StorageMode::Copy,
-        other => bail!("`{other}` is neither shared nor copy"),
+    let (storage, name) = match how
+        .split_once(':')
+        .map_or((how, None), |(how, name)| (how, Some(name)))
+    {
+        ("shared", None) => (StorageMode::Shared, None),
+        ("copy", name) => (StorageMode::Copy, name.map(str::to_owned)),
+        _ => bail!("`{how}` is neither shared nor copy nor copy:NAME"),
     };
     Ok(DiskStorage {
         id: id.to_owned(),
         storage,
+        name,
     })
 }
 
@@ -133,7 +137,8 @@ pub(crate) struct MigrateArguments {
     /// into new images in the destination's --migration-storage.
     #[arg(long, value_enum, default_value = "shared")]
     storage: Storage,
-    /// How one disk moves, if not as --storage says: ID=shared or ID=copy. Can be repeated.
+    /// How one disk moves, if not as --storage says: ID=shared, ID=copy, or ID=copy:NAME, which names the file of
+    /// the image in the destination's directory. Can be repeated.
     #[arg(long, value_name = "ID=HOW", value_parser = disk_storage)]
     disk_storage: Vec<DiskStorage>,
     /// The other service is on this host: hand shared memory over by descriptor instead of copying

@@ -82,7 +82,9 @@ fn path(dir: &Path, migration: Uuid, side: Side) -> PathBuf {
     dir.join(format!("{migration}.{side}{SUFFIX}"))
 }
 
-fn boot_id() -> String {
+/// Returns the identity of the host's current boot; empty if the host does not show it.
+#[must_use]
+pub fn boot_id() -> String {
     let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     id.trim().to_owned()
 }

@@ -53,7 +53,7 @@ pub use destination::{
     StartFailure, receive, receive_all,
 };
 pub use disks::{DestinationDisk, MAX_COPIED, NewImage, ReadDisk, SourceDisk};
-pub use journal::{Entry, FileJournal, Journal, NoJournal, Side, Step};
+pub use journal::{Entry, FileJournal, Journal, NoJournal, Side, Step, boot_id};
 pub use link::{Accept, Closer, Dial, Endpoint, InvalidEndpoint, Listener, Stream};
 pub use message::{BlockInfo, Offer, Refusal};
 pub use mirror::{Finish, MirroredDisk, Mirroring, mirror};

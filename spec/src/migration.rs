@@ -66,6 +66,28 @@ pub struct DiskStorage {
     pub id: String,
     /// How it moves.
     pub storage: StorageMode,
+    /// With `copy`: name of the image in the destination's directory, 1 to 128 letters, digits, `-`, `_` and
+    /// `.`, not starting with `.` or `-`. When absent: `VM-DISK.raw` or `VM-DISK.qcow2`, or with `-2` and so on
+    /// behind `DISK` if there is such a file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(min_length = 1, max_length = 128)]
+    pub name: Option<String>,
+}
+
+impl DiskStorage {
+    /// Maximum length of the name of an image.
+    pub const NAME_LEN: usize = 128;
+
+    /// Whether an image at a destination can have this name: one component of a path, and no hidden file.
+    #[must_use]
+    pub fn is_image_name(name: &str) -> bool {
+        let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+        let begins_well = name
+            .bytes()
+            .next()
+            .is_some_and(|first| !b".-".contains(&first));
+        begins_well && name.len() <= Self::NAME_LEN && name.bytes().all(is_plain)
+    }
 }
 
 fn default_max_downtime_ms() -> u64 {

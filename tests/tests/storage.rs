@@ -149,12 +149,16 @@ impl Trial {
     }
 
     async fn runs_at_destination(&self) {
+        let name = format!("web-_disk0.{}", self.format);
+        self.runs_at_destination_on(&name).await;
+    }
+
+    async fn runs_at_destination_on(&self, name: &str) {
         let made = self.made();
         assert_eq!(made.len(), 1, "{made:?}");
-        let name = format!("web-_disk0.{}", self.format);
         assert_eq!(
             made[0].file_name().and_then(|name| name.to_str()),
-            Some(&*name)
+            Some(name)
         );
         self.runs_on(&self.destination, &made[0]).await;
     }
@@ -278,6 +282,14 @@ async fn run(case: Case) {
             assert!(made.is_empty(), "the guest did not come: {made:?}");
         }
     }
+    if case.blow == Blow::Kill(Side::Destination) {
+        // The image is still marked as one on which no guest has run.
+        assert_eq!(trial.made().len(), 2);
+        let storage = trial.images.path().to_string_lossy().into_owned();
+        let next = Service::start_with(&[], &["--migration-storage".to_owned(), storage]).await;
+        next.unwrap();
+        assert_eq!(trial.made(), [""; 0].map(PathBuf::from));
+    }
     match case.ends {
         Ends::AtSource => trial.runs_at_source().await,
         Ends::AtDestination => trial.runs_at_destination().await,
@@ -364,9 +376,13 @@ async fn disk_stays_whole_where_a_side_dies() {
 /// A raw image and a qcow2 image move by `wh-remote`.
 #[tokio::test(flavor = "multi_thread")]
 async fn disk_moves_by_the_command_line() {
-    for (format, how) in [
-        ("raw", ["--storage", "copy"]),
-        ("qcow2", ["--disk-storage", "_disk0=copy"]),
+    for (format, how, name) in [
+        ("raw", ["--storage", "copy"], "web-_disk0.raw"),
+        (
+            "qcow2",
+            ["--disk-storage", "_disk0=copy:root.img"],
+            "root.img",
+        ),
     ] {
         let trial = stage(format).await;
         let address = format!("unix:{}", trial.source.path("at").display());
@@ -397,7 +413,7 @@ async fn disk_moves_by_the_command_line() {
         assert!(told.contains("32 MiB, of which 32 copied"), "{told}");
         assert!(receiving.wait().unwrap().success());
         let before = fs::read(trial.source.path("disk")).unwrap();
-        trial.runs_at_destination().await;
+        trial.runs_at_destination_on(name).await;
         assert!(fs::read(trial.source.path("disk")).unwrap() == before);
     }
 }

@@ -22,7 +22,7 @@ use crate::arch::x86_64::{cpu, features, profiles};
 use crate::descriptors::Descriptors;
 use crate::driver::{Caller, Driver};
 use crate::machine::{self, Background, Host, SpareVm};
-use crate::migrate::{Endpoints, Journals, MigrationTrust};
+use crate::migrate::{Endpoints, Journals, MigrationTrust, remove_leftovers};
 
 /// Maximum number of event-loop threads for drivers. Drivers only pass messages, so few threads are enough
 /// for many VMs.
@@ -185,9 +185,13 @@ impl Pool {
         self
     }
 
-    /// Sets what the operator allows migrations, where a request does not say.
+    /// Sets what the operator allows migrations, where a request does not say. Removes from the directory
+    /// for images those of guests that did not come to an earlier process.
     #[must_use]
     pub fn with_migration_trust(mut self, trust: MigrationTrust) -> Self {
+        if let Some(storage) = &trust.storage {
+            remove_leftovers(storage);
+        }
         self.trust = trust;
         self
     }

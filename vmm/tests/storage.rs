@@ -263,6 +263,7 @@ async fn disks_are_chosen_by_name() {
         what.disks = Some(vec![DiskStorage {
             id: "other".to_owned(),
             storage: StorageMode::Copy,
+            name: Some("data.img".to_owned()),
         }]);
     });
     for side in &both {
@@ -270,9 +271,10 @@ async fn disks_are_chosen_by_name() {
         assert_eq!(info.phase, MigrationPhase::Completed, "{info:?}");
         assert_eq!(info.disk_bytes, 1 << 30);
     }
-    assert_eq!(stage.made(), ["web-other.qcow2"]);
+    assert_eq!(stage.made(), ["data.img"]);
     let vm = stage.there.get("web").unwrap();
     let disks = vm.info().config.disks.unwrap();
+    assert_eq!(disks[1].path, Some(stage.path("new/data.img")));
     assert_eq!(disks[0].path, Some(stage.path("disk")));
     stage.wait_blocks(2 * DISK_PAGES as u64).await;
     vm.ask(Request::Shutdown).await.unwrap();
@@ -319,13 +321,19 @@ async fn a_move_that_fails_leaves_no_image_and_the_guest_on_its_own() {
         assert_eq!(info.error.unwrap().code, "no-storage");
     }
     stage.runs_here().await;
-    let taken = stage.at("new/web-other.qcow2");
+    let taken = stage.at("new/taken");
     fs::write(&taken, "mine").unwrap();
-    let both = stage.begin(|_| {});
+    let both = stage.begin(|what| {
+        what.disks = Some(vec![DiskStorage {
+            id: "other".to_owned(),
+            storage: StorageMode::Copy,
+            name: Some("taken".to_owned()),
+        }]);
+    });
     for side in &both {
         assert_eq!(over(side).await.error.unwrap().code, "image-exists");
     }
-    assert_eq!(stage.made(), ["web-other.qcow2"]);
+    assert_eq!(stage.made(), ["taken"]);
     assert_eq!(fs::read(&taken).unwrap(), b"mine");
     fs::remove_file(&taken).unwrap();
     stage.runs_here().await;
@@ -337,7 +345,8 @@ async fn a_move_that_fails_leaves_no_image_and_the_guest_on_its_own() {
             assert!(start.elapsed() < PATIENCE, "{:?}", both[0].info());
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
-        assert_eq!(stage.made().len(), 2);
+        // Two images and their markers.
+        assert_eq!(stage.made().len(), 4);
         assert!(both[0].info().disk_remaining_bytes > 0);
         both[canceled].cancel().unwrap();
         for side in &both {

@@ -340,6 +340,7 @@ impl Destination for DestinationVm {
     }
 
     fn take_over(&mut self) -> Result<(), Refusal> {
+        self.images.unmark()?;
         // The disks' devices lock the same files.
         self.images.release();
         self.caller.attempt(Driver::take_over)

@@ -48,7 +48,7 @@ pub(crate) use self::receive::Endpoints;
 pub use self::snapshot::snapshot_config;
 use self::source::{Listed, SourceVm};
 use self::storage::Selection;
-pub(crate) use self::storage::image_refusal;
+pub(crate) use self::storage::{image_refusal, remove_leftovers};
 pub use self::trust::MigrationTrust;
 use crate::driver::Purpose;
 use crate::pool::Pool;

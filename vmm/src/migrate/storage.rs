@@ -4,6 +4,9 @@
 //! makes the image in the directory that its operator named for that (`--migration-storage`), under a
 //! name of its own, and deletes it again unless the guest came.
 
+mod leftovers;
+mod names;
+
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -13,15 +16,18 @@ use control::RequestError;
 use devices::host_file::OpenError;
 use migration::{DestinationDisk, MAX_COPIED, NewImage, Offer, ReadDisk, Refusal, SourceDisk};
 use serde::{Deserialize, Serialize};
-use spec::{DiskConfig, ImageType, LockGranularity, StartMigration, StorageMode, VmConfig, VmId};
+use spec::{
+    DiskConfig, DiskStorage, ImageType, LockGranularity, StartMigration, StorageMode, VmConfig,
+    VmId,
+};
 use virtio_devices::block::{
     CreatedImage, DiskAccess, DiskContent, ImageError, ImageFormat, LockMode,
 };
 
+use self::leftovers::Marker;
+pub(crate) use self::leftovers::remove_leftovers;
+use self::names::{check_absent, image_path, no_image_name};
 use super::invalid;
-
-/// Maximum length of the name of a copied disk, which becomes a part of a file's name.
-const MAX_NAME: usize = 64;
 
 /// The format of the image of a copied disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -55,24 +61,28 @@ impl CopiedFormat {
 }
 
 /// Description of the image of a copied disk, in an offer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct CopiedImage {
     format: CopiedFormat,
     /// About how many bytes have content.
     allocated: u64,
+    /// The name that the image gets at the destination, where the request chose one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    name: Option<String>,
 }
 
 /// The disks of a VM that are copied, by the request that moves it.
 #[derive(Clone, Debug)]
 pub(super) struct Selection {
     all: StorageMode,
-    others: BTreeMap<String, StorageMode>,
+    others: BTreeMap<String, DiskStorage>,
 }
 
 impl Selection {
     /// # Errors
-    /// The request names a disk that the VM has not, or one twice, or copies disks with `local`.
+    /// The request names a disk that the VM has not, or one twice, or copies disks with `local`; or the name
+    /// of an image is none, or of an image that is not made.
     pub(super) fn new(what: &StartMigration, config: &VmConfig) -> Result<Self, RequestError> {
         let has = |id: &str| {
             let mut disks = config.disks.iter().flatten();
@@ -84,8 +94,20 @@ impl Selection {
                 let detail = format!("the VM has no disk {:?}", disk.id);
                 return Err(invalid("disks", detail));
             }
-            if others.insert(disk.id.clone(), disk.storage).is_some() {
+            if others.insert(disk.id.clone(), disk.clone()).is_some() {
                 let detail = format!("the disk {:?} is named twice", disk.id);
+                return Err(invalid("disks", detail));
+            }
+            let Some(name) = &disk.name else { continue };
+            if disk.storage != StorageMode::Copy {
+                let detail = format!(
+                    "the disk {:?} is shared: only an image that is copied gets a `name` ({name:?})",
+                    disk.id
+                );
+                return Err(invalid("disks", detail));
+            }
+            if !DiskStorage::is_image_name(name) {
+                let detail = no_image_name(name);
                 return Err(invalid("disks", detail));
             }
         }
@@ -103,13 +125,21 @@ impl Selection {
     }
 
     fn copies(&self, id: &str) -> bool {
-        *self.others.get(id).unwrap_or(&self.all) == StorageMode::Copy
+        let other = self.others.get(id).map(|disk| disk.storage);
+        other.unwrap_or(self.all) == StorageMode::Copy
+    }
+
+    /// The name that the image of a disk gets at the destination, if the request chose one.
+    fn name(&self, id: &str) -> Option<&String> {
+        self.others.get(id)?.name.as_ref()
     }
 }
 
 /// A disk that is copied from here.
 pub(super) struct CopiedDisk {
     id: String,
+    /// The name of the image at the destination, if one was chosen.
+    name: Option<String>,
     content: Arc<DiskContent>,
 }
 
@@ -128,7 +158,14 @@ impl CopiedDisk {
         selection: &Selection,
     ) -> Result<Vec<Self>, Refusal> {
         let copied = disks.iter().filter(|(id, _)| selection.copies(id));
-        copied.map(|(id, access)| Self::of(id, access)).collect()
+        let disk = |(id, access): &(String, DiskAccess)| {
+            let name = selection.name(id).cloned();
+            Ok(Self {
+                name,
+                ..Self::of(id, access)?
+            })
+        };
+        copied.map(disk).collect()
     }
 
     pub(super) fn for_engine(&self) -> SourceDisk {
@@ -144,6 +181,7 @@ impl CopiedDisk {
         let content = access.content().map_err(|error| unreadable(id, &error))?;
         Ok(Self {
             id: id.to_owned(),
+            name: None,
             content: Arc::new(content),
         })
     }
@@ -163,8 +201,12 @@ impl CopiedDisk {
     /// Returns what the offer says of the disk.
     pub(super) fn for_offer(&self) -> (String, CopiedImage) {
         let (format, content) = (self.format(), self.content());
-        let allocated = content.allocated().min(content.size());
-        (self.id.clone(), CopiedImage { format, allocated })
+        let image = CopiedImage {
+            format,
+            allocated: content.allocated().min(content.size()),
+            name: self.name.clone(),
+        };
+        (self.id.clone(), image)
     }
 
     pub(super) fn start(&self) -> Result<(), Refusal> {
@@ -199,6 +241,8 @@ pub(super) struct PlannedImage {
     format: CopiedFormat,
     size: u64,
     lock: LockGranularity,
+    /// It is removed at the next start of the service unless a guest may have run on it.
+    is_marked: bool,
 }
 
 /// Checks the disks of an offer whose content comes with it, and puts the paths of their images here into
@@ -237,7 +281,12 @@ pub(super) fn plan(
         let (index, at) = disks
             .find(|(_, at)| at.id.as_deref() == Some(id))
             .ok_or_else(|| odd(format!("the VM has no disk {id:?}")))?;
-        let path = image_path(&storage, vm, id, image.format)?;
+        let taken = |path: &Path| {
+            planned
+                .iter()
+                .any(|other: &PlannedImage| other.path == path)
+        };
+        let path = image_path(&storage, vm, id, image, taken)?;
         planned.push(PlannedImage {
             pointer: format!("/disks/{index}/path"),
             id: id.clone(),
@@ -245,6 +294,7 @@ pub(super) fn plan(
             format: image.format,
             size: disk.size,
             lock: at.lock_granularity,
+            is_marked: true,
         });
         rewrite(at, path, image.format)?;
     }
@@ -304,6 +354,7 @@ pub(super) fn plan_mirror(
         format,
         size,
         lock: disk.lock_granularity,
+        is_marked: false,
     })
 }
 
@@ -319,45 +370,6 @@ pub(crate) fn image_refusal(error: &ImageError) -> Refusal {
         _ => "storage-unusable",
     };
     Refusal::new(code, error.to_string())
-}
-
-/// The path of a new image. Its name is made here: of the VM's name, which is checked, and the disk's, of
-/// which letters, digits, `-`, `_` and `.` are taken, so that it is one component of a path.
-fn image_path(
-    storage: &Path,
-    vm: &VmId,
-    disk: &str,
-    format: CopiedFormat,
-) -> Result<PathBuf, Refusal> {
-    let is_plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-    if disk.is_empty() || disk.len() > MAX_NAME || !disk.chars().all(is_plain) {
-        let detail = format!(
-            "the disk {disk:?} cannot be copied: its name must be 1 to {MAX_NAME} letters, digits, \
-             `-`, `_` and `.`, to be a part of a file's name"
-        );
-        return Err(Refusal::new("disk-name", detail));
-    }
-    let path = storage.join(format!("{vm}-{disk}.{}", format.extension()));
-    check_absent(&path)?;
-    Ok(path)
-}
-
-/// Fails with `image-exists` if there is something at the path of a new image.
-fn check_absent(path: &Path) -> Result<(), Refusal> {
-    match path.symlink_metadata() {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(error) => {
-            let detail = format!("cannot look for {}: {error}", path.display());
-            Err(Refusal::new("storage-unusable", detail))
-        }
-        Ok(_) => {
-            let detail = format!(
-                "{} exists: move it away or delete it, if nothing needs it",
-                path.display()
-            );
-            Err(Refusal::new("image-exists", detail))
-        }
-    }
 }
 
 /// The disk is one of its own here: a new image without others below it.
@@ -392,10 +404,59 @@ fn check_space(storage: &Path, needed: u64) -> Result<(), Refusal> {
     Err(Refusal::new("storage-short", detail))
 }
 
+struct MadeImage {
+    disk: String,
+    size: u64,
+    image: Arc<CreatedImage>,
+    marker: Option<Marker>,
+}
+
+impl MadeImage {
+    fn create(plan: &PlannedImage) -> Result<Self, Refusal> {
+        let lock = match plan.lock {
+            LockGranularity::ByteRange => LockMode::ByteRange,
+            LockGranularity::Full => LockMode::Full,
+        };
+        let failed = |code: &str, why: String| {
+            let detail = format!("cannot make the image of disk {}: {why}", plan.id);
+            Refusal::new(code, detail)
+        };
+        let marker = plan
+            .is_marked
+            .then(|| Marker::create(&plan.path))
+            .transpose();
+        let marker = marker.map_err(|error| failed("storage-unusable", error.to_string()))?;
+        let image = CreatedImage::create(&plan.path, plan.format.image(), plan.size, lock);
+        let image = image.map_err(|error| {
+            if let Some(Err(error)) = marker.as_ref().map(Marker::remove) {
+                tracing::warn!(%error, "cannot remove the marker of an image that was not made");
+            }
+            failed(&image_refusal(&error).code, error.to_string())
+        })?;
+        Ok(Self {
+            disk: plan.id.clone(),
+            size: plan.size,
+            image: Arc::new(image),
+            marker,
+        })
+    }
+
+    /// Deletes the image, and then the marker that would have the next service do so.
+    fn delete(&self) {
+        let path = self.image.path();
+        let removed = std::fs::remove_file(path);
+        let removed = removed.and_then(|()| self.marker.as_ref().map_or(Ok(()), Marker::remove));
+        if let Err(error) = removed {
+            tracing::warn!(path = %path.display(), %error, "cannot delete an image that is not \
+                                                            needed");
+        }
+    }
+}
+
 /// The images of a VM that comes. They are deleted when this is dropped, unless they are kept.
 #[derive(Default)]
 pub(super) struct NewImages {
-    images: Vec<(String, u64, Arc<CreatedImage>)>,
+    images: Vec<MadeImage>,
     are_kept: bool,
 }
 
@@ -404,37 +465,25 @@ impl NewImages {
     pub(super) fn create(planned: &[PlannedImage]) -> Result<Self, Refusal> {
         let mut made = Self::default();
         for plan in planned {
-            let lock = match plan.lock {
-                LockGranularity::ByteRange => LockMode::ByteRange,
-                LockGranularity::Full => LockMode::Full,
-            };
-            let image = CreatedImage::create(&plan.path, plan.format.image(), plan.size, lock);
-            let image = image.map_err(|error| {
-                let refusal = image_refusal(&error);
-                let detail = format!("cannot make the image of disk {}: {error}", plan.id);
-                Refusal::new(&refusal.code, detail)
-            })?;
-            made.images
-                .push((plan.id.clone(), plan.size, Arc::new(image)));
+            made.images.push(MadeImage::create(plan)?);
         }
         Ok(made)
     }
 
     pub(super) fn for_engine(&self) -> Vec<DestinationDisk> {
-        let images = self.images.iter();
-        let disk = |(name, size, image): &(String, u64, Arc<CreatedImage>)| DestinationDisk {
-            name: name.clone(),
-            size: *size,
-            image: Arc::new(Writer(Arc::clone(image))),
+        let disk = |made: &MadeImage| DestinationDisk {
+            name: made.disk.clone(),
+            size: made.size,
+            image: Arc::new(Writer(Arc::clone(&made.image))),
         };
-        images.map(disk).collect()
+        self.images.iter().map(disk).collect()
     }
 
     /// The only image of a mirror.
     pub(super) fn of_mirror(&self) -> Option<(DestinationDisk, Arc<CreatedImage>)> {
         let disk = self.for_engine().pop()?;
-        let (_, _, image) = self.images.last()?;
-        Some((disk, Arc::clone(image)))
+        let made = self.images.last()?;
+        Some((disk, Arc::clone(&made.image)))
     }
 
     pub(super) fn count(&self) -> usize {
@@ -443,7 +492,16 @@ impl NewImages {
 
     /// Lets the machine's disks take the locks.
     pub(super) fn release(&self) {
-        self.images.iter().for_each(|(_, _, image)| image.release());
+        self.images.iter().for_each(|made| made.image.release());
+    }
+
+    /// The guest may run here from now on: no later service may take the images for leftovers.
+    pub(super) fn unmark(&self) -> Result<(), Refusal> {
+        let mut markers = self.images.iter().filter_map(|made| made.marker.as_ref());
+        markers.try_for_each(Marker::remove).map_err(|error| {
+            let detail = format!("cannot remove the marker of an image that came: {error}");
+            Refusal::new("storage-unusable", detail)
+        })
     }
 
     /// The guest is here, and so are its disks.
@@ -457,13 +515,7 @@ impl Drop for NewImages {
         if self.are_kept {
             return;
         }
-        for (_, _, image) in &self.images {
-            let path = image.path();
-            if let Err(error) = std::fs::remove_file(path) {
-                tracing::warn!(path = %path.display(), %error, "cannot delete an image that is not \
-                                                                needed");
-            }
-        }
+        self.images.iter().for_each(MadeImage::delete);
     }
 }
 

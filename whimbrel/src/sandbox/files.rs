@@ -19,7 +19,7 @@ use spec::{LandlockConfig, PathUse, VmConfig};
 const DENIED: ABI = ABI::V5;
 
 /// What every VM needs, where the host has it.
-const ALWAYS: [(&str, Access); 11] = [
+const ALWAYS: [(&str, Access); 12] = [
     ("/dev/kvm", Access::Write),
     ("/dev/net/tun", Access::Write),
     ("/dev/userfaultfd", Access::Write),
@@ -34,6 +34,8 @@ const ALWAYS: [(&str, Access); 11] = [
     ("/usr/lib", Access::Read),
     // Backtraces of panics, and the number of CPUs.
     ("/proc/self", Access::Read),
+    // Whether a migration's journal or image is of the current boot of the host.
+    ("/proc/sys/kernel/random/boot_id", Access::Read),
 ];
 
 /// What a rule grants, for a file or for all that is below a folder.

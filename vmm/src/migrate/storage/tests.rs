@@ -29,7 +29,12 @@ fn offer(disks: &[(&str, u64)]) -> Offer {
 fn images(disks: &[(&str, u64)]) -> BTreeMap<String, CopiedImage> {
     let image = |&(name, allocated): &(&str, u64)| {
         let format = CopiedFormat::Qcow2;
-        (name.to_owned(), CopiedImage { format, allocated })
+        let image = CopiedImage {
+            format,
+            allocated,
+            name: None,
+        };
+        (name.to_owned(), image)
     };
     disks.iter().map(image).collect()
 }
@@ -105,10 +110,65 @@ fn storage_that_cannot_take_a_disk_refuses_it() {
         code(Some(storage), &one, &[("a", u64::MAX)]),
         "storage-short"
     );
-    // What is there stays, whatever it is.
-    let taken = storage.join("web-a.qcow2");
-    std::os::unix::fs::symlink(storage.join("absent"), &taken).unwrap();
-    assert_eq!(code(Some(storage), &one, &one), "image-exists");
+}
+
+/// What is there stays, whatever it is: the image gets another name.
+#[test]
+fn image_gets_a_name_that_nothing_has() {
+    let dir = tempfile::tempdir().unwrap();
+    let storage = dir.path().canonicalize().unwrap();
+    let disks = [("a", 4096), ("a-2", 4096)];
+    let names = || {
+        let (_, plan) = planned(Some(&storage), &disks, &disks)?;
+        let names = plan
+            .iter()
+            .map(|image| image.path.strip_prefix(&storage).unwrap());
+        Ok::<_, String>(
+            names
+                .map(|name| name.to_str().unwrap().to_owned())
+                .collect::<Vec<_>>(),
+        )
+    };
+    assert_eq!(names().unwrap(), ["web-a.qcow2", "web-a-2.qcow2"]);
+    let absent = storage.join("absent");
+    std::os::unix::fs::symlink(absent, storage.join("web-a.qcow2")).unwrap();
+    assert_eq!(names().unwrap(), ["web-a-2.qcow2", "web-a-2-2.qcow2"]);
+    // One that another service is about to make.
+    std::fs::write(storage.join("web-a-2.qcow2.incoming"), "").unwrap();
+    assert_eq!(names().unwrap(), ["web-a-3.qcow2", "web-a-2-2.qcow2"]);
+    for number in 3..=names::MAX_NUMBER {
+        std::fs::write(storage.join(format!("web-a-{number}.qcow2")), "").unwrap();
+    }
+    assert_eq!(names().unwrap_err(), "image-exists");
+}
+
+#[test]
+fn image_gets_the_name_of_its_offer() {
+    let dir = tempfile::tempdir().unwrap();
+    let storage = dir.path().canonicalize().unwrap();
+    std::fs::write(storage.join("taken"), "mine").unwrap();
+    let vm: VmId = "web".parse().unwrap();
+    let plan = |names: [&str; 2]| {
+        let mut config = config(r#"{"id":"a","path":"/a"},{"id":"b","path":"/b"}"#);
+        let disks = [("a", 4096), ("b", 4096)];
+        let mut images = images(&disks);
+        for (image, name) in images.values_mut().zip(names) {
+            image.name = Some(name.to_owned());
+        }
+        let planned = super::plan(&offer(&disks), &images, &vm, &mut config, Some(&storage));
+        planned.map(|_| config.disks.unwrap()[0].path.clone().unwrap())
+    };
+    let code = |names| plan(names).unwrap_err().code;
+    let named = storage.join("root.img");
+    assert_eq!(plan(["root.img", "b"]).unwrap(), named.to_str().unwrap());
+    assert_eq!(code(["taken", "b"]), "image-exists");
+    assert_eq!(code(["same", "same"]), "image-exists");
+    let long = "x".repeat(129);
+    for name in [
+        "", ".", "..", "../x", "a/b", ".hidden", "-x", "a b", "a\0", "ä", &long,
+    ] {
+        assert_eq!(code([name, "b"]), "image-name", "{name:?}");
+    }
 }
 
 #[test]
@@ -126,6 +186,7 @@ fn images_go_unless_they_are_kept() {
     assert_eq!(std::fs::read(&plan[1].path).unwrap(), b"mine");
     std::fs::remove_file(&plan[1].path).unwrap();
     let mut kept = NewImages::create(&plan).unwrap();
+    kept.unmark().unwrap();
     kept.keep();
     drop(kept);
     assert_eq!(names(), 2);
@@ -137,6 +198,7 @@ fn requests_choose_disks_by_name() {
     let disk = |id: &str, storage| DiskStorage {
         id: id.to_owned(),
         storage,
+        name: None,
     };
     let what = |storage, disks: Vec<DiskStorage>| StartMigration {
         storage,
