@@ -133,6 +133,10 @@ pub(crate) struct MigrateArguments {
     /// --max-downtime-ms and the predicted stop, at least 10000]
     #[arg(long, value_name = "MS")]
     stop_limit_ms: Option<u64>,
+    /// For how long the guest stays paused if the destination is lost after the guest's state was sent, and cannot
+    /// be told that the guest stays. For clusters that fence a host in less time. [default: not at all]
+    #[arg(long, value_name = "MS")]
+    hold_ms: Option<u64>,
     /// How disks move: both services have their images at the same paths, or their content is copied
     /// into new images in the destination's --migration-storage.
     #[arg(long, value_enum, default_value = "shared")]
@@ -180,6 +184,7 @@ impl MigrateArguments {
             max_bandwidth: self.max_bandwidth,
             verify: self.verify,
             stop_limit_ms: self.stop_limit_ms,
+            hold_ms: self.hold_ms,
             storage: self.storage.into(),
             disks: (!self.disk_storage.is_empty()).then(|| self.disk_storage.clone()),
             local: self.local,

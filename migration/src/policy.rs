@@ -59,6 +59,10 @@ pub struct Policy {
     /// absent, ten times the longer of `max_downtime` and the stop that was predicted when it began,
     /// and 10 seconds at least.
     pub stop_limit: Option<Duration>,
+    /// How long the guest stays paused after its state was sent, if the destination is lost before it
+    /// answers and cannot be told that the guest stays here. A host that is fenced in this time has
+    /// not run the guest since. When absent, the guest resumes as soon as the destination is lost.
+    pub hold: Option<Duration>,
     /// How long the other side may be silent.
     pub patience: Duration,
 }
@@ -87,6 +91,7 @@ impl Default for Policy {
             local: false,
             verify: false,
             stop_limit: None,
+            hold: None,
             patience: Duration::from_secs(10),
         }
     }

@@ -130,8 +130,8 @@ pub struct Report {
     pub predicted_downtime_us: Option<u64>,
     /// Duration of the stop, once it has ended.
     pub downtime: Option<Downtime>,
-    /// For how long it has been undecided where the guest runs, in microseconds: at the destination, since it was
-    /// ready. Absent before the hand-over and after it.
+    /// For how long it has been undecided where the guest runs, in microseconds: at the destination, since the
+    /// guest's state came. Absent before the hand-over and after it.
     pub undecided_us: Option<u64>,
     /// Pages that the guest waited for: after the hand-over, or while a live snapshot was copied.
     pub faults: u64,
@@ -246,6 +246,13 @@ impl Progress {
     pub(crate) fn enter(&self, phase: Phase) {
         self.update(|report| report.phase = phase);
     }
+
+    /// Enters the hand-over, which has been undecided since an earlier moment.
+    pub(crate) fn enter_hand_over(&self, undecided: Instant) {
+        let mut state = self.0.lock();
+        state.undecided = Some(undecided);
+        state.report.phase = Phase::HandingOver;
+    }
 }
 
 impl fmt::Debug for Progress {
@@ -268,7 +275,10 @@ mod tests {
         let progress = Progress::default();
         progress.enter(Phase::Stopped);
         assert_eq!(progress.report().undecided_us, None);
-        progress.enter(Phase::HandingOver);
+        let earlier = Instant::now();
+        std::thread::sleep(Duration::from_millis(2));
+        progress.enter_hand_over(earlier);
+        assert!(progress.report().undecided_us >= Some(2000));
         let first = progress.report().undecided_us;
         std::thread::sleep(Duration::from_millis(2));
         progress.enter(Phase::InDoubt);

@@ -194,6 +194,7 @@ pub fn send(mut sending: Sending<'_>, source: &mut dyn Source) -> Outcome {
         rams: Vec::new(),
         tracking: false,
         stopped: None,
+        state_sent: None,
         measured: Measured::default(),
         downtime: Downtime::default(),
         version: 0,
@@ -240,6 +241,8 @@ struct Engine<'a, 'b> {
     tracking: bool,
     /// When the stop began, and the guest that is stopped.
     stopped: Option<(Instant, Stopped)>,
+    /// When the state was sent: the destination may be ready since then. `None` again with `Commit`.
+    state_sent: Option<Instant>,
     measured: Measured,
     downtime: Downtime,
     /// The version of the protocol that both sides speak.

@@ -139,6 +139,13 @@ pub struct StartMigration {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1)]
     pub stop_limit_ms: Option<u64>,
+    /// For how long the guest stays paused after its state was sent, in milliseconds, if the destination
+    /// is lost before it answers and cannot be told that the guest stays; then the guest resumes at the
+    /// source. A cancel ends the wait. For clusters: a source that is fenced in this time has not run the
+    /// guest since. When absent, the guest resumes as soon as the destination is lost.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1)]
+    pub hold_ms: Option<u64>,
     /// How disks move. With `copy` the destination makes new images, raw or qcow2 as here, in the
     /// directory that its operator named (`--migration-storage`); all blocks are there before the guest
     /// runs there. The images here stay.
@@ -185,6 +192,7 @@ impl StartMigration {
             max_bandwidth: None,
             verify: false,
             stop_limit_ms: None,
+            hold_ms: None,
             storage: StorageMode::default(),
             disks: None,
             local: false,
@@ -444,7 +452,7 @@ pub struct MigrationInfo {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub downtime: Option<MigrationDowntime>,
     /// In the phases `handing-over` and `in-doubt`: for how long it has been undecided where the guest runs, in
-    /// microseconds. At the destination, since it was ready.
+    /// microseconds. At the destination, since the guest's state came.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub undecided_us: Option<u64>,
     /// Pages that the guest waited for: after the hand-over, or while a live snapshot was copied.

@@ -49,7 +49,7 @@ impl<'a> Ready<'a> {
     /// Answers `Ready`. Whether that arrived is known when the source decides.
     pub(super) fn announce(mut self) -> Deciding<'a> {
         let (session, load_us) = (self.guest.session, self.load_us);
-        session.progress.enter(Phase::HandingOver);
+        session.progress.enter_hand_over(self.since);
         // Before `Ready` leaves: if the connection breaks behind it, the source asks over a new one
         // at once, and the router must not turn that away.
         session.router.allow_questions(session.id.get());

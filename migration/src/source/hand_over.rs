@@ -128,6 +128,7 @@ impl Engine<'_, '_> {
         }
         let mut why = error.refusal();
         tracing::warn!(migration = %self.sending.id, %why, "a guest stays at the source");
+        let knows = is_theirs || self.hold(&why);
         if self.stopped.is_some()
             && let Err(error) = self.take_back()
         {
@@ -140,7 +141,7 @@ impl Engine<'_, '_> {
         {
             tracing::warn!(%error, "cannot stop tracking dirty pages");
         }
-        let knows = is_theirs || self.abort(&why);
+        let knows = knows || self.abort(&why);
         // The guest stays whatever the journal says. Without this line a restart finds the
         // migration undecided.
         if let Err(error) = self.sending.journal.record(Step::Aborted) {
@@ -153,6 +154,39 @@ impl Engine<'_, '_> {
             patience: self.sending.policy.patience,
         });
         Outcome::Stayed { why, pending_abort }
+    }
+
+    /// Keeps the guest paused for the time that the policy promises ([`Policy::hold`]), or until the
+    /// destination knows that the guest stays here. Returns whether it knows.
+    ///
+    /// The destination may have a complete copy, which a cluster runs if it fences this host. The
+    /// promise tells for how long that copy cannot be older than the guest's disks.
+    ///
+    /// [`Policy::hold`]: crate::Policy::hold
+    fn hold(&mut self, why: &Refusal) -> bool {
+        let policy = self.sending.policy;
+        let (Some(hold), Some(sent)) = (policy.hold, self.state_sent) else {
+            return false;
+        };
+        if self.abort(why) {
+            return true;
+        }
+        // A destination that still reads the old connection sees its end, and accepts a new one.
+        self.control = None;
+        let wait = policy.patience / ATTEMPTS;
+        let notice = PendingAbort {
+            id: self.sending.id,
+            why: why.clone(),
+            patience: wait,
+        };
+        // A cancel ends the wait: whoever sends it knows that the destination is off.
+        while sent.elapsed() < hold && !self.sending.decision.is_canceled() {
+            if notice.try_send(self.sending.dial).is_ok() {
+                return true;
+            }
+            std::thread::sleep(wait);
+        }
+        false
     }
 
     /// Resumes the guest. The destination may hold what was released for a moment longer.
@@ -205,6 +239,8 @@ impl Engine<'_, '_> {
     pub(super) fn after_commit(&mut self) -> Outcome {
         let progress = self.sending.progress.clone();
         progress.enter(Phase::HandingOver);
+        // From here on the guest resumes only on a fact or an order, and then at once.
+        self.state_sent = None;
         let order = Instant::now();
         // Always present here. A panic instead of the fallback would leave a guest that is given
         // away and that no `Commit` starts.

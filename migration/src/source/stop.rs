@@ -138,7 +138,10 @@ impl Engine<'_, '_> {
             postcopy,
             paused: stopped.was_paused,
         };
-        control.send_with_state(&message, &state)?;
+        // Also if sending fails in the middle: the last bytes may have left all the same.
+        let sent = control.send_with_state(&message, &state);
+        self.state_sent = Some(Instant::now());
+        sent?;
         // While the destination loads.
         self.source.flush().map_err(MigrationError::Here)?;
         // `Ready` means that all state is loaded. A commit without it could give away a guest that

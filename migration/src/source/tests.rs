@@ -4,9 +4,10 @@
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use uuid::Uuid;
@@ -375,6 +376,97 @@ fn cancel_reaches_destination() {
     });
     assert_eq!(stayed(&outcome), "canceled");
     assert!(guest.runs);
+}
+
+/// A guest whose resumptions at the source are counted.
+fn counted_guest() -> (MemoryGuest, Arc<AtomicUsize>) {
+    let resumed = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&resumed);
+    let guest = MemoryGuest::with_hook(ram(PAGES), move |moment, _| {
+        if moment == Moment::Resumed {
+            count.fetch_add(1, Ordering::SeqCst);
+        }
+    });
+    (guest, resumed)
+}
+
+fn hold(hold: Duration) -> Policy {
+    Policy {
+        hold: Some(hold),
+        ..policy()
+    }
+}
+
+/// The destination may have a copy that a cluster runs if it fences this host: the guest must not run here
+/// until that copy is gone.
+#[test]
+fn held_guest_resumes_when_destination_knows() {
+    let (guest, resumed) = counted_guest();
+    let seen = Arc::clone(&resumed);
+    let policy = hold(Duration::from_secs(3600));
+    let (outcome, guest) = migrate_guest(guest, &policy, None, move |dialed, _| {
+        let mut peer = Peer::welcome(dialed, 1);
+        peer.prepare(1, false);
+        peer.accept();
+        peer.until_state();
+        let Peer {
+            dialed, control, ..
+        } = peer;
+        drop(control);
+        for answer in [
+            ToSource::Refused(Refusal::new("out-of-order", "it is still in progress")),
+            ToSource::Waiting,
+        ] {
+            let (channel, stream) = Peer::next(&dialed).unwrap();
+            assert_eq!(channel, Channel::Again);
+            assert_eq!(seen.load(Ordering::SeqCst), 0, "the guest runs");
+            let mut control = ControlChannel::new(Box::new(stream));
+            control.send(&answer).unwrap();
+            if answer == ToSource::Waiting {
+                let heard: ToDestination = control.recv().unwrap();
+                assert!(matches!(heard, ToDestination::Abort(_)), "{heard:?}");
+                let told = ToSource::NotHere(Refusal::new("connection-lost", ""));
+                control.send(&told).unwrap();
+            }
+        }
+    });
+    assert_eq!(stayed(&outcome), "connection-lost");
+    let Outcome::Stayed { pending_abort, .. } = outcome else {
+        panic!("{outcome:?}")
+    };
+    assert_eq!(pending_abort, None, "the destination knows");
+    assert_eq!(resumed.load(Ordering::SeqCst), 1);
+    assert!(guest.runs);
+}
+
+/// The destination cannot be reached: the guest resumes after the time of the hold, and not before, or when the migration is
+/// canceled.
+#[test]
+fn hold_ends_by_time_or_by_cancel() {
+    const SHORT: Duration = Duration::from_millis(300);
+    for (policy, is_canceled) in [
+        (hold(SHORT), false),
+        (hold(Duration::from_secs(3600)), true),
+    ] {
+        let (guest, resumed) = counted_guest();
+        let (to_main, lost) = mpsc::channel();
+        let (outcome, guest) = migrate_guest(guest, &policy, None, move |dialed, decision| {
+            let mut peer = Peer::welcome(dialed, 1);
+            peer.prepare(1, false);
+            peer.accept();
+            peer.until_state();
+            to_main.send(Instant::now()).unwrap();
+            drop(peer);
+            if is_canceled {
+                decision.cancel().unwrap();
+            }
+        });
+        let lost = lost.recv().unwrap();
+        assert!(is_canceled || lost.elapsed() >= SHORT);
+        assert!(matches!(outcome, Outcome::Stayed { .. }));
+        assert_eq!(resumed.load(Ordering::SeqCst), 1);
+        assert!(guest.runs);
+    }
 }
 
 /// A destination that is still loading the guest refuses to answer: the notice is sent again.

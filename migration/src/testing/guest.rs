@@ -152,6 +152,8 @@ pub enum Moment {
     Harvest,
     /// The guest was stopped.
     Stopped,
+    /// The guest resumes at the source.
+    Resumed,
     /// The source has committed, and has not sent `Commit`.
     Committed,
     /// The outcome is known, and the report does not show it.
@@ -284,6 +286,7 @@ impl Source for MemoryGuest {
     }
 
     fn resume(&mut self) -> Result<(), Refusal> {
+        (self.hook)(Moment::Resumed, &self.ram);
         self.runs = true;
         Ok(())
     }

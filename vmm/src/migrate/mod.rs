@@ -367,6 +367,11 @@ fn positive(field: &str, value: u64) -> Result<u64, RequestError> {
     }
 }
 
+fn milliseconds(field: &str, value: Option<u64>) -> Result<Option<Duration>, RequestError> {
+    let value = value.map(|value| positive(field, value).map(Duration::from_millis));
+    value.transpose()
+}
+
 fn policy(what: &StartMigration) -> Result<Policy, RequestError> {
     if let Some(connections) = what.connections
         && !(1..=MAX_CONNECTIONS).contains(&connections)
@@ -403,10 +408,8 @@ fn policy(what: &StartMigration) -> Result<Policy, RequestError> {
         max_bandwidth: what.max_bandwidth,
         local: what.local,
         verify: what.verify,
-        stop_limit: match what.stop_limit_ms {
-            Some(limit) => Some(Duration::from_millis(positive("stop_limit_ms", limit)?)),
-            None => None,
-        },
+        stop_limit: milliseconds("stop_limit_ms", what.stop_limit_ms)?,
+        hold: milliseconds("hold_ms", what.hold_ms)?,
         ..Policy::default()
     })
 }
