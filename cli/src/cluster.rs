@@ -29,7 +29,7 @@ pub(crate) enum ClusterCommand {
         /// The node.
         #[arg(value_name = "NODE")]
         host: String,
-        /// How long to wait for the node's service.
+        /// Time limit for the start of the node's service.
         #[arg(long, value_name = "S", default_value_t = 300)]
         deadline_s: u64,
     },
@@ -46,7 +46,7 @@ pub(crate) struct DrainArguments {
     /// Also drain VMs that cannot move while they run: Pacemaker stops them, and starts them anew where it can.
     #[arg(long)]
     force: bool,
-    /// How long to wait for the moves. At the end Pacemaker goes on with them.
+    /// Time limit for the moves. Moves that have not ended by then continue.
     #[arg(long, value_name = "S", default_value_t = 3600)]
     deadline_s: u64,
 }

@@ -4,6 +4,7 @@
 //! a VM whose move has failed is not in the way, as Pacemaker manages it no longer. The service that ends takes that
 //! guest along. So the service stays until the last VM has left.
 
+use std::collections::BTreeMap;
 use std::io::{IsTerminal as _, stderr};
 use std::time::Duration;
 
@@ -20,10 +21,16 @@ use crate::print::{self, Printer};
 /// Interval between two looks at the cluster. Each runs three of Pacemaker's commands.
 pub(super) const TICK: Duration = Duration::from_millis(500);
 
+/// The last failure of each VM, by its resource.
+type Failures = BTreeMap<String, String>;
+
+/// Looks at a cluster that does not know where a VM is. Pacemaker probes it within that time.
+const PROBES: u32 = 60;
+
 /// The part of the progress bar that a VM has.
 const STEPS: u64 = 1000;
 
-/// What Pacemaker would do with a VM that may not stay.
+/// Pacemaker's plan for a VM that may not stay.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case", tag = "action")]
 enum Step {
@@ -44,7 +51,7 @@ struct Planned {
     step: Step,
 }
 
-/// What became of a VM.
+/// The place of a VM after a drain.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case", tag = "outcome")]
 enum Outcome {
@@ -79,7 +86,7 @@ impl Planned {
         }
     }
 
-    /// Whether the drain touches the VM.
+    /// Returns whether the drain touches the VM.
     fn leaves(&self, is_forced: bool) -> bool {
         match self.step {
             Step::Migrate { .. } => true,
@@ -100,7 +107,7 @@ impl Ended {
         }
     }
 
-    /// Whether the VM ended as the plan said.
+    /// Returns whether the VM ended as the plan said.
     fn is_as_planned(&self, plan: &[Planned]) -> bool {
         let planned = plan.iter().find(|one| one.vm == self.vm);
         let may_stop = matches!(
@@ -161,25 +168,58 @@ pub(super) async fn drain(
         .collect();
     let bar = bar(leaving.len());
     let deadline = Duration::from_secs(arguments.deadline_s);
-    let interrupted = tokio::select! {
-        moved = move_away(&leaving, host, client, &bar) => { moved?; None }
-        () = tokio::time::sleep(deadline) => Some("the deadline has passed"),
-        signal = tokio::signal::ctrl_c() => { signal?; Some("interrupted") }
+    let moved = tokio::select! {
+        moved = move_away(&leaving, host, client, &bar) => Ok(moved?),
+        () = tokio::time::sleep(deadline) => Err("the deadline has passed"),
+        signal = tokio::signal::ctrl_c() => { signal?; Err("interrupted") }
     };
     bar.finish_and_clear();
-    if let Some(what) = interrupted {
-        bail!(
+    match moved {
+        Ok(failures) => finish(&before, host, &plan, &failures, printer).await,
+        Err(what) => bail!(
             "{what}: {}",
             left_behind(&pacemaker::status().await?, host, &leaving)
-        );
+        ),
     }
-    finish(&before, host, &plan, printer).await
+}
+
+/// Returns whether a VM of the plan that should run is active nowhere.
+///
+/// It may run on the node all the same: while Pacemaker forgets a failed move, it knows of the VM only what its
+/// probes have found by then. A standby would end the service under that guest.
+fn is_any_lost(status: &Status, plan: &[Planned]) -> bool {
+    plan.iter().any(|one| {
+        let may_end = matches!(one.step, Step::Stop { .. });
+        let vm = status.vm(&one.vm);
+        !may_end && vm.is_some_and(|vm| vm.nodes.is_empty())
+    })
+}
+
+/// Returns the status of the cluster when each VM has a place, or as it is after a while.
+async fn settled(plan: &[Planned]) -> Result<Status> {
+    for _ in 0..PROBES {
+        let status = pacemaker::status().await?;
+        if !is_any_lost(&status, plan) {
+            return Ok(status);
+        }
+        tokio::time::sleep(TICK).await;
+    }
+    pacemaker::status().await
 }
 
 /// Sets the node to standby if no VM is left, and reports.
-async fn finish(before: &Status, host: &str, plan: &[Planned], printer: Printer) -> Result<()> {
-    let after = pacemaker::status().await?;
-    let standby = after.vms_on(host).next().is_none();
+async fn finish(
+    before: &Status,
+    host: &str,
+    plan: &[Planned],
+    failures: &Failures,
+    printer: Printer,
+) -> Result<()> {
+    let mut after = settled(plan).await?;
+    for vm in after.vms.iter_mut().filter(|vm| vm.failure.is_none()) {
+        vm.failure = failures.get(&vm.resource).cloned();
+    }
+    let standby = after.vms_on(host).next().is_none() && !is_any_lost(&after, plan);
     if standby {
         pacemaker::set_standby(host, true).await?;
         for one in plan {
@@ -221,8 +261,15 @@ async fn finish(before: &Status, host: &str, plan: &[Planned], printer: Printer)
     }
 }
 
-/// Keeps the VMs away from the node, and waits until Pacemaker has nothing more to do with them.
-async fn move_away(leaving: &[&str], host: &str, client: &Client, bar: &ProgressBar) -> Result<()> {
+/// Keeps the VMs away from the node, and waits until Pacemaker has nothing more to do with them. Returns the failures
+/// that Pacemaker has shown meanwhile: it forgets them when the agent `host` has it try again.
+async fn move_away(
+    leaving: &[&str],
+    host: &str,
+    client: &Client,
+    bar: &ProgressBar,
+) -> Result<Failures> {
+    let mut failures = Failures::new();
     pacemaker::ban(leaving, host, None).await?;
     while !leaving.is_empty() {
         // The plan first: an action that begins in between is then still in the plan, or the coordinator is busy with
@@ -230,6 +277,11 @@ async fn move_away(leaving: &[&str], host: &str, client: &Client, bar: &Progress
         let is_planned = |action: &Action| leaving.contains(&action.resource.as_str());
         let is_pending = pacemaker::pending().await?.iter().any(is_planned);
         let status = pacemaker::status().await?;
+        for vm in &status.vms {
+            if let Some(failure) = &vm.failure {
+                failures.insert(vm.resource.clone(), failure.clone());
+            }
+        }
         show(bar, &status, host, leaving, client).await;
         if let (false, Some(coordinator)) = (is_pending, &status.coordinator)
             && pacemaker::is_idle(coordinator).await?
@@ -238,7 +290,7 @@ async fn move_away(leaving: &[&str], host: &str, client: &Client, bar: &Progress
         }
         tokio::time::sleep(TICK).await;
     }
-    Ok(())
+    Ok(failures)
 }
 
 fn plan(status: &Status, host: &str, actions: &[Action]) -> Vec<Planned> {
@@ -353,7 +405,7 @@ fn left_behind(status: &Status, host: &str, leaving: &[&str]) -> String {
     let is_left = |vm: &&&str| status.vms_on(host).any(|one| one.resource == **vm);
     let left = leaving.iter().filter(is_left).count();
     format!(
-        "{} of {} VMs have left {host}, which is not in standby; Pacemaker goes on with the others. {}",
+        "{} of {} VMs have left {host}, which is not in standby; Pacemaker moves the others. {}",
         leaving.len().saturating_sub(left),
         leaving.len(),
         how_to_go_on(host)

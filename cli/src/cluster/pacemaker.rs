@@ -10,7 +10,7 @@ use roxmltree::{Document, Node as Element};
 use serde::Serialize;
 use tokio::process::Command;
 
-/// How long one of Pacemaker's commands may take.
+/// Time limit of one of Pacemaker's commands.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The resource agent of a VM.
@@ -18,7 +18,7 @@ const VM_AGENT: &str = "ocf:whimbrel:vm";
 /// The resource agent of a node's service.
 const HOST_AGENT: &str = "ocf:whimbrel:host";
 
-/// Whether a node can run VMs, and if not, why.
+/// The state of a node: it runs VMs only if it is online.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum NodeState {
@@ -78,7 +78,7 @@ pub(super) struct Vm {
     pub(super) moves: Vec<Operation>,
 }
 
-/// What a moment's `crm_mon` shows.
+/// The cluster as `crm_mon` shows it at one moment.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(super) struct Status {
     pub(super) nodes: Vec<Node>,
@@ -225,7 +225,7 @@ fn moves(document: &Document<'_>, resource: &str) -> Vec<Operation> {
     moved.collect()
 }
 
-/// What the scheduler would do with a resource.
+/// A planned action of the scheduler on a resource.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Action {
     pub(super) resource: String,
@@ -279,13 +279,13 @@ fn noted(xml: &str) -> Option<String> {
     values.find(|one| !one.is_empty()).map(str::to_owned)
 }
 
-/// What Pacemaker would do at this moment.
+/// Returns the actions that Pacemaker would take at this moment.
 pub(super) async fn pending() -> Result<Vec<Action>> {
     let words = ["--live-check", "--run", "--output-as=xml"];
     actions(&run("crm_simulate", &words, None).await?)
 }
 
-/// What Pacemaker would do if these resources were kept away from a node. Changes nothing: the scheduler
+/// Returns the actions that Pacemaker would take if these resources were kept away from a node. Changes nothing: the scheduler
 /// works on a copy of the cluster's information base.
 pub(super) async fn pending_with_bans(resources: &[&str], node: &str) -> Result<Vec<Action>> {
     let base = run("cibadmin", &["--query"], None).await?;
@@ -362,7 +362,7 @@ pub(super) async fn set_standby(node: &str, is_on: bool) -> Result<()> {
     run("crm_attribute", &words, None).await.map(drop)
 }
 
-/// Whether the coordinator waits for nothing and has nothing to do.
+/// Returns whether the coordinator waits for nothing and has nothing to do.
 pub(super) async fn is_idle(coordinator: &str) -> Result<bool> {
     let words = ["--status", coordinator, "--output-as=xml"];
     Ok(controller_state(&run("crmadmin", &words, None).await?).as_deref() == Some("S_IDLE"))

@@ -54,7 +54,7 @@ fn only_live_moves_happen_without_force() {
     );
 }
 
-/// What became of the VM that was to move from n2.
+/// Returns the outcome for the VM that had to move from n2.
 fn ended(after: &str) -> Vec<Ended> {
     let before = Status::read(RUNNING).unwrap();
     let plan = plan(&before, "n2", &actions(PLAN).unwrap());
@@ -109,6 +109,26 @@ fn outcome_says_why_a_vm_stays() {
         ),
         "{names:?}"
     );
+}
+
+/// While Pacemaker forgets a failed move, it shows the guest as stopped.
+#[test]
+fn vm_that_is_being_probed_is_not_gone() {
+    let before = Status::read(RUNNING).unwrap();
+    let vms = |step: Step| {
+        vec![Planned {
+            vm: "vm1".to_owned(),
+            step,
+        }]
+    };
+    let migrates = vms(planned(RUNNING, MIGRATE));
+    assert!(!is_any_lost(&before, &migrates));
+    let mut probed = before.clone();
+    probed.vms[0].nodes.clear();
+    assert_eq!(probed.vms_on("n2").count(), 0);
+    assert!(is_any_lost(&probed, &migrates));
+    let stops = vms(Step::Stop { why: String::new() });
+    assert!(!is_any_lost(&probed, &stops), "it has ended");
 }
 
 #[test]
