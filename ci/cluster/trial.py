@@ -10,6 +10,7 @@ import importlib.util
 import json
 import pathlib
 import re
+import shutil
 import subprocess
 import threading
 import time
@@ -19,7 +20,12 @@ loader = importlib.machinery.SourceFileLoader("lab", str(HERE / "lab"))
 lab = importlib.util.module_from_spec(importlib.util.spec_from_loader("lab", loader))
 loader.exec_module(lab)
 
-PATIENCE = 60
+# Longer than any step takes, also on a machine that does other things.
+PATIENCE = 180
+
+
+# The folder of a node in which a guest's output is.
+BEAT = "beat"
 
 
 def vm_config(name, region_mib=16):
@@ -39,8 +45,8 @@ def vm_config(name, region_mib=16):
 FENCING = f"""
 property stonith-enabled=true stonith-action=off start-failure-is-fatal=false
 rsc_defaults resource-stickiness=100
-primitive off-n1 stonith:fence_lab params socket={lab.POWER} plug=n1 pcmk_host_list=n1 pcmk_host_check=static-list
-primitive off-n2 stonith:fence_lab params socket={lab.POWER} plug=n2 pcmk_host_list=n2 pcmk_host_check=static-list
+primitive off-n1 stonith:fence_lab params plug=n1 pcmk_host_list=n1 pcmk_host_check=static-list
+primitive off-n2 stonith:fence_lab params plug=n2 pcmk_host_list=n2 pcmk_host_check=static-list
 location off-n1-elsewhere off-n1 -inf: n1
 location off-n2-elsewhere off-n2 -inf: n2
 primitive whimbrel ocf:whimbrel:host \\
@@ -57,7 +63,7 @@ primitive {name} ocf:whimbrel:vm \\
   params config=/srv/vms/{name}.json insecure=true shutdown_timeout=0 {parameters} \\
   op start timeout=60s interval=0 op stop timeout=90s interval=0 op monitor interval=5s timeout=30s \\
   op migrate_to timeout=300s interval=0 on-fail=block op migrate_from timeout=60s interval=0 \\
-  meta allow-migrate=true
+  meta allow-migrate=true multiple-active=stop_unexpected
 order {name}-after-whimbrel inf: whimbrel-clone {name}
 colocation {name}-with-whimbrel inf: {name} whimbrel-clone
 """
@@ -116,7 +122,7 @@ class Beats(threading.Thread):
         while True:
             for name in lab.NODES:
                 try:
-                    size = (lab.STATE / name / "beat" / self.vm).stat().st_size
+                    size = beat_file(name, self.vm).stat().st_size
                 except OSError:
                     size = 0
                 with self.lock:
@@ -129,7 +135,7 @@ class Beats(threading.Thread):
                             self.grew[name] = time.time()
                             if not self.turns or self.turns[-1][1] != name:
                                 self.turns.append((time.time(), name))
-            time.sleep(0.005)
+            time.sleep(0.01)
 
     def forget(self):
         with self.lock:
@@ -163,7 +169,7 @@ class Beats(threading.Thread):
 
 
 def beat_file(name, vm="vm1"):
-    return lab.STATE / name / "beat" / vm
+    return lab.STATE / name / BEAT / vm
 
 
 def counts(name, vm="vm1"):
@@ -196,6 +202,24 @@ def phase(name, vm="vm1"):
     return mine[-1]["phase"] if mine else None
 
 
+def keep(name):
+    """Copies what the nodes wrote to a folder of this name, and returns its path. The next lab begins with an empty one."""
+    kept = lab.TARGET / "cluster-failed" / name
+    shutil.rmtree(kept, ignore_errors=True)
+    for one in lab.NODES:
+        for part in ("log", "lib/pengine", "beat"):
+            shutil.copytree(lab.STATE / one / part, kept / one / part, dirs_exist_ok=True)
+        shutil.copy(lab.STATE / one / "console", kept / one)
+    shutil.copy(lab.STATE / "power.log", kept)
+    with open(kept / "status", "w", encoding="utf-8") as status:
+        for one in lab.NODES:
+            try:
+                status.write(f"{one}:\n{node(one, 'crm_mon', '-1rf', check=False)}\n{node(one, 'wh-remote', 'migrations', check=False)}\n")
+            except SystemExit as off:
+                status.write(f"{off}\n")
+    return kept
+
+
 def running_on(name, beats):
     return until(f"the guest {beats.vm} runs on {name}", lambda: beats.runs_at() == [name])
 
@@ -204,11 +228,24 @@ def is_served():
     return f"Started: [ {' '.join(lab.NODES)} ]" in node("n1", "crm_mon", "-1")
 
 
+def settle():
+    """Waits until Pacemaker has nothing to do. `crm_resource --wait` looks every 2 s only."""
+    def is_settled():
+        # The plan first: an action that begins in between is then in the plan, or the coordinator is busy with it.
+        planned = node("n1", "crm_simulate", "--live-check", "--run", "--output-as=xml", check=False)
+        if "<rsc_action " in planned or "<pacemaker-result" not in planned:
+            return False
+        coordinator = re.search(r'<current_dc present="true".* name="([^"]+)"', node("n1", "crm_mon", "-1", "--output-as=xml", check=False))
+        return bool(coordinator) and 'state="S_IDLE"' in node("n1", "crmadmin", "--status", coordinator[1], "--output-as=xml", check=False)
+    until("Pacemaker has nothing to do", is_settled)
+
+
 def ready(beats):
     """The guest runs on a node, counts, and can move to the other."""
     until("the guest runs", lambda: len(beats.runs_at()) == 1)
     until("the guest counts", lambda: len(counts(beats.runs_at()[0], beats.vm)) > 20)
     until("the service runs on both nodes", is_served)
+    settle()
 
 
 def power_offs(since):
