@@ -228,15 +228,15 @@ def is_served():
     return f"Started: [ {' '.join(lab.NODES)} ]" in node("n1", "crm_mon", "-1")
 
 
-def settle():
-    """Waits until Pacemaker has nothing to do. `crm_resource --wait` looks every 2 s only."""
+def settle(at="n1"):
+    """Waits until Pacemaker has nothing to do, as one node sees it. `crm_resource --wait` looks every 2 s only."""
     def is_settled():
         # The plan first: an action that begins in between is then in the plan, or the coordinator is busy with it.
-        planned = node("n1", "crm_simulate", "--live-check", "--run", "--output-as=xml", check=False)
+        planned = node(at, "crm_simulate", "--live-check", "--run", "--output-as=xml", check=False)
         if "<rsc_action " in planned or "<pacemaker-result" not in planned:
             return False
-        coordinator = re.search(r'<current_dc present="true".* name="([^"]+)"', node("n1", "crm_mon", "-1", "--output-as=xml", check=False))
-        return bool(coordinator) and 'state="S_IDLE"' in node("n1", "crmadmin", "--status", coordinator[1], "--output-as=xml", check=False)
+        coordinator = re.search(r'<current_dc present="true".* name="([^"]+)"', node(at, "crm_mon", "-1", "--output-as=xml", check=False))
+        return bool(coordinator) and 'state="S_IDLE"' in node(at, "crmadmin", "--status", coordinator[1], "--output-as=xml", check=False)
     until("Pacemaker has nothing to do", is_settled)
 
 
