@@ -229,14 +229,24 @@ def is_served():
 
 
 def settle(at="n1"):
-    """Waits until Pacemaker has nothing to do, as one node sees it. `crm_resource --wait` looks every 2 s only."""
+    """Waits until Pacemaker has nothing to do, as one node sees it. `crm_resource --wait` looks every 2 s only.
+
+    After a reload, the scheduler may plan an action that the coordinator never takes: a coordinator that has been idle
+    for 3 s has nothing to do, either.
+    """
+    idle_since = None
+
     def is_settled():
+        nonlocal idle_since
         # The plan first: an action that begins in between is then in the plan, or the coordinator is busy with it.
         planned = node(at, "crm_simulate", "--live-check", "--run", "--output-as=xml", check=False)
-        if "<rsc_action " in planned or "<pacemaker-result" not in planned:
-            return False
         coordinator = re.search(r'<current_dc present="true".* name="([^"]+)"', node(at, "crm_mon", "-1", "--output-as=xml", check=False))
-        return bool(coordinator) and 'state="S_IDLE"' in node(at, "crmadmin", "--status", coordinator[1], "--output-as=xml", check=False)
+        if not coordinator or 'state="S_IDLE"' not in node(at, "crmadmin", "--status", coordinator[1], "--output-as=xml", check=False):
+            idle_since = None
+            return False
+        idle_since = idle_since or time.time()
+        has_plan = "<rsc_action " in planned or "<pacemaker-result" not in planned
+        return not has_plan or time.time() - idle_since > 3
     until("Pacemaker has nothing to do", is_settled)
 
 
