@@ -167,7 +167,7 @@ fn unplugged_memory_takes_no_space() {
     assert!(content(&restored) == content(&blocks));
 }
 
-fn write_on(dir: &Path, base: &Path, blocks: &[Block]) -> (Result<(), Refusal>, u64) {
+pub(super) fn write_on(dir: &Path, base: &Path, blocks: &[Block]) -> (Result<(), Refusal>, u64) {
     let (progress, decision) = (Progress::default(), Decision::default());
     let base = Snapshot::open(base).unwrap();
     let writing = Writing {

@@ -203,6 +203,36 @@ fn record_that_cannot_be_written_leaves_the_vm() {
     assert!(content(&seen.blocks) == expected && seen.failed.is_none());
 }
 
+/// An increment is recorded and brought from its chain, and has no use for the working set of its base. It
+/// cannot be mapped, which is said by name.
+#[test]
+fn increment_has_a_working_set_of_its_own() {
+    let (base, _) = recorded_example();
+    let parent = tempfile::tempdir().unwrap();
+    let dir = parent.path().join("increment");
+    let blocks = guest(&[0, 5, 6, 299, 301, 20]);
+    let expected = content(&blocks);
+    tests::write_on(&dir, base.path(), &blocks).0.unwrap();
+    assert_eq!(recorded_pages(&dir), None);
+    let recorder = Recorder::new(Duration::from_secs(60));
+    let to = OnlyMemory::default();
+    let (result, _) = record(&dir, &recorder, &to, || assert!(recorder.ready()));
+    result.unwrap();
+    assert_eq!(recorded_pages(&dir), Some(vec![0, 6, 299]));
+    let to = OnlyMemory::default();
+    let (result, progress, _) = restored(&dir, Memory::OnDemand, false, &to);
+    result.unwrap();
+    assert!(progress.report().working_set_us.is_some());
+    assert!(content(&to.0.lock().blocks) == expected);
+
+    let to = OnlyMemory::default();
+    let (result, _, _) = restored(&dir, Memory::Map, false, &to);
+    let why = result.unwrap_err();
+    assert_eq!(why.code, "snapshot-base");
+    assert!(why.detail.contains("`Map`"), "{why}");
+    assert!(to.0.lock().machines.is_empty(), "no machine was made");
+}
+
 /// A working set that is damaged, of another snapshot or no file is not used, and the restore is as without.
 #[test]
 fn restore_without_a_usable_working_set() {
