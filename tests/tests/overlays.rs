@@ -260,6 +260,41 @@ async fn failed_snapshot_leaves_disks_that_are_whole() {
     writes_on(port(&service, "guest")).await;
 }
 
+/// A paused VM is rebooted while its snapshot is written, which is canceled unless it was complete. If the
+/// disk was an overlay by then, the next machine continues on it; else nothing is left of the overlay.
+#[tokio::test]
+async fn reboot_ends_the_snapshot_of_a_paused_vm() {
+    let service = Service::start(Face::Many).await.unwrap();
+    let client = service.client();
+    let (vm, disk) = boot(&service, "raw").await;
+    for n in 0..4 {
+        writes_on(port(&service, "guest")).await;
+        client.vms_pause(&vm).await.unwrap();
+        let before = client.vms_info(&vm).await.unwrap().config;
+        let images = overlays(&disk).len();
+        let dir = service.path(format!("snapshot-{n}"));
+        let begun = client.vms_snapshot(&vm, &with_overlays(&dir)).await;
+        let begun = begun.unwrap();
+        if n > 0 {
+            // The steps until the state is saved take some milliseconds.
+            tokio::time::sleep(Duration::from_millis(n)).await;
+        }
+        client.vms_reboot(&vm).await.unwrap();
+        let ended = over(&service, &begun).await;
+        let config = client.vms_info(&vm).await.unwrap().config;
+        let is_whole = ended.phase == MigrationPhase::Completed;
+        assert_eq!(dir.join("manifest.json").exists(), is_whole);
+        if config == before {
+            assert!(!is_whole, "the snapshot names the image of the VM");
+            assert_eq!(overlays(&disk).len(), images, "{ended:?}");
+        } else {
+            assert_eq!(overlays(&disk).len(), images + 1, "{ended:?}");
+            assert!(overlays(&disk).contains(&overlay(&service, &vm).await));
+        }
+        writes_on(port(&service, "guest")).await;
+    }
+}
+
 /// A restore that fails removes the overlays that it has made.
 #[tokio::test]
 async fn failed_restore_leaves_no_overlay() {
