@@ -7,6 +7,10 @@
     reason = "a test that goes wrong panics"
 )]
 
+use std::io::{IoSliceMut, Read as _, Write as _};
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::sync::Arc;
@@ -14,8 +18,10 @@ use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use devices::sandbox::Confinement;
-use devices::tpm::{Emulator, Tpm};
+use devices::tpm::{Emulator, LoadedTpm, Tpm, TpmSnapshot};
 use memory::DeviceOps;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+use state::{LoadError, Save as _, Store, Writer};
 
 const BASE: u64 = 0xfed4_0000;
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -54,10 +60,13 @@ impl Swtpm {
     fn connect(&self) -> Arc<Emulator> {
         Arc::new(Emulator::connect(&self.socket).unwrap())
     }
+}
 
-    fn end(mut self) {
+/// Ends the process with the test.
+impl Drop for Swtpm {
+    fn drop(&mut self) {
         let _ = self.process.kill();
-        self.process.wait().unwrap();
+        let _ = self.process.wait();
     }
 }
 
@@ -161,7 +170,7 @@ fn guest_gets_random_numbers() {
     assert_eq!(code(&execute(&second, &startup()).unwrap()), 0);
     numbers(&second);
     drop((second, emulator));
-    swtpm.end();
+    drop(swtpm);
 }
 
 #[test]
@@ -189,7 +198,7 @@ fn hostile_guest_harms_its_tpm_only() {
     assert_ne!(code(&execute(&tpm, &long).unwrap()), 0);
     assert_eq!(code(&execute(&tpm, &startup()).unwrap()), 0);
     // The emulator goes: commands fail, and nothing waits.
-    swtpm.end();
+    drop(swtpm);
     assert_eq!(execute(&tpm, &get_random()), None);
     assert_eq!(execute(&tpm, &get_random()), None);
 }
@@ -200,15 +209,257 @@ fn what_is_no_swtpm_is_refused() {
     let path = dir.path().join("nothing");
     let refused = Emulator::connect(&path).unwrap_err().to_string();
     assert!(refused.contains("swtpm socket"), "{refused}");
-    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let listener = UnixListener::bind(&path).unwrap();
     let (told, tell) = channel();
     let fake = std::thread::spawn(move || {
         let (mut stream, _) = listener.accept().unwrap();
-        std::io::Write::write_all(&mut stream, &[0; 8]).unwrap();
+        stream.write_all(&[0; 8]).unwrap();
         tell.recv().unwrap();
     });
     let refused = Emulator::connect(&path).unwrap_err().to_string();
     assert!(refused.contains("lacks capabilities"), "{refused}");
     told.send(()).unwrap();
     fake.join().unwrap();
+}
+
+/// TPM2_PCR_Extend of PCR 16 by 32 bytes, authorised by an empty password.
+fn extend(with: u8) -> Vec<u8> {
+    let mut extend = command(0x182, &[0, 0, 0, 16, 0, 0, 0, 9]);
+    extend[1] = 2;
+    extend.extend([0x40, 0, 0, 9, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0xb]);
+    extend.extend([with; 32]);
+    let len = extend.len() as u32;
+    extend[2..6].copy_from_slice(&len.to_be_bytes());
+    extend
+}
+
+/// The value of PCR 16.
+fn pcr(tpm: &Tpm) -> Vec<u8> {
+    let read = command(0x17e, &[0, 0, 0, 1, 0, 0xb, 3, 0, 0, 1]);
+    let response = execute(tpm, &read).unwrap();
+    assert_eq!(code(&response), 0);
+    response[response.len() - 32..].to_vec()
+}
+
+fn bytes(snapshot: &TpmSnapshot) -> Vec<u8> {
+    let mut writer = Writer::default();
+    snapshot.save(&mut writer.scope("tpm").unwrap()).unwrap();
+    writer.finish()
+}
+
+fn load(tpm: &Tpm, saved: &[u8]) -> Result<LoadedTpm, LoadError> {
+    let mut store = Store::open(saved).unwrap();
+    tpm.load(&mut store.scope("tpm").unwrap())
+}
+
+#[test]
+fn state_moves_to_another_emulator() {
+    let (here, there) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (source, destination) = (Swtpm::start(here.path()), Swtpm::start(there.path()));
+    let (first, other) = (source.connect(), destination.connect());
+    let (first, second) = (tpm(&first), tpm(&other));
+    write(&first, LOC_CTRL, 1);
+    assert_eq!(code(&execute(&first, &startup()).unwrap()), 0);
+    assert_eq!(code(&execute(&first, &extend(0x11)).unwrap()), 0);
+    let value = pcr(&first);
+    assert_ne!(value, [0; 32]);
+    let early = bytes(&first.snapshot(PATIENCE).unwrap());
+    // The dry run changes nothing at the source, and is replaced by what comes last.
+    load(&second, &early).unwrap().install().unwrap();
+    assert_eq!(pcr(&second), value);
+    assert_eq!(code(&execute(&first, &extend(0x22)).unwrap()), 0);
+    let value = pcr(&first);
+    let last = bytes(&first.snapshot(PATIENCE).unwrap());
+    load(&second, &last).unwrap().install().unwrap();
+    let read_all = |tpm: &Tpm| {
+        let mut all = vec![0; 0x1000];
+        tpm.read(0, &mut all);
+        all
+    };
+    assert!(
+        read_all(&second) == read_all(&first),
+        "registers and buffer"
+    );
+    assert_eq!(pcr(&second), value);
+    // The guest may stay: its TPM works as before.
+    assert_eq!(pcr(&first), value);
+
+    // A boot starts with an empty PCR, also if a guest came and was gone before it ran.
+    drop(second);
+    let third = tpm(&other);
+    write(&third, LOC_CTRL, 1);
+    assert_eq!(code(&execute(&third, &get_random()).unwrap()), 0x100);
+    assert_eq!(code(&execute(&third, &startup()).unwrap()), 0);
+    assert_eq!(pcr(&third), [0; 32]);
+    drop((first, third, other));
+    drop(source);
+    drop(destination);
+}
+
+/// What a fake swtpm does with requests to read or set state.
+#[derive(Clone, Copy)]
+enum Fake {
+    /// Answers with this header, and with the bytes that it announces.
+    State { result: u32, len: u32, sent: usize },
+    /// Answers with the result alone.
+    Refuses(u32),
+    /// Takes no state.
+    RefusesToTake(u32),
+    /// Answers nothing.
+    Silent,
+}
+
+/// Reads a command of a request, and keeps the descriptor that comes with it. Returns false at the end.
+fn next(stream: &UnixStream, command: &mut [u8; 4], kept: &mut Vec<OwnedFd>) -> bool {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let parts = &mut [IoSliceMut::new(command)];
+    let got = recvmsg(stream, parts, &mut control, RecvFlags::CMSG_CLOEXEC).unwrap();
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(fds) = message {
+            kept.extend(fds);
+        }
+    }
+    assert!([0, 4].contains(&got.bytes), "a request is sent at once");
+    got.bytes > 0
+}
+
+/// Serves one connection as `fake` says. Commands of the guest are never answered.
+fn serve(mut stream: UnixStream, fake: Fake) {
+    let word = |value: u32| value.to_be_bytes();
+    let (mut command, mut kept) = ([0; 4], Vec::new());
+    while next(&stream, &mut command, &mut kept) {
+        let mut body = |len: usize| {
+            let mut body = vec![0; len];
+            stream.read_exact(&mut body).unwrap();
+            body
+        };
+        let answer = match u32::from_be_bytes(command) {
+            1 => 0xffff_u64.to_be_bytes().to_vec(),
+            2 => {
+                body(4);
+                vec![0; 4]
+            }
+            4 => vec![0; 8],
+            12 => {
+                body(12);
+                match fake {
+                    Fake::State { result, len, sent } => {
+                        let mut answer = [result, 0, len, len].map(word).concat();
+                        answer.extend(vec![7; sent]);
+                        answer
+                    }
+                    Fake::Refuses(result) => word(result).to_vec(),
+                    Fake::RefusesToTake(_) => {
+                        let mut answer = [0, 0, 1, 1].map(word).concat();
+                        answer.push(9);
+                        answer
+                    }
+                    Fake::Silent => continue,
+                }
+            }
+            13 => {
+                let head = body(12);
+                let len = u32::from_be_bytes(head[8..].try_into().unwrap());
+                body(len as usize);
+                match fake {
+                    Fake::RefusesToTake(result) if len > 0 => word(result).to_vec(),
+                    _ => vec![0; 4],
+                }
+            }
+            17 => {
+                body(4);
+                [0, 3968, 1, 4096].map(word).concat()
+            }
+            _ => vec![0; 4],
+        };
+        stream.write_all(&answer).unwrap();
+    }
+}
+
+fn fake(dir: &Path, fake: Fake) -> (Arc<Emulator>, std::thread::JoinHandle<()>) {
+    let path = dir.join("fake");
+    let _ = std::fs::remove_file(&path);
+    let listener = UnixListener::bind(&path).unwrap();
+    let server = std::thread::spawn(move || serve(listener.accept().unwrap().0, fake));
+    (Arc::new(Emulator::connect(&path).unwrap()), server)
+}
+
+#[test]
+fn faults_of_the_emulator_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let short = Duration::from_millis(50);
+    let huge = Fake::State {
+        result: 0,
+        len: u32::MAX,
+        sent: 0,
+    };
+    for (kind, named, again) in [
+        (huge, "4294967295 bytes is larger than", "earlier request"),
+        (
+            Fake::Refuses(0xa),
+            "refused to hand out its state (result 0xa)",
+            "result 0xa",
+        ),
+        (
+            Fake::Silent,
+            "did not answer the request to hand out its state",
+            "earlier request",
+        ),
+    ] {
+        let (emulator, server) = fake(dir.path(), kind);
+        let tpm = tpm(&emulator);
+        for expected in [named, again] {
+            let refused = tpm.snapshot(short).unwrap_err().to_string();
+            assert!(refused.contains(expected), "{refused}");
+        }
+        drop((tpm, emulator));
+        server.join().unwrap();
+    }
+
+    // No state is a TPM's, and the rest is taken or refused by swtpm.
+    let none = Fake::State {
+        result: 0x800,
+        len: 0,
+        sent: 0,
+    };
+    let (emulator, server) = fake(dir.path(), none);
+    let without = tpm(&emulator);
+    let saved = bytes(&without.snapshot(short).unwrap());
+    let refused = load(&without, &saved).unwrap_err().to_string();
+    assert!(refused.contains("without permanent state"), "{refused}");
+    drop((without, emulator));
+    server.join().unwrap();
+    let (emulator, server) = fake(dir.path(), Fake::RefusesToTake(3));
+    let refusing = tpm(&emulator);
+    let saved = bytes(&refusing.snapshot(short).unwrap());
+    let refused = load(&refusing, &saved).unwrap().install();
+    let refused = refused.unwrap_err().to_string();
+    assert!(
+        refused.contains("refused to take the state of a TPM (result 0x3)"),
+        "{refused}"
+    );
+    drop((refusing, emulator));
+    server.join().unwrap();
+}
+
+#[test]
+fn state_is_not_read_during_a_command() {
+    let dir = tempfile::tempdir().unwrap();
+    let short = Duration::from_millis(50);
+    let kind = Fake::State {
+        result: 0,
+        len: 1,
+        sent: 1,
+    };
+    let (emulator, _server) = fake(dir.path(), kind);
+    let tpm = tpm(&emulator);
+    tpm.snapshot(short).unwrap();
+    write(&tpm, LOC_CTRL, 1);
+    write(&tpm, CTRL_REQ, 1);
+    tpm.write(BUFFER, &startup());
+    write(&tpm, START, 1);
+    assert_eq!(read(&tpm, START), 1);
+    let refused = tpm.snapshot(short).unwrap_err().to_string();
+    assert!(refused.contains("in progress for 50 ms"), "{refused}");
 }

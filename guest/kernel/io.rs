@@ -167,7 +167,7 @@ impl Io {
         match self.tpm.as_mut().and_then(Tpm::step) {
             Some(Answer::Random(bytes)) => add(&COUNTS.tpm, bytes),
             Some(Answer::Bad) => add(&COUNTS.bad, 1),
-            Some(Answer::Started) | None => {}
+            Some(Answer::Done) | None => {}
         }
         busy
     }

@@ -280,11 +280,11 @@ pub struct UserDeviceConfig {
     pub pci_device_id: Option<u8>,
 }
 
-/// A trusted platform module (TPM 2.0), which `swtpm` emulates. A VM that has one cannot be moved or saved.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+/// A trusted platform module (TPM 2.0), which `swtpm` emulates. Its state moves with the VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TpmConfig {
-    /// Socket of the process that serves it.
+    /// Control socket of `swtpm`. At the destination of a move, another swtpm listens there.
     pub socket: String,
 }
 

@@ -4,6 +4,8 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::console::{ConsoleMode, DebugConsoleConfig, SerialConfig};
+
+use crate::device::TpmConfig;
 use crate::devices::parse_mac;
 use crate::requests::SnapshotDisks;
 use crate::service::{FieldProblem, VmId};
@@ -36,6 +38,9 @@ pub struct Overrides {
     /// The debug console, in place of the one that was saved. Its port stays where `iobase` is absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub debug_console: Option<DebugConsoleConfig>,
+    /// The control socket of another swtpm, which gets the state of the TPM.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tpm: Option<TpmConfig>,
 }
 
 /// Another image for a disk. The guest must find in it what it left in the first.
@@ -199,6 +204,11 @@ impl Overrides {
                 iobase: wanted.iobase.or(saved.and_then(|saved| saved.iobase)),
             });
         }
+        if let Some(wanted) = &self.tpm {
+            let tpm = config.tpm.as_mut();
+            let tpm = tpm.ok_or_else(|| no_device("/overrides/tpm".to_owned(), "tpm"))?;
+            tpm.socket = text(&wanted.socket);
+        }
         Ok(())
     }
 }
@@ -225,6 +235,7 @@ mod tests {
             serde_json::from_str(r#"[{"id":"eth","tap":"t","mac":"02:00:00:00:00:01"}]"#).unwrap();
         config.vsock = serde_json::from_str(r#"{"cid":3,"socket":"/s"}"#).unwrap();
         config.debug_console = serde_json::from_str(r#"{"mode":"Null","iobase":1026}"#).unwrap();
+        config.tpm = serde_json::from_str(r#"{"socket":"/tpm"}"#).unwrap();
         config
     }
 
@@ -242,7 +253,8 @@ mod tests {
                 "vsock":{"cid":100,"socket":"/run/{n}/{n}.sock"},
                 "serial":{"mode":"File","file":"/log/{n}"},
                 "console":{"mode":"Socket","socket":"/con/{n}"},
-                "debug_console":{"mode":"File","file":"/debug/{n}"}}"#,
+                "debug_console":{"mode":"File","file":"/debug/{n}"},
+                "tpm":{"socket":"/tpm/{n}"}}"#,
             12,
         )
         .unwrap();
@@ -258,6 +270,7 @@ mod tests {
         assert_eq!(config.serial.file.as_deref(), Some("/log/12"));
         assert_eq!(config.console.socket.as_deref(), Some("/con/12"));
         assert_eq!(config.console.mode, ConsoleMode::Socket);
+        assert_eq!(config.tpm.unwrap().socket, "/tpm/12");
         let debug = config.debug_console.unwrap();
         assert_eq!(
             (debug.file.as_deref(), debug.iobase),
@@ -296,6 +309,14 @@ mod tests {
                 "{overrides}"
             );
         }
+    }
+
+    #[test]
+    fn overrides_add_no_tpm() {
+        let overrides: Overrides = serde_json::from_str(r#"{"tpm":{"socket":"/t"}}"#).unwrap();
+        let mut config = VmConfig::with_payload(PayloadConfig::default());
+        let refused = overrides.apply(1, &mut config).unwrap_err();
+        assert_eq!(refused.pointer, "/overrides/tpm");
     }
 
     #[test]

@@ -163,11 +163,6 @@ impl VmConfig {
     /// Returns a code and the reason for which a VM cannot be moved, saved or forked, if there is one.
     #[must_use]
     pub fn unmovable(&self) -> Option<(&'static str, &'static str)> {
-        if self.tpm.is_some() {
-            let why = "the VM has a TPM (`tpm`), whose state its emulator keeps: it cannot be moved, \
-                       saved or forked";
-            return Some(("tpm-not-movable", why));
-        }
         let why = "the VM has Hyper-V's interfaces (`cpus.kvm_hyperv`), whose state this version does \
                    not save: it cannot be moved, saved or forked";
         self.cpus.kvm_hyperv.then_some(("hyperv-not-movable", why))

@@ -295,7 +295,7 @@ fn refused_offer_leaves_no_trace() {
             &nothing,
         ),
         (
-            "tpm-not-movable",
+            "path-not-allowed",
             json!({ "tpm": { "socket": "/tpm" } }),
             SIZE,
             &nothing,

@@ -9,18 +9,24 @@
 //!
 //! A command takes up to minutes, so a thread waits for it and not the vCPU. The guest's driver polls
 //! the start register; there is no interrupt. There is one locality, 0.
+//!
+//! The TPM's own state is in swtpm, which hands it out and takes it: [`Tpm::snapshot`] and
+//! [`LoadedTpm`].
 
 mod emulator;
+mod saved;
 
 use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::time::Instant;
 
 use memory::DeviceOps;
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 
 use self::emulator::HEADER_LEN;
 pub use self::emulator::{Emulator, TpmError};
+pub use self::saved::{LoadedTpm, TpmSnapshot};
 use crate::sandbox::{Confinement, ThreadKind};
 
 /// Bytes of the device's registers and buffer.
@@ -62,18 +68,36 @@ struct State {
     buffer: Box<[u8; BUFFER_LEN]>,
 }
 
-/// A TPM. Its registers are state that is not saved: see [`Tpm::new`].
+/// The registers and the buffer, which the guest shares with the thread.
+struct Registers {
+    state: Mutex<State>,
+    /// The thread has completed a command.
+    completed: Condvar,
+}
+
+impl Registers {
+    /// Waits until no command is in progress. Returns whether that is so by `deadline`.
+    fn wait_idle(&self, deadline: Instant) -> bool {
+        let mut state = self.state.lock();
+        let is_busy = |state: &mut State| state.is_busy;
+        let waited = self
+            .completed
+            .wait_while_until(&mut state, is_busy, deadline);
+        !waited.timed_out()
+    }
+}
+
+/// A TPM.
 pub struct Tpm {
     base: u64,
-    state: Arc<Mutex<State>>,
+    shared: Arc<Registers>,
     emulator: Arc<Emulator>,
     commands: SyncSender<Vec<u8>>,
 }
 
 impl Tpm {
-    /// Makes a TPM whose registers are at `base`, and switches it on. `report` is told why the thread
-    /// that talks to the emulator cannot go on, which ends the VM. The state in the emulator cannot be
-    /// saved, so that a machine with a TPM does not move.
+    /// Makes a TPM whose registers are at `base`, and switches it on. `report` gets the reason if the
+    /// thread that talks to the emulator must end, which ends the VM.
     ///
     /// # Errors
     /// When the emulator does not start, or the host gives no thread.
@@ -84,21 +108,25 @@ impl Tpm {
         report: impl Fn(String) + Send + 'static,
     ) -> Result<Self, NewTpmError> {
         emulator.power_on()?;
-        let state = Arc::new(Mutex::new(State {
+        let state = State {
             is_assigned: false,
             is_idle: true,
             has_failed: false,
             is_busy: false,
             buffer: Box::new([0; BUFFER_LEN]),
-        }));
+        };
+        let shared = Arc::new(Registers {
+            state: Mutex::new(state),
+            completed: Condvar::new(),
+        });
         // One command at a time: the next is accepted when the thread has given the buffer back.
         let (commands, inbox) = sync_channel(1);
-        let (shared, executor) = (Arc::clone(&state), Arc::clone(&emulator));
+        let (registers, executor) = (Arc::clone(&shared), Arc::clone(&emulator));
         let work = move || {
             if let Err(error) = confinement.enter(ThreadKind::Devices) {
                 return report(format!("the kernel refused to confine its thread: {error}"));
             }
-            execute_all(&inbox, &shared, &executor, confinement, &report);
+            execute_all(&inbox, &registers, &executor, confinement, &report);
         };
         std::thread::Builder::new()
             .name("tpm".to_owned())
@@ -106,10 +134,15 @@ impl Tpm {
             .map_err(NewTpmError::Thread)?;
         Ok(Self {
             base,
-            state,
+            shared,
             emulator,
             commands,
         })
+    }
+
+    /// The emulator that executes the commands.
+    pub fn emulator(&self) -> &Arc<Emulator> {
+        &self.emulator
     }
 
     /// All registers as they are now.
@@ -165,7 +198,7 @@ impl Tpm {
 /// The loop of the thread: ends with the device.
 fn execute_all(
     commands: &Receiver<Vec<u8>>,
-    state: &Mutex<State>,
+    registers: &Registers,
     emulator: &Emulator,
     confinement: Confinement,
     report: &impl Fn(String),
@@ -175,7 +208,7 @@ fn execute_all(
         if let Some(violation) = confinement.violation() {
             return report(violation.to_string());
         }
-        let mut state = state.lock();
+        let mut state = registers.state.lock();
         state.has_failed = match response {
             Ok(response) => {
                 let place = state.buffer.get_mut(..response.len());
@@ -186,6 +219,7 @@ fn execute_all(
             Err(_) => true,
         };
         state.is_busy = false;
+        registers.completed.notify_all();
     }
 }
 
@@ -202,7 +236,7 @@ pub enum NewTpmError {
 
 impl DeviceOps for Tpm {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        let state = self.state.lock();
+        let state = self.shared.state.lock();
         let registers = self.registers(&state);
         let bytes = registers.iter().chain(state.buffer.iter());
         let offset = usize::try_from(offset).unwrap_or(usize::MAX);
@@ -218,7 +252,7 @@ impl DeviceOps for Tpm {
         const READY: u32 = 1;
         const GO_IDLE: u32 = 1 << 1;
         const START: u32 = 1;
-        let mut state = self.state.lock();
+        let mut state = self.shared.state.lock();
         if state.is_busy {
             // Also a cancellation: the TPM may complete the command normally.
             return;

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use ::devices::event_loop::Sources;
 use ::devices::pci::Bdf;
+use ::devices::tpm::{LoadedTpm, Tpm, TpmSnapshot};
 use control::{Arrival, Category, RequestError, SnapshotOf, Verb};
 use hypervisor::MemSlots;
 use memory::Pages;
@@ -37,6 +38,8 @@ pub(crate) struct SourceParts {
     pub(crate) throttle: crate::machine::Throttle,
     /// The disks of the machine, by their names.
     pub(crate) disks: Vec<(String, DiskAccess)>,
+    /// The TPM, which the engine reads itself: that may take a while.
+    pub(crate) tpm: Option<Arc<Tpm>>,
     /// The guest is paused, by its owner.
     pub(crate) is_paused: bool,
 }
@@ -218,6 +221,7 @@ impl Driver {
             memslots,
             throttle: active.throttle(),
             disks: active.devices().disks(),
+            tpm: active.tpm(),
             is_paused,
         };
         self.publisher.record(
@@ -257,9 +261,9 @@ impl Driver {
         self.publisher.record(event, Some(detail));
     }
 
-    pub(crate) fn save_dry_run(&mut self) -> Result<Vec<u8>, Refusal> {
+    pub(crate) fn save_dry_run(&mut self, tpm: Option<&TpmSnapshot>) -> Result<Vec<u8>, Refusal> {
         self.on()?
-            .save(Extent::DryRun)
+            .save(Extent::DryRun, tpm)
             .map_err(refused("cannot-be-saved"))
     }
 
@@ -298,9 +302,9 @@ impl Driver {
         });
     }
 
-    pub(crate) fn save_whole(&mut self) -> Result<Vec<u8>, Refusal> {
+    pub(crate) fn save_whole(&mut self, tpm: Option<&TpmSnapshot>) -> Result<Vec<u8>, Refusal> {
         self.on()?
-            .save(Extent::Whole)
+            .save(Extent::Whole, tpm)
             .map_err(refused("cannot-be-saved"))
     }
 
@@ -475,13 +479,13 @@ impl Driver {
         }
     }
 
-    pub(crate) fn load_dry_run(&mut self, state: &[u8]) -> Result<(), Refusal> {
+    pub(crate) fn load_dry_run(&mut self, state: &[u8]) -> Result<Option<LoadedTpm>, Refusal> {
         self.expecting()?
             .load(state, Extent::DryRun)
             .map_err(refused("cannot-be-loaded"))
     }
 
-    pub(crate) fn load_whole(&mut self, state: &[u8]) -> Result<(), Refusal> {
+    pub(crate) fn load_whole(&mut self, state: &[u8]) -> Result<Option<LoadedTpm>, Refusal> {
         self.expecting()?
             .load(state, Extent::Whole)
             .map_err(refused("cannot-be-loaded"))

@@ -306,7 +306,7 @@ impl Driver {
                 let origin = MachineOrigin {
                     // Over a reset devices stay where they are, and the TPM's emulator stays.
                     on_bus: machine.devices().places(),
-                    tpm: machine.tpm(),
+                    tpm: machine.tpm().map(|tpm| Arc::clone(tpm.emulator())),
                     ..MachineOrigin::default()
                 };
                 let next = Next::Build {

@@ -457,10 +457,10 @@ async fn guest_ejects_a_vcpu_between_dry_run_and_stop() {
     lab.resize(4).await.unwrap();
     lab.notifications();
     lab.resize(2).await.unwrap();
-    let dry_run = lab.driver(Driver::save_dry_run).unwrap();
+    let dry_run = lab.driver(|driver| driver.save_dry_run(None)).unwrap();
     lab.guest_writes(EJECT, 3);
     soon(lab.vms[0].ask(Request::Pause)).await.unwrap();
-    let whole = lab.driver(Driver::save_whole).unwrap();
+    let whole = lab.driver(|driver| driver.save_whole(None)).unwrap();
 
     // The other VM, of the same configuration, takes what was saved.
     lab.vms.swap(0, 1);

@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 
 use ::devices::event_loop::EventLoop;
 use ::devices::sandbox::{Confinement, ThreadKind};
-use ::devices::tpm::Emulator;
+use ::devices::tpm::Tpm;
 use ::devices::{ConsoleInput, CpuBlock, HotplugBlock, InterruptLine, PowerBlock, Serial, power};
 use hypervisor::{IrqRoutes, Kvm, Vm};
 use memory::{
@@ -105,7 +105,7 @@ pub(crate) struct Parts {
     pub(crate) clocks: FirmwareClocks,
     pub(crate) cpus: Arc<CpuBlock>,
     pub(crate) dimms: Option<Dimms>,
-    tpm: Option<Arc<Emulator>>,
+    tpm: Option<Arc<Tpm>>,
     /// Last: given back when all else is closed.
     descriptors: Vec<Arc<Reservation>>,
 }
@@ -193,9 +193,8 @@ impl Built {
             if let (Some(output), Some(debug)) = (outputs.debug, &config.debug_console) {
                 platform::map_debug_console(tx, debug.port(), output)?;
             }
-            if let Some(emulator) = &emulator {
-                platform::map_tpm(tx, emulator, host.confinement, reporter)?;
-            }
+            let map_tpm = |emulator| platform::map_tpm(tx, emulator, host.confinement, reporter);
+            let tpm = emulator.as_ref().map(map_tpm).transpose()?;
             let power = map_power(tx, irq_routes, &end)?;
             let hotplug = map_hotplug(tx, reporter)?;
             let clocks = FirmwareClocks::map(tx, &layout)?;
@@ -221,9 +220,9 @@ impl Built {
                 on_watchdog,
             };
             let devices = Devices::build(host_bridge, tx, config, ends, context, origin, reporter)?;
-            Ok((serial, power, hotplug, clocks, cpus, dimms, devices))
+            Ok((serial, tpm, power, hotplug, clocks, cpus, dimms, devices))
         };
-        let (serial, power, hotplug, clocks, cpus, dimms, devices) =
+        let (serial, tpm, power, hotplug, clocks, cpus, dimms, devices) =
             topology.lock().transaction(build)?;
         let parts = Parts {
             devices,
@@ -239,7 +238,7 @@ impl Built {
             clocks,
             cpus,
             dimms,
-            tpm: emulator,
+            tpm,
             descriptors: reserved,
         };
         Ok(Self {
@@ -514,8 +513,8 @@ impl Active {
         self.parts.topology.lock()
     }
 
-    /// The TPM's emulator, for the machine that replaces this one.
-    pub(crate) fn tpm(&self) -> Option<Arc<Emulator>> {
+    /// The TPM, if the machine has one.
+    pub(crate) fn tpm(&self) -> Option<Arc<Tpm>> {
         self.parts.tpm.clone()
     }
 

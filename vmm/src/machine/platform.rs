@@ -84,13 +84,15 @@ pub(super) fn map_tpm(
     emulator: &Arc<Emulator>,
     confinement: Confinement,
     reporter: &Reporter,
-) -> Result<(), BuildError> {
+) -> Result<Arc<Tpm>, BuildError> {
     let to = reporter.clone();
     let report = move |why: String| {
         let failure = guest_event::sandbox_violation(&format!("tpm: {why}"), None);
         to.report(GuestEvent::Failed(failure));
     };
     let device = Tpm::new(layout::TPM, Arc::clone(emulator), confinement, report)?;
-    let region = tx.device(("registers", "tpm"), tpm::LEN, Arc::new(device))?;
-    Ok(tx.map(SpaceKind::Memory, layout::TPM, region, 0)?)
+    let device = Arc::new(device);
+    let region = tx.device(("registers", "tpm"), tpm::LEN, Arc::clone(&device) as _)?;
+    tx.map(SpaceKind::Memory, layout::TPM, region, 0)?;
+    Ok(device)
 }

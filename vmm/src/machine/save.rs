@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
+use ::devices::tpm::{LoadedTpm, Tpm, TpmSnapshot};
 use hypervisor::{
     ClockSample, MemSlots, NestedState, SaveClock, StateError, StoppedClock, Vcpu, VcpuState,
     VmState, core_notes,
@@ -104,8 +105,13 @@ impl Active {
         (self.parts.ram.clone(), self.parts.vm.memslots())
     }
 
-    /// Saves the machine, but for its RAM. For [`Extent::Whole`] it is paused.
-    pub(crate) fn save(&self, extent: Extent) -> Result<Vec<u8>, MoveError> {
+    /// Saves the machine, but for its RAM. For [`Extent::Whole`] it is paused. The caller has read the
+    /// state of the TPM, if there is one, for which it had to wait.
+    pub(crate) fn save(
+        &self,
+        extent: Extent,
+        tpm: Option<&TpmSnapshot>,
+    ) -> Result<Vec<u8>, MoveError> {
         let mut writer = Writer::default();
         // In a dry run the guest may eject a vCPU at any time. What is saved belongs to this moment.
         let cpus = self.parts.cpus.snapshot();
@@ -141,6 +147,9 @@ impl Active {
         if let Some(dimms) = self.dimms() {
             dimms.save(&mut writer.scope("dimms")?)?;
         }
+        if let Some(tpm) = tpm {
+            tpm.save(&mut writer.scope("tpm")?)?;
+        }
         self.parts.devices.save(&mut writer)?;
         Ok(writer.finish())
     }
@@ -173,9 +182,16 @@ impl Active {
     }
 
     /// Loads what was saved. The guest does not run until [`Active::resume_after`]. May be called
-    /// again: a later load replaces all of an earlier one.
-    pub(crate) fn load(&mut self, saved: &[u8], extent: Extent) -> Result<(), MoveError> {
+    /// again: a later load replaces all of an earlier one. Returns the state of the TPM, if there is
+    /// one, which the caller installs, since it has to wait for that.
+    pub(crate) fn load(
+        &mut self,
+        saved: &[u8],
+        extent: Extent,
+    ) -> Result<Option<LoadedTpm>, MoveError> {
         let mut store = Store::open(saved)?;
+        let load_tpm = |tpm: Arc<Tpm>| Ok::<_, MoveError>(tpm.load(&mut store.scope("tpm")?)?);
+        let tpm = self.tpm().map(load_tpm).transpose()?;
         match extent {
             Extent::DryRun => {
                 self.load_cpus(&mut store)?;
@@ -205,7 +221,7 @@ impl Active {
                 };
             }
         }
-        Ok(())
+        Ok(tpm)
     }
 
     /// Loads which vCPUs are plugged, and has exactly those: the set may differ from the configuration

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use ::devices::tpm::LoadedTpm;
 use control::{Accepted, Arrival, Registry};
 use migration::{
     Block, Destination, DestinationDisk, Fate, Host, Journal, Offer, Phase, Refusal, Side,
@@ -319,6 +320,13 @@ enum Stage {
     Gone,
 }
 
+/// Gives the TPM its state, on this thread: the driver's must not wait for the emulator.
+fn install(tpm: Option<LoadedTpm>) -> Result<(), Refusal> {
+    let installed = tpm.map_or(Ok(()), LoadedTpm::install);
+    let at_destination = |error| format!("at the destination: {error}");
+    installed.map_err(|error| Refusal::new("tpm-unusable", at_destination(error)))
+}
+
 impl Destination for DestinationVm {
     fn blocks(&self) -> Vec<Block> {
         self.ram.blocks()
@@ -330,13 +338,18 @@ impl Destination for DestinationVm {
 
     fn dry_run(&mut self, state: &[u8]) -> Result<(), Refusal> {
         let state = state.to_vec();
-        self.caller
-            .attempt(move |driver| driver.load_dry_run(&state))
+        let loaded = self
+            .caller
+            .attempt(move |driver| driver.load_dry_run(&state));
+        install(loaded?)
     }
 
     fn load(&mut self, state: &[u8]) -> Result<(), Refusal> {
         let state = state.to_vec();
-        self.caller.attempt(move |driver| driver.load_whole(&state))
+        install(
+            self.caller
+                .attempt(move |driver| driver.load_whole(&state))?,
+        )
     }
 
     fn take_over(&mut self) -> Result<(), Refusal> {

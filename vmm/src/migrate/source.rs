@@ -1,8 +1,9 @@
 //! The source's VM, as the migration engine sees it.
 
 use std::collections::BTreeMap;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use ::devices::tpm::TpmSnapshot;
 use control::Registry;
 use migration::{
     Block, BlockInfo, Offer, Outcome, Refusal, Source, SourceDisk, Stopped, Whereabouts,
@@ -14,6 +15,12 @@ use super::freeze::DiskFreeze;
 use super::storage::{CopiedDisk, Selection, pre_sync};
 use super::{MachineOffer, OFFER_VERSION, rows};
 use crate::driver::{Caller, Driver, SourceParts};
+
+/// How long a command of the guest's TPM, and each answer of its emulator, may take while the guest
+/// runs.
+const TPM_PATIENCE: Duration = Duration::from_secs(10);
+/// The same while the guest is stopped: if that is not enough, the guest stays and resumes.
+const TPM_PATIENCE_STOPPED: Duration = Duration::from_secs(2);
 
 pub(super) struct SourceVm {
     vm: VmId,
@@ -72,6 +79,13 @@ impl SourceVm {
     /// Returns the freeze of these disks, for the snapshot with this identity.
     pub(super) fn freeze(&self, id: Uuid) -> DiskFreeze {
         DiskFreeze::new(self.parts.caller.clone(), id, self.frozen.clone())
+    }
+
+    /// Reads the state of the TPM, if the machine has one.
+    fn tpm(&self, patience: Duration) -> Result<Option<TpmSnapshot>, Refusal> {
+        let tpm = self.parts.tpm.as_ref();
+        let snapshot = tpm.map(|tpm| tpm.snapshot(patience)).transpose();
+        snapshot.map_err(|error| Refusal::new("tpm-unusable", error.to_string()))
     }
 
     /// Returns what ends the operation while others use this: see [`Self::end`].
@@ -196,7 +210,9 @@ impl Source for SourceVm {
     }
 
     fn dry_run(&mut self) -> Result<Vec<u8>, Refusal> {
-        self.parts.caller.attempt(Driver::save_dry_run)
+        let tpm = self.tpm(TPM_PATIENCE)?;
+        let caller = &self.parts.caller;
+        caller.attempt(move |driver| driver.save_dry_run(tpm.as_ref()))
     }
 
     fn pre_sync(&mut self) {
@@ -205,6 +221,10 @@ impl Source for SourceVm {
         for (id, disk) in &self.parts.disks {
             pre_sync(id, disk);
         }
+        // A command of the TPM that is in progress at the stop would lengthen it.
+        if let Some(tpm) = &self.parts.tpm {
+            tpm.wait_idle(TPM_PATIENCE);
+        }
     }
 
     fn stop(&mut self) -> Result<Stopped, Refusal> {
@@ -212,7 +232,9 @@ impl Source for SourceVm {
     }
 
     fn save(&mut self) -> Result<Vec<u8>, Refusal> {
-        self.parts.caller.attempt(Driver::save_whole)
+        let tpm = self.tpm(TPM_PATIENCE_STOPPED)?;
+        let caller = &self.parts.caller;
+        caller.attempt(move |driver| driver.save_whole(tpm.as_ref()))
     }
 
     fn flush(&mut self) -> Result<(), Refusal> {
