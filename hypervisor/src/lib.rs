@@ -31,6 +31,7 @@ mod core_note;
 mod dirty;
 mod exit;
 mod gate;
+mod hyperv;
 mod ioevent;
 mod irq;
 mod kick;

@@ -4,6 +4,7 @@
 //! wanted state; it is saved then and loaded later, into any vCPU of the VM.
 
 use crate::clock::SaveClock;
+use crate::hyperv;
 use crate::kvm::KvmError;
 use crate::nested::NestedState;
 use crate::saved::{StateError, VcpuState};
@@ -38,6 +39,8 @@ impl Vcpu {
             self.load_nested(&NestedState::no_vmx())?;
         }
         let state = to.0.clone().with_apic_id(self.apic_id());
+        // The number is the vCPU's own, and not that of the vCPU of which this is the state.
+        let state = state.without_msr(hyperv::VP_INDEX);
         self.load(&state, None).map(|_| ())
     }
 }

@@ -13,6 +13,7 @@ use state::Saved;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::clock::{IA32_TSC, IA32_TSC_DEADLINE, SaveClock, StoppedClock};
+use crate::hyperv;
 use crate::kvm::KvmError;
 use crate::nested::NestedState;
 use crate::vcpu::Vcpu;
@@ -136,6 +137,9 @@ enum Extent {
     Whole,
 }
 
+/// KVM takes 256 MSRs at once at most, and newer kernels list more.
+const MSRS_AT_ONCE: usize = 128;
+
 /// Whether KVM touches guest memory when this MSR is set: the paravirtual MSRs of KVM and Hyper-V,
 /// which hold guest addresses.
 fn touches_memory(index: u32) -> bool {
@@ -164,8 +168,7 @@ impl VcpuState {
         self
     }
 
-    /// The same state without this MSR, as one that counts.
-    #[cfg(test)]
+    /// The same state without this MSR.
     pub(crate) fn without_msr(mut self, index: u32) -> Self {
         self.msrs.retain(|msr| msr.0 != index);
         self
@@ -329,7 +332,8 @@ impl Vcpu {
     pub(crate) fn read_msrs(&self, mut left: &[u32]) -> Result<Vec<(u32, u64)>, KvmError> {
         let mut read = Vec::with_capacity(left.len());
         while !left.is_empty() {
-            let entries: Vec<_> = left.iter().map(|index| entry(*index, 0)).collect();
+            let some = left.iter().take(MSRS_AT_ONCE);
+            let entries: Vec<_> = some.map(|index| entry(*index, 0)).collect();
             let mut msrs = Msrs::from_entries(&entries).map_err(|_| {
                 KvmError::other(
                     "list this many MSRs",
@@ -343,14 +347,16 @@ impl Vcpu {
             let got = msrs.as_slice().iter().take(count);
             read.extend(got.map(|msr| (msr.index, msr.data)));
             // KVM stops at one that is listed and that this vCPU does not have.
-            left = left.get(count + 1..).unwrap_or_default();
+            let skipped = usize::from(count < entries.len());
+            left = left.get(count + skipped..).unwrap_or_default();
         }
         Ok(read)
     }
 
     /// Sets the MSRs that are wanted, but for the clock's. A host need not have one that is 0.
     fn load_msrs(&self, saved: &VcpuState, wanted: impl Fn(u32) -> bool) -> Result<(), StateError> {
-        let is_clock = |index| matches!(index, IA32_TSC | IA32_TSC_DEADLINE);
+        let is_clock =
+            |index| matches!(index, IA32_TSC | IA32_TSC_DEADLINE) || hyperv::is_derived(index);
         let entries: Vec<_> = saved
             .msrs
             .iter()
@@ -359,7 +365,8 @@ impl Vcpu {
             .collect();
         let mut left = &entries[..];
         while !left.is_empty() {
-            let msrs = Msrs::from_entries(left).map_err(|_| {
+            let some = left.get(..MSRS_AT_ONCE).unwrap_or(left);
+            let msrs = Msrs::from_entries(some).map_err(|_| {
                 KvmError::other("set this many MSRs", std::io::ErrorKind::InvalidData.into())
             })?;
             let count = self
@@ -368,14 +375,15 @@ impl Vcpu {
                 .map_err(KvmError::new("set a vCPU's MSRs"))?;
             // KVM stops at the first MSR that it refuses and returns how many it has set. A refused
             // 0 is skipped: it is most likely an MSR that the guest does not use.
-            match left.get(count) {
+            match some.get(count) {
+                None => left = left.get(count..).unwrap_or_default(),
                 Some(refused) if refused.data != 0 => {
                     return Err(StateError::Msr {
                         index: refused.index,
                         value: refused.data,
                     });
                 }
-                _ => left = left.get(count + 1..).unwrap_or_default(),
+                Some(_) => left = left.get(count + 1..).unwrap_or_default(),
             }
         }
         Ok(())

@@ -11,6 +11,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use crate::exit::{Exit, ExitHandler, RunFailure};
 use crate::gate::{Gate, Seat};
+use crate::hyperv;
 use crate::kick::{Kicker, Running};
 use crate::kvm::KvmError;
 use crate::slots::MemSlots;
@@ -216,18 +217,24 @@ impl Vcpu {
     }
 
     /// Has the vCPU implement Hyper-V's synthetic interrupt controller, and its timers with it. Their MSRs
-    /// are not among those that are saved.
+    /// are saved from then on.
     ///
     /// # Errors
     /// When KVM refuses.
-    pub fn enable_hyperv(&self) -> Result<(), KvmError> {
+    pub fn enable_hyperv(&mut self) -> Result<(), KvmError> {
         let capability = kvm_enable_cap {
             cap: KVM_CAP_HYPERV_SYNIC,
             ..Default::default()
         };
         self.fd.enable_cap(&capability).map_err(KvmError::new(
             "enable Hyper-V's synthetic interrupt controller",
-        ))
+        ))?;
+        // KVM lists the first of each kind to say that it has them all. They come last: a timer
+        // expires into a source, which must be set by then.
+        let listed = self.msr_indices.iter().copied();
+        let others = listed.filter(|index| !hyperv::is_synthetic(*index));
+        self.msr_indices = others.chain(hyperv::synthetic()).collect();
+        Ok(())
     }
 
     /// Sets what the guest sees with the CPUID instruction.

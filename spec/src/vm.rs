@@ -159,16 +159,6 @@ impl VmConfig {
     }
 }
 
-impl VmConfig {
-    /// Returns a code and the reason for which a VM cannot be moved, saved or forked, if there is one.
-    #[must_use]
-    pub fn unmovable(&self) -> Option<(&'static str, &'static str)> {
-        let why = "the VM has Hyper-V's interfaces (`cpus.kvm_hyperv`), whose state this version does \
-                   not save: it cannot be moved, saved or forked";
-        self.cpus.kvm_hyperv.then_some(("hyperv-not-movable", why))
-    }
-}
-
 /// The state of a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 pub enum VmState {

@@ -280,8 +280,9 @@ impl Spawn for Pool {
             let detail = format!("{} leaves are more than KVM takes", guest.cpuid.len());
             RequestError::new(Category::Unprocessable, "too-many-leaves", detail)
         })?;
-        let here = profiles::cut(guest.profile, &self.host.cpu);
-        let lacking = features::lacking(&here, &wanted);
+        let lacking = self.host.lacking(guest.profile, &wanted);
+        // The check lists what is missing.
+        let lacking = lacking.unwrap_or_else(|why| vec![why.to_string()]);
         Ok(CpuCheck { lacking })
     }
 }

@@ -226,7 +226,7 @@ fn refused_offer_leaves_no_trace() {
     // Only a snapshot has frozen disks, of which a machine gets overlays.
     let frozen = |machine: &mut Value| machine["frozen"] = json!(["disk"]);
     type Change<'a> = &'a dyn Fn(&mut Value);
-    let cases: [(&str, Value, u64, Change<'_>); 15] = [
+    let cases: [(&str, Value, u64, Change<'_>); 14] = [
         (
             "path-not-allowed",
             json!({ "serial": serial("out/new") }),
@@ -285,12 +285,6 @@ fn refused_offer_leaves_no_trace() {
         (
             "unsupported-configuration",
             json!({ "iommu": true }),
-            SIZE,
-            &nothing,
-        ),
-        (
-            "hyperv-not-movable",
-            json!({ "cpus": { "boot_vcpus": 1, "max_vcpus": 1, "kvm_hyperv": true } }),
             SIZE,
             &nothing,
         ),

@@ -197,3 +197,67 @@ fn a_guest_with_svm_on_is_saved_with_its_state_or_refused() {
         Err(why) => assert!(why.to_string().contains("EFER.SVME"), "{why}"),
     }
 }
+
+#[test]
+fn more_msrs_than_kvm_takes_at_once_are_set_and_read() {
+    const KERNEL_GS_BASE: u32 = 0xc000_0102;
+    let (_vm, vcpu) = vcpu();
+    let mut saved = vcpu.save(SaveClock::Now).unwrap();
+    // One that no host has, at the end of a part, and the last of them all counts.
+    saved.msrs.extend((1..=127).map(|_| (0x1234_5678, 0)));
+    saved
+        .msrs
+        .extend((1..=300).map(|value| (KERNEL_GS_BASE, value)));
+    vcpu.dry_run(&saved).unwrap();
+    assert_eq!(vcpu.msr(KERNEL_GS_BASE).unwrap(), Some(300));
+    let many = vec![KERNEL_GS_BASE; 300];
+    assert_eq!(vcpu.read_msrs(&many).unwrap().len(), 300);
+}
+
+/// Hyper-V's synthetic interrupt controller, with a message timer that has not expired.
+#[test]
+fn synthetic_interrupts_and_timers_are_saved() {
+    const GUEST_OS_ID: u32 = 0x4000_0000;
+    let wanted = [
+        (GUEST_OS_ID, 0x8100_0000_0000_0000),
+        // Control, the pages of event flags and messages, source 2 with its vector.
+        (0x4000_0080, 1),
+        (0x4000_0082, 0x4001),
+        (0x4000_0083, 0x5001),
+        (0x4000_0092, 0x30),
+        // Timer 1: into source 2, in some years.
+        (0x4000_00b2, 2 << 16 | 1),
+        (0x4000_00b3, 1 << 60),
+    ];
+    let vcpus = || {
+        let (vm, mut first) = vcpu();
+        let mut other = vm.create_vcpu(1, 1).unwrap();
+        let enabled = first.enable_hyperv().and(other.enable_hyperv());
+        enabled.map(|()| (vm, first, other))
+    };
+    let Ok((vm, first, other)) = vcpus() else {
+        // A host whose KVM lacks Hyper-V's interfaces.
+        return;
+    };
+    let (_second_vm, second, _) = vcpus().unwrap();
+    let reset = first.reset_state().unwrap();
+    let entries: Vec<_> = wanted.map(|(index, data)| entry(index, data)).into();
+    first.set_msrs(&entries).unwrap();
+    let sample = vm.sample_clocks();
+    let saved = first.save(SaveClock::At(&sample)).unwrap();
+    for (index, value) in wanted {
+        assert_eq!(saved.msr(index), Some(value), "{index:#x}");
+    }
+    second.load(&saved, None).unwrap();
+    for (index, value) in wanted {
+        assert_eq!(second.msr(index).unwrap(), Some(value), "{index:#x}");
+    }
+
+    // Another vCPU that is reset has nothing of it, and keeps its own number.
+    other.set_msrs(&entries).unwrap();
+    other.reset(&reset).unwrap();
+    assert_eq!(other.msr(hyperv::VP_INDEX).unwrap(), Some(1));
+    // Masked.
+    assert_eq!(other.msr(0x4000_0092).unwrap(), Some(1 << 16));
+    assert_eq!(other.msr(0x4000_00b2).unwrap(), Some(0));
+}

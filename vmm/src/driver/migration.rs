@@ -184,11 +184,6 @@ impl Driver {
             let detail = format!("{what} of a Paused VM, and this one is {state}");
             return conflict("wrong-state", &detail);
         }
-        if let Some((code, why)) = self.config.unmovable()
-            && !matches!(purpose, Purpose::CoreDump)
-        {
-            return conflict(code, why);
-        }
         // A device that is plugged or ejected during the copy would make the machine differ from
         // the configuration that the destination gets. The check of `leaving` below is the same.
         if !self.opening.is_empty() {

@@ -30,7 +30,7 @@ use memory::{
     DeviceOps, ListenerHandle, LostWatch, MemoryListener, SpaceKind, Topology, Transaction,
 };
 use parking_lot::{Mutex, MutexGuard};
-use spec::{CpusConfig, VmConfig, VmCounters};
+use spec::{CpuProfile, CpusConfig, VmConfig, VmCounters};
 use virtio_devices::Workers;
 
 use crate::arch::x86_64::cpu_model::CpuModel;
@@ -85,6 +85,23 @@ pub(crate) struct Host {
     pub(crate) terminal: bool,
     /// Descriptors that VMs may use.
     pub(crate) descriptors: Descriptors,
+}
+
+impl Host {
+    /// Lists the features of a guest's CPUs that this host lacks, of those that the profile has.
+    ///
+    /// # Errors
+    /// When the guest sees Hyper-V's interfaces, and KVM lacks them.
+    pub(crate) fn lacking(
+        &self,
+        profile: CpuProfile,
+        wanted: &CpuModel,
+    ) -> Result<Vec<String>, hyperv::Unavailable> {
+        let supported = self.kvm.hyperv_cpuid().ok().flatten();
+        let here = profiles::cut(profile, &self.cpu);
+        let here = hyperv::as_seen_by(wanted, here, supported.as_ref())?;
+        Ok(features::lacking(&here, wanted))
+    }
 }
 
 /// The parts of a machine other than its vCPUs.
@@ -142,7 +159,8 @@ impl Built {
         if !config.cpus.is_nested() {
             model.cpuid = features::without_virtualization(model.cpuid);
         }
-        if config.cpus.kvm_hyperv {
+        // A guest that comes has them in its CPUs already.
+        if config.cpus.kvm_hyperv && origin.cpu.is_none() {
             let supported = host.kvm.hyperv_cpuid()?;
             model.cpuid = hyperv::shown(&model.cpuid, supported.as_ref())
                 .map_err(|lacking| BuildError::lacking("hyperv-unavailable", &lacking))?;

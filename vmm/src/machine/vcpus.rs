@@ -72,7 +72,7 @@ impl Recipe {
     fn make(&self, vm: &Vm, index: u32) -> Result<Vcpu, CpuError> {
         let apic_id = self.topology.apic_id(index);
         let apic_id = apic_id.ok_or(CpuError::NoApicId(index))?;
-        let vcpu = vm.create_vcpu(index, apic_id)?;
+        let mut vcpu = vm.create_vcpu(index, apic_id)?;
         if self.has_hyperv {
             vcpu.enable_hyperv()?;
         }

@@ -236,7 +236,7 @@ impl Host for DestinationHost {
             // Not the name in the report: that may be of an offer that came before, and to nothing.
             self.name.clone(),
             &self.registry,
-            &self.host.cpu,
+            &self.host,
             &self.allowed,
         )?;
         if self.origin == GuestOrigin::Migration && !frozen.is_empty() {

@@ -20,9 +20,8 @@ use super::storage::{self, PlannedImage};
 use super::trust::Allowed;
 use super::{MachineOffer, OFFER_VERSION, cpuid};
 use crate::arch::x86_64::cpu_model::CpuModel;
-use crate::arch::x86_64::{features, profiles};
 use crate::devices::slots;
-use crate::machine::ram;
+use crate::machine::{Host, ram};
 use crate::{failure, paths};
 
 /// An offer of which nothing is left to be refused but by the host itself.
@@ -62,7 +61,7 @@ pub(super) fn check(
     offer: &Offer,
     vm: Option<VmId>,
     registry: &Registry,
-    here: &CpuModel,
+    host: &Host,
     allowed: &Allowed,
 ) -> Result<CheckedOffer, Refusal> {
     let machine = machine(offer)?;
@@ -77,9 +76,6 @@ pub(super) fn check(
     config
         .validate(&registry.host_limits())
         .map_err(|found| refusal(RequestError::invalid(found)))?;
-    if let Some((code, why)) = config.unmovable() {
-        return Err(Refusal::new(code, why));
-    }
     config.name_devices();
     let on_bus = slots::from_offer(&config, &machine.places)
         .map_err(|error| unreadable(error.to_string()))?;
@@ -94,7 +90,7 @@ pub(super) fn check(
         let told = failure::told(&error.into());
         Refusal::new(told.code, told.detail)
     })?;
-    cpus_are_there(config.cpus.profile, here, &wanted)?;
+    cpus_are_there(config.cpus.profile, host, &wanted)?;
     if !offer.given {
         memory_is_there(&config)?;
     }
@@ -145,8 +141,9 @@ pub(super) fn refusal(error: RequestError) -> Refusal {
     Refusal::new(error.code, detail)
 }
 
-fn cpus_are_there(profile: CpuProfile, here: &CpuModel, wanted: &CpuModel) -> Result<(), Refusal> {
-    let lacking = features::lacking(&profiles::cut(profile, here), wanted);
+fn cpus_are_there(profile: CpuProfile, host: &Host, wanted: &CpuModel) -> Result<(), Refusal> {
+    let lacking = host.lacking(profile, wanted);
+    let lacking = lacking.map_err(|why| Refusal::new("hyperv-unavailable", why.to_string()))?;
     if lacking.is_empty() {
         return Ok(());
     }

@@ -124,9 +124,12 @@ fn rules(function: u32, index: u32) -> [Rules; 4] {
         // AVX10.
         (0x24, 0) => [IGNORED, &[AtLeast(0, 7, "version of AVX10"), Subset(!0xff)], IGNORED, IGNORED],
         // The hypervisor's name: its paravirtual interface is another one.
-        (0x4000_0000, _) => [IGNORED, SAME, SAME, SAME],
-        // KVM's features; EDX has hints.
-        (0x4000_0001, _) => [FEATURES, IGNORED, IGNORED, IGNORED],
+        (0x4000_0000 | 0x4000_0100, _) => [IGNORED, SAME, SAME, SAME],
+        // KVM's features (EDX has hints), and the name of Hyper-V's interface: beside it, KVM's own
+        // leaves are 0x100 further up.
+        (0x4000_0001 | 0x4000_0101, _) => [FEATURES, IGNORED, IGNORED, IGNORED],
+        // Hyper-V's version, recommendations and limits.
+        (0x4000_0002 | 0x4000_0004 | 0x4000_0005, _) => [IGNORED; 4],
         (0x8000_0001, _) => [IGNORED, IGNORED, FEATURES, FEATURES],
         (0x8000_0007, _) => [IGNORED, FEATURES, IGNORED, FEATURES],
         (0x8000_0008, _) => [

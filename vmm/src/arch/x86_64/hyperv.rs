@@ -6,6 +6,8 @@
 
 use hypervisor::arch::{CpuId, kvm_cpuid_entry2};
 
+use super::cpu_model::CpuModel;
+
 /// The first of a hypervisor's leaves, and how far apart those of two hypervisors are.
 const BASE: u32 = 0x4000_0000;
 const SPACING: u32 = 0x100;
@@ -95,9 +97,30 @@ pub(crate) fn shown(cpuid: &CpuId, supported: Option<&CpuId>) -> Result<CpuId, U
     CpuId::from_entries(&all).map_err(|_| Unavailable)
 }
 
+/// Returns the CPU of this host as a guest with `wanted` CPUs would see it: with the interfaces if that
+/// guest sees them.
+///
+/// # Errors
+/// When the guest sees them and KVM lacks them.
+pub(crate) fn as_seen_by(
+    wanted: &CpuModel,
+    here: CpuModel,
+    supported: Option<&CpuId>,
+) -> Result<CpuModel, Unavailable> {
+    let mut leaves = wanted.cpuid.as_slice().iter();
+    let is_interface =
+        |leaf: &kvm_cpuid_entry2| (leaf.function, leaf.eax) == (INTERFACE, MICROSOFT_INTERFACE);
+    if !leaves.any(is_interface) {
+        return Ok(here);
+    }
+    let cpuid = shown(&here.cpuid, supported)?;
+    Ok(CpuModel { cpuid, ..here })
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::cpu_model::testing::cpuid;
+    use super::super::features;
     use super::*;
 
     fn registers(cpuid: &CpuId, function: u32) -> Option<[u32; 4]> {
@@ -136,6 +159,33 @@ mod tests {
         let moved = registers(&shown, BASE + SPACING).unwrap();
         assert_eq!(moved, [BASE + SPACING + 1, kvm[1], kvm[2], kvm[3]]);
         assert_eq!(registers(&shown, BASE + SPACING + 1), Some([0xfb, 0, 0, 9]));
+    }
+
+    #[test]
+    fn hosts_are_compared_as_the_guest_sees_them() {
+        let model = |cpuid: CpuId| CpuModel {
+            cpuid,
+            arch_capabilities: None,
+        };
+        let kvm = [BASE + 1, 0x4b4d_564b, 0x564b_4d56, 0x4d];
+        let host = cpuid(&[(BASE, 0, kvm), (BASE + 1, 0, [0xfb, 0, 0, 9])]);
+        let fewer = cpuid(&[(BASE, 0, kvm), (BASE + 1, 0, [0xfa, 0, 0, 0])]);
+        let all = cpuid(&[(FEATURES, 0, [u32::MAX; 4])]);
+        let few = cpuid(&[(FEATURES, 0, [NEEDED_FEATURES, 0, 0, 0])]);
+        let guest = model(shown(&host, Some(&all)).unwrap());
+        let lacking = |here: &CpuId, supported| {
+            let here = as_seen_by(&guest, model(here.clone()), supported);
+            here.map(|here| features::lacking(&here, &guest))
+        };
+        assert_eq!(lacking(&host, Some(&all)), Ok(vec![]));
+        // The counter's page and the APIC by MSRs; KVM's own features where they moved to. Hints are
+        // none.
+        assert_eq!(lacking(&host, Some(&few)).map(|all| all.len()), Ok(3));
+        assert_eq!(lacking(&fewer, Some(&all)).map(|all| all.len()), Ok(1));
+        assert_eq!(lacking(&host, None), Err(Unavailable));
+        // A guest without them needs none of it.
+        let plain = as_seen_by(&model(host.clone()), model(host.clone()), None).unwrap();
+        assert_eq!(features::lacking(&plain, &model(host)), [""; 0]);
     }
 
     #[test]
