@@ -185,6 +185,13 @@ impl Driver {
         hotplugged.map_or(0, |bytes| bytes.load(Ordering::Acquire))
     }
 
+    /// Bytes of memory that the guest has or should have, whichever is more.
+    pub(super) fn all_memory(&self) -> u64 {
+        let memory = &self.config.memory;
+        let hotplugged = memory.hotplugged().max(self.hotplugged());
+        memory.size.saturating_add(hotplugged)
+    }
+
     /// Bytes of memory that the guest has, if it can change them.
     fn memory_size(&self) -> Option<u64> {
         let Stage::On(active) = &self.stage else {

@@ -237,7 +237,7 @@ impl Driver {
     fn check_balloon(&self, size: u64) -> Result<(), RequestError> {
         let refused =
             |code, detail: String| Err(RequestError::new(Category::Unprocessable, code, detail));
-        let all = self.config.memory.size;
+        let all = self.all_memory();
         if size > all {
             let detail =
                 format!("`desired_balloon` ({size}) is more than the guest's memory ({all} bytes)");

@@ -14,7 +14,7 @@ use ::devices::host_file::{FileKind, Request};
 use ::devices::pci::Bdf;
 use control::{Registry, RequestError};
 use migration::{BlockInfo, Offer, Refusal};
-use spec::{CpuProfile, VmConfig, VmId};
+use spec::{CpuProfile, MemoryConfig, VmConfig, VmId};
 
 use super::storage::{self, PlannedImage};
 use super::trust::Allowed;
@@ -73,6 +73,7 @@ pub(super) fn check(
     let vm = vm.map_or_else(|| offer.vm.parse::<VmId>(), Ok);
     let vm = vm.map_err(|error| unreadable(error.to_string()))?;
     let mut config = machine.config;
+    drop_unused_room(offer, &mut config.memory);
     config
         .validate(&registry.host_limits())
         .map_err(|found| refusal(RequestError::invalid(found)))?;
@@ -104,6 +105,15 @@ pub(super) fn check(
         images,
         frozen: machine.frozen,
     })
+}
+
+/// Removes the room for hotplugged memory that a guest does not have: versions without memory hotplug
+/// by ACPI accepted `hotplug_size` with that method, and built machines without the room. Here, too,
+/// the machine has none, so that its map is the guest's; the next boot finds none either.
+fn drop_unused_room(offer: &Offer, memory: &mut MemoryConfig) {
+    if memory.has_dimms() && memory.hotplugged() == 0 && offer.blocks.len() == 1 {
+        memory.hotplug_size = None;
+    }
 }
 
 /// Checks that the offered blocks of memory are those of the configuration.

@@ -1,9 +1,12 @@
 //! Memory that is added through ACPI, with a guest that is played by its accesses to the registers.
 
 use ::devices::dimms::{EVENT, STATUS};
-use spec::{HotplugMethod, VmConfig};
+use ::migration::{Decision, Progress};
+use control::SnapshotOf;
+use spec::{ForkVm, HotplugMethod, MigrationPhase, RestoreConfig, VmConfig, VmSnapshotConfig};
 
 use super::*;
+use crate::driver::Purpose;
 use crate::machine::Clocks;
 
 const MIB: u64 = 1 << 20;
@@ -194,4 +197,102 @@ async fn refused_resize_changes_nothing() {
     assert_eq!(shown(), before);
     lab.resize_to(ram, Some(4), None).await.unwrap();
     assert_eq!((lab.memory(), lab.threads().len()), ((0, 1, 1, Some(1)), 4));
+}
+
+impl Lab {
+    /// Waits for the end of an operation.
+    async fn completed(&self, of: std::sync::Arc<dyn control::Migration>) {
+        let mut over = of.over();
+        soon(over.wait_for(|over| *over)).await.unwrap();
+        let info = of.info();
+        assert_eq!(info.phase, MigrationPhase::Completed, "{info:?}");
+    }
+
+    /// Checks that the first VM's guest has four vCPUs and one of two units of memory, and that it has not
+    /// answered for the other.
+    fn has_grown(&self) {
+        assert_eq!(self.memory(), (1, 2, 2, Some(2)));
+        assert_eq!(self.threads(), [0, 1, 2, 3]);
+        assert_eq!(self.vcpus(), (Some(4), 4, vec![BOOT + 2 * UNIT]));
+    }
+}
+
+#[tokio::test]
+async fn copies_of_a_guest_have_what_was_added() {
+    let mut lab = lab(3).await;
+    lab.resize_to(Some(BOOT + UNIT), Some(4), None)
+        .await
+        .unwrap();
+    assert_eq!(lab.offers(), [0]);
+    lab.answer(0, 0);
+    lab.resize_ram(2).await.unwrap();
+    lab.has_grown();
+    soon(lab.vms[0].ask(Request::Pause)).await.unwrap();
+    let id = lab.vms[0].id().clone();
+    let url = format!("file://{}", lab._dir.path().join("snapshot").display());
+    let what = VmSnapshotConfig {
+        destination_url: url.clone(),
+        base_url: None,
+        disks: spec::SnapshotDisks::None,
+    };
+    let taken = lab
+        .registry
+        .take_snapshot(id.as_str(), &what, SnapshotOf::Paused);
+    lab.completed(taken.unwrap()).await;
+    let what = ForkVm {
+        name: Some("fork".parse().unwrap()),
+        ..ForkVm::default()
+    };
+    let forked = lab.registry.fork(id.as_str(), &what).unwrap();
+    lab.completed(forked).await;
+    let body = serde_json::json!({ "source_url": url });
+    let what: RestoreConfig = serde_json::from_value(body).unwrap();
+    let restored = "restored".parse().unwrap();
+    lab.completed(lab.registry.restore(&restored, &what).unwrap())
+        .await;
+    for copy in ["fork-1", "restored"] {
+        lab.vms[0] = lab.registry.get(copy).unwrap();
+        lab.has_grown();
+        // The guest had not taken this notification, and takes it here.
+        assert_eq!(lab.offers(), [1], "{copy}");
+        lab.answer(1, 0);
+        assert_eq!(lab.memory(), (2, 2, 2, None), "{copy}");
+        lab.resize_ram(3).await.unwrap();
+        assert_eq!((lab.memory(), lab.offers()), ((2, 3, 3, Some(3)), vec![2]));
+    }
+}
+
+#[tokio::test]
+async fn guest_that_moves_keeps_its_size() {
+    let lab = lab(2).await;
+    let begun = lab.driver(|driver| {
+        let (decision, progress) = (Decision::default(), Progress::default());
+        driver
+            .depart(Purpose::Move, &decision, &progress)
+            .map(|_| ())
+    });
+    begun.unwrap();
+    let refused = lab.resize_ram(1).await.unwrap_err();
+    assert_eq!(refused.code, "vm-migrating");
+    assert_eq!(lab.memory(), (0, 0, 0, None));
+    lab.driver(Driver::stay).unwrap();
+    lab.resize_ram(1).await.unwrap();
+    assert_eq!(lab.memory(), (0, 1, 1, Some(1)));
+}
+
+#[tokio::test]
+async fn balloon_may_take_what_was_added() {
+    let lab = Lab::with(|config: &mut VmConfig| {
+        config.memory.hotplug_method = HotplugMethod::Acpi;
+        config.memory.hotplug_size = Some(2 * UNIT);
+        config.balloon = serde_json::from_str(r#"{"size":0}"#).unwrap();
+    })
+    .await;
+    let balloon = async |size| lab.resize_to(None, None, Some(size)).await;
+    let refused = balloon(BOOT + UNIT).await.unwrap_err();
+    assert_eq!(refused.code, "balloon-too-large");
+    lab.resize_ram(1).await.unwrap();
+    balloon(BOOT + UNIT).await.unwrap();
+    let refused = balloon(BOOT + UNIT + 4096).await.unwrap_err();
+    assert_eq!(refused.code, "balloon-too-large");
 }
