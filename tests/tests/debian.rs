@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
 use spec::{
-    CpusConfig, DiskConfig, MemoryRestoreMode, MigrationPhase, RestoreConfig, StartMigration,
-    VmConfig, VmRemoveDevice, VmState,
+    CpusConfig, DiskConfig, MemoryRestoreMode, MigrationPhase, RestoreConfig, VmConfig,
+    VmRemoveDevice, VmState,
 };
 use tests::debian::BUTTON;
 use tests::{Face, Serial, Service, Shell, debian, snapshots};
@@ -240,10 +240,6 @@ async fn debian_finds_tpm_segments_and_kvm() -> Result<()> {
     // `Hv#1`, and KVM's signature.
     assert_eq!(leaf(0x4000_0001).map(|leaf| leaf.eax), Some(0x3123_7648));
     assert_eq!(leaf(0x4000_0100).map(|leaf| leaf.ebx), Some(0x4b4d_564b));
-    let refused = client
-        .vms_migrate(&vm, &StartMigration::to("unix:/nowhere"))
-        .await;
-    assert_eq!(refused.unwrap_err().code(), Some("tpm-not-movable"));
     client.vms_delete(&vm).await?;
     // By --terminate: the machine has closed its connection.
     let start = Instant::now();

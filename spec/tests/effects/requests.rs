@@ -38,6 +38,7 @@ const EFFECTIVE_REQUESTS: &[(&str, &[&str])] = &[
             "/overrides/debug_console/mode",
             "/overrides/debug_console/file",
             "/overrides/debug_console/iobase",
+            "/overrides/tpm/socket",
         ],
     ),
     (
