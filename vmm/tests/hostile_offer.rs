@@ -308,19 +308,26 @@ fn refused_offer_leaves_no_trace() {
     }
     // Without any of this, the same offer is accepted: it fails where there is no guest.
     assert_eq!(host.offer(config(json!({})), SIZE, nothing), "no-guest");
-    // A version without memory hotplug by ACPI has no block for the room that the configuration names.
-    let room = |memory: Value| {
-        let config = config(json!({ "memory": memory }));
-        host.offer(config, SIZE, nothing)
-    };
-    let unused = json!({ "size": SIZE, "hotplug_size": 1_u64 << 30 });
-    assert_eq!(room(unused), "no-guest");
-    let used = json!({ "size": SIZE, "hotplug_size": 1_u64 << 30, "hotplugged_size": 128 << 20 });
-    assert_eq!(room(used), "offer-unreadable");
-    let device =
-        json!({ "size": SIZE, "hotplug_size": 1_u64 << 30, "hotplug_method": "VirtioMem" });
-    assert_eq!(room(device), "offer-unreadable");
     assert!(Path::new(&host.path("in/log")).exists());
+    // A version without memory hotplug by ACPI has no block for the room that the configuration names.
+    // The VM of the offer that was accepted goes in its own time, so these are for other hosts.
+    for (code, memory) in [
+        ("no-guest", json!({ "hotplug_size": 1_u64 << 30 })),
+        (
+            "offer-unreadable",
+            json!({ "hotplug_size": 1_u64 << 30, "hotplugged_size": 128 << 20 }),
+        ),
+        (
+            "offer-unreadable",
+            json!({ "hotplug_size": 1_u64 << 30, "hotplug_method": "VirtioMem" }),
+        ),
+    ] {
+        let host = Host::new();
+        let mut config =
+            json!({ "payload": { "kernel": host.path("in/kernel") }, "memory": memory });
+        config["memory"]["size"] = SIZE.into();
+        assert_eq!(host.offer(config, SIZE, nothing), code, "{memory}");
+    }
     // Each line of the log that a peer caused is limited for its migration alone.
     assert_eq!(stray::lines(), Vec::<String>::new());
 }
