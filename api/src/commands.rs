@@ -6,7 +6,7 @@ use axum::response::Response;
 use control::{NewDevice, Request};
 use spec::{
     DiskConfig, MemoryMap, NetConfig, PciDeviceInfo, VmId, VmRemoveDevice, VmResize, VmResizeDisk,
-    VsockConfig,
+    VmResizeZone, VsockConfig,
 };
 
 use crate::answer::reply;
@@ -177,6 +177,19 @@ commands! {
             refuses [NotCreated WrongState Pending BadBody BadConfig];
         answers (status = 204, description = "The guest was notified. It may not have completed the resize.");
         asks Request::Resize(sizes);
+    }
+
+    /// Change the size of a memory zone.
+    ///
+    /// The guest plugs and unplugs the memory itself: `pending_resizes` in the VM's information shows
+    /// how far it is, and the event `resized` or `resize-failed` follows, as for `resize`.
+    put (Json(zone), Json<VmResizeZone>, VmResizeZone) {
+        resize_zone at "/api/v1/vms/{id}/resize-zone" as "resizeZone",
+            refuses [CommandRefused Pending];
+        resize_zone_vm at "/api/v1/vm.resize-zone" as "vmResizeZone",
+            refuses [NotCreated WrongState Pending BadBody BadConfig];
+        answers (status = 204, description = "The guest was notified. It may not have completed the resize.");
+        asks Request::ResizeZone(zone);
     }
 
     /// Change the size of a disk.

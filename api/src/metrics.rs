@@ -66,7 +66,7 @@ fn render(service: &Service) -> String {
             "whimbrel_vm_memory_bytes",
             "vm",
             id.as_str(),
-            status.config.memory.size,
+            status.config.memory.boot_size(),
         );
     }
     family(&mut text, "whimbrel_vm_vcpus", "gauge", "vCPUs of the VM.");

@@ -3,7 +3,6 @@
 
 use spec::{
     DeviceConfig, FsConfig, GenericVhostUserConfig, PmemConfig, VdpaConfig, VmAddUserDevice,
-    VmResizeZone,
 };
 
 use crate::one_vm::OneVm;
@@ -33,7 +32,6 @@ macro_rules! not_yet {
 }
 
 not_yet! {
-    resize_zone "/api/v1/vm.resize-zone" "vmResizeZone" VmResizeZone, "resize a memory zone";
     add_device "/api/v1/vm.add-device" "vmAddDevice" DeviceConfig, "give a VM a device of the host";
     add_fs "/api/v1/vm.add-fs" "vmAddFs" FsConfig, "give a VM a shared file system";
     add_generic_vhost_user "/api/v1/vm.add-generic-vhost-user" "vmAddGenericVhostUser" GenericVhostUserConfig,

@@ -98,7 +98,7 @@ impl Service {
             id: vm.id().clone(),
             state: status.state,
             vcpus: status.config.cpus.boot_vcpus,
-            memory: status.config.memory.size,
+            memory: status.config.memory.boot_size(),
             api_socket: self
                 .sockets
                 .as_ref()

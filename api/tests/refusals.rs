@@ -309,7 +309,6 @@ async fn missing_capability_is_501() {
     let service = service(Fake::default());
     let router = one_vm(&service);
     let paths = [
-        "resize-zone",
         "add-device",
         "add-fs",
         "add-generic-vhost-user",

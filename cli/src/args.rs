@@ -206,12 +206,12 @@ pub(crate) enum Command {
         #[arg(long)]
         detach: bool,
     },
-    /// Resize a memory zone.
+    /// Resize a memory zone that was created with `hotplug_size`.
     ResizeZone {
-        /// The zone.
+        /// The zone, by its id in `memory.zones` (`--memory-zone`).
         #[arg(long, value_name = "ID")]
         id: String,
-        /// Its new size.
+        /// Its new size, with the memory that it boots with.
         #[arg(long, value_name = "SIZE", value_parser = size)]
         size: u64,
     },

@@ -155,7 +155,9 @@ pub(crate) fn pending(resize: &PendingResize) -> String {
         ResizeResource::Memory => bytes(count),
     };
     let [from, to, actual] = [resize.from, resize.to, resize.actual].map(amount);
-    format!("{}: {from} to {to}, {actual} now", resize.resource)
+    let zone = resize.zone.as_ref();
+    let zone = zone.map_or_else(String::new, |zone| format!(" zone {zone}"));
+    format!("{}{zone}: {from} to {to}, {actual} now", resize.resource)
 }
 
 /// The state and what explains it, then what the VM has.
@@ -167,11 +169,12 @@ pub(crate) fn info(vm: &VmInfo) -> String {
     }
     rows.push(("vcpus", vcpus(vm)));
     let mut memory = bytes(vm.memory_actual_size);
-    if config.memory.hotplug_region() > 0 {
-        let most = config
-            .memory
-            .size
-            .saturating_add(config.memory.hotplug_region());
+    let zones = config.memory.all_zones().into_iter();
+    let room = zones.fold(0_u64, |room, zone| {
+        room.saturating_add(zone.hotplug_region())
+    });
+    if room > 0 {
+        let most = config.memory.boot_size().saturating_add(room);
         memory = format!("{memory} (of at most {})", bytes(most));
     }
     rows.push(("memory", memory));

@@ -128,6 +128,13 @@ impl Remote {
                 on_vm!(self, vms_resize_disk, vm_resize_disk, &body)
             }
             Command::MirrorDisk { disk, to, detach } => self.mirror(&disk, &to, detach).await,
+            Command::ResizeZone { id, size } => {
+                let body = VmResizeZone {
+                    id,
+                    desired_ram: size,
+                };
+                on_vm!(self, vms_resize_zone, vm_resize_zone, &body)
+            }
             Command::AddDisk { options } => {
                 let body = options::DISK.read(&options)?;
                 self.added(on_vm!(self, vms_add_disk, vm_add_disk, &body)?)
@@ -392,13 +399,6 @@ impl Remote {
         }
         let client = &self.client;
         let added = match command {
-            Command::ResizeZone { id, size } => {
-                let body = VmResizeZone {
-                    id,
-                    desired_ram: size,
-                };
-                return client.vm_resize_zone(&body).await.map_err(Into::into);
-            }
             Command::SendMigration { local, options } => {
                 let body = send(local, &options)?;
                 return migrate::send(client, &patient(client), &body).await;
@@ -451,9 +451,9 @@ impl Remote {
                     _ => Ok(()),
                 };
             };
-            if last != Some(*pending) {
+            if last.as_ref() != Some(pending) {
                 eprintln!("{}", print::pending(pending));
-                last = Some(*pending);
+                last = Some(pending.clone());
             }
             tokio::time::sleep(RESIZE_POLL).await;
         }

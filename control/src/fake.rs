@@ -132,6 +132,7 @@ impl Fake {
             Request::AddDevice(_)
             | Request::RemoveDevice(_)
             | Request::Resize(_)
+            | Request::ResizeZone(_)
             | Request::ResizeDisk(_)
             | Request::Delete
             | Request::PowerButton

@@ -2,7 +2,7 @@
 
 use spec::{
     DiskConfig, FieldProblem, NetConfig, VmConfig, VmRemoveDevice, VmResize, VmResizeDisk,
-    VsockConfig,
+    VmResizeZone, VsockConfig,
 };
 
 use crate::admission::Verb;
@@ -25,6 +25,7 @@ pub enum Request {
     AddDevice(NewDevice),
     RemoveDevice(VmRemoveDevice),
     Resize(VmResize),
+    ResizeZone(VmResizeZone),
     ResizeDisk(VmResizeDisk),
 }
 
@@ -46,7 +47,7 @@ impl Request {
             Self::Cpu => Verb::Cpu,
             Self::AddDevice(_) => Verb::AddDevice,
             Self::RemoveDevice(_) => Verb::RemoveDevice,
-            Self::Resize(_) => Verb::Resize,
+            Self::Resize(_) | Self::ResizeZone(_) => Verb::Resize,
             Self::ResizeDisk(_) => Verb::ResizeDisk,
         }
     }

@@ -33,8 +33,9 @@ pub struct VmStatus {
     pub devices: BTreeMap<String, DeviceNode>,
     /// Bytes that the guest has given back through a balloon, as it goes.
     pub balloon: Option<Arc<AtomicU64>>,
-    /// Bytes of memory that were added to what the guest booted with, as they come and go.
-    pub hotplugged: Option<Arc<AtomicU64>>,
+    /// Bytes of memory that were added to what the guest booted with, as they come and go: a counter
+    /// for each zone of memory that can grow.
+    pub hotplugged: Vec<Arc<AtomicU64>>,
     /// vCPUs that are plugged, while it is on.
     pub vcpus: Option<u32>,
     /// Resizes that the guest has not completed yet.
@@ -61,7 +62,7 @@ impl VmStatus {
             config,
             devices: BTreeMap::new(),
             balloon: None,
-            hotplugged: None,
+            hotplugged: Vec::new(),
             vcpus: None,
             resizes: Vec::new(),
             failure: None,
@@ -76,19 +77,18 @@ impl VmStatus {
     /// In the form of the API.
     #[must_use]
     pub fn info(&self) -> VmInfo {
-        let sum = |bytes: &Option<Arc<AtomicU64>>| -> u64 {
-            let bytes = bytes.iter().map(|bytes| bytes.load(Ordering::Relaxed));
-            bytes.sum()
-        };
+        let load = |bytes: &Arc<AtomicU64>| bytes.load(Ordering::Relaxed);
+        let boot = self.config.memory.boot_size();
         let all = self
-            .config
-            .memory
-            .size
-            .saturating_add(sum(&self.hotplugged));
+            .hotplugged
+            .iter()
+            .map(load)
+            .fold(boot, u64::saturating_add);
+        let given_back = self.balloon.as_ref().map_or(0, load);
         VmInfo {
             config: VmConfig::clone(&self.config),
             state: self.state,
-            memory_actual_size: all.saturating_sub(sum(&self.balloon)),
+            memory_actual_size: all.saturating_sub(given_back),
             vcpus_actual_count: self.vcpus,
             pending_resizes: self.resizes.clone(),
             device_tree: (!self.devices.is_empty()).then(|| DeviceTree(self.devices.clone())),

@@ -3,7 +3,7 @@
 use std::fs;
 use std::io;
 
-use crate::ram::RamError;
+use crate::ram_config::RamError;
 
 /// Why `size` bytes could not be reserved in huge pages of `page` bytes, when the host said `error`.
 pub(crate) fn refusal(size: u64, page: u64, error: io::Error) -> RamError {
@@ -35,7 +35,8 @@ pub(crate) fn free(page: u64) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ram::{RamBlock, RamConfig};
+    use crate::ram::RamBlock;
+    use crate::ram_config::RamConfig;
 
     #[test]
     fn counts_free_huge_pages() {

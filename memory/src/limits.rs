@@ -9,3 +9,6 @@ pub const VISITS: usize = 1 << 20;
 
 /// Ports of the x86 I/O space.
 pub const PORTS: u64 = 1 << 16;
+
+/// NUMA nodes of a host that can be named, from 0 (`MAX_NUMNODES` of Linux on x86 is at most that).
+pub const HOST_NODES: usize = 1024;

@@ -101,7 +101,7 @@ impl RamBlock {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ram::RamConfig;
+    use crate::ram_config::RamConfig;
 
     #[test]
     fn discarded_memory_is_zero_and_dirty() {

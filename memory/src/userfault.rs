@@ -332,7 +332,7 @@ pub(crate) fn into_io(error: Error) -> io::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ram::RamConfig;
+    use crate::ram_config::RamConfig;
 
     /// A run is filled up to a page that is there already, whose content stays.
     #[test]

@@ -6,7 +6,8 @@ use std::io;
 use std::sync::atomic::Ordering;
 
 use crate::dirty::PAGE_SIZE;
-use crate::ram::{RamBlock, RamConfig, RamError};
+use crate::ram::RamBlock;
+use crate::ram_config::{RamConfig, RamError};
 
 /// Pieces of a view that are replaced by zeros, at most. Each is up to two more mappings of the process,
 /// of which all VMs together may have 65,530 (`vm.max_map_count`).

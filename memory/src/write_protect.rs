@@ -219,7 +219,7 @@ mod tests {
     use std::thread;
 
     use super::*;
-    use crate::ram::RamConfig;
+    use crate::ram_config::RamConfig;
 
     fn block(shared: bool) -> Arc<RamBlock> {
         block_of(shared, 8)

@@ -147,6 +147,8 @@ operations! {
     check_cpu[CpuDescription]: POST "/api/v1/host/cpu/check" "checkCpu" -> CpuCheck;
     /// Asks a guest for memory through its balloon, or gives it back.
     vms_resize(id)[VmResize]: PUT "/api/v1/vms/{id}/resize" "resizeVm";
+    /// Gives a memory zone another size.
+    vms_resize_zone(id)[VmResizeZone]: PUT "/api/v1/vms/{id}/resize-zone" "resizeZone";
     /// Gives a disk another size.
     vms_resize_disk(id)[VmResizeDisk]: PUT "/api/v1/vms/{id}/resize-disk" "resizeDisk";
     /// Gives a VM a disk.
@@ -215,7 +217,7 @@ operations! {
     vm_resize[VmResize]: PUT "/api/v1/vm.resize" "vmResize";
     /// Resizes a disk.
     vm_resize_disk[VmResizeDisk]: PUT "/api/v1/vm.resize-disk" "vmResizeDisk";
-    /// Resizes a memory zone. (Refused by services of this version.)
+    /// Resizes a memory zone.
     vm_resize_zone[VmResizeZone]: PUT "/api/v1/vm.resize-zone" "vmResizeZone";
     /// Adds a device of the host. (Refused by services of this version.)
     vm_add_device[DeviceConfig]: PUT "/api/v1/vm.add-device" "vmAddDevice" -> Option<PciDeviceInfo>;

@@ -33,8 +33,9 @@ pub(crate) fn check(config: &VmConfig, found: &mut Vec<FieldProblem>) {
             pointer: "/balloon",
             found,
         };
-        if balloon.size > config.memory.size {
-            let (size, all) = (balloon.size, config.memory.size);
+        let all = config.memory.boot_size();
+        if balloon.size > all {
+            let size = balloon.size;
             let detail = format!("`size` ({size}) is more than the guest's memory ({all} bytes)");
             below.add("size", "out-of-range", detail);
         }
@@ -51,11 +52,15 @@ pub(crate) fn check(config: &VmConfig, found: &mut Vec<FieldProblem>) {
     slots::check(config, found);
     let mut names = HashSet::new();
     for (pointer, id) in names::given(config) {
-        if let Some(wrong) = names::check_device_name(&pointer, id) {
+        let field = format!("{pointer}/id");
+        if found.iter().any(|problem| problem.pointer == field) {
+            // A memory zone, whose name was checked among those of the zones.
+            names.insert(id);
+        } else if let Some(wrong) = names::check_device_name(&pointer, id) {
             found.push(wrong);
         } else if !names.insert(id) {
             let detail = format!("another device has the id `{id}`");
-            found.push(problem(&format!("{pointer}/id"), "duplicate", detail));
+            found.push(problem(&field, "duplicate", detail));
         }
     }
 }
@@ -88,6 +93,9 @@ impl VmConfig {
             true,
         ];
         let others = others.into_iter().filter(|is_there| *is_there).count();
+        let zones = self.memory.all_zones().into_iter();
+        let memory = zones.filter(|zone| zone.has_virtio_mem()).count();
+        let others = others.saturating_add(memory);
         let lists = self.disks.iter().flatten().count() + self.net.iter().flatten().count();
         lists.saturating_add(others)
     }

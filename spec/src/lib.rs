@@ -27,6 +27,7 @@ pub mod limits;
 mod memory;
 mod migration;
 mod names;
+mod numa;
 mod objects;
 pub mod options;
 mod overrides;
@@ -43,6 +44,7 @@ mod token;
 mod validate;
 mod vm;
 mod wording;
+mod zones;
 
 pub use compat::{FOREIGN_FIELDS, ForeignField, parse_compatible, parse_response};
 pub use console::{ConsoleConfig, ConsoleEnd, ConsoleMode, DebugConsoleConfig, SerialConfig};
@@ -96,3 +98,4 @@ pub use vm::{
     BootTimeline, DeviceNode, DeviceState, DeviceTree, Failure, PciDeviceInfo, PendingResize,
     ResizeResource, VmConfig, VmCounters, VmInfo, VmState, VmmPingResponse,
 };
+pub use zones::{MemoryZone, WHOLE_MEMORY};

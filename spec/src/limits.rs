@@ -19,6 +19,16 @@ pub const HOTPLUG_ALIGNMENT: u64 = 128 << 20;
 /// The least block that virtio-mem plugs: a huge page of x86.
 pub const HOTPLUG_BLOCK: u64 = 2 << 20;
 
+/// Memory zones of a VM. A snapshot has 64 blocks of memory at most, and a zone that can grow has two.
+pub const MEMORY_ZONES: usize = 32;
+
+/// The unit of a zone's size: a huge page of x86, so that no huge page of the guest, and no ring of a
+/// virtqueue, is in two zones.
+pub const ZONE_UNIT: u64 = 2 << 20;
+
+/// The NUMA nodes of a guest have numbers below this. The guest has a table of all distances.
+pub const NUMA_NODES: u32 = 64;
+
 /// Ports of the machine itself, first and last of each range: interrupt controllers and timer (KVM's),
 /// keyboard, clock, progress codes, serial port, ACPI, PCI. The debug console cannot be there.
 pub(crate) const PLATFORM_PORTS: &[(u16, u16)] = &[

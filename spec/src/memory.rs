@@ -4,9 +4,6 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::defaults;
-use crate::limits;
-use crate::service::FieldProblem;
-use crate::validate::{HostLimits, problem};
 
 /// How the memory of a running guest grows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -22,11 +19,11 @@ pub enum HotplugMethod {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct MemoryZoneConfig {
-    /// Its name.
+    /// The zone's name, and that of the device through which the zone grows.
     pub id: String,
-    /// Bytes.
+    /// Bytes, a multiple of 2 MiB. The guest's memory has the zones in their order.
     pub size: u64,
-    /// File behind it.
+    /// File behind the zone. (Not supported by this version.)
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub file: Option<String>,
     /// Let the host merge equal pages (KSM).
@@ -38,16 +35,16 @@ pub struct MemoryZoneConfig {
     /// Use huge pages of the host.
     #[serde(default)]
     pub hugepages: bool,
-    /// Their size in bytes.
+    /// Their size in bytes; 2 MiB when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hugepage_size: Option<u64>,
-    /// NUMA node of the host.
+    /// NUMA node of the host from which all pages come.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host_numa_node: Option<u32>,
-    /// Bytes that can be added later.
+    /// Bytes that can be added later with the method `VirtioMem`, a multiple of 128 MiB.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hotplug_size: Option<u64>,
-    /// Bytes of `hotplug_size` that are plugged already.
+    /// Bytes of `hotplug_size` that the guest has from the start; `vm.resize-zone` changes them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hotplugged_size: Option<u64>,
     /// Populate the memory before boot.
@@ -62,7 +59,7 @@ pub struct MemoryZoneConfig {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct MemoryConfig {
-    /// Bytes.
+    /// Bytes; 0 if there are `zones`.
     pub size: u64,
     /// Bytes that can be added later: with `VirtioMem` a multiple of 128 MiB, with `Acpi` rounded
     /// down to one.
@@ -96,7 +93,8 @@ pub struct MemoryConfig {
     /// Let the host use transparent huge pages.
     #[serde(default = "defaults::yes")]
     pub thp: bool,
-    /// Parts with settings of their own, in place of `size`.
+    /// Parts with settings of their own, 32 at most. Beside them `size` is 0, and of the other fields
+    /// only `hotplug_method` and `thp` are used.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub zones: Option<Vec<MemoryZoneConfig>>,
 }
@@ -118,92 +116,6 @@ impl MemoryConfig {
             reserve: false,
             thp: true,
             zones: None,
-        }
-    }
-
-    /// Returns the size of the pages behind the memory.
-    #[must_use]
-    pub fn page_size(&self) -> u64 {
-        match (self.hugepages, self.hugepage_size) {
-            (true, size) => size.unwrap_or(2 << 20),
-            (false, _) => limits::PAGE,
-        }
-    }
-
-    /// Returns the bytes by which the memory can grow. With `Acpi`, clients ask for room of any size,
-    /// of which whole memory devices can be used.
-    #[must_use]
-    pub fn hotplug_region(&self) -> u64 {
-        let room = self.hotplug_size.unwrap_or(0);
-        match self.hotplug_method {
-            HotplugMethod::Acpi => room - room % self.hotplug_alignment().max(1),
-            HotplugMethod::VirtioMem => room,
-        }
-    }
-
-    /// Whether the memory grows by memory devices of ACPI.
-    #[must_use]
-    pub fn has_dimms(&self) -> bool {
-        self.hotplug_method == HotplugMethod::Acpi && self.hotplug_region() > 0
-    }
-
-    /// Whether the memory grows through a device of its own.
-    #[must_use]
-    pub fn has_virtio_mem(&self) -> bool {
-        self.hotplug_method == HotplugMethod::VirtioMem && self.hotplug_region() > 0
-    }
-
-    /// Returns the bytes of the hotplug region that the guest should have.
-    #[must_use]
-    pub fn hotplugged(&self) -> u64 {
-        match self.hotplug_region() {
-            0 => 0,
-            _ => self.hotplugged_size.unwrap_or(0),
-        }
-    }
-
-    /// Returns the bytes in multiples of which memory is added and removed.
-    #[must_use]
-    pub fn hotplug_unit(&self) -> u64 {
-        match self.hotplug_method {
-            HotplugMethod::Acpi => limits::HOTPLUG_ALIGNMENT.max(self.page_size()),
-            HotplugMethod::VirtioMem => limits::HOTPLUG_BLOCK.max(self.page_size()),
-        }
-    }
-
-    /// Returns the alignment of the hotplug region in the guest's memory.
-    #[must_use]
-    pub fn hotplug_alignment(&self) -> u64 {
-        limits::HOTPLUG_ALIGNMENT.max(self.page_size())
-    }
-
-    pub(crate) fn check_hotplug(&self, host: &HostLimits, found: &mut Vec<FieldProblem>) {
-        let region = self.hotplug_region();
-        let align = self.hotplug_alignment();
-        let mut add = |field: &str, detail: String| {
-            found.push(problem(&format!("/memory/{field}"), "out-of-range", detail));
-        };
-        if !region.is_multiple_of(align) {
-            let detail =
-                format!("`hotplug_size` ({region}) must be a multiple of {align} with `VirtioMem`");
-            add("hotplug_size", detail);
-        } else if region > host.max_memory.saturating_sub(self.size) {
-            let (size, most) = (self.size, host.max_memory);
-            let detail = format!(
-                "`size` ({size}) and `hotplug_size` ({region}) are more than this host can map for a \
-                 guest ({most})"
-            );
-            add("hotplug_size", detail);
-        }
-        let (plugged, unit) = (self.hotplugged_size.unwrap_or(0), self.hotplug_unit());
-        if plugged > region {
-            let detail = format!(
-                "`hotplugged_size` ({plugged}) is more than `hotplug_size` has room for ({region})"
-            );
-            add("hotplugged_size", detail);
-        } else if !plugged.is_multiple_of(unit) {
-            let detail = format!("`hotplugged_size` ({plugged}) must be a multiple of {unit}");
-            add("hotplugged_size", detail);
         }
     }
 }

@@ -22,8 +22,8 @@ pub(crate) fn given(config: &VmConfig) -> impl Iterator<Item = (String, &str)> {
         ("/rng".to_owned(), config.rng.id.as_deref()),
         ("/console".to_owned(), config.console.id.as_deref()),
     ];
-    let memory = config.memory.has_virtio_mem();
-    let memory = memory.then(|| ("/memory".to_owned(), Some(MEMORY_DEVICE)));
+    let memory = config.memory.all_zones().into_iter().enumerate();
+    let memory = memory.map(|(i, zone)| (zone.pointer(i), zone.device()));
     let watchdog = config.watchdog;
     let watchdog = watchdog.then(|| ("/watchdog".to_owned(), Some(WATCHDOG)));
     disks

@@ -12,8 +12,9 @@ use serde_json::{Map, Value, json};
 
 pub use self::consoles::{console, debug_console, serial};
 pub use self::kinds::{
-    BALLOON, DEVICE, DISK, FS, MIRROR, NET, PCI_SEGMENT, PLATFORM, PMEM, RATE_LIMIT_GROUP,
-    RECEIVE_MIGRATION, RESTORE, RNG, SEND_MIGRATION, TPM, USER_DEVICE, VDPA, VSOCK,
+    BALLOON, DEVICE, DISK, FS, MEMORY_ZONE, MIRROR, NET, NUMA, PCI_SEGMENT, PLATFORM, PMEM,
+    RATE_LIMIT_GROUP, RECEIVE_MIGRATION, RESTORE, RNG, SEND_MIGRATION, TPM, USER_DEVICE, VDPA,
+    VSOCK,
 };
 use crate::cpus::CpusConfig;
 use crate::memory::MemoryConfig;
@@ -49,6 +50,8 @@ enum Form {
     Numbers,
     /// `[0@[1,2],1@[3]]`: CPUs of the host for queues.
     Affinity,
+    /// `[1@20,2@30]`, or one of them: distances to other nodes.
+    Distances,
     /// A word of the API, in the command line's way of writing: `on-demand` for `OnDemand`.
     Word,
 }
@@ -177,6 +180,24 @@ fn read_affinity(key: &str, text: &str) -> Option<Value> {
     Some(Value::Array(read.collect::<Option<_>>()?))
 }
 
+/// Reads a list of nodes with their distances.
+fn read_distances(text: &str) -> Option<Value> {
+    let read = split(inner(text)).ok()?.into_iter().map(|entry| {
+        let (node, distance) = entry.split_once('@')?;
+        let (node, distance): (u32, u8) = (node.parse().ok()?, distance.parse().ok()?);
+        Some(json!({ "destination": node, "distance": distance }))
+    });
+    Some(Value::Array(read.collect::<Option<_>>()?))
+}
+
+/// A list's text without its brackets, which a list of one may lack.
+fn inner(text: &str) -> &str {
+    let within = text.strip_prefix('[');
+    within
+        .and_then(|text| text.strip_suffix(']'))
+        .unwrap_or(text)
+}
+
 /// `--memory size=512M,shared=on`.
 ///
 /// # Errors
@@ -259,13 +280,11 @@ fn read_value(form: Form, text: &str) -> Result<Value, &'static str> {
         Form::Text => Ok(json!(text)),
         Form::Word => Ok(json!(word(text))),
         Form::Texts => {
-            let inner = text
-                .strip_prefix('[')
-                .and_then(|text| text.strip_suffix(']'));
-            let all = split(inner.unwrap_or(text)).map_err(|_| "a list like [a,b]")?;
+            let all = split(inner(text)).map_err(|_| "a list like [a,b]")?;
             Ok(json!(all))
         }
         Form::Affinity => read_affinity("queue_index", text).ok_or("a list like [0@[0,1],1@[2-3]]"),
+        Form::Distances => read_distances(text).ok_or("a list like [1@20,2@30]"),
         Form::Numbers => numbers(text)
             .map(|all| json!(all))
             .ok_or("a list like [0,2-3]"),
@@ -301,9 +320,8 @@ fn word(text: &str) -> String {
 /// `[0,2-3]`.
 fn numbers(text: &str) -> Option<Vec<usize>> {
     const MOST: usize = 1 << 16;
-    let inner = text.strip_prefix('[')?.strip_suffix(']')?;
     let mut all = Vec::new();
-    for part in inner.split(',').filter(|part| !part.is_empty()) {
+    for part in inner(text).split(',').filter(|part| !part.is_empty()) {
         let (first, last) = part.split_once('-').unwrap_or((part, part));
         let (first, last): (usize, usize) = (first.parse().ok()?, last.parse().ok()?);
         if first > last || last > MOST {

@@ -26,7 +26,6 @@ pub struct HostLimits {
 /// takes its line out.
 const NOT_YET: &[(&str, &[&str])] = &[
     ("/cpus/features/amx", &["false"]),
-    ("/memory/zones", &["[]"]),
     ("/payload/igvm", &[]),
     ("/payload/host_data", &[]),
     ("/fs", &["[]"]),
@@ -35,7 +34,6 @@ const NOT_YET: &[(&str, &[&str])] = &[
     ("/devices", &["[]"]),
     ("/user_devices", &["[]"]),
     ("/vdpa", &["[]"]),
-    ("/numa", &["[]"]),
     ("/iommu", &["false"]),
     ("/rtc", &[]),
     ("/platform/iommu_segments", &["[]"]),
@@ -58,7 +56,8 @@ impl VmConfig {
         let mut found = Vec::new();
         self.check_supported(&mut found);
         self.check_cpus(host, &mut found);
-        self.check_memory(host, &mut found);
+        self.memory.check(host, &mut found);
+        self.check_numa(&mut found);
         self.check_payload(&mut found);
         self.check_consoles(&mut found);
         self.check_segments(&mut found);
@@ -178,43 +177,6 @@ impl VmConfig {
                 let pointer = format!("{pointer}/host_cpus");
                 found.push(problem(&pointer, "out-of-range", detail));
             }
-        }
-    }
-
-    fn check_memory(&self, host: &HostLimits, found: &mut Vec<FieldProblem>) {
-        let memory = &self.memory;
-        let page = match (memory.hugepages, memory.hugepage_size) {
-            (true, size) => size.unwrap_or(2 << 20),
-            (false, None) => limits::PAGE,
-            (false, Some(_)) => {
-                let detail = "`hugepage_size` has no effect without `hugepages`".to_owned();
-                found.push(problem("/memory/hugepage_size", "inconsistent", detail));
-                limits::PAGE
-            }
-        };
-        if !page.is_power_of_two() || page < limits::PAGE {
-            let detail =
-                format!("`hugepage_size` ({page}) must be a power of two of at least 4096");
-            found.push(problem("/memory/hugepage_size", "out-of-range", detail));
-        } else if memory.size == 0 {
-            found.push(problem(
-                "/memory/size",
-                "out-of-range",
-                "`size` must not be 0".into(),
-            ));
-        } else if !memory.size.is_multiple_of(page) {
-            let detail = format!(
-                "`size` ({}) must be a multiple of the page size ({page})",
-                memory.size
-            );
-            found.push(problem("/memory/size", "out-of-range", detail));
-        } else if memory.size > host.max_memory {
-            let (size, most) = (memory.size, host.max_memory);
-            let detail =
-                format!("`size` ({size}) is more than this host can map for a guest ({most})");
-            found.push(problem("/memory/size", "out-of-range", detail));
-        } else {
-            memory.check_hotplug(host, found);
         }
     }
 

@@ -270,10 +270,13 @@ impl fmt::Display for ResizeResource {
 }
 
 /// A resize that the guest has not completed yet.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct PendingResize {
     /// The resource.
     pub resource: ResizeResource,
+    /// The memory zone, of a VM whose memory has zones.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub zone: Option<String>,
     /// Its amount when the resize was requested.
     pub from: u64,
     /// The requested amount.
@@ -295,7 +298,7 @@ pub struct VmInfo {
     /// than `config.cpus.boot_vcpus`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vcpus_actual_count: Option<u32>,
-    /// Resizes that the guest has not completed yet, at most one of each resource.
+    /// Resizes that the guest has not completed yet, at most one of each resource and memory zone.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub pending_resizes: Vec<PendingResize>,
     /// Its devices.

@@ -19,7 +19,7 @@ fn every_device() -> Value {
     json!({
         "cpus": {"boot_vcpus": 2, "max_vcpus": 4, "affinity": [{"vcpu": 0, "host_cpus": [0, 1]}],
             "topology": {"threads_per_core": 1, "cores_per_die": 4, "dies_per_package": 1, "packages": 1}},
-        "memory": {"size": 1 << 30, "zones": [{"id": "z", "size": 4096}]},
+        "memory": {"size": 0, "zones": [{"id": "z", "size": 1 << 30}]},
         "payload": {"kernel": "/k", "cmdline": "console=ttyS0"},
         "disks": [{"path": "/d", "rate_limiter_config": {"bandwidth": {"size": 1, "refill_time": 1}}}],
         "net": [{"tap": "tap0", "mac": "12:34:56:78:9a:bc"}],
@@ -33,7 +33,10 @@ fn every_device() -> Value {
         "user_devices": [{"socket": "/u"}],
         "vdpa": [{"path": "/v", "num_queues": 1}],
         "vsock": {"cid": 3, "socket": "/vs"},
-        "numa": [{"guest_numa_id": 0, "distances": [{"destination": 1, "distance": 20}]}],
+        "numa": [{
+            "guest_numa_id": 0, "cpus": [0, 1, 2, 3], "memory_zones": ["z"],
+            "distances": [{"destination": 0, "distance": 10}],
+        }],
         "platform": {"num_pci_segments": 1},
         "tpm": {"socket": "/t"},
         "landlock_rules": [{"path": "/", "access": "r"}],
@@ -85,8 +88,6 @@ fn unsupported_devices_are_refused_by_name() {
         "/devices",
         "/fs",
         "/landlock_rules",
-        "/memory/zones",
-        "/numa",
         "/pmem",
         "/user_devices",
         "/vdpa",
@@ -175,7 +176,7 @@ proptest! {
         let written = serde_json::to_vec(&config).unwrap();
         prop_assert_eq!(&parse::<VmConfig>(&written).unwrap(), &config);
         match config.validate(&HOST) {
-            Ok(()) => prop_assert!(config.cpus.boot_vcpus > 0 && config.memory.size > 0),
+            Ok(()) => prop_assert!(config.cpus.boot_vcpus > 0 && config.memory.boot_size() > 0),
             Err(problems) => {
                 prop_assert!(!problems.is_empty());
                 for problem in problems {

@@ -42,6 +42,23 @@ const EFFECTIVE: &[&str] = &[
     "/memory/prefault",
     "/memory/reserve",
     "/memory/thp",
+    "/memory/zones/0/id",
+    "/memory/zones/0/size",
+    "/memory/zones/0/mergeable",
+    "/memory/zones/0/shared",
+    "/memory/zones/0/hugepages",
+    "/memory/zones/0/hugepage_size",
+    "/memory/zones/0/host_numa_node",
+    "/memory/zones/0/hotplug_size",
+    "/memory/zones/0/hotplugged_size",
+    "/memory/zones/0/prefault",
+    "/memory/zones/0/reserve",
+    "/numa/0/guest_numa_id",
+    "/numa/0/cpus",
+    "/numa/0/distances/0/destination",
+    "/numa/0/distances/0/distance",
+    "/numa/0/memory_zones",
+    "/numa/0/pci_segments",
     "/payload/firmware",
     "/payload/kernel",
     "/payload/cmdline",
@@ -164,8 +181,8 @@ fn full() -> Value {
         "ops": {"size": 1, "one_time_burst": 2, "refill_time": 3},
     });
     let zone = json!({
-        "id": "z", "size": 4096, "file": "/f", "mergeable": true, "shared": true, "hugepages": true,
-        "hugepage_size": 4096, "host_numa_node": 1, "hotplug_size": 1, "hotplugged_size": 1,
+        "id": "z", "size": 1 << 30, "file": "/f", "mergeable": true, "shared": true, "hugepages": true,
+        "hugepage_size": 2 << 20, "host_numa_node": 1, "hotplug_size": 1 << 27, "hotplugged_size": 1 << 27,
         "prefault": true, "reserve": true,
     });
     json!({
@@ -239,7 +256,7 @@ fn full() -> Value {
             "cid": 3, "socket": "/s", "iommu": true, "pci_segment": 1, "pci_device_id": 9, "id": "s",
         },
         "numa": [{
-            "guest_numa_id": 1, "cpus": [1], "distances": [{"destination": 1, "distance": 20}],
+            "guest_numa_id": 1, "cpus": [0, 1, 2, 3], "distances": [{"destination": 1, "distance": 10}],
             "memory_zones": ["z"], "pci_segments": [1], "device_id": "x",
         }],
         "iommu": true, "watchdog": true,
@@ -299,13 +316,26 @@ fn judged() -> (BTreeSet<String>, Vec<FieldProblem>) {
     for field in &described {
         assert!(body.pointer(field).is_some(), "{field} is not tried");
     }
-    let config: VmConfig = spec::parse(body.to_string().as_bytes()).unwrap();
     let host = HostLimits {
         max_vcpus: 8,
         max_memory: 1 << 40,
         host_cpus: 64,
     };
-    let mut problems = config.validate(&host).unwrap_err();
+    let found = |body: &Value| {
+        let config: VmConfig = spec::parse(body.to_string().as_bytes()).unwrap();
+        config.validate(&host).unwrap_err()
+    };
+    // Memory has zones or fields of its own.
+    let (mut zones, mut whole) = (body.clone(), body);
+    let zone = zones["memory"]["zones"].take();
+    zones["memory"] =
+        json!({"size": 0, "hotplug_method": "VirtioMem", "thp": false, "zones": zone});
+    whole["memory"]["zones"] = json!([]);
+    whole["numa"] = json!([]);
+    let mut problems = found(&whole);
+    let more = found(&zones).into_iter();
+    let more = more.filter(|problem| !problems.contains(problem));
+    problems.extend(more.collect::<Vec<_>>());
     // These exclude another field that is tried, too.
     let exclusive = ["/payload/firmware", "/disks/0/rate_limit_group"];
     problems.retain(|problem| !exclusive.contains(&problem.pointer.as_str()));

@@ -125,8 +125,10 @@ impl Drop for Reservation {
 /// Returns the descriptors that a machine of this configuration, with its consoles, can come to use.
 /// `may_wait`: its memory may be missing for a time (postcopy).
 pub(crate) fn of_machine(config: &VmConfig, may_wait: bool) -> u64 {
-    /// KVM's VM; the interrupt line of ACPI; the memory's file, and a copy of it that was given.
-    const MACHINE: u64 = 4;
+    /// KVM's VM; the interrupt line of ACPI.
+    const MACHINE: u64 = 2;
+    /// A file of memory, and a copy of it that was given.
+    const BLOCK: u64 = 2;
     /// userfaultfd and its end; two event loops of its own, with epoll, a copy of it, and a waker each.
     const WAITING: u64 = 8;
     /// The serial port's interrupt line.
@@ -163,12 +165,14 @@ pub(crate) fn of_machine(config: &VmConfig, may_wait: bool) -> u64 {
     if config.watchdog {
         needed = needed.saturating_add(of_queues(1));
     }
-    if config.memory.hotplug_region() > 0 {
-        // The memory's file, and a copy of it that was given.
-        needed = needed.saturating_add(2);
-    }
-    if config.memory.has_virtio_mem() {
-        needed = needed.saturating_add(of_queues(1));
+    for zone in config.memory.all_zones() {
+        needed = needed.saturating_add(BLOCK);
+        if zone.hotplug_region() > 0 {
+            needed = needed.saturating_add(BLOCK);
+        }
+        if zone.has_virtio_mem() {
+            needed = needed.saturating_add(of_queues(1));
+        }
     }
     // The source of random numbers, and a copy for its task.
     needed.saturating_add(of_queues(1) + 2)

@@ -39,6 +39,14 @@ pub enum BuildError {
     Kvm(#[from] KvmError),
     /// The host has no memory for it.
     Ram(#[from] RamError),
+    /// The host has no memory for one of its zones.
+    #[error("memory zone `{zone}`")]
+    Zone {
+        /// The zone.
+        zone: String,
+        /// The host's answer.
+        source: RamError,
+    },
     /// Its map cannot be.
     Topology(#[from] TopologyError),
     /// Its map cannot be put in force.
@@ -200,7 +208,11 @@ impl BuildError {
             Self::Console(_) => "console-unusable",
             Self::Descriptors(_) => "too-few-descriptors",
             Self::Kvm(_) => "kvm-refused",
-            Self::Ram(_) => "no-memory",
+            Self::Zone {
+                source: RamError::NoSuchNode { .. },
+                ..
+            } => "no-such-numa-node",
+            Self::Ram(_) | Self::Zone { .. } => "no-memory",
             Self::Topology(_) | Self::Commit(_) | Self::Layout(_) => "memory-map-impossible",
             Self::Profile(_) => "cpu-lacks-features",
             Self::Lacking { code, .. } => code,
@@ -220,7 +232,11 @@ impl BuildError {
 
     fn category(&self) -> Category {
         match self {
-            Self::Boot(_)
+            Self::Zone {
+                source: RamError::NoSuchNode { .. },
+                ..
+            }
+            | Self::Boot(_)
             | Self::Console(_)
             | Self::Path(_)
             | Self::Layout(_)
@@ -236,6 +252,7 @@ impl BuildError {
             | Self::Image(_) => Category::Unprocessable,
             Self::Descriptors(_)
             | Self::Ram(_)
+            | Self::Zone { .. }
             | Self::Host { .. }
             | Self::Move(MoveError::MemoryLost(_)) => Category::Host,
             Self::Kvm(_)

@@ -169,7 +169,7 @@ async fn second_resize_waits_for_the_first() {
     resize(&vm, BOOT + 64 * MIB).await.unwrap();
     let refused = resize(&vm, BOOT + 128 * MIB).await.unwrap_err();
     assert_eq!(refused.code, "resize-pending");
-    let [pending] = vm.status().info().pending_resizes[..] else {
+    let [pending] = &vm.status().info().pending_resizes[..] else {
         unreachable!("{:?}", vm.status().info().pending_resizes);
     };
     assert_eq!((pending.to, pending.actual), (BOOT + 64 * MIB, BOOT));
@@ -280,7 +280,7 @@ async fn memory_added_by_acpi_moves() {
         assert_eq!(mapped(&vm).await, before);
         let info = vm.status().info();
         assert_eq!(info.memory_actual_size, BOOT + 128 * MIB);
-        let [pending] = info.pending_resizes[..] else {
+        let [pending] = &info.pending_resizes[..] else {
             unreachable!("{:?}", info.pending_resizes);
         };
         assert_eq!(pending.to, BOOT + 384 * MIB);

@@ -11,7 +11,8 @@ use anyhow::{Context, Result, bail};
 use api::{ClaimedVersion, TcpAccess};
 use clap::{Args, Parser, Subcommand};
 use spec::{
-    ConsoleConfig, ConsoleMode, PayloadConfig, RestoreConfig, SerialConfig, VmConfig, options,
+    ConsoleConfig, ConsoleMode, MemoryConfig, PayloadConfig, RestoreConfig, SerialConfig, VmConfig,
+    options,
 };
 
 pub(crate) use self::migration::MigrationArguments;
@@ -234,6 +235,22 @@ pub(crate) struct VmArguments {
     /// size=SIZE,shared=on,hugepages=on,hugepage_size=SIZE,prefault=on,mergeable=on,thp=off.
     #[arg(long, value_name = "OPTIONS")]
     pub(crate) memory: Option<String>,
+    /// Memory of several zones, in place of one --memory size:
+    /// id=NAME,size=SIZE,host_numa_node=N,shared=on,hugepages=on,hugepage_size=SIZE,prefault=on,
+    /// reserve=on,mergeable=on, and to resize the zone later (`wh-remote resize-zone`)
+    /// hotplug_size=SIZE,hotplugged_size=SIZE with --memory size=0,hotplug_method=virtio-mem.
+    #[arg(long, value_name = "OPTIONS", num_args = 1..)]
+    pub(crate) memory_zone: Vec<String>,
+    // As an attribute: in a comment its brackets would be links.
+    #[arg(
+        long,
+        value_name = "OPTIONS",
+        num_args = 1..,
+        help = "NUMA nodes of the guest: guest_numa_id=N,cpus=[CPUS],memory_zones=[NAMES],\
+                distances=[N@DISTANCE,...],pci_segments=[SEGMENTS]. Each vCPU and each memory zone is in \
+                one node; without --memory-zone all memory is the zone mem0. Distances are 20 unless given"
+    )]
+    pub(crate) numa: Vec<String>,
     /// Serial port: off, null, pty, tty, file=PATH or socket=PATH.
     #[arg(long, value_name = "MODE")]
     pub(crate) serial: Option<String>,
@@ -377,7 +394,11 @@ impl VmArguments {
         }
         if let Some(text) = &self.memory {
             config.memory = options::memory(text)?;
+        } else if !self.memory_zone.is_empty() {
+            config.memory = MemoryConfig::with_size(0);
         }
+        config.memory.zones = many(&self.memory_zone, &options::MEMORY_ZONE)?;
+        config.numa = many(&self.numa, &options::NUMA)?;
         config.rate_limit_groups = many(&self.rate_limit_group, &options::RATE_LIMIT_GROUP)?;
         config.disks = many(&self.disk, &options::DISK)?;
         config.net = match self.net.as_slice() {
@@ -490,6 +511,41 @@ mod tests {
     #[test]
     fn command_line_is_valid() {
         Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn reads_zones_and_nodes() {
+        let line = "--kernel /k --cpus boot=4 --memory size=0,hotplug_method=virtio-mem \
+            --memory-zone id=a,size=1G,host_numa_node=1 id=b,size=512M,hotplug_size=1G,hotplugged_size=128M \
+            --numa guest_numa_id=0,cpus=[0-1,3],memory_zones=a,distances=[1@25,0@10],pci_segments=[0] \
+            --numa guest_numa_id=1,cpus=2,memory_zones=[b],distances=0@30";
+        let read = |line| config(line).unwrap().unwrap();
+        let alone = read("--kernel /k --memory-zone id=a,size=1G");
+        assert_eq!(alone.memory.boot_size(), 1 << 30);
+        let config = read(line);
+        let zones = config.memory.all_zones();
+        let zones: Vec<_> = zones
+            .iter()
+            .map(|zone| {
+                (
+                    zone.id,
+                    zone.size >> 20,
+                    zone.host_node,
+                    zone.hotplugged() >> 20,
+                )
+            })
+            .collect();
+        assert_eq!(zones, [("a", 1024, Some(1), 0), ("b", 512, None, 128)]);
+        let nodes = [0, 1, 2, 3].map(|vcpu| config.node_of_vcpu(vcpu));
+        assert_eq!(nodes, [Some(0), Some(0), Some(1), Some(0)]);
+        let distances = [(0, 1), (1, 0)].map(|(from, to)| config.numa_distance(from, to));
+        assert_eq!((distances, config.node_of_segment(0)), ([25, 30], Some(0)));
+        let host = spec::HostLimits {
+            max_vcpus: 8,
+            max_memory: 1 << 40,
+            host_cpus: 8,
+        };
+        assert_eq!(config.validate(&host), Ok(()));
     }
 
     #[test]

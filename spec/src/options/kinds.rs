@@ -88,6 +88,40 @@ pub const NET: OptionKind = OptionKind {
     also: &[LIMITS, PCI],
 };
 
+/// `--memory-zone`.
+pub const MEMORY_ZONE: OptionKind = OptionKind {
+    name: "--memory-zone",
+    keys: &[
+        ("id", "id", Form::Text),
+        ("size", "size", Form::Size),
+        ("file", "file", Form::Text),
+        ("mergeable", "mergeable", Form::Switch),
+        ("shared", "shared", Form::Switch),
+        ("hugepages", "hugepages", Form::Switch),
+        ("hugepage_size", "hugepage_size", Form::Size),
+        ("host_numa_node", "host_numa_node", Form::Number),
+        ("hotplug_size", "hotplug_size", Form::Size),
+        ("hotplugged_size", "hotplugged_size", Form::Size),
+        ("prefault", "prefault", Form::Switch),
+        ("reserve", "reserve", Form::Switch),
+    ],
+    also: &[],
+};
+
+/// `--numa`.
+pub const NUMA: OptionKind = OptionKind {
+    name: "--numa",
+    keys: &[
+        ("guest_numa_id", "guest_numa_id", Form::Number),
+        ("cpus", "cpus", Form::Numbers),
+        ("distances", "distances", Form::Distances),
+        ("memory_zones", "memory_zones", Form::Texts),
+        ("pci_segments", "pci_segments", Form::Numbers),
+        ("device_id", "device_id", Form::Text),
+    ],
+    also: &[],
+};
+
 /// `--platform`.
 pub const PLATFORM: OptionKind = OptionKind {
     name: "--platform",

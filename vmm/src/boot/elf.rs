@@ -142,7 +142,7 @@ mod tests {
 
     use super::super::kernel;
     use super::*;
-    use crate::arch::x86_64::layout::Layout;
+    use crate::arch::x86_64::layout::{Layout, ZoneSize};
 
     const RAM: u64 = 8 << 20;
 
@@ -215,7 +215,8 @@ mod tests {
         let path: &Path = &dir.path().join("kernel");
         std::fs::write(path, file).unwrap();
         let view = topology.space(SpaceKind::Memory).view();
-        kernel::load(kind, path, &view, &Layout::new(RAM, 0, 40).unwrap())
+        let layout = Layout::new(&[ZoneSize { boot: RAM, room: 0 }], 40).unwrap();
+        kernel::load(kind, path, &view, &layout)
     }
 
     #[test]

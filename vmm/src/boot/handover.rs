@@ -30,7 +30,7 @@ fn memory_map(layout: &Layout) -> Vec<(AddrRange, u32)> {
     add(layout::VMGENID, layout::SMBIOS_END, RESERVED);
     add(layout::HIGH_MEMORY, layout.low_ram_end(), RAM);
     add(layout::ECAM, layout.ecam_end(), RESERVED);
-    map.extend(layout.ram.iter().skip(1).map(|range| (*range, RAM)));
+    map.extend(layout.ram().into_iter().skip(1).map(|range| (range, RAM)));
     map
 }
 

@@ -192,17 +192,21 @@ impl Devices {
         })
     }
 
-    /// Bytes of hotplugged memory that the guest has, as they come and go.
-    pub(crate) fn hotplugged(&self) -> Option<Arc<AtomicU64>> {
-        Some(Arc::clone(self.memory()?.plugged()))
-    }
-
-    /// The device through which the memory grows, if the machine has one.
-    pub(crate) fn memory(&self) -> Option<&MemHandle> {
-        self.controls().find_map(|control| match control {
-            DeviceHandle::Memory(handle) => Some(handle),
+    /// Bytes of hotplugged memory that the guest has, as they come and go: a counter for each device
+    /// through which memory grows.
+    pub(crate) fn hotplugged(&self) -> impl Iterator<Item = Arc<AtomicU64>> {
+        self.controls().filter_map(|control| match control {
+            DeviceHandle::Memory(handle) => Some(Arc::clone(handle.plugged())),
             _ => None,
         })
+    }
+
+    /// The device through which memory grows, if the machine has one of this name.
+    pub(crate) fn memory(&self, id: &str) -> Option<&MemHandle> {
+        match self.control(id)? {
+            DeviceHandle::Memory(handle) => Some(handle),
+            _ => None,
+        }
     }
 
     /// Notes that the guest is asked to let go of a device, and says in which slot it is.

@@ -9,8 +9,8 @@ use std::time::Duration;
 use control::NewDevice;
 use memory::RamBlock;
 use spec::{
-    DiskConfig, HostIp, ImageType, LockGranularity, MEMORY_DEVICE, MemoryConfig, NetConfig,
-    RateLimitGroupConfig, RateLimiterConfig, RngConfig, TokenBucket, VmConfig, VsockConfig,
+    DiskConfig, HostIp, ImageType, LockGranularity, MemoryZone, NetConfig, RateLimitGroupConfig,
+    RateLimiterConfig, RngConfig, TokenBucket, VmConfig, VsockConfig,
 };
 use virtio_devices::balloon::{Balloon, BalloonConfig, BalloonHandle};
 use virtio_devices::block::{Block, BlockConfig, BlockHandle, ImageFormat, LockMode, OnError};
@@ -68,6 +68,8 @@ pub(crate) struct ConsoleEnd {
 
 /// The memory that a guest plugs and unplugs, and the callback for when it has.
 pub(crate) struct MemoryEnd {
+    /// Index of the zone.
+    pub(crate) zone: usize,
     pub(crate) ram: Arc<RamBlock>,
     /// Guest address of the region.
     pub(crate) addr: u64,
@@ -77,7 +79,7 @@ pub(crate) struct MemoryEnd {
 /// Parts of the machine that its devices use.
 pub(crate) struct DeviceEnds {
     pub(crate) console: Option<ConsoleEnd>,
-    pub(crate) memory: Option<MemoryEnd>,
+    pub(crate) memory: Vec<MemoryEnd>,
     /// Called when the watchdog expires.
     pub(crate) on_watchdog: Box<dyn Fn() + Send + Sync>,
 }
@@ -137,8 +139,15 @@ pub(crate) fn all(
     if let Some(new) = &config.balloon {
         all.push(balloon(new, workers));
     }
-    if let Some(end) = ends.memory.filter(|_| config.memory.has_virtio_mem()) {
-        all.push(memory(&config.memory, end, workers));
+    let zones = config.memory.all_zones();
+    for end in ends.memory {
+        let zone = zones.get(end.zone);
+        if let Some((zone, id)) = zone.and_then(|zone| Some((zone, zone.device()?))) {
+            // Node numbers are small: validation has seen to it.
+            let node = config.node_of_zone(zone.id);
+            let node = node.and_then(|node| u16::try_from(node).ok());
+            all.push(memory(zone, id, node, end, workers));
+        }
     }
     if let Some(end) = ends.console {
         let id = name(config.console.id.as_ref());
@@ -181,17 +190,23 @@ fn name(id: Option<&String>) -> String {
     id.cloned().unwrap_or_default()
 }
 
-fn memory(config: &MemoryConfig, end: MemoryEnd, workers: &Workers) -> Opened {
+fn memory(
+    zone: &MemoryZone<'_>,
+    id: &str,
+    node: Option<u16>,
+    end: MemoryEnd,
+    workers: &Workers,
+) -> Opened {
     let wanted = MemConfig {
         ram: end.ram,
         addr: end.addr,
-        block_size: config.hotplug_unit(),
-        node: None,
-        requested: config.hotplugged(),
+        block_size: zone.hotplug_unit(),
+        node,
+        requested: zone.hotplugged(),
     };
     let (device, handle) = Mem::new(wanted, workers.clone(), end.on_change);
     Opened {
-        id: MEMORY_DEVICE.to_owned(),
+        id: id.to_owned(),
         device: Box::new(device),
         control: DeviceHandle::Memory(handle),
         slot: None,

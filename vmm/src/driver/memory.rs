@@ -5,19 +5,23 @@
 //! the next boot.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use ::devices::dimms::{DimmBlock, DimmError, DimmRefusal};
 use control::{Category, RequestError};
-use spec::{HotplugMethod, ResizeResource, VmConfig};
+use spec::{HotplugMethod, MemoryZone, ResizeResource, VmConfig, VmResizeZone};
 
+use super::resize::Resized;
 use super::{Driver, Stage};
 
+/// All memory, of a VM without zones.
 const MEMORY: ResizeResource = ResizeResource::Memory;
 
-/// A new size of the guest's memory, which was checked.
-#[derive(Clone, Copy)]
+/// A new size of a zone of the guest's memory, which was checked.
+#[derive(Clone)]
 pub(super) struct MemoryPlan {
+    /// The name of the zone.
+    zone: String,
     /// Bytes of hotplugged memory that the configuration gets.
     hotplugged: u64,
     /// Bytes that the host adds through ACPI now.
@@ -28,27 +32,80 @@ fn refused<T>(code: &'static str, detail: String) -> Result<T, RequestError> {
     Err(RequestError::new(Category::Unprocessable, code, detail))
 }
 
+fn unsupported<T>(detail: String) -> Result<T, RequestError> {
+    let code = "unsupported-resize";
+    Err(RequestError::new(Category::Unsupported, code, detail))
+}
+
+/// The name under which a resize of the zone is pending.
+fn resized(zone: &MemoryZone<'_>) -> Resized {
+    Resized {
+        resource: MEMORY,
+        zone: zone.is_listed.then(|| zone.id.to_owned()),
+    }
+}
+
 impl Driver {
-    /// Checks a new size of the guest's memory. Returns nothing if the guest has that size already.
+    /// Checks a new size of the guest's memory, which has no zones. Returns nothing if the guest has that
+    /// size already.
     pub(super) fn plan_memory(&self, desired: u64) -> Result<Option<MemoryPlan>, RequestError> {
-        let memory = &self.config.memory;
-        let (boot, room) = (memory.size, memory.hotplug_region());
+        let zones = self.config.memory.all_zones();
+        match &zones[..] {
+            [whole] if !whole.is_listed => self.plan_zone_of(whole, desired),
+            zones => {
+                let names: Vec<_> = zones.iter().map(|zone| zone.id).collect();
+                unsupported(format!(
+                    "the VM's memory has zones ({}): resize one of them, by `vm.resize-zone`",
+                    names.join(", ")
+                ))
+            }
+        }
+    }
+
+    /// Checks a new size of a memory zone.
+    pub(super) fn plan_zone(
+        &self,
+        wanted: &VmResizeZone,
+    ) -> Result<Option<MemoryPlan>, RequestError> {
+        let zones = self.config.memory.all_zones();
+        let mut listed = zones.iter().filter(|zone| zone.is_listed);
+        if let Some(zone) = listed.find(|zone| zone.id == wanted.id) {
+            return self.plan_zone_of(zone, wanted.desired_ram);
+        }
+        let listed = zones.iter().filter(|zone| zone.is_listed);
+        let names: Vec<_> = listed.map(|zone| zone.id).collect();
+        let has = match names[..] {
+            [] => "none: resize all memory, by `vm.resize`".to_owned(),
+            _ => names.join(", "),
+        };
+        let detail = format!("there is no memory zone `{}`; the VM has {has}", wanted.id);
+        refused("no-such-zone", detail)
+    }
+
+    fn plan_zone_of(
+        &self,
+        zone: &MemoryZone<'_>,
+        desired: u64,
+    ) -> Result<Option<MemoryPlan>, RequestError> {
+        let (boot, room) = (zone.size, zone.hotplug_region());
         let dimms = self.dimms();
         // Through ACPI, what the guest has may differ from what it should have.
-        let is_open = dimms.is_some_and(|dimms| dimms.plugged_len() != self.hotplugged());
-        if desired == boot.saturating_add(memory.hotplugged()) && !is_open {
+        let is_open = dimms.is_some_and(|dimms| Some(dimms.plugged_len()) != self.hotplugged(zone));
+        if desired == boot.saturating_add(zone.hotplugged()) && !is_open {
             return Ok(None);
         }
         if room == 0 {
-            let detail = match memory.hotplug_size {
-                Some(size) => format!(
-                    "the VM's memory cannot grow: its `hotplug_size` ({size}) is less than one unit, {}",
-                    memory.hotplug_unit()
-                ),
-                None => "the VM's memory cannot grow: create the VM with `hotplug_size`".to_owned(),
+            let whose = match zone.is_listed {
+                true => format!("memory zone `{}`", zone.id),
+                false => "VM's memory".to_owned(),
             };
-            let code = "unsupported-resize";
-            return Err(RequestError::new(Category::Unsupported, code, detail));
+            return unsupported(match zone.hotplug_size {
+                Some(size) => format!(
+                    "the {whose} cannot grow: its `hotplug_size` ({size}) is less than one unit, {}",
+                    zone.hotplug_unit()
+                ),
+                None => format!("the {whose} cannot grow: create the VM with `hotplug_size`"),
+            });
         }
         let Some(hotplugged) = desired.checked_sub(boot) else {
             let detail = format!(
@@ -64,7 +121,7 @@ impl Driver {
             );
             return refused("memory-too-large", detail);
         }
-        let unit = memory.hotplug_unit();
+        let unit = zone.hotplug_unit();
         if !hotplugged.is_multiple_of(unit) {
             let detail = format!(
                 "`desired_ram` ({desired}) must be `size` ({boot}) and a multiple of {unit}, the size of \
@@ -72,7 +129,7 @@ impl Driver {
             );
             return refused("memory-unaligned", detail);
         }
-        self.check_no_resize(MEMORY)?;
+        self.check_no_resize(resized(zone))?;
         let added = match dimms {
             Some(dimms) => hotplugged.saturating_sub(dimms.plugged_len()),
             None => 0,
@@ -87,23 +144,29 @@ impl Driver {
             };
             return refused(code, error.to_string());
         }
-        Ok(Some(MemoryPlan { hotplugged, added }))
+        Ok(Some(MemoryPlan {
+            zone: zone.id.to_owned(),
+            hotplugged,
+            added,
+        }))
     }
 
     /// Has the guest use so many bytes of hotplugged memory. What the host adds is there by now.
-    pub(super) fn resize_memory(&mut self, plan: MemoryPlan) {
-        let before = self.memory_size();
-        self.set_hotplugged(plan.hotplugged);
-        let to = self.config.memory.size.saturating_add(plan.hotplugged);
-        let (Some(before), Stage::On(active)) = (before, &self.stage) else {
+    pub(super) fn resize_memory(&mut self, plan: &MemoryPlan) {
+        self.set_hotplugged(&plan.zone, plan.hotplugged);
+        let config = Arc::clone(&self.config);
+        let Some(zone) = config.memory.zone(&plan.zone) else {
+            return;
+        };
+        let to = zone.size.saturating_add(plan.hotplugged);
+        let (Some(before), Stage::On(active)) = (self.memory_size(&zone), &self.stage) else {
             return;
         };
         if let Some(dimms) = active.dimms() {
             let plugged = dimms.plugged_len();
             if plan.hotplugged < plugged {
                 // As in Cloud Hypervisor: the next boot has less.
-                let boot = self.config.memory.size;
-                let stays = boot.saturating_add(plugged);
+                let stays = zone.size.saturating_add(plugged);
                 let detail = format!(
                     "memory: {stays} to {to}, stays at {stays}: what was added with `Acpi` stays until \
                      the VM is rebooted"
@@ -114,10 +177,10 @@ impl Driver {
             if plan.added == 0 {
                 active.offer_memory_again();
             }
-        } else if let Some(handle) = active.devices().memory() {
+        } else if let Some(handle) = zone.device().and_then(|id| active.devices().memory(id)) {
             handle.resize(plan.hotplugged);
         }
-        self.begin_resize(MEMORY, before, to);
+        self.begin_resize(resized(&zone), before, to);
         // The guest may have that already: it has not followed an earlier request, or it was faster
         // than this thread.
         self.memory_changed();
@@ -130,8 +193,11 @@ impl Driver {
         };
         let refusals = active.take_memory_refusals();
         let is_over = active.dimms().is_some_and(|dimms| !dimms.is_open());
-        if let Some(size) = self.memory_size() {
-            self.resize_progressed(MEMORY, size);
+        let config = Arc::clone(&self.config);
+        for zone in config.memory.all_zones() {
+            if let Some(size) = self.memory_size(&zone) {
+                self.resize_progressed(resized(&zone), size);
+            }
         }
         for refusal in refusals {
             let why = describe(refusal);
@@ -145,14 +211,19 @@ impl Driver {
 
     /// The guest did not complete a resize. With virtio-mem, what it has is what it should have.
     /// Memory that was added through ACPI stays: the guest may take it late.
-    pub(super) fn withdraw_memory(&mut self) {
+    pub(super) fn withdraw_memory(&mut self, what: &Resized) {
+        let config = Arc::clone(&self.config);
+        let mut zones = config.memory.all_zones().into_iter();
+        let Some(zone) = zones.find(|zone| resized(zone) == *what) else {
+            return;
+        };
         let Stage::On(active) = &self.stage else {
             return;
         };
-        if let Some(handle) = active.devices().memory() {
+        if let Some(handle) = zone.device().and_then(|id| active.devices().memory(id)) {
             let plugged = handle.plugged().load(Ordering::Acquire);
             handle.resize(plugged);
-            self.set_hotplugged(plugged);
+            self.set_hotplugged(zone.id, plugged);
         }
     }
 
@@ -162,9 +233,12 @@ impl Driver {
             return;
         };
         let (is_open, plugged) = (dimms.is_open(), dimms.plugged_len());
-        let to = self.config.memory.size.saturating_add(plugged);
-        if let Some(before) = self.memory_size().filter(|_| is_open) {
-            self.begin_resize(MEMORY, before, to);
+        let config = Arc::clone(&self.config);
+        for zone in config.memory.all_zones() {
+            let to = zone.size.saturating_add(plugged);
+            if let Some(before) = self.memory_size(&zone).filter(|_| is_open) {
+                self.begin_resize(resized(&zone), before, to);
+            }
         }
     }
 
@@ -176,34 +250,36 @@ impl Driver {
         }
     }
 
-    /// Bytes of hotplugged memory that the guest has.
-    fn hotplugged(&self) -> u64 {
-        let Stage::On(active) = &self.stage else {
-            return 0;
-        };
-        let hotplugged = active.hotplugged();
-        hotplugged.map_or(0, |bytes| bytes.load(Ordering::Acquire))
-    }
-
     /// Bytes of memory that the guest has or should have, whichever is more.
     pub(super) fn all_memory(&self) -> u64 {
-        let memory = &self.config.memory;
-        let hotplugged = memory.hotplugged().max(self.hotplugged());
-        memory.size.saturating_add(hotplugged)
+        let zones = self.config.memory.all_zones().into_iter();
+        let all = zones.map(|zone| {
+            let hotplugged = self.hotplugged(&zone).unwrap_or(0);
+            zone.size.saturating_add(hotplugged.max(zone.hotplugged()))
+        });
+        all.fold(0, u64::saturating_add)
     }
 
-    /// Bytes of memory that the guest has, if it can change them.
-    fn memory_size(&self) -> Option<u64> {
+    /// Bytes of hotplugged memory of a zone that the guest has, if it can change them.
+    fn hotplugged(&self, zone: &MemoryZone<'_>) -> Option<u64> {
         let Stage::On(active) = &self.stage else {
             return None;
         };
-        active.hotplugged()?;
-        Some(self.config.memory.size.saturating_add(self.hotplugged()))
+        let handle = zone.device().and_then(|id| active.devices().memory(id));
+        let plugged = handle.map(|handle| handle.plugged());
+        let dimms = active.dimms().map(DimmBlock::accepted);
+        let bytes: &Arc<AtomicU64> = plugged.or(dimms)?;
+        Some(bytes.load(Ordering::Acquire))
     }
 
-    fn set_hotplugged(&mut self, hotplugged: u64) {
+    /// Bytes of a memory zone that the guest has, if it can change them.
+    fn memory_size(&self, zone: &MemoryZone<'_>) -> Option<u64> {
+        Some(zone.size.saturating_add(self.hotplugged(zone)?))
+    }
+
+    fn set_hotplugged(&mut self, zone: &str, hotplugged: u64) {
         let mut config = VmConfig::clone(&self.config);
-        config.memory.hotplugged_size = (hotplugged > 0).then_some(hotplugged);
+        config.memory.set_hotplugged(zone, hotplugged);
         self.set_config(Arc::new(config));
     }
 

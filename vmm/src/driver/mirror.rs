@@ -141,7 +141,8 @@ impl Driver {
             | Request::MemoryMap
             | Request::Cpu
             | Request::AddDevice(_)
-            | Request::Resize(_) => return None,
+            | Request::Resize(_)
+            | Request::ResizeZone(_) => return None,
         };
         let mirror = self.mirrors.0.get(disk)?;
         Some(mirroring(disk, mirror))

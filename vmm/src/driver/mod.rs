@@ -226,6 +226,10 @@ impl Driver {
                 let sizes = sizes.clone();
                 return self.resize(ask, &sizes);
             }
+            Request::ResizeZone(zone) => {
+                let zone = zone.clone();
+                return self.resize_zone(ask, &zone);
+            }
             Request::Resume
             | Request::PowerButton
             | Request::Nmi
@@ -289,7 +293,8 @@ impl Driver {
             | Request::Delete
             | Request::AddDevice(_)
             | Request::RemoveDevice(_)
-            | Request::Resize(_) => return Err(internal("the driver has no such operation")),
+            | Request::Resize(_)
+            | Request::ResizeZone(_) => return Err(internal("the driver has no such operation")),
         }
         Ok(Reply::Done)
     }
@@ -352,7 +357,7 @@ impl Driver {
             }
             status.devices.clear();
             status.balloon = None;
-            status.hotplugged = None;
+            status.hotplugged = Vec::new();
             status.vcpus = None;
             status.by_guest = !matches!(by, End::Requested);
             status.failure = match by {

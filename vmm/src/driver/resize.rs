@@ -6,15 +6,17 @@
 //!                       └── it refuses, or the deadline passes ──► event `resize-failed`
 //! ```
 //!
-//! One resize of each resource can be pending; another is refused with `resize-pending`. A guest may
+//! One resize of each resource, and of each memory zone, can be pending; another is refused with
+//! `resize-pending`. A guest may
 //! answer late, in part or never, so a pending resize always ends by its deadline, and what the guest
 //! did by then stays done.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::time::{Duration, Instant};
 
 use control::{Ask, Category, Reply, RequestError};
-use spec::{PendingResize, ResizeResource, VmConfig, VmResize};
+use spec::{PendingResize, ResizeResource, VmConfig, VmResize, VmResizeZone};
 
 use super::memory::MemoryPlan;
 use super::{Driver, Stage, internal};
@@ -30,9 +32,33 @@ struct Plan {
     balloon: Option<u64>,
 }
 
+/// A resource that a guest has more or less of: one of those of the machine, or a memory zone.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Resized {
+    pub(super) resource: ResizeResource,
+    /// The name of the zone, if the memory has zones.
+    pub(super) zone: Option<String>,
+}
+
+impl From<ResizeResource> for Resized {
+    fn from(resource: ResizeResource) -> Self {
+        let zone = None;
+        Self { resource, zone }
+    }
+}
+
+impl fmt::Display for Resized {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.zone {
+            None => self.resource.fmt(f),
+            Some(zone) => write!(f, "{} zone `{zone}`", self.resource),
+        }
+    }
+}
+
 /// The resizes that are pending, at most one of each resource.
 #[derive(Default)]
-pub(super) struct Resizes(BTreeMap<ResizeResource, Pending>);
+pub(super) struct Resizes(BTreeMap<Resized, Pending>);
 
 struct Pending {
     shown: PendingResize,
@@ -48,18 +74,22 @@ impl Resizes {
     }
 
     fn shown(&self) -> Vec<PendingResize> {
-        self.0.values().map(|pending| pending.shown).collect()
+        self.0
+            .values()
+            .map(|pending| pending.shown.clone())
+            .collect()
     }
 }
 
 impl Driver {
     /// Whether a resize of the resource is pending.
-    pub(super) fn is_pending(&self, resource: ResizeResource) -> bool {
-        self.resizes.0.contains_key(&resource)
+    pub(super) fn is_pending(&self, resource: impl Into<Resized>) -> bool {
+        self.resizes.0.contains_key(&resource.into())
     }
 
     /// Fails with `resize-pending` if an earlier resize of the resource is not over.
-    pub(super) fn check_no_resize(&self, resource: ResizeResource) -> Result<(), RequestError> {
+    pub(super) fn check_no_resize(&self, resource: impl Into<Resized>) -> Result<(), RequestError> {
+        let resource = resource.into();
         let Some(pending) = self.resizes.0.get(&resource) else {
             return Ok(());
         };
@@ -79,10 +109,13 @@ impl Driver {
 
     /// The guest was asked to change the resource. The caller reports its progress with
     /// [`Driver::resize_progressed`].
-    pub(super) fn begin_resize(&mut self, resource: ResizeResource, from: u64, to: u64) {
+    pub(super) fn begin_resize(&mut self, resource: impl Into<Resized>, from: u64, to: u64) {
+        let resource = resource.into();
+        let detail = format!("{resource}: {from} to {to}");
         let pending = Pending {
             shown: PendingResize {
-                resource,
+                resource: resource.resource,
+                zone: resource.zone.clone(),
                 from,
                 to,
                 actual: from,
@@ -91,19 +124,19 @@ impl Driver {
             refusal: None,
         };
         self.resizes.0.insert(resource, pending);
-        let detail = format!("{resource}: {from} to {to}");
         self.publisher.record("resize-requested", Some(detail));
         self.show_resizes();
     }
 
     /// The guest has this much of the resource now. Ends the pending resize if that is what was
     /// requested.
-    pub(super) fn resize_progressed(&mut self, resource: ResizeResource, actual: u64) {
+    pub(super) fn resize_progressed(&mut self, resource: impl Into<Resized>, actual: u64) {
+        let resource = resource.into();
         let Some(pending) = self.resizes.0.get_mut(&resource) else {
             return;
         };
         pending.shown.actual = actual;
-        let PendingResize { from, to, .. } = pending.shown;
+        let (from, to) = (pending.shown.from, pending.shown.to);
         if actual == to {
             self.resizes.0.remove(&resource);
             let detail = format!("{resource}: {from} to {to}");
@@ -113,15 +146,16 @@ impl Driver {
     }
 
     /// The guest refused a part of the pending resize, if there is one. It may still do the rest.
-    pub(super) fn resize_refused(&mut self, resource: ResizeResource, why: &str) {
-        if let Some(pending) = self.resizes.0.get_mut(&resource) {
+    pub(super) fn resize_refused(&mut self, resource: impl Into<Resized>, why: &str) {
+        if let Some(pending) = self.resizes.0.get_mut(&resource.into()) {
             pending.refusal.get_or_insert_with(|| why.to_owned());
         }
     }
 
     /// The guest will not do the rest: ends the pending resize, if there is one. A refusal of the guest
     /// is a better reason than `why`.
-    pub(super) fn resize_failed(&mut self, resource: ResizeResource, why: &str) {
+    pub(super) fn resize_failed(&mut self, resource: impl Into<Resized>, why: &str) {
+        let resource = resource.into();
         let Some(pending) = self.resizes.0.remove(&resource) else {
             return;
         };
@@ -147,17 +181,17 @@ impl Driver {
         let late = self.resizes.0.iter();
         let late: Vec<_> = late
             .filter(|(_, pending)| pending.deadline <= now)
-            .map(|(resource, _)| *resource)
+            .map(|(resource, _)| resource.clone())
             .collect();
         for resource in late {
             let why = format!(
                 "the guest did not complete it within {} s",
                 RESIZE_PATIENCE.as_secs()
             );
-            self.resize_failed(resource, &why);
-            match resource {
+            self.resize_failed(resource.clone(), &why);
+            match resource.resource {
                 ResizeResource::Vcpus => self.withdraw_vcpus(),
-                ResizeResource::Memory => self.withdraw_memory(),
+                ResizeResource::Memory => self.withdraw_memory(&resource),
             }
         }
     }
@@ -183,13 +217,29 @@ impl Driver {
     /// Changes sizes of the VM, and answers. All are checked before any is changed, and what the host
     /// may lack (vCPUs, memory) comes before what cannot fail.
     pub(super) fn resize(&mut self, ask: Ask, sizes: &VmResize) {
-        let plan = match self.plan(sizes) {
-            Ok(plan) => plan,
-            Err(refused) => return ask.answer(Err(refused)),
+        match self.plan(sizes) {
+            Ok(plan) => self.carry_out(ask, plan),
+            Err(refused) => ask.answer(Err(refused)),
+        }
+    }
+
+    /// Changes the size of a memory zone, and answers.
+    pub(super) fn resize_zone(&mut self, ask: Ask, zone: &VmResizeZone) {
+        let plan = |memory| Plan {
+            vcpus: None,
+            memory,
+            balloon: None,
         };
+        match self.plan_zone(zone).map(plan) {
+            Ok(plan) => self.carry_out(ask, plan),
+            Err(refused) => ask.answer(Err(refused)),
+        }
+    }
+
+    fn carry_out(&mut self, ask: Ask, plan: Plan) {
         let present = self.present_vcpus();
         let more = plan.vcpus.filter(|wanted| Some(*wanted) > present);
-        let added = plan.memory.map_or(0, |plan| plan.added);
+        let added = plan.memory.as_ref().map_or(0, |plan| plan.added);
         if present.is_none() || (more.is_none() && added == 0) {
             self.resize_planned(&plan, present);
             return ask.answer(Ok(Reply::Done));
@@ -226,7 +276,7 @@ impl Driver {
         if let Some(vcpus) = plan.vcpus {
             self.resize_vcpus(present, vcpus);
         }
-        if let Some(memory) = plan.memory {
+        if let Some(memory) = &plan.memory {
             self.resize_memory(memory);
         }
         if let Some(balloon) = plan.balloon {

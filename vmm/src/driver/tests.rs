@@ -184,7 +184,7 @@ async fn resize_ends_when_the_guest_has_done_it() {
     let vcpus = ResizeResource::Vcpus;
     lab.driver(move |driver| driver.begin_resize(vcpus, 4, 2));
     lab.driver(move |driver| driver.resize_progressed(vcpus, 3));
-    let [pending] = lab.vms[0].info().pending_resizes[..] else {
+    let [pending] = &lab.vms[0].info().pending_resizes[..] else {
         panic!("one resize is pending");
     };
     assert_eq!((pending.from, pending.to, pending.actual), (4, 2, 3));

@@ -40,7 +40,9 @@ impl Dimms {
         ram: &GuestRam,
         reporter: &Reporter,
     ) -> Result<Option<Self>, BuildError> {
-        let room = layout.hotplug.zip(ram.hotplug());
+        // Zones that are listed grow by virtio-mem only: there is no other zone than this one.
+        let place = layout.zones.first().and_then(|zone| zone.hotplug);
+        let room = place.zip(ram.hotplug(0));
         let Some((region, ram)) = room.filter(|_| config.has_dimms()) else {
             return Ok(None);
         };

@@ -21,7 +21,7 @@ pub(crate) struct FirmwareClocks {
 impl FirmwareClocks {
     /// Makes the clocks and maps their ports.
     pub(super) fn map(tx: &mut Transaction<'_>, layout: &Layout) -> Result<Self, BuildError> {
-        let high = layout.ram.iter().skip(1);
+        let high = layout.ram().into_iter().skip(1);
         let high = high.filter_map(|range| range.len()).sum();
         let utc = || {
             SystemTime::now()

@@ -166,7 +166,7 @@ impl Built {
                 .map_err(|lacking| BuildError::lacking("hyperv-unavailable", &lacking))?;
         }
         let bits = cpu::phys_bits(&model.cpuid, config.cpus.max_phys_bits);
-        let layout = Layout::new(config.memory.size, config.memory.hotplug_region(), bits)?;
+        let layout = Layout::new(&ram::zone_sizes(&config.memory), bits)?;
         let layout = layout.with_segments(&config.pci_segment_weights())?;
         let vm = host.vms.take()?;
         let mut topology = Topology::new();
@@ -223,13 +223,18 @@ impl Built {
                 output,
                 on_room: Box::new(move || to.report(GuestEvent::Room(Port::Console))),
             });
-            let region = layout.hotplug.zip(ram.hotplug());
-            let to = reporter.clone();
-            let memory = region.map(|(range, ram)| MemoryEnd {
-                ram: Arc::clone(ram),
-                addr: range.first(),
-                on_change: Box::new(move || to.report(GuestEvent::MemoryChanged)),
+            let zones = layout.zones.iter().enumerate();
+            let memory = zones.filter_map(|(zone, place)| {
+                let (range, block) = place.hotplug.zip(ram.hotplug(zone))?;
+                let to = reporter.clone();
+                Some(MemoryEnd {
+                    zone,
+                    ram: Arc::clone(block),
+                    addr: range.first(),
+                    on_change: Box::new(move || to.report(GuestEvent::MemoryChanged)),
+                })
             });
+            let memory = memory.collect();
             let to = reporter.clone();
             let on_watchdog = Box::new(move || to.report(GuestEvent::Watchdog));
             let ends = DeviceEnds {
@@ -536,10 +541,12 @@ impl Active {
         self.parts.tpm.clone()
     }
 
-    /// Bytes that the guest has of the memory that was added, as they come and go.
-    pub(crate) fn hotplugged(&self) -> Option<Arc<AtomicU64>> {
+    /// Bytes that the guest has of the memory that was added, as they come and go: a counter for each
+    /// zone that can grow.
+    pub(crate) fn hotplugged(&self) -> Vec<Arc<AtomicU64>> {
         let dimms = self.dimms().map(|dimms| Arc::clone(dimms.accepted()));
-        dimms.or_else(|| self.parts.devices.hotplugged())
+        let devices = self.parts.devices.hotplugged();
+        dimms.into_iter().chain(devices).collect()
     }
 
     /// The devices on the PCI bus.

@@ -1,39 +1,72 @@
 //! The guest's RAM: allocating it, and its place in the memory map.
 //!
-//! A VM whose memory can grow has a second RAM block, as large as what can be added, of which only
-//! the plugged parts take memory of the host.
+//! Each zone of a VM's memory has a RAM block. A zone that can grow has a second one, as large as what
+//! can be added, of which only the plugged parts take memory of the host. Memory that is configured
+//! without zones is one zone, whose blocks have the names that they had before there were zones.
 
 use std::fs::File;
 use std::sync::Arc;
 
-use memory::{LostWatch, Pages, RamBlock, RamConfig, RamSlice, SpaceKind, Transaction};
+use memory::{Label, LostWatch, Pages, RamBlock, RamConfig, RamSlice, SpaceKind, Transaction};
 use migration::Block;
-use spec::{MemoryConfig, VmConfig};
+use spec::{MemoryConfig, MemoryZone, VmConfig};
 
-use crate::arch::x86_64::layout::Layout;
+use crate::arch::x86_64::layout::{self, Layout, ZoneSize};
 use crate::devices::{MachineOrigin, MemoryOrigin};
 use crate::failure::BuildError;
 use crate::guest_event::{GuestEvent, Reporter};
 
-/// The name of the block that the guest boots with.
-const BOOT: &str = "ram";
-/// The name of the block of hotplugged memory.
-const HOTPLUG: &str = "hotplug";
+/// A RAM block of a VM. Both sides of a migration derive the list from the configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct BlockPlan {
+    pub(crate) name: String,
+    pub(crate) size: u64,
+    /// Index of the zone.
+    zone: usize,
+    /// The block has the memory that is added to the zone, not that which the guest boots with.
+    is_hotplug: bool,
+}
 
-/// Names and sizes of the RAM blocks of a VM, in the order of [`GuestRam::blocks`].
-pub(crate) fn sizes(memory: &MemoryConfig) -> Vec<(&'static str, u64)> {
-    let mut sizes = vec![(BOOT, memory.size)];
-    if memory.hotplug_region() > 0 {
-        sizes.push((HOTPLUG, memory.hotplug_region()));
+/// Returns the RAM blocks of a VM, in their order.
+pub(crate) fn plan(memory: &MemoryConfig) -> Vec<BlockPlan> {
+    let mut blocks = Vec::new();
+    for (index, zone) in memory.all_zones().iter().enumerate() {
+        // No zone's name contains a slash: `a/hotplug` cannot be another zone.
+        let names = match zone.is_listed {
+            true => [format!("ram/{}", zone.id), format!("hotplug/{}", zone.id)],
+            false => ["ram".to_owned(), "hotplug".to_owned()],
+        };
+        let sizes = [(zone.size, false), (zone.hotplug_region(), true)];
+        for (name, (size, is_hotplug)) in names.into_iter().zip(sizes) {
+            if size > 0 || !is_hotplug {
+                blocks.push(BlockPlan {
+                    name,
+                    size,
+                    zone: index,
+                    is_hotplug,
+                });
+            }
+        }
     }
-    sizes
+    blocks
+}
+
+/// Returns the sizes of the zones for the layout.
+pub(super) fn zone_sizes(memory: &MemoryConfig) -> Vec<ZoneSize> {
+    let zones = memory.all_zones().into_iter();
+    let size = |zone: MemoryZone<'_>| ZoneSize {
+        boot: zone.size,
+        room: zone.hotplug_region(),
+    };
+    zones.map(size).collect()
 }
 
 /// The RAM blocks of a guest.
 #[derive(Clone, Debug)]
 pub(crate) struct GuestRam {
-    boot: Arc<RamBlock>,
-    hotplug: Option<Arc<RamBlock>>,
+    /// The block that begins at guest address 0: the first of all.
+    first: Arc<RamBlock>,
+    blocks: Vec<(BlockPlan, Arc<RamBlock>)>,
 }
 
 impl GuestRam {
@@ -43,45 +76,54 @@ impl GuestRam {
         origin: &MachineOrigin,
         reporter: &Reporter,
     ) -> Result<(Self, Vec<LostWatch>), BuildError> {
+        let zones = config.memory.all_zones();
         let (mut blocks, mut watches, mut offset) = (Vec::new(), Vec::new(), 0);
-        for (index, (name, size)) in sizes(&config.memory).into_iter().enumerate() {
-            let wanted = ram_config(&config.memory, size, name == HOTPLUG);
-            let ram = Arc::new(new_block(&wanted, &origin.memory, index, offset)?);
+        for (index, plan) in plan(&config.memory).into_iter().enumerate() {
+            let Some(zone) = zones.get(plan.zone) else {
+                continue;
+            };
+            let wanted = ram_config(zone, &plan);
+            let made = new_block(&wanted, &origin.memory, index, offset);
+            let ram = Arc::new(made.map_err(|error| of_zone(zone, error))?);
             let to = reporter.clone();
             watches.push(ram.on_lost(move |offset| to.report(GuestEvent::MemoryLost(offset))));
-            blocks.push(ram);
-            offset += size;
+            offset += plan.size;
+            blocks.push((plan, ram));
         }
-        let mut blocks = blocks.into_iter();
-        let boot = blocks.next().ok_or_else(|| {
+        let first = blocks.first().map(|(_, ram)| Arc::clone(ram));
+        let first = first.ok_or_else(|| {
             BuildError::host("allocate memory")(std::io::ErrorKind::InvalidInput.into())
         })?;
-        let hotplug = blocks.next();
-        Ok((Self { boot, hotplug }, watches))
+        Ok((Self { first, blocks }, watches))
     }
 
     /// The block that begins at guest address 0.
     pub(crate) fn boot(&self) -> &RamBlock {
-        &self.boot
+        &self.first
     }
 
-    /// The block of hotplugged memory, if the VM's memory can grow.
-    pub(crate) fn hotplug(&self) -> Option<&Arc<RamBlock>> {
-        self.hotplug.as_ref()
+    /// The block of the memory that is added to the zone of this index, if it can grow.
+    pub(crate) fn hotplug(&self, zone: usize) -> Option<&Arc<RamBlock>> {
+        self.of_zone(zone, true)
+    }
+
+    fn of_zone(&self, zone: usize, is_hotplug: bool) -> Option<&Arc<RamBlock>> {
+        let wanted = |plan: &BlockPlan| (plan.zone, plan.is_hotplug) == (zone, is_hotplug);
+        let mut blocks = self.blocks.iter();
+        blocks.find_map(|(plan, ram)| wanted(plan).then_some(ram))
     }
 
     fn all(&self) -> impl Iterator<Item = &Arc<RamBlock>> {
-        std::iter::once(&self.boot).chain(&self.hotplug)
+        self.blocks.iter().map(|(_, ram)| ram)
     }
 
     /// All blocks, with their names.
     pub(crate) fn blocks(&self) -> Vec<Block> {
-        let named = [BOOT, HOTPLUG].into_iter().zip(self.all());
-        let block = |(name, ram): (&str, &Arc<RamBlock>)| Block {
-            name: name.to_owned(),
+        let block = |(plan, ram): &(BlockPlan, Arc<RamBlock>)| Block {
+            name: plan.name.clone(),
             ram: Arc::clone(ram),
         };
-        named.map(block).collect()
+        self.blocks.iter().map(block).collect()
     }
 
     /// Returns how many bytes the guest has.
@@ -123,23 +165,53 @@ impl GuestRam {
         config: &MemoryConfig,
         layout: &Layout,
     ) -> Result<(), BuildError> {
-        let mut offset = 0;
-        for (range, name) in layout.ram.iter().zip(["ram below 4G", "ram above 4G"]) {
-            let size = range.len().unwrap_or(0);
-            let block = Arc::clone(&self.boot);
-            let region = tx.ram(name, RamSlice { block, offset }, size)?;
-            tx.map(SpaceKind::Memory, range.first(), region, 0)?;
-            offset += size;
-        }
-        if let (Some(range), Some(block)) = (layout.hotplug, &self.hotplug)
-            && config.has_virtio_mem()
-        {
-            let (block, offset) = (Arc::clone(block), 0);
-            let size = range.len().unwrap_or(0);
-            let region = tx.ram("hotplugged ram", RamSlice { block, offset }, size)?;
-            tx.map(SpaceKind::Memory, range.first(), region, 0)?;
+        let zones = config.all_zones();
+        for (index, (zone, place)) in zones.iter().zip(&layout.zones).enumerate() {
+            let Some(boot) = self.of_zone(index, false) else {
+                continue;
+            };
+            let mut offset = 0;
+            for range in &place.ram {
+                let name = match range.first() < layout::LOW_RAM_END {
+                    true => "ram below 4G",
+                    false => "ram above 4G",
+                };
+                let size = range.len().unwrap_or(0);
+                let block = Arc::clone(boot);
+                let region = tx.ram(label(zone, name), RamSlice { block, offset }, size)?;
+                tx.map(SpaceKind::Memory, range.first(), region, 0)?;
+                offset += size;
+            }
+            if let (Some(range), Some(block)) = (place.hotplug, self.hotplug(index))
+                && zone.has_virtio_mem()
+            {
+                let (block, offset) = (Arc::clone(block), 0);
+                let size = range.len().unwrap_or(0);
+                let name = label(zone, "hotplugged ram");
+                let region = tx.ram(name, RamSlice { block, offset }, size)?;
+                tx.map(SpaceKind::Memory, range.first(), region, 0)?;
+            }
         }
         Ok(())
+    }
+}
+
+/// The label of a region, which names its zone if there are several.
+fn label(zone: &MemoryZone<'_>, name: &str) -> Label {
+    match zone.is_listed {
+        true => Label::from((name, zone.id)),
+        false => Label::from(name),
+    }
+}
+
+/// Names the zone in the error of its block.
+fn of_zone(zone: &MemoryZone<'_>, error: BuildError) -> BuildError {
+    match error {
+        BuildError::Ram(source) if zone.is_listed => BuildError::Zone {
+            zone: zone.id.to_owned(),
+            source,
+        },
+        error => error,
     }
 }
 
@@ -177,16 +249,17 @@ fn new_block(
     })
 }
 
-fn ram_config(memory: &MemoryConfig, size: u64, hotplug: bool) -> RamConfig {
+fn ram_config(zone: &MemoryZone<'_>, plan: &BlockPlan) -> RamConfig {
     RamConfig {
-        size,
-        shared: memory.shared,
-        hugepage_size: memory.hugepages.then(|| memory.page_size()),
-        prefault: memory.prefault,
-        mergeable: memory.mergeable,
-        thp: memory.thp,
-        reserve: memory.reserve,
-        hotplug,
-        guest_plugs: hotplug && memory.has_virtio_mem(),
+        size: plan.size,
+        shared: zone.shared,
+        hugepage_size: zone.hugepages.then(|| zone.page_size()),
+        prefault: zone.prefault,
+        mergeable: zone.mergeable,
+        thp: zone.thp,
+        reserve: zone.reserve,
+        hotplug: plan.is_hotplug,
+        guest_plugs: plan.is_hotplug && zone.has_virtio_mem(),
+        host_node: zone.host_node,
     }
 }

@@ -275,7 +275,7 @@ impl Host for DestinationHost {
         };
         if let GuestOrigin::Snapshot { prefault } = self.origin {
             // For this machine only: the next one, after a reboot, is as configured.
-            resolved.memory.prefault = prefault;
+            resolved.memory.set_prefault(prefault);
         }
         let built = self.build(vm.clone(), parts, &resolved, &origin, images);
         let mut target = built.map_err(give_up)?;

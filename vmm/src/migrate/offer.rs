@@ -21,7 +21,8 @@ use super::trust::Allowed;
 use super::{MachineOffer, OFFER_VERSION, cpuid};
 use crate::arch::x86_64::cpu_model::CpuModel;
 use crate::devices::slots;
-use crate::machine::{Host, ram};
+use crate::machine::Host;
+use crate::machine::ram::{self, BlockPlan};
 use crate::{failure, paths};
 
 /// An offer of which nothing is left to be refused but by the host itself.
@@ -118,9 +119,9 @@ fn drop_unused_room(offer: &Offer, memory: &mut MemoryConfig) {
 
 /// Checks that the offered blocks of memory are those of the configuration.
 fn check_memory(offer: &Offer, config: &VmConfig) -> Result<(), String> {
-    let wanted = ram::sizes(&config.memory);
-    let is_it = |(block, (name, size)): (&BlockInfo, &(&str, u64))| {
-        (block.name.as_str(), block.size) == (*name, *size)
+    let wanted = ram::plan(&config.memory);
+    let is_it = |(block, plan): (&BlockInfo, &BlockPlan)| {
+        (&block.name, block.size) == (&plan.name, plan.size)
     };
     if offer.blocks.len() == wanted.len() && offer.blocks.iter().zip(&wanted).all(is_it) {
         return Ok(());
@@ -138,7 +139,7 @@ fn check_memory(offer: &Offer, config: &VmConfig) -> Result<(), String> {
     Err(format!(
         "the offered memory ({}) does not match the configuration ({})",
         list(offered),
-        list(&mut wanted.iter().copied())
+        list(&mut wanted.iter().map(|plan| (plan.name.as_str(), plan.size)))
     ))
 }
 
@@ -188,9 +189,6 @@ fn payload_is_there(config: &VmConfig) -> Result<(), Refusal> {
 
 /// The host has room for the guest's memory. Huge pages are reserved when the machine is made.
 fn memory_is_there(config: &VmConfig) -> Result<(), Refusal> {
-    if config.memory.hugepages {
-        return Ok(());
-    }
     let told = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     // KiB.
     let field = |name: &str| -> Option<u64> {
@@ -202,10 +200,11 @@ fn memory_is_there(config: &VmConfig) -> Result<(), Refusal> {
         return Ok(());
     };
     let available = available.saturating_add(field("SwapFree:").unwrap_or(0)) << 10;
-    let needed = config
-        .memory
-        .size
-        .saturating_add(config.memory.hotplugged());
+    let zones = config.memory.all_zones().into_iter();
+    let needed = zones
+        .filter(|zone| !zone.hugepages)
+        .map(|zone| zone.size.saturating_add(zone.hotplugged()))
+        .fold(0, u64::saturating_add);
     if needed > available {
         let detail = format!(
             "the guest has {} MiB of memory, and the destination has {} MiB available",

@@ -255,6 +255,8 @@ const PROCESS: &[i64] = &[
     libc::SYS_uname,
     libc::SYS_io_uring_register,
     libc::SYS_io_uring_setup,
+    // Memory from one NUMA node of the host.
+    libc::SYS_mbind,
     libc::SYS_memfd_create,
     libc::SYS_mincore,
     libc::SYS_msync,

@@ -3,6 +3,7 @@
 
 mod cpus;
 mod dimms;
+mod numa;
 mod tpm;
 
 use acpi_tables::Aml;
@@ -36,10 +37,17 @@ pub(crate) fn tables(config: &VmConfig, layout: &Layout) -> Vec<u8> {
     let madt = placed.add(&bytes(&cpus::madt(cpus)));
     let mcfg = placed.add(&bytes(&mcfg(layout.segments.len())));
     let tpm = has_tpm.then(|| placed.add(&bytes(&tpm::table())));
+    let numa = match config.numa_nodes() {
+        [] => Vec::new(),
+        _ => [numa::srat(config, layout), numa::slit(config)]
+            .map(|table| placed.add(&bytes(&table)))
+            .to_vec(),
+    };
     let mut xsdt = XSDT::new(OEM, TABLE, 1);
     [fadt, madt, mcfg]
         .into_iter()
         .chain(tpm)
+        .chain(numa)
         .for_each(|table| xsdt.add_entry(table));
     let xsdt = placed.add(&bytes(&xsdt));
     let rsdp = bytes(&Rsdp::new(OEM, xsdt));
@@ -123,11 +131,11 @@ fn dsdt(config: &VmConfig, layout: &Layout) -> Sdt {
     let mut dsdt = Sdt::new(*b"DSDT", 36, 6, OEM, TABLE, 1);
     let parts = [
         power_aml(config.memory.has_dimms()),
-        pci_aml(&layout.segments),
+        pci_aml(config, &layout.segments),
         hotplug_aml(),
         serial_aml(),
         generation_aml(),
-        cpus::aml(&config.cpus),
+        cpus::aml(config),
     ];
     let dimms = config.memory.has_dimms().then(dimms::aml);
     let tpm = config.tpm.as_ref().map(|_| tpm::aml());
@@ -233,10 +241,11 @@ fn power_aml(has_dimms: bool) -> Vec<u8> {
 }
 
 /// The PCI roots, and the ECAM as a reserved resource of the motherboard.
-fn pci_aml(segments: &[Apertures]) -> Vec<u8> {
+fn pci_aml(config: &VmConfig, segments: &[Apertures]) -> Vec<u8> {
     let mut out = Vec::new();
     for (segment, apertures) in (0..).zip(segments) {
-        pci_root_aml(segment, apertures, &mut out);
+        let node = config.node_of_segment(segment);
+        pci_root_aml(segment, node, apertures, &mut out);
     }
     let ecam_len = segments.len() as u32 * devices::pci::ECAM_BUS_LEN as u32;
     Scope::new(
@@ -261,8 +270,8 @@ fn pci_aml(segments: &[Apertures]) -> Vec<u8> {
     out
 }
 
-/// The root of a segment's bus, and its windows.
-fn pci_root_aml(segment: u16, apertures: &Apertures, out: &mut Vec<u8>) {
+/// The root of a segment's bus, its NUMA node, and its windows.
+fn pci_root_aml(segment: u16, node: Option<u32>, apertures: &Apertures, out: &mut Vec<u8>) {
     let Apertures { pci32, pci64 } = apertures;
     let name = match segment {
         0 => "PCI0".to_owned(),
@@ -292,6 +301,7 @@ fn pci_root_aml(segment: u16, apertures: &Apertures, out: &mut Vec<u8>) {
                 &Name::new("_BBN".into(), &ZERO),
                 &Name::new("_UID".into(), &segment),
                 &Name::new("_CCA".into(), &ONE),
+                &numa::pxm(node),
                 &Name::new("_CRS".into(), &ResourceTemplate::new(resources)),
             ],
         )],
@@ -448,7 +458,7 @@ fn generation_aml() -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
-    use spec::{CpusConfig, PayloadConfig, TpmConfig};
+    use spec::{CpusConfig, NumaConfig, PayloadConfig, TpmConfig};
 
     use super::*;
 
@@ -466,10 +476,22 @@ mod tests {
         bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
     }
 
+    fn node(id: u16) -> NumaConfig {
+        NumaConfig {
+            guest_numa_id: id.into(),
+            cpus: None,
+            distances: None,
+            memory_zones: (id == 0).then(|| vec![spec::WHOLE_MEMORY.to_owned()]),
+            pci_segments: Some(vec![id]),
+            device_id: None,
+        }
+    }
+
     #[test]
     fn tables_can_be_found_and_add_up() {
-        for (vcpus, segments) in [(1, 1), (2, 2), (255, 1), (64, 96)] {
-            let layout = Layout::new(8 << 30, 0, 46).unwrap();
+        for (vcpus, segments) in [(1, 1), (2, 2), (255, 1), (64, 96), (255, 64)] {
+            let (boot, room) = (8 << 30, 1 << 30);
+            let layout = Layout::new(&[layout::ZoneSize { boot, room }], 46).unwrap();
             let layout = layout.with_segments(&vec![[1, 1]; segments]).unwrap();
             let mut config = VmConfig::with_payload(PayloadConfig::default());
             config.cpus = CpusConfig::with_vcpus(vcpus);
@@ -477,6 +499,12 @@ mod tests {
             config.tpm = (vcpus == 2).then(|| TpmConfig {
                 socket: "/tpm".to_owned(),
             });
+            if (vcpus, segments) == (255, 64) {
+                // As many nodes as there can be.
+                let mut nodes: Vec<NumaConfig> = (0..64).map(node).collect();
+                nodes[0].cpus = Some((0..255).collect());
+                config.numa = Some(nodes);
+            }
             let all = tables(&config, &layout);
             assert!(
                 all.len() as u64 <= layout::ACPI_END - layout::ACPI,
@@ -497,8 +525,12 @@ mod tests {
                     String::from_utf8_lossy(&table[..4]).into_owned()
                 })
                 .collect();
-            let count = if vcpus == 2 { 4 } else { 3 };
-            assert_eq!(names, ["FACP", "APIC", "MCFG", "TPM2"][..count]);
+            let more: &[&str] = match (vcpus, segments) {
+                (2, _) => &["TPM2"],
+                (_, 64) => &["SRAT", "SLIT"],
+                _ => &[],
+            };
+            assert_eq!(names, [&["FACP", "APIC", "MCFG"], more].concat());
             if vcpus == 2 {
                 let tpm = table(&all, u64_at(&xsdt[60..], 0));
                 // The control area, and the start method of a command response buffer.

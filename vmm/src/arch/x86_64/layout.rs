@@ -10,11 +10,14 @@
 //!   4 GiB      ├─────────────────────────────┤
 //!              │ the rest of RAM             │
 //!              ├─────────────────────────────┤
-//!              │ room for hotplugged memory  │  from the next GiB up
+//!              │ room for hotplugged memory  │  of each zone, from the next GiB up
 //!              ├─────────────────────────────┤
 //!              │ PCI window, 64-bit          │  from the next GiB up, to the last address bit
 //!              └─────────────────────────────┘
 //! ```
+//!
+//! The zones of a VM's memory follow each other without gaps, but for the one below 4 GiB, on both sides
+//! of which a zone may have a part.
 
 use devices::pci::ECAM_BUS_LEN;
 use memory::AddrRange;
@@ -91,13 +94,27 @@ pub(crate) struct Apertures {
     pub(crate) pci64: AddrRange,
 }
 
-/// Addresses of a machine's RAM and PCI windows.
+/// Bytes of a memory zone: those that the guest boots with, and those that can be added.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ZoneSize {
+    pub(crate) boot: u64,
+    pub(crate) room: u64,
+}
+
+/// Addresses of a memory zone.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Layout {
+pub(crate) struct ZonePlace {
     /// RAM, ascending; the block's bytes in order.
     pub(crate) ram: Vec<AddrRange>,
     /// Room for memory that the guest gets later.
     pub(crate) hotplug: Option<AddrRange>,
+}
+
+/// Addresses of a machine's RAM and PCI windows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Layout {
+    /// The zones of memory, at least one, in their order.
+    pub(crate) zones: Vec<ZonePlace>,
     /// The PCI windows, divided among segments: those below 4 GiB, and those above, are contiguous.
     pub(crate) segments: Vec<Apertures>,
 }
@@ -105,7 +122,9 @@ pub(crate) struct Layout {
 /// Memory that cannot be laid out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum LayoutError {
-    #[error("the memory ({0} bytes) is less than a machine needs, {MIN_RAM} bytes")]
+    #[error(
+        "the memory, or its first zone, ({0} bytes) is less than a machine needs, {MIN_RAM} bytes"
+    )]
     TooSmall(u64),
     #[error(
         "the memory ({size} bytes, with what can be added) does not fit the guest's {bits} physical \
@@ -120,34 +139,62 @@ pub(crate) enum LayoutError {
 }
 
 impl Layout {
-    /// Lays out `size` bytes of RAM, and room for `hotplug` more, for CPUs with so many physical
+    /// Lays out memory of these zones, of which there is at least one, for CPUs with so many physical
     /// address bits.
-    pub(crate) fn new(size: u64, hotplug: u64, bits: u8) -> Result<Self, LayoutError> {
+    pub(crate) fn new(sizes: &[ZoneSize], bits: u8) -> Result<Self, LayoutError> {
+        let all = sizes.iter().flat_map(|zone| [zone.boot, zone.room]);
         let too_large = LayoutError::TooLarge {
-            size: size.saturating_add(hotplug),
+            size: all.fold(0, u64::saturating_add),
             bits,
         };
-        if size < MIN_RAM {
-            return Err(LayoutError::TooSmall(size));
+        // The first zone has all that is at fixed addresses below 1 MiB.
+        let first = sizes.first().map_or(0, |zone| zone.boot);
+        if first < MIN_RAM {
+            return Err(LayoutError::TooSmall(first));
         }
-        let low = size.min(LOW_RAM_END);
-        let high = size - low;
-        let end = (4 * GIB).checked_add(high).ok_or(too_large)?;
+        let mut end = 0;
+        let ram = sizes.iter().map(|zone| place(zone.boot, &mut end));
+        let ram: Option<Vec<_>> = ram.collect();
+        let ram = ram.ok_or(too_large)?;
+        let mut end = end.max(4 * GIB);
+        let mut zones = Vec::new();
+        for (zone, ram) in sizes.iter().zip(ram) {
+            let mut hotplug = None;
+            if zone.room > 0 {
+                // Alignment for huge pages of any size, and for the guest's memory sections.
+                let start = end.checked_next_multiple_of(GIB).ok_or(too_large)?;
+                hotplug = AddrRange::new(start, zone.room);
+                end = start.checked_add(zone.room).ok_or(too_large)?;
+            }
+            zones.push(ZonePlace { ram, hotplug });
+        }
         let space_end = 1_u64.checked_shl(bits.into()).ok_or(too_large)?;
-        // Alignment for huge pages of any size, and for the guest's memory sections.
-        let hotplug_start = end.checked_next_multiple_of(GIB).ok_or(too_large)?;
-        let end = hotplug_start.checked_add(hotplug).ok_or(too_large)?;
         let pci64_start = end.checked_next_multiple_of(GIB).ok_or(too_large)?;
         let pci64_end = space_end.checked_sub(1).ok_or(too_large)?;
-        let ram = [AddrRange::new(0, low), AddrRange::new(4 * GIB, high)];
         Ok(Self {
-            ram: ram.into_iter().flatten().collect(),
-            hotplug: AddrRange::new(hotplug_start, hotplug),
+            zones,
             segments: vec![Apertures {
                 pci32: AddrRange::from_bounds(LOW_RAM_END, PCI32_END - 1).ok_or(too_large)?,
                 pci64: AddrRange::from_bounds(pci64_start, pci64_end).ok_or(too_large)?,
             }],
         })
+    }
+
+    /// Returns the RAM of all zones, ascending, in ranges as long as they can be.
+    pub(crate) fn ram(&self) -> Vec<AddrRange> {
+        let mut all: Vec<AddrRange> = Vec::new();
+        for range in self.zones.iter().flat_map(|zone| &zone.ram) {
+            let last = all.last_mut();
+            let before = last.filter(|before| before.last().checked_add(1) == Some(range.first()));
+            match before.and_then(|before| {
+                let joined = AddrRange::from_bounds(before.first(), range.last())?;
+                Some(*before = joined)
+            }) {
+                Some(()) => {}
+                None => all.push(*range),
+            }
+        }
+        all
     }
 
     /// Divides the PCI windows of the only segment among several by their weights, of which each has one
@@ -178,8 +225,24 @@ impl Layout {
 
     /// The end of RAM below 4 GiB.
     pub(crate) fn low_ram_end(&self) -> u64 {
-        self.ram.first().map_or(0, |low| low.last() + 1)
+        self.ram().first().map_or(0, |low| low.last() + 1)
     }
+}
+
+/// Places `size` bytes of RAM at the address `end`, on both sides of the gap below 4 GiB if need be, and
+/// moves `end` behind them. `None` where they exceed the addresses.
+fn place(size: u64, end: &mut u64) -> Option<Vec<AddrRange>> {
+    let low = size.min(LOW_RAM_END.saturating_sub(*end));
+    let mut ranges = Vec::new();
+    ranges.extend(AddrRange::new(*end, low));
+    *end = end.checked_add(low)?;
+    let high = size - low;
+    if high > 0 {
+        *end = (*end).max(4 * GIB);
+        ranges.extend(AddrRange::new(*end, high));
+        *end = end.checked_add(high)?;
+    }
+    Some(ranges)
 }
 
 /// Divides a window in proportion to weights, at multiples of 1 MiB. `None` for a part without room.
@@ -212,13 +275,17 @@ mod tests {
 
     use super::*;
 
+    fn one(boot: u64, room: u64) -> [ZoneSize; 1] {
+        [ZoneSize { boot, room }]
+    }
+
     proptest! {
         #[test]
         fn segments_divide_the_windows(
             bits in 36_u8..=52,
             weights in prop::collection::vec((1_u32..8, 1_u32..8), 1..97),
         ) {
-            let layout = Layout::new(1 << 30, 0, bits).unwrap();
+            let layout = Layout::new(&one(1 << 30, 0), bits).unwrap();
             let weights: Vec<_> = weights.into_iter().map(|(low, high)| [low, high]).collect();
             let [whole] = layout.segments[..] else { panic!("several segments") };
             let parts = layout.with_segments(&weights).unwrap().segments;
@@ -235,42 +302,62 @@ mod tests {
 
         #[test]
         fn a_segment_without_room_is_named(many in (1_u32 << 20)..) {
-            let layout = Layout::new(1 << 30, 0, 46).unwrap();
+            let layout = Layout::new(&one(1 << 30, 0), 46).unwrap();
             let refused = layout.with_segments(&[[1, 1], [many, 1]]).unwrap_err();
             prop_assert_eq!(refused, LayoutError::NoAperture(0));
         }
 
         #[test]
         fn ram_ranges_are_complete_and_disjoint(
-            mib in 2_u64..(1 << 24),
-            room in prop_oneof![Just(0_u64), 1_u64..(1 << 24)],
+            zones in prop::collection::vec(
+                (2_u64..(1 << 22), prop_oneof![Just(0_u64), 1_u64..(1 << 22)]),
+                1..9,
+            ),
             bits in 36_u8..=52,
         ) {
-            let (size, room) = (mib << 20, room << 20);
-            if let Ok(layout) = Layout::new(size, room, bits) {
-                let lengths: u64 = layout.ram.iter().filter_map(|range| range.len()).sum();
-                prop_assert_eq!(lengths, size);
-                prop_assert_eq!(layout.hotplug.and_then(AddrRange::len).unwrap_or(0), room);
-                let mut all = layout.ram.clone();
-                all.extend(layout.hotplug);
-                let Apertures { pci32, pci64 } = layout.segments[0];
-                all.extend([pci32, pci64, AddrRange::new(ECAM, 96 << 20).unwrap()]);
-                all.extend(AddrRange::new(IO_APIC.into(), 0x1000));
-                all.extend(AddrRange::new(LOCAL_APIC.into(), 0x1000));
-                all.sort();
-                prop_assert!(all.windows(2).all(|w| w[0].last() < w[1].first()), "{:?}", all);
-                prop_assert!(all.last().unwrap().last() < 1 << bits);
-            } else {
-                prop_assert!(size + room > (1 << bits) - 7 * GIB);
+            let zones = zones.into_iter();
+            let zones = zones.map(|(boot, room)| ZoneSize { boot: boot << 20, room: room << 20 });
+            let zones: Vec<_> = zones.collect();
+            let all: u64 = zones.iter().map(|zone| zone.boot + zone.room).sum();
+            let Ok(layout) = Layout::new(&zones, bits) else {
+                // A GiB for the alignment of each region, and of the window behind them.
+                prop_assert!(all > (1 << bits) - (6 + zones.len() as u64) * GIB);
+                return Ok(());
+            };
+            let len = |range: &AddrRange| range.len().unwrap();
+            for (size, place) in zones.iter().zip(&layout.zones) {
+                prop_assert_eq!(place.ram.iter().map(len).sum::<u64>(), size.boot);
+                prop_assert_eq!(place.hotplug.iter().map(len).sum::<u64>(), size.room);
+                prop_assert!(place.hotplug.is_none_or(|range| range.first() % GIB == 0));
             }
+            // RAM has one gap at most, and all zones in their order.
+            let ram: Vec<_> = layout.zones.iter().flat_map(|zone| zone.ram.clone()).collect();
+            let boot: u64 = zones.iter().map(|zone| zone.boot).sum();
+            let (low, high) = (boot.min(LOW_RAM_END), boot.saturating_sub(LOW_RAM_END));
+            let whole = [AddrRange::new(0, low), AddrRange::new(4 * GIB, high)];
+            prop_assert_eq!(layout.ram(), whole.into_iter().flatten().collect::<Vec<_>>());
+            prop_assert!(ram.is_sorted());
+
+            let mut all = ram;
+            all.extend(layout.zones.iter().filter_map(|zone| zone.hotplug));
+            let Apertures { pci32, pci64 } = layout.segments[0];
+            all.extend([pci32, pci64, AddrRange::new(ECAM, 96 << 20).unwrap()]);
+            all.extend(AddrRange::new(IO_APIC.into(), 0x1000));
+            all.extend(AddrRange::new(LOCAL_APIC.into(), 0x1000));
+            all.sort();
+            prop_assert!(all.windows(2).all(|w| w[0].last() < w[1].first()), "{:?}", all);
+            prop_assert!(all.last().unwrap().last() < 1 << bits);
         }
     }
 
     #[test]
     fn rejects_too_little_or_too_much_ram() {
-        assert_eq!(Layout::new(4096, 0, 40), Err(LayoutError::TooSmall(4096)));
         assert_eq!(
-            Layout::new(1 << 40, 0, 40),
+            Layout::new(&one(4096, 0), 40),
+            Err(LayoutError::TooSmall(4096))
+        );
+        assert_eq!(
+            Layout::new(&one(1 << 40, 0), 40),
             Err(LayoutError::TooLarge {
                 size: 1 << 40,
                 bits: 40
@@ -282,7 +369,9 @@ mod tests {
             (u64::MAX, u64::MAX),
             (GIB, 1 << 52),
         ] {
-            assert!(Layout::new(size, room, 52).is_err());
+            assert!(Layout::new(&one(size, room), 52).is_err());
+            let two = [one(GIB, 0), one(size, room)].concat();
+            assert!(Layout::new(&two, 52).is_err());
         }
     }
 }

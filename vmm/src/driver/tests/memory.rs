@@ -76,7 +76,7 @@ impl Lab {
         });
         let plugged = self.driver(|driver| {
             let (ram, _) = machine_of(driver).memory();
-            ram.hotplug().unwrap().plugged_len() as u64
+            ram.hotplug(0).unwrap().plugged_len() as u64
         });
         assert_eq!(plugged, mapped);
         let info = self.vms[0].info();

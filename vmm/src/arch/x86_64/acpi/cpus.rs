@@ -16,8 +16,9 @@ use acpi_tables::aml::{
 };
 use acpi_tables::sdt::Sdt;
 use devices::cpus;
-use spec::CpusConfig;
+use spec::{CpusConfig, VmConfig};
 
+use super::numa::pxm;
 use super::{Bytes, OEM, TABLE};
 use crate::arch::x86_64::layout;
 
@@ -80,11 +81,12 @@ fn names(vcpu: u32) -> (String, [u8; 4]) {
 }
 
 /// A processor device for each vCPU that the VM can have, and the methods that they share.
-pub(super) fn aml(cpus: &CpusConfig) -> Vec<u8> {
+pub(super) fn aml(config: &VmConfig) -> Vec<u8> {
+    let cpus = &config.cpus;
     let mut out = Vec::new();
     registers(cpus.max_vcpus).to_aml_bytes(&mut out);
     for vcpu in 0..cpus.max_vcpus {
-        processor(cpus, vcpu).to_aml_bytes(&mut out);
+        processor(cpus, vcpu, config.node_of_vcpu(vcpu)).to_aml_bytes(&mut out);
     }
     scan(cpus.max_vcpus).to_aml_bytes(&mut out);
     out
@@ -137,7 +139,7 @@ fn registers(vcpus: u32) -> Bytes {
 }
 
 /// 8.4. vCPU 0 cannot be ejected.
-fn processor(cpus: &CpusConfig, vcpu: u32) -> Bytes {
+fn processor(cpus: &CpusConfig, vcpu: u32, node: Option<u32>) -> Bytes {
     let (name, bit) = names(vcpu);
     let bit = Path::new(&String::from_utf8_lossy(&bit));
     let (is_plugged, entry) = (
@@ -160,7 +162,9 @@ fn processor(cpus: &CpusConfig, vcpu: u32) -> Bytes {
     let mat = Method::new("_MAT".into(), 0, false, vec![&entry]);
     let ej0 = Method::new("_EJ0".into(), 1, true, vec![&eject]);
     let ost = Method::new("_OST".into(), 3, true, vec![&answer]);
-    let mut parts: Vec<&dyn Aml> = vec![&hid, &uid, &sta, &mat];
+    // Of a vCPU that is plugged later, some guests look here.
+    let node = pxm(node);
+    let mut parts: Vec<&dyn Aml> = vec![&hid, &uid, &node, &sta, &mat];
     if vcpu > 0 {
         parts.extend([&ej0 as &dyn Aml, &ost]);
     }
