@@ -16,18 +16,11 @@ pub struct RefusedField {
 }
 
 /// All of them.
-pub const REFUSED_FIELDS: &[RefusedField] = &[
-    RefusedField {
-        endpoint: "vm.receive-migration",
-        name: "zone_updates",
-        what: "move memory zones (`zone_updates`)",
-    },
-    RefusedField {
-        endpoint: "vm.restore",
-        name: "zone_updates",
-        what: "move memory zones (`zone_updates`)",
-    },
-];
+pub const REFUSED_FIELDS: &[RefusedField] = &[RefusedField {
+    endpoint: "vm.receive-migration",
+    name: "zone_updates",
+    what: "move memory zones (`zone_updates`)",
+}];
 
 impl RefusedField {
     /// Returns the first field of a request that asks for something that this version refuses.
@@ -47,14 +40,14 @@ impl RefusedField {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::RestoreConfig;
+    use crate::ReceiveMigrationData;
 
     #[test]
     fn a_field_is_refused_if_it_asks_for_something() {
         let refused = |zones: &str| {
-            let body = format!(r#"{{"source_url": "file:///s", "zone_updates": {zones}}}"#);
-            let body: RestoreConfig = crate::parse(body.as_bytes()).unwrap();
-            let first = RefusedField::first_of("vm.restore", &body);
+            let body = format!(r#"{{"receiver_url": "unix:/s", "zone_updates": {zones}}}"#);
+            let body: ReceiveMigrationData = crate::parse(body.as_bytes()).unwrap();
+            let first = RefusedField::first_of("vm.receive-migration", &body);
             assert!(RefusedField::first_of("vm.boot", &body).is_none());
             first.map(|field| field.name)
         };

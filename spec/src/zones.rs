@@ -5,6 +5,7 @@ use std::collections::HashSet;
 use crate::limits;
 use crate::memory::{HotplugMethod, MemoryConfig, MemoryZoneConfig};
 use crate::names::{MEMORY_DEVICE, check_device_name};
+use crate::requests::VmMemoryZoneUpdateData;
 use crate::service::FieldProblem;
 use crate::validate::{HostLimits, UNSUPPORTED, problem};
 
@@ -136,6 +137,28 @@ impl MemoryConfig {
         for zone in self.zones.iter_mut().flatten() {
             zone.prefault = prefault;
         }
+    }
+
+    /// Takes zones from other NUMA nodes of the host, as a request's `zone_updates` say.
+    ///
+    /// # Errors
+    /// There is no such zone, or it is named twice.
+    pub fn update_zones(&mut self, updates: &[VmMemoryZoneUpdateData]) -> Result<(), FieldProblem> {
+        let mut seen = HashSet::new();
+        for (i, update) in updates.iter().enumerate() {
+            let pointer = format!("/zone_updates/{i}/id");
+            let mut zones = self.zones.iter_mut().flatten();
+            let Some(zone) = zones.find(|zone| zone.id == update.id) else {
+                let detail = format!("the VM has no memory zone `{}`", update.id);
+                return Err(problem(&pointer, "out-of-range", detail));
+            };
+            if !seen.insert(&update.id) {
+                let detail = format!("the memory zone `{}` is named twice", update.id);
+                return Err(problem(&pointer, "duplicate", detail));
+            }
+            zone.host_numa_node = Some(update.host_numa_node);
+        }
+        Ok(())
     }
 
     /// Whether the memory grows by memory devices of ACPI.

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use guest::{Command, Line, Options, Order, Workload};
-use spec::VmId;
+use spec::{VmConfig, VmId};
 
 use crate::{Face, Service};
 
@@ -57,11 +57,26 @@ pub async fn boot_writing(
     region_mib: u64,
     rate: u64,
 ) -> Result<(VmId, PathBuf)> {
-    let (mut config, serial) = at.pocket("guest", options(region_mib, rate, 100))?;
+    let change = |config: &mut VmConfig| {
+        config.memory.size = memory.unwrap_or(config.memory.size);
+    };
+    boot_as(at, options(region_mib, rate, 100), change).await
+}
+
+/// Boots one whose configuration `change` changes.
+///
+/// # Errors
+/// As [`boot`].
+pub async fn boot_as(
+    at: &Service,
+    options: Options,
+    change: impl FnOnce(&mut VmConfig),
+) -> Result<(VmId, PathBuf)> {
+    let (mut config, serial) = at.pocket("guest", options)?;
     let path = serial.path().to_owned();
     let port = serde_json::json!({ "mode": "Socket", "socket": path });
     config.serial = serde_json::from_value(port)?;
-    config.memory.size = memory.unwrap_or(config.memory.size);
+    change(&mut config);
     let vm: VmId = if at.face() == Face::Many {
         let vm = at.create("guest", config).await?;
         at.client().vms_boot(&vm).await?;

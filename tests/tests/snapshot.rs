@@ -10,7 +10,10 @@ use std::time::Duration;
 
 use openapi::{Client, News};
 use rustix::process::Signal;
-use spec::{MigrationPhase, VmId, VmSnapshotConfig, VmState};
+use spec::{
+    AwaitMigration, MigrationPhase, StartMigration, VmConfig, VmId, VmMemoryZoneUpdateData,
+    VmResizeZone, VmSnapshotConfig, VmState,
+};
 use tests::snapshots::{from, over, refused, restore, snapshot, to};
 use tests::{Face, Service, built, dirtier};
 
@@ -81,6 +84,81 @@ async fn guest_comes_back_from_its_snapshot() {
     assert_eq!(failed.phase, MigrationPhase::Failed, "{failed:?}");
     let events = seen(&a, &lost, 3).await;
     assert_eq!(events, "restoring created restore-failed");
+}
+
+/// A guest whose memory is two zones, in both of which it writes, moves while it runs, is saved while it
+/// runs, and comes back from that in each way that there is.
+#[tokio::test]
+async fn guest_with_zones_moves_and_comes_back() {
+    let (a, b) = tokio::join!(Service::start(Face::Many), Service::start(Face::Many));
+    let (a, b) = (a.unwrap(), b.unwrap());
+    let divide = |config: &mut VmConfig| {
+        let rest = config.memory.size - (8 << 20);
+        let memory = serde_json::json!({
+            "size": 0, "hotplug_method": "VirtioMem", "zones": [
+                { "id": "low", "size": 8 << 20, "host_numa_node": 0 },
+                { "id": "rest", "size": rest, "shared": true, "hotplug_size": 128 << 20 },
+            ],
+        });
+        config.memory = serde_json::from_value(memory).unwrap();
+        let nodes = serde_json::json!([{
+            "guest_numa_id": 0, "cpus": [0], "memory_zones": ["low", "rest"],
+        }]);
+        config.numa = serde_json::from_value(nodes).unwrap();
+    };
+    // Of the region that the guest writes to, a part is in each zone.
+    let options = dirtier::options(16, 1000, 100);
+    let (vm, port) = dirtier::boot_as(&a, options, divide).await.unwrap();
+    let before = a.client().vms_info(&vm).await.unwrap();
+    let waiting = AwaitMigration {
+        once: true,
+        ..AwaitMigration::at(format!("unix:{}", b.path("move").display()))
+    };
+    let waiting = b.client().migrations_receive(&waiting).await.unwrap();
+    let mut what = StartMigration::to(waiting.endpoint.clone());
+    what.verify = true;
+    let begun = a.client().vms_migrate(&vm, &what).await.unwrap();
+    for (at, begun) in [(&a, &begun), (&b, &waiting)] {
+        let ended = over(at, begun).await;
+        assert_eq!(ended.phase, MigrationPhase::Completed, "{ended:?}");
+    }
+    dirtier::check(&port).await.unwrap();
+    let info = b.client().vms_info(&vm).await.unwrap();
+    assert_eq!(info.config, before.config);
+    let zone = VmResizeZone {
+        id: "low".to_owned(),
+        desired_ram: 0,
+    };
+    let refused_by = b.client().vms_resize_zone(&vm, &zone).await;
+    refused(refused_by, 501, "unsupported-resize");
+
+    let dir = b.path("snapshot");
+    let taken = snapshot(&b, &vm, &dir).await;
+    assert_eq!(taken.phase, MigrationPhase::Completed, "{taken:?}");
+    b.client().vms_delete(&vm).await.unwrap();
+    for mode in ["Copy", "OnDemand", "Map"] {
+        let mut body = from(&dir, true);
+        body.memory_restore_mode = serde_json::from_value(mode.into()).unwrap();
+        let update = |id: &str, host_numa_node| VmMemoryZoneUpdateData {
+            id: id.to_owned(),
+            host_numa_node,
+        };
+        body.zone_updates = Some(vec![update("rest", 0)]);
+        let begun = a.client().vms_restore(&vm, &body).await.unwrap();
+        let came = over(&a, &begun).await;
+        assert_eq!(came.phase, MigrationPhase::Completed, "{mode}: {came:?}");
+        dirtier::check(&port).await.unwrap();
+        let info = a.client().vms_info(&vm).await.unwrap();
+        let zones = info.config.memory.zones.unwrap();
+        assert_eq!(zones[1].host_numa_node, Some(0));
+        a.client().vms_delete(&vm).await.unwrap();
+        body.zone_updates = Some(vec![update("lower", 0)]);
+        refused(
+            a.client().vms_restore(&vm, &body).await,
+            422,
+            "invalid-configuration",
+        );
+    }
 }
 
 /// Returns the first events of a VM.

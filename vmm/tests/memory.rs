@@ -12,7 +12,7 @@ use control::{Registry, Reply, Request, RequestError, VmHandle};
 use guest::{Command, Line, Options, Workload};
 use spec::{
     AwaitMigration, HotplugMethod, MemoryMode, MigrationPhase, PayloadConfig, StartMigration,
-    VmConfig, VmResize,
+    VmConfig, VmResize, VmResizeZone,
 };
 use vmm::{Pool, PoolConfig};
 
@@ -97,6 +97,43 @@ impl Stage {
     }
 }
 
+/// The first zone of a VM with two. The second has the rest of [`BOOT`], and can grow.
+const FIRST: u64 = 16 * MIB;
+
+/// Divides the memory into zones, each in a NUMA node of its own.
+fn into_zones(config: &mut VmConfig) {
+    let shared = config.memory.shared;
+    let memory = serde_json::json!({
+        "size": 0, "hotplug_method": "VirtioMem", "zones": [
+            { "id": "first", "size": FIRST, "shared": shared, "host_numa_node": 0 },
+            { "id": "rest", "size": BOOT - FIRST, "shared": shared, "hotplug_size": ROOM },
+        ],
+    });
+    config.memory = serde_json::from_value(memory).unwrap();
+    let nodes = serde_json::json!([
+        { "guest_numa_id": 0, "memory_zones": ["first"], "cpus": [0] },
+        { "guest_numa_id": 1, "memory_zones": ["rest"] },
+    ]);
+    config.numa = serde_json::from_value(nodes).unwrap();
+}
+
+async fn resize_zone(vm: &VmHandle, id: &str, ram: u64) -> Result<(), RequestError> {
+    let zone = VmResizeZone {
+        id: id.to_owned(),
+        desired_ram: ram,
+    };
+    vm.ask(Request::ResizeZone(zone)).await.map(|_| ())
+}
+
+/// Resizes all memory, also that of a VM with zones.
+async fn resize_any(vm: &VmHandle, ram: u64) {
+    let resized = match vm.status().config.memory.has_zones() {
+        true => resize_zone(vm, "rest", ram - FIRST).await,
+        false => resize(vm, ram).await,
+    };
+    resized.unwrap();
+}
+
 async fn resize(vm: &VmHandle, ram: u64) -> Result<(), RequestError> {
     let sizes = VmResize {
         desired_ram: Some(ram),
@@ -178,18 +215,23 @@ async fn second_resize_waits_for_the_first() {
 
 #[tokio::test]
 async fn plugged_memory_moves_and_unplugged_does_not() {
-    for (mode, local) in [
-        (MemoryMode::Precopy, false),
-        (MemoryMode::Postcopy, false),
-        (MemoryMode::Precopy, true),
+    for (mode, local, zones) in [
+        (MemoryMode::Precopy, false, false),
+        (MemoryMode::Precopy, false, true),
+        (MemoryMode::Postcopy, false, true),
+        (MemoryMode::Precopy, true, false),
+        (MemoryMode::Precopy, true, true),
     ] {
         let stage = Stage::new();
         let mut config = stage.config(Workload::Io);
         config.memory.shared = local;
+        if zones {
+            into_zones(&mut config);
+        }
         let vm = stage.boot(config).await;
-        resize(&vm, BOOT + 100 * MIB).await.unwrap();
+        resize_any(&vm, BOOT + 100 * MIB).await;
         wait_for(&vm, BOOT + 100 * MIB).await;
-        resize(&vm, BOOT + 50 * MIB).await.unwrap();
+        resize_any(&vm, BOOT + 50 * MIB).await;
         wait_for(&vm, BOOT + 50 * MIB).await;
         let listen = format!("unix:{}", stage.path("migration"));
         let awaiting = AwaitMigration {
@@ -221,14 +263,83 @@ async fn plugged_memory_moves_and_unplugged_does_not() {
         );
         let vm = stage.there.get("pocket").unwrap();
         wait_for(&vm, BOOT + 50 * MIB).await;
-        resize(&vm, BOOT + 120 * MIB).await.unwrap();
+        resize_any(&vm, BOOT + 120 * MIB).await;
         wait_for(&vm, BOOT + 120 * MIB).await;
         // The guest checks each block as it unplugs it.
-        resize(&vm, BOOT).await.unwrap();
+        resize_any(&vm, BOOT).await;
         wait_for(&vm, BOOT).await;
-        assert_eq!(stage.bad(), 0, "{mode:?}");
+        assert_eq!(stage.bad(), 0, "{mode:?}, zones: {zones}");
         vm.ask(Request::Shutdown).await.unwrap();
     }
+}
+
+/// A zone grows by itself, and nothing else does.
+#[tokio::test]
+async fn zones_are_resized_one_by_one() {
+    let stage = Stage::new();
+    let mut config = stage.config(Workload::Io);
+    into_zones(&mut config);
+    let vm = stage.boot(config).await;
+    resize_zone(&vm, "rest", BOOT - FIRST + 64 * MIB)
+        .await
+        .unwrap();
+    wait_for(&vm, BOOT + 64 * MIB).await;
+    let plugged = || {
+        let memory = &vm.status().config.memory;
+        let zones = memory.all_zones().into_iter();
+        zones
+            .map(|zone| zone.hotplugged() / MIB)
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(plugged(), [0, 64]);
+    // As they are.
+    resize_zone(&vm, "first", FIRST).await.unwrap();
+    resize_zone(&vm, "rest", BOOT - FIRST + 64 * MIB)
+        .await
+        .unwrap();
+    for (zone, ram, code, names) in [
+        ("first", FIRST + 2 * MIB, "unsupported-resize", "first"),
+        (
+            "rest",
+            BOOT - FIRST - 2 * MIB,
+            "memory-too-small",
+            "50331648",
+        ),
+        ("rest", u64::MAX, "memory-too-large", "1124073472"),
+        ("rest", BOOT - FIRST + MIB, "memory-unaligned", "2097152"),
+        ("second", BOOT, "no-such-zone", "first, rest"),
+    ] {
+        let refused = resize_zone(&vm, zone, ram).await.unwrap_err();
+        assert_eq!(refused.code, code);
+        assert!(refused.detail.contains(names), "{}", refused.detail);
+    }
+    let refused = resize(&vm, BOOT).await.unwrap_err();
+    assert_eq!(refused.code, "unsupported-resize");
+    assert!(
+        refused.detail.contains("vm.resize-zone"),
+        "{}",
+        refused.detail
+    );
+    // The next machine begins with as much.
+    vm.ask(Request::Reboot).await.unwrap();
+    wait_for(&vm, BOOT + 64 * MIB).await;
+    assert_eq!(stage.bad(), 0);
+    vm.ask(Request::Shutdown).await.unwrap();
+    resize_zone(&vm, "rest", BOOT - FIRST).await.unwrap();
+    assert_eq!(plugged(), [0, 0]);
+}
+
+#[tokio::test]
+async fn zone_of_a_node_that_does_not_exist_is_named() {
+    let stage = Stage::new();
+    let mut config = stage.config(Workload::Idle);
+    into_zones(&mut config);
+    config.memory.zones.as_mut().unwrap()[0].host_numa_node = Some(777);
+    let vm = stage.here.create(Some("pocket".parse().unwrap()), config);
+    let refused = vm.unwrap().ask(Request::Boot).await.unwrap_err();
+    assert_eq!(refused.code, "no-such-numa-node");
+    let expected = "memory zone `first`: the host has no NUMA node 777";
+    assert!(refused.detail.contains(expected), "{}", refused.detail);
 }
 
 /// The bytes that the memory map has of added memory.

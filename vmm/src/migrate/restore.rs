@@ -9,7 +9,7 @@ use migration::snapshot::{Memory, Recorder, Restoring, Snapshot, restore};
 use migration::{Offer, Refusal, Source as _};
 use spec::{
     FieldProblem, ForkVm, MemoryRestoreMode, MigrationSide, Overrides, RecordWorkingSet,
-    RefusedField, RestoreConfig, VmConfig, VmId, fork_names,
+    RestoreConfig, VmConfig, VmId, VmMemoryZoneUpdateData, fork_names,
 };
 
 use super::destination::{DestinationHost, GuestOrigin, record_failure};
@@ -25,6 +25,7 @@ use crate::pool::Pool;
 struct Children {
     names: Vec<VmId>,
     overrides: Overrides,
+    zones: Vec<VmMemoryZoneUpdateData>,
     memory: Memory,
     verify: bool,
     resume: bool,
@@ -46,7 +47,8 @@ impl Children {
     /// Returns the offers of their machines, which differ from the one that was saved by the overrides.
     fn offers(&self, saved: &Offer) -> Result<Vec<Offer>, RequestError> {
         let machine = offer::machine(saved).map_err(unusable)?;
-        if self.memory != Memory::Copy && machine.config.memory.hugepages {
+        let mut zones = machine.config.memory.all_zones().into_iter();
+        if self.memory != Memory::Copy && zones.any(|zone| zone.hugepages) {
             let detail = "memory of huge pages (`memory.hugepages`) cannot be restored OnDemand, \
                           mapped or forked: only `Copy` restores it";
             return Err(unusable(Refusal::new("not-mappable", detail)));
@@ -54,8 +56,10 @@ impl Children {
         let offer = |(n, name): (u32, &VmId)| {
             let mut offer = saved.clone();
             name.as_str().clone_into(&mut offer.vm);
-            if self.overrides != Overrides::default() {
+            if self.overrides != Overrides::default() || !self.zones.is_empty() {
                 let mut machine = machine.clone();
+                let updated = machine.config.memory.update_zones(&self.zones);
+                updated.map_err(|found| RequestError::invalid(vec![found]))?;
                 let applied = self.overrides.apply(n, &mut machine.config);
                 applied.map_err(|found| RequestError::invalid(vec![found]))?;
                 // The caller has made an image for this VM.
@@ -114,6 +118,7 @@ pub(super) fn begin_restore(
     let children = Children {
         names,
         overrides: what.overrides.clone().unwrap_or_default(),
+        zones: what.zone_updates.clone().unwrap_or_default(),
         memory: match what.memory_restore_mode {
             MemoryRestoreMode::Copy => Memory::Copy,
             MemoryRestoreMode::OnDemand => Memory::OnDemand,
@@ -149,6 +154,7 @@ pub(super) fn begin_recording(
     let children = Children {
         names: vec![vm.clone()],
         overrides: what.overrides.clone().unwrap_or_default(),
+        zones: Vec::new(),
         // Each touch of a page is a fault that the service sees.
         memory: Memory::OnDemand,
         verify: false,
@@ -217,8 +223,6 @@ fn refuse_what_is_not_there(what: &RestoreConfig) -> Result<(), RequestError> {
         "populate memory (`prefault`) that is restored OnDemand"
     } else if what.count.is_some() && on_demand {
         "make several VMs (`count`) OnDemand: use Map, which shares their memory, or Copy"
-    } else if let Some(refused) = RefusedField::first_of("vm.restore", what) {
-        refused.what
     } else {
         return Ok(());
     };
@@ -269,6 +273,7 @@ pub(super) fn begin_fork(
     let children = Children {
         names: names.map_err(|found| RequestError::invalid(vec![found]))?,
         overrides: what.overrides.clone(),
+        zones: Vec::new(),
         memory: Memory::Map,
         verify: false,
         resume: what.resume,
