@@ -15,6 +15,7 @@ use crate::service::FieldProblem;
 use crate::slots;
 use crate::validate::{UNSUPPORTED, name, problem};
 use crate::vm::VmConfig;
+use crate::zones::MemoryZone;
 
 /// Checks all devices of a VM.
 pub(crate) fn check(config: &VmConfig, found: &mut Vec<FieldProblem>) {
@@ -94,7 +95,7 @@ impl VmConfig {
         ];
         let others = others.into_iter().filter(|is_there| *is_there).count();
         let zones = self.memory.all_zones().into_iter();
-        let memory = zones.filter(|zone| zone.has_virtio_mem()).count();
+        let memory = zones.filter(MemoryZone::has_virtio_mem).count();
         let others = others.saturating_add(memory);
         let lists = self.disks.iter().flatten().count() + self.net.iter().flatten().count();
         lists.saturating_add(others)

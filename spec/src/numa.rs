@@ -68,6 +68,11 @@ impl VmConfig {
     /// Adds the problems of the NUMA nodes.
     pub(crate) fn check_numa(&self, found: &mut Vec<FieldProblem>) {
         let nodes = self.numa_nodes();
+        let most = limits::NUMA_NODES;
+        if nodes.len() > most as usize {
+            let detail = format!("`numa` has {} nodes; a VM can have {most}", nodes.len());
+            return found.push(problem("/numa", "out-of-range", detail));
+        }
         if nodes.is_empty() {
             return;
         }
@@ -81,7 +86,6 @@ impl VmConfig {
         for (i, node) in nodes.iter().enumerate() {
             let (id, at) = (node.guest_numa_id, format!("/numa/{i}"));
             if id >= limits::NUMA_NODES {
-                let most = limits::NUMA_NODES;
                 let detail = format!("`guest_numa_id` ({id}) must be less than {most}");
                 found.push(problem(
                     &format!("{at}/guest_numa_id"),
@@ -179,11 +183,19 @@ fn claim<T: Clone + Ord + Display>(
     found: &mut Vec<FieldProblem>,
 ) {
     let pointer = format!("{at}/{field}");
-    if let Some(detail) = unknown {
-        found.push(problem(&pointer, "out-of-range", detail));
-    } else if let Some(other) = with.insert(one.clone(), id) {
-        let detail = format!("{what} {one} is in node {other} already");
-        found.push(problem(&pointer, "duplicate", detail));
+    let (code, detail) = match unknown {
+        Some(detail) => ("out-of-range", detail),
+        None => match with.insert(one.clone(), id) {
+            Some(other) => (
+                "duplicate",
+                format!("{what} {one} is in node {other} already"),
+            ),
+            None => return,
+        },
+    };
+    // One problem a list: a list can be as long as a request.
+    if found.iter().all(|problem| problem.pointer != pointer) {
+        found.push(problem(&pointer, code, detail));
     }
 }
 
@@ -292,7 +304,7 @@ mod tests {
                 "duplicate",
             ),
             (
-                r#""guest_numa_id":1,"cpus":[1,3,3],"memory_zones":["b"]"#,
+                r#""guest_numa_id":1,"cpus":[3,1,3,3],"memory_zones":["b"]"#,
                 "/1/cpus",
                 "duplicate",
             ),

@@ -170,6 +170,12 @@ impl MemoryConfig {
 
     /// Adds the problems of the memory.
     pub(crate) fn check(&self, host: &HostLimits, found: &mut Vec<FieldProblem>) {
+        let count = self.zones.iter().flatten().count();
+        if count > limits::MEMORY_ZONES {
+            let most = limits::MEMORY_ZONES;
+            let detail = format!("`zones` has {count} zones; a VM can have {most}");
+            return found.push(problem("/memory/zones", "out-of-range", detail));
+        }
         if self.has_zones() {
             self.check_beside_zones(found);
         }
@@ -189,12 +195,6 @@ impl MemoryConfig {
 
     /// Refuses fields that zones have of their own.
     fn check_beside_zones(&self, found: &mut Vec<FieldProblem>) {
-        let count = self.zones.iter().flatten().count();
-        if count > limits::MEMORY_ZONES {
-            let most = limits::MEMORY_ZONES;
-            let detail = format!("`zones` has {count} zones; a VM can have {most}");
-            found.push(problem("/memory/zones", "out-of-range", detail));
-        }
         if self.size > 0 {
             let detail = format!(
                 "`size` ({}) must be 0 beside `zones`, which have sizes of their own",

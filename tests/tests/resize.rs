@@ -4,8 +4,10 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
-use spec::{CpusConfig, HotplugMethod, MemoryMode, VmConfig, VmResize};
+use spec::{CpusConfig, HotplugMethod, MemoryConfig, MemoryMode, NumaConfig, VmConfig, VmResize};
 use tests::{Face, Machine, RUNS, Service};
+
+const MIB: u64 = 1 << 20;
 
 /// Has a machine resized, and waits until its guest has done it.
 async fn resize(machine: &Machine, vcpus: u32) -> Result<()> {
@@ -46,18 +48,74 @@ async fn sees(machine: &mut Machine, vcpus: u32) -> Result<()> {
     Ok(())
 }
 
+/// Memory of two zones, and two NUMA nodes that have one each.
+fn two_nodes() -> Result<(MemoryConfig, Vec<NumaConfig>)> {
+    let memory = serde_json::json!({ "size": 0, "zones": [
+        { "id": "near", "size": 256 * MIB, "host_numa_node": 0 },
+        { "id": "far", "size": 128 * MIB },
+    ]});
+    let nodes = serde_json::json!([
+        { "guest_numa_id": 0, "cpus": [0, 3], "memory_zones": ["near"],
+          "distances": [{ "destination": 1, "distance": 27 }] },
+        { "guest_numa_id": 1, "cpus": [1, 2], "memory_zones": ["far"],
+          "distances": [{ "destination": 0, "distance": 33 }], "pci_segments": [0] },
+    ]);
+    Ok((
+        serde_json::from_value(memory)?,
+        serde_json::from_value(nodes)?,
+    ))
+}
+
+/// Checks that the guest's kernel has the nodes of [`two_nodes`], with these vCPUs online.
+async fn has_nodes(machine: &mut Machine, cpus: [&str; 2]) -> Result<()> {
+    let seen = machine
+        .run(
+            "cd /sys/devices/system/node; cat node[0-9]*/cpulist node[0-9]*/distance; \
+             cat node[0-9]*/meminfo | grep MemTotal; cat /sys/bus/pci/devices/*/numa_node | sort -u; cd",
+        )
+        .await?;
+    let lines: Vec<_> = seen.lines().map(str::trim).collect();
+    let [
+        first,
+        second,
+        near,
+        far,
+        first_memory,
+        second_memory,
+        devices,
+    ] = lines[..]
+    else {
+        bail!("these are not two nodes: {seen}");
+    };
+    ensure!([first, second] == cpus, "{seen}");
+    ensure!([near, far] == ["10 27", "33 10"], "{seen}");
+    ensure!(devices == "1", "PCI devices are in another node: {seen}");
+    let kib = |line: &str| -> Result<u64> {
+        let number = line.split_whitespace().nth(3);
+        number.map_or_else(|| bail!("no MemTotal: {line}"), |kib| Ok(kib.parse()?))
+    };
+    // The kernel keeps some for itself.
+    for (line, mib) in [(first_memory, 256), (second_memory, 128)] {
+        let (has, most) = (kib(line)?, mib * 1024);
+        ensure!(has <= most && has > most * 3 / 5, "{seen}");
+    }
+    Ok(())
+}
+
 #[tokio::test]
 #[ignore = "wants a complete KVM: ci/test e2e runs it in the rig"]
 async fn debian_gets_vcpus_and_gives_them_back_between_moves() -> Result<()> {
     let disk = r#"{"path":"/dev/vda","image_type":"Raw"}"#;
     let service = Service::start(Face::Many).await?;
+    let (memory, nodes) = two_nodes()?;
     let mut machine = Machine::boot(service, disk, |_: &Service, config: &mut VmConfig| {
-        config.memory.size = 384 << 20;
         config.cpus = CpusConfig::with_vcpus(4);
         config.cpus.boot_vcpus = 2;
+        (config.memory, config.numa) = (memory, Some(nodes));
     })
     .await?;
     sees(&mut machine, 2).await?;
+    has_nodes(&mut machine, ["0", "1"]).await?;
     let mut left = Vec::new();
     // The second time the vCPUs are those that were ejected, or were made at the destination.
     for (round, mode) in [MemoryMode::Precopy, MemoryMode::Hybrid]
@@ -66,6 +124,7 @@ async fn debian_gets_vcpus_and_gives_them_back_between_moves() -> Result<()> {
     {
         resize(&machine, 4).await?;
         sees(&mut machine, 4).await?;
+        has_nodes(&mut machine, ["0,3", "1-2"]).await?;
         println!("round {round}: 4 vCPUs");
         let there = Service::start(Face::Many).await?;
         let (before, _) = machine.move_to(there, "127.0.0.1", mode).await?;
@@ -87,7 +146,6 @@ async fn debian_gets_vcpus_and_gives_them_back_between_moves() -> Result<()> {
     machine.power_off().await
 }
 
-const MIB: u64 = 1 << 20;
 const BOOT: u64 = 384 * MIB;
 
 /// Has a machine resized to so much memory and so many vCPUs, and waits until its guest has done it.

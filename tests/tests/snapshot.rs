@@ -95,9 +95,9 @@ async fn guest_with_zones_moves_and_comes_back() {
     let divide = |config: &mut VmConfig| {
         let rest = config.memory.size - (8 << 20);
         let memory = serde_json::json!({
-            "size": 0, "hotplug_method": "VirtioMem", "zones": [
+            "size": 0, "zones": [
                 { "id": "low", "size": 8 << 20, "host_numa_node": 0 },
-                { "id": "rest", "size": rest, "shared": true, "hotplug_size": 128 << 20 },
+                { "id": "rest", "size": rest, "shared": true },
             ],
         });
         config.memory = serde_json::from_value(memory).unwrap();

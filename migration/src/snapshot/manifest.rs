@@ -30,7 +30,7 @@ const MAX_MACHINE: u64 = 1 << 20;
 /// Maximum size of the saved state in bytes, as in a migration.
 const MAX_STATE: u64 = 80 << 20;
 
-/// Maximum number of memory blocks. A machine has one today; zones will be blocks of their own.
+/// Maximum number of memory blocks. A machine has one for each memory zone, or two if the zone can grow.
 const MAX_BLOCKS: usize = 64;
 
 /// The contents of a snapshot.

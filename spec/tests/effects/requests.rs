@@ -14,6 +14,7 @@ const EFFECTIVE_REQUESTS: &[(&str, &[&str])] = &[
     ("vm.remove-device", &["/id"]),
     ("vm.resize", &["/desired_balloon", "/desired_vcpus"]),
     ("vm.resize-disk", &["/id", "/desired_size"]),
+    ("vm.resize-zone", &["/id"]),
     (
         "vm.restore",
         &[
@@ -21,6 +22,8 @@ const EFFECTIVE_REQUESTS: &[(&str, &[&str])] = &[
             "/prefault",
             "/memory_restore_mode",
             "/resume",
+            "/zone_updates/0/id",
+            "/zone_updates/0/host_numa_node",
             "/verify",
             "/overrides/disks/0/id",
             "/overrides/disks/0/path",
@@ -74,6 +77,11 @@ const TOLD_REQUESTS: &[(&str, &str, &str)] = &[
         "vm.resize",
         "/desired_ram",
         "supported with `memory.hotplug_size`; with `Acpi` a smaller size has its effect at the next boot",
+    ),
+    (
+        "vm.resize-zone",
+        "/desired_ram",
+        "supported with `memory.zones.hotplug_size` and the method `VirtioMem`",
     ),
     (
         "vm.restore",

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use ::devices::dimms::{DimmBlock, DimmError, DimmRefusal};
 use control::{Category, RequestError};
 use spec::{HotplugMethod, MemoryZone, ResizeResource, VmConfig, VmResizeZone};
+use virtio_devices::mem::MemHandle;
 
 use super::resize::Resized;
 use super::{Driver, Stage};
@@ -266,7 +267,7 @@ impl Driver {
             return None;
         };
         let handle = zone.device().and_then(|id| active.devices().memory(id));
-        let plugged = handle.map(|handle| handle.plugged());
+        let plugged = handle.map(MemHandle::plugged);
         let dimms = active.dimms().map(DimmBlock::accepted);
         let bytes: &Arc<AtomicU64> = plugged.or(dimms)?;
         Some(bytes.load(Ordering::Acquire))

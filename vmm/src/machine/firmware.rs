@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use ::devices::{PmTimer, Rtc, pm_timer, rtc};
-use memory::Transaction;
+use memory::{AddrRange, Transaction};
 use state::{Load as _, LoadError, Save as _, SaveError, Store, Writer};
 
 use super::map_port;
@@ -22,7 +22,7 @@ impl FirmwareClocks {
     /// Makes the clocks and maps their ports.
     pub(super) fn map(tx: &mut Transaction<'_>, layout: &Layout) -> Result<Self, BuildError> {
         let high = layout.ram().into_iter().skip(1);
-        let high = high.filter_map(|range| range.len()).sum();
+        let high = high.filter_map(AddrRange::len).sum();
         let utc = || {
             SystemTime::now()
                 .duration_since(UNIX_EPOCH)

@@ -184,14 +184,12 @@ impl Layout {
     pub(crate) fn ram(&self) -> Vec<AddrRange> {
         let mut all: Vec<AddrRange> = Vec::new();
         for range in self.zones.iter().flat_map(|zone| &zone.ram) {
-            let last = all.last_mut();
-            let before = last.filter(|before| before.last().checked_add(1) == Some(range.first()));
-            match before.and_then(|before| {
-                let joined = AddrRange::from_bounds(before.first(), range.last())?;
-                Some(*before = joined)
-            }) {
-                Some(()) => {}
-                None => all.push(*range),
+            match all.last_mut() {
+                Some(before) if range.first().checked_sub(1) == Some(before.last()) => {
+                    let joined = AddrRange::from_bounds(before.first(), range.last());
+                    *before = joined.unwrap_or(*before);
+                }
+                _ => all.push(*range),
             }
         }
         all
