@@ -39,8 +39,8 @@ use crate::arch::x86_64::{cpu, features, hyperv, layout, profiles};
 use crate::boot;
 use crate::descriptors::{Descriptors, Reservation};
 use crate::devices::{
-    ConsoleEnd, DeviceEnds, DeviceHandle, Devices, LimiterGroups, MachineOrigin, MemoryEnd,
-    OpenContext, PciHost, SharedTopology,
+    ConsoleEnd, DeviceEnds, DeviceHandle, Devices, LimiterGroups, MachineOrigin, OpenContext,
+    PciHost, SharedTopology,
 };
 use crate::failure::{BuildError, MoveError};
 use crate::guest_event::{GuestEvent, Outputs, Port, Reporter};
@@ -223,18 +223,7 @@ impl Built {
                 output,
                 on_room: Box::new(move || to.report(GuestEvent::Room(Port::Console))),
             });
-            let zones = layout.zones.iter().enumerate();
-            let memory = zones.filter_map(|(zone, place)| {
-                let (range, block) = place.hotplug.zip(ram.hotplug(zone))?;
-                let to = reporter.clone();
-                Some(MemoryEnd {
-                    zone,
-                    ram: Arc::clone(block),
-                    addr: range.first(),
-                    on_change: Box::new(move || to.report(GuestEvent::MemoryChanged)),
-                })
-            });
-            let memory = memory.collect();
+            let memory = ram.ends(&layout, reporter);
             let to = reporter.clone();
             let on_watchdog = Box::new(move || to.report(GuestEvent::Watchdog));
             let ends = DeviceEnds {

@@ -12,7 +12,7 @@ use migration::Block;
 use spec::{MemoryConfig, MemoryZone, VmConfig};
 
 use crate::arch::x86_64::layout::{self, Layout, ZoneSize};
-use crate::devices::{MachineOrigin, MemoryOrigin};
+use crate::devices::{MachineOrigin, MemoryEnd, MemoryOrigin};
 use crate::failure::BuildError;
 use crate::guest_event::{GuestEvent, Reporter};
 
@@ -105,6 +105,22 @@ impl GuestRam {
     /// The block of the memory that is added to the zone of this index, if it can grow.
     pub(crate) fn hotplug(&self, zone: usize) -> Option<&Arc<RamBlock>> {
         self.of_zone(zone, true)
+    }
+
+    /// Returns the memory that the virtio-mem device of each zone that can grow manages.
+    pub(super) fn ends(&self, layout: &Layout, reporter: &Reporter) -> Vec<MemoryEnd> {
+        let zones = layout.zones.iter().enumerate();
+        let ends = zones.filter_map(|(zone, place)| {
+            let (range, block) = place.hotplug.zip(self.hotplug(zone))?;
+            let to = reporter.clone();
+            Some(MemoryEnd {
+                zone,
+                ram: Arc::clone(block),
+                addr: range.first(),
+                on_change: Box::new(move || to.report(GuestEvent::MemoryChanged)),
+            })
+        });
+        ends.collect()
     }
 
     fn of_zone(&self, zone: usize, is_hotplug: bool) -> Option<&Arc<RamBlock>> {
