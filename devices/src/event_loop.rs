@@ -175,7 +175,7 @@ pub struct Waker {
     actor: u64,
     waking: Arc<AtomicBool>,
     commands: Sender<Command>,
-    loop_waker: Arc<mio::Waker>,
+    loop_waker: Arc<LoopWaker>,
 }
 
 impl Waker {
@@ -201,7 +201,7 @@ impl Waker {
 #[derive(Clone)]
 pub struct LoopHandle {
     commands: Sender<Command>,
-    loop_waker: Arc<mio::Waker>,
+    loop_waker: Arc<LoopWaker>,
     next_actor: Arc<AtomicU64>,
 }
 
@@ -236,11 +236,34 @@ impl LoopHandle {
 }
 
 /// A loop that has ended has no actors left that could miss this.
-fn send(to: &Sender<Command>, loop_waker: &mio::Waker, command: Command) {
-    if to.send(command).is_ok()
-        && let Err(error) = loop_waker.wake()
-    {
-        tracing::error!(%error, "cannot wake an event loop");
+fn send(to: &Sender<Command>, loop_waker: &LoopWaker, command: Command) {
+    if to.send(command).is_ok() {
+        loop_waker.wake();
+    }
+}
+
+/// Wakes a loop from its wait for events. One wake stands for all commands that are sent until the loop
+/// takes them: a machine that stops dismisses hundreds of queues in a row.
+struct LoopWaker {
+    waker: mio::Waker,
+    is_woken: AtomicBool,
+}
+
+impl LoopWaker {
+    /// Called behind the sending of a command.
+    fn wake(&self) {
+        if !self.is_woken.swap(true, Ordering::AcqRel)
+            && let Err(error) = self.waker.wake()
+        {
+            self.is_woken.store(false, Ordering::Release);
+            tracing::error!(%error, "cannot wake an event loop");
+        }
+    }
+
+    /// Called by the loop before it takes commands. A command whose sender relied on an earlier wake is
+    /// there by then, and one that is sent later wakes the loop again.
+    fn rearm(&self) {
+        self.is_woken.swap(false, Ordering::AcqRel);
     }
 }
 
@@ -269,10 +292,14 @@ impl EventLoop {
         confinement: Confinement,
     ) -> io::Result<Self> {
         let poll = Poll::new()?;
-        let loop_waker = Arc::new(mio::Waker::new(poll.registry(), WAKER)?);
+        let loop_waker = Arc::new(LoopWaker {
+            waker: mio::Waker::new(poll.registry(), WAKER)?,
+            is_woken: AtomicBool::new(false),
+        });
         let (commands, inbox) = channel();
         let running = Running {
             poll,
+            loop_waker: Arc::clone(&loop_waker),
             inbox,
             actors: HashMap::new(),
             tokens: Tokens::default(),
@@ -321,6 +348,7 @@ impl Drop for EventLoop {
 
 struct Running {
     poll: Poll,
+    loop_waker: Arc<LoopWaker>,
     inbox: Receiver<Command>,
     actors: HashMap<u64, Adopted>,
     tokens: Tokens,
@@ -365,6 +393,7 @@ impl Running {
             }
             // Those that are there now: an actor that wakes itself is called again when the kernel has
             // been asked for everybody's events. What comes from here on wakes the loop again.
+            self.loop_waker.rearm();
             commands.extend(self.inbox.try_iter().take(COMMANDS_PER_ROUND));
             left = commands.len() == COMMANDS_PER_ROUND;
             for command in commands.drain(..) {
