@@ -7,13 +7,16 @@
 //! Little endian. A frame that is longer than its kind may be, of a kind that does not belong on its
 //! channel, or whose checksum is wrong ends the migration.
 
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
 
 /// Bytes in front of a body.
 pub(crate) const HEADER_LEN: usize = 12;
 
 /// Bytes of a frame that are worth a copy.
 const IN_ONE_PIECE: usize = 16 << 10;
+
+/// Bytes of a body for which there is room before any has come.
+const FIRST_PIECE: usize = 64 << 10;
 
 /// Kinds of frames.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -124,8 +127,10 @@ pub(crate) fn write(to: &mut dyn Write, kind: Kind, parts: &[&[u8]]) -> Result<(
     let crc = checksum(&header[..8], parts);
     header[8..].copy_from_slice(&crc.to_le_bytes());
     if len > IN_ONE_PIECE {
-        to.write_all(&header)?;
-        parts.iter().try_for_each(|part| to.write_all(part))?;
+        let mut slices = Vec::with_capacity(parts.len() + 1);
+        slices.push(IoSlice::new(&header));
+        slices.extend(parts.iter().map(|part| IoSlice::new(part)));
+        write_all(to, &mut slices)?;
     } else {
         // The other side need not wait for a second packet.
         let mut whole = Vec::with_capacity(HEADER_LEN + len);
@@ -135,6 +140,20 @@ pub(crate) fn write(to: &mut dyn Write, kind: Kind, parts: &[&[u8]]) -> Result<(
     }
     // TLS may still hold records in its buffer.
     uninterrupted(|| to.flush())?;
+    Ok(())
+}
+
+/// Writes all of these slices, in one call where the stream takes them: a header that is sent by itself
+/// wakes the other side for twelve bytes.
+fn write_all(to: &mut dyn Write, mut slices: &mut [IoSlice<'_>]) -> io::Result<()> {
+    // Leaves out empty ones, of which a write of 0 bytes would tell nothing.
+    IoSlice::advance_slices(&mut slices, 0);
+    while !slices.is_empty() {
+        match uninterrupted(|| to.write_vectored(slices))? {
+            0 => return Err(io::ErrorKind::WriteZero.into()),
+            written => IoSlice::advance_slices(&mut slices, written),
+        }
+    }
     Ok(())
 }
 
@@ -156,6 +175,7 @@ fn uninterrupted<T>(mut operation: impl FnMut() -> io::Result<T>) -> io::Result<
 /// Reads frames into a buffer that is used again.
 #[derive(Default)]
 pub(crate) struct Reader {
+    /// Its beginning is the body of the last frame.
     body: Vec<u8>,
 }
 
@@ -183,16 +203,30 @@ impl Reader {
             let why = format!("a frame's length of {len} bytes exceeds its limit");
             return Err(WireError::Damaged(why));
         }
-        // What is not sent is not allocated: a length alone costs nothing.
-        self.body.clear();
-        let got = from.take(len as u64).read_to_end(&mut self.body)?;
-        if got < len {
-            return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
-        }
-        if checksum(&header[..8], &[&self.body]) != u32::from_le_bytes([c0, c1, c2, c3]) {
+        let body = self.read_body(from, len)?;
+        if checksum(&header[..8], &[body]) != u32::from_le_bytes([c0, c1, c2, c3]) {
             return Err(WireError::damaged("the checksum of a frame is wrong"));
         }
-        Ok((kind, &self.body))
+        Ok((kind, body))
+    }
+
+    fn read_body(&mut self, from: &mut dyn Read, len: usize) -> Result<&[u8], WireError> {
+        let mut got = 0;
+        while got < len {
+            if got == self.body.len() {
+                // What is not sent is not allocated: a length alone costs little. The buffer is used
+                // again, so that it is cleared once, and not for each frame.
+                let more = (2 * got).clamp(FIRST_PIECE, len.max(FIRST_PIECE));
+                self.body.resize(more, 0);
+            }
+            let room = self.body.len().min(len);
+            let part = self.body.get_mut(got..room).unwrap_or_default();
+            match uninterrupted(|| from.read(part))? {
+                0 => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
+                some => got += some,
+            }
+        }
+        Ok(self.body.get(..len).unwrap_or_default())
     }
 }
 
