@@ -1,12 +1,16 @@
 //! The cost of a migration for the guest, as tables.
 //!
-//!     cargo bench -p tests --bench migration [-- [--quick] [--peer PROGRAM]]
+//!     cargo bench -p tests --bench migration [-- [--quick] [--only PART] [--svg FILE] [--peer PROGRAM]]
+//!
+//! The parts are `stops`, `devices`, `faults`, `curves` (drawn into `FILE`), `storage` and
+//! `throughput`.
 //!
 //! The pocket guest writes to its memory at a given rate and moves between two services over loopback
 //! TCP; it reports the longest gap that it saw. `PROGRAM` has Cloud Hypervisor's command line and
 //! API, and is measured beside us through that; so is QEMU, if it is installed. `whimbrel` must have been
 //! built in the same profile: `cargo build --release`.
 
+mod curves;
 mod devices;
 mod faults;
 mod peer;
@@ -14,6 +18,7 @@ mod qemu;
 mod storage;
 mod terminal;
 mod throughput;
+mod timeline;
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -28,32 +33,57 @@ use spec::{
 use tests::{Face, Service, await_anyone, dirtier};
 
 use crate::terminal::Terminal;
+use crate::timeline::Steps;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 const MIB: u64 = 1 << 20;
 
 #[tokio::main]
 async fn main() -> Result<()> {
-    let (mut quick, mut peer) = (false, None);
+    let (mut quick, mut peer, mut only) = (false, None, None);
+    let mut svg: Option<PathBuf> = None;
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         match argument.as_str() {
             "--bench" => {}
+            faults::ECHO => return faults::echo(&arguments.next().context("an address")?),
             "--quick" => quick = true,
             "--peer" => peer = Some(PathBuf::from(arguments.next().context("--peer PROGRAM")?)),
-            other => bail!("unknown argument {other}: there are --quick and --peer PROGRAM"),
+            "--only" => only = Some(arguments.next().context("--only PART")?),
+            "--svg" => svg = Some(PathBuf::from(arguments.next().context("--svg FILE")?)),
+            other => bail!(
+                "unknown argument {other}: there are --quick, --only PART, --svg FILE and --peer PROGRAM"
+            ),
         }
     }
     let times = if quick { 3 } else { 5 };
-    stops(times, quick, peer.as_deref()).await?;
-    devices::stops(times).await?;
-    let (p50, p99) = faults::bare()?;
-    println!(
-        "\nA page that another thread of the process fills is there after (us): p50 {p50}, p99 {p99}."
-    );
-    storage::disks(times).await?;
-    throughput::pages(times).await?;
-    throughput::zeros(times).await
+    let is_wanted = |part: &str| only.as_deref().is_none_or(|only| only == part);
+    if is_wanted("stops") {
+        stops(times, quick, peer.as_deref()).await?;
+    }
+    if is_wanted("devices") {
+        devices::stops(times).await?;
+    }
+    if is_wanted("faults") {
+        let (p50, p99) = faults::bare()?;
+        println!(
+            "\nA page that another thread of the process fills is there after (us): p50 {p50}, p99 {p99}."
+        );
+        let (p50, p99) = faults::ping_pong()?;
+        println!(
+            "A page that another process sends over TCP on request is there after (us): p50 {p50}, p99 {p99}."
+        );
+    }
+    if let Some(svg) = svg.filter(|_| is_wanted("curves")) {
+        curves::draw(peer.as_deref(), &svg).await?;
+    }
+    if is_wanted("storage") {
+        storage::disks(times).await?;
+    }
+    if is_wanted("throughput") {
+        throughput::pages(times).await?;
+    }
+    Ok(())
 }
 
 /// A guest, and how it is to move.
@@ -67,7 +97,7 @@ struct Case {
 }
 
 /// The result of one move.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Default)]
 struct Seen {
     /// The gap that the guest saw, in microseconds.
     gap: u64,
@@ -78,6 +108,9 @@ struct Seen {
     total: u64,
     fault_p50: u64,
     fault_p99: u64,
+    /// Until the guest ran at the destination, and all had been sent.
+    runs_there: u64,
+    steps: Steps,
 }
 
 fn config(case: Case, kernel: &Path) -> VmConfig {
@@ -165,6 +198,8 @@ async fn ours(case: Case, times: usize) -> Result<Vec<Seen>> {
             total: sent.elapsed_us,
             fault_p50: received.fault_p50_us,
             fault_p99: received.fault_p99_us,
+            runs_there: sent.elapsed_us,
+            steps: Steps::of(&sent.timeline),
         });
     }
     Ok(all)
@@ -194,7 +229,7 @@ async fn stops(times: usize, quick: bool, peer: Option<&Path>) -> Result<()> {
         println!("Beside us: {qemu}.\n");
     }
     println!(
-        "| memory | vCPUs | pages/s | mode | guest saw | measured | predicted | of it load | all of it | faults p50, p99 (us) | peer: guest saw | QEMU: guest saw, measured, all of it |"
+        "| memory | vCPUs | pages/s | mode | guest saw | measured | predicted | of it load | all of it | faults p50, p99 (us) | peer: guest saw | QEMU: guest saw, measured, all sent, guest runs there |"
     );
     println!("|---|---|---|---|---|---|---|---|---|---|---|---|");
     let case = |memory, vcpus, rate, mode| Case {
@@ -228,6 +263,7 @@ async fn stops(times: usize, quick: bool, peer: Option<&Path>) -> Result<()> {
             case(8192, 1, 0, post),
         ]);
     }
+    let mut steps = Vec::new();
     for case in cases {
         let seen = ours(case, times).await?;
         let theirs = match peer {
@@ -241,10 +277,11 @@ async fn stops(times: usize, quick: bool, peer: Option<&Path>) -> Result<()> {
             None => "-".to_owned(),
             Some(_) => match tokio::task::spawn_blocking(move || qemu::moves(case, times)).await? {
                 Ok(seen) => format!(
-                    "{}, {}, {}",
+                    "{}, {}, {}, {}",
                     ms(median(&seen, |seen| seen.gap)),
                     ms(median(&seen, |seen| seen.stop)),
-                    ms(median(&seen, |seen| seen.total))
+                    ms(median(&seen, |seen| seen.total)),
+                    ms(median(&seen, |seen| seen.runs_there))
                 ),
                 Err(error) => format!("{error:#}"),
             },
@@ -269,6 +306,8 @@ async fn stops(times: usize, quick: bool, peer: Option<&Path>) -> Result<()> {
             ms(median(&seen, |seen| seen.load)),
             ms(median(&seen, |seen| seen.total)),
         );
+        steps.push((case, seen.into_iter().map(|seen| seen.steps).collect()));
     }
+    timeline::print(&steps);
     Ok(())
 }

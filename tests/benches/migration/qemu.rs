@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use spec::MemoryMode;
 use tempfile::TempDir;
 
+use crate::curves::{BANDWIDTH, Points};
 use crate::terminal::Terminal;
 use crate::{Case, MIB, PATIENCE, Seen, config};
 
@@ -127,10 +128,22 @@ impl Drop for Qemu {
 /// The gap that a guest of it sees, and the stop that it says it was: from the guest's end at the source
 /// until all is sent. Its guest's TSC stands meanwhile, so that the guest sees less.
 pub(crate) fn moves(case: Case, times: usize) -> Result<Vec<Seen>> {
-    (0..times).map(|_| one(case)).collect()
+    (0..times).map(|_| one(case, 0, &mut |_, _| {})).collect()
 }
 
-fn one(case: Case) -> Result<Seen> {
+/// The bytes that are left over time, under the bandwidth of the curves.
+pub(crate) fn curve(case: Case) -> Result<Points> {
+    let mut points = Points::new();
+    let mut watch = |at, info: &Value| {
+        let left = info["ram"]["remaining"].as_u64();
+        points.push((at, left.unwrap_or(case.memory)));
+    };
+    one(case, BANDWIDTH, &mut watch)?;
+    Ok(points)
+}
+
+/// Moves one guest. `watch` gets the time since the start, and QEMU's report.
+fn one(case: Case, bandwidth: u64, watch: &mut dyn FnMut(Duration, &Value)) -> Result<Seen> {
     let dir = TempDir::with_prefix("whimbrel-qemu.")?;
     std::fs::write(dir.path().join("pocket"), guest::IMAGE)?;
     let mut from = Qemu::start(case, dir.path(), "from", false)?;
@@ -145,13 +158,14 @@ fn one(case: Case) -> Result<Seen> {
         .port();
     let uri = json!({ "uri": format!("tcp:127.0.0.1:{port}") });
     to.ask("migrate-incoming", &uri)?;
-    // As much downtime as we are granted, and no limit to the bandwidth.
-    let policy = json!({ "downtime-limit": 20, "max-bandwidth": 0 });
+    // As much downtime as we are granted. A bandwidth of 0 is no limit.
+    let policy = json!({ "downtime-limit": 20, "max-bandwidth": bandwidth });
     from.ask("migrate-set-parameters", &policy)?;
-    from.ask("migrate", &uri)?;
     let (start, mut is_asked) = (Instant::now(), matches!(case.mode, MemoryMode::Precopy));
+    from.ask("migrate", &uri)?;
     let done = loop {
         let info = from.ask("query-migrate", &json!({}))?;
+        watch(start.elapsed(), &info);
         let status = info["status"].as_str().unwrap_or_default().to_owned();
         let rounds = info["ram"]["dirty-sync-count"].as_u64().unwrap_or(0);
         let wanted = if matches!(case.mode, MemoryMode::Hybrid) {
@@ -176,6 +190,15 @@ fn one(case: Case) -> Result<Seen> {
         ensure!(start.elapsed() < PATIENCE, "{info}");
         thread::sleep(Duration::from_millis(5));
     };
+    // Its own total ends when all is sent, which may be in the sockets' buffers still.
+    let runs_there = loop {
+        let state = to.ask("query-status", &json!({}))?;
+        if state["running"] == json!(true) {
+            break start.elapsed();
+        }
+        ensure!(start.elapsed() < PATIENCE, "{state}");
+        thread::sleep(Duration::from_millis(1));
+    };
     // In postcopy QEMU has reported a downtime of weeks: ignore such values.
     let told = |what: &str| done[what].as_u64().filter(|ms| *ms < 1 << 22);
     let us = |what: &str| told(what).unwrap_or(0) * 1000;
@@ -183,6 +206,7 @@ fn one(case: Case) -> Result<Seen> {
         gap: to.terminal()?.gap()?,
         stop: us("downtime"),
         total: us("total-time"),
+        runs_there: u64::try_from(runs_there.as_micros())?,
         ..Seen::default()
     })
 }

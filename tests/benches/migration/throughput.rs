@@ -60,8 +60,8 @@ impl Moving {
         })
     }
 
-    /// To the other service: bytes that were sent, pages of zeros, and microseconds.
-    async fn go(&mut self, connections: Option<u16>, tls: bool) -> Result<(u64, u64, u64)> {
+    /// To the other service: bytes that were sent, and microseconds.
+    async fn go(&mut self, connections: Option<u16>, tls: bool) -> Result<(u64, u64)> {
         let text = |path: &Path| path.to_string_lossy().into_owned();
         let tls_dir = tls.then(|| text(self.certificates.path()));
         let (from, to) = (&self.services[self.here], &self.services[1 - self.here]);
@@ -80,7 +80,7 @@ impl Moving {
         let begun = from.client().vms_migrate(&self.vm, &what).await?;
         let sent = over(from.client(), &begun).await?;
         self.here = 1 - self.here;
-        Ok((sent.sent_bytes, sent.zero_pages, sent.elapsed_us.max(1)))
+        Ok((sent.sent_bytes, sent.elapsed_us.max(1)))
     }
 }
 
@@ -104,7 +104,7 @@ pub(crate) async fn pages(times: usize) -> Result<()> {
         }
         for (tls, speeds) in [(false, &mut clear), (true, &mut secret)] {
             for turn in 0..=times {
-                let (bytes, _, us) = guest.go(Some(connections), tls).await?;
+                let (bytes, us) = guest.go(Some(connections), tls).await?;
                 speeds.extend((turn > 0).then_some(bytes * 1_000_000 / us / MIB));
             }
         }
@@ -119,21 +119,6 @@ pub(crate) async fn pages(times: usize) -> Result<()> {
             ratio(secret)
         );
     }
-    Ok(())
-}
-
-/// Memory with next to nothing in it.
-pub(crate) async fn zeros(times: usize) -> Result<()> {
-    let mut guest = Moving::start(8 * MEMORY, Workload::Idle).await?;
-    let mut speeds = Vec::new();
-    for _ in 0..times {
-        let (_, pages, us) = guest.go(None, false).await?;
-        speeds.push(pages * 1000 / us);
-    }
-    println!(
-        "\nZeros: {} thousand pages a second, of 8 GiB with nothing but the guest in it; median of {times}.",
-        median_of(speeds)
-    );
     Ok(())
 }
 
