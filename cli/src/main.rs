@@ -10,6 +10,7 @@ mod describe;
 mod migrate;
 mod print;
 mod remote;
+mod steps;
 
 use std::ffi::OsStr;
 use std::io::Write;

@@ -17,6 +17,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::args::size;
 use crate::print::Printer;
+use crate::steps::steps;
 
 /// Interval between two requests for the state.
 const TICK: Duration = Duration::from_millis(100);
@@ -125,6 +126,9 @@ pub(crate) struct MigrateArguments {
     /// Bandwidth limit in bytes per second. [default: unlimited]
     #[arg(long, value_name = "SIZE", value_parser = size)]
     max_bandwidth: Option<u64>,
+    /// Keep the guest paused at the destination until it is resumed there.
+    #[arg(long)]
+    paused: bool,
     /// Compare all memory before the guest runs at the destination; a page that differs fails the
     /// migration.
     #[arg(long)]
@@ -182,6 +186,7 @@ impl MigrateArguments {
             }),
             connections: self.connections,
             max_bandwidth: self.max_bandwidth,
+            resume: !self.paused,
             verify: self.verify,
             stop_limit_ms: self.stop_limit_ms,
             hold_ms: self.hold_ms,
@@ -203,6 +208,9 @@ pub(crate) struct ReceiveArguments {
     /// the service's host.
     #[arg(long, value_name = "DIR")]
     tls_dir: Option<String>,
+    /// Keep the guest paused when it has arrived, until it is resumed.
+    #[arg(long)]
+    paused: bool,
     /// End the wait at the first VM that the service refuses, instead of waiting for another.
     #[arg(long)]
     once: bool,
@@ -259,6 +267,7 @@ pub(crate) async fn receive(
         listen: arguments.listen.clone(),
         vm: vm.cloned(),
         tls_dir: arguments.tls_dir.clone(),
+        resume: !arguments.paused,
         once: arguments.once,
         tls_peers: arguments.tls_peer.clone(),
         insecure: arguments.insecure,
@@ -440,7 +449,7 @@ fn curve(history: &[MigrationRound]) -> String {
 }
 
 /// Formats microseconds as milliseconds.
-fn ms(us: u64) -> String {
+pub(crate) fn ms(us: u64) -> String {
     format!("{}.{:01} ms", us / 1000, us % 1000 / 100)
 }
 
@@ -493,6 +502,9 @@ pub(crate) fn summary(info: &MigrationInfo) -> String {
                 last.round
             ),
         );
+    }
+    if !info.timeline.is_empty() {
+        line("steps", steps(&info.timeline));
     }
     if let Some(stop) = info.downtime.as_ref().filter(|stop| stop.protect_us > 0) {
         // A live snapshot: nothing was sent or handed over.

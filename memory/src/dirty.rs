@@ -273,6 +273,37 @@ pub struct DirtyPages {
 }
 
 impl DirtyPages {
+    /// None of so many pages.
+    pub(crate) fn none(pages: usize) -> Self {
+        Self {
+            words: vec![0; pages.div_ceil(BITS)],
+        }
+    }
+
+    /// Marks `pages` neighbours from `first` on; what is past the end is ignored.
+    pub(crate) fn set(&mut self, first: usize, pages: usize) {
+        let Some(last) = pages.checked_sub(1) else {
+            return;
+        };
+        let end = self.words.len() * BITS;
+        let last = first.saturating_add(last).min(end.saturating_sub(1));
+        if first > last {
+            return;
+        }
+        for (index, bits) in masks(first, last) {
+            if let Some(word) = self.words.get_mut(index) {
+                *word |= bits;
+            }
+        }
+    }
+
+    /// Removes the marks that `others` does not have.
+    pub(crate) fn retain(&mut self, others: &Self) {
+        for (index, word) in self.words.iter_mut().enumerate() {
+            *word &= others.words.get(index).copied().unwrap_or(0);
+        }
+    }
+
     /// How many pages are marked.
     #[must_use]
     pub fn count(&self) -> usize {

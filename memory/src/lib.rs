@@ -38,6 +38,7 @@ mod listener;
 mod lost;
 mod node;
 mod plug;
+mod populated;
 mod ram;
 mod ram_config;
 mod range;

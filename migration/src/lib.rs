@@ -27,6 +27,7 @@
 mod decision;
 mod destination;
 mod disks;
+mod fault_priority;
 mod journal;
 mod link;
 mod message;
@@ -59,7 +60,7 @@ pub use message::{BlockInfo, Offer, Refusal};
 pub use mirror::{Finish, MirroredDisk, Mirroring, mirror};
 pub use pages::Block;
 pub use policy::{AtDeadline, MAX_CONNECTIONS, Mode, Policy};
-pub use progress::{Downtime, Phase, Progress, Report, Round};
+pub use progress::{Activity, Downtime, Phase, Progress, Report, Round, Span};
 pub use source::{Outcome, PendingAbort, Sending, Source, Stopped, Whereabouts, send};
 
 pub use tls::{PeerNames, TlsDial, TlsError, TlsListener};

@@ -17,6 +17,7 @@ use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
+use socket2::SockRef;
 use sockets::{BindError, BoundSocket};
 
 /// Files that are given at a time.
@@ -32,6 +33,16 @@ pub trait Stream: Read + Write + Send {
     /// # Errors
     /// When the host refuses.
     fn set_patience(&self, patience: Duration) -> io::Result<()>;
+
+    /// Limits how many bytes may wait on this side to be sent. What is on the way already is not
+    /// counted: a long way needs much of it.
+    ///
+    /// # Errors
+    /// When the host refuses.
+    fn limit_unsent(&self, bytes: u32) -> io::Result<()> {
+        let _ = bytes;
+        Ok(())
+    }
 
     /// Returns a handle that closes the connection from another thread.
     ///
@@ -90,6 +101,11 @@ impl fmt::Debug for Closer {
 }
 
 impl Stream for UnixStream {
+    fn limit_unsent(&self, bytes: u32) -> io::Result<()> {
+        // What was sent is at the other side.
+        SockRef::from(self).set_send_buffer_size(bytes as usize)
+    }
+
     fn set_patience(&self, patience: Duration) -> io::Result<()> {
         self.set_read_timeout(Some(patience))?;
         self.set_write_timeout(Some(patience))
@@ -153,6 +169,12 @@ impl Stream for UnixStream {
 }
 
 impl Stream for TcpStream {
+    fn limit_unsent(&self, bytes: u32) -> io::Result<()> {
+        // Not the size of the send buffer (SO_SNDBUF), which also has what was sent and is not
+        // acknowledged: so little of that would make a connection of some milliseconds slow.
+        SockRef::from(self).set_tcp_notsent_lowat(bytes)
+    }
+
     fn set_patience(&self, patience: Duration) -> io::Result<()> {
         self.set_read_timeout(Some(patience))?;
         self.set_write_timeout(Some(patience))

@@ -92,6 +92,48 @@ pub struct Round {
 
 /// Rounds that a report keeps: the last ones.
 const ROUNDS_KEPT: usize = 64;
+/// Entries that a timeline keeps: each step but a round comes once or twice.
+const TIMELINE_KEPT: usize = ROUNDS_KEPT + 32;
+
+/// A step of a migration. They follow each other without gaps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activity {
+    /// The source connects, or the destination waits for a source.
+    Connect,
+    /// Both sides check the offer, and the destination builds the machine.
+    Prepare,
+    /// The source opens the RAM channels, and starts dirty tracking.
+    Track,
+    /// The device state is saved and loaded for a trial, and the round trip is measured.
+    Trial,
+    /// A round of pages is copied while the guest runs.
+    Round,
+    /// The source writes dirty disk caches back, and prepares the stop.
+    Sync,
+    /// The source pauses vCPUs and devices.
+    Pause,
+    /// The source sends the last pages and saves the machine.
+    Save,
+    /// The destination loads the machine.
+    Load,
+    /// The source gives the guest away, and the destination starts it.
+    HandOver,
+    /// Pages follow the guest.
+    Pages,
+    /// What is left is released.
+    Release,
+}
+
+/// An entry of the timeline.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// The step.
+    pub activity: Activity,
+    /// Its beginning in microseconds since the migration began.
+    pub at_us: u64,
+    /// Its duration in microseconds, so far or until the next step began.
+    pub took_us: u64,
+}
 
 /// How a migration is going.
 #[derive(Clone, Debug, PartialEq)]
@@ -118,6 +160,9 @@ pub struct Report {
     pub rounds: u32,
     /// The last rounds that have ended, at most 64.
     pub history: VecDeque<Round>,
+    /// The steps so far, the last of which may be in progress: at most 96. Where there were more, the
+    /// oldest rounds are left out.
+    pub timeline: VecDeque<Span>,
     /// Pages that the guest dirties per second.
     pub dirty_pages_per_second: u64,
     /// Throughput in bytes per second.
@@ -128,6 +173,8 @@ pub struct Report {
     pub connections: u16,
     /// Predicted stop in microseconds: as of now, or when the stop began.
     pub predicted_downtime_us: Option<u64>,
+    /// Stops that were called off because they took too long.
+    pub called_off: u32,
     /// Duration of the stop, once it has ended.
     pub downtime: Option<Downtime>,
     /// For how long it has been undecided where the guest runs, in microseconds: at the destination, since the
@@ -149,6 +196,30 @@ pub struct Report {
     pub elapsed_us: u64,
     /// Why the migration failed, was canceled or is in doubt.
     pub error: Option<Refusal>,
+}
+
+impl Report {
+    /// Ends the last step now, which is at `elapsed_us`.
+    fn end_step(&mut self) {
+        if let Some(last) = self.timeline.back_mut() {
+            last.took_us = self.elapsed_us.saturating_sub(last.at_us);
+        }
+    }
+
+    fn begin_step(&mut self, activity: Activity) {
+        self.end_step();
+        if self.timeline.len() == TIMELINE_KEPT {
+            // A migration can have any number of rounds.
+            let is_round = |span: &Span| span.activity == Activity::Round;
+            let oldest = self.timeline.iter().position(is_round);
+            self.timeline.remove(oldest.unwrap_or(0));
+        }
+        self.timeline.push_back(Span {
+            activity,
+            at_us: self.elapsed_us,
+            took_us: 0,
+        });
+    }
 }
 
 struct State {
@@ -176,11 +247,13 @@ impl Default for Progress {
             remaining_pages: 0,
             rounds: 0,
             history: VecDeque::new(),
+            timeline: VecDeque::new(),
             dirty_pages_per_second: 0,
             bytes_per_second: 0,
             throttle_percent: 0,
             connections: 0,
             predicted_downtime_us: None,
+            called_off: 0,
             downtime: None,
             undecided_us: None,
             faults: 0,
@@ -209,6 +282,7 @@ impl Progress {
         let mut report = state.report.clone();
         if !report.phase.is_over() {
             report.elapsed_us = micros(state.begun.elapsed());
+            report.end_step();
         }
         report.undecided_us = state.undecided.map(|since| micros(since.elapsed()));
         report
@@ -225,7 +299,18 @@ impl Progress {
         // Freeze the time once: the report may be read long after the end.
         if state.report.phase != before && state.report.phase.is_over() {
             state.report.elapsed_us = micros(state.begun.elapsed());
+            state.report.end_step();
         }
+    }
+
+    /// Begins a step, which ends the one before.
+    pub(crate) fn begin(&self, activity: Activity) {
+        let mut state = self.0.lock();
+        if state.report.phase.is_over() {
+            return;
+        }
+        state.report.elapsed_us = micros(state.begun.elapsed());
+        state.report.begin_step(activity);
     }
 
     /// Adds a round that has ended.
@@ -286,5 +371,36 @@ mod tests {
         assert!(second >= first.map(|us| us + 2000), "{first:?} {second:?}");
         progress.enter(Phase::Completed);
         assert_eq!(progress.report().undecided_us, None);
+    }
+
+    #[test]
+    fn timeline_has_no_gaps_and_a_limit() {
+        let progress = Progress::default();
+        progress.begin(Activity::Connect);
+        std::thread::sleep(Duration::from_millis(2));
+        progress.begin(Activity::Prepare);
+        for _ in 0..2 * TIMELINE_KEPT {
+            progress.begin(Activity::Round);
+        }
+        progress.begin(Activity::HandOver);
+        std::thread::sleep(Duration::from_millis(2));
+        let running = progress.report();
+        let last = running.timeline.back().unwrap();
+        assert_eq!(last.at_us + last.took_us, running.elapsed_us);
+        progress.enter(Phase::Completed);
+        // Behind the end nothing changes.
+        progress.begin(Activity::Release);
+        let report = progress.report();
+        assert_eq!(report.timeline.len(), TIMELINE_KEPT);
+        let spans: Vec<_> = report.timeline.iter().collect();
+        let kept = |index: usize| spans[index].activity;
+        assert_eq!((kept(0), kept(1)), (Activity::Connect, Activity::Prepare));
+        assert!(spans[0].took_us >= 2000, "{:?}", spans[0]);
+        let (rounds, last) = spans[2..].split_at(spans.len() - 3);
+        for pair in rounds.windows(2) {
+            assert_eq!(pair[0].at_us + pair[0].took_us, pair[1].at_us);
+        }
+        assert_eq!(last[0].activity, Activity::HandOver);
+        assert_eq!(last[0].at_us + last[0].took_us, report.elapsed_us);
     }
 }

@@ -12,6 +12,7 @@ use parking_lot::Mutex;
 use crate::MigrationError;
 use crate::decision::Decision;
 use crate::disks::{Contents, check_lost};
+use crate::fault_priority::FaultPriority;
 use crate::link::Stream;
 use crate::pages::{self, BATCH, Batch, Block, PAGE, Run};
 use crate::progress::Progress;
@@ -21,6 +22,11 @@ use crate::wire::{self, Kind};
 
 /// The longest sleep to keep to a bandwidth. Between two of them the sender looks for a cancel.
 const LONGEST_SLEEP: Duration = Duration::from_millis(100);
+
+/// Pages of a batch in postcopy: 64 KiB.
+pub(crate) const SMALL_BATCH: usize = 16;
+/// Bytes that a channel may have to send while others wait for the link.
+const UNSENT: u32 = 64 << 10;
 
 /// Batches that a bandwidth limit has room for in a second.
 const BATCHES_PER_SECOND: u64 = 10;
@@ -48,7 +54,18 @@ pub(crate) fn batches(
     pending: &[DirtyPages],
     limit: Option<u64>,
 ) -> impl Iterator<Item = Run> + Send + '_ {
-    let most = batch_pages(limit);
+    batches_of(pending, batch_pages(limit))
+}
+
+/// Pages in small batches, so that a page that is waited for does not have to wait for a large one.
+pub(crate) fn small_batches(
+    pending: &[DirtyPages],
+    limit: Option<u64>,
+) -> impl Iterator<Item = Run> + Send + '_ {
+    batches_of(pending, batch_pages(limit).min(SMALL_BATCH))
+}
+
+fn batches_of(pending: &[DirtyPages], most: usize) -> impl Iterator<Item = Run> + Send + '_ {
     (0_u32..).zip(pending).flat_map(move |(block, pages)| {
         pages.runs().flat_map(move |(first, pages)| {
             (0..pages).step_by(most).map(move |at| Run {
@@ -196,11 +213,17 @@ impl Ram {
         progress: &Progress,
     ) -> Result<u64, MigrationError> {
         let mut sent = 0;
+        // A host that does not know the option makes urgent pages wait longer, and nothing else.
+        let _ = self.stream.limit_unsent(UNSENT);
         loop {
             priority.give_way();
-            // A statement of its own: in a `while let` the lock would be held during the send, and
-            // the channels would wait for each other.
-            let next = batches.lock().next();
+            let next = match priority.behind_fault(contents) {
+                // A guest that reads on finds the next pages there.
+                Some(next) => Some(next),
+                // A statement of its own: in a `while let` the lock would be held during the send,
+                // and the channels would wait for each other.
+                None => batches.lock().next(),
+            };
             let Some(batch) = next else { return Ok(sent) };
             let Some(dirty) = contents.dirty(batch.block) else {
                 continue;
@@ -323,47 +346,6 @@ impl Ram {
             report.remaining_pages = report.remaining_pages.saturating_sub(full + zero);
         });
         Ok(sent)
-    }
-}
-
-/// The time of the last page fault. Other pages yield for a moment after one.
-pub(crate) struct FaultPriority {
-    begun: Instant,
-    /// Microseconds since then.
-    last: AtomicU64,
-}
-
-impl Default for FaultPriority {
-    fn default() -> Self {
-        Self {
-            begun: Instant::now(),
-            last: AtomicU64::new(0),
-        }
-    }
-}
-
-impl FaultPriority {
-    /// A thread that waits for one page will soon wait for the next. In microseconds.
-    const SOON: u64 = 1_000;
-    const WAY: Duration = Duration::from_micros(400);
-
-    fn now(&self) -> u64 {
-        crate::progress::micros(self.begun.elapsed())
-    }
-
-    /// Records a page fault.
-    pub(crate) fn is_needed(&self) {
-        // 0 stands for no fault so far. Relaxed: a stale value only shifts the pause by a batch.
-        self.last.store(self.now().max(1), Ordering::Relaxed);
-    }
-
-    fn give_way(&self) {
-        let last = self.last.load(Ordering::Relaxed);
-        if last != 0 && self.now().saturating_sub(last) < Self::SOON {
-            // Once for each batch, however many faults there are: the bulk pages end the faults,
-            // and a guest that faults all the time must not starve them.
-            thread::sleep(Self::WAY);
-        }
     }
 }
 

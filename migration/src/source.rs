@@ -16,6 +16,7 @@ use uuid::Uuid;
 
 pub use self::hand_over::PendingAbort;
 use self::postcopy::FaultServer;
+use self::stop::StopKind;
 use crate::decision::Decision;
 use crate::disks::{self, Contents, SourceDisk};
 use crate::journal::{Journal, Step};
@@ -25,8 +26,8 @@ use crate::message::{
     VERSIONS,
 };
 use crate::pages::{BATCH, Block, PAGE};
-use crate::policy::{Measured, Mode, Policy};
-use crate::progress::{Downtime, Phase, Progress};
+use crate::policy::{Measured, Policy};
+use crate::progress::{Activity, Downtime, Phase, Progress};
 use crate::sender::Ram;
 use crate::threads::in_span;
 use crate::verify;
@@ -116,6 +117,12 @@ pub trait Source: Send {
     /// Shows where the guest is while this side keeps a VM that it gave away.
     fn show(&mut self, guest: &Whereabouts);
 
+    /// Undoes [`Source::stop`]: the guest resumes, if it ran before, and the migration continues.
+    ///
+    /// # Errors
+    /// The vCPUs do not start, or the machine is gone.
+    fn resume_copying(&mut self) -> Result<(), Refusal>;
+
     /// Undoes [`Source::stop`] and [`Source::hand_over`]: the guest stays here and resumes.
     ///
     /// # Errors
@@ -138,6 +145,13 @@ pub struct Stopped {
     /// When its clocks were read. The destination adds the time since then, and no more: a value
     /// that is read after the stop began contains a part of the stop already.
     pub clocks_at: Instant,
+}
+
+impl Stopped {
+    /// Whether the guest does not run when it has arrived.
+    fn stays_paused(self, policy: &Policy) -> bool {
+        self.was_paused || !policy.resume
+    }
 }
 
 /// The place of a guest after the commit, as far as the source knows.
@@ -377,11 +391,14 @@ impl Engine<'_, '_> {
     fn until_commit(&mut self) -> Result<(), MigrationError> {
         self.check()?;
         self.prepare()?;
+        let progress = self.sending.progress.clone();
         if self.is_given {
             // The destination has the memory itself: no rounds.
+            progress.begin(Activity::Trial);
             self.measure()?;
-            return self.stop(false);
+            return self.stop(StopKind::Final).map(|_| ());
         }
+        progress.begin(Activity::Track);
         // Set first: if tracking starts only in part, `stay` still has to end it.
         self.tracking = true;
         self.with_keepalive(|source| {
@@ -390,32 +407,33 @@ impl Engine<'_, '_> {
             // round does not send them twice.
             source.harvest()
         })?;
+        self.forget_unpopulated();
+        progress.begin(Activity::Trial);
         self.measure()?;
         self.begun = Instant::now();
         // Disks first: they are larger than memory, of which the guest would write the most again
         // meanwhile.
         self.copy_disks()?;
-        let postcopy = match self.sending.policy.mode {
-            Mode::Postcopy => true,
-            Mode::Precopy | Mode::Hybrid | Mode::Auto => {
-                let postcopy = self.precopy()?;
-                if postcopy {
-                    // Disks do not follow the guest: what is left of them is sent in the stop.
-                    self.copy_disks()?;
-                }
-                postcopy
-            }
-        };
-        // The guest still runs here, so this failure costs it no pause.
-        if postcopy && !self.can_postcopy {
-            let why = "the destination does not support postcopy: it has no userfaultfd, or the \
-                       guest's memory has huge pages";
-            return Err(MigrationError::here("no-postcopy", why));
+        self.copy_and_stop()
+    }
+
+    /// Takes the marks of pages for which the host has no memory: they are zeros, as all memory of a
+    /// new machine is at the destination.
+    ///
+    /// Not in a later round. A page that the guest gave back since then is without memory too, and the
+    /// destination has its old content.
+    fn forget_unpopulated(&self) {
+        for block in &self.blocks {
+            // In this order: a page that a device or the guest writes from here on is marked again,
+            // and what was written before has memory.
+            let mut pages = block.ram.dirty().take();
+            block.ram.remove_unpopulated(&mut pages);
+            block.ram.dirty().put_back(&pages);
         }
-        self.stop(postcopy)
     }
 
     fn prepare(&mut self) -> Result<(), MigrationError> {
+        self.sending.progress.begin(Activity::Connect);
         let stream = self.connect(Channel::Control)?;
         self.control = Some(ControlChannel::new(stream));
         self.version = self.expect(|answer| match answer {
@@ -425,6 +443,7 @@ impl Engine<'_, '_> {
             _ => None,
         })?;
         self.sending.progress.enter(Phase::Preparing);
+        self.sending.progress.begin(Activity::Prepare);
         let mut offer = self.source.offer().map_err(MigrationError::Here)?;
         let memory = self.blocks.iter().map(|block| block.ram.len() as u64).sum();
         let policy = self.sending.policy;

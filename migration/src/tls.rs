@@ -1,7 +1,7 @@
 //! TLS 1.3 connections with certificates at both ends.
 
 use std::fs;
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -111,6 +111,10 @@ impl Write for TlsStream<ClientConnection> {
         self.0.write(data)
     }
 
+    fn write_vectored(&mut self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
+        self.0.write_vectored(parts)
+    }
+
     fn flush(&mut self) -> io::Result<()> {
         self.0.flush()
     }
@@ -127,6 +131,10 @@ impl Write for TlsStream<ServerConnection> {
         self.0.write(data)
     }
 
+    fn write_vectored(&mut self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
+        self.0.write_vectored(parts)
+    }
+
     fn flush(&mut self) -> io::Result<()> {
         self.0.flush()
     }
@@ -136,6 +144,10 @@ impl<C: Send> Stream for TlsStream<C>
 where
     Self: Read + Write,
 {
+    fn limit_unsent(&self, bytes: u32) -> io::Result<()> {
+        self.0.sock.limit_unsent(bytes)
+    }
+
     fn set_patience(&self, patience: Duration) -> io::Result<()> {
         self.0.sock.set_patience(patience)
     }

@@ -204,6 +204,10 @@ impl Source for Guest {
         self.guest.show(guest);
     }
 
+    fn resume_copying(&mut self) -> Result<(), Refusal> {
+        self.guest.resume_copying()
+    }
+
     fn resume(&mut self) -> Result<(), Refusal> {
         self.guest.resume()
     }

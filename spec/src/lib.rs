@@ -61,9 +61,9 @@ pub use disk::{
 pub use host::{CpuCheck, CpuDescription, CpuidLeaf, HostCpu, ProfileFit};
 pub use memory::{HotplugMethod, MemoryConfig, MemoryZoneConfig};
 pub use migration::{
-    AtDeadline, AwaitMigration, DiskStorage, MemoryMode, MigrationDowntime, MigrationError,
-    MigrationInfo, MigrationOutcome, MigrationPhase, MigrationRound, MigrationSide,
-    ResolveMigration, StartMigration, StorageMode,
+    AtDeadline, AwaitMigration, DiskStorage, MemoryMode, MigrationActivity, MigrationDowntime,
+    MigrationError, MigrationInfo, MigrationOutcome, MigrationPhase, MigrationRound, MigrationSide,
+    MigrationStep, ResolveMigration, StartMigration, StorageMode,
 };
 pub use names::{MEMORY_DEVICE, PVPANIC, WATCHDOG, check_device_name, free_name};
 pub use overrides::{

@@ -1,5 +1,7 @@
 //! Migrations, as the service's own face shows them.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -94,6 +96,10 @@ fn default_max_downtime_ms() -> u64 {
     300
 }
 
+fn yes() -> bool {
+    true
+}
+
 fn default_deadline_s() -> u64 {
     3600
 }
@@ -128,6 +134,10 @@ pub struct StartMigration {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1)]
     pub max_bandwidth: Option<u64>,
+    /// Whether the guest runs at the destination as soon as it is there. If false, it stays paused there
+    /// until it is resumed, also while pages follow it (postcopy).
+    #[serde(default = "yes")]
+    pub resume: bool,
     /// Have the destination compare a hash of every page with the source's before the guest runs there
     /// (in postcopy: as pages arrive). A page that differs fails the migration with the code
     /// `memory-differs-at`. Adds to the stop, beyond `max_downtime_ms`.
@@ -190,6 +200,7 @@ impl StartMigration {
             at_deadline: None,
             connections: None,
             max_bandwidth: None,
+            resume: true,
             verify: false,
             stop_limit_ms: None,
             hold_ms: None,
@@ -215,6 +226,10 @@ pub struct AwaitMigration {
     /// `server-key.pem`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tls_dir: Option<String>,
+    /// Whether the guest runs here as soon as it is here, if the source wants that too. If false, it stays
+    /// paused until it is resumed, also while pages follow it (postcopy).
+    #[serde(default = "yes")]
+    pub resume: bool,
     /// End the wait at the first VM that this host refuses. When false, the refusal is shown as the
     /// migration's `error`, and the wait continues.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
@@ -252,6 +267,7 @@ impl AwaitMigration {
             listen: listen.into(),
             vm: None,
             tls_dir: None,
+            resume: true,
             once: false,
             tls_peers: None,
             insecure: false,
@@ -428,6 +444,11 @@ pub struct MigrationInfo {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schema(max_items = 64)]
     pub history: Vec<MigrationRound>,
+    /// The steps so far, one behind the other without gaps, the last of which may be in progress. At
+    /// most 96: where there were more, the oldest rounds are left out.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schema(max_items = 96)]
+    pub timeline: Vec<MigrationStep>,
     /// Pages that the guest dirties per second.
     pub dirty_pages_per_second: u64,
     /// Throughput in bytes per second.
@@ -448,6 +469,10 @@ pub struct MigrationInfo {
     /// Predicted stop in microseconds: as of now, or when the stop began.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub predicted_downtime_us: Option<u64>,
+    /// Stops that were called off because they took longer than three times `max_downtime_ms`, and 50 ms
+    /// at least.
+    #[serde(default)]
+    pub called_off: u32,
     /// Duration of the stop, once it has ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub downtime: Option<MigrationDowntime>,
@@ -495,6 +520,67 @@ pub struct MigrationRound {
     pub predicted_downtime_us: u64,
     /// Share of time for which vCPUs were kept from running, in percent.
     pub throttle_percent: u8,
+}
+
+/// A step of a migration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MigrationStep {
+    /// The step.
+    pub step: MigrationActivity,
+    /// Its beginning, in microseconds since the migration began.
+    pub at_us: u64,
+    /// Its duration in microseconds, so far or until the next step began.
+    pub took_us: u64,
+}
+
+/// What a side of a migration does in a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum MigrationActivity {
+    /// The source connects.
+    Connect,
+    /// Both sides check the offer, and the destination builds the machine.
+    Prepare,
+    /// The source connects for memory, and starts dirty tracking.
+    Track,
+    /// The device state is saved and loaded for a trial.
+    Trial,
+    /// A round of pages is copied while the guest runs.
+    Round,
+    /// The source writes dirty disk caches back.
+    Sync,
+    /// The source pauses vCPUs and devices.
+    Pause,
+    /// The source sends the last pages, and saves the machine.
+    Save,
+    /// The destination loads the machine.
+    Load,
+    /// The source hands the guest over, and the destination starts it.
+    HandOver,
+    /// Pages follow the guest.
+    Pages,
+    /// The source releases what is left of the machine, or the guest resumes there.
+    Release,
+}
+
+impl fmt::Display for MigrationActivity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Connect => "connect",
+            Self::Prepare => "prepare",
+            Self::Track => "track",
+            Self::Trial => "trial",
+            Self::Round => "round",
+            Self::Sync => "sync",
+            Self::Pause => "pause",
+            Self::Save => "save",
+            Self::Load => "load",
+            Self::HandOver => "hand-over",
+            Self::Pages => "pages",
+            Self::Release => "release",
+        })
+    }
 }
 
 impl MigrationInfo {

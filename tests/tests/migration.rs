@@ -8,8 +8,9 @@ use std::time::Duration;
 use openapi::ClientError;
 use rustix::process::Signal;
 use spec::{
-    HotplugMethod, MigrationInfo, MigrationOutcome, MigrationPhase, ReceiveMigrationData,
-    ResolveMigration, SendMigrationData, StartMigration, VmId, VmResize, VmState,
+    AwaitMigration, HotplugMethod, MemoryMode, MigrationActivity, MigrationInfo, MigrationOutcome,
+    MigrationPhase, ReceiveMigrationData, ResolveMigration, SendMigrationData, StartMigration,
+    VmId, VmResize, VmState,
 };
 use tests::{Face, Service, await_anyone, dirtier, snapshots};
 
@@ -42,12 +43,26 @@ async fn until(at: &Service, id: &VmId, wanted: impl Fn(&MigrationInfo) -> bool)
 async fn a_guest_moves_between_two_services_and_back() {
     let services = pair().await;
     let (vm, port) = dirtier::boot(&services[0]).await.unwrap();
-    for turn in 0..2 {
+    // The guest stays paused where either side says so, and runs when it is resumed there.
+    for (turn, (mode, here, there)) in [
+        (MemoryMode::Auto, true, true),
+        (MemoryMode::Postcopy, true, false),
+        (MemoryMode::Precopy, false, true),
+    ]
+    .into_iter()
+    .enumerate()
+    {
         let (from, to) = (&services[turn % 2], &services[(turn + 1) % 2]);
-        let waiting = receive(to).await;
+        let waiting = AwaitMigration {
+            resume: there,
+            ..await_anyone("tcp:127.0.0.1:0")
+        };
+        let waiting = to.client().migrations_receive(&waiting).await.unwrap();
         assert_eq!(waiting.phase, MigrationPhase::Connecting);
         let what = StartMigration {
             insecure: true,
+            mode,
+            resume: here,
             ..StartMigration::to(waiting.endpoint.clone())
         };
         let begun = from.client().vms_migrate(&vm, &what).await.unwrap();
@@ -57,8 +72,25 @@ async fn a_guest_moves_between_two_services_and_back() {
         assert_eq!(received.phase, MigrationPhase::Completed, "{received:?}");
         assert_eq!(received.vm.as_ref(), Some(&vm));
         assert!(from.client().vms_list().await.unwrap().is_empty());
-        let there = to.client().vms_info(&vm).await.unwrap();
-        assert_eq!(there.state, VmState::Running);
+        let state = async || to.client().vms_info(&vm).await.unwrap().state;
+        if !(here && there) {
+            assert_eq!(state().await, VmState::Paused);
+            to.client().vms_resume(&vm).await.unwrap();
+        }
+        assert_eq!(state().await, VmState::Running);
+        for info in [&sent, &received] {
+            let steps = &info.timeline;
+            for pair in steps.windows(2) {
+                assert_eq!(pair[0].at_us + pair[0].took_us, pair[1].at_us, "{info:?}");
+            }
+            let last = steps.last().unwrap();
+            assert_eq!(last.at_us + last.took_us, info.elapsed_us, "{info:?}");
+            assert!(
+                steps
+                    .iter()
+                    .any(|step| step.step == MigrationActivity::HandOver)
+            );
+        }
         println!(
             "{:?}, predicted {:?} us",
             sent.downtime.unwrap(),
@@ -67,7 +99,7 @@ async fn a_guest_moves_between_two_services_and_back() {
     }
     dirtier::check(&port).await.unwrap();
     let info = services[0].client().migrations_list().await.unwrap();
-    assert_eq!(info.len(), 2, "its history");
+    assert_eq!(info.len(), 3, "its history");
 }
 
 #[tokio::test]

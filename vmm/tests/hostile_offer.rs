@@ -101,6 +101,10 @@ impl Source for Peer {
 
     fn show(&mut self, _: &Whereabouts) {}
 
+    fn resume_copying(&mut self) -> Result<(), Refusal> {
+        no_guest()
+    }
+
     fn resume(&mut self) -> Result<(), Refusal> {
         no_guest()
     }

@@ -15,7 +15,7 @@ use crate::MigrationError;
 use crate::decision::{Doubt, Question, Resolution};
 use crate::journal::Step;
 use crate::message::{ControlChannel, Refusal, ToDestination, ToSource};
-use crate::progress::{Phase, micros};
+use crate::progress::{Activity, Phase, micros};
 use crate::wire::WireError;
 
 /// A guest that has been loaded whole. The source has not heard of it yet.
@@ -50,6 +50,7 @@ impl<'a> Ready<'a> {
     pub(super) fn announce(mut self) -> Deciding<'a> {
         let (session, load_us) = (self.guest.session, self.load_us);
         session.progress.enter_hand_over(self.since);
+        session.progress.begin(Activity::HandOver);
         // Before `Ready` leaves: if the connection breaks behind it, the source asks over a new one
         // at once, and the router must not turn that away.
         session.router.allow_questions(session.id.get());

@@ -12,7 +12,7 @@ use super::{Ended, Failed, POLLS, answer_ping};
 use crate::MigrationError;
 use crate::decision::{Doubt, Question, Resolution};
 use crate::message::{ControlChannel, Refusal, ToDestination, ToSource};
-use crate::progress::Phase;
+use crate::progress::{Activity, Phase};
 use crate::wire::WireError;
 
 /// A guest that runs here without all of its pages.
@@ -48,6 +48,7 @@ impl<'a> Postcopy<'a> {
     pub(super) fn run(mut self) -> Result<Ended, Failed> {
         let progress = self.guest.session.progress;
         progress.enter(Phase::Postcopy);
+        progress.begin(Activity::Pages);
         // Every error counts as a lost connection, also one of the protocol: the guest has run
         // here, so there is no side to which it could return.
         while let Err(error) = self.until_whole() {

@@ -8,7 +8,7 @@ use crate::MigrationError;
 use crate::journal::{Journal, Step};
 use crate::message::{ControlChannel, Offer, Refusal, ToSource};
 use crate::policy::MAX_CONNECTIONS;
-use crate::progress::Phase;
+use crate::progress::{Activity, Phase};
 use memory::UserFaults;
 
 /// Why a source that made an offer is not the one that is waited for.
@@ -51,6 +51,7 @@ impl<'a> Preparing<'a> {
             ..
         } = self.offered;
         session.progress.enter(Phase::Preparing);
+        session.progress.begin(Activity::Prepare);
         // Before the host builds the machine, which can take long: a cancel has to reach this
         // connection meanwhile.
         let adopted = session.adopt(control.stream).map_err(NotPrepared::Failed);

@@ -13,7 +13,7 @@ use super::slots::Arrived;
 use super::{Destination, Failed, POLLS, Session, answer_ping};
 use crate::journal::{Journal, Step};
 use crate::message::{ControlChannel, Refusal, ToDestination, ToSource};
-use crate::progress::{Phase, Report, micros};
+use crate::progress::{Activity, Phase, Report, micros};
 use crate::threads::in_span;
 use crate::wire::WireError;
 use crate::{ATTEMPTS, KEEPALIVES, MigrationError, STALL};
@@ -237,6 +237,7 @@ impl<'a> Receiving<'a> {
                     self.advance.until += took;
                     let progress = self.guest.session.progress;
                     progress.update(|report| report.rounds = round);
+                    progress.begin(Activity::Round);
                     let report = progress.report();
                     tracing::info!(
                         migration = %self.guest.id,
@@ -252,6 +253,7 @@ impl<'a> Receiving<'a> {
                 }
                 ToDestination::Guess => {
                     let state = self.recv(ControlChannel::recv_state)?;
+                    self.guest.session.progress.begin(Activity::Trial);
                     let start = Instant::now();
                     // The guest still runs at the source. A state that this host cannot load should
                     // fail here, where it costs no downtime.
@@ -260,6 +262,7 @@ impl<'a> Receiving<'a> {
                     // Time of this side. Loading is no advance: a source can ask for it for ever.
                     self.advance.until += start.elapsed();
                     let us = micros(start.elapsed());
+                    self.guest.session.progress.begin(Activity::Round);
                     self.control.send(&ToSource::GuessLoaded { us })?;
                 }
                 ToDestination::State {
@@ -283,6 +286,7 @@ impl<'a> Receiving<'a> {
         // decides while the source is lost.
         let since = Instant::now();
         session.progress.enter(Phase::Stopped);
+        session.progress.begin(Activity::Save);
         let state = self.recv(ControlChannel::recv_state)?;
         // Devices read guest memory in `load`, so the last round has to be complete. Also no RAM
         // thread may write to memory plainly once `expect_postcopy` registers it with userfaultfd.
@@ -292,6 +296,7 @@ impl<'a> Receiving<'a> {
         // survive this host.
         self.guest.channels.memory.disks.end();
         self.guest.sync_disks(&mut self.control)?;
+        session.progress.begin(Activity::Load);
         let start = Instant::now();
         if postcopy {
             self.expect_postcopy()?;

@@ -17,7 +17,7 @@ use crate::decision::{Doubt, Question, Resolution};
 use crate::journal::Step;
 use crate::link::Dial;
 use crate::message::{Channel, ControlChannel, Hello, Refusal, ToDestination, ToSource};
-use crate::progress::{Phase, micros};
+use crate::progress::{Activity, Phase, micros};
 use crate::wire::WireError;
 use crate::{ATTEMPTS, LINGER, MigrationError};
 
@@ -128,6 +128,7 @@ impl Engine<'_, '_> {
         }
         let mut why = error.refusal();
         tracing::warn!(migration = %self.sending.id, %why, "a guest stays at the source");
+        self.sending.progress.begin(Activity::Release);
         let knows = is_theirs || self.hold(&why);
         if self.stopped.is_some()
             && let Err(error) = self.take_back()
@@ -337,7 +338,7 @@ impl Engine<'_, '_> {
         let stopped_for = stopped.clocks_at.elapsed().as_nanos();
         self.send(&ToDestination::Commit {
             stood_for_ns: u64::try_from(stopped_for).unwrap_or(u64::MAX),
-            paused: stopped.was_paused,
+            paused: stopped.stays_paused(self.sending.policy),
         })?;
         Ok(self.control.as_mut().ok_or_else(disconnected)?.recv()?)
     }
@@ -357,6 +358,7 @@ impl Engine<'_, '_> {
     }
 
     fn moved(&mut self) -> Outcome {
+        self.sending.progress.begin(Activity::Release);
         // A failure changes nothing for the guest. A restart finds the migration in doubt.
         if let Err(error) = self.sending.journal.record(Step::Running) {
             tracing::warn!(%error, "cannot write a journal");

@@ -8,12 +8,13 @@ use parking_lot::Mutex;
 
 use super::{Contents, Engine, Whereabouts, dial_channel, disconnected, keepalive};
 use crate::decision::{Doubt, Question, Resolution};
+use crate::fault_priority::FaultPriority;
 use crate::link::{Closer, Stream};
 use crate::message::{Channel, ControlChannel, Hello, ToDestination, ToSource};
 use crate::pages::{self, BATCH, Block, Run};
 use crate::policy::MAX_CONNECTIONS;
-use crate::progress::{Phase, Progress};
-use crate::sender::{FaultPriority, Pacer, Ram, batches, count, on_all};
+use crate::progress::{Activity, Phase, Progress};
+use crate::sender::{Pacer, Ram, count, on_all, small_batches};
 use crate::threads::in_span;
 use crate::wire::{Kind, Reader, WireError};
 use crate::{ATTEMPTS, KEEPALIVES, MigrationError, PAGES_PATIENCE};
@@ -72,6 +73,7 @@ impl FaultServer {
                     blocks: &blocks,
                     disks: &[],
                 };
+                hurry.follow(block, page.saturating_add(1));
                 if is_ours && ram.send_batch(contents, run, &progress).is_err() {
                     break;
                 }
@@ -197,6 +199,7 @@ impl Engine<'_, '_> {
 
     fn push(&mut self, progress: &Progress) -> Result<(), MigrationError> {
         progress.enter(Phase::Postcopy);
+        progress.begin(Activity::Pages);
         // Not before it is known: a VM that is shown as running here must not run there as well.
         self.source.show(&Whereabouts::AtDestination);
         // A snapshot will do: `Ram::push` takes the mark of each page before it sends the page, and
@@ -211,7 +214,7 @@ impl Engine<'_, '_> {
             report.rounds = round;
             report.remaining_pages = count(&left);
         });
-        let batches = Mutex::new(batches(&left, self.sending.policy.max_bandwidth));
+        let batches = Mutex::new(small_batches(&left, self.sending.policy.max_bandwidth));
         let priority = self
             .fault_server
             .as_ref()

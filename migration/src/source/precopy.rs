@@ -5,11 +5,12 @@ use std::time::Instant;
 use memory::DirtyPages;
 use parking_lot::Mutex;
 
+use super::stop::StopKind;
 use super::{Contents, Engine, INLINE, disconnected, keepalive};
 use crate::message::{ToDestination, ToSource};
 use crate::pages::PAGE;
 use crate::policy::{Left, Next, Policy, Situation};
-use crate::progress::{Phase, Round, micros};
+use crate::progress::{Activity, Phase, Round, micros};
 use crate::sender::{Pacer, Work, batches, count, on_all, per_second, send_inline};
 use crate::{KEEPALIVES, MigrationError};
 
@@ -22,8 +23,8 @@ pub(super) enum Subject {
 }
 
 impl Engine<'_, '_> {
-    /// Runs precopy rounds until the policy stops the guest. Returns true for a switch to postcopy.
-    pub(super) fn precopy(&mut self) -> Result<bool, MigrationError> {
+    /// Runs precopy rounds until the policy stops the guest.
+    pub(super) fn precopy(&mut self) -> Result<StopKind, MigrationError> {
         let policy = self.sending.policy.clone();
         self.rounds(Subject::All, &policy)
     }
@@ -38,7 +39,7 @@ impl Engine<'_, '_> {
         self.rounds(Subject::Disks, &policy).map(|_| ())
     }
 
-    fn rounds(&mut self, subject: Subject, policy: &Policy) -> Result<bool, MigrationError> {
+    fn rounds(&mut self, subject: Subject, policy: &Policy) -> Result<StopKind, MigrationError> {
         let progress = self.sending.progress.clone();
         progress.enter(Phase::Precopy);
         let begun = self.begun;
@@ -50,6 +51,7 @@ impl Engine<'_, '_> {
         for judged in 1.. {
             self.check()?;
             let round = earlier + judged;
+            progress.begin(Activity::Round);
             self.round(round, &pending, cut)?;
             // Behind the round: the prediction needs what the guest wrote while the pages were
             // sent. With an earlier harvest the stop would look shorter than it is.
@@ -124,7 +126,11 @@ impl Engine<'_, '_> {
                 // it back, the destination would keep old content of these pages.
                 next @ (Next::Stop | Next::Postcopy) => {
                     self.put_back(&pending);
-                    return Ok(next == Next::Postcopy);
+                    return Ok(match next {
+                        Next::Postcopy => StopKind::Postcopy,
+                        _ if predicted <= policy.max_downtime => StopKind::Promised,
+                        _ => StopKind::Final,
+                    });
                 }
                 Next::GiveUp => {
                     self.put_back(&pending);
@@ -143,7 +149,7 @@ impl Engine<'_, '_> {
                 }
             }
         }
-        Ok(false)
+        Ok(StopKind::Final)
     }
 
     /// Takes the marks of dirty pages: a list for each block, and behind those one for each disk.

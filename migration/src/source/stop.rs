@@ -19,18 +19,90 @@ use crate::decision::Decision;
 use crate::journal::Step;
 use crate::link::Closer;
 use crate::message::{Channel, ToDestination, ToSource};
-use crate::policy::Left;
-use crate::progress::{Phase, micros};
+use crate::policy::{AfterCallOff, Left, Mode};
+use crate::progress::{Activity, Downtime, Phase, micros};
 use crate::sender::{Pacer, Work, batches, count, on_all};
 use crate::threads::in_span;
 use crate::verify;
 use crate::wire::WireError;
 use crate::{ATTEMPTS, KEEPALIVES, MigrationError};
 
+/// How a guest is stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum StopKind {
+    /// The stop was predicted to keep to `max_downtime`, and is called off if it does not.
+    Promised,
+    /// The stop takes as long as it takes, up to [`Policy::stop_limit`](crate::Policy::stop_limit).
+    Final,
+    /// Pages follow the guest.
+    Postcopy,
+}
+
+/// How a stop ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum StopEnd {
+    /// The destination is ready, and the journal says that the guest has been given away.
+    Committed,
+    /// The guest runs here again, and the migration continues: the stop took too long.
+    CalledOff,
+}
+
 impl Engine<'_, '_> {
-    /// Stops the guest and sends what is left of it. On return the destination is ready, and the
-    /// journal says that the guest has been given away.
-    pub(super) fn stop(&mut self, postcopy: bool) -> Result<(), MigrationError> {
+    /// Copies memory, and stops the guest, until a stop is as short as it was promised to be, or the policy
+    /// accepts a longer one.
+    pub(super) fn copy_and_stop(&mut self) -> Result<(), MigrationError> {
+        let mut kind = match self.sending.policy.mode {
+            Mode::Postcopy => StopKind::Postcopy,
+            Mode::Precopy | Mode::Hybrid | Mode::Auto => self.precopy()?,
+        };
+        let mut called_off = 0;
+        while self.stop_as(kind)? == StopEnd::CalledOff {
+            called_off += 1;
+            let progress = self.sending.progress;
+            progress.update(|report| report.called_off = called_off);
+            let policy = self.sending.policy;
+            kind = match policy.after_call_off(called_off, self.can_postcopy) {
+                AfterCallOff::Retry => self.precopy()?,
+                AfterCallOff::Accept => match self.precopy()? {
+                    StopKind::Promised => StopKind::Final,
+                    other => other,
+                },
+                AfterCallOff::Postcopy => StopKind::Postcopy,
+                AfterCallOff::GiveUp => {
+                    let why = format!(
+                        "{called_off} stops of the guest were called off because each took longer \
+                         than {} ms: the limit is {} ms (`max_downtime_ms`)",
+                        policy.promise().as_millis(),
+                        policy.max_downtime.as_millis()
+                    );
+                    return Err(MigrationError::here("stop-too-long", why));
+                }
+            };
+        }
+        Ok(())
+    }
+
+    /// Stops the guest, unless pages would have to follow it and cannot.
+    fn stop_as(&mut self, kind: StopKind) -> Result<StopEnd, MigrationError> {
+        if kind == StopKind::Postcopy {
+            // The guest still runs here, so this failure costs it no pause.
+            if !self.can_postcopy {
+                let why = "the destination does not support postcopy: it has no userfaultfd, or \
+                           the guest's memory has huge pages";
+                return Err(MigrationError::here("no-postcopy", why));
+            }
+            if self.sending.policy.mode != Mode::Postcopy {
+                // Disks do not follow the guest: what is left of them is sent in the stop.
+                self.copy_disks()?;
+            }
+        }
+        self.stop(kind)
+    }
+
+    /// Stops the guest and sends what is left of it.
+    pub(super) fn stop(&mut self, kind: StopKind) -> Result<StopEnd, MigrationError> {
+        let postcopy = kind == StopKind::Postcopy;
+        self.sending.progress.begin(Activity::Sync);
         // The guest still runs. Each block written now is one less for `flush` in the stop. A slow
         // disk may need longer than `patience`.
         self.with_keepalive(|source| {
@@ -45,7 +117,7 @@ impl Engine<'_, '_> {
         }
         let limit = self.limit_stop(postcopy)?;
         self.sending.progress.enter(Phase::Stopped);
-        let stopped = self.stop_and_copy(postcopy);
+        let stopped = self.stop_and_copy(kind);
         let length = limit.limit;
         // Before the result of the stop: once the clock has expired, an error in `stopped` is only
         // the effect of the connections that the clock closed.
@@ -57,7 +129,10 @@ impl Engine<'_, '_> {
             );
             return Err(MigrationError::here("stop-too-long", why));
         }
-        stopped?;
+        if stopped? == StopEnd::CalledOff {
+            return Ok(StopEnd::CalledOff);
+        }
+        self.sending.progress.begin(Activity::HandOver);
         // The commit point, in two steps. A cancel comes before the first or is refused. The second
         // makes the decision survive this process: from then on the guest runs here only if the
         // destination says that it never ran there. It is written before the message is sent: a
@@ -78,7 +153,8 @@ impl Engine<'_, '_> {
         // Behind the journal's line, and not before the destination is ready: a destination that is
         // lost until here costs the guest nothing, and its disks were never free for a third program.
         // In front of the commit message: the destination takes the locks as soon as it reads that.
-        self.source.hand_over().map_err(MigrationError::Here)
+        self.source.hand_over().map_err(MigrationError::Here)?;
+        Ok(StopEnd::Committed)
     }
 
     /// Starts the clock of a stop.
@@ -115,28 +191,39 @@ impl Engine<'_, '_> {
     }
 
     /// Pauses the guest, sends its last pages and its state, and waits until the destination is ready.
-    fn stop_and_copy(&mut self, postcopy: bool) -> Result<(), MigrationError> {
+    fn stop_and_copy(&mut self, kind: StopKind) -> Result<StopEnd, MigrationError> {
+        let postcopy = kind == StopKind::Postcopy;
+        self.sending.progress.begin(Activity::Pause);
         let start = Instant::now();
         let stopped = self.source.stop().map_err(MigrationError::Here)?;
         // From here on `stay` has a guest to resume. Set before anything else can fail.
         self.stopped = Some((start, stopped));
         self.downtime.pause_us = micros(start.elapsed());
+        self.sending.progress.begin(Activity::Save);
         if self.tracking {
             // The last harvest: no vCPU and no device writes any more.
             self.source.harvest().map_err(MigrationError::Here)?;
         }
         let mut round = self.sending.progress.report().rounds + 1;
+        let until = (kind == StopKind::Promised).then(|| start + self.sending.policy.promise());
         let state = if postcopy {
             self.save_for_postcopy(&mut round)?
         } else {
-            self.copy_and_save(&mut round)?
+            let state = self.copy_and_save(round, until)?;
+            if until.is_some_and(|until| self.is_late(until)) {
+                self.call_off(start, round)?;
+                return Ok(StopEnd::CalledOff);
+            }
+            self.verify_copy(&mut round)?;
+            state
         };
+        self.sending.progress.begin(Activity::Load);
         let sending = Instant::now();
         let control = self.control.as_mut().ok_or_else(disconnected)?;
         let message = ToDestination::State {
             round,
             postcopy,
-            paused: stopped.was_paused,
+            paused: stopped.stays_paused(self.sending.policy),
         };
         // Also if sending fails in the middle: the last bytes may have left all the same.
         let sent = control.send_with_state(&message, &state);
@@ -151,7 +238,35 @@ impl Engine<'_, '_> {
             _ => None,
         })?;
         self.downtime.transfer_us = micros(sending.elapsed());
-        Ok(())
+        Ok(StopEnd::Committed)
+    }
+
+    /// Whether the rest of the stop would end behind `until`.
+    fn is_late(&self, until: Instant) -> bool {
+        let rest = self.measured.load + self.measured.round_trip * 3 / 2;
+        Instant::now() + rest > until
+    }
+
+    /// Resumes the guest, of which the destination has nothing but pages: they are a round like any
+    /// other, behind which more follow.
+    fn call_off(&mut self, since: Instant, round: u32) -> Result<(), MigrationError> {
+        self.source.resume_copying().map_err(MigrationError::Here)?;
+        self.stopped = None;
+        tracing::warn!(
+            migration = %self.sending.id,
+            stopped_ms = since.elapsed().as_millis() as u64,
+            pages = self.downtime.pages,
+            "migration: the stop takes too long, the guest resumes at the source"
+        );
+        self.downtime = Downtime::default();
+        let progress = self.sending.progress.clone();
+        progress.begin(Activity::Round);
+        progress.update(|report| {
+            report.phase = Phase::Precopy;
+            report.rounds = round;
+        });
+        // Behind the resume: a slow network is the likely reason, and much may be on the way.
+        self.finish_round(round)
     }
 
     /// Postcopy: sends the rest of the disks, tells which pages of memory come after the guest, and saves
@@ -189,8 +304,13 @@ impl Engine<'_, '_> {
         Ok(state)
     }
 
-    /// Precopy: sends the last dirty pages, and saves the machine meanwhile.
-    fn copy_and_save(&mut self, round: &mut u32) -> Result<Vec<u8>, MigrationError> {
+    /// Precopy: sends the last dirty pages, and saves the machine meanwhile. Pages that were not sent
+    /// `until` then are dirty still.
+    fn copy_and_save(
+        &mut self,
+        round: u32,
+        until: Option<Instant>,
+    ) -> Result<Vec<u8>, MigrationError> {
         let saving = Instant::now();
         let pending = if self.is_given {
             Vec::new()
@@ -200,12 +320,17 @@ impl Engine<'_, '_> {
         self.downtime.pages = count(&pending);
         let state = if self.downtime.pages <= INLINE {
             // Too few for threads: those would cost more than they save.
-            self.send_pages(*round, &pending, None)?;
+            self.send_pages(round, &pending, until)?;
             self.source.save().map_err(MigrationError::Here)?
         } else {
-            self.send_and_save(*round, &pending)?
+            self.send_and_save(round, &pending, until)?
         };
         self.downtime.save_us = micros(saving.elapsed());
+        Ok(state)
+    }
+
+    /// Precopy in verify mode: has the destination compare all memory.
+    fn verify_copy(&mut self, round: &mut u32) -> Result<(), MigrationError> {
         if self.verify {
             // Behind saving, so that a write of the machine to its memory while it is saved is found,
             // too; and when all pages are in place there, so that they can be compared as hashes come.
@@ -213,7 +338,7 @@ impl Engine<'_, '_> {
             *round += 1;
             self.send_hashes(*round, &[])?;
         }
-        Ok(state)
+        Ok(())
     }
 
     /// Many pages: they go while the machine is saved.
@@ -221,6 +346,7 @@ impl Engine<'_, '_> {
         &mut self,
         round: u32,
         pending: &[DirtyPages],
+        until: Option<Instant>,
     ) -> Result<Vec<u8>, MigrationError> {
         let work = Work {
             contents: Contents {
@@ -229,8 +355,8 @@ impl Engine<'_, '_> {
             },
             batches: Mutex::new(batches(pending, self.sending.policy.max_bandwidth)),
             pacer: Pacer::new(self.sending.policy.max_bandwidth),
-            // No cut: every page must be there before the state.
-            cut: None,
+            // Behind a cut the stop is called off: every page must be there before the state.
+            cut: until,
             round,
             progress: self.sending.progress.clone(),
             decision: self.sending.decision.clone(),
@@ -243,6 +369,7 @@ impl Engine<'_, '_> {
         let sign = || keepalive(control);
         let save = || source.save();
         let (_, saved) = on_all(&mut self.rams, |ram| ram.send(&work), every, sign, save)?;
+        work.put_back();
         saved.map_err(MigrationError::Here)
     }
 

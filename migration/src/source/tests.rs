@@ -4,17 +4,19 @@
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use memory::RamBlock;
 use parking_lot::Mutex;
 use uuid::Uuid;
 
 use super::*;
 use crate::message::recv_hello;
-use crate::testing::{MemoryDisk, MemoryGuest, Moment, ram};
+use crate::policy::{AtDeadline, Mode};
+use crate::testing::{MemoryDisk, MemoryGuest, Moment, fill_page, ram};
 
 const PAGES: usize = 4;
 
@@ -108,8 +110,8 @@ impl Peer {
         channel
     }
 
-    /// Up to the answer to the last state.
-    fn until_state(&mut self) {
+    /// Up to the answer to the last state. Returns whether pages follow the guest.
+    fn until_state(&mut self) -> bool {
         loop {
             match self.recv() {
                 ToDestination::Guess => {
@@ -122,17 +124,21 @@ impl Peer {
                     if postcopy {
                         assert_eq!(self.accept(), Channel::Faults);
                     }
-                    return;
+                    return postcopy;
                 }
                 other => panic!("{other:?}"),
             }
         }
     }
 
-    fn until_committed(&mut self) {
+    /// Up to the commit. Returns whether the guest stays paused.
+    fn until_committed(&mut self) -> bool {
         self.until_state();
         self.say(&ToSource::Ready { load_us: 1 });
-        assert!(matches!(self.recv(), ToDestination::Commit { .. }));
+        match self.recv() {
+            ToDestination::Commit { paused, .. } => paused,
+            other => panic!("{other:?}"),
+        }
     }
 }
 
@@ -227,6 +233,100 @@ fn busy_destination_does_not_hold_guest() {
     });
     assert_eq!(stayed(&outcome), "stop-too-long");
     assert!(guest.runs);
+}
+
+/// A guest whose first stops take longer than `policy` permits. Counts its stops.
+fn slow_to_stop(policy: &Policy, long_stops: u32) -> (MemoryGuest, Arc<AtomicU32>) {
+    let (stops, span) = (Arc::new(AtomicU32::new(0)), policy.promise());
+    let count = Arc::clone(&stops);
+    let hook = move |moment, memory: &RamBlock| {
+        if moment == Moment::Stopped && count.fetch_add(1, Ordering::Relaxed) < long_stops {
+            // Written in the stop by a device, and lost unless it is sent again.
+            fill_page(memory, 1, 7);
+            thread::sleep(span);
+        }
+    };
+    (MemoryGuest::with_hook(ram(PAGES), hook), stops)
+}
+
+fn short_stops(at_deadline: AtDeadline) -> Policy {
+    Policy {
+        max_downtime: Duration::from_millis(100),
+        at_deadline,
+        ..policy()
+    }
+}
+
+#[test]
+fn long_stop_is_called_off_and_tried_again() {
+    let policy = short_stops(AtDeadline::Stop);
+    let (guest, stops) = slow_to_stop(&policy, 1);
+    let (outcome, guest) = migrate_guest(guest, &policy, None, |dialed, _| {
+        let mut peer = Peer::welcome(dialed, 1);
+        peer.prepare(1, false);
+        peer.accept();
+        peer.until_committed();
+        peer.say(&ToSource::NotHere(Refusal::new("test", "")));
+    });
+    assert_eq!(stayed(&outcome), "test");
+    assert!(guest.runs && stops.load(Ordering::Relaxed) > 1);
+}
+
+#[test]
+fn guest_that_never_stops_in_time_stays() {
+    let policy = short_stops(AtDeadline::Cancel);
+    let (guest, stops) = slow_to_stop(&policy, u32::MAX);
+    let (outcome, guest) = migrate_guest(guest, &policy, None, |dialed, _| {
+        let mut peer = Peer::welcome(dialed, 1);
+        peer.prepare(1, false);
+        peer.accept();
+        loop {
+            match peer.recv() {
+                ToDestination::Guess => {
+                    peer.control.recv_state().unwrap();
+                    peer.say(&ToSource::GuessLoaded { us: 1 });
+                }
+                ToDestination::Round(round) => peer.say(&ToSource::RoundDone(round)),
+                ToDestination::Abort(why) => break assert_eq!(why.code, "stop-too-long"),
+                other => panic!("{other:?}"),
+            }
+        }
+    });
+    assert_eq!(stayed(&outcome), "stop-too-long");
+    assert!(guest.runs);
+    assert_eq!(stops.load(Ordering::Relaxed), 3);
+}
+
+#[test]
+fn long_stop_is_followed_by_postcopy() {
+    let policy = short_stops(AtDeadline::Postcopy);
+    let (guest, stops) = slow_to_stop(&policy, 1);
+    let (outcome, _) = migrate_guest(guest, &policy, None, |dialed, _| {
+        let mut peer = Peer::welcome(dialed, 1);
+        peer.prepare(2, true);
+        peer.accept();
+        peer.accept();
+        assert!(peer.until_state());
+        peer.say(&ToSource::Refused(Refusal::new("test", "")));
+    });
+    assert_eq!(stayed(&outcome), "test");
+    assert_eq!(stops.load(Ordering::Relaxed), 2);
+}
+
+#[test]
+fn guest_is_to_stay_paused() {
+    for resume in [true, false] {
+        let policy = Policy { resume, ..policy() };
+        let (outcome, guest) = migrate(&policy, None, move |dialed, _| {
+            let mut peer = Peer::welcome(dialed, 1);
+            peer.prepare(1, false);
+            peer.accept();
+            assert_eq!(peer.until_committed(), !resume);
+            peer.say(&ToSource::NotHere(Refusal::new("test", "")));
+        });
+        assert_eq!(stayed(&outcome), "test");
+        assert!(guest.runs);
+    }
 }
 
 #[test]

@@ -285,6 +285,11 @@ impl Source for MemoryGuest {
         self.shown.push(guest.clone());
     }
 
+    fn resume_copying(&mut self) -> Result<(), Refusal> {
+        self.runs = true;
+        Ok(())
+    }
+
     fn resume(&mut self) -> Result<(), Refusal> {
         (self.hook)(Moment::Resumed, &self.ram);
         self.runs = true;

@@ -33,6 +33,8 @@ use self::world::{
 /// Number of runs; the environment variable `SEEDS` sets more.
 const SEEDS: u64 = 400;
 const PAGES: usize = 300;
+/// The limit of the stop of a guest some of whose stops take longer.
+const MAX_DOWNTIME: Duration = Duration::from_millis(10);
 /// The patience of each side.
 const PATIENCE: Duration = Duration::from_millis(250);
 /// The patience of runs without faults, long enough for a busy machine.
@@ -133,6 +135,7 @@ fn run(seed: u64, script: Script) -> (Ending, Arc<World>) {
         dice: Dice(seed),
         writes: script.writes,
         paused: false,
+        long_stops: script.long_stops,
     };
     source.scribble();
     let policy = Policy {
@@ -143,6 +146,11 @@ fn run(seed: u64, script: Script) -> (Ending, Arc<World>) {
         at_deadline: migration::AtDeadline::Stop,
         patience: script.patience(),
         verify: script.verify,
+        max_downtime: if script.long_stops > 0 {
+            MAX_DOWNTIME
+        } else {
+            Policy::default().max_downtime
+        },
         ..Policy::default()
     };
     let canceler = script.cancel_after_us.map(|us| {

@@ -29,6 +29,8 @@ pub(crate) struct Script {
     pub(crate) connections: u16,
     pub(crate) writes: u64,
     pub(crate) verify: bool,
+    /// Stops that take longer than the policy permits.
+    pub(crate) long_stops: u32,
     /// Disks that are copied.
     pub(crate) disks: usize,
     pub(crate) plan: Option<Plan>,
@@ -59,6 +61,9 @@ pub(crate) fn script_of(seed: u64) -> Script {
         ..Script::default()
     };
     script.disks = dice.roll(3) as usize;
+    // In one run of three, up to more than are tried again. Of other dice, so that each seed has the
+    // faults that it had.
+    script.long_stops = (Dice(!seed).roll(12) as u32).saturating_sub(7);
     match dice.roll(6) {
         0 | 1 => {
             // Early bytes are hellos and small messages, late ones the hand-over.

@@ -66,6 +66,9 @@ fn sum_of_disks(disks: &[Arc<MemoryDisk>]) -> u64 {
     hash(&all)
 }
 
+/// The length of a stop that is called off.
+const LONG_STOP: Duration = Duration::from_millis(60);
+
 /// The sizes of a guest's disks: one that ends within a page.
 const DISK_SIZES: [usize; 2] = [40 * 4096 + 1536, 512];
 
@@ -157,6 +160,8 @@ pub(crate) struct TestSource {
     /// Pages that the guest writes from harvest to harvest.
     pub(crate) writes: u64,
     pub(crate) paused: bool,
+    /// Stops that take too long.
+    pub(crate) long_stops: u32,
 }
 
 impl TestSource {
@@ -219,6 +224,10 @@ impl Source for TestSource {
         self.scribble();
         self.cpu.run(false);
         self.world.at_source.store(false, Ordering::SeqCst);
+        if let Some(left) = self.long_stops.checked_sub(1) {
+            self.long_stops = left;
+            std::thread::sleep(LONG_STOP);
+        }
         // Far in the past, so that the test can tell this time from one that the engine measures.
         let clocks_at = Instant::now() - CLOCKS_STOPPED_BEFORE;
         *self.world.clocks_at.lock().unwrap() = Some(clocks_at);
@@ -249,6 +258,18 @@ impl Source for TestSource {
         let given = self.paper.0.lock().unwrap().last() == Some(&Step::Commit);
         assert!(given, "the disk is free and the guest is not given away");
         *self.world.lock.lock().unwrap() = None;
+        Ok(())
+    }
+
+    fn resume_copying(&mut self) -> Result<(), Refusal> {
+        self.life.step()?;
+        // A guest that is still the source's has kept its locks.
+        assert_eq!(*self.world.lock.lock().unwrap(), Some("source"));
+        if !self.paused {
+            self.cpu.run(true);
+            self.world
+                .run(&self.world.at_source, &self.world.at_destination);
+        }
         Ok(())
     }
 

@@ -26,13 +26,22 @@ impl Driver {
     /// A live snapshot has the guest's state, and its memory is protected: the guest runs again, if it did
     /// before.
     pub(crate) fn resume_imaged(&mut self) -> Result<(), Refusal> {
+        self.resume_as(OutgoingState::Imaged)
+    }
+
+    /// Resumes a guest whose stop took too long. Its migration continues.
+    pub(crate) fn resume_copying(&mut self) -> Result<(), Refusal> {
+        self.resume_as(OutgoingState::Copying)
+    }
+
+    fn resume_as(&mut self, state: OutgoingState) -> Result<(), Refusal> {
         let ran = self.outgoing.as_ref().ok_or_else(no_machine)?;
         if ran.state.must_resume() {
             let resumed = self.on()?.resume();
             resumed.map_err(|error| Refusal::new("cannot-go-on", error.to_string()))?;
         }
         if let Some(outgoing) = &mut self.outgoing {
-            outgoing.state = OutgoingState::Imaged;
+            outgoing.state = state;
         }
         Ok(())
     }

@@ -39,6 +39,8 @@ pub(super) struct DestinationHost {
     name: Option<VmId>,
     allowed: Allowed,
     origin: GuestOrigin,
+    /// The guest stays paused when it has arrived, whatever its source says.
+    stays_paused: bool,
     /// Gets the migration once its offer is accepted.
     accepted: Option<Accepted>,
 }
@@ -139,8 +141,15 @@ impl DestinationHost {
             name,
             allowed,
             origin,
+            stays_paused: false,
             accepted: None,
         }
+    }
+
+    /// Keeps the guest paused when it has arrived, unless it should `resume`.
+    pub(super) fn resuming(mut self, resume: bool) -> Self {
+        self.stays_paused = !resume;
+        self
     }
 
     /// Shows the migration to `accepted` once its offer is accepted, and not before.
@@ -210,6 +219,7 @@ impl DestinationHost {
             stage: Stage::Coming,
             images,
             origin: self.origin,
+            stays_paused: self.stays_paused,
             moving: Arc::clone(&self.moving),
             overlays: OwnOverlays::default(),
         })
@@ -308,6 +318,7 @@ struct DestinationVm {
     /// The images that were made for the guest's disks.
     images: NewImages,
     origin: GuestOrigin,
+    stays_paused: bool,
     moving: Arc<ActiveMigration>,
     overlays: OwnOverlays,
 }
@@ -361,6 +372,7 @@ impl Destination for DestinationVm {
 
     fn start(&mut self, stopped_for: Duration, paused: bool) -> Result<Instant, StartFailure> {
         let as_of = Instant::now();
+        let paused = paused || self.stays_paused;
         // If the driver panics, no answer comes: this says whether the guest may have run by then.
         let resuming = Arc::new(AtomicBool::new(false));
         let (mark, arrival) = (Arc::clone(&resuming), self.origin.arrival());

@@ -8,6 +8,7 @@ mod journals;
 mod mirror;
 mod offer;
 mod receive;
+mod reported;
 mod restore;
 mod snapshot;
 mod source;
@@ -36,8 +37,8 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use spec::{
     AwaitMigration, FieldProblem, ForkVm, MemoryMode, MergeSnapshots, MigrationDowntime,
-    MigrationError, MigrationInfo, MigrationOutcome, MigrationPhase, MigrationRound, MigrationSide,
-    MirrorDisk, RecordWorkingSet, RestoreConfig, StartMigration, VmConfig, VmCoredumpData, VmId,
+    MigrationError, MigrationInfo, MigrationOutcome, MigrationPhase, MigrationSide, MirrorDisk,
+    RecordWorkingSet, RestoreConfig, StartMigration, VmConfig, VmCoredumpData, VmId,
     VmSnapshotConfig,
 };
 use tokio::sync::watch;
@@ -179,6 +180,7 @@ impl ActiveMigration {
             zero_pages = report.zero_pages,
             verified_pages = report.verified_pages,
             rounds = report.rounds,
+            called_off = report.called_off,
             predicted_downtime_us = report.predicted_downtime_us,
             downtime_us = report.downtime.map(|downtime| downtime.total_us),
             first_instruction_us = report.first_instruction_us,
@@ -234,7 +236,8 @@ impl Migration for ActiveMigration {
             verified_pages: report.verified_pages,
             remaining_pages: report.remaining_pages,
             rounds: report.rounds,
-            history: report.history.into_iter().map(round).collect(),
+            history: report.history.into_iter().map(reported::round).collect(),
+            timeline: report.timeline.into_iter().map(reported::step).collect(),
             dirty_pages_per_second: report.dirty_pages_per_second,
             bytes_per_second: report.bytes_per_second,
             throttle_percent: report.throttle_percent,
@@ -243,6 +246,7 @@ impl Migration for ActiveMigration {
             max_downtime_ms: self.max_downtime_ms,
             eta_us: eta,
             predicted_downtime_us: report.predicted_downtime_us,
+            called_off: report.called_off,
             downtime: report.downtime.map(|downtime| MigrationDowntime {
                 total_us: downtime.total_us,
                 pause_us: downtime.pause_us,
@@ -348,18 +352,6 @@ fn invalid(field: &str, detail: String) -> RequestError {
     }])
 }
 
-fn round(round: migration::Round) -> MigrationRound {
-    MigrationRound {
-        round: round.round,
-        pages: round.pages,
-        took_us: round.took_us,
-        bytes_per_second: round.bytes_per_second,
-        dirty_pages: round.dirty_pages,
-        predicted_downtime_us: round.predicted_downtime_us,
-        throttle_percent: round.throttle_percent,
-    }
-}
-
 fn positive(field: &str, value: u64) -> Result<u64, RequestError> {
     match value {
         0 => Err(invalid(field, format!("`{field}` must be at least 1"))),
@@ -407,6 +399,7 @@ fn policy(what: &StartMigration) -> Result<Policy, RequestError> {
         connections: what.connections,
         max_bandwidth: what.max_bandwidth,
         local: what.local,
+        resume: what.resume,
         verify: what.verify,
         stop_limit: milliseconds("stop_limit_ms", what.stop_limit_ms)?,
         hold: milliseconds("hold_ms", what.hold_ms)?,

@@ -175,7 +175,8 @@ pub(super) fn begin(
         Arc::clone(&moving),
         allowed,
         GuestOrigin::Migration,
-    );
+    )
+    .resuming(what.resume);
     let (limit, once) = (pool.connection_limit(), what.once);
     let (ours, endpoints) = (Arc::clone(&moving), pool.endpoints().clone());
     endpoints.hold(bound, &moving);

@@ -254,6 +254,10 @@ impl Source for SourceVm {
             .call(move |driver, _| driver.show_whereabouts(&guest));
     }
 
+    fn resume_copying(&mut self) -> Result<(), Refusal> {
+        self.parts.caller.attempt(Driver::resume_copying)
+    }
+
     fn resume(&mut self) -> Result<(), Refusal> {
         self.parts.caller.attempt(Driver::stay)
     }

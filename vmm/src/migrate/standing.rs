@@ -73,7 +73,8 @@ pub(super) fn begin(
         Arc::clone(&wait),
         allowed,
         GuestOrigin::Migration,
-    );
+    )
+    .resuming(what.resume);
     let host = host.listed_by(accepted);
     // All lines share one span and so one limit: each offer of a stranger has a number of its own,
     // and would otherwise have a limit of its own.
