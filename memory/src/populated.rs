@@ -102,7 +102,7 @@ fn seek(file: &File, from: usize, what: libc::c_int) -> io::Result<Option<usize>
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ram::RamConfig;
+    use crate::ram_config::RamConfig;
 
     /// All pages of a block, as at the start of tracking.
     fn all(block: &RamBlock) -> DirtyPages {
