@@ -271,14 +271,19 @@ impl Machine {
     }
 }
 
-/// Adds to an error how the VM is, above all why its guest failed, and what its service logged.
-async fn explain(error: Error, service: &Service, vm: &VmId) -> Error {
-    let vm = match service.client().vms_info(vm).await {
+/// Adds to an error how the VM is, above all why its guest failed, what its devices did, and what its
+/// service logged.
+async fn explain(error: Error, service: &Service, id: &VmId) -> Error {
+    let vm = match service.client().vms_info(id).await {
         Ok(info) => format!("the VM is {}, failure: {:?}", info.state, info.failure),
         Err(error) => format!("the VM cannot be asked: {error}"),
     };
+    let counters = match service.client().vms_counters(id).await {
+        Ok(counters) => format!("counters: {counters:?}"),
+        Err(error) => format!("no counters: {error}"),
+    };
     anyhow!(
-        "{error:#}\n{vm}\n{}threads:\n{}",
+        "{error:#}\n{vm}\n{counters}\n{}threads:\n{}",
         service.log(),
         service.threads()
     )
