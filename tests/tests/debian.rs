@@ -2,17 +2,18 @@
 //! runs it in the rig.
 
 use std::fs::File;
-use std::process::Command;
+use std::path::Path;
+use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
 use spec::{
-    CpusConfig, DiskConfig, MemoryRestoreMode, MigrationPhase, RestoreConfig, VmConfig,
-    VmRemoveDevice, VmState,
+    CpusConfig, DiskConfig, MemoryRestoreMode, MigrationPhase, RestoreConfig, StartMigration,
+    VmConfig, VmRemoveDevice, VmState,
 };
 use tests::debian::BUTTON;
-use tests::{Face, Serial, Service, Shell, debian, snapshots};
+use tests::{Face, Serial, Service, Shell, await_anyone, debian, snapshots};
 
 /// Booting takes seconds on silicon, and a minute or two where the host is emulated.
 const BOOTS: Duration = Duration::from_secs(300);
@@ -178,16 +179,10 @@ async fn debian_finds_64_devices() -> Result<()> {
     Ok(())
 }
 
-/// What the guest's kernel makes of a TPM, of devices in other PCI segments, and of Hyper-V's interfaces
-/// beside those of KVM.
-#[tokio::test]
-#[ignore = "wants a complete KVM: ci/test e2e runs it in the rig"]
-async fn debian_finds_tpm_segments_and_kvm() -> Result<()> {
-    let service = Service::start(Face::Many).await?;
-    let (mut config, _) = debian(&service, 1)?;
-    let (socket, state) = (service.path("swtpm.sock"), service.path("swtpm"));
-    std::fs::create_dir(&state)?;
-    let mut swtpm = Command::new("swtpm")
+/// Starts an swtpm that ends with its VM, and waits until it listens.
+async fn swtpm(state: &Path, socket: &Path) -> Result<Child> {
+    std::fs::create_dir(state)?;
+    let process = Command::new("swtpm")
         .args(["socket", "--tpm2", "--terminate", "--tpmstate"])
         .arg(format!("dir={}", state.display()))
         .arg("--ctrl")
@@ -199,6 +194,37 @@ async fn debian_finds_tpm_segments_and_kvm() -> Result<()> {
         ensure!(start.elapsed() < BOOTS, "swtpm does not listen");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
+    Ok(process)
+}
+
+/// Waits for an swtpm whose VM has closed its connection: by `--terminate` it ends.
+async fn ends(mut swtpm: Child) -> Result<()> {
+    let start = Instant::now();
+    while swtpm.try_wait()?.is_none() {
+        ensure!(start.elapsed() < BOOTS, "swtpm does not end");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    Ok(())
+}
+
+/// A shell command that has the TPM execute a command, whose bytes are in `printf`'s notation, and prints
+/// the response in hexadecimal. The response comes from the same descriptor.
+fn execute(command: &str) -> String {
+    format!(
+        "(exec 3<>/dev/tpm0; printf '{command}' >&3; dd bs=99 count=1 <&3 2>/dev/null) | \
+         hexdump -v -e '/1 \"%02x\"'"
+    )
+}
+
+/// What the guest's kernel makes of a TPM, of devices in other PCI segments, and of Hyper-V's interfaces
+/// beside those of KVM; also after a move.
+#[tokio::test]
+#[ignore = "wants a complete KVM: ci/test e2e runs it in the rig"]
+async fn debian_finds_tpm_segments_and_kvm() -> Result<()> {
+    let service = Service::start(Face::Many).await?;
+    let (mut config, _) = debian(&service, 1)?;
+    let socket = service.path("swtpm.sock");
+    let first = swtpm(&service.path("swtpm"), &socket).await?;
     let serial = service.path("serial");
     config.serial = serde_json::from_value(json!({ "mode": "Socket", "socket": serial }))?;
     config.tpm = Some(serde_json::from_value(json!({ "socket": socket }))?);
@@ -217,14 +243,23 @@ async fn debian_finds_tpm_segments_and_kvm() -> Result<()> {
         println!("{command}: {printed:?}");
         printed
     };
-    // TPM2_GetRandom of eight bytes, in the same descriptor as its response: a header with result 0.
     let version = run("cat /sys/class/tpm/tpm0/tpm_version_major").await?;
     assert_eq!(version, "2");
-    let random = "exec 3<>/dev/tpm0; \
-                  printf '\\200\\001\\000\\000\\000\\014\\000\\000\\001\\173\\000\\010' >&3; \
-                  dd bs=64 count=1 <&3 2>/dev/null | hexdump -v -e '/1 \"%02x\"'";
-    let random = run(random).await?;
+    // TPM2_GetRandom of eight bytes. The response is a header with result 0, a length and the bytes.
+    let random = r"\200\001\000\000\000\014\000\000\001\173\000\010";
+    let random = run(&execute(random)).await?;
     assert!(random.starts_with("800100000014000000000008"), "{random}");
+    // TPM2_PCR_Extend of PCR 16 by 32 spaces, authorised by an empty password.
+    let extend = r"\200\002\000\000\000\101\000\000\001\202\000\000\000\020\000\000\000\011\100\000\000\011
+                   \000\000\000\000\000\000\000\000\001\000\013";
+    let extend = extend.split_whitespace().collect::<String>() + &r"\040".repeat(32);
+    let extended = run(&execute(&extend)).await?;
+    assert!(extended.starts_with("80020000001300000000"), "{extended}");
+    // TPM2_PCR_Read of PCR 16.
+    let read = r"\200\001\000\000\000\024\000\000\001\176\000\000\000\001\000\013\003\000\000\001";
+    let pcr = run(&execute(read)).await?;
+    assert!(pcr.starts_with("80010000003e00000000"), "{pcr}");
+    assert!(!pcr.ends_with(&"00".repeat(32)), "{pcr}");
     let devices = run("ls /sys/bus/pci/devices").await?;
     assert!(
         devices.contains("0001:00:00.0") && devices.contains("0002:00:01.0"),
@@ -235,17 +270,52 @@ async fn debian_finds_tpm_segments_and_kvm() -> Result<()> {
     let clocks =
         run("cat /sys/devices/system/clocksource/clocksource0/available_clocksource").await?;
     assert!(clocks.contains("kvm-clock"), "{clocks}");
+    // The guest's OS, which Hyper-V's hypercalls want first, and interrupt source 8 of Hyper-V's controller,
+    // which KVM does not list. `/dev/cpu/0/msr` has an MSR at the offset of its number.
+    let msr = |index: u32| format!("/dev/cpu/0/msr bs=8 count=1 {{}}={}", index / 8);
+    let msrs = [
+        (
+            msr(0x4000_0000),
+            r"\001\000\000\000\000\000\000\201",
+            "0100000000000081",
+        ),
+        (
+            msr(0x4000_0098),
+            r"\060\000\000\000\000\000\000\000",
+            "3000000000000000",
+        ),
+    ];
+    for (place, bytes, _) in &msrs {
+        let place = place.replace("{}", "seek");
+        run(&format!("printf '{bytes}' | dd conv=notrunc of={place}")).await?;
+    }
     let cpu = client.vms_cpu(&vm).await?;
     let leaf = |function| cpu.cpuid.iter().find(|leaf| leaf.function == function);
     // `Hv#1`, and KVM's signature.
     assert_eq!(leaf(0x4000_0001).map(|leaf| leaf.eax), Some(0x3123_7648));
     assert_eq!(leaf(0x4000_0100).map(|leaf| leaf.ebx), Some(0x4b4d_564b));
-    client.vms_delete(&vm).await?;
-    // By --terminate: the machine has closed its connection.
-    let start = Instant::now();
-    while swtpm.try_wait()?.is_none() {
-        ensure!(start.elapsed() < BOOTS, "swtpm does not end");
-        tokio::time::sleep(Duration::from_millis(20)).await;
+
+    // On one host the destination's emulator listens at the same path.
+    std::fs::remove_file(&socket)?;
+    let there = Service::start(Face::Many).await?;
+    let second = swtpm(&there.path("swtpm"), &socket).await?;
+    let at = await_anyone(format!("unix:{}", there.path("migration").display()));
+    let waits = there.client().migrations_receive(&at).await?;
+    let away = StartMigration::to(waits.endpoint.clone());
+    let begun = client.vms_migrate(&vm, &away).await?;
+    let sent = snapshots::over(&service, &begun).await;
+    ensure!(sent.phase == MigrationPhase::Completed, "{sent:?}");
+    ends(first).await?;
+    let mut shell = Shell::attach(&serial, BOOTS).await?;
+    assert_eq!(shell.run(&execute(read), BOOTS).await?, pcr);
+    for (place, _, expected) in &msrs {
+        let place = place.replace("{}", "skip");
+        let read = format!("dd if={place} 2>/dev/null | hexdump -v -e '/1 \"%02x\"'");
+        assert_eq!(shell.run(&read, BOOTS).await?, *expected, "{place}");
     }
+    let written = shell.run("dd if=/dev/vda bs=7 count=1 2>/dev/null", BOOTS);
+    assert_eq!(written.await?, "written");
+    there.client().vms_delete(&vm).await?;
+    ends(second).await?;
     Ok(())
 }

@@ -147,6 +147,9 @@ async fn debian_gets_vcpus_and_gives_them_back_between_moves() -> Result<()> {
 }
 
 const BOOT: u64 = 384 * MIB;
+/// Brings all memory online, for pages that can be moved away again.
+const ONLINE: &str = "{ for s in /sys/devices/system/memory/memory*/state; do echo online_movable >$s; \
+                      done; } 2>/dev/null; true";
 
 /// Has a machine resized to so much memory and so many vCPUs, and waits until its guest has done it.
 async fn resize_both(machine: &mut Machine, ram: u64, vcpus: u32) -> Result<()> {
@@ -159,9 +162,7 @@ async fn resize_both(machine: &mut Machine, ram: u64, vcpus: u32) -> Result<()> 
     let start = Instant::now();
     loop {
         // A distribution's udev rules have it brought online.
-        machine
-            .run("for s in /sys/devices/system/memory/memory*/state; do echo online >$s; done 2>/dev/null; true")
-            .await?;
+        machine.run(ONLINE).await?;
         let info = machine.client().vms_info(&machine.vm).await?;
         match (&info.pending_resizes[..], info.memory_actual_size) {
             ([], actual) if actual == ram => return Ok(()),
@@ -183,10 +184,7 @@ async fn mem_total(machine: &mut Machine) -> Result<u64> {
 async fn has(machine: &mut Machine, base: u64, more: u64) -> Result<()> {
     let start = Instant::now();
     loop {
-        let online = "for s in /sys/devices/system/memory/memory*/state; do echo online >$s; done";
-        machine
-            .run(&format!("{{ {online}; }} 2>/dev/null; true"))
-            .await?;
+        machine.run(ONLINE).await?;
         let total = mem_total(machine).await?;
         if total == base + more {
             return Ok(());
@@ -199,8 +197,7 @@ async fn has(machine: &mut Machine, base: u64, more: u64) -> Result<()> {
     }
 }
 
-/// The guest's memory grows between two moves, and what it writes there moves with it. Not with
-/// virtio-mem, for which Debian's cloud kernel has no driver: `vmm/tests/memory.rs` has that.
+/// The guest's memory grows between two moves, and what it writes there moves with it.
 #[tokio::test]
 #[ignore = "wants a complete KVM: ci/test e2e runs it in the rig"]
 async fn debian_gets_memory_by_acpi_between_moves() -> Result<()> {
@@ -238,5 +235,41 @@ async fn debian_gets_memory_by_acpi_between_moves() -> Result<()> {
     ensure!(sums.contains("/dev/shm/1"), "{sums}");
     let log = machine.run("dmesg | grep -i 'memory hotplug\\|acpi.*fail' || true");
     println!("the guest's kernel says: {:?}", log.await?);
+    machine.power_off().await
+}
+
+/// Linux's driver of virtio-mem plugs memory, keeps what is in it over a move, and gives it back.
+#[tokio::test]
+#[ignore = "wants a complete KVM: ci/test e2e runs it in the rig"]
+async fn debian_gets_memory_by_virtio_mem_and_gives_it_back() -> Result<()> {
+    let disk = r#"{"path":"/dev/vda","image_type":"Raw"}"#;
+    let service = Service::start(Face::Many).await?;
+    let mut machine = Machine::boot(service, disk, |_: &Service, config: &mut VmConfig| {
+        config.memory.size = BOOT;
+        config.memory.hotplug_method = HotplugMethod::VirtioMem;
+        config.memory.hotplug_size = Some(512 * MIB);
+        config.cpus = CpusConfig::with_vcpus(1);
+    })
+    .await?;
+    let base = mem_total(&mut machine).await?;
+    resize_both(&mut machine, BOOT + 256 * MIB, 1).await?;
+    has(&mut machine, base, 256 << 10).await?;
+    let sum = machine
+        .run("head -c 32M /dev/urandom >/dev/shm/file; md5sum /dev/shm/file")
+        .await?;
+    let there = Service::start(Face::Many).await?;
+    let (_before, _) = machine
+        .move_to(there, "127.0.0.1", MemoryMode::Hybrid)
+        .await?;
+    has(&mut machine, base, 256 << 10).await?;
+    // The driver moves pages away from the blocks that it unplugs.
+    for more in [64, 0] {
+        resize_both(&mut machine, BOOT + more * MIB, 1).await?;
+        has(&mut machine, base, more << 10).await?;
+        let moved = machine.run("md5sum /dev/shm/file").await?;
+        ensure!(moved == sum, "{moved} was {sum}");
+    }
+    let log = machine.run("dmesg | grep -i virtio_mem || true").await?;
+    println!("the guest's kernel says: {log:?}");
     machine.power_off().await
 }
