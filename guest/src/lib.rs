@@ -55,11 +55,13 @@
 
 #![forbid(unsafe_code)]
 
+mod disk;
 mod line;
 mod names;
 mod options;
 pub mod pattern;
 
+pub use disk::check_disk;
 pub use line::{Address, Check, CommandError, FailedChecks, Line, Parting, TscSource};
 pub use options::{
     After, Attack, Command, Crash, Key, MAX_CPUS, OptionError, Options, Order, PortValue, Workload,

@@ -13,8 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use guest::pattern::{self, WORDS};
-use guest::{Command, Line, Options, Workload};
+use guest::{Command, Line, Options, Workload, check_disk};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 use spec::{
@@ -141,7 +140,7 @@ impl Trial {
         }
         let bytes = fs::read(&flat).unwrap();
         fs::remove_file(&flat).unwrap();
-        check_pages(&bytes);
+        check_disk(&bytes, DISK_PAGES).unwrap();
     }
 
     async fn runs_at_source(&self) {
@@ -162,21 +161,6 @@ impl Trial {
         );
         self.runs_on(&self.destination, &made[0]).await;
     }
-}
-
-/// Checks the pages that the guest writes in turn: none is torn, or older than a round.
-fn check_pages(disk: &[u8]) {
-    let mut generations = Vec::new();
-    for (slot, raw) in disk.chunks_exact(4096).take(DISK_PAGES).enumerate() {
-        let mut page = [0_u64; WORDS];
-        for (word, raw) in page.iter_mut().zip(raw.chunks_exact(8)) {
-            *word = u64::from_ne_bytes(raw.try_into().unwrap());
-        }
-        assert!(pattern::matches(&page, slot as u64, page[0]), "page {slot}");
-        generations.push(page[0]);
-    }
-    let (least, most) = (generations.iter().min(), generations.iter().max());
-    assert!(most.unwrap() - least.unwrap() <= 1, "{least:?} to {most:?}");
 }
 
 /// Action of the proxy at a frame.
@@ -485,5 +469,5 @@ async fn disk_is_mirrored_by_the_command_line() {
     let flat = trial.source.path("flat");
     let (from, to) = (new.to_str().unwrap(), flat.to_str().unwrap());
     qemu_img(&["convert", "-f", "qcow2", "-O", "raw", from, to]);
-    check_pages(&fs::read(&flat).unwrap());
+    check_disk(&fs::read(&flat).unwrap(), DISK_PAGES).unwrap();
 }

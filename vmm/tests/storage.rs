@@ -11,8 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use control::{Migration, Registry, Request, RequestError, SnapshotOf};
-use guest::pattern::{self, WORDS};
-use guest::{Command, Line, Options, Workload};
+use guest::{Command, Line, Options, Workload, check_disk};
 use serde_json::json;
 use spec::{
     AwaitMigration, DiskStorage, MemoryMode, MigrationInfo, MigrationPhase, MirrorDisk,
@@ -175,21 +174,6 @@ async fn over(side: &Arc<dyn Migration>) -> MigrationInfo {
     side.info()
 }
 
-/// Checks the pages that the guest writes in turn: none is torn, or older than a round.
-fn check_pages(disk: &[u8]) {
-    let mut generations = Vec::new();
-    for (slot, raw) in disk.chunks_exact(4096).take(DISK_PAGES).enumerate() {
-        let mut page = [0_u64; WORDS];
-        for (word, raw) in page.iter_mut().zip(raw.chunks_exact(8)) {
-            *word = u64::from_ne_bytes(raw.try_into().unwrap());
-        }
-        assert!(pattern::matches(&page, slot as u64, page[0]), "page {slot}");
-        generations.push(page[0]);
-    }
-    let (least, most) = (generations.iter().min(), generations.iter().max());
-    assert!(most.unwrap() - least.unwrap() <= 1, "{least:?} to {most:?}");
-}
-
 fn blocks_of(path: &Path) -> u64 {
     use std::os::unix::fs::MetadataExt;
     path.metadata().unwrap().blocks() * 512
@@ -238,7 +222,7 @@ async fn disks_move_while_the_guest_writes() {
         qemu_img(&["convert", "-f", format, "-O", "raw", &from, &flat]);
         let disk = fs::read(&flat).unwrap();
         assert_eq!(disk.len() as u64, DISK_SIZE);
-        check_pages(&disk);
+        check_disk(&disk, DISK_PAGES).unwrap();
         assert!(disk[DISK_PAGES * 4096..].iter().all(|byte| *byte == 0));
         let other = stage.path("new/web-other.qcow2");
         qemu_img(&["compare", "-q", &stage.path("other"), &other]);
@@ -278,7 +262,7 @@ async fn disks_are_chosen_by_name() {
     assert_eq!(disks[0].path, Some(stage.path("disk")));
     stage.wait_blocks(2 * DISK_PAGES as u64).await;
     vm.ask(Request::Shutdown).await.unwrap();
-    check_pages(&fs::read(stage.at("disk")).unwrap());
+    check_disk(&fs::read(stage.at("disk")).unwrap(), DISK_PAGES).unwrap();
 }
 
 /// The next machine has the image, though the last one's was being copied.
@@ -368,7 +352,7 @@ async fn a_move_that_fails_leaves_no_image_and_the_guest_on_its_own() {
         &stage.path("disk"),
         &flat,
     ]);
-    check_pages(&fs::read(flat).unwrap());
+    check_disk(&fs::read(flat).unwrap(), DISK_PAGES).unwrap();
 }
 
 impl Stage {
@@ -442,7 +426,7 @@ async fn disk_continues_on_its_mirror_while_the_guest_writes() {
         let old = stage.path("disk");
         let flat = stage.path("flat");
         qemu_img(&["convert", "-f", from.0, "-O", "raw", &old, &flat]);
-        check_pages(&fs::read(&flat).unwrap());
+        check_disk(&fs::read(&flat).unwrap(), DISK_PAGES).unwrap();
         stage.wait_blocks(3 * DISK_PAGES as u64).await;
         let first = fs::read(&flat).unwrap();
         qemu_img(&["convert", "-f", from.0, "-O", "raw", &old, &flat]);
@@ -455,7 +439,7 @@ async fn disk_continues_on_its_mirror_while_the_guest_writes() {
         qemu_img(&["convert", "-f", to.0, "-O", "raw", &new, &flat]);
         let disk = fs::read(&flat).unwrap();
         assert_eq!(disk.len() as u64, DISK_SIZE);
-        check_pages(&disk);
+        check_disk(&disk, DISK_PAGES).unwrap();
         assert!(disk[DISK_PAGES * 4096..].iter().all(|byte| *byte == 0));
         assert!(blocks_of(Path::new(&new)) < 8 << 20, "it is sparse");
         assert!(can_write(&new, to.0));
@@ -583,5 +567,5 @@ async fn mirror_excludes_other_uses_of_its_disk() {
         &stage.path("other"),
         &stage.path("other-2"),
     ]);
-    check_pages(&fs::read(stage.at("disk")).unwrap());
+    check_disk(&fs::read(stage.at("disk")).unwrap(), DISK_PAGES).unwrap();
 }
