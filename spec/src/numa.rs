@@ -81,8 +81,9 @@ impl VmConfig {
         let (vcpus, segments) = (self.cpus.max_vcpus, self.pci_segment_count());
         let ids: BTreeSet<u32> = nodes.iter().map(|node| node.guest_numa_id).collect();
         let mut seen = BTreeSet::new();
-        let (mut with_cpu, mut with_zone) = (BTreeMap::new(), BTreeMap::new());
-        let mut with_segment = BTreeMap::new();
+        let mut with_cpu = Owners::new("cpus", "vCPU");
+        let mut with_zone = Owners::new("memory_zones", "memory zone");
+        let mut with_segment = Owners::new("pci_segments", "PCI segment");
         for (i, node) in nodes.iter().enumerate() {
             let (id, at) = (node.guest_numa_id, format!("/numa/{i}"));
             if id >= limits::NUMA_NODES {
@@ -100,10 +101,11 @@ impl VmConfig {
                 let detail = "this version does not support `numa.device_id`".to_owned();
                 found.push(problem(&format!("{at}/device_id"), UNSUPPORTED, detail));
             }
+            let at_node = (at.as_str(), id);
             for cpu in node.cpus.iter().flatten() {
                 let unknown = (*cpu >= vcpus)
                     .then(|| format!("vCPU {cpu} must be less than `cpus.max_vcpus` ({vcpus})"));
-                claim(&at, "cpus", "vCPU", cpu, id, unknown, &mut with_cpu, found);
+                with_cpu.claim(at_node, cpu, unknown, found);
             }
             for zone in node.memory_zones.iter().flatten() {
                 let unknown = (!zones.contains(&zone.as_str())).then(|| {
@@ -112,16 +114,7 @@ impl VmConfig {
                         zones.join(", ")
                     )
                 });
-                claim(
-                    &at,
-                    "memory_zones",
-                    "memory zone",
-                    zone,
-                    id,
-                    unknown,
-                    &mut with_zone,
-                    found,
-                );
+                with_zone.claim(at_node, zone, unknown, found);
             }
             for segment in node.pci_segments.iter().flatten() {
                 let unknown = (*segment >= segments).then(|| {
@@ -130,26 +123,16 @@ impl VmConfig {
                          ({segments})"
                     )
                 });
-                let with = &mut with_segment;
-                claim(
-                    &at,
-                    "pci_segments",
-                    "PCI segment",
-                    segment,
-                    id,
-                    unknown,
-                    with,
-                    found,
-                );
+                with_segment.claim(at_node, segment, unknown, found);
             }
             check_distances(&at, node, &ids, found);
         }
         // Linux uses no node at all if one of them lacks some of its memory, and guesses where vCPUs are.
-        let cpus = (0..vcpus).filter(|cpu| !with_cpu.contains_key(cpu));
+        let cpus = (0..vcpus).filter(|cpu| !with_cpu.nodes.contains_key(cpu));
         let cpus: Vec<String> = cpus.map(|cpu| cpu.to_string()).collect();
         let zones = zones
             .into_iter()
-            .filter(|zone| !with_zone.contains_key(*zone));
+            .filter(|zone| !with_zone.nodes.contains_key(*zone));
         let zones: Vec<String> = zones.map(str::to_owned).collect();
         for (what, field, lacking) in [
             ("vCPUs", "cpus", cpus),
@@ -166,36 +149,48 @@ impl VmConfig {
     }
 }
 
-/// Notes that the node `id` at the pointer `at` has one more in its list `field`. Adds the problem if
-/// that is `unknown`, or another node has it.
-#[expect(
-    clippy::too_many_arguments,
-    reason = "one rule for three lists of a node"
-)]
-fn claim<T: Clone + Ord + Display>(
-    at: &str,
-    field: &str,
-    what: &str,
-    one: &T,
-    id: u32,
-    unknown: Option<String>,
-    with: &mut BTreeMap<T, u32>,
-    found: &mut Vec<FieldProblem>,
-) {
-    let pointer = format!("{at}/{field}");
-    let (code, detail) = match unknown {
-        Some(detail) => ("out-of-range", detail),
-        None => match with.insert(one.clone(), id) {
-            Some(other) => (
-                "duplicate",
-                format!("{what} {one} is in node {other} already"),
-            ),
-            None => return,
-        },
-    };
-    // One problem a list: a list can be as long as a request.
-    if found.iter().all(|problem| problem.pointer != pointer) {
-        found.push(problem(&pointer, code, detail));
+/// The nodes that have the things of one kind, each of which can be in one node only.
+struct Owners<T> {
+    /// The list of a node that names these things.
+    field: &'static str,
+    kind: &'static str,
+    nodes: BTreeMap<T, u32>,
+}
+
+impl<T: Clone + Ord + Display> Owners<T> {
+    fn new(field: &'static str, kind: &'static str) -> Self {
+        Self {
+            field,
+            kind,
+            nodes: BTreeMap::new(),
+        }
+    }
+
+    /// Notes that the node `id` at the pointer `at` has one more. Adds the problem if that is `unknown`, or
+    /// a node has it already.
+    fn claim(
+        &mut self,
+        (at, id): (&str, u32),
+        one: &T,
+        unknown: Option<String>,
+        found: &mut Vec<FieldProblem>,
+    ) {
+        let Self { field, kind, nodes } = self;
+        let pointer = format!("{at}/{field}");
+        let (code, detail) = match unknown {
+            Some(detail) => ("out-of-range", detail),
+            None => match nodes.insert(one.clone(), id) {
+                Some(other) => {
+                    let detail = format!("{kind} {one} is in node {other} already");
+                    ("duplicate", detail)
+                }
+                None => return,
+            },
+        };
+        // One problem a list: a list can be as long as a request.
+        if found.iter().all(|problem| problem.pointer != pointer) {
+            found.push(problem(&pointer, code, detail));
+        }
     }
 }
 
