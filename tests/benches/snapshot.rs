@@ -219,17 +219,18 @@ async fn restores(memory: u64, rounds: usize) -> Result<()> {
     Ok(())
 }
 
-/// Restores with and without a recorded working set.
+/// Restores with and without a recorded working set, from a file that the page cache holds and from
+/// one that it does not.
 async fn ready(rounds: usize) -> Result<()> {
     const REGION_MIB: u64 = 64;
     let service = Service::start(Face::Many).await?;
-    let (vm, port) = dirtier::boot_writing(&service, Some(256 * MIB), REGION_MIB, 1000).await?;
+    // Enough to write all of the region soon.
+    let (vm, port) = dirtier::boot_writing(&service, Some(256 * MIB), REGION_MIB, 20_000).await?;
+    tokio::time::sleep(Duration::from_secs(3)).await;
     let client = service.client();
     let mut running = Vec::new();
     for _ in 0..rounds {
-        let begun = Instant::now();
-        dirtier::check(&port).await?;
-        running.push(begun.elapsed());
+        running.push(dirtier::check(&port).await?);
     }
     client.vms_pause(&vm).await?;
     let dir = service.path("snapshot");
@@ -248,61 +249,107 @@ async fn ready(rounds: usize) -> Result<()> {
         overrides: None,
     };
     let recording = client.vms_record(&vm, &what).await?;
-    dirtier::check(&port).await?;
+    answers(&port).await?;
     client.vms_stop_recording(&vm).await?;
     let recorded = over(&service, &recording).await?;
     client.vms_delete(&vm).await?;
     let pages = recorded.working_set_pages.unwrap_or(0);
     println!(
-        "256 MiB, a working set of {pages} pages; a guest that was never stopped answers after {:.1} ms",
+        "256 MiB, a working set of {pages} pages; a guest that was never stopped checks them in {:.1} ms",
         ms(median(running)?)
     );
     println!(
-        "  mode      recorded set   first instruction   set resident      ready   faults   medians of {rounds}"
+        "  mode      page cache   recorded set   first instruction   set resident      ready   of it check   faults   medians of {rounds}"
     );
     let (file, aside) = (dir.join("working-set.json"), dir.join("aside"));
     for mode in [MemoryRestoreMode::OnDemand, MemoryRestoreMode::Map] {
-        for is_used in [false, true] {
-            if !is_used {
-                fs::rename(&file, &aside)?;
-            }
-            let (mut first, mut set, mut ready) = (Vec::new(), Vec::new(), Vec::new());
-            let mut faults = Vec::new();
-            for _ in 0..rounds {
-                read_through(&dir.join("memory.bin"))?;
-                let what = RestoreConfig {
-                    memory_restore_mode: mode,
-                    ..tests::snapshots::from(&dir, true)
-                };
-                let begun = Instant::now();
-                let restoring = client.vms_restore(&vm, &what).await?;
-                // The guest's port is there with its VM.
-                while dirtier::check(&port).await.is_err() {
-                    ensure!(begun.elapsed() < PATIENCE, "the guest is not ready");
+        for cache in [Cache::Warm, Cache::Cold] {
+            for is_used in [false, true] {
+                if !is_used {
+                    fs::rename(&file, &aside)?;
                 }
-                ready.push(begun.elapsed());
-                let came = over(&service, &restoring).await?;
-                first.extend(came.first_instruction_us.map(Duration::from_micros));
-                set.extend(came.working_set_us.map(Duration::from_micros));
-                faults.push(came.faults);
-                client.vms_delete(&vm).await?;
+                let came = restored_until_ready(&service, &vm, &port, (&dir, mode, cache), rounds);
+                let row = came.await?;
+                if !is_used {
+                    fs::rename(&aside, &file)?;
+                }
+                println!(
+                    "  {:<9} {:<10?} {:>14} {row}",
+                    format!("{mode:?}"),
+                    cache,
+                    if is_used { "yes" } else { "no" },
+                );
             }
-            if !is_used {
-                fs::rename(&aside, &file)?;
-            }
-            faults.sort_unstable();
-            println!(
-                "  {:<9} {:<12} {:>15.1} ms {:>12.1} ms {:>7.1} ms {:>8}",
-                format!("{mode:?}"),
-                if is_used { "yes" } else { "no" },
-                ms(median(first)?),
-                ms(median(set).unwrap_or_default()),
-                ms(median(ready)?),
-                faults.get(rounds / 2).unwrap_or(&0)
-            );
         }
     }
     Ok(())
+}
+
+/// Whether the host has the memory's file in its page cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Cache {
+    Warm,
+    Cold,
+}
+
+/// Restores a guest from a folder until it has checked its memory. Returns the row's figures.
+async fn restored_until_ready(
+    service: &Service,
+    vm: &VmId,
+    port: &Path,
+    (dir, mode, cache): (&Path, MemoryRestoreMode, Cache),
+    rounds: usize,
+) -> Result<String> {
+    let client = service.client();
+    let (mut first, mut set, mut ready, mut check) = (vec![], vec![], vec![], vec![]);
+    let mut faults = Vec::new();
+    for _ in 0..rounds {
+        let memory = dir.join("memory.bin");
+        match cache {
+            Cache::Warm => drop(read_through(&memory)?),
+            // The snapshot is synced: no page is dirty, and all can be dropped.
+            Cache::Cold => {
+                rustix::fs::fadvise(File::open(&memory)?, 0, None, rustix::fs::Advice::DontNeed)?;
+            }
+        }
+        let what = RestoreConfig {
+            memory_restore_mode: mode,
+            ..tests::snapshots::from(dir, true)
+        };
+        let begun = Instant::now();
+        let restoring = client.vms_restore(vm, &what).await?;
+        check.push(answers(port).await?);
+        ready.push(begun.elapsed());
+        let came = over(service, &restoring).await?;
+        first.extend(came.first_instruction_us.map(Duration::from_micros));
+        set.extend(came.working_set_us.map(Duration::from_micros));
+        faults.push(came.faults);
+        client.vms_delete(vm).await?;
+    }
+    faults.sort_unstable();
+    Ok(format!(
+        "{:>16.1} ms {:>11.1} ms {:>7.1} ms {:>10.1} ms {:>8}",
+        ms(median(first)?),
+        ms(median(set).unwrap_or_default()),
+        ms(median(ready)?),
+        ms(median(check)?),
+        faults.get(rounds / 2).unwrap_or(&0)
+    ))
+}
+
+/// Waits until a guest that is being restored has checked its memory, and returns how long the check
+/// took. The guest's port is there with its VM.
+async fn answers(port: &Path) -> Result<Duration> {
+    let begun = Instant::now();
+    loop {
+        match dirtier::check(port).await {
+            Ok(took) => return Ok(took),
+            Err(error) => ensure!(
+                begun.elapsed() < PATIENCE,
+                "the guest is not ready: {error}"
+            ),
+        }
+    }
 }
 
 /// How a snapshot is taken.

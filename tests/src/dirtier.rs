@@ -3,7 +3,7 @@
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use guest::{Command, Line, Options, Order, Workload};
@@ -90,16 +90,17 @@ pub async fn boot_as(
     Ok((vm, path))
 }
 
-/// Asks it, over its serial port, to check its memory.
+/// Asks the guest, over its serial port, to check its memory. Returns how long the guest took for
+/// that.
 ///
 /// # Errors
 /// When it does not answer, or a page is not what it wrote.
-pub async fn check(port: &Path) -> Result<()> {
+pub async fn check(port: &Path) -> Result<Duration> {
     let port = port.to_owned();
     tokio::task::spawn_blocking(move || check_now(&port)).await?
 }
 
-fn check_now(port: &Path) -> Result<()> {
+fn check_now(port: &Path) -> Result<Duration> {
     let mut stream = UnixStream::connect(port)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     let lines = BufReader::new(stream.try_clone()?).lines();
@@ -108,6 +109,7 @@ fn check_now(port: &Path) -> Result<()> {
     lines
         .find(|line| matches!(Line::parse(line), Some(Line::Heartbeat { .. })))
         .context("the guest is silent")?;
+    let asked = Instant::now();
     writeln!(stream, "{}", Command::Verify)?;
     let (pages, bad) = lines
         .find_map(|line| match Line::parse(&line) {
@@ -116,5 +118,5 @@ fn check_now(port: &Path) -> Result<()> {
         })
         .context("the guest does not check its memory")?;
     ensure!(pages > 0 && bad == 0, "{bad} of {pages} pages are bad");
-    Ok(())
+    Ok(asked.elapsed())
 }
