@@ -1,187 +1,18 @@
 //! The pocket guest moves between two pools on `/dev/kvm`, while it writes to its memory. It checks
 //! every page afterwards, and reports the stop that it saw.
-// LONG: each kind of move is a few lines, on one pair of pools.
 
 #![expect(clippy::unwrap_used, reason = "a test that goes wrong panics")]
 
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::UnixStream;
+mod stage;
+
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-use control::{Migration, Registry, Request};
-use guest::{Command, Crash, Line, Options, Order, Workload};
+use control::Request;
+use guest::{Command, Crash, Line, Options, Workload};
 use migration::testing::Issuer;
-use spec::{
-    AtDeadline, AwaitMigration, MemoryMode, MigrationInfo, MigrationPhase, PayloadConfig,
-    StartMigration, VmConfig, VmState,
-};
-use vmm::{Pool, PoolConfig};
-
-const PATIENCE: Duration = Duration::from_secs(30);
-
-struct Stage {
-    dir: tempfile::TempDir,
-    here: Registry,
-    there: Registry,
-}
-
-/// Reads the guest's output at once: unread output is lost.
-struct Console {
-    stream: UnixStream,
-    lines: Receiver<String>,
-}
-
-impl Console {
-    fn connect(path: &Path) -> Self {
-        let start = Instant::now();
-        let stream = loop {
-            match UnixStream::connect(path) {
-                Ok(stream) => break stream,
-                Err(error) => assert!(start.elapsed() < PATIENCE, "{error}"),
-            }
-            std::thread::sleep(Duration::from_millis(2));
-        };
-        let reader = BufReader::new(stream.try_clone().unwrap());
-        let (sender, lines) = channel();
-        // It ends with the console.
-        std::thread::spawn(move || {
-            let mut lines = reader.lines().map_while(Result::ok);
-            lines.try_for_each(|line| sender.send(line))
-        });
-        Self { stream, lines }
-    }
-
-    fn until<R>(&mut self, pick: impl Fn(&Line) -> Option<R>) -> R {
-        loop {
-            let text = self.lines.recv_timeout(PATIENCE).unwrap();
-            if let Some(line) = Line::parse(&text) {
-                assert!(
-                    !matches!(line, Line::Fault { .. } | Line::Panic { .. }),
-                    "{text}"
-                );
-                if let Some(picked) = pick(&line) {
-                    return picked;
-                }
-            }
-        }
-    }
-
-    fn ask<R>(&mut self, command: Command, pick: impl Fn(&Line) -> Option<R>) -> R {
-        self.stream
-            .write_all(format!("{command}\n").as_bytes())
-            .unwrap();
-        self.until(pick)
-    }
-
-    /// Pages that were checked; all are as they were written.
-    fn verify(&mut self) -> u64 {
-        let (pages, bad) = self.ask(Command::Verify, |line| match line {
-            Line::Verified { pages, bad, .. } => Some((*pages, *bad)),
-            _ => None,
-        });
-        assert_eq!(bad, 0, "of {pages} pages");
-        pages
-    }
-
-    /// The longest gap in TSC time since it was asked the last time, in microseconds.
-    fn gap(&mut self) -> u64 {
-        self.ask(Command::Report, |line| match line {
-            Line::Report { gap_us, .. } => Some(*gap_us),
-            _ => None,
-        })
-    }
-}
-
-fn registry() -> Registry {
-    Registry::new(Pool::start(&PoolConfig::default()).unwrap())
-}
-
-impl Stage {
-    fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        std::fs::write(dir.path().join("pocket"), guest::IMAGE).unwrap();
-        Self {
-            dir,
-            here: registry(),
-            there: registry(),
-        }
-    }
-
-    fn path(&self, name: &str) -> String {
-        self.dir.path().join(name).to_string_lossy().into_owned()
-    }
-
-    fn config(&self, rate: u64, vcpus: u32) -> VmConfig {
-        let workload = Workload::Dirty {
-            region_mib: Some(32),
-            rate: Some(rate),
-            order: Order::Linear,
-        };
-        let options = Options {
-            workload,
-            heartbeat_ms: Some(20),
-            ..Options::default()
-        };
-        let mut config = VmConfig::with_payload(PayloadConfig {
-            kernel: Some(self.path("pocket")),
-            cmdline: Some(options.to_string()),
-            ..PayloadConfig::default()
-        });
-        config.cpus = spec::CpusConfig::with_vcpus(vcpus);
-        config.memory.size = 64 << 20;
-        let serial = serde_json::json!({ "mode": "Socket", "socket": self.path("serial") });
-        config.serial = serde_json::from_value(serial).unwrap();
-        config
-    }
-
-    async fn boot(&self, config: VmConfig) -> Console {
-        let vm = self
-            .here
-            .create(Some("pocket".parse().unwrap()), config)
-            .unwrap();
-        vm.ask(Request::Boot).await.unwrap();
-        let mut console = Console::connect(Path::new(&self.path("serial")));
-        console.until(|line| matches!(line, Line::Heartbeat { .. }).then_some(()));
-        console
-    }
-
-    /// Both sides of a migration, begun.
-    fn begin(&self, with: impl FnOnce(&mut StartMigration)) -> [Arc<dyn Migration>; 2] {
-        let listen = format!("unix:{}", self.path("migration"));
-        let awaiting = AwaitMigration {
-            once: true,
-            ..AwaitMigration::at(listen)
-        };
-        let receive = self.there.receive_migration(&awaiting).unwrap();
-        let mut what = StartMigration::to(receive.info().endpoint);
-        what.verify = true;
-        with(&mut what);
-        let send = self.here.send_migration("pocket", &what).unwrap();
-        [send, receive]
-    }
-
-    async fn migrate(&self, with: impl FnOnce(&mut StartMigration)) -> [MigrationInfo; 2] {
-        let both = self.begin(with);
-        for side in &both {
-            over(&**side).await;
-            if side.info().phase != MigrationPhase::Completed {
-                println!("it did not move: {:?}", side.info());
-            }
-        }
-        both.map(|side| side.info())
-    }
-}
-
-async fn over(migration: &dyn Migration) {
-    let mut over = migration.over();
-    let waited = tokio::time::timeout(PATIENCE, over.wait_for(|over| *over)).await;
-    waited
-        .unwrap_or_else(|_| unreachable!("{:?}", migration.info()))
-        .unwrap();
-}
+use spec::{AtDeadline, AwaitMigration, MemoryMode, MigrationPhase, StartMigration, VmState};
+use stage::{Console, PATIENCE, Stage, over};
 
 #[tokio::test]
 async fn guest_moves_with_intact_memory() {
@@ -294,8 +125,7 @@ async fn reset_cancels_migration() {
         }
         let vm = stage.here.get("pocket").unwrap();
         if let Some(command) = command {
-            let text = format!("{command}\n");
-            console.stream.write_all(text.as_bytes()).unwrap();
+            console.send(command);
         }
         if let Some(request) = request.clone() {
             vm.ask(request).await.unwrap();
@@ -333,8 +163,7 @@ async fn failure_names_registers_and_migration() {
     while both[0].info().phase != MigrationPhase::Precopy || both[0].info().rounds == 0 {
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
-    let crash = format!("{}\n", Command::Crash(Crash::TripleFault));
-    console.stream.write_all(crash.as_bytes()).unwrap();
+    console.send(Command::Crash(Crash::TripleFault));
     for side in &both {
         over(&**side).await;
     }
