@@ -5,7 +5,7 @@
 //! when its timer expires. An actor never blocks for long: all others of the thread wait behind it.
 //! A panic in an actor ends that actor ([`Actor::crashed`] is called) and no other.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::os::fd::RawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -90,6 +90,7 @@ impl Sources<'_> {
     /// # Errors
     /// When the host cannot watch it, as it is with a regular file.
     pub fn watch(&mut self, fd: RawFd, key: usize, interest: Interest) -> io::Result<()> {
+        // The token is known before the kernel may report it, and withdrawn if the kernel refuses.
         let token = self.shared.issue(self.actor, key, fd);
         self.registry
             .register(&mut SourceFd(&fd), token, interest.into())
@@ -304,7 +305,7 @@ impl EventLoop {
             actors: HashMap::new(),
             tokens: Tokens::default(),
             timers: HashMap::new(),
-            again: Vec::new(),
+            again: BTreeSet::new(),
             confinement,
         };
         let builder = std::thread::Builder::new().name(name.to_owned());
@@ -354,8 +355,9 @@ struct Running {
     tokens: Tokens,
     /// When actors want to be woken. There are few: each poll looks at all.
     timers: HashMap<u64, Instant>,
-    /// Actors that asked to be called again.
-    again: Vec<u64>,
+    /// Actors that asked to be called again. A set: an actor that asks in `ready` and in `woken`, or is
+    /// woken meanwhile, has one turn a round like all others, however often a guest wakes it.
+    again: BTreeSet<u64>,
     confinement: Confinement,
 }
 
@@ -383,6 +385,8 @@ impl Running {
                 if event.token() == WAKER {
                     continue;
                 }
+                // An earlier event of this batch may have ended the actor, or its watch. Then the
+                // token is gone.
                 if let Some(&(actor, key, _)) = self.tokens.by_token.get(&event.token()) {
                     self.call(actor, |a, sources| a.ready(key, sources));
                 }
@@ -468,7 +472,9 @@ impl Running {
         drop(entered);
         match flow {
             Flow::Stay => {}
-            Flow::Again => self.again.push(id),
+            Flow::Again => {
+                self.again.insert(id);
+            }
             Flow::Leave => self.drop_actor(id),
         }
     }

@@ -140,6 +140,49 @@ fn busy_actor_does_not_starve_others() {
     again.dismiss();
 }
 
+/// Counts its calls, wakes another actor in each, and asks to be called again.
+struct Busy {
+    calls: Arc<AtomicU64>,
+    other: Option<Waker>,
+}
+
+impl Actor for Busy {
+    fn woken(&mut self, _: &mut Sources<'_>) -> Flow {
+        self.calls.fetch_add(1, Ordering::SeqCst);
+        if let Some(other) = &self.other {
+            other.wake();
+        }
+        Flow::Again
+    }
+
+    fn ready(&mut self, _: usize, _: &mut Sources<'_>) -> Flow {
+        Flow::Stay
+    }
+
+    fn crashed(&mut self, _: &str) {}
+}
+
+#[test]
+fn wakes_of_a_busy_actor_add_no_turns() {
+    let on = EventLoop::start("test").unwrap();
+    let busy = |other| {
+        on.handle().adopt(|waker| {
+            let calls = Arc::<AtomicU64>::default();
+            let counted = Arc::clone(&calls);
+            (Busy { calls, other }, (counted, waker))
+        })
+    };
+    let (woken, waker) = busy(None);
+    let (rounds, _) = busy(Some(waker));
+    while rounds.load(Ordering::SeqCst) < 1000 {
+        std::thread::yield_now();
+    }
+    // A round has a turn of each, and one more for the wake.
+    let woken = woken.load(Ordering::SeqCst);
+    let rounds = rounds.load(Ordering::SeqCst);
+    assert!(woken <= 2 * rounds + 2, "{woken} calls in {rounds} rounds");
+}
+
 #[test]
 fn dismissed_actor_gets_no_events() {
     let on = EventLoop::start("test").unwrap();
