@@ -22,6 +22,7 @@ use devices::tpm::{Emulator, LoadedTpm, Tpm, TpmSnapshot};
 use memory::DeviceOps;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use state::{LoadError, Save as _, Store, Writer};
+use vmm_sys_util::signal::{Killable as _, SIGRTMIN, register_signal_handler};
 
 const BASE: u64 = 0xfed4_0000;
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -307,7 +308,13 @@ enum Fake {
     RefusesToTake(u32),
     /// Answers nothing.
     Silent,
+    /// Answers after a while, with a byte of state.
+    Slow,
 }
+
+/// How long a slow emulator takes, and a patience that it exhausts.
+const LONG: Duration = Duration::from_millis(100);
+const SHORT: Duration = Duration::from_millis(50);
 
 /// Reads a command of a request, and keeps the descriptor that comes with it. Returns false at the end.
 fn next(stream: &UnixStream, command: &mut [u8; 4], kept: &mut Vec<OwnedFd>) -> bool {
@@ -350,7 +357,10 @@ fn serve(mut stream: UnixStream, fake: Fake) {
                         answer
                     }
                     Fake::Refuses(result) => word(result).to_vec(),
-                    Fake::RefusesToTake(_) => {
+                    Fake::RefusesToTake(_) | Fake::Slow => {
+                        if let Fake::Slow = fake {
+                            std::thread::sleep(LONG);
+                        }
                         let mut answer = [0, 0, 1, 1].map(word).concat();
                         answer.push(9);
                         answer
@@ -366,6 +376,12 @@ fn serve(mut stream: UnixStream, fake: Fake) {
                     Fake::RefusesToTake(result) if len > 0 => word(result).to_vec(),
                     _ => vec![0; 4],
                 }
+            }
+            14 => {
+                if let Fake::Refuses(_) = fake {
+                    std::thread::sleep(LONG);
+                }
+                vec![0; 4]
             }
             17 => {
                 body(4);
@@ -388,7 +404,6 @@ fn fake(dir: &Path, fake: Fake) -> (Arc<Emulator>, std::thread::JoinHandle<()>) 
 #[test]
 fn faults_of_the_emulator_are_named() {
     let dir = tempfile::tempdir().unwrap();
-    let short = Duration::from_millis(50);
     let huge = Fake::State {
         result: 0,
         len: u32::MAX,
@@ -410,8 +425,12 @@ fn faults_of_the_emulator_are_named() {
         let (emulator, server) = fake(dir.path(), kind);
         let tpm = tpm(&emulator);
         for expected in [named, again] {
-            let refused = tpm.snapshot(short).unwrap_err().to_string();
+            let refused = tpm.snapshot(SHORT).unwrap_err().to_string();
             assert!(refused.contains(expected), "{refused}");
+        }
+        if let Fake::Refuses(_) = kind {
+            // The patience of the snapshot ends with it.
+            emulator.power_on().unwrap();
         }
         drop((tpm, emulator));
         server.join().unwrap();
@@ -425,14 +444,14 @@ fn faults_of_the_emulator_are_named() {
     };
     let (emulator, server) = fake(dir.path(), none);
     let without = tpm(&emulator);
-    let saved = bytes(&without.snapshot(short).unwrap());
+    let saved = bytes(&without.snapshot(SHORT).unwrap());
     let refused = load(&without, &saved).unwrap_err().to_string();
     assert!(refused.contains("without permanent state"), "{refused}");
     drop((without, emulator));
     server.join().unwrap();
     let (emulator, server) = fake(dir.path(), Fake::RefusesToTake(3));
     let refusing = tpm(&emulator);
-    let saved = bytes(&refusing.snapshot(short).unwrap());
+    let saved = bytes(&refusing.snapshot(SHORT).unwrap());
     let refused = load(&refusing, &saved).unwrap().install();
     let refused = refused.unwrap_err().to_string();
     assert!(
@@ -446,7 +465,6 @@ fn faults_of_the_emulator_are_named() {
 #[test]
 fn state_is_not_read_during_a_command() {
     let dir = tempfile::tempdir().unwrap();
-    let short = Duration::from_millis(50);
     let kind = Fake::State {
         result: 0,
         len: 1,
@@ -454,12 +472,32 @@ fn state_is_not_read_during_a_command() {
     };
     let (emulator, _server) = fake(dir.path(), kind);
     let tpm = tpm(&emulator);
-    tpm.snapshot(short).unwrap();
+    tpm.snapshot(SHORT).unwrap();
     write(&tpm, LOC_CTRL, 1);
     write(&tpm, CTRL_REQ, 1);
     tpm.write(BUFFER, &startup());
     write(&tpm, START, 1);
     assert_eq!(read(&tpm, START), 1);
-    let refused = tpm.snapshot(short).unwrap_err().to_string();
+    let refused = tpm.snapshot(SHORT).unwrap_err().to_string();
     assert!(refused.contains("in progress for 50 ms"), "{refused}");
+}
+
+extern "C" fn ignore_signal(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+
+#[test]
+fn signals_do_not_break_the_connection() {
+    let signal = SIGRTMIN() + 3;
+    register_signal_handler(signal, ignore_signal).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let (emulator, server) = fake(dir.path(), Fake::Slow);
+    let tpm = tpm(&emulator);
+    let reader = std::thread::spawn(move || tpm.snapshot(PATIENCE).map(drop));
+    while !reader.is_finished() {
+        // The thread may have ended by now.
+        let _ = reader.kill(signal);
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    reader.join().unwrap().unwrap();
+    drop(emulator);
+    server.join().unwrap();
 }

@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use rustix::io::retry_on_intr;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
 use super::BUFFER_LEN;
@@ -121,6 +122,8 @@ impl Emulator {
             let control = UnixStream::connect(path)?;
             let (ours, theirs) = UnixStream::pair()?;
             for (stream, patience) in [(&control, CONTROL_PATIENCE), (&ours, COMMAND_PATIENCE)] {
+                // swtpm is another process, which may hang. No thread of the VM waits for it
+                // without an end.
                 stream.set_read_timeout(Some(patience))?;
                 stream.set_write_timeout(Some(patience))?;
             }
@@ -138,6 +141,8 @@ impl Emulator {
             return Err(failed(Why::Lacks(NEEDED & !capabilities)));
         }
         let attempt = "take its end of the data connection";
+        // swtpm has one data connection: commands reach this TPM over the pair and from no other
+        // VM.
         let answer = control.ask(attempt, SET_DATA_FD, &[], Some(theirs.as_fd()));
         succeeded(attempt, answer.map_err(failed)?).map_err(failed)?;
         Ok(Self {
@@ -184,6 +189,8 @@ impl Emulator {
         let answer: [u8; 16] = control.ask(attempt, SET_BUFFER_SIZE, &wanted, None)?;
         let [result, size, ..] = words(answer);
         succeeded(attempt, result.to_be_bytes())?;
+        // swtpm rounds to what its TPM can do. With a smaller buffer it would refuse commands that
+        // the guest was shown room for.
         if (size as usize) < BUFFER_LEN {
             return Err(Why::Buffer(size));
         }
@@ -226,13 +233,10 @@ impl Emulator {
             let mut control = self.control.lock();
             // The guest may be stopped meanwhile.
             control.set_patience(patience)?;
-            let blobs = Blobs {
-                permanent: control.state(PERMANENT)?,
-                volatile: control.state(VOLATILE)?,
-                saved: control.state(SAVED_STATE)?,
-            };
+            let blobs = control.blobs();
+            // Also after a refusal: the TPM stays in use, and a later request may take longer.
             control.set_patience(CONTROL_PATIENCE)?;
-            Ok(blobs)
+            blobs
         };
         read().map_err(self.failed())
     }
@@ -247,6 +251,7 @@ impl Emulator {
             let _data = self.data.lock();
             let mut control = self.control.lock();
             control.stop()?;
+            // The order in which QEMU sets them.
             for (kind, blob) in [
                 (PERMANENT, &blobs.permanent),
                 (VOLATILE, &blobs.volatile),
@@ -274,6 +279,8 @@ impl Emulator {
             return Err(io::ErrorKind::NotConnected.into());
         }
         exchange(&mut data, command).inspect_err(|error| {
+            // The next bytes of the stream may be the late rest of this answer. A guest must not
+            // get another command's response.
             self.is_broken.store(true, Ordering::Release);
             let path = self.path.display();
             tracing::warn!(%path, %error, "the TPM emulator does not answer: the guest's TPM fails");
@@ -325,6 +332,15 @@ impl Control {
         succeeded(attempt, answer)
     }
 
+    /// Reads the state of all types.
+    fn blobs(&mut self) -> Result<Blobs, Why> {
+        Ok(Blobs {
+            permanent: self.state(PERMANENT)?,
+            volatile: self.state(VOLATILE)?,
+            saved: self.state(SAVED_STATE)?,
+        })
+    }
+
     /// Reads the state of this type; empty if there is none.
     fn state(&mut self, kind: u32) -> Result<Blob, Why> {
         const HEADER: usize = 16;
@@ -336,7 +352,8 @@ impl Control {
             // A refusal has the whole header or the result alone, depending on its reason. Both come at
             // once, so that nothing of either stays behind.
             let mut header = [0; HEADER];
-            let len = stream.read(&mut header)?;
+            // A signal ends a read with a timeout, whatever its handler asks for (signal(7)).
+            let len = retry_on_intr(|| rustix::io::read(&*stream, &mut header))?;
             let is_refused = len == 4 && header[..4] != [0; 4];
             if !is_refused {
                 stream.read_exact(header.get_mut(len..).unwrap_or_default())?;
@@ -403,12 +420,9 @@ fn send(
     let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control_message = SendAncillaryBuffer::new(&mut space);
     control_message.push(SendAncillaryMessage::ScmRights(&fds));
-    let sent = sendmsg(
-        &*stream,
-        &[IoSlice::new(&message)],
-        &mut control_message,
-        SendFlags::NOSIGNAL,
-    )?;
+    let parts = [IoSlice::new(&message)];
+    let sent =
+        retry_on_intr(|| sendmsg(&*stream, &parts, &mut control_message, SendFlags::NOSIGNAL))?;
     match sent == message.len() {
         true => Ok(()),
         false => Err(io::ErrorKind::WriteZero.into()),
@@ -420,7 +434,7 @@ fn exchange(data: &mut UnixStream, command: &[u8]) -> io::Result<Vec<u8>> {
     let mut response = vec![0; HEADER_LEN];
     data.read_exact(&mut response)?;
     let len = length(&response).filter(|len| (HEADER_LEN..=BUFFER_LEN).contains(len));
-    // What follows cannot be told from the next response.
+    // Of an impossible length the end is unknown, and so is the start of the next response.
     let len = len.ok_or(io::ErrorKind::InvalidData)?;
     response.resize(len, 0);
     data.read_exact(response.get_mut(HEADER_LEN..).unwrap_or_default())?;

@@ -180,6 +180,8 @@ impl Tpm {
 
     /// Hands the command in the buffer to the thread.
     fn start(&self, state: &mut State) {
+        // A driver needs the locality first (PTP 1.05, 6.5). While a command is in progress the
+        // buffer belongs to the thread, and a second command would get the first one's response.
         if !state.is_assigned || state.is_busy {
             return;
         }
@@ -205,6 +207,8 @@ fn execute_all(
 ) {
     while let Ok(command) = commands.recv() {
         let response = emulator.execute(&command);
+        // Without releasing `is_busy`: the VM is about to end, and its guest must not take a
+        // half-made response for an answer.
         if let Some(violation) = confinement.violation() {
             return report(violation.to_string());
         }
@@ -269,6 +273,8 @@ impl DeviceOps for Tpm {
                 .for_each(|(to, from)| *to = *from);
             return;
         }
+        // Shorter writes are extended with zeros, and only the low four bytes of longer ones count:
+        // the registers have 32 bits.
         let mut value = [0; 4];
         value
             .iter_mut()
@@ -280,6 +286,8 @@ impl DeviceOps for Tpm {
             LOC_CTRL if value & RELINQUISH != 0 => state.is_assigned = false,
             CTRL_REQ if value & READY != 0 => state.is_idle = false,
             CTRL_REQ if value & GO_IDLE != 0 => {
+                // A driver goes idle after each command. Here that also clears a failure, so that
+                // the guest can try the next command.
                 state.is_idle = true;
                 state.has_failed = false;
             }

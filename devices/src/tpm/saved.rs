@@ -107,6 +107,8 @@ impl Tpm {
         if !self.shared.wait_idle(deadline) {
             return Err(self.emulator.busy(patience));
         }
+        // Before the registers are locked: swtpm may take seconds, and a vCPU that polls a register
+        // must not wait for it.
         let emulator = self.emulator.state(patience, deadline)?;
         let state = self.shared.state.lock();
         Ok(TpmSnapshot(V1 {
