@@ -37,9 +37,12 @@ impl Connected {
     }
 
     pub(crate) fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        // All or nothing: a client that falls behind misses whole writes, not parts of one, and a
+        // guest cannot make this buffer grow past its limit.
         if self.unread.len() + bytes.len() > UNREAD {
             return Err(unread());
         }
+        // Behind what is kept already: bytes must reach the client in the guest's order.
         self.unread.extend(bytes);
         self.flush()?;
         Ok(bytes.len())

@@ -217,6 +217,8 @@ impl State {
             seen.insert(vcpu);
             Some(u32::from(code) << 16 | vcpu)
         };
+        // The sets are bit maps, so however often the owner asks, each vCPU has one open
+        // notification of a kind, and the guest's loop over [`EVENT`] ends.
         next(&mut self.inserted, &mut self.offered, DEVICE_CHECK)
             .or_else(|| next(&mut self.requested, &mut self.leaving, EJECT_REQUEST))
             .unwrap_or(0)
@@ -224,6 +226,9 @@ impl State {
 
     /// Returns whether the guest was asked to eject the vCPU, and so has.
     fn eject(&mut self, vcpu: u32) -> bool {
+        // A guest may eject a vCPU before it takes the notification: it looked at `_STA` on its
+        // own. What was never asked for is refused, or a guest could shrink the machine that its
+        // owner pays for.
         if !self.requested.contains(vcpu) && !self.leaving.contains(vcpu) {
             return false;
         }
@@ -292,6 +297,7 @@ impl DeviceOps for CpuBlock {
             STATUS => state.answer(value),
             _ => false,
         };
+        // Not under the lock: the callback may come back into this block.
         drop(state);
         if is_changed {
             (self.changed)();
@@ -314,7 +320,7 @@ impl Saved for V1 {
     const VERSION: u16 = 1;
 }
 
-/// What is saved of the registers, taken in one moment.
+/// The saved part of the registers, all of one moment.
 pub struct CpuSnapshot(State);
 
 impl CpuSnapshot {
@@ -333,7 +339,7 @@ impl CpuSnapshot {
 }
 
 impl CpuBlock {
-    /// Takes what is to be saved while the guest may run.
+    /// Copies the saved part. The guest may run meanwhile.
     pub fn snapshot(&self) -> CpuSnapshot {
         CpuSnapshot(self.state.lock().clone())
     }
@@ -365,6 +371,8 @@ impl Load for &CpuBlock {
             &saved.requested,
             &saved.leaving,
         ];
+        // `CpuSet::insert` ignores what is out of range. Unchecked, a vCPU of a larger machine
+        // would silently vanish from the loaded one.
         if all.into_iter().flatten().any(|vcpu| *vcpu >= self.max) {
             let why = format!("a vCPU of which the machine can have {}", self.max);
             return Err(from.refuse(why));
@@ -393,6 +401,8 @@ impl Load for &CpuBlock {
         if !is_consistent {
             return Err(from.refuse("sets of vCPUs that contradict each other"));
         }
+        // All checks have passed: a refused load leaves the registers of the trial machine as they
+        // were.
         *self.state.lock() = state;
         Ok(())
     }

@@ -171,10 +171,12 @@ impl DimmBlock {
     }
 
     fn check_in(&self, state: &State, len: u64) -> Result<u64, DimmError> {
+        // Linux onlines whole sections: the rest of a smaller device would be lost to it.
         if len == 0 || !len.is_multiple_of(UNIT) {
             return Err(DimmError::Unaligned(len));
         }
         let offset = state.len();
+        // `len` is `None` for all 2^64 bytes, which no hotplug region has: 0 refuses that, too.
         let left = self.region.len().unwrap_or(0).saturating_sub(offset);
         if len > left {
             return Err(DimmError::NoRoom { wanted: len, left });
@@ -240,6 +242,8 @@ impl State {
         let mut slots = (0_u32..).zip(&mut self.slots);
         let next = slots.find(|(_, slot)| slot.stage == Stage::Inserted);
         next.map_or(0, |(index, slot)| {
+            // A notification is taken once. The guest answers it by `_OST`; a guest that crashes in
+            // between stays at `Offered` until the owner offers the memory again.
             slot.stage = Stage::Offered;
             u32::from(DEVICE_CHECK) << 16 | index
         })
@@ -300,6 +304,7 @@ impl DeviceOps for DimmBlock {
             return;
         };
         let mut registers = [0; SLOT_LEN as usize];
+        // The sum is in the region: `check_in` accepted the slot.
         registers[..8].copy_from_slice(&(self.region.first() + offset).to_le_bytes());
         registers[8..].copy_from_slice(&len.to_le_bytes());
         // An access that crosses into the next slot sees zeros there.
@@ -377,6 +382,8 @@ impl Load for &DimmBlock {
         }
         let mut state = State::default();
         for len in saved.sizes {
+            // The same checks as for a request: a file cannot plug more than the region has, nor
+            // more slots than there are registers.
             let checked = self.check_in(&state, len);
             let offset = checked.map_err(|error| from.refuse(error.to_string()))?;
             let stage = Stage::Accepted;

@@ -54,15 +54,20 @@ impl HotplugBlock {
 }
 
 fn bit(slot: u8) -> u32 {
+    // A slot past 31 sets no bit: the bus has 32 device numbers, and 0 is the host bridge.
     1_u32.checked_shl(slot.into()).unwrap_or(0)
 }
 
 impl DeviceOps for HotplugBlock {
     fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0);
+        // Reading takes the bits. A read of another width would take bits that it cannot return,
+        // and the guest would miss a device.
         let Ok(data) = <&mut [u8; 4]>::try_from(data) else {
             return;
         };
+        // AML reads the register in one access, so reading and clearing are one step under the
+        // lock: a device that is plugged in between sets its bit for the next read.
         let mut slots = self.slots.lock();
         let register = match offset {
             INSERTED => &mut slots.inserted,
@@ -75,6 +80,8 @@ impl DeviceOps for HotplugBlock {
     fn write(&self, offset: u64, data: &[u8]) {
         if let (EJECT, Ok(slots)) = (offset, <[u8; 4]>::try_from(data)) {
             let slots = u32::from_le_bytes(slots);
+            // Slot 0 is the host bridge, which never goes. The owner of the VM checks that it asked
+            // for the others: a guest may write here at any time.
             (1..32)
                 .filter(|slot| slots & bit(*slot) != 0)
                 .for_each(|slot| (self.ejected)(slot));

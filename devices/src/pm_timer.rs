@@ -37,6 +37,8 @@ impl PmTimer {
 
     /// Ticks since the beginning of `now`, of which the low bits are all that is needed.
     fn elapsed(&self) -> u32 {
+        // 128 bits hold the product for 10^15 years of nanoseconds. The cast keeps the low bits,
+        // which is what a counter that wraps needs.
         ((self.now)().as_nanos().wrapping_mul(FREQUENCY) / 1_000_000_000) as u32
     }
 
@@ -79,6 +81,8 @@ impl Load for &PmTimer {
     /// The timer continues where it was saved, if it was: machines of older versions have none.
     fn load(&mut self, from: &mut LoadScope<'_, '_>, _: &mut ()) -> Result<(), LoadError> {
         if let Some(V1 { ticks }) = from.take_if_there()? {
+            // `now` starts at another point on each host. Only the distance to the saved count is
+            // kept, so that firmware that waits in a loop sees the timer continue.
             *self.ahead.lock() = ticks.wrapping_sub(self.elapsed());
         }
         Ok(())

@@ -116,6 +116,9 @@ impl PowerBlock {
     }
 
     fn raise(&self, event: u8) {
+        // The bit is set before the interrupt: a guest that is quick finds it. The other order
+        // could raise an interrupt whose handler finds nothing, and leave the bit without an
+        // interrupt.
         *self.happened.lock() |= event;
         self.line.raise();
     }
@@ -127,12 +130,17 @@ impl DeviceOps for PowerBlock {
         if offset == EVENTS
             && let Some(first) = data.first_mut()
         {
+            // ACPI methods cannot clear single bits here without a race against a new event, so the
+            // read itself takes all of them. A guest that loses what it has read loses only its own
+            // events.
             *first = std::mem::take(&mut *self.happened.lock());
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
         match (offset, data.first()) {
+            // Only S5 is in the DSDT. A guest that starts any other sleep would never be woken, so
+            // it is ignored.
             (SLEEP_CONTROL, Some(value))
                 if *value & (SLEEP_ENABLE | 7 << 2) == SLEEP_ENABLE | S5 << 2 =>
             {

@@ -104,6 +104,8 @@ impl DeviceOps for Register {
         };
         for event in PanicEvent::ALL {
             let bit = event as u8;
+            // `fetch_or` decides the first report among vCPUs that panic at once. Without it a
+            // guest could fill the VM's events by writing in a loop.
             if bits & bit != 0 && self.reported.fetch_or(bit, Ordering::AcqRel) & bit == 0 {
                 (self.report)(event);
             }

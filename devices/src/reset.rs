@@ -31,6 +31,8 @@ impl DeviceOps for KeyboardReset {
     }
 
     fn write(&self, _: u64, data: &[u8]) {
+        // Firmware and kernels also send commands for a keyboard and a mouse here. Only an exact
+        // byte resets: a wider write is no access that a driver of this controller makes.
         if data == [RESET] {
             (self.events)(PowerEvent::Reset);
         }

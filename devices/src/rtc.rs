@@ -85,6 +85,7 @@ impl Rtc {
         bytes[STATUS_A] = DIVIDER;
         bytes[STATUS_B] = HOURS_24;
         let units = |bytes: u64, most: u64| (bytes >> 16).min(most).to_le_bytes();
+        // EDK2 adds 16 MiB to the first count and 4 GiB to the second (QEMU's layout of the CMOS).
         let below = units(ram_below_4g.saturating_sub(16 << 20), 0xffff);
         let above = units(ram_above_4g, 0xff_ffff);
         bytes[MEMORY_BELOW..][..2].copy_from_slice(&below[..2]);
@@ -196,6 +197,8 @@ impl Registers {
         }
         match register {
             STATUS_A => {
+                // The clock has whole seconds of the host, so it changes with the host's second.
+                // Software that sees the bit clear has 244 us to read all registers (MC146818).
                 let ends = Duration::from_nanos(now.subsec_nanos().into()) + UPDATE;
                 let updating = !self.is_set_by_guest() && ends >= Duration::from_secs(1);
                 self.bytes[STATUS_A] & !UPDATING | if updating { UPDATING } else { 0 }
@@ -216,6 +219,8 @@ impl Registers {
         match register {
             STATUS_B => {
                 self.bytes[STATUS_B] = value;
+                // The guest has written all fields behind SET. Taking over each field as it comes
+                // would pass through times that do not exist, such as the 31st of a shorter month.
                 if was_set_by_guest && !self.is_set_by_guest() {
                     self.set_clock(now);
                 }

@@ -112,6 +112,8 @@ impl Serial {
     /// loaded.
     pub fn repeat_interrupt(&self) {
         let state = self.uart.lock().state();
+        // The line is an edge, which is not saved: an edge that was raised before the save, and not
+        // taken, would be lost. One too many only makes the guest look.
         if state.interrupt_identification & NONE_PENDING == 0 || has_unread_input(&state) {
             self.line.raise();
         }
@@ -142,6 +144,7 @@ impl ConsoleInput for Serial {
 
     fn receive(&self, bytes: &[u8]) -> usize {
         let mut uart = self.uart.lock();
+        // In loopback mode (MCR bit 4) the receiver is cut off, and the UART refuses input.
         let taken = uart.enqueue_raw_bytes(bytes).unwrap_or(0);
         if taken > 0 {
             // Under the lock: the guest has not read them yet.
@@ -171,7 +174,7 @@ impl DeviceOps for Serial {
 
     fn write(&self, offset: u64, data: &[u8]) {
         if let (Ok(offset), Some(first)) = (u8::try_from(offset), data.first()) {
-            // It fails when the output does, and then counts a lost byte.
+            // A write fails only if the output does, and the hook has counted the lost byte.
             let _ = self.uart.lock().write(offset, *first);
         }
     }
@@ -233,9 +236,11 @@ impl Load for &Serial {
         let make = |state: &SerialState, output: Output| {
             Uart::from_state(state, self.line.clone(), Arc::clone(&self.hooks), output)
         };
+        // The UART of the running machine owns the output. A trial with an empty output finds out
+        // first whether the state is accepted.
         let trial = make(&state, Box::new(io::sink()));
         let trial = trial.map_err(|error| from.refuse(format!("{error:?}")))?;
-        // It makes sense: the output moves over.
+        // The state was accepted, so that the output can move over: a refusal above has changed nothing.
         let mut uart = self.uart.lock();
         let output = std::mem::replace(&mut *uart, trial).into_writer();
         *uart = make(&state, output).map_err(|error| from.refuse(format!("{error:?}")))?;

@@ -44,10 +44,13 @@ impl Listening {
         let is_socket = at
             .symlink_metadata()
             .is_ok_and(|meta| meta.file_type().is_socket());
+        // Only a socket is removed, and only when connecting to it fails: a wrong path in a
+        // configuration must not delete a file.
         if is_socket && is_abandoned(at) {
             fs::remove_file(at)?;
         }
         let listener = bind_private(at)?;
+        // The inode says later whether the path is still this socket's: see `drop`.
         let made = at.symlink_metadata()?;
         Ok(Self {
             listener,
@@ -63,6 +66,8 @@ impl Listening {
     /// The rename fails.
     pub fn take_over(&mut self) -> io::Result<()> {
         if let Some(beside) = &self.beside {
+            // A rename is atomic: each client reaches either the old owner or this socket, and none
+            // finds the path missing.
             fs::rename(beside, &self.path)?;
             self.beside = None;
         }
@@ -92,6 +97,8 @@ impl Drop for Listening {
     fn drop(&mut self) {
         let at = self.beside.as_deref().unwrap_or(&self.path);
         let there = at.symlink_metadata();
+        // During a hand-over the new owner has renamed its socket over this path already. Removing
+        // the path then would leave the VM's console without one.
         if there.is_ok_and(|there| (there.dev(), there.ino()) == self.inode) {
             let _ = fs::remove_file(at);
         }

@@ -325,6 +325,8 @@ impl Console {
 
 fn serve(listener: &UnixListener, client: &Client, to: &dyn ConsoleInput) -> (Vec<Watch>, bool) {
     let (mut watches, mut more) = (Vec::new(), false);
+    // The lock is held only for moments: a vCPU that writes output needs it. So input is read from
+    // a duplicate of the descriptor.
     let reader = client.lock().as_mut().and_then(|client| {
         // There may be room for what was not taken before. Whether the client is gone shows next.
         let _ = client.flush();
@@ -340,6 +342,9 @@ fn serve(listener: &UnixListener, client: &Client, to: &dyn ConsoleInput) -> (Ve
     }
     while let Ok((stream, _)) = listener.accept() {
         let mut client = client.lock();
+        // A second client is closed at once, so that it sees the end and does not wait for output
+        // that goes to the first. `accept` continues until the backlog is empty: the listener is
+        // edge-triggered.
         if client.is_none() && stream.set_nonblocking(true).is_ok() {
             watches.push(Watch::Begin(stream.as_raw_fd()));
             *client = Some(Connected::new(stream));
@@ -394,6 +399,7 @@ fn pump(from: impl AsFd, to: &dyn ConsoleInput) -> Pumped {
             }
             Err(Errno::INTR) => {}
             Err(error) => {
+                // A pseudo terminal whose last user closed it answers EIO: that is an end, too.
                 let ended = error != Errno::WOULDBLOCK;
                 return Pumped { more: false, ended };
             }
@@ -401,7 +407,7 @@ fn pump(from: impl AsFd, to: &dyn ConsoleInput) -> Pumped {
     }
 }
 
-/// What happens when the user of the terminal leaves the console by the escape key.
+/// Called when the user of the terminal leaves the console by the escape key.
 static ON_ESCAPE: OnceLock<Box<dyn Fn() + Send + Sync>> = OnceLock::new();
 
 /// Has the escape key, Ctrl-A x, looked for in what is typed at this process's terminal, and `leave`

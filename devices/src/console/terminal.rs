@@ -1,6 +1,6 @@
 //! The output of consoles on this process's standard output.
 //!
-//! Standard output may be a pipe that nobody reads. It cannot be made non-blocking as a pseudo terminal
+//! Standard output may be a pipe without a reader. It cannot be made non-blocking as a pseudo terminal
 //! is: the flag belongs to the open file, which the process shares with the shell that started it. So a
 //! thread of its own writes, and may wait for as long as it takes. Consoles hand it their bytes and
 //! never wait; what there is no room for is lost, and counted by them.
@@ -10,7 +10,7 @@
 //! ```
 //!
 //! There is one thread for the process, as there is one standard output: a VM that is booted again and
-//! again while nobody reads costs no more.
+//! again without a reader costs no more.
 
 use std::io::{self, Write};
 use std::sync::{Arc, OnceLock};
@@ -119,6 +119,8 @@ impl Shared {
         state.in_flight = 0;
         if let Err(error) = written {
             tracing::warn!(%error, "standard output cannot be written; the output of consoles is lost");
+            // Ends the thread, by `next`. Later writes are refused, so that their consoles count
+            // the bytes as lost.
             state.is_broken = true;
             state.waiting = Vec::new();
         }
@@ -129,6 +131,8 @@ impl Shared {
 impl Write for Writer {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let mut state = self.0.state.lock();
+        // The limit covers all consoles of the process: a guest that floods its console takes no
+        // memory beyond it. The caller is a vCPU or a device thread and must not wait.
         if state.is_broken || state.len() + bytes.len() > UNREAD {
             return Err(unread());
         }
@@ -190,7 +194,7 @@ mod tests {
         let line = InterruptLine::new().unwrap();
         let serial = Serial::new(line, Box::new(writer.clone()), |_| {}, || {});
         let text: Vec<u8> = (0..1_u32 << 20).map(|i| (i % 251) as u8).collect();
-        // A vCPU does this: it returns, though nobody reads.
+        // A vCPU does this: the call returns although there is no reader.
         text.iter().for_each(|byte| serial.write(0, &[*byte]));
         let [(_, out), _, (_, lost)] = serial.counters();
         assert!(lost >= (1 << 20) - UNREAD as u64 - (64 << 10), "{lost}");

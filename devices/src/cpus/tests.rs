@@ -208,13 +208,13 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// What the rules say of one vCPU.
+/// The model of one vCPU.
 #[derive(Default)]
 struct Model {
     present: BTreeSet<u32>,
     /// Notifications that the guest has not taken.
     unseen: BTreeSet<(u8, u32)>,
-    /// What the guest has taken and not answered.
+    /// Notifications that the guest has taken and not answered.
     open: BTreeSet<(u8, u32)>,
     refusals: usize,
 }

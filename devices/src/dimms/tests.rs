@@ -194,7 +194,7 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// What the rules say: the bytes of each slot, and whether it is waiting (0), offered (1), refused
+/// The model: the bytes of each slot, and whether it is waiting (0), offered (1), refused
 /// (2) or used (3).
 #[derive(Default)]
 struct Model {

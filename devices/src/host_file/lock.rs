@@ -81,6 +81,8 @@ pub fn take(file: &File, path: &Path, readonly: bool, mode: LockMode) -> Result<
     if taken {
         return Ok(());
     }
+    // Some bytes may be locked by now. Left behind, they would keep others out although this VM
+    // does not use the image.
     release(file);
     Err(LockError::Held {
         path: path.to_owned(),
@@ -88,13 +90,15 @@ pub fn take(file: &File, path: &Path, readonly: bool, mode: LockMode) -> Result<
     })
 }
 
-/// Changes the locks of a user who writes to those of one who reads. Nobody else can write meanwhile.
+/// Changes the locks of a user who writes to those of one who reads. No other user can write meanwhile.
 ///
 /// # Errors
 /// The file system does not lock.
 pub fn stop_writing(file: &File, path: &Path, mode: LockMode) -> Result<(), LockError> {
     let changed = match mode {
         LockMode::Full => whole(file, true).map(drop),
+        // The denials stay: until this user is gone, others still may not write, as a reader's
+        // locks say.
         LockMode::ByteRange => [WRITE, RESIZE].iter().try_for_each(|bit| {
             let byte = USED + i64::from(*bit);
             set(file, libc::F_UNLCK, byte, 1).map(drop)

@@ -272,6 +272,7 @@ impl Identity {
             return Some(Self::Absent(absent(path)));
         };
         match FileKind::of(&metadata) {
+            // Two device nodes with different inodes may be one disk: the device's number decides.
             FileKind::BlockDevice => Some(Self::BlockDevice(metadata.rdev())),
             FileKind::Null | FileKind::Random | FileKind::CharDevice => None,
             _ => Some(Self::Inode(metadata.dev(), metadata.ino())),

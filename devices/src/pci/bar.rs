@@ -32,6 +32,7 @@ pub fn place_bar(
     at: Option<u64>,
 ) -> Result<(), TopologyError> {
     match tx.unplace(region) {
+        // The region was hidden before: its BAR had no address, or decoding was off.
         Ok(()) | Err(TopologyError::NotPlaced(_)) => {}
         Err(error) => return Err(error),
     }
@@ -104,6 +105,8 @@ impl Bar {
             wide: request.wide,
             shown: None,
         };
+        // A 64-bit BAR takes two registers (PCI Local Bus 3.0, 6.2.5.1), so ranges are compared and
+        // not indexes.
         let taken = others.iter().any(|other| {
             let (mine, theirs) = (bar.registers(), other.registers());
             mine.start < theirs.end && theirs.start < mine.end
@@ -118,6 +121,8 @@ impl Bar {
         if request.prefetchable {
             flags |= PREFETCHABLE;
         }
+        // The guest sizes a BAR by writing ones: it reads zeros below `size`, since those bits are
+        // not writable.
         let (value, mask) = (request.address | u64::from(flags), !(size - 1));
         let bytes = if request.wide { 8 } else { 4 };
         registers.set(bar.at(), &value.to_le_bytes()[..bytes]);
@@ -145,6 +150,8 @@ impl Bar {
             false => 0,
         };
         let address = (high << 32 | low) & !FLAGS;
+        // A guest that sizes a BAR with decoding on asks, for a moment, for the end of the address
+        // space. Zero and ranges that wrap stay unmapped.
         let range = AddrRange::new(address, self.size);
         (address != 0 && range.is_some()).then_some(address)
     }

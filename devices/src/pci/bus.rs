@@ -128,9 +128,13 @@ impl State {
     /// Returns the function that answers, if any. A slot without function 0 is empty.
     fn answering(&self, bdf: Bdf) -> Option<Answering> {
         let function = self.functions.get(&bdf)?;
+        // Function 0 may be unplugged before the others of its slot. A guest that still knows them
+        // gets all ones, as from a card that was pulled.
         if bdf.function() != 0 && !self.functions.contains_key(&bdf.first()) {
             return None;
         }
+        // The map is ordered by device and function, so the next entry is the slot's next function,
+        // if it has one.
         let next = (Bound::Excluded(bdf), Bound::Unbounded);
         let next = self.functions.range(next).next();
         let is_of_several = next.is_some_and(|(next, _)| next.device() == bdf.device());
@@ -229,6 +233,7 @@ const ENABLE: u32 = 1 << 31;
 /// PCI Local Bus 3.0, 3.2.2.3.2. Only bus 0 is there.
 fn port_target(address: u32, byte: u64) -> (Option<Bdf>, usize) {
     let [register, devfn, bus, _] = address.to_le_bytes();
+    // With bit 31 clear the ports 0xcfc to 0xcff are ordinary I/O, which nothing answers.
     let there = address & ENABLE != 0 && bus == 0;
     let bdf = there.then(|| Bdf::new(devfn >> 3, devfn & 7)).flatten();
     (bdf, usize::from(register & 0xfc) + (byte & 3) as usize)

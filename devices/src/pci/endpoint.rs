@@ -63,7 +63,11 @@ impl EndpointBuilder {
     ) -> Option<Arc<Msix>> {
         let msix = Msix::new(vectors, target);
         let mut body = [0; 10];
+        // Message control holds the size as N - 1 (PCI Local Bus 3.0, 6.8.2.3). `count` is at least
+        // 1.
         body[..2].copy_from_slice(&(msix.count() - 1).to_le_bytes());
+        // Table and PBA registers hold the offset and, in the three low bits, the BAR (6.8.2.4 and
+        // 6.8.2.5).
         body[2..6].copy_from_slice(&(table & !7 | u32::from(bar & 7)).to_le_bytes());
         body[6..].copy_from_slice(&(pba & !7 | u32::from(bar & 7)).to_le_bytes());
         let writable = msix::CONTROL_WRITABLE.to_le_bytes();
@@ -156,6 +160,8 @@ impl Endpoint {
     /// from the map. (It cannot be done here: who moves a BAR holds this function and waits for the
     /// map.)
     pub fn withdraw(&self) -> Vec<RegionId> {
+        // Without `bars` a later write of the guest moves nothing, even if a vCPU is in `write` by
+        // now.
         let bars = std::mem::take(&mut self.state.lock().bars);
         let shown = bars.iter().filter(|bar| bar.shown.is_some());
         shown.map(|bar| bar.region).collect()
@@ -235,6 +241,8 @@ impl Endpoint {
         for bar in bars {
             let wanted = bar.wanted(registers);
             if wanted != bar.shown {
+                // By the transaction of the whole load, and not by `map`: `map` would open a
+                // transaction of its own and wait for this one for good.
                 place_bar(tx, bar.region, wanted)
                     .map_err(|error| from.refuse(error.to_string()))?;
                 bar.shown = wanted;
@@ -266,6 +274,8 @@ impl ConfigSpace for Endpoint {
     fn write(&self, at: usize, data: &[u8]) {
         let mut state = self.state.lock();
         state.registers.write(at, data);
+        // The bus master bit is in the low byte. From its first write on the guest's own value
+        // holds.
         if (at..at.saturating_add(data.len())).contains(&COMMAND) {
             state.assumed_master = false;
         }

@@ -60,6 +60,8 @@ struct Table {
 
 impl Table {
     fn wanted(&self, vector: usize) -> Option<MsiMessage> {
+        // PCI Local Bus 3.0, 6.2.2 and 6.8.2: no message without the enable bit, none while the
+        // function is masked, and none without bus mastering, since a message is a write to memory.
         if !self.is_master || self.control & (ENABLE | FUNCTION_MASK) != ENABLE {
             return None;
         }
@@ -85,6 +87,7 @@ pub struct Msix {
 impl Msix {
     /// Creates a table of `vectors` (at most 2048), all masked.
     pub(super) fn new(vectors: u16, target: Arc<dyn MsiTarget>) -> Arc<Self> {
+        // 2048 is what 11 bits of message control can say (6.8.2.3).
         let vectors = vectors.clamp(1, MAX_VECTORS);
         let count = usize::from(vectors);
         let mut entry = [0; ENTRY_LEN];
@@ -119,6 +122,8 @@ impl Msix {
     /// a message between the two calls of the target, of which the second sets the bit again.
     fn pending(&self, table: &Table, first: u16) -> u64 {
         let vectors = (first..self.count).take(64);
+        // Only masked vectors can be pending. `take_pending` of a routed one would race with the
+        // kernel's injection.
         let masked =
             vectors.filter(|vector| matches!(table.routed.get(usize::from(*vector)), Some(None)));
         masked.fold(0, |bits, vector| {
@@ -133,6 +138,8 @@ impl Msix {
     /// The guest wrote message control, or the command register.
     pub(super) fn set_control(&self, control: u16, is_master: bool) {
         let mut table = self.table.lock();
+        // Each write to configuration space comes here. Routes cost a system call, so an unchanged
+        // control does nothing.
         if (table.control, table.is_master) != (control, is_master) {
             (table.control, table.is_master) = (control, is_master);
             let all = 0..table.entries.len();
@@ -149,12 +156,16 @@ impl Msix {
             else {
                 break;
             };
+            // Linux masks and unmasks around each change of an entry: an unchanged message needs no
+            // call of the kernel.
             if *routed != wanted {
                 *routed = wanted;
                 changes.push((index, wanted));
             }
         }
         if !changes.is_empty() {
+            // Under the table's lock: two vCPUs that change one entry must reach the target in the
+            // order in which the table has them.
             self.target.route(&changes);
         }
     }

@@ -89,6 +89,9 @@ impl Registers {
             let Some(at) = at.checked_add(i).filter(|at| *at < CONFIG_LEN) else {
                 return;
             };
+            // Read-only bits keep their values, which PCI asks for (3.0, 6.1): a write never
+            // faults. The same masks make BAR sizing work: the low bits of an address register are
+            // read-only zeros.
             let mask = self.writable[at];
             self.bytes[at] = self.bytes[at] & !mask | value & mask;
         }
@@ -103,10 +106,14 @@ impl Registers {
             Some(last) => (last.start + 1, last.end),
             None => (CAPABILITIES, CAPABILITY_AREA.start),
         };
+        // Capabilities start at multiples of 4 (PCI Local Bus 3.0, 6.7): the low two bits of the
+        // link are reserved.
         let end = free.checked_add(2 + body.len())?.next_multiple_of(4);
         if end > CAPABILITY_AREA.end {
             return None;
         }
+        // The link is written after the check of the room, so that a list never points at a
+        // capability that is not there.
         self.bytes[link] = u8::try_from(free).ok()?;
         self.set(free, &[id, 0]);
         self.set(free + 2, body);
@@ -143,6 +150,8 @@ impl Registers {
     /// # Errors
     /// The first register that differs though the guest cannot have written it.
     pub(super) fn restore(&mut self, header: &[u8; CAPABILITY_AREA.end]) -> Result<(), usize> {
+        // Identity, BAR sizes and capabilities must be those of this function: state of another
+        // device would make the guest's driver talk to the wrong registers.
         let differs = |at: &usize| (self.bytes[*at] ^ header[*at]) & !self.writable[*at] != 0;
         if let Some(at) = (0..header.len()).find(differs) {
             return Err(at);
