@@ -290,13 +290,13 @@ fn guest_is_announced() {
         1
     );
     let request = machine.guest.put(&[3, 0]);
-    let answer = machine.guest.put(&[0xff]);
+    let answer = machine.guest.put(&[0xff, 0xff]);
     let buffer = TestBuffer::new;
-    machine
+    let head = machine
         .control
-        .send(&[buffer(request, 2, false), buffer(answer, 1, true)]);
-    machine.control.wait_used();
-    assert_eq!(machine.guest.read(answer, 1), [0]);
+        .send(&[buffer(request, 2, false), buffer(answer, 2, true)]);
+    assert_eq!(machine.control.wait_used(), (head, 1));
+    assert_eq!(machine.guest.read(answer, 2), [0, 0xff]);
     assert_eq!(status(&machine), 1);
     // What it does not know it refuses; what is cut short breaks the rules.
     machine.guest.write(request, &[9, 9]);

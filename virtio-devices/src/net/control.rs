@@ -94,6 +94,8 @@ impl Commands {
                 let negotiated = driver
                     .as_ref()
                     .is_some_and(|(_, features)| wanted & !features == 0);
+                // `set_offloads` calls the host for each queue: the lock, which announcements need,
+                // is not held meanwhile.
                 drop(driver);
                 negotiated && self.shared.set_offloads(offloads(wanted))
             }
@@ -114,10 +116,10 @@ impl QueueTask for ControlQueue {
                 true => VIRTIO_NET_OK,
                 false => VIRTIO_NET_ERR,
             };
-            // The answer is the last byte.
-            let room = chain.writable_len();
-            chain.write(room.saturating_sub(1), &[answer as u8])?;
-            queue.push(chain.head(), u32::try_from(room).unwrap_or(u32::MAX))?;
+            // `ack` is the first byte that the device writes (5.1.6.5). Behind it a driver may have room
+            // for a result, which no command here has.
+            chain.write(0, &[answer as u8])?;
+            queue.push(chain.head(), 1)?;
             Ok(Served::Bytes(0))
         })
     }
