@@ -268,6 +268,33 @@ fn broken_device_recovers_by_reset() {
     assert_eq!(queue.wait_used(), (head, 8));
 }
 
+/// The interrupt that tells the driver of `DEVICE_NEEDS_RESET` may be lost where the device was saved.
+#[test]
+fn config_interrupt_is_repeated_after_load() {
+    let mut machine = machine();
+    machine.device.write(4, &[6, 0]);
+    let mut queue = TestQueue::new(&mut machine.guest, 0, 16);
+    machine.drive(&queue);
+    machine.write(machine.structure(1) + 16, &0_u16.to_le_bytes());
+    machine.device.repeat_interrupts();
+    assert_eq!(*machine.target.raised.lock(), [1], "nothing has changed");
+    queue.set_descriptor(0, 1 << 50, 8, 2, 0);
+    queue.offer(0);
+    machine.kick();
+    let from = std::time::Instant::now();
+    while machine.target.raised.lock().len() < 2 && from.elapsed() < PATIENCE {
+        std::thread::yield_now();
+    }
+    assert_eq!(*machine.target.raised.lock(), [1, 0]);
+    machine.device.pause();
+    let saved = machine.save();
+    machine.device.reset();
+    machine.load(&saved);
+    machine.device.resume();
+    machine.device.repeat_interrupts();
+    assert_eq!(*machine.target.raised.lock(), [1, 0, 0]);
+}
+
 /// A device that is no bus master cannot reach guest memory (PCI Local Bus 3.0, 6.2.2). Requests
 /// wait, as they do while the machine is paused.
 #[test]

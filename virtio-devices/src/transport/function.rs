@@ -124,6 +124,8 @@ impl VirtioFunction {
         let mut state = self.state.lock();
         state.paused = true;
         state.reset(&self.transport);
+        // Drops the device here, and not with the last view of the map: its files and locks are
+        // free when the removal returns.
         state.device = Box::new(Gone(self.id));
     }
 
@@ -139,10 +141,12 @@ impl VirtioFunction {
         self.state.lock().device.take_over()
     }
 
-    /// Interrupts the driver for each queue, as it may for nothing: what was raised where the
-    /// device was saved may not have reached the guest.
+    /// Interrupts the driver for each queue and for its configuration, maybe for nothing: an interrupt
+    /// that was raised where the device was saved may not have reached the guest.
     pub(super) fn repeat_interrupts(&self) {
         let state = self.state.lock();
+        // Also of a broken device: the driver finds `DEVICE_NEEDS_RESET` by this interrupt alone.
+        self.transport.repeat_config_changed();
         if state.common.driver_ok() && !self.transport.is_broken() {
             let queues = (0..).zip(state.common.queues());
             let enabled = queues.filter(|(_, queue)| queue.enabled);
@@ -226,6 +230,8 @@ impl VirtioFunction {
             return;
         }
         let features = state.common.features();
+        // Devices rely on this order: features and transport are known before the first queue
+        // starts.
         if let Err(error) = state.device.activate(features, &self.transport) {
             self.transport.needs_reset(&error.to_string());
             return;
@@ -240,6 +246,8 @@ impl VirtioFunction {
         let (Some(queue), Some(kick)) = (state.common.queues().get(at), self.kicks.get(at)) else {
             return;
         };
+        // Asked for each queue: the start of an earlier one may have failed, and then the device
+        // needs a reset.
         if !queue.enabled || !self.may_serve(state) {
             return;
         }
@@ -263,6 +271,8 @@ impl VirtioFunction {
         match state.common.write(at, data) {
             Effect::None => {}
             Effect::Reset => {
+                // A driver resets a device once before it uses it. Only the end of a use is an
+                // event for the owner.
                 let was_used = state.common.driver_ok();
                 state.reset(&self.transport);
                 if was_used {
@@ -277,6 +287,8 @@ impl VirtioFunction {
             }
             Effect::StartQueue(index) => self.start_queue(&mut state, index),
             Effect::ResetQueue(index) => {
+                // The registers were reset by `write` already, so a read of `queue_reset` finds 0
+                // (2.6.1): requests in hand are completed before the guest's write returns.
                 state.device.reset_queue(index);
             }
             Effect::ConfigVector(vector) => self.transport.set_config_vector(vector),

@@ -86,6 +86,8 @@ impl Transport {
 
     /// Interrupts the driver for a queue.
     pub fn used(&self, queue: u16) {
+        // Before the vector: a driver that polls the ISR from the interrupt's handler must find the
+        // bit.
         self.isr.fetch_or(ISR_QUEUE, Ordering::AcqRel);
         let vector = self.queue_vectors.get(usize::from(queue));
         self.raise(vector.map_or(NO_VECTOR, |vector| vector.load(Ordering::Acquire)));
@@ -94,8 +96,18 @@ impl Transport {
     /// Tells the driver that device configuration space has changed.
     pub fn config_changed(&self) {
         self.next_generation();
+        // Before DRIVER_OK the driver may not have set its vectors, and has yet to read the
+        // configuration.
         if self.driver_ok.load(Ordering::Acquire) {
             self.isr.fetch_or(ISR_CONFIG, Ordering::AcqRel);
+            self.raise(self.config_vector.load(Ordering::Acquire));
+        }
+    }
+
+    /// Interrupts the driver once more for a change of the configuration, if there ever was one: nothing
+    /// says whether the driver has seen the last one.
+    fn repeat_config_changed(&self) {
+        if self.isr.load(Ordering::Acquire) & ISR_CONFIG != 0 {
             self.raise(self.config_vector.load(Ordering::Acquire));
         }
     }
@@ -103,6 +115,8 @@ impl Transport {
     /// Sets `DEVICE_NEEDS_RESET`, tells the driver, and the owner of the machine once.
     pub fn needs_reset(&self, why: &str) {
         if !self.needs_reset.swap(true, Ordering::AcqRel) {
+            // The flag is set first and read by `status`: a driver that the notification wakes
+            // finds `DEVICE_NEEDS_RESET` (2.1.2).
             self.report(TransportEvent::NeedsReset(why.to_owned()));
             self.config_changed();
         }
@@ -144,6 +158,7 @@ impl Transport {
 
     /// The driver has forgotten everything, and so does its side of the transport.
     fn reset(&self) {
+        // The queues have stopped, so no task can set `needs_reset` for the driver that comes next.
         self.driver_ok.store(false, Ordering::Release);
         self.needs_reset.store(false, Ordering::Release);
         self.set_config_vector(NO_VECTOR);

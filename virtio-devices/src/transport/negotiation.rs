@@ -249,6 +249,8 @@ impl CommonConfig {
         }
         if new & !old & DRIVER_OK != 0 {
             if new & FEATURES_OK == 0 {
+                // DRIVER_OK does not stay set: a device without agreed features must not be
+                // activated (3.1.1).
                 return Effect::Broken("its driver set DRIVER_OK before FEATURES_OK");
             }
             self.status = new;
@@ -259,6 +261,8 @@ impl CommonConfig {
     }
 
     fn features_acceptable(&self) -> bool {
+        // A driver without VERSION_1 is a legacy driver, and expects other ring and header layouts
+        // (6.1).
         let modern = self.driver_features & 1 << VIRTIO_F_VERSION_1 != 0;
         modern && self.driver_features & !self.offered == 0
     }
@@ -282,6 +286,8 @@ impl CommonConfig {
             }
             (28, 2) if value == 1 && !queue.enabled => {
                 let size = queue.rings.size;
+                // Here and again when the queue starts: `Queue::new` also serves devices that were
+                // loaded.
                 if !size.is_power_of_two() || size > queue.max_size {
                     return Effect::Broken("a queue's size is not a power of two within its limit");
                 }
@@ -307,6 +313,8 @@ impl CommonConfig {
             }
             _ => {}
         }
+        // A driver sets these fields before it enables the queue (4.1.4.3.2). A task may be using
+        // the rings by now: the old ones stay.
         if queue.enabled && queue.rings != before {
             queue.rings = before;
             return Effect::Broken("a queue was moved while it was enabled");
@@ -341,6 +349,7 @@ impl CommonConfig {
         saved: &saved::Common,
         refuse: impl Fn(String) -> LoadError,
     ) -> Result<(), LoadError> {
+        // Before FEATURES_OK a driver may have written any bits, which the device refuses later.
         let agreed = saved.status & FEATURES_OK != 0;
         let unknown = saved.driver_features & !self.offered;
         if agreed && unknown != 0 {
@@ -381,6 +390,7 @@ impl CommonConfig {
                 state: queue.state,
             });
         }
+        // All checks have passed, and nothing below fails.
         self.device_feature_select = saved.device_feature_select;
         self.driver_feature_select = saved.driver_feature_select;
         self.driver_features = saved.driver_features;

@@ -152,12 +152,15 @@ impl VirtioPci {
         for (name, range, ops) in &structures {
             let len = range.len().unwrap_or(PAGE);
             let region = slot.tx.device((*name, label), len, Arc::clone(ops))?;
+            // On an error the caller drops the transaction, which undoes all that was made in it.
             slot.tx.place(region, bar, range.first(), 0)?;
             if range.first() == NOTIFY {
                 for (kick, at) in function.kicks().iter().zip((0..).step_by(4)) {
                     let doorbell = IoEventFd {
                         offset: at,
                         width: 2,
+                        // Each queue has an address of its own, so the value need not be compared
+                        // (4.1.4.4).
                         datamatch: None,
                         fd: Arc::clone(kick),
                     };
@@ -234,8 +237,8 @@ impl VirtioPci {
         self.function.take_over()
     }
 
-    /// Interrupts the driver for each queue, whether there is news or not: for a device that was
-    /// loaded, and resumed.
+    /// Interrupts the driver for each queue and for its configuration, whether there is news or not: for
+    /// a device that was loaded, and resumed.
     pub fn repeat_interrupts(&self) {
         self.function.repeat_interrupts();
     }
@@ -249,6 +252,8 @@ impl VirtioPci {
     /// The device goes: on return it has nothing in flight, and nothing that the guest does makes
     /// it start again. The caller takes it off the bus before, and from the map after.
     pub fn retire(self: Arc<Self>) -> Retired {
+        // The function first: a vCPU inside a register access finishes, or finds the device gone.
+        // Then no BAR moves any more, and the caller may change the map.
         self.function.retire();
         Retired {
             shown: self.endpoint.withdraw(),
@@ -283,10 +288,13 @@ impl VirtioPci {
             u32::from_le_bytes(register)
         };
         let (bar, offset, len) = (get(4) & 0xff, u64::from(get(8)), get(12));
+        // The guest wrote all three fields. 4.1.4.9 allows aligned accesses of 1, 2 or 4 bytes;
+        // anything else is ignored.
         let fits = matches!(len, 1 | 2 | 4) && offset.is_multiple_of(u64::from(len));
         let Some(range) = AddrRange::new(offset, u64::from(len)) else {
             return;
         };
+        // A structure must hold the whole access, so the sum cannot reach another one or wrap.
         let found = self.structures.iter().find(|(at, _)| at.covers(range));
         let Some((at, ops)) = found.filter(|_| fits && bar == u32::from(BAR)) else {
             return;
@@ -325,6 +333,7 @@ impl Retired {
     /// # Errors
     /// When it is not in this map.
     pub fn remove(self, tx: &mut Transaction<'_>) -> Result<(), TopologyError> {
+        // The BAR leaves the address space before its parts are destroyed.
         for region in self.shown {
             place_bar(tx, region, None)?;
         }
