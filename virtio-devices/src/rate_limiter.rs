@@ -122,12 +122,16 @@ impl Bucket {
 
     fn refill(&mut self, now: Instant) {
         let passed = now.saturating_duration_since(self.at).as_secs_f64();
+        // Floating point keeps fractions of a token between calls that are microseconds apart;
+        // whole numbers would round a slow limit down to nothing.
         self.tokens = (self.tokens + passed * self.rate()).min(self.config.size as f64);
         self.at = now;
     }
 
     /// How long until this many tokens can be taken.
     fn wait(&self, want: u64) -> Duration {
+        // A request larger than the bucket waits for a full one, not for tokens that it can never
+        // hold.
         let want = want.saturating_sub(self.burst).min(self.config.size) as f64;
         let missing = want - self.tokens;
         if missing <= 0.0 {
@@ -183,6 +187,8 @@ impl RateLimiter {
                 wait = wait.max(bucket.wait(*want));
             }
         }
+        // Both buckets are asked before either is charged: a request that waits for bytes must not
+        // lose its operation meanwhile.
         if !wait.is_zero() {
             return Err(wait);
         }
@@ -288,6 +294,8 @@ impl LentLimiter {
 impl Drop for LentLimiter {
     fn drop(&mut self) {
         if let Some(line) = &self.line {
+            // A queue that stops gives up its place at once, and others need not wait until it
+            // expires.
             line.lock().first.take_if(|first| first.id == self.id);
         }
     }

@@ -39,6 +39,7 @@ impl Workers {
     /// One loop after the other.
     fn next(&self) -> &LoopHandle {
         let (loops, next) = &*self.shared;
+        // `new` refuses an empty list. The counter only spreads the load, so no ordering is needed.
         &loops[next.fetch_add(1, Ordering::Relaxed) % loops.len()]
     }
 }
@@ -111,6 +112,8 @@ impl TaskSources<'_, '_> {
         F: AsRawFd + Send + 'static,
     {
         self.forget(key);
+        // The owner is kept only if the kernel took the descriptor: a failed watch leaves nothing
+        // behind.
         self.sources.watch(fd.as_raw_fd(), key, interest)?;
         self.watched.insert(key, Box::new(fd));
         Ok(())
@@ -155,6 +158,8 @@ impl<T: QueueTask> Running<T> {
     /// end of that call.
     #[must_use]
     pub fn stop(self) -> Option<T> {
+        // The lock is held for the whole of a call, so on return the task runs nowhere, and its
+        // queue and chains belong to the caller.
         self.slot.lock().take()
         // Dropping `self` tells the loop.
     }
@@ -233,9 +238,12 @@ impl<T: QueueTask> TaskActor<T> {
         };
         match outcome {
             Ok(TaskFlow::Wait) => {}
+            // By the loop's queue of commands, behind all events and wakes that are there now.
             Ok(TaskFlow::Again) => self.waker.wake(),
             Err(error) => {
                 self.stage = Stage::Ended;
+                // The task stays in its slot: the reset of the driver takes it, and frees its
+                // chains.
                 self.transport.needs_reset(&error.to_string());
             }
         }

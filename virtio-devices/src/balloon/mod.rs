@@ -143,6 +143,7 @@ impl VirtioDevice for Balloon {
 
     fn write_config(&mut self, offset: usize, data: &[u8]) {
         if let (ACTUAL_AT, Ok(actual)) = (offset, <[u8; 4]>::try_from(data)) {
+            // The driver's word (5.5.4), for display alone: nothing is decided by it.
             let actual = bytes(u32::from_le_bytes(actual));
             self.shared.actual.store(actual, Ordering::Release);
         }

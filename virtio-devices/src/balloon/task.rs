@@ -94,6 +94,8 @@ impl Work {
             Role::Reporting => self.report(&chain),
             Role::Statistics => {
                 self.note(&chain)?;
+                // The driver sends a buffer with its statistics at once and waits (5.5.6.3.1): the
+                // device keeps it, and asks for new ones by giving it back.
                 return Ok(self.kept.replace(chain));
             }
         }
@@ -103,6 +105,8 @@ impl Work {
     /// Gives the pages that the driver names back to the host, in runs as long as they are.
     fn inflate(&self, chain: &Chain) -> Result<(), QueueError> {
         let whole = chain.readable_len();
+        // The list is copied once, so that the guest cannot change an entry between its check and
+        // its use; the limit bounds the copy.
         if whole > MAX_LIST {
             return Err(QueueError::Chain {
                 head: chain.head(),
@@ -132,6 +136,8 @@ impl Work {
     }
 
     fn give_back(&self, chain: &Chain, addr: u64, len: u64) {
+        // `discard` takes RAM of this guest alone and ignores the rest: the guest chose the
+        // address.
         match chain.memory().discard(addr, len) {
             Ok(freed) => drop(
                 self.shared
@@ -144,6 +150,8 @@ impl Work {
     }
 
     fn report(&self, chain: &Chain) {
+        // The ranges are RAM, as `Chain` has checked. Their content may go: the guest reported it
+        // as unused.
         for (addr, len) in chain.writable_ranges() {
             match chain.memory().discard(addr, len as u64) {
                 Ok(freed) => drop(

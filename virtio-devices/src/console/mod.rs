@@ -143,6 +143,8 @@ impl VirtioDevice for Console {
     fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
         match index {
             RX => {
+                // The lock is free before `stop` waits for the task: `receive` of the host's side
+                // takes it, too.
                 let running = self.shared.receive.lock().take()?;
                 Some(running.stop()?.queue.state())
             }
@@ -226,6 +228,7 @@ impl QueueTask for Receive {
             Ok(Served::Bytes(len as u64))
         })?;
         let all_read = input.is_empty();
+        // `on_room` may give more input at once, which takes the same lock.
         drop(input);
         if all_read {
             (shared.on_room)();
@@ -252,6 +255,8 @@ impl Transmit {
         let whole = chain.readable_len();
         while at < whole {
             if *left == 0 {
+                // The guest's write goes on in the next turn: a request of 4 GiB must not hold the
+                // thread.
                 self.current = Some((chain, at));
                 return Ok(());
             }

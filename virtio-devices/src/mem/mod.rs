@@ -184,7 +184,8 @@ impl VirtioDevice for Mem {
         running.with(|task| task.state())
     }
 
-    /// What is plugged stays so (5.15.5): a driver that comes next finds out, or unplugs it all.
+    /// Forgets the driver. Plugged memory stays plugged (5.15.5): the next driver finds out, or unplugs
+    /// it all.
     fn reset(&mut self) {
         *self.shared.transport.lock() = None;
     }
@@ -220,6 +221,7 @@ impl MemHandle {
     /// Asks the guest to have so many bytes of the region, a multiple of the block's size and at most
     /// the region's. The guest decides when it follows, and how far.
     pub fn resize(&self, bytes: u64) {
+        // Before the notification: the driver reads the size as soon as it is interrupted.
         self.shared.requested.store(bytes, Ordering::Release);
         if let Some(transport) = &*self.shared.transport.lock() {
             transport.config_changed();

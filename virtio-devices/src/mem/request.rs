@@ -48,7 +48,7 @@ impl Answer {
     }
 }
 
-/// What becomes of blocks.
+/// A change of blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Change {
     Plug,
@@ -67,7 +67,7 @@ pub(super) struct Job {
     left: Range<u64>,
 }
 
-/// What comes of a request that was read.
+/// Outcome of reading a request.
 #[derive(Debug)]
 pub(super) enum Begun {
     Answered(Answer),
@@ -99,6 +99,8 @@ impl Shared {
 
     /// The blocks from an address on, if the region has them.
     fn range(&self, addr: u64, blocks: u16) -> Option<Range<u64>> {
+        // Address and count are the guest's: each step is checked, and the end is compared with the
+        // region in blocks, where nothing overflows.
         let offset = addr.checked_sub(self.addr)?;
         if blocks == 0 || !offset.is_multiple_of(self.block_size) {
             return None;
@@ -139,13 +141,15 @@ impl Shared {
     }
 
     fn begin_plug(&self, range: Range<u64>) -> Begun {
-        // An order that the tests know: one block that is plugged already makes the request wrong,
-        // whatever was requested of the driver.
+        // Before the size is looked at: a request that names a plugged block is wrong, whatever size
+        // the driver was asked for.
         if self.pages(&range).0 > 0 {
             return Begun::Answered(Answer::Error);
         }
         let more = (range.end - range.start) * self.block_size;
         let there = self.plugged.load(Ordering::Acquire);
+        // The requested size is the limit that keeps a guest from taking memory that its owner did
+        // not give.
         if there.saturating_add(more) > self.requested.load(Ordering::Acquire) {
             return Begun::Answered(Answer::Nack);
         }
@@ -180,6 +184,7 @@ impl Shared {
 
     /// Does `limit` bytes of a job, a block at least, and returns the answer when all of it is done.
     pub(super) fn advance(&self, job: &mut Job, limit: u64) -> Option<Answer> {
+        // One block at least: a block may be larger than the limit, and the job must end.
         let most = (limit / self.block_size).max(1);
         let blocks = (job.left.end - job.left.start).min(most);
         let at = job.left.start;
@@ -203,6 +208,7 @@ impl Shared {
                 Answer::Busy
             }
         };
+        // Also after a failure: `undo` may have failed, too, and the count says what is there.
         self.count_plugged();
         (self.on_change)();
         Some(answer)

@@ -53,6 +53,8 @@ impl MemTask {
     pub(super) fn state(&self) -> QueueState {
         let mut state = self.queue.state();
         if self.ongoing.is_some() {
+            // The chain in hand counts as not taken: its request is repeated where the state is
+            // loaded.
             state.next_avail = state.next_avail.wrapping_sub(1);
         }
         state
@@ -75,6 +77,7 @@ impl QueueTask for MemTask {
             shared,
             ongoing,
         } = self;
+        // Requests are done in order: the queue gives no other chain before this one is answered.
         if let Some((chain, job)) = ongoing {
             let Some(answer) = shared.advance(job, STEP) else {
                 return Ok(TaskFlow::Again);

@@ -153,6 +153,7 @@ impl Net {
             TapSource::Name(name) => (Tap::open(&name, config.pairs.clamp(1, MAX_PAIRS))?, true),
             TapSource::Descriptors(descriptors) => (Tap::adopt(descriptors)?, false),
         };
+        // All queues are of one interface, which is set up once.
         if let Some(first) = taps.first()
             && (is_ours || config.address.is_given())
         {
@@ -253,6 +254,8 @@ impl VirtioDevice for Net {
             .driver
             .lock()
             .replace((Arc::clone(transport), features));
+        // After a load, or a resume, the driver's last choice by the control queue holds and not
+        // what it negotiated at first.
         if was.is_none() && self.shared.offloads.lock().is_none() {
             self.shared.set_offloads(control::offloads(features));
         }
@@ -320,6 +323,8 @@ impl VirtioDevice for Net {
         *self.shared.mac.lock() = self.first_mac;
         self.shared.announce.store(false, Ordering::Release);
         self.shared.set_pairs(1);
+        // The tap outlives the driver. With the old flags a firmware that comes next would get
+        // frames that it cannot read.
         self.shared.set_offloads(0);
         *self.shared.offloads.lock() = None;
     }
@@ -350,6 +355,8 @@ impl VirtioDevice for Net {
             .announce
             .store(saved.announce, Ordering::Release);
         self.shared.set_pairs(saved.pairs);
+        // Before the guest runs here: it would get frames that its driver cannot take, or send some
+        // that the host refuses.
         if !self.shared.set_offloads(saved.offloads) {
             return Err(from.refuse("the tap lacks offloads that the guest's driver negotiated"));
         }

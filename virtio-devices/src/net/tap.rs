@@ -154,6 +154,7 @@ impl Tap {
             flags |= libc::IFF_MULTI_QUEUE;
         }
         for _ in 0..queues {
+            // The host has replaced `%d` by now: the other queues must join the same interface.
             let name = taps.first().map_or(name, |first| &first.name);
             let tap = Self::make(name, flags)?;
             tap.set_header()?;
@@ -171,6 +172,7 @@ impl Tap {
         };
         let mut options = OpenOptions::new();
         options.read(true).write(true);
+        // A device thread reads and writes: it serves other devices too and must not wait.
         options.custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC);
         let file = options.open(DEVICE).map_err(failed)?;
         // SAFETY: takes and gives an `ifreq`.
@@ -434,6 +436,7 @@ impl Tap {
                 iov_len: slice.len(),
             })
             .collect();
+        // The caller limits the pieces to `UIO_MAXIOV`, beyond which the host refuses the call.
         let count = i32::try_from(pieces.len()).unwrap_or(i32::MAX);
         // SAFETY: the pieces are within guest memory that the caller keeps mapped, and are read.
         let sent = unsafe { libc::writev(self.file.as_raw_fd(), pieces.as_ptr(), count) };

@@ -87,6 +87,7 @@ impl Receive {
                 }
             }
         }
+        // The limit comes first: a frame that waits for tokens takes none of the driver's buffers.
         if !self.gate.pass(self.len as u64) || !self.deliver(budget)? {
             return Ok(false);
         }
@@ -148,6 +149,8 @@ impl Receive {
         }
         let mut rest = self.frame.get(..self.len).unwrap_or_default();
         for chain in chains {
+            // All chains but the last are filled to their ends: the driver finds the parts of the
+            // frame by `num_buffers` alone.
             let (piece, after) = rest.split_at(rest.len().min(chain.writable_len()));
             chain.write(0, piece)?;
             let len = u32::try_from(piece.len()).unwrap_or(u32::MAX);
@@ -218,7 +221,11 @@ impl Out {
     fn send(&mut self, chain: &Chain) -> Result<Option<u64>, QueueError> {
         let len = chain.readable_len();
         let counters = &self.shared.counters;
+        // The host reads guest memory itself. The guest may change it meanwhile, which harms only
+        // its own frame.
         let pieces = chain.readable(0, len)?;
+        // The guest chose both. A tap would refuse such a frame, or the call; dropping it here
+        // costs no call.
         if !(HEADER_LEN..=MAX_FRAME).contains(&len) || pieces.len() > MAX_PIECES {
             counters.tx_drops.fetch_add(1, Ordering::Relaxed);
             return Ok(Some(0));

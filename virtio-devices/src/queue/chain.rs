@@ -37,6 +37,7 @@ impl Walk<'_> {
         }
         self.table = indirect.addr();
         self.entries = u16::try_from(indirect.len() / LEN).ok()?;
+        // The table's own length bounds the walk now. `parse` bounds the chain by the queue's size.
         self.left = self.entries;
         self.next = Some(0);
         self.is_indirect = true;
@@ -44,6 +45,7 @@ impl Walk<'_> {
     }
 
     fn read(&mut self) -> Option<Descriptor> {
+        // Each read takes one of `left`, so a chain that points back into itself ends.
         let index = self.next.take().filter(|index| *index < self.entries)?;
         self.left = self.left.checked_sub(1)?;
         let offset = u64::from(index) * size_of::<Descriptor>() as u64;
@@ -125,6 +127,8 @@ impl Chain {
         let mut complete = false;
         let mut bytes = 0_u32;
         for descriptor in chain {
+            // 2.7.5.3.1 forbids longer chains, also in indirect tables. The check bounds the memory
+            // that one request of a guest can take here.
             if parsed.descriptors() == usize::from(entries) {
                 return Err(broken("is longer than its queue"));
             }
@@ -132,9 +136,12 @@ impl Chain {
                 addr: descriptor.addr().0,
                 len: usize::try_from(descriptor.len()).map_err(|_| broken("is too long"))?,
             };
+            // The used ring returns a length of 32 bits (2.7.8).
             bytes = bytes
                 .checked_add(descriptor.len())
                 .ok_or_else(|| broken("is too long"))?;
+            // Against the view that the chain keeps: a later commit of the map cannot take the
+            // memory from under an I/O in flight.
             if !view.check_range(descriptor.addr(), buffer.len) {
                 return Err(broken("has a buffer that is not RAM"));
             }
@@ -253,6 +260,7 @@ impl Chain {
     /// The pages are lost, or the buffers are shorter.
     pub fn wait_readable(&self, offset: usize, len: usize) -> Result<(), QueueError> {
         let mut ram = GuestMemoryBackend::iter(&*self.view);
+        // Looking at the blocks costs little; touching each page of each request would not.
         if ram.any(|ram| ram.pages() == Pages::Awaited) {
             for slice in self.readable(offset, len)? {
                 for at in (0..slice.len())
@@ -282,6 +290,8 @@ impl Chain {
     /// When the driver's buffers are shorter.
     pub fn mark_written(&self, offset: usize, len: usize) -> Result<(), QueueError> {
         for slice in self.writable(offset, len)? {
+            // The kernel wrote through a pointer that the dirty bitmap does not see: a live
+            // migration would miss these pages.
             slice.bitmap().mark_dirty(0, slice.len());
         }
         Ok(())

@@ -87,6 +87,8 @@ impl Rings {
     fn extents(&self) -> [(u64, u64); 3] {
         let size = u64::from(self.size);
         [
+            // The two rings have two bytes of flags, two of index, and two for the event index
+            // behind the entries (2.7.6, 2.7.8).
             (self.descriptors, 16 * size),
             (self.available, 6 + 2 * size),
             (self.used, 6 + 8 * size),
@@ -151,6 +153,8 @@ impl Queue {
         let queue = setup.index;
         let refused = |why| QueueError::Setup { queue, why };
         let Rings { size, .. } = setup.rings;
+        // The ring index is taken modulo the size (2.7): any other size would read entries past the
+        // rings.
         if !size.is_power_of_two() || size > MAX_QUEUE_SIZE {
             return Err(refused("its size is not a power of two within limits"));
         }
@@ -164,6 +168,8 @@ impl Queue {
         split
             .try_set_used_ring_address(GuestAddress(setup.rings.used))
             .map_err(|_| refused("its used ring is not aligned to 4 bytes"))?;
+        // Not checked against the ring: `pop` refuses an index that is further behind than the
+        // queue is long.
         split.set_next_avail(setup.state.next_avail);
         split.set_next_used(setup.state.next_used);
         split.set_event_idx(setup.event_idx);
@@ -222,6 +228,8 @@ impl Queue {
             why: error.to_string(),
         };
         let (memory, size) = (&self.memory, self.split.size());
+        // Reads the index with acquire ordering, before any entry or descriptor that the driver
+        // wrote first (2.7.13.3). The distance to our own index is checked against the size.
         let mut chains = self.split.iter(memory).map_err(available)?;
         match chains.next() {
             Some(chain) => Chain::new(chain, size, memory.view()).map(Some),
@@ -263,6 +271,8 @@ impl Queue {
         self.memory
             .refresh()
             .map_err(|source| QueueError::Rings { queue, source })?;
+        // `add_used` writes the entry, and then the index with release ordering (2.7.14): a driver
+        // that sees the index finds the entry.
         self.untold = true;
         let memory = &self.memory;
         self.split
@@ -289,6 +299,9 @@ impl Queue {
         let memory = &self.memory;
         let broken = |why: String| QueueError::Available { queue, why };
         if !self.split.event_idx_enabled() {
+            // The index must be visible before the flag is read (2.7.7.2). Without a full fence the
+            // CPU may read an old flag, and a driver that has just asked for interrupts would wait
+            // for good.
             std::sync::atomic::fence(Ordering::SeqCst);
             let flags: u16 = memory
                 .load(GuestAddress(self.split.avail_ring()), Ordering::Relaxed)
@@ -308,6 +321,8 @@ impl Queue {
     pub fn enable_kicks(&mut self) -> Result<bool, QueueError> {
         let (queue, memory) = (self.index, &self.memory);
         let broken = |why: String| QueueError::Available { queue, why };
+        // The library writes the event index or clears the flag, fences, and looks at the index
+        // again (2.7.10): a chain between the last `pop` and the write is not missed.
         let more = self.split.enable_notification(memory);
         if !more.map_err(|error| broken(error.to_string()))? {
             return Ok(false);
@@ -357,6 +372,7 @@ impl Queue {
             }
         }
         self.notify()?;
+        // The budget is spent. The kick was taken, so the task itself must come back for the rest.
         Ok(TaskFlow::Again)
     }
 

@@ -159,6 +159,7 @@ impl Fill {
     /// Fills a buffer of the driver's. Returns how many bytes it got, or `None` if the rate limit does not
     /// allow it yet.
     fn fill(&mut self, chain: &Chain) -> Result<Option<u32>, QueueError> {
+        // A guest may offer 4 GiB: 5.4.6 lets the device fill less than all.
         let wanted = chain.writable_len().min(MOST);
         // Before the read, which takes numbers from the source for good. A source that then gives fewer has
         // cost the tokens of all that was wanted.

@@ -105,6 +105,8 @@ impl Connection {
 
     /// Bytes that the guest has room for.
     fn credit(&self) -> u32 {
+        // Both count modulo 2^32 (5.10.6.3). A guest that lies about them gets no credit, or more
+        // data than it has room for, and harms only itself.
         let on_the_way = self.sent.wrapping_sub(self.guest_forwarded);
         self.guest_alloc.saturating_sub(on_the_way)
     }
@@ -144,6 +146,8 @@ impl Connection {
     /// The guest sends more than its credit, or the socket is gone.
     pub(super) fn receive(&mut self, data: &[u8]) -> Result<(), Over> {
         let room = (BUFFER as usize).saturating_sub(self.to_host.len());
+        // 5.10.6.3: a sender keeps to the credit. A guest that does not loses the connection, and
+        // the buffer never grows past [`BUFFER`].
         if self.stage != Stage::Established || self.guest_sends_no_more || data.len() > room {
             return Err(Over);
         }
@@ -186,6 +190,7 @@ impl Connection {
     }
 
     fn notice(&mut self, notice: Notice) {
+        // Each notice once: a guest cannot make this list longer than there are kinds of notices.
         if !self.notices.contains(&notice) {
             self.notices.push_back(notice);
         }
@@ -198,6 +203,8 @@ impl Connection {
     pub(super) fn shut_down(&mut self, flags: u32) -> Result<(), Over> {
         self.guest_sends_no_more |= flags & NO_SEND != 0;
         self.guest_receives_no_more |= flags & NO_RECEIVE != 0;
+        // Both sides are done and all data was passed on: 5.10.6.5 lets the device end the
+        // connection by a reset.
         if self.guest_receives_no_more {
             let _ = self.stream.shutdown(Shutdown::Read);
         }
@@ -229,6 +236,7 @@ impl Connection {
         let room = room.min(data.len());
         match (&*self.stream).read(data.get_mut(..room).unwrap_or_default()) {
             Ok(0) => {
+                // The guest may still send: only this direction is over.
                 self.host_done = true;
                 let flags = NO_SEND;
                 Ok(Some((

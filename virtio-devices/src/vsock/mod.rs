@@ -190,6 +190,8 @@ impl VirtioDevice for Vsock {
         match &self.task {
             Task::Running(running) => {
                 let there = running.with(|muxer| muxer.put(queue));
+                // The task watches the new queue's kick, and looks for what is in the queue
+                // already.
                 running.wake();
                 there.filter(|there| *there).ok_or_else(missing)?;
             }

@@ -147,6 +147,8 @@ impl Muxer {
         sources: &mut TaskSources<'_, '_>,
     ) -> io::Result<usize> {
         let key = self.next_key;
+        // Edge-triggered: `readable` and the queued bytes of the connection remember what an edge
+        // said.
         sources.watch(Arc::clone(stream), key, Interest::Both)?;
         self.next_key += 1;
         Ok(key)
@@ -182,6 +184,8 @@ impl Muxer {
     fn forget(&mut self, ports: Ports, sources: &mut TaskSources<'_, '_>) {
         if let Some(gone) = self.connections.remove(&ports) {
             self.streams.remove(&gone.key);
+            // Before the stream is closed with the last reference: its number may come to mean
+            // another file.
             sources.forget(gone.key);
             if gone.queued {
                 // Another connection may have the same ports soon, and an entry of its own.
@@ -252,6 +256,8 @@ impl Muxer {
     fn receive(&mut self, sources: &mut TaskSources<'_, '_>) -> Result<TaskFlow, QueueError> {
         self.stalled = false;
         self.turn(TX, |muxer, queue, chain| {
+            // Most packets are answered (5.10.6.1). A guest that sends and never makes room would
+            // otherwise fill the host's memory with answers.
             muxer.stalled = muxer.replies.len() >= MAX_REPLIES;
             if muxer.stalled {
                 // The guest's kick of the other queue tells when it has made room.
@@ -277,6 +283,7 @@ impl Muxer {
         let flow = queue.turn(Budget::new(CHAINS), |queue, chain| {
             serve(self, queue, chain)
         });
+        // Also after an error: the device's stop takes the queue from here.
         self.queues[index] = Some(queue);
         flow
     }
@@ -289,6 +296,7 @@ impl Muxer {
         let mut raw = [0; HEADER_LEN];
         chain.read(0, &mut raw)?;
         let header = Header::parse(&raw);
+        // The guest claims the length: it is limited before it becomes an allocation.
         let mut data = vec![0; (header.len as usize).min(MAX_DATA)];
         chain.read(HEADER_LEN, &mut data)?;
         self.counters.tx_packets.fetch_add(1, Ordering::Relaxed);
@@ -300,6 +308,7 @@ impl Muxer {
             && header.kind == STREAM
             && header.len as usize <= MAX_DATA;
         match header.op {
+            // No answer to a reset, or two sides that know nothing would reset each other for good.
             Some(Op::Reset) => {
                 self.forget(ports, sources);
                 return Ok(());
@@ -355,6 +364,8 @@ impl Muxer {
         let Some(queue) = self.queues[EVENT].as_mut().filter(|_| self.reset_guest) else {
             return Ok(());
         };
+        // A driver that has given no buffer gets the event when it has: `reset_guest` stays set
+        // until then (5.10.6.7).
         if let Some(chain) = queue.pop()? {
             chain.write(0, &TRANSPORT_RESET)?;
             queue.push(chain.head(), TRANSPORT_RESET.len() as u32)?;
@@ -400,6 +411,8 @@ fn dial(path: &Path, port: u32) -> Option<UnixStream> {
     name.push(format!("_{port}"));
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).ok()?;
+    // A non-blocking connect to a unix socket succeeds at once, or fails if the listener's backlog
+    // is full. The guest gets a reset then and may try again.
     connect(&socket, &SocketAddrUnix::new(Path::new(&name)).ok()?).ok()?;
     Some(UnixStream::from(socket))
 }

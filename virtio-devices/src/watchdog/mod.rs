@@ -103,6 +103,8 @@ impl VirtioDevice for Watchdog {
         let task = WatchTask {
             queue,
             shared: Arc::clone(&self.shared),
+            // A pause or migration stopped the queue. The guest could not ping meanwhile, so it
+            // gets the whole time again.
             last_ping: Instant::now(),
         };
         self.running = Some(Running::start(&self.workers, transport, task));
@@ -176,6 +178,8 @@ impl WatchTask {
             return None;
         }
         if now.saturating_duration_since(self.last_ping) >= self.shared.timeout {
+            // From now on, not from when it was due: an owner that was busy hears one expiry and
+            // not one for each interval that it missed.
             self.last_ping = now;
             self.shared.expirations.fetch_add(1, Ordering::Relaxed);
             (self.shared.on_expiry)();

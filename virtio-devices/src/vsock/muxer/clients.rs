@@ -24,6 +24,7 @@ pub(super) struct Undecided {
 
 impl Muxer {
     pub(super) fn accept(&mut self, sources: &mut TaskSources<'_, '_>) {
+        // A flood of clients has its turn like everything else; `accepting` brings the task back.
         for _ in 0..CHAINS {
             let Ok((stream, _)) = self.listener.accept() else {
                 self.accepting = false;

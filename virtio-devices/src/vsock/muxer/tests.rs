@@ -66,7 +66,7 @@ impl Machine {
         self.tx.wait_used();
     }
 
-    /// As [`send`](Self::send), without the wait.
+    /// Sends like [`send`](Self::send), without the wait.
     fn offer(&mut self, guest_port: u32, host_port: u32, op: u16) {
         let header = Header {
             src_cid: CID,
