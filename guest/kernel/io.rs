@@ -12,7 +12,7 @@ use crate::pattern::{self, PAGE_SIZE, Page};
 use crate::tpm::{Answer, Tpm};
 use crate::virtio::{Buffer, CHAINS, Device, Queue, devices, read, write};
 
-const NET: u32 = 1;
+pub const NET: u32 = 1;
 const BLOCK: u32 = 2;
 const CONSOLE: u32 = 3;
 const RNG: u32 = 4;
@@ -79,13 +79,18 @@ pub struct Io {
 }
 
 /// Free pages, one after the other.
-struct Pages<'a> {
+pub struct Pages<'a> {
     ram: &'a Ram,
     next: u64,
 }
 
-impl Pages<'_> {
-    fn take(&mut self) -> u64 {
+impl<'a> Pages<'a> {
+    /// All free pages.
+    pub fn of(ram: &'a Ram) -> Self {
+        Self { ram, next: 0 }
+    }
+
+    pub fn take(&mut self) -> u64 {
         self.next += 1;
         self.ram.page(self.next - 1)
     }
@@ -93,7 +98,7 @@ impl Pages<'_> {
 
 /// Starts all devices with all their queues.
 pub fn start_all(ram: &Ram) -> Line {
-    let mut pages = Pages { ram, next: 0 };
+    let mut pages = Pages::of(ram);
     let (mut started, mut queues) = (0, 0);
     for device in devices() {
         if !device.begin() {
@@ -126,7 +131,7 @@ impl Io {
             watchdog: None,
             tpm: Tpm::find(),
         };
-        let mut pages = Pages { ram, next: 0 };
+        let mut pages = Pages::of(ram);
         for device in devices() {
             add(&COUNTS.devices, 1);
             if !device.begin() {

@@ -17,6 +17,7 @@ mod serial;
 mod service;
 mod tpm;
 mod virtio;
+mod vsock;
 mod work;
 
 #[allow(dead_code, reason = "the host's half of the vocabulary")]

@@ -229,6 +229,7 @@ impl Service {
             Workload::SelfTest
             | Workload::Idle
             | Workload::Io
+            | Workload::Vsock
             | Workload::Queues
             | Workload::Spin
             | Workload::Dirty { .. }

@@ -21,6 +21,7 @@ use crate::pattern::{self, PAGE_SIZE, Page};
 use crate::selftest;
 use crate::serial;
 use crate::service::Service;
+use crate::vsock::Vsock;
 
 const PAGES_PER_MIB: u64 = (1 << 20) / PAGE_SIZE as u64;
 /// The number of increments by each vCPU in [`Workload::Smp`].
@@ -128,6 +129,7 @@ struct Worker {
     paced_from: (u64, u64),
     io: Option<Io>,
     attacker: Option<Attacker>,
+    vsock: Option<Vsock>,
 }
 
 impl Worker {
@@ -150,6 +152,8 @@ impl Worker {
             _ => 1,
         };
         let paced_from = (cpu::rdtsc(), 0);
+        let is_peer = matches!(work.options.workload, Workload::Vsock) && cpu.index == 0;
+        let vsock = is_peer.then(|| Vsock::start(&work.ram)).flatten();
         Self {
             work,
             cpu,
@@ -159,6 +163,7 @@ impl Worker {
             paced_from,
             io: None,
             attacker: None,
+            vsock,
         }
     }
 
@@ -192,6 +197,12 @@ impl Worker {
                 self.finish_if(true)
             }
             Workload::Io => self.drive_devices(now),
+            Workload::Vsock => match self.vsock.as_mut().map(Vsock::step) {
+                None => Step::Idle,
+                Some(true) => Step::Busy,
+                // Many guests may wait at a time, and each look is an exit or two.
+                Some(false) => Step::Until(now + clock::us_to_tsc(5000)),
+            },
             Workload::Attack(attack) => {
                 if self.cpu.index != 0 {
                     return Step::Idle;

@@ -159,6 +159,19 @@ lines! {
         /// Checks that failed.
         bad: u64,
     }
+    /// The answer on a vsock connection, whatever was sent there.
+    Vsock = "vsock" {
+        /// CID, as the device's configuration space has it now.
+        cid: u64,
+        /// MAC address of the first network interface, as its configuration space has it now; or 0.
+        mac: Address,
+        /// Connections that are open.
+        connections: u64,
+        /// Events that all connections are gone.
+        resets: u64,
+        /// Connections that such events ended.
+        lost: u64,
+    }
     /// All virtio devices have been started.
     Queues = "queues" {
         /// Devices.

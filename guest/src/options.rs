@@ -65,6 +65,10 @@ pub enum Workload {
     /// and a TPM that it asks for random numbers. The
     /// [command](Command::Io) `io` returns its progress.
     Io,
+    /// Answering on vsock connections, on the first vCPU, without end. The guest listens at
+    /// [`Workload::VSOCK_PORT`], and connects to that port of the host when it starts and after each event
+    /// that connections are gone: [`Line::Vsock`](crate::Line::Vsock).
+    Vsock,
     /// Starting every virtio device on the first PCI bus with all its queues, each with an interrupt of its
     /// own, and nothing more: [`Line::Queues`](crate::Line::Queues).
     Queues,
@@ -74,6 +78,11 @@ pub enum Workload {
     Attack(Attack),
     /// Crashing.
     Crash(Crash),
+}
+
+impl Workload {
+    /// The port of [`Workload::Vsock`], on both sides.
+    pub const VSOCK_PORT: u32 = 1024;
 }
 
 /// A port and a value to write to it, or to find in it: `PORT:VALUE` in text.
@@ -155,8 +164,8 @@ impl Attack {
 named! {
     /// A key of the command line.
     pub enum Key {
-        /// [`Options::workload`]: `idle`, `spin`, `dirty`, `touch`, `exits`, `smp`, `io`, `queues`,
-        /// `selftest`, `attack` or `crash`.
+        /// [`Options::workload`]: `idle`, `spin`, `dirty`, `touch`, `exits`, `smp`, `io`, `vsock`,
+        /// `queues`, `selftest`, `attack` or `crash`.
         Workload = "workload",
         /// [`Workload::Dirty`]'s `region_mib`.
         RegionMib = "region_mib",
@@ -263,6 +272,7 @@ impl Options {
             "exits" => Workload::Exits { port, count },
             "smp" => Workload::Smp,
             "io" => Workload::Io,
+            "vsock" => Workload::Vsock,
             "queues" => Workload::Queues,
             "selftest" => Workload::SelfTest,
             "attack" => Workload::Attack(attack),
@@ -312,6 +322,7 @@ impl fmt::Display for Workload {
             }
             Self::Smp => f.write_str("smp"),
             Self::Io => f.write_str("io"),
+            Self::Vsock => f.write_str("vsock"),
             Self::Queues => f.write_str("queues"),
             Self::SelfTest => f.write_str("selftest"),
             Self::Attack(attack) => {

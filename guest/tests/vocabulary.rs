@@ -21,6 +21,7 @@ fn workloads() -> impl Strategy<Value = Workload> {
             Workload::Touch,
             Workload::Smp,
             Workload::Io,
+            Workload::Vsock,
             Workload::Queues,
             Workload::SelfTest
         ]),
@@ -144,6 +145,15 @@ fn lines() -> impl Strategy<Value = Line> {
                 bad
             }
         ),
+        (any::<[u64; 4]>(), addresses()).prop_map(|([cid, connections, resets, lost], mac)| {
+            Line::Vsock {
+                cid,
+                mac,
+                connections,
+                resets,
+                lost,
+            }
+        }),
         failures.prop_map(|failed| Line::SelfTest { failed }),
         any::<u64>().prop_map(|count| Line::Nmi { count }),
         (any::<(u32, u64)>(), addresses(), addresses(), addresses()).prop_map(
