@@ -31,4 +31,4 @@ pub use serial::Serial;
 pub use service::{Face, Service, await_anyone, built};
 pub use shell::Shell;
 pub use trials::trials;
-pub use vsock::vsock_echo;
+pub use vsock::{vsock_ask, vsock_ask_again, vsock_echo};

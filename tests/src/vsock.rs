@@ -1,6 +1,6 @@
 //! Connections from the host to a guest's vsock ports.
 
-use std::io::{Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread;
@@ -37,6 +37,31 @@ pub async fn vsock_echo(socket: &Path, port: u32) -> Result<()> {
         Ok(())
     })
     .await?
+}
+
+/// Sends a line to a port of the guest, and returns the connection with the line that comes back.
+///
+/// # Errors
+/// When nothing listens at the port within [`RUNS`], or the connection is lost.
+pub async fn vsock_ask(socket: &Path, port: u32) -> Result<(UnixStream, String)> {
+    let socket = socket.to_owned();
+    tokio::task::spawn_blocking(move || {
+        let stream = connect(&socket, port)?;
+        let answer = vsock_ask_again(&stream)?;
+        Ok((stream, answer))
+    })
+    .await?
+}
+
+/// Sends a line on a connection, and returns the line that comes back.
+///
+/// # Errors
+/// When the connection is lost.
+pub fn vsock_ask_again(mut stream: &UnixStream) -> Result<String> {
+    writeln!(stream, "who?")?;
+    let mut answer = String::new();
+    BufReader::new(stream).read_line(&mut answer)?;
+    Ok(answer)
 }
 
 /// Connects to a port of the guest, again and again until a program listens there.

@@ -7,9 +7,11 @@ use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use guest::Line;
 use spec::{MemoryRestoreMode, MigrationPhase, RestoreConfig, VmId, VmInfo, VmState};
 use tests::snapshots::{from, over, refused, snapshot};
-use tests::{Face, Service, dirtier};
+use tests::{Face, Service, dirtier, vsock_ask, vsock_ask_again};
+use tokio::io::AsyncBufReadExt as _;
 use tokio::net::UnixListener;
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -356,40 +358,62 @@ async fn forks_begin_where_their_vm_is_paused() {
     dirtier::check(&service.path("again1")).await.unwrap();
 }
 
-/// Twenty forks have a MAC address, a tap, a CID and a vsock socket each, and reach the host through their own
-/// socket.
+/// Twenty forks have a MAC address, a tap, a CID and a vsock socket each: the host connects into each of them,
+/// and each to the host. An event ends the connections that were open in the VM that is forked.
 #[tokio::test]
 async fn forks_have_their_own_network_and_vsock() {
     const FORKS: usize = 20;
+    const PORT: u32 = guest::Workload::VSOCK_PORT;
     let service = Service::start(Face::Many).await.unwrap();
     let client = service.client();
-    // Connects to the host over vsock, with the CID that it reads from the device.
-    let connecting = guest::Options {
-        workload: guest::Workload::Attack(guest::Attack::Vsock),
+    let answering = guest::Options {
+        workload: guest::Workload::Vsock,
         ..guest::Options::default()
     };
-    let (mut config, serial) = service.pocket("guest", connecting).unwrap();
+    let (mut config, serial) = service.pocket("guest", answering).unwrap();
     let dir = service.path("vsock");
     fs::create_dir(&dir).unwrap();
     let tap = format!("wf{:x}n", std::process::id());
-    let net = serde_json::json!([{ "id": "net", "tap": format!("{tap}0") }]);
+    let mac = "02:00:00:00:00:ff";
+    let net = serde_json::json!([{ "id": "net", "tap": format!("{tap}0"), "mac": mac }]);
     config.net = serde_json::from_value(net).unwrap();
     let vsock = serde_json::json!({ "cid": 3, "socket": dir.join("0") });
     config.vsock = serde_json::from_value(vsock).unwrap();
     let vm = service.create("guest", config).await.unwrap();
     // The host's end of a guest's connections to the port: guest 0 is the one that is forked.
-    let port = guest::Attack::VSOCK_PORT;
-    let listen = |n: usize| UnixListener::bind(dir.join(format!("{n}_{port}"))).unwrap();
+    let listen = |n: usize| UnixListener::bind(dir.join(format!("{n}_{PORT}"))).unwrap();
     let hosts: Vec<_> = (0..=FORKS).map(listen).collect();
     client.vms_boot(&vm).await.unwrap();
     serial.wait_for("ready", 1, PATIENCE).await.unwrap();
-    let connects = async |n: usize| {
-        let connected = tokio::time::timeout(PATIENCE, hosts[n].accept()).await;
-        connected
-            .unwrap_or_else(|_| unreachable!("VM {n} does not connect"))
-            .unwrap()
+    // Returns the connection that guest `n` made, and the identity that the guest sent on it.
+    let called = async |n: usize| {
+        let connection = tokio::time::timeout(PATIENCE, hosts[n].accept()).await;
+        let connection = connection.unwrap_or_else(|_| unreachable!("VM {n} does not connect"));
+        let mut reader = tokio::io::BufReader::new(connection.unwrap().0);
+        let mut line = String::new();
+        let read = tokio::time::timeout(PATIENCE, reader.read_line(&mut line)).await;
+        read.unwrap().unwrap();
+        (reader, Line::parse(&line))
     };
-    drop(connects(0).await);
+    let asked = async |n: usize| {
+        let answer = vsock_ask(&dir.join(format!("{n}")), PORT).await;
+        let (connection, line) = answer.unwrap();
+        (connection, Line::parse(&line))
+    };
+    let is = |cid, mac, connections, (resets, lost)| {
+        let mac = guest::Address(mac);
+        Some(Line::Vsock {
+            cid,
+            mac,
+            connections,
+            resets,
+            lost,
+        })
+    };
+    let (_outgoing, who) = called(0).await;
+    assert_eq!(who, is(3, 0x0200_0000_00ff, 1, (0, 0)));
+    let (incoming, who) = asked(0).await;
+    assert_eq!(who, is(3, 0x0200_0000_00ff, 2, (0, 0)));
     client.vms_pause(&vm).await.unwrap();
     let overrides = serde_json::json!({
         "net": [{ "id": "net", "tap": format!("{tap}{{n}}"), "mac": "02:00:00:00:01:00" }],
@@ -405,17 +429,27 @@ async fn forks_have_their_own_network_and_vsock() {
     let made = over(&service, &client.vms_fork(&vm, &what).await.unwrap()).await;
     assert_eq!(made.phase, MigrationPhase::Completed, "{made:?}");
     for n in 1..=FORKS {
-        drop(connects(n).await);
+        let (cid, mac) = (99 + n as u64, 0x0200_0000_0100 + n as u64 - 1);
+        // Both connections of the VM are gone, by one event.
+        let (_outgoing, who) = called(n).await;
+        assert_eq!(who, is(cid, mac, 1, (1, 2)), "fork {n}");
+        let (_incoming, who) = asked(n).await;
+        assert_eq!(who, is(cid, mac, 2, (1, 2)), "fork {n}");
         let fork: VmId = format!("guest-{n}").parse().unwrap();
         let config = client.vms_info(&fork).await.unwrap().config;
         let (net, vsock) = (config.net.unwrap(), config.vsock.unwrap());
-        assert_eq!(vsock.cid, 99 + n as u64);
+        assert_eq!(vsock.cid, cid);
         let mac = net[0].mac.as_ref().map(ToString::to_string);
         assert_eq!(mac, Some(format!("02:00:00:00:01:{:02x}", n - 1)));
         let name = format!("{tap}{n}");
         assert_eq!(net[0].tap.as_deref(), Some(name.as_str()));
         assert!(Path::new("/sys/class/net").join(name).exists());
     }
+    // The VM has lost none.
+    client.vms_resume(&vm).await.unwrap();
+    let answer = tokio::task::spawn_blocking(move || vsock_ask_again(&incoming)).await;
+    let who = Line::parse(&answer.unwrap().unwrap());
+    assert_eq!(who, is(3, 0x0200_0000_00ff, 2, (0, 0)));
 }
 
 /// A running VM is forked without a pause, and goes on; its forks begin at one moment of it.
