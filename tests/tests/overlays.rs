@@ -295,6 +295,94 @@ async fn reboot_ends_the_snapshot_of_a_paused_vm() {
     }
 }
 
+/// Snapshots, forks and restores that are canceled at some moment leave neither a VM nor an image nor a folder
+/// of theirs. A VM that was saved while it ran may continue on its overlay.
+#[tokio::test]
+async fn canceled_operations_leave_nothing() {
+    const FORKS: u32 = 3;
+    let service = Service::start(Face::Many).await.unwrap();
+    let client = service.client();
+    let (vm, disk) = boot(&service, "raw").await;
+    writes_on(port(&service, "guest")).await;
+    let dir = service.path("snapshot");
+    let begun = client.vms_snapshot(&vm, &with_overlays(&dir)).await;
+    completed(&service, begun.unwrap()).await;
+    for delay in [0, 5, 40, 120] {
+        // Cancels, unless it is over by then. Returns whether it completed.
+        let canceled = async |begun: Result<spec::MigrationInfo, openapi::ClientError>| {
+            let begun = begun.unwrap();
+            tokio::time::sleep(Duration::from_millis(delay)).await;
+            let _ = client.migrations_cancel(&begun.id.parse().unwrap()).await;
+            let ended = over(&service, &begun).await;
+            let is_complete = ended.phase == MigrationPhase::Completed;
+            let is_either = is_complete || ended.phase == MigrationPhase::Canceled;
+            assert!(is_either, "{ended:?}");
+            is_complete
+        };
+        // Ends the VMs with this name, of which there are all or none, and removes their overlays.
+        let removed = async |name: &str, count: usize, is_complete: bool| {
+            let all = client.vms_list().await.unwrap();
+            let mut made = all.into_iter().map(|vm| vm.id).collect::<Vec<_>>();
+            made.retain(|id| id.as_str().starts_with(name));
+            assert_eq!(made.len(), if is_complete { count } else { 0 });
+            for id in made {
+                let own = overlay(&service, &id).await;
+                client.vms_delete(&id).await.unwrap();
+                fs::remove_file(own).unwrap();
+            }
+        };
+        for mode in ["Copy", "OnDemand", "Map"] {
+            let before = overlays(&disk);
+            let what = RestoreConfig {
+                memory_restore_mode: serde_json::from_value(mode.into()).unwrap(),
+                overrides: Some(apart(&service, "other")),
+                ..from(&dir, true)
+            };
+            let begun = client.vms_restore(&"other".parse().unwrap(), &what).await;
+            let is_complete = canceled(begun).await;
+            removed("other", 1, is_complete).await;
+            assert_eq!(overlays(&disk), before, "{mode}");
+        }
+        for is_paused in [true, false] {
+            if is_paused {
+                client.vms_pause(&vm).await.unwrap();
+            }
+            // The images that may have been added: that of the VM.
+            let added = async |before: Vec<PathBuf>| {
+                let own = overlay(&service, &vm).await;
+                let mut more = overlays(&disk);
+                more.retain(|path| !before.contains(path));
+                assert!(more.is_empty() || more == [own], "{more:?}");
+                !more.is_empty()
+            };
+            let before = overlays(&disk);
+            let to = service.path(format!("to-{is_paused}-{delay}"));
+            let begun = client.vms_snapshot(&vm, &with_overlays(&to)).await;
+            let is_complete = canceled(begun).await;
+            assert_eq!(to.exists(), is_complete);
+            // A paused VM returns to its image.
+            let is_added = added(before).await;
+            assert!(is_added == is_complete || !is_paused, "{is_added}");
+
+            let before = overlays(&disk);
+            let what = ForkVm {
+                count: FORKS,
+                name: Some("fork".parse().unwrap()),
+                resume: true,
+                overrides: apart(&service, "fork"),
+                disks: SnapshotDisks::Overlay,
+            };
+            let is_complete = canceled(client.vms_fork(&vm, &what).await).await;
+            removed("fork", FORKS as usize, is_complete).await;
+            added(before).await;
+            if is_paused {
+                client.vms_resume(&vm).await.unwrap();
+            }
+            writes_on(port(&service, "guest")).await;
+        }
+    }
+}
+
 /// A restore that fails removes the overlays that it has made.
 #[tokio::test]
 async fn failed_restore_leaves_no_overlay() {

@@ -371,24 +371,57 @@ async fn restored_guests_get_a_new_generation() {
     }
 }
 
-/// A live snapshot is complete or gone, whatever happens to its guest meanwhile; a guest that stays runs.
+/// A snapshot of each kind that is canceled is complete or gone. Its base is intact, and its guest as before.
+#[tokio::test]
+async fn canceled_snapshot_is_whole_or_gone() {
+    let service = Service::start(Face::Many).await.unwrap();
+    let client = service.client();
+    let (vm, port) = dirtier::boot(&service).await.unwrap();
+    let base = service.path("base");
+    snapshot(&service, &vm, &base).await;
+    let kinds = [(false, false), (false, true), (true, false), (true, true)];
+    for (is_paused, has_base) in kinds {
+        for delay in [0, 5, 30, 100] {
+            if is_paused {
+                client.vms_pause(&vm).await.unwrap();
+            }
+            let dir = service.path(format!("canceled-{is_paused}-{has_base}-{delay}"));
+            let what = VmSnapshotConfig {
+                base_url: has_base.then(|| format!("file://{}", base.display())),
+                ..to(&dir)
+            };
+            let begun = client.vms_snapshot(&vm, &what).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(delay)).await;
+            // Too late for a snapshot that is complete.
+            let _ = client.migrations_cancel(&begun.id.parse().unwrap()).await;
+            let ended = over(&service, &begun).await;
+            let is_complete = ended.phase == MigrationPhase::Completed;
+            assert!(
+                is_complete || ended.phase == MigrationPhase::Canceled,
+                "{ended:?}"
+            );
+            assert_eq!(dir.join("manifest.json").exists(), is_complete);
+            assert!(is_complete || !dir.exists(), "{ended:?}");
+            if is_paused {
+                let info = client.vms_info(&vm).await.unwrap();
+                assert_eq!(info.state, VmState::Paused);
+                client.vms_resume(&vm).await.unwrap();
+            }
+            dirtier::check(&port).await.unwrap();
+        }
+    }
+    client.vms_delete(&vm).await.unwrap();
+    let came = restore(&service, &vm, &base, true).await;
+    assert_eq!(came.phase, MigrationPhase::Completed, "{came:?}");
+    dirtier::check(&port).await.unwrap();
+}
+
+/// A live snapshot is complete or gone if its guest is reset or deleted; a guest that stays runs.
 #[tokio::test]
 async fn requests_during_a_live_snapshot() {
     let service = Service::start(Face::Many).await.unwrap();
     let client = service.client();
     let (vm, port) = dirtier::boot(&service).await.unwrap();
-    for delay in [0, 5, 30, 100, 200] {
-        let dir = service.path(format!("canceled-{delay}"));
-        let begun = client.vms_snapshot(&vm, &to(&dir)).await.unwrap();
-        tokio::time::sleep(Duration::from_millis(delay)).await;
-        // Too late for a snapshot that is complete.
-        let _ = client.migrations_cancel(&begun.id.parse().unwrap()).await;
-        let ended = over(&service, &begun).await;
-        let is_complete = ended.phase == MigrationPhase::Completed;
-        assert_eq!(dir.join("manifest.json").exists(), is_complete);
-        assert!(is_complete || !dir.exists(), "{ended:?}");
-        dirtier::check(&port).await.unwrap();
-    }
     for delay in [0, 5, 30, 100, 200] {
         for is_reset in [true, false] {
             let dir = service.path(format!("ended-{is_reset}-{delay}"));

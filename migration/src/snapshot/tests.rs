@@ -314,6 +314,33 @@ fn failure_leaves_nothing() {
     assert_eq!(fs::read_dir(&dir).unwrap().count(), 0);
 }
 
+/// A paused guest is saved while the operator cancels. The base of an increment stays.
+#[test]
+fn cancel_while_the_state_is_saved_leaves_nothing() {
+    let (parent, expected) = example();
+    let dir = parent.path().join("new");
+    let base = Snapshot::open(parent.path()).unwrap();
+    for base in [None, Some(&base)] {
+        let (progress, decision) = (Progress::default(), Decision::default());
+        let writing = Writing {
+            id: Uuid::new_v4(),
+            dir: &dir,
+            end: &|_| (),
+            base,
+            progress: &progress,
+            decision: &decision,
+        };
+        let refused = write(&writing, || {
+            decision.cancel().unwrap();
+            Ok(saved(&guest(&[1])))
+        });
+        assert_eq!(refused.unwrap_err().code, "canceled");
+        assert_eq!(progress.report().phase, Phase::Canceled);
+        assert!(!dir.exists());
+    }
+    assert_eq!(read_from(parent.path()).unwrap(), expected);
+}
+
 #[test]
 fn folder_without_a_manifest_holds_no_snapshot() {
     let (dir, _) = example();
