@@ -9,10 +9,11 @@ use axum::response::Response;
 use control::{Migration, RequestError, SnapshotOf};
 use http::StatusCode;
 use spec::{
-    ForkVm, MergeSnapshots, MigrationInfo, MirrorDisk, RecordWorkingSet, RestoreConfig,
-    VmCoredumpData, VmId, VmSnapshotConfig,
+    FindOverlays, ForkVm, MergeSnapshots, MigrationInfo, MirrorDisk, OverlayInfo, RecordWorkingSet,
+    RestoreConfig, VmCoredumpData, VmId, VmSnapshotConfig,
 };
 
+use crate::answer::Answer;
 use crate::extract::{Json, Named, NamedDisk};
 use crate::migrations::{begin, created, created_with_socket, wait};
 use crate::one_vm::OneVm;
@@ -30,6 +31,7 @@ pub(crate) fn routes() -> Routes<Service> {
     Routes::default()
         .routes(routes!(snapshot))
         .routes(routes!(merge))
+        .routes(routes!(overlays))
         .routes(routes!(core_dump))
         .routes(routes!(mirror))
         .routes(routes!(restore))
@@ -91,6 +93,31 @@ async fn merge(
     let registry = service.registry.clone();
     let begun = begin(move || registry.merge_snapshots(&body), ApiError::from).await?;
     Ok(created(begun.info()))
+}
+
+/// List the overlays beside an image of the service's host, and remove those that nothing uses if `remove` is set.
+///
+/// Overlays are made for snapshots and forks with frozen disks, and stay when their VM is deleted. One that a VM
+/// of any service has open or a VM of this service names, that another image in the directory is on top of, or
+/// that a snapshot names is kept: `reason` names the user. What is removed is logged.
+#[utoipa::path(
+    post, path = "/api/v1/overlays", operation_id = "findOverlays", tag = MIGRATIONS, request_body = FindOverlays,
+    responses(
+        (status = 200, description = "The overlays.", body = [OverlayInfo]),
+        NotUnderstood, TooSlow, TooLong, NotJson, NotPossible, Failed, Unsupported,
+    ),
+)]
+async fn overlays(
+    State(service): State<Service>,
+    Json(body): Json<FindOverlays>,
+) -> Result<Answer<Vec<OverlayInfo>>, ApiError> {
+    let registry = service.registry.clone();
+    let found = tokio::task::spawn_blocking(move || registry.overlays(&body)).await;
+    let failed = |_| {
+        let why = "the service failed to look at the overlays";
+        ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", why)
+    };
+    Ok(Answer(found.map_err(failed)??))
 }
 
 /// Start to write a core dump of a paused VM into a file of the service's host.

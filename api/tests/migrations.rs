@@ -19,9 +19,9 @@ use harness::{Answer, CONFIG, call, expect, one_vm, send};
 use http::Request;
 use serde_json::json;
 use spec::{
-    AwaitMigration, ForkVm, HostLimits, MergeSnapshots, MigrationInfo, MigrationOutcome,
-    MirrorDisk, RestoreConfig, StartMigration, VmConfig, VmCoredumpData, VmId, VmSnapshotConfig,
-    VmmPingResponse,
+    AwaitMigration, FindOverlays, ForkVm, HostLimits, MergeSnapshots, MigrationInfo,
+    MigrationOutcome, MirrorDisk, OverlayInfo, RestoreConfig, StartMigration, VmConfig,
+    VmCoredumpData, VmId, VmSnapshotConfig, VmmPingResponse,
 };
 use tokio::sync::watch;
 
@@ -143,6 +143,10 @@ impl Migrate for Engine {
     }
 
     fn merge(&self, _: &MergeSnapshots) -> Result<Arc<dyn Migration>, RequestError> {
+        unsupported()
+    }
+
+    fn overlays(&self, _: &Registry, _: &FindOverlays) -> Result<Vec<OverlayInfo>, RequestError> {
         unsupported()
     }
 

@@ -41,6 +41,16 @@ pub(crate) enum SnapshotCommand {
         #[arg(value_name = "URL")]
         destination_url: String,
     },
+    /// List the overlays beside an image, and what uses each. Overlays of frozen disks stay when their VM is
+    /// deleted. Needs a service's socket.
+    Overlays {
+        /// The image, on the service's host, or one of its overlays.
+        #[arg(value_name = "PATH")]
+        path: String,
+        /// Remove those that no VM, image or snapshot uses.
+        #[arg(long)]
+        remove: bool,
+    },
     /// Make the VM from a snapshot, and record which pages its guest touches until `stop-recording`. Later
     /// restores with OnDemand and Map bring these pages first. Waits until the record is written; the VM
     /// stays. Ctrl-C ends the recording without a record. Needs --vm ID.

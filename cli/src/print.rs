@@ -8,8 +8,8 @@ use comfy_table::Table;
 use comfy_table::presets::NOTHING;
 use serde::Serialize;
 use spec::{
-    ConsoleMode, DiskConfig, MigrationInfo, MigrationSide, NetConfig, PendingResize,
-    ResizeResource, VmCounters, VmInfo, VmSummary, VmmPingResponse,
+    ConsoleMode, DiskConfig, MigrationInfo, MigrationSide, NetConfig, OverlayInfo, OverlayState,
+    PendingResize, ResizeResource, VmCounters, VmInfo, VmSummary, VmmPingResponse,
 };
 
 /// The form of the output: text or JSON.
@@ -69,6 +69,24 @@ pub(crate) fn raw(bytes: &[u8]) -> Result<()> {
     let mut stdout = io::stdout();
     stdout.write_all(bytes)?;
     Ok(stdout.flush()?)
+}
+
+/// A line each.
+pub(crate) fn overlays(all: &[OverlayInfo]) -> String {
+    let head = ["OVERLAY", "SIZE", "STATE", "REASON"].map(str::to_owned);
+    let rows = all.iter().map(|overlay| {
+        let state = match overlay.state {
+            OverlayState::Unused => "unused",
+            OverlayState::InUse => "in use",
+            OverlayState::Backing => "backing",
+            OverlayState::Snapshot => "snapshot",
+            OverlayState::Removed => "removed",
+        };
+        let size = bytes(overlay.bytes);
+        let reason = overlay.reason.clone().unwrap_or_default();
+        [overlay.path.clone(), size, state.to_owned(), reason]
+    });
+    table(std::iter::once(head).chain(rows))
 }
 
 /// A line each.

@@ -7,10 +7,10 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use openapi::{Client, News};
 use spec::{
-    CreateVm, ForkVm, MergeSnapshots, MirrorDisk, PciDeviceInfo, ReceiveMigrationData,
-    RecordWorkingSet, ResolveMigration, RestoreConfig, SendMigrationData, SnapshotDisks,
-    VmAddUserDevice, VmConfig, VmCoredumpData, VmId, VmRemoveDevice, VmResize, VmResizeDisk,
-    VmResizeZone, VmSnapshotConfig, options,
+    CreateVm, FindOverlays, ForkVm, MergeSnapshots, MirrorDisk, PciDeviceInfo,
+    ReceiveMigrationData, RecordWorkingSet, ResolveMigration, RestoreConfig, SendMigrationData,
+    SnapshotDisks, VmAddUserDevice, VmConfig, VmCoredumpData, VmId, VmRemoveDevice, VmResize,
+    VmResizeDisk, VmResizeZone, VmSnapshotConfig, options,
 };
 
 use crate::args::{Arguments, Command, ResizeArguments, SnapshotCommand};
@@ -283,6 +283,10 @@ impl Remote {
                 };
                 let begins = self.client.snapshots_merge(&body);
                 migrate::follow(&self.client, begins, self.printer).await
+            }
+            SnapshotCommand::Overlays { path, remove } => {
+                let found = self.client.overlays(&FindOverlays { path, remove }).await?;
+                self.printer.show(&found, |found| print::overlays(found))
             }
             SnapshotCommand::Record {
                 source_url,

@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use spec::{
-    AwaitMigration, ForkVm, MergeSnapshots, MigrationInfo, MigrationOutcome, MirrorDisk,
-    RecordWorkingSet, RestoreConfig, StartMigration, VmCoredumpData, VmId, VmSnapshotConfig,
+    AwaitMigration, FindOverlays, ForkVm, MergeSnapshots, MigrationInfo, MigrationOutcome,
+    MirrorDisk, OverlayInfo, RecordWorkingSet, RestoreConfig, StartMigration, VmCoredumpData, VmId,
+    VmSnapshotConfig,
 };
 use tokio::sync::watch;
 
@@ -134,6 +135,16 @@ pub trait Migrate: Send + Sync {
     /// # Errors
     /// The request is not valid, or the chain cannot be read.
     fn merge(&self, what: &MergeSnapshots) -> Result<Arc<dyn Migration>, RequestError>;
+
+    /// Lists the overlays beside an image, and removes those that nothing uses if that is asked for.
+    ///
+    /// # Errors
+    /// The request is not valid, or the images in the directory cannot be read.
+    fn overlays(
+        &self,
+        registry: &Registry,
+        what: &FindOverlays,
+    ) -> Result<Vec<OverlayInfo>, RequestError>;
 
     /// Starts to write a core dump of a VM.
     ///

@@ -6,9 +6,9 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use spec::{
-    AwaitMigration, CpuCheck, CpuDescription, ForkVm, HostCpu, HostLimits, MergeSnapshots,
-    MigrationSide, MirrorDisk, RecordWorkingSet, RestoreConfig, StartMigration, VmConfig,
-    VmCoredumpData, VmId, VmSnapshotConfig,
+    AwaitMigration, CpuCheck, CpuDescription, FindOverlays, ForkVm, HostCpu, HostLimits,
+    MergeSnapshots, MigrationSide, MirrorDisk, OverlayInfo, RecordWorkingSet, RestoreConfig,
+    StartMigration, VmConfig, VmCoredumpData, VmId, VmSnapshotConfig,
 };
 use tokio::sync::watch;
 
@@ -216,6 +216,15 @@ impl Registry {
     ) -> Result<Arc<dyn Migration>, RequestError> {
         let merging = self.mover()?.merge(what)?;
         Ok(self.0.migrations.add(merging))
+    }
+
+    /// Lists the overlays beside an image, and removes those that nothing uses if that is asked for. Waits for
+    /// the disk.
+    ///
+    /// # Errors
+    /// The request is not valid, or the images in the directory cannot be read.
+    pub fn overlays(&self, what: &FindOverlays) -> Result<Vec<OverlayInfo>, RequestError> {
+        self.mover()?.overlays(self, what)
     }
 
     /// Starts to write a core dump of a paused VM.

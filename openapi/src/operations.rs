@@ -1,12 +1,13 @@
 //! The operations of the document, each a method of [`Client`].
 
 use spec::{
-    AwaitMigration, CpuCheck, CpuDescription, CreateVm, DeviceConfig, DiskConfig, ForkVm, FsConfig,
-    GenericVhostUserConfig, HostCpu, MemoryMap, MergeSnapshots, MigrationInfo, MigrationProgress,
-    MirrorDisk, NetConfig, PciDeviceInfo, PmemConfig, ReceiveMigrationData, RecordWorkingSet,
-    ResolveMigration, RestoreConfig, SendMigrationData, StartMigration, VdpaConfig,
-    VmAddUserDevice, VmConfig, VmCoredumpData, VmCounters, VmId, VmInfo, VmRemoveDevice, VmResize,
-    VmResizeDisk, VmResizeZone, VmSnapshotConfig, VmSummary, VmmPingResponse, VsockConfig,
+    AwaitMigration, CpuCheck, CpuDescription, CreateVm, DeviceConfig, DiskConfig, FindOverlays,
+    ForkVm, FsConfig, GenericVhostUserConfig, HostCpu, MemoryMap, MergeSnapshots, MigrationInfo,
+    MigrationProgress, MirrorDisk, NetConfig, OverlayInfo, PciDeviceInfo, PmemConfig,
+    ReceiveMigrationData, RecordWorkingSet, ResolveMigration, RestoreConfig, SendMigrationData,
+    StartMigration, VdpaConfig, VmAddUserDevice, VmConfig, VmCoredumpData, VmCounters, VmId,
+    VmInfo, VmRemoveDevice, VmResize, VmResizeDisk, VmResizeZone, VmSnapshotConfig, VmSummary,
+    VmmPingResponse, VsockConfig,
 };
 
 use crate::client::Client;
@@ -165,6 +166,8 @@ operations! {
     vms_snapshot(id)[VmSnapshotConfig]: POST "/api/v1/vms/{id}/snapshots" "snapshotVm" -> MigrationInfo;
     /// Starts to write a snapshot that needs no base from a chain of increments.
     snapshots_merge[MergeSnapshots]: POST "/api/v1/snapshots/merge" "mergeSnapshots" -> MigrationInfo;
+    /// Lists the overlays beside an image, and removes those that nothing uses if that is asked for.
+    overlays[FindOverlays]: POST "/api/v1/overlays" "findOverlays" -> Vec<OverlayInfo>;
     /// Starts to write a core dump of a paused VM.
     vms_core_dump(id)[VmCoredumpData]: POST "/api/v1/vms/{id}/core-dumps" "dumpVm" -> MigrationInfo;
     /// Starts to copy a disk of a VM into a new image, on which the disk then continues.

@@ -30,6 +30,7 @@ mod names;
 mod numa;
 mod objects;
 pub mod options;
+mod overlays;
 mod overrides;
 mod parse;
 mod paths;
@@ -66,6 +67,7 @@ pub use migration::{
     MigrationStep, ResolveMigration, StartMigration, StorageMode,
 };
 pub use names::{MEMORY_DEVICE, PVPANIC, WATCHDOG, check_device_name, free_name};
+pub use overlays::{FindOverlays, OverlayInfo, OverlayState};
 pub use overrides::{
     DiskOverride, ForkVm, MAX_FORKS, NetOverride, Overrides, VsockOverride, fork_names,
 };

@@ -14,9 +14,9 @@ use std::time::{Duration, Instant};
 
 use guest::{Line, Options, Workload};
 use spec::VmSnapshotConfig;
-use spec::{ForkVm, ImageType, MigrationPhase, RestoreConfig, SnapshotDisks, VmId};
+use spec::{ForkVm, ImageType, MigrationPhase, OverlayState, RestoreConfig, SnapshotDisks, VmId};
 use tests::snapshots::{from, over, refused, to};
-use tests::{Face, Service};
+use tests::{Face, Service, built};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Pages of the disk that the guest uses.
@@ -102,20 +102,25 @@ async fn overlay(at: &Service, vm: &VmId) -> PathBuf {
     disk.path.unwrap().into()
 }
 
-/// The images in the folder of the disk, but for the disk itself.
+/// The overlays in the folder of the disk.
 fn overlays(disk: &Path) -> Vec<PathBuf> {
-    let name = format!("{}.", disk.file_name().unwrap().to_str().unwrap());
+    beside(disk, |name| name.ends_with(".qcow2"))
+}
+
+/// The records of snapshots that need one of the overlays.
+fn records(disk: &Path) -> Vec<PathBuf> {
+    beside(disk, |name| name.contains(".snapshot-"))
+}
+
+/// The files in the folder of the disk whose names begin with that of the disk.
+fn beside(disk: &Path, is_wanted: impl Fn(&str) -> bool) -> Vec<PathBuf> {
+    let start = format!("{}.", disk.file_name().unwrap().to_str().unwrap());
     let all = fs::read_dir(disk.parent().unwrap()).unwrap();
-    let all = all.map(|entry| entry.unwrap().path());
-    let mut all: Vec<_> = all
-        .filter(|path| {
-            path.file_name()
-                .unwrap()
-                .to_str()
-                .unwrap()
-                .starts_with(&name)
-        })
-        .collect();
+    let mut all: Vec<_> = all.map(|entry| entry.unwrap().path()).collect();
+    all.retain(|path| {
+        let name = path.file_name().unwrap().to_str().unwrap();
+        name.starts_with(&start) && is_wanted(name)
+    });
     all.sort();
     all
 }
@@ -248,6 +253,7 @@ async fn failed_snapshot_leaves_disks_that_are_whole() {
         let begun = client.vms_snapshot(&vm, &with_overlays(full)).await;
         let failed = over(&service, &begun.unwrap()).await;
         assert_eq!(failed.error.unwrap().code, "no-space");
+        assert!(records(&disk).is_empty());
         let config = client.vms_info(&vm).await.unwrap().config;
         assert_eq!(config == before, is_paused);
         if is_paused {
@@ -381,6 +387,128 @@ async fn canceled_operations_leave_nothing() {
             writes_on(port(&service, "guest")).await;
         }
     }
+}
+
+/// What deleted VMs leave is listed with its users, and removed but for what a snapshot or VM needs.
+#[tokio::test]
+async fn overlays_that_nothing_uses_are_removed() {
+    let service = Service::start_with(&[], &["-v".to_owned()]).await.unwrap();
+    let client = service.client();
+    let (vm, disk) = boot(&service, "raw").await;
+    writes_on(port(&service, "guest")).await;
+    let [first, second] = ["first", "second"].map(|name| service.path(name));
+    let begun = client.vms_snapshot(&vm, &with_overlays(&first)).await;
+    completed(&service, begun.unwrap()).await;
+    let frozen = overlay(&service, &vm).await;
+    let begun = client.vms_snapshot(&vm, &with_overlays(&second)).await;
+    completed(&service, begun.unwrap()).await;
+    let what = ForkVm {
+        count: 2,
+        overrides: apart(&service, "fork"),
+        disks: SnapshotDisks::Overlay,
+        ..ForkVm::default()
+    };
+    let below = overlay(&service, &vm).await;
+    completed(&service, client.vms_fork(&vm, &what).await.unwrap()).await;
+    let own = overlay(&service, &vm).await;
+
+    let find = async |path: &Path, remove| {
+        let path = path.to_str().unwrap().to_owned();
+        client.overlays(&spec::FindOverlays { path, remove }).await
+    };
+    let states = async |remove| {
+        let found = find(&disk, remove).await.unwrap();
+        let states = found
+            .into_iter()
+            .map(|one| (PathBuf::from(one.path), one.state));
+        states.collect::<std::collections::BTreeMap<_, _>>()
+    };
+    // The VMs use all of them: those that are below an overlay, too.
+    let all = states(true).await;
+    assert_eq!(all.len(), 5);
+    assert!(
+        all.values().all(|state| *state == OverlayState::InUse),
+        "{all:?}"
+    );
+    for fork in ["guest-1", "guest-2"] {
+        client.vms_delete(&fork.parse().unwrap()).await.unwrap();
+    }
+    // The VM is off, and its configuration names an overlay.
+    client.vms_shutdown(&vm).await.unwrap();
+    let above = service.path("above.qcow2");
+    let create = ["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"];
+    qemu_img(
+        &[
+            &create[..],
+            &[frozen.to_str().unwrap(), above.to_str().unwrap()],
+        ]
+        .concat(),
+    );
+    let listed = states(false).await;
+    assert_eq!(listed[&own], OverlayState::InUse);
+    assert_eq!(listed[&below], OverlayState::Backing);
+    let unused = listed
+        .values()
+        .filter(|state| **state == OverlayState::Unused);
+    assert_eq!(unused.count(), 2, "those of the forks: {listed:?}");
+    assert_eq!(states(false).await, listed, "none is removed");
+    client.vms_delete(&vm).await.unwrap();
+    // By the command, and what is below the first that go.
+    let run = Command::new(built("wh-remote").unwrap())
+        .arg("--api-socket")
+        .arg(service.socket())
+        .args(["snapshot", "overlays", "--remove"])
+        .arg(&disk)
+        .output()
+        .unwrap();
+    let text = String::from_utf8(run.stdout).unwrap();
+    assert_eq!(text.matches(" removed").count(), 4, "{text}");
+    assert_eq!(overlays(&disk).first(), Some(&frozen));
+    assert!(
+        service
+            .log()
+            .contains("removed an overlay that nothing uses")
+    );
+    fs::remove_file(above).unwrap();
+    let kept = find(&disk, true).await.unwrap();
+    let reason = kept[0].reason.clone().unwrap();
+    assert_eq!(kept[0].state, OverlayState::Snapshot);
+    assert!(reason.contains(second.to_str().unwrap()), "{reason}");
+
+    // The snapshot that needs it is whole.
+    for dir in [&first, &second] {
+        let what = RestoreConfig {
+            count: Some(1),
+            overrides: Some(apart(&service, "again")),
+            ..from(dir, true)
+        };
+        let begun = client.vms_restore(&"again".parse().unwrap(), &what).await;
+        completed(&service, begun.unwrap()).await;
+        writes_on(port(&service, "again-1")).await;
+        client
+            .vms_delete(&"again-1".parse().unwrap())
+            .await
+            .unwrap();
+    }
+    let left = states(true).await.into_values().collect::<Vec<_>>();
+    assert_eq!(left.len(), 3);
+    assert_eq!(overlays(&disk), std::slice::from_ref(&frozen));
+    // Gone, but the record says how to go on.
+    fs::remove_dir_all(&second).unwrap();
+    assert_eq!(states(true).await[&frozen], OverlayState::Snapshot);
+    let record = records(&disk).pop().unwrap();
+    assert!(reason.contains(record.to_str().unwrap()), "{reason}");
+    fs::remove_file(record).unwrap();
+    assert_eq!(states(true).await[&frozen], OverlayState::Removed);
+    assert!(overlays(&disk).is_empty());
+
+    refused(
+        find(Path::new("web.raw"), true).await,
+        422,
+        "invalid-configuration",
+    );
+    let nowhere = find(Path::new("/no/such/folder/web.raw"), true).await;
+    refused(nowhere, 422, "overlays-unreadable");
 }
 
 /// A restore that fails removes the overlays that it has made.

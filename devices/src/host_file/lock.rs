@@ -17,6 +17,8 @@ use nix::fcntl::{FcntlArg, fcntl};
 /// Bytes of permissions in use, and of permissions denied to others.
 const USED: i64 = 100;
 const DENIED: i64 = 200;
+/// Byte of a file that an operation is making, for a user who comes later. QEMU does not look at it.
+const MAKING: i64 = 90;
 /// Permissions, as bits.
 const CONSISTENT_READ: u8 = 0;
 const WRITE: u8 = 1;
@@ -108,6 +110,24 @@ pub fn stop_writing(file: &File, path: &Path, mode: LockMode) -> Result<(), Lock
         path: path.to_owned(),
         source,
     })
+}
+
+/// Marks a new file as one that an operation needs, though nobody uses it yet, until the result is dropped.
+/// Users are not kept from it, but by [`LockMode::Full`].
+///
+/// # Errors
+/// The file system does not lock.
+pub fn mark_needed(file: File) -> io::Result<Lockable> {
+    set(&file, libc::F_RDLCK, MAKING, 1)?;
+    Ok(Lockable(file))
+}
+
+/// Returns whether a file is [marked](mark_needed).
+///
+/// # Errors
+/// The file system does not lock.
+pub fn is_marked(file: &File) -> io::Result<bool> {
+    is_locked(file, MAKING)
 }
 
 /// Lets others use the image.

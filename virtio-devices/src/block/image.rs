@@ -192,6 +192,11 @@ impl Image {
         &self.how
     }
 
+    /// Returns the locked part of the image.
+    pub(super) fn lock_mode(&self) -> LockMode {
+        self.how.lock
+    }
+
     /// The path by which the image was opened.
     pub(super) fn path(&self) -> &Path {
         &self.how.path

@@ -8,10 +8,12 @@
 //!   switch_back only while nothing was written to the overlay
 //! ```
 
+use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use devices::host_file::lock::{self, Lockable};
 use devices::host_file::{FileKind, LockError, LockMode, OpenError, Request};
 
 use super::create::{Backing, create_file};
@@ -40,7 +42,7 @@ impl BaseImage {
     /// # Errors
     /// The image is not usable, or is in use by one who writes. There is a file of that name, or the host
     /// cannot create one. Nothing is left.
-    pub fn create_overlay(&self, overlay: &Path) -> Result<(), ImageError> {
+    pub fn create_overlay(&self, overlay: &Path) -> Result<NeededOverlay, ImageError> {
         let base = Image::open(Opening {
             path: self.path.clone(),
             readonly: true,
@@ -54,7 +56,30 @@ impl BaseImage {
             is_incoming: false,
         })?;
         let size = base.size().map_err(|error| failed(&self.path, error))?;
-        create(&self.path, self.format, size, overlay)
+        create(&self.path, self.format, size, overlay)?;
+        NeededOverlay::mark(overlay, self.lock)
+    }
+}
+
+/// Keeps an overlay that was made from being removed as [unused](super::find_overlays), until its machine has
+/// opened it.
+#[derive(Debug)]
+pub struct NeededOverlay {
+    _mark: Option<Lockable>,
+}
+
+impl NeededOverlay {
+    fn mark(overlay: &Path, mode: LockMode) -> Result<Self, ImageError> {
+        // A lock of the whole file would find the mark in its way. Such an overlay may be removed in the
+        // moment before it is opened: the operation fails then, and nothing is lost.
+        if mode == LockMode::Full {
+            return Ok(Self { _mark: None });
+        }
+        let marked = File::open(overlay).and_then(lock::mark_needed);
+        let marked = marked.map_err(|error| failed(overlay, error))?;
+        Ok(Self {
+            _mark: Some(marked),
+        })
     }
 }
 
@@ -93,6 +118,7 @@ pub struct PlannedOverlay {
     base: PathBuf,
     format: ImageFormat,
     size: u64,
+    lock: LockMode,
 }
 
 impl PlannedOverlay {
@@ -100,8 +126,9 @@ impl PlannedOverlay {
     ///
     /// # Errors
     /// There is a file of that name, or the host cannot create one. Nothing is left.
-    pub fn create(&self) -> Result<(), ImageError> {
-        create(&self.base, self.format, self.size, &self.path)
+    pub fn create(&self) -> Result<NeededOverlay, ImageError> {
+        create(&self.base, self.format, self.size, &self.path)?;
+        NeededOverlay::mark(&self.path, self.lock)
     }
 }
 
@@ -127,6 +154,7 @@ impl BlockHandle {
             base,
             format: image.format(),
             size,
+            lock: image.lock_mode(),
         })
     }
 
@@ -201,7 +229,7 @@ pub fn beside(base: &Path, suffix: &str) -> Result<(PathBuf, PathBuf), ImageErro
 }
 
 /// Begins the end of an overlay's name.
-const OVERLAY_MARK: &str = ".overlay-";
+pub(super) const OVERLAY_MARK: &str = ".overlay-";
 
 #[cfg(test)]
 mod tests {

@@ -11,14 +11,16 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use ::devices::host_file::LockMode;
 use migration::Refusal;
 use parking_lot::Mutex;
 use spec::{DiskConfig, ImageType, LockGranularity, SnapshotDisks, VmConfig};
 use uuid::Uuid;
-use virtio_devices::block::{BaseImage, ImageError, ImageFormat, beside};
+use virtio_devices::block::{BaseImage, ImageError, ImageFormat, NeededOverlay, beside};
 
+use super::overlays::SnapshotRecords;
 use crate::driver::{Caller, Driver, NewOverlay, SwitchedDisk};
 
 /// The disks of one VM, of which a snapshot is taken.
@@ -28,6 +30,12 @@ pub(super) struct DiskFreeze {
     id: Uuid,
     disks: Vec<String>,
     stage: Mutex<Stage>,
+    /// The configuration and the folder of a snapshot, which needs the images of its disks as long as it is
+    /// there. Forks have neither.
+    folder: Option<(Arc<VmConfig>, String)>,
+    records: Mutex<SnapshotRecords>,
+    /// Until the end, the overlays are needed though no disk may use them.
+    needed: Mutex<Vec<NeededOverlay>>,
 }
 
 enum Stage {
@@ -62,11 +70,30 @@ impl DiskFreeze {
             id,
             disks,
             stage: Mutex::new(Stage::Created(Vec::new())),
+            folder: None,
+            records: Mutex::default(),
+            needed: Mutex::default(),
         }
     }
 
-    /// Creates the overlays.
+    /// Has the images recorded as those of a snapshot in this folder.
+    pub(super) fn for_snapshot(mut self, config: Arc<VmConfig>, folder: String) -> Self {
+        self.folder = Some((config, folder));
+        self
+    }
+
+    /// Records which images the snapshot needs, and creates the overlays.
     pub(super) fn create(&self) -> Result<(), Refusal> {
+        if let Some((config, folder)) = &self.folder {
+            match SnapshotRecords::write(config, self.id, folder) {
+                Ok(records) => *self.records.lock() = records,
+                // Its caller looks after the disks.
+                Err(why) if self.disks.is_empty() => {
+                    tracing::warn!(%why, "an overlay may be removed though a snapshot names it");
+                }
+                Err(why) => return Err(why),
+            }
+        }
         if self.disks.is_empty() {
             return Ok(());
         }
@@ -75,7 +102,8 @@ impl DiskFreeze {
         let planned = self.caller.attempt(plan)?;
         let mut stage = self.stage.lock();
         for (disk, plan) in planned {
-            plan.create().map_err(|error| refused(&error))?;
+            let needed = plan.create().map_err(|error| refused(&error))?;
+            self.needed.lock().push(needed);
             if let Stage::Created(all) = &mut *stage {
                 let path = plan.path;
                 all.push(NewOverlay { disk, path });
@@ -109,8 +137,10 @@ impl DiskFreeze {
     /// Concludes a snapshot, before its VM may do something else: the overlays stay, or everything is as it
     /// was before. Returns what an operator should know.
     pub(super) fn finish(&self, is_complete: bool) -> &'static str {
+        let records = std::mem::take(&mut *self.records.lock());
         if is_complete {
             self.keep();
+            records.keep();
         }
         let mut stage = self.stage.lock();
         let stage = std::mem::replace(&mut *stage, Stage::Kept(0));
@@ -156,7 +186,7 @@ fn remove(path: &Path) {
 
 /// Overlays that were made for a VM which comes from a snapshot. Removed unless they are kept.
 #[derive(Default)]
-pub(super) struct OwnOverlays(Vec<PathBuf>);
+pub(super) struct OwnOverlays(Vec<(PathBuf, NeededOverlay)>);
 
 impl OwnOverlays {
     /// Makes an overlay for each frozen disk of a configuration, whose paths are checked, and has the
@@ -176,9 +206,9 @@ impl OwnOverlays {
             })?;
             let base = base_image(disk, image_dirs)?;
             let (_, overlay) = beside(&base.path, suffix).map_err(|error| refused(&error))?;
-            base.create_overlay(&overlay)
-                .map_err(|error| refused(&error))?;
-            made.0.push(overlay.clone());
+            let needed = base.create_overlay(&overlay);
+            let needed = needed.map_err(|error| refused(&error))?;
+            made.0.push((overlay.clone(), needed));
             for config in [&mut *config, &mut *resolved] {
                 find(config, id)
                     .into_iter()
@@ -196,7 +226,7 @@ impl OwnOverlays {
 
 impl Drop for OwnOverlays {
     fn drop(&mut self) {
-        self.0.iter().for_each(|path| remove(path));
+        self.0.iter().for_each(|(path, _)| remove(path));
     }
 }
 

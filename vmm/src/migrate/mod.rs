@@ -7,6 +7,7 @@ mod history;
 mod journals;
 mod mirror;
 mod offer;
+mod overlays;
 mod receive;
 mod reported;
 mod restore;
@@ -36,10 +37,10 @@ use migration::{
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use spec::{
-    AwaitMigration, FieldProblem, ForkVm, MemoryMode, MergeSnapshots, MigrationDowntime,
-    MigrationError, MigrationInfo, MigrationOutcome, MigrationPhase, MigrationSide, MirrorDisk,
-    RecordWorkingSet, RestoreConfig, StartMigration, VmConfig, VmCoredumpData, VmId,
-    VmSnapshotConfig,
+    AwaitMigration, FieldProblem, FindOverlays, ForkVm, MemoryMode, MergeSnapshots,
+    MigrationDowntime, MigrationError, MigrationInfo, MigrationOutcome, MigrationPhase,
+    MigrationSide, MirrorDisk, OverlayInfo, RecordWorkingSet, RestoreConfig, StartMigration,
+    VmConfig, VmCoredumpData, VmId, VmSnapshotConfig,
 };
 use tokio::sync::watch;
 
@@ -531,6 +532,14 @@ impl Migrate for Pool {
 
     fn merge(&self, what: &MergeSnapshots) -> Result<Arc<dyn Migration>, RequestError> {
         snapshot::merge_chain(what)
+    }
+
+    fn overlays(
+        &self,
+        registry: &Registry,
+        what: &FindOverlays,
+    ) -> Result<Vec<OverlayInfo>, RequestError> {
+        overlays::find(registry, what)
     }
 
     fn core_dump(

@@ -9,6 +9,7 @@ use migration::{Block, Offer, Refusal, Source as _, Stopped};
 use spec::{FieldProblem, MergeSnapshots, MigrationSide, VmConfig, VmSnapshotConfig};
 
 use super::freeze::{DiskFreeze, disks_to_freeze};
+use super::overlays::SnapshotRecords;
 use super::source::SourceVm;
 use super::{ActiveMigration, offer, start};
 use crate::driver::Purpose;
@@ -145,10 +146,12 @@ pub(super) fn take(
             live = !parts.is_paused, "snapshot: begins"
         );
         let is_paused = parts.is_paused;
-        let frozen = disks_to_freeze(&parts.config, disks);
+        let config = Arc::clone(&parts.config);
+        let frozen = disks_to_freeze(&config, disks);
         let mut source = SourceVm::new(id, parts).freezing(frozen);
         let ending = source.ending();
-        let disks = source.freeze(ours.id);
+        let freeze = source.freeze(ours.id);
+        let disks = freeze.for_snapshot(config, ours.endpoint.clone());
         let writing = Writing {
             id: ours.id,
             dir: &dir,
@@ -183,6 +186,10 @@ pub(super) fn merge_chain(what: &MergeSnapshots) -> Result<Arc<dyn Migration>, R
     let chain = open(&path("source_url", &what.source_url)?)?;
     let url = what.destination_url.clone();
     let merging = Arc::new(ActiveMigration::new(MigrationSide::Source, None, url));
+    // The images below the VM are those of the chain, and needed as long as one of both snapshots is there.
+    let config = offer::machine(&chain.offer()).map_err(unusable)?.config;
+    let records = SnapshotRecords::write(&config, merging.id, &merging.endpoint);
+    let records = records.map_err(unusable)?;
     let ours = Arc::clone(&merging);
     let span = tracing::info_span!("merge", folder = merging.endpoint);
     start("snapshot", span, move || {
@@ -199,7 +206,9 @@ pub(super) fn merge_chain(what: &MergeSnapshots) -> Result<Arc<dyn Migration>, R
             decision: &ours.decision,
         };
         // The report has the failure, if it failed.
-        let _ = merge(&writing, &chain);
+        if merge(&writing, &chain).is_ok() {
+            records.keep();
+        }
         ours.log_end();
         ours.end();
     })?;

@@ -1,0 +1,170 @@
+//! Overlays that VMs leave: listed, and removed if nothing needs them.
+//!
+//! A snapshot that names an overlay as the image of a disk leaves a record beside it, which keeps it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use ::devices::host_file::Identity;
+use control::{Category, Registry, RequestError};
+use migration::Refusal;
+use spec::{FieldProblem, FindOverlays, OverlayInfo, OverlayState, VmConfig, VmId};
+use uuid::Uuid;
+use virtio_devices::block::{
+    FoundOverlay, ImageError, MAX_BACKING, OverlayUse, find_overlays, record_snapshot,
+};
+
+/// Lists the overlays beside an image, and removes those that nothing uses if that is asked for.
+pub(super) fn find(
+    registry: &Registry,
+    what: &FindOverlays,
+) -> Result<Vec<OverlayInfo>, RequestError> {
+    let path = Path::new(&what.path);
+    if !path.is_absolute() || path.file_name().is_none() {
+        return Err(RequestError::invalid(vec![FieldProblem {
+            pointer: "/path".to_owned(),
+            code: "invalid".to_owned(),
+            detail: format!(
+                "`path` ({:?}) must be the absolute path of an image",
+                what.path
+            ),
+        }]));
+    }
+    let named = images_of_vms(registry);
+    let mut removed = Vec::new();
+    // Each pass may free the overlays below those that it removes.
+    for _ in 0..=MAX_BACKING {
+        let mut found = find_overlays(path).map_err(|error| unreadable(&error))?;
+        let before = removed.len();
+        let mut infos = Vec::new();
+        for overlay in &mut found {
+            let mut info = describe(overlay, &named);
+            if what.remove && info.state == OverlayState::Unused {
+                remove(overlay, &mut info);
+            }
+            match info.state {
+                OverlayState::Removed => removed.push(info),
+                _ => infos.push(info),
+            }
+        }
+        if removed.len() == before {
+            removed.extend(infos);
+            break;
+        }
+    }
+    Ok(removed)
+}
+
+fn unreadable(error: &ImageError) -> RequestError {
+    let code = "overlays-unreadable";
+    RequestError::new(Category::Unprocessable, code, error.to_string())
+}
+
+/// The images that configurations of VMs name, whether these are on or off.
+fn images_of_vms(registry: &Registry) -> Vec<(Identity, VmId)> {
+    let mut named = Vec::new();
+    for vm in registry.list() {
+        let config = vm.status().config;
+        for path in paths(&config) {
+            let identity = Identity::of(Path::new(path));
+            named.extend(identity.map(|identity| (identity, vm.id().clone())));
+        }
+    }
+    named
+}
+
+fn paths(config: &VmConfig) -> impl Iterator<Item = &str> {
+    let disks = config.disks.iter().flatten();
+    disks.filter_map(|disk| disk.path.as_deref())
+}
+
+fn describe(overlay: &FoundOverlay, named: &[(Identity, VmId)]) -> OverlayInfo {
+    let identity = Identity::of(&overlay.path);
+    let vm = named
+        .iter()
+        .find(|(image, _)| Some(image) == identity.as_ref());
+    let (state, reason) = match (&overlay.used, vm) {
+        (_, Some((_, vm))) => {
+            let vm = vm.as_str();
+            (OverlayState::InUse, Some(format!("the VM {vm:?} names it")))
+        }
+        (OverlayUse::Unused, None) => (OverlayState::Unused, None),
+        (OverlayUse::Open(holder), None) => {
+            (OverlayState::InUse, Some(format!("{holder} uses it")))
+        }
+        (OverlayUse::Backing(above), None) => {
+            let reason = format!("{} is on top of it", above.display());
+            (OverlayState::Backing, Some(reason))
+        }
+        (OverlayUse::Snapshot(record, text), None) => {
+            let reason = format!(
+                "{text}; if this snapshot is gone, remove the record {}",
+                record.display()
+            );
+            (OverlayState::Snapshot, Some(reason))
+        }
+    };
+    OverlayInfo {
+        path: overlay.path.to_string_lossy().into_owned(),
+        bytes: overlay.bytes,
+        state,
+        reason,
+    }
+}
+
+fn remove(overlay: &mut FoundOverlay, info: &mut OverlayInfo) {
+    match overlay.remove() {
+        Ok(true) => {
+            info.state = OverlayState::Removed;
+            tracing::info!(
+                path = info.path,
+                bytes = info.bytes,
+                "removed an overlay that nothing uses"
+            );
+        }
+        Ok(false) => {}
+        Err(error) => {
+            tracing::warn!(%error, path = info.path, "cannot remove an overlay that nothing uses");
+            info.reason = Some(error.to_string());
+        }
+    }
+}
+
+/// Records of a snapshot beside the overlays that it names. Removed unless they are kept.
+#[derive(Default)]
+pub(super) struct SnapshotRecords(Vec<PathBuf>);
+
+impl SnapshotRecords {
+    /// Writes them, before the snapshot is complete.
+    ///
+    /// # Errors
+    /// The host refuses (`no-overlay`).
+    pub(super) fn write(config: &VmConfig, id: Uuid, folder: &str) -> Result<Self, Refusal> {
+        let mut records = Self::default();
+        let text = format!("the snapshot {id} in {folder} needs it");
+        for path in paths(config) {
+            let record = record_snapshot(Path::new(path), &id.to_string(), &text);
+            let record = record.map_err(|error| {
+                let why = format!("cannot record that the snapshot needs {path}: {error}");
+                Refusal::new("no-overlay", why)
+            })?;
+            records.0.extend(record);
+        }
+        Ok(records)
+    }
+
+    /// The snapshot is complete.
+    pub(super) fn keep(mut self) {
+        self.0.clear();
+    }
+}
+
+impl Drop for SnapshotRecords {
+    fn drop(&mut self) {
+        for path in &self.0 {
+            if let Err(error) = fs::remove_file(path) {
+                tracing::warn!(%error, path = %path.display(), "cannot remove a record that is not needed");
+            }
+        }
+    }
+}
