@@ -94,7 +94,9 @@ impl Sources<'_> {
         let token = self.shared.issue(self.actor, key, fd);
         self.registry
             .register(&mut SourceFd(&fd), token, interest.into())
-            .inspect_err(|_| self.shared.withdraw(token))
+            .inspect_err(|_| {
+                self.shared.withdraw(self.actor, fd);
+            })
     }
 
     /// Sets the actor's only timer: [`Actor::woken`] is called at `when` or soon after it. `None`
@@ -108,8 +110,7 @@ impl Sources<'_> {
 
     /// Ends the watch on `fd`, if there is one.
     pub fn forget(&mut self, fd: RawFd) {
-        if let Some(token) = self.shared.token_of(self.actor, fd) {
-            self.shared.withdraw(token);
+        if self.shared.withdraw(self.actor, fd).is_some() {
             // The descriptor may be closed already; then the kernel has forgotten it by itself.
             let _ = self.registry.deregister(&mut SourceFd(&fd));
         }
@@ -121,36 +122,36 @@ impl Sources<'_> {
 #[derive(Default)]
 struct Tokens {
     next: usize,
-    by_token: HashMap<Token, (u64, usize, RawFd)>,
+    by_token: HashMap<Token, (u64, usize)>,
+    /// Descriptors of each actor, which are few. A machine that stops dismisses hundreds of actors, and
+    /// must not look through the descriptors of all for each.
+    by_actor: HashMap<u64, Vec<(RawFd, Token)>>,
 }
 
 impl Tokens {
     fn issue(&mut self, actor: u64, key: usize, fd: RawFd) -> Token {
         self.next += 1;
         let token = Token(self.next);
-        self.by_token.insert(token, (actor, key, fd));
+        self.by_token.insert(token, (actor, key));
+        self.by_actor.entry(actor).or_default().push((fd, token));
         token
     }
 
-    fn withdraw(&mut self, token: Token) {
+    /// Removes what was issued for this descriptor of the actor, if anything was.
+    fn withdraw(&mut self, actor: u64, fd: RawFd) -> Option<Token> {
+        let own = self.by_actor.get_mut(&actor)?;
+        let at = own.iter().position(|(watched, _)| *watched == fd)?;
+        let (_, token) = own.swap_remove(at);
         self.by_token.remove(&token);
-    }
-
-    fn token_of(&self, actor: u64, fd: RawFd) -> Option<Token> {
-        let (token, _) = self
-            .by_token
-            .iter()
-            .find(|(_, (a, _, f))| (*a, *f) == (actor, fd))?;
-        Some(*token)
+        Some(token)
     }
 
     fn forget_actor(&mut self, actor: u64, registry: &Registry) {
-        self.by_token.retain(|_, (owner, _, fd)| {
-            if *owner == actor {
-                let _ = registry.deregister(&mut SourceFd(fd));
-            }
-            *owner != actor
-        });
+        for (fd, token) in self.by_actor.remove(&actor).unwrap_or_default() {
+            self.by_token.remove(&token);
+            // The descriptor may be closed already; then the kernel has forgotten it by itself.
+            let _ = registry.deregister(&mut SourceFd(&fd));
+        }
     }
 }
 
@@ -387,7 +388,7 @@ impl Running {
                 }
                 // An earlier event of this batch may have ended the actor, or its watch. Then the
                 // token is gone.
-                if let Some(&(actor, key, _)) = self.tokens.by_token.get(&event.token()) {
+                if let Some(&(actor, key)) = self.tokens.by_token.get(&event.token()) {
                     self.call(actor, |a, sources| a.ready(key, sources));
                 }
             }
