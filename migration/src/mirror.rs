@@ -145,14 +145,21 @@ impl Copier {
             pending = self.from.dirty.take();
             let dirty = pending.count() as u64;
             // The stop ends with a sync, which is short if there is little to write back.
+            let syncing = Instant::now();
             self.to.sync().map_err(MigrationError::Here)?;
-            let span = start.elapsed();
+            let (synced, span) = (syncing.elapsed(), start.elapsed());
             let round_of = Left {
                 memory: 0,
                 disks: before,
             };
             measured.measure(round_of, copied, span);
             let predicted = measured.downtime_of_disks(dirty);
+            let left = Left {
+                memory: 0,
+                disks: dirty,
+            };
+            let another = measured.another(left, span, synced);
+            let shorter = measured.downtime_of_disks(another.leaves.disks);
             self.report_round(
                 mirroring.id,
                 Round {
@@ -170,6 +177,8 @@ impl Copier {
                 dirty,
                 dirty_before: before,
                 predicted,
+                costs: another.costs,
+                saves: predicted.saturating_sub(shorter),
                 span,
                 elapsed: begun.elapsed(),
                 can_postcopy: false,

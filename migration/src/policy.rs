@@ -188,6 +188,22 @@ impl Measured {
         is_news.then_some(speed)
     }
 
+    /// The prediction of a round behind one that took `span`, in which the guest wrote these pages:
+    /// `fixed` is what a round costs whatever it sends.
+    pub(crate) fn another(&self, left: Left, span: Duration, fixed: Duration) -> Another {
+        let costs = fixed.saturating_add(self.transfer(left));
+        // A guest keeps its rate. It never leaves more than it did in a longer round.
+        let share = (costs.as_secs_f64() / span.as_secs_f64().max(1e-6)).min(1.0);
+        let part = |pages: u64| (pages as f64 * share) as u64;
+        Another {
+            costs,
+            leaves: Left {
+                memory: part(left.memory),
+                disks: part(left.disks),
+            },
+        }
+    }
+
     /// The time that so many blocks of disks add to the stop. A batch or two count as nothing: however short the
     /// stop is to be, another round would leave as many.
     pub(crate) fn downtime_of_disks(&self, blocks: u64) -> Duration {
@@ -201,6 +217,15 @@ impl Measured {
     }
 }
 
+/// One more round, as predicted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Another {
+    /// How long it takes.
+    pub(crate) costs: Duration,
+    /// Pages to be sent behind it.
+    pub(crate) leaves: Left,
+}
+
 /// The situation after a round.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Situation {
@@ -211,6 +236,9 @@ pub(crate) struct Situation {
     pub(crate) dirty_before: u64,
     /// How long the stop would be now.
     pub(crate) predicted: Duration,
+    /// How long another round would take, and by how much it would shorten the stop.
+    pub(crate) costs: Duration,
+    pub(crate) saves: Duration,
     /// How long the round took.
     pub(crate) span: Duration,
     pub(crate) elapsed: Duration,
@@ -246,6 +274,11 @@ pub(crate) enum AfterCallOff {
     GiveUp,
 }
 
+/// A round pays for itself if it shortens the stop by this part of the time that it takes, or more.
+const PAYS: u32 = 4;
+/// Parts of `max_downtime` that a stop is predicted to take at most, unless rounds no longer make it shorter:
+/// the guest writes on until it is stopped, and the last pages may be slower than those before.
+const MARGIN: (u32, u32) = (3, 4);
 /// Pages that are not worth another round: a batch or two.
 const FEW: u64 = 128;
 /// Rounds before pages follow the guest in [`Mode::Hybrid`], if it does not converge before. In [`Mode::Auto`],
@@ -259,8 +292,11 @@ impl Policy {
     pub(crate) fn next(&self, now: &Situation) -> Next {
         let shrinks = now.dirty.saturating_mul(2) < now.dirty_before;
         let fits = now.predicted <= self.max_downtime;
-        // It would do, but less is better as long as a round costs little and gains much.
-        if fits && (now.dirty <= FEW || !shrinks) {
+        let has_margin = now.predicted <= self.max_downtime * MARGIN.0 / MARGIN.1;
+        let pays = now.saves.saturating_mul(PAYS) >= now.costs;
+        // It would do. Another round is worth its while only if the last one was: a guest that writes in
+        // bursts makes each prediction of a gain wrong.
+        if fits && !(shrinks && (pays || !has_margin && now.dirty > FEW)) {
             return Next::Stop;
         }
         // A round that halves the rest is worth more than the switch: each page that is left may

@@ -55,10 +55,13 @@ impl Engine<'_, '_> {
             self.round(round, &pending, cut)?;
             // Behind the round: the prediction needs what the guest wrote while the pages were
             // sent. With an earlier harvest the stop would look shorter than it is.
+            let harvesting = Instant::now();
             if subject == Subject::All {
                 self.with_keepalive(|source| source.harvest())?;
             }
             pending = self.take_dirty(subject);
+            // Beside its pages, a round costs this and an answer.
+            let fixed = harvesting.elapsed() + self.measured.round_trip;
             let dirty = count(&pending);
             let span = harvested.elapsed();
             harvested = Instant::now();
@@ -71,6 +74,11 @@ impl Engine<'_, '_> {
                 Subject::All => self.measured.downtime(self.left(&pending)),
                 // What else the stop takes is not the disks' to decide: in postcopy nothing is.
                 Subject::Disks => self.measured.downtime_of_disks(dirty),
+            };
+            let another = self.measured.another(self.left(&pending), span, fixed);
+            let shorter = match subject {
+                Subject::All => self.measured.downtime(another.leaves),
+                Subject::Disks => self.measured.downtime_of_disks(another.leaves.disks),
             };
             let speed = match subject {
                 Subject::All => self.measured.memory_speed,
@@ -108,6 +116,8 @@ impl Engine<'_, '_> {
                 dirty,
                 dirty_before: before,
                 predicted,
+                costs: another.costs,
+                saves: predicted.saturating_sub(shorter),
                 span,
                 elapsed: begun.elapsed(),
                 can_postcopy: self.can_postcopy,
