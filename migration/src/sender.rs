@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 use crate::MigrationError;
 use crate::decision::Decision;
 use crate::disks::{Contents, check_lost};
-use crate::fault_priority::FaultPriority;
+use crate::fault_priority::{FaultPriority, Turn};
 use crate::link::Stream;
 use crate::pages::{self, BATCH, Batch, Block, PAGE, Run};
 use crate::progress::Progress;
@@ -215,8 +215,9 @@ impl Ram {
         let mut sent = 0;
         // A host that does not know the option makes urgent pages wait longer, and nothing else.
         let _ = self.stream.limit_unsent(UNSENT);
+        let mut turn = Turn::default();
         loop {
-            priority.give_way();
+            turn.give_way(priority);
             let next = match priority.behind_fault(contents) {
                 // A guest that reads on finds the next pages there.
                 Some(next) => Some(next),
@@ -237,6 +238,7 @@ impl Ram {
             for run in runs {
                 let bytes = self.send_batch(contents, run, progress)?;
                 sent += bytes;
+                turn.sent(bytes);
                 // Nothing cancels pages that follow a guest.
                 pacer.wait(bytes, || false);
             }
