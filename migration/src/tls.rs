@@ -1,5 +1,7 @@
 //! TLS 1.3 connections with certificates at both ends.
 
+mod read_ahead;
+
 use std::fs;
 use std::io::{self, IoSlice, Read, Write};
 use std::path::{Path, PathBuf};
@@ -18,7 +20,12 @@ use rustls::{
     RootCertStore, ServerConfig, ServerConnection, SignatureScheme, StreamOwned,
 };
 
+use self::read_ahead::ReadAhead;
 use crate::link::{Accept, Closer, Dial, Endpoint, Listener, Stream};
+
+/// Bytes that a session encrypts before they are written: those of a batch of pages. With the 64 KiB of
+/// rustls a batch would be several writes.
+const BUFFER: usize = 512 << 10;
 
 /// A directory of certificates that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -98,7 +105,7 @@ fn config(error: &impl ToString) -> TlsError {
 }
 
 /// A TLS connection over another one.
-struct TlsStream<C>(StreamOwned<C, Box<dyn Stream>>);
+struct TlsStream<C>(StreamOwned<C, ReadAhead>);
 
 impl Read for TlsStream<ClientConnection> {
     fn read(&mut self, data: &mut [u8]) -> io::Result<usize> {
@@ -208,9 +215,11 @@ impl Dial for TlsDial {
     fn dial(&self) -> io::Result<Box<dyn Stream>> {
         let stream = self.endpoint.dial()?;
         // No handshake yet: it runs with the first write, under the timeout that the caller sets.
-        let connection = ClientConnection::new(Arc::clone(&self.config), self.name.clone())
+        let mut connection = ClientConnection::new(Arc::clone(&self.config), self.name.clone())
             .map_err(io::Error::other)?;
-        Ok(Box::new(TlsStream(StreamOwned::new(connection, stream))))
+        connection.set_buffer_limit(Some(BUFFER));
+        let stream = StreamOwned::new(connection, ReadAhead::new(stream));
+        Ok(Box::new(TlsStream(stream)))
     }
 }
 
@@ -364,12 +373,12 @@ impl Accept for TlsListener {
         let Some(stream) = self.listener.accept(patience)? else {
             return Ok(None);
         };
-        let connection =
+        let mut connection =
             ServerConnection::new(Arc::clone(&self.config)).map_err(io::Error::other)?;
+        connection.set_buffer_limit(Some(BUFFER));
         // Who it is becomes known with the first bytes, which are read elsewhere.
-        Ok(Some(Box::new(TlsStream(StreamOwned::new(
-            connection, stream,
-        )))))
+        let stream = StreamOwned::new(connection, ReadAhead::new(stream));
+        Ok(Some(Box::new(TlsStream(stream))))
     }
 }
 
