@@ -25,6 +25,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use guest::{Line, Options};
+use memory::{RamBlock, RamConfig};
 use openapi::Client;
 use spec::{
     AtDeadline, ConsoleMode, CpusConfig, MemoryMode, MigrationInfo, PayloadConfig, StartMigration,
@@ -37,6 +38,8 @@ use crate::timeline::Steps;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 const MIB: u64 = 1 << 20;
+/// How long a guest writes before it moves, from its first line on.
+const SETTLE: Duration = Duration::from_millis(500);
 
 #[tokio::main]
 async fn main() -> Result<()> {
@@ -154,55 +157,70 @@ async fn receive(at: &Client) -> Result<MigrationInfo> {
         .await?)
 }
 
-/// One VM in two services of ours, moved to and fro.
+/// Has the kernel find memory, and give it back, right before a guest moves. In a virtual machine whose own
+/// host takes back what is free, a page that was free for a second costs a hundred times as much as one
+/// that was not, and the move would measure that.
+fn warm_memory() -> Result<()> {
+    let config = RamConfig {
+        prefault: true,
+        ..RamConfig::anonymous(512 * MIB)
+    };
+    drop(RamBlock::new(&config)?);
+    Ok(())
+}
+
+/// One move of a new VM between two services of ours, so many times. New each time, as it is with QEMU: a
+/// guest that runs for longer has more memory to copy.
 async fn ours(case: Case, times: usize) -> Result<Vec<Seen>> {
-    let services = [
-        Service::start(Face::Many).await?,
-        Service::start(Face::Many).await?,
-    ];
-    let kernel = services[0].path("pocket.elf");
-    std::fs::write(&kernel, guest::IMAGE)?;
-    let vm = services[0].create("bench", config(case, &kernel)).await?;
-    services[0].client().vms_boot(&vm).await?;
     let mut all = Vec::new();
-    // One reader a terminal: two would take lines from each other.
-    let mut terminal = Terminal::of(services[0].client(), &vm).await?;
-    for turn in 0..times {
-        let (from, to) = (
-            services[turn % 2].client(),
-            services[(turn + 1) % 2].client(),
-        );
-        terminal.until(|line| matches!(line, Line::Heartbeat { .. }))?;
-        // So that what it writes is written everywhere.
-        tokio::time::sleep(Duration::from_millis(500)).await;
-        terminal.gap()?;
-        let waiting = receive(to).await?;
-        let what = StartMigration {
-            mode: case.mode,
-            max_downtime_ms: 20,
-            deadline_s: 20,
-            at_deadline: Some(AtDeadline::Stop),
-            insecure: true,
-            ..StartMigration::to(waiting.endpoint.clone())
-        };
-        let begun = from.vms_migrate(&vm, &what).await?;
-        let sent = over(from, &begun).await?;
-        let received = over(to, &waiting).await?;
-        terminal = Terminal::of(to, &vm).await?;
-        let stop = sent.downtime.unwrap_or_default();
-        all.push(Seen {
-            gap: terminal.gap()?,
-            stop: stop.total_us,
-            predicted: sent.predicted_downtime_us.unwrap_or(0),
-            load: stop.load_us,
-            total: sent.elapsed_us,
-            fault_p50: received.fault_p50_us,
-            fault_p99: received.fault_p99_us,
-            runs_there: sent.elapsed_us,
-            steps: Steps::of(&sent.timeline),
-        });
+    for _ in 0..times {
+        all.push(one(case).await?);
     }
     Ok(all)
+}
+
+async fn one(case: Case) -> Result<Seen> {
+    let (from, to) = (
+        Service::start(Face::Many).await?,
+        Service::start(Face::Many).await?,
+    );
+    let kernel = from.path("pocket.elf");
+    std::fs::write(&kernel, guest::IMAGE)?;
+    let vm = from.create("bench", config(case, &kernel)).await?;
+    let (from, to) = (from.client(), to.client());
+    from.vms_boot(&vm).await?;
+    let mut terminal = Terminal::of(from, &vm).await?;
+    terminal.until(|line| matches!(line, Line::Heartbeat { .. }))?;
+    tokio::time::sleep(SETTLE).await;
+    terminal.gap()?;
+    let waiting = receive(to).await?;
+    let what = StartMigration {
+        mode: case.mode,
+        max_downtime_ms: 20,
+        deadline_s: 20,
+        at_deadline: Some(AtDeadline::Stop),
+        insecure: true,
+        ..StartMigration::to(waiting.endpoint.clone())
+    };
+    warm_memory()?;
+    let begun = from.vms_migrate(&vm, &what).await?;
+    let sent = over(from, &begun).await?;
+    let received = over(to, &waiting).await?;
+    // A second reader of a terminal would take lines from this one.
+    drop(terminal);
+    let gap = Terminal::of(to, &vm).await?.gap()?;
+    let stop = sent.downtime.unwrap_or_default();
+    Ok(Seen {
+        gap,
+        stop: stop.total_us,
+        predicted: sent.predicted_downtime_us.unwrap_or(0),
+        load: stop.load_us,
+        total: sent.elapsed_us,
+        fault_p50: received.fault_p50_us,
+        fault_p99: received.fault_p99_us,
+        runs_there: sent.elapsed_us,
+        steps: Steps::of(&sent.timeline),
+    })
 }
 
 fn median_of(mut values: Vec<u64>) -> u64 {

@@ -12,7 +12,7 @@ use tempfile::TempDir;
 
 use crate::curves::Points;
 use crate::terminal::Terminal;
-use crate::{Case, PATIENCE, Seen, config};
+use crate::{Case, PATIENCE, SETTLE, Seen, config, warm_memory};
 
 /// A program that serves one VM. It ends with what it was started for.
 struct Peer {
@@ -82,7 +82,7 @@ async fn one(program: &Path, case: Case) -> Result<(Seen, Points)> {
     from.client.vm_boot().await?;
     let mut terminal = from.terminal().await?;
     terminal.until(|line| matches!(line, Line::Heartbeat { .. }))?;
-    tokio::time::sleep(Duration::from_millis(500)).await;
+    tokio::time::sleep(SETTLE).await;
     terminal.gap()?;
     // A port of our own, which the kernel has just given away.
     let port = std::net::TcpListener::bind("127.0.0.1:0")?
@@ -95,6 +95,7 @@ async fn one(program: &Path, case: Case) -> Result<(Seen, Points)> {
     };
     let body = serde_json::json!({ "receiver_url": url, "memory_mode": mode });
     let body: ReceiveMigrationData = serde_json::from_value(body)?;
+    warm_memory()?;
     let start = Instant::now();
     let receiving = to.client.vm_receive_migration(&body);
     let sending = async {

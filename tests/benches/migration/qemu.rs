@@ -15,7 +15,7 @@ use tempfile::TempDir;
 
 use crate::curves::{BANDWIDTH, Points};
 use crate::terminal::Terminal;
-use crate::{Case, MIB, PATIENCE, Seen, config};
+use crate::{Case, MIB, PATIENCE, SETTLE, Seen, config, warm_memory};
 
 const PROGRAM: &str = "qemu-system-x86_64";
 
@@ -150,7 +150,7 @@ fn one(case: Case, bandwidth: u64, watch: &mut dyn FnMut(Duration, &Value)) -> R
     let mut to = Qemu::start(case, dir.path(), "to", true)?;
     let mut terminal = from.terminal()?;
     terminal.until(|line| matches!(line, Line::Heartbeat { .. }))?;
-    thread::sleep(Duration::from_millis(500));
+    thread::sleep(SETTLE);
     terminal.gap()?;
     // A port of our own, which the kernel has just given away.
     let port = std::net::TcpListener::bind("127.0.0.1:0")?
@@ -161,6 +161,7 @@ fn one(case: Case, bandwidth: u64, watch: &mut dyn FnMut(Duration, &Value)) -> R
     // As much downtime as we are granted. A bandwidth of 0 is no limit.
     let policy = json!({ "downtime-limit": 20, "max-bandwidth": bandwidth });
     from.ask("migrate-set-parameters", &policy)?;
+    warm_memory()?;
     let (start, mut is_asked) = (Instant::now(), matches!(case.mode, MemoryMode::Precopy));
     from.ask("migrate", &uri)?;
     let done = loop {
