@@ -351,6 +351,15 @@ pub(crate) fn cannot_isolate(vcpu: u32, error: rustix::io::Errno) -> Failure {
     }
 }
 
+/// A device that answered an access of this vCPU panicked.
+pub(crate) fn vcpu_panicked(vcpu: u32, message: &str) -> Failure {
+    Failure {
+        code: "vcpu-panicked".to_owned(),
+        detail: format!("vCPU {vcpu}: its thread failed inside the service: {message}"),
+        vcpu: Some(vcpu),
+    }
+}
+
 /// KVM cannot run the guest on.
 pub(crate) fn cannot_run(vcpu: u32, why: &RunFailure) -> Failure {
     let code = match why {

@@ -3,9 +3,9 @@
 use std::sync::mpsc::{Sender, channel};
 
 use ::devices::cpus::{DEVICE_CHECK, EJECT, EJECT_REQUEST, EVENT, STATUS};
-use ::memory::DeviceOps as _;
+use ::memory::{DeviceOps, SpaceKind};
 use control::{Registry, VmHandle};
-use guest::Options;
+use guest::{Options, Workload};
 use spec::{ConsoleMode, HotplugMethod, PayloadConfig, ResizeResource, VmResize};
 
 use super::ending::END_PATIENCE;
@@ -146,6 +146,51 @@ async fn panic_ends_only_its_vm() {
     let ended = status.wait_for(|status| status.failure.is_some());
     let failure = soon(ended).await.unwrap().failure.clone().unwrap();
     assert_eq!(failure.code, "driver-panicked");
+    soon(lab.vms[1].ask(Request::Pause)).await.unwrap();
+    soon(lab.vms[0].ask(Request::Boot)).await.unwrap();
+}
+
+/// Panics when the guest writes to it.
+struct Faulty;
+
+impl DeviceOps for Faulty {
+    fn read(&self, _: u64, _: &mut [u8]) {}
+
+    fn write(&self, _: u64, _: &[u8]) {
+        panic!("as a test has it");
+    }
+}
+
+/// Devices answer on the thread of the vCPU whose guest accesses them.
+#[tokio::test]
+async fn panic_of_a_device_ends_only_its_vm() {
+    const PORT: u16 = 0x5678;
+    let lab = Lab::with(|config| {
+        let workload = Workload::Exits {
+            port: PORT,
+            count: u64::MAX,
+        };
+        let options = Options {
+            workload,
+            ..Options::default()
+        };
+        config.payload.cmdline = Some(options.to_string());
+    })
+    .await;
+    let plug = |active: &mut Active| {
+        let mut topology = active.topology();
+        let mapped = topology.transaction(|tx| -> Result<(), BuildError> {
+            let region = tx.device("faulty", 1, Arc::new(Faulty))?;
+            Ok(tx.map(SpaceKind::PortIo, PORT.into(), region, 0)?)
+        });
+        mapped.unwrap();
+    };
+    assert!(lab.driver(move |driver| driver.lend(plug, |_, (), _| {})));
+    let mut status = lab.vms[0].watch();
+    let ended = status.wait_for(|status| status.failure.is_some());
+    let failure = soon(ended).await.unwrap().failure.clone().unwrap();
+    assert_eq!(failure.code, "vcpu-panicked");
+    assert!(failure.detail.contains("as a test has it"), "{failure:?}");
     soon(lab.vms[1].ask(Request::Pause)).await.unwrap();
     soon(lab.vms[0].ask(Request::Boot)).await.unwrap();
 }

@@ -1,5 +1,6 @@
 //! vCPU threads.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -7,6 +8,7 @@ use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
 use devices::PowerEvent;
+use devices::event_loop::panic_message;
 use devices::sandbox::{Confinement, ThreadKind};
 use hypervisor::{Exit, ExitHandler, Kicker, Vcpu};
 use memory::{CachedView, SpaceKind, Topology};
@@ -51,6 +53,7 @@ impl VcpuThread {
     ) -> Result<Self, (Option<Vcpu>, std::io::Error)> {
         let (index, kicker) = (vcpu.index(), vcpu.kicker());
         let (nmi, dismissal) = (Arc::new(AtomicBool::new(false)), Dismissal::default());
+        // Before the thread is spawned, and taken back if it cannot be.
         control.enroll(index, kicker.clone());
         let bus = Bus {
             memory: CachedView::new(topology.space(SpaceKind::Memory)),
@@ -65,6 +68,8 @@ impl VcpuThread {
             nmi: Arc::clone(&nmi),
             jobs: inbox,
         };
+        // A thread that is not spawned drops its closure, and would close the vCPU. KVM cannot
+        // create a second one of this id, so it must survive.
         let slot = Arc::new(Mutex::new(Some(vcpu)));
         let vcpu = Arc::clone(&slot);
         let thread = Builder::new()
@@ -120,6 +125,7 @@ impl VcpuThread {
 
     /// Injects a non-maskable interrupt before the vCPU next runs.
     pub(crate) fn inject_nmi(&self) {
+        // The flag before the kick, by which the vCPU leaves the guest and looks at it.
         self.nmi.store(true, Ordering::Release);
         self.kicker.kick();
     }
@@ -159,7 +165,7 @@ fn bind(cpus: &[usize]) {
     }
 }
 
-/// What a vCPU's thread is asked to do.
+/// The requests that reach a vCPU's thread.
 struct Orders {
     control: Arc<RunControl>,
     dismissal: Dismissal,
@@ -173,7 +179,14 @@ impl Orders {
     }
 
     fn do_jobs(&self, vcpu: &mut Vcpu) {
-        self.jobs.try_iter().for_each(|job| job(vcpu));
+        for job in self.jobs.try_iter() {
+            // A panic ends the job alone: its caller finds the channel closed. The thread must live on
+            // to be counted as parked, or every later pause would wait for it.
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| job(vcpu))) {
+                let message = panic_message(panic.as_ref());
+                tracing::error!(message, "a request to a vCPU panicked");
+            }
+        }
     }
 }
 
@@ -204,7 +217,16 @@ fn run(
         if std::mem::take(&mut first) {
             reporter.report(GuestEvent::FirstEntry(Instant::now()));
         }
-        failed = run_until_wanted(vcpu, &mut bus, orders);
+        // A device that answers the guest runs on this thread. If it panics the guest cannot go on: the
+        // access was not answered. The owner must learn that, and this thread must still park and end.
+        let ran = catch_unwind(AssertUnwindSafe(|| {
+            run_until_wanted(vcpu, &mut bus, orders)
+        }));
+        failed = ran.unwrap_or_else(|panic| {
+            let message = panic_message(panic.as_ref());
+            tracing::error!(message, "a vCPU thread panicked");
+            Some(failure::vcpu_panicked(vcpu.index(), message))
+        });
     }
 }
 
@@ -232,6 +254,8 @@ fn run_until_wanted(vcpu: &mut Vcpu, bus: &mut Bus, orders: &Orders) -> Option<s
     }
     // What the guest reads next must not depend on when it runs again.
     if orders.wanted() != Want::End {
+        // KVM finishes an access at the next KVM_RUN alone. Saved before that, the instruction
+        // would be repeated elsewhere, and a read that takes bits would take them twice.
         vcpu.complete_access(bus);
     }
     bus.violation(vcpu.index())
