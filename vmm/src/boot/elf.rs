@@ -57,6 +57,8 @@ pub(super) fn look_over<F: Read + Seek>(file: &mut F, ram_end: u64) -> Result<Se
         ));
     }
     let size = usize::from(u16_at(&header, PROGRAM_HEADER_SIZE));
+    // The entries are read at this distance; another one would make fields of the file's choice out
+    // of others.
     if size != PROGRAM_HEADER_LEN {
         return Err(format!("its ELF program headers have {size} bytes, not 56"));
     }
@@ -91,10 +93,13 @@ fn segment(entry: &[u8], file_len: u64, ram_end: u64) -> Result<Option<AddrRange
              ({in_memory:#x})"
         ));
     }
+    // Offsets are the file's word. The sum is checked so that it cannot wrap below the length.
     if offset.checked_add(in_file).is_none_or(|end| end > file_len) {
         return Err("its ELF file is truncated".to_owned());
     }
     AddrRange::new(address, in_memory)
+        // Below are this machine's own tables, which a kernel of the file's choice must not
+        // replace: the firmware tables would then describe another machine.
         .filter(|range| range.first() >= layout::HIGH_MEMORY && range.last() < ram_end)
         .map(Some)
         .ok_or_else(|| {

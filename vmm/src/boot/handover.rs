@@ -26,6 +26,8 @@ fn memory_map(layout: &Layout) -> Vec<(AddrRange, u32)> {
                 .map(|r| (r, kind)),
         );
     };
+    // The gaps matter: what is not listed is no RAM. The tables below 1 MiB are reserved, so that
+    // no kernel takes them for free memory before it has read them.
     add(0, layout::LOW_MEMORY_END, RAM);
     add(layout::VMGENID, layout::SMBIOS_END, RESERVED);
     add(layout::HIGH_MEMORY, layout.low_ram_end(), RAM);
@@ -121,6 +123,7 @@ pub(super) fn write_zero_page(memory: &FlatView, facts: &Facts<'_>) -> Result<u6
     let put =
         |at: u64, bytes: &[u8]| memory.write_slice(bytes, GuestAddress(layout::ZERO_PAGE + at));
     let word = |value: u64| u32::try_from(value).unwrap_or(0).to_le_bytes();
+    // Fields that are not set must be zero (boot.rst, "64-bit boot protocol").
     put(0, &[0; 4096])?;
     put(ACPI_RSDP, &layout::ACPI.to_le_bytes())?;
     put(BOOT_FLAG, &[0x55, 0xaa])?;

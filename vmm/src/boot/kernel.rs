@@ -112,6 +112,7 @@ fn load_elf<F: Read + ReadVolatile + Seek>(
     memory: &FlatView,
     layout: &Layout,
 ) -> Result<Kernel, String> {
+    // Before the loader writes anything: a refused file leaves guest memory as it was.
     let segments = look_over(file, layout.low_ram_end())?;
     let first = GuestAddress(layout::HIGH_MEMORY);
     let loaded: KernelLoaderResult = Elf::load(memory, None, file, Some(first))
@@ -128,6 +129,8 @@ fn load_elf<F: Read + ReadVolatile + Seek>(
         pvh_entry,
         end: segments.end(),
     };
+    // The note is part of the file, and could name any address. Outside the segments the vCPU would
+    // execute zeros.
     let start = pvh_entry.unwrap_or(kernel.entry);
     if segments.contain(start) {
         Ok(kernel)

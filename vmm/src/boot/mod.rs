@@ -104,6 +104,7 @@ pub(crate) fn load(
         (None, Some(path)) => (Kind::Kernel, path),
         (None, None) => return Err(BootError::NoKernel),
     };
+    // The kernel first: its end bounds the initramfs.
     let kernel = kernel::load(kind, Path::new(path), memory, layout)?;
     let initramfs = match payload.initramfs.as_deref() {
         Some(path) => Some(load_initramfs(Path::new(path), memory, layout, kernel.end)?),
@@ -185,6 +186,8 @@ fn load_initramfs(
         size,
         room,
     };
+    // `size` is what the file says now; `read_exact` below fails if the file has become shorter
+    // since.
     let padded = size
         .checked_next_multiple_of(PAGE_SIZE)
         .filter(|padded| *padded <= room);

@@ -68,6 +68,8 @@ pub(super) fn unpack(packed: &[u8], most: u64) -> Result<Vec<u8>, String> {
     let reader = |format: &str, mut from: Box<dyn Read + '_>| {
         let mut bytes = Vec::new();
         from.by_ref()
+            // A few KiB can unpack to gigabytes. The reader stops at the limit, and one byte more
+            // says that there was more.
             .take(most)
             .read_to_end(&mut bytes)
             .map_err(|error| damaged(format, &error))?;
@@ -127,6 +129,7 @@ fn unpack_lz4(mut rest: &[u8], most: u64) -> io::Result<Vec<u8>> {
         };
         let len = lz4_flex::block::decompress_into(packed, &mut block)
             .map_err(|error| invalid(&error.to_string()))?;
+        // Each block is at most 8 MiB, so the check comes in time even for a hostile file.
         if (bytes.len() + len) as u64 > most {
             return Err(invalid("larger than the guest's memory"));
         }

@@ -35,7 +35,7 @@ struct Entry {
     plugged: Plugged,
     control: DeviceHandle,
     state: DeviceState,
-    /// Of a device that was added to the machine.
+    /// Descriptors of a device that was added to the machine.
     _reserved: Vec<Arc<Reservation>>,
 }
 
@@ -275,6 +275,8 @@ impl Devices {
             (at.segment(), at.device()) == (0, slot)
         };
         let (id, entry) = self.entries.iter().find(there)?;
+        // A guest may write any slot to the register at any time. Unasked, the owner would lose a
+        // device, its locks and its place without a word.
         if entry.state != DeviceState::Leaving {
             tracing::debug!(id, "a guest ejects a device without a request");
             return None;

@@ -128,6 +128,7 @@ pub(crate) fn all(
     let workers = context.workers;
     let mut all = Vec::new();
     for new in config.disks.iter().flatten() {
+        // An error drops what was opened before: locks, taps and sockets go with their devices.
         all.push(disk(new, context)?);
     }
     for new in config.net.iter().flatten() {

@@ -110,6 +110,8 @@ impl PciHost {
     ) -> Result<Plugged, BuildError> {
         // Before anything is made for it.
         let bdf = self.find(at)?;
+        // Dropped with the device, or here if a later step fails: vectors are returned to KVM by
+        // themselves.
         let vectors = self.routes.vectors(vectors(&*device))?;
         let bar = self.segment(bdf.segment())?.window.allocate(BAR_LEN)?;
         let (to, name) = (reporter.clone(), id.to_owned());
@@ -159,12 +161,16 @@ impl PciHost {
         plugged: Plugged,
     ) -> Result<(), BuildError> {
         let segment = self.segment(plugged.bdf.segment())?;
+        // Off the bus first: from here on no new access of a vCPU reaches the device. Then it
+        // retires, which waits for accesses in progress. Only then may the map change, since a vCPU
+        // that moves a BAR holds the device and waits for the map.
         segment.bus.detach(plugged.bdf);
         let retired = plugged.device.retire();
         topology.lock().transaction(|tx| -> Result<_, BuildError> {
             retired.remove(tx)?;
             Ok(())
         })?;
+        // Only if the map has let go of it: two devices must never share an address.
         segment.window.free(plugged.bar);
         Ok(())
     }
@@ -186,6 +192,7 @@ struct InTopology(Weak<Mutex<Topology>>);
 
 impl BarMap for InTopology {
     fn place(&self, region: RegionId, at: Option<u64>) {
+        // The machine is being taken apart.
         let Some(topology) = self.0.upgrade() else {
             return;
         };

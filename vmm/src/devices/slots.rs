@@ -107,6 +107,7 @@ pub(crate) fn from_offer(
         if at.device() == 0 {
             return Err(PlaceError::HostBridge(id.clone()));
         }
+        // Each name once, so that a peer cannot put a device in two places.
         if !names.remove(id) {
             return Err(PlaceError::Unknown(id.clone(), at));
         }

@@ -42,6 +42,8 @@ impl CoreSharing {
     /// # Errors
     /// When the configuration asks for cores of their own by name, and the kernel cannot give them.
     pub(super) fn new(mode: CoreSchedulingMode) -> Result<Self, Unsupported> {
+        // Only reading the cookie shows whether the kernel has core scheduling: kernels with the
+        // prctl may be built without it.
         let answer = core_scheduling_cookie(gettid(), THREAD).map(drop);
         let smt = std::fs::read_to_string("/sys/devices/system/cpu/smt/active");
         let is_smt = smt.is_ok_and(|active| active.trim() == "1");
@@ -75,6 +77,7 @@ impl CoreSharing {
         let me = gettid();
         match self {
             Self::Any => Ok(None),
+            // Cookies are unique: one that is never shared keeps all other threads off the core.
             Self::None => create_core_scheduling_cookie(me, THREAD).map(|()| None),
             Self::Machine(members) => {
                 // Under the lock: of two threads that start, the second takes the cookie of the first,

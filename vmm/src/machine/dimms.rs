@@ -132,6 +132,7 @@ impl Dimms {
             wanted.push((self.block.check(more).map_err(refused)?, more));
             len += more;
         }
+        // RAM first, then the map: a guest that reads the new range at once finds memory behind it.
         let placed = self.plug(len).and_then(|()| {
             let mut topology = topology.lock();
             topology.transaction(|tx| self.place(tx, &wanted))
@@ -139,6 +140,7 @@ impl Dimms {
         match placed {
             Ok(mapped) => self.mapped = mapped,
             Err(error) => {
+                // The transaction has changed nothing, so the old length is what the map has.
                 self.unplug(before);
                 return Err(error);
             }
@@ -166,6 +168,7 @@ impl Active {
         if memory > 0 {
             let dimms = self.parts.dimms.as_mut();
             let dimms = dimms.ok_or_else(|| refused(DimmError::NoSlot))?;
+            // Memory before the vCPUs, since it is the part that can be undone without the guest.
             dimms.remap(&topology, memory)?;
         }
         let plugged = vcpus.map_or(Ok(()), |count| self.plug_vcpus(count));

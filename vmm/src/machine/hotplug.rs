@@ -31,9 +31,13 @@ impl Active {
             .lock()
             .transaction(|tx| devices.plug(tx, opened, at, reporter));
         if let Err(error) = plugged {
+            // `plug` may have put it on the bus before the commit failed. A vCPU that scanned the
+            // bus meanwhile found a device whose BAR showed nowhere.
             devices.forget(&id);
             return Err(error);
         }
+        // A device starts unpaused. Its driver could not start it now, but a load may follow, which
+        // expects all devices paused.
         if self.vcpus.control.wanted() != Want::Run {
             devices.pause();
         }
@@ -41,6 +45,7 @@ impl Active {
         let slot = device.map(pci::Bdf::device);
         slot.into_iter()
             .for_each(|slot| self.parts.hotplug.insert(slot));
+        // The bit of the slot before the interrupt that makes the guest read it.
         self.parts.power.announce_hotplug();
         Ok(PciDeviceInfo {
             id,
@@ -74,8 +79,8 @@ impl Active {
         self.parts.cpus.leaving()
     }
 
-    /// Plugs vCPUs, the lowest first, until there are `count`, and notifies the guest. None is to be
-    /// ejected any more. On an error none is plugged.
+    /// Plugs vCPUs, the lowest first, until there are `count`, and notifies the guest. Withdraws all
+    /// requests to eject. On an error none is plugged.
     pub(crate) fn plug_vcpus(&mut self, count: u32) -> Result<(), MoveError> {
         let present = self.plugged_vcpus();
         let missing = usize::try_from(count.saturating_sub(present.count())).unwrap_or(0);
@@ -84,6 +89,8 @@ impl Active {
         // Before any is plugged, which starts with a clock.
         let follow = self.clock_to_follow()?;
         let all: CpuSet = present.iter().chain(new.iter().copied()).collect();
+        // Some of the threads may have started. None was in the guest: the registers do not name
+        // them.
         if let Err(error) = self.start_vcpus(&all, Some(&follow)) {
             self.vcpus.dismiss_all_but(&present);
             return Err(error.into());
@@ -104,6 +111,8 @@ impl Active {
     pub(crate) fn want_vcpus_back(&mut self, count: u32) {
         let present = self.plugged_vcpus();
         let surplus = usize::try_from(present.count().saturating_sub(count.max(1))).unwrap_or(0);
+        // The highest first, so that the numbers stay without gaps: configurations know only a
+        // count.
         for vcpu in present.iter().rev().take(surplus) {
             self.parts.cpus.want_back(vcpu);
         }

@@ -181,6 +181,7 @@ impl Built {
             halter: Arc::new(Halter::new(control)),
         };
         let mut listeners = Vec::new();
+        // Before the first region: each commit must reach KVM. Memslots come before doorbells.
         let slots: Arc<dyn MemoryListener> = vm.memslots();
         listeners.push(topology.register(SpaceKind::Memory, 0, slots)?);
         for space in SpaceKind::ALL {
@@ -235,6 +236,8 @@ impl Built {
             Ok((serial, tpm, power, hotplug, clocks, cpus, dimms, devices))
         };
         let (serial, tpm, power, hotplug, clocks, cpus, dimms, devices) =
+            // One transaction for the whole machine: KVM gets its memslots in one batch, and a part
+            // that fails leaves nothing in the map. What was opened is closed as it is dropped.
             topology.lock().transaction(build)?;
         let parts = Parts {
             devices,
@@ -275,6 +278,8 @@ impl Built {
     /// run until it is loaded.
     pub(crate) fn expect_guest(self) -> Result<Active, BuildError> {
         let active = self.start()?;
+        // No device may touch guest memory before the load has committed the map and the RAM has
+        // arrived.
         active.parts.devices.pause();
         Ok(active)
     }
@@ -427,6 +432,7 @@ impl Active {
     ) -> Result<Instant, MoveError> {
         let has_come = matches!(self.clocks, Clocks::Loaded { .. });
         self.start_clocks(stopped_for, as_of)?;
+        // After the clocks: a vCPU that ran earlier would read a TSC that jumps.
         self.vcpus.control.want(Want::Run);
         let runs = Instant::now();
         // After the guest, for a shorter stop: its doorbells keep what it asks meanwhile.
@@ -467,6 +473,7 @@ impl Active {
         let control = &self.vcpus.control;
         control.want(Want::Park);
         control.kick();
+        // One vCPU that does not stop must not leave the others parked.
         wait(control).inspect_err(|_| control.want(Want::Run))?;
         // Before the devices, which may take long to finish: the guest's time ends here. Clocks
         // that were loaded and never started keep their values.
@@ -586,6 +593,7 @@ impl Drop for Active {
     fn drop(&mut self) {
         self.halter().halt();
         // Threads that wait for a page continue now: vCPUs end, and devices see that the page is lost.
+        // Before the join: a vCPU may wait in the kernel for a page that no source sends any more.
         self.parts.ram.lose_awaited();
         self.vcpus.join();
     }

@@ -62,6 +62,7 @@ pub(super) fn map_debug_console(
 ) -> Result<(), BuildError> {
     let device = Arc::new(DebugConsole::new(output));
     let region = tx.device(("port", "debug-console"), 1, device)?;
+    // Priority -1: a configuration that names a port of the platform hides nothing of it.
     Ok(tx.map(SpaceKind::PortIo, port.into(), region, -1)?)
 }
 

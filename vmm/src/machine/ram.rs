@@ -90,6 +90,8 @@ impl GuestRam {
             offset += plan.size;
             blocks.push((plan, ram));
         }
+        // Both sides of a migration number blocks by this order, and a snapshot concatenates them:
+        // it never changes.
         let first = blocks.first().map(|(_, ram)| Arc::clone(ram));
         let first = first.ok_or_else(|| {
             BuildError::host("allocate memory")(std::io::ErrorKind::InvalidInput.into())
@@ -244,6 +246,7 @@ fn new_block(
     };
     Ok(match origin {
         MemoryOrigin::New => RamBlock::new(wanted)?,
+        // `of_file` checks the size of the file: the other process is no more trusted than a peer.
         MemoryOrigin::Given(files) => match files.get(index) {
             Some(file) => RamBlock::of_file(wanted, duplicate(file)?)?,
             None => {

@@ -79,6 +79,8 @@ impl RunControl {
     /// Adds the thread of a vCPU, before it starts: it counts as running until it calls
     /// [`Self::park`].
     pub(crate) fn enroll(&self, vcpu: u32, kicker: Kicker) {
+        // Counted before the thread exists: a pause that comes first waits for it. Its own count
+        // could come after that pause had found none running.
         *self.running.lock() += 1;
         self.kickers.lock().insert(vcpu, kicker);
     }
@@ -124,7 +126,11 @@ impl RunControl {
     /// Says what is wanted from now on. [`Want::End`] is final. The caller kicks the vCPUs next,
     /// where it wants them out.
     pub(crate) fn want(&self, want: Want) {
+        // Under the lock of the condition variable: a thread between its check and its wait would
+        // miss the notification.
         let _running = self.running.lock();
+        // The end may come from any thread. A driver that resumes at the same moment must not undo
+        // it.
         if self.wanted() != Want::End {
             self.want.store(want as u8, Ordering::Release);
         }
@@ -139,6 +145,7 @@ impl RunControl {
     /// Called by an interrupted vCPU thread: waits for its share of throttling, or until the wish is no
     /// longer to run.
     pub(crate) fn rest_if_throttled(&self) {
+        // The guard is dropped here: `throttle_until` must not wait while a vCPU rests.
         let Some(until) = *self.throttled.lock() else {
             return;
         };
@@ -175,16 +182,23 @@ impl RunControl {
         is_over: impl Fn(Want) -> bool,
     ) -> Want {
         let mut running = self.running.lock();
+        // Parked is announced before the work: a job may take long, and the vCPU is out of the guest.
         *running -= 1;
         self.changed.notify_all();
         loop {
+            // Read under the lock, before the work: a nudge that comes during the work differs and
+            // repeats it.
             let nudges = self.nudges.load(Ordering::Relaxed);
+            // Without the lock: a job reads vCPU state by slow system calls, and other vCPUs park
+            // meanwhile.
             MutexGuard::unlocked(&mut running, &mut work);
             self.changed.wait_while(&mut running, |_| {
                 !is_over(self.wanted_of(thread)) && self.nudges.load(Ordering::Relaxed) == nudges
             });
             let want = self.wanted_of(thread);
             if is_over(want) {
+                // Counted here and not by the thread later: a pause that follows at once must wait
+                // for this vCPU.
                 if want == Want::Run {
                     *running += 1;
                 }

@@ -165,6 +165,7 @@ impl Active {
         let space = self.parts.topology.lock().space(SpaceKind::Memory);
         let view = space.view();
         let range = |flat: &FlatRange| {
+            // Devices have no content to dump, and a read of their registers could change them.
             let (Target::Ram(slice) | Target::Rom(slice)) = &flat.target else {
                 return None;
             };
@@ -197,6 +198,9 @@ impl Active {
                 self.load_cpus(&mut store)?;
                 let vcpus = self.dry_run_vcpus(&mut store)?;
                 self.load_devices(&mut store)?;
+                // Left-over sections belong to devices that this machine lacks: the guest would
+                // lose them. All threads have their jobs by now, so the answers come after the
+                // cheap checks.
                 store.finish()?;
                 for (_, vcpu) in &vcpus {
                     answer(vcpu)??;
@@ -284,6 +288,8 @@ impl Active {
             dimms.load(&mut store.scope("dimms")?, &mut ())?;
         }
         self.load_memory_map()?;
+        // Each unmasked vector changes KVM's routing table. Held back, all changes are one ioctl,
+        // which on the host costs a grace period.
         let held = self.parts.vm.irq_routes().hold();
         let devices = &self.parts.devices;
         let mut topology = self.parts.topology.lock();

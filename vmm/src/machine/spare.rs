@@ -51,6 +51,7 @@ impl SpareVm {
 
     fn take_ready(&self) -> Option<Vm> {
         let mut spare = self.spare.lock();
+        // A boot does not wait for the other thread: making one here takes as long.
         if matches!(*spare, Spare::BeingMade) {
             return None;
         }
@@ -62,7 +63,7 @@ impl SpareVm {
             *spare.lock() = match made {
                 Ok(vm) => Spare::Ready(vm),
                 Err(error) => {
-                    // Whoever needs one gets the error, if it persists.
+                    // The next boot gets the error, if it persists.
                     tracing::debug!(%error, "no spare VM");
                     Spare::None
                 }

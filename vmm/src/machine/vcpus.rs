@@ -77,6 +77,8 @@ impl Recipe {
             vcpu.enable_hyperv()?;
         }
         let cpuid = cpu::cpuid(&self.model.cpuid, &self.topology, apic_id, self.phys_bits)?;
+        // KVM derives from CPUID which MSRs exist, so CPUID comes before them. It cannot change
+        // after the first KVM_RUN.
         vcpu.set_cpuid(&cpuid)?;
         cpu::set_up(&vcpu, self.arch_capabilities)?;
         Ok(vcpu)
@@ -95,7 +97,7 @@ impl Recipe {
 /// A vCPU without a thread.
 struct Spare {
     vcpu: Vcpu,
-    /// It has what its guest left in it.
+    /// The vCPU has the state that its guest left in it.
     is_used: bool,
 }
 
@@ -144,6 +146,8 @@ impl Vcpus {
     /// Makes a vCPU that was never plugged.
     fn make_one(&mut self, vm: &Vm, index: u32) -> Result<(), CpuError> {
         let vcpu = self.recipe.make(vm, index)?;
+        // vCPU 0 is the boot processor, and runnable after reset. All others wait for INIT and SIPI
+        // (Intel SDM volume 3A, "Multiple-Processor Initialization"): their state fits any of them.
         if index > 0 && self.reset.is_none() {
             self.reset = Some(vcpu.reset_state()?);
         }
@@ -176,6 +180,7 @@ impl Vcpus {
                 continue;
             }
             if let Some(thread) = self.dismissed.remove(&index) {
+                // The thread was dismissed and kicked: this takes the time of one exit.
                 let vcpu = thread.join().ok_or(CpuError::ThreadFailed(index))?;
                 let is_used = true;
                 self.spare.insert(index, Spare { vcpu, is_used });

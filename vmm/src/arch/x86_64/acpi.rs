@@ -108,6 +108,7 @@ fn fadt(dsdt: u64) -> Sdt {
     fadt.write_bytes(RESET_REG, &port_register(port + power::RESET));
     fadt.write_u8(RESET_VALUE, power::RESET_VALUE);
     fadt.write_u8(MINOR_VERSION, 5);
+    // The 32-bit field stays 0: an OS uses X_DSDT if that is not 0 (5.2.9).
     fadt.write_u64(X_DSDT, dsdt);
     fadt.write_bytes(
         SLEEP_CONTROL_REG,
@@ -247,6 +248,8 @@ fn pci_aml(config: &VmConfig, segments: &[Apertures]) -> Vec<u8> {
         let node = config.node_of_segment(segment);
         pci_root_aml(segment, node, apertures, &mut out);
     }
+    // PCI Firmware 3.2, 4.1.2 has the firmware reserve the ECAM as a resource of the motherboard.
+    // Linux ignores an MCFG entry whose range is not reserved.
     let ecam_len = segments.len() as u32 * devices::pci::ECAM_BUS_LEN as u32;
     Scope::new(
         "_SB_".into(),

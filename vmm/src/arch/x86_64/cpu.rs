@@ -67,6 +67,8 @@ pub(crate) fn cpuid(
     let mut entries = machine.as_slice().to_vec();
     for entry in &mut entries {
         match entry.function {
+            // KVM leaves TSC_DEADLINE out of what it supports, since it needs the in-kernel local
+            // APIC (KVM API, KVM_GET_SUPPORTED_CPUID), which this machine has.
             1 => entry.ecx |= HYPERVISOR | TSC_DEADLINE,
             0x8000_0008 => entry.eax = entry.eax & !0xff | u32::from(phys_bits),
             _ => {}
@@ -105,6 +107,7 @@ pub(crate) fn set_up(vcpu: &Vcpu, arch_capabilities: Option<u64>) -> Result<(), 
     const EXT_INT: u32 = 7 << 8;
     const NMI: u32 = 4 << 8;
     let mut lapic = vcpu.lapic()?;
+    // As firmware leaves them: the PIC's output at LINT0, NMI at LINT1.
     set_register(&mut lapic, LVT_LINT0, EXT_INT);
     set_register(&mut lapic, LVT_LINT1, NMI);
     vcpu.set_lapic(&lapic)
@@ -251,6 +254,8 @@ fn enter_linux(
         ..segment(0, CODE, false)
     };
     sregs.cr3 = pml4;
+    // All at once: KVM checks the registers together, and EFER.LMA must agree with CR0.PG and
+    // EFER.LME (Intel SDM volume 3A, 4.1).
     sregs.cr4 |= CR4_PAE;
     sregs.cr0 |= CR0_PE | CR0_PG | CR0_ET;
     sregs.efer |= EFER_LME | EFER_LMA;

@@ -20,7 +20,7 @@ pub(super) struct Place {
     pub(super) register: usize,
 }
 
-/// As in `CPUID.7H:0.EBX`.
+/// Shows the register like `CPUID.7H:0.EBX`.
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let register = REGISTER_NAMES.get(self.register).copied().unwrap_or("?");
@@ -98,7 +98,7 @@ pub(super) fn name(at: Place, bit: u32) -> Option<&'static str> {
     (name != "-").then_some(name)
 }
 
-/// Where a named bit is; `None` if there is no such name.
+/// Returns the place of a named bit; `None` if there is no such name.
 pub(super) fn find(feature: &str) -> Option<(Place, u32)> {
     NAMED.iter().find_map(|row| {
         let bit = words(row.3).position(|word| word == feature && word != "-")?;

@@ -208,6 +208,8 @@ pub(crate) fn lacking(here: &CpuModel, wanted: &CpuModel) -> Vec<String> {
         let bits = |set: u64| (0..64).filter(move |bit| set & 1 << bit != 0);
         let fewer = bits(seen & !here & !HAZARDS);
         lacking.extend(fewer.map(|bit| format!("IA32_ARCH_CAPABILITIES[{bit}]")));
+        // The other way round: a bit that is set here and was not seen is a weakness that the guest
+        // does not defend against.
         let more = bits(here & !seen & HAZARDS);
         lacking.extend(more.map(|bit| format!("a clear IA32_ARCH_CAPABILITIES[{bit}]")));
     }

@@ -91,6 +91,8 @@ fn change(ram: &RamBlock, is_other_copy: bool) {
     // An odd sequence says that the page is being changed, should a process of the guest map it.
     let sequence: u32 = page.load(SEQUENCE, Ordering::Relaxed).unwrap_or(0) & !1;
     let _ = page.store(sequence.wrapping_add(1), SEQUENCE, Ordering::Relaxed);
+    // The markers must not become visible before the odd sequence, nor the even one before the
+    // markers: a reader takes what is between two equal even numbers.
     fence(Ordering::SeqCst);
     add(DISRUPTION);
     if is_other_copy {

@@ -68,7 +68,7 @@ pub(crate) const KEYBOARD_PORT: u16 = 0x64;
 pub(crate) const DEBUG_PORT: u16 = 0x80;
 pub(crate) const RTC_PORT: u16 = 0x70;
 pub(crate) const POWER_PORT: u16 = 0x600;
-/// Where EDK2 expects the timer of a Cloud Hypervisor guest.
+/// The port at which EDK2 expects the timer of a Cloud Hypervisor guest.
 pub(crate) const PM_TIMER_PORT: u16 = 0x608;
 pub(crate) const HOTPLUG_PORT: u16 = 0x620;
 pub(crate) const CPUS_PORT: u16 = 0x640;
@@ -168,6 +168,8 @@ impl Layout {
             }
             zones.push(ZonePlace { ram, hotplug });
         }
+        // The window takes all that is left: devices with large BARs fit without a setting.
+        // Addresses past the last bit do not exist for the guest.
         let space_end = 1_u64.checked_shl(bits.into()).ok_or(too_large)?;
         let pci64_start = end.checked_next_multiple_of(GIB).ok_or(too_large)?;
         let pci64_end = space_end.checked_sub(1).ok_or(too_large)?;
@@ -230,6 +232,8 @@ impl Layout {
 /// Places `size` bytes of RAM at the address `end`, on both sides of the gap below 4 GiB if need be, and
 /// moves `end` behind them. `None` where they exceed the addresses.
 fn place(size: u64, end: &mut u64) -> Option<Vec<AddrRange>> {
+    // The gap below 4 GiB has what 32-bit software needs at fixed places: the PCI window, ECAM and
+    // the APICs.
     let low = size.min(LOW_RAM_END.saturating_sub(*end));
     let mut ranges = Vec::new();
     ranges.extend(AddrRange::new(*end, low));

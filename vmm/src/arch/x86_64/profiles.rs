@@ -261,12 +261,16 @@ impl Set {
     fn cut(&self, cpu: &CpuModel) -> CpuModel {
         let mut entries = cpu.cpuid.as_slice().to_vec();
         let components = self.components();
+        // Components of features that the guest does not see would enlarge its XSAVE area, and a
+        // host without them could not load it.
         entries.retain(|entry| {
             let is_component = entry.function == 0xd && (2..32).contains(&entry.index);
             !is_component || components & 1 << entry.index != 0
         });
         // With the standard layout, each component has a place of its own.
         let ends = entries.iter().filter(|e| e.function == 0xd && e.index >= 2);
+        // CPUID leaf 0DH: EAX is the size of a component and EBX its offset (Intel SDM volume 1,
+        // 13.2).
         let size = ends.map(|entry| entry.eax.saturating_add(entry.ebx)).max();
         let size = size.unwrap_or(0).max(LEGACY_AND_HEADER);
         for entry in &mut entries {
@@ -312,6 +316,8 @@ impl Set {
             (0x4000_0001, _) => (registers[0] & KVM_FEATURES, ebx, ecx, edx),
             (0xd, 0) => (registers[0] & components, size, size, 0),
             (0x8000_0008, _) => {
+                // A guest that sized its page tables by more bits could not move to a host with
+                // fewer.
                 let physical = (registers[0] & 0xff).min(self.physical_bits);
                 let most = if self.has("la57") { 57 } else { 48 };
                 let linear = (registers[0] >> 8 & 0xff).min(most);

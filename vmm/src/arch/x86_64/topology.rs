@@ -64,6 +64,8 @@ impl Place {
             entry.map_or(0, |entry| entry.eax)
         };
         let (basic, extended) = (greatest(0), greatest(0x8000_0000));
+        // The host's levels may be more than ours: left in, software would find a second, different
+        // topology behind the first.
         entries.retain(|entry| {
             !matches!(
                 entry.function,
@@ -142,6 +144,8 @@ impl Place {
         match entry.function {
             1 => {
                 // APIC ids that a package can have, and this vCPU's.
+                // The field has 8 bits (Intel SDM volume 2A, CPUID leaf 01H): more ids than 255 are
+                // only in leaf 0BH.
                 let ids = (1_u32 << self.package_shift.min(8)).min(255);
                 entry.ebx = entry.ebx & 0x0000_ffff | ids << 16 | (self.apic_id & 0xff) << 24;
                 entry.edx &= !HTT;
@@ -151,6 +155,8 @@ impl Place {
             }
             // A cache of type 0 ends the list.
             4 if entry.eax & 0x1f != 0 => {
+                // EAX[31:26] of leaf 04H is the greatest core id of a package, so a mask and not a
+                // count.
                 let cores = mask(self.package_shift - self.core_shift, 6);
                 entry.eax = entry.eax & 0x3fff | self.sharing(entry.eax) << 14 | cores << 26;
             }

@@ -37,6 +37,7 @@ pub(super) fn madt(cpus: &CpusConfig) -> Sdt {
     for vcpu in 0..cpus.max_vcpus {
         let flags = match vcpu < cpus.boot_vcpus {
             true => ENABLED,
+            // Not both flags: ONLINE_CAPABLE is reserved where ENABLED is set (5.2.12.2).
             false => ONLINE_CAPABLE,
         };
         madt.append_slice(&local_apic(cpus, vcpu, flags));
@@ -197,6 +198,8 @@ pub(super) fn notifiers(notices: Vec<u8>, [event, notify, scan]: [&str; 3]) -> B
             true,
             vec![
                 &next,
+                // The guest takes notifications until there are none: one interrupt may stand for
+                // several.
                 &While::new(
                     &NotEqual::new(&Local(0), &ZERO),
                     vec![
