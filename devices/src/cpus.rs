@@ -180,6 +180,7 @@ impl CpuBlock {
         }
         let mut state = self.state.lock();
         state.is_changed = true;
+        // An open request to eject would take away at once what the owner has just plugged.
         state.forget(vcpu);
         state.present.insert(vcpu);
         state.inserted.insert(vcpu);
@@ -280,6 +281,8 @@ impl DeviceOps for CpuBlock {
             }
             return;
         }
+        // ACPI reads the bits byte by byte. An access that crosses into the next register sees
+        // zeros there.
         for (at, byte) in (offset..EVENT).zip(data) {
             let present = usize::try_from(at).ok();
             let present = present.and_then(|at| state.present.0.get(at));

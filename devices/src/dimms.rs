@@ -125,6 +125,8 @@ impl DimmBlock {
             changed: Box::new(changed),
         };
         if boot > 0 {
+            // In one slot, however the memory came: after a reboot the slots of before are free
+            // again.
             block.plug(boot)?;
             // A guest finds this one when it boots, and answers no notification.
             let mut state = block.state.lock();
@@ -195,6 +197,7 @@ impl DimmBlock {
         let mut state = self.state.lock();
         let offset = self.check_in(&state, len)?;
         let stage = Stage::Inserted;
+        // The check and the push are under one lock, so two requests cannot take the same place.
         state.slots.push(Slot { offset, len, stage });
         Ok(())
     }
@@ -300,6 +303,7 @@ impl DeviceOps for DimmBlock {
         }
         let slot = usize::try_from(offset / SLOT_LEN).unwrap_or(usize::MAX);
         let within = usize::try_from(offset % SLOT_LEN).unwrap_or(0);
+        // An empty slot reads as zeros, which `_STA` takes for no device.
         let Some(Slot { offset, len, .. }) = state.slots.get(slot) else {
             return;
         };
@@ -375,6 +379,7 @@ impl Save for DimmBlock {
 impl Load for &DimmBlock {
     fn load(&mut self, from: &mut LoadScope<'_, '_>, _: &mut ()) -> Result<(), LoadError> {
         let saved: V1 = from.take()?;
+        // The guest knows the memory by its address: at another one it would use what is not there.
         if saved.addr != self.region.first() {
             let (there, here) = (saved.addr, self.region.first());
             let why = format!("hotplugged memory at {there:#x}, which is at {here:#x} here");

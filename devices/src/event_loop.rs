@@ -320,6 +320,8 @@ impl EventLoop {
                 running.run();
             }
         })?;
+        // Waits for the thread to be confined: the caller must not hand guests to a thread that is
+        // not.
         outcome.recv().map_err(io::Error::other)??;
         Ok(Self {
             handle: LoopHandle {
@@ -369,6 +371,8 @@ impl Running {
         // There may be commands whose wake the loop has consumed already.
         let mut left = false;
         loop {
+            // Work that is left must not wait for an event. A poll of zero still takes the events
+            // that are there, so that busy actors do not starve the others.
             let wait = if left || !self.again.is_empty() {
                 Some(Duration::ZERO)
             } else {
@@ -382,6 +386,7 @@ impl Running {
                     return;
                 }
             }
+            // mio's waker needs no reading: it is edge-triggered, and the next wake is a new edge.
             for event in &events {
                 if event.token() == WAKER {
                     continue;
@@ -392,6 +397,7 @@ impl Running {
                     self.call(actor, |a, sources| a.ready(key, sources));
                 }
             }
+            // Behind the events and before the commands: in each round an actor hears of all three.
             self.expire_timers();
             for id in std::mem::take(&mut self.again) {
                 self.wake(id);
@@ -453,6 +459,8 @@ impl Running {
             timers: &mut self.timers,
             actor: id,
         };
+        // The actor is dropped after a panic and never called again, so nothing sees what the panic
+        // left half done.
         let flow = catch_unwind(AssertUnwindSafe(|| f(actor.as_mut(), &mut sources)))
             .unwrap_or_else(|panic| {
                 let message = panic_message(panic.as_ref());
@@ -481,9 +489,12 @@ impl Running {
     }
 
     fn drop_actor(&mut self, id: u64) {
+        // Before the drop, which closes the descriptors: the kernel could hand the same number to
+        // another actor.
         self.tokens.forget_actor(id, self.poll.registry());
         self.timers.remove(&id);
         let actor = self.actors.remove(&id);
+        // A destructor may panic, too, and the thread serves other VMs.
         let _ = catch_unwind(AssertUnwindSafe(|| drop(actor)));
     }
 }

@@ -65,6 +65,8 @@ pub fn pvpanic(
         region,
         size: BAR_LEN,
         address: bar.first(),
+        // A 64-bit BAR may lie in the window above 4 GiB, where the allocator of the machine places
+        // all BARs.
         wide: true,
         prefetchable: false,
     })?;

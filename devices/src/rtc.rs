@@ -192,6 +192,8 @@ impl Registers {
 
     fn read(&mut self, now: Duration) -> u8 {
         let register = usize::from(self.index) % REGISTERS;
+        // While SET is 1 the guest's own writes must be read back, and the time must not move under
+        // them.
         if CLOCK.contains(&register) && !self.is_set_by_guest() {
             self.put(now);
         }
@@ -203,6 +205,7 @@ impl Registers {
                 let updating = !self.is_set_by_guest() && ends >= Duration::from_secs(1);
                 self.bytes[STATUS_A] & !UPDATING | if updating { UPDATING } else { 0 }
             }
+            // No interrupt flags: this clock raises none.
             STATUS_C => 0,
             STATUS_D => VALID,
             register => self.bytes[register],

@@ -142,6 +142,7 @@ impl Bucket {
 
     fn take(&mut self, want: u64) {
         let from_burst = want.min(self.burst);
+        // Spent once and never refilled, as Cloud Hypervisor's `one_time_burst`.
         self.burst -= from_burst;
         self.tokens -= (want - from_burst) as f64;
     }
@@ -227,6 +228,8 @@ struct First {
 impl Line {
     fn begin(&mut self, id: u64, bytes: u64, now: Instant) -> Result<(), Duration> {
         let is_behind = |first: First| first.id != id && now < first.until;
+        // Without tokens: the bucket fills for the first in line, and this one looks again in a
+        // millisecond.
         if self.first.is_some_and(is_behind) {
             return Err(BEHIND_ANOTHER);
         }

@@ -28,6 +28,7 @@ impl LogFile {
             )
         };
         let (file, kind) = request.open_with_kind()?;
+        // The lock belongs to the open file description, which both share, and goes with `file`.
         let output = file.try_clone().map_err(|source| OpenError::Host {
             path: path.to_owned(),
             source,

@@ -178,6 +178,8 @@ impl Console {
     /// When the host gives none.
     pub fn pty() -> Result<Self, ConsoleError> {
         let make = || -> io::Result<(OwnedFd, PathBuf)> {
+            // NONBLOCK comes last: the settings below may have to wait. CLOEXEC is set from the
+            // start, since another thread may start a program at any time.
             let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
             grantpt(&master)?;
             unlockpt(&master)?;
@@ -365,6 +367,7 @@ struct Pumped {
 /// library for standard input, would keep back what the guest has no room for, where no poll of
 /// the descriptor finds it.
 fn pump(from: impl AsFd, to: &dyn ConsoleInput) -> Pumped {
+    // The size of a 16550A's buffer here. A larger one would gain nothing for a serial port.
     let mut buffer = [0; 64];
     loop {
         let room = to.room().min(buffer.len());
@@ -381,6 +384,8 @@ fn pump(from: impl AsFd, to: &dyn ConsoleInput) -> Pumped {
         {
             return Pumped::default();
         }
+        // Only behind the poll: without input there is nothing to come back for, and `more` would
+        // have the owner wake for nothing.
         if room == 0 {
             return Pumped {
                 more: true,

@@ -255,6 +255,8 @@ impl DeviceOps for Ports {
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
+        // 3.2.2.3.2: only a 32-bit write to 0xcf8 sets the address. Others pass through to ports
+        // such as 0xcf9.
         match (offset.checked_sub(4), <[u8; 4]>::try_from(data)) {
             (Some(byte), _) => {
                 let address = self.0.state.lock().address;

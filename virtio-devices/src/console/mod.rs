@@ -216,6 +216,7 @@ impl QueueTask for Receive {
             return Ok(TaskFlow::Wait);
         }
         let flow = queue.turn(Budget::new(CHAINS), |queue, chain| {
+            // Input of no bytes would be an empty answer. The chain waits for the next input.
             if input.is_empty() {
                 return Ok(Served::NotYet);
             }
@@ -345,10 +346,12 @@ impl ConsoleInput for ConsoleHandle {
     fn receive(&self, bytes: &[u8]) -> usize {
         let mut input = self.shared.input.lock();
         let is_driven = self.shared.is_driven.load(Ordering::Acquire);
+        // Looked at again under the lock: two callers may have seen the same room.
         let room = if is_driven { INPUT } else { 0 }.saturating_sub(input.len());
         let taken = bytes.get(..room).unwrap_or(bytes);
         input.extend(taken);
         drop(input);
+        // Behind the input's lock, which the task takes when it runs: it finds the bytes.
         if let Some(running) = &*self.shared.receive.lock() {
             running.wake();
         }

@@ -58,6 +58,7 @@ impl V1 {
                 self.region_size, self.addr, self.block_size
             ));
         }
+        // The driver would plug up to a size that no block has, or that lies past the region.
         if !self.requested.is_multiple_of(block) || self.requested > size {
             return Err(format!("{:#x} bytes cannot be requested", self.requested));
         }

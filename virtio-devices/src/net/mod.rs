@@ -159,6 +159,7 @@ impl Net {
         {
             first.set_up(&config.address)?;
         }
+        // Receive and transmit of each pair, and the control queue behind them (5.1.2).
         let queues = taps.len() * 2 + 1;
         let shared = Arc::new(Shared {
             taps: taps.into_iter().map(Arc::new).collect(),
@@ -403,6 +404,8 @@ impl NetHandle {
             && features & 1 << VIRTIO_NET_F_GUEST_ANNOUNCE != 0
         {
             self.shared.announce.store(true, Ordering::Release);
+            // The driver reads the status and acknowledges by the control queue; `announce` stays
+            // set until then, also over a migration.
             transport.config_changed();
         }
     }

@@ -61,6 +61,7 @@ impl GuestMemoryBackend for QueueMemory {
         windows
             .filter_map(|window| window.within(&self.view))
             .find(|ram| ram.contains(addr.0))
+            // Indirect tables may be anywhere in RAM.
             .or_else(|| self.view.find_region(addr))
     }
 

@@ -85,6 +85,7 @@ impl VirtioFunction {
     /// No queue is served any more, on return; each can go on where it is.
     pub(super) fn pause(&self) {
         let mut state = self.state.lock();
+        // Set before the queues stop, under the lock: a vCPU that writes DRIVER_OK next finds it.
         state.paused = true;
         state.stop_queues();
     }
@@ -102,6 +103,8 @@ impl VirtioFunction {
         // Asked under the lock: of two vCPUs that change the bit, the later call finds the later
         // value.
         let is_on = is_on();
+        // Each write to configuration space comes here: queues must not restart for one that
+        // changes something else.
         if state.is_bus_master == is_on {
             return;
         }
@@ -149,6 +152,7 @@ impl VirtioFunction {
         self.transport.repeat_config_changed();
         if state.common.driver_ok() && !self.transport.is_broken() {
             let queues = (0..).zip(state.common.queues());
+            // Only those that the driver enabled: another one may have no handler for its vector.
             let enabled = queues.filter(|(_, queue)| queue.enabled);
             enabled.for_each(|(index, _)| self.transport.used(index));
         }
@@ -260,6 +264,8 @@ impl VirtioFunction {
             kick: Arc::clone(kick),
             transport: Arc::clone(&self.transport),
         };
+        // Rings that are nowhere are the guest's fault, and found only here: their addresses may
+        // become RAM between the enabling and the start.
         let started = Queue::new(setup).map_err(DeviceError::from);
         if let Err(error) = started.and_then(|queue| state.device.start_queue(queue)) {
             self.transport.needs_reset(&error.to_string());
@@ -307,6 +313,8 @@ impl VirtioFunction {
             0
         };
         let mut state = self.state.lock();
+        // Compares the space on each read, so a driver that reads generation, fields and generation (2.5)
+        // sees any change in between.
         let (_, generation) = self.config(&mut state);
         copy(&state.common.image(needs_reset, generation), at, data);
     }
@@ -327,6 +335,7 @@ impl VirtioFunction {
 impl State {
     fn stop_queues(&mut self) {
         for (index, queue) in (0_u16..).zip(self.common.queues_mut()) {
+            // A queue that was not being served keeps the state that it was loaded or stopped with.
             if let Some(stopped) = self.device.stop_queue(index) {
                 queue.state = stopped;
             }

@@ -114,6 +114,7 @@ impl Transport {
 
     /// Sets `DEVICE_NEEDS_RESET`, tells the driver, and the owner of the machine once.
     pub fn needs_reset(&self, why: &str) {
+        // Several tasks may find the same fault at once: one report is enough for the owner.
         if !self.needs_reset.swap(true, Ordering::AcqRel) {
             // The flag is set first and read by `status`: a driver that the notification wakes
             // finds `DEVICE_NEEDS_RESET` (2.1.2).
@@ -129,6 +130,7 @@ impl Transport {
 
     /// Tells the owner of the machine that the sandbox refused a system call of the device.
     pub(crate) fn violated(&self, violation: &Violation) {
+        // Without an interrupt: the VM ends, and its guest runs no further.
         self.needs_reset.store(true, Ordering::Release);
         self.report(TransportEvent::Violation(violation.to_string()));
     }

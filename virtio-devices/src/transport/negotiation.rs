@@ -215,6 +215,8 @@ impl CommonConfig {
 
     /// One of the device's vectors, or none (4.1.5.1.2.1).
     fn vector(&self, value: u16) -> u16 {
+        // 4.1.5.1.2.1: a vector that cannot be had reads back as NO_VECTOR, by which the driver
+        // knows.
         if value < self.vectors {
             value
         } else {
@@ -274,6 +276,7 @@ impl CommonConfig {
             self.driver_features & 1 << VIRTIO_F_RING_RESET != 0,
         );
         let vector = self.vector(value as u16);
+        // The guest may select any number. A queue that is not there swallows writes.
         let Some(queue) = self.queues.get_mut(usize::from(select)) else {
             return Effect::None;
         };
@@ -284,6 +287,7 @@ impl CommonConfig {
                 queue.vector = vector;
                 return Effect::QueueVector(select, vector);
             }
+            // Writing 0 has no effect: only a reset of the queue disables it (4.1.4.3.2).
             (28, 2) if value == 1 && !queue.enabled => {
                 let size = queue.rings.size;
                 // Here and again when the queue starts: `Queue::new` also serves devices that were
@@ -304,6 +308,7 @@ impl CommonConfig {
             (44, 4) => set(&mut queue.rings.available, 4, width, value),
             (48, 4 | 8) => set(&mut queue.rings.used, 0, width, value),
             (52, 4) => set(&mut queue.rings.used, 4, width, value),
+            // Only if RING_RESET was negotiated (2.6.1).
             (58, 2) if value == 1 && resettable => {
                 *queue = QueueRegisters {
                     vector: queue.vector,

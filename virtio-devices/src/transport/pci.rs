@@ -276,6 +276,8 @@ impl VirtioPci {
         if is_old && !self.endpoint.is_bus_master() {
             self.endpoint.assume_bus_master();
         }
+        // After the write took effect, and without the lock of the registers: stopping queues may
+        // wait for a task that reads this function's configuration.
         self.follow_bus_master();
         Ok(())
     }

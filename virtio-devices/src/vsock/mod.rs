@@ -120,6 +120,7 @@ impl Vsock {
             source,
         };
         let socket = bound.map_err(refused)?;
+        // The muxer moves to another thread and back, while the path belongs to the device.
         let listener = socket.listener().try_clone().map_err(refused)?;
         let (listener, counters) = (Arc::new(listener), Arc::<Counters>::default());
         let limits = VsockLimits::default();
@@ -154,6 +155,7 @@ impl Vsock {
         if let Task::Running(running) = &self.task
             && running.with(|muxer| muxer.is_idle()) != Some(false)
             && let Task::Running(running) = std::mem::replace(&mut self.task, Task::Gone)
+            // The connections stay in the muxer: a pause must not break the guest's streams.
             && let Some(muxer) = running.stop()
         {
             self.task = Task::Idle(Box::new(muxer));
@@ -253,6 +255,8 @@ impl VirtioDevice for Vsock {
         // again when it hears of the reset.
         let saved::V1 { .. } = from.take()?;
         let mut muxer = self.fresh();
+        // The connections were to sockets of another host. The guest's driver drops them when it
+        // hears of the reset (5.10.6.7).
         muxer.reset_guest = true;
         self.task = Task::Idle(muxer);
         Ok(())

@@ -123,6 +123,7 @@ impl Muxer {
         loop {
             match (&*undecided.stream).read(&mut byte) {
                 Ok(1) if byte == *b"\n" => break,
+                // Bounded, as the client may send anything before the line feed.
                 Ok(1) if undecided.command.len() < MAX_COMMAND => {
                     undecided.command.push(byte[0]);
                 }
@@ -148,6 +149,7 @@ impl Muxer {
         };
         let ports = Ports { host, guest };
         let until = self.deadline();
+        // The key stays: the stream is being watched already.
         let connection = Connection::new(stream, key, Stage::Requested { until });
         self.streams.insert(key, ports);
         self.connections.insert(ports, connection);
