@@ -21,6 +21,7 @@ use anyhow::{Context, Result, bail};
 use control::EventLog;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::OFlags;
+use rustix::io::retry_on_intr;
 use serde::Serialize;
 
 use crate::inherited;
@@ -99,6 +100,7 @@ impl EventMonitor {
     }
 
     fn write_to(file: File) -> Result<Self> {
+        // Bounded: a reader that stalls costs memory for this many events and no more.
         let (waiting, inbox) = sync_channel(WAITING_MAX);
         let (finished, done) = channel();
         std::thread::Builder::new()
@@ -179,6 +181,7 @@ impl EventMonitor {
     pub(crate) fn finish(mut self, log: &EventLog) {
         self.report_new(log);
         self.report("vmm", "shutdown");
+        // The thread's loop ends when the queue is empty. `done` then closes.
         drop(self.waiting);
         if self.done.recv_timeout(FLUSH) == Err(RecvTimeoutError::Timeout) {
             tracing::warn!("the reader of --event-monitor did not take the last events");
@@ -212,7 +215,8 @@ fn write_all(file: &File, inbox: &Receiver<MonitorEvent>) -> io::Result<()> {
                 Ok(count) => rest = rest.get(count..).unwrap_or_default(),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    poll(&mut [PollFd::new(file, PollFlags::OUT)], None)?;
+                    // A signal ends the wait, whatever its handler asks for (signal(7)).
+                    retry_on_intr(|| poll(&mut [PollFd::new(file, PollFlags::OUT)], None))?;
                 }
                 Err(error) => return Err(error),
             }
@@ -225,6 +229,8 @@ fn write_all(file: &File, inbox: &Receiver<MonitorEvent>) -> io::Result<()> {
 mod tests {
     use std::io::Read;
     use std::os::fd::OwnedFd;
+
+    use vmm_sys_util::signal::{Killable as _, SIGRTMIN, register_signal_handler};
 
     use super::*;
 
@@ -328,6 +334,39 @@ mod tests {
         let losses = text.matches("\"dropped\"").count();
         assert!(losses >= 1, "the loss is in the stream");
         assert!(parsed(&text).contains(&"vm:resumed".to_owned()));
+    }
+
+    extern "C" fn ignore(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+
+    /// The signals that end the program come while the last events wait for the reader.
+    #[test]
+    fn signals_do_not_end_the_writer() {
+        let number = SIGRTMIN() + 4;
+        register_signal_handler(number, ignore).unwrap();
+        let (mut read, write) = pipe();
+        rustix::io::ioctl_fionbio(&write, true).unwrap();
+        let (events, inbox) = sync_channel(WAITING_MAX);
+        // More than the 64 KiB that the pipe has room for.
+        for _ in 0..32 {
+            let properties = BTreeMap::from([("event", "x".repeat(4096))]);
+            let event = MonitorEvent {
+                timestamp: Duration::ZERO,
+                source: "vm",
+                event: "paused",
+                properties: Some(properties),
+            };
+            events.send(event).unwrap();
+        }
+        drop(events);
+        let writer = std::thread::spawn(move || write_all(&write, &inbox));
+        for _ in 0..50 {
+            writer.kill(number).unwrap();
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let mut text = String::new();
+        read.read_to_string(&mut text).unwrap();
+        writer.join().unwrap().unwrap();
+        assert_eq!(parsed(&text).len(), 32);
     }
 
     #[test]
