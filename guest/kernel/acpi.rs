@@ -135,6 +135,7 @@ impl Platform {
                     found += 1;
                 }
             }
+            // A structure of no length would never end the loop.
             if size < 2 {
                 break;
             }

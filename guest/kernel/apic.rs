@@ -33,6 +33,7 @@ fn write(register: u64, value: u32) {
 
 /// Turns this CPU's on.
 pub fn enable() {
+    // The VMM leaves the PIC's output here, as firmware does. Its interrupts have no handler.
     write(LVT_LINT0, MASKED);
     write(SPURIOUS, 0x100 | u32::from(VECTOR_SPURIOUS));
     write(TIMER_DIVIDE, 0b1011);
@@ -65,6 +66,7 @@ pub fn route(pin: u32, apic_id: u32) {
             ptr::with_exposed_provenance_mut::<u32>(IO_APIC as usize + 0x10).write_volatile(value);
         }
     };
+    // The destination before the half that unmasks the pin.
     set(IO_APIC_REDIRECTION + 2 * pin + 1, apic_id << 24);
     set(IO_APIC_REDIRECTION + 2 * pin, u32::from(VECTOR));
 }
@@ -82,6 +84,8 @@ pub fn start(apic_id: u32, page: u8, is_up: impl Fn() -> bool) -> bool {
         write(COMMAND_LOW, command);
     };
     send(INIT);
+    // Intel SDM volume 3A, "MP Initialization Protocol", asks for 10 ms on hardware. A virtual APIC
+    // needs no time.
     wait(10, || false);
     send(STARTUP | u32::from(page));
     if wait(20_000, &is_up) {

@@ -44,7 +44,7 @@ const FIRST_PORT: u32 = 1024;
 /// The number of devices that are attacked.
 const DEVICES: usize = 8;
 
-/// One attack that goes on.
+/// An attack in progress.
 pub struct Attacker {
     attack: Attack,
     devices: [Option<Device>; DEVICES],
@@ -131,6 +131,7 @@ impl Attacker {
             return;
         };
         let [rings, _] = &mut self.rings;
+        // The ring has room for half of them (virtio 1.3, 2.7): the index alone breaks the queue.
         rings.publish(ENTRIES * 2);
         for _ in 0..16 {
             device.enable_again(0);

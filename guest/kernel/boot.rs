@@ -57,6 +57,8 @@ pub struct Handover {
 
 impl Handover {
     pub fn read(start_info: u64) -> Self {
+        // `read` refuses what is not mapped, so a VMM that hands over nonsense gives a guest
+        // without memory and not one that faults before it can print.
         let field = |offset: u64| read::<u64>(start_info + offset).unwrap_or(0);
         let is_valid = read(start_info) == Some(MAGIC);
         let cmdline_addr = if is_valid { field(24) } else { 0 };
@@ -143,7 +145,9 @@ impl Ram {
     /// what is plugged later.
     fn map_up_to(&mut self, highest: u64) {
         let end = highest.max(4 * GIB).div_ceil(GIB).saturating_add(1).min(512);
+        // entry.s has mapped the first GiB, and the fourth without caching for MMIO.
         for gib in (1..3).chain(4..end) {
+            // From the first GiB: only that is mapped when the first tables are written.
             let Some(directory) = self.take(PAGE_SIZE as u64, GIB) else {
                 return;
             };
@@ -166,6 +170,7 @@ impl Ram {
                     .add(gib as usize)
                     .write_volatile(directory | 0x67);
             }
+            // The fourth GiB is there already: the map has no holes once the third is in.
             MAPPED.store(if gib == 2 { 4 * GIB } else { (gib + 1) * GIB }, Relaxed);
         }
     }

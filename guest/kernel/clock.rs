@@ -41,6 +41,8 @@ impl KvmClock {
     fn read(&self) -> Option<Self> {
         loop {
             // SAFETY: plain data; KVM marks what it is about to change with an odd version.
+            // The version is read again behind the copy: equal and even means that KVM changed
+            // nothing in between (KVM, MSR_KVM_SYSTEM_TIME_NEW).
             let copy = unsafe { ptr::from_ref(self).read_volatile() };
             // SAFETY: as above.
             let version = unsafe { (&raw const self.version).read_volatile() };
@@ -56,6 +58,8 @@ impl KvmClock {
     /// Nanoseconds.
     pub fn now(&self) -> Option<u64> {
         let clock = self.read()?;
+        // Saturating: after a migration the TSC may be a little behind the moment of the
+        // parameters.
         let delta = cpu::rdtsc().saturating_sub(clock.tsc_timestamp);
         let delta = shifted(delta, clock.tsc_shift);
         let scaled = u128::from(delta) * u128::from(clock.tsc_to_system_mul) >> 32;

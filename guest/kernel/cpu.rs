@@ -178,10 +178,14 @@ pub fn sleep_until(deadline: u64) {
     let Some(left) = deadline.checked_sub(now).filter(|left| *left > 0) else {
         return;
     };
+    // Before the halt, and with `counted` from before that: an interrupt in between changes the
+    // count, and ring 0 does not halt.
     apic::arm_timer(clock::tsc_to_ns(left));
     halt(counted);
     let woken = rdtsc();
     let slept = woken.min(deadline).saturating_sub(now);
+    // The clock moves on by the sleep that was asked for. What the CPU slept longer stays a gap:
+    // the host did not wake it in time.
     cpu.seen_tsc.store(now + slept, Relaxed);
     cpu.seen_clock.fetch_add(clock::tsc_to_ns(slept), Relaxed);
     look();
@@ -257,6 +261,8 @@ static mut IDT: Idt = Idt([[0; 2]; 256]);
 pub fn fill_idt() {
     let gate = |handler: u64| {
         // An interrupt gate for code segment 0x10, ring 0 only.
+        // Type 14, present, DPL 0 (Intel SDM volume 3A, 6.11). Without an IST each handler runs on
+        // ring 0's stack of the TSS.
         let low = handler & 0xffff | 0x10 << 16 | 0x8e00 << 32 | (handler & 0xffff_0000) << 32;
         [low, handler >> 32]
     };

@@ -306,6 +306,8 @@ impl Memory {
             if plugs && is_done {
                 let is_new = read::<u64>(start + at) == 0;
                 add(&COUNTS.bad, u64::from(!is_new));
+                // Different in each block: memory that moves to another address is found out at the
+                // unplug.
                 write(start + at, !at);
             }
             return true;
@@ -388,11 +390,13 @@ impl Disk {
         if is_write {
             pattern::fill(self.page(), slot, generation);
         } else {
+            // A device that reports success without reading leaves zeros, which match no pattern.
             self.page().fill(0);
         }
         write(self.head, u32::from(is_write));
         write(self.head + 4, 0_u32);
         write(self.head + 8, slot * SECTORS_PER_PAGE);
+        // No status of virtio-blk: a device that completes without writing it is found out.
         write(self.head + 16, 0xff_u8);
         let chain: [Buffer; 3] = [
             (self.head, 16, false),

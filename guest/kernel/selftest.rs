@@ -24,6 +24,8 @@ pub fn run() -> FailedChecks {
     check(Check::GeneralProtection, privileged == 13);
     check(Check::InvalidOpcode, invalid == 6);
 
+    // The same sum with interrupts in between must have the same bits: a host that loses
+    // floating-point state on an exit changes them.
     let undisturbed = sum();
     let (tsc, clock) = (cpu::rdtsc(), cpu::this().clock.now());
     let counted = cpu::this().interrupts.load(Relaxed);

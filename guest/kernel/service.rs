@@ -92,6 +92,7 @@ impl Service {
         {
             self.power_off();
         }
+        // Taken out while it calls back: `obey` needs all of the service.
         let mut input = core::mem::replace(&mut self.input, Input::new());
         input.poll(|line| match Command::parse(line) {
             Some(command) => self.obey(command),

@@ -93,6 +93,7 @@ impl Tpm {
             Step::GetRandom => (&GET_RANDOM, 0),
             Step::ReadPcr => (&PCR_READ, 0),
         };
+        // The driver asks for the ready state before it fills the buffer (PTP 1.05, 6.5).
         write(self.base + CTRL_REQ, 1_u32);
         let mut at = self.base + BUFFER;
         for byte in command {

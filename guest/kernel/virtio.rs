@@ -86,6 +86,7 @@ impl Place {
         if let Some(ecam) = self.ecam {
             return write(ecam + u64::from(self.devfn() << 12) + u64::from(at & 0xfc), value);
         }
+        // Sets the address port: the data port means that register from then on.
         self.read(at);
         cpu::out32(CONFIG_DATA, value);
     }
@@ -99,6 +100,8 @@ impl Place {
                 window + u64::from(self.slot) * BAR_SPACING
             }
         };
+        // Decoding off while both halves of the address change: in between the BAR would be
+        // somewhere else.
         self.write(4, 0);
         self.write(0x10, bar as u32);
         self.write(0x14, (bar >> 32) as u32);
@@ -238,6 +241,7 @@ impl Device {
     /// Resets it, and agrees on virtio 1.0 and these of the features 0 to 31. False if it does not.
     pub fn begin_with(&self, features: u32) -> bool {
         write::<u8>(self.common + 20, 0);
+        // 4.1.4.3.2: the driver waits until the status reads 0, and only then goes on.
         while read::<u8>(self.common + 20) != 0 {}
         let mut status = STATUS_ACKNOWLEDGE | STATUS_DRIVER;
         write(self.common + 20, status);
@@ -247,6 +251,7 @@ impl Device {
         }
         status |= STATUS_FEATURES_OK;
         write(self.common + 20, status);
+        // 3.1.1: read back, since the device may refuse the features by clearing the bit.
         read::<u8>(self.common + 20) & STATUS_FEATURES_OK != 0
     }
 
@@ -276,6 +281,7 @@ impl Device {
         let common = self.common;
         write(common + 22, index);
         write(common + 24, size);
+        // 4.1.3.1 allows 64-bit fields to be written in halves.
         for (register, ring) in [32, 40, 48].into_iter().zip(rings) {
             write(common + register, ring as u32);
             write(common + register + 4, (ring >> 32) as u32);
@@ -380,6 +386,7 @@ impl Queue {
         let slot = u64::from(self.available % self.size);
         write(self.page + AVAILABLE + 4 + 2 * slot, head);
         self.available = self.available.wrapping_add(1);
+        // Entry and descriptors before the index (2.7.13.3); then the index before the doorbell.
         fence(SeqCst);
         write(self.page + AVAILABLE + 2, self.available);
         fence(SeqCst);
@@ -392,6 +399,8 @@ impl Queue {
             return None;
         }
         fence(SeqCst);
+        // The fence keeps this read behind that of the index: the entry may be older otherwise
+        // (2.7.14).
         let at = self.page + USED + 4 + 8 * u64::from(self.used % self.size);
         self.used = self.used.wrapping_add(1);
         Some((read::<u32>(at) as u16 / PER_CHAIN, read(at + 4)))

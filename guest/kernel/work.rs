@@ -58,6 +58,7 @@ pub fn publish(options: Options, platform: Platform, ram: Ram, blocks: Blocks) {
     let store = (&raw mut STORE).cast::<Work>();
     // SAFETY: called once, before anybody looks.
     unsafe { store.write(work) };
+    // Released after all fields are written: a CPU that sees the pointer sees the work.
     WORK.store(store, Release);
     apic::wake_others();
 }
@@ -142,6 +143,7 @@ impl Worker {
             0
         });
         let (index, cpus) = (u64::from(cpu.index), u64::from(work.blocks.count()));
+        // Shares differ by a page at most, and cover the region without gaps.
         let first = region * index / cpus;
         let slots = region * (index + 1) / cpus - first;
         let stride = match work.options.workload {
@@ -183,6 +185,7 @@ impl Worker {
             Workload::Exits { port, count } => {
                 // In port 0x80's tradition the value means nothing.
                 let left = count - self.cpu.writes.load(Relaxed).min(count);
+                // Few at a time, so that the first CPU still answers commands between them.
                 for _ in 0..left.min(16) {
                     cpu::out8(port, 0);
                     cpu::look();
@@ -327,6 +330,7 @@ impl Worker {
         self.cpu.verified_pages.store(written, Relaxed);
         self.cpu.verified_bad.store(bad, Relaxed);
         self.cpu.verified_first.store(first_bad, Relaxed);
+        // The number last, with release: the first CPU reads the results once it sees the number.
         self.cpu.verified.store(asked, Release);
     }
 }
