@@ -11,7 +11,7 @@ use spec::AwaitMigration;
 
 use crate::sandbox::Rule;
 
-/// Where a service accepts VMs from others.
+/// The endpoint at which a service accepts VMs from others.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Migration")]
 pub(crate) struct AcceptArguments {
@@ -31,6 +31,7 @@ impl AcceptArguments {
     pub(crate) fn rules(&self) -> impl Iterator<Item = Rule> {
         let endpoint = self.accept_migrations.as_deref();
         let socket = endpoint.and_then(|endpoint| endpoint.strip_prefix("unix:"));
+        // The folder and not the socket, which does not exist yet.
         let socket = socket.map(|path| Rule::maker_of(Path::new(path)));
         let certificates = self.accept_tls_dir.as_deref().map(Rule::reading);
         socket.into_iter().chain(certificates)

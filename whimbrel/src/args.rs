@@ -105,7 +105,7 @@ pub(crate) enum Command {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Sandbox")]
 pub(crate) struct SandboxArguments {
-    /// What happens at a system call that no thread of this kind makes unless it is attacked. A
+    /// Action at a system call that no thread of this kind makes unless it is attacked. There is a
     /// list of calls for the process, and stricter ones for the threads of vCPUs and devices.
     #[arg(long, value_name = "MODE", default_value = "true", global = true)]
     pub(crate) seccomp: SeccompMode,
@@ -113,7 +113,7 @@ pub(crate) struct SandboxArguments {
     /// files and --landlock-rules do not name. Fails on a kernel without Landlock.
     #[arg(long, global = true)]
     pub(crate) landlock: bool,
-    /// What stays open for VMs and devices that clients add later: path=PATH,access=rw. A path stands for
+    /// Paths that stay open for VMs and devices that clients add later: path=PATH,access=rw. A path stands for
     /// all that is below it; access is r, or w for writing as well and making files.
     #[arg(long, value_name = "RULE", num_args = 1.., global = true)]
     pub(crate) landlock_rules: Vec<Rule>,
@@ -313,7 +313,7 @@ pub(crate) struct VmArguments {
     /// A panic notifier: a guest's panic becomes an event.
     #[arg(long)]
     pub(crate) pvpanic: bool,
-    /// Where to report events, as JSON in Cloud Hypervisor's form: path=PATH or fd=N.
+    /// Report events here, as JSON in Cloud Hypervisor's form: path=PATH or fd=N.
     #[arg(long, value_name = "OPTIONS")]
     pub(crate) event_monitor: Option<String>,
     /// Make the VM from a snapshot, in place of the options that describe a VM:
@@ -347,6 +347,8 @@ impl VmArguments {
             migration: self.migration.clone(),
             ..Self::default()
         };
+        // Compared as a whole, so that an option that is added later counts as one that describes a
+        // VM, unless it is listed above.
         *self != program
     }
 
@@ -395,6 +397,7 @@ impl VmArguments {
         if let Some(text) = &self.memory {
             config.memory = options::memory(text)?;
         } else if !self.memory_zone.is_empty() {
+            // With zones the size is theirs: the default of 512 MiB would be one zone more.
             config.memory = MemoryConfig::with_size(0);
         }
         config.memory.zones = many(&self.memory_zone, &options::MEMORY_ZONE)?;

@@ -65,6 +65,7 @@ pub(crate) fn run(confinement: Confinement) -> Result<ExitCode> {
             shown = demo.show(&kernel) => shown,
             () = signals.next() => Err(anyhow::anyhow!("interrupted")),
         };
+        // Also after a failure: each service ends its VMs and removes its sockets.
         for one in services {
             one.end().await?;
         }
@@ -236,6 +237,8 @@ impl Demo {
             allow: Some(vec![self.directory.clone()]),
             ..AwaitMigration::at("tcp:127.0.0.1:0")
         };
+        // The destination listens before the source connects, and names the port that the host
+        // chose.
         let waiting = self.clients[to].migrations_receive(&waiting).await?;
         self.request(&format!("POST /api/v1/vms/demo/migrations  ({mode})"));
         let what = StartMigration {

@@ -50,6 +50,7 @@ pub(crate) fn duplicate(number: RawFd) -> Result<OwnedFd> {
         RecvFlags::CMSG_CLOEXEC,
     )
     .with_context(|| format!("cannot duplicate descriptor {number}"))?;
+    // The kernel drops a descriptor silently (MSG_CTRUNC) if this process may open no more.
     let received = ancillary.drain().find_map(|message| match message {
         RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
         _ => None,
@@ -81,7 +82,7 @@ pub(crate) fn parse(text: &str) -> Result<RawFd> {
         .with_context(|| format!("`{text}` is not the number of a descriptor"))
 }
 
-/// Where the API of one VM is served.
+/// The socket at which the API of one VM is served.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum ApiSocket {
     /// A unix socket to bind.
@@ -127,6 +128,7 @@ impl ApiSocket {
 /// When a key is not known, a value not possible, or a descriptor not open.
 pub(crate) fn net(text: &str) -> Result<NetConfig> {
     let key = text.match_indices("fd=").map(|(at, _)| at);
+    // Only a key: `tapfd=` or a value that contains `fd=` is none.
     let mut key = key.filter(|at| *at == 0 || text.as_bytes().get(at - 1) == Some(&b','));
     let Some((before, after)) = key.next().and_then(|at| text.split_at_checked(at)) else {
         return Ok(options::NET.read(text)?);

@@ -84,6 +84,8 @@ pub(crate) fn start(arguments: &LoggingArguments) -> Result<WorkerGuard> {
         }
     };
     let (writer, guard) = NonBlockingBuilder::default()
+        // A full queue drops lines in place of waiting: a vCPU or a driver may be the one that
+        // logs.
         .lossy(true)
         .buffered_lines_limit(WAITING_MAX)
         .thread_name("log")
@@ -96,6 +98,7 @@ pub(crate) fn start(arguments: &LoggingArguments) -> Result<WorkerGuard> {
     };
     tracing_subscriber::registry()
         .with(filter)
+        // Before the layer that formats: a suppressed line costs a lookup and no text.
         .with(limits.clone())
         .with(layer)
         .init();
@@ -155,6 +158,8 @@ impl Limits {
         let mut suppressed = HashMap::<_, u64>::new();
         self.0.lock().retain(|(owner, _), lines| {
             *suppressed.entry(owner.clone()).or_default() += lines.take_refused();
+            // A service has many VMs over its life: sources that are quiet are forgotten, or the
+            // map would grow for good.
             !lines.is_idle(now)
         });
         suppressed
@@ -174,6 +179,7 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for Limits {
         attributes.record(&mut name);
         if let (Some(name), Some(span)) = (name.0, context.span(id)) {
             let owner: Owner = (kind, name.into());
+            // Read once when the span begins: lines inside need no look at the fields.
             span.extensions_mut().insert(owner);
         }
     }

@@ -32,6 +32,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     let started = cloud_hypervisor::check(&matches)
         .and_then(|()| arguments.check())
+        // Before any file of the command line is read: a parser under attack has none of these rights.
         .and_then(|()| sandbox::drop_rights(arguments.sandbox.seccomp))
         // Read before files are denied: the rules follow from it, and standard input comes once.
         .and_then(|()| arguments.vm_config())

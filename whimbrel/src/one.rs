@@ -136,6 +136,7 @@ pub(crate) fn run(
         })
         .await;
         if let Some(monitor) = monitor {
+            // After the VMs: their last events belong before the end of the program.
             monitor.finish(registry.events());
         }
         match ended? {
@@ -186,6 +187,8 @@ fn explained(error: &control::RequestError) -> anyhow::Error {
 async fn guest_ends(registry: &Registry) -> Option<spec::Failure> {
     let mut changes = registry.changes();
     loop {
+        // Marks the present state as seen before the list is read: a VM that comes in between wakes
+        // the select.
         changes.borrow_and_update();
         let vm = registry.list().into_iter().next();
         tokio::select! {
@@ -201,6 +204,7 @@ async fn watch(vm: Option<VmHandle>) -> Option<spec::Failure> {
         return std::future::pending().await;
     };
     let mut status = vm.watch();
+    // A shutdown by a client does not end the program, since the client may boot the VM again.
     let over = |status: &control::VmStatus| status.state == VmState::Shutdown && status.by_guest;
     match status.wait_for(over).await {
         Ok(status) => status.failure.clone(),

@@ -90,6 +90,8 @@ pub(crate) fn run(
     .with_migration_trust(arguments.migration.trust()?);
     let runtime = runtime(2)?;
     runtime.block_on(async {
+        // Before the socket exists: a supervisor that sees it may signal at once, and the default
+        // action would end the process without an orderly stop.
         let mut signals = Signals::listen()?;
         let mut listeners = vec![Listener::unix(&socket)?];
         if let Some((address, access)) = tcp {

@@ -41,6 +41,7 @@ impl Signals {
             let is_echo = self
                 .last
                 .is_some_and(|(_, at)| now.duration_since(at) < ECHO);
+            // Each echo moves the moment on: a burst counts as one signal, however long it is.
             self.last = Some((kind, now));
             if !is_echo {
                 return;

@@ -44,6 +44,8 @@ impl MigrationArguments {
             .iter()
             .map(|path| ("--migration-storage", path));
         for (option, path) in allow.chain(storage) {
+            // The service's working directory is not the operator's, and a relative path would
+            // permit something else.
             if !path.is_absolute() {
                 bail!("{option} {}: the path must be absolute", path.display());
             }

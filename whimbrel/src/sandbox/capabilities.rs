@@ -36,6 +36,7 @@ pub(super) fn drop_unneeded() -> io::Result<()> {
 pub(super) fn keep(kept: CapabilitySet) -> io::Result<()> {
     let now = capabilities(None)?;
     let kept = CapabilitySets {
+        // Only what the thread has: a program of an ordinary user asks for nothing.
         effective: now.effective & kept,
         permitted: now.permitted & kept,
         inheritable: now.inheritable & kept,

@@ -18,7 +18,7 @@ use spec::{LandlockConfig, PathUse, VmConfig};
 /// takes those that it knows.
 const DENIED: ABI = ABI::V5;
 
-/// What every VM needs, where the host has it.
+/// Paths that every VM needs, as far as the host has them.
 const ALWAYS: [(&str, Access); 12] = [
     ("/dev/kvm", Access::Write),
     ("/dev/net/tun", Access::Write),
@@ -38,7 +38,7 @@ const ALWAYS: [(&str, Access); 12] = [
     ("/proc/sys/kernel/random/boot_id", Access::Read),
 ];
 
-/// What a rule grants, for a file or for all that is below a folder.
+/// The rights that a rule grants, for a file or for all that is below a folder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Access {
     Read,
@@ -148,6 +148,8 @@ pub(crate) fn of_vm(config: &VmConfig) -> Vec<Rule> {
     let rule = |path: &str, used: PathUse| {
         let path = Path::new(path);
         match used {
+            // A rule needs a path that exists. The boot will refuse the missing file by its own,
+            // better error.
             PathUse::Read | PathUse::Write if !path.exists() => None,
             // Landlock does not restrict connecting to a socket.
             PathUse::Connect => None,
@@ -197,6 +199,8 @@ impl Extent {
 /// When a rule's path cannot be opened, or the kernel has no Landlock.
 pub(super) fn restrict(rules: &[Rule]) -> Result<Extent> {
     let mut ruleset = Ruleset::default()
+        // Older kernels enforce what they know. The caller reports a partial denial, and refuses a
+        // kernel with none.
         .set_compatibility(CompatLevel::BestEffort)
         .handle_access(AccessFs::from_all(DENIED))?
         .create()
@@ -213,6 +217,7 @@ pub(super) fn restrict(rules: &[Rule]) -> Result<Extent> {
             // The kernel refuses rights on a file that only a folder can have.
             access.rights() & AccessFs::from_file(DENIED)
         };
+        // A rule is bound to the inode that is there now: a file that replaces it later is denied.
         let opened = PathFd::new(path).with_context(named)?;
         ruleset = ruleset
             .add_rule(PathBeneath::new(opened, rights))

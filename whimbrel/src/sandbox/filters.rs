@@ -95,7 +95,7 @@ fn program(
     SeccompFilter::new(rules, others, listed, TargetArch::x86_64)?.try_into()
 }
 
-/// What every thread may do: use what is open already, memory, time, and other threads.
+/// Calls of every thread: to use what is open already, memory, time, and other threads.
 const WORK: &[i64] = &[
     libc::SYS_brk,
     libc::SYS_clock_getres,
@@ -280,7 +280,7 @@ const fn plain(request: u64) -> Request {
 /// `_IO('T', 227)` of `linux/if_tun.h`: the one request of TUN and TAP without a direction.
 const TUNGETDEVNETNS: u64 = 0x54e3;
 
-/// Of devices that are open: KVM, block devices, userfaultfd, taps, and whether something is a
+/// Requests to devices that are open: KVM, block devices, userfaultfd, taps, and whether something is a
 /// terminal. `TIOCSTI`, which types for the user of a terminal, is not among them.
 const DEVICE_IOCTLS: &[Request] = &[
     of_type(0xae),
@@ -297,7 +297,7 @@ const DEVICE_IOCTLS: &[Request] = &[
     plain(libc::TIOCOUTQ),
 ];
 
-/// Of terminals that are set up, network interfaces that are configured, and files.
+/// Requests to terminals that are set up, network interfaces that are configured, and files.
 const HOST_IOCTLS: &[Request] = &[
     plain(libc::TCSETS),
     plain(libc::TCSETSW),

@@ -35,7 +35,7 @@ use self::filters::{Scope, compile, without_clone3};
 use crate::args::{Arguments, Command};
 use crate::{one, serve};
 
-/// What happens at a system call that a thread may not make.
+/// Action at a system call that a thread may not make.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub(crate) enum SeccompMode {
     /// The call fails, is logged, and ends the VM for which the thread works.
@@ -139,6 +139,8 @@ pub(crate) fn enter(mode: SeccompMode) -> Result<Confinement> {
     }
     let process =
         compile(Scope::Process, refusal).context("cannot compile the process's filter")?;
+    // All threads at once: the runtime of logging has some already. Of two filters the stricter
+    // answer counts, so `clone3` fails with ENOSYS and the C library falls back.
     for filter in [&without_clone3()?, &process] {
         apply_filter_all_threads(filter).context(
             "the kernel refuses a system call filter (CONFIG_SECCOMP_FILTER); --seccomp false runs without",
@@ -163,6 +165,7 @@ impl Sandbox for Seccomp {
             ThreadKind::Devices => (&self.devices, capabilities::OF_DEVICES),
             ThreadKind::Drivers => return Ok(()),
         };
+        // Before the filter, which does not allow `capset`.
         capabilities::keep(rights)?;
         apply_filter(filter).map_err(io::Error::other)
     }

@@ -1,4 +1,4 @@
-//! What happens to a thread whose system call a filter traps.
+//! The handler of a thread whose system call a filter traps.
 //!
 //! The kernel does not run the call and raises SIGSYS in the thread. The handler lets the call fail
 //! with `EPERM`, notes it for the thread, and reports it to the thread `sandbox`, which logs. It
@@ -98,6 +98,7 @@ extern "C" fn on_trap(_: libc::c_int, info: *mut libc::siginfo_t, context: *mut 
     let argument = registers[libc::REG_RSI as usize];
     let result = &mut registers[libc::REG_RAX as usize];
     let call = std::mem::replace(result, -i64::from(libc::EPERM));
+    // Only the last: the owner ends the VM at the first note anyway.
     REFUSED.set(call);
 
     // SAFETY: it points to this thread's `errno`, which the interrupted code may be about to read.
