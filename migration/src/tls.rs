@@ -23,9 +23,9 @@ use rustls::{
 use self::read_ahead::ReadAhead;
 use crate::link::{Accept, Closer, Dial, Endpoint, Listener, Stream};
 
-/// Bytes that a session encrypts before they are written: those of a batch of pages. With the 64 KiB of
-/// rustls a batch would be several writes.
-const BUFFER: usize = 512 << 10;
+/// Bytes that a session encrypts before they are written, twice as many as by default: more of them fall
+/// out of the CPU's cache before they are sent.
+const BUFFER: usize = 128 << 10;
 
 /// A directory of certificates that cannot be used.
 #[derive(Debug, thiserror::Error)]

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use crate::link::{Closer, Stream};
 
-/// Bytes that are read at a time: some records.
-const AHEAD: usize = 64 << 10;
+/// Bytes that are read at a time: eight records.
+const AHEAD: usize = 128 << 10;
 
 /// A connection that is read in large pieces. rustls asks for 4 KiB, a quarter of a record, and each
 /// would be a system call.
