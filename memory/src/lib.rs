@@ -26,6 +26,7 @@
 
 #![expect(unsafe_code, reason = "this is the crate that maps guest memory")]
 
+mod awaited;
 mod change;
 mod dirty;
 mod dump;
@@ -54,6 +55,7 @@ mod view;
 mod window;
 mod write_protect;
 
+pub use awaited::{Admission, AwaitedBlocks, BlockRange, BlockUse, Claim, Waiter};
 pub use change::ViewChange;
 pub use dirty::{DirtyBitmap, DirtyPages, PAGE_SIZE};
 pub use dump::{FlatNode, TreeNode};
