@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock, Weak};
 
 use imago::Mapping;
-use memory::DirtyBitmap;
+use memory::{AwaitedBlocks, DirtyBitmap};
 use parking_lot::RwLock;
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
@@ -107,6 +107,49 @@ impl DiskAccess {
                 image.flush()
             }
         })
+    }
+
+    /// Has the disk wait for blocks that are still at the source of a migration. No queue of it was started.
+    ///
+    /// # Errors
+    /// The device is gone.
+    pub fn await_blocks(&self, blocks: Arc<AwaitedBlocks>) -> io::Result<()> {
+        self.with(|shared| {
+            *shared.awaited.lock() = Some(blocks);
+            Ok(())
+        })
+    }
+
+    /// Writes a block that came from the source of a migration, beside the guest. The caller has claimed it.
+    ///
+    /// # Errors
+    /// The host cannot write, or the device is gone.
+    pub fn write_arrived(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.with(|shared| {
+            let image = shared.image();
+            if !image.is_direct() {
+                return image.write_arrived(data, offset);
+            }
+            let mut aligned = Aligned::new(data.len());
+            aligned.bytes().copy_from_slice(data);
+            image.write_arrived(aligned.bytes(), offset)
+        })
+    }
+
+    /// Makes a block zeros that came as zeros from the source of a migration. The caller has claimed it.
+    ///
+    /// # Errors
+    /// The host cannot write, or the device is gone.
+    pub fn zero_arrived(&self, offset: u64, len: u64) -> io::Result<()> {
+        let zeroed = self.with(|shared| shared.image().write_zeroes(offset, len, true));
+        match zeroed {
+            // A file system that punches no holes.
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => {
+                let len = usize::try_from(len).unwrap_or(usize::MAX);
+                self.write_arrived(offset, &vec![0; len])
+            }
+            done => done,
+        }
     }
 
     /// Prepares a copy.

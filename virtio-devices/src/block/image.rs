@@ -18,6 +18,7 @@ use rustix::fs::{FallocateFlags, fallocate};
 use super::copy::Written;
 use super::format::{self, ImageFormat, RefusedWrite};
 use super::geometry::Geometry;
+use super::incomplete;
 use super::qcow2;
 
 /// Bytes of a sector, the unit of virtio-blk (virtio 1.3, 5.2.4).
@@ -75,6 +76,18 @@ pub enum ImageError {
     /// Another user has the image.
     #[error(transparent)]
     Lock(#[from] LockError),
+    /// A guest moved onto the image, and the rest of it never came.
+    #[error(
+        "{} is incomplete: blocks of it were still at the source of a migration when the guest's \
+         machine ended. The source's image has them as of the move; delete {} to use the image all \
+         the same, with zeros or old content in their place", path.display(), mark.display()
+    )]
+    Incomplete {
+        /// The image.
+        path: PathBuf,
+        /// The file beside the image that says so.
+        mark: PathBuf,
+    },
 }
 
 /// An image, opened and locked.
@@ -132,6 +145,10 @@ impl Image {
             ..Request::read(&how.path, &KINDS)
         };
         let mut file = request.open()?;
+        if !how.is_incoming {
+            // A guest that has just come gets the rest of its image from its source.
+            incomplete::check(&path)?;
+        }
         let format = format::check(&file, how.format).map_err(|why| ImageError::Format {
             path: path.clone(),
             why,
@@ -406,6 +423,15 @@ impl Image {
             }
             Kind::Qcow2(image) => image.read().write(data, offset),
         })
+    }
+
+    /// Writes what came from the source of a migration. Not checked as a write of the guest is: it was on
+    /// the disk before, and the configuration names the format.
+    pub(super) fn write_arrived(&self, data: &[u8], offset: u64) -> io::Result<()> {
+        match &self.kind {
+            Kind::Raw(file) => file.write_all_at(data, offset),
+            Kind::Qcow2(image) => image.read().write(data, offset),
+        }
     }
 
     /// Changes a range, and marks it for the copy that is made, if one is.

@@ -11,6 +11,7 @@ mod create;
 mod format;
 mod geometry;
 mod image;
+mod incomplete;
 mod mirror;
 mod overlay;
 mod qcow2;
@@ -30,6 +31,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use devices::host_file::OpenError;
 pub use devices::host_file::{LockError, LockMode};
+use memory::AwaitedBlocks;
 use parking_lot::{Mutex, RwLock};
 use state::{LoadError, LoadScope, SaveError, Scope};
 use virtio_bindings::virtio_blk::{
@@ -43,6 +45,7 @@ pub use self::copy::{CreatedImage, DiskAccess, DiskContent};
 pub use self::format::ImageFormat;
 pub use self::image::ImageError;
 use self::image::{Image, Kind, Opening, SECTOR, contained};
+pub use self::incomplete::{IncompleteMark, remove_mark};
 pub use self::overlay::{BaseImage, NeededOverlay, Overlay, PlannedOverlay, beside};
 pub use self::qcow2::MAX_BACKING;
 use self::request::Op;
@@ -152,6 +155,8 @@ struct Shared {
     /// The image below the overlay on which the disk continues, until it is certain that it does.
     base: Mutex<Option<Arc<Image>>>,
     gate: CopyGate,
+    /// The blocks that are still at the source of a migration.
+    awaited: Mutex<Option<Arc<AwaitedBlocks>>>,
     /// Empty where the image is not raw, or the host has no io_uring.
     rings: RwLock<Arc<Rings>>,
     queues: u16,
@@ -183,6 +188,13 @@ impl Shared {
             *self.rings.write() = Arc::new(rings);
         }
         *self.image.write() = image;
+    }
+
+    /// The blocks that are still at the source of a migration, if some are.
+    fn awaited(&self) -> Option<Arc<AwaitedBlocks>> {
+        let mut awaited = self.awaited.lock();
+        awaited.take_if(|blocks| blocks.left() == 0);
+        awaited.clone()
     }
 
     fn rings(&self) -> Arc<Rings> {
@@ -248,6 +260,7 @@ impl Block {
             image: RwLock::new(Arc::new(image)),
             base: Mutex::default(),
             gate: CopyGate::open(),
+            awaited: Mutex::default(),
             rings: RwLock::new(Arc::new(rings)),
             queues,
             queue_size: config.queue_size,

@@ -19,6 +19,7 @@ use imago::{FormatAccess, FormatDriverBuilder, Storage as _, StorageOpenOptions}
 use parking_lot::Mutex;
 
 use super::image::{ImageError, Opening, contained};
+use super::incomplete;
 
 /// Images below an image.
 pub const MAX_BACKING: usize = 32;
@@ -278,7 +279,9 @@ impl Gate<'_> {
             no_links: true,
             ..Request::read(real, &[FileKind::Regular, FileKind::BlockDevice])
         };
-        request.open().map_err(|error| self.refuse(error.into()))
+        let file = request.open().map_err(|error| self.refuse(error.into()))?;
+        incomplete::check(real).map_err(|error| self.refuse(error))?;
+        Ok(file)
     }
 
     /// Opens like [`Gate::open_named`], and locks the file.

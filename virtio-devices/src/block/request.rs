@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use memory::{BlockRange, BlockUse, Claim};
+
 use super::image::SECTOR;
 use super::{MAX_PART, MAX_SEGMENT_SECTORS};
 use crate::limits::MAX_PIECES;
@@ -74,6 +76,20 @@ impl Op {
         }
     }
 
+    /// The range of the disk that it uses, if it uses one.
+    pub(super) fn range(self) -> Option<BlockRange> {
+        let (offset, len, usage) = match self {
+            Self::Read { offset, len } => (offset, len as u64, BlockUse::Read),
+            Self::Write { offset, len } => (offset, len as u64, BlockUse::Change),
+            Self::Discard { offset, len } | Self::WriteZeroes { offset, len, .. } => {
+                (offset, len, BlockUse::Change)
+            }
+            // Makes durable what is present.
+            Self::Flush => return None,
+        };
+        Some(BlockRange { offset, len, usage })
+    }
+
     /// Bytes that the host may have to move for it. Some disks are zeroed by writing; to discard is
     /// to change the map of a file, for which a sixteenth is ample.
     pub(super) fn weight(self) -> u64 {
@@ -108,6 +124,9 @@ pub(super) struct Request {
     pub(super) turn: u64,
     /// Bytes of a transfer that earlier parts have moved.
     pub(super) done: usize,
+    /// The claim to blocks that are still at the source of a migration, and that this part changes. Dropped
+    /// with the request if it fails.
+    pub(super) claim: Option<Box<Claim>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -184,6 +203,7 @@ impl Request {
             status_at,
             turn: 0,
             done: 0,
+            claim: None,
         })
     }
 

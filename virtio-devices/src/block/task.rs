@@ -1,11 +1,14 @@
 //! The work on one queue of a disk.
 
+mod parked;
+
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use self::parked::Parked;
 use super::format::RefusedWrite;
 use super::geometry::Geometry;
 use super::image::Image;
@@ -31,6 +34,7 @@ const KICK: usize = 0;
 const URING: usize = 1;
 const THREADS: usize = 2;
 const TIMER: usize = 3;
+const AWAITED: usize = 4;
 
 pub(super) struct BlockTask {
     queue: Queue,
@@ -50,6 +54,9 @@ pub(super) struct BlockTask {
     /// By their turns, the heads of those that have failed since. While there is one nothing more is
     /// begun: the machine is about to stand.
     kept: BTreeMap<u64, u16>,
+    /// Requests that wait for blocks which are still at the source of a migration; `None` for a disk that
+    /// had all of them when the queue was started.
+    parked: Option<Parked>,
     /// Requests that were begun.
     turn: u64,
     /// The queue stops: no further part of a request is begun.
@@ -73,6 +80,7 @@ impl BlockTask {
             waiting: None,
             again: VecDeque::new(),
             kept: BTreeMap::new(),
+            parked: shared.awaited().map(Parked::new).transpose()?,
             turn: 0,
             is_stopping: false,
             writethrough: !flushes,
@@ -106,7 +114,10 @@ impl BlockTask {
         if self.waiting.take().is_some() {
             self.queue.unpop();
         }
-        if let Err(error) = self.drain() {
+        // Not waited for: their blocks may be long in coming.
+        let parked = self.parked.take().map(Parked::end).unwrap_or_default();
+        let kept = parked.iter().try_for_each(|request| self.keep(request));
+        if let Err(error) = kept.and_then(|()| self.drain()) {
             // The rings are gone, so completions cannot be reported.
             self.queue.broken(&error);
         }
@@ -173,7 +184,9 @@ impl BlockTask {
             |room: bool, in_flight: usize| !room || in_flight >= usize::from(self.queue.size());
         let uring = self.uring.as_ref();
         let threads = self.threads.as_ref();
+        let parked = self.parked.as_ref();
         self.in_flight < MAX_IN_FLIGHT
+            && parked.is_none_or(|parked| parked.has_room(self.queue.size()))
             && !uring.is_some_and(|u| busy(u.has_room(), u.in_flight()))
             && !threads.is_some_and(|t| busy(t.has_room(), t.in_flight()))
     }
@@ -215,6 +228,15 @@ impl BlockTask {
         if let Op::Write { len, .. } = op {
             request.chain.wait_readable(request.data_to_write(), len)?;
         }
+        // Behind that wait: an operation that has a claim must not depend on a page of memory that comes
+        // behind a block of this disk.
+        let request = match &mut self.parked {
+            Some(parked) => match parked.admit(request, op) {
+                Some(request) => request,
+                None => return Ok(()),
+            },
+            None => request,
+        };
         let durable = self.is_durable();
         let image = &self.image;
         let aligned = !image.is_direct() || is_aligned(&request, op, image.geometry)?;
@@ -230,7 +252,7 @@ impl BlockTask {
                     self.in_flight += op.weight();
                     return Ok(());
                 }
-                Err((back, _)) => request = back,
+                Err(back) => request = back,
             }
         }
         self.start_on_threads(request, op)
@@ -255,6 +277,20 @@ impl BlockTask {
                 Ok(())
             }
         }
+    }
+
+    /// Starts requests whose blocks have come.
+    fn start_parked(&mut self) -> Result<(), QueueError> {
+        let ready = self.parked.as_mut().map(Parked::take_ready);
+        for request in ready.unwrap_or_default() {
+            match request.what {
+                // The machine is about to stand.
+                _ if !self.kept.is_empty() => self.keep(&request)?,
+                What::Io(whole) => self.start(request, whole)?,
+                What::Id | What::Refused(_) => self.answer(&request, Status::IoError, 0)?,
+            }
+        }
+        Ok(())
     }
 
     /// Gives the kernel what was begun.
@@ -330,6 +366,10 @@ impl BlockTask {
             Ok(done) if done as u64 >= op.bytes() => {
                 if let Op::Read { len, .. } = op {
                     request.chain.mark_written(request.room_to_read(), len)?;
+                }
+                if let Some(claim) = request.claim.take() {
+                    // The guest wrote its blocks: what comes from the source for them is old.
+                    drop(claim.done());
                 }
                 // Of a transfer, bytes in memory: they are a usize.
                 request.done += op.bytes() as usize;
@@ -432,6 +472,9 @@ impl QueueTask for BlockTask {
         if let Some(uring) = &self.uring {
             sources.watch(Arc::clone(uring.done()), URING, Interest::Read)?;
         }
+        if let Some(parked) = &self.parked {
+            sources.watch(parked.event(), AWAITED, Interest::Read)?;
+        }
         sources.watch(self.gate.descriptor(), TIMER, Interest::Read)
     }
 
@@ -451,6 +494,7 @@ impl QueueTask for BlockTask {
         }
         self.gate.clear();
         self.collect()?;
+        self.start_parked()?;
         let more = self.take()?;
         self.submit()?;
         if let (false, Some(threads)) = (had_threads, &self.threads) {

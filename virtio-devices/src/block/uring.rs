@@ -169,21 +169,15 @@ impl Uring {
     /// Takes an operation, to be given to the kernel by [`Uring::submit`]. With `durable`, what is
     /// written is on the disk when it is done. The request comes back when it cannot be taken, as one
     /// that zeroes durably: that is two operations for the kernel.
-    pub(super) fn push(
-        &mut self,
-        request: Request,
-        op: Op,
-        durable: bool,
-    ) -> Result<(), (Request, io::Error)> {
-        let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
+    pub(super) fn push(&mut self, request: Request, op: Op, durable: bool) -> Result<(), Request> {
         if self.given_up {
-            return Err((request, io::ErrorKind::Unsupported.into()));
+            return Err(request);
         }
         if durable && matches!(op, Op::WriteZeroes { .. }) {
-            return Err((request, io::ErrorKind::Unsupported.into()));
+            return Err(request);
         }
         let Some(&index) = self.free.last() else {
-            return Err((request, io::ErrorKind::WouldBlock.into()));
+            return Err(request);
         };
         let slices = match op {
             Op::Read { len, .. } => request.chain.writable(request.room_to_read(), len),
@@ -198,10 +192,10 @@ impl Uring {
                     iov_len: slice.len(),
                 })
                 .collect(),
-            Err(_) => return Err((request, invalid())),
+            Err(_) => return Err(request),
         };
         if !fits(pieces.len()) {
-            return Err((request, invalid()));
+            return Err(request);
         }
         let fd = types::Fd(self.file.as_raw_fd());
         let count = u32::try_from(pieces.len()).unwrap_or(u32::MAX);
@@ -238,7 +232,7 @@ impl Uring {
         let push = |Ring { ring, .. }: &mut Ring| unsafe { ring.submission().push(&entry) };
         let pushed = self.ring.as_mut().map(push);
         if !matches!(pushed, Some(Ok(()))) {
-            return Err((request, io::ErrorKind::WouldBlock.into()));
+            return Err(request);
         }
         self.free.pop();
         self.unsent.push_back(index);
@@ -435,8 +429,7 @@ mod tests {
         let file = Arc::new(tempfile::tempfile().unwrap());
         let written = Arc::new(Written::default());
         let mut uring = Uring::new(&rings, file, &written, 4).unwrap();
-        let (request, error) = uring.push(request, op, true).unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::Unsupported);
+        let request = uring.push(request, op, true).unwrap_err();
         uring.push(request, op, false).unwrap();
         uring.wait().unwrap();
         assert!(uring.next_done().unwrap().1.is_ok());

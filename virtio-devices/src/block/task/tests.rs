@@ -1,8 +1,12 @@
 use std::fs::{self, File};
 
+use memory::{AwaitedBlocks, DirtyBitmap};
+
 use super::super::Block;
 use super::*;
-use crate::testing::{TestBuffer, TestGuest, TestQueue, disk_config, transport, workers};
+use crate::testing::{
+    TestBuffer, TestGuest, TestQueue, disk_config, transport, wait_idle, workers,
+};
 use crate::worker::Running;
 
 /// A kernel that takes no operations for a while, or not at all: each request is answered.
@@ -135,4 +139,98 @@ fn discards_have_a_weight() {
     assert_eq!(task.uring.as_ref().unwrap().in_flight(), 1);
     task.uring.as_ref().unwrap().enable().unwrap();
     assert_eq!(task.finish().0.next_used, 1);
+}
+
+/// Requests for blocks that are still at the source of a migration wait, and others do not. A write of whole
+/// blocks does not wait, and what comes for its blocks is dropped. A queue that stops keeps what waits.
+#[test]
+fn requests_wait_for_missing_blocks() {
+    const PAGE: usize = 4096;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk");
+    fs::write(&path, [1; 8 * PAGE]).unwrap();
+    let (event_loop, workers) = workers();
+    let (device, handle) = Block::new(&disk_config(&path), workers.clone()).unwrap();
+    let missing = DirtyBitmap::new(8 * PAGE);
+    missing.merge(0, &[0b1111_0000]);
+    let blocks = AwaitedBlocks::new(8 * PAGE as u64, missing, || {});
+    handle.access().await_blocks(Arc::clone(&blocks)).unwrap();
+    let mut guest = TestGuest::new(1 << 20);
+    let (transport, heard) = transport();
+    let mut driver = TestQueue::new(&mut guest, 0, 16);
+    let buffer = TestBuffer::new;
+    let room = guest.alloc(2 * PAGE as u64 + 1);
+    let other = guest.alloc(PAGE as u64 + 1);
+    let data = guest.put(&[7; PAGE]);
+    let status = room + 2 * PAGE as u64;
+    let mut header = |kind: u32, sector: u64| {
+        let mut header = kind.to_le_bytes().to_vec();
+        header.extend([0; 4]);
+        header.extend(sector.to_le_bytes());
+        guest.put(&header)
+    };
+    let (read_present, read_missing) = (header(0, 16), header(0, 24));
+    let (write_whole, write_part) = (header(1, 48), header(1, 57));
+    let answer = |at| buffer(at, 1, true);
+    let queue = driver.device_side(&transport, QueueState::default());
+    let task = BlockTask::new(queue, &device.shared, true).unwrap();
+    let running = Running::start(&workers, &transport, task);
+    // Pages 3 and 4, of which the second is missing; a part of page 7; then page 2, and all of page 6.
+    let waits = driver.send(&[
+        buffer(read_missing, 16, false),
+        buffer(room, 2 * PAGE as u32, true),
+        answer(status),
+    ]);
+    let part = write_from(&mut driver, write_part, data, 512, status);
+    let free = driver.send(&[
+        buffer(read_present, 16, false),
+        buffer(other, PAGE as u32, true),
+        answer(other + PAGE as u64),
+    ]);
+    assert_eq!(driver.wait_used().0, free);
+    let whole = write_from(&mut driver, write_whole, data, PAGE as u32, status);
+    assert_eq!(driver.wait_used().0, whole);
+    wait_idle(&event_loop);
+    assert_eq!((driver.take_used(), blocks.left()), (None, 3));
+    assert_eq!(blocks.take_requests(), [4, 7]);
+    // The queue stops and starts: nothing is lost.
+    let (state, kept) = running.stop().unwrap().finish();
+    assert_eq!(kept, [waits, part]);
+    let queue = driver.device_side(&transport, state);
+    let mut task = BlockTask::new(queue, &device.shared, true).unwrap();
+    task.try_again(kept);
+    let running = Running::start(&workers, &transport, task);
+    wait_idle(&event_loop);
+    assert_eq!(driver.take_used(), None);
+    let access = handle.access();
+    for (page, byte) in [(6, 5), (4, 4), (7, 3)] {
+        for claim in blocks.begin_fill(page, 1) {
+            access
+                .write_arrived((page * PAGE) as u64, &[byte; PAGE])
+                .unwrap();
+            drop(claim.done());
+        }
+    }
+    let mut used = [driver.wait_used().0, driver.wait_used().0];
+    used.sort_unstable();
+    assert_eq!(used, [waits, part]);
+    let read = guest.read(room, 2 * PAGE);
+    assert!(read[..PAGE] == [1; PAGE] && read[PAGE..] == [4; PAGE]);
+    drop(running.stop().unwrap().finish());
+    let written = fs::read(&path).unwrap();
+    let page = |page: usize| &written[page * PAGE..(page + 1) * PAGE];
+    assert!(page(6) == [7; PAGE], "what the guest wrote stays");
+    assert!(page(7)[..512] == [3; 512] && page(7)[512..1024] == [7; 512]);
+    assert!(page(7)[1024..] == [3; PAGE - 1024]);
+    // Page 5 is missing still.
+    assert_eq!(blocks.left(), 1);
+    assert!(heard.events().is_empty());
+}
+
+fn write_from(driver: &mut TestQueue, header: u64, data: u64, len: u32, status: u64) -> u16 {
+    driver.send(&[
+        TestBuffer::new(header, 16, false),
+        TestBuffer::new(data, len, false),
+        TestBuffer::new(status, 1, true),
+    ])
 }
