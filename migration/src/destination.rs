@@ -27,9 +27,11 @@ mod standing;
 use std::cell::Cell;
 use std::fs::File;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use memory::AwaitedBlocks;
 use uuid::Uuid;
 
 use self::preparing::{NotPrepared, Preparing};
@@ -74,6 +76,27 @@ pub trait Destination: Send {
     /// # Errors
     /// The state cannot be loaded.
     fn load(&mut self, state: &[u8]) -> Result<(), Refusal>;
+
+    /// Has the guest's disks wait for blocks that come after it, in the order of [`Offer::disks`]; absent for a
+    /// disk that has all. Called before [`load`](Self::load). From [`take_over`](Self::take_over) on the
+    /// images of [`disks`](Self::disks) are written beside the guest. Until
+    /// [`blocks_arrived`](Self::blocks_arrived) no other user may take the images for whole, whatever ends.
+    ///
+    /// # Errors
+    /// The host refuses, or its disks cannot wait.
+    fn await_blocks(&mut self, _: &[Option<Arc<AwaitedBlocks>>]) -> Result<(), Refusal> {
+        let why = "the disks of this machine cannot wait for blocks";
+        Err(Refusal::new("no-postcopy", why))
+    }
+
+    /// All blocks of the disks are in their images and durable. Not called where none came after the guest.
+    /// Called again after a failure.
+    ///
+    /// # Errors
+    /// The host refuses.
+    fn blocks_arrived(&mut self) -> Result<(), Refusal> {
+        Ok(())
+    }
 
     /// Acquires the resources that only one machine may hold (image locks, socket paths). Called again
     /// after a failure, also one of [`start`](Self::start), when an operator decides again.

@@ -10,14 +10,17 @@
 //!       ▲ dirty bitmap: marked by the device      └─ sync after each round, and before `Ready`
 //! ```
 //!
-//! All blocks of a disk are at the destination before the guest runs there, in postcopy too: only memory
-//! follows the guest. So a disk at the destination never lacks a block, and the image at the source is
-//! whole whatever fails before the commit.
+//! In postcopy, blocks may follow the guest as pages of memory do, if both sides speak version 4: the source
+//! announces them in `Missing`, and the destination's devices wait for them ([`AwaitedBlocks`]). Otherwise
+//! all blocks are at the destination before the guest runs there. The image at the source is whole until
+//! the destination has all.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
-use memory::{DirtyBitmap, PAGE_SIZE};
+use memory::{AwaitedBlocks, DirtyBitmap, PAGE_SIZE};
+use parking_lot::Mutex;
 
 use crate::MigrationError;
 use crate::message::{BlockInfo, Refusal};
@@ -25,6 +28,8 @@ use crate::pages::{Block, Decoded, PAGE, Run, Sorted};
 
 /// The version of the protocol that first copied disks.
 pub(crate) const VERSION: u32 = 3;
+/// The version in which blocks of disks may follow the guest.
+pub(crate) const FOLLOW_VERSION: u32 = 4;
 
 /// Maximum size of all copied disks of a VM together: 8 TiB. Each side has a bit for each page.
 pub const MAX_COPIED: u64 = 8 << 40;
@@ -169,15 +174,81 @@ pub(crate) struct IncomingDisk {
     /// Pages that were written. All others are holes of the new image, and zeros for them are not
     /// written: a region of zeros takes no space.
     touched: DirtyBitmap,
+    /// Pages that come after the guest, as the source announced them; absent where it announced none.
+    announced: Mutex<Option<DirtyBitmap>>,
+    /// The same, once the guest may run here.
+    awaited: OnceLock<Arc<AwaitedBlocks>>,
+}
+
+fn bitmap(size: u64) -> DirtyBitmap {
+    let bitmap = DirtyBitmap::new(usize::try_from(size).unwrap_or(usize::MAX));
+    // A disabled bitmap ignores marks.
+    bitmap.set_enabled(true);
+    bitmap
 }
 
 impl IncomingDisk {
     pub(crate) fn new(disk: DestinationDisk) -> Self {
-        let size = usize::try_from(disk.size).unwrap_or(usize::MAX);
-        let touched = DirtyBitmap::new(size);
-        // A disabled bitmap ignores marks.
-        touched.set_enabled(true);
-        Self { disk, touched }
+        Self {
+            touched: bitmap(disk.size),
+            disk,
+            announced: Mutex::default(),
+            awaited: OnceLock::new(),
+        }
+    }
+
+    /// Notes pages, which are within the disk, that come after the guest.
+    pub(crate) fn announce(&self, came: &Decoded<'_>) {
+        let mut announced = self.announced.lock();
+        let bitmap = announced.get_or_insert_with(|| bitmap(self.disk.size));
+        for &(first, pages) in &came.runs {
+            bitmap.mark(first * PAGE, pages * PAGE);
+        }
+    }
+
+    /// Returns the pages that were announced, if some were: the guest may run here without them from now
+    /// on. `on_wait` is called when the source should be asked for some.
+    pub(crate) fn expect(
+        &self,
+        on_wait: impl Fn() + Send + Sync + 'static,
+    ) -> Option<Arc<AwaitedBlocks>> {
+        let announced = self.announced.lock().take();
+        let missing = announced.filter(|missing| missing.count() > 0)?;
+        let blocks = || AwaitedBlocks::new(self.disk.size, missing, on_wait);
+        Some(Arc::clone(self.awaited.get_or_init(blocks)))
+    }
+
+    /// The pages that come after the guest, if it may run without them.
+    pub(crate) fn awaited(&self) -> Option<&Arc<AwaitedBlocks>> {
+        self.awaited.get()
+    }
+
+    /// Writes pages that followed the guest, unless it has written them meanwhile. Returns how long its
+    /// requests waited for them.
+    pub(crate) fn fill(
+        &self,
+        blocks: &Arc<AwaitedBlocks>,
+        came: &Decoded<'_>,
+    ) -> Result<Vec<Duration>, Refusal> {
+        let (mut waited, mut data) = (Vec::new(), came.data);
+        for &(first, pages) in &came.runs {
+            let (here, rest) = data.split_at_checked(pages * PAGE).unwrap_or_default();
+            data = rest;
+            for claim in blocks.begin_fill(first, pages) {
+                let run = claim.pages();
+                let (from, to) = ((run.start - first) * PAGE, (run.end - first) * PAGE);
+                // Without content, they are zeros.
+                let here = here.get(from..to).unwrap_or_default();
+                if here.is_empty() && blocks.is_tainted() {
+                    // A write of the guest that failed may have left something there.
+                    self.touched.mark(run.start * PAGE, run.len() * PAGE);
+                }
+                // A claim that is dropped leaves its pages missing.
+                self.write_runs([(run.start, run.len())].into_iter(), here)?;
+                waited.extend(claim.done());
+            }
+        }
+        Ok(waited)
     }
 
     pub(crate) fn name(&self) -> &str {

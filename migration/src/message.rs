@@ -13,7 +13,7 @@ const MAGIC: &str = "whimbrel-migration";
 /// The versions of the protocol that this program speaks. The greatest goes up whenever a side may
 /// send something that an older peer does not know; docs/migration-protocol.md lists what each
 /// version added.
-pub(crate) const VERSIONS: (u32, u32) = (1, 3);
+pub(crate) const VERSIONS: (u32, u32) = (1, 4);
 
 /// The purpose of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -200,7 +200,7 @@ pub(crate) enum ToSource {
     Waiting,
     /// The guest ran here, and has ended.
     Ended,
-    /// Pages of a block that are still missing: bit 0 of the first word is the page `first`. `Prepared`
+    /// Pages of a block of memory or, since version 4, of a disk that are still missing: bit 0 of the first word is the page `first`. `Prepared`
     /// follows the last of these.
     StillMissing {
         block: u32,
@@ -288,14 +288,14 @@ mod tests {
     #[test]
     fn negotiates_version() {
         let mut hello = Hello::new(Uuid::nil(), Channel::Control);
-        assert_eq!(hello.version(), Ok(3));
+        assert_eq!(hello.version(), Ok(4));
         hello.versions = (1, 9);
-        assert_eq!(hello.version(), Ok(3));
-        for older in [1, 2] {
+        assert_eq!(hello.version(), Ok(4));
+        for older in [1, 2, 3] {
             hello.versions = (1, older);
             assert_eq!(hello.version(), Ok(older));
         }
-        hello.versions = (4, 9);
+        hello.versions = (5, 9);
         assert_eq!(hello.version().unwrap_err().code, "protocol-version");
         hello.magic = "http".to_owned();
         assert_eq!(hello.version().unwrap_err().code, "not-a-migration");

@@ -128,7 +128,7 @@ struct Copier {
 impl Copier {
     /// Copies rounds until what the guest writes meanwhile fits into the stop. Returns the predicted stop.
     fn rounds(&mut self, mirroring: &Mirroring<'_>) -> Result<Duration, MigrationError> {
-        let policy = mirroring.policy.for_disks();
+        let policy = mirroring.policy.for_disks(false);
         let begun = Instant::now();
         let cut = policy.cut(begun);
         let mut measured = Measured::default();

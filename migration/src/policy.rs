@@ -357,16 +357,17 @@ impl Policy {
         left.is_some_and(|left| rest > left.as_secs_f64())
     }
 
-    /// The policy for rounds of disks alone. Disks do not follow a guest, so that the vCPUs are slowed
-    /// down where memory would follow.
-    pub(crate) fn for_disks(&self) -> Self {
+    /// The policy for rounds of disks alone. Where blocks of disks cannot follow the guest, the vCPUs are
+    /// slowed down instead.
+    pub(crate) fn for_disks(&self, can_follow: bool) -> Self {
         Self {
             mode: match self.mode {
+                Mode::Hybrid if can_follow => Mode::Hybrid,
                 Mode::Auto => Mode::Auto,
                 Mode::Precopy | Mode::Hybrid | Mode::Postcopy => Mode::Precopy,
             },
             at_deadline: match self.at_deadline {
-                AtDeadline::Postcopy => AtDeadline::Throttle,
+                AtDeadline::Postcopy if !can_follow => AtDeadline::Throttle,
                 other => other,
             },
             ..self.clone()

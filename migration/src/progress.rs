@@ -182,6 +182,9 @@ pub struct Report {
     pub undecided_us: Option<u64>,
     /// Pages that the guest waited for: after the hand-over, or while a live snapshot was copied.
     pub faults: u64,
+    /// Blocks of disks that requests of the guest waited for after the hand-over, at the destination. `faults`
+    /// counts them, too.
+    pub disk_faults: u64,
     /// How long it waited: the median, in microseconds.
     pub fault_p50_us: u64,
     /// How long it waited: 99 of 100 waited no longer, in microseconds.
@@ -257,6 +260,7 @@ impl Default for Progress {
             downtime: None,
             undecided_us: None,
             faults: 0,
+            disk_faults: 0,
             fault_p50_us: 0,
             fault_p99_us: 0,
             first_instruction_us: None,

@@ -529,6 +529,19 @@ impl Engine<'_, '_> {
         Ok(disks::infos(&self.disks))
     }
 
+    /// Whether blocks of disks may come after the guest, where pages of its memory do.
+    fn disks_can_follow(&self) -> bool {
+        self.can_postcopy && self.version >= disks::FOLLOW_VERSION
+    }
+
+    /// The content that is sent in pages.
+    fn contents(&self) -> Contents<'_> {
+        Contents {
+            blocks: &self.blocks,
+            disks: &self.disks,
+        }
+    }
+
     /// The files of all blocks, if they have some.
     fn files(&self) -> Option<Vec<File>> {
         let file = |block: &Block| block.ram.file()?.try_clone().ok();

@@ -215,7 +215,7 @@ impl Wait {
     /// A source that has made its offer. The first thing that it hears is the answer to that.
     fn offered(&self, id: Uuid) -> Peer {
         let mut source = Peer::control(&self.way, id);
-        assert_eq!(source.recv().unwrap(), "Welcome { version: 3 }");
+        assert_eq!(source.recv().unwrap(), "Welcome { version: 4 }");
         assert!(source.offer(&offer(1)));
         source
     }

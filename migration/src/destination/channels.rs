@@ -160,6 +160,16 @@ impl Channels {
         })
     }
 
+    /// Asks for blocks of disks that requests of the guest wait for, on a thread.
+    pub(super) fn ask_for_blocks(&mut self) -> Result<(), MigrationError> {
+        let memory = Arc::clone(&self.memory);
+        self.spawn(move || {
+            if let Some(receiver) = memory.receiver.get() {
+                memory.disks.ask(receiver);
+            }
+        })
+    }
+
     fn spawn(&mut self, work: impl FnOnce() + Send + 'static) -> Result<(), MigrationError> {
         let started = thread::Builder::new()
             .name("migrate-pages".to_owned())
@@ -290,8 +300,15 @@ fn take_frame(
         None => memory.disks.find(index),
     })?;
     let bytes = body.len() as u64;
-    if memory.disks.take(&decoded, content)? {
-        progress.update(|report| report.sent_bytes = report.sent_bytes.saturating_add(bytes));
+    if let Some(waited) = memory.disks.take(&decoded, content)? {
+        progress.update(|report| {
+            report.sent_bytes = report.sent_bytes.saturating_add(bytes);
+            report.disk_faults = report.disk_faults.saturating_add(waited.len() as u64);
+        });
+        if let Some(receiver) = memory.receiver.get() {
+            receiver.record_waits(&waited);
+            memory.disks.report(progress);
+        }
         return Ok(None);
     }
     match (content, memory.receiver.get()) {

@@ -361,6 +361,8 @@ impl Deciding<'_> {
         let written = guest.journal.record(Step::Running);
         written
             .map_err(|error| StartFailure::NeverRan(Refusal::new("journal", error.to_string())))?;
+        // Behind the take-over, which opens the images for the guest, and before the guest asks for blocks.
+        guest.channels.memory.disks.follow();
         guest
             .target
             .start(start.stood_for + start.at.elapsed(), start.paused)

@@ -52,6 +52,9 @@ impl<'a> Postcopy<'a> {
         // Every error counts as a lost connection, also one of the protocol: the guest has run
         // here, so there is no side to which it could return.
         while let Err(error) = self.until_whole() {
+            // Storage that failed ended the connection, whatever that looks like.
+            let failure = self.guest.channels.memory.disks.storage_failure();
+            let error = failure.map_or(error, MigrationError::Here);
             self.disconnect(&error);
             // The VM was ended here: its last pages are of no use to anyone.
             if self.receiver()?.is_lost() {
@@ -64,7 +67,8 @@ impl<'a> Postcopy<'a> {
                 self.control = None;
             }
         }
-        if self.receiver()?.failure().is_some() {
+        let is_incomplete = self.guest.channels.memory.disks.left() > 0;
+        if self.receiver()?.failure().is_some() || is_incomplete {
             return self.ended();
         }
         // All pages are here before the source hears `Completed`: after that it may free the only
@@ -90,10 +94,20 @@ impl<'a> Postcopy<'a> {
 
     /// The machine has ended, by a request or because its missing pages cannot be brought.
     fn ended(mut self) -> Result<Ended, Failed> {
-        let Some(why) = self.receiver()?.failure() else {
-            return Ok(self.finish(false));
+        let why = match (
+            self.receiver()?.failure(),
+            self.guest.channels.memory.disks.incomplete(),
+        ) {
+            (None, None) => return Ok(self.finish(false)),
+            (Some(why), _) => {
+                self.guest.fail(&why);
+                why
+            }
+            (None, Some(why)) => {
+                self.guest.keep();
+                why
+            }
         };
-        self.guest.fail(&why);
         // The source must not resume its copy: the guest has run here.
         Err(Failed::Unheard(why, ToSource::Ended))
     }
@@ -106,8 +120,9 @@ impl<'a> Postcopy<'a> {
     fn disconnect(&mut self, error: &MigrationError) {
         let session = self.guest.session;
         let left = self.guest.postcopy().map_or(0, PostcopyReceiver::left);
-        tracing::warn!(migration = %self.guest.id, %error, left, "the pages of a guest do not \
-                                                                  arrive");
+        let blocks = self.guest.channels.memory.disks.left();
+        tracing::warn!(migration = %self.guest.id, %error, left, blocks, "the pages of a guest do \
+                                                                          not arrive");
         if let (MigrationError::Here(why), Some(control)) = (error, &mut self.control) {
             // Such as a page that is not what it should be: it is asked for again. A source that does
             // not hear it sees that the connection ends.
@@ -135,7 +150,12 @@ impl<'a> Postcopy<'a> {
             let control = control.ok_or(MigrationError::Wire(WireError::Closed))?;
             let message = control.recv()?;
             // The source pings, so that this is noticed in time.
-            if let Some(why) = self.receiver()?.failure() {
+            let disks = &self.guest.channels.memory.disks;
+            let failure = self
+                .receiver()?
+                .failure()
+                .or_else(|| disks.storage_failure());
+            if let Some(why) = failure {
                 return Err(MigrationError::Here(why));
             }
             let control = self.control.as_mut();
@@ -145,10 +165,11 @@ impl<'a> Postcopy<'a> {
                     // `PagesSent` can overtake the pages, which come over other connections. The
                     // end of the round on each of these shows that all have arrived.
                     self.guest.wait_round(round, control)?;
+                    let left = self.guest.channels.memory.disks.left();
                     let receiver = self.receiver()?;
-                    return match receiver.left() {
+                    return match receiver.left() + left {
                         _ if receiver.is_lost() => Ok(()),
-                        0 => Ok(()),
+                        0 => self.settle_disks(),
                         // `Completed` would make the source drop pages that only it has. The error
                         // forces a new connection instead, and with it a new list of missing pages.
                         left => {
@@ -161,6 +182,19 @@ impl<'a> Postcopy<'a> {
                 other => answer_ping(control, &other)?,
             }
         }
+    }
+
+    /// Makes the disks durable before the source hears that all has come: it may then free the only other
+    /// copy.
+    fn settle_disks(&mut self) -> Result<(), MigrationError> {
+        if !self.guest.channels.memory.disks.have_followed() {
+            return Ok(());
+        }
+        let control = self.control.as_mut();
+        let control = control.ok_or(MigrationError::Wire(WireError::Closed))?;
+        self.guest.sync_disks(control)?;
+        let arrived = self.guest.target.blocks_arrived();
+        arrived.map_err(MigrationError::Here)
     }
 
     /// Waits for the source, and tells it which pages are missing.
@@ -209,7 +243,9 @@ impl<'a> Postcopy<'a> {
     fn send_missing(&self, control: &mut ControlChannel) -> Result<(), MigrationError> {
         // A thread of the old channels may still fill a page behind this snapshot. The page then
         // comes twice, and `fill` skips the second copy.
-        for (block, first, bits) in self.receiver()?.still_missing() {
+        let of_memory = self.receiver()?.still_missing();
+        let of_disks = self.guest.channels.memory.disks.still_missing();
+        for (block, first, bits) in of_memory.into_iter().chain(of_disks) {
             control.send(&ToSource::StillMissing { block, first, bits })?;
         }
         Ok(control.send(&ToSource::Prepared {
@@ -237,6 +273,7 @@ impl<'a> Postcopy<'a> {
         // Last, because it repeats the pending requests: the pages come over RAM channels, which
         // have to exist by then.
         self.receiver()?.connect(ask);
+        self.guest.channels.memory.disks.connected();
         Ok(())
     }
 

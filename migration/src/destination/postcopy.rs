@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
-use memory::{DirtyBitmap, Fault, UserFaults};
+use memory::{DirtyBitmap, DirtyPages, Fault, UserFaults};
 use parking_lot::{Mutex, RwLock};
 
 use crate::link::Stream;
@@ -24,7 +24,7 @@ use crate::progress::{Progress, micros};
 use crate::wire::{self, Kind, WireError};
 
 /// From one look whether it is over to the next.
-const LOOK: Duration = Duration::from_millis(50);
+pub(super) const LOOK: Duration = Duration::from_millis(50);
 /// Before a page that could not be filled is tried again.
 const AGAIN: Duration = Duration::from_millis(1);
 /// The longest wait for a page that is told from longer ones, in microseconds: 1 minute.
@@ -58,6 +58,17 @@ impl Ask for Box<dyn Stream> {
         let body = pages::encode_fault(block as u32, page as u64);
         wire::write(&mut **self, Kind::Fault, &[&body])
     }
+}
+
+/// Bits of the pages of a block that are missing, in pieces: block, first page, words.
+pub(super) fn missing_pieces(block: u32, missing: &DirtyPages) -> Vec<(u32, u64, Vec<u64>)> {
+    // 32 KiB of bits, far below the 1 MiB that a control frame may have.
+    const WORDS: usize = 4096;
+    let pieces = missing.words().chunks(WORDS).enumerate();
+    let pieces = pieces.filter(|(_, piece)| piece.iter().any(|word| *word != 0));
+    pieces
+        .map(|(index, piece)| (block, (index * WORDS * 64) as u64, piece.to_vec()))
+        .collect()
 }
 
 /// Memory of which pages are still at the source.
@@ -337,7 +348,8 @@ impl PostcopyReceiver {
         removed.collect()
     }
 
-    fn ask_for(&self, block: usize, page: usize) {
+    /// Asks the source for a page of memory or of a disk, if there is a connection.
+    pub(super) fn ask_for(&self, block: usize, page: usize) {
         // The lock covers the write: `watch` and `connect` must not interleave their frames.
         let mut ask = self.ask.lock();
         let Some(channel) = &mut *ask else { return };
@@ -463,18 +475,9 @@ impl PostcopyReceiver {
 
     /// Bits of what is missing, in pieces: block, first page, words.
     pub(super) fn still_missing(&self) -> Vec<(u32, u64, Vec<u64>)> {
-        // 32 KiB of bits, far below the 1 MiB that a control frame may have.
-        const WORDS: usize = 4096;
-        let mut all = Vec::new();
-        for (block, missing) in (0..).zip(&self.missing) {
-            let words = missing.snapshot().words().to_vec();
-            for (index, piece) in words.chunks(WORDS).enumerate() {
-                if piece.iter().any(|word| *word != 0) {
-                    all.push((block, (index * WORDS * 64) as u64, piece.to_vec()));
-                }
-            }
-        }
-        all
+        let blocks = (0..).zip(&self.missing);
+        let pieces = blocks.flat_map(|(block, missing)| missing_pieces(block, &missing.snapshot()));
+        pieces.collect()
     }
 
     /// There is no connection; what is waited for waits.
@@ -492,6 +495,13 @@ impl PostcopyReceiver {
         for (block, page) in waited {
             self.ask_for(block, page);
         }
+    }
+
+    /// Notes how long requests to disks waited for blocks.
+    pub(super) fn record_waits(&self, waited: &[Duration]) {
+        let mut latencies = self.latencies.lock();
+        let waited = waited.iter().map(|span| micros(*span));
+        waited.for_each(|us| latencies.saturating_record(us));
     }
 
     fn report_faults(&self, progress: &Progress) {

@@ -294,10 +294,22 @@ impl<'a> Receiving<'a> {
         self.guest.channels.memory.check_all_compared()?;
         // The source may give the guest away as soon as this side is ready: then its disks must
         // survive this host.
-        self.guest.channels.memory.disks.end();
+        let disks = &self.guest.channels.memory.disks;
+        disks.end();
+        let awaited = disks.expect();
+        if awaited.is_some() && !postcopy {
+            let why = "blocks of disks follow a guest only where pages of its memory may, too";
+            return Err(WireError::damaged(why).into());
+        }
         self.guest.sync_disks(&mut self.control)?;
         session.progress.begin(Activity::Load);
         let start = Instant::now();
+        if let Some(awaited) = awaited {
+            // Before the devices are loaded: no queue of a disk may start without it.
+            let expected = self.guest.target.await_blocks(&awaited);
+            expected.map_err(MigrationError::Here)?;
+            self.guest.channels.memory.disks.report(session.progress);
+        }
         if postcopy {
             self.expect_postcopy()?;
         }
@@ -375,6 +387,9 @@ impl<'a> Receiving<'a> {
         // later: until it reads, faults queue in the descriptor.
         if memory.receiver.set(receiver).is_ok() {
             guest.channels.watch_faults()?;
+            if guest.channels.memory.disks.left() > 0 {
+                guest.channels.ask_for_blocks()?;
+            }
         }
         Ok(())
     }

@@ -4,17 +4,19 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
+use memory::DirtyPages;
 use parking_lot::Mutex;
 
 use super::{Contents, Engine, Whereabouts, dial_channel, disconnected, keepalive};
 use crate::decision::{Doubt, Question, Resolution};
+use crate::disks::SourceDisk;
 use crate::fault_priority::FaultPriority;
 use crate::link::{Closer, Stream};
 use crate::message::{Channel, ControlChannel, Hello, ToDestination, ToSource};
-use crate::pages::{self, BATCH, Block, Run};
+use crate::pages::{self, BATCH, Block, PAGE, Run};
 use crate::policy::MAX_CONNECTIONS;
 use crate::progress::{Activity, Phase, Progress};
-use crate::sender::{Pacer, Ram, count, on_all, small_batches};
+use crate::sender::{Pacer, Ram, SMALL_BATCH, count, on_all, small_batches};
 use crate::threads::in_span;
 use crate::wire::{Kind, Reader, WireError};
 use crate::{ATTEMPTS, KEEPALIVES, MigrationError, PAGES_PATIENCE};
@@ -40,6 +42,7 @@ impl FaultServer {
         mut faults: Box<dyn Stream>,
         mut ram: Ram,
         blocks: Vec<Block>,
+        disks: Vec<SourceDisk>,
         progress: Progress,
     ) -> Result<Self, MigrationError> {
         // A guest that misses nothing is silent.
@@ -58,23 +61,16 @@ impl FaultServer {
                 };
                 // First of all: from here on the bulk channels leave the link to this page.
                 hurry.is_needed();
-                let found = blocks.get(block as usize);
-                // One that is no page, or on its way already.
-                // The atomic clear settles the race with the bulk channels: each page is sent once.
-                let is_ours = found.is_some_and(|found| {
-                    usize::try_from(page).is_ok_and(|page| found.ram.dirty().take_page(page))
-                });
-                let run = Run {
-                    block,
-                    first: page,
-                    pages: 1,
-                };
                 let contents = Contents {
                     blocks: &blocks,
-                    disks: &[],
+                    disks: &disks,
                 };
-                hurry.follow(block, page.saturating_add(1));
-                if is_ours && ram.send_batch(contents, run, &progress).is_err() {
+                let run = take_run(contents, block, page);
+                let next = page.saturating_add(run.map_or(1, |run| u64::from(run.pages)));
+                hurry.follow(block, next);
+                if let Some(run) = run
+                    && ram.send_batch(contents, run, &progress).is_err()
+                {
                     break;
                 }
             }
@@ -98,15 +94,43 @@ impl FaultServer {
     }
 }
 
+/// Takes the marks of a page that is waited for and of those behind it that are sent with it; `None` for one
+/// that is no page, or is on its way already. The atomic clear settles the race with the bulk channels:
+/// each page is sent once.
+fn take_run(contents: Contents<'_>, block: u32, page: u64) -> Option<Run> {
+    let dirty = contents.dirty(block)?;
+    let first = usize::try_from(page).ok()?;
+    // A request of a disk is rarely for one block, and each read of storage costs more than its bytes.
+    let most = if contents.is_disk(block) {
+        SMALL_BATCH
+    } else {
+        1
+    };
+    let pages = first..first.saturating_add(most);
+    let pages = pages.take_while(|page| dirty.take_page(*page)).count();
+    (pages > 0).then_some(Run {
+        block,
+        first: page,
+        pages: pages as u32,
+    })
+}
+
 impl Engine<'_, '_> {
+    /// The pages that come after the guest: a list for each block, and behind those one for each disk that
+    /// may lack blocks.
+    fn missing(&self) -> Vec<DirtyPages> {
+        let follow = self.disks_can_follow();
+        let memory = self.blocks.iter().map(|block| block.ram.dirty().snapshot());
+        let disks = self.disks.iter().filter(|_| follow);
+        memory
+            .chain(disks.map(|disk| disk.dirty.snapshot()))
+            .collect()
+    }
+
     /// Tells the destination which pages it does not have, or has as they were.
     pub(super) fn announce_missing(&mut self, round: u32) -> Result<(), MigrationError> {
         // The marks stay: they are the list of pages that `push` and the fault server work off.
-        let missing: Vec<_> = self
-            .blocks
-            .iter()
-            .map(|b| b.ram.dirty().snapshot())
-            .collect();
+        let missing = self.missing();
         self.downtime.pages = 0;
         let first = self.rams.first_mut().ok_or_else(disconnected)?;
         for (block, pages) in (0..).zip(&missing) {
@@ -140,6 +164,7 @@ impl Engine<'_, '_> {
             faults,
             ram,
             self.blocks.clone(),
+            self.disks.clone(),
             self.sending.progress.clone(),
         )?;
         self.fault_server = Some(fault_server);
@@ -204,16 +229,20 @@ impl Engine<'_, '_> {
         self.source.show(&Whereabouts::AtDestination);
         // A snapshot will do: `Ram::push` takes the mark of each page before it sends the page, and
         // skips those that the fault server has sent meanwhile.
-        let left: Vec<_> = self
-            .blocks
-            .iter()
-            .map(|b| b.ram.dirty().snapshot())
-            .collect();
+        let left = self.missing();
         let round = progress.report().rounds + 1;
+        let (of_memory, of_disks) = left.split_at_checked(self.blocks.len()).unwrap_or_default();
         progress.update(|report| {
             report.rounds = round;
-            report.remaining_pages = count(&left);
+            report.remaining_pages = count(of_memory);
+            report.disk_remaining_bytes = count(of_disks) * PAGE as u64;
         });
+        tracing::info!(
+            migration = %self.sending.id,
+            pages = count(of_memory),
+            disk_bytes = count(of_disks) * PAGE as u64,
+            "migration: the rest follows the guest"
+        );
         let batches = Mutex::new(small_batches(&left, self.sending.policy.max_bandwidth));
         let priority = self
             .fault_server
@@ -226,7 +255,7 @@ impl Engine<'_, '_> {
         let rams = &mut self.rams;
         let contents = Contents {
             blocks: &self.blocks,
-            disks: &[],
+            disks: &self.disks,
         };
         let control = self.control.as_mut().ok_or_else(disconnected)?;
         let start = Instant::now();
@@ -254,19 +283,22 @@ impl Engine<'_, '_> {
         let mut control = ControlChannel::new(dial(Channel::Again)?);
         // Losing the marks is safe: if this connection breaks half-way, the next one gets the whole
         // list again.
+        // What is not there is known to the destination alone.
         for block in &self.blocks {
-            // What is not there is known to the destination alone.
             drop(block.ram.dirty().take());
+        }
+        for disk in &self.disks {
+            drop(disk.dirty.take());
         }
         let connections = loop {
             match control.recv()? {
                 ToSource::StillMissing { block, first, bits } => {
-                    let block = self.blocks.get(block as usize);
-                    let block = block.ok_or_else(|| WireError::damaged("unknown memory block"))?;
+                    let dirty = self.contents().dirty(block);
+                    let dirty = dirty.ok_or_else(|| WireError::damaged("unknown memory block"))?;
                     let first = usize::try_from(first).unwrap_or(usize::MAX);
                     // `merge` ignores bits past the end of the block, so a wrong list names no
                     // other memory.
-                    block.ram.dirty().merge(first, &bits);
+                    dirty.merge(first, &bits);
                 }
                 ToSource::Prepared { connections, .. } => break connections,
                 ToSource::Refused(why) => return Err(MigrationError::There(why)),
@@ -295,6 +327,7 @@ impl Engine<'_, '_> {
             faults,
             ram,
             self.blocks.clone(),
+            self.disks.clone(),
             progress,
         )?);
         self.control = Some(control);

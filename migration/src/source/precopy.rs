@@ -9,7 +9,7 @@ use super::stop::StopKind;
 use super::{Contents, Engine, INLINE, disconnected, keepalive};
 use crate::message::{ToDestination, ToSource};
 use crate::pages::PAGE;
-use crate::policy::{Left, Next, Policy, Situation};
+use crate::policy::{Left, Mode, Next, Policy, Situation};
 use crate::progress::{Activity, Phase, Round, micros};
 use crate::sender::{Pacer, Work, batches, count, on_all, per_second, send_inline};
 use crate::{KEEPALIVES, MigrationError};
@@ -29,13 +29,15 @@ impl Engine<'_, '_> {
         self.rounds(Subject::All, &policy)
     }
 
-    /// Copies disks until what the guest writes to them meanwhile fits into the stop. A guest that
-    /// writes faster than that is slowed down at the deadline, or whatever the policy says but postcopy.
+    /// Copies disks until what the guest writes to them meanwhile fits into the stop, or the policy has
+    /// the rest follow the guest. Where blocks cannot follow, a guest that writes faster than that is
+    /// slowed down at the deadline, or whatever else the policy says.
     pub(super) fn copy_disks(&mut self) -> Result<(), MigrationError> {
-        if self.disks.is_empty() {
+        let (policy, follow) = (self.sending.policy, self.disks_can_follow());
+        if self.disks.is_empty() || follow && policy.mode == Mode::Postcopy {
             return Ok(());
         }
-        let policy = self.sending.policy.for_disks();
+        let policy = policy.for_disks(follow);
         self.rounds(Subject::Disks, &policy).map(|_| ())
     }
 

@@ -91,8 +91,8 @@ impl Engine<'_, '_> {
                            the guest's memory has huge pages";
                 return Err(MigrationError::here("no-postcopy", why));
             }
-            if self.sending.policy.mode != Mode::Postcopy {
-                // Disks do not follow the guest: what is left of them is sent in the stop.
+            if self.sending.policy.mode != Mode::Postcopy && !self.disks_can_follow() {
+                // What is left of the disks is sent in the stop.
                 self.copy_disks()?;
             }
         }
@@ -170,7 +170,11 @@ impl Engine<'_, '_> {
         };
         let left = Left {
             memory: of_memory,
-            disks: self.dirty_of_disks(),
+            disks: if postcopy && self.disks_can_follow() {
+                0
+            } else {
+                self.dirty_of_disks()
+            },
         };
         let memory = self.blocks.iter().map(|b| b.ram.len() as u64).sum();
         let predicted = self.measured.downtime(left);
@@ -269,17 +273,16 @@ impl Engine<'_, '_> {
         self.finish_round(round)
     }
 
-    /// Postcopy: sends the rest of the disks, tells which pages of memory come after the guest, and saves
-    /// the machine. From here on until
-    /// all pages are there, a thread answers for those that the destination waits for: already loading
-    /// the devices may need some.
+    /// Postcopy: tells which pages of memory and disks come after the guest, and saves the machine. From
+    /// here on until all pages are there, a thread answers for those that the destination waits for:
+    /// already loading the devices may need some.
     fn save_for_postcopy(&mut self, round: &mut u32) -> Result<Vec<u8>, MigrationError> {
         let saving = Instant::now();
-        // The rest of the disks: no block of a disk may be missing once the guest runs there, since
-        // a write to one would have no place to go.
-        let disks = self.take_dirty(Subject::Disks);
-        let of_disks = count(&disks);
-        if !self.disks.is_empty() {
+        let mut of_disks = 0;
+        if !self.disks.is_empty() && !self.disks_can_follow() {
+            // An older destination has no place for blocks that come later.
+            let disks = self.take_dirty(Subject::Disks);
+            of_disks = count(&disks);
             self.send_pages(*round, &disks, None)?;
             *round += 1;
         }

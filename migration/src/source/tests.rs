@@ -1,6 +1,8 @@
 //! A source whose destination is slow, older, or misbehaves. What passes between them is written by
 //! hand, message by message.
 
+mod older;
+
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -394,48 +396,6 @@ fn postcopy_guest_out_of_reach() {
     assert_eq!(guest.shown.first(), Some(&Whereabouts::AtDestination));
     assert!(is_lost(&guest.shown[1]), "{:?}", guest.shown);
     assert!(is_lost(guest.shown.last().unwrap()), "{:?}", guest.shown);
-}
-
-#[test]
-fn verify_needs_protocol_version() {
-    let policy = Policy {
-        verify: true,
-        ..policy()
-    };
-    let (outcome, guest) = migrate(&policy, None, |dialed, _| {
-        let mut peer = Peer::welcome(dialed, 1);
-        assert_eq!(peer.recv_abort(), "verify-unsupported");
-    });
-    assert_eq!(stayed(&outcome), "verify-unsupported");
-    assert!(guest.runs);
-    migrate(&policy, None, |dialed, _| {
-        let mut peer = Peer::welcome(dialed, 2);
-        assert!(peer.prepare(1, false).verify);
-    });
-}
-
-#[test]
-fn copied_disks_need_protocol_version() {
-    let guest = || {
-        let mut guest = MemoryGuest::new(ram(PAGES));
-        guest.disks = vec![MemoryDisk::new(4096)];
-        guest
-    };
-    let (outcome, guest_here) = migrate_guest(guest(), &policy(), None, |dialed, _| {
-        let mut peer = Peer::welcome(dialed, 2);
-        assert_eq!(peer.recv_abort(), "storage-copy-unsupported");
-    });
-    assert_eq!(stayed(&outcome), "storage-copy-unsupported");
-    assert!(guest_here.runs);
-    migrate_guest(guest(), &policy(), None, |dialed, _| {
-        let mut peer = Peer::welcome(dialed, 3);
-        assert_eq!(peer.prepare(1, false).disks[0].size, 4096);
-    });
-    // A guest without them speaks with older destinations as before.
-    migrate(&policy(), None, |dialed, _| {
-        let mut peer = Peer::welcome(dialed, 1);
-        assert_eq!(peer.prepare(1, false).disks, []);
-    });
 }
 
 #[test]

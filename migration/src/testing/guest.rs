@@ -73,6 +73,12 @@ impl MemoryDisk {
         *self.unsynced.lock().unwrap() == 0
     }
 
+    /// Returns `len` bytes, as the guest's device reads them.
+    #[must_use]
+    pub fn read_back(&self, offset: usize, len: usize) -> Vec<u8> {
+        self.content.lock().unwrap()[offset..offset + len].to_vec()
+    }
+
     /// Fills `len` bytes, as the guest's device does: the bytes first, then the mark.
     pub fn fill(&self, offset: usize, len: usize, byte: u8) {
         let mut content = self.content.lock().unwrap();

@@ -5,6 +5,7 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
 
+mod disk_user;
 mod link;
 mod script;
 mod world;
@@ -296,6 +297,9 @@ fn a_guest_moves_when_nothing_fails() {
             assert!(stopped_for >= CLOCKS_STOPPED_BEFORE, "{stopped_for:?}");
             assert_eq!(ending.outcome, Outcome::Moved, "{script:?} {ending:?}");
             assert_eq!(ending.destination, Phase::Completed);
+            let followed = world.followed.load(Ordering::SeqCst);
+            let may_follow = mode == Mode::Postcopy && disks > 0 && writes > 0;
+            assert!(followed > 0 || !may_follow, "{script:?}");
         }
     }
 }

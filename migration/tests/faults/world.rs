@@ -4,12 +4,12 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use memory::RamBlock;
+use memory::{AwaitedBlocks, RamBlock};
 use migration::testing::{MemoryDisk, MemoryGuest, blocks, contents, disk_name, fill_page, ram};
 use migration::{
     Block, Destination, DestinationDisk, Fate, Host, Journal, Offer, Outcome, Refusal, Source,
@@ -18,6 +18,7 @@ use migration::{
 use uuid::Uuid;
 
 use crate::PAGES;
+use crate::disk_user::DiskUser;
 use crate::link::Life;
 use crate::script::Dice;
 
@@ -35,6 +36,10 @@ pub(crate) struct World {
     pub(crate) differed: AtomicBool,
     /// Disks were not what they should have been, or not durable.
     pub(crate) disks_differed: AtomicBool,
+    /// The content of the disks when the guest was saved.
+    pub(crate) disks_then: Mutex<Vec<Vec<u8>>>,
+    /// Blocks that came after the guest.
+    pub(crate) followed: AtomicU64,
     pub(crate) lock: Mutex<Option<&'static str>>,
     /// When the guest's clocks were read.
     pub(crate) clocks_at: Mutex<Option<Instant>>,
@@ -59,11 +64,6 @@ fn hash(bytes: &[u8]) -> u64 {
 
 pub(crate) fn sum(ram: &RamBlock) -> u64 {
     hash(&contents(ram))
-}
-
-fn sum_of_disks(disks: &[Arc<MemoryDisk>]) -> u64 {
-    let all: Vec<u8> = disks.iter().flat_map(|disk| disk.contents()).collect();
-    hash(&all)
 }
 
 /// The length of a stop that is called off.
@@ -240,10 +240,10 @@ impl Source for TestSource {
     fn save(&mut self) -> Result<Vec<u8>, Refusal> {
         self.life.step()?;
         assert!(!self.world.at_source.load(Ordering::SeqCst));
-        // The state is a checksum of memory and one of disks: `load` at the destination notices any
-        // stale page.
-        let sums = [sum(&self.guest.ram), sum_of_disks(&self.guest.disks)];
-        Ok(sums.map(u64::to_le_bytes).concat())
+        let disks = self.guest.disks.iter().map(|disk| disk.contents());
+        *self.world.disks_then.lock().unwrap() = disks.collect();
+        // The state is a checksum of memory: `load` at the destination notices any stale page.
+        Ok(sum(&self.guest.ram).to_le_bytes().to_vec())
     }
 
     fn flush(&mut self) -> Result<(), Refusal> {
@@ -301,6 +301,10 @@ pub(crate) struct TestTarget {
     pub(crate) disks: Vec<Arc<MemoryDisk>>,
     pub(crate) world: Arc<World>,
     pub(crate) life: Arc<Life>,
+    /// Blocks of the disks that come after the guest.
+    pub(crate) awaited: Vec<Option<Arc<AwaitedBlocks>>>,
+    /// The guest, as far as it uses its disks while blocks follow it.
+    pub(crate) user: Option<DiskUser>,
 }
 
 impl Destination for TestTarget {
@@ -323,16 +327,50 @@ impl Destination for TestTarget {
 
     fn load(&mut self, state: &[u8]) -> Result<(), Refusal> {
         self.life.step()?;
-        let (memory, of_disks) = state.split_at(8);
-        // In postcopy, too: no block of a disk follows the guest.
-        let are_durable = self.disks.iter().all(|disk| disk.is_synced());
-        if of_disks != sum_of_disks(&self.disks).to_le_bytes() || !are_durable {
-            self.world.disks_differed.store(true, Ordering::SeqCst);
+        let then = self.world.disks_then.lock().unwrap();
+        for (index, (disk, then)) in self.disks.iter().zip(&*then).enumerate() {
+            let awaited = self.awaited.get(index).and_then(Option::as_ref);
+            let missing = awaited.map(|blocks| blocks.missing());
+            let is_missing = |page: usize| {
+                let missing = missing.as_ref();
+                missing.is_some_and(|pages| pages.words()[page / 64] & 1 << (page % 64) != 0)
+            };
+            let here = disk.contents();
+            let mut pages = here.chunks(4096).zip(then.chunks(4096)).enumerate();
+            let is_right = pages.all(|(page, (here, then))| is_missing(page) || here == then);
+            if !is_right || !disk.is_synced() {
+                self.world.disks_differed.store(true, Ordering::SeqCst);
+            }
         }
-        if memory != sum(&self.ram).to_le_bytes() {
+        drop(then);
+        if state != sum(&self.ram).to_le_bytes() {
             // So it is where pages were to follow, and their source is gone.
             self.world.differed.store(true, Ordering::SeqCst);
             return Err(Refusal::new("differs", "memory is not what it was"));
+        }
+        Ok(())
+    }
+
+    fn await_blocks(&mut self, disks: &[Option<Arc<AwaitedBlocks>>]) -> Result<(), Refusal> {
+        self.life.step()?;
+        self.awaited = disks.to_vec();
+        let left = disks.iter().flatten().map(|blocks| blocks.left() as u64);
+        self.world.followed.fetch_add(left.sum(), Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn blocks_arrived(&mut self) -> Result<(), Refusal> {
+        self.life.step()?;
+        // Behind this the source may free the only other copy.
+        let are_durable = self.disks.iter().all(|disk| disk.is_synced());
+        let left: usize = self
+            .awaited
+            .iter()
+            .flatten()
+            .map(|blocks| blocks.left())
+            .sum();
+        if !are_durable || left > 0 {
+            self.world.disks_differed.store(true, Ordering::SeqCst);
         }
         Ok(())
     }
@@ -361,10 +399,18 @@ impl Destination for TestTarget {
             self.world
                 .run(&self.world.at_destination, &self.world.at_source);
         }
+        if self.awaited.iter().any(Option::is_some) {
+            self.user = Some(DiskUser::start(
+                &self.disks,
+                &self.awaited,
+                Arc::clone(&self.world),
+            ));
+        }
         Ok(Instant::now())
     }
 
     fn discard(&mut self) {
+        self.user = None;
         let mut lock = self.world.lock.lock().unwrap();
         if *lock == Some("destination") {
             *lock = None;
@@ -410,6 +456,8 @@ impl Host for TestHost {
             disks: disks(offer.disks.len()),
             world: Arc::clone(&self.world),
             life: Arc::clone(&self.life),
+            awaited: Vec::new(),
+            user: None,
         }))
     }
 
