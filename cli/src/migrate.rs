@@ -550,8 +550,9 @@ pub(crate) fn summary(info: &MigrationInfo) -> String {
         line(
             "faults",
             format!(
-                "{}, median wait {}, 99 % within {}",
+                "{} ({} of disks), median wait {}, 99 % within {}",
                 info.faults,
+                info.disk_faults,
                 ms(info.fault_p50_us),
                 ms(info.fault_p99_us)
             ),

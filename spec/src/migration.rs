@@ -157,8 +157,8 @@ pub struct StartMigration {
     #[schema(minimum = 1)]
     pub hold_ms: Option<u64>,
     /// How disks move. With `copy` the destination makes new images, raw or qcow2 as here, in the
-    /// directory that its operator named (`--migration-storage`); all blocks are there before the guest
-    /// runs there. The images here stay.
+    /// directory that its operator named (`--migration-storage`). In postcopy, blocks of disks follow the
+    /// guest as pages of its memory do. The images here stay.
     #[serde(default)]
     pub storage: StorageMode,
     /// Disks that move in another way than `storage` says.
@@ -424,7 +424,8 @@ pub struct MigrationInfo {
     /// Bytes of the disks that are copied, as the guest sees them.
     #[serde(default)]
     pub disk_bytes: u64,
-    /// Bytes of disks in the current round that are not sent yet.
+    /// Bytes of disks in the current round that are not sent yet; in postcopy, at both sides, those that
+    /// the destination does not have yet.
     #[serde(default)]
     pub disk_remaining_bytes: u64,
     /// Bytes sent over the connections for memory and disks.
@@ -482,6 +483,10 @@ pub struct MigrationInfo {
     pub undecided_us: Option<u64>,
     /// Pages that the guest waited for: after the hand-over, or while a live snapshot was copied.
     pub faults: u64,
+    /// Blocks of disks that requests of the guest waited for after the hand-over, at the destination; `faults`
+    /// counts them, too.
+    #[serde(default)]
+    pub disk_faults: u64,
     /// Median wait for such a page, in microseconds.
     pub fault_p50_us: u64,
     /// 99th percentile of the wait for such a page, in microseconds.

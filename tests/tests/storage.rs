@@ -10,15 +10,15 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command as Process, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use guest::{Command, Line, Options, Workload, check_disk};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 use spec::{
-    AwaitMigration, MemoryMode, MigrationPhase, MirrorDisk, NewImageFormat, StartMigration,
-    StorageMode, VmId, VmState,
+    AwaitMigration, MemoryMode, MigrationOutcome, MigrationPhase, MirrorDisk, NewImageFormat,
+    ResolveMigration, StartMigration, StorageMode, VmId, VmState,
 };
 use tempfile::TempDir;
 use tests::{Face, Frame, Proxy, Service, Side, Verdict, built, trials};
@@ -118,6 +118,30 @@ impl Trial {
         waited.await.unwrap();
     }
 
+    /// Starts a migration through a proxy. Returns its number at each side.
+    async fn begin(
+        &self,
+        judge: impl Fn(&Frame) -> Verdict + Send + Sync + 'static,
+        mode: MemoryMode,
+        max_bandwidth: Option<u64>,
+    ) -> [VmId; 2] {
+        let [to, at] = [self.source.path("to"), self.source.path("at")];
+        let awaiting = AwaitMigration::at(format!("unix:{}", at.display()));
+        let client = self.destination.client();
+        let received = client.migrations_receive(&awaiting).await.unwrap();
+        Proxy::between(&to, &at, judge).unwrap();
+        let what = StartMigration {
+            mode,
+            connections: Some(1),
+            storage: StorageMode::Copy,
+            max_bandwidth,
+            ..StartMigration::to(format!("unix:{}", to.display()))
+        };
+        let client = self.source.client();
+        let sent = client.vms_migrate(&self.vm, &what).await.unwrap();
+        [sent, received].map(|migration| migration.id.parse().unwrap())
+    }
+
     /// Images that the destination made.
     fn made(&self) -> Vec<PathBuf> {
         let entries = fs::read_dir(self.images.path()).unwrap();
@@ -214,33 +238,10 @@ fn judge(case: Case, pids: [u32; 2], begun: Arc<AtomicBool>) -> impl Fn(&Frame) 
 
 async fn run(case: Case) {
     let mut trial = stage("qcow2").await;
-    let [to, at] = [trial.source.path("to"), trial.source.path("at")];
-    let awaiting = AwaitMigration::at(format!("unix:{}", at.display()));
-    let destination = trial.destination.client();
-    let received: VmId = destination
-        .migrations_receive(&awaiting)
-        .await
-        .unwrap()
-        .id
-        .parse()
-        .unwrap();
     let begun = Arc::new(AtomicBool::new(false));
     let pids = [trial.source.pid(), trial.destination.pid()];
-    Proxy::between(&to, &at, judge(case, pids, Arc::clone(&begun))).unwrap();
-    let what = StartMigration {
-        mode: case.mode,
-        connections: Some(1),
-        storage: StorageMode::Copy,
-        ..StartMigration::to(format!("unix:{}", to.display()))
-    };
-    let client = trial.source.client();
-    let sent: VmId = client
-        .vms_migrate(&trial.vm, &what)
-        .await
-        .unwrap()
-        .id
-        .parse()
-        .unwrap();
+    let judge = judge(case, pids, Arc::clone(&begun));
+    let [sent, received] = trial.begin(judge, case.mode, None).await;
     begun.store(true, Ordering::SeqCst);
     match case.blow {
         Blow::Kill(Side::Source) => drop(trial.source.ended(PATIENCE).await.unwrap()),
@@ -355,6 +356,109 @@ async fn disk_stays_whole_where_a_side_dies() {
         ]
     });
     all(cases.collect()).await;
+}
+
+/// Bytes in a second by which the rest of the disk follows slowly.
+const SLOW: u64 = 256 << 10;
+
+/// Each connection is lost behind some frames of pages that follow the guest, which uses its disk.
+#[tokio::test(flavor = "multi_thread")]
+async fn blocks_follow_over_connections_that_are_lost() {
+    let trial = stage("qcow2").await;
+    let (runs, passed, cuts) = (
+        AtomicBool::new(false),
+        AtomicUsize::new(0),
+        AtomicUsize::new(0),
+    );
+    let lost = Arc::new(cuts);
+    let cuts = Arc::clone(&lost);
+    let judge = move |frame: &Frame| {
+        runs.fetch_or(frame.name == "Running", Ordering::SeqCst);
+        let is_late = runs.load(Ordering::SeqCst) && frame.name == "Pages";
+        let count = passed.fetch_add(usize::from(is_late), Ordering::SeqCst);
+        // The first frame, and then after more and more of them.
+        let next = [0, 2, 7, 18].get(cuts.load(Ordering::SeqCst));
+        match next {
+            Some(next) if is_late && count >= *next => {
+                cuts.fetch_add(1, Ordering::SeqCst);
+                passed.store(0, Ordering::SeqCst);
+                Verdict::Cut
+            }
+            _ => Verdict::Pass,
+        }
+    };
+    let [sent, received] = trial
+        .begin(judge, MemoryMode::Postcopy, Some(4 * SLOW))
+        .await;
+    let is_over = |info: &spec::MigrationInfo| info.phase.is_over();
+    for (side, id) in [(&trial.source, &sent), (&trial.destination, &received)] {
+        let info = side.until(id, PATIENCE, is_over).await.unwrap();
+        assert_eq!(info.phase, MigrationPhase::Completed, "{info:?}");
+    }
+    assert!(
+        lost.load(Ordering::SeqCst) > 1,
+        "{lost:?} connections were lost"
+    );
+    trial.runs_at_destination().await;
+}
+
+/// A side dies while blocks follow the guest. What is missing is read by nothing, at no time.
+#[tokio::test(flavor = "multi_thread")]
+async fn blocks_that_are_lost_are_not_read() {
+    for dies in [Side::Source, Side::Destination] {
+        let mut trial = stage("raw").await;
+        let judge = |_: &Frame| Verdict::Pass;
+        let [sent, received] = trial.begin(judge, MemoryMode::Postcopy, Some(SLOW)).await;
+        let follows = |info: &spec::MigrationInfo| {
+            assert!(!info.phase.is_over(), "{info:?}");
+            info.phase == MigrationPhase::Postcopy && info.disk_remaining_bytes > 0
+        };
+        let at = &trial.destination;
+        at.until(&received, PATIENCE, follows).await.unwrap();
+        let pid = match dies {
+            Side::Source => trial.source.pid(),
+            Side::Destination => trial.destination.pid(),
+        };
+        let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).unwrap();
+        let before = fs::read(trial.source.path("disk")).unwrap();
+        kill_process(pid, Signal::KILL).unwrap();
+        let (left, id) = match dies {
+            Side::Source => (&trial.destination, &received),
+            Side::Destination => (&trial.source, &sent),
+        };
+        let is_paused = |info: &spec::MigrationInfo| info.phase == MigrationPhase::PostcopyPaused;
+        left.until(id, PATIENCE, is_paused).await.unwrap();
+        let discard = ResolveMigration {
+            outcome: MigrationOutcome::Discard,
+        };
+        left.client()
+            .migrations_resolve(id, &discard)
+            .await
+            .unwrap();
+        let is_over = |info: &spec::MigrationInfo| info.phase.is_over();
+        left.until(id, PATIENCE, is_over).await.unwrap();
+        assert!(left.client().vms_list().await.unwrap().is_empty());
+        // The image has what the guest wrote here, and is not whole. The next service leaves it.
+        if dies == Side::Destination {
+            trial.destination.ended(PATIENCE).await.unwrap();
+        }
+        let storage = trial.images.path().to_string_lossy().into_owned();
+        let next = Service::start_with(&[], &["--migration-storage".to_owned(), storage]).await;
+        let next = next.unwrap();
+        let mut made = trial.made();
+        made.sort();
+        let names = ["web-_disk0.raw", "web-_disk0.raw.incomplete"];
+        assert_eq!(made, names.map(|name| trial.images.path().join(name)));
+        let (mut config, _) = next.pocket("next", Options::default()).unwrap();
+        config.disks = serde_json::from_value(json!([{ "path": made[0] }])).unwrap();
+        let vm = next.create("next", config).await.unwrap();
+        let refused = next.client().vms_boot(&vm).await.unwrap_err().to_string();
+        assert!(refused.contains("is incomplete"), "{refused}");
+        // That of the source is as it was when the guest moved.
+        let disk = fs::read(trial.source.path("disk")).unwrap();
+        assert!(disk == before);
+        check_disk(&disk, DISK_PAGES).unwrap();
+    }
 }
 
 /// A raw image and a qcow2 image move by `wh-remote`.

@@ -184,6 +184,13 @@ pub(crate) fn of_new_images(count: usize) -> u64 {
     u64::try_from(count).unwrap_or(u64::MAX).saturating_mul(2)
 }
 
+/// Returns the descriptors for blocks that follow a guest: an event for each queue of a disk.
+pub(crate) fn of_late_blocks(config: &VmConfig) -> u64 {
+    let disks = config.disks.iter().flatten();
+    let queues = disks.map(|disk| disk.num_queues as u64);
+    queues.fold(0, u64::saturating_add)
+}
+
 /// Returns the descriptors that a device can come to use.
 pub(crate) fn of_device(new: &NewDevice) -> u64 {
     match new {

@@ -14,11 +14,13 @@ use devices::{PanicEvent, PowerEvent};
 use spec::Failure;
 use virtio_devices::TransportEvent;
 
+const SANDBOX_VIOLATION: &str = "sandbox-violation";
+
 /// The sandbox refused a system call of a thread that works for the guest. The thread may be under
 /// the guest's control: the VM must end.
 pub(crate) fn sandbox_violation(detail: &str, vcpu: Option<u32>) -> Failure {
     Failure {
-        code: "sandbox-violation".to_owned(),
+        code: SANDBOX_VIOLATION.to_owned(),
         detail: detail.to_owned(),
         vcpu,
     }
@@ -60,6 +62,13 @@ pub(crate) enum GuestEvent {
 pub(crate) enum GuestEnd {
     Power(PowerEvent),
     Failed(Failure),
+}
+
+impl GuestEnd {
+    /// Whether a thread of the guest's devices did what its sandbox forbids: the guest may control it.
+    pub(crate) fn is_violation(&self) -> bool {
+        matches!(self, Self::Failed(failure) if failure.code == SANDBOX_VIOLATION)
+    }
 }
 
 /// The reports of one device.

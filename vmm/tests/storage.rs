@@ -2,6 +2,9 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that goes wrong panics")]
 
+#[path = "storage/followers.rs"]
+mod followers;
+
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
@@ -185,6 +188,7 @@ async fn disks_move_while_the_guest_writes() {
         ("raw", MemoryMode::Precopy),
         ("qcow2", MemoryMode::Precopy),
         ("raw", MemoryMode::Postcopy),
+        ("qcow2", MemoryMode::Postcopy),
         ("qcow2", MemoryMode::Auto),
     ];
     for (format, mode) in runs {

@@ -332,9 +332,10 @@ impl Devices {
     }
 
     /// Each device releases what only one machine may have. They are paused and flushed.
-    pub(crate) fn hand_over(&self) {
-        let all = self.entries.values();
-        all.for_each(|entry| entry.plugged.device.hand_over());
+    /// Those named in `kept` keep theirs.
+    pub(crate) fn hand_over(&self, kept: &[String]) {
+        let all = self.entries.iter().filter(|(id, _)| !kept.contains(id));
+        all.for_each(|(_, entry)| entry.plugged.device.hand_over());
     }
 
     /// Each device takes what only one machine may have. They are paused.

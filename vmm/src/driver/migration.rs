@@ -84,6 +84,9 @@ impl Driver {
                 _ => refuse("the VM's guest has not arrived yet"),
             };
         }
+        if let Some(refused) = self.late_blocks.refuse(verb) {
+            return Some(refused);
+        }
         if let (
             Stage::On(active),
             Verb::Pause | Verb::AddDevice | Verb::RemoveDevice | Verb::Resize | Verb::ResizeDisk,
@@ -308,8 +311,8 @@ impl Driver {
         self.on()?.flush().map_err(refused("cannot-be-handed-over"))
     }
 
-    /// Releases the locks: the guest is given away.
-    pub(crate) fn hand_over(&mut self) -> Result<(), Refusal> {
+    /// Releases the locks, but for those of the devices `kept`: the guest is given away.
+    pub(crate) fn hand_over(&mut self, kept: &[String]) -> Result<(), Refusal> {
         if let Some(outgoing) = &mut self.outgoing {
             // Before it is tried: what failed half-way must be taken back as well.
             outgoing.state = OutgoingState::HandedOver {
@@ -317,7 +320,7 @@ impl Driver {
             };
         }
         self.consoles.hand_over();
-        self.on()?.hand_over();
+        self.on()?.hand_over(kept);
         Ok(())
     }
 
@@ -398,20 +401,6 @@ impl Driver {
         });
     }
 
-    /// Adds to the failure of a guest which phase and round its migration is in, if one is in progress.
-    pub(super) fn add_progress(&self, failure: &mut Failure) {
-        let Some(report) = self.progress.as_ref().map(Progress::report) else {
-            return;
-        };
-        if !report.phase.is_over() {
-            let phase = crate::migrate::phase(report.phase);
-            failure.detail = format!(
-                "{}; its migration is in phase {phase}, round {}",
-                failure.detail, report.rounds
-            );
-        }
-    }
-
     /// The guest is elsewhere, or lost.
     pub(crate) fn left(&mut self, sources: &mut Sources<'_>) -> Gone {
         let stage = std::mem::replace(&mut self.stage, Stage::Off);
@@ -423,12 +412,6 @@ impl Driver {
             Stage::On(machine) => Gone::of(machine),
             _ => Gone::already(),
         }
-    }
-
-    /// Ends a guest whose memory cannot be read any more.
-    pub(crate) fn fail_guest(&mut self, failure: Failure, sources: &mut Sources<'_>) {
-        tracing::error!(detail = failure.detail, "a guest lost memory and is ended");
-        self.switch_off(End::Failed(failure), sources);
     }
 
     /// A guest is to come: nothing is done with this VM until it has.
@@ -493,7 +476,7 @@ impl Driver {
         if taken.is_err() {
             self.consoles.hand_over();
             if let Ok(active) = self.expecting() {
-                active.hand_over();
+                active.hand_over(&[]);
             }
         }
         taken

@@ -20,6 +20,7 @@ mod caller;
 mod consoles;
 mod devices;
 mod ending;
+mod guest_end;
 mod memory;
 mod migration;
 mod mirror;
@@ -50,6 +51,7 @@ pub(crate) use self::caller::Caller;
 use self::caller::{ANY_MACHINE, Call};
 pub(crate) use self::consoles::Consoles;
 use self::ending::{Busy, Ending, Next, Then};
+use self::guest_end::LateBlocks;
 use self::migration::Expected;
 pub(crate) use self::migration::{DestinationParts, SourceParts};
 use self::mirror::Mirrors;
@@ -135,6 +137,8 @@ pub(crate) struct Driver {
     mirrors: Mirrors,
     /// The guest is moving away.
     outgoing: Option<Outgoing>,
+    /// Blocks of the disks that are still at the source of a migration.
+    late_blocks: LateBlocks,
     /// The latest migration, of which the failure of a guest tells.
     progress: Option<Progress>,
     /// The VM is deleted: the driver leaves its thread.
@@ -165,6 +169,7 @@ impl Driver {
             resizes: Resizes::default(),
             mirrors: Mirrors::default(),
             outgoing: None,
+            late_blocks: LateBlocks::default(),
             progress: None,
             is_deleted: false,
             resets: Allowance::new(RESETS_AT_ONCE, RESET_INTERVAL),
@@ -337,6 +342,7 @@ impl Driver {
         self.machine += 1;
         // Of that one, its guest will not hear any more.
         self.outgoing = None;
+        self.late_blocks = LateBlocks::default();
         self.mirrors.end_with_machine();
         self.resizes_end_with_machine();
         self.give_up_additions();
@@ -441,28 +447,9 @@ impl Driver {
         let expired = reports.watchdog && self.watchdog_expired();
         let reset = expired.then_some(GuestEnd::Power(PowerEvent::Reset));
         match reports.end.or(reset) {
+            Some(end) if self.late_blocks.are_awaited && !end.is_violation() => self.hold_end(end),
+            Some(end) => return self.guest_ended(end, sources),
             None => {}
-            Some(GuestEnd::Power(PowerEvent::PowerOff)) => {
-                return self.switch_off(End::PowerOff, sources);
-            }
-            Some(GuestEnd::Power(PowerEvent::Reset)) => {
-                // A guest can reset in a loop, and each reset costs the host a build. The delay
-                // passes in `Ending`, where the guest does not run.
-                let now = Instant::now();
-                let not_before = now + self.resets.reserve(now);
-                return self.rebuild(None, not_before);
-            }
-            Some(GuestEnd::Failed(failure)) => {
-                // A guest that finds zeros in place of its memory fails in many ways.
-                let mut failure = self.find_lost_memory().unwrap_or(failure);
-                self.add_progress(&mut failure);
-                tracing::warn!(
-                    code = failure.code,
-                    detail = failure.detail,
-                    "a guest failed"
-                );
-                return self.switch_off(End::Failed(failure), sources);
-            }
         }
         // Each of these may lend the machine. If `stalled` does, `ejected` finds `Busy` and reports
         // its slots again, for when the machine is back.

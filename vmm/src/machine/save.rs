@@ -377,8 +377,9 @@ impl Active {
     }
 
     /// Releases what only one machine may have. The machine is paused and flushed.
-    pub(crate) fn hand_over(&self) {
-        self.parts.devices.hand_over();
+    /// Devices named in `kept` keep theirs.
+    pub(crate) fn hand_over(&self, kept: &[String]) {
+        self.parts.devices.hand_over(kept);
     }
 
     /// Takes what only one machine may have. It is paused.

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use ::devices::tpm::LoadedTpm;
 use control::{Accepted, Arrival, Registry};
+use memory::AwaitedBlocks;
 use migration::{
     Block, Destination, DestinationDisk, Fate, Host, Journal, Offer, Phase, Refusal, Side,
     StartFailure,
@@ -189,8 +190,11 @@ impl DestinationHost {
             reporter,
         } = parts;
         let build = || -> Result<_, BuildError> {
-            let needed = descriptors::of_machine(config, origin.may_wait)
+            let mut needed = descriptors::of_machine(config, origin.may_wait)
                 .saturating_add(descriptors::of_new_images(images.count()));
+            if origin.may_wait && images.count() > 0 {
+                needed = needed.saturating_add(descriptors::of_late_blocks(config));
+            }
             let reserved = host.descriptors.reserve(needed, None)?;
             let consoles = self.origin.open_consoles(config, host.terminal)?;
             let consoles = consoles.keep_reserved(&reserved);
@@ -361,6 +365,18 @@ impl Destination for DestinationVm {
             self.caller
                 .attempt(move |driver| driver.load_whole(&state))?,
         )
+    }
+
+    fn await_blocks(&mut self, disks: &[Option<Arc<AwaitedBlocks>>]) -> Result<(), Refusal> {
+        let devices = self.caller.attempt(Driver::await_blocks)?;
+        self.images.await_blocks(disks, &devices)
+    }
+
+    fn blocks_arrived(&mut self) -> Result<(), Refusal> {
+        self.images.blocks_arrived()?;
+        // The machine may have ended: then nothing waits for this.
+        let _ = self.caller.call(Driver::blocks_arrived);
+        Ok(())
     }
 
     fn take_over(&mut self) -> Result<(), Refusal> {

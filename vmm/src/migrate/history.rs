@@ -110,6 +110,7 @@ fn info(id: Uuid, side: Side, steps: &[Entry], last: &Entry) -> MigrationInfo {
         downtime: None,
         undecided_us: None,
         faults: 0,
+        disk_faults: 0,
         fault_p50_us: 0,
         fault_p99_us: 0,
         first_instruction_us: None,

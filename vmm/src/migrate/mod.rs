@@ -261,6 +261,7 @@ impl Migration for ActiveMigration {
             }),
             undecided_us: report.undecided_us,
             faults: report.faults,
+            disk_faults: report.disk_faults,
             fault_p50_us: report.fault_p50_us,
             fault_p99_us: report.fault_p99_us,
             first_instruction_us: report.first_instruction_us,

@@ -242,7 +242,12 @@ impl Source for SourceVm {
     }
 
     fn hand_over(&mut self) -> Result<(), Refusal> {
-        self.parts.caller.attempt(Driver::hand_over)
+        // The destination has images of its own for the disks that are copied. Those here stay locked: blocks
+        // of them may follow the guest, and must not change until they have.
+        let copied = self.copied.iter().flatten().map(CopiedDisk::id);
+        let kept: Vec<String> = copied.map(str::to_owned).collect();
+        let caller = &self.parts.caller;
+        caller.attempt(move |driver| driver.hand_over(&kept))
     }
 
     fn show(&mut self, guest: &Whereabouts) {

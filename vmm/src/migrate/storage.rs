@@ -4,26 +4,29 @@
 //! makes the image in the directory that its operator named for that (`--migration-storage`), under a
 //! name of its own, and deletes it again unless the guest came.
 
+mod late;
 mod leftovers;
 mod names;
 
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use control::RequestError;
 use devices::host_file::OpenError;
-use migration::{DestinationDisk, MAX_COPIED, NewImage, Offer, ReadDisk, Refusal, SourceDisk};
+use memory::AwaitedBlocks;
+use migration::{DestinationDisk, MAX_COPIED, Offer, ReadDisk, Refusal, SourceDisk};
 use serde::{Deserialize, Serialize};
 use spec::{
     DiskConfig, DiskStorage, ImageType, LockGranularity, StartMigration, StorageMode, VmConfig,
     VmId,
 };
 use virtio_devices::block::{
-    CreatedImage, DiskAccess, DiskContent, ImageError, ImageFormat, LockMode,
+    CreatedImage, DiskAccess, DiskContent, ImageError, ImageFormat, LockMode, remove_mark,
 };
 
+use self::late::{LateDisk, Writer};
 use self::leftovers::Marker;
 pub(crate) use self::leftovers::remove_leftovers;
 use self::names::{check_absent, image_path, no_image_name};
@@ -184,6 +187,11 @@ impl CopiedDisk {
             name: None,
             content: Arc::new(content),
         })
+    }
+
+    /// The name of the disk.
+    pub(super) fn id(&self) -> &str {
+        &self.id
     }
 
     pub(super) fn content(&self) -> &DiskContent {
@@ -409,6 +417,10 @@ struct MadeImage {
     size: u64,
     image: Arc<CreatedImage>,
     marker: Option<Marker>,
+    /// Set where blocks of the disk come after the guest.
+    late: Option<LateDisk>,
+    /// The machine's disk, once it has taken the image over and blocks still come.
+    device: Arc<OnceLock<DiskAccess>>,
 }
 
 impl MadeImage {
@@ -438,13 +450,21 @@ impl MadeImage {
             size: plan.size,
             image: Arc::new(image),
             marker,
+            late: None,
+            device: Arc::default(),
         })
+    }
+
+    /// Has the disk wait for blocks that come after the guest, and marks its image.
+    fn await_blocks(&mut self, blocks: Arc<AwaitedBlocks>, device: DiskAccess) -> io::Result<()> {
+        self.late = Some(LateDisk::new(self.image.path(), blocks, device)?);
+        Ok(())
     }
 
     /// Deletes the image, and then the marker that would have the next service do so.
     fn delete(&self) {
         let path = self.image.path();
-        let removed = std::fs::remove_file(path);
+        let removed = std::fs::remove_file(path).and_then(|()| remove_mark(path));
         let removed = removed.and_then(|()| self.marker.as_ref().map_or(Ok(()), Marker::remove));
         if let Err(error) = removed {
             tracing::warn!(path = %path.display(), %error, "cannot delete an image that is not \
@@ -474,7 +494,7 @@ impl NewImages {
         let disk = |made: &MadeImage| DestinationDisk {
             name: made.disk.clone(),
             size: made.size,
-            image: Arc::new(Writer(Arc::clone(&made.image))),
+            image: Arc::new(Writer::new(&made.image, &made.device)),
         };
         self.images.iter().map(disk).collect()
     }
@@ -490,9 +510,49 @@ impl NewImages {
         self.images.len()
     }
 
-    /// Lets the machine's disks take the locks.
+    /// Has the disks of the machine wait for blocks that come after the guest.
+    pub(super) fn await_blocks(
+        &mut self,
+        awaited: &[Option<Arc<AwaitedBlocks>>],
+        disks: &[(String, DiskAccess)],
+    ) -> Result<(), Refusal> {
+        for (made, blocks) in self.images.iter_mut().zip(awaited) {
+            let Some(blocks) = blocks else { continue };
+            let device = disks.iter().find(|(id, _)| *id == made.disk);
+            let awaited = match device {
+                Some((_, device)) => made.await_blocks(Arc::clone(blocks), device.clone()),
+                None => Err(io::ErrorKind::NotFound.into()),
+            };
+            awaited.map_err(|error| {
+                let detail = format!(
+                    "the disk {} cannot wait for blocks that come after the guest: {error}",
+                    made.disk
+                );
+                Refusal::new("storage-unusable", detail)
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Lets the machine's disks take the locks. Blocks that come from here on are written by these disks:
+    /// each keeps the tables of its image, so that two writers would destroy it.
     pub(super) fn release(&self) {
-        self.images.iter().for_each(|made| made.image.release());
+        for made in &self.images {
+            if let Some(late) = &made.late {
+                made.device.get_or_init(|| late.device.clone());
+            }
+            made.image.release();
+        }
+    }
+
+    /// All blocks are in the images, and durable.
+    pub(super) fn blocks_arrived(&self) -> Result<(), Refusal> {
+        let mut late = self.images.iter().filter_map(|made| made.late.as_ref());
+        let removed = late.try_for_each(|late| late.mark.remove());
+        removed.map_err(|error| {
+            let detail = format!("cannot remove the mark of an image that is complete: {error}");
+            Refusal::new("storage-unusable", detail)
+        })
     }
 
     /// The guest may run here from now on: no later service may take the images for leftovers.
@@ -516,22 +576,6 @@ impl Drop for NewImages {
             return;
         }
         self.images.iter().for_each(MadeImage::delete);
-    }
-}
-
-struct Writer(Arc<CreatedImage>);
-
-impl NewImage for Writer {
-    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.0.write_at(offset, data)
-    }
-
-    fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.0.zero(offset, len)
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        self.0.sync()
     }
 }
 

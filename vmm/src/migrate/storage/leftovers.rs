@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 
 use devices::host_file::lock::{self, Lockable};
 use devices::host_file::{FileKind, LockMode, Request};
+use virtio_devices::block::remove_mark;
 
 /// Added to the name of an image.
 const SUFFIX: &str = ".incoming";
@@ -113,7 +114,10 @@ fn remove_leftover(image: &Path, marker: &Path) -> io::Result<()> {
         return Ok(());
     }
     match image.symlink_metadata() {
-        Ok(found) if found.is_file() => fs::remove_file(image)?,
+        Ok(found) if found.is_file() => {
+            fs::remove_file(image)?;
+            remove_mark(image)?;
+        }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Ok(_) => return Ok(()),
         Err(error) => return Err(error),
