@@ -10,7 +10,8 @@ use ::devices::dimms::{self, DimmError, DimmRefusal};
 use memory::{RamBlock, RamSlice, RegionId, SpaceKind, Transaction};
 use spec::MemoryConfig;
 
-use super::{Active, GuestRam, map_port};
+use super::platform::map_port;
+use super::{Active, GuestRam};
 use crate::arch::x86_64::layout::{self, Layout};
 use crate::devices::SharedTopology;
 use crate::failure::{BuildError, MoveError};

@@ -8,7 +8,7 @@ use ::devices::{PmTimer, Rtc, pm_timer, rtc};
 use memory::{AddrRange, Transaction};
 use state::{Load as _, LoadError, Save as _, SaveError, Store, Writer};
 
-use super::map_port;
+use super::platform::map_port;
 use crate::arch::x86_64::layout::{self, Layout};
 use crate::failure::BuildError;
 

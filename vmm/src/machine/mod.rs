@@ -15,7 +15,6 @@ mod spare;
 mod vcpu;
 mod vcpus;
 
-use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -24,18 +23,16 @@ use std::time::{Duration, Instant};
 use ::devices::event_loop::EventLoop;
 use ::devices::sandbox::{Confinement, ThreadKind};
 use ::devices::tpm::Tpm;
-use ::devices::{ConsoleInput, CpuBlock, HotplugBlock, InterruptLine, PowerBlock, Serial, power};
-use hypervisor::{IrqRoutes, Kvm, Vm};
-use memory::{
-    DeviceOps, ListenerHandle, LostWatch, MemoryListener, SpaceKind, Topology, Transaction,
-};
+use ::devices::{ConsoleInput, CpuBlock, HotplugBlock, PowerBlock, Serial};
+use hypervisor::{Kvm, Vm};
+use memory::{ListenerHandle, LostWatch, MemoryListener, SpaceKind, Topology, Transaction};
 use parking_lot::{Mutex, MutexGuard};
-use spec::{CpuProfile, CpusConfig, VmConfig, VmCounters};
+use spec::{CpuProfile, VmConfig, VmCounters};
 use virtio_devices::Workers;
 
 use crate::arch::x86_64::cpu_model::CpuModel;
 use crate::arch::x86_64::layout::Layout;
-use crate::arch::x86_64::{cpu, features, hyperv, layout, profiles};
+use crate::arch::x86_64::{cpu, features, hyperv, profiles};
 use crate::boot;
 use crate::descriptors::{Descriptors, Reservation};
 use crate::devices::{
@@ -206,7 +203,7 @@ impl Built {
             ram.map(tx, &config.memory, &layout)?;
             platform::map_pc(tx, &host_bridge, &end)?;
             let serial = match outputs.serial {
-                Some(output) => Some(map_serial(tx, irq_routes, output, reporter)?),
+                Some(output) => Some(platform::map_serial(tx, irq_routes, output, reporter)?),
                 None => None,
             };
             if let (Some(output), Some(debug)) = (outputs.debug, &config.debug_console) {
@@ -214,10 +211,10 @@ impl Built {
             }
             let map_tpm = |emulator| platform::map_tpm(tx, emulator, host.confinement, reporter);
             let tpm = emulator.as_ref().map(map_tpm).transpose()?;
-            let power = map_power(tx, irq_routes, &end)?;
-            let hotplug = map_hotplug(tx, reporter)?;
+            let power = platform::map_power(tx, irq_routes, &end)?;
+            let hotplug = platform::map_hotplug(tx, reporter)?;
             let clocks = FirmwareClocks::map(tx, &layout)?;
-            let cpus = map_cpus(tx, &config.cpus, reporter)?;
+            let cpus = platform::map_cpus(tx, &config.cpus, reporter)?;
             let dimms = Dimms::map(tx, &config.memory, &layout, &ram, reporter)?;
             let to = reporter.clone();
             let console = outputs.console.map(|output| ConsoleEnd {
@@ -319,102 +316,6 @@ fn own_loops(
     let own = (0..count).map(start);
     own.collect::<Result<_, _>>()
         .map_err(BuildError::host("start a thread"))
-}
-
-fn map_port(
-    tx: &mut Transaction<'_>,
-    name: (&str, &str),
-    port: u16,
-    len: u64,
-    device: Arc<dyn DeviceOps>,
-) -> Result<(), BuildError> {
-    let region = tx.device(name, len, device)?;
-    Ok(tx.map(SpaceKind::PortIo, port.into(), region, 0)?)
-}
-
-fn line(routes: &IrqRoutes, gsi: u32) -> Result<InterruptLine, BuildError> {
-    let line = InterruptLine::new().map_err(BuildError::host("create an interrupt line"))?;
-    routes.attach(line.event_fd(), gsi)?;
-    Ok(line)
-}
-
-fn map_serial(
-    tx: &mut Transaction<'_>,
-    routes: &IrqRoutes,
-    output: Box<dyn Write + Send>,
-    reporter: &Reporter,
-) -> Result<Arc<Serial>, BuildError> {
-    let (first, room) = (reporter.clone(), reporter.clone());
-    let serial = Arc::new(Serial::new(
-        line(routes, layout::SERIAL_IRQ)?,
-        output,
-        move |when| first.report(GuestEvent::FirstSerial(when)),
-        move || room.report(GuestEvent::Room(Port::Serial)),
-    ));
-    map_port(
-        tx,
-        ("registers", "serial"),
-        layout::SERIAL_PORT,
-        8,
-        Arc::clone(&serial) as _,
-    )?;
-    Ok(serial)
-}
-
-fn map_power(
-    tx: &mut Transaction<'_>,
-    routes: &IrqRoutes,
-    end: &GuestEnd,
-) -> Result<Arc<PowerBlock>, BuildError> {
-    let block = PowerBlock::new(line(routes, layout::GED_IRQ)?, end.handler());
-    let block = Arc::new(block);
-    map_port(
-        tx,
-        ("registers", "power"),
-        layout::POWER_PORT,
-        power::LEN,
-        Arc::clone(&block) as _,
-    )?;
-    Ok(block)
-}
-
-fn map_hotplug(
-    tx: &mut Transaction<'_>,
-    reporter: &Reporter,
-) -> Result<Arc<HotplugBlock>, BuildError> {
-    let to = reporter.clone();
-    let block = Arc::new(HotplugBlock::new(move |slot| {
-        to.report(GuestEvent::Ejected(slot));
-    }));
-    map_port(
-        tx,
-        ("registers", "hotplug"),
-        layout::HOTPLUG_PORT,
-        ::devices::hotplug::LEN,
-        Arc::clone(&block) as _,
-    )?;
-    Ok(block)
-}
-
-fn map_cpus(
-    tx: &mut Transaction<'_>,
-    config: &CpusConfig,
-    reporter: &Reporter,
-) -> Result<Arc<CpuBlock>, BuildError> {
-    let to = reporter.clone();
-    let block = Arc::new(CpuBlock::new(
-        config.boot_vcpus,
-        config.max_vcpus,
-        move || to.report(GuestEvent::Cpus),
-    ));
-    map_port(
-        tx,
-        ("registers", "cpus"),
-        layout::CPUS_PORT,
-        ::devices::cpus::LEN,
-        Arc::clone(&block) as _,
-    )?;
-    Ok(block)
 }
 
 impl Active {

@@ -5,16 +5,121 @@ use std::sync::Arc;
 
 use ::devices::sandbox::Confinement;
 use ::devices::tpm::{self, Emulator, Tpm};
-use ::devices::{DebugConsole, DebugPort, KeyboardReset, ResetControl, pci};
-use memory::{SpaceKind, Transaction};
-use spec::VmConfig;
+use ::devices::{
+    CpuBlock, DebugConsole, DebugPort, HotplugBlock, InterruptLine, KeyboardReset, PowerBlock,
+    ResetControl, Serial, pci, power,
+};
+use hypervisor::IrqRoutes;
+use memory::{DeviceOps, SpaceKind, Transaction};
+use spec::{CpusConfig, VmConfig};
 
-use super::map_port;
 use super::vcpu::GuestEnd;
 use crate::arch::x86_64::layout;
 use crate::devices::{MachineOrigin, PciHost};
 use crate::failure::BuildError;
-use crate::guest_event::{self, GuestEvent, Reporter};
+use crate::guest_event::{self, GuestEvent, Port, Reporter};
+
+/// Maps a device at ports.
+pub(super) fn map_port(
+    tx: &mut Transaction<'_>,
+    name: (&str, &str),
+    port: u16,
+    len: u64,
+    device: Arc<dyn DeviceOps>,
+) -> Result<(), BuildError> {
+    let region = tx.device(name, len, device)?;
+    Ok(tx.map(SpaceKind::PortIo, port.into(), region, 0)?)
+}
+
+/// Creates an interrupt line and attaches it to a pin of the I/O APIC.
+fn line(routes: &IrqRoutes, gsi: u32) -> Result<InterruptLine, BuildError> {
+    let line = InterruptLine::new().map_err(BuildError::host("create an interrupt line"))?;
+    routes.attach(line.event_fd(), gsi)?;
+    Ok(line)
+}
+
+/// Maps the serial port, whose output goes to `output`.
+pub(super) fn map_serial(
+    tx: &mut Transaction<'_>,
+    routes: &IrqRoutes,
+    output: Box<dyn Write + Send>,
+    reporter: &Reporter,
+) -> Result<Arc<Serial>, BuildError> {
+    let (first, room) = (reporter.clone(), reporter.clone());
+    let serial = Arc::new(Serial::new(
+        line(routes, layout::SERIAL_IRQ)?,
+        output,
+        move |when| first.report(GuestEvent::FirstSerial(when)),
+        move || room.report(GuestEvent::Room(Port::Serial)),
+    ));
+    map_port(
+        tx,
+        ("registers", "serial"),
+        layout::SERIAL_PORT,
+        8,
+        Arc::clone(&serial) as _,
+    )?;
+    Ok(serial)
+}
+
+/// Maps the ACPI power registers.
+pub(super) fn map_power(
+    tx: &mut Transaction<'_>,
+    routes: &IrqRoutes,
+    end: &GuestEnd,
+) -> Result<Arc<PowerBlock>, BuildError> {
+    let block = PowerBlock::new(line(routes, layout::GED_IRQ)?, end.handler());
+    let block = Arc::new(block);
+    map_port(
+        tx,
+        ("registers", "power"),
+        layout::POWER_PORT,
+        power::LEN,
+        Arc::clone(&block) as _,
+    )?;
+    Ok(block)
+}
+
+/// Maps the registers of ACPI's PCI hotplug.
+pub(super) fn map_hotplug(
+    tx: &mut Transaction<'_>,
+    reporter: &Reporter,
+) -> Result<Arc<HotplugBlock>, BuildError> {
+    let to = reporter.clone();
+    let block = Arc::new(HotplugBlock::new(move |slot| {
+        to.report(GuestEvent::Ejected(slot));
+    }));
+    map_port(
+        tx,
+        ("registers", "hotplug"),
+        layout::HOTPLUG_PORT,
+        ::devices::hotplug::LEN,
+        Arc::clone(&block) as _,
+    )?;
+    Ok(block)
+}
+
+/// Maps the registers of ACPI's CPU hotplug.
+pub(super) fn map_cpus(
+    tx: &mut Transaction<'_>,
+    config: &CpusConfig,
+    reporter: &Reporter,
+) -> Result<Arc<CpuBlock>, BuildError> {
+    let to = reporter.clone();
+    let block = Arc::new(CpuBlock::new(
+        config.boot_vcpus,
+        config.max_vcpus,
+        move || to.report(GuestEvent::Cpus),
+    ));
+    map_port(
+        tx,
+        ("registers", "cpus"),
+        layout::CPUS_PORT,
+        ::devices::cpus::LEN,
+        Arc::clone(&block) as _,
+    )?;
+    Ok(block)
+}
 
 /// Maps the platform that PC software expects: PCI, and two ports.
 pub(super) fn map_pc(
