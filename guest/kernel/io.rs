@@ -295,6 +295,7 @@ impl Memory {
     }
 
     fn step(&mut self) -> bool {
+        // Read each time: the host may resize the region's requested size at any moment.
         let (block, start) = (self.register(0), self.register(16));
         if let Some((at, plugs)) = self.asked {
             if self.queue.done().is_none() {
@@ -304,6 +305,8 @@ impl Memory {
             let is_done = read::<u16>(self.page + Self::ANSWER) == 0;
             add(&COUNTS.bad, u64::from(!is_done));
             if plugs && is_done {
+                // Newly plugged memory reads as zeros: content would be another guest's, or this
+                // one's of before.
                 let is_new = read::<u64>(start + at) == 0;
                 add(&COUNTS.bad, u64::from(!is_new));
                 // Different in each block: memory that moves to another address is found out at the
@@ -484,6 +487,8 @@ impl Pair {
                     // A console's are counted each, frames together.
                     let one = core::ptr::eq(count, &COUNTS.frames);
                     add(count, if one { 1 } else { u64::from(len) });
+                    // From the buffer that it came in: the chain is offered for receiving again
+                    // when it was sent.
                     self.send.send(chain, &[(buffer, len, false)]);
                 }
                 None => self.offer(chain),

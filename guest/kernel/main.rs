@@ -140,6 +140,8 @@ fn start_others(platform: &Platform, cpus: u32, ram: &mut Ram) -> Blocks {
         let is_up = unsafe {
             clear_block(block, blocks.count as u32, apic_id);
             (*block).entry = other_cpu_main as *const () as u64;
+            // Read by the CPU that is started, which has no other way to find its block. One CPU
+            // starts at a time.
             (&raw mut ap_block).write_volatile(address);
             &(*block).up
         };

@@ -172,6 +172,7 @@ impl Service {
     fn verify(&mut self) {
         if !self.verifying {
             self.verifying = true;
+            // Each vCPU answers when its own count differs, between two pages that it writes.
             self.work.verify.fetch_add(1, Release);
             apic::wake_others();
         }
@@ -253,6 +254,8 @@ impl Service {
                 serial::say(&Line::Bye {
                     by: Parting::PowerOff,
                 });
+                // Does not return where the register works: the line behind it says that the guest
+                // survived.
                 register.write();
                 serial::say(&Line::Survived {
                     by: Parting::PowerOff,

@@ -63,6 +63,8 @@ impl Writer<'_> {
 pub(super) fn write_start_info(memory: &FlatView, facts: &Facts<'_>) -> Result<u64, BootError> {
     const MAGIC: u32 = 0x336e_c578;
     const MODULES: u64 = layout::BOOT_INFO + 0x100;
+    // Each part has room for what is written: 0x100 bytes for the one module, and the map's few
+    // entries below the zero page.
     const MAP: u64 = layout::BOOT_INFO + 0x200;
     let map = memory_map(facts.layout);
     let mut info = Writer {
@@ -128,6 +130,8 @@ pub(super) fn write_zero_page(memory: &FlatView, facts: &Facts<'_>) -> Result<u6
     put(ACPI_RSDP, &layout::ACPI.to_le_bytes())?;
     put(BOOT_FLAG, &[0x55, 0xaa])?;
     put(MAGIC, b"HdrS")?;
+    // The header is the loader's to fill, since the kernel's own is in the bzImage and was not
+    // loaded: boot protocol 2.15.
     put(VERSION, &0x020f_u16.to_le_bytes())?;
     put(TYPE_OF_LOADER, &[UNKNOWN_LOADER])?;
     put(LOADFLAGS, &[LOADED_HIGH])?;

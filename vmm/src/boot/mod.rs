@@ -111,6 +111,7 @@ pub(crate) fn load(
         None => None,
     };
     let tables = acpi::tables(config, layout);
+    // The tables grow with vCPUs and segments, and the SMBIOS tables follow them.
     if tables.len() as u64 > layout::ACPI_END - layout::ACPI {
         return Err(BootError::NoRoom {
             what: "the ACPI tables of this many vCPUs and PCI segments",
@@ -127,6 +128,8 @@ pub(crate) fn load(
     generation::write(memory)?;
     let cmdline = payload.cmdline.as_deref().unwrap_or("");
     memory.write_slice(cmdline.as_bytes(), GuestAddress(layout::CMDLINE))?;
+    // The kernel reads up to this NUL. Validation has limited the length, so that the text ends
+    // below the next structure.
     memory.write_obj(0_u8, GuestAddress(layout::CMDLINE + cmdline.len() as u64))?;
     let facts = handover::Facts {
         layout,
@@ -152,6 +155,7 @@ fn open(what: &'static str, path: &Path) -> Result<(File, u64), BootError> {
         path: path.to_owned(),
         source,
     };
+    // A FIFO or device could block the boot, or have no end.
     let opened = Request::read(path, &[FileKind::Regular]).open();
     let file = opened.map_err(|error| match error {
         OpenError::Host { source, .. } => unreadable(source),
@@ -194,6 +198,7 @@ fn load_initramfs(
     let at = layout.low_ram_end() - padded.ok_or_else(too_large)?;
     let len = usize::try_from(size).map_err(|_| too_large())?;
     memory
+        // Straight into guest memory: an initramfs may have gigabytes.
         .read_exact_volatile_from(GuestAddress(at), &mut file, len)
         .map_err(|error| {
             let source = io::Error::other(error);

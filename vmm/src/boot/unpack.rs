@@ -35,11 +35,14 @@ impl<'a> BzImage<'a> {
         }
         let number = |at| field(image, at).map(|bytes| u32::from_le_bytes(bytes) as usize);
         let sectors = match field::<1>(image, SETUP_SECTS) {
+            // boot.rst: 0 means 4, for kernels that are older than the field.
             Some([0]) => 4,
             Some([sectors]) => usize::from(sectors),
             None => return Err(neither()),
         };
         let payload = || -> Option<&'a [u8]> {
+            // The offset is from the start of the protected-mode code, behind the boot sector and
+            // the setup sectors.
             let start = ((sectors + 1) * 512).checked_add(number(PAYLOAD_OFFSET)?)?;
             image.get(start..start.checked_add(number(PAYLOAD_LENGTH)?)?)
         };

@@ -274,6 +274,7 @@ impl Devices {
             let at = entry.plugged.bdf;
             (at.segment(), at.device()) == (0, slot)
         };
+        // Only one: a device that can be ejected has a slot of its own.
         let (id, entry) = self.entries.iter().find(there)?;
         // A guest may write any slot to the register at any time. Unasked, the owner would lose a
         // device, its locks and its place without a word.
@@ -341,6 +342,8 @@ impl Devices {
     /// Each device takes what only one machine may have. They are paused.
     pub(crate) fn take_over(&self) -> Result<(), DeviceError> {
         let mut all = self.entries.values();
+        // On an error some devices have taken theirs: the caller has all release them, or drops the
+        // machine.
         all.try_for_each(|entry| entry.plugged.device.take_over())
     }
 

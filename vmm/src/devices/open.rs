@@ -311,6 +311,7 @@ fn net(net: &NetConfig, workers: &Workers) -> Result<Opened, BuildError> {
         }
         None => {
             let name = net.tap.clone().unwrap_or_else(|| NEW_TAP.to_owned());
+            // Looked at before the tap is opened, which would create it.
             let is_there = Path::new("/sys/class/net").join(&name).exists();
             // A pattern such as `tap%d` asks for a new one.
             if !is_there && net.tap.is_some() && !name.contains('%') {

@@ -45,6 +45,8 @@ pub(crate) fn assign(
         }
     } else {
         let ids = ids.iter();
+        // A guest that moves has found its devices at these addresses, and would not look for them
+        // elsewhere.
         places.extend(ids.filter_map(|id| Some((*id, *known.get(*id)?))));
     }
     let at = |id: &&str| match places.get(id) {
@@ -58,6 +60,7 @@ pub(crate) fn assign(
 /// of a slot of one's own and seven more.
 fn usual(index: usize, count: usize, slots: &[u8]) -> Option<Bdf> {
     let needed = count.div_ceil(PCI_FUNCTIONS);
+    // As few shared slots as the free ones allow: a device in a shared slot cannot be removed.
     let used = slots.len().saturating_sub(KEPT_FREE).max(needed);
     let shared = count.saturating_sub(used).div_ceil(PCI_FUNCTIONS - 1);
     let own = used.saturating_sub(shared);
@@ -103,6 +106,7 @@ pub(crate) fn from_offer(
     let mut there: BTreeMap<Bdf, &String> = BTreeMap::new();
     for (id, devfn) in devfns {
         let segment = wanted.get(id).map_or(0, |place| place.segment);
+        // A byte has no bad values: five bits of device and three of function.
         let at = Bdf::from_devfn(*devfn).in_segment(segment);
         if at.device() == 0 {
             return Err(PlaceError::HostBridge(id.clone()));

@@ -106,6 +106,7 @@ impl IdleThreads {
 
     fn start(&self, job: Job) {
         let (slot, idle) = (Arc::new(Mutex::new(Some(job))), self.clone());
+        // The job survives a spawn that fails, which would drop a closure that owns it.
         let take = Arc::clone(&slot);
         let run = move || {
             let mut next = take.lock().take();
@@ -124,6 +125,7 @@ impl IdleThreads {
     /// Makes the calling thread one of those that wait, unless there are enough.
     fn join(&self) -> Option<Receiver<Job>> {
         let mut idle = self.0.lock();
+        // `None` after `close`: the thread ends, and with it the last reference to the list.
         let idle = idle.as_mut().filter(|idle| idle.len() < IDLE_MAX)?;
         let (jobs, inbox) = channel();
         idle.push(jobs);
@@ -178,6 +180,8 @@ impl Machine {
         let Some(active) = self.active.take() else {
             return;
         };
+        // Here, and not on the other thread: from the return on the guest executes nothing, even if
+        // the host gives no thread for a while.
         active.halter().halt();
         self.background.run(move || {
             drop(active);

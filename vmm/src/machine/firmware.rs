@@ -21,6 +21,7 @@ pub(crate) struct FirmwareClocks {
 impl FirmwareClocks {
     /// Makes the clocks and maps their ports.
     pub(super) fn map(tx: &mut Transaction<'_>, layout: &Layout) -> Result<Self, BuildError> {
+        // The clock counts RAM above 4 GiB, which is all but the first range.
         let high = layout.ram().into_iter().skip(1);
         let high = high.filter_map(AddrRange::len).sum();
         let utc = || {

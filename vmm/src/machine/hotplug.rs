@@ -96,6 +96,7 @@ impl Active {
             return Err(error.into());
         }
         if let Clocks::Loaded { vcpus, .. } = &mut self.clocks {
+            // The clocks do not count yet: a vCPU that joins now must start with the others.
             vcpus.extend(new.iter().map(|vcpu| (*vcpu, follow.clock)));
         }
         // The guest may start a vCPU as soon as it sees it: its thread is there.

@@ -163,6 +163,7 @@ impl Built {
                 .map_err(|lacking| BuildError::lacking("hyperv-unavailable", &lacking))?;
         }
         let bits = cpu::phys_bits(&model.cpuid, config.cpus.max_phys_bits);
+        // Before anything is made: a configuration that cannot be laid out costs the host nothing.
         let layout = Layout::new(&ram::zone_sizes(&config.memory), bits)?;
         let layout = layout.with_segments(&config.pci_segment_weights())?;
         let vm = host.vms.take()?;
@@ -264,6 +265,8 @@ impl Built {
     pub(crate) fn boot(self, config: &VmConfig) -> Result<Active, BuildError> {
         let space = self.parts.topology.lock().space(SpaceKind::Memory);
         let view = space.view();
+        // By the view in force and not through the transaction: the loader checks each address
+        // against RAM.
         let entry = boot::load(config, &view, &self.layout)?;
         if let Some(first) = self.vcpus.boot_vcpu() {
             cpu::enter(first, &view, &entry)?;
@@ -308,6 +311,7 @@ fn own_loops(
     confinement: Confinement,
 ) -> Result<Vec<EventLoop>, BuildError> {
     const LOOPS: usize = 2;
+    // Two, so that the tasks of other devices need not all wait behind one.
     let count = if origin.may_wait { LOOPS } else { 0 };
     let start = |index| {
         let name = format!("devices-{index}");
@@ -496,6 +500,7 @@ impl Drop for Active {
         // Threads that wait for a page continue now: vCPUs end, and devices see that the page is lost.
         // Before the join: a vCPU may wait in the kernel for a page that no source sends any more.
         self.parts.ram.lose_awaited();
+        // The parts drop behind this: no vCPU may be in a device, or in KVM_RUN, when they do.
         self.vcpus.join();
     }
 }

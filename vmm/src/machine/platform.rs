@@ -34,6 +34,7 @@ pub(super) fn map_port(
 /// Creates an interrupt line and attaches it to a pin of the I/O APIC.
 fn line(routes: &IrqRoutes, gsi: u32) -> Result<InterruptLine, BuildError> {
     let line = InterruptLine::new().map_err(BuildError::host("create an interrupt line"))?;
+    // By an irqfd: devices hold a descriptor, and no handle of KVM.
     routes.attach(line.event_fd(), gsi)?;
     Ok(line)
 }
@@ -49,6 +50,7 @@ pub(super) fn map_serial(
     let serial = Arc::new(Serial::new(
         line(routes, layout::SERIAL_IRQ)?,
         output,
+        // Called on a vCPU's thread: a report is a flag and a wake, and never waits for the driver.
         move |when| first.report(GuestEvent::FirstSerial(when)),
         move || room.report(GuestEvent::Room(Port::Serial)),
     ));
@@ -177,6 +179,7 @@ pub(super) fn tpm_emulator(
     config: &VmConfig,
     origin: &MachineOrigin,
 ) -> Result<Option<Arc<Emulator>>, BuildError> {
+    // A machine that replaces another one keeps the connection: swtpm may end when it closes.
     Ok(match (&config.tpm, &origin.tpm) {
         (None, _) => None,
         (Some(_), Some(kept)) => Some(Arc::clone(kept)),

@@ -86,6 +86,8 @@ impl GuestRam {
             let made = new_block(&wanted, &origin.memory, index, offset);
             let ram = Arc::new(made.map_err(|error| of_zone(zone, error))?);
             let to = reporter.clone();
+            // Memory of a file or another process may be cut off at any time (SIGBUS): the owner
+            // must learn which page, and end the guest.
             watches.push(ram.on_lost(move |offset| to.report(GuestEvent::MemoryLost(offset))));
             offset += plan.size;
             blocks.push((plan, ram));
@@ -153,6 +155,8 @@ impl GuestRam {
     pub(crate) fn pages(&self) -> Pages {
         let any = |pages| self.all().any(|ram| ram.pages() == pages);
         match (any(Pages::Lost), any(Pages::Awaited)) {
+            // Lost wins: a guest that misses one page must not continue, however many are still
+            // awaited.
             (true, _) => Pages::Lost,
             (false, true) => Pages::Awaited,
             (false, false) => Pages::There,
@@ -188,6 +192,8 @@ impl GuestRam {
             let Some(boot) = self.of_zone(index, false) else {
                 continue;
             };
+            // One block may have two places, below and above 4 GiB: offsets go on from one to the
+            // next.
             let mut offset = 0;
             for range in &place.ram {
                 let name = match range.first() < layout::LOW_RAM_END {

@@ -261,6 +261,8 @@ impl Active {
         store: &mut Store<'_>,
     ) -> Result<OfVcpus<Result<StoppedClock, StateError>>, MoveError> {
         let mut states = Vec::new();
+        // All states are decoded before any is loaded: bad state is refused while the vCPUs are
+        // still as they were.
         for (index, _) in self.vcpus.plugged() {
             let mut scope = store.scope(&format!("vcpus/{index}"))?;
             let state: VcpuState = scope.take()?;
@@ -348,6 +350,7 @@ impl Active {
 
     /// Tells the guest, when it runs again, that its clocks were disturbed.
     pub(crate) fn disrupt_clocks(&self) {
+        // The page before the interrupt that has the guest read it.
         generation::disrupt(self.parts.ram.boot());
         self.parts.power.announce_clock();
     }

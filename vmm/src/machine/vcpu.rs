@@ -205,6 +205,8 @@ fn run(
     let (control, dismissal) = (&orders.control, &orders.dismissal);
     loop {
         if let Some(failure) = failed.take() {
+            // Before the park: an owner that waits for the vCPUs then finds the reason in its
+            // events.
             reporter.report(GuestEvent::Failed(failure));
             control.park_for_good(dismissal, || orders.do_jobs(vcpu));
             return;

@@ -70,6 +70,8 @@ impl Recipe {
 
     /// Makes a vCPU, with the state that it has after reset.
     fn make(&self, vm: &Vm, index: u32) -> Result<Vcpu, CpuError> {
+        // The id at creation: KVM sets the local APIC's register by it, and CPUID and ACPI must
+        // show the same.
         let apic_id = self.topology.apic_id(index);
         let apic_id = apic_id.ok_or(CpuError::NoApicId(index))?;
         let mut vcpu = vm.create_vcpu(index, apic_id)?;
@@ -189,6 +191,8 @@ impl Vcpus {
                 self.make_one(vm, index)?;
             }
             if let Some(spare) = self.spare.get_mut(&index) {
+                // While the vCPU is still in the list: after an error it is not lost, and may be
+                // tried again.
                 spare.prepare(self.reset.as_ref(), follow)?;
             }
             if let Some(spare) = self.spare.remove(&index) {
@@ -230,6 +234,7 @@ impl Vcpus {
             .partition(|(index, _)| present.contains(*index));
         self.plugged = stay;
         let go: BTreeMap<u32, VcpuThread> = go;
+        // A guest that ejects a vCPU has taken it offline: what it would still execute does not count.
         go.values().for_each(|thread| thread.dismiss(&self.control));
         self.dismissed.extend(go);
     }

@@ -51,6 +51,7 @@ pub(crate) fn tables(config: &VmConfig, layout: &Layout) -> Vec<u8> {
         .for_each(|table| xsdt.add_entry(table));
     let xsdt = placed.add(&bytes(&xsdt));
     let rsdp = bytes(&Rsdp::new(OEM, xsdt));
+    // Last: the RSDP points to the XSDT, which points to all others.
     placed.bytes[..rsdp.len()].copy_from_slice(&rsdp);
     placed.bytes
 }

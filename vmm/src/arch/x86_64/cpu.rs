@@ -48,6 +48,7 @@ pub(crate) fn phys_bits(supported: &CpuId, configured: Option<u8>) -> u8 {
         .as_slice()
         .iter()
         .find(|entry| entry.function == 0x8000_0008);
+    // 36 bits for a CPU without the leaf (Intel SDM volume 3A, 4.1.4).
     let host = leaf.map_or(36, |entry| (entry.eax & 0xff) as u8);
     configured.map_or(host, |bits| bits.min(host))
 }
@@ -90,6 +91,7 @@ pub(crate) fn set_up(vcpu: &Vcpu, arch_capabilities: Option<u64>) -> Result<(), 
             ..Default::default()
         },
         kvm_msr_entry {
+            // Write-back for all memory, as firmware leaves it.
             index: MSR_MTRR_DEF_TYPE,
             data: MTRR_WRITE_BACK,
             ..Default::default()
@@ -205,6 +207,8 @@ fn enter_pvh(
     vcpu.set_regs(&kvm_regs {
         rip: address,
         rbx: start_info,
+        // Bit 1 is always 1 (Intel SDM volume 1, 3.4.3); interrupts are off, as both boot protocols
+        // ask.
         rflags: 2,
         ..Default::default()
     })?;

@@ -97,6 +97,7 @@ impl CpuModel {
     /// The value of `IA32_ARCH_CAPABILITIES` that the guest sees, if it sees that MSR.
     pub(crate) fn visible_arch_capabilities(&self) -> Option<u64> {
         self.arch_capabilities
+            // The value alone does not count: a guest reads the MSR only if CPUID announces it.
             .filter(|_| self.has("arch_capabilities"))
     }
 

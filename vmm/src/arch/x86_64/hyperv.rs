@@ -68,6 +68,7 @@ pub(crate) fn shown(cpuid: &CpuId, supported: Option<&CpuId>) -> Result<CpuId, U
         found.map_or(0, |entry| entry.eax)
     };
     let features = eax(FEATURES) & WANTED_FEATURES;
+    // Half of them is of no use: synthetic timers need the counter and the interrupt controller.
     if features & NEEDED_FEATURES != NEEDED_FEATURES {
         return Err(Unavailable);
     }

@@ -176,6 +176,8 @@ impl Layout {
         Ok(Self {
             zones,
             segments: vec![Apertures {
+                // From the maximum end of RAM, however little the guest has: the window is the same in
+                // each machine.
                 pci32: AddrRange::from_bounds(LOW_RAM_END, PCI32_END - 1).ok_or(too_large)?,
                 pci64: AddrRange::from_bounds(pci64_start, pci64_end).ok_or(too_large)?,
             }],
@@ -263,6 +265,7 @@ fn divide(window: AddrRange, weights: &[u32]) -> Vec<Option<AddrRange>> {
         let first = edge(sum);
         sum += u128::from(*weight);
         let last = match sum == total {
+            // The last segment takes what rounding has left over.
             true => window.last(),
             false => edge(sum) - 1,
         };

@@ -203,6 +203,8 @@ impl Set {
             steps.push(below);
         }
         for step in steps.iter().rev() {
+            // From the lowest step up, so that a later one may add again what an earlier one took
+            // away (XSAVES on Milan).
             visible.retain(|feature| words(step.without).all(|gone| gone != *feature));
             visible.extend(words(step.features));
         }
@@ -279,6 +281,7 @@ impl Set {
         // Entries were taken away only, so that those that are left fit.
         let cpuid = CpuId::from_entries(&entries).unwrap_or_else(|_| cpu.cpuid.clone());
         let arch_capabilities = match (self.arch_capabilities, cpu.arch_capabilities) {
+            // Without visible bits the guest sees no such MSR at all.
             (0, _) | (_, None) => None,
             (visible, Some(value)) => Some(value & (visible | features::HAZARDS)),
         };

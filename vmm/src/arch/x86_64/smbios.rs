@@ -169,6 +169,7 @@ struct Table {
 impl Table {
     fn add(&mut self, structure: Structure) {
         const HEADER_LEN: usize = 4;
+        // At most 0x20 bytes or so: strings are not counted (6.1.2).
         let len = (HEADER_LEN + structure.fields.len()) as u8;
         self.bytes.extend([structure.kind, len]);
         self.bytes.extend(self.next.to_le_bytes());

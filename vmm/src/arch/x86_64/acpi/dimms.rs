@@ -137,6 +137,8 @@ fn device(slot: usize) -> Bytes {
                     &CreateQWordField::new(&min, &buffer, &MINIMUM),
                     &CreateQWordField::new(&max, &buffer, &MAXIMUM),
                     &CreateQWordField::new(&size, &buffer, &LENGTH),
+                    // The template is the same for all slots; the registers fill it in when the
+                    // guest asks.
                     &Store::new(&min, &base),
                     &Store::new(&size, &len),
                     &Add::new(&Local(0), &min, &size),
