@@ -318,7 +318,8 @@ impl Console {
         }
     }
 
-    /// Whether there is input that the guest had no room for.
+    /// Whether there is input that the guest had no room for, or that is left for the next turn. Call
+    /// [`Console::ready`] again when the guest has read all that it was given.
     #[must_use]
     pub fn has_more(&self) -> bool {
         self.more
@@ -361,7 +362,11 @@ struct Pumped {
     ended: bool,
 }
 
-/// Moves bytes to the guest until there are none, or it has no room.
+/// Bytes of input in one turn. A guest that reads as fast as a client writes would keep the owner's thread,
+/// which other VMs share.
+const TURN: usize = 64 << 10;
+
+/// Moves bytes to the guest until there are none, it has no room, or [`TURN`] bytes were moved.
 ///
 /// It reads the descriptor itself: a reader with a buffer of its own, as that of the standard
 /// library for standard input, would keep back what the guest has no room for, where no poll of
@@ -369,6 +374,7 @@ struct Pumped {
 fn pump(from: impl AsFd, to: &dyn ConsoleInput) -> Pumped {
     // The size of a 16550A's buffer here. A larger one would gain nothing for a serial port.
     let mut buffer = [0; 64];
+    let mut left = TURN;
     loop {
         let room = to.room().min(buffer.len());
         // Standard input may be shared with others, and blocks: ask before reading.
@@ -386,7 +392,7 @@ fn pump(from: impl AsFd, to: &dyn ConsoleInput) -> Pumped {
         }
         // Only behind the poll: without input there is nothing to come back for, and `more` would
         // have the owner wake for nothing.
-        if room == 0 {
+        if room == 0 || left == 0 {
             return Pumped {
                 more: true,
                 ended: false,
@@ -401,6 +407,8 @@ fn pump(from: impl AsFd, to: &dyn ConsoleInput) -> Pumped {
             }
             Ok(len) => {
                 to.receive(&buffer[..len]);
+                // The owner comes back for the rest when the guest has read what it got by now.
+                left = left.saturating_sub(len);
             }
             Err(Errno::INTR) => {}
             Err(error) => {

@@ -1,4 +1,5 @@
-use std::io::Read;
+use std::cell::Cell;
+use std::io::{Read, Seek};
 use std::os::unix::net::UnixStream;
 
 use super::*;
@@ -82,6 +83,34 @@ fn input_waits_for_guest() {
     console.ready(&serial);
     console.ready(&serial);
     assert!(console.has_more() && serial.room() == 0);
+}
+
+/// A guest that has read each byte at once.
+#[derive(Default)]
+struct FastGuest(Cell<usize>);
+
+impl ConsoleInput for FastGuest {
+    fn room(&self) -> usize {
+        4096
+    }
+
+    fn receive(&self, bytes: &[u8]) -> usize {
+        self.0.set(self.0.get() + bytes.len());
+        bytes.len()
+    }
+}
+
+#[test]
+fn endless_input_is_taken_in_turns() {
+    let (guest, mut file) = (FastGuest::default(), tempfile::tempfile().unwrap());
+    file.write_all(&[7; 3 * TURN]).unwrap();
+    file.rewind().unwrap();
+    for turn in 1..=3 {
+        let pumped = pump(&file, &guest);
+        assert_eq!((pumped.more, pumped.ended), (true, false));
+        assert_eq!(guest.0.get(), turn * TURN);
+    }
+    assert!(pump(&file, &guest).ended);
 }
 
 #[test]
