@@ -24,6 +24,7 @@
 
 #![forbid(unsafe_code)]
 
+mod copier;
 mod decision;
 mod destination;
 mod disks;

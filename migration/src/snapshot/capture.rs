@@ -60,7 +60,7 @@ impl Snapshot {
             let blocks = guest.blocks();
             let image = Image::new(&blocks, progress, decision)?;
             let mut copy = MemoryCopy::create(&blocks, progress)?;
-            let state = image.take(guest, &mut copy)?;
+            let state = image.take(guest, None, &mut copy)?;
             Self::captured(offer, state, copy)
         };
         ended(capture(), end, progress)
@@ -71,7 +71,7 @@ impl Snapshot {
         // No file of it is ever read, so that there is nothing to check against a hash.
         let none = FileInfo::of(&[]);
         let (id, at) = (Uuid::new_v4(), saved.stopped_at);
-        let manifest = Manifest::new(id, offer.vm, offer.blocks, at, None, [none; 3]);
+        let manifest = Manifest::new(id, offer.vm, offer.blocks, at, None, Vec::new(), [none; 3]);
         let machine = offer.machine.into_vec();
         Ok(Self::in_memory(manifest, machine, saved.state, memory))
     }

@@ -13,6 +13,9 @@
 //! released at once, noted, and protected again, in rounds that become shorter. The stop protects what
 //! the last round left.
 //!
+//! Disks that are copied come first, in rounds, since they take longest ([`disks`](super::disks)). What the
+//! guest writes to them while its memory is protected is copied behind that, and the last blocks in the stop.
+//!
 //! Two threads copy. The *fault thread* copies the pages that the guest waits for and releases them
 //! without waiting for the storage. The *writer* copies all others, in order, and writes to the files, or to the memory
 //! from which forks are mapped.
@@ -34,6 +37,7 @@ use memory::{DirtyBitmap, WriteProtection};
 use parking_lot::Mutex;
 
 use self::copies::Copies;
+use super::disks::DiskImages;
 use super::memory_file::{MemoryFile, PageSink};
 use super::write::{SavedState, Writing, complete, end, in_folder};
 use crate::MigrationError;
@@ -98,11 +102,19 @@ pub fn write_live(writing: &Writing<'_>, guest: &mut dyn RunningGuest) -> Result
     let written = in_folder(writing, |folder| {
         let offer = guest.offer().map_err(MigrationError::Here)?;
         let blocks = guest.blocks();
-        let image = Image::new(&blocks, writing.progress, writing.decision)?;
         let mut file = MemoryFile::create(folder, &blocks, writing)?;
-        let state = image.take(guest, &mut file)?;
+        let mut disks = DiskImages::create(folder, writing)?;
+        if let Some(disks) = &mut disks {
+            // A host that cannot is found before the disks are copied. The protection itself begins behind
+            // that: the kernel makes no huge pages while it lasts.
+            protection(&blocks)?.end();
+            writing.progress.enter(Phase::Precopy);
+            disks.rounds()?;
+        }
+        let image = Image::new(&blocks, writing.progress, writing.decision)?;
+        let state = image.take(guest, disks.as_mut(), &mut file)?;
         guest.sync();
-        complete(writing, offer, &state, file, folder)
+        complete(writing, offer, &state, file, disks, folder)
     });
     end(writing, written)
 }
@@ -130,11 +142,7 @@ impl<'a> Image<'a> {
         progress: &'a Progress,
         decision: &'a Decision,
     ) -> Result<Self, MigrationError> {
-        let rams = blocks.iter().map(|block| block.ram.clone()).collect();
-        let protection = WriteProtection::new(rams).map_err(|error| {
-            let why = format!("{error}; a paused VM can be snapshotted on any host");
-            MigrationError::here("live-unsupported", why)
-        })?;
+        let protection = protection(blocks)?;
         let mut end = 0;
         let mut starts = Vec::new();
         let mut left = Vec::new();
@@ -164,6 +172,7 @@ impl<'a> Image<'a> {
     pub(super) fn take(
         &self,
         guest: &mut dyn RunningGuest,
+        disks: Option<&mut DiskImages<'_>>,
         sink: &mut (dyn PageSink + Send),
     ) -> Result<SavedState, MigrationError> {
         let mut memory = copies::memory();
@@ -175,8 +184,7 @@ impl<'a> Image<'a> {
             // A thread that starts needs the lock of the memory map for writing, as one that allocates.
             is_serving.wait();
             let taken = self
-                .arm()
-                .and_then(|()| self.stop(guest))
+                .arm_and_stop(guest, disks)
                 .and_then(|state| {
                     let copy = || self.copy_all(&copies, &mut *sink);
                     join(spawn(scope, "snapshot-copy", copy)?).map(|()| state)
@@ -189,6 +197,22 @@ impl<'a> Image<'a> {
         })?;
         copies.write(sink)?;
         Ok(state)
+    }
+
+    /// Protects memory and copies disks until the stop for the rest of both is short, and stops the guest.
+    fn arm_and_stop(
+        &self,
+        guest: &mut dyn RunningGuest,
+        mut disks: Option<&mut DiskImages<'_>>,
+    ) -> Result<SavedState, MigrationError> {
+        self.arm()?;
+        if let Some(disks) = &mut disks {
+            // Protecting takes a while for much memory, and the guest wrote to its disks meanwhile.
+            disks.rounds()?;
+        }
+        // In this order: a round of disks takes longer than one of memory, in which few blocks are written.
+        self.settle()?;
+        self.stop(guest, disks)
     }
 
     /// Protects all pages while the guest runs.
@@ -204,6 +228,11 @@ impl<'a> Image<'a> {
                 }
             }
         }
+        Ok(())
+    }
+
+    /// Protects what the guest wrote meanwhile, until that is little.
+    fn settle(&self) -> Result<(), MigrationError> {
         // Each round takes a fraction of the time of the one before, in which the guest writes that
         // fraction of the pages. A guest that is faster than the rounds ends them.
         let mut last = usize::MAX;
@@ -230,8 +259,13 @@ impl<'a> Image<'a> {
         Ok(count)
     }
 
-    /// The stop: the guest's state, and the protection of the pages that it wrote last.
-    fn stop(&self, guest: &mut dyn RunningGuest) -> Result<SavedState, MigrationError> {
+    /// The stop: the guest's state, the blocks that it wrote last to its disks, and the protection of the
+    /// pages that it wrote last.
+    fn stop(
+        &self,
+        guest: &mut dyn RunningGuest,
+        disks: Option<&mut DiskImages<'_>>,
+    ) -> Result<SavedState, MigrationError> {
         self.progress.enter(Phase::Stopped);
         let begun = Instant::now();
         let stopped = guest.stop().map_err(MigrationError::Here)?;
@@ -239,6 +273,9 @@ impl<'a> Image<'a> {
         let saving = Instant::now();
         let state = guest.save().map_err(MigrationError::Here)?;
         let save_us = micros(saving.elapsed());
+        let copying = Instant::now();
+        let pages = disks.map_or(Ok(0), DiskImages::last)?;
+        let transfer_us = micros(copying.elapsed());
         let protecting = Instant::now();
         {
             // Under the lock: the fault thread may hold the event of a second writer to a page that it
@@ -253,7 +290,9 @@ impl<'a> Image<'a> {
             total_us: micros(begun.elapsed()),
             pause_us,
             save_us,
+            transfer_us,
             protect_us,
+            pages,
             ..Downtime::default()
         };
         self.progress.update(|report| {
@@ -373,6 +412,15 @@ impl<'a> Image<'a> {
             .release(block, first, pages)
             .map_err(|error| host(&error))
     }
+}
+
+/// Prepares the protection of memory.
+fn protection(blocks: &[Block]) -> Result<WriteProtection, MigrationError> {
+    let rams = blocks.iter().map(|block| block.ram.clone()).collect();
+    WriteProtection::new(rams).map_err(|error| {
+        let why = format!("{error}; a paused VM can be snapshotted on any host");
+        MigrationError::here("live-unsupported", why)
+    })
 }
 
 fn spawn<'scope, T: Send + 'scope>(

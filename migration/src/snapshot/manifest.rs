@@ -7,16 +7,22 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::read::RestoreError;
+use crate::disks::MAX_COPIED;
 use crate::message::BlockInfo;
 use crate::pages::PAGE;
 
-/// The version of the format that this program writes, and the newest that it reads.
+/// The newest version of the format that this program reads. A snapshot is written in the oldest version
+/// that has all of its fields, 2 at least, so that older programs read those that they can.
 ///
 /// | version | since |
 /// |---|---|
 /// | 1 | the first |
 /// | 2 | `stopped_ns`, `base` |
-pub const VERSION: u32 = 2;
+/// | 3 | `disks` |
+pub const VERSION: u32 = 3;
+
+/// The version of snapshots without copied disks.
+const WITHOUT_DISKS: u32 = 2;
 
 /// Identifies the format.
 const FORMAT: &str = "whimbrel-snapshot";
@@ -32,6 +38,12 @@ const MAX_STATE: u64 = 80 << 20;
 
 /// Maximum number of memory blocks. A machine has one for each memory zone, or two if the zone can grow.
 const MAX_BLOCKS: usize = 64;
+
+/// Maximum number of copied disks.
+pub(super) const MAX_DISKS: usize = 128;
+
+/// The unit of a disk's size in bytes.
+const SECTOR: u64 = 512;
 
 /// The contents of a snapshot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -58,6 +70,10 @@ pub struct Manifest {
     /// The snapshot that has the pages which are the same there. Since version 2.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base: Option<BaseInfo>,
+    /// The disks whose content is in the snapshot, in the order of their files `disk-0.raw`, `disk-1.raw`
+    /// and so on. No path is in the manifest, so that none leaves the folder. Since version 3.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<DiskInfo>,
     /// The description of the machine.
     pub machine: FileInfo,
     /// The state of vCPUs and devices.
@@ -75,6 +91,25 @@ pub struct BaseInfo {
     /// Its folder when the incremental snapshot was written. A folder of the same name beside the
     /// incremental snapshot's is looked for first, so that both can be moved together.
     pub dir: PathBuf,
+}
+
+/// A disk whose content is in a snapshot, as a raw image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskInfo {
+    /// Its name in the configuration of the VM.
+    pub name: String,
+    /// Its size in bytes, and that of the image.
+    pub size: u64,
+    /// The XXH3 hash (64 bits) of the parts of the image that have content: of each part of 1 MiB that is
+    /// not all zeros its offset (64 bits, little endian) and its bytes, in their order. The last part may be
+    /// shorter.
+    pub hash: u64,
+}
+
+/// Returns the name of the image of the disk with this index in the manifest.
+pub(super) fn disk_file(index: usize) -> String {
+    format!("disk-{index}.raw")
 }
 
 /// A file of a snapshot.
@@ -100,6 +135,14 @@ fn program() -> String {
     concat!("whimbrel ", env!("CARGO_PKG_VERSION")).to_owned()
 }
 
+/// The version of a snapshot with these copied disks.
+fn version_with(disks: &[DiskInfo]) -> u32 {
+    match disks {
+        [] => WITHOUT_DISKS,
+        _ => VERSION,
+    }
+}
+
 /// The part of a manifest that every version has.
 #[derive(Deserialize)]
 struct Head {
@@ -114,6 +157,7 @@ impl Manifest {
         memory: Vec<BlockInfo>,
         stopped_at: Instant,
         base: Option<BaseInfo>,
+        disks: Vec<DiskInfo>,
         files: [FileInfo; 3],
     ) -> Self {
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH);
@@ -123,7 +167,7 @@ impl Manifest {
         let [machine, state, hashes] = files;
         Self {
             format: FORMAT.to_owned(),
-            version: VERSION,
+            version: version_with(&disks),
             id,
             vm,
             created_ms: u64::try_from(created_ms).unwrap_or(u64::MAX),
@@ -132,6 +176,7 @@ impl Manifest {
             page_size: PAGE as u64,
             memory,
             base,
+            disks,
             machine,
             state,
             hashes,
@@ -142,14 +187,14 @@ impl Manifest {
     pub(super) fn merged(&self, id: Uuid, files: [FileInfo; 3]) -> Self {
         let [machine, state, hashes] = files;
         Self {
-            version: VERSION,
+            version: version_with(&self.disks),
             id,
             program: program(),
             base: None,
             machine,
             state,
             hashes,
-            // The name, the memory, and the times: the guest was stopped when the chain says.
+            // The name, the memory, the disks, and the times: the guest was stopped when the chain says.
             ..self.clone()
         }
     }
@@ -216,6 +261,38 @@ impl Manifest {
             if file.size > most {
                 return odd(format!("{what} has {} bytes, more than {most}", file.size));
             }
+        }
+        self.validate_disks().or_else(odd)
+    }
+
+    fn validate_disks(&self) -> Result<(), String> {
+        if self.version <= WITHOUT_DISKS && !self.disks.is_empty() {
+            return Err(format!(
+                "version {} of the format has no copied disks",
+                self.version
+            ));
+        }
+        if self.disks.len() > MAX_DISKS {
+            let count = self.disks.len();
+            return Err(format!("disks has {count} disks, more than {MAX_DISKS}"));
+        }
+        let mut total = 0_u64;
+        for (index, DiskInfo { name, size, .. }) in self.disks.iter().enumerate() {
+            if *size == 0 || size % SECTOR != 0 {
+                return Err(format!(
+                    "the disk {name:?} has {size} bytes, not a multiple of {SECTOR}"
+                ));
+            }
+            let before = self.disks.get(..index).unwrap_or_default();
+            if before.iter().any(|other| other.name == *name) {
+                return Err(format!("the disk {name:?} is listed twice"));
+            }
+            total = total.saturating_add(*size);
+        }
+        if total > MAX_COPIED {
+            return Err(format!(
+                "the disks have {total} bytes together, more than {MAX_COPIED}"
+            ));
         }
         Ok(())
     }

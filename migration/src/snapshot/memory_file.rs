@@ -31,7 +31,8 @@ pub(super) struct MemoryFile<'a> {
     base: Vec<u64>,
     put: u64,
     progress: &'a Progress,
-    begun: Instant,
+    /// When the first page was put.
+    begun: Option<Instant>,
 }
 
 /// The place of a page's content.
@@ -77,7 +78,7 @@ impl<'a> MemoryFile<'a> {
             base,
             put: 0,
             progress,
-            begun: Instant::now(),
+            begun: None,
         })
     }
 
@@ -139,7 +140,8 @@ impl PageSink for MemoryFile<'_> {
         let pages = pages as u64;
         self.put += pages;
         let rate = (self.put * PAGE as u64).saturating_mul(1_000_000);
-        let rate = rate / micros(self.begun.elapsed()).max(1);
+        let begun = self.begun.get_or_insert_with(Instant::now);
+        let rate = rate / micros(begun.elapsed()).max(1);
         self.progress.update(|report| {
             report.zero_pages += zeros;
             report.pages += own;

@@ -34,6 +34,8 @@ fn merge_into(
     let hashes = copy_hashes(writing, chain, folder)?;
     writing.progress.enter(Phase::Copying);
     copy_memory(writing, chain, folder)?;
+    // Those of the increment: a snapshot has whole disks, whatever its base has.
+    chain.copy_disks(folder, writing.progress, writing.decision)?;
     let machine = folder.write(MACHINE, chain.machine())?;
     let state = folder.write(STATE, chain.state())?;
     let files = [machine, state, hashes];

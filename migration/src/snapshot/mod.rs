@@ -10,6 +10,7 @@
 //!   state.bin       vCPUs and devices, as a migration sends them
 //!   memory.bin      the blocks, one after another; sparse: pages of zeros are holes
 //!   hashes.bin      for each page its XXH3 hash (64 bits, little endian), or 0 for a page of zeros
+//!   disk-0.raw ...  the content of disks, if they were copied; sparse
 //!   working-set.json  if it was recorded: the pages that a guest touches first, a hint
 //! ```
 //!
@@ -21,6 +22,8 @@
 
 mod capture;
 mod core_dump;
+mod disks;
+mod files;
 mod live;
 mod manifest;
 mod memory_file;
@@ -40,8 +43,9 @@ mod restore_tests;
 mod tests;
 
 pub use self::core_dump::{Core, CoreDump, CoreRange, write_core};
+pub use self::disks::CopiedDisks;
 pub use self::live::{RunningGuest, write_live};
-pub use self::manifest::{Manifest, VERSION};
+pub use self::manifest::{DiskInfo, Manifest, VERSION};
 pub use self::merge::merge;
 pub use self::read::{RestoreError, Snapshot};
 pub use self::record::Recorder;

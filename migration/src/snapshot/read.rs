@@ -6,11 +6,11 @@ use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use rustix::fs::{Mode, OFlags, openat};
 use serde_bytes::ByteBuf;
 use xxhash_rust::xxh3::Xxh3;
 
-use super::manifest::{BaseInfo, FileInfo, MAX_MANIFEST, Manifest};
+use super::files::{Folder, check_size};
+use super::manifest::{BaseInfo, MAX_MANIFEST, Manifest};
 use super::working_set::{MAX_FILE, WorkingSet};
 use super::{CHUNK, HASHES, MACHINE, MANIFEST, MEMORY, STATE, VERSION, WORKING_SET, ZEROS, hash};
 use crate::decision::Decision;
@@ -78,13 +78,15 @@ pub struct Snapshot {
     hashes: Option<File>,
     dir: PathBuf,
     base: Option<Box<Snapshot>>,
+    /// The images of the disks in the manifest, in their order.
+    disks: Vec<File>,
     /// The pages that a guest touches first, if they were recorded.
     working_set: Option<WorkingSet>,
 }
 
 impl Snapshot {
     /// Opens the snapshot in a folder. Checks everything but the pages of memory and their hashes, which
-    /// are checked by what reads them.
+    /// are checked by what reads them, and the content of disks ([`Snapshot::verify_disks`]).
     ///
     /// # Errors
     /// A file is missing, has another size or content than the manifest says, or the manifest is refused.
@@ -111,8 +113,14 @@ impl Snapshot {
             Some(base) => Some(Box::new(open_base(dir, base, &manifest, more - 1)?)),
             None => None,
         };
+        let disks = match more {
+            MAX_CHAIN => folder.disk_images(&manifest.disks)?,
+            // Those of a base are of another moment.
+            _ => Vec::new(),
+        };
         Ok(Self {
             base,
+            disks,
             manifest,
             machine,
             state,
@@ -139,8 +147,14 @@ impl Snapshot {
             hashes: None,
             dir: PathBuf::new(),
             base: None,
+            disks: Vec::new(),
             working_set: None,
         }
+    }
+
+    /// The images of the disks in the manifest, in their order.
+    pub(super) fn disk_images(&self) -> &[File] {
+        &self.disks
     }
 
     /// The manifest.
@@ -527,72 +541,4 @@ pub(super) struct Place {
 
 pub(super) fn damaged(name: &str) -> RestoreError {
     RestoreError::Damaged(format!("{name} differs from its hash"))
-}
-
-fn check_size(name: &str, size: u64, expected: u64) -> Result<(), RestoreError> {
-    if size == expected {
-        return Ok(());
-    }
-    let why = format!("{name} has {size} bytes, and the manifest says {expected}");
-    Err(RestoreError::Damaged(why))
-}
-
-/// The folder of a snapshot. Files are opened relative to it, so that all are of one folder though its path
-/// may change meanwhile.
-struct Folder {
-    file: File,
-    path: PathBuf,
-}
-
-impl Folder {
-    fn open(path: &Path) -> Result<Self, RestoreError> {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let opened = rustix::fs::open(path, flags, Mode::empty());
-        let opened = opened.map_err(|error| RestoreError::Host {
-            path: path.to_owned(),
-            source: error.into(),
-        });
-        Ok(Self {
-            file: File::from(opened?),
-            path: path.to_owned(),
-        })
-    }
-
-    fn unreadable(&self, name: &str, source: io::Error) -> RestoreError {
-        RestoreError::Host {
-            path: self.path.join(name),
-            source,
-        }
-    }
-
-    /// Opens a regular file, and returns its size too.
-    fn file(&self, name: &str) -> Result<(File, u64), RestoreError> {
-        // Without waiting for the writer of a FIFO, and without following a link out of the folder.
-        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let opened = openat(&self.file, name, flags, Mode::empty());
-        let file = File::from(opened.map_err(|error| self.unreadable(name, error.into()))?);
-        let metadata = file
-            .metadata()
-            .map_err(|error| self.unreadable(name, error))?;
-        if !metadata.is_file() {
-            return Err(RestoreError::Damaged(format!(
-                "{name} is not a regular file"
-            )));
-        }
-        Ok((file, metadata.len()))
-    }
-
-    /// Reads a file that is as the manifest says.
-    fn content(&self, name: &str, info: &FileInfo) -> Result<Vec<u8>, RestoreError> {
-        let (file, size) = self.file(name)?;
-        check_size(name, size, info.size)?;
-        let mut content = Vec::new();
-        // The manifest's size is within the limits.
-        let read = file.take(info.size).read_to_end(&mut content);
-        read.map_err(|error| self.unreadable(name, error))?;
-        if FileInfo::of(&content) != *info {
-            return Err(damaged(name));
-        }
-        Ok(content)
-    }
 }

@@ -80,6 +80,13 @@ fn restore_all(restoring: &Restoring<'_>) -> Result<(), MigrationError> {
         decision,
         ..
     } = restoring;
+    // Before there is a machine. `Copy` reads all of the snapshot before the guest runs; the other modes
+    // exist so that the guest need not wait for that.
+    if restoring.memory == Memory::Copy || restoring.verify {
+        snapshot
+            .verify_disks(decision)
+            .map_err(MigrationError::from)?;
+    }
     match (restoring.memory, &restoring.offers[..]) {
         (Memory::OnDemand, [offer]) => {
             let mut offer = offer.clone();

@@ -32,8 +32,9 @@ pub(super) fn put(
     Ok(())
 }
 
-/// Writes the pages that are not zeros, neighbours at once. Returns the number of the others.
-fn write_full(file: &File, content: &[u8], position: u64) -> io::Result<u64> {
+/// Writes the pages that are not zeros, neighbours at once, and what is behind the last whole page. Returns
+/// the number of pages of zeros.
+pub(super) fn write_full(file: &File, content: &[u8], position: u64) -> io::Result<u64> {
     let pages: Vec<bool> = content.chunks_exact(PAGE).map(is_zero).collect();
     let mut page = 0;
     for run in pages.chunk_by(|a, b| a == b) {
@@ -44,5 +45,7 @@ fn write_full(file: &File, content: &[u8], position: u64) -> io::Result<u64> {
         }
         page += run.len();
     }
+    let rest = content.get(page * PAGE..).unwrap_or_default();
+    file.write_all_at(rest, position + (page * PAGE) as u64)?;
     Ok(pages.iter().filter(|zero| **zero).count() as u64)
 }

@@ -74,6 +74,7 @@ fn write_to(dir: &Path, blocks: &[Block]) -> (Result<(), Refusal>, Progress) {
             );
         },
         base: None,
+        disks: None,
         progress: &progress,
         decision: &decision,
     };
@@ -174,6 +175,7 @@ pub(super) fn write_on(dir: &Path, base: &Path, blocks: &[Block]) -> (Result<(),
         id: Uuid::new_v4(),
         dir,
         base: Some(&base),
+        disks: None,
         end: &|_| (),
         progress: &progress,
         decision: &decision,
@@ -295,6 +297,7 @@ fn failure_leaves_nothing() {
         dir: &dir,
         end: &|_| (),
         base: None,
+        disks: None,
         progress: &progress,
         decision,
     };
@@ -503,6 +506,7 @@ fn merge_to(dir: &Path, chain: &Path, decision: &Decision) -> (Result<(), Refusa
         id: Uuid::new_v4(),
         dir,
         base: None,
+        disks: None,
         end: &|_| (),
         progress: &progress,
         decision,

@@ -12,7 +12,8 @@ use memory::RamBlock;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use uuid::Uuid;
 
-use super::manifest::{FileInfo, Manifest};
+use super::disks::{CopiedDisks, DiskImages};
+use super::manifest::{FileInfo, MAX_MANIFEST, Manifest};
 use super::memory_file::{MemoryFile, PageSink};
 use super::read::Snapshot;
 use super::{CHUNK, HASHES, MACHINE, MANIFEST, MEMORY, STATE, conclude};
@@ -50,6 +51,8 @@ pub struct Writing<'a> {
     pub end: &'a (dyn Fn(Result<(), &Refusal>) + Sync),
     /// The snapshot that has the pages which have not changed: only the others are written.
     pub base: Option<&'a Snapshot>,
+    /// The disks whose content becomes a part of the snapshot.
+    pub disks: Option<CopiedDisks<'a>>,
     /// Receives the progress report.
     pub progress: &'a Progress,
     /// Carries the cancel request.
@@ -121,12 +124,17 @@ fn write_all(
 ) -> Result<(), MigrationError> {
     writing.progress.enter(Phase::Stopped);
     let mut file = MemoryFile::create(folder, &saved.blocks, writing)?;
+    let mut disks = DiskImages::create(folder, writing)?;
+    if let Some(disks) = &mut disks {
+        // In one pass: nothing changes meanwhile.
+        disks.last()?;
+    }
     copy_paused(whole(&saved.blocks), writing.decision, &mut file)?;
     let state = SavedState {
         state: saved.state,
         stopped_at: saved.stopped_at,
     };
-    complete(writing, saved.offer, &state, file, folder)
+    complete(writing, saved.offer, &state, file, disks, folder)
 }
 
 /// Writes the other files of a snapshot whose memory is in `file`, and gives all their names.
@@ -135,9 +143,11 @@ pub(super) fn complete(
     offer: Offer,
     saved: &SavedState,
     file: MemoryFile<'_>,
+    disks: Option<DiskImages<'_>>,
     folder: &mut Folder,
 ) -> Result<(), MigrationError> {
     let hashes = file.finish()?;
+    let disks = disks.map(DiskImages::finish).transpose()?;
     let machine = folder.write(MACHINE, &offer.machine)?;
     let state = folder.write(STATE, &saved.state)?;
     let files = [machine, state, hashes];
@@ -148,6 +158,7 @@ pub(super) fn complete(
         offer.blocks,
         saved.stopped_at,
         base,
+        disks.unwrap_or_default(),
         files,
     );
     seal(writing, &manifest, folder)
@@ -162,6 +173,13 @@ pub(super) fn seal(
     let unsaved = |error: &dyn fmt::Display| MigrationError::here("cannot-be-saved", error);
     manifest.validate().map_err(|error| unsaved(&error))?;
     let text = serde_json::to_vec_pretty(manifest).map_err(|error| unsaved(&error))?;
+    if text.len() as u64 > MAX_MANIFEST {
+        let why = format!(
+            "the manifest has {} bytes, more than {MAX_MANIFEST}",
+            text.len()
+        );
+        return Err(unsaved(&why));
+    }
     folder.write(MANIFEST, &text)?;
     // From here on a cancel comes too late.
     if !writing.decision.commit() {
@@ -261,10 +279,18 @@ impl Folder {
         self.dir.join(format!(".{name}.{}", self.id))
     }
 
+    /// Creates a file that gets the name `name` when all are complete. Nothing may have that name yet: the
+    /// end of a long copy would be too late to find that.
     pub(super) fn create(&mut self, name: &str) -> Result<(File, PathBuf), MigrationError> {
+        let final_path = self.dir.join(name);
+        if final_path.symlink_metadata().is_ok() {
+            let error = io::ErrorKind::AlreadyExists.into();
+            return Err(host_unless_taken(self.taken, "create", &final_path, &error));
+        }
         let path = self.partial(name);
-        // It holds the guest's memory: for its owner only.
+        // It holds the guest's memory or disk: for its owner only.
         let file = OpenOptions::new()
+            .read(true)
             .write(true)
             .create_new(true)
             .mode(0o600)

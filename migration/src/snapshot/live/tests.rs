@@ -151,6 +151,7 @@ fn snapshot(dir: &Path, guest: &mut Guest, decision: &Decision) -> (Result<(), R
         dir,
         end: &|_| (),
         base: None,
+        disks: None,
         progress: &progress,
         decision,
     };
