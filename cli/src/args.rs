@@ -17,6 +17,8 @@ pub(crate) enum Disks {
     None,
     /// Each image is frozen, and the VM continues on a qcow2 overlay beside it.
     Overlay,
+    /// The snapshot has a copy of each disk. The VM keeps its images.
+    Copy,
 }
 
 impl From<Disks> for SnapshotDisks {
@@ -24,6 +26,7 @@ impl From<Disks> for SnapshotDisks {
         match disks {
             Disks::None => Self::None,
             Disks::Overlay => Self::Overlay,
+            Disks::Copy => Self::Copy,
         }
     }
 }
@@ -291,9 +294,17 @@ pub(crate) enum Command {
         /// it.
         #[arg(long, value_name = "URL")]
         base: Option<String>,
-        /// What becomes of the VM's disks.
+        /// What becomes of the VM's disks that can be written.
         #[arg(long, value_enum, default_value_t = Disks::None)]
         disks: Disks,
+        /// With `--disks copy`, of a running VM: how long the last blocks may take in the stop, in
+        /// milliseconds. [default: 300]
+        #[arg(long, value_name = "MS")]
+        max_downtime_ms: Option<u64>,
+        /// With `--disks copy`, of a running VM: seconds until which it must write slowly enough for that.
+        /// [default: 3600]
+        #[arg(long, value_name = "SECONDS")]
+        deadline_s: Option<u64>,
     },
     /// Make the VM from a snapshot, and wait until it is there: a URL or path, or
     /// source_url=URL,resume=on,memory_restore_mode=map. Without resume=on the VM is paused. With count=N
@@ -307,7 +318,8 @@ pub(crate) enum Command {
         overrides: Option<String>,
     },
     /// Print the manifest of a snapshot in a folder of this host, of any version of the format, with the
-    /// images that it needs (`frozen_images`) and what was recorded (`working_set`).
+    /// images that it needs (`frozen_images`), the disks that it has copies of (`disk_images`), those that it
+    /// has not (`other_images`), and what was recorded (`working_set`).
     Describe {
         /// The folder: file:///PATH, or a path.
         #[arg(value_name = "URL")]

@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io::Read as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
@@ -30,7 +31,8 @@ fn read(path: &Path, max: u64) -> Result<Value> {
 }
 
 /// Describes the snapshot in a folder of this host: its manifest; as `frozen_images` the images that it
-/// needs for ever; as `working_set` what was recorded.
+/// needs for ever; as `disk_images` the disks that it has copies of, and as `other_images` those that it has
+/// not; as `working_set` what was recorded.
 pub(crate) fn manifest(folder: &str) -> Result<Value> {
     let folder = Path::new(folder.strip_prefix("file://").unwrap_or(folder));
     let path = folder.join("manifest.json");
@@ -43,6 +45,11 @@ pub(crate) fn manifest(folder: &str) -> Result<Value> {
         let frozen = frozen_images(&machine);
         if !frozen.is_empty() {
             manifest["frozen_images"] = frozen.into();
+        }
+        let copied = disk_images(folder, &manifest);
+        if !copied.is_empty() {
+            manifest["other_images"] = other_images(&machine, &copied).into();
+            manifest["disk_images"] = copied.into();
         }
     }
     let record = folder.join("working-set.json");
@@ -62,6 +69,30 @@ fn frozen_images(machine: &Value) -> Vec<Value> {
         json!({ "disk": id, "path": disk.map_or(&Value::Null, |disk| &disk["path"]) })
     };
     frozen.map(image).collect()
+}
+
+/// The disks that were copied, with the paths of their images, their sizes, and what they take of the
+/// folder's storage.
+fn disk_images(folder: &Path, manifest: &Value) -> Vec<Value> {
+    let disks = manifest["disks"].as_array().into_iter().flatten();
+    let image = |(index, disk): (usize, &Value)| {
+        let path = folder.join(format!("disk-{index}.raw"));
+        let found = path.symlink_metadata();
+        let allocated = found.ok().map(|found| found.blocks().saturating_mul(512));
+        json!({
+            "disk": disk["name"], "path": path.to_string_lossy(), "size": disk["size"],
+            "allocated": allocated,
+        })
+    };
+    disks.enumerate().map(image).collect()
+}
+
+/// The disks that are not among the copied ones, and their images.
+fn other_images(machine: &Value, copied: &[Value]) -> Vec<Value> {
+    let disks = machine["config"]["disks"].as_array().into_iter().flatten();
+    let others = disks.filter(|disk| copied.iter().all(|copy| copy["disk"] != disk["id"]));
+    let image = |disk: &Value| json!({ "disk": disk["id"], "path": disk["path"], "readonly": disk["readonly"] == true });
+    others.map(image).collect()
 }
 
 /// How much was recorded for the snapshot `id`, or why that cannot be used. Restores check more of it.
@@ -134,6 +165,21 @@ mod tests {
         assert_eq!(
             described["frozen_images"],
             json!([{ "disk": "b", "path": "/b" }])
+        );
+
+        write(
+            "manifest.json",
+            json!({ "format": "whimbrel-snapshot", "id": "a", "disks": [{ "name": "a", "size": 512 }] }),
+        );
+        std::fs::write(dir.path().join("disk-0.raw"), [1; 512]).unwrap();
+        let described = manifest(folder).unwrap();
+        let copy = &described["disk_images"][0];
+        assert_eq!((&copy["disk"], &copy["size"]), (&json!("a"), &json!(512)));
+        assert_eq!(copy["path"], json!(dir.path().join("disk-0.raw")));
+        assert!(copy["allocated"].as_u64().unwrap() >= 512, "{copy}");
+        assert_eq!(
+            described["other_images"],
+            json!([{ "disk": "b", "path": "/b", "readonly": false }])
         );
 
         let record = |snapshot: &str| {

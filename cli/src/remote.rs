@@ -9,7 +9,7 @@ use openapi::{Client, News};
 use spec::{
     CreateVm, FindOverlays, ForkVm, MergeSnapshots, MirrorDisk, PciDeviceInfo,
     ReceiveMigrationData, RecordWorkingSet, ResolveMigration, RestoreConfig, SendMigrationData,
-    SnapshotDisks, VmAddUserDevice, VmConfig, VmCoredumpData, VmId, VmRemoveDevice, VmResize,
+    VmAddUserDevice, VmConfig, VmCoredumpData, VmId, VmRemoveDevice, VmResize,
     VmResizeDisk, VmResizeZone, VmSnapshotConfig, options,
 };
 
@@ -166,10 +166,18 @@ impl Remote {
                 destination_url,
                 base,
                 disks,
+                max_downtime_ms,
+                deadline_s,
             } => {
                 let destination = destination_url.context("snapshot needs a folder")?;
-                self.snapshot(&destination, base.as_deref(), disks.into())
-                    .await
+                self.snapshot(&VmSnapshotConfig {
+                    destination_url: url(&destination),
+                    base_url: base.as_deref().map(url),
+                    disks: disks.into(),
+                    max_downtime_ms,
+                    deadline_s,
+                })
+                .await
             }
             Command::Coredump { destination_url } => self.core_dump(&destination_url).await,
             Command::Restore { options, overrides } => {
@@ -247,23 +255,13 @@ impl Remote {
         Ok(())
     }
 
-    async fn snapshot(
-        &self,
-        destination: &str,
-        base: Option<&str>,
-        disks: SnapshotDisks,
-    ) -> Result<()> {
-        let body = VmSnapshotConfig {
-            destination_url: url(destination),
-            base_url: base.map(url),
-            disks,
-        };
+    async fn snapshot(&self, body: &VmSnapshotConfig) -> Result<()> {
         match &self.vm {
             Some(vm) => {
-                let begins = self.client.vms_snapshot(vm, &body);
+                let begins = self.client.vms_snapshot(vm, body);
                 migrate::follow(&self.client, begins, self.printer).await
             }
-            None => Ok(patient(&self.client).vm_snapshot(&body).await?),
+            None => Ok(patient(&self.client).vm_snapshot(body).await?),
         }
     }
 

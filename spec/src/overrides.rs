@@ -98,7 +98,7 @@ pub struct ForkVm {
     #[serde(default)]
     pub overrides: Overrides,
     /// What becomes of the VM's disks. With `Overlay` the VM and each fork continue on overlays of their
-    /// own; a VM that runs and has a disk that it can write is forked only so.
+    /// own; a VM that runs and has a disk that it can write is forked only so. `Copy` is refused.
     #[serde(default, skip_serializing_if = "SnapshotDisks::is_none")]
     pub disks: SnapshotDisks,
 }

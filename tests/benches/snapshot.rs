@@ -132,11 +132,7 @@ async fn restores(memory: u64, rounds: usize) -> Result<()> {
     let client = service.client();
     client.vms_pause(&vm).await?;
     let dir = service.path("snapshot");
-    let to = spec::VmSnapshotConfig {
-        destination_url: format!("file://{}", dir.display()),
-        base_url: None,
-        disks: spec::SnapshotDisks::None,
-    };
+    let to = tests::snapshots::to(&dir);
     let taken = over(&service, &client.vms_snapshot(&vm, &to).await?).await?;
     client.vms_delete(&vm).await?;
     let file = dir.join("memory.bin");

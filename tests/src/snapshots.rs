@@ -18,11 +18,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The request for a snapshot into this folder.
 pub fn to(dir: &Path) -> VmSnapshotConfig {
-    VmSnapshotConfig {
-        destination_url: format!("file://{}", dir.display()),
-        base_url: None,
-        disks: spec::SnapshotDisks::None,
-    }
+    VmSnapshotConfig::to(format!("file://{}", dir.display()))
 }
 
 /// The request for a VM from this folder.

@@ -248,11 +248,7 @@ async fn requests_that_cannot_be_are_refused_and_change_nothing() {
     let client = service.client();
     let dir = service.path("snapshot");
     client.vms_pause(&vm).await.unwrap();
-    let url = VmSnapshotConfig {
-        destination_url: "tcp:host:1".to_owned(),
-        base_url: None,
-        disks: spec::SnapshotDisks::None,
-    };
+    let url = VmSnapshotConfig::to("tcp:host:1");
     refused(
         client.vms_snapshot(&vm, &url).await,
         422,

@@ -18,8 +18,8 @@ use guest::{Command, Line, Options, Workload, check_disk};
 use serde_json::json;
 use spec::{
     AwaitMigration, DiskStorage, MemoryMode, MigrationInfo, MigrationPhase, MirrorDisk,
-    NewImageFormat, PayloadConfig, SnapshotDisks, StartMigration, StorageMode, VmConfig,
-    VmRemoveDevice, VmResizeDisk, VmSnapshotConfig,
+    NewImageFormat, PayloadConfig, StartMigration, StorageMode, VmConfig, VmRemoveDevice,
+    VmResizeDisk, VmSnapshotConfig,
 };
 use vmm::{Pool, PoolConfig};
 
@@ -530,11 +530,7 @@ async fn mirror_excludes_other_uses_of_its_disk() {
         assert_eq!(refused.code, "disk-mirroring");
         assert!(refused.detail.contains(&mirror.info().id), "{refused}");
     }
-    let snapshot = VmSnapshotConfig {
-        destination_url: format!("file://{}", stage.path("snapshot")),
-        base_url: None,
-        disks: SnapshotDisks::None,
-    };
+    let snapshot = VmSnapshotConfig::to(format!("file://{}", stage.path("snapshot")));
     let snapshot = || {
         let of = SnapshotOf::PausedOrRunning;
         stage.here.take_snapshot("web", &snapshot, of)

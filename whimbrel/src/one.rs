@@ -5,6 +5,7 @@
 //! the guest powers off.
 
 use std::io::{self, IsTerminal as _};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -45,8 +46,18 @@ pub(crate) fn files(arguments: &VmArguments, config: Option<&VmConfig>) -> Resul
         let source = &snapshot.source_url;
         let config = snapshot_config(source).with_context(|| format!("--restore {source}"))?;
         rules.extend(of_vm(&config));
-        let dir = source.strip_prefix("file://").unwrap_or(source);
-        rules.push(Rule::reading(dir.as_ref()));
+        let dir = Path::new(source.strip_prefix("file://").unwrap_or(source));
+        // Beside each copy of a disk in the folder the VM gets an overlay.
+        let mut disks = config.disks.iter().flatten();
+        let has_copies = disks.any(|disk| {
+            disk.path
+                .as_ref()
+                .is_some_and(|at| Path::new(at).starts_with(dir))
+        });
+        rules.push(match has_copies {
+            true => Rule::folder(dir),
+            false => Rule::reading(dir),
+        });
     }
     Ok(rules)
 }

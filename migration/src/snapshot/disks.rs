@@ -215,7 +215,8 @@ impl Snapshot {
     /// # Errors
     /// An image differs from its hash, the host cannot read, or restoring was canceled.
     pub fn verify_disks(&self, decision: &Decision) -> Result<(), RestoreError> {
-        (0..self.disk_images().len()).try_for_each(|index| self.read_disk(index, decision, |_, _| Ok(())))
+        (0..self.disk_images().len())
+            .try_for_each(|index| self.read_disk(index, decision, |_, _| Ok(())))
     }
 
     /// Reads the parts of a copied disk that have content, and checks them as a whole at the end.
@@ -225,7 +226,10 @@ impl Snapshot {
         decision: &Decision,
         take: impl FnMut(u64, &[u8]) -> Result<(), E>,
     ) -> Result<(), E> {
-        let (disk, file) = (self.manifest().disks.get(index), self.disk_images().get(index));
+        let (disk, file) = (
+            self.manifest().disks.get(index),
+            self.disk_images().get(index),
+        );
         let Some((disk, file)) = disk.zip(file) else {
             return Ok(());
         };
@@ -256,7 +260,9 @@ impl Snapshot {
             let failed = |error| host("write", &path, &error);
             file.set_len(disk.size).map_err(failed)?;
             self.read_disk(index, decision, |at, part| {
-                sparse::write_full(&file, part, at).map(drop).map_err(failed)
+                sparse::write_full(&file, part, at)
+                    .map(drop)
+                    .map_err(failed)
             })?;
             file.sync_all().map_err(failed)?;
             progress.update(|report| report.disk_remaining_bytes -= disk.size);

@@ -183,12 +183,10 @@ impl<'a> Image<'a> {
             let server = spawn(scope, "snapshot-faults", serve)?;
             // A thread that starts needs the lock of the memory map for writing, as one that allocates.
             is_serving.wait();
-            let taken = self
-                .arm_and_stop(guest, disks)
-                .and_then(|state| {
-                    let copy = || self.copy_all(&copies, &mut *sink);
-                    join(spawn(scope, "snapshot-copy", copy)?).map(|()| state)
-                });
+            let taken = self.arm_and_stop(guest, disks).and_then(|state| {
+                let copy = || self.copy_all(&copies, &mut *sink);
+                join(spawn(scope, "snapshot-copy", copy)?).map(|()| state)
+            });
             self.over.store(true, Ordering::Release);
             copies.end();
             // Its error first: it ended the protection, from which other errors follow.

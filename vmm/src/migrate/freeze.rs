@@ -51,7 +51,7 @@ enum Stage {
 pub(super) fn disks_to_freeze(config: &VmConfig, what: SnapshotDisks) -> Vec<String> {
     let disks = config.disks.iter().flatten();
     match what {
-        SnapshotDisks::None => Vec::new(),
+        SnapshotDisks::None | SnapshotDisks::Copy => Vec::new(),
         SnapshotDisks::Overlay => disks
             .filter(|disk| !disk.readonly)
             .filter_map(|disk| disk.id.clone())

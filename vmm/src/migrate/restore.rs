@@ -12,6 +12,7 @@ use spec::{
     RestoreConfig, VmConfig, VmId, VmMemoryZoneUpdateData, fork_names,
 };
 
+use super::copies::{check_fork, offer_of};
 use super::destination::{DestinationHost, GuestOrigin, record_failure};
 use super::freeze::disks_to_freeze;
 use super::snapshot::{LiveVm, path, save_paused, unusable};
@@ -177,7 +178,7 @@ fn begin_children(
     let dir = path("source_url", source_url)?;
     children.check_names(registry)?;
     let snapshot = Snapshot::open(&dir).map_err(|error| unusable(error.refusal()))?;
-    let offers = children.offers(&snapshot.offer())?;
+    let offers = children.offers(&offer_of(&snapshot).map_err(unusable)?)?;
     let url = source_url.to_owned();
     let (ours, host) = begin(pool, registry, &children, url, origin);
     let restoring = Arc::clone(&ours);
@@ -268,6 +269,7 @@ pub(super) fn begin_fork(
     vm: &VmHandle,
     what: &ForkVm,
 ) -> Result<Arc<dyn Migration>, RequestError> {
+    check_fork(what.disks)?;
     let id = vm.id().clone();
     let names = fork_names(what.name.as_ref().unwrap_or(&id), what.count);
     let children = Children {

@@ -4,15 +4,21 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use control::{Category, Migration, RequestError, SnapshotOf, VmHandle};
-use migration::snapshot::{RunningGuest, Saved, Snapshot, Writing, merge, write, write_live};
+use migration::snapshot::{
+    CopiedDisks, RunningGuest, Saved, Snapshot, Writing, merge, write, write_live,
+};
 use migration::{Block, Offer, Refusal, Source as _, Stopped};
-use spec::{FieldProblem, MergeSnapshots, MigrationSide, VmConfig, VmSnapshotConfig};
+use spec::{
+    FieldProblem, MergeSnapshots, MigrationSide, SnapshotDisks, VmConfig, VmSnapshotConfig,
+};
 
+use super::copies::{self, DiskCopies, offer_of};
 use super::freeze::{DiskFreeze, disks_to_freeze};
 use super::overlays::SnapshotRecords;
 use super::source::SourceVm;
 use super::{ActiveMigration, offer, start};
-use crate::driver::Purpose;
+use crate::descriptors::{self, Reservation};
+use crate::driver::{Purpose, SourceParts};
 use crate::pool::Pool;
 
 /// Returns the folder or file that a URL names.
@@ -28,15 +34,15 @@ pub(super) fn path(field: &str, url: &str) -> Result<PathBuf, RequestError> {
 }
 
 /// Returns the configuration in the snapshot at a `file://` URL. The snapshot's files are checked, the
-/// values of the configuration are not.
+/// values of the configuration are not. Disks of which the snapshot has copies name these.
 ///
 /// # Errors
 /// The URL names no folder, or the folder holds no snapshot that this version reads.
 pub fn snapshot_config(url: &str) -> Result<VmConfig, RequestError> {
     let dir = path("source_url", url)?;
     let snapshot = open(&dir)?;
-    let machine = offer::machine(&snapshot.offer()).map_err(unusable)?;
-    Ok(machine.config)
+    let offer = offer_of(&snapshot).map_err(unusable)?;
+    Ok(offer::machine(&offer).map_err(unusable)?.config)
 }
 
 pub(super) fn unusable(why: Refusal) -> RequestError {
@@ -123,6 +129,7 @@ pub(super) fn take(
     of: SnapshotOf,
 ) -> Result<Arc<dyn Migration>, RequestError> {
     let dir = path("destination_url", &what.destination_url)?;
+    let policy = copies::policy(what)?;
     let base = match &what.base_url {
         Some(url) => Some(open(&path("base_url", url)?)?),
         None => None,
@@ -139,25 +146,39 @@ pub(super) fn take(
         .call(move |driver, _| driver.depart(Purpose::Snapshot(of), &decision, &progress))
         .map_err(|_| RequestError::driver_gone())??;
     let (ours, disks) = (Arc::clone(&taking), what.disks);
+    let config = Arc::clone(&parts.config);
+    let frozen = disks_to_freeze(&config, disks);
+    let copied = prepare_copies(pool, &parts, disks);
+    let is_paused = parts.is_paused;
+    let memory_bytes = parts.ram.plugged_len();
+    let mut source = SourceVm::new(id.clone(), parts).freezing(frozen);
+    let (copies, reserved) = copied.map_err(|why| {
+        source.end("snapshot-failed", why.detail.clone());
+        RequestError::new(Category::Conflict, &why.code, why.detail)
+    })?;
+    let needed = Arc::new(copies::without(&config, &copies.names()));
     let span = tracing::info_span!("vm", id = id.as_str());
     start("snapshot", span, move || {
         tracing::info!(
-            snapshot = %ours.id, vm = id.as_str(), folder = ours.endpoint, memory_bytes = parts.ram.plugged_len(),
-            live = !parts.is_paused, "snapshot: begins"
+            snapshot = %ours.id, vm = id.as_str(), folder = ours.endpoint, memory_bytes,
+            live = !is_paused, copied_disks = copies.count(), "snapshot: begins"
         );
-        let is_paused = parts.is_paused;
-        let config = Arc::clone(&parts.config);
-        let frozen = disks_to_freeze(&config, disks);
-        let mut source = SourceVm::new(id, parts).freezing(frozen);
         let ending = source.ending();
-        let freeze = source.freeze(ours.id);
-        let disks = freeze.for_snapshot(config, ours.endpoint.clone());
+        let disks = source.freeze(ours.id);
+        let disks = disks.for_snapshot(needed, ours.endpoint.clone());
+        let start_tracking = || copies.start();
         let writing = Writing {
             id: ours.id,
             dir: &dir,
             base: base.as_ref(),
+            disks: (copies.count() > 0).then(|| CopiedDisks {
+                disks: copies.for_engine(),
+                start_tracking: &start_tracking,
+                policy: &policy,
+            }),
             end: &|outcome| {
-                // First: behind the end the VM may be resumed.
+                // First: behind the end the VM may be resumed, and its disks be mirrored.
+                copies.stop();
                 let more = disks.finish(outcome.is_ok());
                 match outcome {
                     Ok(()) => ending.end("snapshotted", ours.endpoint.clone()),
@@ -176,8 +197,23 @@ pub(super) fn take(
         };
         ours.log_end();
         ours.end();
+        drop(reserved);
     })?;
     Ok(taking)
+}
+
+/// Returns the disks to copy, and the descriptors of their images.
+fn prepare_copies(
+    pool: &Pool,
+    parts: &SourceParts,
+    what: SnapshotDisks,
+) -> Result<(DiskCopies, Vec<Arc<Reservation>>), Refusal> {
+    let copies = DiskCopies::of(&parts.config, &parts.disks, what)?;
+    let count = descriptors::of_new_images(copies.count());
+    let reserved = pool.host().descriptors.reserve(count, None);
+    let reserved =
+        reserved.map_err(|error| Refusal::new("too-few-descriptors", error.to_string()))?;
+    Ok((copies, reserved))
 }
 
 /// Starts to write a snapshot that needs no base from a chain of increments. No VM is involved.
@@ -188,6 +224,9 @@ pub(super) fn merge_chain(what: &MergeSnapshots) -> Result<Arc<dyn Migration>, R
     let merging = Arc::new(ActiveMigration::new(MigrationSide::Source, None, url));
     // The images below the VM are those of the chain, and needed as long as one of both snapshots is there.
     let config = offer::machine(&chain.offer()).map_err(unusable)?.config;
+    let copied = chain.manifest().disks.iter();
+    let copied: Vec<_> = copied.map(|disk| disk.name.clone()).collect();
+    let config = copies::without(&config, &copied);
     let records = SnapshotRecords::write(&config, merging.id, &merging.endpoint);
     let records = records.map_err(unusable)?;
     let ours = Arc::clone(&merging);
@@ -201,6 +240,7 @@ pub(super) fn merge_chain(what: &MergeSnapshots) -> Result<Arc<dyn Migration>, R
             id: ours.id,
             dir: &dir,
             base: None,
+            disks: None,
             end: &|_| (),
             progress: &ours.progress,
             decision: &ours.decision,

@@ -230,11 +230,7 @@ async fn copies_of_a_guest_have_what_was_added() {
     soon(lab.vms[0].ask(Request::Pause)).await.unwrap();
     let id = lab.vms[0].id().clone();
     let url = format!("file://{}", lab._dir.path().join("snapshot").display());
-    let what = VmSnapshotConfig {
-        destination_url: url.clone(),
-        base_url: None,
-        disks: spec::SnapshotDisks::None,
-    };
+    let what = VmSnapshotConfig::to(url.clone());
     let taken = lab
         .registry
         .take_snapshot(id.as_str(), &what, SnapshotOf::Paused);

@@ -1,0 +1,150 @@
+//! Copies of disks in a snapshot, and the VMs that are made from it.
+
+use std::time::Duration;
+
+use control::{Category, RequestError};
+use migration::snapshot::Snapshot;
+use migration::{MAX_COPIED, Offer, Policy, Refusal, SourceDisk};
+use spec::{ImageType, SnapshotDisks, VmConfig, VmSnapshotConfig};
+use virtio_devices::block::DiskAccess;
+
+use super::storage::CopiedDisk;
+use super::{invalid, offer, positive};
+
+const MAX_DOWNTIME_MS: u64 = 300;
+const DEADLINE_S: u64 = 3600;
+
+/// Returns the policy for the rounds beside a running guest.
+pub(super) fn policy(what: &VmSnapshotConfig) -> Result<Policy, RequestError> {
+    for (field, value) in [
+        ("max_downtime_ms", what.max_downtime_ms),
+        ("deadline_s", what.deadline_s),
+    ] {
+        if value.is_some() && what.disks != SnapshotDisks::Copy {
+            let detail =
+                format!("`{field}` is for copies of disks: it needs `disks` set to `Copy`");
+            return Err(invalid(field, detail));
+        }
+    }
+    let max_downtime = positive(
+        "max_downtime_ms",
+        what.max_downtime_ms.unwrap_or(MAX_DOWNTIME_MS),
+    )?;
+    let deadline = positive("deadline_s", what.deadline_s.unwrap_or(DEADLINE_S))?;
+    Ok(Policy {
+        max_downtime: Duration::from_millis(max_downtime),
+        deadline: Some(Duration::from_secs(deadline)),
+        ..Policy::default()
+    })
+}
+
+/// Fails if a fork is to have copies of disks.
+pub(super) fn check_fork(disks: SnapshotDisks) -> Result<(), RequestError> {
+    if disks != SnapshotDisks::Copy {
+        return Ok(());
+    }
+    let detail = "a fork has no folder for copies of disks (`disks` set to `Copy`): fork with \
+                  `Overlay`, or restore from a snapshot with copies";
+    Err(RequestError::new(
+        Category::Unsupported,
+        "not-supported",
+        detail,
+    ))
+}
+
+/// The disks of a machine that a snapshot copies. They are tracked until this is dropped.
+pub(super) struct DiskCopies(Vec<CopiedDisk>);
+
+impl DiskCopies {
+    /// Returns the disks that can be written, if they are to be copied.
+    pub(super) fn of(
+        config: &VmConfig,
+        disks: &[(String, DiskAccess)],
+        what: SnapshotDisks,
+    ) -> Result<Self, Refusal> {
+        let mut copies = Vec::new();
+        if what == SnapshotDisks::Copy {
+            for disk in config.disks.iter().flatten().filter(|disk| !disk.readonly) {
+                let id = disk.id.as_deref().unwrap_or_default();
+                let found = disks.iter().find(|(name, _)| name == id);
+                let (_, access) = found.ok_or_else(|| {
+                    let why = format!(
+                        "the disk {id} is served by another program (`vhost_user`), which alone can copy it"
+                    );
+                    Refusal::new("disk-not-copied", why)
+                })?;
+                copies.push(CopiedDisk::of(id, access)?);
+            }
+        }
+        let sizes = copies.iter().map(|disk| disk.content().size());
+        let total = sizes.fold(0, u64::saturating_add);
+        if total > MAX_COPIED {
+            let why = format!(
+                "the disks to copy have {total} bytes together; at most {MAX_COPIED} are copied"
+            );
+            return Err(Refusal::new("disks-too-large", why));
+        }
+        Ok(Self(copies))
+    }
+
+    pub(super) fn count(&self) -> usize {
+        self.0.len()
+    }
+
+    pub(super) fn names(&self) -> Vec<String> {
+        let disks = self.for_engine().into_iter();
+        disks.map(|disk| disk.name).collect()
+    }
+
+    pub(super) fn for_engine(&self) -> Vec<SourceDisk> {
+        self.0.iter().map(CopiedDisk::for_engine).collect()
+    }
+
+    pub(super) fn start(&self) -> Result<(), Refusal> {
+        self.0.iter().try_for_each(CopiedDisk::start)
+    }
+
+    pub(super) fn stop(&self) {
+        self.0.iter().for_each(CopiedDisk::stop);
+    }
+}
+
+/// Returns a configuration without the disks that are copied. The snapshot needs the images of all others.
+pub(super) fn without(config: &VmConfig, copied: &[String]) -> VmConfig {
+    let mut config = config.clone();
+    if let Some(disks) = &mut config.disks {
+        disks.retain(|disk| disk.id.as_ref().is_none_or(|id| !copied.contains(id)));
+    }
+    config
+}
+
+/// Returns the offer of a snapshot's machine, whose copied disks are frozen images in its folder: each VM
+/// that is made gets an overlay of its own, as of images that were frozen.
+pub(super) fn offer_of(snapshot: &Snapshot) -> Result<Offer, Refusal> {
+    let mut offer = snapshot.offer();
+    if snapshot.manifest().disks.is_empty() {
+        return Ok(offer);
+    }
+    let mut machine = offer::machine(&offer)?;
+    for (copy, path) in snapshot.disks() {
+        let damaged = |why: &str| {
+            let why = format!("the copy of the disk {:?}: {why}", copy.name);
+            Refusal::new("snapshot-damaged", why)
+        };
+        let mut disks = machine.config.disks.iter_mut().flatten();
+        let disk = disks.find(|disk| disk.id.as_ref() == Some(&copy.name));
+        let disk = disk.ok_or_else(|| damaged("the snapshot's VM has no such disk"))?;
+        let path = path.into_os_string().into_string();
+        disk.path = Some(path.map_err(|_| damaged("its path is not UTF-8"))?);
+        disk.image_type = Some(ImageType::Raw);
+        disk.image_type_detected = false;
+        (disk.backing_files, disk.data_files) = (false, false);
+        if !machine.frozen.contains(&copy.name) {
+            machine.frozen.push(copy.name.clone());
+        }
+    }
+    let text = serde_json::to_vec(&machine);
+    let text = text.map_err(|error| Refusal::new("offer-unreadable", error.to_string()))?;
+    offer.machine = text.into();
+    Ok(offer)
+}
