@@ -470,7 +470,7 @@ fn joined(runs: impl Iterator<Item = (usize, usize)>, gap: usize) -> Vec<(usize,
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 /// Whether a page of these is plugged. What the guest has of a block does not change during a live
 /// snapshot: resizes are refused, and so are blocks of which the guest decides.

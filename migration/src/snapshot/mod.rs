@@ -38,6 +38,8 @@ mod working_set;
 mod write;
 
 #[cfg(test)]
+mod disk_tests;
+#[cfg(test)]
 mod restore_tests;
 #[cfg(test)]
 mod tests;

@@ -364,7 +364,7 @@ fn newer_and_foreign_formats_are_named() {
     .unwrap();
     assert_eq!(
         Snapshot::open(dir.path()).unwrap_err().to_string(),
-        "the snapshot has version 9 of the format; this program reads versions 1 to 2"
+        "the snapshot has version 9 of the format; this program reads versions 1 to 3"
     );
     fs::write(&path, text.replace("whimbrel-snapshot", "qemu")).unwrap();
     let refused = Snapshot::open(dir.path()).unwrap_err();

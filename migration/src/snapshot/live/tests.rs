@@ -12,15 +12,18 @@ use uuid::Uuid;
 use vm_memory::Bytes as _;
 
 use super::super::Snapshot;
+use super::super::disks::CopiedDisks;
 use super::*;
 use crate::message::BlockInfo;
+use crate::policy::Policy;
+use crate::testing::MemoryDisk;
 
 /// Pages of each of the two blocks.
 const PAGES: usize = 3000;
 
 /// A step of the engine at which a guest fails or is canceled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum At {
+pub(in crate::snapshot) enum At {
     Offer,
     Stop,
     Save,
@@ -28,13 +31,16 @@ enum At {
     Sync,
 }
 
-struct Guest {
-    blocks: Vec<Block>,
+pub(in crate::snapshot) struct Guest {
+    pub(in crate::snapshot) blocks: Vec<Block>,
+    /// A block of it has the number of the step that wrote it last.
+    disk: Option<Arc<MemoryDisk>>,
     /// Held during each step: a stop takes it.
     steps: Arc<Mutex<u64>>,
     over: Arc<AtomicBool>,
     thread: Option<thread::JoinHandle<()>>,
-    stopped: Option<parking_lot::lock_api::ArcMutexGuard<parking_lot::RawMutex, u64>>,
+    pub(in crate::snapshot) stopped:
+        Option<parking_lot::lock_api::ArcMutexGuard<parking_lot::RawMutex, u64>>,
     at_step: Box<dyn FnMut(At) -> Result<(), Refusal>>,
 }
 
@@ -45,8 +51,26 @@ fn write_number(blocks: &[Block], step: u64) {
     slice.write_obj(step, 16).unwrap();
 }
 
+/// Blocks of the disk that a guest writes to.
+const BLOCKS: u64 = 500;
+
+/// Writes to the guest's disk in this step.
+fn write_block(disk: &MemoryDisk, step: u64) {
+    // Now and then a block becomes zeros.
+    let byte = (step % 251) as u8;
+    disk.fill((step * 11 % BLOCKS) as usize * PAGE, PAGE, byte);
+}
+
 impl Guest {
     fn new(at_step: impl FnMut(At) -> Result<(), Refusal> + 'static) -> Self {
+        Self::with_disk(None, at_step)
+    }
+
+    /// A guest that writes to this disk, too.
+    pub(in crate::snapshot) fn with_disk(
+        disk: Option<Arc<MemoryDisk>>,
+        at_step: impl FnMut(At) -> Result<(), Refusal> + 'static,
+    ) -> Self {
         let block = |name: &str, shared| {
             let config = RamConfig {
                 shared,
@@ -60,15 +84,20 @@ impl Guest {
         let blocks = vec![block("private", false), block("shared", true)];
         let (steps, over) = (Arc::new(Mutex::new(1)), Arc::new(AtomicBool::new(false)));
         let (counter, ended, memory) = (Arc::clone(&steps), Arc::clone(&over), blocks.clone());
+        let written = disk.clone();
         let thread = thread::spawn(move || {
             while !ended.load(Ordering::Relaxed) {
                 let mut step = counter.lock();
                 write_number(&memory, *step);
+                if let Some(disk) = &written {
+                    write_block(disk, *step);
+                }
                 *step += 1;
             }
         });
         Self {
             blocks,
+            disk,
             steps,
             over,
             thread: Some(thread),
@@ -78,7 +107,7 @@ impl Guest {
     }
 
     /// Waits until the guest has made some more steps.
-    fn runs(&self) {
+    pub(in crate::snapshot) fn runs(&self) {
         let before = *self.steps.lock();
         let deadline = Instant::now() + Duration::from_secs(60);
         while *self.steps.lock() < before + 10_000 {
@@ -144,22 +173,36 @@ impl RunningGuest for Guest {
     }
 }
 
-fn snapshot(dir: &Path, guest: &mut Guest, decision: &Decision) -> (Result<(), Refusal>, Progress) {
+pub(in crate::snapshot) fn snapshot(
+    dir: &Path,
+    guest: &mut Guest,
+    decision: &Decision,
+) -> (Result<(), Refusal>, Progress) {
     let progress = Progress::default();
+    let disk = guest.disk.clone();
+    let start_tracking = || {
+        disk.iter().for_each(|disk| disk.track(true));
+        Ok(())
+    };
+    let policy = Policy::default();
     let writing = Writing {
         id: Uuid::new_v4(),
         dir,
         end: &|_| (),
         base: None,
-        disks: None,
+        disks: disk.as_ref().map(|disk| CopiedDisks {
+            disks: vec![disk.at_source("root")],
+            start_tracking: &start_tracking,
+            policy: &policy,
+        }),
         progress: &progress,
         decision,
     };
     (write_live(&writing, guest), progress)
 }
 
-/// Checks that the memory in the snapshot is that of the moment of its state.
-fn check(dir: &Path) {
+/// Checks that the memory in the snapshot, and a copied disk, are those of the moment of its state.
+pub(in crate::snapshot) fn check(dir: &Path) {
     let snapshot = Snapshot::open(dir).unwrap();
     let steps = u64::from_le_bytes(snapshot.state().try_into().unwrap());
     let block = |name: &str| Block {
@@ -171,6 +214,12 @@ fn check(dir: &Path) {
         .fill(&blocks, &Progress::default(), &Decision::default())
         .unwrap();
     check_memory(&blocks, steps);
+    snapshot.verify_disks(&Decision::default()).unwrap();
+    for (disk, path) in snapshot.disks() {
+        let expected = MemoryDisk::new(disk.size as usize);
+        (1..steps).for_each(|step| write_block(&expected, step));
+        assert!(fs::read(path).unwrap() == expected.contents(), "the disk");
+    }
 }
 
 /// Checks that memory is as the guest had it after so many steps.
@@ -426,12 +475,24 @@ fn full_disk_leaves_nothing_and_the_guest_runs() {
 #[ignore = "needs a small file system: another test runs it"]
 fn inner_full_disk() {
     let dir = std::env::var_os("WHIMBREL_TEST_FULL").unwrap();
+    let dir = Path::new(&dir);
     let mut guest = Guest::new(|_| Ok(()));
     guest.runs();
-    let folder = Path::new(&dir).join("new");
+    let folder = dir.join("new");
     let (written, progress) = snapshot(&folder, &mut guest, &Decision::default());
     assert_eq!(written.unwrap_err().code, "no-space");
     assert!(progress.report().pages > 0, "a part was written");
-    assert_eq!(fs::read_dir(&dir).unwrap().count(), 0);
+    assert_eq!(fs::read_dir(dir).unwrap().count(), 0);
     guest.runs();
+    // With less and less room, so that it ends in each part of a copied disk and of the memory.
+    let mut guest = Guest::with_disk(Some(MemoryDisk::new(BLOCKS as usize * PAGE)), |_| Ok(()));
+    guest.runs();
+    for taken in (0..64).map(|part| part << 16) {
+        let filler = dir.join("filler");
+        fs::write(&filler, vec![1; taken]).unwrap();
+        let (written, _) = snapshot(&folder, &mut guest, &Decision::default());
+        assert_eq!(written.unwrap_err().code, "no-space", "{taken}");
+        assert!(!folder.exists(), "{taken}");
+        guest.runs();
+    }
 }
