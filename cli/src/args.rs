@@ -305,6 +305,10 @@ pub(crate) enum Command {
         /// [default: 3600]
         #[arg(long, value_name = "SECONDS")]
         deadline_s: Option<u64>,
+        /// With `--disks copy`, of a running VM: bytes of its disks that may be copied in a second. [default:
+        /// unlimited]
+        #[arg(long, value_name = "SIZE", value_parser = size)]
+        max_bandwidth: Option<u64>,
     },
     /// Make the VM from a snapshot, and wait until it is there: a URL or path, or
     /// source_url=URL,resume=on,memory_restore_mode=map. Without resume=on the VM is paused. With count=N

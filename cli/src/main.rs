@@ -11,6 +11,7 @@ mod migrate;
 mod print;
 mod remote;
 mod steps;
+mod summary;
 
 use std::ffi::OsStr;
 use std::io::Write;

@@ -9,15 +9,14 @@ use indicatif::{ProgressBar, ProgressStyle};
 use openapi::{Client, ClientError};
 use spec::{
     AtDeadline, AwaitMigration, DiskStorage, MemoryMode, MigrationInfo, MigrationOutcome,
-    MigrationPhase, MigrationRound, MigrationSide, SendMigrationData, StartMigration, StorageMode,
-    VmId,
+    MigrationPhase, SendMigrationData, StartMigration, StorageMode, VmId,
 };
 
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::args::size;
 use crate::print::Printer;
-use crate::steps::steps;
+use crate::summary::{curve, ms, summary};
 
 /// Interval between two requests for the state.
 const TICK: Duration = Duration::from_millis(100);
@@ -430,170 +429,4 @@ fn show(bar: &ProgressBar, info: &MigrationInfo) {
         ));
     }
     bar.set_message(message);
-}
-
-/// How the pages that were left after each round became fewer: a column for each of the last rounds, on a
-/// logarithmic scale, since a guest that converges leaves a part of them each time.
-fn curve(history: &[MigrationRound]) -> String {
-    const COLUMNS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
-    const SHOWN: usize = 24;
-    let shown = &history[history.len().saturating_sub(SHOWN)..];
-    let height = |pages: u64| (pages.saturating_add(1)).ilog2();
-    let most = shown.iter().map(|round| height(round.dirty_pages)).max();
-    let most = most.unwrap_or(0).max(1);
-    let column = |round: &MigrationRound| {
-        let level = height(round.dirty_pages) * 7 / most;
-        COLUMNS.get(level as usize).copied().unwrap_or('█')
-    };
-    shown.iter().map(column).collect()
-}
-
-/// Formats microseconds as milliseconds.
-pub(crate) fn ms(us: u64) -> String {
-    format!("{}.{:01} ms", us / 1000, us % 1000 / 100)
-}
-
-/// Describes the result for a person.
-pub(crate) fn summary(info: &MigrationInfo) -> String {
-    let vm = info.vm.as_ref().map_or("a VM", VmId::as_str);
-    let vm = match &info.disk {
-        Some(disk) => format!("disk {disk} of {vm}"),
-        None => vm.to_owned(),
-    };
-    let how = match info.side {
-        MigrationSide::Source => format!("{vm} to {}", info.endpoint),
-        MigrationSide::Destination => format!("{vm} at {}", info.endpoint),
-    };
-    let mut lines = vec![format!("{}: {how}", info.phase)];
-    let mut line = |name: &str, value: String| lines.push(format!("  {name:<12} {value}"));
-    line("took", ms(info.elapsed_us));
-    let sent = info.sent_bytes >> 20;
-    if info.disk.is_some() {
-        line("written", format!("{sent} MiB in {} rounds", info.rounds));
-    }
-    if info.memory_bytes > 0 {
-        line(
-            "memory",
-            format!(
-                "{} MiB; {} pages and {} zero pages sent in {} rounds over {} connections: {} MiB",
-                info.memory_bytes >> 20,
-                info.pages,
-                info.zero_pages,
-                info.rounds,
-                info.connections,
-                sent,
-            ),
-        );
-    }
-    if info.disk_bytes > 0 {
-        let copied = info.disk_bytes.saturating_sub(info.disk_remaining_bytes);
-        let (copied, all) = (copied >> 20, info.disk_bytes >> 20);
-        line("disks", format!("{all} MiB, of which {copied} copied"));
-    }
-    if let [first, .., last] = &info.history[..] {
-        line(
-            "left",
-            format!(
-                "{} {} pages after round {}, {} after round {}",
-                curve(&info.history),
-                first.dirty_pages,
-                first.round,
-                last.dirty_pages,
-                last.round
-            ),
-        );
-    }
-    if !info.timeline.is_empty() {
-        line("steps", steps(&info.timeline));
-    }
-    if let Some(stop) = info.downtime.as_ref().filter(|stop| stop.protect_us > 0) {
-        // A live snapshot: nothing was sent or handed over.
-        line(
-            "stop",
-            format!(
-                "{}: pause {}, save {}, protect memory {}",
-                ms(stop.total_us),
-                ms(stop.pause_us),
-                ms(stop.save_us),
-                ms(stop.protect_us),
-            ),
-        );
-    } else if let (Some(stop), Some(_)) = (&info.downtime, &info.disk) {
-        line(
-            "stop",
-            format!(
-                "of the disk {}: pause {}, last {} blocks {}, switch {}",
-                ms(stop.total_us),
-                ms(stop.pause_us),
-                stop.pages,
-                ms(stop.transfer_us),
-                ms(stop.hand_over_us),
-            ),
-        );
-    } else if let Some(stop) = info.downtime {
-        let predicted = info.predicted_downtime_us.map(ms);
-        line(
-            "stop",
-            format!(
-                "{} (predicted {}): pause {}, last {} pages and save {}, transfer and load {}, hand-over {}",
-                ms(stop.total_us),
-                predicted.unwrap_or_else(|| "nothing".to_owned()),
-                ms(stop.pause_us),
-                stop.pages,
-                ms(stop.save_us),
-                ms(stop.transfer_us),
-                ms(stop.hand_over_us),
-            ),
-        );
-    }
-    if info.faults > 0 {
-        line(
-            "faults",
-            format!(
-                "{} ({} of disks), median wait {}, 99 % within {}",
-                info.faults,
-                info.disk_faults,
-                ms(info.fault_p50_us),
-                ms(info.fault_p99_us)
-            ),
-        );
-    }
-    if let Some(us) = info.first_instruction_us {
-        line("guest runs", format!("after {}", ms(us)));
-    }
-    if let Some(pages) = info.working_set_pages {
-        let brought = info
-            .working_set_us
-            .map(|us| format!(", brought after {}", ms(us)));
-        let brought = brought.unwrap_or_default();
-        line("working set", format!("{pages} pages{brought}"));
-    }
-    if let Some(error) = &info.error {
-        line("error", format!("{} ({})", error.detail, error.code));
-    }
-    lines.join("\n")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn curve_shows_how_rounds_became_smaller() {
-        let round = |dirty_pages: u64| MigrationRound {
-            round: 1,
-            pages: 0,
-            took_us: 1,
-            bytes_per_second: 1,
-            dirty_pages,
-            predicted_downtime_us: 1,
-            throttle_percent: 0,
-        };
-        let of = |left: &[u64]| curve(&left.iter().map(|pages| round(*pages)).collect::<Vec<_>>());
-        assert_eq!(of(&[65_535, 4_095, 255, 0]), "█▆▄▁");
-        assert_eq!(of(&[0, 0]), "▁▁");
-        assert_eq!(of(&[u64::MAX, 1]), "█▁");
-        assert_eq!(of(&vec![5; 100]).chars().count(), 24);
-        assert_eq!(of(&[]), "");
-    }
 }

@@ -20,6 +20,7 @@ use crate::cpu::{self, CpuCommand, Place};
 use crate::describe;
 use crate::migrate;
 use crate::print::{self, Printer};
+use crate::summary::summary;
 
 /// How often `resize --wait` asks how far the guest is.
 const RESIZE_POLL: Duration = Duration::from_millis(200);
@@ -168,6 +169,7 @@ impl Remote {
                 disks,
                 max_downtime_ms,
                 deadline_s,
+                max_bandwidth,
             } => {
                 let destination = destination_url.context("snapshot needs a folder")?;
                 self.snapshot(&VmSnapshotConfig {
@@ -176,6 +178,7 @@ impl Remote {
                     disks: disks.into(),
                     max_downtime_ms,
                     deadline_s,
+                    max_bandwidth,
                 })
                 .await
             }
@@ -215,7 +218,7 @@ impl Remote {
                 }),
             Command::Migration { id } => self
                 .printer
-                .show(&self.client.migrations_info(&id).await?, migrate::summary),
+                .show(&self.client.migrations_info(&id).await?, summary),
             Command::CancelMigration { id } => {
                 self.client.migrations_cancel(&id).await.map_err(Into::into)
             }

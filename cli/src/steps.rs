@@ -2,7 +2,7 @@
 
 use spec::{MigrationActivity, MigrationStep};
 
-use crate::migrate::ms;
+use crate::summary::ms;
 
 /// How long each step took, rounds together.
 pub(crate) fn steps(timeline: &[MigrationStep]) -> String {

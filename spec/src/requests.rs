@@ -93,6 +93,11 @@ pub struct VmSnapshotConfig {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1)]
     pub deadline_s: Option<u64>,
+    /// With `disks` set to `Copy`, of a running VM: bytes of its disks that may be copied in a second, but in
+    /// the stop; unlimited when absent. An addition to Cloud Hypervisor's contract.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1)]
+    pub max_bandwidth: Option<u64>,
 }
 
 impl VmSnapshotConfig {
@@ -105,6 +110,7 @@ impl VmSnapshotConfig {
             disks: SnapshotDisks::None,
             max_downtime_ms: None,
             deadline_s: None,
+            max_bandwidth: None,
         }
     }
 }

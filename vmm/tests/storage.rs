@@ -4,6 +4,8 @@
 
 #[path = "storage/followers.rs"]
 mod followers;
+#[path = "storage/snapshots.rs"]
+mod snapshots;
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -107,7 +109,12 @@ impl Stage {
 
     /// Waits until the guest has written so many more blocks; none was read back wrong.
     async fn wait_blocks(&self, more: u64) {
-        let path = self.at("serial");
+        self.wait_blocks_at("serial", more).await;
+    }
+
+    /// The same, of the guest whose serial port is this socket.
+    async fn wait_blocks_at(&self, serial: &str, more: u64) {
+        let path = self.at(serial);
         let waited = tokio::task::spawn_blocking(move || {
             let mut serial = BufReader::new(UnixStream::connect(path).unwrap());
             serial.get_ref().set_read_timeout(Some(PATIENCE)).unwrap();

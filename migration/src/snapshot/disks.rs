@@ -39,7 +39,7 @@ pub struct CopiedDisks<'a> {
     pub disks: Vec<SourceDisk>,
     /// Starts to mark the blocks that the guest writes, and marks all that may have content.
     pub start_tracking: &'a dyn Fn() -> Result<(), Refusal>,
-    /// `max_downtime` and `deadline` apply, to a guest that runs.
+    /// `max_downtime`, `deadline` and `max_bandwidth` apply, to a guest that runs.
     pub policy: &'a Policy,
 }
 

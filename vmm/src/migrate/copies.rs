@@ -19,6 +19,7 @@ pub(super) fn policy(what: &VmSnapshotConfig) -> Result<Policy, RequestError> {
     for (field, value) in [
         ("max_downtime_ms", what.max_downtime_ms),
         ("deadline_s", what.deadline_s),
+        ("max_bandwidth", what.max_bandwidth),
     ] {
         if value.is_some() && what.disks != SnapshotDisks::Copy {
             let detail =
@@ -31,7 +32,11 @@ pub(super) fn policy(what: &VmSnapshotConfig) -> Result<Policy, RequestError> {
         what.max_downtime_ms.unwrap_or(MAX_DOWNTIME_MS),
     )?;
     let deadline = positive("deadline_s", what.deadline_s.unwrap_or(DEADLINE_S))?;
+    if let Some(bandwidth) = what.max_bandwidth {
+        positive("max_bandwidth", bandwidth)?;
+    }
     Ok(Policy {
+        max_bandwidth: what.max_bandwidth,
         max_downtime: Duration::from_millis(max_downtime),
         deadline: Some(Duration::from_secs(deadline)),
         ..Policy::default()

@@ -135,11 +135,12 @@ pub(super) fn take(
         None => None,
     };
     let id = vm.id().clone();
-    let taking = Arc::new(ActiveMigration::new(
-        MigrationSide::Source,
-        Some(id.clone()),
-        what.destination_url.clone(),
-    ));
+    let endpoint = what.destination_url.clone();
+    let max_downtime = u64::try_from(policy.max_downtime.as_millis()).unwrap_or(u64::MAX);
+    let taking = Arc::new(ActiveMigration {
+        max_downtime_ms: (what.disks == SnapshotDisks::Copy).then_some(max_downtime),
+        ..ActiveMigration::new(MigrationSide::Source, Some(id.clone()), endpoint)
+    });
     let caller = pool.caller(&id).ok_or_else(RequestError::driver_gone)?;
     let (decision, progress) = (taking.decision.clone(), taking.progress.clone());
     let parts = caller
