@@ -1,5 +1,5 @@
 //! Folders that claim to be snapshots: a manifest with arbitrary numbers or bytes, and arbitrary files, a
-//! working set among them.
+//! working set and copies of disks among them.
 
 #![no_main]
 
@@ -20,6 +20,38 @@ struct Folder {
     memory: Vec<u8>,
     hashes: Vec<u8>,
     working_set: WorkingSet,
+    disks: Vec<Disk>,
+}
+
+/// A copied disk: its image, and what the manifest says of it where that is not true.
+#[derive(Arbitrary, Debug)]
+struct Disk {
+    name: String,
+    content: Vec<u8>,
+    size: Option<u64>,
+    hash: Option<u64>,
+}
+
+impl Disk {
+    /// The image: sectors, as many as there are bytes.
+    fn image(&self) -> Vec<u8> {
+        self.content.iter().flat_map(|byte| [*byte; 512]).collect()
+    }
+
+    fn info(&self) -> serde_json::Value {
+        let image = self.image();
+        let mut all = xxhash_rust::xxh3::Xxh3::new();
+        for (at, part) in (0_u64..).step_by(1 << 20).zip(image.chunks(1 << 20)) {
+            if part.iter().any(|byte| *byte != 0) {
+                all.update(&at.to_le_bytes());
+                all.update(part);
+            }
+        }
+        serde_json::json!({
+            "name": self.name, "size": self.size.unwrap_or(image.len() as u64),
+            "hash": self.hash.unwrap_or_else(|| all.digest()),
+        })
+    }
 }
 
 #[derive(Arbitrary, Debug)]
@@ -84,10 +116,11 @@ fuzz_target!(|data: &[u8]| {
             let memory: Vec<_> =
                 sizes.iter().map(|pages| serde_json::json!({ "name": "b", "size": pages * 4096 })).collect();
             serde_json::json!({
-                "format": "whimbrel-snapshot", "version": version % 3, "vm": "v", "created_ms": 1, "program": "p",
+                "format": "whimbrel-snapshot", "version": version % 5, "vm": "v", "created_ms": 1, "program": "p",
                 "id": "5f0b6a3e-6a7c-4c1a-9a55-3f3d1d0b7c11", "page_size": 4096, "memory": memory,
                 "machine": info(&folder.machine, *machine), "state": info(&folder.state, (0, 0)),
                 "hashes": info(&folder.hashes, hashes.unwrap_or_default()),
+                "disks": folder.disks.iter().map(Disk::info).collect::<Vec<_>>(),
             })
             .to_string()
             .into_bytes()
@@ -102,6 +135,9 @@ fuzz_target!(|data: &[u8]| {
     ] {
         fs::write(dir.path().join(name), content).unwrap();
     }
+    for (index, disk) in folder.disks.iter().enumerate() {
+        fs::write(dir.path().join(format!("disk-{index}.raw")), disk.image()).unwrap();
+    }
     let memory = dir.path().join("memory.bin");
     fs::write(&memory, &folder.memory).unwrap();
     // The size is right more often than a fuzzer would find it.
@@ -115,6 +151,20 @@ fuzz_target!(|data: &[u8]| {
     if let Some(set) = snapshot.working_set() {
         let total: u64 = snapshot.manifest().memory.iter().map(|block| block.size / 4096).sum();
         assert!(set.pages() <= total);
+    }
+    for (disk, path) in snapshot.disks() {
+        assert_eq!(path.parent(), Some(dir.path()));
+        assert_eq!(path.metadata().unwrap().len(), disk.size);
+    }
+    // The hash is checked by another reader of the same bytes.
+    let is_true = |(disk, info): (&Disk, &migration::snapshot::DiskInfo)| {
+        serde_json::to_value(info).unwrap()["hash"] == disk.info()["hash"] && disk.hash.is_none()
+    };
+    let listed = &snapshot.manifest().disks;
+    if listed.len() == folder.disks.len() && folder.disks.iter().zip(listed).all(is_true) {
+        snapshot.verify_disks(&Decision::default()).unwrap();
+    } else {
+        let _ = snapshot.verify_disks(&Decision::default());
     }
     let blocks = snapshot.manifest().memory.iter().map(|block| Block {
         name: block.name.clone(),

@@ -88,6 +88,21 @@ const TOLD_REQUESTS: &[(&str, &str, &str)] = &[
         "/count",
         "refused on the socket of one VM: a service's own face makes several VMs of a snapshot",
     ),
+    (
+        "vm.snapshot",
+        "/max_downtime_ms",
+        "accepted without effect with `disks` set to `Copy`, else refused: the VM is paused",
+    ),
+    (
+        "vm.snapshot",
+        "/deadline_s",
+        "accepted without effect with `disks` set to `Copy`, else refused: the VM is paused",
+    ),
+    (
+        "vm.snapshot",
+        "/max_bandwidth",
+        "accepted without effect with `disks` set to `Copy`, else refused: the VM is paused",
+    ),
 ];
 
 /// Requests whose body is a part of the configuration, with the pointer of that.
