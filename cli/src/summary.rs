@@ -230,7 +230,7 @@ mod tests {
     fn operation(side: &str, endpoint: &str) -> MigrationInfo {
         let info = serde_json::json!({
             "id": "a", "side": side, "vm": "web", "endpoint": endpoint, "started_ms": 1,
-            "elapsed_us": 1500, "phase": "Completed", "memory_bytes": 8 << 20, "pages": 512,
+            "elapsed_us": 1500, "phase": "completed", "memory_bytes": 8 << 20, "pages": 512,
             "zero_pages": 1000, "sent_bytes": 5 << 20, "rounds": 2, "connections": 0,
             "remaining_pages": 0, "dirty_pages_per_second": 0, "bytes_per_second": 0,
             "faults": 0, "fault_p50_us": 0, "fault_p99_us": 0, "throttle_percent": 0,
@@ -242,7 +242,7 @@ mod tests {
     /// A snapshot sends nothing, and has no connections.
     #[test]
     fn snapshots_and_restores_have_words_of_their_own() {
-        let mut snapshot = operation("Source", "file:///s");
+        let mut snapshot = operation("source", "file:///s");
         snapshot.disk_bytes = 64 << 20;
         snapshot.downtime = Some(MigrationDowntime {
             total_us: 900,
@@ -258,7 +258,7 @@ mod tests {
         ] {
             assert!(text.contains(part), "{part:?} in {text}");
         }
-        for (side, endpoint) in [("Destination", "file:///s"), ("Destination", "fork:web")] {
+        for (side, endpoint) in [("destination", "file:///s"), ("destination", "fork:web")] {
             let text = summary(&operation(side, endpoint));
             assert!(
                 text.contains("8 MiB, of which 2 read; 1000 pages of zeros"),
@@ -266,7 +266,7 @@ mod tests {
             );
             assert!(!text.contains("connections"), "{text}");
         }
-        let text = summary(&operation("Source", "unix:/s"));
+        let text = summary(&operation("source", "unix:/s"));
         assert!(
             text.contains("sent in 2 rounds over 0 connections: 5 MiB"),
             "{text}"

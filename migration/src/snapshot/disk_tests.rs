@@ -293,7 +293,7 @@ fn images_are_files_of_the_folder() {
     // The manifest names no path: the name of a disk is that of the VM's disk, and of nothing else.
     let (dir, _) = example();
     edit(dir.path(), |manifest| {
-        manifest["disks"][0]["name"] = "../../etc/passwd".into()
+        manifest["disks"][0]["name"] = "../../etc/passwd".into();
     });
     let snapshot = Snapshot::open(dir.path()).unwrap();
     let (_, path) = snapshot.disks().next().unwrap();
