@@ -9,8 +9,8 @@ use openapi::{Client, News};
 use spec::{
     CreateVm, FindOverlays, ForkVm, MergeSnapshots, MirrorDisk, PciDeviceInfo,
     ReceiveMigrationData, RecordWorkingSet, ResolveMigration, RestoreConfig, SendMigrationData,
-    VmAddUserDevice, VmConfig, VmCoredumpData, VmId, VmRemoveDevice, VmResize,
-    VmResizeDisk, VmResizeZone, VmSnapshotConfig, options,
+    VmAddUserDevice, VmConfig, VmCoredumpData, VmId, VmRemoveDevice, VmResize, VmResizeDisk,
+    VmResizeZone, VmSnapshotConfig, options,
 };
 
 use crate::args::{Arguments, Command, ResizeArguments, SnapshotCommand};

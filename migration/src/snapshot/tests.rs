@@ -330,6 +330,7 @@ fn cancel_while_the_state_is_saved_leaves_nothing() {
             dir: &dir,
             end: &|_| (),
             base,
+            disks: None,
             progress: &progress,
             decision: &decision,
         };
