@@ -16,7 +16,7 @@ use crate::sockets::VmSockets;
 pub struct Service {
     pub(crate) registry: Registry,
     pub(crate) about: Arc<VmmPingResponse>,
-    /// What a ping of Cloud Hypervisor's face answers.
+    /// Answer to a ping of Cloud Hypervisor's face.
     pub(crate) about_vm: Arc<VmmPingResponse>,
     pub(crate) claim: ClaimedVersion,
     pub(crate) shutdown: Shutdown,

@@ -10,7 +10,7 @@ use crate::cluster::ClusterCommand;
 use crate::cpu::CpuCommand;
 use crate::migrate::{MigrateArguments, Outcome, ReceiveArguments};
 
-/// What becomes of the disks of a VM of which a snapshot is taken.
+/// Treatment of the disks of a VM of which a snapshot is taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Disks {
     /// They are left as they are.
@@ -31,7 +31,7 @@ impl From<Disks> for SnapshotDisks {
     }
 }
 
-/// What to do with snapshots that exist.
+/// Commands for snapshots that exist.
 #[derive(Debug, Subcommand)]
 pub(crate) enum SnapshotCommand {
     /// Write a snapshot that needs no base from an increment and its bases, and wait until it is complete.
@@ -294,7 +294,7 @@ pub(crate) enum Command {
         /// it.
         #[arg(long, value_name = "URL")]
         base: Option<String>,
-        /// What becomes of the VM's disks that can be written.
+        /// Treatment of the VM's disks that can be written.
         #[arg(long, value_enum, default_value_t = Disks::None)]
         disks: Disks,
         /// With `--disks copy`, of a running VM: how long the last blocks may take in the stop, in
@@ -345,7 +345,7 @@ pub(crate) enum Command {
         /// - for standard input.
         #[arg(long, value_name = "FILE")]
         overrides: Option<String>,
-        /// What becomes of the VM's disks. A running VM with a disk that it can write needs `overlay`.
+        /// Treatment of the VM's disks. A running VM with a disk that it can write needs `overlay`.
         #[arg(long, value_enum, default_value_t = Disks::None)]
         disks: Disks,
     },

@@ -41,7 +41,7 @@ pub(crate) struct CheckArguments {
     pub(crate) host: Place,
 }
 
-/// Where a service listens.
+/// Address of a service.
 #[derive(Clone, Debug)]
 pub(crate) enum Place {
     Socket(std::path::PathBuf),

@@ -23,7 +23,7 @@ const TICK: Duration = Duration::from_millis(100);
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(crate) enum Mode {
-    /// As precopy, if the guest writes little enough to be moved by the deadline; if not, copy the rest after the
+    /// Precopy if the guest writes little enough to be moved by the deadline; if not, copy the rest after the
     /// guest moves.
     Auto,
     /// Copy all memory before the guest moves.

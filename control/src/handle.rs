@@ -23,7 +23,7 @@ pub enum Reply {
     Counters(VmCounters),
     /// The address spaces.
     MemoryMap(MemoryMap),
-    /// What the guest sees of its CPUs.
+    /// CPU features that the guest sees.
     Cpu(Box<CpuDescription>),
     /// A device that was added to a running guest, and where it is.
     Added(PciDeviceInfo),
@@ -332,7 +332,7 @@ impl VmHandle {
     /// for: what was asked is done all the same.
     ///
     /// # Errors
-    /// As [`VmHandle::ask`].
+    /// The same as those of [`VmHandle::ask`].
     pub fn ask_now(
         &self,
         request: Request,

@@ -181,7 +181,7 @@ pub trait Migrate: Send + Sync {
     /// Starts to make a VM from a snapshot, and to record the pages that it touches.
     ///
     /// # Errors
-    /// As for [`Migrate::restore`].
+    /// The same as those of [`Migrate::restore`].
     fn record(
         &self,
         registry: &Registry,

@@ -270,7 +270,7 @@ impl Registry {
     /// Starts to make a VM from a snapshot, and to record the pages that it touches.
     ///
     /// # Errors
-    /// As for [`Registry::restore`].
+    /// The same as those of [`Registry::restore`].
     pub fn record_working_set(
         &self,
         vm: &VmId,

@@ -48,7 +48,7 @@ pub struct VmStatus {
     pub reboots: u64,
     /// The guest ended by itself, and was not ended by a request.
     pub by_guest: bool,
-    /// Where the guest came from, if it did not boot here.
+    /// Origin of a guest that did not boot here.
     pub arrival: Option<Arrival>,
     /// The driver is gone; nothing will change any more.
     pub ended: bool,

@@ -113,9 +113,9 @@ trait Counter {
     fn set_offset(&self, offset: u64) -> io::Result<()>;
 }
 
-/// The offset in force, if the guest's TSC is the host's TSC plus this offset.
+/// Returns the offset in force, if the guest's TSC is the host's TSC plus this offset.
 ///
-/// It is not on hosts that scale the TSC for this guest, that have no such attribute, or that
+/// Returns `None` on hosts that scale the TSC for this guest, that have no such attribute, or that
 /// accept the attribute and do nothing. Reading the guest's TSC between two reads of the host's
 /// finds all three.
 fn offset_in_force(counter: &impl Counter) -> Result<Option<u64>, KvmError> {

@@ -6,7 +6,7 @@ pub(crate) const VP_INDEX: u32 = 0x4000_0002;
 /// The reference counter, and the frequencies of the TSC and the APIC's timer.
 const DERIVED: [u32; 3] = [0x4000_0020, 0x4000_0022, 0x4000_0023];
 
-/// Of the synthetic interrupt controller: control, version, pages of event flags and messages.
+/// MSRs of the synthetic interrupt controller: control, version, pages of event flags and messages.
 const SCONTROL: u32 = 0x4000_0080;
 const SIMP: u32 = 0x4000_0083;
 /// Its 16 interrupt sources.

@@ -240,7 +240,7 @@ impl Vcpu {
     /// all of it later.
     ///
     /// # Errors
-    /// As [`Vcpu::load`].
+    /// The same as those of [`Vcpu::load`].
     pub fn dry_run(&self, saved: &VcpuState) -> Result<(), StateError> {
         self.load_parts(saved, None, Extent::DryRun).map(|_| ())
     }

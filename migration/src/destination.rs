@@ -202,7 +202,7 @@ pub struct Receiving<'a> {
 /// Waits for one guest, and takes it. Returns when it is certain whether it runs here.
 ///
 /// # Errors
-/// It does not run here; the reason is also in the report.
+/// The guest does not run here; the reason is also in the report.
 pub fn receive(receiving: Receiving<'_>) -> Result<(), Refusal> {
     let Receiving {
         accept,

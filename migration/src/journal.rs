@@ -93,7 +93,7 @@ impl FileJournal {
     /// Begins one in `dir`, which is made if need be. The journal is locked until it is dropped.
     ///
     /// # Errors
-    /// It cannot be written, or there is one of this migration and side already: a peer that used an
+    /// The journal cannot be written, or there is one of this migration and side already: a peer that used an
     /// identifier again would overwrite the outcome of an earlier migration.
     pub fn create(dir: &Path, migration: Uuid, side: Side, vm: &str) -> io::Result<Self> {
         fs::create_dir_all(dir)?;

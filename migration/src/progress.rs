@@ -120,7 +120,7 @@ pub enum Activity {
     HandOver,
     /// Pages follow the guest.
     Pages,
-    /// What is left is released.
+    /// The rest is released.
     Release,
 }
 

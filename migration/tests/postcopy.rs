@@ -24,7 +24,7 @@ use pair::{Dialer, PAGES};
 const TOUCHED: usize = PAGES - 1;
 const CONTENT: u8 = 7;
 
-/// What the test sees of the machine at the destination.
+/// State of the destination's machine that the test can see.
 #[derive(Default)]
 struct Seen {
     failed: Option<Refusal>,

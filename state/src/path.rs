@@ -36,7 +36,7 @@ impl SectionPath {
     /// Returns the path of a part of this section's device.
     ///
     /// # Errors
-    /// As for [`SectionPath::new`].
+    /// The same as those of [`SectionPath::new`].
     pub fn join(&self, name: &str) -> Result<Self, InvalidPath> {
         Self::new(&format!("{self}/{name}"))
     }

@@ -18,7 +18,7 @@ const MEMORY: u64 = 128 << 20;
 const KERNEL: usize = 20 << 20;
 const REQUESTS: usize = 5_000;
 
-/// What one process costs.
+/// Cost of one process.
 struct Cost {
     boot: Duration,
     /// KiB of PSS beyond guest RAM, before the boot and after it.

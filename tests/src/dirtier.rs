@@ -24,7 +24,7 @@ pub async fn boot(at: &Service) -> Result<(VmId, PathBuf)> {
 /// Boots like [`boot`], with this many bytes of memory.
 ///
 /// # Errors
-/// As [`boot`].
+/// The same as those of [`boot`].
 pub async fn boot_with(at: &Service, memory: Option<u64>) -> Result<(VmId, PathBuf)> {
     boot_writing(at, memory, 16, 1000).await
 }
@@ -50,7 +50,7 @@ pub fn options(region_mib: u64, rate: u64, heartbeat_ms: u32) -> Options {
 /// Boots one that writes to `rate` pages a second of a region of so many MiB.
 ///
 /// # Errors
-/// As [`boot`].
+/// The same as those of [`boot`].
 pub async fn boot_writing(
     at: &Service,
     memory: Option<u64>,
@@ -66,7 +66,7 @@ pub async fn boot_writing(
 /// Boots one whose configuration `change` changes.
 ///
 /// # Errors
-/// As [`boot`].
+/// The same as those of [`boot`].
 pub async fn boot_as(
     at: &Service,
     options: Options,

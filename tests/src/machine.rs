@@ -96,7 +96,7 @@ impl Machine {
     /// Boots it again, after it was powered off.
     ///
     /// # Errors
-    /// As for [`Machine::boot`].
+    /// The same as those of [`Machine::boot`].
     pub async fn boot_again(&mut self) -> Result<()> {
         self.client().vms_boot(&self.vm).await?;
         self.shell = Shell::login(&self.serial, BOOTS).await?;
@@ -211,7 +211,7 @@ impl Machine {
     /// Migrates it as `what` says, which lacks the destination, and waits until the migration is over.
     ///
     /// # Errors
-    /// As for [`Machine::migrate`].
+    /// The same as those of [`Machine::migrate`].
     pub async fn migrate_as(
         &mut self,
         there: &Service,

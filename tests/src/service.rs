@@ -80,7 +80,7 @@ impl Service {
     /// Starts one for many VMs as a session leader without a terminal, as systemd does.
     ///
     /// # Errors
-    /// As for [`start`](Self::start).
+    /// The same as those of [`start`](Self::start).
     pub async fn start_in_session() -> Result<Self> {
         Self::launch(Launch::new(Face::Many, &["setsid"])).await
     }
@@ -88,7 +88,7 @@ impl Service {
     /// Starts one for many VMs whose standard output is a pipe that nobody reads.
     ///
     /// # Errors
-    /// As for [`start`](Self::start).
+    /// The same as those of [`start`](Self::start).
     pub async fn start_unread() -> Result<Self> {
         Self::launch(Launch {
             is_piped: true,
@@ -100,7 +100,7 @@ impl Service {
     /// Starts one for many VMs behind a command that becomes it, such as `prlimit`, with more arguments.
     ///
     /// # Errors
-    /// As for [`start`](Self::start).
+    /// The same as those of [`start`](Self::start).
     pub async fn start_with(wrapper: &[&'static str], arguments: &[String]) -> Result<Self> {
         let mut launch = Launch::new(Face::Many, wrapper);
         launch.arguments.extend_from_slice(arguments);
@@ -110,7 +110,7 @@ impl Service {
     /// Starts one for many VMs on a host of a [`Network`](crate::Network).
     ///
     /// # Errors
-    /// As for [`start`](Self::start); when there is no such host.
+    /// The same as those of [`start`](Self::start), and when there is no such host.
     pub async fn start_on(host: &'static str) -> Result<Self> {
         let wrapper = ["ip", "netns", "exec", host];
         Self::launch(Launch::new(Face::Many, &wrapper)).await
@@ -133,7 +133,7 @@ impl Service {
     /// Starts the program anew, in the same folder and on the same socket, after it has ended.
     ///
     /// # Errors
-    /// As for [`start`](Self::start).
+    /// The same as those of [`start`](Self::start).
     pub async fn start_again(&mut self) -> Result<()> {
         self.child = spawn(&self.launch, self.dir.path())?;
         self.answers().await

@@ -40,7 +40,7 @@ impl Shell {
     /// Waits for the prompt of a guest that reboots, and logs in.
     ///
     /// # Errors
-    /// As for [`Shell::login`].
+    /// The same as those of [`Shell::login`].
     pub async fn login_again(&mut self, limit: Duration) -> Result<()> {
         self.until("login: ", limit).await?;
         self.type_in("root\n").await?;

@@ -19,7 +19,7 @@ use spec::{
 };
 use tests::built;
 
-/// So many that some threads have not run yet when the last is started.
+/// Enough VMs that some threads have not run yet when the last is started.
 const VCPUS: u32 = 16;
 
 /// A VMM, killed by its process id when dropped.

@@ -130,8 +130,8 @@ async fn completed(at: &Service, begun: spec::MigrationInfo) {
     assert_eq!(ended.phase, MigrationPhase::Completed, "{ended:?}");
 }
 
-/// Of a VM that runs and of one that is paused; restored again and again, beside the VM, while that moves
-/// on to a second overlay.
+/// The snapshots are of a running and of a paused VM. They are restored several times, beside the VM,
+/// while the VM changes to a second overlay.
 #[tokio::test]
 async fn guest_is_restored_with_the_disk_of_its_moment() {
     for format in ["raw", "qcow2"] {

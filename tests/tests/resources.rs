@@ -126,7 +126,7 @@ async fn machine_opens_no_more_descriptors_than_it_reserves() -> Result<()> {
     Ok(())
 }
 
-/// What a VM reserved is there again when the VM is gone, and no VM gets what another has.
+/// Resources that a VM reserved are free again when the VM is gone, and no VM gets those of another.
 #[tokio::test]
 async fn descriptors_are_reserved_for_each_vm_and_given_back() -> Result<()> {
     let service = Service::start_with(&["prlimit", "--nofile=160:160"], &[]).await?;

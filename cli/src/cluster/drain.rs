@@ -185,7 +185,7 @@ pub(super) async fn drain(
 
 /// Returns whether a VM of the plan that should run is active nowhere.
 ///
-/// It may run on the node all the same: while Pacemaker forgets a failed move, it knows of the VM only what its
+/// The VM may run on the node all the same: while Pacemaker forgets a failed move, it knows of the VM only what its
 /// probes have found by then. A standby would end the service under that guest.
 fn is_any_lost(status: &Status, plan: &[Planned]) -> bool {
     plan.iter().any(|one| {

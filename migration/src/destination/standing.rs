@@ -58,7 +58,7 @@ pub struct Party<'a> {
     pub progress: &'a Progress,
     /// Carries cancel requests and resolutions.
     pub decision: &'a Decision,
-    /// As in [`Receiving`](super::Receiving::lingers).
+    /// The same as in [`Receiving`](super::Receiving::lingers).
     pub lingers: &'a (dyn Fn() + Sync),
 }
 
@@ -67,7 +67,7 @@ impl Arriving<'_> {
     /// whether the guest runs here.
     ///
     /// # Errors
-    /// It does not; the reason is also in the report.
+    /// The guest does not run here; the reason is also in the report.
     pub fn receive(self, party: Party<'_>) -> Result<(), Refusal> {
         let session = Session {
             router: self.router,

@@ -4,7 +4,7 @@
 //!   ELF header | PT_NOTE, a PT_LOAD for each range of RAM | notes | the ranges, from a page on
 //! ```
 //!
-//! As in a dump by QEMU without paging, both addresses of a range are its guest physical address. Pages
+//! Like in a dump by QEMU without paging, both addresses of a range are its guest physical address. Pages
 //! of zeros are holes of the file.
 
 use std::fs::File;

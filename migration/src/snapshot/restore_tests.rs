@@ -19,7 +19,7 @@ use crate::message::Offer;
 use crate::pages::Block;
 use crate::{Decision, Destination, Fate, Host, Journal, StartFailure};
 
-/// What a machine does, and what was seen there.
+/// Behaviour of a test's machine, and a record of what the test saw.
 #[derive(Default)]
 struct Seen {
     /// Pages of the first block that are read while the state is loaded.

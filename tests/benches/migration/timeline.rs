@@ -1,4 +1,4 @@
-//! Where the time of a migration goes, step by step.
+//! Time that each step of a migration takes.
 
 use spec::{MigrationActivity, MigrationStep};
 
