@@ -6,11 +6,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Error, Result, anyhow, bail, ensure};
 use openapi::Client;
 use spec::{
-    AtDeadline, ConsoleConfig, ConsoleMode, CpusConfig, MemoryMode, MigrationInfo, PayloadConfig,
-    SerialConfig, StartMigration, VmConfig, VmId, VmResize, VmState,
+    AtDeadline, ConsoleConfig, ConsoleMode, CpusConfig, MemoryMode, MemoryRestoreMode,
+    MigrationInfo, MigrationPhase, PayloadConfig, RestoreConfig, SerialConfig, StartMigration,
+    VmConfig, VmId, VmResize, VmState,
 };
 
-use crate::{Service, Shell, await_anyone};
+use crate::{Service, Shell, await_anyone, snapshots};
 
 /// Booting takes seconds on silicon, and a minute or two where the host is emulated.
 pub const BOOTS: Duration = Duration::from_secs(300);
@@ -250,6 +251,31 @@ impl Machine {
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
+    }
+
+    /// Saves it while it is paused, deletes it, and lets it run from the snapshot on, with the images that it
+    /// left. Returns the facts of the snapshot.
+    ///
+    /// # Errors
+    /// When it is not saved or restored; says how the VM is.
+    pub async fn save_and_restore(&mut self, mode: MemoryRestoreMode) -> Result<MigrationInfo> {
+        let dir = self.service.path("snapshot");
+        self.client().vms_pause(&self.vm).await?;
+        let saved = snapshots::snapshot(&self.service, &self.vm, &dir).await;
+        ensure!(saved.phase == MigrationPhase::Completed, "{saved:?}");
+        self.client().vms_delete(&self.vm).await?;
+        let what = RestoreConfig {
+            memory_restore_mode: mode,
+            ..snapshots::from(&dir, true)
+        };
+        let begun = self.client().vms_restore(&self.vm, &what).await?;
+        let came = snapshots::over(&self.service, &begun).await;
+        ensure!(came.phase == MigrationPhase::Completed, "{came:?}");
+        match Shell::attach(&self.serial, RUNS).await {
+            Ok(shell) => self.shell = shell,
+            Err(error) => return Err(explain(error, &self.service, &self.vm).await),
+        }
+        Ok(saved)
     }
 
     /// Follows it to the service that it moved to, and returns the one that it left.

@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::path::Path;
 use std::process::{Child, Command};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
@@ -93,6 +93,18 @@ async fn works_on(shell: &mut Shell) -> Result<()> {
     Ok(())
 }
 
+/// Checks that the guest's time of day is the host's, which a clock that stopped with the snapshot is not.
+async fn is_on_time(shell: &mut Shell) -> Result<()> {
+    let host = || SystemTime::now().duration_since(UNIX_EPOCH);
+    let before = host()?.as_secs();
+    let guest: u64 = shell.run("date +%s", BOOTS).await?.parse()?;
+    let after = host()?.as_secs();
+    // The guest reads whole seconds at its boot, and a second may end at any moment.
+    let is_now = (before.saturating_sub(2)..=after + 2).contains(&guest);
+    ensure!(is_now, "{guest} is not in {before} to {after}");
+    Ok(())
+}
+
 /// Checks that the kernel has reseeded its random numbers as often as it became another VM, and returns some.
 async fn reseeded(shell: &mut Shell, times: usize) -> Result<String> {
     let log = shell.run("dmesg | grep 'random: ' || true", BOOTS).await?;
@@ -125,6 +137,7 @@ async fn debian_comes_back_from_live_snapshots() -> Result<()> {
     let start = Instant::now();
     let mut shell = Shell::after(&serial, "guest: up", BOOTS).await?;
     println!("up after {:?}", start.elapsed());
+    is_on_time(&mut shell).await?;
     shell.run(LOAD, BOOTS).await?;
     let mut randoms = vec![reseeded(&mut shell, 0).await?];
     let folder = |n| service.path(format!("snapshot-{n}"));
@@ -170,6 +183,7 @@ async fn debian_comes_back_from_live_snapshots() -> Result<()> {
             "{mode:?}: {came:?}"
         );
         let mut shell = Shell::attach(&serial, BOOTS).await?;
+        is_on_time(&mut shell).await?;
         works_on(&mut shell).await?;
         randoms.push(reseeded(&mut shell, 1).await?);
         if mode == MemoryRestoreMode::Copy {

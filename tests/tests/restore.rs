@@ -426,8 +426,11 @@ async fn forks_have_their_own_network_and_vsock() {
         overrides: serde_json::from_value(overrides).unwrap(),
         ..spec::ForkVm::default()
     };
+    fs::write(service.path("serial-1"), "of before\n").unwrap();
     let made = over(&service, &client.vms_fork(&vm, &what).await.unwrap()).await;
     assert_eq!(made.phase, MigrationPhase::Completed, "{made:?}");
+    let serial = fs::read_to_string(service.path("serial-1")).unwrap();
+    assert!(serial.starts_with("of before\n"), "{serial}");
     for n in 1..=FORKS {
         let (cid, mac) = (99 + n as u64, 0x0200_0000_0100 + n as u64 - 1);
         // Both connections of the VM are gone, by one event.
@@ -445,7 +448,23 @@ async fn forks_have_their_own_network_and_vsock() {
         assert_eq!(net[0].tap.as_deref(), Some(name.as_str()));
         assert!(Path::new("/sys/class/net").join(name).exists());
     }
-    // The VM has lost none.
+    // A tap that another VM has is not taken from it.
+    let mut taken = what.overrides.clone();
+    let other = serde_json::json!({ "cid": 200, "socket": dir.join("other") });
+    taken.vsock = serde_json::from_value(other).unwrap();
+    let other = serde_json::json!({ "mode": "Off" });
+    taken.serial = serde_json::from_value(other).unwrap();
+    let again = spec::ForkVm {
+        count: 1,
+        name: Some("again".parse().unwrap()),
+        overrides: taken,
+        ..spec::ForkVm::default()
+    };
+    let failed = over(&service, &client.vms_fork(&vm, &again).await.unwrap()).await;
+    let why = failed.error.unwrap().detail;
+    assert!(why.contains(&format!("{tap}1")), "{why}");
+    assert_eq!(client.vms_list().await.unwrap().len(), FORKS + 1);
+    // The VM has lost none of its connections.
     client.vms_resume(&vm).await.unwrap();
     let answer = tokio::task::spawn_blocking(move || vsock_ask_again(&incoming)).await;
     let who = Line::parse(&answer.unwrap().unwrap());

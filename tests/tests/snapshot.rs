@@ -28,6 +28,16 @@ async fn guest_comes_back_from_its_snapshot() {
     let (a, b) = (a.unwrap(), b.unwrap());
     let (vm, port) = dirtier::boot(&a).await.unwrap();
     let dir = a.path("snapshot");
+    // A device that was plugged while the guest runs comes back where it is.
+    let image = a.path("hot");
+    fs::File::create(&image).unwrap().set_len(1 << 20).unwrap();
+    let disk = serde_json::json!({ "id": "hot", "path": image, "image_type": "Raw" });
+    let disk = serde_json::from_value(disk).unwrap();
+    let added = a.client().vms_add_disk(&vm, &disk).await.unwrap().unwrap();
+    let place = async |at: &Service, vm: &VmId| {
+        let tree = at.client().vms_info(vm).await.unwrap().device_tree;
+        tree.unwrap().0["hot"].pci_bdf.clone()
+    };
     a.client().vms_pause(&vm).await.unwrap();
     let taken = snapshot(&a, &vm, &dir).await;
     assert_eq!(taken.phase, MigrationPhase::Completed, "{taken:?}");
@@ -45,6 +55,7 @@ async fn guest_comes_back_from_its_snapshot() {
         (taken.pages, taken.zero_pages)
     );
     dirtier::check(&port).await.unwrap();
+    assert_eq!(place(&b, &vm).await, Some(added.bdf));
     let socket = b.client().vms_list().await.unwrap()[0].api_socket.clone();
     assert!(
         Path::new(&socket.unwrap()).exists(),
@@ -52,10 +63,10 @@ async fn guest_comes_back_from_its_snapshot() {
     );
     let events = seen(&b, &vm, 4).await;
     assert_eq!(events, "restoring created restored resumed");
-    let events = seen(&a, &vm, 8).await;
+    let events = seen(&a, &vm, 9).await;
     assert_eq!(
         events,
-        "created booted paused snapshotting snapshotted resumed shutdown deleted"
+        "created booted device-added paused snapshotting snapshotted resumed shutdown deleted"
     );
     b.client().vms_delete(&vm).await.unwrap();
 
