@@ -264,6 +264,64 @@ async fn output_is_text_unless_json_is_asked_for() -> Result<()> {
     Ok(())
 }
 
+/// The sequence of Cloud Hypervisor's documentation, under the name of its client.
+#[tokio::test]
+async fn ch_remote_saves_and_restores() -> Result<()> {
+    let service = Service::start(Face::One).await?;
+    let link = service.path("ch-remote");
+    std::os::unix::fs::symlink(built("wh-remote")?, &link)?;
+    let run = |arguments: &[&str]| -> Result<String> {
+        let mut command = Command::new(&link);
+        command.arg("--api-socket").arg(service.socket());
+        let output = command.args(arguments).stdin(Stdio::null()).output()?;
+        let error = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "{arguments:?}: {error}");
+        Ok(stdout(&output))
+    };
+    let (config, serial) = service.pocket("vm", beating())?;
+    run(&["create", &written(&service, &config)?])?;
+    run(&["boot"])?;
+    serial.wait_for("heartbeat", 1, SOON).await?;
+    let dir = service.path("snapshot");
+    fs::create_dir(&dir)?;
+    let url = format!("file://{}", dir.display());
+    let refused = run(&["snapshot", &url]);
+    ensure!(refused.is_err(), "a VM that runs is not saved");
+    run(&["pause"])?;
+    run(&["snapshot", &url])?;
+    run(&["delete"])?;
+    run(&["restore", &format!("source_url={url}")])?;
+    let info: serde_json::Value = serde_json::from_str(&run(&["info"])?)?;
+    ensure!(info["state"] == "Paused", "{info}");
+    let beats = || serial.text().matches("heartbeat").count();
+    let before = beats();
+    run(&["resume"])?;
+    // The file has what the guest printed before.
+    ensure!(before > 0);
+    serial.wait_for("heartbeat", before + 1, SOON).await?;
+    Ok(())
+}
+
+/// The demonstration checks what it shows, and ends with forks of its guest.
+#[test]
+fn demo_ends_with_forks() -> Result<()> {
+    let output = Command::new(built("whimbrel")?)
+        .arg("demo")
+        .stdin(Stdio::null())
+        .output()?;
+    let text = stdout(&output);
+    ensure!(output.status.success(), "{text}");
+    let forks = text
+        .lines()
+        .find(|line| line.contains("10 forks run after"));
+    let each = text
+        .lines()
+        .find(|line| line.contains("all have answered; each takes"));
+    ensure!(forks.is_some() && each.is_some(), "{text}");
+    ensure!(text.contains("every check passed"), "{text}");
+    Ok(())
+}
+
 /// An error of a VM on the command line is printed once, and not logged as well.
 #[test]
 fn run_prints_an_error_once() -> Result<()> {

@@ -307,9 +307,42 @@ async fn requests_that_cannot_be_are_refused_and_change_nothing() {
     client.vms_resume(&vm).await.unwrap();
     dirtier::check(&port).await.unwrap();
     client.vms_delete(&vm).await.unwrap();
+    // Of a host whose CPUs have features that no CPU has.
+    let foreign = service.path("foreign");
+    copy_with_features(&dir, &foreign);
+    let unlike = restore(&service, &other, &foreign, true).await;
+    let why = unlike.error.unwrap();
+    assert_eq!(why.code, "cpu-lacks-features", "{why:?}");
+    assert!(client.vms_list().await.unwrap().is_empty());
     let damaged = restore(&service, &other, &dir, true).await;
     assert_eq!(damaged.error.unwrap().code, "snapshot-damaged");
     assert!(client.vms_list().await.unwrap().is_empty());
+}
+
+/// Copies a snapshot, whose vCPUs get every feature of CPUID's leaf 1. The copy is no damaged one.
+fn copy_with_features(from: &Path, to: &Path) {
+    use serde_json::{Value, json};
+    fs::create_dir(to).unwrap();
+    for file in fs::read_dir(from).unwrap() {
+        let file = file.unwrap();
+        fs::copy(file.path(), to.join(file.file_name())).unwrap();
+    }
+    let read = |name| -> Value {
+        let text = fs::read(to.join(name)).unwrap();
+        serde_json::from_slice(&text).unwrap()
+    };
+    let (mut machine, mut manifest) = (read("machine.json"), read("manifest.json"));
+    for row in machine["cpuid"].as_array_mut().unwrap() {
+        if row[0] == 1 {
+            (row[5], row[6]) = (u32::MAX.into(), u32::MAX.into());
+        }
+    }
+    let machine = serde_json::to_vec(&machine).unwrap();
+    let hash = xxhash_rust::xxh3::xxh3_64(&machine);
+    manifest["machine"] = json!({ "size": machine.len(), "hash": hash });
+    fs::write(to.join("machine.json"), machine).unwrap();
+    let manifest = serde_json::to_vec(&manifest).unwrap();
+    fs::write(to.join("manifest.json"), manifest).unwrap();
 }
 
 /// A guest that writes 50,000 pages a second is saved while it runs, and comes back from each of its

@@ -96,6 +96,10 @@ async fn requests_during_a_live_snapshot() {
 #[tokio::test]
 async fn what_is_left_of_an_interrupted_snapshot_is_whole_or_none() {
     let mut service = Service::start(Face::Many).await.unwrap();
+    let (vm, old_port) = dirtier::boot(&service).await.unwrap();
+    let old = service.path("old");
+    snapshot(&service, &vm, &old).await;
+    service.client().vms_delete(&vm).await.unwrap();
     let delays = [0, 5, 20, 60, 150];
     let cases = delays.map(|delay| [(delay, true), (delay, false)]);
     for (delay, is_paused) in cases.into_iter().flatten() {
@@ -104,7 +108,11 @@ async fn what_is_left_of_an_interrupted_snapshot_is_whole_or_none() {
             service.client().vms_pause(&vm).await.unwrap();
         }
         let dir = service.path(format!("killed-{is_paused}-{delay}"));
-        service.client().vms_snapshot(&vm, &to(&dir)).await.unwrap();
+        let what = VmSnapshotConfig {
+            base_url: Some(format!("file://{}", old.display())),
+            ..to(&dir)
+        };
+        service.client().vms_snapshot(&vm, &what).await.unwrap();
         tokio::time::sleep(Duration::from_millis(delay)).await;
         service.signal(Signal::KILL).unwrap();
         service.ended(PATIENCE).await.unwrap();
@@ -116,7 +124,10 @@ async fn what_is_left_of_an_interrupted_snapshot_is_whole_or_none() {
             service.client().vms_delete(&vm).await.unwrap();
         }
     }
-    let (vm, _) = dirtier::boot(&service).await.unwrap();
+    // The older snapshot, on which those were increments, is intact.
+    let came = restore(&service, &vm, &old, true).await;
+    assert_eq!(came.phase, MigrationPhase::Completed, "{came:?}");
+    dirtier::check(&old_port).await.unwrap();
     service.client().vms_pause(&vm).await.unwrap();
     let dir = service.path("deleted");
     let begun = service.client().vms_snapshot(&vm, &to(&dir)).await.unwrap();
