@@ -130,6 +130,17 @@ pub fn is_marked(file: &File) -> io::Result<bool> {
     is_locked(file, MAKING)
 }
 
+/// Returns who uses the image, without a lock of its own that would be in a user's way.
+///
+/// # Errors
+/// The file system does not lock.
+pub fn user(file: &File) -> io::Result<Option<String>> {
+    let mut found = region(libc::F_WRLCK, USED, DENIED + i64::from(u8::MAX) - USED);
+    fcntl(file, FcntlArg::F_OFD_GETLK(&mut found))?;
+    let is_used = i32::from(found.l_type) != libc::F_UNLCK;
+    Ok(is_used.then(|| holder(file).unwrap_or_else(|| "another process".to_owned())))
+}
+
 /// Lets others use the image.
 pub fn release(file: &File) {
     // Of the whole file. What was never locked is unlocked with success.

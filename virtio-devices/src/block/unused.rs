@@ -79,12 +79,15 @@ fn odd(path: &Path, why: impl Into<String>) -> ImageError {
 }
 
 /// Finds the overlays beside an image, which may be gone, or beside one of its overlays. Those that nothing
-/// uses are locked until the result is dropped.
+/// uses, and that `may_go`, are locked until the result is dropped, and can be removed.
 ///
 /// # Errors
 /// The directory cannot be read. An image there has a backing file that cannot be read: it could be one of the
 /// overlays.
-pub fn find_overlays(image: &Path) -> Result<Vec<FoundOverlay>, ImageError> {
+pub fn find_overlays(
+    image: &Path,
+    may_go: &dyn Fn(&Path) -> bool,
+) -> Result<Vec<FoundOverlay>, ImageError> {
     let name = image.file_name().and_then(|name| name.to_str());
     let name =
         name.ok_or_else(|| odd(image, "has no name in UTF-8, as all images with overlays"))?;
@@ -107,7 +110,7 @@ pub fn find_overlays(image: &Path) -> Result<Vec<FoundOverlay>, ImageError> {
     };
     let mut found = Vec::new();
     for entry in files.iter().filter(is_overlay) {
-        found.extend(lock_overlay(entry.path())?);
+        found.extend(look_at(entry.path(), may_go)?);
     }
     // Behind the locks: an image that is put on top of an overlay now finds it in use.
     for entry in &files {
@@ -120,31 +123,43 @@ pub fn find_overlays(image: &Path) -> Result<Vec<FoundOverlay>, ImageError> {
     Ok(found)
 }
 
-/// Opens an overlay and locks it, if it is free. There is none if the path is no file.
-fn lock_overlay(path: PathBuf) -> Result<Option<FoundOverlay>, ImageError> {
-    if !fs::symlink_metadata(&path).is_ok_and(|metadata| metadata.is_file()) {
+/// Opens a file of the directory; `None` for what is no file, and for one that was removed meanwhile.
+fn open_file(path: &Path) -> Result<Option<File>, OpenError> {
+    if !fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_file()) {
         return Ok(None);
     }
-    let file = match Request::read(&path, &[FileKind::Regular]).open() {
-        Ok(file) => file,
-        // Removed meanwhile.
-        Err(OpenError::Host { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-            return Ok(None);
-        }
-        Err(error) => return Err(error.into()),
+    // Without waiting: it may be a FIFO by now.
+    match Request::read(path, &[FileKind::Regular]).open() {
+        Ok(file) => Ok(Some(file)),
+        Err(OpenError::Host { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Finds who uses an overlay. Locks it if nobody does and it `may_go`; else no user meets a lock here. There is
+/// none if the path is no file.
+fn look_at(
+    path: PathBuf,
+    may_go: &dyn Fn(&Path) -> bool,
+) -> Result<Option<FoundOverlay>, ImageError> {
+    let Some(file) = open_file(&path)? else {
+        return Ok(None);
     };
-    let metadata = file.metadata().map_err(|error| failed(&path, error))?;
-    let (used, locked) = match lock::take(&file, &path, false, LockMode::ByteRange) {
-        Ok(()) if lock::is_marked(&file).map_err(|error| failed(&path, error))? => {
-            lock::release(&file);
-            (
-                OverlayUse::Open("an operation that makes it".to_owned()),
-                None,
-            )
+    let host = |error| failed(&path, error);
+    let metadata = file.metadata().map_err(host)?;
+    let (used, locked) = if lock::is_marked(&file).map_err(host)? {
+        let maker = "an operation that makes it".to_owned();
+        (OverlayUse::Open(maker), None)
+    } else if let Some(user) = lock::user(&file).map_err(host)? {
+        (OverlayUse::Open(user), None)
+    } else if may_go(&path) {
+        match lock::take(&file, &path, false, LockMode::ByteRange) {
+            Ok(()) => (OverlayUse::Unused, Some(Lockable(file))),
+            Err(lock::LockError::Held { holder, .. }) => (OverlayUse::Open(holder), None),
+            Err(error) => return Err(error.into()),
         }
-        Ok(()) => (OverlayUse::Unused, Some(Lockable(file))),
-        Err(lock::LockError::Held { holder, .. }) => (OverlayUse::Open(holder), None),
-        Err(error) => return Err(error.into()),
+    } else {
+        (OverlayUse::Unused, None)
     };
     Ok(Some(FoundOverlay {
         path,
@@ -174,11 +189,9 @@ fn note_backing(path: &Path, found: &mut [FoundOverlay]) -> Result<(), ImageErro
 
 /// Returns the path of the backing file of an image; `None` if the file is no qcow2 image or has none.
 fn backing(path: &Path) -> Result<Option<PathBuf>, ImageError> {
-    // Neither a FIFO is waited for nor a link followed to a device.
-    if !fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_file()) {
+    let Some(file) = open_file(path)? else {
         return Ok(None);
-    }
-    let file = File::open(path).map_err(|error| failed(path, error))?;
+    };
     let mut head = [0; 20];
     match file.read_exact_at(&mut head, 0) {
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
@@ -302,7 +315,7 @@ mod tests {
 
     /// Returns the overlays that nothing uses.
     fn unused(image: &Path) -> Vec<PathBuf> {
-        let found = find_overlays(image).unwrap();
+        let found = find_overlays(image, &|_| false).unwrap();
         let unused = found
             .into_iter()
             .filter(|one| one.used == OverlayUse::Unused);
@@ -310,7 +323,7 @@ mod tests {
     }
 
     fn use_of(image: &Path, overlay: &Path) -> OverlayUse {
-        let mut found = find_overlays(image).unwrap().into_iter();
+        let mut found = find_overlays(image, &|_| false).unwrap().into_iter();
         found.find(|one| one.path == overlay).unwrap().used
     }
 
@@ -335,15 +348,21 @@ mod tests {
         fs::remove_file(above).unwrap();
         assert_eq!(unused(&second), std::slice::from_ref(&second));
 
+        // Looking is in nobody's way.
+        let looked = find_overlays(&image, &|_| false).unwrap();
+        let user = File::open(&second).unwrap();
+        lock::take(&user, &second, true, LockMode::ByteRange).unwrap();
+        drop((looked, Lockable(user)));
+
         // A user, and a user who comes while it is being removed.
         let user = File::open(&second).unwrap();
         lock::take(&user, &second, true, LockMode::ByteRange).unwrap();
-        let mut found = find_overlays(&image).unwrap();
+        let mut found = find_overlays(&image, &|_| true).unwrap();
         assert!(found.iter_mut().all(|one| !one.remove().unwrap()));
         assert!(matches!(use_of(&image, &second), OverlayUse::Open(_)));
         drop(found);
         lock::release(&user);
-        let mut found = find_overlays(&image).unwrap();
+        let mut found = find_overlays(&image, &|_| true).unwrap();
         assert!(lock::take(&user, &second, true, LockMode::ByteRange).is_err());
         let removed = found
             .iter_mut()
@@ -367,7 +386,7 @@ mod tests {
         assert!(record_snapshot(&first, "s", "again").is_err());
         let used = OverlayUse::Snapshot(record.clone(), "s needs it".to_owned());
         assert_eq!(use_of(&image, &first), used);
-        let mut found = find_overlays(&image).unwrap();
+        let mut found = find_overlays(&image, &|_| true).unwrap();
         assert!(!found.iter_mut().any(|one| one.remove().unwrap()));
         drop(found);
         fs::remove_file(record).unwrap();
@@ -388,7 +407,7 @@ mod tests {
             bytes.extend(len.to_be_bytes());
             bytes.extend(name);
             fs::write(&other, bytes).unwrap();
-            find_overlays(&image).map(|found| found.len())
+            find_overlays(&image, &|_| false).map(|found| found.len())
         };
         let name = b"./web.raw.overlay-1.qcow2";
         assert_eq!(with(3, 20, 25, name).unwrap(), 1);

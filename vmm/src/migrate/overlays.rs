@@ -34,7 +34,9 @@ pub(super) fn find(
     let mut removed = Vec::new();
     // Each pass may free the overlays below those that it removes.
     for _ in 0..=MAX_BACKING {
-        let mut found = find_overlays(path).map_err(|error| unreadable(&error))?;
+        let may_go = |path: &Path| what.remove && named_by(path, &named).is_none();
+        let found = find_overlays(path, &may_go);
+        let mut found = found.map_err(|error| unreadable(&error))?;
         let before = removed.len();
         let mut infos = Vec::new();
         for overlay in &mut found {
@@ -78,13 +80,17 @@ fn paths(config: &VmConfig) -> impl Iterator<Item = &str> {
     disks.filter_map(|disk| disk.path.as_deref())
 }
 
+fn named_by<'a>(path: &Path, named: &'a [(Identity, VmId)]) -> Option<&'a VmId> {
+    let identity = Identity::of(path);
+    let mut named = named.iter();
+    let found = named.find(|(image, _)| Some(image) == identity.as_ref());
+    found.map(|(_, vm)| vm)
+}
+
 fn describe(overlay: &FoundOverlay, named: &[(Identity, VmId)]) -> OverlayInfo {
-    let identity = Identity::of(&overlay.path);
-    let vm = named
-        .iter()
-        .find(|(image, _)| Some(image) == identity.as_ref());
+    let vm = named_by(&overlay.path, named);
     let (state, reason) = match (&overlay.used, vm) {
-        (_, Some((_, vm))) => {
+        (_, Some(vm)) => {
             let vm = vm.as_str();
             (OverlayState::InUse, Some(format!("the VM {vm:?} names it")))
         }
