@@ -112,12 +112,12 @@ impl Shared {
 
     /// Reads a request, and answers it or says what there is to do.
     pub(super) fn begin(&self, raw: &[u8; REQUEST]) -> Begun {
-        let [kind @ .., _, _, _, _, _, _] = raw.first_chunk::<8>().copied().unwrap_or_default();
-        let addr = raw[8..16].iter().rev();
-        let addr = addr.fold(0, |addr: u64, byte| addr << 8 | u64::from(*byte));
-        let blocks = u16::from_le_bytes([raw[16], raw[17]]);
+        // `struct virtio_mem_req` (5.15.6). Type and number of blocks have 16 bits each, with padding.
+        let fields = raw.as_chunks::<8>().0;
+        let field = |at: usize| fields.get(at).map_or(0, |bytes| u64::from_le_bytes(*bytes));
+        let (kind, addr, blocks) = (field(0) as u16, field(1), field(2) as u16);
         let range = self.range(addr, blocks);
-        let begun = match (u16::from_le_bytes(kind), range) {
+        let begun = match (kind, range) {
             (VIRTIO_MEM_REQ_PLUG, Some(range)) => self.begin_plug(range),
             (VIRTIO_MEM_REQ_UNPLUG, Some(range)) => self.begin_unplug(range),
             (VIRTIO_MEM_REQ_UNPLUG_ALL, _) => Begun::Job(Job {

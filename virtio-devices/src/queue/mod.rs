@@ -271,8 +271,8 @@ impl Queue {
         self.memory
             .refresh()
             .map_err(|source| QueueError::Rings { queue, source })?;
-        // `add_used` writes the entry, and then the index with release ordering (2.7.14): a driver
-        // that sees the index finds the entry.
+        // `add_used` writes the entry, and then the index with release ordering (2.7.8.2): a
+        // driver that sees the index finds the entry.
         self.untold = true;
         let memory = &self.memory;
         self.split
