@@ -241,7 +241,7 @@ impl Device {
     /// Resets it, and agrees on virtio 1.0 and these of the features 0 to 31. False if it does not.
     pub fn begin_with(&self, features: u32) -> bool {
         write::<u8>(self.common + 20, 0);
-        // 4.1.4.3.2: the driver waits until the status reads 0, and only then goes on.
+        // 4.1.4.3.2: the driver must wait until the status reads 0.
         while read::<u8>(self.common + 20) != 0 {}
         let mut status = STATUS_ACKNOWLEDGE | STATUS_DRIVER;
         write(self.common + 20, status);

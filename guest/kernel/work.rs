@@ -269,6 +269,7 @@ impl Worker {
         let rate = rate / cpus + u64::from(index < rate % cpus);
         let (from, had) = self.paced_from;
         let written = self.cpu.writes.load(Relaxed) - had;
+        // 128 bits: nanoseconds of days times a rate exceed 64.
         let due = u128::from(clock::tsc_to_ns(now.saturating_sub(from))) * u128::from(rate);
         let due = (due / 1_000_000_000) as u64;
         if due > written.saturating_add(rate) {

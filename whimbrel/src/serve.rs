@@ -93,6 +93,7 @@ pub(crate) fn run(
         // Before the socket exists: a supervisor that sees it may signal at once, and the default
         // action would end the process without an orderly stop.
         let mut signals = Signals::listen()?;
+        // First: a second service at this socket fails here, before it touches the sockets of VMs.
         let mut listeners = vec![Listener::unix(&socket)?];
         if let Some((address, access)) = tcp {
             listeners.push(Listener::tcp(address, access).await?);

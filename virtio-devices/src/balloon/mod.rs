@@ -233,6 +233,7 @@ impl BalloonHandle {
     /// Asks the guest for so many bytes; when it has given them is its own affair.
     pub fn resize(&self, size: u64) {
         self.shared.wanted.store(pages(size), Ordering::Release);
+        // Without a driver there is nothing to tell: one that comes reads the size as it is then.
         if let Some(transport) = &*self.shared.transport.lock() {
             transport.config_changed();
         }

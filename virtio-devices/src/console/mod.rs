@@ -256,7 +256,7 @@ impl Transmit {
         let whole = chain.readable_len();
         while at < whole {
             if *left == 0 {
-                // The guest's write goes on in the next turn: a request of 4 GiB must not hold the
+                // The rest of the write is for the next turn: a request of 4 GiB must not hold the
                 // thread.
                 self.current = Some((chain, at));
                 return Ok(());

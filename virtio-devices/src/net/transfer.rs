@@ -183,6 +183,7 @@ impl QueueTask for Receive {
                 break;
             }
         }
+        // One interrupt for all frames of the turn.
         self.queue.notify()?;
         Ok(flow)
     }

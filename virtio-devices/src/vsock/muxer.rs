@@ -442,6 +442,8 @@ impl QueueTask for Muxer {
         event: TaskEvent,
         sources: &mut TaskSources<'_, '_>,
     ) -> Result<TaskFlow, QueueError> {
+        // A queue that starts while the task runs: only the task may watch its kick, since the loop
+        // is the task's.
         if self.unwatched
             && let Err(error) = self.watch_queues(sources)
         {
@@ -470,6 +472,7 @@ impl QueueTask for Muxer {
         if self.accepting {
             self.accept(sources);
         }
+        // Each call, as the loop has one timer for the task and does not say why it calls.
         self.expire(sources);
         self.tell_reset()?;
         let flows = [self.receive(sources)?, self.send(sources)?];

@@ -109,6 +109,8 @@ impl Devices {
             limiters: context.limiters.clone(),
             pvpanic: None,
         };
+        // All are opened before the first is placed: most boots that fail do so here, with an
+        // untouched bus.
         let opened = open::all(config, ends, context)?;
         let ids = opened.iter().map(|opened| opened.id.as_str());
         let ids: Vec<_> = ids.chain(config.pvpanic.then_some(spec::PVPANIC)).collect();
@@ -212,6 +214,7 @@ impl Devices {
     /// Notes that the guest is asked to let go of a device, and says in which slot it is.
     pub(crate) fn leave(&mut self, id: &str) -> Option<u8> {
         let entry = self.entries.get_mut(id)?;
+        // Noted before the guest is asked: it may answer at once.
         entry.state = DeviceState::Leaving;
         Some(entry.plugged.bdf.device())
     }
@@ -379,6 +382,8 @@ impl Devices {
         }
         for (id, entry) in &self.entries {
             let mut scope = from.scope("devices")?;
+            // An error leaves a part of the devices loaded. The caller drops the transaction, and
+            // then the machine.
             entry.plugged.device.load(&mut scope.child(id)?, tx)?;
         }
         if let Some((_, endpoint)) = &self.pvpanic {

@@ -201,6 +201,8 @@ impl BarMap for InTopology {
             if let Err(error) = place_bar(tx, region, at) {
                 tracing::debug!(%error, "a guest moves a BAR to an invalid address");
                 // Shown nowhere.
+                // Within the same commit: the guest sees the BAR leave its old address, whatever it
+                // asked for.
                 if let Err(error) = place_bar(tx, region, None) {
                     tracing::debug!(%error, "a BAR no longer exists");
                 }

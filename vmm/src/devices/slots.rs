@@ -62,6 +62,7 @@ fn usual(index: usize, count: usize, slots: &[u8]) -> Option<Bdf> {
     let needed = count.div_ceil(PCI_FUNCTIONS);
     // As few shared slots as the free ones allow: a device in a shared slot cannot be removed.
     let used = slots.len().saturating_sub(KEPT_FREE).max(needed);
+    // A slot that is shared holds eight devices in place of one, and so gains seven.
     let shared = count.saturating_sub(used).div_ceil(PCI_FUNCTIONS - 1);
     let own = used.saturating_sub(shared);
     let (slot, function) = match index.checked_sub(own) {

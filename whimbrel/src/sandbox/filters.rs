@@ -32,6 +32,7 @@ pub(super) enum Scope {
 pub(super) fn compile(scope: Scope, refusal: SeccompAction) -> Result<BpfProgram, BackendError> {
     let mut rules: Rules = WORK.iter().map(|call| (*call, Vec::new())).collect();
     rules.insert(libc::SYS_ioctl, ioctls(DEVICE_IOCTLS)?);
+    // By the number of this process, which starts no other processes.
     rules.insert(libc::SYS_tgkill, own_signals()?);
     rules.insert(libc::SYS_prctl, names()?);
     // Threads, not processes. The flags of `clone3` are in memory, which a filter cannot read:
