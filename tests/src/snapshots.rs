@@ -14,7 +14,8 @@ use spec::{MigrationInfo, RestoreConfig, VmId, VmSnapshotConfig};
 
 use crate::Service;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+/// Limit of an operation that copies all memory, also where the host is emulated.
+const PATIENCE: Duration = Duration::from_secs(300);
 
 /// The request for a snapshot into this folder.
 pub fn to(dir: &Path) -> VmSnapshotConfig {
