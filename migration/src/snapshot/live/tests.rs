@@ -487,7 +487,7 @@ fn inner_full_disk() {
     // With less and less room, so that it ends in each part of a copied disk and of the memory.
     let mut guest = Guest::with_disk(Some(MemoryDisk::new(BLOCKS as usize * PAGE)), |_| Ok(()));
     guest.runs();
-    for taken in (0..64).map(|part| part << 16) {
+    for taken in (0..16).map(|part| part << 18) {
         let filler = dir.join("filler");
         fs::write(&filler, vec![1; taken]).unwrap();
         let (written, _) = snapshot(&folder, &mut guest, &Decision::default());
