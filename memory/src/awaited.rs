@@ -191,9 +191,13 @@ impl AwaitedBlocks {
         if self.needed(range).next().is_some() {
             return false;
         }
-        let (mut pages, _) = self.pages(range);
-        range.usage == BlockUse::Read
-            || !pages.any(|page| self.is_missing(page) && state.is_claimed(page))
+        let (pages, _) = self.pages(range);
+        // Claim by claim and not page by page: a discard has hundreds of thousands of pages.
+        let is_in_the_way = |claim: &Range<usize>| {
+            let mut both = claim.start.max(pages.start)..claim.end.min(pages.end);
+            both.any(|page| self.is_missing(page))
+        };
+        range.usage == BlockUse::Read || !state.claims.values().any(is_in_the_way)
     }
 
     /// Asks whether an operation can begin. If it waits, `waiter` gets the ticket once it may ask again.
