@@ -162,7 +162,7 @@ impl Copier {
         let pacer = Pacer::new(limit);
         let is_cut = || cut.is_some_and(|cut| Instant::now() >= cut);
         let (mut copied, mut measured) = (0, (Instant::now(), 0));
-        for run in batches(pending, limit) {
+        for run in batches(pending, limit).flatten() {
             if self.decision.is_canceled() {
                 return Err(MigrationError::Canceled);
             }
@@ -198,7 +198,9 @@ impl Copier {
             blocks: &[],
             disks: &self.from,
         };
-        let sorted = self.batch.sort(run, |data| contents.read(run, data))?;
+        let sorted = self
+            .batch
+            .sort(&[run], |run, data| contents.read(run, data))?;
         if let Some(image) = self.to.get(run.block as usize) {
             image.write(sorted).map_err(MigrationError::Here)?;
         }

@@ -62,51 +62,63 @@ pub(crate) struct Encoded<'a> {
 }
 
 impl Batch {
-    /// Takes a run of pages, [`BATCH`] at most, as `read` finds them, and encodes it.
+    /// Takes runs of one block, [`BATCH`] pages at most, as `read` finds them, and encodes them.
     ///
     /// # Errors
     /// Those of `read`.
     pub(crate) fn fill<E>(
         &mut self,
-        run: Run,
-        read: impl FnOnce(&mut [u8]) -> Result<(), E>,
+        runs: &[Run],
+        read: impl FnMut(Run, &mut [u8]) -> Result<(), E>,
     ) -> Result<Encoded<'_>, E> {
-        let Sorted { full, data, zeros } = self.sort(run, read)?;
+        let block = runs.first().map_or(0, |first| first.block);
+        let Sorted { full, data, zeros } = self.sort(runs, read)?;
         let count = |runs: &[Run]| runs.iter().map(|run| u64::from(run.pages)).sum();
         Ok(Encoded {
             full_pages: count(full),
             zero_pages: count(zeros),
-            pages: (!full.is_empty()).then(|| (head(run.block, full), data)),
-            zeros: (!zeros.is_empty()).then(|| head(run.block, zeros)),
+            pages: (!full.is_empty()).then(|| (head(block, full), data)),
+            zeros: (!zeros.is_empty()).then(|| head(block, zeros)),
         })
     }
 
-    /// Takes a run of pages, [`BATCH`] at most, as `read` finds them.
+    /// Takes runs of one block, [`BATCH`] pages at most, as `read` finds them.
     ///
     /// # Errors
     /// Those of `read`.
     pub(crate) fn sort<E>(
         &mut self,
-        run: Run,
-        read: impl FnOnce(&mut [u8]) -> Result<(), E>,
+        runs: &[Run],
+        mut read: impl FnMut(Run, &mut [u8]) -> Result<(), E>,
     ) -> Result<Sorted<'_>, E> {
         self.full.clear();
         self.zeros.clear();
-        let len = run.pages as usize * PAGE;
+        let len = |run: &Run| run.pages as usize * PAGE;
+        let all = runs.iter().map(len).sum();
         // Not cleared for each batch: that costs as much as half the copy.
-        if self.data.len() < len {
-            self.data.resize(len, 0);
+        if self.data.len() < all {
+            self.data.resize(all, 0);
         }
-        let data = self.data.get_mut(..len).unwrap_or_default();
-        // The last page of a disk may end behind the disk, and its rest has to be zeros.
-        if let Some(last) = data.last_chunk_mut::<PAGE>() {
-            last.fill(0);
-        }
+        let data = self.data.get_mut(..all).unwrap_or_default();
         // All that follows uses the copy, since a page that is zero now may have content a moment
         // later.
-        read(data)?;
+        let mut rest = &mut *data;
+        for run in runs {
+            let Some((here, behind)) = rest.split_at_mut_checked(len(run)) else {
+                break;
+            };
+            // The last page of a disk may end behind the disk, and its rest has to be zeros.
+            if let Some(last) = here.last_chunk_mut::<PAGE>() {
+                last.fill(0);
+            }
+            read(*run, here)?;
+            rest = behind;
+        }
+        let pages = runs.iter().flat_map(|run| {
+            (run.first..run.first + u64::from(run.pages)).map(|page| (run.block, page))
+        });
         let mut kept = 0;
-        for index in 0..run.pages as usize {
+        for (index, (block, page)) in pages.enumerate() {
             let from = index * PAGE;
             let is_zero = data.get(from..from + PAGE).is_some_and(is_zero);
             let runs = if is_zero {
@@ -114,7 +126,7 @@ impl Batch {
             } else {
                 &mut self.full
             };
-            push(runs, run.block, run.first + index as u64);
+            push(runs, block, page);
             if !is_zero {
                 if kept != from {
                     data.copy_within(from..from + PAGE, kept);
@@ -331,6 +343,8 @@ impl Decoded<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use memory::{DirtyBitmap, RamConfig};
     use proptest::prelude::*;
 
@@ -356,11 +370,25 @@ mod tests {
         all
     }
 
+    /// 40 pages in runs that end at each cut, those with an odd number first.
+    fn pieces(cuts: &BTreeSet<u64>) -> Vec<Run> {
+        let ends = cuts.iter().copied().chain([40]);
+        let starts = [0].into_iter().chain(cuts.iter().copied());
+        let runs = starts.zip(ends).map(|(first, end)| Run {
+            block: 0,
+            first,
+            pages: (end - first) as u32,
+        });
+        let (odd, even): (Vec<_>, Vec<_>) = runs.partition(|run| run.first % 2 == 1);
+        [odd, even].concat()
+    }
+
     proptest! {
         #[test]
         fn sent_pages_arrive(
             before in prop::collection::vec(0_u8..3, 40),
             after in prop::collection::vec(0_u8..3, 40),
+            cuts in prop::collection::btree_set(1_u64..40, 0..10),
         ) {
             let (here, there) = (block(40), [block(40)]);
             let touched = [DirtyBitmap::new(40 * PAGE)];
@@ -370,10 +398,10 @@ mod tests {
                 for (page, byte) in round.iter().enumerate() {
                     write(&here, page, *byte);
                 }
-                let run = Run { block: 0, first: 0, pages: 40 };
+                let runs = pieces(&cuts);
                 let blocks = std::slice::from_ref(&here);
                 let contents = Contents { blocks, disks: &[] };
-                let encoded = batch.fill(run, |data| contents.read(run, data)).unwrap();
+                let encoded = batch.fill(&runs, |run, data| contents.read(run, data)).unwrap();
                 prop_assert_eq!(encoded.full_pages + encoded.zero_pages, 40);
                 if let Some((head, data)) = encoded.pages {
                     let body = [&head, data].concat();

@@ -48,12 +48,13 @@ pub(crate) fn per_second(count: u64, span: Duration) -> u64 {
     u64::try_from(u128::from(count) * 1_000_000 / us).unwrap_or(u64::MAX)
 }
 
-/// Pages in runs of a batch at most. A bandwidth `limit` in bytes a second makes batches smaller, so
-/// that bytes keep flowing: the destination takes pages that do not come for a lost source.
+/// Pages in batches: the runs of each are of one block. A bandwidth `limit` in bytes a second makes
+/// batches smaller, so that bytes keep flowing: the destination takes pages that do not come for a lost
+/// source.
 pub(crate) fn batches(
     pending: &[DirtyPages],
     limit: Option<u64>,
-) -> impl Iterator<Item = Run> + Send + '_ {
+) -> impl Iterator<Item = Vec<Run>> + Send + '_ {
     batches_of(pending, batch_pages(limit))
 }
 
@@ -61,20 +62,39 @@ pub(crate) fn batches(
 pub(crate) fn small_batches(
     pending: &[DirtyPages],
     limit: Option<u64>,
-) -> impl Iterator<Item = Run> + Send + '_ {
+) -> impl Iterator<Item = Vec<Run>> + Send + '_ {
     batches_of(pending, batch_pages(limit).min(SMALL_BATCH))
 }
 
-fn batches_of(pending: &[DirtyPages], most: usize) -> impl Iterator<Item = Run> + Send + '_ {
-    (0_u32..).zip(pending).flat_map(move |(block, pages)| {
-        pages.runs().flat_map(move |(first, pages)| {
-            (0..pages).step_by(most).map(move |at| Run {
+/// Batches of so many pages at most. Scattered pages share one: a frame of each costs more than its page.
+fn batches_of(pending: &[DirtyPages], most: usize) -> impl Iterator<Item = Vec<Run>> + Send + '_ {
+    let mut runs = (0_u32..).zip(pending).flat_map(|(block, pages)| {
+        let runs = pages.runs();
+        runs.map(move |(first, pages)| (block, first, pages))
+    });
+    // Of a run, or the whole of it.
+    let mut rest = None;
+    std::iter::from_fn(move || {
+        let (mut batch, mut room): (Vec<Run>, _) = (Vec::new(), most);
+        while room > 0 {
+            let Some((block, first, pages)) = rest.take().or_else(|| runs.next()) else {
+                break;
+            };
+            if batch.last().is_some_and(|last| last.block != block) {
+                rest = Some((block, first, pages));
+                break;
+            }
+            let here = pages.min(room);
+            batch.push(Run {
                 block,
-                first: (first + at) as u64,
+                first: first as u64,
                 // A batch has few.
-                pages: most.min(pages - at) as u32,
-            })
-        })
+                pages: here as u32,
+            });
+            room -= here;
+            rest = (here < pages).then(|| (block, first + here, pages - here));
+        }
+        (!batch.is_empty()).then_some(batch)
     })
 }
 
@@ -96,11 +116,11 @@ pub(crate) struct Work<'a, I> {
     pub(crate) decision: Decision,
 }
 
-impl<I: Iterator<Item = Run>> Work<'_, I> {
+impl<I: Iterator<Item = Vec<Run>>> Work<'_, I> {
     /// Marks pages that were not sent as dirty again.
     pub(crate) fn put_back(&self) {
         // All channels have ended: what the iterator still holds is what no channel took.
-        for run in self.batches.lock().by_ref() {
+        for run in self.batches.lock().by_ref().flatten() {
             if let Some(dirty) = self.contents.dirty(run.block) {
                 // Within the block.
                 let first = run.first as usize;
@@ -167,15 +187,15 @@ pub(crate) fn on_all<R>(
 pub(crate) fn send_inline(
     rams: &mut [Ram],
     contents: Contents<'_>,
-    batches: impl Iterator<Item = Run>,
+    batches: impl Iterator<Item = Vec<Run>>,
     pacer: &Pacer,
     round: u32,
     progress: &Progress,
 ) -> Result<u64, MigrationError> {
     let mut sent = 0;
     if let Some(first) = rams.first_mut() {
-        for run in batches {
-            let bytes = first.send_batch(contents, run, progress)?;
+        for batch in batches {
+            let bytes = first.send_batch(contents, &batch, progress)?;
             sent += bytes;
             // Bounded by the caller, which sends few pages like this.
             pacer.wait(bytes, || false);
@@ -207,7 +227,7 @@ impl Ram {
     pub(crate) fn push(
         &mut self,
         contents: Contents<'_>,
-        batches: &Mutex<impl Iterator<Item = Run>>,
+        batches: &Mutex<impl Iterator<Item = Vec<Run>>>,
         pacer: &Pacer,
         priority: &FaultPriority,
         progress: &Progress,
@@ -220,45 +240,45 @@ impl Ram {
             turn.give_way(priority);
             let next = match priority.behind_fault(contents) {
                 // A guest that reads on finds the next pages there.
-                Some(next) => Some(next),
+                Some(next) => Some(vec![next]),
                 // A statement of its own: in a `while let` the lock would be held during the send,
                 // and the channels would wait for each other.
                 None => batches.lock().next(),
             };
             let Some(batch) = next else { return Ok(sent) };
-            let Some(dirty) = contents.dirty(batch.block) else {
-                continue;
-            };
-            let pages = batch.first..batch.first + u64::from(batch.pages);
             let mut runs: Vec<Run> = Vec::new();
-            // Within the block.
-            for page in pages.filter(|page| dirty.take_page(*page as usize)) {
-                pages::push(&mut runs, batch.block, page);
+            for run in batch {
+                let Some(dirty) = contents.dirty(run.block) else {
+                    continue;
+                };
+                let pages = run.first..run.first + u64::from(run.pages);
+                // Within the block.
+                for page in pages.filter(|page| dirty.take_page(*page as usize)) {
+                    pages::push(&mut runs, run.block, page);
+                }
             }
-            for run in runs {
-                let bytes = self.send_batch(contents, run, progress)?;
-                sent += bytes;
-                turn.sent(bytes);
-                // Nothing cancels pages that follow a guest.
-                pacer.wait(bytes, || false);
-            }
+            let bytes = self.send_batch(contents, &runs, progress)?;
+            sent += bytes;
+            turn.sent(bytes);
+            // Nothing cancels pages that follow a guest.
+            pacer.wait(bytes, || false);
         }
     }
 
     /// Sends batches as long as there are some, and the end of the round.
     pub(crate) fn send(
         &mut self,
-        work: &Work<'_, impl Iterator<Item = Run>>,
+        work: &Work<'_, impl Iterator<Item = Vec<Run>>>,
     ) -> Result<u64, MigrationError> {
         let mut sent = 0;
         let is_cut = || work.cut.is_some_and(|cut| Instant::now() >= cut);
         while !is_cut() {
             let next = work.batches.lock().next();
-            let Some(run) = next else { break };
+            let Some(batch) = next else { break };
             if work.decision.is_canceled() {
                 return Err(MigrationError::Canceled);
             }
-            let bytes = self.send_batch(work.contents, run, &work.progress)?;
+            let bytes = self.send_batch(work.contents, &batch, &work.progress)?;
             sent += bytes;
             work.pacer
                 .wait(bytes, || is_cut() || work.decision.is_canceled());
@@ -312,21 +332,34 @@ impl Ram {
         Ok(sent)
     }
 
+    /// Sends runs of one block, [`BATCH`] pages at most.
     pub(crate) fn send_batch(
         &mut self,
         contents: Contents<'_>,
-        run: Run,
+        runs: &[Run],
         progress: &Progress,
     ) -> Result<u64, MigrationError> {
+        let Some(first) = runs.first() else {
+            return Ok(0);
+        };
         let mut sent = 0;
         // In front of the page, on the same channel: the destination checks the page before it
         // installs it. Afterwards the guest may have written to it.
         if self.announces_hashes
-            && let Some(block) = contents.block(run.block)
+            && let Some(block) = contents.block(first.block)
         {
-            self.send_hashes(block, run, progress)?;
+            // The destination keeps the hashes of one run.
+            if runs.len() > 1 {
+                let each = runs.iter().map(std::slice::from_ref);
+                return each
+                    .map(|run| self.send_batch(contents, run, progress))
+                    .sum();
+            }
+            self.send_hashes(block, *first, progress)?;
         }
-        let batch = self.batch.fill(run, |data| contents.read(run, data))?;
+        let batch = self
+            .batch
+            .fill(runs, |run, data| contents.read(run, data))?;
         if let Some((head, data)) = &batch.pages {
             wire::write(&mut *self.stream, Kind::Pages, &[head, data])?;
             sent += (wire::HEADER_LEN + head.len() + data.len()) as u64;
@@ -338,7 +371,7 @@ impl Ram {
         let (full, zero) = (batch.full_pages, batch.zero_pages);
         progress.update(|report| {
             report.sent_bytes += sent;
-            if contents.is_disk(run.block) {
+            if contents.is_disk(first.block) {
                 let bytes = (full + zero) * PAGE as u64;
                 report.disk_remaining_bytes = report.disk_remaining_bytes.saturating_sub(bytes);
                 return;
@@ -473,6 +506,33 @@ mod tests {
         let sleep = |span| now.set(now.get() + span);
         pacer.wait_by(1 << 40, is_over, || now.get(), sleep);
         assert!(now.get() <= Duration::from_secs(1) + 2 * LONGEST_SLEEP);
+    }
+
+    #[test]
+    fn scattered_pages_share_batches() {
+        let marked = |runs: &[(usize, usize)]| {
+            let bitmap = memory::DirtyBitmap::new(1000 * PAGE);
+            bitmap.set_enabled(true);
+            for (first, pages) in runs {
+                bitmap.mark(first * PAGE, pages * PAGE);
+            }
+            bitmap.take()
+        };
+        let pending = [
+            marked(&[(3, 1), (9, 2), (20, 5)]),
+            marked(&[(0, 1), (7, 3)]),
+        ];
+        let runs = |batch: Vec<Run>| -> Vec<_> {
+            let runs = batch.iter();
+            runs.map(|run| (run.block, run.first, run.pages)).collect()
+        };
+        let found: Vec<_> = batches_of(&pending, 4).map(runs).collect();
+        let expected = [
+            vec![(0, 3, 1), (0, 9, 2), (0, 20, 1)],
+            vec![(0, 21, 4)],
+            vec![(1, 0, 1), (1, 7, 3)],
+        ];
+        assert_eq!(found, expected);
     }
 
     #[test]

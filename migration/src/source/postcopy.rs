@@ -69,7 +69,7 @@ impl FaultServer {
                 let next = page.saturating_add(run.map_or(1, |run| u64::from(run.pages)));
                 hurry.follow(block, next);
                 if let Some(run) = run
-                    && ram.send_batch(contents, run, &progress).is_err()
+                    && ram.send_batch(contents, &[run], &progress).is_err()
                 {
                     break;
                 }
