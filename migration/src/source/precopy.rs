@@ -86,13 +86,7 @@ impl Engine<'_, '_> {
                 Subject::All => self.measured.memory_speed,
                 Subject::Disks => self.measured.disk_speed,
             };
-            progress.update(|report| {
-                report.dirty_pages_per_second = per_second(dirty, span);
-                if subject == Subject::All {
-                    report.predicted_downtime_us = Some(micros(predicted));
-                }
-            });
-            progress.add_round(Round {
+            let record = Round {
                 round,
                 pages: before,
                 took_us: micros(span),
@@ -100,19 +94,8 @@ impl Engine<'_, '_> {
                 dirty_pages: dirty,
                 predicted_downtime_us: micros(predicted),
                 throttle_percent: throttle,
-            });
-            tracing::info!(
-                migration = %self.sending.id,
-                round,
-                pages = before,
-                bytes_per_second = speed,
-                dirty_pages = dirty,
-                dirty_pages_per_second = per_second(dirty, span),
-                predicted_ms = predicted.as_millis() as u64,
-                throttle_percent = throttle,
-                ?subject,
-                "migration: a round was copied"
-            );
+            };
+            self.report_round(subject, record, per_second(dirty, span));
             let situation = Situation {
                 round: judged,
                 dirty,
@@ -162,6 +145,29 @@ impl Engine<'_, '_> {
             }
         }
         Ok(StopKind::Final)
+    }
+
+    fn report_round(&self, subject: Subject, round: Round, dirty_pages_per_second: u64) {
+        let progress = &self.sending.progress;
+        progress.update(|report| {
+            report.dirty_pages_per_second = dirty_pages_per_second;
+            if subject == Subject::All {
+                report.predicted_downtime_us = Some(round.predicted_downtime_us);
+            }
+        });
+        tracing::info!(
+            migration = %self.sending.id,
+            round = round.round,
+            pages = round.pages,
+            bytes_per_second = round.bytes_per_second,
+            dirty_pages = round.dirty_pages,
+            dirty_pages_per_second,
+            predicted_ms = round.predicted_downtime_us / 1000,
+            throttle_percent = round.throttle_percent,
+            ?subject,
+            "migration: a round was copied"
+        );
+        progress.add_round(round);
     }
 
     /// Takes the marks of dirty pages: a list for each block, and behind those one for each disk.
