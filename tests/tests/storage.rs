@@ -513,10 +513,10 @@ async fn disk_is_mirrored_by_the_command_line() {
     let mut trial = stage("raw").await;
     let [old, new] = ["disk", "mirror"].map(|name| trial.source.path(name));
     let partial = trial.source.path("mirror.partial");
-    let remote = |trial: &Trial, options: &str| {
+    let remote = |trial: &Trial, to: &Path, options: &str| {
         let mut command = Process::new(built("wh-remote").unwrap());
         command.arg("--api-socket").arg(trial.source.socket());
-        let to = format!("{}{options}", new.display());
+        let to = format!("{}{options}", to.display());
         command.args(["--vm", "web", "mirror-disk", "_disk0", "--to", &to]);
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         command.spawn().unwrap()
@@ -532,7 +532,7 @@ async fn disk_is_mirrored_by_the_command_line() {
         let told = [output.stdout, output.stderr].map(|told| String::from_utf8(told).unwrap());
         (output.status.success(), told.concat())
     };
-    let slow = remote(&trial, ",max_bandwidth=16K");
+    let slow = remote(&trial, &new, ",max_bandwidth=16K");
     started().await;
     let pid = i32::try_from(slow.id()).ok().and_then(Pid::from_raw);
     kill_process(pid.unwrap(), Signal::INT).unwrap();
@@ -541,7 +541,8 @@ async fn disk_is_mirrored_by_the_command_line() {
     assert!(!partial.exists() && !new.exists());
     trial.writes().await;
 
-    let (done, text) = told(remote(&trial, ",format=qcow2").wait_with_output().unwrap());
+    let to_qcow2 = remote(&trial, &new, ",format=qcow2");
+    let (done, text) = told(to_qcow2.wait_with_output().unwrap());
     assert!(
         done && text.contains("completed: disk _disk0 of web to file://"),
         "{text}"
@@ -564,14 +565,27 @@ async fn disk_is_mirrored_by_the_command_line() {
         .vms_mirror_disk(&trial.vm, "_disk0", &slow)
         .await
         .unwrap();
+    let config = client.vms_info(&trial.vm).await.unwrap().config;
     let pid = i32::try_from(trial.source.pid())
         .ok()
         .and_then(Pid::from_raw);
     kill_process(pid.unwrap(), Signal::KILL).unwrap();
     trial.source.ended(PATIENCE).await.unwrap();
-    assert!(!old.exists() && trial.source.path("disk.partial").exists());
+    let left = trial.source.path("disk.partial");
+    assert!(!old.exists() && left.exists());
     let flat = trial.source.path("flat");
     let (from, to) = (new.to_str().unwrap(), flat.to_str().unwrap());
     qemu_img(&["convert", "-f", "qcow2", "-O", "raw", from, to]);
     check_disk(&fs::read(&flat).unwrap(), DISK_PAGES).unwrap();
+
+    // The next mirror to that path replaces what the killed service left.
+    trial.source.start_again().await.unwrap();
+    trial.source.create("web", config).await.unwrap();
+    trial.source.client().vms_boot(&trial.vm).await.unwrap();
+    let to_raw = remote(&trial, &old, ",format=raw");
+    let (done, text) = told(to_raw.wait_with_output().unwrap());
+    assert!(done, "{text}");
+    assert!(!left.exists() && !trial.source.path("disk.partial.incoming").exists());
+    trial.format = "raw";
+    trial.runs_on(&trial.source, &old).await;
 }

@@ -178,10 +178,10 @@ pub(crate) fn of_machine(config: &VmConfig, may_wait: bool) -> u64 {
     needed.saturating_add(of_queues(1) + 2)
 }
 
-/// Returns the descriptors of so many images that are made for disks that come with a guest: the file, which
-/// is locked, and one to read and write.
+/// Returns the descriptors of so many images that are made: the file, which is locked, one to read and
+/// write, and the marker beside it.
 pub(crate) fn of_new_images(count: usize) -> u64 {
-    u64::try_from(count).unwrap_or(u64::MAX).saturating_mul(2)
+    u64::try_from(count).unwrap_or(u64::MAX).saturating_mul(3)
 }
 
 /// Returns the descriptors for blocks that follow a guest: an event for each queue of a disk.

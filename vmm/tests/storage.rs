@@ -386,7 +386,8 @@ impl Stage {
             assert!(start.elapsed() < PATIENCE, "{:?}", mirror.info());
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
-        assert_eq!(self.made(), [format!("{name}.partial")]);
+        let [partial, marker] = ["partial", "partial.incoming"].map(|end| format!("{name}.{end}"));
+        assert_eq!(self.made(), [partial, marker]);
         mirror
     }
 
@@ -513,6 +514,26 @@ async fn mirror_excludes_other_uses_of_its_disk() {
         assert_eq!(code(stage.mirror(name, |_| {})), "image-exists");
         assert_eq!(fs::read(&there).unwrap(), b"mine");
         fs::remove_file(there).unwrap();
+    }
+    // Also beside the marker of a service that ran before the host was started.
+    let [partial, marker] = ["mirror.partial", "mirror.partial.incoming"]
+        .map(|name| stage.at(&format!("new/{name}")));
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+    let mark = |boot: &str| {
+        fs::write(&partial, "of a killed service").unwrap();
+        let title = "whimbrel: the guest of this image has not come; boot ";
+        fs::write(&marker, format!("{title}{boot}\n")).unwrap();
+    };
+    mark("another");
+    assert_eq!(code(stage.mirror("mirror", |_| {})), "image-exists");
+    assert!(partial.exists() && marker.exists());
+    // What a service left that was killed in this boot of the host is replaced.
+    mark(boot.trim());
+    stage.slow_mirror("mirror").await.cancel().unwrap();
+    let start = Instant::now();
+    while !stage.made().is_empty() {
+        assert!(start.elapsed() < PATIENCE, "{:?}", stage.made());
+        tokio::time::sleep(Duration::from_millis(2)).await;
     }
     let elsewhere = stage.mirror("none/mirror", |_| {});
     assert_eq!(code(elsewhere), "storage-unusable");

@@ -165,6 +165,11 @@ impl MirroredDisk for MirroredVmDisk {
     fn ended(&mut self, outcome: Result<(), &Refusal>) {
         self.copied.stop();
         if outcome.is_ok() {
+            // The image has its final name, so that its marker names nothing. One that stays is removed
+            // by the next mirror to this path.
+            if let Err(error) = self.images.unmark() {
+                tracing::warn!(%error, "cannot remove the marker of a mirror");
+            }
             self.images.keep();
         }
         // The image that no disk uses goes before anyone learns that the mirror has ended.

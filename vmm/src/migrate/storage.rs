@@ -27,7 +27,7 @@ use virtio_devices::block::{
 };
 
 use self::late::{LateDisk, Writer};
-use self::leftovers::Marker;
+use self::leftovers::{Marker, remove_leftover_of};
 pub(crate) use self::leftovers::remove_leftovers;
 use self::names::{check_absent, image_path, no_image_name};
 use super::invalid;
@@ -249,8 +249,6 @@ pub(super) struct PlannedImage {
     format: CopiedFormat,
     size: u64,
     lock: LockGranularity,
-    /// It is removed at the next start of the service unless a guest may have run on it.
-    is_marked: bool,
 }
 
 /// Checks the disks of an offer whose content comes with it, and puts the paths of their images here into
@@ -302,7 +300,6 @@ pub(super) fn plan(
             format: image.format,
             size: disk.size,
             lock: at.lock_granularity,
-            is_marked: true,
         });
         rewrite(at, path, image.format)?;
     }
@@ -350,6 +347,11 @@ pub(super) fn plan_mirror(
         return Err(Refusal::new("disks-too-large", detail));
     }
     check_absent(target)?;
+    // What a killed service left of an earlier mirror to this path. All else at that path stays.
+    remove_leftover_of(partial).map_err(|error| {
+        let detail = format!("cannot remove {}, an old mirror: {error}", partial.display());
+        Refusal::new("storage-unusable", detail)
+    })?;
     check_absent(partial)?;
     check_space(
         target.parent().unwrap_or(target),
@@ -362,7 +364,6 @@ pub(super) fn plan_mirror(
         format,
         size,
         lock: disk.lock_granularity,
-        is_marked: false,
     })
 }
 
@@ -416,7 +417,7 @@ struct MadeImage {
     disk: String,
     size: u64,
     image: Arc<CreatedImage>,
-    marker: Option<Marker>,
+    marker: Marker,
     /// Set where blocks of the disk come after the guest.
     late: Option<LateDisk>,
     /// The machine's disk, once it has taken the image over and blocks still come.
@@ -433,14 +434,11 @@ impl MadeImage {
             let detail = format!("cannot make the image of disk {}: {why}", plan.id);
             Refusal::new(code, detail)
         };
-        let marker = plan
-            .is_marked
-            .then(|| Marker::create(&plan.path))
-            .transpose();
+        let marker = Marker::create(&plan.path);
         let marker = marker.map_err(|error| failed("storage-unusable", error.to_string()))?;
         let image = CreatedImage::create(&plan.path, plan.format.image(), plan.size, lock);
         let image = image.map_err(|error| {
-            if let Some(Err(error)) = marker.as_ref().map(Marker::remove) {
+            if let Err(error) = marker.remove() {
                 tracing::warn!(%error, "cannot remove the marker of an image that was not made");
             }
             failed(&image_refusal(&error).code, error.to_string())
@@ -465,7 +463,7 @@ impl MadeImage {
     fn delete(&self) {
         let path = self.image.path();
         let removed = std::fs::remove_file(path).and_then(|()| remove_mark(path));
-        let removed = removed.and_then(|()| self.marker.as_ref().map_or(Ok(()), Marker::remove));
+        let removed = removed.and_then(|()| self.marker.remove());
         if let Err(error) = removed {
             tracing::warn!(path = %path.display(), %error, "cannot delete an image that is not \
                                                             needed");
@@ -557,7 +555,7 @@ impl NewImages {
 
     /// The guest may run here from now on: no later service may take the images for leftovers.
     pub(super) fn unmark(&self) -> Result<(), Refusal> {
-        let mut markers = self.images.iter().filter_map(|made| made.marker.as_ref());
+        let mut markers = self.images.iter().map(|made| &made.marker);
         markers.try_for_each(Marker::remove).map_err(|error| {
             let detail = format!("cannot remove the marker of an image that came: {error}");
             Refusal::new("storage-unusable", detail)

@@ -1,10 +1,14 @@
-//! Images of guests that did not come, because the destination's service was killed.
+//! Images that a killed service was filling: of guests that did not come, and of mirrors on which no disk
+//! continued.
 //!
 //! ```text
 //!   before the image is made      `IMAGE.incoming` exists, locked, with the host's boot identity
 //!   before the guest can run      it is removed: from here on the image may be the guest's only one
 //!   the guest does not come       the image is removed, and then this
 //! ```
+//!
+//! The image of a mirror has the name `PATH.partial` until its disk continues on it. Its marker goes behind
+//! that change of its name, and then names nothing.
 //!
 //! So an unlocked marker of this boot of the host says that the guest never ran on its image. Nothing is
 //! synced for that: what a killed process did is seen by the next one. After a restart of the host the
@@ -84,6 +88,14 @@ pub(crate) fn remove_leftovers(storage: &Path) {
             "cannot look for images of guests that did not come"
         );
     }
+}
+
+/// Removes one image, if a killed process left it as one on which no guest has run.
+///
+/// # Errors
+/// The host cannot remove it. An image without a marker that says so stays, without an error.
+pub(super) fn remove_leftover_of(image: &Path) -> io::Result<()> {
+    remove_leftover(image, &marker_path(image))
 }
 
 fn remove_leftover(image: &Path, marker: &Path) -> io::Result<()> {
