@@ -57,6 +57,9 @@ pub(crate) fn summary(info: &MigrationInfo) -> String {
     if info.disk_bytes > 0 {
         line("disks", disks(info, kind));
     }
+    for base in &info.bases {
+        line("base", base.to_string());
+    }
     if let [first, .., last] = &info.history[..] {
         line(
             "left",

@@ -135,7 +135,9 @@ impl Decision {
         self.0.0.lock().relieved
     }
 
-    pub(crate) fn is_canceled(&self) -> bool {
+    /// Whether an operator has canceled it.
+    #[must_use]
+    pub fn is_canceled(&self) -> bool {
         self.0.0.lock().course == Course::Canceled
     }
 

@@ -30,6 +30,8 @@ use crate::pages::{Block, Decoded, PAGE, Run, Sorted};
 pub(crate) const VERSION: u32 = 3;
 /// The version in which blocks of disks may follow the guest.
 pub(crate) const FOLLOW_VERSION: u32 = 4;
+/// The version in which an offer may name the bases of disks.
+pub(crate) const BASES_VERSION: u32 = 4;
 
 /// Maximum size of all copied disks of a VM together: 8 TiB. Each side has a bit for each page.
 pub const MAX_COPIED: u64 = 8 << 40;
@@ -57,8 +59,14 @@ pub struct SourceDisk {
     pub content: Arc<dyn ReadDisk>,
 }
 
-/// An image that a destination has made for a disk, of zeros.
+/// An image that a destination has made for a disk: of zeros, or with the content of a base.
 pub trait NewImage: Send + Sync {
+    /// Whether it has the content of the source's base, above which the source sends everything. Otherwise
+    /// it is zeros.
+    fn has_base(&self) -> bool {
+        false
+    }
+
     /// Writes within the disk.
     ///
     /// # Errors
@@ -171,8 +179,8 @@ pub(crate) fn infos(disks: &[SourceDisk]) -> Vec<BlockInfo> {
 /// A disk that arrives.
 pub(crate) struct IncomingDisk {
     disk: DestinationDisk,
-    /// Pages that were written. All others are holes of the new image, and zeros for them are not
-    /// written: a region of zeros takes no space.
+    /// Pages that may have content. All others are holes of the new image, and zeros for them are not
+    /// written: a region of zeros takes no space. On a base, any page may have content.
     touched: DirtyBitmap,
     /// Pages that come after the guest, as the source announced them; absent where it announced none.
     announced: Mutex<Option<DirtyBitmap>>,
@@ -189,8 +197,12 @@ fn bitmap(size: u64) -> DirtyBitmap {
 
 impl IncomingDisk {
     pub(crate) fn new(disk: DestinationDisk) -> Self {
+        let touched = bitmap(disk.size);
+        if disk.image.has_base() {
+            touched.mark(0, usize::try_from(disk.size).unwrap_or(usize::MAX));
+        }
         Self {
-            touched: bitmap(disk.size),
+            touched,
             disk,
             announced: Mutex::default(),
             awaited: OnceLock::new(),

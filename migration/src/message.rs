@@ -176,6 +176,10 @@ pub(crate) enum ToSource {
         connections: u16,
         postcopy: bool,
     },
+    /// The new images of these disks build on images of this host that have the content of the source's
+    /// bases: only what is above the bases is sent. Before `Prepared`, and only if the offer named bases;
+    /// since version 4 of the protocol.
+    HasBases(Vec<String>),
     /// Pages are still arriving: the answer comes when they have.
     Busy,
     /// All pages of this round are in memory.

@@ -1,5 +1,6 @@
 //! The side from which the guest moves.
 
+mod agree;
 mod hand_over;
 mod postcopy;
 mod precopy;
@@ -22,8 +23,7 @@ use crate::disks::{self, Contents, SourceDisk};
 use crate::journal::{Journal, Step};
 use crate::link::{Dial, Stream};
 use crate::message::{
-    self, BlockInfo, Channel, ControlChannel, Hello, Offer, Refusal, ToDestination, ToSource,
-    VERSIONS,
+    self, Channel, ControlChannel, Hello, Offer, Refusal, ToDestination, ToSource, VERSIONS,
 };
 use crate::pages::{BATCH, Block, PAGE};
 use crate::policy::{Measured, Policy};
@@ -54,6 +54,20 @@ pub trait Source: Send {
     /// Returns the disks that are copied, in the order of [`Offer::disks`].
     fn disks(&self) -> Vec<SourceDisk> {
         Vec::new()
+    }
+
+    /// The destination can say which bases of disks it has: the offer may name them. Called before
+    /// [`Source::offer`].
+    fn may_offer_bases(&mut self) {}
+
+    /// The destination has bases of these disks. Called before [`Source::start_tracking`], which then marks
+    /// only those pages of the disks that are not as in the base.
+    ///
+    /// # Errors
+    /// No base of one of them was offered.
+    fn leave_out_bases(&mut self, disks: &[String]) -> Result<(), Refusal> {
+        let why = format!("the destination has bases of {disks:?}, and none was offered");
+        Err(Refusal::new("bases-unexpected", why))
     }
 
     /// Starts dirty tracking. At the start all pages of memory count as dirty, and those pages of disks
@@ -444,6 +458,9 @@ impl Engine<'_, '_> {
         })?;
         self.sending.progress.enter(Phase::Preparing);
         self.sending.progress.begin(Activity::Prepare);
+        if self.version >= disks::BASES_VERSION {
+            self.source.may_offer_bases();
+        }
         let mut offer = self.source.offer().map_err(MigrationError::Here)?;
         let memory = self.blocks.iter().map(|block| block.ram.len() as u64).sum();
         let policy = self.sending.policy;
@@ -487,13 +504,7 @@ impl Engine<'_, '_> {
             let control = self.control.as_ref().ok_or_else(disconnected)?;
             control.stream.send_files(&files).map_err(WireError::from)?;
         }
-        let (connections, postcopy) = self.expect(|answer| match answer {
-            ToSource::Prepared {
-                connections,
-                postcopy,
-            } => Some((*connections, *postcopy)),
-            _ => None,
-        })?;
+        let (connections, postcopy) = self.prepared()?;
         // A huge page cannot be filled piece by piece.
         let is_small = |block: &Block| block.ram.page_size() == PAGE as u64;
         self.can_postcopy = postcopy && policy.may_postcopy() && self.blocks.iter().all(is_small);
@@ -508,25 +519,6 @@ impl Engine<'_, '_> {
             .progress
             .update(|report| report.connections = count);
         Ok(())
-    }
-
-    /// The disks to copy, if the destination can take them.
-    fn disks_to_offer(&self) -> Result<Vec<BlockInfo>, MigrationError> {
-        if !self.disks.is_empty() && self.version < disks::VERSION {
-            let why = format!(
-                "the destination supports version {} of the migration protocol, and copying disks \
-                 needs version {}: update the destination, or put the disks on shared storage",
-                self.version,
-                disks::VERSION
-            );
-            return Err(MigrationError::here("storage-copy-unsupported", why));
-        }
-        if !self.disks.is_empty() && self.is_given {
-            let why = "disks are not copied together with `local`: the other process of this host \
-                       can use the same images";
-            return Err(MigrationError::here("storage-copy-unsupported", why));
-        }
-        Ok(disks::infos(&self.disks))
     }
 
     /// Whether blocks of disks may come after the guest, where pages of its memory do.

@@ -1,5 +1,7 @@
 //! Disks.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -193,4 +195,32 @@ pub struct DiskConfig {
     /// The handling of requests on which the host fails.
     #[serde(default, skip_serializing_if = "OnError::is_report")]
     pub on_error: OnError,
+}
+
+/// The base image of a disk that is copied by a migration.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MigratedBase {
+    /// Name of the disk.
+    pub disk: String,
+    /// Name of the base image's file at the source.
+    pub base: String,
+    /// The destination has a base with the same content: only what is above it is copied. Otherwise the new
+    /// image has the content of both.
+    pub is_left_out: bool,
+    /// The reason, or how far the base is read.
+    pub detail: String,
+}
+
+impl fmt::Display for MigratedBase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let how = match self.is_left_out {
+            true => "not copied",
+            false => "copied",
+        };
+        let Self {
+            disk, base, detail, ..
+        } = self;
+        write!(f, "{base} of disk {disk}: {how}, {detail}")
+    }
 }

@@ -41,6 +41,7 @@ mod refused;
 mod requests;
 mod service;
 mod slots;
+mod timeline;
 mod token;
 mod validate;
 mod vm;
@@ -57,14 +58,15 @@ pub use device::{
 };
 pub use devices::{HostIp, parse_mac};
 pub use disk::{
-    DiskConfig, ImageType, LockGranularity, MirrorDisk, NewImageFormat, OnError, VirtQueueAffinity,
+    DiskConfig, ImageType, LockGranularity, MigratedBase, MirrorDisk, NewImageFormat, OnError,
+    VirtQueueAffinity,
 };
 pub use host::{CpuCheck, CpuDescription, CpuidLeaf, HostCpu, ProfileFit};
 pub use memory::{HotplugMethod, MemoryConfig, MemoryZoneConfig};
 pub use migration::{
-    AtDeadline, AwaitMigration, DiskStorage, MemoryMode, MigrationActivity, MigrationDowntime,
-    MigrationError, MigrationInfo, MigrationOutcome, MigrationPhase, MigrationRound, MigrationSide,
-    MigrationStep, ResolveMigration, StartMigration, StorageMode,
+    AtDeadline, AwaitMigration, DiskStorage, MemoryMode, MigrationDowntime, MigrationError,
+    MigrationInfo, MigrationOutcome, MigrationPhase, MigrationRound, MigrationSide,
+    ResolveMigration, StartMigration, StorageMode,
 };
 pub use names::{MEMORY_DEVICE, PVPANIC, WATCHDOG, check_device_name, free_name};
 pub use overlays::{FindOverlays, OverlayInfo, OverlayState};
@@ -94,6 +96,7 @@ pub use service::{
     Problem, VmId, VmSummary,
 };
 pub use slots::WantedPlace;
+pub use timeline::{MigrationActivity, MigrationStep};
 pub use token::{ApiToken, InvalidApiToken};
 pub use validate::{HostLimits, UNSUPPORTED};
 pub use vm::{

@@ -1,11 +1,11 @@
 //! Migrations, as the service's own face shows them.
 
-use std::fmt;
-
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::disk::MigratedBase;
 use crate::service::VmId;
+use crate::timeline::MigrationStep;
 
 /// When memory is copied: before the guest moves, after it, or both.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -411,6 +411,9 @@ pub struct MigrationInfo {
     /// The disk, of a mirror of one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk: Option<String>,
+    /// What became of the base images of copied disks.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub bases: Vec<MigratedBase>,
     /// Address of the destination's listener; `file://PATH` of a snapshot, core dump or mirror.
     pub endpoint: String,
     /// Start time, in milliseconds since 1970.
@@ -525,67 +528,6 @@ pub struct MigrationRound {
     pub predicted_downtime_us: u64,
     /// Share of time for which vCPUs were kept from running, in percent.
     pub throttle_percent: u8,
-}
-
-/// A step of a migration.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub struct MigrationStep {
-    /// The step.
-    pub step: MigrationActivity,
-    /// Its beginning, in microseconds since the migration began.
-    pub at_us: u64,
-    /// Its duration in microseconds, so far or until the next step began.
-    pub took_us: u64,
-}
-
-/// What a side of a migration does in a step.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum MigrationActivity {
-    /// The source connects.
-    Connect,
-    /// Both sides check the offer, and the destination builds the machine.
-    Prepare,
-    /// The source connects for memory, and starts dirty tracking.
-    Track,
-    /// The device state is saved and loaded for a trial.
-    Trial,
-    /// A round of pages is copied while the guest runs.
-    Round,
-    /// The source writes dirty disk caches back.
-    Sync,
-    /// The source pauses vCPUs and devices.
-    Pause,
-    /// The source sends the last pages, and saves the machine.
-    Save,
-    /// The destination loads the machine.
-    Load,
-    /// The source hands the guest over, and the destination starts it.
-    HandOver,
-    /// Pages follow the guest.
-    Pages,
-    /// The source releases what is left of the machine, or the guest resumes there.
-    Release,
-}
-
-impl fmt::Display for MigrationActivity {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Connect => "connect",
-            Self::Prepare => "prepare",
-            Self::Track => "track",
-            Self::Trial => "trial",
-            Self::Round => "round",
-            Self::Sync => "sync",
-            Self::Pause => "pause",
-            Self::Save => "save",
-            Self::Load => "load",
-            Self::HandOver => "hand-over",
-            Self::Pages => "pages",
-            Self::Release => "release",
-        })
-    }
 }
 
 impl MigrationInfo {

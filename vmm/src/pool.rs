@@ -22,7 +22,7 @@ use crate::arch::x86_64::{cpu, features, profiles};
 use crate::descriptors::Descriptors;
 use crate::driver::{Caller, Driver};
 use crate::machine::{self, Background, Host, SpareVm};
-use crate::migrate::{Endpoints, Journals, MigrationTrust, remove_leftovers};
+use crate::migrate::{Endpoints, Journals, KnownBases, MigrationTrust, remove_leftovers};
 
 /// Maximum number of event-loop threads for drivers. Drivers only pass messages, so few threads are enough
 /// for many VMs.
@@ -81,6 +81,8 @@ pub struct Pool {
     journals: Journals,
     endpoints: Endpoints,
     trust: MigrationTrust,
+    /// The identities of images that others build on.
+    known_bases: Arc<KnownBases>,
 }
 
 /// Waits, when it is dropped, until machines have given back what they had.
@@ -174,6 +176,7 @@ impl Pool {
             journals: Journals::default(),
             endpoints: Endpoints::default(),
             trust: MigrationTrust::default(),
+            known_bases: Arc::default(),
         })
     }
 
@@ -223,6 +226,10 @@ impl Pool {
 
     pub(crate) fn trust(&self) -> &MigrationTrust {
         &self.trust
+    }
+
+    pub(crate) fn known_bases(&self) -> &Arc<KnownBases> {
+        &self.known_bases
     }
 }
 

@@ -77,13 +77,10 @@ impl<'a> Preparing<'a> {
         // thread.
         let connections = offer.connections.clamp(1, MAX_CONNECTIONS);
         let progress = session.progress.clone();
-        let channels = Channels::new(
-            target.blocks(),
-            target.disks(),
-            connections,
-            offer.verify,
-            progress,
-        );
+        let disks = target.disks();
+        let on_bases = disks.iter().filter(|disk| disk.image.has_base());
+        let bases: Vec<_> = on_bases.map(|disk| disk.name.clone()).collect();
+        let channels = Channels::new(target.blocks(), disks, connections, offer.verify, progress);
         // From here on the machine is discarded, and its journal closed, whatever fails.
         let mut guest = Guest::new(session, id, target, journal, channels);
         if session.decision.is_canceled() {
@@ -101,7 +98,13 @@ impl<'a> Preparing<'a> {
             connections,
             postcopy: UserFaults::is_possible(),
         };
-        if let Err(error) = control.send(&prepared) {
+        // An image on a base is made only if the offer named the base: its source knows this message.
+        let told = if bases.is_empty() {
+            Ok(())
+        } else {
+            control.send(&ToSource::HasBases(bases))
+        };
+        if let Err(error) = told.and_then(|()| control.send(&prepared)) {
             guest.record_aborted();
             drop(guest);
             // While the slots are open, the router refuses every other offer as `busy`.

@@ -75,6 +75,7 @@ impl PendingAbort {
             ToSource::Refused(why) => Err(MigrationError::There(why)),
             other @ (ToSource::Pong(_)
             | ToSource::Welcome { .. }
+            | ToSource::HasBases(_)
             | ToSource::Prepared { .. }
             | ToSource::Busy
             | ToSource::RoundDone(_)

@@ -4,17 +4,18 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 
-use imago::Mapping;
 use memory::{AwaitedBlocks, DirtyBitmap};
 use parking_lot::RwLock;
-use rustix::fs::{SeekFrom, seek};
-use rustix::io::Errno;
 
+use super::base::ImageVersion;
 use super::create::create_file;
+use super::extents::{extents, own_extents};
 use super::format::ImageFormat;
 use super::image::{Image, ImageError, Kind, Opening, contained};
+use super::overlay::{BaseImage, backing, failed};
 use super::request::Op;
 use super::threads::Aligned;
 use super::{BlockHandle, LockMode, Shared};
@@ -157,10 +158,11 @@ impl DiskAccess {
     /// # Errors
     /// The size of the image cannot be read, or the device is gone.
     pub fn content(&self) -> io::Result<DiskContent> {
-        let (size, format, allocated) = self.with(|shared| {
+        let (size, format, allocated, own) = self.with(|shared| {
             let image = shared.image();
             let size = image.size()?;
-            Ok((size, image.format(), image.allocated().unwrap_or(size)))
+            let [all, own] = image.allocated().unwrap_or([size; 2]);
+            Ok((size, image.format(), all, own))
         })?;
         let bits = usize::try_from(size).unwrap_or(usize::MAX);
         Ok(DiskContent {
@@ -168,6 +170,9 @@ impl DiskAccess {
             size,
             format,
             allocated,
+            own,
+            base: self.with(|shared| Ok(shared.image().base()))?,
+            above_base: AtomicBool::new(false),
             dirty: Arc::new(DirtyBitmap::new(bits)),
         })
     }
@@ -179,6 +184,9 @@ pub struct DiskContent {
     size: u64,
     format: ImageFormat,
     allocated: u64,
+    own: u64,
+    base: Option<BaseImage>,
+    above_base: AtomicBool,
     dirty: Arc<DirtyBitmap>,
 }
 
@@ -207,6 +215,24 @@ impl DiskContent {
         self.allocated
     }
 
+    /// The part of [`Self::allocated`] that the image's own file takes, without those below it.
+    #[must_use]
+    pub fn allocated_above_base(&self) -> u64 {
+        self.own
+    }
+
+    /// The image right below this one.
+    #[must_use]
+    pub fn base(&self) -> Option<&BaseImage> {
+        self.base.as_ref()
+    }
+
+    /// Leaves out of the copy what is in the base only: the new image builds on one with the same content.
+    /// Called before [`Self::start`].
+    pub fn leave_out_base(&self) {
+        self.above_base.store(true, Ordering::Release);
+    }
+
     /// Starts to record what the guest writes, and marks all blocks that may have content.
     ///
     /// # Errors
@@ -220,7 +246,11 @@ impl DiskContent {
         self.access.with(|shared| {
             // In this order: a block that is allocated behind the scan is marked by its write.
             *shared.image().written.0.write() = Some(Arc::clone(&self.dirty));
-            extents(&shared.image(), self.size, mark)
+            let image = shared.image();
+            match (&image.kind, self.above_base.load(Ordering::Acquire)) {
+                (Kind::Qcow2(qcow2), true) => own_extents(&qcow2.read(), self.size, mark),
+                _ => extents(&image, self.size, mark),
+            }
         })
     }
 
@@ -260,50 +290,10 @@ impl Drop for DiskContent {
     }
 }
 
-/// Calls `found` with each range that may have content; all others read as zeros.
-fn extents(image: &Image, size: u64, mut found: impl FnMut(u64, u64)) -> io::Result<()> {
-    let mut at = 0;
-    while at < size {
-        let (has_content, len) = match &image.kind {
-            Kind::Raw(file) => raw_extent(file, at, size)?,
-            Kind::Qcow2(image) => {
-                let image = image.read();
-                let (mapping, len) = image.get_mapping(at, size - at)?;
-                let is_zero = matches!(mapping, Mapping::Zero { .. } | Mapping::Eof { .. });
-                (!is_zero, len)
-            }
-        };
-        // An extent without a length says nothing of the rest.
-        let (has_content, len) = match len {
-            0 => (true, size - at),
-            len => (has_content, len.min(size - at)),
-        };
-        if has_content {
-            found(at, len);
-        }
-        at += len;
-    }
-    Ok(())
-}
-
-/// The extent of a file at this offset, and whether it has content.
-fn raw_extent(file: &File, at: u64, size: u64) -> io::Result<(bool, u64)> {
-    let data = match seek(file, SeekFrom::Data(at)) {
-        Ok(data) if data > at => return Ok((false, data.min(size) - at)),
-        Ok(_) => at,
-        // Nothing but a hole from here on.
-        Err(Errno::NXIO) => return Ok((false, size - at)),
-        // A block device, or a file system that does not say: all of it may have content.
-        Err(Errno::INVAL | Errno::OPNOTSUPP | Errno::NOTTY) => return Ok((true, size - at)),
-        Err(error) => return Err(error.into()),
-    };
-    let hole = seek(file, SeekFrom::Hole(data))?;
-    Ok((true, hole.saturating_sub(at)))
-}
-
 impl Image {
-    /// Bytes that the files of the image take on the host; `None` for a block device.
-    fn allocated(&self) -> Option<u64> {
+    /// Bytes that all files of the image take on the host, and bytes of its own file; `None` for a block
+    /// device.
+    fn allocated(&self) -> Option<[u64; 2]> {
         let of = |file: &File| -> Option<u64> {
             let metadata = file.metadata().ok()?;
             let is_device = metadata.file_type().is_block_device();
@@ -311,7 +301,8 @@ impl Image {
         };
         let own = of(self.file())?;
         let named: Option<Vec<u64>> = self.named_files(of).into_iter().collect();
-        Some(named?.into_iter().fold(own, u64::saturating_add))
+        let all = named?.into_iter().fold(own, u64::saturating_add);
+        Some([all, own])
     }
 }
 
@@ -321,6 +312,8 @@ pub struct CreatedImage {
     /// The name that it got when a disk continued on it.
     renamed: OnceLock<PathBuf>,
     image: Image,
+    /// The files below it, which must stay as they are.
+    below: ImageVersion,
 }
 
 impl CreatedImage {
@@ -335,29 +328,70 @@ impl CreatedImage {
         lock: LockMode,
     ) -> Result<Self, ImageError> {
         create_file(path, format, size, None)?;
+        Self::open_created(path, format, lock, None)
+    }
+
+    /// Creates a qcow2 image that has the content of its base, by the base's absolute path and format. The
+    /// base is locked for reading. [`Self::sync`] fails once a file of the base has changed.
+    ///
+    /// # Errors
+    /// As for [`Self::create`]; or the base is not usable, or is in use by one who writes.
+    pub fn create_on(
+        base: &BaseImage,
+        path: &Path,
+        size: u64,
+        lock: LockMode,
+    ) -> Result<Self, ImageError> {
+        create_file(path, ImageFormat::Qcow2, size, Some(backing(base)?))?;
+        Self::open_created(path, ImageFormat::Qcow2, lock, Some(base))
+    }
+
+    fn open_created(
+        path: &Path,
+        format: ImageFormat,
+        lock: LockMode,
+        base: Option<&BaseImage>,
+    ) -> Result<Self, ImageError> {
         let opened = Image::open(Opening {
             path: path.to_owned(),
             readonly: false,
             direct: false,
             format: Some(format),
             is_detected: false,
-            backing_files: false,
+            backing_files: base.is_some(),
             data_files: false,
-            directories: Vec::new(),
+            directories: base.map_or_else(Vec::new, |base| base.image_dirs.clone()),
             lock,
             is_incoming: false,
         });
-        match opened {
-            Ok(image) => Ok(Self {
+        let versioned = opened.and_then(|image| {
+            let below = ImageVersion::below(&image).map_err(|error| failed(path, error))?;
+            Ok((image, below))
+        });
+        match versioned {
+            Ok((image, below)) => Ok(Self {
                 path: path.to_owned(),
                 renamed: OnceLock::new(),
                 image,
+                below,
             }),
             Err(error) => {
                 let _ = std::fs::remove_file(path);
                 Err(error)
             }
         }
+    }
+
+    /// Whether it was made on a base.
+    #[must_use]
+    pub fn has_base(&self) -> bool {
+        !self.below.is_empty()
+    }
+
+    /// Whether it was made on a base, which is in this version.
+    #[must_use]
+    pub fn is_on(&self, version: &ImageVersion) -> bool {
+        self.below == *version
     }
 
     /// The path of the image.
@@ -402,9 +436,14 @@ impl CreatedImage {
     /// Makes durable all that was written.
     ///
     /// # Errors
-    /// The host cannot write.
+    /// The host cannot write, or a file of the base has changed.
     pub fn sync(&self) -> io::Result<()> {
-        contained(|| self.image.flush())
+        contained(|| self.image.flush())?;
+        if ImageVersion::below(&self.image)? == self.below {
+            return Ok(());
+        }
+        let path = self.path().display();
+        Err(io::Error::other(format!("the base of {path} was changed")))
     }
 
     /// Lets another user of the image take its lock. Nothing is written from here on.
@@ -451,7 +490,7 @@ mod tests {
             assert!(zeros.iter().all(|byte| *byte == 0) && end == [8; 512]);
             let mode = path.metadata().unwrap().mode() & 0o777;
             assert_eq!(mode, 0o600);
-            assert!(device.allocated().unwrap() < SIZE);
+            assert!(device.allocated().unwrap()[0] < SIZE);
         }
         // A link is no place for a new image, wherever it leads.
         let link = dir.path().join("link");

@@ -15,7 +15,7 @@ use super::image::{ImageError, contained};
 
 /// The image below a new one.
 pub(super) struct Backing {
-    /// Its name, relative to the directory of the new image.
+    /// Its name, absolute or relative to the directory of the new image.
     pub(super) name: String,
     pub(super) format: ImageFormat,
 }

@@ -19,6 +19,7 @@ use super::copy::Written;
 use super::format::{self, ImageFormat, RefusedWrite};
 use super::geometry::Geometry;
 use super::incomplete;
+use super::overlay::BaseImage;
 use super::qcow2;
 
 /// Bytes of a sector, the unit of virtio-blk (virtio 1.3, 5.2.4).
@@ -104,6 +105,8 @@ pub(super) struct Image {
     lock: Arc<Lockable>,
     /// The files that the image names, locked for as long as they are open.
     below: Mutex<Vec<Arc<Lockable>>>,
+    /// The image right below this one, by its real path.
+    base: Option<(PathBuf, ImageFormat)>,
 }
 
 pub(super) enum Kind {
@@ -161,11 +164,15 @@ impl Image {
         if !how.is_incoming {
             lock::take(&file.0, &path, how.readonly, how.lock)?;
         }
-        let (kind, below) = match format {
-            ImageFormat::Raw => (Kind::Raw(file.0.try_clone().map_err(failed)?), Vec::new()),
+        let (kind, below, base) = match format {
+            ImageFormat::Raw => {
+                let file = file.0.try_clone().map_err(failed)?;
+                (Kind::Raw(file), Vec::new(), None)
+            }
             ImageFormat::Qcow2 => {
-                let (image, below) = qcow2::open(&how)?;
-                (Kind::Qcow2(Box::new(RwLock::new(image))), below)
+                let opened = qcow2::open(&how)?;
+                let image = Box::new(RwLock::new(opened.image));
+                (Kind::Qcow2(image), opened.below, opened.base)
             }
         };
         let geometry = match &kind {
@@ -181,6 +188,7 @@ impl Image {
             format,
             lock: Arc::new(file),
             below: Mutex::new(below.into_iter().map(Arc::new).collect()),
+            base,
         };
         let size = image.size().map_err(failed)?;
         let block = geometry.logical;
@@ -212,6 +220,21 @@ impl Image {
     /// Returns the locked part of the image.
     pub(super) fn lock_mode(&self) -> LockMode {
         self.how.lock
+    }
+
+    /// The image right below this one, if it builds on one of a format that is served.
+    pub(super) fn base(&self) -> Option<BaseImage> {
+        let (path, format) = self.base.clone()?;
+        // What the overlay may name, its base may: the directories of the overlay count, too.
+        let own = self.how.path.parent().map(Path::to_owned);
+        let image_dirs = self.how.directories.iter().cloned().chain(own).collect();
+        Some(BaseImage {
+            path,
+            format,
+            backing_files: true,
+            image_dirs,
+            lock: self.how.lock,
+        })
     }
 
     /// The path by which the image was opened.
@@ -401,9 +424,9 @@ impl Image {
                 is_incoming: false,
                 ..how.clone()
             });
-            let (opened, below) = opened.inspect_err(|_| lock::release(&self.lock.0))?;
-            *image.write() = opened;
-            *self.below.lock() = below.into_iter().map(Arc::new).collect();
+            let opened = opened.inspect_err(|_| lock::release(&self.lock.0))?;
+            *image.write() = opened.image;
+            *self.below.lock() = opened.below.into_iter().map(Arc::new).collect();
         }
         Ok(())
     }

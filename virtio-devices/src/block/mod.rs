@@ -6,8 +6,10 @@
 //!                                          └───► Image (locked: no other writer)
 //! ```
 
+mod base;
 mod copy;
 mod create;
+mod extents;
 mod format;
 mod geometry;
 mod image;
@@ -40,6 +42,7 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 
+pub use self::base::{ContentId, ImageVersion, OpenBase};
 use self::copy::CopyGate;
 pub use self::copy::{CreatedImage, DiskAccess, DiskContent};
 pub use self::format::ImageFormat;

@@ -18,13 +18,13 @@ use devices::host_file::{FileKind, LockError, LockMode, OpenError, Request};
 
 use super::create::{Backing, create_file};
 use super::format::ImageFormat;
-use super::image::{Image, ImageError, Opening, contained};
+use super::image::{Image, ImageError, contained};
 use super::{BlockHandle, Shared};
 
 /// An image below overlays, as it is known to its user.
 #[derive(Clone, Debug)]
 pub struct BaseImage {
-    /// Its path: of a file, not of a block device, beside which an overlay would be out of place.
+    /// Its path. An overlay beside it needs a file, not a block device.
     pub path: PathBuf,
     /// Its format.
     pub format: ImageFormat,
@@ -43,18 +43,7 @@ impl BaseImage {
     /// The image is not usable, or is in use by one who writes. There is a file of that name, or the host
     /// cannot create one. Nothing is left.
     pub fn create_overlay(&self, overlay: &Path) -> Result<NeededOverlay, ImageError> {
-        let base = Image::open(Opening {
-            path: self.path.clone(),
-            readonly: true,
-            direct: false,
-            format: Some(self.format),
-            is_detected: false,
-            backing_files: self.backing_files,
-            data_files: false,
-            directories: self.image_dirs.clone(),
-            lock: self.lock,
-            is_incoming: false,
-        })?;
+        let base = Image::open(self.opening())?;
         let size = base.size().map_err(|error| failed(&self.path, error))?;
         create(&self.path, self.format, size, overlay)?;
         NeededOverlay::mark(overlay, self.lock)
@@ -83,7 +72,7 @@ impl NeededOverlay {
     }
 }
 
-fn failed(path: &Path, source: io::Error) -> ImageError {
+pub(super) fn failed(path: &Path, source: io::Error) -> ImageError {
     let path = path.to_owned();
     OpenError::Host { path, source }.into()
 }
@@ -93,6 +82,23 @@ fn create(base: &Path, format: ImageFormat, size: u64, overlay: &Path) -> Result
     let name = backing_name(base, overlay)?;
     let backing = Backing { name, format };
     create_file(overlay, ImageFormat::Qcow2, size, Some(backing))
+}
+
+/// Names the base of an image in another directory.
+pub(super) fn backing(base: &BaseImage) -> Result<Backing, ImageError> {
+    let odd = |why: &str| ImageError::Format {
+        path: base.path.clone(),
+        why: why.to_owned(),
+    };
+    if !base.path.is_absolute() {
+        return Err(odd("is not an absolute path"));
+    }
+    let name = base.path.to_str();
+    let name = name.ok_or_else(|| odd("has no name in UTF-8, which a qcow2 overlay needs"))?;
+    Ok(Backing {
+        name: name.to_owned(),
+        format: base.format,
+    })
 }
 
 /// Returns the name of the base in the overlay: relative, so that both can be moved together.
@@ -236,6 +242,7 @@ mod tests {
     use std::fs::File;
     use std::os::unix::fs::FileExt as _;
 
+    use super::super::image::Opening;
     use super::*;
 
     #[test]

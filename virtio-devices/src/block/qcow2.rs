@@ -18,6 +18,7 @@ use imago::qcow2::Qcow2;
 use imago::{FormatAccess, FormatDriverBuilder, Storage as _, StorageOpenOptions};
 use parking_lot::Mutex;
 
+use super::format::ImageFormat;
 use super::image::{ImageError, Opening, contained};
 use super::incomplete;
 
@@ -174,8 +175,17 @@ fn check_header(file: &File) -> Result<(), String> {
     }
 }
 
+/// An image, and the files that it names.
+pub(super) struct Opened {
+    pub(super) image: FormatAccess<Storage>,
+    /// Locked, unless another machine still has them.
+    pub(super) below: Vec<Lockable>,
+    /// The image right below it, by its real path, if its format is one that is served.
+    pub(super) base: Option<(PathBuf, ImageFormat)>,
+}
+
 /// Opens an image, and locks the files that it names, unless another machine still has them.
-pub(super) fn open(how: &Opening) -> Result<(FormatAccess<Storage>, Vec<Lockable>), ImageError> {
+pub(super) fn open(how: &Opening) -> Result<Opened, ImageError> {
     let unusable = |why: String| ImageError::Format {
         path: how.path.clone(),
         why: format!("cannot be used as qcow2: {why}"),
@@ -192,6 +202,7 @@ pub(super) fn open(how: &Opening) -> Result<(FormatAccess<Storage>, Vec<Lockable
     let shared = Arc::new(Mutex::new(Below {
         lock: (!how.is_incoming).then_some(how.lock),
         locked: Vec::new(),
+        base: None,
         refused: None,
     }));
     let gate = Gate {
@@ -206,7 +217,11 @@ pub(super) fn open(how: &Opening) -> Result<(FormatAccess<Storage>, Vec<Lockable
         return Err(refused);
     }
     let opened = opened.map_err(failed)?;
-    Ok((FormatAccess::new(opened), std::mem::take(&mut below.locked)))
+    Ok(Opened {
+        image: FormatAccess::new(opened),
+        below: std::mem::take(&mut below.locked),
+        base: below.base.take(),
+    })
 }
 
 /// The directories below which the image may name files, as the host knows them.
@@ -226,6 +241,7 @@ struct Below {
     /// How files are locked, if they are.
     lock: Option<LockMode>,
     locked: Vec<Lockable>,
+    base: Option<(PathBuf, ImageFormat)>,
     /// The reason of a refusal: the library passes on texts only.
     refused: Option<ImageError>,
 }
@@ -308,6 +324,14 @@ impl ImplicitOpenGate<Storage> for Gate<'_> {
             .ok_or_else(|| self.refuse_format("has a backing file without a name".to_owned()))?;
         if self.seen.len() > MAX_BACKING {
             return Err(self.refuse_format(format!("has more than {MAX_BACKING} backing files")));
+        }
+        if self.seen.len() == 1 {
+            let format = match F::FORMAT {
+                Format::Raw => Some(ImageFormat::Raw),
+                Format::Qcow2 => Some(ImageFormat::Qcow2),
+                _ => None,
+            };
+            self.below.lock().base = format.map(|format| (real.clone(), format));
         }
         let mut seen = self.seen.clone();
         seen.push(real.clone());

@@ -17,7 +17,7 @@ use uuid::Uuid;
 
 use super::freeze::OwnOverlays;
 use super::offer::{self, CheckedOffer};
-use super::storage::NewImages;
+use super::storage::{BaseReader, KnownBases, NewImages};
 use super::trust::Allowed;
 use super::{ActiveMigration, Journals};
 use crate::arch::x86_64::generation;
@@ -35,6 +35,7 @@ pub(super) struct DestinationHost {
     registry: Registry,
     callers: Callers,
     journals: Journals,
+    known_bases: Arc<KnownBases>,
     moving: Arc<ActiveMigration>,
     /// The name that the VM gets here; the one that the offer has when absent.
     name: Option<VmId>,
@@ -138,6 +139,7 @@ impl DestinationHost {
             registry,
             callers: pool.callers().clone(),
             journals: pool.journals().clone(),
+            known_bases: Arc::clone(pool.known_bases()),
             moving,
             name,
             allowed,
@@ -243,7 +245,7 @@ impl Host for DestinationHost {
             mut resolved,
             cpu,
             on_bus,
-            images,
+            mut images,
             frozen,
         } = offer::check(
             offer,
@@ -257,6 +259,14 @@ impl Host for DestinationHost {
             let why = "a guest that moves has no frozen disks";
             return Err(Refusal::new("offer-unreadable", why));
         }
+        // Last of the checks: it may read a base for the first time.
+        let bases = BaseReader {
+            known: &self.known_bases,
+            decision: &self.moving.decision,
+            notes: &self.moving.bases,
+        };
+        let configs = [&mut config, &mut resolved];
+        bases.find_all(&mut images, &self.host.image_dirs, &self.allowed, configs)?;
         // Dropped, and removed, unless the guest starts.
         let overlays = OwnOverlays::make(
             &frozen,

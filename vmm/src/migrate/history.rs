@@ -83,6 +83,7 @@ fn info(id: Uuid, side: Side, steps: &[Entry], last: &Entry) -> MigrationInfo {
         },
         vm: last.vm.parse::<VmId>().ok(),
         disk: None,
+        bases: Vec::new(),
         endpoint: String::new(),
         started_ms: started,
         elapsed_us: last.time_ms.saturating_sub(started).saturating_mul(1000),

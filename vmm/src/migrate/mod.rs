@@ -50,8 +50,8 @@ pub(crate) use self::journals::Journals;
 pub(crate) use self::receive::Endpoints;
 pub use self::snapshot::snapshot_config;
 use self::source::{Listed, SourceVm};
-use self::storage::Selection;
-pub(crate) use self::storage::{image_refusal, remove_leftovers};
+use self::storage::{BaseNotes, Selection};
+pub(crate) use self::storage::{KnownBases, image_refusal, remove_leftovers};
 pub use self::trust::MigrationTrust;
 use crate::driver::Purpose;
 use crate::pool::Pool;
@@ -124,6 +124,8 @@ struct ActiveMigration {
     settled: watch::Sender<bool>,
     /// The VMs that are made from a snapshot.
     makes: Mutex<Vec<VmId>>,
+    /// What becomes of the bases of copied disks.
+    bases: BaseNotes,
     /// The recording of a working set.
     recorder: Option<Recorder>,
     /// A destination listens, if only to answer a source that missed the outcome.
@@ -150,6 +152,7 @@ impl ActiveMigration {
             over: watch::Sender::new(false),
             settled: watch::Sender::new(false),
             makes: Mutex::default(),
+            bases: BaseNotes::default(),
             recorder: None,
             has_endpoint: AtomicBool::new(false),
             end_is_recorded: AtomicBool::new(false),
@@ -225,6 +228,7 @@ impl Migration for ActiveMigration {
             side: self.side,
             vm: self.vm.lock().clone(),
             disk: self.disk.clone(),
+            bases: self.bases.all(),
             endpoint: self.endpoint.clone(),
             started_ms: self.started_ms,
             elapsed_us: report.elapsed_us,
@@ -464,6 +468,7 @@ impl Migrate for Pool {
             .open(moving.id, Side::Source, id.as_str())
             .map_err(|error| Journals::unwritable(&error))?;
         let (registry, ours) = (registry.clone(), Arc::clone(&moving));
+        let known = Arc::clone(self.known_bases());
         let span = tracing::error_span!("vm", %id);
         start("migrate-out", span, move || {
             let memory = parts.ram.plugged_len();
@@ -481,6 +486,8 @@ impl Migrate for Pool {
                 destination: ours.endpoint.clone(),
             };
             let mut source = SourceVm::moving(id.clone(), parts, listed, &selection);
+            // Before it connects: a destination does not wait for long.
+            source.identify_bases(&known, &ours);
             let sending = Sending {
                 id: ours.id,
                 policy: &policy,

@@ -1,6 +1,7 @@
 //! The source's VM, as the migration engine sees it.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ::devices::tpm::TpmSnapshot;
@@ -12,8 +13,8 @@ use spec::VmId;
 use uuid::Uuid;
 
 use super::freeze::DiskFreeze;
-use super::storage::{CopiedDisk, Selection, pre_sync};
-use super::{MachineOffer, OFFER_VERSION, rows};
+use super::storage::{BaseReader, CopiedDisk, KnownBases, Selection, pre_sync};
+use super::{ActiveMigration, MachineOffer, OFFER_VERSION, rows};
 use crate::driver::{Caller, Driver, SourceParts};
 
 /// How long a command of the guest's TPM, and each answer of its emulator, may take while the guest
@@ -30,6 +31,10 @@ pub(super) struct SourceVm {
     tracking: bool,
     /// The disks that are copied, or why they cannot be.
     copied: Result<Vec<CopiedDisk>, Refusal>,
+    /// The destination can say which bases of these it has.
+    offers_bases: bool,
+    /// The migration that shows what becomes of bases.
+    moving: Option<Arc<ActiveMigration>>,
     /// Disks whose images are frozen at the moment of a snapshot.
     frozen: Vec<String>,
 }
@@ -53,6 +58,8 @@ impl SourceVm {
             listed: None,
             tracking: false,
             copied: Ok(Vec::new()),
+            offers_bases: false,
+            moving: None,
             frozen: Vec::new(),
         }
     }
@@ -68,6 +75,22 @@ impl SourceVm {
         source.copied = copied;
         source.listed = Some(listed);
         source
+    }
+
+    /// Reads the bases of copied disks, so that a destination can compare its own.
+    pub(super) fn identify_bases(
+        &mut self,
+        known: &Arc<KnownBases>,
+        moving: &Arc<ActiveMigration>,
+    ) {
+        let reader = BaseReader {
+            known,
+            decision: &moving.decision,
+            notes: &moving.bases,
+        };
+        let copied = self.copied.iter_mut().flatten();
+        copied.for_each(|disk| reader.identify(disk));
+        self.moving = Some(Arc::clone(moving));
     }
 
     /// Returns the VM, of whose disks these are frozen for a snapshot.
@@ -146,7 +169,8 @@ fn kvm(error: &hypervisor::KvmError) -> Refusal {
 impl Source for SourceVm {
     fn offer(&mut self) -> Result<Offer, Refusal> {
         let copied = self.copied.as_ref().map_err(Clone::clone)?;
-        let images = copied.iter().map(CopiedDisk::for_offer).collect();
+        let image = |disk: &CopiedDisk| disk.for_offer(self.offers_bases);
+        let images = copied.iter().map(image).collect();
         let cpu = self.parts.caller.attempt(Driver::cpu_model)?;
         let machine = MachineOffer {
             version: OFFER_VERSION,
@@ -180,6 +204,29 @@ impl Source for SourceVm {
         // If they cannot be copied, the offer fails.
         let copied = self.copied.iter().flatten();
         copied.map(CopiedDisk::for_engine).collect()
+    }
+
+    fn may_offer_bases(&mut self) {
+        self.offers_bases = true;
+        if let (Ok(copied), Some(moving)) = (&self.copied, &self.moving) {
+            // Until it says otherwise.
+            BaseReader::answered(&moving.bases, copied, &[]);
+        }
+    }
+
+    fn leave_out_bases(&mut self, disks: &[String]) -> Result<(), Refusal> {
+        let copied = self.copied.as_ref().map_err(Clone::clone)?;
+        for name in disks {
+            let disk = copied.iter().find(|disk| disk.id() == name);
+            if !self.offers_bases || !disk.is_some_and(CopiedDisk::leave_out_base) {
+                let why = format!("the destination has a base of {name:?}, and none was offered");
+                return Err(Refusal::new("bases-unexpected", why));
+            }
+        }
+        if let Some(moving) = &self.moving {
+            BaseReader::answered(&moving.bases, copied, disks);
+        }
+        Ok(())
     }
 
     fn start_tracking(&mut self) -> Result<(), Refusal> {

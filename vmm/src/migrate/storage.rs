@@ -4,33 +4,34 @@
 //! makes the image in the directory that its operator named for that (`--migration-storage`), under a
 //! name of its own, and deletes it again unless the guest came.
 
+mod bases;
 mod late;
 mod leftovers;
 mod names;
+mod selection;
 
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
-use control::RequestError;
 use devices::host_file::OpenError;
 use memory::AwaitedBlocks;
 use migration::{DestinationDisk, MAX_COPIED, Offer, ReadDisk, Refusal, SourceDisk};
 use serde::{Deserialize, Serialize};
-use spec::{
-    DiskConfig, DiskStorage, ImageType, LockGranularity, StartMigration, StorageMode, VmConfig,
-    VmId,
-};
+use spec::{DiskConfig, ImageType, LockGranularity, VmConfig, VmId};
 use virtio_devices::block::{
     CreatedImage, DiskAccess, DiskContent, ImageError, ImageFormat, LockMode, remove_mark,
 };
 
+pub(crate) use self::bases::KnownBases;
+pub(super) use self::bases::{BaseNotes, BaseReader};
+use self::bases::{FoundBase, OfferedBase};
 use self::late::{LateDisk, Writer};
-use self::leftovers::{Marker, remove_leftover_of};
 pub(crate) use self::leftovers::remove_leftovers;
-use self::names::{check_absent, image_path, no_image_name};
-use super::invalid;
+use self::leftovers::{Marker, remove_leftover_of};
+use self::names::{check_absent, image_path};
+pub(super) use self::selection::Selection;
 
 /// The format of the image of a copied disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,6 +46,13 @@ impl CopiedFormat {
         match self {
             Self::Raw => "raw",
             Self::Qcow2 => "qcow2",
+        }
+    }
+
+    fn of(format: ImageFormat) -> Self {
+        match format {
+            ImageFormat::Raw => Self::Raw,
+            ImageFormat::Qcow2 => Self::Qcow2,
         }
     }
 
@@ -73,69 +81,9 @@ pub(super) struct CopiedImage {
     /// The name that the image gets at the destination, where the request chose one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     name: Option<String>,
-}
-
-/// The disks of a VM that are copied, by the request that moves it.
-#[derive(Clone, Debug)]
-pub(super) struct Selection {
-    all: StorageMode,
-    others: BTreeMap<String, DiskStorage>,
-}
-
-impl Selection {
-    /// # Errors
-    /// The request names a disk that the VM has not, or one twice, or copies disks with `local`; or the name
-    /// of an image is none, or of an image that is not made.
-    pub(super) fn new(what: &StartMigration, config: &VmConfig) -> Result<Self, RequestError> {
-        let has = |id: &str| {
-            let mut disks = config.disks.iter().flatten();
-            disks.any(|disk| disk.id.as_deref() == Some(id))
-        };
-        let mut others = BTreeMap::new();
-        for disk in what.disks.iter().flatten() {
-            if !has(&disk.id) {
-                let detail = format!("the VM has no disk {:?}", disk.id);
-                return Err(invalid("disks", detail));
-            }
-            if others.insert(disk.id.clone(), disk.clone()).is_some() {
-                let detail = format!("the disk {:?} is named twice", disk.id);
-                return Err(invalid("disks", detail));
-            }
-            let Some(name) = &disk.name else { continue };
-            if disk.storage != StorageMode::Copy {
-                let detail = format!(
-                    "the disk {:?} is shared: only an image that is copied gets a `name` ({name:?})",
-                    disk.id
-                );
-                return Err(invalid("disks", detail));
-            }
-            if !DiskStorage::is_image_name(name) {
-                let detail = no_image_name(name);
-                return Err(invalid("disks", detail));
-            }
-        }
-        let selection = Self {
-            all: what.storage,
-            others,
-        };
-        let any = config.disks.iter().flatten();
-        if what.local && any.flat_map(|disk| &disk.id).any(|id| selection.copies(id)) {
-            let detail = "`local` moves the VM within this host, where the other process can use the \
-                          same images: it cannot be combined with `storage` copy";
-            return Err(invalid("storage", detail.to_owned()));
-        }
-        Ok(selection)
-    }
-
-    fn copies(&self, id: &str) -> bool {
-        let other = self.others.get(id).map(|disk| disk.storage);
-        other.unwrap_or(self.all) == StorageMode::Copy
-    }
-
-    /// The name that the image of a disk gets at the destination, if the request chose one.
-    fn name(&self, id: &str) -> Option<&String> {
-        self.others.get(id)?.name.as_ref()
-    }
+    /// The image right below it. Since version 4 of the protocol.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    base: Option<OfferedBase>,
 }
 
 /// A disk that is copied from here.
@@ -144,6 +92,8 @@ pub(super) struct CopiedDisk {
     /// The name of the image at the destination, if one was chosen.
     name: Option<String>,
     content: Arc<DiskContent>,
+    /// Its base, once that is identified.
+    base: Option<OfferedBase>,
 }
 
 struct Reader(Arc<DiskContent>);
@@ -186,6 +136,7 @@ impl CopiedDisk {
             id: id.to_owned(),
             name: None,
             content: Arc::new(content),
+            base: None,
         })
     }
 
@@ -200,19 +151,25 @@ impl CopiedDisk {
 
     /// The format of the image.
     pub(super) fn format(&self) -> CopiedFormat {
-        match self.content.format() {
-            ImageFormat::Raw => CopiedFormat::Raw,
-            ImageFormat::Qcow2 => CopiedFormat::Qcow2,
+        CopiedFormat::of(self.content.format())
+    }
+
+    /// Leaves out of the copy what is in the base that was offered. False if none was.
+    pub(super) fn leave_out_base(&self) -> bool {
+        if self.base.is_some() {
+            self.content.leave_out_base();
         }
+        self.base.is_some()
     }
 
     /// Returns what the offer says of the disk.
-    pub(super) fn for_offer(&self) -> (String, CopiedImage) {
+    pub(super) fn for_offer(&self, with_base: bool) -> (String, CopiedImage) {
         let (format, content) = (self.format(), self.content());
         let image = CopiedImage {
             format,
             allocated: content.allocated().min(content.size()),
             name: self.name.clone(),
+            base: self.base.clone().filter(|_| with_base),
         };
         (self.id.clone(), image)
     }
@@ -240,7 +197,6 @@ fn unreadable(id: &str, error: &io::Error) -> Refusal {
 }
 
 /// An image to make for a disk that comes, checked.
-#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct PlannedImage {
     /// The JSON pointer of its path in the configuration.
     pub(super) pointer: String,
@@ -249,10 +205,16 @@ pub(super) struct PlannedImage {
     format: CopiedFormat,
     size: u64,
     lock: LockGranularity,
+    /// The base at the source, of which nothing is checked yet.
+    offered: Option<OfferedBase>,
+    /// The base here.
+    base: Option<FoundBase>,
+    /// About how many bytes it will take.
+    needed: u64,
 }
 
 /// Checks the disks of an offer whose content comes with it, and puts the paths of their images here into
-/// the configuration. Nothing is made.
+/// the configuration. Nothing is made. Whether there is room depends on [bases](BaseReader::find_all).
 pub(super) fn plan(
     offer: &Offer,
     images: &BTreeMap<String, CopiedImage>,
@@ -300,11 +262,12 @@ pub(super) fn plan(
             format: image.format,
             size: disk.size,
             lock: at.lock_granularity,
+            offered: image.base.clone(),
+            base: None,
+            needed: image.allocated,
         });
         rewrite(at, path, image.format)?;
     }
-    let allocated = images.values().map(|image| image.allocated);
-    check_space(&storage, allocated.fold(0, u64::saturating_add))?;
     Ok(planned)
 }
 
@@ -349,7 +312,10 @@ pub(super) fn plan_mirror(
     check_absent(target)?;
     // What a killed service left of an earlier mirror to this path. All else at that path stays.
     remove_leftover_of(partial).map_err(|error| {
-        let detail = format!("cannot remove {}, an old mirror: {error}", partial.display());
+        let detail = format!(
+            "cannot remove {}, an old mirror: {error}",
+            partial.display()
+        );
         Refusal::new("storage-unusable", detail)
     })?;
     check_absent(partial)?;
@@ -364,6 +330,9 @@ pub(super) fn plan_mirror(
         format,
         size,
         lock: disk.lock_granularity,
+        offered: None,
+        base: None,
+        needed: 0,
     })
 }
 
@@ -413,6 +382,13 @@ fn check_space(storage: &Path, needed: u64) -> Result<(), Refusal> {
     Err(Refusal::new("storage-short", detail))
 }
 
+fn lock_mode(lock: LockGranularity) -> LockMode {
+    match lock {
+        LockGranularity::ByteRange => LockMode::ByteRange,
+        LockGranularity::Full => LockMode::Full,
+    }
+}
+
 struct MadeImage {
     disk: String,
     size: u64,
@@ -426,31 +402,39 @@ struct MadeImage {
 
 impl MadeImage {
     fn create(plan: &PlannedImage) -> Result<Self, Refusal> {
-        let lock = match plan.lock {
-            LockGranularity::ByteRange => LockMode::ByteRange,
-            LockGranularity::Full => LockMode::Full,
-        };
+        let lock = lock_mode(plan.lock);
         let failed = |code: &str, why: String| {
             let detail = format!("cannot make the image of disk {}: {why}", plan.id);
             Refusal::new(code, detail)
         };
         let marker = Marker::create(&plan.path);
         let marker = marker.map_err(|error| failed("storage-unusable", error.to_string()))?;
-        let image = CreatedImage::create(&plan.path, plan.format.image(), plan.size, lock);
+        let image = match &plan.base {
+            Some(found) => CreatedImage::create_on(&found.base, &plan.path, plan.size, lock),
+            None => CreatedImage::create(&plan.path, plan.format.image(), plan.size, lock),
+        };
         let image = image.map_err(|error| {
             if let Err(error) = marker.remove() {
                 tracing::warn!(%error, "cannot remove the marker of an image that was not made");
             }
             failed(&image_refusal(&error).code, error.to_string())
         })?;
-        Ok(Self {
+        let made = Self {
             disk: plan.id.clone(),
             size: plan.size,
             image: Arc::new(image),
             marker,
             late: None,
             device: Arc::default(),
-        })
+        };
+        // The image has locked its base. One that a program without locks changed before is another.
+        let base = plan.base.as_ref().map(|found| &found.open);
+        if base.is_some_and(|open| !made.image.is_on(open.version())) {
+            made.delete();
+            let why = "its base was changed after it was compared: try again".to_owned();
+            return Err(failed("base-changed", why));
+        }
+        Ok(made)
     }
 
     /// Has the disk wait for blocks that come after the guest, and marks its image.

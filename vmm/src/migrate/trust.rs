@@ -191,7 +191,8 @@ impl Allowed {
         Ok(resolved)
     }
 
-    fn is_below(&self, path: &Path) -> bool {
+    /// Whether a peer may name this path, which is resolved.
+    pub(super) fn is_below(&self, path: &Path) -> bool {
         let Some(allowed) = &self.paths else {
             return true;
         };

@@ -44,6 +44,10 @@ impl Writer {
 }
 
 impl NewImage for Writer {
+    fn has_base(&self) -> bool {
+        self.image.has_base()
+    }
+
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         match self.device.get() {
             Some(device) => device.write_arrived(offset, data),

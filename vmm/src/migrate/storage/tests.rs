@@ -1,7 +1,8 @@
 use migration::BlockInfo;
 use serde_json::json;
-use spec::DiskStorage;
+use spec::{DiskStorage, StartMigration, StorageMode};
 
+use super::super::trust::Allowed;
 use super::*;
 
 fn config(disks: &str) -> VmConfig {
@@ -33,6 +34,7 @@ fn images(disks: &[(&str, u64)]) -> BTreeMap<String, CopiedImage> {
             format,
             allocated,
             name: None,
+            base: None,
         };
         (name.to_owned(), image)
     };
@@ -52,9 +54,17 @@ fn planned(
     let mut config = config(&listed.join(","));
     let vm: VmId = "web".parse().unwrap();
     let planned = plan(&offer(disks), &images(described), &vm, &mut config, storage);
-    planned
-        .map(|planned| (config, planned))
-        .map_err(|why| why.code)
+    let mut planned = planned.map_err(|why| why.code)?;
+    let mut resolved = config.clone();
+    let reader = BaseReader {
+        known: &Arc::default(),
+        decision: &migration::Decision::default(),
+        notes: &BaseNotes::default(),
+    };
+    let (allowed, both) = (Allowed::all(), [&mut config, &mut resolved]);
+    let found = reader.find_all(&mut planned, &[], &allowed, both);
+    found.map_err(|why| why.code)?;
+    Ok((config, planned))
 }
 
 #[test]
@@ -83,7 +93,7 @@ fn images_are_made_below_the_storage_directory_only() {
     ] {
         let disks = [(name, 4096)];
         assert_eq!(
-            planned(Some(&storage), &disks, &disks).unwrap_err(),
+            planned(Some(&storage), &disks, &disks).err().unwrap(),
             "disk-name",
             "{name:?}"
         );
@@ -96,7 +106,7 @@ fn storage_that_cannot_take_a_disk_refuses_it() {
     let storage = dir.path();
     let one = [("a", 4096)];
     let code = |storage, disks: &[(&str, u64)], described: &[(&str, u64)]| {
-        planned(storage, disks, described).unwrap_err()
+        planned(storage, disks, described).err().unwrap()
     };
     assert_eq!(code(None, &one, &one), "no-storage");
     let none = storage.join("none");

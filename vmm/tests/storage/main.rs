@@ -2,9 +2,9 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that goes wrong panics")]
 
-#[path = "storage/followers.rs"]
+mod bases;
 mod followers;
-#[path = "storage/snapshots.rs"]
+mod mirrors;
 mod snapshots;
 
 use std::fs;
@@ -43,7 +43,15 @@ struct Stage {
 }
 
 fn registry() -> Registry {
-    Registry::new(Pool::start(&PoolConfig::default()).unwrap())
+    registry_with(Vec::new())
+}
+
+fn registry_with(image_dirs: Vec<PathBuf>) -> Registry {
+    let config = PoolConfig {
+        image_dirs,
+        ..PoolConfig::default()
+    };
+    Registry::new(Pool::start(&config).unwrap())
 }
 
 impl Stage {
@@ -83,10 +91,13 @@ impl Stage {
         qemu_img(&["create", "-q", "-f", format, &disk, "64M"]);
         qemu_img(&["create", "-q", "-f", "qcow2", &other, "1G"]);
         let writes = ["write -P 5 0 64k", "write -P 6 700M 1M", "write -z 1M 1M"];
-        for write in writes {
-            let run = Process::new("qemu-io").args(["-c", write, &other]).output();
-            assert!(run.unwrap().status.success());
-        }
+        qemu_io(&other, &writes);
+        let disks = json!([{ "path": disk }, { "path": other, "id": "other" }]);
+        self.boot_on(disks).await;
+    }
+
+    /// Boots a guest that writes to the first of these disks.
+    async fn boot_on(&self, disks: serde_json::Value) {
         let options = Options {
             workload: Workload::Io,
             ..Options::default()
@@ -99,7 +110,6 @@ impl Stage {
         config.memory.size = 64 << 20;
         let serial = json!({ "mode": "Socket", "socket": self.path("serial") });
         config.serial = serde_json::from_value(serial).unwrap();
-        let disks = json!([{ "path": disk }, { "path": other, "id": "other" }]);
         config.disks = serde_json::from_value(disks).unwrap();
         let name = Some("web".parse().unwrap());
         let vm = self.here.create(name, config).unwrap();
@@ -141,9 +151,20 @@ impl Stage {
         storage: Option<String>,
         with: impl FnOnce(&mut StartMigration),
     ) -> [Arc<dyn Migration>; 2] {
+        self.begin_between(storage, None, with)
+    }
+
+    /// Begins a migration. The VM may name paths below `allow` only, if there is a list.
+    fn begin_between(
+        &self,
+        storage: Option<String>,
+        allow: Option<Vec<String>>,
+        with: impl FnOnce(&mut StartMigration),
+    ) -> [Arc<dyn Migration>; 2] {
         let awaiting = AwaitMigration {
             once: true,
             storage,
+            allow,
             ..AwaitMigration::at(format!("unix:{}", self.path("migration")))
         };
         let receive = self.there.receive_migration(&awaiting).unwrap();
@@ -245,6 +266,22 @@ async fn disks_move_while_the_guest_writes() {
             qemu_img(&["check", "-q", &from]);
         }
         qemu_img(&["check", "-q", &other]);
+    }
+}
+
+fn can_write(image: &str, format: &str) -> bool {
+    let run = Process::new("qemu-io")
+        .args(["-f", format, "-c", "write 60M 512", image])
+        .output();
+    run.unwrap().status.success()
+}
+
+fn qemu_io(image: &str, commands: &[&str]) {
+    for command in commands {
+        let run = Process::new("qemu-io")
+            .args(["-c", command, image])
+            .output();
+        assert!(run.unwrap().status.success(), "{command}");
     }
 }
 
@@ -364,236 +401,4 @@ async fn a_move_that_fails_leaves_no_image_and_the_guest_on_its_own() {
         &flat,
     ]);
     check_disk(&fs::read(flat).unwrap(), DISK_PAGES).unwrap();
-}
-
-impl Stage {
-    fn mirror(
-        &self,
-        name: &str,
-        with: impl FnOnce(&mut MirrorDisk),
-    ) -> Result<Arc<dyn Migration>, RequestError> {
-        let mut what = MirrorDisk::at(self.path(&format!("new/{name}")));
-        with(&mut what);
-        self.here.mirror_disk("web", "_disk0", &what)
-    }
-
-    /// Begins one that takes minutes, and waits until it has copied something.
-    async fn slow_mirror(&self, name: &str) -> Arc<dyn Migration> {
-        let mirror = self.mirror(name, |what| what.max_bandwidth = Some(64 << 10));
-        let mirror = mirror.unwrap();
-        let start = Instant::now();
-        while mirror.info().sent_bytes == 0 {
-            assert!(start.elapsed() < PATIENCE, "{:?}", mirror.info());
-            tokio::time::sleep(Duration::from_millis(2)).await;
-        }
-        let [partial, marker] = ["partial", "partial.incoming"].map(|end| format!("{name}.{end}"));
-        assert_eq!(self.made(), [partial, marker]);
-        mirror
-    }
-
-    fn events(&self, named: &str) -> Vec<String> {
-        let (events, _) = self.here.events().after(0, None);
-        let of = events.into_iter().filter(|event| event.event == named);
-        of.map(|event| event.detail.unwrap_or_default()).collect()
-    }
-}
-
-fn can_write(image: &str, format: &str) -> bool {
-    let run = Process::new("qemu-io")
-        .args(["-f", format, "-c", "write 60M 512", image])
-        .output();
-    run.unwrap().status.success()
-}
-
-/// The guest writes while its disk is copied, and goes on at the new image: no block is lost.
-#[tokio::test]
-async fn disk_continues_on_its_mirror_while_the_guest_writes() {
-    let [raw, qcow2] = [
-        ("raw", NewImageFormat::Raw),
-        ("qcow2", NewImageFormat::Qcow2),
-    ];
-    for [from, to] in [[raw, qcow2], [qcow2, raw]] {
-        let stage = Stage::new();
-        stage.boot(from.0).await;
-        // Fast enough for the guest, and slow enough for some of its rounds.
-        let mirror = stage.mirror("mirror", |what| {
-            (what.format, what.max_bandwidth) = (Some(to.1), Some(32 << 20));
-        });
-        let mirror = mirror.unwrap();
-        let info = over(&mirror).await;
-        assert_eq!(info.phase, MigrationPhase::Completed, "{info:?}");
-        println!(
-            "{} to {}: {:?}, {} rounds",
-            from.0, to.0, info.downtime, info.rounds
-        );
-        assert_eq!(info.disk.as_deref(), Some("_disk0"));
-        assert_eq!((info.disk_bytes, info.disk_remaining_bytes), (DISK_SIZE, 0));
-        assert_eq!(stage.made(), ["mirror"]);
-        let vm = stage.here.get("web").unwrap();
-        let new = stage.path("new/mirror");
-        let named = || vm.info().config.disks.as_ref().unwrap()[0].clone();
-        assert_eq!(named().path.as_ref(), Some(&new));
-        assert_eq!(stage.events("disk-mirrored"), [format!("_disk0 to {new}")]);
-        // The old image is closed, and has what the disk had.
-        let old = stage.path("disk");
-        let flat = stage.path("flat");
-        qemu_img(&["convert", "-f", from.0, "-O", "raw", &old, &flat]);
-        check_disk(&fs::read(&flat).unwrap(), DISK_PAGES).unwrap();
-        stage.wait_blocks(3 * DISK_PAGES as u64).await;
-        let first = fs::read(&flat).unwrap();
-        qemu_img(&["convert", "-f", from.0, "-O", "raw", &old, &flat]);
-        assert!(fs::read(&flat).unwrap() == first, "nothing writes to it");
-        assert!(can_write(&old, from.0) && !can_write(&new, to.0));
-        // The next machine has the new image.
-        vm.ask(Request::Reboot).await.unwrap();
-        stage.wait_blocks(2 * DISK_PAGES as u64).await;
-        vm.ask(Request::Shutdown).await.unwrap();
-        qemu_img(&["convert", "-f", to.0, "-O", "raw", &new, &flat]);
-        let disk = fs::read(&flat).unwrap();
-        assert_eq!(disk.len() as u64, DISK_SIZE);
-        check_disk(&disk, DISK_PAGES).unwrap();
-        assert!(disk[DISK_PAGES * 4096..].iter().all(|byte| *byte == 0));
-        assert!(blocks_of(Path::new(&new)) < 8 << 20, "it is sparse");
-        assert!(can_write(&new, to.0));
-    }
-}
-
-/// A mirror that is called off, by a client or by the end of its machine, leaves the disk as it was and no
-/// image.
-#[tokio::test]
-async fn mirror_that_ends_early_leaves_the_disk() {
-    let stage = Stage::new();
-    stage.boot("qcow2").await;
-    let vm = stage.here.get("web").unwrap();
-    let canceled = |info: &MigrationInfo| info.phase == MigrationPhase::Canceled;
-    let mirror = stage.slow_mirror("mirror").await;
-    mirror.cancel().unwrap();
-    assert!(canceled(&over(&mirror).await));
-    stage.runs_here().await;
-    let mirror = stage.slow_mirror("mirror").await;
-    let mut serial = UnixStream::connect(stage.at("serial")).unwrap();
-    writeln!(serial, "{}", Command::Reset).unwrap();
-    drop(serial);
-    assert!(canceled(&over(&mirror).await));
-    stage.runs_here().await;
-    for request in [Request::Shutdown, Request::Delete] {
-        let mirror = stage.slow_mirror("mirror").await;
-        let deleted = request == Request::Delete;
-        match deleted {
-            true => stage.here.delete("web").await.unwrap(),
-            false => drop(vm.ask(request).await.unwrap()),
-        }
-        assert!(canceled(&over(&mirror).await));
-        assert_eq!(stage.made(), [""; 0]);
-        if !deleted {
-            vm.ask(Request::Boot).await.unwrap();
-            stage.wait_blocks(2 * DISK_PAGES as u64).await;
-        }
-    }
-    // A VM that is deleted has no further events.
-    let [begun, failed] =
-        ["disk-mirroring", "disk-mirror-failed"].map(|event| stage.events(event).len());
-    assert_eq!((begun, failed), (4, 3));
-    qemu_img(&["check", "-q", &stage.path("disk")]);
-}
-
-/// A mirror and what else concerns its disk exclude each other, by name.
-#[tokio::test]
-async fn mirror_excludes_other_uses_of_its_disk() {
-    let stage = Stage::new();
-    stage.boot("raw").await;
-    let vm = stage.here.get("web").unwrap();
-    let code = |refused: Result<_, RequestError>| match refused {
-        Ok::<Arc<dyn Migration>, _>(_) => "begun".to_owned(),
-        Err(error) => error.code,
-    };
-    // What is there stays.
-    for (there, name) in [("mirror", "mirror"), ("mirror.partial", "mirror")] {
-        let there = stage.at(&format!("new/{there}"));
-        fs::write(&there, "mine").unwrap();
-        assert_eq!(code(stage.mirror(name, |_| {})), "image-exists");
-        assert_eq!(fs::read(&there).unwrap(), b"mine");
-        fs::remove_file(there).unwrap();
-    }
-    // Also beside the marker of a service that ran before the host was started.
-    let [partial, marker] = ["mirror.partial", "mirror.partial.incoming"]
-        .map(|name| stage.at(&format!("new/{name}")));
-    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
-    let mark = |boot: &str| {
-        fs::write(&partial, "of a killed service").unwrap();
-        let title = "whimbrel: the guest of this image has not come; boot ";
-        fs::write(&marker, format!("{title}{boot}\n")).unwrap();
-    };
-    mark("another");
-    assert_eq!(code(stage.mirror("mirror", |_| {})), "image-exists");
-    assert!(partial.exists() && marker.exists());
-    // What a service left that was killed in this boot of the host is replaced.
-    mark(boot.trim());
-    stage.slow_mirror("mirror").await.cancel().unwrap();
-    let start = Instant::now();
-    while !stage.made().is_empty() {
-        assert!(start.elapsed() < PATIENCE, "{:?}", stage.made());
-        tokio::time::sleep(Duration::from_millis(2)).await;
-    }
-    let elsewhere = stage.mirror("none/mirror", |_| {});
-    assert_eq!(code(elsewhere), "storage-unusable");
-    for path in ["relative", "/", "/tmp/"] {
-        let refused = stage.mirror("", |what| what.path = path.to_owned());
-        assert_eq!(code(refused), "invalid-configuration", "{path}");
-    }
-    let other = MirrorDisk::at(stage.path("new/mirror"));
-    let none = stage.here.mirror_disk("web", "none", &other);
-    assert_eq!(code(none), "no-such-disk");
-
-    let mirror = stage.slow_mirror("mirror").await;
-    assert_eq!(code(stage.mirror("second", |_| {})), "disk-mirroring");
-    let id = || "_disk0".to_owned();
-    let removal = Request::RemoveDevice(VmRemoveDevice { id: id() });
-    let resize = Request::ResizeDisk(VmResizeDisk {
-        id: id(),
-        desired_size: 1 << 30,
-    });
-    for request in [removal, resize] {
-        let refused = vm.ask(request).await.unwrap_err();
-        assert_eq!(refused.code, "disk-mirroring");
-        assert!(refused.detail.contains(&mirror.info().id), "{refused}");
-    }
-    let snapshot = VmSnapshotConfig::to(format!("file://{}", stage.path("snapshot")));
-    let snapshot = || {
-        let of = SnapshotOf::PausedOrRunning;
-        stage.here.take_snapshot("web", &snapshot, of)
-    };
-    assert_eq!(code(snapshot()), "disk-mirroring");
-    let what = StartMigration::to(format!("unix:{}", stage.path("migration")));
-    let send = || stage.here.send_migration("web", &what);
-    assert_eq!(code(send()), "disk-mirroring");
-    // Another disk is another matter, also while the guest is paused.
-    vm.ask(Request::Pause).await.unwrap();
-    let beside = stage
-        .here
-        .mirror_disk("web", "other", &MirrorDisk::at(stage.path("other-2")));
-    let info = over(&beside.unwrap()).await;
-    assert_eq!(info.phase, MigrationPhase::Completed, "{info:?}");
-    vm.ask(Request::Resume).await.unwrap();
-    mirror.cancel().unwrap();
-    over(&mirror).await;
-    stage.runs_here().await;
-
-    // And the reverse.
-    let both = stage.begin(|what| what.max_bandwidth = Some(64 << 10));
-    assert_eq!(code(stage.mirror("mirror", |_| {})), "vm-migrating");
-    both[0].cancel().unwrap();
-    over(&both[0]).await;
-    // It may not have heard of its source yet, and would wait for another.
-    let _ = both[1].cancel();
-    over(&both[1]).await;
-    vm.ask(Request::Shutdown).await.unwrap();
-    assert_eq!(code(stage.mirror("mirror", |_| {})), "wrong-state");
-    qemu_img(&[
-        "compare",
-        "-q",
-        &stage.path("other"),
-        &stage.path("other-2"),
-    ]);
-    check_disk(&fs::read(stage.at("disk")).unwrap(), DISK_PAGES).unwrap();
 }

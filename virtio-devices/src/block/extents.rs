@@ -1,0 +1,76 @@
+//! The parts of an image that have content.
+
+use std::fs::File;
+use std::io;
+
+use imago::file::File as Storage;
+use imago::{FormatAccess, Mapping, ShallowMapping};
+use rustix::fs::{SeekFrom, seek};
+use rustix::io::Errno;
+
+use super::image::{Image, Kind};
+
+/// Calls `found` with each range that may have content; all others read as zeros.
+pub(super) fn extents(image: &Image, size: u64, mut found: impl FnMut(u64, u64)) -> io::Result<()> {
+    let mut at = 0;
+    while at < size {
+        let (has_content, len) = match &image.kind {
+            Kind::Raw(file) => raw_extent(file, at, size)?,
+            Kind::Qcow2(image) => {
+                let image = image.read();
+                let (mapping, len) = image.get_mapping(at, size - at)?;
+                let is_zero = matches!(mapping, Mapping::Zero { .. } | Mapping::Eof { .. });
+                (!is_zero, len)
+            }
+        };
+        // An extent without a length says nothing of the rest.
+        let (has_content, len) = match len {
+            0 => (true, size - at),
+            len => (has_content, len.min(size - at)),
+        };
+        if has_content {
+            found(at, len);
+        }
+        at += len;
+    }
+    Ok(())
+}
+
+/// Calls `found` with each range that is not as in the base of the image. Zeros count, too: they may hide
+/// what the base has.
+pub(super) fn own_extents(
+    image: &FormatAccess<Storage>,
+    size: u64,
+    mut found: impl FnMut(u64, u64),
+) -> io::Result<()> {
+    let mut at = 0;
+    while at < size {
+        let (mapping, len) = image.get_shallow_mapping(at, size - at)?;
+        let is_below = matches!(mapping, ShallowMapping::Indirect { .. });
+        // An extent without a length says nothing of the rest.
+        let (is_own, len) = match len {
+            0 => (true, size - at),
+            len => (!is_below, len.min(size - at)),
+        };
+        if is_own {
+            found(at, len);
+        }
+        at += len;
+    }
+    Ok(())
+}
+
+/// The extent of a file at this offset, and whether it has content.
+fn raw_extent(file: &File, at: u64, size: u64) -> io::Result<(bool, u64)> {
+    let data = match seek(file, SeekFrom::Data(at)) {
+        Ok(data) if data > at => return Ok((false, data.min(size) - at)),
+        Ok(_) => at,
+        // Nothing but a hole from here on.
+        Err(Errno::NXIO) => return Ok((false, size - at)),
+        // A block device, or a file system that does not say: all of it may have content.
+        Err(Errno::INVAL | Errno::OPNOTSUPP | Errno::NOTTY) => return Ok((true, size - at)),
+        Err(error) => return Err(error.into()),
+    };
+    let hole = seek(file, SeekFrom::Hole(data))?;
+    Ok((true, hole.saturating_sub(at)))
+}
