@@ -210,8 +210,9 @@ pub struct RestoreConfig {
     /// New locations of memory zones.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub zone_updates: Option<Vec<VmMemoryZoneUpdateData>>,
-    /// Check all memory against its hashes before the guest runs. `Copy` and `OnDemand` check each page
-    /// as they read it; `Map` checks none without this. An extension of Whimbrel.
+    /// Check all memory and the copies of disks against their hashes before the guest runs. `Copy` and
+    /// `OnDemand` check each page as they read it, and `Copy` the disks; without this, `Map` checks nothing and
+    /// `OnDemand` no disk. An extension of Whimbrel.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub verify: bool,
     /// What differs from the VM that was saved. An extension of Whimbrel.

@@ -153,3 +153,42 @@ pub(super) fn offer_of(snapshot: &Snapshot) -> Result<Offer, Refusal> {
     offer.machine = text.into();
     Ok(offer)
 }
+
+#[cfg(test)]
+mod tests {
+    use spec::PayloadConfig;
+
+    use super::*;
+
+    fn config(disks: serde_json::Value) -> VmConfig {
+        let mut config = VmConfig::with_payload(PayloadConfig::default());
+        config.disks = serde_json::from_value(disks).unwrap();
+        config
+    }
+
+    /// The back end of a vhost-user disk is another program, so that the machine has no access to it.
+    #[test]
+    fn disk_of_a_back_end_is_refused_by_name() {
+        let back_end = serde_json::json!([
+            { "id": "root", "path": "/r", "readonly": true },
+            { "id": "data", "vhost_user": true, "vhost_socket": "/s" },
+        ]);
+        let config = config(back_end);
+        let refused = DiskCopies::of(&config, &[], SnapshotDisks::Copy).err();
+        let refused = refused.unwrap();
+        assert_eq!(refused.code, "disk-not-copied");
+        assert!(refused.detail.contains("data"), "{refused:?}");
+        for what in [SnapshotDisks::None, SnapshotDisks::Overlay] {
+            assert_eq!(DiskCopies::of(&config, &[], what).unwrap().count(), 0);
+        }
+    }
+
+    #[test]
+    fn needs_the_images_that_are_not_copied() {
+        let all = serde_json::json!([{ "id": "a", "path": "/a" }, { "id": "b", "path": "/b" }]);
+        let left = without(&config(all), &["a".to_owned()]);
+        let left = left.disks.unwrap();
+        assert_eq!(left.len(), 1);
+        assert_eq!(left[0].id.as_deref(), Some("b"));
+    }
+}

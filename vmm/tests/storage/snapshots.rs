@@ -233,6 +233,15 @@ async fn damaged_copies_are_refused() {
         count: None,
     };
     let other: VmId = "other".parse().unwrap();
+    // Of a disk that the VM has not.
+    let manifest = stage.at("s/manifest.json");
+    let text = fs::read_to_string(&manifest).unwrap();
+    fs::write(&manifest, text.replace("_disk0", "elsewhere")).unwrap();
+    let map = what(MemoryRestoreMode::Map, false);
+    let refused = stage.there.restore(&other, &map).err().unwrap();
+    assert_eq!(refused.code, "snapshot-damaged", "{refused:?}");
+    assert!(refused.detail.contains("elsewhere"), "{refused:?}");
+    fs::write(&manifest, text).unwrap();
     let copy = stage.at("s/disk-0.raw");
     let file = fs::File::options().write(true).open(&copy).unwrap();
     file.write_all_at(&[1], DISK_SIZE - 1).unwrap();
@@ -247,7 +256,6 @@ async fn damaged_copies_are_refused() {
         assert!(why.detail.contains("disk-0.raw"), "{why:?}");
     }
     // Found when the snapshot is opened: a file of another length, and a link.
-    let map = what(MemoryRestoreMode::Map, false);
     file.set_len(512).unwrap();
     let refused = stage.there.restore(&other, &map).err().unwrap();
     assert_eq!(refused.code, "snapshot-damaged", "{refused:?}");
