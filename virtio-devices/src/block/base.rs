@@ -200,7 +200,7 @@ mod tests {
 
     use devices::host_file::LockMode;
 
-    use super::super::ImageFormat;
+    use super::super::{CreatedImage, ImageFormat};
     use super::*;
 
     const SIZE: u64 = 3 << 20;
@@ -289,5 +289,36 @@ mod tests {
         });
         let _other = other.unwrap();
         assert!(base(&path, ImageFormat::Raw).open().is_err());
+    }
+
+    #[test]
+    fn image_on_a_base_that_changes_is_not_synced() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().canonicalize().unwrap().join("base");
+        let file = File::create_new(&path).unwrap();
+        file.set_len(SIZE).unwrap();
+        file.write_all_at(&[7; 512], 4096).unwrap();
+        let base = base(&path, ImageFormat::Raw);
+        let open = base.open().unwrap();
+        let overlay = dir.path().join("overlay");
+        let made = CreatedImage::create_on(&base, &overlay, SIZE, LockMode::ByteRange).unwrap();
+        assert!(made.has_base() && made.is_on(open.version()));
+        // Zeros hide what the base has.
+        made.zero(4096, 512).unwrap();
+        made.sync().unwrap();
+        // By a program that does not look at locks.
+        file.set_len(SIZE * 2).unwrap();
+        assert!(made.sync().is_err());
+        assert!(!made.is_on(base.open().unwrap().version()));
+        drop(made);
+        let image = Image::open(Opening {
+            path: overlay,
+            backing_files: true,
+            format: Some(ImageFormat::Qcow2),
+            ..base.opening()
+        });
+        let mut sector = [1; 512];
+        image.unwrap().read_at(&mut sector, 4096).unwrap();
+        assert_eq!(sector, [0; 512]);
     }
 }
