@@ -285,6 +285,42 @@ fn qemu_io(image: &str, commands: &[&str]) {
     }
 }
 
+/// An image that a VM left is not written over, nor written to, when the VM comes back.
+#[tokio::test]
+async fn vm_moves_away_and_back() {
+    let mut stage = Stage::new();
+    stage.boot("raw").await;
+    fs::create_dir(stage.at("back")).unwrap();
+    let moves = [
+        ("new", "web-_disk0.raw"),
+        ("back", "web-_disk0.raw"),
+        ("new", "web-_disk0-2.raw"),
+    ];
+    let mut left = stage.at("disk");
+    for (storage, image) in moves {
+        let both = stage.begin_at(Some(stage.path(storage)), |_| {});
+        for side in &both {
+            let info = over(side).await;
+            assert_eq!(info.phase, MigrationPhase::Completed, "{info:?}");
+        }
+        std::mem::swap(&mut stage.here, &mut stage.there);
+        let vm = stage.here.get("web").unwrap();
+        let named = vm.info().config.disks.as_ref().unwrap()[0].path.clone();
+        let now = stage.at(&format!("{storage}/{image}"));
+        assert_eq!(named.as_deref(), now.to_str());
+        let before = fs::read(&left).unwrap();
+        stage.wait_blocks(2 * DISK_PAGES as u64).await;
+        assert!(fs::read(&left).unwrap() == before, "{}", left.display());
+        check_disk(&before, DISK_PAGES).unwrap();
+        left = now;
+    }
+    let vm = stage.here.get("web").unwrap();
+    vm.ask(Request::Shutdown).await.unwrap();
+    check_disk(&fs::read(&left).unwrap(), DISK_PAGES).unwrap();
+    let (first, last) = (stage.path("other"), stage.path("new/web-other-2.qcow2"));
+    qemu_img(&["compare", "-q", &first, &last]);
+}
+
 /// A disk can stay where it is, while others are copied.
 #[tokio::test]
 async fn disks_are_chosen_by_name() {
