@@ -232,8 +232,8 @@ impl Copier {
 
 fn does_not_converge(policy: &Policy, dirty: u64, predicted: Duration) -> MigrationError {
     let why = format!(
-        "the guest writes {dirty} blocks of 4 KiB to its disk during one round: the stop would take \
-         {} ms, and the limit is {} ms (`max_downtime_ms`)",
+        "{dirty} blocks of 4 KiB are left, which were not copied in time or which the guest wrote \
+         again: the stop would take {} ms, and the limit is {} ms (`max_downtime_ms`)",
         predicted.as_millis(),
         policy.max_downtime.as_millis(),
     );

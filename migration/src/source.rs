@@ -199,8 +199,11 @@ pub struct Sending<'a> {
 /// The result of an outgoing migration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// The guest runs at the destination.
+    /// The guest runs at the destination, or has ended there as guests do.
     Moved,
+    /// The guest ran at the destination and ended there before all of it had come. The copy here is old
+    /// and never runs.
+    Lost(Refusal),
     /// The guest continues here.
     Stayed {
         /// The reason.
@@ -243,6 +246,10 @@ pub fn send(mut sending: Sending<'_>, source: &mut dyn Source) -> Outcome {
     engine.source.ended(&outcome);
     progress.update(|report| match &outcome {
         Outcome::Moved => report.phase = Phase::Completed,
+        Outcome::Lost(why) => {
+            report.phase = Phase::Failed;
+            report.error = Some(why.clone());
+        }
         Outcome::Stayed { why, .. } => {
             report.phase = if why.code == "canceled" {
                 Phase::Canceled

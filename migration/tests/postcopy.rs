@@ -140,7 +140,10 @@ fn guest_ends_when_its_faults_are_unreadable() {
             },
             &mut guest,
         );
-        assert!(matches!(sent, Outcome::Moved), "{sent:?}");
+        let Outcome::Lost(why) = sent else {
+            panic!("{sent:?}");
+        };
+        assert_eq!(why.code, "guest-lost");
         assert_eq!(
             receiver.join().unwrap().unwrap_err().code,
             "pages-not-served"

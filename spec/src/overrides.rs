@@ -7,6 +7,7 @@ use crate::console::{ConsoleMode, DebugConsoleConfig, SerialConfig};
 
 use crate::device::TpmConfig;
 use crate::devices::parse_mac;
+use crate::disk::{DiskConfig, ImageType};
 use crate::requests::SnapshotDisks;
 use crate::service::{FieldProblem, VmId};
 use crate::validate::problem;
@@ -51,6 +52,31 @@ pub struct DiskOverride {
     pub id: String,
     /// Path of its image.
     pub path: String,
+    /// Format of its image. When absent, a saved `Qcow2` stays. A saved `Raw` is detected anew, because the
+    /// other image may have been made by tools of the host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_type: Option<ImageType>,
+    /// Whether the image may name a file below it, as in the configuration of a disk. As it was saved when
+    /// absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backing_files: Option<bool>,
+}
+
+impl DiskOverride {
+    /// Configures a disk for this image, at `path`.
+    fn apply(&self, path: String, disk: &mut DiskConfig) {
+        disk.path = Some(path);
+        if let Some(allowed) = self.backing_files {
+            disk.backing_files = allowed;
+        }
+        match (self.image_type, disk.image_type) {
+            // A header of qcow2 in an image that is served as raw would be the guest's to overwrite.
+            (None, Some(ImageType::Raw)) => disk.image_type = None,
+            (None, _) => return,
+            (said, _) => disk.image_type = said,
+        }
+        disk.image_type_detected = false;
+    }
 }
 
 /// Another tap or MAC address for a network interface.
@@ -149,7 +175,7 @@ impl Overrides {
             let found = disks.find(|disk| disk.id.as_ref() == Some(&wanted.id));
             let pointer = format!("/overrides/disks/{index}/id");
             let disk = found.ok_or_else(|| no_device(pointer, &wanted.id))?;
-            disk.path = Some(text(&wanted.path));
+            wanted.apply(text(&wanted.path), disk);
         }
         for (index, wanted) in self.net.iter().enumerate() {
             let mut nets = config.net.iter_mut().flatten();
@@ -276,6 +302,32 @@ mod tests {
             (debug.file.as_deref(), debug.iobase),
             (Some("/debug/12"), Some(0x402))
         );
+    }
+
+    #[test]
+    fn format_of_another_image_is_said_or_detected() {
+        let formats = |saved: &str, wanted: &str| {
+            let mut config = config();
+            let disks = format!(r#"[{{"id":"root","path":"/a"{saved}}}]"#);
+            config.disks = serde_json::from_str(&disks).unwrap();
+            let overrides = format!(r#"{{"disks":[{{"id":"root","path":"/b"{wanted}}}]}}"#);
+            let overrides: Overrides = serde_json::from_str(&overrides).unwrap();
+            overrides.apply(1, &mut config).unwrap();
+            let disk = config.disks.unwrap().remove(0);
+            (
+                disk.image_type,
+                disk.image_type_detected,
+                disk.backing_files,
+            )
+        };
+        let raw = r#","image_type":"Raw","image_type_detected":true"#;
+        let qcow2 = r#","image_type":"Qcow2","backing_files":true"#;
+        let (is_raw, is_qcow2) = (Some(ImageType::Raw), Some(ImageType::Qcow2));
+        assert_eq!(formats(raw, ""), (None, false, false));
+        assert_eq!(formats(raw, qcow2), (is_qcow2, false, true));
+        assert_eq!(formats(qcow2, ""), (is_qcow2, false, true));
+        let alone = r#","image_type":"Raw","backing_files":false"#;
+        assert_eq!(formats(qcow2, alone), (is_raw, false, false));
     }
 
     #[test]

@@ -561,6 +561,8 @@ async fn failed_restore_leaves_no_overlay() {
     overrides.disks = vec![spec::DiskOverride {
         id: "disk".to_owned(),
         path: given.to_str().unwrap().to_owned(),
+        image_type: None,
+        backing_files: None,
     }];
     let what = RestoreConfig {
         count: Some(1),

@@ -436,7 +436,11 @@ async fn blocks_that_are_lost_are_not_read() {
             .await
             .unwrap();
         let is_over = |info: &spec::MigrationInfo| info.phase.is_over();
-        left.until(id, PATIENCE, is_over).await.unwrap();
+        let over = left.until(id, PATIENCE, is_over).await.unwrap();
+        if dies == Side::Destination {
+            assert_eq!(over.phase, MigrationPhase::Failed, "{over:?}");
+            assert_eq!(over.error.unwrap().code, "resolved");
+        }
         assert!(left.client().vms_list().await.unwrap().is_empty());
         // The image has what the guest wrote here, and is not whole. The next service leaves it.
         if dies == Side::Destination {

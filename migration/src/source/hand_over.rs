@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
-use super::{Engine, Outcome, Stopped, Whereabouts, dial_channel, disconnected};
+use super::{Engine, Outcome, Stopped, Whereabouts, dial_channel, disconnected, postcopy};
 use crate::decision::{Doubt, Question, Resolution};
 use crate::journal::Step;
 use crate::link::Dial;
@@ -281,12 +281,15 @@ impl Engine<'_, '_> {
                         if told.is_err() {
                             self.control = None;
                         }
-                        self.follow_with_pages();
+                        return self.followed();
                     }
                     return self.moved();
                 }
                 // The guest may have run there, and has ended. The copy here is stale and never
-                // runs.
+                // runs. In postcopy a part of the guest never came.
+                Ok(ToSource::Ended) if self.fault_server.is_some() => {
+                    return self.lost(postcopy::lost());
+                }
                 Ok(ToSource::Ended) => return self.moved(),
                 // The guest runs there, the answer was lost, and it waits for pages.
                 Ok(ToSource::StillMissing { .. } | ToSource::Prepared { .. })
@@ -294,8 +297,7 @@ impl Engine<'_, '_> {
                 {
                     self.control = None;
                     drop(question);
-                    self.follow_with_pages();
-                    return self.moved();
+                    return self.followed();
                 }
                 // The only answer that gives the guest back: it never ran there and never will.
                 Ok(ToSource::NotHere(why)) => return self.stay(MigrationError::There(why)),
@@ -356,6 +358,20 @@ impl Engine<'_, '_> {
             ToSource::Refused(why) => Err(MigrationError::There(why)),
             other => Ok(other),
         }
+    }
+
+    /// The guest runs at the destination: sends all of it that is still here.
+    fn followed(&mut self) -> Outcome {
+        match self.follow_with_pages() {
+            Ok(()) => self.moved(),
+            Err(why) => self.lost(why),
+        }
+    }
+
+    fn lost(&mut self, why: Refusal) -> Outcome {
+        tracing::warn!(migration = %self.sending.id, %why, "a guest is lost");
+        self.moved();
+        Outcome::Lost(why)
     }
 
     fn moved(&mut self) -> Outcome {

@@ -12,7 +12,7 @@ use crate::decision::{Doubt, Question, Resolution};
 use crate::disks::SourceDisk;
 use crate::fault_priority::FaultPriority;
 use crate::link::{Closer, Stream};
-use crate::message::{Channel, ControlChannel, Hello, ToDestination, ToSource};
+use crate::message::{Channel, ControlChannel, Hello, Refusal, ToDestination, ToSource};
 use crate::pages::{self, BATCH, Block, PAGE, Run};
 use crate::policy::MAX_CONNECTIONS;
 use crate::progress::{Activity, Phase, Progress};
@@ -25,8 +25,10 @@ use crate::{ATTEMPTS, KEEPALIVES, MigrationError, PAGES_PATIENCE};
 enum Reconnect {
     /// The destination, which said what it has not got.
     Again,
-    /// One that needs nothing more: all pages are there, or the guest is no more.
+    /// The destination, which has all pages.
     Over,
+    /// The destination, whose guest has ended before all pages were there.
+    Lost,
 }
 
 /// Serves the pages that the guest waits for, on a channel of their own.
@@ -115,6 +117,13 @@ fn take_run(contents: Contents<'_>, block: u32, page: u64) -> Option<Run> {
     })
 }
 
+/// The guest ended at the destination while parts of it were missing there, as when its service died.
+pub(super) fn lost() -> Refusal {
+    let detail = "the guest ended at the destination before all of its memory and disks had come there; \
+                  keep the images of its copied disks at the source";
+    Refusal::new("guest-lost", detail)
+}
+
 impl Engine<'_, '_> {
     /// The pages that come after the guest: a list for each block, and behind those one for each disk that
     /// may lack blocks.
@@ -173,7 +182,10 @@ impl Engine<'_, '_> {
 
     /// The guest runs there: sends all that is left. A connection that is lost is made again, for as
     /// long as it takes: there is no way back.
-    pub(super) fn follow_with_pages(&mut self) {
+    ///
+    /// # Errors
+    /// The guest ended before all of it was there, or an operator gave it up.
+    pub(super) fn follow_with_pages(&mut self) -> Result<(), Refusal> {
         let progress = self.sending.progress.clone();
         let mut attempt = self.push(&progress);
         let mut question: Option<Question> = None;
@@ -200,7 +212,11 @@ impl Engine<'_, '_> {
             }
             let wait = self.sending.policy.patience / ATTEMPTS;
             if open.wait(wait) == Some(Resolution::Discard) {
-                return;
+                let why = format!(
+                    "an operator gave the guest up, of which a part had not come to the destination: {}",
+                    error.refusal().detail
+                );
+                return Err(Refusal::new("resolved", why));
             }
             attempt = match self.reconnect() {
                 Ok(Reconnect::Again) => {
@@ -210,10 +226,12 @@ impl Engine<'_, '_> {
                     self.push(&progress)
                 }
                 Ok(Reconnect::Over) => break,
+                Ok(Reconnect::Lost) => return Err(lost()),
                 Err(error) => Err(error),
             };
         }
         progress.update(|report| report.error = None);
+        Ok(())
     }
 
     fn disconnect(&mut self) {
@@ -302,7 +320,7 @@ impl Engine<'_, '_> {
                 }
                 ToSource::Prepared { connections, .. } => break connections,
                 ToSource::Refused(why) => return Err(MigrationError::There(why)),
-                ToSource::Ended => return Ok(Reconnect::Over),
+                ToSource::Ended => return Ok(Reconnect::Lost),
                 ToSource::Completed => {
                     let _ = control.send(&ToDestination::Complete);
                     return Ok(Reconnect::Over);

@@ -135,8 +135,8 @@ impl Engine<'_, '_> {
                         Subject::Disks => "blocks of 4 KiB of its disks",
                     };
                     let why = format!(
-                        "the guest dirties {dirty} {of} during one round: the stop would be {} \
-                         ms, and the limit is {} ms (`max_downtime_ms`)",
+                        "{dirty} {of} are left, which were not sent in time or which the guest wrote \
+                         again: the stop would be {} ms, and the limit is {} ms (`max_downtime_ms`)",
                         predicted.as_millis(),
                         policy.max_downtime.as_millis(),
                     );

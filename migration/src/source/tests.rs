@@ -187,7 +187,7 @@ fn migrate_guest(
 fn stayed(outcome: &Outcome) -> &str {
     match outcome {
         Outcome::Stayed { why, .. } => &why.code,
-        Outcome::Moved => panic!("it moved"),
+        Outcome::Moved | Outcome::Lost(_) => panic!("it moved"),
     }
 }
 
@@ -390,7 +390,10 @@ fn postcopy_guest_out_of_reach() {
         let mut control = ControlChannel::new(Box::new(stream));
         control.send(&ToSource::Ended).unwrap();
     });
-    assert_eq!(outcome, Outcome::Moved);
+    let Outcome::Lost(why) = outcome else {
+        panic!("{outcome:?}");
+    };
+    assert_eq!(why.code, "guest-lost");
     assert!(!guest.runs);
     let is_lost = |shown: &Whereabouts| matches!(shown, Whereabouts::OutOfReach(_));
     assert_eq!(guest.shown.first(), Some(&Whereabouts::AtDestination));

@@ -266,7 +266,7 @@ fn check_world(seed: u64, script: &Script) -> (Ending, Arc<World>) {
         assert_ne!(why.code, "memory-differs-at", "{told}");
     }
     // A destination that dies behind the hand-over takes the guest with it, as every host does.
-    if script.source_dies_at.is_none() && ending.outcome != Outcome::Moved {
+    if script.source_dies_at.is_none() && matches!(ending.outcome, Outcome::Stayed { .. }) {
         assert!(at_source, "it stayed, and is lost: {told}");
     }
     (ending, world)

@@ -327,7 +327,11 @@ impl Source for SourceVm {
                 let detail = format!("to {}", listed.destination);
                 listed.registry.forget(&self.vm, "migrated", Some(detail));
             }
-            (Outcome::Moved, None) => {}
+            (Outcome::Lost(why), Some(listed)) => {
+                let detail = Some(why.detail.clone());
+                listed.registry.forget(&self.vm, "migration-failed", detail);
+            }
+            (Outcome::Moved | Outcome::Lost(_), None) => {}
             // It can be migrated again, and its owner may read why it was not.
             (Outcome::Stayed { why, .. }, _) => self.end("migration-failed", why.detail.clone()),
         }
