@@ -1,7 +1,7 @@
 //! Prints the manifest of a snapshot, of this version of the format or of a later one, with the images
 //! that it needs and its working set.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::Read as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
@@ -19,6 +19,9 @@ const MAX_WORKING_SET: u64 = 5 << 20;
 /// Reads a JSON file of at most `max` bytes.
 fn read(path: &Path, max: u64) -> Result<Value> {
     let shown = path.display();
+    let metadata = fs::metadata(path).with_context(|| format!("cannot read {shown}"))?;
+    // The folder may be of a stranger, and the open of a FIFO would wait for a writer.
+    ensure!(metadata.is_file(), "{shown} is not a regular file");
     let file = File::open(path).with_context(|| format!("cannot read {shown}"))?;
     let mut text = Vec::new();
     let read = file.take(max + 1).read_to_end(&mut text);
@@ -141,6 +144,11 @@ mod tests {
         std::fs::write(&path, vec![b' '; (MAX + 1) as usize]).unwrap();
         let refused = manifest(folder).unwrap_err().to_string();
         assert!(refused.contains("more than 65536 bytes"), "{refused}");
+        std::fs::remove_file(&path).unwrap();
+        let made = std::process::Command::new("mkfifo").arg(&path).status();
+        assert!(made.unwrap().success());
+        let refused = manifest(folder).unwrap_err().to_string();
+        assert!(refused.contains("not a regular file"), "{refused}");
     }
 
     #[test]

@@ -411,7 +411,7 @@ pub struct MigrationInfo {
     /// The disk, of a mirror of one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk: Option<String>,
-    /// What became of the base images of copied disks.
+    /// Use that was made of the base images of copied disks.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub bases: Vec<MigratedBase>,
     /// Address of the destination's listener; `file://PATH` of a snapshot, core dump or mirror.
@@ -494,14 +494,14 @@ pub struct MigrationInfo {
     pub fault_p50_us: u64,
     /// 99th percentile of the wait for such a page, in microseconds.
     pub fault_p99_us: u64,
-    /// Of a restore with `resume`: microseconds from the request until the guest ran. Of several VMs, the
+    /// Microseconds from the request until the guest ran, for a restore with `resume`. Of several VMs, the
     /// last that did.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub first_instruction_us: Option<u64>,
     /// Pages of the snapshot's working set, which a restore brings first, or which were recorded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub working_set_pages: Option<u64>,
-    /// Of a restore: microseconds from the request until its working set was brought. Of several VMs,
+    /// Microseconds from the request until the working set was brought, for a restore. Of several VMs,
     /// the last so far.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub working_set_us: Option<u64>,

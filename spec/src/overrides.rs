@@ -120,10 +120,10 @@ pub struct ForkVm {
     /// Resume their guests. The VM that is forked stays as it is: paused or running.
     #[serde(default)]
     pub resume: bool,
-    /// What differs from the VM that is forked.
+    /// Differences from the VM that is forked.
     #[serde(default)]
     pub overrides: Overrides,
-    /// What becomes of the VM's disks. With `Overlay` the VM and each fork continue on overlays of their
+    /// Treatment of the VM's disks. With `Overlay` the VM and each fork continue on overlays of their
     /// own; a VM that runs and has a disk that it can write is forked only so. `Copy` is refused.
     #[serde(default, skip_serializing_if = "SnapshotDisks::is_none")]
     pub disks: SnapshotDisks,

@@ -80,7 +80,7 @@ pub struct VmSnapshotConfig {
     /// Cloud Hypervisor's contract.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base_url: Option<String>,
-    /// What becomes of the VM's disks. An addition to Cloud Hypervisor's contract.
+    /// Treatment of the VM's disks. An addition to Cloud Hypervisor's contract.
     #[serde(default, skip_serializing_if = "SnapshotDisks::is_none")]
     pub disks: SnapshotDisks,
     /// With `disks` set to `Copy`, of a running VM: how long the last blocks of its disks may take in the
@@ -139,7 +139,7 @@ pub struct RecordWorkingSet {
     #[serde(default = "default_limit_s")]
     #[schema(minimum = 1, maximum = 3600)]
     pub limit_s: u32,
-    /// What differs from the VM that was saved.
+    /// Differences from the VM that was saved.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub overrides: Option<Overrides>,
 }
@@ -176,7 +176,7 @@ pub enum MemoryRestoreMode {
     // The command line of Cloud Hypervisor has `ondemand`.
     #[serde(alias = "Ondemand")]
     OnDemand,
-    /// As a private view of the file: VMs of one snapshot share the pages that they do not write, and
+    /// A private view of the file: VMs of one snapshot share the pages that they do not write, and
     /// nothing is read before it is touched. An extension of Whimbrel.
     Map,
 }
@@ -215,7 +215,7 @@ pub struct RestoreConfig {
     /// `OnDemand` no disk. An extension of Whimbrel.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub verify: bool,
-    /// What differs from the VM that was saved. An extension of Whimbrel.
+    /// Differences from the VM that was saved. An extension of Whimbrel.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub overrides: Option<Overrides>,
     /// Number of VMs to make, 1 to 1024. They are called `NAME-1`, `NAME-2` and so on. An extension of

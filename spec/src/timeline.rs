@@ -17,7 +17,7 @@ pub struct MigrationStep {
     pub took_us: u64,
 }
 
-/// What a side of a migration does in a step.
+/// Step of one side of a migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum MigrationActivity {

@@ -8,6 +8,9 @@
 #[path = "overlays/copies.rs"]
 mod copies;
 
+#[path = "overlays/given.rs"]
+mod given;
+
 use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::net::UnixStream;
@@ -554,25 +557,10 @@ async fn failed_restore_leaves_no_overlay() {
     let failed = over(&service, &failed.unwrap()).await;
     assert_eq!(failed.phase, MigrationPhase::Failed, "{failed:?}");
     assert_eq!(overlays(&disk), before);
-    // An image that the caller gives is used as it is.
-    let given = fs::canonicalize(service.path("")).unwrap().join("given");
-    fs::copy(&disk, &given).unwrap();
-    let mut overrides = apart(&service, "given");
-    overrides.disks = vec![spec::DiskOverride {
-        id: "disk".to_owned(),
-        path: given.to_str().unwrap().to_owned(),
-        image_type: None,
-        backing_files: None,
-    }];
-    let what = RestoreConfig {
-        count: Some(1),
-        overrides: Some(overrides),
-        ..from(&dir, true)
-    };
-    let begun = client.vms_restore(&"given".parse().unwrap(), &what).await;
-    completed(&service, begun.unwrap()).await;
-    writes_on(port(&service, "given-1")).await;
-    assert_eq!(overlays(&disk), before);
+    for kind in ["raw", "qcow2", "overlay"] {
+        given::restored_with(&service, &disk, &dir, kind).await;
+        assert_eq!(overlays(&disk), before);
+    }
     // A writer has the frozen image: nothing is made on top of it.
     client.vms_delete(&vm).await.unwrap();
     let mut holder = service.pocket("holder", Options::default()).unwrap().0;

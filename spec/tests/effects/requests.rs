@@ -27,6 +27,8 @@ const EFFECTIVE_REQUESTS: &[(&str, &[&str])] = &[
             "/verify",
             "/overrides/disks/0/id",
             "/overrides/disks/0/path",
+            "/overrides/disks/0/image_type",
+            "/overrides/disks/0/backing_files",
             "/overrides/net/0/id",
             "/overrides/net/0/tap",
             "/overrides/net/0/mac",
