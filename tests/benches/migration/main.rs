@@ -2,6 +2,8 @@
 //!
 //!     cargo bench -p tests --bench migration [-- [--quick] [--only PART] [--svg FILE] [--peer PROGRAM]]
 //!
+//! FILE is an absolute path: cargo runs the program in the folder of its crate.
+//!
 //! The parts are `stops`, `devices`, `faults`, `curves` (drawn into `FILE`), `storage` and
 //! `throughput`.
 //!
