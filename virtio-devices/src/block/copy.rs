@@ -158,11 +158,11 @@ impl DiskAccess {
     /// # Errors
     /// The size of the image cannot be read, or the device is gone.
     pub fn content(&self) -> io::Result<DiskContent> {
-        let (size, format, allocated, own) = self.with(|shared| {
+        let (size, format, base, [allocated, own]) = self.with(|shared| {
             let image = shared.image();
             let size = image.size()?;
-            let [all, own] = image.allocated().unwrap_or([size; 2]);
-            Ok((size, image.format(), all, own))
+            let allocated = image.allocated().unwrap_or([size; 2]);
+            Ok((size, image.format(), image.base(), allocated))
         })?;
         let bits = usize::try_from(size).unwrap_or(usize::MAX);
         Ok(DiskContent {
@@ -171,7 +171,7 @@ impl DiskAccess {
             format,
             allocated,
             own,
-            base: self.with(|shared| Ok(shared.image().base()))?,
+            base,
             above_base: AtomicBool::new(false),
             dirty: Arc::new(DirtyBitmap::new(bits)),
         })

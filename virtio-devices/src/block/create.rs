@@ -1,7 +1,7 @@
 //! New image files: of zeros, or with the content of another image.
 
 use std::fs::{self, File, OpenOptions};
-use std::io;
+use std::io::{self, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
@@ -12,6 +12,27 @@ use imago::{FormatCreateBuilder as _, StorageOpenOptions};
 
 use super::format::ImageFormat;
 use super::image::{ImageError, contained};
+
+/// Writes a small file beside an image, durably: a host that crashes must not lose it and keep the image. What
+/// fails half-way is removed.
+pub(super) fn write_note(path: &Path, text: &str) -> io::Result<()> {
+    let mut options = OpenOptions::new();
+    options.create_new(true).write(true).mode(0o600);
+    let mut file = options.open(path)?;
+    let written = file
+        .write_all(text.as_bytes())
+        .and_then(|()| file.sync_all())
+        .and_then(|()| sync_folder_of(path));
+    written.inspect_err(|_| {
+        let _ = fs::remove_file(path);
+    })
+}
+
+/// Makes durable which files are beside this one.
+pub(super) fn sync_folder_of(path: &Path) -> io::Result<()> {
+    let folder = path.parent().filter(|at| !at.as_os_str().is_empty());
+    File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
+}
 
 /// The image below a new one.
 pub(super) struct Backing {

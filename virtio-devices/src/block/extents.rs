@@ -11,29 +11,17 @@ use rustix::io::Errno;
 use super::image::{Image, Kind};
 
 /// Calls `found` with each range that may have content; all others read as zeros.
-pub(super) fn extents(image: &Image, size: u64, mut found: impl FnMut(u64, u64)) -> io::Result<()> {
-    let mut at = 0;
-    while at < size {
-        let (has_content, len) = match &image.kind {
-            Kind::Raw(file) => raw_extent(file, at, size)?,
-            Kind::Qcow2(image) => {
-                let image = image.read();
-                let (mapping, len) = image.get_mapping(at, size - at)?;
-                let is_zero = matches!(mapping, Mapping::Zero { .. } | Mapping::Eof { .. });
-                (!is_zero, len)
-            }
-        };
-        // An extent without a length says nothing of the rest.
-        let (has_content, len) = match len {
-            0 => (true, size - at),
-            len => (has_content, len.min(size - at)),
-        };
-        if has_content {
-            found(at, len);
+pub(super) fn extents(image: &Image, size: u64, found: impl FnMut(u64, u64)) -> io::Result<()> {
+    let extent = |at| match &image.kind {
+        Kind::Raw(file) => raw_extent(file, at, size),
+        Kind::Qcow2(image) => {
+            let image = image.read();
+            let (mapping, len) = image.get_mapping(at, size - at)?;
+            let is_zero = matches!(mapping, Mapping::Zero { .. } | Mapping::Eof { .. });
+            Ok((!is_zero, len))
         }
-        at += len;
-    }
-    Ok(())
+    };
+    walk(size, extent, found)
 }
 
 /// Calls `found` with each range that is not as in the base of the image. Zeros count, too: they may hide
@@ -41,18 +29,30 @@ pub(super) fn extents(image: &Image, size: u64, mut found: impl FnMut(u64, u64))
 pub(super) fn own_extents(
     image: &FormatAccess<Storage>,
     size: u64,
+    found: impl FnMut(u64, u64),
+) -> io::Result<()> {
+    let extent = |at| {
+        let (mapping, len) = image.get_shallow_mapping(at, size - at)?;
+        Ok((!matches!(mapping, ShallowMapping::Indirect { .. }), len))
+    };
+    walk(size, extent, found)
+}
+
+/// Calls `found` with the offset and length of each extent that counts. `extent` returns whether the one at
+/// an offset counts, and its length.
+fn walk(
+    size: u64,
+    extent: impl Fn(u64) -> io::Result<(bool, u64)>,
     mut found: impl FnMut(u64, u64),
 ) -> io::Result<()> {
     let mut at = 0;
     while at < size {
-        let (mapping, len) = image.get_shallow_mapping(at, size - at)?;
-        let is_below = matches!(mapping, ShallowMapping::Indirect { .. });
         // An extent without a length says nothing of the rest.
-        let (is_own, len) = match len {
-            0 => (true, size - at),
-            len => (!is_below, len.min(size - at)),
+        let (counts, len) = match extent(at)? {
+            (_, 0) => (true, size - at),
+            (counts, len) => (counts, len.min(size - at)),
         };
-        if is_own {
+        if counts {
             found(at, len);
         }
         at += len;

@@ -4,11 +4,10 @@
 //! and durable. Where both sides die meanwhile, it keeps the image from being used as if it were whole: what
 //! is in the place of a missing block is not what the guest wrote.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
+use std::{fs, io};
 
+use super::create::{sync_folder_of, write_note};
 use super::image::ImageError;
 
 /// Added to the name of an image.
@@ -41,29 +40,14 @@ pub(super) fn check(image: &Path) -> Result<(), ImageError> {
 pub struct IncompleteMark(PathBuf);
 
 impl IncompleteMark {
-    /// Marks an image, durably: a host that crashes must not lose the mark and keep the image.
+    /// Marks an image, durably.
     ///
     /// # Errors
     /// The host cannot make the file.
     pub fn create(image: &Path) -> io::Result<Self> {
         let path = path_of(image);
-        let mut options = OpenOptions::new();
-        options.create_new(true).write(true).mode(0o600);
-        let mut file = options.open(&path)?;
-        let mark = Self(path);
-        let written = file
-            .write_all(TEXT.as_bytes())
-            .and_then(|()| file.sync_all())
-            .and_then(|()| mark.sync_folder());
-        written.inspect_err(|_| {
-            let _ = fs::remove_file(&mark.0);
-        })?;
-        Ok(mark)
-    }
-
-    fn sync_folder(&self) -> io::Result<()> {
-        let folder = self.0.parent().filter(|at| !at.as_os_str().is_empty());
-        File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
+        write_note(&path, TEXT)?;
+        Ok(Self(path))
     }
 
     /// All blocks are in the image, and durable.
@@ -73,7 +57,7 @@ impl IncompleteMark {
     pub fn remove(&self) -> io::Result<()> {
         remove(&self.0)?;
         // A mark that comes back with a crash only asks for a look at the image.
-        let _ = self.sync_folder();
+        let _ = sync_folder_of(&self.0);
         Ok(())
     }
 }

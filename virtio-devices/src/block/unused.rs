@@ -5,16 +5,17 @@
 //! - No image in the directory is on top of it.
 //! - No snapshot needs it: there is no [record](record_snapshot) of one beside it.
 
-use std::fs::{self, DirEntry, File, OpenOptions};
-use std::io::{self, Write as _};
-use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::fs::{self, DirEntry, File};
+use std::io;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
 use devices::host_file::lock::{self, Lockable};
 use devices::host_file::{FileKind, Identity, LockMode, OpenError, Request};
 
+use super::create::write_note;
 use super::image::ImageError;
-use super::overlay::OVERLAY_MARK;
+use super::overlay::{OVERLAY_MARK, failed};
 
 /// Entries of a directory that are looked at.
 const MAX_ENTRIES: usize = 1 << 16;
@@ -64,11 +65,6 @@ impl FoundOverlay {
         self.locked = None;
         Ok(true)
     }
-}
-
-fn failed(path: &Path, source: io::Error) -> ImageError {
-    let path = path.to_owned();
-    OpenError::Host { path, source }.into()
 }
 
 fn odd(path: &Path, why: impl Into<String>) -> ImageError {
@@ -270,19 +266,10 @@ pub fn record_snapshot(image: &Path, id: &str, text: &str) -> Result<Option<Path
         return Ok(None);
     };
     let path = real.with_file_name(format!("{name}{RECORD_MARK}{id}"));
-    let mut options = OpenOptions::new();
-    options.create_new(true).write(true).mode(0o600);
-    let mut file = options.open(&path).map_err(|error| failed(&path, error))?;
-    let dir = path.parent().unwrap_or(Path::new("/"));
-    let written = writeln!(file, "{text}")
-        .and_then(|()| file.sync_all())
-        .and_then(|()| File::open(dir)?.sync_all());
-    if let Err(error) = written {
-        // The file is this call's own.
-        let _ = fs::remove_file(&path);
-        return Err(failed(&path, error));
+    match write_note(&path, &format!("{text}\n")) {
+        Ok(()) => Ok(Some(path)),
+        Err(error) => Err(failed(&path, error)),
     }
-    Ok(Some(path))
 }
 
 #[cfg(test)]
