@@ -257,6 +257,23 @@ fn balloon(new: &spec::BalloonConfig, workers: &Workers) -> Opened {
     }
 }
 
+/// Returns the format that a configuration names, if it is one that is served.
+pub(crate) fn image_format(kind: ImageType) -> Option<ImageFormat> {
+    match kind {
+        ImageType::Raw => Some(ImageFormat::Raw),
+        ImageType::Qcow2 => Some(ImageFormat::Qcow2),
+        ImageType::FixedVhd | ImageType::Vhdx | ImageType::Unknown => None,
+    }
+}
+
+/// Returns the part of an image that a configuration has locked.
+pub(crate) fn lock_mode(lock: LockGranularity) -> LockMode {
+    match lock {
+        LockGranularity::ByteRange => LockMode::ByteRange,
+        LockGranularity::Full => LockMode::Full,
+    }
+}
+
 fn disk(disk: &DiskConfig, context: OpenContext<'_>) -> Result<Opened, BuildError> {
     let id = name(disk.id.as_ref());
     let config = BlockConfig {
@@ -264,11 +281,7 @@ fn disk(disk: &DiskConfig, context: OpenContext<'_>) -> Result<Opened, BuildErro
         path: disk.path.clone().unwrap_or_default().into(),
         readonly: disk.readonly,
         direct: disk.direct,
-        format: disk.image_type.and_then(|kind| match kind {
-            ImageType::Raw => Some(ImageFormat::Raw),
-            ImageType::Qcow2 => Some(ImageFormat::Qcow2),
-            ImageType::FixedVhd | ImageType::Vhdx | ImageType::Unknown => None,
-        }),
+        format: disk.image_type.and_then(image_format),
         is_detected: disk.image_type_detected,
         backing_files: disk.backing_files,
         data_files: disk.data_files,
@@ -277,10 +290,7 @@ fn disk(disk: &DiskConfig, context: OpenContext<'_>) -> Result<Opened, BuildErro
         queue_size: disk.queue_size,
         serial: disk.serial.clone().unwrap_or_else(|| id.clone()),
         sparse: disk.sparse,
-        lock: match disk.lock_granularity {
-            LockGranularity::ByteRange => LockMode::ByteRange,
-            LockGranularity::Full => LockMode::Full,
-        },
+        lock: lock_mode(disk.lock_granularity),
         is_incoming: context.owner == ResourceOwner::Source,
         limiter: context.limiters.of_disk(disk),
         on_error: match disk.on_error {

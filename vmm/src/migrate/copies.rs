@@ -27,18 +27,26 @@ pub(super) fn policy(what: &VmSnapshotConfig) -> Result<Policy, RequestError> {
             return Err(invalid(field, detail));
         }
     }
-    let max_downtime = positive(
-        "max_downtime_ms",
+    rounds_policy(
         what.max_downtime_ms.unwrap_or(MAX_DOWNTIME_MS),
-    )?;
-    let deadline = positive("deadline_s", what.deadline_s.unwrap_or(DEADLINE_S))?;
-    if let Some(bandwidth) = what.max_bandwidth {
+        what.deadline_s.unwrap_or(DEADLINE_S),
+        what.max_bandwidth,
+    )
+}
+
+/// Returns the policy for the rounds in which disks of a running guest are copied.
+pub(super) fn rounds_policy(
+    max_downtime_ms: u64,
+    deadline_s: u64,
+    max_bandwidth: Option<u64>,
+) -> Result<Policy, RequestError> {
+    if let Some(bandwidth) = max_bandwidth {
         positive("max_bandwidth", bandwidth)?;
     }
     Ok(Policy {
-        max_bandwidth: what.max_bandwidth,
-        max_downtime: Duration::from_millis(max_downtime),
-        deadline: Some(Duration::from_secs(deadline)),
+        max_downtime: Duration::from_millis(positive("max_downtime_ms", max_downtime_ms)?),
+        deadline: Some(Duration::from_secs(positive("deadline_s", deadline_s)?)),
+        max_bandwidth,
         ..Policy::default()
     })
 }

@@ -13,14 +13,14 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use ::devices::host_file::LockMode;
 use migration::Refusal;
 use parking_lot::Mutex;
-use spec::{DiskConfig, ImageType, LockGranularity, SnapshotDisks, VmConfig};
+use spec::{DiskConfig, ImageType, SnapshotDisks, VmConfig};
 use uuid::Uuid;
-use virtio_devices::block::{BaseImage, ImageError, ImageFormat, NeededOverlay, beside};
+use virtio_devices::block::{BaseImage, ImageError, NeededOverlay, beside};
 
 use super::overlays::SnapshotRecords;
+use crate::devices::open::{image_format, lock_mode};
 use crate::driver::{Caller, Driver, NewOverlay, SwitchedDisk};
 
 /// The disks of one VM, of which a snapshot is taken.
@@ -237,18 +237,12 @@ fn find<'a>(config: &'a mut VmConfig, id: &str) -> Option<&'a mut DiskConfig> {
 
 fn base_image(disk: &DiskConfig, image_dirs: &[PathBuf]) -> Result<BaseImage, Refusal> {
     let path = PathBuf::from(disk.path.clone().unwrap_or_default());
-    let format = match disk.image_type {
-        Some(ImageType::Raw) => ImageFormat::Raw,
-        Some(ImageType::Qcow2) => ImageFormat::Qcow2,
-        // A machine that was saved has recorded the formats of its images.
-        Some(ImageType::FixedVhd | ImageType::Vhdx | ImageType::Unknown) | None => {
-            let why = format!(
-                "the format of the frozen image {} is not known",
-                path.display()
-            );
-            return Err(Refusal::new("offer-unreadable", why));
-        }
-    };
+    // A machine that was saved has recorded the formats of its images.
+    let format = disk.image_type.and_then(image_format).ok_or_else(|| {
+        let path = path.display();
+        let why = format!("the format of the frozen image {path} is not known");
+        Refusal::new("offer-unreadable", why)
+    })?;
     let path = path.canonicalize().map_err(|error| {
         let why = format!("the frozen image {}: {error}", path.display());
         Refusal::new("no-overlay", why)
@@ -258,10 +252,7 @@ fn base_image(disk: &DiskConfig, image_dirs: &[PathBuf]) -> Result<BaseImage, Re
         format,
         backing_files: disk.backing_files,
         image_dirs: image_dirs.to_vec(),
-        lock: match disk.lock_granularity {
-            LockGranularity::ByteRange => LockMode::ByteRange,
-            LockGranularity::Full => LockMode::Full,
-        },
+        lock: lock_mode(disk.lock_granularity),
     })
 }
 

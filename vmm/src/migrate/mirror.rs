@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 
 use control::{Category, Migration, RequestError, VmHandle};
 use migration::{
@@ -11,29 +10,15 @@ use migration::{
 use spec::{MigrationSide, MirrorDisk, NewImageFormat};
 use virtio_devices::block::{CreatedImage, DiskAccess};
 
+use super::copies::rounds_policy;
 use super::storage::{CopiedDisk, CopiedFormat, NewImages, plan_mirror, pre_sync};
-use super::{ActiveMigration, invalid, positive, start};
+use super::{ActiveMigration, invalid, start};
 use crate::descriptors;
 use crate::driver::{Caller, Driver, ListedMirror, MirrorParts, NewMirror, Successor};
 use crate::pool::Pool;
 
 /// Added to the path of the new image for as long as the disk does not continue on it.
 const PARTIAL: &str = ".partial";
-
-fn policy(what: &MirrorDisk) -> Result<Policy, RequestError> {
-    if let Some(bandwidth) = what.max_bandwidth {
-        positive("max_bandwidth", bandwidth)?;
-    }
-    Ok(Policy {
-        max_downtime: Duration::from_millis(positive("max_downtime_ms", what.max_downtime_ms)?),
-        deadline: Some(Duration::from_secs(positive(
-            "deadline_s",
-            what.deadline_s,
-        )?)),
-        max_bandwidth: what.max_bandwidth,
-        ..Policy::default()
-    })
-}
 
 /// Returns the path of the new image, and its path until the switch.
 fn paths(what: &MirrorDisk) -> Result<[PathBuf; 2], RequestError> {
@@ -193,7 +178,8 @@ pub(super) fn begin(
     disk: &str,
     what: &MirrorDisk,
 ) -> Result<Arc<dyn Migration>, RequestError> {
-    let (policy, paths) = (policy(what)?, paths(what)?);
+    let policy = rounds_policy(what.max_downtime_ms, what.deadline_s, what.max_bandwidth)?;
+    let paths = paths(what)?;
     let id = vm.id().clone();
     let endpoint = format!("file://{}", what.path);
     let mirroring = Arc::new(ActiveMigration {

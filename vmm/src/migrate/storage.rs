@@ -21,7 +21,7 @@ use migration::{DestinationDisk, MAX_COPIED, Offer, ReadDisk, Refusal, SourceDis
 use serde::{Deserialize, Serialize};
 use spec::{DiskConfig, ImageType, LockGranularity, VmConfig, VmId};
 use virtio_devices::block::{
-    CreatedImage, DiskAccess, DiskContent, ImageError, ImageFormat, LockMode, remove_mark,
+    CreatedImage, DiskAccess, DiskContent, ImageError, ImageFormat, remove_mark,
 };
 
 pub(crate) use self::bases::KnownBases;
@@ -32,6 +32,7 @@ pub(crate) use self::leftovers::remove_leftovers;
 use self::leftovers::{Marker, remove_leftover_of};
 use self::names::{check_absent, image_path};
 pub(super) use self::selection::Selection;
+use crate::devices::open::lock_mode;
 
 /// The format of the image of a copied disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -380,13 +381,6 @@ fn check_space(storage: &Path, needed: u64) -> Result<(), Refusal> {
         free >> 20
     );
     Err(Refusal::new("storage-short", detail))
-}
-
-fn lock_mode(lock: LockGranularity) -> LockMode {
-    match lock {
-        LockGranularity::ByteRange => LockMode::ByteRange,
-        LockGranularity::Full => LockMode::Full,
-    }
 }
 
 struct MadeImage {

@@ -26,6 +26,7 @@ use virtio_devices::block::{BaseImage, ContentId, ImageVersion, LockMode, OpenBa
 
 use super::super::trust::Allowed;
 use super::{CopiedDisk, CopiedFormat, PlannedImage, check_space};
+use crate::devices::open::lock_mode;
 
 /// Identities that are remembered.
 const MAX_KNOWN: usize = 64;
@@ -393,6 +394,6 @@ impl FoundBase {
 
 impl PlannedImage {
     fn lock_mode(&self) -> LockMode {
-        super::lock_mode(self.lock)
+        lock_mode(self.lock)
     }
 }
