@@ -204,8 +204,8 @@ pub(crate) enum ToSource {
     Waiting,
     /// The guest ran here, and has ended.
     Ended,
-    /// Pages of a block of memory or, since version 4, of a disk that are still missing: bit 0 of the first word is the page `first`. `Prepared`
-    /// follows the last of these.
+    /// Pages of a block of memory or, since version 4, of a disk that are still missing: bit 0 of the first
+    /// word is the page `first`. `Prepared` follows the last of these.
     StillMissing {
         block: u32,
         first: u64,

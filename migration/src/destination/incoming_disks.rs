@@ -157,7 +157,7 @@ impl IncomingDisks {
 
     /// The machine has taken its disks over: blocks that follow are written beside the guest.
     pub(super) fn follow(&self) {
-        if self.awaited().next().is_some() {
+        if self.have_followed() {
             *self.state.write() = State::Following;
         }
     }

@@ -76,6 +76,7 @@ impl Folder {
         }
         Ok(content)
     }
+
     /// Opens the images of disks, each of which is as large as its disk.
     pub(super) fn disk_images(&self, disks: &[DiskInfo]) -> Result<Vec<File>, RestoreError> {
         let image = |(index, disk): (usize, &DiskInfo)| {
