@@ -5,12 +5,9 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use guest::Line;
 use spec::{AtDeadline, MemoryMode, StartMigration, VmId};
-use tests::{Face, Service};
 
-use crate::terminal::Terminal;
-use crate::{Case, MIB, PATIENCE, config, peer, qemu, receive};
+use crate::{Case, MIB, PATIENCE, booted, peer, qemu, receive};
 
 /// Pages that the guest writes in a second.
 const RATES: [u64; 3] = [10_000, 50_000, 200_000];
@@ -78,17 +75,8 @@ pub(crate) async fn draw(peer: Option<&Path>, file: &Path) -> Result<()> {
 
 /// With the mode that is the default, in which nothing has to be decided by an operator.
 async fn ours(case: Case) -> Result<Points> {
-    let (from, to) = (
-        Service::start(Face::Many).await?,
-        Service::start(Face::Many).await?,
-    );
-    let kernel = from.path("pocket.elf");
-    std::fs::write(&kernel, guest::IMAGE)?;
-    let vm = from.create("bench", config(case, &kernel)).await?;
-    from.client().vms_boot(&vm).await?;
-    let terminal = Terminal::of(from.client(), &vm).await?;
-    terminal.until(|line| matches!(line, Line::Heartbeat { .. }))?;
-    tokio::time::sleep(Duration::from_millis(500)).await;
+    // The terminal is read for as long as the guest runs here.
+    let ([from, to], vm, _terminal) = booted(case).await?;
     let waiting = receive(to.client()).await?;
     let what = StartMigration {
         mode: case.mode,

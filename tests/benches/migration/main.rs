@@ -181,19 +181,26 @@ async fn ours(case: Case, times: usize) -> Result<Vec<Seen>> {
     Ok(all)
 }
 
-async fn one(case: Case) -> Result<Seen> {
-    let (from, to) = (
+/// Starts two services, and boots a guest in the first, which then has run for [`SETTLE`].
+async fn booted(case: Case) -> Result<([Service; 2], VmId, Terminal)> {
+    let services = [
         Service::start(Face::Many).await?,
         Service::start(Face::Many).await?,
-    );
+    ];
+    let [from, _] = &services;
     let kernel = from.path("pocket.elf");
     std::fs::write(&kernel, guest::IMAGE)?;
     let vm = from.create("bench", config(case, &kernel)).await?;
-    let (from, to) = (from.client(), to.client());
-    from.vms_boot(&vm).await?;
-    let mut terminal = Terminal::of(from, &vm).await?;
+    from.client().vms_boot(&vm).await?;
+    let terminal = Terminal::of(from.client(), &vm).await?;
     terminal.until(|line| matches!(line, Line::Heartbeat { .. }))?;
     tokio::time::sleep(SETTLE).await;
+    Ok((services, vm, terminal))
+}
+
+async fn one(case: Case) -> Result<Seen> {
+    let ([from, to], vm, mut terminal) = booted(case).await?;
+    let (from, to) = (from.client(), to.client());
     terminal.gap()?;
     let waiting = receive(to).await?;
     let what = StartMigration {

@@ -12,7 +12,7 @@ use control::Request;
 use guest::{Command, Crash, Line, Options, Workload};
 use migration::testing::Issuer;
 use spec::{AtDeadline, AwaitMigration, MemoryMode, MigrationPhase, StartMigration, VmState};
-use stage::{Console, PATIENCE, Stage, over};
+use stage::{Console, PATIENCE, Stage, assert_phase, over};
 
 #[tokio::test]
 async fn guest_moves_with_intact_memory() {
@@ -93,12 +93,7 @@ async fn guest_moves_and_returns() {
         let send = from.send_migration("pocket", &what).unwrap();
         over(&*send).await;
         over(&*receive).await;
-        assert_eq!(
-            send.info().phase,
-            MigrationPhase::Completed,
-            "{:?}",
-            send.info()
-        );
+        assert_phase(&*send, MigrationPhase::Completed);
         (from, to) = (to, from);
     }
     let mut console = Console::connect(Path::new(&stage.path("serial")));
@@ -255,22 +250,12 @@ async fn guest_moves_over_tls() {
         // Without, it is not understood, and nothing happens.
         let send = stage.here.send_migration("pocket", &what).unwrap();
         over(&*send).await;
-        assert_eq!(
-            send.info().phase,
-            MigrationPhase::Failed,
-            "{:?}",
-            send.info()
-        );
+        assert_phase(&*send, MigrationPhase::Failed);
         what.tls_dir = tls_dir;
         let send = stage.here.send_migration("pocket", &what).unwrap();
         over(&*send).await;
         over(&*receive).await;
-        assert_eq!(
-            send.info().phase,
-            MigrationPhase::Completed,
-            "{:?}",
-            send.info()
-        );
+        assert_phase(&*send, MigrationPhase::Completed);
         let mut console = Console::connect(Path::new(&stage.path("serial")));
         console.verify();
     }

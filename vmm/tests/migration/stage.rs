@@ -186,3 +186,10 @@ pub(crate) async fn over(migration: &dyn Migration) {
         .unwrap_or_else(|_| unreachable!("{:?}", migration.info()))
         .unwrap();
 }
+
+/// Checks in which phase one side of a migration is.
+#[track_caller]
+pub(crate) fn assert_phase(side: &dyn Migration, phase: MigrationPhase) {
+    let info = side.info();
+    assert_eq!(info.phase, phase, "{info:?}");
+}

@@ -205,6 +205,19 @@ async fn over(side: &Arc<dyn Migration>) -> MigrationInfo {
     side.info()
 }
 
+/// The requests that change the first disk.
+fn changes_of_disk() -> [Request; 2] {
+    let id = || "_disk0".to_owned();
+    let resize = VmResizeDisk {
+        id: id(),
+        desired_size: 1 << 30,
+    };
+    [
+        Request::RemoveDevice(VmRemoveDevice { id: id() }),
+        Request::ResizeDisk(resize),
+    ]
+}
+
 fn blocks_of(path: &Path) -> u64 {
     use std::os::unix::fs::MetadataExt;
     path.metadata().unwrap().blocks() * 512

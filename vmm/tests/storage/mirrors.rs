@@ -176,13 +176,7 @@ async fn mirror_excludes_other_uses_of_its_disk() {
 
     let mirror = stage.slow_mirror("mirror").await;
     assert_eq!(code(stage.mirror("second", |_| {})), "disk-mirroring");
-    let id = || "_disk0".to_owned();
-    let removal = Request::RemoveDevice(VmRemoveDevice { id: id() });
-    let resize = Request::ResizeDisk(VmResizeDisk {
-        id: id(),
-        desired_size: 1 << 30,
-    });
-    for request in [removal, resize] {
+    for request in changes_of_disk() {
         let refused = vm.ask(request).await.unwrap_err();
         assert_eq!(refused.code, "disk-mirroring");
         assert!(refused.detail.contains(&mirror.info().id), "{refused}");

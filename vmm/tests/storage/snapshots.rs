@@ -180,13 +180,7 @@ async fn copies_of_disks_exclude_what_they_must() {
     for refused in refused {
         assert_eq!(copied(refused).code, "vm-migrating");
     }
-    let id = || "_disk0".to_owned();
-    let removal = Request::RemoveDevice(VmRemoveDevice { id: id() });
-    let resize = Request::ResizeDisk(VmResizeDisk {
-        id: id(),
-        desired_size: 1 << 30,
-    });
-    for request in [removal, resize] {
+    for request in changes_of_disk() {
         let refused = vm.ask(request).await.unwrap_err();
         assert_eq!(refused.code, "vm-migrating", "{refused:?}");
     }
