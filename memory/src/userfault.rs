@@ -51,8 +51,11 @@ impl UserFaults {
         for block in &blocks {
             uffd.register(address(block, 0), block.len())
                 .map_err(into_io)?;
-            // After the registration: if that fails, the block must not count as awaited for ever.
-            // A block that is lost already stays lost.
+        }
+        // Only when all are registered: on an error the descriptor is closed, which ends the
+        // registrations so far, and no block may count as awaited then. A block that is lost already
+        // stays lost.
+        for block in &blocks {
             block.turn(Pages::There, Pages::Awaited);
         }
         Ok(Self { uffd, blocks })
@@ -359,6 +362,18 @@ mod tests {
             *byte = first[0];
         }
         assert_eq!(seen, [0, 1, 1, 9, 1, 1, 1, 1]);
+    }
+
+    #[test]
+    fn failed_registration_leaves_no_block_awaited() {
+        let block = || Arc::new(RamBlock::new(&RamConfig::anonymous(PAGE_SIZE)).unwrap());
+        let (free, taken) = (block(), block());
+        let owner = UserFaults::new(vec![Arc::clone(&taken)]).unwrap();
+        let refused = UserFaults::new(vec![Arc::clone(&free), Arc::clone(&taken)]).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::ResourceBusy);
+        assert_eq!(free.pages(), Pages::There);
+        assert_eq!(taken.pages(), Pages::Awaited);
+        owner.end().unwrap();
     }
 
     #[test]
