@@ -35,8 +35,8 @@ pub struct RamBlock {
     pub(crate) guest_plugs: bool,
     /// Writes are caught by a [`WriteProtection`](crate::WriteProtection).
     pub(crate) write_protected: AtomicBool,
-    /// Faults of the mapping are answered, and with that what its [`Pages`] are. Dropped before the
-    /// mapping goes.
+    /// The mapping's entry for the SIGBUS handler, which also holds its [`Pages`]. Dropped before the
+    /// mapping is removed.
     registered: ManuallyDrop<Registered>,
 }
 
@@ -46,11 +46,11 @@ pub struct RamBlock {
 pub enum Pages {
     /// All are.
     There = 0,
-    /// Some may come later: who touches them waits ([`UserFaults`](crate::UserFaults)).
+    /// Some may come later: a thread that touches one waits ([`UserFaults`](crate::UserFaults)).
     Awaited = 1,
     /// Those that are missing do not come any more: a migration ended, or the host
-    /// [lost](RamBlock::on_lost) them. What is found in their place is not what the guest wrote, and
-    /// must not get out of its machine.
+    /// [lost](RamBlock::on_lost) them. The content found in their place is not the guest's, and must
+    /// not be written to a disk, network or peer.
     Lost = 2,
 }
 
@@ -64,16 +64,16 @@ impl RamBlock {
     /// Maps host memory as `config` says.
     ///
     /// # Errors
-    /// When the size does not fit the page size, or the host refuses.
+    /// Fails if the size does not fit the page size, or the host refuses.
     pub fn new(config: &RamConfig) -> Result<Self, RamError> {
         Self::map(config, None)
     }
 
-    /// Maps memory that another process has, and gave: the [file](Self::file) of a block that it made
-    /// with the same `config`, with all that is in it.
+    /// Maps memory that another process has given: the [file](Self::file) of a block that it made
+    /// with the same `config`. The content stays.
     ///
     /// # Errors
-    /// When it is no such memory, or the host refuses.
+    /// Fails if the file is not such memory, is not sealed against shrinking, or the host refuses.
     pub fn of_file(config: &RamConfig, file: File) -> Result<Self, RamError> {
         let refused = |why: &str| RamError::Host {
             attempt: "take over",
@@ -89,7 +89,7 @@ impl RamBlock {
         if size != config.size {
             return Err(refused("the file has another size"));
         }
-        // Who gave it could pull it from under our feet otherwise.
+        // The giver could shrink an unsealed file, and each access of the guest would raise SIGBUS.
         // SAFETY: takes no argument beyond the command.
         let seals = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GET_SEALS) };
         if seals < 0 || seals & libc::F_SEAL_SHRINK == 0 {
@@ -115,78 +115,23 @@ impl RamBlock {
                 size,
                 page: page_size,
             })?;
-        let host_error = |attempt| {
-            move |source| RamError::Host {
-                attempt,
-                size,
-                source,
-            }
-        };
-
-        // The kernel takes log2 of the page size in the upper bits of the flags. MFD_HUGE_SHIFT
-        // equals MAP_HUGE_SHIFT, so one value serves `memfd_create` and `mmap`.
-        let huge = config
-            .hugepage_size
-            .map_or(0, |size| size.trailing_zeros() << libc::MAP_HUGE_SHIFT);
         let backing = match given {
             Some(given) => given,
-            None if config.shared => {
-                let made = memfd(config.hugepage_size.map(|_| huge), size);
-                Backing::Shared(made.map_err(|error| match config.hugepage_size {
-                    Some(page) => hugepages::refusal(size, page, error),
-                    None => host_error("allocate")(error),
-                })?)
-            }
+            None if config.shared => Backing::Shared(
+                memfd(config).map_err(|error| host_error(config, "allocate", error))?,
+            ),
             None => Backing::Anonymous,
         };
-        // A memfd of huge pages fixes the page size of its mappings, so only anonymous memory needs
-        // MAP_HUGETLB.
-        let mut flags = match (&backing, config.hugepage_size) {
-            (Backing::Shared(_), _) => libc::MAP_SHARED,
-            (Backing::View(..), _) => libc::MAP_PRIVATE,
-            (Backing::Anonymous, None) => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-            (Backing::Anonymous, Some(_)) => {
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | huge.cast_signed()
-            }
-        };
-        // Huge pages are always reserved: a page that the pool does not have when it is touched would be
-        // a bus error, in the middle of the guest's run. Those of hotplugged memory are taken from the
-        // pool when a part is plugged, because most of it may never be.
-        let is_reserved = match config.hugepage_size {
-            Some(_) => !config.hotplug,
-            None => config.reserve,
-        };
-        if !is_reserved {
-            flags |= libc::MAP_NORESERVE;
-        }
-        // Checked by who made it: the bytes are within the file.
-        let offset = libc::off_t::try_from(backing.offset()).unwrap_or(libc::off_t::MAX);
-        let raw_fd = backing.file().map_or(-1, AsRawFd::as_raw_fd);
-        // SAFETY: a new mapping where the kernel finds room for it, so it replaces nothing.
-        let host = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                len,
-                libc::PROT_READ | libc::PROT_WRITE,
-                flags,
-                raw_fd,
-                offset,
-            )
-        };
-        if host == libc::MAP_FAILED {
-            let error = io::Error::last_os_error();
-            return Err(match config.hugepage_size {
-                Some(page) => hugepages::refusal(size, page, error),
-                None => host_error("map")(error),
-            });
-        }
-        let host = NonNull::new(host.cast::<u8>())
-            .ok_or_else(|| host_error("map")(io::Error::from(io::ErrorKind::InvalidData)))?;
-        let registered = Registered::new(host.as_ptr(), len, page_size).map_err(|error| {
+        let host = map_pages(config, &backing, len)?;
+        let registered = Registered::new(host.as_ptr(), len, page_size).map_err(|source| {
             // There is no `RamBlock` yet whose drop would unmap.
             // SAFETY: the mapping was just made, and is not used yet.
             unsafe { libc::munmap(host.as_ptr().cast(), len) };
-            host_error("watch")(error)
+            RamError::Host {
+                attempt: "watch",
+                size,
+                source,
+            }
         })?;
         let is_view = matches!(backing, Backing::View(..));
         let block = Self {
@@ -206,15 +151,27 @@ impl RamBlock {
             write_protected: AtomicBool::new(false),
             registered: ManuallyDrop::new(registered),
         };
+        block.set_policies(config)?;
+        Ok(block)
+    }
 
+    /// Tells the host how to back the pages, and populates them if the configuration asks for it.
+    fn set_policies(&self, config: &RamConfig) -> Result<(), RamError> {
+        let refused = |attempt| {
+            move |source| RamError::Host {
+                attempt,
+                size: config.size,
+                source,
+            }
+        };
+        let is_view = matches!(self.backing, Backing::View(..));
         if let Some(node) = config.host_node {
             // SAFETY: the block's own mapping, which was just made.
-            unsafe { node::bind(block.host.as_ptr(), len, node)? };
+            unsafe { node::bind(self.host.as_ptr(), self.len, node)? };
         }
         if config.mergeable {
-            block
-                .advise(libc::MADV_MERGEABLE)
-                .map_err(host_error("make mergeable"))?;
+            self.advise(libc::MADV_MERGEABLE)
+                .map_err(refused("make mergeable"))?;
         }
         // A view has the pages of the page cache, whatever their size.
         if config.hugepage_size.is_none() && !is_view {
@@ -224,25 +181,25 @@ impl RamBlock {
                 libc::MADV_NOHUGEPAGE
             };
             // Advice: a kernel that is built without them works just as well.
-            let _ = block.advise(thp);
+            let _ = self.advise(thp);
         }
         // A core dump of the VMM is not the place for the guest's memory.
-        let _ = block.advise(libc::MADV_DONTDUMP);
-        // Populate after the advice: memory that is touched before it gets small pages.
-        // MADV_POPULATE_WRITE reports a lack of memory now. MAP_POPULATE would ignore it, and the
-        // guest would meet it later.
+        let _ = self.advise(libc::MADV_DONTDUMP);
         // The reservation of huge pages does not say on which node they are. A page that the node lacks
         // would be a bus error when the guest touches it.
         let may_lack = config.hugepage_size.is_some() && config.host_node.is_some();
         if (config.prefault || may_lack) && !config.hotplug {
+            // Populate after the advice: memory that is touched before it gets small pages.
+            // MADV_POPULATE_WRITE reports a lack of memory now. MAP_POPULATE would ignore it, and the
+            // guest would meet it later.
             // A view is populated with the file's pages: a private copy of each would share nothing.
             let populate = match is_view {
                 true => libc::MADV_POPULATE_READ,
                 false => libc::MADV_POPULATE_WRITE,
             };
-            block.advise(populate).map_err(host_error("populate"))?;
+            self.advise(populate).map_err(refused("populate"))?;
         }
-        Ok(block)
+        Ok(())
     }
 
     fn advise(&self, advice: libc::c_int) -> io::Result<()> {
@@ -266,7 +223,7 @@ impl RamBlock {
         }
     }
 
-    /// The host may make huge pages of it, if it was made so.
+    /// Allows transparent huge pages again, if the block was configured with them.
     pub(crate) fn permit_huge_pages(&self) {
         if self.thp {
             // Advice, as it was when the block was made.
@@ -279,7 +236,7 @@ impl RamBlock {
     /// of a file keeps them, as they are, because they are too few or in too many pieces.
     ///
     /// # Errors
-    /// When the host refuses.
+    /// Fails if the host refuses.
     pub fn discard(&self, offset: usize, len: usize) -> io::Result<u64> {
         let page = usize::try_from(self.page_size).unwrap_or(usize::MAX);
         // Round inwards: a page of which only a part was named still holds data of the guest.
@@ -379,8 +336,7 @@ impl RamBlock {
     pub(crate) fn turn(&self, from: Pages, to: Pages) {
         let (from, to) = (from as u8, to as u8);
         // Compare and exchange: the SIGBUS handler may store `Lost` at any time, and no other state
-        // may replace that one.
-        // Otherwise it is as it was.
+        // may replace that one. On failure the state is not `from`, and stays.
         let _ =
             self.registered
                 .pages()
@@ -404,11 +360,76 @@ impl fmt::Debug for RamBlock {
     }
 }
 
-/// Creates a memfd of `size` bytes, of huge pages if `huge` names their size.
-fn memfd(huge: Option<u32>, size: u64) -> io::Result<File> {
+/// Maps `len` bytes of `backing` where the kernel finds room for them.
+fn map_pages(config: &RamConfig, backing: &Backing, len: usize) -> Result<NonNull<u8>, RamError> {
+    // A memfd of huge pages fixes the page size of its mappings, so only anonymous memory needs
+    // MAP_HUGETLB.
+    let mut flags = match (backing, config.hugepage_size) {
+        (Backing::Shared(_), _) => libc::MAP_SHARED,
+        (Backing::View(..), _) => libc::MAP_PRIVATE,
+        (Backing::Anonymous, None) => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+        (Backing::Anonymous, Some(page)) => {
+            let huge = libc::MAP_HUGETLB | huge_flag(page).cast_signed();
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | huge
+        }
+    };
+    // Huge pages are always reserved: a page that the pool does not have when it is touched would be
+    // a bus error, in the middle of the guest's run. Those of hotplugged memory are taken from the
+    // pool when a part is plugged, because most of it may never be.
+    let is_reserved = match config.hugepage_size {
+        Some(_) => !config.hotplug,
+        None => config.reserve,
+    };
+    if !is_reserved {
+        flags |= libc::MAP_NORESERVE;
+    }
+    // `view_of_file` has checked that the bytes are within the file.
+    let offset = libc::off_t::try_from(backing.offset()).unwrap_or(libc::off_t::MAX);
+    let raw_fd = backing.file().map_or(-1, AsRawFd::as_raw_fd);
+    // SAFETY: a new mapping where the kernel finds room for it, so it replaces nothing.
+    let host = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            len,
+            libc::PROT_READ | libc::PROT_WRITE,
+            flags,
+            raw_fd,
+            offset,
+        )
+    };
+    let error = match host {
+        libc::MAP_FAILED => io::Error::last_os_error(),
+        _ => io::ErrorKind::InvalidData.into(),
+    };
+    NonNull::new(host.cast::<u8>())
+        .filter(|_| host != libc::MAP_FAILED)
+        .ok_or_else(|| host_error(config, "map", error))
+}
+
+/// The error of a host that did not `attempt` an allocation. For huge pages it says what the pool lacks.
+fn host_error(config: &RamConfig, attempt: &'static str, source: io::Error) -> RamError {
+    match config.hugepage_size {
+        Some(page) => hugepages::refusal(config.size, page, source),
+        None => RamError::Host {
+            attempt,
+            size: config.size,
+            source,
+        },
+    }
+}
+
+/// The bits that name huge pages of `page` bytes: the kernel takes log2 of the size in the upper bits of
+/// the flags. `MFD_HUGE_SHIFT` equals `MAP_HUGE_SHIFT`, so they serve `memfd_create` and `mmap`.
+fn huge_flag(page: u64) -> u32 {
+    page.trailing_zeros() << libc::MAP_HUGE_SHIFT
+}
+
+/// Creates a sealed memfd of the configured size, of huge pages if the configuration asks for them.
+fn memfd(config: &RamConfig) -> io::Result<File> {
+    let huge = config.hugepage_size;
     let flags = libc::MFD_CLOEXEC
         | libc::MFD_ALLOW_SEALING
-        | huge.map_or(0, |size| libc::MFD_HUGETLB | size);
+        | huge.map_or(0, |page| libc::MFD_HUGETLB | huge_flag(page));
     // SAFETY: the name is a C string, and the result is checked.
     let fd = unsafe { libc::memfd_create(c"guest-ram".as_ptr(), flags) };
     if fd < 0 {
@@ -417,7 +438,7 @@ fn memfd(huge: Option<u32>, size: u64) -> io::Result<File> {
     // SAFETY: a new descriptor without another owner.
     let file = unsafe { File::from_raw_fd(fd) };
     // Set the size before the seals: F_SEAL_GROW forbids it afterwards.
-    file.set_len(size)?;
+    file.set_len(config.size)?;
     #[cfg(any(test, feature = "testing"))]
     if crate::lost::testing::is_unsealed() {
         return Ok(file);
