@@ -114,7 +114,7 @@ pub enum TokenFileError {
 /// Reads the token in `path`, which must be a regular file that only this user, or root, can read.
 ///
 /// # Errors
-/// When the file cannot be read, other users have access to it, or its content is no token.
+/// Fails if the file cannot be read, other users have access to it, or its content is no token.
 pub fn token_file(path: &Path) -> Result<ApiToken, TokenFileError> {
     let unreadable = |source: io::Error| TokenFileError::Read {
         path: path.to_owned(),

@@ -60,7 +60,7 @@ impl Listener {
     /// Listens on a unix socket at `path`; a file that a dead service left there is taken over.
     ///
     /// # Errors
-    /// When another program listens there, there is something other than a socket, or the host refuses.
+    /// Fails if another program listens there, there is something other than a socket, or the host refuses.
     pub fn unix(path: impl Into<PathBuf>) -> Result<Self, ListenError> {
         UnixSocket::bind(path.into()).map(Self::Unix)
     }
@@ -78,7 +78,7 @@ impl Listener {
     /// Port 0 lets the host choose: see [`place`](Self::place).
     ///
     /// # Errors
-    /// When the address is not a loopback one, or the host refuses.
+    /// Fails if the address is not a loopback one, or the host refuses.
     pub async fn tcp(address: SocketAddr, access: TcpAccess) -> Result<Self, ListenError> {
         if !address.ip().is_loopback() {
             return Err(ListenError::NotLoopback(address));

@@ -289,7 +289,7 @@ async fn send_one(
     );
     let begun = begun.await?;
     match wait_preference(&headers) {
-        // What goes on longer is told by events, as without the preference.
+        // The client follows a longer one by events, as without the preference.
         Some(longest) => {
             let over = tokio::time::timeout(longest, wait(&*begun)).await;
             over.unwrap_or(Ok(StatusCode::NO_CONTENT))

@@ -48,7 +48,7 @@ impl Service {
         self.claim = version;
         self.about_vm = Arc::new(VmmPingResponse {
             version: version.to_string(),
-            // The own version too: who reads a build version wants to know what runs.
+            // With the program's own version: the reader of a build version wants to know what runs.
             build_version: format!("v{version}-whimbrel-{}", self.about.version),
             ..VmmPingResponse::clone(&self.about)
         });

@@ -112,7 +112,7 @@ impl std::error::Error for Denied {}
 /// Whether `verb` may be asked of a VM in this state.
 ///
 /// # Errors
-/// When it makes no sense.
+/// Fails if the request makes no sense.
 pub fn admit(state: VmState, verb: Verb) -> Result<(), Denied> {
     if verb.states().contains(&state) {
         Ok(())

@@ -323,7 +323,7 @@ impl VmHandle {
     /// Asks the driver, and waits for its answer.
     ///
     /// # Errors
-    /// When it makes no sense now, cannot be done, or the driver is gone.
+    /// Fails if it makes no sense now, cannot be done, or the driver is gone.
     pub async fn ask(&self, request: Request) -> Result<Reply, RequestError> {
         self.ask_now(request).await
     }

@@ -1,4 +1,4 @@
-//! The migrations of a service: those that go on, and the last that are over.
+//! The migrations of a service: those in progress, and the last ones that ended.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -20,16 +20,16 @@ const KEPT: usize = 256;
 
 /// A migration, as one side sees it.
 pub trait Migration: Send + Sync {
-    /// How it is going at this moment; never waits.
+    /// Returns a report of this moment; never waits.
     fn info(&self) -> MigrationInfo;
 
-    /// Calls it off.
+    /// Cancels it.
     ///
     /// # Errors
-    /// When the guest has been handed over, or it is over.
+    /// Fails if the guest has been handed over, or the migration has ended.
     fn cancel(&self) -> Result<(), RequestError>;
 
-    /// Decides what becomes of the guest, and waits until the engine has acted on that, some seconds at
+    /// Resolves a migration in doubt, and waits until the engine has acted on that, some seconds at
     /// most. Not for threads that must not block.
     ///
     /// # Errors
@@ -45,22 +45,22 @@ pub trait Migration: Send + Sync {
         Err(not_recording())
     }
 
-    /// True once it is over.
+    /// Becomes true when the migration has ended.
     fn over(&self) -> watch::Receiver<bool>;
 
-    /// True once it is known whether the VM is where it was to go. Pages of its memory may follow, if they
+    /// Becomes true when it is certain on which side the VM is. Pages of its memory may follow, if they
     /// come from a snapshot.
     fn settled(&self) -> watch::Receiver<bool> {
         self.over()
     }
 
-    /// The VMs that it brings here, or takes from here.
+    /// Returns the VMs that it brings to this service or takes from it.
     fn vms(&self) -> Vec<VmId> {
         self.info().vm.into_iter().collect()
     }
 }
 
-/// The refusal of a request about a recording that is not there.
+/// Returns the refusal of a request that needs a recording when there is none.
 #[must_use]
 pub fn not_recording() -> RequestError {
     let detail = "no working set is being recorded with this VM";
@@ -70,9 +70,9 @@ pub fn not_recording() -> RequestError {
 /// The guests of which a snapshot may be taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SnapshotOf {
-    /// A paused one, as Cloud Hypervisor's contract demands.
+    /// Only paused guests, as Cloud Hypervisor's contract demands.
     Paused,
-    /// A running one, too: it stops for its device state only.
+    /// Running guests too: they stop only while their device state is saved.
     PausedOrRunning,
 }
 
@@ -89,7 +89,7 @@ pub trait Migrate: Send + Sync {
     /// Begins to move a guest away.
     ///
     /// # Errors
-    /// When it makes no sense, or the VM cannot be moved now.
+    /// Fails if the request makes no sense, or the VM cannot be moved now.
     fn send(
         &self,
         registry: &Registry,

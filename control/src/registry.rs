@@ -23,7 +23,7 @@ pub trait Spawn: Send + Sync {
     /// Starts a driver for a VM that is created and not booted. The configuration is valid.
     ///
     /// # Errors
-    /// When the host has no room for another.
+    /// Fails if the host has no room for another.
     fn spawn(
         &self,
         id: &VmId,
@@ -40,7 +40,7 @@ pub trait Spawn: Send + Sync {
     /// Finds out whether a guest with these CPUs could run here.
     ///
     /// # Errors
-    /// When the description is not possible.
+    /// Fails if the description is not possible.
     fn check_cpu(&self, guest: &CpuDescription) -> Result<CpuCheck, RequestError>;
 
     /// Returns the migration engine, if there is one.
@@ -66,7 +66,7 @@ struct Shared {
 }
 
 impl Registry {
-    /// An empty one, whose drivers come from `spawner`.
+    /// Returns an empty registry. `spawner` creates its drivers.
     pub fn new(spawner: impl Spawn + 'static) -> Self {
         let migrations = Migrations::default();
         for migration in spawner.mover().into_iter().flat_map(Migrate::history) {
@@ -84,7 +84,7 @@ impl Registry {
     /// Creates a VM; its name is made up when none is given.
     ///
     /// # Errors
-    /// When the configuration is not possible, the name is taken, or there is no room.
+    /// Fails if the configuration is not possible, the name is taken, or there is no room.
     pub fn create(&self, id: Option<VmId>, mut config: VmConfig) -> Result<VmHandle, RequestError> {
         // A destination must not choose by its own default.
         config.cpus.nested = Some(config.cpus.is_nested());
@@ -113,10 +113,10 @@ impl Registry {
         Ok(handle)
     }
 
-    /// The VM of this name.
+    /// Returns the VM of this name.
     ///
     /// # Errors
-    /// When there is none.
+    /// Fails if there is none.
     pub fn get(&self, id: &str) -> Result<VmHandle, RequestError> {
         let found = id
             .parse::<VmId>()
@@ -134,7 +134,7 @@ impl Registry {
     /// Ends a VM and forgets it. A VM whose driver is gone is forgotten too.
     ///
     /// # Errors
-    /// When there is none of this name, or its driver refuses.
+    /// Fails if there is no VM of this name, or its driver refuses.
     pub async fn delete(&self, id: &str) -> Result<(), RequestError> {
         let handle = self.get(id)?;
         match handle.ask(Request::Delete).await {
@@ -180,7 +180,7 @@ impl Registry {
     /// Begins to move a guest to another service.
     ///
     /// # Errors
-    /// When there is no VM of this name, it makes no sense, or it cannot be moved now.
+    /// Fails if there is no VM of this name, it makes no sense, or it cannot be moved now.
     pub fn send_migration(
         &self,
         id: &str,
@@ -348,7 +348,7 @@ impl Registry {
         self.mover()?.accept(self, what, listed)
     }
 
-    /// The migrations that go on, and the last that are over, oldest first.
+    /// Returns the migrations in progress and the last ones that ended, oldest first.
     #[must_use]
     pub fn migrations(&self) -> Vec<Arc<dyn Migration>> {
         self.0.migrations.list()
@@ -365,10 +365,10 @@ impl Registry {
         self.migrations().into_iter().rev().find(is_of_vm)
     }
 
-    /// The migration of this name.
+    /// Returns the migration with this id.
     ///
     /// # Errors
-    /// When there is none.
+    /// Fails if there is none.
     pub fn migration(&self, id: &str) -> Result<Arc<dyn Migration>, RequestError> {
         self.0.migrations.get(id)
     }
@@ -400,7 +400,7 @@ impl Registry {
     /// Finds out whether a guest with these CPUs could run here.
     ///
     /// # Errors
-    /// When the description is not possible.
+    /// Fails if the description is not possible.
     pub fn check_cpu(&self, guest: &CpuDescription) -> Result<CpuCheck, RequestError> {
         self.0.spawner.check_cpu(guest)
     }

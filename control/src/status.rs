@@ -113,7 +113,7 @@ impl StatusPublisher {
         self.status.borrow().clone()
     }
 
-    /// Records something that happened to the VM and changes nothing of its status.
+    /// Records an event of the VM that does not change its status.
     pub fn record(&self, event: &str, detail: Option<String>) {
         self.events.record(&self.id, event, detail);
     }

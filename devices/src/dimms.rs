@@ -346,9 +346,9 @@ struct V1 {
     addr: u64,
     /// Bytes in each slot, in order.
     sizes: Vec<u64>,
-    /// Slots of whose memory the guest was not notified yet.
+    /// Plugged slots of which the guest was not notified yet.
     inserted: Vec<u32>,
-    /// Slots of whose memory the guest was notified, without an answer.
+    /// Slots of which the guest was notified and has not answered yet.
     offered: Vec<u32>,
     /// Slots whose memory the guest refused.
     refused: Vec<u32>,

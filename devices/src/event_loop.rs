@@ -82,13 +82,13 @@ pub struct Sources<'a> {
 
 impl Sources<'_> {
     /// Watches `fd`; [`Actor::ready`] is called with `key` when it becomes ready (edge triggered:
-    /// go on until it would block).
+    /// read or write until that would block).
     ///
     /// The descriptor stays the actor's and must be given to [`Sources::forget`] before it is
     /// closed.
     ///
     /// # Errors
-    /// When the host cannot watch it, as it is with a regular file.
+    /// Fails if the host cannot watch it, as it is with a regular file.
     pub fn watch(&mut self, fd: RawFd, key: usize, interest: Interest) -> io::Result<()> {
         // The token is known before the kernel may report it, and withdrawn if the kernel refuses.
         let token = self.shared.issue(self.actor, key, fd);
@@ -279,7 +279,7 @@ impl EventLoop {
     /// Starts a loop on a thread with this name.
     ///
     /// # Errors
-    /// When the host gives no thread or no descriptors.
+    /// Fails if the host cannot start a thread or has no descriptors left.
     pub fn start(name: &str) -> io::Result<Self> {
         Self::start_confined(name, ThreadKind::Drivers, Confinement::default())
     }
@@ -287,7 +287,7 @@ impl EventLoop {
     /// Starts a loop on a thread with this name, which enters its sandbox before it serves actors.
     ///
     /// # Errors
-    /// When the host gives no thread or no descriptors, or does not confine the thread.
+    /// Fails if the host gives no thread or no descriptors, or does not confine the thread.
     pub fn start_confined(
         name: &str,
         kind: ThreadKind,
@@ -397,7 +397,7 @@ impl Running {
                     self.call(actor, |a, sources| a.ready(key, sources));
                 }
             }
-            // Behind the events and before the commands: in each round an actor hears of all three.
+            // Between the events and the commands: each round serves all three kinds.
             self.expire_timers();
             for id in std::mem::take(&mut self.again) {
                 self.wake(id);

@@ -15,7 +15,7 @@ impl InterruptLine {
     /// A line that leads nowhere yet.
     ///
     /// # Errors
-    /// When the host gives no event descriptor.
+    /// Fails if the host has no event descriptor left.
     pub fn new() -> io::Result<Self> {
         EventFd::new(EFD_NONBLOCK).map(|fd| Self(Arc::new(fd)))
     }

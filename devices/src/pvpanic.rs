@@ -47,7 +47,7 @@ impl PanicEvent {
 /// guest can write as often as it likes.
 ///
 /// # Errors
-/// When there is no room for the BAR's region.
+/// Fails if there is no room for the BAR's region.
 pub fn pvpanic(
     tx: &mut Transaction<'_>,
     bar: AddrRange,

@@ -36,7 +36,7 @@ pub trait Sandbox: fmt::Debug + Send + Sync {
     /// Confines the calling thread, for good.
     ///
     /// # Errors
-    /// When the kernel refuses. The thread must not do its work then.
+    /// Fails if the kernel refuses. The thread must not do its work then.
     fn enter(&self, kind: ThreadKind) -> io::Result<()>;
 
     /// Takes the last system call that the calling thread was refused, if there is one.
@@ -57,7 +57,7 @@ impl Confinement {
     /// Confines the calling thread, for good.
     ///
     /// # Errors
-    /// When the kernel refuses. The thread must not do its work then.
+    /// Fails if the kernel refuses. The thread must not do its work then.
     pub fn enter(&self, kind: ThreadKind) -> io::Result<()> {
         self.0.map_or(Ok(()), |sandbox| sandbox.enter(kind))
     }

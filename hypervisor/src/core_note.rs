@@ -166,7 +166,7 @@ impl Vcpu {
     /// Reads the registers that a core dump shows. The vCPU is not in `KVM_RUN`.
     ///
     /// # Errors
-    /// When KVM does not tell.
+    /// Fails if KVM refuses.
     pub fn core_registers(&self) -> Result<CoreRegisters, KvmError> {
         let base = self.read_msrs(&[KERNEL_GS_BASE])?;
         Ok(CoreRegisters {

@@ -50,9 +50,9 @@ pub enum DirtyBackend {
     /// By a bitmap for each memslot.
     #[default]
     Log,
-    /// By a ring for each vCPU, with so many entries: a power of two, 1024 at least.
+    /// By a ring for each vCPU.
     Ring {
-        /// Pages that a vCPU can write before its ring must be emptied.
+        /// Pages that a vCPU can write before its ring must be emptied: a power of two, at least 1024.
         entries: u32,
     },
 }
@@ -146,7 +146,7 @@ fn enable(vm: &VmFd, cap: u32, argument: u64) -> Result<(), kvm_ioctls::Error> {
     })
 }
 
-/// Protects the pages of a memslot whose `bits` are set, so that KVM hears of the next write to
+/// Write-protects the pages of a memslot whose `bits` are set, so that KVM logs the next write to
 /// them. What was written before is in `bits`, and not in KVM's log any more.
 pub(crate) fn clear_log(
     vm: &VmFd,
@@ -231,7 +231,7 @@ impl Ring {
         })
     }
 
-    /// Takes all entries that are there. False when they are so many that KVM may have written some
+    /// Takes all entries. Returns false if there are so many that KVM may have written some
     /// over others: it keeps a few free, unless it emulates a guest for long stretches.
     fn take(&self, written: &mut Vec<Written>) -> bool {
         let mut next = self.next.lock();

@@ -25,7 +25,7 @@ pub enum Exit {
     Interrupted,
     /// The guest's CPU shut down: on x86, a triple fault.
     Shutdown,
-    /// The guest cannot go on.
+    /// The guest cannot continue.
     Failed(RunFailure),
 }
 

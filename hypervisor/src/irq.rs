@@ -33,8 +33,8 @@ pub enum Route {
     },
 }
 
-/// The routes of a VM, shared by all who change them, from any thread: each change, of however
-/// many routes, is one call to KVM.
+/// The interrupt routes of a VM. Clones share them, and may be used from any thread. Each change,
+/// of however many routes, is one call to KVM.
 #[derive(Clone, Debug)]
 pub struct IrqRoutes {
     shared: Arc<Shared>,
@@ -62,16 +62,16 @@ struct Table {
     waiting: BTreeMap<u32, Arc<EventFd>>,
 }
 
-/// Routes that are changed and not given to KVM yet: as devices are loaded, one after the other.
+/// Changes that are collected and not given to KVM yet, for instance while devices are loaded one by one.
 #[must_use]
 #[derive(Debug)]
 pub struct Held(IrqRoutes);
 
 impl Held {
-    /// Gives KVM all that was changed, in one call.
+    /// Gives KVM all collected changes in one call.
     ///
     /// # Errors
-    /// When KVM refuses.
+    /// Fails if KVM refuses.
     pub fn finish(self) -> Result<(), KvmError> {
         self.give()
     }
@@ -125,10 +125,10 @@ impl IrqRoutes {
         Ok(routes)
     }
 
-    /// Routes GSIs, or with `None` no longer, all at once.
+    /// Sets the routes of GSIs, or removes them (`None`), all at once.
     ///
     /// # Errors
-    /// When KVM refuses; then the old routes are in force.
+    /// Fails if KVM refuses; then the old routes are in force.
     pub fn set(&self, changes: &[(u32, Option<Route>)]) -> Result<(), KvmError> {
         self.change(&mut self.shared.table.lock(), changes)
     }
@@ -160,11 +160,11 @@ impl IrqRoutes {
         })
     }
 
-    /// Gives vectors of several devices messages (address and data), or takes them away, in one
+    /// Sets or clears the messages (address and data) of vectors of several devices, in one
     /// call to KVM for all routes. See [`MsiVectors`] for a vector without a message.
     ///
     /// # Errors
-    /// When KVM refuses.
+    /// Fails if KVM refuses.
     pub fn batch<'a>(
         &self,
         changes: impl IntoIterator<Item = (&'a MsiVectors, (u16, Option<(u64, u32)>))>,
@@ -202,8 +202,8 @@ impl IrqRoutes {
         Ok(())
     }
 
-    /// Ends that: on return KVM has injected what was written before, and the descriptor counts
-    /// what is written from now on.
+    /// Detaches a vector's descriptor: on return KVM has injected earlier writes, and the descriptor
+    /// counts later ones.
     fn ignore(&self, table: &mut Table, gsi: u32, fd: &EventFd) -> Result<(), KvmError> {
         table.waiting.remove(&gsi);
         if table.attached.contains(&gsi) {
@@ -213,7 +213,7 @@ impl IrqRoutes {
         Ok(())
     }
 
-    /// Collects changes, by whomever, until what this returns is finished.
+    /// Collects the changes of all clones until the result is finished or dropped.
     pub fn hold(&self) -> Held {
         self.shared.table.lock().held = true;
         Held(self.clone())
@@ -243,7 +243,7 @@ impl IrqRoutes {
     /// Lets `fd` raise this GSI.
     ///
     /// # Errors
-    /// When KVM refuses.
+    /// Fails if KVM refuses.
     pub fn attach(&self, fd: &EventFd, gsi: u32) -> Result<(), KvmError> {
         let attempt = format!("attach an event descriptor to GSI {gsi}");
         self.shared
@@ -255,7 +255,7 @@ impl IrqRoutes {
     /// Ends what [`IrqRoutes::attach`] began.
     ///
     /// # Errors
-    /// When KVM refuses.
+    /// Fails if KVM refuses.
     pub fn detach(&self, fd: &EventFd, gsi: u32) -> Result<(), KvmError> {
         let attempt = format!("detach an event descriptor from GSI {gsi}");
         self.shared
@@ -304,7 +304,7 @@ impl IrqRoutes {
 ///
 /// KVM listens to the descriptor only while the vector has a message. Without one (the guest has
 /// masked the vector) the descriptor counts: when the vector gets a message again KVM finds the
-/// count and injects the message, and [`MsiVectors::take_pending`] tells of the count until then.
+/// count and injects the message; until then [`MsiVectors::take_pending`] reports the count.
 /// No interrupt can be lost, whichever thread, or the kernel, writes to the descriptor.
 #[derive(Debug)]
 pub struct MsiVectors {
@@ -313,11 +313,11 @@ pub struct MsiVectors {
 }
 
 impl MsiVectors {
-    /// Gives vectors messages (address and data), or takes them away, in one call to KVM. Those
-    /// that are not there are ignored.
+    /// Sets or clears the messages (address and data) of vectors, in one call to KVM. Vectors
+    /// that the device does not have are ignored.
     ///
     /// # Errors
-    /// When KVM refuses.
+    /// Fails if KVM refuses.
     pub fn route(
         &self,
         changes: impl IntoIterator<Item = (u16, Option<(u64, u32)>)>,

@@ -81,8 +81,8 @@ pub struct Capabilities {
     pub manual_dirty_protect: u32,
     /// Maximum size in bytes of a vCPU's dirty ring; 0 without support.
     pub dirty_ring_bytes: usize,
-    /// The rings are for hosts whose CPUs order memory weakly, too; the name by which newer
-    /// kernels know them.
+    /// KVM has `KVM_CAP_DIRTY_LOG_RING_ACQ_REL`: the name of the same capability on newer kernels,
+    /// which also have it on CPUs with weak memory ordering.
     pub dirty_ring_acq_rel: bool,
     /// The guest's TSC can run at a frequency of its own.
     pub tsc_control: bool,
@@ -106,7 +106,7 @@ impl Kvm {
     /// Opens `/dev/kvm` and asks it what it can do.
     ///
     /// # Errors
-    /// When it is missing, not permitted, or not what is needed.
+    /// Fails if it is missing, not permitted, or not what is needed.
     pub fn open() -> Result<Self, OpenError> {
         let kvm = kvm_ioctls::Kvm::new().map_err(|errno| match errno.errno() {
             // The device node can exist without the module: then open fails with ENODEV or ENXIO.
@@ -168,7 +168,7 @@ impl Kvm {
     /// The CPUID leaves that the host can give a guest.
     ///
     /// # Errors
-    /// When KVM does not say.
+    /// Fails if KVM refuses.
     pub fn supported_cpuid(&self) -> Result<CpuId, KvmError> {
         self.kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
@@ -178,7 +178,7 @@ impl Kvm {
     /// The CPUID leaves of Hyper-V's interfaces that KVM has; `None` if it has none.
     ///
     /// # Errors
-    /// When KVM does not say.
+    /// Fails if KVM refuses.
     pub fn hyperv_cpuid(&self) -> Result<Option<CpuId>, KvmError> {
         const KVM_CAP_SYS_HYPERV_CPUID: u64 = 191;
         /// `_IOWR(KVMIO, 0xc1, struct kvm_cpuid2)`.
@@ -204,7 +204,7 @@ impl Kvm {
     /// The value of an MSR that describes the CPU, as a guest could see it; `None` if KVM has none.
     ///
     /// # Errors
-    /// When KVM does not say.
+    /// Fails if KVM refuses.
     pub fn feature_msr(&self, index: u32) -> Result<Option<u64>, KvmError> {
         let asked = kvm_msr_entry {
             index,

@@ -84,7 +84,7 @@ impl NestedState {
         }
     }
 
-    /// The structure for KVM. Bytes from outside decide about no more than its content: the size
+    /// Returns the structure for KVM. Bytes from a peer determine its content only: the size
     /// that KVM reads is the number of bytes that there are.
     fn buffer(&self) -> Result<KvmNestedStateBuffer, StateError> {
         if !(HEADER..=LARGEST).contains(&self.bytes.len()) {
@@ -114,7 +114,7 @@ impl Vcpu {
         Ok(self.sregs()?.cr4 & CR4_VMXE != 0)
     }
 
-    /// Saves the nested state, of a vCPU whose guest may use any.
+    /// Saves the nested state, if the guest has SVM or VMX switched on.
     ///
     /// # Errors
     /// Fails if the guest has SVM or VMX switched on and this host's KVM does not give the state.

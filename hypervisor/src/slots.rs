@@ -178,7 +178,7 @@ impl MemSlots {
     /// [`MemSlots::harvest`], and by itself when a slot goes. Stopping harvests once more.
     ///
     /// # Errors
-    /// When KVM refuses; then it is as it was.
+    /// Fails if KVM refuses; then tracking is as it was before.
     pub fn track_dirty(&self, on: bool) -> Result<(), KvmError> {
         // Take the bits while KVM still has them: without KVM_MEM_LOG_DIRTY_PAGES it frees the
         // bitmap. `harvest` takes the lock itself, so this happens before we take it.
@@ -228,7 +228,7 @@ impl MemSlots {
     /// harvest has it once more.
     ///
     /// # Errors
-    /// When KVM does not tell.
+    /// Fails if KVM refuses.
     pub fn harvest(&self) -> Result<(), KvmError> {
         // A commit may add slots while the loop below releases the lock. The next harvest covers
         // those; a slot that goes is harvested by the batch that removes it.
@@ -267,8 +267,8 @@ impl MemSlots {
         }
     }
 
-    /// Slots change only under the lock, and rings are emptied before one goes: what the entries
-    /// say of slots is said of those in force.
+    /// Marks the pages of all ring entries. Slots change only under the lock, and rings are emptied
+    /// before a slot is removed, so the slot numbers in the entries are those in force.
     fn harvest_rings(&self, state: &mut State, rings: &Rings) -> Result<(), KvmError> {
         let written = rings.take()?;
         state.stats.dirty_ioctls += u64::from(!written.is_empty());
@@ -315,8 +315,8 @@ impl MemSlots {
         Ok(())
     }
 
-    /// A slot that is new while the gate is closed, and shows memory of which all that was written
-    /// is known, need not begin with every page written.
+    /// Clears the log of a new slot. KVM starts it with all bits set; while the gate is closed, and with
+    /// all earlier writes in the RAM block's bitmap, those bits would only repeat pages.
     fn begin_log(&self, number: usize, slot: &Slot) -> Result<(), KvmError> {
         let all_set = matches!(
             self.tracking,

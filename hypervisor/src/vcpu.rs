@@ -28,7 +28,7 @@ pub struct Vcpu {
     kicker: Kicker,
     gate: Arc<Gate>,
     seat: Arc<Seat>,
-    /// They own the memory that the guest can reach, which must be there as long as it can run.
+    /// Own the memory that the guest can reach, which must stay mapped as long as the vCPU can run.
     slots: Arc<MemSlots>,
     /// The MSRs that KVM lists.
     msr_indices: Arc<[u32]>,
@@ -220,7 +220,7 @@ impl Vcpu {
     /// are saved from then on.
     ///
     /// # Errors
-    /// When KVM refuses.
+    /// Fails if KVM refuses.
     pub fn enable_hyperv(&mut self) -> Result<(), KvmError> {
         let capability = kvm_enable_cap {
             cap: KVM_CAP_HYPERV_SYNIC,
@@ -240,7 +240,7 @@ impl Vcpu {
     /// Sets what the guest sees with the CPUID instruction.
     ///
     /// # Errors
-    /// When KVM refuses.
+    /// Fails if KVM refuses.
     pub fn set_cpuid(&self, cpuid: &CpuId) -> Result<(), KvmError> {
         self.fd
             .set_cpuid2(cpuid)
@@ -250,7 +250,7 @@ impl Vcpu {
     /// The general registers.
     ///
     /// # Errors
-    /// When KVM does not tell.
+    /// Fails if KVM refuses.
     pub fn regs(&self) -> Result<kvm_regs, KvmError> {
         self.fd
             .get_regs()
@@ -260,7 +260,7 @@ impl Vcpu {
     /// Sets the general registers.
     ///
     /// # Errors
-    /// When KVM refuses.
+    /// Fails if KVM refuses.
     pub fn set_regs(&self, regs: &kvm_regs) -> Result<(), KvmError> {
         self.fd
             .set_regs(regs)
@@ -270,7 +270,7 @@ impl Vcpu {
     /// The system registers.
     ///
     /// # Errors
-    /// When KVM does not tell.
+    /// Fails if KVM refuses.
     pub fn sregs(&self) -> Result<kvm_sregs, KvmError> {
         self.fd
             .get_sregs()
@@ -280,7 +280,7 @@ impl Vcpu {
     /// Sets the system registers.
     ///
     /// # Errors
-    /// When KVM refuses.
+    /// Fails if KVM refuses.
     pub fn set_sregs(&self, sregs: &kvm_sregs) -> Result<(), KvmError> {
         self.fd
             .set_sregs(sregs)
@@ -290,7 +290,7 @@ impl Vcpu {
     /// Sets model-specific registers.
     ///
     /// # Errors
-    /// When KVM refuses one; the text names it.
+    /// Fails if KVM refuses one; the text names it.
     pub fn set_msrs(&self, entries: &[kvm_msr_entry]) -> Result<(), KvmError> {
         let invalid = || std::io::Error::from(std::io::ErrorKind::InvalidInput);
         let msrs = Msrs::from_entries(entries)
@@ -311,7 +311,7 @@ impl Vcpu {
     /// The local APIC's registers.
     ///
     /// # Errors
-    /// When KVM does not tell.
+    /// Fails if KVM refuses.
     pub fn lapic(&self) -> Result<kvm_lapic_state, KvmError> {
         self.fd
             .get_lapic()
@@ -321,7 +321,7 @@ impl Vcpu {
     /// Sets the local APIC's registers.
     ///
     /// # Errors
-    /// When KVM refuses.
+    /// Fails if KVM refuses.
     pub fn set_lapic(&self, lapic: &kvm_lapic_state) -> Result<(), KvmError> {
         self.fd
             .set_lapic(lapic)
@@ -331,7 +331,7 @@ impl Vcpu {
     /// Lets a vCPU run that would wait for the guest to start it, as all but the first do.
     ///
     /// # Errors
-    /// When KVM refuses.
+    /// Fails if KVM refuses.
     pub fn set_runnable(&self) -> Result<(), KvmError> {
         let runnable = kvm_mp_state {
             mp_state: KVM_MP_STATE_RUNNABLE,
@@ -344,12 +344,13 @@ impl Vcpu {
     /// Injects a non-maskable interrupt.
     ///
     /// # Errors
-    /// When KVM refuses.
+    /// Fails if KVM refuses.
     pub fn nmi(&self) -> Result<(), KvmError> {
         self.fd.nmi().map_err(KvmError::new("inject an NMI"))
     }
 
-    /// Tells a guest with a kvmclock that it was stopped, so that its watchdogs do not bark.
+    /// Tells a guest with a kvmclock that it was stopped, so that its soft-lockup watchdog does not
+    /// fire (`KVM_KVMCLOCK_CTRL`).
     pub fn forgive_stop(&self) {
         // EINVAL: this guest uses no kvmclock.
         let _ = self.fd.kvmclock_ctrl();
@@ -358,7 +359,7 @@ impl Vcpu {
     /// The frequency of the guest's TSC in kHz.
     ///
     /// # Errors
-    /// When KVM does not tell.
+    /// Fails if KVM refuses.
     pub fn tsc_khz(&self) -> Result<u32, KvmError> {
         self.fd
             .get_tsc_khz()

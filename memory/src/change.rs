@@ -11,16 +11,16 @@ pub struct ViewChange {
     pub old: Arc<FlatView>,
     /// The view after the commit.
     pub new: Arc<FlatView>,
-    /// Ranges of the old view that are not in the new one just so; descending, the reverse of the
+    /// Ranges of the old view that the new one does not have unchanged; descending, the reverse of the
     /// order in which ranges are added.
     pub removed: Vec<FlatRange>,
-    /// Ranges of the new view that were not in the old one just so; ascending.
+    /// Ranges of the new view that the old one did not have unchanged; ascending.
     pub added: Vec<FlatRange>,
     /// Ranges that both views have; ascending.
     pub kept: Vec<FlatRange>,
-    /// Doorbells that go; descending.
+    /// Doorbells that are removed; descending.
     pub removed_ioeventfds: Vec<FlatIoEventFd>,
-    /// Doorbells that come; ascending.
+    /// Doorbells that are added; ascending.
     pub added_ioeventfds: Vec<FlatIoEventFd>,
 }
 

@@ -18,7 +18,8 @@ const BITS: usize = u64::BITS as usize;
 /// One bit for each 4 KiB page of a RAM block.
 ///
 /// Writers to the block set bits: devices through [`vm_memory::Bytes`], and the hypervisor when it
-/// harvests the log of a memslot. The sender of pages takes them out. Setting is ignored while tracking is [off](Self::set_enabled).
+/// harvests the log of a memslot. The sender of pages takes them out. Setting is ignored while tracking
+/// is [off](Self::set_enabled).
 pub struct DirtyBitmap {
     words: Box<[AtomicU64]>,
     pages: usize,
@@ -27,7 +28,7 @@ pub struct DirtyBitmap {
     plugged: Option<Box<[AtomicU64]>>,
 }
 
-/// All clear, a bit for each of so many pages.
+/// Returns a bit for each of `pages` pages, all clear.
 fn clear(pages: usize) -> Box<[AtomicU64]> {
     let words = (0..pages.div_ceil(BITS)).map(|_| AtomicU64::new(0));
     words.collect()
@@ -273,7 +274,7 @@ pub struct DirtyPages {
 }
 
 impl DirtyPages {
-    /// None of so many pages.
+    /// Returns an empty set for a block of `pages` pages.
     pub(crate) fn none(pages: usize) -> Self {
         Self {
             words: vec![0; pages.div_ceil(BITS)],

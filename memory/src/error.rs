@@ -3,11 +3,11 @@
 use crate::range::AddrRange;
 use crate::region::RegionId;
 
-/// A change that cannot be. The transaction in which it was asked for can go on without it, or be
-/// given up; the map in force is the old one until a commit.
+/// An edit that is not possible. Its transaction can continue without the edit, or be
+/// aborted; the map in force is the old one until a commit.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TopologyError {
-    /// The id is not of a region of this topology, or of one that was destroyed.
+    /// The topology has no region with this id, or the region was destroyed.
     #[error("{0:?} does not exist")]
     NoSuchRegion(RegionId),
     /// Zero bytes, or an end past the last 64-bit address.
@@ -66,23 +66,23 @@ pub enum TopologyError {
     TooMany,
 }
 
-/// A commit that did not take place, or not wholly.
+/// A commit that failed, before or during its application.
 #[derive(Debug, thiserror::Error)]
 pub enum CommitError {
     /// The tree is nested too deeply, or aliases make it too large, to be rendered. The old map
     /// is in force.
     #[error("the region tree cannot be rendered: {0}")]
     Render(&'static str),
-    /// A listener cannot do what the change asks for. The old map is in force.
+    /// A listener refuses the change. The old map is in force.
     #[error("the change was refused: {0}")]
     Refused(#[source] ListenerError),
-    /// A listener failed in the middle of the change. No map is in force that can be relied on;
-    /// the topology takes no further change.
+    /// A listener failed in the middle of the change. Listeners may disagree about the map, and
+    /// the topology refuses all further changes.
     #[error("the memory map was changed only in part: {0}")]
     Failed(String),
 }
 
-/// Why a listener cannot take part in a change, and where.
+/// The reason why a listener refuses a change, and the addresses that it is about.
 #[derive(Debug, thiserror::Error)]
 #[error("{reason}{}", at.map_or_else(String::new, |at| format!(" (at {at})")))]
 pub struct ListenerError {

@@ -76,7 +76,7 @@ pub struct FlatIoEventFd {
     pub addr: u64,
     /// Bytes that the write has: 1, 2, 4 or 8, or 0 for any.
     pub width: u8,
-    /// Only for this value, where there is one.
+    /// The value that the write must have; any value if absent.
     pub datamatch: Option<u64>,
     /// The descriptor that is signalled.
     pub fd: Arc<EventFd>,
@@ -185,7 +185,7 @@ impl FlatView {
     /// [`RamBlock::discard`](crate::RamBlock::discard) does. What is not RAM is left alone.
     ///
     /// # Errors
-    /// When the host refuses.
+    /// Fails if the host refuses.
     pub fn discard(&self, addr: u64, len: u64) -> io::Result<u64> {
         let Some(wanted) = AddrRange::new(addr, len) else {
             return Ok(0);

@@ -14,8 +14,8 @@
 //!   vCPUs, queues: AddressSpace::view() ◄── arc-swap ─────────┘
 //! ```
 //!
-//! - A change is a [`Transaction`], a value that borrows the topology. Reading the map while one
-//!   is open does not compile, and nothing of it can be seen before it is whole.
+//! - A change is a [`Transaction`], a value that borrows the topology. Code that reads the map while
+//!   one is open does not compile, and readers see all of a change or nothing of it.
 //! - Readers take the view in force without a lock, and what they hold stays mapped.
 //! - [`MemoryListener`]s receive, once per commit, what was removed, added and kept.
 //! - [`DirtyBitmap`]s belong to RAM blocks, so no change of the map moves a bit.

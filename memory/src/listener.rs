@@ -1,9 +1,9 @@
 //! Listeners: receivers of changes.
 //!
-//! A subscription is a [`ListenerHandle`]. Dropping it ends the subscription, and returns only
-//! when no commit is calling the listener any more; on the committing thread itself, where that
-//! could never come true, it returns at once and takes effect when the present commit ends. There
-//! is no grace period to remember and nothing that can be used after it is gone.
+//! A subscription is a [`ListenerHandle`]. Dropping it ends the subscription and waits until
+//! no commit calls the listener any more. On the committing thread itself, where that wait
+//! would be a deadlock, the drop returns at once and takes effect when the present commit ends. So
+//! no listener is called after its handle was dropped, and callers need no grace period.
 
 use std::sync::Arc;
 
@@ -28,7 +28,7 @@ pub trait MemoryListener: Send + Sync {
     /// Makes the change. Readers see the new view already.
     ///
     /// # Errors
-    /// Only what could not be known before. The topology is failed from then on.
+    /// Only for failures that `prepare` could not foresee. The topology refuses all changes from then on.
     fn apply(&self, change: &ViewChange) -> Result<(), ListenerError>;
 }
 

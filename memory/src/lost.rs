@@ -68,7 +68,7 @@ static NEXT_WATCHER: AtomicU64 = AtomicU64::new(0);
 struct Watcher {
     id: u64,
     entry: &'static Entry,
-    /// Taken when it has been called.
+    /// Taken out when it is called.
     notify: Option<Box<dyn FnOnce(u64) + Send>>,
 }
 
@@ -206,7 +206,7 @@ impl Entry {
     }
 }
 
-/// Wakes the thread that tells the watchers.
+/// Wakes the thread that calls the watchers.
 fn wake() {
     let one = 1_u64.to_ne_bytes();
     // SAFETY: eight bytes, for an event descriptor or none. A full counter wakes as well.
@@ -465,12 +465,12 @@ mod tests {
                 (at, ram.first_lost()),
                 (12 * PAGE_SIZE, Some(12 * PAGE_SIZE))
             );
-            // Writes go on, too, and what is there stays.
+            // Writes work as well, and intact pages keep their content.
             ram.slice(20 * PAGE, 1).unwrap().copy_from(&[1_u8]);
             assert_eq!(read(&ram, 9), vec![7; PAGE]);
             assert_eq!(read(&other, 0), vec![7; PAGE]);
             assert_eq!((other.pages(), other.first_lost()), (Pages::There, None));
-            // One who comes late hears of it, too, and no second time.
+            // A watcher that is added late is called as well, and only once.
             let (tell, told) = mpsc::channel();
             let _late = ram.on_lost(move |at| tell.send(at).unwrap());
             let at = told.recv_timeout(Duration::from_secs(60)).unwrap();

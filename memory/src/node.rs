@@ -16,7 +16,7 @@ use crate::ram_config::RamError;
 /// `host` and `len` are a mapping of this process, and stay so during the call.
 pub(crate) unsafe fn bind(host: *mut u8, len: usize, node: u32) -> Result<(), RamError> {
     let bits = usize::try_from(node).unwrap_or(usize::MAX);
-    // Sysfs is asked first, because the kernel answers `EINVAL` to much else.
+    // Ask sysfs first: `EINVAL` from the kernel has many other reasons.
     let dir = PathBuf::from(format!("/sys/devices/system/node/node{node}"));
     if bits >= HOST_NODES || !dir.exists() {
         let online = std::fs::read_to_string("/sys/devices/system/node/online");

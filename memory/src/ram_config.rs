@@ -20,8 +20,8 @@ pub struct RamConfig {
     pub thp: bool,
     /// Count the memory against the host's commit limit now, in place of when it is touched.
     pub reserve: bool,
-    /// All of it is unplugged at first, and takes nothing of the host: `prefault` and huge pages of
-    /// the pool come in when a part is [plugged](crate::RamBlock::plug).
+    /// All of it is unplugged at first, and takes no memory of the host: `prefault` and huge pages of
+    /// the pool take effect when a part is [plugged](crate::RamBlock::plug).
     pub hotplug: bool,
     /// The guest can reach what is not plugged, and changes what is, at any time: virtio-mem.
     pub guest_plugs: bool,

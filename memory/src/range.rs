@@ -17,7 +17,7 @@ impl AddrRange {
         last: u64::MAX,
     };
 
-    /// The `len` addresses from `start` on; `None` where `len` is 0 or the range would go past
+    /// Returns the `len` addresses from `start` on; `None` if `len` is 0 or the range would go past
     /// the last 64-bit address.
     #[must_use]
     pub const fn new(start: u64, len: u64) -> Option<Self> {
@@ -30,7 +30,7 @@ impl AddrRange {
         }
     }
 
-    /// From `first` to `last`, both included; `None` where `last` is before `first`.
+    /// Returns the range from `first` to `last`, both included; `None` if `last` is before `first`.
     #[must_use]
     pub const fn from_bounds(first: u64, last: u64) -> Option<Self> {
         if first <= last {
@@ -52,13 +52,13 @@ impl AddrRange {
         self.last
     }
 
-    /// The number of addresses; `None` for [`AddrRange::ALL`], whose 2^64 no `u64` holds.
+    /// The number of addresses; `None` for [`AddrRange::ALL`], because 2^64 does not fit a `u64`.
     #[must_use]
     pub const fn len(self) -> Option<u64> {
         (self.last - self.first).checked_add(1)
     }
 
-    /// Never: a range holds an address at least.
+    /// Returns false: a range holds at least one address.
     #[must_use]
     pub const fn is_empty(self) -> bool {
         false

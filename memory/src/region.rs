@@ -23,7 +23,7 @@ pub trait DeviceOps: Send + Sync {
     fn write(&self, offset: u64, data: &[u8]);
 }
 
-/// Names a region of one topology. An id whose region was destroyed names nothing ever after.
+/// Names a region of one topology. The id of a destroyed region is never used again.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RegionId {
     pub(crate) index: u32,
@@ -65,7 +65,7 @@ pub struct IoEventFd {
     pub offset: u64,
     /// Bytes that the write has: 1, 2, 4 or 8, or 0 for any.
     pub width: u8,
-    /// Only for this value, where there is one.
+    /// The value that the write must have; any value if absent.
     pub datamatch: Option<u64>,
     /// The descriptor that is signalled.
     pub fd: Arc<EventFd>,
@@ -206,7 +206,7 @@ impl Arena {
         self.remember(id.index);
         let slot = &mut self.slots[id.index as usize];
         slot.region = None;
-        // After 2^32 lives of one slot its ids would repeat: such a slot is not used again.
+        // After 2^32 regions in one slot its ids would repeat: such a slot is not used again.
         if let Some(next) = slot.generation.checked_add(1) {
             slot.generation = next;
             self.free.push(id.index);
@@ -233,7 +233,7 @@ impl Arena {
         })
     }
 
-    /// Forgets how things were: the transaction's changes stay.
+    /// Drops the undo log: the transaction's changes stay.
     pub(crate) fn keep(&mut self) {
         self.undo.clear();
     }

@@ -1,4 +1,4 @@
-//! From the tree to the flat view: who answers at each address.
+//! Rendering: computes from the tree which region answers at each address.
 //!
 //! The tree is painted from the front to the back, and the first painter of an address keeps it.
 //! Each region is clipped to its container's extent and to the window of the alias through which

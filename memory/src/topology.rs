@@ -46,7 +46,7 @@ pub(crate) struct Space {
 pub struct Topology {
     pub(crate) arena: Arena,
     pub(crate) spaces: [Space; 2],
-    /// Placings so far: later ones are in front of earlier ones of the same priority.
+    /// Counts placements: later ones are in front of earlier ones of the same priority.
     pub(crate) sequence: u64,
     generation: u64,
     failed: Option<String>,
@@ -59,8 +59,8 @@ impl Default for Topology {
     }
 }
 
-/// A map that is gone shows nothing. Devices may hold readers of the spaces that show them: without
-/// this they would hold each other for ever.
+/// Publishes empty views. Devices may hold readers of the spaces that show them: without
+/// this the devices and the last views would keep each other alive for ever.
 impl Drop for Topology {
     fn drop(&mut self) {
         for space in &self.spaces {
@@ -131,7 +131,7 @@ impl Topology {
         self.stats
     }
 
-    /// Why the topology takes no more changes, if it does not.
+    /// Returns why the topology refuses all changes, if a commit has failed.
     #[must_use]
     pub fn failure(&self) -> Option<&str> {
         self.failed.as_deref()
@@ -177,11 +177,11 @@ impl Topology {
         Ok(value)
     }
 
-    /// Tells `listener` of every commit that changes this space from now on, after those of a
-    /// lower priority, and now of the present map as if it had just been added.
+    /// Registers `listener` for each commit that changes this space, called after listeners with a
+    /// lower priority. It is called at once with the present map as if that had just been added.
     ///
     /// # Errors
-    /// When the listener refuses the present map, or fails at it.
+    /// Fails if the listener refuses the present map, or fails to apply it.
     pub fn register(
         &mut self,
         kind: SpaceKind,
@@ -222,7 +222,8 @@ impl Topology {
         }
     }
 
-    /// Renders, asks, publishes and tells, for the spaces that `touched` says may have changed.
+    /// Renders the spaces that are `touched`, has the listeners prepare, publishes, and has the listeners
+    /// apply.
     pub(crate) fn commit(&mut self, touched: [bool; 2]) -> Result<(), CommitError> {
         self.check()?;
         // Render every space before asking any listener: a tree that cannot be rendered must change
@@ -280,7 +281,7 @@ impl Topology {
         })
     }
 
-    /// Whether the id is a region of this topology.
+    /// Returns the region with this id.
     pub(crate) fn region(&self, id: RegionId) -> Result<&Region, TopologyError> {
         self.arena.get(id)
     }

@@ -79,7 +79,7 @@ impl<'a> Transaction<'a> {
     /// A region of `size` bytes that shows nothing but the regions that are placed in it.
     ///
     /// # Errors
-    /// When the size is none.
+    /// Fails if `size` is 0.
     pub fn container(
         &mut self,
         label: impl Into<Label>,
@@ -91,7 +91,7 @@ impl<'a> Transaction<'a> {
     /// RAM: `size` bytes of a block.
     ///
     /// # Errors
-    /// When the slice is not within its block.
+    /// Fails if the slice is not within its block.
     pub fn ram(
         &mut self,
         label: impl Into<Label>,
@@ -105,7 +105,7 @@ impl<'a> Transaction<'a> {
     /// Memory that the guest can only read: its writes are lost.
     ///
     /// # Errors
-    /// When the slice is not within its block.
+    /// Fails if the slice is not within its block.
     pub fn rom(
         &mut self,
         label: impl Into<Label>,
@@ -119,7 +119,7 @@ impl<'a> Transaction<'a> {
     /// `size` bytes (or ports) that a device answers.
     ///
     /// # Errors
-    /// When the size is none.
+    /// Fails if `size` is 0.
     pub fn device(
         &mut self,
         label: impl Into<Label>,
@@ -132,7 +132,7 @@ impl<'a> Transaction<'a> {
     /// A window of `size` bytes on another region, from `offset` in it on.
     ///
     /// # Errors
-    /// When there is no such target.
+    /// Fails if `target` does not exist.
     pub fn alias(
         &mut self,
         label: impl Into<Label>,
@@ -189,8 +189,8 @@ impl<'a> Transaction<'a> {
     /// was placed last. What is past the container's end does not show.
     ///
     /// # Errors
-    /// When it is placed already, the container is none, the region's end would be past the last
-    /// address, or the region would contain itself.
+    /// Fails if the region is placed already, `container` is no container, the region's end would be past
+    /// the last address, or the region would contain itself.
     pub fn place(
         &mut self,
         region: RegionId,
@@ -248,8 +248,8 @@ impl<'a> Transaction<'a> {
             .map(|place| place.priority)
     }
 
-    /// Whether `to` shows in `from`, through containers or aliases; or whether that is too deep
-    /// to tell, which no tree may be.
+    /// Whether `to` shows in `from`, through containers or aliases. Also true if the tree is too deep
+    /// to search, which no tree may be.
     fn reaches(&self, from: RegionId, to: RegionId, depth: usize) -> bool {
         if from == to || depth > limits::DEPTH {
             return true;
@@ -270,7 +270,7 @@ impl<'a> Transaction<'a> {
     /// Takes a region out of its container. It stays to be placed again.
     ///
     /// # Errors
-    /// When it is in none.
+    /// Fails if the region is in no container.
     pub fn unplace(&mut self, region: RegionId) -> Result<(), TopologyError> {
         let placed = self.topology.arena.get_mut(region)?;
         let name = Arc::clone(&placed.name);
@@ -288,7 +288,7 @@ impl<'a> Transaction<'a> {
     /// Moves a region within its container.
     ///
     /// # Errors
-    /// When it is in none, or its end would be past the last address.
+    /// Fails if the region is in no container, or its end would be past the last address.
     pub fn move_to(&mut self, region: RegionId, offset: u64) -> Result<(), TopologyError> {
         let placed = self.topology.arena.get(region)?;
         check_extent(placed, offset)?;
@@ -306,7 +306,7 @@ impl<'a> Transaction<'a> {
     /// Shows or hides a region and all that is in it.
     ///
     /// # Errors
-    /// When there is no such region.
+    /// Fails if there is no such region.
     pub fn set_enabled(&mut self, region: RegionId, enabled: bool) -> Result<(), TopologyError> {
         if self.topology.arena.get(region)?.enabled != enabled {
             self.topology.arena.get_mut(region)?.enabled = enabled;
@@ -314,10 +314,10 @@ impl<'a> Transaction<'a> {
         Ok(())
     }
 
-    /// Ends a region. Its id names nothing from then on.
+    /// Destroys a region. Its id is invalid from then on.
     ///
     /// # Errors
-    /// When it is in a container, holds others, or an alias shows it.
+    /// Fails if the region is in a container, contains others, or an alias shows it.
     pub fn destroy(&mut self, region: RegionId) -> Result<(), TopologyError> {
         let going = self.topology.arena.get(region)?;
         let is_root = self
@@ -381,7 +381,7 @@ impl<'a> Transaction<'a> {
         Ok(())
     }
 
-    /// In which spaces an edited region may show.
+    /// Returns, for each space, whether an edited region may show in it.
     fn touched(&self) -> [bool; 2] {
         let mut spaces = [false; 2];
         for id in self.topology.arena.touched() {
@@ -398,7 +398,7 @@ impl<'a> Transaction<'a> {
                     spaces[index] = true;
                 }
                 at = match self.topology.region(id) {
-                    // Wherever an alias shows it: rendering tells.
+                    // An alias may show it in either space: render both.
                     Ok(region) if region.aliases > 0 => return [true; 2],
                     Ok(region) => region.place.map(|place| place.parent),
                     Err(_) => None,

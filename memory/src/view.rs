@@ -65,10 +65,12 @@ impl RamBlock {
         }
     }
 
-    /// Maps a private view of a file from `offset` on, a multiple of the page size: the block begins with
-    /// the file's content, and no write of the guest reaches the file. Nothing is read before it is touched, and all views of one file share the
-    /// pages that were not written. The file must not change while it is mapped: pages that this block
-    /// did not write would change with it. If the file shrinks, the block is [lost](crate::Pages::Lost).
+    /// Maps a private view of a file from `offset` on, in bytes, a multiple of the page size.
+    ///
+    /// The block begins with the file's content, and no write of the guest reaches the file. Nothing is
+    /// read before it is touched, and all views of one file share the pages that were not written. The
+    /// file must not change while it is mapped: pages that this block did not write would change with
+    /// it. If the file shrinks, the block is [lost](crate::Pages::Lost).
     ///
     /// # Errors
     /// `config` asks for huge pages or for shared memory, the file is too short, or the host refuses.

@@ -12,10 +12,10 @@ use crate::guest_memory::{DirtySlice, RamRange};
 use crate::range::AddrRange;
 use crate::space::AddressSpace;
 
-/// A window cannot be made, or not again.
+/// The reason why a window cannot be made or refreshed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum WindowError {
-    /// No bytes, or past the last address.
+    /// The range is empty, or its end is past the last address.
     #[error("{len:#x} bytes at {addr:#x} exceed guest addresses")]
     Range {
         /// Start, a guest address.
@@ -23,7 +23,7 @@ pub enum WindowError {
         /// Bytes.
         len: u64,
     },
-    /// Not, or not all, in one range of RAM.
+    /// The range is not within a single range of RAM.
     #[error("{0} is not within a single RAM range")]
     NotRam(AddrRange),
 }
@@ -39,7 +39,7 @@ impl RingWindow {
     /// Translates the `len` bytes at guest address `addr`.
     ///
     /// # Errors
-    /// When they are not all in one range of RAM.
+    /// Fails if they are not all in one range of RAM.
     pub fn new(space: &AddressSpace, addr: u64, len: u64) -> Result<Self, WindowError> {
         Self::of(&space.view(), addr, len)
     }
@@ -47,7 +47,7 @@ impl RingWindow {
     /// Translates the `len` bytes at guest address `addr` as they are in `view`.
     ///
     /// # Errors
-    /// When they are not all in one range of RAM.
+    /// Fails if they are not all in one range of RAM.
     pub fn of(view: &FlatView, addr: u64, len: u64) -> Result<Self, WindowError> {
         let range = AddrRange::new(addr, len).ok_or(WindowError::Range { addr, len })?;
         Ok(Self {
@@ -62,10 +62,10 @@ impl RingWindow {
         self.ram.range()
     }
 
-    /// Makes the window one of `view`, if it is not yet.
+    /// Translates the window by `view`, if it was translated by another.
     ///
     /// # Errors
-    /// When the addresses are no longer all in one range of RAM. The window stays, and may be
+    /// Fails if the addresses are no longer all in one range of RAM. The window stays, and may be
     /// good again after another commit.
     pub fn refresh(&mut self, view: &FlatView) -> Result<(), WindowError> {
         if self.generation != view.generation() {
@@ -83,7 +83,7 @@ impl RingWindow {
         (self.generation == view.generation()).then_some(&self.ram)
     }
 
-    /// The memory, translated anew if a commit has come in between.
+    /// Returns the memory, translated again if there was a commit since the last call.
     ///
     /// # Errors
     /// As [`RingWindow::refresh`].

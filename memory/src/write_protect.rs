@@ -46,8 +46,9 @@ impl WriteProtection {
     /// Registers the blocks. No page is protected yet.
     ///
     /// # Errors
-    /// The host's kernel is older than Linux 6.4 (5.19 if all blocks are shared) or does not permit userfaultfd; a block is made of huge
-    /// pages, is registered by another user of userfaultfd, or maps a file that is not a memfd.
+    /// The host's kernel is older than Linux 6.4 (5.19 if all blocks are shared) or does not permit
+    /// userfaultfd; a block is made of huge pages, is registered by another user of userfaultfd, or maps
+    /// a file that is not a memfd.
     pub fn new(blocks: Vec<Arc<RamBlock>>) -> Result<Self, WriteProtectError> {
         let refused = |what| move |source| WriteProtectError { what, source };
         if blocks.iter().any(|block| block.page_size() != PAGE_SIZE) {
@@ -173,9 +174,8 @@ impl fmt::Debug for WriteProtection {
 }
 
 impl RamBlock {
-    /// Waits until a [`WriteProtection`] permits writes to these pages. Without
-    /// this, a discard would destroy content that a snapshot has yet to copy: dropping a page is no
-    /// write fault.
+    /// Waits until a [`WriteProtection`] permits writes to these pages. Without this, a discard would
+    /// destroy content that a snapshot has yet to copy: dropping a page is no write fault.
     pub(crate) fn await_copies(&self, first: usize, len: usize) -> io::Result<()> {
         loop {
             // SAFETY: whole pages of our mapping. The kernel faults them in as a write would, and

@@ -1,7 +1,7 @@
 //! Decisions that come from outside the engine: cancel, and how to resolve a doubt.
 //!
 //! The [report](crate::Progress) says how a migration is going. A [`Decision`] says what the operator
-//! wants of it, and is where the engine and the operator agree on who was first: a cancel that comes
+//! wants. It also orders the operator's requests against the engine's steps: a cancel that comes
 //! after the commit point is refused, and a resolution counts only while the engine asks for one.
 
 use std::fmt;
@@ -120,8 +120,8 @@ impl Decision {
         state.refused.clone().map_or(Ok(()), Err)
     }
 
-    /// Relieves a destination whose migration is over of answering its source: [`receive`] returns,
-    /// and its endpoint is free. A source that missed the outcome is answered from the journal
+    /// Ends the time in which a destination keeps answering its source after the migration: [`receive`]
+    /// returns, and its endpoint is free. A source that missed the outcome is answered from the journal
     /// ([`Host::fate`]) by the next session at that endpoint. Has no effect before the end.
     ///
     /// [`receive`]: crate::receive

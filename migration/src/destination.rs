@@ -288,7 +288,7 @@ impl Session<'_> {
         self.take(incoming)
     }
 
-    /// Takes a guest whose machine was made.
+    /// Receives the guest, now that its machine exists.
     fn take(&self, incoming: Incoming<'_>) -> (Result<(), Refusal>, Option<ToSource>) {
         let moving = || incoming.run()?.announce().run();
         // A panic must not leave the source to guess: it holds the guest paused until it knows whether

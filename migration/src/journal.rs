@@ -33,7 +33,7 @@ pub enum Step {
     Prepare,
     /// The destination could let the guest run. (Destination.)
     Ready,
-    /// The guest is given away: from now on it does not go on at the source. (Source.)
+    /// The guest is given away: from now on it does not run at the source. (Source.)
     Commit,
     /// The guest runs at the destination. (At both sides; the source records it when it gets the answer.)
     Running,
@@ -59,7 +59,7 @@ pub trait Journal: Send {
     /// Writes a step down. [`Step::Prepare`] is durable on return.
     ///
     /// # Errors
-    /// When it cannot be written; then the step must not be taken.
+    /// Fails if it cannot be written; then the step must not be taken.
     fn record(&mut self, step: Step) -> io::Result<()>;
 }
 
@@ -129,7 +129,7 @@ impl FileJournal {
     /// by a crash, and what follows it, is left out.
     ///
     /// # Errors
-    /// When the directory cannot be read.
+    /// Fails if the directory cannot be read.
     pub fn list(dir: &Path) -> io::Result<Vec<(Uuid, Side, Vec<Entry>)>> {
         let mut found = Vec::new();
         let files = match fs::read_dir(dir) {
@@ -181,7 +181,7 @@ impl FileJournal {
     /// Forgets one that is over.
     ///
     /// # Errors
-    /// When it cannot be removed.
+    /// Fails if it cannot be removed.
     pub fn remove(dir: &Path, migration: Uuid, side: Side) -> io::Result<()> {
         fs::remove_file(path(dir, migration, side))
     }

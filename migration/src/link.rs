@@ -31,14 +31,14 @@ pub trait Stream: Read + Write + Send {
     /// How long a read or a write may make no progress; then it fails.
     ///
     /// # Errors
-    /// When the host refuses.
+    /// Fails if the host refuses.
     fn set_patience(&self, patience: Duration) -> io::Result<()>;
 
     /// Limits how many bytes may wait on this side to be sent. What is on the way already is not
     /// counted: a long way needs much of it.
     ///
     /// # Errors
-    /// When the host refuses.
+    /// Fails if the host refuses.
     fn limit_unsent(&self, bytes: u32) -> io::Result<()> {
         let _ = bytes;
         Ok(())
@@ -63,16 +63,16 @@ pub trait Stream: Read + Write + Send {
     /// Gives open files to the other side, with a byte.
     ///
     /// # Errors
-    /// When the connection carries none: only unix sockets do.
+    /// Fails if the connection carries none: only unix sockets do.
     fn send_files(&self, files: &[File]) -> io::Result<()> {
         let _ = files;
         Err(io::ErrorKind::Unsupported.into())
     }
 
-    /// Takes the files that were given: so many at most.
+    /// Receives the files that the peer passed, at most `most`.
     ///
     /// # Errors
-    /// When the connection carries none, or none come.
+    /// Fails if the connection cannot carry files, or none arrive.
     fn recv_files(&self, most: usize) -> io::Result<Vec<File>> {
         let _ = most;
         Err(io::ErrorKind::Unsupported.into())
@@ -201,7 +201,7 @@ pub trait Dial: Send + Sync {
     /// A new connection.
     ///
     /// # Errors
-    /// When the other side cannot be reached.
+    /// Fails if the other side cannot be reached.
     fn dial(&self) -> io::Result<Box<dyn Stream>>;
 }
 
@@ -210,7 +210,7 @@ pub trait Accept: Send {
     /// The next connection; `None` when there was none for so long.
     ///
     /// # Errors
-    /// When no more can come.
+    /// Fails if no more can come.
     fn accept(&mut self, patience: Duration) -> io::Result<Option<Box<dyn Stream>>>;
 }
 
@@ -304,7 +304,7 @@ impl Listener {
     /// Listens. The file of a unix socket whose program is gone is replaced.
     ///
     /// # Errors
-    /// When another program listens there, or the host refuses.
+    /// Fails if another program listens there, or the host refuses.
     pub fn bind(endpoint: &Endpoint) -> io::Result<Self> {
         match endpoint {
             Endpoint::Unix(path) => {

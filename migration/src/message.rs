@@ -171,7 +171,7 @@ pub(crate) enum ToSource {
         version: u32,
     },
     Refused(Refusal),
-    /// There is room, and so many RAM channels may come.
+    /// The machine is built; the source may open this many RAM channels.
     Prepared {
         connections: u16,
         postcopy: bool,

@@ -309,8 +309,8 @@ impl Decoded<'_> {
         }
     }
 
-    /// Writes the pages where they belong. `touched` tells of each page whether anything was written
-    /// there before: what never was is zero already.
+    /// Writes the pages to their places. `touched` marks each page to which anything was written
+    /// before: all others are zeros already.
     pub(crate) fn apply(&self, blocks: &[Block], touched: &[memory::DirtyBitmap]) {
         let (Some(block), Some(touched)) = (blocks.get(self.block), touched.get(self.block)) else {
             return;

@@ -150,7 +150,8 @@ impl Measured {
         self.round_trip * 3 / 2 + self.save.max(self.transfer(left)) + self.load + Self::BASE
     }
 
-    /// How long so many pages take to be sent. What was never measured counts as the other kind.
+    /// Returns how long these pages take to be sent. A speed that was never measured counts as that of the
+    /// other kind.
     fn transfer(&self, left: Left) -> Duration {
         let of = |pages: u64, speed: u64, other: u64| {
             let speed = if speed == 0 { other } else { speed };
@@ -165,8 +166,8 @@ impl Measured {
     /// second, if it says something.
     pub(crate) fn measure(&mut self, pages: Left, sent: u64, span: Duration) -> Option<u64> {
         let speed = per_second(sent, span).max(LEAST_SPEED);
-        // What little there was, or the looking for zeros, says nothing of how fast much would be;
-        // but it was as fast as that.
+        // A short transfer, or one of mostly zeros, gives no maximum of the link's speed;
+        // but it gives a minimum.
         let is_much = sent > 1 << 20 && sent > pages.count() * PAGE as u64 / 2;
         let (of_kind, known) = match (pages.memory, pages.disks) {
             (_, 0) => (speed, &mut self.memory_speed),
@@ -204,8 +205,8 @@ impl Measured {
         }
     }
 
-    /// The time that so many blocks of disks add to the stop. A batch or two count as nothing: however short the
-    /// stop is to be, another round would leave as many.
+    /// Returns the time that these blocks of disks add to the stop. A batch or two count as nothing:
+    /// however short the stop is to be, another round would leave as many.
     pub(crate) fn downtime_of_disks(&self, blocks: u64) -> Duration {
         match blocks <= FEW {
             true => Duration::ZERO,
@@ -251,7 +252,7 @@ pub(crate) struct Situation {
 /// The next step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Next {
-    /// Another round, with vCPUs slowed down by so many percent.
+    /// Another round, with vCPUs kept out of the guest for `throttle` percent of the time.
     Round { throttle: u8 },
     /// Stop the guest: what is left goes in the stop.
     Stop,
@@ -374,7 +375,7 @@ impl Policy {
         }
     }
 
-    /// When a round that began earlier is cut short: at the deadline, unless rounds go on behind it.
+    /// Returns when a running round is cut short: at the deadline, unless rounds continue after it.
     pub(crate) fn cut(&self, begun: Instant) -> Option<Instant> {
         let deadline = self.deadline?;
         (self.at_deadline != AtDeadline::Throttle).then(|| begun + deadline)
@@ -393,7 +394,7 @@ impl Policy {
             .max(CALL_OFF_LEAST)
     }
 
-    /// Decides after so many stops were called off.
+    /// Decides what follows after `times` stops were called off.
     pub(crate) fn after_call_off(&self, times: u32, can_postcopy: bool) -> AfterCallOff {
         match self.at_deadline {
             AtDeadline::Postcopy if can_postcopy => AfterCallOff::Postcopy,

@@ -66,7 +66,8 @@ pub(crate) fn small_batches(
     batches_of(pending, batch_pages(limit).min(SMALL_BATCH))
 }
 
-/// Batches of so many pages at most. Scattered pages share one: a frame of each costs more than its page.
+/// Splits pages into batches of at most `most` pages. Scattered pages share a batch, because a frame for
+/// each would cost more than the page.
 fn batches_of(pending: &[DirtyPages], most: usize) -> impl Iterator<Item = Vec<Run>> + Send + '_ {
     let mut runs = (0_u32..).zip(pending).flat_map(|(block, pages)| {
         let runs = pages.runs();
@@ -400,7 +401,7 @@ impl Pacer {
         }
     }
 
-    /// Whether so many bytes can be sent within a time.
+    /// Returns whether the bandwidth limit lets `bytes` be sent `within` this time.
     pub(crate) fn has_room(&self, bytes: u64, within: Duration) -> bool {
         self.due(bytes) <= within
     }
@@ -432,7 +433,7 @@ impl Pacer {
         }
     }
 
-    /// The time that so many bytes take.
+    /// Returns the time that `bytes` take at the bandwidth limit.
     fn due(&self, bytes: u64) -> Duration {
         let Some(limit) = self.limit else {
             return Duration::ZERO;

@@ -170,8 +170,8 @@ where
     }
 }
 
-/// Connects, and makes sure of who is there: `ca-cert.pem` signed its certificate, which names the
-/// host. Shows `client-cert.pem`, whose key is in `client-key.pem`.
+/// Connects and authenticates the peer: `ca-cert.pem` must have signed its certificate, which must name the
+/// host. Presents `client-cert.pem` with the key in `client-key.pem`.
 pub struct TlsDial {
     endpoint: Endpoint,
     name: ServerName<'static>,
@@ -182,7 +182,7 @@ impl TlsDial {
     /// With the files of a directory.
     ///
     /// # Errors
-    /// When one is missing or they do not belong together, or the endpoint is no TCP port.
+    /// Fails if one is missing or they do not belong together, or the endpoint is no TCP port.
     pub fn new(endpoint: Endpoint, dir: &Path) -> Result<Self, TlsError> {
         let Endpoint::Tcp(place) = &endpoint else {
             return Err(TlsError::Endpoint(endpoint));
@@ -237,7 +237,7 @@ impl PeerNames {
     /// Reads host names and IP addresses; `*` stands for every host.
     ///
     /// # Errors
-    /// There is none, or one of them cannot be in a certificate.
+    /// The list is empty, or a name cannot be in a certificate.
     pub fn new<S: AsRef<str>>(names: &[S]) -> Result<Self, TlsError> {
         if names.iter().any(|name| name.as_ref() == "*") {
             return Ok(Self::Any);
@@ -328,7 +328,7 @@ impl ClientCertVerifier for NamedClients {
 }
 
 /// Takes connections of hosts whose certificate `ca-cert.pem` signed, and that may send by their
-/// names. Shows `server-cert.pem`, whose key is in `server-key.pem`.
+/// names. Presents `server-cert.pem` with the key in `server-key.pem`.
 pub struct TlsListener {
     listener: Listener,
     config: Arc<ServerConfig>,
@@ -338,7 +338,7 @@ impl TlsListener {
     /// With the files of a directory.
     ///
     /// # Errors
-    /// When one is missing or they do not belong together, or the endpoint is no TCP port.
+    /// Fails if one is missing or they do not belong together, or the endpoint is no TCP port.
     pub fn new(listener: Listener, dir: &Path, peers: PeerNames) -> Result<Self, TlsError> {
         if let Listener::Unix(socket) = &listener {
             return Err(TlsError::Endpoint(Endpoint::Unix(socket.path().to_owned())));
@@ -459,7 +459,7 @@ mod tests {
             directory(&ours, &ours, "host-c.example"),
         );
         let (said, heard) = send_to(there.path(), here.path(), only("host-a.example"));
-        // TLS 1.3: a client hears of it with what it reads first.
+        // TLS 1.3: a client gets the alert with its first read.
         let said = said.unwrap_err().to_string();
         assert!(said.contains("AccessDenied"), "{said}");
         assert!(heard.unwrap_err().to_string().contains("certificate"));

@@ -134,8 +134,8 @@ impl Hashes {
         self.hashes.len() as u64
     }
 
-    /// Returns the first page whose memory here has another hash. A page that was never `touched` is
-    /// zeros, and is not read: reading would have the host find room for it.
+    /// Returns the first page that has another hash here than at the source. A page that was never
+    /// `touched` is zeros, and is not read: reading would have the host find room for it.
     pub(crate) fn compare(&self, blocks: &[Block], touched: &[DirtyBitmap]) -> Option<Difference> {
         let (block, touched) = (blocks.get(self.block)?, touched.get(self.block)?);
         let differs = |(page, expected): (usize, &u64)| {

@@ -25,7 +25,7 @@ pub enum News {
     Missed {
         /// The oldest event that is.
         oldest: u64,
-        /// How many are lost; at most so many in the stream of one VM. An older service does not say.
+        /// How many are lost; in the stream of one VM an upper bound. Absent from older services.
         count: Option<u64>,
     },
 }
@@ -46,7 +46,7 @@ impl Client {
     /// on), to all VMs or to one.
     ///
     /// # Errors
-    /// When there is no service, or it refuses.
+    /// Fails if there is no service, or it refuses.
     pub async fn events(
         &self,
         after: Option<u64>,
@@ -74,7 +74,7 @@ impl Events {
     /// Returns the next item, or `None` when the service has ended the stream. Waits without a limit.
     ///
     /// # Errors
-    /// When the connection breaks, or what comes is not understood.
+    /// Fails if the connection breaks, or what comes is not understood.
     pub async fn next(&mut self) -> Result<Option<News>, ClientError> {
         loop {
             if let Some(news) = self.ready.pop_front() {

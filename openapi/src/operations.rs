@@ -63,7 +63,7 @@ macro_rules! operations {
                 $(#[$doc])*
                 ///
                 /// # Errors
-                /// When there is no service, it refuses, or its answer is not understood.
+                /// Fails if there is no service, it refuses, or its answer is not understood.
                 pub async fn $name(
                     &self,
                     $($id: &VmId, $($disk: &str,)?)?
@@ -124,9 +124,9 @@ operations! {
     vms_delete(id): DELETE "/api/v1/vms/{id}" "deleteVm";
     /// Boots a VM.
     vms_boot(id): PUT "/api/v1/vms/{id}/boot" "bootVm";
-    /// Lets a guest stand still.
+    /// Pauses a guest.
     vms_pause(id): PUT "/api/v1/vms/{id}/pause" "pauseVm";
-    /// Lets a paused guest go on.
+    /// Resumes a paused guest.
     vms_resume(id): PUT "/api/v1/vms/{id}/resume" "resumeVm";
     /// Resets a guest.
     vms_reboot(id): PUT "/api/v1/vms/{id}/reboot" "rebootVm";
@@ -182,7 +182,7 @@ operations! {
     vms_fork(id)[ForkVm]: POST "/api/v1/vms/{id}/forks" "forkVm" -> MigrationInfo;
     /// Begins to wait for a VM from another service.
     migrations_receive[AwaitMigration]: POST "/api/v1/migrations" "receiveMigration" -> MigrationInfo;
-    /// Lists migrations: those that go on, and the last that are over.
+    /// Lists migrations: those in progress, and the last ones that ended.
     migrations_list: GET "/api/v1/migrations" "listMigrations" -> Vec<MigrationInfo>;
     /// Tells how a migration is going.
     migrations_info(id): GET "/api/v1/migrations/{id}" "getMigration" -> MigrationInfo;
@@ -199,7 +199,7 @@ operations! {
     vm_boot: PUT "/api/v1/vm.boot" "vmBoot";
     /// Lets the guest stand still.
     vm_pause: PUT "/api/v1/vm.pause" "vmPause";
-    /// Lets the paused guest go on.
+    /// Resumes the paused guest.
     vm_resume: PUT "/api/v1/vm.resume" "vmResume";
     /// Resets the guest.
     vm_reboot: PUT "/api/v1/vm.reboot" "vmReboot";
@@ -265,7 +265,7 @@ impl Client {
     /// Asks for the service's numbers, in Prometheus' text format.
     ///
     /// # Errors
-    /// When there is no service, or it refuses.
+    /// Fails if there is no service, or it refuses.
     pub async fn metrics(&self) -> Result<String, ClientError> {
         let (_, body) = self
             .exchange(&METRICS, METRICS.path.to_owned(), None)

@@ -43,7 +43,7 @@ impl Descriptors {
     /// Others for the same, for a user that will close them.
     ///
     /// # Errors
-    /// When the host gives no more.
+    /// Fails if the host has none left.
     pub fn duplicate(&self) -> io::Result<Vec<OwnedFd>> {
         self.held.iter().map(|fd| fd.try_clone()).collect()
     }

@@ -85,7 +85,7 @@ impl OptionKind {
     /// Reads the option's text.
     ///
     /// # Errors
-    /// When a key is not known, or a value not possible; the text names it.
+    /// Fails if a key is not known, or a value not possible; the text names it.
     pub fn read<T: DeserializeOwned>(&self, text: &str) -> Result<T, OptionError> {
         let keys: Vec<Key> = self
             .keys
@@ -100,7 +100,7 @@ impl OptionKind {
 /// `--cpus boot=2,max=2,topology=1:2:1:1,affinity=[0@[0,1]]`, or just a number.
 ///
 /// # Errors
-/// When a key is not known, or a value not possible.
+/// Fails if a key is not known, or a value not possible.
 pub fn cpus(text: &str) -> Result<CpusConfig, OptionError> {
     const NAME: &str = "--cpus";
     if let Ok(count) = text.parse() {
@@ -201,7 +201,7 @@ fn inner(text: &str) -> &str {
 /// `--memory size=512M,shared=on`.
 ///
 /// # Errors
-/// When a key is not known, or a value not possible.
+/// Fails if a key is not known, or a value not possible.
 pub fn memory(text: &str) -> Result<MemoryConfig, OptionError> {
     const NAME: &str = "--memory";
     let mut fields = fields(NAME, text, MEMORY)?;

@@ -36,14 +36,14 @@ pub(crate) fn section_crc(version: u16, path: &[u8], body: &[u8]) -> u32 {
 pub(crate) struct Cursor<'a>(pub(crate) &'a [u8]);
 
 impl<'a> Cursor<'a> {
-    /// Returns the next `len` bytes, if there are so many.
+    /// Returns the next `len` bytes; `None` if fewer are left.
     pub(crate) fn bytes(&mut self, len: usize) -> Option<&'a [u8]> {
         let (taken, rest) = self.0.split_at_checked(len)?;
         self.0 = rest;
         Some(taken)
     }
 
-    /// Returns the next `N` bytes, if there are so many.
+    /// Returns the next `N` bytes; `None` if fewer are left.
     pub(crate) fn array<const N: usize>(&mut self) -> Option<[u8; N]> {
         let (taken, rest) = self.0.split_first_chunk()?;
         self.0 = rest;

@@ -124,13 +124,13 @@ pub trait VirtioDevice: Send {
     /// was loaded, before its queues start.
     ///
     /// # Errors
-    /// When the host refuses what is needed; the device then needs a reset.
+    /// Fails if the host refuses what is needed; the device then needs a reset.
     fn activate(&mut self, features: u64, transport: &Arc<Transport>) -> Result<(), DeviceError>;
 
     /// Begins to serve a queue, at the point where its state says.
     ///
     /// # Errors
-    /// When the host refuses what is needed; the device then needs a reset.
+    /// Fails if the host refuses what is needed; the device then needs a reset.
     fn start_queue(&mut self, queue: Queue) -> Result<(), DeviceError>;
 
     /// Ends to serve a queue: on return no request of it is in flight and its memory has been let
@@ -153,7 +153,7 @@ pub trait VirtioDevice: Send {
     /// being served. What only one machine may have stays here until [`VirtioDevice::hand_over`].
     ///
     /// # Errors
-    /// When the host cannot write.
+    /// Fails if the host cannot write.
     fn flush(&mut self) -> Result<(), DeviceError> {
         Ok(())
     }
@@ -174,7 +174,7 @@ pub trait VirtioDevice: Send {
     /// Saves what is the device's own, next to what the transport saves of it.
     ///
     /// # Errors
-    /// When it does not fit.
+    /// Fails if it does not fit.
     fn save(&self, to: &mut Scope<'_>) -> Result<(), SaveError>;
 
     /// Loads saved state. The device is not active and serves no queue.

@@ -33,7 +33,7 @@ impl Timer {
     /// One that is not set.
     ///
     /// # Errors
-    /// When the host gives no descriptor.
+    /// Fails if the host has no descriptor left.
     pub fn new() -> io::Result<Self> {
         let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
         Ok(Self(Arc::new(timerfd_create(
@@ -51,7 +51,7 @@ impl Timer {
     /// Becomes ready after `wait`, once, and not before.
     ///
     /// # Errors
-    /// When the host refuses.
+    /// Fails if the host refuses.
     pub fn set(&self, wait: Duration) -> io::Result<()> {
         // A timer of zero would never be ready.
         let wait = wait.clamp(Duration::from_nanos(1), LONGEST_TIMER);
@@ -202,8 +202,8 @@ impl RateLimiter {
     }
 }
 
-/// A limiter that the queues of a device share, or of several devices. It is the device's and not the
-/// driver's: who starts a queue anew finds the buckets as they were left.
+/// A limiter that the queues of one or several devices share. It belongs to the device and not to the
+/// queues: a guest that resets a queue does not get full buckets by that.
 #[derive(Clone, Debug, Default)]
 pub struct SharedLimiter(Option<Arc<Mutex<Line>>>);
 
@@ -318,7 +318,7 @@ impl Gate {
     /// Keeps to a device's limits.
     ///
     /// # Errors
-    /// When the host gives no timer.
+    /// Fails if the host cannot create a timer.
     pub fn new(limiter: &SharedLimiter) -> io::Result<Self> {
         Ok(Self {
             limiter: limiter.lend(),
@@ -338,8 +338,8 @@ impl Gate {
         self.timer.clear();
     }
 
-    /// Whether the request at the front, of so many bytes, may pass now. Its tokens are taken once,
-    /// however often it comes, until [`Gate::close`].
+    /// Returns whether the request at the front, which moves `bytes` bytes, may pass now. Its tokens are
+    /// taken once, however often this is called, until [`Gate::close`].
     pub fn pass(&mut self, bytes: u64) -> bool {
         if !self.is_open {
             self.is_open = match self.limiter.begin(bytes) {
@@ -358,7 +358,7 @@ impl Gate {
     /// Has the task called after `wait`.
     ///
     /// # Errors
-    /// When the host refuses. A limit is then not kept: a queue that waited would wait for good.
+    /// Fails if the host refuses. A limit is then not kept: a queue that waited would wait for good.
     pub fn wakes_after(&self, wait: Duration) -> io::Result<()> {
         self.timer.set(wait).inspect_err(|error| {
             tracing::error!(%error, "cannot set a device's timer");

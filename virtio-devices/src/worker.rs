@@ -22,7 +22,7 @@ pub struct Workers {
 }
 
 impl Workers {
-    /// Spreads tasks among these loops; `None` when there are none.
+    /// Returns workers that spread tasks among these loops; `None` without loops.
     #[must_use]
     pub fn new(loops: Vec<LoopHandle>) -> Option<Self> {
         (!loops.is_empty()).then(|| Self {
@@ -74,16 +74,16 @@ pub enum TaskFlow {
 
 /// Serves one queue or several.
 pub trait QueueTask: Send + 'static {
-    /// Begins to watch what tells of work. Called before anything else.
+    /// Begins to watch the descriptors that signal work. Called before the other methods.
     ///
     /// # Errors
-    /// When the host cannot watch something; the device then needs a reset.
+    /// Fails if the host cannot watch something; the device then needs a reset.
     fn watch(&mut self, sources: &mut TaskSources<'_, '_>) -> io::Result<()>;
 
     /// Does what there is to do, for some tens of requests at most.
     ///
     /// # Errors
-    /// When the guest broke the rules: the device needs a reset and the task is called no more.
+    /// Fails if the guest broke the rules: the device needs a reset and the task is called no more.
     fn call(
         &mut self,
         event: TaskEvent,
@@ -106,7 +106,7 @@ impl TaskSources<'_, '_> {
     /// closed may come to mean another while it is still being watched.
     ///
     /// # Errors
-    /// When the host cannot watch it, as it is with a regular file.
+    /// Fails if the host cannot watch it, as it is with a regular file.
     pub fn watch<F>(&mut self, fd: F, key: usize, interest: Interest) -> io::Result<()>
     where
         F: AsRawFd + Send + 'static,

@@ -23,7 +23,7 @@ use virtio_devices::{block, vsock};
 
 /// The service keeps this part of the limit for connections of its API, migrations and its log.
 const KEPT_PART: u64 = 4;
-/// The service keeps no more than this.
+/// The most descriptors that the service keeps for itself.
 const KEPT_MAX: u64 = 2048;
 
 /// Descriptors of the process, and those that VMs have reserved. Clones share them.
@@ -178,7 +178,7 @@ pub(crate) fn of_machine(config: &VmConfig, may_wait: bool) -> u64 {
     needed.saturating_add(of_queues(1) + 2)
 }
 
-/// Returns the descriptors of so many images that are made: the file, which is locked, one to read and
+/// Returns the descriptors that `count` new images need: the file, which is locked, one to read and
 /// write, and the marker beside it.
 pub(crate) fn of_new_images(count: usize) -> u64 {
     u64::try_from(count).unwrap_or(u64::MAX).saturating_mul(3)

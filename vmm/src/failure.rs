@@ -33,7 +33,7 @@ pub enum BuildError {
     Console(#[from] ConsoleError),
     /// Its configuration names a file twice.
     Path(#[from] PathError),
-    /// The process may not open so many files.
+    /// The process may not open as many files as the VM needs.
     Descriptors(#[from] TooFewDescriptors),
     /// KVM refuses something.
     Kvm(#[from] KvmError),

@@ -138,7 +138,7 @@ impl Pool {
     /// Opens KVM and starts the threads.
     ///
     /// # Errors
-    /// When KVM cannot be used, or the host gives no threads.
+    /// Fails if KVM cannot be used, or the host gives no threads.
     pub fn start(config: &PoolConfig) -> Result<Self, StartError> {
         let kvm = Arc::new(Kvm::open()?);
         let cpu = CpuModel {

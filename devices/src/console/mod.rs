@@ -121,7 +121,7 @@ impl Console {
     /// it.
     ///
     /// # Errors
-    /// When the path names something else than a regular file, `/dev/null` or a terminal, cannot be
+    /// Fails if the path names something else than a regular file, `/dev/null` or a terminal, cannot be
     /// written, or is in use.
     pub fn file(path: &Path) -> Result<Self, ConsoleError> {
         let file = LogFile::open(path)?;
@@ -142,7 +142,7 @@ impl Console {
     /// step of a boot, after everything that can be refused.
     ///
     /// # Errors
-    /// When the host refuses.
+    /// Fails if the host refuses.
     pub fn empty(&self) -> Result<(), ConsoleError> {
         match &self.end {
             End::File(file) => file.empty(),
@@ -155,7 +155,7 @@ impl Console {
     /// [`flush_terminal`].
     ///
     /// # Errors
-    /// When the terminal cannot be set, or the host gives no thread.
+    /// Fails if the terminal cannot be set, or the host gives no thread.
     pub fn tty() -> Result<Self, ConsoleError> {
         let output = terminal::stdout().map_err(ConsoleError::Terminal)?;
         let keyboard = Keyboard::open()?;
@@ -166,7 +166,7 @@ impl Console {
     /// terminal's input, as well.
     ///
     /// # Errors
-    /// When the host gives no thread.
+    /// Fails if the host cannot start a thread.
     pub fn stdout() -> Result<Self, ConsoleError> {
         let output = terminal::stdout().map_err(ConsoleError::Terminal)?;
         Ok(Self::with(End::Stdout(output)))
@@ -175,7 +175,7 @@ impl Console {
     /// A new pseudo terminal.
     ///
     /// # Errors
-    /// When the host gives none.
+    /// Fails if the host has none left.
     pub fn pty() -> Result<Self, ConsoleError> {
         let make = || -> io::Result<(OwnedFd, PathBuf)> {
             // NONBLOCK comes last: the settings below may have to wait. CLOEXEC is set from the
@@ -204,7 +204,7 @@ impl Console {
     /// without a listener is replaced.
     ///
     /// # Errors
-    /// When it cannot be made.
+    /// Fails if it cannot be created.
     pub fn socket(path: &Path) -> Result<Self, ConsoleError> {
         Self::on_socket(Listening::bind(path), path)
     }
@@ -213,7 +213,7 @@ impl Console {
     /// [`Console::take_over`].
     ///
     /// # Errors
-    /// When it cannot be made.
+    /// Fails if it cannot be created.
     pub fn next_socket(path: &Path) -> Result<Self, ConsoleError> {
         Self::on_socket(Listening::bind_beside(path), path)
     }
@@ -233,7 +233,7 @@ impl Console {
     /// Takes the path of the socket, or the lock of the file, from the machine that had it.
     ///
     /// # Errors
-    /// When the host refuses, or the other machine still holds the lock.
+    /// Fails if the host refuses, or the other machine still holds the lock.
     pub fn take_over(&mut self) -> Result<(), ConsoleError> {
         match &mut self.end {
             End::Socket { listener, .. } => {

@@ -17,7 +17,7 @@ use nix::fcntl::{FcntlArg, fcntl};
 /// Bytes of permissions in use, and of permissions denied to others.
 const USED: i64 = 100;
 const DENIED: i64 = 200;
-/// Byte of a file that an operation is making, for a user who comes later. QEMU does not look at it.
+/// Byte that marks a file which an operation is still writing, for later users. QEMU ignores it.
 const MAKING: i64 = 90;
 /// Permissions, as bits.
 const CONSISTENT_READ: u8 = 0;
@@ -66,11 +66,11 @@ impl Drop for Lockable {
     }
 }
 
-/// Locks `file` for a user who reads, and who also writes unless `readonly`. Locks that the file held
+/// Locks `file` for reading, and for writing unless `readonly`. Locks that the file held
 /// before are changed to these. The file must be open for reading.
 ///
 /// # Errors
-/// When another user's lock is in the way, or the file system does not lock.
+/// Fails if another user's lock is in the way, or the file system does not lock.
 pub fn take(file: &File, path: &Path, readonly: bool, mode: LockMode) -> Result<(), LockError> {
     let host = |source| LockError::Host {
         path: path.to_owned(),
@@ -92,7 +92,7 @@ pub fn take(file: &File, path: &Path, readonly: bool, mode: LockMode) -> Result<
     })
 }
 
-/// Changes the locks of a user who writes to those of one who reads. No other user can write meanwhile.
+/// Changes a writer's locks to a reader's. No other program can lock the file for writing meanwhile.
 ///
 /// # Errors
 /// The file system does not lock.
@@ -130,7 +130,7 @@ pub fn is_marked(file: &File) -> io::Result<bool> {
     is_locked(file, MAKING)
 }
 
-/// Returns who uses the image, without a lock of its own that would be in a user's way.
+/// Returns a description of the image's user. Takes no lock that could hinder another program.
 ///
 /// # Errors
 /// The file system does not lock.
@@ -165,12 +165,13 @@ fn bytes(file: &File, readonly: bool) -> io::Result<bool> {
     let ours = used.iter().map(|bit| at(USED, *bit));
     let ours = ours.chain(denied.iter().map(|bit| at(DENIED, *bit)));
     for byte in ours {
-        // Shared with all who say the same: this fails only for one who locks otherwise.
+        // A read lock: it conflicts only with a program that takes write locks on these bytes.
         if !set(file, libc::F_RDLCK, byte, 1)? {
             return Ok(false);
         }
     }
-    // In this order two who come at once see each other, and at least one gives up.
+    // Lock first, then look: of two programs that come at once each sees the other, and at least one gives
+    // up.
     let theirs = used.iter().map(|bit| at(DENIED, *bit));
     let theirs = theirs.chain(denied.iter().map(|bit| at(USED, *bit)));
     for byte in theirs {

@@ -1,4 +1,4 @@
-//! Host files that a configuration names: how they are opened, and who has them.
+//! Host files that a configuration names: opening and locking them.
 //!
 //! A path from a configuration may name anything: a FIFO without a reader, a directory, a terminal,
 //! a disk that another VM uses. So every such path is opened here, in this order:
@@ -165,7 +165,7 @@ impl<'a> Request<'a> {
     /// Opens the file.
     ///
     /// # Errors
-    /// When the host refuses, or the file is of a kind that is not allowed.
+    /// Fails if the host refuses, or the file is of a kind that is not allowed.
     pub fn open(&self) -> Result<File, OpenError> {
         self.open_with_kind().map(|(file, _)| file)
     }

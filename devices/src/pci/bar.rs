@@ -25,7 +25,7 @@ pub trait BarMap: Send + Sync {
 /// Shows a BAR's region at a guest address, or nowhere, as part of a change of the map.
 ///
 /// # Errors
-/// When there is no such region, or it reaches past the last address.
+/// Fails if there is no such region, or it reaches past the last address.
 pub fn place_bar(
     tx: &mut Transaction<'_>,
     region: RegionId,
@@ -62,10 +62,10 @@ pub struct BarRequest {
 /// A BAR cannot be made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BarError {
-    /// There is no such register, or another has it.
+    /// There is no such register, or another BAR uses it.
     #[error("no register is free for BAR {0}")]
     Register(u8),
-    /// Its size is none that a BAR can have.
+    /// The size is not one that a BAR can have.
     #[error(
         "the size of a BAR ({0} bytes) must be a power of two from 16 bytes to 2 GiB, or more if \
          it is 64-bit"
@@ -178,7 +178,7 @@ impl BarAllocator {
     /// The lowest free place for a BAR of `size` bytes, a power of two, aligned to its size.
     ///
     /// # Errors
-    /// When there is none.
+    /// Fails if `size` is invalid or there is no such place.
     pub fn allocate(&mut self, size: u64) -> Result<AddrRange, BarError> {
         if !size.is_power_of_two() {
             return Err(BarError::Size(size));

@@ -74,7 +74,7 @@ impl Bus {
     /// shares.
     ///
     /// # Errors
-    /// When there is one at that place, or no function 0 of the slot.
+    /// Fails if there is one at that place, or no function 0 of the slot.
     pub fn attach(&self, bdf: Bdf, function: Arc<dyn ConfigSpace>) -> Result<(), BusError> {
         let mut state = self.state.lock();
         if state.functions.contains_key(&bdf) {
@@ -95,7 +95,7 @@ impl Bus {
     /// The first device number of which no function is taken, as its function 0.
     ///
     /// # Errors
-    /// When all are taken.
+    /// Fails if all are taken.
     pub fn free_slot(&self) -> Result<Bdf, BusError> {
         let state = self.state.lock();
         let taken = |device| state.functions.keys().any(|bdf| bdf.device() == device);

@@ -36,7 +36,7 @@ impl EndpointBuilder {
     /// memory decoding.
     ///
     /// # Errors
-    /// When its register is not free, or its size is none.
+    /// Fails if the register is not free, or the size is invalid.
     pub fn bar(&mut self, request: &BarRequest) -> Result<(), BarError> {
         let bar = Bar::new(&mut self.registers, request, &self.bars)?;
         self.bars.push(bar);
@@ -50,7 +50,7 @@ impl EndpointBuilder {
         self.registers.add_capability(id, body, writable)
     }
 
-    /// Adds MSI-X with so many vectors. Table and pending bits are at these offsets of this BAR,
+    /// Adds an MSI-X capability. Table and pending bits are at these offsets of this BAR,
     /// where the caller shows [`Msix::table`] and [`Msix::pba`]. `None` when there is no room for
     /// the capability.
     #[must_use]
@@ -156,9 +156,9 @@ impl Endpoint {
         }
     }
 
-    /// The function goes: its BARs move no more. Gives those that are shown, for the caller to take
-    /// from the map. (It cannot be done here: who moves a BAR holds this function and waits for the
-    /// map.)
+    /// Stops the function's BARs from moving, because it is removed. Returns those that are mapped, for the
+    /// caller to take from the map. (It cannot be done here: a vCPU that moves a BAR holds this function's
+    /// lock and waits for the topology's.)
     pub fn withdraw(&self) -> Vec<RegionId> {
         // Without `bars` a later write of the guest moves nothing, even if a vCPU is in `write` by
         // now.
@@ -195,7 +195,7 @@ impl Endpoint {
     /// machine is paused.
     ///
     /// # Errors
-    /// When it was another function, or what was saved makes no sense.
+    /// Fails if it was another function, or what was saved makes no sense.
     pub fn load(
         &self,
         from: &mut LoadScope<'_, '_>,

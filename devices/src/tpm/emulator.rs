@@ -112,7 +112,7 @@ impl Emulator {
     /// Connects to swtpm at its control socket. The TPM is off until [`Emulator::power_on`].
     ///
     /// # Errors
-    /// When nothing listens there, or what does is no swtpm that serves a TPM 2.0.
+    /// Fails if nothing listens there, or what does is no swtpm that serves a TPM 2.0.
     pub fn connect(path: &Path) -> Result<Self, TpmError> {
         let failed = |why| TpmError {
             path: path.to_owned(),
@@ -165,7 +165,7 @@ impl Emulator {
     /// Switches the TPM off and on again, for a machine that boots. Waits for a command in progress.
     ///
     /// # Errors
-    /// When swtpm refuses, or is gone.
+    /// Fails if swtpm refuses, or is gone.
     pub fn power_on(&self) -> Result<(), TpmError> {
         // No command of an earlier machine is in progress while this is locked.
         let _data = self.data.lock();
@@ -224,7 +224,7 @@ impl Emulator {
     /// `deadline`, the end of a wait of `patience`. swtpm may take as long for each answer.
     ///
     /// # Errors
-    /// When a command takes longer, or swtpm refuses or is gone.
+    /// Fails if a command takes longer, or swtpm refuses or is gone.
     pub(super) fn state(&self, patience: Duration, deadline: Instant) -> Result<Blobs, TpmError> {
         let read = || {
             self.check_movable()?;
@@ -244,7 +244,7 @@ impl Emulator {
     /// Replaces all state of the TPM, which continues from there.
     ///
     /// # Errors
-    /// When swtpm refuses the state, or is gone. The TPM is of no use then.
+    /// Fails if swtpm refuses the state, or is gone. The TPM is of no use then.
     pub(super) fn replace_state(&self, blobs: &Blobs) -> Result<(), TpmError> {
         let write = || {
             self.check_movable()?;
@@ -272,7 +272,7 @@ impl Emulator {
     /// Has swtpm execute a command, and returns its response of at most [`BUFFER_LEN`] bytes.
     ///
     /// # Errors
-    /// When swtpm is gone or does not answer. The connection is of no use from then on.
+    /// Fails if swtpm is gone or does not answer. The connection is of no use from then on.
     pub(super) fn execute(&self, command: &[u8]) -> io::Result<Vec<u8>> {
         let mut data = self.data.lock();
         if self.is_broken.load(Ordering::Acquire) {

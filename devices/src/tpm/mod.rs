@@ -100,7 +100,7 @@ impl Tpm {
     /// thread that talks to the emulator must end, which ends the VM.
     ///
     /// # Errors
-    /// When the emulator does not start, or the host gives no thread.
+    /// Fails if the emulator does not start, or the host gives no thread.
     pub fn new(
         base: u64,
         emulator: Arc<Emulator>,

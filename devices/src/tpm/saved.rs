@@ -101,7 +101,7 @@ impl Tpm {
     /// different moments. Waits for a command in progress, for `patience` at most.
     ///
     /// # Errors
-    /// When the command takes longer, or swtpm refuses to hand out its state or is gone.
+    /// Fails if the command takes longer, or swtpm refuses to hand out its state or is gone.
     pub fn snapshot(&self, patience: Duration) -> Result<TpmSnapshot, TpmError> {
         let deadline = Instant::now() + patience;
         if !self.shared.wait_idle(deadline) {
@@ -172,7 +172,7 @@ impl LoadedTpm {
     /// Gives the TPM this state, in place of all that it had. The guest is paused.
     ///
     /// # Errors
-    /// When swtpm does not take the state, or is gone. The TPM is of no use then.
+    /// Fails if swtpm does not take the state, or is gone. The TPM is of no use then.
     pub fn install(self) -> Result<(), TpmError> {
         self.emulator.replace_state(&self.saved.emulator)?;
         let mut state = self.registers.state.lock();

@@ -213,7 +213,7 @@ impl<'a> Postcopy<'a> {
             if self.receiver()?.is_lost() {
                 return Ok(Reconnected::MachineEnded);
             }
-            // A connection that ends as it comes is none.
+            // A connection that fails in its handshake does not count.
             if let Ok(Some(control)) = self.guest.take_arrivals(tick) {
                 break control;
             }
@@ -287,7 +287,8 @@ impl<'a> Postcopy<'a> {
         }
     }
 
-    /// The operator gave the guest up. The source, which may still hold pages, hears of it when it asks.
+    /// Discards the guest by the operator's decision. The source, which may still hold pages, gets that as
+    /// the answer when it asks.
     fn discarded(&mut self) -> Failed {
         // The answer is `Ended` and not `NotHere`: the guest has run here, so the copy at the
         // source is old and must not resume.

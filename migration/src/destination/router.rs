@@ -173,7 +173,8 @@ impl<'a> Router<'a> {
                 number,
             };
             let greeting = move || {
-                // The whole of it: a closure takes no more than the fields that it names.
+                // Move the whole value: a closure captures only the fields that it names, and `Drop` would
+                // run early.
                 let place = place;
                 let router = place.router;
                 let greeted = catch_unwind(AssertUnwindSafe(|| router.greet(number, stream)));

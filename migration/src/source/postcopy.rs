@@ -27,7 +27,7 @@ enum Reconnect {
     Again,
     /// The destination, which has all pages.
     Over,
-    /// The destination, whose guest has ended before all pages were there.
+    /// The destination; its guest ended before all pages had arrived.
     Lost,
 }
 

@@ -11,7 +11,7 @@ use crate::message::{BlockInfo, Offer, Refusal};
 use crate::pages::Block;
 use crate::source::{Outcome, Source, Stopped, Whereabouts};
 
-/// Returns anonymous memory of so many pages.
+/// Returns anonymous memory of `pages` pages.
 #[must_use]
 pub fn ram(pages: usize) -> Arc<RamBlock> {
     let size = pages as u64 * PAGE_SIZE;
@@ -51,7 +51,7 @@ pub struct MemoryDisk {
 }
 
 impl MemoryDisk {
-    /// Returns a disk of so many bytes, of zeros.
+    /// Returns a disk of `size` bytes of zeros.
     #[must_use]
     pub fn new(size: usize) -> Arc<Self> {
         Arc::new(Self {

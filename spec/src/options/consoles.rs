@@ -9,7 +9,7 @@ use crate::console::{ConsoleConfig, ConsoleMode, DebugConsoleConfig, SerialConfi
 /// `--serial off|null|pty|tty|file=PATH|socket=PATH`.
 ///
 /// # Errors
-/// When it is none of those.
+/// Fails if the text has another form.
 pub fn serial(text: &str) -> Result<SerialConfig, OptionError> {
     let (mode, path) = console_mode("--serial", text)?;
     let mut config = SerialConfig::with_mode(mode);
@@ -24,7 +24,7 @@ pub fn serial(text: &str) -> Result<SerialConfig, OptionError> {
 /// `--console off|null|pty|tty|file=PATH|socket=PATH`, with `iommu=on` and the like behind it.
 ///
 /// # Errors
-/// When it is none of those.
+/// Fails if the text has another form.
 pub fn console(text: &str) -> Result<ConsoleConfig, OptionError> {
     const NAME: &str = "--console";
     let parts = split(text).map_err(|reason| error(NAME, reason))?;
@@ -42,7 +42,7 @@ pub fn console(text: &str) -> Result<ConsoleConfig, OptionError> {
 /// `--debug-console off|null|pty|tty|file=PATH`, with `iobase=0xe9` behind it.
 ///
 /// # Errors
-/// When it is none of those.
+/// Fails if the text has another form.
 pub fn debug_console(text: &str) -> Result<DebugConsoleConfig, OptionError> {
     const NAME: &str = "--debug-console";
     let parts = split(text).map_err(|reason| error(NAME, reason))?;

@@ -57,12 +57,12 @@ struct Shared {
     transport: Mutex<Option<Arc<Transport>>>,
 }
 
-/// Pages of the balloon in so many bytes.
+/// Returns how many pages of the balloon `bytes` are.
 fn pages(bytes: u64) -> u32 {
     u32::try_from(bytes >> PAGE_SHIFT).unwrap_or(u32::MAX)
 }
 
-/// Bytes of so many pages of the balloon.
+/// Returns how many bytes `pages` of the balloon are.
 fn bytes(pages: u32) -> u64 {
     u64::from(pages) << PAGE_SHIFT
 }
@@ -200,8 +200,8 @@ impl VirtioDevice for Balloon {
         Ok(())
     }
 
-    /// With what the guest tells of its memory, as it was when this was last asked: to ask is to
-    /// have the guest tell anew.
+    /// Includes the guest's memory statistics as of the previous call: each call also requests
+    /// new ones from the guest.
     fn counters(&self) -> Vec<(&'static str, u64)> {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let mut all = vec![
@@ -230,10 +230,10 @@ pub struct BalloonHandle {
 }
 
 impl BalloonHandle {
-    /// Asks the guest for so many bytes; when it has given them is its own affair.
+    /// Asks the guest to give `size` bytes to the balloon. The guest decides when it follows.
     pub fn resize(&self, size: u64) {
         self.shared.wanted.store(pages(size), Ordering::Release);
-        // Without a driver there is nothing to tell: one that comes reads the size as it is then.
+        // Without a driver nobody needs the interrupt: a driver that starts later reads the size.
         if let Some(transport) = &*self.shared.transport.lock() {
             transport.config_changed();
         }

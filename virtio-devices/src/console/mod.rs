@@ -242,7 +242,7 @@ impl QueueTask for Receive {
 struct Transmit {
     queue: Queue,
     shared: Arc<Shared>,
-    /// A request of which so many bytes have been passed on. It was popped last.
+    /// The chain that was popped last, and how many of its bytes were passed on.
     current: Option<(Chain, usize)>,
 }
 

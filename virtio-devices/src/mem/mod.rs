@@ -2,7 +2,7 @@
 //!
 //! The region is as large as the memory can become, is in the guest's map from the start, and is
 //! backed by a RAM block of its own. The block knows which of its pages are plugged; the device has
-//! no list beside it. Unplugged memory takes nothing of the host, and reads as zeros.
+//! no list of its own. Unplugged memory takes no memory of the host, and reads as zeros.
 //!
 //! ```text
 //!   owner ── resize ──► requested_size ── configuration change ──► driver
@@ -218,8 +218,8 @@ pub struct MemHandle {
 }
 
 impl MemHandle {
-    /// Asks the guest to have so many bytes of the region, a multiple of the block's size and at most
-    /// the region's. The guest decides when it follows, and how far.
+    /// Asks the guest to plug `bytes` bytes of the region, a multiple of the block size and at most
+    /// the region's size. The guest decides when it follows, and how far.
     pub fn resize(&self, bytes: u64) {
         // Before the notification: the driver reads the size as soon as it is interrupted.
         self.shared.requested.store(bytes, Ordering::Release);

@@ -37,7 +37,7 @@ pub(super) fn offloads(features: u64) -> u32 {
     let has = |bit: u32| features & 1 << bit != 0;
     let wanted = pairs.into_iter().filter(|(bit, _)| has(*bit));
     let flags = wanted.fold(0, |all, (_, flag)| all | flag);
-    // The host refuses segments to one who does not take frames without checksums.
+    // The kernel refuses segmentation offloads without TUN_F_CSUM.
     if flags & TUN_F_CSUM == 0 { 0 } else { flags }
 }
 

@@ -43,7 +43,7 @@ const CONFIG_LEN: usize = 12;
 /// The tap of a network interface.
 #[derive(Debug)]
 pub enum TapSource {
-    /// One of this name, made if there is none.
+    /// The tap with this name, created if it does not exist.
     Name(String),
     /// Descriptors of a tap that another program opened, one for each queue pair.
     Descriptors(Vec<OwnedFd>),

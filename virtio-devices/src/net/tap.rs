@@ -39,7 +39,7 @@ pub enum TapError {
         /// The host's answer.
         source: io::Error,
     },
-    /// Its name is none.
+    /// The name is not one that an interface can have.
     #[error("`{0}` is not an interface name: use 1 to 15 bytes without `/` and spaces")]
     Name(String),
     /// Another program opened the tap with unsuitable settings.
@@ -279,7 +279,7 @@ impl Tap {
         last_error(set).map_err(self.failed("set the header's length"))
     }
 
-    /// Which offloads the one who reads frames understands (`TUN_F_*`).
+    /// Sets the offloads (`TUN_F_*`) that the reader of frames, the guest, understands.
     pub(super) fn set_offloads(&self, flags: u32) -> Result<(), TapError> {
         // SAFETY: takes a number by value.
         let set = unsafe { ioctl_with_val(&self.file, TUNSETOFFLOAD, flags.into()) };

@@ -268,7 +268,7 @@ impl QueueTask for Send {
                     queue.push(chain.head(), 0)?;
                     Ok(Served::Bytes(bytes))
                 }
-                // The timer or the tap tells when to go on.
+                // The timer or the tap wakes the task when it can continue.
                 None => Ok(Served::NotYet),
             }
         })

@@ -24,7 +24,7 @@ impl Budget {
         }
     }
 
-    /// Counts a chain of so many descriptors.
+    /// Counts a chain with this many `descriptors`.
     pub(crate) fn spend_chain(&mut self, descriptors: usize) {
         self.chains = self.chains.saturating_sub(1);
         self.descriptors = self.descriptors.saturating_sub(descriptors);

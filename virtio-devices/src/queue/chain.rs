@@ -17,7 +17,7 @@ struct Buffer {
     len: usize,
 }
 
-/// The descriptors of a chain, one after the other (virtio 1.3, 2.7.5): ends where it cannot go on.
+/// Iterates over the descriptors of a chain (virtio 1.3, 2.7.5). Ends early at a descriptor that is invalid.
 struct Walk<'a> {
     memory: &'a QueueMemory,
     table: GuestAddress,
@@ -92,8 +92,8 @@ impl Chain {
         Self::parse(chain.head_index(), chain, entries, view)
     }
 
-    /// The chain that begins at `head` of a table of so many `entries`, which the device has had since
-    /// before: the available ring may no longer name it.
+    /// Returns the chain that begins at `head` of a table with `entries` descriptors. The device popped it
+    /// earlier: the available ring may no longer name it.
     pub(super) fn at(
         head: u16,
         table: GuestAddress,
@@ -154,8 +154,8 @@ impl Chain {
             }
             complete = !descriptor.has_next();
         }
-        // The iterator ends where it cannot go on: a loop, an index past the table, an indirect
-        // table within another, 4 GiB.
+        // The iterator ends early at a loop, an index past the table, an indirect
+        // table within another, or more than 4 GiB.
         if complete {
             Ok(parsed)
         } else {
@@ -202,7 +202,7 @@ impl Chain {
     /// Fills `data` from what the driver wrote, `offset` bytes into it.
     ///
     /// # Errors
-    /// When the driver's buffers are shorter.
+    /// Fails if the driver's buffers are shorter.
     pub fn read(&self, offset: usize, data: &mut [u8]) -> Result<(), QueueError> {
         let mut done = 0;
         for slice in self.readable(offset, data.len())? {
@@ -215,7 +215,7 @@ impl Chain {
     /// Puts `data` where the driver reads, `offset` bytes into it.
     ///
     /// # Errors
-    /// When the driver's buffers are shorter.
+    /// Fails if the driver's buffers are shorter.
     pub fn write(&self, offset: usize, data: &[u8]) -> Result<(), QueueError> {
         let mut done = 0;
         for slice in self.writable(offset, data.len())? {
@@ -230,7 +230,7 @@ impl Chain {
     /// `len` bytes of what the driver wrote, `offset` bytes into it, where they are.
     ///
     /// # Errors
-    /// When the driver's buffers are shorter.
+    /// Fails if the driver's buffers are shorter.
     pub fn readable(
         &self,
         offset: usize,
@@ -267,7 +267,7 @@ impl Chain {
                     .step_by(PAGE_SIZE as usize)
                     .chain([slice.len() - 1])
                 {
-                    // Within the slice: who reads a byte has the page brought.
+                    // Within the slice. Reading one byte has the page fetched.
                     let _ = slice.read_obj::<u8>(at);
                 }
             }
@@ -287,7 +287,7 @@ impl Chain {
     /// The kernel has written these bytes of where the driver reads: their pages are dirty.
     ///
     /// # Errors
-    /// When the driver's buffers are shorter.
+    /// Fails if the driver's buffers are shorter.
     pub fn mark_written(&self, offset: usize, len: usize) -> Result<(), QueueError> {
         for slice in self.writable(offset, len)? {
             // The kernel wrote through a pointer that the dirty bitmap does not see: a live

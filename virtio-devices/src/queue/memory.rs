@@ -31,8 +31,8 @@ impl QueueMemory {
         })
     }
 
-    /// Follows the commits that have come in between. Between two calls the memory stays what it
-    /// was, and mapped.
+    /// Takes the view in force, if there were commits since the last call. Between two calls the memory
+    /// stays what it was, and mapped.
     pub(super) fn refresh(&mut self) -> Result<(), WindowError> {
         // A load and a comparison for each access, in place of a translation of three rings.
         if self.view.generation() == self.space.generation() {

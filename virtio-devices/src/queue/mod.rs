@@ -35,7 +35,7 @@ pub enum QueueError {
         /// The reason.
         source: WindowError,
     },
-    /// The rings' addresses or size are none.
+    /// The rings' addresses or size are invalid.
     #[error("queue {queue} cannot be used: {why}")]
     Setup {
         /// Which.
@@ -127,7 +127,7 @@ pub struct QueueSetup {
 
 /// Result of serving one chain in [`Queue::turn`].
 pub(crate) enum Served {
-    /// The chain was served, or kept, and so many bytes were moved for it.
+    /// The chain was served or kept; the number of bytes that were moved for it.
     Bytes(u64),
     /// The chain waits for something other than a kick, and goes back to the queue.
     NotYet,
@@ -148,7 +148,7 @@ impl Queue {
     /// A queue over rings that are in RAM.
     ///
     /// # Errors
-    /// When size, alignment or addresses are not what virtio 1.3, 2.7 asks for.
+    /// Fails if size, alignment or addresses are not what virtio 1.3, 2.7 asks for.
     pub fn new(setup: QueueSetup) -> Result<Self, QueueError> {
         let queue = setup.index;
         let refused = |why| QueueError::Setup { queue, why };
@@ -216,7 +216,7 @@ impl Queue {
     /// The next chain, if the driver has made one available.
     ///
     /// # Errors
-    /// When the driver broke the rules.
+    /// Fails if the driver broke the rules.
     pub fn pop(&mut self) -> Result<Option<Chain>, QueueError> {
         let queue = self.index;
         self.memory
@@ -265,7 +265,7 @@ impl Queue {
     /// driver.
     ///
     /// # Errors
-    /// When the used ring is no longer in RAM.
+    /// Fails if the used ring is no longer in RAM.
     pub fn push(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
         let queue = self.index;
         self.memory
@@ -286,7 +286,7 @@ impl Queue {
     /// Interrupts the driver, if it wants to know of what was pushed since the last time.
     ///
     /// # Errors
-    /// When the available ring is no longer in RAM.
+    /// Fails if the available ring is no longer in RAM.
     pub fn notify(&mut self) -> Result<(), QueueError> {
         if std::mem::take(&mut self.untold) && self.wants_interrupt()? {
             self.transport.used(self.index);
@@ -313,11 +313,11 @@ impl Queue {
             .map_err(|error| broken(error.to_string()))
     }
 
-    /// Asks the driver for kicks again. True when chains came meanwhile, of which no kick will
-    /// tell: go on popping.
+    /// Asks the driver for kicks again. Returns true if chains came meanwhile, for which there may be no
+    /// kick: the caller pops them.
     ///
     /// # Errors
-    /// When the rings are no longer in RAM, or the driver took back what it made available.
+    /// Fails if the rings are no longer in RAM, or the driver took back what it made available.
     pub fn enable_kicks(&mut self) -> Result<bool, QueueError> {
         let (queue, memory) = (self.index, &self.memory);
         let broken = |why: String| QueueError::Available { queue, why };
@@ -345,7 +345,7 @@ impl Queue {
     /// `serve` gives the chain back, or keeps it, and returns what became of it.
     ///
     /// # Errors
-    /// When the driver broke the rules.
+    /// Fails if the driver broke the rules.
     pub(crate) fn turn(
         &mut self,
         mut budget: Budget,

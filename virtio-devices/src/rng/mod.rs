@@ -57,7 +57,7 @@ impl Rng {
     /// count bytes of entropy, and requests.
     ///
     /// # Errors
-    /// When the file cannot be opened, or is neither a regular file nor one of the host's sources of
+    /// Fails if the file cannot be opened, or is neither a regular file nor one of the host's sources of
     /// random numbers.
     pub fn new(source: &Path, limits: RateLimits, workers: Workers) -> Result<Self, RngError> {
         let opened = Request::read(source, &[FileKind::Regular, FileKind::Random]).open()?;

@@ -41,7 +41,7 @@ pub(super) struct VirtioFunction {
 
 impl VirtioFunction {
     /// # Errors
-    /// When the host gives no event descriptors.
+    /// Fails if the host has no event descriptors left.
     pub(super) fn new(
         device: Box<dyn VirtioDevice>,
         transport: Arc<Transport>,
@@ -82,7 +82,7 @@ impl VirtioFunction {
         &self.kicks
     }
 
-    /// No queue is served any more, on return; each can go on where it is.
+    /// Stops all queues. On return none is served; each can continue where it stopped.
     pub(super) fn pause(&self) {
         let mut state = self.state.lock();
         // Set before the queues stop, under the lock: a vCPU that writes DRIVER_OK next finds it.

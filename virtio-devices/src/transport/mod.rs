@@ -32,7 +32,7 @@ pub trait Interrupts: Send + Sync {
 pub enum TransportEvent {
     /// The driver is ready, and uses the device from now on.
     Activated,
-    /// The guest broke the rules, or the device cannot go on: it stands until the driver resets
+    /// The guest broke the rules, or the device cannot continue: it does nothing until the driver resets
     /// it.
     NeedsReset(
         /// Why.

@@ -50,7 +50,7 @@ pub(super) enum Effect {
     ConfigVector(u16),
     /// The vector of this queue is another.
     QueueVector(u16, u16),
-    /// The driver broke the rules in a way that the device cannot go on from.
+    /// The driver broke the rules, and the device needs a reset.
     Broken(&'static str),
 }
 

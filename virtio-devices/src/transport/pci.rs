@@ -119,7 +119,7 @@ impl VirtioPci {
     /// caller's to say.
     ///
     /// # Errors
-    /// When the host or the map refuses a part of it.
+    /// Fails if the host or the map refuses a part of it.
     pub fn new(
         label: &str,
         device: Box<dyn VirtioDevice>,
@@ -197,7 +197,7 @@ impl VirtioPci {
         self.function.pause();
     }
 
-    /// Lets the device go on. Its rings are looked up now: of a device that was loaded, behind the
+    /// Resumes the device. Its rings are looked up now: for a device that was loaded, this comes after the
     /// commit of the load.
     pub fn resume(&self) {
         self.function.resume();
@@ -218,7 +218,7 @@ impl VirtioPci {
     /// Makes durable all that the guest wrote. The device is paused.
     ///
     /// # Errors
-    /// When the host cannot write.
+    /// Fails if the host cannot write.
     pub fn flush(&self) -> Result<(), DeviceError> {
         self.function.flush()
     }
@@ -272,7 +272,8 @@ impl VirtioPci {
     ) -> Result<(), LoadError> {
         self.endpoint.load(&mut from.child("pci")?, tx)?;
         let is_old = self.function.load(&mut from.child("virtio")?)?;
-        // A guest that was saved before the bit was honoured may run without it, and must go on.
+        // A guest that was saved by a version which ignored the bit may run without it, and must keep
+        // working.
         if is_old && !self.endpoint.is_bus_master() {
             self.endpoint.assume_bus_master();
         }
@@ -333,7 +334,7 @@ impl Retired {
     /// Takes the device from the map.
     ///
     /// # Errors
-    /// When it is not in this map.
+    /// Fails if it is not in this map.
     pub fn remove(self, tx: &mut Transaction<'_>) -> Result<(), TopologyError> {
         // The BAR leaves the address space before its parts are destroyed.
         for region in self.shown {

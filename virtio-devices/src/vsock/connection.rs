@@ -99,7 +99,7 @@ impl Connection {
     pub(super) fn note_credit(&mut self, header: &Header) {
         self.guest_alloc = header.buf_alloc;
         self.guest_forwarded = header.fwd_cnt;
-        // An answer that there is none is followed by another when there is.
+        // A guest that answers with no credit sends another update when it has some.
         self.asked_for_credit &= self.credit() == 0;
     }
 
@@ -127,7 +127,7 @@ impl Connection {
     /// The stream is ready, for what is not known.
     ///
     /// # Errors
-    /// When the host's socket is gone.
+    /// Fails if the host's socket is gone.
     pub(super) fn ready(&mut self) -> Result<(), Over> {
         self.readable = true;
         self.flush()
@@ -199,7 +199,7 @@ impl Connection {
     /// The guest will not send, or not receive, any more.
     ///
     /// # Errors
-    /// When nothing is left to do.
+    /// Fails if nothing is left to do.
     pub(super) fn shut_down(&mut self, flags: u32) -> Result<(), Over> {
         self.guest_sends_no_more |= flags & NO_SEND != 0;
         self.guest_receives_no_more |= flags & NO_RECEIVE != 0;
@@ -216,7 +216,7 @@ impl Connection {
     /// there is to read is left for the next buffer.
     ///
     /// # Errors
-    /// When the socket is gone.
+    /// Fails if the socket is gone.
     pub(super) fn produce(&mut self, data: &mut [u8]) -> Result<Option<(Notice, usize)>, Over> {
         if let Some(notice) = self.notices.pop_front() {
             return Ok(Some((notice, 0)));

@@ -252,11 +252,11 @@ impl VirtioDevice for Vsock {
 
     fn load(&mut self, from: &mut LoadScope<'_, '_>) -> Result<(), LoadError> {
         // A VM made from a snapshot may have another CID than the one that was saved: the guest reads it
-        // again when it hears of the reset.
+        // again when it gets the reset event.
         let saved::V1 { .. } = from.take()?;
         let mut muxer = self.fresh();
         // The connections were to sockets of another host. The guest's driver drops them when it
-        // hears of the reset (5.10.6.7).
+        // gets the reset event (virtio 1.3, 5.10.6.7).
         muxer.reset_guest = true;
         self.task = Task::Idle(muxer);
         Ok(())

@@ -24,8 +24,8 @@ use crate::worker::{QueueTask, TaskEvent, TaskFlow, TaskSources};
 
 /// Packets of one turn in each direction, and clients that are accepted in one.
 const CHAINS: usize = 64;
-/// Answers that wait for the guest to make room; while there are so many, none of its packets is
-/// taken.
+/// Replies that may wait for room in the guest's receive queue. While there are this many, no packet of the
+/// guest is taken.
 const MAX_REPLIES: usize = 256;
 /// Bytes of data of one packet.
 const MAX_DATA: usize = 64 << 10;
@@ -200,7 +200,7 @@ impl Muxer {
         self.replies.push_back(reset);
     }
 
-    /// The next packet for the guest, of at most so many bytes of data, which are in `scratch`.
+    /// Returns the header of the next packet for the guest. Its data, at most `most` bytes, is in `scratch`.
     fn next_packet(&mut self, most: usize, sources: &mut TaskSources<'_, '_>) -> Option<Header> {
         if let Some(reply) = self.replies.pop_front() {
             return Some(reply);

@@ -296,7 +296,7 @@ impl Devices {
         all.for_each(|entry| entry.plugged.device.pause());
     }
 
-    /// Lets the devices go on.
+    /// Resumes the devices.
     pub(crate) fn resume(&self) {
         let all = self.entries.values();
         all.for_each(|entry| entry.plugged.device.resume());

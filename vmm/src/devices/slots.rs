@@ -15,8 +15,8 @@ use super::At;
 /// Slots that stay free when a machine is built.
 const KEPT_FREE: usize = 4;
 
-/// Places for devices, in their order: those that are known or, if none is, those that the
-/// configuration asks for by slot and, for the others, those that so many are given in the slots that
+/// Returns the places of devices, in their order: the `known` ones or, if none is known, those that the
+/// configuration asks for by slot and, for the others, the `usual` ones in the slots that
 /// are left of their segment. A device that is not `wanted` anywhere is in segment 0.
 pub(crate) fn assign(
     ids: &[&str],
@@ -56,8 +56,8 @@ pub(crate) fn assign(
     ids.iter().map(at).collect()
 }
 
-/// The place of one of so many devices in these slots. A slot that is shared holds all the devices
-/// of a slot of one's own and seven more.
+/// Returns the place of device `index` of `count` in these slots. A shared slot holds all the devices
+/// of an unshared one and seven more.
 fn usual(index: usize, count: usize, slots: &[u8]) -> Option<Bdf> {
     let needed = count.div_ceil(PCI_FUNCTIONS);
     // As few shared slots as the free ones allow: a device in a shared slot cannot be removed.

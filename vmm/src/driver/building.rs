@@ -15,8 +15,8 @@ use crate::guest_event::{Outputs, Port, Reporter};
 use crate::machine::{Built, Host, Machine};
 use crate::paths;
 
-/// A machine that was built, and the consoles that were opened for it, unless those of an earlier machine
-/// go on.
+/// A machine that was built, and the consoles that were opened for it. `None` if those of an earlier machine
+/// are kept.
 pub(crate) struct Started {
     machine: Machine,
     consoles: Option<Consoles>,
@@ -119,7 +119,7 @@ impl Driver {
         }
     }
 
-    /// The failure of a machine whose memory the host has lost, if it has.
+    /// Returns the failure of the machine if the host has lost a part of its memory.
     pub(super) fn find_lost_memory(&self) -> Option<Failure> {
         let Stage::On(active) = &self.stage else {
             return None;
@@ -161,7 +161,7 @@ fn start(
     let built = Built::new(host, config, outputs, origin, reporter, reserved)?;
     let machine = Machine::new(built.boot(config)?, &host.background);
     machine.check_memory()?;
-    // Last, for what was in a console's file is lost: nothing of the configuration can be refused now.
+    // Last, because it discards the old content of the consoles' files: nothing can be refused any more.
     if let Some(consoles) = &consoles {
         consoles.empty()?;
     }

@@ -152,7 +152,7 @@ impl Driver {
         }))
     }
 
-    /// Has the guest use so many bytes of hotplugged memory. What the host adds is there by now.
+    /// Asks the guest to use the planned bytes of hotplugged memory. The host has added its memory by now.
     pub(super) fn resize_memory(&mut self, plan: &MemoryPlan) {
         self.set_hotplugged(&plan.zone, plan.hotplugged);
         let config = Arc::clone(&self.config);

@@ -171,7 +171,7 @@ impl Driver {
                 "the VM's guest is moving, or a snapshot or core dump of it is being written";
             return conflict("vm-migrating", detail);
         }
-        // A core dump has nothing of the disks.
+        // A core dump contains nothing of the disks.
         if purpose != Purpose::CoreDump {
             self.check_no_mirror()?;
         }

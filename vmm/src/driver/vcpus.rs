@@ -14,7 +14,7 @@ use super::{Driver, Stage};
 const VCPUS: ResizeResource = ResizeResource::Vcpus;
 
 impl Driver {
-    /// Whether the VM can be asked to have so many vCPUs.
+    /// Checks whether the VM can be resized to `wanted` vCPUs.
     pub(super) fn check_vcpus(&self, wanted: u32) -> Result<(), RequestError> {
         let max = self.config.cpus.max_vcpus;
         if !(1..=max).contains(&wanted) {

@@ -37,7 +37,7 @@ impl Background {
     /// Starts the thread that hands out the jobs.
     ///
     /// # Errors
-    /// When the host gives no thread.
+    /// Fails if the host cannot start a thread.
     pub(crate) fn start() -> std::io::Result<Self> {
         let (jobs, inbox) = channel::<Job>();
         let unfinished = Arc::default();

@@ -40,7 +40,7 @@ impl CoreSharing {
     /// Returns what the configuration asks for, as far as there is something to do on this host.
     ///
     /// # Errors
-    /// When the configuration asks for cores of their own by name, and the kernel cannot give them.
+    /// Fails if the configuration asks for cores of their own by name, and the kernel cannot give them.
     pub(super) fn new(mode: CoreSchedulingMode) -> Result<Self, Unsupported> {
         // Only reading the cookie shows whether the kernel has core scheduling: kernels with the
         // prctl may be built without it.
@@ -81,7 +81,7 @@ impl CoreSharing {
             Self::None => create_core_scheduling_cookie(me, THREAD).map(|()| None),
             Self::Machine(members) => {
                 // Under the lock: of two threads that start, the second takes the cookie of the first,
-                // and no member ends meanwhile, whose number another thread could get.
+                // and no member ends meanwhile: another thread could get its number.
                 let mut there = members.lock();
                 match there.last() {
                     Some(member) => pull_core_scheduling_cookie(*member, THREAD)?,

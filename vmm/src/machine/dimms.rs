@@ -67,7 +67,8 @@ impl Dimms {
 
     /// Plugs the first `len` bytes of the RAM block, as far as they are not plugged.
     fn plug(&self, len: u64) -> Result<(), BuildError> {
-        // A load finds memory whose pages have yet to arrive. To plug it again would wait for them.
+        // After a load the memory is plugged and its pages may not have arrived. Plugging again would wait
+        // for them.
         for offset in (0..len).step_by(dimms::UNIT as usize) {
             let (offset, unit) = (offset as usize, dimms::UNIT as usize);
             if self.ram.plugged_pages(offset, unit) == 0 {

@@ -88,7 +88,7 @@ impl Host {
     /// Lists the features of a guest's CPUs that this host lacks, of those that the profile has.
     ///
     /// # Errors
-    /// When the guest sees Hyper-V's interfaces, and KVM lacks them.
+    /// Fails if the guest sees Hyper-V's interfaces, and KVM lacks them.
     pub(crate) fn lacking(
         &self,
         profile: CpuProfile,

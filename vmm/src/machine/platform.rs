@@ -169,7 +169,7 @@ pub(super) fn map_debug_console(
 ) -> Result<(), BuildError> {
     let device = Arc::new(DebugConsole::new(output));
     let region = tx.device(("port", "debug-console"), 1, device)?;
-    // Priority -1: a configuration that names a port of the platform hides nothing of it.
+    // Priority -1: if the configuration names a port of another device, that device stays in front.
     Ok(tx.map(SpaceKind::PortIo, port.into(), region, -1)?)
 }
 

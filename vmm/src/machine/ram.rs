@@ -192,7 +192,7 @@ impl GuestRam {
             let Some(boot) = self.of_zone(index, false) else {
                 continue;
             };
-            // One block may have two places, below and above 4 GiB: offsets go on from one to the
+            // One block may have two places, below and above 4 GiB: offsets continue from one to the
             // next.
             let mut offset = 0;
             for range in &place.ram {

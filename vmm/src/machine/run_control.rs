@@ -169,7 +169,7 @@ impl RunControl {
         self.rest(thread, work, |want| want != Want::Park)
     }
 
-    /// Called by a vCPU thread whose guest cannot go on: counts it as parked and waits for the
+    /// Called by a vCPU thread whose guest cannot continue: counts it as parked and waits for the
     /// end.
     pub(crate) fn park_for_good(&self, thread: &Dismissal, work: impl FnMut()) {
         self.rest(thread, work, |want| want == Want::End);

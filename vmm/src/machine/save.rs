@@ -100,7 +100,7 @@ impl Clocks {
 type SavedVcpu = (VcpuState, Option<NestedState>);
 
 impl Active {
-    /// The guest's memory, and what tells of what is written to it.
+    /// Returns the guest's memory, and the memslots that track writes to it.
     pub(crate) fn memory(&self) -> (GuestRam, Arc<MemSlots>) {
         (self.parts.ram.clone(), self.parts.vm.memslots())
     }

@@ -219,7 +219,7 @@ fn run(
         if std::mem::take(&mut first) {
             reporter.report(GuestEvent::FirstEntry(Instant::now()));
         }
-        // A device that answers the guest runs on this thread. If it panics the guest cannot go on: the
+        // A device that answers the guest runs on this thread. If it panics the guest cannot continue: the
         // access was not answered. The owner must learn that, and this thread must still park and end.
         let ran = catch_unwind(AssertUnwindSafe(|| {
             run_until_wanted(vcpu, &mut bus, orders)
@@ -232,7 +232,7 @@ fn run(
     }
 }
 
-/// Runs the guest until something else is wanted, or it cannot go on.
+/// Runs the guest until something else is wanted, or it cannot continue.
 fn run_until_wanted(vcpu: &mut Vcpu, bus: &mut Bus, orders: &Orders) -> Option<spec::Failure> {
     while orders.wanted() == Want::Run {
         if orders.nmi.swap(false, Ordering::AcqRel)
@@ -353,7 +353,7 @@ impl Throttle {
         }
     }
 
-    /// For so many percent of the time; not at all with 0.
+    /// Keeps the vCPUs out of the guest for `percent` of the time; 0 ends throttling.
     pub(crate) fn set(&mut self, percent: u8) {
         let percent = percent.min(99);
         self.percent.store(percent, Ordering::Release);

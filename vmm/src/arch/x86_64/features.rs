@@ -5,7 +5,7 @@ use hypervisor::arch::CpuId;
 use super::cpu_model::CpuModel;
 use super::feature_names::{self, Place};
 
-/// Removes the features from the host's CPUID whose state is not saved.
+/// Removes from the host's CPUID the features whose state is not saved.
 ///
 /// That is all supervisor state (`IA32_XSS`), which `KVM_GET_XSAVE` does not contain: above all
 /// shadow stacks and indirect branch tracking (CET).

@@ -60,7 +60,7 @@ fn entry(function: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> kvm_cpuid_entry2 {
 /// Shows the interfaces beside those of KVM in a guest's CPUID, as far as KVM has them (`supported`).
 ///
 /// # Errors
-/// When KVM lacks what Windows needs.
+/// Fails if KVM lacks what Windows needs.
 pub(crate) fn shown(cpuid: &CpuId, supported: Option<&CpuId>) -> Result<CpuId, Unavailable> {
     let supported = supported.ok_or(Unavailable)?.as_slice();
     let eax = |function| {
@@ -102,7 +102,7 @@ pub(crate) fn shown(cpuid: &CpuId, supported: Option<&CpuId>) -> Result<CpuId, U
 /// guest sees them.
 ///
 /// # Errors
-/// When the guest sees them and KVM lacks them.
+/// Fails if the guest sees them and KVM lacks them.
 pub(crate) fn as_seen_by(
     wanted: &CpuModel,
     here: CpuModel,

@@ -139,7 +139,7 @@ pub(crate) enum LayoutError {
 }
 
 impl Layout {
-    /// Lays out memory of these zones, of which there is at least one, for CPUs with so many physical
+    /// Lays out memory of these zones, of which there is at least one, for CPUs with `bits` physical
     /// address bits.
     pub(crate) fn new(sizes: &[ZoneSize], bits: u8) -> Result<Self, LayoutError> {
         let all = sizes.iter().flat_map(|zone| [zone.boot, zone.room]);

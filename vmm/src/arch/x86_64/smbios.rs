@@ -105,7 +105,7 @@ fn oem(strings: &[String]) -> Structure {
     oem
 }
 
-/// The 64-bit entry point (5.2.2) of a table of so many bytes.
+/// Returns the 64-bit entry point (5.2.2) of a table of `len` bytes.
 fn entry_point(len: usize) -> Vec<u8> {
     const CHECKSUM: usize = 5;
     let mut entry = Vec::with_capacity(ENTRY_LEN);

@@ -42,7 +42,7 @@ pub(super) fn madt(cpus: &CpusConfig) -> Sdt {
         };
         madt.append_slice(&local_apic(cpus, vcpu, flags));
     }
-    // The I/O APIC, whose id is none of a vCPU's to those who look.
+    // The I/O APIC. Its id 0 may equal that of a vCPU: guests do not compare them.
     madt.append_slice(&[1, 12, 0, 0]);
     madt.append_slice(&layout::IO_APIC.to_le_bytes());
     madt.append_slice(&0_u32.to_le_bytes());
@@ -188,7 +188,7 @@ fn scan(vcpus: u32) -> Bytes {
 /// Methods that take the notifications of a register block, and pass them on by `notices`. Named are
 /// the register of notifications, the method that notifies one device, and the method that scans.
 pub(super) fn notifiers(notices: Vec<u8>, [event, notify, scan]: [&str; 3]) -> Bytes {
-    // Reading takes a notification; 0 says that there is none.
+    // Reading takes a notification; 0 means that none is left.
     let next = Store::new(&Local(0), &Path::new(event)).to_bytes();
     within_sb(vec![
         &Method::new(notify.into(), 2, true, vec![&Bytes(notices)]),
