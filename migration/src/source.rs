@@ -453,6 +453,8 @@ impl Engine<'_, '_> {
         }
     }
 
+    /// Agrees with the destination on a version and the offer, has it build the machine, and opens the RAM
+    /// channels.
     fn prepare(&mut self) -> Result<(), MigrationError> {
         self.sending.progress.begin(Activity::Connect);
         let stream = self.connect(Channel::Control)?;
@@ -465,44 +467,13 @@ impl Engine<'_, '_> {
         })?;
         self.sending.progress.enter(Phase::Preparing);
         self.sending.progress.begin(Activity::Prepare);
-        if self.version >= disks::BASES_VERSION {
-            self.source.may_offer_bases();
-        }
-        let mut offer = self.source.offer().map_err(MigrationError::Here)?;
-        let memory = self.blocks.iter().map(|block| block.ram.len() as u64).sum();
-        let policy = self.sending.policy;
-        let wanted = policy.connections(memory);
-        offer.connections = wanted;
-        offer.postcopy = policy.may_postcopy();
-        // Absent if one block has no file. Then its pages are copied like those of any migration.
-        let files = if policy.local { self.files() } else { None };
-        self.is_given = files.is_some();
-        offer.given = self.is_given;
-        // Memory that is given is not copied: there is nothing to compare.
-        self.verify = policy.verify && !self.is_given;
-        // An older destination rejects an offer with a field that it does not know. Dropping the
-        // field instead would leave memory unverified although the user asked for it.
-        if self.verify && self.version < verify::VERSION {
-            let why = format!(
-                "the destination supports version {} of the migration protocol, and `verify` \
-                 needs version {}: update the destination, or migrate without `verify`",
-                self.version,
-                verify::VERSION
-            );
-            return Err(MigrationError::here("verify-unsupported", why));
-        }
-        offer.verify = self.verify;
-        offer.disks = self.disks_to_offer()?;
-        let disks = self.disks.iter().map(|disk| disk.size).sum();
-        self.sending.progress.update(|report| {
-            report.memory_bytes = memory;
-            report.disk_bytes = disks;
-            report.disk_remaining_bytes = disks;
-        });
+        let wanted = self.sending.policy.connections(self.memory_bytes());
+        let (offer, files) = self.offer(wanted)?;
         // Before the destination makes a machine: a source that cannot keep a journal does not migrate.
         let prepared = self.sending.journal.record(Step::Prepare);
         prepared.map_err(|error| MigrationError::here("journal", error))?;
         // `Prepared` comes when the machine is built, which may take much longer than `patience`.
+        let policy = self.sending.policy;
         self.patience(PREPARE_PATIENCE.max(policy.patience))?;
         self.send(&ToDestination::Prepare(Box::new(offer)))?;
         // Right behind the offer: descriptors travel with a byte that is no frame, and the
@@ -526,6 +497,49 @@ impl Engine<'_, '_> {
             .progress
             .update(|report| report.connections = count);
         Ok(())
+    }
+
+    /// Describes the VM, its memory and disks for the destination, and how this migration copies them.
+    /// Returns the memory's files too if the destination gets those instead of pages.
+    fn offer(&mut self, connections: u16) -> Result<(Offer, Option<Vec<File>>), MigrationError> {
+        if self.version >= disks::BASES_VERSION {
+            self.source.may_offer_bases();
+        }
+        let mut offer = self.source.offer().map_err(MigrationError::Here)?;
+        let policy = self.sending.policy;
+        offer.connections = connections;
+        offer.postcopy = policy.may_postcopy();
+        // Absent if one block has no file. Then its pages are copied like those of any migration.
+        let files = if policy.local { self.files() } else { None };
+        self.is_given = files.is_some();
+        offer.given = self.is_given;
+        // Memory that is given is not copied: there is nothing to compare.
+        self.verify = policy.verify && !self.is_given;
+        // An older destination rejects an offer with a field that it does not know. Dropping the
+        // field instead would leave memory unverified although the user asked for it.
+        if self.verify && self.version < verify::VERSION {
+            let why = format!(
+                "the destination supports version {} of the migration protocol, and `verify` \
+                 needs version {}: update the destination, or migrate without `verify`",
+                self.version,
+                verify::VERSION
+            );
+            return Err(MigrationError::here("verify-unsupported", why));
+        }
+        offer.verify = self.verify;
+        offer.disks = self.disks_to_offer()?;
+        let memory = self.memory_bytes();
+        let disks = self.disks.iter().map(|disk| disk.size).sum();
+        self.sending.progress.update(|report| {
+            report.memory_bytes = memory;
+            report.disk_bytes = disks;
+            report.disk_remaining_bytes = disks;
+        });
+        Ok((offer, files))
+    }
+
+    fn memory_bytes(&self) -> u64 {
+        self.blocks.iter().map(|block| block.ram.len() as u64).sum()
     }
 
     /// Whether blocks of disks may come after the guest, where pages of its memory do.

@@ -111,27 +111,7 @@ impl<'a> Preparing<'a> {
             session.router.close(id);
             return Err(NotPrepared::Failed(error.into()));
         }
-        let memory = offer.blocks.iter().map(|block| block.size);
-        let memory = memory.fold(0, u64::saturating_add);
-        let disks = offer.disks.iter().map(|disk| disk.size);
-        let disks = disks.fold(0, u64::saturating_add);
-        session.progress.update(|report| {
-            report.phase = Phase::Precopy;
-            report.memory_bytes = memory;
-            report.disk_bytes = disks;
-            report.connections = connections;
-            // Of sources that came before.
-            report.error = None;
-        });
-        tracing::info!(
-            migration = %id,
-            vm = offer.vm,
-            memory_bytes = memory,
-            disk_bytes = disks,
-            connections,
-            verify = offer.verify,
-            "migration: the machine is built, memory arrives"
-        );
+        session.show_prepared(id, &offer, connections);
         Ok(Receiving::new(guest, control))
     }
 }
@@ -187,6 +167,32 @@ fn agree(
 }
 
 impl Session<'_> {
+    /// Shows that the machine is built, and what will arrive.
+    fn show_prepared(&self, id: uuid::Uuid, offer: &Offer, connections: u16) {
+        // The sizes come from the peer.
+        let memory = offer.blocks.iter().map(|block| block.size);
+        let memory = memory.fold(0, u64::saturating_add);
+        let disks = offer.disks.iter().map(|disk| disk.size);
+        let disks = disks.fold(0, u64::saturating_add);
+        self.progress.update(|report| {
+            report.phase = Phase::Precopy;
+            report.memory_bytes = memory;
+            report.disk_bytes = disks;
+            report.connections = connections;
+            // The error of an earlier source that was refused.
+            report.error = None;
+        });
+        tracing::info!(
+            migration = %id,
+            vm = offer.vm,
+            memory_bytes = memory,
+            disk_bytes = disks,
+            connections,
+            verify = offer.verify,
+            "migration: the machine is built, memory arrives"
+        );
+    }
+
     /// Makes a control connection one that a cancel closes.
     pub(super) fn adopt(
         &self,
@@ -194,7 +200,7 @@ impl Session<'_> {
     ) -> Result<ControlChannel, MigrationError> {
         let adopted = stream
             .set_patience(self.patience)
-            // A cancel does not keep this side from saying so.
+            // A cancel ends only reading, so that this side can still send the reason.
             .and_then(|()| stream.read_closer());
         let closer = adopted.map_err(|error| MigrationError::Wire(error.into()))?;
         self.decision.close_on_cancel(closer);

@@ -259,17 +259,7 @@ impl Engine<'_, '_> {
         loop {
             let error = match answer {
                 Ok(ToSource::Running { us, told_us }) => {
-                    // Clocks of two hosts are never compared. `us` and `told_us` are spans of the
-                    // destination's clock, `handing` is one of ours.
-                    let (all, handing) = (since.elapsed(), order.elapsed());
-                    // What came behind the guest, and the answer's way back, are no part of the stop.
-                    let told = Duration::from_micros(told_us);
-                    let behind = Duration::from_micros(told_us.saturating_sub(us));
-                    let no_part = behind + handing.saturating_sub(told) / 2;
-                    self.downtime.hand_over_us = micros(handing.saturating_sub(no_part));
-                    self.downtime.total_us = micros(all.saturating_sub(no_part));
-                    let downtime = self.downtime;
-                    progress.update(|report| report.downtime = Some(downtime));
+                    self.record_downtime(since, order, us, told_us);
                     // The destination need not linger for a source that asks again.
                     let told = self.send(&ToDestination::Complete);
                     if self.fault_server.is_some() {
@@ -321,6 +311,25 @@ impl Engine<'_, '_> {
                 None => answer = self.retry_commit(stopped),
             }
         }
+    }
+
+    /// Computes the length of the stop, which began at `since`, from the answer to the `Commit` that was
+    /// first sent at `order`. The guest ran `us` microseconds after the destination had received
+    /// `Commit`, and the answer was sent after `told_us`.
+    fn record_downtime(&mut self, since: Instant, order: Instant, us: u64, told_us: u64) {
+        // Clocks of two hosts are never compared. `us` and `told_us` are spans of the destination's
+        // clock, `handing` is one of ours.
+        let (all, handing) = (since.elapsed(), order.elapsed());
+        // The time after the guest's start, and the answer's way back, are no part of the stop.
+        let told = Duration::from_micros(told_us);
+        let behind = Duration::from_micros(told_us.saturating_sub(us));
+        let no_part = behind + handing.saturating_sub(told) / 2;
+        self.downtime.hand_over_us = micros(handing.saturating_sub(no_part));
+        self.downtime.total_us = micros(all.saturating_sub(no_part));
+        let downtime = self.downtime;
+        self.sending
+            .progress
+            .update(|report| report.downtime = Some(downtime));
     }
 
     fn enter_doubt(&mut self, error: &MigrationError) {

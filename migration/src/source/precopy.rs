@@ -1,6 +1,6 @@
 //! Rounds of dirty pages while the guest runs: of disks alone, and of all.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use memory::DirtyPages;
 use parking_lot::Mutex;
@@ -20,6 +20,16 @@ pub(super) enum Subject {
     /// Memory and disks.
     All,
     Disks,
+}
+
+/// Predictions by which the policy chooses the step after a round.
+struct Outlook {
+    /// The length of a stop now.
+    predicted: Duration,
+    /// How long another round would take.
+    costs: Duration,
+    /// By how much another round would shorten the stop.
+    saves: Duration,
 }
 
 impl Engine<'_, '_> {
@@ -72,16 +82,8 @@ impl Engine<'_, '_> {
                 // No round would change that; but what was busy when it was measured may be no longer.
                 self.measure()?;
             }
-            let predicted = match subject {
-                Subject::All => self.measured.downtime(self.left(&pending)),
-                // What else the stop takes is not the disks' to decide: in postcopy nothing is.
-                Subject::Disks => self.measured.downtime_of_disks(dirty),
-            };
-            let another = self.measured.another(self.left(&pending), span, fixed);
-            let shorter = match subject {
-                Subject::All => self.measured.downtime(another.leaves),
-                Subject::Disks => self.measured.downtime_of_disks(another.leaves.disks),
-            };
+            let outlook = self.outlook(subject, &pending, span, fixed);
+            let predicted = outlook.predicted;
             let speed = match subject {
                 Subject::All => self.measured.memory_speed,
                 Subject::Disks => self.measured.disk_speed,
@@ -101,8 +103,8 @@ impl Engine<'_, '_> {
                 dirty,
                 dirty_before: before,
                 predicted,
-                costs: another.costs,
-                saves: predicted.saturating_sub(shorter),
+                costs: outlook.costs,
+                saves: outlook.saves,
                 span,
                 elapsed: begun.elapsed(),
                 can_postcopy: self.can_postcopy,
@@ -129,22 +131,56 @@ impl Engine<'_, '_> {
                 }
                 Next::GiveUp => {
                     self.put_back(&pending);
-                    let of = match subject {
-                        Subject::All if self.disks.is_empty() => "pages",
-                        Subject::All => "pages of memory and disks",
-                        Subject::Disks => "blocks of 4 KiB of its disks",
-                    };
-                    let why = format!(
-                        "{dirty} {of} are left, which were not sent in time or which the guest wrote \
-                         again: the stop would be {} ms, and the limit is {} ms (`max_downtime_ms`)",
-                        predicted.as_millis(),
-                        policy.max_downtime.as_millis(),
-                    );
-                    return Err(MigrationError::here("does-not-converge", why));
+                    return Err(self.does_not_converge(subject, dirty, predicted));
                 }
             }
         }
         Ok(StopKind::Final)
+    }
+
+    /// Predicts the stop with these pages left, and what another round would change. A round costs
+    /// `fixed` beside its pages.
+    fn outlook(
+        &self,
+        subject: Subject,
+        pending: &[DirtyPages],
+        span: Duration,
+        fixed: Duration,
+    ) -> Outlook {
+        let downtime = |left: Left| match subject {
+            Subject::All => self.measured.downtime(left),
+            // Only what the disks add: their rounds cannot shorten the rest of the stop, and in
+            // postcopy no part of the stop depends on them.
+            Subject::Disks => self.measured.downtime_of_disks(left.disks),
+        };
+        let left = self.left(pending);
+        let another = self.measured.another(left, span, fixed);
+        let predicted = downtime(left);
+        Outlook {
+            predicted,
+            costs: another.costs,
+            saves: predicted.saturating_sub(downtime(another.leaves)),
+        }
+    }
+
+    fn does_not_converge(
+        &self,
+        subject: Subject,
+        dirty: u64,
+        predicted: Duration,
+    ) -> MigrationError {
+        let of = match subject {
+            Subject::All if self.disks.is_empty() => "pages",
+            Subject::All => "pages of memory and disks",
+            Subject::Disks => "blocks of 4 KiB of its disks",
+        };
+        let why = format!(
+            "{dirty} {of} are left, which were not sent in time or which the guest wrote again: the \
+             stop would be {} ms, and the limit is {} ms (`max_downtime_ms`)",
+            predicted.as_millis(),
+            self.sending.policy.max_downtime.as_millis(),
+        );
+        MigrationError::here("does-not-converge", why)
     }
 
     fn report_round(&self, subject: Subject, round: Round, dirty_pages_per_second: u64) {

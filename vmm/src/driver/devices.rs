@@ -26,11 +26,11 @@ use crate::guest_event::GuestEvent;
 use crate::machine::{Active, Host};
 use crate::paths;
 
-/// How often it is looked whether all pages of a guest that came are there.
+/// The interval of the check whether all pages of a guest have arrived.
 const PAGES_PATIENCE: Duration = Duration::from_millis(20);
 
 impl Driver {
-    /// Gives the guest a device, or the machine of the next boot.
+    /// Adds a device to the running guest, or to the configuration of the next boot.
     pub(super) fn add_device(&mut self, ask: Ask, mut new: NewDevice) {
         if let Err(refused) = self.check_new(&mut new) {
             ask.answer(Err(refused));
@@ -71,29 +71,7 @@ impl Driver {
                 detail,
             ));
         }
-        if new.segment() != 0 && matches!(self.stage, Stage::On(_)) {
-            let detail = format!(
-                "a device can be added to PCI segment {} while the VM is off only: the guest is \
-                 notified of devices in segment 0",
-                new.segment()
-            );
-            let code = "segment-not-hotpluggable";
-            return Err(RequestError::new(Category::Conflict, code, detail));
-        }
-        // Also while another device is opened for that slot, and for the next boot.
-        let place = |new: &NewDevice| (new.segment(), new.slot());
-        let opening = self.opening.values().map(|(_, new)| place(new));
-        let taken = self.config.wanted_places().into_values();
-        let taken = taken
-            .map(|taken| (taken.segment, taken.slot))
-            .chain(opening);
-        if let Some(slot) = new.slot()
-            && taken.into_iter().any(|taken| taken == place(new))
-        {
-            let detail = format!("another device has the `pci_device_id` {slot}");
-            let code = "pci-slot-taken";
-            return Err(RequestError::new(Category::Conflict, code, detail));
-        }
+        self.check_place(new)?;
         let opening = self.opening.values();
         let is_vsock = |new: &NewDevice| matches!(new, NewDevice::Vsock(_));
         if is_vsock(new)
@@ -134,7 +112,37 @@ impl Driver {
         }
     }
 
-    /// Makes it part of the configuration.
+    /// Checks the PCI slot that a new device asks for. Other devices may have it, too: those that are
+    /// being opened, and those that the next boot brings.
+    fn check_place(&self, new: &NewDevice) -> Result<(), RequestError> {
+        if new.segment() != 0 && matches!(self.stage, Stage::On(_)) {
+            let detail = format!(
+                "a device can be added to PCI segment {} while the VM is off only: the guest is \
+                 notified of devices in segment 0",
+                new.segment()
+            );
+            let code = "segment-not-hotpluggable";
+            return Err(RequestError::new(Category::Conflict, code, detail));
+        }
+        let Some(slot) = new.slot() else {
+            return Ok(());
+        };
+        let opening = self.opening.values();
+        let opening = opening.map(|(_, other)| (other.segment(), other.slot()));
+        let configured = self.config.wanted_places().into_values();
+        let configured = configured.map(|place| (place.segment, place.slot));
+        if configured
+            .chain(opening)
+            .any(|taken| taken == (new.segment(), Some(slot)))
+        {
+            let detail = format!("another device has the `pci_device_id` {slot}");
+            let code = "pci-slot-taken";
+            return Err(RequestError::new(Category::Conflict, code, detail));
+        }
+        Ok(())
+    }
+
+    /// Makes a device part of the configuration.
     fn keep(&mut self, new: NewDevice) {
         let mut config = VmConfig::clone(&self.config);
         new.add_to(&mut config);
@@ -167,7 +175,7 @@ impl Driver {
         }
     }
 
-    /// The machine for which devices are being opened is no more.
+    /// Refuses the additions that are in progress, because their machine has ended.
     pub(super) fn give_up_additions(&mut self) {
         // The threads may still be opening files. Their `Opened` events have the old number, so the
         // driver drops them, which closes the files.
@@ -178,7 +186,7 @@ impl Driver {
         }
     }
 
-    /// Takes a device from the configuration, and asks a running guest to let go of it.
+    /// Removes a device from the configuration, and asks a running guest to eject it.
     pub(super) fn remove_device(&mut self, id: &str) -> Result<Reply, RequestError> {
         let mut config = VmConfig::clone(&self.config);
         let is_configured = config.remove_device(id);
@@ -237,7 +245,7 @@ impl Driver {
         Ok(Reply::Done)
     }
 
-    /// The guest has let go of the devices in these PCI slots, a bit each. Another thread takes
+    /// The guest has ejected the devices in these PCI slots (bit N: slot N). Another thread takes
     /// them out: their queues stop when storage has answered.
     pub(super) fn ejected(&mut self, slots: u32) {
         let Stage::On(active) = &self.stage else {
@@ -312,9 +320,9 @@ impl Driver {
         }
         // When a migration has stopped the guest, the driver must not show it as paused by its
         // owner: `stay` alone decides whether it runs again.
-        let stands = self.publisher.current().state == VmState::Paused
+        let is_stopped = self.publisher.current().state == VmState::Paused
             || self.outgoing.as_ref().is_some_and(Outgoing::is_stopped);
-        let pause = move |active: &mut Active| (!stands).then(|| active.pause());
+        let pause = move |active: &mut Active| (!is_stopped).then(|| active.pause());
         self.lend(pause, move |driver, paused, _| {
             for (id, why) in stalled {
                 tracing::warn!(id, why, "the host failed a disk request of a guest");
@@ -351,7 +359,7 @@ impl Driver {
     }
 }
 
-/// Opens what a new device stands on, unless it names a file that the VM uses already.
+/// Opens the host resources of a new device, unless it names a file that the VM uses already.
 fn open_beside(
     new: &NewDevice,
     config: &VmConfig,

@@ -21,7 +21,7 @@ use super::consoles::Consoles;
 use super::ending::Gone;
 use super::outgoing::{Outgoing, OutgoingState, Purpose};
 use super::resize::Resizes;
-use super::{Caller, Driver, End, Stage};
+use super::{Caller, Driver, End, Stage, internal};
 use crate::arch::x86_64::cpu_model::CpuModel;
 use crate::devices::DeviceHandle;
 use crate::failure::MoveError;
@@ -62,16 +62,39 @@ pub(super) fn no_machine() -> Refusal {
     Refusal::new("machine-gone", "the VM has no machine")
 }
 
+fn moving(detail: &str) -> RequestError {
+    RequestError::new(Category::Conflict, "vm-migrating", detail)
+}
+
+/// Why a request cannot be done while a snapshot or core dump is written, if it cannot.
+fn refused_while_saving(outgoing: &Outgoing, verb: Verb) -> Option<RequestError> {
+    match verb {
+        Verb::Reboot | Verb::Shutdown | Verb::Delete => {
+            // Too late if the snapshot is complete, which is no reason to keep the machine.
+            let _ = outgoing.decision.cancel();
+            None
+        }
+        // A live snapshot has copied all of the machine but its memory.
+        _ if outgoing.state == OutgoingState::Imaged => None,
+        // The snapshot has the state and the devices of the paused guest.
+        Verb::Resume | Verb::AddDevice | Verb::RemoveDevice | Verb::Resize | Verb::ResizeDisk => {
+            let detail = "a snapshot or core dump of it is being written; cancel that first";
+            Some(moving(detail))
+        }
+        Verb::MemoryMap
+        | Verb::Cpu
+        | Verb::Counters
+        | Verb::Boot
+        | Verb::Pause
+        | Verb::PowerButton
+        | Verb::Nmi => None,
+    }
+}
+
 impl Driver {
     /// Why a request cannot be done while a guest moves, if it cannot.
     pub(super) fn refused_while_moving(&mut self, verb: Verb) -> Option<RequestError> {
-        let refuse = |detail: &str| {
-            Some(RequestError::new(
-                Category::Conflict,
-                "vm-migrating",
-                detail,
-            ))
-        };
+        let refuse = |detail: &str| Some(moving(detail));
         if matches!(verb, Verb::Counters) {
             return None;
         }
@@ -93,7 +116,7 @@ impl Driver {
         ) = (&self.stage, verb)
             && active.memory().0.pages() != Pages::There
         {
-            // A device may be waiting for one, and we would wait for the device.
+            // A device may be waiting for a page, and these requests wait for the devices.
             return Some(RequestError::new(
                 Category::Conflict,
                 "pages-arriving",
@@ -105,30 +128,7 @@ impl Driver {
             outgoing.state,
             OutgoingState::Snapshot | OutgoingState::Imaged
         ) {
-            return match verb {
-                Verb::Reboot | Verb::Shutdown | Verb::Delete => {
-                    // Too late if the snapshot is complete, which is no reason to keep the machine.
-                    let _ = outgoing.decision.cancel();
-                    None
-                }
-                // A live snapshot has all that it needs of the machine but its memory.
-                _ if outgoing.state == OutgoingState::Imaged => None,
-                // The snapshot has the state and the devices of the paused guest.
-                Verb::Resume
-                | Verb::AddDevice
-                | Verb::RemoveDevice
-                | Verb::Resize
-                | Verb::ResizeDisk => {
-                    refuse("a snapshot or core dump of it is being written; cancel that first")
-                }
-                Verb::MemoryMap
-                | Verb::Cpu
-                | Verb::Counters
-                | Verb::Boot
-                | Verb::Pause
-                | Verb::PowerButton
-                | Verb::Nmi => None,
-            };
+            return refused_while_saving(outgoing, verb);
         }
         let is_stopped = outgoing.is_stopped();
         match verb {
@@ -157,19 +157,14 @@ impl Driver {
         }
     }
 
-    /// A guest begins to move away, or a snapshot of it is begun.
-    pub(crate) fn depart(
-        &mut self,
-        purpose: Purpose,
-        decision: &Decision,
-        progress: &Progress,
-    ) -> Result<SourceParts, RequestError> {
+    /// Checks whether the guest can move away, or be saved, now. Returns whether its owner has paused it.
+    fn check_departure(&self, purpose: Purpose) -> Result<bool, RequestError> {
         let conflict =
             |code: &str, detail: &str| Err(RequestError::new(Category::Conflict, code, detail));
         if self.outgoing.is_some() {
             let detail =
                 "the VM's guest is moving, or a snapshot or core dump of it is being written";
-            return conflict("vm-migrating", detail);
+            return Err(moving(detail));
         }
         // A core dump contains nothing of the disks.
         if purpose != Purpose::CoreDump {
@@ -188,7 +183,8 @@ impl Driver {
             return conflict("wrong-state", &detail);
         }
         // A device that is plugged or ejected during the copy would make the machine differ from
-        // the configuration that the destination gets. The check of `leaving` below is the same.
+        // the configuration that the destination gets. The check of `leaving` below has the same
+        // reason.
         if !self.opening.is_empty() {
             return conflict("vm-busy", "a device is being added to the VM");
         }
@@ -201,11 +197,24 @@ impl Driver {
                 format!("the VM's guest has not ejected the device {id} yet; a reboot removes it");
             return conflict("vm-busy", &detail);
         }
-        let (ram, memslots) = active.memory();
-        if ram.pages() != Pages::There {
+        if active.memory().0.pages() != Pages::There {
             return conflict("pages-arriving", PAGES_ARRIVING);
         }
-        let is_paused = state == VmState::Paused;
+        Ok(state == VmState::Paused)
+    }
+
+    /// A guest begins to move away, or a snapshot of it is begun.
+    pub(crate) fn depart(
+        &mut self,
+        purpose: Purpose,
+        decision: &Decision,
+        progress: &Progress,
+    ) -> Result<SourceParts, RequestError> {
+        let is_paused = self.check_departure(purpose)?;
+        let Stage::On(active) = &self.stage else {
+            return Err(internal(&no_machine()));
+        };
+        let (ram, memslots) = active.memory();
         // The caller is bound to this machine: after a guest's reset the engine's next step fails
         // with `machine-gone` instead of acting on another machine.
         let parts = SourceParts {
@@ -278,7 +287,7 @@ impl Driver {
                 active.pause()?;
             }
             if moves {
-                // Here and not at the destination, where the page may be missing: it goes with the last
+                // Here and not at the destination, where the page may be missing: it is sent with the last
                 // pages. A guest that stays finds its clocks undisturbed, which is harmless.
                 active.disrupt_clocks();
             }

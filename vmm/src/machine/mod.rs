@@ -15,6 +15,7 @@ mod spare;
 mod vcpu;
 mod vcpus;
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -25,7 +26,9 @@ use ::devices::sandbox::{Confinement, ThreadKind};
 use ::devices::tpm::Tpm;
 use ::devices::{ConsoleInput, CpuBlock, HotplugBlock, PowerBlock, Serial};
 use hypervisor::{Kvm, Vm};
-use memory::{ListenerHandle, LostWatch, MemoryListener, SpaceKind, Topology, Transaction};
+use memory::{
+    CommitError, ListenerHandle, LostWatch, MemoryListener, SpaceKind, Topology, Transaction,
+};
 use parking_lot::{Mutex, MutexGuard};
 use spec::{CpuProfile, VmConfig, VmCounters};
 use virtio_devices::Workers;
@@ -36,8 +39,8 @@ use crate::arch::x86_64::{cpu, features, hyperv, profiles};
 use crate::boot;
 use crate::descriptors::{Descriptors, Reservation};
 use crate::devices::{
-    ConsoleEnd, DeviceEnds, DeviceHandle, Devices, LimiterGroups, MachineOrigin, OpenContext,
-    PciHost, SharedTopology,
+    ConsoleEnd, DeviceEnds, DeviceHandle, Devices, LimiterGroups, MachineOrigin, MemoryEnd,
+    OpenContext, PciHost, SharedTopology,
 };
 use crate::failure::{BuildError, MoveError};
 use crate::guest_event::{GuestEvent, Outputs, Port, Reporter};
@@ -149,19 +152,7 @@ impl Built {
         reporter: &Reporter,
         reserved: Vec<Arc<Reservation>>,
     ) -> Result<Self, BuildError> {
-        let mut model = match &origin.cpu {
-            Some(model) => model.clone(),
-            None => profiles::apply(config.cpus.profile, &host.cpu)?,
-        };
-        if !config.cpus.is_nested() {
-            model.cpuid = features::without_virtualization(model.cpuid);
-        }
-        // A guest that comes has them in its CPUs already.
-        if config.cpus.kvm_hyperv && origin.cpu.is_none() {
-            let supported = host.kvm.hyperv_cpuid()?;
-            model.cpuid = hyperv::shown(&model.cpuid, supported.as_ref())
-                .map_err(|lacking| BuildError::lacking("hyperv-unavailable", &lacking))?;
-        }
+        let model = cpu_model(host, config, origin)?;
         let bits = cpu::phys_bits(&model.cpuid, config.cpus.max_phys_bits);
         // Before anything is made: a configuration that cannot be laid out costs the host nothing.
         let layout = Layout::new(&ram::zone_sizes(&config.memory), bits)?;
@@ -178,13 +169,8 @@ impl Built {
             reporter: reporter.clone(),
             halter: Arc::new(Halter::new(control)),
         };
-        let mut listeners = Vec::new();
-        // Before the first region: each commit must reach KVM. Memslots come before doorbells.
-        let slots: Arc<dyn MemoryListener> = vm.memslots();
-        listeners.push(topology.register(SpaceKind::Memory, 0, slots)?);
-        for space in SpaceKind::ALL {
-            listeners.push(topology.register(space, 10, vm.ioeventfds(space))?);
-        }
+        // Before the first region: each commit must reach KVM.
+        let listeners = register_listeners(&vm, &mut topology)?;
         let (ram, lost) = GuestRam::new(config, origin, reporter)?;
         let irq_routes = vm.irq_routes();
         let loops = own_loops(origin, host.confinement)?;
@@ -217,19 +203,7 @@ impl Built {
             let clocks = FirmwareClocks::map(tx, &layout)?;
             let cpus = platform::map_cpus(tx, &config.cpus, reporter)?;
             let dimms = Dimms::map(tx, &config.memory, &layout, &ram, reporter)?;
-            let to = reporter.clone();
-            let console = outputs.console.map(|output| ConsoleEnd {
-                output,
-                on_room: Box::new(move || to.report(GuestEvent::Room(Port::Console))),
-            });
-            let memory = ram.ends(&layout, reporter);
-            let to = reporter.clone();
-            let on_watchdog = Box::new(move || to.report(GuestEvent::Watchdog));
-            let ends = DeviceEnds {
-                console,
-                memory,
-                on_watchdog,
-            };
+            let ends = device_ends(outputs.console, ram.ends(&layout, reporter), reporter);
             let devices = Devices::build(host_bridge, tx, config, ends, context, origin, reporter)?;
             Ok((serial, tpm, power, hotplug, clocks, cpus, dimms, devices))
         };
@@ -302,6 +276,63 @@ impl Built {
                 BuildError::host("start all vCPU threads")(std::io::Error::other(late))
             })?;
         Ok(active)
+    }
+}
+
+/// Returns the CPU that the guest sees: that of the host where the guest booted, if it comes from
+/// elsewhere, or else this host's, limited to the profile.
+fn cpu_model(
+    host: &Host,
+    config: &VmConfig,
+    origin: &MachineOrigin,
+) -> Result<CpuModel, BuildError> {
+    let mut model = match &origin.cpu {
+        Some(model) => model.clone(),
+        None => profiles::apply(config.cpus.profile, &host.cpu)?,
+    };
+    if !config.cpus.is_nested() {
+        model.cpuid = features::without_virtualization(model.cpuid);
+    }
+    // The CPUs of a guest that comes from elsewhere have Hyper-V's leaves already.
+    if config.cpus.kvm_hyperv && origin.cpu.is_none() {
+        let supported = host.kvm.hyperv_cpuid()?;
+        model.cpuid = hyperv::shown(&model.cpuid, supported.as_ref())
+            .map_err(|lacking| BuildError::lacking("hyperv-unavailable", &lacking))?;
+    }
+    Ok(model)
+}
+
+/// Registers the listeners that keep KVM's memslots and ioeventfds in step with the map.
+fn register_listeners(
+    vm: &Vm,
+    topology: &mut Topology,
+) -> Result<Vec<ListenerHandle>, CommitError> {
+    // Memslots before doorbells, by priority.
+    let slots: Arc<dyn MemoryListener> = vm.memslots();
+    let mut listeners = vec![topology.register(SpaceKind::Memory, 0, slots)?];
+    for space in SpaceKind::ALL {
+        listeners.push(topology.register(space, 10, vm.ioeventfds(space))?);
+    }
+    Ok(listeners)
+}
+
+/// Returns what devices are connected to outside the guest: the console's output, the memory that
+/// virtio-mem plugs, and the reports to the driver.
+fn device_ends(
+    console: Option<Box<dyn Write + Send>>,
+    memory: Vec<MemoryEnd>,
+    reporter: &Reporter,
+) -> DeviceEnds {
+    let to = reporter.clone();
+    let console = console.map(|output| ConsoleEnd {
+        output,
+        on_room: Box::new(move || to.report(GuestEvent::Room(Port::Console))),
+    });
+    let to = reporter.clone();
+    DeviceEnds {
+        console,
+        memory,
+        on_watchdog: Box::new(move || to.report(GuestEvent::Watchdog)),
     }
 }
 
