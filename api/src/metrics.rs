@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 
 use axum::extract::State;
 use axum::response::IntoResponse;
+use control::VmStatus;
 use http::header::CONTENT_TYPE;
 use spec::VmState;
 
@@ -31,6 +32,32 @@ async fn metrics(State(service): State<Service>) -> impl IntoResponse {
     )
 }
 
+/// A metric that each VM has: its name, kind and help, and how its value is read.
+type VmMetric = (
+    &'static str,
+    &'static str,
+    &'static str,
+    fn(&VmStatus) -> u64,
+);
+
+const VM_METRICS: [VmMetric; 3] = [
+    (
+        "whimbrel_vm_memory_bytes",
+        "gauge",
+        "Memory of the VM.",
+        |status| status.config.memory.boot_size(),
+    ),
+    ("whimbrel_vm_vcpus", "gauge", "vCPUs of the VM.", |status| {
+        status.config.cpus.boot_vcpus.into()
+    }),
+    (
+        "whimbrel_vm_reboots_total",
+        "counter",
+        "Resets of the guest since its boot.",
+        |status| status.reboots,
+    ),
+];
+
 fn render(service: &Service) -> String {
     let vms: Vec<_> = service
         .registry
@@ -38,71 +65,34 @@ fn render(service: &Service) -> String {
         .iter()
         .map(|vm| (vm.id().clone(), vm.status()))
         .collect();
+    // All states, also those that no VM has: a series that vanishes would look like a missing value.
     let states = [
         VmState::Created,
         VmState::Running,
         VmState::Paused,
         VmState::Shutdown,
     ];
-    let mut by_state: BTreeMap<String, usize> =
+    let mut by_state: BTreeMap<String, u64> =
         states.iter().map(|state| (state.to_string(), 0)).collect();
     for (_, status) in &vms {
         *by_state.entry(status.state.to_string()).or_default() += 1;
     }
     let mut text = String::new();
-    family(&mut text, "whimbrel_vms", "gauge", "VMs, by state.");
+    let name = "whimbrel_vms";
+    family(&mut text, name, "gauge", "VMs, by state.");
     for (state, count) in by_state {
-        line(&mut text, "whimbrel_vms", "state", &state, count as u64);
+        line(&mut text, name, "state", &state, count);
     }
-    family(
-        &mut text,
-        "whimbrel_vm_memory_bytes",
-        "gauge",
-        "Memory of the VM.",
-    );
-    for (id, status) in &vms {
-        line(
-            &mut text,
-            "whimbrel_vm_memory_bytes",
-            "vm",
-            id.as_str(),
-            status.config.memory.boot_size(),
-        );
+    for (name, kind, help, value) in VM_METRICS {
+        family(&mut text, name, kind, help);
+        for (id, status) in &vms {
+            line(&mut text, name, "vm", id.as_str(), value(status));
+        }
     }
-    family(&mut text, "whimbrel_vm_vcpus", "gauge", "vCPUs of the VM.");
-    for (id, status) in &vms {
-        let vcpus = u64::from(status.config.cpus.boot_vcpus);
-        line(&mut text, "whimbrel_vm_vcpus", "vm", id.as_str(), vcpus);
-    }
-    family(
-        &mut text,
-        "whimbrel_vm_reboots_total",
-        "counter",
-        "Resets of the guest since its boot.",
-    );
-    for (id, status) in &vms {
-        line(
-            &mut text,
-            "whimbrel_vm_reboots_total",
-            "vm",
-            id.as_str(),
-            status.reboots,
-        );
-    }
-    family(
-        &mut text,
-        "whimbrel_api_requests_total",
-        "counter",
-        "Requests answered.",
-    );
+    let name = "whimbrel_api_requests_total";
+    family(&mut text, name, "counter", "Requests answered.");
     for (class, count) in service.requests.by_class() {
-        line(
-            &mut text,
-            "whimbrel_api_requests_total",
-            "outcome",
-            class,
-            count,
-        );
+        line(&mut text, name, "outcome", class, count);
     }
     text
 }

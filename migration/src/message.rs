@@ -112,7 +112,7 @@ pub struct BlockInfo {
 pub struct Offer {
     /// The VM's name.
     pub vm: String,
-    /// The machine, in a form that is the machines' affair.
+    /// The machine's configuration, in a form that the engine does not read.
     pub machine: ByteBuf,
     /// Its memory.
     pub blocks: Vec<BlockInfo>,
@@ -136,11 +136,11 @@ pub struct Offer {
 /// From the source.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum ToDestination {
-    /// To be answered with [`ToSource::Pong`].
+    /// A keepalive, answered with [`ToSource::Pong`] of the same number.
     Ping(u64),
-    /// Make room for this.
+    /// Build a machine for this VM.
     Prepare(Box<Offer>),
-    /// A round has been sent: it ended on each RAM channel with an `End` of this number.
+    /// A round has been sent: it ends on each RAM channel with an `End` frame of this number.
     Round(u32),
     /// A frame with saved state follows: that of a dry run, to be loaded now.
     Guess,
@@ -152,7 +152,8 @@ pub(crate) enum ToDestination {
         postcopy: bool,
         paused: bool,
     },
-    /// The guest is yours: it stood for so long when this was sent, and stays paused if it was.
+    /// The guest is the destination's from now on. It had been paused for `stood_for_ns` when this was sent,
+    /// and stays paused if `paused` is set.
     Commit { stood_for_ns: u64, paused: bool },
     /// The guest stays at the source.
     Abort(Refusal),
@@ -184,7 +185,7 @@ pub(crate) enum ToSource {
     Busy,
     /// All pages of this round are in memory.
     RoundDone(u32),
-    /// The destination loaded the state of the dry run in so long.
+    /// The destination loaded the state of the dry run in `us` microseconds.
     GuessLoaded {
         us: u64,
     },
@@ -200,7 +201,7 @@ pub(crate) enum ToSource {
     },
     /// The guest never ran here, and will not.
     NotHere(Refusal),
-    /// The order is awaited.
+    /// The destination is ready and waits for `Commit` or `Abort`.
     Waiting,
     /// The guest ran here, and has ended.
     Ended,

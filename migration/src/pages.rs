@@ -95,7 +95,7 @@ impl Batch {
         self.zeros.clear();
         let len = |run: &Run| run.pages as usize * PAGE;
         let all = runs.iter().map(len).sum();
-        // Not cleared for each batch: that costs as much as half the copy.
+        // Grown and not cleared for each batch: clearing costs half as much as the copy itself.
         if self.data.len() < all {
             self.data.resize(all, 0);
         }
@@ -153,7 +153,7 @@ pub(crate) fn push(runs: &mut Vec<Run>, block: u32, page: u64) {
     }
 }
 
-/// Whether there is nothing in a page.
+/// Whether a page, or part of one, is zeros.
 pub(crate) fn is_zero(page: &[u8]) -> bool {
     static ZEROS: [u8; PAGE] = [0; PAGE];
     // One comparison by the C library: its vector instructions are there in builds without optimisation,
@@ -164,7 +164,7 @@ pub(crate) fn is_zero(page: &[u8]) -> bool {
 fn head(block: u32, runs: &[Run]) -> Vec<u8> {
     let mut head = Vec::with_capacity(HEAD + runs.len() * RUN);
     head.extend(block.to_le_bytes());
-    // A batch has few.
+    // At most `BATCH`.
     head.extend((runs.len() as u32).to_le_bytes());
     for run in runs {
         head.extend(run.first.to_le_bytes());
@@ -193,7 +193,7 @@ pub(crate) fn encode_fault(block: u32, page: u64) -> [u8; 12] {
     body
 }
 
-/// The page that is asked for, which may be none.
+/// Returns the block and the page that are asked for. Neither is checked.
 pub(crate) fn decode_fault(body: &[u8]) -> Result<(u32, u64), WireError> {
     match *body {
         [b0, b1, b2, b3, p0, p1, p2, p3, p4, p5, p6, p7] => Ok((
@@ -211,7 +211,7 @@ pub(crate) fn decode_fault(body: &[u8]) -> Result<(u32, u64), WireError> {
 pub(crate) enum Content {
     /// The pages' content follows.
     Data,
-    /// Nothing is in them.
+    /// The pages are zeros.
     Zeros,
     /// They come later: runs of any length.
     Later,

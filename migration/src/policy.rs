@@ -19,7 +19,7 @@ pub enum AtDeadline {
     Stop,
 }
 
-/// When pages go.
+/// When pages are copied.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Mode {
     /// All memory is copied before the guest moves.
@@ -37,20 +37,20 @@ pub enum Mode {
 /// Limits and modes of a migration.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Policy {
-    /// How long the guest may stand.
+    /// The longest stop of the guest that the rounds aim at.
     pub max_downtime: Duration,
     /// Time limit from the start; `None` for no limit.
     pub deadline: Option<Duration>,
     /// Action at the deadline.
     pub at_deadline: AtDeadline,
-    /// When pages go.
+    /// When pages are copied.
     pub mode: Mode,
     /// RAM channels, 1 to [`MAX_CONNECTIONS`]; chosen when absent.
     pub connections: Option<u16>,
-    /// Bytes that may be sent in a second, all channels together; as many as there can when absent.
+    /// Bytes that may be sent in a second, all channels together; no limit when absent.
     pub max_bandwidth: Option<u64>,
-    /// The destination is another process of this host, and is given the memory itself, where it is of
-    /// a kind that can be.
+    /// The destination is another process of this host, and is given the memory itself if all of it is
+    /// shared memory.
     pub local: bool,
     /// The guest runs at the destination at once. Otherwise it stays paused there, until its owner
     /// resumes it.
@@ -111,7 +111,7 @@ impl Default for Policy {
 /// Measured parts of the stop, for its prediction.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Measured {
-    /// There and back.
+    /// Of a ping.
     pub(crate) round_trip: Duration,
     pub(crate) save: Duration,
     pub(crate) load: Duration,
@@ -136,7 +136,7 @@ impl Left {
     }
 }
 
-/// The least speed that is taken for true, in bytes per second.
+/// The least speed that a measurement can give, in bytes per second.
 const LEAST_SPEED: u64 = 1 << 20;
 
 impl Measured {
@@ -145,8 +145,8 @@ impl Measured {
     const BASE: Duration = Duration::from_micros(400);
 
     pub(crate) fn downtime(&self, left: Left) -> Duration {
-        // State and answer, order.
-        // With many pages, saving overlaps with sending, so the longer of the two counts.
+        // Three half round trips: the state, `Ready`, and `Commit`. With many pages, saving overlaps with
+        // sending, so the longer of the two counts.
         self.round_trip * 3 / 2 + self.save.max(self.transfer(left)) + self.load + Self::BASE
     }
 
@@ -275,12 +275,13 @@ pub(crate) enum AfterCallOff {
     GiveUp,
 }
 
-/// A round pays for itself if it shortens the stop by this part of the time that it takes, or more.
+/// A round pays for itself if it shortens the stop by at least a quarter (1 / this) of the time that it
+/// takes.
 const PAYS: u32 = 4;
 /// Parts of `max_downtime` that a stop is predicted to take at most, unless rounds no longer make it shorter:
 /// the guest writes on until it is stopped, and the last pages may be slower than those before.
 const MARGIN: (u32, u32) = (3, 4);
-/// Pages that are not worth another round: a batch or two.
+/// Pages that are not worth another round: two batches.
 const FEW: u64 = 128;
 /// Rounds before pages follow the guest in [`Mode::Hybrid`], if it does not converge before. In [`Mode::Auto`],
 /// rounds before a prediction is trusted: the first one also copies what the guest wrote long ago.
@@ -295,8 +296,8 @@ impl Policy {
         let fits = now.predicted <= self.max_downtime;
         let has_margin = now.predicted <= self.max_downtime * MARGIN.0 / MARGIN.1;
         let pays = now.saves.saturating_mul(PAYS) >= now.costs;
-        // It would do. Another round is worth its while only if the last one was: a guest that writes in
-        // bursts makes each prediction of a gain wrong.
+        // The stop would keep to the limit. Another round is worth its time only if the last one was: for
+        // a guest that writes in bursts each prediction of a gain is wrong.
         if fits && !(shrinks && (pays || !has_margin && now.dirty > FEW)) {
             return Next::Stop;
         }
@@ -313,7 +314,7 @@ impl Policy {
             return Next::Round { throttle };
         }
         let action = match self.at_deadline {
-            // With a destination that cannot, `Auto` takes the next best.
+            // `Auto` has a fallback if the destination does not support postcopy.
             AtDeadline::Postcopy if self.mode == Mode::Auto && !now.can_postcopy => {
                 AtDeadline::Throttle
             }
@@ -326,8 +327,8 @@ impl Policy {
             AtDeadline::Stop => Next::Stop,
             AtDeadline::Postcopy => Next::Postcopy,
             AtDeadline::Throttle if shrinks => Next::Round { throttle },
-            // It does not run as good as at all, and still writes too much, or the stop is too long
-            // without a page: more rounds change nothing.
+            // The guest hardly runs and still writes too much, or the stop is too long even without
+            // pages: more rounds change nothing.
             AtDeadline::Throttle if throttle == MAX_THROTTLE => Next::Stop,
             AtDeadline::Throttle => Next::Round {
                 throttle: match throttle {
@@ -344,9 +345,9 @@ impl Policy {
         if !is_judged || self.at_deadline == AtDeadline::Cancel {
             return false;
         }
-        // Each round takes as long as there are pages, and leaves the same part of them: a geometric
-        // series, whose sum is this. It ends in a stop without pages, so few pages that are too many say
-        // that the stop is too long even then.
+        // Each round takes time in proportion to its pages, and leaves the same part of them: `rest` is the
+        // sum of that geometric series. It ends in a stop without pages. So if few pages are left and the
+        // stop is still too long, it stays too long.
         let gained = now.dirty_before.saturating_sub(now.dirty);
         if gained == 0 || now.dirty <= FEW {
             return true;

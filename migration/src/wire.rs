@@ -12,17 +12,17 @@ use std::io::{self, IoSlice, Read, Write};
 /// Bytes in front of a body.
 pub(crate) const HEADER_LEN: usize = 12;
 
-/// Bytes of a frame that are worth a copy.
+/// Frames up to this length are copied into one buffer and sent by one call.
 const IN_ONE_PIECE: usize = 16 << 10;
 
-/// Bytes of a body for which there is room before any has come.
+/// Bytes that are allocated for a body before any of it has arrived.
 const FIRST_PIECE: usize = 64 << 10;
 
 /// Kinds of frames.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
 pub(crate) enum Kind {
-    /// The first on every channel: which it is.
+    /// The first on every channel: names the migration and the channel.
     Hello = 1,
     /// A message of the control channel.
     Control = 2,
@@ -78,7 +78,7 @@ pub enum WireError {
     /// The connection is gone.
     #[error("the connection failed: {0}")]
     Connection(io::Error),
-    /// Nothing came, or went, for longer than one has patience.
+    /// Nothing could be received or sent for longer than `patience`.
     #[error("the other side has been silent for too long")]
     Silent,
     /// The stream was closed in order.
@@ -146,7 +146,7 @@ pub(crate) fn write(to: &mut dyn Write, kind: Kind, parts: &[&[u8]]) -> Result<(
 /// Writes all of these slices, in one call where the stream takes them: a header that is sent by itself
 /// wakes the other side for twelve bytes.
 fn write_all(to: &mut dyn Write, mut slices: &mut [IoSlice<'_>]) -> io::Result<()> {
-    // Leaves out empty ones, of which a write of 0 bytes would tell nothing.
+    // Skips empty slices: a write of 0 bytes for one would look like a closed stream.
     IoSlice::advance_slices(&mut slices, 0);
     while !slices.is_empty() {
         match uninterrupted(|| to.write_vectored(slices))? {

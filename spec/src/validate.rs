@@ -116,6 +116,21 @@ impl VmConfig {
             );
             found.push(problem("/cpus/max_vcpus", "out-of-range", detail));
         }
+        self.check_topology(found);
+        if let Some(bits) = self
+            .cpus
+            .max_phys_bits
+            .filter(|bits| !(36..=52).contains(bits))
+        {
+            let detail = format!("`max_phys_bits` ({bits}) must be 36 to 52");
+            found.push(problem("/cpus/max_phys_bits", "out-of-range", detail));
+        }
+        self.check_affinity(host, found);
+    }
+
+    /// Checks that the topology has room for all vCPUs, with APIC ids that this version supports.
+    fn check_topology(&self, found: &mut Vec<FieldProblem>) {
+        let max = self.cpus.max_vcpus;
         let arrangement = self.cpus.arrangement();
         let highest = max.checked_sub(1).map(|last| arrangement.apic_id(last));
         if let Some(topology) = &self.cpus.topology
@@ -144,14 +159,10 @@ impl VmConfig {
             };
             found.push(problem(field, UNSUPPORTED, detail));
         }
-        if let Some(bits) = self
-            .cpus
-            .max_phys_bits
-            .filter(|bits| !(36..=52).contains(bits))
-        {
-            let detail = format!("`max_phys_bits` ({bits}) must be 36 to 52");
-            found.push(problem("/cpus/max_phys_bits", "out-of-range", detail));
-        }
+    }
+
+    fn check_affinity(&self, host: &HostLimits, found: &mut Vec<FieldProblem>) {
+        let max = self.cpus.max_vcpus;
         let mut seen = HashSet::new();
         for (i, affinity) in self.cpus.affinity.iter().flatten().enumerate() {
             let pointer = format!("/cpus/affinity/{i}");

@@ -79,7 +79,7 @@ impl FaultServer {
             ram
         };
         let thread = thread::Builder::new()
-            .name("migrate-fault_server".to_owned())
+            .name("migrate-faults".to_owned())
             .spawn(in_span(serve))
             .map_err(|error| MigrationError::here("host-refused", error))?;
         Ok(Self {

@@ -1,7 +1,7 @@
 //! Traditional memory balloon device (virtio 1.3, 5.5): the guest gives memory back to the host.
 //!
-//! What is in the balloon, and what the guest reports as free, is given back at once, and comes
-//! back as zeros when the guest touches it.
+//! Pages in the balloon, and pages that the guest reports as free, go back to the host at once. The guest
+//! finds zeros when it touches them again.
 
 mod saved;
 mod task;
@@ -143,7 +143,7 @@ impl VirtioDevice for Balloon {
 
     fn write_config(&mut self, offset: usize, data: &[u8]) {
         if let (ACTUAL_AT, Ok(actual)) = (offset, <[u8; 4]>::try_from(data)) {
-            // The driver's word (5.5.4), for display alone: nothing is decided by it.
+            // The driver reports this number (5.5.4). It is only shown, since a guest can report any.
             let actual = bytes(u32::from_le_bytes(actual));
             self.shared.actual.store(actual, Ordering::Release);
         }
@@ -239,7 +239,7 @@ impl BalloonHandle {
         }
     }
 
-    /// Bytes that the guest has given: what is there to be read changes with it.
+    /// Bytes that the guest has given to the balloon. The counter changes as the guest follows.
     #[must_use]
     pub fn actual(&self) -> &Arc<AtomicU64> {
         &self.shared.actual

@@ -234,7 +234,7 @@ impl MemHandle {
         self.shared.requested.load(Ordering::Acquire)
     }
 
-    /// Bytes that are plugged: what is there to be read changes with it.
+    /// Bytes that are plugged. The counter changes as the guest plugs and unplugs.
     #[must_use]
     pub fn plugged(&self) -> &Arc<AtomicU64> {
         &self.shared.plugged

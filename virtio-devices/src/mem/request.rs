@@ -23,13 +23,13 @@ const VIRTIO_MEM_STATE_MIXED: u16 = 2;
 /// The device's answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Answer {
-    /// Done; of a request for a state, with that.
+    /// Done. The state is that of a `STATE` request, and 0 otherwise.
     Ack(u16),
-    /// The driver should have less.
+    /// Refused: the driver would have more than `requested_size`.
     Nack,
-    /// Not now: the host cannot.
+    /// The host has no memory now; the driver may try again.
     Busy,
-    /// The request makes no sense.
+    /// The request is invalid.
     Error,
 }
 

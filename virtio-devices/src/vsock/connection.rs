@@ -16,7 +16,7 @@ pub(super) const BUFFER: u32 = 256 << 10;
 /// The state of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stage {
-    /// The host asked, and the guest has until then to answer.
+    /// A client of the host asked for the connection, and the guest has not answered yet.
     Requested {
         /// When the connection is given up.
         until: Instant,
@@ -50,8 +50,9 @@ pub(super) struct Connection {
     pub(super) key: usize,
     /// Bytes that the host's socket has not accepted yet.
     to_host: VecDeque<u8>,
-    /// Bytes that the host's socket took, modulo 2^32, and what of them the guest knows.
+    /// Bytes that the host's socket took, modulo 2^32 (`fwd_cnt`).
     forwarded: u32,
+    /// The value of `forwarded` in the last packet to the guest.
     told: u32,
     /// Bytes that the guest was sent, modulo 2^32.
     sent: u32,
@@ -62,7 +63,7 @@ pub(super) struct Connection {
     /// The connection is in the list of those with packets for the guest.
     pub(super) queued: bool,
     asked_for_credit: bool,
-    /// The host's socket has said all.
+    /// The host's socket has sent its end of stream.
     host_done: bool,
     guest_sends_no_more: bool,
     guest_receives_no_more: bool,
@@ -95,7 +96,7 @@ impl Connection {
         }
     }
 
-    /// Notes what the guest can take, which each of its packets tells.
+    /// Notes the guest's receive buffer and count, which each of its packets carries.
     pub(super) fn note_credit(&mut self, header: &Header) {
         self.guest_alloc = header.buf_alloc;
         self.guest_forwarded = header.fwd_cnt;
@@ -124,7 +125,7 @@ impl Connection {
         open && (self.credit() > 0 || !self.asked_for_credit)
     }
 
-    /// The stream is ready, for what is not known.
+    /// The stream became readable, writable, or both.
     ///
     /// # Errors
     /// Fails if the host's socket is gone.
@@ -170,15 +171,17 @@ impl Connection {
                 Err(_) => return Err(Over),
             }
         }
-        // Before the guest believes that there is no room.
+        // A guest that got no update would stop sending when it has used up the room that it knows of.
         if self.forwarded.wrapping_sub(self.told) > BUFFER / 4 {
             self.notice(Notice::plain(Op::CreditUpdate));
         }
         if self.guest_sends_no_more && self.to_host.is_empty() {
+            // The guest is done in both directions and all its data was passed on: the device ends the
+            // connection by a reset (5.10.6.5).
             if self.guest_receives_no_more {
                 return Err(Over);
             }
-            // Who reads there learns that it was all.
+            // The client reads the end of the stream.
             let _ = self.stream.shutdown(Shutdown::Write);
         }
         Ok(())
@@ -203,17 +206,15 @@ impl Connection {
     pub(super) fn shut_down(&mut self, flags: u32) -> Result<(), Over> {
         self.guest_sends_no_more |= flags & NO_SEND != 0;
         self.guest_receives_no_more |= flags & NO_RECEIVE != 0;
-        // Both sides are done and all data was passed on: 5.10.6.5 lets the device end the
-        // connection by a reset.
         if self.guest_receives_no_more {
             let _ = self.stream.shutdown(Shutdown::Read);
         }
         self.flush()
     }
 
-    /// The next that the guest should get, if there is something: a notice, or data, which is put
-    /// into `data` as far as it goes. Where `data` has no room the packet has no data, and what
-    /// there is to read is left for the next buffer.
+    /// Returns the next packet for the guest, if there is one: a notice, or a packet of data, whose bytes
+    /// are put into `data`. If `data` has no room the packet is empty, and the bytes stay in the host's
+    /// socket for the next buffer.
     ///
     /// # Errors
     /// Fails if the socket is gone.

@@ -4,8 +4,7 @@
 //! The device listens on a unix socket of the host. A client sends `CONNECT port` and a line feed. When
 //! the guest accepts on that port, the client gets `OK port`, and the connection carries the stream. A
 //! guest that connects to a port of the host (CID 2) reaches the listener at the same path with `_port`
-//! appended. (The convention of Firecracker
-//! and Cloud Hypervisor.)
+//! appended. This is the convention of Firecracker and Cloud Hypervisor.
 
 mod connection;
 mod muxer;
@@ -137,7 +136,7 @@ impl Vsock {
         })
     }
 
-    /// A muxer in which no connection is.
+    /// Returns a muxer without connections.
     fn fresh(&self) -> Box<Muxer> {
         let (listener, counters) = (Arc::clone(&self.listener), Arc::clone(&self.counters));
         let limits = VsockLimits::default();
@@ -150,7 +149,7 @@ impl Vsock {
         ))
     }
 
-    /// The muxer, taken from its loop if it has no queue any more.
+    /// Takes the muxer from its loop if it has no queue any more.
     fn rest(&mut self) {
         if let Task::Running(running) = &self.task
             && running.with(|muxer| muxer.is_idle()) != Some(false)

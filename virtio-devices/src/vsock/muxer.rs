@@ -44,21 +44,21 @@ pub(super) struct Muxer {
     counters: Arc<Counters>,
     limits: VsockLimits,
     queues: [Option<Queue>; QUEUES],
-    /// A queue was put in that is not watched yet.
+    /// A queue was added whose kick is not watched yet.
     unwatched: bool,
     connections: HashMap<Ports, Connection>,
     streams: HashMap<usize, Ports>,
     undecided: HashMap<usize, Undecided>,
     /// When the first of those that wait for an answer is given up, or earlier.
     next_expiry: Option<Instant>,
-    /// There may be clients that were not accepted yet.
+    /// The listener may have clients that were not accepted yet.
     accepting: bool,
     replies: VecDeque<Header>,
-    /// None of the guest's packets is taken before it makes room for answers.
+    /// No packet of the guest is taken before it makes room for replies.
     stalled: bool,
     /// Connections that have something for the guest, each once.
     ready: VecDeque<Ports>,
-    /// The guest must hear that all its connections are gone.
+    /// The guest must get a transport reset event: all its connections are gone.
     pub(super) reset_guest: bool,
     next_key: usize,
     next_port: u32,
@@ -260,7 +260,7 @@ impl Muxer {
             // otherwise fill the host's memory with answers.
             muxer.stalled = muxer.replies.len() >= MAX_REPLIES;
             if muxer.stalled {
-                // The guest's kick of the other queue tells when it has made room.
+                // The guest kicks the receive queue when it has made room.
                 return Ok(Served::NotYet);
             }
             let bytes = chain.readable_len() as u64;
@@ -359,7 +359,7 @@ impl Muxer {
         self.queue(ports);
     }
 
-    /// Tells the guest that all that it knew of connections is no more.
+    /// Sends the transport reset event: all connections that the guest knew are gone (5.10.6.7).
     fn tell_reset(&mut self) -> Result<(), QueueError> {
         let Some(queue) = self.queues[EVENT].as_mut().filter(|_| self.reset_guest) else {
             return Ok(());
@@ -387,7 +387,7 @@ fn obey(
     match op {
         Op::Response if matches!(connection.stage, Stage::Requested { .. }) => {
             connection.establish();
-            // Who asked learns that it is through, and the port that it was given.
+            // The client gets the port that it was given, by which the guest knows it.
             let answer = format!("OK {}\n", ports.host);
             match (&*connection.stream).write(answer.as_bytes()) {
                 Ok(len) if len == answer.len() => Ok(()),

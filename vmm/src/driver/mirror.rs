@@ -68,7 +68,7 @@ pub(crate) struct ListedMirror {
 impl Drop for ListedMirror {
     fn drop(&mut self) {
         let (disk, id) = (std::mem::take(&mut self.disk), self.id);
-        // With its machine the mirror has ended, too.
+        // The call fails if the machine has ended, and the mirror with it.
         let _ = self.caller.call(move |driver, _| {
             let all = &mut driver.mirrors.0;
             // Behind the switch another mirror of the disk may have begun.
@@ -171,14 +171,11 @@ impl Driver {
         }
         let devices = active.devices();
         if devices.is_leaving(&new.disk) {
-            let detail = format!(
-                "the VM's guest was asked to let go of the disk `{}`",
-                new.disk
-            );
+            let detail = format!("the VM's guest was asked to eject the disk `{}`", new.disk);
             return Err(conflict("device-leaving", detail));
         }
         if active.memory().0.pages() != Pages::There {
-            // The queues of the disk may wait for one, and the switch would wait for them.
+            // The queues of the disk may wait for a page, and the switch would wait for the queues.
             return Err(conflict("pages-arriving", PAGES_ARRIVING));
         }
         let Some(DeviceHandle::Disk(handle)) = devices.control(&new.disk) else {
@@ -207,8 +204,8 @@ impl Driver {
         Ok(parts)
     }
 
-    /// Has a disk continue on another image, on another thread. The queues of the disk, and nothing else,
-    /// stand still while `finish` copies the last blocks.
+    /// Has a disk continue on another image, on another thread. Only the queues of this disk stop while
+    /// `finish` copies the last blocks.
     pub(crate) fn switch_disk(
         &mut self,
         to: Successor,
@@ -233,7 +230,7 @@ impl Driver {
                 return;
             }
         };
-        // No request changes that while the machine is lent.
+        // No request pauses or resumes the VM while the machine is lent.
         let runs = self.publisher.current().state != VmState::Paused;
         let id = to.disk.clone();
         let switch = move |active: &mut Active| {

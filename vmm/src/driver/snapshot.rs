@@ -35,8 +35,8 @@ impl Driver {
     }
 
     fn resume_as(&mut self, state: OutgoingState) -> Result<(), Refusal> {
-        let ran = self.outgoing.as_ref().ok_or_else(no_machine)?;
-        if ran.state.must_resume() {
+        let outgoing = self.outgoing.as_ref().ok_or_else(no_machine)?;
+        if outgoing.state.must_resume() {
             let resumed = self.on()?.resume();
             resumed.map_err(|error| Refusal::new("cannot-go-on", error.to_string()))?;
         }
@@ -46,7 +46,8 @@ impl Driver {
         Ok(())
     }
 
-    /// A guest that comes from a snapshot is another copy, and its clocks were stopped for so long.
+    /// Tells a guest that comes from a snapshot that it is another copy. At the moment `as_of` its clocks
+    /// had been stopped for `stopped_for`.
     pub(crate) fn announce_generation(
         &mut self,
         stopped_for: Duration,
@@ -191,7 +192,7 @@ fn switch_all(
     wanted: Vec<(NewOverlay, DiskConfig)>,
 ) -> Result<Vec<SwitchedDisk>, Refusal> {
     let mut opened = Vec::new();
-    // All are opened before the first is switched: opening is what may fail.
+    // Open all before the first is switched: opening fails more often, and then nothing has changed.
     for (overlay, was) in wanted {
         let image = disk(active, &overlay.disk)?.open_overlay(&overlay.path);
         opened.push((
@@ -205,6 +206,7 @@ fn switch_all(
             switched.push(disk_of_it);
             continue;
         };
+        // All disks or none: a snapshot of some of them would be of no moment of the guest.
         for SwitchedDisk { overlay, .. } in &switched {
             if let Err(error) = disk(active, &overlay.disk)?.switch_back() {
                 tracing::error!(%error, disk = overlay.disk, "a disk stays on its overlay");
