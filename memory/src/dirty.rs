@@ -256,6 +256,25 @@ impl DirtyBitmap {
             word.fetch_or(*bits, Ordering::Release);
         }
     }
+
+    /// Puts back the marks of `pages` neighbours from `first` on, as [`DirtyBitmap::put_back`] does. What
+    /// is past the end is ignored.
+    pub fn put_back_run(&self, first: usize, pages: usize) {
+        let Some(last) = pages.checked_sub(1) else {
+            return;
+        };
+        let last = first.saturating_add(last).min(self.pages.saturating_sub(1));
+        if first > last {
+            return;
+        }
+        // Not by `mark`, which leaves out pages that are not plugged: the destination must get zeros
+        // for those that were unplugged before they were taken.
+        for (index, bits) in masks(first, last) {
+            if let Some(word) = self.words.get(index) {
+                word.fetch_or(bits, Ordering::Release);
+            }
+        }
+    }
 }
 
 impl fmt::Debug for DirtyBitmap {

@@ -73,7 +73,7 @@ fn batches_of(pending: &[DirtyPages], most: usize) -> impl Iterator<Item = Vec<R
         let runs = pages.runs();
         runs.map(move |(first, pages)| (block, first, pages))
     });
-    // Of a run, or the whole of it.
+    // A run that did not fit the last batch, or the rest of it.
     let mut rest = None;
     std::iter::from_fn(move || {
         let (mut batch, mut room): (Vec<Run>, _) = (Vec::new(), most);
@@ -124,15 +124,14 @@ impl<I: Iterator<Item = Vec<Run>>> Work<'_, I> {
         for run in self.batches.lock().by_ref().flatten() {
             if let Some(dirty) = self.contents.dirty(run.block) {
                 // Within the block.
-                let first = run.first as usize;
-                dirty.mark(first * PAGE, run.pages as usize * PAGE);
+                dirty.put_back_run(run.first as usize, run.pages as usize);
             }
         }
     }
 }
 
-/// Has each channel's thread send, and meanwhile does something else; as long as they take, `sign` is
-/// called so often. Gives the bytes that were sent, and what the other thing came to.
+/// Sends on a thread for each channel, and does `meanwhile` on this one. Until all have ended, calls `sign`
+/// at the interval `every`. Returns the bytes that were sent, and the result of `meanwhile`.
 pub(crate) fn on_all<R>(
     rams: &mut [Ram],
     send: impl Fn(&mut Ram) -> Result<u64, MigrationError> + Sync,
@@ -184,7 +183,7 @@ pub(crate) fn on_all<R>(
     })
 }
 
-/// Few pages, over the first channel, on this thread.
+/// Sends few pages over the first channel, on this thread.
 pub(crate) fn send_inline(
     rams: &mut [Ram],
     contents: Contents<'_>,
@@ -218,7 +217,7 @@ impl Ram {
         }
     }
 
-    /// Tells of pages that come after the guest.
+    /// Announces pages that come after the guest.
     pub(crate) fn send_missing(&mut self, block: u32, runs: &[Run]) -> Result<(), MigrationError> {
         let body = pages::encode_missing(block, runs);
         Ok(wire::write(&mut *self.stream, Kind::Missing, &[&body])?)
@@ -240,7 +239,7 @@ impl Ram {
         loop {
             turn.give_way(priority);
             let next = match priority.behind_fault(contents) {
-                // A guest that reads on finds the next pages there.
+                // A guest that reads on sequentially then finds the next pages there.
                 Some(next) => Some(vec![next]),
                 // A statement of its own: in a `while let` the lock would be held during the send,
                 // and the channels would wait for each other.
@@ -385,7 +384,7 @@ impl Ram {
     }
 }
 
-/// Keeps to a bandwidth, all channels together.
+/// Keeps all channels together to a bandwidth.
 pub(crate) struct Pacer {
     limit: Option<u64>,
     begun: Instant,
@@ -425,7 +424,7 @@ impl Pacer {
         let due = self.due(self.sent.fetch_add(bytes, Ordering::Relaxed) + bytes);
         loop {
             let ahead = due.saturating_sub(elapsed());
-            // A sleep costs about as much as it is too long.
+            // Sleeps end late by about a millisecond: shorter ones are skipped, and made up for later.
             if ahead <= Duration::from_millis(1) || is_over() {
                 return;
             }
@@ -507,6 +506,41 @@ mod tests {
         let sleep = |span| now.set(now.get() + span);
         pacer.wait_by(1 << 40, is_over, || now.get(), sleep);
         assert!(now.get() <= Duration::from_secs(1) + 2 * LONGEST_SLEEP);
+    }
+
+    /// The destination may have old content of pages that were unplugged: they go as zeros, also when
+    /// their round is cut short.
+    #[test]
+    fn unsent_pages_of_unplugged_memory_stay_marked() {
+        let config = memory::RamConfig {
+            hotplug: true,
+            ..memory::RamConfig::anonymous(8 * memory::PAGE_SIZE)
+        };
+        let ram = std::sync::Arc::new(memory::RamBlock::new(&config).unwrap());
+        ram.plug(0, 8 * PAGE).unwrap();
+        ram.dirty().set_enabled(true);
+        ram.unplug(2 * PAGE, 3 * PAGE).unwrap();
+        let pending = [ram.dirty().take()];
+        assert_eq!(pending[0].runs().collect::<Vec<_>>(), [(2, 3)]);
+        let name = "ram".to_owned();
+        let work = Work {
+            contents: Contents {
+                blocks: &[Block {
+                    name,
+                    ram: ram.clone(),
+                }],
+                disks: &[],
+            },
+            batches: Mutex::new(batches(&pending, None)),
+            pacer: Pacer::new(None),
+            cut: None,
+            round: 1,
+            progress: Progress::default(),
+            decision: Decision::default(),
+        };
+        work.put_back();
+        let marked = ram.dirty().take();
+        assert_eq!(marked.runs().collect::<Vec<_>>(), [(2, 3)]);
     }
 
     #[test]
