@@ -1,6 +1,7 @@
 //! Address spaces: the published side of a topology, and guest accesses through it.
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -8,7 +9,7 @@ use arc_swap::{ArcSwap, Guard};
 use vm_memory::GuestAddressSpace;
 
 use crate::flat_view::{FlatRange, FlatView, Target};
-use crate::region::RamSlice;
+use crate::region::{DeviceOps, RamSlice};
 
 /// Which of a topology's two address spaces.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -146,38 +147,32 @@ pub enum Access {
     Unassigned(u64),
 }
 
-/// Accesses of a guest's CPU, at any address and of any width. One that crosses from a range to
+/// The part of the map that answers a piece of an access.
+enum Piece<'a> {
+    /// A device, and the offset in its region.
+    Device(&'a dyn DeviceOps, u64),
+    /// RAM, and the offset from the slice's start.
+    Ram(&'a RamSlice, u64),
+    /// Read-only memory, and the offset from the slice's start.
+    Rom(&'a RamSlice, u64),
+    /// Nothing is assigned there.
+    Unassigned,
+}
+
+/// Accesses of a guest's CPU, at any address and of any width. An access that crosses from one range to
 /// the next is split there.
 impl FlatView {
     /// Fills `data` with what the guest reads at `addr`.
     pub fn read(&self, addr: u64, data: &mut [u8]) -> Access {
         let mut result = Access::Answered;
-        self.split(addr, data.len(), |at, answering, from, len| {
-            let Some(part) = data.get_mut(from..from + len) else {
+        self.split(addr, data.len(), |at, piece, bytes| {
+            let Some(part) = data.get_mut(bytes) else {
                 return;
             };
-            match answering {
-                Some((
-                    FlatRange {
-                        target: Target::Device(ops),
-                        ..
-                    },
-                    offset,
-                )) => {
-                    ops.read(offset, part);
-                }
-                Some((
-                    flat @ FlatRange {
-                        target: Target::Ram(ram) | Target::Rom(ram),
-                        ..
-                    },
-                    offset,
-                )) => {
-                    // `offset` counts from the start of the region, `ram` from the start of the
-                    // range.
-                    ram.read(offset - flat.offset, part);
-                }
-                None => {
+            match piece {
+                Piece::Device(ops, offset) => ops.read(offset, part),
+                Piece::Ram(ram, offset) | Piece::Rom(ram, offset) => ram.read(offset, part),
+                Piece::Unassigned => {
                     part.fill(0xff);
                     result = first_gap(result, at);
                 }
@@ -189,64 +184,34 @@ impl FlatView {
     /// Takes `data`, which the guest writes at `addr`.
     pub fn write(&self, addr: u64, data: &[u8]) -> Access {
         let mut result = Access::Answered;
-        self.split(addr, data.len(), |at, answering, from, len| {
-            let Some(part) = data.get(from..from + len) else {
+        self.split(addr, data.len(), |at, piece, bytes| {
+            let Some(part) = data.get(bytes) else {
                 return;
             };
-            match answering {
-                Some((
-                    FlatRange {
-                        target: Target::Device(ops),
-                        ..
-                    },
-                    offset,
-                )) => {
-                    ops.write(offset, part);
-                }
-                Some((
-                    flat @ FlatRange {
-                        target: Target::Ram(ram),
-                        ..
-                    },
-                    offset,
-                )) => {
-                    ram.write(offset - flat.offset, part);
-                }
+            match piece {
+                Piece::Device(ops, offset) => ops.write(offset, part),
+                Piece::Ram(ram, offset) => ram.write(offset, part),
                 // As on hardware: the write is lost without an error.
-                Some((
-                    FlatRange {
-                        target: Target::Rom(_),
-                        ..
-                    },
-                    _,
-                )) => {}
-                None => result = first_gap(result, at),
+                Piece::Rom(..) => {}
+                Piece::Unassigned => result = first_gap(result, at),
             }
         });
         result
     }
 
-    /// Calls `part` with each piece of an access that one range answers, or none: the piece's
-    /// address, the range with the offset in its region, and where in the data, how long.
-    fn split(
-        &self,
-        addr: u64,
-        len: usize,
-        mut part: impl FnMut(u64, Option<(&FlatRange, u64)>, usize, usize),
-    ) {
+    /// Calls `part` for each piece of an access: with its address, what answers it, and its bytes in the
+    /// access's data.
+    fn split(&self, addr: u64, len: usize, mut part: impl FnMut(u64, Piece<'_>, Range<usize>)) {
         let mut done = 0;
         while done < len {
             // Past the last address the bus has no more lines: the address wraps to 0.
             let at = addr.wrapping_add(done as u64);
-            let (answering, last) = match self.find(at) {
-                Some(flat) => (
-                    Some((flat, flat.offset + (at - flat.range.first()))),
-                    flat.range.last(),
-                ),
+            let (piece, last) = match self.find(at) {
+                Some(flat) => (piece_of(flat, at), flat.range.last()),
                 // A gap ends where the next range starts. That range starts above `at`, so its
                 // first address is not 0.
                 None => (
-                    None,
+                    Piece::Unassigned,
                     self.ranges()
                         .get(self.index_after(at))
                         .map_or(u64::MAX, |n| n.range.first() - 1),
@@ -258,9 +223,21 @@ impl FlatView {
                 .unwrap_or(usize::MAX)
                 .saturating_add(1);
             let here = room.min(len - done);
-            part(at, answering, done, here);
+            part(at, piece, done..done + here);
             done += here;
         }
+    }
+}
+
+/// Returns what answers at an address within a range.
+fn piece_of(flat: &FlatRange, at: u64) -> Piece<'_> {
+    let from_first = at - flat.range.first();
+    match &flat.target {
+        // Devices count from the start of their region, of which the range may show a part.
+        Target::Device(ops) => Piece::Device(&**ops, flat.offset + from_first),
+        // The slice of a range begins at the range's first address.
+        Target::Ram(ram) => Piece::Ram(ram, from_first),
+        Target::Rom(ram) => Piece::Rom(ram, from_first),
     }
 }
 
