@@ -121,21 +121,7 @@ fn registers(vcpus: u32) -> Bytes {
         &field("CPPR", FieldAccessType::Byte, bits.collect()),
         &region("CPRG", cpus::EVENT, cpus::LEN),
         &field("CPRG", FieldAccessType::DWord, registers.into()),
-        // The arguments of `_OST`: a vCPU, the notification's code, a status. Of the code only the low
-        // byte counts, by which an ejection that the guest began itself (0x103) is one as well.
-        &Method::new(
-            "CPST".into(),
-            3,
-            true,
-            vec![
-                &And::new(&Local(0), &Arg(1), &0xff_u8),
-                &ShiftLeft::new(&Local(0), &Local(0), &16_u8),
-                &Or::new(&Local(0), &Local(0), &Arg(0)),
-                &And::new(&Local(1), &Arg(2), &0xff_u8),
-                &ShiftLeft::new(&Local(1), &Local(1), &24_u8),
-                &Or::new(&Path::new("CPOS"), &Local(0), &Local(1)),
-            ],
-        ),
+        &ost("CPST", "CPOS"),
     ])
 }
 
@@ -183,6 +169,27 @@ fn scan(vcpus: u32) -> Bytes {
         .to_aml_bytes(&mut notices);
     }
     notifiers(notices, ["CPEV", "CTFY", "CSCN"])
+}
+
+/// The method `name`, to which `_OST` passes the number of a device, the notification's code and a status,
+/// and which writes them as one value to `register`: bits 0-15, 16-23 and 24-31.
+pub(super) fn ost(name: &str, register: &str) -> Bytes {
+    Method::new(
+        name.into(),
+        3,
+        true,
+        vec![
+            // Only the low byte of the code counts: an ejection that the guest began by itself has 0x103,
+            // and is one as well.
+            &And::new(&Local(0), &Arg(1), &0xff_u8),
+            &ShiftLeft::new(&Local(0), &Local(0), &16_u8),
+            &Or::new(&Local(0), &Local(0), &Arg(0)),
+            &And::new(&Local(1), &Arg(2), &0xff_u8),
+            &ShiftLeft::new(&Local(1), &Local(1), &24_u8),
+            &Or::new(&Path::new(register), &Local(0), &Local(1)),
+        ],
+    )
+    .to_bytes()
 }
 
 /// Methods that take the notifications of a register block, and pass them on by `notices`. Named are
@@ -251,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn vcpus_that_can_be_plugged_are_listed_as_online_capable() {
+    fn pluggable_vcpus_are_online_capable() {
         let mut cpus = CpusConfig::with_vcpus(4);
         cpus.boot_vcpus = 2;
         let wanted = [(0, 0, 1), (1, 1, 1), (2, 2, 2), (3, 3, 2)];

@@ -11,15 +11,15 @@
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
-    Add, AddressSpace, AddressSpaceCacheable, And, Arg, CreateQWordField, Device, EISAName, Equal,
+    Add, AddressSpace, AddressSpaceCacheable, Arg, CreateQWordField, Device, EISAName, Equal,
     Field, FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, If, Local, Method,
-    MethodCall, Name, NotEqual, Notify, ONE, OpRegion, OpRegionSpace, Or, Path, ResourceTemplate,
-    Return, ShiftLeft, Store, Subtract, ZERO,
+    MethodCall, Name, NotEqual, Notify, ONE, OpRegion, OpRegionSpace, Path, ResourceTemplate,
+    Return, Store, Subtract, ZERO,
 };
 use devices::dimms;
 
 use super::Bytes;
-use super::cpus::{notifiers, within_sb};
+use super::cpus::{notifiers, ost, within_sb};
 use crate::arch::x86_64::layout;
 
 /// `_STA` of a device that is present, enabled, shown and working.
@@ -86,20 +86,7 @@ fn registers() -> Bytes {
             update,
             slots.chain(others).collect(),
         ),
-        // The arguments of `_OST`: a slot, the notification's code, a status.
-        &Method::new(
-            "MPST".into(),
-            3,
-            true,
-            vec![
-                &And::new(&Local(0), &Arg(1), &0xff_u8),
-                &ShiftLeft::new(&Local(0), &Local(0), &16_u8),
-                &Or::new(&Local(0), &Local(0), &Arg(0)),
-                &And::new(&Local(1), &Arg(2), &0xff_u8),
-                &ShiftLeft::new(&Local(1), &Local(1), &24_u8),
-                &Or::new(&Path::new("MPOS"), &Local(0), &Local(1)),
-            ],
-        ),
+        &ost("MPST", "MPOS"),
     ])
 }
 
