@@ -172,7 +172,7 @@ async fn an_empty_upload_that_waits_for_continue_keeps_the_connection() {
 }
 
 #[test]
-fn an_idle_connection_is_kept_for_ten_minutes_at_least() {
+fn idle_connection_is_kept_for_ten_minutes() {
     let bounds = Bounds::default();
     assert!(bounds.idle_timeout >= Duration::from_secs(600));
     assert!(bounds.header_read_timeout <= Duration::from_secs(30));

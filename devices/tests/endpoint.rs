@@ -151,7 +151,7 @@ const MESSAGE: MsiMessage = MsiMessage {
 };
 
 #[test]
-fn capabilities_are_a_list_and_have_bits_of_their_own() {
+fn capabilities_form_a_list() {
     let machine = machine();
     assert_eq!(machine.read(0), 0x1042_1af4);
     assert_eq!(machine.read(4) >> 16 & 0x10, 0x10);

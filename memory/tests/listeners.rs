@@ -174,7 +174,7 @@ impl MemoryListener for Fragile {
 }
 
 #[test]
-fn dropping_a_handle_elsewhere_waits_for_the_callback() {
+fn dropping_a_handle_waits_for_the_callback() {
     let topology = Arc::new(Mutex::new(Topology::new()));
     let region = place_device(&mut topology.lock(), 0).unwrap();
     let done = Arc::new(AtomicBool::new(false));

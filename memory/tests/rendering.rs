@@ -278,7 +278,7 @@ fn device(tx: &mut Transaction<'_>, name: &str, size: u64) -> RegionId {
 }
 
 #[test]
-fn priorities_are_compared_within_one_container_only() {
+fn priorities_count_within_a_container() {
     let mut topology = Topology::new();
     let (mut low, mut high) = (None, None);
     topology
@@ -412,7 +412,7 @@ fn rejects_oversized_alias_trees() {
 }
 
 #[test]
-fn adjacent_slices_of_one_region_are_one_range_again() {
+fn adjacent_slices_become_one_range() {
     let mut topology = Topology::new();
     let mut tx = topology.begin();
     let (region, hole) = (device(&mut tx, "d", 0x100), device(&mut tx, "hole", 0x10));

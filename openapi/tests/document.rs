@@ -45,7 +45,7 @@ fn committed_document_is_current() {
 }
 
 #[test]
-fn every_operation_has_a_client_method_and_none_has_two() {
+fn operations_have_one_client_method_each() {
     let described: BTreeSet<_> = operations(&document())
         .into_iter()
         .map(|(method, path, operation)| {
@@ -83,7 +83,7 @@ fn operation_names_differ_in_more_than_spelling() {
 /// Generators split names at `-` and at capitals: `power-buttonVM` and `VMs` come out as
 /// `power_button_vm` and `v_ms`.
 #[test]
-fn operations_and_tags_have_names_for_every_language() {
+fn names_suit_every_language() {
     let operation = |id: &str| id.chars().all(|c| c.is_ascii_alphanumeric()) && !id.contains("VM");
     for (method, path, one) in operations(&document()) {
         let id = one["operationId"].as_str().unwrap();
@@ -136,7 +136,7 @@ fn every_object_has_a_name() {
 
 /// Generators ignore what is beside `$ref`, and so also inside `oneOf`.
 #[test]
-fn optional_fields_are_described_where_generators_look() {
+fn optional_fields_are_described() {
     let document = document();
     let schemas = document["components"]["schemas"].as_object().unwrap();
     let mut seen = 0;
@@ -153,7 +153,7 @@ fn optional_fields_are_described_where_generators_look() {
 
 /// A generated client returns nothing for a status that is not declared, as for an empty success.
 #[test]
-fn every_operation_of_the_own_face_declares_all_its_errors() {
+fn own_operations_declare_their_errors() {
     let document = document();
     for (method, path, operation) in operations(&document) {
         if operation["tags"][0] == "cloud-hypervisor" {

@@ -29,7 +29,7 @@ fn buffer(addr: u64, len: u32, writable: bool) -> TestBuffer {
 }
 
 #[test]
-fn a_chain_is_read_and_written_across_its_buffers() {
+fn chain_spans_its_buffers() {
     let mut guest = TestGuest::new(1 << 20);
     let (transport, heard) = transport();
     let mut driver = TestQueue::new(&mut guest, 3, 8);
@@ -254,7 +254,7 @@ fn popped_chain_is_found_again() {
 }
 
 #[test]
-fn more_chains_than_the_queue_has_entries_are_refused() {
+fn too_many_available_chains_are_refused() {
     let mut guest = TestGuest::new(1 << 20);
     let (transport, _) = transport();
     let driver = TestQueue::new(&mut guest, 0, 8);

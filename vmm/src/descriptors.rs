@@ -329,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn error_names_what_is_needed_available_and_the_limit() {
+    fn error_names_needed_available_and_limit() {
         let refused = Descriptors::new(1024, 300).reserve(800, None).unwrap_err();
         let text = refused.to_string();
         for part in [

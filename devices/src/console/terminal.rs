@@ -223,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn reader_that_is_gone_makes_output_lost_and_no_more() {
+    fn output_without_a_reader_is_lost() {
         let (reader, pipe) = io::pipe().unwrap();
         drop(reader);
         let mut writer = Writer::start(pipe).unwrap();

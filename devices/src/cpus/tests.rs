@@ -29,7 +29,7 @@ fn present(block: &CpuBlock) -> Vec<u32> {
 }
 
 #[test]
-fn guest_finds_out_and_ejects_what_it_was_asked_to() {
+fn guest_ejects_requested_vcpus() {
     let changes = Arc::new(AtomicUsize::new(0));
     let counter = Arc::clone(&changes);
     let block = CpuBlock::new(2, MAX, move || {
@@ -103,7 +103,7 @@ fn refusal_ends_the_request() {
 }
 
 #[test]
-fn withdrawn_request_is_honored_only_if_the_guest_saw_it() {
+fn withdrawn_request_counts_if_seen() {
     let block = CpuBlock::new(3, MAX, || {});
     block.want_back(1);
     assert_eq!(event(&block), Some((EJECT_REQUEST, 1)));

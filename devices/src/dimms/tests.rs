@@ -74,7 +74,7 @@ fn guest_finds_and_accepts_memory() {
 }
 
 #[test]
-fn guest_that_boots_finds_memory_without_a_notification() {
+fn booting_guest_finds_memory() {
     let block = block(0);
     block.plug(UNIT).unwrap();
     assert_eq!(register(&block, 0), START);

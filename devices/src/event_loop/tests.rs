@@ -313,7 +313,7 @@ impl Actor for Forbidden {
 }
 
 #[test]
-fn a_violation_ends_the_actor_that_made_the_call_and_no_other() {
+fn violation_ends_only_its_actor() {
     let confinement = Confinement::new(&Notes);
     let on = EventLoop::start_confined("test", ThreadKind::Devices, confinement).unwrap();
     let (mut other, heard, _) = echo(&on);
@@ -331,7 +331,7 @@ fn a_violation_ends_the_actor_that_made_the_call_and_no_other() {
 }
 
 #[test]
-fn a_thread_that_cannot_be_confined_serves_nothing() {
+fn unconfined_thread_serves_nothing() {
     let confinement = Confinement::new(&Notes);
     let refused = EventLoop::start_confined("test", ThreadKind::Drivers, confinement);
     let refused = refused.map(|_| ()).unwrap_err();

@@ -183,7 +183,7 @@ fn the_msrs_and_tables_in_guest_memory_are_known() {
 }
 
 #[test]
-fn a_guest_with_svm_on_is_saved_with_its_state_or_refused() {
+fn guest_with_svm_is_saved_or_refused() {
     let (_vm, vcpu) = vcpu();
     let mut sregs = vcpu.sregs().unwrap();
     assert_eq!(vcpu.save_nested().unwrap(), None);
@@ -199,7 +199,7 @@ fn a_guest_with_svm_on_is_saved_with_its_state_or_refused() {
 }
 
 #[test]
-fn more_msrs_than_kvm_takes_at_once_are_set_and_read() {
+fn msrs_are_set_and_read_in_parts() {
     const KERNEL_GS_BASE: u32 = 0xc000_0102;
     let (_vm, vcpu) = vcpu();
     let mut saved = vcpu.save(SaveClock::Now).unwrap();

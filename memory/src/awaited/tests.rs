@@ -223,7 +223,7 @@ proptest! {
 }
 
 #[test]
-fn lost_requests_are_repeated_and_answered_ones_are_not() {
+fn only_lost_requests_are_repeated() {
     let mut model = Model::new(0b1111);
     model.begin(BlockUse::Read, 0..2 * PER_PAGE);
     assert_eq!(model.blocks.take_requests(), [0, 1]);

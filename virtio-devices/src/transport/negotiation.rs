@@ -473,7 +473,7 @@ mod tests {
     }
 
     #[test]
-    fn an_enabled_queue_cannot_be_moved_and_a_reset_one_can() {
+    fn only_a_reset_queue_can_be_moved() {
         let mut config = config();
         negotiate(
             &mut config,

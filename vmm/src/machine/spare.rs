@@ -96,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn kvmclock_of_a_spare_vm_begins_when_it_is_taken() {
+    fn kvmclock_of_a_spare_begins_when_taken() {
         let background = Background::start().unwrap();
         let spare = SpareVm::new(Arc::new(Kvm::open().unwrap()), &background);
         assert!(background.wait(Duration::from_secs(60)));

@@ -197,7 +197,7 @@ fn newer_models_run_older_profiles() {
 }
 
 #[test]
-fn sizes_and_unnamed_features_are_those_of_the_profile() {
+fn profile_sets_sizes_and_unnamed_features() {
     let all = host_of(CpuProfile::IcelakeServer, &["pni"]);
     let seen = |profile: CpuProfile, function: u32, index: u32| {
         let model = cut(profile, &all);

@@ -241,7 +241,7 @@ fn leaves_above_the_greatest_are_not_invented() {
 }
 
 #[test]
-fn an_intel_cpu_with_dies_gets_the_leaf_that_has_them() {
+fn intel_cpu_with_dies_has_leaf_1f() {
     let [one, two] = [1, 2].map(|dies| CpuTopology {
         threads_per_core: 1,
         cores_per_die: 3,
