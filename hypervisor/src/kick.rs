@@ -76,7 +76,7 @@ impl Kicker {
         }
     }
 
-    /// Takes the wish, if there is one.
+    /// Takes the pending kick, if there is one.
     pub(crate) fn take(&self) -> bool {
         self.0.pending.load(Ordering::SeqCst) && self.0.pending.swap(false, Ordering::SeqCst)
     }

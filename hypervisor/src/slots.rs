@@ -223,7 +223,7 @@ impl MemSlots {
         Ok(())
     }
 
-    /// Takes what the guest wrote since the last time to the RAM blocks' dirty bitmaps. A page
+    /// Moves the dirty bits since the last harvest from KVM to the RAM blocks' dirty bitmaps. A page
     /// whose bit is set there may have been written again by the time it is read; then the next
     /// harvest has it once more.
     ///

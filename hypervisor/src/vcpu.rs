@@ -5,7 +5,8 @@ use std::sync::atomic::AtomicU8;
 
 use kvm_bindings::{
     CpuId, KVM_CAP_HYPERV_SYNIC, KVM_EXIT_HYPERV_HCALL, KVM_MP_STATE_RUNNABLE, Msrs,
-    kvm_enable_cap, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_xsave,
+    kvm_enable_cap, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_run, kvm_sregs,
+    kvm_xsave,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
@@ -101,6 +102,7 @@ impl Vcpu {
         while self.enter(handler, 1) == Exit::Handled {}
     }
 
+    /// Enters the guest, and handles the exit as far as that can be done here.
     fn enter(&mut self, handler: &mut impl ExitHandler, immediate_exit_wanted: u8) -> Exit {
         // The order of the next steps makes kicks reliable: reset the byte, publish it to the
         // signal handler, check `pending`, enter. A kick before the check is found by the check.
@@ -127,56 +129,14 @@ impl Vcpu {
         // From here a signal interrupts nothing; its kick stays in `pending` for the next run.
         drop(running);
 
-        let exit = match left {
-            Ok(VcpuExit::IoIn(port, data)) => {
-                // SAFETY: after this exit the kernel has filled in this member.
-                let width = unsafe { (*run).__bindgen_anon_1.io.size };
-                for part in data.chunks_mut(usize::from(width.max(1))) {
-                    handler.io_read(port, part);
-                }
-                Exit::Handled
-            }
-            Ok(VcpuExit::IoOut(port, data)) => {
-                // SAFETY: after this exit the kernel has filled in this member.
-                let width = unsafe { (*run).__bindgen_anon_1.io.size };
-                for part in data.chunks(usize::from(width.max(1))) {
-                    handler.io_write(port, part);
-                }
-                Exit::Handled
-            }
-            Ok(VcpuExit::MmioRead(addr, data)) => {
-                handler.mmio_read(addr, data);
-                Exit::Handled
-            }
-            Ok(VcpuExit::MmioWrite(addr, data)) => {
-                handler.mmio_write(addr, data);
-                Exit::Handled
-            }
-            Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt) => Exit::Handled,
-            Ok(VcpuExit::Unsupported(DIRTY_RING_FULL)) => match self.slots.empty_rings() {
+        // SAFETY: `run` is the mapping of this vCPU, as KVM left it with this exit.
+        let exit = match unsafe { answer(left, run, handler) } {
+            Answer::Exit(exit) => exit,
+            Answer::RingFull => match self.slots.empty_rings() {
                 Ok(()) => Exit::Handled,
                 Err(error) => Exit::Failed(RunFailure::Unknown(error.to_string())),
             },
-            Ok(VcpuExit::Hyperv) => {
-                // SAFETY: after this exit the kernel has filled in this member.
-                let exit = unsafe { &mut (*run).__bindgen_anon_1.hyperv };
-                if exit.type_ == KVM_EXIT_HYPERV_HCALL {
-                    /// `HV_STATUS_INVALID_HYPERCALL_CODE`: there are no messages to other partitions.
-                    const INVALID: u64 = 2;
-                    // KVM reads the result when the vCPU next runs.
-                    exit.u.hcall.result = INVALID;
-                }
-                // Other exits tell that the guest has set up its interrupt controller.
-                Exit::Handled
-            }
-            Ok(VcpuExit::Shutdown) => Exit::Shutdown,
-            Ok(VcpuExit::FailEntry(reason, _)) => Exit::Failed(RunFailure::Entry { reason }),
-            Ok(VcpuExit::MemoryFault { gpa, .. }) => Exit::Failed(RunFailure::MemoryFault { gpa }),
-            Ok(VcpuExit::InternalError) => Exit::Failed(self.internal_error()),
-            Ok(other) => Exit::Failed(RunFailure::Unknown(format!("{other:?}"))),
-            // EAGAIN: an application processor has left its wait for INIT or SIPI.
-            Err(errno) if matches!(errno.errno(), libc::EINTR | libc::EAGAIN) => Exit::Interrupted,
-            Err(errno) => Exit::Failed(RunFailure::Run(errno.errno())),
+            Answer::InternalError => Exit::Failed(self.internal_error()),
         };
         if exit == Exit::Interrupted {
             self.fd.set_kvm_immediate_exit(0);
@@ -371,4 +331,72 @@ impl Drop for Vcpu {
     fn drop(&mut self) {
         self.gate.forget(&self.seat);
     }
+}
+
+/// The result of handling an exit of KVM.
+enum Answer {
+    Exit(Exit),
+    /// The vCPU's dirty ring must be emptied before it runs again.
+    RingFull,
+    /// KVM failed; the reason is in `kvm_run`.
+    InternalError,
+}
+
+/// Has `handler` answer the guest's access, if that was the reason of the exit.
+///
+/// # Safety
+/// `run` is the vCPU's mapping of `kvm_run`, of which `left` is the exit.
+unsafe fn answer(
+    left: Result<VcpuExit<'_>, kvm_ioctls::Error>,
+    run: *mut kvm_run,
+    handler: &mut impl ExitHandler,
+) -> Answer {
+    Answer::Exit(match left {
+        Ok(VcpuExit::IoIn(port, data)) => {
+            // SAFETY: after this exit the kernel has filled in this member.
+            let width = unsafe { (*run).__bindgen_anon_1.io.size };
+            for part in data.chunks_mut(usize::from(width.max(1))) {
+                handler.io_read(port, part);
+            }
+            Exit::Handled
+        }
+        Ok(VcpuExit::IoOut(port, data)) => {
+            // SAFETY: after this exit the kernel has filled in this member.
+            let width = unsafe { (*run).__bindgen_anon_1.io.size };
+            for part in data.chunks(usize::from(width.max(1))) {
+                handler.io_write(port, part);
+            }
+            Exit::Handled
+        }
+        Ok(VcpuExit::MmioRead(addr, data)) => {
+            handler.mmio_read(addr, data);
+            Exit::Handled
+        }
+        Ok(VcpuExit::MmioWrite(addr, data)) => {
+            handler.mmio_write(addr, data);
+            Exit::Handled
+        }
+        Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt) => Exit::Handled,
+        Ok(VcpuExit::Unsupported(DIRTY_RING_FULL)) => return Answer::RingFull,
+        Ok(VcpuExit::Hyperv) => {
+            // SAFETY: after this exit the kernel has filled in this member.
+            let exit = unsafe { &mut (*run).__bindgen_anon_1.hyperv };
+            if exit.type_ == KVM_EXIT_HYPERV_HCALL {
+                /// `HV_STATUS_INVALID_HYPERCALL_CODE`: there are no messages to other partitions.
+                const INVALID: u64 = 2;
+                // KVM reads the result when the vCPU next runs.
+                exit.u.hcall.result = INVALID;
+            }
+            // Other exits report that the guest has set up its interrupt controller.
+            Exit::Handled
+        }
+        Ok(VcpuExit::Shutdown) => Exit::Shutdown,
+        Ok(VcpuExit::FailEntry(reason, _)) => Exit::Failed(RunFailure::Entry { reason }),
+        Ok(VcpuExit::MemoryFault { gpa, .. }) => Exit::Failed(RunFailure::MemoryFault { gpa }),
+        Ok(VcpuExit::InternalError) => return Answer::InternalError,
+        Ok(other) => Exit::Failed(RunFailure::Unknown(format!("{other:?}"))),
+        // EAGAIN: an application processor has left its wait for INIT or SIPI.
+        Err(errno) if matches!(errno.errno(), libc::EINTR | libc::EAGAIN) => Exit::Interrupted,
+        Err(errno) => Exit::Failed(RunFailure::Run(errno.errno())),
+    })
 }
