@@ -1,4 +1,4 @@
-//! Commands, done.
+//! Performs commands by requests to a service, or to the socket of one VM.
 
 use std::io::{IsTerminal as _, Read};
 use std::path::{Path, PathBuf};
@@ -81,13 +81,9 @@ impl Remote {
         })
     }
 
+    /// Performs a command. Those for a VM's state and devices are here, the others in the functions below.
     pub(crate) async fn perform(&self, command: Command) -> Result<()> {
         match command {
-            Command::Ping => self.printer.show(&self.client.ping().await?, print::ping),
-            Command::Ls { all: true } => cluster::list(self.printer).await,
-            Command::Ls { all: false } => self
-                .printer
-                .show(&self.client.vms_list().await?, |vms| print::list(vms)),
             Command::Create { path } => self.create(&path).await,
             Command::Boot => on_vm!(self, vms_boot, vm_boot),
             Command::Start { path } => self.start(&path).await,
@@ -117,9 +113,6 @@ impl Remote {
                 ToString::to_string,
             ),
             Command::Cpu(command) => self.cpu(command).await,
-            Command::Cluster(command) => {
-                cluster::perform(command, &self.client, self.printer).await
-            }
             Command::Resize(sizes) => self.resize(&sizes).await,
             Command::ResizeDisk { disk, size } => {
                 let body = VmResizeDisk {
@@ -128,7 +121,6 @@ impl Remote {
                 };
                 on_vm!(self, vms_resize_disk, vm_resize_disk, &body)
             }
-            Command::MirrorDisk { disk, to, detach } => self.mirror(&disk, &to, detach).await,
             Command::ResizeZone { id, size } => {
                 let body = VmResizeZone {
                     id,
@@ -152,6 +144,14 @@ impl Remote {
                 let body = VmRemoveDevice { id };
                 on_vm!(self, vms_remove_device, vm_remove_device, &body)
             }
+            other => self.perform_move(other).await,
+        }
+    }
+
+    /// Commands that move, save, restore or copy a VM or its disks.
+    async fn perform_move(&self, command: Command) -> Result<()> {
+        match command {
+            Command::MirrorDisk { disk, to, detach } => self.mirror(&disk, &to, detach).await,
             Command::Migrate(arguments) => {
                 migrate::migrate(&self.client, self.vm.as_ref(), &arguments, self.printer).await
             }
@@ -210,6 +210,21 @@ impl Remote {
                 };
                 let begins = self.client.vms_fork(vm, &body);
                 migrate::follow(&self.client, begins, self.printer).await
+            }
+            other => self.perform_on_service(other).await,
+        }
+    }
+
+    /// Commands for the service and its migrations.
+    async fn perform_on_service(&self, command: Command) -> Result<()> {
+        match command {
+            Command::Ping => self.printer.show(&self.client.ping().await?, print::ping),
+            Command::Ls { all: true } => cluster::list(self.printer).await,
+            Command::Ls { all: false } => self
+                .printer
+                .show(&self.client.vms_list().await?, |vms| print::list(vms)),
+            Command::Cluster(command) => {
+                cluster::perform(command, &self.client, self.printer).await
             }
             Command::Migrations => self
                 .printer
