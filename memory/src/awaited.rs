@@ -314,7 +314,7 @@ impl AwaitedBlocks {
         waited
     }
 
-    /// Takes missing pages that operations wait for and that the source was not asked for.
+    /// Returns missing pages that operations wait for and that were not requested from the source yet.
     #[must_use]
     pub fn take_requests(&self) -> Vec<usize> {
         let mut state = self.state.lock();
@@ -340,7 +340,7 @@ impl AwaitedBlocks {
         requests
     }
 
-    /// Has all that operations wait for be asked for again: the connection was lost.
+    /// Marks all requests as not sent, because the connection was lost: they are sent again.
     pub fn ask_again(&self) {
         let mut state = self.state.lock();
         state

@@ -19,7 +19,7 @@ use crate::range::AddrRange;
 pub trait DeviceOps: Send + Sync {
     /// Fills `data` with what the guest reads at `offset`.
     fn read(&self, offset: u64, data: &mut [u8]);
-    /// Takes what the guest writes at `offset`.
+    /// Handles the guest's write of `data` at `offset`.
     fn write(&self, offset: u64, data: &[u8]);
 }
 

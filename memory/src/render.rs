@@ -116,7 +116,7 @@ impl Canvas<'_> {
         Ok(())
     }
 
-    /// Gives a leaf what is still free of `seen`.
+    /// Paints a leaf where `seen` is still free.
     fn fill(
         &mut self,
         region: RegionId,

@@ -181,7 +181,7 @@ impl FlatView {
         result
     }
 
-    /// Takes `data`, which the guest writes at `addr`.
+    /// Handles the guest's write of `data` at `addr`.
     pub fn write(&self, addr: u64, data: &[u8]) -> Access {
         let mut result = Access::Answered;
         self.split(addr, data.len(), |at, piece, bytes| {

@@ -67,7 +67,7 @@ impl<'a> Transaction<'a> {
         result
     }
 
-    /// Gives the edits up.
+    /// Discards the edits.
     pub fn abort(self) {}
 
     /// The container that is a whole address space.

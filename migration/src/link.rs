@@ -60,7 +60,7 @@ pub trait Stream: Read + Write + Send {
         self.closer()
     }
 
-    /// Gives open files to the other side, with a byte.
+    /// Passes open files to the other side, with one byte of data (`SCM_RIGHTS`).
     ///
     /// # Errors
     /// Fails if the connection carries none: only unix sockets do.
@@ -205,7 +205,7 @@ pub trait Dial: Send + Sync {
     fn dial(&self) -> io::Result<Box<dyn Stream>>;
 }
 
-/// Takes connections from the other side.
+/// Accepts connections from the other side.
 pub trait Accept: Send {
     /// The next connection; `None` when there was none for so long.
     ///

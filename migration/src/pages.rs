@@ -62,7 +62,7 @@ pub(crate) struct Encoded<'a> {
 }
 
 impl Batch {
-    /// Takes runs of one block, [`BATCH`] pages at most, as `read` finds them, and encodes them.
+    /// Reads runs of one block, at most [`BATCH`] pages, by `read`, and encodes them.
     ///
     /// # Errors
     /// Those of `read`.
@@ -82,7 +82,7 @@ impl Batch {
         })
     }
 
-    /// Takes runs of one block, [`BATCH`] pages at most, as `read` finds them.
+    /// Reads runs of one block, at most [`BATCH`] pages, by `read`, and sorts out pages of zeros.
     ///
     /// # Errors
     /// Those of `read`.
@@ -180,12 +180,12 @@ pub(crate) struct Decoded<'a> {
     pub(crate) data: &'a [u8],
 }
 
-/// The body of a frame that tells which pages are missing.
+/// Returns the body of a frame that announces pages which come after the guest.
 pub(crate) fn encode_missing(block: u32, runs: &[Run]) -> Vec<u8> {
     head(block, runs)
 }
 
-/// The body of a frame that asks for a page: block u32, page u64.
+/// Returns the body of a frame that asks for a page: block u32, page u64.
 pub(crate) fn encode_fault(block: u32, page: u64) -> [u8; 12] {
     let mut body = [0; 12];
     body[..4].copy_from_slice(&block.to_le_bytes());

@@ -162,7 +162,7 @@ impl Measured {
         memory.saturating_add(of(left.disks, self.disk_speed, self.memory_speed))
     }
 
-    /// Takes in a round of these pages: `sent` bytes in so much time. Returns the round's speed, in bytes per
+    /// Records a round of these pages: `sent` bytes in the time `span`. Returns the round's speed, in bytes per
     /// second, if it says something.
     pub(crate) fn measure(&mut self, pages: Left, sent: u64, span: Duration) -> Option<u64> {
         let speed = per_second(sent, span).max(LEAST_SPEED);

@@ -327,7 +327,7 @@ impl ClientCertVerifier for NamedClients {
     }
 }
 
-/// Takes connections of hosts whose certificate `ca-cert.pem` signed, and that may send by their
+/// Accepts connections of hosts whose certificate `ca-cert.pem` signed, and that may send by their
 /// names. Presents `server-cert.pem` with the key in `server-key.pem`.
 pub struct TlsListener {
     listener: Listener,

@@ -114,7 +114,7 @@ pub trait VirtioDevice: Send {
         copy(&self.config_space(), offset, data);
     }
 
-    /// Takes what the guest writes to device configuration space, any width at any offset.
+    /// Handles the guest's write to device configuration space, of any width at any offset.
     fn write_config(&mut self, offset: usize, data: &[u8]) {
         let _ = (offset, data);
     }

@@ -62,7 +62,7 @@ pub enum ConsoleError {
 pub trait ConsoleInput {
     /// Bytes that the guest has room for.
     fn room(&self) -> usize;
-    /// Gives the guest as many of these as it has room for, and tells how many.
+    /// Gives the guest as many of these bytes as it has room for, and returns how many.
     fn receive(&self, bytes: &[u8]) -> usize;
 }
 
@@ -290,7 +290,7 @@ impl Console {
         }
     }
 
-    /// Takes what there is: input to the guest, a new client. Call it when a watched descriptor is
+    /// Serves what is ready: input for the guest, or a new client. Call it when a watched descriptor is
     /// ready, and when the guest has room again.
     pub fn ready(&mut self, to: &dyn ConsoleInput) -> Vec<Watch> {
         self.more = false;

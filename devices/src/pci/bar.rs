@@ -202,7 +202,7 @@ impl BarAllocator {
         }
     }
 
-    /// Takes back what was handed out.
+    /// Frees a range that was allocated.
     pub fn free(&mut self, range: AddrRange) {
         self.taken.retain(|taken| *taken != range);
     }

@@ -44,7 +44,7 @@ impl EndpointBuilder {
     }
 
     /// Adds a capability: the body behind its two-byte header, and its bits that the guest may
-    /// write. Gives its offset; `None` when there is no room.
+    /// write. Returns its offset; `None` when there is no room.
     #[must_use]
     pub fn capability(&mut self, id: u8, body: &[u8], writable: &[u8]) -> Option<usize> {
         self.registers.add_capability(id, body, writable)

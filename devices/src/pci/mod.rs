@@ -30,7 +30,7 @@ pub const ECAM_BUS_LEN: u64 = 1 << 20;
 pub trait ConfigSpace: Send + Sync {
     /// Fills `data` with the registers from `at` on; past the end, with ones.
     fn read(&self, at: usize, data: &mut [u8]);
-    /// Takes what the guest writes at `at`.
+    /// Handles the guest's write of `data` at `at`.
     fn write(&self, at: usize, data: &[u8]);
 }
 

@@ -98,7 +98,7 @@ impl Registers {
     }
 
     /// Adds a capability (PCI Local Bus 3.0, 6.7) with this body behind its two-byte header, and
-    /// these bits of the body for the guest to write. Gives the capability's offset; `None` when
+    /// these bits of the body for the guest to write. Returns the capability's offset; `None` when
     /// there is no room for it.
     #[must_use]
     pub fn add_capability(&mut self, id: u8, body: &[u8], writable: &[u8]) -> Option<usize> {

@@ -109,7 +109,7 @@ impl Channels {
         self.rounds.iter().all(Option::is_some)
     }
 
-    /// Takes pages from a connection, on a thread. Returns what closes it.
+    /// Receives pages from a connection, on a thread. Returns the handle that closes the connection.
     pub(super) fn start(
         &mut self,
         index: u16,
@@ -229,7 +229,7 @@ impl Drop for Channels {
     }
 }
 
-/// Takes pages until the channel ends.
+/// Receives pages until the channel ends.
 fn take_pages(
     index: u16,
     mut stream: Box<dyn Stream>,
@@ -263,7 +263,7 @@ fn take_pages(
     }
 }
 
-/// Takes one frame. Returns the number of a round that has ended.
+/// Receives one frame and applies it. Returns the number of a round that has ended.
 fn take_frame(
     reader: &mut Reader,
     stream: &mut dyn Stream,

@@ -231,8 +231,8 @@ impl PostcopyReceiver {
         self.failure.lock().clone()
     }
 
-    /// Takes news of memory: returns the pages that were touched, and adds those to `later` of which
-    /// none comes and for which a thread waits.
+    /// Reads the events of the memory. Returns the pages that were touched, and adds to `later` those that
+    /// do not come and for which a thread waits.
     fn next_faults(
         &self,
         patience: Duration,

@@ -103,7 +103,7 @@ struct Advance {
 }
 
 impl Advance {
-    /// Gives the source `limit` more if more of the guest has come.
+    /// Extends the source's time by `limit` if more of the guest has arrived.
     fn look(&mut self, report: &Report, limit: Duration) {
         let (pages, rounds) = (arrived(report), report.rounds);
         if pages > self.seen.0 || rounds > self.seen.1 {
@@ -162,7 +162,7 @@ impl<'a> Receiving<'a> {
         Ok(received?)
     }
 
-    /// Takes memory and devices until the guest could run here.
+    /// Receives memory and device state until the guest could run here.
     pub(super) fn run(mut self) -> Result<Ready<'a>, Failed> {
         match self.until_loaded() {
             Ok((since, paused, load_us)) => {
@@ -418,7 +418,7 @@ impl Guest<'_> {
         Ok(None)
     }
 
-    /// Takes connections that came meanwhile. Returns that of a source that asks how it stands.
+    /// Serves connections that have arrived. Returns that of a source that asks how its migration stands.
     pub(super) fn take_arrivals(
         &mut self,
         patience: std::time::Duration,

@@ -207,7 +207,7 @@ impl Engine<'_, '_> {
         }
     }
 
-    /// Tells the destination that the guest stays. Returns whether it is certain that it knows.
+    /// Sends `Abort`: the guest stays here. Returns whether it is certain that the destination knows.
     fn abort(&mut self, why: &Refusal) -> bool {
         let patience = self.sending.policy.patience / ATTEMPTS;
         let Some(control) = &mut self.control else {

@@ -286,7 +286,7 @@ impl Engine<'_, '_> {
         self.expect(|answer| (*answer == ToSource::RoundDone(round)).then_some(()))
     }
 
-    /// Sends pages over all channels, and the end of the round over each. Gives the bytes.
+    /// Sends pages over all channels, and the end of the round over each. Returns the bytes that were sent.
     pub(super) fn send_pages(
         &mut self,
         round: u32,

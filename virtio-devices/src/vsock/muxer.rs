@@ -252,7 +252,7 @@ impl Muxer {
         })
     }
 
-    /// Takes packets from the guest, until [`MAX_REPLIES`] answers wait for room.
+    /// Receives packets from the guest, until [`MAX_REPLIES`] replies wait for room.
     fn receive(&mut self, sources: &mut TaskSources<'_, '_>) -> Result<TaskFlow, QueueError> {
         self.stalled = false;
         self.turn(TX, |muxer, queue, chain| {

@@ -23,7 +23,7 @@ pub(crate) struct Started {
 }
 
 impl Driver {
-    /// Has a background thread build a machine. There is no other. Its guest writes to these
+    /// Has a background thread build a machine, while the VM has no other. Its guest writes to these
     /// `outputs`, or to consoles that are opened for it.
     pub(super) fn build(
         &mut self,

@@ -417,7 +417,7 @@ pub(super) fn show_taps(devices: &Devices, config: &mut Arc<VmConfig>) {
     }
 }
 
-/// Gives a disk of a machine another size.
+/// Resizes a disk of a machine.
 pub(super) fn resize_disk(devices: &Devices, disk: &VmResizeDisk) -> Result<(), RequestError> {
     let refused = |detail| RequestError::new(Category::Unprocessable, "disk-size", detail);
     match devices.control(&disk.id) {

@@ -288,7 +288,7 @@ impl Driver {
     }
 }
 
-/// Tells the driver that the machine was lost with the work on it, which panicked.
+/// Reports to the driver that the machine was lost with the work on it, which panicked.
 struct Lost(Option<(u64, super::Events)>);
 
 impl Drop for Lost {

@@ -309,7 +309,7 @@ impl Driver {
         self.build(Some(ask), MachineOrigin::default(), None);
     }
 
-    /// Has the machine replaced by another, not before its time.
+    /// Replaces the machine by another, which is built `not_before` this time.
     fn rebuild(&mut self, asked: Option<Ask>, not_before: Instant) {
         match std::mem::replace(&mut self.stage, Stage::Off) {
             Stage::On(machine) => {
