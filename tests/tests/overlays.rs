@@ -8,6 +8,9 @@
 #[path = "overlays/copies.rs"]
 mod copies;
 
+#[path = "overlays/frozen.rs"]
+mod frozen;
+
 #[path = "overlays/given.rs"]
 mod given;
 
@@ -113,9 +116,15 @@ fn overlays(disk: &Path) -> Vec<PathBuf> {
     beside(disk, |name| name.ends_with(".qcow2"))
 }
 
-/// The records of snapshots that need one of the overlays.
+/// The records of snapshots that need one of the images: overlays, and those that are frozen.
 fn records(disk: &Path) -> Vec<PathBuf> {
-    beside(disk, |name| name.contains(".snapshot-"))
+    let needed = beside(disk, |name| name.contains(".snapshot-"));
+    let folders = beside(disk, |name| name.ends_with(".frozen")).into_iter();
+    let marks = folders.flat_map(|folder| fs::read_dir(folder).unwrap());
+    let marks = marks.map(|entry| entry.unwrap().path());
+    let mut all: Vec<_> = needed.into_iter().chain(marks).collect();
+    all.sort();
+    all
 }
 
 /// The files in the folder of the disk whose names begin with that of the disk.
@@ -508,16 +517,16 @@ async fn overlays_that_nothing_uses_are_removed() {
         };
         let begun = client.snapshots_merge(&merge).await.unwrap();
         assert_eq!(over(&service, &begun).await.phase, expected);
-        assert_eq!(records(&disk).len(), 2);
+        assert_eq!(records(&frozen).len(), 2);
     }
     // Both are gone, but the records say how to go on.
     fs::remove_dir_all(&second).unwrap();
     fs::remove_dir_all(&whole).unwrap();
-    for record in records(&disk) {
+    for record in records(&frozen) {
         let kept = find(&disk, true).await.unwrap().remove(0);
         assert_eq!(kept.state, OverlayState::Snapshot);
         let reason = kept.reason.unwrap();
-        let mut named = records(&disk).into_iter();
+        let mut named = records(&frozen).into_iter();
         let named = named.any(|record| reason.contains(record.to_str().unwrap()));
         assert!(named, "{reason}");
         fs::remove_file(record).unwrap();
@@ -561,8 +570,10 @@ async fn failed_restore_leaves_no_overlay() {
         given::restored_with(&service, &disk, &dir, kind).await;
         assert_eq!(overlays(&disk), before);
     }
-    // A writer has the frozen image: nothing is made on top of it.
+    // A writer has the frozen image, which was released: nothing is made on top of it.
     client.vms_delete(&vm).await.unwrap();
+    let marks = records(&disk).into_iter();
+    marks.for_each(|mark| fs::remove_file(mark).unwrap());
     let mut holder = service.pocket("holder", Options::default()).unwrap().0;
     let text = serde_json::json!([{ "id": "disk", "path": disk, "image_type": "Raw" }]);
     holder.disks = serde_json::from_value(text).unwrap();

@@ -221,6 +221,7 @@ impl BuildError {
             Self::Rng(_) => "rng-unusable",
             Self::Tap(_) => "tap-unusable",
             Self::Image(ImageError::Lock(_)) => "disk-in-use",
+            Self::Image(ImageError::Frozen { .. }) => "image-frozen",
             Self::Image(ImageError::Incomplete { .. }) => "disk-incomplete",
             Self::Image(_) => "disk-unusable",
             Self::Vsock(_) => "vsock-unusable",

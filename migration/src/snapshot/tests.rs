@@ -67,6 +67,7 @@ fn write_to(dir: &Path, blocks: &[Block]) -> (Result<(), Refusal>, Progress) {
     let writing = Writing {
         id: Uuid::new_v4(),
         dir,
+        sealing: &|| Ok(()),
         end: &|_| {
             assert!(
                 !progress.report().phase.is_over(),
@@ -176,6 +177,7 @@ pub(super) fn write_on(dir: &Path, base: &Path, blocks: &[Block]) -> (Result<(),
         dir,
         base: Some(&base),
         disks: None,
+        sealing: &|| Ok(()),
         end: &|_| (),
         progress: &progress,
         decision: &decision,
@@ -295,6 +297,7 @@ fn failure_leaves_nothing() {
     let writing = |decision| Writing {
         id: Uuid::new_v4(),
         dir: &dir,
+        sealing: &|| Ok(()),
         end: &|_| (),
         base: None,
         disks: None,
@@ -328,6 +331,7 @@ fn cancel_while_the_state_is_saved_leaves_nothing() {
         let writing = Writing {
             id: Uuid::new_v4(),
             dir: &dir,
+            sealing: &|| Ok(()),
             end: &|_| (),
             base,
             disks: None,
@@ -508,6 +512,7 @@ fn merge_to(dir: &Path, chain: &Path, decision: &Decision) -> (Result<(), Refusa
         dir,
         base: None,
         disks: None,
+        sealing: &|| Ok(()),
         end: &|_| (),
         progress: &progress,
         decision,

@@ -47,6 +47,8 @@ pub struct Writing<'a> {
     pub id: Uuid,
     /// The folder. Created if it does not exist; must not hold a snapshot.
     pub dir: &'a Path,
+    /// Called when all but the manifest is written: what must be durable before the snapshot is complete.
+    pub sealing: &'a (dyn Fn() -> Result<(), Refusal> + Sync),
     /// Called with the outcome, before the report shows it: who sees it can have the guest at once.
     pub end: &'a (dyn Fn(Result<(), &Refusal>) + Sync),
     /// The snapshot that has the pages which have not changed: only the others are written.
@@ -181,6 +183,7 @@ pub(super) fn seal(
         return Err(unsaved(&why));
     }
     folder.write(MANIFEST, &text)?;
+    (writing.sealing)().map_err(MigrationError::Here)?;
     // From here on a cancel comes too late.
     if !writing.decision.commit() {
         return Err(MigrationError::Canceled);

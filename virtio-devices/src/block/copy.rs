@@ -14,6 +14,7 @@ use super::base::ImageVersion;
 use super::create::create_file;
 use super::extents::{extents, own_extents};
 use super::format::ImageFormat;
+use super::frozen::check_writable;
 use super::image::{Image, ImageError, Kind, Opening, contained};
 use super::overlay::{BaseImage, backing, failed};
 use super::request::Op;
@@ -327,6 +328,7 @@ impl CreatedImage {
         size: u64,
         lock: LockMode,
     ) -> Result<Self, ImageError> {
+        check_writable(path)?;
         create_file(path, format, size, None)?;
         Self::open_created(path, format, lock, None)
     }
@@ -342,6 +344,7 @@ impl CreatedImage {
         size: u64,
         lock: LockMode,
     ) -> Result<Self, ImageError> {
+        check_writable(path)?;
         create_file(path, ImageFormat::Qcow2, size, Some(backing(base)?))?;
         Self::open_created(path, ImageFormat::Qcow2, lock, Some(base))
     }

@@ -17,6 +17,7 @@ use rustix::fs::{FallocateFlags, fallocate};
 
 use super::copy::Written;
 use super::format::{self, ImageFormat, RefusedWrite};
+use super::frozen::check_writable;
 use super::geometry::Geometry;
 use super::incomplete;
 use super::overlay::BaseImage;
@@ -77,6 +78,14 @@ pub enum ImageError {
     /// Another user has the image.
     #[error(transparent)]
     Lock(#[from] LockError),
+    /// A snapshot needs the image as it is.
+    #[error("{} is frozen: {why}", path.display())]
+    Frozen {
+        /// The image.
+        path: PathBuf,
+        /// The snapshot, and what can be done.
+        why: String,
+    },
     /// A guest moved onto the image, and the rest of it never came.
     #[error(
         "{} is incomplete: blocks of it were still at the source of a migration when the guest's \
@@ -163,6 +172,10 @@ impl Image {
         let file = Lockable(file);
         if !how.is_incoming {
             lock::take(&file.0, &path, how.readonly, how.lock)?;
+        }
+        if !how.readonly {
+            // Behind the lock: who freezes an image has it locked until it is marked.
+            check_writable(&path)?;
         }
         let (kind, below, base) = match format {
             ImageFormat::Raw => {
@@ -390,6 +403,10 @@ impl Image {
 
     /// Gives the disk so many bytes, if it is an image that can grow.
     pub(super) fn resize(&self, size: u64) -> io::Result<()> {
+        if self.readonly && self.file().metadata()?.is_file() {
+            let why = "the disk is read-only (`readonly`), and so is its image";
+            return Err(io::Error::new(io::ErrorKind::ReadOnlyFilesystem, why));
+        }
         match &self.kind {
             Kind::Raw(file) if file.metadata()?.is_file() => file.set_len(size),
             // The host's administrator resizes it; the guest gets the new size.

@@ -122,6 +122,8 @@ pub struct PlannedOverlay {
     /// Its path.
     pub path: PathBuf,
     base: PathBuf,
+    /// The image right below that.
+    below: Option<BaseImage>,
     format: ImageFormat,
     size: u64,
     lock: LockMode,
@@ -135,6 +137,15 @@ impl PlannedOverlay {
     pub fn create(&self) -> Result<NeededOverlay, ImageError> {
         create(&self.base, self.format, self.size, &self.path)?;
         NeededOverlay::mark(&self.path, self.lock)
+    }
+
+    /// Returns the real paths of the images that must not change below the overlay: the one that the disk has
+    /// now, and those below it in the same folder.
+    #[must_use]
+    pub fn frozen_images(&self) -> Vec<PathBuf> {
+        let below = self.below.iter().flat_map(BaseImage::in_folder);
+        let below = below.filter(|path| path.parent() == self.base.parent());
+        std::iter::once(self.base.clone()).chain(below).collect()
     }
 }
 
@@ -158,6 +169,7 @@ impl BlockHandle {
         Ok(PlannedOverlay {
             path,
             base,
+            below: image.base(),
             format: image.format(),
             size,
             lock: image.lock_mode(),

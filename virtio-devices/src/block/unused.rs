@@ -3,7 +3,8 @@
 //! An overlay may go if all of these hold:
 //! - No VM or tool has it open: its lock is free, and it is held while the overlay is removed.
 //! - No image in the directory is on top of it.
-//! - No snapshot needs it: there is no [record](record_snapshot) of one beside it.
+//! - No snapshot needs it: there is neither a [record](record_snapshot) of one beside it, nor a
+//!   [mark](super::FrozenMark) that it is frozen.
 
 use std::fs::{self, DirEntry, File};
 use std::io;
@@ -14,6 +15,7 @@ use devices::host_file::lock::{self, Lockable};
 use devices::host_file::{FileKind, Identity, LockMode, OpenError, Request};
 
 use super::create::write_note;
+use super::frozen;
 use super::image::ImageError;
 use super::overlay::{OVERLAY_MARK, failed};
 
@@ -62,6 +64,7 @@ impl FoundOverlay {
             return Ok(false);
         }
         fs::remove_file(&self.path).map_err(|error| failed(&self.path, error))?;
+        frozen::forget(&self.path);
         self.locked = None;
         Ok(true)
     }
@@ -74,8 +77,8 @@ fn odd(path: &Path, why: impl Into<String>) -> ImageError {
     }
 }
 
-/// Finds the overlays beside an image, which may be gone, or beside one of its overlays. Those that nothing
-/// uses, and that `may_go`, are locked until the result is dropped, and can be removed.
+/// Finds the overlays beside an image, which may be gone, or beside one of its overlays. A link is followed.
+/// Overlays that nothing uses, and that `may_go`, are locked until the result is dropped, and can be removed.
 ///
 /// # Errors
 /// The directory cannot be read. An image there has a backing file that cannot be read: it could be one of the
@@ -84,6 +87,9 @@ pub fn find_overlays(
     image: &Path,
     may_go: &dyn Fn(&Path) -> bool,
 ) -> Result<Vec<FoundOverlay>, ImageError> {
+    // Overlays are beside the file that a link leads to.
+    let real = image.canonicalize();
+    let image = real.as_deref().unwrap_or(image);
     let name = image.file_name().and_then(|name| name.to_str());
     let name =
         name.ok_or_else(|| odd(image, "has no name in UTF-8, as all images with overlays"))?;
@@ -224,6 +230,12 @@ fn backing(path: &Path) -> Result<Option<PathBuf>, ImageError> {
 }
 
 fn note_records(overlay: &mut FoundOverlay, files: &[DirEntry]) {
+    if overlay.used == OverlayUse::Unused
+        && let Some((mark, text)) = frozen::first_mark(&overlay.path)
+    {
+        overlay.used = OverlayUse::Snapshot(mark, text);
+        return;
+    }
     let name = overlay.path.file_name().unwrap_or_default();
     let start = format!("{}{RECORD_MARK}", name.to_string_lossy());
     let record = files.iter().find(|entry| {
@@ -316,7 +328,7 @@ mod tests {
 
     #[test]
     fn finds_what_nothing_uses() {
-        let dir = tempfile::tempdir().unwrap();
+        let [dir, other_dir] = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
         let image = image(dir.path());
         let (first, needed) = overlay(&image, ImageFormat::Raw, "1");
         assert!(matches!(use_of(&image, &first), OverlayUse::Open(_)));
@@ -356,6 +368,9 @@ mod tests {
             .filter_map(|one| one.remove().unwrap().then_some(&one.path));
         assert_eq!(removed.collect::<Vec<_>>(), [&second]);
         drop(found);
+        let link = other_dir.path().join("link");
+        symlink(&image, &link).unwrap();
+        assert_eq!(unused(&link), std::slice::from_ref(&first));
         // The image itself may be gone.
         fs::remove_file(&image).unwrap();
         assert_eq!(unused(&image), [first]);

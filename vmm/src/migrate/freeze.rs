@@ -4,6 +4,7 @@
 //!   create       the overlays exist, empty and durable          the guest may run
 //!   switch       the disks are the overlays                     the guest is paused
 //!   keep         the guest may write to them                    no way back from here
+//!   mark         nothing may write to the images                the snapshot is complete but for its manifest
 //!   finish       removes what a snapshot that failed leaves, if it was not kept
 //! ```
 //!
@@ -19,6 +20,7 @@ use spec::{DiskConfig, ImageType, SnapshotDisks, VmConfig};
 use uuid::Uuid;
 use virtio_devices::block::{BaseImage, ImageError, NeededOverlay, beside};
 
+use super::copies::without;
 use super::overlays::SnapshotRecords;
 use crate::devices::open::{image_format, lock_mode};
 use crate::driver::{Caller, Driver, NewOverlay, SwitchedDisk};
@@ -34,6 +36,8 @@ pub(super) struct DiskFreeze {
     /// there. Forks have neither.
     folder: Option<(Arc<VmConfig>, String)>,
     records: Mutex<SnapshotRecords>,
+    /// The images that must not change below the overlays.
+    frozen: Mutex<Vec<PathBuf>>,
     /// Until the end, the overlays are needed though no disk may use them.
     needed: Mutex<Vec<NeededOverlay>>,
 }
@@ -72,6 +76,7 @@ impl DiskFreeze {
             stage: Mutex::new(Stage::Created(Vec::new())),
             folder: None,
             records: Mutex::default(),
+            frozen: Mutex::default(),
             needed: Mutex::default(),
         }
     }
@@ -85,7 +90,7 @@ impl DiskFreeze {
     /// Records which images the snapshot needs, and creates the overlays.
     pub(super) fn create(&self) -> Result<(), Refusal> {
         if let Some((config, folder)) = &self.folder {
-            match SnapshotRecords::write(config, self.id, folder) {
+            match SnapshotRecords::write(&without(config, &self.disks), self.id, folder) {
                 Ok(records) => *self.records.lock() = records,
                 // Its caller looks after the disks.
                 Err(why) if self.disks.is_empty() => {
@@ -102,6 +107,11 @@ impl DiskFreeze {
         let planned = self.caller.attempt(plan)?;
         let mut stage = self.stage.lock();
         for (disk, plan) in planned {
+            // Two disks may have a base in common.
+            let mut frozen = self.frozen.lock();
+            let images = plan.frozen_images().into_iter();
+            let new: Vec<_> = images.filter(|image| !frozen.contains(image)).collect();
+            frozen.extend(new);
             let needed = plan.create().map_err(|error| refused(&error))?;
             self.needed.lock().push(needed);
             if let Stage::Created(all) = &mut *stage {
@@ -132,6 +142,16 @@ impl DiskFreeze {
             // A machine that is gone has closed its images.
             let _ = self.caller.attempt(Driver::keep_overlays);
         }
+    }
+
+    /// Has the images marked as frozen, so that nothing writes to them any more. Their mark is durable before
+    /// the snapshot is complete.
+    pub(super) fn mark(&self) -> Result<(), Refusal> {
+        let Some((_, folder)) = &self.folder else {
+            return Ok(());
+        };
+        let mut records = self.records.lock();
+        records.freeze(&self.frozen.lock(), self.id, folder)
     }
 
     /// Concludes a snapshot, before its VM may do something else: the overlays stay, or everything is as it
@@ -233,6 +253,24 @@ impl Drop for OwnOverlays {
 fn find<'a>(config: &'a mut VmConfig, id: &str) -> Option<&'a mut DiskConfig> {
     let mut disks = config.disks.iter_mut().flatten();
     disks.find(|disk| disk.id.as_deref() == Some(id))
+}
+
+/// Returns the images that must not change because these disks are frozen: theirs, and those below them in the
+/// same folder. An image that is gone is none.
+pub(super) fn images_of(
+    config: &mut VmConfig,
+    frozen: &[String],
+    image_dirs: &[PathBuf],
+) -> Vec<PathBuf> {
+    let mut all = Vec::new();
+    for id in frozen {
+        let disk = find(config, id);
+        let base = disk.and_then(|disk| base_image(disk, image_dirs).ok());
+        all.extend(base.iter().flat_map(BaseImage::in_folder));
+    }
+    all.sort();
+    all.dedup();
+    all
 }
 
 fn base_image(disk: &DiskConfig, image_dirs: &[PathBuf]) -> Result<BaseImage, Refusal> {

@@ -540,7 +540,7 @@ impl Migrate for Pool {
     }
 
     fn merge(&self, what: &MergeSnapshots) -> Result<Arc<dyn Migration>, RequestError> {
-        snapshot::merge_chain(what)
+        snapshot::merge_chain(what, &self.host().image_dirs)
     }
 
     fn overlays(

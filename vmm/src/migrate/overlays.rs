@@ -11,7 +11,7 @@ use migration::Refusal;
 use spec::{FieldProblem, FindOverlays, OverlayInfo, OverlayState, VmConfig, VmId};
 use uuid::Uuid;
 use virtio_devices::block::{
-    FoundOverlay, ImageError, MAX_BACKING, OverlayUse, find_overlays, record_snapshot,
+    FoundOverlay, FrozenMark, ImageError, MAX_BACKING, OverlayUse, find_overlays, record_snapshot,
 };
 
 /// Lists the overlays beside an image, and removes those that nothing uses if that is asked for.
@@ -136,40 +136,75 @@ fn remove(overlay: &mut FoundOverlay, info: &mut OverlayInfo) {
     }
 }
 
-/// Records of a snapshot beside the overlays that it names. Removed unless they are kept.
+/// Records of a snapshot beside the images that it names. Removed unless they are kept.
 #[derive(Default)]
-pub(super) struct SnapshotRecords(Vec<PathBuf>);
+pub(super) struct SnapshotRecords {
+    /// Beside overlays, which may be written and must not be removed.
+    needed: Vec<PathBuf>,
+    /// Of images that must not be written.
+    frozen: Vec<FrozenMark>,
+}
 
 impl SnapshotRecords {
-    /// Writes them, before the snapshot is complete.
+    /// Writes those of overlays that a configuration names, before the snapshot is complete.
     ///
     /// # Errors
     /// The host refuses (`no-overlay`).
     pub(super) fn write(config: &VmConfig, id: Uuid, folder: &str) -> Result<Self, Refusal> {
         let mut records = Self::default();
-        let text = format!("the snapshot {id} in {folder} needs it");
         for path in paths(config) {
-            let record = record_snapshot(Path::new(path), &id.to_string(), &text);
-            let record = record.map_err(|error| {
-                let why = format!("cannot record that the snapshot needs {path}: {error}");
-                Refusal::new("no-overlay", why)
-            })?;
-            records.0.extend(record);
+            let record = record_snapshot(Path::new(path), &id.to_string(), &text(id, folder));
+            let record = record.map_err(|error| unrecorded(Path::new(path), &error))?;
+            records.needed.extend(record);
         }
         Ok(records)
     }
 
+    /// Marks images that are frozen, when they are written no more.
+    ///
+    /// # Errors
+    /// The host refuses (`no-overlay`).
+    pub(super) fn freeze(
+        &mut self,
+        images: &[PathBuf],
+        id: Uuid,
+        folder: &str,
+    ) -> Result<(), Refusal> {
+        for image in images {
+            let mark = FrozenMark::create(image, &id.to_string(), &text(id, folder));
+            self.frozen
+                .push(mark.map_err(|error| unrecorded(image, &error))?);
+        }
+        Ok(())
+    }
+
     /// The snapshot is complete.
     pub(super) fn keep(mut self) {
-        self.0.clear();
+        self.needed.clear();
+        self.frozen.clear();
     }
+}
+
+fn text(id: Uuid, folder: &str) -> String {
+    format!("the snapshot {id} in {folder} needs it")
+}
+
+fn unrecorded(image: &Path, error: &ImageError) -> Refusal {
+    let image = image.display();
+    let why = format!("cannot record that the snapshot needs {image}: {error}");
+    Refusal::new("no-overlay", why)
 }
 
 impl Drop for SnapshotRecords {
     fn drop(&mut self) {
-        for path in &self.0 {
+        for path in &self.needed {
             if let Err(error) = fs::remove_file(path) {
                 tracing::warn!(%error, path = %path.display(), "cannot remove a record that is not needed");
+            }
+        }
+        for mark in &self.frozen {
+            if let Err(error) = mark.remove() {
+                tracing::warn!(%error, "cannot remove the mark of an image that is not frozen");
             }
         }
     }

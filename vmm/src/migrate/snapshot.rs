@@ -8,12 +8,13 @@ use migration::snapshot::{
     CopiedDisks, RunningGuest, Saved, Snapshot, Writing, merge, write, write_live,
 };
 use migration::{Block, Offer, Refusal, Source as _, Stopped};
+use parking_lot::Mutex;
 use spec::{
     FieldProblem, MergeSnapshots, MigrationSide, SnapshotDisks, VmConfig, VmSnapshotConfig,
 };
 
 use super::copies::{self, DiskCopies, offer_of};
-use super::freeze::{DiskFreeze, disks_to_freeze};
+use super::freeze::{DiskFreeze, disks_to_freeze, images_of};
 use super::overlays::SnapshotRecords;
 use super::source::SourceVm;
 use super::{ActiveMigration, offer, start};
@@ -177,6 +178,7 @@ pub(super) fn take(
                 start_tracking: &start_tracking,
                 policy: &policy,
             }),
+            sealing: &|| disks.mark(),
             end: &|outcome| {
                 // First: behind the end the VM may be resumed, and its disks be mirrored.
                 copies.stop();
@@ -218,18 +220,26 @@ fn prepare_copies(
 }
 
 /// Starts to write a snapshot that needs no base from a chain of increments. No VM is involved.
-pub(super) fn merge_chain(what: &MergeSnapshots) -> Result<Arc<dyn Migration>, RequestError> {
+pub(super) fn merge_chain(
+    what: &MergeSnapshots,
+    image_dirs: &[PathBuf],
+) -> Result<Arc<dyn Migration>, RequestError> {
     let dir = path("destination_url", &what.destination_url)?;
     let chain = open(&path("source_url", &what.source_url)?)?;
     let url = what.destination_url.clone();
     let merging = Arc::new(ActiveMigration::new(MigrationSide::Source, None, url));
     // The images below the VM are those of the chain, and needed as long as one of both snapshots is there.
-    let config = offer::machine(&chain.offer()).map_err(unusable)?.config;
+    let machine = offer::machine(&chain.offer()).map_err(unusable)?;
     let copied = chain.manifest().disks.iter();
     let copied: Vec<_> = copied.map(|disk| disk.name.clone()).collect();
-    let config = copies::without(&config, &copied);
-    let records = SnapshotRecords::write(&config, merging.id, &merging.endpoint);
-    let records = records.map_err(unusable)?;
+    let mut config = copies::without(&machine.config, &copied);
+    let images = images_of(&mut config, &machine.frozen, image_dirs);
+    let config = copies::without(&config, &machine.frozen);
+    let mut records =
+        SnapshotRecords::write(&config, merging.id, &merging.endpoint).map_err(unusable)?;
+    let marked = records.freeze(&images, merging.id, &merging.endpoint);
+    marked.map_err(unusable)?;
+    let records = Mutex::new(records);
     let ours = Arc::clone(&merging);
     let span = tracing::info_span!("merge", folder = merging.endpoint);
     start("snapshot", span, move || {
@@ -242,14 +252,18 @@ pub(super) fn merge_chain(what: &MergeSnapshots) -> Result<Arc<dyn Migration>, R
             dir: &dir,
             base: None,
             disks: None,
-            end: &|_| (),
+            sealing: &|| Ok(()),
+            end: &|outcome| {
+                let records = std::mem::take(&mut *records.lock());
+                if outcome.is_ok() {
+                    records.keep();
+                }
+            },
             progress: &ours.progress,
             decision: &ours.decision,
         };
         // The report has the failure, if it failed.
-        if merge(&writing, &chain).is_ok() {
-            records.keep();
-        }
+        let _ = merge(&writing, &chain);
         ours.log_end();
         ours.end();
     })?;

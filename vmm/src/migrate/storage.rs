@@ -21,7 +21,7 @@ use migration::{DestinationDisk, MAX_COPIED, Offer, ReadDisk, Refusal, SourceDis
 use serde::{Deserialize, Serialize};
 use spec::{DiskConfig, ImageType, LockGranularity, VmConfig, VmId};
 use virtio_devices::block::{
-    CreatedImage, DiskAccess, DiskContent, ImageError, ImageFormat, remove_mark,
+    CreatedImage, DiskAccess, DiskContent, ImageError, ImageFormat, check_writable, remove_mark,
 };
 
 pub(crate) use self::bases::KnownBases;
@@ -311,6 +311,7 @@ pub(super) fn plan_mirror(
         return Err(Refusal::new("disks-too-large", detail));
     }
     check_absent(target)?;
+    check_writable(target).map_err(|error| image_refusal(&error))?;
     // What a killed service left of an earlier mirror to this path. All else at that path stays.
     remove_leftover_of(partial).map_err(|error| {
         let detail = format!(
@@ -341,6 +342,7 @@ pub(super) fn plan_mirror(
 pub(crate) fn image_refusal(error: &ImageError) -> Refusal {
     let code = match error {
         ImageError::Lock(_) => "disk-in-use",
+        ImageError::Frozen { .. } => "image-frozen",
         ImageError::Open(OpenError::Host { source, .. }) => match source.kind() {
             io::ErrorKind::AlreadyExists => "image-exists",
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "storage-short",

@@ -188,6 +188,7 @@ pub(in crate::snapshot) fn snapshot(
     let writing = Writing {
         id: Uuid::new_v4(),
         dir,
+        sealing: &|| Ok(()),
         end: &|_| (),
         base: None,
         disks: disk.as_ref().map(|disk| CopiedDisks {
