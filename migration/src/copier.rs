@@ -214,13 +214,24 @@ impl Copier {
 
     /// Copies the last blocks, while the disks do not change. Returns their number.
     pub(crate) fn last(&mut self) -> Result<u64, MigrationError> {
+        let (pages, _) = self.last_until(None)?;
+        Ok(pages)
+    }
+
+    /// Copies the last blocks, while the disks do not change, until the time `cut`. Returns their number, and
+    /// whether all are copied: the others are marked again.
+    pub(crate) fn last_until(
+        &mut self,
+        cut: Option<Instant>,
+    ) -> Result<(u64, bool), MigrationError> {
         let last = self.take_dirty();
         let pages = count(&last);
         self.progress
             .update(|report| report.disk_remaining_bytes = pages * PAGE as u64);
         // Without a limit: there is little, and the guest waits.
-        self.copy(&last, None, None)?;
-        Ok(pages)
+        self.copy(&last, None, cut)?;
+        let left = self.from.iter().any(|disk| disk.dirty.count() > 0);
+        Ok((pages, !left))
     }
 
     /// Makes durable what was copied.

@@ -6,12 +6,15 @@ use std::os::unix::fs::{FileExt as _, MetadataExt as _, symlink};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+use std::time::Duration;
 
+use parking_lot::Mutex;
 use tempfile::TempDir;
 use uuid::Uuid;
 
 use super::disks::CopiedDisks;
-use super::live::tests::{At, Guest, check, snapshot};
+use super::live::tests::{At, Guest, check, snapshot, snapshot_by};
 use super::tests::{guest, saved};
 use super::*;
 use crate::disks::{ReadDisk, SourceDisk};
@@ -221,6 +224,62 @@ fn cancel_at_each_step_leaves_nothing_of_a_disk() {
         guest.stopped = None;
         guest.runs();
     }
+}
+
+/// Takes a snapshot of a guest of which so many stops take longer than its policy permits. Returns the steps.
+fn with_long_stops(
+    dir: &Path,
+    long_stops: usize,
+) -> (Result<(), Refusal>, Progress, Vec<At>, Guest) {
+    let policy = Policy {
+        max_downtime: Duration::from_millis(100),
+        ..Policy::default()
+    };
+    let (disk, steps) = (MemoryDisk::new(4 << 20), Arc::new(Mutex::new(Vec::new())));
+    let (written, seen, span) = (Arc::clone(&disk), Arc::clone(&steps), policy.promise());
+    let mut guest = Guest::with_disk(Some(disk), move |step| {
+        let mut seen = seen.lock();
+        seen.push(step);
+        let stops = seen.iter().filter(|step| **step == At::Stop).count();
+        if step == At::Stop && stops <= long_stops {
+            // At least one block is left to copy, which has no content.
+            written.fill((4 << 20) - PAGE, PAGE, 0);
+            thread::sleep(span);
+        }
+        Ok(())
+    });
+    let (snapshot, progress) = snapshot_by(&policy, dir, &mut guest, &Decision::default());
+    let steps = steps.lock().clone();
+    (snapshot, progress, steps, guest)
+}
+
+#[test]
+fn long_stop_is_called_off_and_tried_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let (written, progress, steps, guest) = with_long_stops(dir.path(), 1);
+    written.unwrap();
+    let count = |wanted: At| steps.iter().filter(|step| **step == wanted).count();
+    assert!(count(At::CallOff) >= 1, "{steps:?}");
+    assert_eq!(count(At::Stop), count(At::CallOff) + 1);
+    assert_eq!(count(At::Resume), 1);
+    let report = progress.report();
+    assert_eq!(report.called_off as usize, count(At::CallOff));
+    // Memory and disk are of the last stop.
+    check(dir.path());
+    guest.runs();
+}
+
+#[test]
+fn guest_that_never_stops_in_time_has_no_snapshot() {
+    let parent = tempfile::tempdir().unwrap();
+    let (written, progress, steps, guest) = with_long_stops(&parent.path().join("new"), usize::MAX);
+    let why = written.unwrap_err();
+    assert_eq!(why.code, "stop-too-long");
+    assert!(why.detail.contains("100 ms (`max_downtime_ms`)"), "{why:?}");
+    assert_eq!(steps.iter().filter(|step| **step == At::Stop).count(), 3);
+    assert_eq!(progress.report().called_off, 3);
+    assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 0);
+    guest.runs();
 }
 
 #[test]

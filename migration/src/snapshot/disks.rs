@@ -12,6 +12,7 @@ use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Instant;
 
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
 use rustix::io::Errno;
@@ -27,7 +28,7 @@ use crate::decision::Decision;
 use crate::disks::{DestinationDisk, NewImage, SourceDisk};
 use crate::message::Refusal;
 use crate::pages::is_zero;
-use crate::policy::Policy;
+use crate::policy::{AfterCallOff, Policy};
 use crate::progress::Progress;
 
 /// Bytes of an image that are read at once, and the unit of its hash: see [`DiskInfo::hash`].
@@ -98,6 +99,28 @@ impl<'a> DiskImages<'a> {
     /// Copies what is left of the disks of a guest that is paused. Returns the number of blocks of 4 KiB.
     pub(super) fn last(&mut self) -> Result<u64, MigrationError> {
         self.copier.last().map_err(of_folder)
+    }
+
+    /// Copies what is left of the disks of a guest that was stopped at `begun`, for as long as the stop may
+    /// take. Returns the number of blocks of 4 KiB; `None` if the guest must resume before all are copied.
+    pub(super) fn last_in_stop(&mut self, begun: Instant) -> Result<Option<u64>, MigrationError> {
+        let cut = begun.checked_add(self.policy.promise());
+        let (blocks, is_all) = self.copier.last_until(cut).map_err(of_folder)?;
+        Ok(is_all.then_some(blocks))
+    }
+
+    /// Decides after so many stops were called off.
+    pub(super) fn after_call_off(&self, times: u32) -> Result<(), MigrationError> {
+        if self.policy.after_call_off(times, false) != AfterCallOff::GiveUp {
+            return Ok(());
+        }
+        let why = format!(
+            "{times} stops of the guest were called off because the last blocks of its disks were not \
+             copied within {} ms: the limit is {} ms (`max_downtime_ms`)",
+            self.policy.promise().as_millis(),
+            self.policy.max_downtime.as_millis()
+        );
+        Err(MigrationError::here("stop-too-long", why))
     }
 
     /// Makes the images durable, and returns what the manifest says of them.

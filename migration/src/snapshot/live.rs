@@ -14,7 +14,8 @@
 //! the last round left.
 //!
 //! Disks that are copied come first, in rounds, since they take longest ([`disks`](super::disks)). What the
-//! guest writes to them while its memory is protected is copied behind that, and the last blocks in the stop.
+//! guest writes to them while its memory is protected is copied behind that, and the last blocks in the stop. A stop in which that takes too long is called off, and tried
+//! again.
 //!
 //! Two threads copy. The *fault thread* copies the pages that the guest waits for and releases them
 //! without waiting for the storage. The *writer* copies all others, in order, and writes to the files, or to the memory
@@ -87,6 +88,12 @@ pub trait RunningGuest {
     /// # Errors
     /// The vCPUs do not start.
     fn resume(&mut self) -> Result<(), Refusal>;
+
+    /// Resumes a guest whose stop took too long. Another stop follows.
+    ///
+    /// # Errors
+    /// The vCPUs do not start.
+    fn resume_copying(&mut self) -> Result<(), Refusal>;
 
     /// Makes durable what the guest had written to its disks by the time of the stop.
     fn sync(&mut self);
@@ -204,13 +211,27 @@ impl<'a> Image<'a> {
         mut disks: Option<&mut DiskImages<'_>>,
     ) -> Result<SavedState, MigrationError> {
         self.arm()?;
-        if let Some(disks) = &mut disks {
-            // Protecting takes a while for much memory, and the guest wrote to its disks meanwhile.
-            disks.rounds()?;
+        let mut called_off = 0;
+        loop {
+            if let Some(disks) = &mut disks {
+                // Protecting takes a while for much memory, and the guest wrote to its disks meanwhile.
+                disks.rounds()?;
+            }
+            // In this order: a round of disks takes longer than one of memory, in which few blocks are
+            // written.
+            self.settle()?;
+            if let Some(state) = self.stop(guest, disks.as_deref_mut())? {
+                return Ok(state);
+            }
+            called_off += 1;
+            self.progress.update(|report| {
+                report.phase = Phase::Precopy;
+                report.called_off = called_off;
+            });
+            if let Some(disks) = &disks {
+                disks.after_call_off(called_off)?;
+            }
         }
-        // In this order: a round of disks takes longer than one of memory, in which few blocks are written.
-        self.settle()?;
-        self.stop(guest, disks)
     }
 
     /// Protects all pages while the guest runs.
@@ -258,12 +279,12 @@ impl<'a> Image<'a> {
     }
 
     /// The stop: the guest's state, the blocks that it wrote last to its disks, and the protection of the
-    /// pages that it wrote last.
+    /// pages that it wrote last. Returns `None` if the guest runs on because the blocks took too long.
     fn stop(
         &self,
         guest: &mut dyn RunningGuest,
         disks: Option<&mut DiskImages<'_>>,
-    ) -> Result<SavedState, MigrationError> {
+    ) -> Result<Option<SavedState>, MigrationError> {
         self.progress.enter(Phase::Stopped);
         let begun = Instant::now();
         let stopped = guest.stop().map_err(MigrationError::Here)?;
@@ -272,7 +293,16 @@ impl<'a> Image<'a> {
         let state = guest.save().map_err(MigrationError::Here)?;
         let save_us = micros(saving.elapsed());
         let copying = Instant::now();
-        let pages = disks.map_or(Ok(0), DiskImages::last)?;
+        let copied = disks.map_or(Ok(Some(0)), |disks| disks.last_in_stop(begun))?;
+        let Some(pages) = copied else {
+            // No page is protected for the image yet: it is as if there had been no stop.
+            guest.resume_copying().map_err(MigrationError::Here)?;
+            tracing::info!(
+                stopped_ms = begun.elapsed().as_millis() as u64,
+                "snapshot: the stop is called off, since copying the last blocks took too long"
+            );
+            return Ok(None);
+        };
         let transfer_us = micros(copying.elapsed());
         let protecting = Instant::now();
         {
@@ -297,10 +327,10 @@ impl<'a> Image<'a> {
             report.phase = Phase::Copying;
             report.downtime = Some(downtime);
         });
-        Ok(SavedState {
+        Ok(Some(SavedState {
             state,
             stopped_at: stopped.clocks_at,
-        })
+        }))
     }
 
     /// The writer: copies and releases the pages that the fault thread does not.

@@ -86,6 +86,10 @@ impl RunningGuest for LiveVm<'_> {
         self.source.resume_imaged()
     }
 
+    fn resume_copying(&mut self) -> Result<(), Refusal> {
+        self.source.resume_copying()
+    }
+
     fn sync(&mut self) {
         self.source.pre_sync();
     }

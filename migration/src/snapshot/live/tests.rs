@@ -28,6 +28,7 @@ pub(in crate::snapshot) enum At {
     Stop,
     Save,
     Resume,
+    CallOff,
     Sync,
 }
 
@@ -168,6 +169,12 @@ impl RunningGuest for Guest {
         Ok(())
     }
 
+    fn resume_copying(&mut self) -> Result<(), Refusal> {
+        (self.at_step)(At::CallOff)?;
+        self.stopped = None;
+        Ok(())
+    }
+
     fn sync(&mut self) {
         (self.at_step)(At::Sync).unwrap();
     }
@@ -178,13 +185,21 @@ pub(in crate::snapshot) fn snapshot(
     guest: &mut Guest,
     decision: &Decision,
 ) -> (Result<(), Refusal>, Progress) {
+    snapshot_by(&Policy::default(), dir, guest, decision)
+}
+
+pub(in crate::snapshot) fn snapshot_by(
+    policy: &Policy,
+    dir: &Path,
+    guest: &mut Guest,
+    decision: &Decision,
+) -> (Result<(), Refusal>, Progress) {
     let progress = Progress::default();
     let disk = guest.disk.clone();
     let start_tracking = || {
         disk.iter().for_each(|disk| disk.track(true));
         Ok(())
     };
-    let policy = Policy::default();
     let writing = Writing {
         id: Uuid::new_v4(),
         dir,
@@ -194,7 +209,7 @@ pub(in crate::snapshot) fn snapshot(
         disks: disk.as_ref().map(|disk| CopiedDisks {
             disks: vec![disk.at_source("root")],
             start_tracking: &start_tracking,
-            policy: &policy,
+            policy,
         }),
         progress: &progress,
         decision,
