@@ -22,7 +22,7 @@ use spec::{
     VmConfig, VmId, VmState,
 };
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 use vmm::{Confinement, Pool, PoolConfig};
 
 use crate::serve::{about, runtime};
@@ -190,20 +190,37 @@ impl Demo {
             },
             ..ForkVm::default()
         };
+        let asked = Instant::now();
         let begun = self.client().vms_fork(id, &what).await?;
         let made = self.follow(&begun).await?;
         let ms = made.elapsed_us / 1000;
         self.say(&format!(
             "{FORKS} forks run after {ms} ms, from one copy of the guest"
         ));
+        let mut answers = JoinSet::new();
         for n in 1..=FORKS {
-            let mut console = Console::open(Path::new(&port(&n.to_string()))).await?;
-            let line = console.within(PATIENCE).await;
-            ensure!(line.is_some(), "fork {n} does not run");
+            let port = port(&n.to_string());
+            answers.spawn(async move {
+                let mut console = Console::open(Path::new(&port)).await?;
+                let line = console.within(PATIENCE).await;
+                ensure!(line.is_some(), "fork {n} does not run");
+                anyhow::Ok(asked.elapsed().as_millis())
+            });
         }
-        let each = memory_of_forks()? / u64::from(FORKS);
+        let mut times = Vec::new();
+        while let Some(answer) = answers.join_next().await {
+            times.push(answer??);
+        }
+        let memory = memory_of_forks()?;
+        ensure!(
+            memory.len() == FORKS as usize,
+            "{} forks are mapped",
+            memory.len()
+        );
+        self.say(&format!("all have answered, after {} ms", spread(times)));
         self.say(&format!(
-            "all have answered; each takes {each} KiB of {} MiB of memory",
+            "each takes {} KiB of {} MiB of memory",
+            spread(memory),
             MEMORY >> 20
         ));
         for n in 1..=FORKS {
@@ -424,27 +441,41 @@ impl Demo {
     }
 }
 
-/// Returns the KiB of memory that the forks take: what they share counts once.
-fn memory_of_forks() -> Result<u64> {
+/// The least, the median and the most of some figures.
+fn spread<T: Ord + std::fmt::Display>(mut all: Vec<T>) -> String {
+    all.sort_unstable();
+    match (all.first(), all.get(all.len() / 2), all.last()) {
+        (Some(min), Some(median), Some(max)) => format!("{min} to {max} (median {median})"),
+        _ => "no".to_owned(),
+    }
+}
+
+/// Returns the KiB of memory that each fork takes: of what they share, each has its part.
+fn memory_of_forks() -> Result<Vec<u64>> {
     // Both services are in this process.
     let maps = std::fs::read_to_string("/proc/self/smaps").context("cannot read the memory map")?;
-    let (mut all, mut counts) = (0, false);
+    let (mut forks, mut counts) = (Vec::new(), false);
     for line in maps.lines() {
         match line.strip_prefix("Pss:") {
             Some(kib) if counts => {
-                all += kib
-                    .trim()
-                    .trim_end_matches(" kB")
-                    .parse::<u64>()
-                    .unwrap_or(0);
+                let kib = kib.trim().trim_end_matches(" kB").parse().unwrap_or(0);
+                if let Some(fork) = forks.last_mut() {
+                    *fork += kib;
+                }
             }
             Some(_) => {}
-            // A line of the mapping itself.
-            None if line.contains('-') => counts = line.contains("memfd:forks"),
+            // A line of the mapping itself. That of the first part of a fork's memory has the offset 0.
+            None if line.contains('-') => {
+                counts = line.contains("memfd:forks");
+                let offset = line.split_whitespace().nth(2).unwrap_or("");
+                if counts && offset.bytes().all(|digit| digit == b'0') {
+                    forks.push(0);
+                }
+            }
             None => {}
         }
     }
-    Ok(all)
+    Ok(forks)
 }
 
 /// Prints a line. A closed pipe is ignored: the demonstration continues, and its exit status tells the
