@@ -45,12 +45,14 @@ pub(crate) enum SnapshotCommand {
         destination_url: String,
     },
     /// List the overlays beside an image, and what uses each. Overlays of frozen disks stay when their VM is
-    /// deleted. Needs a service's socket.
+    /// deleted. A VM that another service has created and not booted is not known as a user. Needs a
+    /// service's socket.
     Overlays {
         /// The image, on the service's host, or one of its overlays.
         #[arg(value_name = "PATH")]
         path: String,
-        /// Remove those that no VM, image or snapshot uses.
+        /// Remove those that no VM, image or snapshot uses. Before that, boot what other services have
+        /// created on them: only a VM that is on protects its overlay from this service.
         #[arg(long)]
         remove: bool,
     },
@@ -322,8 +324,9 @@ pub(crate) enum Command {
         overrides: Option<String>,
     },
     /// Print the manifest of a snapshot in a folder of this host, of any version of the format, with the
-    /// images that it needs (`frozen_images`), the disks that it has copies of (`disk_images`), those that it
-    /// has not (`other_images`), and what was recorded (`working_set`).
+    /// images that it has frozen (`frozen_images`), the disks that it has copies of (`disk_images`), the images
+    /// of all other disks (`other_images`), which must be as the guest left them, and what was recorded
+    /// (`working_set`).
     Describe {
         /// The folder: file:///PATH, or a path.
         #[arg(value_name = "URL")]

@@ -34,8 +34,8 @@ fn read(path: &Path, max: u64) -> Result<Value> {
 }
 
 /// Describes the snapshot in a folder of this host: its manifest; as `frozen_images` the images that it
-/// needs for ever; as `disk_images` the disks that it has copies of, and as `other_images` those that it has
-/// not; as `working_set` what was recorded.
+/// has frozen; as `disk_images` the disks that it has copies of; as `other_images` the images of all other
+/// disks, which a restore opens as they are then; as `working_set` what was recorded.
 pub(crate) fn manifest(folder: &str) -> Result<Value> {
     let folder = Path::new(folder.strip_prefix("file://").unwrap_or(folder));
     let path = folder.join("manifest.json");
@@ -46,13 +46,16 @@ pub(crate) fn manifest(folder: &str) -> Result<Value> {
     // A later version may have another description of the machine: then there is nothing to add.
     if let Ok(machine) = read(&folder.join("machine.json"), MAX_MACHINE) {
         let frozen = frozen_images(&machine);
+        let copied = disk_images(folder, &manifest);
+        let others = other_images(&machine, &[&frozen[..], &copied[..]].concat());
         if !frozen.is_empty() {
             manifest["frozen_images"] = frozen.into();
         }
-        let copied = disk_images(folder, &manifest);
         if !copied.is_empty() {
-            manifest["other_images"] = other_images(&machine, &copied).into();
             manifest["disk_images"] = copied.into();
+        }
+        if !others.is_empty() {
+            manifest["other_images"] = others.into();
         }
     }
     let record = folder.join("working-set.json");
@@ -90,10 +93,11 @@ fn disk_images(folder: &Path, manifest: &Value) -> Vec<Value> {
     disks.enumerate().map(image).collect()
 }
 
-/// The disks that are not among the copied ones, and their images.
-fn other_images(machine: &Value, copied: &[Value]) -> Vec<Value> {
+/// The disks that are not among those that are frozen or copied, and their images, which must be as the guest
+/// left them.
+fn other_images(machine: &Value, kept: &[Value]) -> Vec<Value> {
     let disks = machine["config"]["disks"].as_array().into_iter().flatten();
-    let others = disks.filter(|disk| copied.iter().all(|copy| copy["disk"] != disk["id"]));
+    let others = disks.filter(|disk| kept.iter().all(|image| image["disk"] != disk["id"]));
     let image = |disk: &Value| json!({ "disk": disk["id"], "path": disk["path"], "readonly": disk["readonly"] == true });
     others.map(image).collect()
 }
@@ -174,6 +178,13 @@ mod tests {
             described["frozen_images"],
             json!([{ "disk": "b", "path": "/b" }])
         );
+        // A restore needs it, too.
+        let other = json!([{ "disk": "a", "path": "/a", "readonly": false }]);
+        assert_eq!(described["other_images"], other);
+        write("machine.json", json!({ "config": { "disks": disks } }));
+        let described = manifest(folder).unwrap();
+        assert_eq!(described["other_images"].as_array().unwrap().len(), 2);
+        assert!(described["frozen_images"].is_null());
 
         write(
             "manifest.json",

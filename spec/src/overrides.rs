@@ -1,5 +1,7 @@
 //! VMs that are made from a snapshot, or forked from a VM, and differ from the VM that was saved.
 
+use std::path::Path;
+
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -163,9 +165,13 @@ impl Overrides {
     /// Applies the overrides to the configuration of the VM with the number `n`, from 1 on.
     ///
     /// # Errors
-    /// There is no such device, or the number of a VM leads beyond what an address can be.
+    /// There is no such device, a path is relative, or the number of a VM leads beyond what an address can be.
     pub fn apply(&self, n: u32, config: &mut VmConfig) -> Result<(), FieldProblem> {
         let text = |text: &String| text.replace("{n}", &n.to_string());
+        let path = |field: &str, path: &String| absolute(field, text(path));
+        let end = |field: &str, wanted: Option<&String>| {
+            wanted.map(|wanted| path(field, wanted)).transpose()
+        };
         let no_device = |pointer: String, id: &str| {
             let detail = format!("the snapshot has no such device `{id}`");
             problem(&pointer, "no-such-device", detail)
@@ -175,7 +181,7 @@ impl Overrides {
             let found = disks.find(|disk| disk.id.as_ref() == Some(&wanted.id));
             let pointer = format!("/overrides/disks/{index}/id");
             let disk = found.ok_or_else(|| no_device(pointer, &wanted.id))?;
-            wanted.apply(text(&wanted.path), disk);
+            wanted.apply(path(&format!("disks/{index}/path"), &wanted.path)?, disk);
         }
         for (index, wanted) in self.net.iter().enumerate() {
             let mut nets = config.net.iter_mut().flatten();
@@ -200,13 +206,13 @@ impl Overrides {
                 vsock.cid = cid.saturating_add(u64::from(n) - 1);
             }
             if let Some(socket) = &wanted.socket {
-                vsock.socket = text(socket);
+                vsock.socket = path("vsock/socket", socket)?;
             }
         }
         if let Some(wanted) = &self.serial {
             config.serial = SerialConfig {
-                file: wanted.file.as_ref().map(text),
-                socket: wanted.socket.as_ref().map(text),
+                file: end("serial/file", wanted.file.as_ref())?,
+                socket: end("serial/socket", wanted.socket.as_ref())?,
                 mode: wanted.mode,
             };
         }
@@ -219,13 +225,13 @@ impl Overrides {
                 return Err(problem(pointer, "not-possible", detail.to_owned()));
             }
             console.mode = wanted.mode;
-            console.file = wanted.file.as_ref().map(text);
-            console.socket = wanted.socket.as_ref().map(text);
+            console.file = end("console/file", wanted.file.as_ref())?;
+            console.socket = end("console/socket", wanted.socket.as_ref())?;
         }
         if let Some(wanted) = &self.debug_console {
             let saved = config.debug_console.as_ref();
             config.debug_console = Some(DebugConsoleConfig {
-                file: wanted.file.as_ref().map(text),
+                file: end("debug_console/file", wanted.file.as_ref())?,
                 mode: wanted.mode,
                 iobase: wanted.iobase.or(saved.and_then(|saved| saved.iobase)),
             });
@@ -233,10 +239,21 @@ impl Overrides {
         if let Some(wanted) = &self.tpm {
             let tpm = config.tpm.as_mut();
             let tpm = tpm.ok_or_else(|| no_device("/overrides/tpm".to_owned(), "tpm"))?;
-            tpm.socket = text(&wanted.socket);
+            tpm.socket = path("tpm/socket", &wanted.socket)?;
         }
         Ok(())
     }
+}
+
+/// Fails if a path is relative: the client and the service are in different folders.
+fn absolute(field: &str, path: String) -> Result<String, FieldProblem> {
+    if Path::new(&path).is_absolute() {
+        return Ok(path);
+    }
+    let detail = format!(
+        "{path:?} must be an absolute path: a relative one would be below the folder of the service"
+    );
+    Err(problem(&format!("/overrides/{field}"), "invalid", detail))
 }
 
 /// Returns the MAC address of the VM with this number: the last three bytes count.
@@ -302,6 +319,33 @@ mod tests {
             (debug.file.as_deref(), debug.iobase),
             (Some("/debug/12"), Some(0x402))
         );
+    }
+
+    #[test]
+    fn relative_paths_are_refused() {
+        for (overrides, pointer) in [
+            (r#"{"disks":[{"id":"root","path":"b{n}"}]}"#, "disks/0/path"),
+            (r#"{"vsock":{"socket":"s"}}"#, "vsock/socket"),
+            (r#"{"serial":{"mode":"File","file":"./s"}}"#, "serial/file"),
+            (
+                r#"{"serial":{"mode":"Socket","socket":"s"}}"#,
+                "serial/socket",
+            ),
+            (r#"{"console":{"mode":"File","file":"c"}}"#, "console/file"),
+            (
+                r#"{"console":{"mode":"Socket","socket":"c"}}"#,
+                "console/socket",
+            ),
+            (
+                r#"{"debug_console":{"mode":"File","file":"d"}}"#,
+                "debug_console/file",
+            ),
+            (r#"{"tpm":{"socket":""}}"#, "tpm/socket"),
+        ] {
+            let refused = applied(overrides, 1).unwrap_err();
+            assert_eq!(refused.pointer, format!("/overrides/{pointer}"));
+            assert!(refused.detail.contains("must be an absolute path"));
+        }
     }
 
     #[test]

@@ -541,6 +541,8 @@ async fn overlays_that_nothing_uses_are_removed() {
     );
     let nowhere = find(Path::new("/no/such/folder/web.raw"), true).await;
     refused(nowhere, 422, "overlays-unreadable");
+    let none = find(&service.path("no-such-image"), true).await;
+    refused(none, 422, "no-such-image");
 }
 
 /// A restore that fails removes the overlays that it has made.

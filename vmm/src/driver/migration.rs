@@ -78,8 +78,7 @@ fn refused_while_saving(outgoing: &Outgoing, verb: Verb) -> Option<RequestError>
         _ if outgoing.state == OutgoingState::Imaged => None,
         // The snapshot has the state and the devices of the paused guest.
         Verb::Resume | Verb::AddDevice | Verb::RemoveDevice | Verb::Resize | Verb::ResizeDisk => {
-            let detail = "a snapshot or core dump of it is being written; cancel that first";
-            Some(moving(detail))
+            Some(moving(outgoing.busy()))
         }
         Verb::MemoryMap
         | Verb::Cpu
@@ -137,9 +136,12 @@ impl Driver {
             Verb::Resume | Verb::Shutdown | Verb::Delete if outgoing.is_stranded() => None,
             // The destination may hold the disks' locks and may run the guest by now. Only the
             // migration's outcome says whether the machine here may run or end.
-            _ if is_stopped => refuse(
-                "the VM's guest is stopped, for a hand-over to another service or a snapshot",
-            ),
+            _ if is_stopped => refuse(match outgoing.purpose {
+                Purpose::Move => "the VM's guest is stopped, for a hand-over to another service",
+                Purpose::Snapshot(_) | Purpose::CoreDump => {
+                    "the VM's guest is stopped for a moment, for a snapshot or forks: try again"
+                }
+            }),
             // `cancel` and the engine's commit exclude each other: either the request ends the
             // machine here, or the guest moves, never both.
             Verb::Reboot | Verb::Shutdown | Verb::Delete => match outgoing.decision.cancel() {
@@ -149,7 +151,7 @@ impl Driver {
             // The destination built its machine from the configuration at the start. The state
             // of a changed machine would not load there.
             Verb::AddDevice | Verb::RemoveDevice | Verb::Resize | Verb::ResizeDisk => {
-                refuse("the VM's guest is moving to another service; cancel the migration first")
+                refuse(outgoing.busy())
             }
             // Neither changes what the destination knows of the machine. A new verb belongs here
             // only if that is true of it.
@@ -161,10 +163,8 @@ impl Driver {
     fn check_departure(&self, purpose: Purpose) -> Result<bool, RequestError> {
         let conflict =
             |code: &str, detail: &str| Err(RequestError::new(Category::Conflict, code, detail));
-        if self.outgoing.is_some() {
-            let detail =
-                "the VM's guest is moving, or a snapshot or core dump of it is being written";
-            return Err(moving(detail));
+        if let Some(outgoing) = &self.outgoing {
+            return Err(moving(outgoing.busy()));
         }
         // A core dump contains nothing of the disks.
         if purpose != Purpose::CoreDump {
@@ -242,6 +242,7 @@ impl Driver {
         self.progress = Some(progress.clone());
         self.outgoing = Some(Outgoing {
             decision: decision.clone(),
+            purpose,
             state: match purpose {
                 Purpose::Snapshot(_) if is_paused => OutgoingState::Snapshot,
                 Purpose::CoreDump => OutgoingState::Snapshot,

@@ -153,10 +153,8 @@ impl Driver {
         let Some(config) = disk_config(&self.config, &new.disk).cloned() else {
             return Err(no_such_disk(&new.disk));
         };
-        if self.outgoing.is_some() {
-            let detail =
-                "the VM's guest is moving, or a snapshot or core dump of it is being written";
-            return Err(conflict("vm-migrating", detail));
+        if let Some(outgoing) = &self.outgoing {
+            return Err(conflict("vm-migrating", outgoing.busy()));
         }
         let Stage::On(active) = &self.stage else {
             let state = self.publisher.current().state;

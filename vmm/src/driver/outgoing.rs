@@ -7,6 +7,7 @@ use migration::Decision;
 pub(super) struct Outgoing {
     pub(super) decision: Decision,
     pub(super) state: OutgoingState,
+    pub(super) purpose: Purpose,
 }
 
 /// How far a guest that moves away has come. `ran` says whether it ran before it was stopped: a guest
@@ -56,6 +57,19 @@ impl OutgoingState {
 }
 
 impl Outgoing {
+    /// Says why the VM cannot be moved or saved, or its devices changed.
+    pub(super) fn busy(&self) -> &'static str {
+        match self.purpose {
+            Purpose::Move => {
+                "the VM's guest is moving to another service; cancel the migration first"
+            }
+            Purpose::Snapshot(_) => {
+                "a snapshot of the VM is being written, or forks of it are made; cancel that first"
+            }
+            Purpose::CoreDump => "a core dump of the VM is being written; cancel that first",
+        }
+    }
+
     /// Whether the guest is stopped because it moves.
     pub(super) fn is_stopped(&self) -> bool {
         self.state.is_stopped()

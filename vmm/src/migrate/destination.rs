@@ -68,6 +68,16 @@ impl GuestOrigin {
         }
     }
 
+    /// Has a refusal say at which side of a migration it was: a snapshot has one side only.
+    fn refusal(self, why: Refusal) -> Refusal {
+        match self {
+            Self::Migration => {
+                Refusal::new(why.code, format!("at the destination: {}", why.detail))
+            }
+            Self::Snapshot { .. } => why,
+        }
+    }
+
     /// How the guest came, once it is there.
     fn arrival(self) -> Arrival {
         match self {
@@ -206,11 +216,7 @@ impl DestinationHost {
         };
         let (active, consoles) = build().map_err(|error| {
             let told = failure::told(&error);
-            let detail = match self.origin {
-                GuestOrigin::Migration => format!("at the destination: {}", told.detail),
-                GuestOrigin::Snapshot { .. } => told.detail,
-            };
-            Refusal::new(told.code, detail)
+            self.origin.refusal(Refusal::new(told.code, told.detail))
         })?;
         let (ram, _) = active.memory();
         let halter = Arc::new(active.halter());
@@ -254,7 +260,8 @@ impl Host for DestinationHost {
             &self.registry,
             &self.host,
             &self.allowed,
-        )?;
+        )
+        .map_err(|why| self.origin.refusal(why))?;
         if self.origin == GuestOrigin::Migration && !frozen.is_empty() {
             let why = "a guest that moves has no frozen disks";
             return Err(Refusal::new("offer-unreadable", why));
@@ -346,10 +353,9 @@ enum Stage {
 }
 
 /// Gives the TPM its state, on this thread: the driver's must not wait for the emulator.
-fn install(tpm: Option<LoadedTpm>) -> Result<(), Refusal> {
+fn install(tpm: Option<LoadedTpm>, origin: GuestOrigin) -> Result<(), Refusal> {
     let installed = tpm.map_or(Ok(()), LoadedTpm::install);
-    let at_destination = |error| format!("at the destination: {error}");
-    installed.map_err(|error| Refusal::new("tpm-unusable", at_destination(error)))
+    installed.map_err(|error| origin.refusal(Refusal::new("tpm-unusable", error.to_string())))
 }
 
 impl Destination for DestinationVm {
@@ -366,15 +372,13 @@ impl Destination for DestinationVm {
         let loaded = self
             .caller
             .attempt(move |driver| driver.load_dry_run(&state));
-        install(loaded?)
+        install(loaded?, self.origin)
     }
 
     fn load(&mut self, state: &[u8]) -> Result<(), Refusal> {
         let state = state.to_vec();
-        install(
-            self.caller
-                .attempt(move |driver| driver.load_whole(&state))?,
-        )
+        let loaded = self.caller.attempt(move |driver| driver.load_whole(&state));
+        install(loaded?, self.origin)
     }
 
     fn await_blocks(&mut self, disks: &[Option<Arc<AwaitedBlocks>>]) -> Result<(), Refusal> {

@@ -159,7 +159,7 @@ fn cpus_are_there(profile: CpuProfile, host: &Host, wanted: &CpuModel) -> Result
         return Ok(());
     }
     let detail = format!(
-        "the CPUs of the destination lack features that the guest uses: {}",
+        "the CPUs of this host lack features that the guest uses: {}",
         lacking.join(", ")
     );
     Err(Refusal::new("cpu-lacks-features", detail))
@@ -178,8 +178,7 @@ fn payload_is_there(config: &VmConfig) -> Result<(), Refusal> {
             && let Err(error) = Request::read(Path::new(path), &[FileKind::Regular]).open()
         {
             let detail = format!(
-                "the guest's {what} cannot be read at the destination, where a reboot would need \
-                 it: {error}"
+                "the guest's {what}, which a reboot needs, cannot be read on this host: {error}"
             );
             return Err(Refusal::new("payload-missing", detail));
         }
@@ -207,7 +206,7 @@ fn memory_is_there(config: &VmConfig) -> Result<(), Refusal> {
         .fold(0, u64::saturating_add);
     if needed > available {
         let detail = format!(
-            "the guest has {} MiB of memory, and the destination has {} MiB available",
+            "the guest has {} MiB of memory, and this host has {} MiB available",
             needed >> 20,
             available >> 20
         );

@@ -54,6 +54,14 @@ pub(super) fn find(
             break;
         }
     }
+    if removed.is_empty() && path.symlink_metadata().is_err() {
+        let detail = format!("there is neither {} nor an overlay of it", what.path);
+        return Err(RequestError::new(
+            Category::Unprocessable,
+            "no-such-image",
+            detail,
+        ));
+    }
     Ok(removed)
 }
 

@@ -293,7 +293,7 @@ fn check_kind(named: &NamedPath<'_>, found: Option<&Metadata>) -> Result<(), Ref
 fn unusable(named: &NamedPath<'_>, why: &str) -> Refusal {
     let is_payload = named.pointer.starts_with("/payload");
     let detail = format!(
-        "`{}` names {}, which cannot be used at the destination: {why}",
+        "`{}` names {}, which cannot be used on this host: {why}",
         field(named),
         named.path
     );

@@ -178,11 +178,20 @@ async fn copies_of_disks_exclude_what_they_must() {
         stage.snapshot_with("second", |_| {}),
     ];
     for refused in refused {
-        assert_eq!(copied(refused).code, "vm-migrating");
+        let refused = copied(refused);
+        assert_eq!(refused.code, "vm-migrating");
+        assert!(
+            refused.detail.contains("a snapshot of the VM"),
+            "{refused:?}"
+        );
     }
     for request in changes_of_disk() {
         let refused = vm.ask(request).await.unwrap_err();
         assert_eq!(refused.code, "vm-migrating", "{refused:?}");
+        assert!(
+            refused.detail.contains("a snapshot of the VM"),
+            "{refused:?}"
+        );
     }
     snapshot.cancel().unwrap();
     over(&snapshot).await;
