@@ -10,7 +10,10 @@ use http::request::Parts;
 use http::{HeaderMap, StatusCode};
 use http_body_util::{BodyExt as _, Collected};
 use serde::de::DeserializeOwned;
-use spec::{Descriptors, FieldProblem, NetConfig, ParseError, VmId};
+use spec::{
+    AwaitMigration, Descriptors, FieldProblem, NetConfig, ParseError, ReceiveMigrationData,
+    RestoreConfig, RestoredNetConfig, VmId,
+};
 
 use crate::descriptors::Enclosed;
 use crate::errors::Face;
@@ -29,7 +32,7 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
                 StatusCode::BAD_REQUEST,
                 "unexpected-descriptors",
                 "the request accepts no descriptors: only a request that adds a network interface \
-                 does, for the queues of its tap",
+                 does, or one for a guest with interfaces (`net_fds`), for the queues of their taps",
             ));
         }
         Ok(Self(body))
@@ -49,6 +52,54 @@ impl<S: Send + Sync> FromRequest<S> for JsonAndTap {
             net.fds = Some(Descriptors::new(descriptors));
         }
         Ok(Self(net))
+    }
+}
+
+/// A request for a guest, whose interfaces may get descriptors (`net_fds`).
+pub(crate) trait TakesTaps {
+    fn net_fds(&mut self) -> &mut [RestoredNetConfig];
+}
+
+macro_rules! takes_taps {
+    ($($body:ty),*) => {
+        $(
+            impl TakesTaps for $body {
+                fn net_fds(&mut self) -> &mut [RestoredNetConfig] {
+                    self.net_fds.as_deref_mut().unwrap_or_default()
+                }
+            }
+        )*
+    };
+}
+
+takes_taps!(AwaitMigration, ReceiveMigrationData, RestoreConfig);
+
+/// A request for a guest as JSON, with the taps of its interfaces if they came along.
+pub(crate) struct JsonAndTaps<T>(pub(crate) T);
+
+impl<S: Send + Sync, T: DeserializeOwned + TakesTaps> FromRequest<S> for JsonAndTaps<T> {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, _state: &S) -> Result<Self, ApiError> {
+        let (mut body, descriptors) = parsed::<T>(request).await?;
+        let nets = body.net_fds();
+        let wanted = nets.iter().map(|net| net.num_fds);
+        let wanted = wanted.fold(0, usize::saturating_add);
+        if wanted != descriptors.len() {
+            let detail = format!(
+                "`net_fds` asks for {wanted} descriptors (the sum of `num_fds`), and {} came with the \
+                 request: send one for each queue pair over a unix socket (SCM_RIGHTS)",
+                descriptors.len()
+            );
+            let code = "unexpected-descriptors";
+            return Err(ApiError::new(StatusCode::BAD_REQUEST, code, detail));
+        }
+        let mut all = descriptors.into_iter();
+        for net in nets {
+            let its = all.by_ref().take(net.num_fds).collect();
+            net.fds = Some(Descriptors::new(its));
+        }
+        Ok(Self(body))
     }
 }
 

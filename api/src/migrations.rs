@@ -15,7 +15,7 @@ use spec::{
 };
 
 use crate::answer::Answer;
-use crate::extract::{Json, Named};
+use crate::extract::{Json, JsonAndTaps, Named};
 use crate::one_vm::OneVm;
 use crate::problem::ApiError;
 use crate::refusals::{
@@ -113,7 +113,7 @@ async fn start(
 )]
 async fn receive(
     State(service): State<Service>,
-    Json(body): Json<AwaitMigration>,
+    JsonAndTaps(body): JsonAndTaps<AwaitMigration>,
 ) -> Result<Response, ApiError> {
     let registry = service.registry.clone();
     let begun = begin(move || registry.receive_migration(&body), ApiError::from).await?;
@@ -357,7 +357,7 @@ async fn progress_one(State(vm): State<OneVm>) -> Result<Answer<MigrationProgres
 )]
 async fn receive_one(
     State(vm): State<OneVm>,
-    Json(body): Json<ReceiveMigrationData>,
+    JsonAndTaps(body): JsonAndTaps<ReceiveMigrationData>,
 ) -> Result<StatusCode, ApiError> {
     if let Some(refused) = RefusedField::first_of("vm.receive-migration", &body) {
         return Err(ApiError::not_implemented(refused.what));
@@ -366,6 +366,7 @@ async fn receive_one(
     let what = AwaitMigration {
         vm: Some(vm.id.clone()),
         tls_dir: body.tls_dir,
+        net_fds: body.net_fds,
         // Its clients wait for the answer, and read no reports.
         once: true,
         ..AwaitMigration::at(body.receiver_url)

@@ -14,7 +14,7 @@ use spec::{
 };
 
 use crate::answer::Answer;
-use crate::extract::{Json, Named, NamedDisk};
+use crate::extract::{Json, JsonAndTaps, Named, NamedDisk};
 use crate::migrations::{begin, created, created_with_socket, wait};
 use crate::one_vm::OneVm;
 use crate::problem::ApiError;
@@ -192,7 +192,7 @@ async fn mirror(
 async fn restore(
     State(service): State<Service>,
     Named(id): Named,
-    Json(body): Json<RestoreConfig>,
+    JsonAndTaps(body): JsonAndTaps<RestoreConfig>,
 ) -> Result<Response, ApiError> {
     let registry = service.registry.clone();
     let begun = begin(move || registry.restore(&id, &body), ApiError::from).await?;
@@ -320,7 +320,7 @@ async fn core_dump_one(
 )]
 async fn restore_one(
     State(vm): State<OneVm>,
-    Json(body): Json<RestoreConfig>,
+    JsonAndTaps(body): JsonAndTaps<RestoreConfig>,
 ) -> Result<StatusCode, ApiError> {
     if body.count.is_some() {
         return Err(ApiError::not_implemented(

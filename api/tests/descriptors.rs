@@ -139,3 +139,37 @@ async fn rejects_and_closes_unwanted_descriptors() {
     let (code, answer) = status(&mut stream).await;
     assert_eq!(code, 0, "the connection ends: {answer}");
 }
+
+/// A request for a guest takes as many as `net_fds` says.
+#[tokio::test]
+async fn guests_receive_tap_descriptors() {
+    let service = service(Fake::default());
+    let router = one_vm(&service);
+    let served = Served::start(&service, router, Bounds::default());
+    let mut stream = served.connect().await;
+    let restore = |nets: &str| {
+        let body = format!(r#"{{"source_url": "file:///s", "net_fds": {nets}}}"#);
+        format!("{}{body}", head("vm.restore", &body))
+    };
+    let receive = |nets: &str| {
+        let body = format!(r#"{{"receiver_url": "unix:/s", "net_fds": {nets}}}"#);
+        format!("{}{body}", head("vm.receive-migration", &body))
+    };
+    let three = r#"[{"id": "a", "num_fds": 2}, {"id": "b", "num_fds": 1, "fds": [9]}]"#;
+    let too_many = r#"[{"id": "a", "num_fds": 18446744073709551615}, {"id": "b", "num_fds": 1}]"#;
+    for (request, count, wanted) in [
+        // The fake makes no guests.
+        (restore(three), 3, (501, "cannot be moved")),
+        (receive(three), 3, (501, "cannot be moved")),
+        (restore("null"), 0, (501, "cannot be moved")),
+        (restore("[]"), 1, (400, "asks for 0 descriptors")),
+        (restore(three), 2, (400, "asks for 3 descriptors")),
+        (receive(three), 4, (400, "asks for 3 descriptors")),
+        (restore(too_many), 1, (400, "descriptors")),
+    ] {
+        send(&stream, &request, &open(count)).await;
+        let (code, answer) = status(&mut stream).await;
+        assert_eq!(code, wanted.0, "{request}: {answer}");
+        assert!(answer.contains(wanted.1), "{request}: {answer}");
+    }
+}

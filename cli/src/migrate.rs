@@ -273,6 +273,7 @@ pub(crate) async fn receive(
         allow: arguments.allow.clone(),
         allow_taps: arguments.allow_tap.clone(),
         storage: arguments.storage.clone(),
+        net_fds: None,
     };
     let begins = client.migrations_receive(&body);
     if arguments.detach {

@@ -202,26 +202,6 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn tap_descriptors_prevent_migration() {
-        let registry = Registry::new(Fake::default());
-        let send = async |fds: Option<spec::Descriptors>| {
-            let mut config = config();
-            let mut net: spec::NetConfig = spec::parse(b"{}").unwrap();
-            net.fds = fds;
-            config.net = Some(vec![net]);
-            let vm = registry.create(None, config).unwrap();
-            vm.ask(Request::Boot).await.unwrap();
-            let to = spec::StartMigration::to("tcp:127.0.0.1:1".to_owned());
-            let sent = registry.send_migration(vm.id().as_str(), &to);
-            sent.map(|_| ()).unwrap_err().code
-        };
-        let null = std::fs::File::open("/dev/null").unwrap();
-        let fds = spec::Descriptors::new(vec![null.into()]);
-        assert_eq!(send(Some(fds)).await, "tap-by-descriptors");
-        assert_eq!(send(None).await, "not-supported", "these move nothing");
-    }
-
-    #[tokio::test]
     async fn vm_of_dead_driver_can_be_deleted() {
         let registry = Registry::new(Fake {
             die_at_nmi: true,

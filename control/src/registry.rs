@@ -186,7 +186,7 @@ impl Registry {
         id: &str,
         what: &StartMigration,
     ) -> Result<Arc<dyn Migration>, RequestError> {
-        let vm = self.movable(id)?;
+        let vm = self.get(id)?;
         let migration = self.mover()?.send(self, &vm, what)?;
         Ok(self.0.migrations.add(migration))
     }
@@ -201,7 +201,7 @@ impl Registry {
         what: &VmSnapshotConfig,
         of: SnapshotOf,
     ) -> Result<Arc<dyn Migration>, RequestError> {
-        let vm = self.movable(id)?;
+        let vm = self.get(id)?;
         let snapshot = self.mover()?.snapshot(&vm, what, of)?;
         Ok(self.0.migrations.add(snapshot))
     }
@@ -297,26 +297,9 @@ impl Registry {
     /// # Errors
     /// There is no VM of this name, it has no guest, the request is not valid, or a VM has such a name.
     pub fn fork(&self, id: &str, what: &ForkVm) -> Result<Arc<dyn Migration>, RequestError> {
-        let vm = self.movable(id)?;
+        let vm = self.get(id)?;
         let forking = self.mover()?.fork(self, &vm, what)?;
         Ok(self.0.migrations.add(forking))
-    }
-
-    /// Returns a VM that another process could take over.
-    fn movable(&self, id: &str) -> Result<VmHandle, RequestError> {
-        let vm = self.get(id)?;
-        let status = vm.status();
-        let mut nets = status.config.net.iter().flatten();
-        let Some(net) = nets.find(|net| net.tap_descriptors().is_some()) else {
-            return Ok(vm);
-        };
-        let detail = format!(
-            "the tap of `{}` was passed as descriptors, which cannot be sent to another service: remove \
-             the interface first, or add it by the name of its tap",
-            net.id.as_deref().unwrap_or_default()
-        );
-        let code = "tap-by-descriptors";
-        Err(RequestError::new(Category::Unprocessable, code, detail))
     }
 
     /// Starts to listen for an incoming migration.

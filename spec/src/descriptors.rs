@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use utoipa::ToSchema;
 
 use crate::device::NetConfig;
 
@@ -57,6 +58,23 @@ impl NetConfig {
     }
 }
 
+/// Descriptors for the tap of an interface that comes with a guest, from a snapshot or another service.
+///
+/// They come with the request over a unix socket (SCM_RIGHTS), in the order of these entries.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RestoredNetConfig {
+    /// The interface.
+    pub id: String,
+    /// Number of descriptors for it, one for each queue pair.
+    #[serde(default)]
+    pub num_fds: usize,
+    /// The descriptors. The numbers in the body are ignored.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Vec<i32>>)]
+    pub fds: Option<Descriptors>,
+}
+
 /// Those that are the very same.
 impl PartialEq for Descriptors {
     fn eq(&self, other: &Self) -> bool {
@@ -66,6 +84,8 @@ impl PartialEq for Descriptors {
             && both.into_iter().all(|(a, b)| Arc::ptr_eq(a, b))
     }
 }
+
+impl Eq for Descriptors {}
 
 impl Serialize for Descriptors {
     fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {

@@ -51,7 +51,7 @@ mod zones;
 pub use compat::{FOREIGN_FIELDS, ForeignField, parse_compatible, parse_response};
 pub use console::{ConsoleConfig, ConsoleEnd, ConsoleMode, DebugConsoleConfig, SerialConfig};
 pub use cpus::{CoreSchedulingMode, CpuAffinity, CpuFeatures, CpuProfile, CpuTopology, CpusConfig};
-pub use descriptors::Descriptors;
+pub use descriptors::{Descriptors, RestoredNetConfig};
 pub use device::{
     BalloonConfig, DeviceConfig, FsConfig, GenericVhostUserConfig, NetConfig, PmemConfig,
     RngConfig, RtcConfig, TpmConfig, UserDeviceConfig, VdpaConfig, VsockConfig,

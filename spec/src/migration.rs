@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::descriptors::RestoredNetConfig;
 use crate::disk::MigratedBase;
 use crate::service::VmId;
 use crate::timeline::MigrationStep;
@@ -257,6 +258,9 @@ pub struct AwaitMigration {
     /// absent: that of `--migration-storage`; if there is none, such a VM is refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub storage: Option<String>,
+    /// Descriptors for interfaces whose taps were passed as descriptors, or for others in place of their taps.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub net_fds: Option<Vec<RestoredNetConfig>>,
 }
 
 impl AwaitMigration {
@@ -274,6 +278,7 @@ impl AwaitMigration {
             allow: None,
             allow_taps: None,
             storage: None,
+            net_fds: None,
         }
     }
 }

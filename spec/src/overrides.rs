@@ -190,6 +190,7 @@ impl Overrides {
             let net = found.ok_or_else(|| no_device(format!("{pointer}/id"), &wanted.id))?;
             if let Some(tap) = &wanted.tap {
                 net.tap = Some(text(tap));
+                net.fds = None;
             }
             if let Some(mac) = &wanted.mac {
                 net.mac = Some(next_mac(mac, n).ok_or_else(|| {

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::descriptors::RestoredNetConfig;
 use crate::overrides::Overrides;
 
 /// New sizes.
@@ -178,6 +179,8 @@ pub enum MemoryRestoreMode {
     OnDemand,
     /// A private view of the file: VMs of one snapshot share the pages that they do not write, and
     /// nothing is read before it is touched. An extension of Whimbrel.
+    // Kata's runtime-rs has `CopyOnWrite`.
+    #[serde(alias = "CopyOnWrite")]
     Map,
 }
 
@@ -210,6 +213,9 @@ pub struct RestoreConfig {
     /// New locations of memory zones.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub zone_updates: Option<Vec<VmMemoryZoneUpdateData>>,
+    /// Descriptors for interfaces whose taps were passed as descriptors, or for others in place of their taps.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub net_fds: Option<Vec<RestoredNetConfig>>,
     /// Check all memory and the copies of disks against their hashes before the guest runs. `Copy` and
     /// `OnDemand` check each page as they read it, and `Copy` the disks; without this, `Map` checks nothing and
     /// `OnDemand` no disk. An extension of Whimbrel.
@@ -259,6 +265,9 @@ pub struct ReceiveMigrationData {
     /// New locations of memory zones.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub zone_updates: Option<Vec<VmMemoryZoneUpdateData>>,
+    /// Descriptors for interfaces whose taps were passed as descriptors, or for others in place of their taps.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub net_fds: Option<Vec<RestoredNetConfig>>,
 }
 
 fn default_downtime_ms() -> u64 {

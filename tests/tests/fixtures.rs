@@ -31,6 +31,7 @@ consumers! {
     kata_template_go "kata-template-go";
     libvirt_9 "libvirt-9";
     libvirt_11 "libvirt-11";
+    libvirt_11_save "libvirt-11-save";
     ubicloud "ubicloud";
 }
 

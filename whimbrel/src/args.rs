@@ -317,7 +317,8 @@ pub(crate) struct VmArguments {
     #[arg(long, value_name = "OPTIONS")]
     pub(crate) event_monitor: Option<String>,
     /// Make the VM from a snapshot, in place of the options that describe a VM:
-    /// source_url=file:///PATH,resume=on. Without resume=on it is paused.
+    /// source_url=file:///PATH,resume=on. Without resume=on it is paused. Interfaces whose taps were
+    /// passed as descriptors get others by number: net_fds=[ID@[N,N],ID@[N]].
     #[arg(long, value_name = "OPTIONS")]
     pub(crate) restore: Option<String>,
     /// Keep running when the guest powers off: the VM can be booted again over the API.
@@ -365,7 +366,7 @@ impl VmArguments {
         if self.describes_a_vm() {
             bail!("--restore and options that describe a VM exclude each other");
         }
-        Ok(Some(options::RESTORE.read(text)?))
+        Ok(Some(inherited::restore(text)?))
     }
 
     /// The VM's configuration, if there is something to boot.

@@ -12,7 +12,7 @@ use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SocketFlags, SocketType,
     recvmsg, socketpair,
 };
-use spec::{Descriptors, NetConfig, options};
+use spec::{Descriptors, NetConfig, RestoreConfig, RestoredNetConfig, options};
 
 /// Returns a duplicate of the inherited descriptor `number`, closed on exec. The inherited one
 /// stays open.
@@ -127,24 +127,70 @@ impl ApiSocket {
 /// # Errors
 /// When a key is not known, a value not possible, or a descriptor not open.
 pub(crate) fn net(text: &str) -> Result<NetConfig> {
-    let key = text.match_indices("fd=").map(|(at, _)| at);
-    // Only a key: `tapfd=` or a value that contains `fd=` is none.
-    let mut key = key.filter(|at| *at == 0 || text.as_bytes().get(at - 1) == Some(&b','));
-    let Some((before, after)) = key.next().and_then(|at| text.split_at_checked(at)) else {
+    let Some((value, rest)) = cut(text, "fd") else {
         return Ok(options::NET.read(text)?);
     };
-    let value = after.trim_start_matches("fd=");
-    // A list has commas inside its brackets.
-    let end = match value.starts_with('[') {
-        true => value.find(']').map(|at| at + 1),
-        false => value.find(','),
-    };
-    let (value, after) = value.split_at(end.unwrap_or(value.len()));
     let fds = duplicate_all(value).with_context(|| format!("--net {text}"))?;
-    let rest = format!("{before}{}", after.trim_start_matches(','));
-    let mut net: NetConfig = options::NET.read(rest.trim_end_matches(','))?;
+    let mut net: NetConfig = options::NET.read(&rest)?;
     net.fds = Some(Descriptors::new(fds));
     Ok(net)
+}
+
+/// Reads `--restore`, whose key `net_fds` is for the command line only, as `fd` of [`net`]:
+/// `net_fds=[net0@[3,4],net1@[5]]`.
+///
+/// # Errors
+/// When a key is not known, a value not possible, or a descriptor not open.
+pub(crate) fn restore(text: &str) -> Result<RestoreConfig> {
+    let Some((value, rest)) = cut(text, "net_fds") else {
+        return Ok(options::RESTORE.read(text)?);
+    };
+    let entry = |entry: &str| {
+        let (id, numbers) = entry
+            .split_once('@')
+            .with_context(|| format!("`{entry}` is not of the form ID@[NUMBER,...]"))?;
+        let fds = Descriptors::new(duplicate_all(numbers)?);
+        Ok::<_, anyhow::Error>(RestoredNetConfig {
+            id: id.to_owned(),
+            num_fds: fds.count(),
+            fds: Some(fds),
+        })
+    };
+    let list = value
+        .strip_prefix('[')
+        .and_then(|rest| rest.strip_suffix(']'));
+    let entries = items(list.unwrap_or(value)).into_iter().map(entry);
+    let net_fds = entries.collect::<Result<_>>();
+    let mut what: RestoreConfig = options::RESTORE.read(&rest)?;
+    what.net_fds = Some(net_fds.with_context(|| format!("--restore {text}"))?);
+    Ok(what)
+}
+
+/// Splits a list at the commas outside of brackets.
+fn items(text: &str) -> Vec<&str> {
+    let mut depth = 0_usize;
+    let is_end = |letter: char| {
+        match letter {
+            '[' => depth = depth.saturating_add(1),
+            ']' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        letter == ',' && depth == 0
+    };
+    text.split(is_end).collect()
+}
+
+/// Takes a key out of the text of an option: its value, and the text without it.
+fn cut<'a>(text: &'a str, key: &str) -> Option<(&'a str, String)> {
+    let mut items = items(text);
+    // Only a key: `tapfd=` or a value that contains `fd=` is none.
+    let is_it = |item: &&str| {
+        item.strip_prefix(key)
+            .is_some_and(|rest| rest.starts_with('='))
+    };
+    let item = items.remove(items.iter().position(is_it)?);
+    let (_, value) = item.split_once('=')?;
+    Some((value, items.join(",")))
 }
 
 #[cfg(test)]
@@ -209,5 +255,26 @@ mod tests {
         assert_eq!(two.tap_descriptors().unwrap().count(), 2);
         assert!(net("fd=1048576").is_err());
         assert_eq!(net("tap=afd=1").unwrap().tap.as_deref(), Some("afd=1"));
+    }
+
+    #[test]
+    fn restore_gets_descriptors_by_interface() {
+        let file = tempfile::tempfile().unwrap();
+        let fd = file.as_raw_fd();
+        let text = format!("source_url=file:///s,net_fds=[a@[{fd},{fd}],b@{fd}],resume=on");
+        let what = restore(&text).unwrap();
+        assert_eq!((what.source_url.as_str(), what.resume), ("file:///s", true));
+        let told = what.net_fds.unwrap();
+        let told = told.iter().map(|net| {
+            assert!(net.fds.as_ref().unwrap().are_here());
+            (net.id.as_str(), net.num_fds)
+        });
+        assert_eq!(told.collect::<Vec<_>>(), [("a", 2), ("b", 1)]);
+        assert_eq!(restore("source_url=file:///s").unwrap().net_fds, None);
+        for bad in ["[a]", "[a@x]", "[a@[1048576]]", ""] {
+            let bad = restore(&format!("source_url=file:///s,net_fds={bad}"));
+            let bad = format!("{:#}", bad.unwrap_err());
+            assert!(bad.starts_with("--restore source_url"), "{bad}");
+        }
     }
 }

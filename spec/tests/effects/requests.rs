@@ -10,7 +10,15 @@ use super::{EFFECTIVE, dotted, fields, full, judged, refusal, without_effect};
 /// Fields of requests that have their effect, by endpoint.
 const EFFECTIVE_REQUESTS: &[(&str, &[&str])] = &[
     ("vm.coredump", &["/destination_url"]),
-    ("vm.receive-migration", &["/receiver_url", "/tls_dir"]),
+    (
+        "vm.receive-migration",
+        &[
+            "/receiver_url",
+            "/tls_dir",
+            "/net_fds/0/id",
+            "/net_fds/0/num_fds",
+        ],
+    ),
     ("vm.remove-device", &["/id"]),
     ("vm.resize", &["/desired_balloon", "/desired_vcpus"]),
     ("vm.resize-disk", &["/id", "/desired_size"]),
@@ -24,6 +32,8 @@ const EFFECTIVE_REQUESTS: &[(&str, &[&str])] = &[
             "/resume",
             "/zone_updates/0/id",
             "/zone_updates/0/host_numa_node",
+            "/net_fds/0/id",
+            "/net_fds/0/num_fds",
             "/verify",
             "/overrides/disks/0/id",
             "/overrides/disks/0/path",
@@ -62,14 +72,15 @@ const EFFECTIVE_REQUESTS: &[(&str, &[&str])] = &[
     ("vm.snapshot", &["/base_url", "/destination_url", "/disks"]),
 ];
 
+const NUMBERS_IGNORED: &str =
+    "supported: the descriptors come with the request (`SCM_RIGHTS`), and the numbers are ignored";
+
 /// Fields of requests with another state. Those that are refused by their value are marked in
 /// `tests/consumers`, too, which fails when they are not refused any more.
 const TOLD_REQUESTS: &[(&str, &str, &str)] = &[
-    (
-        "vm.add-net",
-        "/fds",
-        "supported: the descriptors come with the request (`SCM_RIGHTS`), and the numbers are ignored",
-    ),
+    ("vm.add-net", "/fds", NUMBERS_IGNORED),
+    ("vm.receive-migration", "/net_fds/0/fds", NUMBERS_IGNORED),
+    ("vm.restore", "/net_fds/0/fds", NUMBERS_IGNORED),
     (
         "vm.receive-migration",
         "/memory_mode",

@@ -176,7 +176,11 @@ impl Scene {
     fn start(&mut self, arguments: &[&String]) -> Result<()> {
         if let Some(path) = self.script.events.clone() {
             let fifo = PathBuf::from(self.fill(&path));
-            mkfifoat(CWD, &fifo, Mode::RUSR | Mode::WUSR)?;
+            // A VMM that is started again gets the same.
+            if !fifo.exists() {
+                mkfifoat(CWD, &fifo, Mode::RUSR | Mode::WUSR)?;
+            }
+            (self.event_text, self.events_seen) = (Vec::new(), 0);
             // Opening waits for the VMM, as it does in the consumer.
             self.events = Some(read_all(move || File::open(fifo)));
         }

@@ -18,6 +18,7 @@ use uuid::Uuid;
 use super::freeze::OwnOverlays;
 use super::offer::{self, CheckedOffer};
 use super::storage::{BaseReader, KnownBases, NewImages};
+use super::taps::GivenTaps;
 use super::trust::Allowed;
 use super::{ActiveMigration, Journals};
 use crate::arch::x86_64::generation;
@@ -40,6 +41,7 @@ pub(super) struct DestinationHost {
     /// The name that the VM gets here; the one that the offer has when absent.
     name: Option<VmId>,
     allowed: Allowed,
+    taps: GivenTaps,
     origin: GuestOrigin,
     /// The guest stays paused when it has arrived, whatever its source says.
     stays_paused: bool,
@@ -153,6 +155,7 @@ impl DestinationHost {
             moving,
             name,
             allowed,
+            taps: GivenTaps::default(),
             origin,
             stays_paused: false,
             accepted: None,
@@ -162,6 +165,12 @@ impl DestinationHost {
     /// Keeps the guest paused when it has arrived, unless it should `resume`.
     pub(super) fn resuming(mut self, resume: bool) -> Self {
         self.stays_paused = !resume;
+        self
+    }
+
+    /// Gives interfaces of the guest these taps.
+    pub(super) fn with_taps(mut self, taps: GivenTaps) -> Self {
+        self.taps = taps;
         self
     }
 
@@ -260,6 +269,7 @@ impl Host for DestinationHost {
             &self.registry,
             &self.host,
             &self.allowed,
+            &self.taps,
         )
         .map_err(|why| self.origin.refusal(why))?;
         if self.origin == GuestOrigin::Migration && !frozen.is_empty() {

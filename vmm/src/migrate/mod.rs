@@ -16,6 +16,7 @@ mod snapshot;
 mod source;
 mod standing;
 mod storage;
+mod taps;
 mod trust;
 
 use std::path::Path;

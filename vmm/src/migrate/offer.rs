@@ -17,6 +17,7 @@ use migration::{BlockInfo, Offer, Refusal};
 use spec::{CpuProfile, MemoryConfig, VmConfig, VmId};
 
 use super::storage::{self, PlannedImage};
+use super::taps::GivenTaps;
 use super::trust::Allowed;
 use super::{MachineOffer, OFFER_VERSION, cpuid};
 use crate::arch::x86_64::cpu_model::CpuModel;
@@ -64,6 +65,7 @@ pub(super) fn check(
     registry: &Registry,
     host: &Host,
     allowed: &Allowed,
+    taps: &GivenTaps,
 ) -> Result<CheckedOffer, Refusal> {
     let machine = machine(offer)?;
     let wanted = CpuModel {
@@ -75,6 +77,7 @@ pub(super) fn check(
     let vm = vm.map_err(|error| unreadable(error.to_string()))?;
     let mut config = machine.config;
     drop_unused_room(offer, &mut config.memory);
+    taps.give(&mut config)?;
     config
         .validate(&registry.host_limits())
         .map_err(|found| refusal(RequestError::invalid(found)))?;
@@ -87,7 +90,8 @@ pub(super) fn check(
         return Err(Refusal::new("vm-exists", why));
     }
     let images = storage::plan(offer, &machine.images, &vm, &mut config, allowed.storage())?;
-    let resolved = allowed.check(&config, &images)?;
+    let mut resolved = allowed.check(&config, &images)?;
+    GivenTaps::copy(&config, &mut resolved);
     paths::check(&resolved).map_err(|error| {
         let told = failure::told(&error.into());
         Refusal::new(told.code, told.detail)

@@ -11,6 +11,7 @@ use parking_lot::{Condvar, Mutex};
 use spec::{AwaitMigration, MigrationSide};
 
 use super::destination::{DestinationHost, GuestOrigin, record_failure};
+use super::taps::GivenTaps;
 use super::trust::Allowed;
 use super::{ActiveMigration, endpoint, invalid, start};
 use crate::pool::Pool;
@@ -176,7 +177,8 @@ pub(super) fn begin(
         allowed,
         GuestOrigin::Migration,
     )
-    .resuming(what.resume);
+    .resuming(what.resume)
+    .with_taps(GivenTaps::new(what.net_fds.as_ref()));
     let (limit, once) = (pool.connection_limit(), what.once);
     let (ours, endpoints) = (Arc::clone(&moving), pool.endpoints().clone());
     endpoints.hold(bound, &moving);

@@ -17,6 +17,7 @@ use super::destination::{DestinationHost, GuestOrigin, record_failure};
 use super::freeze::disks_to_freeze;
 use super::snapshot::{LiveVm, path, save_paused, unusable};
 use super::source::SourceVm;
+use super::taps::GivenTaps;
 use super::trust::Allowed;
 use super::{ActiveMigration, offer, start};
 use crate::driver::Purpose;
@@ -26,6 +27,7 @@ use crate::pool::Pool;
 struct Children {
     names: Vec<VmId>,
     overrides: Overrides,
+    taps: GivenTaps,
     zones: Vec<VmMemoryZoneUpdateData>,
     memory: Memory,
     verify: bool,
@@ -57,8 +59,8 @@ impl Children {
         let offer = |(n, name): (u32, &VmId)| {
             let mut offer = saved.clone();
             name.as_str().clone_into(&mut offer.vm);
+            let mut machine = machine.clone();
             if self.overrides != Overrides::default() || !self.zones.is_empty() {
-                let mut machine = machine.clone();
                 let updated = machine.config.memory.update_zones(&self.zones);
                 updated.map_err(|found| RequestError::invalid(vec![found]))?;
                 let applied = self.overrides.apply(n, &mut machine.config);
@@ -72,6 +74,8 @@ impl Children {
                 };
                 offer.machine = text.map_err(failed)?.into();
             }
+            // Before anything is done: the offer itself has no room for descriptors.
+            self.taps.give(&mut machine.config).map_err(unusable)?;
             Ok(offer)
         };
         (1..).zip(&self.names).map(offer).collect()
@@ -119,6 +123,7 @@ pub(super) fn begin_restore(
     let children = Children {
         names,
         overrides: what.overrides.clone().unwrap_or_default(),
+        taps: GivenTaps::new(what.net_fds.as_ref()),
         zones: what.zone_updates.clone().unwrap_or_default(),
         memory: match what.memory_restore_mode {
             MemoryRestoreMode::Copy => Memory::Copy,
@@ -155,6 +160,7 @@ pub(super) fn begin_recording(
     let children = Children {
         names: vec![vm.clone()],
         overrides: what.overrides.clone().unwrap_or_default(),
+        taps: GivenTaps::default(),
         zones: Vec::new(),
         // Each touch of a page is a fault that the service sees.
         memory: Memory::OnDemand,
@@ -224,6 +230,8 @@ fn refuse_what_is_not_there(what: &RestoreConfig) -> Result<(), RequestError> {
         "populate memory (`prefault`) that is restored OnDemand"
     } else if what.count.is_some() && on_demand {
         "make several VMs (`count`) OnDemand: use Map, which shares their memory, or Copy"
+    } else if what.count.is_some() && !GivenTaps::new(what.net_fds.as_ref()).is_empty() {
+        "make several VMs (`count`) with the same taps (`net_fds`): name a tap for each (`overrides.net`)"
     } else {
         return Ok(());
     };
@@ -257,7 +265,8 @@ fn begin(
         Arc::clone(&ours),
         Allowed::all(),
         origin,
-    );
+    )
+    .with_taps(children.taps.clone());
     (ours, host)
 }
 
@@ -275,6 +284,7 @@ pub(super) fn begin_fork(
     let children = Children {
         names: names.map_err(|found| RequestError::invalid(vec![found]))?,
         overrides: what.overrides.clone(),
+        taps: GivenTaps::default(),
         zones: Vec::new(),
         memory: Memory::Map,
         verify: false,
