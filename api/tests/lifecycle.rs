@@ -242,6 +242,15 @@ async fn many_vms_live_side_by_side() {
         metrics.contains("whimbrel_vm_memory_bytes{vm=\"a\"} 536870912\n"),
         "{metrics}"
     );
+    // The counters of a VM's devices, and the kind of each.
+    for line in [
+        "# TYPE whimbrel_vm_read_bytes_total counter\n",
+        "whimbrel_vm_read_bytes_total{vm=\"b\",device=\"_disk0\"} 7\n",
+        "# TYPE whimbrel_vm_actual_bytes gauge\n",
+        "whimbrel_vm_actual_bytes{vm=\"b\",device=\"__balloon\"} 3\n",
+    ] {
+        assert!(metrics.contains(line), "{metrics}");
+    }
     // What came before this one: a list, three creations with two looks at them, a boot, a list.
     assert!(
         metrics.contains("whimbrel_api_requests_total{outcome=\"ok\"} 8\n"),

@@ -1,5 +1,6 @@
 //! Drivers without machines: they answer as [`admit`](crate::admit) says and do nothing else.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::thread;
@@ -120,7 +121,12 @@ impl Fake {
                 });
                 Ok(Reply::Done)
             }
-            Request::Counters => Ok(Reply::Counters(VmCounters::default())),
+            Request::Counters => {
+                let of = |name: &str, value| BTreeMap::from([(name.to_owned(), value)]);
+                let disk = ("_disk0".to_owned(), of("read_bytes", 7));
+                let balloon = ("__balloon".to_owned(), of("actual_bytes", 3));
+                Ok(Reply::Counters(VmCounters::from([disk, balloon])))
+            }
             Request::MemoryMap => Ok(Reply::MemoryMap(MemoryMap { spaces: Vec::new() })),
             Request::Cpu => Ok(Reply::Cpu(Box::default())),
             Request::AddDevice(new) if publisher.current().state != VmState::Shutdown => {

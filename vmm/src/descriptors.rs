@@ -131,10 +131,12 @@ pub(crate) fn of_machine(config: &VmConfig, may_wait: bool) -> u64 {
     const BLOCK: u64 = 2;
     /// userfaultfd and its end; two event loops of its own, with epoll, a copy of it, and a waker each.
     const WAITING: u64 = 8;
+    /// KVM's vCPU; the account of its thread.
+    const VCPU: u64 = 2;
     /// The serial port's interrupt line.
     const SERIAL: u64 = 1;
     let mut needed = MACHINE;
-    needed = needed.saturating_add(u64::from(config.cpus.max_vcpus));
+    needed = needed.saturating_add(u64::from(config.cpus.max_vcpus).saturating_mul(VCPU));
     if may_wait {
         needed = needed.saturating_add(WAITING);
     }
@@ -352,7 +354,7 @@ mod tests {
             last = now;
         };
         config.cpus.max_vcpus += 7;
-        grows(&config, 7);
+        grows(&config, 7 * 2);
         let text = r#"{"path": "/disk", "image_type": "Raw", "num_queues": 1}"#;
         let mut disk: DiskConfig = serde_json::from_str(text).unwrap();
         config.disks = Some(vec![disk.clone()]);

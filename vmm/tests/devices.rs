@@ -372,6 +372,29 @@ async fn maximum_devices_share_slots() {
     assert_eq!(vm.status().devices.len(), 63);
 }
 
+/// Each vCPU's thread has run by the time the guest does.
+#[tokio::test]
+async fn counters_have_the_times_of_vcpus() {
+    let lab = Lab::new();
+    let vm = lab.create(|config| {
+        (config.cpus.boot_vcpus, config.cpus.max_vcpus) = (2, 2);
+    });
+    vm.ask(Request::Boot).await.unwrap();
+    let begun = std::time::Instant::now();
+    loop {
+        let Reply::Counters(counters) = vm.ask(Request::Counters).await.unwrap() else {
+            unreachable!("counters are asked for");
+        };
+        let ran = |vcpu: &str| counters[vcpu]["run_ns"];
+        assert!(counters["vcpu1"].contains_key("wait_ns"), "{counters:?}");
+        if ran("vcpu0") > 0 {
+            return;
+        }
+        assert!(begun.elapsed().as_secs() < 30, "{counters:?}");
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+}
+
 #[tokio::test]
 async fn resize_accepts_only_valid_sizes() {
     let lab = Lab::new();

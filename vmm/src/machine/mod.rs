@@ -491,7 +491,7 @@ impl Active {
         self.parts.descriptors.extend(more);
     }
 
-    /// Returns the counters of each device.
+    /// Returns the counters of each device and vCPU.
     pub(crate) fn counters(&self) -> VmCounters {
         let named = |counters: &[(&str, u64)]| {
             counters
@@ -515,6 +515,12 @@ impl Active {
                 ("irq_routings", self.parts.vm.irq_routes().calls()),
             ]),
         );
+        for (index, vcpu) in self.vcpus.plugged() {
+            if let Some(times) = vcpu.times() {
+                let times = [("run_ns", times.run_ns), ("wait_ns", times.wait_ns)];
+                all.insert(format!("vcpu{index}"), named(&times));
+            }
+        }
         for (id, counters) in self.parts.devices.counters() {
             all.insert(id.clone(), named(&counters));
         }

@@ -1,9 +1,11 @@
 //! vCPU threads.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, OnceLock};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -27,7 +29,26 @@ pub(crate) struct VcpuThread {
     dismissal: Dismissal,
     nmi: Arc<AtomicBool>,
     jobs: Sender<Job>,
+    times: Arc<OnceLock<File>>,
     thread: JoinHandle<Option<Vcpu>>,
+}
+
+/// The kernel's account of a thread, in nanoseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ThreadTimes {
+    /// It ran, in the guest or for it.
+    pub(crate) run_ns: u64,
+    /// It was ready to run and waited for a CPU of the host: what a guest calls steal time.
+    pub(crate) wait_ns: u64,
+}
+
+impl ThreadTimes {
+    /// Reads the text of `/proc/thread-self/schedstat` (proc(5)).
+    fn parse(text: &str) -> Option<Self> {
+        let mut numbers = text.split_whitespace().map(str::parse);
+        let (run_ns, wait_ns) = (numbers.next()?.ok()?, numbers.next()?.ok()?);
+        Some(Self { run_ns, wait_ns })
+    }
 }
 
 /// The part of the host's CPUs that a vCPU's thread may use.
@@ -61,6 +82,8 @@ impl VcpuThread {
             confinement,
         };
         let (jobs, inbox) = channel();
+        let times = Arc::new(OnceLock::new());
+        let account = Arc::clone(&times);
         let span = tracing::Span::current();
         let orders = Orders {
             control: Arc::clone(control),
@@ -77,6 +100,10 @@ impl VcpuThread {
             .name(format!("vcpu{index}"))
             .spawn(move || {
                 let _entered = span.entered();
+                // Opened before the thread's sandbox denies it. Without the file there are no times.
+                if let Ok(file) = File::open("/proc/thread-self/schedstat") {
+                    let _ = account.set(file);
+                }
                 if let Some(cpus) = share.cpus {
                     bind(&cpus);
                 }
@@ -98,6 +125,7 @@ impl VcpuThread {
             dismissal,
             nmi,
             jobs,
+            times,
             thread,
         })
     }
@@ -116,6 +144,13 @@ impl VcpuThread {
         // A thread that has ended drops the job, and with it the other end of the channel.
         let _ = self.jobs.send(Box::new(job));
         answers
+    }
+
+    /// Returns how long the thread has run and waited so far, if the kernel tells.
+    pub(crate) fn times(&self) -> Option<ThreadTimes> {
+        let mut text = [0; 64];
+        let len = self.times.get()?.read_at(&mut text, 0).ok()?;
+        ThreadTimes::parse(std::str::from_utf8(text.get(..len)?).ok()?)
     }
 
     /// Gets the vCPU out of the guest, to see what is wanted.
@@ -379,5 +414,19 @@ impl Throttle {
 impl Drop for Throttle {
     fn drop(&mut self) {
         self.percent.store(0, Ordering::Release);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn account_of_a_thread_is_read() {
+        let times = ThreadTimes::parse("1500 20 3\n").unwrap();
+        assert_eq!((times.run_ns, times.wait_ns), (1500, 20));
+        for text in ["", "1500", "1500 x 3", "-1 2 3"] {
+            assert_eq!(ThreadTimes::parse(text), None, "{text}");
+        }
     }
 }
