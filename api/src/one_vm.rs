@@ -61,8 +61,7 @@ async fn create(
     State(vm): State<OneVm>,
     Json(mut config): Json<VmConfig>,
 ) -> Result<StatusCode, ApiError> {
-    // The default of Cloud Hypervisor's contract.
-    config.cpus.nested.get_or_insert(true);
+    config.cpus.fill_in_for_cloud_hypervisor();
     vm.registry.create(Some(vm.id), config)?;
     Ok(StatusCode::NO_CONTENT)
 }

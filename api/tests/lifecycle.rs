@@ -68,7 +68,7 @@ const TABLE: &[(&str, [u16; 5], [u16; 5])] = &[
 ];
 
 #[tokio::test]
-async fn nested_virtualization_has_the_default_of_the_face() {
+async fn cpus_have_the_defaults_of_the_face() {
     for (given, one, many) in [
         ("", true, false),
         ("false", false, false),
@@ -86,6 +86,7 @@ async fn nested_virtualization_has_the_default_of_the_face() {
         expect(&router, "PUT /api/v1/vm.create", &config, 204).await;
         let info = expect(&router, "GET /api/v1/vm.info", "", 200).await.json();
         assert_eq!(info["config"]["cpus"]["nested"], one, "{given}");
+        assert_eq!(info["config"]["cpus"]["max_phys_bits"], 46);
 
         let router = service.router();
         expect(&router, "PUT /api/v1/vms/other", &config, 201).await;
@@ -93,6 +94,7 @@ async fn nested_virtualization_has_the_default_of_the_face() {
             .await
             .json();
         assert_eq!(info["config"]["cpus"]["nested"], many, "{given}");
+        assert_eq!(info["config"]["cpus"].get("max_phys_bits"), None);
         expect(&router, "PUT /api/v1/vms/other", &config, 200).await;
     }
 }

@@ -209,7 +209,8 @@ pub struct CpusConfig {
     /// The CPU that the guest sees.
     #[serde(default, skip_serializing_if = "is_host")]
     pub profile: CpuProfile,
-    /// Limit the physical address bits that the guest sees.
+    /// Limit the physical address bits that the guest sees. When absent, 46 on Cloud Hypervisor's face, and those
+    /// of the host on the service's own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_phys_bits: Option<u8>,
     /// Let the guest run VMs of its own (nested virtualization), if the host supports it. When absent, false on
@@ -249,6 +250,14 @@ impl CpusConfig {
     #[must_use]
     pub fn is_nested(&self) -> bool {
         self.nested.unwrap_or(false)
+    }
+
+    /// Fills in what Cloud Hypervisor's contract has as defaults and the service's own face leaves to the
+    /// host, so that its clients find these fields in `vm.info`.
+    pub fn fill_in_for_cloud_hypervisor(&mut self) {
+        const MAX_PHYS_BITS: u8 = 46;
+        self.nested.get_or_insert(true);
+        self.max_phys_bits.get_or_insert(MAX_PHYS_BITS);
     }
 
     /// How the vCPUs are arranged: as configured, or as cores of one package.

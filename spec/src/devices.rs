@@ -219,8 +219,8 @@ impl DiskConfig {
             .as_ref()
             .is_some_and(|all| !all.is_empty())
         {
-            let detail = "the queues of all devices share the service's event loops, so that none can be \
-                          bound to CPUs; bind the process (`taskset`, a cpuset)";
+            let detail = "this version does not support `queue_affinity`: the queues of all devices share \
+                          the service's event loops; bind the process (`taskset`, a cpuset)";
             below.add("queue_affinity", UNSUPPORTED, detail);
         }
     }

@@ -70,9 +70,9 @@ impl Arguments {
             Some(Command::Run(run)) => run.config(),
             None => {
                 let mut config = self.vm.config(None)?;
-                // The default of Cloud Hypervisor, whose command line this is.
+                // It is Cloud Hypervisor's command line.
                 if let Some(config) = &mut config {
-                    config.cpus.nested.get_or_insert(true);
+                    config.cpus.fill_in_for_cloud_hypervisor();
                 }
                 Ok(config)
             }
