@@ -32,6 +32,7 @@ consumers! {
     libvirt_9 "libvirt-9";
     libvirt_11 "libvirt-11";
     libvirt_11_save "libvirt-11-save";
+    msks "msks";
     ubicloud "ubicloud";
 }
 
