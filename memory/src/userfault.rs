@@ -139,25 +139,43 @@ impl UserFaults {
     /// # Errors
     /// There are no such pages, or the host refuses.
     pub fn fill_run(&self, block: usize, first: usize, data: &[[u8; PAGE]]) -> io::Result<usize> {
-        let Some(last) = data.len().checked_sub(1) else {
+        let Some(to) = self.run(block, first, data.len())? else {
             return Ok(0);
+        };
+        let len = data.len() * PAGE;
+        // SAFETY: as in `fill`; `data` has as many pages as the kernel copies.
+        let filled = unsafe { self.uffd.copy(data.as_ptr().cast(), to, len, true) };
+        match filled {
+            Ok(bytes) => Ok(bytes / PAGE),
+            // While memory is being given back, Linux writes its error (-EAGAIN) where the number of
+            // bytes belongs, and the crate passes that on as it is.
+            Err(Error::PartiallyCopied(bytes)) if bytes <= len => Ok(bytes / PAGE),
+            Err(error) => none_filled(error),
+        }
+    }
+
+    /// Fills neighbouring pages with zeros, as [`UserFaults::fill_run`] fills them: all of them, or none
+    /// that the caller need know of. Some may have been filled where none is returned.
+    ///
+    /// # Errors
+    /// As for [`UserFaults::fill_run`].
+    pub fn zero_run(&self, block: usize, first: usize, pages: usize) -> io::Result<usize> {
+        let Some(to) = self.run(block, first, pages)? else {
+            return Ok(0);
+        };
+        // SAFETY: as for `copy` in `fill`.
+        let filled = unsafe { self.uffd.zeropage(to, pages * PAGE, true) };
+        filled.map_or_else(none_filled, |_| Ok(pages))
+    }
+
+    /// The address of the first of these pages, which are all within the block; `None` for no pages.
+    fn run(&self, block: usize, first: usize, pages: usize) -> io::Result<Option<*mut c_void>> {
+        let Some(last) = pages.checked_sub(1) else {
+            return Ok(None);
         };
         // Both ends are within the block, and therefore all between them.
         self.page(block, first.saturating_add(last))?;
-        let to = self.page(block, first)?;
-        // SAFETY: as in `fill`; `data` has as many pages as the kernel copies.
-        let filled = unsafe {
-            self.uffd
-                .copy(data.as_ptr().cast(), to, data.len() * PAGE, true)
-        };
-        match filled {
-            Ok(bytes) | Err(Error::PartiallyCopied(bytes)) => Ok(bytes / PAGE),
-            Err(error) => match into_io(error) {
-                error if error.kind() == io::ErrorKind::AlreadyExists => Ok(0),
-                error if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
-                error => Err(error),
-            },
-        }
+        self.page(block, first).map(Some)
     }
 
     /// Fills a page with zeros, as [`UserFaults::fill`] does.
@@ -212,6 +230,15 @@ impl UserFaults {
             block.permit_huge_pages();
             Ok(())
         })
+    }
+}
+
+/// No page of a run was filled, because the first is there or memory is being given back.
+fn none_filled(error: Error) -> io::Result<usize> {
+    let error = into_io(error);
+    match error.kind() {
+        io::ErrorKind::AlreadyExists | io::ErrorKind::WouldBlock => Ok(0),
+        _ => Err(error),
     }
 }
 
@@ -354,6 +381,10 @@ mod tests {
         for (first, pages) in [(8, 1), (4, 5), (usize::MAX, 2)] {
             assert!(faults.fill_run(0, first, &data[..pages]).is_err());
         }
+        assert!(faults.zero_run(0, 7, 2).is_err());
+        assert_eq!(faults.zero_run(0, 0, 0).unwrap(), 0);
+        // Up to the second.
+        assert_eq!(faults.zero_run(0, 0, 2).unwrap(), 0);
         faults.end().unwrap();
         let mut seen = [0_u8; 8];
         for (page, byte) in seen.iter_mut().enumerate() {
@@ -362,6 +393,26 @@ mod tests {
             *byte = first[0];
         }
         assert_eq!(seen, [0, 1, 1, 9, 1, 1, 1, 1]);
+    }
+
+    /// Linux returns its error as the number of bytes then, which was taken for 2^52 filled pages.
+    #[test]
+    fn run_is_not_filled_while_memory_is_given_back() {
+        let block = Arc::new(RamBlock::new(&RamConfig::anonymous(8 * PAGE_SIZE)).unwrap());
+        let faults = UserFaults::new(vec![Arc::clone(&block)]).unwrap();
+        std::thread::scope(|scope| {
+            // It waits until its event is read.
+            let giver = scope.spawn(|| block.discard(0, PAGE).unwrap());
+            assert!(faults.poll(Duration::from_secs(60)).unwrap());
+            let filled = faults.fill_run(0, 2, &[[1_u8; PAGE]; 4]);
+            let zeroed = faults.zero_run(0, 2, 4);
+            assert_eq!(faults.read().unwrap(), [Fault::Removed(0, 0, 1)]);
+            giver.join().unwrap();
+            assert_eq!((filled.unwrap(), zeroed.unwrap()), (0, 0));
+        });
+        assert_eq!(faults.zero_run(0, 2, 4).unwrap(), 4);
+        assert_eq!(faults.fill_run(0, 2, &[[1_u8; PAGE]; 4]).unwrap(), 0);
+        faults.end().unwrap();
     }
 
     #[test]
