@@ -217,6 +217,49 @@ pub(crate) enum Content {
     Later,
 }
 
+/// What neighbouring pages are filled with.
+#[derive(Clone, Copy)]
+pub(crate) enum Filling<'a> {
+    /// The content of each.
+    Data(&'a [[u8; PAGE]]),
+    /// So many pages of zeros.
+    Zeros(usize),
+}
+
+impl<'a> Filling<'a> {
+    /// The number of pages.
+    pub(crate) fn len(self) -> usize {
+        match self {
+            Self::Data(pages) => pages.len(),
+            Self::Zeros(pages) => pages,
+        }
+    }
+
+    pub(crate) fn is_empty(self) -> bool {
+        self.len() == 0
+    }
+
+    /// The content of a page; absent: zeros.
+    pub(crate) fn get(self, index: usize) -> Option<&'a [u8; PAGE]> {
+        match self {
+            Self::Data(pages) => pages.get(index),
+            Self::Zeros(_) => None,
+        }
+    }
+
+    /// The first pages, at most so many, and those behind them.
+    pub(crate) fn split(self, pages: usize) -> (Self, Self) {
+        let at = pages.min(self.len());
+        match self {
+            Self::Data(pages) => {
+                let (first, behind) = pages.split_at_checked(at).unwrap_or((pages, &[]));
+                (Self::Data(first), Self::Data(behind))
+            }
+            Self::Zeros(pages) => (Self::Zeros(at), Self::Zeros(pages - at)),
+        }
+    }
+}
+
 /// Reads the body of a frame of pages of memory.
 #[cfg(test)]
 pub(crate) fn decode_memory<'a>(
@@ -290,14 +333,19 @@ impl Decoded<'_> {
         self.runs.iter().map(|(_, pages)| *pages as u64).sum()
     }
 
-    /// Each page, and what is in it unless it is zeros.
-    pub(crate) fn pages(&self) -> impl Iterator<Item = (usize, Option<&[u8; PAGE]>)> {
-        let numbers = self
-            .runs
-            .iter()
-            .flat_map(|&(first, pages)| first..first + pages);
-        let mut data = self.data.as_chunks::<PAGE>().0.iter();
-        numbers.map(move |page| (page, data.next()))
+    /// The first page of each run, and what its pages are filled with.
+    pub(crate) fn fillings(&self) -> impl Iterator<Item = (usize, Filling<'_>)> {
+        let (pages, _) = self.data.as_chunks::<PAGE>();
+        let mut rest = match pages {
+            [] => None,
+            pages => Some(Filling::Data(pages)),
+        };
+        self.runs.iter().map(move |&(first, pages)| {
+            let all = rest.unwrap_or(Filling::Zeros(pages));
+            let (run, behind) = all.split(pages);
+            rest = rest.map(|_| behind);
+            (first, run)
+        })
     }
 
     /// Marks the pages.

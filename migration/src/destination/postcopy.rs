@@ -19,7 +19,7 @@ use parking_lot::{Mutex, RwLock};
 
 use crate::link::Stream;
 use crate::message::Refusal;
-use crate::pages::{self, Block, Decoded, PAGE};
+use crate::pages::{self, Block, Decoded, Filling, PAGE};
 use crate::progress::{Progress, micros};
 use crate::wire::{self, Kind, WireError};
 
@@ -370,11 +370,21 @@ impl PostcopyReceiver {
             // The machine has ended: the pages are not needed.
             return Ok(());
         }
-        for (page, data) in came.pages() {
-            // A page can come twice, over a lost connection and its successor. The guest may also
-            // have given it back: filling it would restore old content.
-            if self.is_missing(came.block, page) && admitted(page, data) {
-                self.fill_page(came.block, page, data)?;
+        for (first, content) in came.fillings() {
+            let (mut page, mut rest) = (first, content);
+            while !rest.is_empty() {
+                // A page can come twice, over a lost connection and its successor. The guest may also
+                // have given it back: filling it would restore old content.
+                let is_wanted = |index: &usize| {
+                    let page = page + index;
+                    self.is_missing(came.block, page) && admitted(page, rest.get(*index))
+                };
+                let run = (0..rest.len()).take_while(is_wanted).count();
+                let (wanted, behind) = rest.split(run);
+                self.fill_pages(came.block, page, wanted)?;
+                // The next one is not wanted.
+                page += run + 1;
+                rest = behind.split(1).1;
             }
         }
         Ok(())
@@ -406,20 +416,23 @@ impl PostcopyReceiver {
                 filled => break filled?,
             }
         }
-        self.came(block, page);
+        self.came(block, page, 1);
         Ok(())
     }
 
-    /// Notes that a page is filled. Not before: a fault on a page that is not missing is answered with
+    /// Notes that pages are filled. Not before: a fault on a page that is not missing is answered with
     /// zeros.
-    fn came(&self, block: usize, page: usize) {
-        if let Some(missing) = self.missing.get(block) {
+    fn came(&self, block: usize, first: usize, pages: usize) {
+        let Some(missing) = self.missing.get(block) else {
+            return;
+        };
+        for page in first..first.saturating_add(pages) {
             let _ = missing.take_page(page);
-        }
-        if let Some(since) = self.waited.lock().remove(&(block, page)) {
-            self.latencies
-                .lock()
-                .saturating_record(micros(since.elapsed()));
+            if let Some(since) = self.waited.lock().remove(&(block, page)) {
+                self.latencies
+                    .lock()
+                    .saturating_record(micros(since.elapsed()));
+            }
         }
     }
 
@@ -428,38 +441,36 @@ impl PostcopyReceiver {
         &self,
         block: usize,
         first: usize,
-        pages: &[[u8; PAGE]],
+        content: Filling<'_>,
     ) -> std::io::Result<()> {
-        let mut done = 0;
-        while let Some(rest) = pages.get(done..).filter(|rest| !rest.is_empty()) {
-            let page = first + done;
+        let (mut page, mut rest) = (first, content);
+        while !rest.is_empty() {
             let filled = self.fill_run(block, page, rest)?;
             if filled == 0 {
                 // It is not missing any more, or memory is being given back.
-                self.fill_page(block, page, rest.first())?;
+                self.fill_page(block, page, rest.get(0))?;
             }
-            done += filled.max(1);
+            page += filled.max(1);
+            (_, rest) = rest.split(filled.max(1));
         }
         Ok(())
     }
 
     /// Fills neighbouring pages up to the first that is not missing, and returns how many. Less if some came
     /// meanwhile, or memory is being given back.
-    fn fill_run(&self, block: usize, first: usize, pages: &[[u8; PAGE]]) -> std::io::Result<usize> {
+    fn fill_run(&self, block: usize, first: usize, content: Filling<'_>) -> std::io::Result<usize> {
         // As in `fill_page`: no page may be given back between the look and its filling.
         let filling = self.filling.read();
-        let run = (first..).zip(pages);
-        let run = run
-            .take_while(|(page, _)| self.is_missing(block, *page))
+        let run = (first..first.saturating_add(content.len()))
+            .take_while(|page| self.is_missing(block, *page))
             .count();
-        let filled = match pages.get(..run) {
-            Some(run) if run.len() > 1 => self.faults.fill_run(block, first, run)?,
-            _ => 0,
+        let filled = match content.split(run).0 {
+            run if run.len() < 2 => 0,
+            Filling::Data(pages) => self.faults.fill_run(block, first, pages)?,
+            Filling::Zeros(pages) => self.faults.zero_run(block, first, pages)?,
         };
         drop(filling);
-        for page in first..first + filled {
-            self.came(block, page);
-        }
+        self.came(block, first, filled);
         Ok(filled)
     }
 

@@ -29,7 +29,7 @@ use crate::MigrationError;
 use crate::decision::Decision;
 use crate::destination::Destination;
 use crate::destination::postcopy::{Ask, PostcopyReceiver};
-use crate::pages::{Block, PAGE};
+use crate::pages::{Block, Filling, PAGE};
 use crate::progress::{Phase, Progress};
 use crate::threads::in_span;
 use crate::wire::WireError;
@@ -260,6 +260,7 @@ impl<'a> OnDemand<'a> {
         content: &[u8],
     ) -> Result<(), RestoreError> {
         let (pages, _) = content.as_chunks::<PAGE>();
+        let pages = Filling::Data(pages);
         let filled = self.receiver.fill_pages(block, offset / PAGE, pages);
         filled.map_err(|error| match self.has_ended() {
             // The memory is not registered any more.

@@ -231,6 +231,63 @@ fn page_that_is_gone_wakes_its_waiters() {
     assert_eq!(give_back_a_page_that_is_waited_for(None), (Some(0), 3, 0));
 }
 
+/// Pages of one frame are filled together, but for those that are not missing or not admitted; in a frame
+/// of several runs each page gets its own content.
+#[test]
+fn runs_are_filled_around_pages_that_are_not_wanted() {
+    const PAGES: usize = 32;
+    for (shared, content) in [
+        (false, pages::Content::Data),
+        (false, pages::Content::Zeros),
+        (true, pages::Content::Data),
+        (true, pages::Content::Zeros),
+    ] {
+        let (ram, blocks, receiver) = all_missing(PAGES, shared);
+        let progress = Progress::default();
+        // Here already: the receiver has it as received.
+        receiver.fill_page(0, 6, Some(&[9; PAGE])).unwrap();
+        let run = |first, pages| pages::Run {
+            block: 0,
+            first,
+            pages,
+        };
+        // From 2 to 11, and from 20 to 24.
+        let mut body = pages::encode_missing(0, &[run(2, 10), run(20, 5)]);
+        if content == pages::Content::Data {
+            for page in (2..12).chain(20..25) {
+                body.extend([page + 100; PAGE]);
+            }
+        }
+        let came = pages::decode_memory(&body, &blocks, content).unwrap();
+        let mut asked = Vec::new();
+        let admitted = |page, data: Option<&[u8; PAGE]>| {
+            asked.push((page, data.map_or(0, |data| data[0])));
+            page != 9 && page != 22
+        };
+        receiver.fill(&came, admitted).unwrap();
+        let byte = |page: usize| match content {
+            pages::Content::Data => page as u8 + 100,
+            _ => 0,
+        };
+        let all = (2..12).chain(20..25).filter(|page| *page != 6);
+        assert!(
+            asked
+                .into_iter()
+                .eq(all.clone().map(|page| (page, byte(page))))
+        );
+        let filled: Vec<_> = all.filter(|page| *page != 9 && *page != 22).collect();
+        assert_eq!(receiver.left(), PAGES - 1 - filled.len());
+        receiver.end(&progress);
+        let found = (0..PAGES).map(|page| first_byte(&ram, page));
+        let expected = (0..PAGES).map(|page| match page {
+            6 => 9,
+            page if filled.contains(&page) => byte(page),
+            _ => 0,
+        });
+        assert!(found.eq(expected), "{content:?}");
+    }
+}
+
 /// Events of the memory cannot be read: the guest is halted before a thread that waits is let go.
 #[test]
 fn unreadable_faults_end_the_guest_and_all_waits() {
