@@ -14,7 +14,7 @@ use crate::decision::Decision;
 use crate::disks::{Contents, check_lost};
 use crate::fault_priority::{FaultPriority, Turn};
 use crate::link::Stream;
-use crate::pages::{self, BATCH, Batch, Block, PAGE, Run};
+use crate::pages::{self, BATCH, Batch, Block, Encoded, PAGE, Run};
 use crate::progress::Progress;
 use crate::threads::in_span;
 use crate::verify;
@@ -26,7 +26,7 @@ const LONGEST_SLEEP: Duration = Duration::from_millis(100);
 /// Pages of a batch in postcopy: 64 KiB.
 pub(crate) const SMALL_BATCH: usize = 16;
 /// Bytes that a channel may have to send while others wait for the link.
-const UNSENT: u32 = 64 << 10;
+pub(crate) const UNSENT: u32 = 64 << 10;
 
 /// Batches that a bandwidth limit has room for in a second.
 const BATCHES_PER_SECOND: u64 = 10;
@@ -342,7 +342,6 @@ impl Ram {
         let Some(first) = runs.first() else {
             return Ok(0);
         };
-        let mut sent = 0;
         // In front of the page, on the same channel: the destination checks the page before it
         // installs it. Afterwards the guest may have written to it.
         if self.announces_hashes
@@ -360,28 +359,40 @@ impl Ram {
         let batch = self
             .batch
             .fill(runs, |run, data| contents.read(run, data))?;
-        if let Some((head, data)) = &batch.pages {
-            wire::write(&mut *self.stream, Kind::Pages, &[head, data])?;
-            sent += (wire::HEADER_LEN + head.len() + data.len()) as u64;
-        }
-        if let Some(head) = &batch.zeros {
-            wire::write(&mut *self.stream, Kind::Zeros, &[head])?;
-            sent += (wire::HEADER_LEN + head.len()) as u64;
-        }
-        let (full, zero) = (batch.full_pages, batch.zero_pages);
-        progress.update(|report| {
-            report.sent_bytes += sent;
-            if contents.is_disk(first.block) {
-                let bytes = (full + zero) * PAGE as u64;
-                report.disk_remaining_bytes = report.disk_remaining_bytes.saturating_sub(bytes);
-                return;
-            }
-            report.pages += full;
-            report.zero_pages += zero;
-            report.remaining_pages = report.remaining_pages.saturating_sub(full + zero);
-        });
-        Ok(sent)
+        let is_disk = contents.is_disk(first.block);
+        send_encoded(&mut *self.stream, &batch, is_disk, progress)
     }
+}
+
+/// Sends a batch of memory or of a disk. Returns its bytes.
+pub(crate) fn send_encoded(
+    stream: &mut dyn Stream,
+    batch: &Encoded<'_>,
+    is_disk: bool,
+    progress: &Progress,
+) -> Result<u64, MigrationError> {
+    let mut sent = 0;
+    if let Some((head, data)) = &batch.pages {
+        wire::write(stream, Kind::Pages, &[head, data])?;
+        sent += (wire::HEADER_LEN + head.len() + data.len()) as u64;
+    }
+    if let Some(head) = &batch.zeros {
+        wire::write(stream, Kind::Zeros, &[head])?;
+        sent += (wire::HEADER_LEN + head.len()) as u64;
+    }
+    let (full, zero) = (batch.full_pages, batch.zero_pages);
+    progress.update(|report| {
+        report.sent_bytes += sent;
+        if is_disk {
+            let bytes = (full + zero) * PAGE as u64;
+            report.disk_remaining_bytes = report.disk_remaining_bytes.saturating_sub(bytes);
+            return;
+        }
+        report.pages += full;
+        report.zero_pages += zero;
+        report.remaining_pages = report.remaining_pages.saturating_sub(full + zero);
+    });
+    Ok(sent)
 }
 
 /// Keeps all channels together to a bandwidth.

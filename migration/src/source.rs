@@ -1,6 +1,7 @@
 //! The side from which the guest moves.
 
 mod agree;
+mod fault_server;
 mod hand_over;
 mod postcopy;
 mod precopy;
@@ -15,8 +16,8 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
+use self::fault_server::FaultServer;
 pub use self::hand_over::PendingAbort;
-use self::postcopy::FaultServer;
 use self::stop::StopKind;
 use crate::decision::Decision;
 use crate::disks::{self, Contents, SourceDisk};

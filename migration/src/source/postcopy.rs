@@ -1,25 +1,21 @@
-//! Pages that follow the guest: those that it waits for first.
+//! Pages that follow the guest.
 
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
 use memory::DirtyPages;
 use parking_lot::Mutex;
 
+use super::fault_server::FaultServer;
 use super::{Contents, Engine, Whereabouts, dial_channel, disconnected, keepalive};
 use crate::decision::{Doubt, Question, Resolution};
-use crate::disks::SourceDisk;
-use crate::fault_priority::FaultPriority;
-use crate::link::{Closer, Stream};
 use crate::message::{Channel, ControlChannel, Hello, Refusal, ToDestination, ToSource};
-use crate::pages::{self, BATCH, Block, PAGE, Run};
+use crate::pages::{BATCH, PAGE, Run};
 use crate::policy::MAX_CONNECTIONS;
 use crate::progress::{Activity, Phase, Progress};
-use crate::sender::{Pacer, Ram, SMALL_BATCH, count, on_all, small_batches};
-use crate::threads::in_span;
-use crate::wire::{Kind, Reader, WireError};
-use crate::{ATTEMPTS, KEEPALIVES, MigrationError, PAGES_PATIENCE};
+use crate::sender::{Pacer, Ram, count, on_all, small_batches};
+use crate::wire::WireError;
+use crate::{ATTEMPTS, KEEPALIVES, MigrationError};
 
 /// Result of reconnecting to the destination.
 enum Reconnect {
@@ -29,92 +25,6 @@ enum Reconnect {
     Over,
     /// The destination; its guest ended before all pages had arrived.
     Lost,
-}
-
-/// Serves the pages that the guest waits for, on a channel of their own.
-pub(super) struct FaultServer {
-    thread: JoinHandle<Ram>,
-    closer: Closer,
-    priority: Arc<FaultPriority>,
-}
-
-impl FaultServer {
-    /// `faults` tells which pages are waited for, `ram` carries them.
-    pub(super) fn start(
-        mut faults: Box<dyn Stream>,
-        mut ram: Ram,
-        blocks: Vec<Block>,
-        disks: Vec<SourceDisk>,
-        progress: Progress,
-    ) -> Result<Self, MigrationError> {
-        // A guest that misses nothing is silent.
-        faults
-            .set_patience(PAGES_PATIENCE)
-            .map_err(WireError::from)?;
-        let closer = faults.closer().map_err(WireError::from)?;
-        let priority = Arc::new(FaultPriority::default());
-        let hurry = Arc::clone(&priority);
-        let serve = move || {
-            let mut reader = Reader::default();
-            // The loop ends with the channel; the closing side reports the reason.
-            while let Ok((_, body)) = reader.read(&mut *faults, &[Kind::Fault]) {
-                let Ok((block, page)) = pages::decode_fault(body) else {
-                    break;
-                };
-                // First of all: from here on the bulk channels leave the link to this page.
-                hurry.is_needed();
-                let contents = Contents {
-                    blocks: &blocks,
-                    disks: &disks,
-                };
-                let run = take_run(contents, block, page);
-                let next = page.saturating_add(run.map_or(1, |run| u64::from(run.pages)));
-                hurry.follow(block, next);
-                if let Some(run) = run
-                    && ram.send_batch(contents, &[run], &progress).is_err()
-                {
-                    break;
-                }
-            }
-            ram
-        };
-        let thread = thread::Builder::new()
-            .name("migrate-faults".to_owned())
-            .spawn(in_span(serve))
-            .map_err(|error| MigrationError::here("host-refused", error))?;
-        Ok(Self {
-            thread,
-            closer,
-            priority,
-        })
-    }
-
-    /// Ends it, and gives the channel back.
-    pub(super) fn end(self) -> Option<Ram> {
-        self.closer.close();
-        self.thread.join().ok()
-    }
-}
-
-/// Takes the marks of a page that is waited for and of those behind it that are sent with it; `None` for one
-/// that is no page, or is on its way already. The atomic clear settles the race with the bulk channels:
-/// each page is sent once.
-fn take_run(contents: Contents<'_>, block: u32, page: u64) -> Option<Run> {
-    let dirty = contents.dirty(block)?;
-    let first = usize::try_from(page).ok()?;
-    // A request of a disk is rarely for one block, and each read of storage costs more than its bytes.
-    let most = if contents.is_disk(block) {
-        SMALL_BATCH
-    } else {
-        1
-    };
-    let pages = first..first.saturating_add(most);
-    let pages = pages.take_while(|page| dirty.take_page(*page)).count();
-    (pages > 0).then_some(Run {
-        block,
-        first: page,
-        pages: pages as u32,
-    })
 }
 
 /// The guest ended at the destination while parts of it were missing there, as when its service died.
@@ -265,7 +175,7 @@ impl Engine<'_, '_> {
         let priority = self
             .fault_server
             .as_ref()
-            .map(|fault_server| Arc::clone(&fault_server.priority));
+            .map(|fault_server| Arc::clone(fault_server.priority()));
         let priority = &*priority.unwrap_or_default();
         // The limit holds for bulk pages only. Pages that the guest waits for are never delayed.
         let pacer = Pacer::new(self.sending.policy.max_bandwidth);
