@@ -149,6 +149,12 @@ pub trait VirtioDevice: Send {
     /// Forgets the driver: as after power-on. All queues have been stopped.
     fn reset(&mut self);
 
+    /// Forgets the driver, as [`VirtioDevice::reset`] does, right before a [`VirtioDevice::load`], which sets
+    /// everything again: what the host has already need not be changed twice.
+    fn prepare_load(&mut self) {
+        self.reset();
+    }
+
     /// Makes durable all that the guest wrote, before the guest moves to another machine. No queue is
     /// being served. What only one machine may have stays here until [`VirtioDevice::hand_over`].
     ///

@@ -94,7 +94,7 @@ impl Commands {
                 let negotiated = driver
                     .as_ref()
                     .is_some_and(|(_, features)| wanted & !features == 0);
-                // `set_offloads` calls the host for each queue: the lock, which announcements need,
+                // `set_offloads` calls the host: the lock, which announcements need,
                 // is not held meanwhile.
                 drop(driver);
                 negotiated && self.shared.set_offloads(offloads(wanted))

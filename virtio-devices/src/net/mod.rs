@@ -90,6 +90,7 @@ struct Shared {
     pairs: AtomicU16,
     /// The offloads that the driver accepts, once it or a saved state has set them. An empty set counts.
     offloads: Mutex<Option<u32>>,
+    tap_settings: Mutex<TapSettings>,
     announce: AtomicBool,
     rx_limiter: SharedLimiter,
     tx_limiter: SharedLimiter,
@@ -98,29 +99,57 @@ struct Shared {
     driver: Mutex<Option<(Arc<Transport>, u64)>>,
 }
 
+/// Settings of the tap, as the host has them. Absent before they were set, and if that failed.
+#[derive(Default)]
+struct TapSettings {
+    /// The number of pairs whose queues get frames.
+    pairs: Option<u16>,
+    offloads: Option<u32>,
+}
+
 impl Shared {
     /// Frames come to the queues of the first `pairs` pairs.
     fn set_pairs(&self, pairs: u16) {
         self.pairs.store(pairs, Ordering::Release);
+        let mut settings = self.tap_settings.lock();
+        // Each change takes a lock of the host's network, and detaching a queue waits for a grace period
+        // (`synchronize_net`). A load in the stop of a migration mostly changes none: the dry run did.
+        let changed = match settings.pairs {
+            Some(is) => is.min(pairs)..is.max(pairs),
+            None => 0..u16::MAX,
+        };
+        let mut is_set = true;
         for (index, tap) in (0_u16..).zip(&self.taps) {
-            if let Err(error) = tap.attach(index < pairs) {
+            if changed.contains(&index)
+                && let Err(error) = tap.attach(index < pairs)
+            {
                 tracing::warn!(%error, tap = tap.name(), "cannot enable or disable a queue of a \
                                                           tap");
+                is_set = false;
             }
         }
+        settings.pairs = is_set.then_some(pairs);
     }
 
     fn set_offloads(&self, flags: u32) -> bool {
-        let set = |tap: &Arc<Tap>| match tap.set_offloads(flags) {
-            Ok(()) => true,
-            Err(error) => {
-                tracing::warn!(%error, "cannot change the offloads of a tap");
-                false
-            }
-        };
-        let mut offloads = self.offloads.lock();
-        *offloads = Some(flags);
-        self.taps.iter().all(set)
+        *self.offloads.lock() = Some(flags);
+        let mut settings = self.tap_settings.lock();
+        if settings.offloads == Some(flags) {
+            return true;
+        }
+        // Of the interface, whichever of its queues is asked.
+        let first = self.taps.first();
+        let set = first.map_or(Ok(()), |tap| tap.set_offloads(flags));
+        settings.offloads = set.is_ok().then_some(flags);
+        set.inspect_err(|error| tracing::warn!(%error, "cannot change the offloads of a tap"))
+            .is_ok()
+    }
+
+    /// Forgets the driver, but for the settings of the tap.
+    fn forget_driver(&self, first_mac: [u8; 6]) {
+        *self.driver.lock() = None;
+        *self.mac.lock() = first_mac;
+        self.announce.store(false, Ordering::Release);
     }
 }
 
@@ -166,6 +195,7 @@ impl Net {
             mac: Mutex::new(config.mac),
             pairs: AtomicU16::new(1),
             offloads: Mutex::new(None),
+            tap_settings: Mutex::default(),
             announce: AtomicBool::new(false),
             rx_limiter: SharedLimiter::new(config.limits),
             tx_limiter: SharedLimiter::new(config.limits),
@@ -320,13 +350,17 @@ impl VirtioDevice for Net {
     }
 
     fn reset(&mut self) {
-        *self.shared.driver.lock() = None;
-        *self.shared.mac.lock() = self.first_mac;
-        self.shared.announce.store(false, Ordering::Release);
+        self.shared.forget_driver(self.first_mac);
         self.shared.set_pairs(1);
         // The tap outlives the driver. With the old flags a firmware that comes next would get
         // frames that it cannot read.
         self.shared.set_offloads(0);
+        *self.shared.offloads.lock() = None;
+    }
+
+    fn prepare_load(&mut self) {
+        self.shared.forget_driver(self.first_mac);
+        // The tap keeps its settings, such as those of the dry run, and the load changes what differs.
         *self.shared.offloads.lock() = None;
     }
 

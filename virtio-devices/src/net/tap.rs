@@ -291,21 +291,25 @@ impl Tap {
         if !self.multi_queue {
             return Ok(());
         }
-        // SAFETY: plain bytes, for which zeros are a value.
-        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
         let flag = if on {
             libc::IFF_ATTACH_QUEUE
         } else {
             libc::IFF_DETACH_QUEUE
         };
-        request.ifr_ifru.ifru_flags = flag as i16;
-        // SAFETY: takes an `ifreq`.
-        let set = unsafe { ioctl_with_ref(&self.file, TUNSETQUEUE, &request) };
-        match last_error(set) {
+        match self.queue(flag) {
             // It is so already.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
             other => other,
         }
+    }
+
+    fn queue(&self, flag: libc::c_int) -> io::Result<()> {
+        // SAFETY: plain bytes, for which zeros are a value.
+        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        request.ifr_ifru.ifru_flags = flag as i16;
+        // SAFETY: takes an `ifreq`.
+        let set = unsafe { ioctl_with_ref(&self.file, TUNSETQUEUE, &request) };
+        last_error(set)
     }
 
     /// Whether the interface is in another network namespace than we are, as far as the host tells.

@@ -297,6 +297,7 @@ mod tests {
             mac: Mutex::default(),
             pairs: AtomicU16::new(1),
             offloads: Mutex::default(),
+            tap_settings: Mutex::default(),
             announce: AtomicBool::new(false),
             rx_limiter: SharedLimiter::new(RateLimits::default()),
             tx_limiter: SharedLimiter::new(RateLimits::default()),

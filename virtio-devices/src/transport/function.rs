@@ -194,7 +194,7 @@ impl VirtioFunction {
         let saved: saved::V2 = from.take()?;
         let mut state = self.state.lock();
         state.paused = true;
-        state.reset(&self.transport);
+        state.forget(&self.transport, |device| device.prepare_load());
         if saved.device != self.id.0 {
             let (was, is) = (DeviceId(saved.device), self.id);
             return Err(from.refuse(format!(
@@ -343,8 +343,13 @@ impl State {
     }
 
     fn reset(&mut self, transport: &Transport) {
+        self.forget(transport, |device| device.reset());
+    }
+
+    /// Stops the queues and forgets the driver, as the device does by `forget`.
+    fn forget(&mut self, transport: &Transport, forget: impl FnOnce(&mut dyn VirtioDevice)) {
         self.stop_queues();
-        self.device.reset();
+        forget(&mut *self.device);
         self.common.reset();
         transport.reset();
     }

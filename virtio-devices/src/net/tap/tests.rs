@@ -2,10 +2,12 @@
 
 use std::time::Instant;
 
+use ::state::{Store, Writer};
 use rustix::thread::{CapabilitySet, UnshareFlags, capabilities, set_capabilities};
 
 use super::super::{Net, NetConfig, TapSource};
 use super::*;
+use crate::device::VirtioDevice as _;
 use crate::rate_limiter::RateLimits;
 use crate::testing::{PATIENCE, workers};
 
@@ -166,4 +168,50 @@ fn tap_gets_an_ipv6_address() {
     assert_eq!(found, Some(("50".to_owned(), "00".to_owned())));
     let refused = taps[0].set_up(&address).unwrap_err().to_string();
     assert!(refused.contains("set the IPv6 address"), "{refused}");
+}
+
+/// A load is repeated in the stop of a migration, and each call to the host takes its time there.
+#[test]
+fn load_changes_only_settings_that_differ() {
+    let config = NetConfig {
+        tap: TapSource::Name("wbload%d".to_owned()),
+        address: TapAddress::default(),
+        mac: [2, 0, 0, 0, 0, 1],
+        mtu: None,
+        pairs: 3,
+        queue_size: 64,
+        offload_csum: true,
+        offload_tso: true,
+        limits: RateLimits::default(),
+    };
+    let (_event_loop, workers) = workers();
+    let (mut device, _) = Net::new(config, workers).unwrap();
+    let save = |device: &Net, pairs| {
+        device.shared.set_pairs(pairs);
+        let mut writer = Writer::default();
+        device.save(&mut writer.scope("net").unwrap()).unwrap();
+        writer.finish()
+    };
+    let [one, three] = [1, 3].map(|pairs| save(&device, pairs));
+    let load = |device: &mut Net, saved: &[u8]| {
+        device.prepare_load();
+        let mut store = Store::open(saved).unwrap();
+        device.load(&mut store.scope("net").unwrap()).unwrap();
+        // Of the last queue. To detach one that is not attached is an error.
+        let tap = &device.shared.taps[2];
+        let is_attached = tap.queue(libc::IFF_DETACH_QUEUE).is_ok();
+        if is_attached {
+            tap.attach(true).unwrap();
+        }
+        is_attached
+    };
+    assert!(!load(&mut device, &one));
+    assert!(load(&mut device, &three));
+    // Behind the device's back: nobody sets it again.
+    device.shared.taps[2].attach(false).unwrap();
+    assert!(!load(&mut device, &three));
+    assert!(!load(&mut device, &one));
+    assert!(load(&mut device, &three));
+    device.reset();
+    assert!(device.shared.taps[2].queue(libc::IFF_DETACH_QUEUE).is_err());
 }
