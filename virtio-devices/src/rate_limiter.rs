@@ -4,16 +4,20 @@
 //! its tokens when it begins. One that is larger than the bucket may begin when the bucket is
 //! full, and the debt is paid before the next one.
 
+use std::cell::Cell;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use devices::event_loop::Interest;
 use parking_lot::Mutex;
 use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
     timerfd_settime,
 };
+
+use crate::worker::TaskSources;
 
 /// When one that stands behind another in a limiter's line looks again.
 const BEHIND_ANOTHER: Duration = Duration::from_millis(1);
@@ -309,33 +313,60 @@ impl Drop for LentLimiter {
 #[derive(Debug)]
 pub struct Gate {
     limiter: LentLimiter,
-    timer: Timer,
+    /// Absent where nothing is limited: a machine with hundreds of queues starts and stops sooner.
+    timer: Option<Timer>,
+    /// The timer was set and not cleared since.
+    is_set: Cell<bool>,
     /// The request at the front has its tokens.
     is_open: bool,
 }
 
 impl Gate {
-    /// Keeps to a device's limits.
+    /// Keeps to a device's limits, if it has some.
     ///
     /// # Errors
     /// Fails if the host cannot create a timer.
     pub fn new(limiter: &SharedLimiter) -> io::Result<Self> {
-        Ok(Self {
-            limiter: limiter.lend(),
-            timer: Timer::new()?,
-            is_open: false,
-        })
+        let timer = limiter.0.is_some().then(Timer::new).transpose()?;
+        Ok(Self::by(limiter, timer))
     }
 
-    /// Returns the descriptor that becomes ready when a request that had to wait may pass.
-    #[must_use]
-    pub fn descriptor(&self) -> Arc<OwnedFd> {
-        self.timer.descriptor()
+    /// Keeps to a device's limits, for a task that also [waits](Self::wakes_after) for other reasons.
+    ///
+    /// # Errors
+    /// When the host gives no timer.
+    pub fn with_timer(limiter: &SharedLimiter) -> io::Result<Self> {
+        Ok(Self::by(limiter, Some(Timer::new()?)))
+    }
+
+    fn by(limiter: &SharedLimiter, timer: Option<Timer>) -> Self {
+        Self {
+            limiter: limiter.lend(),
+            timer,
+            is_set: Cell::new(false),
+            is_open: false,
+        }
+    }
+
+    /// Watches the descriptor that becomes ready when a request that had to wait may pass.
+    ///
+    /// # Errors
+    /// When the host cannot watch it.
+    pub fn watch(&self, sources: &mut TaskSources<'_, '_>, key: usize) -> io::Result<()> {
+        match &self.timer {
+            Some(timer) => sources.watch(timer.descriptor(), key, Interest::Read),
+            None => Ok(()),
+        }
     }
 
     /// Clears the descriptor.
     pub fn clear(&self) {
-        self.timer.clear();
+        // Most turns of a task waited for no limit, and need no system call for it.
+        if let Some(timer) = &self.timer
+            && self.is_set.take()
+        {
+            timer.clear();
+        }
     }
 
     /// Returns whether the request at the front, which moves `bytes` bytes, may pass now. Its tokens are
@@ -360,7 +391,9 @@ impl Gate {
     /// # Errors
     /// Fails if the host refuses. A limit is then not kept: a queue that waited would wait for good.
     pub fn wakes_after(&self, wait: Duration) -> io::Result<()> {
-        self.timer.set(wait).inspect_err(|error| {
+        let timer = self.timer.as_ref().ok_or(io::ErrorKind::Unsupported)?;
+        self.is_set.set(true);
+        timer.set(wait).inspect_err(|error| {
             tracing::error!(%error, "cannot set a device's timer");
         })
     }

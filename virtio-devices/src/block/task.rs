@@ -76,7 +76,7 @@ impl BlockTask {
             failures: 0,
             in_flight: 0,
             threads: None,
-            gate: Gate::new(&shared.limiter)?,
+            gate: Gate::with_timer(&shared.limiter)?,
             waiting: None,
             again: VecDeque::new(),
             kept: BTreeMap::new(),
@@ -475,7 +475,7 @@ impl QueueTask for BlockTask {
         if let Some(parked) = &self.parked {
             sources.watch(parked.event(), AWAITED, Interest::Read)?;
         }
-        sources.watch(self.gate.descriptor(), TIMER, Interest::Read)
+        self.gate.watch(sources, TIMER)
     }
 
     fn call(

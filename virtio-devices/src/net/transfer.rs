@@ -167,7 +167,7 @@ impl Receive {
 impl QueueTask for Receive {
     fn watch(&mut self, sources: &mut TaskSources<'_, '_>) -> io::Result<()> {
         sources.watch(Arc::clone(self.queue.kick()), KICK, Interest::Read)?;
-        sources.watch(self.gate.descriptor(), TIMER, Interest::Read)?;
+        self.gate.watch(sources, TIMER)?;
         // A duplicate: the sender watches the same interface.
         sources.watch(self.tap.try_clone()?, TAP, Interest::Read)
     }
@@ -255,7 +255,7 @@ impl Out {
 impl QueueTask for Send {
     fn watch(&mut self, sources: &mut TaskSources<'_, '_>) -> io::Result<()> {
         sources.watch(Arc::clone(self.queue.kick()), KICK, Interest::Read)?;
-        sources.watch(self.out.gate.descriptor(), TIMER, Interest::Read)?;
+        self.out.gate.watch(sources, TIMER)?;
         sources.watch(self.out.tap.try_clone()?, TAP, Interest::Write)
     }
 

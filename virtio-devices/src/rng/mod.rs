@@ -189,7 +189,7 @@ impl Fill {
 impl QueueTask for FillTask {
     fn watch(&mut self, sources: &mut TaskSources<'_, '_>) -> io::Result<()> {
         sources.watch(Arc::clone(self.queue.kick()), KICK, Interest::Read)?;
-        sources.watch(self.fill.gate.descriptor(), TIMER, Interest::Read)
+        self.fill.gate.watch(sources, TIMER)
     }
 
     fn call(&mut self, _: TaskEvent, _: &mut TaskSources<'_, '_>) -> Result<TaskFlow, QueueError> {
