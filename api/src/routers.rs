@@ -33,7 +33,7 @@ use crate::{
 
 impl Service {
     /// Also gives each VM that is created through [`router`](Self::router) a socket `<id>.sock` of its own in
-    /// `directory`, on which Cloud Hypervisor's API is spoken.
+    /// `directory`, on which Cloud Hypervisor's API is spoken. Removes those that a killed process left there.
     #[must_use]
     pub fn with_vm_sockets(mut self, directory: impl Into<PathBuf>) -> Self {
         let service = self.clone();

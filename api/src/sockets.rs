@@ -1,8 +1,8 @@
 //! A socket for each VM, on which Cloud Hypervisor's API is spoken.
 
 use std::collections::BTreeMap;
-use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::{fmt, fs, io};
 
 use axum::Router;
 use control::Registry;
@@ -39,6 +39,10 @@ impl VmSockets {
         service: Shutdown,
         router: MakeRouter,
     ) -> Self {
+        if let Err(error) = remove_abandoned(&directory) {
+            let directory = directory.display();
+            tracing::warn!(%directory, %error, "cannot look for sockets of VMs that are gone");
+        }
         Self {
             directory,
             registry,
@@ -104,6 +108,25 @@ impl fmt::Debug for VmSockets {
             .field("directory", &self.directory)
             .finish_non_exhaustive()
     }
+}
+
+/// Removes the sockets that a killed process left in a directory: its VMs ended with it. Sockets that a
+/// program listens on stay, and so do files that are not named like a VM's socket.
+fn remove_abandoned(directory: &Path) -> io::Result<()> {
+    for file in fs::read_dir(directory)? {
+        let name = file?.file_name();
+        let name = name.to_string_lossy();
+        // The lock file may be all that is left.
+        let socket = name.strip_suffix(".lock").unwrap_or(&name);
+        let id = socket.strip_suffix(".sock").map(str::parse::<VmId>);
+        if !matches!(id, Some(Ok(_))) {
+            continue;
+        }
+        if let Err(error) = sockets::remove_abandoned(&directory.join(socket)) {
+            tracing::warn!(%error, "a file among the sockets of VMs stays");
+        }
+    }
+    Ok(())
 }
 
 /// Requests the socket's shutdown when the VM has been deleted, or the service stops.

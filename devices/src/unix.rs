@@ -3,11 +3,11 @@
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
-use sockets::{bind_private, is_abandoned};
+use sockets::bind_replacing;
 
 /// A socket that is listened on, without blocking. Its path goes with it, unless another socket
 /// has taken the path over.
@@ -41,15 +41,7 @@ impl Listening {
 
     fn at(path: &Path, beside: Option<PathBuf>) -> io::Result<Self> {
         let at = beside.as_deref().unwrap_or(path);
-        let is_socket = at
-            .symlink_metadata()
-            .is_ok_and(|meta| meta.file_type().is_socket());
-        // Only a socket is removed, and only when connecting to it fails: a wrong path in a
-        // configuration must not delete a file.
-        if is_socket && is_abandoned(at) {
-            fs::remove_file(at)?;
-        }
-        let listener = bind_private(at)?;
+        let listener = bind_replacing(at)?;
         // The inode says later whether the path is still this socket's: see `drop`.
         let made = at.symlink_metadata()?;
         Ok(Self {

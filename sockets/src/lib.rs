@@ -36,9 +36,13 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, Mode, flock};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
+/// How long another program may hold the lock on a socket's directory.
+const LOCK_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 128;
@@ -149,7 +153,8 @@ fn identity(path: &Path) -> io::Result<(u64, u64)> {
 /// (mode 0600, whatever the umask): a client of the API, of a console or of a vsock has the rights of the
 /// operator.
 ///
-/// Takes no lock and removes no file: see [`BoundSocket`] for a socket that replaces a dead program's.
+/// Takes no lock and removes no file: see [`BoundSocket`] and [`bind_replacing`] for sockets that replace a
+/// dead program's.
 ///
 /// # Errors
 /// There is a file at `path`, the path is longer than 107 bytes, or the host refuses.
@@ -173,14 +178,57 @@ pub fn bind_private(path: &Path) -> io::Result<UnixListener> {
     Ok(socket.into())
 }
 
-/// Makes way for a socket at `path`. The caller holds the lock.
-fn clear_stale(path: &Path) -> Result<(), BindError> {
+/// Binds as [`bind_private`] does, in the place of a socket whose program has ended.
+///
+/// Holds a lock (`flock`) on the directory meanwhile and leaves no lock file: between the moment at which a
+/// program looks for a listener and the moment at which it removes the file, another may have bound its own
+/// socket there. Where the directory cannot be locked, no socket is replaced.
+///
+/// # Errors
+/// The same as those of [`bind_private`]: a program listens at `path`, or the file is not a socket.
+pub fn bind_replacing(path: &Path) -> io::Result<UnixListener> {
+    let locked = lock_directory(path)?;
+    if locked.is_some() && is_abandoned(path) {
+        tracing::info!(path = %path.display(), "replacing the socket of a program that has ended");
+        fs::remove_file(path)?;
+    }
+    bind_private(path)
+}
+
+/// Locks the directory of a socket until the file is dropped, or returns `None` where that is not possible.
+fn lock_directory(socket: &Path) -> io::Result<Option<File>> {
+    let directory = match socket.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let Ok(file) = File::open(directory) else {
+        return Ok(None);
+    };
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(Some(file)),
+            // The lock is held for microseconds, unless a program holds it that is none of ours.
+            Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                let why = format!("another program holds a lock on {}", directory.display());
+                return Err(io::Error::new(io::ErrorKind::TimedOut, why));
+            }
+            Err(_) => return Ok(None),
+        }
+    }
+}
+
+/// Makes way for a socket at `path`. Returns whether one was removed. The caller holds the lock.
+fn clear_stale(path: &Path) -> Result<bool, BindError> {
     let failed = |source| BindError::Bind {
         path: path.to_owned(),
         source,
     };
     match fs::symlink_metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
         Err(error) => return Err(failed(error)),
         Ok(found) if !found.file_type().is_socket() => {
             return Err(BindError::NotASocket(path.to_owned()));
@@ -191,9 +239,10 @@ fn clear_stale(path: &Path) -> Result<(), BindError> {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
             tracing::info!(path = %path.display(), "replacing the socket of a program that has \
                                                     ended");
-            fs::remove_file(path).map_err(failed)
+            fs::remove_file(path).map_err(failed)?;
+            Ok(true)
         }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
         // Any other answer: a program listens, if only with a full backlog (EAGAIN).
         Ok(()) | Err(_) => Err(BindError::InUse {
             path: path.to_owned(),
@@ -202,10 +251,21 @@ fn clear_stale(path: &Path) -> Result<(), BindError> {
     }
 }
 
+/// Removes the socket at `path` and its lock file, if the program that bound it has ended. Returns whether
+/// there was such a socket.
+///
+/// # Errors
+/// A program listens there, there is something other than a socket, or the host refuses.
+pub fn remove_abandoned(path: &Path) -> Result<bool, BindError> {
+    let _lock = LockFile::take(path)?;
+    clear_stale(path)
+}
+
 /// Whether `path` is a socket on which no program listens any more.
-#[must_use]
-pub fn is_abandoned(path: &Path) -> bool {
-    connect(path).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+fn is_abandoned(path: &Path) -> bool {
+    // The kernel refuses a connection to a file of another kind with the same error.
+    let is_socket = fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
+    is_socket && connect(path).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
 }
 
 /// Connects without waiting: a listener that accepts nothing would block a blocking `connect`.
@@ -298,167 +358,4 @@ fn owner(file: &mut File) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::os::unix::fs::PermissionsExt as _;
-    use std::os::unix::net::UnixStream;
-    use std::sync::Barrier;
-    use std::sync::atomic::{AtomicUsize, Ordering};
-    use std::thread;
-
-    use super::*;
-
-    fn socket() -> (tempfile::TempDir, PathBuf) {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("a.sock");
-        (directory, path)
-    }
-
-    #[test]
-    fn socket_is_private_and_removed() {
-        let (directory, path) = socket();
-        let listener = BoundSocket::bind(&path).unwrap();
-        assert_eq!(
-            fs::metadata(&path).unwrap().permissions().mode() & 0o777,
-            0o600
-        );
-        assert_eq!(listener.path(), path);
-        drop(listener);
-        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
-    }
-
-    #[test]
-    fn rejects_second_listener() {
-        let (_directory, path) = socket();
-        let first = BoundSocket::bind(&path).unwrap();
-        let refusal = BoundSocket::bind(&path).unwrap_err().to_string();
-        assert!(refusal.contains(&path.display().to_string()), "{refusal}");
-        assert!(
-            refusal.contains(&format!("process {}", std::process::id())),
-            "{refusal}"
-        );
-        assert!(
-            UnixStream::connect(&path).is_ok(),
-            "the first one is left alone"
-        );
-        drop(first);
-        BoundSocket::bind(&path).unwrap();
-    }
-
-    #[test]
-    fn replaces_socket_of_dead_program() {
-        let (_directory, path) = socket();
-        // As `kill -9` leaves it: the file without a listener, and a lock file that no program
-        // holds.
-        drop(UnixListener::bind(&path).unwrap());
-        fs::write(path.with_extension("sock.lock"), "4194304\n").unwrap();
-        assert!(path.exists());
-        let _listener = BoundSocket::bind(&path).unwrap();
-        assert!(UnixStream::connect(&path).is_ok());
-    }
-
-    #[test]
-    fn keeps_live_socket_without_lock() {
-        let (_directory, path) = socket();
-        let _other = UnixListener::bind(&path).unwrap();
-        assert!(matches!(
-            BoundSocket::bind(&path),
-            Err(BindError::InUse { .. })
-        ));
-        assert!(path.exists());
-    }
-
-    /// A program that accepts no connection is still alive, and the test does not wait for it.
-    #[test]
-    fn does_not_wait_for_full_backlog() {
-        let (_directory, path) = socket();
-        let _other = UnixListener::bind(&path).unwrap();
-        let mut waiting = Vec::new();
-        while connect(&path).is_ok() {
-            let more = super::socket().unwrap();
-            if rustix::net::connect(&more, &SocketAddrUnix::new(&path).unwrap()).is_err() {
-                break;
-            }
-            waiting.push(more);
-        }
-        assert!(matches!(
-            BoundSocket::bind(&path),
-            Err(BindError::InUse { .. })
-        ));
-    }
-
-    #[test]
-    fn never_replaces_a_file() {
-        let (_directory, path) = socket();
-        fs::write(&path, "precious").unwrap();
-        assert!(matches!(
-            BoundSocket::bind(&path),
-            Err(BindError::NotASocket(_))
-        ));
-        assert_eq!(fs::read_to_string(&path).unwrap(), "precious");
-    }
-
-    #[test]
-    fn rejects_invalid_path() {
-        let (directory, path) = socket();
-        let missing = path.join("deeper.sock");
-        let refusal = BoundSocket::bind(&missing).unwrap_err().to_string();
-        assert!(refusal.contains("deeper.sock"), "{refusal}");
-        let long = directory.path().join("l".repeat(120));
-        let BindError::Bind { source, .. } = BoundSocket::bind(&long).unwrap_err() else {
-            panic!("another refusal");
-        };
-        assert!(source.to_string().contains("107 bytes"), "{source}");
-    }
-
-    /// Many start at once over a stale file: exactly one listens, whatever the order.
-    #[test]
-    fn one_of_many_starters_listens() {
-        for _ in 0..20 {
-            let (_directory, path) = socket();
-            drop(UnixListener::bind(&path).unwrap());
-            let start = Barrier::new(8);
-            let listening: Vec<BoundSocket> = thread::scope(|scope| {
-                let tries: Vec<_> = (0..8)
-                    .map(|_| {
-                        scope.spawn(|| {
-                            start.wait();
-                            BoundSocket::bind(&path)
-                        })
-                    })
-                    .collect();
-                let tries = tries.into_iter().map(|one| one.join().unwrap());
-                tries.flatten().collect()
-            });
-            assert_eq!(listening.len(), 1);
-            assert!(UnixStream::connect(&path).is_ok());
-        }
-    }
-
-    /// Programs come and go on one socket, cleanly and as if killed: there are never two.
-    #[test]
-    fn one_listener_at_a_time() {
-        let (_directory, path) = socket();
-        let (alive, listened) = (AtomicUsize::new(0), AtomicUsize::new(0));
-        let churn = |killed: bool| {
-            for _ in 0..200 {
-                if let Ok(mut socket) = BoundSocket::bind(&path) {
-                    assert_eq!(alive.fetch_add(1, Ordering::SeqCst), 0);
-                    thread::yield_now();
-                    alive.fetch_sub(1, Ordering::SeqCst);
-                    listened.fetch_add(1, Ordering::SeqCst);
-                    if killed {
-                        // Its file stays behind.
-                        socket.identity = (0, 0);
-                    }
-                }
-            }
-        };
-        thread::scope(|scope| {
-            for killed in [false, true, false, true] {
-                let churn = &churn;
-                scope.spawn(move || churn(killed));
-            }
-        });
-        assert!(listened.load(Ordering::SeqCst) > 0);
-    }
-}
+mod tests;
