@@ -7,6 +7,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
+use openapi::with_causes;
 use serde_json::{Value, json};
 
 /// Maximum size of a manifest in bytes, in every version.
@@ -107,7 +108,7 @@ fn working_set(path: &Path, id: &Value) -> Value {
     let unusable = |why: String| json!({ "unusable": why });
     let record = match read(path, MAX_WORKING_SET) {
         Ok(record) => record,
-        Err(error) => return unusable(format!("{error:#}")),
+        Err(error) => return unusable(with_causes(error.as_ref())),
     };
     if record["format"] != "whimbrel-working-set" {
         return unusable(format!("{} is no working set", path.display()));

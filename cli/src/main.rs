@@ -19,6 +19,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches};
+use openapi::with_causes;
 
 use crate::args::{Arguments, Command};
 use crate::remote::Remote;
@@ -74,7 +75,7 @@ fn finish(done: anyhow::Result<()>) -> ExitCode {
         // The reader closed the pipe.
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("wh-remote: {error:#}");
+            eprintln!("wh-remote: {}", with_causes(error.as_ref()));
             ExitCode::FAILURE
         }
     }

@@ -82,3 +82,44 @@ impl ClientError {
         }
     }
 }
+
+/// Returns the messages of an error and its causes. A cause that is part of the text already is left out: the
+/// messages of many errors end with their cause.
+#[must_use]
+pub fn with_causes(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let message = cause.to_string();
+        if !text.contains(&message) {
+            text.push_str(": ");
+            text.push_str(&message);
+        }
+        next = cause.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_cause_is_told_once() {
+        #[derive(Debug, thiserror::Error)]
+        enum Failed {
+            #[error("cannot lock a: {source}")]
+            Told { source: io::Error },
+            #[error("cannot lock a")]
+            Untold { source: io::Error },
+        }
+        let source = || io::Error::other("no space");
+        for failed in [
+            Failed::Told { source: source() },
+            Failed::Untold { source: source() },
+        ] {
+            assert_eq!(with_causes(&failed), "cannot lock a: no space");
+        }
+        assert_eq!(with_causes(&source()), "no space");
+    }
+}

@@ -27,7 +27,7 @@ mod events;
 mod operations;
 
 pub use client::{Client, DEFAULT_TIMEOUT, default_socket};
-pub use error::ClientError;
+pub use error::{ClientError, with_causes};
 pub use events::{Events, News};
 pub use operations::{OPERATIONS, Operation};
 
