@@ -3,7 +3,6 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -143,29 +142,6 @@ async fn explains_emulation_failure() -> Result<()> {
     assert_eq!(info.failure.context("a failure")?.code, "triple-fault");
     // It can be booted again: what is wrong with it is the guest's business.
     service.client().vms_boot(&vm).await?;
-    Ok(())
-}
-
-#[tokio::test]
-async fn second_service_on_socket_is_refused() -> Result<()> {
-    let mut service = Service::start(Face::Many).await?;
-    let program = std::env::current_exe()?;
-    let program = program
-        .ancestors()
-        .nth(2)
-        .context("a target folder")?
-        .join("whimbrel");
-    let second = Command::new(std::env::var_os("WHIMBREL").map_or(program, Into::into))
-        .args(["serve", "--socket"])
-        .arg(service.socket())
-        .output()?;
-    assert!(!second.status.success());
-    let said = String::from_utf8_lossy(&second.stderr).into_owned();
-    assert!(said.contains(&service.pid().to_string()), "{said}");
-    service.client().ping().await?;
-    service.signal(Signal::INT)?;
-    assert!(service.ended(Duration::from_secs(20)).await?.success());
-    assert!(!service.socket().exists());
     Ok(())
 }
 

@@ -48,11 +48,9 @@ impl AcceptArguments {
             ..AwaitMigration::at(listen)
         };
         let receiver = service.accept_migrations(&what).map_err(|error| {
-            let fields = error
-                .fields
-                .iter()
-                .map(|field| format!("; {}", field.detail));
-            let fields: String = fields.collect();
+            // The detail of one field is in that of the error.
+            let fields = error.fields.iter().filter(|_| error.fields.len() > 1);
+            let fields: String = fields.map(|field| format!("; {}", field.detail)).collect();
             anyhow!("--accept-migrations {listen}: {}{fields}", error.detail)
         })?;
         eprintln!("whimbrel: VMs are accepted at {}", receiver.info().endpoint);

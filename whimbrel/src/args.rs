@@ -5,6 +5,7 @@ mod migration;
 use std::fs::File;
 use std::io::{self, Read};
 use std::net::SocketAddr;
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
@@ -145,7 +146,7 @@ pub(crate) struct ServeArguments {
     pub(crate) image_dir: Vec<PathBuf>,
     /// Number of threads for the VMs' drivers. [default: the number of CPUs]
     #[arg(long, value_name = "N")]
-    pub(crate) threads: Option<usize>,
+    pub(crate) threads: Option<NonZeroUsize>,
     #[command(flatten)]
     pub(crate) migration: MigrationArguments,
     #[command(flatten)]

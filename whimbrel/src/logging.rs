@@ -5,6 +5,7 @@
 //! vCPU never waits for a disk or a terminal.
 
 use std::collections::HashMap;
+use std::env::VarError;
 use std::fmt;
 use std::fs::OpenOptions;
 use std::io::{self, IsTerminal, Write};
@@ -69,7 +70,14 @@ pub(crate) fn start(arguments: &LoggingArguments) -> Result<WorkerGuard> {
         2 => "debug",
         _ => "trace",
     };
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
+    let filter = match std::env::var(EnvFilter::DEFAULT_ENV) {
+        Ok(directives) => EnvFilter::try_new(&directives)
+            .with_context(|| format!("{} is {directives:?}", EnvFilter::DEFAULT_ENV))?,
+        Err(VarError::NotPresent) => EnvFilter::new(level),
+        Err(error) => {
+            return Err(error).with_context(|| EnvFilter::DEFAULT_ENV.to_owned());
+        }
+    };
     let (to, colours): (Box<dyn Write + Send>, bool) = match &arguments.log_file {
         None => (Box::new(io::stderr()), io::stderr().is_terminal()),
         Some(path) => {

@@ -19,6 +19,7 @@ mod signals;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches};
+use openapi::with_causes;
 
 use crate::args::{Arguments, Command};
 use crate::one::User;
@@ -42,7 +43,7 @@ fn main() -> ExitCode {
     let (restricted, vm, _log) = match started {
         Ok(started) => started,
         Err(error) => {
-            eprintln!("whimbrel: {error:#}");
+            eprintln!("whimbrel: {}", with_causes(error.as_ref()));
             return ExitCode::FAILURE;
         }
     };
@@ -68,7 +69,7 @@ fn main() -> ExitCode {
         }
     };
     done.unwrap_or_else(|error| {
-        eprintln!("whimbrel: {error:#}");
+        eprintln!("whimbrel: {}", with_causes(error.as_ref()));
         ExitCode::FAILURE
     })
 }

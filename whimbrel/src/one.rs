@@ -82,6 +82,7 @@ pub(crate) fn run(
              `whimbrel serve` for many VMs, or `whimbrel demo` for a demonstration"
         );
     }
+    let trust = arguments.migration.trust()?;
     // First: a reader of the FIFO waits until it is open, also for a program that cannot start.
     let monitor = arguments.event_monitor.as_deref();
     let mut monitor = monitor.map(EventMonitor::start).transpose()?;
@@ -90,18 +91,19 @@ pub(crate) fn run(
         terminal: true,
         image_dirs: arguments.image_dir.clone(),
         confinement,
-    })?
-    .with_migration_trust(arguments.migration.trust()?);
+    })?;
     runtime(1)?.block_on(async {
         let mut signals = Signals::listen()?;
-        let registry = Registry::new(pool);
+        // First: a program that is started by mistake fails here, before it removes what a killed one
+        // would have left.
+        let listener = socket.map(ApiSocket::listen).transpose()?;
+        let registry = Registry::new(pool.with_migration_trust(trust));
         let id: VmId = "vm".parse()?;
         let service = Service::new(registry.clone(), about()).claiming(claim);
         let shutdown = service.shutdown().clone();
-        let serving = match socket {
+        let serving = match listener {
             None => None,
-            Some(socket) => {
-                let listener = socket.listen()?;
+            Some(listener) => {
                 eprintln!("whimbrel: API at {}", listener.place());
                 let router = service.vm_router(&id, &shutdown);
                 Some(tokio::spawn(serve(listener, router, shutdown.clone())))

@@ -1,13 +1,17 @@
 //! `whimbrel serve`: many VMs.
 
-use std::fs::DirBuilder;
-use std::os::unix::fs::DirBuilderExt;
+use std::fs::{self, DirBuilder, File, Permissions};
+use std::num::NonZeroUsize;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use api::{ClaimedVersion, Listener, Service, serve};
 use control::Registry;
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+use rustix::process::geteuid;
 use spec::VmmPingResponse;
 use vmm::{Confinement, Pool, PoolConfig};
 
@@ -34,13 +38,82 @@ fn beside(socket: &Path) -> PathBuf {
     }
 }
 
-/// A directory that only its owner may look into.
-fn private_directory(path: &Path) -> Result<()> {
+/// Makes a directory that only its owner may enter, if there is none.
+fn make_private(path: &Path) -> Result<()> {
     DirBuilder::new()
         .recursive(true)
         .mode(0o700)
         .create(path)
         .with_context(|| format!("cannot create the directory {}", path.display()))
+}
+
+/// The state directory of a service, which no other service uses meanwhile. The lock ends with the process,
+/// however it ends.
+struct StateDirectory {
+    path: PathBuf,
+    _locked: File,
+}
+
+impl StateDirectory {
+    /// Opens and locks the directory, and makes it where there is none.
+    ///
+    /// An existing one is the operator's: its mode is not changed, and it is refused if other users could
+    /// replace what is in it.
+    fn lock(path: PathBuf) -> Result<Self> {
+        make_private(&path)?;
+        let shown = path.display();
+        let file = File::open(&path).with_context(|| format!("cannot open {shown}"))?;
+        let found = file
+            .metadata()
+            .with_context(|| format!("cannot read the mode of {shown}"))?;
+        let (mode, owner, user) = (found.mode() & 0o7777, found.uid(), geteuid().as_raw());
+        if owner != user {
+            bail!(
+                "the state directory {shown} belongs to user {owner}, and this is user {user}: choose \
+                 another with --state-dir"
+            );
+        }
+        if mode & 0o022 != 0 {
+            bail!(
+                "other users may write to the state directory {shown} (mode {mode:04o}): `chmod 700 \
+                 {shown}`, or choose another with --state-dir"
+            );
+        }
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(Errno::WOULDBLOCK) => bail!(
+                "another service uses the state directory {shown}: choose another with --state-dir"
+            ),
+            Err(error) => {
+                return Err(error)
+                    .with_context(|| format!("cannot lock the state directory {shown}"));
+            }
+        }
+        Ok(Self {
+            path,
+            _locked: file,
+        })
+    }
+
+    /// Returns a directory inside that only this user may enter. One that exists is the service's own, and
+    /// gets that mode.
+    fn private(&self, name: &str) -> Result<PathBuf> {
+        let path = self.path.join(name);
+        make_private(&path)?;
+        let failed = || format!("cannot make the directory {} private", path.display());
+        let found = path.symlink_metadata().with_context(failed)?;
+        // A link would have the mode of another directory changed.
+        if !found.is_dir() || found.uid() != geteuid().as_raw() {
+            bail!(
+                "{} is not a directory of this user: remove it",
+                path.display()
+            );
+        }
+        if found.mode() & 0o077 != 0 {
+            fs::set_permissions(&path, Permissions::from_mode(0o700)).with_context(failed)?;
+        }
+        Ok(path)
+    }
 }
 
 /// Returns a runtime for the service's own threads, beside the main thread. They only pass messages: two
@@ -65,7 +138,7 @@ fn places(arguments: &ServeArguments) -> (PathBuf, PathBuf) {
 /// The rules by which the service finds its own files. Makes the directory of its files.
 pub(crate) fn files(arguments: &ServeArguments) -> Result<Vec<Rule>> {
     let (socket, state) = places(arguments);
-    private_directory(&state)?;
+    make_private(&state)?;
     let mut rules = vec![Rule::maker_of(&socket), Rule::folder(&state)];
     rules.extend(arguments.api_token_file.as_deref().map(Rule::reading));
     rules.extend(arguments.accept.rules());
@@ -80,34 +153,36 @@ pub(crate) fn run(
     let (socket, state) = places(arguments);
     // Before anything is made: a token that cannot be used ends the program.
     let tcp = arguments.tcp_access()?;
+    let trust = arguments.migration.trust()?;
     let pool = Pool::start(&PoolConfig {
-        threads: arguments.threads,
+        threads: arguments.threads.map(NonZeroUsize::get),
         terminal: false,
         image_dirs: arguments.image_dir.clone(),
         confinement,
-    })?
-    .with_journals(state.join("migrations"))
-    .with_migration_trust(arguments.migration.trust()?);
+    })?;
     let runtime = runtime(2)?;
     runtime.block_on(async {
         // Before the socket exists: a supervisor that sees it may signal at once, and the default
         // action would end the process without an orderly stop.
         let mut signals = Signals::listen()?;
-        // First: a second service at this socket fails here, before it touches the sockets of VMs.
+        // First: a service that is started by mistake, beside one that runs, fails at one of these, before
+        // it removes what a killed service would have left: images, journals, sockets of VMs.
         let mut listeners = vec![Listener::unix(&socket)?];
         if let Some((address, access)) = tcp {
             listeners.push(Listener::tcp(address, access).await?);
         }
-        let vms = state.join("vms");
-        private_directory(&vms)?;
+        let state = StateDirectory::lock(state)?;
+        let pool = pool
+            .with_journals(state.private("migrations")?)
+            .with_migration_trust(trust);
         let registry = Registry::new(pool);
         let service = Service::new(registry.clone(), about()).claiming(claim);
-        let service = service.with_vm_sockets(vms);
+        let service = service.with_vm_sockets(state.private("vms")?);
+        // Before the first client is served: a service that answers accepts VMs, too.
+        let receiver = arguments.accept.start(&service)?;
         for listener in &listeners {
             eprintln!("whimbrel: API at {}", listener.place());
         }
-        // Before the first client is served: a service that answers accepts VMs, too.
-        let receiver = arguments.accept.start(&service)?;
         let shutdown = service.shutdown().clone();
         let serving: Vec<_> = listeners
             .into_iter()
