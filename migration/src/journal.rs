@@ -52,6 +52,10 @@ pub struct Entry {
     pub vm: String,
     /// The boot of the host in which it happened.
     pub boot: String,
+    /// The address of the other side at the source, and of this side at the destination. Only the first
+    /// line has it; empty in journals of older versions.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub endpoint: String,
 }
 
 /// A recorder of steps.
@@ -72,6 +76,8 @@ pub struct FileJournal {
     file: File,
     vm: String,
     boot: String,
+    /// Not written yet.
+    endpoint: String,
 }
 
 fn path(dir: &Path, migration: Uuid, side: Side) -> PathBuf {
@@ -110,7 +116,15 @@ impl FileJournal {
             file,
             vm: vm.to_owned(),
             boot: boot_id(),
+            endpoint: String::new(),
         })
+    }
+
+    /// Has the first line name the migration's endpoint.
+    #[must_use]
+    pub fn at(mut self, endpoint: &str) -> Self {
+        endpoint.clone_into(&mut self.endpoint);
+        self
     }
 
     /// Returns true while a migration in progress writes this journal, in whatever process. Its last
@@ -202,6 +216,7 @@ impl Journal for FileJournal {
             time_ms: u64::try_from(since_1970.unwrap_or_default().as_millis()).unwrap_or(u64::MAX),
             vm: self.vm.clone(),
             boot: self.boot.clone(),
+            endpoint: std::mem::take(&mut self.endpoint),
         };
         let mut line = serde_json::to_vec(&entry)?;
         line.push(b'\n');
@@ -261,7 +276,8 @@ mod tests {
         let dir = dir.path().join("migrations");
         assert!(FileJournal::list(&dir).unwrap().is_empty());
         let id = Uuid::from_u128(7);
-        let mut journal = FileJournal::create(&dir, id, Side::Source, "vm").unwrap();
+        let journal = FileJournal::create(&dir, id, Side::Source, "vm").unwrap();
+        let mut journal = journal.at("unix:/run/m");
         journal.record(Step::Prepare).unwrap();
         journal.record(Step::Commit).unwrap();
         journal.file.write_all(b"{\"step\":\"runn").unwrap();
@@ -274,6 +290,8 @@ mod tests {
             (*found, &steps[..]),
             (id, &[Step::Prepare, Step::Commit][..])
         );
+        let endpoints: Vec<_> = entries.iter().map(|entry| &entry.endpoint[..]).collect();
+        assert_eq!(endpoints, ["unix:/run/m", ""]);
         assert!(!FileJournal::is_of_an_earlier_boot(entries));
         let again = FileJournal::create(&dir, id, Side::Source, "vm");
         assert_eq!(again.unwrap_err().kind(), io::ErrorKind::AlreadyExists);

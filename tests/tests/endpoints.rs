@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use spec::{AwaitMigration, MigrationInfo, MigrationPhase, StartMigration, VmId, VmState};
-use tests::{Face, Frame, Proxy, Service, Side, Verdict, dirtier};
+use tests::{Face, Frame, Proxy, Service, Side, Verdict, await_anyone, dirtier};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -130,6 +130,23 @@ async fn a_new_wait_takes_the_endpoint_over_and_answers_the_old_source() {
     assert!(refused.unwrap_err().to_string().contains("is over"));
     client.migrations_cancel(&second).await.unwrap();
     over(&pair.destination, &second).await;
+}
+
+/// A wait that is called off is about to give its endpoint up: the next wait there takes it over.
+#[tokio::test]
+async fn an_endpoint_is_free_once_its_wait_is_canceled() {
+    let service = Service::start(Face::Many).await.unwrap();
+    let unix = format!("unix:{}", service.path("at").display());
+    for listen in [unix.as_str(), "tcp:127.0.0.1:0"] {
+        let mut wanted = await_anyone(listen);
+        for _ in 0..3 {
+            let waiting = service.client().migrations_receive(&wanted).await.unwrap();
+            let canceled = service.client().migrations_cancel(&name(&waiting)).await;
+            canceled.unwrap();
+            // With the port that the host chose.
+            wanted.listen = waiting.endpoint;
+        }
+    }
 }
 
 /// The source is dead and asks nothing: the operator frees the endpoint.

@@ -331,7 +331,9 @@ impl Host for DestinationHost {
     }
 
     fn journal(&self, migration: Uuid, vm: &str) -> std::io::Result<Box<dyn Journal>> {
-        self.journals.open(migration, Side::Destination, vm)
+        let endpoint = &self.moving.endpoint;
+        self.journals
+            .open(migration, Side::Destination, vm, endpoint)
     }
 
     fn fate(&self, migration: Uuid) -> Fate {

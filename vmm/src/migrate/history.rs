@@ -20,7 +20,7 @@ struct PastMigration {
     over: watch::Sender<bool>,
 }
 
-/// Returns the migrations that the journals describe. Removes journals that are too old.
+/// Returns the migrations that the journals describe, oldest first. Removes journals that are too old.
 pub(super) fn all(journals: &Journals) -> Vec<Arc<dyn Migration>> {
     let listed = journals.list().unwrap_or_else(|error| {
         tracing::warn!(%error, "cannot read the journals of migrations");
@@ -29,19 +29,24 @@ pub(super) fn all(journals: &Journals) -> Vec<Arc<dyn Migration>> {
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();
-    let mut recalled: Vec<Arc<dyn Migration>> = Vec::new();
+    let mut recalled = Vec::new();
     for (id, side, steps) in listed {
         let Some(last) = steps.last() else { continue };
         if now.saturating_sub(Duration::from_millis(last.time_ms)) > KEPT {
             journals.forget(id, side);
             continue;
         }
-        recalled.push(Arc::new(PastMigration {
-            info: info(id, side, &steps, last),
-            over: watch::Sender::new(true),
-        }));
+        recalled.push(info(id, side, &steps, last));
     }
-    recalled
+    // A directory has no order of its own. The number makes the order the same each time.
+    recalled.sort_by(|one, other| (one.started_ms, &one.id).cmp(&(other.started_ms, &other.id)));
+    let past = |info| {
+        Arc::new(PastMigration {
+            info,
+            over: watch::Sender::new(true),
+        }) as Arc<dyn Migration>
+    };
+    recalled.into_iter().map(past).collect()
 }
 
 fn info(id: Uuid, side: Side, steps: &[Entry], last: &Entry) -> MigrationInfo {
@@ -84,7 +89,10 @@ fn info(id: Uuid, side: Side, steps: &[Entry], last: &Entry) -> MigrationInfo {
         vm: last.vm.parse::<VmId>().ok(),
         disk: None,
         bases: Vec::new(),
-        endpoint: String::new(),
+        endpoint: steps
+            .first()
+            .map(|first| first.endpoint.clone())
+            .unwrap_or_default(),
         started_ms: started,
         elapsed_us: last.time_ms.saturating_sub(started).saturating_mul(1000),
         phase,
@@ -144,5 +152,37 @@ impl Migration for PastMigration {
 
     fn over(&self) -> watch::Receiver<bool> {
         self.over.subscribe()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A directory has no order of its own; journals of older versions have no endpoints.
+    #[test]
+    fn past_migrations_are_in_order_and_have_endpoints() {
+        let dir = tempfile::tempdir().unwrap();
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+        let now = u64::try_from(now.as_millis()).unwrap();
+        let endpoint = |turn: u64| match turn {
+            0 => String::new(),
+            turn => format!("unix:/run/{turn}"),
+        };
+        for turn in 0..20 {
+            let side = ["source", "destination"][usize::from(turn % 2 == 0)];
+            let line = |step: &str, time_ms: u64| serde_json::json!({ "step": step, "time_ms": time_ms, "vm": "vm", "boot": "b" });
+            let mut first = line("prepare", now + turn);
+            if turn > 0 {
+                first["endpoint"] = endpoint(turn).into();
+            }
+            // The oldest ends last.
+            let last = line("aborted", now + 100 - turn);
+            let name = format!("{}.{side}.journal", Uuid::new_v4());
+            std::fs::write(dir.path().join(name), format!("{first}\n{last}\n")).unwrap();
+        }
+        let listed = all(&Journals::new(dir.path().to_owned()));
+        let listed: Vec<_> = listed.iter().map(|past| past.info().endpoint).collect();
+        assert_eq!(listed, (0..20).map(endpoint).collect::<Vec<_>>());
     }
 }

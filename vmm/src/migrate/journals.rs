@@ -51,10 +51,16 @@ impl Journals {
             .map_or_else(|| Ok(Vec::new()), FileJournal::list)
     }
 
-    pub(super) fn open(&self, id: Uuid, side: Side, vm: &str) -> std::io::Result<Box<dyn Journal>> {
+    pub(super) fn open(
+        &self,
+        id: Uuid,
+        side: Side,
+        vm: &str,
+        endpoint: &str,
+    ) -> std::io::Result<Box<dyn Journal>> {
         Ok(match &self.directory {
             Some(dir) => {
-                let journal = FileJournal::create(dir, id, side, vm)?;
+                let journal = FileJournal::create(dir, id, side, vm)?.at(endpoint);
                 // A full directory does not keep a guest from moving.
                 if let Err(error) = FileJournal::prune(dir, MOST) {
                     tracing::warn!(%error, "cannot remove old journals of migrations");
@@ -162,18 +168,19 @@ mod tests {
     fn remembers_migrations_without_directory() {
         let (journals, id) = (Journals::default(), Uuid::new_v4());
         assert_eq!(journals.fate(id), Fate::Unknown);
-        let mut source = journals.open(id, Side::Source, "vm").unwrap();
+        let mut source = journals.open(id, Side::Source, "vm", "").unwrap();
         source.record(Step::Commit).unwrap();
         assert_eq!(journals.fate(id), Fate::Unknown, "of the other side");
         for (step, fate) in [(Step::Ready, Fate::NeverRan), (Step::Running, Fate::Ran)] {
-            let mut journal = journals.open(id, Side::Destination, "vm").unwrap();
+            let mut journal = journals.open(id, Side::Destination, "vm", "").unwrap();
             journal.record(step).unwrap();
             assert_eq!(journals.fate(id), Fate::Unknown, "it is in progress");
             drop(journal);
             assert_eq!(journals.clone().fate(id), fate);
         }
         for _ in 0..REMEMBERED {
-            let mut other = journals.open(Uuid::new_v4(), Side::Source, "vm").unwrap();
+            let other = journals.open(Uuid::new_v4(), Side::Source, "vm", "");
+            let mut other = other.unwrap();
             other.record(Step::Prepare).unwrap();
         }
         assert_eq!(journals.fate(id), Fate::Unknown, "it is bounded");

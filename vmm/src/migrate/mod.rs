@@ -466,7 +466,7 @@ impl Migrate for Pool {
         let parts = parts.map_err(|_| RequestError::driver_gone())??;
         let journals = self.journals().clone();
         let mut journal = journals
-            .open(moving.id, Side::Source, id.as_str())
+            .open(moving.id, Side::Source, id.as_str(), &moving.endpoint)
             .map_err(|error| Journals::unwritable(&error))?;
         let (registry, ours) = (registry.clone(), Arc::clone(&moving));
         let known = Arc::clone(self.known_bases());

@@ -16,16 +16,15 @@ use super::trust::Allowed;
 use super::{ActiveMigration, endpoint, invalid, start};
 use crate::pool::Pool;
 
-/// How long a migration that is over may take to give its endpoint up.
+/// How long a migration that is over or canceled may take to give its endpoint up.
 const RELIEF: Duration = Duration::from_secs(5);
 
 /// The migrations that have an endpoint of this process.
 ///
 /// A destination whose migration is over keeps answering its source for a while, because the source
-/// may have missed the outcome. When a request waits for another migration at the same endpoint,
-/// the
+/// may have missed the outcome. When a request waits for another migration at the same endpoint, the
 /// earlier one is relieved of that: the new session answers sources of earlier migrations from their
-/// journals.
+/// journals. A migration that was canceled ends at its next step, which the request waits for.
 #[derive(Clone, Default)]
 pub(crate) struct Endpoints(Arc<(Mutex<Vec<Held>>, Condvar)>);
 
@@ -35,15 +34,15 @@ struct Held {
 }
 
 impl Endpoints {
-    /// Has migrations that are over give this endpoint up.
+    /// Has migrations that are over, or about to be, give this endpoint up.
     fn relieve(&self, wanted: &Endpoint) {
         let (all, changed) = &*self.0;
         let deadline = Instant::now() + RELIEF;
         let mut all = all.lock();
         loop {
-            let over = all.iter().filter(|held| {
-                held.migration.progress.report().phase.is_over() && is_same(&held.endpoint, wanted)
-            });
+            let over = all
+                .iter()
+                .filter(|held| is_ending(&held.migration) && is_same(&held.endpoint, wanted));
             if over.map(|held| held.migration.decision.relieve()).count() == 0 {
                 return;
             }
@@ -68,6 +67,11 @@ impl Endpoints {
             .retain(|held| !Arc::ptr_eq(&held.migration, migration));
         changed.notify_all();
     }
+}
+
+/// Whether a migration is over, or will be after its present step.
+fn is_ending(migration: &ActiveMigration) -> bool {
+    migration.decision.is_canceled() || migration.progress.report().phase.is_over()
 }
 
 /// Releases the endpoint of a migration and announces its end, also after a panic: clients wait for it.
