@@ -49,7 +49,8 @@ pub(crate) fn summary(info: &MigrationInfo) -> String {
     line("took", ms(info.elapsed_us));
     if kind == Kind::Mirror {
         let sent = info.sent_bytes >> 20;
-        line("written", format!("{sent} MiB in {} rounds", info.rounds));
+        let rounds = counted(info.rounds.into(), "round");
+        line("written", format!("{sent} MiB in {rounds}"));
     }
     if info.memory_bytes > 0 {
         line("memory", memory(info, kind));
@@ -64,9 +65,9 @@ pub(crate) fn summary(info: &MigrationInfo) -> String {
         line(
             "left",
             format!(
-                "{} {} pages after round {}, {} after round {}",
+                "{} {} after round {}, {} after round {}",
                 curve(&info.history),
-                first.dirty_pages,
+                counted(first.dirty_pages, "page"),
                 first.round,
                 last.dirty_pages,
                 last.round
@@ -90,7 +91,10 @@ pub(crate) fn summary(info: &MigrationInfo) -> String {
             .working_set_us
             .map(|us| format!(", brought after {}", ms(us)));
         let brought = brought.unwrap_or_default();
-        line("working set", format!("{pages} pages{brought}"));
+        line(
+            "working set",
+            format!("{}{brought}", counted(pages, "page")),
+        );
     }
     if let Some(error) = &info.error {
         line("error", format!("{} ({})", error.detail, error.code));
@@ -103,7 +107,8 @@ fn memory(info: &MigrationInfo, kind: Kind) -> String {
         pages, zero_pages, ..
     } = info;
     let (size, full) = (info.memory_bytes >> 20, pages.saturating_mul(PAGE) >> 20);
-    let written = format!("{size} MiB, of which {full} written; {zero_pages} pages of zeros");
+    let zeros = format!("{} of zeros", counted(*zero_pages, "page"));
+    let written = format!("{size} MiB, of which {full} written; {zeros}");
     match kind {
         Kind::Snapshot => {
             // An increment has fewer pages than the memory.
@@ -115,12 +120,13 @@ fn memory(info: &MigrationInfo, kind: Kind) -> String {
                 same => format!("{written}, {same} as in the base"),
             }
         }
-        Kind::Restore => format!("{size} MiB, of which {full} read; {zero_pages} pages of zeros"),
+        Kind::Restore => format!("{size} MiB, of which {full} read; {zeros}"),
         Kind::Migration | Kind::Mirror => format!(
-            "{size} MiB; {pages} pages and {zero_pages} zero pages sent in {} rounds over {} \
-             connections: {} MiB",
-            info.rounds,
-            info.connections,
+            "{size} MiB; {} and {} sent in {} over {}: {} MiB",
+            counted(*pages, "page"),
+            counted(*zero_pages, "zero page"),
+            counted(info.rounds.into(), "round"),
+            counted(info.connections.into(), "connection"),
             info.sent_bytes >> 20,
         ),
     }
@@ -137,36 +143,35 @@ fn disks(info: &MigrationInfo, kind: Kind) -> String {
         .sent_bytes
         .saturating_sub(info.pages.saturating_mul(PAGE))
         >> 20;
-    format!(
-        "{disks}: {content} MiB of content in {} rounds",
-        info.rounds
-    )
+    let rounds = counted(info.rounds.into(), "round");
+    format!("{disks}: {content} MiB of content in {rounds}")
 }
 
 /// The parts of the stop.
 fn stop(info: &MigrationInfo, stop: &MigrationDowntime, kind: Kind) -> String {
     let (total, pause, save) = (ms(stop.total_us), ms(stop.pause_us), ms(stop.save_us));
     let (transfer, hand_over) = (ms(stop.transfer_us), ms(stop.hand_over_us));
-    let pages = stop.pages;
+    let blocks = counted(stop.pages, "block");
     match kind {
         // A live snapshot: nothing is sent or handed over.
         Kind::Snapshot | Kind::Restore => {
             let protect = ms(stop.protect_us);
             let disks = match info.disk_bytes {
                 0 => String::new(),
-                _ => format!("last {pages} blocks of disks {transfer}, "),
+                _ => format!("last {blocks} of disks {transfer}, "),
             };
             format!("{total}: pause {pause}, save {save}, {disks}protect memory {protect}")
         }
         Kind::Mirror => format!(
-            "of the disk {total}: pause {pause}, last {pages} blocks {transfer}, switch {hand_over}"
+            "of the disk {total}: pause {pause}, last {blocks} {transfer}, switch {hand_over}"
         ),
         Kind::Migration => {
             let predicted = info.predicted_downtime_us.map(ms);
             let predicted = predicted.unwrap_or_else(|| "nothing".to_owned());
             format!(
-                "{total} (predicted {predicted}): pause {pause}, last {pages} pages and save {save}, \
-                 transfer and load {transfer}, hand-over {hand_over}"
+                "{total} (predicted {predicted}): pause {pause}, last {} and save {save}, transfer \
+                 and load {transfer}, hand-over {hand_over}",
+                counted(stop.pages, "page")
             )
         }
     }
@@ -175,7 +180,7 @@ fn stop(info: &MigrationInfo, stop: &MigrationDowntime, kind: Kind) -> String {
 fn faults(info: &MigrationInfo) -> String {
     if info.fault_p99_us == 0 {
         // A live snapshot, which does not measure how long the guest waited: some ten microseconds.
-        return format!("{} pages that the guest waited for", info.faults);
+        return format!("{} that the guest waited for", counted(info.faults, "page"));
     }
     format!(
         "{} ({} of disks), median wait {}, 99 % within {}",
@@ -184,6 +189,14 @@ fn faults(info: &MigrationInfo) -> String {
         ms(info.fault_p50_us),
         ms(info.fault_p99_us)
     )
+}
+
+/// Formats a number of things, which a person reads: `1 round`, `2 rounds`.
+pub(crate) fn counted(number: u64, thing: &str) -> String {
+    match number {
+        1 => format!("1 {thing}"),
+        number => format!("{number} {thing}s"),
+    }
 }
 
 /// Formats microseconds as milliseconds.
@@ -269,10 +282,22 @@ mod tests {
             );
             assert!(!text.contains("connections"), "{text}");
         }
-        let text = summary(&operation("source", "unix:/s"));
-        assert!(
-            text.contains("sent in 2 rounds over 0 connections: 5 MiB"),
-            "{text}"
-        );
+        let mut migration = operation("source", "unix:/s");
+        for (number, part) in [
+            (
+                2,
+                "2 pages and 2 zero pages sent in 2 rounds over 2 connections: 5 MiB",
+            ),
+            (
+                1,
+                "1 page and 1 zero page sent in 1 round over 1 connection: 5 MiB",
+            ),
+        ] {
+            (migration.pages, migration.zero_pages) = (number, number);
+            migration.rounds = u32::try_from(number).unwrap();
+            migration.connections = u16::try_from(number).unwrap();
+            let text = summary(&migration);
+            assert!(text.contains(part), "{text}");
+        }
     }
 }
