@@ -7,6 +7,7 @@ use std::io::{self, Read};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use devices::event_loop::Interest;
 use devices::host_file::{FileKind, OpenError, Request};
@@ -26,6 +27,9 @@ const CHAINS: usize = 16;
 const MOST: usize = 16 << 10;
 /// Bytes of a turn's budget that a byte of entropy costs.
 const COST: u64 = 16;
+
+/// After this time a source that had nothing is asked again.
+const RETRY: Duration = Duration::from_millis(100);
 
 const KICK: usize = 0;
 const TIMER: usize = 1;
@@ -98,12 +102,14 @@ impl VirtioDevice for Rng {
         let index = queue.index();
         let transport = self.transport.as_ref().filter(|_| index == 0);
         let transport = transport.ok_or(DeviceError::NoSuchQueue(index))?;
-        let gate = Gate::new(&self.limiter)
-            .map_err(DeviceError::host("create the timer of the rate limit"))?;
+        // The timer also serves requests that wait for the source.
+        let gate = Gate::with_timer(&self.limiter)
+            .map_err(DeviceError::host("create the timer of the queue"))?;
         let fill = Fill {
             source: Arc::clone(&self.source),
             gate,
             buffer: vec![0; MOST],
+            is_dry: false,
             counters: Arc::clone(&self.counters),
         };
         let task = FillTask { queue, fill };
@@ -146,6 +152,8 @@ struct Fill {
     source: Arc<File>,
     gate: Gate,
     buffer: Vec<u8>,
+    /// The last read gave nothing.
+    is_dry: bool,
     counters: Arc<Counters>,
 }
 
@@ -156,8 +164,9 @@ struct FillTask {
 }
 
 impl Fill {
-    /// Fills a buffer of the driver's. Returns how many bytes it got, or `None` if the rate limit does not
-    /// allow it yet.
+    /// Fills a buffer of the driver's. Returns how many bytes it got, or `None` if the request has to wait:
+    /// the rate limit does not allow it yet, or the source has nothing. A request gets at least one byte
+    /// (5.4.6.1).
     fn fill(&mut self, chain: &Chain) -> Result<Option<u32>, QueueError> {
         // A guest may offer 4 GiB: 5.4.6 lets the device fill less than all.
         let wanted = chain.writable_len().min(MOST);
@@ -166,16 +175,18 @@ impl Fill {
         if !self.gate.pass(wanted as u64) {
             return Ok(None);
         }
-        self.gate.close();
         let buffer = self.buffer.get_mut(..wanted).unwrap_or_default();
-        // A source that fails gives nothing: the driver asks again.
-        let got = (&*self.source).read(buffer).unwrap_or_else(|error| {
-            // A hardware generator has none for now.
-            if error.kind() != io::ErrorKind::WouldBlock {
-                tracing::warn!(%error, "cannot read the source of random numbers");
-            }
-            0
-        });
+        let read = (&*self.source).read(buffer);
+        let got = *read.as_ref().unwrap_or(&0);
+        if got == 0 && wanted > 0 {
+            self.note_dry(&read);
+            // The gate stays open: the tokens of this request are taken. Without a timer the next kick
+            // tries again.
+            let _ = self.gate.wakes_after(RETRY);
+            return Ok(None);
+        }
+        self.is_dry = false;
+        self.gate.close();
         chain.write(0, buffer.get(..got).unwrap_or_default())?;
         let bytes = u32::try_from(got).unwrap_or(u32::MAX);
         self.counters
@@ -183,6 +194,21 @@ impl Fill {
             .fetch_add(bytes.into(), Ordering::Relaxed);
         self.counters.requests.fetch_add(1, Ordering::Relaxed);
         Ok(Some(bytes))
+    }
+
+    /// Logs once why the guest's requests wait.
+    fn note_dry(&mut self, read: &io::Result<usize>) {
+        if std::mem::replace(&mut self.is_dry, true) {
+            return;
+        }
+        match read {
+            // A hardware generator has none for now.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => tracing::warn!(%error, "cannot read the source of random numbers"),
+            Ok(_) => {
+                tracing::warn!("the file of random numbers has ended: the guest waits for more");
+            }
+        }
     }
 }
 
@@ -215,7 +241,8 @@ impl FillTask {
 
 #[cfg(test)]
 mod tests {
-    use std::time::{Duration, Instant};
+    use std::io::Write as _;
+    use std::time::Instant;
 
     use devices::event_loop::EventLoop;
 
@@ -245,6 +272,7 @@ mod tests {
                 source: Arc::new(File::open("/dev/urandom").unwrap()),
                 gate: Gate::new(&SharedLimiter::new(RateLimits::default())).unwrap(),
                 buffer: vec![0; MOST],
+                is_dry: false,
                 counters: Arc::clone(&counters),
             },
         };
@@ -324,6 +352,33 @@ mod tests {
             "{:?}",
             start.elapsed()
         );
+    }
+
+    /// A request gets at least one byte (5.4.6.1): where the source has none, it waits until there are some.
+    #[test]
+    fn empty_source_keeps_request_waiting() {
+        let (event_loop, workers) = workers();
+        let mut source = tempfile::NamedTempFile::new().unwrap();
+        source.write_all(b"abc").unwrap();
+        let mut device = Rng::new(source.path(), RateLimits::default(), workers).unwrap();
+        let mut guest = TestGuest::new(1 << 20);
+        let (transport, _) = transport();
+        let mut driver = TestQueue::new(&mut guest, 0, 16);
+        let addr = guest.alloc(64);
+        device.activate(0, &transport).unwrap();
+        let queue = driver.device_side(&transport, QueueState::default());
+        device.start_queue(queue).unwrap();
+        for _ in 0..3 {
+            driver.send(&[TestBuffer::new(addr, 2, true)]);
+        }
+        assert_eq!([driver.wait_used().1, driver.wait_used().1], [2, 1]);
+        wait_idle(&event_loop);
+        assert_eq!(driver.take_used(), None);
+        // Without another kick.
+        source.write_all(b"d").unwrap();
+        assert_eq!(driver.wait_used().1, 1);
+        let state = device.stop_queue(0).unwrap();
+        assert_eq!((state.next_avail, state.next_used), (3, 3));
     }
 
     #[test]

@@ -263,10 +263,7 @@ impl CommonConfig {
     }
 
     fn features_acceptable(&self) -> bool {
-        // A driver without VERSION_1 is a legacy driver, and expects other ring and header layouts
-        // (6.1).
-        let modern = self.driver_features & 1 << VIRTIO_F_VERSION_1 != 0;
-        modern && self.driver_features & !self.offered == 0
+        is_modern(self.driver_features) && self.driver_features & !self.offered == 0
     }
 
     fn write_queue(&mut self, at: usize, width: usize, value: u64) -> Effect {
@@ -362,6 +359,11 @@ impl CommonConfig {
                 "the driver negotiated features {unknown:#x}, which this device does not offer"
             )));
         }
+        if agreed && !is_modern(saved.driver_features) {
+            return Err(refuse(
+                "the driver set FEATURES_OK without VIRTIO_F_VERSION_1".to_owned(),
+            ));
+        }
         if saved.status & DRIVER_OK != 0 && !agreed {
             return Err(refuse(
                 "the driver set DRIVER_OK without FEATURES_OK".to_owned(),
@@ -407,6 +409,12 @@ impl CommonConfig {
     }
 }
 
+/// Whether a driver with these features is none of a legacy device, whose rings and headers have another
+/// layout (6.1).
+fn is_modern(features: u64) -> bool {
+    features & 1 << VIRTIO_F_VERSION_1 != 0
+}
+
 /// Sets 4 or 8 bytes of a 64-bit register.
 fn set(register: &mut u64, byte: u32, width: usize, value: u64) {
     *register = match (byte, width) {
@@ -450,6 +458,35 @@ mod tests {
             negotiate(&mut config, features);
             let status = config.image(0, 0)[20];
             assert_eq!(status & FEATURES_OK != 0, accepted, "{features:#x}");
+        }
+    }
+
+    /// What no driver can negotiate is not loaded either.
+    #[test]
+    fn loads_only_features_that_can_be_negotiated() {
+        let version_1 = 1 << VIRTIO_F_VERSION_1;
+        let agreed = ACKNOWLEDGE | DRIVER | FEATURES_OK;
+        for (features, status, accepted) in [
+            (version_1 | 0b1, agreed, true),
+            (version_1 | 0b1, agreed | DRIVER_OK, true),
+            (0b1, agreed, false),
+            (0, agreed | DRIVER_OK, false),
+            (version_1 | 0b10, agreed, false),
+            (version_1, DRIVER_OK, false),
+            // Nothing is agreed upon yet.
+            (0b11, ACKNOWLEDGE | DRIVER, true),
+        ] {
+            let saved = saved::Common {
+                driver_features: features,
+                status,
+                ..config().save()
+            };
+            let refuse = |reason| LoadError::Refused {
+                path: state::SectionPath::new("common").unwrap(),
+                reason,
+            };
+            let loaded = config().load(&saved, refuse);
+            assert_eq!(loaded.is_ok(), accepted, "{features:#x} {status:#x}");
         }
     }
 
