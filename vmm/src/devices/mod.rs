@@ -82,6 +82,27 @@ impl Default for MachineOrigin {
     }
 }
 
+/// The devices of a machine, opened and not on a bus yet.
+pub(crate) struct OpenedDevices {
+    all: Vec<Opened>,
+    limiters: LimiterGroups,
+}
+
+impl OpenedDevices {
+    /// Opens all that the specification asks for, which may wait for storage. Most boots that fail do so
+    /// here, with an untouched bus and map.
+    pub(crate) fn open(
+        config: &VmConfig,
+        ends: DeviceEnds,
+        context: OpenContext<'_>,
+    ) -> Result<Self, BuildError> {
+        Ok(Self {
+            all: open::all(config, ends, context)?,
+            limiters: context.limiters.clone(),
+        })
+    }
+}
+
 /// The devices on a machine's PCI buses.
 pub(crate) struct Devices {
     host: PciHost,
@@ -93,25 +114,22 @@ pub(crate) struct Devices {
 }
 
 impl Devices {
-    /// All that the specification asks for, as part of a change of the map.
-    pub(crate) fn build(
+    /// Places all devices that the specification asks for, as part of a change of the map.
+    pub(crate) fn place_all(
         host: PciHost,
         tx: &mut Transaction<'_>,
         config: &VmConfig,
-        ends: DeviceEnds,
-        context: OpenContext<'_>,
+        opened: OpenedDevices,
         origin: &MachineOrigin,
         reporter: &Reporter,
     ) -> Result<Self, BuildError> {
         let mut devices = Self {
             host,
             entries: BTreeMap::new(),
-            limiters: context.limiters.clone(),
+            limiters: opened.limiters,
             pvpanic: None,
         };
-        // All are opened before the first is placed: most boots that fail do so here, with an
-        // untouched bus.
-        let opened = open::all(config, ends, context)?;
+        let opened = opened.all;
         let ids = opened.iter().map(|opened| opened.id.as_str());
         let ids: Vec<_> = ids.chain(config.pvpanic.then_some(spec::PVPANIC)).collect();
         let at = slots::assign(&ids, &origin.on_bus, &config.wanted_places());

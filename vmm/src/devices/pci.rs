@@ -100,6 +100,10 @@ impl PciHost {
     }
 
     /// Puts a device at this place, as part of a change of the map.
+    ///
+    /// # Errors
+    /// The place is taken or cannot be used, or there is no room for the BAR. Nothing of the device is left
+    /// on the bus or in the window; the caller drops the change of the map.
     pub(crate) fn plug(
         &mut self,
         tx: &mut Transaction<'_>,
@@ -124,13 +128,14 @@ impl PciHost {
             report: Box::new(move |event| to.report(GuestEvent::Device(name.clone(), event))),
         };
         let segment = self.segment(bdf.segment())?;
-        let plugged = VirtioPci::new(id, device, slot)
-            .inspect_err(|_| segment.window.free(bar))
-            .map(|device| Plugged { bdf, device, bar })?;
-        segment
-            .bus
-            .attach(bdf, Arc::clone(&plugged.device) as Arc<dyn ConfigSpace>)?;
-        Ok(plugged)
+        let device = VirtioPci::new(id, device, slot).inspect_err(|_| segment.window.free(bar))?;
+        let function = Arc::clone(&device) as Arc<dyn ConfigSpace>;
+        if let Err(error) = segment.bus.attach(bdf, function) {
+            drop(device.retire());
+            segment.window.free(bar);
+            return Err(error.into());
+        }
+        Ok(Plugged { bdf, device, bar })
     }
 
     /// Puts a panic notifier at this place, as part of a change of the map. It stays for as long as the
@@ -147,10 +152,13 @@ impl PciHost {
         let bar = segment.window.allocate(PVPANIC_BAR_LEN)?;
         let to = reporter.clone();
         let report = move |event| to.report(GuestEvent::Panic(event));
-        let endpoint = Arc::new(pvpanic(tx, bar, map, report)?);
-        segment
-            .bus
-            .attach(bdf, Arc::clone(&endpoint) as Arc<dyn ConfigSpace>)?;
+        let endpoint = pvpanic(tx, bar, map, report).inspect_err(|_| segment.window.free(bar))?;
+        let endpoint = Arc::new(endpoint);
+        let function = Arc::clone(&endpoint) as Arc<dyn ConfigSpace>;
+        if let Err(error) = segment.bus.attach(bdf, function) {
+            segment.window.free(bar);
+            return Err(error.into());
+        }
         Ok((bdf, endpoint))
     }
 
@@ -235,5 +243,68 @@ impl MsiTarget for ByRoutes {
 
     fn take_pending(&self, vector: u16) -> bool {
         self.0.take_pending(vector)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use devices::event_loop::EventLoop;
+    use hypervisor::Kvm;
+    use memory::SpaceKind;
+    use virtio_devices::Workers;
+    use virtio_devices::watchdog::Watchdog;
+
+    use super::*;
+
+    /// A device that cannot be put on the bus gives its BAR back, so that the window stays whole.
+    #[test]
+    fn failed_plug_frees_its_bar() {
+        let vm = Kvm::open().unwrap().create_vm().unwrap();
+        let topology = Topology::new();
+        let space = topology.space(SpaceKind::Memory);
+        let topology = Arc::new(Mutex::new(topology));
+        // Room for one device.
+        let window = AddrRange::new(1 << 32, BAR_LEN).unwrap();
+        let routes = vm.irq_routes().clone();
+        let mut host = PciHost::new(&topology, space, [window].into_iter(), routes);
+        let event_loop = EventLoop::start("test").unwrap();
+        let workers = Workers::new(vec![event_loop.handle().clone()]).unwrap();
+        let reporter = Reporter::new(|_| {});
+        let mut plug = |at| {
+            let device = Watchdog::new(Duration::from_secs(1), || {}, workers.clone());
+            topology
+                .lock()
+                .transaction(|tx| host.plug(tx, "watchdog", Box::new(device), at, &reporter))
+        };
+        // Behind a function 0 that is not there.
+        let lone = At::Exactly(Bdf::new(3, 1).unwrap());
+        for _ in 0..2 {
+            let refused = plug(lone).err().unwrap();
+            assert!(matches!(refused, BuildError::Bus(_)), "{refused:?}");
+        }
+        plug(At::AnySlot(0)).unwrap();
+        assert!(plug(At::AnySlot(0)).is_err(), "the window is full");
+    }
+
+    #[test]
+    fn failed_plug_of_panic_notifier_frees_its_bar() {
+        let vm = Kvm::open().unwrap().create_vm().unwrap();
+        let topology = Topology::new();
+        let space = topology.space(SpaceKind::Memory);
+        let topology = Arc::new(Mutex::new(topology));
+        let window = AddrRange::new(1 << 32, PVPANIC_BAR_LEN).unwrap();
+        let routes = vm.irq_routes().clone();
+        let mut host = PciHost::new(&topology, space, [window].into_iter(), routes);
+        let reporter = Reporter::new(|_| {});
+        let mut plug = |at| {
+            topology
+                .lock()
+                .transaction(|tx| host.plug_pvpanic(tx, at, &reporter))
+        };
+        let lone = At::Exactly(Bdf::new(3, 1).unwrap());
+        assert!(plug(lone).is_err());
+        plug(At::AnySlot(0)).unwrap();
     }
 }

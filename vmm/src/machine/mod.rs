@@ -40,7 +40,7 @@ use crate::boot;
 use crate::descriptors::{Descriptors, Reservation};
 use crate::devices::{
     ConsoleEnd, DeviceEnds, DeviceHandle, Devices, LimiterGroups, MachineOrigin, MemoryEnd,
-    OpenContext, PciHost, SharedTopology,
+    OpenContext, OpenedDevices, PciHost, SharedTopology,
 };
 use crate::failure::{BuildError, MoveError};
 use crate::guest_event::{GuestEvent, Outputs, Port, Reporter};
@@ -185,7 +185,12 @@ impl Built {
         let topology = Arc::new(Mutex::new(topology));
         let windows = layout.segments.iter().map(|segment| segment.pci64);
         let host_bridge = PciHost::new(&topology, space, windows, irq_routes.clone());
+        // Before the map is locked: what follows waits for programs and storage of the host.
         let emulator = platform::tpm_emulator(config, origin)?;
+        let make_tpm = |emulator| platform::tpm(emulator, host.confinement, reporter);
+        let tpm = emulator.as_ref().map(make_tpm).transpose()?;
+        let ends = device_ends(outputs.console, ram.ends(&layout, reporter), reporter);
+        let opened = OpenedDevices::open(config, ends, context)?;
         let build = |tx: &mut Transaction<'_>| -> Result<_, BuildError> {
             ram.map(tx, &config.memory, &layout)?;
             platform::map_pc(tx, &host_bridge, &end)?;
@@ -196,18 +201,18 @@ impl Built {
             if let (Some(output), Some(debug)) = (outputs.debug, &config.debug_console) {
                 platform::map_debug_console(tx, debug.port(), output)?;
             }
-            let map_tpm = |emulator| platform::map_tpm(tx, emulator, host.confinement, reporter);
-            let tpm = emulator.as_ref().map(map_tpm).transpose()?;
+            if let Some(tpm) = &tpm {
+                platform::map_tpm(tx, tpm)?;
+            }
             let power = platform::map_power(tx, irq_routes, &end)?;
             let hotplug = platform::map_hotplug(tx, reporter)?;
             let clocks = FirmwareClocks::map(tx, &layout)?;
             let cpus = platform::map_cpus(tx, &config.cpus, reporter)?;
             let dimms = Dimms::map(tx, &config.memory, &layout, &ram, reporter)?;
-            let ends = device_ends(outputs.console, ram.ends(&layout, reporter), reporter);
-            let devices = Devices::build(host_bridge, tx, config, ends, context, origin, reporter)?;
-            Ok((serial, tpm, power, hotplug, clocks, cpus, dimms, devices))
+            let devices = Devices::place_all(host_bridge, tx, config, opened, origin, reporter)?;
+            Ok((serial, power, hotplug, clocks, cpus, dimms, devices))
         };
-        let (serial, tpm, power, hotplug, clocks, cpus, dimms, devices) =
+        let (serial, power, hotplug, clocks, cpus, dimms, devices) =
             // One transaction for the whole machine: KVM gets its memslots in one batch, and a part
             // that fails leaves nothing in the map. What was opened is closed as it is dropped.
             topology.lock().transaction(build)?;

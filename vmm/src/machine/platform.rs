@@ -187,9 +187,8 @@ pub(super) fn tpm_emulator(
     })
 }
 
-/// Maps a TPM, which is switched on.
-pub(super) fn map_tpm(
-    tx: &mut Transaction<'_>,
+/// Makes a TPM and switches it on, which waits for the emulator: not for a change of the map.
+pub(super) fn tpm(
     emulator: &Arc<Emulator>,
     confinement: Confinement,
     reporter: &Reporter,
@@ -200,8 +199,11 @@ pub(super) fn map_tpm(
         to.report(GuestEvent::Failed(failure));
     };
     let device = Tpm::new(layout::TPM, Arc::clone(emulator), confinement, report)?;
-    let device = Arc::new(device);
-    let region = tx.device(("registers", "tpm"), tpm::LEN, Arc::clone(&device) as _)?;
-    tx.map(SpaceKind::Memory, layout::TPM, region, 0)?;
-    Ok(device)
+    Ok(Arc::new(device))
+}
+
+pub(super) fn map_tpm(tx: &mut Transaction<'_>, device: &Arc<Tpm>) -> Result<(), BuildError> {
+    let device = Arc::clone(device);
+    let region = tx.device(("registers", "tpm"), tpm::LEN, device)?;
+    Ok(tx.map(SpaceKind::Memory, layout::TPM, region, 0)?)
 }
