@@ -10,19 +10,25 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
+use openapi::Client;
 use spec::{ConsoleMode, PayloadConfig, VmConfig};
-use tests::{Program, built, pss};
+use tests::{Mapped, Program, beyond_ram, built};
 
 const ROUNDS: usize = 11;
 const MEMORY: u64 = 128 << 20;
 const KERNEL: usize = 20 << 20;
 const REQUESTS: usize = 5_000;
+/// Processes at once, which share the pages of their program's file.
+const MANY: usize = 10;
+
+/// What a boot leaves to be given back is given back after this time: it is no cost of the VM.
+const SETTLES: Duration = Duration::from_millis(300);
 
 /// Cost of one process.
 struct Cost {
     boot: Duration,
-    /// KiB of PSS beyond guest RAM, before the boot and after it.
-    pss: [u64; 2],
+    /// Beyond guest RAM, before the boot and after it.
+    mapped: [Mapped; 2],
     threads: usize,
     requests_per_s: u64,
 }
@@ -55,11 +61,19 @@ async fn main() -> Result<()> {
         );
         row(
             "PSS beyond RAM, before the boot (MiB)",
-            median(&all, |cost| cost.pss[0]) / 1024.0,
+            median(&all, |cost| cost.mapped[0].pss) / 1024.0,
         );
         row(
             "PSS beyond RAM, after it (MiB)",
-            median(&all, |cost| cost.pss[1]) / 1024.0,
+            median(&all, |cost| cost.mapped[1].pss) / 1024.0,
+        );
+        row(
+            "of that, pages of no file (MiB)",
+            median(&all, |cost| cost.mapped[1].own) / 1024.0,
+        );
+        row(
+            &format!("PSS beyond RAM, each of {MANY} (MiB)"),
+            many(&program).await? as f64 / 1024.0,
         );
         row("threads", median(&all, |cost| cost.threads as u64));
         row(
@@ -78,19 +92,41 @@ fn median(all: &[Cost], value: impl Fn(&Cost) -> u64) -> f64 {
         .map_or(0.0, |value| *value as f64)
 }
 
+/// Returns the KiB of PSS of each of many processes beyond guest RAM, with a running VM each.
+async fn many(program: &Path) -> Result<u64> {
+    let mut all = Vec::new();
+    for _ in 0..MANY {
+        let dir = tempfile::tempdir()?;
+        let (process, client) = with_vm(program, dir.path()).await?;
+        client.vm_boot().await?;
+        all.push((process, dir));
+    }
+    tokio::time::sleep(SETTLES).await;
+    let mut pss = 0;
+    for (process, _) in &all {
+        pss += beyond_ram(process.pid(), MEMORY)?.pss;
+    }
+    Ok(pss / MANY as u64)
+}
+
+/// Starts a program and creates a VM in it.
+async fn with_vm(program: &Path, dir: &Path) -> Result<(Program, Client)> {
+    let kernel = dir.join("kernel");
+    std::fs::write(&kernel, elf())?;
+    let (process, client) = Program::start(program, dir).await?;
+    client.vm_create(&config(&kernel)).await?;
+    Ok((process, client))
+}
+
 async fn cost(program: &Path) -> Result<Cost> {
     let dir = tempfile::tempdir()?;
-    let kernel = dir.path().join("kernel");
-    std::fs::write(&kernel, elf())?;
-    let (process, client) = Program::start(program, dir.path()).await?;
-    client.vm_create(&config(&kernel)).await?;
-    let before = beyond_ram(&process)?;
+    let (process, client) = with_vm(program, dir.path()).await?;
+    let before = beyond_ram(process.pid(), MEMORY)?;
     let start = Instant::now();
     client.vm_boot().await?;
     let boot = start.elapsed();
-    // What the boot leaves to be given back is not a cost of the VM.
-    tokio::time::sleep(Duration::from_millis(300)).await;
-    let after = beyond_ram(&process)?;
+    tokio::time::sleep(SETTLES).await;
+    let after = beyond_ram(process.pid(), MEMORY)?;
     let threads = std::fs::read_dir(format!("/proc/{}/task", process.pid()))?.count();
     let start = Instant::now();
     for _ in 0..REQUESTS {
@@ -99,7 +135,7 @@ async fn cost(program: &Path) -> Result<Cost> {
     let requests_per_s = REQUESTS as f64 / start.elapsed().as_secs_f64();
     Ok(Cost {
         boot,
-        pss: [before, after],
+        mapped: [before, after],
         threads,
         requests_per_s: requests_per_s as u64,
     })
@@ -115,11 +151,6 @@ fn config(kernel: &Path) -> VmConfig {
     config.serial.mode = ConsoleMode::Null;
     config.console.mode = ConsoleMode::Off;
     config
-}
-
-fn beyond_ram(process: &Program) -> Result<u64> {
-    let (all, ram) = pss(process.pid(), MEMORY)?;
-    Ok(all - ram)
 }
 
 /// Makes a kernel with one segment at 2 MiB, and a PVH note, by which it is entered.

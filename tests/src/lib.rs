@@ -25,7 +25,7 @@ mod vsock;
 
 pub use machine::{BOOTS, Machine, RUNS};
 pub use network::{Network, ROUTER};
-pub use program::{Program, pss};
+pub use program::{Mapped, Program, beyond_ram, pss};
 pub use proxy::{Frame, Proxy, Side, Verdict};
 pub use serial::Serial;
 pub use service::{Face, Service, await_anyone, built};

@@ -55,20 +55,43 @@ impl Drop for Program {
 /// # Errors
 /// When it has ended.
 pub fn pss(pid: u32, memory: u64) -> Result<(u64, u64)> {
+    let (beyond, ram) = mapped(pid, memory)?;
+    Ok((beyond.pss + ram.pss, ram.pss))
+}
+
+/// Returns what a process has mapped beyond the RAM of guests with `memory` bytes each.
+///
+/// # Errors
+/// When it has ended.
+pub fn beyond_ram(pid: u32, memory: u64) -> Result<Mapped> {
+    Ok(mapped(pid, memory)?.0)
+}
+
+/// Pages that a process has mapped, in KiB.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Mapped {
+    /// All, shared ones by their share.
+    pub pss: u64,
+    /// Those that no other process has and no file: what the process alone costs, however many run.
+    pub own: u64,
+}
+
+fn mapped(pid: u32, memory: u64) -> Result<(Mapped, Mapped)> {
     let maps = std::fs::read_to_string(format!("/proc/{pid}/smaps"))?;
-    let (mut all, mut ram, mut is_ram) = (0, 0, false);
+    let (mut beyond, mut ram, mut is_ram) = (Mapped::default(), Mapped::default(), false);
     for line in maps.lines() {
         let mut words = line.split_whitespace();
         let name = words.next().unwrap_or("");
         let value = words.next().and_then(|value| value.parse::<u64>().ok());
+        let of = if is_ram { &mut ram } else { &mut beyond };
         match (name, value) {
             ("Size:", Some(kib)) => is_ram = kib == memory >> 10,
-            ("Pss:", Some(kib)) => {
-                all += kib;
-                ram += if is_ram { kib } else { 0 };
-            }
+            ("Pss:", Some(kib)) => of.pss += kib,
+            // Also pages of a file whose content the host has not written to storage yet: those of a
+            // program that was built a moment ago. Such a mapping has none of `Anonymous`.
+            ("Anonymous:", Some(kib)) => of.own += kib,
             _ => {}
         }
     }
-    Ok((all, ram))
+    Ok((beyond, ram))
 }
