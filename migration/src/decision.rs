@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
+use crate::MigrationError;
 use crate::link::Closer;
 use crate::message::Refusal;
 
@@ -56,6 +57,8 @@ enum Course {
 #[derive(Default)]
 struct State {
     course: Course,
+    /// Why it was canceled, if no operator asked for that.
+    interrupted: Option<Refusal>,
     /// Connections to close at a cancel, which wakes the threads that read or write them.
     closers: Vec<Closer>,
     doubt: Option<Doubt>,
@@ -77,9 +80,25 @@ impl Decision {
     /// # Errors
     /// The commit point has passed.
     pub fn cancel(&self) -> Result<(), TooLate> {
+        self.end(None)
+    }
+
+    /// Ends the migration as a cancel does, but as failed with this reason: what it copies is gone.
+    ///
+    /// # Errors
+    /// The commit point has passed.
+    pub fn interrupt(&self, why: Refusal) -> Result<(), TooLate> {
+        self.end(Some(why))
+    }
+
+    fn end(&self, why: Option<Refusal>) -> Result<(), TooLate> {
         let mut state = self.0.0.lock();
         if state.course == Course::Committed {
             return Err(TooLate);
+        }
+        if state.course == Course::Open {
+            // Of several reasons the first counts.
+            state.interrupted = why;
         }
         // Under the lock, with the closers: a connection that registers meanwhile is closed either
         // here or by `close_on_cancel`. `shutdown` does not block.
@@ -139,6 +158,16 @@ impl Decision {
     #[must_use]
     pub fn is_canceled(&self) -> bool {
         self.0.0.lock().course == Course::Canceled
+    }
+
+    /// Returns the error of a migration that was canceled or interrupted. It shows in errors of every kind.
+    pub(crate) fn ended(&self) -> Option<MigrationError> {
+        let state = self.0.0.lock();
+        let why = || match &state.interrupted {
+            Some(why) => MigrationError::Here(why.clone()),
+            None => MigrationError::Canceled,
+        };
+        (state.course == Course::Canceled).then(why)
     }
 
     /// Passes the commit point, unless the migration was canceled before: then returns false.
@@ -250,6 +279,26 @@ mod tests {
         let decision = Decision::default();
         assert_eq!(decision.cancel(), Ok(()));
         assert!(!decision.commit() && decision.is_canceled());
+    }
+
+    #[test]
+    fn first_reason_of_an_end_counts() {
+        let reset = Refusal::new("guest-reset", "the guest was reset");
+        let code = |decision: &Decision| decision.ended().map(|error| error.refusal().code);
+        let decision = Decision::default();
+        assert_eq!(code(&decision), None);
+        decision.interrupt(reset.clone()).unwrap();
+        decision.cancel().unwrap();
+        assert!(decision.is_canceled() && !decision.commit());
+        assert_eq!(code(&decision).as_deref(), Some("guest-reset"));
+        let decision = Decision::default();
+        decision.cancel().unwrap();
+        decision.interrupt(reset.clone()).unwrap();
+        assert_eq!(code(&decision).as_deref(), Some("canceled"));
+        let decision = Decision::default();
+        assert!(decision.commit());
+        assert_eq!(decision.interrupt(reset), Err(TooLate));
+        assert_eq!(code(&decision), None);
     }
 
     #[test]

@@ -8,6 +8,8 @@
 //!             the last blocks, a sync, the switch           the disk is the new image
 //! ```
 //!
+//! A reset of the guest in between takes the disk to the next machine, and the copy goes on there.
+//!
 //! Whatever fails before the switch leaves the disk as it was: nothing is ever written to its image.
 
 use std::time::Instant;
@@ -69,11 +71,8 @@ pub struct Mirroring<'a> {
 /// The disk stays as it was: either side's storage fails, the guest writes faster than that is copied
 /// until the deadline, the machine ends, or the operator cancels.
 pub fn mirror(mirroring: &Mirroring<'_>, disk: &mut dyn MirroredDisk) -> Result<(), Refusal> {
-    let ended = run(mirroring, disk).map_err(|error| match error {
-        // The end of a machine cancels its mirrors, and shows in errors of every kind.
-        _ if mirroring.decision.is_canceled() => MigrationError::Canceled,
-        error => error,
-    });
+    // The end of a machine cancels its mirrors, and shows in errors of every kind.
+    let ended = run(mirroring, disk).map_err(|error| mirroring.decision.ended().unwrap_or(error));
     let told = ended.as_ref().err().map(MigrationError::refusal);
     disk.ended(told.as_ref().map_or(Ok(()), Err));
     conclude(mirroring.progress, ended)

@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use guest::{Line, Options, Workload};
 use openapi::Client;
-use spec::{DiskConfig, LandlockConfig, VmConfig, VmState};
+use spec::{DiskConfig, LandlockConfig, MigrationPhase, MirrorDisk, VmConfig, VmState};
 use tempfile::TempDir;
 use tests::{Face, Service, built};
 
@@ -134,5 +134,33 @@ async fn landlock_in_the_file_of_a_vm_restricts_the_process() -> Result<()> {
     assert!(allowed.is_ok(), "{allowed:?}");
     let denied = format!("{:?}", denied.unwrap_err());
     assert!(denied.contains("Permission denied"), "{denied}");
+    Ok(())
+}
+
+/// A mirror makes its image where a rule allows that, and nowhere else.
+#[tokio::test]
+async fn landlock_decides_where_disks_are_mirrored() -> Result<()> {
+    let (named, other) = (TempDir::new()?, TempDir::new_in("/var/tmp")?);
+    let rule = format!("path={},access=rw", std::env::temp_dir().display());
+    let arguments = ["--landlock", "--landlock-rules", &rule].map(str::to_owned);
+    let service = Service::start_with(&[], &arguments).await?;
+    let (mut config, _serial) = service.pocket("vm", Options::default())?;
+    config.disks = Some(vec![disk_in(&named)?]);
+    let vm = service.create("vm", config).await?;
+    let client = service.client();
+    client.vms_boot(&vm).await?;
+    let to = |folder: &TempDir| MirrorDisk::at(folder.path().join("new").to_string_lossy());
+    let denied = client.vms_mirror_disk(&vm, "_disk0", &to(&other)).await;
+    let denied = format!("{:?}", denied.unwrap_err());
+    assert!(denied.contains("Permission denied"), "{denied}");
+    let other_path = other.path().to_string_lossy();
+    assert!(denied.contains(&*other_path), "{denied}");
+    let begun = client.vms_mirror_disk(&vm, "_disk0", &to(&named)).await?;
+    let id = begun.id.parse()?;
+    let ended = service
+        .until(&id, SOON, |info| info.phase.is_over())
+        .await?;
+    assert_eq!(ended.phase, MigrationPhase::Completed, "{ended:?}");
+    assert!(named.path().join("new").exists() && !other.path().join("new").exists());
     Ok(())
 }

@@ -22,7 +22,9 @@ use crate::arch::x86_64::{cpu, features, profiles};
 use crate::descriptors::Descriptors;
 use crate::driver::{Caller, Driver};
 use crate::machine::{self, Background, Host, SpareVm};
-use crate::migrate::{Endpoints, Journals, KnownBases, MigrationTrust, remove_leftovers};
+use crate::migrate::{
+    Endpoints, Journals, KnownBases, MigrationTrust, MirrorTargets, remove_leftovers,
+};
 
 /// Maximum number of event-loop threads for drivers. Drivers only pass messages, so few threads are enough
 /// for many VMs.
@@ -80,6 +82,7 @@ pub struct Pool {
     pending: Arc<ConnectionLimit>,
     journals: Journals,
     endpoints: Endpoints,
+    mirror_targets: MirrorTargets,
     trust: MigrationTrust,
     /// The identities of images that others build on.
     known_bases: Arc<KnownBases>,
@@ -175,6 +178,7 @@ impl Pool {
             pending: Arc::default(),
             journals: Journals::default(),
             endpoints: Endpoints::default(),
+            mirror_targets: MirrorTargets::default(),
             trust: MigrationTrust::default(),
             known_bases: Arc::default(),
         })
@@ -222,6 +226,10 @@ impl Pool {
 
     pub(crate) fn endpoints(&self) -> &Endpoints {
         &self.endpoints
+    }
+
+    pub(crate) fn mirror_targets(&self) -> &MirrorTargets {
+        &self.mirror_targets
     }
 
     pub(crate) fn trust(&self) -> &MigrationTrust {

@@ -83,6 +83,8 @@ pub(super) fn end(
     writing: &Writing<'_>,
     written: Result<(), MigrationError>,
 ) -> Result<(), Refusal> {
+    // A guest that is reset interrupts the snapshot, and shows in errors of every kind.
+    let written = written.map_err(|error| writing.decision.ended().unwrap_or(error));
     let why = written.as_ref().err().map(MigrationError::refusal);
     (writing.end)(why.as_ref().map_or(Ok(()), Err));
     conclude(writing.progress, written)

@@ -117,11 +117,7 @@ impl Engine<'_, '_> {
         let is_theirs = matches!(error, MigrationError::There(_));
         // A cancel shows in many ways: connections that it closed, or a machine that is gone because
         // a request that ends it came with the cancel.
-        let error = if self.sending.decision.is_canceled() {
-            MigrationError::Canceled
-        } else {
-            error
-        };
+        let error = self.sending.decision.ended().unwrap_or(error);
         // Ended before the guest resumes here: then its pages change, and the destination must get
         // no more of them.
         if let Some(fault_server) = self.fault_server.take() {

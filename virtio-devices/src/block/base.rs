@@ -82,7 +82,7 @@ impl ImageVersion {
         self.0.is_empty()
     }
 
-    fn of(image: &Image) -> io::Result<Self> {
+    pub(super) fn of(image: &Image) -> io::Result<Self> {
         let mut files = vec![FileVersion::of(image.file())?];
         files.extend(Self::below(image)?.0);
         Ok(Self(files))

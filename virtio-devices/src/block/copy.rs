@@ -5,11 +5,14 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock, Weak};
+use std::sync::{Arc, OnceLock};
 
-use memory::{AwaitedBlocks, DirtyBitmap};
+use memory::DirtyBitmap;
 use parking_lot::RwLock;
 
+use super::access::DiskAccess;
+
+use super::LockMode;
 use super::base::ImageVersion;
 use super::create::create_file;
 use super::extents::{extents, own_extents};
@@ -19,7 +22,6 @@ use super::image::{Image, ImageError, Kind, Opening, contained};
 use super::overlay::{BaseImage, backing, failed};
 use super::request::Op;
 use super::threads::Aligned;
-use super::{BlockHandle, LockMode, Shared};
 
 /// Records which blocks of an image are written, while a copy of it is made.
 ///
@@ -30,6 +32,21 @@ use super::{BlockHandle, LockMode, Shared};
 pub(super) struct Written(RwLock<Option<Arc<DirtyBitmap>>>);
 
 impl Written {
+    /// Marks in this bitmap from here on.
+    pub(super) fn set(&self, bitmap: Arc<DirtyBitmap>) {
+        *self.0.write() = Some(bitmap);
+    }
+
+    /// Ends marking in this bitmap. Another copy may have begun.
+    pub(super) fn unset(&self, bitmap: &Arc<DirtyBitmap>) {
+        self.0.write().take_if(|ours| Arc::ptr_eq(ours, bitmap));
+    }
+
+    /// Whether a copy is made.
+    pub(super) fn is_set(&self) -> bool {
+        self.0.read().is_some()
+    }
+
     pub(super) fn mark(&self, offset: u64, len: u64) {
         if let Some(bitmap) = &*self.0.read() {
             let cut = |value: u64| usize::try_from(value).unwrap_or(usize::MAX);
@@ -48,112 +65,7 @@ impl Written {
     }
 }
 
-/// Lets copies use the image of a disk as long as its device is there.
-///
-/// The image is locked for as long as it is open, and the next machine, after a reset, opens it anew. So
-/// a copy that still runs must not hold it: the device, when it goes, waits for the operation of each copy
-/// that is in progress, and lets none begin.
-#[derive(Clone, Debug)]
-pub(super) struct CopyGate(Arc<RwLock<bool>>);
-
-impl CopyGate {
-    pub(super) fn open() -> Self {
-        Self(Arc::new(RwLock::new(true)))
-    }
-
-    pub(super) fn close(&self) {
-        *self.0.write() = false;
-    }
-}
-
-/// A disk of a machine, for copies: it ends with its device.
-#[derive(Clone)]
-pub struct DiskAccess {
-    gate: CopyGate,
-    shared: Weak<Shared>,
-}
-
 impl DiskAccess {
-    pub(super) fn new(handle: &BlockHandle) -> Self {
-        Self {
-            gate: handle.shared.gate.clone(),
-            shared: Arc::downgrade(&handle.shared),
-        }
-    }
-
-    fn with<R>(&self, work: impl FnOnce(&Shared) -> io::Result<R>) -> io::Result<R> {
-        let is_open = self.gate.0.read();
-        // Not upgraded behind a closed gate: not even for a moment may this own the image then.
-        let shared = is_open.then(|| self.shared.upgrade()).flatten();
-        let shared = shared.ok_or_else(|| {
-            io::Error::new(io::ErrorKind::NotConnected, "the machine of the disk ended")
-        })?;
-        let done = contained(|| work(&shared));
-        // In this order: the gate closes when the image has no owner here.
-        drop(shared);
-        drop(is_open);
-        done
-    }
-
-    /// Makes durable what the guest wrote so far, beside the guest, with the tables of a qcow2 image: the
-    /// same in a stop is short then.
-    ///
-    /// # Errors
-    /// The host cannot write, or the device is gone.
-    pub fn pre_sync(&self) -> io::Result<()> {
-        self.with(|shared| {
-            let image = shared.image();
-            if image.readonly {
-                Ok(())
-            } else {
-                image.flush()
-            }
-        })
-    }
-
-    /// Has the disk wait for blocks that are still at the source of a migration. No queue of it was started.
-    ///
-    /// # Errors
-    /// The device is gone.
-    pub fn await_blocks(&self, blocks: Arc<AwaitedBlocks>) -> io::Result<()> {
-        self.with(|shared| {
-            *shared.awaited.lock() = Some(blocks);
-            Ok(())
-        })
-    }
-
-    /// Writes a block that came from the source of a migration, beside the guest. The caller has claimed it.
-    ///
-    /// # Errors
-    /// The host cannot write, or the device is gone.
-    pub fn write_arrived(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.with(|shared| {
-            let image = shared.image();
-            if !image.is_direct() {
-                return image.write_arrived(data, offset);
-            }
-            let mut aligned = Aligned::new(data.len());
-            aligned.bytes().copy_from_slice(data);
-            image.write_arrived(aligned.bytes(), offset)
-        })
-    }
-
-    /// Makes a block zeros that came as zeros from the source of a migration. The caller has claimed it.
-    ///
-    /// # Errors
-    /// The host cannot write, or the device is gone.
-    pub fn zero_arrived(&self, offset: u64, len: u64) -> io::Result<()> {
-        let zeroed = self.with(|shared| shared.image().write_zeroes(offset, len, true));
-        match zeroed {
-            // A file system that punches no holes.
-            Err(error) if error.kind() == io::ErrorKind::Unsupported => {
-                let len = usize::try_from(len).unwrap_or(usize::MAX);
-                self.write_arrived(offset, &vec![0; len])
-            }
-            done => done,
-        }
-    }
-
     /// Prepares a copy.
     ///
     /// # Errors
@@ -244,9 +156,11 @@ impl DiskContent {
             let cut = |value: u64| usize::try_from(value).unwrap_or(usize::MAX);
             self.dirty.mark(cut(offset), cut(len));
         };
+        // From here on, so that a reset at any moment has the next machine's disk tracked.
+        self.access.track(&self.dirty, self.size);
         self.access.with(|shared| {
             // In this order: a block that is allocated behind the scan is marked by its write.
-            *shared.image().written.0.write() = Some(Arc::clone(&self.dirty));
+            shared.image().written.set(Arc::clone(&self.dirty));
             let image = shared.image();
             match (&image.kind, self.above_base.load(Ordering::Acquire)) {
                 (Kind::Qcow2(qcow2), true) => own_extents(&qcow2.read(), self.size, mark),
@@ -257,14 +171,7 @@ impl DiskContent {
 
     /// Ends recording.
     pub fn stop(&self) {
-        // Without a device nothing is recorded.
-        let _ = self.access.with(|shared| {
-            let image = shared.image();
-            let mut written = image.written.0.write();
-            // Another copy may have begun.
-            written.take_if(|bitmap| Arc::ptr_eq(bitmap, &self.dirty));
-            Ok(())
-        });
+        self.access.end_tracking(&self.dirty);
     }
 
     /// Reads from `offset` on, within the disk.
@@ -569,7 +476,7 @@ mod tests {
             }
             let bitmap = Arc::new(DirtyBitmap::new(SIZE as usize));
             bitmap.set_enabled(true);
-            *image.written.0.write() = Some(Arc::clone(&bitmap));
+            image.written.set(Arc::clone(&bitmap));
             for step in &after {
                 act(step, 2).unwrap();
             }

@@ -6,6 +6,7 @@
 //!                                          └───► Image (locked: no other writer)
 //! ```
 
+mod access;
 mod base;
 mod copy;
 mod create;
@@ -43,9 +44,10 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 
+use self::access::CopyGate;
+pub use self::access::DiskAccess;
 pub use self::base::{ContentId, ImageVersion, OpenBase};
-use self::copy::CopyGate;
-pub use self::copy::{CreatedImage, DiskAccess, DiskContent};
+pub use self::copy::{CreatedImage, DiskContent};
 pub use self::format::ImageFormat;
 pub use self::frozen::{FrozenMark, check_writable};
 pub use self::image::ImageError;
@@ -160,6 +162,8 @@ struct Shared {
     /// The image below the overlay on which the disk continues, until it is certain that it does.
     base: Mutex<Option<Arc<Image>>>,
     gate: CopyGate,
+    /// The version of the image when it was opened, if the host says.
+    opened: Option<ImageVersion>,
     /// The blocks that are still at the source of a migration.
     awaited: Mutex<Option<Arc<AwaitedBlocks>>>,
     /// Empty where the image is not raw, or the host has no io_uring.
@@ -261,10 +265,12 @@ impl Block {
         })?;
         let queues = config.queues.clamp(1, MAX_QUEUES as u16);
         let rings = rings(&image.kind, queues, config.queue_size);
+        let opened = ImageVersion::of(&image).ok();
         let shared = Arc::new(Shared {
             image: RwLock::new(Arc::new(image)),
             base: Mutex::default(),
             gate: CopyGate::open(),
+            opened,
             awaited: Mutex::default(),
             rings: RwLock::new(Arc::new(rings)),
             queues,
@@ -330,7 +336,7 @@ impl Block {
 
 impl Drop for Block {
     fn drop(&mut self) {
-        self.shared.gate.close();
+        self.shared.gate.close(&self.shared);
     }
 }
 

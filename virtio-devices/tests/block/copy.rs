@@ -124,6 +124,85 @@ fn copy_does_not_keep_an_image_from_the_next_machine() {
     drop(content);
 }
 
+/// Of a disk whose machine is reset, a copy has what the guest wrote before, around and after the reset, and
+/// copies no block twice that did not change.
+#[test]
+fn copy_follows_its_disk_over_a_reset() {
+    for (format, image_format) in FORMATS {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        let name = path.to_str().unwrap();
+        qemu_img(&["create", "-q", "-f", format, name, "8M"]);
+        let mut old = machine(&config(&path));
+        assert_eq!(old.write(0, &pattern(1, 65536)), 0);
+        let access = old.handle.access();
+        let content = Arc::new(access.content().unwrap());
+        content.start().unwrap();
+        let there = dir.path().join("copy");
+        let made = CreatedImage::create(&there, image_format, SIZE, LockMode::ByteRange).unwrap();
+        copy(&content, &made);
+        assert_eq!(old.write(8192, &pattern(2, 4096)), 0);
+        access.await_reset();
+        drop(old);
+        let reader = Arc::clone(&content);
+        let waits = thread::spawn(move || {
+            let mut block = [0; 4096];
+            reader.read_at(4 << 20, &mut block).map(|()| block)
+        });
+        let mut new = machine(&config(&path));
+        access.follow(&new.handle).unwrap();
+        assert!(waits.join().unwrap().unwrap() == pattern(2, 4096)[..]);
+        assert_eq!(content.dirty().count(), 1, "{format}");
+        assert_eq!(new.write(4096, &pattern(3, 8192)), 0);
+        assert_eq!(content.dirty().count(), 3, "{format}");
+        copy(&content, &made);
+        made.sync().unwrap();
+        drop(content);
+        assert_eq!(new.write(0, &pattern(9, 512)), 0);
+        new.device.stop_queue(0);
+        drop((new, made));
+        compare(&path, &there, format);
+    }
+}
+
+/// What another program does to the image while no machine has it is not missed.
+#[test]
+fn copy_notices_a_change_during_a_reset() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk");
+    qemu_img(&["create", "-q", "-f", "raw", path.to_str().unwrap(), "8M"]);
+    let begin = || {
+        let machine = machine(&config(&path));
+        let access = machine.handle.access();
+        let content = access.content().unwrap();
+        content.start().unwrap();
+        let _ = content.dirty().take();
+        access.await_reset();
+        (access, content)
+    };
+    let image = || std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+    let (access, content) = begin();
+    std::os::unix::fs::FileExt::write_all_at(&image(), &[7; 512], 1 << 20).unwrap();
+    // As a clock of the host that stands still would hide it.
+    let later = std::time::SystemTime::now() + std::time::Duration::from_secs(9);
+    image().set_modified(later).unwrap();
+    let next = machine(&config(&path));
+    access.follow(&next.handle).unwrap();
+    assert_eq!(content.dirty().count() as u64, SIZE / 4096);
+    drop((next, content));
+
+    let (access, content) = begin();
+    image().set_len(16 << 20).unwrap();
+    let next = machine(&config(&path));
+    let error = access.follow(&next.handle).unwrap_err();
+    assert!(
+        error.to_string().contains("8388608 bytes before"),
+        "{error}"
+    );
+    access.end();
+    assert!(content.read_at(0, &mut [0; 512]).is_err());
+}
+
 #[test]
 fn copy_of_a_raw_disk_has_all_that_its_guest_wrote() {
     check("raw", &[], false);

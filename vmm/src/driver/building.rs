@@ -52,6 +52,8 @@ impl Driver {
         // The guest first runs here, on the driver's thread. A build that a `Delete` overtook has
         // an old number and never gets here: its machine is dropped without having run.
         let started = built.and_then(|mut started| {
+            // Before the guest runs: what it writes has to be copied.
+            self.mirrors.follow(started.machine.devices());
             started.machine.resume().map_err(BuildError::from)?;
             Ok(started)
         });
@@ -83,6 +85,7 @@ impl Driver {
                         ..BootTimeline::default()
                     });
                 });
+                self.switch_waiting();
                 // What came while there was no machine.
                 for port in Port::BOTH {
                     self.take_input(port, sources);

@@ -64,16 +64,21 @@ impl Caller {
         f: impl FnOnce(&mut Driver, &mut Sources<'_>) -> R + Send + 'static,
     ) -> Result<R, Refusal> {
         let (answer, answers) = mpsc::channel();
-        let call = Call(Box::new(move |driver, sources| {
-            // The caller may have gone.
-            let _ = answer.send(f(driver, sources));
-        }));
         // The driver drops the closure, and with it `answer`, when the number is out of date or the
         // driver ends. So `recv` below returns in each case. It waits while the stage is `Busy`:
         // the driver's own thread must not call this, or it would wait for itself.
-        self.to.send((self.machine, DriverEvent::Call(call)));
+        self.send(move |driver, sources| {
+            // The caller may have gone.
+            let _ = answer.send(f(driver, sources));
+        });
         let gone = |_| Refusal::new("machine-gone", "the guest was reset or has ended");
         answers.recv().map_err(gone)
+    }
+
+    /// Runs `f` on the driver's thread, and does not wait for that.
+    pub(super) fn send(&self, f: impl FnOnce(&mut Driver, &mut Sources<'_>) + Send + 'static) {
+        let call = Call(Box::new(f));
+        self.to.send((self.machine, DriverEvent::Call(call)));
     }
 
     /// Like [`Caller::attempt`], for work on another thread: `f` passes the sender on.

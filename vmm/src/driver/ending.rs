@@ -95,6 +95,7 @@ impl Driver {
             }
             Stage::Ending(mut ending) => {
                 ending.next.give_up(ask);
+                self.mirrors.end();
                 self.stage = Stage::Ending(ending);
                 if self.is_gone() {
                     self.finish_ending(sources);

@@ -1,9 +1,11 @@
 //! Mirrors of disks, as the driver sees them: which are in progress, what they exclude, and the switch.
 //!
-//! The engine copies on a thread of its own. A mirror belongs to its machine: the end of that cancels
-//! it, and the disk keeps its image, which has all that the guest wrote.
+//! The engine copies on a thread of its own. The end of the machine cancels a mirror, and the disk keeps
+//! its image, which has all that the guest wrote. Over a reset a mirror goes on: it waits while there is
+//! no machine, and tracks the disk of the next one from before its guest runs.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, mpsc};
 use std::time::Instant;
@@ -15,30 +17,91 @@ use spec::{DiskConfig, ImageType, VmConfig, VmState};
 use uuid::Uuid;
 use virtio_devices::block::{CreatedImage, DiskAccess};
 
-use super::migration::PAGES_ARRIVING;
+use super::migration::{PAGES_ARRIVING, no_machine};
 use super::{Caller, Driver, Stage};
 use crate::descriptors;
-use crate::devices::DeviceHandle;
+use crate::devices::{DeviceHandle, Devices};
 use crate::machine::Active;
 
 /// The mirrors in progress, by the names of their disks.
 #[derive(Default)]
-pub(super) struct Mirrors(BTreeMap<String, ActiveMirror>);
+pub(super) struct Mirrors {
+    active: BTreeMap<String, ActiveMirror>,
+    /// The machine is being replaced by another.
+    is_resetting: bool,
+}
 
 struct ActiveMirror {
     id: Uuid,
     target: PathBuf,
     decision: Decision,
+    access: DiskAccess,
+    /// The switch of the disk, which waits for the next machine.
+    switch: Option<Switch>,
+}
+
+impl Drop for ActiveMirror {
+    fn drop(&mut self) {
+        // The engine may be waiting for the next machine.
+        self.access.end();
+    }
 }
 
 impl Mirrors {
-    /// The machine ends, and its disks keep the images that they have. A mirror whose disk is just being
-    /// switched is too late for that: its disk was not served since, so that both images are equal.
+    /// The machine is replaced by another, in which the disks are the same.
+    pub(super) fn await_reset(&mut self) {
+        self.is_resetting = true;
+        for mirror in self.active.values() {
+            mirror.access.await_reset();
+        }
+    }
+
+    /// The machine ends. Unless another follows, its disks keep the images that they have.
     pub(super) fn end_with_machine(&mut self) {
-        for (_, mirror) in std::mem::take(&mut self.0) {
+        if !self.is_resetting {
+            self.end();
+        }
+    }
+
+    /// The VM has no machine, and gets none. A mirror whose disk is just being switched is too late for that:
+    /// its disk was not served since, so that both images are equal.
+    pub(super) fn end(&mut self) {
+        self.is_resetting = false;
+        for (_, mirror) in std::mem::take(&mut self.active) {
             let _ = mirror.decision.cancel();
         }
     }
+
+    /// The next machine is there, and its guest has not run.
+    pub(super) fn follow(&mut self, devices: &Devices) {
+        self.is_resetting = false;
+        let mut ended = Vec::new();
+        for (disk, mirror) in &self.active {
+            let followed = match devices.control(disk) {
+                Some(DeviceHandle::Disk(handle)) => mirror.access.follow(handle),
+                _ => Err(io::ErrorKind::NotFound.into()),
+            };
+            if let Err(error) = followed {
+                let why = format!("the disk {disk} is another one since a reset: {error}");
+                let _ = mirror.decision.interrupt(Refusal::new("disk-changed", why));
+                ended.push(disk.clone());
+            }
+        }
+        for disk in ended {
+            self.active.remove(&disk);
+        }
+    }
+
+    fn get(&mut self, id: Uuid) -> Option<&mut ActiveMirror> {
+        self.active.values_mut().find(|mirror| mirror.id == id)
+    }
+}
+
+/// A disk to switch, and the copying of its last blocks.
+struct Switch {
+    to: Successor,
+    finish: Finish,
+    answer: mpsc::Sender<Result<Downtime, Refusal>>,
 }
 
 /// A mirror to begin.
@@ -68,9 +131,9 @@ pub(crate) struct ListedMirror {
 impl Drop for ListedMirror {
     fn drop(&mut self) {
         let (disk, id) = (std::mem::take(&mut self.disk), self.id);
-        // The call fails if the machine has ended, and the mirror with it.
+        // The call fails if the driver has ended, and the mirror with it.
         let _ = self.caller.call(move |driver, _| {
-            let all = &mut driver.mirrors.0;
+            let all = &mut driver.mirrors.active;
             // Behind the switch another mirror of the disk may have begun.
             if all.get(&disk).is_some_and(|mirror| mirror.id == id) {
                 all.remove(&disk);
@@ -81,6 +144,8 @@ impl Drop for ListedMirror {
 
 /// The image that takes the place of a disk's.
 pub(crate) struct Successor {
+    /// The mirror that made it.
+    pub(crate) mirror: Uuid,
     pub(crate) disk: String,
     pub(crate) image: Arc<CreatedImage>,
     /// The final path of the image.
@@ -117,7 +182,7 @@ fn conflict(code: &str, detail: impl Into<String>) -> RequestError {
 impl Driver {
     /// Fails with `disk-mirroring` if a disk of the VM is being mirrored.
     pub(super) fn check_no_mirror(&self) -> Result<(), RequestError> {
-        match self.mirrors.0.iter().next() {
+        match self.mirrors.active.iter().next() {
             Some((disk, mirror)) => Err(mirroring(disk, mirror)),
             None => Ok(()),
         }
@@ -128,7 +193,8 @@ impl Driver {
         let disk = match request {
             Request::RemoveDevice(device) => &device.id,
             Request::ResizeDisk(disk) => &disk.id,
-            // A reset or the end of the machine cancels mirrors. The others change no disk that is there.
+            // The end of the machine cancels mirrors. The others change no disk that is there, and neither does
+            // a reset.
             Request::Boot
             | Request::Pause
             | Request::Resume
@@ -144,7 +210,7 @@ impl Driver {
             | Request::Resize(_)
             | Request::ResizeZone(_) => return None,
         };
-        let mirror = self.mirrors.0.get(disk)?;
+        let mirror = self.mirrors.active.get(disk)?;
         Some(mirroring(disk, mirror))
     }
 
@@ -164,7 +230,7 @@ impl Driver {
             );
             return Err(conflict("wrong-state", detail));
         };
-        if let Some(mirror) = self.mirrors.0.get(&new.disk) {
+        if let Some(mirror) = self.mirrors.active.get(&new.disk) {
             return Err(mirroring(&new.disk, mirror));
         }
         let devices = active.devices();
@@ -179,12 +245,11 @@ impl Driver {
         let Some(DeviceHandle::Disk(handle)) = devices.control(&new.disk) else {
             return Err(no_such_disk(&new.disk));
         };
-        let caller = Caller {
-            machine: self.machine,
-            to: self.events.clone(),
-        };
+        let access = handle.access();
+        // For any machine: the mirror goes on over a reset.
+        let caller = Caller::new(self.events.clone());
         let parts = MirrorParts {
-            access: handle.access(),
+            access: access.clone(),
             config,
             listed: ListedMirror {
                 caller: caller.clone(),
@@ -197,19 +262,42 @@ impl Driver {
             id: new.id,
             target: new.target,
             decision: new.decision,
+            access,
+            switch: None,
         };
-        self.mirrors.0.insert(new.disk, mirror);
+        self.mirrors.active.insert(new.disk, mirror);
         Ok(parts)
     }
 
+    /// Switches disks whose mirrors were done while there was no machine: each as a call of its own, as the
+    /// first one lends the machine.
+    pub(super) fn switch_waiting(&mut self) {
+        for mirror in self.mirrors.active.values_mut() {
+            if let Some(Switch { to, finish, answer }) = mirror.switch.take() {
+                Caller::new(self.events.clone())
+                    .send(move |driver, _| driver.switch_disk(to, finish, answer));
+            }
+        }
+    }
+
     /// Has a disk continue on another image, on another thread. Only the queues of this disk stop while
-    /// `finish` copies the last blocks.
+    /// `finish` copies the last blocks. Waits for the next machine if this one is reset.
     pub(crate) fn switch_disk(
         &mut self,
         to: Successor,
         finish: Finish,
         answer: mpsc::Sender<Result<Downtime, Refusal>>,
     ) {
+        let is_resetting = self.mirrors.is_resetting;
+        let Some(mirror) = self.mirrors.get(to.mirror) else {
+            // It ended with the machine.
+            let _ = answer.send(Err(no_machine()));
+            return;
+        };
+        if is_resetting {
+            mirror.switch = Some(Switch { to, finish, answer });
+            return;
+        }
         let mut config = VmConfig::clone(&self.config);
         let mut disks = config.disks.iter_mut().flatten();
         let Some(disk) = disks.find(|disk| disk.id.as_ref() == Some(&to.disk)) else {
@@ -248,7 +336,7 @@ impl Driver {
             // the image that the configuration still names has all of them.
             if switched.is_ok() {
                 driver.set_config(Arc::new(config));
-                driver.mirrors.0.remove(&id);
+                driver.mirrors.active.remove(&id);
             }
             if let (true, Stage::On(active)) = (runs, &driver.stage) {
                 active.devices().resume_one(&id);

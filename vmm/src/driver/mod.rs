@@ -324,6 +324,10 @@ impl Driver {
                     origin,
                     not_before,
                 };
+                self.mirrors.await_reset();
+                if let Some(outgoing) = &self.outgoing {
+                    outgoing.interrupt("guest-reset", "the guest was reset: begin again");
+                }
                 // Its disks are locked, and its taps taken, until it is gone.
                 self.end_machine(machine, next);
             }
@@ -340,8 +344,9 @@ impl Driver {
     /// Starts a new machine number: reports of earlier machines are ignored from now on.
     fn next_machine(&mut self) {
         self.machine += 1;
-        // Of that one, its guest will not hear any more.
-        self.outgoing = None;
+        if let Some(outgoing) = self.outgoing.take() {
+            outgoing.interrupt("guest-ended", "the guest has ended");
+        }
         self.late_blocks = LateBlocks::default();
         self.mirrors.end_with_machine();
         self.resizes_end_with_machine();
@@ -356,6 +361,8 @@ impl Driver {
 
     /// Shows that the VM has no machine any more.
     fn off(&mut self, by: End, sources: &mut Sources<'_>) {
+        // Those that waited for the machine after a reset.
+        self.mirrors.end();
         self.consoles.close(sources);
         self.publisher.update(|status| {
             if status.state != VmState::Created {

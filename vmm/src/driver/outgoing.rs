@@ -1,7 +1,7 @@
 //! The state of a guest that moves away, or of which a snapshot is written.
 
 use control::SnapshotOf;
-use migration::Decision;
+use migration::{Decision, Refusal};
 
 /// A guest that is moving away.
 pub(super) struct Outgoing {
@@ -57,6 +57,15 @@ impl OutgoingState {
 }
 
 impl Outgoing {
+    /// Ends what needs the guest's machine, which is gone. A migration cannot go on with the next machine: its
+    /// memory and devices are others.
+    pub(super) fn interrupt(&self, code: &str, why: &str) {
+        if self.state != OutgoingState::Imaged {
+            // A request that ended the guest has canceled it before.
+            let _ = self.decision.interrupt(Refusal::new(code, why));
+        }
+    }
+
     /// Says why the VM cannot be moved or saved, or its devices changed.
     pub(super) fn busy(&self) -> &'static str {
         match self.purpose {

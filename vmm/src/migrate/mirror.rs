@@ -1,13 +1,17 @@
 //! Mirrors of disks: copies on which the disks continue, shown as migrations whose other end is a file.
 
-use std::path::PathBuf;
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use control::{Category, Migration, RequestError, VmHandle};
 use migration::{
     DestinationDisk, Downtime, Finish, MirroredDisk, Mirroring, Policy, Refusal, mirror,
 };
+use parking_lot::Mutex;
 use spec::{MigrationSide, MirrorDisk, NewImageFormat};
+use uuid::Uuid;
 use virtio_devices::block::{CreatedImage, DiskAccess};
 
 use super::copies::rounds_policy;
@@ -44,8 +48,56 @@ fn not_made(why: Refusal) -> RequestError {
     RequestError::new(category, &why.code, why.detail)
 }
 
+/// The new images to which this service mirrors disks, and what writes each.
+#[derive(Clone, Default)]
+pub(crate) struct MirrorTargets(Arc<Mutex<BTreeMap<PathBuf, String>>>);
+
+/// A path to which a mirror writes, until this is dropped.
+struct Target {
+    all: MirrorTargets,
+    path: PathBuf,
+}
+
+impl MirrorTargets {
+    /// Takes a path for a mirror.
+    ///
+    /// # Errors
+    /// Another mirror has it, which the refusal names.
+    fn take(&self, path: &Path, mirror: String) -> Result<Target, Refusal> {
+        // Its folder as the host knows it, for the path may be written in several ways.
+        let folder = path.parent().and_then(|folder| folder.canonicalize().ok());
+        let real = folder.and_then(|folder| Some(folder.join(path.file_name()?)));
+        let real = real.unwrap_or_else(|| path.to_owned());
+        match self.0.lock().entry(real.clone()) {
+            Entry::Occupied(taken) => {
+                let detail = format!(
+                    "{} is being written by the mirror of {}: choose another path, or wait until \
+                     that migration ends, or cancel it",
+                    path.display(),
+                    taken.get()
+                );
+                Err(Refusal::new("image-exists", detail))
+            }
+            Entry::Vacant(free) => {
+                free.insert(mirror);
+                Ok(Target {
+                    all: self.clone(),
+                    path: real,
+                })
+            }
+        }
+    }
+}
+
+impl Drop for Target {
+    fn drop(&mut self) {
+        self.all.0.lock().remove(&self.path);
+    }
+}
+
 /// A disk that is mirrored, and its new image.
 struct MirroredVmDisk {
+    mirror: Uuid,
     caller: Caller,
     listed: Option<ListedMirror>,
     id: String,
@@ -62,6 +114,7 @@ struct MirroredVmDisk {
 impl MirroredVmDisk {
     /// Makes the new image.
     fn new(
+        mirror: Uuid,
         parts: MirrorParts,
         what: &MirrorDisk,
         [target, partial]: [PathBuf; 2],
@@ -75,6 +128,7 @@ impl MirroredVmDisk {
         };
         let planned = plan_mirror(&parts.config, copied.content(), format, &target, &partial)?;
         Ok(Self {
+            mirror,
             caller: parts.caller,
             listed: Some(parts.listed),
             id,
@@ -88,13 +142,13 @@ impl MirroredVmDisk {
     }
 
     fn record(&self, event: &'static str, detail: String) {
-        // The VM may be there though its machine is not.
-        let caller = self.caller.for_any_machine();
-        let _ = caller.call(move |driver, _| driver.record(event, detail));
+        let _ = self
+            .caller
+            .call(move |driver, _| driver.record(event, detail));
     }
 
     /// Copies the disk, and has it continue on the new image.
-    fn run(mut self, ours: &ActiveMigration, policy: &Policy) {
+    fn run(mut self, ours: &ActiveMigration, policy: &Policy, target: Target) {
         let Some((to, _)) = self.images.of_mirror() else {
             return;
         };
@@ -117,6 +171,8 @@ impl MirroredVmDisk {
         };
         // The report has the failure, if it failed.
         let _ = mirror(&mirroring, &mut self);
+        // Free before anyone hears so.
+        drop(target);
         ours.log_end();
         ours.end();
     }
@@ -133,6 +189,7 @@ impl MirroredDisk for MirroredVmDisk {
             return Err(Refusal::new("internal", "the mirror has no image"));
         };
         let to = Successor {
+            mirror: self.mirror,
             disk: self.id.clone(),
             image,
             path: self.target.clone(),
@@ -188,6 +245,10 @@ pub(super) fn begin(
         ..ActiveMigration::new(MigrationSide::Source, Some(id.clone()), endpoint)
     });
     let caller = pool.caller(&id).ok_or_else(RequestError::driver_gone)?;
+    let [path, _] = &paths;
+    let what_mirror = format!("disk `{disk}` of VM {id} (migration {})", mirroring.id);
+    let target = pool.mirror_targets().take(path, what_mirror);
+    let target = target.map_err(not_made)?;
     let new = NewMirror {
         id: mirroring.id,
         disk: disk.to_owned(),
@@ -203,13 +264,13 @@ pub(super) fn begin(
     })?;
     let parts = caller.call(move |driver, _| driver.begin_mirror(new));
     let parts = parts.map_err(|_| RequestError::driver_gone())??;
-    let mirrored = MirroredVmDisk::new(parts, what, paths).map_err(not_made)?;
-    let target = mirrored.target.display();
-    mirrored.record("disk-mirroring", format!("{disk} to {target}"));
+    let mirrored = MirroredVmDisk::new(mirroring.id, parts, what, paths).map_err(not_made)?;
+    let shown = mirrored.target.display();
+    mirrored.record("disk-mirroring", format!("{disk} to {shown}"));
     let ours = Arc::clone(&mirroring);
     let span = tracing::error_span!("vm", %id);
     start("mirror", span, move || {
-        mirrored.run(&ours, &policy);
+        mirrored.run(&ours, &policy, target);
         drop(reserved);
     })?;
     Ok(mirroring)

@@ -48,6 +48,7 @@ use tokio::sync::watch;
 
 pub(crate) use self::freeze::name_overlay;
 pub(crate) use self::journals::Journals;
+pub(crate) use self::mirror::MirrorTargets;
 pub(crate) use self::receive::Endpoints;
 pub use self::snapshot::snapshot_config;
 use self::source::{Listed, SourceVm};

@@ -381,8 +381,14 @@ async fn guest_is_reset_while_its_disks_are_copied() {
         } else {
             vm.ask(Request::Reboot).await.unwrap();
         }
+        let code = if by_guest { "guest-reset" } else { "canceled" };
         for side in &both {
-            assert_ne!(over(side).await.phase, MigrationPhase::Completed);
+            let info = over(side).await;
+            let is_failed = info.phase == MigrationPhase::Failed;
+            assert_eq!(
+                (is_failed, info.error.unwrap().code.as_str()),
+                (by_guest, code)
+            );
         }
         stage.runs_here().await;
         assert_eq!(vm.status().failure, None);

@@ -129,6 +129,15 @@ async fn canceled_and_overtaken_copies_leave_nothing() {
     assert!(!stage.at("s").exists());
     stage.runs_here().await;
     // The next machine has the images, though they were being copied.
+    let snapshot = stage.slow_snapshot("s").await;
+    let mut serial = UnixStream::connect(stage.at("serial")).unwrap();
+    writeln!(serial, "{}", Command::Reset).unwrap();
+    drop(serial);
+    let info = over(&snapshot).await;
+    assert_eq!(info.phase, MigrationPhase::Failed, "{info:?}");
+    assert_eq!(info.error.unwrap().code, "guest-reset");
+    assert!(!stage.at("s").exists());
+    stage.runs_here().await;
     for request in [Request::Reboot, Request::Shutdown] {
         let snapshot = stage.slow_snapshot("s").await;
         vm.ask(request).await.unwrap();
