@@ -280,6 +280,7 @@ async fn send_one(
         connections: u16::try_from(body.connections).ok().map(|n| n.min(16)),
         local: body.local,
         tls_dir: body.tls_dir,
+        storage: body.storage,
         ..StartMigration::to(body.destination_url)
     };
     let (registry, id) = (vm.registry.clone(), vm.id.clone());

@@ -551,6 +551,9 @@ mod tests {
 
     #[test]
     fn migrations_in_both_forms() {
+        let copy = send(false, "destination_url=unix:/m,storage=copy").unwrap();
+        assert_eq!(copy.storage, spec::StorageMode::Copy);
+        assert!(send(false, "destination_url=unix:/m,storage=all").is_err());
         assert_eq!(
             send(true, "unix:/m").unwrap(),
             send(false, "destination_url=unix:/m,local=on").unwrap()

@@ -61,6 +61,12 @@ pub enum StorageMode {
     Copy,
 }
 
+impl StorageMode {
+    pub(crate) fn is_shared(&self) -> bool {
+        *self == Self::Shared
+    }
+}
+
 /// How one disk moves.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

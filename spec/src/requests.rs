@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::descriptors::RestoredNetConfig;
+use crate::migration::StorageMode;
 use crate::overrides::Overrides;
 
 /// New sizes.
@@ -312,4 +313,8 @@ pub struct SendMigrationData {
     /// When memory is copied.
     #[serde(default)]
     pub memory_mode: MigrationMode,
+    /// How disks move. Not a field of Cloud Hypervisor, whose disks are always on shared storage. With `copy`
+    /// the destination makes new images in the directory that its operator named (`--migration-storage`).
+    #[serde(default, skip_serializing_if = "StorageMode::is_shared")]
+    pub storage: StorageMode,
 }

@@ -292,6 +292,7 @@ pub const SEND_MIGRATION: OptionKind = OptionKind {
         ("connections", "connections", Form::Number),
         ("tls_dir", "tls_dir", Form::Text),
         ("memory_mode", "memory_mode", Form::Word),
+        ("storage", "storage", Form::Text),
     ],
     also: &[],
 };

@@ -67,6 +67,7 @@ const EFFECTIVE_REQUESTS: &[(&str, &[&str])] = &[
             "/connections",
             "/tls_dir",
             "/memory_mode",
+            "/storage",
         ],
     ),
     ("vm.snapshot", &["/base_url", "/destination_url", "/disks"]),
