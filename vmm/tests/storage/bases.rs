@@ -31,7 +31,7 @@ impl Stage {
 /// or that the peer may not name, is another.
 #[tokio::test]
 async fn base_that_both_hosts_have_is_not_copied() {
-    for there in ["same", "other", "forbidden", "none"] {
+    for there in ["same", "other", "forbidden", "busy", "none"] {
         let mut stage = Stage::new();
         let bases = stage.at("bases");
         fs::create_dir(&bases).unwrap();
@@ -46,6 +46,19 @@ async fn base_that_both_hosts_have_is_not_copied() {
         if there == "other" {
             qemu_io(&base, &["write -P 8 30M 512"]);
         }
+        // Another program may write to it.
+        let mut writer = (there == "busy").then(|| {
+            let mut open = Process::new("qemu-io");
+            let open = open.arg(&base).stdin(std::process::Stdio::piped());
+            let open = open.stdout(std::process::Stdio::piped());
+            let mut open = open.spawn().unwrap();
+            // It has opened the image when it answers.
+            writeln!(open.stdin.as_mut().unwrap(), "length").unwrap();
+            let mut answer = String::new();
+            let mut output = BufReader::new(open.stdout.as_mut().unwrap());
+            output.read_line(&mut answer).unwrap();
+            open
+        });
         let allow =
             (there == "forbidden").then(|| vec![stage.path("pocket"), stage.path("serial")]);
         let both = stage.begin_between(Some(stage.path("new")), allow, |_| {});
@@ -63,10 +76,16 @@ async fn base_that_both_hosts_have_is_not_copied() {
         let why = match there {
             "same" => "has this content",
             "other" => "has other content",
+            "busy" => "is in use by process",
             "forbidden" => "is not below a folder that this peer may use",
             _ => "there is no \"golden\"",
         };
         assert!(detail.contains(why), "{there}: {detail}");
+        if let Some(writer) = &mut writer {
+            assert!(detail.contains(&writer.id().to_string()), "{detail}");
+            drop(writer.stdin.take());
+            writer.wait().unwrap();
+        }
         // Twice 28 MiB, unless they are left out.
         let sent = both[0].info().sent_bytes;
         assert_eq!(sent < 40 << 20, there == "same", "{there}: {sent} bytes");
@@ -112,4 +131,55 @@ async fn base_that_both_hosts_have_is_not_copied() {
             _ => assert_eq!(named, [&json!(null); 2]),
         }
     }
+}
+
+/// Of a chain, both hosts have all but the top, in other shapes.
+#[tokio::test]
+async fn chain_that_both_hosts_have_is_not_copied() {
+    let mut stage = Stage::new();
+    let bases = stage.at("bases");
+    fs::create_dir(&bases).unwrap();
+    stage.there = registry_with(vec![bases.clone()]);
+    let [root, mid, disk] = ["golden", "mid", "disk"].map(|name| stage.path(name));
+    let on = |base: &str, image: &str| {
+        qemu_img(&[
+            "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", image,
+        ]);
+    };
+    qemu_img(&["create", "-q", "-f", "qcow2", &root, "64M"]);
+    qemu_io(&root, &["write -P 9 8M 24M"]);
+    on(&root, &mid);
+    qemu_io(&mid, &["write -P 7 30M 8M", "write -z 10M 1M"]);
+    on(&mid, &disk);
+    qemu_io(&disk, &["write -P 3 40M 64k", "write -z 31M 64k"]);
+    // There the lower image has more, and the upper one hides that.
+    let [there, above] = ["bases/lower", "bases/mid"].map(|name| stage.path(name));
+    qemu_img(&["create", "-q", "-f", "qcow2", &there, "64M"]);
+    qemu_io(&there, &["write -P 9 8M 22M", "write -P 5 50M 1M"]);
+    on("lower", &above);
+    let writes = ["write -P 7 30M 8M", "write -z 10M 1M", "write -z 50M 1M"];
+    qemu_io(&above, &writes);
+    let disks =
+        json!([{ "path": disk, "id": "root", "image_type": "Qcow2", "backing_files": true }]);
+    stage.boot_on(disks).await;
+    let both = stage.begin(|_| {});
+    for side in &both {
+        let info = over(side).await;
+        assert_eq!(info.phase, MigrationPhase::Completed, "{info:?}");
+        assert!(info.bases[0].is_left_out, "{info:?}");
+    }
+    stage.wait_blocks(2 * DISK_PAGES as u64).await;
+    let vm = stage.there.get("web").unwrap();
+    // The next machine finds the chain, too.
+    vm.ask(Request::Reboot).await.unwrap();
+    stage.wait_blocks(2 * DISK_PAGES as u64).await;
+    vm.ask(Request::Shutdown).await.unwrap();
+    let (new, flat) = (stage.path("new/web-root.qcow2"), stage.path("flat"));
+    qemu_img(&["convert", "-f", "qcow2", "-O", "raw", &new, &flat]);
+    let moved = fs::read(&flat).unwrap();
+    check_disk(&moved, DISK_PAGES).unwrap();
+    qemu_img(&["convert", "-f", "qcow2", "-O", "raw", &disk, &flat]);
+    let left = fs::read(&flat).unwrap();
+    let own = DISK_PAGES * 4096;
+    assert!(moved[own..] == left[own..]);
 }

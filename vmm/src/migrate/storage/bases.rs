@@ -332,8 +332,9 @@ impl BaseReader<'_> {
             let base = BaseImage {
                 path,
                 format: offered.format.image(),
-                // Whatever it is below: its content is compared as a whole, and it names no other file.
-                backing_files: false,
+                // Its content is compared as a whole. What it names is below the operator's folders, as if the
+                // peer had named it as a disk with `backing_files`.
+                backing_files: true,
                 image_dirs: image_dirs.to_vec(),
                 lock: image.lock_mode(),
             };
