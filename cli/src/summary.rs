@@ -1,6 +1,6 @@
 //! The result of a migration, snapshot, restore or mirror, for a person.
 
-use spec::{MigrationDowntime, MigrationInfo, MigrationRound, MigrationSide, VmId};
+use spec::{MigrationDowntime, MigrationInfo, MigrationPhase, MigrationRound, MigrationSide, VmId};
 
 use crate::steps::steps;
 
@@ -135,6 +135,15 @@ fn memory(info: &MigrationInfo, kind: Kind) -> String {
 fn disks(info: &MigrationInfo, kind: Kind) -> String {
     let copied = info.disk_bytes.saturating_sub(info.disk_remaining_bytes);
     let (copied, all) = (copied >> 20, info.disk_bytes >> 20);
+    // Until the guest has come, a destination does not know how much is left.
+    let is_arriving = !matches!(
+        info.phase,
+        MigrationPhase::Postcopy | MigrationPhase::PostcopyPaused | MigrationPhase::Completed
+    );
+    if kind == Kind::Migration && info.side == MigrationSide::Destination && is_arriving {
+        let came = info.sent_bytes >> 20;
+        return format!("{all} MiB; {came} MiB of memory and disks have arrived");
+    }
     let disks = format!("{all} MiB, of which {copied} copied");
     if kind != Kind::Snapshot {
         return disks;
@@ -299,5 +308,14 @@ mod tests {
             let text = summary(&migration);
             assert!(text.contains(part), "{text}");
         }
+        let mut arriving = operation("destination", "unix:/s");
+        arriving.disk_bytes = 64 << 20;
+        assert!(summary(&arriving).contains("64 MiB, of which 64 copied"));
+        arriving.phase = MigrationPhase::Precopy;
+        let text = summary(&arriving);
+        assert!(
+            text.contains("64 MiB; 5 MiB of memory and disks have arrived"),
+            "{text}"
+        );
     }
 }

@@ -36,6 +36,20 @@ pub(crate) const BASES_VERSION: u32 = 4;
 /// Maximum size of all copied disks of a VM together: 8 TiB. Each side has a bit for each page.
 pub const MAX_COPIED: u64 = 8 << 40;
 
+/// Checks the sizes of the copied disks of a VM.
+///
+/// # Errors
+/// `disks-too-large`: they have more than [`MAX_COPIED`] together.
+pub fn check_sizes(sizes: impl Iterator<Item = u64>) -> Result<(), Refusal> {
+    let total = sizes.fold(0, u64::saturating_add);
+    if total <= MAX_COPIED {
+        return Ok(());
+    }
+    let why =
+        format!("the disks to copy have {total} bytes together; at most {MAX_COPIED} are copied");
+    Err(Refusal::new("disks-too-large", why))
+}
+
 /// Reads the content of a disk, beside the guest that uses it.
 pub trait ReadDisk: Send + Sync {
     /// Reads `data.len()` bytes from `offset` on, which are within the disk.

@@ -54,7 +54,7 @@ pub use destination::{
     Arriving, ConnectionLimit, Destination, Fate, Host, MOST_AT_ONCE, Party, Receiving, Standing,
     StartFailure, receive, receive_all,
 };
-pub use disks::{DestinationDisk, MAX_COPIED, NewImage, ReadDisk, SourceDisk};
+pub use disks::{DestinationDisk, MAX_COPIED, NewImage, ReadDisk, SourceDisk, check_sizes};
 pub use journal::{Entry, FileJournal, Journal, NoJournal, Side, Step, boot_id};
 pub use link::{Accept, Closer, Dial, Endpoint, InvalidEndpoint, Listener, Stream};
 pub use message::{BlockInfo, Offer, Refusal};

@@ -19,9 +19,10 @@ use std::time::{Duration, Instant};
 use memory::{AwaitedBlocks, DirtyBitmap, RamBlock};
 use migration::testing::{MemoryDisk, MemoryGuest, Moment, Peer, blocks, disk_name, ram};
 use migration::{
-    Block, BlockInfo, ConnectionLimit, Decision, Destination, DestinationDisk, Fate, Host, Journal,
-    Mode, NewImage, NoJournal, Offer, Outcome, Policy, Progress, ReadDisk, Receiving, Refusal,
-    Report, Sending, Source, SourceDisk, StartFailure, Stopped, Whereabouts, receive, send,
+    Accept, Block, BlockInfo, ConnectionLimit, Decision, Destination, DestinationDisk, Fate, Host,
+    Journal, Mode, NewImage, NoJournal, Offer, Outcome, Policy, Progress, ReadDisk, Receiving,
+    Refusal, Report, Sending, Source, SourceDisk, StartFailure, Stopped, Whereabouts, receive,
+    send,
 };
 use serde_json::json;
 use uuid::Uuid;
@@ -140,6 +141,8 @@ struct Guest {
     guest: MemoryGuest,
     disk: SourceDisk,
     throttled: Arc<Mutex<Vec<u8>>>,
+    /// It was asked to offer bases.
+    offers_bases: bool,
 }
 
 impl Guest {
@@ -148,6 +151,7 @@ impl Guest {
             guest: MemoryGuest::new(ram(PAGES)),
             disk,
             throttled: Arc::default(),
+            offers_bases: false,
         }
     }
 }
@@ -163,6 +167,10 @@ impl Source for Guest {
 
     fn disks(&self) -> Vec<SourceDisk> {
         vec![self.disk.clone()]
+    }
+
+    fn may_offer_bases(&mut self) {
+        self.offers_bases = true;
     }
 
     fn start_tracking(&mut self) -> Result<(), Refusal> {
@@ -551,5 +559,37 @@ fn last_writes_before_the_stop_arrive() {
         // In postcopy all blocks follow.
         let in_stop = sent.downtime.unwrap().pages;
         assert_eq!(in_stop >= 2, mode == Mode::Precopy, "{mode:?} {in_stop}");
+    }
+}
+
+/// A destination of version 3 is offered no bases, and one of any version has none that was not offered.
+#[test]
+fn bases_that_were_not_offered_are_refused() {
+    for version in [3, 4] {
+        let (dialer, mut acceptor) = Dialer::new();
+        let destination = thread::spawn(move || {
+            let stream = acceptor.accept(PATIENCE).unwrap().unwrap();
+            let (mut peer, _) = Peer::accepted(stream);
+            assert!(peer.say(&json!({ "Welcome": { "version": version } })));
+            let offer = peer.recv_offer();
+            assert_eq!(offer.disks.len(), 1);
+            assert!(peer.say(&json!({ "HasBases": [disk_name(0)] })));
+        });
+        let disk = filled();
+        let mut guest = Guest::new(disk.at_source(&disk_name(0)));
+        let progress = Progress::default();
+        let sending = Sending {
+            id: Uuid::from_u128(1),
+            policy: &policy(Mode::Precopy),
+            dial: &*dialer,
+            journal: &mut NoJournal,
+            progress: &progress,
+            decision: &Decision::default(),
+        };
+        let outcome = send(sending, &mut guest);
+        destination.join().unwrap();
+        assert!(matches!(outcome, Outcome::Stayed { .. }), "{outcome:?}");
+        assert_eq!(progress.report().error.unwrap().code, "bases-unexpected");
+        assert_eq!(guest.offers_bases, version == 4);
     }
 }

@@ -373,9 +373,9 @@ fn manifests_with_odd_disks_are_refused() {
         (vec![disk("a", 512), disk("a", 512)], "listed twice"),
         (
             vec![disk("a", 8 << 40), disk("b", 512)],
-            "more than 8796093022208",
+            "at most 8796093022208",
         ),
-        (vec![disk("a", u64::MAX - 511), disk("b", 512)], "more than"),
+        (vec![disk("a", u64::MAX - 511), disk("b", 512)], "at most"),
         (many, "more than 128"),
     ] {
         edit(dir.path(), |manifest| manifest["disks"] = disks.into());

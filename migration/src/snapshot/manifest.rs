@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::read::RestoreError;
-use crate::disks::MAX_COPIED;
+use crate::disks::check_sizes;
 use crate::message::BlockInfo;
 use crate::pages::PAGE;
 
@@ -276,7 +276,6 @@ impl Manifest {
             let count = self.disks.len();
             return Err(format!("disks has {count} disks, more than {MAX_DISKS}"));
         }
-        let mut total = 0_u64;
         for (index, DiskInfo { name, size, .. }) in self.disks.iter().enumerate() {
             if *size == 0 || size % SECTOR != 0 {
                 return Err(format!(
@@ -287,14 +286,9 @@ impl Manifest {
             if before.iter().any(|other| other.name == *name) {
                 return Err(format!("the disk {name:?} is listed twice"));
             }
-            total = total.saturating_add(*size);
         }
-        if total > MAX_COPIED {
-            return Err(format!(
-                "the disks have {total} bytes together, more than {MAX_COPIED}"
-            ));
-        }
-        Ok(())
+        let sizes = self.disks.iter().map(|disk| disk.size);
+        check_sizes(sizes).map_err(|why| why.detail)
     }
 
     /// Returns the bytes of all blocks; `None` if they are more than a file can have.

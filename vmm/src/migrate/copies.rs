@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use control::{Category, RequestError};
 use migration::snapshot::Snapshot;
-use migration::{MAX_COPIED, Offer, Policy, Refusal, SourceDisk};
+use migration::{Offer, Policy, Refusal, SourceDisk, check_sizes};
 use spec::{ImageType, SnapshotDisks, VmConfig, VmSnapshotConfig};
 use virtio_devices::block::DiskAccess;
 
@@ -90,13 +90,7 @@ impl DiskCopies {
             }
         }
         let sizes = copies.iter().map(|disk| disk.content().size());
-        let total = sizes.fold(0, u64::saturating_add);
-        if total > MAX_COPIED {
-            let why = format!(
-                "the disks to copy have {total} bytes together; at most {MAX_COPIED} are copied"
-            );
-            return Err(Refusal::new("disks-too-large", why));
-        }
+        check_sizes(sizes)?;
         Ok(Self(copies))
     }
 

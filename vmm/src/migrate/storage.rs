@@ -17,7 +17,7 @@ use std::sync::{Arc, OnceLock};
 
 use devices::host_file::OpenError;
 use memory::AwaitedBlocks;
-use migration::{DestinationDisk, MAX_COPIED, Offer, ReadDisk, Refusal, SourceDisk};
+use migration::{DestinationDisk, Offer, ReadDisk, Refusal, SourceDisk, check_sizes};
 use serde::{Deserialize, Serialize};
 use spec::{DiskConfig, ImageType, LockGranularity, VmConfig, VmId};
 use virtio_devices::block::{
@@ -29,7 +29,7 @@ pub(super) use self::bases::{BaseNotes, BaseReader};
 use self::bases::{FoundBase, OfferedBase};
 use self::late::{LateDisk, Writer};
 pub(crate) use self::leftovers::remove_leftovers;
-use self::leftovers::{Marker, remove_leftover_of};
+use self::leftovers::{Marker, marker_path, remove_leftover_of};
 use self::names::{check_absent, image_path};
 pub(super) use self::selection::Selection;
 use crate::devices::open::lock_mode;
@@ -233,14 +233,7 @@ pub(super) fn plan(
         ));
     }
     let storage = storage_directory(storage)?;
-    let total = offer.disks.iter().map(|disk| disk.size);
-    let total = total.fold(0, u64::saturating_add);
-    if total > MAX_COPIED {
-        let detail = format!(
-            "the disks to copy have {total} bytes together; at most {MAX_COPIED} are copied"
-        );
-        return Err(Refusal::new("disks-too-large", detail));
-    }
+    check_sizes(offer.disks.iter().map(|disk| disk.size))?;
     let mut planned = Vec::new();
     for disk in &offer.disks {
         let id = &disk.name;
@@ -273,7 +266,7 @@ pub(super) fn plan(
 }
 
 /// The directory for new images, as the host knows it.
-fn storage_directory(storage: Option<&Path>) -> Result<PathBuf, Refusal> {
+pub(super) fn storage_directory(storage: Option<&Path>) -> Result<PathBuf, Refusal> {
     let Some(directory) = storage else {
         let detail = "the disks come with the VM, and the destination has no directory for their \
                       images: its operator names one with `receive --storage` (`storage`), or \
@@ -306,10 +299,7 @@ pub(super) fn plan_mirror(
     partial: &Path,
 ) -> Result<PlannedImage, Refusal> {
     let size = content.size();
-    if size > MAX_COPIED {
-        let detail = format!("the disk has {size} bytes; at most {MAX_COPIED} are copied");
-        return Err(Refusal::new("disks-too-large", detail));
-    }
+    check_sizes([size].into_iter())?;
     check_absent(target)?;
     check_writable(target).map_err(|error| image_refusal(&error))?;
     // What a killed service left of an earlier mirror to this path. All else at that path stays.
@@ -404,7 +394,13 @@ impl MadeImage {
             Refusal::new(code, detail)
         };
         let marker = Marker::create(&plan.path);
-        let marker = marker.map_err(|error| failed("storage-unusable", error.to_string()))?;
+        let marker = marker.map_err(|error| {
+            let why = format!(
+                "cannot create {}: {error}",
+                marker_path(&plan.path).display()
+            );
+            failed("storage-unusable", why)
+        })?;
         let image = match &plan.base {
             Some(found) => CreatedImage::create_on(&found.base, &plan.path, plan.size, lock),
             None => CreatedImage::create(&plan.path, plan.format.image(), plan.size, lock),

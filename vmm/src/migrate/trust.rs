@@ -21,7 +21,7 @@ use migration::{Endpoint, PeerNames, Refusal};
 use spec::{AwaitMigration, NamedPath, PathUse, VmConfig};
 
 use super::invalid;
-use super::storage::PlannedImage;
+use super::storage::{PlannedImage, storage_directory};
 
 /// The name of the taps that are made for interfaces without one, as a pattern sees it.
 const UNNAMED_TAP: &str = "vmtap";
@@ -97,10 +97,14 @@ impl MigrationTrust {
             None => Some(self.allow_taps.clone()),
         };
         let storage = what.storage.as_ref().map(PathBuf::from);
+        let is_named = storage.is_some();
         let storage = storage.or_else(|| self.storage.clone());
         if let Some(relative) = storage.as_ref().filter(|path| !path.is_absolute()) {
             let detail = format!("{} is not an absolute path", relative.display());
             return Err(invalid("storage", detail));
+        }
+        if is_named {
+            storage_directory(storage.as_deref()).map_err(|why| invalid("storage", why.detail))?;
         }
         Ok(Allowed {
             paths,

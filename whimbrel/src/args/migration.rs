@@ -50,6 +50,15 @@ impl MigrationArguments {
                 bail!("{option} {}: the path must be absolute", path.display());
             }
         }
+        // Here, and not when the first VM has come.
+        if let Some(storage) = &self.migration_storage
+            && !storage.is_dir()
+        {
+            bail!(
+                "--migration-storage {}: there is no such directory",
+                storage.display()
+            );
+        }
         Ok(MigrationTrust {
             storage: self.migration_storage.clone(),
             allow: self.migration_allow.clone(),
@@ -70,7 +79,7 @@ mod tests {
     #[test]
     fn migration_options_reach_every_service() {
         let options = "--migration-allow /images --migration-peer host-a --migration-insecure \
-                       --migration-storage /new";
+                       --migration-storage /tmp";
         for line in ["whimbrel serve", "whimbrel --api-socket /s"] {
             let line = format!("{line} {options}");
             let arguments = Arguments::try_parse_from(line.split(' ')).unwrap();
@@ -80,7 +89,7 @@ mod tests {
             };
             let trust = migration.trust().unwrap();
             assert_eq!(trust.allow, [PathBuf::from("/images")]);
-            assert_eq!(trust.storage, Some(PathBuf::from("/new")));
+            assert_eq!(trust.storage, Some(PathBuf::from("/tmp")));
             assert!(trust.insecure && trust.tls_peers == ["host-a"]);
         }
         let relative = MigrationArguments {
@@ -93,5 +102,11 @@ mod tests {
             ..MigrationArguments::default()
         };
         assert!(relative.trust().is_err());
+        let absent = MigrationArguments {
+            migration_storage: Some("/nowhere/new".into()),
+            ..MigrationArguments::default()
+        };
+        let why = absent.trust().unwrap_err().to_string();
+        assert!(why.contains("--migration-storage /nowhere/new"), "{why}");
     }
 }

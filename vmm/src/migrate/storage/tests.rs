@@ -1,4 +1,4 @@
-use migration::BlockInfo;
+use migration::{BlockInfo, MAX_COPIED};
 use serde_json::json;
 use spec::{DiskStorage, StartMigration, StorageMode};
 
