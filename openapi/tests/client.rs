@@ -93,7 +93,8 @@ async fn vm_lifecycle_by_name() {
     client.vms_reboot(&vm).await.unwrap();
     client.vms_power_button(&vm).await.unwrap();
     client.vms_nmi(&vm).await.unwrap();
-    assert!(client.vms_counters(&vm).await.unwrap().is_empty());
+    let counters = client.vms_counters(&vm).await.unwrap();
+    assert_eq!(counters["_disk0"]["read_bytes"], 7);
     assert!(client.vms_memory_map(&vm).await.unwrap().spaces.is_empty());
     client.vms_shutdown(&vm).await.unwrap();
     assert_eq!(client.vms_list().await.unwrap()[0].state, VmState::Shutdown);
