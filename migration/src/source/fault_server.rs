@@ -39,7 +39,7 @@ pub(super) struct FaultServer {
     blocks: Option<JoinHandle<()>>,
 }
 
-/// What the threads of the server share.
+/// The state that the threads of the server share.
 #[derive(Clone)]
 struct Serving {
     ram: Arc<Mutex<Ram>>,
@@ -94,7 +94,7 @@ impl FaultServer {
         })
     }
 
-    /// What the other channels yield to.
+    /// The other channels yield to faults that this records.
     pub(super) fn priority(&self) -> &Arc<FaultPriority> {
         &self.serving.priority
     }

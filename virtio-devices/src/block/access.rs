@@ -1,6 +1,6 @@
 //! Access to the disk of a machine from other threads, beside its guest, for copies of its content.
 //!
-//! An access belongs to one machine, and ends with it. One that [waits](DiskAccess::await_reset) goes on
+//! An access belongs to one machine, and ends with it. One that [waits](DiskAccess::await_reset) continues
 //! at the disk of the next machine: each block that the old machine or the new one writes is marked.
 //!
 //! ```text
@@ -91,7 +91,7 @@ enum Place {
     Ended,
 }
 
-/// What a copy tracks: it goes on at the next machine.
+/// The dirty blocks that a copy tracks: the copy continues at the next machine.
 struct Tracked {
     dirty: Arc<DirtyBitmap>,
     size: u64,

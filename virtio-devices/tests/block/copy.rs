@@ -124,7 +124,7 @@ fn copy_does_not_keep_an_image_from_the_next_machine() {
     drop(content);
 }
 
-/// Of a disk whose machine is reset, a copy has what the guest wrote before, around and after the reset, and
+/// A copy of a disk whose machine is reset has what the guest wrote before, around and after the reset, and
 /// copies no block twice that did not change.
 #[test]
 fn copy_follows_its_disk_over_a_reset() {
@@ -165,7 +165,7 @@ fn copy_follows_its_disk_over_a_reset() {
     }
 }
 
-/// What another program does to the image while no machine has it is not missed.
+/// The copy has what another program writes to the image while no machine has it.
 #[test]
 fn copy_notices_a_change_during_a_reset() {
     let dir = tempfile::tempdir().unwrap();

@@ -1,7 +1,7 @@
 //! Mirrors of disks, as the driver sees them: which are in progress, what they exclude, and the switch.
 //!
 //! The engine copies on a thread of its own. The end of the machine cancels a mirror, and the disk keeps
-//! its image, which has all that the guest wrote. Over a reset a mirror goes on: it waits while there is
+//! its image, which has all that the guest wrote. Over a reset a mirror continues: it waits while there is
 //! no machine, and tracks the disk of the next one from before its guest runs.
 
 use std::collections::BTreeMap;
@@ -246,7 +246,7 @@ impl Driver {
             return Err(no_such_disk(&new.disk));
         };
         let access = handle.access();
-        // For any machine: the mirror goes on over a reset.
+        // For any machine: the mirror continues over a reset.
         let caller = Caller::new(self.events.clone());
         let parts = MirrorParts {
             access: access.clone(),
