@@ -203,6 +203,8 @@ impl Machine {
             // Where all is emulated a guest may write as fast as its memory can be copied.
             deadline_s: 60,
             at_deadline: Some(AtDeadline::Stop),
+            // All memory is hashed in the stop.
+            stop_limit_ms: Some(180_000),
             verify: true,
             ..StartMigration::to("")
         };

@@ -128,6 +128,7 @@ async fn debian_moves_with_its_disks_while_it_writes() -> Result<()> {
             // Where all is emulated a guest may write as fast as its memory can be copied.
             deadline_s: 100,
             at_deadline: Some(AtDeadline::Stop),
+            stop_limit_ms: Some(180_000),
             verify: true,
             ..StartMigration::to("")
         };

@@ -319,7 +319,7 @@ pub(crate) struct VmArguments {
     pub(crate) event_monitor: Option<String>,
     /// Make the VM from a snapshot, in place of the options that describe a VM:
     /// source_url=file:///PATH,resume=on. Without resume=on it is paused. Interfaces whose taps were
-    /// passed as descriptors get others by number: net_fds=[ID@[N,N],ID@[N]].
+    /// passed as descriptors get others by number: `net_fds=[ID@[N,N],ID@[N]]`.
     #[arg(long, value_name = "OPTIONS")]
     pub(crate) restore: Option<String>,
     /// Keep running when the guest powers off: the VM can be booted again over the API.

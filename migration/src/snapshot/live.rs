@@ -95,6 +95,9 @@ pub trait RunningGuest {
     /// The vCPUs do not start.
     fn resume_copying(&mut self) -> Result<(), Refusal>;
 
+    /// The guest runs again, and its memory is about to be copied. What this takes is not in the stop.
+    fn resumed(&mut self);
+
     /// Makes durable what the guest had written to its disks by the time of the stop.
     fn sync(&mut self);
 }
@@ -327,6 +330,7 @@ impl<'a> Image<'a> {
             report.phase = Phase::Copying;
             report.downtime = Some(downtime);
         });
+        guest.resumed();
         Ok(Some(SavedState {
             state,
             stopped_at: stopped.clocks_at,

@@ -77,7 +77,7 @@ fn marked(image: &Path) -> Option<String> {
     };
     Some(format!(
         "{needed_by}. Open the image with `readonly`, or write to an overlay or a copy of it; a restore makes \
-         an overlay. When that snapshot and all copies of it are gone, remove {release}"
+         an overlay. When that snapshot, all copies of it and all overlays of the image are gone, remove {release}"
     ))
 }
 

@@ -157,10 +157,11 @@ impl DiskFreeze {
     /// Concludes a snapshot, before its VM may do something else: the overlays stay, or everything is as it
     /// was before. Returns what an operator should know.
     pub(super) fn finish(&self, is_complete: bool) -> &'static str {
-        let records = std::mem::take(&mut *self.records.lock());
+        let mut records = std::mem::take(&mut *self.records.lock());
         if is_complete {
             self.keep();
             records.keep();
+            return "";
         }
         let mut stage = self.stage.lock();
         let stage = std::mem::replace(&mut *stage, Stage::Kept(0));
@@ -172,12 +173,16 @@ impl DiskFreeze {
                     move |driver: &mut Driver, answer| driver.switch_disks_back(disks, answer);
                 if let Err(error) = self.caller.attempt_later(back) {
                     tracing::warn!(%error, "the VM's disks continue on overlays");
+                    records.keep_frozen();
                     return CONTINUES;
                 }
                 overlays
             }
-            Stage::Kept(count) if count > 0 && !is_complete => return CONTINUES,
-            Stage::Kept(_) => return "",
+            Stage::Kept(0) => return "",
+            Stage::Kept(_) => {
+                records.keep_frozen();
+                return CONTINUES;
+            }
         };
         for NewOverlay { path, .. } in overlays {
             remove(&path);
@@ -187,7 +192,8 @@ impl DiskFreeze {
 }
 
 /// For the event of a snapshot that fails after its guest has resumed.
-const CONTINUES: &str = "; the VM's disks continue on overlays, whose images are complete";
+const CONTINUES: &str =
+    "; the VM's disks continue on overlays, and the images below them stay frozen";
 
 impl Drop for DiskFreeze {
     fn drop(&mut self) {

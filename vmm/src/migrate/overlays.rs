@@ -168,7 +168,8 @@ impl SnapshotRecords {
         Ok(records)
     }
 
-    /// Marks images that are frozen, when they are written no more.
+    /// Marks images that are frozen, when they are written no more. May be called again with the same images,
+    /// to mark those that an error left out.
     ///
     /// # Errors
     /// The host refuses (`no-overlay`).
@@ -178,7 +179,7 @@ impl SnapshotRecords {
         id: Uuid,
         folder: &str,
     ) -> Result<(), Refusal> {
-        for image in images {
+        for image in images.iter().skip(self.frozen.len()) {
             let mark = FrozenMark::create(image, &id.to_string(), &text(id, folder));
             self.frozen
                 .push(mark.map_err(|error| unrecorded(image, &error))?);
@@ -191,10 +192,15 @@ impl SnapshotRecords {
         self.needed.clear();
         self.frozen.clear();
     }
+
+    /// The snapshot failed, and its VM continues on overlays: the images below them stay frozen.
+    pub(super) fn keep_frozen(&mut self) {
+        self.frozen.clear();
+    }
 }
 
 fn text(id: Uuid, folder: &str) -> String {
-    format!("the snapshot {id} in {folder} needs it")
+    format!("the snapshot {id} in {folder} froze it: that snapshot and overlays of it need it")
 }
 
 fn unrecorded(image: &Path, error: &ImageError) -> Refusal {

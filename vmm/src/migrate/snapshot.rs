@@ -86,6 +86,14 @@ impl RunningGuest for LiveVm<'_> {
         self.source.resume_imaged()
     }
 
+    fn resumed(&mut self) {
+        // The guest writes to the overlays: nothing else may write to the images from here on, also if this
+        // process ends. Tried again when the snapshot is complete, and fails it there.
+        if let Err(why) = self.disks.mark() {
+            tracing::warn!(%why, "images below the VM's overlays are not marked as frozen yet");
+        }
+    }
+
     fn resume_copying(&mut self) -> Result<(), Refusal> {
         self.source.resume_copying()
     }

@@ -169,6 +169,10 @@ impl RunningGuest for Guest {
         Ok(())
     }
 
+    fn resumed(&mut self) {
+        assert!(self.stopped.is_none());
+    }
+
     fn resume_copying(&mut self) -> Result<(), Refusal> {
         (self.at_step)(At::CallOff)?;
         self.stopped = None;
