@@ -122,7 +122,10 @@ impl Machine {
     /// When it does not come.
     pub async fn power_off(&mut self) -> Result<()> {
         self.client().vms_power_button(&self.vm).await?;
-        let info = self.service.reaches(&self.vm, VmState::Shutdown).await?;
+        let ended = self
+            .service
+            .reaches_within(&self.vm, VmState::Shutdown, BOOTS);
+        let info = ended.await?;
         ensure!(info.failure.is_none(), "{:?}", info.failure);
         Ok(())
     }

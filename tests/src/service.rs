@@ -304,13 +304,26 @@ impl Service {
     /// # Errors
     /// When that does not come.
     pub async fn reaches(&self, id: &VmId, state: VmState) -> Result<VmInfo> {
+        self.reaches_within(id, state, CHANGES).await
+    }
+
+    /// Waits so long until a VM is in a state: a whole system may take minutes in the emulated host.
+    ///
+    /// # Errors
+    /// When that does not come.
+    pub async fn reaches_within(
+        &self,
+        id: &VmId,
+        state: VmState,
+        patience: Duration,
+    ) -> Result<VmInfo> {
         let start = Instant::now();
         loop {
             let info = self.client.vms_info(id).await?;
             if info.state == state {
                 return Ok(info);
             }
-            if start.elapsed() > CHANGES {
+            if start.elapsed() > patience {
                 bail!("{id:?} is {} and not {state}:\n{}", info.state, self.log());
             }
             tokio::time::sleep(Duration::from_millis(5)).await;
