@@ -312,6 +312,7 @@ async fn reboot_ends_the_snapshot_of_a_paused_vm() {
         } else {
             assert_eq!(overlays(&disk).len(), images + 1, "{ended:?}");
             assert!(overlays(&disk).contains(&overlay(&service, &vm).await));
+            assert!(!records(&disk).is_empty(), "{ended:?}");
         }
         writes_on(port(&service, "guest")).await;
     }

@@ -154,6 +154,16 @@ impl DiskFreeze {
         records.freeze(&self.frozen.lock(), self.id, folder)
     }
 
+    /// The VM continues on overlays though the snapshot failed: what is below them must not be written.
+    fn keep_frozen(&self, records: &mut SnapshotRecords) {
+        if let Some((_, folder)) = &self.folder
+            && let Err(why) = records.freeze(&self.frozen.lock(), self.id, folder)
+        {
+            tracing::warn!(%why, "an image below an overlay of the VM is not marked as frozen");
+        }
+        records.keep_frozen();
+    }
+
     /// Concludes a snapshot, before its VM may do something else: the overlays stay, or everything is as it
     /// was before. Returns what an operator should know.
     pub(super) fn finish(&self, is_complete: bool) -> &'static str {
@@ -173,14 +183,14 @@ impl DiskFreeze {
                     move |driver: &mut Driver, answer| driver.switch_disks_back(disks, answer);
                 if let Err(error) = self.caller.attempt_later(back) {
                     tracing::warn!(%error, "the VM's disks continue on overlays");
-                    records.keep_frozen();
+                    self.keep_frozen(&mut records);
                     return CONTINUES;
                 }
                 overlays
             }
             Stage::Kept(0) => return "",
             Stage::Kept(_) => {
-                records.keep_frozen();
+                self.keep_frozen(&mut records);
                 return CONTINUES;
             }
         };
