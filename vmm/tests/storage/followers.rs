@@ -11,7 +11,7 @@ async fn blocks_follow_a_guest_that_writes() {
         stage.boot(format).await;
         let both = stage.begin(|what| {
             what.mode = MemoryMode::Postcopy;
-            what.max_bandwidth = Some(512 << 10);
+            what.max_bandwidth = Some(320 << 10);
         });
         let start = Instant::now();
         while both[1].info().phase != MigrationPhase::Postcopy {
