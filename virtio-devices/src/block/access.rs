@@ -129,7 +129,7 @@ impl DiskAccess {
         }
     }
 
-    /// Goes on at the same disk of the next machine, whose guest has not run yet. If the image was changed
+    /// Continues at the same disk of the next machine, whose guest has not run yet. If the image was changed
     /// while no machine had it, all blocks count as written.
     ///
     /// # Errors

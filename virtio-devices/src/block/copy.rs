@@ -10,9 +10,8 @@ use std::sync::{Arc, OnceLock};
 use memory::DirtyBitmap;
 use parking_lot::RwLock;
 
-use super::access::DiskAccess;
-
 use super::LockMode;
+use super::access::DiskAccess;
 use super::base::ImageVersion;
 use super::create::create_file;
 use super::extents::{extents, own_extents};

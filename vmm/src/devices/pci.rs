@@ -251,24 +251,29 @@ mod tests {
     use std::time::Duration;
 
     use devices::event_loop::EventLoop;
-    use hypervisor::Kvm;
+    use hypervisor::{Kvm, Vm};
     use memory::SpaceKind;
     use virtio_devices::Workers;
     use virtio_devices::watchdog::Watchdog;
 
     use super::*;
 
-    /// A device that cannot be put on the bus gives its BAR back, so that the window stays whole.
-    #[test]
-    fn failed_plug_frees_its_bar() {
+    /// A bus of a VM whose window has room for one BAR of this length.
+    fn host_with_room(bar: u64) -> (Vm, SharedTopology, PciHost) {
         let vm = Kvm::open().unwrap().create_vm().unwrap();
         let topology = Topology::new();
         let space = topology.space(SpaceKind::Memory);
         let topology = Arc::new(Mutex::new(topology));
-        // Room for one device.
-        let window = AddrRange::new(1 << 32, BAR_LEN).unwrap();
+        let window = AddrRange::new(1 << 32, bar).unwrap();
         let routes = vm.irq_routes().clone();
-        let mut host = PciHost::new(&topology, space, [window].into_iter(), routes);
+        let host = PciHost::new(&topology, space, [window].into_iter(), routes);
+        (vm, topology, host)
+    }
+
+    /// A device that cannot be put on the bus gives its BAR back, so that the window stays whole.
+    #[test]
+    fn failed_plug_frees_its_bar() {
+        let (_vm, topology, mut host) = host_with_room(BAR_LEN);
         let event_loop = EventLoop::start("test").unwrap();
         let workers = Workers::new(vec![event_loop.handle().clone()]).unwrap();
         let reporter = Reporter::new(|_| {});
@@ -290,13 +295,7 @@ mod tests {
 
     #[test]
     fn failed_plug_of_panic_notifier_frees_its_bar() {
-        let vm = Kvm::open().unwrap().create_vm().unwrap();
-        let topology = Topology::new();
-        let space = topology.space(SpaceKind::Memory);
-        let topology = Arc::new(Mutex::new(topology));
-        let window = AddrRange::new(1 << 32, PVPANIC_BAR_LEN).unwrap();
-        let routes = vm.irq_routes().clone();
-        let mut host = PciHost::new(&topology, space, [window].into_iter(), routes);
+        let (_vm, topology, mut host) = host_with_room(PVPANIC_BAR_LEN);
         let reporter = Reporter::new(|_| {});
         let mut plug = |at| {
             topology

@@ -147,18 +147,19 @@ impl DiskFreeze {
     /// Has the images marked as frozen, so that nothing writes to them any more. Their mark is durable before
     /// the snapshot is complete.
     pub(super) fn mark(&self) -> Result<(), Refusal> {
-        let Some((_, folder)) = &self.folder else {
-            return Ok(());
-        };
-        let mut records = self.records.lock();
-        records.freeze(&self.frozen.lock(), self.id, folder)
+        self.mark_in(&mut self.records.lock())
+    }
+
+    fn mark_in(&self, records: &mut SnapshotRecords) -> Result<(), Refusal> {
+        match &self.folder {
+            Some((_, folder)) => records.freeze(&self.frozen.lock(), self.id, folder),
+            None => Ok(()),
+        }
     }
 
     /// The VM continues on overlays though the snapshot failed: what is below them must not be written.
     fn keep_frozen(&self, records: &mut SnapshotRecords) {
-        if let Some((_, folder)) = &self.folder
-            && let Err(why) = records.freeze(&self.frozen.lock(), self.id, folder)
-        {
+        if let Err(why) = self.mark_in(records) {
             tracing::warn!(%why, "an image below an overlay of the VM is not marked as frozen");
         }
         records.keep_frozen();

@@ -161,7 +161,8 @@ impl SnapshotRecords {
     pub(super) fn write(config: &VmConfig, id: Uuid, folder: &str) -> Result<Self, Refusal> {
         let mut records = Self::default();
         for path in paths(config) {
-            let record = record_snapshot(Path::new(path), &id.to_string(), &text(id, folder));
+            let record =
+                record_snapshot(Path::new(path), &id.to_string(), &needed_text(id, folder));
             let record = record.map_err(|error| unrecorded(Path::new(path), &error))?;
             records.needed.extend(record);
         }
@@ -180,7 +181,7 @@ impl SnapshotRecords {
         folder: &str,
     ) -> Result<(), Refusal> {
         for image in images.iter().skip(self.frozen.len()) {
-            let mark = FrozenMark::create(image, &id.to_string(), &text(id, folder));
+            let mark = FrozenMark::create(image, &id.to_string(), &frozen_text(id, folder));
             self.frozen
                 .push(mark.map_err(|error| unrecorded(image, &error))?);
         }
@@ -199,7 +200,11 @@ impl SnapshotRecords {
     }
 }
 
-fn text(id: Uuid, folder: &str) -> String {
+fn needed_text(id: Uuid, folder: &str) -> String {
+    format!("the snapshot {id} in {folder} needs it")
+}
+
+fn frozen_text(id: Uuid, folder: &str) -> String {
     format!("the snapshot {id} in {folder} froze it: that snapshot and overlays of it need it")
 }
 
