@@ -102,6 +102,23 @@ async fn writes_on(port: PathBuf) {
     asked.await.unwrap();
 }
 
+/// A snapshot is whole: a VM that is made from it writes to its disk. The VM is deleted.
+async fn writes_on_again(at: &Service, dir: &Path) {
+    let client = at.client();
+    let what = RestoreConfig {
+        count: Some(1),
+        overrides: Some(apart(at, "again")),
+        ..from(dir, true)
+    };
+    let begun = client.vms_restore(&"again".parse().unwrap(), &what).await;
+    completed(at, begun.unwrap()).await;
+    writes_on(port(at, "again-1")).await;
+    client
+        .vms_delete(&"again-1".parse().unwrap())
+        .await
+        .unwrap();
+}
+
 /// The path of the VM's disk, which is an overlay.
 async fn overlay(at: &Service, vm: &VmId) -> PathBuf {
     let config = at.client().vms_info(vm).await.unwrap().config;
@@ -494,18 +511,7 @@ async fn overlays_that_nothing_uses_are_removed() {
 
     // The snapshot that needs it is whole.
     for dir in [&first, &second] {
-        let what = RestoreConfig {
-            count: Some(1),
-            overrides: Some(apart(&service, "again")),
-            ..from(dir, true)
-        };
-        let begun = client.vms_restore(&"again".parse().unwrap(), &what).await;
-        completed(&service, begun.unwrap()).await;
-        writes_on(port(&service, "again-1")).await;
-        client
-            .vms_delete(&"again-1".parse().unwrap())
-            .await
-            .unwrap();
+        writes_on_again(&service, dir).await;
     }
     let left = states(true).await.into_values().collect::<Vec<_>>();
     assert_eq!(left.len(), 3);

@@ -97,18 +97,7 @@ async fn frozen_images_are_not_written() {
 
     // Both snapshots are as they were. The way out: their owner is done with them.
     for dir in [&first, &second] {
-        let what = RestoreConfig {
-            count: Some(1),
-            overrides: Some(apart(&service, "again")),
-            ..from(dir, true)
-        };
-        let begun = client.vms_restore(&"again".parse().unwrap(), &what).await;
-        completed(&service, begun.unwrap()).await;
-        writes_on(port(&service, "again-1")).await;
-        client
-            .vms_delete(&"again-1".parse().unwrap())
-            .await
-            .unwrap();
+        writes_on_again(&service, dir).await;
     }
     records(&disk)
         .into_iter()

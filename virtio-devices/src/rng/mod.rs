@@ -322,6 +322,18 @@ mod tests {
         }
     }
 
+    /// A guest with room for 64 bytes at an address, and the driver's side of the device's queue, which runs.
+    fn started(device: &mut Rng) -> (TestGuest, TestQueue, u64) {
+        let mut guest = TestGuest::new(1 << 20);
+        let (transport, _) = transport();
+        let driver = TestQueue::new(&mut guest, 0, 16);
+        let addr = guest.alloc(64);
+        device.activate(0, &transport).unwrap();
+        let queue = driver.device_side(&transport, QueueState::default());
+        device.start_queue(queue).unwrap();
+        (guest, driver, addr)
+    }
+
     /// A request that waits for tokens is served when there are some, without another kick.
     #[test]
     fn limited_request_is_served_later() {
@@ -331,13 +343,7 @@ mod tests {
             refill_time: Duration::from_millis(20),
         };
         let (_event_loop, mut device) = limited(None, Some(bucket));
-        let mut guest = TestGuest::new(1 << 20);
-        let (transport, _) = transport();
-        let mut driver = TestQueue::new(&mut guest, 0, 16);
-        let addr = guest.alloc(64);
-        device.activate(0, &transport).unwrap();
-        let queue = driver.device_side(&transport, QueueState::default());
-        device.start_queue(queue).unwrap();
+        let (_guest, mut driver, addr) = started(&mut device);
         let start = Instant::now();
         for _ in 0..4 {
             driver.send(&[TestBuffer::new(addr, 64, true)]);
@@ -361,13 +367,7 @@ mod tests {
         let mut source = tempfile::NamedTempFile::new().unwrap();
         source.write_all(b"abc").unwrap();
         let mut device = Rng::new(source.path(), RateLimits::default(), workers).unwrap();
-        let mut guest = TestGuest::new(1 << 20);
-        let (transport, _) = transport();
-        let mut driver = TestQueue::new(&mut guest, 0, 16);
-        let addr = guest.alloc(64);
-        device.activate(0, &transport).unwrap();
-        let queue = driver.device_side(&transport, QueueState::default());
-        device.start_queue(queue).unwrap();
+        let (_guest, mut driver, addr) = started(&mut device);
         for _ in 0..3 {
             driver.send(&[TestBuffer::new(addr, 2, true)]);
         }

@@ -34,14 +34,19 @@ impl Stage {
     }
 }
 
-/// The guest writes while its disk is copied, and goes on at the new image: no block is lost.
-#[tokio::test]
-async fn disk_continues_on_its_mirror_while_the_guest_writes() {
+/// The formats of an image and of its mirror, each by its name and as a request has it.
+fn both_ways() -> [[(&'static str, NewImageFormat); 2]; 2] {
     let [raw, qcow2] = [
         ("raw", NewImageFormat::Raw),
         ("qcow2", NewImageFormat::Qcow2),
     ];
-    for [from, to] in [[raw, qcow2], [qcow2, raw]] {
+    [[raw, qcow2], [qcow2, raw]]
+}
+
+/// The guest writes while its disk is copied, and continues on the new image: no block is lost.
+#[tokio::test]
+async fn disk_continues_on_its_mirror_while_the_guest_writes() {
+    for [from, to] in both_ways() {
         let stage = Stage::new();
         stage.boot(from.0).await;
         // Fast enough for the guest, and slow enough for some of its rounds.
@@ -120,14 +125,10 @@ async fn mirror_that_ends_early_leaves_the_disk() {
     qemu_img(&["check", "-q", &stage.path("disk")]);
 }
 
-/// A mirror goes on while its guest is reset, and has what the guest wrote before and after.
+/// A mirror continues while its guest is reset, and has what the guest wrote before and after.
 #[tokio::test]
 async fn mirror_goes_on_over_resets_of_its_guest() {
-    let [raw, qcow2] = [
-        ("raw", NewImageFormat::Raw),
-        ("qcow2", NewImageFormat::Qcow2),
-    ];
-    for [from, to] in [[raw, qcow2], [qcow2, raw]] {
+    for [from, to] in both_ways() {
         let stage = Stage::new();
         stage.boot(from.0).await;
         let vm = stage.here.get("web").unwrap();
