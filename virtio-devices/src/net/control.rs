@@ -13,10 +13,11 @@ use virtio_bindings::virtio_net::{
 };
 
 use super::Shared;
+use crate::limits::TURN_BYTES;
 use crate::queue::{Budget, Chain, Queue, QueueError, QueueState, Served};
 use crate::worker::{QueueTask, TaskEvent, TaskFlow, TaskSources};
 
-/// Commands of one turn: each may be a call of the host for every queue of the tap.
+/// Commands of one turn.
 const CHAINS: usize = 16;
 
 /// `TUN_F_*`: what the reader of a tap understands.
@@ -66,15 +67,20 @@ struct Commands {
     shared: Arc<Shared>,
 }
 
+/// The part of a turn's budget that a command takes which sets the tap: all of it. The command may be a
+/// call of the host for every queue of the tap, and each call may wait for all CPUs of the host.
+const SETS_TAP: u64 = TURN_BYTES;
+
 impl Commands {
-    fn obey(&self, chain: &Chain) -> Result<bool, QueueError> {
+    /// Does what a command asks for. Returns whether it was done, and what it costs of a turn's budget.
+    fn obey(&self, chain: &Chain) -> Result<(bool, u64), QueueError> {
         let mut head = [0; 2];
         chain.read(0, &mut head)?;
         let [class, command] = head.map(u32::from);
         Ok(match (class, command) {
             (VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK) => {
                 self.shared.announce.store(false, Ordering::Release);
-                true
+                (true, 0)
             }
             (VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET) => {
                 let mut pairs = [0; 2];
@@ -84,7 +90,7 @@ impl Commands {
                 if there {
                     self.shared.set_pairs(pairs);
                 }
-                there
+                (there, SETS_TAP)
             }
             (VIRTIO_NET_CTRL_GUEST_OFFLOADS, VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET) => {
                 let mut wanted = [0; 8];
@@ -97,9 +103,10 @@ impl Commands {
                 // `set_offloads` calls the host: the lock, which announcements need,
                 // is not held meanwhile.
                 drop(driver);
-                negotiated && self.shared.set_offloads(offloads(wanted))
+                let set = negotiated && self.shared.set_offloads(offloads(wanted));
+                (set, SETS_TAP)
             }
-            _ => false,
+            _ => (false, 0),
         })
     }
 }
@@ -110,9 +117,16 @@ impl QueueTask for ControlQueue {
     }
 
     fn call(&mut self, _: TaskEvent, _: &mut TaskSources<'_, '_>) -> Result<TaskFlow, QueueError> {
+        self.turn()
+    }
+}
+
+impl ControlQueue {
+    fn turn(&mut self) -> Result<TaskFlow, QueueError> {
         let Self { queue, commands } = self;
         queue.turn(Budget::new(CHAINS), |queue, chain| {
-            let answer = match commands.obey(&chain)? {
+            let (done, cost) = commands.obey(&chain)?;
+            let answer = match done {
                 true => VIRTIO_NET_OK,
                 false => VIRTIO_NET_ERR,
             };
@@ -120,7 +134,55 @@ impl QueueTask for ControlQueue {
             // for a result, which no command here has.
             chain.write(0, &[answer as u8])?;
             queue.push(chain.head(), 1)?;
-            Ok(Served::Bytes(0))
+            Ok(Served::Bytes(cost))
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tap::Tap;
+    use super::*;
+    use crate::rate_limiter::RateLimits;
+    use crate::testing::{TestBuffer, TestGuest, TestQueue, transport};
+
+    /// Wants `/dev/net/tun` and CAP_NET_ADMIN.
+    #[test]
+    fn command_that_sets_the_tap_is_a_turn() {
+        let taps = Tap::open("wbctrl%d", 2).unwrap();
+        let shared = Arc::new(Shared::new(taps, [0; 6], RateLimits::default()));
+        let mut guest = TestGuest::new(1 << 20);
+        let (transport, _) = transport();
+        let mut driver = TestQueue::new(&mut guest, 0, 16);
+        let ack = guest.alloc(1);
+        let set_pairs = [VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET].map(|n| n as u8);
+        let mut send = |driver: &mut TestQueue, command: &[u8]| {
+            let at = guest.put(command);
+            let len = command.len() as u32;
+            driver.send(&[
+                TestBuffer::new(at, len, false),
+                TestBuffer::new(ack, 1, true),
+            ]);
+        };
+        for pairs in [2, 1, 2] {
+            send(&mut driver, &[set_pairs[0], set_pairs[1], pairs, 0]);
+        }
+        // Unknown commands cost nothing.
+        (0..3).for_each(|_| send(&mut driver, &[0xff, 0]));
+        let queue = driver.device_side(&transport, QueueState::default());
+        let mut task = ControlQueue::new(queue, &shared);
+        for (answered, flow) in [
+            (1, TaskFlow::Again),
+            (1, TaskFlow::Again),
+            (1, TaskFlow::Again),
+            (3, TaskFlow::Wait),
+        ] {
+            assert_eq!(task.turn().unwrap(), flow);
+            for _ in 0..answered {
+                assert!(driver.take_used().is_some());
+            }
+            assert_eq!(driver.take_used(), None);
+        }
+        assert_eq!(shared.pairs.load(Ordering::Relaxed), 2);
     }
 }

@@ -108,6 +108,21 @@ struct TapSettings {
 }
 
 impl Shared {
+    fn new(taps: Vec<Tap>, mac: [u8; 6], limits: RateLimits) -> Self {
+        Self {
+            taps: taps.into_iter().map(Arc::new).collect(),
+            mac: Mutex::new(mac),
+            pairs: AtomicU16::new(1),
+            offloads: Mutex::new(None),
+            tap_settings: Mutex::default(),
+            announce: AtomicBool::new(false),
+            rx_limiter: SharedLimiter::new(limits),
+            tx_limiter: SharedLimiter::new(limits),
+            counters: Counters::default(),
+            driver: Mutex::new(None),
+        }
+    }
+
     /// Frames come to the queues of the first `pairs` pairs.
     fn set_pairs(&self, pairs: u16) {
         self.pairs.store(pairs, Ordering::Release);
@@ -190,18 +205,7 @@ impl Net {
         }
         // Receive and transmit of each pair, and the control queue behind them (5.1.2).
         let queues = taps.len() * 2 + 1;
-        let shared = Arc::new(Shared {
-            taps: taps.into_iter().map(Arc::new).collect(),
-            mac: Mutex::new(config.mac),
-            pairs: AtomicU16::new(1),
-            offloads: Mutex::new(None),
-            tap_settings: Mutex::default(),
-            announce: AtomicBool::new(false),
-            rx_limiter: SharedLimiter::new(config.limits),
-            tx_limiter: SharedLimiter::new(config.limits),
-            counters: Counters::default(),
-            driver: Mutex::new(None),
-        });
+        let shared = Arc::new(Shared::new(taps, config.mac, config.limits));
         shared.set_pairs(1);
         let device = Self {
             shared: Arc::clone(&shared),
