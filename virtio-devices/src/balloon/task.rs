@@ -16,11 +16,17 @@ const CHAINS: usize = 8;
 /// Bytes of a turn's budget that a page or range costs that is given back: 1024 of them are a
 /// turn. Linux's requests name 256 pages.
 const COST: u64 = TURN_BYTES / 1024;
+/// Bytes that are given back for the cost of one that is moved: the host frees 32 MiB in about a
+/// millisecond.
+const FREED_RATIO: u64 = 32;
 const PAGE: u64 = 1 << PAGE_SHIFT;
 /// Bytes of the list of a request: Linux's have 1 KiB.
 const MAX_LIST: usize = 4 << 10;
 /// Bytes of a statistic: a tag and a value (5.5.6.3).
 const STATISTIC: usize = 10;
+/// Bytes of one report that are given back; the rest stays with the guest. Linux reports 128 MiB at most:
+/// 32 ranges of 4 MiB.
+const MAX_REPORT: usize = 256 << 20;
 /// Statistics that one request tells at most.
 const MAX_STATISTICS: usize = 64;
 
@@ -152,7 +158,10 @@ impl Work {
     fn report(&self, chain: &Chain) {
         // The ranges are RAM, as `Chain` has checked. Their content may go: the guest reported it
         // as unused.
+        let mut left = MAX_REPORT;
         for (addr, len) in chain.writable_ranges() {
+            let len = len.min(left);
+            left -= len;
             match chain.memory().discard(addr, len as u64) {
                 Ok(freed) => drop(
                     self.shared
@@ -209,6 +218,12 @@ impl QueueTask for BalloonTask {
     }
 
     fn call(&mut self, _: TaskEvent, _: &mut TaskSources<'_, '_>) -> Result<TaskFlow, QueueError> {
+        self.turn()
+    }
+}
+
+impl BalloonTask {
+    fn turn(&mut self) -> Result<TaskFlow, QueueError> {
         let Self { queue, work } = self;
         if let Some(chain) = work.kept.take_if(|_| work.wanted) {
             work.wanted = false;
@@ -216,15 +231,45 @@ impl QueueTask for BalloonTask {
         }
         queue.turn(Budget::new(CHAINS), |queue, chain| {
             // A page or a range may be a call of the host each.
-            let pieces = match work.role {
-                Role::Inflate => chain.readable_len() / 4,
-                Role::Reporting => chain.descriptors(),
+            let cost = match work.role {
+                Role::Inflate => chain.readable_len() as u64 / 4 * COST,
+                Role::Reporting => {
+                    chain.descriptors() as u64 * COST + chain.writable_len() as u64 / FREED_RATIO
+                }
                 Role::Deflate | Role::Statistics => 0,
             };
             if let Some(done) = work.serve(chain)? {
                 queue.push(done.head(), 0)?;
             }
-            Ok(Served::Bytes(pieces as u64 * COST))
+            Ok(Served::Bytes(cost))
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{TestBuffer, TestGuest, TestQueue, transport};
+
+    /// The host frees memory at some gigabytes a second, and others wait meanwhile.
+    #[test]
+    fn reports_of_gigabytes_have_a_budget() {
+        const LEN: u32 = 512 << 20;
+        let mut guest = TestGuest::new(1 << 30);
+        let (transport, _) = transport();
+        let mut driver = TestQueue::new(&mut guest, 0, 8);
+        for _ in 0..2 {
+            driver.send(&[TestBuffer::new(256 << 20, LEN, true)]);
+        }
+        let queue = driver.device_side(&transport, QueueState::default());
+        let shared = Arc::<Shared>::default();
+        let mut task = BalloonTask::new(queue, Role::Reporting, &shared);
+        for turn in 1..=2 {
+            assert_eq!(task.turn().unwrap(), TaskFlow::Again);
+            assert!(driver.take_used().is_some());
+            assert_eq!(driver.take_used(), None);
+            let reported = shared.reported_bytes.load(Ordering::Relaxed);
+            assert_eq!(reported, turn * MAX_REPORT as u64);
+        }
     }
 }
