@@ -24,6 +24,9 @@ const T_DISCARD: u32 = 11;
 const T_WRITE_ZEROES: u32 = 13;
 /// Bytes to discard that weigh as much as one to write.
 const DISCARD_RATIO: u64 = 16;
+/// Bytes in flight that weigh as much as a descriptor, for which the host keeps memory until its request
+/// ends: a guest may spread a sector over thousands.
+const DESCRIPTOR_WEIGHT: u64 = 1 << 10;
 /// Segment flag: the blocks may be unmapped.
 const FLAG_UNMAP: u32 = 1;
 
@@ -213,6 +216,12 @@ impl Request {
             What::Io(op) => op.weight(),
             What::Id | What::Refused(_) => 0,
         }
+    }
+
+    /// Returns what counts against [`MAX_IN_FLIGHT`](super::task::MAX_IN_FLIGHT) while this operation, the
+    /// request or a part of it, is in flight or waits for blocks.
+    pub(super) fn load(&self, op: Op) -> u64 {
+        op.weight() + self.chain.descriptors() as u64 * DESCRIPTOR_WEIGHT
     }
 
     /// What the rate limit counts: all bytes of a transfer. Zeroes and discards count as one part at

@@ -24,7 +24,8 @@ use devices::event_loop::Interest;
 /// Requests of one turn.
 const CHAINS: usize = 64;
 
-/// Bytes that are being moved when no more requests are taken: a queue that stops waits for them.
+/// The [load](Request::load) of requests in flight at which no more are taken, in bytes: a queue that
+/// stops waits for them.
 pub(super) const MAX_IN_FLIGHT: u64 = 64 << 20;
 /// When the kernel is asked again after it took no operations, and how often before threads do them.
 const RETRY: Duration = Duration::from_millis(10);
@@ -42,7 +43,7 @@ pub(super) struct BlockTask {
     uring: Option<Uring>,
     /// How often, one after the other, the kernel would not take operations.
     failures: u32,
-    /// Bytes that are being moved.
+    /// The load of requests in flight.
     in_flight: u64,
     /// Made when it is first needed.
     threads: Option<Threads>,
@@ -245,11 +246,12 @@ impl BlockTask {
             Op::Write { offset, len } => image.is_watched(offset, len, capacity),
             _ => false,
         };
+        let load = request.load(op);
         let mut request = request;
         if let Some(uring) = self.uring.as_mut().filter(|_| aligned && !is_watched) {
             match uring.push(request, op, durable) {
                 Ok(()) => {
-                    self.in_flight += op.weight();
+                    self.in_flight += load;
                     return Ok(());
                 }
                 Err(back) => request = back,
@@ -269,11 +271,12 @@ impl BlockTask {
                 }
             }
         }
+        let load = request.load(op);
         let threads = self.threads.as_mut();
         match threads.map(|threads| threads.push(request, op, durable)) {
             Some(Err(back)) => self.failed(&back, op, &io::ErrorKind::BrokenPipe.into()),
             _ => {
-                self.in_flight += op.weight();
+                self.in_flight += load;
                 Ok(())
             }
         }
@@ -327,7 +330,7 @@ impl BlockTask {
             match request.what {
                 What::Io(whole) => {
                     let op = whole.part(request.done);
-                    self.in_flight = self.in_flight.saturating_sub(op.weight());
+                    self.in_flight = self.in_flight.saturating_sub(request.load(op));
                     self.start_on_threads(request, op)?;
                 }
                 _ => self.answer(&request, Status::IoError, 0)?,
@@ -361,7 +364,7 @@ impl BlockTask {
             return self.answer(&request, Status::IoError, 0);
         };
         let op = whole.part(request.done);
-        self.in_flight = self.in_flight.saturating_sub(op.weight());
+        self.in_flight = self.in_flight.saturating_sub(request.load(op));
         match result {
             Ok(done) if done as u64 >= op.bytes() => {
                 if let Op::Read { len, .. } = op {

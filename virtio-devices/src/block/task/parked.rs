@@ -17,8 +17,8 @@ pub(super) struct Parked {
     event: Arc<EventFd>,
     /// By their turns.
     requests: BTreeMap<u64, Request>,
-    /// Bytes that these move.
-    weight: u64,
+    /// Their load.
+    load: u64,
 }
 
 impl Parked {
@@ -34,7 +34,7 @@ impl Parked {
             waiter,
             event,
             requests: BTreeMap::new(),
-            weight: 0,
+            load: 0,
         })
     }
 
@@ -46,7 +46,7 @@ impl Parked {
     /// Whether more requests may come to wait: a broken driver makes no more available than its queue has
     /// entries, and what the source is asked for is bounded in bytes.
     pub(super) fn has_room(&self, entries: u16) -> bool {
-        self.requests.len() < usize::from(entries) && self.weight < MAX_IN_FLIGHT
+        self.requests.len() < usize::from(entries) && self.load < MAX_IN_FLIGHT
     }
 
     /// Gives the request back if its operation can begin, or keeps it until it can.
@@ -58,7 +58,7 @@ impl Parked {
             Admission::Free => {}
             Admission::Claimed(claim) => request.claim = Some(Box::new(claim)),
             Admission::Waits => {
-                self.weight = self.weight.saturating_add(op.bytes());
+                self.load = self.load.saturating_add(request.load(op));
                 self.requests.insert(request.turn, request);
                 return None;
             }
@@ -75,8 +75,8 @@ impl Parked {
                 continue;
             };
             if let What::Io(whole) = request.what {
-                let bytes = whole.part(request.done).bytes();
-                self.weight = self.weight.saturating_sub(bytes);
+                let load = request.load(whole.part(request.done));
+                self.load = self.load.saturating_sub(load);
             }
             ready.push(request);
         }

@@ -84,7 +84,8 @@ fn long_requests_are_moved_in_parts() {
         let mut task = BlockTask::new(queue, &device.shared, true).unwrap();
         task.uring = Some(Uring::disabled(Arc::clone(&file), 16).unwrap());
         task.take().unwrap();
-        assert_eq!(task.in_flight, 32 << 20);
+        let load = (32 << 20)..(33 << 20);
+        assert!(load.contains(&task.in_flight), "{}", task.in_flight);
         task.uring.as_ref().unwrap().enable().unwrap();
         let (stopped, kept) = task.finish();
         assert_eq!((driver.take_used(), &kept), (None, &vec![head]));
@@ -139,6 +140,49 @@ fn discards_have_a_weight() {
     assert_eq!(task.uring.as_ref().unwrap().in_flight(), 1);
     task.uring.as_ref().unwrap().enable().unwrap();
     assert_eq!(task.finish().0.next_used, 1);
+}
+
+/// Requests whose sectors are spread over thousands of descriptors, for which the host keeps memory.
+#[test]
+fn descriptors_in_flight_are_bounded() {
+    const SIZE: u16 = 1024;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk");
+    fs::write(&path, [7; 4096]).unwrap();
+    let (_event_loop, workers) = workers();
+    let (device, _) = Block::new(&disk_config(&path), workers).unwrap();
+    let mut guest = TestGuest::new(1 << 20);
+    let (transport, _) = transport();
+    let mut driver = TestQueue::new(&mut guest, 0, SIZE);
+    let (header, room) = (guest.put(&[0; 16]), guest.alloc(513));
+    // A header, a sector and a status; between them buffers of nothing.
+    let mut table = Vec::new();
+    for next in 1..=SIZE {
+        let (addr, len, flags) = match next {
+            1 => (header, 16_u32, 1_u16),
+            2 => (room, 512, 3),
+            SIZE => (room + 512, 1, 2),
+            _ => (room, 0, 3),
+        };
+        table.extend(addr.to_le_bytes());
+        table.extend(len.to_le_bytes());
+        table.extend(flags.to_le_bytes());
+        table.extend(next.to_le_bytes());
+    }
+    let at = guest.put(&table);
+    for head in 0..SIZE {
+        driver.set_descriptor(head, at, table.len() as u32, 4, 0);
+        driver.offer(head);
+    }
+    let queue = driver.device_side(&transport, QueueState::default());
+    let mut task = BlockTask::new(queue, &device.shared, true).unwrap();
+    let file = Arc::new(File::open(&path).unwrap());
+    task.uring = Some(Uring::disabled(file, SIZE).unwrap());
+    while task.take().unwrap() {}
+    let in_flight = task.uring.as_ref().unwrap().in_flight();
+    assert!((1..=64).contains(&in_flight), "{in_flight}");
+    task.uring.as_ref().unwrap().enable().unwrap();
+    assert_eq!(usize::from(task.finish().0.next_used), in_flight);
 }
 
 /// Requests for blocks that are still at the source of a migration wait, and others do not. A write of whole
