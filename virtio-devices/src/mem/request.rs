@@ -11,9 +11,9 @@ pub(super) const REQUEST: usize = 24;
 /// Bytes of an answer: a type, and a state.
 pub(super) const ANSWER: usize = 10;
 
-const VIRTIO_MEM_REQ_PLUG: u16 = 0;
-const VIRTIO_MEM_REQ_UNPLUG: u16 = 1;
-const VIRTIO_MEM_REQ_UNPLUG_ALL: u16 = 2;
+pub(super) const VIRTIO_MEM_REQ_PLUG: u16 = 0;
+pub(super) const VIRTIO_MEM_REQ_UNPLUG: u16 = 1;
+pub(super) const VIRTIO_MEM_REQ_UNPLUG_ALL: u16 = 2;
 const VIRTIO_MEM_REQ_STATE: u16 = 3;
 
 const VIRTIO_MEM_STATE_PLUGGED: u16 = 0;
@@ -212,6 +212,25 @@ impl Shared {
         self.count_plugged();
         (self.on_change)();
         Some(answer)
+    }
+
+    /// Ends a job whose queue stops: the guest is paused, or moves, and must not wait until the host has
+    /// found or freed all that the request names. Returns the answer, or `None` if the request is to be
+    /// repeated, as if it had not been taken.
+    pub(super) fn stop(&self, mut job: Job) -> Option<Answer> {
+        match job.change {
+            // Repeated where a part is plugged, it would be refused. What was populated is freed sooner than
+            // the rest is populated.
+            Change::Plug => self.undo(&job),
+            // Done, as a repetition would be refused, and the content of a part is gone. It is of 65,535
+            // blocks at most, where Linux asks for one at a time.
+            Change::Unplug => return self.advance(&mut job, u64::MAX),
+            // A repetition unplugs the rest, which may be all the memory of a large guest that boots.
+            Change::UnplugAll => {}
+        }
+        self.count_plugged();
+        (self.on_change)();
+        None
     }
 
     /// A request is done as a whole or not at all.

@@ -32,7 +32,7 @@ impl V1 {
     pub(super) fn of(shared: &Shared) -> Self {
         let mut plugged = vec![0_u8; bytes(shared)];
         for block in 0..shared.blocks() {
-            // Requests are finished before a queue stops, so a block is never plugged in part.
+            // Whole blocks are changed, however a request ends: none is plugged in part.
             if shared.plugged_pages(block, 1) > 0
                 && let Some(byte) = plugged.get_mut((block / 8) as usize)
             {
