@@ -57,6 +57,10 @@ fn configurations(service: &Service) -> Result<Vec<VmConfig>> {
     disks.disks = Some(vec![serde_json::from_value(
         serde_json::json!({ "path": path("disk"), "image_type": "Raw", "num_queues": 8 }),
     )?]);
+    disks.console = ConsoleConfig {
+        file: Some(path("console")),
+        ..ConsoleConfig::with_mode(ConsoleMode::File)
+    };
     disks.balloon = Some(serde_json::from_value(serde_json::json!({ "size": 0 }))?);
     disks.memory.shared = true;
     Ok(vec![plain, vcpus, sockets, disks])

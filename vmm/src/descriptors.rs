@@ -129,8 +129,10 @@ pub(crate) fn of_machine(config: &VmConfig, may_wait: bool) -> u64 {
     const MACHINE: u64 = 2;
     /// A file of memory, and a copy of it that was given.
     const BLOCK: u64 = 2;
-    /// userfaultfd and its end; two event loops of its own, with epoll, a copy of it, and a waker each.
-    const WAITING: u64 = 8;
+    /// An event loop: epoll, a copy of it, and a waker.
+    const LOOP: u64 = 3;
+    /// userfaultfd and its end; two event loops of its own.
+    const WAITING: u64 = 2 + 2 * LOOP;
     /// KVM's vCPU; the account of its thread.
     const VCPU: u64 = 2;
     /// The serial port's interrupt line.
@@ -146,6 +148,9 @@ pub(crate) fn of_machine(config: &VmConfig, may_wait: bool) -> u64 {
     }
     if config.console.mode != ConsoleMode::Off {
         needed = needed.saturating_add(of_queues(2) + of_end(config.console.mode));
+        if config.console.mode == ConsoleMode::File {
+            needed = needed.saturating_add(LOOP);
+        }
     }
     for disk in config.disks.iter().flatten() {
         needed = needed.saturating_add(of_disk(disk));
@@ -362,6 +367,11 @@ mod tests {
         disk.num_queues = 16;
         config.disks = Some(vec![disk]);
         grows(&config, 15 * (2 + 4));
+        config.console.mode = ConsoleMode::Null;
+        last = of_machine(&config, false);
+        config.console.mode = ConsoleMode::File;
+        // The file with its lock, and the event loop.
+        assert_eq!(of_machine(&config, false) - last, 2 + 3);
         // Nothing that a request can hold overflows.
         config.cpus.max_vcpus = u32::MAX;
         config.disks.as_mut().unwrap()[0].num_queues = usize::MAX;

@@ -10,6 +10,7 @@ use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
+use ::devices::event_loop::EventLoop;
 use ::devices::pci::{Bdf, Endpoint};
 use ::devices::tpm::Emulator;
 use memory::Transaction;
@@ -35,6 +36,7 @@ struct Entry {
     plugged: Plugged,
     control: DeviceHandle,
     state: DeviceState,
+    _own_loop: Option<EventLoop>,
     /// Descriptors of a device that was added to the machine.
     _reserved: Vec<Arc<Reservation>>,
 }
@@ -170,12 +172,14 @@ impl Devices {
             control,
             slot: _,
             reserved,
+            own_loop,
         } = opened;
         let plugged = self.host.plug(tx, &id, device, at, reporter)?;
         let entry = Entry {
             plugged,
             control,
             state: DeviceState::Present,
+            _own_loop: own_loop,
             _reserved: reserved,
         };
         self.entries.insert(id, entry);

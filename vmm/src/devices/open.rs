@@ -7,10 +7,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use control::NewDevice;
+use devices::event_loop::EventLoop;
+use devices::sandbox::{Confinement, ThreadKind};
 use memory::RamBlock;
 use spec::{
-    DiskConfig, HostIp, ImageType, LockGranularity, MemoryZone, NetConfig, RateLimitGroupConfig,
-    RateLimiterConfig, RngConfig, TokenBucket, VmConfig, VsockConfig,
+    ConsoleMode, DiskConfig, HostIp, ImageType, LockGranularity, MemoryZone, NetConfig,
+    RateLimitGroupConfig, RateLimiterConfig, RngConfig, TokenBucket, VmConfig, VsockConfig,
 };
 use virtio_devices::balloon::{Balloon, BalloonConfig, BalloonHandle};
 use virtio_devices::block::{Block, BlockConfig, BlockHandle, ImageFormat, LockMode, OnError};
@@ -38,6 +40,21 @@ pub(crate) struct Opened {
     pub(crate) slot: Option<u8>,
     /// Descriptors of a device that is added to a machine; those of the others are the machine's.
     pub(crate) reserved: Vec<Arc<Reservation>>,
+    /// The event loop of a device that may wait for storage, and must not have others wait with it.
+    pub(crate) own_loop: Option<EventLoop>,
+}
+
+impl Opened {
+    fn new(id: String, device: impl VirtioDevice + 'static, control: DeviceHandle) -> Self {
+        Self {
+            id,
+            device: Box::new(device),
+            control,
+            slot: None,
+            reserved: Vec::new(),
+            own_loop: None,
+        }
+    }
 }
 
 /// Handle for requests to a running device.
@@ -116,6 +133,8 @@ pub(crate) struct OpenContext<'a> {
     pub(crate) image_dirs: &'a [PathBuf],
     pub(crate) owner: ResourceOwner,
     pub(crate) limiters: &'a LimiterGroups,
+    /// The sandbox of threads that serve devices.
+    pub(crate) confinement: Confinement,
 }
 
 /// The devices of a specification in which they all have names, in the order in which they are put
@@ -151,27 +170,17 @@ pub(crate) fn all(
         }
     }
     if let Some(end) = ends.console {
-        let id = name(config.console.id.as_ref());
-        let (device, handle) = Console::new(end.output, end.on_room, workers.clone());
-        all.push(Opened {
-            id,
-            device: Box::new(device),
-            control: DeviceHandle::Console(handle),
-            slot: None,
-            reserved: Vec::new(),
-        });
+        all.push(console(config, end, context)?);
     }
     all.push(rng(&config.rng, workers)?);
     // Last, so that a VM's other devices keep their places beside it.
     if config.watchdog {
         let device = Watchdog::new(watchdog::TIMEOUT, ends.on_watchdog, workers.clone());
-        all.push(Opened {
-            id: spec::WATCHDOG.to_owned(),
-            device: Box::new(device),
-            control: DeviceHandle::None,
-            slot: None,
-            reserved: Vec::new(),
-        });
+        all.push(Opened::new(
+            spec::WATCHDOG.to_owned(),
+            device,
+            DeviceHandle::None,
+        ));
     }
     Ok(all)
 }
@@ -206,24 +215,37 @@ fn memory(
         requested: zone.hotplugged(),
     };
     let (device, handle) = Mem::new(wanted, workers.clone(), end.on_change);
-    Opened {
-        id: id.to_owned(),
-        device: Box::new(device),
-        control: DeviceHandle::Memory(handle),
-        slot: None,
-        reserved: Vec::new(),
-    }
+    Opened::new(id.to_owned(), device, DeviceHandle::Memory(handle))
+}
+
+fn console(
+    config: &VmConfig,
+    end: ConsoleEnd,
+    context: OpenContext<'_>,
+) -> Result<Opened, BuildError> {
+    // A file may be on storage that answers late or never. Output is written where the queue is served.
+    let own_loop = (config.console.mode == ConsoleMode::File)
+        .then(|| EventLoop::start_confined("console", ThreadKind::Devices, context.confinement))
+        .transpose()
+        .map_err(BuildError::host("start a thread"))?;
+    let own = own_loop.as_ref().map(|own| own.handle().clone());
+    let workers = Workers::new(own.into_iter().collect());
+    let workers = workers.unwrap_or_else(|| context.workers.clone());
+    let id = name(config.console.id.as_ref());
+    let (device, handle) = Console::new(end.output, end.on_room, workers);
+    Ok(Opened {
+        own_loop,
+        ..Opened::new(id, device, DeviceHandle::Console(handle))
+    })
 }
 
 fn rng(config: &RngConfig, workers: &Workers) -> Result<Opened, BuildError> {
     let limits = rate_limits(config.rate_limiter_config.as_ref());
-    Ok(Opened {
-        id: name(config.id.as_ref()),
-        device: Box::new(Rng::new(Path::new(&config.src), limits, workers.clone())?),
-        control: DeviceHandle::None,
-        slot: None,
-        reserved: Vec::new(),
-    })
+    Ok(Opened::new(
+        name(config.id.as_ref()),
+        Rng::new(Path::new(&config.src), limits, workers.clone())?,
+        DeviceHandle::None,
+    ))
 }
 
 fn vsock(new: &VsockConfig, context: OpenContext<'_>) -> Result<Opened, BuildError> {
@@ -232,13 +254,11 @@ fn vsock(new: &VsockConfig, context: OpenContext<'_>) -> Result<Opened, BuildErr
         ResourceOwner::ThisMachine => Vsock::new(new.cid, path, workers)?,
         ResourceOwner::Source => Vsock::incoming(new.cid, path, workers)?,
     };
-    Ok(Opened {
-        id: name(new.id.as_ref()),
-        device: Box::new(device),
-        control: DeviceHandle::None,
-        slot: None,
-        reserved: Vec::new(),
-    })
+    Ok(Opened::new(
+        name(new.id.as_ref()),
+        device,
+        DeviceHandle::None,
+    ))
 }
 
 fn balloon(new: &spec::BalloonConfig, workers: &Workers) -> Opened {
@@ -248,13 +268,7 @@ fn balloon(new: &spec::BalloonConfig, workers: &Workers) -> Opened {
         free_page_reporting: new.free_page_reporting,
     };
     let (device, handle) = Balloon::new(&config, workers.clone());
-    Opened {
-        id: name(new.id.as_ref()),
-        device: Box::new(device),
-        control: DeviceHandle::Balloon(handle),
-        slot: None,
-        reserved: Vec::new(),
-    }
+    Opened::new(name(new.id.as_ref()), device, DeviceHandle::Balloon(handle))
 }
 
 /// Returns the format that a configuration names, if it is one that is served.
@@ -299,13 +313,7 @@ fn disk(disk: &DiskConfig, context: OpenContext<'_>) -> Result<Opened, BuildErro
         },
     };
     let (device, handle) = Block::new(&config, context.workers.clone())?;
-    Ok(Opened {
-        id,
-        device: Box::new(device),
-        control: DeviceHandle::Disk(handle),
-        slot: None,
-        reserved: Vec::new(),
-    })
+    Ok(Opened::new(id, device, DeviceHandle::Disk(handle)))
 }
 
 fn net(net: &NetConfig, workers: &Workers) -> Result<Opened, BuildError> {
@@ -353,13 +361,11 @@ fn net(net: &NetConfig, workers: &Workers) -> Result<Opened, BuildError> {
         limits: rate_limits(net.rate_limiter_config.as_ref()),
     };
     let (device, handle) = Net::new(config, workers.clone())?;
-    Ok(Opened {
-        id: name(net.id.as_ref()),
-        device: Box::new(device),
-        control: DeviceHandle::Net(handle),
-        slot: None,
-        reserved: Vec::new(),
-    })
+    Ok(Opened::new(
+        name(net.id.as_ref()),
+        device,
+        DeviceHandle::Net(handle),
+    ))
 }
 
 fn rate_limits(config: Option<&RateLimiterConfig>) -> RateLimits {
@@ -380,6 +386,8 @@ fn rate_limits(config: Option<&RateLimiterConfig>) -> RateLimits {
 
 #[cfg(test)]
 mod tests {
+    use virtio_devices::testing;
+
     use super::*;
 
     #[test]
@@ -419,5 +427,57 @@ mod tests {
         assert_eq!(off, RateLimits::default());
         let on = limits(bucket(1, 1), bucket(0, 0));
         assert!(on.bandwidth.is_some() && on.ops.is_none());
+    }
+
+    /// The name of the thread that writes what a guest says to its console.
+    fn console_thread(mode: ConsoleMode) -> String {
+        struct Output(std::sync::mpsc::Sender<String>);
+        impl Write for Output {
+            fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+                let name = std::thread::current().name().unwrap().to_owned();
+                self.0.send(name).unwrap();
+                Ok(bytes.len())
+            }
+
+            fn flush(&mut self) -> std::io::Result<()> {
+                Ok(())
+            }
+        }
+        let (event_loop, workers) = testing::workers();
+        let mut config = VmConfig::with_payload(spec::PayloadConfig::default());
+        config.console.mode = mode;
+        let (output, written) = std::sync::mpsc::channel();
+        let end = ConsoleEnd {
+            output: Box::new(Output(output)),
+            on_room: Box::new(|| {}),
+        };
+        let context = OpenContext {
+            workers: &workers,
+            image_dirs: &[],
+            owner: ResourceOwner::ThisMachine,
+            limiters: &LimiterGroups::new(&config),
+            confinement: Confinement::default(),
+        };
+        let mut opened = console(&config, end, context).unwrap();
+        let mut guest = testing::TestGuest::new(1 << 20);
+        let (transport, _) = testing::transport();
+        // The queue for output.
+        let mut driver = testing::TestQueue::new(&mut guest, 1, 8);
+        let text = guest.put(b"text");
+        opened.device.activate(0, &transport).unwrap();
+        let queue = driver.device_side(&transport, virtio_devices::QueueState::default());
+        opened.device.start_queue(queue).unwrap();
+        driver.send(&[testing::TestBuffer::new(text, 4, false)]);
+        driver.wait_used();
+        opened.device.stop_queue(1);
+        drop((opened, event_loop));
+        written.recv().unwrap()
+    }
+
+    /// Other devices, also of other VMs, must not wait for the storage of a console's file.
+    #[test]
+    fn console_with_a_file_has_a_thread_of_its_own() {
+        assert_eq!(console_thread(ConsoleMode::Null), "test");
+        assert_eq!(console_thread(ConsoleMode::File), "console");
     }
 }

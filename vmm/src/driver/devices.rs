@@ -374,6 +374,7 @@ fn open_beside(
         image_dirs: &host.image_dirs,
         owner: ResourceOwner::ThisMachine,
         limiters,
+        confinement: host.confinement,
     };
     let needed = descriptors::of_device(new);
     let reserved = host.descriptors.reserve(needed, None)?;

@@ -180,6 +180,7 @@ impl Built {
             image_dirs: &host.image_dirs,
             owner: origin.owner,
             limiters: &LimiterGroups::new(config),
+            confinement: host.confinement,
         };
         let space = topology.space(SpaceKind::Memory);
         let topology = Arc::new(Mutex::new(topology));
