@@ -270,7 +270,7 @@ impl Dial for Endpoint {
 impl Endpoint {
     fn connect(&self) -> io::Result<Box<dyn Stream>> {
         match self {
-            Self::Unix(path) => Ok(Box::new(UnixStream::connect(path)?)),
+            Self::Unix(path) => Ok(Box::new(sockets::connect_to_bound(path)?)),
             Self::Tcp(place) => {
                 let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
                 // A name may have several addresses, of which the host can reach only some. Without

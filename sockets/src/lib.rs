@@ -34,7 +34,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Seek as _, Write as _};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -43,6 +43,9 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 /// How long another program may hold the lock on a socket's directory.
 const LOCK_PATIENCE: Duration = Duration::from_secs(1);
+
+/// How long a program may take between binding its socket and listening on it.
+const LISTEN_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 128;
@@ -268,6 +271,31 @@ fn is_abandoned(path: &Path) -> bool {
     is_socket && connect(path).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
 }
 
+/// Connects to the socket of a program that may have started just now.
+///
+/// The file of a [`BoundSocket`] is there for a moment before its program listens: `bind` makes the file, and
+/// `listen` needs a bound socket. A client that waits for the file may connect in between. The kernel refuses
+/// that as it refuses a connection to a dead program's socket, so the lock file, which is made before the
+/// socket, tells the two apart: with a lock file, the call tries again for up to a second.
+///
+/// # Errors
+/// There is no socket, no program listens there, or the host refuses.
+pub fn connect_to_bound(path: &Path) -> io::Result<UnixStream> {
+    let deadline = Instant::now() + LISTEN_PATIENCE;
+    loop {
+        match UnixStream::connect(path) {
+            Err(error)
+                if error.kind() == io::ErrorKind::ConnectionRefused
+                    && Instant::now() < deadline
+                    && lock_path(path).exists() =>
+            {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            connected => return connected,
+        }
+    }
+}
+
 /// Connects without waiting: a listener that accepts nothing would block a blocking `connect`.
 fn connect(path: &Path) -> io::Result<()> {
     let socket = socket()?;
@@ -283,6 +311,12 @@ fn socket() -> rustix::io::Result<OwnedFd> {
     )
 }
 
+fn lock_path(socket: &Path) -> PathBuf {
+    let mut path = socket.as_os_str().to_owned();
+    path.push(".lock");
+    PathBuf::from(path)
+}
+
 /// The lock of a socket, held until dropped; its file is removed with it.
 #[derive(Debug)]
 struct LockFile {
@@ -292,9 +326,7 @@ struct LockFile {
 
 impl LockFile {
     fn take(socket: &Path) -> Result<Self, BindError> {
-        let mut path = socket.as_os_str().to_owned();
-        path.push(".lock");
-        let path = PathBuf::from(path);
+        let path = lock_path(socket);
         let failed = |source: io::Error| BindError::Lock {
             path: path.clone(),
             source,

@@ -1,5 +1,4 @@
 use std::os::unix::fs::PermissionsExt as _;
-use std::os::unix::net::UnixStream;
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
@@ -53,6 +52,40 @@ fn replaces_socket_of_dead_program() {
     assert!(path.exists());
     let _listener = BoundSocket::bind(&path).unwrap();
     assert!(UnixStream::connect(&path).is_ok());
+}
+
+/// A bound socket without a listener, and the lock file of a program.
+fn bound_and_locked(path: &Path) -> (OwnedFd, LockFile) {
+    let lock = LockFile::take(path).unwrap();
+    let bound = super::socket().unwrap();
+    rustix::net::bind(&bound, &SocketAddrUnix::new(path).unwrap()).unwrap();
+    (bound, lock)
+}
+
+#[test]
+fn client_waits_for_program_between_bind_and_listen() {
+    let (_directory, path) = socket();
+    let (bound, _lock) = bound_and_locked(&path);
+    let refused = UnixStream::connect(&path).unwrap_err();
+    assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+    let client = thread::spawn(move || connect_to_bound(&path));
+    thread::sleep(Duration::from_millis(50));
+    assert!(!client.is_finished());
+    rustix::net::listen(&bound, BACKLOG).unwrap();
+    client.join().unwrap().unwrap();
+}
+
+#[test]
+fn client_does_not_wait_for_dead_program() {
+    let (_directory, path) = socket();
+    let start = Instant::now();
+    let absent = connect_to_bound(&path).unwrap_err();
+    assert_eq!(absent.kind(), io::ErrorKind::NotFound);
+    let (_bound, lock) = bound_and_locked(&path);
+    drop(lock);
+    let refused = connect_to_bound(&path).unwrap_err();
+    assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+    assert!(start.elapsed() < LISTEN_PATIENCE);
 }
 
 #[test]
