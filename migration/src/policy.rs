@@ -379,7 +379,9 @@ impl Policy {
     /// Returns when a running round is cut short: at the deadline, unless rounds continue after it.
     pub(crate) fn cut(&self, begun: Instant) -> Option<Instant> {
         let deadline = self.deadline?;
-        (self.at_deadline != AtDeadline::Throttle).then(|| begun + deadline)
+        // A deadline that the host's clock cannot express never comes.
+        let end = begun.checked_add(deadline);
+        end.filter(|_| self.at_deadline != AtDeadline::Throttle)
     }
 
     /// Whether pages may come to follow the guest.

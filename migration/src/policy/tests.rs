@@ -230,6 +230,25 @@ fn deadline_follows_policy() {
 }
 
 #[test]
+fn deadline_beyond_the_clock_never_comes() {
+    let now = Instant::now();
+    for (deadline, cut) in [
+        (None, None),
+        (
+            Some(Duration::from_secs(5)),
+            Some(now + Duration::from_secs(5)),
+        ),
+        (Some(Duration::from_secs(u64::MAX)), None),
+    ] {
+        let policy = Policy {
+            deadline,
+            ..Policy::default()
+        };
+        assert_eq!(policy.cut(now), cut);
+    }
+}
+
+#[test]
 fn stop_is_limited() {
     let second = Duration::from_secs(1);
     let mut policy = Policy::default();
