@@ -3,8 +3,9 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use clap::builder::RangedU64ValueParser;
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
-use spec::{SnapshotDisks, VmId};
+use spec::{MAX_FORKS, SnapshotDisks, VmId};
 
 use crate::cluster::ClusterCommand;
 use crate::cpu::CpuCommand;
@@ -301,15 +302,15 @@ pub(crate) enum Command {
         disks: Disks,
         /// With `--disks copy`, of a running VM: how long the last blocks may take in the stop, in
         /// milliseconds. [default: 300]
-        #[arg(long, value_name = "MS")]
+        #[arg(long, value_name = "MS", value_parser = positive())]
         max_downtime_ms: Option<u64>,
         /// With `--disks copy`, of a running VM: seconds until which it must write slowly enough for that.
         /// [default: 3600]
-        #[arg(long, value_name = "SECONDS")]
+        #[arg(long, value_name = "SECONDS", value_parser = positive())]
         deadline_s: Option<u64>,
         /// With `--disks copy`, of a running VM: bytes of its disks that may be copied in a second. [default:
         /// unlimited]
-        #[arg(long, value_name = "SIZE", value_parser = size)]
+        #[arg(long, value_name = "SIZE", value_parser = bandwidth)]
         max_bandwidth: Option<u64>,
     },
     /// Make the VM from a snapshot, and wait until it is there: a URL or path, or
@@ -336,7 +337,8 @@ pub(crate) enum Command {
     /// A running VM stops for its device state only.
     Fork {
         /// Number of VMs.
-        #[arg(long, value_name = "N", default_value_t = 1)]
+        #[arg(long, value_name = "N", default_value_t = 1,
+            value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_FORKS)))]
         count: u32,
         /// Start of their names, NAME-1 and so on. [default: the VM's name]
         #[arg(long, value_name = "NAME")]
@@ -431,7 +433,7 @@ pub(crate) enum PortName {
 #[command(group = ArgGroup::new("sizes").required(true).multiple(true).args(["cpus", "memory", "balloon"]))]
 pub(crate) struct ResizeArguments {
     /// vCPUs, up to the VM's `max_vcpus`.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) cpus: Option<u32>,
     /// Memory.
     #[arg(long, value_name = "SIZE", value_parser = size)]
@@ -447,6 +449,19 @@ pub(crate) struct ResizeArguments {
 pub(crate) fn size(text: &str) -> Result<u64, String> {
     spec::options::size(text)
         .ok_or_else(|| format!("`{text}` is not a size such as 4096, 512M or 2G"))
+}
+
+/// Reads a number of at least 1.
+pub(crate) fn positive() -> RangedU64ValueParser<u64> {
+    RangedU64ValueParser::new().range(1..)
+}
+
+/// Reads a limit in bytes per second.
+pub(crate) fn bandwidth(text: &str) -> Result<u64, String> {
+    match size(text)? {
+        0 => Err(format!("`{text}` is no limit: it must be at least 1")),
+        limit => Ok(limit),
+    }
 }
 
 #[cfg(test)]
@@ -477,6 +492,28 @@ mod tests {
         ] {
             let words = std::iter::once("wh-remote").chain(line.split(' '));
             assert!(Arguments::try_parse_from(words).is_ok(), "{line}");
+        }
+        for (line, option) in [
+            ("resize --cpus 0", "--cpus"),
+            ("fork --count 0", "--count"),
+            ("fork --count 99999", "--count"),
+            ("snapshot /s --max-downtime-ms 0", "--max-downtime-ms"),
+            ("snapshot /s --deadline-s 0", "--deadline-s"),
+            ("snapshot /s --max-bandwidth 0", "--max-bandwidth"),
+            ("migrate unix:/m --max-downtime-ms 0", "--max-downtime-ms"),
+            ("migrate unix:/m --deadline-s 0", "--deadline-s"),
+            ("migrate unix:/m --connections 0", "--connections"),
+            ("migrate unix:/m --connections 17", "--connections"),
+            ("migrate unix:/m --max-bandwidth 0", "--max-bandwidth"),
+            ("migrate unix:/m --stop-limit-ms 0", "--stop-limit-ms"),
+            ("migrate unix:/m --hold-ms 0", "--hold-ms"),
+            ("cluster drain a --deadline-s 0", "--deadline-s"),
+            ("cluster undrain a --deadline-s 0", "--deadline-s"),
+            ("snapshot record /s --limit 0", "--limit"),
+        ] {
+            let words = std::iter::once("wh-remote").chain(line.split(' '));
+            let refused = Arguments::try_parse_from(words).unwrap_err().to_string();
+            assert!(refused.contains(option), "{line}: {refused}");
         }
         let both = ["wh-remote", "--api-socket", "/s", "--tcp", "[::1]:1", "ls"];
         assert!(Arguments::try_parse_from(both).is_err());

@@ -6,6 +6,7 @@ use anyhow::{Result, bail};
 use clap::{Args, Subcommand};
 use openapi::Client;
 
+use crate::args::positive;
 use crate::print::{self, Printer};
 
 mod drain;
@@ -30,7 +31,7 @@ pub(crate) enum ClusterCommand {
         #[arg(value_name = "NODE")]
         host: String,
         /// Time limit for the start of the node's service.
-        #[arg(long, value_name = "S", default_value_t = 300)]
+        #[arg(long, value_name = "S", default_value_t = 300, value_parser = positive())]
         deadline_s: u64,
     },
 }
@@ -47,7 +48,7 @@ pub(crate) struct DrainArguments {
     #[arg(long)]
     force: bool,
     /// Time limit for the moves. Moves that have not ended by then continue.
-    #[arg(long, value_name = "S", default_value_t = 3600)]
+    #[arg(long, value_name = "S", default_value_t = 3600, value_parser = positive())]
     deadline_s: u64,
 }
 

@@ -14,7 +14,7 @@ use spec::{
 
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::args::size;
+use crate::args::{bandwidth, positive};
 use crate::print::Printer;
 use crate::summary::{curve, ms, summary};
 
@@ -110,20 +110,20 @@ pub(crate) struct MigrateArguments {
     #[arg(long, value_enum, default_value = "auto")]
     mode: Mode,
     /// How long the guest may be stopped.
-    #[arg(long, value_name = "MS", default_value_t = 300)]
+    #[arg(long, value_name = "MS", default_value_t = 300, value_parser = positive())]
     max_downtime_ms: u64,
     /// Time limit of the migration.
-    #[arg(long, value_name = "S", default_value_t = 3600)]
+    #[arg(long, value_name = "S", default_value_t = 3600, value_parser = positive())]
     deadline_s: u64,
     /// Action at the deadline; in mode auto, as soon as it cannot be kept. [default: postcopy in mode auto, cancel
     /// in the others]
     #[arg(long, value_enum)]
     at_deadline: Option<Deadline>,
     /// Number of connections for memory. [default: chosen by the service]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=16))]
     connections: Option<u16>,
     /// Bandwidth limit in bytes per second. [default: unlimited]
-    #[arg(long, value_name = "SIZE", value_parser = size)]
+    #[arg(long, value_name = "SIZE", value_parser = bandwidth)]
     max_bandwidth: Option<u64>,
     /// Keep the guest paused at the destination until it is resumed there.
     #[arg(long)]
@@ -134,11 +134,11 @@ pub(crate) struct MigrateArguments {
     verify: bool,
     /// How long the guest may be paused before it resumes here. [default: ten times the longer of
     /// --max-downtime-ms and the predicted stop, at least 10000]
-    #[arg(long, value_name = "MS")]
+    #[arg(long, value_name = "MS", value_parser = positive())]
     stop_limit_ms: Option<u64>,
     /// For how long the guest stays paused if the destination is lost after the guest's state was sent, and cannot
     /// be told that the guest stays. For clusters that fence a host in less time. [default: not at all]
-    #[arg(long, value_name = "MS")]
+    #[arg(long, value_name = "MS", value_parser = positive())]
     hold_ms: Option<u64>,
     /// How disks move: both services have their images at the same paths, or their content is copied
     /// into new images in the destination's --migration-storage.

@@ -272,17 +272,21 @@ async fn receiver_needs_trust_and_a_free_endpoint() {
         ),
         (
             vec!["tcp:127.0.0.1:0", "--accept-tls-dir", "/nowhere"],
+            "--accept-tls-dir /nowhere",
+        ),
+        (
+            vec!["tcp:127.0.0.1:0", "--accept-tls-dir", "/usr"],
             "--migration-peer",
         ),
         (
             vec![
                 "tcp:127.0.0.1:0",
                 "--accept-tls-dir",
-                "/nowhere",
+                "/usr",
                 "--migration-peer",
                 "host-a",
             ],
-            "/nowhere/",
+            "/usr/",
         ),
     ] {
         let mut all = vec!["--accept-migrations".to_owned()];

@@ -9,6 +9,7 @@ use clap::Args;
 use control::Migration;
 use spec::AwaitMigration;
 
+use crate::args::check_directories;
 use crate::sandbox::Rule;
 
 /// The endpoint at which a service accepts VMs from others.
@@ -35,6 +36,11 @@ impl AcceptArguments {
         let socket = socket.map(|path| Rule::maker_of(Path::new(path)));
         let certificates = self.accept_tls_dir.as_deref().map(Rule::reading);
         socket.into_iter().chain(certificates)
+    }
+
+    /// Checks the directory of certificates.
+    pub(crate) fn check(&self) -> Result<()> {
+        check_directories("--accept-tls-dir", &self.accept_tls_dir)
     }
 
     /// Begins to accept VMs, if the command line says where. To be called on the service's runtime.

@@ -5,7 +5,6 @@ mod migration;
 use std::fs::File;
 use std::io::{self, Read};
 use std::net::SocketAddr;
-use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
@@ -144,13 +143,29 @@ pub(crate) struct ServeArguments {
     /// own directory. Can be repeated.
     #[arg(long, value_name = "DIR")]
     pub(crate) image_dir: Vec<PathBuf>,
-    /// Number of threads for the VMs' drivers. [default: the number of CPUs]
-    #[arg(long, value_name = "N")]
-    pub(crate) threads: Option<NonZeroUsize>,
+    /// Number of threads for the VMs' devices, 1 to 1024. [default: the number of CPUs]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(crate) threads: Option<u16>,
     #[command(flatten)]
     pub(crate) migration: MigrationArguments,
     #[command(flatten)]
     pub(crate) accept: AcceptArguments,
+}
+
+/// Checks that each path of an option is a directory that this process can see.
+pub(crate) fn check_directories<'a>(
+    option: &str,
+    paths: impl IntoIterator<Item = &'a PathBuf>,
+) -> Result<()> {
+    for path in paths {
+        let shown = path.display();
+        match path.metadata() {
+            Ok(found) if found.is_dir() => {}
+            Ok(_) => bail!("{option} {shown}: the path is not a directory"),
+            Err(error) => return Err(error).with_context(|| format!("{option} {shown}")),
+        }
+    }
+    Ok(())
 }
 
 impl ServeArguments {

@@ -16,7 +16,7 @@ use spec::{ConsoleMode, RestoreConfig, VmConfig, VmId, VmState};
 use tokio::sync::Notify;
 use vmm::{Confinement, Pool, PoolConfig, snapshot_config};
 
-use crate::args::VmArguments;
+use crate::args::{VmArguments, check_directories};
 use crate::event_monitor::EventMonitor;
 use crate::inherited::ApiSocket;
 use crate::sandbox::{Rule, of_vm};
@@ -82,6 +82,7 @@ pub(crate) fn run(
              `whimbrel serve` for many VMs, or `whimbrel demo` for a demonstration"
         );
     }
+    check_directories("--image-dir", &arguments.image_dir)?;
     let trust = arguments.migration.trust()?;
     // First: a reader of the FIFO waits until it is open, also for a program that cannot start.
     let monitor = arguments.event_monitor.as_deref();

@@ -1,7 +1,6 @@
 //! `whimbrel serve`: many VMs.
 
 use std::fs::{self, DirBuilder, File, Permissions};
-use std::num::NonZeroUsize;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -15,7 +14,7 @@ use rustix::process::geteuid;
 use spec::VmmPingResponse;
 use vmm::{Confinement, Pool, PoolConfig};
 
-use crate::args::ServeArguments;
+use crate::args::{ServeArguments, check_directories};
 use crate::sandbox::Rule;
 use crate::signals::{Signals, unless_interrupted};
 
@@ -151,11 +150,13 @@ pub(crate) fn run(
     confinement: Confinement,
 ) -> Result<ExitCode> {
     let (socket, state) = places(arguments);
-    // Before anything is made: a token that cannot be used ends the program.
+    // Before anything is made: a token or a directory that cannot be used ends the program.
+    check_directories("--image-dir", &arguments.image_dir)?;
+    arguments.accept.check()?;
     let tcp = arguments.tcp_access()?;
     let trust = arguments.migration.trust()?;
     let pool = Pool::start(&PoolConfig {
-        threads: arguments.threads.map(NonZeroUsize::get),
+        threads: arguments.threads.map(usize::from),
         terminal: false,
         image_dirs: arguments.image_dir.clone(),
         confinement,

@@ -6,12 +6,14 @@ use anyhow::{Result, bail};
 use clap::Args;
 use vmm::MigrationTrust;
 
+use super::check_directories;
+
 /// Permissions for migrations, used where a request gives none.
 #[derive(Clone, Debug, Default, PartialEq, Args)]
 #[command(next_help_heading = "Migration")]
 pub(crate) struct MigrationArguments {
     /// Folder or file below which a VM that arrives over TCP may name files and sockets. Can be
-    /// repeated. By default none. A VM that arrives over a unix socket, to which only this user can
+    /// repeated, and the path need not exist yet. By default none. A VM that arrives over a unix socket, to which only this user can
     /// connect, may name all.
     #[arg(long, value_name = "PATH")]
     migration_allow: Vec<PathBuf>,
@@ -50,15 +52,8 @@ impl MigrationArguments {
                 bail!("{option} {}: the path must be absolute", path.display());
             }
         }
-        // Here, and not when the first VM has come.
-        if let Some(storage) = &self.migration_storage
-            && !storage.is_dir()
-        {
-            bail!(
-                "--migration-storage {}: there is no such directory",
-                storage.display()
-            );
-        }
+        // Here, and not when the first VM has come. What a VM may name, on the other hand, may be made later.
+        check_directories("--migration-storage", &self.migration_storage)?;
         Ok(MigrationTrust {
             storage: self.migration_storage.clone(),
             allow: self.migration_allow.clone(),

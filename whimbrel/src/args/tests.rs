@@ -48,6 +48,35 @@ fn tcp_wants_a_token_or_an_explicit_no() {
 }
 
 #[test]
+fn refuses_numbers_out_of_range_by_name() {
+    for number in ["0", "1025", "100000", "-1", "99999999999999999999"] {
+        let refused = serve(&format!("--threads={number}"))
+            .unwrap_err()
+            .to_string();
+        assert!(refused.contains("--threads"), "{refused}");
+        assert!(refused.contains(number), "{refused}");
+    }
+    assert_eq!(serve("--threads 1024").unwrap().threads, Some(1024));
+}
+
+#[test]
+fn directories_are_checked_by_option() {
+    let dir = tempfile::tempdir().unwrap();
+    let (file, absent) = (dir.path().join("file"), dir.path().join("absent"));
+    std::fs::write(&file, "").unwrap();
+    check_directories("--image-dir", [&dir.path().to_owned()]).unwrap();
+    for (path, why) in [(&file, "not a directory"), (&absent, "No such file")] {
+        let refused = check_directories("--image-dir", [path]).unwrap_err();
+        let refused = format!("{refused:#}");
+        let shown = format!("--image-dir {}: ", path.display());
+        assert!(
+            refused.starts_with(&shown) && refused.contains(why),
+            "{refused}"
+        );
+    }
+}
+
+#[test]
 fn command_line_is_valid() {
     Arguments::command().debug_assert();
 }
