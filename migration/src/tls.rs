@@ -2,12 +2,13 @@
 
 mod read_ahead;
 
-use std::fs;
+use std::fs::File;
 use std::io::{self, IoSlice, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::fs::{Mode, OFlags};
 use rustls::client::danger::HandshakeSignatureValid;
 use rustls::client::verify_server_name;
 use rustls::crypto::ring;
@@ -26,6 +27,9 @@ use crate::link::{Accept, Closer, Dial, Endpoint, Listener, Stream};
 /// Bytes that a session encrypts before they are written, twice as many as by default: more of them fall
 /// out of the CPU's cache before they are sent.
 const BUFFER: usize = 128 << 10;
+
+/// Bytes of a file of certificates, or of a key.
+const MOST_BYTES: u64 = 1 << 20;
 
 /// A directory of certificates that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -57,13 +61,29 @@ pub enum TlsError {
 
 fn read(dir: &Path, name: &str) -> Result<(PathBuf, Vec<u8>), TlsError> {
     let path = dir.join(name);
-    match fs::read(&path) {
+    match read_regular(&path) {
         Ok(bytes) => Ok((path, bytes)),
         Err(error) => Err(TlsError::File {
             path,
             why: error.to_string(),
         }),
     }
+}
+
+/// Reads a regular file. A client chooses the directory: the open does not wait for the writer of a FIFO, and
+/// what is read is bounded.
+fn read_regular(path: &Path) -> io::Result<Vec<u8>> {
+    let invalid = |why: &str| io::Error::new(io::ErrorKind::InvalidData, why);
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let file = File::from(rustix::fs::open(path, flags, Mode::empty())?);
+    if !file.metadata()?.is_file() {
+        return Err(invalid("it is not a regular file"));
+    }
+    let mut bytes = Vec::new();
+    if file.take(MOST_BYTES + 1).read_to_end(&mut bytes)? as u64 > MOST_BYTES {
+        return Err(invalid("it has more than 1 MiB"));
+    }
+    Ok(bytes)
 }
 
 fn certificates(dir: &Path, name: &str) -> Result<Vec<CertificateDer<'static>>, TlsError> {
@@ -384,6 +404,7 @@ impl Accept for TlsListener {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::thread;
 
     use super::*;
@@ -427,6 +448,30 @@ mod tests {
             stream.read_exact(&mut [0; 5])
         };
         (said(), far.join().unwrap())
+    }
+
+    #[test]
+    fn files_are_bounded_and_not_waited_for() {
+        let issuer = Issuer::new();
+        let dir = directory(&issuer, &issuer, "127.0.0.1");
+        let path = dir.path().join("ca-cert.pem");
+        let dial = || {
+            let endpoint = Endpoint::Tcp("127.0.0.1:1".to_owned());
+            TlsDial::new(endpoint, dir.path()).map(drop)
+        };
+        dial().unwrap();
+        fs::remove_file(&path).unwrap();
+        let fifo = rustix::fs::FileType::Fifo;
+        rustix::fs::mknodat(rustix::fs::CWD, &path, fifo, Mode::RUSR, 0).unwrap();
+        let refused = dial().unwrap_err().to_string();
+        assert!(refused.contains("not a regular file"), "{refused}");
+        fs::remove_file(&path).unwrap();
+        File::create(&path)
+            .unwrap()
+            .set_len(MOST_BYTES + 1)
+            .unwrap();
+        let refused = dial().unwrap_err().to_string();
+        assert!(refused.contains("more than 1 MiB"), "{refused}");
     }
 
     #[test]

@@ -5,7 +5,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use ::devices::host_file::Identity;
+use ::devices::host_file::{FileKind, Identity};
 use control::{Category, Registry, RequestError};
 use migration::Refusal;
 use spec::{FieldProblem, FindOverlays, OverlayInfo, OverlayState, VmConfig, VmId};
@@ -30,6 +30,7 @@ pub(super) fn find(
             ),
         }]));
     }
+    check_kind(path)?;
     let named = images_of_vms(registry);
     let mut removed = Vec::new();
     // Each pass may free the overlays below those that it removes.
@@ -63,6 +64,26 @@ pub(super) fn find(
         ));
     }
     Ok(removed)
+}
+
+/// Checks that a path can be that of an image: only regular files have overlays. One that is gone may have
+/// left some.
+fn check_kind(path: &Path) -> Result<(), RequestError> {
+    let Ok(metadata) = path.metadata() else {
+        return Ok(());
+    };
+    match FileKind::of(&metadata) {
+        FileKind::Regular => Ok(()),
+        other => Err(RequestError::invalid(vec![FieldProblem {
+            pointer: "/path".to_owned(),
+            code: "invalid".to_owned(),
+            detail: format!(
+                "`path` ({}) is {}; it must be a regular file",
+                path.display(),
+                other.name()
+            ),
+        }])),
+    }
 }
 
 fn unreadable(error: &ImageError) -> RequestError {
@@ -225,6 +246,37 @@ impl Drop for SnapshotRecords {
             if let Err(error) = mark.remove() {
                 tracing::warn!(%error, "cannot remove the mark of an image that is not frozen");
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
+
+    use super::*;
+
+    #[test]
+    fn only_regular_files_have_overlays() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        fs::write(at("image"), "").unwrap();
+        mknodat(CWD, at("fifo"), FileType::Fifo, Mode::RUSR, 0).unwrap();
+        symlink(at("fifo"), at("link")).unwrap();
+        check_kind(&at("image")).unwrap();
+        check_kind(&at("gone")).unwrap();
+        for (path, kind) in [
+            (dir.path().to_owned(), "a directory"),
+            (at("fifo"), "a FIFO"),
+            (at("link"), "a FIFO"),
+            (PathBuf::from("/dev/zero"), "a character device"),
+        ] {
+            let refused = check_kind(&path).unwrap_err();
+            let detail = &refused.fields[0].detail;
+            let shown = format!("{}) is {kind};", path.display());
+            assert!(detail.contains(&shown), "{detail}");
         }
     }
 }
