@@ -6,11 +6,12 @@
 //! line shows that the host has rebooted since.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, Read as _, Write};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{FlockOperation, OFlags, flock};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -56,6 +57,10 @@ pub struct Entry {
     /// line has it; empty in journals of older versions.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub endpoint: String,
+    /// The guest runs at the destination without all of its memory and disks, which follow it. Absent in
+    /// journals of older versions, which ignore it: to them the guest runs.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub incomplete: bool,
 }
 
 /// A recorder of steps.
@@ -65,6 +70,15 @@ pub trait Journal: Send {
     /// # Errors
     /// Fails if it cannot be written; then the step must not be taken.
     fn record(&mut self, step: Step) -> io::Result<()>;
+
+    /// Writes [`Step::Running`] of a guest whose pages or blocks follow it. When all have come,
+    /// [`Step::Running`] is recorded again.
+    ///
+    /// # Errors
+    /// As for [`record`](Self::record).
+    fn record_incomplete(&mut self) -> io::Result<()> {
+        self.record(Step::Running)
+    }
 }
 
 /// Names of journals end with this.
@@ -86,6 +100,22 @@ fn path(dir: &Path, migration: Uuid, side: Side) -> PathBuf {
         Side::Destination => "destination",
     };
     dir.join(format!("{migration}.{side}{SUFFIX}"))
+}
+
+/// Reads a journal. What is no regular file is none, and a FIFO is not waited for.
+fn read(path: &Path) -> io::Result<String> {
+    let mut file = OpenOptions::new()
+        .read(true)
+        .custom_flags(OFlags::NONBLOCK.bits().cast_signed())
+        .open(path)?;
+    if !file.metadata()?.is_file() {
+        let why = "it is not a regular file";
+        return Err(io::Error::new(io::ErrorKind::InvalidData, why));
+    }
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes)?;
+    // A damaged line ends the list of steps, as one that was cut short.
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
 /// Returns the identity of the host's current boot; empty if the host does not show it.
@@ -140,7 +170,7 @@ impl FileJournal {
     }
 
     /// All that are in `dir`: each side of each migration, with its steps. A line that was cut short
-    /// by a crash, and what follows it, is left out.
+    /// by a crash, and what follows it, is left out. A journal that cannot be read is left out with a warning.
     ///
     /// # Errors
     /// Fails if the directory cannot be read.
@@ -162,7 +192,16 @@ impl FileJournal {
                 _ => continue,
             };
             let Some(id) = id else { continue };
-            let text = fs::read_to_string(path(dir, id, side))?;
+            let path = path(dir, id, side);
+            let text = match read(&path) {
+                Ok(text) => text,
+                // One that has just been removed is none.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => {
+                    tracing::warn!(path = %path.display(), %error, "cannot read the journal of a migration");
+                    continue;
+                }
+            };
             let lines = text.split_inclusive('\n');
             let entries = lines.map_while(|line| serde_json::from_str(line).ok());
             found.push((id, side, entries.collect()));
@@ -208,8 +247,8 @@ impl FileJournal {
     }
 }
 
-impl Journal for FileJournal {
-    fn record(&mut self, step: Step) -> io::Result<()> {
+impl FileJournal {
+    fn write(&mut self, step: Step, incomplete: bool) -> io::Result<()> {
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH);
         let entry = Entry {
             step,
@@ -217,6 +256,7 @@ impl Journal for FileJournal {
             vm: self.vm.clone(),
             boot: self.boot.clone(),
             endpoint: std::mem::take(&mut self.endpoint),
+            incomplete,
         };
         let mut line = serde_json::to_vec(&entry)?;
         line.push(b'\n');
@@ -228,6 +268,16 @@ impl Journal for FileJournal {
             self.file.sync_all()?;
         }
         Ok(())
+    }
+}
+
+impl Journal for FileJournal {
+    fn record(&mut self, step: Step) -> io::Result<()> {
+        self.write(step, false)
+    }
+
+    fn record_incomplete(&mut self) -> io::Result<()> {
+        self.write(Step::Running, true)
     }
 }
 
@@ -243,6 +293,8 @@ impl Journal for NoJournal {
 
 #[cfg(test)]
 mod tests {
+    use rustix::fs::Mode;
+
     use super::*;
 
     #[test]
@@ -268,6 +320,48 @@ mod tests {
         assert!(kept(3).contains(&1));
         assert_eq!(kept(1), [1]);
         assert!(dir.path().join("notes").exists());
+    }
+
+    #[test]
+    fn unreadable_journal_hides_no_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let named = |id| path(dir.path(), Uuid::from_u128(id), Side::Source);
+        for id in 1..4 {
+            let id = Uuid::from_u128(id);
+            let mut journal = FileJournal::create(dir.path(), id, Side::Source, "vm").unwrap();
+            journal.record(Step::Prepare).unwrap();
+        }
+        // A line that is no UTF-8 ends its journal.
+        let mut first = OpenOptions::new().append(true).open(named(1)).unwrap();
+        first.write_all(b"\xff\xfe\n").unwrap();
+        fs::remove_file(named(2)).unwrap();
+        fs::create_dir(named(2)).unwrap();
+        fs::remove_file(named(3)).unwrap();
+        let fifo = rustix::fs::FileType::Fifo;
+        rustix::fs::mknodat(rustix::fs::CWD, named(3), fifo, Mode::RUSR, 0).unwrap();
+        let listed = FileJournal::list(dir.path()).unwrap();
+        let steps = listed
+            .iter()
+            .map(|(id, _, steps)| (id.as_u128(), steps.len()));
+        assert_eq!(steps.collect::<Vec<_>>(), [(1, 1)]);
+    }
+
+    #[test]
+    fn missing_pages_are_recorded_until_they_have_come() {
+        let dir = tempfile::tempdir().unwrap();
+        let id = Uuid::from_u128(7);
+        let mut journal = FileJournal::create(dir.path(), id, Side::Destination, "vm").unwrap();
+        let last = || {
+            let listed = FileJournal::list(dir.path()).unwrap();
+            let last = listed[0].2.last().unwrap();
+            (last.step, last.incomplete)
+        };
+        journal.record_incomplete().unwrap();
+        assert_eq!(last(), (Step::Running, true));
+        journal.record(Step::Running).unwrap();
+        assert_eq!(last(), (Step::Running, false));
+        let text = fs::read_to_string(path(dir.path(), id, Side::Destination)).unwrap();
+        assert_eq!(text.matches("incomplete").count(), 1, "{text}");
     }
 
     #[test]

@@ -14,11 +14,12 @@ use memory::{Pages, RamBlock};
 use migration::testing::{MemoryGuest, UnreadableFaults, blocks, fill_page, ram};
 use migration::{
     Block, ConnectionLimit, Decision, Destination, Fate, Host, Journal, Mode, NoJournal, Offer,
-    Outcome, Phase, Policy, Progress, Receiving, Refusal, Sending, StartFailure, receive, send,
+    Outcome, Phase, Policy, Progress, Receiving, Refusal, Sending, StartFailure, Step, receive,
+    send,
 };
 use uuid::Uuid;
 
-use pair::{Dialer, PAGES};
+use pair::{Dialer, PAGES, Place};
 
 /// The page that the guest reads at the destination: the last one that is sent.
 const TOUCHED: usize = PAGES - 1;
@@ -89,6 +90,102 @@ impl Host for Machine {
 
     fn fate(&self, _: Uuid) -> Fate {
         Fate::Unknown
+    }
+}
+
+/// A destination that records its steps, and with each whether the guest is incomplete.
+struct Recorded {
+    place: Place,
+    steps: Arc<Mutex<Vec<(Step, bool)>>>,
+}
+
+struct Steps(Arc<Mutex<Vec<(Step, bool)>>>);
+
+impl Journal for Steps {
+    fn record(&mut self, step: Step) -> io::Result<()> {
+        self.0.lock().unwrap().push((step, false));
+        Ok(())
+    }
+
+    fn record_incomplete(&mut self) -> io::Result<()> {
+        self.0.lock().unwrap().push((Step::Running, true));
+        Ok(())
+    }
+}
+
+impl Host for Recorded {
+    fn prepare(
+        &self,
+        id: Uuid,
+        offer: &Offer,
+        files: Vec<File>,
+    ) -> Result<Box<dyn Destination>, Refusal> {
+        self.place.prepare(id, offer, files)
+    }
+
+    fn journal(&self, _: Uuid, _: &str) -> io::Result<Box<dyn Journal>> {
+        Ok(Box::new(Steps(Arc::clone(&self.steps))))
+    }
+
+    fn fate(&self, _: Uuid) -> Fate {
+        Fate::Unknown
+    }
+}
+
+/// A service that ends before all pages have come finds that in its journal.
+#[test]
+fn journal_tells_whether_all_pages_have_come() {
+    for (mode, running) in [
+        (Mode::Precopy, &[(Step::Running, false)][..]),
+        (
+            Mode::Postcopy,
+            &[(Step::Running, true), (Step::Running, false)][..],
+        ),
+    ] {
+        let (dialer, mut acceptor) = Dialer::new();
+        let memory = ram(PAGES);
+        (0..PAGES).for_each(|page| fill_page(&memory, page, CONTENT));
+        let mut guest = MemoryGuest::new(memory);
+        let policy = Policy {
+            mode,
+            ..Policy::default()
+        };
+        let steps = Arc::default();
+        let host = Recorded {
+            place: Place(Arc::default()),
+            steps: Arc::clone(&steps),
+        };
+        thread::scope(|scope| {
+            let receiver = scope.spawn(|| {
+                receive(Receiving {
+                    accept: &mut acceptor,
+                    limit: &ConnectionLimit::default(),
+                    once: true,
+                    host: &host,
+                    progress: &Progress::default(),
+                    decision: &Decision::default(),
+                    patience: policy.patience,
+                    lingers: &|| {},
+                })
+            });
+            let sent = send(
+                Sending {
+                    id: Uuid::from_u128(1),
+                    policy: &policy,
+                    dial: &*dialer,
+                    journal: &mut NoJournal,
+                    progress: &Progress::default(),
+                    decision: &Decision::default(),
+                },
+                &mut guest,
+            );
+            assert_eq!(sent, Outcome::Moved);
+            receiver.join().unwrap().unwrap();
+        });
+        let steps = steps.lock().unwrap();
+        assert!(steps.ends_with(running), "{mode:?}: {steps:?}");
+        let all = steps.iter().filter(|(step, _)| *step == Step::Running);
+        assert_eq!(all.count(), running.len(), "{steps:?}");
     }
 }
 

@@ -358,7 +358,10 @@ impl Deciding<'_> {
         }
         // A panic from here on is answered as if the guest had run.
         guest.session.ran.set(Ran::MayHave);
-        let written = guest.journal.record(Step::Running);
+        let written = match guest.postcopy() {
+            Some(_) => guest.journal.record_incomplete(),
+            None => guest.journal.record(Step::Running),
+        };
         written
             .map_err(|error| StartFailure::NeverRan(Refusal::new("journal", error.to_string())))?;
         // Behind the take-over, which opens the images for the guest, and before the guest asks for blocks.

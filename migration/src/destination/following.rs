@@ -11,6 +11,7 @@ use super::receiving::Guest;
 use super::{Ended, Failed, POLLS, answer_ping};
 use crate::MigrationError;
 use crate::decision::{Doubt, Question, Resolution};
+use crate::journal::Step;
 use crate::message::{ControlChannel, Refusal, ToDestination, ToSource};
 use crate::progress::{Activity, Phase};
 use crate::wire::WireError;
@@ -75,6 +76,7 @@ impl<'a> Postcopy<'a> {
         // other copy of them.
         self.receiver()?.end(progress);
         progress.update(|report| report.error = None);
+        self.record_whole();
         let control = self.control.as_mut();
         let heard = control.is_some_and(|control| {
             control.send(&ToSource::Completed).is_ok()
@@ -92,13 +94,24 @@ impl<'a> Postcopy<'a> {
         }
     }
 
+    /// Records that nothing of the guest is missing any more.
+    fn record_whole(&mut self) {
+        // A failure changes nothing for the guest.
+        if let Err(error) = self.guest.journal.record(Step::Running) {
+            tracing::warn!(migration = %self.guest.id, %error, "a journal cannot be written");
+        }
+    }
+
     /// The machine has ended, by a request or because its missing pages cannot be brought.
     fn ended(mut self) -> Result<Ended, Failed> {
         let why = match (
             self.receiver()?.failure(),
             self.guest.channels.memory.disks.incomplete(),
         ) {
-            (None, None) => return Ok(self.finish(false)),
+            (None, None) => {
+                self.record_whole();
+                return Ok(self.finish(false));
+            }
             (Some(why), _) => {
                 self.guest.fail(&why);
                 why

@@ -58,6 +58,12 @@ fn info(id: Uuid, side: Side, steps: &[Entry], last: &Entry) -> MigrationInfo {
             "the service ended after the guest was handed over and before the destination \
              confirmed that it runs: look at the destination",
         ),
+        (Side::Destination, Step::Running) if last.incomplete => (
+            MigrationPhase::Failed,
+            "service-ended",
+            "the service ended while the guest ran here without all of its memory and disks: what had not \
+             come is lost, and an image with missing blocks is marked by `IMAGE.incomplete`",
+        ),
         (Side::Destination, Step::Running) => (
             MigrationPhase::Completed,
             "service-ended",
@@ -158,6 +164,35 @@ impl Migration for PastMigration {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A guest that ran without all of its pages is lost; older versions did not record whether it did.
+    #[test]
+    fn guest_with_missing_pages_is_lost_with_its_service() {
+        let dir = tempfile::tempdir().unwrap();
+        let journals = Journals::new(dir.path().to_owned());
+        for (is_whole, phase) in [
+            (false, MigrationPhase::Failed),
+            (true, MigrationPhase::Completed),
+        ] {
+            let id = Uuid::new_v4();
+            let mut journal = journals.open(id, Side::Destination, "vm", "").unwrap();
+            journal.record(Step::Prepare).unwrap();
+            journal.record_incomplete().unwrap();
+            if is_whole {
+                journal.record(Step::Running).unwrap();
+            }
+            drop(journal);
+            let listed = all(&journals);
+            let mut infos = listed.iter().map(|past| past.info());
+            let info = infos.find(|info| info.id == id.to_string()).unwrap();
+            assert_eq!(info.phase, phase);
+            let error = info.error.unwrap();
+            assert_eq!(error.code, "service-ended");
+            assert_eq!(error.detail.contains("had not come"), !is_whole);
+            // Whatever was missing: the source must not resume its copy.
+            assert_eq!(journals.fate(id), migration::Fate::Ran);
+        }
+    }
 
     /// A directory has no order of its own; journals of older versions have no endpoints.
     #[test]
