@@ -178,12 +178,13 @@ impl IncomingDisks {
         self.awaited().map(|(_, _, blocks)| blocks.left()).sum()
     }
 
-    /// Why the disks of a VM that has ended cannot be used, if blocks of them are missing.
+    /// Why disks cannot be used, if blocks of them are missing that do not come any more. The guest may have
+    /// ended, or still run on what has come.
     pub(super) fn incomplete(&self) -> Option<Refusal> {
         let (_, disk, blocks) = self.awaited().find(|(_, _, blocks)| blocks.left() > 0)?;
         let detail = format!(
-            "the VM ended while {} KiB of its disk {} were at the source: the image here is \
-             incomplete, and is not used",
+            "{} KiB of the disk {} were at the source when the migration ended, and do not come any more: \
+             the image here is incomplete, and no VM can be booted from it",
             blocks.left() * (PAGE / 1024),
             disk.name()
         );

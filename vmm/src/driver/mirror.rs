@@ -1,7 +1,7 @@
 //! Mirrors of disks, as the driver sees them: which are in progress, what they exclude, and the switch.
 //!
-//! The engine copies on a thread of its own. The end of the machine cancels a mirror, and the disk keeps
-//! its image, which has all that the guest wrote. Over a reset a mirror continues: it waits while there is
+//! The engine copies on a thread of its own. The end of the machine ends a mirror (`guest-ended`), and the
+//! disk keeps its image, which has all that the guest wrote. Over a reset a mirror continues: it waits while there is
 //! no machine, and tracks the disk of the next one from before its guest runs.
 
 use std::collections::BTreeMap;
@@ -67,8 +67,11 @@ impl Mirrors {
     /// its disk was not served since, so that both images are equal.
     pub(super) fn end(&mut self) {
         self.is_resetting = false;
-        for (_, mirror) in std::mem::take(&mut self.active) {
-            let _ = mirror.decision.cancel();
+        for (disk, mirror) in std::mem::take(&mut self.active) {
+            let why = format!(
+                "the guest has ended: the disk {disk} keeps its image, which has all that the guest wrote"
+            );
+            let _ = mirror.decision.interrupt(Refusal::new("guest-ended", why));
         }
     }
 
@@ -193,7 +196,7 @@ impl Driver {
         let disk = match request {
             Request::RemoveDevice(device) => &device.id,
             Request::ResizeDisk(disk) => &disk.id,
-            // The end of the machine cancels mirrors. The others change no disk that is there, and neither does
+            // The end of the machine ends mirrors. The others change no disk that is there, and neither does
             // a reset.
             Request::Boot
             | Request::Pause

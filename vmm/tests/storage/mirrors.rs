@@ -92,6 +92,14 @@ async fn disk_continues_on_its_mirror_while_the_guest_writes() {
     }
 }
 
+/// A mirror that no client canceled says why it ended.
+fn assert_ended_with_guest(info: &MigrationInfo) {
+    assert_eq!(info.phase, MigrationPhase::Failed, "{info:?}");
+    let error = info.error.as_ref().unwrap();
+    assert_eq!(error.code, "guest-ended");
+    assert!(error.detail.contains("keeps its image"), "{error:?}");
+}
+
 /// A mirror that is called off, by a client or by the end of its machine, leaves the disk as it was and no
 /// image.
 #[tokio::test]
@@ -99,10 +107,9 @@ async fn mirror_that_ends_early_leaves_the_disk() {
     let stage = Stage::new();
     stage.boot("qcow2").await;
     let vm = stage.here.get("web").unwrap();
-    let canceled = |info: &MigrationInfo| info.phase == MigrationPhase::Canceled;
     let mirror = stage.slow_mirror("mirror").await;
     mirror.cancel().unwrap();
-    assert!(canceled(&over(&mirror).await));
+    assert_eq!(over(&mirror).await.phase, MigrationPhase::Canceled);
     stage.runs_here().await;
     for request in [Request::Shutdown, Request::Delete] {
         let mirror = stage.slow_mirror("mirror").await;
@@ -111,7 +118,7 @@ async fn mirror_that_ends_early_leaves_the_disk() {
             true => stage.here.delete("web").await.unwrap(),
             false => drop(vm.ask(request).await.unwrap()),
         }
-        assert!(canceled(&over(&mirror).await));
+        assert_ended_with_guest(&over(&mirror).await);
         assert_eq!(stage.made(), [""; 0]);
         if !deleted {
             vm.ask(Request::Boot).await.unwrap();
@@ -176,7 +183,7 @@ async fn mirror_ends_with_a_guest_that_cannot_be_reset() {
     let mirror = stage.slow_mirror("mirror").await;
     fs::remove_file(stage.at("pocket")).unwrap();
     assert!(vm.ask(Request::Reboot).await.is_err());
-    assert_eq!(over(&mirror).await.phase, MigrationPhase::Canceled);
+    assert_ended_with_guest(&over(&mirror).await);
     assert_eq!(stage.made(), [""; 0]);
     check_disk(&fs::read(stage.at("disk")).unwrap(), DISK_PAGES).unwrap();
 }
