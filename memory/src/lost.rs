@@ -21,7 +21,9 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::ptr::{null, null_mut};
-use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{
+    AtomicBool, AtomicI32, AtomicPtr, AtomicU8, AtomicU64, AtomicUsize, Ordering,
+};
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
@@ -61,7 +63,10 @@ static ENTRIES: AtomicPtr<Entry> = AtomicPtr::new(null_mut());
 static REGISTRATION: Mutex<()> = Mutex::new(());
 /// The descriptor that the handler writes to; -1 before there is one.
 static WAKE: AtomicI32 = AtomicI32::new(-1);
+/// The action that was in force before the handler, which passes on to it what it does not answer.
 static PREVIOUS: OnceLock<libc::sigaction> = OnceLock::new();
+/// The handler is installed.
+static INSTALLED: AtomicBool = AtomicBool::new(false);
 static WATCHERS: Mutex<Vec<Watcher>> = Mutex::new(Vec::new());
 static NEXT_WATCHER: AtomicU64 = AtomicU64::new(0);
 
@@ -92,7 +97,7 @@ impl Registered {
     /// now on.
     pub(crate) fn new(start: *mut u8, len: usize, page: u64) -> io::Result<Self> {
         let _registration = REGISTRATION.lock();
-        install()?;
+        install(libc::sigaction)?;
         let unused = entries().find(|entry| entry.len.load(Ordering::Relaxed) == FREE);
         let entry = unused.unwrap_or_else(|| {
             let entry = Box::leak(Box::new(Entry {
@@ -213,12 +218,16 @@ fn wake() {
     unsafe { libc::write(WAKE.load(Ordering::Acquire), one.as_ptr().cast(), one.len()) };
 }
 
-/// Installs the handler and starts the thread, once. The caller holds `REGISTRATION`.
-fn install() -> io::Result<()> {
-    if PREVIOUS.get().is_some() {
+/// Reads or sets the action of a signal, as `sigaction` does.
+type SetAction =
+    unsafe extern "C" fn(libc::c_int, *const libc::sigaction, *mut libc::sigaction) -> libc::c_int;
+
+/// Installs the handler by `set_action` and starts the thread, once. The caller holds `REGISTRATION`.
+fn install(set_action: SetAction) -> io::Result<()> {
+    if INSTALLED.load(Ordering::Acquire) {
         return Ok(());
     }
-    // Checked apart from `PREVIOUS`: if `sigaction` failed the last time, the thread runs already.
+    // If an earlier call failed behind this, the thread runs already.
     if WAKE.load(Ordering::Acquire) < 0 {
         let event = EventFd::new(libc::EFD_CLOEXEC)?;
         let fd = event.as_raw_fd();
@@ -234,10 +243,11 @@ fn install() -> io::Result<()> {
     // SAFETY: plain data, for which zeros are a value.
     let mut previous: libc::sigaction = unsafe { std::mem::zeroed() };
     // SAFETY: reads the action that is in force.
-    if unsafe { libc::sigaction(libc::SIGBUS, null(), &raw mut previous) } != 0 {
+    if unsafe { set_action(libc::SIGBUS, null(), &raw mut previous) } != 0 {
         return Err(io::Error::last_os_error());
     }
-    // Before the handler can run.
+    // Before the handler can run. It says nothing of whether the handler is installed: that may still fail,
+    // and the next call tries again.
     let _ = PREVIOUS.set(previous);
     // SAFETY: as above.
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
@@ -245,9 +255,10 @@ fn install() -> io::Result<()> {
     // On the alternate stack that Rust's threads have: the fault may be that of a small stack.
     action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_RESTART;
     // SAFETY: the handler does what a handler may.
-    if unsafe { libc::sigaction(libc::SIGBUS, &raw const action, null_mut()) } != 0 {
+    if unsafe { set_action(libc::SIGBUS, &raw const action, null_mut()) } != 0 {
         return Err(io::Error::last_os_error());
     }
+    INSTALLED.store(true, Ordering::Release);
     Ok(())
 }
 
@@ -422,7 +433,7 @@ pub mod testing {
 #[cfg(test)]
 mod tests {
     use std::os::unix::process::ExitStatusExt;
-    use std::process::Command;
+    use std::process::{Command, Output};
     use std::sync::mpsc;
     use std::time::Duration;
 
@@ -508,15 +519,49 @@ mod tests {
         assert_eq!((ram.pages(), ram.first_lost()), (Pages::There, None));
     }
 
-    /// Runs a test of this file in a process of its own, which a signal is to end.
-    fn dies_of_sigbus(test: &str) {
-        const INNER: &str = "WHIMBREL_TEST_DIES";
-        let run = Command::new(std::env::current_exe().unwrap())
+    /// Runs a test of this file in a process of its own.
+    fn run_alone(test: &str) -> Output {
+        Command::new(std::env::current_exe().unwrap())
             .args(["--exact", &format!("lost::tests::{test}"), "--ignored"])
-            .env(INNER, "1")
             .output()
-            .unwrap();
+            .unwrap()
+    }
+
+    fn dies_of_sigbus(test: &str) {
+        let run = run_alone(test);
         assert_eq!(run.status.signal(), Some(libc::SIGBUS), "{run:?}");
+    }
+
+    #[test]
+    fn handler_that_was_refused_is_installed_by_the_next_call() {
+        let run = run_alone("inner_refused_handler");
+        let text = String::from_utf8_lossy(&run.stdout);
+        assert!(run.status.success() && text.contains("1 passed"), "{run:?}");
+    }
+
+    #[test]
+    #[ignore = "needs a process without a handler: another test runs it"]
+    fn inner_refused_handler() {
+        /// Reads the action, and refuses to set one.
+        unsafe extern "C" fn refuse(
+            signal: libc::c_int,
+            new: *const libc::sigaction,
+            old: *mut libc::sigaction,
+        ) -> libc::c_int {
+            if new.is_null() {
+                // SAFETY: as the caller's.
+                unsafe { libc::sigaction(signal, new, old) }
+            } else {
+                -1
+            }
+        }
+        for _ in 0..2 {
+            assert!(install(refuse).is_err());
+        }
+        let ram = block(8, true);
+        assert_eq!(testing::lose(8 * PAGE, 0), 1);
+        assert_eq!(read(&ram, 0), vec![0; PAGE]);
+        assert_eq!(ram.pages(), Pages::Lost);
     }
 
     #[test]
