@@ -11,7 +11,7 @@ use super::manifest::{FileInfo, Manifest};
 use super::memory_file::PageSink;
 use super::read::Snapshot;
 use super::write::{Saved, SavedState, copy_paused, whole};
-use super::{conclude, sparse};
+use super::{conclude_with, sparse};
 use crate::MigrationError;
 use crate::decision::Decision;
 use crate::message::{Offer, Refusal};
@@ -26,7 +26,7 @@ impl Snapshot {
     /// The guest cannot be saved, the host has no memory, or the operation was canceled. The report says the same.
     pub fn capture(
         saved: Result<Saved, Refusal>,
-        end: impl FnOnce(Result<(), &Refusal>),
+        end: impl FnOnce(Result<(), &Refusal>) -> &'static str,
         progress: &Progress,
         decision: &Decision,
     ) -> Result<Self, Refusal> {
@@ -50,7 +50,7 @@ impl Snapshot {
     /// The host cannot write-protect memory (`live-unsupported`), or as for a paused guest.
     pub fn capture_live(
         guest: &mut dyn RunningGuest,
-        end: impl FnOnce(Result<(), &Refusal>),
+        end: impl FnOnce(Result<(), &Refusal>) -> &'static str,
         progress: &Progress,
         decision: &Decision,
     ) -> Result<Self, Refusal> {
@@ -80,7 +80,7 @@ impl Snapshot {
 /// Frees the VM, and reports a failure.
 fn ended(
     captured: Result<Snapshot, MigrationError>,
-    end: impl FnOnce(Result<(), &Refusal>),
+    end: impl FnOnce(Result<(), &Refusal>) -> &'static str,
     progress: &Progress,
 ) -> Result<Snapshot, Refusal> {
     let error = match captured {
@@ -90,10 +90,14 @@ fn ended(
         }
         Err(error) => error,
     };
-    let refusal = error.refusal();
-    end(Err(&refusal));
-    let _ = conclude(progress, Err(error));
-    Err(refusal)
+    let more = end(Err(&error.refusal()));
+    match conclude_with(progress, Err(error), more) {
+        Err(refusal) => Err(refusal),
+        Ok(()) => Err(Refusal::new(
+            "internal",
+            "a failed copy was reported as complete",
+        )),
+    }
 }
 
 /// Memory of this process that holds a copy of the guest's.

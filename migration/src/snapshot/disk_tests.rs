@@ -53,7 +53,7 @@ fn write_with(
             policy: &policy,
         }),
         sealing: &|| Ok(()),
-        end: &|_| (),
+        end: &|_| "",
         progress: &progress,
         decision,
     };
@@ -411,7 +411,7 @@ fn increments_and_merged_chains_have_their_disks() {
         base: None,
         disks: None,
         sealing: &|| Ok(()),
-        end: &|_| (),
+        end: &|_| "",
         progress: &progress,
         decision: &decision,
     };

@@ -78,11 +78,21 @@ pub(crate) fn conclude(
     progress: &Progress,
     ended: Result<(), MigrationError>,
 ) -> Result<(), Refusal> {
+    conclude_with(progress, ended, "")
+}
+
+/// Writes the end into the report as [`conclude`] does. The reason of a failure ends with `more`.
+fn conclude_with(
+    progress: &Progress,
+    ended: Result<(), MigrationError>,
+    more: &str,
+) -> Result<(), Refusal> {
     let Err(error) = ended else {
         progress.enter(Phase::Completed);
         return Ok(());
     };
-    let refusal = error.refusal();
+    let mut refusal = error.refusal();
+    refusal.detail.push_str(more);
     progress.update(|report| {
         report.phase = match error {
             MigrationError::Canceled => Phase::Canceled,

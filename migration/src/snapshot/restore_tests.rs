@@ -437,7 +437,7 @@ fn forks_are_mapped_from_memory() {
     let blocks = guest(&[0, 5, 6, 299, 301]);
     let (progress, decision) = (Progress::default(), Decision::default());
     let captured =
-        Snapshot::capture(Ok(tests::saved(&blocks)), |_| {}, &progress, &decision).unwrap();
+        Snapshot::capture(Ok(tests::saved(&blocks)), |_| "", &progress, &decision).unwrap();
     let report = progress.report();
     assert_eq!(
         (report.pages, report.zero_pages, report.remaining_pages),
@@ -463,7 +463,7 @@ fn forks_are_mapped_from_memory() {
 fn no_machine_is_left_if_one_cannot_be_made() {
     let captured = Snapshot::capture(
         Ok(tests::saved(&guest(&[3]))),
-        |_| {},
+        |_| "",
         &Progress::default(),
         &Decision::default(),
     );
@@ -490,6 +490,7 @@ fn canceled_capture_makes_nothing() {
     let mut ended = None;
     let end = |outcome: Result<(), &Refusal>| {
         ended = Some((outcome.is_ok(), progress.report().phase.is_over()));
+        ""
     };
     let refused = Snapshot::capture(saved, end, &progress, &decision).unwrap_err();
     assert_eq!(ended, Some((false, false)));

@@ -69,10 +69,8 @@ fn write_to(dir: &Path, blocks: &[Block]) -> (Result<(), Refusal>, Progress) {
         dir,
         sealing: &|| Ok(()),
         end: &|_| {
-            assert!(
-                !progress.report().phase.is_over(),
-                "the guest is free before"
-            );
+            assert!(!progress.report().phase.is_over());
+            "; and this is left"
         },
         base: None,
         disks: None,
@@ -178,7 +176,7 @@ pub(super) fn write_on(dir: &Path, base: &Path, blocks: &[Block]) -> (Result<(),
         base: Some(&base),
         disks: None,
         sealing: &|| Ok(()),
-        end: &|_| (),
+        end: &|_| "",
         progress: &progress,
         decision: &decision,
     };
@@ -285,7 +283,9 @@ fn report_counts_pages() {
 fn a_second_snapshot_does_not_replace_the_first() {
     let (dir, expected) = example();
     let (refused, _) = write_to(dir.path(), &guest(&[3]));
-    assert_eq!(refused.unwrap_err().code, "snapshot-exists");
+    let refused = refused.unwrap_err();
+    assert_eq!(refused.code, "snapshot-exists");
+    assert!(refused.detail.ends_with("; and this is left"));
     assert_eq!(read_from(dir.path()).unwrap(), expected);
 }
 
@@ -298,7 +298,7 @@ fn failure_leaves_nothing() {
         id: Uuid::new_v4(),
         dir: &dir,
         sealing: &|| Ok(()),
-        end: &|_| (),
+        end: &|_| "",
         base: None,
         disks: None,
         progress: &progress,
@@ -332,7 +332,7 @@ fn cancel_while_the_state_is_saved_leaves_nothing() {
             id: Uuid::new_v4(),
             dir: &dir,
             sealing: &|| Ok(()),
-            end: &|_| (),
+            end: &|_| "",
             base,
             disks: None,
             progress: &progress,
@@ -513,7 +513,7 @@ fn merge_to(dir: &Path, chain: &Path, decision: &Decision) -> (Result<(), Refusa
         base: None,
         disks: None,
         sealing: &|| Ok(()),
-        end: &|_| (),
+        end: &|_| "",
         progress: &progress,
         decision,
     };

@@ -16,7 +16,7 @@ use super::disks::{CopiedDisks, DiskImages};
 use super::manifest::{FileInfo, MAX_MANIFEST, Manifest};
 use super::memory_file::{MemoryFile, PageSink};
 use super::read::Snapshot;
-use super::{CHUNK, HASHES, MACHINE, MANIFEST, MEMORY, STATE, conclude};
+use super::{CHUNK, HASHES, MACHINE, MANIFEST, MEMORY, STATE, conclude_with};
 use crate::MigrationError;
 use crate::decision::Decision;
 use crate::message::{Offer, Refusal};
@@ -49,8 +49,9 @@ pub struct Writing<'a> {
     pub dir: &'a Path,
     /// Called when all but the manifest is written: what must be durable before the snapshot is complete.
     pub sealing: &'a (dyn Fn() -> Result<(), Refusal> + Sync),
-    /// Called with the outcome, before the report shows it: who sees it can have the guest at once.
-    pub end: &'a (dyn Fn(Result<(), &Refusal>) + Sync),
+    /// Called with the outcome, before the report shows it: who sees it can have the guest at once. Returns
+    /// what the reason of a failure has to add, about what is left of the operation.
+    pub end: &'a (dyn Fn(Result<(), &Refusal>) -> &'static str + Sync),
     /// The snapshot that has the pages which have not changed: only the others are written.
     pub base: Option<&'a Snapshot>,
     /// The disks whose content becomes a part of the snapshot.
@@ -86,8 +87,8 @@ pub(super) fn end(
     // A guest that is reset interrupts the snapshot, and shows in errors of every kind.
     let written = written.map_err(|error| writing.decision.ended().unwrap_or(error));
     let why = written.as_ref().err().map(MigrationError::refusal);
-    (writing.end)(why.as_ref().map_or(Ok(()), Err));
-    conclude(writing.progress, written)
+    let more = (writing.end)(why.as_ref().map_or(Ok(()), Err));
+    conclude_with(writing.progress, written, more)
 }
 
 /// Has `write` fill the folder, and removes all of it if that fails.

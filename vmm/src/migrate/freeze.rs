@@ -202,7 +202,7 @@ impl DiskFreeze {
     }
 }
 
-/// For the event of a snapshot that fails after its guest has resumed.
+/// For the event and the report of a snapshot that fails after its guest has resumed.
 const CONTINUES: &str =
     "; the VM's disks continue on overlays, and the images below them stay frozen";
 

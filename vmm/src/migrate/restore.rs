@@ -333,6 +333,7 @@ pub(super) fn begin_fork(
                 Ok(()) => ending.end("forked", format!("{} VMs", offers.len())),
                 Err(why) => ending.end("fork-failed", format!("{}{more}", why.detail)),
             }
+            more
         };
         let (progress, decision) = (&ours.progress, &ours.decision);
         let captured = if is_paused {

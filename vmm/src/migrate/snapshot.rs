@@ -199,6 +199,7 @@ pub(super) fn take(
                     Ok(()) => ending.end("snapshotted", ours.endpoint.clone()),
                     Err(why) => ending.end("snapshot-failed", format!("{}{more}", why.detail)),
                 }
+                more
             },
             progress: &ours.progress,
             decision: &ours.decision,
@@ -270,6 +271,7 @@ pub(super) fn merge_chain(
                 if outcome.is_ok() {
                     records.keep();
                 }
+                ""
             },
             progress: &ours.progress,
             decision: &ours.decision,

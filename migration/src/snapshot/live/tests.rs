@@ -208,7 +208,7 @@ pub(in crate::snapshot) fn snapshot_by(
         id: Uuid::new_v4(),
         dir,
         sealing: &|| Ok(()),
-        end: &|_| (),
+        end: &|_| "",
         base: None,
         disks: disk.as_ref().map(|disk| CopiedDisks {
             disks: vec![disk.at_source("root")],
@@ -360,6 +360,7 @@ fn captured_image_is_of_one_moment() {
         let end = |outcome: Result<(), &Refusal>| {
             outcome.unwrap();
             free.store(true, Ordering::Relaxed);
+            ""
         };
         let captured = Snapshot::capture_live(&mut guest, end, &progress, &decision).unwrap();
         assert!(free.load(Ordering::Relaxed) && !progress.report().phase.is_over());
@@ -394,10 +395,14 @@ fn capture_that_fails_lets_the_guest_run() {
             _ => Ok(()),
         });
         let mut why = None;
-        let end = |outcome: Result<(), &Refusal>| why = outcome.err().map(|why| why.code.clone());
+        let end = |outcome: Result<(), &Refusal>| {
+            why = outcome.err().map(|why| why.code.clone());
+            "; and this is left"
+        };
         let refused = Snapshot::capture_live(&mut guest, end, &progress, &decision).unwrap_err();
         assert_eq!(refused.code, if cancels { "canceled" } else { "gone" });
         assert_eq!(why, Some(refused.code));
+        assert!(refused.detail.ends_with("; and this is left"));
         assert!(progress.report().phase.is_over());
         // The owner of a guest that cannot be saved resumes it, as the driver does.
         guest.stopped = None;
