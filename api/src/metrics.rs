@@ -79,12 +79,18 @@ const VM_METRICS: [VmMetric; 3] = [
     (
         "whimbrel_vm_memory_bytes",
         "gauge",
-        "Memory of the VM.",
-        |status| status.config.memory.boot_size(),
+        "Memory of the VM: what it boots with and what was plugged, less what its balloon holds.",
+        VmStatus::memory_actual_size,
     ),
-    ("whimbrel_vm_vcpus", "gauge", "vCPUs of the VM.", |status| {
-        status.config.cpus.boot_vcpus.into()
-    }),
+    (
+        "whimbrel_vm_vcpus",
+        "gauge",
+        "vCPUs of the VM: those that are plugged, or those that it boots with while it is off.",
+        |status| {
+            let boot = status.config.cpus.boot_vcpus;
+            status.vcpus.unwrap_or(boot).into()
+        },
+    ),
     (
         "whimbrel_vm_reboots_total",
         "counter",

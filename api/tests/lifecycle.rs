@@ -231,6 +231,8 @@ async fn many_vms_live_side_by_side() {
         .map(|vm| (vm["id"].as_str().unwrap(), vm["state"].as_str().unwrap()))
         .collect();
     assert_eq!(states, [("a", "Created"), ("b", "Running")]);
+    let sizes = r#"{"desired_vcpus": 3, "desired_ram": 1073741824}"#;
+    expect(&router, "PUT /api/v1/vms/b/resize", sizes, 204).await;
     let metrics = expect(&router, "GET /api/v1/metrics", "", 200).await.text;
     assert!(
         metrics.contains("whimbrel_vms{state=\"Running\"} 1\n"),
@@ -244,6 +246,14 @@ async fn many_vms_live_side_by_side() {
         metrics.contains("whimbrel_vm_memory_bytes{vm=\"a\"} 536870912\n"),
         "{metrics}"
     );
+    // After a resize, and of a VM that is off.
+    for line in [
+        "whimbrel_vm_memory_bytes{vm=\"b\"} 1073741824\n",
+        "whimbrel_vm_vcpus{vm=\"b\"} 3\n",
+        "whimbrel_vm_vcpus{vm=\"a\"} 1\n",
+    ] {
+        assert!(metrics.contains(line), "{line}: {metrics}");
+    }
     // The counters of a VM's devices, and the kind of each.
     for line in [
         "# TYPE whimbrel_vm_read_bytes_total counter\n",
@@ -253,9 +263,9 @@ async fn many_vms_live_side_by_side() {
     ] {
         assert!(metrics.contains(line), "{metrics}");
     }
-    // What came before this one: a list, three creations with two looks at them, a boot, a list.
+    // What came before this one: a list, three creations with two looks at them, a boot, a list, a resize.
     assert!(
-        metrics.contains("whimbrel_api_requests_total{outcome=\"ok\"} 8\n"),
+        metrics.contains("whimbrel_api_requests_total{outcome=\"ok\"} 9\n"),
         "{metrics}"
     );
 }

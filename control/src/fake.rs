@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::sync::mpsc::channel;
 use std::thread;
 use std::time::Duration;
@@ -135,9 +136,18 @@ impl Fake {
                     bdf: "0000:00:05.0".to_owned(),
                 }))
             }
+            Request::Resize(sizes) => {
+                publisher.update(|status| {
+                    status.vcpus = sizes.desired_vcpus.or(status.vcpus);
+                    if let Some(ram) = sizes.desired_ram {
+                        let more = ram.saturating_sub(status.config.memory.boot_size());
+                        status.hotplugged = vec![Arc::new(AtomicU64::new(more))];
+                    }
+                });
+                Ok(Reply::Done)
+            }
             Request::AddDevice(_)
             | Request::RemoveDevice(_)
-            | Request::Resize(_)
             | Request::ResizeZone(_)
             | Request::ResizeDisk(_)
             | Request::Delete

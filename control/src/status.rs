@@ -74,9 +74,10 @@ impl VmStatus {
         }
     }
 
-    /// In the form of the API.
+    /// Returns the bytes of memory that the guest has now: what it booted with and what was plugged, less what
+    /// it gave back.
     #[must_use]
-    pub fn info(&self) -> VmInfo {
+    pub fn memory_actual_size(&self) -> u64 {
         let load = |bytes: &Arc<AtomicU64>| bytes.load(Ordering::Relaxed);
         let boot = self.config.memory.boot_size();
         let all = self
@@ -84,11 +85,16 @@ impl VmStatus {
             .iter()
             .map(load)
             .fold(boot, u64::saturating_add);
-        let given_back = self.balloon.as_ref().map_or(0, load);
+        all.saturating_sub(self.balloon.as_ref().map_or(0, load))
+    }
+
+    /// In the form of the API.
+    #[must_use]
+    pub fn info(&self) -> VmInfo {
         VmInfo {
             config: VmConfig::clone(&self.config),
             state: self.state,
-            memory_actual_size: all.saturating_sub(given_back),
+            memory_actual_size: self.memory_actual_size(),
             vcpus_actual_count: self.vcpus,
             pending_resizes: self.resizes.clone(),
             device_tree: (!self.devices.is_empty()).then(|| DeviceTree(self.devices.clone())),
