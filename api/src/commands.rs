@@ -15,7 +15,7 @@ use crate::one_vm::OneVm;
 use crate::problem::ApiError;
 use crate::refusals::{
     BadBody, BadConfig, CommandRefused, DeviceRefused, Failed, NoSuchDevice, NoSuchDisk, NoSuchVm,
-    NotAllowedNow, NotCreated, NotDone, NotPossible, Pending, WrongState,
+    NotAllowedNow, NotCreated, NotDone, NotPossible, Pending, Unsupported, WrongState,
 };
 use crate::routes::{Routes, routes};
 use crate::service::Service;
@@ -187,7 +187,7 @@ commands! {
         resize_zone at "/api/v1/vms/{id}/resize-zone" as "resizeZone",
             refuses [CommandRefused Pending];
         resize_zone_vm at "/api/v1/vm.resize-zone" as "vmResizeZone",
-            refuses [NotCreated WrongState Pending BadBody BadConfig];
+            refuses [NotCreated WrongState Pending BadBody NotDone Unsupported];
         answers (status = 204, description = "The guest was notified. It may not have completed the resize.");
         asks Request::ResizeZone(zone);
     }

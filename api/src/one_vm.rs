@@ -4,7 +4,7 @@
 use axum::extract::State;
 use control::{Registry, Reply, Request, Verb, VmHandle};
 use http::StatusCode;
-use spec::{VmConfig, VmId, VmInfo};
+use spec::{VmConfig, VmId, VmInfo, VmState};
 
 use crate::answer::Answer;
 use crate::claim::ClaimedVersion;
@@ -82,10 +82,18 @@ async fn delete(State(vm): State<OneVm>) -> Result<StatusCode, ApiError> {
 }
 
 /// Return the VM's configuration and state.
+///
+/// As in Cloud Hypervisor, a VM whose guest has ended is `Created`: it can be booted again.
 #[utoipa::path(
     get, path = "/api/v1/vm.info", operation_id = "vmInfo", tag = ONE_VM,
     responses((status = 200, description = "Configuration and state.", body = VmInfo), NotCreated, Failed),
 )]
 async fn info(State(vm): State<OneVm>) -> Result<Answer<VmInfo>, ApiError> {
-    vm.handle().map(|handle| Answer(handle.info()))
+    let mut info = vm.handle()?.info();
+    // Cloud Hypervisor drops its machine when the guest ends (`vm_shutdown` in its vmm/src/lib.rs), and shows
+    // a VM without a machine as `Created`.
+    if info.state == VmState::Shutdown {
+        info.state = VmState::Created;
+    }
+    Ok(Answer(info))
 }

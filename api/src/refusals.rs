@@ -168,7 +168,7 @@ impl From<RequestError> for ApiError {
 /// How Cloud Hypervisor's face says no to `verb`: its contract documents 405 for some state refusals, where 409
 /// would be right, and 400 and 500 for some of what is 422 elsewhere.
 pub(crate) fn of_one_vm(verb: Verb, error: RequestError) -> ApiError {
-    let is_of_a_device = matches!(verb, Verb::AddDevice | Verb::ResizeDisk);
+    let has_500 = matches!(verb, Verb::AddDevice | Verb::ResizeDisk | Verb::ResizeZone);
     match (verb, error.category) {
         (_, Category::NotFound) if error.code == "no-such-vm" => not_created(),
         (
@@ -181,7 +181,7 @@ pub(crate) fn of_one_vm(verb: Verb, error: RequestError) -> ApiError {
         (Verb::ResizeDisk, Category::Unprocessable) if error.code == "not-a-disk" => {
             with_status(StatusCode::NOT_FOUND, error)
         }
-        (_, Category::Unprocessable) if is_of_a_device => {
+        (_, Category::Unprocessable) if has_500 => {
             with_status(StatusCode::INTERNAL_SERVER_ERROR, error)
         }
         _ => error.into(),
@@ -274,6 +274,16 @@ mod tests {
             (Verb::ResizeDisk, of(Category::Conflict, "wrong-state"), 409),
             (Verb::Resize, of(Category::Unprocessable, "no-balloon"), 422),
             (Verb::Resize, of(Category::Pending, "resize-pending"), 429),
+            (
+                Verb::ResizeZone,
+                of(Category::Unprocessable, "no-such-zone"),
+                500,
+            ),
+            (
+                Verb::ResizeZone,
+                of(Category::Pending, "resize-pending"),
+                429,
+            ),
             (Verb::Boot, unusable(), 422),
             (Verb::Boot, of(Category::Conflict, "wrong-state"), 409),
             (Verb::Pause, of(Category::Conflict, "wrong-state"), 405),

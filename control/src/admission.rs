@@ -22,12 +22,13 @@ pub enum Verb {
     AddDevice,
     RemoveDevice,
     Resize,
+    ResizeZone,
     ResizeDisk,
 }
 
 impl Verb {
     /// All of them.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::Boot,
         Self::Pause,
         Self::Resume,
@@ -42,8 +43,22 @@ impl Verb {
         Self::AddDevice,
         Self::RemoveDevice,
         Self::Resize,
+        Self::ResizeZone,
         Self::ResizeDisk,
     ];
+
+    /// Whether it changes the devices, vCPUs or memory of the machine.
+    #[must_use]
+    pub fn changes_machine(self) -> bool {
+        matches!(
+            self,
+            Self::AddDevice
+                | Self::RemoveDevice
+                | Self::Resize
+                | Self::ResizeZone
+                | Self::ResizeDisk
+        )
+    }
 
     /// Returns the participle for "cannot be ...".
     fn participle(self) -> &'static str {
@@ -61,7 +76,7 @@ impl Verb {
             Self::Cpu => "asked for its CPUs",
             Self::AddDevice => "given a device",
             Self::RemoveDevice => "asked to remove a device",
-            Self::Resize => "resized",
+            Self::Resize | Self::ResizeZone => "resized",
             Self::ResizeDisk => "given a new disk size",
         }
     }
@@ -79,7 +94,7 @@ impl Verb {
             | Self::MemoryMap
             | Self::Cpu
             | Self::ResizeDisk => &[Running, Paused],
-            Self::AddDevice | Self::RemoveDevice | Self::Resize => {
+            Self::AddDevice | Self::RemoveDevice | Self::Resize | Self::ResizeZone => {
                 &[Created, Running, Paused, Shutdown]
             }
             Self::Delete | Self::Counters => &[Created, Running, Paused, Shutdown, BreakPoint],
@@ -144,6 +159,7 @@ mod tests {
             (Verb::AddDevice, [true, true, true, true]),
             (Verb::RemoveDevice, [true, true, true, true]),
             (Verb::Resize, [true, true, true, true]),
+            (Verb::ResizeZone, [true, true, true, true]),
             (Verb::ResizeDisk, [false, true, true, false]),
         ];
         assert_eq!(table.map(|(verb, _)| verb), Verb::ALL);

@@ -47,7 +47,8 @@ impl Request {
             Self::Cpu => Verb::Cpu,
             Self::AddDevice(_) => Verb::AddDevice,
             Self::RemoveDevice(_) => Verb::RemoveDevice,
-            Self::Resize(_) | Self::ResizeZone(_) => Verb::Resize,
+            Self::Resize(_) => Verb::Resize,
+            Self::ResizeZone(_) => Verb::ResizeZone,
             Self::ResizeDisk(_) => Verb::ResizeDisk,
         }
     }

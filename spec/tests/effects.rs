@@ -443,8 +443,15 @@ fn page() -> String {
             .map_or_else(String::new, |json| format!("`{json}`"));
         page += &format!("| `{name}` | {default} | {} |\n", field.reason);
     }
-    page + THREADS
+    page + STATES + THREADS
 }
+
+const STATES: &str = "
+## States of a VM
+
+`vm.info` shows `Created` also when the guest has ended, by `vm.shutdown` or by itself, as Cloud
+Hypervisor does: the VM can be booted again. The service's own API shows `Shutdown`.
+";
 
 const THREADS: &str = "
 ## Names of threads

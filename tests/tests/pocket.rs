@@ -405,7 +405,7 @@ async fn one_vm_socket_lifecycle() -> Result<()> {
     client.vm_resume().await?;
     client.vm_counters().await?;
     client.vm_shutdown().await?;
-    assert_eq!(client.vm_info().await?.state, VmState::Shutdown);
+    assert_eq!(client.vm_info().await?.state, VmState::Created);
     client.vm_delete().await?;
     client.shut_service_down().await?;
     let status = service.ended(SOON).await?;

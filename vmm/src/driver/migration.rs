@@ -77,9 +77,12 @@ fn refused_while_saving(outgoing: &Outgoing, verb: Verb) -> Option<RequestError>
         // A live snapshot has copied all of the machine but its memory.
         _ if outgoing.state == OutgoingState::Imaged => None,
         // The snapshot has the state and the devices of the paused guest.
-        Verb::Resume | Verb::AddDevice | Verb::RemoveDevice | Verb::Resize | Verb::ResizeDisk => {
-            Some(moving(outgoing.busy()))
-        }
+        Verb::Resume
+        | Verb::AddDevice
+        | Verb::RemoveDevice
+        | Verb::Resize
+        | Verb::ResizeZone
+        | Verb::ResizeDisk => Some(moving(outgoing.busy())),
         Verb::MemoryMap
         | Verb::Cpu
         | Verb::Counters
@@ -109,10 +112,8 @@ impl Driver {
         if let Some(refused) = self.late_blocks.refuse(verb) {
             return Some(refused);
         }
-        if let (
-            Stage::On(active),
-            Verb::Pause | Verb::AddDevice | Verb::RemoveDevice | Verb::Resize | Verb::ResizeDisk,
-        ) = (&self.stage, verb)
+        if let Stage::On(active) = &self.stage
+            && (verb == Verb::Pause || verb.changes_machine())
             && active.memory().0.pages() != Pages::There
         {
             // A device may be waiting for a page, and these requests wait for the devices.
@@ -150,9 +151,11 @@ impl Driver {
             },
             // The destination built its machine from the configuration at the start. The state
             // of a changed machine would not load there.
-            Verb::AddDevice | Verb::RemoveDevice | Verb::Resize | Verb::ResizeDisk => {
-                refuse(outgoing.busy())
-            }
+            Verb::AddDevice
+            | Verb::RemoveDevice
+            | Verb::Resize
+            | Verb::ResizeZone
+            | Verb::ResizeDisk => refuse(outgoing.busy()),
             // Neither changes what the destination knows of the machine. A new verb belongs here
             // only if that is true of it.
             Verb::Boot | Verb::Pause | Verb::Resume | Verb::PowerButton | Verb::Nmi => None,
