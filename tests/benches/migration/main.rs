@@ -159,16 +159,15 @@ async fn receive(at: &Client) -> Result<MigrationInfo> {
         .await?)
 }
 
-/// Has the kernel find memory, and give it back, right before a guest moves. In a virtual machine whose own
-/// host takes back what is free, a page that was free for a second costs a hundred times as much as one
-/// that was not, and the move would measure that.
-fn warm_memory() -> Result<()> {
-    let config = RamConfig {
+/// Memory that the kernel has found, to be given back right before a guest moves. In a virtual machine whose
+/// own host takes back what is free, a page that was free for a second costs a hundred times as much as one
+/// that was not, and the move would measure that. It is found before the guest starts, which would write
+/// more pages meanwhile.
+fn warm_memory() -> Result<RamBlock> {
+    Ok(RamBlock::new(&RamConfig {
         prefault: true,
         ..RamConfig::anonymous(512 * MIB)
-    };
-    drop(RamBlock::new(&config)?);
-    Ok(())
+    })?)
 }
 
 /// One move of a new VM between two services of ours, so many times. New each time, as it is with QEMU: a
@@ -199,6 +198,7 @@ async fn booted(case: Case) -> Result<([Service; 2], VmId, Terminal)> {
 }
 
 async fn one(case: Case) -> Result<Seen> {
+    let warm = warm_memory()?;
     let ([from, to], vm, mut terminal) = booted(case).await?;
     let (from, to) = (from.client(), to.client());
     terminal.gap()?;
@@ -211,7 +211,7 @@ async fn one(case: Case) -> Result<Seen> {
         insecure: true,
         ..StartMigration::to(waiting.endpoint.clone())
     };
-    warm_memory()?;
+    drop(warm);
     let begun = from.vms_migrate(&vm, &what).await?;
     let sent = over(from, &begun).await?;
     let received = over(to, &waiting).await?;

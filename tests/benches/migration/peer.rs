@@ -73,6 +73,7 @@ pub(crate) async fn curve(program: &Path, case: Case) -> Result<Points> {
 }
 
 async fn one(program: &Path, case: Case) -> Result<(Seen, Points)> {
+    let warm = warm_memory()?;
     let dir = TempDir::with_prefix("whimbrel-peer.")?;
     let kernel = dir.path().join("pocket");
     std::fs::write(&kernel, guest::IMAGE)?;
@@ -95,7 +96,7 @@ async fn one(program: &Path, case: Case) -> Result<(Seen, Points)> {
     };
     let body = serde_json::json!({ "receiver_url": url, "memory_mode": mode });
     let body: ReceiveMigrationData = serde_json::from_value(body)?;
-    warm_memory()?;
+    drop(warm);
     let start = Instant::now();
     let receiving = to.client.vm_receive_migration(&body);
     let sending = async {

@@ -144,6 +144,7 @@ pub(crate) fn curve(case: Case) -> Result<Points> {
 
 /// Moves one guest. `watch` gets the time since the start, and QEMU's report.
 fn one(case: Case, bandwidth: u64, watch: &mut dyn FnMut(Duration, &Value)) -> Result<Seen> {
+    let warm = warm_memory()?;
     let dir = TempDir::with_prefix("whimbrel-qemu.")?;
     std::fs::write(dir.path().join("pocket"), guest::IMAGE)?;
     let mut from = Qemu::start(case, dir.path(), "from", false)?;
@@ -161,7 +162,7 @@ fn one(case: Case, bandwidth: u64, watch: &mut dyn FnMut(Duration, &Value)) -> R
     // As much downtime as we are granted. A bandwidth of 0 is no limit.
     let policy = json!({ "downtime-limit": 20, "max-bandwidth": bandwidth });
     from.ask("migrate-set-parameters", &policy)?;
-    warm_memory()?;
+    drop(warm);
     let (start, mut is_asked) = (Instant::now(), matches!(case.mode, MemoryMode::Precopy));
     from.ask("migrate", &uri)?;
     let done = loop {
