@@ -27,6 +27,7 @@
 #![expect(unsafe_code, reason = "this is the crate that maps guest memory")]
 
 mod awaited;
+mod buffer;
 mod change;
 mod dirty;
 mod dump;
@@ -56,6 +57,7 @@ mod window;
 mod write_protect;
 
 pub use awaited::{Admission, AwaitedBlocks, BlockRange, BlockUse, Claim, Waiter};
+pub use buffer::PageBuffer;
 pub use change::ViewChange;
 pub use dirty::{DirtyBitmap, DirtyPages, PAGE_SIZE};
 pub use dump::{FlatNode, TreeNode};

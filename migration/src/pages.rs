@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use memory::{PAGE_SIZE, RamBlock};
+use memory::{PAGE_SIZE, PageBuffer, RamBlock};
 use vm_memory::Bytes as _;
 
 use crate::wire::WireError;
@@ -41,7 +41,7 @@ pub(crate) struct Run {
 #[derive(Default)]
 pub(crate) struct Batch {
     full: Vec<Run>,
-    data: Vec<u8>,
+    data: PageBuffer,
     zeros: Vec<Run>,
 }
 
@@ -97,7 +97,7 @@ impl Batch {
         let all = runs.iter().map(len).sum();
         // Grown and not cleared for each batch: clearing costs half as much as the copy itself.
         if self.data.len() < all {
-            self.data.resize(all, 0);
+            self.data = PageBuffer::new(all);
         }
         let data = self.data.get_mut(..all).unwrap_or_default();
         // All that follows uses the copy, since a page that is zero now may have content a moment

@@ -39,13 +39,17 @@ fn hash(page: &[u8; PAGE]) -> u64 {
     if is_zero(page) { ZEROS } else { xxh3_64(page) }
 }
 
+/// A copy of a page, aligned for the reason that [`memory::PageBuffer`] gives.
+#[repr(align(64))]
+struct Content([u8; PAGE]);
+
 /// Reads a page of a block as it is at this moment.
-fn read(block: &Block, page: usize) -> Option<[u8; PAGE]> {
-    let mut content = [0; PAGE];
+fn read(block: &Block, page: usize) -> Option<Content> {
+    let mut content = Content([0; PAGE]);
     let slice = block.ram.slice(page.checked_mul(PAGE)?, PAGE)?;
     // A copy: the guest or a device may write to this memory, and a Rust reference to memory that
     // changes is undefined behaviour.
-    slice.copy_to(&mut content[..]);
+    slice.copy_to(&mut content.0[..]);
     Some(content)
 }
 
@@ -78,11 +82,11 @@ pub(crate) fn encode(block: &Block, run: Run) -> Vec<u8> {
     body.extend(run.block.to_le_bytes());
     body.extend(run.first.to_le_bytes());
     for page in run.first..run.first + u64::from(run.pages) {
-        let mut content = [0; PAGE];
+        let mut content = Content([0; PAGE]);
         // Within the block. What is unplugged counts as zeros, and is not touched.
         let offset = (page as usize).saturating_mul(PAGE);
-        if block.ram.read_pages(offset, &mut content) {
-            body.extend(hash(&content).to_le_bytes());
+        if block.ram.read_pages(offset, &mut content.0) {
+            body.extend(hash(&content.0).to_le_bytes());
         }
     }
     body
@@ -140,7 +144,7 @@ impl Hashes {
         let (block, touched) = (blocks.get(self.block)?, touched.get(self.block)?);
         let differs = |(page, expected): (usize, &u64)| {
             let here = if touched.is_dirty(page * PAGE) {
-                hash(&read(block, page)?)
+                hash(&read(block, page)?.0)
             } else {
                 ZEROS
             };

@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
+use memory::PageBuffer;
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
 use rustix::io::Errno;
 use xxhash_rust::xxh3::Xxh3;
@@ -190,7 +191,7 @@ fn read_parts<E: From<RestoreError>>(
         source,
     };
     let (mut all, mut at) = (Xxh3::new(), 0);
-    let mut buffer = vec![0; PART];
+    let mut buffer = PageBuffer::new(PART);
     loop {
         if decision.is_canceled() {
             return Err(RestoreError::Canceled.into());

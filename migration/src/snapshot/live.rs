@@ -34,7 +34,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use memory::{DirtyBitmap, WriteProtection};
+use memory::{DirtyBitmap, PageBuffer, WriteProtection};
 use parking_lot::Mutex;
 
 use self::copies::Copies;
@@ -340,7 +340,7 @@ impl<'a> Image<'a> {
     /// The writer: copies and releases the pages that the fault thread does not.
     fn copy_all(&self, copies: &Copies<'_>, sink: &mut dyn PageSink) -> Result<(), MigrationError> {
         give_way();
-        let mut buffer = vec![0; CHUNK * PAGE];
+        let mut buffer = PageBuffer::new(CHUNK * PAGE);
         for (index, block) in self.blocks.iter().enumerate() {
             let pages = block.ram.len() / PAGE;
             for first in (0..pages).step_by(CHUNK) {

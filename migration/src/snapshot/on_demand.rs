@@ -18,7 +18,7 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
 use std::time::Duration;
 
-use memory::DirtyBitmap;
+use memory::{DirtyBitmap, PageBuffer};
 
 use super::read::{Place, RestoreError, Snapshot, damaged};
 use super::record::Recorder;
@@ -207,7 +207,7 @@ impl<'a> OnDemand<'a> {
     fn prefetch(&self, set: &WorkingSet) {
         let progress = self.progress;
         progress.update(|report| report.working_set_pages = Some(set.pages()));
-        let mut buffer = vec![0; CHUNK * PAGE];
+        let mut buffer = PageBuffer::new(CHUNK * PAGE);
         for (block, pages) in self.snapshot.in_blocks(set) {
             if self.has_ended() {
                 return;

@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use memory::PageBuffer;
 use serde_bytes::ByteBuf;
 use xxhash_rust::xxh3::Xxh3;
 
@@ -224,7 +225,7 @@ impl Snapshot {
         mut take: impl FnMut(u64, &[u8]) -> Result<(), E>,
     ) -> Result<(), E> {
         let (mut all, mut position) = (Xxh3::new(), 0);
-        let mut buffer = vec![0; CHUNK * PAGE];
+        let mut buffer = PageBuffer::new(CHUNK * PAGE);
         while position < self.manifest.hashes.size {
             if decision.is_canceled() {
                 return Err(RestoreError::Canceled.into());
@@ -300,7 +301,7 @@ impl Snapshot {
         });
         let begun = Instant::now();
         let mut position = 0;
-        let mut buffer = vec![0; CHUNK * PAGE];
+        let mut buffer = PageBuffer::new(CHUNK * PAGE);
         for (index, block) in self.manifest.memory.iter().enumerate() {
             let size = usize::try_from(block.size).map_err(|_| damaged(MEMORY))?;
             for offset in (0..size).step_by(buffer.len()) {

@@ -8,7 +8,7 @@ use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use memory::RamBlock;
+use memory::{PageBuffer, RamBlock};
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use uuid::Uuid;
 
@@ -205,7 +205,7 @@ pub(super) fn copy_paused<'a>(
     decision: &Decision,
     sink: &mut dyn PageSink,
 ) -> Result<(), MigrationError> {
-    let mut buffer = vec![0; CHUNK * PAGE];
+    let mut buffer = PageBuffer::new(CHUNK * PAGE);
     let mut position = 0;
     for (ram, part) in parts {
         for offset in part.clone().step_by(buffer.len()) {

@@ -13,12 +13,11 @@ use std::io;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 
-use memory::{AwaitedBlocks, DirtyBitmap};
+use memory::{AwaitedBlocks, DirtyBitmap, PageBuffer};
 use parking_lot::{Condvar, Mutex, RwLock};
 
 use super::base::ImageVersion;
 use super::image::contained;
-use super::threads::Aligned;
 use super::{BlockHandle, Shared};
 
 /// Lets copies use the image of a disk as long as its device is there.
@@ -264,9 +263,9 @@ impl DiskAccess {
             if !image.is_direct() {
                 return image.write_arrived(data, offset);
             }
-            let mut aligned = Aligned::new(data.len());
-            aligned.bytes().copy_from_slice(data);
-            image.write_arrived(aligned.bytes(), offset)
+            let mut aligned = PageBuffer::new(data.len());
+            aligned.copy_from_slice(data);
+            image.write_arrived(&aligned, offset)
         })
     }
 

@@ -10,6 +10,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use memory::PageBuffer;
 use sha2::{Digest as _, Sha256};
 
 use super::extents::extents;
@@ -164,7 +165,7 @@ impl OpenBase {
         let mut hash = Sha256::new();
         hash.update(TITLE);
         hash.update(size.to_le_bytes());
-        let mut chunk = vec![0; CHUNK];
+        let mut chunk = PageBuffer::new(CHUNK);
         // The first chunk that is not read yet: ranges may share one.
         let mut next = 0;
         for (from, to) in ranges {

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use memory::DirtyBitmap;
+use memory::{DirtyBitmap, PageBuffer};
 use parking_lot::RwLock;
 
 use super::LockMode;
@@ -20,7 +20,6 @@ use super::frozen::check_writable;
 use super::image::{Image, ImageError, Kind, Opening, contained};
 use super::overlay::{BaseImage, backing, failed};
 use super::request::Op;
-use super::threads::Aligned;
 
 /// Records which blocks of an image are written, while a copy of it is made.
 ///
@@ -183,9 +182,9 @@ impl DiskContent {
             if !image.is_direct() {
                 return image.read_at(data, offset);
             }
-            let mut aligned = Aligned::new(data.len());
-            image.read_at(aligned.bytes(), offset)?;
-            data.copy_from_slice(aligned.bytes());
+            let mut aligned = PageBuffer::new(data.len());
+            image.read_at(&mut aligned, offset)?;
+            data.copy_from_slice(&aligned);
             Ok(())
         })
     }

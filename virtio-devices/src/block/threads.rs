@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
-use memory::PAGE_SIZE;
+use memory::PageBuffer;
 use parking_lot::Mutex;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -109,14 +109,14 @@ impl Drop for Threads {
 }
 
 fn work(image: &Image, to_do: &Mutex<Receiver<Job>>, finish: &Sender<Done>, done: &EventFd) {
-    let mut buffer = Aligned::new(PIECE);
+    let mut buffer = PageBuffer::new(PIECE);
     loop {
         // The lock is held while waiting: the thread that holds it is the one that waits.
         let job = to_do.lock().recv();
         let Ok((request, op, durable)) = job else {
             return;
         };
-        let result = contained(|| perform(image, &request, op, durable, buffer.bytes()));
+        let result = contained(|| perform(image, &request, op, durable, &mut buffer));
         if finish.send((request, result)).is_err() {
             return;
         }
@@ -163,27 +163,5 @@ fn perform(
             }
             Ok(0)
         }
-    }
-}
-
-/// Memory that begins at a page, as direct I/O wants it.
-pub(super) struct Aligned {
-    memory: Vec<u8>,
-    start: usize,
-    len: usize,
-}
-
-impl Aligned {
-    const ALIGN: usize = PAGE_SIZE as usize;
-
-    pub(super) fn new(len: usize) -> Self {
-        let memory = vec![0; len + Self::ALIGN];
-        let start = memory.as_ptr().align_offset(Self::ALIGN).min(Self::ALIGN);
-        Self { memory, start, len }
-    }
-
-    pub(super) fn bytes(&mut self) -> &mut [u8] {
-        let end = self.start + self.len;
-        self.memory.get_mut(self.start..end).unwrap_or_default()
     }
 }

@@ -8,6 +8,7 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+use memory::PageBuffer;
 use parking_lot::{Condvar, Mutex};
 
 use super::super::memory_file::PageSink;
@@ -21,8 +22,8 @@ pub(super) const MAX_QUEUED: usize = 16 << 10;
 const STORAGE_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Memory for all copies.
-pub(super) fn memory() -> Vec<u8> {
-    vec![0; MAX_QUEUED * PAGE]
+pub(super) fn memory() -> PageBuffer {
+    PageBuffer::new(MAX_QUEUED * PAGE)
 }
 
 /// A bounded queue of copies.
