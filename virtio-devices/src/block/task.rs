@@ -27,6 +27,8 @@ const CHAINS: usize = 64;
 /// The [load](Request::load) of requests in flight at which no more are taken, in bytes: a queue that
 /// stops waits for them.
 pub(super) const MAX_IN_FLIGHT: u64 = 64 << 20;
+/// Maps of the guest's memory that requests in flight may keep, where the guest changes its map.
+const MAX_VIEWS: usize = 8;
 /// When the kernel is asked again after it took no operations, and how often before threads do them.
 const RETRY: Duration = Duration::from_millis(10);
 const MOST_FAILURES: u32 = 100;
@@ -45,6 +47,9 @@ pub(super) struct BlockTask {
     failures: u32,
     /// The load of requests in flight.
     in_flight: u64,
+    /// Maps that requests have come with since there was nothing in flight, each counted once while the
+    /// guest does not change its map, and the generation of the last.
+    views: (usize, u64),
     /// Made when it is first needed.
     threads: Option<Threads>,
     gate: Gate,
@@ -76,6 +81,7 @@ impl BlockTask {
             uring: None,
             failures: 0,
             in_flight: 0,
+            views: (0, 0),
             threads: None,
             gate: Gate::with_timer(&shared.limiter)?,
             waiting: None,
@@ -187,9 +193,28 @@ impl BlockTask {
         let threads = self.threads.as_ref();
         let parked = self.parked.as_ref();
         self.in_flight < MAX_IN_FLIGHT
+            && (self.views.0 < MAX_VIEWS || self.is_idle())
             && parked.is_none_or(|parked| parked.has_room(self.queue.size()))
             && !uring.is_some_and(|u| busy(u.has_room(), u.in_flight()))
             && !threads.is_some_and(|t| busy(t.has_room(), t.in_flight()))
+    }
+
+    /// Whether no request is in flight or waits for blocks.
+    fn is_idle(&self) -> bool {
+        self.uring.as_ref().is_none_or(|u| u.in_flight() == 0)
+            && self.threads.as_ref().is_none_or(|t| t.in_flight() == 0)
+            && self.parked.as_ref().is_none_or(Parked::is_empty)
+    }
+
+    /// Counts the map that a request keeps, which is about to be in flight.
+    fn note_view(&mut self, chain: &Chain) {
+        let generation = chain.memory().generation();
+        let (others, last) = self.views;
+        if self.is_idle() {
+            self.views = (1, generation);
+        } else if last != generation {
+            self.views = (others + 1, generation);
+        }
     }
 
     fn parse(&self, chain: Chain) -> Result<Request, QueueError> {
@@ -205,6 +230,7 @@ impl BlockTask {
     fn begin(&mut self, mut request: Request) -> Result<(), QueueError> {
         self.turn = self.turn.wrapping_add(1);
         request.turn = self.turn;
+        self.note_view(&request.chain);
         match request.what {
             What::Refused(status) => self.answer(&request, status, 0),
             What::Id => {

@@ -49,6 +49,10 @@ impl Parked {
         self.requests.len() < usize::from(entries) && self.load < MAX_IN_FLIGHT
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        self.requests.is_empty()
+    }
+
     /// Gives the request back if its operation can begin, or keeps it until it can.
     pub(super) fn admit(&mut self, mut request: Request, op: Op) -> Option<Request> {
         let Some(range) = op.range() else {

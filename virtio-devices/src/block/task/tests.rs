@@ -1,6 +1,6 @@
 use std::fs::{self, File};
 
-use memory::{AwaitedBlocks, DirtyBitmap};
+use memory::{AwaitedBlocks, DeviceOps, DirtyBitmap, SpaceKind};
 
 use super::super::Block;
 use super::*;
@@ -183,6 +183,62 @@ fn descriptors_in_flight_are_bounded() {
     assert!((1..=64).contains(&in_flight), "{in_flight}");
     task.uring.as_ref().unwrap().enable().unwrap();
     assert_eq!(usize::from(task.finish().0.next_used), in_flight);
+}
+
+/// A guest that moves a BAR between any two requests has each of them keep a map of its own.
+#[test]
+fn maps_in_flight_are_bounded() {
+    const SIZE: u16 = 64;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk");
+    fs::write(&path, [7; 4096]).unwrap();
+    let (_event_loop, workers) = workers();
+    let (device, _) = Block::new(&disk_config(&path), workers).unwrap();
+    let mut guest = TestGuest::new(1 << 20);
+    let (transport, _) = transport();
+    let mut driver = TestQueue::new(&mut guest, 0, SIZE);
+    let (header, room) = (guest.put(&[0; 16]), guest.alloc(513));
+    let table = [
+        TestBuffer::new(header, 16, false),
+        TestBuffer::new(room, 513, true),
+    ];
+    let topology = Arc::clone(&guest.topology);
+    let mut topology = topology.lock();
+    let mut tx = topology.begin();
+    let bar = tx.container("bar", 0x1000).unwrap();
+    let device_in_it = tx.device("registers", 0x1000, Arc::new(Registers)).unwrap();
+    tx.place(device_in_it, bar, 0, 0).unwrap();
+    tx.map(SpaceKind::Memory, 1 << 32, bar, 0).unwrap();
+    tx.commit().unwrap();
+    let queue = driver.device_side(&transport, QueueState::default());
+    let mut task = BlockTask::new(queue, &device.shared, true).unwrap();
+    let file = Arc::new(File::open(&path).unwrap());
+    task.uring = Some(Uring::disabled(file, SIZE).unwrap());
+    let in_flight = |task: &BlockTask| task.uring.as_ref().unwrap().in_flight();
+    for step in 0..u64::from(SIZE / 2) {
+        let mut tx = topology.begin();
+        tx.move_to(bar, (1 << 32) + step * 0x1000).unwrap();
+        tx.commit().unwrap();
+        driver.send(&table);
+        task.take().unwrap();
+    }
+    assert_eq!(in_flight(&task), MAX_VIEWS);
+    // The others follow when these are done, of which all see the same map.
+    task.uring.as_ref().unwrap().enable().unwrap();
+    while in_flight(&task) > 0 {
+        task.uring.as_mut().unwrap().wait().unwrap();
+        task.collect().unwrap();
+    }
+    task.take().unwrap();
+    assert_eq!(in_flight(&task), usize::from(SIZE / 2) - MAX_VIEWS);
+    assert_eq!(task.finish().0.next_used, SIZE / 2);
+}
+
+struct Registers;
+
+impl DeviceOps for Registers {
+    fn read(&self, _: u64, _: &mut [u8]) {}
+    fn write(&self, _: u64, _: &[u8]) {}
 }
 
 /// Requests for blocks that are still at the source of a migration wait, and others do not. A write of whole
