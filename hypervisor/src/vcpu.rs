@@ -4,9 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU8;
 
 use kvm_bindings::{
-    CpuId, KVM_CAP_HYPERV_SYNIC, KVM_EXIT_HYPERV_HCALL, KVM_MP_STATE_RUNNABLE, Msrs,
-    kvm_enable_cap, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_run, kvm_sregs,
-    kvm_xsave,
+    CpuId, KVM_CAP_HYPERV_SYNIC, KVM_EXIT_HYPERV_HCALL, Msrs, kvm_enable_cap, kvm_lapic_state,
+    kvm_msr_entry, kvm_regs, kvm_run, kvm_sregs, kvm_xsave,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
@@ -288,19 +287,6 @@ impl Vcpu {
             .map_err(KvmError::new("set a local APIC"))
     }
 
-    /// Lets a vCPU run that would wait for the guest to start it, as all but the first do.
-    ///
-    /// # Errors
-    /// Fails if KVM refuses.
-    pub fn set_runnable(&self) -> Result<(), KvmError> {
-        let runnable = kvm_mp_state {
-            mp_state: KVM_MP_STATE_RUNNABLE,
-        };
-        self.fd
-            .set_mp_state(runnable)
-            .map_err(KvmError::new("start a vCPU"))
-    }
-
     /// Injects a non-maskable interrupt.
     ///
     /// # Errors
@@ -330,6 +316,17 @@ impl Vcpu {
 impl Drop for Vcpu {
     fn drop(&mut self) {
         self.gate.forget(&self.seat);
+    }
+}
+
+#[cfg(test)]
+impl Vcpu {
+    /// Lets a vCPU run that would wait for the guest to start it, as all but the first do.
+    pub(crate) fn set_runnable(&self) -> Result<(), kvm_ioctls::Error> {
+        let runnable = kvm_bindings::kvm_mp_state {
+            mp_state: kvm_bindings::KVM_MP_STATE_RUNNABLE,
+        };
+        self.fd.set_mp_state(runnable)
     }
 }
 
