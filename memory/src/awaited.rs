@@ -122,6 +122,9 @@ pub struct AwaitedBlocks {
     is_tainted: AtomicBool,
     state: Mutex<State>,
     on_wait: Box<dyn Fn() + Send + Sync>,
+    /// How often a waiting operation was looked at.
+    #[cfg(test)]
+    looks: AtomicUsize,
 }
 
 impl AwaitedBlocks {
@@ -140,6 +143,8 @@ impl AwaitedBlocks {
             is_tainted: AtomicBool::new(false),
             state: Mutex::default(),
             on_wait: Box::new(on_wait),
+            #[cfg(test)]
+            looks: AtomicUsize::new(0),
         })
     }
 
@@ -188,6 +193,8 @@ impl AwaitedBlocks {
     }
 
     fn is_ready(&self, state: &State, range: BlockRange) -> bool {
+        #[cfg(test)]
+        self.looks.fetch_add(1, Ordering::Relaxed);
         if self.needed(range).next().is_some() {
             return false;
         }
@@ -285,10 +292,14 @@ impl AwaitedBlocks {
     /// Ends a claim. Returns how long operations waited for those of its pages that were asked for.
     fn end(&self, id: u64, is_done: bool) -> Vec<Duration> {
         let mut state = self.state.lock();
-        let pages = state.claims.remove(&id).unwrap_or_default();
         let mut waited = Vec::new();
+        let Some(pages) = state.claims.remove(&id) else {
+            // It was ended by `Claim::done`.
+            return waited;
+        };
         if is_done {
-            let came = pages.filter(|page| self.missing.take_page(*page));
+            let came = pages.clone();
+            let came = came.filter(|page| self.missing.take_page(*page));
             for page in came {
                 self.left.fetch_sub(1, Ordering::Release);
                 if let Some(asked) = state.asked.remove(&page) {
@@ -297,9 +308,15 @@ impl AwaitedBlocks {
             }
         }
         let waits = std::mem::take(&mut state.waits);
+        // No other operation waited for this claim. With thousands that wait and thousands of claims, a
+        // look at all pairs would take the lock for a good part of a second.
+        let concerns = |wait: &Wait| {
+            let (theirs, _) = self.pages(wait.range);
+            theirs.start < pages.end && pages.start < theirs.end
+        };
         let (ready, waits): (Vec<_>, _) = waits
             .into_iter()
-            .partition(|wait| self.is_ready(&state, wait.range));
+            .partition(|wait| concerns(wait) && self.is_ready(&state, wait.range));
         let is_waiting = !waits.is_empty();
         state.waits = waits;
         drop(state);
@@ -326,16 +343,18 @@ impl AwaitedBlocks {
             ..
         } = &mut *state;
         for page in waits.iter().flat_map(|wait| self.needed(wait.range)) {
-            if claims.values().any(|range| range.contains(&page)) {
+            // Before the claims, of which there may be thousands.
+            if asked.get(&page).is_some_and(|asked| asked.is_sent)
+                || claims.values().any(|range| range.contains(&page))
+            {
                 continue;
             }
             let asked = asked.entry(page).or_insert_with(|| Asked {
                 since: Instant::now(),
                 is_sent: false,
             });
-            if !std::mem::replace(&mut asked.is_sent, true) {
-                requests.push(page);
-            }
+            asked.is_sent = true;
+            requests.push(page);
         }
         requests
     }

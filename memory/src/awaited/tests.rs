@@ -238,3 +238,34 @@ fn only_lost_requests_are_repeated() {
     assert_eq!(model.blocks.take_requests(), [3]);
     assert_eq!(model.flights.len(), 1);
 }
+
+/// A guest can have thousands of operations that wait, and thousands in flight. The end of one must not
+/// look at all pairs of them, with the map locked.
+#[test]
+fn end_looks_at_operations_on_its_pages_only() {
+    const MANY: usize = 64;
+    let missing = DirtyBitmap::new(MANY * PAGE);
+    missing.merge(0, &[u64::MAX]);
+    let blocks = AwaitedBlocks::new((MANY * PAGE) as u64, missing, || {});
+    let waiter = Waiter::new(|| {});
+    let change = |page: usize| BlockRange {
+        offset: (page * PAGE) as u64,
+        len: PAGE_SIZE,
+        usage: BlockUse::Change,
+    };
+    let claim = |page: usize| match blocks.admit(change(page), &waiter, 0) {
+        Admission::Claimed(claim) => claim,
+        other => panic!("{other:?}"),
+    };
+    let claims: Vec<Claim> = (0..MANY).map(claim).collect();
+    for page in 0..MANY {
+        let admitted = blocks.admit(change(page), &waiter, page as u64);
+        assert!(matches!(admitted, Admission::Waits));
+    }
+    blocks.looks.store(0, Ordering::Relaxed);
+    for (page, claim) in claims.into_iter().enumerate() {
+        drop(claim.done());
+        assert_eq!(waiter.take_ready(), [page as u64]);
+    }
+    assert_eq!(blocks.looks.load(Ordering::Relaxed), MANY);
+}
