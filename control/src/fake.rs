@@ -198,6 +198,63 @@ mod tests {
         assert_eq!(events, ["created", "booted", "deleted"]);
     }
 
+    type FakeInbox = crate::handle::Inbox<(), ()>;
+
+    /// Drivers that answer when the test does.
+    #[derive(Clone, Default)]
+    struct ByHand(Arc<parking_lot::Mutex<Vec<FakeInbox>>>);
+
+    impl Spawn for ByHand {
+        fn spawn(
+            &self,
+            id: &VmId,
+            config: Arc<VmConfig>,
+            events: EventLog,
+        ) -> Result<VmHandle, RequestError> {
+            let (handle, inbox, ..) = connect::<(), ()>(id, config, events, || {});
+            self.0.lock().push(inbox);
+            Ok(handle)
+        }
+
+        fn host_limits(&self) -> HostLimits {
+            Fake::default().host_limits()
+        }
+
+        fn host_cpu(&self) -> HostCpu {
+            HostCpu::default()
+        }
+
+        fn check_cpu(&self, guest: &CpuDescription) -> Result<CpuCheck, RequestError> {
+            Fake::default().check_cpu(guest)
+        }
+    }
+
+    /// A request or migration that ends late leaves a VM alone that has got the name meanwhile.
+    #[tokio::test]
+    async fn only_the_vm_that_was_meant_is_forgotten() {
+        let drivers = ByHand::default();
+        let registry = Registry::new(drivers.clone());
+        let name: VmId = "one".parse().unwrap();
+        let first = registry.create(Some(name.clone()), config()).unwrap();
+        let mut late = std::pin::pin!(registry.delete("one"));
+        let asked = std::future::poll_fn(|context| {
+            std::task::Poll::Ready(late.as_mut().poll(context).is_pending())
+        });
+        assert!(asked.await);
+        registry.forget(&first, "migrated", None);
+        let second = registry.create(Some(name), config()).unwrap();
+        let Some(Message::Ask(ask)) = drivers.0.lock()[0].next(|_| true) else {
+            panic!("no request");
+        };
+        ask.answer(Ok(Reply::Done));
+        late.await.unwrap();
+        registry.forget(&first, "migrated", None);
+        assert!(registry.get("one").unwrap().is_same(&second));
+        let (events, _) = registry.events().after(0, None);
+        let events: Vec<_> = events.into_iter().map(|event| event.event).collect();
+        assert_eq!(events, ["created", "migrated", "created"]);
+    }
+
     #[tokio::test]
     async fn rejects_duplicate_names_and_bad_configs() {
         let registry = Registry::new(Fake::default());

@@ -302,6 +302,12 @@ impl VmHandle {
         &self.id
     }
 
+    /// Returns true if both are handles of one VM, and not of two that had the name one after the other.
+    #[must_use]
+    pub fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.line, &other.line)
+    }
+
     /// Returns the status that the driver published last. Never waits.
     #[must_use]
     pub fn status(&self) -> VmStatus {

@@ -107,8 +107,8 @@ impl Registry {
             .spawner
             .spawn(&id, Arc::new(config), self.0.events.clone())?;
         vms.insert(id.clone(), handle.clone());
-        drop(vms);
         self.0.events.record(&id, "created", None);
+        drop(vms);
         self.0.changes.send_modify(|count| *count += 1);
         Ok(handle)
     }
@@ -142,21 +142,23 @@ impl Registry {
             Err(gone) if gone == RequestError::driver_gone() => {}
             Err(refused) => return Err(refused),
         }
-        if self.0.vms.lock().remove(handle.id()).is_some() {
-            self.0.events.record_last(handle.id(), "deleted", None);
-            self.0.changes.send_modify(|count| *count += 1);
-        }
+        self.forget(&handle, "deleted", None);
         Ok(())
     }
 
     /// Removes a VM and records `event`. Its driver ends when the last handle is dropped. Does nothing if
-    /// there is no VM of this name.
-    pub fn forget(&self, id: &VmId, event: &str, detail: Option<String>) {
-        let forgotten = self.0.vms.lock().remove(id);
-        if forgotten.is_some() {
-            self.0.events.record_last(id, event, detail);
-            self.0.changes.send_modify(|count| *count += 1);
+    /// the VM is gone, also if another has its name by now.
+    pub fn forget(&self, vm: &VmHandle, event: &str, detail: Option<String>) {
+        let mut vms = self.0.vms.lock();
+        if !vms.get(vm.id()).is_some_and(|there| there.is_same(vm)) {
+            return;
         }
+        let forgotten = vms.remove(vm.id());
+        // Under the lock: behind it another VM of the name may have a history.
+        self.0.events.record_last(vm.id(), event, detail);
+        drop(vms);
+        drop(forgotten);
+        self.0.changes.send_modify(|count| *count += 1);
     }
 
     /// Records an event of a VM that may not exist: one that is awaited, or was not made.
@@ -407,11 +409,8 @@ impl Registry {
             if let Err(error) = answer.await {
                 tracing::warn!(vm = %vm.id(), %error, "a VM did not end cleanly");
             }
-            if self.0.vms.lock().remove(vm.id()).is_some() {
-                self.0.events.record_last(vm.id(), "deleted", None);
-            }
+            self.forget(&vm, "deleted", None);
         }
-        self.0.changes.send_modify(|count| *count += 1);
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use ::devices::tpm::LoadedTpm;
-use control::{Accepted, Arrival, Registry};
+use control::{Accepted, Arrival, Registry, VmHandle};
 use memory::AwaitedBlocks;
 use migration::{
     Block, Destination, DestinationDisk, Fate, Host, Journal, Offer, Phase, Refusal, Side,
@@ -188,18 +188,17 @@ impl DestinationHost {
         }
     }
 
-    fn create(&self, vm: &VmId, config: VmConfig) -> Result<Caller, Refusal> {
-        self.registry
-            .create(Some(vm.clone()), config)
-            .map_err(offer::refusal)?;
+    fn create(&self, vm: &VmId, config: VmConfig) -> Result<(VmHandle, Caller), Refusal> {
+        let created = self.registry.create(Some(vm.clone()), config);
+        let created = created.map_err(offer::refusal)?;
         let gone = || Refusal::new("machine-gone", "the VM no longer exists");
-        self.callers.get(vm).ok_or_else(gone)
+        Ok((created, self.callers.get(vm).ok_or_else(gone)?))
     }
 
     /// Builds the machine, and gives it to the VM's driver.
     fn build(
         &self,
-        vm: VmId,
+        vm: VmHandle,
         parts: DestinationParts,
         config: &VmConfig,
         origin: &MachineOrigin,
@@ -292,7 +291,7 @@ impl Host for DestinationHost {
             &mut config,
             &mut resolved,
         )?;
-        let caller = self.create(&vm, config)?;
+        let (vm, caller) = self.create(&vm, config)?;
         self.moving.end_is_recorded.store(false, Ordering::Release);
         let give_up = |why: Refusal| {
             self.registry
@@ -322,7 +321,7 @@ impl Host for DestinationHost {
         let mut target = built.map_err(give_up)?;
         target.overlays = overlays;
         if self.origin == GuestOrigin::Migration {
-            *self.moving.vm.lock() = Some(vm);
+            *self.moving.vm.lock() = Some(vm.id().clone());
         }
         if let Some(accepted) = &self.accepted {
             accepted(Arc::clone(&self.moving) as _);
@@ -343,7 +342,7 @@ impl Host for DestinationHost {
 
 struct DestinationVm {
     registry: Registry,
-    vm: VmId,
+    vm: VmHandle,
     caller: Caller,
     ram: GuestRam,
     halter: Arc<Halter>,
@@ -467,7 +466,7 @@ impl Destination for DestinationVm {
             .caller
             .call(move |driver, sources| driver.fail_guest(failure, sources));
         if ended.is_err() {
-            tracing::debug!(vm = self.vm.as_str(), "the machine had ended already");
+            tracing::debug!(vm = %self.vm.id(), "the machine had ended already");
         }
     }
 
@@ -487,7 +486,7 @@ impl Destination for DestinationVm {
             // Another migration may come at once, for the same disks and sockets.
             Ok(gone) => gone.wait(),
             Err(_) => tracing::debug!(
-                vm = self.vm.as_str(),
+                vm = %self.vm.id(),
                 "the machine of a guest that did not arrive had ended already"
             ),
         }

@@ -469,7 +469,7 @@ impl Migrate for Pool {
         let mut journal = journals
             .open(moving.id, Side::Source, id.as_str(), &moving.endpoint)
             .map_err(|error| Journals::unwritable(&error))?;
-        let (registry, ours) = (registry.clone(), Arc::clone(&moving));
+        let (registry, vm, ours) = (registry.clone(), vm.clone(), Arc::clone(&moving));
         let known = Arc::clone(self.known_bases());
         let span = tracing::error_span!("vm", %id);
         start("migrate-out", span, move || {
@@ -485,6 +485,7 @@ impl Migrate for Pool {
             );
             let listed = Listed {
                 registry,
+                vm,
                 destination: ours.endpoint.clone(),
             };
             let mut source = SourceVm::moving(id.clone(), parts, listed, &selection);

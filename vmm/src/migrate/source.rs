@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ::devices::tpm::TpmSnapshot;
-use control::Registry;
+use control::{Registry, VmHandle};
 use migration::{
     Block, BlockInfo, Offer, Outcome, Refusal, Source, SourceDisk, Stopped, Whereabouts,
 };
@@ -42,6 +42,7 @@ pub(super) struct SourceVm {
 /// A VM in the list of a service, which leaves it for a destination.
 pub(super) struct Listed {
     pub(super) registry: Registry,
+    pub(super) vm: VmHandle,
     pub(super) destination: String,
 }
 
@@ -325,11 +326,12 @@ impl Source for SourceVm {
         match (outcome, self.listed.take()) {
             (Outcome::Moved, Some(listed)) => {
                 let detail = format!("to {}", listed.destination);
-                listed.registry.forget(&self.vm, "migrated", Some(detail));
+                listed.registry.forget(&listed.vm, "migrated", Some(detail));
             }
             (Outcome::Lost(why), Some(listed)) => {
                 let detail = Some(why.detail.clone());
-                listed.registry.forget(&self.vm, "migration-failed", detail);
+                let registry = &listed.registry;
+                registry.forget(&listed.vm, "migration-failed", detail);
             }
             (Outcome::Moved | Outcome::Lost(_), None) => {}
             // It can be migrated again, and its owner may read why it was not.
