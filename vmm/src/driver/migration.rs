@@ -19,7 +19,7 @@ use virtio_devices::block::DiskAccess;
 
 use super::consoles::Consoles;
 use super::ending::Gone;
-use super::outgoing::{Outgoing, OutgoingState, Purpose};
+use super::outgoing::{Departure, Outgoing, OutgoingState, Purpose};
 use super::resize::Resizes;
 use super::{Caller, Driver, End, Stage, internal};
 use crate::arch::x86_64::cpu_model::CpuModel;
@@ -30,6 +30,8 @@ use crate::machine::{Active, Extent, GuestRam, Host, Machine, NotParked};
 
 /// The parts of a source's machine that the engine needs.
 pub(crate) struct SourceParts {
+    /// Held until the operation has ended.
+    pub(crate) _departure: Departure,
     pub(crate) caller: Caller,
     pub(crate) config: Arc<VmConfig>,
     pub(crate) places: BTreeMap<String, Bdf>,
@@ -62,35 +64,8 @@ pub(super) fn no_machine() -> Refusal {
     Refusal::new("machine-gone", "the VM has no machine")
 }
 
-fn moving(detail: &str) -> RequestError {
+pub(super) fn moving(detail: &str) -> RequestError {
     RequestError::new(Category::Conflict, "vm-migrating", detail)
-}
-
-/// Why a request cannot be done while a snapshot or core dump is written, if it cannot.
-fn refused_while_saving(outgoing: &Outgoing, verb: Verb) -> Option<RequestError> {
-    match verb {
-        Verb::Reboot | Verb::Shutdown | Verb::Delete => {
-            // Too late if the snapshot is complete, which is no reason to keep the machine.
-            let _ = outgoing.decision.cancel();
-            None
-        }
-        // A live snapshot has copied all of the machine but its memory.
-        _ if outgoing.state == OutgoingState::Imaged => None,
-        // The snapshot has the state and the devices of the paused guest.
-        Verb::Resume
-        | Verb::AddDevice
-        | Verb::RemoveDevice
-        | Verb::Resize
-        | Verb::ResizeZone
-        | Verb::ResizeDisk => Some(moving(outgoing.busy())),
-        Verb::MemoryMap
-        | Verb::Cpu
-        | Verb::Counters
-        | Verb::Boot
-        | Verb::Pause
-        | Verb::PowerButton
-        | Verb::Nmi => None,
-    }
 }
 
 impl Driver {
@@ -128,7 +103,7 @@ impl Driver {
             outgoing.state,
             OutgoingState::Snapshot | OutgoingState::Imaged
         ) {
-            return refused_while_saving(outgoing, verb);
+            return outgoing.refused_while_saving(verb);
         }
         let is_stopped = outgoing.is_stopped();
         match verb {
@@ -220,11 +195,17 @@ impl Driver {
         let (ram, memslots) = active.memory();
         // The caller is bound to this machine: after a guest's reset the engine's next step fails
         // with `machine-gone` instead of acting on another machine.
+        let caller = Caller {
+            machine: self.machine,
+            to: self.events.clone(),
+        };
+        let mark = Arc::default();
         let parts = SourceParts {
-            caller: Caller {
-                machine: self.machine,
-                to: self.events.clone(),
+            _departure: Departure {
+                caller: caller.clone(),
+                mark: Arc::clone(&mark),
             },
+            caller,
             config: Arc::clone(&self.config),
             places: active.devices().places(),
             ram,
@@ -244,6 +225,7 @@ impl Driver {
         );
         self.progress = Some(progress.clone());
         self.outgoing = Some(Outgoing {
+            mark,
             decision: decision.clone(),
             purpose,
             state: match purpose {

@@ -1,10 +1,17 @@
 //! The state of a guest that moves away, or of which a snapshot is written.
 
-use control::SnapshotOf;
+use std::sync::Arc;
+
+use control::{RequestError, SnapshotOf, Verb};
 use migration::{Decision, Refusal};
+
+use super::migration::moving;
+use super::{Caller, Driver};
 
 /// A guest that is moving away.
 pub(super) struct Outgoing {
+    /// Tells it from those before and after it.
+    pub(super) mark: Arc<()>,
     pub(super) decision: Decision,
     pub(super) state: OutgoingState,
     pub(super) purpose: Purpose,
@@ -79,6 +86,33 @@ impl Outgoing {
         }
     }
 
+    /// Why a request cannot be done while a snapshot or core dump is written, if it cannot.
+    pub(super) fn refused_while_saving(&self, verb: Verb) -> Option<RequestError> {
+        match verb {
+            Verb::Reboot | Verb::Shutdown | Verb::Delete => {
+                // Too late if the snapshot is complete, which is no reason to keep the machine.
+                let _ = self.decision.cancel();
+                None
+            }
+            // A live snapshot has copied all of the machine but its memory.
+            _ if self.state == OutgoingState::Imaged => None,
+            // The snapshot has the state and the devices of the paused guest.
+            Verb::Resume
+            | Verb::AddDevice
+            | Verb::RemoveDevice
+            | Verb::Resize
+            | Verb::ResizeZone
+            | Verb::ResizeDisk => Some(moving(self.busy())),
+            Verb::MemoryMap
+            | Verb::Cpu
+            | Verb::Counters
+            | Verb::Boot
+            | Verb::Pause
+            | Verb::PowerButton
+            | Verb::Nmi => None,
+        }
+    }
+
     /// Whether the guest is stopped because it moves.
     pub(super) fn is_stopped(&self) -> bool {
         self.state.is_stopped()
@@ -87,6 +121,44 @@ impl Outgoing {
     /// Whether the guest stays and is paused because it lacks what it needs.
     pub(super) fn is_stranded(&self) -> bool {
         matches!(self.state, OutgoingState::Stranded { .. })
+    }
+}
+
+/// The engine's hold on a guest that moves away or is saved. Dropping it frees the VM if nothing else has: the
+/// operation could not begin, or panicked.
+pub(crate) struct Departure {
+    pub(super) caller: Caller,
+    pub(super) mark: Arc<()>,
+}
+
+impl Drop for Departure {
+    fn drop(&mut self) {
+        let mark = Arc::clone(&self.mark);
+        // Not waited for: what follows over this way comes behind it, and a driver may drop it itself.
+        self.caller.send(move |driver, _| driver.abandon(&mark));
+    }
+}
+
+impl Driver {
+    /// Keeps a guest whose operation was given up without an end. One that was handed over stays as it is: it
+    /// may run at its destination.
+    fn abandon(&mut self, mark: &Arc<()>) {
+        let Some(outgoing) = &self.outgoing else {
+            return;
+        };
+        let is_settled = outgoing.state.is_handed_over() || outgoing.is_stranded();
+        if !Arc::ptr_eq(&outgoing.mark, mark) || is_settled {
+            return;
+        }
+        let event = match outgoing.purpose {
+            Purpose::Move => "migration-failed",
+            Purpose::Snapshot(_) => "snapshot-failed",
+            Purpose::CoreDump => "core-dump-failed",
+        };
+        if let Err(error) = self.stay() {
+            tracing::warn!(%error, "a guest that stays cannot resume");
+        }
+        self.record(event, "the service could not begin or finish it".to_owned());
     }
 }
 

@@ -31,7 +31,7 @@ pub(super) fn begin(
         .map_err(|_| RequestError::driver_gone())??;
     let ours = Arc::clone(&dumping);
     let span = tracing::info_span!("vm", id = id.as_str());
-    start("core-dump", span, move || {
+    start("core-dump", span, &dumping, move || {
         tracing::info!(dump = %ours.id, file = ours.endpoint, "core dump: begins");
         let caller = parts.caller.clone();
         let source = SourceVm::new(id, parts);
@@ -49,7 +49,6 @@ pub(super) fn begin(
         // The report has the failure, if it failed.
         let _ = write_core(&dump, || caller.attempt(Driver::core));
         ours.log_end();
-        ours.end();
     })?;
     Ok(dumping)
 }

@@ -174,7 +174,6 @@ impl MirroredVmDisk {
         // Free before anyone hears so.
         drop(target);
         ours.log_end();
-        ours.end();
     }
 }
 
@@ -269,7 +268,7 @@ pub(super) fn begin(
     mirrored.record("disk-mirroring", format!("{disk} to {shown}"));
     let ours = Arc::clone(&mirroring);
     let span = tracing::error_span!("vm", %id);
-    start("mirror", span, move || {
+    start("mirror", span, &mirroring, move || {
         mirrored.run(&ours, &policy, target);
         drop(reserved);
     })?;

@@ -17,13 +17,13 @@ mod source;
 mod standing;
 mod storage;
 mod taps;
+mod threads;
 mod trust;
 
 use std::path::Path;
 use std::str::FromStr as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use control::{
@@ -54,6 +54,7 @@ pub use self::snapshot::snapshot_config;
 use self::source::{Listed, SourceVm};
 use self::storage::{BaseNotes, Selection};
 pub(crate) use self::storage::{KnownBases, image_refusal, remove_leftovers};
+use self::threads::{Ending, start};
 pub use self::trust::MigrationTrust;
 use crate::driver::Purpose;
 use crate::pool::Pool;
@@ -416,20 +417,6 @@ fn policy(what: &StartMigration) -> Result<Policy, RequestError> {
     })
 }
 
-/// Starts a thread whose log lines belong to `span`: a peer decides how many some of them are.
-fn start(
-    name: &str,
-    span: tracing::Span,
-    run: impl FnOnce() + Send + 'static,
-) -> Result<(), RequestError> {
-    let builder = thread::Builder::new().name(name.to_owned());
-    let started = builder.spawn(move || span.in_scope(run));
-    started.map(|_| ()).map_err(|error| {
-        let detail = format!("cannot start a thread: {error}");
-        RequestError::new(Category::Host, "host-refused", detail)
-    })
-}
-
 impl Migrate for Pool {
     fn history(&self) -> Vec<Arc<dyn Migration>> {
         history::all(self.journals())
@@ -472,7 +459,7 @@ impl Migrate for Pool {
         let (registry, vm, ours) = (registry.clone(), vm.clone(), Arc::clone(&moving));
         let known = Arc::clone(self.known_bases());
         let span = tracing::error_span!("vm", %id);
-        start("migrate-out", span, move || {
+        start("migrate-out", span, &moving, move || {
             let memory = parts.ram.plugged_len();
             tracing::info!(
                 migration = %ours.id,
@@ -511,7 +498,6 @@ impl Migrate for Pool {
                 pending_abort.send(&*dial);
             }
             journals.forget(ours.id, Side::Source);
-            ours.end();
         })?;
         Ok(moving)
     }

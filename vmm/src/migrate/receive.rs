@@ -74,16 +74,15 @@ fn is_ending(migration: &ActiveMigration) -> bool {
     migration.decision.is_canceled() || migration.progress.report().phase.is_over()
 }
 
-/// Releases the endpoint of a migration and announces its end, also after a panic: clients wait for it.
-struct Ending {
+/// Releases the endpoint of a migration, also after a panic.
+struct HeldEndpoint {
     migration: Arc<ActiveMigration>,
     endpoints: Endpoints,
 }
 
-impl Drop for Ending {
+impl Drop for HeldEndpoint {
     fn drop(&mut self) {
         self.endpoints.release(&self.migration);
-        self.migration.end();
     }
 }
 
@@ -184,17 +183,18 @@ pub(super) fn begin(
     .resuming(what.resume)
     .with_taps(GivenTaps::new(what.net_fds.as_ref()));
     let (limit, once) = (pool.connection_limit(), what.once);
-    let (ours, endpoints) = (Arc::clone(&moving), pool.endpoints().clone());
-    endpoints.hold(bound, &moving);
+    let (ours, endpoints) = (Arc::clone(&moving), pool.endpoints());
     let (asked, registry) = (what.vm.clone(), registry.clone());
     // The VM is not known before an offer is accepted.
     let span = tracing::error_span!("migration", id = %moving.id);
-    let started = start("migrate-in", span, move || {
-        let ending = Ending {
-            migration: Arc::clone(&ours),
-            endpoints,
-        };
-        // Dropped before `ending`: the endpoint is free before anyone hears so.
+    let held = HeldEndpoint {
+        migration: Arc::clone(&moving),
+        endpoints: endpoints.clone(),
+    };
+    endpoints.hold(bound, &moving);
+    start("migrate-in", span, &moving, move || {
+        let held = held;
+        // Dropped before `held`: the endpoint is free before anyone hears so.
         let mut accept = accept;
         let record_end = || {
             if let Some(vm) = &asked {
@@ -228,9 +228,8 @@ pub(super) fn begin(
         record_end();
         ours.log_end();
         drop(accept);
-        drop(ending);
-    });
-    started.inspect_err(|_| pool.endpoints().release(&moving))?;
+        drop(held);
+    })?;
     Ok(moving)
 }
 

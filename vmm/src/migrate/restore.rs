@@ -190,7 +190,7 @@ fn begin_children(
     let restoring = Arc::clone(&ours);
     let (id, registry) = (vm.clone(), registry.clone());
     let span = tracing::info_span!("vm", id = vm.as_str());
-    start("restore", span, move || {
+    start("restore", span, &restoring, move || {
         let manifest = snapshot.manifest();
         tracing::info!(
             restore = %ours.id, snapshot = %manifest.id, folder = ours.endpoint, from = manifest.vm,
@@ -206,7 +206,6 @@ fn begin_children(
             record_failure(&ours, &registry, &id, origin);
         }
         ours.log_end();
-        ours.end();
     })?;
     Ok(restoring)
 }
@@ -320,7 +319,7 @@ pub(super) fn begin_fork(
     })?;
     let forking = Arc::clone(&ours);
     let span = tracing::info_span!("vm", id = id.as_str());
-    start("fork", span, move || {
+    start("fork", span, &forking, move || {
         tracing::info!(
             fork = %ours.id, vm = id.as_str(), vms = offers.len(), live = !is_paused, "fork: begins"
         );
@@ -351,7 +350,6 @@ pub(super) fn begin_fork(
             children.make(&snapshot, offers, &host, &ours);
         }
         ours.log_end();
-        ours.end();
     })?;
     Ok(forking)
 }

@@ -172,7 +172,7 @@ pub(super) fn take(
     })?;
     let needed = Arc::new(copies::without(&config, &copies.names()));
     let span = tracing::info_span!("vm", id = id.as_str());
-    start("snapshot", span, move || {
+    start("snapshot", span, &taking, move || {
         tracing::info!(
             snapshot = %ours.id, vm = id.as_str(), folder = ours.endpoint, memory_bytes,
             live = !is_paused, copied_disks = copies.count(), "snapshot: begins"
@@ -212,7 +212,6 @@ pub(super) fn take(
             write_live(&writing, &mut LiveVm { source, disks })
         };
         ours.log_end();
-        ours.end();
         drop(reserved);
     })?;
     Ok(taking)
@@ -255,7 +254,7 @@ pub(super) fn merge_chain(
     let records = Mutex::new(records);
     let ours = Arc::clone(&merging);
     let span = tracing::info_span!("merge", folder = merging.endpoint);
-    start("snapshot", span, move || {
+    start("snapshot", span, &merging, move || {
         let manifest = chain.manifest();
         tracing::info!(
             merge = %ours.id, snapshot = %manifest.id, from = manifest.vm, "merge: begins"
@@ -279,7 +278,6 @@ pub(super) fn merge_chain(
         // The report has the failure, if it failed.
         let _ = merge(&writing, &chain);
         ours.log_end();
-        ours.end();
     })?;
     Ok(merging)
 }

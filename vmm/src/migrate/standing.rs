@@ -10,7 +10,7 @@ use spec::{AwaitMigration, MigrationSide};
 
 use super::destination::{DestinationHost, GuestOrigin};
 use super::receive::{Listening, listen};
-use super::{ActiveMigration, start};
+use super::{ActiveMigration, Ending, start};
 use crate::pool::Pool;
 
 /// A listener that says when it is closed: the receiver settles then, though guests that it accepted
@@ -32,15 +32,6 @@ impl Drop for Settled {
 impl Accept for Closing {
     fn accept(&mut self, patience: Duration) -> io::Result<Option<Box<dyn Stream>>> {
         self.accept.accept(patience)
-    }
-}
-
-/// Announces the end of a migration or of the wait, also after a panic: clients wait for it.
-struct Ending(Arc<ActiveMigration>);
-
-impl Drop for Ending {
-    fn drop(&mut self) {
-        self.0.end();
     }
 }
 
@@ -79,8 +70,7 @@ pub(super) fn begin(
     // All lines share one span and so one limit: each offer of a stranger has a number of its own,
     // and would otherwise have a limit of its own.
     let span = tracing::error_span!("receiver", id = %wait.id);
-    start("migrate-accept", span, move || {
-        let ending = Ending(Arc::clone(&ours));
+    start("migrate-accept", span, &wait, move || {
         let arrives = |arriving: Arriving<'_>| {
             let moving = of_endpoint(&endpoint);
             let ending = Ending(Arc::clone(&moving));
@@ -113,7 +103,6 @@ pub(super) fn begin(
         if let Err(why) = receive_all(standing) {
             tracing::error!(endpoint, %why, "migration: no more guests can be accepted");
         }
-        drop(ending);
     })?;
     Ok(wait)
 }

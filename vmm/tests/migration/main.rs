@@ -8,10 +8,12 @@ mod stage;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use control::Request;
+use control::{Registry, Request};
 use guest::{Command, Crash, Line, Options, Workload};
 use migration::testing::Issuer;
 use spec::{AtDeadline, AwaitMigration, MemoryMode, MigrationPhase, StartMigration, VmState};
+use vmm::{Pool, PoolConfig};
+
 use stage::{Console, PATIENCE, Stage, assert_phase, over};
 
 #[tokio::test]
@@ -146,6 +148,22 @@ async fn reset_ends_migration() {
                 tokio::time::sleep(Duration::from_millis(2)).await;
             }
         }
+    }
+}
+
+/// A migration that cannot begin leaves its VM free.
+#[tokio::test]
+async fn migration_that_did_not_begin_leaves_no_mark() {
+    let mut stage = Stage::new();
+    let pool = Pool::start(&PoolConfig::default()).unwrap();
+    // There can be no directory below a file.
+    let pool = pool.with_journals(stage.dir.path().join("pocket/journals"));
+    stage.here = Registry::new(pool);
+    drop(stage.boot(stage.config(100, 1)).await);
+    let what = StartMigration::to(format!("unix:{}", stage.path("nowhere")));
+    for _ in 0..2 {
+        let begun = stage.here.send_migration("pocket", &what);
+        assert_eq!(begun.map(drop).unwrap_err().code, "journal");
     }
 }
 
