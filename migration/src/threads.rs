@@ -1,10 +1,41 @@
 //! Threads of a migration.
 
+use std::io;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::Duration;
+
+use crate::link::Closer;
+
 /// Returns `work` inside the log span of the caller, for a thread that is to do it. The service limits
 /// its log by span, so a line without one would count against everybody's limit.
 pub(crate) fn in_span<R>(work: impl FnOnce() -> R) -> impl FnOnce() -> R {
     let span = tracing::Span::current();
     move || span.in_scope(work)
+}
+
+/// Talks to the other side, and has `closer` end that after `limit`. The patience of a stream does not suffice: each
+/// byte restarts it.
+///
+/// # Errors
+/// The host has no thread for the clock.
+pub(crate) fn within<R>(
+    limit: Duration,
+    closer: &Closer,
+    talk: impl FnOnce() -> R,
+) -> io::Result<R> {
+    thread::scope(|scope| {
+        let (talking, ended) = mpsc::channel::<()>();
+        let clock = move || {
+            if ended.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
+                closer.close();
+            }
+        };
+        thread::Builder::new().spawn_scoped(scope, clock)?;
+        let talked = talk();
+        drop(talking);
+        Ok(talked)
+    })
 }
 
 /// Lets threads of the guest run before this one, for bulk work beside a guest that waits for pages. KVM

@@ -34,6 +34,8 @@ pub(super) struct FaultServer {
     serving: Serving,
     /// Ends the faults channel.
     closer: Closer,
+    /// Ends the channel that carries the pages.
+    pages: Closer,
     requests: JoinHandle<()>,
     /// Absent if the guest has no disks that are copied.
     blocks: Option<JoinHandle<()>>,
@@ -61,8 +63,9 @@ impl FaultServer {
     ) -> Result<Self, MigrationError> {
         // A guest that misses nothing is silent.
         let prepared = faults.set_patience(PAGES_PATIENCE);
-        let closers = prepared.and_then(|()| Ok((faults.closer()?, faults.closer()?)));
-        let (closer, of_blocks) = closers.map_err(WireError::from)?;
+        let closers =
+            prepared.and_then(|()| Ok((faults.closer()?, faults.closer()?, ram.stream.closer()?)));
+        let (closer, of_blocks, pages) = closers.map_err(WireError::from)?;
         // A page of memory waits for what the channel has to send of disks. A host that does not know the
         // option makes it wait longer, and nothing else.
         let _ = ram.stream.limit_unsent(UNSENT);
@@ -89,6 +92,7 @@ impl FaultServer {
         Ok(Self {
             serving,
             closer,
+            pages,
             requests,
             blocks,
         })
@@ -110,6 +114,12 @@ impl FaultServer {
             thread.join().ok()?;
         }
         Arc::into_inner(self.serving.ram).map(Mutex::into_inner)
+    }
+
+    /// Ends it at once: the other side may not read the pages that it is sending.
+    pub(super) fn cut(self) {
+        self.pages.close();
+        drop(self.end());
     }
 }
 
@@ -275,5 +285,38 @@ mod tests {
         // The second is in the queue, or is being read and is sent before the end.
         go.send(()).unwrap();
         assert!(server.end().is_some());
+    }
+
+    /// A destination that asks for pages and does not read them holds nothing up.
+    #[test]
+    fn cut_does_not_wait_for_the_reader() {
+        const MANY: usize = 128;
+        let memory = ram(MANY);
+        memory.dirty().set_enabled(true);
+        (0..MANY).for_each(|page| fill_page(&memory, page, 7));
+        memory.dirty().mark_all();
+        let (faults, mut asks) = UnixStream::pair().unwrap();
+        let (ram, mut pages) = UnixStream::pair().unwrap();
+        let (memory, ram) = (blocks(&memory), Ram::new(Box::new(ram)));
+        let server = FaultServer::start(
+            Box::new(faults),
+            ram,
+            memory,
+            Vec::new(),
+            Progress::default(),
+        );
+        for page in 0..MANY as u64 {
+            let body = pages::encode_fault(0, page);
+            wire::write(&mut asks, Kind::Fault, &[&body]).unwrap();
+        }
+        // It has begun, and 512 KiB do not fit into the socket.
+        let mut reader = Reader::default();
+        reader.read(&mut pages, &[Kind::Pages]).unwrap();
+        let (ended, ends) = mpsc::channel();
+        thread::spawn(move || {
+            server.unwrap().cut();
+            ended.send(())
+        });
+        ends.recv_timeout(Duration::from_secs(60)).unwrap();
     }
 }

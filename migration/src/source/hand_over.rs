@@ -18,6 +18,7 @@ use crate::journal::Step;
 use crate::link::Dial;
 use crate::message::{Channel, ControlChannel, Hello, Refusal, ToDestination, ToSource};
 use crate::progress::{Activity, Phase, micros};
+use crate::threads::within;
 use crate::wire::WireError;
 use crate::{ATTEMPTS, LINGER, MigrationError};
 
@@ -52,11 +53,18 @@ impl PendingAbort {
 
     fn try_send(&self, dial: &dyn Dial) -> Result<(), MigrationError> {
         let again = Hello::new(self.id, Channel::Again);
-        let mut control = ControlChannel::new(dial_channel(dial, self.patience, &again)?);
+        let stream = dial_channel(dial, self.patience, &again)?;
+        let closer = stream.closer().map_err(WireError::from)?;
+        let mut control = ControlChannel::new(stream);
+        let told = within(self.patience, &closer, || self.tell(&mut control));
+        told.map_err(|error| MigrationError::here("host-refused", error))?
+    }
+
+    fn tell(&self, control: &mut ControlChannel) -> Result<(), MigrationError> {
         match control.recv()? {
             ToSource::Waiting => {
                 control.send(&ToDestination::Abort(self.why.clone()))?;
-                recv_abort_ack(&mut control)
+                recv_abort_ack(control)
                     .then_some(())
                     .ok_or_else(disconnected)
             }
@@ -121,7 +129,7 @@ impl Engine<'_, '_> {
         // Ended before the guest resumes here: then its pages change, and the destination must get
         // no more of them.
         if let Some(fault_server) = self.fault_server.take() {
-            drop(fault_server.end());
+            fault_server.cut();
         }
         let mut why = error.refusal();
         tracing::warn!(migration = %self.sending.id, %why, "a guest stays at the source");
@@ -205,31 +213,39 @@ impl Engine<'_, '_> {
 
     /// Sends `Abort`: the guest stays here. Returns whether it is certain that the destination knows.
     fn abort(&mut self, why: &Refusal) -> bool {
-        let patience = self.sending.policy.patience / ATTEMPTS;
         let Some(control) = &mut self.control else {
+            return false;
+        };
+        let Ok(closer) = control.stream.closer() else {
             return false;
         };
         // Before the stop the destination cannot be ready, so no answer is needed. Behind it the
         // wait is short: `PendingAbort` continues it without holding up the result.
-        control.send(&ToDestination::Abort(why.clone())).is_ok()
-            && self.stopped.is_some()
-            && control.stream.set_patience(patience).is_ok()
-            && recv_abort_ack(control)
+        let is_awaited = self.stopped.is_some();
+        let tell = || {
+            let told = control.send(&ToDestination::Abort(why.clone()));
+            told.is_ok() && is_awaited && recv_abort_ack(control)
+        };
+        let limit = self.sending.policy.patience / ATTEMPTS;
+        within(limit, &closer, tell).unwrap_or(false)
     }
 
-    /// Why the destination closed its connections, if it said so.
+    /// Why the destination closed its connections, if it said so. The guest may be paused meanwhile: the
+    /// destination has a short time for it, whatever it sends.
     fn last_words(&mut self) -> Option<Refusal> {
-        let patience = self.sending.policy.patience / ATTEMPTS;
         let control = self.control.as_mut()?;
-        control.stream.set_patience(patience).ok()?;
-        loop {
+        // Only reading ends, so that this side can still say that the guest stays.
+        let closer = control.stream.read_closer().ok()?;
+        let listen = || loop {
             match control.recv().ok()? {
                 ToSource::Refused(why) => return Some(why),
                 // Answers to what was said before.
                 ToSource::Pong(_) | ToSource::RoundDone(_) | ToSource::Busy => {}
                 _ => return None,
             }
-        }
+        };
+        let limit = self.sending.policy.patience / ATTEMPTS;
+        within(limit, &closer, listen).ok()?
     }
 
     /// Sends the commit message, and returns when it is certain that the guest runs there, or that it

@@ -146,7 +146,9 @@ impl Engine<'_, '_> {
 
     fn disconnect(&mut self) {
         self.control = None;
-        drop(self.fault_server.take().and_then(FaultServer::end));
+        if let Some(fault_server) = self.fault_server.take() {
+            fault_server.cut();
+        }
         self.rams.clear();
     }
 

@@ -1,6 +1,7 @@
 //! A source whose destination is slow, older, or misbehaves. What passes between them is written by
 //! hand, message by message.
 
+mod endless;
 mod older;
 
 use std::io;
