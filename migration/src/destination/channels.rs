@@ -1,12 +1,11 @@
 //! The memory to which pages come, and the channels that bring them.
 
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use memory::DirtyBitmap;
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 
 use super::incoming_disks::IncomingDisks;
 use super::postcopy::PostcopyReceiver;
@@ -60,18 +59,71 @@ impl IncomingMemory {
     }
 }
 
-/// A round has ended on a channel, or the channel has.
-type RoundEnd = (u16, Result<u32, MigrationError>);
+/// The ends of rounds on RAM channels that are connected together. A place for each channel, and no queue, which a
+/// source could fill: nobody reads it while the source sends no other message.
+struct RoundEnds {
+    state: Mutex<Ends>,
+    changed: Condvar,
+}
+
+struct Ends {
+    /// The last round that ended, by channel; `None` for a channel that is not connected.
+    rounds: Vec<Option<u32>>,
+    /// Why the first channel ended that did.
+    failure: Option<MigrationError>,
+}
+
+impl RoundEnds {
+    fn new(channels: usize) -> Arc<Self> {
+        Arc::new(Self {
+            state: Mutex::new(Ends {
+                rounds: vec![None; channels],
+                failure: None,
+            }),
+            changed: Condvar::new(),
+        })
+    }
+
+    fn set(&self, index: u16, round: u32) {
+        if let Some(last) = self.state.lock().rounds.get_mut(usize::from(index)) {
+            *last = Some(round);
+        }
+        self.changed.notify_all();
+    }
+
+    fn fail(&self, error: MigrationError) {
+        self.state.lock().failure.get_or_insert(error);
+        self.changed.notify_all();
+    }
+
+    /// Waits until each channel has ended this round, or `patience` is over. Returns whether they have.
+    fn wait(&self, round: u32, patience: Duration) -> Result<bool, MigrationError> {
+        let deadline = Instant::now() + patience;
+        let mut state = self.state.lock();
+        loop {
+            // A channel carries its rounds in order, so the end of a later round covers this one.
+            let has_ended = |ended: &Option<u32>| ended.is_some_and(|ended| ended >= round);
+            if state.rounds.iter().all(has_ended) {
+                return Ok(true);
+            }
+            if let Some(error) = state.failure.take() {
+                return Err(error);
+            }
+            if self.changed.wait_until(&mut state, deadline).timed_out() {
+                return Ok(false);
+            }
+        }
+    }
+}
 
 /// The RAM and faults channels of a migration, with a thread for each RAM channel. Dropping them
 /// closes the connections and waits for the threads.
 pub(super) struct Channels {
     pub(super) memory: Arc<IncomingMemory>,
     progress: Progress,
-    ends: Sender<RoundEnd>,
-    ended: Receiver<RoundEnd>,
-    /// The last round that ended, by RAM channel; `None` for a channel that is not connected.
-    rounds: Vec<Option<u32>>,
+    connections: u16,
+    /// Of the channels that are connected now.
+    ends: Arc<RoundEnds>,
     /// The channel for requests of missing pages.
     faults: Option<Box<dyn Stream>>,
     closers: Vec<Closer>,
@@ -86,13 +138,11 @@ impl Channels {
         verify: bool,
         progress: Progress,
     ) -> Self {
-        let (ends, ended) = mpsc::channel();
         Self {
             memory: Arc::new(IncomingMemory::new(blocks, disks, verify)),
             progress,
-            ends,
-            ended,
-            rounds: vec![None; connections.into()],
+            connections,
+            ends: RoundEnds::new(connections.into()),
             faults: None,
             closers: Vec::new(),
             threads: Vec::new(),
@@ -101,12 +151,12 @@ impl Channels {
 
     /// The number of RAM channels that were agreed on.
     pub(super) fn count(&self) -> u16 {
-        u16::try_from(self.rounds.len()).unwrap_or(u16::MAX)
+        self.connections
     }
 
     /// Whether all RAM channels are connected.
     pub(super) fn are_connected(&self) -> bool {
-        self.rounds.iter().all(Option::is_some)
+        self.ends.state.lock().rounds.iter().all(Option::is_some)
     }
 
     /// Receives pages from a connection, on a thread. Returns the handle that closes the connection.
@@ -122,13 +172,12 @@ impl Channels {
             .and_then(|()| Ok((stream.closer()?, stream.closer()?)));
         // Two handles, because two owners may close the connection: `disconnect`, and a cancel.
         let (ours, other) = prepared.map_err(|error| MigrationError::Wire(error.into()))?;
-        let (ends, memory) = (self.ends.clone(), Arc::clone(&self.memory));
+        // Before its thread may set it.
+        self.ends.set(index, 0);
+        let (ends, memory) = (Arc::clone(&self.ends), Arc::clone(&self.memory));
         let progress = self.progress.clone();
         self.spawn(move || take_pages(index, stream, &memory, &ends, &progress))?;
         self.closers.push(ours);
-        if let Some(round) = self.rounds.get_mut(usize::from(index)) {
-            *round = Some(0);
-        }
         Ok(other)
     }
 
@@ -179,35 +228,20 @@ impl Channels {
         Ok(())
     }
 
-    /// Whether each channel has ended this round.
-    pub(super) fn have_ended(&self, round: u32) -> bool {
-        // A channel carries its rounds in order, so the end of a later round covers this one.
-        let ended = |ended: &Option<u32>| ended.is_some_and(|ended| ended >= round);
-        self.rounds.iter().all(ended)
-    }
-
-    /// Waits for the end of a round on one channel.
-    pub(super) fn wait_end(&mut self, patience: Duration) -> Result<(), MigrationError> {
-        match self.ended.recv_timeout(patience) {
-            Ok((index, Ok(round))) => {
-                if let Some(last) = self.rounds.get_mut(usize::from(index)) {
-                    *last = Some(round);
-                }
-                Ok(())
-            }
-            Ok((_, Err(error))) => Err(error),
-            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => Ok(()),
-        }
+    /// Waits until each channel has ended this round, or `patience` is over. Returns whether they have.
+    ///
+    /// # Errors
+    /// A channel has ended before.
+    pub(super) fn wait_end(&self, round: u32, patience: Duration) -> Result<bool, MigrationError> {
+        self.ends.wait(round, patience)
     }
 
     /// Closes all connections, so that others can take their places. Faults are still watched.
     pub(super) fn disconnect(&mut self) {
         self.closers.drain(..).for_each(|closer| closer.close());
         self.faults = None;
-        self.rounds.fill(None);
-        // The ends of channels that were lost say nothing about those that come: their threads send
-        // them to a receiver that is gone.
-        (self.ends, self.ended) = mpsc::channel();
+        // The ends of channels that were lost say nothing about those that come.
+        self.ends = RoundEnds::new(self.connections.into());
         self.threads.retain(|thread| !thread.is_finished());
     }
 }
@@ -234,7 +268,7 @@ fn take_pages(
     index: u16,
     mut stream: Box<dyn Stream>,
     memory: &IncomingMemory,
-    ends: &Sender<RoundEnd>,
+    ends: &RoundEnds,
     progress: &Progress,
 ) {
     let mut reader = Reader::default();
@@ -244,20 +278,13 @@ fn take_pages(
     loop {
         match take() {
             Ok(None) => {}
-            Ok(Some(round)) => {
-                if ends.send((index, Ok(round))).is_err() {
-                    return;
-                }
-            }
+            Ok(Some(round)) => ends.set(index, round),
             Err(error) => {
                 // Before the guest runs here, it must not wait for pages that no channel brings.
                 if let Some(receiver) = memory.receiver.get() {
                     receiver.give_up();
                 }
-                // Only after `give_up`: the thread that reads `ends` may be blocked on a missing
-                // page in `load`, and would never get this far.
-                let _ = ends.send((index, Err(error.into())));
-                return;
+                return ends.fail(error.into());
             }
         }
     }
@@ -337,4 +364,36 @@ fn take_frame(
         }
     });
     Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::testing::{blocks, ram};
+    use crate::wire;
+
+    /// A source that ends round after round, and no more, takes no memory: all that is kept is the last.
+    #[test]
+    fn ends_of_rounds_are_not_queued() {
+        let mut channels =
+            Channels::new(blocks(&ram(4)), Vec::new(), 2, false, Progress::default());
+        let mut sources = [0, 1].map(|index| {
+            let (near, far) = UnixStream::pair().unwrap();
+            drop(channels.start(index, Box::new(far)).unwrap());
+            near
+        });
+        for round in 1..=1000_u32 {
+            wire::write(&mut sources[0], Kind::End, &[&round.to_le_bytes()]).unwrap();
+        }
+        wire::write(&mut sources[1], Kind::End, &[&7_u32.to_le_bytes()]).unwrap();
+        drop(sources);
+        for thread in channels.threads.drain(..) {
+            thread.join().unwrap();
+        }
+        // What was ended counts, also where the channel has ended since.
+        assert!(channels.wait_end(7, Duration::ZERO).unwrap());
+        assert!(channels.wait_end(8, Duration::ZERO).is_err());
+    }
 }

@@ -490,8 +490,7 @@ impl Guest<'_> {
         let patience = self.session.patience;
         let arrived = || arrived(&self.session.progress.report());
         let (mut last, mut since, mut told) = (arrived(), Instant::now(), Instant::now());
-        while !self.channels.have_ended(round) {
-            self.channels.wait_end(patience / POLLS)?;
+        while !self.channels.wait_end(round, patience / POLLS)? {
             if self.session.decision.is_canceled() {
                 return Err(MigrationError::Canceled);
             }
