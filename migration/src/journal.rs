@@ -102,8 +102,8 @@ fn path(dir: &Path, migration: Uuid, side: Side) -> PathBuf {
     dir.join(format!("{migration}.{side}{SUFFIX}"))
 }
 
-/// Reads a journal. What is no regular file is none, and a FIFO is not waited for.
-fn read(path: &Path) -> io::Result<String> {
+/// Reads the steps in a journal. What is no regular file is none, and a FIFO is not waited for.
+fn read(path: &Path) -> io::Result<Vec<Entry>> {
     let mut file = OpenOptions::new()
         .read(true)
         .custom_flags(OFlags::NONBLOCK.bits().cast_signed())
@@ -114,8 +114,11 @@ fn read(path: &Path) -> io::Result<String> {
     }
     let mut bytes = Vec::new();
     file.read_to_end(&mut bytes)?;
+    let lines = bytes.split_inclusive(|byte| *byte == b'\n');
     // A damaged line ends the list of steps, as one that was cut short.
-    Ok(String::from_utf8_lossy(&bytes).into_owned())
+    Ok(lines
+        .map_while(|line| serde_json::from_slice(line).ok())
+        .collect())
 }
 
 /// Returns the identity of the host's current boot; empty if the host does not show it.
@@ -193,20 +196,24 @@ impl FileJournal {
             };
             let Some(id) = id else { continue };
             let path = path(dir, id, side);
-            let text = match read(&path) {
-                Ok(text) => text,
+            match read(&path) {
+                Ok(entries) => found.push((id, side, entries)),
                 // One that has just been removed is none.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => {
                     tracing::warn!(path = %path.display(), %error, "cannot read the journal of a migration");
-                    continue;
                 }
-            };
-            let lines = text.split_inclusive('\n');
-            let entries = lines.map_while(|line| serde_json::from_str(line).ok());
-            found.push((id, side, entries.collect()));
+            }
         }
         Ok(found)
+    }
+
+    /// The steps of one side of a migration, as [`list`](Self::list) has them.
+    ///
+    /// # Errors
+    /// There is no such journal, or it cannot be read.
+    pub fn read(dir: &Path, migration: Uuid, side: Side) -> io::Result<Vec<Entry>> {
+        read(&path(dir, migration, side))
     }
 
     /// Removes all but the newest `keep` journals of `dir`, by the time of their last steps.

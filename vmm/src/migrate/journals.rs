@@ -92,21 +92,13 @@ impl Journals {
         if FileJournal::is_in_use(dir, id, Side::Destination) {
             return Fate::Unknown;
         }
-        let Ok(listed) = self.list() else {
-            return Fate::Unknown;
-        };
-        let found = listed
-            .into_iter()
-            .find(|(id, side, _)| (*id, *side) == here);
-        match found {
-            None => Fate::Unknown,
+        match FileJournal::read(dir, id, Side::Destination) {
+            Err(_) => Fate::Unknown,
             // It may have been about to run, and could not.
-            Some((_, _, steps)) if steps.last().is_some_and(|last| last.step == Step::Running) => {
-                Fate::Ran
-            }
+            Ok(steps) if steps.last().is_some_and(|last| last.step == Step::Running) => Fate::Ran,
             // What was written last may not have reached the disk.
-            Some((_, _, steps)) if FileJournal::is_of_an_earlier_boot(&steps) => Fate::Unknown,
-            Some(_) => Fate::NeverRan,
+            Ok(steps) if FileJournal::is_of_an_earlier_boot(&steps) => Fate::Unknown,
+            Ok(_) => Fate::NeverRan,
         }
     }
 
