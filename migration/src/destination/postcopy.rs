@@ -151,7 +151,7 @@ impl PostcopyReceiver {
         let Err(error) = self.serve_faults(progress) else {
             return;
         };
-        let runs_here = self.stage.load(Ordering::Acquire) == Stage::Started as u8;
+        let runs_here = self.stage() == Stage::Started as u8;
         if runs_here && self.left() == 0 {
             // A guest that has all of its memory needs no watch.
             return self.end(progress);
@@ -271,9 +271,14 @@ impl PostcopyReceiver {
         turned.is_ok()
     }
 
-    /// The guest runs here from now on. False if pages did not come that were waited for before.
+    /// The guest runs here from now on. False if pages did not come that were waited for before. Called again
+    /// after a start that failed, when an operator decides again.
     pub(crate) fn start(&self) -> bool {
-        self.turn(Stage::Before, Stage::Started)
+        self.turn(Stage::Before, Stage::Started) || self.stage() == Stage::Started as u8
+    }
+
+    fn stage(&self) -> u8 {
+        self.stage.load(Ordering::Acquire)
     }
 
     /// Ends the wait for pages because the source is gone and the guest does not run here yet.
@@ -290,7 +295,7 @@ impl PostcopyReceiver {
 
     /// Whether all that was waited for so far has come.
     pub(crate) fn is_whole(&self) -> bool {
-        self.stage.load(Ordering::Acquire) != Stage::Over as u8
+        self.stage() != Stage::Over as u8
     }
 
     pub(crate) fn is_missing(&self, block: usize, page: usize) -> bool {

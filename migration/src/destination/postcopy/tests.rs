@@ -423,3 +423,21 @@ fn no_page_is_stale_and_no_thread_waits() {
         );
     }
 }
+
+/// An operator may decide again that the guest runs here, if it could not the first time.
+#[test]
+fn start_is_tried_again() {
+    let ram = Arc::new(RamBlock::new(&RamConfig::anonymous(PAGE as u64)).unwrap());
+    let missing = vec![DirtyBitmap::new(ram.len())];
+    let blocks = [Block {
+        name: "ram".to_owned(),
+        ram,
+    }];
+    let (near, _far) = UnixStream::pair().unwrap();
+    let patience = Duration::from_secs(10);
+    let receiver =
+        PostcopyReceiver::new(&blocks, missing, stream(near), patience, no_machine()).unwrap();
+    assert!(receiver.start() && receiver.start());
+    receiver.end(&Progress::default());
+    assert!(!receiver.start());
+}
