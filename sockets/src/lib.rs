@@ -44,7 +44,8 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 /// How long another program may hold the lock on a socket's directory.
 const LOCK_PATIENCE: Duration = Duration::from_secs(1);
 
-/// How long a program may take between binding its socket and listening on it.
+/// How long a program may take between binding its socket and listening on it, and to accept a connection
+/// where others fill the queue.
 const LISTEN_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Connections that wait to be accepted.
@@ -247,7 +248,7 @@ fn clear_stale(path: &Path) -> Result<bool, BindError> {
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
         // Any other answer: a program listens, if only with a full backlog (EAGAIN).
-        Ok(()) | Err(_) => Err(BindError::InUse {
+        Ok(_) | Err(_) => Err(BindError::InUse {
             path: path.to_owned(),
             owner: "another program".to_owned(),
         }),
@@ -279,27 +280,37 @@ fn is_abandoned(path: &Path) -> bool {
 /// socket, tells the two apart: with a lock file, the call tries again for up to a second.
 ///
 /// # Errors
-/// There is no socket, no program listens there, or the host refuses.
+/// There is no socket, no program listens there, the program accepts no connection (`TimedOut`, after a second
+/// in which its queue was full), or the host refuses.
 pub fn connect_to_bound(path: &Path) -> io::Result<UnixStream> {
     let deadline = Instant::now() + LISTEN_PATIENCE;
     loop {
-        match UnixStream::connect(path) {
-            Err(error)
-                if error.kind() == io::ErrorKind::ConnectionRefused
-                    && Instant::now() < deadline
-                    && lock_path(path).exists() =>
-            {
-                std::thread::sleep(Duration::from_millis(1));
+        let error = match connect(path) {
+            Ok(stream) => {
+                stream.set_nonblocking(false)?;
+                return Ok(stream);
             }
-            connected => return connected,
+            Err(error) => error,
+        };
+        let is_late = Instant::now() >= deadline;
+        match error.kind() {
+            io::ErrorKind::ConnectionRefused if !is_late && lock_path(path).exists() => {}
+            io::ErrorKind::WouldBlock if !is_late => {}
+            io::ErrorKind::WouldBlock => {
+                let why = "the program that listens there accepts no connection";
+                return Err(io::Error::new(io::ErrorKind::TimedOut, why));
+            }
+            _ => return Err(error),
         }
+        std::thread::sleep(Duration::from_millis(1));
     }
 }
 
 /// Connects without waiting: a listener that accepts nothing would block a blocking `connect`.
-fn connect(path: &Path) -> io::Result<()> {
+fn connect(path: &Path) -> io::Result<UnixStream> {
     let socket = socket()?;
-    Ok(rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?)
+    rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
+    Ok(socket.into())
 }
 
 fn socket() -> rustix::io::Result<OwnedFd> {

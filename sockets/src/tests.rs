@@ -75,6 +75,26 @@ fn client_waits_for_program_between_bind_and_listen() {
     client.join().unwrap().unwrap();
 }
 
+/// A stopped program accepts nothing, and its queue of connections fills up.
+#[test]
+fn client_does_not_wait_for_a_full_queue() {
+    let (_directory, path) = socket();
+    let _bound = BoundSocket::bind(&path).unwrap();
+    let (refused, refusals) = std::sync::mpsc::channel();
+    thread::spawn(move || {
+        let mut streams = Vec::new();
+        let error = loop {
+            match connect_to_bound(&path) {
+                Ok(stream) => streams.push(stream),
+                Err(error) => break error,
+            }
+        };
+        refused.send(error.kind()).unwrap();
+    });
+    let kind = refusals.recv_timeout(Duration::from_secs(60)).unwrap();
+    assert_eq!(kind, io::ErrorKind::TimedOut);
+}
+
 #[test]
 fn client_does_not_wait_for_dead_program() {
     let (_directory, path) = socket();
