@@ -110,10 +110,7 @@ async fn base_that_both_hosts_have_is_not_copied() {
         let disk = fs::read(&flat).unwrap();
         check_disk(&disk, DISK_PAGES).unwrap();
         let reads = |from: usize, len: usize, byte: u8| {
-            assert!(
-                disk[from..from + len].iter().all(|found| *found == byte),
-                "{there}: {from}"
-            );
+            assert!(is_all(&disk[from..from + len], byte), "{there}: {from}");
         };
         reads(8 << 20, 12 << 20, 9);
         reads(20 << 20, 1 << 20, 0);

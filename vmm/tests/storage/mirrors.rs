@@ -86,7 +86,7 @@ async fn disk_continues_on_its_mirror_while_the_guest_writes() {
         let disk = fs::read(&flat).unwrap();
         assert_eq!(disk.len() as u64, DISK_SIZE);
         check_disk(&disk, DISK_PAGES).unwrap();
-        assert!(disk[DISK_PAGES * 4096..].iter().all(|byte| *byte == 0));
+        assert!(is_all(&disk[DISK_PAGES * 4096..], 0));
         assert!(blocks_of(Path::new(&new)) < 8 << 20, "it is sparse");
         assert!(can_write(&new, to.0));
     }

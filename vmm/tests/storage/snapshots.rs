@@ -82,7 +82,7 @@ async fn copied_disks_are_restored_in_each_mode() {
         let disk = fs::read(&copies[0]).unwrap();
         assert_eq!(disk.len() as u64, DISK_SIZE);
         check_disk(&disk, DISK_PAGES).unwrap();
-        assert!(disk[DISK_PAGES * 4096..].iter().all(|byte| *byte == 0));
+        assert!(is_all(&disk[DISK_PAGES * 4096..], 0));
         let (other, copy) = (stage.path("other"), stage.path("s/disk-1.raw"));
         vm.ask(Request::Shutdown).await.unwrap();
         qemu_img(&["compare", "-q", "-F", "raw", &other, &copy]);
