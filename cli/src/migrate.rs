@@ -325,12 +325,9 @@ pub(crate) async fn follow(
     printer.show(&info, summary)?;
     match (info.phase, info.error) {
         (MigrationPhase::Completed, _) => Ok(()),
-        (phase, Some(error)) => bail!(
-            "the migration is {phase}: {} ({})",
-            error.detail,
-            error.code
-        ),
-        (phase, None) => bail!("the migration is {phase}"),
+        // Snapshots, forks and mirrors are followed here, too.
+        (phase, Some(error)) => bail!("{phase}: {} ({})", error.detail, error.code),
+        (phase, None) => bail!("{phase}"),
     }
 }
 

@@ -57,7 +57,8 @@ const BACKLOG: i32 = 128;
 pub enum BindError {
     /// Another program listens there.
     #[error(
-        "cannot listen on {path}: {owner} listens there already; stop it, or choose another path"
+        "cannot listen on {path}: {owner} listens there already; end what listens there, or choose another \
+         path"
     )]
     InUse {
         /// The socket.
@@ -395,6 +396,7 @@ fn owner(file: &mut File) -> String {
         .read_to_string(&mut text)
         .map(|_| text.trim().parse::<u32>())
     {
+        Ok(Ok(pid)) if pid == std::process::id() => "this process".to_owned(),
         Ok(Ok(pid)) => format!("process {pid}"),
         _ => "another program".to_owned(),
     }

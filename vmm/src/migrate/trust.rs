@@ -53,7 +53,8 @@ impl MigrationTrust {
             return Ok(());
         }
         let detail = format!(
-            "{endpoint} without TLS is neither encrypted nor authenticated: set `tls_dir`, or \
+            "{endpoint} without TLS is neither encrypted nor authenticated: set `tls_dir` \
+             (`--tls-dir`; at the start of a service that accepts migrations `--accept-tls-dir`), or \
              allow it with `insecure` (`--insecure`; for all migrations of this service \
              `--migration-insecure`)"
         );
