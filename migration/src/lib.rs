@@ -98,7 +98,7 @@ pub(crate) enum MigrationError {
     #[error("the other side refuses: {0}")]
     There(Refusal),
     /// The operator canceled the migration.
-    #[error("the migration was canceled")]
+    #[error("an operator canceled it")]
     Canceled,
 }
 

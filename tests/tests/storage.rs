@@ -541,7 +541,10 @@ async fn disk_is_mirrored_by_the_command_line() {
     let pid = i32::try_from(slow.id()).ok().and_then(Pid::from_raw);
     kill_process(pid.unwrap(), Signal::INT).unwrap();
     let (done, text) = told(slow.wait_with_output().unwrap());
-    assert!(!done && text.contains("is canceled"), "{text}");
+    assert!(
+        !done && text.contains("canceled: disk _disk0 of web"),
+        "{text}"
+    );
     assert!(!partial.exists() && !new.exists());
     trial.writes().await;
 

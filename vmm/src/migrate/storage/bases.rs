@@ -142,7 +142,7 @@ impl KnownBases {
                 }
                 Err(RecvTimeoutError::Timeout) if decision.is_canceled() => {
                     is_canceled.store(true, Ordering::Release);
-                    return Err("the migration was canceled".to_owned());
+                    return Err("an operator canceled it".to_owned());
                 }
                 Err(RecvTimeoutError::Timeout) if Instant::now() >= deadline => {
                     return Err(format!(
