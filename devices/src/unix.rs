@@ -7,7 +7,9 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
-use sockets::bind_replacing;
+use sockets::{bind_replacing, check_free};
+
+use crate::host_file::check_directory;
 
 /// A socket that is listened on, without blocking. Its path goes with it, unless another socket
 /// has taken the path over.
@@ -27,6 +29,15 @@ impl Listening {
     /// The socket cannot be created: another process listens there, or the path is not a socket.
     pub fn bind(path: &Path) -> io::Result<Self> {
         Self::at(path, None)
+    }
+
+    /// Checks that [`Listening::bind`] could listen at `path`. Nothing is made.
+    ///
+    /// # Errors
+    /// As for [`Listening::bind`].
+    pub fn check(path: &Path) -> io::Result<()> {
+        check_free(path)?;
+        check_directory(path)
     }
 
     /// Listens at a temporary path beside `path` until [`Listening::take_over`]. `path` may be in use.
@@ -152,5 +163,17 @@ mod tests {
         drop(third);
         drop(second);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn check_makes_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        Listening::check(&path).unwrap();
+        let refused = Listening::check(&dir.path().join("none/socket")).unwrap_err();
+        assert!(refused.to_string().contains("directory"), "{refused}");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+        let _first = Listening::bind(&path).unwrap();
+        assert!(Listening::check(&path).is_err());
     }
 }

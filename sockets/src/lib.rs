@@ -164,7 +164,18 @@ fn identity(path: &Path) -> io::Result<(u64, u64)> {
 /// # Errors
 /// There is a file at `path`, the path is longer than 107 bytes, or the host refuses.
 pub fn bind_private(path: &Path) -> io::Result<UnixListener> {
-    let address = SocketAddrUnix::new(path).map_err(|errno| {
+    let address = address(path)?;
+    let socket = socket()?;
+    // The file gets the mode of the socket less the umask (unix_bind_bsd in net/unix/af_unix.c): set before
+    // `bind`, there is no moment at which the file is open to others.
+    rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+    rustix::net::bind(&socket, &address)?;
+    rustix::net::listen(&socket, BACKLOG)?;
+    Ok(socket.into())
+}
+
+fn address(path: &Path) -> io::Result<SocketAddrUnix> {
+    SocketAddrUnix::new(path).map_err(|errno| {
         if errno == rustix::io::Errno::NAMETOOLONG {
             io::Error::new(
                 io::ErrorKind::InvalidInput,
@@ -173,14 +184,7 @@ pub fn bind_private(path: &Path) -> io::Result<UnixListener> {
         } else {
             errno.into()
         }
-    })?;
-    let socket = socket()?;
-    // The file gets the mode of the socket less the umask (unix_bind_bsd in net/unix/af_unix.c): set before
-    // `bind`, there is no moment at which the file is open to others.
-    rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
-    rustix::net::bind(&socket, &address)?;
-    rustix::net::listen(&socket, BACKLOG)?;
-    Ok(socket.into())
+    })
 }
 
 /// Binds as [`bind_private`] does, in the place of a socket whose program has ended.
@@ -197,7 +201,36 @@ pub fn bind_replacing(path: &Path) -> io::Result<UnixListener> {
         tracing::info!(path = %path.display(), "replacing the socket of a program that has ended");
         fs::remove_file(path)?;
     }
-    bind_private(path)
+    bind_private(path).map_err(|error| match error.kind() {
+        io::ErrorKind::AddrInUse => taken(path),
+        _ => error,
+    })
+}
+
+/// Checks that nothing at `path` keeps [`bind_replacing`] from making a socket there. Nothing is made or
+/// removed.
+///
+/// # Errors
+/// The path is longer than 107 bytes, a program listens there, or the file is not a socket.
+pub fn check_free(path: &Path) -> io::Result<()> {
+    address(path)?;
+    match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+        Ok(_) if is_abandoned(path) => Ok(()),
+        Ok(_) => Err(taken(path)),
+    }
+}
+
+/// The error of a path that cannot be bound because of the file that is there.
+fn taken(path: &Path) -> io::Error {
+    let why = match fs::symlink_metadata(path).map(|found| found.file_type()) {
+        Ok(kind) if kind.is_socket() => "another program listens there",
+        Ok(kind) if kind.is_dir() => "the path is a directory",
+        Ok(_) => "the path is a file that is not a socket",
+        Err(_) => "another program had a socket there",
+    };
+    io::Error::new(io::ErrorKind::AddrInUse, why)
 }
 
 /// Locks the directory of a socket until the file is dropped, or returns `None` where that is not possible.

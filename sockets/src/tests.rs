@@ -244,11 +244,33 @@ fn one_of_many_replaces_dead_socket() {
 
 #[test]
 fn replaces_neither_files_nor_live_sockets() {
-    let (_directory, path) = socket();
+    let (directory, path) = socket();
     fs::write(&path, "precious").unwrap();
     let refused = bind_replacing(&path).unwrap_err();
     assert_eq!(refused.kind(), io::ErrorKind::AddrInUse);
+    assert_eq!(
+        refused.to_string(),
+        "the path is a file that is not a socket"
+    );
     assert_eq!(fs::read_to_string(&path).unwrap(), "precious");
+    let live = path.with_extension("live");
+    let _listener = UnixListener::bind(&live).unwrap();
+    for (taken, why) in [
+        (live.as_path(), "another program listens there"),
+        (directory.path(), "the path is a directory"),
+        (&path, "the path is a file that is not a socket"),
+    ] {
+        for refused in [bind_replacing(taken).map(drop), check_free(taken)] {
+            assert_eq!(refused.unwrap_err().to_string(), why);
+        }
+    }
+    let dead = path.with_extension("abandoned");
+    drop(UnixListener::bind(&dead).unwrap());
+    check_free(&dead).unwrap();
+    assert!(dead.exists());
+    check_free(&path.with_extension("new")).unwrap();
+    let long = check_free(&path.with_extension("x".repeat(107))).unwrap_err();
+    assert_eq!(long.kind(), io::ErrorKind::InvalidInput);
     let link = path.with_extension("link");
     drop(UnixListener::bind(path.with_extension("dead")).unwrap());
     std::os::unix::fs::symlink(path.with_extension("dead"), &link).unwrap();

@@ -29,8 +29,8 @@ use crate::paths::PathError;
 pub enum BuildError {
     /// Its payload cannot be booted.
     Boot(#[from] BootError),
-    /// Its console cannot be made.
-    Console(#[from] ConsoleError),
+    /// Its serial port or one of its consoles cannot be made.
+    Console(#[from] PortError),
     /// Its configuration names a file twice.
     Path(#[from] PathError),
     /// The process may not open as many files as the VM needs.
@@ -93,6 +93,26 @@ pub enum BuildError {
         /// The host's answer.
         source: std::io::Error,
     },
+}
+
+/// The host's end of a serial port or console cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[error("the {port}'s {source}")]
+pub struct PortError {
+    port: &'static str,
+    source: ConsoleError,
+}
+
+impl PortError {
+    /// Adds the name of the field to an error: `serial`, `console` or `debug_console`.
+    pub(crate) fn of(field: &str) -> impl FnOnce(ConsoleError) -> Self + use<> {
+        let port = match field {
+            "serial" => "serial port",
+            "debug_console" => "debug console",
+            _ => "console",
+        };
+        move |source| Self { port, source }
+    }
 }
 
 /// A machine's state cannot be saved or loaded.
@@ -204,7 +224,11 @@ impl BuildError {
                 _ => "kernel-unreadable",
             },
             Self::Boot(_) => "payload-unusable",
-            Self::Console(ConsoleError::Locked(_)) | Self::Path(_) => "file-in-use",
+            Self::Console(PortError {
+                source: ConsoleError::Locked(_),
+                ..
+            })
+            | Self::Path(_) => "file-in-use",
             Self::Console(_) => "console-unusable",
             Self::Descriptors(_) => "too-few-descriptors",
             Self::Kvm(_) => "kvm-refused",

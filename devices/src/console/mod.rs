@@ -24,21 +24,22 @@ use rustix::termios::{OptionalActions, isatty, tcgetattr, tcsetattr};
 use self::log_file::LogFile;
 pub use self::terminal::flush_terminal;
 use crate::client::Connected;
-use crate::host_file::{LockError, OpenError};
+use crate::host_file::{LockError, OpenError, check_directory};
 use crate::serial::write_or_lose;
 use crate::unix::Listening;
 
-/// A console's other end could not be made.
+/// A console's other end could not be made. The text goes on behind the name of the console: "the serial
+/// port's".
 #[derive(Debug, thiserror::Error)]
 pub enum ConsoleError {
     /// The file cannot be opened for writing.
-    #[error("the console's file cannot be used: {0}")]
+    #[error("file cannot be used: {0}")]
     File(#[from] OpenError),
     /// Another program or VM uses the file, as its disk or as its console.
-    #[error("the console's file cannot be used: {0}")]
+    #[error("file cannot be used: {0}")]
     Locked(#[from] LockError),
     /// The file cannot be emptied.
-    #[error("the console's file {} cannot be truncated: {source}", path.display())]
+    #[error("file {} cannot be truncated: {source}", path.display())]
     Empty {
         /// The file.
         path: PathBuf,
@@ -46,7 +47,7 @@ pub enum ConsoleError {
         source: io::Error,
     },
     /// The socket cannot be made.
-    #[error("the console's socket {} cannot be created: {source}", path.display())]
+    #[error("socket {} cannot be created: {source}", path.display())]
     Socket {
         /// The socket.
         path: PathBuf,
@@ -54,7 +55,7 @@ pub enum ConsoleError {
         source: io::Error,
     },
     /// No pseudo terminal, or no terminal settings.
-    #[error("the console's terminal cannot be set up: {0}")]
+    #[error("terminal cannot be set up: {0}")]
     Terminal(#[source] io::Error),
 }
 
@@ -127,6 +128,29 @@ impl Console {
         let file = LogFile::open(path)?;
         file.lock()?;
         Ok(Self::with(End::File(file)))
+    }
+
+    /// Checks that [`Console::file`] could use a path. Nothing is made.
+    ///
+    /// # Errors
+    /// As for [`Console::file`].
+    pub fn check_file(path: &Path) -> Result<(), ConsoleError> {
+        if path.exists() {
+            return Self::file(path).map(drop);
+        }
+        let path = path.to_owned();
+        check_directory(&path).map_err(|source| OpenError::Host { path, source }.into())
+    }
+
+    /// Checks that [`Console::socket`] could listen at a path. Nothing is made.
+    ///
+    /// # Errors
+    /// As for [`Console::socket`].
+    pub fn check_socket(path: &Path) -> Result<(), ConsoleError> {
+        Listening::check(path).map_err(|source| ConsoleError::Socket {
+            path: path.to_owned(),
+            source,
+        })
     }
 
     /// Opens like [`Console::file`] while another machine still holds the lock, until

@@ -216,13 +216,13 @@ fn names_unwritable_path() {
         .unwrap()
         .to_string();
     assert!(
-        refused.starts_with("the console's file cannot be used: /nowhere/log cannot be opened"),
+        refused.starts_with("file cannot be used: /nowhere/log cannot be opened"),
         "{refused}"
     );
     let refused = Console::file(Path::new("/tmp")).err().unwrap().to_string();
     assert_eq!(
         refused,
-        "the console's file cannot be used: /tmp is a directory; it must be a regular file or \
+        "file cannot be used: /tmp is a directory; it must be a regular file or \
          /dev/null or a terminal"
     );
     let dir = tempfile::tempdir().unwrap();
@@ -232,6 +232,34 @@ fn names_unwritable_path() {
         Console::socket(&path),
         Err(ConsoleError::Socket { .. })
     ));
+}
+
+#[test]
+fn checks_make_nothing_and_refuse_the_same() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let _file = Console::file(&at("file")).unwrap();
+    let _socket = Console::socket(&at("socket")).unwrap();
+    let text = |refused: Result<(), ConsoleError>| refused.err().map(|error| error.to_string());
+    for name in ["file", "socket", "none/x", "."] {
+        let path = at(name);
+        for (checked, opened) in [
+            (Console::check_file(&path), Console::file(&path).map(drop)),
+            (
+                Console::check_socket(&path),
+                Console::socket(&path).map(drop),
+            ),
+        ] {
+            assert!(checked.is_err() && opened.is_err(), "{name}");
+            if name != "none/x" {
+                assert_eq!(text(checked), text(opened));
+            }
+        }
+    }
+    let left = std::fs::read_dir(dir.path()).unwrap().count();
+    Console::check_file(&at("new")).unwrap();
+    Console::check_socket(&at("new")).unwrap();
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), left);
 }
 
 #[test]

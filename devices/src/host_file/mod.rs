@@ -24,7 +24,9 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl, major, minor};
+use rustix::fs::{
+    Access as Permission, AtFlags, CWD, OFlags, accessat, fcntl_getfl, fcntl_setfl, major, minor,
+};
 use rustix::termios::isatty;
 
 pub use self::lock::{LockError, LockMode};
@@ -93,6 +95,14 @@ impl FileKind {
             Self::Socket => "a socket",
         }
     }
+
+    /// The kind of a file whose path a message has named.
+    fn found_name(self) -> &'static str {
+        match self {
+            Self::Null => "the null device",
+            other => other.name(),
+        }
+    }
 }
 
 /// A file that cannot be opened.
@@ -107,7 +117,7 @@ pub enum OpenError {
         source: io::Error,
     },
     /// The path names another kind of file than the purpose takes.
-    #[error("{} is {}; it must be {}", path.display(), found.name(), wanted(allowed))]
+    #[error("{} is {}; it must be {}", path.display(), found.found_name(), wanted(allowed))]
     Kind {
         /// The file.
         path: PathBuf,
@@ -211,7 +221,7 @@ impl<'a> Request<'a> {
         };
         let flags = direct | OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK;
         if self.no_links {
-            use rustix::fs::{CWD, Mode, ResolveFlags, openat2};
+            use rustix::fs::{Mode, ResolveFlags, openat2};
             let access = match self.access {
                 Access::Read => OFlags::RDONLY,
                 Access::Write => OFlags::RDWR,
@@ -282,15 +292,35 @@ impl Identity {
 
 /// The path of a file that does not exist, with its directory as the host knows it.
 fn absent(path: &Path) -> PathBuf {
-    let directory = match path.parent() {
-        Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
-        Some(parent) => parent,
-        None => return path.to_owned(),
-    };
-    match (directory.canonicalize(), path.file_name()) {
+    match (directory(path).canonicalize(), path.file_name()) {
         (Ok(directory), Some(name)) => directory.join(name),
         _ => path.to_owned(),
     }
+}
+
+fn directory(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+/// Checks that a file can be made at `path`, which makes nothing: its directory is there, and this process may
+/// write to it.
+///
+/// # Errors
+/// It is not there, is something else, or the host refuses.
+pub fn check_directory(path: &Path) -> io::Result<()> {
+    let directory = directory(path);
+    let failed = |error: io::Error| {
+        let why = format!("the directory {}: {error}", directory.display());
+        io::Error::new(error.kind(), why)
+    };
+    if !directory.metadata().map_err(failed)?.is_dir() {
+        return Err(failed(io::ErrorKind::NotADirectory.into()));
+    }
+    let needed = Permission::WRITE_OK | Permission::EXEC_OK;
+    accessat(CWD, directory, needed, AtFlags::EACCESS).map_err(|errno| failed(errno.into()))
 }
 
 #[cfg(test)]
@@ -299,7 +329,7 @@ mod tests {
     use std::os::unix::fs::symlink;
     use std::os::unix::net::UnixListener;
 
-    use rustix::fs::{CWD, FileType, Mode, mknodat};
+    use rustix::fs::{FileType, Mode, mknodat};
 
     use super::*;
 
@@ -332,6 +362,33 @@ mod tests {
                 assert_eq!(refused, expected);
             }
         }
+    }
+
+    #[test]
+    fn names_device_that_is_refused() {
+        let null = Path::new("/dev/null");
+        let refused = Request::read(null, &[FileKind::Regular]).open();
+        assert_eq!(
+            refused.unwrap_err().to_string(),
+            "/dev/null is the null device; it must be a regular file"
+        );
+    }
+
+    #[test]
+    fn directory_must_be_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, new) = (dir.path().join("file"), dir.path().join("new"));
+        fs::write(&file, "").unwrap();
+        check_directory(&new).unwrap();
+        check_directory(Path::new("new")).unwrap();
+        for (path, why) in [
+            (file.join("new"), "/file: not a directory"),
+            (new.join("new"), "/new: No such file or directory"),
+        ] {
+            let refused = check_directory(&path).unwrap_err().to_string();
+            assert!(refused.contains(why), "{refused}");
+        }
+        assert!(!new.exists());
     }
 
     #[test]

@@ -100,6 +100,17 @@ impl Vsock {
         Self::on(cid, Listening::bind(path), path, workers)
     }
 
+    /// Checks that [`Vsock::new`] could listen at a path. Nothing is made.
+    ///
+    /// # Errors
+    /// As for [`Vsock::new`].
+    pub fn check(path: &Path) -> Result<(), VsockError> {
+        Listening::check(path).map_err(|source| VsockError {
+            path: path.to_owned(),
+            source,
+        })
+    }
+
     /// Like [`Vsock::new`], for an incoming migration: the source keeps `path` until the device takes over.
     ///
     /// # Errors

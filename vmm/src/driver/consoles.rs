@@ -7,10 +7,10 @@ use std::sync::Arc;
 
 use ::devices::event_loop::{Interest, Sources};
 use ::devices::{Console, ConsoleError, ConsoleInput, Watch};
-use spec::{ConsoleMode, VmConfig};
+use spec::{ConsoleEnd, ConsoleMode, VmConfig};
 
 use crate::descriptors::Reservation;
-use crate::failure::BuildError;
+use crate::failure::{BuildError, PortError};
 use crate::guest_event::{Outputs, Port};
 
 /// The ends that are open.
@@ -40,15 +40,25 @@ impl Consoles {
     }
 
     /// Empties their files, which loses what an earlier boot wrote.
-    pub(super) fn empty(&self) -> Result<(), BuildError> {
-        let mut ends = self.ends.iter().chain([&self.debug]).flatten();
-        Ok(ends.try_for_each(Console::empty)?)
+    pub(super) fn empty(&self) -> Result<(), PortError> {
+        let ends = self.ends.iter().chain([&self.debug]);
+        for (name, end) in NAMES.into_iter().zip(ends) {
+            end.as_ref()
+                .map_or(Ok(()), Console::empty)
+                .map_err(PortError::of(name))?;
+        }
+        Ok(())
     }
 
     /// Takes the paths of sockets and the locks of files from the machine in which the guest was.
-    pub(super) fn take_over(&mut self) -> Result<(), ConsoleError> {
-        let mut ends = self.ends.iter_mut().chain([&mut self.debug]).flatten();
-        ends.try_for_each(Console::take_over)
+    pub(super) fn take_over(&mut self) -> Result<(), PortError> {
+        let ends = self.ends.iter_mut().chain([&mut self.debug]);
+        for (name, end) in NAMES.into_iter().zip(ends) {
+            end.as_mut()
+                .map_or(Ok(()), Console::take_over)
+                .map_err(PortError::of(name))?;
+        }
+        Ok(())
     }
 
     /// Lets the machine to which the guest moves lock the files.
@@ -63,15 +73,15 @@ impl Consoles {
             ConsoleMode::Tty if serial.mode == ConsoleMode::Tty || !to_itself => ConsoleMode::Null,
             mode => mode,
         };
+        let open = |end: &ConsoleEnd<'_>, mode| {
+            open(mode, end.file, end.socket).map_err(PortError::of(end.name))
+        };
         Ok(Self {
-            ends: [
-                open(serial.mode, serial.file, serial.socket)?,
-                open(mode, console.file, console.socket)?,
-            ],
+            ends: [open(&serial, serial.mode)?, open(&console, mode)?],
             debug: match debug.mode {
                 // It leaves the terminal's input to the others.
-                ConsoleMode::Tty => Some(Console::stdout()?),
-                mode => open(mode, debug.file, debug.socket)?,
+                ConsoleMode::Tty => Some(Console::stdout().map_err(PortError::of(debug.name))?),
+                mode => open(&debug, mode)?,
             },
             watched: Vec::new(),
             reserved: None,
@@ -174,14 +184,17 @@ impl Consoles {
     }
 }
 
+/// The fields of the ends in a configuration, in the order of [`VmConfig::console_ends`].
+const NAMES: [&str; 3] = ["serial", "console", "debug_console"];
+
 type Open =
-    fn(ConsoleMode, Option<&String>, Option<&String>) -> Result<Option<Console>, BuildError>;
+    fn(ConsoleMode, Option<&String>, Option<&String>) -> Result<Option<Console>, ConsoleError>;
 
 fn open_next(
     mode: ConsoleMode,
     file: Option<&String>,
     socket: Option<&String>,
-) -> Result<Option<Console>, BuildError> {
+) -> Result<Option<Console>, ConsoleError> {
     match (mode, file, socket) {
         (ConsoleMode::File, Some(path), _) => Ok(Some(Console::next_file(Path::new(path))?)),
         (ConsoleMode::Socket, _, Some(path)) => Ok(Some(Console::next_socket(Path::new(path))?)),
@@ -193,7 +206,7 @@ fn open(
     mode: ConsoleMode,
     file: Option<&String>,
     socket: Option<&String>,
-) -> Result<Option<Console>, BuildError> {
+) -> Result<Option<Console>, ConsoleError> {
     // Validation has seen to it that there is a path where one is needed.
     let path = |path: Option<&String>| Path::new(path.map_or("", String::as_str)).to_owned();
     Ok(Some(match mode {
