@@ -8,6 +8,9 @@
 #[path = "overlays/copies.rs"]
 mod copies;
 
+#[path = "overlays/forks.rs"]
+mod forks;
+
 #[path = "overlays/frozen.rs"]
 mod frozen;
 
@@ -231,38 +234,6 @@ async fn guest_is_restored_with_the_disk_of_its_moment() {
             qemu_img(&["check", "-q", image.to_str().unwrap()]);
         }
     }
-}
-
-/// A VM that runs is forked with its disk.
-#[tokio::test]
-async fn forks_of_a_running_vm_have_their_own_disks() {
-    const FORKS: u32 = 3;
-    let service = Service::start(Face::Many).await.unwrap();
-    let client = service.client();
-    let (vm, disk) = boot(&service, "raw").await;
-    writes_on(port(&service, "guest")).await;
-    let mut what = ForkVm {
-        count: FORKS,
-        name: Some("fork".parse().unwrap()),
-        resume: true,
-        overrides: apart(&service, "fork"),
-        disks: SnapshotDisks::None,
-    };
-    refused(client.vms_fork(&vm, &what).await, 409, "disk-written");
-    assert!(overlays(&disk).is_empty());
-    what.disks = SnapshotDisks::Overlay;
-    completed(&service, client.vms_fork(&vm, &what).await.unwrap()).await;
-    let mut paths = vec![overlay(&service, &vm).await];
-    for n in 1..=FORKS {
-        let fork = format!("fork-{n}");
-        writes_on(port(&service, &fork)).await;
-        paths.push(overlay(&service, &fork.parse().unwrap()).await);
-    }
-    writes_on(port(&service, "guest")).await;
-    paths.sort();
-    paths.dedup();
-    assert_eq!(overlays(&disk), paths);
-    assert_eq!(paths.len(), FORKS as usize + 1);
 }
 
 /// A snapshot that fails, on a full disk, leaves no overlay of a paused VM. One that runs has written to it
@@ -577,6 +548,13 @@ async fn failed_restore_leaves_no_overlay() {
     let failed = over(&service, &failed.unwrap()).await;
     assert_eq!(failed.phase, MigrationPhase::Failed, "{failed:?}");
     assert_eq!(overlays(&disk), before);
+    let why = failed.error.unwrap().detail;
+    assert!(why.starts_with("the serial port's socket "), "{why}");
+    assert!(
+        why.contains("the VM guest of this service has it as `serial.socket`"),
+        "{why}"
+    );
+    assert!(why.contains("`--overrides FILE`"), "{why}");
     for kind in ["raw", "qcow2", "overlay"] {
         given::restored_with(&service, &disk, &dir, kind).await;
         assert_eq!(overlays(&disk), before);

@@ -460,9 +460,15 @@ async fn forks_have_their_own_network_and_vsock() {
         overrides: taken,
         ..spec::ForkVm::default()
     };
+    let refused = client.vms_fork(&vm, &again).await.unwrap_err().to_string();
+    let why = format!("the tap {tap}1, which the VM guest-1 has as `net.0.tap`");
+    assert!(refused.contains(&why), "{refused}");
+    // Only the host knows that this is not a tap.
+    let mut again = again;
+    again.overrides.net[0].tap = Some("lo".to_owned());
     let failed = over(&service, &client.vms_fork(&vm, &again).await.unwrap()).await;
-    let why = failed.error.unwrap().detail;
-    assert!(why.contains(&format!("{tap}1")), "{why}");
+    let why = failed.error.unwrap();
+    assert_eq!(why.code, "tap-unusable", "{why:?}");
     assert_eq!(client.vms_list().await.unwrap().len(), FORKS + 1);
     // The VM has lost none of its connections.
     client.vms_resume(&vm).await.unwrap();
@@ -540,18 +546,17 @@ async fn forks_are_made_all_or_none() {
     };
     // Somebody listens where the third is to have its port.
     let taken = std::os::unix::net::UnixListener::bind(socket(3)).unwrap();
-    let begun = client.vms_fork(&vm, &what).await.unwrap();
-    let failed = over(&service, &begun).await;
-    let why = failed.error.unwrap();
-    assert_eq!(failed.phase, MigrationPhase::Failed);
-    assert!(why.detail.starts_with("VM guest-3: "), "{why:?}");
+    let why = client.vms_fork(&vm, &what).await.unwrap_err().to_string();
+    assert!(
+        why.contains("VM guest-3: the serial port's socket"),
+        "{why}"
+    );
     assert_eq!(client.vms_list().await.unwrap().len(), 1);
     assert!(!socket(1).exists(), "nothing is left of the first");
 
     // Of the VM's own port there is one.
     let same = spec::ForkVm::default();
-    let begun = client.vms_fork(&vm, &same).await.unwrap();
-    assert_eq!(over(&service, &begun).await.phase, MigrationPhase::Failed);
+    refused(client.vms_fork(&vm, &same).await, 422, "file-in-use");
     for (count, code) in [
         (0, "invalid-configuration"),
         (1025, "invalid-configuration"),

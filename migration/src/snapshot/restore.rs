@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 use super::read::{RestoreError, Snapshot};
 use super::record::Recorder;
-use super::{conclude, on_demand, prefetch};
+use super::{conclude_with, on_demand, prefetch};
 use crate::MigrationError;
 use crate::decision::Decision;
 use crate::destination::{Destination, Host, StartFailure};
@@ -54,6 +54,8 @@ pub struct Restoring<'a> {
     pub resume: bool,
     /// Records the working set of a guest on demand.
     pub recorder: Option<&'a Recorder>,
+    /// Added to the reason of a failure: what the failure leaves that an operator should know.
+    pub left: &'a str,
     /// Called when the VM is there, if pages of its memory are still missing.
     pub arrived: &'a (dyn Fn() + Sync),
     /// Receives the progress report.
@@ -70,7 +72,7 @@ pub struct Restoring<'a> {
 /// guest on demand of whose memory a page cannot be read has [failed](Destination::fail).
 pub fn restore(restoring: &Restoring<'_>) -> Result<(), Refusal> {
     restoring.progress.enter(Phase::Preparing);
-    conclude(restoring.progress, restore_all(restoring))
+    conclude_with(restoring.progress, restore_all(restoring), restoring.left)
 }
 
 fn restore_all(restoring: &Restoring<'_>) -> Result<(), MigrationError> {

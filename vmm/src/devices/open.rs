@@ -27,6 +27,7 @@ use virtio_devices::{VirtioDevice, Workers};
 
 use crate::descriptors::Reservation;
 use crate::failure::BuildError;
+use crate::machine::Host;
 
 /// The name of a tap that is made; `%d` is a number of the host's choice.
 const NEW_TAP: &str = "vmtap%d";
@@ -314,6 +315,18 @@ fn disk(disk: &DiskConfig, context: OpenContext<'_>) -> Result<Opened, BuildErro
     };
     let (device, handle) = Block::new(&config, context.workers.clone())?;
     Ok(Opened::new(id, device, DeviceHandle::Disk(handle)))
+}
+
+/// Checks that a disk's image can be used, which is opened, locked and closed again.
+pub(crate) fn check_disk(config: &DiskConfig, host: &Host) -> Result<(), BuildError> {
+    let context = OpenContext {
+        workers: &host.workers,
+        image_dirs: &host.image_dirs,
+        owner: ResourceOwner::ThisMachine,
+        limiters: &LimiterGroups(BTreeMap::new()),
+        confinement: host.confinement,
+    };
+    disk(config, context).map(drop)
 }
 
 fn net(net: &NetConfig, workers: &Workers) -> Result<Opened, BuildError> {

@@ -15,6 +15,7 @@ use migration::{
 use spec::{Failure, VmConfig, VmId};
 use uuid::Uuid;
 
+use super::conflicts::helped;
 use super::freeze::OwnOverlays;
 use super::offer::{self, CheckedOffer};
 use super::storage::{BaseReader, KnownBases, NewImages};
@@ -224,7 +225,12 @@ impl DestinationHost {
         };
         let (active, consoles) = build().map_err(|error| {
             let told = failure::told(&error);
-            self.origin.refusal(Refusal::new(told.code, told.detail))
+            let why = self.origin.refusal(Refusal::new(told.code, told.detail));
+            match self.origin {
+                // A peer learns nothing of other VMs, and its guest has what it has.
+                GuestOrigin::Migration => why,
+                GuestOrigin::Snapshot { .. } => helped(why, &self.registry, vm.id(), config),
+            }
         })?;
         let (ram, _) = active.memory();
         let halter = Arc::new(active.halter());

@@ -202,8 +202,9 @@ impl DiskFreeze {
     }
 }
 
-/// For the event and the report of a snapshot that fails after its guest has resumed.
-const CONTINUES: &str =
+/// For the event and the report of a snapshot that fails after its guest has resumed, and of forks that fail
+/// after the copy of their VM.
+pub(super) const CONTINUES: &str =
     "; the VM's disks continue on overlays, and the images below them stay frozen";
 
 impl Drop for DiskFreeze {

@@ -1,5 +1,6 @@
 //! Migrations: starts the engine's threads and shows them to the API.
 
+mod conflicts;
 mod copies;
 mod core_dump;
 mod destination;

@@ -12,9 +12,10 @@ use spec::{
     RestoreConfig, VmConfig, VmId, VmMemoryZoneUpdateData, fork_names,
 };
 
+use super::conflicts::check_forks;
 use super::copies::{check_fork, offer_of};
 use super::destination::{DestinationHost, GuestOrigin, record_failure};
-use super::freeze::disks_to_freeze;
+use super::freeze::{CONTINUES, disks_to_freeze};
 use super::snapshot::{LiveVm, path, save_paused, unusable};
 use super::source::SourceVm;
 use super::taps::GivenTaps;
@@ -81,13 +82,14 @@ impl Children {
         (1..).zip(&self.names).map(offer).collect()
     }
 
-    /// Makes them, and writes the end into the report.
+    /// Makes them, and writes the end into the report. The reason of a failure ends with `left`.
     fn make(
         &self,
         snapshot: &Snapshot,
         offers: Vec<Offer>,
         host: &DestinationHost,
         ours: &ActiveMigration,
+        left: &str,
     ) {
         // The report has the failure, if it failed.
         let _ = restore(&Restoring {
@@ -99,6 +101,7 @@ impl Children {
             host,
             resume: self.resume,
             recorder: self.recorder.as_ref(),
+            left,
             arrived: &|| {
                 ours.settled.send_replace(true);
             },
@@ -198,7 +201,7 @@ fn begin_children(
             "restore: begins"
         );
         registry.record(&id, "restoring", Some(format!("from {}", ours.endpoint)));
-        children.make(&snapshot, offers, &host, &ours);
+        children.make(&snapshot, offers, &host, &ours, "");
         if children.recorder.is_some() && *ours.settled.borrow() {
             // The VM is there, whatever became of the record.
             record_end(&ours, &registry, &id);
@@ -302,17 +305,20 @@ pub(super) fn begin_fork(
     let (is_paused, config) = (parts.is_paused, Arc::clone(&parts.config));
     let frozen = disks_to_freeze(&config, what.disks);
     let has_frozen = !frozen.is_empty();
-    let mut source = SourceVm::new(id.clone(), parts).freezing(frozen);
+    let mut source = SourceVm::new(id.clone(), parts).freezing(frozen.clone());
     let disks = source.freeze(ours.id);
     // The guest stays as it is if the request cannot be met.
     let offers = source
         .offer()
         .map_err(|why| RequestError::new(Category::Conflict, &why.code, why.detail))
-        .and_then(|saved| Ok((children.offers(&saved)?, saved)))
-        .and_then(|offers| match is_paused {
-            _ if has_frozen => Ok(offers),
-            true => Ok(offers),
-            false => no_disk_is_written(&config).map(|()| offers),
+        .and_then(|saved| {
+            let offers = children.offers(&saved)?;
+            if !is_paused && !has_frozen {
+                no_disk_is_written(&config)?;
+            }
+            check_forks((&id, &config), &frozen, &offers, registry, pool.host())
+                .map_err(unusable)?;
+            Ok((offers, saved))
         });
     let (offers, saved) = offers.inspect_err(|error| {
         source.end("fork-failed", error.detail.clone());
@@ -347,7 +353,8 @@ pub(super) fn begin_fork(
         };
         // The report has the failure, if it failed.
         if let Ok(snapshot) = captured {
-            children.make(&snapshot, offers, &host, &ours);
+            let left = if has_frozen { CONTINUES } else { "" };
+            children.make(&snapshot, offers, &host, &ours, left);
         }
         ours.log_end();
     })?;
