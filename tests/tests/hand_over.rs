@@ -4,6 +4,9 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
 
+#[path = "hand_over/doubt.rs"]
+mod doubt;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,9 +16,11 @@ use std::time::Duration;
 use rustix::process::{Pid, Signal, kill_process};
 use spec::{
     AwaitMigration, MemoryMode, MigrationInfo, MigrationOutcome, MigrationPhase, MigrationSide,
-    ResolveMigration, StartMigration, VmId, VmState,
+    StartMigration, VmId, VmState,
 };
 use tests::{Face, Frame, Proxy, Service, Side, Verdict, dirtier, trials};
+
+use self::doubt::{happened, refused_with_advice, resolve};
 
 /// How many at once: a guest's ring 0 takes a core while it boots.
 const AT_ONCE: usize = 3;
@@ -161,11 +166,6 @@ async fn reaches(at: &Service, id: &VmId, phase: MigrationPhase) {
     until(at, id, |info| info.phase == phase).await;
 }
 
-async fn resolve(at: &Service, id: &VmId, outcome: MigrationOutcome) {
-    let body = ResolveMigration { outcome };
-    at.client().migrations_resolve(id, &body).await.unwrap();
-}
-
 async fn runs(at: &Service, vm: &VmId) -> bool {
     matches!(at.client().vms_info(vm).await, Ok(info) if info.state == VmState::Running)
 }
@@ -274,12 +274,14 @@ async fn run(case: Case) {
         Ends::InDoubtAtDestination => {
             reaches(&trial.destination, &trial.received, MigrationPhase::InDoubt).await;
             assert!(!runs(&trial.destination, vm).await);
+            refused_with_advice(&trial.destination, vm).await;
             resolve(&trial.destination, &trial.received, MigrationOutcome::Run).await;
             at_destination(&trial).await;
         }
         Ends::AtSourceOnceAsked => {
             reaches(&trial.source, &trial.sent, MigrationPhase::InDoubt).await;
             assert!(!runs(&trial.source, vm).await);
+            refused_with_advice(&trial.source, vm).await;
             trial.destination.start_again().await.unwrap();
             await_at(&trial.destination, &trial.sockets[1]).await;
             at_source(&trial).await;
@@ -321,13 +323,19 @@ async fn run(case: Case) {
                 assert_eq!(shown.state, VmState::Paused);
                 let failure = shown.failure.map(|failure| failure.code);
                 assert_eq!(failure.as_deref(), Some("destination-lost"));
+                refused_with_advice(left, vm).await;
             }
             if case.is_deleted {
                 left.client().vms_delete(vm).await.unwrap();
             } else {
                 resolve(left, id, MigrationOutcome::Discard).await;
             }
-            until(left, id, |info| info.phase.is_over()).await;
+            let info = until(left, id, |info| info.phase.is_over()).await;
+            if case.is_deleted {
+                assert_eq!(info.phase, MigrationPhase::Failed, "{info:?}");
+                assert_eq!(info.error.unwrap().code, "guest-ended");
+                happened(left, vm, "arrival-failed").await;
+            }
             assert!(!has(left, vm).await);
         }
     }

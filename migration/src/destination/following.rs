@@ -59,10 +59,10 @@ impl<'a> Postcopy<'a> {
             self.disconnect(&error);
             // The VM was ended here: its last pages are of no use to anyone.
             if self.receiver()?.is_lost() {
-                return self.ended();
+                return self.ended(None);
             }
             while let Reconnected::No = match self.reconnect()? {
-                Reconnected::MachineEnded => return self.ended(),
+                Reconnected::MachineEnded => return self.ended(Some(&error)),
                 other => other,
             } {
                 self.control = None;
@@ -70,7 +70,7 @@ impl<'a> Postcopy<'a> {
         }
         let is_incomplete = self.guest.channels.memory.disks.left() > 0;
         if self.receiver()?.failure().is_some() || is_incomplete {
-            return self.ended();
+            return self.ended(None);
         }
         // All pages are here before the source hears `Completed`: after that it may free the only
         // other copy of them.
@@ -102,13 +102,22 @@ impl<'a> Postcopy<'a> {
         }
     }
 
-    /// The machine has ended, by a request or because its missing pages cannot be brought.
-    fn ended(mut self) -> Result<Ended, Failed> {
+    /// The machine has ended, by a request or because its missing pages cannot be brought. `lost` is the error
+    /// that ended the connection, if the machine ended while its source was awaited.
+    fn ended(mut self, lost: Option<&MigrationError>) -> Result<Ended, Failed> {
         let why = match (
             self.receiver()?.failure(),
             self.guest.channels.memory.disks.incomplete(),
         ) {
             (None, None) => {
+                if let Some(lost) = lost {
+                    let why = ended_alone(self.receiver()?.left(), lost);
+                    self.guest.keep();
+                    return Err(Failed::Unheard(why, ToSource::Ended));
+                }
+                // An error of the connection to an ended machine is none of the migration.
+                let progress = self.guest.session.progress;
+                progress.update(|report| report.error = None);
                 self.record_whole();
                 return Ok(self.finish(false));
             }
@@ -309,4 +318,13 @@ impl<'a> Postcopy<'a> {
         let detail = "an operator decided that the guest does not run at the destination";
         Failed::Unheard(Refusal::new("resolved", detail), ToSource::Ended)
     }
+}
+
+/// The reason of a migration whose guest was ended while pages were missing that nobody could bring.
+fn ended_alone(pages: usize, lost: &MigrationError) -> Refusal {
+    let why = format!(
+        "the VM was deleted, or its guest ended, while the source was lost ({lost}) and {pages} pages of memory \
+         had not arrived"
+    );
+    Refusal::new("guest-ended", why)
 }

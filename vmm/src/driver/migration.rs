@@ -19,7 +19,7 @@ use virtio_devices::block::DiskAccess;
 
 use super::consoles::Consoles;
 use super::ending::Gone;
-use super::outgoing::{Departure, Outgoing, OutgoingState, Purpose};
+use super::outgoing::{Departure, Outgoing, OutgoingState, Purpose, with_advice};
 use super::resize::Resizes;
 use super::{Caller, Driver, End, Stage, internal};
 use crate::arch::x86_64::cpu_model::CpuModel;
@@ -71,7 +71,11 @@ pub(super) fn moving(detail: &str) -> RequestError {
 impl Driver {
     /// Why a request cannot be done while a guest moves, if it cannot.
     pub(super) fn refused_while_moving(&mut self, verb: Verb) -> Option<RequestError> {
-        let refuse = |detail: &str| Some(moving(detail));
+        let phase = self
+            .progress
+            .as_ref()
+            .map(|progress| progress.report().phase);
+        let refuse = |detail: &str| Some(moving(&with_advice(detail, phase)));
         if matches!(verb, Verb::Counters) {
             return None;
         }
@@ -95,7 +99,7 @@ impl Driver {
             return Some(RequestError::new(
                 Category::Conflict,
                 "pages-arriving",
-                PAGES_ARRIVING,
+                with_advice(PAGES_ARRIVING, phase),
             ));
         }
         let outgoing = self.outgoing.as_ref()?;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use control::{RequestError, SnapshotOf, Verb};
-use migration::{Decision, Refusal};
+use migration::{Decision, Phase, Refusal};
 
 use super::migration::moving;
 use super::{Caller, Driver};
@@ -172,4 +172,37 @@ pub(crate) enum Purpose {
     Snapshot(SnapshotOf),
     /// A core dump of it is written. It is paused, and stays so.
     CoreDump,
+}
+
+/// Adds what an operator can do to the reason of a refusal, where waiting may not help.
+pub(super) fn with_advice(detail: &str, phase: Option<Phase>) -> String {
+    let advice = match phase {
+        Some(Phase::InDoubt) => {
+            "its migration is in doubt, until the other side is back or an operator decides: \
+             `wh-remote resolve-migration ID discard` ends the guest at this side, and `... run` runs it \
+             here, if it runs nowhere else"
+        }
+        Some(Phase::PostcopyPaused) => {
+            "its migration waits for the other side: if that does not come back, `wh-remote \
+             resolve-migration ID discard` gives the guest up"
+        }
+        _ => return detail.to_owned(),
+    };
+    format!("{detail}; {advice} (`wh-remote migrations` lists the ID)")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn refusals_name_the_way_out_of_a_stuck_migration() {
+        for phase in [Phase::InDoubt, Phase::PostcopyPaused] {
+            let told = with_advice("no", Some(phase));
+            assert!(told.contains("resolve-migration ID discard"), "{told}");
+        }
+        for phase in [None, Some(Phase::Precopy), Some(Phase::Completed)] {
+            assert_eq!(with_advice("no", phase), "no");
+        }
+    }
 }

@@ -197,7 +197,9 @@ pub(super) fn begin(
         // Dropped before `held`: the endpoint is free before anyone hears so.
         let mut accept = accept;
         let record_end = || {
-            if let Some(vm) = &asked {
+            // A VM that came may have ended before all of it was here, also if the request named none.
+            let vm = asked.clone().or_else(|| ours.vm.lock().clone());
+            if let Some(vm) = &vm {
                 record_failure(&ours, &registry, vm, GuestOrigin::Migration);
             }
         };
