@@ -235,62 +235,35 @@ mod tests {
 
     #[test]
     fn statuses_follow_cloud_hypervisor() {
+        use Category::{Conflict, NotFound, Pending, Unprocessable, Unsupported};
         let of = |category, code: &str| RequestError::new(category, code, "it cannot be");
-        let field = spec::FieldProblem {
-            pointer: "/path".to_owned(),
-            code: "missing".to_owned(),
-            detail: "a disk needs an image".to_owned(),
-        };
-        let invalid = || RequestError::invalid(vec![field.clone()]);
-        let unusable = || of(Category::Unprocessable, "disk-unusable");
-        for (verb, error, status) in [
-            (Verb::AddDevice, invalid(), 400),
-            (Verb::AddDevice, unusable(), 500),
-            (
-                Verb::AddDevice,
-                of(Category::Conflict, "device-exists"),
-                409,
-            ),
-            (
-                Verb::AddDevice,
-                of(Category::Unsupported, "unsupported"),
-                501,
-            ),
-            (
-                Verb::ResizeDisk,
-                of(Category::Unprocessable, "disk-size"),
-                500,
-            ),
-            (
-                Verb::ResizeDisk,
-                of(Category::Unprocessable, "not-a-disk"),
-                404,
-            ),
-            (
-                Verb::ResizeDisk,
-                of(Category::NotFound, "no-such-device"),
-                404,
-            ),
-            (Verb::ResizeDisk, of(Category::Conflict, "wrong-state"), 409),
-            (Verb::Resize, of(Category::Unprocessable, "no-balloon"), 422),
-            (Verb::Resize, of(Category::Pending, "resize-pending"), 429),
-            (
-                Verb::ResizeZone,
-                of(Category::Unprocessable, "no-such-zone"),
-                500,
-            ),
-            (
-                Verb::ResizeZone,
-                of(Category::Pending, "resize-pending"),
-                429,
-            ),
-            (Verb::Boot, unusable(), 422),
-            (Verb::Boot, of(Category::Conflict, "wrong-state"), 409),
-            (Verb::Pause, of(Category::Conflict, "wrong-state"), 405),
+        for (verb, category, code, status) in [
+            (Verb::AddDevice, Unprocessable, "disk-unusable", 500),
+            (Verb::AddDevice, Conflict, "device-exists", 409),
+            (Verb::AddDevice, Unsupported, "unsupported", 501),
+            (Verb::ResizeDisk, Unprocessable, "disk-size", 500),
+            (Verb::ResizeDisk, Unprocessable, "not-a-disk", 404),
+            (Verb::ResizeDisk, NotFound, "no-such-device", 404),
+            (Verb::ResizeDisk, Conflict, "wrong-state", 409),
+            (Verb::Resize, Unprocessable, "no-balloon", 422),
+            (Verb::Resize, Pending, "resize-pending", 429),
+            (Verb::ResizeZone, Unprocessable, "no-such-zone", 500),
+            (Verb::ResizeZone, Pending, "resize-pending", 429),
+            (Verb::Boot, Unprocessable, "disk-unusable", 422),
+            (Verb::Boot, Conflict, "wrong-state", 409),
+            (Verb::Pause, Conflict, "wrong-state", 405),
         ] {
-            let told = format!("{verb:?} {error:?}");
-            assert_eq!(of_one_vm(verb, error).status(), status, "{told}");
+            let answer = of_one_vm(verb, of(category, code));
+            assert_eq!(answer.status(), status, "{verb:?} {category:?} {code}");
         }
+        let invalid = || {
+            RequestError::invalid(vec![spec::FieldProblem {
+                pointer: "/path".to_owned(),
+                code: "missing".to_owned(),
+                detail: "a disk needs an image".to_owned(),
+            }])
+        };
+        assert_eq!(of_one_vm(Verb::AddDevice, invalid()).status(), 400);
         let told = of_one_vms_migration(of(Category::Unprocessable, "endpoint-unusable"));
         assert_eq!(told.status(), 500);
         let own = ApiError::from(invalid());

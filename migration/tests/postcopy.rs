@@ -132,6 +132,52 @@ impl Host for Recorded {
     }
 }
 
+/// A guest all of whose pages have content.
+fn full_guest() -> MemoryGuest {
+    let memory = ram(PAGES);
+    (0..PAGES).for_each(|page| fill_page(&memory, page, CONTENT));
+    MemoryGuest::new(memory)
+}
+
+/// Migrates a guest to a host, which is made in the destination's thread. Returns the results of both sides, and
+/// what the destination reports at the end.
+fn moved<H: Host>(
+    policy: &Policy,
+    guest: &mut MemoryGuest,
+    host: impl FnOnce() -> H + Send,
+) -> (Outcome, Result<(), Refusal>, Progress) {
+    let (dialer, mut acceptor) = Dialer::new();
+    let there = Progress::default();
+    let (sent, received) = thread::scope(|scope| {
+        let there = &there;
+        let receiver = scope.spawn(move || {
+            receive(Receiving {
+                accept: &mut acceptor,
+                limit: &ConnectionLimit::default(),
+                once: true,
+                host: &host(),
+                progress: there,
+                decision: &Decision::default(),
+                patience: policy.patience,
+                lingers: &|| {},
+            })
+        });
+        let sent = send(
+            Sending {
+                id: Uuid::from_u128(1),
+                policy,
+                dial: &*dialer,
+                journal: &mut NoJournal,
+                progress: &Progress::default(),
+                decision: &Decision::default(),
+            },
+            guest,
+        );
+        (sent, receiver.join().unwrap())
+    });
+    (sent, received, there)
+}
+
 /// A service that ends before all pages have come finds that in its journal.
 #[test]
 fn journal_tells_whether_all_pages_have_come() {
@@ -142,46 +188,19 @@ fn journal_tells_whether_all_pages_have_come() {
             &[(Step::Running, true), (Step::Running, false)][..],
         ),
     ] {
-        let (dialer, mut acceptor) = Dialer::new();
-        let memory = ram(PAGES);
-        (0..PAGES).for_each(|page| fill_page(&memory, page, CONTENT));
-        let mut guest = MemoryGuest::new(memory);
+        let mut guest = full_guest();
         let policy = Policy {
             mode,
             ..Policy::default()
         };
         let steps = Arc::default();
-        let host = Recorded {
+        let host = || Recorded {
             place: Place(Arc::default()),
             steps: Arc::clone(&steps),
         };
-        thread::scope(|scope| {
-            let receiver = scope.spawn(|| {
-                receive(Receiving {
-                    accept: &mut acceptor,
-                    limit: &ConnectionLimit::default(),
-                    once: true,
-                    host: &host,
-                    progress: &Progress::default(),
-                    decision: &Decision::default(),
-                    patience: policy.patience,
-                    lingers: &|| {},
-                })
-            });
-            let sent = send(
-                Sending {
-                    id: Uuid::from_u128(1),
-                    policy: &policy,
-                    dial: &*dialer,
-                    journal: &mut NoJournal,
-                    progress: &Progress::default(),
-                    decision: &Decision::default(),
-                },
-                &mut guest,
-            );
-            assert_eq!(sent, Outcome::Moved);
-            receiver.join().unwrap().unwrap();
-        });
+        let (sent, received, _) = moved(&policy, &mut guest, host);
+        assert_eq!(sent, Outcome::Moved);
+        received.unwrap();
         let steps = steps.lock().unwrap();
         assert!(steps.ends_with(running), "{mode:?}: {steps:?}");
         let all = steps.iter().filter(|(step, _)| *step == Step::Running);
@@ -194,58 +213,26 @@ fn journal_tells_whether_all_pages_have_come() {
 /// resume its copy.
 #[test]
 fn guest_ends_when_its_faults_are_unreadable() {
-    let (dialer, mut acceptor) = Dialer::new();
-    let memory = ram(PAGES);
-    (0..PAGES).for_each(|page| fill_page(&memory, page, CONTENT));
-    let mut guest = MemoryGuest::new(memory);
-    let (here, there) = (Progress::default(), Progress::default());
-    let patience = Duration::from_secs(2);
+    let mut guest = full_guest();
     let policy = Policy {
-        patience,
+        patience: Duration::from_secs(2),
         mode: Mode::Postcopy,
         // A page each second: the one that is touched does not come by itself.
         max_bandwidth: Some(4096),
         ..Policy::default()
     };
     let seen = Arc::new(Mutex::new(Seen::default()));
-    thread::scope(|scope| {
-        let receiver = scope.spawn(|| {
-            let machine = Machine {
-                ram: ram(PAGES),
-                unreadable: UnreadableFaults::new(),
-                seen: Arc::clone(&seen),
-            };
-            receive(Receiving {
-                accept: &mut acceptor,
-                limit: &ConnectionLimit::default(),
-                once: true,
-                host: &machine,
-                progress: &there,
-                decision: &Decision::default(),
-                patience,
-                lingers: &|| {},
-            })
-        });
-        let sent = send(
-            Sending {
-                id: Uuid::from_u128(1),
-                policy: &policy,
-                dial: &*dialer,
-                journal: &mut NoJournal,
-                progress: &here,
-                decision: &Decision::default(),
-            },
-            &mut guest,
-        );
-        let Outcome::Lost(why) = sent else {
-            panic!("{sent:?}");
-        };
-        assert_eq!(why.code, "guest-lost");
-        assert_eq!(
-            receiver.join().unwrap().unwrap_err().code,
-            "pages-not-served"
-        );
-    });
+    let machine = || Machine {
+        ram: ram(PAGES),
+        unreadable: UnreadableFaults::new(),
+        seen: Arc::clone(&seen),
+    };
+    let (sent, received, there) = moved(&policy, &mut guest, machine);
+    let Outcome::Lost(why) = sent else {
+        panic!("{sent:?}");
+    };
+    assert_eq!(why.code, "guest-lost");
+    assert_eq!(received.unwrap_err().code, "pages-not-served");
     assert!(!guest.runs, "the guest has run at the destination");
     assert_eq!(there.report().phase, Phase::Failed);
     let mut seen = seen.lock().unwrap();

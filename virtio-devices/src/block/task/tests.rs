@@ -1,13 +1,51 @@
 use std::fs::{self, File};
+use std::path::Path;
 
+use devices::event_loop::EventLoop;
 use memory::{AwaitedBlocks, DeviceOps, DirtyBitmap, SpaceKind};
 
 use super::super::Block;
 use super::*;
+use crate::Transport;
 use crate::testing::{
-    TestBuffer, TestGuest, TestQueue, disk_config, transport, wait_idle, workers,
+    Heard, TestBuffer, TestGuest, TestQueue, disk_config, transport, wait_idle, workers,
 };
-use crate::worker::Running;
+use crate::worker::{Running, Workers};
+
+/// A disk, and a guest that has a queue to it.
+struct Stage {
+    driver: TestQueue,
+    transport: Arc<Transport>,
+    heard: Heard,
+    guest: TestGuest,
+    device: Block,
+    workers: Workers,
+    _event_loop: EventLoop,
+}
+
+impl Stage {
+    fn new(path: &Path, memory: u64, queue_size: u16) -> Self {
+        let (event_loop, workers) = workers();
+        let (device, _) = Block::new(&disk_config(path), workers.clone()).unwrap();
+        let mut guest = TestGuest::new(memory);
+        let (transport, heard) = transport();
+        Self {
+            driver: TestQueue::new(&mut guest, 0, queue_size),
+            transport,
+            heard,
+            guest,
+            device,
+            workers,
+            _event_loop: event_loop,
+        }
+    }
+
+    /// The task of the queue, which has not started.
+    fn task(&self, state: QueueState) -> BlockTask {
+        let queue = self.driver.device_side(&self.transport, state);
+        BlockTask::new(queue, &self.device.shared, true).unwrap()
+    }
+}
 
 /// A kernel that takes no operations for a while, or not at all: each request is answered.
 #[test]
@@ -15,12 +53,8 @@ fn requests_without_io_uring_complete() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("disk");
     fs::write(&path, [7; 4096]).unwrap();
-    let (_event_loop, workers) = workers();
-    let (device, _) = Block::new(&disk_config(&path), workers.clone()).unwrap();
-    let mut guest = TestGuest::new(1 << 20);
-    let (transport, heard) = transport();
-    let mut driver = TestQueue::new(&mut guest, 0, 16);
-    let (header, at) = (guest.put(&[0; 16]), guest.alloc(513));
+    let mut stage = Stage::new(&path, 1 << 20, 16);
+    let (header, at) = (stage.guest.put(&[0; 16]), stage.guest.alloc(513));
     let buffer = TestBuffer::new;
     let request = [buffer(header, 16, false), buffer(at, 513, true)];
     let file = Arc::new(File::open(&path).unwrap());
@@ -30,31 +64,30 @@ fn requests_without_io_uring_complete() {
         ("it never does", false, true),
         ("it does not when the queue stops", false, false),
     ] {
-        guest.write(at, &[0xff; 513]);
-        let queue = driver.device_side(&transport, state);
-        let mut task = BlockTask::new(queue, &device.shared, true).unwrap();
+        stage.guest.write(at, &[0xff; 513]);
+        let mut task = stage.task(state);
         task.uring = Some(Uring::disabled(Arc::clone(&file), 16).unwrap());
-        let head = driver.send(&request);
+        let head = stage.driver.send(&request);
         if runs {
-            let running = Running::start(&workers, &transport, task);
+            let running = Running::start(&stage.workers, &stage.transport, task);
             std::thread::sleep(RETRY * 3);
-            assert_eq!(driver.take_used(), None, "{name}");
+            assert_eq!(stage.driver.take_used(), None, "{name}");
             if comes_back {
                 running.with(|task| task.uring.as_ref().unwrap().enable().unwrap());
             }
-            assert_eq!(driver.wait_used(), (head, 513), "{name}");
+            assert_eq!(stage.driver.wait_used(), (head, 513), "{name}");
             state = running.stop().unwrap().finish().0;
         } else {
             task.take().unwrap();
-            assert_eq!(driver.take_used(), None, "{name}");
+            assert_eq!(stage.driver.take_used(), None, "{name}");
             state = task.finish().0;
-            assert_eq!(driver.take_used(), Some((head, 513)), "{name}");
+            assert_eq!(stage.driver.take_used(), Some((head, 513)), "{name}");
         }
-        assert_eq!(guest.read(at, 512), [7; 512], "{name}");
-        assert_eq!(guest.read(at + 512, 1), [0], "{name}");
+        assert_eq!(stage.guest.read(at, 512), [7; 512], "{name}");
+        assert_eq!(stage.guest.read(at + 512, 1), [0], "{name}");
         assert_eq!(state.next_avail, state.next_used, "{name}");
     }
-    assert!(heard.events().is_empty());
+    assert!(stage.heard.events().is_empty());
 }
 
 /// EDK2's driver reads a file of any length by one request. A queue that stops waits for the part
@@ -66,49 +99,58 @@ fn long_requests_are_moved_in_parts() {
     let path = dir.path().join("disk");
     let data: Vec<u8> = (0..LEN).map(|at| (at / 512 % 251) as u8).collect();
     fs::write(&path, &data).unwrap();
-    let (_event_loop, workers) = workers();
-    let (device, _) = Block::new(&disk_config(&path), workers.clone()).unwrap();
-    let mut guest = TestGuest::new(80 << 20);
-    let (transport, heard) = transport();
-    let mut driver = TestQueue::new(&mut guest, 0, 16);
-    let (header, room, status) = (guest.put(&[0; 16]), guest.alloc(LEN as u64), guest.alloc(1));
+    let mut stage = Stage::new(&path, 80 << 20, 16);
+    let (header, room, status) = (
+        stage.guest.put(&[0; 16]),
+        stage.guest.alloc(LEN as u64),
+        stage.guest.alloc(1),
+    );
     let buffer = TestBuffer::new;
     let file = File::options().read(true).write(true).open(&path).unwrap();
     let file = Arc::new(file);
     let mut state = QueueState::default();
     for (kind, is_read) in [(0_u8, true), (1, false)] {
-        guest.write(header, &[kind]);
+        stage.guest.write(header, &[kind]);
         let data_at = buffer(room, LEN as u32, is_read);
-        let head = driver.send(&[buffer(header, 16, false), data_at, buffer(status, 1, true)]);
-        let queue = driver.device_side(&transport, state);
-        let mut task = BlockTask::new(queue, &device.shared, true).unwrap();
+        let head =
+            stage
+                .driver
+                .send(&[buffer(header, 16, false), data_at, buffer(status, 1, true)]);
+        let mut task = stage.task(state);
         task.uring = Some(Uring::disabled(Arc::clone(&file), 16).unwrap());
         task.take().unwrap();
         let load = (32 << 20)..(33 << 20);
         assert!(load.contains(&task.in_flight), "{}", task.in_flight);
         task.uring.as_ref().unwrap().enable().unwrap();
         let (stopped, kept) = task.finish();
-        assert_eq!((driver.take_used(), &kept), (None, &vec![head]));
+        assert_eq!((stage.driver.take_used(), &kept), (None, &vec![head]));
 
-        let queue = driver.device_side(&transport, stopped);
-        let mut task = BlockTask::new(queue, &device.shared, true).unwrap();
+        let mut task = stage.task(stopped);
         task.try_again(kept);
-        let running = Running::start(&workers, &transport, task);
+        let running = Running::start(&stage.workers, &stage.transport, task);
         let used = if is_read { LEN as u32 + 1 } else { 1 };
-        assert_eq!(driver.wait_used(), (head, used));
+        assert_eq!(stage.driver.wait_used(), (head, used));
         state = running.stop().unwrap().finish().0;
-        assert_eq!(guest.read(status, 1), [0]);
+        assert_eq!(stage.guest.read(status, 1), [0]);
         if is_read {
-            assert!(guest.read(room, LEN) == data);
+            assert!(stage.guest.read(room, LEN) == data);
             // What is written next differs everywhere.
             let other: Vec<u8> = data.iter().map(|byte| !byte).collect();
-            guest.write(room, &other);
+            stage.guest.write(room, &other);
         }
     }
     let written = fs::read(&path).unwrap();
     assert!(written.iter().zip(&data).all(|(now, then)| *now == !then));
-    assert_eq!(device.shared.counters.read_ops.load(Ordering::Relaxed), 1);
-    assert!(heard.events().is_empty());
+    assert_eq!(
+        stage
+            .device
+            .shared
+            .counters
+            .read_ops
+            .load(Ordering::Relaxed),
+        1
+    );
+    assert!(stage.heard.events().is_empty());
 }
 
 /// A queue that stops waits for all that is in flight: of discards of 1 GiB that is one.
@@ -117,23 +159,20 @@ fn discards_have_a_weight() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("disk");
     File::create(&path).unwrap().set_len(2 << 30).unwrap();
-    let (_event_loop, workers) = workers();
-    let (device, _) = Block::new(&disk_config(&path), workers).unwrap();
-    let mut guest = TestGuest::new(1 << 20);
-    let (transport, _) = transport();
-    let mut driver = TestQueue::new(&mut guest, 0, 16);
+    let mut stage = Stage::new(&path, 1 << 20, 16);
     let mut request = vec![11, 0, 0, 0];
     request.extend([0; 12 + 8]);
     request.extend((1_u32 << 21).to_le_bytes());
     request.extend([0; 4]);
-    let (header, status) = (guest.put(&request), guest.alloc(1));
+    let (header, status) = (stage.guest.put(&request), stage.guest.alloc(1));
     let buffer = TestBuffer::new;
     for _ in 0..8 {
-        let head = driver.describe(&[buffer(header, 32, false), buffer(status, 1, true)]);
-        driver.offer(head);
+        let head = stage
+            .driver
+            .describe(&[buffer(header, 32, false), buffer(status, 1, true)]);
+        stage.driver.offer(head);
     }
-    let queue = driver.device_side(&transport, QueueState::default());
-    let mut task = BlockTask::new(queue, &device.shared, true).unwrap();
+    let mut task = stage.task(QueueState::default());
     let file = File::options().write(true).open(&path).unwrap();
     task.uring = Some(Uring::disabled(Arc::new(file), 16).unwrap());
     task.take().unwrap();
@@ -149,12 +188,8 @@ fn descriptors_in_flight_are_bounded() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("disk");
     fs::write(&path, [7; 4096]).unwrap();
-    let (_event_loop, workers) = workers();
-    let (device, _) = Block::new(&disk_config(&path), workers).unwrap();
-    let mut guest = TestGuest::new(1 << 20);
-    let (transport, _) = transport();
-    let mut driver = TestQueue::new(&mut guest, 0, SIZE);
-    let (header, room) = (guest.put(&[0; 16]), guest.alloc(513));
+    let mut stage = Stage::new(&path, 1 << 20, SIZE);
+    let (header, room) = (stage.guest.put(&[0; 16]), stage.guest.alloc(513));
     // A header, a sector and a status; between them buffers of nothing.
     let mut table = Vec::new();
     for next in 1..=SIZE {
@@ -169,13 +204,14 @@ fn descriptors_in_flight_are_bounded() {
         table.extend(flags.to_le_bytes());
         table.extend(next.to_le_bytes());
     }
-    let at = guest.put(&table);
+    let at = stage.guest.put(&table);
     for head in 0..SIZE {
-        driver.set_descriptor(head, at, table.len() as u32, 4, 0);
-        driver.offer(head);
+        stage
+            .driver
+            .set_descriptor(head, at, table.len() as u32, 4, 0);
+        stage.driver.offer(head);
     }
-    let queue = driver.device_side(&transport, QueueState::default());
-    let mut task = BlockTask::new(queue, &device.shared, true).unwrap();
+    let mut task = stage.task(QueueState::default());
     let file = Arc::new(File::open(&path).unwrap());
     task.uring = Some(Uring::disabled(file, SIZE).unwrap());
     while task.take().unwrap() {}
@@ -192,17 +228,13 @@ fn maps_in_flight_are_bounded() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("disk");
     fs::write(&path, [7; 4096]).unwrap();
-    let (_event_loop, workers) = workers();
-    let (device, _) = Block::new(&disk_config(&path), workers).unwrap();
-    let mut guest = TestGuest::new(1 << 20);
-    let (transport, _) = transport();
-    let mut driver = TestQueue::new(&mut guest, 0, SIZE);
-    let (header, room) = (guest.put(&[0; 16]), guest.alloc(513));
+    let mut stage = Stage::new(&path, 1 << 20, SIZE);
+    let (header, room) = (stage.guest.put(&[0; 16]), stage.guest.alloc(513));
     let table = [
         TestBuffer::new(header, 16, false),
         TestBuffer::new(room, 513, true),
     ];
-    let topology = Arc::clone(&guest.topology);
+    let topology = Arc::clone(&stage.guest.topology);
     let mut topology = topology.lock();
     let mut tx = topology.begin();
     let bar = tx.container("bar", 0x1000).unwrap();
@@ -210,8 +242,7 @@ fn maps_in_flight_are_bounded() {
     tx.place(device_in_it, bar, 0, 0).unwrap();
     tx.map(SpaceKind::Memory, 1 << 32, bar, 0).unwrap();
     tx.commit().unwrap();
-    let queue = driver.device_side(&transport, QueueState::default());
-    let mut task = BlockTask::new(queue, &device.shared, true).unwrap();
+    let mut task = stage.task(QueueState::default());
     let file = Arc::new(File::open(&path).unwrap());
     task.uring = Some(Uring::disabled(file, SIZE).unwrap());
     let in_flight = |task: &BlockTask| task.uring.as_ref().unwrap().in_flight();
@@ -219,7 +250,7 @@ fn maps_in_flight_are_bounded() {
         let mut tx = topology.begin();
         tx.move_to(bar, (1 << 32) + step * 0x1000).unwrap();
         tx.commit().unwrap();
-        driver.send(&table);
+        stage.driver.send(&table);
         task.take().unwrap();
     }
     assert_eq!(in_flight(&task), MAX_VIEWS);
