@@ -9,10 +9,11 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::Result;
+use clap::Parser;
 use openapi::Client;
 use spec::{ConsoleMode, PayloadConfig, VmConfig};
-use tests::{Mapped, Program, beyond_ram, built};
+use tests::{Mapped, Program, beyond_ram, built, options};
 
 const ROUNDS: usize = 11;
 const MEMORY: u64 = 128 << 20;
@@ -21,7 +22,7 @@ const REQUESTS: usize = 5_000;
 /// Processes at once, which share the pages of their program's file.
 const MANY: usize = 10;
 
-/// What a boot leaves to be given back is given back after this time: it is no cost of the VM.
+/// Time after which a service has given back what it needed for a boot: that is no cost of the VM.
 const SETTLES: Duration = Duration::from_millis(300);
 
 /// Cost of one process.
@@ -33,16 +34,18 @@ struct Cost {
     requests_per_s: u64,
 }
 
+/// Measures a VM in a process of its own.
+#[derive(Parser)]
+#[command(bin_name = "cargo bench -p tests --bench one_vm --")]
+struct Arguments {
+    /// Program with Cloud Hypervisor's command line and API, to be measured beside `whimbrel`.
+    #[arg(long, value_name = "PROGRAM")]
+    peer: Option<PathBuf>,
+}
+
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<()> {
-    let mut arguments = std::env::args()
-        .skip(1)
-        .filter(|argument| argument != "--bench");
-    let peer = match (arguments.next().as_deref(), arguments.next()) {
-        (None, _) => None,
-        (Some("--peer"), Some(path)) => Some(PathBuf::from(path)),
-        _ => bail!("the only option is --peer PROGRAM"),
-    };
+    let Arguments { peer } = options();
     println!(
         "one VM a process, 1 vCPU, {} MiB, kernel of {} MiB, medians of {ROUNDS}",
         MEMORY >> 20,

@@ -9,25 +9,29 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use clap::Parser;
 use guest::Options;
 use openapi::Client;
 use spec::{PayloadConfig, SerialConfig, VmConfig, VmState};
-use tests::{Face, Program, Serial, Service, built, pss};
+use tests::{Face, Program, Serial, Service, built, options, pss};
 
 const BOOTS: usize = 15;
 const VMS: u64 = 100;
 const MEMORY: u64 = 32 << 20;
 
+/// Measures a service: boots, its sandbox, many VMs, devices that are added, and requests.
+#[derive(Parser)]
+#[command(bin_name = "cargo bench -p tests --bench service --")]
+struct Arguments {
+    /// Program with Cloud Hypervisor's command line and API, to be measured beside `whimbrel` where it can do
+    /// the same.
+    #[arg(long, value_name = "PROGRAM")]
+    peer: Option<PathBuf>,
+}
+
 #[tokio::main]
 async fn main() -> Result<()> {
-    let mut arguments = std::env::args()
-        .skip(1)
-        .filter(|argument| argument != "--bench");
-    let peer = match (arguments.next().as_deref(), arguments.next()) {
-        (None, _) => None,
-        (Some("--peer"), Some(path)) => Some(PathBuf::from(path)),
-        _ => bail!("the only option is --peer PROGRAM"),
-    };
+    let Arguments { peer } = options();
     boot(peer.as_deref()).await?;
     sandbox().await?;
     many().await?;

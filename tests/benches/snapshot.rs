@@ -20,13 +20,14 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use clap::Parser;
 use guest::{Line, Options, Workload};
 use spec::{
     ConsoleMode, ForkVm, MemoryRestoreMode, MigrationInfo, MigrationPhase, RestoreConfig,
     SerialConfig, VmId,
 };
 use terminal::Terminal;
-use tests::{Face, Serial, Service, dirtier};
+use tests::{Face, Serial, Service, dirtier, options};
 
 const MIB: u64 = 1 << 20;
 /// Rare enough that a hundred guests that print do not fill the CPUs, on which the others are made: a
@@ -35,19 +36,22 @@ const FORK_HEARTBEAT_MS: u32 = 1000;
 const PATIENCE: Duration = Duration::from_secs(120);
 const PARTS: [&str; 4] = ["restores", "ready", "stops", "forks"];
 
+/// Measures snapshots, restores and forks.
+#[derive(Parser)]
+#[command(bin_name = "cargo bench -p tests --bench snapshot --")]
+struct Arguments {
+    /// Measures less.
+    #[arg(long)]
+    quick: bool,
+    /// Parts to be measured: all by default.
+    #[arg(value_name = "PART", value_parser = PARTS)]
+    parts: Vec<String>,
+}
+
 #[tokio::main]
 async fn main() -> Result<()> {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let quick = arguments.iter().any(|argument| argument == "--quick");
-    // Cargo adds `--bench`.
-    let parts = arguments
-        .iter()
-        .filter(|argument| !argument.starts_with('-'));
-    let parts: Vec<&str> = parts.map(String::as_str).collect();
-    for part in &parts {
-        ensure!(PARTS.contains(part), "no part {part}; there are {PARTS:?}");
-    }
-    let is_asked = |part| parts.is_empty() || parts.contains(&part);
+    let Arguments { quick, parts } = options();
+    let is_asked = |part: &str| parts.is_empty() || parts.iter().any(|asked| asked == part);
     let rounds = if quick { 3 } else { 7 };
     if is_asked("restores") {
         let sizes: &[u64] = if quick { &[256] } else { &[256, 2048] };

@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use clap::Parser;
 use hypervisor::{DirtyBackend, Gate, Kicker, Kvm, MsiVectors, Vm};
 use memory::{
     CachedView, DeviceOps, IoEventFd, ListenerHandle, MemoryListener, RamBlock, RamConfig,
@@ -26,7 +27,13 @@ const PAGE: u64 = memory::PAGE_SIZE;
 const ROUNDS: usize = 21;
 const LOOKUPS: u64 = 20_000;
 
+/// Measures the memory topology. There is nothing to choose.
+#[derive(Parser)]
+#[command(bin_name = "cargo bench -p tests --bench topology --")]
+struct Arguments;
+
 fn main() {
+    let Arguments = tests::options();
     lookups_and_commits();
     readers_beside_a_writer();
     many_devices();

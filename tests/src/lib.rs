@@ -10,6 +10,7 @@
 
 #![forbid(unsafe_code)]
 
+mod benchmark;
 pub mod debian;
 pub mod dirtier;
 mod machine;
@@ -23,6 +24,7 @@ pub mod snapshots;
 mod trials;
 mod vsock;
 
+pub use benchmark::options;
 pub use machine::{BOOTS, Machine, RUNS};
 pub use network::{Network, ROUTER};
 pub use program::{Mapped, Program, beyond_ram, pss};

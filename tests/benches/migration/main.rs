@@ -25,7 +25,8 @@ mod timeline;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Result, ensure};
+use clap::Parser;
 use guest::{Line, Options};
 use memory::{RamBlock, RamConfig};
 use openapi::Client;
@@ -33,7 +34,7 @@ use spec::{
     AtDeadline, ConsoleMode, CpusConfig, MemoryMode, MigrationInfo, PayloadConfig, StartMigration,
     VmConfig, VmId,
 };
-use tests::{Face, Service, await_anyone, dirtier};
+use tests::{Face, Service, await_anyone, dirtier, options};
 
 use crate::terminal::Terminal;
 use crate::timeline::Steps;
@@ -43,24 +44,47 @@ const MIB: u64 = 1 << 20;
 /// How long a guest writes before it moves, from its first line on.
 const SETTLE: Duration = Duration::from_millis(500);
 
+/// Names of what can be measured alone.
+const PARTS: [&str; 6] = [
+    "stops",
+    "devices",
+    "faults",
+    "curves",
+    "storage",
+    "throughput",
+];
+
+/// Measures the cost of a migration for the guest.
+#[derive(Parser)]
+#[command(bin_name = "cargo bench -p tests --bench migration --")]
+struct Arguments {
+    /// Measures less.
+    #[arg(long)]
+    quick: bool,
+    /// Measures this part alone.
+    #[arg(long, value_name = "PART", value_parser = PARTS)]
+    only: Option<String>,
+    /// File in which the curves are drawn: an absolute path, as Cargo runs this program in the folder of its
+    /// crate. Without it they are not.
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
+    /// Program with Cloud Hypervisor's command line and API, to be measured beside `whimbrel`.
+    #[arg(long, value_name = "PROGRAM")]
+    peer: Option<PathBuf>,
+    /// Address to which this process, which another of the benchmark started, sends back what it gets.
+    #[arg(long, value_name = "ADDRESS", hide = true)]
+    echo: Option<String>,
+}
+
 #[tokio::main]
 async fn main() -> Result<()> {
-    let (mut quick, mut peer, mut only) = (false, None, None);
-    let mut svg: Option<PathBuf> = None;
-    let mut arguments = std::env::args().skip(1);
-    while let Some(argument) = arguments.next() {
-        match argument.as_str() {
-            "--bench" => {}
-            faults::ECHO => return faults::echo(&arguments.next().context("an address")?),
-            "--quick" => quick = true,
-            "--peer" => peer = Some(PathBuf::from(arguments.next().context("--peer PROGRAM")?)),
-            "--only" => only = Some(arguments.next().context("--only PART")?),
-            "--svg" => svg = Some(PathBuf::from(arguments.next().context("--svg FILE")?)),
-            other => bail!(
-                "unknown argument {other}: there are --quick, --only PART, --svg FILE and --peer PROGRAM"
-            ),
-        }
+    let arguments: Arguments = options();
+    if let Some(address) = arguments.echo {
+        return faults::echo(&address);
     }
+    let Arguments {
+        quick, peer, only, ..
+    } = arguments;
     let times = if quick { 3 } else { 5 };
     let is_wanted = |part: &str| only.as_deref().is_none_or(|only| only == part);
     if is_wanted("stops") {
@@ -79,7 +103,7 @@ async fn main() -> Result<()> {
             "A page that another process sends over TCP on request is there after (us): p50 {p50}, p99 {p99}."
         );
     }
-    if let Some(svg) = svg.filter(|_| is_wanted("curves")) {
+    if let Some(svg) = arguments.svg.filter(|_| is_wanted("curves")) {
         curves::draw(peer.as_deref(), &svg).await?;
     }
     if is_wanted("storage") {
