@@ -131,8 +131,8 @@ impl Drop for Closed<'_> {
     }
 }
 
-/// `RUSTFLAGS="--cfg loom" cargo test -p hypervisor --lib model`
-#[cfg(all(test, loom))]
+/// `cargo test -p hypervisor --features loom --lib model`
+#[cfg(all(test, feature = "loom"))]
 mod model {
     use loom::cell::UnsafeCell;
 
@@ -192,7 +192,7 @@ mod model {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(all(test, not(feature = "loom")))]
 mod tests {
     use std::sync::atomic::AtomicUsize;
     use std::thread;

@@ -146,7 +146,7 @@ impl std::fmt::Debug for ListenerHandle {
     }
 }
 
-#[cfg(all(test, loom))]
+#[cfg(all(test, feature = "loom"))]
 mod model {
     use loom::sync::atomic::{AtomicBool, Ordering};
 

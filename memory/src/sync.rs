@@ -1,18 +1,18 @@
 //! The locks and atomics of what is model-checked, here and in `hypervisor`, or the model checker's
-//! stand-ins for them (`--cfg loom`).
+//! stand-ins for them (feature `loom`).
 #![allow(missing_docs, reason = "the names are the standard ones")]
 
-#[cfg(not(loom))]
+#[cfg(not(feature = "loom"))]
 pub use parking_lot::{Condvar, Mutex, MutexGuard};
-#[cfg(not(loom))]
+#[cfg(not(feature = "loom"))]
 pub use std::{sync::atomic, thread};
 
-#[cfg(loom)]
+#[cfg(feature = "loom")]
 pub use self::model::{Condvar, Guard as MutexGuard, Mutex};
-#[cfg(loom)]
+#[cfg(feature = "loom")]
 pub use loom::{sync::atomic, thread};
 
-#[cfg(loom)]
+#[cfg(feature = "loom")]
 #[expect(clippy::unwrap_used, reason = "a lock of a model is never poisoned")]
 mod model {
     #[derive(Debug)]

@@ -36,12 +36,24 @@ pub(crate) struct Space {
 /// long as it is open: code that changes the map cannot read it at the same time, so no state in
 /// between can be seen.
 ///
-/// ```compile_fail
+/// ```
 /// # use memory::{SpaceKind, Topology};
 /// let mut topology = Topology::new();
 /// let tx = topology.begin();
-/// topology.space(SpaceKind::Memory).view(); // the map is borrowed by the open transaction
-/// tx.commit();
+/// tx.commit()?;
+/// topology.space(SpaceKind::Memory).view();
+/// # Ok::<(), memory::CommitError>(())
+/// ```
+///
+/// The same with the last two lines in the other order does not compile (E0502):
+///
+/// ```compile_fail,E0502
+/// # use memory::{SpaceKind, Topology};
+/// let mut topology = Topology::new();
+/// let tx = topology.begin();
+/// topology.space(SpaceKind::Memory).view();
+/// tx.commit()?;
+/// # Ok::<(), memory::CommitError>(())
 /// ```
 pub struct Topology {
     pub(crate) arena: Arena,

@@ -38,7 +38,45 @@ impl From<(&str, &str)> for Label {
 /// An open change of a [`Topology`], which it borrows: a value, not a mode. Code that takes part
 /// in a change takes `&mut Transaction`, and so nests by passing it down.
 ///
-/// It has no way to ask what is at an address: in the middle of a change there is no answer.
+/// There is one at a time:
+///
+/// ```
+/// # use memory::Topology;
+/// let mut topology = Topology::new();
+/// let first = topology.begin();
+/// first.abort();
+/// let second = topology.begin();
+/// second.abort();
+/// ```
+///
+/// A second one that is opened before the first has ended does not compile (E0499):
+///
+/// ```compile_fail,E0499
+/// # use memory::Topology;
+/// let mut topology = Topology::new();
+/// let first = topology.begin();
+/// let second = topology.begin();
+/// first.abort();
+/// second.abort();
+/// ```
+///
+/// A transaction has no way to ask what is at an address: in the middle of a change there is no answer.
+/// The readers of the topology have one:
+///
+/// ```
+/// # use memory::{CommitError, SpaceKind, Topology};
+/// let mut topology = Topology::new();
+/// topology.transaction(|tx| -> Result<(), CommitError> { Ok(()) })?;
+/// topology.space(SpaceKind::Memory).view().find(0x1000);
+/// # Ok::<(), CommitError>(())
+/// ```
+///
+/// ```compile_fail,E0599
+/// # use memory::{CommitError, SpaceKind, Topology};
+/// let mut topology = Topology::new();
+/// topology.transaction(|tx| -> Result<(), CommitError> { tx.view().find(0x1000); Ok(()) })?;
+/// # Ok::<(), CommitError>(())
+/// ```
 #[must_use = "a transaction that is not committed changes nothing"]
 pub struct Transaction<'a> {
     topology: &'a mut Topology,

@@ -291,8 +291,8 @@ impl DeviceOps for MsixPba {
     fn write(&self, _: u64, _: &[u8]) {}
 }
 
-/// `RUSTFLAGS="--cfg loom" cargo test -p devices --lib model`
-#[cfg(all(test, loom))]
+/// `cargo test -p devices --features loom --lib model`
+#[cfg(all(test, feature = "loom"))]
 mod model {
     use loom::thread;
 
