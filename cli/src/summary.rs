@@ -6,15 +6,15 @@ use crate::steps::steps;
 
 const PAGE: u64 = 4096;
 
-/// What an operation moves, and where to.
+/// The kinds of operation, by what they move and where to.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Migration,
-    /// Of a disk.
+    /// Copies a disk.
     Mirror,
-    /// Into a folder, or a merged chain of them.
+    /// Writes to a folder; the merge of a chain of snapshots, too.
     Snapshot,
-    /// From a folder, or a fork.
+    /// Reads from a folder, or from a VM that is forked.
     Restore,
 }
 

@@ -297,7 +297,7 @@ fn state_moves_to_another_emulator() {
     drop(destination);
 }
 
-/// What a fake swtpm does with requests to read or set state.
+/// The answers of a fake swtpm to requests that read or set state.
 #[derive(Clone, Copy)]
 enum Fake {
     /// Answers with this header, and with the bytes that it announces.

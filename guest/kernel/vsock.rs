@@ -60,7 +60,7 @@ pub struct Vsock {
     /// Chains that are not with the device, a bit each.
     free: u16,
     connections: [Option<Connection>; CONNECTIONS],
-    /// A connection to the host is to be asked for.
+    /// The guest has yet to ask the host for this connection.
     is_calling: bool,
     resets: u64,
     lost: u64,

@@ -401,7 +401,7 @@ pub struct Claim {
     of: Arc<AwaitedBlocks>,
     id: u64,
     pages: Range<usize>,
-    /// Of an operation of the guest, and not of pages that came.
+    /// An operation of the guest has the claim, and not pages that came.
     is_operation: bool,
 }
 

@@ -56,7 +56,7 @@ impl DirtyBitmap {
         }
     }
 
-    /// As [`DirtyBitmap::new`], for a block of which nothing is plugged.
+    /// The same as [`DirtyBitmap::new`], for a block of which nothing is plugged.
     pub(crate) fn unplugged(len: usize) -> Self {
         let bitmap = Self::new(len);
         Self {

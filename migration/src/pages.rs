@@ -217,12 +217,12 @@ pub(crate) enum Content {
     Later,
 }
 
-/// What neighbouring pages are filled with.
+/// The content with which neighbouring pages are filled.
 #[derive(Clone, Copy)]
 pub(crate) enum Filling<'a> {
     /// The content of each.
     Data(&'a [[u8; PAGE]]),
-    /// So many pages of zeros.
+    /// This many pages of zeros.
     Zeros(usize),
 }
 

@@ -111,7 +111,7 @@ impl Default for Policy {
 /// Measured parts of the stop, for its prediction.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Measured {
-    /// Of a ping.
+    /// The time from a ping to its answer.
     pub(crate) round_trip: Duration,
     pub(crate) save: Duration,
     pub(crate) load: Duration,

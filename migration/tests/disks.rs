@@ -141,7 +141,7 @@ struct Guest {
     guest: MemoryGuest,
     disk: SourceDisk,
     throttled: Arc<Mutex<Vec<u8>>>,
-    /// It was asked to offer bases.
+    /// The engine has asked the guest to offer bases.
     offers_bases: bool,
 }
 

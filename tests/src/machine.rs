@@ -289,7 +289,7 @@ impl Machine {
     /// When it does not run there, or its shell does not answer.
     pub async fn arrive(&mut self, there: Service) -> Result<Service> {
         let left = std::mem::replace(&mut self.service, there);
-        // One that came paused goes on here.
+        // A guest that came paused resumes here.
         if self.client().vms_info(&self.vm).await?.state == VmState::Paused {
             self.client().vms_resume(&self.vm).await?;
         }

@@ -119,7 +119,7 @@ async fn service_that_cannot_start_removes_nothing() -> Result<()> {
         ensure!(storage.join("image").exists(), "the image was removed");
     }
     ensure!(!other.exists(), "the socket of the refused service is left");
-    // Nobody runs there: what the test has made is found and removed.
+    // No process runs there: what the test has made is found and removed.
     let third = Service::start_with(&[], &[wanted[0].to_owned(), wanted[1].to_owned()]).await?;
     ensure!(!storage.join("image").exists(), "{}", third.log());
     Ok(())

@@ -79,7 +79,7 @@ pub enum BuildError {
     Lacking {
         /// Stable code.
         code: &'static str,
-        /// What is lacking.
+        /// The message, which names what the host lacks.
         detail: String,
     },
     /// The memory layout is not possible.

@@ -18,9 +18,9 @@ use vmm::{Pool, PoolConfig};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 const MIB: u64 = 1 << 20;
-/// What the guest boots with.
+/// Memory with which the guest boots.
 const BOOT: u64 = 64 * MIB;
-/// What it can get.
+/// Memory that can be added.
 const ROOM: u64 = 1024 * MIB;
 
 struct Stage {
@@ -70,7 +70,7 @@ impl Stage {
         vm
     }
 
-    /// What the guest found to be wrong.
+    /// Returns how many pages the guest found to be wrong.
     fn bad(&self) -> u64 {
         let start = Instant::now();
         let stream = loop {
@@ -352,7 +352,8 @@ async fn mapped(vm: &VmHandle) -> Vec<(u64, u64)> {
     added.map(|range| (range.first, range.last)).collect()
 }
 
-/// What was added through ACPI arrives in its slots, with what the guest has yet to answer.
+/// Memory that was added through ACPI arrives in its slots, with the requests that the guest has yet to
+/// answer.
 #[tokio::test]
 async fn memory_added_by_acpi_moves() {
     for (mode, local) in [

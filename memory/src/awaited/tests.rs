@@ -48,7 +48,7 @@ struct Model {
     waiter: Arc<Waiter>,
     source: Vec<u32>,
     image: Vec<u32>,
-    /// What a read must find.
+    /// The content that a read must find.
     truth: Vec<u32>,
     flights: Vec<Flight>,
     waiting: BTreeMap<u64, (BlockUse, Range<usize>)>,

@@ -122,7 +122,7 @@ pub(super) struct Channels {
     pub(super) memory: Arc<IncomingMemory>,
     progress: Progress,
     connections: u16,
-    /// Of the channels that are connected now.
+    /// The ends of rounds on the channels that are connected now.
     ends: Arc<RoundEnds>,
     /// The channel for requests of missing pages.
     faults: Option<Box<dyn Stream>>,

@@ -307,7 +307,7 @@ struct Simulation {
     /// Pages a second: written by the guest, and sent.
     rate: u64,
     speed: u64,
-    /// What each round costs whatever it sends, and what the stop does.
+    /// Time that each round takes whatever it sends; `stop` is that of the stop.
     fixed: Duration,
     stop: Duration,
     /// From the decision to stop until the guest stops.

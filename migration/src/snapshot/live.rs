@@ -53,7 +53,7 @@ use crate::threads::{give_way, in_span};
 const CHUNK: usize = 512;
 /// Pages that one call protects, after which a cancel is looked for.
 const PIECE: usize = WriteProtection::PIECE / PAGE;
-/// So few runs of pages are protected in the stop, at about 2 µs each.
+/// At most this many runs of pages are protected in the stop, at about 2 µs each.
 const FEW_RUNS: usize = 32;
 /// Pages between two written ones that are protected with them: a longer call is cheaper than two.
 const GAP: usize = 16;

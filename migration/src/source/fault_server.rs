@@ -223,7 +223,7 @@ mod tests {
     use crate::testing::{blocks, fill_page, ram};
     use crate::wire;
 
-    /// Storage that does not answer before it is told to.
+    /// Storage that does not answer before the test lets it.
     struct Slow(Mutex<Receiver<()>>);
 
     impl ReadDisk for Slow {

@@ -27,7 +27,7 @@ pub(crate) struct DiskUser {
 struct Disk {
     disk: Arc<MemoryDisk>,
     blocks: Option<Arc<AwaitedBlocks>>,
-    /// What a read must find.
+    /// The content that a read must find.
     truth: Vec<u8>,
     waiter: Arc<Waiter>,
     waiting: BTreeMap<u64, BlockRange>,

@@ -224,7 +224,7 @@ impl Request {
         op.weight() + self.chain.descriptors() as u64 * DESCRIPTOR_WEIGHT
     }
 
-    /// What the rate limit counts: all bytes of a transfer. Zeroes and discards count as one part at
+    /// Returns the bytes that the rate limit counts: all of a transfer. Zeroes and discards count as one part at
     /// most: the debt of gigabytes would stop the disk for minutes.
     pub(super) fn charge(&self) -> u64 {
         match self.what {

@@ -347,7 +347,7 @@ mod tests {
         fs::remove_file(above).unwrap();
         assert_eq!(unused(&second), std::slice::from_ref(&second));
 
-        // Looking is in nobody's way.
+        // A search keeps no user from its lock.
         let looked = find_overlays(&image, &|_| false).unwrap();
         let user = File::open(&second).unwrap();
         lock::take(&user, &second, true, LockMode::ByteRange).unwrap();

@@ -106,7 +106,7 @@ impl Rings {
 pub(super) struct Uring {
     /// Taken by `Drop` only.
     ring: Option<Ring>,
-    /// Where the ring came from.
+    /// The pool to which the ring returns.
     home: Arc<Rings>,
     file: Arc<File>,
     written: Arc<Written>,

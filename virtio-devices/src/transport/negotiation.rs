@@ -461,7 +461,7 @@ mod tests {
         }
     }
 
-    /// What no driver can negotiate is not loaded either.
+    /// Features that no driver can negotiate are refused in saved state, too.
     #[test]
     fn loads_only_features_that_can_be_negotiated() {
         let version_1 = 1 << VIRTIO_F_VERSION_1;

@@ -1,4 +1,4 @@
-//! What the driver does for a snapshot and for a guest that is restored, beyond a migration's steps.
+//! The driver's part in a snapshot and in the restore of a guest, beyond a migration's steps.
 
 use std::path::PathBuf;
 use std::sync::{Arc, mpsc};

@@ -338,7 +338,7 @@ impl Lab {
         });
     }
 
-    /// The vCPUs that the guest has, that are to be booted, and that are shown as pending.
+    /// The numbers of vCPUs that the guest has, that the next boot starts, and that are shown as pending.
     fn vcpus(&self) -> (Option<u32>, u32, Vec<u64>) {
         // Calls and reports take turns: behind two calls the reports of before were handled.
         self.driver(|_| {});

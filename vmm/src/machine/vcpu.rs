@@ -36,9 +36,9 @@ pub(crate) struct VcpuThread {
 /// The kernel's account of a thread, in nanoseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ThreadTimes {
-    /// It ran, in the guest or for it.
+    /// The thread ran, in the guest or for it.
     pub(crate) run_ns: u64,
-    /// It was ready to run and waited for a CPU of the host: what a guest calls steal time.
+    /// The thread was ready to run and waited for a CPU of the host: what a guest calls steal time.
     pub(crate) wait_ns: u64,
 }
 

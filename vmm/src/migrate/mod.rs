@@ -77,7 +77,7 @@ struct MachineOffer {
     /// The images of disks whose content is copied, by the disks' names. Absent where there is none.
     #[serde(default, skip_serializing_if = "std::collections::BTreeMap::is_empty")]
     images: std::collections::BTreeMap<String, storage::CopiedImage>,
-    /// Of a snapshot: disks whose images are frozen. Each VM that is made gets overlays of them.
+    /// Disks whose images are frozen, in a snapshot. Each VM that is made gets overlays of them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     frozen: Vec<String>,
 }
@@ -124,11 +124,11 @@ struct ActiveMigration {
     progress: Progress,
     decision: Decision,
     over: watch::Sender<bool>,
-    /// It is known whether the VM is there; pages of its memory may follow.
+    /// Becomes true when it is known whether the VM is there; pages of its memory may follow.
     settled: watch::Sender<bool>,
     /// The VMs that are made from a snapshot.
     makes: Mutex<Vec<VmId>>,
-    /// What becomes of the bases of copied disks.
+    /// For each base of a copied disk, whether it is copied, and why.
     bases: BaseNotes,
     /// The recording of a working set.
     recorder: Option<Recorder>,

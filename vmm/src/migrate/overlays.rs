@@ -170,7 +170,7 @@ fn remove(overlay: &mut FoundOverlay, info: &mut OverlayInfo) {
 pub(super) struct SnapshotRecords {
     /// Beside overlays, which may be written and must not be removed.
     needed: Vec<PathBuf>,
-    /// Of images that must not be written.
+    /// Marks of images that must not be written.
     frozen: Vec<FrozenMark>,
 }
 

@@ -13,8 +13,8 @@ use super::check_directories;
 #[command(next_help_heading = "Migration")]
 pub(crate) struct MigrationArguments {
     /// Folder or file below which a VM that arrives over TCP may name files and sockets. Can be
-    /// repeated, and the path need not exist yet. By default none. A VM that arrives over a unix socket, to which only this user can
-    /// connect, may name all.
+    /// repeated, and the path need not exist yet. By default none. A VM that arrives over a unix
+    /// socket, to which only this user can connect, may name all.
     #[arg(long, value_name = "PATH")]
     migration_allow: Vec<PathBuf>,
     /// Tap that a VM which arrives over TCP may use; a * at the end matches any rest of the name

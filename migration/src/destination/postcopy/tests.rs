@@ -193,8 +193,8 @@ fn first_byte(ram: &RamBlock, page: usize) -> u8 {
     byte[0]
 }
 
-/// What a thread finds that waits for a page while the page is given back and then comes from the
-/// source, and what is there at the end. `None`: the thread still waits.
+/// Returns the byte that a thread finds which waits for a page while the page is given back and then comes
+/// from the source (`None`: the thread still waits), and what is there at the end.
 fn give_back_a_page_that_is_waited_for(neglected: Option<Duty>) -> (Option<u8>, usize, u8) {
     let (ram, blocks, mut receiver) = all_missing(4, false);
     receiver.neglected = neglected;

@@ -5,9 +5,9 @@ use std::os::unix::fs::symlink;
 
 use super::*;
 
-/// What a test's guest touches: the pages of `example` with content are 0, 5, 6, 299 and 301.
+/// Pages that a test's guest touches: the pages of `example` with content are 0, 5, 6, 299 and 301.
 const TOUCHED: [usize; 4] = [299, 0, 1, 299];
-/// What is recorded of that behind page 6, which the load of the machine touches: page 1 is zeros.
+/// The record of that behind page 6, which the load of the machine touches: page 1 is zeros.
 const RECORDED: [u64; 3] = [6, 299, 0];
 
 fn recorded_pages(dir: &Path) -> Option<Vec<u64>> {

@@ -10,7 +10,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::MAX_IN_FLIGHT;
 use crate::block::request::{Op, Request, What};
 
-/// The requests of a queue that wait. The queue goes on with others meanwhile.
+/// The requests of a queue that wait. The queue serves others meanwhile.
 pub(super) struct Parked {
     blocks: Arc<AwaitedBlocks>,
     waiter: Arc<Waiter>,

@@ -122,7 +122,7 @@ fn storage_that_cannot_take_a_disk_refuses_it() {
     );
 }
 
-/// What is there stays, whatever it is: the image gets another name.
+/// A file that is there stays, whatever it is: the image gets another name.
 #[test]
 fn image_gets_a_name_that_nothing_has() {
     let dir = tempfile::tempdir().unwrap();
