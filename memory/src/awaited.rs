@@ -16,7 +16,7 @@
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
@@ -98,17 +98,29 @@ struct Asked {
 
 #[derive(Default)]
 struct State {
-    /// Ranges of pages that are being changed, by the number of the claim. Each is an operation in flight.
-    claims: BTreeMap<u64, Range<usize>>,
+    /// Ends of the ranges of pages that are being changed, by their first page and the number of the claim.
+    /// Each is an operation in flight. Two ranges may share pages that are present. Each has a missing page
+    /// that no other has, so that none is within another: their ends have the order of their first pages.
+    claims: BTreeMap<(usize, u64), usize>,
     next: u64,
     /// Bounded by the devices, each of which has as many operations at most as its queues have entries.
     waits: Vec<Wait>,
     asked: BTreeMap<usize, Asked>,
+    /// Pages that operations wait for, and that may have to be asked for.
+    due: BTreeSet<usize>,
 }
 
 impl State {
+    /// The claims with pages before `end`, the last one first.
+    fn claims_before(&self, end: usize) -> impl Iterator<Item = Range<usize>> + '_ {
+        let claims = self.claims.range(..(end, 0)).rev();
+        claims.map(|((start, _), end)| *start..*end)
+    }
+
+    /// Whether a missing page is being changed.
     fn is_claimed(&self, page: usize) -> bool {
-        self.claims.values().any(|range| range.contains(&page))
+        let mut claims = self.claims_before(page.saturating_add(1));
+        claims.next().is_some_and(|claim| claim.contains(&page))
     }
 }
 
@@ -122,7 +134,7 @@ pub struct AwaitedBlocks {
     is_tainted: AtomicBool,
     state: Mutex<State>,
     on_wait: Box<dyn Fn() + Send + Sync>,
-    /// How often a waiting operation was looked at.
+    /// How often a waiting operation, or a page that may be due, was looked at.
     #[cfg(test)]
     looks: AtomicUsize,
 }
@@ -200,11 +212,13 @@ impl AwaitedBlocks {
         }
         let (pages, _) = self.pages(range);
         // Claim by claim and not page by page: a discard has hundreds of thousands of pages.
-        let is_in_the_way = |claim: &Range<usize>| {
+        let is_in_the_way = |claim: Range<usize>| {
             let mut both = claim.start.max(pages.start)..claim.end.min(pages.end);
             both.any(|page| self.is_missing(page))
         };
-        range.usage == BlockUse::Read || !state.claims.values().any(is_in_the_way)
+        let claims = state.claims_before(pages.end);
+        let mut claims = claims.take_while(|claim| claim.end > pages.start);
+        range.usage == BlockUse::Read || !claims.any(is_in_the_way)
     }
 
     /// Asks whether an operation can begin. If it waits, `waiter` gets the ticket once it may ask again.
@@ -231,6 +245,7 @@ impl AwaitedBlocks {
             ticket,
             range,
         });
+        state.due.extend(self.needed(range));
         drop(state);
         (self.on_wait)();
         Admission::Waits
@@ -244,7 +259,7 @@ impl AwaitedBlocks {
     ) -> Claim {
         let id = state.next;
         state.next += 1;
-        state.claims.insert(id, pages.clone());
+        state.claims.insert((pages.start, id), pages.end);
         Claim {
             of: Arc::clone(self),
             id,
@@ -290,13 +305,14 @@ impl AwaitedBlocks {
     }
 
     /// Ends a claim. Returns how long operations waited for those of its pages that were asked for.
-    fn end(&self, id: u64, is_done: bool) -> Vec<Duration> {
+    fn end(&self, claim: &Claim, is_done: bool) -> Vec<Duration> {
+        let pages = &claim.pages;
         let mut state = self.state.lock();
         let mut waited = Vec::new();
-        let Some(pages) = state.claims.remove(&id) else {
+        if state.claims.remove(&(pages.start, claim.id)).is_none() {
             // It was ended by `Claim::done`.
             return waited;
-        };
+        }
         if is_done {
             let came = pages.clone();
             let came = came.filter(|page| self.missing.take_page(*page));
@@ -318,6 +334,12 @@ impl AwaitedBlocks {
             .into_iter()
             .partition(|wait| concerns(wait) && self.is_ready(&state, wait.range));
         let is_waiting = !waits.is_empty();
+        if !is_done {
+            // Pages that were claimed may have to be asked for now.
+            let concerned = waits.iter().filter(|wait| concerns(wait));
+            let needed = concerned.flat_map(|wait| self.needed(wait.range));
+            state.due.extend(needed.filter(|page| pages.contains(page)));
+        }
         state.waits = waits;
         drop(state);
         for Wait { waiter, ticket, .. } in ready {
@@ -325,7 +347,6 @@ impl AwaitedBlocks {
             (waiter.wake)();
         }
         if !is_done && is_waiting {
-            // Pages that were claimed may have to be asked for now.
             (self.on_wait)();
         }
         waited
@@ -336,25 +357,21 @@ impl AwaitedBlocks {
     pub fn take_requests(&self) -> Vec<usize> {
         let mut state = self.state.lock();
         let mut requests = Vec::new();
-        let State {
-            waits,
-            asked,
-            claims,
-            ..
-        } = &mut *state;
-        for page in waits.iter().flat_map(|wait| self.needed(wait.range)) {
-            // Before the claims, of which there may be thousands.
-            if asked.get(&page).is_some_and(|asked| asked.is_sent)
-                || claims.values().any(|range| range.contains(&page))
-            {
+        // Not all pages that are waited for, of which there may be thousands: each call has a few.
+        for page in std::mem::take(&mut state.due) {
+            #[cfg(test)]
+            self.looks.fetch_add(1, Ordering::Relaxed);
+            // One that is claimed becomes present, or is due again.
+            if !self.is_missing(page) || state.is_claimed(page) {
                 continue;
             }
-            let asked = asked.entry(page).or_insert_with(|| Asked {
+            let asked = state.asked.entry(page).or_insert_with(|| Asked {
                 since: Instant::now(),
                 is_sent: false,
             });
-            asked.is_sent = true;
-            requests.push(page);
+            if !std::mem::replace(&mut asked.is_sent, true) {
+                requests.push(page);
+            }
         }
         requests
     }
@@ -362,10 +379,11 @@ impl AwaitedBlocks {
     /// Marks all requests as not sent, because the connection was lost: they are sent again.
     pub fn ask_again(&self) {
         let mut state = self.state.lock();
-        state
-            .asked
-            .values_mut()
-            .for_each(|asked| asked.is_sent = false);
+        let State { asked, due, .. } = &mut *state;
+        for (page, asked) in asked {
+            asked.is_sent = false;
+            due.insert(*page);
+        }
         drop(state);
         (self.on_wait)();
     }
@@ -376,13 +394,14 @@ impl AwaitedBlocks {
         state
             .waits
             .retain(|wait| !Arc::ptr_eq(&wait.waiter, waiter));
-        let needed: std::collections::BTreeSet<usize> = state
+        let needed: BTreeSet<usize> = state
             .waits
             .iter()
             .flat_map(|wait| self.needed(wait.range))
             .collect();
-        // A guest that resets its queues again and again must not make this list grow.
+        // A guest that resets its queues again and again must not make these lists grow.
         state.asked.retain(|page, _| needed.contains(page));
+        state.due.retain(|page| needed.contains(page));
     }
 }
 
@@ -417,7 +436,7 @@ impl Claim {
     pub fn done(mut self) -> Vec<Duration> {
         // `drop` ends the claim once more, which changes nothing.
         self.is_operation = false;
-        self.of.end(self.id, true)
+        self.of.end(&self, true)
     }
 }
 
@@ -427,7 +446,7 @@ impl Drop for Claim {
             // Before the end: the page may be filled right behind it.
             self.of.is_tainted.store(true, Ordering::Release);
         }
-        drop(self.of.end(self.id, false));
+        drop(self.of.end(self, false));
     }
 }
 

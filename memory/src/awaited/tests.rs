@@ -269,3 +269,39 @@ fn end_looks_at_operations_on_its_pages_only() {
     }
     assert_eq!(blocks.looks.load(Ordering::Relaxed), MANY);
 }
+
+/// A guest can have thousands of operations that wait, beside thousands in flight. Asking for the pages of one
+/// more must not look at all of them, with the map locked.
+#[test]
+fn requests_look_at_pages_that_are_due_only() {
+    const MANY: usize = 1024;
+    let missing = DirtyBitmap::new(2 * MANY * PAGE);
+    missing.merge(0, &[u64::MAX; 2 * MANY / 64]);
+    let blocks = AwaitedBlocks::new((2 * MANY * PAGE) as u64, missing, || {});
+    let waiter = Waiter::new(|| {});
+    let range = |page: usize, usage| BlockRange {
+        offset: (page * PAGE) as u64,
+        len: PAGE_SIZE,
+        usage,
+    };
+    let mut claims = Vec::new();
+    blocks.looks.store(0, Ordering::Relaxed);
+    for page in 0..MANY {
+        match blocks.admit(range(page, BlockUse::Change), &waiter, 0) {
+            Admission::Claimed(claim) => claims.push(claim),
+            other => panic!("{other:?}"),
+        }
+        let read = range(MANY + page, BlockUse::Read);
+        assert!(matches!(blocks.admit(read, &waiter, 1), Admission::Waits));
+        // One that waits for the write.
+        let read = range(page, BlockUse::Read);
+        assert!(matches!(blocks.admit(read, &waiter, 2), Admission::Waits));
+        assert_eq!(blocks.take_requests(), [MANY + page]);
+    }
+    // A look at each operation as it comes, and one at each page.
+    assert_eq!(blocks.looks.load(Ordering::Relaxed), 5 * MANY);
+    // A write that fails leaves its page missing.
+    drop(claims.pop());
+    assert_eq!(blocks.take_requests(), [MANY - 1]);
+    assert!(blocks.take_requests().is_empty());
+}
