@@ -323,24 +323,6 @@ impl<'a> Transaction<'a> {
         Ok(())
     }
 
-    /// Moves a region within its container.
-    ///
-    /// # Errors
-    /// Fails if the region is in no container, or its end would be past the last address.
-    pub fn move_to(&mut self, region: RegionId, offset: u64) -> Result<(), TopologyError> {
-        let placed = self.topology.arena.get(region)?;
-        check_extent(placed, offset)?;
-        let Some(place) = placed.place else {
-            return Err(TopologyError::NotPlaced(placed.name.to_string()));
-        };
-        // `get_mut` records the region as edited, and the commit then renders its space. An edit
-        // that changes nothing must not cost that.
-        if place.offset != offset {
-            self.topology.arena.get_mut(region)?.place = Some(Place { offset, ..place });
-        }
-        Ok(())
-    }
-
     /// Shows or hides a region and all that is in it.
     ///
     /// # Errors

@@ -184,7 +184,9 @@ fn dropping_a_handle_waits_for_the_callback() {
             for step in 0.. {
                 let mut topology = topology.lock();
                 let mut tx = topology.begin();
-                tx.move_to(region, (step % 16) * 0x100 + 0x1000).unwrap();
+                tx.unplace(region).unwrap();
+                tx.map(SPACE, (step % 16) * 0x100 + 0x1000, region, 0)
+                    .unwrap();
                 tx.commit().unwrap();
                 drop(topology);
                 if done.load(Ordering::Relaxed) {
@@ -289,11 +291,13 @@ fn window_follows_map_and_marks_dirty() {
     assert!(block.dirty().is_dirty(0x2010) && block.dirty().count() == 1);
 
     let mut tx = topology.begin();
-    tx.move_to(ram, 0x20000).unwrap();
+    tx.unplace(ram).unwrap();
+    tx.map(SPACE, 0x20000, ram, 0).unwrap();
     tx.commit().unwrap();
     assert!(matches!(window.slice(&space), Err(WindowError::NotRam(_))));
     let mut tx = topology.begin();
-    tx.move_to(ram, 0x11000).unwrap();
+    tx.unplace(ram).unwrap();
+    tx.map(SPACE, 0x11000, ram, 0).unwrap();
     tx.commit().unwrap();
     assert_eq!(
         window.slice(&space).unwrap().read_obj::<u16>(0x10).unwrap(),

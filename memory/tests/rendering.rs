@@ -67,7 +67,6 @@ enum Edit {
         priority: i32,
     },
     Unplace(prop::sample::Index),
-    Move(prop::sample::Index, u64),
     Enable(prop::sample::Index, bool),
     Commit,
     Abort,
@@ -86,7 +85,6 @@ fn edit() -> impl Strategy<Value = Edit> {
         6 => (any::<Index>(), any::<Index>(), number(), -2_i32..3)
             .prop_map(|(child, parent, offset, priority)| Edit::Place { child, parent, offset, priority }),
         1 => any::<Index>().prop_map(Edit::Unplace),
-        1 => (any::<Index>(), number()).prop_map(|(at, to)| Edit::Move(at, to)),
         1 => (any::<Index>(), any::<bool>()).prop_map(|(at, on)| Edit::Enable(at, on)),
         2 => Just(Edit::Commit),
         1 => Just(Edit::Abort),
@@ -150,16 +148,6 @@ impl Pair {
                 if tx.unplace(self.ids[child]).is_ok() {
                     for model in &mut self.models {
                         model.children.retain(|(_, _, other)| *other != child);
-                    }
-                }
-            }
-            Edit::Move(child, to) => {
-                let child = child.index(self.ids.len());
-                if tx.move_to(self.ids[child], *to).is_ok() {
-                    for place in self.models.iter_mut().flat_map(|model| &mut model.children) {
-                        if place.2 == child {
-                            place.0 = *to;
-                        }
                     }
                 }
             }
@@ -316,7 +304,6 @@ fn a_commit_without_a_change_does_no_work() {
     topology.begin().commit().unwrap();
     let mut tx = topology.begin();
     tx.set_enabled(region, true).unwrap();
-    tx.move_to(region, 0x1000).unwrap();
     tx.commit().unwrap();
     assert_eq!(
         (
@@ -327,7 +314,8 @@ fn a_commit_without_a_change_does_no_work() {
     );
 
     let mut tx = topology.begin();
-    tx.move_to(region, 0x3000).unwrap();
+    tx.unplace(region).unwrap();
+    tx.map(SpaceKind::Memory, 0x3000, region, 0).unwrap();
     tx.commit().unwrap();
     let after = topology.stats();
     assert_eq!(after.commits, before.0.commits + 1);

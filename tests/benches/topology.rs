@@ -128,7 +128,9 @@ fn lookups_and_commits() {
             at ^= PAGE;
             let start = Instant::now();
             let mut tx = topology.begin();
-            tx.move_to(last, ranges * 2 * PAGE + at).unwrap();
+            tx.unplace(last).unwrap();
+            let at = ranges * 2 * PAGE + at;
+            tx.map(SpaceKind::Memory, at, last, 0).unwrap();
             tx.commit().unwrap();
             start.elapsed()
         });
@@ -192,7 +194,8 @@ fn readers_beside_a_writer() {
             while !done.load(Ordering::Relaxed) {
                 let mut tx = topology.begin();
                 let at = RANGES * 2 * PAGE + (commits % 2) * PAGE;
-                tx.move_to(last, at).unwrap();
+                tx.unplace(last).unwrap();
+                tx.map(SpaceKind::Memory, at, last, 0).unwrap();
                 tx.commit().unwrap();
                 commits += 1;
                 let due = start + Duration::from_millis(commits);

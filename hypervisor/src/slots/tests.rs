@@ -187,8 +187,9 @@ impl Lab {
             tx.set_enabled(self.tail, step % 2 == 0).unwrap();
             tx.set_enabled(self.patch, step % 7 < 3).unwrap();
             if step % 3 == 0 {
-                tx.move_to(self.elsewhere, ELSEWHERE + (step % 5) * SHARED_LEN)
-                    .unwrap();
+                let at = ELSEWHERE + (step % 5) * SHARED_LEN;
+                tx.unplace(self.elsewhere).unwrap();
+                tx.map(SpaceKind::Memory, at, self.elsewhere, 0).unwrap();
             }
             tx.commit().unwrap();
             if seen.holes() > 0 {

@@ -248,7 +248,9 @@ fn maps_in_flight_are_bounded() {
     let in_flight = |task: &BlockTask| task.uring.as_ref().unwrap().in_flight();
     for step in 0..u64::from(SIZE / 2) {
         let mut tx = topology.begin();
-        tx.move_to(bar, (1 << 32) + step * 0x1000).unwrap();
+        tx.unplace(bar).unwrap();
+        let at = (1 << 32) + step * 0x1000;
+        tx.map(SpaceKind::Memory, at, bar, 0).unwrap();
         tx.commit().unwrap();
         stage.driver.send(&table);
         task.take().unwrap();
