@@ -219,7 +219,10 @@ pub fn receive(receiving: Receiving<'_>) -> Result<(), Refusal> {
     thread::scope(|scope| {
         let router = &router;
         let tick = patience / POLLS;
-        let accepting = move || router.accept(scope, accept, tick);
+        let accepting = move || {
+            router.accept(scope, accept, tick);
+            router.keep_time_to_the_end(tick);
+        };
         let started = thread::Builder::new().spawn_scoped(scope, in_span(accepting));
         started.map_err(|error| Refusal::new("host-refused", error.to_string()))?;
         let session = Session {
@@ -233,6 +236,7 @@ pub fn receive(receiving: Receiving<'_>) -> Result<(), Refusal> {
             id: Cell::new(Uuid::nil()),
             ran: Cell::new(Ran::No),
         };
+        let _ended = EndOfSession(&session);
         let outcome = session.conclude(session.run(), lingers);
         router.end();
         outcome
@@ -276,6 +280,17 @@ struct Session<'a> {
     id: Cell<Uuid>,
     /// For the answer to the source if the engine panics.
     ran: Cell<Ran>,
+}
+
+/// Closes the slots of a session's migration when it is dropped, after a panic too: another may take its place,
+/// and the router ends with the last one.
+struct EndOfSession<'a, 'b>(&'b Session<'a>);
+
+impl Drop for EndOfSession<'_, '_> {
+    fn drop(&mut self) {
+        // Nil if no offer was accepted: the slots of this number are another migration's then.
+        self.0.router.close(self.0.id.get());
+    }
 }
 
 impl Session<'_> {
@@ -388,6 +403,31 @@ impl Session<'_> {
         })
     }
 
+    /// Receives one message, all of it within one `patience`. The read timeout of the stream does not suffice:
+    /// every byte restarts it.
+    fn recv(&self, control: &mut ControlChannel) -> Result<ToDestination, WireError> {
+        self.recv_until(control, Instant::now() + self.patience)
+    }
+
+    /// Receives one message, all of it by this time, and within one `patience`.
+    fn recv_until(
+        &self,
+        control: &mut ControlChannel,
+        until: Instant,
+    ) -> Result<ToDestination, WireError> {
+        let until = until.min(Instant::now() + self.patience);
+        // Only reading ends, so that the source can still be sent the reason.
+        let closer = control.stream.read_closer()?;
+        self.router.set_timer(self.id.get(), Some((until, closer)));
+        let received = control.recv();
+        // What this side does with it is no time of the source's.
+        self.router.set_timer(self.id.get(), None);
+        match received {
+            Err(_) if until <= Instant::now() => Err(WireError::Silent),
+            received => received,
+        }
+    }
+
     /// Answers a source that did not hear that its guest runs here, or that all of it is here.
     fn linger(&self, answer: &ToSource) {
         let until = Instant::now() + self.patience * LINGER;
@@ -416,7 +456,7 @@ impl Session<'_> {
                 }
                 _ => false,
             };
-            if told.is_ok() && knows(control.recv()) {
+            if told.is_ok() && knows(self.recv_until(&mut control, until)) {
                 return;
             }
         }

@@ -92,6 +92,12 @@ impl Peer {
         Self::dial(to, id, Channel::Ram { index })
     }
 
+    /// Connects the channel over which pages are asked for.
+    #[must_use]
+    pub fn faults(to: &dyn Dial, id: Uuid) -> Self {
+        Self::dial(to, id, Channel::Faults)
+    }
+
     /// Takes a connection as a destination does, with its `Hello`. Returns the migration that it is of.
     #[must_use]
     pub fn accepted(mut stream: Box<dyn Stream>) -> (Self, Uuid) {

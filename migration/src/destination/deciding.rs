@@ -335,8 +335,9 @@ impl Deciding<'_> {
 
     /// Whether the source heard the last answer.
     fn heard_complete(&mut self) -> bool {
+        let session = self.guest.session;
         let control = self.control.as_mut();
-        control.is_some_and(|control| matches!(control.recv(), Ok(ToDestination::Complete)))
+        control.is_some_and(|control| matches!(session.recv(control), Ok(ToDestination::Complete)))
     }
 
     fn take_over_and_start(&mut self, start: &Start) -> Result<Instant, StartFailure> {

@@ -77,10 +77,10 @@ impl<'a> Postcopy<'a> {
         self.receiver()?.end(progress);
         progress.update(|report| report.error = None);
         self.record_whole();
-        let control = self.control.as_mut();
+        let (session, control) = (self.guest.session, self.control.as_mut());
         let heard = control.is_some_and(|control| {
             control.send(&ToSource::Completed).is_ok()
-                && matches!(control.recv(), Ok(ToDestination::Complete))
+                && matches!(session.recv(control), Ok(ToDestination::Complete))
         });
         Ok(self.finish(heard))
     }
@@ -170,7 +170,7 @@ impl<'a> Postcopy<'a> {
         loop {
             let control = self.control.as_mut();
             let control = control.ok_or(MigrationError::Wire(WireError::Closed))?;
-            let message = control.recv()?;
+            let message = self.guest.session.recv(control)?;
             // The source pings, so that this is noticed in time.
             let disks = &self.guest.channels.memory.disks;
             let failure = self
@@ -179,6 +179,10 @@ impl<'a> Postcopy<'a> {
                 .or_else(|| disks.storage_failure());
             if let Some(why) = failure {
                 return Err(MigrationError::Here(why));
+            }
+            // The VM was ended here. A source that only shows that it lives must not keep what is left.
+            if self.receiver()?.is_lost() {
+                return Ok(());
             }
             let control = self.control.as_mut();
             let control = control.ok_or(MigrationError::Wire(WireError::Closed))?;
@@ -190,7 +194,6 @@ impl<'a> Postcopy<'a> {
                     let left = self.guest.channels.memory.disks.left();
                     let receiver = self.receiver()?;
                     return match receiver.left() + left {
-                        _ if receiver.is_lost() => Ok(()),
                         0 => self.settle_disks(),
                         // `Completed` would make the source drop pages that only it has. The error
                         // forces a new connection instead, and with it a new list of missing pages.

@@ -202,20 +202,18 @@ impl<'a> Receiving<'a> {
     /// Returns why the source ended the migration, if it says so: one that closes its channels for
     /// pages sends an `Abort` right behind that.
     fn last_words(&mut self) -> Option<Refusal> {
-        let patience = self.guest.session.patience / ATTEMPTS;
-        // The migration has failed already. A silent source must not delay the report by a whole
-        // `patience` more.
-        self.control.stream.set_patience(patience).ok()?;
-        // A source that sends anything else for ever is cut off.
-        for _ in 0..ATTEMPTS {
-            match self.control.recv().ok()? {
+        let session = self.guest.session;
+        // The migration has failed already. A source must not delay the report by a whole `patience`
+        // more, whatever it sends.
+        let until = Instant::now() + session.patience / ATTEMPTS;
+        loop {
+            match session.recv_until(&mut self.control, until).ok()? {
                 ToDestination::Abort(why) => return Some(why),
                 // Sent before.
                 ToDestination::Ping(_) | ToDestination::Round(_) => {}
                 _ => return None,
             }
         }
-        None
     }
 
     /// Returns since when the guest is paused at the source, whether its owner had paused it, and how
@@ -493,6 +491,10 @@ impl Guest<'_> {
         while !self.channels.wait_end(round, patience / POLLS)? {
             if self.session.decision.is_canceled() {
                 return Err(MigrationError::Canceled);
+            }
+            if self.postcopy().is_some_and(PostcopyReceiver::is_lost) {
+                // The VM was ended here, and needs none of what the source goes on to send.
+                return Err(WireError::Closed.into());
             }
             self.check_disks()?;
             let now = arrived();

@@ -78,6 +78,8 @@ enum Stage {
 struct Table {
     /// No more connections are accepted. Those that are pending may still bring an offer.
     is_over: bool,
+    /// No more offers are taken.
+    has_ended: bool,
     pending: Vec<Pending>,
     offers: Vec<Offered>,
     /// The migrations in progress, each with its own number.
@@ -190,6 +192,19 @@ impl<'a> Router<'a> {
         }
         self.table.lock().is_over = true;
         self.changed.notify_all();
+    }
+
+    /// Closes what takes too long, until the last migration in progress has ended: also when no connection
+    /// can be accepted any more, or the wait for guests was called off.
+    pub(super) fn keep_time_to_the_end(&self, tick: Duration) {
+        loop {
+            self.keep_time();
+            let mut table = self.table.lock();
+            if table.has_ended && table.slots.is_empty() {
+                return;
+            }
+            self.changed.wait_for(&mut table, tick);
+        }
     }
 
     /// Closes what has taken too long. False once no more connections are accepted.
@@ -472,6 +487,7 @@ impl<'a> Router<'a> {
     /// Closes the slots of a migration: another may take its place.
     pub(super) fn close(&self, id: Uuid) {
         self.table.lock().slots.retain(|slots| slots.id != id);
+        self.changed.notify_all();
     }
 
     /// Lets another migration take the place of one whose outcome is known.
@@ -517,7 +533,7 @@ impl<'a> Router<'a> {
     /// Accepts no more connections, and closes those that are pending.
     pub(super) fn end(&self) {
         let mut table = self.table.lock();
-        table.is_over = true;
+        (table.is_over, table.has_ended) = (true, true);
         // The threads of these connections end on the closed sockets, and the scope in `receive`
         // can join them.
         for pending in &mut table.pending {

@@ -13,7 +13,7 @@ use parking_lot::{Condvar, Mutex};
 use uuid::Uuid;
 
 use super::router::{Offered, Router};
-use super::{ConnectionLimit, Fate, Host, POLLS, Ran, Session};
+use super::{ConnectionLimit, EndOfSession, Fate, Host, POLLS, Ran, Session};
 use crate::decision::Decision;
 use crate::link::Accept;
 use crate::message::Refusal;
@@ -80,6 +80,7 @@ impl Arriving<'_> {
             id: Cell::new(Uuid::nil()),
             ran: Cell::new(Ran::No),
         };
+        let _ended = EndOfSession(&session);
         let migration = self.offered.id;
         let moved = match session.prepare(self.offered) {
             Ok(incoming) => session.take(incoming),
@@ -89,10 +90,7 @@ impl Arriving<'_> {
                 (Err(why), None)
             }
         };
-        let outcome = session.conclude(moved, party.lingers);
-        // Nil if the offer was refused: the slots of this number are another migration's then.
-        self.router.close(session.id.get());
-        outcome
+        session.conclude(moved, party.lingers)
     }
 }
 
@@ -151,6 +149,7 @@ pub fn receive_all(standing: Standing<'_>) -> Result<(), Refusal> {
         let accepting = move || {
             router.accept(scope, &mut *accept, tick);
             drop(accept);
+            router.keep_time_to_the_end(tick);
         };
         let started = thread::Builder::new().spawn_scoped(scope, in_span(accepting));
         started.map_err(|error| Refusal::new("host-refused", error.to_string()))?;
