@@ -77,9 +77,10 @@ pub(crate) const ATTEMPTS: u32 = 30;
 /// Keepalives that a busy side sends within one `patience`.
 pub(crate) const KEEPALIVES: u32 = 8;
 
-/// How long a source may show that it lives and send nothing of its guest, in multiples of
-/// `patience`: 2 minutes by default, the longest stop that a source accepts by default.
-pub(crate) const STALL: u32 = 12;
+/// How long a source may show that it lives and send nothing of its guest, and a destination take none of
+/// the pages that follow, in multiples of `patience`: 2 minutes by default, the longest stop that a source
+/// accepts by default.
+pub(crate) const STALL: u32 = if cfg!(test) { 3 } else { 12 };
 
 /// How long a RAM or faults channel may be silent. Those have no keepalives: the control channel
 /// shows whether the other side lives.

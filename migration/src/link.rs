@@ -9,6 +9,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -80,12 +81,13 @@ pub trait Stream: Read + Write + Send {
 }
 
 /// Closes a connection from any thread: reads and writes in progress fail at once.
-pub struct Closer(Box<dyn Fn() + Send + Sync>);
+#[derive(Clone)]
+pub struct Closer(Arc<dyn Fn() + Send + Sync>);
 
 impl Closer {
     /// Returns a handle that calls `close`.
     pub fn new(close: impl Fn() + Send + Sync + 'static) -> Self {
-        Self(Box::new(close))
+        Self(Arc::new(close))
     }
 
     /// Ends it.

@@ -8,8 +8,9 @@ mod precopy;
 mod stop;
 #[cfg(test)]
 mod tests;
+mod watch;
 
-use std::fs::File;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -21,22 +22,19 @@ pub use self::hand_over::PendingAbort;
 use self::stop::StopKind;
 use crate::decision::Decision;
 use crate::disks::{self, Contents, SourceDisk};
-use crate::journal::{Journal, Step};
+use crate::journal::Journal;
 use crate::link::{Dial, Stream};
 use crate::message::{
-    self, Channel, ControlChannel, Hello, Offer, Refusal, ToDestination, ToSource, VERSIONS,
+    self, Channel, ControlChannel, Hello, Offer, Refusal, ToDestination, ToSource,
 };
-use crate::pages::{BATCH, Block, PAGE};
+use crate::pages::{BATCH, Block};
 use crate::policy::{Measured, Policy};
 use crate::progress::{Activity, Downtime, Phase, Progress};
 use crate::sender::Ram;
-use crate::threads::in_span;
-use crate::verify;
+use crate::threads::{in_span, within};
 use crate::wire::WireError;
 use crate::{KEEPALIVES, MigrationError};
 
-/// How long the destination may take to make a machine.
-const PREPARE_PATIENCE: Duration = Duration::from_secs(120);
 /// Rounds of pages so few that threads are not worth their while.
 const INLINE: u64 = 2 * BATCH as u64;
 
@@ -122,7 +120,7 @@ pub trait Source: Send {
     fn flush(&mut self) -> Result<(), Refusal>;
 
     /// Releases the resources that only one machine may hold (image locks). Called behind the journal's
-    /// [`Step::Commit`] and before `Commit` is sent: until then no other program can take them, however
+    /// [`Step::Commit`](crate::Step::Commit) and before `Commit` is sent: until then no other program can take them, however
     /// long the destination stays silent.
     ///
     /// # Errors
@@ -240,11 +238,23 @@ pub fn send(mut sending: Sending<'_>, source: &mut dyn Source) -> Outcome {
     };
     // An error here means that no `Commit` was sent: the guest is still this side's. Behind
     // `Commit` only the destination or an operator can say where it runs.
-    let outcome = match engine.until_commit() {
-        Ok(()) => engine.after_commit(),
-        Err(error) => engine.stay(error),
-    };
-    engine.source.ended(&outcome);
+    let ended = catch_unwind(AssertUnwindSafe(|| {
+        let outcome = match engine.until_commit_or_panic() {
+            Ok(()) => engine.after_commit(),
+            Err(error) => engine.stay(error),
+        };
+        engine.source.ended(&outcome);
+        outcome
+    }));
+    let outcome = ended.unwrap_or_else(|panic| {
+        // Where the guest runs is not known here. The report must not show for ever that it moves.
+        progress.update(|report| {
+            report.phase = Phase::Failed;
+            report.error = Some(panicked().refusal());
+        });
+        sending.decision.release_connections();
+        resume_unwind(panic)
+    });
     progress.update(|report| match &outcome {
         Outcome::Moved => report.phase = Phase::Completed,
         Outcome::Lost(why) => {
@@ -308,7 +318,11 @@ fn dial_channel(
     let dialed = dial.dial();
     let mut stream = dialed.map_err(|error| MigrationError::here("unreachable", error))?;
     stream.set_patience(patience).map_err(WireError::from)?;
-    message::send_hello(&mut *stream, hello)?;
+    let closer = stream.closer().map_err(WireError::from)?;
+    // With TLS the first write waits for the other side, which may answer byte by byte.
+    let greet = || message::send_hello(&mut *stream, hello);
+    within(patience, &closer, greet)
+        .map_err(|error| MigrationError::here("host-refused", error))??;
     Ok(stream)
 }
 
@@ -316,7 +330,16 @@ fn disconnected() -> MigrationError {
     MigrationError::Wire(WireError::Closed)
 }
 
+fn panicked() -> MigrationError {
+    MigrationError::here("internal", "the migration engine panicked")
+}
+
 impl Engine<'_, '_> {
+    /// Everything before the commit point; a panic is a failure like any other, as no `Commit` was sent.
+    fn until_commit_or_panic(&mut self) -> Result<(), MigrationError> {
+        catch_unwind(AssertUnwindSafe(|| self.until_commit())).unwrap_or_else(|_| Err(panicked()))
+    }
+
     fn connect(&self, channel: Channel) -> Result<Box<dyn Stream>, MigrationError> {
         let sending = &self.sending;
         let hello = Hello::new(sending.id, channel);
@@ -338,6 +361,15 @@ impl Engine<'_, '_> {
             .as_mut()
             .ok_or_else(disconnected)?
             .send(message)?)
+    }
+
+    /// Receives one message, all of it within one `patience`.
+    fn recv_in_time(&mut self) -> Result<ToSource, MigrationError> {
+        let patience = self.sending.policy.patience;
+        let control = self.control.as_mut().ok_or_else(disconnected)?;
+        let closer = control.stream.closer().map_err(WireError::from)?;
+        let received = within(patience, &closer, || control.recv());
+        Ok(received.map_err(|error| MigrationError::here("host-refused", error))??)
     }
 
     /// Receives the destination's next answer; skips `Busy`.
@@ -454,95 +486,6 @@ impl Engine<'_, '_> {
         }
     }
 
-    /// Agrees with the destination on a version and the offer, has it build the machine, and opens the RAM
-    /// channels.
-    fn prepare(&mut self) -> Result<(), MigrationError> {
-        self.sending.progress.begin(Activity::Connect);
-        let stream = self.connect(Channel::Control)?;
-        self.control = Some(ControlChannel::new(stream));
-        self.version = self.expect(|answer| match answer {
-            ToSource::Welcome { version } if (VERSIONS.0..=VERSIONS.1).contains(version) => {
-                Some(*version)
-            }
-            _ => None,
-        })?;
-        self.sending.progress.enter(Phase::Preparing);
-        self.sending.progress.begin(Activity::Prepare);
-        let wanted = self.sending.policy.connections(self.memory_bytes());
-        let (offer, files) = self.offer(wanted)?;
-        // Before the destination makes a machine: a source that cannot keep a journal does not migrate.
-        let prepared = self.sending.journal.record(Step::Prepare);
-        prepared.map_err(|error| MigrationError::here("journal", error))?;
-        // `Prepared` comes when the machine is built, which may take much longer than `patience`.
-        let policy = self.sending.policy;
-        self.patience(PREPARE_PATIENCE.max(policy.patience))?;
-        self.send(&ToDestination::Prepare(Box::new(offer)))?;
-        // Right behind the offer: descriptors travel with a byte that is no frame, and the
-        // destination reads it before the next frame.
-        if let Some(files) = files {
-            let control = self.control.as_ref().ok_or_else(disconnected)?;
-            control.stream.send_files(&files).map_err(WireError::from)?;
-        }
-        let (connections, postcopy) = self.prepared()?;
-        // A huge page cannot be filled piece by piece.
-        let is_small = |block: &Block| block.ram.page_size() == PAGE as u64;
-        self.can_postcopy = postcopy && policy.may_postcopy() && self.blocks.iter().all(is_small);
-        self.patience(policy.patience)?;
-        // The number comes from the other side: each channel costs a descriptor and a thread.
-        for index in 0..connections.clamp(1, wanted) {
-            let stream = self.connect(Channel::Ram { index })?;
-            self.rams.push(Ram::new(stream));
-        }
-        let count = self.rams.len() as u16;
-        self.sending
-            .progress
-            .update(|report| report.connections = count);
-        Ok(())
-    }
-
-    /// Describes the VM, its memory and disks for the destination, and how this migration copies them.
-    /// Returns the memory's files too if the destination gets those instead of pages.
-    fn offer(&mut self, connections: u16) -> Result<(Offer, Option<Vec<File>>), MigrationError> {
-        if self.version >= disks::BASES_VERSION {
-            self.source.may_offer_bases();
-        }
-        let mut offer = self.source.offer().map_err(MigrationError::Here)?;
-        let policy = self.sending.policy;
-        offer.connections = connections;
-        offer.postcopy = policy.may_postcopy();
-        // Absent if one block has no file. Then its pages are copied like those of any migration.
-        let files = if policy.local { self.files() } else { None };
-        self.is_given = files.is_some();
-        offer.given = self.is_given;
-        // Memory that is given is not copied: there is nothing to compare.
-        self.verify = policy.verify && !self.is_given;
-        // An older destination rejects an offer with a field that it does not know. Dropping the
-        // field instead would leave memory unverified although the user asked for it.
-        if self.verify && self.version < verify::VERSION {
-            let why = format!(
-                "the destination supports version {} of the migration protocol, and `verify` \
-                 needs version {}: update the destination, or migrate without `verify`",
-                self.version,
-                verify::VERSION
-            );
-            return Err(MigrationError::here("verify-unsupported", why));
-        }
-        offer.verify = self.verify;
-        offer.disks = self.disks_to_offer()?;
-        let memory = self.memory_bytes();
-        let disks = self.disks.iter().map(|disk| disk.size).sum();
-        self.sending.progress.update(|report| {
-            report.memory_bytes = memory;
-            report.disk_bytes = disks;
-            report.disk_remaining_bytes = disks;
-        });
-        Ok((offer, files))
-    }
-
-    fn memory_bytes(&self) -> u64 {
-        self.blocks.iter().map(|block| block.ram.len() as u64).sum()
-    }
-
     /// Whether blocks of disks may come after the guest, where pages of its memory do.
     fn disks_can_follow(&self) -> bool {
         self.can_postcopy && self.version >= disks::FOLLOW_VERSION
@@ -554,12 +497,6 @@ impl Engine<'_, '_> {
             blocks: &self.blocks,
             disks: &self.disks,
         }
-    }
-
-    /// The files of all blocks, if they have some.
-    fn files(&self) -> Option<Vec<File>> {
-        let file = |block: &Block| block.ram.file()?.try_clone().ok();
-        self.blocks.iter().map(file).collect()
     }
 
     fn patience(&self, patience: Duration) -> Result<(), MigrationError> {

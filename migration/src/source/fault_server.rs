@@ -103,6 +103,11 @@ impl FaultServer {
         &self.serving.priority
     }
 
+    /// The handles that end its channels.
+    pub(super) fn closers(&self) -> [Closer; 2] {
+        [self.closer.clone(), self.pages.clone()]
+    }
+
     /// Ends it behind the pages that it is sending, and gives the channel back.
     pub(super) fn end(self) -> Option<Ram> {
         // Requests in the queue need no answer: the pages are sent already, or the guest stays here, or

@@ -364,7 +364,7 @@ impl Engine<'_, '_> {
             stood_for_ns: u64::try_from(stopped_for).unwrap_or(u64::MAX),
             paused: stopped.stays_paused(self.sending.policy),
         })?;
-        Ok(self.control.as_mut().ok_or_else(disconnected)?.recv()?)
+        self.recv_in_time()
     }
 
     /// Asks over a new connection. The destination answers with what became of the guest, or
@@ -372,7 +372,7 @@ impl Engine<'_, '_> {
     fn retry_commit(&mut self, stopped: Stopped) -> Result<ToSource, MigrationError> {
         let stream = self.connect(Channel::Again)?;
         self.control = Some(ControlChannel::new(stream));
-        match self.control.as_mut().ok_or_else(disconnected)?.recv()? {
+        match self.recv_in_time()? {
             ToSource::Waiting => self.send_commit(stopped),
             // A destination that does not know this migration states nothing about the guest: it may have
             // lost its journal, or be another service at the same address.

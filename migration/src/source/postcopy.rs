@@ -1,21 +1,26 @@
 //! Pages that follow the guest.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use memory::DirtyPages;
 use parking_lot::Mutex;
 
 use super::fault_server::FaultServer;
+use super::watch::{STALLED, Watch, is_given_up};
 use super::{Contents, Engine, Whereabouts, dial_channel, disconnected, keepalive};
 use crate::decision::{Doubt, Question, Resolution};
+use crate::link::Closer;
 use crate::message::{Channel, ControlChannel, Hello, Refusal, ToDestination, ToSource};
 use crate::pages::{BATCH, PAGE, Run};
 use crate::policy::MAX_CONNECTIONS;
 use crate::progress::{Activity, Phase, Progress};
 use crate::sender::{Pacer, Ram, count, on_all, small_batches};
 use crate::wire::WireError;
-use crate::{ATTEMPTS, KEEPALIVES, MigrationError};
+use crate::{ATTEMPTS, KEEPALIVES, MigrationError, STALL};
+
+/// Looks for a stalled destination and for the operator's decision within one `patience`.
+const LOOKS: u32 = 100;
 
 /// Result of reconnecting to the destination.
 enum Reconnect {
@@ -25,6 +30,51 @@ enum Reconnect {
     Over,
     /// The destination; its guest ended before all pages had arrived.
     Lost,
+}
+
+/// The answer of a destination to a source that is back.
+enum Missing {
+    /// Its list has come; it takes so many channels.
+    Listed { connections: u16 },
+    /// It has all pages.
+    Nothing,
+    /// Its guest ended before all pages had arrived.
+    Lost,
+}
+
+/// The question to the operator whether the guest is given up, while the destination is lost.
+#[derive(Default)]
+struct Asks {
+    question: Option<Question>,
+    /// The destination was connected, and did not advance. Then the question stays open until less than this
+    /// is left, in bytes: one that stalls again and again must not take the decision from the operator.
+    until_below: Option<u64>,
+}
+
+impl Asks {
+    /// Withdraws the question before pages flow: a guest that makes progress must not be discarded. Returns
+    /// the decision if one was accepted before.
+    fn withdraw(&mut self) -> Option<Resolution> {
+        match self.until_below {
+            None => self.question.take().and_then(Question::withdraw),
+            Some(_) => None,
+        }
+    }
+}
+
+/// Bytes that are left to send.
+fn left_bytes(progress: &Progress) -> u64 {
+    let report = progress.report();
+    let memory = report.remaining_pages.saturating_mul(PAGE as u64);
+    memory.saturating_add(report.disk_remaining_bytes)
+}
+
+fn given_up(error: &MigrationError) -> Refusal {
+    let why = format!(
+        "an operator gave the guest up, of which a part had not come to the destination: {}",
+        error.refusal().detail
+    );
+    Refusal::new("resolved", why)
 }
 
 /// The guest ended at the destination while parts of it were missing there, as when its service died.
@@ -97,8 +147,8 @@ impl Engine<'_, '_> {
     /// The guest ended before all of it was there, or an operator gave it up.
     pub(super) fn follow_with_pages(&mut self) -> Result<(), Refusal> {
         let progress = self.sending.progress.clone();
-        let mut attempt = self.push(&progress);
-        let mut question: Option<Question> = None;
+        let mut asks = Asks::default();
+        let mut attempt = self.push(&progress, &mut asks);
         while let Err(error) = attempt {
             let (id, was) = (self.sending.id, progress.report().phase);
             if was == Phase::PostcopyPaused {
@@ -110,9 +160,15 @@ impl Engine<'_, '_> {
             // Start over: pages on the old channels arrived or did not, and only the destination
             // knows.
             self.disconnect();
+            if matches!(&error, MigrationError::Here(why) if why.code == STALLED) {
+                let left = left_bytes(&progress);
+                asks.until_below = Some(asks.until_below.map_or(left, |before| before.min(left)));
+            }
             // One question for all attempts. A new one each time would drop an answer that comes
             // while this side dials.
-            let open = question.get_or_insert_with(|| self.sending.decision.ask(Doubt::Postcopy));
+            let open = asks
+                .question
+                .get_or_insert_with(|| self.sending.decision.ask(Doubt::Postcopy));
             progress.update(|report| {
                 report.phase = Phase::PostcopyPaused;
                 report.error = Some(error.refusal());
@@ -122,18 +178,14 @@ impl Engine<'_, '_> {
             }
             let wait = self.sending.policy.patience / ATTEMPTS;
             if open.wait(wait) == Some(Resolution::Discard) {
-                let why = format!(
-                    "an operator gave the guest up, of which a part had not come to the destination: {}",
-                    error.refusal().detail
-                );
-                return Err(Refusal::new("resolved", why));
+                return Err(given_up(&error));
             }
-            attempt = match self.reconnect() {
+            attempt = match self.reconnect(&mut asks.question) {
                 Ok(Reconnect::Again) => {
-                    // Withdrawn before pages flow: a guest that makes progress must not be
-                    // discarded.
-                    question = None;
-                    self.push(&progress)
+                    if asks.withdraw() == Some(Resolution::Discard) {
+                        return Err(given_up(&error));
+                    }
+                    self.push(&progress, &mut asks)
                 }
                 Ok(Reconnect::Over) => break,
                 Ok(Reconnect::Lost) => return Err(lost()),
@@ -144,6 +196,21 @@ impl Engine<'_, '_> {
         Ok(())
     }
 
+    /// Has the connections of an attempt end when nothing advances any more, or an operator gives the guest
+    /// up.
+    fn watch(&self, closers: Vec<Closer>) -> Watch {
+        let policy = self.sending.policy;
+        // A limit of the bandwidth may let a page pass now and then, over each channel.
+        let paced = policy.max_bandwidth.map_or(0, |limit| {
+            u64::from(MAX_CONNECTIONS) * PAGE as u64 / limit.max(1)
+        });
+        Watch {
+            closers,
+            limit: policy.patience * STALL + Duration::from_secs(paced),
+            tick: policy.patience / LOOKS,
+        }
+    }
+
     fn disconnect(&mut self) {
         self.control = None;
         if let Some(fault_server) = self.fault_server.take() {
@@ -152,7 +219,31 @@ impl Engine<'_, '_> {
         self.rams.clear();
     }
 
-    fn push(&mut self, progress: &Progress) -> Result<(), MigrationError> {
+    /// Sends all that is left, and waits until the destination has it.
+    fn push(&mut self, progress: &Progress, asks: &mut Asks) -> Result<(), MigrationError> {
+        let control = self.control.as_ref().ok_or_else(disconnected)?;
+        let mut closers = vec![control.stream.closer().map_err(WireError::from)?];
+        for ram in &self.rams {
+            closers.push(ram.stream.closer().map_err(WireError::from)?);
+        }
+        closers.extend(self.fault_server.iter().flat_map(FaultServer::closers));
+        let watch = self.watch(closers.clone());
+        let until_below = asks.until_below;
+        let advance = |question: &mut Option<Question>| {
+            if until_below.is_some_and(|least| left_bytes(progress) < least) {
+                *question = None;
+            }
+            progress.report().sent_bytes
+        };
+        let push = || self.push_watched(progress, &closers);
+        watch.over(&mut asks.question, advance, push)
+    }
+
+    fn push_watched(
+        &mut self,
+        progress: &Progress,
+        closers: &[Closer],
+    ) -> Result<(), MigrationError> {
         progress.enter(Phase::Postcopy);
         progress.begin(Activity::Pages);
         // Not before it is known: a VM that is shown as running here must not run there as well.
@@ -190,7 +281,9 @@ impl Engine<'_, '_> {
         let control = self.control.as_mut().ok_or_else(disconnected)?;
         let start = Instant::now();
         let push = |ram: &mut Ram| ram.push(contents, &batches, &pacer, priority, progress);
-        let (sent, ()) = on_all(rams, push, every, || keepalive(control), || ())?;
+        // A channel over which the destination takes a byte now and then does not end by itself.
+        let sign = || keepalive(control).inspect_err(|_| closers.iter().for_each(Closer::close));
+        let (sent, ()) = on_all(rams, push, every, sign, || ())?;
         // No batch is left: the fault server ends after the page that it is sending.
         let fault_server = self.fault_server.take().and_then(FaultServer::end);
         self.rams.push(fault_server.ok_or_else(disconnected)?);
@@ -206,46 +299,26 @@ impl Engine<'_, '_> {
     }
 
     /// New connections to the destination, which says what it has not got.
-    fn reconnect(&mut self) -> Result<Reconnect, MigrationError> {
+    fn reconnect(&mut self, question: &mut Option<Question>) -> Result<Reconnect, MigrationError> {
         let id = self.sending.id;
         let patience = self.sending.policy.patience;
         let dial = |channel| dial_channel(self.sending.dial, patience, &Hello::new(id, channel));
         let mut control = ControlChannel::new(dial(Channel::Again)?);
-        // Losing the marks is safe: if this connection breaks half-way, the next one gets the whole
-        // list again.
-        // What is not there is known to the destination alone.
-        for block in &self.blocks {
-            drop(block.ram.dirty().take());
-        }
-        for disk in &self.disks {
-            drop(disk.dirty.take());
-        }
-        let connections = loop {
-            match control.recv()? {
-                ToSource::StillMissing { block, first, bits } => {
-                    let dirty = self.contents().dirty(block);
-                    let dirty = dirty.ok_or_else(|| WireError::damaged("unknown memory block"))?;
-                    let first = usize::try_from(first).unwrap_or(usize::MAX);
-                    // `merge` ignores bits past the end of the block, so a wrong list names no
-                    // other memory.
-                    dirty.merge(first, &bits);
-                }
-                ToSource::Prepared { connections, .. } => break connections,
-                ToSource::Refused(why) => return Err(MigrationError::There(why)),
-                ToSource::Ended => return Ok(Reconnect::Lost),
-                ToSource::Completed => {
-                    let _ = control.send(&ToDestination::Complete);
-                    return Ok(Reconnect::Over);
-                }
-                other => {
-                    let why = format!("{other:?} is not a list of missing pages");
-                    return Err(WireError::damaged(why).into());
-                }
-            }
+        let closer = control.stream.closer().map_err(WireError::from)?;
+        // A list without an end is no advance.
+        let listen = || self.recv_missing(&mut control);
+        let watch = self.watch(vec![closer]);
+        let connections = match watch.over(question, |_| 0, listen)? {
+            Missing::Listed { connections } => connections,
+            Missing::Nothing => return Ok(Reconnect::Over),
+            Missing::Lost => return Ok(Reconnect::Lost),
         };
         // The number comes from the other side. Fewer than two do not do: one channel carries the
         // pages that are waited for, and none would be left for the others.
         for index in 0..connections.clamp(2, MAX_CONNECTIONS) {
+            if is_given_up(question.as_ref()) {
+                return Err(disconnected());
+            }
             let mut ram = Ram::new(dial(Channel::Ram { index })?);
             ram.announces_hashes = self.verify;
             self.rams.push(ram);
@@ -262,5 +335,43 @@ impl Engine<'_, '_> {
         )?);
         self.control = Some(control);
         Ok(Reconnect::Again)
+    }
+
+    /// Receives the list of what the destination has not got.
+    fn recv_missing(&self, control: &mut ControlChannel) -> Result<Missing, MigrationError> {
+        // Losing the marks is safe: if this connection breaks half-way, the next one gets the whole
+        // list again.
+        // What is not there is known to the destination alone.
+        for block in &self.blocks {
+            drop(block.ram.dirty().take());
+        }
+        for disk in &self.disks {
+            drop(disk.dirty.take());
+        }
+        loop {
+            match control.recv()? {
+                ToSource::StillMissing { block, first, bits } => {
+                    let dirty = self.contents().dirty(block);
+                    let dirty = dirty.ok_or_else(|| WireError::damaged("unknown memory block"))?;
+                    let first = usize::try_from(first).unwrap_or(usize::MAX);
+                    // `merge` ignores bits past the end of the block, so a wrong list names no
+                    // other memory.
+                    dirty.merge(first, &bits);
+                }
+                ToSource::Prepared { connections, .. } => {
+                    return Ok(Missing::Listed { connections });
+                }
+                ToSource::Refused(why) => return Err(MigrationError::There(why)),
+                ToSource::Ended => return Ok(Missing::Lost),
+                ToSource::Completed => {
+                    let _ = control.send(&ToDestination::Complete);
+                    return Ok(Missing::Nothing);
+                }
+                other => {
+                    let why = format!("{other:?} is not a list of missing pages");
+                    return Err(WireError::damaged(why).into());
+                }
+            }
+        }
     }
 }

@@ -3,6 +3,7 @@
 
 mod endless;
 mod older;
+mod panics;
 
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -17,7 +18,9 @@ use parking_lot::Mutex;
 use uuid::Uuid;
 
 use super::*;
+use crate::journal::Step;
 use crate::message::recv_hello;
+use crate::pages::PAGE;
 use crate::policy::{AtDeadline, Mode};
 use crate::testing::{MemoryDisk, MemoryGuest, Moment, fill_page, ram};
 

@@ -114,6 +114,8 @@ impl Driver {
             Verb::MemoryMap | Verb::Cpu | Verb::Counters => None,
             // The migration is over and the guest is stranded: this may work by now.
             Verb::Resume | Verb::Shutdown | Verb::Delete if outgoing.is_stranded() => None,
+            // The engine is gone, and nothing else would ever free the VM.
+            Verb::Shutdown | Verb::Delete if outgoing.is_abandoned() => None,
             // The destination may hold the disks' locks and may run the guest by now. Only the
             // migration's outcome says whether the machine here may run or end.
             _ if is_stopped => refuse(match outgoing.purpose {

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use control::{RequestError, SnapshotOf, Verb};
 use migration::{Decision, Phase, Refusal};
+use spec::{Failure, VmState};
 
 use super::migration::moving;
 use super::{Caller, Driver};
@@ -32,6 +33,9 @@ pub(super) enum OutgoingState {
     Stopped { ran: bool },
     /// Resources that only one machine can hold (locks, paths of sockets) were released.
     HandedOver { ran: bool },
+    /// The engine failed behind that, and has no way to find out whether the guest runs at its destination.
+    /// It must not run here again.
+    Abandoned,
     /// The guest stays, and what was released could not be taken back, or the vCPUs did not start. It is
     /// paused; `resume` tries again from where this failed.
     Stranded { ran: bool, is_handed_over: bool },
@@ -42,14 +46,17 @@ impl OutgoingState {
     fn is_stopped(self) -> bool {
         match self {
             Self::Copying | Self::Snapshot | Self::Imaged => false,
-            Self::Stopped { .. } | Self::HandedOver { .. } | Self::Stranded { .. } => true,
+            Self::Stopped { .. }
+            | Self::HandedOver { .. }
+            | Self::Abandoned
+            | Self::Stranded { .. } => true,
         }
     }
 
     /// Whether the guest ran and must run again if it stays.
     pub(super) fn must_resume(self) -> bool {
         match self {
-            Self::Copying | Self::Snapshot | Self::Imaged => false,
+            Self::Copying | Self::Snapshot | Self::Imaged | Self::Abandoned => false,
             Self::Stopped { ran } | Self::HandedOver { ran } | Self::Stranded { ran, .. } => ran,
         }
     }
@@ -57,7 +64,7 @@ impl OutgoingState {
     pub(super) fn is_handed_over(self) -> bool {
         match self {
             Self::Copying | Self::Snapshot | Self::Imaged | Self::Stopped { .. } => false,
-            Self::HandedOver { .. } => true,
+            Self::HandedOver { .. } | Self::Abandoned => true,
             Self::Stranded { is_handed_over, .. } => is_handed_over,
         }
     }
@@ -118,6 +125,11 @@ impl Outgoing {
         self.state.is_stopped()
     }
 
+    /// Whether nobody knows where the guest runs.
+    pub(super) fn is_abandoned(&self) -> bool {
+        self.state == OutgoingState::Abandoned
+    }
+
     /// Whether the guest stays and is paused because it lacks what it needs.
     pub(super) fn is_stranded(&self) -> bool {
         matches!(self.state, OutgoingState::Stranded { .. })
@@ -140,15 +152,29 @@ impl Drop for Departure {
 }
 
 impl Driver {
-    /// Keeps a guest whose operation was given up without an end. One that was handed over stays as it is: it
-    /// may run at its destination.
+    /// Keeps a guest whose operation was given up without an end. One that was handed over stays paused, and
+    /// can only be ended here: it may run at its destination.
     fn abandon(&mut self, mark: &Arc<()>) {
-        let Some(outgoing) = &self.outgoing else {
+        let Some(outgoing) = &mut self.outgoing else {
             return;
         };
-        let is_settled = outgoing.state.is_handed_over() || outgoing.is_stranded();
-        if !Arc::ptr_eq(&outgoing.mark, mark) || is_settled {
+        if !Arc::ptr_eq(&outgoing.mark, mark) || outgoing.is_stranded() {
             return;
+        }
+        if outgoing.state.is_handed_over() {
+            outgoing.state = OutgoingState::Abandoned;
+            let detail = "the service failed when the guest was handed over, which may run at its \
+                          destination: `shutdown` or `delete` ends it here"
+                .to_owned();
+            self.publisher.update(|status| {
+                status.state = VmState::Paused;
+                status.failure = Some(Failure {
+                    code: "migration-failed".to_owned(),
+                    detail: detail.clone(),
+                    vcpu: None,
+                });
+            });
+            return self.record("migration-failed", detail);
         }
         let event = match outgoing.purpose {
             Purpose::Move => "migration-failed",

@@ -195,6 +195,30 @@ async fn panic_of_a_device_ends_only_its_vm() {
     soon(lab.vms[0].ask(Request::Boot)).await.unwrap();
 }
 
+/// The engine panicked behind the commit: the guest may run at its destination. It must not run here, and the VM
+/// can be deleted.
+#[tokio::test]
+async fn abandoned_guest_can_only_be_ended() {
+    let lab = Lab::new().await;
+    let parts = lab.driver(|driver| {
+        let (decision, progress) = (
+            ::migration::Decision::default(),
+            ::migration::Progress::default(),
+        );
+        let parts = driver.depart(crate::driver::Purpose::Move, &decision, &progress);
+        driver.hand_over(&[]).unwrap();
+        parts
+    });
+    let refused = lab.vms[0].ask(Request::Delete).await.unwrap_err();
+    assert_eq!(refused.code, "vm-migrating");
+    drop(parts);
+    let refused = lab.vms[0].ask(Request::Resume).await.unwrap_err();
+    assert_eq!(refused.code, "vm-migrating");
+    assert_eq!(lab.vms[0].info().state, spec::VmState::Paused);
+    assert_eq!(lab.events("migration-failed").len(), 1);
+    lab.vms[0].ask(Request::Delete).await.unwrap();
+}
+
 #[tokio::test]
 async fn boot_is_canceled() {
     for request in [Request::Shutdown, Request::Delete] {
