@@ -358,6 +358,14 @@ impl CreatedImage {
     pub fn release(&self) {
         self.image.hand_over();
     }
+
+    /// Takes the lock back from a user who has released it.
+    ///
+    /// # Errors
+    /// Another user has the image, or one that it is on, by now.
+    pub fn take_back(&self) -> Result<(), ImageError> {
+        self.image.take_over()
+    }
 }
 
 #[cfg(test)]

@@ -414,7 +414,12 @@ impl Destination for DestinationVm {
         self.images.unmark()?;
         // The disks' devices lock the same files.
         self.images.release();
-        self.caller.attempt(Driver::take_over)
+        let taken = self.caller.attempt(Driver::take_over);
+        if taken.is_err() {
+            // The driver has released whatever it took.
+            self.images.take_back();
+        }
+        taken
     }
 
     fn start(&mut self, stopped_for: Duration, paused: bool) -> Result<Instant, StartFailure> {

@@ -519,6 +519,16 @@ impl NewImages {
         }
     }
 
+    /// The machine's disks did not take the locks over: nobody else may use the images while it is in doubt
+    /// where the guest runs.
+    pub(super) fn take_back(&self) {
+        for made in &self.images {
+            if let Err(error) = made.image.take_back() {
+                tracing::error!(disk = made.disk, %error, "the image of a guest in doubt is not locked");
+            }
+        }
+    }
+
     /// All blocks are in the images, and durable.
     pub(super) fn blocks_arrived(&self) -> Result<(), Refusal> {
         let mut late = self.images.iter().filter_map(|made| made.late.as_ref());

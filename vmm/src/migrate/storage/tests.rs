@@ -1,3 +1,4 @@
+use ::devices::host_file::lock::{self, Lockable};
 use migration::{BlockInfo, MAX_COPIED};
 use serde_json::json;
 use spec::{DiskStorage, StartMigration, StorageMode};
@@ -244,4 +245,27 @@ fn requests_choose_disks_by_name() {
     };
     refused(&local(copy), "/storage");
     assert!(copied(&local(shared)).is_ok());
+}
+
+/// The machine may not get a lock of another disk. Then it is in doubt where the guest runs, and nobody else may
+/// use the images that were made for it.
+#[test]
+fn images_that_were_not_taken_over_are_locked() {
+    let dir = tempfile::tempdir().unwrap();
+    let one = [("a", 4096)];
+    let (_, plan) = planned(Some(dir.path()), &one, &one).unwrap();
+    let made = NewImages::create(&plan).unwrap();
+    let path = plan[0].path.clone();
+    let is_locked = || {
+        let file = std::fs::File::options().read(true).write(true).open(&path);
+        let file = Lockable(file.unwrap());
+        lock::take(&file.0, &path, false, lock_mode(plan[0].lock)).is_err()
+    };
+    assert!(is_locked());
+    made.release();
+    assert!(!is_locked());
+    made.take_back();
+    assert!(is_locked());
+    made.release();
+    assert!(!is_locked());
 }
