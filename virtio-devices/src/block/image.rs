@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt as _};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -142,6 +142,43 @@ pub(super) struct Opening {
     pub(super) is_incoming: bool,
 }
 
+impl Opening {
+    fn request(&self) -> Request<'_> {
+        Request {
+            access: match self.readonly {
+                true => Access::Read,
+                false => Access::Write,
+            },
+            ..Request::read(&self.path, &KINDS)
+        }
+    }
+
+    /// Opens the file of the image once more, for direct I/O if that is configured. The path may name another
+    /// file by now, which was neither checked nor locked.
+    ///
+    /// # Errors
+    /// It does, or the host refuses.
+    pub(super) fn open_again(&self, opened: &File) -> Result<File, ImageError> {
+        let failed = |source| OpenError::Host {
+            path: self.path.clone(),
+            source,
+        };
+        let again = Request {
+            direct: self.direct,
+            ..self.request()
+        };
+        let again = again.open()?;
+        let identity = |file: &File| file.metadata().map(|found| (found.dev(), found.ino()));
+        if identity(&again).map_err(failed)? != identity(opened).map_err(failed)? {
+            return Err(ImageError::Format {
+                path: self.path.clone(),
+                why: "was replaced by another file while it was opened".to_owned(),
+            });
+        }
+        Ok(again)
+    }
+}
+
 impl Image {
     pub(super) fn open(how: Opening) -> Result<Self, ImageError> {
         let path = how.path.clone();
@@ -149,14 +186,7 @@ impl Image {
             path: path.clone(),
             source,
         };
-        let mut request = Request {
-            access: match how.readonly {
-                true => Access::Read,
-                false => Access::Write,
-            },
-            ..Request::read(&how.path, &KINDS)
-        };
-        let mut file = request.open()?;
+        let mut file = how.request().open()?;
         if !how.is_incoming {
             // A guest that has just come gets the rest of its image from its source.
             incomplete::check(&path)?;
@@ -166,8 +196,7 @@ impl Image {
             why,
         })?;
         if how.direct && format == ImageFormat::Raw {
-            request.direct = true;
-            file = request.open()?;
+            file = how.open_again(&file)?;
         }
         let file = Lockable(file);
         if !how.is_incoming {
@@ -183,7 +212,7 @@ impl Image {
                 (Kind::Raw(file), Vec::new(), None)
             }
             ImageFormat::Qcow2 => {
-                let opened = qcow2::open(&how)?;
+                let opened = qcow2::open(&how, &file.0)?;
                 let image = Box::new(RwLock::new(opened.image));
                 (Kind::Qcow2(image), opened.below, opened.base)
             }
@@ -437,10 +466,11 @@ impl Image {
         lock::take(&self.lock.0, &how.path, self.readonly, how.lock)?;
         if let Kind::Qcow2(image) = &self.kind {
             // The other machine may have changed the tables that this one has read.
-            let opened = qcow2::open(&Opening {
+            let how = Opening {
                 is_incoming: false,
                 ..how.clone()
-            });
+            };
+            let opened = qcow2::open(&how, &self.lock.0);
             let opened = opened.inspect_err(|_| lock::release(&self.lock.0))?;
             *image.write() = opened.image;
             *self.below.lock() = opened.below.into_iter().map(Arc::new).collect();

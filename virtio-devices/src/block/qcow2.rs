@@ -15,7 +15,7 @@ use imago::file::File as Storage;
 use imago::format::Format;
 use imago::format::gate::ImplicitOpenGate;
 use imago::qcow2::Qcow2;
-use imago::{FormatAccess, FormatDriverBuilder, Storage as _, StorageOpenOptions};
+use imago::{FormatAccess, FormatDriverBuilder, StorageOpenOptions};
 use parking_lot::Mutex;
 
 use super::format::ImageFormat;
@@ -184,20 +184,20 @@ pub(super) struct Opened {
     pub(super) base: Option<(PathBuf, ImageFormat)>,
 }
 
-/// Opens an image, and locks the files that it names, unless another machine still has them.
-pub(super) fn open(how: &Opening) -> Result<Opened, ImageError> {
+/// Opens an image, of which `file` is open and locked, and locks the files that it names, unless another
+/// machine still has them.
+pub(super) fn open(how: &Opening, file: &File) -> Result<Opened, ImageError> {
     let unusable = |why: String| ImageError::Format {
         path: how.path.clone(),
         why: format!("cannot be used as qcow2: {why}"),
     };
     let failed = |source: io::Error| unusable(source.to_string());
-    let header = Request::read(&how.path, &[FileKind::Regular, FileKind::BlockDevice]).open()?;
-    check_header(&header).map_err(unusable)?;
+    check_header(file).map_err(unusable)?;
     let options = StorageOpenOptions::new()
         .filename(&how.path)
         .write(!how.readonly)
         .direct(how.direct);
-    let storage = Storage::open(options).map_err(failed)?;
+    let storage = Storage::from_open_file(how.open_again(file)?, options).map_err(failed)?;
     let builder = Qcow2::<Storage>::builder(storage).write(!how.readonly);
     let shared = Arc::new(Mutex::new(Below {
         lock: (!how.is_incoming).then_some(how.lock),
@@ -209,6 +209,7 @@ pub(super) fn open(how: &Opening) -> Result<Opened, ImageError> {
         how,
         directories: Arc::new(directories(how)),
         below: Arc::clone(&shared),
+        opened: None,
         seen: vec![how.path.canonicalize().map_err(failed)?],
     };
     let opened = contained(|| builder.open(gate));
@@ -251,6 +252,8 @@ struct Gate<'a> {
     how: &'a Opening,
     directories: Arc<Vec<PathBuf>>,
     below: Arc<Mutex<Below>>,
+    /// The file that was opened last, of which the format is opened next.
+    opened: Option<File>,
     /// The images from the top down to this one.
     seen: Vec<PathBuf>,
 }
@@ -339,10 +342,13 @@ impl ImplicitOpenGate<Storage> for Gate<'_> {
             how: self.how,
             directories: Arc::clone(&self.directories),
             below: Arc::clone(&self.below),
+            opened: None,
             seen,
         };
         if F::FORMAT == Format::Qcow2 {
-            let file = below.open_named(&real)?;
+            // The file that the builder has, and not what its path names by now.
+            let file = self.opened.take();
+            let file = file.ok_or_else(|| self.refuse_format("has no backing file".to_owned()))?;
             let wrong = |why| below.refuse_format(format!("cannot be used as qcow2: {why}"));
             check_header(&file).map_err(wrong)?;
         }
@@ -370,8 +376,65 @@ impl ImplicitOpenGate<Storage> for Gate<'_> {
             .ok_or_else(|| self.refuse_format("has a data file without a name".to_owned()))?;
         let real = self.allowed(named)?;
         let file = self.open_locked(&real)?;
+        self.opened = Some(file.try_clone()?);
         // Relative names in it are relative to where it is.
         let options = StorageOpenOptions::new().filename(&real).write(false);
         Storage::from_open_file(file, options)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
+
+    use super::super::create::create_file;
+    use super::super::image::Image;
+    use super::*;
+
+    /// The file was checked and locked. What is at its path by then is neither opened nor waited for.
+    #[test]
+    fn image_that_was_replaced_is_not_opened() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        for (direct, format) in [
+            (false, ImageFormat::Qcow2),
+            (true, ImageFormat::Qcow2),
+            (true, ImageFormat::Raw),
+        ] {
+            create_file(&path, format, 1 << 20, None).unwrap();
+            let how = Opening {
+                path: path.clone(),
+                readonly: false,
+                direct,
+                format: Some(format),
+                is_detected: false,
+                backing_files: false,
+                data_files: false,
+                directories: Vec::new(),
+                lock: LockMode::ByteRange,
+                is_incoming: true,
+            };
+            let image = Image::open(how.clone()).unwrap();
+            let replaced = || match format {
+                ImageFormat::Qcow2 => image.take_over(),
+                ImageFormat::Raw => how.open_again(image.file()).map(drop),
+            };
+            // A file with the same content, and one that nobody writes.
+            let old = dir.path().join("old");
+            fs::rename(&path, &old).unwrap();
+            fs::copy(&old, &path).unwrap();
+            let why = replaced().unwrap_err().to_string();
+            assert!(why.contains("replaced"), "{why}");
+            fs::remove_file(&path).unwrap();
+            mknodat(CWD, &path, FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
+            let why = replaced().unwrap_err().to_string();
+            assert!(why.contains("FIFO"), "{why}");
+            fs::rename(&old, &path).unwrap();
+            replaced().unwrap();
+            drop(image);
+            fs::remove_file(&path).unwrap();
+        }
     }
 }
