@@ -202,6 +202,14 @@ impl DiskAccess {
         matches!(&*self.0.place.lock(), Place::At(device) if device.gate.is(gate))
     }
 
+    /// Bytes that the guest sees.
+    ///
+    /// # Errors
+    /// The size of the image cannot be read, or the device is gone.
+    pub fn size(&self) -> io::Result<u64> {
+        self.with(|shared| shared.image().size())
+    }
+
     pub(super) fn with<R>(&self, work: impl FnOnce(&Shared) -> io::Result<R>) -> io::Result<R> {
         loop {
             let device = self.device()?;

@@ -13,7 +13,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use memory::PageBuffer;
 use sha2::{Digest as _, Sha256};
 
-use super::extents::extents;
+use super::extents::all_extents;
 use super::image::{Image, ImageError, Opening, contained};
 use super::overlay::BaseImage;
 
@@ -159,18 +159,24 @@ impl OpenBase {
     /// The image cannot be read, or a file of it was changed meanwhile.
     pub fn identify(&self, mut goes_on: impl FnMut(u64) -> bool) -> io::Result<Option<ContentId>> {
         let size = self.image.size()?;
-        // Ranges with content; all others are zeros, and are not read.
-        let mut ranges = Vec::new();
-        contained(|| extents(&self.image, size, |at, len| ranges.push((at, at + len))))?;
         let mut hash = Sha256::new();
         hash.update(TITLE);
         hash.update(size.to_le_bytes());
         let mut chunk = PageBuffer::new(CHUNK);
         // The first chunk that is not read yet: ranges may share one.
         let mut next = 0;
-        for (from, to) in ranges {
-            next = next.max(from / CHUNK as u64);
-            while next * (CHUNK as u64) < to {
+        // One after the other: an image of a few megabytes can have tables of more than fit into memory.
+        let mut extents = all_extents(&self.image, size);
+        while let Some(extent) = contained(|| extents.next().transpose())? {
+            if !extent.counts {
+                // Zeros, which are not read.
+                if !goes_on(extent.at) {
+                    return Ok(None);
+                }
+                continue;
+            }
+            next = next.max(extent.at / CHUNK as u64);
+            while next * (CHUNK as u64) < extent.at + extent.len {
                 let at = next * CHUNK as u64;
                 if !goes_on(at) {
                     return Ok(None);
@@ -272,6 +278,14 @@ mod tests {
         // Just made: a change in this tick of the clock would not show later.
         assert!(!open.version().is_settled());
         assert_eq!(open.identify(|_| false).unwrap(), None);
+        // Also where there is nothing to read.
+        let mut at = Vec::new();
+        let goes_on = |offset| {
+            at.push(offset);
+            at.len() < 2
+        };
+        assert_eq!(open.identify(goes_on).unwrap(), None);
+        assert!(at[1] >= 4096, "behind the content: {at:?}");
         assert!(open.identify(|_| true).unwrap().is_some());
         file.set_len(SIZE + 512).unwrap();
         assert!(open.identify(|_| true).is_err());

@@ -64,7 +64,8 @@ impl Written {
 }
 
 impl DiskAccess {
-    /// Prepares a copy.
+    /// Prepares a copy. It has a map of all blocks: the caller checks the [size](Self::size) first, which a
+    /// small image file can claim to be anything.
     ///
     /// # Errors
     /// The size of the image cannot be read, or the device is gone.

@@ -10,9 +10,22 @@ use rustix::io::Errno;
 
 use super::image::{Image, Kind};
 
-/// Calls `found` with each range that may have content; all others read as zeros.
-pub(super) fn extents(image: &Image, size: u64, found: impl FnMut(u64, u64)) -> io::Result<()> {
-    let extent = |at| match &image.kind {
+/// A range of an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Extent {
+    pub(super) at: u64,
+    pub(super) len: u64,
+    /// What was asked for: whether it may have content, or is not as in the base.
+    pub(super) counts: bool,
+}
+
+/// All ranges of an image, in their order: those that do not count read as zeros. A damaged image may have more
+/// than can be kept.
+pub(super) fn all_extents(
+    image: &Image,
+    size: u64,
+) -> impl Iterator<Item = io::Result<Extent>> + '_ {
+    let extent = move |at| match &image.kind {
         Kind::Raw(file) => raw_extent(file, at, size),
         Kind::Qcow2(image) => {
             let image = image.read();
@@ -21,7 +34,12 @@ pub(super) fn extents(image: &Image, size: u64, found: impl FnMut(u64, u64)) -> 
             Ok((!is_zero, len))
         }
     };
-    walk(size, extent, found)
+    walk(size, extent)
+}
+
+/// Calls `found` with each range that may have content; all others read as zeros.
+pub(super) fn extents(image: &Image, size: u64, found: impl FnMut(u64, u64)) -> io::Result<()> {
+    those_that_count(all_extents(image, size), found)
 }
 
 /// Calls `found` with each range that is not as in the base of the image. Zeros count, too: they may hide
@@ -35,29 +53,40 @@ pub(super) fn own_extents(
         let (mapping, len) = image.get_shallow_mapping(at, size - at)?;
         Ok((!matches!(mapping, ShallowMapping::Indirect { .. }), len))
     };
-    walk(size, extent, found)
+    those_that_count(walk(size, extent), found)
 }
 
-/// Calls `found` with the offset and length of each extent that counts. `extent` returns whether the one at
-/// an offset counts, and its length.
-fn walk(
-    size: u64,
-    extent: impl Fn(u64) -> io::Result<(bool, u64)>,
+fn those_that_count(
+    extents: impl Iterator<Item = io::Result<Extent>>,
     mut found: impl FnMut(u64, u64),
 ) -> io::Result<()> {
-    let mut at = 0;
-    while at < size {
-        // An extent without a length says nothing of the rest.
-        let (counts, len) = match extent(at)? {
-            (_, 0) => (true, size - at),
-            (counts, len) => (counts, len.min(size - at)),
-        };
+    for extent in extents {
+        let Extent { at, len, counts } = extent?;
         if counts {
             found(at, len);
         }
-        at += len;
     }
     Ok(())
+}
+
+/// Returns all extents, up to the first error. `extent` returns whether the one at an offset counts, and its
+/// length.
+fn walk(
+    size: u64,
+    extent: impl Fn(u64) -> io::Result<(bool, u64)>,
+) -> impl Iterator<Item = io::Result<Extent>> {
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        let left = size.checked_sub(at).filter(|left| *left > 0)?;
+        let found = extent(at).map(|(counts, len)| match len {
+            // An extent without a length says nothing of the rest.
+            0 => (true, left),
+            len => (counts, len.min(left)),
+        });
+        let found = found.map(|(counts, len)| Extent { at, len, counts });
+        at = found.as_ref().map_or(size, |extent| at + extent.len);
+        Some(found)
+    })
 }
 
 /// The extent of a file at this offset, and whether it has content.

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use control::{Category, RequestError};
 use migration::snapshot::Snapshot;
-use migration::{Offer, Policy, Refusal, SourceDisk, check_sizes};
+use migration::{Offer, Policy, Refusal, SourceDisk};
 use spec::{ImageType, SnapshotDisks, VmConfig, VmSnapshotConfig};
 use virtio_devices::block::DiskAccess;
 
@@ -86,12 +86,12 @@ impl DiskCopies {
                     );
                     Refusal::new("disk-not-copied", why)
                 })?;
-                copies.push(CopiedDisk::of(id, access)?);
+                copies.push((id, access));
             }
         }
-        let sizes = copies.iter().map(|disk| disk.content().size());
-        check_sizes(sizes)?;
-        Ok(Self(copies))
+        CopiedDisk::check_sizes(copies.iter().copied())?;
+        let copies = copies.iter().map(|(id, access)| CopiedDisk::of(id, access));
+        copies.collect::<Result<_, _>>().map(Self)
     }
 
     pub(super) fn count(&self) -> usize {

@@ -112,6 +112,8 @@ impl CopiedDisk {
         selection: &Selection,
     ) -> Result<Vec<Self>, Refusal> {
         let copied = disks.iter().filter(|(id, _)| selection.copies(id));
+        let copied: Vec<_> = copied.collect();
+        Self::check_sizes(copied.iter().map(|(id, access)| (id.as_str(), access)))?;
         let disk = |(id, access): &(String, DiskAccess)| {
             let name = selection.name(id).cloned();
             Ok(Self {
@@ -119,7 +121,19 @@ impl CopiedDisk {
                 ..Self::of(id, access)?
             })
         };
-        copied.map(disk).collect()
+        copied.into_iter().map(disk).collect()
+    }
+
+    /// Checks disks that are to be copied together, before anything is made for one of them.
+    pub(super) fn check_sizes<'a>(
+        disks: impl Iterator<Item = (&'a str, &'a DiskAccess)>,
+    ) -> Result<(), Refusal> {
+        let size = |(id, access): (&str, &DiskAccess)| {
+            let size = access.size();
+            size.map_err(|error| unreadable(id, &error))
+        };
+        let sizes: Vec<u64> = disks.map(size).collect::<Result<_, _>>()?;
+        check_sizes(sizes.into_iter())
     }
 
     pub(super) fn for_engine(&self) -> SourceDisk {
@@ -132,6 +146,7 @@ impl CopiedDisk {
     }
 
     pub(super) fn of(id: &str, access: &DiskAccess) -> Result<Self, Refusal> {
+        Self::check_sizes(std::iter::once((id, access)))?;
         let content = access.content().map_err(|error| unreadable(id, &error))?;
         Ok(Self {
             id: id.to_owned(),

@@ -288,3 +288,26 @@ async fn mirror_excludes_other_uses_of_its_disk() {
     ]);
     check_disk(&fs::read(stage.at("disk")).unwrap(), DISK_PAGES).unwrap();
 }
+
+/// The header of a small image can claim any size. A copy has a map of all blocks, which must not take the
+/// service's memory.
+#[tokio::test]
+async fn disk_that_is_too_large_to_copy_is_refused() {
+    let stage = Stage::new();
+    let (disk, huge) = (stage.path("disk"), stage.path("huge"));
+    qemu_img(&["create", "-q", "-f", "raw", &disk, "64M"]);
+    qemu_img(&["create", "-q", "-f", "qcow2", &huge, "1E"]);
+    let disks = json!([{ "path": disk }, { "path": huge, "id": "huge" }]);
+    stage.boot_on(disks).await;
+    let what = MirrorDisk::at(stage.path("new/mirror"));
+    let refused = stage.here.mirror_disk("web", "huge", &what).err().unwrap();
+    assert_eq!(refused.code, "disks-too-large");
+    assert!(stage.made().is_empty());
+    let both = stage.begin(|_| {});
+    let info = over(&both[0]).await;
+    assert_eq!(info.error.unwrap().code, "disks-too-large");
+    // It may not have heard of its source yet, and would wait for another.
+    let _ = both[1].cancel();
+    over(&both[1]).await;
+    stage.runs_here().await;
+}
