@@ -52,7 +52,7 @@ impl<'a> MemoryFile<'a> {
     ) -> Result<Self, MigrationError> {
         let progress = writing.progress;
         let base = match writing.base {
-            Some(base) => base.all_marks(blocks),
+            Some(base) => base.all_marks(blocks, writing.decision),
             None => Ok(Vec::new()),
         };
         let base = base.map_err(|error| {

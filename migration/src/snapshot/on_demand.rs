@@ -149,7 +149,7 @@ impl<'a> OnDemand<'a> {
         let blocks = machine.blocks();
         let checked = snapshot
             .check_blocks(&blocks)
-            .and_then(|()| snapshot.check_hashes());
+            .and_then(|()| snapshot.check_hashes(restoring.decision));
         checked.map_err(MigrationError::from)?;
         let mut missing = Vec::new();
         let mut starts = Vec::new();

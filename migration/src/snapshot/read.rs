@@ -213,8 +213,8 @@ impl Snapshot {
     }
 
     /// The hashes are checked as a whole, and then trusted: a page is checked against them by itself.
-    pub(super) fn check_hashes(&self) -> Result<(), RestoreError> {
-        self.read_hashes(&Decision::default(), |_, _| Ok(()))
+    pub(super) fn check_hashes(&self, decision: &Decision) -> Result<(), RestoreError> {
+        self.read_hashes(decision, |_, _| Ok(()))
     }
 
     /// Reads all hashes in their order, and checks them as a whole at the end. `take` gets them in parts: the
@@ -258,7 +258,7 @@ impl Snapshot {
         decision: &Decision,
     ) -> Result<(), RestoreError> {
         self.check_blocks(blocks)?;
-        self.check_hashes()?;
+        self.check_hashes(decision)?;
         self.read_all(progress, decision, |block, offset, content| {
             let block = blocks.get(block).ok_or_else(|| damaged(MEMORY))?;
             let slice = block.ram.slice(offset, content.len());
@@ -272,7 +272,7 @@ impl Snapshot {
     /// # Errors
     /// A page differs from its hash, the host cannot read, or restoring was canceled.
     pub fn verify(&self, progress: &Progress, decision: &Decision) -> Result<(), RestoreError> {
-        self.check_hashes()?;
+        self.check_hashes(decision)?;
         self.read_all(progress, decision, |_, _, _| Ok(()))
     }
 
@@ -407,7 +407,11 @@ impl Snapshot {
     }
 
     /// Reads all hashes, for a snapshot of these blocks that is based on this one.
-    pub(super) fn all_marks(&self, blocks: &[Block]) -> Result<Vec<u64>, RestoreError> {
+    pub(super) fn all_marks(
+        &self,
+        blocks: &[Block],
+        decision: &Decision,
+    ) -> Result<Vec<u64>, RestoreError> {
         let ours = self.manifest.memory.iter();
         let ours = ours.map(|block| (block.name.as_str(), block.size));
         if !ours.eq(blocks
@@ -417,7 +421,7 @@ impl Snapshot {
             let why = "the VM has other blocks of memory than its base".to_owned();
             return Err(RestoreError::Base(why));
         }
-        self.check_hashes()?;
+        self.check_hashes(decision)?;
         let pages = self.manifest.hashes.size / 8;
         let mut all = Vec::new();
         for first in (0..pages).step_by(CHUNK) {

@@ -127,8 +127,7 @@ impl WorkingSet {
                     "it names {count} pages from page {first} on, of {total}"
                 ));
             }
-            // No overflow: there are MAX_RUNS of them, each within a file's length.
-            pages += count;
+            pages = pages.saturating_add(*count);
         }
         // A page is there once, so that what is brought is bounded by the memory.
         if pages > total || pages != content.pages {
@@ -351,5 +350,23 @@ mod tests {
         fn any_text_is_read_or_refused(text in proptest::collection::vec(any::<u8>(), 0..200)) {
             let _ = WorkingSet::parse(&text, Uuid::nil(), 300);
         }
+    }
+
+    /// A sparse file can be as large as numbers are.
+    #[test]
+    fn runs_that_overflow_are_refused() {
+        let total = 1 << 60;
+        let runs = vec![(0, total); 16];
+        let content = Content {
+            format: FORMAT.to_owned(),
+            version: VERSION,
+            snapshot: Uuid::nil(),
+            pages: 0,
+            hash: hash(&runs),
+            runs,
+        };
+        let text = serde_json::to_vec(&content).unwrap();
+        let refused = WorkingSet::parse(&text, Uuid::nil(), total).unwrap_err();
+        assert!(refused.contains("its runs have"), "{refused}");
     }
 }

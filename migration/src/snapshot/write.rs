@@ -329,12 +329,21 @@ impl Folder {
             renameat_with(CWD, self.partial(name), CWD, &path, RenameFlags::NOREPLACE)
                 .map_err(|error| failed(&error.into()))?;
         }
-        sync().map_err(|error| failed(&error))
+        sync().map_err(|error| failed(&error))?;
+        if self.is_new {
+            // The name of the folder, too, must survive a crash of the host.
+            let parent = self.dir.parent().filter(|at| !at.as_os_str().is_empty());
+            let parent = File::open(parent.unwrap_or(Path::new(".")));
+            let synced = parent.and_then(|parent| parent.sync_all());
+            synced.map_err(|error| failed(&error))?;
+        }
+        Ok(())
     }
 
     /// Removes what was written. Only this snapshot or dump has files of these names.
     pub(super) fn remove(&self) {
-        for name in &self.files {
+        // The manifest first: as long as it is there, it says that the others are.
+        for name in self.files.iter().rev() {
             let partial = self.partial(name);
             // Renamed, if the end failed: then it is the file of that name, since nothing was replaced.
             if fs::remove_file(&partial).is_err() {

@@ -162,15 +162,17 @@ impl FrozenMark {
             _ => {}
         }
         let mark = folder.join(id);
-        let written =
-            write_note(&mark, &format!("{text}\n")).and_then(|()| sync_folder_of(&folder));
-        match written {
-            Ok(()) => Ok(Self(mark)),
-            Err(error) => {
-                let _ = fs::remove_dir(&folder);
-                Err(host(error))
-            }
+        if let Err(error) = write_note(&mark, &format!("{text}\n")) {
+            let _ = fs::remove_dir(&folder);
+            return Err(host(error));
         }
+        let mark = Self(mark);
+        if let Err(error) = sync_folder_of(&folder) {
+            // Or the image would stay frozen for a snapshot that is not made.
+            let _ = mark.remove();
+            return Err(host(error));
+        }
+        Ok(mark)
     }
 
     /// The snapshot was not completed.
