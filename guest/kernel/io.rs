@@ -8,7 +8,7 @@ use core::sync::atomic::{
 use crate::boot::Ram;
 use crate::clock;
 use crate::line::Line;
-use crate::pattern::{self, PAGE_SIZE, Page};
+use crate::pattern::{self, DISK_PAGES, PAGE_SIZE, Page};
 use crate::tpm::{Answer, Tpm};
 use crate::virtio::{Buffer, CHAINS, Device, Queue, devices, read, write};
 
@@ -20,8 +20,6 @@ const MEMORY: u32 = 24;
 const WATCHDOG: u32 = 35;
 
 const SECTORS_PER_PAGE: u64 = (PAGE_SIZE / 512) as u64;
-/// Pages of a disk that are used.
-const DISK_PAGES: u64 = 256;
 /// Bytes in front of a frame (`virtio_net_hdr`, 5.1.6).
 const NET_HEADER: u64 = 12;
 /// Bytes for each buffer of a frame or of a console.
@@ -364,7 +362,7 @@ impl Disk {
             queue,
             head: pages.take(),
             page: pages.take(),
-            slots: (capacity / SECTORS_PER_PAGE).min(DISK_PAGES),
+            slots: (capacity / SECTORS_PER_PAGE).min(DISK_PAGES as u64),
             writes: 0,
             turn: Turn::Write,
         };

@@ -66,6 +66,7 @@ pub use line::{Address, Check, CommandError, FailedChecks, Line, Parting, TscSou
 pub use options::{
     After, Attack, Command, Crash, Key, MAX_CPUS, OptionError, Options, Order, PortValue, Workload,
 };
+pub use pattern::DISK_PAGES;
 
 /// The kernel: an ELF file for x86-64 with a PVH note, linked at 2 MiB.
 pub const IMAGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/pocket.elf"));

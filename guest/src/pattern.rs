@@ -9,6 +9,10 @@ pub const PAGE_SIZE: usize = 4096;
 /// Words of a page.
 pub const WORDS: usize = PAGE_SIZE / 8;
 
+/// Pages of a disk that the guest uses, in turn, if the disk has so many. A test waits for rounds of them, and of
+/// each page the guest takes three exits at least, which take longest where KVM emulates its kernel.
+pub const DISK_PAGES: usize = 64;
+
 /// A page, as words.
 pub type Page = [u64; WORDS];
 

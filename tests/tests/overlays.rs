@@ -24,15 +24,13 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use guest::{Line, Options, Workload};
+use guest::{DISK_PAGES, Line, Options, Workload};
 use spec::{ForkVm, ImageType, MigrationPhase, OverlayState, RestoreConfig, SnapshotDisks};
 use spec::{VmId, VmSnapshotConfig};
 use tests::snapshots::{from, over, refused, to};
 use tests::{Face, Service, built};
 
 const PATIENCE: Duration = Duration::from_secs(60);
-/// Pages of the disk that the guest uses.
-const PAGES: u64 = 256;
 
 fn with_overlays(dir: &Path) -> VmSnapshotConfig {
     VmSnapshotConfig {
@@ -97,7 +95,7 @@ async fn writes_on(port: PathBuf) {
             }
         };
         let (first, begun) = (ask(), Instant::now());
-        while ask() < first + PAGES + 1 {
+        while ask() < first + DISK_PAGES as u64 + 1 {
             assert!(begun.elapsed() < PATIENCE, "the guest does not write");
             std::thread::sleep(Duration::from_millis(10));
         }
@@ -395,7 +393,8 @@ async fn canceled_operations_leave_nothing() {
     }
 }
 
-/// What deleted VMs leave is listed with its users, and removed but for what a snapshot or VM needs.
+/// The images that deleted VMs leave are listed with their users, and removed unless a snapshot or VM needs
+/// them.
 #[tokio::test]
 async fn overlays_that_nothing_uses_are_removed() {
     let service = Service::start_with(&[], &["-v".to_owned()]).await.unwrap();

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use guest::{Command, Line, Options, Workload, check_disk};
+use guest::{Command, DISK_PAGES, Line, Options, Workload, check_disk};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 use spec::{
@@ -27,8 +27,6 @@ use tests::{Face, Frame, Proxy, Service, Side, Verdict, built, trials};
 const PATIENCE: Duration = Duration::from_secs(180);
 /// Trials at once.
 const AT_ONCE: usize = 2;
-/// Pages of the disk that the guest writes, again and again.
-const DISK_PAGES: usize = 256;
 
 fn qemu_img(arguments: &[&str]) {
     let run = Process::new("qemu-img").args(arguments).output().unwrap();

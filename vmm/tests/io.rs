@@ -15,12 +15,11 @@ use std::time::{Duration, Instant};
 
 use control::{Registry, Request};
 use guest::pattern::{self, WORDS};
-use guest::{Command, Line, Options, Workload};
+use guest::{Command, DISK_PAGES, Line, Options, Workload};
 use spec::{PayloadConfig, VmConfig};
 use vmm::{Pool, PoolConfig};
 
 const PATIENCE: Duration = Duration::from_secs(60);
-const DISK_PAGES: usize = 256;
 const DATAGRAMS: u32 = 200;
 const TYPED: usize = 4000;
 const STOPS: usize = 1000;

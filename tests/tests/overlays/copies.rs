@@ -51,7 +51,7 @@ async fn killed_service_leaves_whole_copies_or_no_snapshot() {
 /// The folder is full before all of the disk is there: nothing is left, and the VM writes to its image.
 #[tokio::test]
 async fn full_folder_leaves_nothing_of_a_copy() {
-    let mount = "mount -t tmpfs -o size=256k snapshots /srv && exec \"$@\"";
+    let mount = "mount -t tmpfs -o size=128k snapshots /srv && exec \"$@\"";
     let wrapper = ["unshare", "--mount", "sh", "-c", mount, "sh"];
     let service = Service::start_with(&wrapper, &[]).await.unwrap();
     let client = service.client();

@@ -130,7 +130,7 @@ async fn base_that_both_hosts_have_is_not_copied() {
     }
 }
 
-/// Of a chain, both hosts have all but the top, in other shapes.
+/// Both hosts have all of a chain but its top, in other shapes.
 #[tokio::test]
 async fn chain_that_both_hosts_have_is_not_copied() {
     let mut stage = Stage::new();

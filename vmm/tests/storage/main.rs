@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use control::{Migration, Registry, Request, RequestError, SnapshotOf};
-use guest::{Command, Line, Options, Workload, check_disk};
+use guest::{Command, DISK_PAGES, Line, Options, Workload, check_disk};
 use serde_json::json;
 use spec::{
     AwaitMigration, DiskStorage, MemoryMode, MigrationInfo, MigrationPhase, MirrorDisk,
@@ -26,8 +26,6 @@ use spec::{
 use vmm::{Pool, PoolConfig};
 
 const PATIENCE: Duration = Duration::from_secs(60);
-/// Pages that the guest writes, at the start of its disk.
-const DISK_PAGES: usize = 256;
 const DISK_SIZE: u64 = 64 << 20;
 
 fn qemu_img(arguments: &[&str]) {

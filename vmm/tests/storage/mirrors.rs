@@ -15,7 +15,7 @@ impl Stage {
 
     /// Begins one that takes minutes, and waits until it has copied something.
     pub(super) async fn slow_mirror(&self, name: &str) -> Arc<dyn Migration> {
-        let mirror = self.mirror(name, |what| what.max_bandwidth = Some(64 << 10));
+        let mirror = self.mirror(name, |what| what.max_bandwidth = Some(16 << 10));
         let mirror = mirror.unwrap();
         let start = Instant::now();
         while mirror.info().sent_bytes == 0 {
@@ -141,7 +141,7 @@ async fn mirror_goes_on_over_resets_of_its_guest() {
         let vm = stage.here.get("web").unwrap();
         // The first round takes some seconds.
         let mirror = stage.mirror("mirror", |what| {
-            (what.format, what.max_bandwidth) = (Some(to.1), Some(128 << 10));
+            (what.format, what.max_bandwidth) = (Some(to.1), Some(32 << 10));
             what.max_downtime_ms = 60_000;
         });
         let mirror = mirror.unwrap();
@@ -271,7 +271,7 @@ async fn mirror_excludes_other_uses_of_its_disk() {
     stage.runs_here().await;
 
     // And the reverse.
-    let both = stage.begin(|what| what.max_bandwidth = Some(64 << 10));
+    let both = stage.begin(|what| what.max_bandwidth = Some(16 << 10));
     assert_eq!(code(stage.mirror("mirror", |_| {})), "vm-migrating");
     both[0].cancel().unwrap();
     over(&both[0]).await;

@@ -21,7 +21,7 @@ impl Stage {
 
     /// Begins a snapshot that takes minutes, and waits until it has copied something.
     async fn slow_snapshot(&self, name: &str) -> Arc<dyn Migration> {
-        let snapshot = self.snapshot_with(name, |what| what.max_bandwidth = Some(64 << 10));
+        let snapshot = self.snapshot_with(name, |what| what.max_bandwidth = Some(16 << 10));
         let snapshot = snapshot.unwrap();
         let start = Instant::now();
         while snapshot.info().sent_bytes == 0 {
@@ -121,7 +121,7 @@ async fn canceled_and_overtaken_copies_leave_nothing() {
     stage.runs_here().await;
     // The guest writes faster than its disk is copied.
     let late = stage.snapshot_with("s", |what| {
-        what.max_bandwidth = Some(64 << 10);
+        what.max_bandwidth = Some(16 << 10);
         what.deadline_s = Some(1);
     });
     let info = over(&late.unwrap()).await;
@@ -214,7 +214,7 @@ async fn copies_of_disks_exclude_what_they_must() {
     );
     mirror.cancel().unwrap();
     over(&mirror).await;
-    let both = stage.begin(|what| what.max_bandwidth = Some(64 << 10));
+    let both = stage.begin(|what| what.max_bandwidth = Some(16 << 10));
     assert_eq!(
         copied(stage.snapshot_with("s", |_| {})).code,
         "vm-migrating"
