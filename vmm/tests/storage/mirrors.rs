@@ -296,7 +296,8 @@ async fn disk_that_is_too_large_to_copy_is_refused() {
     let stage = Stage::new();
     let (disk, huge) = (stage.path("disk"), stage.path("huge"));
     qemu_img(&["create", "-q", "-f", "raw", &disk, "64M"]);
-    qemu_img(&["create", "-q", "-f", "qcow2", &huge, "1E"]);
+    let large_clusters = ["create", "-q", "-f", "qcow2", "-o", "cluster_size=2M"];
+    qemu_img(&[&large_clusters[..], &[&huge, "1E"]].concat());
     let disks = json!([{ "path": disk }, { "path": huge, "id": "huge" }]);
     stage.boot_on(disks).await;
     let what = MirrorDisk::at(stage.path("new/mirror"));
