@@ -119,14 +119,82 @@ fn strings(problem: &Problem, path: &str) -> Vec<String> {
     // A single field is in `detail` already; its name may not be.
     all.extend(problem.errors.iter().map(|field| {
         let name = field.pointer.trim_start_matches('/').replace('/', ".");
-        format!("{name}: {}", field.detail)
+        match name.as_str() {
+            "" => field.detail.clone(),
+            name => format!("{name}: {}", field.detail),
+        }
     }));
     all
+}
+
+/// Rewrites a refusal because of the VM's state: on Cloud Hypervisor's face a VM whose guest has ended is shown
+/// as `Created`.
+pub(crate) fn show_states(response: &mut Response) {
+    let problem = response.extensions_mut().get_mut::<Problem>();
+    let Some(problem) = problem.filter(|problem| problem.code == "wrong-state") else {
+        return;
+    };
+    problem.detail = with_states_of_one_vm(&problem.detail);
+    let body = ascii_json(&*problem).unwrap_or_default();
+    *response.body_mut() = Body::from(body);
+    response.headers_mut().remove(CONTENT_LENGTH);
+}
+
+/// The text names states and requests, and nothing that a client has chosen.
+fn with_states_of_one_vm(detail: &str) -> String {
+    let shutdown = spec::VmState::Shutdown.to_string();
+    let created = spec::VmState::Created.to_string();
+    detail
+        .replace(&format!("{created} or {shutdown}"), &created)
+        .replace(&shutdown, &created)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn states_are_those_that_the_face_shows() {
+        use control::{Denied, Verb};
+        use spec::VmState::{Created, Running, Shutdown};
+        let told = |state, verb| with_states_of_one_vm(&Denied { state, verb }.to_string());
+        for (state, verb, expected) in [
+            (
+                Shutdown,
+                Verb::Pause,
+                "a VM that is Created cannot be paused: it must be Running",
+            ),
+            (
+                Running,
+                Verb::Boot,
+                "a VM that is Running cannot be booted: it must be Created",
+            ),
+            (
+                Created,
+                Verb::Resume,
+                "a VM that is Created cannot be resumed: it must be Paused",
+            ),
+        ] {
+            assert_eq!(told(state, verb), expected);
+        }
+    }
+
+    #[test]
+    fn field_without_a_name_has_no_colon() {
+        let mut problem = Problem::new(400, "Bad Request", "unknown-field", "unknown field `x`");
+        problem.errors = ["", "/disks/0/path"]
+            .map(|pointer| spec::FieldProblem {
+                pointer: pointer.to_owned(),
+                code: "unknown-field".to_owned(),
+                detail: "unknown field `x`".to_owned(),
+            })
+            .into();
+        let strings = strings(&problem, "/api/v1/vm.create");
+        assert_eq!(
+            strings[3..],
+            ["unknown field `x`", "disks.0.path: unknown field `x`"]
+        );
+    }
 
     #[test]
     fn only_a_client_that_names_problems_gets_them() {

@@ -10,7 +10,7 @@ use tracing::Instrument as _;
 
 use crate::access::TcpAccess;
 use crate::body;
-use crate::errors::{Face, as_strings, wants_problems};
+use crate::errors::{Face, as_strings, show_states, wants_problems};
 use crate::limits::REQUEST_ID_BYTES_MAX;
 use crate::problem::ApiError;
 use crate::request_counts::Requests;
@@ -55,6 +55,9 @@ pub(crate) async fn envelope(
         && let Some(allow) = response.headers_mut().remove(ALLOW)
     {
         response = ApiError::method_not_allowed(&method, &path, allow).into_response();
+    }
+    if face == Face::CloudHypervisor {
+        show_states(&mut response);
     }
     if strings {
         as_strings(&mut response, &path);

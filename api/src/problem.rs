@@ -105,6 +105,11 @@ impl ApiError {
     }
 
     #[cfg(test)]
+    pub(crate) fn fields(&self) -> &[FieldProblem] {
+        &self.problem.errors
+    }
+
+    #[cfg(test)]
     pub(crate) fn detail(&self) -> &str {
         &self.problem.detail
     }

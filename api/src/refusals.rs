@@ -189,13 +189,31 @@ pub(crate) fn of_one_vm(verb: Verb, error: RequestError) -> ApiError {
 }
 
 /// The same for a migration: the contract has 500 for one that cannot be, whatever the reason.
-pub(crate) fn of_one_vms_migration(error: RequestError) -> ApiError {
+pub(crate) fn of_one_vms_migration(mut error: RequestError) -> ApiError {
+    for field in &mut error.fields {
+        for (own, theirs) in MIGRATION_FIELDS {
+            if field.pointer == format!("/{own}") {
+                field.pointer = format!("/{theirs}");
+                let [own, theirs] = [own, theirs].map(|name| format!("`{name}`"));
+                field.detail = field.detail.replace(&own, &theirs);
+                error.detail = error.detail.replace(&own, &theirs);
+            }
+        }
+    }
     match error.category {
         Category::NotFound => not_created(),
         Category::Unprocessable => with_status(StatusCode::INTERNAL_SERVER_ERROR, error),
         _ => error.into(),
     }
 }
+
+/// Fields of migrations, and the names of the same in Cloud Hypervisor's requests.
+const MIGRATION_FIELDS: [(&str, &str); 4] = [
+    ("destination", "destination_url"),
+    ("listen", "receiver_url"),
+    ("max_downtime_ms", "downtime_ms"),
+    ("deadline_s", "timeout_s"),
+];
 
 /// The same for a snapshot: the contract has 405 for a VM that is not paused.
 pub(crate) fn of_one_vms_snapshot(error: RequestError) -> ApiError {
@@ -266,6 +284,20 @@ mod tests {
         assert_eq!(of_one_vm(Verb::AddDevice, invalid()).status(), 400);
         let told = of_one_vms_migration(of(Category::Unprocessable, "endpoint-unusable"));
         assert_eq!(told.status(), 500);
+        for (own, theirs) in MIGRATION_FIELDS {
+            let refused = RequestError::invalid(vec![spec::FieldProblem {
+                pointer: format!("/{own}"),
+                code: "invalid".to_owned(),
+                detail: format!("`{own}` must be at least 1"),
+            }]);
+            let problem = of_one_vms_migration(refused);
+            let [field] = problem.fields() else {
+                unreachable!("{problem:?}");
+            };
+            assert_eq!(field.pointer, format!("/{theirs}"));
+            assert_eq!(field.detail, format!("`{theirs}` must be at least 1"));
+            assert!(problem.detail().ends_with(&field.detail), "{problem:?}");
+        }
         let own = ApiError::from(invalid());
         assert_eq!(own.status(), 422, "the service's own face");
     }

@@ -187,8 +187,14 @@ fn no_such_path(request: &Request, face: Face, paths: &[String]) -> ApiError {
             format!("no resource at {path}; {advice}"),
         );
     }
-    let hint = match spec::nearest(&path, paths.iter().map(String::as_str)) {
-        Some(near) => format!("; did you mean {near}?"),
+    // What all paths begin with makes none of them likely.
+    let start = "/api/v1/";
+    let names = paths.iter().filter_map(|path| path.strip_prefix(start));
+    let name = path
+        .strip_prefix(start)
+        .unwrap_or(path.trim_start_matches('/'));
+    let hint = match spec::nearest(name, names) {
+        Some(near) => format!("; did you mean {start}{near}?"),
         None => "; GET /api/v1/openapi.json lists the paths".to_owned(),
     };
     ApiError::new(
@@ -211,7 +217,12 @@ mod tests {
 
     #[test]
     fn path_of_other_face_is_explained() {
-        let paths = ["/api/v1/vmm.shutdown".to_owned()];
+        let paths = [
+            "/api/v1/vmm.shutdown",
+            "/api/v1/vm.restore",
+            "/api/v1/vm.resize",
+        ];
+        let paths = paths.map(str::to_owned);
         let detail = |path: &str, face| {
             let request = Request::get(path).body(Body::empty()).unwrap();
             no_such_path(&request, face, &paths).detail().to_owned()
@@ -225,6 +236,13 @@ mod tests {
         }
         let told = detail("/api/v1/vms/web/boot", Face::CloudHypervisor);
         assert!(told.contains("omit --vm"), "{told}");
+        let told = detail("/api/v1/events", Face::CloudHypervisor);
+        assert!(!told.contains("did you mean"), "{told}");
+        let told = detail("/vmm.shutdown", Face::Service);
+        assert!(
+            told.contains("did you mean /api/v1/vmm.shutdown?"),
+            "{told}"
+        );
         let told = detail("/api/v1/vmm.shutdwn", Face::Service);
         assert!(
             told.contains("did you mean /api/v1/vmm.shutdown?"),

@@ -82,7 +82,7 @@ async fn ch_remote_works() {
     assert_eq!(status, 405);
     assert!(
         body.unwrap()
-            .contains("a VM that is Shutdown cannot be paused")
+            .contains("a VM that is Created cannot be paused")
     );
     assert_eq!(
         ask("PUT", "vm.add-fs", Some(r#"{"tag": "t", "socket": "/s"}"#))
