@@ -175,11 +175,16 @@ fn stop(info: &MigrationInfo, stop: &MigrationDowntime, kind: Kind) -> String {
             "of the disk {total}: pause {pause}, last {blocks} {transfer}, switch {hand_over}"
         ),
         Kind::Migration => {
-            let predicted = info.predicted_downtime_us.map(ms);
-            let predicted = predicted.unwrap_or_else(|| "nothing".to_owned());
+            let predicted = info.predicted_downtime_us;
+            let predicted =
+                predicted.map_or_else(String::new, |us| format!(" (predicted {})", ms(us)));
+            let verify = match stop.verify_us {
+                0 => String::new(),
+                us => format!(", verify {}", ms(us)),
+            };
             format!(
-                "{total} (predicted {predicted}): pause {pause}, last {} and save {save}, transfer \
-                 and load {transfer}, hand-over {hand_over}",
+                "{total}{predicted}: pause {pause}, last {} and save {save}, transfer and load \
+                 {transfer}{verify}, hand-over {hand_over}",
                 counted(stop.pages, "page")
             )
         }
@@ -262,6 +267,24 @@ mod tests {
             "max_downtime_ms": null, "eta_us": null, "predicted_downtime_us": null, "downtime": null,
         });
         serde_json::from_value(info).unwrap()
+    }
+
+    #[test]
+    fn stop_has_the_parts_that_there_were() {
+        let mut migration = operation("source", "unix:/s");
+        migration.downtime = Some(MigrationDowntime {
+            total_us: 2000,
+            pages: 7,
+            ..MigrationDowntime::default()
+        });
+        let text = summary(&migration);
+        assert!(text.contains("2.0 ms: pause 0.0 ms"), "{text}");
+        assert!(!text.contains("verify"), "{text}");
+        migration.predicted_downtime_us = Some(1500);
+        migration.downtime.as_mut().unwrap().verify_us = 900;
+        let text = summary(&migration);
+        assert!(text.contains("2.0 ms (predicted 1.5 ms): pause"), "{text}");
+        assert!(text.contains("verify 0.9 ms, hand-over"), "{text}");
     }
 
     /// A snapshot sends nothing, and has no connections.

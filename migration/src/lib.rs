@@ -112,6 +112,7 @@ impl MigrationError {
     pub(crate) fn refusal(&self) -> Refusal {
         let code = match self {
             Self::Wire(WireError::Damaged(_)) => "stream-damaged",
+            Self::Wire(WireError::Http) => "not-a-destination",
             Self::Wire(_) => "connection-lost",
             Self::Here(refusal) | Self::There(refusal) => &refusal.code,
             Self::Canceled => "canceled",

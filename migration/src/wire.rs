@@ -84,6 +84,12 @@ pub enum WireError {
     /// The stream was closed in order.
     #[error("the other side closed the connection")]
     Closed,
+    /// The answer of an HTTP server.
+    #[error(
+        "the other side is an HTTP server, as the socket of an API is; name the endpoint of a `receive` \
+         (or of `--accept`) at the destination"
+    )]
+    Http,
     /// Invalid bytes, or a frame that is not allowed here.
     #[error("the stream is damaged: {0}")]
     Damaged(String),
@@ -193,6 +199,9 @@ impl Reader {
             0 => return Err(WireError::Closed),
             some => from.read_exact(header.get_mut(some..).unwrap_or_default())?,
         }
+        if header.starts_with(b"HTTP/") {
+            return Err(WireError::Http);
+        }
         let [k0, k1, r0, r1, l0, l1, l2, l3, c0, c1, c2, c3] = header;
         let raw = u16::from_le_bytes([k0, k1]);
         let kind = Kind::of(raw).filter(|kind| allowed.contains(kind) && (r0, r1) == (0, 0));
@@ -279,6 +288,18 @@ mod tests {
         fn flush(&mut self) -> io::Result<()> {
             self.call()
         }
+    }
+
+    /// A migration that is sent to the socket of an API.
+    #[test]
+    fn http_server_is_recognised() {
+        let answer = b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n";
+        let read = Reader::default()
+            .read(&mut &answer[..], &[Kind::Hello])
+            .map(|(kind, _)| kind);
+        let error = crate::MigrationError::Wire(read.unwrap_err()).refusal();
+        assert_eq!(error.code, "not-a-destination");
+        assert!(error.detail.contains("HTTP server"), "{error:?}");
     }
 
     #[test]
