@@ -34,7 +34,8 @@ pub enum ListenError {
     /// The token and all that is sent would cross the network in plain text.
     #[error(
         "cannot serve on {0}: the API is not encrypted, so TCP is limited to loopback addresses \
-         (127.0.0.1, [::1]); forward the port or the unix socket with ssh to reach it from elsewhere"
+         (127.0.0.1, [::1]), with a token (`--api-token-file`); to reach it from elsewhere, forward the \
+         port or the unix socket with ssh, or put a proxy with TLS before it"
     )]
     NotLoopback(SocketAddr),
     /// The address could not be bound.

@@ -181,8 +181,8 @@ pub(crate) fn of_machine(config: &VmConfig, may_wait: bool) -> u64 {
             needed = needed.saturating_add(of_queues(1));
         }
     }
-    // The source of random numbers, and a copy for its task.
-    needed.saturating_add(of_queues(1) + 2)
+    // The source of random numbers, a copy for its task, and the event loop for a source that is a file.
+    needed.saturating_add(of_queues(1) + 2 + LOOP)
 }
 
 /// Returns the descriptors that `count` new images need: the file, which is locked, one to read and

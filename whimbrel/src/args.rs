@@ -124,8 +124,8 @@ pub(crate) struct ServeArguments {
     /// Socket of the service. [default: whimbrel.sock in $XDG_RUNTIME_DIR, or in /run]
     #[arg(long, value_name = "PATH")]
     pub(crate) socket: Option<PathBuf>,
-    /// Serve on this TCP address as well. Loopback only, as the API is not encrypted. Wants
-    /// --api-token-file.
+    /// Serve on this TCP address as well. Loopback only, as the API is not encrypted: reach it from
+    /// elsewhere by ssh, or a proxy with TLS. Wants --api-token-file.
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub(crate) tcp: Option<SocketAddr>,
     /// File with the token that clients must show over TCP: one line of 32 to 512 characters that only
@@ -174,6 +174,10 @@ impl ServeArguments {
         let Some(address) = self.tcp else {
             return Ok(None);
         };
+        // Before the token, which would not help.
+        if !address.ip().is_loopback() {
+            bail!(api::ListenError::NotLoopback(address));
+        }
         let access = match &self.api_token_file {
             Some(path) => api::token_file(path)?.into(),
             None if self.api_insecure => TcpAccess::AnyLocalUser,

@@ -7,10 +7,10 @@
 use std::collections::HashMap;
 use std::env::VarError;
 use std::fmt;
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::{self, IsTerminal, Write};
 use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -19,7 +19,8 @@ use anyhow::{Context as _, Result};
 use clap::{Args, ValueEnum};
 use control::Allowance;
 use parking_lot::Mutex;
-use rustix::fs::OFlags;
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use rustix::io::Errno;
 use tracing::callsite::Identifier;
 use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id};
@@ -81,11 +82,7 @@ pub(crate) fn start(arguments: &LoggingArguments) -> Result<WorkerGuard> {
     let (to, colours): (Box<dyn Write + Send>, bool) = match &arguments.log_file {
         None => (Box::new(io::stderr()), io::stderr().is_terminal()),
         Some(path) => {
-            // A terminal must not become the controlling one, whose hang-up would end the service.
-            let mut options = OpenOptions::new();
-            options.create(true).append(true);
-            options.custom_flags(OFlags::NOCTTY.bits().cast_signed());
-            let file = options.open(path);
+            let file = open(path);
             let file =
                 file.with_context(|| format!("cannot write the log file {}", path.display()))?;
             (Box::new(file), false)
@@ -115,6 +112,25 @@ pub(crate) fn start(arguments: &LoggingArguments) -> Result<WorkerGuard> {
         .spawn(move || report(&limits, &lost))
         .context("cannot start a thread for the log")?;
     Ok(guard)
+}
+
+/// Opens the log. A FIFO needs a reader: without one, opening it would wait for one.
+fn open(path: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.create(true).append(true);
+    // A terminal must not become the controlling one, whose hang-up would end the service.
+    let flags = OFlags::NOCTTY | OFlags::NONBLOCK;
+    options.custom_flags(flags.bits().cast_signed());
+    let file = options.open(path).map_err(|error| {
+        if error.raw_os_error() == Some(Errno::NXIO.raw_os_error()) {
+            let why = "it is a FIFO that no program reads, or a socket";
+            return io::Error::new(error.kind(), why);
+        }
+        error
+    })?;
+    // The thread that writes may wait.
+    fcntl_setfl(&file, fcntl_getfl(&file)? - OFlags::NONBLOCK)?;
+    Ok(file)
 }
 
 /// Reports, each [`REPORT`], how many lines were suppressed or lost.
@@ -218,6 +234,22 @@ impl Visit for Name {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn log_in_a_fifo_needs_a_reader() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("fifo");
+        let made = std::process::Command::new("mkfifo").arg(&path).status();
+        assert!(made.unwrap().success());
+        let refused = open(&path).unwrap_err().to_string();
+        assert!(refused.contains("FIFO that no program reads"), "{refused}");
+        let mut reader = OpenOptions::new();
+        reader.read(true);
+        reader.custom_flags(OFlags::NONBLOCK.bits().cast_signed());
+        let _reader = reader.open(&path).unwrap();
+        let log = open(&path).unwrap();
+        assert!(!fcntl_getfl(&log).unwrap().contains(OFlags::NONBLOCK));
+    }
 
     #[derive(Clone, Default)]
     struct Written(Arc<Mutex<Vec<u8>>>);

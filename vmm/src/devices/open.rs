@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use control::NewDevice;
 use devices::event_loop::EventLoop;
+use devices::host_file::FileKind;
 use devices::sandbox::{Confinement, ThreadKind};
 use memory::RamBlock;
 use spec::{
@@ -173,7 +174,7 @@ pub(crate) fn all(
     if let Some(end) = ends.console {
         all.push(console(config, end, context)?);
     }
-    all.push(rng(&config.rng, workers)?);
+    all.push(rng(&config.rng, context)?);
     // Last, so that a VM's other devices keep their places beside it.
     if config.watchdog {
         let device = Watchdog::new(watchdog::TIMEOUT, ends.on_watchdog, workers.clone());
@@ -225,13 +226,8 @@ fn console(
     context: OpenContext<'_>,
 ) -> Result<Opened, BuildError> {
     // A file may be on storage that answers late or never. Output is written where the queue is served.
-    let own_loop = (config.console.mode == ConsoleMode::File)
-        .then(|| EventLoop::start_confined("console", ThreadKind::Devices, context.confinement))
-        .transpose()
-        .map_err(BuildError::host("start a thread"))?;
-    let own = own_loop.as_ref().map(|own| own.handle().clone());
-    let workers = Workers::new(own.into_iter().collect());
-    let workers = workers.unwrap_or_else(|| context.workers.clone());
+    let may_wait = config.console.mode == ConsoleMode::File;
+    let (own_loop, workers) = own_loop("console", may_wait, context)?;
     let id = name(config.console.id.as_ref());
     let (device, handle) = Console::new(end.output, end.on_room, workers);
     Ok(Opened {
@@ -240,13 +236,33 @@ fn console(
     })
 }
 
-fn rng(config: &RngConfig, workers: &Workers) -> Result<Opened, BuildError> {
+fn rng(config: &RngConfig, context: OpenContext<'_>) -> Result<Opened, BuildError> {
     let limits = rate_limits(config.rate_limiter_config.as_ref());
-    Ok(Opened::new(
-        name(config.id.as_ref()),
-        Rng::new(Path::new(&config.src), limits, workers.clone())?,
-        DeviceHandle::None,
-    ))
+    let source = Path::new(&config.src);
+    // A file may be on storage that answers late or never. The host's own sources answer at once.
+    let kind = source.metadata().map(|metadata| FileKind::of(&metadata));
+    let may_wait = kind.is_ok_and(|kind| kind == FileKind::Regular);
+    let (own_loop, workers) = own_loop("rng", may_wait, context)?;
+    let device = Rng::new(source, limits, workers)?;
+    Ok(Opened {
+        own_loop,
+        ..Opened::new(name(config.id.as_ref()), device, DeviceHandle::None)
+    })
+}
+
+/// Starts an event loop for a device that may wait for storage. Returns the workers that the device uses.
+fn own_loop(
+    name: &str,
+    may_wait: bool,
+    context: OpenContext<'_>,
+) -> Result<(Option<EventLoop>, Workers), BuildError> {
+    let own_loop = may_wait
+        .then(|| EventLoop::start_confined(name, ThreadKind::Devices, context.confinement))
+        .transpose()
+        .map_err(BuildError::host("start a thread"))?;
+    let own = own_loop.as_ref().map(|own| own.handle().clone());
+    let workers = Workers::new(own.into_iter().collect());
+    Ok((own_loop, workers.unwrap_or_else(|| context.workers.clone())))
 }
 
 fn vsock(new: &VsockConfig, context: OpenContext<'_>) -> Result<Opened, BuildError> {
@@ -485,6 +501,26 @@ mod tests {
         opened.device.stop_queue(1);
         drop((opened, event_loop));
         written.recv().unwrap()
+    }
+
+    /// Other devices, also of other VMs, must not wait for the storage of a file of random numbers.
+    #[test]
+    fn entropy_from_a_file_has_a_thread_of_its_own() {
+        let (_event_loop, workers) = testing::workers();
+        let mut config = VmConfig::with_payload(spec::PayloadConfig::default());
+        let limiters = LimiterGroups::new(&config);
+        let context = OpenContext {
+            workers: &workers,
+            image_dirs: &[],
+            owner: ResourceOwner::ThisMachine,
+            limiters: &limiters,
+            confinement: Confinement::default(),
+        };
+        for (source, own) in [("/dev/urandom", false), ("/proc/self/exe", true)] {
+            config.rng.src = source.to_owned();
+            let opened = rng(&config.rng, context).unwrap();
+            assert_eq!(opened.own_loop.is_some(), own, "{source}");
+        }
     }
 
     /// Other devices, also of other VMs, must not wait for the storage of a console's file.

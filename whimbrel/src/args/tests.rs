@@ -17,6 +17,15 @@ fn serve(line: &str) -> Result<ServeArguments> {
 
 #[test]
 fn tcp_wants_a_token_or_an_explicit_no() {
+    let open = serve("--tcp 0.0.0.0:80")
+        .unwrap()
+        .tcp_access()
+        .unwrap_err()
+        .to_string();
+    assert!(
+        open.contains("`--api-token-file`") && open.contains("TLS"),
+        "{open}"
+    );
     let refused = serve("--tcp [::1]:80").unwrap().tcp_access().unwrap_err();
     assert!(
         refused.to_string().contains("--api-token-file"),
