@@ -94,7 +94,10 @@ Examples:
   wh-remote --api-socket /run/b.sock receive unix:/run/way --detach
   wh-remote --vm web migrate unix:/run/way                move it there
   wh-remote --tcp 127.0.0.1:8080 --token-file token ls    over TCP
-  wh-remote --vm web info --json | jq .state")]
+  wh-remote --vm web info --json | jq .state
+
+Paths in options, URLs and JSON files are those of the service's host, and are sent as they are written.
+The service resolves a relative one below its own working directory: use absolute paths.")]
 pub(crate) struct Arguments {
     /// The API socket. [default: the service's, whimbrel.sock in $XDG_RUNTIME_DIR, or in /run]
     #[arg(long, value_name = "PATH", global = true)]

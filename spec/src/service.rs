@@ -115,7 +115,7 @@ pub struct Event {
     /// `disk-error`, `disk-mirroring`, `disk-mirrored`, `disk-mirror-failed`; of the guest's kernel `guest-panic`, `watchdog-expired`; of resizes
     /// `resize-requested`, `resized`, `resize-failed`; of migrations `migrating`, `migrated`,
     /// `migration-failed` (source), `awaited`, `arrived`, `arrival-failed`, `end-deferred` (destination); of snapshots `snapshotting`, `snapshotted`,
-    /// `snapshot-failed`, `restoring`, `restored`, `restore-failed`, `recorded`, `recording-failed`; of core dumps `core-dumping`,
+    /// `snapshot-failed`, `restoring`, `restored`, `restore-failed`, `forked`, `fork-failed`, `recorded`, `recording-failed`; of core dumps `core-dumping`,
     /// `core-dumped`, `core-dump-failed`. Later versions may have more.
     pub event: String,
     /// Details, if any.
