@@ -87,7 +87,7 @@ pub enum WireError {
     /// The answer of an HTTP server.
     #[error(
         "the other side is an HTTP server, as the socket of an API is; name the endpoint of a `receive` \
-         (or of `--accept`) at the destination"
+         (or of `--accept-migrations`) at the destination"
     )]
     Http,
     /// Invalid bytes, or a frame that is not allowed here.
