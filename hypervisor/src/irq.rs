@@ -49,6 +49,8 @@ struct Shared {
 #[derive(Debug)]
 struct Table {
     routes: BTreeMap<u32, Route>,
+    /// Those that KVM was given last.
+    given: BTreeMap<u32, Route>,
     /// GSIs that were handed out and given back.
     spare: Vec<u32>,
     /// The first GSI that was never handed out.
@@ -60,6 +62,8 @@ struct Table {
     attached: BTreeSet<u32>,
     /// Descriptors to attach once KVM has been given the routes that are held back.
     waiting: BTreeMap<u32, Arc<EventFd>>,
+    /// KVM is told no more.
+    has_ended: bool,
 }
 
 /// Changes that are collected and not given to KVM yet, for instance while devices are loaded one by one.
@@ -104,12 +108,14 @@ impl IrqRoutes {
         let pins = (0..IOAPIC_PINS).map(|pin| (pin, Route::IoApic { pin }));
         let table = Table {
             routes: pins.collect(),
+            given: BTreeMap::new(),
             spare: Vec::new(),
             fresh: IOAPIC_PINS,
             calls: 0,
             held: false,
             attached: BTreeSet::new(),
             waiting: BTreeMap::new(),
+            has_ended: false,
         };
         let routes = Self {
             shared: Arc::new(Shared {
@@ -144,8 +150,6 @@ impl IrqRoutes {
                 undo.push((*gsi, old));
             }
         }
-        // KVM replaces the whole table and waits until no CPU uses the old one. Guests that mask
-        // and unmask often must not pay for that when nothing changes.
         if undo.is_empty() || table.held {
             return Ok(());
         }
@@ -206,7 +210,7 @@ impl IrqRoutes {
     /// counts later ones.
     fn ignore(&self, table: &mut Table, gsi: u32, fd: &EventFd) -> Result<(), KvmError> {
         table.waiting.remove(&gsi);
-        if table.attached.contains(&gsi) {
+        if table.attached.contains(&gsi) && !table.has_ended {
             self.detach(fd, gsi)?;
             table.attached.remove(&gsi);
         }
@@ -219,13 +223,25 @@ impl IrqRoutes {
         Held(self.clone())
     }
 
+    /// Tells KVM nothing more: the guest runs no more, and the VM ends, with its routes. To take the vectors
+    /// of hundreds of queues back one by one, KVM waits for a grace period for each.
+    pub fn end(&self) {
+        self.shared.table.lock().has_ended = true;
+    }
+
     /// How often KVM was given the routes.
     #[must_use]
     pub fn calls(&self) -> u64 {
         self.shared.table.lock().calls
     }
 
+    /// Gives KVM the routes. KVM replaces its whole table, and waits until no CPU uses the old one. So it
+    /// gets none that it has: guests mask and unmask vectors often, and a load in the stop of a migration
+    /// mostly sets what the dry run has set.
     fn give(&self, table: &mut Table) -> Result<(), KvmError> {
+        if table.has_ended || table.given == table.routes {
+            return Ok(());
+        }
         let entries: Vec<_> = table
             .routes
             .iter()
@@ -237,7 +253,9 @@ impl IrqRoutes {
         })?;
         table.calls += 1;
         let given = self.shared.vm.set_gsi_routing(&all);
-        given.map_err(KvmError::new("route interrupts"))
+        given.map_err(KvmError::new("route interrupts"))?;
+        table.given.clone_from(&table.routes);
+        Ok(())
     }
 
     /// Lets `fd` raise this GSI.
@@ -478,6 +496,40 @@ mod tests {
         assert_eq!(routes.calls(), before + 2);
         drop(vectors);
         assert_eq!(routes.calls(), before + 3);
+    }
+
+    /// A load in the stop of a migration sets again what the dry run has set.
+    #[test]
+    fn held_routes_that_stay_cost_no_call() {
+        let vm = Kvm::open().unwrap().create_vm().unwrap();
+        let routes = vm.irq_routes();
+        let vectors = routes.vectors(2).unwrap();
+        let other = (MESSAGE.0, MESSAGE.1 + 1);
+        let load = |second| {
+            let held = routes.hold();
+            vectors.route([(0, Some(other)), (1, Some(other))]).unwrap();
+            vectors
+                .route([(0, Some(MESSAGE)), (1, Some(second))])
+                .unwrap();
+            held.finish().unwrap();
+            routes.calls()
+        };
+        let calls = load(MESSAGE);
+        assert_eq!(load(MESSAGE), calls);
+        assert_eq!(load(other), calls + 1);
+        assert_eq!(load(other), calls + 1);
+    }
+
+    #[test]
+    fn vm_that_ends_takes_no_vector_back() {
+        let vm = Kvm::open().unwrap().create_vm().unwrap();
+        let routes = vm.irq_routes();
+        let vectors = routes.vectors(2).unwrap();
+        vectors.route([(0, Some(MESSAGE))]).unwrap();
+        let calls = routes.calls();
+        routes.end();
+        drop(vectors);
+        assert_eq!(routes.calls(), calls);
     }
 
     #[test]

@@ -545,5 +545,6 @@ impl Drop for Active {
         self.parts.ram.lose_awaited();
         // The parts drop behind this: no vCPU may be in a device, or in KVM_RUN, when they do.
         self.vcpus.join();
+        self.parts.vm.irq_routes().end();
     }
 }
