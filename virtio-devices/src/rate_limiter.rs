@@ -327,25 +327,12 @@ impl Gate {
     /// # Errors
     /// Fails if the host cannot create a timer.
     pub fn new(limiter: &SharedLimiter) -> io::Result<Self> {
-        let timer = limiter.0.is_some().then(Timer::new).transpose()?;
-        Ok(Self::by(limiter, timer))
-    }
-
-    /// Keeps to a device's limits, for a task that also [waits](Self::wakes_after) for other reasons.
-    ///
-    /// # Errors
-    /// When the host gives no timer.
-    pub fn with_timer(limiter: &SharedLimiter) -> io::Result<Self> {
-        Ok(Self::by(limiter, Some(Timer::new()?)))
-    }
-
-    fn by(limiter: &SharedLimiter, timer: Option<Timer>) -> Self {
-        Self {
+        Ok(Self {
             limiter: limiter.lend(),
-            timer,
+            timer: limiter.0.is_some().then(Timer::new).transpose()?,
             is_set: Cell::new(false),
             is_open: false,
-        }
+        })
     }
 
     /// Watches the descriptor that becomes ready when a request that had to wait may pass.
@@ -375,27 +362,24 @@ impl Gate {
         if !self.is_open {
             self.is_open = match self.limiter.begin(bytes) {
                 Ok(()) => true,
-                Err(wait) => self.wakes_after(wait).is_err(),
+                // A limit is then not kept: a queue that waited would wait for good.
+                Err(wait) => self.wait(wait).is_err(),
             };
         }
         self.is_open
     }
 
+    fn wait(&self, span: Duration) -> io::Result<()> {
+        let timer = self.timer.as_ref().ok_or(io::ErrorKind::Unsupported)?;
+        self.is_set.set(true);
+        timer.set(span).inspect_err(|error| {
+            tracing::error!(%error, "cannot set a device's timer");
+        })
+    }
+
     /// The request at the front has gone through: the next one needs tokens of its own.
     pub fn close(&mut self) {
         self.is_open = false;
-    }
-
-    /// Has the task called after `wait`.
-    ///
-    /// # Errors
-    /// Fails if the host refuses. A limit is then not kept: a queue that waited would wait for good.
-    pub fn wakes_after(&self, wait: Duration) -> io::Result<()> {
-        let timer = self.timer.as_ref().ok_or(io::ErrorKind::Unsupported)?;
-        self.is_set.set(true);
-        timer.set(wait).inspect_err(|error| {
-            tracing::error!(%error, "cannot set a device's timer");
-        })
     }
 }
 

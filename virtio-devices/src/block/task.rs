@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use self::parked::Parked;
 use super::format::RefusedWrite;
@@ -53,6 +53,8 @@ pub(super) struct BlockTask {
     /// Made when it is first needed.
     threads: Option<Threads>,
     gate: Gate,
+    /// When the kernel is asked again whether it takes operations.
+    retry: Option<Instant>,
     /// Waiting for the rate limit. It was popped last, so that it can be put back.
     waiting: Option<Request>,
     /// Heads of chains that failed before the queue was started, and come before all others.
@@ -83,7 +85,8 @@ impl BlockTask {
             in_flight: 0,
             views: (0, 0),
             threads: None,
-            gate: Gate::with_timer(&shared.limiter)?,
+            gate: Gate::new(&shared.limiter)?,
+            retry: None,
             waiting: None,
             again: VecDeque::new(),
             kept: BTreeMap::new(),
@@ -331,9 +334,7 @@ impl BlockTask {
             Ok(()) => self.failures = 0,
             Err(error) => {
                 self.not_taken(&error)?;
-                if self.gate.wakes_after(RETRY).is_err() {
-                    self.leave_uring()?;
-                }
+                self.retry = Some(Instant::now() + RETRY);
             }
         }
         Ok(())
@@ -526,6 +527,9 @@ impl QueueTask for BlockTask {
         self.start_parked()?;
         let more = self.take()?;
         self.submit()?;
+        if let Some(retry) = self.retry.take() {
+            sources.wake_at(Some(retry));
+        }
         if let (false, Some(threads)) = (had_threads, &self.threads) {
             let watched = sources.watch(Arc::clone(threads.done()), THREADS, Interest::Read);
             if let Err(error) = watched {

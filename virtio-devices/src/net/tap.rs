@@ -11,6 +11,7 @@ use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, UdpSocket};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::sync::Arc;
 
 use memory::DirtySlice;
 use vm_memory::VolatileSlice;
@@ -111,6 +112,9 @@ impl TapAddress {
 #[derive(Debug)]
 pub(super) struct Tap {
     file: File,
+    /// Another descriptor of the same queue: an event loop watches each for one task. Made here, because
+    /// the tasks start in the stop of a guest that moves.
+    twin: Arc<File>,
     name: String,
     multi_queue: bool,
 }
@@ -179,6 +183,7 @@ impl Tap {
         let made = unsafe { ioctl_with_mut_ref(&file, TUNSETIFF, &mut request) };
         last_error(made).map_err(failed)?;
         Ok(Self {
+            twin: Arc::new(file.try_clone().map_err(failed)?),
             file,
             name: name_of(&request),
             multi_queue: flags & libc::IFF_MULTI_QUEUE != 0,
@@ -228,6 +233,7 @@ impl Tap {
                 .map_err(|error| failed(error.into()))?;
             let tap = Self {
                 name: name_of(&request),
+                twin: Arc::new(file.try_clone().map_err(failed)?),
                 file,
                 multi_queue,
             };
@@ -255,12 +261,9 @@ impl Tap {
         &self.name
     }
 
-    pub(super) fn try_clone(&self) -> io::Result<Self> {
-        Ok(Self {
-            file: self.file.try_clone()?,
-            name: self.name.clone(),
-            multi_queue: self.multi_queue,
-        })
+    /// Another descriptor of the same queue.
+    pub(super) fn twin(&self) -> Arc<File> {
+        Arc::clone(&self.twin)
     }
 
     fn failed(&self, attempt: &'static str) -> impl FnOnce(io::Error) -> TapError {

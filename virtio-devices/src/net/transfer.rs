@@ -171,8 +171,7 @@ impl QueueTask for Receive {
     fn watch(&mut self, sources: &mut TaskSources<'_, '_>) -> io::Result<()> {
         sources.watch(Arc::clone(self.queue.kick()), KICK, Interest::Read)?;
         self.gate.watch(sources, TIMER)?;
-        // A duplicate: the sender watches the same interface.
-        sources.watch(self.tap.try_clone()?, TAP, Interest::Read)
+        sources.watch(Arc::clone(&self.tap), TAP, Interest::Read)
     }
 
     fn call(&mut self, _: TaskEvent, _: &mut TaskSources<'_, '_>) -> Result<TaskFlow, QueueError> {
@@ -259,7 +258,8 @@ impl QueueTask for Send {
     fn watch(&mut self, sources: &mut TaskSources<'_, '_>) -> io::Result<()> {
         sources.watch(Arc::clone(self.queue.kick()), KICK, Interest::Read)?;
         self.out.gate.watch(sources, TIMER)?;
-        sources.watch(self.out.tap.try_clone()?, TAP, Interest::Write)
+        // The receiver of the pair may be on the same loop, and watches the other descriptor.
+        sources.watch(self.out.tap.twin(), TAP, Interest::Write)
     }
 
     fn call(&mut self, _: TaskEvent, _: &mut TaskSources<'_, '_>) -> Result<TaskFlow, QueueError> {

@@ -7,7 +7,7 @@ use std::io::{self, Read};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use devices::event_loop::Interest;
 use devices::host_file::{FileKind, OpenError, Request};
@@ -102,9 +102,8 @@ impl VirtioDevice for Rng {
         let index = queue.index();
         let transport = self.transport.as_ref().filter(|_| index == 0);
         let transport = transport.ok_or(DeviceError::NoSuchQueue(index))?;
-        // The timer also serves requests that wait for the source.
-        let gate = Gate::with_timer(&self.limiter)
-            .map_err(DeviceError::host("create the timer of the queue"))?;
+        let gate =
+            Gate::new(&self.limiter).map_err(DeviceError::host("create the timer of the queue"))?;
         let fill = Fill {
             source: Arc::clone(&self.source),
             gate,
@@ -180,9 +179,7 @@ impl Fill {
         let got = *read.as_ref().unwrap_or(&0);
         if got == 0 && wanted > 0 {
             self.note_dry(&read);
-            // The gate stays open: the tokens of this request are taken. Without a timer the next kick
-            // tries again.
-            let _ = self.gate.wakes_after(RETRY);
+            // The gate stays open: the tokens of this request are taken.
             return Ok(None);
         }
         self.is_dry = false;
@@ -218,8 +215,15 @@ impl QueueTask for FillTask {
         self.fill.gate.watch(sources, TIMER)
     }
 
-    fn call(&mut self, _: TaskEvent, _: &mut TaskSources<'_, '_>) -> Result<TaskFlow, QueueError> {
-        self.turn()
+    fn call(
+        &mut self,
+        _: TaskEvent,
+        sources: &mut TaskSources<'_, '_>,
+    ) -> Result<TaskFlow, QueueError> {
+        let flow = self.turn()?;
+        let retry = self.fill.is_dry.then(|| Instant::now() + RETRY);
+        sources.wake_at(retry);
+        Ok(flow)
     }
 }
 
@@ -242,7 +246,6 @@ impl FillTask {
 #[cfg(test)]
 mod tests {
     use std::io::Write as _;
-    use std::time::Instant;
 
     use devices::event_loop::EventLoop;
 

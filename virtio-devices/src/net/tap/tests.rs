@@ -122,7 +122,7 @@ fn tap_that_is_up_needs_no_capability() {
     let taps = Tap::open("wbup%d", 2).unwrap();
     let name = taps[0].name.clone();
     taps[0].set_up(&TapAddress::default()).unwrap();
-    let up = [taps[0].try_clone().unwrap(), taps[1].try_clone().unwrap()];
+    let up = taps;
     let unprivileged = std::thread::spawn(move || {
         let mut sets = capabilities(None).unwrap();
         sets.effective.remove(CapabilitySet::NET_ADMIN);
