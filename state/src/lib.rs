@@ -72,7 +72,7 @@ mod writer;
 
 pub use error::{LoadError, OpenError, SaveError};
 pub use path::{InvalidPath, SectionPath};
-pub use store::{LoadScope, Section, Store};
+pub use store::{LoadScope, Section, SectionCopy, Store};
 pub use writer::{Scope, Writer};
 
 use serde::{Serialize, de::DeserializeOwned};

@@ -41,6 +41,11 @@ impl SectionPath {
         Self::new(&format!("{self}/{name}"))
     }
 
+    /// What the paths of all parts of this section's device begin with. It is no path by itself.
+    pub(crate) fn parts(&self) -> Self {
+        Self(format!("{self}/"))
+    }
+
     /// Returns the path as a string.
     #[must_use]
     pub fn as_str(&self) -> &str {

@@ -199,6 +199,11 @@ impl Section<'_> {
     }
 }
 
+/// A copy of the sections of a device. A device that has loaded it, and was not used since, has nothing to
+/// load from sections that are [the same](LoadScope::take_same).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SectionCopy(Vec<(SectionPath, u16, Vec<u8>)>);
+
 /// The part of a [`Store`] below one path.
 #[derive(Debug)]
 pub struct LoadScope<'s, 'a> {
@@ -225,6 +230,44 @@ impl<'a> LoadScope<'_, 'a> {
             return Ok(None);
         }
         self.take().map(Some)
+    }
+
+    /// The sections of this place and its parts that have not been taken, with versions and bodies.
+    fn rest(&self) -> impl Iterator<Item = (&SectionPath, u16, &[u8])> {
+        // Other names may stand between a path and its parts: `a`, `a-b`, `a/b`.
+        let parts = self.path.parts();
+        let (own, below) = (&self.store.sections, &self.store.sections);
+        let own = own.get_key_value(&self.path).into_iter();
+        let below = below.range(parts.clone()..);
+        let below = below.take_while(move |(path, _)| path.as_str().starts_with(parts.as_str()));
+        own.chain(below)
+            .filter_map(|(path, slot)| slot.map(|(version, body)| (path, version, body)))
+    }
+
+    /// Copies the sections of this place and its parts, which stay.
+    #[must_use]
+    pub fn copy(&self) -> SectionCopy {
+        let rest = self.rest();
+        SectionCopy(
+            rest.map(|(path, version, body)| (path.clone(), version, body.to_vec()))
+                .collect(),
+        )
+    }
+
+    /// Takes the sections of this place and its parts if all of them are as in `copy`, and returns whether
+    /// they are.
+    pub fn take_same(&mut self, copy: &SectionCopy) -> bool {
+        let known = copy.0.iter();
+        let known = known.map(|(path, version, body)| (path, *version, body.as_slice()));
+        let is_same = self.rest().eq(known);
+        if is_same {
+            for (path, ..) in &copy.0 {
+                if let Some(slot) = self.store.sections.get_mut(path) {
+                    *slot = None;
+                }
+            }
+        }
+        is_same
     }
 
     /// Returns the scope of a part.

@@ -356,3 +356,44 @@ fn rejects_wrong_lengths() {
         ));
     }
 }
+
+/// A device takes sections by a copy only if all of its own are the same, and no other's.
+#[test]
+fn same_sections_are_taken_by_a_copy() {
+    const FIRST: [(&str, u8); 5] = [("a", 1), ("a-b", 2), ("a/b", 3), ("a/b/c", 4), ("ab", 5)];
+    let write = |sections: &[(&str, u8)]| {
+        let mut writer = Writer::default();
+        for (path, count) in sections {
+            let count = *count;
+            writer.scope(path).unwrap().put(&V1 { count }).unwrap();
+        }
+        writer.finish()
+    };
+    let left = |store: &Store<'_>| -> Vec<_> {
+        let left = store.remaining();
+        left.map(|path| path.as_str().to_owned()).collect()
+    };
+    let bytes = write(&FIRST);
+    let mut store = Store::open(&bytes).unwrap();
+    let copy = store.scope("a").unwrap().copy();
+    assert_eq!(left(&store).len(), 5, "a copy takes nothing");
+    assert!(store.scope("a").unwrap().take_same(&copy));
+    assert_eq!(left(&store), ["a-b", "ab"]);
+    assert!(!store.scope("a").unwrap().take_same(&copy), "taken already");
+
+    let others = write(&[("a", 1), ("a-b", 7), ("a/b", 3), ("a/b/c", 4), ("ab", 7)]);
+    let mut store = Store::open(&others).unwrap();
+    assert!(store.scope("a").unwrap().take_same(&copy));
+    for changed in [
+        &[("a", 1), ("a/b", 3), ("a/b/c", 7)][..],
+        &[("a", 1), ("a/b", 3)],
+        &[("a", 1), ("a/b", 3), ("a/b/c", 4), ("a/d", 6)],
+        &[("a/b", 3), ("a/b/c", 4)],
+    ] {
+        let bytes = write(changed);
+        let mut store = Store::open(&bytes).unwrap();
+        let before = left(&store);
+        assert!(!store.scope("a").unwrap().take_same(&copy), "{changed:?}");
+        assert_eq!(left(&store), before);
+    }
+}

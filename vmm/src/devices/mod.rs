@@ -15,7 +15,7 @@ use ::devices::pci::{Bdf, Endpoint};
 use ::devices::tpm::Emulator;
 use memory::Transaction;
 use spec::{DeviceNode, DeviceState, VmConfig};
-use state::{Load as _, LoadError, Save as _, SaveError, Store, Writer};
+use state::{Load as _, LoadError, Save as _, SaveError, SectionCopy, Store, Writer};
 use virtio_devices::DeviceError;
 use virtio_devices::block::DiskAccess;
 use virtio_devices::mem::MemHandle;
@@ -36,6 +36,8 @@ struct Entry {
     plugged: Plugged,
     control: DeviceHandle,
     state: DeviceState,
+    /// What it has loaded last, while the machine was not resumed since.
+    loaded: Option<SectionCopy>,
     _own_loop: Option<EventLoop>,
     /// Descriptors of a device that was added to the machine.
     _reserved: Vec<Arc<Reservation>>,
@@ -179,6 +181,7 @@ impl Devices {
             plugged,
             control,
             state: DeviceState::Present,
+            loaded: None,
             _own_loop: own_loop,
             _reserved: reserved,
         };
@@ -319,9 +322,11 @@ impl Devices {
     }
 
     /// Resumes the devices.
-    pub(crate) fn resume(&self) {
-        let all = self.entries.values();
-        all.for_each(|entry| entry.plugged.device.resume());
+    pub(crate) fn resume(&mut self) {
+        for entry in self.entries.values_mut() {
+            entry.loaded = None;
+            entry.plugged.device.resume();
+        }
     }
 
     /// Returns the counters of each device.
@@ -393,20 +398,28 @@ impl Devices {
         Ok(())
     }
 
-    /// Loads the devices' state within a transaction. The devices are paused.
+    /// Loads the devices' state within a transaction. The devices are paused. A device whose state is what it
+    /// loaded before, in the dry run, has nothing to do: most queues of a machine are idle.
     pub(crate) fn load(
-        &self,
+        &mut self,
         from: &mut Store<'_>,
         tx: &mut Transaction<'_>,
     ) -> Result<(), LoadError> {
         if let Some(bus) = self.host.buses().next() {
             (&**bus).load(&mut from.scope("pci")?, &mut ())?;
         }
-        for (id, entry) in &self.entries {
+        for (id, entry) in &mut self.entries {
             let mut scope = from.scope("devices")?;
+            let mut scope = scope.child(id)?;
+            if let Some(loaded) = &entry.loaded
+                && scope.take_same(loaded)
+            {
+                continue;
+            }
             // An error leaves a part of the devices loaded. The caller drops the transaction, and
             // then the machine.
-            entry.plugged.device.load(&mut scope.child(id)?, tx)?;
+            entry.loaded = Some(scope.copy());
+            entry.plugged.device.load(&mut scope, tx)?;
         }
         if let Some((_, endpoint)) = &self.pvpanic {
             let mut scope = from.scope("devices")?;

@@ -293,7 +293,7 @@ impl Active {
         // Each unmasked vector changes KVM's routing table. Held back, all changes are one ioctl,
         // which on the host costs a grace period.
         let held = self.parts.vm.irq_routes().hold();
-        let devices = &self.parts.devices;
+        let devices = &mut self.parts.devices;
         let mut topology = self.parts.topology.lock();
         topology.transaction(|tx| -> Result<(), MoveError> { Ok(devices.load(store, tx)?) })?;
         drop(topology);
