@@ -154,14 +154,14 @@ impl<T: QueueTask> Running<T> {
         })
     }
 
-    /// Takes the task from its loop. If it is being called on another thread this waits for the
-    /// end of that call.
+    /// Takes the task from its loop, which forgets what it watched when `self` is dropped: a device with
+    /// hundreds of queues drops it later, and not in the stop of a guest that moves. If the task is being
+    /// called on another thread this waits for the end of that call. `None` if it was taken before.
     #[must_use]
-    pub fn stop(self) -> Option<T> {
+    pub fn stop(&self) -> Option<T> {
         // The lock is held for the whole of a call, so on return the task runs nowhere, and its
         // queue and chains belong to the caller.
         self.slot.lock().take()
-        // Dropping `self` tells the loop.
     }
 
     /// Looks at the task, or changes it, between two of its calls.
