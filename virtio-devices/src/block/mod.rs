@@ -410,7 +410,7 @@ impl VirtioDevice for Block {
 
     fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
         let at = usize::from(index);
-        let (state, kept) = self.running.get(at)?.as_ref()?.stop()?.finish();
+        let (state, kept) = self.running.get(at)?.as_ref()?.take()?.finish();
         if let Some(slot) = self.kept.get_mut(at) {
             *slot = kept;
         }

@@ -340,9 +340,9 @@ impl VirtioDevice for Net {
 
     fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
         match self.tasks.get(usize::from(index))?.as_ref()? {
-            Task::Receive(running) => Some(running.stop()?.state()),
-            Task::Send(running) => Some(running.stop()?.state()),
-            Task::Control(running) => Some(running.stop()?.state()),
+            Task::Receive(running) => Some(running.take()?.state()),
+            Task::Send(running) => Some(running.take()?.state()),
+            Task::Control(running) => Some(running.take()?.state()),
         }
     }
 
