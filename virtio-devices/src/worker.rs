@@ -154,22 +154,14 @@ impl<T: QueueTask> Running<T> {
         })
     }
 
-    /// Takes the task from its loop, and has the loop forget what it watched. If the task is being called on
-    /// another thread this waits for the end of that call. `None` if it was taken before.
+    /// Takes the task from its loop. If it is being called on another thread this waits for the
+    /// end of that call.
     #[must_use]
     pub fn stop(self) -> Option<T> {
-        self.take()
-        // Dropping `self` tells the loop.
-    }
-
-    /// Takes the task as [`stop`](Self::stop) does. The loop forgets what it watched when `self` is dropped,
-    /// which must be before the same is watched again: a device with hundreds of queues does not have it do
-    /// that in the stop of a guest that moves.
-    #[must_use]
-    pub fn take(&self) -> Option<T> {
         // The lock is held for the whole of a call, so on return the task runs nowhere, and its
         // queue and chains belong to the caller.
         self.slot.lock().take()
+        // Dropping `self` tells the loop.
     }
 
     /// Looks at the task, or changes it, between two of its calls.

@@ -402,15 +402,14 @@ impl VirtioDevice for Block {
         let mut task = BlockTask::new(queue, &self.shared, self.flushes)
             .map_err(DeviceError::host("prepare a disk's queue"))?;
         task.try_again(std::mem::take(kept));
-        // That of the queue when it ran before. A loop watches a descriptor once.
-        *slot = None;
         *slot = Some(Running::start(&self.workers, &transport, task));
         Ok(())
     }
 
     fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
         let at = usize::from(index);
-        let (state, kept) = self.running.get(at)?.as_ref()?.take()?.finish();
+        let running = self.running.get_mut(at)?.take()?;
+        let (state, kept) = running.stop()?.finish();
         if let Some(slot) = self.kept.get_mut(at) {
             *slot = kept;
         }

@@ -307,18 +307,13 @@ impl VirtioDevice for Net {
             mergeable: has(VIRTIO_NET_F_MRG_RXBUF),
             checksums: has(VIRTIO_NET_F_GUEST_CSUM),
         };
-        let Some(slot) = self.tasks.get_mut(usize::from(index)) else {
-            return Err(DeviceError::NoSuchQueue(index));
-        };
-        // Of the queue when it ran before. A loop watches a descriptor once.
-        *slot = None;
         let host = DeviceError::host;
         let (workers, shared) = (&self.workers, &self.shared);
         let tap = shared.taps.get(usize::from(index / 2)).map(Arc::clone);
         // Without several pairs in use the queue for control is the third (5.1.2).
         let one_pair = !has(VIRTIO_NET_F_MQ);
         let is_control = usize::from(index) == shared.taps.len() * 2 || one_pair && index == 2;
-        *slot = Some(match (tap, index % 2) {
+        let task = match (tap, index % 2) {
             _ if is_control => {
                 let task = ControlQueue::new(queue, shared);
                 Task::Control(Running::start(workers, &transport, task))
@@ -334,15 +329,19 @@ impl VirtioDevice for Net {
                 Task::Send(Running::start(workers, &transport, task))
             }
             (None, _) => return Err(DeviceError::NoSuchQueue(index)),
-        });
+        };
+        match self.tasks.get_mut(usize::from(index)) {
+            Some(slot) => *slot = Some(task),
+            None => return Err(DeviceError::NoSuchQueue(index)),
+        }
         Ok(())
     }
 
     fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
-        match self.tasks.get(usize::from(index))?.as_ref()? {
-            Task::Receive(running) => Some(running.take()?.state()),
-            Task::Send(running) => Some(running.take()?.state()),
-            Task::Control(running) => Some(running.take()?.state()),
+        match self.tasks.get_mut(usize::from(index))?.take()? {
+            Task::Receive(running) => Some(running.stop()?.state()),
+            Task::Send(running) => Some(running.stop()?.state()),
+            Task::Control(running) => Some(running.stop()?.state()),
         }
     }
 
